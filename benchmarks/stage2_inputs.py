@@ -160,11 +160,11 @@ def write_inputs(pictures: int, words: int, hidden: int, vision: dict[str, int])
 
 def make_trainer(fields: dict[str, Any]) -> Any:
     """Build the Trainer of `llm2clip stage2` with these settings; its initial weights are always the same."""
-    from llm2clip import Stage2Config
     from llm2clip.trainers.run_stage2 import build_trainer
+    from llm2clip.trainers.stage2_config import Stage2Recipe
     from llm2clip.utils.settings import build_config
 
-    return build_trainer(build_config(Stage2Config, {**COMMON_FIELDS, **fields}))
+    return build_trainer(build_config(Stage2Recipe, {**COMMON_FIELDS, **fields}))
 
 
 def train(trainer: Any) -> tuple[list[float], dict[str, float]]:

@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
-from llm2clip.utils.attention_probe import LAYER_FIELDS, packs_exactly, verify_text_tower
+from llm2clip.utils.attention_probe import LAYER_FIELDS, packs_exactly, probe_attention
 from modeling_llm2clip import LLM2CLIPTextModel
 from modeling_llm2clip.modeling_llm2clip_decoder import is_encoder, text_model_class
 
@@ -160,14 +160,14 @@ def small_decoder(name: str) -> Any:
     return decoder
 
 
-def verdict(name: str) -> str | None:
+def outcome(name: str) -> str | None:
     """Return `works`, or why a type of decoder is refused, or None if there is no small decoder of this type."""
     decoder = small_decoder(name)
     if decoder is None:
         return None
     try:
         tower = LLM2CLIPTextModel.from_decoder(decoder)
-        verify_text_tower(tower)
+        probe_attention(tower)
     except ValueError as error:
         if "cannot be a text tower: " not in str(error):
             raise
@@ -183,10 +183,10 @@ def _layers(name: str) -> str:
 
 
 def table(kind: str) -> str:
-    """Return the table of `decoders` or `encoders`: the types with their verdict, and those that were not tried."""
-    verdicts = {name: verdict(name) for name in (types() if kind == "decoders" else encoder_types())}
-    rows = [f"| `{name}` | {_layers(name)} | {found} |" for name, found in verdicts.items() if found is not None]
-    untried = ", ".join(f"`{name}`" for name, found in verdicts.items() if found is None)
+    """Return the table of `decoders` or `encoders`: the types with their outcome, and those that were not tried."""
+    outcomes = {name: outcome(name) for name in (types() if kind == "decoders" else encoder_types())}
+    rows = [f"| `{name}` | {_layers(name)} | {found} |" for name, found in outcomes.items() if found is not None]
+    untried = ", ".join(f"`{name}`" for name, found in outcomes.items() if found is None)
     head = [
         f"The types of transformers {__version__}, each tried as a small model with random weights on a CPU (sdpa,"
     ]

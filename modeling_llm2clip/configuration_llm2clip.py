@@ -167,7 +167,8 @@ class LLM2CLIPTextConfig(_AbsoluteNames, PretrainedConfig):
             text model does by itself, windows included, for encoders and embedding models.
         verified_attention: Attention implementations (`mask` for eager and sdpa) with which a probe found that the
             text model reads a caption in both directions and apart from its neighbours, or (`bidirectional=None`)
-            apart from padding. Without it only models of attention alone run, by the flags of transformers.
+            apart from padding. Without it run the types that the tests compare, and what by the flags of
+            transformers is made of attention alone.
     """
 
     model_type = "llm2clip_text_model"

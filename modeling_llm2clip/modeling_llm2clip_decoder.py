@@ -23,11 +23,14 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
 )
+from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from .compatibility_llm2clip import IS_CAUSAL_COUNTS
 from .configuration_llm2clip import WINDOW_FIELDS
 from .modeling_llm2clip_utils import hub_arguments, load_complete
+
+logger = logging.get_logger(__name__)
 
 # Attention implementations for sequences without padding, which need the lengths of the captions.
 VARIABLE_LENGTHS = ("flash_attention_2", "flash_attention_3")
@@ -179,28 +182,41 @@ class DenseLayers(nn.ModuleList):
 
 
 def attention_kind(text_model: Any) -> str:
-    """Return the name under which the verdict on a text model's attention implementation is remembered."""
+    """Return the name under which the config of a text tower records the attention implementation in use."""
     return "mask" if takes_additive_mask(text_model) else text_model.config._attn_implementation
 
 
-def require_verdict(text_model: Any, config: Any) -> None:
-    """Raise ValueError unless a text model is known to read a caption whole, and nothing but the caption.
+def unknown_attention(text_model: Any, config: Any) -> str | None:
+    """Say why a text model is not known to read a caption whole, and nothing but the caption; None if it is.
 
     Known is what `config`, the [`LLM2CLIPTextConfig`] of its tower, records, what the tests compare, and, with a mask,
     what is made of attention alone.
     """
     kind, model_type = attention_kind(text_model), config.decoder_config.model_type
     if config.bidirectional is False or kind in (config.verified_attention or ()) or model_type in TESTED_TYPES:
-        return
-    if kind != "mask" or not follows_masks(text_model):
-        other = "" if kind == "mask" else ", or use attn_implementation='sdpa'"
-        raise ValueError(
-            f"{model_type} with {text_model.config._attn_implementation} attention is not known to be a text tower, "
-            "which has to read every caption whole and apart from its neighbours, and the config records no verdict "
-            "(verified_attention). Probe it once (pip install llm2clip), and load the result: save what "
-            "llm2clip.open_text_tower(FOLDER) returns, or of a whole model the folder that `llm2clip build` "
-            f"writes{other}."
-        )
+        return None
+    if kind == "mask" and follows_masks(text_model):
+        return None
+    other = "" if kind == "mask" else ", or use attn_implementation='sdpa'"
+    return (
+        f"{model_type} with {text_model.config._attn_implementation} attention is not known to be a text tower, "
+        "which has to read every caption whole and apart from its neighbours, and the config has no record of it "
+        "(verified_attention). Probe it once (pip install llm2clip), and load the result: save what "
+        "llm2clip.open_text_tower(FOLDER) returns, or of a whole model the folder that `llm2clip build` "
+        f"writes{other}."
+    )
+
+
+def require_known_attention(text_model: Any, config: Any) -> None:
+    """Raise ValueError if a text model would not be known to read captions right; see [`unknown_attention`]."""
+    if (reason := unknown_attention(text_model, config)) is not None:
+        raise ValueError(reason)
+
+
+def warn_of_unknown_attention(text_model: Any, config: Any) -> None:
+    """Warn of that error when a model is loaded, since the first caption may be hours away."""
+    if (reason := unknown_attention(text_model, config)) is not None:
+        logger.warning_once(f"Captions cannot be embedded yet: {reason}")
 
 
 def follows_masks(text_model: Any) -> bool:
@@ -211,6 +227,11 @@ def follows_masks(text_model: Any) -> bool:
     if text_model._is_stateful or layers - MASKED_LAYERS or getattr(config, "trigram_input", False):
         return False
     return bool(text_model._supports_sdpa and text_model._supports_attention_backend)
+
+
+def packs_by_flags(text_model: Any) -> bool:
+    """Return whether by those flags captions may share a row of a text model with attention of its own."""
+    return takes_additive_mask(text_model) and is_encoder(text_model.config) and follows_masks(text_model)
 
 
 def window_reach(config: PretrainedConfig) -> int | None:

@@ -35,15 +35,15 @@ from .modeling_llm2clip_decoder import (
     avoid_sdpa_without_softcap,
     embedding_modules,
     encoder_fields,
-    follows_masks,
-    is_encoder,
     load_plain,
     packed_mask,
+    packs_by_flags,
     padded_mask,
     position_offset,
-    require_verdict,
+    require_known_attention,
     takes_additive_mask,
     text_model_class,
+    warn_of_unknown_attention,
     window_reach,
 )
 from .modeling_llm2clip_utils import (
@@ -102,7 +102,7 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         self._first_position = position_offset(self.decoder)
         # Whether captions of a row stay apart with an attention implementation, where a probe of the toolbox knows it.
         # Not saved, since versions differ.
-        self.packing_verdicts: dict[str, bool] = {}
+        self.exact_packing: dict[str, bool] = {}
         if decoder is not None and config.bidirectional:
             # In flash attention no mask decides it.
             for holder in (decoder.config, *decoder.modules()):
@@ -200,6 +200,8 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
                 config.verified_attention = None  # it is of another LLM
             model = cls(config, decoder=decoder)
             model.dense.load_weights(dense)
+        if model_type in (cls.config_class.model_type, COMPOSITE_TYPE):
+            warn_of_unknown_attention(model.decoder, model.config)
         return (model, info) if wants_info else model
 
     @classmethod
@@ -338,7 +340,7 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None:
             raise ValueError("pass input_ids from the tokenizer that was saved with this model.")
-        require_verdict(self.decoder, self.config)
+        require_known_attention(self.decoder, self.config)
         # Without padding there is nothing to pack.
         may_pack = attention_mask is not None
         if attention_mask is None:
@@ -389,11 +391,11 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         if packed.position_ids.numel() > limit:
             return None
         if own_attention:
-            known = by_mask and is_encoder(self.config.decoder_config) and follows_masks(decoder)
             # A mask of captions replaces that of a window.
             reach = window_reach(config)
             fits = reach is None or packed.longest <= reach
-            return packed if fits and self.packing_verdicts.get(config._attn_implementation, known) else None
+            known = self.exact_packing.get(config._attn_implementation, packs_by_flags(decoder))
+            return packed if fits and known else None
         return packed
 
     def encode(

@@ -57,7 +57,7 @@ def _ours() -> Work:
 
     shards = _write_shards()
     model, tokenizer = open_text_tower(str(write_llm(new_folder())), dtype="float32", **PROMPT)
-    embedder = OurEncoder(model.eval(), tokenizer)
+    encoder = OurEncoder(model.eval(), tokenizer)
     # Streaming, because `datasets` would cache a prepared copy for the next turn.
     source = CaptionSource(
         str(shards / "*.tar"), caption_columns=[f"json.{column}" for column in COLUMNS], streaming=True
@@ -66,7 +66,7 @@ def _ours() -> Work:
     def work() -> Outcome:
         folder = new_folder()
         texts = distinct_captions(source, show_progress=False)
-        embed_into_cache(texts, embedder, str(folder), "benchmark", EmbedConfig(), process_state())
+        embed_into_cache(texts, encoder, str(folder), "benchmark", EmbedConfig(), process_state())
         return _outcome(folder, EmbeddingCache.open(folder).lookup)
 
     return work

@@ -59,15 +59,15 @@ def write_configs(folder: Path) -> None:
 
 def settings_of(case: Case, folder: Path) -> Any:
     """The settings of a case."""
-    from llm2clip.trainers.stage1_config import Stage1Config
-    from llm2clip.trainers.stage2_config import Stage2Config
+    from llm2clip.trainers.stage1_config import Stage1Recipe
+    from llm2clip.trainers.stage2_config import Stage2Recipe
 
     shared = {"output_dir": str(folder / "run"), "max_steps": 2, "save_strategy": "no", "report_to": "none"}
     shared |= {"per_device_train_batch_size": 32, "disable_tqdm": True, "warmup_steps": 0, **case.settings}
     if case.stage == "stage1":
-        return Stage1Config(**shared, model_name_or_path=str(folder / "text"))
+        return Stage1Recipe(**shared, model_name_or_path=str(folder / "text"))
     towers = {"vision_model_name_or_path": str(folder / "vision"), "text_model_name_or_path": str(folder / "text")}
-    return Stage2Config(**shared, **towers, projection_dim=128)
+    return Stage2Recipe(**shared, **towers, projection_dim=128)
 
 
 def planned_bytes(case: Case, folder: Path) -> float:
@@ -99,14 +99,12 @@ def _trainer(case: Case, folder: Path) -> Any:
 
     from llm2clip import Stage1Trainer, Stage2Trainer
     from llm2clip.planning.models import trained_joint_model
-    from llm2clip.trainers.run_text_tower import add_lora
     from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel
 
     settings = settings_of(case, folder)
     generator = torch.Generator().manual_seed(0)
     if case.stage == "stage1":
         model = LLM2CLIPTextModel(LLM2CLIPTextConfig.from_pretrained(folder / "text"))
-        add_lora(model, settings)
         ids = torch.randint(LLAMA["vocab_size"], (128, 2, TOKENS), generator=generator)
         return Stage1Trainer(
             model=model, args=settings, train_dataset=list(range(128)), data_collator=lambda rows: _pairs(ids[rows])

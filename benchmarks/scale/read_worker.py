@@ -17,13 +17,13 @@ from typing import Any
 
 
 def main(path: str) -> None:
-    from llm2clip import Stage2Config
     from llm2clip.trainers.run_stage2 import build_trainer
+    from llm2clip.trainers.stage2_config import Stage2Recipe
     from llm2clip.utils.processes import leave_process_group
     from llm2clip.utils.settings import build_config
 
     settings = json.loads(Path(path).read_text(encoding="utf-8"))
-    config = build_config(Stage2Config, settings["stage2"])
+    config = build_config(Stage2Recipe, settings["stage2"])
     trainer: Any = build_trainer(config)
     stream, batch = trainer.train_dataset, config.per_device_train_batch_size
     stream.batch_size, stream.start = batch, 0

@@ -31,9 +31,9 @@ from llm2clip.quickstart.data import BUNDLED, QuickstartData
 from llm2clip.quickstart.domains import without_domain, write_without_domain
 from llm2clip.recipes import find_recipe, load_recipe
 from llm2clip.trainers import run_mntp, run_stage1, run_stage2
-from llm2clip.trainers.mntp_config import MNTPConfig
-from llm2clip.trainers.stage1_config import Stage1Config
-from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.trainers.mntp_config import MNTPRecipe
+from llm2clip.trainers.stage1_config import Stage1Recipe
+from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.settings import build_config
 from llm2clip.utils.towers import open_text_tower
@@ -83,7 +83,7 @@ class Study:
             fields |= {"model_name_or_path": str(base or self.run / "raw"), "output_dir": str(folder), **changes}
             for name_of_saves in ("save_steps", "save_total_limit"):
                 fields.pop(name_of_saves, None)
-            run_stage1.run(build_config(Stage1Config, fields))
+            run_stage1.run(build_config(Stage1Recipe, fields))
         return folder
 
     def mntp(self) -> Path:
@@ -95,20 +95,20 @@ class Study:
             fields |= {"block_size": 128, "learning_rate": 5e-4, "lora_rank": 16, "lora_alpha": 32, "seed": self.seed}
             fields["sources"] = [asdict(glosses), asdict(self.domains.source("train", COLUMNS))]
             fields["model_name_or_path"] = str(self.run / "weights" / "smollm2-135m-instruct")
-            run_mntp.run(build_config(MNTPConfig, {**fields, "output_dir": str(folder)}))
+            run_mntp.run(build_config(MNTPRecipe, {**fields, "output_dir": str(folder)}))
         return folder
 
     def hard_negatives(self, tower: Path) -> list[dict[str, Any]]:
         """Mine a negative for each pair with a text tower."""
         model, tokenizer = open_text_tower(str(tower), dtype="bfloat16")
-        embedder = OurEncoder(model.eval(), tokenizer)
+        encoder = OurEncoder(model.eval(), tokenizer)
         found = []
         for name, source, columns, weight in (
             ("glosses", self.data.gloss_pairs("train"), ["lemmas", "gloss"], 1),
             ("captions", self.domains.source("train", COLUMNS), COLUMNS, 2),
         ):
             table = datasets.load_dataset("parquet", data_files=_files(source), split="train")
-            mined = _mine(embedder, list(dict.fromkeys(zip(*(table[column] for column in columns), strict=True))))
+            mined = _mine(encoder, list(dict.fromkeys(zip(*(table[column] for column in columns), strict=True))))
             path = self.output / "data" / f"hard-{name}-{self.seed}.parquet"
             mined.to_parquet(path)
             fields = {"anchor_column": "anchor", "positive_column": "positive", "negative_column": "negative"}
@@ -122,8 +122,8 @@ class Study:
         sources = [data.source(data.train, COLUMNS), data.source(data.validation, COLUMNS[:1]), data.test_source()]
         model, tokenizer = open_text_tower(str(tower), dtype="bfloat16")
         cache = self.output / f"cache-{name}-{self.seed}"
-        embedder = OurEncoder(model.eval(), tokenizer)
-        embed_into_cache(distinct_captions(sources), embedder, str(cache), str(tower), EmbedConfig(), state)
+        encoder = OurEncoder(model.eval(), tokenizer)
+        embed_into_cache(distinct_captions(sources), encoder, str(cache), str(tower), EmbedConfig(), state)
         query = COLUMNS[:1]
         strict = {
             "validation": self.domains.source("validation", query),
@@ -151,7 +151,7 @@ class Study:
             "sources": [asdict(train)],
             "eval_sources": {name: asdict(source) for name, source in evaluation.items()},
         }
-        trainer = run_stage2.build_trainer(build_config(Stage2Config, fields))
+        trainer = run_stage2.build_trainer(build_config(Stage2Recipe, fields))
         trainer.train()
         epochs: dict[float, dict[str, float]] = {}
         for line in trainer.state.log_history:
@@ -171,9 +171,9 @@ def _files(source: CaptionSource | PairSource) -> str:
     return str(path / f"{source.split}.parquet") if path.is_dir() else str(path)
 
 
-def _mine(embedder: OurEncoder, pairs: list[tuple[str, str]]) -> datasets.Dataset:
+def _mine(encoder: OurEncoder, pairs: list[tuple[str, str]]) -> datasets.Dataset:
     """Give each pair the most similar text of another one that is not too close to the positive."""
-    anchors, positives = (F.normalize(embedder.embed([pair[side] for pair in pairs]), dim=-1) for side in (0, 1))
+    anchors, positives = (F.normalize(encoder.embed([pair[side] for pair in pairs]), dim=-1) for side in (0, 1))
     own: dict[str, set[str]] = {}
     for anchor, positive in pairs:
         own.setdefault(anchor.lower(), set()).add(positive)

@@ -20,9 +20,9 @@ from llm2clip.store import EmbeddingCache
 from llm2clip.store.building import shard_name
 from llm2clip.store.store import INDEX
 from llm2clip.trainers.checkpoints import finish_checkpoint, last_checkpoint
-from llm2clip.trainers.mntp_config import MNTPConfig
-from llm2clip.trainers.stage1_config import Stage1Config
-from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.trainers.mntp_config import MNTPRecipe
+from llm2clip.trainers.stage1_config import Stage1Recipe
+from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.files import read_json
 from llm2clip.utils.folders import refuse_existing
 from llm2clip.utils.manifests import FOLDER_MANIFEST, damage
@@ -34,7 +34,7 @@ from tests.refusals import fault
 
 COUNT = 300
 RECIPES: dict[str, type] = {
-    "mntp": MNTPConfig, "stage1_paper": Stage1Config, "embed_paper": EmbedConfig, "stage2_small_gpu": Stage2Config,
+    "mntp": MNTPRecipe, "stage1_paper": Stage1Recipe, "embed_paper": EmbedConfig, "stage2_small_gpu": Stage2Recipe,
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from llm2clip import cli
 from llm2clip.evaluation.benchmarks import choose_benchmarks
 from llm2clip.quickstart.config import QuickstartConfig
-from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.settings import build_config
 from tests.documents.reader import Reader, recipe
 from tests.documents.reading import DOCUMENTS, ROOT, blocks, code_spans, commands, kind
@@ -137,7 +137,7 @@ def test_recipes_in_the_text_have_fields_of_stage_2(document: str, tmp_path: Pat
                 (tmp_path / "profile.yaml").write_text(content)
                 profile = QuickstartConfig(profile=str(tmp_path / "profile.yaml")).load_profile()
                 fields = {"freeze_vision": "all", **profile["stage2"], **profile["frozen"], "feature_dtype": "float32"}
-            build_config(Stage2Config, {"output_dir": str(tmp_path), "embedding_cache": "cache", **fields})
+            build_config(Stage2Recipe, {"output_dir": str(tmp_path), "embedding_cache": "cache", **fields})
 
 
 @pytest.mark.parametrize(("language", "content"), [("", "curl -O x\n"), ("rust", "fn main() {}\n")])

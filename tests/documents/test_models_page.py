@@ -44,4 +44,4 @@ def test_the_table_has_every_type_once() -> None:
     ],
 )
 def test_rows_are_true(name: str) -> None:
-    assert MADE["verdict"](name) == ROWS[name]
+    assert MADE["outcome"](name) == ROWS[name]

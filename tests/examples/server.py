@@ -6,12 +6,16 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 START_SECONDS = 240
 
@@ -56,6 +60,19 @@ def served(
     finally:
         process.terminate()
         process.wait(timeout=30)
+
+
+def open_page(address: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Open a served demo in gradio's client; the pictures that it shows are stored below `folder`.
+
+    The client leaves an empty temporary folder for each of them.
+    """
+    from gradio_client import Client  # the other tests need not wait for it
+
+    scratch = folder / "downloads"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    return Client(address, download_files=folder / "answers", verbose=False)
 
 
 def _wait(address: str, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -8,17 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from gradio_client import Client, handle_file
+from gradio_client import handle_file
 from gradio_client.exceptions import AppError
 
 from llm2clip.demo.space import write_space
-from tests.examples.server import serving
+from tests.examples.server import open_page, serving
 from tests.modeling_llm2clip import tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-def test_space_serves_the_demo(tmp_path: Path) -> None:
+def test_space_serves_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.save(tmp_path / "model")
     space = tmp_path / "space"
     write_space(space, str(tmp_path / "model"))
@@ -29,7 +29,7 @@ def test_space_serves_the_demo(tmp_path: Path) -> None:
     )  # fmt: skip
     assert where.stdout.startswith(str(space))
     with serving(space / "app.py", folder=space, path=space) as address:
-        client = Client(address, download_files=space.parent / "answers", verbose=False)
+        client = open_page(address, tmp_path, monkeypatch)
         found = client.predict("a camera", api_name="/search")["value"]
         assert len(found) == 12
         picture = handle_file(found[3]["image"])

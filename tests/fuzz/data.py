@@ -22,15 +22,15 @@ from llm2clip.data.tars import count_tar_rows, list_tar, tar_rows
 from llm2clip.data.transforms import decode_tensor
 from llm2clip.encoders.embed import EmbedConfig
 from llm2clip.recipes import find_recipe, load_recipe
-from llm2clip.trainers.mntp_config import MNTPConfig
-from llm2clip.trainers.stage1_config import Stage1Config
-from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.trainers.mntp_config import MNTPRecipe
+from llm2clip.trainers.stage1_config import Stage1Recipe
+from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.settings import build_config
 from tests.modeling_llm2clip.awkward_images import awkward_images
 from tests.tars import write_tar
 
 RECIPES: dict[str, type] = {
-    "mntp": MNTPConfig, "stage1_paper": Stage1Config, "embed_paper": EmbedConfig, "stage2_small_gpu": Stage2Config,
+    "mntp": MNTPRecipe, "stage1_paper": Stage1Recipe, "embed_paper": EmbedConfig, "stage2_small_gpu": Stage2Recipe,
 }  # fmt: skip
 SETTINGS = tuple({field.name for settings in RECIPES.values() for field in dataclasses.fields(settings)})
 # Calls of readers.

@@ -21,7 +21,7 @@ from llm2clip.data.sidecars import SourceSidecars
 from llm2clip.search.image_index import ImageIndex
 from llm2clip.search.index_manifest import IndexManifest
 from llm2clip.store import StoreManifest, StoreMismatchError
-from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.files import read_json, write_json
 from llm2clip.utils.manifests import FOLDER_MANIFEST, with_checksum, write_manifest
 from llm2clip.utils.settings import build_config
@@ -217,7 +217,7 @@ def test_a_language_model_with_a_damaged_file_is_named(
 )
 def test_settings_of_the_trainer_are_refused_by_name(name: str, value: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=name):
-        build_config(Stage2Config, {"output_dir": str(tmp_path), "use_cpu": True, name: value})
+        build_config(Stage2Recipe, {"output_dir": str(tmp_path), "use_cpu": True, name: value})
 
 
 def test_the_manifest_of_a_folder_may_have_any_name_of_a_file(tmp_path: Path) -> None:
@@ -229,4 +229,4 @@ def test_the_manifest_of_a_folder_may_have_any_name_of_a_file(tmp_path: Path) ->
 @pytest.mark.parametrize("name", [None, 3])
 def test_a_field_of_a_recipe_is_named_by_a_text(name: Any) -> None:
     with pytest.raises(ValueError, match=f"the recipe has no field {name}"):
-        build_config(Stage2Config, {name: 1})
+        build_config(Stage2Recipe, {name: 1})

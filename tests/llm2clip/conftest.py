@@ -17,7 +17,7 @@ from llm2clip.data.transforms import decode_tensor
 from llm2clip.encoders import embed
 from llm2clip.hub import new_process
 from llm2clip.trainers import run_stage1
-from llm2clip.trainers.stage1_config import Stage1Config
+from llm2clip.trainers.stage1_config import Stage1Recipe
 from llm2clip.utils.settings import build_config
 from tests.forks import run_code
 from tests.llm2clip import tiny
@@ -78,7 +78,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     llm = tiny.save_llm(folder / "llm")
     vision = tiny.save_vision_tower(folder / "vision")
     fields = tiny.stage1_fields(folder / "text", llm) | {"max_steps": 2, "save_strategy": "no"}
-    run_stage1.run(build_config(Stage1Config, fields))
+    run_stage1.run(build_config(Stage1Recipe, fields))
     embed.run(
         embed.EmbedConfig(
             text_model_name_or_path=str(folder / "text"),

@@ -15,6 +15,7 @@ import datasets
 import onnxruntime
 import pytest
 import torch
+from gradio_client import handle_file
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,11 +27,11 @@ from llm2clip.demo.gallery import Gallery
 from llm2clip.encoders import embed
 from llm2clip.search.folder_images import FolderImages
 from llm2clip.trainers import run_stage2
-from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPModel
 from tests.compatibility import check
-from tests.examples.server import serving
+from tests.examples.server import open_page, serving
 from tests.llm2clip import embedding_models, tiny
 from tests.llm2clip.embedding_models import OTHER_LANGUAGES
 from tests.llm2clip.hub.conftest import consume, push_by_command
@@ -77,7 +78,7 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Known:
     fields |= {"visual_head": "gated", "feature_dropout": 0.2, "max_steps": 3, "save_strategy": "no"}
     # The check of other versions bounds logits, whose rounding grows with the scale.
     fields |= {"logit_scale_init_value": 0.0}
-    run_stage2.run(build_config(Stage2Config, fields))
+    run_stage2.run(build_config(Stage2Recipe, fields))
     assert cli.main(["build", str(folder / "trained"), str(folder / "built")]) == 0
     rows = datasets.load_dataset("parquet", data_files=f"{tiny.CONCEPTS}/test.parquet", split="train")
     rows = rows.select(range(NUM_PICTURES))
@@ -202,17 +203,16 @@ def test_the_demo_shows_them(known: Known, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_served_demo_answers_with_them(known: Known, tmp_path: Path) -> None:
-    client = pytest.importorskip("gradio_client")
+def test_the_served_demo_answers_with_them(known: Known, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ("demo", "--model", known.folder, "--data", known.pictures[0].parent, "--split", "train")
     with serving("-m", "llm2clip", *arguments, folder=tmp_path) as address:
-        page = client.Client(address, download_files=tmp_path / "answers", verbose=False)
+        page = open_page(address, tmp_path, monkeypatch)
         for caption, cosines in zip(CAPTIONS, known.text @ known.image.T, strict=True):
             found = page.predict(caption, api_name="/search")["value"]
             best = cosines.sort(descending=True).values.tolist()
             assert [entry["caption"].split()[0] for entry in found] == [f"{score:.2f}" for score in best]
         labels = "\n".join(CAPTIONS)
-        picture = client.handle_file(str(known.pictures[2]))
+        picture = handle_file(str(known.pictures[2]))
         found = page.predict(picture, labels, "{}", api_name="/classify")["confidences"]
     expected = dict(zip(CAPTIONS, known.logits[2].softmax(dim=-1).tolist(), strict=True))
     assert {entry["label"]: entry["confidence"] for entry in found} == pytest.approx(expected, abs=1e-4)

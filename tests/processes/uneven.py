@@ -15,18 +15,18 @@ from llm2clip.encoders import embed
 from llm2clip.evaluation import evaluate
 from llm2clip.evaluation.evaluate_config import EvaluateConfig
 from llm2clip.trainers import run_mntp, run_stage1, run_stage2
-from llm2clip.trainers.mntp_config import MNTPConfig
-from llm2clip.trainers.stage1_config import Stage1Config
-from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.trainers.mntp_config import MNTPRecipe
+from llm2clip.trainers.stage1_config import Stage1Recipe
+from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.processes import leave_process_group, process_state
 from llm2clip.utils.settings import build_config
 
 # After these a case hangs.
 SECONDS = 60
 COMMANDS: dict[str, Any] = {
-    "stage1": (run_stage1, Stage1Config),
-    "mntp": (run_mntp, MNTPConfig),
-    "stage2": (run_stage2, Stage2Config),
+    "stage1": (run_stage1, Stage1Recipe),
+    "mntp": (run_mntp, MNTPRecipe),
+    "stage2": (run_stage2, Stage2Recipe),
     "embed": (embed, embed.EmbedConfig),
     "evaluate": (evaluate, EvaluateConfig),
 }

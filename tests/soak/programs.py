@@ -17,7 +17,7 @@ from transformers import AutoProcessor
 from llm2clip import LLM2CLIPModel
 from llm2clip.search.image_index import ImageIndex
 from llm2clip.trainers import run_stage2
-from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.settings import build_config
 from tests.soak.measure import Soak
 
@@ -72,7 +72,7 @@ def search(index: str) -> Soak:
 
 def loader(recipe: str) -> Soak:
     """The batches that the steps of stage 2 get, epoch after epoch."""
-    config = build_config(Stage2Config, json.loads(Path(recipe).read_text()))
+    config = build_config(Stage2Recipe, json.loads(Path(recipe).read_text()))
     batches = _batches(run_stage2.build_trainer(config))
     return Soak.of(lambda number: next(batches), STEPS, STEPS_WARM_UP)
 

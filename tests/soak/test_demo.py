@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from gradio_client import handle_file
 
-from tests.examples.server import served
+from tests.examples.server import open_page, served
 from tests.modeling_llm2clip import tiny
 from tests.soak.measure import Soak, cycle
 
@@ -19,8 +20,7 @@ REQUESTS, WARM_UP = 500, 100
 CAPTIONS = [f"picture {number} of a dog" for number in range(7)]
 
 
-def test_five_hundred_requests_hold_nothing(tmp_path: Path) -> None:
-    gradio_client = pytest.importorskip("gradio_client")
+def test_five_hundred_requests_hold_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     tiny.save(tmp_path / "model")
     pictures = [tmp_path / "pictures" / f"{number}.png" for number in range(5)]
@@ -31,8 +31,8 @@ def test_five_hundred_requests_hold_nothing(tmp_path: Path) -> None:
     (pictures[0].parent / "metadata.jsonl").write_text("\n".join(lines))
     arguments = ("demo", "--model", tmp_path / "model", "--data", pictures[0].parent, "--split", "train")
     with served("-m", "llm2clip", *arguments, folder=tmp_path) as (address, process):
-        page = gradio_client.Client(address, download_files=tmp_path / "answers", verbose=False)
-        files = [gradio_client.handle_file(str(path)) for path in pictures]
+        page = open_page(address, tmp_path, monkeypatch)
+        files = [handle_file(str(path)) for path in pictures]
 
         def request(number: int) -> Any:
             caption, file = cycle(CAPTIONS)(number), cycle(files)(number)

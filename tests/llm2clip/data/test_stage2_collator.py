@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,15 @@ def test_rows_that_cannot_be_used_are_an_error_or_skipped() -> None:
     batch = Stage2Collator(processor=processor(), on_error="skip")(rows)
     assert len(batch["pixel_values"]) == len(batch["input_ids"]) == 1
     assert [key for key, _ in batch["skipped"]] == ["k1", "k3"]
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_a_caption_is_hashed_once(on_error: Any, cache: EmbeddingCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples, hashed, blake2b = [_sample("bb"), _sample("a"), _sample("ccc")], [], hashlib.blake2b
+    monkeypatch.setattr(hashlib, "blake2b", lambda text, **size: (hashed.append(text), blake2b(text, **size))[1])
+    batch = Stage2Collator(cache, on_error=on_error)(samples)
+    assert hashed == [b"bb", b"a", b"ccc"]
+    torch.testing.assert_close(batch["llm_embeds"].float(), embed(["bb", "a", "ccc"]), atol=2e-3, rtol=2e-3)
 
 
 def test_a_caption_missing_from_the_cache_is_an_error_or_skipped(cache: EmbeddingCache) -> None:

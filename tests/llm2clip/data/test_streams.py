@@ -19,7 +19,7 @@ from llm2clip.data.opened_table import SourceError
 from llm2clip.data.shard_rows import ShardRows
 from llm2clip.data.stream_order import Lanes
 from llm2clip.data.streams import SampleStream, share_of_files, shuffled
-from llm2clip.trainers.row_counts import count_stream
+from llm2clip.trainers.stage2_data import count_stream
 from tests.modeling_llm2clip import tiny
 from tests.tars import write_tar
 

@@ -17,8 +17,8 @@ from llm2clip.encoders import embed
 from llm2clip.encoders.cache_of_model import open_cache_of_model
 from llm2clip.store import EmbeddingCache, StoreMismatchError
 from llm2clip.trainers import run_stage1, run_stage2
-from llm2clip.trainers.stage1_config import Stage1Config
-from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.trainers.stage1_config import Stage1Recipe
+from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.settings import build_config
 from llm2clip.utils.towers import describe_text_tower, open_text_tower
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPTextModel
@@ -41,12 +41,12 @@ def test_stage_1_with_an_adapter_then_embed_then_stage_2(
     fields = tiny.stage1_fields(Path(text), getattr(inputs, start))
     unset = dict.fromkeys(("prompt_prefix", "prompt_suffix", "max_text_length")) if start == "text" else {}
     fields |= {**unset, "save_format": "adapter", "max_steps": 2, "save_strategy": "no", "dtype": dtype}
-    run_stage1.run(build_config(Stage1Config, fields))
+    run_stage1.run(build_config(Stage1Recipe, fields))
     sources = [tiny.concepts(), tiny.concepts("validation", max_samples=40)]
     settings = {"text_model_name_or_path": text, "output_dir": cache, "sources": sources}
     embed.run(embed.EmbedConfig(**settings))
     fields = tiny.stage2_fields(tmp_path / "out", inputs.vision, text, cache)
-    run_stage2.run(build_config(Stage2Config, fields | {"max_steps": 1, "save_strategy": "no"}))
+    run_stage2.run(build_config(Stage2Recipe, fields | {"max_steps": 1, "save_strategy": "no"}))
     saved = json.loads((tmp_path / "out" / "config.json").read_text())
     assert saved["text_model_fingerprint"] == EmbeddingCache.open(cache).manifest.fingerprint
 
@@ -57,7 +57,7 @@ def test_a_plain_llm_has_the_prompt_that_its_cache_was_made_with(inputs: Inputs,
     settings = {"text_model_name_or_path": inputs.llm, "output_dir": str(tmp_path / "cache"), "sources": sources}
     embed.run(embed.EmbedConfig(**settings, **prompt))
     fields = tiny.stage2_fields(tmp_path / "out", inputs.vision, inputs.llm, str(tmp_path / "cache"))
-    run_stage2.run(build_config(Stage2Config, fields | {"max_steps": 1, "save_strategy": "no", "eval_sources": {}}))
+    run_stage2.run(build_config(Stage2Recipe, fields | {"max_steps": 1, "save_strategy": "no", "eval_sources": {}}))
     model = LLM2CLIPModel.from_pretrained(tmp_path / "out")
     assert {name: getattr(model.config.text_config, name) for name in prompt} == prompt
     captions = ["a dog", "two cats"]
@@ -120,7 +120,7 @@ def test_stage_2_does_not_load_a_plain_llm_to_learn_its_fingerprint(
     fields = tiny.stage2_fields(tmp_path, inputs.vision, inputs.llm, inputs.cache)
     for name in ("from_pretrained", "from_decoder"):
         monkeypatch.setattr(LLM2CLIPTextModel, name, None)
-    model, _ = run_stage2.load_model(build_config(Stage2Config, fields))
+    model, _ = run_stage2.load_model(build_config(Stage2Recipe, fields))
     assert model.config.text_model_fingerprint == expected
 
 
@@ -131,7 +131,7 @@ def test_a_cache_of_another_tokenizer_is_refused(inputs: Inputs, tmp_path: Path)
     tokenizer.save_pretrained(tmp_path / "text")
     fields = tiny.stage2_fields(tmp_path / "out", inputs.vision, str(tmp_path / "text"), inputs.cache)
     with pytest.raises(StoreMismatchError, match=r"was made with the tokenizer .* the tokenizer in use is"):
-        run_stage2.run(build_config(Stage2Config, fields))
+        run_stage2.run(build_config(Stage2Recipe, fields))
 
 
 def test_the_rotary_base_of_the_decoder_counts(inputs: Inputs, tmp_path: Path) -> None:

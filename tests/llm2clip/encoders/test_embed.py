@@ -68,8 +68,8 @@ def test_captions_are_tokenised_once(inputs: Inputs, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(type(tokenizer), "__call__", counting)
     texts = [f"a dog {number}" for number in range(40)]
-    embedder = OurEncoder(model, tokenizer)
-    embed_into_cache(texts, embedder, str(tmp_path), "tower", EmbedConfig(), process_state())
+    encoder = OurEncoder(model, tokenizer)
+    embed_into_cache(texts, encoder, str(tmp_path), "tower", EmbedConfig(), process_state())
     assert [text for text in seen if text] == texts
 
 
@@ -117,8 +117,8 @@ def test_weights_and_embeddings_have_the_mode_of_the_umask(inputs: Inputs, tmp_p
         adapted.save_pretrained(tmp_path / "b")
         adapted.merge_adapter()
         adapted.save_pretrained(tmp_path / "c")
-        embedder = OurEncoder(model, tokenizer)
-        embed_into_cache(["a dog"], embedder, str(tmp_path / "d"), "tower", EmbedConfig(), process_state())
+        encoder = OurEncoder(model, tokenizer)
+        embed_into_cache(["a dog"], encoder, str(tmp_path / "d"), "tower", EmbedConfig(), process_state())
     finally:
         os.umask(mask)
     files = sorted(tmp_path.rglob("*.safetensors"))

@@ -9,6 +9,7 @@ import pytest
 from llm2clip.data import CaptionSource
 from llm2clip.data.shards import ShardedSource
 from llm2clip.data.sidecars import SourceSidecars, row_range
+from llm2clip.store import manifest
 from llm2clip.store.manifest import MissingCaptionError, StoreManifest
 from llm2clip.verification import verify
 from tests.llm2clip.encoders.shards import Counting, embed, write_groups
@@ -53,6 +54,23 @@ def test_a_large_parquet_file_is_embedded_in_parts(tmp_path: Path) -> None:
         embed(source, out, part_rows=9)
     # What was embedded whole stays whole.
     assert embed(source, tmp_path / "whole", part_rows=6).done_before == 3
+
+
+def test_a_manifest_is_read_once_to_check_and_once_to_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_groups(tmp_path / "large.parquet", [3, 3, 3])
+    write_groups(tmp_path / "small.parquet", [2])
+    source = CaptionSource(str(tmp_path), streaming=True)
+    embed(source, None, part_rows=3)
+    sidecars = SourceSidecars(tmp_path, ShardedSource(source).shards)
+    opened: list[str] = []
+    read = manifest.read_json
+    monkeypatch.setattr(manifest, "read_json", lambda path: (read(path), opened.append(path.name))[0])
+    names = ["large.00000000-00000003", "large.00000003-00000006", "large.00000006-00000009", "small"]
+    sidecars.check(["caption"])
+    assert sorted(opened) == [f"{name}.emb.manifest" for name in names]
+    opened.clear()
+    sidecars.open(0)
+    assert sorted(opened) == [f"{name}.emb.manifest" for name in names[:3]]
 
 
 def test_verify_knows_the_parts_of_a_file(tmp_path: Path) -> None:

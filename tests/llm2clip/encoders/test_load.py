@@ -85,21 +85,23 @@ def test_an_embedding_that_is_not_finite_is_an_error_or_has_a_reason(saved_model
     encoder = OurEncoder(half, tiny.processor().image_processor)
     images = ImageList([*pictures(1), b"no image", *pictures(1)])
     with pytest.raises(NonFiniteError, match=r"2 of 2 images are NaN or infinite: 0, 2\. A model gives such values"):
-        encoder.encode_rows(images, range(3), on_error="skip", on_not_finite="raise")
+        encoder.encode_image_rows(images, range(3), on_error="skip", on_not_finite="raise")
     with pytest.raises(NonFiniteError, match="1 of 1 images are NaN or infinite: 0"):
         embed_images(pictures(1), half, tiny.processor())
-    found = encoder.encode_rows(ImageList(pictures(1)), [0], on_error="skip")
+    with pytest.raises(NonFiniteError, match="1 of 1 images are NaN or infinite: an upload"):
+        encoder.encode_image(pictures(1)[0], names=["an upload"])
+    found = encoder.encode_image_rows(ImageList(pictures(1)), [0], on_error="skip")
     assert found.reasons == ["the model's embedding of it is not finite"]
 
 
 def test_rows_are_embedded_in_parts_without_the_skipped_ones(saved_model: Path) -> None:
     images = ImageList([*pictures(3), b"no image", *pictures(2)])
     encoder = OurEncoder.load(str(saved_model))
-    parts = list(encoder.encode_parts(images, range(5, -1, -1), batch_size=2, part_size=4, on_error="skip"))
+    parts = list(encoder.encode_image_parts(images, range(5, -1, -1), batch_size=2, part_size=4, on_error="skip"))
     assert [part.rows for part in parts] == [[5, 4, 3, 2], [1, 0]]
     assert [reason is None for reason in parts[0].reasons] == [True, True, False, True]
     assert not parts[0].embeds[2].any()
-    whole = encoder.encode_rows(images, [0, 2])
+    whole = encoder.encode_image_rows(images, [0, 2])
     torch.testing.assert_close(whole.embeds[1], parts[0].embeds[3])
     assert whole.embeds.shape == (2, encoder.width)
 

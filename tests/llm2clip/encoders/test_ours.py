@@ -31,14 +31,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_images_and_texts_are_those_of_the_embedders(folder: Path) -> None:
+def test_images_and_texts_are_those_of_the_public_functions(folder: Path) -> None:
     encoder = load_encoder(str(folder))
     inputs = stacked(pickle.loads(pickle.dumps(encoder)), IMAGES)
     expected = embed_images(IMAGES, str(folder), show_progress_bar=False)
     torch.testing.assert_close(encoder.forward_images(inputs), expected, atol=1e-6, rtol=0)
-    embedder = OurEncoder.load(str(folder))
     texts = [TEXTS[row] for row in KEPT]
-    torch.testing.assert_close(encoder.encode_text(TEXTS)[KEPT], embedder.embed(texts), atol=1e-6, rtol=0)
+    expected = OurEncoder.load(str(folder)).embed(texts)
+    torch.testing.assert_close(encoder.encode_text(TEXTS)[KEPT], expected, atol=1e-6, rtol=0)
     pixels = AutoImageProcessor.from_pretrained(folder)(
         [image.convert("RGB") for image in IMAGES[:2]], return_tensors="pt"
     )
@@ -69,13 +69,13 @@ def test_an_empty_text_is_the_pooled_suffix(folder: Path) -> None:
 def test_an_empty_text_without_suffix_is_what_remains(prefix: str) -> None:
     tokenizer, num_prefix_tokens = with_prompt(tiny.plain_tokenizer(), prefix, "", max_length=64)
     text = tiny.text_config(prompt_prefix=prefix, prompt_suffix="", num_prefix_tokens=num_prefix_tokens)
-    embedder = OurEncoder(tiny.joint_model(text=text), tokenizer)
-    found = embedder.embed_empty()
+    encoder = OurEncoder(tiny.joint_model(text=text), tokenizer)
+    found = encoder.embed_empty()
     assert found.isfinite().all()
     ids = torch.tensor([tokenizer("")["input_ids"]])
     assert ids.shape[1] == num_prefix_tokens
     with torch.no_grad():
-        expected = embedder.model.get_text_features(input_ids=ids, pooling_mask=torch.ones_like(ids)).pooler_output
+        expected = encoder.model.get_text_features(input_ids=ids, pooling_mask=torch.ones_like(ids)).pooler_output
     torch.testing.assert_close(found, normalize(expected, dim=-1), atol=1e-6, rtol=0)
 
 

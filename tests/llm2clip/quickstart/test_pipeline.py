@@ -310,10 +310,7 @@ def test_missing_splits_are_held_out_and_a_single_caption_column_gives_no_pairs(
     assert len(two.pair_sources()) == 2
 
 
-def test_an_interrupted_stage_with_other_settings_continues_only_on_request(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The ledger knows the profile, not the place of the folder, which moves here between the two runs."""
+def test_an_interrupted_stage_continues_in_a_moved_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage1 = {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 8, "lora_rank": 2, "use_cpu": True}
     profile = tmp_path / "tiny.yaml"
     profile.write_text(yaml.safe_dump({**PROFILE, "stage1": stage1 | {"prompt_prefix": "caption: "}}))
@@ -332,9 +329,8 @@ def test_an_interrupted_stage_with_other_settings_continues_only_on_request(
         with pytest.raises(ValueError, match="after stage 1"):
             cli.main(command({**options, "output_dir": tmp_path / "first"}))
     (tmp_path / "first").rename(tmp_path / "second")
-    options["output_dir"] = tmp_path / "second"
     monkeypatch.setattr(text_steps, "_embed", stop)
-    with pytest.raises(ValueError, match="--resume-anyway"):
-        cli.main(command(options))
     with pytest.raises(ValueError, match="after stage 1"):
-        cli.main(command({**options, "resume_anyway": "true"}))
+        cli.main(command({**options, "output_dir": tmp_path / "second"}))
+    assert "continuing an interrupted run" in (tmp_path / "second" / "log.txt").read_text()
+    assert (tmp_path / "second" / "stage1" / "model.safetensors").is_file()

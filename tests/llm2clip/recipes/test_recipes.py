@@ -12,9 +12,9 @@ from accelerate.commands.launch import launch_command_parser
 from llm2clip.cli import COMMANDS
 from llm2clip.quickstart.config import PROFILES
 from llm2clip.recipes import find_recipe, load_recipe
-from llm2clip.trainers.stage1_config import Stage1Config
-from llm2clip.trainers.stage2_config import Stage2Config
-from llm2clip.trainers.warm_start import first_part
+from llm2clip.trainers.freezing import first_part
+from llm2clip.trainers.stage1_config import Stage1Recipe
+from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.settings import build_config
 
 RECIPES = sorted(Path(str(resources.files("llm2clip.recipes"))).glob("*.yaml"))
@@ -45,11 +45,11 @@ def test_every_packaged_recipe_builds_its_settings(path: Path) -> None:
         stage1, stage2 = (
             {name: value for name, value in fields[part].items() if value != "auto"} for part in ("stage1", "stage2")
         )
-        build_config(Stage1Config, {**stage1, "use_cpu": True}, str(path))
+        build_config(Stage1Recipe, {**stage1, "use_cpu": True}, str(path))
         stage2 |= fields.get("unfrozen", {})
         stage2.pop("caption_weights", None)
         both = {**stage2, "embedding_cache": "x", "use_cpu": True, "warm_start": fields["frozen"]}
-        assert first_part(build_config(Stage2Config, both, str(path))).freeze_vision == "all"
+        assert first_part(build_config(Stage2Recipe, both, str(path))).freeze_vision == "all"
         return
     command = COMMANDS[stage]
     config_class = getattr(import_module(command.module), command.config)

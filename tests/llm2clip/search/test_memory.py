@@ -67,18 +67,18 @@ def _memory(process: psutil.Process) -> int:
 
 def pretend_embedded(folder: Path, model: Path, output: Path, count: int) -> None:
     """Write what a run that was killed after `count` pictures leaves, with random embeddings."""
-    images, embedder = FolderImages(folder), OurEncoder.load(str(model))
+    images, encoder = FolderImages(folder), OurEncoder.load(str(model))
     manifest = IndexManifest(
         model=str(model),
         revision=None,
-        vision_fingerprint=embedder.image_fingerprint(),
-        width=embedder.width,
+        vision_fingerprint=encoder.image_fingerprint(),
+        width=encoder.width,
         dtype="float16",
         source=images.source,
         index={},
     )
     store, generator = LanceStore(output), np.random.default_rng(0)
-    kind = pa.list_(pa.float16(), embedder.width)
+    kind = pa.list_(pa.float16(), encoder.width)
     schema = pa.schema([*images.columns.items(), (REASON, pa.string()), (VECTOR, kind)])
     with store.lock():
         rows = store.create(manifest, schema)
@@ -86,7 +86,7 @@ def pretend_embedded(folder: Path, model: Path, output: Path, count: int) -> Non
             described = batch[: max(0, count)]
             count -= len(described)
             if len(described):
-                rows.append(with_random_embeddings(described, embedder.width, generator))
+                rows.append(with_random_embeddings(described, encoder.width, generator))
 
 
 def with_random_embeddings(described: pa.Table, width: int, generator: np.random.Generator) -> pa.Table:

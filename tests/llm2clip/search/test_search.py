@@ -73,11 +73,16 @@ def test_an_image_query_finds_its_image_without_loading_the_llm(
     def refuse(*arguments: Any, **options: Any) -> None:
         raise AssertionError("the LLM was built")
 
+    opened, image_open = [], Image.open
     monkeypatch.setattr(LLM2CLIPTextModel, "__init__", refuse)
+    monkeypatch.setattr(
+        Image, "open", lambda file, *more, **options: (opened.append(file), image_open(file, *more, **options))[1]
+    )
     (found,) = as_json(capsys, indexed, "--image", pictures / "a" / "07.png")
     assert found["results"][0]["key"] == "a/07.png"
     assert found["results"][0]["score"] == pytest.approx(1, abs=2e-3)
     assert len(found["results"]) == 10
+    assert len(opened) == 1, "an image query is decoded once"
 
 
 def test_texts_and_an_image_can_be_searched_together(

@@ -113,14 +113,14 @@ def test_embeddings_that_are_no_unit_vectors_are_a_fault(
     pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "index"
-    embed = OurEncoder.encode_parts
+    embed = OurEncoder.encode_image_parts
 
     def doubled(*arguments: Any, **settings: Any) -> Iterator[Any]:
         for part in embed(*arguments, **settings):
             yield part._replace(embeds=2 * part.embeds)
 
     with monkeypatch.context() as patch:
-        patch.setattr(OurEncoder, "encode_parts", doubled)
+        patch.setattr(OurEncoder, "encode_image_parts", doubled)
         index(pictures, model[0], output)
     assert [fault.what for fault in verify_index(output).faults] == [
         f"12 embeddings of the index {output} are no unit vectors"

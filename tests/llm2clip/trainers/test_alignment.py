@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoProcessor
 from llm2clip.trainers import run_stage2
 from llm2clip.trainers.alignment import linear_maps
 from llm2clip.trainers.closed_form import closed_form_alignment
-from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.trainers.stage2_trainer import Stage2Trainer
 from llm2clip.utils.files import read_json
 from llm2clip.utils.settings import build_config
@@ -24,12 +24,12 @@ from tests.llm2clip.conftest import Inputs
 TRAINING = ("learning_rate", "max_steps", "per_device_train_batch_size", "warmup_steps")
 
 
-def settings(folder: Path, inputs: Inputs, alignment: str, **changes: Any) -> Stage2Config:
+def settings(folder: Path, inputs: Inputs, alignment: str, **changes: Any) -> Stage2Recipe:
     fields = tiny.stage2_fields(folder, inputs.vision, inputs.text, inputs.cache)
     fields |= {"freeze_vision": "all", "vision_pooling": "cls_mean", "projection_dim": None, "alignment": alignment}
     if alignment == "closed_form":
         fields = {name: value for name, value in fields.items() if name not in TRAINING}
-    return build_config(Stage2Config, {**fields, **changes})
+    return build_config(Stage2Recipe, {**fields, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,9 @@ def test_the_model_has_the_maps_of_its_training_pairs(solved: Path, inputs: Inpu
     assert model.config.projection_dim == metrics["closed_form_width"]
     assert (model.config.visual_head, model.config.text_head) == ("linear", "linear")
     config = settings(tmp_path / "again", inputs, "closed_form", feature_cache=str(solved / "vision_features"))
-    dataset: Any = run_stage2.build_trainer(config).train_dataset
+    trainer = run_stage2.build_trainer(config)
+    trainer.store_rows()
+    dataset: Any = trainer.train_dataset
     samples, captions, weights = dataset.pairs()
     images = dataset.features.read(dataset.image_rows[samples]).float()
     texts = dataset.cache.read(captions, torch.float32)
@@ -85,7 +87,7 @@ def test_given_ridge_and_width_are_used(inputs: Inputs, tmp_path: Path, standard
     if not standardized:
         trainer.model.visual_standardization = None
         trainer.model.config.standardize_vision = False
-    metrics = trainer.fit(None)
+    metrics = trainer.fit()
     assert (metrics["closed_form_ridge"], metrics["closed_form_width"]) == (2.0, 5.0)
     dataset: Any = trainer.train_dataset
     samples, captions, weights = dataset.pairs()
@@ -109,7 +111,7 @@ def test_what_is_trained_on_top_leaves_the_maps(inputs: Inputs, tmp_path: Path) 
         return found
 
     trainer.initialize_weights = record  # type: ignore[method-assign]
-    trainer.fit(None)
+    trainer.fit()
     history = read_json(Path(config.output_dir) / "trainer_state.json")["log_history"]
     assert [entry["closed_form_ridge"] for entry in history if "closed_form_ridge" in entry] == [0.3]
     model: Any = LLM2CLIPModel.from_pretrained(config.output_dir, text_model=False)
@@ -147,7 +149,7 @@ def test_a_resumed_run_equals_an_unbroken_one(inputs: Inputs, tmp_path: Path) ->
 def test_a_warm_start_in_closed_form_continues_with_its_heads(inputs: Inputs, tmp_path: Path) -> None:
     fields = tiny.stage2_fields(tmp_path / "run", inputs.vision, inputs.text, inputs.cache)
     fields |= {"vision_pooling": "cls_mean", "max_steps": 2, "warm_start": {"alignment": "closed_form"}}
-    run_stage2.run(build_config(Stage2Config, fields))
+    run_stage2.run(build_config(Stage2Recipe, fields))
     first: Any = LLM2CLIPModel.from_pretrained(tmp_path / "run" / "warm_start", text_model=False)
     last: Any = LLM2CLIPModel.from_pretrained(tmp_path / "run", text_model=False)
     assert first.config.projection_dim == last.config.projection_dim == 24
@@ -176,8 +178,8 @@ def test_settings_without_effect_are_refused(
 def test_a_trainer_without_stored_features_refuses_a_closed_form(inputs: Inputs, tmp_path: Path) -> None:
     config = settings(tmp_path / "run", inputs, "closed_form")
     model, processor = run_stage2.load_model(config)
-    with pytest.raises(ValueError, match="alignment: closed_form needs stored features of frozen towers"):
+    with pytest.raises(ValueError, match="alignment needs a train_dataset whose images can be stored"):
         Stage2Trainer(model=model, args=config, train_dataset=[{"caption": "x"}], processing_class=processor)
     config.alignment, config.feature_dtype = "train", "bfloat16"
-    with pytest.raises(ValueError, match="feature_dtype: bfloat16 needs stored features"):
+    with pytest.raises(ValueError, match="feature_dtype needs a train_dataset whose images can be stored"):
         Stage2Trainer(model=model, args=config, train_dataset=[{"caption": "x"}], processing_class=processor)

@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoProcessor
 
 from llm2clip.trainers import run_stage2
 from llm2clip.trainers.bundling import bundle_text_model
-from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from tests.llm2clip import tiny
@@ -45,7 +45,7 @@ dist.destroy_process_group()
 def run(folder: Path, inputs: Inputs) -> None:
     fields = tiny.stage2_fields(folder, inputs.vision, inputs.text, inputs.cache)
     fields |= {"bundle_text_model": True, "max_steps": 1, "save_strategy": "no"}
-    run_stage2.run(build_config(Stage2Config, fields))
+    run_stage2.run(build_config(Stage2Recipe, fields))
 
 
 def test_the_llm_is_loaded_on_the_cpu_after_everything_else_is_saved(

@@ -16,9 +16,8 @@ from transformers import AutoTokenizer
 
 from llm2clip.trainers import checkpoints, run_stage1
 from llm2clip.trainers.checkpoints import SETTINGS, finish_checkpoint, last_checkpoint
-from llm2clip.trainers.elastic import keep_global_batch
-from llm2clip.trainers.run_folder import stage_command
-from llm2clip.trainers.stage1_config import Stage1Config
+from llm2clip.trainers.run_context import RunContext, keep_global_batch, stage_command
+from llm2clip.trainers.stage1_config import Stage1Recipe
 from llm2clip.trainers.stage1_trainer import Stage1Trainer
 from llm2clip.utils import locks, manifests
 from llm2clip.utils.files import read_json, sha256
@@ -46,14 +45,14 @@ def save(folder: Path, step: int, limit: int | None = None) -> Path:
     return checkpoint
 
 
-def settings(folder: Path, llm: str = "llm", **changes: Any) -> Stage1Config:
-    return build_config(Stage1Config, {**tiny.stage1_fields(folder, llm), **changes})
+def settings(folder: Path, llm: str = "llm", **changes: Any) -> Stage1Recipe:
+    return build_config(Stage1Recipe, {**tiny.stage1_fields(folder, llm), **changes})
 
 
 @stage_command()
-def start(config: Any, checkpoint: str | None) -> str | None:
+def start(config: Any, context: RunContext) -> str | None:
     """The command of a stage that only tells where it starts."""
-    return checkpoint
+    return None if context.checkpoint is None else str(context.checkpoint)
 
 
 def steps(folder: Path) -> list[int]:
@@ -106,12 +105,11 @@ def test_a_checkpoint_with_a_flipped_bit_is_passed_over(
     assert start(settings(tmp_path), resume=True) == str(damaged)
 
 
-def test_the_command_and_its_trainer_read_a_checkpoint_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 3)
     read: list[str] = []
     monkeypatch.setattr(manifests, "sha256", lambda path: read.append(path.name) or sha256(path))
-    for _ in range(2):
-        start(settings(tmp_path), resume=True)
+    start(settings(tmp_path), resume=True)
     start(settings(tmp_path / "other"), resume=False)  # nothing is read where nothing is resumed
     assert sorted(name for name in read if name != SETTINGS) == sorted(FILES)  # and a finished run lists its settings
 
@@ -186,7 +184,7 @@ def stage1_trainer(inputs: Inputs, folder: Path, rows: Any = PAIRS, **changes: A
     fields = {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 4, "logging_steps": 1, **changes}
     return Stage1Trainer(
         model=LLM2CLIPTextModel.from_pretrained(inputs.text),
-        args=Stage1Config(output_dir=str(folder), report_to="none", use_cpu=True, **fields),
+        args=Stage1Recipe(output_dir=str(folder), report_to="none", use_cpu=True, **fields),
         train_dataset=rows,
         processing_class=AutoTokenizer.from_pretrained(inputs.text),
     )

@@ -16,9 +16,9 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from torch import Tensor, nn
 
-from llm2clip.trainers.run_text_tower import add_lora
+from llm2clip.trainers.lora import add_lora
 from llm2clip.trainers.sharding import give_scalars_a_dimension, with_scalars
-from llm2clip.trainers.stage1_config import Stage1Config
+from llm2clip.trainers.stage1_config import Stage1Recipe
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
@@ -133,7 +133,7 @@ def test_fsdp_finds_the_layers_of_every_tower(inputs: Inputs, tmp_path: Path, mo
     text = LLM2CLIPTextModel.from_pretrained(inputs.text)
     layers = text.config.decoder_config.num_hidden_layers
     assert wrapped(text) == ["LlamaDecoderLayer"] * layers
-    add_lora(text, Stage1Config(output_dir=str(tmp_path), model_name_or_path=inputs.text, lora_rank=4))
+    add_lora(text, Stage1Recipe(output_dir=str(tmp_path), model_name_or_path=inputs.text, lora_rank=4))
     assert wrapped(text) == ["LlamaDecoderLayer"] * layers
     joint = LLM2CLIPModel.from_pretrained(joint_model(inputs, tmp_path / "model"), text_model=False)
     assert wrapped(joint) == ["EVA02Block"] * joint.config.vision_config.num_hidden_layers

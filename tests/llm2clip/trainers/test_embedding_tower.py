@@ -15,9 +15,9 @@ from llm2clip import cli, embed_captions
 from llm2clip.encoders import embed
 from llm2clip.store import EmbeddingCache
 from llm2clip.trainers import run_mntp, run_stage1, run_stage2
-from llm2clip.trainers.mntp_config import MNTPConfig
-from llm2clip.trainers.stage1_config import Stage1Config
-from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.trainers.mntp_config import MNTPRecipe
+from llm2clip.trainers.stage1_config import Stage1Recipe
+from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.settings import build_config
 from llm2clip.utils.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor, LLM2CLIPTextModel
@@ -49,7 +49,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     embed.run(build_config(embed.EmbedConfig, fields))
     vision = tiny.save_vision_tower(folder / "vision")
     fields = tiny.stage2_fields(folder / "joint", vision, text, str(folder / "cache"))
-    run_stage2.run(build_config(Stage2Config, fields | {"max_steps": 2, "save_strategy": "no"}))
+    run_stage2.run(build_config(Stage2Recipe, fields | {"max_steps": 2, "save_strategy": "no"}))
     return Trained(reference, text, folder / "cache", folder / "joint")
 
 
@@ -114,8 +114,8 @@ def test_stage1_trains_lora_on_an_encoder_with_dense_layers(save_format: str, tm
         fields.pop(name, None)
     fields |= {"max_steps": 2, "save_strategy": "no", "save_format": save_format}
     with pytest.raises(ValueError, match=r"lora_target_modules .* do not fit .*T5EncoderModel.*all-linear"):
-        run_stage1.run(build_config(Stage1Config, fields))
-    run_stage1.run(build_config(Stage1Config, fields | {"lora_target_modules": ["all-linear"]}))
+        run_stage1.run(build_config(Stage1Recipe, fields))
+    run_stage1.run(build_config(Stage1Recipe, fields | {"lora_target_modules": ["all-linear"]}))
     before, tokenizer = open_text_tower(text)
     after, saved = open_text_tower(str(tmp_path / "out"))
     assert saved("a dog")["input_ids"] == tokenizer("a dog")["input_ids"]
@@ -132,4 +132,4 @@ def test_mntp_refuses_embedding_models(family: str, tmp_path: Path) -> None:
     embedding_models.save(tmp_path / "text", family)
     fields: dict[str, Any] = {"model_name_or_path": str(tmp_path / "text"), "output_dir": str(tmp_path / "out")}
     with pytest.raises(ValueError, match="is an embedding model of sentence-transformers, which is trained already"):
-        run_mntp.run(build_config(MNTPConfig, fields | {"sources": [tiny.concepts()], "use_cpu": True}))
+        run_mntp.run(build_config(MNTPRecipe, fields | {"sources": [tiny.concepts()], "use_cpu": True}))

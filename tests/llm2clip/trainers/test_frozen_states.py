@@ -15,10 +15,10 @@ from transformers import AutoImageProcessor, AutoModel
 from llm2clip.data import CaptionImageDataset, CaptionSource, EvalTransform
 from llm2clip.data.transforms import output_size
 from llm2clip.store import StoreDamagedError, building
-from llm2clip.trainers import frozen_states, run_stage2
+from llm2clip.trainers import freezing, run_stage2
 from llm2clip.trainers.frozen_layers import FrozenLayers
-from llm2clip.trainers.frozen_states import FrozenStatesDataset
-from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.trainers.stage2_config import Stage2Config, Stage2Recipe
+from llm2clip.trainers.stored_rows import FrozenStatesDataset
 from llm2clip.utils.settings import build_config
 from tests.damage import flip
 from tests.llm2clip import tiny
@@ -29,14 +29,16 @@ def build(inputs: Inputs, folder: Path, fields: dict[str, Any] | None = None, **
     source = CaptionSource.from_dict(fields or tiny.concepts(max_samples=16))
     processor = AutoImageProcessor.from_pretrained(inputs.vision)
     tower = AutoModel.from_pretrained(inputs.vision)
-    return FrozenStatesDataset(
-        captions=CaptionImageDataset(source, None, **options),
-        images=CaptionImageDataset(source, EvalTransform(processor), **options),
-        frozen=FrozenLayers(tower, 1, output_size(processor)),
-        image_processor=processor,
-        folder=folder,
-        batch_size=8,
+    args = Stage2Config(
+        output_dir=str(folder / "run"),
+        freeze_vision_layers=1,
+        frozen_states_dir=str(folder),
+        per_device_train_batch_size=1,
+        per_device_eval_batch_size=8,
+        **options,
     )
+    images = CaptionImageDataset(source, EvalTransform(processor), **options)
+    return freezing.store_states(args, FrozenLayers(tower, 1, output_size(processor)), processor, images)
 
 
 def states(dataset: FrozenStatesDataset) -> Tensor:
@@ -78,7 +80,7 @@ def test_two_runs_do_not_write_the_same_states(
 def test_an_interrupted_computation_goes_on_where_it_stopped(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(frozen_states, "SHARD_BYTES", 1)
+    monkeypatch.setattr(freezing, "SHARD_BYTES", 1)
     expected = states(build(inputs, tmp_path / "unbroken"))
     compute, calls = FrozenLayers.compute, []
 
@@ -151,5 +153,5 @@ def test_a_warm_up_without_training_is_refused_before_anything_is_computed(input
     folder = tmp_path / "states"
     changes = {"freeze_vision_layers": 1, "frozen_states_dir": str(folder), "warmup_steps": 6}
     with pytest.raises(ValueError, match="has 6 of 6 optimizer steps"):
-        run_stage2.run(build_config(Stage2Config, {**fields, **changes}))
+        run_stage2.run(build_config(Stage2Recipe, {**fields, **changes}))
     assert not folder.exists()

@@ -13,8 +13,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from llm2clip.losses import clip_loss
 from llm2clip.trainers import run_stage1, run_stage2
 from llm2clip.trainers.grad_cache import in_chunks
-from llm2clip.trainers.stage1_config import Stage1Config
-from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.trainers.stage1_config import Stage1Recipe
+from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.settings import build_config
 from modeling_llm2clip import EVA02VisionModel, LLM2CLIPModel, LLM2CLIPTextModel
 from tests.llm2clip import tiny
@@ -97,9 +97,9 @@ def fields_of(stage: str, folder: Path, inputs: Inputs) -> dict[str, Any]:
 
 def run(stage: str, fields: dict[str, Any]) -> dict[str, Tensor]:
     if stage == "stage1":
-        run_stage1.run(build_config(Stage1Config, fields))
+        run_stage1.run(build_config(Stage1Recipe, fields))
         return LLM2CLIPTextModel.from_pretrained(fields["output_dir"]).state_dict()
-    run_stage2.run(build_config(Stage2Config, fields))
+    run_stage2.run(build_config(Stage2Recipe, fields))
     return LLM2CLIPModel.from_pretrained(fields["output_dir"], text_model=False).state_dict()
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from llm2clip.data import SampleIndex
 from llm2clip.trainers import run_stage2
-from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.trainers.stage2_data import build_dataset
 from llm2clip.trainers.stage2_trainer import Stage2Trainer
 from llm2clip.utils.settings import build_config
@@ -27,10 +27,12 @@ def test_the_rows_of_a_step_come_from_one_source_or_from_all(frozen: bool, input
         sources = [tiny.concepts(max_samples=48), tiny.concepts("validation", max_samples=40)]
         fields = tiny.stage2_fields(tmp_path / mixing, inputs.vision, inputs.text, inputs.cache)
         states = {"freeze_vision_layers": 1, "frozen_states_dir": str(tmp_path / "states")} if frozen else {}
-        config = build_config(Stage2Config, {**fields, "sources": sources, "mixing": mixing, **states})
+        config = build_config(Stage2Recipe, {**fields, "sources": sources, "mixing": mixing, **states})
         model, processor = run_stage2.load_model(config)
-        dataset, _ = build_dataset(config, model, processor.image_processor)
-        trainer = Stage2Trainer(model=model, args=config, data_collator=list, train_dataset=dataset)
+        dataset = build_dataset(config, processor.image_processor)
+        trainer = Stage2Trainer(model, config, list, dataset, processing_class=processor)
+        trainer.store_rows()
+        dataset = trainer.train_dataset
         half = len(dataset.captions.tables[0]) if frozen else len(dataset.tables[0])
         first = {dataset[SampleIndex(0, index)]["key"] for index in range(half)}
         found[mixing] = [

@@ -12,9 +12,9 @@ from transformers import AutoTokenizer
 
 from llm2clip.data.sampling import SampleIndex
 from llm2clip.trainers import mntp_trainer, run_mntp, run_stage1
-from llm2clip.trainers.mntp_config import MNTPConfig
+from llm2clip.trainers.mntp_config import MNTPRecipe
 from llm2clip.trainers.mntp_data import MaskCollator, TokenBlocks
-from llm2clip.trainers.stage1_config import Stage1Config
+from llm2clip.trainers.stage1_config import Stage1Recipe
 from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPTextModel
 from tests.llm2clip import tiny
@@ -33,7 +33,7 @@ def fields(folder: Path, llm: str, **changes: Any) -> dict[str, Any]:
 
 
 def run(folder: Path, llm: str, resume: bool = False, **changes: Any) -> dict[str, Any]:
-    return run_mntp.run(build_config(MNTPConfig, fields(folder, llm, **changes)), resume=resume)
+    return run_mntp.run(build_config(MNTPRecipe, fields(folder, llm, **changes)), resume=resume)
 
 
 def test_result_is_a_text_tower_that_stage1_can_train(inputs: Inputs, tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_result_is_a_text_tower_that_stage1_can_train(inputs: Inputs, tmp_path: 
     assert all("proj" in name for name in changed)
     unset = {"prompt_prefix": None, "prompt_suffix": None, "max_text_length": None, "max_steps": 1}
     settings = {**tiny.stage1_fields(tmp_path / "stage1", str(tmp_path / "mntp")), **unset}
-    run_stage1.run(build_config(Stage1Config, settings))
+    run_stage1.run(build_config(Stage1Recipe, settings))
     assert (tmp_path / "stage1" / "model.safetensors").exists()
 
 
@@ -71,7 +71,7 @@ def test_resumed_run_equals_an_uninterrupted_run(inputs: Inputs, tmp_path: Path)
 
 
 def test_masks_depend_only_on_seed_and_sample(inputs: Inputs, tmp_path: Path) -> None:
-    config = build_config(MNTPConfig, fields(tmp_path, inputs.llm))
+    config = build_config(MNTPRecipe, fields(tmp_path, inputs.llm))
     tokenizer = AutoTokenizer.from_pretrained(inputs.llm)
     collate = MaskCollator(tokenizer, config)
     ids = tokenizer(["a small brown dog runs on the beach"] * 40)["input_ids"]
@@ -112,7 +112,7 @@ def test_a_trained_head_is_refused_where_its_embedding_is_divided(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mntp_trainer, "is_divided", lambda trainer: True)
-    model, args = LLM2CLIPTextModel.from_pretrained(inputs.text), MNTPConfig(output_dir=str(tmp_path))
+    model, args = LLM2CLIPTextModel.from_pretrained(inputs.text), MNTPRecipe(output_dir=str(tmp_path))
     head = torch.nn.Linear(model.config.hidden_size, 8, bias=False)
     with pytest.raises(ValueError, match="divide the token embedding"):
         mntp_trainer.MNTPTrainer(model=model, args=args, head=head)

@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from llm2clip import Stage2Config, Stage2Trainer
+from llm2clip import Stage2Trainer
 from llm2clip.data.table_identity import data_revision
 from llm2clip.trainers import model_card
+from llm2clip.trainers.stage2_config import Stage2Recipe
 from tests.llm2clip.trainers.test_plain_datasets import MapRows
 from tests.modeling_llm2clip import tiny
 
@@ -42,7 +43,7 @@ def test_training_does_not_wait_for_the_checksums_of_evaluation_data(
     torch.manual_seed(0)
     rows = [{"pixel_values": torch.randn(3, 28, 28), "llm_embeds": torch.randn(tiny.HIDDEN)} for _ in range(4)]
     fields = {"max_steps": 1, "per_device_train_batch_size": 4, "save_strategy": "no", "report_to": "none"}
-    args = Stage2Config(output_dir=str(tmp_path / "out"), eval_sources=sources, use_cpu=True, **fields)
+    args = Stage2Recipe(output_dir=str(tmp_path / "out"), eval_sources=sources, use_cpu=True, **fields)
     trainer = Stage2Trainer(model=tiny.joint_model(), args=args, train_dataset=MapRows(rows))
     trainer.add_callback(Signal(trained))
     trainer.train()

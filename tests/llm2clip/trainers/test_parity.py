@@ -17,9 +17,9 @@ from llm2clip.convert.original import from_original
 from llm2clip.data.sampling import EpochDataset, SampleIndex, SampleIndexBatchSampler
 from llm2clip.losses import hard_negative_info_nce
 from llm2clip.trainers.mntp_trainer import masked_next_token_loss
-from llm2clip.trainers.stage1_config import Stage1Config
+from llm2clip.trainers.stage1_config import Stage1Recipe
 from llm2clip.trainers.stage1_trainer import Stage1Trainer
-from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.trainers.stage2_trainer import Stage2Trainer
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from tests.golden import FOLDER, Golden, load_golden, optimizer_settings
@@ -48,7 +48,7 @@ def stage1_inputs(golden: Golden) -> dict[str, dict[str, Tensor]]:
 def test_stage1_loss_and_gradients(tmp_path: Path) -> None:
     golden = load_golden("supervised_step_a")
     model = LLM2CLIPTextModel.from_decoder(save_decoder(golden, tmp_path / "llm"), decoder_kwargs={"dtype": "float32"})
-    args = Stage1Config(output_dir=str(tmp_path / "out"), use_cpu=True, report_to="none")
+    args = Stage1Recipe(output_dir=str(tmp_path / "out"), use_cpu=True, report_to="none", lora_rank=0)
     trainer = Stage1Trainer(model=model, args=args)
     loss, embeds = trainer.compute_loss(model, stage1_inputs(golden), return_outputs=True)
     for role, name in (("anchor", "q"), ("positive", "d"), ("negative", "n")):
@@ -148,7 +148,7 @@ def test_six_optimizer_steps_of_stage2(tmp_path: Path) -> None:
     config, state = from_original(golden.group("state"), golden.meta["config"])
     model = LLM2CLIPModel(config, text_model=False)
     model.load_state_dict(state)
-    args = Stage2Config(
+    args = Stage2Recipe(
         output_dir=str(tmp_path),
         embedding_cache="not opened here",
         max_steps=len(golden["out/loss"]),

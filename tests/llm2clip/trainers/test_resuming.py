@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from llm2clip.trainers import run_stage1
-from llm2clip.trainers.stage1_config import Stage1Config
+from llm2clip.trainers.stage1_config import Stage1Recipe
 from llm2clip.utils.files import read_json
 from llm2clip.utils.settings import build_config
 from tests.llm2clip import tiny
@@ -19,7 +19,7 @@ WEIGHTS = "model.safetensors"
 
 def test_a_run_that_was_killed_while_it_saved_its_result_makes_no_further_step(inputs: Inputs, tmp_path: Path) -> None:
     changes = {"max_steps": 2, "save_steps": 2, "ema_half_life": 1.0}
-    config = build_config(Stage1Config, {**tiny.stage1_fields(tmp_path, inputs.llm), **changes})
+    config = build_config(Stage1Recipe, {**tiny.stage1_fields(tmp_path, inputs.llm), **changes})
     run_stage1.run(config)
     expected = load_file(tmp_path / WEIGHTS)
     (tmp_path / WEIGHTS).unlink()
@@ -35,7 +35,7 @@ def test_a_run_that_was_killed_while_it_saved_its_result_makes_no_further_step(i
 def test_a_resumed_run_logs_the_losses_of_an_unbroken_one(inputs: Inputs, tmp_path: Path) -> None:
     # The checkpoint is between two entries of the log, and some captions are longer than 20 tokens.
     changes = {"max_steps": 5, "save_steps": 3, "logging_steps": 2, "save_total_limit": 2, "max_text_length": 20}
-    config = build_config(Stage1Config, {**tiny.stage1_fields(tmp_path, inputs.llm), **changes})
+    config = build_config(Stage1Recipe, {**tiny.stage1_fields(tmp_path, inputs.llm), **changes})
     expected = run_stage1.run(config)
     history = read_json(tmp_path / "trainer_state.json")["log_history"]
     shutil.rmtree(tmp_path / "checkpoint-5")

@@ -11,7 +11,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Subset
 from transformers import LlamaForCausalLM
 
 from llm2clip.data import CaptionImageDataset, CaptionSource, PairDataset, PairSource
@@ -20,8 +19,9 @@ from llm2clip.data.table_identity import sampled_files_digest
 from llm2clip.data.transforms import EvalTransform
 from llm2clip.trainers import run_stage1
 from llm2clip.trainers.mntp_data import TokenBlocks
-from llm2clip.trainers.run_inputs import INPUTS_FILE, RunInputs, sampled_digest
-from llm2clip.trainers.stage1_config import Stage1Config
+from llm2clip.trainers.run_state import INPUTS, read_run_state
+from llm2clip.trainers.stage1_config import Stage1Recipe
+from llm2clip.trainers.text_tower_trainer import sampled_digest
 from llm2clip.utils.files import read_json
 from llm2clip.utils.settings import build_config
 from tests.llm2clip import tiny
@@ -38,7 +38,7 @@ def run(folder: Path, data: Path, llm: str, resume: bool = False, **changes: Any
     source = {"path": str(data), "anchor_column": "short", "positive_column": "long"}
     fields = {**tiny.stage1_fields(folder, llm), "sources": [source], "per_device_train_batch_size": 2}
     fields |= {"max_steps": 2, "save_steps": 1, "save_total_limit": 1, **changes}
-    run_stage1.run(build_config(Stage1Config, fields), resume)
+    run_stage1.run(build_config(Stage1Recipe, fields), resume)
 
 
 def pairs(path: Path) -> PairDataset:
@@ -88,7 +88,7 @@ def test_changed_data_is_refused_or_accepted(tmp_path: Path) -> None:
     llm, data, folder = tiny.save_llm(tmp_path / "llm"), tmp_path / "pairs.parquet", tmp_path / "run"
     tiny.write_text_pairs(data, 20)
     run(folder, data, llm)
-    before = read_json(folder / "checkpoint-2" / INPUTS_FILE)
+    before = read_run_state(folder / "checkpoint-2")[INPUTS]
     tiny.write_text_pairs(data, 24)
     with pytest.raises(
         ValueError, match=r"checkpoint-2 had other inputs \(rows of the training data: 20 -> 24; .*any"
@@ -97,9 +97,9 @@ def test_changed_data_is_refused_or_accepted(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="started with other settings"):
         run(folder, data, llm, resume=True, max_steps=3)
     run(folder, data, llm, resume=True, max_steps=3, resume_anyway=True)
-    after = read_json(folder / "checkpoint-3" / INPUTS_FILE)
+    after = read_run_state(folder / "checkpoint-3")[INPUTS]
     assert before.keys() == after.keys()
-    assert [name for name in before if before[name] == after[name]] == ["frozen weights"]
+    assert [name for name in before if before[name] == after[name]] == ["tokenizer", "frozen weights"]
 
 
 def test_another_llm_in_the_same_folder_is_refused(tmp_path: Path) -> None:
@@ -120,17 +120,6 @@ def test_a_digest_of_weights_is_of_the_last_value_of_a_large_one_too() -> None:
     weight[-1] = 1
     assert sampled_digest([("weight", weight)]) != before
     assert sampled_digest([("empty", weight[:0]), ("one", weight[:1])])
-
-
-def test_of_other_data_sets_the_rows_are_counted() -> None:
-    class Trainer:
-        train_dataset = Subset(list(range(9)), range(5))
-
-        def frozen_inputs(self) -> dict[str, str]:
-            return {"text encoder": "abc"}
-
-    found = RunInputs(Trainer()).values  # type: ignore[arg-type]
-    assert found == {"rows of the training data": 5, "text encoder": "abc"}
 
 
 def test_a_checkpoint_is_compared_with_the_settings_that_it_was_trained_with(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ import yaml
 from accelerate.state import AcceleratorState
 
 from llm2clip.trainers import run_mntp, run_stage1, run_stage2
-from llm2clip.trainers.mntp_config import MNTPConfig
-from llm2clip.trainers.stage1_config import Stage1Config
-from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.trainers.mntp_config import MNTPRecipe
+from llm2clip.trainers.stage1_config import Stage1Recipe
+from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.settings import build_config
 from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
@@ -24,11 +24,11 @@ def start(stage: str, folder: Path, **fields: Any) -> None:
     """Start a stage whose models do not exist: a refusal comes before they are opened."""
     fields = {"output_dir": str(folder), "sources": [tiny.concepts()], "report_to": "none", **fields}
     if stage == "stage2":
-        run_stage2.run(build_config(Stage2Config, {**fields, "embedding_cache": "none"}))
+        run_stage2.run(build_config(Stage2Recipe, {**fields, "embedding_cache": "none"}))
     elif stage == "stage1":
-        run_stage1.run(build_config(Stage1Config, {**fields, "model_name_or_path": "none"}))
+        run_stage1.run(build_config(Stage1Recipe, {**fields, "model_name_or_path": "none"}))
     else:
-        run_mntp.run(build_config(MNTPConfig, {**fields, "model_name_or_path": "none"}))
+        run_mntp.run(build_config(MNTPRecipe, {**fields, "model_name_or_path": "none"}))
 
 
 @pytest.mark.parametrize("stage", ["mntp", "stage1", "stage2"])
@@ -43,7 +43,7 @@ def test_fsdp_that_accelerate_does_not_give_is_refused_before_anything_is_loaded
 
 def test_fsdp_as_a_setting_is_refused_too(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the setting fsdp asks for FSDP"):
-        run_stage1.run(Stage1Config(str(tmp_path / "run"), model_name_or_path="none", sources=[{}], fsdp=True))
+        run_stage1.run(Stage1Recipe(str(tmp_path / "run"), model_name_or_path="none", sources=[{}], fsdp=True))
 
 
 def test_deepspeed_that_accelerate_does_not_give_is_refused_before_the_first_step(
@@ -55,13 +55,13 @@ def test_deepspeed_that_accelerate_does_not_give_is_refused_before_the_first_ste
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     fields = tiny.stage1_fields(tmp_path / "run", inputs.llm)
     with pytest.raises(ValueError, match=r"the launch \(ACCELERATE_USE_DEEPSPEED=true\) asks for DeepSpeed"):
-        run_stage1.run(build_config(Stage1Config, fields))
+        run_stage1.run(build_config(Stage1Recipe, fields))
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
 def test_a_run_that_asks_for_nothing_is_not_refused(inputs: Inputs, tmp_path: Path) -> None:
     fields = tiny.stage1_fields(tmp_path / "run", inputs.llm) | {"max_steps": 1, "save_strategy": "no"}
-    run_stage1.run(build_config(Stage1Config, fields))
+    run_stage1.run(build_config(Stage1Recipe, fields))
     assert AcceleratorState._shared_state
     assert (tmp_path / "run" / "model.safetensors").exists()
 

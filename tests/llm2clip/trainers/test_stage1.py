@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from llm2clip.data import PairCollator
 from llm2clip.trainers import run_stage1
-from llm2clip.trainers.stage1_config import Stage1Config
+from llm2clip.trainers.stage1_config import Stage1Recipe
 from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPTextModel
 from tests.llm2clip import tiny
@@ -22,7 +22,7 @@ from tests.modeling_llm2clip import tiny as tiny_models
 
 def run(folder: Path, llm: str, resume: bool = False, **changes: Any) -> dict[str, Any]:
     fields = {**tiny.stage1_fields(folder, llm), **changes}
-    return run_stage1.run(build_config(Stage1Config, fields), resume=resume)
+    return run_stage1.run(build_config(Stage1Recipe, fields), resume=resume)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -161,7 +161,7 @@ def test_hard_negatives_and_instructions_reach_the_loss(inputs: Inputs, tmp_path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sources": []}, "Stage1Config needs sources"),
+        ({"sources": []}, "Stage1Recipe needs sources"),
         ({"model_name_or_path": ""}, "needs model_name_or_path"),
         ({"dtype": "float31"}, "dtype is 'float31', but it has to be one of float32"),
         ({"save_format": "zip"}, "save_format is 'zip', but it has to be one of merged, adapter"),

@@ -27,7 +27,7 @@ from llm2clip.hub.cards.card import read_card
 from llm2clip.store import EmbeddingCache, MissingCaptionError, StoreMismatchError
 from llm2clip.trainers import run_stage2
 from llm2clip.trainers.frozen_layers import FrozenLayers
-from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from modeling_llm2clip.modeling_eva02 import EVA02Attention
@@ -38,7 +38,7 @@ from tests.modeling_llm2clip import tiny as tiny_models
 
 def run(folder: Path, inputs: Inputs, resume: bool = False, **changes: Any) -> dict[str, Any]:
     fields = {**tiny.stage2_fields(folder, inputs.vision, inputs.text, inputs.cache), **changes}
-    return run_stage2.run(build_config(Stage2Config, fields), resume=resume)
+    return run_stage2.run(build_config(Stage2Recipe, fields), resume=resume)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

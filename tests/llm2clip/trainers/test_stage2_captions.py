@@ -21,7 +21,7 @@ from llm2clip.store import EmbeddingCache, MissingCaptionError, StoreManifest, S
 from llm2clip.store.manifest import manifest_path
 from llm2clip.store.shards import write_shard
 from llm2clip.trainers import run_stage2
-from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.manifests import MANIFEST_CHECKSUM, with_checksum
 from llm2clip.utils.settings import build_config
 from tests.llm2clip import tiny
@@ -66,7 +66,7 @@ def embedded(inputs: Inputs, folder: Path, *sources: dict[str, Any], **fields: A
 def train(folder: Path, inputs: Inputs, cache: Path, tars: str, resume: bool = False, **changes: Any) -> None:
     fields = tiny.stage2_fields(folder, inputs.vision, inputs.text, str(cache)) | {"eval_sources": {}}
     fields |= {"sources": [source(tars)], "shuffle_block": 8, "save_strategy": "no"}
-    run_stage2.run(build_config(Stage2Config, fields | changes), resume)
+    run_stage2.run(build_config(Stage2Recipe, fields | changes), resume)
 
 
 def test_sidecars_train_as_the_cache_does(inputs: Inputs, tars: str, tmp_path: Path) -> None:

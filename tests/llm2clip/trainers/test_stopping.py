@@ -18,11 +18,11 @@ import yaml
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from llm2clip.trainers import run_stage1, run_stage2, stop_on_sigterm
+from llm2clip.trainers import run_stage1, run_stage2, step_guard
 from llm2clip.trainers.checkpoints import last_checkpoint
-from llm2clip.trainers.stage1_config import Stage1Config
+from llm2clip.trainers.stage1_config import Stage1Recipe
 from llm2clip.trainers.stage1_trainer import Stage1Trainer
-from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.trainers.stage2_trainer import Stage2Trainer
 from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPModel
@@ -48,18 +48,18 @@ def send(number: int) -> Callable[[], None]:
 
 def stage1(folder: Path, inputs: Inputs, resume: bool = False, **changes: Any) -> Any:
     fields = {**tiny.stage1_fields(folder, inputs.llm), **changes}
-    return run_stage1.run(build_config(Stage1Config, fields), resume=resume)
+    return run_stage1.run(build_config(Stage1Recipe, fields), resume=resume)
 
 
 def at_step(trainer: type, step: int, action: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let trainers of a class do something within a step."""
-    train = trainer.train
+    train = trainer.train_in
 
     def with_action(self: Any, *args: Any, **kwargs: Any) -> Any:
         self.add_callback(AtStep(step, action))
         return train(self, *args, **kwargs)
 
-    monkeypatch.setattr(trainer, "train", with_action)
+    monkeypatch.setattr(trainer, "train_in", with_action)
 
 
 def test_sigterm_saves_the_present_step_and_exits_with_143(
@@ -86,7 +86,7 @@ def test_the_process_ends_after_the_grace_seconds_in_any_case(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     ended: list[int] = []
-    monkeypatch.setattr(stop_on_sigterm.os, "_exit", ended.append)
+    monkeypatch.setattr(step_guard.os, "_exit", ended.append)
 
     def long_step() -> None:
         send(signal.SIGTERM)()
@@ -110,7 +110,7 @@ def test_the_process_ends_after_the_grace_seconds_in_any_case(
 )
 def test_settings_that_do_not_fit_are_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        build_config(Stage1Config, {**tiny.stage1_fields(tmp_path, "llm"), **fields})
+        build_config(Stage1Recipe, {**tiny.stage1_fields(tmp_path, "llm"), **fields})
 
 
 def begin(fields: dict[str, Any], processes: int = 1) -> subprocess.Popen[str]:
@@ -167,7 +167,7 @@ def test_a_job_that_gets_sigterm_goes_on_as_if_unbroken(
         with monkeypatch.context() as patch:
             at_step(Stage2Trainer, more + 1, lambda: (_ for _ in ()).throw(KeyboardInterrupt), patch)
             with pytest.raises(KeyboardInterrupt):
-                run_stage2.run(build_config(Stage2Config, {**fields, "output_dir": str(folder)}), resume)
+                run_stage2.run(build_config(Stage2Recipe, {**fields, "output_dir": str(folder)}), resume)
     unbroken, resumed = (joint_weights(folder / f"checkpoint-{more}") for folder in (tmp_path / "unbroken", broken))
     for name, value in unbroken.items():
         torch.testing.assert_close(resumed[name], value, atol=1e-6, rtol=0)

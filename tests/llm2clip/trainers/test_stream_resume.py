@@ -15,7 +15,7 @@ import torch
 from llm2clip.data import tars as tar_reader
 from llm2clip.data.captioned_images import SampleMaker
 from llm2clip.trainers import run_stage2
-from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.files import read_json
 from llm2clip.utils.manifests import FOLDER_MANIFEST
 from llm2clip.utils.processes import leave_process_group
@@ -81,7 +81,7 @@ def test_a_resumed_run_equals_an_unbroken_one(
         assert losses(folder) == losses(tmp_path / "unbroken")
         if workers == 0:
             assert len(made) == (STEPS - step) * BATCH
-            state = read_json(folder / "checkpoint-7" / "stream.json")
+            state = read_json(folder / "checkpoint-7" / "run_state.json")["stream"]
             assert state["rows"] == STEPS * BATCH
             # Lanes of one or two rows here: of each at most what is trained on, and the rest of its block.
             assert len(read) <= len(made) + state["lanes"]["number"]
@@ -122,18 +122,18 @@ def test_a_checkpoint_without_the_rows_starts_the_stream_over(
 ) -> None:
     run(tmp_path / "unbroken", inputs, tars, max_steps=3)
     folder = broken_after(tmp_path / "unbroken", tmp_path / "run", 2)
-    for name in (FOLDER_MANIFEST, "stream.json"):
+    for name in (FOLDER_MANIFEST, "run_state.json"):
         (folder / "checkpoint-2" / name).unlink()
     changes = {"resume_from_checkpoint": str(folder / "checkpoint-2"), "max_steps": 3, "resume_anyway": True}
     with caplog.at_level(logging.WARNING):
         run(folder, inputs, tars, **changes)
-    assert "stream.json is missing: training continues from the first row" in caplog.text
+    assert "has no position in a stream: training continues from its first row" in caplog.text
 
 
 def train_noting_keys(path: Path) -> None:
     """Train, and add the keys of every batch of this process to a file."""
     fields = json.loads(path.read_text())
-    config = build_config(Stage2Config, fields)
+    config = build_config(Stage2Recipe, fields)
     trainer = run_stage2.build_trainer(config)
     collate = trainer.data_collator
 

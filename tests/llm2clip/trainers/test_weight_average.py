@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +14,9 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from llm2clip import Stage2Config
-from llm2clip.trainers import run_stage1
-from llm2clip.trainers.stage1_config import Stage1Config
-from llm2clip.trainers.weight_average import AVERAGE_FILE, WeightAverage
+from llm2clip.trainers import base_trainer, run_stage1
+from llm2clip.trainers.stage1_config import Stage1Recipe
+from llm2clip.trainers.weight_average import AVERAGE_FILE
 from llm2clip.utils.embeddings import NonFiniteError
 from llm2clip.utils.manifests import damage
 from llm2clip.utils.processes import leave_process_group
@@ -25,7 +24,7 @@ from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPTextModel
 from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
-from tests.llm2clip.trainers.test_finite_steps import BATCH, rows, trainer_of, weights
+from tests.llm2clip.trainers.test_step_guard import BATCH, rows, trainer_of, weights
 from tests.processes import run_ranks
 
 HALF_LIFE = 2.0
@@ -111,7 +110,7 @@ def test_resumed_run_has_the_average_of_an_uninterrupted_one(tmp_path: Path) -> 
 def test_resumed_stage1_saves_the_average_of_its_adapter(inputs: Inputs, tmp_path: Path) -> None:
     def run(name: str, resume: bool = False, **changes: Any) -> dict[str, Tensor]:
         fields = tiny.stage1_fields(tmp_path / name, inputs.llm) | {"ema_half_life": HALF_LIFE, **changes}
-        run_stage1.run(build_config(Stage1Config, fields), resume=resume)
+        run_stage1.run(build_config(Stage1Recipe, fields), resume=resume)
         return LLM2CLIPTextModel.from_pretrained(tmp_path / name).state_dict()
 
     unbroken = run("unbroken")
@@ -146,7 +145,7 @@ class Publish(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        self.trainer.publish_checkpoint(checkpoint)
+        self.trainer.publish(checkpoint)
         assert not Path(args.output_dir, AVERAGE_FILE).exists()
         assert_same(weights(Path(args.output_dir)), averages(checkpoint))
         own = weights(checkpoint)
@@ -214,11 +213,10 @@ def test_a_checkpoint_without_this_average_is_refused(tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("name", ["FSDP", "DeepSpeed"])
-def test_sharded_weights_are_refused(name: str) -> None:
-    trainer: Any = SimpleNamespace(is_fsdp_enabled=name == "FSDP", is_deepspeed_enabled=name == "DeepSpeed")
-    with pytest.raises(ValueError, match=f"ema_half_life does not work with {name}.*train with DDP"):
-        WeightAverage(trainer, 10)
+def test_sharded_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base_trainer, "is_sharded", lambda accelerator: True)
+    with pytest.raises(ValueError, match=r"ema_half_life does not work with FSDP or DeepSpeed.*train with DDP"):
+        trainer_of(tmp_path, rows(BATCH), ema_half_life=HALF_LIFE)
 
 
 @pytest.mark.parametrize("half_life", [0, -1.0, float("inf")])

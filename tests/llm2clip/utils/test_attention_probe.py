@@ -1,9 +1,10 @@
-"""The probe of decoders, which can be a text tower, that it leaves no trace, and what runs without its verdict."""
+"""The probe of decoders, which can be a text tower, that it leaves no trace, and what runs without its record."""
 
 from __future__ import annotations
 
 import copy
 import json
+import logging
 import runpy
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +18,10 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import AutoConfig, AutoModel
 
 from llm2clip.utils import attention_probe
-from llm2clip.utils.attention_probe import probe_from_disk, verify_text_tower
+from llm2clip.utils.attention_probe import packs_exactly, probe_attention, probe_from_disk, verify_text_tower
 from llm2clip.utils.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
-from modeling_llm2clip.modeling_llm2clip_decoder import attention_kind, require_verdict
+from modeling_llm2clip.modeling_llm2clip_decoder import attention_kind, packs_by_flags, unknown_attention
 from tests.modeling_llm2clip import tiny
 from tests.modeling_llm2clip.test_packing import FlashOnCPU, flash  # noqa: F401
 
@@ -53,7 +54,7 @@ def embedded_batches() -> Iterator[list[Any]]:
         handle.remove()
 
 
-def forget_verdict(folder: Path) -> None:
+def forget_record(folder: Path) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text())
     for part in (config, config.get("text_config", {})):
@@ -63,7 +64,7 @@ def forget_verdict(folder: Path) -> None:
 
 def probed(decoder: Any, **fields: Any) -> LLM2CLIPTextModel:
     tower = LLM2CLIPTextModel.from_decoder(decoder, **fields)
-    verify_text_tower(tower)
+    probe_attention(tower)
     return tower
 
 
@@ -80,13 +81,13 @@ def test_decoders_that_would_mix_captions_are_refused(model_type: str) -> None:
     # As Jamba calls its layers before transformers 5.16.
     message = str(found.value).replace("layers: mamba, attention", "layers: linear_attention, full_attention")
     assert REFUSED[model_type] in message
-    with pytest.raises(ValueError, match=f"{model_type} .* records no verdict.*llm2clip.open_text_tower"):
+    with pytest.raises(ValueError, match=f"{model_type} .* has no record of it .*llm2clip.open_text_tower"):
         tower(IDS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["types", "encoder_types"])
-def test_no_model_that_the_probe_refuses_computes_without_a_verdict(kind: str) -> None:
+def test_no_model_that_the_probe_refuses_computes_without_a_record(kind: str) -> None:
     """All types of this transformers version, by the flags alone."""
     refused = 0
     for model_type in MAKE_MODELS[kind]():
@@ -97,14 +98,13 @@ def test_no_model_that_the_probe_refuses_computes_without_a_verdict(kind: str) -
             verify_text_tower(tower)
         except ValueError:
             refused += 1
-            with pytest.raises(ValueError, match="is not known to be a text tower"):
-                require_verdict(tower.decoder, tower.config)
+            assert "is not known to be a text tower" in str(unknown_attention(tower.decoder, tower.config))
     assert refused >= 7
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("model_type", tiny.DECODERS)
-def test_the_verdict_is_remembered(model_type: str, dtype: torch.dtype) -> None:
+def test_the_result_is_recorded(model_type: str, dtype: torch.dtype) -> None:
     decoder = AutoModel.from_config(tiny.decoder_config(model_type)).to(dtype)
     assert probed(decoder).config.verified_attention == ["mask"]
 
@@ -125,7 +125,9 @@ def test_the_probe_leaves_no_trace() -> None:
 
 
 @pytest.mark.parametrize("model_type", ["qwen3", "falcon"])
-def test_a_verdict_is_saved_and_a_model_that_needs_one_is_refused_without(model_type: str, tmp_path: Path) -> None:
+def test_the_record_is_saved_and_a_model_that_needs_it_is_refused_without(
+    model_type: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """By the flags of transformers, Falcon may not follow a mask."""
     MAKE_MODELS["small_decoder"](model_type).save_pretrained(tmp_path / "llm")
     tiny.plain_tokenizer().save_pretrained(tmp_path / "llm")
@@ -133,18 +135,55 @@ def test_a_verdict_is_saved_and_a_model_that_needs_one_is_refused_without(model_
     tower.save_pretrained(tmp_path / "tower")
     LLM2CLIPModel(tiny.joint_config(text=tower.config)).save_pretrained(tmp_path / "joint")
     assert probe_from_disk(str(tmp_path / "llm")) == probe_from_disk(str(tmp_path / "tower")) == ["mask"]
-    for with_verdict in (True, False):
+    for with_record in (True, False):
         for part, cls in (("tower", LLM2CLIPTextModel), ("joint", LLM2CLIPModel)):
-            if not with_verdict:
-                forget_verdict(tmp_path / part)
+            caplog.clear()
+            logging.Logger.warning_once.cache_clear()  # type: ignore[attr-defined]
+            if not with_record:
+                forget_record(tmp_path / part)
             with embedded_batches() as batches:
                 model = cls.from_pretrained(tmp_path / part)
             assert not batches, "the code of a model does not probe"
-            if with_verdict or model_type == "qwen3":
+            warned = [f"{model_type} with sdpa attention is not known" in message for message in caplog.messages]
+            if with_record or model_type == "qwen3":
+                assert not any(warned)
                 model(IDS)
                 continue
+            assert any(warned)
             with pytest.raises(ValueError, match=r"falcon with sdpa attention .*open_text_tower"):
                 model(IDS)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_a_type_that_the_tests_compare_is_opened_without_a_probe(model_type: str, tmp_path: Path) -> None:
+    MAKE_MODELS["small_decoder"](model_type).save_pretrained(tmp_path)
+    tiny.plain_tokenizer().save_pretrained(tmp_path)
+    with embedded_batches() as batches:
+        tower, _ = open_text_tower(str(tmp_path))
+    assert not batches
+    tower(IDS)
+
+
+@pytest.mark.parametrize(("model_type", "known"), [("bert", True), ("t5", False), ("big_bird", False)])
+def test_captions_share_a_row_by_flags_or_a_probe(model_type: str, known: bool) -> None:
+    tower = LLM2CLIPTextModel.from_decoder(MAKE_MODELS["small_decoder"](model_type))
+    verify_text_tower(tower)
+    with embedded_batches() as batches:
+        verify_text_tower(tower)
+        assert not batches, "what is known is not probed again"
+    assert tower.exact_packing == ({} if known else {tower.decoder.config._attn_implementation: True})
+    assert packs_exactly(tower)
+
+
+@pytest.mark.slow
+def test_no_model_packs_by_flags_that_the_probe_refuses() -> None:
+    """All encoders of this transformers version."""
+    known = 0
+    for model_type in MAKE_MODELS["encoder_types"]():
+        if (decoder := MAKE_MODELS["small_decoder"](model_type)) is not None and packs_by_flags(decoder):
+            known += 1
+            assert packs_exactly(LLM2CLIPTextModel.from_decoder(decoder)), model_type
+    assert known > 15
 
 
 def test_a_causal_baseline_is_not_probed() -> None:
@@ -165,7 +204,7 @@ def test_weights_that_are_not_here_are_not_judged() -> None:
     assert probed(zeros).config.verified_attention is None
 
 
-def test_another_attention_implementation_has_its_own_verdict() -> None:
+def test_another_attention_implementation_has_its_own_record() -> None:
     tower = probed(MAKE_MODELS["small_decoder"]("olmo2"))
     tower.set_attn_implementation("eager")
     verify_text_tower(tower)
@@ -191,20 +230,20 @@ def test_flash_attention_is_refused_where_it_reads_captions_differently(
 ) -> None:
     tower = probed(MAKE_MODELS["small_decoder"](model_type))
     tower.decoder.config._attn_implementation_internal = "flash_attention_2"
-    verify_text_tower(tower)
+    probe_attention(tower)
     assert not flash.sequences, "a CPU has no flash attention"
     monkeypatch.setattr(attention_probe, "_kind_here", lambda tower: attention_kind(tower.decoder))
     if fault is None:
-        verify_text_tower(tower)
+        probe_attention(tower)
         assert tower.config.verified_attention == ["mask", "flash_attention_2"]
     else:
         with pytest.raises(ValueError, match=f"{fault}.*Use attn_implementation='sdpa', or another LLM"):
-            verify_text_tower(tower)
+            probe_attention(tower)
     assert flash.sequences
 
 
 @pytest.mark.parametrize("asked", ["flex_attention", {"text_config": "flex_attention"}])
-def test_a_joint_model_does_not_compute_with_an_attention_without_a_verdict(asked: Any) -> None:
+def test_a_joint_model_does_not_compute_with_an_attention_without_a_record(asked: Any) -> None:
     tower = probed(MAKE_MODELS["small_decoder"]("gpt_oss"))
     # Copied, since a new config resets the attention implementation.
     model = LLM2CLIPModel(tiny.joint_config(text=copy.deepcopy(tower.config)), text_model=False)
@@ -218,7 +257,7 @@ def test_a_joint_model_does_not_compute_with_an_attention_without_a_verdict(aske
     assert model.config.text_config.verified_attention == ["mask"]
 
 
-def test_a_verdict_is_not_that_of_another_llm(tmp_path: Path) -> None:
+def test_a_record_is_not_that_of_another_llm(tmp_path: Path) -> None:
     decoder = AutoModel.from_config(
         AutoConfig.for_model("gptj", n_embd=32, n_layer=1, n_head=2, rotary_dim=8, vocab_size=430)
     )

@@ -13,7 +13,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, FNetConfig, FNetModel
 
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
-from llm2clip.utils.attention_probe import verify_text_tower
+from llm2clip.utils.attention_probe import packs_exactly, verify_text_tower
 from llm2clip.utils.repos import RepoKind, inspect_repo
 from llm2clip.utils.text_identity import read_fingerprint
 from llm2clip.utils.towers import describe_text_tower, open_text_tower, save_text_tower
@@ -64,7 +64,8 @@ def test_short_texts_share_rows_only_where_that_is_exact(family: str, packs: boo
     model.decoder.register_forward_pre_hook(
         lambda _, __, inputs: rows.append(len(inputs["input_ids"])), with_kwargs=True
     )
-    assert list(model.packing_verdicts.values()) == [packs]
+    assert packs_exactly(model) is packs
+    rows.clear()
     texts = [*TEXTS[:4], "a small dog"]
     found = model.encode(texts, tokenizer)
     assert (sum(rows) < len(texts)) is packs
@@ -76,7 +77,7 @@ def test_a_window_is_never_replaced_by_a_shared_row(tmp_path: Path) -> None:
     """ModernBERT here sees 4 tokens to each side; the mask of a shared row would let it see whole texts."""
     embedding_models.save(tmp_path / "text", "modernbert")
     model, tokenizer = open_text_tower(str(tmp_path / "text"))
-    model.packing_verdicts = {model.decoder.config._attn_implementation: True}
+    model.exact_packing = {model.decoder.config._attn_implementation: True}
     found = model.encode(TEXTS, tokenizer)
     alone = torch.cat([model.encode(text, tokenizer) for text in TEXTS])
     torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-5)

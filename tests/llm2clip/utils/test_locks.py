@@ -21,9 +21,9 @@ from llm2clip.encoders import embed
 from llm2clip.quickstart import pipeline
 from llm2clip.quickstart.config import QuickstartConfig
 from llm2clip.trainers import run_mntp, run_stage1, run_stage2
-from llm2clip.trainers.mntp_config import MNTPConfig
-from llm2clip.trainers.stage1_config import Stage1Config
-from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.trainers.mntp_config import MNTPRecipe
+from llm2clip.trainers.stage1_config import Stage1Recipe
+from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils import locks
 from llm2clip.utils.locks import folder_lock
 
@@ -78,9 +78,9 @@ def test_a_lock_may_be_entered_again_and_ends_with_the_outer_block(tmp_path: Pat
 @pytest.mark.parametrize(
     ("run", "config", "fields"),
     [
-        (run_mntp.run, MNTPConfig, {"model_name_or_path": "llm", "sources": [{}]}),
-        (run_stage1.run, Stage1Config, {"model_name_or_path": "llm", "sources": [{}]}),
-        (run_stage2.run, Stage2Config, {"sources": [{}]}),
+        (run_mntp.run, MNTPRecipe, {"model_name_or_path": "llm", "sources": [{}]}),
+        (run_stage1.run, Stage1Recipe, {"model_name_or_path": "llm", "sources": [{}]}),
+        (run_stage2.run, Stage2Recipe, {"sources": [{}]}),
         (embed.run, embed.EmbedConfig, {}),
         (pipeline.run, QuickstartConfig, {}),
     ],
@@ -98,7 +98,7 @@ def test_other_processes_of_a_run_need_no_lock(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(locks, "PATIENCE", 0.0)
     monkeypatch.setenv("RANK", "1")
     with another_run(tmp_path), pytest.raises(ValueError, match="A PairSource needs a path"):
-        run_stage1.run(Stage1Config(output_dir=str(tmp_path), model_name_or_path="llm", sources=[{}]))
+        run_stage1.run(Stage1Recipe(output_dir=str(tmp_path), model_name_or_path="llm", sources=[{}]))
 
 
 def test_a_file_system_without_locks_is_a_warning(

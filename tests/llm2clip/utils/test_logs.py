@@ -87,6 +87,17 @@ def test_other_processes_of_a_launcher_show_our_warnings_alone(
     assert capsys.readouterr().err == "our warning\n"
 
 
+@pytest.mark.parametrize("name", ["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"])
+def test_an_error_is_of_the_process_that_its_launcher_numbers(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "3")
+    with command_logs() as file:
+        file.error_folder = tmp_path
+        assert file.write_error("embed", ValueError("broken")) == tmp_path / "error.log"
+    assert "llm2clip embed (process 3, id " in (tmp_path / "error.log").read_text()
+
+
 def test_logging_is_restored_when_the_command_ends() -> None:
     root = logging.getLogger()
     before = list(root.handlers), root.level

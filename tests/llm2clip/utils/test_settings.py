@@ -10,8 +10,8 @@ import pytest
 from transformers import TrainingArguments
 
 from llm2clip.encoders.embed import EmbedConfig
-from llm2clip.trainers.stage1_config import Stage1Config
-from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.trainers.stage1_config import Stage1Recipe
+from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.option_names import MOST_USED, NAMES_ELSEWHERE, OF_THE_TRAINER
 from llm2clip.utils.options import (
     OptionParser,
@@ -116,15 +116,15 @@ def test_flags_and_numbers_do_not_consume_the_argument_after_them(given: list[st
 @pytest.mark.parametrize(
     ("config_class", "given", "meant"),
     [
-        (Stage1Config, "--lora_rnk", "--lora-rank"),
-        (Stage1Config, "--lora-r=8", "--lora-rank"),
-        (Stage1Config, "--temperature", "--scale"),
-        (Stage2Config, "--text-adapter-depth", "--adapter-num-layers"),
-        (Stage2Config, "--lr=1e-4", "--learning-rate"),
-        (Stage2Config, "--epochs", "--num-train-epochs"),
-        (Stage2Config, "--batch-size", "--per-device-train-batch-size"),
-        (Stage2Config, "--precision", "--bf16"),
-        (Stage2Config, "--train-data", "--sources"),
+        (Stage1Recipe, "--lora_rnk", "--lora-rank"),
+        (Stage1Recipe, "--lora-r=8", "--lora-rank"),
+        (Stage1Recipe, "--temperature", "--scale"),
+        (Stage2Recipe, "--text-adapter-depth", "--adapter-num-layers"),
+        (Stage2Recipe, "--lr=1e-4", "--learning-rate"),
+        (Stage2Recipe, "--epochs", "--num-train-epochs"),
+        (Stage2Recipe, "--batch-size", "--per-device-train-batch-size"),
+        (Stage2Recipe, "--precision", "--bf16"),
+        (Stage2Recipe, "--train-data", "--sources"),
         (EmbedConfig, "--precision", "--dtype"),
         (EmbedConfig, "--llm", "--text-model-name-or-path"),
     ],
@@ -136,7 +136,7 @@ def test_an_unknown_option_suggests_the_one_that_is_meant(config_class: type, gi
 
 
 def test_names_elsewhere_and_names_in_the_help_are_those_of_settings() -> None:
-    known = {*get_type_hints(Stage1Config), *get_type_hints(Stage2Config)}
+    known = {*get_type_hints(Stage1Recipe), *get_type_hints(Stage2Recipe)}
     others = {"batch_size", "num_workers", "block_size", "mask_token", "data"}  # of evaluate, embed and mntp
     assert {*MOST_USED, *OF_THE_TRAINER} <= known
     assert {field for names in NAMES_ELSEWHERE.values() for field in names.split()} <= known | others
@@ -158,12 +158,12 @@ def test_a_wrong_use_of_an_option_is_a_value_error() -> None:
         (Settings, "source", "YAML"),
         (Settings, "mode", "{a,b}"),
         (Settings, "weights", "FLOAT ..."),
-        (Stage2Config, "output_dir", "PATH"),
-        (Stage2Config, "verify_cache", "{true,false}"),
-        (Stage2Config, "adapter_normalize", "{true,false}"),
-        (Stage2Config, "eval_strategy", "{no,steps,epoch}"),
-        (Stage2Config, "logit_scale_init_value", "FLOAT|{checkpoint}"),
-        (Stage2Config, "report_to", "TEXT ..."),
+        (Stage2Recipe, "output_dir", "PATH"),
+        (Stage2Recipe, "verify_cache", "{true,false}"),
+        (Stage2Recipe, "adapter_normalize", "{true,false}"),
+        (Stage2Recipe, "eval_strategy", "{no,steps,epoch}"),
+        (Stage2Recipe, "logit_scale_init_value", "FLOAT|{checkpoint}"),
+        (Stage2Recipe, "report_to", "TEXT ..."),
     ],
 )
 def test_a_placeholder_says_what_a_field_takes(config_class: type, name: str, shown: str) -> None:
@@ -172,9 +172,9 @@ def test_a_placeholder_says_what_a_field_takes(config_class: type, name: str, sh
 
 
 def test_a_stage_shows_its_own_settings_and_few_of_the_trainer() -> None:
-    few = [row for rows in option_groups(Stage1Config, (), everything=False).values() for row in rows]
-    every = [row for rows in option_groups(Stage1Config, (), everything=True).values() for row in rows]
-    own = {*get_type_hints(Stage1Config)} - {*get_type_hints(TrainingArguments)}
+    few = [row for rows in option_groups(Stage1Recipe, (), everything=False).values() for row in rows]
+    every = [row for rows in option_groups(Stage1Recipe, (), everything=True).values() for row in rows]
+    own = {*get_type_hints(Stage1Recipe)} - {*get_type_hints(TrainingArguments)}
     shown = {row[0].split()[0][2:].replace("-", "_") for row in few}
     assert own <= shown
     assert len(shown) < len(own) + 40 < len(every)
@@ -182,12 +182,12 @@ def test_a_stage_shows_its_own_settings_and_few_of_the_trainer() -> None:
 
 
 def test_texts_are_short_unless_everything_is_shown() -> None:
-    (short,) = (row for row in option_groups(Stage2Config, (), False)["most used"] if row[0].startswith("--tower"))
+    (short,) = (row for row in option_groups(Stage2Recipe, (), False)["most used"] if row[0].startswith("--tower"))
     assert short == (
         "--tower-chunk-size INT",
         "Rows per forward pass of the towers (GradCache). Unset: the whole batch at once.",
     )
-    (whole,) = (row for row in option_groups(Stage2Config, (), True)["most used"] if row[0].startswith("--tower"))
+    (whole,) = (row for row in option_groups(Stage2Recipe, (), True)["most used"] if row[0].startswith("--tower"))
     assert "the gradients stay the same" in whole[1]
 
 

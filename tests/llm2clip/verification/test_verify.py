@@ -16,7 +16,7 @@ from llm2clip.hub import build
 from llm2clip.hub.source_model import SourceModel
 from llm2clip.store import building
 from llm2clip.trainers import run_stage2
-from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.manifests import folder_files
 from llm2clip.utils.settings import build_config
 from llm2clip.verification.verify import DamagedError, VerifyConfig, run
@@ -190,7 +190,7 @@ def test_a_run_with_its_checkpoints_and_what_is_built_from_it(
     """Weights, optimizer, scheduler, random numbers, the state of the Trainer, code, configs."""
     monkeypatch.setattr(SourceModel, "compare", lambda *_: 0.0)
     out = tmp_path / "run"
-    run_stage2.run(build_config(Stage2Config, tiny.stage2_fields(out, inputs.vision, inputs.text, inputs.cache)))
+    run_stage2.run(build_config(Stage2Recipe, tiny.stage2_fields(out, inputs.vision, inputs.text, inputs.cache)))
     assert verify(tmp_path)["num_files"] > 20
     checkpoint = out / "checkpoint-3"
     for path in sorted(checkpoint.iterdir()):

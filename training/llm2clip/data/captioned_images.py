@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import hashlib
 import itertools
+import os
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import datasets
 import numpy as np
 from torch import Tensor
 
 from llm2clip.data.opened_table import OpenedTable
 from llm2clip.data.sampling import CaptionRows, SampleIndex, stable_seed
-from llm2clip.data.sources import CaptionSource, Columns, column_value, row_batches
+from llm2clip.data.sources import (
+    CaptionSource,
+    Columns,
+    Table,
+    column_value,
+    keep_encoded,
+    row_batches,
+    source_columns,
+    top_level,
+    used_columns,
+)
 from llm2clip.data.stream_order import BLOCK, Lanes, RowsBefore, SourceOrder
 from llm2clip.data.streams import ReadChunk, StreamedRows
 from llm2clip.data.transforms import EvalTransform, TrainTransform
@@ -235,6 +249,7 @@ class CaptionImageDataset(CaptionRows):
         max_pixels: Largest width x height of an image to decode.
         cache: The embeddings of the captions; samples then have `llm_embeds`. A caption without one is an error or a
             `SkippedSample`, by `on_error`.
+        tables: The tables of the sources, if they are open.
 
     Raises:
         FileNotFoundError, SourceError: If a source cannot be read.
@@ -252,9 +267,47 @@ class CaptionImageDataset(CaptionRows):
         on_error: OnError = "raise",
         max_pixels: int = DEFAULT_MAX_PIXELS,
         cache: EmbeddingCache | None = None,
+        tables: Sequence[Table] | None = None,
     ) -> None:
         maker = SampleMaker(eval_transform, train_transform, seed, on_error, max_pixels, cache)
-        super().__init__(sources, maker, with_images=eval_transform is not None)
+        super().__init__(sources, maker, eval_transform is not None, tables)
+
+    @classmethod
+    def of_table(
+        cls,
+        table: datasets.Dataset,
+        image_column: str,
+        caption_column: str,
+        eval_transform: EvalTransform | None,
+        train_transform: TrainTransform | None = None,
+        **options: Any,
+    ) -> CaptionImageDataset:
+        """Make a data set of a table of yours.
+
+        Args:
+            image_column: Its column of images: encoded bytes, or paths.
+            caption_column: Its column of captions, texts or lists of texts.
+            eval_transform, train_transform, options: As of the class.
+
+        Raises:
+            SourceError: The table does not have these columns, or no images in the first one.
+        """
+        source = CaptionSource("train_dataset", image_column=image_column, caption_columns=[caption_column])
+        used = used_columns(source_columns(source, table), table)
+        encoded = keep_encoded(table.select_columns(used), image_column, [os.getcwd()], source.path)
+        return cls(source, eval_transform, train_transform, tables=[encoded], **options)
+
+    def without_images(self) -> CaptionImageDataset:
+        """Return a data set of the same rows that reads no images."""
+        bare = copy.copy(self)
+        bare.make_sample = dataclasses.replace(self.make_sample, eval_transform=None, train_transform=None)
+        images = [columns.image for columns in self.columns]
+        bare.tables = [
+            table if image is None else table.remove_columns(top_level(table, image))
+            for table, image in zip(self.tables, images, strict=True)
+        ]
+        bare.columns = [columns._replace(image=None) for columns in self.columns]
+        return bare
 
     def captions(self) -> Iterator[RowCaptions | SkippedSample]:
         """Yield the captions of each sample in order, or why it cannot be used if `on_error` is `skip`.

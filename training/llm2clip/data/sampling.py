@@ -43,6 +43,8 @@ class EpochDataset(Dataset):
     """
 
     epoch: int = 0
+    # How batches are made of several tables: of one each, or of all.
+    mixing: str = "one_source_per_step"
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the next pass."""
@@ -89,6 +91,7 @@ class CaptionRows(ConcatenatedTables):
         make_sample: Makes a sample of a row, its key, the columns of its source, and what the random parts depend on
             besides the seed (None: nothing is random); called in the worker processes too.
         with_images: Read the images.
+        tables: The tables of the sources, if they are open.
 
     Raises:
         FileNotFoundError, SourceError: If a source cannot be read.
@@ -96,7 +99,11 @@ class CaptionRows(ConcatenatedTables):
     """
 
     def __init__(
-        self, sources: CaptionSource | Sequence[CaptionSource], make_sample: Callable[..., Any], with_images: bool
+        self,
+        sources: CaptionSource | Sequence[CaptionSource],
+        make_sample: Callable[..., Any],
+        with_images: bool,
+        tables: Sequence[Any] | None = None,
     ) -> None:
         self.sources = [sources] if isinstance(sources, CaptionSource) else list(sources)
         if not self.sources:
@@ -107,7 +114,7 @@ class CaptionRows(ConcatenatedTables):
         self.make_sample = make_sample
         # Whether row numbers name the rows of several data sets.
         self.is_one_of_several = False
-        super().__init__([load_source(source, with_images) for source in self.sources])
+        super().__init__(tables or [load_source(source, with_images) for source in self.sources])
         self.columns = [source_columns(*pair, with_images) for pair in zip(self.sources, self.tables, strict=True)]
 
     def content_digest(self) -> str:

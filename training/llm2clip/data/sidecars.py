@@ -78,20 +78,21 @@ class SidecarFolder:
         """Return the path of the manifest of a shard or part."""
         return manifest_path(self.rows_path(shard))
 
-    def parts(self, shard: SourceShard) -> list[SourceShard]:
-        """Return the parts of a file that have manifests, in their order; the file itself if that has one, or none.
+    def manifests(self, shard: SourceShard) -> dict[SourceShard, StoreManifest]:
+        """Read the manifest of a file, or those of its parts in their order; empty if there are none.
 
         Raises:
             StoreError: A manifest is damaged or of another version.
         """
         whole = shard._replace(part=None)
-        if self.manifest_path(whole).is_file():
-            return [whole]
+        with suppress(FileNotFoundError):
+            return {whole: StoreManifest.read(self.manifest_path(whole))}
         stem, ending = posixpath.basename(shard_stem(shard.name)), f"{BESIDE}{MANIFEST_SUFFIX}"
-        found = self.manifest_path(whole).parent.glob(f"{glob.escape(stem)}.*-*{ending}")
+        paths = self.manifest_path(whole).parent.glob(f"{glob.escape(stem)}.*-*{ending}")
         names = re.compile(rf"{re.escape(stem)}\.\d+-\d+{re.escape(ending)}")
-        parts = [row_range(StoreManifest.read(path)) for path in found if names.fullmatch(path.name)]
-        return [whole._replace(part=part) for part in sorted(part for part in parts if part)]
+        found = [StoreManifest.read(path) for path in paths if names.fullmatch(path.name)]
+        parts = {part: manifest for manifest in found if (part := row_range(manifest))}
+        return {whole._replace(part=part): parts[part] for part in sorted(parts)}
 
     def lock(self, shard: SourceShard) -> AbstractContextManager[None]:
         """Return a context in which no other run on these files computes the sidecar; object stores have no locks."""
@@ -234,11 +235,12 @@ class SourceSidecars:
         missing: list[str] = []
         row_counts = []
         with ThreadPoolExecutor(MANIFESTS_AT_ONCE) as pool:
-            described = list(pool.map(self._manifests, self.shards))
-        for shard, manifests in zip(self.shards, described, strict=True):
-            faults = [fault for path, found in manifests.items() if (fault := _misfit(path, found, shard, columns))]
-            missing += (faults or gaps(shard.name, [row_range(found) for found in manifests.values()]))[:1]
-            row_counts.append(sum(source_of(found, path).rows for path, found in manifests.items()))
+            described = list(pool.map(self.folder.manifests, self.shards))
+        for shard, found in zip(self.shards, described, strict=True):
+            manifests = {self.folder.manifest_path(part): manifest for part, manifest in found.items()}
+            faults = [fault for path, one in manifests.items() if (fault := _misfit(path, one, shard, columns))]
+            missing += (faults or gaps(shard.name, [row_range(one) for one in found.values()]))[:1]
+            row_counts.append(sum(source_of(one, path).rows for path, one in manifests.items()))
             for path, manifest in manifests.items():
                 first = first or manifest
                 if (difference := first.difference(manifest)) is not None:
@@ -269,21 +271,19 @@ class SourceSidecars:
         return self._open[number]
 
     def _map(self, shard: SourceShard) -> EmbeddingCache:
-        parts = self.folder.parts(shard) or [shard]
+        manifests = self.folder.manifests(shard)
+        if not manifests:
+            raise FileNotFoundError(f"{shard.name} has no embeddings in {self.folder.folder}. {REMEDY}")
         with ExitStack() as copies:
             files = []
-            for part in parts:
-                path, manifest = self.folder.rows_path(part), StoreManifest.read(self.folder.manifest_path(part))
+            for part, manifest in manifests.items():
+                path = self.folder.rows_path(part)
                 file = ShardFile.of(copies.enter_context(local_copy(path)), manifest, path)
                 file.require_unchanged(always=not isinstance(path, Path))
                 files.append(file)
             opened = EmbeddingCache(str(self.folder.rows_path(shard)), manifest, files)
             opened.map()  # which stays, also without the files
         return opened
-
-    def _manifests(self, shard: SourceShard) -> dict[AnyPath, StoreManifest]:
-        paths = [self.folder.manifest_path(part) for part in self.folder.parts(shard)]
-        return {path: StoreManifest.read(path) for path in paths}
 
 
 def source_of(manifest: StoreManifest, path: AnyPath) -> SourceFile:

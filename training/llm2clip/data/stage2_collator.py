@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import BaseImageProcessor
 
 from llm2clip.data.captioned_images import NO_EMBEDDING, OnError, RowCaptions, SkippedSample
-from llm2clip.store.store import EmbeddingCache
-from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS, SampleError, decode_image
+from llm2clip.data.transforms import EvalTransform, ImageBackend, TrainTransform
+from llm2clip.store.store import EmbeddingCache, caption_keys
+from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS, SampleError
 
+# Areas of the crops of stage 2, as shares of the image.
+DEFAULT_CROP = (0.9, 1.0)
 TOKEN_FIELDS = ("input_ids", "attention_mask", "pooling_mask")
 
 
@@ -23,7 +32,7 @@ class Stage2Collator:
     need the same keys:
 
     - the image as `pixel_values` (3, H, W), as `vision_states` (tokens, width) that frozen layers made of it, or as
-      `image`: a PIL image, encoded bytes or a path, prepared by the processor as in evaluation;
+      `image`: a PIL image, encoded bytes or a path, prepared by the processor as in evaluation, or cropped at random;
     - its caption as `llm_embeds` (hidden_size,), as `input_ids` (L,) with optional `attention_mask` and
       `pooling_mask`, where L may differ between rows, or as `caption`: a text for the cache or else the processor;
     - optionally `caption_id`, an int64 >= 0 that equal captions share, and `image_caption_ids`, the ids of all
@@ -44,11 +53,15 @@ class Stage2Collator:
 
     Args:
         cache: Embedding cache with every caption, for rows with a `caption`.
-        processor: `LLM2CLIPProcessor`, for rows with an `image`, or with a `caption` if there is no cache; for
-            captions its tokenizer is enough.
+        processor: `LLM2CLIPProcessor`, for rows with an `image`, or with a `caption` if there is no cache; an image
+            processor or a tokenizer is enough for one of them.
         on_error: `raise` the error of a row with an image or caption that cannot be used, or with a caption that the
             cache lacks, or `skip` the row.
         max_pixels: Largest `image` that is decoded, width x height.
+        image_column, caption_column: Names of `image` and `caption` in the rows.
+        crop_scale: Smallest and largest area of a random crop of an `image`, as a share of it; None prepares it as in
+            evaluation. Crops depend on torch's random numbers.
+        image_backend: Decoder of an `image`; see [`EvalTransform`](llm2clip.data.EvalTransform).
     """
 
     def __init__(
@@ -57,11 +70,34 @@ class Stage2Collator:
         processor: Callable[..., Any] | None = None,
         on_error: OnError = "raise",
         max_pixels: int = DEFAULT_MAX_PIXELS,
+        image_column: str = "image",
+        caption_column: str = "caption",
+        crop_scale: Sequence[float] | None = None,
+        image_backend: ImageBackend = "exact",
     ) -> None:
-        self.cache, self.processor, self.on_error, self.max_pixels = cache, processor, on_error, max_pixels
+        self.cache, self.on_error, self.max_pixels = cache, on_error, max_pixels
+        self.image_column, self.caption_column = image_column, caption_column
+        self.crop_scale, self.image_backend = crop_scale, image_backend
+        is_image_processor = isinstance(processor, BaseImageProcessor)
+        self.image_processor: Any = processor if is_image_processor else getattr(processor, "image_processor", None)
+        self.tokenize = None if is_image_processor else processor
 
-    def __call__(self, samples: Sequence[dict[str, Any] | SkippedSample]) -> dict[str, Any]:
-        """Collate rows.
+    def for_evaluation(self) -> Stage2Collator:
+        """Return a collator that does not crop."""
+        other = copy.copy(self)
+        other.crop_scale = None
+        other.__dict__.pop("_transforms", None)
+        return other
+
+    @cached_property
+    def _transforms(self) -> tuple[EvalTransform, TrainTransform | None]:
+        evaluation = EvalTransform(self.image_processor, self.image_backend)
+        if self.crop_scale is None:
+            return evaluation, None
+        return evaluation, TrainTransform(self.image_processor, (self.crop_scale[0], self.crop_scale[1]))
+
+    def __call__(self, samples: Sequence[dict[str, Any] | SkippedSample] | Mapping[str, Any]) -> dict[str, Any]:
+        """Collate rows; a batch that is whole already, as stored rows come, is returned as it is.
 
         Raises:
             ValueError: If every sample was skipped and `on_error` is `raise`, or rows lack a key or differ in
@@ -69,6 +105,8 @@ class Stage2Collator:
             MissingCaptionError: If the cache lacks a caption, and `on_error` is `raise`.
             SampleError: If an `image` or `caption` cannot be used, and `on_error` is `raise`.
         """
+        if isinstance(samples, Mapping):
+            return dict(samples)
         rows, skipped = list[dict[str, Any]](), list[SkippedSample]()
         for number, sample in enumerate(samples):
             found = sample if isinstance(sample, SkippedSample) else self._checked(sample, number)
@@ -76,11 +114,12 @@ class Stage2Collator:
                 skipped.append(found)
             else:
                 rows.append(found)
+        stored: np.ndarray | None = None
         if self.cache is not None and self.on_error == "skip" and _any_has(rows, "caption"):
-            is_stored = self.cache.contains(_column(rows, "caption")).tolist()
-            lacking = [row for row, stored in zip(rows, is_stored, strict=True) if not stored]
+            stored = self.cache.find(caption_keys(_column(rows, "caption")))
+            lacking = [rows[place] for place in np.flatnonzero(stored < 0)]
             skipped += [SkippedSample(str(row.get("key", row["caption"])), NO_EMBEDDING) for row in lacking]
-            rows = [row for row, stored in zip(rows, is_stored, strict=True) if stored]
+            rows, stored = [rows[place] for place in np.flatnonzero(stored >= 0)], stored[stored >= 0]
         if not rows and self.on_error == "skip":
             return {"is_empty": True, "skipped": [tuple(sample) for sample in skipped]}
         if not rows:
@@ -88,7 +127,7 @@ class Stage2Collator:
             raise ValueError(
                 f"All {len(skipped)} samples of a batch were skipped, and on_error is 'raise'; the first: {shown}."
             )
-        batch: dict[str, Any] = {**self._images(rows), **self._captions(rows)}
+        batch: dict[str, Any] = {**self._images(rows), **self._captions(rows, stored)}
         if _any_has(rows, "caption_id"):
             ids = _column(rows, "caption_id")
             known = _any_has(rows, "image_caption_ids")
@@ -104,11 +143,14 @@ class Stage2Collator:
 
     def _checked(self, row: dict[str, Any], number: int) -> dict[str, Any] | SkippedSample:
         """Decode the image of a row and choose its caption, as far as it has none that is prepared."""
-        key, row = str(row.get("key", number)), dict(row)
+        names = {self.image_column: "image", self.caption_column: "caption"}
+        hidden = {*names.values()} - {*names}
+        row = {names.get(name, name): value for name, value in row.items() if name not in hidden}
+        key = str(row.get("key") or _name(row, number))
         try:
-            has_processor = getattr(self.processor, "image_processor", None) is not None
-            if has_processor and "image" in row and not {"pixel_values", "vision_states"} & set(row):
-                row["image"] = decode_image(row["image"], key, self.max_pixels)
+            is_prepared = bool({"pixel_values", "vision_states"} & set(row))
+            if self.image_processor is not None and "image" in row and not is_prepared:
+                row["pixel_values"], row["_prepared"] = self._prepared(row.pop("image"), key), True
             if "caption" in row and not {"llm_embeds", "input_ids"} & set(row):
                 row["caption"] = RowCaptions.of(row, key, ["caption"], None).texts[0]
         except SampleError as error:
@@ -117,18 +159,32 @@ class Stage2Collator:
             return SkippedSample(error.key, error.reason or str(error))
         return row
 
+    @property
+    def _refuses_prepared(self) -> bool:
+        return self.crop_scale is not None and tuple(self.crop_scale) != DEFAULT_CROP
+
+    def _prepared(self, image: Any, key: str) -> Tensor:
+        evaluation, training = self._transforms
+        decoded = evaluation.decode(image, key, self.max_pixels)
+        if training is None:
+            return evaluation(decoded, key)
+        return training(decoded, int(torch.randint(2**62, ())))
+
     def _images(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         for name in ("pixel_values", "vision_states"):
             if name in rows[0]:
+                if self._refuses_prepared and not rows[0].get("_prepared"):
+                    raise ValueError(
+                        f"crop_scale is {list(self.crop_scale or ())}, but the rows have {name}, which are cropped "
+                        "already; leave it unset, or give rows with an image."
+                    )
                 return {name: torch.stack([torch.as_tensor(values) for values in _column(rows, name)])}
         if "image" not in rows[0]:
             raise ValueError(f"A row needs pixel_values, vision_states or image, but has {', '.join(rows[0])}.")
-        image_processor = getattr(self.processor, "image_processor", None)
-        if image_processor is None:
-            raise ValueError("Rows with an image need Stage2Collator(processor=...) with an image processor.")
-        return {"pixel_values": image_processor(images=_column(rows, "image"), return_tensors="pt")["pixel_values"]}
+        raise ValueError("Rows with an image need Stage2Collator(processor=...) with an image processor.")
 
-    def _captions(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def _captions(self, rows: Sequence[dict[str, Any]], stored: np.ndarray | None) -> dict[str, Tensor]:
+        """Return the text inputs of a batch; `stored` are the rows of the cache, if they have been looked up."""
         if "llm_embeds" in rows[0]:
             return {"llm_embeds": torch.stack([torch.as_tensor(embeds) for embeds in _column(rows, "llm_embeds")])}
         if "input_ids" in rows[0]:
@@ -139,10 +195,25 @@ class Stage2Collator:
             raise ValueError(f"A row needs llm_embeds, input_ids or caption, but has {', '.join(rows[0])}.")
         captions = _column(rows, "caption")
         if self.cache is not None:
-            return {"llm_embeds": self.cache.lookup(captions, dtype=None)}
-        if self.processor is None:
-            raise ValueError("Rows with a caption need Stage2Collator(cache=...) or Stage2Collator(processor=...).")
-        return dict(self.processor(text=captions, padding=True, truncation=True, return_tensors="pt"))
+            found = self.cache.lookup(captions, dtype=None) if stored is None else self.cache.read(stored)
+            return {"llm_embeds": found}
+        if self.tokenize is None:
+            raise ValueError(
+                "Rows with a caption need Stage2Collator(cache=...) or Stage2Collator(processor=...) with the "
+                "tokenizer of the LLM."
+            )
+        tokens = self.tokenize(text=captions, padding=True, truncation=True, return_tensors="pt")
+        # Some tokenizers return more, such as token_type_ids.
+        return {name: tokens[name] for name in TOKEN_FIELDS if name in tokens}
+
+
+def _name(row: dict[str, Any], number: int) -> str:
+    """Name a row without a key, by what it is and not by where it is in its batch, as far as possible."""
+    image = row.get("image")
+    if isinstance(image, bytes):
+        return f"image {hashlib.sha256(image).hexdigest()[:12]}"
+    found = image if isinstance(image, str | os.PathLike) else row.get("caption")
+    return str(found) if isinstance(found, str | os.PathLike) else f"row {number} of its batch"
 
 
 def _any_has(rows: Sequence[dict[str, Any]], name: str) -> bool:

@@ -158,7 +158,7 @@ class Gallery:
             if not query.strip():
                 raise ValueError("There is no caption yet: describe what the picture should show.")
             return self._encoder.encode_text(_short(query))[0]
-        return self._encoder.encode_image(query)[0]
+        return self._encoder.encode_image(query, names=[QUERY])[0]
 
     def _key(self, images: IndexedImages) -> str:
         """Identify the images and the model with its preprocessing."""

@@ -44,10 +44,15 @@ class ContentSet(ImageSet, Protocol):
 
 
 class ImageList:
-    """A list of images as an [`ImageSet`]: whatever `decode_image` accepts, such as PIL images, paths and bytes."""
+    """A list of images as an [`ImageSet`]: whatever `decode_image` accepts, such as PIL images, paths and bytes.
 
-    def __init__(self, images: Sequence[Any]) -> None:
-        self.images = images
+    Args:
+        names: Names in messages, one for each image; by default the path of a file, and the position in the list of
+            any other image.
+    """
+
+    def __init__(self, images: Sequence[Any], names: Sequence[str] | None = None) -> None:
+        self.images, self.names = images, names
 
     def __len__(self) -> int:
         return len(self.images)
@@ -60,15 +65,16 @@ class ImageList:
         return decode(self.images[row], self.key(row), DEFAULT_MAX_PIXELS)
 
     def key(self, row: int) -> str:
-        """Path of a file; position in the list of any other image."""
+        if self.names is not None:
+            return self.names[row]
         image = self.images[row]
         return os.fspath(image) if isinstance(image, (str, os.PathLike)) else str(row)
 
 
-def image_list(images: Sequence[Any] | Any) -> ImageList:
-    """Return images as an [`ImageSet`]; one image, also as an array or tensor, counts as a list of one."""
+def image_list(images: Sequence[Any] | Any, names: Sequence[str] | None = None) -> ImageList:
+    """Return images as an [`ImageList`]; one image, also as an array or tensor, counts as a list of one."""
     single = isinstance(images, (str, bytes, os.PathLike, dict, Image.Image)) or getattr(images, "ndim", 4) < 4
-    return ImageList([images] if single else images)
+    return ImageList([images] if single else images, names)
 
 
 class TableImages:

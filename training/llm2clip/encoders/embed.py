@@ -166,9 +166,9 @@ def _refuse_ignored(config: EmbedConfig, names: Sequence[str]) -> None:
 @exclusive
 def _embed_into_cache(config: EmbedConfig) -> dict[str, Any]:
     require(config, REQUIRED)
-    embedder, name, state = _open_encoder(config)
+    encoder, name, state = _open_encoder(config)
     captions = distinct_captions([CaptionSource.from_dict(source) for source in config.sources])
-    manifest = embed_into_cache(captions, embedder, config.output_dir, name, config, state)
+    manifest = embed_into_cache(captions, encoder, config.output_dir, name, config, state)
     return {"num_captions": manifest.rows, "num_truncated": manifest.counts["truncated"]}
 
 
@@ -208,10 +208,10 @@ def open_shard_embedder(config: EmbedConfig) -> ShardEmbedder:
     Raises:
         StoreMismatchError: Another encoder made these.
     """
-    embedder, name, _ = _open_encoder(config)
+    encoder, name, _ = _open_encoder(config)
     return ShardEmbedder(
-        partial(_embed_and_count, embedder, config),
-        describe_encoder(embedder, name, config),
+        partial(_embed_and_count, encoder, config),
+        describe_encoder(encoder, name, config),
         None if config.reuse_cache is None else EmbeddingCache.open(config.reuse_cache),
     )
 
@@ -242,13 +242,13 @@ def _open_encoder(config: EmbedConfig) -> tuple[OurEncoder, str, PartialState]:
 
 
 def embed_into_cache(
-    captions: list[str], embedder: OurEncoder, folder: str, name: str, config: EmbedConfig, state: PartialState
+    captions: list[str], encoder: OurEncoder, folder: str, name: str, config: EmbedConfig, state: PartialState
 ) -> StoreManifest:
     """Embed captions with a text tower into a cache; see [`build_embedding_cache`].
 
     Args:
         captions: Distinct captions.
-        embedder, name: The text tower, and its name in messages.
+        encoder, name: The text tower, and its name in messages.
         config: Batch size and format.
         state: The processes that share the work.
 
@@ -258,8 +258,8 @@ def embed_into_cache(
     return build_embedding_cache(
         folder,
         captions,
-        partial(_embed_and_count, embedder, config),
-        describe_encoder(embedder, name, config),
+        partial(_embed_and_count, encoder, config),
+        describe_encoder(encoder, name, config),
         shard_size=config.shard_size,
         rank=state.process_index,
         world_size=state.num_processes,
@@ -267,17 +267,17 @@ def embed_into_cache(
     )
 
 
-def _embed_and_count(embedder: OurEncoder, config: EmbedConfig, texts: list[str]) -> tuple[torch.Tensor, int]:
-    return embedder.embed_and_count(texts, config.batch_size, show_progress_bar=False, instruction=config.instruction)
+def _embed_and_count(encoder: OurEncoder, config: EmbedConfig, texts: list[str]) -> tuple[torch.Tensor, int]:
+    return encoder.embed_and_count(texts, config.batch_size, show_progress_bar=False, instruction=config.instruction)
 
 
-def describe_encoder(embedder: OurEncoder, name: str, config: EmbedConfig) -> StoreManifest:
+def describe_encoder(encoder: OurEncoder, name: str, config: EmbedConfig) -> StoreManifest:
     """Describe a text tower and the format of its embeddings.
 
     Raises:
         ValueError: The weights of the text tower cannot be identified.
     """
-    model = embedder.model
+    model = encoder.model
     if not model.has_readable_weights:
         raise ValueError(f"the weights of {name} are quantised or offloaded; embed with the plain weights.")
     fingerprint = model.identity()
@@ -292,7 +292,7 @@ def describe_encoder(embedder: OurEncoder, name: str, config: EmbedConfig) -> St
         prompt_prefix=text.prompt_prefix + (config.instruction or ""),
         prompt_suffix=text.prompt_suffix,
         max_length=text.max_text_length,
-        tokenizer_fingerprint=tokenizer_fingerprint(embedder.tokenizer),
+        tokenizer_fingerprint=tokenizer_fingerprint(encoder.tokenizer),
         text_model_dtype=str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
         dtype=config.cache_dtype,
         normalize=config.normalize,

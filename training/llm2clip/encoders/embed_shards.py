@@ -113,10 +113,10 @@ def _as_embedded(parts: list[SourceShard], target: SidecarFolder) -> list[Source
     """Return the parts of a file, or the file itself if it was embedded as a whole."""
     if parts[0].part is None:
         return parts
-    found = target.parts(parts[0])
-    if any(shard.part is None for shard in found):
-        return found
-    if others := [shard for shard in found if shard not in parts]:
+    whole = parts[0]._replace(part=None)
+    if target.manifest_path(whole).is_file():
+        return [whole]
+    if others := [shard for shard in target.manifests(whole) if shard not in parts]:
         raise ValueError(
             f"{target.manifest_path(others[0])} is of a part that {others[0].path} is not cut into now. Set part_rows "
             "as it was, or delete the sidecars of that file to start again."

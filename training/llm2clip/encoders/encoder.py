@@ -26,7 +26,7 @@ NOT_FINITE = "the model's embedding of it is not finite"
 
 
 class EncodedRows(NamedTuple):
-    """Embeddings of `rows` of an [`ImageSet`].
+    """Embeddings of some `rows` of an [`ImageSet`], or of a table of captions, by their numbers.
 
     Attributes:
         embeds: float32 `(rows, width)` on the CPU; zeros where an image cannot be used.
@@ -106,6 +106,7 @@ class Encoder(ABC):
         Args:
             texts: The texts, of any length; one string counts as a list of one.
             batch_size: Largest number of texts per forward pass; the default is that of the encoder.
+            show_progress_bar: Show a progress bar.
 
         Returns:
             Unit rows, float32 `(texts, width)` on the CPU, in input order.
@@ -115,7 +116,12 @@ class Encoder(ABC):
         """
 
     def encode_image(
-        self, images: Sequence[Any] | Any, batch_size: int = 64, num_workers: int = 0, show_progress_bar: bool = False
+        self,
+        images: Sequence[Any] | Any,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        show_progress_bar: bool = False,
+        names: Sequence[str] | None = None,
     ) -> Tensor:
         """Embed images.
 
@@ -123,6 +129,8 @@ class Encoder(ABC):
             images: PIL images, paths, URLs, encoded bytes, arrays or tensors, or a single one.
             batch_size: Images per forward pass.
             num_workers: Worker processes that decode and prepare images; 0 for none.
+            show_progress_bar: Show a progress bar.
+            names: Names of the images in errors; by default their paths, or their positions in the list.
 
         Returns:
             Unit rows, float32 `(images, width)` on the CPU, in input order.
@@ -131,16 +139,21 @@ class Encoder(ABC):
             DamagedImageError: An image cannot be decoded.
             NonFiniteError: Embeddings are NaN or infinite; the message names the images.
         """
-        listed = image_list(images)
-        options: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
-        return self.encode_rows(listed, range(len(listed)), **options, show_progress_bar=show_progress_bar).embeds
+        listed = image_list(images, names)
+        return self.encode_image_rows(
+            listed,
+            range(len(listed)),
+            batch_size=batch_size,
+            num_workers=num_workers,
+            show_progress_bar=show_progress_bar,
+        ).embeds
 
-    def encode_rows(self, images: ImageSet, rows: Sequence[int], **options: Any) -> EncodedRows:
-        """Embed rows of an image set in order; the arguments are those of [`Encoder.encode_parts`]."""
-        parts = list(self.encode_parts(images, rows, **options))
+    def encode_image_rows(self, images: ImageSet, rows: Sequence[int], **options: Any) -> EncodedRows:
+        """Embed rows of an image set in order; the arguments are those of [`Encoder.encode_image_parts`]."""
+        parts = list(self.encode_image_parts(images, rows, **options))
         return parts[0] if parts else EncodedRows([], torch.empty(0, self.width), [])
 
-    def encode_parts(
+    def encode_image_parts(
         self,
         images: ImageSet,
         rows: Sequence[int],

@@ -202,7 +202,7 @@ def store_features(
             if batch.output is not None:
                 good = [row for row, sample in enumerate(batch.skipped, batch.start) if sample is None]
                 names = [f"image {views.key(index)}" for index in good]
-                rows[good] = check_rows(batch.output.view(len(good), -1), manifest.dtype, names.__getitem__)
+                rows[good] = check_rows(batch.output.reshape(len(good), -1), manifest.dtype, names.__getitem__)
             bar.update(len(batch.skipped))
         return ComputedRows(rows, skipped=skipped)
 

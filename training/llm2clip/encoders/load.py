@@ -146,7 +146,7 @@ def embed_images(
     """
     encoder = _open(model, getattr(processor, "image_processor", processor), device, "image")
     listed = image_list(images)
-    found = encoder.encode_rows(
+    found = encoder.encode_image_rows(
         listed,
         range(len(listed)),
         batch_size=batch_size,

@@ -212,11 +212,15 @@ class OurEncoder(Encoder):
         show_progress_bar: bool = False,
         instruction: str | None = None,
     ) -> Tensor:
-        """Embed captions as the text side does: those of a text tower are not of unit length, and may be NaN.
+        """Embed captions for a Store or an adapter: rows as the model gives them, which `encode_text` normalises.
+
+        Those of a text tower are not of unit length, and an embedding may be NaN; `encode_text` checks that, and takes
+        empty texts too.
 
         Args:
             captions: Of any length, not empty; one string counts as a list of one.
             batch_size: Replaces that of the encoder.
+            show_progress_bar: Show a progress bar.
             instruction: Text before every caption, as in stage 1; it is context and not pooled.
 
         Returns:

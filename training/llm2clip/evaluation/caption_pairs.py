@@ -52,12 +52,12 @@ class CaptionRetrieval:
         Raises:
             NonFiniteError: An embedding is NaN or infinite.
         """
-        embedder = OurEncoder(model, tokenizer)
+        encoder = OurEncoder(model, tokenizer)
         device = execution_device(model)
 
         def embed(texts: list[str]) -> Tensor:
             def encode(part: range) -> Tensor:
-                return embedder.embed(texts[part.start : part.stop], batch_size, show_progress_bar)
+                return encoder.embed(texts[part.start : part.stop], batch_size, show_progress_bar)
 
             return encode_sharded(len(texts), encode, device)
 

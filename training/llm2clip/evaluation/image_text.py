@@ -154,7 +154,9 @@ class ImageTextRetrieval:
 
         def encode(part: range) -> Tensor:
             options = {"on_error": self.on_error, "on_not_finite": "skip", "show_progress_bar": show_progress_bar}
-            found = encoder.encode_rows(self.images, part, batch_size=batch_size, num_workers=num_workers, **options)
+            found = encoder.encode_image_rows(
+                self.images, part, batch_size=batch_size, num_workers=num_workers, **options
+            )
             embeds = found.embeds
             # Both keep their rows, so that every process learns of them: NaN for an image that cannot be read,
             # infinity for a broken embedding.

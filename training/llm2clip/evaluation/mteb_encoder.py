@@ -15,7 +15,7 @@ from llm2clip.data import OnError
 from llm2clip.encoders import OurEncoder
 from llm2clip.encoders.ours import TEXT_KINDS
 from llm2clip.utils.progress import track
-from llm2clip.utils.repos import hub_commit, inspect_repo
+from llm2clip.utils.repos import inspect_repo
 
 try:
     from mteb.models.abs_encoder import AbsEncoder
@@ -66,8 +66,7 @@ class LLM2CLIPEncoder(AbsEncoder):
         if self.encoder.is_joint:
             modalities = ["image"] if self.model.text_model is None else ["image", "text"]
         self.mteb_model_meta = _describe(
-            model_name,
-            revision,
+            self.encoder,
             n_parameters=self.model.num_parameters(),
             max_tokens=self.encoder.text_config.max_text_length,
             embed_dim=self.encoder.width,
@@ -126,9 +125,9 @@ class LLM2CLIPEncoder(AbsEncoder):
         return rows
 
 
-def _describe(name: str, revision: str | None, **fields: Any) -> ModelMeta:
+def _describe(encoder: OurEncoder, **fields: Any) -> ModelMeta:
     # mteb stores results by name and revision, and the weights in a folder or branch can change.
-    folder = Path(name)
+    folder = Path(encoder.name)
     if folder.is_dir():
         files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")])
         digest = hashlib.sha256()
@@ -138,7 +137,7 @@ def _describe(name: str, revision: str | None, **fields: Any) -> ModelMeta:
                 hashlib.file_digest(file, lambda: digest)
         name, revision = f"local/{folder.resolve().name}", digest.hexdigest()[:40]
     else:
-        revision = hub_commit(name, revision)
+        name, revision = encoder.name, encoder.identity()["commit"]
     return ModelMeta(
         loader=LLM2CLIPEncoder,
         name=name,

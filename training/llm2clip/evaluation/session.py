@@ -166,7 +166,8 @@ class Session:
     ) -> Tensor:
         def compute(positions: Sequence[int], bar: ProgressBar) -> Tensor:
             size, rows = self.batch_size, []
-            for part in self.encoder.encode_parts(images, positions, size, self.num_workers, size, forward=forward):
+            parts = self.encoder.encode_image_parts(images, positions, size, self.num_workers, size, forward=forward)
+            for part in parts:
                 rows.append(part.embeds)
                 bar.update(len(part.rows))
             return torch.cat(rows)

@@ -23,9 +23,9 @@ from llm2clip.planning.models import (
     trained_text_tower,
 )
 from llm2clip.trainers.base_config import ContrastiveConfig, StageConfig
-from llm2clip.trainers.mntp_config import MNTPConfig
-from llm2clip.trainers.stage1_config import Stage1Config
-from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.trainers.mntp_config import MNTPRecipe
+from llm2clip.trainers.stage1_config import Stage1Recipe
+from llm2clip.trainers.stage2_config import Stage2Recipe
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from modeling_llm2clip.modeling_llm2clip_utils import ACCELERATOR_BATCH_TOKENS
 
@@ -95,15 +95,15 @@ def measure(config: StageConfig | EmbedConfig, gpus: int, longest: int | None, t
         longest = longest or text.max_text_length
         rows = max(1, ACCELERATOR_BATCH_TOKENS // longest)
         work = Work(tower, _embed(tower), min(rows, config.batch_size or rows), text.hidden_size)
-    elif isinstance(config, Stage2Config):
+    elif isinstance(config, Stage2Recipe):
         model = trained_joint_model(config)
         longest = longest or model.config.text_config.max_text_length
         work = _stage2(config, model)
-    elif isinstance(config, MNTPConfig):
+    elif isinstance(config, MNTPRecipe):
         longest = config.block_size
         work = _mntp(config)
     else:
-        assert isinstance(config, Stage1Config)
+        assert isinstance(config, Stage1Recipe)
         tower = trained_text_tower(config)
         longest = longest or tower.config.max_text_length
         # Anchor, positive, and a hard negative if a source has them.
@@ -122,7 +122,7 @@ def _embed(tower: LLM2CLIPTextModel) -> Callable[[int, int], list[Tensor]]:
     return lambda rows, tokens: [tower(input_ids=torch.zeros(rows, tokens, dtype=torch.long)).pooler_output]
 
 
-def _stage2(config: Stage2Config, model: LLM2CLIPModel) -> Work:
+def _stage2(config: Stage2Recipe, model: LLM2CLIPModel) -> Work:
     text = model.config.text_config
     if config.online_text_model:
         model.text_model = build_text_tower(text, config.text_model_dtype, None).requires_grad_(False)
@@ -141,7 +141,7 @@ def _stage2(config: Stage2Config, model: LLM2CLIPModel) -> Work:
     return Work(model, forward, config.per_device_train_batch_size, model.config.projection_dim)
 
 
-def _mntp(config: MNTPConfig) -> Work:
+def _mntp(config: MNTPRecipe) -> Work:
     tower = trained_text_tower(config)
     decoder, dtype = tower.config.decoder_config, next(tower.decoder.parameters()).dtype
     head: Any = tower.get_input_embeddings()

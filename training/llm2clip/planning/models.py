@@ -13,10 +13,11 @@ from llm2clip.convert.published import FOLDER
 from llm2clip.trainers.alignment import HEADS, freeze_maps, set_heads
 from llm2clip.trainers.closed_form import DEFAULT_WIDTH
 from llm2clip.trainers.frozen_layers import FrozenLayers, freeze_unused
+from llm2clip.trainers.lora import add_lora
+from llm2clip.trainers.mntp_config import MNTPRecipe
 from llm2clip.trainers.run_stage2 import CONFIG_FIELDS
-from llm2clip.trainers.run_text_tower import add_lora
-from llm2clip.trainers.stage2_config import NEW_MODEL_FIELDS, Stage2Config
-from llm2clip.trainers.text_tower_config import TextTowerConfig
+from llm2clip.trainers.stage1_config import Stage1Recipe
+from llm2clip.trainers.stage2_config import NEW_MODEL_FIELDS, Stage2Recipe
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPTextConfig, LLM2CLIPTextModel
 from modeling_llm2clip.modeling_llm2clip_decoder import (
     attention_kind,
@@ -82,7 +83,7 @@ def build_text_tower(config: LLM2CLIPTextConfig, dtype: str, attention: str | No
     return tower
 
 
-def trained_text_tower(config: TextTowerConfig) -> LLM2CLIPTextModel:
+def trained_text_tower(config: Stage1Recipe | MNTPRecipe) -> LLM2CLIPTextModel:
     """Build the text tower of stage 1 or MNTP with its LoRA on the meta device."""
     prompt = {name: getattr(config, name) for name in ("pooling", "max_text_length", "bidirectional")}
     text = text_config_of(config.model_name_or_path, "model_name_or_path", config.model_revision, **prompt)
@@ -92,7 +93,7 @@ def trained_text_tower(config: TextTowerConfig) -> LLM2CLIPTextModel:
     return model
 
 
-def trained_joint_model(config: Stage2Config) -> LLM2CLIPModel:
+def trained_joint_model(config: Stage2Recipe) -> LLM2CLIPModel:
     """Build the model of stage 2 on the meta device, without its LLM, with what is frozen in it."""
     if config.alignment == "closed_form":
         raise ValueError("alignment: closed_form trains nothing, so that there is nothing to plan: it takes minutes.")

@@ -15,14 +15,14 @@ from llm2clip.planning.show import print_plan
 from llm2clip.planning.strategies import STRATEGIES, memory
 from llm2clip.recipes import field_places, find_recipe, load_recipe
 from llm2clip.trainers.base_config import StageConfig
-from llm2clip.trainers.mntp_config import MNTPConfig
-from llm2clip.trainers.stage1_config import Stage1Config
-from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.trainers.mntp_config import MNTPRecipe
+from llm2clip.trainers.stage1_config import Stage1Recipe
+from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.options import OptionParser, unknown_option
 from llm2clip.utils.settings import build_config, check_choices, setting
 
 Stage = Literal["stage1", "stage2", "embed", "mntp"]
-STAGES: dict[Stage, Any] = {"stage1": Stage1Config, "stage2": Stage2Config, "embed": EmbedConfig, "mntp": MNTPConfig}
+STAGES: dict[Stage, Any] = {"stage1": Stage1Recipe, "stage2": Stage2Recipe, "embed": EmbedConfig, "mntp": MNTPRecipe}
 # Bytes of an optimizer per trained parameter of four bytes.
 STATES = {
     **{"adamw_torch_fused": 8, "adamw_torch": 8, "sgd": 0},

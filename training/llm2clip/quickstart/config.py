@@ -63,8 +63,8 @@ class QuickstartConfig:
     seed: int = setting(42, "Random seed of all steps; further runs of a text encoder have the next ones.")
     resume_anyway: bool = setting(
         False,
-        "Continue an interrupted stage although its settings have changed otherwise than by the profile: the place "
-        "of output_dir, the devices.",
+        "Continue an interrupted stage although its settings have changed otherwise than by the profile, such as the "
+        "number of processes.",
     )
 
     def load_profile(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 from transformers import AutoProcessor
@@ -20,9 +20,9 @@ from llm2clip.quickstart.ledger import Step
 from llm2clip.quickstart.run_context import RunContext
 from llm2clip.quickstart.text_steps import remove_checkpoints
 from llm2clip.store import EmbeddingCache
-from llm2clip.trainers import run_stage2, warm_start
-from llm2clip.trainers.frozen_towers import open_features
-from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.trainers import run_stage2
+from llm2clip.trainers.freezing import first_part, open_features, warm_start_result
+from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.files import read_json
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.settings import build_config
@@ -73,7 +73,7 @@ def step_name(kind: str, arm: Arm, number: int) -> str:
     return f"{kind}-{arm.name}" + (f"-{number + 1}" if number else "")
 
 
-def _config(run: RunContext, data: QuickstartData, arm: Arm, number: int, folder: Path, both: bool) -> Stage2Config:
+def _config(run: RunContext, data: QuickstartData, arm: Arm, number: int, folder: Path, both: bool) -> Stage2Recipe:
     """Build the settings of a run; those of the part with frozen towers do not depend on `both`."""
     recipe = {**run.profile["stage2"], **(run.profile["unfrozen"] if both else run.profile["frozen"])}
     train, weights = data.source(data.train, data.caption_columns), recipe.pop("caption_weights", None)
@@ -94,7 +94,7 @@ def _config(run: RunContext, data: QuickstartData, arm: Arm, number: int, folder
     recipe |= {"warm_start": run.profile["frozen"]} if both else {"freeze_vision": "all"}
     if both and recipe.get("freeze_vision_layers"):
         recipe.setdefault("frozen_states_dir", str(run.cache("vision_states")))
-    return build_config(Stage2Config, recipe, f"stage2 of the profile {run.config.profile}")
+    return build_config(Stage2Recipe, recipe, f"stage2 of the profile {run.config.profile}")
 
 
 def _features(run: RunContext, resume: bool) -> dict[str, Any]:
@@ -123,12 +123,12 @@ def _align(run: RunContext, kind: str, arm: Arm, number: int, both: bool, resume
     if not both:
         found = {"frozen": _measure(run, config, arm, test, metrics[BEST_BY], stored=True)}
     else:
-        first, before = warm_start.first_part(config), metrics[f"warm_start_{BEST_BY}"]
+        first, before = cast(Stage2Recipe, first_part(config)), metrics[f"warm_start_{BEST_BY}"]
         found = {
             "frozen": _measure(run, first, arm, test, before, stored=True),
             "unfrozen": _measure(run, config, arm, test, metrics[BEST_BY], stored=False),
         }
-        found["frozen"]["history"] = warm_start.first_history(config)
+        found["frozen"]["history"] = (warm_start_result(config) or {})["history"]
         remove_checkpoints(Path(first.output_dir))
     remove_checkpoints(folder)
     if kind == "transfer":
@@ -140,7 +140,7 @@ def _align(run: RunContext, kind: str, arm: Arm, number: int, both: bool, resume
 
 def _measure(
     run: RunContext,
-    config: Stage2Config,
+    config: Stage2Recipe,
     arm: Arm,
     test: Mapping[str, CaptionSource],
     validation: float,

@@ -17,7 +17,7 @@ from llm2clip.quickstart.run_context import RunContext
 from llm2clip.quickstart.weights import weights_folder
 from llm2clip.store import EmbeddingCache
 from llm2clip.trainers import run_stage1
-from llm2clip.trainers.stage1_config import Stage1Config
+from llm2clip.trainers.stage1_config import Stage1Recipe
 from llm2clip.utils.files import read_json
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.settings import build_config
@@ -90,7 +90,7 @@ def _stage1(run: RunContext, resume: bool) -> dict[str, Any]:
         "seed": run.config.seed,
         "resume_anyway": run.config.resume_anyway,
     }
-    config = build_config(Stage1Config, recipe, f"stage1 of the profile {run.config.profile}")
+    config = build_config(Stage1Recipe, recipe, f"stage1 of the profile {run.config.profile}")
     metrics = run_stage1.run(config, resume=resume)
     remove_checkpoints(folder)
     return {"metrics": metrics, "history": read_json(folder / "trainer_state.json")["log_history"]}

@@ -262,7 +262,7 @@ class _Update:
         if self.embeds_captions:
             return self._captions(items, chosen)
         workers = min(worker_count(self.settings.num_workers), len(chosen))
-        return self.encoder.encode_parts(
+        return self.encoder.encode_image_parts(
             items, chosen, batch_size or IMAGES_AT_ONCE, workers, part_size, on_error="skip",
             # A broken model is not a damaged image: all of its embeddings are in doubt.
             on_not_finite="raise",

@@ -92,7 +92,7 @@ def run(config: SearchConfig) -> None:
     embeds = [encoder.encode_text(config.query)] if config.query else []
     if config.image:
         queries.append((config.image, image))
-        embeds.append(encoder.encode_image(config.image))
+        embeds.append(encoder.encode_image(image, names=[config.image]))
     found = []
     for query, rows in zip(queries, index.search(torch.cat(embeds).numpy(), config.top, config.where), strict=True):
         results = [SearchResult.from_row(row, score, index.manifest) for score, row in rows]

@@ -16,10 +16,14 @@ from llm2clip.trainers.closed_form import (
     sum_pairs,
 )
 from llm2clip.trainers.stage2_config import Alignment
-from llm2clip.trainers.stored_pairs import StoredPairsDataset
+from llm2clip.trainers.stored_rows import StoredPairsDataset
 from llm2clip.utils.processes import on_main_process
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel
-from modeling_llm2clip.modeling_llm2clip_heads import LLM2CLIPTextAdapter, build_visual_head
+from modeling_llm2clip.modeling_llm2clip_heads import (
+    LLM2CLIPStandardization,
+    LLM2CLIPTextAdapter,
+    build_visual_head,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +116,18 @@ def set_heads(model: LLM2CLIPModel, kind: str, width: int) -> None:
     if (center := model.text_adapter.center) is not None:
         cast(Tensor, adapter.center).copy_(center)
     model.visual_projection, model.text_adapter = head, adapter
+
+
+def standardize(model: LLM2CLIPModel) -> None:
+    """Let a model standardise its features and centre its captions, with statistics that are set later."""
+    config = cast(LLM2CLIPConfig, model.config)
+    weight = model.text_adapter.proj.weight
+    if model.visual_standardization is None:
+        config.standardize_vision = True
+        model.visual_standardization = LLM2CLIPStandardization(config.vision_width).to(weight.device)
+    if model.text_adapter.center is None:
+        config.center_text = True
+        model.text_adapter.center = torch.zeros(config.text_config.hidden_size, device=weight.device)
 
 
 def linear_maps(model: LLM2CLIPModel) -> tuple[nn.Linear, nn.Linear]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 from dataclasses import dataclass, fields
@@ -14,6 +15,8 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from llm2clip.losses import DEFAULT_TILE_SIZE
 from llm2clip.trainers.optimizer import check_warmup
 from llm2clip.utils.settings import check_choices, setting
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -80,6 +83,10 @@ class StageConfig(TrainingArguments):
             raise ValueError("leave enable_jit_checkpoint off: SIGTERM saves a checkpoint, see grace_seconds.")
         if self.skip_bad_steps < 0:
             raise ValueError(f"skip_bad_steps must be at least 0, but is {self.skip_bad_steps}.")
+        if self.remove_unused_columns:
+            raise ValueError("leave remove_unused_columns off: the collators read columns that the model does not.")
+        if self.label_names:
+            raise ValueError(f"leave label_names empty: the losses need no labels, so {self.label_names} has no use.")
         # transformers 5.2 has only gradient_checkpointing, which later versions rename and warn about.
         if self.activation_checkpointing is None:
             self.activation_checkpointing = bool(self.gradient_checkpointing)
@@ -117,9 +124,16 @@ class StageConfig(TrainingArguments):
         except (OSError, TypeError, ValueError) as error:
             raise ValueError(f"accelerator_config is {given!r:.80}, which cannot be used: {error}.") from error
 
-    def __getstate__(self) -> dict[str, Any]:
-        # The Trainer pickles its arguments into the folder that it pushes.
-        return {**self.__dict__, "hub_token": None}
+    @property
+    def n_gpu(self) -> int:
+        """1: `nn.DataParallel`, which the Trainer uses for more without a launcher, would compare parts of a batch."""
+        if (found := super().n_gpu) > 1:
+            logger.warning(
+                "training on 1 of %d GPUs; start `torchrun --nproc_per_node %d -m llm2clip ...` (or your script) to "
+                "use all of them.", found, found,
+            )  # fmt: skip
+            self._n_gpu = 1
+        return self._n_gpu
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """Return the steps of the warm-up; a share of the steps, unlike a number of them, leaves at least one."""

@@ -1,45 +1,51 @@
-"""The base of all stage trainers: data loaders, evaluation, checkpoints, cards."""
+"""The base of all stage trainers: a Trainer that resumes exactly, and writes folders for the Hub."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, save_fsdp_optimizer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import EvalPrediction, PreTrainedModel, ProgressCallback
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import EvalPrediction, PreTrainedModel, ProgressCallback, Trainer
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from llm2clip.data import SampleIndexBatchSampler
+from llm2clip.data import SampleIndexBatchSampler, SkipLog
 from llm2clip.data.sampling import EpochBatchSampler, EpochDataset
 from llm2clip.data.streams import SampleStream
+from llm2clip.hub.base_licenses import code_license
+from llm2clip.hub.upload import Uploader
 from llm2clip.trainers.base_config import StageConfig, require_batch
-from llm2clip.trainers.checkpoints import begin_checkpoint, finish_checkpoint, named_checkpoint
-from llm2clip.trainers.finite_steps import FiniteSteps, Observed, describe, require_finite_weights
-from llm2clip.trainers.model_card import DataRevisions, write_model_card
-from llm2clip.trainers.progress import FirstLog, TrainingProgress
-from llm2clip.trainers.pushing import copy_files
-from llm2clip.trainers.resuming import ResumingTrainer
-from llm2clip.trainers.run_inputs import RunInputs
-from llm2clip.trainers.run_settings import copy_settings
-from llm2clip.trainers.sharding import gathered, undivided, with_scalars
-from llm2clip.trainers.stream_resume import StreamResume, resumed_run, stream_loader
+from llm2clip.trainers.checkpoints import begin_checkpoint, finish_checkpoint, unlist_result
+from llm2clip.trainers.model_card import DataRevisions, latest_evaluations, write_model_card
+from llm2clip.trainers.optimizer import SCHEDULE_SETTINGS, OptimizerSettings
+from llm2clip.trainers.progress import TrainingProgress
+from llm2clip.trainers.pushing import PushCallback, copy_model, push_error
+from llm2clip.trainers.run_context import RunContext
+from llm2clip.trainers.run_state import NoStepsLeft, RunState, StreamPosition, stream_loader
+from llm2clip.trainers.sharding import gathered, is_sharded, undivided, whole_weights
+from llm2clip.trainers.step_guard import Observed, StepGuard, describe, require_finite
 from llm2clip.trainers.weight_average import WeightAverage
 from llm2clip.utils.embeddings import BROKEN_MODEL, NonFiniteError
+from llm2clip.utils.files import write_text
 from llm2clip.utils.library_errors import wrap_write_errors
 from llm2clip.utils.processes import on_any_process
 from llm2clip.utils.stopping import worker_init
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
 from modeling_llm2clip.modeling_llm2clip_utils import keep_freed_memory
 
+logger = logging.getLogger(__name__)
 
-class StageTrainer(ResumingTrainer):
+
+class StageTrainer(Trainer):
     """A [`~transformers.Trainer`] for the stages of LLM2CLIP.
 
     It trains on any map-style or iterable data set of rows that the stage's collator accepts, with the Trainer's own
@@ -67,6 +73,8 @@ class StageTrainer(ResumingTrainer):
     sampler_class: ClassVar[Callable[..., EpochBatchSampler]] = SampleIndexBatchSampler
     # Evaluation of `eval_dataset` gives the loss alone, without metrics from the outputs.
     loss_only: ClassVar[bool] = False
+    # Arguments of `from_pretrained` for a checkpoint of the model.
+    load_options: ClassVar[dict[str, Any]] = {}
     # The log of an earlier part of the run, whose curves come first in the card.
     earlier_history: Sequence[dict[str, Any]] = ()
     args: StageConfig
@@ -86,12 +94,15 @@ class StageTrainer(ResumingTrainer):
     ) -> None:
         if args is None:
             raise ValueError(f"{type(self).__name__} needs args, the config of its stage.")
-        self.retrieval = retrieval or {}
+        self.args, self.retrieval, self.processing_class = args, retrieval or {}, processing_class
         self._has_eval_rows = eval_dataset is not None
+        self.run: RunContext | None = None
+        if model is not None:
+            self.prepare_model(model)
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator or self.default_collator(model, args, processing_class),
+            data_collator=data_collator,
             train_dataset=train_dataset,
             # With eval_strategy the Trainer insists on a data set; the names of the retrieval sets serve as one.
             eval_dataset=eval_dataset if self._has_eval_rows else (list(self.retrieval) or None),
@@ -99,69 +110,45 @@ class StageTrainer(ResumingTrainer):
             compute_metrics=compute_metrics or self.retrieval_scores,
             **kwargs,
         )
-        self.eval_revisions = DataRevisions(getattr(args, "eval_sources", {}) if self.is_world_process_zero() else {})
-        self.inputs = RunInputs(self)
-        self.finite_steps = FiniteSteps(self, self.args.skip_bad_steps)
-        self.add_callback(self.finite_steps)
-        half_life = self.args.ema_half_life
-        self.average = None if half_life is None else WeightAverage(self, half_life)
-        if self.average is not None:
-            self.add_callback(self.average)
+        if data_collator is None and (collator := self.default_collator()) is not None:
+            self.data_collator = collator
+        self._refuse_unused()
+        self._revisions: DataRevisions | None = None
+        self.average: WeightAverage | None = None
+        if args.ema_half_life is not None:
+            if is_sharded(self.accelerator):
+                raise ValueError(
+                    "ema_half_life does not work with FSDP or DeepSpeed, which give no process the whole weights; "
+                    "train with DDP, or leave it unset."
+                )
+            self.average = WeightAverage(self.unwrapped, args.ema_half_life, args.resume_anyway)
+        if args.skip_bad_steps and self.is_deepspeed_enabled:
+            raise ValueError(
+                "skip_bad_steps does not work with DeepSpeed, which updates weights in backward; set it to 0."
+            )
+        self.guard = StepGuard(args.skip_bad_steps, args.grace_seconds, str(args.output_dir), self.log)
         is_endless = isinstance(train_dataset, SampleStream) and train_dataset.repeat
-        self.stream = StreamResume(train_dataset, self.args) if is_endless else None
-        if self.stream is not None:
-            self.add_callback(self.stream)
-        self.first_log = FirstLog()
-        self.add_callback(self.first_log)
+        self.run_state = RunState(self.skip_log(), StreamPosition(train_dataset, args) if is_endless else None)
         self.progress = TrainingProgress(self.title)
-        if not self.args.disable_tqdm:
+        for callback in (self.guard, self.average, self.run_state, PushCallback(self.publish, self.uploader)):
+            if callback is not None:
+                self.add_callback(callback)
+        if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(self.progress)
-        if self.args.device.type == "cpu":
+        if args.device.type == "cpu":
             keep_freed_memory()
         # The losses are means over the batch, so that the Trainer has to divide them by the accumulation steps.
         self.model_accepts_loss_kwargs = False
 
-    def default_collator(self, model: Any, args: Any, processing_class: Any) -> Callable[..., Any] | None:
-        """Make the collator of the stage; `None` for that of transformers."""
-        raise NotImplementedError
+    # What a stage defines.
 
-    def measure(self, model: Any, retrieval: Any) -> dict[str, float | int]:
-        """Compute the metrics of one of the retrieval sets."""
-        raise NotImplementedError
+    def prepare_model(self, model: nn.Module) -> None:
+        """Do to a model what the settings say, before it is trained: one given at construction or by `model_init`."""
 
-    def batch_sampler(self) -> EpochBatchSampler:
-        """Make the batch sampler of this package's map-style data sets, for all processes."""
-        return self.make_sampler(type(self).sampler_class)
-
-    def make_sampler(self, sampler_class: Callable[..., EpochBatchSampler]) -> EpochBatchSampler:
-        """Make a batch sampler of a class, for all processes."""
-        return sampler_class(
-            self.train_dataset,
-            self.args.per_device_train_batch_size,
-            num_replicas=self.accelerator.num_processes,
-            seed=self.args.sampling_seed,
-            drop_last=self.args.dataloader_drop_last,
-        )
-
-    def loss_and_outputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute the loss of a batch and the outputs that the metrics of `eval_dataset` are computed from.
-
-        The mean over processes is the loss of the batch of all of them, of the rows that [`without_repeats`] keeps.
-        """
-        raise NotImplementedError
-
-    def save_result(self, output_dir: str | Path) -> None:
-        """Save the trained model as a folder for the Hub; called in all processes."""
-        raise NotImplementedError
-
-    def complete_result(self, output_dir: str | Path) -> None:
-        """Add to the saved model what takes long or much memory; called in all processes when all else is saved."""
-
-    @staticmethod
-    def retrieval_scores(prediction: EvalPrediction) -> dict[str, float | int]:
-        """Compute retrieval metrics from the embeddings of `eval_dataset` and their [`eval_labels`]."""
-        raise NotImplementedError
+    def prepare_training(self, run: RunContext) -> dict[str, float]:
+        """Do what comes before the first step, in all processes; returns what to report of it."""
+        return {}
 
     @property
     def has_steps(self) -> bool:
@@ -172,116 +159,181 @@ class StageTrainer(ResumingTrainer):
         """Compute initial weights from the training data, in all processes; returns what to report of them."""
         return {}
 
+    def default_collator(self) -> Callable[..., Any] | None:
+        """Make the collator of the stage; `None` for that of transformers."""
+        raise NotImplementedError
+
+    def evaluation_collator(self) -> Callable[..., Any]:
+        """Return the collator of evaluation."""
+        return self.data_collator
+
+    def skip_log(self) -> SkipLog | None:
+        """Open the list of the samples that this process skips."""
+        return None
+
+    def measure(self, model: Any, retrieval: Any) -> dict[str, float | int]:
+        """Compute the metrics of one of the retrieval sets."""
+        raise NotImplementedError
+
+    def loss_and_outputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the loss of a batch and the outputs that the metrics of `eval_dataset` are computed from.
+
+        The mean over processes is the loss of the batch of all of them, of the rows that [`without_repeats`] keeps.
+        """
+        raise NotImplementedError
+
+    def contrastive_loss(
+        self,
+        embeds: Mapping[str, Tensor],
+        logit_scale: Tensor,
+        logit_bias: Tensor | None,
+        ids: Mapping[str, Tensor | None],
+    ) -> Tensor:
+        """Compute the loss of a batch from its embeddings; override it for a loss of your own."""
+        raise NotImplementedError
+
+    def save_result(self, output_dir: str | Path) -> None:
+        """Save the trained model as a folder for the Hub; called in all processes."""
+        raise NotImplementedError
+
+    def merge_result(self) -> None:
+        """Make of the trained model what is saved, so that the evaluation measures that."""
+
+    def complete_result(self, output_dir: str | Path) -> None:
+        """Add to the saved model what takes long or much memory; called in all processes when all else is saved."""
+
+    @staticmethod
+    def retrieval_scores(prediction: EvalPrediction) -> dict[str, float | int]:
+        """Compute retrieval metrics from the embeddings of `eval_dataset` and their [`eval_labels`]."""
+        raise NotImplementedError
+
     def frozen_inputs(self) -> dict[str, str | None]:
-        """Identify the weights that a run reads and that its checkpoints do not contain, by name in words."""
+        """Identify what a run reads and its checkpoints do not contain, by name in words."""
         return {}
 
     def eval_labels(self, inputs: dict[str, Any], num_rows: int) -> Any:
         """Which rows of a batch belong together: labels for `compute_metrics`. By default, each with itself."""
         return torch.zeros(num_rows, device=self.args.device)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train; see [`~transformers.Trainer.train`]. `output_dir` is locked meanwhile; see [`run_folder`] for errors.
+    # Training.
+
+    def unwrapped(self) -> Any:
+        """Return the model without wrappers."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def _refuse_unused(self) -> None:
+        """Refuse settings that the data set would make useless."""
+        own = isinstance(self.train_dataset, EpochDataset | SampleStream)
+        if own and getattr(self.args, "train_sampling_strategy", "random") != "random":
+            raise ValueError("train_sampling_strategy is not for this package's data sets, which bring their order.")
+        if self.args.auto_find_batch_size and isinstance(self.train_dataset, SampleStream):
+            raise ValueError("auto_find_batch_size does not work with streams, whose order depends on the batch.")
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """Also prepare a new model of `model_init`, which the Trainer has made just before."""
+        super()._hp_search_setup(trial)
+        if self.model_init is not None:
+            run = cast(RunContext, self.run)
+            self.prepare_model(cast(nn.Module, self.model))
+            self._begin(run, self.prepare_training(run))
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
+    ) -> TrainOutput:
+        """Train; see [`~transformers.Trainer.train`]. `output_dir` is locked meanwhile; see [`RunContext`] for errors.
 
         Args:
             resume_from_checkpoint: Folder of a checkpoint, or True for the newest whole one in `output_dir`.
-            args, kwargs: See [`~transformers.Trainer.train`].
+            trial, ignore_keys_for_eval: See [`~transformers.Trainer.train`].
         """
-        choose = partial(named_checkpoint, self.args, resume_from_checkpoint)
+        is_ours = isinstance(self.train_dataset, SampleStream) or not isinstance(self.train_dataset, IterableDataset)
+        with RunContext(self.args, resume_from_checkpoint, elastic=is_ours) as run:
+            return self.train_in(run, trial, ignore_keys_for_eval)
+
+    def train_in(self, run: RunContext, trial: Any = None, ignore_keys_for_eval: Any = None) -> TrainOutput:
+        """Train in the context of a run; see [`train`]. `train_loss` is the mean over all steps of the run."""
+        self.run = run
+        # Another number of processes may have changed it.
+        self._train_batch_size = self.args.train_batch_size
+        unlist_result(self.args)
+        checkpoint = None if run.checkpoint is None else str(run.checkpoint)
         try:
-            with resumed_run(self, choose) as checkpoint:
-                found = {} if checkpoint is not None else self.initialize_weights()
+            found = {} if self.model_init is not None else self.prepare_training(run)
+            with self.run_state.resumed(run.checkpoint), self.guard.on_sigterm():
+                if self.model_init is None:
+                    self._begin(run, found)
                 if not self.has_steps:
-                    self.log(dict(found))
-                    return TrainOutput(0, 0.0, found)
-                self.first_log.values = found
-                output = super().train(checkpoint, *args, **kwargs)
-                return output._replace(metrics={**output.metrics, **found})
+                    self.log(dict(self.run_state.found))
+                    return TrainOutput(0, 0.0, dict(self.run_state.found))
+                try:
+                    output = super().train(checkpoint, trial, ignore_keys_for_eval)
+                except NoStepsLeft:
+                    output = self._end_without_steps()
         finally:
             self.progress.close()
+        metrics = {**output.metrics, **self.run_state.found}
+        return TrainOutput(output.global_step, metrics["train_loss"], metrics)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        require_finite_weights(self.model, self.state.global_step, self.is_fsdp_enabled)
-        if self.args.should_save:
-            begin_checkpoint(Path(output_dir or str(self.args.output_dir)))
-        super().save_model(output_dir, _internal_call=True)
-        if self.args.should_save:
-            make_readable_by_version_4(output_dir or str(self.args.output_dir))
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+    def _begin(self, run: RunContext, found: dict[str, float]) -> None:
+        """Compare what the run reads, and compute its initial weights, when model and data are prepared."""
+        self.run_state.inputs = run.compare_inputs(self._inputs)
+        self.run_state.found = {**found, **(self.initialize_weights() if run.checkpoint is None else {})}
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        own = self.model
-        self.model = undivided(cast(nn.Module, own))
-        try:
-            super()._save(output_dir, None if state_dict is None else with_scalars(state_dict))
-        finally:
-            self.model = own
+    def _inputs(self) -> dict[str, Any]:
+        data: Any = self.train_dataset
+        values: dict[str, Any] = {}
+        if hasattr(data, "__len__") and not isinstance(data, IterableDataset):
+            values["rows of the training data"] = len(data)
+        if isinstance(data, EpochDataset | SampleStream):
+            values["content of the training data"] = data.content_digest()
+        return values | self.frozen_inputs()
 
-    # transformers (5.2 to 5.23) has no callback between the last file of a checkpoint and the deletion of old ones.
+    def _end_without_steps(self) -> TrainOutput:
+        metrics = {"total_flos": self.state.total_flos, "train_loss": 0.0}
+        self.log(metrics)
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+        self.is_in_train = False
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        return TrainOutput(self.state.global_step, 0.0, metrics)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save a checkpoint and mark it as whole, and only then delete older ones."""
-        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            with wrap_write_errors(folder):
-                super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        if self.average is not None and self.args.should_save:
-            self.average.save(folder)
-        if self.stream is not None and self.args.should_save:
-            self.stream.save(folder, self.state.global_step)
-        if self.args.should_save:
-            self.inputs.save(folder)
-            copy_settings(self.args, folder)
-        # The other processes have written their states of random numbers.
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            finish_checkpoint(folder, limit, self.state.best_model_checkpoint)
+    def batch_sampler(self) -> EpochBatchSampler:
+        """Make the batch sampler of this package's map-style data sets, for all processes."""
+        return self.make_sampler(type(self).sampler_class)
 
-    def publish_checkpoint(self, checkpoint: Path) -> None:
-        super().publish_checkpoint(checkpoint)
-        if self.average is None:
-            return
-        with self.average.in_place(), tempfile.TemporaryDirectory() as scratch:
-            self.accelerator.unwrap_model(self.model).save_pretrained(scratch)
-            make_readable_by_version_4(scratch)
-            copy_files(Path(scratch), Path(str(self.args.output_dir)))
+    def make_sampler(self, sampler_class: Callable[..., EpochBatchSampler]) -> EpochBatchSampler:
+        """Make a batch sampler of a class, for all processes."""
+        return sampler_class(
+            self.train_dataset,
+            self._train_batch_size,
+            num_replicas=self.accelerator.num_processes,
+            seed=self.args.sampling_seed,
+            drop_last=self.args.dataloader_drop_last,
+        )
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self.average is not None and checkpoint is not None:
-            self.average.checkpoint = Path(checkpoint)
-
-    def _load_best_model(self) -> None:
-        adapted = getattr(self.accelerator.unwrap_model(self.model), "has_adapter", False)
-        if (self.is_deepspeed_enabled or self.is_fsdp_enabled) and not adapted:
-            super()._load_best_model()
-        else:
-            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
-        if self.average is not None:
-            self.average.restore(Path(str(self.state.best_model_checkpoint)))
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write this package's model card into `output_dir`; text that people added to the existing card stays."""
-        if self.is_world_process_zero():
-            write_model_card(self)
-
-    def get_train_dataloader(self) -> DataLoader:
-        dataset: Any = self.train_dataset
+    def _loader_options(self, collator: Callable[..., Any], persistent: bool) -> dict[str, Any]:
         workers = self.args.dataloader_num_workers
-        options: dict[str, Any] = {
-            "collate_fn": self.data_collator,
+        # transformers 5.6 does not have all of them.
+        newer = {"multiprocessing_context": "dataloader_multiprocessing_context", "in_order": "dataloader_in_order"}
+        return {
+            "collate_fn": collator,
             "num_workers": workers,
             "worker_init_fn": worker_init(workers),
             "pin_memory": self.args.dataloader_pin_memory and self.args.device.type != "cpu",
-            "persistent_workers": self.args.dataloader_persistent_workers and workers > 0,
+            "persistent_workers": persistent and workers > 0,
             "prefetch_factor": self.args.dataloader_prefetch_factor if workers > 0 else None,
+            **{
+                name: getattr(self.args, field)
+                for name, field in newer.items()
+                if workers and hasattr(self.args, field)
+            },
         }
+
+    def get_train_dataloader(self) -> DataLoader:
+        dataset: Any = self.train_dataset
+        options = self._loader_options(self.data_collator, self.args.dataloader_persistent_workers)
         if isinstance(dataset, SampleStream):
-            return stream_loader(dataset, self.args.per_device_train_batch_size, options)
+            return stream_loader(dataset, self._train_batch_size, options)
         if isinstance(dataset, EpochDataset):
             sampler: Any = self.batch_sampler()
             num_batches, batch_size = len(sampler), sampler.global_batch_size
@@ -289,39 +341,201 @@ class StageTrainer(ResumingTrainer):
         else:
             loader = super().get_train_dataloader()
             num_batches = len(loader) if hasattr(dataset, "__len__") else 1
-            batch_size = self.args.per_device_train_batch_size * self.args.world_size
+            batch_size = self._train_batch_size * self.args.world_size
         require_batch(num_batches, batch_size)
         return loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        # Dropping the last batch is for training; metrics are over all rows.
-        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.args.dataloader_drop_last = drop_last
+        """Make the loader of all rows of a data set; dropping the last batch is for training."""
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = cast(Any, self.eval_dataset)[dataset]
+        if dataset is None:
+            raise ValueError("evaluation requires an eval_dataset.")
+        options = self._loader_options(self.evaluation_collator(), persistent=False)
+        return self.accelerator.prepare(DataLoader(dataset, self.args.eval_batch_size, **options))
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        return self.get_eval_dataloader(test_dataset)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         loss, outputs = self.loss_and_outputs(model, {name: x for name, x in inputs.items() if name != "keys"})
         if model.training:
-            self.finite_steps.observe(self._observed(loss, outputs, inputs))
+            self.guard.observe(self._observed(loss, outputs, inputs), self.accelerator.sync_gradients)
+            if self.compute_loss_func is not None:  # whose loss the Trainer does not divide
+                loss = loss / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
+
+    def loss_of(
+        self,
+        embeds: Mapping[str, Tensor],
+        logit_scale: Tensor,
+        logit_bias: Tensor | None,
+        ids: Mapping[str, Tensor | None],
+    ) -> Tensor:
+        """Compute the loss of a batch by `compute_loss_func`, if that was given, or by [`contrastive_loss`]."""
+        if self.compute_loss_func is None:
+            return self.contrastive_loss(embeds, logit_scale, logit_bias, ids)
+        outputs = {**embeds, "logit_scale": logit_scale, "logit_bias": logit_bias}
+        return self.compute_loss_func(outputs, dict(ids) or None, num_items_in_batch=None)
 
     def _observed(self, loss: Tensor, outputs: dict[str, Tensor], inputs: dict[str, Any]) -> Observed:
         # Without embeddings, the outputs are states, of which those of padding may be anything.
         return Observed.of(loss, () if self.loss_only else outputs.values(), inputs.get("keys"))
 
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Make a step; see [`~transformers.Trainer.training_step`]."""
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.run_state.totals.add(loss, inputs.get("num_truncated", 0))
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        self.guard.grad_norm = None if self.is_deepspeed_enabled else norm
+        return norm
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log; see [`~transformers.Trainer.log`]. The losses are those of an uninterrupted run."""
+        totals = self.run_state.totals
+        if "loss" in logs or "train_loss" in logs:
+            totals.gather()
+            if totals.cut_captions:
+                logs["cut_captions"] = totals.cut_captions
+        if "loss" in logs:
+            logs["loss"] = totals.take_loss()
+        if "train_loss" in logs:
+            logs["train_loss"] = totals.mean_loss()
+        if skipped := self.run_state.skipped.count():
+            logs["skipped_samples"] = skipped
         if self.average is not None and self.average.in_model and any(name.startswith("eval_") for name in logs):
             logs["eval_ema_half_life"] = self.average.half_life
         super().log(logs, start_time)
 
+    # Checkpoints. transformers (5.6 to 5.23) deletes old ones before the new one could be marked as whole.
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save a checkpoint, mark it as whole, and only then delete older ones."""
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if trial is None:
+            self.store_flos()
+        self.run_state.gather()
+        with wrap_write_errors(folder):
+            self.save_model(str(folder), _internal_call=True)
+            self.accelerator.wait_for_everyone()
+            best = folder.with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+            if self.state.best_global_step and best.exists():
+                self.state.best_model_checkpoint = str(best)
+            if not self.args.save_only_model:
+                self._save_optimizer_and_scheduler(str(folder))
+                self._save_scaler(str(folder))
+                self._save_rng_state(str(folder))
+            if self.args.should_save:
+                self._save_states(folder)
+        # The other processes have written their states of random numbers.
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            finish_checkpoint(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _save_states(self, folder: Path) -> None:
+        states: dict[str, list[Any]] = {}
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                states.setdefault(type(callback).__name__, []).append(callback.state())
+        self.state.stateful_callbacks = cast(
+            Any, {name: some if len(some) > 1 else some[0] for name, some in states.items()}
+        )
+        self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        if self.average is not None:
+            self.average.save(folder, self.state.global_step)
+        self.run_state.save(folder, self.state.global_step)
+        cast(RunContext, self.run).save(folder)
+
+    # transformers (5.6 to 5.23) has no public method for loading a checkpoint's weights: it reads the files by the
+    # names of the parameters, which `from_pretrained` and `save_pretrained` may change.
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load weights through `from_pretrained`."""
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        target: Any = self.accelerator.unwrap_model(model or self.model)
+        saved = type(target).from_pretrained(resume_from_checkpoint, **self.load_options)
+        missing, unexpected = target.load_state_dict(saved.state_dict(), strict=False)
+        # The frozen LLM is already loaded.
+        missing = [name for name in missing if not name.startswith("text_model.")]
+        if missing or unexpected:
+            raise ValueError(
+                f"{resume_from_checkpoint} does not fit: missing {missing[:5]}, unexpected {unexpected[:5]}; "
+                "resume with the settings of the original run."
+            )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        changed = cast(RunContext, self.run).changed & SCHEDULE_SETTINGS if checkpoint is not None else set()
+        new = OptimizerSettings.of(self.optimizer, self.lr_scheduler, self.is_deepspeed_enabled) if changed else None
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if new is not None:
+            new.apply(self.optimizer, self.lr_scheduler)
+        if self.average is not None and checkpoint is not None:
+            self.average.checkpoint = Path(checkpoint)
+
+    def _load_best_model(self) -> None:
+        if is_sharded(self.accelerator) and not getattr(self.unwrapped(), "has_adapter", False):
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+        if self.average is not None:
+            self.average.restore(Path(str(self.state.best_model_checkpoint)))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model: in a checkpoint as it trains, and where you call it as the result, as the settings say."""
+        folder = output_dir or str(self.args.output_dir)
+        if not _internal_call:
+            self.save_result(folder)
+            self.complete_result(folder)
+            if self.args.push_to_hub:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+            return
+        if self.args.should_save:
+            begin_checkpoint(Path(folder))
+        self.save_weights(folder)
+
+    def save_weights(self, folder: str | Path) -> None:
+        """Save the model as it trains, with its processor; called in all processes.
+
+        Raises:
+            NonFiniteError: A trained weight is NaN or infinite; in all processes.
+        """
+        model = undivided(self.unwrapped())
+        sharded = is_sharded(self.accelerator)
+        weights = whole_weights(self.accelerator, self.model_wrapped) if sharded else None
+        checked = dict(model.named_parameters()) if weights is None else weights
+        trained = {name: weight for name, weight in checked.items() if sharded or weight.requires_grad}
+        require_finite(trained, self.state.global_step, sharded)
+        if self.args.should_save:
+            model.save_pretrained(folder, state_dict=weights)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+            make_readable_by_version_4(folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled or not getattr(self.unwrapped(), "has_adapter", False):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # Otherwise each checkpoint would have the whole frozen LLM, which a resumed run does not read.
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    # Evaluation.
+
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, Any, Any]:
-        with torch.no_grad():
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         observed = self._observed(loss, outputs, inputs)
         if on_any_process(observed.is_broken()):
@@ -360,38 +574,47 @@ class StageTrainer(ResumingTrainer):
             `eval_loss` and `eval_<metric>` of the data set, `eval_<set>_<metric>` of each retrieval set; of averaged
             weights also their half-life, `eval_ema_half_life`.
         """
-        with contextlib.nullcontext() if self.average is None else self.average.in_place():
-            return self._measure_all(eval_dataset, ignore_keys, metric_key_prefix)
-
-    def _measure_all(
-        self, eval_dataset: Any, ignore_keys: list[str] | None, metric_key_prefix: str
-    ) -> dict[str, float]:
         metrics: dict[str, float] = {}
-        if eval_dataset is not None or self._has_eval_rows:
-            metrics |= super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        if eval_dataset is not None or not self.retrieval:
-            return metrics
-        model = self.accelerator.unwrap_model(self.model).eval()
-        with gathered(self):
+        with contextlib.nullcontext() if self.average is None else self.average.in_place():
+            if eval_dataset is not None or self._has_eval_rows:
+                metrics |= super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            if eval_dataset is None and self.retrieval:
+                metrics |= self._measure_retrieval(metric_key_prefix)
+        return metrics
+
+    def _measure_retrieval(self, prefix: str) -> dict[str, float]:
+        model = self.unwrapped().eval()
+        # In the precision of training, with every engine.
+        with gathered(self.accelerator, self.model_wrapped), self.accelerator.autocast():
             found = {
-                f"{metric_key_prefix}_{name}_{key}": value
+                f"{prefix}_{name}_{key}": value
                 for name, retrieval in self.retrieval.items()
                 for key, value in self.measure(model, retrieval).items()
             }
         self.log(found)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
-        return metrics | found
+        return found
 
-    def fit(self, checkpoint: str | None) -> dict[str, Any]:
-        """Train, from a checkpoint if one is given, save and evaluate the result, write the card and push if set.
+    # The whole work of a command.
+
+    def fit(self, run: RunContext | None = None) -> dict[str, Any]:
+        """Train, save and evaluate the result, write the card, and push if set.
+
+        Args:
+            run: The context of the run; by default one of its own, from the beginning.
 
         Returns:
             The metrics of training and evaluation.
         """
-        metrics = self.train(resume_from_checkpoint=checkpoint).metrics
+        if run is None:
+            with RunContext(self.args) as run:
+                return self.fit(run)
+        if self.is_world_process_zero():
+            self._revisions = DataRevisions(getattr(self.args, "eval_sources", {}))
+        metrics = self.train_in(run).metrics
         # Before the evaluation, so that a failing one loses nothing.
         self.accelerator.wait_for_everyone()
-        require_finite_weights(self.model, self.state.global_step, self.is_fsdp_enabled)
+        self.merge_result()
         with wrap_write_errors(Path(str(self.args.output_dir))):
             self.save_result(str(self.args.output_dir))
             self.accelerator.wait_for_everyone()
@@ -403,3 +626,91 @@ class StageTrainer(ResumingTrainer):
         if self.args.push_to_hub:
             self.push_result()
         return metrics
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write this package's model card into `output_dir`; text that people added to the existing card stays."""
+        if not self.is_world_process_zero():
+            return
+        before = max((entry["step"] for entry in self.earlier_history), default=0)
+        log = self.state.log_history
+        history = [*self.earlier_history, *({**entry, "step": before + entry["step"]} for entry in log)]
+        sources = getattr(self.args, "eval_sources", {})
+        found = latest_evaluations([*self.retrieval], log, sources, self.evaluation_title, self._revisions)
+        card: dict[str, Any] = {"task": self.card_task, "evaluations": found, "history": history}
+        write_model_card(self.args, self.unwrapped(), self.processing_class, **card, repo=self.hub_model_id)
+
+    # Pushing, through [`Uploader`] as `llm2clip push` does, and only to a repo that contains no other model.
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repo and its branch before training, and write the license that is pushed with the code.
+
+        `token` and `private` are by default `hub_token` and `hub_private_repo`.
+
+        Raises:
+            ValueError: The Hub refuses, or the repo contains something else; the message names the next step.
+        """
+        if not self.is_world_process_zero():
+            return
+        folder = Path(str(self.args.output_dir))
+        write_text(folder / "LICENSE", code_license())
+        uploader = self.uploader(token, repo_id=self.args.hub_model_id or folder.absolute().name)
+        private = self.args.hub_private_repo if private is None else private
+        # Any, since the Trainer declares them as None.
+        repo: Any = uploader.prepare(self.unwrapped().config.model_type, private).repo_id
+        self.hub_model_id, self.push_in_progress = repo, None
+
+    def uploader(self, token: str | None = None, revision: str | None = None, repo_id: str | None = None) -> Uploader:
+        """Make the connection to the repo of this run."""
+        revision = revision or self.args.hub_revision
+        return Uploader(repo_id or str(self.hub_model_id), revision=revision, token=token or self.args.hub_token)
+
+    def publish(self, checkpoint: Path) -> None:
+        """Copy the model of a checkpoint to `output_dir`, which is uploaded, and write its card."""
+        folder = Path(str(self.args.output_dir))
+        copy_model(checkpoint, folder)
+        if self.average is not None:
+            with self.average.in_place(), tempfile.TemporaryDirectory() as scratch:
+                self.unwrapped().save_pretrained(scratch)
+                make_readable_by_version_4(scratch)
+                copy_model(Path(scratch), folder)
+        self.create_model_card()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Leave pushing to [`PushCallback`]: transformers 5.6 to 5.23 has no setting that turns its own push off."""
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Save the result into `output_dir`, write the card, and upload both; see `transformers.Trainer`.
+
+        Returns:
+            See [`Uploader.upload`]; its `Future` unless `blocking`.
+        """
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
+        folder = Path(str(self.args.output_dir))
+        self.save_result(folder)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card()
+        uploader = self.uploader(token, revision)
+        if not blocking:
+            return uploader.api.run_as_future(uploader.upload, folder, str(commit_message))
+        return uploader.upload(folder, str(commit_message))
+
+    def push_result(self) -> None:
+        """Upload the folder of a finished run as it is.
+
+        Raises:
+            ValueError: The Hub refuses, or the connection broke; the message names the command that pushes the folder.
+        """
+        if self.is_world_process_zero():
+            folder = Path(str(self.args.output_dir))
+            with push_error(folder, str(self.hub_model_id), self.args.hub_revision):
+                self.uploader().upload(folder, "End of training")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME
@@ -37,36 +36,57 @@ def last_checkpoint(output_dir: str | Path, contents: bool = True) -> Path | Non
     Args:
         contents: Compare checksums, which the main process does for all; otherwise only sizes.
     """
-    if contents:
-        return on_main_process(partial(_last_whole, output_dir, _changes))
-    return _last_whole(output_dir, damage)
+    return on_main_process(partial(_last_whole, output_dir, True)) if contents else _last_whole(output_dir, False)
 
 
-def _last_whole(output_dir: str | Path, fault_of: Callable[[Path], str | None]) -> Path | None:
+def _last_whole(output_dir: str | Path, contents: bool) -> Path | None:
     for checkpoint in _by_step(output_dir).values():
-        if (fault := fault_of(checkpoint)) is None:
+        if (fault := damage(checkpoint, contents=contents)) is None:
             return checkpoint
         logger.warning("Skipping %s: incomplete or damaged (%s).", checkpoint, fault)
     return None
 
 
-def _changes(checkpoint: Path) -> str | None:
-    """Return what differs between a checkpoint and its manifest, in words, or None if it is whole."""
-    if (fault := damage(checkpoint)) is not None:
-        return fault
-    found = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    return _changed_content(checkpoint, tuple((path, *_state(path)) for path in found))
+def choose_checkpoint(args: StageConfig, resume: str | bool | None, is_command: bool) -> Path | None:
+    """Choose the checkpoint from which a run starts, or None for the beginning.
+
+    Args:
+        resume: The folder of a checkpoint, or True for the newest whole one in `output_dir`.
+        is_command: The run is that of a command, which refuses the folder of another run, and with True begins if
+            there is no checkpoint yet; `Trainer.train` does neither.
+
+    Raises:
+        FileExistsError: A command without `resume` is to write into the folder of a run.
+        ValueError: The checkpoint is damaged, or there is none.
+    """
+    if isinstance(resume, str | Path):
+        # One that another Trainer wrote has no manifest.
+        checkpoint = Path(resume)
+        find = partial(damage, checkpoint, contents=True)
+        fault = on_main_process(find) if (checkpoint / FOLDER_MANIFEST).exists() else None
+        if fault is not None:
+            raise ValueError(f"{resume} is damaged ({fault}); name another checkpoint, or --resume to find one.")
+        return checkpoint
+    if not resume:
+        if is_command:
+            _refuse_run(args)
+        return None
+    found = last_checkpoint(args.output_dir)
+    if found is None and not is_command:
+        raise ValueError(f"there is no whole checkpoint to resume from in {args.output_dir}.")
+    if found is None:
+        logger.info("no checkpoint to resume from in %s: starting from the beginning.", args.output_dir)
+    return found
 
 
-def _state(path: Path) -> tuple[int, int, int]:
-    state = path.stat()
-    return state.st_ino, state.st_size, state.st_mtime_ns
-
-
-# The command of a stage reads a checkpoint, and so does its trainer, minutes later.
-@lru_cache(maxsize=4)
-def _changed_content(checkpoint: Path, files: tuple[tuple[Path, int, int, int], ...]) -> str | None:
-    return damage(checkpoint, contents=True)
+def _refuse_run(args: StageConfig) -> None:
+    found = last_checkpoint(args.output_dir, contents=False)
+    results = [name for name in RESULT_FILES if Path(args.output_dir, name).exists()]
+    if found is not None or results:
+        raise FileExistsError(
+            f"{args.output_dir} already contains a run ({found.name if found else results[0]}); add --resume to "
+            "continue it, or choose another output_dir."
+        )
 
 
 def begin_checkpoint(checkpoint: Path) -> None:
@@ -106,53 +126,3 @@ def list_result(args: StageConfig) -> None:
         names = [name for name in model_files(folder).uploaded if Path(name).parts[0] in (name, NORMALIZE_FOLDER)]
         state = [name for name in (TRAINER_STATE_NAME, SETTINGS) if (folder / name).is_file()]
         write_manifest(folder, COMMAND, [*names, *state])
-
-
-def resume_point(args: StageConfig, resume: bool) -> str | None:
-    """Choose the checkpoint from which the command of a stage starts, or None for the beginning.
-
-    Args:
-        args: The settings of the run.
-        resume: Resume from the newest whole checkpoint, if there is one.
-
-    Raises:
-        FileExistsError: The folder contains a run and `resume` is off.
-    """
-    if args.resume_from_checkpoint:
-        return args.resume_from_checkpoint
-    found = last_checkpoint(args.output_dir, contents=resume)
-    if resume:
-        if found is None:
-            logger.info("no checkpoint to resume from in %s: starting from the beginning.", args.output_dir)
-        return None if found is None else str(found)
-    results = [name for name in RESULT_FILES if Path(args.output_dir, name).exists()]
-    if found is not None or results:
-        raise FileExistsError(
-            f"{args.output_dir} already contains a run ({found.name if found else results[0]}); add --resume to "
-            "continue it, or choose another output_dir."
-        )
-    return None
-
-
-def named_checkpoint(args: StageConfig, resume_from_checkpoint: str | bool | None) -> str | None:
-    """Choose the checkpoint that the argument of `Trainer.train` names, where True is the newest whole one.
-
-    Raises:
-        ValueError: There is no whole checkpoint.
-    """
-    if resume_from_checkpoint is not True:
-        return resume_from_checkpoint or None
-    found = last_checkpoint(args.output_dir)
-    if found is None:
-        raise ValueError(f"there is no whole checkpoint to resume from in {args.output_dir}.")
-    return str(found)
-
-
-def refuse_damaged(checkpoint: str) -> None:
-    """Raise a `ValueError` if a checkpoint is damaged. One that another Trainer wrote has no manifest."""
-
-    def fault_of(folder: Path) -> str | None:
-        return _changes(folder) if (folder / FOLDER_MANIFEST).exists() else None
-
-    if (fault := on_main_process(partial(fault_of, Path(checkpoint)))) is not None:
-        raise ValueError(f"{checkpoint} is damaged ({fault}); name another checkpoint, or --resume to find one.")

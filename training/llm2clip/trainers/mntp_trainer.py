@@ -49,14 +49,15 @@ class MNTPTrainer(TextTowerTrainer):
     def __init__(self, *args: Any, head: nn.Module, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.head = head.to(self.args.device)
-        if is_divided(self) and any(parameter.requires_grad for parameter in head.parameters()):
+        if is_divided(self.accelerator) and any(parameter.requires_grad for parameter in head.parameters()):
             raise ValueError(
                 "FSDP and ZeRO-3 divide the token embedding, with which this LLM's head is tied and which this run "
                 "trains, so that the head would keep its first values; train with LoRA (lora_rank), or with ZeRO-2."
             )
 
-    def default_collator(self, model: Any, args: Any, processing_class: Any) -> MaskCollator | None:
-        return None if processing_class is None else MaskCollator(copy.deepcopy(processing_class), args)
+    def default_collator(self) -> MaskCollator | None:
+        tokenizer: Any = self.processing_class
+        return None if tokenizer is None else MaskCollator(copy.deepcopy(tokenizer), self.args)
 
     def loss_and_outputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         inputs = dict(inputs)
@@ -67,11 +68,11 @@ class MNTPTrainer(TextTowerTrainer):
             # In training, every process has the same weight, as in the original code.
             counts = exchange_counts([int((rows["labels"][:, 1:] != IGNORED).sum())], labels.device)
             count = sum(own for (own,) in counts) / len(counts)
-        decoder_config = self.accelerator.unwrap_model(self.model).config.decoder_config
-        softcap = getattr(decoder_config, "final_logit_softcapping", None)
-        return masked_next_token_loss(**rows, head=self.head, softcap=softcap, count=count), {
-            "last_hidden_state": states
-        }
+        outputs = {"last_hidden_state": states}
+        if self.compute_loss_func is not None:
+            return self.compute_loss_func(outputs, labels, num_items_in_batch=None), outputs
+        softcap = getattr(self.unwrapped().config.decoder_config, "final_logit_softcapping", None)
+        return masked_next_token_loss(**rows, head=self.head, softcap=softcap, count=count), outputs
 
 
 def masked_next_token_loss(

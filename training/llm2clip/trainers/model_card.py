@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import MISSING, fields
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, Any
-
-from transformers import TrainingArguments
+from typing import Any
 
 from llm2clip.data.table_identity import data_revision
 from llm2clip.hub.cards.card import CARD, read_card, render, split_card
 from llm2clip.hub.cards.curves import write_curves
 from llm2clip.hub.cards.facts import CardFacts, Evaluation, base_models, summary
+from llm2clip.trainers.base_config import StageConfig
 from llm2clip.utils.files import write_text
 from llm2clip.utils.repos import hub_ids
-
-if TYPE_CHECKING:
-    from llm2clip.trainers.base_trainer import StageTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -66,42 +62,50 @@ def _path(source: Any) -> str:
     return source if isinstance(source, str) else str(source["path"])
 
 
-def write_model_card(trainer: StageTrainer) -> None:
-    """Write the card and the curves of a run into its output folder, keeping what people wrote on the card."""
-    args = trainer.args
+def write_model_card(
+    args: StageConfig,
+    model: Any,
+    processing_class: Any,
+    *,
+    task: str,
+    evaluations: Sequence[Evaluation],
+    history: Sequence[dict[str, Any]],
+    repo: str | None = None,
+    existing: str | None = None,
+) -> None:
+    """Write the card and the curves of a run into its output folder, keeping what people wrote on the card.
+
+    Args:
+        args: The settings of the run.
+        model, processing_class: What the card describes, without wrappers.
+        task: Its pipeline tag.
+        evaluations: Results; see [`latest_evaluations`].
+        history: The log of the run.
+        repo: Hub id of the repo that the run pushes to.
+        existing: The card in that repo; by default the one in the folder.
+    """
     folder = Path(str(args.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
-    model = trainer.accelerator.unwrap_model(trainer.model)
     sources = [str(source["path"]) for source in getattr(args, "sources", []) if source.get("path")]
     towers = [getattr(args, name, None) for name in TOWER_SETTINGS]
     facts = CardFacts(
         name=(args.hub_model_id or folder.name).split("/")[-1],
-        task=trainer.card_task,
-        repo=trainer.hub_model_id or str(args.output_dir),
-        summary=summary(model, trainer.processing_class),
+        task=task,
+        repo=repo or str(args.output_dir),
+        summary=summary(model, processing_class),
         base_models=hub_ids(*towers, *base_models(model.config)),
         datasets=hub_ids(*sources),
         sources=[Path(source).name for source in sources if not hub_ids(source)],
         recipe=_recipe(args),
-        evaluations=_evaluations(trainer),
-        has_curves=write_curves(folder, _whole_history(trainer)),
+        evaluations=[*evaluations],
+        has_curves=write_curves(folder, [*history]),
         is_adapter=getattr(model, "has_adapter", False),
     )
-    on_the_hub = trainer.card_on_the_hub()
-    existing = read_card(folder) if on_the_hub is None else split_card(on_the_hub)
-    write_text(folder / CARD, render(facts, *existing))
+    parts = read_card(folder) if existing is None else split_card(existing)
+    write_text(folder / CARD, render(facts, *parts))
 
 
-def _whole_history(trainer: StageTrainer) -> list[dict[str, Any]]:
-    """The log of all parts of a run, whose steps are counted on."""
-    before = max((entry["step"] for entry in trainer.earlier_history), default=0)
-    return [
-        *trainer.earlier_history,
-        *({**entry, "step": before + entry["step"]} for entry in trainer.state.log_history),
-    ]
-
-
-def _recipe(args: TrainingArguments) -> dict[str, Any]:
+def _recipe(args: StageConfig) -> dict[str, Any]:
     """The settings that differ from the defaults and are not a path on this machine."""
     recipe = {}
     for entry in fields(args):
@@ -115,16 +119,29 @@ def _recipe(args: TrainingArguments) -> dict[str, Any]:
     return json.loads(json.dumps(recipe, default=str))
 
 
-def _evaluations(trainer: StageTrainer) -> list[Evaluation]:
-    """The latest metrics of each retrieval set."""
+def latest_evaluations(
+    names: Sequence[str],
+    history: Sequence[dict[str, Any]],
+    sources: Mapping[str, Any],
+    title: str,
+    revisions: DataRevisions | None,
+) -> list[Evaluation]:
+    """Find the latest metrics of retrieval sets in the log of a run.
+
+    Args:
+        names: The sets.
+        sources: Their sources by name, as far as they have one.
+        title: Of the table.
+        revisions: Their revisions, if they are known.
+    """
     found = []
-    for name in trainer.retrieval:
+    for name in names:
         prefix = f"eval_{name}_"
-        others = tuple(f"eval_{other}_" for other in trainer.retrieval if other.startswith(f"{name}_"))
-        logged = [entry for entry in trainer.state.log_history if any(key.startswith(prefix) for key in entry)]
+        others = tuple(f"eval_{other}_" for other in names if other.startswith(f"{name}_"))
+        logged = [entry for entry in history if any(key.startswith(prefix) for key in entry)]
         if not logged:
             continue
-        source = getattr(trainer.args, "eval_sources", {}).get(name, {})
+        source = sources.get(name, {})
         source = {"path": source} if isinstance(source, str) else source
         metrics = {
             key.removeprefix(prefix): value
@@ -133,6 +150,6 @@ def _evaluations(trainer: StageTrainer) -> list[Evaluation]:
         }
         path = str(source.get("path") or name)
         dataset = path if hub_ids(path) else Path(path).name
-        split, revision = str(source.get("split") or name), trainer.eval_revisions.get(name)
-        found.append(Evaluation(trainer.evaluation_title, dataset, split, revision, metrics))
+        split, revision = str(source.get("split") or name), None if revisions is None else revisions.get(name)
+        found.append(Evaluation(title, dataset, split, revision, metrics))
     return found

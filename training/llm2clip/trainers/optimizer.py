@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,6 +20,12 @@ TOWER_OF_CHILD = {
 BACKBONES = {"vision": "vision_model", "text": "text_model"}
 
 NUMBERED_LAYER = re.compile(r"(?:^|\.)(?:blocks|layers?|stages)\.(\d+)(?=\.)")
+# Settings of the optimizer and its schedule, which a checkpoint brings too.
+SCHEDULE_SETTINGS = {
+    *("learning_rate", "vision_learning_rate", "text_learning_rate", "weight_decay", "vision_weight_decay"),
+    *("text_weight_decay", "vision_layer_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "warmup_steps"),
+    *("warmup_ratio", "lr_scheduler_type", "lr_scheduler_kwargs", "max_steps", "num_train_epochs"),
+}
 # Modules before the first layer. CLIP's `class_embedding` and `pre_layrnorm` are missing on purpose: the original code
 # has such a list of names without these two, and so trained them at the full rate.
 BEFORE_LAYERS = re.compile(
@@ -115,6 +121,41 @@ def warmup_cosine_schedule(optimizer: Optimizer, warmup_steps: int, total_steps:
         return (1 + math.cos(math.pi * min(progress, 1.0))) / 2
 
     return LambdaLR(optimizer, factor)
+
+
+class OptimizerSettings(NamedTuple):
+    """The settings that a new optimizer and its schedule were made with.
+
+    A checkpoint brings those of its run; `apply` puts these in their place, with the state of the checkpoint.
+    """
+
+    groups: list[dict[str, Any]]
+    rates: list[float]
+
+    @classmethod
+    def of(cls, optimizer: Any, schedule: Any, is_deepspeed: bool) -> OptimizerSettings:
+        """Read them before a checkpoint is loaded.
+
+        Raises:
+            ValueError: New settings cannot take effect with this engine or this schedule.
+        """
+        if is_deepspeed or not isinstance(schedule, LambdaLR):
+            kind = "DeepSpeed" if is_deepspeed else f"a {type(schedule).__name__} schedule"
+            raise ValueError(
+                f"other settings of the optimizer or its schedule do not take effect in a resumed run with {kind}; "
+                "resume with those of the original run."
+            )
+        groups = [{name: value for name, value in one.items() if name != "params"} for one in optimizer.param_groups]
+        return cls(groups, [float(rate) for rate in schedule.base_lrs])
+
+    def apply(self, optimizer: Any, schedule: Any) -> None:
+        """Set them after a checkpoint is loaded."""
+        schedule.base_lrs = [*self.rates]
+        factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+        schedule._last_lr = [rate * factor for rate, factor in zip(self.rates, factors, strict=True)]
+        for group, settings, rate in zip(optimizer.param_groups, self.groups, schedule._last_lr, strict=True):
+            group.update(settings)
+            group["lr"] = rate
 
 
 def check_warmup(warmup_steps: int, total_steps: int) -> None:

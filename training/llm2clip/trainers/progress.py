@@ -13,17 +13,6 @@ from llm2clip.utils.tables import short_name, split_recalls
 logger = logging.getLogger(__name__)
 
 
-class FirstLog(TrainerCallback):
-    """Begins the log of a run with `values`, so that its checkpoints have them too."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, float] = {}
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if self.values:
-            state.log_history.append({**self.values, "step": state.global_step})
-
-
 class TrainingProgress(TrainerCallback):
     """Show the step, the rate, the loss and the time left; the logged values go to the log at debug level.
 

@@ -7,18 +7,18 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm2clip.data import CaptionSource
-from llm2clip.trainers.mntp_config import MNTPConfig
+from llm2clip.trainers.mntp_config import MNTPRecipe
 from llm2clip.trainers.mntp_data import MaskCollator, TokenBlocks, source_tokens
 from llm2clip.trainers.mntp_trainer import MNTPTrainer
-from llm2clip.trainers.run_folder import stage_command
-from llm2clip.trainers.run_text_tower import REQUIRED, add_lora, load_text_tower, prepare
+from llm2clip.trainers.run_context import RunContext, stage_command
+from llm2clip.trainers.run_text_tower import REQUIRED, load_text_tower, prepare
 from llm2clip.utils.repos import OUR_MODELS, RepoKind, inspect_repo
 from llm2clip.utils.towers import loading_options
 from modeling_llm2clip.modeling_llm2clip_decoder import is_encoder
 
 
 @stage_command(*REQUIRED)
-def run(config: MNTPConfig, checkpoint: str | None) -> dict[str, Any]:
+def run(config: MNTPRecipe, context: RunContext) -> dict[str, Any]:
     """Train a text tower with masked next token prediction, or resume, and save it in `config.output_dir`.
 
     Returns:
@@ -41,7 +41,6 @@ def run(config: MNTPConfig, checkpoint: str | None) -> dict[str, Any]:
     tokens = source_tokens([CaptionSource.from_dict(source) for source in config.sources], plain_tokenizer)
     dataset = TokenBlocks(tokens, config.block_size)
     model, tokenizer = load_text_tower(config, decoder=language_model.base_model)
-    add_lora(model, config)
     head = language_model.get_output_embeddings()
     if head.weight is not language_model.get_input_embeddings().weight:
         head.requires_grad_(False)  # a tied head is the embedding, which may be trained
@@ -54,4 +53,4 @@ def run(config: MNTPConfig, checkpoint: str | None) -> dict[str, Any]:
         processing_class=tokenizer,
         retrieval=retrieval,
     )
-    return trainer.fit(checkpoint)
+    return trainer.fit(context)

@@ -5,32 +5,23 @@ from __future__ import annotations
 import logging
 import math
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import AutoImageProcessor, AutoTokenizer, set_seed
 
-from llm2clip.data import (
-    CaptionSource,
-    SkipLog,
-    Stage2Collator,
-)
+from llm2clip.data import CaptionSource
 from llm2clip.encoders.cache_of_model import describe_text_tower_of_cache
 from llm2clip.evaluation import ImageTextRetrieval
-from llm2clip.trainers.checkpoints import resume_point
 from llm2clip.trainers.closed_form import DEFAULT_WIDTH
-from llm2clip.trainers.frozen_towers import open_stored_pairs
+from llm2clip.trainers.freezing import first_part
 from llm2clip.trainers.pushing import check_pushing
-from llm2clip.trainers.run_folder import stage_command
+from llm2clip.trainers.run_context import RunContext, stage_command
 from llm2clip.trainers.sharding import undivided_building
 from llm2clip.trainers.stage2_captions import open_captions
-from llm2clip.trainers.stage2_config import NEW_MODEL_FIELDS, Stage2Config
+from llm2clip.trainers.stage2_config import NEW_MODEL_FIELDS, Stage2Recipe
 from llm2clip.trainers.stage2_data import build_dataset
 from llm2clip.trainers.stage2_trainer import Stage2Trainer
-from llm2clip.trainers.stored_pairs import collate_stored
-from llm2clip.trainers.warm_start import first_history, run_first_part, second_part
 from llm2clip.utils.attention_probe import probe_from_disk, verify_on_main_process
-from llm2clip.utils.locks import run_lock
 from llm2clip.utils.processes import on_main_process
 from llm2clip.utils.settings import require
 from llm2clip.utils.text_identity import read_fingerprint
@@ -45,7 +36,7 @@ CONFIG_FIELDS = {"standardize_features": ("standardize_vision", "center_text")}
 SIGMOID_BIAS = -10.0
 
 
-def load_model(config: Stage2Config) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
+def load_model(config: Stage2Recipe) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
     """Load the model of a run, with its trained parts in float32, and its processor; the LLM only if it runs online.
 
     Raises:
@@ -84,8 +75,6 @@ def load_model(config: Stage2Config) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
             vision_model_kwargs={**options, "revision": config.vision_model_revision},
             **{name: value for key, value in fields.items() for name in CONFIG_FIELDS.get(key, (key,))},
         )
-    if config.feature_dropout is not None:
-        model.config.feature_dropout = config.feature_dropout
     if config.online_text_model:
         model.load_text_model(**loading_options(config.text_model_dtype))
         verify_on_main_process(model.text_model)
@@ -97,16 +86,12 @@ def load_model(config: Stage2Config) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
         if text_config.decoder_config.model_type not in TESTED_TYPES and not text_config.verified_attention:
             # For those who load the model without this package, whose code has no probe.
             text_config.verified_attention = on_main_process(partial(probe_from_disk, *text))
-    if config.patch_dropout is not None:
-        vision = model.vision_model
-        if not hasattr(vision.config, "patch_dropout"):
-            raise ValueError(f"patch_dropout is for EVA02 towers; {type(vision).__name__} has none. Leave it unset.")
-        vision.config.patch_dropout = model.config.vision_config.patch_dropout = config.patch_dropout
     image_processor = AutoImageProcessor.from_pretrained(config.image_processor_name_or_path or image_processor_name)
     return model, LLM2CLIPProcessor(image_processor, tokenizer)
 
 
-def run(config: Stage2Config, resume: bool = False) -> dict[str, Any]:
+@stage_command("sources")
+def run(config: Stage2Recipe, context: RunContext) -> dict[str, Any]:
     """Train a model with stage 2, or resume from the newest checkpoint, and save it in `config.output_dir`.
 
     With `warm_start`, a first part with frozen towers comes before it; its metrics have the prefix `warm_start_`.
@@ -114,37 +99,23 @@ def run(config: Stage2Config, resume: bool = False) -> dict[str, Any]:
     Returns:
         The metrics of training, and those of retrieval with the prefix `eval_`.
     """
-    require(config, ["sources"])
-    if not config.warm_start:
-        return _run(config, resume)["metrics"]
-    with run_lock(config.output_dir):
-        # Refuses the folder of another run before the first part.
-        resume_point(config, resume)
-        first = run_first_part(config, resume, _run)
-        metrics = _run(second_part(config), resume)["metrics"]
-    return {f"warm_start_{name}": value for name, value in first["metrics"].items()} | metrics
-
-
-@stage_command("sources")
-def _run(config: Stage2Config, checkpoint: str | None) -> dict[str, Any]:
-    """Run one part; return its `metrics` and its log, `history`."""
     if bool(config.caches) == config.online_text_model or None in config.caches:
         raise ValueError("give either embedding_cache (from `llm2clip embed`) or online_text_model: true.")
     check_pushing(config, config.text_model_name_or_path, not config.bundle_text_model, True)
-    trainer = build_trainer(config)
-    trainer.earlier_history = first_history(config)
-    return {"metrics": trainer.fit(checkpoint), "history": trainer.state.log_history}
+    return build_trainer(config).fit(context)
 
 
-def build_trainer(config: Stage2Config) -> Stage2Trainer:
-    """Load all that a run needs: model, captions, images and retrieval sets; with frozen towers, also their features.
+def build_trainer(config: Stage2Recipe) -> Stage2Trainer:
+    """Load all that a run needs: model, captions, images and retrieval sets.
 
     Raises:
         ValueError: Settings do not fit the model or the data.
     """
     set_seed(config.seed)
+    # A first part brings the fields of a new model.
+    new = cast(Stage2Recipe, first_part(config)) if config.warm_start else config
     with undivided_building(config):
-        model, processor = load_model(config)
+        model, processor = load_model(new)
     # A model that was trained before names its LLM in its config.
     check_pushing(config, model.config.text_model_name_or_path, not config.bundle_text_model, True)
     image_processor = processor.image_processor
@@ -153,21 +124,12 @@ def build_trainer(config: Stage2Config) -> Stage2Trainer:
         for name, source in config.eval_sources.items()
     }
     captions = open_captions(config, model, processor, retrieval)
-    online = processor if config.online_text_model else None
-    collator: Any = Stage2Collator(captions.cache, online, config.on_error)
-    if config.freeze_vision == "all":
-        dataset: Any = open_stored_pairs(config, model, image_processor, captions.require_cache(), retrieval.values())
-        collator, frozen = collate_stored, None
-    else:
-        dataset, frozen = build_dataset(config, model, image_processor, captions)
     return Stage2Trainer(
         model=model,
         args=config,
-        train_dataset=dataset,
-        data_collator=collator,
+        train_dataset=build_dataset(config, image_processor, captions),
         processing_class=processor,
-        frozen=frozen,
         retrieval=retrieval,
+        cache=captions.cache,
         embed=captions.embed,
-        skip_log=SkipLog(Path(config.output_dir) / f"skipped-{config.process_index}.jsonl"),
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from accelerate import Accelerator
 from accelerate.state import PartialState, is_initialized
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
@@ -15,9 +16,6 @@ from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from llm2clip.trainers.base_config import StageConfig
-
-if TYPE_CHECKING:
-    from llm2clip.trainers.base_trainer import StageTrainer
 
 SCALARS = ("logit_scale", "logit_bias")
 NEEDS = {
@@ -58,15 +56,20 @@ def refuse_unsharded(args: StageConfig) -> None:
             )
 
 
-def is_divided(trainer: StageTrainer) -> bool:
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether FSDP or DeepSpeed trains the model, in part or as a whole."""
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def is_divided(accelerator: Accelerator) -> bool:
     """Whether no process has the whole weights in its model: FSDP, and stage 3 of DeepSpeed's ZeRO."""
-    plugin = trainer.accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
-    return trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+    plugin = accelerator.state.deepspeed_plugin if accelerator.distributed_type == DistributedType.DEEPSPEED else None
+    return accelerator.distributed_type == DistributedType.FSDP or (plugin is not None and plugin.zero_stage == 3)
 
 
-def whole_weights(trainer: StageTrainer) -> dict[str, Tensor]:
-    """Gather the weights of a divided model; called in all processes, of which the main one gets them on the CPU."""
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+def whole_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
+    """Gather the weights of a wrapped model; called in all processes, of which the main one gets them on the CPU."""
+    state = accelerator.get_state_dict(model)
     return with_scalars({} if state is None else state)
 
 
@@ -98,26 +101,29 @@ def undivided_building(args: StageConfig) -> Iterator[None]:
 
 
 @contextmanager
-def gathered(trainer: StageTrainer) -> Iterator[None]:
-    """Within this context, each process has the whole weights of a model that FSDP divides.
+def gathered(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+    """Within this context, each process has the whole weights of a wrapped model that FSDP or ZeRO-3 divides.
 
-    Evaluation needs it: it calls parts of the model, and processes have different numbers of batches, whereas FSDP
-    gathers weights by communicating in each forward pass.
+    Evaluation needs it: it calls parts of the model, and processes have different numbers of batches, whereas both
+    gather weights by communicating in each forward pass.
     """
-    modules = [module for module in trainer.model_wrapped.modules() if isinstance(module, FSDPModule)]
+    if is_divided(accelerator) and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        from deepspeed.zero import GatheredParameters  # only where a run uses it
+
+        with GatheredParameters([*model.parameters()]):
+            yield
+        return
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
     try:
         yield
     finally:
+        reshards = bool(accelerator.state.fsdp_plugin.reshard_after_forward) if modules else False
         for module in modules:
             module.reshard()
-            module.set_reshard_after_forward(_reshards(trainer), recurse=False)
-
-
-def _reshards(trainer: StageTrainer) -> bool:
-    return bool(trainer.accelerator.state.fsdp_plugin.reshard_after_forward)
+            module.set_reshard_after_forward(reshards, recurse=False)
 
 
 def give_scalars_a_dimension(model: nn.Module) -> None:

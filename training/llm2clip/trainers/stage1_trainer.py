@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +35,11 @@ class Stage1Trainer(TextTowerTrainer):
     sampler_class = PairBatchSampler
     args: Stage1Config
 
-    def default_collator(self, model: Any, args: Any, processing_class: Any) -> PairCollator | None:
-        if processing_class is None:
+    def default_collator(self) -> PairCollator | None:
+        if self.processing_class is None:
             return None
-        text = model.config
-        return PairCollator(processing_class, text.num_prefix_tokens, pool_prompt=text.pool_prompt)
+        text = self.unwrapped().config
+        return PairCollator(cast(Any, self.processing_class), text.num_prefix_tokens, pool_prompt=text.pool_prompt)
 
     @staticmethod
     def retrieval_scores(prediction: EvalPrediction) -> dict[str, float | int]:
@@ -51,10 +52,30 @@ class Stage1Trainer(TextTowerTrainer):
             for role in ("anchor", "positive", "negative")
             if role in inputs
         }
-        rows = self.without_repeats(embeds)
-        anchors, positives = rows["anchor"], rows["positive"]
-        options: dict[str, Any] = {"scale": self.args.scale, "tile_size": self.args.loss_chunk_size}
-        loss = hard_negative_info_nce(anchors, positives, rows.get("negative"), **options)
+        scale = torch.tensor(self.args.scale, device=self.args.device)
+        return self.loss_of(self.without_repeats(embeds), scale, None, {}), embeds
+
+    def contrastive_loss(
+        self,
+        embeds: Mapping[str, Tensor],
+        logit_scale: Tensor,
+        logit_bias: Tensor | None,
+        ids: Mapping[str, Tensor | None],
+    ) -> Tensor:
+        """Compute the loss of a batch; override it for a loss of your own.
+
+        Args:
+            embeds: `anchor`, `positive` and, with hard negatives, `negative` of this process, `(rows, width)` each.
+                The losses of [`llm2clip.losses`] gather those of the other processes.
+            logit_scale: The setting `scale`.
+            logit_bias, ids: None and empty; see [`Stage2Trainer.contrastive_loss`].
+
+        Returns:
+            A scalar whose mean over the processes is the loss of the batch of all of them.
+        """
+        anchors, positives = embeds["anchor"], embeds["positive"]
+        options: dict[str, Any] = {"scale": float(logit_scale), "tile_size": self.args.loss_chunk_size}
+        loss = hard_negative_info_nce(anchors, positives, embeds.get("negative"), **options)
         if self.args.symmetric_loss:
             loss = (loss + hard_negative_info_nce(positives, anchors, **options)) / 2
-        return loss, embeds
+        return loss

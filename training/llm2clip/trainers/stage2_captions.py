@@ -18,7 +18,7 @@ from llm2clip.encoders.cache_of_model import open_cache_of_model, open_sidecars_
 from llm2clip.evaluation import ImageTextRetrieval
 from llm2clip.store import EmbeddingCache, MissingCaptionError, StoreManifest
 from llm2clip.store.store import lies_beside_shards
-from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.trainers.stage2_config import Stage2Recipe
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor
 
 
@@ -63,7 +63,7 @@ class Stage2Captions:
 
 
 def open_captions(
-    config: Stage2Config,
+    config: Stage2Recipe,
     model: LLM2CLIPModel,
     processor: LLM2CLIPProcessor,
     retrieval: Mapping[str, ImageTextRetrieval],
@@ -103,7 +103,7 @@ def open_captions(
     return Stage2Captions(embed, stored)
 
 
-def _open_cache(config: Stage2Config, path: str, model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> EmbeddingCache:
+def _open_cache(config: Stage2Recipe, path: str, model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> EmbeddingCache:
     is_trained = config.model_name_or_path is not None
     model_config = cast(LLM2CLIPConfig, model.config)
     cache = open_cache_of_model(path, model_config, processor.tokenizer, is_trained=is_trained, verify=False)
@@ -112,7 +112,7 @@ def _open_cache(config: Stage2Config, path: str, model: LLM2CLIPModel, processor
 
 
 def _open_measured(
-    config: Stage2Config,
+    config: Stage2Recipe,
     caches: Mapping[str, EmbeddingCache],
     model: LLM2CLIPModel,
     processor: LLM2CLIPProcessor,
@@ -140,7 +140,7 @@ def _open_measured(
 
 
 def _open_sidecars(
-    config: Stage2Config, folder: str, source: CaptionSource, model: LLM2CLIPModel, processor: LLM2CLIPProcessor
+    config: Stage2Recipe, folder: str, source: CaptionSource, model: LLM2CLIPModel, processor: LLM2CLIPProcessor
 ) -> SourceCaptions:
     if not source.streaming:
         raise ValueError(
@@ -175,7 +175,7 @@ def _refuse_other_dtypes(folders: Sequence[str], stored: Sequence[SourceCaptions
         raise ValueError(f"the embeddings of all sources need the same dtype, but {shown}; embed one of them again.")
 
 
-def _verify(config: Stage2Config, cache: EmbeddingCache, sources: Sequence[CaptionSource]) -> None:
+def _verify(config: Stage2Recipe, cache: EmbeddingCache, sources: Sequence[CaptionSource]) -> None:
     """Check that a cache is undamaged and contains the captions of the sources that use it; a stream's are skipped."""
     cache.require_unchanged(config.process_index, config.world_size)
     for source in sources:

@@ -1,4 +1,4 @@
-"""Settings of stage 2, vision alignment."""
+"""Settings of stage 2, vision alignment, and those of its command."""
 
 from __future__ import annotations
 
@@ -33,60 +33,17 @@ TRAINING_FIELDS = (
 
 @dataclass
 class Stage2Config(ContrastiveConfig, StageConfig):
-    """Settings of stage 2.
+    """Settings of [`Stage2Trainer`].
 
     Besides those of [`StageConfig`], these defaults differ from `TrainingArguments` (paper, appendix A, and the
     original recipe): `learning_rate=1e-5`, `weight_decay=0.05`, `max_grad_norm=5`, `lr_scheduler_type=cosine` (to
-    zero, with a warm-up that starts at `1 / warmup_steps`), `num_train_epochs=4`, `per_device_train_batch_size=512`,
-    `per_device_eval_batch_size=64`.
+    zero, with a warm-up that starts at `1 / warmup_steps`), `num_train_epochs=4`, `per_device_train_batch_size=64`
+    (the paper: 512 on each of 8 GPUs), `per_device_eval_batch_size=64`.
     """
 
-    vision_model_name_or_path: str = setting("", "Pretrained vision tower: Hub id or folder.")
-    text_model_name_or_path: str = setting("", "Frozen text tower, usually from stage 1: Hub id or folder.")
-    model_name_or_path: str | None = setting(None, "LLM2CLIP model to continue training, instead of two towers.")
-    vision_model_revision: str | None = setting(None, "Branch, tag or commit of the vision tower's repo; unset: main.")
-    text_model_revision: str | None = setting(None, "Branch, tag or commit of the text tower's repo; unset: main.")
-    image_processor_name_or_path: str | None = setting(
-        None, "Image processor: Hub id or folder; unset: that of the vision tower."
-    )
-    sources: list[dict[str, Any]] = setting(
-        [], "Training data: a list of CaptionSource mappings, streams and others together."
-    )
-    mixing: Mixing = setting(
-        "one_source_per_step",
-        "Batches of several sources. one_source_per_step: the rows of a step come from one of them, in proportion to "
-        "their sizes, as in the original code, or by their weights; proportional: from all of them, each other's "
-        "negatives, every row once in an epoch; weights: from all of them, evenly, by their weights.",
-    )
-    eval_sources: dict[str, Any] = setting(
-        {}, "Image-text retrieval sets to evaluate: a mapping from a name to CaptionSource fields."
-    )
-    embedding_cache: str | None = setting(
-        None,
-        "Folder of precomputed caption embeddings, made by `llm2clip embed`: a cache, or the sidecars of a streamed "
-        "source (its own folder, if they lie beside its shards). A source may have its own embedding_cache.",
-    )
-    eval_embedding_cache: str | None = setting(
-        None, "Cache with the captions of eval_sources; unset: embedding_cache, unless that contains sidecars."
-    )
-    verify_cache: bool = setting(True, "Check before training that the cache is undamaged and contains every caption.")
-    online_text_model: bool = setting(False, "Run the frozen LLM in training instead of reading an embedding cache.")
-    text_model_dtype: Literal["float32", "bfloat16", "float16", "auto"] = setting(
-        "auto", "dtype of an online LLM; auto: that of its files."
-    )
-    attn_implementation: str | None = setting(None, "Attention implementation of the vision tower, such as sdpa.")
+    image_column: str = setting("image", "Column of the images, in rows of a data set of your own.")
+    caption_column: str = setting("caption", "Column of the captions, in rows of a data set of your own.")
     projection_dim: int | None = setting(None, "Dimension of the shared embedding space; unset: 1280.")
-    adapter_num_layers: int | None = setting(None, "Number of blocks of the text adapter; unset: 4.")
-    adapter_expansion: int | None = setting(None, "Hidden width of an adapter block relative to its input; unset: 2.")
-    adapter_normalize: bool | None = setting(None, "L2-normalize LLM embeddings before the adapter; unset: true.")
-    vision_pooling: Literal["cls", "mean", "cls_mean"] | None = setting(
-        None,
-        "Features of the vision tower. cls: its own pooled output (class token or attention pooling); mean: the mean "
-        "over its patches; cls_mean: both, side by side. Unset: cls.",
-    )
-    visual_head: Literal["linear", "gated"] | None = setting(
-        None, "Projection of the vision features: linear, or gated, the head of SAIL. Unset: linear."
-    )
     standardize_features: bool | None = setting(
         None,
         "Standardize the vision features and center the LLM's embeddings with statistics of the training set; unset: "
@@ -95,18 +52,6 @@ class Stage2Config(ContrastiveConfig, StageConfig):
     feature_dropout: float | None = setting(
         None, "Dropout of the vision features in training; unset: the model's, which is 0 for a new one."
     )
-    initializer: Literal["original", "normal"] | None = setting(
-        None,
-        "Initial values of a new projection and adapter. original: as the original code (EVA02's head near 0, CLIP's "
-        "with standard deviation width^-0.5, the rest, as a gated head, as torch's Linear); normal: N(0, 0.02²). "
-        "Unset: original.",
-    )
-    logit_scale_init_value: float | Literal["checkpoint"] | None = setting(
-        None,
-        "Initial log of the logit scale; checkpoint: that of the vision tower's CLIP checkpoint. Unset: checkpoint "
-        "if it has one, otherwise ln(1 / 0.07); ln 10 with the sigmoid loss.",
-    )
-    logit_bias_init_value: float | None = setting(None, "Initial logit bias, for the sigmoid loss only; unset: -10.")
     loss: Literal["softmax", "sigmoid"] = setting(
         "softmax", "softmax: InfoNCE, as in CLIP; sigmoid: that of SigLIP, with a bias."
     )
@@ -134,7 +79,8 @@ class Stage2Config(ContrastiveConfig, StageConfig):
     freeze_vision: Literal["none", "all"] = setting(
         "none",
         "all: only the projection and the adapter train, on the pooled features of each image, which the frozen tower "
-        "computes once. Needs embedding_cache, and data that is no stream.",
+        "computes once (in a data set of your own, which stores none: in every step). A recipe then needs "
+        "embedding_cache, and data that is no stream.",
     )
     warm_start: dict[str, Any] = setting(
         {},
@@ -176,11 +122,6 @@ class Stage2Config(ContrastiveConfig, StageConfig):
     max_pixels: int = setting(
         DEFAULT_MAX_PIXELS, "Largest image to decode, in pixels; a larger one counts as damaged."
     )
-    shuffle_block: int = setting(
-        BLOCK,
-        "Rows of a stream that are read in sequence and shuffled together. A batch has rows of several such blocks, "
-        "from different parts of the data; a run holds about 64 of them in memory. 0: files and rows in order.",
-    )
     bundle_text_model: bool = setting(
         False, "Save the LLM's weights with the model; otherwise its config refers to the LLM's repo."
     )
@@ -192,9 +133,128 @@ class Stage2Config(ContrastiveConfig, StageConfig):
     )
     num_train_epochs: float = setting(4.0, "Passes over the training data.")
     per_device_train_batch_size: int = setting(
-        512, "Images per device and step. More images mean more negatives in the loss."
+        64, "Images per device and step. More images mean more negatives in the loss."
     )
     per_device_eval_batch_size: int = setting(64, "Images per device in evaluation.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.freeze_vision == "all" and (self.freeze_vision_layers or self.frozen_states_dir):
+            raise ValueError(
+                "freeze_vision: all freezes all layers; unset freeze_vision_layers and frozen_states_dir."
+            )
+        if self.warm_start and self.freeze_vision == "all":
+            raise ValueError("warm_start is for a run that trains the vision tower; unset freeze_vision: all.")
+        stored = self.freeze_vision == "all" or self.warm_start
+        if not stored and (self.feature_cache or self.feature_views > 1 or self.feature_dtype != "float32"):
+            raise ValueError("feature_cache, feature_dtype and feature_views need freeze_vision: all, or warm_start.")
+        if self.standardize_features and not stored:
+            raise ValueError("standardize_features needs freeze_vision: all, or warm_start, to compute them.")
+        self._check_alignment()
+        if self.frozen_states_dir and not self.freeze_vision_layers:
+            raise ValueError("frozen_states_dir needs freeze_vision_layers.")
+        if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(
+                f"crop_scale must be [minimum, maximum] with 0 < minimum <= maximum <= 1, not {self.crop_scale}."
+            )
+        for name in ("patch_dropout", "feature_dropout"):
+            if (share := getattr(self, name)) is not None and not 0 <= share < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, not {share}.")
+        for name in ("projection_dim", "adapter_expansion", "feature_views"):
+            if (size := getattr(self, name, None)) is not None and size < 1:
+                raise ValueError(f"{name} must be at least 1, but is {size}.")
+        if self.loss == "sigmoid" and self.label_smoothing_factor:
+            raise ValueError("the sigmoid loss has no label smoothing; leave label_smoothing_factor unset.")
+
+    def _check_alignment(self) -> None:
+        """Refuse settings that a closed form would not use."""
+        if self.ridge is not None and not 0 <= self.ridge < math.inf:
+            raise ValueError(f"ridge must be at least 0, but is {self.ridge}.")
+        if self.alignment == "train":
+            if self.ridge is not None:
+                raise ValueError("ridge is for alignment: closed_form, or closed_form_then_train.")
+            return
+        if self.freeze_vision != "all":
+            raise ValueError(
+                f"alignment: {self.alignment} needs frozen towers; set freeze_vision: all, or give it in warm_start."
+            )
+        for name in ("visual_head", "standardize_features"):
+            if (value := getattr(self, name, None)) not in (None, True):
+                raise ValueError(f"alignment: {self.alignment} has its own heads; unset {name}, which is {value}.")
+        if self.alignment == "closed_form":
+            defaults = {field.name: field.default for field in fields(self)}
+            known = [name for name in TRAINING_FIELDS if name in defaults]
+            changed = [name for name in known if getattr(self, name) != defaults[name]]
+            if changed:
+                raise ValueError(f"alignment: closed_form trains nothing; unset {', '.join(changed)}.")
+
+
+@dataclass
+class Stage2Recipe(Stage2Config):
+    """Settings of the command `llm2clip stage2`: those of the Trainer, the towers, the data and a new model."""
+
+    vision_model_name_or_path: str = setting("", "Pretrained vision tower: Hub id or folder.")
+    text_model_name_or_path: str = setting("", "Frozen text tower, usually from stage 1: Hub id or folder.")
+    model_name_or_path: str | None = setting(None, "LLM2CLIP model to continue training, instead of two towers.")
+    vision_model_revision: str | None = setting(None, "Branch, tag or commit of the vision tower's repo; unset: main.")
+    text_model_revision: str | None = setting(None, "Branch, tag or commit of the text tower's repo; unset: main.")
+    image_processor_name_or_path: str | None = setting(
+        None, "Image processor: Hub id or folder; unset: that of the vision tower."
+    )
+    sources: list[dict[str, Any]] = setting(
+        [], "Training data: a list of CaptionSource mappings, streams and others together."
+    )
+    mixing: Mixing = setting(
+        "one_source_per_step",
+        "Batches of several sources. one_source_per_step: the rows of a step come from one of them, in proportion to "
+        "their sizes, as in the original code, or by their weights; proportional: from all of them, each other's "
+        "negatives, every row once in an epoch; weights: from all of them, evenly, by their weights.",
+    )
+    eval_sources: dict[str, Any] = setting(
+        {}, "Image-text retrieval sets to evaluate: a mapping from a name to CaptionSource fields."
+    )
+    embedding_cache: str | None = setting(
+        None,
+        "Folder of precomputed caption embeddings, made by `llm2clip embed`: a cache, or the sidecars of a streamed "
+        "source (its own folder, if they lie beside its shards). A source may have its own embedding_cache.",
+    )
+    eval_embedding_cache: str | None = setting(
+        None, "Cache with the captions of eval_sources; unset: embedding_cache, unless that contains sidecars."
+    )
+    verify_cache: bool = setting(True, "Check before training that the cache is undamaged and contains every caption.")
+    online_text_model: bool = setting(False, "Run the frozen LLM in training instead of reading an embedding cache.")
+    text_model_dtype: Literal["float32", "bfloat16", "float16", "auto"] = setting(
+        "auto", "dtype of an online LLM; auto: that of its files."
+    )
+    attn_implementation: str | None = setting(None, "Attention implementation of the vision tower, such as sdpa.")
+    adapter_num_layers: int | None = setting(None, "Number of blocks of the text adapter; unset: 4.")
+    adapter_expansion: int | None = setting(None, "Hidden width of an adapter block relative to its input; unset: 2.")
+    adapter_normalize: bool | None = setting(None, "L2-normalize LLM embeddings before the adapter; unset: true.")
+    vision_pooling: Literal["cls", "mean", "cls_mean"] | None = setting(
+        None,
+        "Features of the vision tower. cls: its own pooled output (class token or attention pooling); mean: the mean "
+        "over its patches; cls_mean: both, side by side. Unset: cls.",
+    )
+    visual_head: Literal["linear", "gated"] | None = setting(
+        None, "Projection of the vision features: linear, or gated, the head of SAIL. Unset: linear."
+    )
+    initializer: Literal["original", "normal"] | None = setting(
+        None,
+        "Initial values of a new projection and adapter. original: as the original code (EVA02's head near 0, CLIP's "
+        "with standard deviation width^-0.5, the rest, as a gated head, as torch's Linear); normal: N(0, 0.02²). "
+        "Unset: original.",
+    )
+    logit_scale_init_value: float | Literal["checkpoint"] | None = setting(
+        None,
+        "Initial log of the logit scale; checkpoint: that of the vision tower's CLIP checkpoint. Unset: checkpoint "
+        "if it has one, otherwise ln(1 / 0.07); ln 10 with the sigmoid loss.",
+    )
+    logit_bias_init_value: float | None = setting(None, "Initial logit bias, for the sigmoid loss only; unset: -10.")
+    shuffle_block: int = setting(
+        BLOCK,
+        "Rows of a stream that are read in sequence and shuffled together. A batch has rows of several such blocks, "
+        "from different parts of the data; a run holds about 64 of them in memory. 0: files and rows in order.",
+    )
 
     @property
     def streams(self) -> bool:
@@ -211,66 +271,19 @@ class Stage2Config(ContrastiveConfig, StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.freeze_vision == "all" and (self.freeze_vision_layers or self.frozen_states_dir):
-            raise ValueError(
-                "freeze_vision: all freezes all layers; unset freeze_vision_layers and frozen_states_dir."
-            )
         if self.freeze_vision == "all" and self.online_text_model:
             raise ValueError("freeze_vision: all needs embedding_cache, so that both towers are computed once.")
-        for name in ("projection_dim", "adapter_expansion"):
-            if (width := getattr(self, name)) is not None and width < 1:
-                raise ValueError(f"{name} must be at least 1, but is {width}.")
-        if self.shuffle_block < 0:
-            raise ValueError(f"shuffle_block must be at least 0, but is {self.shuffle_block}.")
-        if self.feature_views < 1:
-            raise ValueError(f"feature_views must be at least 1, but is {self.feature_views}.")
-        if self.warm_start and (self.freeze_vision == "all" or self.online_text_model):
+        if self.warm_start and self.online_text_model:
             raise ValueError("warm_start is for a run that trains the vision tower with an embedding_cache.")
         stored = self.freeze_vision == "all" or self.warm_start
         if stored and len(self.sources) > 1 and any(source.get("weight") is not None for source in self.sources):
             raise ValueError("freeze_vision: all, and warm_start, mix sources without weights; remove them.")
-        if not stored and (self.feature_cache or self.feature_views > 1 or self.feature_dtype != "float32"):
-            raise ValueError("feature_cache, feature_dtype and feature_views need freeze_vision: all, or warm_start.")
-        if self.standardize_features and not stored:
-            raise ValueError("standardize_features needs freeze_vision: all, or warm_start, to compute them.")
-        self._check_alignment()
-        if self.frozen_states_dir and not self.freeze_vision_layers:
-            raise ValueError("frozen_states_dir needs freeze_vision_layers.")
-        if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise ValueError(
-                f"crop_scale must be [minimum, maximum] with 0 < minimum <= maximum <= 1, not {self.crop_scale}."
-            )
-        if self.patch_dropout is not None and not 0 <= self.patch_dropout < 1:
-            raise ValueError(f"patch_dropout must be at least 0 and below 1, not {self.patch_dropout}.")
-        if self.feature_dropout is not None and not 0 <= self.feature_dropout < 1:
-            raise ValueError(f"feature_dropout must be at least 0 and below 1, not {self.feature_dropout}.")
+        if self.shuffle_block < 0:
+            raise ValueError(f"shuffle_block must be at least 0, but is {self.shuffle_block}.")
         if self.loss == "softmax" and self.logit_bias_init_value is not None:
             raise ValueError("logit_bias_init_value is for the sigmoid loss only; set loss: sigmoid.")
-        if self.loss == "sigmoid" and self.label_smoothing_factor:
-            raise ValueError("the sigmoid loss has no label smoothing; leave label_smoothing_factor unset.")
-
-    def _check_alignment(self) -> None:
-        """Refuse settings that a closed form would not use."""
-        if self.ridge is not None and not 0 <= self.ridge < math.inf:
-            raise ValueError(f"ridge must be at least 0, but is {self.ridge}.")
-        if self.alignment == "train":
-            if self.ridge is not None:
-                raise ValueError("ridge is for alignment: closed_form, or closed_form_then_train.")
-            return
-        if self.freeze_vision != "all":
-            raise ValueError(
-                f"alignment: {self.alignment} needs frozen towers; set freeze_vision: all, or give it in warm_start."
-            )
-        if self.model_name_or_path is not None:
+        if self.alignment != "train" and self.model_name_or_path is not None:
             raise ValueError(
                 f"alignment: {self.alignment} makes new heads; {self.model_name_or_path} has its own. Give two towers "
                 "instead of it, or unset alignment."
             )
-        for name in ("visual_head", "standardize_features"):
-            if (value := getattr(self, name)) not in (None, True):
-                raise ValueError(f"alignment: {self.alignment} has its own heads; unset {name}, which is {value}.")
-        if self.alignment == "closed_form":
-            defaults = {field.name: field.default for field in fields(self)}
-            changed = [name for name in TRAINING_FIELDS if getattr(self, name) != defaults[name]]
-            if changed:
-                raise ValueError(f"alignment: closed_form trains nothing; unset {', '.join(changed)}.")

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from accelerate.utils import gather_object
+
 from llm2clip.data import (
     CaptionImageDataset,
     CaptionSource,
@@ -14,27 +16,23 @@ from llm2clip.data import (
     TrainTransform,
 )
 from llm2clip.data.captioned_images import TableSource
+from llm2clip.data.opened_table import SourceError
+from llm2clip.data.shard_rows import can_count, count_rows
 from llm2clip.data.sources import open_source
 from llm2clip.data.streams import SampleStream
-from llm2clip.data.transforms import output_size
-from llm2clip.trainers.frozen_layers import FrozenLayers
-from llm2clip.trainers.frozen_states import FrozenStatesDataset
-from llm2clip.trainers.row_counts import count_stream
 from llm2clip.trainers.stage2_captions import SourceCaptions, Stage2Captions
-from llm2clip.trainers.stage2_config import Stage2Config
-from modeling_llm2clip import LLM2CLIPModel
+from llm2clip.trainers.stage2_config import Stage2Recipe
+from llm2clip.utils.progress import ProgressBar
 
 
-def build_dataset(
-    config: Stage2Config, model: LLM2CLIPModel, image_processor: Any, captions: Stage2Captions | None = None
-) -> tuple[Any, FrozenLayers | None]:
-    """Load the training set, and the frozen layers of the vision tower, if any.
+def build_dataset(config: Stage2Recipe, image_processor: Any, captions: Stage2Captions | None = None) -> Any:
+    """Open the training set.
 
     Args:
         captions: The embeddings of the sources.
 
     Raises:
-        ValueError: A stream is combined with stored states, or the sources cannot be mixed as set.
+        ValueError: A stream is combined with stored features or states, or the sources cannot be mixed as set.
     """
     sources = [CaptionSource.from_dict(source) for source in config.sources]
     evaluation = EvalTransform(image_processor, config.image_backend)
@@ -42,36 +40,25 @@ def build_dataset(
     options: dict[str, Any] = {
         "seed": config.sampling_seed, "on_error": config.on_error, "max_pixels": config.max_pixels,
     }  # fmt: skip
-    frozen = None
-    if config.freeze_vision_layers:
-        frozen = FrozenLayers(model.vision_model, config.freeze_vision_layers, output_size(image_processor))
+    stored = config.freeze_vision == "all" or config.warm_start
+    if stored and any(source.streaming for source in sources):
+        raise ValueError("freeze_vision: all reads stored features at random, so that no source can be a stream.")
+    if stored and captions is not None:
+        captions.require_cache()
     if config.streams:
         if config.frozen_states_dir:
             raise ValueError("frozen_states_dir is for sources that are read in random order: no streams or weights.")
         embeddings = [SourceCaptions()] * len(sources) if captions is None else captions.sources
         stream = _stream(config, sources, embeddings, (evaluation, training), options)
         _require_steps(config, stream.num_rows)
-        return stream, frozen
-    if not config.frozen_states_dir:
-        return CaptionImageDataset(sources, evaluation, training, **options), frozen
-    assert frozen is not None
-    captioned = CaptionImageDataset(sources, None, **options)
-    config.check_length(len(captioned))
-    model.vision_model.to(config.device)
-    dataset = FrozenStatesDataset(
-        captions=captioned,
-        images=CaptionImageDataset(sources, evaluation, **options),
-        frozen=frozen,
-        image_processor=image_processor,
-        folder=config.frozen_states_dir,
-        batch_size=config.per_device_eval_batch_size,
-        num_workers=config.dataloader_num_workers,
-    )
-    return dataset, frozen
+        return stream
+    dataset = CaptionImageDataset(sources, evaluation, training, **options)
+    dataset.mixing = config.mixing
+    return dataset
 
 
 def _stream(
-    config: Stage2Config,
+    config: Stage2Recipe,
     sources: Sequence[CaptionSource],
     embeddings: Sequence[SourceCaptions],
     transforms: tuple[EvalTransform, TrainTransform],
@@ -104,7 +91,7 @@ def _stream(
     return SampleStream(streamed, config.sampling_seed, mixing=config.mixing, weights=weights, **place)
 
 
-def _require_steps(config: Stage2Config, num_rows: int | None) -> None:
+def _require_steps(config: Stage2Recipe, num_rows: int | None) -> None:
     """Raise an error, with the number of steps if it can be computed, unless they are set: a stream has no length."""
     if config.max_steps > 0:
         return
@@ -114,3 +101,40 @@ def _require_steps(config: Stage2Config, num_rows: int | None) -> None:
         steps = math.ceil(config.num_train_epochs * num_rows / batch)
         advice = f"{config.num_train_epochs:g} epochs of {num_rows} rows are max_steps: {steps}"
     raise ValueError(f"a stream is trained for a number of steps, but max_steps is {config.max_steps}: {advice}.")
+
+
+def count_stream(
+    name: str, files: Sequence[str], rank: int, world_size: int, limit: int | None = None
+) -> list[int] | None:
+    """Count the rows of the files of a stream, a share of them in every process; None if that would read them whole.
+
+    Args:
+        name: Path of the source, for messages.
+        files: Path or URL of each file.
+        limit: Count the first rows alone: the files after them have none.
+
+    Raises:
+        SourceError: A file is damaged; in every process.
+    """
+    if not files or not all(map(can_count, files)):
+        return None
+    if limit is not None:
+        found_rows: list[int] = []
+        for file in files:
+            left = limit - sum(found_rows)
+            found_rows.append(min(left, count_rows(file)) if left else 0)
+        return found_rows
+    share, counts, fault = files[rank::world_size], [], None
+    with ProgressBar(f"Rows of {name}", len(share), "file", rank == 0) as bar:
+        for file in share:
+            try:
+                counts.append(count_rows(file))
+            except SourceError as error:  # the other processes must not wait
+                fault = str(error)
+                break
+            bar.update()
+    found = gather_object([(counts, fault)])
+    for _, message in found:
+        if message is not None:
+            raise SourceError(message)
+    return [found[number % world_size][0][number // world_size] for number in range(len(files))]

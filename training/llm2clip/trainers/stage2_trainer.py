@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar, cast
@@ -14,28 +16,41 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import EvalPrediction, PreTrainedModel, SchedulerType, TrainerCallback
+from transformers import (
+    BaseImageProcessor,
+    EvalPrediction,
+    SchedulerType,
+    TrainerCallback,
+    set_seed,
+)
 
 from llm2clip.data import SkipLog, Stage2Collator
-from llm2clip.data.sampling import EpochBatchSampler, OneSourceBatchSampler
+from llm2clip.data.sampling import EpochBatchSampler, EpochDataset, OneSourceBatchSampler
+from llm2clip.data.streams import SampleStream
 from llm2clip.data.transforms import output_size
 from llm2clip.evaluation import ImageTextRetrieval, retrieval_metrics
 from llm2clip.hub.cards.facts import JOINT_TASK
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.losses import clip_loss, sigmoid_loss
 from llm2clip.losses.matches import NoPairsError
-from llm2clip.trainers.alignment import align, freeze_maps, set_heads
+from llm2clip.store import EmbeddingCache
+from llm2clip.trainers.alignment import align, freeze_maps, set_heads, standardize
 from llm2clip.trainers.base_trainer import StageTrainer
 from llm2clip.trainers.bundling import bundle_text_model
+from llm2clip.trainers.freezing import WARM_START_RESULT, first_part, store_pairs, store_states, warm_start_result
 from llm2clip.trainers.frozen_layers import FrozenLayers, freeze_unused
 from llm2clip.trainers.grad_cache import embed_captions, in_chunks
 from llm2clip.trainers.optimizer import clamp_logit_scale, parameter_groups, warmup_cosine_schedule
-from llm2clip.trainers.sharding import give_scalars_a_dimension, undivided, value_of, whole_weights
-from llm2clip.trainers.skipped_samples import SkippedSamples
+from llm2clip.trainers.run_context import RunContext
+from llm2clip.trainers.sharding import give_scalars_a_dimension, is_sharded, value_of
 from llm2clip.trainers.stage2_config import Stage2Config
-from llm2clip.trainers.stored_pairs import StoredPairsDataset
+from llm2clip.trainers.stage2_rows import open_rows, refuse_useless, usable_processor, with_images
+from llm2clip.trainers.stored_rows import StoredPairsDataset
+from llm2clip.utils.files import digest_json, write_json
 from llm2clip.utils.processes import run_while_others_wait
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor
+
+logger = logging.getLogger(__name__)
 
 CAPTION_INPUTS = ("input_ids", "attention_mask", "pooling_mask")
 # Settings of the optimizer's parameter groups.
@@ -56,7 +71,9 @@ class Stage2Trainer(StageTrainer):
     """Trains the vision tower and the text adapter of an [`LLM2CLIPModel`] against its frozen LLM.
 
     The rows of its data sets are dicts of an image (`pixel_values`, or `image`) and its caption (`llm_embeds`, the
-    LLM's embedding, or `input_ids`, or `caption`); see [`Stage2Collator`]. Rows with `llm_embeds` need no LLM.
+    LLM's embedding, or `input_ids`, or `caption`); see [`Stage2Collator`]. Rows with `llm_embeds` need no LLM. A
+    `datasets.Dataset` of images and captions is read as the command reads a source: random crops, order and resumed
+    runs depend on the seed alone, and a frozen tower computes each image once.
 
     ```python
     model = LLM2CLIPModel.from_pretrained("model", text_model=False)
@@ -66,10 +83,15 @@ class Stage2Trainer(StageTrainer):
     ```
 
     Args:
-        frozen: Frozen layers of the vision tower, if the rows have `vision_states` that these computed.
-        embed: Maps captions to the LLM's embeddings, for the retrieval sets; by default the model's LLM.
-        skip_log: Lists skipped samples.
+        processing_class: An `LLM2CLIPProcessor`; for rows without `image` a tokenizer is enough. An image processor,
+            or that of another processor, gets the tokenizer in the folder or repo of the model.
+        cache: The LLM's embeddings of the captions; with one, rows with a `caption` need no LLM.
+        embed: Maps captions to the LLM's embeddings, for the retrieval sets; by default those of `cache`, or the
+            model's LLM.
         kwargs: See [`StageTrainer`].
+
+    Raises:
+        ValueError: A setting cannot be followed with this model or these rows.
     """
 
     card_task = JOINT_TASK
@@ -81,41 +103,176 @@ class Stage2Trainer(StageTrainer):
 
     def __init__(
         self,
-        *args: Any,
-        frozen: FrozenLayers | None = None,
+        model: Any = None,
+        args: Stage2Config | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        cache: EmbeddingCache | None = None,
         embed: Callable[[list[str]], Tensor] | None = None,
-        skip_log: SkipLog | None = None,
         **kwargs: Any,
     ) -> None:
-        self.frozen, self.embed = frozen, embed
+        self.cache = cache or getattr(data_collator, "cache", None)
+        self.embed = embed or (None if self.cache is None else self.cache.lookup)
+        self.frozen: FrozenLayers | None = None
+        # Before the state of accelerate is made, which new settings reset.
+        self._first = first_part(args) if args is not None and args.warm_start else None
         # The first row of the first batch, which stands in for batches whose samples are all skipped.
         self._example: dict[str, Any] | None = None
-        self.skipped = SkippedSamples(skip_log)
-        super().__init__(*args, **kwargs)
-        self.add_callback(self.skipped)
-        model = cast(LLM2CLIPModel, self.model)
-        freeze_unused(model.vision_model)
+        processing_class = usable_processor(processing_class, model)
+        image_processor = getattr(processing_class, "image_processor", processing_class)
+        self.image_processor = image_processor if isinstance(image_processor, BaseImageProcessor) else None
+        if args is not None and isinstance(data_collator, Stage2Collator | None):
+            train_dataset = open_rows(train_dataset, args, self.image_processor)
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
+        self.add_callback(ClampLogitScale())
+
+    def _refuse_unused(self) -> None:
+        super()._refuse_unused()
+        args = self.args
+        refuse_useless(args, self.train_dataset)
+        width = cast(LLM2CLIPConfig, self.unwrapped().config).projection_dim
+        closed = "alignment" in args.warm_start or args.alignment != "train"
+        if args.projection_dim not in (None, width) and not closed:
+            raise ValueError(
+                f"projection_dim is {args.projection_dim}, but the model has {width}: it is a setting of a new model."
+            )
+        bias = getattr(self.unwrapped(), "logit_bias", None)
+        if (bias is not None) != (args.loss == "sigmoid") and self.compute_loss_func is None:
+            has = "no logit bias" if bias is None else "a logit bias"
+            raise ValueError(
+                f"loss is {args.loss}, but the model has {has}; give logit_bias_init_value to a new model."
+            )
+
+    def prepare_model(self, model: nn.Module) -> None:
+        model, args = cast(LLM2CLIPModel, model), self.args
+        tower, config = model.vision_model, cast(LLM2CLIPConfig, model.config)
+        if args.feature_dropout is not None:
+            config.feature_dropout = args.feature_dropout
+        if args.patch_dropout is not None:
+            if not hasattr(tower.config, "patch_dropout"):
+                raise ValueError(
+                    f"patch_dropout is for EVA02 towers; {type(tower).__name__} has none. Leave it unset."
+                )
+            tower.config.patch_dropout = config.vision_config.patch_dropout = args.patch_dropout
+        if args.standardize_features or args.warm_start.get("standardize_features"):
+            standardize(model)
+        freeze_unused(tower)
+        if args.freeze_vision == "all":
+            tower.requires_grad_(False)
+        elif args.freeze_vision_layers:
+            self.frozen = FrozenLayers(tower, args.freeze_vision_layers, self._image_size(model))
         if model.text_model is not None:
             model.text_model.requires_grad_(False)
-        self.add_callback(ClampLogitScale())
-        for name, default in (("alignment", "train"), ("feature_dtype", "float32")):
-            value = getattr(self.args, name)
-            if value != default and not isinstance(self.train_dataset, StoredPairsDataset):
-                raise ValueError(f"{name}: {value} needs stored features of frozen towers to train on.")
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            give_scalars_a_dimension(model)
 
-    def default_collator(self, model: Any, args: Any, processing_class: Any) -> Stage2Collator:
-        return Stage2Collator(processor=processing_class, on_error=args.on_error, max_pixels=args.max_pixels)
+    def _image_size(self, model: LLM2CLIPModel) -> tuple[int, int]:
+        if self.image_processor is not None:
+            return output_size(self.image_processor)
+        size = model.config.vision_config.image_size
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+    def prepare_training(self, run: RunContext) -> dict[str, float]:
+        if is_sharded(self.accelerator):
+            give_scalars_a_dimension(cast(nn.Module, self.model))
+        found = self._warm_start(run) if self.args.warm_start else {}
+        self.store_rows()
+        return found
+
+    def store_rows(self) -> None:
+        """Store what frozen towers or layers make of the training set, and read that instead of its images."""
+        args, model, images = self.args, cast(LLM2CLIPModel, self.model), with_images(self.train_dataset)
+        if images is None or not (args.freeze_vision == "all" or args.frozen_states_dir):
+            return
+        if args.frozen_states_dir:
+            assert self.frozen is not None
+            self.train_dataset: Any = store_states(args, self.frozen, self.image_processor, images)
+        else:
+            cache = images.make_sample.cache or self.cache
+            if cache is None:
+                raise ValueError(
+                    "freeze_vision: all stores the outputs of both towers; give the embeddings of the captions as "
+                    "cache=EmbeddingCache.open(...)."
+                )
+            retrieval = self.retrieval.values()
+            self.train_dataset = store_pairs(args, model, self.image_processor, images, cache, retrieval)
+        self.train_dataset.mixing = images.mixing
+
+    def _warm_start(self, run: RunContext) -> dict[str, float]:
+        """Take the weights of a first part with frozen towers, which is run unless it is finished."""
+        args, first = self.args, cast(Stage2Config, self._first)
+        found = warm_start_result(args) if run.resume else None
+        if found is not None:
+            RunContext(first).compare_settings(Path(first.output_dir))
+            if run.checkpoint is None:
+                logger.info("the warm start in %s is finished.", first.output_dir)
+        else:
+            logger.info("Warm start: projection and adapter, with frozen towers.")
+            own = cast(LLM2CLIPModel, self.model)
+            # The LLM, if there is one, is not copied.
+            model = copy.deepcopy(own, {id(own.text_model): own.text_model})
+            trainer = type(self)(
+                model=model,
+                args=first,
+                data_collator=self.data_collator,
+                train_dataset=self.train_dataset,
+                processing_class=self.processing_class,
+                retrieval=self.retrieval,
+                cache=self.cache,
+                embed=self.embed,
+            )
+            with RunContext(first, run.resume or None, is_command=True) as part:
+                found = {"metrics": trainer.fit(part), "history": trainer.state.log_history}
+                if first.should_save:
+                    write_json(Path(first.output_dir) / WARM_START_RESULT, found)
+            for one in self.retrieval.values():
+                if isinstance(one, ImageTextRetrieval):
+                    one.features = None
+            # As after the construction of this trainer.
+            set_seed(args.seed)
+        self.accelerator.wait_for_everyone()
+        if run.checkpoint is None:
+            self._load_from_checkpoint(first.output_dir)
+            if args.feature_dropout is None:
+                saved = LLM2CLIPConfig.from_pretrained(first.output_dir)
+                cast(LLM2CLIPConfig, self.unwrapped().config).feature_dropout = saved.feature_dropout
+        if args.should_save:
+            self.earlier_history = found["history"]
+        return {f"warm_start_{name}": value for name, value in found["metrics"].items()}
+
+    def default_collator(self) -> Stage2Collator:
+        args, is_ours = self.args, isinstance(self.train_dataset, EpochDataset | SampleStream)
+        return Stage2Collator(
+            self.cache,
+            processor=cast(Any, self.processing_class),
+            on_error=args.on_error,
+            max_pixels=args.max_pixels,
+            image_column="image" if is_ours else args.image_column,
+            caption_column="caption" if is_ours else args.caption_column,
+            crop_scale=None if is_ours else args.crop_scale,
+            image_backend=args.image_backend,
+        )
+
+    def evaluation_collator(self) -> Callable[..., Any]:
+        collator = self.data_collator
+        return collator.for_evaluation() if isinstance(collator, Stage2Collator) else collator
+
+    def skip_log(self) -> SkipLog | None:
+        path = Path(str(self.args.output_dir)) / f"skipped-{self.args.process_index}.jsonl"
+        return SkipLog(path) if self.args.on_error == "skip" else None
 
     def batch_sampler(self) -> EpochBatchSampler:
         several = len(getattr(self.train_dataset, "starts", ())) > 2
-        if several and self.args.mixing == "one_source_per_step":
+        if several and self.train_dataset.mixing == "one_source_per_step":
             return self.make_sampler(OneSourceBatchSampler)
         return super().batch_sampler()
 
     def frozen_inputs(self) -> dict[str, str | None]:
-        return {"text encoder": cast(LLM2CLIPModel, self.model).config.text_model_fingerprint}
+        found = {"text encoder": cast(LLM2CLIPModel, self.model).config.text_model_fingerprint}
+        if self.image_processor is not None:
+            found["image processor"] = digest_json(_as_prepared(self.image_processor))
+        return found
 
     @property
     def has_steps(self) -> bool:
@@ -139,10 +296,11 @@ class Stage2Trainer(StageTrainer):
         return fmean(value for metrics in found for name, value in metrics.items() if "recall@" in name)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.args.alignment != "train":
+        if self.args.alignment != "train" or self.args.warm_start.get("alignment", "train") != "train":
             own, saved = cast(LLM2CLIPModel, self.model), LLM2CLIPConfig.from_pretrained(resume_from_checkpoint)
             set_heads(own, saved.visual_head, saved.projection_dim)
-            freeze_maps(own)
+            if self.args.alignment != "train":
+                freeze_maps(own)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def eval_labels(self, inputs: dict[str, Any], num_rows: int) -> Any:
@@ -171,10 +329,10 @@ class Stage2Trainer(StageTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         if self.optimizer is None:
-            model = cast(PreTrainedModel, self.model if model is None else model)
+            model = self.model if model is None else model
+            chosen = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, cast(Any, model))
             settings = {name: getattr(self.args, name) for name in GROUP_SETTINGS}
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = optimizer_class(parameter_groups(model, **settings), **options)
+            self.optimizer = chosen[0](parameter_groups(cast(nn.Module, model), **settings), **chosen[1])
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
@@ -187,7 +345,7 @@ class Stage2Trainer(StageTrainer):
 
     def loss_and_outputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         inputs = dict(inputs)
-        self.skipped.add(inputs.pop("skipped", []))
+        self.run_state.skipped.add(inputs.pop("skipped", []))
         if is_empty := inputs.pop("is_empty", False):
             inputs = dict(self._example or self._blank_row())
         elif self._example is None and self.args.on_error == "skip":
@@ -195,11 +353,13 @@ class Stage2Trainer(StageTrainer):
         ids = {name: inputs.pop(name, None) for name in ("caption_ids", "image_caption_ids")}
         if self.args.shared_captions == "separate":
             ids = {}
-        text_model = self.accelerator.unwrap_model(self.model).text_model
-        if text_model is not None:
-            text_model.eval()
+        own = self.unwrapped()
+        if self.args.freeze_vision == "all":
+            own.vision_model.eval()
+        if own.text_model is not None:
+            own.text_model.eval()
             if self.args.tower_chunk_size is not None and "llm_embeds" not in inputs:
-                inputs = self._with_llm_embeds(text_model, inputs)
+                inputs = self._with_llm_embeds(own.text_model, inputs)
         # Through the wrapped model, so that DDP sees every parameter including the logit scale.
         images, texts, *numbers = in_chunks(self._embed, model, inputs, self.args.tower_chunk_size)
         if is_empty:
@@ -209,12 +369,9 @@ class Stage2Trainer(StageTrainer):
         # One value per row, all equal; those of the last chunk are not recomputed.
         scale, *bias = [number[-1] for number in numbers]
         rows = self.without_repeats({**embeds, **ids})
-        options: dict[str, Any] = {**rows, "logit_scale": scale, "tile_size": self.args.loss_chunk_size}
+        kept, known = {name: rows[name] for name in embeds}, {name: rows[name] for name in ids}
         try:
-            if self.args.loss == "sigmoid":
-                loss = sigmoid_loss(**options, logit_bias=bias[0])
-            else:
-                loss = clip_loss(**options, label_smoothing=self.args.label_smoothing_factor)
+            loss = self.loss_of(kept, scale, bias[0] if bias else None, known)
         except NoPairsError:
             # A step without gradient, of which every parameter has one that is zero.
             loss = 0 * images.sum()
@@ -222,14 +379,37 @@ class Stage2Trainer(StageTrainer):
                 loss = loss + 0 * number.sum()
         return loss, embeds
 
+    def contrastive_loss(
+        self,
+        embeds: Mapping[str, Tensor],
+        logit_scale: Tensor,
+        logit_bias: Tensor | None,
+        ids: Mapping[str, Tensor | None],
+    ) -> Tensor:
+        """Compute the loss of a batch; override it for a loss of your own.
+
+        Args:
+            embeds: `image_embeds` and `text_embeds` of this process, `(rows, projection_dim)` each, of unit length.
+                The losses of [`llm2clip.losses`] gather those of the other processes.
+            logit_scale, logit_bias: Scalars; the scale is not a logarithm, and there is a bias with `loss: sigmoid`.
+            ids: `caption_ids` and `image_caption_ids` if rows share captions (`shared_captions: positive`).
+
+        Returns:
+            A scalar whose mean over the processes is the loss of the batch of all of them.
+        """
+        options: dict[str, Any] = {**embeds, **ids, "logit_scale": logit_scale, "tile_size": self.args.loss_chunk_size}
+        if self.args.loss == "sigmoid":
+            return sigmoid_loss(**options, logit_bias=cast(Tensor, logit_bias))
+        return clip_loss(**options, label_smoothing=self.args.label_smoothing_factor)
+
     def _blank_row(self) -> dict[str, Tensor]:
         """Return a row in place of a first batch whose samples are all skipped, which no tower takes."""
-        row = {"llm_embeds": torch.ones(1, cast(LLM2CLIPModel, self.model).config.text_config.hidden_size)}
+        model = cast(LLM2CLIPModel, self.model)
+        row = {"llm_embeds": torch.ones(1, model.config.text_config.hidden_size)}
         if isinstance(self.train_dataset, StoredPairsDataset):
             row["vision_features"] = self.train_dataset.features.read_views(np.zeros(1, dtype=np.int64))
         else:
-            size = output_size(cast(LLM2CLIPProcessor, self.processing_class).image_processor)
-            row["pixel_values"] = torch.zeros(1, 3, *size)
+            row["pixel_values"] = torch.zeros(1, 3, *self._image_size(model))
         return {name: value.to(self.args.device) for name, value in row.items()}
 
     def _embed(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -252,12 +432,10 @@ class Stage2Trainer(StageTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            model = self.accelerator.unwrap_model(self.model)
+            model = self.unwrapped()
             logs["logit_scale"] = math.exp(value_of(model.logit_scale))
             if model.logit_bias is not None:
                 logs["logit_bias"] = value_of(model.logit_bias)
-        if skipped := self.skipped.count():
-            logs["skipped_samples"] = skipped
         super().log(logs, start_time)
 
     def measure(self, model: LLM2CLIPModel, retrieval: ImageTextRetrieval) -> dict[str, float | int]:
@@ -265,22 +443,21 @@ class Stage2Trainer(StageTrainer):
         return retrieval(model, self.embed or self._embed_online, batch_size, num_workers)
 
     def _embed_online(self, captions: list[str]) -> Tensor:
-        text_model = self.accelerator.unwrap_model(self.model).text_model
+        text_model = self.unwrapped().text_model
         if text_model is None:
             raise ValueError("retrieval sets need the model's LLM (model.load_text_model()), or embed=.")
         return text_model.encode(captions, cast(LLM2CLIPProcessor, self.processing_class).tokenizer)
 
     def save_result(self, output_dir: str | Path) -> None:
-        model = self.accelerator.unwrap_model(self.model)
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        weights = whole_weights(self) if sharded else None
-        if self.args.should_save:
-            # With the LLM only if no repository has its weights; `complete_result` adds it to the saved model.
-            undivided(model).save_pretrained(output_dir, state_dict=weights)
-            cast(LLM2CLIPProcessor, self.processing_class).save_pretrained(output_dir)
+        # With the LLM only if no repository has its weights; `complete_result` adds it to the saved model.
+        self.save_weights(output_dir)
+        if self.args.should_save and isinstance(self.processing_class, LLM2CLIPProcessor):
             write_sentence_transformers_files(output_dir)
 
     def complete_result(self, output_dir: str | Path) -> None:
-        model = self.accelerator.unwrap_model(self.model)
-        if self.args.bundle_text_model and model.config.text_model_name_or_path is not None:
+        if self.args.bundle_text_model and self.unwrapped().config.text_model_name_or_path is not None:
             run_while_others_wait(lambda: bundle_text_model(Path(output_dir)), self.args.should_save)
+
+
+def _as_prepared(image_processor: Any) -> dict[str, Any]:
+    return {name: value for name, value in image_processor.to_dict().items() if not name.startswith("_")}

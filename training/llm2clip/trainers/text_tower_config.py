@@ -1,4 +1,4 @@
-"""Settings of the stages that train an LLM with LoRA."""
+"""Settings of the stages that train an LLM with LoRA, and those of their commands."""
 
 from __future__ import annotations
 
@@ -12,12 +12,8 @@ LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 @dataclass
-class TextTowerConfig(StageConfig):
-    """Settings of the stages that train an LLM with LoRA.
-
-    Besides those of [`StageConfig`], this default differs from `TrainingArguments`:
-    `ddp_find_unused_parameters=False`.
-    """
+class TextTowerRecipe:
+    """What the command of such a stage opens: the LLM, which becomes a text tower, and the retrieval sets."""
 
     model_name_or_path: str = setting(
         "", "Text model to train: Hub id or folder of a plain LLM, encoder or embedding model, or of a text tower."
@@ -46,14 +42,24 @@ class TextTowerConfig(StageConfig):
         "Use bidirectional instead of causal attention; unset: true for an LLM, its own attention for an encoder or "
         "an embedding model.",
     )
+    eval_sources: dict[str, Any] = setting(
+        {}, "Caption retrieval sets to evaluate: a mapping from a name to PairSource fields."
+    )
+
+
+@dataclass
+class TextTowerConfig(StageConfig):
+    """Settings of the Trainers that train a text tower with LoRA.
+
+    Besides those of [`StageConfig`], this default differs from `TrainingArguments`:
+    `ddp_find_unused_parameters=False`.
+    """
+
     lora_rank: int = setting(16, "Rank of LoRA; 0 trains all weights of the LLM instead.")
     lora_alpha: int = setting(32, "LoRA scaling: the update is multiplied by alpha / rank.")
     lora_dropout: float = setting(0.0, "Dropout probability on the input of the LoRA layers.")
     lora_target_modules: list[str] = setting(
         LORA_TARGETS, "Names of the Linear layers that get LoRA; all-linear for every one of them."
-    )
-    eval_sources: dict[str, Any] = setting(
-        {}, "Caption retrieval sets to evaluate: a mapping from a name to PairSource fields."
     )
     save_format: Literal["merged", "adapter"] = setting(
         "merged", "What to save at the end: the merged model, or the PEFT adapter alone."
@@ -64,3 +70,5 @@ class TextTowerConfig(StageConfig):
         super().__post_init__()
         if self.save_format == "adapter" and self.lora_rank == 0:
             raise ValueError("save_format adapter needs LoRA, but lora_rank is 0.")
+        if self.label_smoothing_factor:
+            raise ValueError("the losses of this stage have no label smoothing; leave label_smoothing_factor unset.")

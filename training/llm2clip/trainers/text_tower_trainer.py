@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +16,17 @@ from llm2clip.evaluation import CaptionRetrieval
 from llm2clip.hub.cards.facts import TEXT_TASK
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.trainers.base_trainer import StageTrainer
-from llm2clip.trainers.run_inputs import sampled_digest
+from llm2clip.trainers.lora import add_lora
 from llm2clip.trainers.sharding import is_divided, undivided, undivided_building, whole_weights
+from llm2clip.trainers.step_guard import require_finite
 from llm2clip.trainers.text_tower_config import TextTowerConfig
 from llm2clip.utils.attention_probe import verify_on_main_process
 from llm2clip.utils.towers import save_text_tower
 from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel
 from modeling_llm2clip.identity_llm2clip import merged_weights
 
+# Values of each weight in a digest.
+SAMPLED = 64
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -33,18 +38,34 @@ class TextTowerTrainer(StageTrainer):
     model: LLM2CLIPTextModel
     args: TextTowerConfig
 
-    def __init__(self, model: LLM2CLIPTextModel | None = None, *args: Any, **kwargs: Any) -> None:
-        if model is not None:
-            # The saved config has the verdict, which the code in a saved folder reads. Of a divided model only the
-            # main process may have weights to probe.
-            verify_on_main_process(model)
-        super().__init__(model, *args, **kwargs)
+    def prepare_model(self, model: nn.Module) -> None:
+        text_model = cast(LLM2CLIPTextModel, model)
+        if text_model.has_adapter:
+            self._refuse_other_adapter(text_model)
+        else:
+            add_lora(text_model, self.args)
+        # The saved config has the verdict, which the code in a saved folder reads. Of a divided model only the main
+        # process may have weights to probe.
+        verify_on_main_process(text_model)
+
+    def _refuse_other_adapter(self, text_model: LLM2CLIPTextModel) -> None:
+        """Refuse settings of LoRA that the adapter of the given model does not have."""
+        adapter = text_model.decoder.peft_config[text_model.decoder.active_adapter]
+        has = {"lora_rank": adapter.r, "lora_alpha": adapter.lora_alpha, "lora_dropout": adapter.lora_dropout}
+        defaults = TextTowerConfig.__dataclass_fields__
+        for name, value in has.items():
+            if (given := getattr(self.args, name)) not in (defaults[name].default, value):
+                raise ValueError(f"{name} is {given}, but the model has an adapter with {value}; leave it unset.")
 
     def frozen_inputs(self) -> dict[str, str | None]:
-        if not self.model.has_adapter:
-            return {}
-        frozen = [(name, weight) for name, weight in self.model.named_parameters() if not weight.requires_grad]
-        return {"frozen weights": sampled_digest(frozen)}
+        found: dict[str, str | None] = {}
+        backend = getattr(self.processing_class, "backend_tokenizer", None)
+        if backend is not None:
+            found["tokenizer"] = hashlib.sha256(backend.to_str().encode()).hexdigest()[:16]
+        if self.model.has_adapter:
+            frozen = [(name, weight) for name, weight in self.model.named_parameters() if not weight.requires_grad]
+            found["frozen weights"] = sampled_digest(frozen)
+        return found
 
     def measure(self, model: LLM2CLIPTextModel, retrieval: CaptionRetrieval) -> dict[str, float | int]:
         tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
@@ -59,27 +80,26 @@ class TextTowerTrainer(StageTrainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def save_result(self, output_dir: str | Path) -> None:
-        text_model = self.accelerator.unwrap_model(self.model)
-        if is_divided(self):
-            weights = whole_weights(self)
-            if self.args.should_save:
-                self._write(*self._undivided_result(undivided(text_model), weights), output_dir)
+        """Save the text tower, merged with its adapter unless `save_format` is `adapter`; it trains on as it is."""
+        text_model = self.unwrapped()
+        divided = is_divided(self.accelerator)
+        weights = whole_weights(self.accelerator, self.model_wrapped) if divided else text_model.state_dict()
+        require_finite(weights, self.state.global_step, divided)
+        if not self.args.should_save:
             return
-        if self.args.save_format == "merged":
-            text_model.merge_adapter()  # the evaluation that follows measures the merged model
-        if self.args.should_save:
-            self._write(text_model, None, output_dir)
-
-    def _undivided_result(
-        self, text_model: LLM2CLIPTextModel, weights: dict[str, Tensor]
-    ) -> tuple[LLM2CLIPTextModel, dict[str, Tensor]]:
-        """Return a model to save and its weights, merged unless the adapter is saved, from those of all processes."""
-        if not text_model.has_adapter or self.args.save_format == "adapter":
-            return text_model, weights
+        model, is_adapter = undivided(text_model), self.args.save_format == "adapter"
+        if not text_model.has_adapter or is_adapter:
+            self._write(model, weights if divided else None, output_dir)
+            return
         dtype = cast(Tensor, text_model.get_input_embeddings().weight).dtype
-        merged = {name: value.to(dtype) for name, value in merged_weights(text_model, weights)}
+        merged = {name: value.to(dtype) for name, value in merged_weights(model, weights)}
         with torch.device("meta"), undivided_building(self.args):
-            return LLM2CLIPTextModel(copy.deepcopy(cast(LLM2CLIPTextConfig, text_model.config))), merged
+            whole = LLM2CLIPTextModel(copy.deepcopy(cast(LLM2CLIPTextConfig, text_model.config)))
+        self._write(whole, merged, output_dir)
+
+    def merge_result(self) -> None:
+        if self.args.save_format == "merged" and not is_divided(self.accelerator):
+            self.unwrapped().merge_adapter()
 
     def _write(self, text_model: LLM2CLIPTextModel, weights: dict[str, Tensor] | None, output_dir: str | Path) -> None:
         tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
@@ -89,3 +109,16 @@ class TextTowerTrainer(StageTrainer):
             for name in ADAPTER_FILES:
                 Path(output_dir, name).unlink(missing_ok=True)
             write_sentence_transformers_files(output_dir)
+
+
+def sampled_digest(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """Hash some values of each of the named weights: another training run changes every one of them."""
+    digest = hashlib.sha256()
+    for name, weight in weights:
+        values = weight.detach().flatten()
+        # In whole numbers: float32 has no place for the last of 28 million values.
+        count = min(SAMPLED, len(values))
+        places = torch.arange(count, device=values.device) * (len(values) - 1) // max(1, count - 1)
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        digest.update(values[places].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import TrainerCallback
 
-from llm2clip.trainers.finite_steps import require_finite
+from llm2clip.trainers.step_guard import require_finite
 from modeling_llm2clip.modeling_llm2clip_utils import apply_umask
-
-if TYPE_CHECKING:
-    from llm2clip.trainers.base_trainer import StageTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -35,25 +32,17 @@ class WeightAverage(TrainerCallback):
     all processes hold the same weights, and so the same average.
 
     Args:
-        trainer: The trainer of the run.
+        model: Returns the model, without wrappers.
         half_life: Optimizer steps after which the weights of a step have half of their share left.
+        resume_anyway: Begin with the weights of a checkpoint that has no average.
 
     Attributes:
         in_model: Whether the model has the averaged weights now: in evaluation, and after training.
         checkpoint: The checkpoint that the next training resumes from.
-
-    Raises:
-        ValueError: FSDP or DeepSpeed shards the weights.
     """
 
-    def __init__(self, trainer: StageTrainer, half_life: float) -> None:
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            sharding = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed"
-            raise ValueError(
-                f"ema_half_life does not work with {sharding}, which gives no process the whole weights; train with "
-                "DDP, or leave it unset."
-            )
-        self.trainer, self.half_life = trainer, half_life
+    def __init__(self, model: Callable[[], nn.Module], half_life: float, resume_anyway: bool = False) -> None:
+        self.model, self.half_life, self.resume_anyway = model, half_life, resume_anyway
         self.checkpoint: Path | None = None
         self.in_model = False
         self._average: dict[str, Tensor] = {}
@@ -91,13 +80,13 @@ class WeightAverage(TrainerCallback):
             self._write(own)
             self.in_model = False
 
-    def save(self, checkpoint: Path) -> None:
-        """Write the average into a checkpoint.
+    def save(self, checkpoint: Path, step: int) -> None:
+        """Write the average after a step into a checkpoint.
 
         Raises:
             NonFiniteError: An average is NaN or infinite.
         """
-        require_finite(self._average, self.trainer.state.global_step, sharded=False, what="averages of weights")
+        require_finite(self._average, step, sharded=False, what="averages of weights")
         save_file(self._average, checkpoint / AVERAGE_FILE, metadata={"format": "pt"})
         apply_umask(checkpoint / AVERAGE_FILE)
 
@@ -110,7 +99,7 @@ class WeightAverage(TrainerCallback):
         self._begin()
         path = checkpoint / AVERAGE_FILE
         if not path.is_file():
-            if not self.trainer.args.resume_anyway:
+            if not self.resume_anyway:
                 raise ValueError(
                     f"{checkpoint} has no {AVERAGE_FILE}, since its run did not set ema_half_life; leave it unset, or "
                     "add --resume-anyway to begin the average with the weights of the checkpoint."
@@ -133,8 +122,7 @@ class WeightAverage(TrainerCallback):
         self._average = {name: weight.to(torch.float32, **options) for name, weight in self._trained().items()}
 
     def _trained(self) -> dict[str, Tensor]:
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+        return {name: weight.detach() for name, weight in self.model().named_parameters() if weight.requires_grad}
 
     def _write(self, values: Mapping[str, Tensor]) -> None:
         for name, weight in self._trained().items():

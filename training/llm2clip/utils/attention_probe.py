@@ -2,7 +2,7 @@
 
 Decoders with recurrent, convolutional or linear-attention layers, and decoders that make their own causal mask, accept
 the inputs of a text tower but give wrong embeddings. What a decoder does with a few tokens tells them apart. The
-verdict is saved in the tower's config, where the code of the model reads it.
+result is recorded in the tower's config, where the code of the model reads it.
 
 Encoders and embedding models keep their own attention (`bidirectional=None`): what they do with a text alone is right
 by definition, padding must not change it, and captions share rows only where that does not change it either.
@@ -23,7 +23,13 @@ from torch.nn import functional as F
 from llm2clip.utils.processes import on_main_process
 from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel
 from modeling_llm2clip.compatibility_llm2clip import IS_CAUSAL_COUNTS
-from modeling_llm2clip.modeling_llm2clip_decoder import attention_kind, takes_additive_mask
+from modeling_llm2clip.modeling_llm2clip_decoder import (
+    TESTED_TYPES,
+    attention_kind,
+    packs_by_flags,
+    takes_additive_mask,
+    window_reach,
+)
 from modeling_llm2clip.modeling_llm2clip_utils import execution_device
 
 logger = logging.getLogger(__name__)
@@ -40,26 +46,41 @@ WORKING = "llama, qwen2, qwen3, mistral, gemma3_text or phi3"
 
 
 def verify_text_tower(tower: LLM2CLIPTextModel) -> list[str] | None:
-    """Probe the text model of a tower with the attention it uses now, and remember the verdict in `tower.config`.
+    """Probe a text tower with the attention it uses now, as far as it is not known to read captions right.
 
-    Nothing happens if the tower was made causal, or if the weights are not here. Of a tower with attention of its own,
-    whether it packs is probed at each call; the rest only if the verdict is not known.
+    The attention is not probed of types that the tests compare. Of attention of its own, whether captions may share a
+    row is probed too, unless transformers' flags say so; the tower remembers that while it is loaded.
 
     Returns:
-        `verified_attention` of the tower's config.
+        `verified_attention` of the tower's config, where what was found is recorded.
 
     Raises:
         ValueError: The text model cannot be a text tower.
     """
     decoder, config = tower.decoder, tower.config
-    kind, own = _kind_here(tower), config.bidirectional is None
+    if config.bidirectional is None and _is_probeable(decoder) and _may_pack(tower):
+        packs_exactly(tower)
+    return config.verified_attention if config.decoder_config.model_type in TESTED_TYPES else probe_attention(tower)
+
+
+def _may_pack(tower: LLM2CLIPTextModel) -> bool:
+    """Whether captions may share a row if a probe finds that exact, so that it is worth running."""
+    decoder = tower.decoder
+    runs = _kind_here(tower) == attention_kind(decoder) and tower.has_readable_weights
+    return runs and window_reach(decoder.config) != 0 and not packs_by_flags(decoder)
+
+
+def probe_attention(tower: LLM2CLIPTextModel) -> list[str] | None:
+    """Probe the text model of a tower of any type with the attention it uses now; see [`verify_text_tower`].
+
+    Nothing happens if the config records that attention, the tower was made causal, or the weights are not here.
+    """
+    decoder, config = tower.decoder, tower.config
     if config.bidirectional is False or not _is_probeable(decoder):
         return config.verified_attention
-    if own and kind == attention_kind(decoder) and tower.has_readable_weights:
-        packs_exactly(tower)
-    verified = list(config.verified_attention or ())
-    if kind in verified:
-        return verified
+    kind, recorded = _kind_here(tower), list(config.verified_attention or ())
+    if kind in recorded:
+        return recorded
     used = decoder.config._attn_implementation
     here = "eager" if kind == "mask" and not takes_additive_mask(decoder) else used
     with _undisturbed(tower), _attention(decoder, here):
@@ -68,9 +89,9 @@ def verify_text_tower(tower: LLM2CLIPTextModel) -> list[str] | None:
         return config.verified_attention
     fault, error = found
     if fault:
-        raise ValueError(_refusal(decoder.config, fault, own)) from error
-    config.verified_attention = [*verified, kind]
-    if kind != "mask" and "mask" not in verified and _passes_with_mask(tower):
+        raise ValueError(_refusal(decoder.config, fault, config.bidirectional is None)) from error
+    config.verified_attention = [*recorded, kind]
+    if kind != "mask" and "mask" not in recorded and _passes_with_mask(tower):
         # Those who load the tower elsewhere may have no other attention than that of a mask.
         config.verified_attention.append("mask")
     return config.verified_attention
@@ -83,9 +104,9 @@ def _passes_with_mask(tower: LLM2CLIPTextModel) -> bool:
 
 
 def verify_on_main_process(tower: LLM2CLIPTextModel) -> None:
-    """Probe a tower in one process, as others may have no weights; see [`verify_text_tower`]. All get the verdict."""
-    found = on_main_process(lambda: (verify_text_tower(tower), tower.packing_verdicts))
-    tower.config.verified_attention, tower.packing_verdicts = found
+    """Probe a tower in one process, as others may have no weights; see [`verify_text_tower`]. All know the result."""
+    found = on_main_process(lambda: (verify_text_tower(tower), tower.exact_packing))
+    tower.config.verified_attention, tower.exact_packing = found
 
 
 def probe_from_disk(
@@ -105,17 +126,17 @@ def probe_from_disk(
     with TemporaryDirectory() as unused:
         options: dict[str, Any] = {"device_map": {"": "disk"}, "offload_folder": unused, "dtype": "auto"}
         tower = LLM2CLIPTextModel.from_pretrained(name, revision=revision, default_config=config, **options)
-        return verify_text_tower(tower)
+        return probe_attention(tower)
 
 
 def packs_exactly(tower: Any) -> bool:
-    """Return whether captions may share a row with the attention in use, and remember it in `tower.packing_verdicts`.
+    """Return whether captions may share a row with the attention in use, and remember it in `tower.exact_packing`.
 
     For towers with the text model's own attention, which may ignore a mask of captions or be causal.
     """
-    verdicts = tower.packing_verdicts
+    known = tower.exact_packing
     kind = tower.decoder.config._attn_implementation
-    if kind not in verdicts:
+    if kind not in known:
         with _undisturbed(tower):
             caption, _, neighbours = _texts(tower)
             try:
@@ -129,19 +150,19 @@ def packs_exactly(tower: Any) -> bool:
                 logger.info(f"{tower.decoder.config.model_type} does not read several captions in a row: {error}")
                 found = []
         precision = _precision(tower.get_input_embeddings().weight.dtype)
-        verdicts[kind] = bool(found) and max(_apart(states, alone) for states in found) <= TOLERANCES[precision]
-    return verdicts[kind]
+        known[kind] = bool(found) and max(_apart(states, alone) for states in found) <= TOLERANCES[precision]
+    return known[kind]
 
 
 @contextmanager
 def _packing(tower: Any, allowed: bool) -> Iterator[None]:
     """Pack, or do not pack, captions in a tower with its text model's own attention."""
-    before = tower.packing_verdicts
-    tower.packing_verdicts = {tower.decoder.config._attn_implementation: allowed}
+    before = tower.exact_packing
+    tower.exact_packing = {tower.decoder.config._attn_implementation: allowed}
     try:
         yield
     finally:
-        tower.packing_verdicts = before
+        tower.exact_packing = before
 
 
 def _states_alone(tower: Any, caption: Tensor) -> Tensor:
@@ -180,9 +201,9 @@ def _is_probeable(decoder: Any) -> bool:
 def _undisturbed(tower: LLM2CLIPTextModel) -> Iterator[None]:
     """Run without gradients, dropout, autocast and compilation, and leave training mode and random numbers alone.
 
-    The tower runs as if it were verified.
+    The tower runs as if its config recorded its attention.
     """
-    device, verdict = execution_device(tower), tower.config.verified_attention
+    device, recorded = execution_device(tower), tower.config.verified_attention
     training = [module for module in tower.modules() if module.training]
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -195,7 +216,7 @@ def _undisturbed(tower: LLM2CLIPTextModel) -> Iterator[None]:
         try:
             yield
         finally:
-            tower.config.verified_attention = verdict
+            tower.config.verified_attention = recorded
             for module in training:
                 module.training = True
 

@@ -17,7 +17,7 @@ from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
-from llm2clip.utils.progress import ProgressBar, close_bars, is_main_process
+from llm2clip.utils.progress import ProgressBar, close_bars, is_main_process, launcher_rank
 
 LOG_FILE, ERROR_FILE = "log.txt", "error.log"
 OUR_LOGGERS = ("llm2clip", "modeling_llm2clip", "transformers_modules")
@@ -84,7 +84,7 @@ class LogFile(MemoryHandler):
         """
         if self.error_folder is None:
             return None
-        process = f"process {os.environ.get('RANK', '0')}, id {os.getpid()}"
+        process = f"process {launcher_rank()}, id {os.getpid()}"
         head = f"{time.strftime('%Y-%m-%d %H:%M:%S')} llm2clip {command} ({process})\n"
         try:
             self.error_folder.mkdir(parents=True, exist_ok=True)

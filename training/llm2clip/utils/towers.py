@@ -65,7 +65,7 @@ def open_text_tower(
     Raises:
         ValueError: `prompt` is given for a text tower, whose config already defines the prompt; a probe with a few
             tokens found that captions would not be read in both directions, or not apart from padding and neighbours
-            (its verdict is kept in the config; see [`verify_text_tower`]); or the files of an embedding model describe
+            (the config records its result; see [`verify_text_tower`]); or the files of an embedding model describe
             something that a text tower cannot do.
     """
     options = loading_options(dtype, attn_implementation, revision)

@@ -17,19 +17,7 @@ from llm2clip.utils.logs import shortened
 
 
 class BenchmarkImages(ImageList):
-    """The images of a benchmark: files, or encoded bytes, decoded on demand.
-
-    Args:
-        images: Paths or encoded bytes.
-        names: Names in messages, one for each image; by default the paths.
-    """
-
-    def __init__(self, images: Sequence[Path | bytes], names: Sequence[str] | None = None) -> None:
-        super().__init__(images)
-        self.names = names
-
-    def key(self, row: int) -> str:
-        return super().key(row) if self.names is None else self.names[row]
+    """The images of a benchmark: paths of files, or encoded bytes, decoded on demand."""
 
     def require_files(self, title: str) -> BenchmarkImages:
         """Return self if all files exist.

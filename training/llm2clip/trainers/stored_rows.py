@@ -1,4 +1,4 @@
-"""Batches of stored image features and stored caption embeddings, for training with both towers frozen."""
+"""Rows whose images are stored: as features of a frozen tower, or as outputs of its frozen layers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from llm2clip.data import CaptionImageDataset, SampleIndex, SkippedSample
 from llm2clip.data.captioned_images import caption_id
 from llm2clip.data.sampling import EpochDataset, stable_seed
+from llm2clip.encoders.batches import TableImages
 from llm2clip.encoders.image_features import ImageFeatures
 from llm2clip.store import EmbeddingCache
 
@@ -133,3 +134,39 @@ class StoredPairsDataset(EpochDataset):
 def collate_stored(batch: dict[str, Any]) -> dict[str, Any]:
     """Pass on a batch of a [`StoredPairsDataset`], which is whole already."""
     return batch
+
+
+class FrozenStatesDataset(EpochDataset):
+    """Captioned images whose pixels are replaced by the outputs of the frozen layers of a vision tower.
+
+    Args:
+        images: The data set. Its training samples draw captions, and have no augmentation.
+        tables: Its images.
+        states: The stored outputs.
+        shape: (tokens, width) of the outputs of an image.
+    """
+
+    def __init__(
+        self, images: CaptionImageDataset, tables: Sequence[TableImages], states: ImageFeatures, shape: tuple[int, ...]
+    ) -> None:
+        self.images, self.captions = images, images.without_images()
+        self.states, self.folder, self._tables, self._shape = states, states.path, tables, shape
+        self.starts = images.starts
+        self.rows = states.find(np.concatenate([table.content_keys() for table in tables]))
+
+    def content_digest(self) -> str:
+        return self.images.content_digest()
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, index: SampleIndex) -> dict[str, Any] | SkippedSample:
+        row = int(self.rows[index.index])
+        if row in self.states.skipped:
+            number = int(np.searchsorted(self.starts, index.index, side="right")) - 1
+            key = self._tables[number].key(index.index - int(self.starts[number]))
+            return SkippedSample(key, self.states.skipped[row].reason)
+        sample = self.captions[index]
+        if isinstance(sample, dict):
+            sample["vision_states"] = self.states.read(self.rows[[index.index]]).view(self._shape)
+        return sample

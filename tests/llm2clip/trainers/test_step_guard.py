@@ -15,8 +15,8 @@ from transformers import TrainerCallback
 
 from llm2clip import LLM2CLIPModel, Stage2Config, Stage2Trainer
 from llm2clip.data import SkipLog
-from llm2clip.trainers.finite_steps import describe
-from llm2clip.trainers.skipped_samples import SkippedSamples
+from llm2clip.trainers.run_state import SkippedSamples
+from llm2clip.trainers.step_guard import describe
 from llm2clip.utils.embeddings import NonFiniteError
 from llm2clip.utils.processes import leave_process_group
 from tests.llm2clip.trainers.test_plain_datasets import MapRows, Rows
@@ -59,8 +59,11 @@ def trainer_of(folder: Path, data: Rows, callbacks: Any = None, evaluated: Rows 
     }
     fields = {"learning_rate": 1e-3, "warmup_steps": 0, "max_steps": 3, "per_device_train_batch_size": BATCH}
     torch.manual_seed(1)
+    model = tiny.joint_model()
+    if changes.get("loss") == "sigmoid":
+        model.logit_bias = torch.nn.Parameter(torch.tensor(-10.0))
     return InOrder(
-        model=tiny.joint_model(),
+        model=model,
         args=Stage2Config(**{"output_dir": str(folder), **shared, **fields, **changes}),
         train_dataset=MapRows(data),
         eval_dataset=None if evaluated is None else MapRows(evaluated),
@@ -86,12 +89,10 @@ def test_a_broken_sample_ends_the_run_and_no_checkpoint_has_it(
     changes: dict[str, Any], value: float, tmp_path: Path
 ) -> None:
     trainer = trainer_of(tmp_path, rows(3 * BATCH, BATCH + 2, value=value), **changes)
-    if changes.get("loss"):
-        trainer.model.logit_bias = torch.nn.Parameter(torch.tensor(-10.0))
     with pytest.raises(
         NonFiniteError, match=r"step 2: embeddings are NaN or infinite, those of k10\. Look at"
     ) as caught:
-        trainer.fit(None)
+        trainer.fit()
     assert "--skip-bad-steps N" in str(caught.value)
     assert checkpoints(tmp_path) == ["checkpoint-1"]
     assert not (tmp_path / "model.safetensors").exists()

@@ -1,0 +1,237 @@
+"""Every setting of a Trainer changes something or is refused, with the Trainer alone: no recipe, no command."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
+
+from llm2clip import (
+    EmbeddingCache,
+    LLM2CLIPModel,
+    LLM2CLIPTextModel,
+    MNTPConfig,
+    MNTPTrainer,
+    Stage1Config,
+    Stage1Trainer,
+    Stage2Config,
+    Stage2Trainer,
+)
+from llm2clip.trainers import stage1_trainer, stage2_trainer
+from llm2clip.trainers.base_config import ContrastiveConfig, StageConfig
+from llm2clip.trainers.text_tower_config import TextTowerConfig
+from tests.llm2clip import tiny
+from tests.llm2clip.conftest import Inputs
+from tests.llm2clip.trainers.test_plain_datasets import joint_model
+
+ROWS, BATCH = 32, 8
+PAIRS = [{"anchor": f"word {n} {n * n}", "positive": f"meaning of {n}", "negative": "no"} for n in range(ROWS)]
+FROZEN = {"freeze_vision": "all"}
+# What a run with other settings has to differ in: the trained weights, what it wrote, or an error, as a text in it.
+WEIGHTS, FILES = "weights", "files"
+
+
+def settings(folder: Path, **changes: Any) -> dict[str, Any]:
+    shared = {"output_dir": str(folder / "out"), "report_to": "none", "use_cpu": True, "seed": 7, "max_steps": 3}
+    shared |= {"per_device_train_batch_size": BATCH, "learning_rate": 1e-3, "warmup_steps": 0, "save_strategy": "no"}
+    return {**shared, **changes}
+
+
+def stage2(inputs: Inputs, folder: Path, **changes: Any) -> Stage2Trainer:
+    name = joint_model(inputs, folder / "model")
+    table = datasets.load_dataset("parquet", data_files=f"{tiny.CONCEPTS}/train.parquet", split=f"train[:{ROWS}]")
+    if "on_error" in changes:
+        table = table.cast_column("image", datasets.Image(decode=False))
+        broken = lambda row, number: {"image": {"bytes": b"none", "path": None}} if number == 3 else {}  # noqa: E731
+        table = table.map(broken, with_indices=True)
+    return Stage2Trainer(
+        model=LLM2CLIPModel.from_pretrained(name, text_model=False),
+        args=Stage2Config(**settings(folder, **changes)),
+        train_dataset=table,
+        processing_class=AutoProcessor.from_pretrained(name),
+        cache=EmbeddingCache.open(inputs.cache),
+    )
+
+
+def stage1(inputs: Inputs, folder: Path, **changes: Any) -> Stage1Trainer:
+    return Stage1Trainer(
+        model=LLM2CLIPTextModel.from_pretrained(inputs.text),
+        args=Stage1Config(**settings(folder, **changes)),
+        train_dataset=PAIRS,
+        processing_class=AutoTokenizer.from_pretrained(inputs.text),
+    )
+
+
+def mntp(inputs: Inputs, folder: Path, **changes: Any) -> MNTPTrainer:
+    language_model: Any = AutoModelForCausalLM.from_pretrained(inputs.llm)
+    return MNTPTrainer(
+        head=language_model.get_output_embeddings(),
+        model=LLM2CLIPTextModel.from_decoder(language_model.base_model),
+        args=MNTPConfig(**settings(folder, **changes)),
+        train_dataset=[{"text": f"{row['anchor']} {row['positive']}"} for row in PAIRS],
+        processing_class=AutoTokenizer.from_pretrained(inputs.llm),
+    )
+
+
+def outcome(make: Callable[..., Any], inputs: Inputs, folder: Path, **changes: Any) -> tuple[dict[str, Tensor], Any]:
+    """Train, save, and return the weights, and the files with their sizes and the values of the log."""
+    trainer = make(inputs, folder, **changes)
+    trainer.train()
+    trainer.save_model()
+    weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    files = sorted(
+        (str(path.relative_to(folder)), path.stat().st_size) for path in folder.rglob("*") if path.is_file()
+    )
+    return weights, (files, [*trainer.state.log_history[-1]])
+
+
+# The changes of each setting, what else they need, and what they have to change. With several, in order.
+STAGE2: dict[str, Any] = {
+    "image_column": ("photo", {}, "A row needs pixel_values"),
+    "caption_column": ("title", {}, "A row needs llm_embeds"),
+    "projection_dim": (7, {}, "the model has 24"),
+    "standardize_features": (True, FROZEN, WEIGHTS),
+    "feature_dropout": (0.5, {}, WEIGHTS),
+    "loss": ("sigmoid", {}, "the model has no logit bias"),
+    "shared_captions": ("positive", {}, None),
+    "vision_learning_rate": (1e-2, {}, WEIGHTS),
+    "text_learning_rate": (1e-2, {}, WEIGHTS),
+    "vision_weight_decay": (0.5, {}, WEIGHTS),
+    "text_weight_decay": (0.5, {}, WEIGHTS),
+    "vision_layer_decay": (0.5, {}, WEIGHTS),
+    "crop_scale": ([0.2, 0.4], {}, WEIGHTS),
+    "patch_dropout": (0.5, {}, WEIGHTS),
+    "image_backend": ("fast", {}, WEIGHTS),
+    "freeze_vision": ("all", {}, WEIGHTS),
+    "warm_start": ({"max_steps": 2}, {}, WEIGHTS),
+    "alignment": ("closed_form_then_train", FROZEN, WEIGHTS),
+    "ridge": (5.0, {**FROZEN, "alignment": "closed_form_then_train"}, WEIGHTS),
+    "feature_cache": ("elsewhere", FROZEN, FILES),
+    "feature_dtype": ("bfloat16", FROZEN, WEIGHTS),
+    "feature_views": (2, FROZEN, WEIGHTS),
+    "freeze_vision_layers": (1, {}, WEIGHTS),
+    "frozen_states_dir": ("states", {"freeze_vision_layers": 1}, WEIGHTS),
+    "on_error": ("skip", {}, FILES),
+    "max_pixels": (10, {}, "exceed max_pixels"),
+    "bundle_text_model": (True, {}, FILES),
+    "tower_chunk_size": (3, {}, None),
+    "loss_chunk_size": (3, {}, None),
+}
+STAGE1: dict[str, Any] = {
+    "scale": (5.0, {}, WEIGHTS),
+    "symmetric_loss": (True, {}, WEIGHTS),
+    "tower_chunk_size": (3, {}, None),
+    "loss_chunk_size": (3, {}, None),
+}
+LORA: dict[str, Any] = {
+    "lora_rank": (2, {}, WEIGHTS),
+    "lora_alpha": (128, {}, WEIGHTS),
+    "lora_dropout": (0.5, {}, WEIGHTS),
+    "lora_target_modules": (["q_proj"], {}, WEIGHTS),
+    "save_format": ("adapter", {}, FILES),
+}
+MNTP: dict[str, Any] = {
+    "block_size": (4, {}, WEIGHTS),
+    "mlm_probability": (0.7, {}, WEIGHTS),
+    "mask_token": (".", {}, WEIGHTS),
+    "mask_replace_prob": (0.2, {}, WEIGHTS),
+    "random_replace_prob": (0.2, {"mask_replace_prob": 0.5}, WEIGHTS),
+}
+CASES = [
+    *((stage2, name, *case) for name, case in STAGE2.items()),
+    *((stage1, name, *case) for name, case in {**STAGE1, **LORA}.items()),
+    *((mntp, name, *case) for name, case in MNTP.items()),
+]
+
+
+def own_fields(config: type, *bases: type) -> set[str]:
+    """The settings that a config declares itself, without those of `bases` that it only gives another default."""
+    known = {field.name for base in bases for field in dataclasses.fields(base)}  # type: ignore[arg-type]
+    return {field.name for field in dataclasses.fields(config)} - known  # type: ignore[arg-type]
+
+
+def test_every_setting_is_in_the_table() -> None:
+    contrastive = {field.name for field in dataclasses.fields(ContrastiveConfig)}
+    assert own_fields(Stage2Config, StageConfig) == set(STAGE2)
+    assert own_fields(Stage1Config, TextTowerConfig) == set(STAGE1)
+    assert own_fields(TextTowerConfig, StageConfig) == set(LORA)
+    assert own_fields(MNTPConfig, TextTowerConfig) == set(MNTP)
+    assert contrastive <= set(STAGE1) & set(STAGE2)
+
+
+@pytest.mark.parametrize(("make", "name", "value", "needs", "expected"), CASES, ids=[case[1] for case in CASES])
+def test_a_setting_changes_something_or_is_refused(
+    make: Any, name: str, value: Any, needs: dict[str, Any], expected: str | None, inputs: Inputs, tmp_path: Path
+) -> None:
+    if expected is None:
+        pytest.skip("gives the same result on purpose: tested below")
+    if value in ("elsewhere", "states"):
+        value = str(tmp_path / "with" / value)
+    if expected not in (WEIGHTS, FILES):
+        with pytest.raises(ValueError, match=expected):
+            outcome(make, inputs, tmp_path, **needs, **{name: value})
+        return
+    without = {"on_error": "skip"} if name == "on_error" else {}
+    if without:
+        with pytest.raises(ValueError, match="cannot be used"):
+            outcome(make, inputs, tmp_path / "raises", on_error="raise")
+    before, old = outcome(make, inputs, tmp_path / "without", **needs)
+    after, new = outcome(make, inputs, tmp_path / "with", **needs, **{name: value})
+    if expected == WEIGHTS:
+        assert any(after[key].shape != before[key].shape or not after[key].equal(before[key]) for key in before)
+    else:
+        assert old != new
+
+
+def test_a_frozen_tower_stays_and_frozen_layers_stay(inputs: Inputs, tmp_path: Path) -> None:
+    whole = stage2(inputs, tmp_path / "whole", freeze_vision="all")
+    part = stage2(inputs, tmp_path / "part", freeze_vision_layers=1)
+    plain = stage2(inputs, tmp_path / "plain", freeze_vision="all")
+    plain.train_dataset = [{"pixel_values": torch.randn(3, 28, 28), "llm_embeds": torch.randn(tiny_width(plain))}] * 8
+    for trainer in (whole, part, plain):
+        tower = {name: value.clone() for name, value in trainer.model.vision_model.state_dict().items()}
+        head = trainer.model.visual_projection.weight.clone()
+        trainer.train()
+        now = trainer.model.vision_model.state_dict()
+        changed = {name for name in tower if not now[name].equal(tower[name])}
+        lower = {name for name in tower if name.startswith(("blocks.0.", "patch_embed", "cls_token", "pos_embed"))}
+        assert not changed & lower
+        assert bool(changed) == (trainer is part)
+        assert not trainer.model.visual_projection.weight.equal(head)
+
+
+def tiny_width(trainer: Stage2Trainer) -> int:
+    model: Any = trainer.model
+    return model.config.text_config.hidden_size
+
+
+@pytest.mark.parametrize("make", [stage1, stage2])
+def test_chunks_are_of_the_size_that_is_set(
+    make: Any, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module: Any = stage1_trainer if make is stage1 else stage2_trainer
+    sizes, tiles = set(), set()
+    loss_name = "hard_negative_info_nce" if make is stage1 else "clip_loss"
+    in_chunks, loss = module.in_chunks, getattr(module, loss_name)
+    monkeypatch.setattr(module, "in_chunks", lambda *args: (sizes.add(args[-1]), in_chunks(*args))[1])
+    monkeypatch.setattr(module, loss_name, lambda *a, **k: (tiles.add(k["tile_size"]), loss(*a, **k))[1])
+    make(inputs, tmp_path, tower_chunk_size=3, loss_chunk_size=5).train()
+    assert (sizes, tiles) == ({3}, {5})
+
+
+def test_shared_captions_reach_the_loss(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known: list[Any] = []
+    loss = stage2_trainer.clip_loss
+    monkeypatch.setattr(
+        stage2_trainer, "clip_loss", lambda *a, **k: (known.append("caption_ids" in k), loss(*a, **k))[1]
+    )
+    for shared in ("separate", "positive"):
+        stage2(inputs, tmp_path / shared, shared_captions=shared, max_steps=1).train()
+    assert known == [False, True]

@@ -1,0 +1,223 @@
+"""What stage 2 freezes: the vision tower, or its lower layers, in the whole run or its first part."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm2clip.data import CaptionImageDataset
+from llm2clip.encoders.batches import TableImages
+from llm2clip.encoders.image_features import ImageFeatures, feature_manifest, pooled_features, store_features
+from llm2clip.evaluation import ImageTextRetrieval
+from llm2clip.store import EmbeddingCache, StoreManifest
+from llm2clip.trainers.frozen_layers import FrozenLayers
+from llm2clip.trainers.stage2_config import TRAINING_FIELDS, Stage2Config
+from llm2clip.trainers.stored_rows import FrozenStatesDataset, StoredPairsDataset
+from llm2clip.utils.files import read_json
+from llm2clip.utils.settings import change_config
+from llm2clip.utils.vision_identity import vision_fingerprint
+from modeling_llm2clip import LLM2CLIPModel
+
+logger = logging.getLogger(__name__)
+
+FEATURES = "vision_features"
+# Rows that are read at once for the mean of the captions.
+PART = 4096
+# Fields of a tower's config that say where it is from and how it trains, not what it computes in evaluation.
+NOT_COMPUTED = ("_name_or_path", "transformers_version", "patch_dropout", "initializer_range")
+# Bytes of a shard, since a row has the states of all tokens.
+SHARD_BYTES = 64 * 2**20
+WARM_START = "warm_start"
+# In its folder, written last: what the first part measured, and its curves.
+WARM_START_RESULT = "warm_start.json"
+# Of the learning rate of the run, if its first part has none of its own.
+WARM_START_RATE = 10.0
+
+
+def store_pairs(
+    args: Stage2Config,
+    model: LLM2CLIPModel,
+    image_processor: Any,
+    dataset: CaptionImageDataset,
+    cache: EmbeddingCache,
+    retrieval: Iterable[Any],
+) -> StoredPairsDataset:
+    """Store the features of all images of a data set, and make one that reads them.
+
+    The retrieval sets use the stored features too. With `standardize_features`, the model takes their statistics.
+
+    Raises:
+        ValueError: No image can be read, or there are too few rows for a batch or the warm-up.
+    """
+    if args.alignment != "closed_form":  # which has no steps
+        args.check_length(len(dataset))
+    model.vision_model.to(args.device)
+    training = tables_of(dataset)
+    measured = [one for one in retrieval if isinstance(one, ImageTextRetrieval)]
+    features = open_features(args, model, image_processor, [*training, *(one.images for one in measured)])
+    for one in measured:
+        one.features = features
+    rows = features.find(np.concatenate([images.content_keys() for images in training]))
+    pairs = StoredPairsDataset(dataset.without_images(), features, rows, cache, args.sampling_seed)
+    if args.standardize_features and args.alignment == "train":
+        _set_statistics(model, pairs)
+    return pairs
+
+
+def tables_of(dataset: CaptionImageDataset) -> list[TableImages]:
+    """Return the images of a data set."""
+    pairs = zip(dataset.tables, dataset.columns, strict=True)
+    return [TableImages(table, columns, dataset.make_sample.max_pixels) for table, columns in pairs]
+
+
+def open_features(
+    args: Stage2Config, model: LLM2CLIPModel, image_processor: Any, tables: Iterable[TableImages]
+) -> ImageFeatures:
+    """Open the stored features of a run with frozen towers, after computing those of images that have none yet.
+
+    Args:
+        args: The settings of the run, which name the store.
+        model: A model with the vision tower of the run, before or after it.
+        tables: The images.
+
+    Raises:
+        DamagedImageError: An image cannot be read, unless `on_error` is `skip`.
+    """
+    manifest = feature_manifest(
+        type(model.vision_model).__name__,
+        vision_fingerprint(model, image_processor, with_projection=False),
+        width=args.feature_views * model.config.vision_width,
+        pooling=model.config.vision_pooling,
+        image_backend=args.image_backend,
+        max_pixels=args.max_pixels,
+        vision_model_dtype=args.feature_dtype,
+        views=args.feature_views,
+        crop_scale=args.crop_scale,
+        seed=args.sampling_seed,
+    )
+    return store_features(
+        args.feature_cache or Path(args.output_dir) / FEATURES,
+        [*tables],
+        manifest,
+        pooled_features(model, args.feature_dtype, args.feature_views),
+        image_processor,
+        on_error=args.on_error,
+        batch_size=args.per_device_eval_batch_size,
+        num_workers=args.dataloader_num_workers,
+    )
+
+
+def _set_statistics(model: LLM2CLIPModel, dataset: StoredPairsDataset) -> None:
+    """Fit what the model standardises its features and centres its captions by to the training set."""
+    samples, caption_rows, weights = dataset.pairs()
+    model.set_vision_statistics(*dataset.features.statistics(dataset.image_rows[np.unique(samples)]))
+    total = torch.zeros(dataset.cache.width, dtype=torch.float64)
+    for start in range(0, len(caption_rows), PART):
+        part = dataset.cache.read(caption_rows[start : start + PART], torch.float64)
+        total += torch.from_numpy(weights[start : start + PART]) @ part
+    model.set_text_center((total / weights.sum()).float())
+
+
+def store_states(
+    args: Stage2Config, frozen: FrozenLayers, image_processor: Any, dataset: CaptionImageDataset
+) -> FrozenStatesDataset:
+    """Store what the frozen layers of a vision tower make of all images of a data set, and make one that reads it.
+
+    The states are stored in float16 in a subfolder of `frozen_states_dir` for each combination of frozen weights and
+    preprocessing; see [`store_features`].
+
+    Raises:
+        OSError: There is no space for the states.
+        ValueError: No image can be read, the states exceed float16, or the tower uses patch dropout, which is
+            impossible with stored states.
+    """
+    if getattr(frozen.tower.config, "patch_dropout", 0):
+        raise ValueError("patch_dropout does not work with frozen_states_dir; set it to 0.")
+    args.check_length(len(dataset))
+    frozen.tower.to(args.device)
+
+    def forward(inputs: dict[str, Tensor]) -> Tensor:
+        frozen.tower.eval()
+        return frozen.compute(inputs["pixel_values"].to(args.device)).flatten(1).cpu()
+
+    manifest, tables = _states_manifest(dataset, frozen, image_processor), tables_of(dataset)
+    states = store_features(
+        str(args.frozen_states_dir),
+        tables,
+        manifest,
+        forward,
+        image_processor,
+        on_error=args.on_error,
+        batch_size=args.per_device_eval_batch_size,
+        num_workers=args.dataloader_num_workers,
+        shard_size=max(1, SHARD_BYTES // (2 * manifest.width)),
+        title="Computing frozen vision layers",
+    )
+    return FrozenStatesDataset(dataset, tables, states, frozen.state_shape)
+
+
+def _states_manifest(images: CaptionImageDataset, frozen: FrozenLayers, image_processor: Any) -> StoreManifest:
+    sample, tower = images.make_sample, frozen.tower
+    config: dict[str, Any] = tower.config.to_dict()  # type: ignore[operator, union-attr]
+    identity = {
+        "fingerprint": frozen.fingerprint(),
+        "layers": frozen.num_layers,
+        "tower": {key: value for key, value in config.items() if key not in NOT_COMPUTED},
+        "state_shape": frozen.state_shape,
+        "image_processor": image_processor.to_dict(),
+        "image_backend": sample.eval_transform.backend if sample.eval_transform is not None else None,
+        "max_pixels": sample.max_pixels,
+    }
+    tokens, width = frozen.state_shape
+    return StoreManifest(
+        kind="states",
+        encoder=type(tower).__name__,
+        identity=json.loads(json.dumps(identity, default=str)),
+        width=tokens * width,
+    )
+
+
+def first_part(config: Stage2Config) -> Stage2Config:
+    """Return the settings of the first part of a run with `warm_start`, in which both towers are frozen (LP-FT).
+
+    Kumar et al. (arXiv 2202.10054) train the new head first, since a random one sends large gradients through a
+    pretrained tower and distorts it; in ProCLIP (arXiv 2510.18795) most of the ability that LLM2CLIP loses is kept in
+    this way.
+
+    Raises:
+        ValueError: `warm_start` has a field that the config does not have, or a value that does not fit.
+    """
+    fixed = {
+        "output_dir": str(Path(config.output_dir) / WARM_START),
+        "freeze_vision": "all",
+        "freeze_vision_layers": 0,
+        "frozen_states_dir": None,
+        "tower_chunk_size": None,
+        "push_to_hub": False,
+        "bundle_text_model": False,
+        "warm_start": {},
+    }
+    rates: dict[str, Any] = {
+        "learning_rate": WARM_START_RATE * config.learning_rate,
+        "vision_learning_rate": None,
+        "text_learning_rate": None,
+    }
+    own = {name: value for name, value in config.warm_start.items() if name not in fixed}
+    if own.get("alignment") == "closed_form":
+        # Which settings of training do not concern.
+        rates = {field.name: field.default for field in fields(config) if field.name in TRAINING_FIELDS}
+    return change_config(config, {**rates, **own, **fixed}, "warm_start")
+
+
+def warm_start_result(config: Stage2Config) -> dict[str, Any] | None:
+    """Read the `metrics` of a finished first part and its log, `history`; None if there is none."""
+    path = Path(config.output_dir) / WARM_START / WARM_START_RESULT
+    return read_json(path) if path.is_file() else None

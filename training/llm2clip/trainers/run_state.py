@@ -1,0 +1,313 @@
+"""What a run has counted and read so far, stored in every checkpoint: a resumed run goes on with it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather, gather_object
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+
+from llm2clip.data import SkipLog
+from llm2clip.data.opened_table import SourceError
+from llm2clip.data.stream_order import Lanes
+from llm2clip.data.streams import SampleStream
+from llm2clip.trainers.base_config import StageConfig
+from llm2clip.utils.files import read_json, write_json
+from llm2clip.utils.processes import sum_over_processes
+
+logger = logging.getLogger(__name__)
+
+RUN_STATE = "run_state.json"
+TOTALS, SKIPPED, STREAM, INPUTS = "totals", "skipped", "stream", "inputs"
+
+
+class NoStepsLeft(Exception):  # noqa: N818
+    """All steps of a run are done before the first one of this process."""
+
+
+def read_run_state(checkpoint: Path) -> dict[str, Any]:
+    """Read what a checkpoint contains; nothing of one that another Trainer wrote."""
+    path = checkpoint / RUN_STATE
+    return read_json(path) if path.is_file() else {}
+
+
+class RunState(TrainerCallback):
+    """Counts the losses, the cut captions and the skipped samples of a run, and the rows of its stream.
+
+    Attributes:
+        totals, skipped, stream: What is counted; `stream` is None for data sets with random access.
+        inputs: What the run reads, by name in words; see [`RunContext.compare_inputs`].
+        found: What was found before the first step, with which the log begins.
+    """
+
+    def __init__(self, skip_log: SkipLog | None, stream: StreamPosition | None) -> None:
+        self.totals, self.skipped, self.stream = Totals(), SkippedSamples(skip_log), stream
+        self.inputs: Mapping[str, Any] = {}
+        self.found: Mapping[str, Any] = {}
+        self._stored: dict[str, Any] = {}
+
+    @contextmanager
+    def resumed(self, checkpoint: Path | None) -> Iterator[None]:
+        """Within this context, train from a checkpoint, or from the beginning."""
+        self._stored = {} if checkpoint is None else read_run_state(checkpoint)
+        if self.stream is None:
+            yield
+        else:
+            with self.stream.resumed(checkpoint, self._stored.get(STREAM)):
+                yield
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        # The Trainer would go on with the logging_steps, eval_steps, save_steps of the checkpoint.
+        state.compute_steps(args, state.max_steps)
+        self.totals.begin(self._stored.get(TOTALS, {}), args.device)
+        self.skipped.begin(self._stored.get(SKIPPED, []), args.process_index)
+        if self.found and not state.global_step:
+            state.log_history.append({**self.found, "step": 0})
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps > 0:
+            raise NoStepsLeft  # the Trainer would make one more
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.totals.end_step()
+        if self.stream is not None:
+            # The Trainer counts the batches since the resume, of an epoch of max_steps.
+            rows = self.stream.stream.num_rows
+            done = self.stream.rows(state.global_step)
+            state.epoch = state.global_step / state.max_steps if rows is None else done / rows
+
+    def gather(self) -> None:
+        """Gather what all processes count, before [`save`]; called in all of them."""
+        self.totals.gather()
+        self.skipped.gather()
+
+    def save(self, checkpoint: Path, step: int) -> None:
+        """Write it into a checkpoint; called in the main process."""
+        values = {TOTALS: self.totals.state(), SKIPPED: self.skipped.sizes, INPUTS: dict(self.inputs)}
+        if self.stream is not None:
+            values[STREAM] = self.stream.state(step)
+        write_json(checkpoint / RUN_STATE, values)
+
+
+class Totals:
+    """Sums with which a resumed run logs the numbers of an uninterrupted one.
+
+    The Trainer's own sums start at the resume: its next logged loss leaves out the steps between the last entry of the
+    log and the checkpoint, and its mean loss is that of the last part of the run.
+    """
+
+    def __init__(self) -> None:
+        self.begin({}, torch.device("cpu"))
+
+    def begin(self, stored: Mapping[str, Any], device: torch.device) -> None:
+        """Begin a run, or continue with what [`state`] returned."""
+        # Sums over the steps that are logged, and the number of all steps.
+        self.loss, self.steps = stored.get("loss", 0.0), stored.get("steps", 0)
+        self.unlogged_loss = torch.tensor(stored.get("unlogged_loss", 0.0), device=device)
+        self.unlogged_steps = stored.get("unlogged_steps", 0)
+        self.cut_captions, self._new_cut_captions = stored.get("cut_captions", 0), 0
+
+    def end_step(self) -> None:
+        """Count an optimizer step."""
+        self.steps += 1
+        self.unlogged_steps += 1
+
+    def add(self, loss: Tensor, cut_captions: int = 0) -> None:
+        """Count a batch of this process: its share of the loss of a step, and its captions that were cut.
+
+        A loss that is not finite counts as the mean of those since the last entry of the log, as in the Trainer.
+        """
+        instead = self.unlogged_loss / (1 + self.unlogged_steps)
+        self.unlogged_loss = self.unlogged_loss + torch.where(loss.isfinite(), loss, instead)
+        self._new_cut_captions += cut_captions
+
+    def gather(self) -> None:
+        """Replace the sums of this process by those of all processes, which all have to call this."""
+        self.unlogged_loss = gather(self.unlogged_loss[None]).mean()
+        self.cut_captions += int(sum_over_processes(torch.tensor(self._new_cut_captions)))
+        self._new_cut_captions = 0
+
+    def take_loss(self) -> float:
+        """Return the mean loss of the steps since the last entry of the log, after [`gather`]."""
+        mean = self.unlogged_loss.item() / max(1, self.unlogged_steps)
+        self.loss += self.unlogged_loss.item()
+        self.unlogged_loss, self.unlogged_steps = torch.zeros_like(self.unlogged_loss), 0
+        return mean
+
+    def mean_loss(self) -> float:
+        """Return the mean loss of all steps, after [`gather`]."""
+        return (self.loss + self.unlogged_loss.item()) / max(1, self.steps)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint contains, after [`gather`]."""
+        values = {name: getattr(self, name) for name in ("loss", "steps", "unlogged_steps", "cut_captions")}
+        return {**values, "unlogged_loss": self.unlogged_loss.item()}
+
+
+class SkippedSamples:
+    """Counts the distinct samples in the skip logs of all processes, from the first step of a run to the present one.
+
+    Checkpoints contain the sizes of the logs. A resumed run cuts off what was added after its checkpoint, and one that
+    starts anew what another run has left.
+    """
+
+    def __init__(self, log: SkipLog | None) -> None:
+        self.log = log
+        self.sizes: list[int] = []
+        self._keys: set[str] = set()
+
+    def begin(self, sizes: list[int], rank: int) -> None:
+        """Begin a run, or continue one whose logs had these sizes."""
+        if self.log is not None:
+            self._keys.clear()
+            self.log.rewind(sizes[rank] if rank < len(sizes) else 0)
+
+    def add(self, skipped: list[tuple[str, str]]) -> None:
+        """List samples (key and reason) that this process has skipped."""
+        if skipped and self.log is not None:
+            self.log.add(skipped)
+
+    def count(self) -> int:
+        """Count those of all processes, which all have to call this."""
+        if self.log is None:
+            return 0
+        self._keys.update(gather_object(self.log.take_new()))
+        return len(self._keys)
+
+    def gather(self) -> None:
+        """Gather the sizes of the logs of all processes, which all have to call this."""
+        self.sizes = [] if self.log is None else gather_object([self.log.size])
+
+
+class StreamPosition:
+    """Starts a stream at the row that a checkpoint had reached, and knows how many rows were consumed since.
+
+    Args:
+        stream: The training set.
+        args: The settings of the run.
+    """
+
+    def __init__(self, stream: SampleStream, args: StageConfig) -> None:
+        self.stream, self.args = stream, args
+        # The step at which the process started, and the rows consumed before it.
+        self._start = 0, 0
+
+    def rows(self, step: int) -> int:
+        """Return how many rows of the stream the run has consumed after a step."""
+        args = self.args
+        batch = args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
+        return self._start[1] + (step - self._start[0]) * batch
+
+    @contextmanager
+    def resumed(self, checkpoint: Path | None, stored: Mapping[str, Any] | None) -> Iterator[None]:
+        """Start the stream where a checkpoint was saved, or at its beginning; the Trainer then skips nothing itself.
+
+        Args:
+            stored: What [`state`] returned for the checkpoint.
+
+        Raises:
+            ValueError: The shards have changed, or other batches cannot be mixed as before.
+        """
+        stream, skipped = self.stream, self.args.ignore_data_skip
+        stream.batch_size = self.args.per_device_train_batch_size
+        stream.lanes = stream.choose_lanes(self.args.dataloader_num_workers)
+        self._start = 0, 0
+        if checkpoint is not None:
+            step = int(read_json(checkpoint / TRAINER_STATE_NAME)["global_step"])
+            self._start = step, self._position(checkpoint, stored)
+            self.args.ignore_data_skip = True
+        try:
+            stream.start = self._start[1]
+            yield
+        finally:
+            self.args.ignore_data_skip = skipped
+            stream.start = stream.lanes = None
+
+    def _position(self, checkpoint: Path, stored: Mapping[str, Any] | None) -> int:
+        """Return the rows that were consumed before a checkpoint, and cut the stream as it was."""
+        if self.args.ignore_data_skip:
+            return 0
+        if stored is None:
+            logger.warning("%s has no position in a stream: training continues from its first row.", checkpoint)
+            return 0
+        self._refuse_changes(checkpoint, stored)
+        self.stream.lanes = lanes = Lanes(**stored["lanes"])
+        batch = self.args.world_size * self.args.per_device_train_batch_size
+        if batch != lanes.batch and len(self.stream.sources) > 1 and self.stream.mixing == "one_source_per_step":
+            raise ValueError(
+                f"{checkpoint} is of batches of {lanes.batch} rows on all processes, now there are {batch}: with "
+                "mixing: one_source_per_step a run continues with the same batches."
+            )
+        if self.stream.num_rows is None:
+            logger.warning(
+                "the rows of the stream are not counted: a new epoch begins, so that rows of the last one come again."
+            )
+        return int(stored["rows"])
+
+    def _refuse_changes(self, checkpoint: Path, stored: Mapping[str, Any]) -> None:
+        """Refuse to go on in shards that are not those of the checkpoint, or in another order."""
+        old, new = stored["sources"], self.stream.fingerprints()
+        if len(old) != len(new):
+            raise ValueError(
+                f"{checkpoint} is of {len(old)} sources, but there are {len(new)}; resume with the same ones."
+            )
+        for (_, before), (name, now) in zip(old, new, strict=True):
+            if before != now:
+                raise ValueError(
+                    f"the files of {name}, or their numbers of rows, are not those of the run of {checkpoint}, so "
+                    "that its place in them is lost. Restore them, or add --ignore-data-skip --resume-anyway "
+                    "to start over with the rows as they are now, with the trained weights."
+                )
+        for name, value in self.stream.order_settings().items():
+            if value != stored["order"][name]:
+                raise ValueError(
+                    f"{checkpoint} is of a stream with {name} {stored['order'][name]}, now it is {value}, so that "
+                    "rows would come again or never. Resume with the same order, or add --ignore-data-skip "
+                    "--resume-anyway to begin a new epoch."
+                )
+        if stored["seed"] != self.stream.seed:
+            raise ValueError(
+                f"{checkpoint} is of data_seed {stored['seed']}, not {self.stream.seed}; resume with that."
+            )
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Return what a checkpoint contains after a step."""
+        assert self.stream.lanes is not None
+        return {
+            "rows": self.rows(step),
+            "lanes": self.stream.lanes._asdict(),
+            "order": self.stream.order_settings(),
+            "seed": self.stream.seed,
+            "sources": self.stream.fingerprints(),
+        }
+
+
+def stream_loader(stream: SampleStream, batch_size: int, options: dict[str, Any]) -> DataLoader:
+    """Make the loader of a stream, which is split by process already: accelerate must not split it again.
+
+    Args:
+        batch_size: Rows in a batch of a process.
+        options: Further arguments of the loader.
+
+    Raises:
+        SourceError: There is nothing to read for some of the workers, or the stream has fewer rows than one batch of
+            all processes, in which rows would be each other's negatives.
+    """
+    stream.batch_size, rows = batch_size, stream.num_rows
+    if rows is not None and rows < batch_size * stream.world_size:
+        names = " + ".join(source.name for source in stream.sources)
+        raise SourceError(
+            f"the stream {names} has {rows} rows, fewer than one batch of {batch_size * stream.world_size} "
+            f"({batch_size} on each of {stream.world_size} processes). Lower per_device_train_batch_size, or add data."
+        )
+    stream.require_files(options["num_workers"])
+    # A resumed run draws as many random numbers of torch's own generator as an unbroken one: none here.
+    return DataLoader(stream, batch_size, drop_last=True, generator=torch.Generator(), **options)
