@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from llm2clip.trainers import checkpoints, run_stage1
@@ -256,3 +257,24 @@ def test_another_number_of_processes_keeps_the_batch_of_all(tmp_path: Path, capl
 
 def _begun(processes: int, rows: int) -> dict[str, int]:
     return {"number of processes": processes, "per_device_train_batch_size": rows}
+
+
+class _Touch:
+    """Its pickle makes a file when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mknod, (str(self.path),)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_that_means_harm_is_one_clear_error(name: str, inputs: Inputs, tmp_path: Path) -> None:
+    stage1_trainer(inputs, tmp_path).train()
+    checkpoint = tmp_path / "checkpoint-1"
+    torch.save(_Touch(tmp_path / "touched"), checkpoint / name)
+    finish_checkpoint(checkpoint, None, None)
+    with pytest.raises(ValueError, match=r"checkpoint-1 is not what a Trainer writes.*resume from another"):
+        stage1_trainer(inputs, tmp_path).train(resume_from_checkpoint=str(checkpoint))
+    assert not (tmp_path / "touched").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import sys
@@ -97,12 +98,26 @@ def test_a_checkpoint_of_shards_is_a_whole_model_and_resumes(stage: str, inputs:
     llm2clip(stage, {**fields, "per_device_train_batch_size": 2 * fields["per_device_train_batch_size"]})
     fields["output_dir"] = str(tmp_path / "two")
     on_two_processes(stage, fields, "fsdp.yaml")
+    files = {path.name for path in (tmp_path / "two" / "checkpoint-2").iterdir()}
+    # With LoRA, the frozen LLM is not in a checkpoint, which reads the adapter.
+    assert any(name.startswith("pytorch_model_fsdp") for name in files) == (stage == "stage2")
     saved, whole = (weights(stage, tmp_path / name / "checkpoint-2") for name in ("two", "one"))
     for name, value in whole.items():
         torch.testing.assert_close(saved[name], value, atol=5e-6, rtol=0, msg=name)
     shutil.rmtree(tmp_path / "two" / "checkpoint-3")
     on_two_processes(stage, fields, "fsdp.yaml", "--resume")
     assert_equal_runs(stage, tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_a_divided_model_is_evaluated_before_its_first_step(inputs: Inputs, tmp_path: Path) -> None:
+    changes = {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no"}
+    fields = fields_of("stage2", tmp_path / "one", inputs) | changes
+    llm2clip("stage2", {**fields, "per_device_train_batch_size": 2 * fields["per_device_train_batch_size"]})
+    on_two_processes("stage2", {**fields, "output_dir": str(tmp_path / "two")}, "fsdp.yaml")
+    assert_equal_runs("stage2", tmp_path / "one", tmp_path / "two")
+    first = [json.loads((tmp_path / n / "trainer_state.json").read_text())["log_history"][0] for n in ("one", "two")]
+    assert first[0] == pytest.approx(first[1], abs=1e-6)
 
 
 @pytest.mark.slow

@@ -153,6 +153,7 @@ import sys
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from llm2clip.losses import clip_loss
 from llm2clip.trainers.grad_cache import in_chunks
 from llm2clip.utils.processes import leave_process_group
@@ -161,13 +162,19 @@ from tests.llm2clip.trainers.test_grad_cache import embed, whole_batch
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 model, pixels, texts = whole_batch()
-own = slice(10 * rank, 10 * rank + 10)
-for block in model.blocks:
-    fully_shard(block)
-fully_shard(model)
+kind, cut = sys.argv[2], int(sys.argv[3])
+own = slice(cut) if rank == 0 else slice(cut, None)
+if kind == "shards":
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+else:
+    model = torch.compile(DistributedDataParallel(model), backend="eager")
 (images,) = in_chunks(embed, model, {"pixel_values": pixels[own]}, 4)
-clip_loss(images, texts[own], 10.0).backward()
-gradients = {name: x.grad.full_tensor() for name, x in model.named_parameters() if x.grad is not None}
+loss = clip_loss(images, texts[own], 10.0)
+loss.backward()
+named = [(name.replace("_orig_mod.module.", ""), x.grad) for name, x in model.named_parameters()]
+gradients = {name: x.full_tensor() if kind == "shards" else x for name, x in named if x is not None}
 if rank == 0:
     torch.save(gradients, sys.argv[1])
 leave_process_group()
@@ -186,9 +193,11 @@ def whole_batch() -> tuple[EVA02VisionModel, Tensor, Tensor]:
 
 
 @pytest.mark.slow
-def test_shards_in_chunks_have_the_gradients_of_one_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "cut"), [("shards", 10), ("shards", 13), ("shards", 19), ("compiled", 10)])
+def test_chunks_of_a_wrapped_model_have_the_gradients_of_one_process(kind: str, cut: int, tmp_path: Path) -> None:
+    """Also where skipped rows leave processes with other numbers of chunks, or with fewer rows than chunks."""
     (tmp_path / "sharded.py").write_text(SHARDED)
-    run_ranks([str(tmp_path / "sharded.py"), str(tmp_path / "gradients.pt")], 2)
+    run_ranks([str(tmp_path / "sharded.py"), str(tmp_path / "gradients.pt"), kind, str(cut)], 2)
     model, pixels, texts = whole_batch()
     clip_loss(embed(model, {"pixel_values": pixels})[0], texts, 10.0).backward()
     found = torch.load(tmp_path / "gradients.pt")

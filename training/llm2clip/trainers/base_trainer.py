@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import pickle
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -258,7 +259,7 @@ class StageTrainer(Trainer):
         unlist_result(self.args)
         checkpoint = None if run.checkpoint is None else str(run.checkpoint)
         try:
-            found = {} if self.model_init is not None else self.prepare_training(run)
+            found: dict[str, float] = self.prepare_training(run) if self.model_init is None else {}
             with self.run_state.resumed(run.checkpoint), self.guard.on_sigterm():
                 if self.model_init is None:
                     self._begin(run, found)
@@ -269,6 +270,11 @@ class StageTrainer(Trainer):
                     output = super().train(checkpoint, trial, ignore_keys_for_eval)
                 except NoStepsLeft:
                     output = self._end_without_steps()
+                except pickle.UnpicklingError as error:
+                    raise ValueError(
+                        f"a file in {checkpoint} is not what a Trainer writes; it is not read, since it could run code "
+                        f"({str(error).splitlines()[0]}); resume from another checkpoint."
+                    ) from error
         finally:
             self.progress.close()
         metrics = {**output.metrics, **self.run_state.found}

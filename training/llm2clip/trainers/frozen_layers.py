@@ -43,11 +43,13 @@ def _find_layers(tower: nn.Module) -> tuple[nn.Module, str]:
 class _StoredStates(nn.Module):
     """Stands in for the frozen layers and returns their stored outputs."""
 
-    def __init__(self, states: Tensor, extra_outputs: int) -> None:
+    def __init__(self, extra_outputs: int) -> None:
         super().__init__()
-        self.states, self.extra_outputs = states, extra_outputs
+        self.states: Tensor | None = None
+        self.extra_outputs = extra_outputs
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        assert self.states is not None
         states = self.states.to(hidden_states.dtype)
         return (states, *[None] * self.extra_outputs) if self.extra_outputs else states
 
@@ -75,6 +77,8 @@ class FrozenLayers:
         if not 0 < self.num_layers <= count:
             raise ValueError(f"freeze_vision_layers is {num_layers}, but the tower has {count} layers.")
         self._extra_outputs = 0
+        # One for all steps, since a compiled tower is compiled again for other modules.
+        self._stored: tuple[_StoredStates, nn.ModuleList] | None = None
         self.state_shape = tuple(self.compute(self._placeholder(1)).shape[1:])
         # Towers register the embeddings before their layers.
         layers = set(self.layers.parameters())
@@ -125,8 +129,11 @@ class FrozenLayers:
         """Within this context, the tower starts from stored states `(batch, tokens, hidden_size)`, whatever its
         pixel values are; yields some of the right shape.
         """
-        stored = _StoredStates(states, self._extra_outputs)
-        with self._replaced(nn.ModuleList([stored, *self.layers[self.num_layers :]])):
+        if self._stored is None:
+            stand_in = _StoredStates(self._extra_outputs)
+            self._stored = stand_in, nn.ModuleList([stand_in, *self.layers[self.num_layers :]])
+        self._stored[0].states = states
+        with self._replaced(self._stored[1]):
             yield self._placeholder(len(states))
 
     def fingerprint(self) -> str:

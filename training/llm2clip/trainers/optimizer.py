@@ -170,7 +170,15 @@ def check_warmup(warmup_steps: int, total_steps: int) -> None:
 @torch.no_grad()
 def clamp_logit_scale(model: nn.Module) -> None:
     """Clamp the log of the logit scale to [0, ln 100], to be called after each optimizer step (CLIP, section 2.5)."""
-    model.get_parameter("logit_scale").clamp_(0.0, MAX_LOGIT_SCALE)
+    scale = model.get_parameter("logit_scale")
+    if hasattr(scale, "ds_id") or hasattr(scale, "_hp_mapping"):
+        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param  # only where a run uses it
+
+        # The next step starts from DeepSpeed's own copy in float32, and would undo a clamp of the parameter alone.
+        master = safe_get_full_fp32_param(scale)
+        if master is not None:
+            safe_set_full_fp32_param(scale, master.clamp(0.0, MAX_LOGIT_SCALE))
+    scale.clamp_(0.0, MAX_LOGIT_SCALE)
 
 
 def _by_tower(what: str, vision: float | None, text: float | None, other: float) -> dict[str, float]:

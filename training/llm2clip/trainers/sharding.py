@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from accelerate import Accelerator
 from accelerate.state import PartialState, is_initialized
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from llm2clip.trainers.base_config import StageConfig
 
+# A method of a divided model that does nothing.
+BEGIN = "begin_forward_passes"
 SCALARS = ("logit_scale", "logit_bias")
 NEEDS = {
     "FSDP": "FSDP needs several processes on GPUs.",
@@ -113,6 +115,7 @@ def gathered(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
         with GatheredParameters([*model.parameters()]):
             yield
         return
+    _begin_at_the_root(model)
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
@@ -124,6 +127,14 @@ def gathered(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
         for module in modules:
             module.reshard()
             module.set_reshard_after_forward(reshards, recurse=False)
+
+
+def _begin_at_the_root(model: nn.Module) -> None:
+    """Let the root of a divided model run first, as FSDP expects, also where an evaluation precedes the training."""
+    if isinstance(model, FSDPModule) and not hasattr(model, BEGIN):
+        setattr(model, BEGIN, lambda: None)
+        register_fsdp_forward_method(cast(nn.Module, model), BEGIN)
+        getattr(model, BEGIN)()
 
 
 def give_scalars_a_dimension(model: nn.Module) -> None:
