@@ -16,7 +16,7 @@ WORKERS := 2
 PARALLEL = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-min test-all test-nightly test-faults compat bench bench-gpu lint audit docs dist format clean
+.PHONY: help quickstart test test-min test-all test-nightly test-cuda test-faults compat bench bench-gpu lint audit docs dist format clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,9 @@ test-all: $(VENV)/.test  ## the slow tests of .ci/run
 
 test-nightly: $(VENV)/.test  ## the slow tests that .ci/run has no time for: several ranks, hours in fast-forward
 	$(BIN)/python -m pytest -m nightly $(PARALLEL) --timeout 1800 $(ARGS)
+
+test-cuda: $(VENV)/.test  ## the tests of what can differ on a CUDA GPU
+	$(BIN)/python -m pytest -m cuda -rs $(ARGS)
 
 test-faults: $(VENV)/.test  ## kills, full disks and damaged files: the record of docs/reliability.md
 	$(BIN)/python -m tests.faults --workers $(WORKERS) $(ARGS)

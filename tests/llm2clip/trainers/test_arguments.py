@@ -251,7 +251,14 @@ def test_an_adapter_of_the_callers_own_is_trained_as_it_is(inputs: Inputs, tmp_p
 def test_several_gpus_without_a_launcher_are_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 4))
+    devices = TrainingArguments._setup_devices.func
+
+    def four(self: TrainingArguments) -> torch.device:
+        device = devices(self)
+        self._n_gpu = 4
+        return device
+
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", property(four))
     args = Stage2Config(output_dir=str(tmp_path), use_cpu=True)
     assert args.n_gpu == 1
     assert args.train_batch_size == args.per_device_train_batch_size

@@ -196,14 +196,14 @@ def loss(trainer, rows):
 tokenizer = AutoTokenizer.from_pretrained(text)
 pairs = [{"anchor": f"word {n}", "positive": f"meaning {n * n}", "negative": f"other {n}"} for n in range(21)]
 model = LLM2CLIPTextModel.from_pretrained(text)
-found = {"stage1": loss(Stage1Trainer(model=model, args=Stage1Recipe(**shared), processing_class=tokenizer), pairs)}
+found = {"stage1": loss(Stage1Trainer(model=model, args=Stage1Config(**shared), processing_class=tokenizer), pairs)}
 
 language_model = AutoModelForCausalLM.from_pretrained(llm)
 texts = [{"text": "a dog runs " * (1 + n % 4)} for n in range(21)]
 found["mntp"] = loss(MNTPTrainer(
     head=language_model.get_output_embeddings(),
     model=LLM2CLIPTextModel.from_decoder(language_model.base_model),
-    args=MNTPRecipe(**shared, mlm_probability=1.0, mask_replace_prob=1.0, random_replace_prob=0.0),
+    args=MNTPConfig(**shared, mlm_probability=1.0, mask_replace_prob=1.0, random_replace_prob=0.0),
     processing_class=AutoTokenizer.from_pretrained(llm),
 ), texts)
 if process_state().is_main_process:
@@ -235,7 +235,7 @@ model, output, batch, kind = sys.argv[1:]
 model = LLM2CLIPModel.from_pretrained(model, text_model=False)
 rows = image_rows(model.config.text_config.hidden_size)
 batches = {"per_device_train_batch_size": int(batch), "per_device_eval_batch_size": int(batch)}
-args = Stage2Recipe(**settings(output, max_steps=4, save_strategy="no", **batches))
+args = Stage2Config(**settings(output, max_steps=4, save_strategy="no", **batches))
 data = {"MapRows": MapRows, "IterableRows": IterableRows}[kind](rows)
 trainer = Stage2Trainer(model=model, args=args, train_dataset=data, eval_dataset=MapRows(rows[:13]))
 trainer.train()

@@ -95,6 +95,15 @@ class StageConfig(TrainingArguments):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self._read_accelerator_config()
         super().__post_init__()
+        if (found := self.n_gpu) > 1:
+            logger.warning(
+                "training on 1 of %d GPUs; start `torchrun --nproc_per_node %d -m llm2clip ...` (or your script) to use "
+                "all of them.",
+                found,
+                found,
+            )
+            # Otherwise the Trainer uses nn.DataParallel, with which parts of a batch would be compared.
+            self._n_gpu = 1
         # Otherwise accelerate cuts the batches of an iterable data set itself, which only works on tensors.
         accelerator_config: Any = self.accelerator_config
         if accelerator_config.dispatch_batches is None:
@@ -123,17 +132,6 @@ class StageConfig(TrainingArguments):
                 self.accelerator_config = AcceleratorConfig.from_json_file(given)
         except (OSError, TypeError, ValueError) as error:
             raise ValueError(f"accelerator_config is {given!r:.80}, which cannot be used: {error}.") from error
-
-    @property
-    def n_gpu(self) -> int:
-        """1: `nn.DataParallel`, which the Trainer uses for more without a launcher, would compare parts of a batch."""
-        if (found := super().n_gpu) > 1:
-            logger.warning(
-                "training on 1 of %d GPUs; start `torchrun --nproc_per_node %d -m llm2clip ...` (or your script) to "
-                "use all of them.", found, found,
-            )  # fmt: skip
-            self._n_gpu = 1
-        return self._n_gpu
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """Return the steps of the warm-up; a share of the steps, unlike a number of them, leaves at least one."""

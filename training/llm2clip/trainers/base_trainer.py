@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import pickle
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -22,24 +21,22 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from llm2clip.data import SampleIndexBatchSampler, SkipLog
 from llm2clip.data.sampling import EpochBatchSampler, EpochDataset
 from llm2clip.data.streams import SampleStream
-from llm2clip.hub.base_licenses import code_license
 from llm2clip.hub.upload import Uploader
 from llm2clip.trainers.base_config import StageConfig, require_batch
 from llm2clip.trainers.checkpoints import begin_checkpoint, finish_checkpoint, unlist_result
+from llm2clip.trainers.loaders import loader_options, rows_that_count, stream_loader
 from llm2clip.trainers.model_card import DataRevisions, latest_evaluations, write_model_card
 from llm2clip.trainers.optimizer import SCHEDULE_SETTINGS, OptimizerSettings
 from llm2clip.trainers.progress import TrainingProgress
-from llm2clip.trainers.pushing import PushCallback, copy_model, push_error
+from llm2clip.trainers.pushing import PushCallback, open_repo, publish_model, push_error, uploader_of
 from llm2clip.trainers.run_context import RunContext
-from llm2clip.trainers.run_state import NoStepsLeft, RunState, StreamPosition, stream_loader
+from llm2clip.trainers.run_state import NoStepsLeft, RunState, StreamPosition
 from llm2clip.trainers.sharding import gathered, is_sharded, undivided, whole_weights
 from llm2clip.trainers.step_guard import Observed, StepGuard, describe, require_finite
 from llm2clip.trainers.weight_average import WeightAverage
 from llm2clip.utils.embeddings import BROKEN_MODEL, NonFiniteError
-from llm2clip.utils.files import write_text
 from llm2clip.utils.library_errors import wrap_write_errors
 from llm2clip.utils.processes import on_any_process
-from llm2clip.utils.stopping import worker_init
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
 from modeling_llm2clip.modeling_llm2clip_utils import keep_freed_memory
 
@@ -272,7 +269,7 @@ class StageTrainer(Trainer):
                     output = self._end_without_steps()
                 except pickle.UnpicklingError as error:
                     raise ValueError(
-                        f"a file in {checkpoint} is not what a Trainer writes; it is not read, since it could run code "
+                        f"a file in {checkpoint} is not what a Trainer writes; it is not read, as it could run code "
                         f"({str(error).splitlines()[0]}); resume from another checkpoint."
                     ) from error
         finally:
@@ -317,27 +314,9 @@ class StageTrainer(Trainer):
             drop_last=self.args.dataloader_drop_last,
         )
 
-    def _loader_options(self, collator: Callable[..., Any], persistent: bool) -> dict[str, Any]:
-        workers = self.args.dataloader_num_workers
-        # transformers 5.6 does not have all of them.
-        newer = {"multiprocessing_context": "dataloader_multiprocessing_context", "in_order": "dataloader_in_order"}
-        return {
-            "collate_fn": collator,
-            "num_workers": workers,
-            "worker_init_fn": worker_init(workers),
-            "pin_memory": self.args.dataloader_pin_memory and self.args.device.type != "cpu",
-            "persistent_workers": persistent and workers > 0,
-            "prefetch_factor": self.args.dataloader_prefetch_factor if workers > 0 else None,
-            **{
-                name: getattr(self.args, field)
-                for name, field in newer.items()
-                if workers and hasattr(self.args, field)
-            },
-        }
-
     def get_train_dataloader(self) -> DataLoader:
         dataset: Any = self.train_dataset
-        options = self._loader_options(self.data_collator, self.args.dataloader_persistent_workers)
+        options = loader_options(self.args, self.data_collator, self.args.dataloader_persistent_workers)
         if isinstance(dataset, SampleStream):
             return stream_loader(dataset, self._train_batch_size, options)
         if isinstance(dataset, EpochDataset):
@@ -358,7 +337,7 @@ class StageTrainer(Trainer):
             dataset = cast(Any, self.eval_dataset)[dataset]
         if dataset is None:
             raise ValueError("evaluation requires an eval_dataset.")
-        options = self._loader_options(self.evaluation_collator(), persistent=False)
+        options = loader_options(self.args, self.evaluation_collator())
         return self.accelerator.prepare(DataLoader(dataset, self.args.eval_batch_size, **options))
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
@@ -562,14 +541,8 @@ class StageTrainer(Trainer):
         Args:
             batch: Tensors of this process, (rows, ...) each, or None; returned as they are in training.
         """
-        state = self.accelerator.gradient_state
-        if cast(nn.Module, self.model).training or not state.end_of_dataloader or state.remainder <= 0:
-            return batch
-        index = self.accelerator.process_index
-        return {
-            name: rows if rows is None else rows[: max(0, state.remainder - index * len(rows))]
-            for name, rows in batch.items()
-        }
+        is_training = cast(nn.Module, self.model).training
+        return batch if is_training else rows_that_count(batch, self.accelerator)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -655,30 +628,18 @@ class StageTrainer(Trainer):
         Raises:
             ValueError: The Hub refuses, or the repo contains something else; the message names the next step.
         """
-        if not self.is_world_process_zero():
-            return
-        folder = Path(str(self.args.output_dir))
-        write_text(folder / "LICENSE", code_license())
-        uploader = self.uploader(token, repo_id=self.args.hub_model_id or folder.absolute().name)
-        private = self.args.hub_private_repo if private is None else private
-        # Any, since the Trainer declares them as None.
-        repo: Any = uploader.prepare(self.unwrapped().config.model_type, private).repo_id
-        self.hub_model_id, self.push_in_progress = repo, None
+        if self.is_world_process_zero():
+            # Any, since the Trainer declares them as None.
+            repo: Any = open_repo(self.args, self.unwrapped().config.model_type, token, private)
+            self.hub_model_id, self.push_in_progress = repo, None
 
-    def uploader(self, token: str | None = None, revision: str | None = None, repo_id: str | None = None) -> Uploader:
+    def uploader(self, token: str | None = None, revision: str | None = None) -> Uploader:
         """Make the connection to the repo of this run."""
-        revision = revision or self.args.hub_revision
-        return Uploader(repo_id or str(self.hub_model_id), revision=revision, token=token or self.args.hub_token)
+        return uploader_of(self.args, str(self.hub_model_id), token, revision)
 
     def publish(self, checkpoint: Path) -> None:
         """Copy the model of a checkpoint to `output_dir`, which is uploaded, and write its card."""
-        folder = Path(str(self.args.output_dir))
-        copy_model(checkpoint, folder)
-        if self.average is not None:
-            with self.average.in_place(), tempfile.TemporaryDirectory() as scratch:
-                self.unwrapped().save_pretrained(scratch)
-                make_readable_by_version_4(scratch)
-                copy_model(Path(scratch), folder)
+        publish_model(checkpoint, Path(str(self.args.output_dir)), self.unwrapped(), self.average)
         self.create_model_card()
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

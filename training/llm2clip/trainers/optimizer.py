@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -171,13 +171,16 @@ def check_warmup(warmup_steps: int, total_steps: int) -> None:
 def clamp_logit_scale(model: nn.Module) -> None:
     """Clamp the log of the logit scale to [0, ln 100], to be called after each optimizer step (CLIP, section 2.5)."""
     scale = model.get_parameter("logit_scale")
-    if hasattr(scale, "ds_id") or hasattr(scale, "_hp_mapping"):
-        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param  # only where a run uses it
+    # The next step starts from DeepSpeed's own copy in float32, and would undo a clamp of the parameter alone.
+    if hasattr(scale, "ds_id"):  # ZeRO-3, where each process has a part
+        from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
 
-        # The next step starts from DeepSpeed's own copy in float32, and would undo a clamp of the parameter alone.
-        master = safe_get_full_fp32_param(scale)
-        if master is not None:
-            safe_set_full_fp32_param(scale, master.clamp(0.0, MAX_LOGIT_SCALE))
+        safe_set_local_fp32_param(scale, safe_get_local_fp32_param(scale).clamp(0.0, MAX_LOGIT_SCALE))
+        cast(Any, scale).ds_tensor.clamp_(0.0, MAX_LOGIT_SCALE)
+    elif hasattr(scale, "_hp_mapping"):
+        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+        safe_set_full_fp32_param(scale, safe_get_full_fp32_param(scale).clamp(0.0, MAX_LOGIT_SCALE))
     scale.clamp_(0.0, MAX_LOGIT_SCALE)
 
 

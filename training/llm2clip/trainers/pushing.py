@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import logging
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
 
+from llm2clip.hub.base_licenses import code_license
 from llm2clip.hub.hub_errors import explanation
 from llm2clip.hub.upload import Uploader
+from llm2clip.trainers.base_config import StageConfig
 from llm2clip.trainers.checkpoints import SETTINGS
 from llm2clip.trainers.run_state import RUN_STATE
-from llm2clip.trainers.weight_average import AVERAGE_FILE
-from llm2clip.utils.files import atomic_path
+from llm2clip.trainers.weight_average import AVERAGE_FILE, WeightAverage
+from llm2clip.utils.files import atomic_path, write_text
 from llm2clip.utils.manifests import FOLDER_MANIFEST
 from llm2clip.utils.repos import hub_ids
+from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +79,29 @@ class PushCallback(TrainerCallback):
                 logger.warning("pushing a checkpoint failed, a later push will replace it: %s", reason)
 
 
+def uploader_of(args: StageConfig, repo_id: str, token: str | None = None, revision: str | None = None) -> Uploader:
+    """Make the connection to a repo, by default with the token and the branch of the settings."""
+    return Uploader(repo_id, revision=revision or args.hub_revision, token=token or args.hub_token)
+
+
+def open_repo(args: StageConfig, model_type: str, token: str | None, private: bool | None) -> str:
+    """Create the repo of a run and its branch, and write the license that is pushed with the code; returns its id."""
+    folder = Path(str(args.output_dir))
+    write_text(folder / "LICENSE", code_license())
+    uploader = uploader_of(args, args.hub_model_id or folder.absolute().name, token)
+    return uploader.prepare(model_type, args.hub_private_repo if private is None else private).repo_id
+
+
+def publish_model(checkpoint: Path, folder: Path, model: Any, average: WeightAverage | None) -> None:
+    """Copy the model of a checkpoint into the folder that is uploaded, with the averages of its weights, if any."""
+    copy_model(checkpoint, folder)
+    if average is not None:
+        with average.in_place(), tempfile.TemporaryDirectory() as scratch:
+            model.save_pretrained(scratch)
+            make_readable_by_version_4(scratch)
+            copy_model(Path(scratch), folder)
+
+
 def copy_model(checkpoint: Path, destination: Path) -> None:
     """Copy the files of a checkpoint into another folder, except those that are for resuming only."""
     ignore = shutil.ignore_patterns(*TRAINING_STATE)
@@ -100,9 +127,7 @@ def push_error(folder: Path, repo: str, revision: str | None) -> Iterator[None]:
         ) from error
 
 
-def check_pushing(
-    args: TrainingArguments, llm: str | None, result_needs_llm: bool, checkpoints_need_llm: bool
-) -> None:
+def check_pushing(args: StageConfig, llm: str | None, result_needs_llm: bool, checkpoints_need_llm: bool) -> None:
     """Raise a `ValueError` before a run that would push a reference to an LLM in a local folder.
 
     Args:

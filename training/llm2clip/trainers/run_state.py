@@ -11,12 +11,10 @@ from typing import Any
 import torch
 from accelerate.utils import gather, gather_object
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from llm2clip.data import SkipLog
-from llm2clip.data.opened_table import SourceError
 from llm2clip.data.stream_order import Lanes
 from llm2clip.data.streams import SampleStream
 from llm2clip.trainers.base_config import StageConfig
@@ -288,26 +286,3 @@ class StreamPosition:
             "seed": self.stream.seed,
             "sources": self.stream.fingerprints(),
         }
-
-
-def stream_loader(stream: SampleStream, batch_size: int, options: dict[str, Any]) -> DataLoader:
-    """Make the loader of a stream, which is split by process already: accelerate must not split it again.
-
-    Args:
-        batch_size: Rows in a batch of a process.
-        options: Further arguments of the loader.
-
-    Raises:
-        SourceError: There is nothing to read for some of the workers, or the stream has fewer rows than one batch of
-            all processes, in which rows would be each other's negatives.
-    """
-    stream.batch_size, rows = batch_size, stream.num_rows
-    if rows is not None and rows < batch_size * stream.world_size:
-        names = " + ".join(source.name for source in stream.sources)
-        raise SourceError(
-            f"the stream {names} has {rows} rows, fewer than one batch of {batch_size * stream.world_size} "
-            f"({batch_size} on each of {stream.world_size} processes). Lower per_device_train_batch_size, or add data."
-        )
-    stream.require_files(options["num_workers"])
-    # A resumed run draws as many random numbers of torch's own generator as an unbroken one: none here.
-    return DataLoader(stream, batch_size, drop_last=True, generator=torch.Generator(), **options)

@@ -110,9 +110,9 @@ def gathered(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
     gather weights by communicating in each forward pass.
     """
     if is_divided(accelerator) and accelerator.distributed_type == DistributedType.DEEPSPEED:
-        from deepspeed.zero import GatheredParameters  # only where a run uses it
+        import deepspeed  # only where a run uses it
 
-        with GatheredParameters([*model.parameters()]):
+        with deepspeed.zero.GatheredParameters([*model.parameters()]):
             yield
         return
     _begin_at_the_root(model)
