@@ -97,8 +97,8 @@ class StageConfig(TrainingArguments):
         super().__post_init__()
         if (found := self.n_gpu) > 1:
             logger.warning(
-                "training on 1 of %d GPUs; start `torchrun --nproc_per_node %d -m llm2clip ...` (or your script) to use "
-                "all of them.",
+                "training on 1 of %d GPUs; start `torchrun --nproc_per_node %d -m llm2clip ...` (or your script) to "
+                "use all of them.",
                 found,
                 found,
             )

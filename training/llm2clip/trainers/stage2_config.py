@@ -41,8 +41,8 @@ class Stage2Config(ContrastiveConfig, StageConfig):
     (the paper: 512 on each of 8 GPUs), `per_device_eval_batch_size=64`.
     """
 
-    image_column: str = setting("image", "Column of the images, in rows of a data set of your own.")
-    caption_column: str = setting("caption", "Column of the captions, in rows of a data set of your own.")
+    image_column: str = setting("image", "Column of images in rows of your own.")
+    caption_column: str = setting("caption", "Column of captions in rows of your own.")
     projection_dim: int | None = setting(None, "Dimension of the shared embedding space; unset: 1280.")
     standardize_features: bool | None = setting(
         None,

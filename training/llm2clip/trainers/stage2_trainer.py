@@ -358,7 +358,7 @@ class Stage2Trainer(StageTrainer):
             own.vision_model.eval()
         if own.text_model is not None:
             own.text_model.eval()
-            if self.args.tower_chunk_size is not None and "llm_embeds" not in inputs:
+            if "llm_embeds" not in inputs:
                 inputs = self._with_llm_embeds(own.text_model, inputs)
         # Through the wrapped model, so that DDP sees every parameter including the logit scale.
         images, texts, *numbers = in_chunks(self._embed, model, inputs, self.args.tower_chunk_size)
@@ -424,9 +424,9 @@ class Stage2Trainer(StageTrainer):
         return output.image_embeds, output.text_embeds, *(number.expand(rows) for number in numbers)
 
     def _with_llm_embeds(self, text_model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Replace captions by their embeddings, so that backward does not recompute the frozen LLM."""
+        """Replace captions by their embeddings, so that no graph of the frozen LLM is kept or computed again."""
         captions = {name: inputs[name] for name in CAPTION_INPUTS if name in inputs}
-        with torch.no_grad():
+        with torch.no_grad(), self.accelerator.autocast():
             (embeds,) = in_chunks(embed_captions, text_model, captions, self.args.tower_chunk_size)
         return {name: x for name, x in inputs.items() if name not in captions} | {"llm_embeds": embeds}
 
