@@ -289,3 +289,15 @@ def test_a_checkpoint_says_what_it_was_trained_on(inputs: Inputs, tmp_path: Path
         "text encoder",
         "image processor",
     }
+
+
+def test_an_online_llm_keeps_no_graph(inputs: Inputs, tmp_path: Path) -> None:
+    """Activation checkpointing lets transformers ask for gradients of the inputs of every model, the frozen LLM too."""
+    name = joint_model(inputs, tmp_path / "model")
+    model, processor = LLM2CLIPModel.from_pretrained(name), AutoProcessor.from_pretrained(name)
+    with_gradient: list[bool] = []
+    model.text_model.register_forward_hook(lambda *args: with_gradient.append(torch.is_grad_enabled()))
+    rows = MapRows([{"pixel_values": torch.randn(3, 28, 28), "caption": f"thing {n}"} for n in range(16)])
+    args = Stage2Config(**settings(tmp_path, activation_checkpointing=True))
+    Stage2Trainer(model, args, train_dataset=rows, processing_class=processor).train()
+    assert with_gradient == [False] * 3

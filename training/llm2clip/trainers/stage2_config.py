@@ -79,8 +79,8 @@ class Stage2Config(ContrastiveConfig, StageConfig):
     freeze_vision: Literal["none", "all"] = setting(
         "none",
         "all: only the projection and the adapter train, on the pooled features of each image, which the frozen tower "
-        "computes once (in a data set of your own, which stores none: in every step). A recipe then needs "
-        "embedding_cache, and data that is no stream.",
+        "computes once. Rows of a data set of your own that have no `image` are not stored: it computes them in every "
+        "step. A recipe needs embedding_cache, and data that is no stream.",
     )
     warm_start: dict[str, Any] = setting(
         {},
