@@ -22,7 +22,6 @@ from llm2clip.hub.build_card import (
 from llm2clip.hub.cards.facts import EXAMPLE, Evaluation
 from llm2clip.hub.cards.metadata import check_metadata
 from llm2clip.hub.new_process import CAPTIONS, sample_picture
-from llm2clip.hub.signing import load_signer, sign_folder
 from llm2clip.hub.source_model import SourceModel
 from llm2clip.hub.upload_files import PICTURES, model_files
 from llm2clip.utils.files import read_json, write_json
@@ -73,14 +72,6 @@ class BuildConfig:
     )
     example_image: str | None = setting(None, "Example image for the card.")
     example_captions: list[str] = setting([], "Captions for the card; the first one describes the example image.")
-    signed: bool = setting(
-        False,
-        "Sign the folder (model.sig): with signing_key, or with the identity of whoever logs in at sigstore, which is "
-        "public and needs a network and a browser.",
-    )
-    signing_key: str | None = setting(
-        None, "Elliptic-curve private key to sign with, a PEM file without a password; `llm2clip verify --public-key`."
-    )
     config_only: bool = setting(False, "Write nothing; only count the parameters of the model's config.")
     overwrite: bool = setting(False, "Replace a destination that an earlier build wrote and that holds nothing else.")
 
@@ -89,8 +80,6 @@ class BuildConfig:
             raise ValueError(
                 "text_model excludes the LLM from the folder, and bundle_text_model includes it; drop one."
             )
-        if self.signing_key is not None and not self.signed:
-            raise ValueError("signing_key requires --signed.")
         for name in ("text_model", "code_repo", "repo_id"):
             value = getattr(self, name)
             if value is not None and not is_hub_id(value):
@@ -134,7 +123,6 @@ def run(config: BuildConfig, evaluations: list[Evaluation] | None = None) -> dic
     destination = Path(config.destination)
     refuse_nested(config.model, destination)
     refuse_existing(destination, "build", config.overwrite)
-    signer = load_signer(config.signing_key) if config.signed else None
     results = [*(evaluations or []), *results_of_one_model([Path(path) for path in config.results])]
     refuse_damaged(config.model)
     repo = inspect_repo(config.model, config.revision).require(*OUR_MODELS)
@@ -164,8 +152,6 @@ def run(config: BuildConfig, evaluations: list[Evaluation] | None = None) -> dic
         # Which pictures are uploaded depends on the card, which people edit.
         uploaded = model_files(folder).uploaded
         write_model_manifest(folder, [name for name in uploaded if Path(name).suffix.lower() not in PICTURES])
-        if signer is not None:
-            sign_folder(folder, signer)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return {"written": str(destination), "megabytes": round(size / 1e6, 1), "difference": f"{difference:.1e}"}
 
