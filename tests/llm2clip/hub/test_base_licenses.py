@@ -154,4 +154,4 @@ def test_bases_on_the_hub_are_followed_to_the_first(hub: LoopbackHub, tmp_path: 
     assert choose_license(found[3:]) == {"license": "llama3"}
     link = "https://huggingface.co/tester/own/blob/main/LICENSE"
     assert choose_license(found[:1]) == {"license": "other", "license_name": "mine", "license_link": link}
-    assert choose_license([]) == choose_license([Base("a/b", {"license": "unknown"})]) == {}
+    assert choose_license([]) == choose_license([Base("a/b", None, {"license": "unknown"})]) == {}

@@ -266,7 +266,7 @@ def test_folder_without_its_code_does_not_load_in_a_new_process(tmp_path: Path) 
     tiny.save(tmp_path / "model")
     (tmp_path / "model" / "modeling_llm2clip_decoder.py").unlink()
     with pytest.raises(RuntimeError, match="does not load in a new process without this package"):
-        new_process.outputs_of_new_process(tmp_path / "model", IMAGES[0], CAPTIONS)
+        new_process.outputs_of_new_process(tmp_path / "model", (True, True), IMAGES[0], CAPTIONS)
 
 
 def test_wrong_settings_are_refused_before_anything_is_written(
@@ -288,12 +288,10 @@ def test_wrong_settings_are_refused_before_anything_is_written(
         results.write_text(content)
         refused(capsys, message, clip, out, "--results", results)
     refused(capsys, "an example caption is empty: ['a', '']", clip, out, "--example-captions", "a", "")
-    bad = ("--license", "notalicense", "--languages", "English", "--datasets", "./x", "--base-models", "..")
-    refused(capsys, "license 'notalicense' is not a license id of the Hub", clip, out, *bad)
-    refused(capsys, "license 'other' needs license_name and license_link", clip, out, "--license", "other")
-    refused(capsys, "require license: other", clip, out, "--license", "mit", "--license-name", "own")
-    (clip / CARD).write_text("---\nlicense: ours\n---\n")
-    refused(capsys, f"the metadata of {clip / CARD}: license 'ours' is not a license id of the Hub", clip, out)
+    for name, value in (("datasets", "./x"), ("base_models", "..")):
+        refused(capsys, f"{name}: Repo id must", clip, out, f"--{name}", value)
+    for options in (("--license", "other"), ("--license", "mit", "--license-name", "own")):
+        refused(capsys, "require license: other, which requires both", clip, out, *options)
     assert not out.exists()
     out.mkdir()
     refused(capsys, "add --overwrite", clip, out)
@@ -346,7 +344,7 @@ def test_a_model_with_outputs_that_are_not_finite_is_not_built(
 
 def test_weights_are_freed_before_the_new_process_loads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.save(tmp_path / "model")
-    load, loaded, compare, places = SourceModel.load, [], source_model.compare_with_new_process, []
+    load, loaded, compare, places = SourceModel.load, [], source_model.outputs_of_new_process, []
 
     def loading(*arguments: Any) -> SourceModel:
         loaded.append(load(*arguments))
@@ -357,6 +355,6 @@ def test_weights_are_freed_before_the_new_process_loads_them(tmp_path: Path, mon
         return compare(*arguments, **options)
 
     monkeypatch.setattr(SourceModel, "load", loading)
-    monkeypatch.setattr(source_model, "compare_with_new_process", comparing)
+    monkeypatch.setattr(source_model, "outputs_of_new_process", comparing)
     run(tmp_path / "model", tmp_path / "out")
     assert set(places) == {"meta"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -93,39 +94,55 @@ def test_local_folder_whose_path_looks_like_a_hub_id_is_pushed(
     assert "model.safetensors" in hub.repo(REPO).files()
 
 
-def test_incomplete_folder_is_refused_before_the_upload(
-    built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def refused(folder: Path, message: str) -> None:
-        assert cli.main(["push", str(folder), REPO]) == 2
-        assert message in capsys.readouterr().err
+def remove(*names: str) -> Callable[[Path], object]:
+    return lambda folder: [(folder / name).unlink() for name in names]
 
-    refused(tmp_path / "nowhere", "is not a folder; `llm2clip build MODEL")
-    refused(tmp_path, "has no config.json; build it first")
-    copy = tmp_path / "copy"
-    for spoil, message in (
-        (lambda: (copy / "model.safetensors").unlink(), "has no weights"),
-        (lambda: (copy / "modeling_llm2clip.py").unlink(), "lacks the code of modeling_llm2clip"),
-        (lambda: (copy / CARD).unlink(), "has no README.md"),
-        (lambda: os.truncate(copy / "model.safetensors", 5000), "is damaged or truncated"),
-        (lambda: (copy / CARD).write_text("---\nlicense: [\n---\n"), "README.md"),
-        (lambda: (copy / "tokenizer.json").unlink(), "lacks tokenizer.json; build it first"),
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (shutil.rmtree, "is not a folder; `llm2clip build MODEL"),
+        (remove("config.json"), "lacks config.json; build it first: llm2clip"),
+        (remove("model.safetensors"), "lacks *.safetensors"),
+        (remove("modeling_llm2clip.py"), "lacks modeling_llm2clip.py"),
+        (remove(CARD), "lacks README.md"),
+        (remove("tokenizer.json"), "lacks tokenizer.json"),
         (
-            lambda: [(copy / f"{name}_config.json").unlink() for name in ("processor", "preprocessor")],
-            "lacks processor_config.json or preprocessor_config.json; build it first",
+            remove("processor_config.json", "preprocessor_config.json"),
+            "lacks processor_config.json or preprocessor_config.json",
         ),
-        (lambda: os.truncate(copy / "config.json", 30), f"{copy / 'config.json'}' is not a valid JSON file"),
+        (lambda folder: os.truncate(folder / "model.safetensors", 5000), "model.safetensors has 5000 bytes instead"),
+        (lambda folder: os.truncate(folder / "config.json", 30), "config.json' is not a valid JSON file"),
         (
-            lambda: (copy / "config.json").write_text('{"a": 1}'),
-            "it contains model_type None. Build it first: llm2clip",
+            lambda folder: (folder / "config.json").write_text('{"a": 1}'),
+            "it contains model_type None. Build it first",
         ),
-    ):
-        shutil.copytree(built, copy)
-        spoil()
-        refused(copy, message)
-        shutil.rmtree(copy)
+        (lambda folder: (folder / CARD).write_text("---\nlicense: [\n---\n"), "README.md is not valid YAML"),
+    ],
+)
+def test_incomplete_folder_is_refused_before_the_upload(
+    spoil: Callable[[Path], object], message: str, built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(built, tmp_path / "copy"))
+    spoil(folder)
+    assert cli.main(["push", str(folder), REPO, "--no-check"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_reference_to_a_local_llm_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny.save_apart(tmp_path)
-    refused(tmp_path / "clip", "which others cannot load; `llm2clip build` bundles it")
+    (tmp_path / "clip" / CARD).write_text("A model.")
+    assert cli.main(["push", str(tmp_path / "clip"), REPO]) == 2
+    assert "which others cannot load; `llm2clip build` bundles it" in capsys.readouterr().err
+
+
+def test_what_the_hub_says_of_the_metadata_is_passed_on(hub: LoopbackHub, built: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(built, tmp_path / "copy"))
+    card = (folder / CARD).read_text()
+    (folder / CARD).write_text(card.replace("license: apache-2.0", "license: Apache-2.0"))
+    with pytest.raises(ValueError, match="license"):
+        upload(hub, folder)
+    assert not hub.repo(REPO).files()
 
 
 def test_folder_that_is_not_what_was_built_is_refused(hub: LoopbackHub, built: Path, tmp_path: Path) -> None:

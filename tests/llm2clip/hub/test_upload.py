@@ -100,7 +100,7 @@ def test_repo_with_another_model_type_is_not_changed(hub: LoopbackHub, built: Pa
             {"diffusion.safetensors": b"x"},
             "contains diffusion.safetensors, but no config.json, so it is not an earlier push",
         ),
-        ({f"{letter}.bin": b"x" for letter in "abcd"}, r"contains a.bin, b.bin, c.bin and more, but no config.json"),
+        ({f"{letter}.bin": b"x" for letter in "abcd"}, r"contains a.bin, b.bin, c.bin, d.bin, but no config.json"),
     ],
 )
 def test_repo_without_a_model_of_this_package_is_not_changed(

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
 from llm2clip.data import DamagedImageError, decode_image
@@ -20,8 +22,6 @@ from llm2clip.hub.build_card import (
     write_built_card,
 )
 from llm2clip.hub.cards.facts import EXAMPLE, Evaluation
-from llm2clip.hub.cards.metadata import check_metadata
-from llm2clip.hub.new_process import CAPTIONS, sample_picture
 from llm2clip.hub.source_model import SourceModel
 from llm2clip.hub.upload_files import PICTURES, model_files
 from llm2clip.utils.files import read_json, write_json
@@ -86,10 +86,15 @@ class BuildConfig:
                 raise ValueError(f"{name} {value!r} is not a Hub id (OWNER/NAME).")
         if not all(caption.strip() for caption in self.example_captions):
             raise ValueError(f"an example caption is empty: {self.example_captions}.")
-        if (self.license_name or self.license_link) and self.license != "other":
-            raise ValueError("license_name and license_link require license: other.")
-        metadata = {"language": self.languages, "datasets": self.datasets, "base_model": self.base_models}
-        check_metadata({**{name: getattr(self, name) for name in LICENSE_FIELDS}, **metadata})
+        named = (self.license_name, self.license_link)
+        if not all(named) if self.license == "other" else any(named):
+            raise ValueError("license_name and license_link require license: other, which requires both.")
+        for name in ("datasets", "base_models"):
+            for value in getattr(self, name):
+                try:
+                    validate_repo_id(value)
+                except HFValidationError as error:
+                    raise ValueError(f"{name}: {error}") from error
 
 
 def build_folder(model: str | Path, destination: str | Path, **settings: Any) -> dict[str, Any]:
@@ -141,7 +146,7 @@ def run(config: BuildConfig, evaluations: list[Evaluation] | None = None) -> dic
     source = SourceModel.load(repo, config.text_model, config.bundle_text_model, config.merge_adapter)
     with atomic_folder(destination, "build", config.overwrite) as folder:
         source.save(folder)
-        difference = source.compare(folder, example or sample_picture(), config.example_captions or list(CAPTIONS))
+        difference = source.compare(folder, example, config.example_captions)
         if example is not None:
             example.save(folder / EXAMPLE)
         has_curves = copy_curves(folder_of_source, folder)

@@ -15,10 +15,9 @@ from llm2clip.evaluation.comparison import notes_on
 from llm2clip.evaluation.results import Result, read_result
 from llm2clip.evaluation.results_table import protocol_words
 from llm2clip.hub.base_licenses import LICENSE_FIELDS, Licensing
-from llm2clip.hub.cards.card import CARD, read_card, render
+from llm2clip.hub.cards.card import CARD, as_list, read_card, render
 from llm2clip.hub.cards.curves import write_curves
 from llm2clip.hub.cards.facts import CURVES, EXAMPLE, MERGE_CURVE, CardFacts, Evaluation, base_models, summary
-from llm2clip.hub.cards.metadata import as_list, check_metadata
 from llm2clip.hub.source_model import SourceModel
 from llm2clip.utils.files import read_json, write_text
 from llm2clip.utils.manifests import read_checked
@@ -116,7 +115,6 @@ def source_card(config: BuildConfig, source: Path) -> tuple[dict[str, Any], str]
     data, text = read_card(source)
     replaced = (*(LICENSE_FIELDS if config.license else ()), *(("language",) if config.languages else ()))
     data = {key: value for key, value in data.items() if key not in replaced}
-    check_metadata(data, source / CARD)
     return data, text
 
 

@@ -16,10 +16,9 @@ from llm2clip.evaluation.evaluate_config import EvaluateConfig
 from llm2clip.evaluation.own_data import described, open_caption_retrieval, open_retrieval
 from llm2clip.hub.base_licenses import code_license
 from llm2clip.hub.build_card import evaluation_of
-from llm2clip.hub.cards.card import license_of, read_card, write_card
+from llm2clip.hub.cards.card import as_list, license_of, read_card, write_card
 from llm2clip.hub.cards.curves import write_merge_curve
 from llm2clip.hub.cards.facts import MERGE_CURVE, TEXT_TASK, CardFacts, summary
-from llm2clip.hub.cards.metadata import as_list
 from llm2clip.hub.mixture import Mixture, mix_joint, mix_text_towers, mix_vision
 from llm2clip.hub.source_model import SourceModel
 from llm2clip.utils.files import write_text

@@ -14,10 +14,8 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from llm2clip.hub.cards.facts import EXAMPLE, VISION_TASK, CardFacts, Evaluation
-from llm2clip.hub.cards.metadata import as_list, check_metadata
 from llm2clip.hub.cards.sections import PAPER, sections
 from llm2clip.utils.files import write_text
 from llm2clip.utils.library_errors import wrap_read_errors
@@ -101,7 +99,7 @@ def front_matter(facts: CardFacts) -> dict[str, Any]:
     labels = ", ".join(" ".join(caption.replace(",", " ").split()) for caption in facts.captions)
     widget = [{"src": EXAMPLE, "candidate_labels": labels}] if facts.has_example else None
     is_encoder = facts.task != VISION_TASK and not facts.is_adapter
-    fields = ModelCardData(
+    return ModelCardData(
         language=list(facts.languages) or None,
         license=facts.license,
         license_name=facts.license_name,
@@ -113,10 +111,9 @@ def front_matter(facts: CardFacts) -> dict[str, Any]:
         pipeline_tag=facts.task,
         tags=["llm2clip", "clip", *(["sentence-transformers"] if is_encoder else []), f"arxiv:{PAPER}"],
         widget=widget,
+        model_name=facts.name if results else None,
+        eval_results=results or None,
     ).to_dict()
-    if results:
-        fields["model-index"] = eval_results_to_model_index(facts.name, results)
-    return fields
 
 
 def _eval_results(evaluation: Evaluation, pipeline_tag: str) -> list[EvalResult]:
@@ -200,13 +197,18 @@ def with_repo(card: str, repo: str, example: str) -> str:
 
 
 def validate_card(folder: Path) -> None:
-    """Check the card in a folder by the rules of the Hub.
+    """Check that the card in a folder can be read; the Hub checks the values of its metadata before an upload.
 
     Raises:
         FileNotFoundError: There is no README.md.
         ValueError: Its metadata is not valid.
     """
     if not (folder / CARD).is_file():
-        raise FileNotFoundError(f"{folder} has no {CARD}; `llm2clip build` writes one.")
-    check_metadata(read_card(folder)[0], folder / CARD)
+        raise FileNotFoundError(f"{folder} lacks {CARD}; `llm2clip build` writes one.")
+    read_card(folder)
     ModelCard.load(folder / CARD)
+
+
+def as_list(value: Any) -> list[Any]:
+    """The values of a field that may be a single value, a list or absent."""
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
