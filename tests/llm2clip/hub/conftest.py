@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llm2clip.hub import build, push
+from llm2clip.hub.source_model import SourceModel
 from tests.forks import run_code
 from tests.loopback_hub import TOKEN, LoopbackHub
 from tests.modeling_llm2clip import tiny
@@ -61,6 +63,18 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     example = {"example_image": folder / "picture.png", "example_captions": captions}
     build.build_folder(folder / "clip", folder / "out", license="apache-2.0", **example)
     return folder / "out"
+
+
+@pytest.fixture
+def model(built: Path, tmp_path: Path) -> Path:
+    """A copy of the built folder, which a test may change."""
+    return Path(shutil.copytree(built, tmp_path / "model"))
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Build without the process that loads the built folder, which test_build.py tests."""
+    monkeypatch.setattr(SourceModel, "compare", lambda *_: 0.0)
 
 
 def upload(hub: LoopbackHub, folder: Path, token: str | bool = TOKEN, **settings: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
-from llm2clip.hub.cards.card import CARD, as_list, license_of, read_card
+from llm2clip.hub.cards.card import CARD, as_list, license_fields, license_of, read_card
 from llm2clip.hub.hub_errors import explained
 from llm2clip.hub.license_terms import NOTICE, TERMS, Terms, license_of_name, read_notice
 from llm2clip.utils.files import read_json, write_text
@@ -21,7 +21,6 @@ logger = logging.getLogger(__name__)
 
 LICENSE, CODE_LICENSE_FILE = "LICENSE", "LICENSE-CODE"
 CODE_LICENSE = "apache-2.0"
-LICENSE_FIELDS = ("license", "license_name", "license_link")
 # Fields that name other models, by file; the settings of a run are the only place that has the folder of its tower.
 REFERENCES = {
     CONFIG_NAME: ("text_model_name_or_path",),
@@ -77,7 +76,7 @@ class Licensing(NamedTuple):
         terms: What their licenses demand.
     """
 
-    stated: dict[str, str]
+    stated: dict[str, Any]
     bases: list[Base]
     terms: list[Terms]
 
@@ -96,7 +95,7 @@ def license_model(
     Raises:
         ValueError: License or names do not keep the licenses of the bases; the message says what to do.
     """
-    on_card = {name: str(card[name]) for name in LICENSE_FIELDS if card.get(name)} if card.get("license") else {}
+    on_card = license_fields(card) if card.get("license") else {}
     stated = dict(given) or on_card or choose_license(bases)
     own, bound = stated.get("license"), _bound(bases)
     problems: list[str] = []
@@ -187,9 +186,8 @@ def bases_of(source: str, revision: str | None = None, others: Iterable[str] = (
         card = {} if folder is None else read_card(folder)[0]
         parents = [*as_list(card.get("base_model")), *_references(Path(name))]
         waiting += parents
-        named = {field: str(card[field]) for field in LICENSE_FIELDS[1:] if card.get(field)}
         stated = [str(value) for value in as_list(card.get("license"))] or [license_of_name(name) or UNKNOWN]
-        found[key] = [Base(name, folder, {"license": value, **named}) for value in stated]
+        found[key] = [Base(name, folder, {**license_fields(card), "license": value}) for value in stated]
         if name == source:
             found[key] = [base for base in found[key] if base.license in TERMS]
         elif parents and stated == [UNKNOWN]:

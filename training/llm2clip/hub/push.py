@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from llm2clip.hub.license_terms import check_terms
 from llm2clip.hub.secrets import read_small
 from llm2clip.hub.source_model import validate_folder
 from llm2clip.hub.upload import Uploader
-from llm2clip.hub.upload_files import added_files, code_targets, model_files, stamps
+from llm2clip.hub.upload_files import added_files, code_targets, model_files
 from llm2clip.utils.logs import shortened
 from llm2clip.utils.manifests import FOLDER_MANIFEST, MODEL_MANIFEST, refuse_damaged
 from llm2clip.utils.repos import OUR_MODELS, RepoKind, inspect_repo, is_hub_id
@@ -82,7 +82,6 @@ def run(config: PushConfig, api: HfApi | None = None) -> dict[str, Any]:
     if not config.folder or not config.repo_id:
         raise ValueError("give a folder and a repo: llm2clip push FOLDER OWNER/NAME")
     folder = Path(config.folder)
-    before = stamps(folder)
     _check_folder(folder)
     if not is_hub_id(config.repo_id):
         raise ValueError(
@@ -93,26 +92,38 @@ def run(config: PushConfig, api: HfApi | None = None) -> dict[str, Any]:
         raise ValueError(
             f"--create-pr opens a pull request against main; omit --revision {config.revision}, or --create-pr."
         )
-    others = model_files(folder, config.include).others
+    uploader = Uploader(config.repo_id, revision=config.revision, create_pr=config.create_pr, api=api)
+    uploaded, others = model_files(folder, config.include)
+    contents = read_small(folder, uploaded, uploader.api.token)
     if others and not config.dry_run:
         logger.warning("not uploaded, as no model needs them: %s; --include PATTERN uploads them", shortened(others))
     if config.check and any("--" in target for target in code_targets(folder)):
         logger.info("the code of %s is in another repo, so the folder is not loaded before the upload", folder)
     elif config.check:
         logger.info("loading %s here and in a new process, which runs the code in it (--no-check: not)", folder)
+        before = _stamps(contents)
         validate_folder(folder)
+        if _stamps(contents) != before:
+            raise ValueError(
+                f"{folder} has changed while it was checked; nothing was committed. Wait until nothing writes there, "
+                "and push again; if the code in the folder does it, do not trust it."
+            )
     if config.dry_run:
-        return _show_upload(folder, config.repo_id, config.include)
-    uploader = Uploader(config.repo_id, revision=config.revision, create_pr=config.create_pr, api=api)
+        return _show_upload(folder, config.repo_id, uploaded, others)
     # None leaves the visibility of a new repo to the default of its owner.
     url = uploader.create_repo(private=config.private or None)
-    return {"repo": str(url), **uploader.upload(folder, config.commit_message, config.include, before)}
+    return {"repo": str(url), **uploader.upload(folder, config.commit_message, contents)}
 
 
-def _show_upload(folder: Path, repo_id: str, include: Sequence[str]) -> dict[str, Any]:
+def _stamps(contents: Mapping[str, bytes | Path]) -> list[tuple[int, ...]]:
+    """What changes with every change of a large file, which is read when it is uploaded."""
+    found = [path.stat() for path in contents.values() if isinstance(path, Path)]
+    # Unlike its other times, that of the last change of its status cannot be set.
+    return [(status.st_ino, status.st_size, status.st_ctime_ns) for status in found]
+
+
+def _show_upload(folder: Path, repo_id: str, uploaded: Mapping[str, Path], others: Sequence[str]) -> dict[str, Any]:
     """Print the files that a push would upload and those that it would not, with their sizes, and why."""
-    uploaded, others = model_files(folder, include)
-    read_small(folder, uploaded)
     sizes = {name: path.stat().st_size for name, path in uploaded.items()}
     rows = [(name, f"{size:,}") for name, size in sizes.items()]
     print_table(Console(), f"Uploaded to {repo_id}", ["file", "bytes"], rows)

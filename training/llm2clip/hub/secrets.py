@@ -22,6 +22,8 @@ SMALL = 1 << 24
 def read_small(folder: Path, uploaded: Mapping[str, Path], token: str | bool | None = None) -> dict[str, bytes | Path]:
     """Read the small files of an upload once, so that what was searched for secrets is what is published.
 
+    Neither code in the folder, which a check runs afterwards, nor a run that writes there changes that.
+
     Args:
         folder: Where the files are, for the message.
         uploaded: The files by name.

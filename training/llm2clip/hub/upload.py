@@ -8,7 +8,7 @@ from __future__ import annotations
 import glob
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from llm2clip.hub.cards.card import CARD, merge_cards, split_card, with_repo
 from llm2clip.hub.cards.facts import EXAMPLE
 from llm2clip.hub.hub_errors import explained, http_status
 from llm2clip.hub.secrets import read_small
-from llm2clip.hub.upload_files import Stamps, model_files, refuse_changed, refuse_links, stamps
+from llm2clip.hub.upload_files import model_files, refuse_links
 from llm2clip.utils.files import read_json
 from llm2clip.utils.library_errors import wrap_read_errors
 from llm2clip.utils.logs import shortened
@@ -112,31 +112,29 @@ class Uploader:
         with explained(self.repo_id):
             return self._read_card(self._snapshot())
 
-    def upload(
-        self, folder: Path, message: str, include: Sequence[str] = (), before: Stamps | None = None
-    ) -> dict[str, Any]:
+    def upload(self, folder: Path, message: str, contents: Mapping[str, bytes | Path] | None = None) -> dict[str, Any]:
         """Upload the files of a saved model, with its card, in one commit. The repo has to exist.
 
         Args:
             folder: The model.
             message: That of the commit.
-            include: Patterns of further files; see [`model_files`].
-            before: The stamps of the files when they were checked; by default those of now.
+            contents: The files as [`read_small`] has read them; by default those of the model, read now.
 
         Returns:
             `commit`, `files`, `megabytes`, and `pull_request` if one was opened.
 
         Raises:
             ValueError: The repo contains another type of model, or files but no model; or a file is a link out of the
-                folder, holds an access token, or is not what `before` says.
+                folder, or holds an access token.
         """
-        before = stamps(folder) if before is None else before
-        local = model_files(folder, include).uploaded
-        megabytes = round(sum(path.stat().st_size for path in local.values()) / 1e6, 1)
-        logger.info("uploading %d files, %.1f MB, to %s", len(local), megabytes, self.repo_id)
+        if contents is None:
+            contents = read_small(folder, model_files(folder).uploaded, self.api.token)
+        sizes = [len(file) if isinstance(file, bytes) else file.stat().st_size for file in contents.values()]
+        megabytes = round(sum(sizes) / 1e6, 1)
+        logger.info("uploading %d files, %.1f MB, to %s", len(sizes), megabytes, self.repo_id)
         with explained(self.repo_id):
-            commit = self._commit(folder, local, before, message)
-        result = {"commit": commit.oid, "files": len(local), "megabytes": megabytes}
+            commit = self._commit(folder, contents, message)
+        result = {"commit": commit.oid, "files": len(sizes), "megabytes": megabytes}
         return {**result, "pull_request": commit.pr_url} if commit.pr_url else result
 
     def upload_checkpoint(self, folder: Path, name: str, message: str) -> None:
@@ -158,21 +156,21 @@ class Uploader:
                 revision=self.revision,
             )
 
-    def _commit(self, folder: Path, local: dict[str, Path], before: Stamps, message: str) -> CommitInfo:
-        contents = read_small(folder, local, self.api.token)
+    def _commit(self, folder: Path, contents: Mapping[str, bytes | Path], message: str) -> CommitInfo:
         model_type = str(inspect_repo(folder).model_type)
         for attempt in range(1, ATTEMPTS + 1):
             snapshot = self._open_branch(model_type)
-            contents[CARD] = self._merged_card(folder, snapshot).encode()
-            stale = [name for name in snapshot.files if REPLACED.fullmatch(name) and name not in local]
-            refuse_changed(folder, local, before)
+            card = contents[CARD]
+            text = card.decode() if isinstance(card, bytes) else card.read_text(encoding="utf-8")
+            files = {**contents, CARD: self._merged_card(text, snapshot).encode()}
+            stale = [name for name in snapshot.files if REPLACED.fullmatch(name) and name not in files]
             try:
                 # Not upload_folder: where a commit fails, it commits the files in parts, so that others load the new
                 # config with the old weights; and it reads the card from the folder.
                 return self.api.create_commit(
                     self.repo_id,
                     [
-                        *(CommitOperationAdd(name, path_or_fileobj=content) for name, content in contents.items()),
+                        *(CommitOperationAdd(name, path_or_fileobj=content) for name, content in files.items()),
                         *(CommitOperationDelete(name) for name in stale),
                     ],
                     commit_message=message,
@@ -235,12 +233,12 @@ class Uploader:
         with wrap_read_errors(f"the card of {self.repo_id} on the Hub"):
             return path.read_text(encoding="utf-8")
 
-    def _merged_card(self, folder: Path, snapshot: Snapshot) -> str:
+    def _merged_card(self, card: str, snapshot: Snapshot) -> str:
         """The folder's card for this repo, with the edits that people made to the card on the Hub."""
         # A pull request is meant to become main.
         branch = "main" if self.revision is None or self.revision.startswith("refs/") else self.revision
         example = f"{self.api.endpoint}/{self.repo_id}/resolve/{branch}/{EXAMPLE}"
-        local = with_repo((folder / CARD).read_text(encoding="utf-8"), self.repo_id, example)
+        local = with_repo(card, self.repo_id, example)
         theirs = self._read_card(snapshot)
         if theirs is None:
             return local

@@ -6,13 +6,12 @@ import fnmatch
 import glob
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import modeling_llm2clip
 from llm2clip.hub.cards.card import CARD, as_list
 from llm2clip.utils.files import read_json
 from llm2clip.utils.library_errors import wrap_read_errors
-from llm2clip.utils.logs import shortened
 from llm2clip.utils.manifests import EDITED, MODEL_MANIFEST, MODEL_SIGNATURE, listed_files, written_by
 
 # What a model folder holds, beside its code and the pictures of its card.
@@ -35,7 +34,6 @@ PICTURES = {".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg"}
 WRITE_MODELS = ("build", "convert", "merge")
 # What is added to a listed model afterwards, by people or by us, and changes nothing that it computes.
 ADDED_LATER = (*EDITED, "LICENSE*", "NOTICE*", MODEL_MANIFEST, MODEL_SIGNATURE, "onnx/*")
-Stamps: TypeAlias = dict[str, tuple[int, ...]]
 
 
 class ModelFiles(NamedTuple):
@@ -114,26 +112,6 @@ def refuse_links(folder: Path, uploaded: Mapping[str, Path]) -> None:
                 f"{folder / name} is a link out of the folder, to {path.resolve()}; replace it by the file if that is "
                 "meant to be public."
             )
-
-
-def stamps(folder: Path) -> Stamps:
-    """Return what changes with every change of a file, for each file of a folder."""
-    status = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
-    # Unlike its other times, that of the last change of its status cannot be set.
-    return {
-        path.relative_to(folder).as_posix(): (found.st_ino, found.st_size, found.st_ctime_ns)
-        for path, found in status.items()
-    }
-
-
-def refuse_changed(folder: Path, names: Iterable[str], before: Stamps) -> None:
-    """Raise a ValueError if files are not those of which `before` are the stamps."""
-    now = stamps(folder)
-    if changed := [name for name in names if name not in before or now.get(name) != before[name]]:
-        raise ValueError(
-            f"{folder} has changed since it was checked for the upload ({shortened(changed)}); nothing was committed. "
-            "Wait until nothing writes there, and push again; if the code in the folder does it, do not trust it."
-        )
 
 
 def added_files(folder: Path) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,19 @@ PEFT_TEMPLATE = "# Model Card for Model ID"
 SECTION = re.compile(r"<!-- llm2clip:(\w+) ([0-9a-f]{12}) -->\n(.*?)\n?<!-- /llm2clip:\1 -->", re.DOTALL)
 # The repo or folder in the code examples.
 LOADED = re.compile(r'((?:from_pretrained\(|SentenceTransformer\(|snapshot_download\(|cached_file\(|model=)")[^"]*(")')
+LICENSE_FIELDS = ("license", "license_name", "license_link")
 # Lists that are united with those of the earlier card.
 UNITED = ("tags", "base_model", "datasets")
 
 
 def license_of(folder: Path | None) -> dict[str, Any]:
     """Read the license in a folder's card, as fields of [`CardFacts`]; empty if there is no card."""
-    data = read_card(folder)[0] if folder else {}
-    return {name: str(data[name]) for name in ("license", "license_name", "license_link") if data.get(name)}
+    return license_fields(read_card(folder)[0]) if folder else {}
+
+
+def license_fields(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The license in front matter, as fields of [`CardFacts`]."""
+    return {name: str(data[name]) for name in LICENSE_FIELDS if data.get(name)}
 
 
 def read_card(folder: Path) -> tuple[dict[str, Any], str]:
@@ -79,13 +84,22 @@ def render(facts: CardFacts, data: dict[str, Any] | None = None, text: str = "",
         text: Text of an existing card.
         keep: Sections that are only replaced if they are empty.
     """
-    merged = _merge_data(data or {}, front_matter(facts))
-    new = sections(facts)
-    if not text.strip():
-        return _assemble(merged, "\n\n".join(_marked(name, content) for name, content in new.items()))
-    filled = {name for name, _, content in SECTION.findall(text) if content.strip()}
-    kept = filled & set(keep)
-    return _assemble(merged, _renew_sections(text, lambda name, _: None if name in kept else new.get(name)))
+    new = "\n\n".join(_marked(name, content) for name, content in sections(facts).items())
+    return _merged(data or {}, text, front_matter(facts), new, keep)
+
+
+def merge_cards(theirs: str, ours: str) -> str:
+    """Merge a new card, `ours`, into an older one that people may have edited."""
+    return _merged(*split_card(theirs), *split_card(ours))
+
+
+def _merged(data: dict[str, Any], text: str, new_data: dict[str, Any], new_text: str, keep: Sequence[str] = ()) -> str:
+    new = {name: content for name, _, content in SECTION.findall(new_text)}
+
+    def renewed(name: str, content: str) -> str | None:
+        return None if name in keep and content.strip() else new.get(name)
+
+    return _assemble(_merge_data(data, new_data), _renew_sections(text, renewed) if text.strip() else new_text)
 
 
 def _assemble(data: dict[str, Any], text: str) -> str:
@@ -172,15 +186,6 @@ def _renew_sections(text: str, renewed: Callable[[str, str], str | None]) -> str
         return _marked(name, new) if new else match[0]
 
     return SECTION.sub(renew, text)
-
-
-def merge_cards(theirs: str, ours: str) -> str:
-    """Merge a new card, `ours`, into an older one that people may have edited."""
-    data, text = split_card(theirs)
-    new_data, new_text = split_card(ours)
-    new = {name: content for name, _, content in SECTION.findall(new_text)}
-    body = _renew_sections(text, lambda name, _: new.get(name)) if text.strip() else new_text
-    return _assemble(_merge_data(data, new_data), body)
 
 
 def with_repo(card: str, repo: str, example: str) -> str:
