@@ -260,7 +260,7 @@ def test_wrong_settings_are_refused_before_anything_is_written(
     refused(capsys, "drop one", clip, out, "--bundle-text-model", "true", "--text-model", "someone/llm")
     refused(capsys, "text_model './llm' is not a Hub id (OWNER/NAME)", clip, out, "--text-model", "./llm")
     refused(capsys, "it contains model_type 'eva02_vision_model'", tmp_path / "vision", out)
-    refused(capsys, "the example image nowhere.jpg cannot be read", clip, out, "--example-image", "nowhere.jpg")
+    refused(capsys, "The image 'nowhere.jpg' cannot be used: the file", clip, out, "--example-image", "nowhere.jpg")
     results = tmp_path / "results.json"
     for content, message in (
         ("[]", "does not contain a JSON object"),

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from PIL import Image
 
-from llm2clip.data import DamagedImageError, decode_image
+from llm2clip.data import decode_image
 from llm2clip.hub.base_licenses import bases_of, license_model, write_license_files
 from llm2clip.hub.build_card import copy_curves, read_results, source_card, source_folder, write_built_card
 from llm2clip.hub.cards.card import LICENSE_FIELDS
@@ -137,7 +136,7 @@ def run(config: BuildConfig, evaluations: list[Evaluation] | None = None) -> dic
     given = {name: value for name in LICENSE_FIELDS if (value := getattr(config, name))}
     names = [config.name or destination.name, *filter(None, [config.repo_id])]
     licensing = license_model(given, data, bases, names)
-    example = _open_picture(config.example_image)
+    example = decode_image(path, path) if (path := config.example_image) is not None else None
     source = SourceModel.load(repo, config.text_model, config.bundle_text_model, config.merge_adapter)
     with atomic_folder(destination, "build", config.overwrite) as folder:
         source.save(folder)
@@ -165,15 +164,6 @@ def count_parameters(model: str, revision: str | None = None) -> dict[str, Any]:
         built: Any = classes[1](classes[0].from_dict(repo.config))
     parts = {**dict(built.named_children()), "parameters": built}
     return {name: sum(value.numel() for value in part.parameters()) for name, part in parts.items()}
-
-
-def _open_picture(path: str | None) -> Image.Image | None:
-    if path is None:
-        return None
-    try:
-        return decode_image(path, path)
-    except DamagedImageError as error:
-        raise ValueError(f"the example image {path} cannot be read: {error.reason}.") from error
 
 
 def _refer_to_code(folder: Path, repo: str) -> None:
