@@ -122,7 +122,11 @@ def run(config: ExportOnnxConfig) -> dict[str, Any]:
     for library in ("onnxruntime", "onnxscript"):
         import_module(library)  # rather missing now than after the model is read
     refuse_damaged(config.model)
-    parts = _parts(config)
+    repo = inspect_repo(config.model, config.revision).require(RepoKind.JOINT, RepoKind.VISION_HALF)
+    available = PARTS[:1] if repo.kind is RepoKind.VISION_HALF else PARTS
+    if not set(config.parts or ()) <= set(available):
+        raise ValueError(f"{config.model} is a {repo.kind.value} and has no text graph.")
+    parts = [part for part in available if config.parts is None or part in config.parts]
     model = _load(config, "text" in parts)
     result: dict[str, Any] = {}
     with atomic_folder(destination, COMMAND, config.overwrite) as folder:
@@ -134,14 +138,6 @@ def run(config: ExportOnnxConfig) -> dict[str, Any]:
             size = sum(file.stat().st_size for file in folder.glob(f"{path.name}*"))
             logger.info("%s: %.0f MB, differs from torch by %s", path.name, size / 1e6, difference)
     return {**result, "written": str(destination)}
-
-
-def _parts(config: ExportOnnxConfig) -> tuple[str, ...]:
-    repo = inspect_repo(config.model, config.revision).require(RepoKind.JOINT, RepoKind.VISION_HALF)
-    available = PARTS[:1] if repo.kind is RepoKind.VISION_HALF else PARTS
-    if any(part not in available for part in config.parts or ()):
-        raise ValueError(f"{config.model} is a {repo.kind.value} and has no text graph.")
-    return tuple(part for part in available if config.parts is None or part in config.parts)
 
 
 def _load(config: ExportOnnxConfig, with_llm: bool) -> Any:
