@@ -29,6 +29,7 @@ for path in sys.path:
 data = resources.files("llm2clip.example_data")
 assert (data / "concepts" / "test.parquet").is_file() and (data / "README.md").is_file()
 assert resources.files("llm2clip.hub_configs").is_dir()
+assert (resources.files("llm2clip.hub.cards") / "template.md").is_file()
 metrics = resources.files("llm2clip.evaluation.evaluate_modules")
 assert (metrics / "retrieval_recall" / "retrieval_recall.py").is_file()
 assert (resources.files("llm2clip.evaluation") / "class_data" / "imagenet.json").is_file()

@@ -186,11 +186,20 @@ README = {
     BUILD: Run(needs=(TRAIN_VISION,), makes=("Llama-my-model/model.safetensors", "Llama-my-model/NOTICE")),
     "llm2clip verify runs": Run(needs=(TRAIN_VISION,), prints="num_files: "),
     "llm2clip verify Llama-my-model": Run(needs=(BUILD,), prints="num_files: "),
-    "llm2clip build runs/stage2 Llama-signed --signed --signing-key key.pem": NotRun(
-        "it needs a key", run_by="tests/llm2clip/hub/test_signing.py::test_build_signs_a_folder_with_all_its_files"
-    ),
-    "llm2clip verify Llama-signed --public-key key.pub": NotRun(
-        "it needs a key", run_by="tests/llm2clip/hub/test_signing.py::test_a_signed_model_is_that_of_its_author"
+    **dict.fromkeys(
+        (
+            "python -m model_signing sign key Llama-my-model --private_key key.pem "
+            "--signature Llama-my-model/model.sig "
+            "--ignore-paths Llama-my-model/README.md --ignore-paths Llama-my-model/LICENSE "
+            "--ignore-paths Llama-my-model/.llm2clip.json",
+            "python -m model_signing verify key download --signature download/model.sig --public_key key.pub "
+            "--ignore-paths download/.cache",
+            "python -m model_signing sign sigstore --help",
+        ),
+        NotRun(
+            "it needs a key",
+            run_by="tests/llm2clip/hub/test_signing.py::test_a_pushed_model_is_that_of_its_author",
+        ),
     ),
     "llm2clip push Llama-my-model OWNER/Llama-my-model --dry-run": Run(
         needs=(BUILD,), meant={"OWNER": "tester"}, small="--no-check", prints="would_upload_to: tester/Llama-my-model"

@@ -151,18 +151,13 @@ def _broken_card(folder: Path) -> Path:
     return folder / "README.md"
 
 
-def _broken_processor(folder: Path) -> Path:
-    write_json(_model(folder) / "preprocessor_config.json", {"image_mean": ["a", None]})
-    return folder / "preprocessor_config.json"
-
-
 def _broken_config(folder: Path) -> Path:
     path = _model(folder) / "config.json"
     write_json(path, read_json(path) | {"vision_config": {"model_type": "clip_vision_model", "image_size": "x"}})
     return folder
 
 
-@pytest.mark.parametrize("make", [_broken_card, _broken_processor, _broken_config])
+@pytest.mark.parametrize("make", [_broken_card, _broken_config])
 def test_a_folder_of_a_checkpoint_with_a_damaged_file_is_named(make: Callable[[Path], Path], tmp_path: Path) -> None:
     named = make(tmp_path / "in")
     llm = checkpoints.llm_of(checkpoints.OPENAI, tmp_path / "llm")

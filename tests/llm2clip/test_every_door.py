@@ -7,7 +7,10 @@ training set, centred embeddings of an encoder like E5 (prompt, mean over the to
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +20,7 @@ import pytest
 import torch
 from gradio_client import handle_file
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoProcessor, CLIPImageProcessor
@@ -32,14 +35,42 @@ from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPModel
 from tests.compatibility import check
 from tests.examples.server import open_page, serving
+from tests.forks import run_code
 from tests.llm2clip import embedding_models, tiny
 from tests.llm2clip.embedding_models import OTHER_LANGUAGES
-from tests.llm2clip.hub.conftest import consume, push_by_command
+from tests.llm2clip.hub.conftest import REPO
 from tests.loopback_hub import LoopbackHub
+from tests.stranger import HIDE
 
 CAPTIONS = ["a small dog", "two children play football, seen from a green park", *OTHER_LANGUAGES]
 CLOSE = {"atol": 1e-5, "rtol": 0}
 NUM_PICTURES = 6
+CONSUMER = """
+import json
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel, AutoProcessor, pipeline
+repo, output, pictures, captions = sys.argv[1:3] + [json.loads(value) for value in sys.argv[3:]]
+images = [Image.open(picture) for picture in pictures]
+model = AutoModel.from_pretrained(repo, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
+found = {"logits": model(**processor(text=captions, images=images, return_tensors="pt")).logits_per_image}
+classify = pipeline("zero-shot-image-classification", model=repo, trust_remote_code=True)
+answers = classify(images, candidate_labels=captions, hypothesis_template="{}")
+scores = [{row["label"]: row["score"] for row in answer} for answer in answers]
+found["scores"] = torch.tensor([[row[caption] for caption in captions] for row in scores])
+features = pipeline("image-feature-extraction", model=repo, trust_remote_code=True)
+found["image"] = torch.nn.functional.normalize(torch.tensor(features(images, pool=True))[:, 0], dim=-1)
+states = pipeline("feature-extraction", model=repo, trust_remote_code=True)
+found["states"] = torch.tensor(states(captions[0]))
+encoder = SentenceTransformer(repo, trust_remote_code=True, device="cpu")
+found["st_text"] = torch.tensor(encoder.encode(captions))
+found["st_image"] = torch.tensor(encoder.encode(images))
+assert not {"modeling_llm2clip", "llm2clip"} & set(sys.modules)
+save_file({key: value.detach().contiguous() for key, value in found.items()}, output)
+"""
 
 
 @dataclass(frozen=True)
@@ -119,14 +150,43 @@ def test_the_built_folder_gives_what_its_parts_give(known: Known) -> None:
     assert torch.pdist(known.image).min() > 0.01
 
 
+def push_by_command(hub: LoopbackHub, folder: Path, home: Path) -> str:
+    """Push a folder with the command, in a process of its own; returns what it prints."""
+    environment = {**os.environ, **hub.environment(home / "publisher")}
+    command = [sys.executable, "-m", "llm2clip", "push", str(folder), REPO]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def consume(hub: LoopbackHub, pictures: Sequence[Path], captions: Sequence[str], home: Path) -> dict[str, Tensor]:
+    """What a process without this package and without a token gets from the pushed model.
+
+    Returns:
+        `logits` and `scores` `(pictures, captions)`, of AutoModel and the zero-shot pipeline; `image`, of the pipeline
+        of image features, `st_image` and `st_text`, of SentenceTransformer; `states`, of the first caption's tokens.
+    """
+    environment = {**os.environ, **hub.environment(home / "consumer", token=None)}
+    output = home / "found.safetensors"
+    inputs = json.dumps([str(picture) for picture in pictures]), json.dumps(captions)
+    command = [sys.executable, "-I", "-c", HIDE + CONSUMER, REPO, str(output), *inputs]
+    done = run_code(command, env=environment, cwd=home)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return load_file(output)
+
+
 @pytest.mark.slow  # test_remote_code.py and test_sentence_transformers.py are strangers to the same model
 def test_a_stranger_gets_them_from_the_hub(hub: LoopbackHub, known: Known, tmp_path: Path) -> None:
-    push_by_command(hub, known.folder, tmp_path)
+    assert f"repo: {hub.url}/{REPO}" in push_by_command(hub, known.folder, tmp_path)
     found = consume(hub, known.pictures, CAPTIONS, tmp_path)
     torch.testing.assert_close(found["logits"], known.logits, atol=2e-4, rtol=0)
     torch.testing.assert_close(found["scores"], known.logits.softmax(dim=-1), **CLOSE)
     for name, expected in (("image", known.image), ("st_image", known.image), ("st_text", known.text)):
         torch.testing.assert_close(found[name], expected, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+    model, processor = LLM2CLIPModel.from_pretrained(known.folder).eval(), AutoProcessor.from_pretrained(known.folder)
+    with torch.inference_mode():
+        states = model.get_text_features(**processor(text=CAPTIONS[:1], return_tensors="pt")).last_hidden_state
+    torch.testing.assert_close(found["states"], states, **CLOSE)
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ from torch.nn import functional as F
 from transformers import CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from llm2clip.convert.layouts import TIMM_SIGLIP
-from llm2clip.convert.original import from_original
 from llm2clip.convert.resize import resize_clip_positions, resize_kernel
 from modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.modeling_eva02 import EVA02VisionModel, apply_rotary, resize_position_embedding, rotary_table
 from modeling_llm2clip.modeling_llm2clip_heads import LLM2CLIPTextAdapter
 from tests.golden import Golden, load_golden
+from tests.original import from_original
 
 
 def load_model(golden: Golden, prefix: str = "", attn_implementation: str = "sdpa") -> LLM2CLIPModel:

@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
-from llm2clip.convert.original import from_original
+from llm2clip.convert.original import joint_config
 from tests.golden import Golden, load_golden
 from tests.modeling_llm2clip import tiny
+from tests.original import from_original
 
 EVA = load_golden("customclip_a")
 OPENAI = load_golden("customclip_b")
@@ -67,17 +68,7 @@ def ours(golden: Golden) -> dict[str, Tensor]:
 def microsoft_openai_folder(folder: Path) -> str:
     """Save a golden model in the layout of microsoft/LLM2CLIP-Openai-*."""
     folder.mkdir()
-    vision = OPENAI.meta["config"]["vision_cfg"]
-    vision_config = {
-        "model_type": "clip_vision_model",
-        "hidden_size": vision["width"],
-        "intermediate_size": 4 * vision["width"],
-        "num_hidden_layers": vision["layers"],
-        "num_attention_heads": vision["width"] // vision["head_width"],
-        "image_size": vision["image_size"],
-        "patch_size": vision["patch_size"],
-        "hidden_act": "quick_gelu",
-    }
+    vision_config = {**joint_config(OPENAI.meta["config"]).vision_config.to_dict(), "hidden_act": "quick_gelu"}
     write_microsoft_openai(folder, ours(OPENAI), vision_config)
     return str(folder)
 

@@ -51,16 +51,12 @@ def bare_pickle(folder: Path) -> Path:
     return path
 
 
-def text_file(folder: Path) -> Path:
-    path = folder / "model.pt"
-    path.write_text("version https://git-lfs.github.com/spec/v1\n")
-    return path
+def text(content: str) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        (folder / "model.pt").write_text(content)
+        return folder / "model.pt"
 
-
-def _text(folder: Path) -> Path:
-    path = folder / "model.pt"
-    path.write_text("Not found")
-    return path
+    return make
 
 
 def edited(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], Path]:
@@ -82,12 +78,18 @@ def mix(state: dict[str, torch.Tensor]) -> None:
 
 
 CASES: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "truncated .pt": (truncated_pt, "damaged or truncated"),
+    "truncated .pt": (truncated_pt, "is not a checkpoint that can be read safely: it is damaged.*; download it again"),
     "truncated safetensors": (truncated_safetensors, "damaged or truncated"),
-    "code": (code, "would run code from the file, which is refused"),
-    "bare pickle": (bare_pickle, "is not a torch checkpoint|would run code"),
-    "a Git LFS pointer": (text_file, "is a Git LFS pointer instead of the file"),
-    "a text": (lambda folder: _text(folder), "is not a torch checkpoint, or it is damaged"),
+    "code": (code, "is not a checkpoint that can be read safely: .* would run code from the file; save only"),
+    "bare pickle": (bare_pickle, "is not a checkpoint that can be read safely"),
+    "a Git LFS pointer": (
+        text("version https://git-lfs.github.com/spec/v1\n"),
+        "is a Git LFS pointer instead of the file",
+    ),
+    "a text": (
+        text("Not found"),
+        "is not a checkpoint that can be read safely: it is damaged, or of another format",
+    ),
     "NaN": (edited(spoil), r"1 tensors contain NaN or infinity: vision_model\.norm\.weight"),
     "another model": (
         lambda folder: _saved(folder, {"encoder.conv.weight": torch.zeros(2), "decoder.x": torch.zeros(2)}),
@@ -113,15 +115,15 @@ def _saved(folder: Path, state: dict[str, torch.Tensor]) -> Path:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bad_checkpoint_is_refused_without_a_traceback(case: str, tmp_path: Path, capfd: Any) -> None:
+def test_bad_checkpoint_is_refused_without_a_traceback(
+    case: str, tmp_path: Path, eva_options: list[str], capfd: Any
+) -> None:
     make, message = CASES[case]
     (tmp_path / "in" / "empty").mkdir(parents=True)
     (tmp_path / "out").mkdir()
     source = make(tmp_path / "in")
-    options = ["--model-config", checkpoints.model_config(EVA, tmp_path)]
-    options += ["--text-model", checkpoints.llm_of(EVA, tmp_path / "llm")]
     capfd.readouterr()
-    assert cli.main(["convert", str(source), str(tmp_path / "out" / "model"), *options]) == 2
+    assert cli.main(["convert", str(source), str(tmp_path / "out" / "model"), *eva_options]) == 2
     printed = capfd.readouterr()
     assert "Traceback" not in printed.err
     assert "code ran" not in printed.out
@@ -129,110 +131,82 @@ def test_bad_checkpoint_is_refused_without_a_traceback(case: str, tmp_path: Path
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_adapter_of_an_llm_of_another_width_is_refused(tmp_path: Path, capsys: Any) -> None:
-    source = checkpoints.original_pt(EVA, tmp_path / "model.pt")
-    options = ["--model-config", checkpoints.model_config(EVA, tmp_path)]
-    llm = checkpoints.llm_folder(tmp_path / "llm", 32)
-    assert cli.main(["convert", source, str(tmp_path / "out"), *options, "--text-model", llm]) == 2
-    assert f"expects embeddings of width 24, but {llm} has width 32" in capsys.readouterr().err
-    assert cli.main(["convert", source, str(tmp_path / "out"), *options]) == 2
-    assert "give their LLM with --text-model" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-def test_an_unreachable_llm_can_be_given_as_a_folder_without_weights(
-    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    source = checkpoints.original_pt(EVA, tmp_path / "model.pt")
-    options = ["--model-config", checkpoints.model_config(EVA, tmp_path)]
-    assert cli.main(["convert", source, str(tmp_path / "out"), *options, "--text-model", "somebody/llm"]) == 2
-    error = " ".join(capsys.readouterr().err.split())
-    assert "the config and tokenizer of somebody/llm cannot be read" in error
-    assert "a folder with its config.json and its tokenizer files, which is enough" in error
-    llm = Path(checkpoints.llm_of(EVA, tmp_path / "llm"))
-    for weights in llm.glob("*.safetensors"):
-        weights.unlink()
-    assert cli.main(["convert", source, str(tmp_path / "out"), *options, "--text-model", str(llm)]) == 0
-
-
-def test_unpublished_sizes_need_a_model_config(tmp_path: Path, capsys: Any) -> None:
-    source = checkpoints.original_pt(EVA, tmp_path / "model.pt")
-    assert cli.main(["convert", source, str(tmp_path / "out")]) == 2
-    assert "hidden_size=48" in (error := capsys.readouterr().err)
-    assert "--model-config" in error
-
-
-def test_model_config_of_another_model_is_refused(tmp_path: Path, capsys: Any) -> None:
-    source = checkpoints.original_pt(EVA, tmp_path / "model.pt")
+def test_what_does_not_fit_a_checkpoint_is_refused(tmp_path: Path, eva_options: list[str], capsys: Any) -> None:
+    source, config, narrow = checkpoints.original_pt(EVA, tmp_path / "model.pt"), eva_options[:2], tmp_path / "narrow"
     fields = json.loads(json.dumps(EVA.meta["config"]))
     fields["vision_cfg"]["width"] = 64
     (tmp_path / "c.json").write_text(json.dumps(fields))
-    options = ["--model-config", str(tmp_path / "c.json"), "--text-model", checkpoints.llm_of(EVA, tmp_path / "llm")]
-    assert cli.main(["convert", source, str(tmp_path / "out"), *options]) == 2
-    assert "tensors have shapes that differ from its config" in capsys.readouterr().err
+    for options, message in (
+        ([], "has hidden_size=48, .* give its model_configs JSON with --model-config"),
+        (config, "give their LLM with --text-model"),
+        (
+            [*config, "--text-model", checkpoints.llm_folder(narrow, 32)],
+            f"expects embeddings of width 24, but {narrow} has width 32",
+        ),
+        (["--model-config", str(tmp_path / "c.json"), *eva_options[2:]], "have shapes that differ from its config"),
+    ):
+        assert cli.main(["convert", source, str(tmp_path / "out"), *options]) == 2
+        assert re.search(message, " ".join(capsys.readouterr().err.split()))
+        assert not (tmp_path / "out").exists()
 
 
-def test_existing_destination_is_only_replaced_on_request_and_success(tmp_path: Path, capsys: Any) -> None:
-    source = checkpoints.original_pt(EVA, tmp_path / "model.pt")
-    options = ["--model-config", checkpoints.model_config(EVA, tmp_path)]
-    options += ["--text-model", checkpoints.llm_of(EVA, tmp_path / "llm")]
-    out, mine = tmp_path / "out", tmp_path / "out" / "mine.txt"
-    out.mkdir()
-    mine.write_text("mine")
-    assert cli.main(["convert", source, str(out), *options]) == 2
+def test_an_unreachable_llm_can_be_given_as_a_folder_without_weights(
+    tmp_path: Path, eva_options: list[str], capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    command = ["convert", checkpoints.original_pt(EVA, tmp_path / "model.pt"), str(tmp_path / "out"), *eva_options]
+    assert cli.main([*command[:-1], "somebody/llm"]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "the config and tokenizer of somebody/llm cannot be read" in error
+    assert "a folder with its config.json and its tokenizer files, which is enough" in error
+    for weights in (tmp_path / "llm").glob("*.safetensors"):
+        weights.unlink()
+    assert cli.main(command) == 0
+
+
+def test_existing_destination_is_only_replaced_on_request_and_success(
+    tmp_path: Path, eva_options: list[str], capsys: Any
+) -> None:
+    source, out = checkpoints.original_pt(EVA, tmp_path / "model.pt"), tmp_path / "out"
+    for _ in range(2):
+        assert cli.main(["convert", source, str(out), *eva_options, "--overwrite"]) == 0
+    assert cli.main(["convert", source, str(out), *eva_options]) == 2
     assert "add --overwrite" in capsys.readouterr().err
-    # A folder that no conversion wrote is never replaced, even if it contains a model.
-    (out / "config.json").write_text("{}")
-    assert cli.main(["convert", source, str(out), *options, "--overwrite"]) == 2
-    assert "out is not replaced, because llm2clip convert did not write it" in capsys.readouterr().err
-    assert mine.read_text() == "mine"
-    mine.rename(tmp_path / "mine.txt")
-    (out / "config.json").unlink()
-    assert cli.main(["convert", source, str(out), *options, "--overwrite"]) == 0
     before = sorted(out.iterdir())
-    # A failed conversion keeps the existing folder, even with --overwrite.
     (tmp_path / "in").mkdir()
     bad = str(truncated_pt(tmp_path / "in"))
-    assert cli.main(["convert", bad, str(out), *options, "--overwrite"]) == 2
+    assert cli.main(["convert", bad, str(out), *eva_options, "--overwrite"]) == 2
     assert sorted(out.iterdir()) == before
-    (tmp_path / "mine.txt").rename(mine)
-    assert cli.main(["convert", source, str(out), *options, "--overwrite"]) == 2
-    assert "contains other files than those that llm2clip convert wrote (mine.txt)" in capsys.readouterr().err
-    mine.unlink()
-    assert cli.main(["convert", source, str(out), *options, "--overwrite"]) == 0
-    assert (tmp_path / "out" / "model.safetensors").exists()
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert cli.main(["convert", source, str(tmp_path / "llm"), *eva_options, "--overwrite"]) == 2
+    assert "contains the source" in capsys.readouterr().err
 
 
 def test_the_original_format_replaces_neither_a_folder_nor_a_file_of_the_model(tmp_path: Path, capsys: Any) -> None:
-    tiny.save(tmp_path / "model")
-    weights, file = tmp_path / "model" / "model.safetensors", tmp_path / "model.pt"
+    model, frozen, file, link = (tmp_path / name for name in ("model", "frozen", "model.pt", "link.pt"))
+    tiny.save(model)
+    tiny.save(frozen, vision_pooling="mean", center_text=True)
+    weights = model / "model.safetensors"
     before = weights.read_bytes()
-    for destination, message in ((weights, "is inside the source"), (tmp_path / "model", "is a folder")):
-        arguments = ["convert", str(tmp_path / "model"), str(destination), "--to", "original", "--overwrite"]
-        assert cli.main(arguments) == 2
-        assert message in capsys.readouterr().err
+
+    def refused(message: str, source: Path, destination: Path, *options: str) -> None:
+        assert cli.main(["convert", str(source), str(destination), "--to", "original", *options]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+
+    refused("is inside the source", model, weights, "--overwrite")
+    refused("is a folder", model, model, "--overwrite")
     assert weights.read_bytes() == before
     file.write_text("mine")
-    assert cli.main(["convert", str(tmp_path / "model"), str(file), "--to", "original"]) == 2
-    assert "add --overwrite" in capsys.readouterr().err
-    assert cli.main(["convert", str(tmp_path / "model"), str(file), "--to", "original", "--overwrite"]) == 2
-    assert "is not replaced, because no conversion wrote it" in " ".join(capsys.readouterr().err.split())
+    refused("add --overwrite", model, file)
+    refused("is not replaced, because no conversion wrote it", model, file, "--overwrite")
     assert file.read_text() == "mine"
     torch.save({"x": torch.zeros(1)}, file)
     earlier = file.read_bytes()
-    tiny.save(tmp_path / "frozen", vision_pooling="mean", center_text=True)
-    assert cli.main(["convert", str(tmp_path / "frozen"), str(file), "--to", "original", "--overwrite"]) == 2
-    assert "the original code knows no vision_pooling 'mean', center_text True" in capsys.readouterr().err
+    refused("the original code knows no vision_pooling 'mean', center_text True", frozen, file, "--overwrite")
     assert file.read_bytes() == earlier
-    (tmp_path / "link.pt").symlink_to(file)
-    link = tmp_path / "link.pt"
-    assert cli.main(["convert", str(tmp_path / "model"), str(link), "--to", "original", "--overwrite"]) == 0
-    assert (tmp_path / "link.pt").is_symlink()
+    link.symlink_to(file)
+    assert cli.main(["convert", str(model), str(link), "--to", "original", "--overwrite"]) == 0
+    assert link.is_symlink()
     assert file.read_bytes() != earlier
     with flip(weights):
-        assert cli.main(["convert", str(tmp_path / "model"), str(tmp_path / "other.pt"), "--to", "original"]) == 0
-        write_manifest(tmp_path / "model", "build")
-    assert cli.main(["convert", str(tmp_path / "model"), str(tmp_path / "more.pt"), "--to", "original"]) == 2
-    assert "is not what was written (model.safetensors has changed" in capsys.readouterr().err
+        write_manifest(model, "build")
+    refused("is not what was written (model.safetensors has changed", model, tmp_path / "more.pt")

@@ -79,7 +79,11 @@ def test_damaged_llms_are_refused(wrong: str, tmp_path: Path, capsys: Any) -> No
         state["model.norm.weight"][3] = float("nan")
     save_file(state, path, metadata={"format": "pt"})
     assert cli.main(["convert", source, str(tmp_path / "out")]) == 2
-    message = {"missing": "are missing: decoder.layers.1.mlp.up_proj.weight", "shape": "another shape", "nan": "NaN"}
+    message = {
+        "missing": "are missing: decoder.layers.1.mlp.up_proj.weight",
+        "shape": "shapes that differ",
+        "nan": "NaN",
+    }
     assert message[wrong] in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

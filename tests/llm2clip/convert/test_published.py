@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 
 from llm2clip.convert.original import original_layout
-from llm2clip.convert.published import FOLDER, documents, parameters, published_models
+from llm2clip.convert.published import FOLDER, published_models
 from modeling_llm2clip import EVA02VisionConfig
 from tests.golden import load_golden
 
+MADE = runpy.run_path(str(Path(__file__).parents[3] / "docs" / "make_checkpoints.py"))
 MANIFESTS = load_golden("state_dict_manifests_a").meta["models"]
 OF_MANIFEST = {
     "EVA02-CLIP-L-14-336": "LLM2CLIP-EVA02-L-14-336",
@@ -27,7 +30,7 @@ def test_published_config_has_the_shapes_of_the_original(manifest: str) -> None:
     restored = original_layout(published.config.vision_config).restore(model.state_dict())
     expected = MANIFESTS[manifest]["parameters"]
     assert {name: list(tensor.shape) for name, tensor in restored.items()} == expected
-    assert parameters(model) == MANIFESTS[manifest]["n_parameters"]
+    assert model.num_parameters() == MANIFESTS[manifest]["n_parameters"]
 
 
 @pytest.mark.parametrize("name", published_models())
@@ -35,7 +38,7 @@ def test_published_config_instantiates_and_is_in_the_table(name: str) -> None:
     published = published_models()[name]
     model = published.build()
     table = (FOLDER / "README.md").read_text()
-    assert f"| {parameters(model):,} |" in next(line for line in table.splitlines() if f"[{name}]" in line)
+    assert f"| {model.num_parameters():,} |" in next(line for line in table.splitlines() if f"[{name}]" in line)
     fields = json.loads((FOLDER / name / "config.json").read_text())
     assert fields["architectures"] == [type(model).__name__]
     assert fields["auto_map"]["AutoModel"].endswith(type(model).__name__)
@@ -47,8 +50,8 @@ def test_published_config_instantiates_and_is_in_the_table(name: str) -> None:
 
 
 def test_generated_tables_are_up_to_date() -> None:
-    for path, text in documents().items():
-        assert path.read_text() == text, f"run: python -m llm2clip.convert.published ({path.name} is stale)"
+    for path, text in MADE["documents"]().items():
+        assert path.read_text() == text, f"run `python docs/make_checkpoints.py` ({path.name} is stale)"
 
 
 def test_eva_towers_have_the_head_width_of_the_original() -> None:

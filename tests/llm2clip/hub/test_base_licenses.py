@@ -11,8 +11,8 @@ import pytest
 from llm2clip import cli
 from llm2clip.hub.base_licenses import Base, bases_of, choose_license, code_license
 from llm2clip.hub.cards.card import CARD, read_card
-from llm2clip.hub.license_terms import META
-from llm2clip.hub.source_model import SourceModel
+from llm2clip.hub.license_terms import META, TERMS, license_of_name
+from tests.llm2clip.hub.conftest import upload
 from tests.loopback_hub import File, LoopbackHub, Repo
 from tests.modeling_llm2clip import tiny
 
@@ -20,9 +20,8 @@ NOTICE = f"Llama 3.1 is licensed under the Llama 3.1 Community License, {META}\n
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def run(tmp_path: Path, unchecked: None) -> Path:
     """The folder of a stage 2 whose LLM and vision tower are folders beside it."""
-    monkeypatch.setattr(SourceModel, "compare", lambda *_: 0.0)
     tiny.save_apart(tmp_path)
     towers = {"vision": "vision_model_name_or_path", "llm": "text_model_name_or_path"}
     settings = {field: str(tmp_path / name) for name, field in towers.items()}
@@ -154,4 +153,50 @@ def test_bases_on_the_hub_are_followed_to_the_first(hub: LoopbackHub, tmp_path: 
     assert choose_license(found[3:]) == {"license": "llama3"}
     link = "https://huggingface.co/tester/own/blob/main/LICENSE"
     assert choose_license(found[:1]) == {"license": "other", "license_name": "mine", "license_link": link}
-    assert choose_license([]) == choose_license([Base("a/b", {"license": "unknown"})]) == {}
+    assert choose_license([]) == choose_license([Base("a/b", None, {"license": "unknown"})]) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "license"),
+    [
+        *(("meta-llama/Meta-Llama-3-8B-Instruct", "llama3"), ("meta-llama/Llama-3.1-8B", "llama3.1")),
+        *(("/models/Llama-3.2-1B-Instruct", "llama3.2"), ("meta-llama/Llama-3.3-70B-Instruct", "llama3.3")),
+        *(("microsoft/LLM2CLIP-Llama3.1-8B-siglip2", "llama3.1"), ("google/gemma-2-9b", "gemma")),
+        *(("google/gemma-3n-E4B-it", "gemma"), ("google/gemma-4-27b", None), ("TinyLlama-1.1B", None)),
+        *(
+            ("openlm-research/open_llama_3b", None),
+            ("someone/Sheared-Llama-3B", None),
+            ("smollm2-135m-instruct", None),
+        ),
+    ],
+)
+def test_the_name_of_a_model_says_its_license(name: str, license: str | None) -> None:
+    assert license_of_name(name) == license
+
+
+@pytest.mark.parametrize(
+    ("license", "name", "fits"),
+    [
+        *(
+            ("llama3.1", "someone/Llama-mine", True),
+            ("llama3.1", "Llama/mine", False),
+            ("llama3", "Llama3-mine", True),
+        ),
+        *(("llama3", "Llama-3-8B-mine", True), ("llama3", "Llama-mine", False), ("gemma", "mine", True)),
+    ],
+)
+def test_the_name_of_a_derived_model_begins_as_its_license_demands(license: str, name: str, fits: bool) -> None:
+    assert TERMS[license].fits_name(name) == fits
+
+
+def test_push_demands_what_the_license_on_the_card_or_in_the_notice_demands(hub: LoopbackHub, model: Path) -> None:
+    card = (model / CARD).read_text().replace("license: apache-2.0", "license: llama3.1")
+    (model / CARD).write_text(card)
+    with pytest.raises(ValueError, match=r"begin with 'Llama', unlike tester/tiny; .*'Built with Llama'; NOTICE"):
+        upload(hub, model)
+    (model / CARD).write_text(f"{card}\nBuilt with Llama\n")
+    (model / "NOTICE").write_text(TERMS["llama3.1"].notice)
+    upload(hub, model, repo_id="tester/Llama-tiny")
+    (model / CARD).write_text((model / CARD).read_text().replace("license: llama3.1", "license: mit"))
+    with pytest.raises(ValueError, match=r"is under llama3\.1, which demands more: README\.md has to state"):
+        upload(hub, model, repo_id="tester/Llama-tiny")

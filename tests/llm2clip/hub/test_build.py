@@ -12,19 +12,22 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
+import llm2clip
 from llm2clip import cli
-from llm2clip.convert.published import FOLDER, parameters, published_models
+from llm2clip.convert.published import FOLDER, published_models
 from llm2clip.hub import build, new_process, source_model
-from llm2clip.hub.build_card import read_results, results_of_one_model
+from llm2clip.hub.build_card import read_results
 from llm2clip.hub.cards.card import CARD, read_card
 from llm2clip.hub.source_model import SourceModel
 from llm2clip.utils.files import read_json
 from llm2clip.utils.manifests import write_manifest
 from llm2clip.utils.towers import save_text_tower
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
+from tests.llm2clip.convert import checkpoints
+from tests.llm2clip.convert.checkpoints import OPENAI
 from tests.llm2clip.evaluation.made_results import classification, retrieval, written
 from tests.llm2clip.hub.conftest import REPO, upload
-from tests.loopback_hub import File, LoopbackHub, Repo
+from tests.loopback_hub import TOKEN, File, LoopbackHub, Repo
 from tests.modeling_llm2clip import tiny
 from tests.modeling_llm2clip.tiny import CAPTIONS, IMAGES
 
@@ -78,40 +81,44 @@ def test_llm_in_a_local_folder_is_bundled_with_card_curves_and_example(fields: d
     assert Image.open(out / "example.png").size == IMAGES[0].size
 
 
+MINE = {"given": "runs/mine", "library": "llm2clip 0.1.0", "fingerprint": "1", "dtype": "float32"}
+
+
 def test_results_of_published_sets_go_onto_the_card(tmp_path: Path) -> None:
-    result = retrieval("runs/mine", t2i=0.5, i2t=0.25, differences=["999 images instead of 1,000"])
+    result = retrieval("runs/mine", t2i=0.5, i2t=0.25, differences=["999 images instead of 1,000"], model=MINE)
     (path,) = written(tmp_path, result)
-    evaluation = read_results(Path(path))
+    evaluation = read_results([Path(path)])[0]
     assert evaluation.title == "Urban1k (not the published set: 999 images instead of 1,000)"
     assert (evaluation.task, evaluation.dataset, evaluation.revision) == (
         "image-text retrieval", "urban1k", "0123456789abcdef",
     )  # fmt: skip
     assert evaluation.compared == result.scores
-    assert evaluation.remarks == {"images": 1000, "texts": 1000, "truncated texts": 12, "tied text queries": 3}
-    assert evaluation.protocol == "retrieval, positives rows, ties expected value, text format raw"
-    (path,) = written(tmp_path, classification("runs/mine", 0.75))
-    evaluation = read_results(Path(path))
+    assert evaluation.remarks == (
+        "retrieval, positives rows, ties expected value, text format raw; "
+        "images 1,000, texts 1,000, truncated texts 12, tied text queries 3"
+    )
+    (path,) = written(tmp_path, classification("runs/mine", 0.75, model=MINE))
+    evaluation = read_results([Path(path)])[0]
     assert (evaluation.title, evaluation.compared["accuracy"]) == ("ImageNet-1k (openai-80)", 0.75)
     Path(path).write_text('{"schema_version": 7}')
     with pytest.raises(ValueError, match="schema version"):
-        read_results(Path(path))
+        read_results([Path(path)])[0]
 
 
 def test_results_of_another_model_do_not_go_onto_the_card(tmp_path: Path) -> None:
     def files(**models: dict[str, str]) -> list[Path]:
-        results = [retrieval(name, model={"given": name, **model}) for name, model in models.items()]
+        results = [retrieval(name, model={**model, "given": name}) for name, model in models.items()]
         return [Path(path) for path in written(tmp_path, *results)]
 
-    mine = {"library": "llm2clip 0.1.0", "fingerprint": "1", "dtype": "float32"}
-    assert len(results_of_one_model(files(mine=mine, again={**mine, "dtype": "float16"}))) == 2
+    assert len(read_results(files(mine=MINE, again={**MINE, "dtype": "float16"}))) == 2
     with pytest.raises(ValueError, match=r"json is of clip, a model of transformers 5\.2\.0: leave it out"):
-        results_of_one_model(files(mine=mine, clip={**mine, "library": "transformers 5.2.0"}))
+        read_results(files(mine=MINE, clip={**MINE, "library": "transformers 5.2.0"}))
     with pytest.raises(ValueError, match=r"is of mine and .* of older, with other weights or preprocessing"):
-        results_of_one_model(files(mine=mine, older={**mine, "fingerprint": "2"}))
+        read_results(files(mine=MINE, older={**MINE, "fingerprint": "2"}))
 
 
-def test_example_image_is_rotated_by_its_exif_orientation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SourceModel, "compare", lambda *_: 0.0)
+@pytest.mark.usefixtures("unchecked")
+def test_example_image_is_rotated_by_its_exif_orientation(tmp_path: Path) -> None:
     tiny.save(tmp_path / "model")
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -122,23 +129,8 @@ def test_example_image_is_rotated_by_its_exif_orientation(tmp_path: Path, monkey
     assert not example.getexif()
 
 
-def test_license_other_needs_name_and_link_and_replaces_that_of_the_source(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(SourceModel, "compare", lambda *_: 0.0)
-    tiny.save(tmp_path / "model")
-    (tmp_path / "model" / CARD).write_text("---\nlicense: mit\n---\n")
-    names = ("--license", "other", "--license-name", "own", "--license-link", "LICENSE.txt")
-    run(tmp_path / "model", tmp_path / "out", *names)
-    data, text = read_card(tmp_path / "out")
-    assert (data["license"], data["license_name"], data["license_link"]) == ("other", "own", "LICENSE.txt")
-    assert "The license of the weights is [own](LICENSE.txt)." in text
-
-
-def test_card_and_curves_of_a_model_on_the_hub_are_kept(
-    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(SourceModel, "compare", lambda *_: 0.0)
+@pytest.mark.usefixtures("unchecked")
+def test_card_and_curves_of_a_model_on_the_hub_are_kept(hub: LoopbackHub, tmp_path: Path) -> None:
     tiny.save(tmp_path / "model")
     (tmp_path / "model" / CARD).write_text("---\nlicense: mit\nmy_key: 1\n---\n\nMy own words.\n")
     IMAGES[0].save(tmp_path / "model" / "training_curves.png")
@@ -152,11 +144,11 @@ def test_card_and_curves_of_a_model_on_the_hub_are_kept(
     assert (tmp_path / "out" / "training_curves.png").read_bytes() == files["training_curves.png"].content
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("place", ["folder", "hub"])
 def test_example_of_the_source_is_kept_with_its_captions_until_another_is_given(
-    place: str, hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: str, hub: LoopbackHub, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(SourceModel, "compare", lambda *_: 0.0)
     tiny.save(tmp_path / "model")
     IMAGES[0].save(tmp_path / "first.png")
     IMAGES[1].resize((20, 20)).save(tmp_path / "second.png")
@@ -207,17 +199,6 @@ def test_adapter_of_a_text_tower_is_merged(tmp_path: Path) -> None:
     assert "model.encode(" in text
 
 
-def test_vision_half_is_built_as_an_image_encoder(tmp_path: Path) -> None:
-    half = LLM2CLIPVisionModelWithProjection(tiny.joint_config())
-    half.save_pretrained(tmp_path / "half")
-    tiny.processor().image_processor.save_pretrained(tmp_path / "half")
-    run(tmp_path / "half", tmp_path / "out")
-    data, text = read_card(tmp_path / "out")
-    assert data["pipeline_tag"] == "image-feature-extraction"
-    assert "sentence-transformers" not in data["tags"]
-    assert "SentenceTransformer" not in text
-
-
 def test_code_repo_replaces_the_code_in_the_folder(tmp_path: Path) -> None:
     tiny.save(tmp_path / "model")
     run(tmp_path / "model", tmp_path / "out", "--code-repo", "someone/code")
@@ -227,21 +208,21 @@ def test_code_repo_replaces_the_code_in_the_folder(tmp_path: Path) -> None:
         assert all(target.startswith("someone/code--") for target in targets), name
 
 
-def test_second_build_keeps_the_edits_of_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SourceModel, "compare", lambda *_: 0.0)
-    tiny.save(tmp_path / "model")
-    run(tmp_path / "model", tmp_path / "out")
-    card = (tmp_path / "out" / CARD).read_text()
-    (tmp_path / "model" / CARD).write_text(card.replace("An LLM2CLIP model:", "Edited by hand:"))
-    run(tmp_path / "model", tmp_path / "out", "--overwrite", "--license", "mit")
-    data, text = read_card(tmp_path / "out")
-    assert "Edited by hand:" in text
-    assert data["license"] == "mit"
-    (tmp_path / "model" / CARD).write_text((tmp_path / "out" / CARD).read_text())
-    run(tmp_path / "model", tmp_path / "out", "--overwrite", "--license", "apache-2.0")
-    data, text = read_card(tmp_path / "out")
-    assert data["license"] == "apache-2.0"
-    assert "The license of the weights is apache-2.0" in text
+@pytest.mark.usefixtures("unchecked")
+def test_second_build_keeps_the_edits_of_the_card_but_not_its_license(tmp_path: Path) -> None:
+    source, out = tmp_path / "model", tmp_path / "out"
+    tiny.save(source)
+    run(source, out)
+    other = ("other", "--license-name", "own", "--license-link", "LICENSE.txt")
+    for license, words in ((("mit",), "mit"), (("apache-2.0",), "apache-2.0"), (other, "[own](LICENSE.txt)")):
+        card = (out / CARD).read_text()
+        (source / CARD).write_text(card.replace("An LLM2CLIP model:", "Edited by hand:"))
+        run(source, out, "--overwrite", "--license", *license)
+        data, text = read_card(out)
+        assert data["license"] == license[0]
+        assert f"The license of the weights is {words}" in text
+        assert "Edited by hand:" in text
+    assert (data["license_name"], data["license_link"]) == ("own", "LICENSE.txt")
 
 
 @pytest.mark.parametrize("llm", [None, "someone/llm"])
@@ -266,7 +247,7 @@ def test_folder_without_its_code_does_not_load_in_a_new_process(tmp_path: Path) 
     tiny.save(tmp_path / "model")
     (tmp_path / "model" / "modeling_llm2clip_decoder.py").unlink()
     with pytest.raises(RuntimeError, match="does not load in a new process without this package"):
-        new_process.outputs_of_new_process(tmp_path / "model", IMAGES[0], CAPTIONS)
+        new_process.outputs_of_new_process(tmp_path / "model", (True, True), IMAGES[0], CAPTIONS)
 
 
 def test_wrong_settings_are_refused_before_anything_is_written(
@@ -279,7 +260,7 @@ def test_wrong_settings_are_refused_before_anything_is_written(
     refused(capsys, "drop one", clip, out, "--bundle-text-model", "true", "--text-model", "someone/llm")
     refused(capsys, "text_model './llm' is not a Hub id (OWNER/NAME)", clip, out, "--text-model", "./llm")
     refused(capsys, "it contains model_type 'eva02_vision_model'", tmp_path / "vision", out)
-    refused(capsys, "the example image nowhere.jpg cannot be read", clip, out, "--example-image", "nowhere.jpg")
+    refused(capsys, "The image 'nowhere.jpg' cannot be used: the file", clip, out, "--example-image", "nowhere.jpg")
     results = tmp_path / "results.json"
     for content, message in (
         ("[]", "does not contain a JSON object"),
@@ -288,12 +269,10 @@ def test_wrong_settings_are_refused_before_anything_is_written(
         results.write_text(content)
         refused(capsys, message, clip, out, "--results", results)
     refused(capsys, "an example caption is empty: ['a', '']", clip, out, "--example-captions", "a", "")
-    bad = ("--license", "notalicense", "--languages", "English", "--datasets", "./x", "--base-models", "..")
-    refused(capsys, "license 'notalicense' is not a license id of the Hub", clip, out, *bad)
-    refused(capsys, "license 'other' needs license_name and license_link", clip, out, "--license", "other")
-    refused(capsys, "require license: other", clip, out, "--license", "mit", "--license-name", "own")
-    (clip / CARD).write_text("---\nlicense: ours\n---\n")
-    refused(capsys, f"the metadata of {clip / CARD}: license 'ours' is not a license id of the Hub", clip, out)
+    for name, value in (("datasets", "./x"), ("base_models", "..")):
+        refused(capsys, f"{name}: Repo id must", clip, out, f"--{name}", value)
+    for options in (("--license", "other"), ("--license", "mit", "--license-name", "own")):
+        refused(capsys, "require license: other, which requires both", clip, out, *options)
     assert not out.exists()
     out.mkdir()
     refused(capsys, "add --overwrite", clip, out)
@@ -302,29 +281,25 @@ def test_wrong_settings_are_refused_before_anything_is_written(
 @pytest.mark.parametrize("name", published_models())
 def test_config_only_counts_the_parameters_of_a_published_model(name: str) -> None:
     counts = build.run(build.BuildConfig(str(FOLDER / name), config_only=True))
-    assert counts.pop("parameters") == parameters(published_models()[name].build()) > 0
-    assert sum(counts.values()) in (counts_total := parameters(published_models()[name].build()), counts_total - 1)
+    total = counts.pop("parameters")
+    assert total == published_models()[name].build().num_parameters() > 0
+    assert sum(counts.values()) in (total, total - 1)  # without the logit scale
 
 
-def test_overwrite_deletes_nothing_but_an_earlier_build(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("unchecked")
+def test_only_an_earlier_build_apart_from_its_source_is_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(SourceModel, "compare", lambda *_: 0.0)
     run_folder = tmp_path / "run"
     tiny.save(run_folder)
     tiny.save(run_folder / "checkpoint-6")
     files = sorted(run_folder.rglob("*"))
-    for source in (run_folder, run_folder / "checkpoint-6"):
-        refused(capsys, "contains the source", source, run_folder, "--overwrite")
+    refused(capsys, "contains the source", run_folder / "checkpoint-6", run_folder, "--overwrite")
     refused(capsys, "is inside the source", run_folder, run_folder / "built", "--overwrite")
-    tiny.save(tmp_path / "other")
-    refused(capsys, "llm2clip build did not write it", tmp_path / "other", run_folder, "--overwrite")
-    assert sorted(run_folder.rglob("*")) == files
     for _ in range(2):
         run(run_folder / "checkpoint-6", tmp_path / "out", "--overwrite")
-    (tmp_path / "out" / "notes.txt").write_text("mine")
-    refused(capsys, "(notes.txt); move them away", run_folder, tmp_path / "out", "--overwrite")
-    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+    refused(capsys, "llm2clip build did not write it", tmp_path / "out", run_folder, "--overwrite")
+    assert sorted(run_folder.rglob("*")) == files
 
 
 def test_the_llm_of_a_model_is_not_replaced_by_its_build(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -346,7 +321,7 @@ def test_a_model_with_outputs_that_are_not_finite_is_not_built(
 
 def test_weights_are_freed_before_the_new_process_loads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.save(tmp_path / "model")
-    load, loaded, compare, places = SourceModel.load, [], source_model.compare_with_new_process, []
+    load, loaded, compare, places = SourceModel.load, [], source_model.outputs_of_new_process, []
 
     def loading(*arguments: Any) -> SourceModel:
         loaded.append(load(*arguments))
@@ -357,6 +332,26 @@ def test_weights_are_freed_before_the_new_process_loads_them(tmp_path: Path, mon
         return compare(*arguments, **options)
 
     monkeypatch.setattr(SourceModel, "load", loading)
-    monkeypatch.setattr(source_model, "compare_with_new_process", comparing)
+    monkeypatch.setattr(source_model, "outputs_of_new_process", comparing)
     run(tmp_path / "model", tmp_path / "out")
     assert set(places) == {"meta"}
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_checkpoint_is_converted_built_and_pushed_by_functions_alone(
+    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    converted = llm2clip.convert_checkpoint(
+        Path(checkpoints.original_pt(OPENAI, tmp_path / "model.pt")),
+        tmp_path / "converted",
+        model_config=checkpoints.model_config(OPENAI, tmp_path),
+        text_model=checkpoints.llm_of(OPENAI, tmp_path / "llm"),
+    )
+    assert converted["written"] == str(tmp_path / "converted")
+    built = llm2clip.build_folder(tmp_path / "converted", tmp_path / "built", license="mit")
+    assert built["written"] == str(tmp_path / "built")
+    pushed = llm2clip.push_folder(tmp_path / "built", "tester/tiny", check=False)
+    assert pushed["repo"] == f"{hub.url}/tester/tiny"
+    arrived = hub.repo("tester/tiny").files()
+    assert arrived["model.safetensors"] == (tmp_path / "built" / "model.safetensors").read_bytes()

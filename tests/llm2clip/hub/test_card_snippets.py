@@ -11,8 +11,7 @@ import pytest
 from huggingface_hub import HfApi
 
 from llm2clip.hub import build
-from llm2clip.hub.cards.card import CARD
-from llm2clip.hub.source_model import SourceModel
+from llm2clip.hub.cards.card import CARD, read_card
 from llm2clip.utils.towers import save_text_tower
 from modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection
 from tests.llm2clip.hub.conftest import REPO, upload
@@ -21,6 +20,7 @@ from tests.modeling_llm2clip import tiny
 from tests.modeling_llm2clip.tiny import IMAGES
 from tests.stranger import answer
 
+pytestmark = pytest.mark.usefixtures("unchecked")
 READER = """
 import contextlib, io, json
 shown = []
@@ -31,12 +31,6 @@ for snippet in json.loads(sys.argv[1]):
     shown.append(output.getvalue())
 print(json.dumps(shown))
 """
-
-
-@pytest.fixture(autouse=True)
-def _no_process_of_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
-    # test_build.py tests the process that loads the built folder.
-    monkeypatch.setattr(SourceModel, "compare", lambda *_: 0.0)
 
 
 def read(hub: LoopbackHub, folder: Path, home: Path, picture: bool = False) -> list[str]:
@@ -76,7 +70,10 @@ def test_examples_of_a_vision_half_with_an_image_of_the_user(hub: LoopbackHub, t
     LLM2CLIPVisionModelWithProjection(tiny.joint_config()).save_pretrained(tmp_path / "half")
     tiny.processor().image_processor.save_pretrained(tmp_path / "half")
     build.run(build.BuildConfig(str(tmp_path / "half"), str(tmp_path / "out")))
-    assert 'picture = "picture.jpg"  # path of an image' in (tmp_path / "out" / CARD).read_text()
+    data, text = read_card(tmp_path / "out")
+    assert data["pipeline_tag"] == "image-feature-extraction"
+    assert "sentence-transformers" not in data["tags"]
+    assert 'picture = "picture.jpg"  # path of an image' in text
     states, pooled = read(hub, tmp_path / "out", tmp_path, picture=True)
     assert states == "torch.Size([1, 24]) torch.Size([1, 17, 32])\n"
     assert pooled == "torch.Size([1, 24])\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,19 @@ def between(first: Tensor, second: Tensor, alpha: float) -> Tensor:
     return ((1 - alpha) * first.double() + alpha * second.double()).to(second.dtype)
 
 
+def assert_between(
+    found: Path,
+    first: dict[str, Tensor],
+    second: Path,
+    alpha: float,
+    mixed: Callable[[str], bool] = lambda name: not name.startswith("text_model."),
+) -> None:
+    """Check that the mixed weights lie between those of two models, and that the others are those of the second."""
+    two = weights(second)
+    for name, weight in weights(found).items():
+        assert weight.equal(between(first[name], two[name], alpha) if mixed(name) else two[name]), name
+
+
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Check that two models have the same weights, bit for bit."""
     assert actual.keys() == expected.keys()
@@ -88,12 +102,11 @@ def test_two_models_are_merged_into_a_folder_for_the_hub(
     first, second = pair
     out = tmp_path / "out"
     assert llm2clip.merge_models(first, second, out, alpha) == {"written": str(out), "alpha": alpha}
-    one, two, found = weights(first), weights(second), weights(out)
+    one, two = weights(first), weights(second)
+    assert weights(out).keys() == one.keys()
+    assert_between(out, one, second, alpha)
     if alpha in (0, 1):
-        assert_same(found, two if alpha else one)
-    assert found.keys() == one.keys()
-    for name, weight in found.items():
-        assert weight.equal(between(one[name], two[name], alpha)), name
+        assert_same(weights(out), two if alpha else one)
     assert weight_bits(one["logit_scale"]) != weight_bits(two["logit_scale"])
     model, processor = AutoModel.from_pretrained(out), AutoProcessor.from_pretrained(out)
     assert model.config.text_model_name_or_path == str(tmp_path / "llm")
@@ -110,10 +123,7 @@ def test_a_bundled_llm_stays_in_the_model(tmp_path: Path) -> None:
     tiny.save(tmp_path / "a")
     save_changed(tmp_path / "a", tmp_path / "b")
     llm2clip.merge_models(tmp_path / "a", tmp_path / "b", tmp_path / "out")
-    one, two, found = (weights(tmp_path / name) for name in ("a", "b", "out"))
-    for name, weight in found.items():
-        expected = two[name] if name.startswith("text_model.") else between(one[name], two[name], 0.5)
-        assert weight.equal(expected), name
+    assert_between(tmp_path / "out", weights(tmp_path / "a"), tmp_path / "b", 0.5)
     assert LLM2CLIPModel.from_pretrained(tmp_path / "out").config.text_model_name_or_path is None
 
 
@@ -128,11 +138,9 @@ def test_gated_heads_and_statistics_are_merged_too(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / name)
         tiny.processor().save_pretrained(tmp_path / name)
     llm2clip.merge_models(tmp_path / "a", tmp_path / "b", tmp_path / "out", 0.25)
-    one, two, found = (weights(tmp_path / name) for name in ("a", "b", "out"))
+    assert_between(tmp_path / "out", weights(tmp_path / "a"), tmp_path / "b", 0.25)
+    found = weights(tmp_path / "out")
     assert {name.split(".")[0] for name in found} >= {"visual_standardization", "visual_projection", "text_adapter"}
-    for name, weight in found.items():
-        expected = two[name] if name.startswith("text_model.") else between(one[name], two[name], 0.25)
-        assert weight.equal(expected), name
     assert found["text_adapter.center"].unique().tolist() == [3.25]
 
 
@@ -158,10 +166,7 @@ def test_of_a_vision_tower_only_the_trunk_is_merged(kind: str, pair: tuple[Path,
             llm2clip.merge_models(first, second, tmp_path / "out")
         options = {"parts": "vision"}
     llm2clip.merge_models(first, second, tmp_path / "out", 0.75, **options)
-    two = weights(second)
-    for name, weight in weights(tmp_path / "out").items():
-        is_trunk = name.startswith("vision_model.")
-        assert weight.equal(between(tower[name], two[name], 0.75) if is_trunk else two[name]), name
+    assert_between(tmp_path / "out", tower, second, 0.75, lambda name: name.startswith("vision_model."))
     assert "Beside the vision tower, everything is that of B." in read_card(tmp_path / "out")[1]
 
 
@@ -271,27 +276,35 @@ def test_text_towers_are_measured_by_caption_retrieval(tmp_path: Path) -> None:
 def refused(message: str, first: Any, second: Any, out: Path, **settings: Any) -> None:
     with pytest.raises((ValueError, FileExistsError), match=message):
         llm2clip.merge_models(first, second, out, **settings)
-    assert not out.exists() or not (out / "model.safetensors").exists()
 
 
-def test_models_that_do_not_fit_are_refused_by_name(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    first, second = pair
-    out = tmp_path / "out"
-    both = rf"{first} and {tmp_path / 'other'} cannot be merged: their "
-    deep = {"adapter_num_layers": 4}
-    for model, message in [
+DEEP = {"adapter_num_layers": 4}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
         (
-            tiny.joint_model(vision=tiny.vision_config(num_hidden_layers=3)),
+            {"vision": tiny.vision_config(num_hidden_layers=3)},
             r"vision towers differ \(num_hidden_layers: 2 and 3\)",
         ),
-        (tiny.joint_model(**deep, adapter_normalize=False), r"heads differ \(adapter_normalize: True and False\)"),
-        (tiny.joint_model(**deep, logit_bias_init_value=-10.0), r"heads differ \(loss: softmax and sigmoid\)"),
-        (tiny.joint_model(**deep, center_text=True), r"heads differ \(center_text: False and True\)"),
-        (tiny.joint_model(**deep), r"LLMs differ \(fingerprint: 2-\w+ and 2-\w+\)\. With --parts vision"),
-    ]:
-        model.save_pretrained(tmp_path / "other")
-        tiny.processor().save_pretrained(tmp_path / "other")
-        refused(both + message, first, tmp_path / "other", out)
+        ({**DEEP, "adapter_normalize": False}, r"heads differ \(adapter_normalize: True and False\)"),
+        ({**DEEP, "logit_bias_init_value": -10.0}, r"heads differ \(loss: softmax and sigmoid\)"),
+        ({**DEEP, "center_text": True}, r"heads differ \(center_text: False and True\)"),
+        (DEEP, r"LLMs differ \(fingerprint: 2-\w+ and 2-\w+\)\. With --parts vision"),
+    ],
+)
+def test_models_that_do_not_fit_are_refused_by_name(
+    fields: dict[str, Any], message: str, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    tiny.save(tmp_path / "other", **fields)
+    both = rf"{pair[0]} and {tmp_path / 'other'} cannot be merged: their "
+    refused(both + message, pair[0], tmp_path / "other", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_kinds_that_do_not_fit_are_refused_by_name(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    (first, second), out = pair, tmp_path / "out"
     llm, tower = save_towers(tmp_path / "text")
     refused(f"{first} is not a text tower.*{tower} is a text tower", first, tower, out)
     refused(f"{tower} is not an LLM2CLIP model.*{second} is an LLM2CLIP model", tower, second, out)
@@ -306,8 +319,8 @@ def test_text_towers_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None
     both = rf"{other} and {tower} cannot be merged: their "
     tokenizer = tiny.processor().tokenizer
     for model, message in [
-        (tiny.text_model("qwen2"), r"architectures differ \(model_type: qwen2 and llama"),
-        (tiny.text_model(pooling="last_token"), r"prompts or pooling differ \(pooling: last_token and mean\)"),
+        (tiny.text_model("qwen2"), r"settings differ \(model_type: qwen2 and llama"),
+        (tiny.text_model(pooling="last_token"), r"settings differ \(pooling: last_token and mean\)"),
     ]:
         save_text_tower(model, tokenizer, other)
         refused(both + message, other, tower, out)
@@ -317,7 +330,7 @@ def test_text_towers_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None
     refused(both + r"weights differ \(decoder\.embed_tokens\.weight: \(440, 32\) and \(430, 32\)\)", other, tower, out)
     tokenizer.model_max_length = 10
     save_text_tower(LLM2CLIPTextModel.from_pretrained(tower), tokenizer, other)
-    refused(both + r"tokenizers differ \(fingerprint: \w+ and \w+\)", other, tower, out)
+    refused(both + r"settings differ \(tokenizer: \w+ and \w+\)", other, tower, out)
 
 
 @pytest.mark.parametrize(
@@ -336,14 +349,10 @@ def test_wrong_settings_are_refused(settings: dict[str, Any], message: str, tmp_
 
 
 def test_only_an_earlier_merge_is_replaced(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    first, second = pair
-    out = tmp_path / "out"
-    llm2clip.merge_models(first, second, out, 0)
-    with pytest.raises(FileExistsError, match="add --overwrite to replace it"):
-        llm2clip.merge_models(first, second, out, 1)
-    llm2clip.merge_models(first, second, out, 1, overwrite=True)
+    (first, second), out = pair, tmp_path / "out"
+    for alpha in (0, 1):
+        llm2clip.merge_models(first, second, out, alpha, overwrite=True)
     assert_same(weights(out), weights(second))
-    with pytest.raises(FileExistsError, match="llm2clip merge did not write it"):
-        llm2clip.merge_models(second, out, first, overwrite=True)
-    with pytest.raises(ValueError, match="inside the source"):
-        llm2clip.merge_models(first, second, first / "out")
+    refused("add --overwrite to replace it", first, second, out, alpha=1)
+    refused("llm2clip merge did not write it", second, out, first, overwrite=True)
+    refused("inside the source", first, second, first / "out")

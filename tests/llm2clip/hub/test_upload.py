@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, close_session, constants
 
+from llm2clip.hub import hub_errors
 from llm2clip.hub.cards.card import CARD, split_card
+from llm2clip.hub.upload import Uploader
 from tests.llm2clip.hub.conftest import REPO, content, upload
 from tests.loopback_hub import CUT, TOKEN, File, LoopbackHub
 
@@ -75,32 +79,17 @@ def test_existing_pull_request_accepts_further_pushes(hub: LoopbackHub, built: P
     assert list(hub.repo(REPO).branches) == ["main", "refs/pr/1"]
 
 
-def test_repo_with_another_model_type_is_not_changed(hub: LoopbackHub, built: Path) -> None:
-    api = HfApi(endpoint=hub.url, token=TOKEN)
-    api.create_repo(REPO)
-    api.upload_file(path_or_fileobj=b'{"model_type": "bert"}', path_in_repo="config.json", repo_id=REPO)
-    for revision in (None, "experiment"):
-        with pytest.raises(
-            ValueError, match=r"contains a model of type 'bert', and .* has type 'llm2clip'; push to another repo"
-        ):
-            upload(hub, built, revision=revision)
-    assert list(hub.repo(REPO).branches) == ["main"]
-    assert list(hub.repo(REPO).files()) == ["config.json"]
-
-
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (
-            {"config.json": b'{"architecture": "vit_base"}'},
-            "contains something else, and this model has type 'llm2clip'",
-        ),
+        ({"config.json": b'{"model_type": "bert"}'}, "contains a model of type 'bert', and .* has type 'llm2clip'"),
+        ({"config.json": b'{"architecture": "vit_base"}'}, "contains something else, and .* has type 'llm2clip'"),
         ({"config.json": b"{"}, "contains something else"),
         (
             {"diffusion.safetensors": b"x"},
             "contains diffusion.safetensors, but no config.json, so it is not an earlier push",
         ),
-        ({f"{letter}.bin": b"x" for letter in "abcd"}, r"contains a.bin, b.bin, c.bin and more, but no config.json"),
+        ({f"{letter}.bin": b"x" for letter in "abcd"}, r"contains a.bin, b.bin, c.bin, d.bin, but no config.json"),
     ],
 )
 def test_repo_without_a_model_of_this_package_is_not_changed(
@@ -109,9 +98,11 @@ def test_repo_without_a_model_of_this_package_is_not_changed(
     HfApi(endpoint=hub.url, token=TOKEN).create_repo(REPO)
     repo = hub.repo(REPO)
     repo.commit("main", {name: File(content, lfs=False) for name, content in files.items()}, "theirs")
-    with pytest.raises(ValueError, match=f"{message}.*; push to another repo"):
-        upload(hub, built)
+    for revision in (None, "experiment"):
+        with pytest.raises(ValueError, match=f"{message}.*; push to another repo"):
+            upload(hub, built, revision=revision)
     assert repo.files() == files
+    assert list(repo.branches) == ["main"]
 
 
 def test_first_push_keeps_gitattributes_and_front_matter_of_a_new_repo(hub: LoopbackHub, built: Path) -> None:
@@ -165,7 +156,7 @@ def test_card_edits_and_other_files_are_kept_and_stale_weights_deleted(hub: Loop
     api = HfApi(endpoint=hub.url, token=TOKEN)
     card = hub.repo(REPO).files()[CARD].decode().replace("An LLM2CLIP model:", "Edited on the website:")
     api.upload_file(path_or_fileobj=card.encode(), path_in_repo=CARD, repo_id=REPO)
-    stale = ("model-00001-of-00002.safetensors", "adapter_config.json", "adapter_model.safetensors")
+    stale = ("model-00001-of-00002.safetensors", "adapter_config.json", "adapter_model.safetensors", "model.sig")
     others = ("notes.txt", "last-checkpoint/model.safetensors", "diffusion.safetensors")
     for name in (*stale, *others):
         api.upload_file(path_or_fileobj=b"x", path_in_repo=name, repo_id=REPO)
@@ -185,13 +176,58 @@ def test_push_fails_if_the_card_on_the_hub_cannot_be_read(hub: LoopbackHub, buil
 
 
 def test_license_changed_on_the_hub_is_kept_with_a_warning(
-    hub: LoopbackHub, built: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    hub: LoopbackHub, built: Path, model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(built, copy)
     for license_id in ("mit", "apache-2.0"):
         card = (built / CARD).read_text().replace("pipeline_tag:", f"license: {license_id}\npipeline_tag:", 1)
-        (copy / CARD).write_text(card)
-        upload(hub, copy)
+        (model / CARD).write_text(card)
+        upload(hub, model)
     assert split_card(hub.repo(REPO).files()[CARD].decode())[0]["license"] == "mit"
     assert "the card on the Hub keeps its own license; change it there" in caplog.text
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A client of the Hub of its own, with patience for a fraction of a second."""
+    monkeypatch.setattr(hub_errors, "PATIENCE", (5.0, 0.2, 5.0, 5.0))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    close_session()
+    yield
+    close_session()
+
+
+@pytest.mark.usefixtures("online")
+def test_a_hub_that_does_not_answer_is_an_error() -> None:
+    # Connections to a socket that listens are accepted by the system.
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        api = HfApi(endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}", token="token")
+        with pytest.raises(ValueError, match=r"tester/tiny: the connection broke .*timed out.*push again"):
+            Uploader(REPO, api=api).create_repo()
+
+
+@pytest.mark.usefixtures("online")
+@pytest.mark.parametrize("body", [b"<html>log in</html>", b""])
+def test_what_is_no_answer_of_a_hub_is_one_error(body: bytes) -> None:
+    """As of the page of a hotel's network, or of a wrong HF_ENDPOINT."""
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"] or 0))
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_POST = do_GET  # noqa: N815
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        uploader = Uploader(REPO, api=HfApi(endpoint=f"http://127.0.0.1:{server.server_port}", token="token"))
+        for request in (uploader.create_repo, uploader.read_card):
+            with pytest.raises(
+                ValueError, match=r"tester/tiny: .* does not answer as a Hub does .*correct HF_ENDPOINT"
+            ):
+                request()
+        server.shutdown()

@@ -292,7 +292,7 @@ def test_a_checkpoint_says_what_it_was_trained_on(inputs: Inputs, tmp_path: Path
 
 
 def test_an_online_llm_keeps_no_graph(inputs: Inputs, tmp_path: Path) -> None:
-    """Activation checkpointing lets transformers ask for gradients of the inputs of every model, the frozen LLM too."""
+    """With activation checkpointing, transformers asks for gradients of every model's inputs, the frozen LLM's too."""
     name = joint_model(inputs, tmp_path / "model")
     model, processor = LLM2CLIPModel.from_pretrained(name), AutoProcessor.from_pretrained(name)
     with_gradient: list[bool] = []

@@ -11,10 +11,10 @@ import transformers
 from torch import nn
 from transformers import PretrainedConfig
 
-from llm2clip.convert.original import from_original
 from llm2clip.trainers.optimizer import clamp_logit_scale, parameter_groups, warmup_cosine_schedule
 from modeling_llm2clip import EVA02VisionConfig, LLM2CLIPConfig, LLM2CLIPModel
 from tests.golden import load_golden, optimizer_settings
+from tests.original import from_original
 
 WIDTHS = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
 VISION = {**WIDTHS, "num_hidden_layers": 3, "image_size": 28, "patch_size": 14}

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llm2clip.convert.original import from_original
 from llm2clip.data.sampling import EpochDataset, SampleIndex, SampleIndexBatchSampler
 from llm2clip.losses import hard_negative_info_nce
 from llm2clip.trainers.mntp_trainer import masked_next_token_loss
@@ -23,6 +22,7 @@ from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.trainers.stage2_trainer import Stage2Trainer
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from tests.golden import FOLDER, Golden, load_golden, optimizer_settings
+from tests.original import from_original
 
 
 def save_decoder(golden: Golden, folder: Path) -> Path:

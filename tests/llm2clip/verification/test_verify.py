@@ -52,13 +52,16 @@ def test_whole_sidecars_and_caches_pass(tmp_path: Path) -> None:
             verify(tmp_path / nothing)
 
 
+def assert_every_flip_is_found(path: Path, step: int) -> None:
+    for place in range(0, path.stat().st_size, step):
+        with flip(path, place), pytest.raises(DamagedError, match="1 faults in "):
+            verify(path.parent)
+
+
 @pytest.mark.parametrize("name", ["0.emb.safetensors", "0.emb.manifest"])
 def test_every_flipped_bit_of_a_sidecar_is_found(name: str, tmp_path: Path) -> None:
     embed(write_shards(tmp_path, 1), None)
-    content = (tmp_path / name).read_bytes()
-    for place in range(0, len(content), 7):
-        with flip(tmp_path / name, place), pytest.raises(DamagedError, match="1 faults in "):
-            verify(tmp_path)
+    assert_every_flip_is_found(tmp_path / name, 7)
     assert verify(tmp_path)["num_captions"] == 3
 
 
@@ -67,10 +70,8 @@ def test_all_faults_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     (tmp_path / "0.emb.manifest").unlink()
     (tmp_path / "1.emb.safetensors").unlink()
     (tmp_path / "2.emb.manifest").write_text("{}")
-    content = bytearray((tmp_path / "3.parquet").read_bytes())
-    content[10] ^= 1
-    (tmp_path / "3.parquet").write_bytes(content)
-    shown = found(tmp_path, capsys)
+    with flip(tmp_path / "3.parquet", 10):
+        shown = found(tmp_path, capsys)
     for fault in (
         "0.emb.safetensors has no manifest",
         "0.parquet has no sidecar",
@@ -87,28 +88,21 @@ def test_all_faults_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "4 faults in " in shown
 
 
-def test_a_changed_shard_is_found_also_where_its_sidecar_lies_elsewhere(
+def test_shards_whose_sidecars_lie_elsewhere_are_compared_too(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data, out = tmp_path / "data", tmp_path / "out"
-    embed(write_shards(data), out)
+    data, out = tmp_path / "data" / "part", tmp_path / "out"
+    source = write_shards(data, 5)
+    embed(source, out)
     with flip(data / "1.parquet"):
         assert f"the shard {data}/1.parquet has changed since it was embedded" in found(out, capsys)
-    assert verify(out)["num_shards"] == 4
-
-
-def test_shards_without_sidecars_are_missing_also_where_these_lie_elsewhere(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source, out = write_shards(tmp_path / "data" / "part", 5), tmp_path / "out"
-    embed(source, out)
     for name in ("1", "3"):
         (out / f"{name}.emb.manifest").unlink()
         (out / f"{name}.emb.safetensors").unlink()
     assert f"data/part/1.parquet has no sidecar in {out} (2 shards of 5 in that folder)" in found(out, capsys)
     embed(source, out)
     assert verify(out)["num_shards"] == 5
-    (tmp_path / "data" / "part").rename(tmp_path / "moved")
+    data.rename(tmp_path / "moved")
     assert verify(out)["num_shards"] == 5
 
 
@@ -137,11 +131,8 @@ def test_every_flipped_bit_of_a_cache_is_found_and_mended_as_verify_says(
     texts = [f"caption {number}" for number in range(10)]
     encoder.build(tmp_path, texts, shard_size=4)
     path, manifest = tmp_path / f"{name}{suffix}", tmp_path / f"{name}.manifest"
-    content = path.read_bytes()
-    for place in range(0, len(content), 11):
-        with flip(path, place), pytest.raises(DamagedError, match="1 faults in"):
-            verify(tmp_path)
-    path.write_bytes(content[:-3] + b"xyz")
+    assert_every_flip_is_found(path, 11)
+    path.write_bytes(path.read_bytes()[:-3] + b"xyz")
     assert f"delete {manifest} and run " in found(tmp_path, capsys)
     manifest.unlink()
     encoder.build(tmp_path, texts, shard_size=4)

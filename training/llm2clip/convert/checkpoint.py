@@ -17,6 +17,7 @@ from llm2clip.utils.files import read_json
 from llm2clip.utils.library_errors import wrap_read_errors
 from llm2clip.utils.repos import is_hub_id
 
+Shapes = Mapping[str, tuple[int, ...]]
 # Keys under which training code stores the weights in a checkpoint.
 STATE_KEYS = ("module", "state_dict", "model", "model_state_dict")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -115,6 +116,32 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     )
 
 
+def compare_tensors(recognized: str, expected: Shapes, found: Shapes, new: tuple[str, ...] = ()) -> None:
+    """Compare the shapes of tensors, by name, with those of the model that they are for.
+
+    Args:
+        recognized: What the checkpoint was recognized as, for messages.
+        expected: Shapes in the model.
+        found: Shapes of the tensors.
+        new: Beginnings of the names of tensors that may be missing.
+
+    Raises:
+        ValueError: Tensors are missing, do not belong to the model, or have other shapes.
+    """
+    missing = [f"{name} {shape}" for name, shape in expected.items() if name not in found and not name.startswith(new)]
+    unknown = [f"{name} {shape}" for name, shape in found.items() if name not in expected]
+    both = [(name, shape) for name, shape in found.items() if name in expected]
+    wrong = [f"{name} is {shape}, not {expected[name]}" for name, shape in both if shape != expected[name]]
+    for names, problem, cause in (
+        (missing, "are missing", "The checkpoint is incomplete."),
+        (unknown, "do not belong to it", "It is another model, or from modified code."),
+        (wrong, "have shapes that differ from its config", "The weights, or the config, are of another model."),
+    ):
+        if names:
+            shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+            raise ValueError(f"recognized as {recognized}, but {len(names)} tensors {problem}: {shown}. {cause}")
+
+
 def is_torch_file(path: Path) -> bool:
     """Whether a file is one that `torch.save` writes, by the names in its archive."""
     if not zipfile.is_zipfile(path):
@@ -138,16 +165,13 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
     try:
         # Memory-mapped, so that optimizer states in the file use no memory.
         content: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError as error:
-        if "global" in str(error).lower():
-            raise ValueError(
-                f"{file} contains more than tensors: reading it would run code from the file, which is refused. Save "
-                "only its state_dict, on a machine where you trust the file."
-            ) from error
-        raise ValueError(f"{file} is not a torch checkpoint, or it is damaged; download it again.") from error
     except Exception as error:  # torch raises whatever broken bytes lead to, KeyError and AttributeError too
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{file} is damaged or truncated ({reason}); download it again.") from error
+        reason = f"it is damaged, or of another format ({(str(error).splitlines() or [type(error).__name__])[0]})"
+        advice = "download it again"
+        if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
+            reason = "it contains more than tensors, and reading it would run code from the file"
+            advice = "save only its state_dict, on a machine where you trust the file"
+        raise ValueError(f"{file} is not a checkpoint that can be read safely: {reason}; {advice}.") from error
     while isinstance(content, dict) and any(isinstance(content.get(key), dict) for key in STATE_KEYS):
         content = next(content[key] for key in STATE_KEYS if isinstance(content.get(key), dict))
     if not isinstance(content, dict):

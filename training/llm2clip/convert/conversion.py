@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +16,7 @@ from llm2clip.convert.joint import plan_joint
 from llm2clip.convert.joint_plan import JointPlan, print_report
 from llm2clip.convert.original import to_original
 from llm2clip.hub.cards.card import license_of, write_card
-from llm2clip.hub.cards.facts import JOINT_TASK, VISION_TASK, CardFacts
+from llm2clip.hub.cards.facts import JOINT_TASK, TEXT_TASK, VISION_TASK, CardFacts
 from llm2clip.utils.files import atomic_file, read_json
 from llm2clip.utils.folders import atomic_folder, refuse_existing, refuse_nested, resolved
 from llm2clip.utils.library_errors import wrap_read_errors
@@ -28,9 +27,6 @@ from llm2clip.utils.towers import describe_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 
 logger = logging.getLogger(__name__)
-
-CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
-CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 
 
 @dataclass
@@ -105,29 +101,41 @@ def run(config: ConvertConfig) -> dict[str, Any]:
     with atomic_folder(destination, "convert", config.overwrite) as folder:
         if contains_decoder(checkpoint):
             result = convert_text_tower(checkpoint, folder, config.source, config.adapters, config.prompt_name)
+            task, made_from = TEXT_TASK, config.adapters
         else:
-            result = _convert_joint(checkpoint, folder, config)
+            plan = _convert_joint(checkpoint, folder, config)
+            result = {"recognized": plan.recognized, "tensors": len(plan.tensors)}
+            task = JOINT_TASK if plan.model_class is LLM2CLIPModel else VISION_TASK
+            made_from = [plan.text_model] if plan.text_model else []
+        facts = CardFacts(
+            name=folder.name,
+            task=task,
+            repo=folder.name,
+            summary=f"Converted from {config.source} ({result['recognized']}) with llm2clip.",
+            base_models=hub_ids(config.source, *made_from),
+            **license_of(checkpoint.folder),
+        )
+        write_card(folder, facts)
     return {**result, "written": str(destination)}
 
 
-def _convert_joint(checkpoint: Checkpoint, folder: Path, config: ConvertConfig) -> dict[str, Any]:
+def _convert_joint(checkpoint: Checkpoint, folder: Path, config: ConvertConfig) -> JointPlan:
     plan = plan_joint(checkpoint, config)
     print_report(plan)
     with wrap_read_errors(checkpoint.path):
         model = plan.build(config.seed)
     model.save_pretrained(folder)
     _write_processor(plan, checkpoint, folder)
-    facts = CardFacts(
-        name=folder.name,
-        task=JOINT_TASK if plan.model_class is LLM2CLIPModel else VISION_TASK,
-        repo=folder.name,
-        summary=f"Converted from {config.source} ({plan.recognized}) with llm2clip.",
-        base_models=hub_ids(config.source, plan.text_model),
-        **license_of(checkpoint.folder),
-    )
-    write_card(folder, facts)
-    _verify(folder, plan, checkpoint.path)
-    return {"recognized": plan.recognized, "tensors": len(plan.tensors)}
+    with wrap_read_errors(checkpoint.path), torch.inference_mode():
+        model = plan.model_class.from_pretrained(folder, **plan.loading)
+        size = plan.vision_config.image_size
+        output = model(pixel_values=torch.zeros(1, 3, size, size, dtype=model.dtype)).pooler_output
+    state = model.state_dict()
+    if changed := [name for name, tensor in plan.tensors.items() if not state[name].float().equal(tensor.float())]:
+        raise RuntimeError(f"{changed[0]} changed when it was saved; please report this.")
+    if not output.isfinite().all():
+        raise ValueError(f"{checkpoint.path}: the outputs of the converted model for a gray image are not finite.")
+    return plan
 
 
 def _write_processor(plan: JointPlan, checkpoint: Checkpoint, folder: Path) -> None:
@@ -148,35 +156,11 @@ def _write_processor(plan: JointPlan, checkpoint: Checkpoint, folder: Path) -> N
 
 def _image_processor(plan: JointPlan, checkpoint: Checkpoint) -> CLIPImageProcessor:
     size = plan.vision_config.image_size
-    statistics: dict[str, Any] = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD}
     saved = checkpoint.folder / "preprocessor_config.json" if checkpoint.folder else None
-    if saved is not None and saved.is_file():
-        fields = read_json(saved)
-        statistics = {key: fields.get(key, value) for key, value in statistics.items()}
-        for key, values in statistics.items():
-            if not (isinstance(values, list) and len(values) == 3 and all(map(_is_number, values))):
-                raise ValueError(f"{saved}: {key} is {values!r:.80}, but it has to be three numbers.")
-    crop = {"height": size, "width": size}
-    return CLIPImageProcessor(size={"shortest_edge": size}, crop_size=crop, **statistics)
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _verify(folder: Path, plan: JointPlan, source: Path) -> None:
-    """Load the written folder and compare its weights with the plan; `source` is for messages."""
-    with wrap_read_errors(source):
-        model = plan.model_class.from_pretrained(folder, **plan.loading)
-    state = model.state_dict()
-    for name, tensor in plan.tensors.items():
-        if not torch.equal(state[name].float(), tensor.float()):
-            raise RuntimeError(f"{name} changed when it was saved; please report this.")
-    size = plan.vision_config.image_size
-    with wrap_read_errors(source), torch.inference_mode():
-        output = model(pixel_values=torch.zeros(1, 3, size, size, dtype=model.dtype)).pooler_output
-    if not output.isfinite().all():
-        raise ValueError(f"{source}: the outputs of the converted model for a gray image are not finite.")
+    fields = read_json(saved) if saved is not None and saved.is_file() else {}
+    statistics: dict[str, Any] = {name: fields[name] for name in ("image_mean", "image_std") if name in fields}
+    # By default, they are those of OpenAI's CLIP.
+    return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size}, **statistics)
 
 
 def _to_original(config: ConvertConfig, destination: Path) -> dict[str, Any]:

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from llm2clip.convert.checkpoint import Checkpoint, open_checkpoint
-from llm2clip.hub.cards.card import license_of, write_card
-from llm2clip.hub.cards.facts import TEXT_TASK, CardFacts
+from llm2clip.convert.checkpoint import Checkpoint, compare_tensors, open_checkpoint
 from llm2clip.utils.attention_probe import probe_from_disk, verify_text_tower
 from llm2clip.utils.files import write_json
 from llm2clip.utils.library_errors import wrap_read_errors
 from llm2clip.utils.progress import track
-from llm2clip.utils.repos import hub_ids
 from llm2clip.utils.towers import original_prompt, prompted, save_text_tower
 from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
@@ -30,8 +26,10 @@ from modeling_llm2clip.modeling_llm2clip_utils import apply_umask
 
 DECODER = "decoder."
 PREFIXES = ("model.", "")
-# Prefix of weights that are not part of an encoder.
-HEAD = "lm_head."
+DROPPED = {
+    r"lm_head\..*": "the language modeling head is not part of an encoder",
+    r".*rotary_emb\.inv_freq": "computed from the config",
+}
 
 
 def contains_decoder(checkpoint: Checkpoint) -> bool:
@@ -80,16 +78,7 @@ def convert_text_tower(
     else:
         _stream(checkpoint, config, tokenizer, folder)
     recognized = "an LLM" + "".join(f" + {adapter}" for adapter in adapters)
-    facts = CardFacts(
-        name=folder.name,
-        task=TEXT_TASK,
-        repo=folder.name,
-        summary=f"A caption encoder, converted from {source} ({recognized}) with llm2clip.",
-        base_models=hub_ids(source, *adapters),
-        **license_of(checkpoint.folder),
-    )
-    write_card(folder, facts)
-    return {"recognized": "an LLM", "prompt": prefix + "..." + suffix}
+    return {"recognized": recognized, "prompt": prefix + "..." + suffix}
 
 
 def _stream(
@@ -99,16 +88,19 @@ def _stream(
     with wrap_read_errors(checkpoint.folder / "config.json"), torch.device("meta"):
         model = LLM2CLIPTextModel(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    names, dropped = _names(checkpoint)
-    with wrap_read_errors(checkpoint.path):
-        _compare(expected, {ours: checkpoint.shapes[theirs] for theirs, ours in names.items()})
-    print(f"renamed ({len(names)}): {_prefix(checkpoint)}* -> {DECODER}*")
-    for theirs, reason in dropped:
+    prefix = _prefix(checkpoint) or ""
+    dropped = {name: reason for name in checkpoint for end, reason in DROPPED.items() if re.fullmatch(end, name)}
+    names = {name: DECODER + name.removeprefix(prefix) for name in checkpoint if name not in dropped}
+    compare_tensors("an LLM", expected, {ours: checkpoint.shapes[theirs] for theirs, ours in names.items()})
+    print(f"renamed ({len(names)}): {prefix}* -> {DECODER}*")
+    for theirs, reason in dropped.items():
         print(f"dropped: {theirs}: {reason}")
     print("missing: none")
     weight_map, total, dtypes = dict[str, str](), 0, set[torch.dtype]()
     for number, file in enumerate(track(checkpoint.files, "Writing shards", unit="file"), start=1):
-        shard = _read_shard(checkpoint, file, names)
+        shard = {
+            ours: checkpoint[name].contiguous() for name, ours in names.items() if checkpoint.origin[name] == file
+        }
         part = f"-{number:05d}-of-{len(checkpoint.files):05d}" if len(checkpoint.files) > 1 else ""
         target = f"model{part}.safetensors"
         for name, tensor in shard.items():
@@ -131,43 +123,10 @@ def _stream(
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     make_readable_by_version_4(folder)
-    _compare(expected, written.shapes)
+    compare_tensors("an LLM", expected, written.shapes)
     with wrap_read_errors(checkpoint.folder):
         config.verified_attention = probe_from_disk(str(folder))
     config.save_pretrained(folder)
-
-
-def _read_shard(checkpoint: Checkpoint, file: Path, names: dict[str, str]) -> dict[str, Tensor]:
-    if file.suffix == ".safetensors":
-        with safe_open(file, framework="pt") as handle:
-            return {names[name]: handle.get_tensor(name) for name in handle.keys() if name in names}  # noqa: SIM118
-    found = [name for name in names if checkpoint.origin[name] == file]
-    return {names[name]: checkpoint[name].contiguous() for name in found}
-
-
-def _names(checkpoint: Checkpoint) -> tuple[dict[str, str], list[tuple[str, str]]]:
-    prefix = _prefix(checkpoint) or ""
-    names, dropped = {}, []
-    for name in checkpoint:
-        if name.startswith(HEAD):
-            dropped.append((name, "the language modeling head is not part of an encoder"))
-        elif name.endswith("rotary_emb.inv_freq"):
-            dropped.append((name, "computed from the config"))
-        else:
-            names[name] = DECODER + name.removeprefix(prefix)
-    return names, dropped
-
-
-def _compare(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
-    for what, names in (
-        ("are missing", [name for name in expected if name not in found]),
-        ("do not belong to the model", [name for name in found if name not in expected]),
-        ("have another shape than in the config", [n for n in expected if n in found and expected[n] != found[n]]),
-    ):
-        if names:
-            shown = ", ".join(f"{name} {found.get(name) or expected.get(name)}" for name in names[:4])
-            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            raise ValueError(f"{len(names)} tensors of the LLM {what}: {shown}{more}.")
 
 
 def _merge(

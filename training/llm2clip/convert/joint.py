@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import copy
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from llm2clip.convert.checkpoint import Checkpoint
-from llm2clip.convert.joint_model import as_llm2clip, as_start, as_tower, as_vision_half
-from llm2clip.convert.joint_plan import ADAPTER_PART, TOWER, JointPlan, listed
+from llm2clip.convert.joint_plan import ADAPTER_PART, HEAD, SCALE_PART, TOWER, JointPlan
 from llm2clip.convert.layouts import ADAPTER, HUB_EVA02, SCALE
 from llm2clip.convert.original import joint_config
+from llm2clip.convert.published import published_like, published_models
 from llm2clip.convert.renaming import Layout, Rule, linears, unchanged
 from llm2clip.convert.vision_towers import TowerKind, config_of_shapes, find_tower
 from llm2clip.utils.files import read_json
 from llm2clip.utils.library_errors import wrap_read_errors
-from modeling_llm2clip import EVA02VisionConfig, EVA02VisionModel, LLM2CLIPConfig, LLM2CLIPModel
+from llm2clip.utils.towers import describe_text_tower
+from modeling_llm2clip import (
+    EVA02VisionConfig,
+    EVA02VisionModel,
+    LLM2CLIPConfig,
+    LLM2CLIPModel,
+    LLM2CLIPTextConfig,
+    LLM2CLIPVisionModelWithProjection,
+)
 
 if TYPE_CHECKING:
     from llm2clip.convert.conversion import ConvertConfig
 
+SIZES = ("model_type", "hidden_size", "num_hidden_layers", "patch_size")
 CLIP_TEXT = "the text tower of CLIP, which the LLM replaces"
 DROPPED = (
     (r"(?:.*\.)?position_ids", "an index buffer"),
@@ -40,20 +50,20 @@ def plan_joint(checkpoint: Checkpoint, settings: ConvertConfig) -> JointPlan:
     """
     known = _read_model_config(settings.model_config)
     with wrap_read_errors(checkpoint.path):
-        return _checked_plan(checkpoint, settings, known)
-
-
-def _checked_plan(checkpoint: Checkpoint, settings: ConvertConfig, known: LLM2CLIPConfig | None) -> JointPlan:
-    is_own = checkpoint.config.get("model_type") == LLM2CLIPConfig.model_type
-    plan = _own_plan(checkpoint) if is_own else _foreign_plan(checkpoint, settings, known)
-    if isinstance(plan.config, LLM2CLIPConfig):
-        plan.config.initializer = settings.initializer
-    if settings.reset_heads:
-        plan.reset_heads()
-    plan.fit_image_size(settings.image_size)
-    plan.to_one_dtype()
-    plan.check()
-    return plan
+        if checkpoint.config.get("model_type") == LLM2CLIPConfig.model_type:
+            config, renames = LLM2CLIPConfig.from_dict(checkpoint.config), [(name, name) for name in checkpoint]
+            recognized = "an LLM2CLIP model of this package"
+            plan = JointPlan(recognized, config, LLM2CLIPModel, dict(checkpoint), renames, [])
+        else:
+            plan = _foreign_plan(checkpoint, settings, known)
+        if isinstance(plan.config, LLM2CLIPConfig):
+            plan.config.initializer = settings.initializer
+        if settings.reset_heads:
+            plan.reset_heads()
+        plan.fit_image_size(settings.image_size)
+        plan.to_one_dtype()
+        plan.check()
+        return plan
 
 
 def _read_model_config(path: str | None) -> LLM2CLIPConfig | None:
@@ -65,12 +75,6 @@ def _read_model_config(path: str | None) -> LLM2CLIPConfig | None:
         raise ValueError(f"{path} is not a model_configs JSON of the original code: it lacks {', '.join(missing)}.")
     with wrap_read_errors(path):
         return joint_config({"quick_gelu": True, **fields})
-
-
-def _own_plan(checkpoint: Checkpoint) -> JointPlan:
-    config = LLM2CLIPConfig.from_dict(checkpoint.config)
-    renames = [(name, name) for name in checkpoint]
-    return JointPlan("an LLM2CLIP model of this package", config, LLM2CLIPModel, dict(checkpoint), renames, [])
 
 
 def _foreign_plan(checkpoint: Checkpoint, settings: ConvertConfig, known: LLM2CLIPConfig | None) -> JointPlan:
@@ -85,7 +89,7 @@ def _foreign_plan(checkpoint: Checkpoint, settings: ConvertConfig, known: LLM2CL
     if renamed.unknown:
         raise ValueError(
             f"{checkpoint.path} was recognized as {kind.name}, but {len(renamed.unknown)} of its tensors do not "
-            f"belong to it: {listed(renamed.unknown, checkpoint.shapes)}. It is another model, or from modified code."
+            f"belong to it: {', '.join(renamed.unknown[:4])}. It is another model, or from modified code."
         )
     config = known.vision_config if known is not None else _vision_config(kind, prefix, checkpoint)
     if settings.quick_gelu is not None:
@@ -96,17 +100,108 @@ def _foreign_plan(checkpoint: Checkpoint, settings: ConvertConfig, known: LLM2CL
     plan = JointPlan("", config, model_class, renamed.tensors, renamed.renames, renamed.dropped)
     if any(name.startswith(ADAPTER_PART) for name in plan.tensors):
         plan.recognized = f"an LLM2CLIP model: {kind.name}, text adapter"
-        as_llm2clip(plan, known, settings.text_model, settings.text_model_revision)
+        _as_llm2clip(plan, known, settings)
     elif kind.layout is HUB_EVA02:
         plan.recognized = f"the vision half of an LLM2CLIP model: {kind.name}, without text adapter"
-        as_vision_half(plan)
+        _as_vision_half(plan)
     elif settings.text_model is not None:
         plan.recognized = f"a plain CLIP: {kind.name}, the initial model of stage 2"
-        as_start(plan, settings.text_model, settings.text_model_revision, settings.projection_dim)
+        _as_start(plan, settings.text_model, settings)
     else:
         plan.recognized = f"a plain vision tower: {kind.name}"
-        as_tower(plan)
+        _as_tower(plan)
     return plan
+
+
+def _as_llm2clip(plan: JointPlan, known: LLM2CLIPConfig | None, settings: ConvertConfig) -> None:
+    """Complete the plan of a checkpoint with a text adapter; the LLM is by default that of the published model."""
+    width = plan.tensors["text_adapter.norm.weight"].shape[0]
+    published = known or published_like({name: getattr(plan.vision_config, name) for name in SIZES}, width)
+    text_model, revision = settings.text_model, settings.text_model_revision
+    if text_model is None and known is None and published is not None:
+        text_model, revision = published.text_model_name_or_path, published.text_model_revision
+    if text_model is None:
+        raise ValueError(
+            f"the text adapter expects embeddings of width {width}; give their LLM with --text-model REPO."
+        )
+    siglip = plan.vision_config.model_type == "siglip_vision_model"
+    _pair(
+        plan,
+        text_model,
+        revision,
+        projection_dim=plan.tensors["text_adapter.proj.weight"].shape[0],
+        visual_projection="visual_projection.weight" in plan.tensors,
+        visual_projection_bias="visual_projection.bias" in plan.tensors,
+        adapter_normalize=published.adapter_normalize if published is not None else not siglip,
+    )
+    if (found := plan.config.text_config.hidden_size) != width:
+        raise ValueError(
+            f"the text adapter expects embeddings of width {width}, but {text_model} has width {found}: it is the "
+            "adapter of another LLM. Give that one with --text-model."
+        )
+
+
+def _as_start(plan: JointPlan, text_model: str, settings: ConvertConfig) -> None:
+    """Complete the plan of a plain CLIP that becomes the initial model of stage 2, with a new head and adapter."""
+    width, bias = settings.projection_dim, plan.vision_config.model_type == EVA02VisionConfig.model_type
+    plan.drop(HEAD, f"the head of another embedding space; the new one has width {width}")
+    _pair(plan, text_model, settings.text_model_revision, projection_dim=width, visual_projection_bias=bias)
+    plan.new += [(HEAD, "trained in stage 2"), (ADAPTER_PART, "trained in stage 2")]
+
+
+def _pair(plan: JointPlan, text_model: str, revision: str | None, **fields: Any) -> None:
+    """Make the result an [`LLM2CLIPModel`] with this LLM."""
+    text_config = _text_config(text_model, revision)
+    plan.config = LLM2CLIPConfig(
+        vision_config=plan.vision_config,
+        text_config=text_config,
+        text_model_name_or_path=text_model,
+        text_model_revision=revision,
+        text_model_fingerprint=text_config.fingerprint,
+        **fields,
+    )
+    plan.model_class = LLM2CLIPModel
+    if SCALE_PART not in plan.tensors:
+        plan.new.append((SCALE_PART, "not in the checkpoint; initialized to ln(1 / 0.07)"))
+
+
+def _as_vision_half(plan: JointPlan) -> None:
+    """Complete the plan of a vision tower with a projection but without a text adapter."""
+    plan.config = LLM2CLIPConfig(
+        vision_config=plan.vision_config,
+        projection_dim=plan.tensors["visual_projection.weight"].shape[0],
+        visual_projection_bias="visual_projection.bias" in plan.tensors,
+    )
+    plan.model_class = LLM2CLIPVisionModelWithProjection
+    plan.drop(SCALE_PART, "not needed for image embeddings")
+    plan.notes.append("it has no text adapter and embeds only images; the .pt file of the same repo has one.")
+
+
+def _as_tower(plan: JointPlan) -> None:
+    """Complete the plan of a checkpoint of which only the vision tower is kept."""
+    scale = plan.tensors.get(SCALE_PART)
+    if scale is not None:
+        # Kept for stage 2, which starts with it as the original code does.
+        plan.config.logit_scale_init_value = scale.float().item()
+        plan.notes.append(f"its logit scale is {scale.item():.4f}: stage 2 starts with it.")
+    plan.drop(HEAD, "the head of the embedding space of CLIP; stage 2 trains a new one")
+    plan.drop(SCALE_PART, "not part of a vision tower")
+    plan.notes.append("with --text-model the result is an LLM2CLIP model to start stage 2 from.")
+    plan.tensors = {name.removeprefix(TOWER): tensor for name, tensor in plan.tensors.items()}
+    plan.renames = [(theirs, ours.replace(TOWER, "")) for theirs, ours in plan.renames]
+
+
+def _text_config(name: str, revision: str | None) -> LLM2CLIPTextConfig:
+    for published in published_models().values():
+        if not published.is_joint and name in (published.name, published.card.get("original_checkpoint")):
+            return copy.deepcopy(published.config)
+    try:
+        return describe_text_tower(name, revision)[0]
+    except OSError as error:
+        raise ValueError(
+            f"the config and tokenizer of {name} cannot be read ({str(error).splitlines()[0]}); give --text-model a "
+            "folder with its config.json and its tokenizer files, which is enough: weights are not needed."
+        ) from error
 
 
 def _joint_layout(kind: TowerKind, prefix: str, checkpoint: Checkpoint) -> Layout:

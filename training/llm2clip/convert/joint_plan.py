@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
+from llm2clip.convert.checkpoint import compare_tensors
 from llm2clip.convert.resize import resize_tower
 from modeling_llm2clip import LLM2CLIPModel
 
@@ -97,16 +98,12 @@ class JointPlan:
     def fit_image_size(self, image_size: int | None) -> None:
         """Resize the tensors that depend on the image size; None keeps that of the config."""
         config = self.vision_config
-        target = image_size or config.image_size
-        bare = not any(name.startswith(TOWER) for name in self.tensors)
-        state = {TOWER + name: tensor for name, tensor in self.tensors.items()} if bare else self.tensors
-        resized = resize_tower(state, target, config.patch_size)
-        changed = [name for name in resized if resized[name] is not state[name]]
-        if changed:
-            was = f"{tuple(state[changed[0]].shape)} to {tuple(resized[changed[0]].shape)}"
-            self.notes.append(f"resized to images of {target} x {target}: {', '.join(changed)}, from {was}.")
-        config.image_size = target
-        self.tensors = {name.removeprefix(TOWER) if bare else name: tensor for name, tensor in resized.items()}
+        config.image_size = image_size or config.image_size
+        resized = resize_tower(self.tensors, config.image_size, config.patch_size)
+        for name, tensor in resized.items():
+            was, now = tuple(self.tensors[name].shape), tuple(tensor.shape)
+            self.notes.append(f"resized to images of {config.image_size} px: {name}, from {was} to {now}.")
+        self.tensors = {**self.tensors, **resized}
 
     def to_one_dtype(self) -> None:
         """Convert all weights to the widest of their floating-point types, so that none loses precision."""
@@ -127,30 +124,14 @@ class JointPlan:
         if self.model_class is AutoModel:
             with torch.device("meta"):
                 self.model_class = type(AutoModel.from_config(self.config))
-        expected = {name: tuple(tensor.shape) for name, tensor in self.skeleton().state_dict().items()}
-        new = tuple(part for part, _ in self.new)
-        recognized, tensors = f"recognized as {self.recognized}, but", self.tensors
-        if missing := [name for name in expected if name not in tensors and not name.startswith(new)]:
-            shown = listed(missing, expected)
-            raise ValueError(
-                f"{recognized} {len(missing)} tensors are missing: {shown}. The checkpoint is incomplete."
-            )
-        if unknown := [name for name in tensors if name not in expected]:
-            raise ValueError(f"{recognized} {len(unknown)} tensors do not belong to it: {listed(unknown)}.")
-        if wrong := [name for name, tensor in tensors.items() if tuple(tensor.shape) != expected[name]]:
-            shapes = "; ".join(f"{name} is {tuple(tensors[name].shape)}, not {expected[name]}" for name in wrong[:3])
-            raise ValueError(
-                f"{recognized} {len(wrong)} tensors have shapes that differ from its config: {shapes}. The weights "
-                "are from different models, or --model-config is that of another model."
-            )
-        if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-            raise ValueError(f"{len(bad)} tensors contain NaN or infinity: {listed(bad)}. The checkpoint is damaged.")
-
-
-def listed(names: list[str], shapes: Mapping[str, tuple[int, ...]] | None = None) -> str:
-    """Format the first few names, with their shapes if given, for a message."""
-    shown = [f"{name} {tuple(shapes[name])}" if shapes else name for name in names[:4]]
-    return ", ".join(shown) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        expected, found = (
+            {name: tuple(tensor.shape) for name, tensor in state.items()}
+            for state in (self.skeleton().state_dict(), self.tensors)
+        )
+        compare_tensors(self.recognized, expected, found, tuple(part for part, _ in self.new))
+        if bad := [name for name, tensor in self.tensors.items() if not tensor.isfinite().all()]:
+            shown = ", ".join(bad[:4])
+            raise ValueError(f"{len(bad)} tensors contain NaN or infinity: {shown}. The checkpoint is damaged.")
 
 
 def print_report(plan: JointPlan) -> None:

@@ -1,4 +1,4 @@
-"""Models of the original LLM2CLIP code: state dicts, model_configs JSON and prompts, in both directions."""
+"""Models of the original LLM2CLIP code: its model_configs JSON, and its state dicts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from modeling_llm2clip import EVA02VisionConfig, LLM2CLIPConfig, LLM2CLIPTextCon
 
 # The default of the original's text_cfg.
 DEFAULT_LLM_WIDTH = 4096
-ADAPTER_NORM = "text.text_adaptor.4.weight"
 # What a model may do with features and the original does not.
 FEATURE_FIELDS = ("vision_pooling", "standardize_vision", "center_text", "visual_head", "text_head")
 
@@ -35,44 +34,21 @@ def original_layout(vision_config: PretrainedConfig) -> Layout:
     return tower + head + ADAPTER.under("text.text_adaptor.", "text_adapter.") + SCALE
 
 
-def from_original(
-    state_dict: Mapping[str, Tensor],
-    model_config: Mapping[str, Any],
-    text_config: PretrainedConfig | dict[str, Any] | None = None,
-) -> tuple[LLM2CLIPConfig, dict[str, Tensor]]:
-    """Convert a model of the original code.
-
-    Args:
-        state_dict: All or some of the original's tensors: `visual.*`, `text.text_adaptor.*`, `logit_scale`.
-        model_config: The original's model_configs JSON.
-        text_config: Config of the LLM that the adapter was trained with; by default only its width is set: that of the
-            adapter in the checkpoint, otherwise the one in the JSON. A bare tower, without either, gets its own width.
-
-    Returns:
-        The config and the renamed state dict of an [`LLM2CLIPModel`] without its LLM. Rotary tables, which the
-        original repeats in every block, are dropped because they are computed from the config.
-
-    Raises:
-        ValueError: A tensor is not in the layout of the original; the message names it.
-    """
-    if text_config is None and ADAPTER_NORM in state_dict:
-        text_config = width_only(state_dict[ADAPTER_NORM].shape[0])
-    config = joint_config(model_config, text_config)
-    renamed = original_layout(config.vision_config).rename(state_dict)
-    if renamed.unknown:
-        raise ValueError(f"the tensor {renamed.unknown[0]!r} is not in any known layout of the original code.")
-    return config, renamed.tensors
-
-
 def joint_config(
     model_config: Mapping[str, Any], text_config: PretrainedConfig | dict[str, Any] | None = None
 ) -> LLM2CLIPConfig:
-    """The config of an original model_configs JSON; see [`from_original`]."""
+    """The config of an LLM2CLIP model, from an original model_configs JSON.
+
+    Args:
+        model_config: That JSON.
+        text_config: Config of the LLM that the adapter was trained with; by default only its width is set: the one in
+            the JSON, or that of the tower where the JSON has no `text_cfg`.
+    """
     vision = config_of_original(model_config["vision_cfg"], model_config.get("quick_gelu", False))
     text = model_config.get("text_cfg", {"llm_embedding_dim": vision.hidden_size})
     return LLM2CLIPConfig(
         vision_config=vision,
-        text_config=text_config or width_only(text.get("llm_embedding_dim", DEFAULT_LLM_WIDTH)),
+        text_config=text_config or _width_only(text.get("llm_embedding_dim", DEFAULT_LLM_WIDTH)),
         projection_dim=model_config["embed_dim"],
         # The timm towers of the original have no projection after their attention pooling.
         visual_projection="timm_model_name" not in model_config["vision_cfg"],
@@ -82,7 +58,7 @@ def joint_config(
     )
 
 
-def width_only(width: int) -> LLM2CLIPTextConfig:
+def _width_only(width: int) -> LLM2CLIPTextConfig:
     """A text config for an LLM of which only the width is known."""
     heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
     return LLM2CLIPTextConfig(decoder_config={"model_type": "llama", "hidden_size": width, **heads})

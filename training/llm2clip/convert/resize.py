@@ -6,6 +6,8 @@ The interpolation is that of the original and differs between the families: bicu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,23 +34,30 @@ def resize_kernel(kernel: Tensor, patch_size: int) -> Tensor:
     return F.interpolate(kernel.float(), size=size, mode="bicubic", align_corners=False).to(kernel.dtype)
 
 
-def resize_tower(state: dict[str, Tensor], image_size: int, patch_size: int) -> dict[str, Tensor]:
-    """Resize a vision tower's state dict, with the names of this package, to another image size.
+def resize_tower(state: Mapping[str, Tensor], image_size: int, patch_size: int) -> dict[str, Tensor]:
+    """Resize what depends on the image size in a state dict with the names of this package.
 
-    `image_size` and `patch_size` are the new height and width in pixels. Only `vision_model.*` changes.
+    Args:
+        state: Weights of a model, or of its vision tower alone.
+        image_size, patch_size: The new height and width in pixels.
+
+    Returns:
+        The tensors that have another shape then.
 
     Raises:
         ValueError: The patch size does not divide the image size.
     """
     if image_size % patch_size:
         raise ValueError(f"image_size {image_size} is not a multiple of the patch size {patch_size}.")
-    grid, state = image_size // patch_size, dict(state)
-    eva, clip = "vision_model.pos_embed", "vision_model.embeddings.position_embedding.weight"
+    grid = image_size // patch_size
+    start = "vision_model." if any(name.startswith("vision_model.") for name in state) else ""
+    eva, kernel = f"{start}pos_embed", f"{start}patch_embed.proj.weight"
     if eva in state:
-        state[eva] = resize_position_embedding(state[eva], (grid, grid))
-        kernel = "vision_model.patch_embed.proj.weight"
-        state[kernel] = resize_kernel(state[kernel], patch_size)
+        resized = {
+            eva: resize_position_embedding(state[eva], (grid, grid)),
+            kernel: resize_kernel(state[kernel], patch_size),
+        }
     else:
-        class_tokens = int("vision_model.embeddings.class_embedding" in state)
-        state[clip] = resize_clip_positions(state[clip], grid, class_tokens)
-    return state
+        clip, class_token = f"{start}embeddings.position_embedding.weight", f"{start}embeddings.class_embedding"
+        resized = {clip: resize_clip_positions(state[clip], grid, int(class_token in state))}
+    return {name: tensor for name, tensor in resized.items() if tensor is not state[name]}

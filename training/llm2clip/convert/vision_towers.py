@@ -13,7 +13,7 @@ from typing import Any
 from transformers import CLIPVisionConfig, PretrainedConfig, SiglipVisionConfig
 
 from llm2clip.convert import layouts
-from llm2clip.convert.published import joint_configs
+from llm2clip.convert.published import published_like
 from llm2clip.convert.renaming import Layout
 from modeling_llm2clip import EVA02VisionConfig
 
@@ -140,11 +140,9 @@ def config_of_shapes(kind: TowerKind, shapes: Shapes, given: Mapping[str, Any] |
     sizes: dict[str, Any] = kind.sizes(shapes)
     if given is not None:
         return kind.config(**{**given, **sizes})
-    for config in joint_configs().values():
-        published = config.vision_config
-        same = ("hidden_size", "intermediate_size", "num_hidden_layers", "patch_size")
-        if all(getattr(published, name, None) == sizes[name] for name in same):
-            return kind.config(**{**published.to_dict(), **sizes})
+    same = ("hidden_size", "intermediate_size", "num_hidden_layers", "patch_size")
+    if (published := published_like({name: sizes[name] for name in same})) is not None:
+        return kind.config(**{**published.vision_config.to_dict(), **sizes})
     listed = ", ".join(f"{name}={value}" for name, value in sizes.items())
     raise ValueError(
         f"no published tower of kind {kind.name} has {listed}, and the width of the heads cannot be derived from "

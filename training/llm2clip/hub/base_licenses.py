@@ -8,14 +8,12 @@ from importlib.metadata import files as distribution_files
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
-from llm2clip.hub.cards.card import CARD, license_of, read_card
-from llm2clip.hub.cards.metadata import as_list
-from llm2clip.hub.hub_errors import HTTPError
-from llm2clip.hub.license_terms import NOTICE, TERMS, Terms, license_of_name, notice_with, read_notice
+from llm2clip.hub.cards.card import CARD, as_list, license_fields, license_of, read_card
+from llm2clip.hub.hub_errors import explained
+from llm2clip.hub.license_terms import NOTICE, TERMS, Terms, license_of_name, read_notice
 from llm2clip.utils.files import read_json, write_text
 from llm2clip.utils.repos import hub_ids
 
@@ -23,7 +21,6 @@ logger = logging.getLogger(__name__)
 
 LICENSE, CODE_LICENSE_FILE = "LICENSE", "LICENSE-CODE"
 CODE_LICENSE = "apache-2.0"
-LICENSE_FIELDS = ("license", "license_name", "license_link")
 # Fields that name other models, by file; the settings of a run are the only place that has the folder of its tower.
 REFERENCES = {
     CONFIG_NAME: ("text_model_name_or_path",),
@@ -37,7 +34,6 @@ PERMISSIVE = (
     *("cdla-permissive-2.0", "etalab-2.0", "odc-by", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0"),
     *("openmdw-1.0", "ecl-2.0", "apache-2.0"),
 )
-PATIENCE = 10.0  # seconds for an answer of the Hub
 UNKNOWN = "unknown"  # an id of the Hub too
 
 
@@ -46,10 +42,12 @@ class Base(NamedTuple):
 
     Attributes:
         name: Hub id or folder.
+        folder: That folder, or one with its card and license from the Hub; None if it cannot be read.
         fields: Its license as a card states it, by the names in `LICENSE_FIELDS`.
     """
 
     name: str
+    folder: Path | None
     fields: Mapping[str, str]
 
     @property
@@ -78,7 +76,7 @@ class Licensing(NamedTuple):
         terms: What their licenses demand.
     """
 
-    stated: dict[str, str]
+    stated: dict[str, Any]
     bases: list[Base]
     terms: list[Terms]
 
@@ -97,10 +95,70 @@ def license_model(
     Raises:
         ValueError: License or names do not keep the licenses of the bases; the message says what to do.
     """
-    on_card = {name: str(card[name]) for name in LICENSE_FIELDS if card.get(name)} if card.get("license") else {}
+    on_card = license_fields(card) if card.get("license") else {}
     stated = dict(given) or on_card or choose_license(bases)
-    where = f"--license {stated.get('license')}" if given else f"license: {stated.get('license')} on its card"
-    return Licensing(stated, list(bases), check_license(stated, where, bases, names))
+    own, bound = stated.get("license"), _bound(bases)
+    problems: list[str] = []
+    if wrong := [base for base in bound if own is not None and not _keeps(own, base)]:
+        where = f"--license {own}" if given else f"license: {own} on its card"
+        problems.append(
+            f"{where} does not keep the license of {_listed(wrong)}, which the model was made from: {_way(bound)}"
+        )
+    found = [(base, TERMS[base.license]) for base in bases if base.license in TERMS]
+    for base, terms in found:
+        if others := [name for name in names if not terms.fits_name(name)]:
+            problems.append(
+                f"the license of {base} asks for a name that begins with {terms.beginning!r}, unlike "
+                f"{' and '.join(others)}: give the folder or --name, and the repo, such a name"
+            )
+    if problems:
+        raise ValueError(f"{'; '.join(problems)}.")
+    return Licensing(stated, list(bases), list(dict.fromkeys(terms for _, terms in found)))
+
+
+def choose_license(bases: Sequence[Base]) -> dict[str, str]:
+    """Return the strictest license of some models, as fields of a card; empty if one is not known and none is bound.
+
+    Raises:
+        ValueError: Several ask for the same license as their own.
+    """
+    bound = _bound(bases)
+    if len(bound) > 1:
+        raise ValueError(f"this model was made from {_listed(bound)}, so that no license is right: {_way(bound)}.")
+    if not bound:
+        licenses = [base.license for base in bases]
+        return {"license": max(licenses, key=PERMISSIVE.index)} if licenses and UNKNOWN not in licenses else {}
+    (base,) = bound
+    if base.license in TERMS:
+        return {"license": base.license}
+    fields = dict(base.fields)
+    if (link := fields.get("license_link")) and "://" not in link and hub_ids(base.name):
+        fields["license_link"] = f"https://huggingface.co/{base.name}/blob/main/{link}"
+    return fields
+
+
+def _bound(bases: Sequence[Base]) -> list[Base]:
+    """The first model of each license that binds what is made from it."""
+    first: dict[str, Base] = {}
+    for base in bases:
+        if base.license != UNKNOWN and base.license not in PERMISSIVE:
+            first.setdefault(base.license_title, base)
+    return list(first.values())
+
+
+def _keeps(license: str, base: Base) -> bool:
+    return license in (base.license, "other") if base.license in TERMS else license.lower() not in PERMISSIVE
+
+
+def _listed(bases: Sequence[Base]) -> str:
+    return " and ".join(map(str, bases))
+
+
+def _way(bound: Sequence[Base]) -> str:
+    other = "--license other with --license-name and --license-link"
+    if len(bound) > 1:
+        return f"give {other}, for terms that keep all of them"
+    return f"give {other}" if bound[0].license == "other" else f"give --license {bound[0].license}, or {other}"
 
 
 def bases_of(source: str, revision: str | None = None, others: Iterable[str] = ()) -> list[Base]:
@@ -124,12 +182,12 @@ def bases_of(source: str, revision: str | None = None, others: Iterable[str] = (
         key = str(Path(name).resolve()) if Path(name).is_dir() else name
         if key in found:
             continue
-        card = _card(name, revision if name == source else None)
+        folder = _folder(name, revision if name == source else None)
+        card = {} if folder is None else read_card(folder)[0]
         parents = [*as_list(card.get("base_model")), *_references(Path(name))]
         waiting += parents
-        named = {field: str(card[field]) for field in LICENSE_FIELDS[1:] if card.get(field)}
         stated = [str(value) for value in as_list(card.get("license"))] or [license_of_name(name) or UNKNOWN]
-        found[key] = [Base(name, {"license": value, **named}) for value in stated]
+        found[key] = [Base(name, folder, {**license_fields(card), "license": value}) for value in stated]
         if name == source:
             found[key] = [base for base in found[key] if base.license in TERMS]
         elif parents and stated == [UNKNOWN]:
@@ -137,115 +195,24 @@ def bases_of(source: str, revision: str | None = None, others: Iterable[str] = (
     return [base for bases in found.values() for base in bases]
 
 
-def _card(name: str, revision: str | None) -> dict[str, Any]:
-    if Path(name).is_dir():
-        return read_card(Path(name))[0]
-    path = _from_hub(name, [CARD], revision)
-    return read_card(path.parent)[0] if path is not None else {}
-
-
-def _from_hub(name: str, files: Sequence[str], revision: str | None = None) -> Path | None:
-    """Download the first of some files that a repo has, or find it in the cache; None if there is none."""
-    if not hub_ids(name):
-        return None
+def _folder(name: str, revision: str | None) -> Path | None:
+    """The folder of a model, or one with its card and license, from the Hub or the cache; None if there is neither."""
+    if Path(name).is_dir() or not hub_ids(name):
+        return Path(name) if Path(name).is_dir() else None
     try:
-        # Unlike a download, it does not try again and again where there is no network.
-        found = {
-            file.rfilename for file in HfApi().model_info(name, revision=revision, timeout=PATIENCE).siblings or ()
-        }
-        return next((Path(hf_hub_download(name, file, revision=revision)) for file in files if file in found), None)
-    except (OSError, HTTPError, HFValidationError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if CARD in files:  # once for each repo
-            logger.warning("%s cannot be read on the Hub (%s): its license is that in the cache, if any", name, reason)
-    cached = (try_to_load_from_cache(name, file, revision=revision) for file in files)
-    return next((Path(path) for path in cached if isinstance(path, str)), None)
+        with explained(name):
+            return Path(snapshot_download(name, revision=revision, allow_patterns=[CARD, f"{LICENSE}*"]))
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        logger.warning("%s cannot be read on the Hub (%s): its license is that in the cache, if any", name, reason)
+        cached = try_to_load_from_cache(name, CARD, revision=revision)
+        return Path(cached).parent if isinstance(cached, str) else None
 
 
 def _references(folder: Path) -> Iterator[str]:
     for file, names in REFERENCES.items():
         fields = read_json(folder / file) if (folder / file).is_file() else {}
         yield from (fields[name] for name in names if isinstance(fields.get(name), str) and fields[name])
-
-
-def choose_license(bases: Sequence[Base]) -> dict[str, str]:
-    """Return the strictest license of some models, as fields of a card; empty if one is not known and none is bound.
-
-    Raises:
-        ValueError: Several ask for the same license as their own.
-    """
-    bound = _bound(bases)
-    if len(bound) > 1:
-        raise ValueError(f"this model was made from {_listed(bound)}, so that no license is right: {_way(bound)}.")
-    if bound:
-        return _as_own(bound[0])
-    if not bases or any(base.license == UNKNOWN for base in bases):
-        return {}
-    return {"license": max((str(base.license) for base in bases), key=PERMISSIVE.index)}
-
-
-def check_license(stated: Mapping[str, str], where: str, bases: Sequence[Base], names: Iterable[str]) -> list[Terms]:
-    """Check license and names of a model by the licenses of those that it was made from; returns their terms.
-
-    Args:
-        stated: Its license, as fields of a card.
-        where: What states it, such as `--license mit`, for the message.
-        bases: The models that it was made from.
-        names: Title on its card, and Hub id if that is known.
-
-    Raises:
-        ValueError: They do not keep them; the message names all that is wrong, and what to do.
-    """
-    problems: list[str] = []
-    bound, own = _bound(bases), stated.get("license")
-    if wrong := [base for base in bound if own is not None and not _keeps(own, base)]:
-        problems.append(
-            f"{where} does not keep the license of {_listed(wrong)}, which the model was made from: {_way(bound)}"
-        )
-    found = [(base, TERMS[base.license]) for base in bound if base.license in TERMS]
-    for base, terms in found:
-        if others := [name for name in names if not terms.fits_name(name)]:
-            problems.append(
-                f"the license of {base} asks for a name that begins with {terms.beginning!r}, unlike "
-                f"{' and '.join(others)}: give the folder or --name, and the repo, such a name"
-            )
-    if problems:
-        raise ValueError(f"{'; '.join(problems)}.")
-    return [terms for _, terms in found]
-
-
-def _bound(bases: Sequence[Base]) -> list[Base]:
-    """The first model of each license that binds what is made from it."""
-    first: dict[str, Base] = {}
-    for base in bases:
-        if base.license != UNKNOWN and base.license not in PERMISSIVE:
-            first.setdefault(base.license_title, base)
-    return list(first.values())
-
-
-def _keeps(license: str, base: Base) -> bool:
-    return license in (base.license, "other") if base.license in TERMS else license not in PERMISSIVE
-
-
-def _listed(bases: Sequence[Base]) -> str:
-    return " and ".join(map(str, bases))
-
-
-def _way(bound: Sequence[Base]) -> str:
-    other = "--license other with --license-name and --license-link"
-    if len(bound) > 1:
-        return f"give {other}, for terms that keep all of them"
-    return f"give {other}" if bound[0].license == "other" else f"give --license {bound[0].license}, or {other}"
-
-
-def _as_own(base: Base) -> dict[str, str]:
-    """The license of a base as that of the model itself."""
-    if base.license in TERMS:
-        return {"license": base.license}
-    fields = dict(base.fields)
-    if (link := fields.get("license_link")) and "://" not in link and hub_ids(base.name):
-        fields["license_link"] = f"https://huggingface.co/{base.name}/blob/main/{link}"
-    return fields
 
 
 def write_license_files(folder: Path, source: Path, licensing: Licensing) -> None:
@@ -260,44 +227,37 @@ def write_license_files(folder: Path, source: Path, licensing: Licensing) -> Non
     """
     stated, bases, terms = licensing
     own = stated.get("license")
+    files = {entry.license: LICENSE if entry.license == own else f"{LICENSE}-{entry.license}" for entry in terms}
     if own == CODE_LICENSE:
         write_text(folder / LICENSE, code_license())
     elif any(folder.glob("*.py")):
         write_text(folder / CODE_LICENSE_FILE, code_license())
-    titles = [entry.license for entry in terms] + ([Base("", stated).license_title] if own else [])
-    for base in [Base(str(source), license_of(source)), *bases]:
-        if base.license_title not in titles:
-            continue
-        path = folder / _license_file(base.license, own)
-        if not path.exists() and (text := _license_text(base, source)):
+    wanted = {*files, *([Base("", None, stated).license_title] if own else [])}
+    for base in [Base(str(source), source, license_of(source)), *bases]:
+        path = folder / (LICENSE if base.license == own else f"{LICENSE}-{base.license}")
+        if base.license_title in wanted and not path.exists() and (text := _license_text(base, source)):
             write_text(path, text)
-    for entry in terms:
-        if not (folder / (name := _license_file(entry.license, own))).exists():
+    for license, name in files.items():
+        if not (folder / name).exists():
             logger.warning(
                 "the license %s asks for a copy of its text, which the folders and repos of this model do not have: "
                 "put it into the built folder as %s",
-                entry.license,
+                license,
                 name,
             )
-    if notice := notice_with(read_notice(source), terms):
+    notice = read_notice(source)
+    if notice := notice + "".join(f"{entry.notice}\n" for entry in terms if entry.notice not in notice):
         write_text(folder / NOTICE, notice)
-
-
-def _license_file(license: str, own: str | None) -> str:
-    return LICENSE if license == own else f"{LICENSE}-{license}"
 
 
 def _license_text(base: Base, source: Path) -> str | None:
     """The text of the license of a base, unless it is the license of the code."""
-    names, folder = (LICENSE, "LICENSE.txt", "LICENSE.md"), Path(base.name)
-    paths = [source / f"{LICENSE}-{base.license}", *(folder / name for name in names)]
-    if not any(path.is_file() for path in paths) and (downloaded := _from_hub(base.name, names)):
-        paths = [downloaded]
-    for path in paths:
-        if path.is_file():
-            text = path.read_text(encoding="utf-8", errors="replace")
-            return None if text == code_license() else text
-    return None
+    paths = [source / f"{LICENSE}-{base.license}"]
+    if base.folder is not None:
+        paths += [base.folder / name for name in (LICENSE, "LICENSE.txt", "LICENSE.md")]
+    path = next((path for path in paths if path.is_file()), None)
+    text = None if path is None else path.read_text(encoding="utf-8", errors="replace")
+    return None if text == code_license() else text
 
 
 def code_license() -> str:

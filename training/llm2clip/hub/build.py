@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
-from llm2clip.data import DamagedImageError, decode_image
-from llm2clip.hub.base_licenses import LICENSE_FIELDS, bases_of, license_model, write_license_files
-from llm2clip.hub.build_card import (
-    copy_curves,
-    keep_example,
-    results_of_one_model,
-    source_card,
-    source_folder,
-    write_built_card,
-)
+from llm2clip.data import decode_image
+from llm2clip.hub.base_licenses import bases_of, license_model, write_license_files
+from llm2clip.hub.build_card import copy_curves, read_results, source_card, source_folder, write_built_card
+from llm2clip.hub.cards.card import LICENSE_FIELDS
 from llm2clip.hub.cards.facts import EXAMPLE, Evaluation
-from llm2clip.hub.cards.metadata import check_metadata
-from llm2clip.hub.new_process import CAPTIONS, sample_picture
-from llm2clip.hub.signing import load_signer, sign_folder
 from llm2clip.hub.source_model import SourceModel
 from llm2clip.hub.upload_files import PICTURES, model_files
-from llm2clip.utils.files import read_json, write_json
+from llm2clip.utils.files import write_json
 from llm2clip.utils.folders import atomic_folder, refuse_existing, refuse_nested
 from llm2clip.utils.manifests import refuse_damaged, write_model_manifest
 from llm2clip.utils.repos import OUR_MODELS, RepoKind, inspect_repo, is_hub_id, referred_folders
@@ -73,14 +66,6 @@ class BuildConfig:
     )
     example_image: str | None = setting(None, "Example image for the card.")
     example_captions: list[str] = setting([], "Captions for the card; the first one describes the example image.")
-    signed: bool = setting(
-        False,
-        "Sign the folder (model.sig): with signing_key, or with the identity of whoever logs in at sigstore, which is "
-        "public and needs a network and a browser.",
-    )
-    signing_key: str | None = setting(
-        None, "Elliptic-curve private key to sign with, a PEM file without a password; `llm2clip verify --public-key`."
-    )
     config_only: bool = setting(False, "Write nothing; only count the parameters of the model's config.")
     overwrite: bool = setting(False, "Replace a destination that an earlier build wrote and that holds nothing else.")
 
@@ -89,18 +74,21 @@ class BuildConfig:
             raise ValueError(
                 "text_model excludes the LLM from the folder, and bundle_text_model includes it; drop one."
             )
-        if self.signing_key is not None and not self.signed:
-            raise ValueError("signing_key requires --signed.")
         for name in ("text_model", "code_repo", "repo_id"):
             value = getattr(self, name)
             if value is not None and not is_hub_id(value):
                 raise ValueError(f"{name} {value!r} is not a Hub id (OWNER/NAME).")
         if not all(caption.strip() for caption in self.example_captions):
             raise ValueError(f"an example caption is empty: {self.example_captions}.")
-        if (self.license_name or self.license_link) and self.license != "other":
-            raise ValueError("license_name and license_link require license: other.")
-        metadata = {"language": self.languages, "datasets": self.datasets, "base_model": self.base_models}
-        check_metadata({**{name: getattr(self, name) for name in LICENSE_FIELDS}, **metadata})
+        named = (self.license_name, self.license_link)
+        if not all(named) if self.license == "other" else any(named):
+            raise ValueError("license_name and license_link require license: other, which requires both.")
+        for name in ("datasets", "base_models"):
+            for value in getattr(self, name):
+                try:
+                    validate_repo_id(value)
+                except HFValidationError as error:
+                    raise ValueError(f"{name}: {error}") from error
 
 
 def build_folder(model: str | Path, destination: str | Path, **settings: Any) -> dict[str, Any]:
@@ -134,38 +122,35 @@ def run(config: BuildConfig, evaluations: list[Evaluation] | None = None) -> dic
     destination = Path(config.destination)
     refuse_nested(config.model, destination)
     refuse_existing(destination, "build", config.overwrite)
-    signer = load_signer(config.signing_key) if config.signed else None
-    results = [*(evaluations or []), *results_of_one_model([Path(path) for path in config.results])]
+    results = [*(evaluations or []), *read_results([Path(path) for path in config.results])]
     refuse_damaged(config.model)
     repo = inspect_repo(config.model, config.revision).require(*OUR_MODELS)
     for needed in referred_folders(config.model):
         refuse_nested(needed, destination)
-    if config.text_model is None and (llm := repo.config.get("text_model_name_or_path")):
+    llm = config.text_model or repo.config.get("text_model_name_or_path")
+    if llm and config.text_model is None:
         refuse_damaged(llm)
     folder_of_source = source_folder(config)
-    config, card = keep_example(config, folder_of_source, source_card(config, folder_of_source))
-    llm = config.text_model or repo.config.get("text_model_name_or_path")
+    config, data, text = source_card(config, folder_of_source)
     bases = bases_of(config.model, config.revision, [*filter(None, [llm]), *config.base_models])
     given = {name: value for name in LICENSE_FIELDS if (value := getattr(config, name))}
     names = [config.name or destination.name, *filter(None, [config.repo_id])]
-    licensing = license_model(given, card[0], bases, names)
-    example = _open_picture(config.example_image)
+    licensing = license_model(given, data, bases, names)
+    example = decode_image(path, path) if (path := config.example_image) is not None else None
     source = SourceModel.load(repo, config.text_model, config.bundle_text_model, config.merge_adapter)
     with atomic_folder(destination, "build", config.overwrite) as folder:
         source.save(folder)
-        difference = source.compare(folder, example or sample_picture(), config.example_captions or list(CAPTIONS))
+        difference = source.compare(folder, example, config.example_captions)
         if example is not None:
             example.save(folder / EXAMPLE)
         has_curves = copy_curves(folder_of_source, folder)
-        write_built_card(config, source, card, results, has_curves, folder, licensing)
+        write_built_card(config, source, data, text, results, has_curves, folder, licensing)
         if config.code_repo is not None:
             _refer_to_code(folder, config.code_repo)
         write_license_files(folder, folder_of_source, licensing)
         # Which pictures are uploaded depends on the card, which people edit.
         uploaded = model_files(folder).uploaded
         write_model_manifest(folder, [name for name in uploaded if Path(name).suffix.lower() not in PICTURES])
-        if signer is not None:
-            sign_folder(folder, signer)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return {"written": str(destination), "megabytes": round(size / 1e6, 1), "difference": f"{difference:.1e}"}
 
@@ -173,48 +158,26 @@ def run(config: BuildConfig, evaluations: list[Evaluation] | None = None) -> dic
 def count_parameters(model: str, revision: str | None = None) -> dict[str, Any]:
     """Instantiate a config without weights; returns the number of parameters of each part and of the whole."""
     repo = inspect_repo(model, revision).require(*OUR_MODELS)
+    is_text = repo.kind is RepoKind.TEXT_TOWER
+    classes: Any = (LLM2CLIPTextConfig, LLM2CLIPTextModel) if is_text else (LLM2CLIPConfig, LLM2CLIPModel)
     with torch.device("meta"):
-        if repo.kind is RepoKind.TEXT_TOWER:
-            built: Any = LLM2CLIPTextModel(LLM2CLIPTextConfig.from_dict(repo.config))
-            parts = {"decoder": built.decoder}
-        else:
-            built = LLM2CLIPModel(LLM2CLIPConfig.from_dict(repo.config))
-            parts = {name: module for name, module in built.named_children() if module is not None}
-    return {
-        name: sum(value.numel() for value in module.parameters())
-        for name, module in {**parts, "parameters": built}.items()
-    }
-
-
-def _open_picture(path: str | None) -> Image.Image | None:
-    if path is None:
-        return None
-    try:
-        return decode_image(path, path)
-    except DamagedImageError as error:
-        raise ValueError(f"the example image {path} cannot be read: {error.reason}.") from error
+        built: Any = classes[1](classes[0].from_dict(repo.config))
+    parts = {**dict(built.named_children()), "parameters": built}
+    return {name: sum(value.numel() for value in part.parameters()) for name, part in parts.items()}
 
 
 def _refer_to_code(folder: Path, repo: str) -> None:
     """Remove the code from a folder and refer to the repo that contains it."""
+
+    def refer(fields: dict[str, Any]) -> dict[str, Any]:
+        if "auto_map" in fields:
+            fields["auto_map"] = {name: f"{repo}--{target}" for name, target in fields["auto_map"].items()}
+        if "impl" in fields:  # the class of a custom pipeline
+            fields["impl"] = f"{repo}--{fields['impl']}"
+        return fields
+
     for path in folder.glob("*config.json"):
-        fields = read_json(path)
-        referring = _with_code_repo(fields, repo)
-        if referring != fields:
-            write_json(path, referring)
+        # Configs of parts are objects in it.
+        write_json(path, json.loads(path.read_text(encoding="utf-8"), object_hook=refer))
     for path in folder.glob("*.py"):
         path.unlink()
-
-
-def _with_code_repo(fields: Any, repo: str) -> Any:
-    if not isinstance(fields, dict):
-        return fields
-    referring: dict[str, Any] = {}
-    for key, value in fields.items():
-        if key == "auto_map":
-            referring[key] = {name: f"{repo}--{target}" for name, target in value.items()}
-        elif key == "impl":  # the class of a custom pipeline
-            referring[key] = f"{repo}--{value}"
-        else:
-            referring[key] = _with_code_repo(value, repo)
-    return referring

@@ -14,11 +14,10 @@ from huggingface_hub import snapshot_download
 from llm2clip.evaluation.comparison import notes_on
 from llm2clip.evaluation.results import Result, read_result
 from llm2clip.evaluation.results_table import protocol_words
-from llm2clip.hub.base_licenses import LICENSE_FIELDS, Licensing
-from llm2clip.hub.cards.card import CARD, read_card, render
+from llm2clip.hub.base_licenses import Licensing
+from llm2clip.hub.cards.card import CARD, LICENSE_FIELDS, as_list, read_card, render
 from llm2clip.hub.cards.curves import write_curves
 from llm2clip.hub.cards.facts import CURVES, EXAMPLE, MERGE_CURVE, CardFacts, Evaluation, base_models, summary
-from llm2clip.hub.cards.metadata import as_list, check_metadata
 from llm2clip.hub.source_model import SourceModel
 from llm2clip.utils.files import read_json, write_text
 from llm2clip.utils.manifests import read_checked
@@ -35,37 +34,32 @@ LIBRARY = "llm2clip"
 TASK_TITLES = {"retrieval": "image-text retrieval", "caption_retrieval": "caption retrieval"}
 
 
-def read_results(path: Path) -> Evaluation:
-    """Read the results of `llm2clip evaluate --output`, of one's own data or of a published set.
+def read_results(paths: Sequence[Path]) -> list[Evaluation]:
+    """Read results of `llm2clip evaluate --output`, of one's own data or of published sets, for the card of a model.
 
     Raises:
-        ValueError: The file does not contain such results.
+        ValueError: A file does not contain such results, or those of published sets are of several models, or of one
+            that is not of this package: a folder of results also has those of other models beside it.
     """
-    fields = read_checked(path)
-    if "schema_version" in fields:
-        return evaluation_of_result(read_result(path))
-    if not isinstance(fields.get("data"), dict) or "task" not in fields:
-        raise ValueError(f"{path} does not contain results of `llm2clip evaluate --output`.")
-    return evaluation_of(fields)
-
-
-def results_of_one_model(paths: Sequence[Path]) -> list[Evaluation]:
-    """Read the files of results for the card of a model.
-
-    Raises:
-        ValueError: A file does not contain results, or those of published sets are of several models, or of one that
-            is not of this package: a folder of results also has those of other models beside it.
-    """
-    evaluations = [read_results(path) for path in paths]
-    published = [(path, read_result(path).model) for path in paths if "schema_version" in read_json(path)]
-    for path, model in published:
+    evaluations: list[Evaluation] = []
+    first: tuple[Path, dict[str, Any]] | None = None
+    for path in paths:
+        fields = read_checked(path)
+        if "schema_version" not in fields:
+            if not isinstance(fields.get("data"), dict) or "task" not in fields:
+                raise ValueError(f"{path} does not contain results of `llm2clip evaluate --output`.")
+            evaluations.append(evaluation_of(fields))
+            continue
+        result = read_result(path)
+        model, first = result.model, first or (path, result.model)
         if not str(model.get("library")).startswith(LIBRARY):
             raise ValueError(f"{path} is of {model['given']}, a model of {model.get('library')}: leave it out.")
-        if model["fingerprint"] != published[0][1]["fingerprint"]:
+        if model["fingerprint"] != first[1]["fingerprint"]:
             raise ValueError(
-                f"{published[0][0]} is of {published[0][1]['given']} and {path} of {model['given']}, with other "
-                "weights or preprocessing: give the results of one model."
+                f"{first[0]} is of {first[1]['given']} and {path} of {model['given']}, with other weights or "
+                "preprocessing: give the results of one model."
             )
+        evaluations.append(_evaluation_of_result(result))
     return evaluations
 
 
@@ -81,8 +75,7 @@ def evaluation_of(fields: dict[str, Any]) -> Evaluation:
     return Evaluation(task, dataset, str(data.get("split")), data.get("revision"), metrics, note, protocol)
 
 
-def evaluation_of_result(result: Result) -> Evaluation:
-    """Turn the result of a published set into results for a card."""
+def _evaluation_of_result(result: Result) -> Evaluation:
     name = str(result.protocol.get("name"))
     return Evaluation(
         task=TASK_TITLES.get(name, name),
@@ -107,33 +100,18 @@ def source_folder(config: BuildConfig) -> Path:
     return folder
 
 
-def source_card(config: BuildConfig, source: Path) -> tuple[dict[str, Any], str]:
-    """Read front matter and text of the source's card, without the fields that the settings replace.
-
-    Raises:
-        ValueError: The Hub would reject its metadata.
-    """
-    data, text = read_card(source)
-    replaced = (*(LICENSE_FIELDS if config.license else ()), *(("language",) if config.languages else ()))
-    data = {key: value for key, value in data.items() if key not in replaced}
-    check_metadata(data, source / CARD)
-    return data, text
-
-
-def keep_example(
-    config: BuildConfig, source: Path, card: tuple[dict[str, Any], str]
-) -> tuple[BuildConfig, tuple[dict[str, Any], str]]:
-    """Take the example image of the source and its captions into the settings, unless these name an image.
+def source_card(config: BuildConfig, source: Path) -> tuple[BuildConfig, dict[str, Any], str]:
+    """Read the source's card, for that of the built folder.
 
     Args:
-        config: The settings.
-        source: Folder of the source's card.
-        card: Front matter and text of that card.
+        config: The settings of the build.
+        source: Folder of that card.
 
     Returns:
-        The settings, and the card without a widget that only showed the source's example; a new one is written.
+        The settings, with the example image of the source and its captions unless they name an image; front matter
+        of the card, without the fields that the settings replace or that only show this example; and its text.
     """
-    data, text = card
+    data, text = read_card(source)
     widget = as_list(data.get("widget"))
     # A pushed card has the URL of the image.
     own = [entry for entry in widget if isinstance(entry, dict) and str(entry.get("src")).split("/")[-1] == EXAMPLE]
@@ -141,9 +119,12 @@ def keep_example(
         labels = str(own[0].get("candidate_labels") or "")
         captions = config.example_captions or [label for label in labels.split(", ") if label.strip()]
         config = replace(config, example_image=str(source / EXAMPLE), example_captions=captions)
-    if config.example_image is not None and own == widget:
-        data = {key: value for key, value in data.items() if key != "widget"}
-    return config, (data, text)
+    replaced = [
+        *(LICENSE_FIELDS if config.license else ()),
+        *(["language"] if config.languages else []),
+        *(["widget"] if config.example_image is not None and own == widget else []),
+    ]
+    return config, {key: value for key, value in data.items() if key not in replaced}, text
 
 
 def copy_curves(source: Path, folder: Path) -> bool:
@@ -159,18 +140,18 @@ def copy_curves(source: Path, folder: Path) -> bool:
 def write_built_card(
     config: BuildConfig,
     source: SourceModel,
-    card: tuple[dict[str, Any], str],
+    data: dict[str, Any],
+    text: str,
     results: list[Evaluation],
     has_curves: bool,
     folder: Path,
     licensing: Licensing,
 ) -> None:
-    """Write the card of a built folder; `card` is front matter and text of the source's card.
+    """Write the card of a built folder; `data` and `text` are those of [`source_card`].
 
     Raises:
         ValueError: People wrote the card, and it does not show what a license demands.
     """
-    data, text = card
     shown = list(dict.fromkeys(terms.shown for terms in licensing.terms if terms.shown))
     facts = CardFacts(
         name=config.name or Path(config.destination).name,
@@ -185,9 +166,7 @@ def write_built_card(
         has_example=config.example_image is not None,
         has_curves=has_curves,
         is_adapter=getattr(source.model, "has_adapter", False),
-        license=licensing.stated.get("license"),
-        license_name=licensing.stated.get("license_name"),
-        license_link=licensing.stated.get("license_link"),
+        **licensing.stated,
         base_licenses=[str(base) for base in licensing.bases],
         shown=shown,
     )

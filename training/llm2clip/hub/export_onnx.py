@@ -6,6 +6,7 @@ import copy
 import logging
 import warnings
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -118,9 +119,14 @@ def run(config: ExportOnnxConfig) -> dict[str, Any]:
         raise ValueError(f"{config.model} is not a folder; give a folder to write: --output-dir FOLDER")
     destination = Path(config.output_dir or Path(config.model) / "onnx")
     refuse_existing(destination, COMMAND, config.overwrite)
-    _require_libraries()
+    for library in ("onnxruntime", "onnxscript"):
+        import_module(library)  # rather missing now than after the model is read
     refuse_damaged(config.model)
-    parts = _parts(config)
+    repo = inspect_repo(config.model, config.revision).require(RepoKind.JOINT, RepoKind.VISION_HALF)
+    available = PARTS[:1] if repo.kind is RepoKind.VISION_HALF else PARTS
+    if not set(config.parts or ()) <= set(available):
+        raise ValueError(f"{config.model} is a {repo.kind.value} and has no text graph.")
+    parts = [part for part in available if config.parts is None or part in config.parts]
     model = _load(config, "text" in parts)
     result: dict[str, Any] = {}
     with atomic_folder(destination, COMMAND, config.overwrite) as folder:
@@ -132,22 +138,6 @@ def run(config: ExportOnnxConfig) -> dict[str, Any]:
             size = sum(file.stat().st_size for file in folder.glob(f"{path.name}*"))
             logger.info("%s: %.0f MB, differs from torch by %s", path.name, size / 1e6, difference)
     return {**result, "written": str(destination)}
-
-
-def _require_libraries() -> None:
-    try:
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"{error}: pip install 'llm2clip[onnx]' installs it") from error
-
-
-def _parts(config: ExportOnnxConfig) -> tuple[str, ...]:
-    repo = inspect_repo(config.model, config.revision).require(RepoKind.JOINT, RepoKind.VISION_HALF)
-    available = PARTS[:1] if repo.kind is RepoKind.VISION_HALF else PARTS
-    if any(part not in available for part in config.parts or ()):
-        raise ValueError(f"{config.model} is a {repo.kind.value} and has no text graph.")
-    return tuple(part for part in available if config.parts is None or part in config.parts)
 
 
 def _load(config: ExportOnnxConfig, with_llm: bool) -> Any:
@@ -189,7 +179,11 @@ def _export(graph: VisionGraph | TextGraph, path: Path, dtype: str) -> float:
     with torch.inference_mode():
         expected = [graph(*inputs) for inputs in others]
     module = graph if dtype == "float32" else copy.deepcopy(graph).to(getattr(torch, dtype))
-    _write(module, traced, path, _metadata(graph))
+    # What turns cosines into logits is not part of the graphs.
+    scale, bias = (getattr(graph.model, name, None) for name in ("logit_scale", "logit_bias"))
+    values = {"logit_scale": None if scale is None else scale.exp(), "logit_bias": bias}
+    metadata = {name: repr(value.item()) for name, value in values.items() if value is not None}
+    _write(module, traced, path, metadata)
     found = _run(path, list(graph.inputs), others)
     difference = max((actual - wanted).abs().max().item() for actual, wanted in zip(found, expected, strict=True))
     # Not `>`, which is false for NaN.
@@ -198,13 +192,6 @@ def _export(graph: VisionGraph | TextGraph, path: Path, dtype: str) -> float:
             f"{path.name} differs from torch by {difference:.1e}; the limit for {dtype} is {TOLERANCE[dtype]:.0e}."
         )
     return difference
-
-
-def _metadata(graph: VisionGraph | TextGraph) -> dict[str, str]:
-    """Scale and bias that turn cosines into logits; they are not part of the graphs."""
-    scale, bias = (getattr(graph.model, name, None) for name in ("logit_scale", "logit_bias"))
-    values = {"logit_scale": None if scale is None else scale.exp(), "logit_bias": bias}
-    return {name: repr(value.item()) for name, value in values.items() if value is not None}
 
 
 def _write(graph: VisionGraph | TextGraph, inputs: tuple[Tensor, ...], path: Path, metadata: dict[str, str]) -> None:

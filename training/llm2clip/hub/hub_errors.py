@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from pathlib import Path
+from json import JSONDecodeError
 from typing import Any
 
 import huggingface_hub
@@ -21,9 +19,6 @@ HTTPError: Any = import_module("httpx" if huggingface_hub.__version__.startswith
 # Seconds to connect, to wait for an answer, to send a piece, and to wait for a free connection. The Hub may take
 # minutes over a commit of many files, but by default its client waits for ever.
 PATIENCE = (30.0, 600.0, 600.0, 600.0)
-
-# What the client of the Hub raises about an answer of another form than it expects.
-NO_ANSWER = (json.JSONDecodeError, KeyError, TypeError, AttributeError, IndexError)
 
 NEXT_STEPS = {
     400: "the Hub rejects this request: correct what it names (branch, file or the card's metadata) and push again",
@@ -61,32 +56,24 @@ def explanation(error: BaseException, repo_id: str) -> str | None:
     # The upload threads of the client wrap their errors.
     while isinstance(error, RuntimeError) and error.__cause__ is not None:
         error = error.__cause__
+    reason = (str(getattr(error, "server_message", None) or error).strip().splitlines() or [type(error).__name__])[-1]
     if isinstance(error, LocalTokenNotFoundError):
         return f"{repo_id}: {NEXT_STEPS[401]}."
     if isinstance(error, HFValidationError):
         return f"{repo_id!r} is not a valid repo name: {error}"
     if isinstance(error, HfHubHTTPError):
         status = http_status(error)
-        reason = str(getattr(error, "server_message", None) or error).strip().splitlines()[-1]
         other = "the Hub had an internal error: push again later" if status >= 500 else "the Hub refuses this request"
         return f"{repo_id}: {NEXT_STEPS.get(status, other)} (HTTP {status}: {reason})."
     if isinstance(error, (HTTPError, ConnectionError)):
-        reason = str(error) or type(error).__name__
         return f"{repo_id}: the connection broke ({reason}); push again: files that were uploaded are not sent twice."
-    if isinstance(error, NO_ANSWER) and _is_of_client(error):
-        reason = f"{type(error).__name__}: {error}"
+    if isinstance(error, JSONDecodeError):
+        # The page of a hotel's network, or that of another address.
         return (
             f"{repo_id}: {constants.ENDPOINT} does not answer as a Hub does ({reason}): correct HF_ENDPOINT, log in "
             "to the network that the machine is in, or push again later."
         )
     return None
-
-
-def _is_of_client(error: BaseException) -> bool:
-    """Whether an error was raised while the client of the Hub read an answer."""
-    calls = traceback.extract_tb(error.__traceback__)
-    ours = [number for number, call in enumerate(calls) if "llm2clip" in Path(call.filename).parts]
-    return any("huggingface_hub" in Path(call.filename).parts for call in calls[max(ours, default=-1) + 1 :])
 
 
 def http_status(error: HfHubHTTPError) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,46 +32,25 @@ class Terms:
 
     def fits_name(self, name: str) -> bool:
         """Whether a name, or that in a Hub id, begins as it has to."""
-        return _joined(name.split("/")[-1]).startswith(_joined(self.beginning))
+        bare, beginning = (re.sub(r"[-_. ]", "", text) for text in (name.split("/")[-1], self.beginning))
+        return bare.startswith(beginning)
 
 
+def _llama(version: str, shown: str, beginning: str, name: str) -> Terms:
+    pattern = rf"\bLlama-?{re.escape(version)}(?![.\dBb])"
+    notice = f"{name} is licensed under the {name} Community License, {META}"
+    return Terms(f"llama{version}", pattern, notice, shown, beginning)
+
+
+# Gemma 4 is under Apache-2.0.
+GEMMA = r"\bgemma-(1\.1-|2-|3-|3n-)?E?\d+[bBm]\b"
+GEMMA_NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
 TERMS = {
     terms.license: terms
     for terms in (
-        Terms(
-            "llama3",
-            r"\bLlama-?3(?![.\dBb])",
-            f"Meta Llama 3 is licensed under the Meta Llama 3 Community License, {META}",
-            "Built with Meta Llama 3",
-            "Llama 3",
-        ),
-        Terms(
-            "llama3.1",
-            r"\bLlama-?3\.1(?!\d)",
-            f"Llama 3.1 is licensed under the Llama 3.1 Community License, {META}",
-            "Built with Llama",
-            "Llama",
-        ),
-        Terms(
-            "llama3.2",
-            r"\bLlama-?3\.2(?!\d)",
-            f"Llama 3.2 is licensed under the Llama 3.2 Community License, {META}",
-            "Built with Llama",
-            "Llama",
-        ),
-        Terms(
-            "llama3.3",
-            r"\bLlama-?3\.3(?!\d)",
-            f"Llama 3.3 is licensed under the Llama 3.3 Community License, {META}",
-            "Built with Llama",
-            "Llama",
-        ),
-        Terms(
-            "gemma",
-            # Gemma 4 is under Apache-2.0.
-            r"\bgemma-(1\.1-|2-|3-|3n-)?E?\d+[bBm]\b",
-            "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
-        ),
+        _llama("3", "Built with Meta Llama 3", "Llama 3", "Meta Llama 3"),
+        *(_llama(version, "Built with Llama", "Llama", f"Llama {version}") for version in ("3.1", "3.2", "3.3")),
+        Terms("gemma", GEMMA, GEMMA_NOTICE),
     )
 }
 
@@ -92,32 +70,21 @@ def check_terms(folder: Path, repo_id: str) -> None:
     data, text = read_card(folder)
     notice = read_notice(folder)
     stated = (data.get("license"), data.get("license_name"))
-    problems: list[str] = []
     for terms in TERMS.values():
         if terms.license not in stated and terms.notice not in notice:
             continue
-        if stated[0] not in (terms.license, "other"):
-            problems.append(f"README.md has to state license: {terms.license}, or other with its name and link")
-        if not terms.fits_name(repo_id):
-            problems.append(f"the name of the repo has to begin with {terms.beginning!r}, unlike {repo_id}")
-        if terms.shown not in text:
-            problems.append(f"README.md has to show {terms.shown!r}")
-        if terms.notice not in notice:
-            problems.append(f"{NOTICE} has to contain the line {terms.notice!r}")
-        if problems:
-            raise ValueError(f"{folder} is under {terms.license}, which demands more: {'; '.join(problems)}.")
+        problems = {
+            f"README.md has to state license: {terms.license}, or other with its name and link": stated[0]
+            in (terms.license, "other"),
+            f"the name of the repo has to begin with {terms.beginning!r}, unlike {repo_id}": terms.fits_name(repo_id),
+            f"README.md has to show {terms.shown!r}": terms.shown in text,
+            f"{NOTICE} has to contain the line {terms.notice!r}": terms.notice in notice,
+        }
+        if found := [problem for problem, is_kept in problems.items() if not is_kept]:
+            raise ValueError(f"{folder} is under {terms.license}, which demands more: {'; '.join(found)}.")
 
 
 def read_notice(folder: Path) -> str:
     """Read the file NOTICE of a folder; empty if it has none."""
     path = folder / NOTICE
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-
-
-def notice_with(text: str, terms: Iterable[Terms]) -> str:
-    """Add the lines that terms demand to the text of a NOTICE, unless it has them."""
-    return text + "".join(f"{entry.notice}\n" for entry in terms if entry.notice not in text)
-
-
-def _joined(name: str) -> str:
-    return re.sub(r"[-_. ]", "", name)

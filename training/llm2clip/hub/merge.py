@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,10 +16,9 @@ from llm2clip.evaluation.evaluate_config import EvaluateConfig
 from llm2clip.evaluation.own_data import described, open_caption_retrieval, open_retrieval
 from llm2clip.hub.base_licenses import code_license
 from llm2clip.hub.build_card import evaluation_of
-from llm2clip.hub.cards.card import license_of, read_card, write_card
+from llm2clip.hub.cards.card import as_list, license_of, read_card, write_card
 from llm2clip.hub.cards.curves import write_merge_curve
 from llm2clip.hub.cards.facts import MERGE_CURVE, TEXT_TASK, CardFacts, summary
-from llm2clip.hub.cards.metadata import as_list
 from llm2clip.hub.mixture import Mixture, mix_joint, mix_text_towers, mix_vision
 from llm2clip.hub.source_model import SourceModel
 from llm2clip.utils.files import write_text
@@ -129,7 +128,8 @@ def run(config: MergeConfig) -> dict[str, Any]:
     curve: dict[float, dict[str, Any]] = {}
     if config.eval_source:
         mixture.model.to(process_state().device)
-        measure = _open_evaluation(evaluation, mixture)
+        open_data = open_caption_retrieval if mixture.task == TEXT_TASK else open_retrieval
+        measure = open_data(evaluation, mixture.model, mixture.processor)
         for alpha in config.alpha:
             logger.info("alpha %g of %s", alpha, ", ".join(f"{alpha:g}" for alpha in config.alpha))
             mixture.mix(alpha)
@@ -170,24 +170,10 @@ def _open(config: MergeConfig) -> Mixture:
 
 
 def _evaluation(config: MergeConfig, mixture: Mixture) -> EvaluateConfig:
-    return EvaluateConfig(
-        model=config.destination,
-        task="caption_retrieval" if mixture.task == TEXT_TASK else "retrieval",
-        data=config.eval_source,
-        split=config.split,
-        caption_columns=config.caption_columns,
-        query_column=config.query_column,
-        target_column=config.target_column,
-        embedding_cache=config.embedding_cache,
-        batch_size=config.batch_size,
-        num_workers=config.num_workers,
-        on_error=config.on_error,
-    )
-
-
-def _open_evaluation(evaluation: EvaluateConfig, mixture: Mixture) -> Callable[[], dict[str, Any]]:
-    open_data = open_caption_retrieval if mixture.task == TEXT_TASK else open_retrieval
-    return open_data(evaluation, mixture.model, mixture.processor)
+    names = ("split", "caption_columns", "query_column", "target_column", "embedding_cache", "on_error")
+    settings: dict[str, Any] = {name: getattr(config, name) for name in (*names, "batch_size", "num_workers")}
+    settings["task"] = "caption_retrieval" if mixture.task == TEXT_TASK else "retrieval"
+    return EvaluateConfig(model=config.destination, data=config.eval_source, **settings)
 
 
 def _print_curve(curve: dict[float, dict[str, Any]], chosen: float, data: str) -> None:
@@ -215,33 +201,24 @@ def _write(
     SourceModel(mixture.model, mixture.processor, mixture.task, False).save(folder)
     if len(curve) > 1:
         write_merge_curve(folder / MERGE_CURVE, curve, chosen, "Between A and B")
-    facts = _card_facts(config, mixture)
-    facts.merged = _in_words(config, mixture, chosen, list(curve))
-    if curve:
-        facts.evaluations = [evaluation_of(described(evaluation, curve[chosen]))]
-    write_card(folder, facts)
-    write_text(folder / "LICENSE", code_license())
-
-
-def _card_facts(config: MergeConfig, mixture: Mixture) -> CardFacts:
     folders = [Path(name) for name in (config.first, config.second)]
     cards = [read_card(folder)[0] for folder in folders]
     licenses = [license_of(folder) for folder in folders]
-    languages, datasets = (
-        list(dict.fromkeys(value for card in cards for value in as_list(card.get(key))))
-        for key in ("language", "datasets")
-    )
-    return CardFacts(
+    facts = CardFacts(
         name=config.name or Path(config.destination).name,
         task=mixture.task,
         repo=config.destination,
         summary=summary(mixture.model, mixture.processor),
         base_models=hub_ids(config.first, config.second),
-        datasets=datasets,
-        languages=languages,
+        datasets=list(dict.fromkeys(value for card in cards for value in as_list(card.get("datasets")))),
+        languages=list(dict.fromkeys(value for card in cards for value in as_list(card.get("language")))),
+        merged=_in_words(config, mixture, chosen, list(curve)),
+        evaluations=[evaluation_of(described(evaluation, curve[chosen]))] if curve else [],
         # Of parents with different licenses, people have to decide.
         **(licenses[0] if licenses[0] == licenses[1] else {}),
     )
+    write_card(folder, facts)
+    write_text(folder / "LICENSE", code_license())
 
 
 def _in_words(config: MergeConfig, mixture: Mixture, chosen: float, alphas: list[float]) -> str:

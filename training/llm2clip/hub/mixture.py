@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,57 +30,40 @@ HEAD_FIELDS = (
 # Fields of the config of a vision tower that are about the heads of its model.
 OF_HEADS = ("projection_dim", "logit_scale_init_value")
 # Beginnings of the names of weights.
-TRUNK = ("vision_model.",)
-TRUNK_AND_HEADS = (
-    *TRUNK,
-    "visual_standardization.",
-    "visual_projection.",
-    "text_adapter.",
-    "logit_scale",
-    "logit_bias",
-)
+TRUNK = "vision_model."
+HEADS = ("visual_standardization.", "visual_projection.", "text_adapter.", "logit_scale", "logit_bias")
 
 
 @dataclass
 class Mixture:
     """The model B, some of whose weights [`mix`] replaces by those between A and B.
 
-    Attributes:
-        model: B as it was loaded: a joint model, or a text tower.
+    Args:
+        model: B as it was loaded: a joint model, or a text tower. Its weights get a dtype that holds both models.
         processor: Its processor or tokenizer.
         task: Pipeline tag of its card.
+        names: Those of A and B.
         first, second: The weights of A and B that are mixed, by their names in B; the other weights stay those of B.
+
+    Raises:
+        ValueError: Names or shapes of weights differ.
     """
 
     model: Any
     processor: Any
     task: str
+    names: tuple[str, str]
     first: dict[str, Tensor]
     second: dict[str, Tensor]
 
-    @classmethod
-    def of(
-        cls,
-        model: Any,
-        processor: Any,
-        task: str,
-        first: dict[str, Tensor],
-        second: dict[str, Tensor],
-        names: tuple[str, str],
-    ) -> Mixture:
-        """Compare weights of A with those of the model B, and give those of B a dtype that holds both.
-
-        Raises:
-            ValueError: Names or shapes of weights differ.
-        """
-        shapes = [{name: tuple(weight.shape) for name, weight in side.items()} for side in (first, second)]
-        refuse_differences("weights", names, *shapes)
-        holders = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
-        for name, weight in second.items():
+    def __post_init__(self) -> None:
+        shapes = [{name: tuple(weight.shape) for name, weight in side.items()} for side in (self.first, self.second)]
+        _refuse_differences("weights", self.names, *shapes)
+        holders = {**dict(self.model.named_buffers()), **dict(self.model.named_parameters(remove_duplicate=False))}
+        for name, weight in self.second.items():
             # Wide enough for both, so that the ends of the line are A and B.
-            dtype = torch.promote_types(first[name].dtype, weight.dtype)
-            holders[name].data = holders[name].data.to(dtype)
-        return cls(model, processor, task, first, {name: weight.clone() for name, weight in second.items()})
+            holders[name].data = holders[name].data.to(torch.promote_types(self.first[name].dtype, weight.dtype))
+        self.second = {name: weight.clone() for name, weight in self.second.items()}
 
     def mix(self, alpha: float) -> None:
         """Give the model `(1 - alpha) * A + alpha * B`, computed in float64 and rounded once."""
@@ -96,22 +79,6 @@ def interpolated(first: Tensor, second: Tensor, alpha: float) -> Tensor:
     return (1 - alpha) * first.double() + alpha * second.double()
 
 
-def weights_of(model: nn.Module, beginnings: tuple[str, ...] = ("",), prefix: str = "") -> dict[str, Tensor]:
-    """Return the floating-point weights of a model whose names have one of the beginnings; the names get a prefix."""
-    state = model.state_dict()
-    return {f"{prefix}{key}": x for key, x in state.items() if x.is_floating_point() and key.startswith(beginnings)}
-
-
-def refuse_differences(what: str, names: tuple[str, str], first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
-    """Raise ValueError if two mappings differ; the message names both sides and their values."""
-    differing = [name for name in {**first, **second} if first.get(name) != second.get(name)]
-    if not differing:
-        return
-    shown = "; ".join(f"{name}: {first.get(name)} and {second.get(name)}" for name in differing[:MAX_NAMED])
-    more = f"; and {len(differing) - MAX_NAMED} more" if len(differing) > MAX_NAMED else ""
-    raise ValueError(f"{names[0]} and {names[1]} cannot be merged: their {what} differ ({shown}{more}).")
-
-
 def mix_text_towers(first: Repo, second: Repo) -> Mixture:
     """Load two text towers, or a plain LLM and a text tower that was trained from it.
 
@@ -124,22 +91,20 @@ def mix_text_towers(first: Repo, second: Repo) -> Mixture:
     tower, tokenizer = open_text_tower(second.name, revision=second.revision)
     if first.kind in plain:
         types = {"model_type": first.model_type}, {"model_type": tower.config.decoder_config.model_type}
-        refuse_differences("architectures", names, *types)
+        _refuse_differences("settings", names, *types)
     options: dict[str, Any] = {"revision": first.revision, "dtype": "auto", "default_config": tower.config}
     other = LLM2CLIPTextModel.from_pretrained(first.name, **options)
     other.merge_adapter()
-    configs: Any = other.config, tower.config
-    refuse_differences(
-        "prompts or pooling",
-        names,
-        *({name: getattr(x, name) for name in (*FIELDS, *OPTIONAL_FIELDS)} for x in configs),
-    )
     decoders = other.config.decoder_config, tower.config.decoder_config
-    refuse_differences("architectures", names, *_architectures(*decoders, bidirectional=tower.config.bidirectional))
+    settings = _architectures(*decoders, bidirectional=tower.config.bidirectional)
+    for config, fields in zip((other.config, tower.config), settings, strict=True):
+        fields |= {name: getattr(config, name) for name in (*FIELDS, *OPTIONAL_FIELDS)}
     if first.kind is RepoKind.TEXT_TOWER:
-        found = AutoTokenizer.from_pretrained(first.name, revision=first.revision), tokenizer
-        refuse_differences("tokenizers", names, *({"fingerprint": tokenizer_fingerprint(x)} for x in found))
-    return Mixture.of(tower.eval(), tokenizer, TEXT_TASK, weights_of(other), weights_of(tower), names)
+        tokenizers = AutoTokenizer.from_pretrained(first.name, revision=first.revision), tokenizer
+        for found, fields in zip(tokenizers, settings, strict=True):
+            fields["tokenizer"] = tokenizer_fingerprint(found)
+    _refuse_differences("settings", names, *settings)
+    return Mixture(tower.eval(), tokenizer, TEXT_TASK, names, _weights(other), _weights(tower))
 
 
 def mix_vision(first: Repo, second: Repo, with_llm: bool) -> Mixture:
@@ -152,9 +117,9 @@ def mix_vision(first: Repo, second: Repo, with_llm: bool) -> Mixture:
     first.require(*(RepoKind.JOINT, RepoKind.VISION_HALF, RepoKind.OTHER), hint=f"{second.name} is an LLM2CLIP model.")
     model, processor = _load_joint(second, with_llm)
     tower = load_vision_tower(first.name, {"revision": first.revision, "dtype": "auto"})
-    refuse_differences("vision towers", names, *_architectures(tower.config, model.config.vision_config))
-    first_weights = weights_of(tower, prefix=TRUNK[0])
-    return Mixture.of(model, processor, JOINT_TASK, first_weights, weights_of(model, TRUNK), names)
+    _refuse_differences("vision towers", names, *_architectures(tower.config, model.config.vision_config))
+    first_weights = {f"{TRUNK}{name}": weight for name, weight in _weights(tower).items()}
+    return Mixture(model, processor, JOINT_TASK, names, first_weights, _weights(model, TRUNK))
 
 
 def mix_joint(first: Repo, second: Repo, with_llm: bool) -> Mixture:
@@ -167,17 +132,51 @@ def mix_joint(first: Repo, second: Repo, with_llm: bool) -> Mixture:
     model, processor = _load_joint(second, with_llm)
     other = LLM2CLIPModel.from_pretrained(first.name, text_model=False, revision=first.revision, dtype="auto")
     configs: Any = other.config, model.config
-    refuse_differences("vision towers", names, *_architectures(*(config.vision_config for config in configs)))
+    _refuse_differences("vision towers", names, *_architectures(*(config.vision_config for config in configs)))
     heads = [{name: getattr(config, name) for name in HEAD_FIELDS} for config in configs]
     for fields, side in zip(heads, (other, model), strict=True):
         fields["loss"] = "softmax" if side.logit_bias is None else "sigmoid"
+    llms: list[str | None] = [config.text_model_fingerprint for config in configs]
+    if None in llms or llms[0] != llms[1]:
+        # Of the same LLM, a model may have recorded none, or that of an adapter merged in another dtype.
+        llms = [_read_fingerprint(repo, config) for repo, config in zip((first, second), configs, strict=True)]
     try:
-        refuse_differences("heads", names, *heads)
-        _refuse_other_llm(first, second, configs)
+        _refuse_differences("heads", names, *heads)
+        _refuse_differences("LLMs", names, *({"fingerprint": llm} for llm in llms))
     except ValueError as error:
         raise ValueError(f"{error} With --parts vision only the vision towers are merged.") from error
-    weights = weights_of(other, TRUNK_AND_HEADS), weights_of(model, TRUNK_AND_HEADS)
-    return Mixture.of(model, processor, JOINT_TASK, *weights, names)
+    parts = _weights(other, TRUNK, *HEADS), _weights(model, TRUNK, *HEADS)
+    return Mixture(model, processor, JOINT_TASK, names, *parts)
+
+
+def _weights(model: nn.Module, *beginnings: str) -> dict[str, Tensor]:
+    """The floating-point weights of a model whose names have one of the beginnings, or all."""
+    state = model.state_dict()
+    return {key: x for key, x in state.items() if x.is_floating_point() and key.startswith(beginnings or "")}
+
+
+def _refuse_differences(
+    what: str, names: tuple[str, str], first: Mapping[str, Any], second: Mapping[str, Any]
+) -> None:
+    """Raise ValueError if two mappings differ; the message names both sides and their values."""
+    differing = [name for name in {**first, **second} if first.get(name) != second.get(name)]
+    if differing:
+        shown = "; ".join(f"{name}: {first.get(name)} and {second.get(name)}" for name in differing[:MAX_NAMED])
+        more = f"; and {len(differing) - MAX_NAMED} more" if len(differing) > MAX_NAMED else ""
+        raise ValueError(f"{names[0]} and {names[1]} cannot be merged: their {what} differ ({shown}{more}).")
+
+
+def _architectures(*configs: PretrainedConfig, bidirectional: bool | None = False) -> list[dict[str, Any]]:
+    """Of two towers, the settings that change their states and that differ."""
+    identities = [decoder_identity(config, bidirectional) for config in configs]
+    names = [name for name in {**identities[0], **identities[1]} if name not in OF_HEADS]
+    differing = [name for name in names if identities[0].get(name) != identities[1].get(name)]
+    # An identity leaves out defaults, and the config shows them, unless it has another name for the setting.
+    shown = [{name: getattr(config, name, None) for name in differing} for config in configs]
+    return [
+        {name: fields[name] if shown[0][name] != shown[1][name] else identity.get(name) for name in differing}
+        for fields, identity in zip(shown, identities, strict=True)
+    ]
 
 
 def _load_joint(repo: Repo, with_llm: bool) -> tuple[LLM2CLIPModel, Any]:
@@ -186,31 +185,6 @@ def _load_joint(repo: Repo, with_llm: bool) -> tuple[LLM2CLIPModel, Any]:
     options: dict[str, Any] = {"text_model": bundled or with_llm, "dtype": "auto"}
     model = LLM2CLIPModel.from_pretrained(repo.name, revision=repo.revision, **options)
     return model.eval(), AutoProcessor.from_pretrained(repo.name, revision=repo.revision)
-
-
-def _architectures(*configs: PretrainedConfig, bidirectional: bool | None = False) -> list[dict[str, Any]]:
-    """Return, of two towers, the settings that change their states and that differ."""
-    identities = [decoder_identity(config, bidirectional) for config in configs]
-    names = {name: None for identity in identities for name in identity if name not in OF_HEADS}
-    differing = [name for name in names if identities[0].get(name) != identities[1].get(name)]
-    found: list[dict[str, Any]] = [{}, {}]
-    for name in differing:
-        # An identity leaves out defaults, and the config shows them, unless it has another name for the setting.
-        shown = [getattr(config, name, None) for config in configs]
-        values = shown if shown[0] != shown[1] else [identity.get(name) for identity in identities]
-        for fields, value in zip(found, values, strict=True):
-            fields[name] = value
-    return found
-
-
-def _refuse_other_llm(first: Repo, second: Repo, configs: Sequence[LLM2CLIPConfig]) -> None:
-    """Raise ValueError unless both models have the same LLM, to which their adapters belong."""
-    found: list[str | None] = [config.text_model_fingerprint for config in configs]
-    if found[0] is None or found[0] != found[1]:
-        # Of the same LLM, a model may have recorded none, or that of an adapter merged in another dtype.
-        found = [_read_fingerprint(repo, config) for repo, config in zip((first, second), configs, strict=True)]
-    fingerprints = ({"fingerprint": fingerprint} for fingerprint in found)
-    refuse_differences("LLMs", (first.name, second.name), *fingerprints)
 
 
 def _read_fingerprint(repo: Repo, config: LLM2CLIPConfig) -> str | None:

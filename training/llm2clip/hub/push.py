@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from safetensors import SafetensorError, safe_open
+from rich.console import Console
 
 from llm2clip.hub.cards.card import validate_card
-from llm2clip.hub.dry_run import show_upload
 from llm2clip.hub.license_terms import check_terms
+from llm2clip.hub.secrets import read_small
 from llm2clip.hub.source_model import validate_folder
 from llm2clip.hub.upload import Uploader
-from llm2clip.hub.upload_files import added_files, code_targets, model_files, stamps
-from llm2clip.utils.files import read_json
+from llm2clip.hub.upload_files import added_files, code_targets, model_files
 from llm2clip.utils.logs import shortened
 from llm2clip.utils.manifests import FOLDER_MANIFEST, MODEL_MANIFEST, refuse_damaged
-from llm2clip.utils.repos import OUR_MODELS, Repo, RepoKind, inspect_repo, is_hub_id
+from llm2clip.utils.repos import OUR_MODELS, RepoKind, inspect_repo, is_hub_id
 from llm2clip.utils.settings import build_config, setting
+from llm2clip.utils.tables import print_table
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +65,8 @@ def push_folder(folder: str | Path, repo_id: str, **settings: Any) -> dict[str, 
         settings: Other fields of [`PushConfig`].
 
     Returns:
-        `repo`, its address; `commit`; `files` and `megabytes`; `pull_request` if one was opened. With `dry_run`, see
-        [`show_upload`].
+        `repo`, its address; `commit`; `files` and `megabytes`; `pull_request` if one was opened. With `dry_run`,
+        `would_upload_to`, `files` and `megabytes`.
 
     Raises:
         FileNotFoundError: The folder is incomplete.
@@ -81,8 +82,7 @@ def run(config: PushConfig, api: HfApi | None = None) -> dict[str, Any]:
     if not config.folder or not config.repo_id:
         raise ValueError("give a folder and a repo: llm2clip push FOLDER OWNER/NAME")
     folder = Path(config.folder)
-    before = stamps(folder)
-    check_folder(folder)
+    _check_folder(folder)
     if not is_hub_id(config.repo_id):
         raise ValueError(
             f"{config.repo_id!r} is not a repo name: write OWNER/NAME with letters, digits, '-', '_' and '.'."
@@ -92,24 +92,58 @@ def run(config: PushConfig, api: HfApi | None = None) -> dict[str, Any]:
         raise ValueError(
             f"--create-pr opens a pull request against main; omit --revision {config.revision}, or --create-pr."
         )
-    others = model_files(folder, config.include).others
+    uploader = Uploader(config.repo_id, revision=config.revision, create_pr=config.create_pr, api=api)
+    uploaded, others = model_files(folder, config.include)
+    contents = read_small(folder, uploaded, uploader.api.token)
     if others and not config.dry_run:
         logger.warning("not uploaded, as no model needs them: %s; --include PATTERN uploads them", shortened(others))
     if config.check and any("--" in target for target in code_targets(folder)):
         logger.info("the code of %s is in another repo, so the folder is not loaded before the upload", folder)
     elif config.check:
         logger.info("loading %s here and in a new process, which runs the code in it (--no-check: not)", folder)
+        before = _stamps(contents)
         validate_folder(folder)
+        if _stamps(contents) != before:
+            raise ValueError(
+                f"{folder} has changed while it was checked; nothing was committed. Wait until nothing writes there, "
+                "and push again; if the code in the folder does it, do not trust it."
+            )
     if config.dry_run:
-        return show_upload(folder, config.repo_id, config.include)
-    uploader = Uploader(config.repo_id, revision=config.revision, create_pr=config.create_pr, api=api)
+        return _show_upload(folder, config.repo_id, uploaded, others)
     # None leaves the visibility of a new repo to the default of its owner.
     url = uploader.create_repo(private=config.private or None)
-    return {"repo": str(url), **uploader.upload(folder, config.commit_message, config.include, before)}
+    return {"repo": str(url), **uploader.upload(folder, config.commit_message, contents)}
 
 
-def check_folder(folder: Path) -> Repo:
-    """Check that others can load a folder; returns what it contains.
+def _stamps(contents: Mapping[str, bytes | Path]) -> list[tuple[int, ...]]:
+    """What changes with every change of a large file, which is read when it is uploaded."""
+    found = [path.stat() for path in contents.values() if isinstance(path, Path)]
+    # Unlike its other times, that of the last change of its status cannot be set.
+    return [(status.st_ino, status.st_size, status.st_ctime_ns) for status in found]
+
+
+def _show_upload(folder: Path, repo_id: str, uploaded: Mapping[str, Path], others: Sequence[str]) -> dict[str, Any]:
+    """Print the files that a push would upload and those that it would not, with their sizes, and why."""
+    sizes = {name: path.stat().st_size for name, path in uploaded.items()}
+    rows = [(name, f"{size:,}") for name, size in sizes.items()]
+    print_table(Console(), f"Uploaded to {repo_id}", ["file", "bytes"], rows)
+    left: dict[str, int] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in uploaded:
+            # A line for each checkpoint of a run, and not for each of its files.
+            shown = name if name in others or "/" not in name else f"{name.split('/')[0]}/"
+            left[shown] = left.get(shown, 0) + path.stat().st_size
+    if left:
+        why = {name: f"no model needs it; --include '{name}' uploads it" for name in others}
+        of_run = "of a training run, or hidden; --include with its name uploads it"
+        unused = [(name, f"{size:,}", why.get(name, of_run)) for name, size in left.items()]
+        print_table(Console(), "Not uploaded", ["file", "bytes", "why"], unused, (0, 2))
+    return {"would_upload_to": repo_id, "files": len(sizes), "megabytes": round(sum(sizes.values()) / 1e6, 1)}
+
+
+def _check_folder(folder: Path) -> None:
+    """Check that a folder is a whole model that others can load.
 
     Raises:
         FileNotFoundError: The folder does not exist, or has no config, weights, card, code, tokenizer or image
@@ -118,21 +152,20 @@ def check_folder(folder: Path) -> Repo:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; `llm2clip build MODEL {folder}` creates it.")
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} has no config.json; {BUILD_FIRST}")
+    _require(folder, "config.json")
     repo = inspect_repo(folder).require(*OUR_MODELS, hint="Build it first: llm2clip build MODEL FOLDER")
-    _check_weights(folder)
-    if not repo.config.get("auto_map"):
+    _require(folder, "*.safetensors")
+    if repo.kind is not RepoKind.VISION_HALF:
+        _require(folder, "tokenizer.json")
+    if repo.kind is not RepoKind.TEXT_TOWER:
+        _require(folder, "processor_config.json", "preprocessor_config.json")
+    if not (targets := code_targets(folder)):
         raise FileNotFoundError(f"{folder} lacks the code of its model (no auto_map in config.json); {BUILD_FIRST}")
-    for target in code_targets(folder):
-        module = target.split("--")[-1].split(".")[0]
-        if "--" not in target and not (folder / f"{module}.py").is_file():
-            raise FileNotFoundError(f"{folder} lacks the code of {target}; {BUILD_FIRST}")
-    for names in _processor_files(repo.kind):
-        if not any((folder / name).is_file() for name in names):
-            raise FileNotFoundError(f"{folder} lacks {' or '.join(names)}; {BUILD_FIRST}")
+    for target in targets:
+        if "--" not in target:
+            _require(folder, f"{target.split('.')[0]}.py")
     llm = repo.config.get("text_model_name_or_path")
-    if llm is not None and not (isinstance(llm, str) and is_hub_id(llm)):
+    if llm is not None and not is_hub_id(str(llm)):
         raise ValueError(
             f"the LLM of {folder} is in {llm}, which others cannot load; `llm2clip build` bundles it or, with "
             "--text-model, refers to its Hub id."
@@ -144,32 +177,8 @@ def check_folder(folder: Path) -> Repo:
             f"{folder} contains {added[0]}, which was not built but would be loaded with the model; delete it, or, if "
             f"it belongs to the model, delete {MODEL_MANIFEST} and {FOLDER_MANIFEST}, which do not list it."
         )
-    return repo
 
 
-def _check_weights(folder: Path) -> None:
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise FileNotFoundError(f"{folder} has no weights (*.safetensors).")
-    for path in weights:
-        try:
-            with safe_open(path, framework="pt") as handle:
-                handle.keys()
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or truncated: {error}; build the folder again.") from error
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise ValueError(f"{index} is damaged: weight_map does not name a file for each weight.")
-        shards = set(weight_map.values())
-        if missing := sorted(shards - {path.name for path in weights}):
-            raise FileNotFoundError(f"{folder} lacks {len(missing)} of its shards: {', '.join(missing[:3])}.")
-
-
-def _processor_files(kind: RepoKind) -> list[tuple[str, ...]]:
-    """Files of the tokenizer and of the image processor; one of each tuple is needed."""
-    tokenizer, images = ("tokenizer.json",), ("processor_config.json", "preprocessor_config.json")
-    if kind is RepoKind.TEXT_TOWER:
-        return [tokenizer]
-    return [images] if kind is RepoKind.VISION_HALF else [tokenizer, images]
+def _require(folder: Path, *patterns: str) -> None:
+    if not any(any(folder.glob(pattern)) for pattern in patterns):
+        raise FileNotFoundError(f"{folder} lacks {' or '.join(patterns)}; {BUILD_FIRST}")

@@ -6,34 +6,47 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from huggingface_hub import get_token
+
 # Of the Hub, GitHub, AWS, OpenAI and Anthropic, Google, Slack; and private keys.
 SECRET = re.compile(
     rb"hf_[A-Za-z0-9]{34,}|github_pat_\w{22,}|gh[pousr]_[A-Za-z0-9]{36,}|(?<![A-Z0-9])AKIA[A-Z0-9]{16}(?![A-Z0-9])|"
     rb"sk-[a-z]+-[\w-]{32,}|AIza[\w-]{35}|xox[abpr]-[\w-]{20,}|-----BEGIN [A-Z ]*PRIVATE KEY-----"
 )
-# Characters of a token that a message shows.
-SHOWN = 6
-# A shorter one may be a word.
-SHORTEST = 8
+# Characters of a token that a message shows; and the least that an own one has, since a shorter one may be a word.
+SHOWN, SHORTEST = 6, 8
+# Bytes; larger files are weights, and are not searched.
+SMALL = 1 << 24
 
 
-def refuse_secrets(folder: Path, contents: Mapping[str, bytes | Path], token: str | None = None) -> None:
-    """Raise a ValueError if a file contains an access token or private key.
+def read_small(folder: Path, uploaded: Mapping[str, Path], token: str | bool | None = None) -> dict[str, bytes | Path]:
+    """Read the small files of an upload once, so that what was searched for secrets is what is published.
+
+    Neither code in the folder, which a check runs afterwards, nor a run that writes there changes that.
 
     Args:
         folder: Where the files are, for the message.
-        contents: The files by name. Only those that are given as bytes are searched, since large files are weights.
-        token: The one that the user is logged in with, of any form.
+        uploaded: The files by name.
+        token: A token besides the one that the user is logged in with; both are searched for too.
+
+    Returns:
+        The content of each file; of a large one, its path.
+
+    Raises:
+        ValueError: A file contains an access token or private key.
     """
-    own = token.encode() if token is not None and len(token) >= SHORTEST else None
-    for name, content in contents.items():
-        if not isinstance(content, bytes):
+    own = [one.encode() for one in (token, get_token()) if isinstance(one, str) and len(one) >= SHORTEST]
+    pattern = re.compile(b"|".join([SECRET.pattern, *map(re.escape, own)]))
+    contents: dict[str, bytes | Path] = {}
+    for name, path in uploaded.items():
+        if path.stat().st_size >= SMALL:
+            contents[name] = path
             continue
-        found = SECRET.search(content)
-        secret = own if own is not None and own in content else found and found[0]
-        if secret:
-            start = secret[:SHOWN].decode(errors="replace")
+        contents[name] = content = path.read_bytes()
+        if found := pattern.search(content):
+            start = found[0][:SHOWN].decode(errors="replace")
             raise ValueError(
                 f"{folder / name} contains what looks like an access token or private key ({start}...), which "
                 "everybody could read; remove it there, and revoke it if others may have seen it."
             )
+    return contents

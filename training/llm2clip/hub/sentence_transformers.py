@@ -30,11 +30,12 @@ def write_sentence_transformers_files(folder: str | Path) -> list[Path]:
         The files that were written.
 
     Raises:
-        FileNotFoundError: The folder has no config.json, tokenizer or image processor.
-        ValueError: The folder contains another kind of model, a vision half, or a PEFT adapter.
+        ValueError: The folder contains another kind of model.
     """
     folder = Path(folder)
-    modalities = _modalities(folder)
+    repo = inspect_repo(folder)
+    repo.require(RepoKind.JOINT, RepoKind.TEXT_TOWER, hint="Give the folder of a model that embeds captions.")
+    modalities = {"text": FORWARD} if repo.kind is RepoKind.TEXT_TOWER else {"text": FORWARD, "image": FORWARD}
     modules = [{"idx": 0, "name": "0", "path": "", "type": f"{MODULES}.transformer.Transformer"}]
     files: dict[str, Any] = {
         "modules.json": modules,
@@ -57,23 +58,3 @@ def write_sentence_transformers_files(folder: str | Path) -> list[Path]:
     for name, content in files.items():
         write_json(folder / name, content)
     return [folder / name for name in files]
-
-
-def _modalities(folder: Path) -> dict[str, dict[str, str]]:
-    """The method of the model for each modality that it embeds."""
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} has no config.json; give a folder that save_pretrained() has written.")
-    repo = inspect_repo(folder)
-    if repo.is_adapter:
-        raise ValueError(
-            f"{folder} contains a PEFT adapter, which sentence-transformers would attach to a plain causal LLM; merge "
-            "it first: load it, call merge_adapter() and save_pretrained()."
-        )
-    repo.require(RepoKind.JOINT, RepoKind.TEXT_TOWER, hint="Give the folder of a model that embeds captions.")
-    if not (folder / "tokenizer.json").is_file():
-        raise FileNotFoundError(f"{folder} has no tokenizer; save the model's processor or tokenizer there too.")
-    if repo.kind is RepoKind.TEXT_TOWER:
-        return {"text": FORWARD}
-    if not (folder / "processor_config.json").is_file():
-        raise FileNotFoundError(f"{folder} has no processor_config.json; save the model's processor there too.")
-    return {"text": FORWARD, "image": FORWARD}

@@ -9,17 +9,19 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
 from llm2clip.hub.cards.facts import JOINT_TASK, TEXT_TASK, VISION_TASK
-from llm2clip.hub.new_process import CAPTIONS, compare_with_new_process, sample_llm_embeds, sample_picture
+from llm2clip.hub.new_process import outputs_of, outputs_of_new_process
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.utils.attention_probe import verify_text_tower
 from llm2clip.utils.embeddings import require_finite_rows
 from llm2clip.utils.repos import OUR_MODELS, Repo, RepoKind, hub_ids, inspect_repo
 from llm2clip.utils.towers import save_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection, with_pillow
+
+TOLERANCE = 1e-5
+CAPTIONS = ("a photo of a dog", "two children play football in a green park behind a red brick church")
 
 
 @dataclass
@@ -95,10 +97,14 @@ class SourceModel:
         if self.task == JOINT_TASK or (self.task == TEXT_TASK and not self.model.has_adapter):
             write_sentence_transformers_files(folder)
 
-    def compare(self, folder: Path, picture: Image.Image, captions: Sequence[str]) -> float:
+    def compare(self, folder: Path, picture: Image.Image | None = None, captions: Sequence[str] = ()) -> float:
         """Load a folder in a new process without this package and compare its outputs with those of this model.
 
         The weights of this model are freed before, so that the new process does not hold the model a second time.
+
+        Args:
+            folder: The saved model.
+            picture, captions: What is embedded; by default a pattern and two captions.
 
         Returns:
             The largest difference, relative to the largest entry.
@@ -107,28 +113,23 @@ class SourceModel:
             NonFiniteError: An output of this model is NaN or infinite.
             RuntimeError: The folder does not load there, or its outputs differ.
         """
-        model, expected, loading = self.model, dict[str, Tensor](), dict[str, Any]()
-        texts, embeds, has_vision = captions if self.with_captions else [], None, self.task != TEXT_TASK
-        image_processor = getattr(self.processor, "image_processor", self.processor)
-        tokenizer = getattr(self.processor, "tokenizer", self.processor)
-        with torch.inference_mode():
-            if has_vision:
-                pixels = image_processor(images=[picture], return_tensors="pt").to(model.dtype)
-                expected["image"] = model(**pixels).pooler_output
-            if texts:
-                batch = tokenizer(texts, padding=True, return_tensors="pt")
-                expected["text"] = model(**batch).pooler_output
-            if texts and has_vision:
-                expected["logits"] = model(**pixels, **batch).logits_per_image
-            if self.task == JOINT_TASK and not texts:
-                # The adapter is compared without its LLM.
-                embeds = sample_llm_embeds(model.config.text_config.hidden_size)
-                expected["text"] = model.get_text_features(llm_embeds=embeds).pooler_output
-                loading["text_model"] = False
+        inputs = picture or sample_picture(), list(captions or CAPTIONS)
+        parts = self.task != TEXT_TASK, self.with_captions
+        image_processor = getattr(self.processor, "image_processor", self.processor) if parts[0] else None
+        tokenizer = getattr(self.processor, "tokenizer", self.processor) if parts[1] else None
+        expected = outputs_of(self.model, image_processor, tokenizer, self.processor, *inputs)
         for name, rows in expected.items():
             require_finite_rows(rows, [f"{name} {row}" for row in range(len(rows))].__getitem__, "samples")
-        model.to("meta")
-        return compare_with_new_process(folder, expected, picture if has_vision else None, texts, embeds, **loading)
+        self.model.to("meta")
+        loading: dict[str, Any] = {"text_model": False} if self.task == JOINT_TASK and not self.with_captions else {}
+        found, worst = outputs_of_new_process(folder, parts, *inputs, **loading), 0.0
+        for name, wanted in expected.items():
+            difference = ((found[name] - wanted).abs().max() / wanted.abs().max().clamp(min=1)).item()
+            worst = max(worst, difference)
+            # Not `>`, which is false for NaN.
+            if not difference <= TOLERANCE:
+                raise RuntimeError(f"the {name} outputs of {folder} in a new process differ by {difference:.1e}.")
+        return worst
 
 
 def _is_merged(tower: LLM2CLIPTextModel, merge_adapter: bool | None) -> bool:
@@ -144,4 +145,10 @@ def _is_merged(tower: LLM2CLIPTextModel, merge_adapter: bool | None) -> bool:
 def validate_folder(folder: Path) -> float:
     """Load a built folder and compare the outputs with those in a new process; see [`SourceModel.compare`]."""
     source = SourceModel.load(inspect_repo(folder).require(*OUR_MODELS), merge_adapter=False)
-    return source.compare(folder, sample_picture(), list(CAPTIONS))
+    return source.compare(folder)
+
+
+def sample_picture(size: int = 96) -> Image.Image:
+    """An image with edges and colors."""
+    ramp = torch.arange(size * size * 3).reshape(size, size, 3)
+    return Image.fromarray((ramp * 7 % 251).to(torch.uint8).numpy())

@@ -8,27 +8,21 @@ from __future__ import annotations
 import glob
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import (
-    CommitOperation,
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    RepoUrl,
-    get_token,
-    hf_hub_download,
-)
-from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, RepoUrl
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RevisionNotFoundError
 
 from llm2clip.hub.cards.card import CARD, merge_cards, split_card, with_repo
 from llm2clip.hub.cards.facts import EXAMPLE
 from llm2clip.hub.hub_errors import explained, http_status
-from llm2clip.hub.secrets import refuse_secrets
-from llm2clip.hub.upload_files import Stamps, model_files, read_small, refuse_changed, refuse_links, stamps
+from llm2clip.hub.secrets import read_small
+from llm2clip.hub.upload_files import model_files, refuse_links
 from llm2clip.utils.files import read_json
+from llm2clip.utils.library_errors import wrap_read_errors
+from llm2clip.utils.logs import shortened
 from llm2clip.utils.manifests import FOLDER_MANIFEST, stated_files
 from llm2clip.utils.repos import inspect_repo
 
@@ -118,32 +112,29 @@ class Uploader:
         with explained(self.repo_id):
             return self._read_card(self._snapshot())
 
-    def upload(
-        self, folder: Path, message: str, include: Sequence[str] = (), before: Stamps | None = None
-    ) -> dict[str, Any]:
+    def upload(self, folder: Path, message: str, contents: Mapping[str, bytes | Path] | None = None) -> dict[str, Any]:
         """Upload the files of a saved model, with its card, in one commit. The repo has to exist.
 
         Args:
             folder: The model.
             message: That of the commit.
-            include: Patterns of further files; see [`model_files`].
-            before: The stamps of the files when they were checked; by default those of now.
+            contents: The files as [`read_small`] has read them; by default those of the model, read now.
 
         Returns:
             `commit`, `files`, `megabytes`, and `pull_request` if one was opened.
 
         Raises:
             ValueError: The repo contains another type of model, or files but no model; or a file is a link out of the
-                folder, holds an access token, or is not what `before` says.
+                folder, or holds an access token.
         """
-        before = stamps(folder) if before is None else before
-        model_type = str(inspect_repo(folder).model_type)
-        local = model_files(folder, include).uploaded
-        megabytes = round(sum(path.stat().st_size for path in local.values()) / 1e6, 1)
-        logger.info("uploading %d files, %.1f MB, to %s", len(local), megabytes, self.repo_id)
+        if contents is None:
+            contents = read_small(folder, model_files(folder).uploaded, self.api.token)
+        sizes = [len(file) if isinstance(file, bytes) else file.stat().st_size for file in contents.values()]
+        megabytes = round(sum(sizes) / 1e6, 1)
+        logger.info("uploading %d files, %.1f MB, to %s", len(sizes), megabytes, self.repo_id)
         with explained(self.repo_id):
-            commit = self._commit(folder, local, before, model_type, message)
-        result = {"commit": commit.oid, "files": len(local), "megabytes": megabytes}
+            commit = self._commit(folder, contents, message)
+        result = {"commit": commit.oid, "files": len(sizes), "megabytes": megabytes}
         return {**result, "pull_request": commit.pr_url} if commit.pr_url else result
 
     def upload_checkpoint(self, folder: Path, name: str, message: str) -> None:
@@ -165,22 +156,23 @@ class Uploader:
                 revision=self.revision,
             )
 
-    def _commit(self, folder: Path, local: dict[str, Path], before: Stamps, model_type: str, message: str) -> Any:
-        contents = read_small(local)
-        refuse_secrets(folder, contents, self._token())
+    def _commit(self, folder: Path, contents: Mapping[str, bytes | Path], message: str) -> CommitInfo:
+        model_type = str(inspect_repo(folder).model_type)
         for attempt in range(1, ATTEMPTS + 1):
             snapshot = self._open_branch(model_type)
-            files: dict[str, Path | bytes] = {**contents, CARD: self._merged_card(folder, snapshot).encode()}
-            stale = [name for name in snapshot.files if REPLACED.fullmatch(name) and name not in local]
-            operations: list[CommitOperation] = [
-                *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()),
-                *(CommitOperationDelete(path_in_repo=name) for name in stale),
-            ]
-            refuse_changed(folder, local, before)
+            card = contents[CARD]
+            text = card.decode() if isinstance(card, bytes) else card.read_text(encoding="utf-8")
+            files = {**contents, CARD: self._merged_card(text, snapshot).encode()}
+            stale = [name for name in snapshot.files if REPLACED.fullmatch(name) and name not in files]
             try:
+                # Not upload_folder: where a commit fails, it commits the files in parts, so that others load the new
+                # config with the old weights; and it reads the card from the folder.
                 return self.api.create_commit(
                     self.repo_id,
-                    operations,
+                    [
+                        *(CommitOperationAdd(name, path_or_fileobj=content) for name, content in files.items()),
+                        *(CommitOperationDelete(name) for name in stale),
+                    ],
                     commit_message=message,
                     revision=self.revision,
                     create_pr=self.create_pr,
@@ -192,10 +184,6 @@ class Uploader:
                     raise
                 logger.info("%s changed during the upload; repeating the commit on top of the change", self.repo_id)
         raise AssertionError("the last attempt returns or raises")
-
-    def _token(self) -> str | None:
-        token = self.api.token
-        return token if isinstance(token, str) else None if token is False else get_token()
 
     def _snapshot(self) -> Snapshot:
         is_new = False
@@ -212,56 +200,45 @@ class Uploader:
     def _open_branch(self, model_type: str) -> Snapshot:
         """Read the branch, which is created if it does not exist, unless the repo contains something else."""
         snapshot = self._snapshot()
-        self._refuse_other_model(snapshot, model_type)
-        if snapshot.is_new:
-            self.api.create_branch(self.repo_id, branch=str(self.revision), revision=snapshot.commit, exist_ok=True)
-        return snapshot
-
-    def _refuse_other_model(self, snapshot: Snapshot, model_type: str) -> None:
         config = self._download(snapshot, "config.json")
-        if config is None:
-            if others := [name for name in snapshot.files if name not in FRESH]:
-                raise ValueError(
-                    f"{self.repo_id} contains {', '.join(others[:3])}{' and more' if len(others) > 3 else ''}, but no "
-                    "config.json, so it is not an earlier push of this model; push to another repo."
-                )
-            return
-        try:
-            found = read_json(config).get("model_type")
-        except ValueError:
-            found = None
-        if found != model_type:
+        others = [name for name in snapshot.files if name not in FRESH]
+        if config is None and others:
+            raise ValueError(
+                f"{self.repo_id} contains {shortened(others)}, but no config.json, so it is not an earlier push of "
+                "this model; push to another repo."
+            )
+        if config is not None and (found := _model_type(config)) != model_type:
             kind = "something else" if found is None else f"a model of type {found!r}"
             raise ValueError(
                 f"{self.repo_id} contains {kind}, and this model has type {model_type!r}; push to another repo."
             )
+        if snapshot.is_new:
+            self.api.create_branch(self.repo_id, branch=str(self.revision), revision=snapshot.commit, exist_ok=True)
+        return snapshot
 
     def _download(self, snapshot: Snapshot, name: str) -> Path | None:
         """Download a file; None if the repo does not contain it."""
         if name not in snapshot.files:
             return None
-        options: dict[str, Any] = {"endpoint": self.api.endpoint, "token": self.api.token, "force_download": True}
         try:
-            return Path(hf_hub_download(self.repo_id, name, revision=snapshot.commit, **options))
-        except ValueError as error:
-            # The client wraps the reason why a forced download failed.
+            return Path(self.api.hf_hub_download(self.repo_id, name, revision=snapshot.commit))
+        except LocalEntryNotFoundError as error:
+            # Its message advises about the cache; the reason why it asks there is the connection.
             raise error.__cause__ or error from None
 
     def _read_card(self, snapshot: Snapshot) -> str | None:
         path = self._download(snapshot, CARD)
-        try:
-            return None if path is None else path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"the card of {self.repo_id} on the Hub is not UTF-8 ({error}); correct it there."
-            ) from error
+        if path is None:
+            return None
+        with wrap_read_errors(f"the card of {self.repo_id} on the Hub"):
+            return path.read_text(encoding="utf-8")
 
-    def _merged_card(self, folder: Path, snapshot: Snapshot) -> str:
+    def _merged_card(self, card: str, snapshot: Snapshot) -> str:
         """The folder's card for this repo, with the edits that people made to the card on the Hub."""
-        local = (folder / CARD).read_text(encoding="utf-8")
         # A pull request is meant to become main.
         branch = "main" if self.revision is None or self.revision.startswith("refs/") else self.revision
-        local = with_repo(local, self.repo_id, f"{self.api.endpoint}/{self.repo_id}/resolve/{branch}/{EXAMPLE}")
+        example = f"{self.api.endpoint}/{self.repo_id}/resolve/{branch}/{EXAMPLE}"
+        local = with_repo(card, self.repo_id, example)
         theirs = self._read_card(snapshot)
         if theirs is None:
             return local
@@ -270,3 +247,10 @@ class Uploader:
         if kept := [key for key, value in ours.items() if result[key] != value and key not in RENEWED]:
             logger.warning("the card on the Hub keeps its own %s; change it there", ", ".join(kept))
         return merged
+
+
+def _model_type(config: Path) -> str | None:
+    try:
+        return read_json(config).get("model_type")
+    except ValueError:
+        return None

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 from safetensors import SafetensorError, safe_open
 
@@ -39,6 +40,11 @@ def explain(error: BaseException) -> str | None:
         if SYSTEM.search(text):
             return f"a file of weights cannot be written: {text.rstrip('.')}."
         return f"a file of weights is damaged or cut short ({error}); copy, download or build it again."
+    if isinstance(error, UnpicklingError):
+        return (
+            "a file of the checkpoint cannot be read safely: it is damaged, or contains more than tensors, and would "
+            "run code. Continue from an older checkpoint: --resume takes one if you delete this one."
+        )
     # The first error of the worker's end is the context of the last one.
     if (worker := WORKER.search(f"{error.__cause__ or error.__context__} {text}")) is not None:
         how = f"was killed (signal: {worker['signal']})" if worker["signal"] else "has ended"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Its name starts with a dot, so that `llm2clip push` leaves it here.
 FOLDER_MANIFEST = ".llm2clip.json"
 MODEL_MANIFEST = "manifest.json"
-# Of `llm2clip build --signed`; the name that model-signing's own command expects.
+# Of sigstore's command `model_signing`, whose default name it is.
 MODEL_SIGNATURE = "model.sig"
 MODEL_FORMAT, MODEL_FORMAT_VERSION = "llm2clip-model", 1
 # Text that people edit, and `llm2clip push` too; nothing computes from it.

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from llm2clip.hub.signing import signature_fault
 from llm2clip.hub.upload_files import added_files
 from llm2clip.search.lance_store import COMMAND as INDEX
 from llm2clip.search.verify_index import verify_index
@@ -28,7 +27,6 @@ from llm2clip.utils.manifests import (
     written_by,
 )
 
-SIGNATURES = "num_signatures"
 # One of these is in every folder of ours with such a manifest.
 OUR_FILES = ("modeling_llm2clip*.py", "config.json")
 # How folders are written again that are not replaced with --overwrite.
@@ -76,18 +74,6 @@ def verify_listed(folder: Path) -> Verified:
         for name in added
     ]
     found.counts = Counter({"num_files": len(listed)})
-    return found
-
-
-def verify_signature(folder: Path, public_key: str | None) -> Verified:
-    """Compare a signed model with its signature, if there is a key to do so."""
-    if public_key is None:
-        remark = f"{folder} is signed; --public-key KEY.pub compares it with the key of its author"
-        return Verified(remarks=[f"{remark}, which only the author can tell you."])
-    found = Verified(counts=Counter({SIGNATURES: 1}))
-    if fault := signature_fault(folder, Path(public_key)):
-        fix = f"load nothing from {folder}, and get the model or the key again from its author"
-        found.faults.append(Fault(f"{folder}: {fault}", fix))
     return found
 
 

@@ -12,16 +12,14 @@ from typing import Any
 from llm2clip.data.verify_sidecars import verify_sources
 from llm2clip.store.manifest import MANIFEST_SUFFIX
 from llm2clip.store.verify import verify_store
-from llm2clip.utils.manifests import MODEL_SIGNATURE, Fault, Verified
+from llm2clip.utils.manifests import Verified
 from llm2clip.utils.remote_path import open_path
 from llm2clip.utils.settings import setting
-from llm2clip.verification.kinds import KINDS, SIGNATURES, verify_folder, verify_signature
+from llm2clip.verification.kinds import KINDS, verify_folder
 
 logger = logging.getLogger(__name__)
 
 SHOWN = 20
-# What is loaded as a model, or run.
-LOADED = ("config.json", "adapter_config.json", "modules.json", "*.py", "*.onnx")
 
 
 class DamagedError(ValueError):
@@ -42,20 +40,17 @@ class VerifyConfig:
     sources: bool = setting(
         True, "Read the shards too that sidecars belong to, and compare them with their checksums."
     )
-    public_key: str | None = setting(
-        None, "Public key (PEM file) of whoever signed the models in the folder with `llm2clip build --signed`."
-    )
 
 
 def run(config: VerifyConfig) -> dict[str, Any]:
     """Read everything in a folder that llm2clip wrote, and compare it with its checksums.
 
     Returns:
-        The numbers of what was read: `num_files`, `num_signatures`, and of embeddings `num_shards` and
-        `num_captions`, `num_images` or `num_rows`.
+        The numbers of what was read: `num_files`, and of embeddings `num_shards` and `num_captions`, `num_images` or
+        `num_rows`.
 
     Raises:
-        FileNotFoundError: The folder contains nothing of the kind, or a public key is given and no model is signed.
+        FileNotFoundError: The folder contains nothing of the kind.
         DamagedError: Something is damaged or missing; each fault is logged with its file and how to fix it. The exit
             status is 2.
     """
@@ -63,7 +58,8 @@ def run(config: VerifyConfig) -> dict[str, Any]:
     found, manifests = verify_store(folder)
     found.add(verify_sources(folder, manifests, config.sources))
     if isinstance(folder, Path):
-        found.add(_verify_local(folder, config.public_key))
+        for local in _folders(folder, found):
+            found.add(verify_folder(local))
     for remark in found.remarks:
         logger.warning(remark)
     for fault in found.faults[:SHOWN]:
@@ -76,28 +72,7 @@ def run(config: VerifyConfig) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{folder} contains nothing that can be verified: stored rows (*{MANIFEST_SUFFIX}), {names}."
         )
-    if config.public_key is not None and not found.counts[SIGNATURES]:
-        raise FileNotFoundError(
-            f"{folder} is not signed: it has no {MODEL_SIGNATURE}, which `llm2clip build --signed` writes. Do not "
-            f"take it for a model of the owner of {config.public_key}."
-        )
     return dict(found.counts)
-
-
-def _verify_local(folder: Path, public_key: str | None) -> Verified:
-    """Check a folder and those below it. With a key, everything in them that is a model has to be signed."""
-    found, signed = Verified(), list[Path]()
-    for local in _folders(folder, found):
-        found.add(verify_folder(local))
-        if (local / MODEL_SIGNATURE).is_file():
-            found.add(verify_signature(local, public_key))
-            signed.append(local)
-        # A signature covers the folders below its own.
-        is_covered = any(local.is_relative_to(other) for other in signed)
-        if public_key is not None and not is_covered and any(any(local.glob(name)) for name in LOADED):
-            what = f"{local} is a model, or has code, that is not signed: it has no {MODEL_SIGNATURE}"
-            found.faults.append(Fault(what, f"load nothing from it as of the owner of {public_key}"))
-    return found
 
 
 def _folders(folder: Path, found: Verified) -> Iterator[Path]:

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from llm2clip.hub.cards.facts import EXAMPLE, VISION_TASK, CardFacts, Evaluation
-from llm2clip.hub.cards.metadata import as_list, check_metadata
 from llm2clip.hub.cards.sections import PAPER, sections
 from llm2clip.utils.files import write_text
 from llm2clip.utils.library_errors import wrap_read_errors
@@ -28,14 +26,19 @@ PEFT_TEMPLATE = "# Model Card for Model ID"
 SECTION = re.compile(r"<!-- llm2clip:(\w+) ([0-9a-f]{12}) -->\n(.*?)\n?<!-- /llm2clip:\1 -->", re.DOTALL)
 # The repo or folder in the code examples.
 LOADED = re.compile(r'((?:from_pretrained\(|SentenceTransformer\(|snapshot_download\(|cached_file\(|model=)")[^"]*(")')
+LICENSE_FIELDS = ("license", "license_name", "license_link")
 # Lists that are united with those of the earlier card.
 UNITED = ("tags", "base_model", "datasets")
 
 
 def license_of(folder: Path | None) -> dict[str, Any]:
     """Read the license in a folder's card, as fields of [`CardFacts`]; empty if there is no card."""
-    data = read_card(folder)[0] if folder else {}
-    return {name: str(data[name]) for name in ("license", "license_name", "license_link") if data.get(name)}
+    return license_fields(read_card(folder)[0]) if folder else {}
+
+
+def license_fields(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The license in front matter, as fields of [`CardFacts`]."""
+    return {name: str(data[name]) for name in LICENSE_FIELDS if data.get(name)}
 
 
 def read_card(folder: Path) -> tuple[dict[str, Any], str]:
@@ -81,13 +84,22 @@ def render(facts: CardFacts, data: dict[str, Any] | None = None, text: str = "",
         text: Text of an existing card.
         keep: Sections that are only replaced if they are empty.
     """
-    merged = _merge_data(data or {}, front_matter(facts))
-    new = sections(facts)
-    if not text.strip():
-        return _assemble(merged, "\n\n".join(_marked(name, content) for name, content in new.items()))
-    filled = {name for name, _, content in SECTION.findall(text) if content.strip()}
-    kept = filled & set(keep)
-    return _assemble(merged, _renew_sections(text, lambda name, _: None if name in kept else new.get(name)))
+    new = "\n\n".join(_marked(name, content) for name, content in sections(facts).items())
+    return _merged(data or {}, text, front_matter(facts), new, keep)
+
+
+def merge_cards(theirs: str, ours: str) -> str:
+    """Merge a new card, `ours`, into an older one that people may have edited."""
+    return _merged(*split_card(theirs), *split_card(ours))
+
+
+def _merged(data: dict[str, Any], text: str, new_data: dict[str, Any], new_text: str, keep: Sequence[str] = ()) -> str:
+    new = {name: content for name, _, content in SECTION.findall(new_text)}
+
+    def renewed(name: str, content: str) -> str | None:
+        return None if name in keep and content.strip() else new.get(name)
+
+    return _assemble(_merge_data(data, new_data), _renew_sections(text, renewed) if text.strip() else new_text)
 
 
 def _assemble(data: dict[str, Any], text: str) -> str:
@@ -101,7 +113,7 @@ def front_matter(facts: CardFacts) -> dict[str, Any]:
     labels = ", ".join(" ".join(caption.replace(",", " ").split()) for caption in facts.captions)
     widget = [{"src": EXAMPLE, "candidate_labels": labels}] if facts.has_example else None
     is_encoder = facts.task != VISION_TASK and not facts.is_adapter
-    fields = ModelCardData(
+    return ModelCardData(
         language=list(facts.languages) or None,
         license=facts.license,
         license_name=facts.license_name,
@@ -113,10 +125,9 @@ def front_matter(facts: CardFacts) -> dict[str, Any]:
         pipeline_tag=facts.task,
         tags=["llm2clip", "clip", *(["sentence-transformers"] if is_encoder else []), f"arxiv:{PAPER}"],
         widget=widget,
+        model_name=facts.name if results else None,
+        eval_results=results or None,
     ).to_dict()
-    if results:
-        fields["model-index"] = eval_results_to_model_index(facts.name, results)
-    return fields
 
 
 def _eval_results(evaluation: Evaluation, pipeline_tag: str) -> list[EvalResult]:
@@ -177,15 +188,6 @@ def _renew_sections(text: str, renewed: Callable[[str, str], str | None]) -> str
     return SECTION.sub(renew, text)
 
 
-def merge_cards(theirs: str, ours: str) -> str:
-    """Merge a new card, `ours`, into an older one that people may have edited."""
-    data, text = split_card(theirs)
-    new_data, new_text = split_card(ours)
-    new = {name: content for name, _, content in SECTION.findall(new_text)}
-    body = _renew_sections(text, lambda name, _: new.get(name)) if text.strip() else new_text
-    return _assemble(_merge_data(data, new_data), body)
-
-
 def with_repo(card: str, repo: str, example: str) -> str:
     """Rewrite a card so that its code examples load `repo` and its widget shows the image at the URL `example`."""
     data, text = split_card(card)
@@ -200,13 +202,18 @@ def with_repo(card: str, repo: str, example: str) -> str:
 
 
 def validate_card(folder: Path) -> None:
-    """Check the card in a folder by the rules of the Hub.
+    """Check that the card in a folder can be read; the Hub checks the values of its metadata before an upload.
 
     Raises:
         FileNotFoundError: There is no README.md.
         ValueError: Its metadata is not valid.
     """
     if not (folder / CARD).is_file():
-        raise FileNotFoundError(f"{folder} has no {CARD}; `llm2clip build` writes one.")
-    check_metadata(read_card(folder)[0], folder / CARD)
+        raise FileNotFoundError(f"{folder} lacks {CARD}; `llm2clip build` writes one.")
+    read_card(folder)
     ModelCard.load(folder / CARD)
+
+
+def as_list(value: Any) -> list[Any]:
+    """The values of a field that may be a single value, a list or absent."""
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]

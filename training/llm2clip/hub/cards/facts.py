@@ -68,10 +68,16 @@ class Evaluation:
         return recalls | {type: self.metrics[name] for name, type in ACCURACIES.items() if name in self.metrics}
 
     @property
-    def remarks(self) -> dict[str, float]:
-        """Ranks and counts, by name in words."""
-        names = [name for name in self.metrics if COUNT.search(name) and not RECALL.search(name)]
-        return {name.removeprefix("num_").replace("_", " "): self.metrics[name] for name in names}
+    def remarks(self) -> str:
+        """How it was measured, and its ranks and counts, in words; empty if nothing is known."""
+        counts = {
+            name: value for name, value in self.metrics.items() if COUNT.search(name) and not RECALL.search(name)
+        }
+        numbers = [
+            f"{name.removeprefix('num_').replace('_', ' ')} {format(value, ',' if isinstance(value, int) else '.1f')}"
+            for name, value in counts.items()
+        ]
+        return "; ".join(part for part in (self.protocol, ", ".join(numbers)) if part)
 
 
 @dataclass
