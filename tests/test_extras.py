@@ -23,7 +23,7 @@ OWN = {"llm2clip": ROOT / "training" / "llm2clip", "modeling_llm2clip": ROOT / "
 EXAMPLES = {"app.py": "demo", "langchain_llamaindex.py": "sentence-transformers"}
 # The extra of a library that a command imports only where a setting asks for it; the error then names that extra.
 ON_DEMAND = {
-    "faiss": "search", "lancedb": "search", "open_clip": "evaluation",
+    "deepspeed": "deepspeed", "faiss": "search", "lancedb": "search", "open_clip": "evaluation",
     "pgvector": "postgres", "psycopg": "postgres", "ray": "ray",
 }  # fmt: skip
 

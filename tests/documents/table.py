@@ -270,6 +270,7 @@ CONTRIBUTING = {
     "make compat": NotRun(CI),
     "make format": NotRun("it rewrites the code; `make lint` runs the same tools"),
     "make bench-gpu": NotRun("there is no GPU"),
+    "make test-cuda": NotRun("there is no GPU"),
     "make docs": NotRun(CI),
     "python -m llm2clip": NotRun(
         "it is a command only with the name of a job",

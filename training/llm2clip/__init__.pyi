@@ -11,6 +11,9 @@ from llm2clip.data import (
     CaptionSource as CaptionSource,
 )
 from llm2clip.data import (
+    Stage2Collator as Stage2Collator,
+)
+from llm2clip.data import (
     load_source as load_source,
 )
 from llm2clip.encoders import (

@@ -46,7 +46,8 @@ def test_training_does_not_wait_for_the_checksums_of_evaluation_data(
     args = Stage2Recipe(output_dir=str(tmp_path / "out"), eval_sources=sources, use_cpu=True, **fields)
     trainer = Stage2Trainer(model=tiny.joint_model(), args=args, train_dataset=MapRows(rows))
     trainer.add_callback(Signal(trained))
-    trainer.train()
-    assert trainer.eval_revisions.get("csv") == data_revision(sources["csv"])
-    assert trainer.eval_revisions.get("gone") is None
+    trainer.fit()
+    revisions: Any = trainer._revisions
+    assert revisions.get("csv") == data_revision(sources["csv"])
+    assert revisions.get("gone") is None
     assert "the revision of gone is unknown: no" in caplog.text

@@ -35,7 +35,7 @@ from llm2clip.trainers.sharding import gathered, is_sharded, undivided, whole_we
 from llm2clip.trainers.step_guard import Observed, StepGuard, describe, require_finite
 from llm2clip.trainers.weight_average import WeightAverage
 from llm2clip.utils.embeddings import BROKEN_MODEL, NonFiniteError
-from llm2clip.utils.library_errors import wrap_write_errors
+from llm2clip.utils.library_errors import explain, wrap_write_errors
 from llm2clip.utils.processes import on_any_process
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
 from modeling_llm2clip.modeling_llm2clip_utils import keep_freed_memory
@@ -268,10 +268,7 @@ class StageTrainer(Trainer):
                 except NoStepsLeft:
                     output = self._end_without_steps()
                 except pickle.UnpicklingError as error:
-                    raise ValueError(
-                        f"a file in {checkpoint} is not what a Trainer writes; it is not read, as it could run code "
-                        f"({str(error).splitlines()[0]}); resume from another checkpoint."
-                    ) from error
+                    raise ValueError(f"{checkpoint}: {explain(error)}") from error
         finally:
             self.progress.close()
         metrics = {**output.metrics, **self.run_state.found}
