@@ -301,3 +301,18 @@ def test_an_online_llm_keeps_no_graph(inputs: Inputs, tmp_path: Path) -> None:
     args = Stage2Config(**settings(tmp_path, activation_checkpointing=True))
     Stage2Trainer(model, args, train_dataset=rows, processing_class=processor).train()
     assert with_gradient == [False] * 3
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_retrieval_sets_are_measured_in_the_precision_of_training(
+    bf16: bool, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    found: list[bool] = []
+    monkeypatch.setattr(
+        Stage2Trainer, "measure", lambda *_: found.append(torch.is_autocast_enabled("cpu")) or {"recall@1": 1.0}
+    )
+    trainer = trainer_of(inputs, tmp_path, {"bf16": bf16}, retrieval={"own": object()})
+    with caplog.at_level("INFO"):
+        assert trainer.evaluate()["eval_own_recall@1"] == 1.0
+    assert found == [bf16]
+    assert ("Measuring retrieval sets in bf16" in caplog.text) == bf16

@@ -235,3 +235,26 @@ def test_shared_captions_reach_the_loss(inputs: Inputs, tmp_path: Path, monkeypa
     for shared in ("separate", "positive"):
         stage2(inputs, tmp_path / shared, shared_captions=shared, max_steps=1).train()
     assert known == [False, True]
+
+
+def test_settings_that_an_own_collator_does_not_follow_are_refused(inputs: Inputs, tmp_path: Path) -> None:
+    rows = [{"pixel_values": torch.zeros(3, 28, 28), "llm_embeds": torch.zeros(4)}]
+    model = LLM2CLIPModel.from_pretrained(joint_model(inputs, tmp_path / "model"), text_model=False)
+    for name, value in (
+        ("crop_scale", [0.5, 1.0]),
+        ("max_pixels", 9),
+        ("image_backend", "fast"),
+        ("on_error", "skip"),
+    ):
+        args = Stage2Config(**settings(tmp_path, **{name: value}))
+        with pytest.raises(ValueError, match=f"{name} is .*, which the given data_collator does not follow"):
+            Stage2Trainer(model, args, data_collator=list, train_dataset=rows)
+    language_model: Any = AutoModelForCausalLM.from_pretrained(inputs.llm)
+    decoder, head = language_model.base_model, language_model.get_output_embeddings()
+    with pytest.raises(ValueError, match=r"mlm_probability is 0\.5, which the given data_collator does not follow"):
+        MNTPTrainer(
+            LLM2CLIPTextModel.from_decoder(decoder),
+            MNTPConfig(**settings(tmp_path, mlm_probability=0.5)),
+            list,
+            head=head,
+        )

@@ -103,8 +103,8 @@ def _embed(run: RunContext, arm: Arm, resume: bool) -> dict[str, Any]:
     model, tokenizer = open_text_tower(tower, dtype=_dtype(run, arm))
     state = process_state()
     model.to(state.device).eval()
-    texts, embedder = data.texts(arm.kind), OurEncoder(model, tokenizer)
-    manifest = embed_into_cache(texts, embedder, folder, tower, EmbedConfig(shard_size=SHARD), state)
+    texts, encoder = data.texts(arm.kind), OurEncoder(model, tokenizer)
+    manifest = embed_into_cache(texts, encoder, folder, tower, EmbedConfig(shard_size=SHARD), state)
     lookup = EmbeddingCache.open(folder).lookup
     return {
         "num_captions": manifest.rows,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 import torch
@@ -167,3 +168,26 @@ def require_batch(num_batches: int, batch_size: int) -> None:
             f"the training data has fewer rows than one batch of {batch_size}; lower per_device_train_batch_size "
             "or add data."
         )
+
+
+def defaults_of(args: StageConfig) -> dict[str, Any]:
+    """Return the default of each setting."""
+    return {
+        field.name: field.default if field.default_factory is MISSING else field.default_factory()
+        for field in fields(args)
+    }
+
+
+def refuse_unfollowed(args: StageConfig, collator: Any, names: Sequence[str]) -> None:
+    """Raise a ValueError if a setting has another value than its default, and a collator of the caller's not that one.
+
+    Args:
+        names: The settings that the collator of the stage follows.
+    """
+    defaults = defaults_of(args)
+    for name in names:
+        given = getattr(args, name)
+        if given not in (defaults[name], getattr(collator, name, defaults[name])):
+            raise ValueError(
+                f"{name} is {given}, which the given data_collator does not follow; give it to that, or unset it."
+            )

@@ -560,7 +560,8 @@ class StageTrainer(Trainer):
 
     def _measure_retrieval(self, prefix: str) -> dict[str, float]:
         model = self.unwrapped().eval()
-        # In the precision of training, with every engine.
+        if self.accelerator.mixed_precision != "no":
+            logger.info("Measuring retrieval sets in %s, as the model trains.", self.accelerator.mixed_precision)
         with gathered(self.accelerator, self.model_wrapped), self.accelerator.autocast():
             found = {
                 f"{prefix}_{name}_{key}": value

@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llm2clip.losses.gather import exchange_counts
+from llm2clip.trainers.base_config import refuse_unfollowed
 from llm2clip.trainers.mntp_config import MNTPConfig
 from llm2clip.trainers.mntp_data import MaskCollator
 from llm2clip.trainers.sharding import is_divided
 from llm2clip.trainers.text_tower_trainer import TextTowerTrainer
 
+# Settings that the collator follows.
+MASKING = ("mlm_probability", "mask_token", "mask_replace_prob", "random_replace_prob")
 # Label of a token that is not masked.
 IGNORED = -100
 
@@ -54,6 +57,11 @@ class MNTPTrainer(TextTowerTrainer):
                 "FSDP and ZeRO-3 divide the token embedding, with which this LLM's head is tied and which this run "
                 "trains, so that the head would keep its first values; train with LoRA (lora_rank), or with ZeRO-2."
             )
+
+    def _refuse_unused(self) -> None:
+        super()._refuse_unused()
+        if not isinstance(self.data_collator, MaskCollator):
+            refuse_unfollowed(self.args, self.data_collator, MASKING)
 
     def default_collator(self) -> MaskCollator | None:
         tokenizer: Any = self.processing_class

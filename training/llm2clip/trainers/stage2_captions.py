@@ -77,8 +77,8 @@ def open_captions(
     """
     sources = [CaptionSource.from_dict(source) for source in config.sources]
     if not config.caches:
-        embedder = OurEncoder(model.text_model, processor)
-        online = partial(embedder.embed, show_progress_bar=False)
+        encoder = OurEncoder(model.text_model, processor)
+        online = partial(encoder.embed, show_progress_bar=False)
         return Stage2Captions(online, [SourceCaptions() for _ in sources])
     folders = cast(list[str], config.caches)
     caches: dict[str, EmbeddingCache] = {}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import fields
 from typing import Any, cast
 
 import datasets
 from transformers import AutoTokenizer, BaseImageProcessor, PreTrainedTokenizerBase
 
 from llm2clip.data import CaptionImageDataset, EvalTransform, TrainTransform
+from llm2clip.trainers.base_config import defaults_of
 from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.trainers.stored_rows import StoredPairsDataset
 from modeling_llm2clip import LLM2CLIPProcessor
@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 # Columns of rows that are prepared already.
 PREPARED = {"pixel_values", "vision_states", "llm_embeds", "input_ids"}
+# Settings that the collator of stage 2 follows for plain rows; this package's data sets follow all but the first.
+COLLATED = ("on_error", "max_pixels", "image_column", "caption_column", "crop_scale", "image_backend")
 # Settings that need images whose features or states can be stored.
 STORING = (
     *("alignment", "feature_dtype", "feature_views", "feature_cache", "standardize_features"),
@@ -82,7 +84,7 @@ def with_images(dataset: Any) -> CaptionImageDataset | None:
 
 def refuse_useless(args: Stage2Config, dataset: Any) -> None:
     """Raise a ValueError if a setting would change nothing with a data set."""
-    defaults = {field.name: _default(field) for field in fields(args)}
+    defaults = defaults_of(args)
     maker = getattr(dataset, "make_sample", None)
     if maker is not None and maker.eval_transform is not None:
         crops = maker.train_transform
@@ -104,7 +106,3 @@ def refuse_useless(args: Stage2Config, dataset: Any) -> None:
                 f"{name} needs a train_dataset whose images can be stored: a datasets.Dataset with the columns "
                 f"{args.image_column} and {args.caption_column}, or a CaptionImageDataset."
             )
-
-
-def _default(field: Any) -> Any:
-    return field.default_factory() if callable(field.default_factory) else field.default

@@ -35,6 +35,7 @@ from llm2clip.losses import clip_loss, sigmoid_loss
 from llm2clip.losses.matches import NoPairsError
 from llm2clip.store import EmbeddingCache
 from llm2clip.trainers.alignment import align, freeze_maps, set_heads, standardize
+from llm2clip.trainers.base_config import refuse_unfollowed
 from llm2clip.trainers.base_trainer import StageTrainer
 from llm2clip.trainers.bundling import bundle_text_model
 from llm2clip.trainers.freezing import WARM_START_RESULT, first_part, store_pairs, store_states, warm_start_result
@@ -44,7 +45,7 @@ from llm2clip.trainers.optimizer import clamp_logit_scale, parameter_groups, war
 from llm2clip.trainers.run_context import RunContext
 from llm2clip.trainers.sharding import give_scalars_a_dimension, is_sharded, value_of
 from llm2clip.trainers.stage2_config import Stage2Config
-from llm2clip.trainers.stage2_rows import open_rows, refuse_useless, usable_processor, with_images
+from llm2clip.trainers.stage2_rows import COLLATED, open_rows, refuse_useless, usable_processor, with_images
 from llm2clip.trainers.stored_rows import StoredPairsDataset
 from llm2clip.utils.files import digest_json, write_json
 from llm2clip.utils.processes import run_while_others_wait
@@ -133,6 +134,8 @@ class Stage2Trainer(StageTrainer):
         super()._refuse_unused()
         args = self.args
         refuse_useless(args, self.train_dataset)
+        is_ours = isinstance(self.train_dataset, EpochDataset | SampleStream)
+        refuse_unfollowed(args, self.data_collator, COLLATED[:1] if is_ours else COLLATED)
         width = cast(LLM2CLIPConfig, self.unwrapped().config).projection_dim
         closed = "alignment" in args.warm_start or args.alignment != "train"
         if args.projection_dim not in (None, width) and not closed:

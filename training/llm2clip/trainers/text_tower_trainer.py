@@ -44,7 +44,7 @@ class TextTowerTrainer(StageTrainer):
             self._refuse_other_adapter(text_model)
         else:
             add_lora(text_model, self.args)
-        # The saved config has the verdict, which the code in a saved folder reads. Of a divided model only the main
+        # The saved config has the result of the probe, which the code in a saved folder reads. Of a divided model only the main
         # process may have weights to probe.
         verify_on_main_process(text_model)
 
