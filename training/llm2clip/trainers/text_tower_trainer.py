@@ -44,8 +44,8 @@ class TextTowerTrainer(StageTrainer):
             self._refuse_other_adapter(text_model)
         else:
             add_lora(text_model, self.args)
-        # The saved config has the result of the probe, which the code in a saved folder reads. Of a divided model only the main
-        # process may have weights to probe.
+        # The saved config has the result of the probe, which the code in a saved folder reads. Of a divided model only
+        # the main process may have weights to probe.
         verify_on_main_process(text_model)
 
     def _refuse_other_adapter(self, text_model: LLM2CLIPTextModel) -> None:
