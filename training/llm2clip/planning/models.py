@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from llm2clip.convert.published import FOLDER
 from llm2clip.trainers.alignment import HEADS, freeze_maps, set_heads
 from llm2clip.trainers.closed_form import DEFAULT_WIDTH
-from llm2clip.trainers.frozen_layers import FrozenLayers, freeze_unused
+from llm2clip.trainers.freezing import image_size, prepare_joint_model
 from llm2clip.trainers.lora import add_lora
 from llm2clip.trainers.mntp_config import MNTPRecipe
 from llm2clip.trainers.run_stage2 import CONFIG_FIELDS
@@ -116,21 +116,9 @@ def trained_joint_model(config: Stage2Recipe) -> LLM2CLIPModel:
             vision = getattr(vision, "vision_config", vision)
             tower = _build(AutoModel, vision, torch.float32, config.attn_implementation)
             model = LLM2CLIPModel.from_vision_text_pretrained(tower, text_name, text_config=text, **fields)
-    if config.patch_dropout is not None:
-        model.vision_model.config.patch_dropout = config.patch_dropout
-    freeze_unused(model.vision_model)
     with torch.device("meta"):
-        if config.freeze_vision == "all":
-            model.vision_model.requires_grad_(False)
-            if config.alignment != "train":
-                set_heads(model, HEADS[config.alignment], config.projection_dim or DEFAULT_WIDTH)
-                freeze_maps(model)
-        elif config.freeze_vision_layers:
-            FrozenLayers(model.vision_model, config.freeze_vision_layers, image_size(model))
+        prepare_joint_model(model, config, image_size(model))
+        if config.freeze_vision == "all" and config.alignment != "train":
+            set_heads(model, HEADS[config.alignment], config.projection_dim or DEFAULT_WIDTH)
+            freeze_maps(model)
     return model
-
-
-def image_size(model: LLM2CLIPModel) -> tuple[int, int]:
-    """Height and width of the images of a model, in pixels."""
-    size = model.config.vision_config.image_size
-    return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,13 +18,14 @@ from llm2clip.encoders.batches import TableImages
 from llm2clip.encoders.image_features import ImageFeatures, feature_manifest, pooled_features, store_features
 from llm2clip.evaluation import ImageTextRetrieval
 from llm2clip.store import EmbeddingCache, StoreManifest
-from llm2clip.trainers.frozen_layers import FrozenLayers
+from llm2clip.trainers.alignment import standardize
+from llm2clip.trainers.frozen_layers import FrozenLayers, freeze_unused
 from llm2clip.trainers.stage2_config import TRAINING_FIELDS, Stage2Config
 from llm2clip.trainers.stored_rows import FrozenStatesDataset, StoredPairsDataset
 from llm2clip.utils.files import read_json
 from llm2clip.utils.settings import change_config
 from llm2clip.utils.vision_identity import vision_fingerprint
-from modeling_llm2clip import LLM2CLIPModel
+from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,43 @@ WARM_START = "warm_start"
 WARM_START_RESULT = "warm_start.json"
 # Of the learning rate of the run, if its first part has none of its own.
 WARM_START_RATE = 10.0
+
+
+def prepare_joint_model(model: LLM2CLIPModel, args: Stage2Config, size: tuple[int, int]) -> FrozenLayers | None:
+    """Do to a model what the settings say, before it is trained: what is frozen, dropout, standardisation.
+
+    Args:
+        size: Height and width of the images in pixels.
+
+    Returns:
+        The frozen lower layers of the vision tower, if there are any.
+
+    Raises:
+        ValueError: The tower has no patch dropout, or fewer layers.
+    """
+    tower, config = model.vision_model, cast(LLM2CLIPConfig, model.config)
+    if args.feature_dropout is not None:
+        config.feature_dropout = args.feature_dropout
+    if args.patch_dropout is not None:
+        if not hasattr(tower.config, "patch_dropout"):
+            raise ValueError(f"patch_dropout is for EVA02 towers; {type(tower).__name__} has none. Leave it unset.")
+        tower.config.patch_dropout = config.vision_config.patch_dropout = args.patch_dropout
+    if args.standardize_features or args.warm_start.get("standardize_features"):
+        standardize(model)
+    freeze_unused(tower)
+    if model.text_model is not None:
+        model.text_model.requires_grad_(False)
+    if args.freeze_vision == "all":
+        tower.requires_grad_(False)
+    if args.freeze_vision_layers:
+        return FrozenLayers(tower, args.freeze_vision_layers, size)
+    return None
+
+
+def image_size(model: LLM2CLIPModel) -> tuple[int, int]:
+    """Height and width of the images of a model, in pixels."""
+    size = model.config.vision_config.image_size
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def store_pairs(

@@ -34,12 +34,20 @@ from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.losses import clip_loss, sigmoid_loss
 from llm2clip.losses.matches import NoPairsError
 from llm2clip.store import EmbeddingCache
-from llm2clip.trainers.alignment import align, freeze_maps, set_heads, standardize
+from llm2clip.trainers.alignment import align, freeze_maps, set_heads
 from llm2clip.trainers.base_config import refuse_unfollowed
 from llm2clip.trainers.base_trainer import StageTrainer
 from llm2clip.trainers.bundling import bundle_text_model
-from llm2clip.trainers.freezing import WARM_START_RESULT, first_part, store_pairs, store_states, warm_start_result
-from llm2clip.trainers.frozen_layers import FrozenLayers, freeze_unused
+from llm2clip.trainers.freezing import (
+    WARM_START_RESULT,
+    first_part,
+    image_size,
+    prepare_joint_model,
+    store_pairs,
+    store_states,
+    warm_start_result,
+)
+from llm2clip.trainers.frozen_layers import FrozenLayers
 from llm2clip.trainers.grad_cache import embed_captions, in_chunks
 from llm2clip.trainers.optimizer import clamp_logit_scale, parameter_groups, warmup_cosine_schedule
 from llm2clip.trainers.run_context import RunContext
@@ -150,31 +158,9 @@ class Stage2Trainer(StageTrainer):
             )
 
     def prepare_model(self, model: nn.Module) -> None:
-        model, args = cast(LLM2CLIPModel, model), self.args
-        tower, config = model.vision_model, cast(LLM2CLIPConfig, model.config)
-        if args.feature_dropout is not None:
-            config.feature_dropout = args.feature_dropout
-        if args.patch_dropout is not None:
-            if not hasattr(tower.config, "patch_dropout"):
-                raise ValueError(
-                    f"patch_dropout is for EVA02 towers; {type(tower).__name__} has none. Leave it unset."
-                )
-            tower.config.patch_dropout = config.vision_config.patch_dropout = args.patch_dropout
-        if args.standardize_features or args.warm_start.get("standardize_features"):
-            standardize(model)
-        freeze_unused(tower)
-        if args.freeze_vision == "all":
-            tower.requires_grad_(False)
-        elif args.freeze_vision_layers:
-            self.frozen = FrozenLayers(tower, args.freeze_vision_layers, self._image_size(model))
-        if model.text_model is not None:
-            model.text_model.requires_grad_(False)
-
-    def _image_size(self, model: LLM2CLIPModel) -> tuple[int, int]:
-        if self.image_processor is not None:
-            return output_size(self.image_processor)
-        size = model.config.vision_config.image_size
-        return (size, size) if isinstance(size, int) else (size[0], size[1])
+        processor = self.image_processor
+        size = image_size(cast(LLM2CLIPModel, model)) if processor is None else output_size(processor)
+        self.frozen = prepare_joint_model(cast(LLM2CLIPModel, model), self.args, size)
 
     def prepare_training(self, run: RunContext) -> dict[str, float]:
         if is_sharded(self.accelerator):
@@ -412,7 +398,7 @@ class Stage2Trainer(StageTrainer):
         if isinstance(self.train_dataset, StoredPairsDataset):
             row["vision_features"] = self.train_dataset.features.read_views(np.zeros(1, dtype=np.int64))
         else:
-            row["pixel_values"] = torch.zeros(1, 3, *self._image_size(model))
+            row["pixel_values"] = torch.zeros(1, 3, *image_size(model))
         return {name: value.to(self.args.device) for name, value in row.items()}
 
     def _embed(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
