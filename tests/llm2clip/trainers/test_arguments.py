@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from torch import Tensor
@@ -316,3 +317,100 @@ def test_retrieval_sets_are_measured_in_the_precision_of_training(
         assert trainer.evaluate()["eval_own_recall@1"] == 1.0
     assert found == [bf16]
     assert ("Measuring retrieval sets in bf16" in caplog.text) == bf16
+
+
+class Halved(Stage2Trainer):
+    """A subclass with an argument of its own."""
+
+    def __init__(self, *args: Any, factor: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.factor = factor
+
+    def contrastive_loss(self, *args: Any) -> Tensor:
+        return self.factor * super().contrastive_loss(*args)
+
+
+def test_a_warm_start_in_python_is_that_of_the_class_and_can_be_stopped(inputs: Inputs, tmp_path: Path) -> None:
+    def make() -> Stage2Trainer:
+        made = stage2(inputs, tmp_path, warm_start={"max_steps": 4, "save_strategy": "steps", "save_steps": 2})
+        options = {"processing_class": made.processing_class, "cache": made.cache, "callbacks": [seen]}
+        return Halved(made.model, made.args, None, made.train_dataset, factor=0.5, **options)  # type: ignore[arg-type]
+
+    seen = Rates()
+    step = Stage2Trainer.training_step
+    with pytest.MonkeyPatch.context() as patch:
+
+        def interrupted(self: Stage2Trainer, *args: Any, **kwargs: Any) -> Tensor:
+            if self.state.global_step == 3:
+                raise KeyboardInterrupt
+            return step(self, *args, **kwargs)
+
+        patch.setattr(Stage2Trainer, "training_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            make().train()
+    assert (tmp_path / "out" / "warm_start" / "checkpoint-2").is_dir()
+    seen.seen.clear()
+    make().train()
+    assert len(seen.seen) == 2 + 3, "the rest of the first part, and the run"
+    make().train()
+    assert len(seen.seen) == 2 + 3 + 3, "the first part is finished"
+
+
+def test_a_stream_is_resumed_twice(inputs: Inputs, tmp_path: Path) -> None:
+    """Its settings in a checkpoint are those that were given, whatever the Trainer skips itself."""
+    from tests.llm2clip.trainers.test_stage2_captions import embedded, source, write_tars
+    from tests.llm2clip.trainers.test_stream_resume import run
+
+    tars = write_tars(tmp_path / "tars")
+    embedded(inputs, Path(), source(tars), output_dir="")
+    changes: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 3}
+    run(tmp_path / "run", inputs, tars, max_steps=3, **changes)
+    for _ in range(2):
+        (tmp_path / "run" / "checkpoint-3" / "trainer_state.json").unlink()
+        run(tmp_path / "run", inputs, tars, resume=True, max_steps=3, **changes)
+
+
+def test_saving_again_replaces_the_list_of_files(inputs: Inputs, tmp_path: Path) -> None:
+    trainer = stage1(inputs, tmp_path)
+    trainer.fit()
+    (tmp_path / "out" / ".llm2clip.json").write_text("{}")
+    trainer.save_model()
+    assert not (tmp_path / "out" / ".llm2clip.json").exists()
+
+
+def test_rows_to_evaluate_have_the_columns_of_those_to_train_on(inputs: Inputs, tmp_path: Path) -> None:
+    made = stage2(inputs, tmp_path)
+    rows = datasets.load_dataset("parquet", data_files=f"{tiny.CONCEPTS}/train.parquet", split="train[:8]")
+    renamed = rows.rename_columns({"image": "photo", "caption": "title"})
+    args = Stage2Config(**settings(tmp_path, image_column="photo", caption_column="title"))
+    options: dict[str, Any] = {"processing_class": made.processing_class, "cache": made.cache}
+    trainer = Stage2Trainer(made.model, args, None, renamed, renamed, **options)
+    assert trainer.evaluate()["eval_num_images"] == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"freeze_vision": "all", "crop_scale": [0.5, 1.0]}, "images are stored without crops"),
+        ({"freeze_vision": "all", "patch_dropout": 0.5}, "patch_dropout is for a vision tower that trains"),
+        ({"lr_scheduler_kwargs": {"num_cycles": 3}}, "has no lr_scheduler_kwargs"),
+        ({"bf16_full_eval": True}, "leave bf16_full_eval and fp16_full_eval off"),
+        ({"eval_do_concat_batches": False}, "recalls are over all rows"),
+    ],
+)
+def test_settings_that_would_change_nothing_are_refused(
+    changes: dict[str, Any], message: str, inputs: Inputs, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        stage2(inputs, tmp_path, **changes)
+
+
+def test_a_search_over_what_is_read_at_construction_is_refused(inputs: Inputs, tmp_path: Path) -> None:
+    changes = {"eval_strategy": "steps", "eval_steps": 3}
+    name = joint_model(inputs, tmp_path / "own")
+    model_init = lambda: LLM2CLIPModel.from_pretrained(name, text_model=False)  # noqa: E731
+    trainer = trainer_of(inputs, tmp_path, changes, model_init=model_init)
+    with pytest.raises(ValueError, match="a search cannot vary skip_bad_steps"):
+        trainer.hyperparameter_search(lambda trial: {"skip_bad_steps": trial.suggest_int("n", 1, 3)}, n_trials=1)
+    with pytest.raises(ValueError, match="do not work with model_init"):
+        trainer_of(inputs, tmp_path, {"warm_start": {"max_steps": 1}}, model_init=model_init)

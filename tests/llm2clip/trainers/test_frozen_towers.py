@@ -283,3 +283,11 @@ def test_features_in_bfloat16_are_stored_apart_and_near_those_in_float32(inputs:
     torch.testing.assert_close(first, second, atol=0.05, rtol=0.05)
     with pytest.raises(ValueError, match="feature_dtype and feature_views need freeze_vision"):
         settings(tmp_path, inputs, freeze_vision="none", standardize_features=None, feature_dtype="bfloat16")
+
+
+def test_a_second_part_is_resumed(inputs: Inputs, tmp_path: Path) -> None:
+    """Also by a Trainer that is made anew, whose image processor was not saved before."""
+    expected = train(settings(tmp_path / "unbroken", inputs, **WARM))
+    train(settings(tmp_path / "broken", inputs, **WARM))
+    (tmp_path / "broken" / "checkpoint-6" / "trainer_state.json").unlink()
+    assert_equal_weights(train(settings(tmp_path / "broken", inputs, **WARM), resume=True), expected, atol=1e-6)

@@ -79,16 +79,22 @@ class StageConfig(TrainingArguments):
             raise ValueError(f"ema_half_life must be a number of steps above 0, but is {self.ema_half_life}.")
         if not 0 < self.grace_seconds <= threading.TIMEOUT_MAX:
             raise ValueError(f"grace_seconds must be a number of seconds above 0, but is {self.grace_seconds}.")
-        # transformers 5.2 may not have it.
+        # transformers 5.6 may not have it.
         if getattr(self, "enable_jit_checkpoint", False):
             raise ValueError("leave enable_jit_checkpoint off: SIGTERM saves a checkpoint, see grace_seconds.")
         if self.skip_bad_steps < 0:
             raise ValueError(f"skip_bad_steps must be at least 0, but is {self.skip_bad_steps}.")
         if self.remove_unused_columns:
             raise ValueError("leave remove_unused_columns off: the collators read columns that the model does not.")
+        if self.bf16_full_eval or self.fp16_full_eval:
+            raise ValueError("leave bf16_full_eval and fp16_full_eval off: evaluation computes as training, see bf16.")
+        if self.batch_eval_metrics or not self.eval_do_concat_batches:
+            raise ValueError("leave batch_eval_metrics off and eval_do_concat_batches on: recalls are over all rows.")
+        if getattr(self, "parallelism_config", None) is not None:
+            raise ValueError("leave parallelism_config unset: models are divided by FSDP2 or DeepSpeed here.")
         if self.label_names:
             raise ValueError(f"leave label_names empty: the losses need no labels, so {self.label_names} has no use.")
-        # transformers 5.2 has only gradient_checkpointing, which later versions rename and warn about.
+        # transformers 5.6 has only gradient_checkpointing, which later versions rename and warn about.
         if self.activation_checkpointing is None:
             self.activation_checkpointing = bool(self.gradient_checkpointing)
         self.gradient_checkpointing = self.activation_checkpointing

@@ -42,6 +42,12 @@ from modeling_llm2clip.modeling_llm2clip_utils import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
+# Settings that are read when a Trainer is made.
+AT_CONSTRUCTION = (
+    *("ema_half_life", "skip_bad_steps", "grace_seconds", "output_dir", "on_error", "max_pixels", "image_backend"),
+    *("image_column", "caption_column", "crop_scale", "data_seed"),
+)
+
 
 class StageTrainer(Trainer):
     """A [`~transformers.Trainer`] for the stages of LLM2CLIP.
@@ -112,23 +118,15 @@ class StageTrainer(Trainer):
             self.data_collator = collator
         self._refuse_unused()
         self._revisions: DataRevisions | None = None
-        self.average: WeightAverage | None = None
-        if args.ema_half_life is not None:
-            if is_sharded(self.accelerator):
-                raise ValueError(
-                    "ema_half_life does not work with FSDP or DeepSpeed, which give no process the whole weights; "
-                    "train with DDP, or leave it unset."
-                )
-            self.average = WeightAverage(self.unwrapped, args.ema_half_life, args.resume_anyway)
-        if args.skip_bad_steps and self.is_deepspeed_enabled:
-            raise ValueError(
-                "skip_bad_steps does not work with DeepSpeed, which updates weights in backward; set it to 0."
-            )
         self.guard = StepGuard(args.skip_bad_steps, args.grace_seconds, str(args.output_dir), self.log)
         is_endless = isinstance(train_dataset, SampleStream) and train_dataset.repeat
         self.run_state = RunState(self.skip_log(), StreamPosition(train_dataset, args) if is_endless else None)
         self.progress = TrainingProgress(self.title)
-        for callback in (self.guard, self.average, self.run_state, PushCallback(self.publish, self.uploader)):
+        self.pushing = PushCallback(self.publish, self.uploader)
+        # Before the guard, whose end of a run after SIGTERM would leave the checkpoint on this machine.
+        self.add_callback(self.pushing)
+        self.average = self._average()
+        for callback in (self.guard, self.average, self.run_state):
             if callback is not None:
                 self.add_callback(callback)
         if not args.disable_tqdm:
@@ -161,8 +159,8 @@ class StageTrainer(Trainer):
         """Make the collator of the stage; `None` for that of transformers."""
         raise NotImplementedError
 
-    def evaluation_collator(self) -> Callable[..., Any]:
-        """Return the collator of evaluation."""
+    def evaluation_collator(self, dataset: Any) -> Callable[..., Any]:
+        """Return the collator of a data set that is evaluated."""
         return self.data_collator
 
     def skip_log(self) -> SkipLog | None:
@@ -219,6 +217,21 @@ class StageTrainer(Trainer):
         """Return the model without wrappers."""
         return self.accelerator.unwrap_model(self.model)
 
+    def _average(self) -> WeightAverage | None:
+        args = self.args
+        if args.skip_bad_steps and self.is_deepspeed_enabled:
+            raise ValueError(
+                "skip_bad_steps does not work with DeepSpeed, which updates weights in backward; set it to 0."
+            )
+        if args.ema_half_life is None:
+            return None
+        if is_sharded(self.accelerator):
+            raise ValueError(
+                "ema_half_life does not work with FSDP or DeepSpeed, which give no process the whole weights; train "
+                "with DDP, or leave it unset."
+            )
+        return WeightAverage(self.unwrapped, args.ema_half_life, args.resume_anyway)
+
     def _refuse_unused(self) -> None:
         """Refuse settings that the data set would make useless."""
         own = isinstance(self.train_dataset, EpochDataset | SampleStream)
@@ -229,9 +242,14 @@ class StageTrainer(Trainer):
 
     def _hp_search_setup(self, trial: Any) -> None:
         """Also prepare a new model of `model_init`, which the Trainer has made just before."""
+        before = dict(vars(self.args))
         super()._hp_search_setup(trial)
+        fixed = [name for name in AT_CONSTRUCTION if getattr(self.args, name, None) != before.get(name)]
+        if fixed:
+            raise ValueError(f"a search cannot vary {', '.join(fixed)}: it is read when the Trainer is made.")
         if self.model_init is not None:
             run = cast(RunContext, self.run)
+            run.take_settings()
             self.prepare_model(cast(nn.Module, self.model))
             self._begin(run, self.prepare_training(run))
 
@@ -334,7 +352,7 @@ class StageTrainer(Trainer):
             dataset = cast(Any, self.eval_dataset)[dataset]
         if dataset is None:
             raise ValueError("evaluation requires an eval_dataset.")
-        options = loader_options(self.args, self.evaluation_collator())
+        options = loader_options(self.args, self.evaluation_collator(dataset))
         return self.accelerator.prepare(DataLoader(dataset, self.args.eval_batch_size, **options))
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
@@ -370,7 +388,7 @@ class StageTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Make a step; see [`~transformers.Trainer.training_step`]."""
         loss = super().training_step(model, inputs, *args, **kwargs)
-        self.run_state.totals.add(loss, inputs.get("num_truncated", 0))
+        self.run_state.totals.add(loss, inputs.get("num_truncated", 0), self.args.logging_nan_inf_filter)
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -443,15 +461,9 @@ class StageTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         target: Any = self.accelerator.unwrap_model(model or self.model)
-        saved = type(target).from_pretrained(resume_from_checkpoint, **self.load_options)
-        missing, unexpected = target.load_state_dict(saved.state_dict(), strict=False)
-        # The frozen LLM is already loaded.
-        missing = [name for name in missing if not name.startswith("text_model.")]
-        if missing or unexpected:
-            raise ValueError(
-                f"{resume_from_checkpoint} does not fit: missing {missing[:5]}, unexpected {unexpected[:5]}; "
-                "resume with the settings of the original run."
-            )
+        load_weights(
+            target, type(target).from_pretrained(resume_from_checkpoint, **self.load_options), resume_from_checkpoint
+        )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         changed = cast(RunContext, self.run).changed & SCHEDULE_SETTINGS if checkpoint is not None else set()
@@ -473,15 +485,15 @@ class StageTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model: in a checkpoint as it trains, and where you call it as the result, as the settings say."""
         folder = output_dir or str(self.args.output_dir)
-        if not _internal_call:
-            self.save_result(folder)
-            self.complete_result(folder)
-            if self.args.push_to_hub:
-                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-            return
         if self.args.should_save:
             begin_checkpoint(Path(folder))
-        self.save_weights(folder)
+        if _internal_call:
+            self.save_weights(folder)
+            return
+        self.save_result(folder)
+        self.complete_result(folder)
+        if self.args.push_to_hub:
+            self._upload(Path(folder), "Model save")
 
     def save_weights(self, folder: str | Path) -> None:
         """Save the model as it trains, with its processor; called in all processes.
@@ -601,7 +613,7 @@ class StageTrainer(Trainer):
             self.create_model_card()
             self.complete_result(str(self.args.output_dir))
         if self.args.push_to_hub:
-            self.push_result()
+            self._upload(Path(str(self.args.output_dir)), "End of training")
         return metrics
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -639,6 +651,7 @@ class StageTrainer(Trainer):
         """Copy the model of a checkpoint to `output_dir`, which is uploaded, and write its card."""
         publish_model(checkpoint, Path(str(self.args.output_dir)), self.unwrapped(), self.average)
         self.create_model_card()
+        self.control = self.callback_handler.on_push_begin(self.args, self.state, self.control)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Leave pushing to [`PushCallback`]: transformers 5.6 to 5.23 has no setting that turns its own push off."""
@@ -660,22 +673,42 @@ class StageTrainer(Trainer):
         if self.hub_model_id is None:
             self.init_hf_repo(token, private)
         folder = Path(str(self.args.output_dir))
+        if self.args.should_save:
+            begin_checkpoint(folder)
         self.save_result(folder)
-        if not self.is_world_process_zero():
-            return None
-        self.create_model_card()
-        uploader = self.uploader(token, revision)
-        if not blocking:
-            return uploader.api.run_as_future(uploader.upload, folder, str(commit_message))
-        return uploader.upload(folder, str(commit_message))
+        self.complete_result(folder)
+        return self._upload(folder, str(commit_message), blocking, token, revision)
 
-    def push_result(self) -> None:
-        """Upload the folder of a finished run as it is.
+    def _upload(
+        self, folder: Path, message: str, blocking: bool = True, token: str | None = None, revision: str | None = None
+    ) -> Any:
+        """Upload a folder as it is, with its card, after the uploads that run; called in all processes.
 
         Raises:
             ValueError: The Hub refuses, or the connection broke; the message names the command that pushes the folder.
         """
-        if self.is_world_process_zero():
-            folder = Path(str(self.args.output_dir))
-            with push_error(folder, str(self.hub_model_id), self.args.hub_revision):
-                self.uploader().upload(folder, "End of training")
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card()
+        self.control = self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.pushing.finish()
+        uploader = self.uploader(token, revision)
+        if not blocking:
+            return uploader.api.run_as_future(uploader.upload, folder, message)
+        with push_error(folder, str(self.hub_model_id), self.args.hub_revision):
+            return uploader.upload(folder, message)
+
+
+def load_weights(model: Any, saved: Any, folder: str | Path) -> None:
+    """Copy the weights of a saved model into another one; the frozen LLM is loaded already.
+
+    Raises:
+        ValueError: They are not those of the model.
+    """
+    missing, unexpected = model.load_state_dict(saved.state_dict(), strict=False)
+    missing = [name for name in missing if not name.startswith("text_model.")]
+    if missing or unexpected:
+        raise ValueError(
+            f"{folder} does not fit: missing {missing[:5]}, unexpected {unexpected[:5]}; resume with the settings of "
+            "the original run."
+        )

@@ -19,12 +19,13 @@ from llm2clip.encoders.image_features import ImageFeatures, feature_manifest, po
 from llm2clip.evaluation import ImageTextRetrieval
 from llm2clip.store import EmbeddingCache, StoreManifest
 from llm2clip.trainers.alignment import standardize
+from llm2clip.trainers.base_config import defaults_of
 from llm2clip.trainers.frozen_layers import FrozenLayers, freeze_unused
 from llm2clip.trainers.stage2_config import TRAINING_FIELDS, Stage2Config
 from llm2clip.trainers.stored_rows import FrozenStatesDataset, StoredPairsDataset
 from llm2clip.utils.files import read_json
 from llm2clip.utils.settings import change_config
-from llm2clip.utils.vision_identity import vision_fingerprint
+from llm2clip.utils.vision_identity import preprocessing, vision_fingerprint
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel
 
 logger = logging.getLogger(__name__)
@@ -210,7 +211,7 @@ def _states_manifest(images: CaptionImageDataset, frozen: FrozenLayers, image_pr
         "layers": frozen.num_layers,
         "tower": {key: value for key, value in config.items() if key not in NOT_COMPUTED},
         "state_shape": frozen.state_shape,
-        "image_processor": image_processor.to_dict(),
+        "image_processor": preprocessing(image_processor),
         "image_backend": sample.eval_transform.backend if sample.eval_transform is not None else None,
         "max_pixels": sample.max_pixels,
     }
@@ -249,6 +250,10 @@ def first_part(config: Stage2Config) -> Stage2Config:
         "text_learning_rate": None,
     }
     own = {name: value for name, value in config.warm_start.items() if name not in fixed}
+    # What is for a tower that trains.
+    rates |= {"patch_dropout": None}
+    if own.get("feature_views", config.feature_views) == 1:
+        rates |= {"crop_scale": defaults_of(config)["crop_scale"]}
     if own.get("alignment") == "closed_form":
         # Which settings of training do not concern.
         rates = {field.name: field.default for field in fields(config) if field.name in TRAINING_FIELDS}

@@ -12,7 +12,7 @@ from threading import Thread
 from typing import Any
 
 from llm2clip.data.table_identity import data_revision
-from llm2clip.hub.cards.card import CARD, read_card, render, split_card
+from llm2clip.hub.cards.card import CARD, read_card, render
 from llm2clip.hub.cards.curves import write_curves
 from llm2clip.hub.cards.facts import CardFacts, Evaluation, base_models, summary
 from llm2clip.trainers.base_config import StageConfig
@@ -71,7 +71,6 @@ def write_model_card(
     evaluations: Sequence[Evaluation],
     history: Sequence[dict[str, Any]],
     repo: str | None = None,
-    existing: str | None = None,
 ) -> None:
     """Write the card and the curves of a run into its output folder, keeping what people wrote on the card.
 
@@ -82,7 +81,6 @@ def write_model_card(
         evaluations: Results; see [`latest_evaluations`].
         history: The log of the run.
         repo: Hub id of the repo that the run pushes to.
-        existing: The card in that repo; by default the one in the folder.
     """
     folder = Path(str(args.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,8 +99,7 @@ def write_model_card(
         has_curves=write_curves(folder, [*history]),
         is_adapter=getattr(model, "has_adapter", False),
     )
-    parts = read_card(folder) if existing is None else split_card(existing)
-    write_text(folder / CARD, render(facts, *parts))
+    write_text(folder / CARD, render(facts, *read_card(folder)))
 
 
 def _recipe(args: StageConfig) -> dict[str, Any]:

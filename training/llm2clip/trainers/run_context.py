@@ -33,8 +33,9 @@ FREE = {
     *("dataloader_persistent_workers", "per_device_eval_batch_size", "prediction_loss_only", "batch_eval_metrics"),
     *("resume_from_checkpoint", "resume_anyway", "restore_callback_states_from_checkpoint", "grace_seconds"),
     *("gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing", "loss_chunk_size"),
+    "activation_checkpointing_kwargs",
     *("frozen_states_dir", "bundle_text_model", "ddp_timeout", "skip_memory_metrics", "local_rank", "debug"),
-    *("bf16_full_eval", "fp16_full_eval", "torch_empty_cache_steps", "jit_mode_eval", "skip_bad_steps"),
+    *("torch_empty_cache_steps", "jit_mode_eval", "skip_bad_steps"),
 }
 # Where something is: what it is, is compared as an input of the run, or by the store that is opened.
 PLACES = {
@@ -68,6 +69,7 @@ class RunContext:
 
     Attributes:
         checkpoint: Where the run starts; None at the beginning.
+        settings: The settings of the run as JSON.
         changed: Names of the settings that differ from those of the run that is continued.
 
     Raises:
@@ -82,6 +84,7 @@ class RunContext:
         self.args, self.resume, self.is_command, self.elastic = args, resume, is_command, elastic
         self.checkpoint: Path | None = None
         self.changed: set[str] = set()
+        self.settings: dict[str, Any] = {}
         # Of a run that goes on on other processes, which keeps its own.
         self._kept: dict[str, Any] = {}
         self._lock = contextlib.ExitStack()
@@ -98,6 +101,7 @@ class RunContext:
             self.checkpoint = choose_checkpoint(args, self.resume, self.is_command)
             if self.checkpoint is not None:
                 self.compare_settings(self.checkpoint)
+            self.take_settings()
             if self.is_command and args.should_save:
                 self._store_settings()
             self._lock = stack.pop_all()
@@ -108,10 +112,9 @@ class RunContext:
             list_result(self.args)
         self._lock.close()
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The settings of the run as JSON."""
-        return {**_as_json(self.args), **self._kept}
+    def take_settings(self) -> None:
+        """Take the settings as they are now for those of the run."""
+        self.settings = {**_as_json(self.args), **self._kept}
 
     def _store_settings(self) -> None:
         path = Path(self.args.output_dir) / SETTINGS
@@ -255,10 +258,10 @@ def _as_json(args: StageConfig) -> dict[str, Any]:
 
 
 def _compared(value: Any) -> Any:
-    """Return what of a setting is compared: of sources, all but where their embeddings are."""
-    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
-        return value
-    return [{name: held for name, held in entry.items() if name not in PLACES} for entry in value]
+    """Return what of a setting is compared: of sources and a first part, all but where their files are."""
+    if isinstance(value, dict):
+        return {name: entry for name, entry in value.items() if name not in PLACES}
+    return [_compared(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _short(value: Any) -> str:

@@ -118,13 +118,15 @@ class Totals:
         self.steps += 1
         self.unlogged_steps += 1
 
-    def add(self, loss: Tensor, cut_captions: int = 0) -> None:
+    def add(self, loss: Tensor, cut_captions: int = 0, filtered: bool = True) -> None:
         """Count a batch of this process: its share of the loss of a step, and its captions that were cut.
 
-        A loss that is not finite counts as the mean of those since the last entry of the log, as in the Trainer.
+        Args:
+            filtered: A loss that is not finite counts as the mean of those since the last entry of the log, as with
+                `logging_nan_inf_filter` in the Trainer.
         """
         instead = self.unlogged_loss / (1 + self.unlogged_steps)
-        self.unlogged_loss = self.unlogged_loss + torch.where(loss.isfinite(), loss, instead)
+        self.unlogged_loss = self.unlogged_loss + (torch.where(loss.isfinite(), loss, instead) if filtered else loss)
         self._new_cut_captions += cut_captions
 
     def gather(self) -> None:

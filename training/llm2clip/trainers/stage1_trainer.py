@@ -52,7 +52,7 @@ class Stage1Trainer(TextTowerTrainer):
             for role in ("anchor", "positive", "negative")
             if role in inputs
         }
-        scale = torch.tensor(self.args.scale, device=self.args.device)
+        scale = torch.full((), self.args.scale, device=self.args.device)
         return self.loss_of(self.without_repeats(embeds), scale, None, {}), embeds
 
     def contrastive_loss(
@@ -74,7 +74,7 @@ class Stage1Trainer(TextTowerTrainer):
             A scalar whose mean over the processes is the loss of the batch of all of them.
         """
         anchors, positives = embeds["anchor"], embeds["positive"]
-        options: dict[str, Any] = {"scale": float(logit_scale), "tile_size": self.args.loss_chunk_size}
+        options: dict[str, Any] = {"scale": self.args.scale, "tile_size": self.args.loss_chunk_size}
         loss = hard_negative_info_nce(anchors, positives, embeds.get("negative"), **options)
         if self.args.symmetric_loss:
             loss = (loss + hard_negative_info_nce(positives, anchors, **options)) / 2

@@ -139,6 +139,7 @@ class Stage2Config(ContrastiveConfig, StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.crop_scale = [*self.crop_scale]
         if self.freeze_vision == "all" and (self.freeze_vision_layers or self.frozen_states_dir):
             raise ValueError(
                 "freeze_vision: all freezes all layers; unset freeze_vision_layers and frozen_states_dir."
@@ -163,6 +164,10 @@ class Stage2Config(ContrastiveConfig, StageConfig):
         for name in ("projection_dim", "adapter_expansion", "feature_views"):
             if (size := getattr(self, name, None)) is not None and size < 1:
                 raise ValueError(f"{name} must be at least 1, but is {size}.")
+        if self.lr_scheduler_kwargs and self.lr_scheduler_type == SchedulerType.COSINE:
+            raise ValueError("the cosine schedule of stage 2 has no lr_scheduler_kwargs; leave it unset.")
+        if self.freeze_vision == "all" and self.patch_dropout:
+            raise ValueError("patch_dropout is for a vision tower that trains; unset it, or freeze_vision: all.")
         if self.loss == "sigmoid" and self.label_smoothing_factor:
             raise ValueError("the sigmoid loss has no label smoothing; leave label_smoothing_factor unset.")
 

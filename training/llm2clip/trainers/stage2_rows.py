@@ -90,7 +90,7 @@ def refuse_useless(args: Stage2Config, dataset: Any) -> None:
         crops = maker.train_transform
         own: dict[str, Any] = {"on_error": maker.on_error, "max_pixels": maker.max_pixels}
         own |= {"image_backend": maker.eval_transform.backend}
-        own |= {"crop_scale": [1.0, 1.0] if crops is None else crops.scale}
+        own |= {"crop_scale": [1.0, 1.0] if crops is None else list(crops.scale)}
         columns = dataset.columns[0] if isinstance(dataset.columns, list) else dataset.columns
         own |= {"image_column": columns.image, "caption_column": columns.captions[0]}
         for name, value in own.items():
@@ -98,6 +98,9 @@ def refuse_useless(args: Stage2Config, dataset: Any) -> None:
                 raise ValueError(
                     f"{name} is {given}, but train_dataset was made with {value}; give it to the data set instead."
                 )
+    stored = (args.freeze_vision == "all" and args.feature_views == 1) or args.frozen_states_dir
+    if stored and with_images(dataset) is not None and args.crop_scale not in (defaults["crop_scale"], [1.0, 1.0]):
+        raise ValueError(f"crop_scale is {args.crop_scale}, but images are stored without crops; see feature_views.")
     if dataset is None or with_images(dataset) is not None or isinstance(dataset, StoredPairsDataset):
         return
     for name in STORING:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -36,7 +37,7 @@ from llm2clip.losses.matches import NoPairsError
 from llm2clip.store import EmbeddingCache
 from llm2clip.trainers.alignment import align, freeze_maps, set_heads
 from llm2clip.trainers.base_config import refuse_unfollowed
-from llm2clip.trainers.base_trainer import StageTrainer
+from llm2clip.trainers.base_trainer import StageTrainer, load_weights
 from llm2clip.trainers.bundling import bundle_text_model
 from llm2clip.trainers.freezing import (
     WARM_START_RESULT,
@@ -57,6 +58,7 @@ from llm2clip.trainers.stage2_rows import COLLATED, open_rows, refuse_useless, u
 from llm2clip.trainers.stored_rows import StoredPairsDataset
 from llm2clip.utils.files import digest_json, write_json
 from llm2clip.utils.processes import run_while_others_wait
+from llm2clip.utils.vision_identity import preprocessing
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor
 
 logger = logging.getLogger(__name__)
@@ -110,6 +112,12 @@ class Stage2Trainer(StageTrainer):
 
     args: Stage2Config
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Stage2Trainer:
+        """Keep the arguments, also those of subclasses: a first part is trained with them too."""
+        trainer = super().__new__(cls)
+        trainer._given = args, kwargs
+        return trainer
+
     def __init__(
         self,
         model: Any = None,
@@ -125,6 +133,7 @@ class Stage2Trainer(StageTrainer):
     ) -> None:
         self.cache = cache or getattr(data_collator, "cache", None)
         self.embed = embed or (None if self.cache is None else self.cache.lookup)
+        self._given: tuple[tuple[Any, ...], dict[str, Any]]
         self.frozen: FrozenLayers | None = None
         # Before the state of accelerate is made, which new settings reset.
         self._first = first_part(args) if args is not None and args.warm_start else None
@@ -133,6 +142,7 @@ class Stage2Trainer(StageTrainer):
         processing_class = usable_processor(processing_class, model)
         image_processor = getattr(processing_class, "image_processor", processing_class)
         self.image_processor = image_processor if isinstance(image_processor, BaseImageProcessor) else None
+        self._has_own_collator = data_collator is not None
         if args is not None and isinstance(data_collator, Stage2Collator | None):
             train_dataset = open_rows(train_dataset, args, self.image_processor)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
@@ -141,6 +151,8 @@ class Stage2Trainer(StageTrainer):
     def _refuse_unused(self) -> None:
         super()._refuse_unused()
         args = self.args
+        if self.model_init is not None and (args.warm_start or args.alignment != "train"):
+            raise ValueError("warm_start and alignment need a model; they do not work with model_init.")
         refuse_useless(args, self.train_dataset)
         is_ours = isinstance(self.train_dataset, EpochDataset | SampleStream)
         refuse_unfollowed(args, self.data_collator, COLLATED[:1] if is_ours else COLLATED)
@@ -159,13 +171,14 @@ class Stage2Trainer(StageTrainer):
 
     def prepare_model(self, model: nn.Module) -> None:
         processor = self.image_processor
-        size = image_size(cast(LLM2CLIPModel, model)) if processor is None else output_size(processor)
-        self.frozen = prepare_joint_model(cast(LLM2CLIPModel, model), self.args, size)
+        own = cast(LLM2CLIPModel, model)
+        self._size = image_size(own) if processor is None else output_size(processor)
+        self.frozen = prepare_joint_model(own, self.args, self._size)
 
     def prepare_training(self, run: RunContext) -> dict[str, float]:
+        found = {} if self._first is None else self._warm_start(run, self._first)
         if is_sharded(self.accelerator):
             give_scalars_a_dimension(cast(nn.Module, self.model))
-        found = self._warm_start(run) if self.args.warm_start else {}
         self.store_rows()
         return found
 
@@ -188,47 +201,54 @@ class Stage2Trainer(StageTrainer):
             self.train_dataset = store_pairs(args, model, self.image_processor, images, cache, retrieval)
         self.train_dataset.mixing = images.mixing
 
-    def _warm_start(self, run: RunContext) -> dict[str, float]:
+    def _warm_start(self, run: RunContext, first: Stage2Config) -> dict[str, float]:
         """Take the weights of a first part with frozen towers, which is run unless it is finished."""
-        args, first = self.args, cast(Stage2Config, self._first)
+        args = self.args
         found = warm_start_result(args) if run.resume else None
         if found is not None:
             RunContext(first).compare_settings(Path(first.output_dir))
-            if run.checkpoint is None:
-                logger.info("the warm start in %s is finished.", first.output_dir)
+        elif run.checkpoint is not None:
+            return {}
         else:
-            logger.info("Warm start: projection and adapter, with frozen towers.")
-            own = cast(LLM2CLIPModel, self.model)
-            # The LLM, if there is one, is not copied.
-            model = copy.deepcopy(own, {id(own.text_model): own.text_model})
-            trainer = type(self)(
-                model=model,
-                args=first,
-                data_collator=self.data_collator,
-                train_dataset=self.train_dataset,
-                processing_class=self.processing_class,
-                retrieval=self.retrieval,
-                cache=self.cache,
-                embed=self.embed,
-            )
-            with RunContext(first, run.resume or None, is_command=True) as part:
-                found = {"metrics": trainer.fit(part), "history": trainer.state.log_history}
-                if first.should_save:
-                    write_json(Path(first.output_dir) / WARM_START_RESULT, found)
-            for one in self.retrieval.values():
-                if isinstance(one, ImageTextRetrieval):
-                    one.features = None
-            # As after the construction of this trainer.
-            set_seed(args.seed)
+            found = self._run_first(run, first)
         self.accelerator.wait_for_everyone()
         if run.checkpoint is None:
-            self._load_from_checkpoint(first.output_dir)
+            logger.info("Continuing with the warm start in %s.", first.output_dir)
+            own = cast(LLM2CLIPModel, self.model)
+            saved = LLM2CLIPModel.from_pretrained(first.output_dir, text_model=False)
+            if first.alignment != "train":
+                set_heads(own, saved.config.visual_head, saved.config.projection_dim)
+            load_weights(own, saved, first.output_dir)
             if args.feature_dropout is None:
-                saved = LLM2CLIPConfig.from_pretrained(first.output_dir)
-                cast(LLM2CLIPConfig, self.unwrapped().config).feature_dropout = saved.feature_dropout
+                cast(LLM2CLIPConfig, own.config).feature_dropout = saved.config.feature_dropout
         if args.should_save:
             self.earlier_history = found["history"]
         return {f"warm_start_{name}": value for name, value in found["metrics"].items()}
+
+    def _run_first(self, run: RunContext, first: Stage2Config) -> dict[str, Any]:
+        """Run the first part with a Trainer of this class, and the arguments of this one; return what it measured."""
+        logger.info("Warm start: projection and adapter, with frozen towers.")
+        own = cast(LLM2CLIPModel, self.model)
+        # The LLM, if there is one, is not copied.
+        model = copy.deepcopy(own, {id(own.text_model): own.text_model})
+        positional, named = self._given
+        parameters = inspect.signature(type(self).__init__).parameters.values()
+        if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+            parameters = inspect.signature(Stage2Trainer.__init__).parameters.values()
+        given = dict(zip([parameter.name for parameter in parameters][1:], positional, strict=False))
+        trainer = type(self)(**{**given, **named, "model": model, "args": first})
+        # A command refuses the folder of another run; in Python, a part that was stopped is resumed.
+        resume = run.resume if run.is_command else True
+        with RunContext(first, resume or None, is_command=True) as part:
+            found = {"metrics": trainer.fit(part), "history": trainer.state.log_history}
+            if first.should_save:
+                write_json(Path(first.output_dir) / WARM_START_RESULT, found)
+        for one in self.retrieval.values():
+            if isinstance(one, ImageTextRetrieval):
+                one.features = None
+        # As after the construction of this trainer.
+        set_seed(self.args.seed)
+        return found
 
     def default_collator(self) -> Stage2Collator:
         args, is_ours = self.args, isinstance(self.train_dataset, EpochDataset | SampleStream)
@@ -243,9 +263,15 @@ class Stage2Trainer(StageTrainer):
             image_backend=args.image_backend,
         )
 
-    def evaluation_collator(self) -> Callable[..., Any]:
-        collator = self.data_collator
-        return collator.for_evaluation() if isinstance(collator, Stage2Collator) else collator
+    def evaluation_collator(self, dataset: Any) -> Callable[..., Any]:
+        collator: Any = self.data_collator
+        if not isinstance(collator, Stage2Collator):
+            return collator
+        collator = collator.for_evaluation()
+        if self._has_own_collator or isinstance(dataset, EpochDataset | SampleStream):
+            return collator
+        collator.image_column, collator.caption_column = self.args.image_column, self.args.caption_column
+        return collator
 
     def skip_log(self) -> SkipLog | None:
         path = Path(str(self.args.output_dir)) / f"skipped-{self.args.process_index}.jsonl"
@@ -260,7 +286,7 @@ class Stage2Trainer(StageTrainer):
     def frozen_inputs(self) -> dict[str, str | None]:
         found = {"text encoder": cast(LLM2CLIPModel, self.model).config.text_model_fingerprint}
         if self.image_processor is not None:
-            found["image processor"] = digest_json(_as_prepared(self.image_processor))
+            found["image processor"] = digest_json(preprocessing(self.image_processor))
         return found
 
     @property
@@ -398,7 +424,7 @@ class Stage2Trainer(StageTrainer):
         if isinstance(self.train_dataset, StoredPairsDataset):
             row["vision_features"] = self.train_dataset.features.read_views(np.zeros(1, dtype=np.int64))
         else:
-            row["pixel_values"] = torch.zeros(1, 3, *image_size(model))
+            row["pixel_values"] = torch.zeros(1, 3, *self._size)
         return {name: value.to(self.args.device) for name, value in row.items()}
 
     def _embed(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -446,7 +472,3 @@ class Stage2Trainer(StageTrainer):
     def complete_result(self, output_dir: str | Path) -> None:
         if self.args.bundle_text_model and self.unwrapped().config.text_model_name_or_path is not None:
             run_while_others_wait(lambda: bundle_text_model(Path(output_dir)), self.args.should_save)
-
-
-def _as_prepared(image_processor: Any) -> dict[str, Any]:
-    return {name: value for name, value in image_processor.to_dict().items() if not name.startswith("_")}

@@ -131,11 +131,6 @@ class StoredPairsDataset(EpochDataset):
         return (number >> np.uint64(11)) * 2.0**-53
 
 
-def collate_stored(batch: dict[str, Any]) -> dict[str, Any]:
-    """Pass on a batch of a [`StoredPairsDataset`], which is whole already."""
-    return batch
-
-
 class FrozenStatesDataset(EpochDataset):
     """Captioned images whose pixels are replaced by the outputs of the frozen layers of a vision tower.
 

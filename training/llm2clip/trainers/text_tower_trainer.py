@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from llm2clip.evaluation import CaptionRetrieval
 from llm2clip.hub.cards.facts import TEXT_TASK
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
+from llm2clip.trainers.base_config import defaults_of
 from llm2clip.trainers.base_trainer import StageTrainer
 from llm2clip.trainers.lora import add_lora
 from llm2clip.trainers.sharding import is_divided, undivided, undivided_building, whole_weights
@@ -49,12 +50,16 @@ class TextTowerTrainer(StageTrainer):
         verify_on_main_process(text_model)
 
     def _refuse_other_adapter(self, text_model: LLM2CLIPTextModel) -> None:
-        """Refuse settings of LoRA that the adapter of the given model does not have."""
+        """Refuse settings of LoRA that differ from the adapter of the given model."""
         adapter = text_model.decoder.peft_config[text_model.decoder.active_adapter]
         has = {"lora_rank": adapter.r, "lora_alpha": adapter.lora_alpha, "lora_dropout": adapter.lora_dropout}
-        defaults = TextTowerConfig.__dataclass_fields__
+        targets = adapter.target_modules
+        has["lora_target_modules"] = [targets] if isinstance(targets, str) else sorted(targets)
+        defaults = defaults_of(self.args)
         for name, value in has.items():
-            if (given := getattr(self.args, name)) not in (defaults[name].default, value):
+            given = getattr(self.args, name)
+            given = sorted(given) if isinstance(given, list) and given != defaults[name] else given
+            if given not in (defaults[name], value):
                 raise ValueError(f"{name} is {given}, but the model has an adapter with {value}; leave it unset.")
 
     def frozen_inputs(self) -> dict[str, str | None]:
@@ -103,7 +108,10 @@ class TextTowerTrainer(StageTrainer):
 
     def _write(self, text_model: LLM2CLIPTextModel, weights: dict[str, Tensor] | None, output_dir: str | Path) -> None:
         tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
-        save_text_tower(text_model, tokenizer, output_dir, weights)
+        if tokenizer is None:
+            text_model.save_pretrained(output_dir, state_dict=weights)
+        else:
+            save_text_tower(text_model, tokenizer, output_dir, weights)
         if not text_model.has_adapter:
             # Pushed checkpoints have left them here.
             for name in ADAPTER_FILES:
