@@ -19,7 +19,13 @@ def main() -> None:
         [{"anchor": row["caption"], "positive": row["keywords"]} for row in pictures(split).remove_columns("image")]
         for split in ("train", "test")
     )
-    args = Stage1Config(output_dir=arguments.output_dir, max_steps=10, per_device_train_batch_size=16, warmup_steps=0)
+    args = Stage1Config(
+        output_dir=arguments.output_dir,
+        max_steps=10,
+        per_device_train_batch_size=16,
+        warmup_steps=0,
+        lora_target_modules=["all-linear"],  # in any text model; the default is for Llama and its kind
+    )
     trainer = Stage1Trainer(model, args, train_dataset=train, eval_dataset=test, processing_class=tokenizer)
     trainer.train()
     print(trainer.evaluate())

@@ -38,7 +38,7 @@ MODULES = {
     "llm2clip.checks.check_data": ["check_data"],
     "llm2clip.encoders": ["embed_captions", "embed_images", "load_encoder"],
     "llm2clip.store": ["EmbeddingCache", "StoreManifest", "build_embedding_cache", "caption_manifest"],
-    "llm2clip.evaluation": ["caption_retrieval_metrics", "metric_path", "retrieval_metrics"],
+    "llm2clip.evaluation": ["ImageTextRetrieval", "caption_retrieval_metrics", "metric_path", "retrieval_metrics"],
     "llm2clip.evaluation.benchmarks.base": ["Benchmark", "BenchmarkError"],
     "llm2clip.evaluation.benchmarks.data": ["BenchmarkImages", "RetrievalData"],
     "llm2clip.evaluation.clip_benchmark": ["load_clip"],

@@ -26,6 +26,9 @@ from llm2clip.encoders import (
     load_encoder as load_encoder,
 )
 from llm2clip.evaluation import (
+    ImageTextRetrieval as ImageTextRetrieval,
+)
+from llm2clip.evaluation import (
     caption_retrieval_metrics as caption_retrieval_metrics,
 )
 from llm2clip.evaluation import (

@@ -243,10 +243,14 @@ def test_an_adapter_of_the_callers_own_is_trained_as_it_is(inputs: Inputs, tmp_p
         return model
 
     model = with_adapter()
-    Stage1Trainer(model=model, args=Stage1Config(**settings(tmp_path)), train_dataset=[])
+    Stage1Trainer(model=model, args=Stage1Config(**settings(tmp_path)))
     assert model.decoder.peft_config["default"].r == 3
     with pytest.raises(ValueError, match="lora_rank is 5, but the model has an adapter with 3"):
-        Stage1Trainer(model=with_adapter(), args=Stage1Config(**settings(tmp_path), lora_rank=5), train_dataset=[])
+        Stage1Trainer(model=with_adapter(), args=Stage1Config(**settings(tmp_path), lora_rank=5))
+    other: Any = get_peft_model(LLM2CLIPTextModel.from_pretrained(inputs.text), LoraConfig(target_modules=["q_proj"]))
+    for lost in (other, other.get_base_model()):
+        with pytest.raises(ValueError, match="an adapter of your own has to be on its decoder"):
+            Stage1Trainer(model=lost, args=Stage1Config(**settings(tmp_path)))
 
 
 def test_several_gpus_without_a_launcher_are_one(
@@ -312,7 +316,7 @@ def test_retrieval_sets_are_measured_in_the_precision_of_training(
     monkeypatch.setattr(
         Stage2Trainer, "measure", lambda *_: found.append(torch.is_autocast_enabled("cpu")) or {"recall@1": 1.0}
     )
-    trainer = trainer_of(inputs, tmp_path, {"bf16": bf16}, retrieval={"own": object()})
+    trainer = trainer_of(inputs, tmp_path, {"bf16": bf16}, retrieval={"own": print})
     with caplog.at_level("INFO"):
         assert trainer.evaluate()["eval_own_recall@1"] == 1.0
     assert found == [bf16]
@@ -414,3 +418,39 @@ def test_a_search_over_what_is_read_at_construction_is_refused(inputs: Inputs, t
         trainer.hyperparameter_search(lambda trial: {"skip_bad_steps": trial.suggest_int("n", 1, 3)}, n_trials=1)
     with pytest.raises(ValueError, match="do not work with model_init"):
         trainer_of(inputs, tmp_path, {"warm_start": {"max_steps": 1}}, model_init=model_init)
+
+
+def test_what_a_beginner_mixes_up_is_one_clear_error(inputs: Inputs, tmp_path: Path) -> None:
+    made = stage2(inputs, tmp_path)
+    model, data, args = made.model, made.train_dataset, Stage2Config(**settings(tmp_path))
+    other = LLM2CLIPModel.from_pretrained(tmp_path / "model", text_model=False)
+    other.config.text_model_fingerprint = "0" * 32
+    stores = {"cache": made.cache, "processing_class": made.processing_class}
+    splits = datasets.DatasetDict({"a": datasets.Dataset.from_dict({})})
+    cases: dict[str, Any] = {
+        "needs args of type Stage2Config, not Stage1Config": (model, Stage1Config(**settings(tmp_path))),
+        "model is a LLM2CLIPTextModel, but stage 2 trains": (LLM2CLIPTextModel.from_pretrained(inputs.text), args),
+        "was made by .* but the text encoder in use": (other, args, None, data, None, stores),
+        "open it with EmbeddingCache.open": (model, args, None, data, None, {"cache": inputs.cache}),
+        "train_dataset has the splits a; give one": (
+            model,
+            args,
+            None,
+            splits,
+        ),
+        "rows are eval_dataset": (model, args, None, data, None, {"retrieval": {"a": [1]}}),
+    }
+    for message, (*positional,) in cases.items():
+        named = positional.pop() if isinstance(positional[-1], dict) and len(positional) > 5 else {}
+        with pytest.raises(ValueError, match=message):
+            Stage2Trainer(*positional, **named)
+    with pytest.raises(ValueError, match=r"stage 1 needs processing_class"):
+        Stage1Trainer(LLM2CLIPTextModel.from_pretrained(inputs.text), Stage1Config(**settings(tmp_path)), None, [])
+    with pytest.raises(ValueError, match="there is no checkpoint"):
+        made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
+
+
+def test_masks_of_short_rows_may_all_miss(inputs: Inputs, tmp_path: Path) -> None:
+    trainer = mntp(inputs, tmp_path, mlm_probability=1e-9, logging_steps=1)
+    trainer.train()
+    assert losses(trainer) == [0.0] * 3

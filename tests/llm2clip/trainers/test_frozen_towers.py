@@ -291,3 +291,11 @@ def test_a_second_part_is_resumed(inputs: Inputs, tmp_path: Path) -> None:
     train(settings(tmp_path / "broken", inputs, **WARM))
     (tmp_path / "broken" / "checkpoint-6" / "trainer_state.json").unlink()
     assert_equal_weights(train(settings(tmp_path / "broken", inputs, **WARM), resume=True), expected, atol=1e-6)
+
+
+def test_both_parts_have_a_precision_of_their_own(inputs: Inputs, tmp_path: Path) -> None:
+    first = {**WARM["warm_start"], "bf16": False}
+    trainer = run_stage2.build_trainer(settings(tmp_path, inputs, **{**WARM, "warm_start": first}, bf16=True))
+    trainer.fit()
+    assert trainer.accelerator.mixed_precision == "bf16"
+    assert trainer.accelerator.state.mixed_precision == "bf16"

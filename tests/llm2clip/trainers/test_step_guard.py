@@ -202,16 +202,16 @@ def run_in_process(folder: Path) -> None:
     trainer = trainer_of(folder, rows(64, 20), max_steps=4, skip_bad_steps=2)
     trainer.broken_loss = (1, 2)
     # Both processes have met this row, in different epochs.
-    trainer.skipped.skip_log = SkipLog(folder / f"skipped-{trainer.args.process_index}.jsonl")
+    trainer.run_state.skipped.log = SkipLog(folder / f"skipped-{trainer.args.process_index}.jsonl")
     trainer.add_callback(SkipOne(trainer.skipped))
     trainer.train()
-    ranked = {"weights": trainer.model.visual_projection.weight.tolist(), "skipped": trainer.finite_steps.skipped}
+    ranked = {"weights": trainer.model.visual_projection.weight.tolist(), "skipped": trainer.guard.skipped}
     (folder / f"{trainer.args.process_index}.json").write_text(json.dumps(ranked))
 
 
 @pytest.mark.slow
 def test_two_processes_skip_the_same_steps(tmp_path: Path) -> None:
-    result = run_ranks(["-m", "tests.llm2clip.trainers.test_finite_steps", str(tmp_path)], 2)
+    result = run_ranks(["-m", "tests.llm2clip.trainers.test_step_guard", str(tmp_path)], 2)
     one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert one == two
     assert one["skipped"] == 2

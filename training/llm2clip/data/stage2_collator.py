@@ -89,6 +89,12 @@ class Stage2Collator:
         other.__dict__.pop("_transforms", None)
         return other
 
+    def with_cache(self, cache: EmbeddingCache | None) -> Stage2Collator:
+        """Return a collator with this cache."""
+        other = copy.copy(self)
+        other.cache = cache
+        return other
+
     @cached_property
     def _transforms(self) -> tuple[EvalTransform, TrainTransform | None]:
         evaluation = EvalTransform(self.image_processor, self.image_backend)
@@ -170,6 +176,10 @@ class Stage2Collator:
             return evaluation(decoded, key)
         return training(decoded, int(torch.randint(2**62, ())))
 
+    def _lacks(self, row: dict[str, Any]) -> str:
+        columns = f"image_column is {self.image_column!r}, and caption_column {self.caption_column!r}"
+        return f", but has {', '.join(name for name in row if name != '_prepared')} ({columns})"
+
     def _images(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         for name in ("pixel_values", "vision_states"):
             if name in rows[0]:
@@ -180,7 +190,7 @@ class Stage2Collator:
                     )
                 return {name: torch.stack([torch.as_tensor(values) for values in _column(rows, name)])}
         if "image" not in rows[0]:
-            raise ValueError(f"A row needs pixel_values, vision_states or image, but has {', '.join(rows[0])}.")
+            raise ValueError(f"A row needs pixel_values, vision_states or image{self._lacks(rows[0])}.")
         raise ValueError("Rows with an image need Stage2Collator(processor=...) with an image processor.")
 
     def _captions(self, rows: Sequence[dict[str, Any]], stored: np.ndarray | None) -> dict[str, Tensor]:
@@ -192,7 +202,7 @@ class Stage2Collator:
             tokens.setdefault("attention_mask", [[1] * len(ids) for ids in tokens["input_ids"]])
             return {name: _pad(values, 0, "left") for name, values in tokens.items()}
         if "caption" not in rows[0]:
-            raise ValueError(f"A row needs llm_embeds, input_ids or caption, but has {', '.join(rows[0])}.")
+            raise ValueError(f"A row needs llm_embeds, input_ids or caption{self._lacks(rows[0])}.")
         captions = _column(rows, "caption")
         if self.cache is not None:
             found = self.cache.lookup(captions, dtype=None) if stored is None else self.cache.read(stored)

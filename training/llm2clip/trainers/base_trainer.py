@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+import datasets
 import torch
 from accelerate.utils import gather_object, save_fsdp_optimizer
 from torch import Tensor, nn
@@ -77,6 +78,7 @@ class StageTrainer(Trainer):
     sampler_class: ClassVar[Callable[..., EpochBatchSampler]] = SampleIndexBatchSampler
     # Evaluation of `eval_dataset` gives the loss alone, without metrics from the outputs.
     loss_only: ClassVar[bool] = False
+    config_class: ClassVar[type] = StageConfig
     # Arguments of `from_pretrained` for a checkpoint of the model.
     load_options: ClassVar[dict[str, Any]] = {}
     # The log of an earlier part of the run, whose curves come first in the card.
@@ -97,9 +99,17 @@ class StageTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         if args is None:
-            raise ValueError(f"{type(self).__name__} needs args, the config of its stage.")
+            raise ValueError(f"{type(self).__name__} needs args, a {self.config_class.__name__}.")
+        if not isinstance(args, self.config_class):
+            raise ValueError(
+                f"{type(self).__name__} needs args of type {self.config_class.__name__}, not {type(args).__name__}."
+            )
+        if isinstance(train_dataset, datasets.DatasetDict | datasets.IterableDatasetDict):
+            raise ValueError(f"train_dataset has the splits {', '.join(train_dataset)}; give one of them.")
+        if not all(map(callable, (retrieval or {}).values())):
+            raise ValueError("retrieval maps names to sets such as an ImageTextRetrieval; rows are eval_dataset.")
         self.args, self.retrieval, self.processing_class = args, retrieval or {}, processing_class
-        self._has_eval_rows = eval_dataset is not None
+        self._has_eval_rows, self._has_own_collator = eval_dataset is not None, data_collator is not None
         self.run: RunContext | None = None
         if model is not None:
             self.prepare_model(model)

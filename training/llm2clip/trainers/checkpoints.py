@@ -62,6 +62,8 @@ def choose_checkpoint(args: StageConfig, resume: str | bool | None, is_command: 
     if isinstance(resume, str | Path):
         # One that another Trainer wrote has no manifest.
         checkpoint = Path(resume)
+        if not checkpoint.is_dir():
+            raise ValueError(f"there is no checkpoint {resume}.")
         find = partial(damage, checkpoint, contents=True)
         fault = on_main_process(find) if (checkpoint / FOLDER_MANIFEST).exists() else None
         if fault is not None:

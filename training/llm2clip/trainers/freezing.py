@@ -250,6 +250,8 @@ def first_part(config: Stage2Config) -> Stage2Config:
         "text_learning_rate": None,
     }
     own = {name: value for name, value in config.warm_start.items() if name not in fixed}
+    if "num_train_epochs" in own:
+        rates |= {"max_steps": -1}
     # What is for a tower that trains.
     rates |= {"patch_dropout": None}
     if own.get("feature_views", config.feature_views) == 1:

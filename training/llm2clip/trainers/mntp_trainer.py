@@ -6,7 +6,7 @@ It adapts a decoder to bidirectional attention: tokens are masked, and the state
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,7 @@ class MNTPTrainer(TextTowerTrainer):
 
     title = "MNTP"
     loss_only = True
+    config_class: ClassVar[type] = MNTPConfig
     args: MNTPConfig
 
     def __init__(self, *args: Any, head: nn.Module, **kwargs: Any) -> None:
@@ -104,4 +105,5 @@ def masked_next_token_loss(
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     loss = F.cross_entropy(logits, targets[scored], reduction="sum")
-    return loss / (scored.sum() if count is None else count)
+    # In a batch of short rows there may be none.
+    return loss / (scored.sum().clamp(min=1) if count is None else count or 1)

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -35,8 +36,9 @@ from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.losses import clip_loss, sigmoid_loss
 from llm2clip.losses.matches import NoPairsError
 from llm2clip.store import EmbeddingCache
+from llm2clip.store.manifest import refuse_other_encoder
 from llm2clip.trainers.alignment import align, freeze_maps, set_heads
-from llm2clip.trainers.base_config import refuse_unfollowed
+from llm2clip.trainers.base_config import defaults_of, refuse_unfollowed
 from llm2clip.trainers.base_trainer import StageTrainer, load_weights
 from llm2clip.trainers.bundling import bundle_text_model
 from llm2clip.trainers.freezing import (
@@ -110,6 +112,7 @@ class Stage2Trainer(StageTrainer):
     title = "Stage 2"
     load_options: ClassVar[dict[str, Any]] = {"text_model": False}
 
+    config_class: ClassVar[type] = Stage2Config
     args: Stage2Config
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Stage2Trainer:
@@ -131,19 +134,22 @@ class Stage2Trainer(StageTrainer):
         embed: Callable[[list[str]], Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
+        if cache is not None and not isinstance(cache, EmbeddingCache):
+            raise ValueError(f"cache is {cache!r:.80}; open it with EmbeddingCache.open.")
         self.cache = cache or getattr(data_collator, "cache", None)
+        if isinstance(data_collator, Stage2Collator) and data_collator.cache is None:
+            data_collator = data_collator.with_cache(self.cache)
         self.embed = embed or (None if self.cache is None else self.cache.lookup)
         self._given: tuple[tuple[Any, ...], dict[str, Any]]
         self.frozen: FrozenLayers | None = None
         # Before the state of accelerate is made, which new settings reset.
-        self._first = first_part(args) if args is not None and args.warm_start else None
+        self._first = first_part(args) if isinstance(args, Stage2Config) and args.warm_start else None
         # The first row of the first batch, which stands in for batches whose samples are all skipped.
         self._example: dict[str, Any] | None = None
         processing_class = usable_processor(processing_class, model)
         image_processor = getattr(processing_class, "image_processor", processing_class)
         self.image_processor = image_processor if isinstance(image_processor, BaseImageProcessor) else None
-        self._has_own_collator = data_collator is not None
-        if args is not None and isinstance(data_collator, Stage2Collator | None):
+        if isinstance(args, Stage2Config) and isinstance(data_collator, Stage2Collator | None):
             train_dataset = open_rows(train_dataset, args, self.image_processor)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         self.add_callback(ClampLogitScale())
@@ -162,6 +168,11 @@ class Stage2Trainer(StageTrainer):
             raise ValueError(
                 f"projection_dim is {args.projection_dim}, but the model has {width}: it is a setting of a new model."
             )
+        if self.compute_loss_func is not None and args.loss != "softmax":
+            raise ValueError(f"loss is {args.loss}, but compute_loss_func computes it; leave one of them unset.")
+        groups = [name for name in GROUP_SETTINGS if getattr(args, name) != defaults_of(args)[name]]
+        if self.optimizer is not None and groups:
+            raise ValueError(f"{', '.join(groups)} are not for an optimizer that you have made (optimizers=).")
         bias = getattr(self.unwrapped(), "logit_bias", None)
         if (bias is not None) != (args.loss == "sigmoid") and self.compute_loss_func is None:
             has = "no logit bias" if bias is None else "a logit bias"
@@ -171,7 +182,12 @@ class Stage2Trainer(StageTrainer):
 
     def prepare_model(self, model: nn.Module) -> None:
         processor = self.image_processor
-        own = cast(LLM2CLIPModel, model)
+        if not isinstance(model, LLM2CLIPModel):
+            raise ValueError(f"model is a {type(model).__name__}, but stage 2 trains an LLM2CLIPModel.")
+        own = model
+        if self.cache is not None:
+            fingerprint = own.config.text_model_fingerprint
+            refuse_other_encoder(self.cache.path, self.cache.manifest, fingerprint, None)
         self._size = image_size(own) if processor is None else output_size(processor)
         self.frozen = prepare_joint_model(own, self.args, self._size)
 
@@ -200,6 +216,8 @@ class Stage2Trainer(StageTrainer):
             retrieval = self.retrieval.values()
             self.train_dataset = store_pairs(args, model, self.image_processor, images, cache, retrieval)
         self.train_dataset.mixing = images.mixing
+        # Storing draws random numbers, and is not repeated.
+        set_seed(args.seed)
 
     def _warm_start(self, run: RunContext, first: Stage2Config) -> dict[str, float]:
         """Take the weights of a first part with frozen towers, which is run unless it is finished."""
@@ -236,6 +254,8 @@ class Stage2Trainer(StageTrainer):
         if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
             parameters = inspect.signature(Stage2Trainer.__init__).parameters.values()
         given = dict(zip([parameter.name for parameter in parameters][1:], positional, strict=False))
+        # Both parts may have a precision of their own, which accelerate keeps for the whole process.
+        AcceleratorState._reset_state()
         trainer = type(self)(**{**given, **named, "model": model, "args": first})
         # A command refuses the folder of another run; in Python, a part that was stopped is resumed.
         resume = run.resume if run.is_command else True
@@ -247,6 +267,8 @@ class Stage2Trainer(StageTrainer):
             if isinstance(one, ImageTextRetrieval):
                 one.features = None
         # As after the construction of this trainer.
+        AcceleratorState._reset_state()
+        self.create_accelerator_and_postprocess()
         set_seed(self.args.seed)
         return found
 

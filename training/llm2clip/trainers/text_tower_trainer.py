@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -40,6 +41,14 @@ class TextTowerTrainer(StageTrainer):
     args: TextTowerConfig
 
     def prepare_model(self, model: nn.Module) -> None:
+        is_ours = isinstance(model, LLM2CLIPTextModel)
+        has_layers = any(isinstance(module, BaseTunerLayer) for module in model.modules())
+        if not is_ours or (has_layers and not model.has_adapter):
+            raise ValueError(
+                f"model is a {type(model).__name__}{' with an adapter' if has_layers else ''}; this stage trains an "
+                "LLM2CLIPTextModel, and an adapter of your own has to be on its decoder: "
+                "model.decoder = get_peft_model(model.decoder, ...)."
+            )
         text_model = cast(LLM2CLIPTextModel, model)
         if text_model.has_adapter:
             self._refuse_other_adapter(text_model)
