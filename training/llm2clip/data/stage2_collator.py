@@ -61,7 +61,7 @@ class Stage2Collator:
         image_column, caption_column: Names of `image` and `caption` in the rows.
         crop_scale: Smallest and largest area of a random crop of an `image`, as a share of it; None prepares it as in
             evaluation. Crops depend on torch's random numbers.
-        image_backend: Decoder of an `image`; see [`EvalTransform`](llm2clip.data.EvalTransform).
+        image_backend: Decoder of an `image`: `exact` is Pillow, as in inference; `fast` is torchvision for JPEGs.
     """
 
     def __init__(
