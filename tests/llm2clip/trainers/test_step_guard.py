@@ -203,7 +203,7 @@ def run_in_process(folder: Path) -> None:
     trainer.broken_loss = (1, 2)
     # Both processes have met this row, in different epochs.
     trainer.run_state.skipped.log = SkipLog(folder / f"skipped-{trainer.args.process_index}.jsonl")
-    trainer.add_callback(SkipOne(trainer.skipped))
+    trainer.add_callback(SkipOne(trainer.run_state.skipped))
     trainer.train()
     ranked = {"weights": trainer.model.visual_projection.weight.tolist(), "skipped": trainer.guard.skipped}
     (folder / f"{trainer.args.process_index}.json").write_text(json.dumps(ranked))
