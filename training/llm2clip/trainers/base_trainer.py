@@ -272,8 +272,9 @@ class StageTrainer(Trainer):
             resume_from_checkpoint: Folder of a checkpoint, or True for the newest whole one in `output_dir`.
             trial, ignore_keys_for_eval: See [`~transformers.Trainer.train`].
         """
-        is_ours = isinstance(self.train_dataset, SampleStream) or not isinstance(self.train_dataset, IterableDataset)
-        with RunContext(self.args, resume_from_checkpoint, elastic=is_ours) as run:
+        # The rows of an iterable data set of others depend on the number of processes.
+        elastic = isinstance(self.train_dataset, SampleStream) or not isinstance(self.train_dataset, IterableDataset)
+        with RunContext(self.args, resume_from_checkpoint, elastic=elastic) as run:
             return self.train_in(run, trial, ignore_keys_for_eval)
 
     def train_in(self, run: RunContext, trial: Any = None, ignore_keys_for_eval: Any = None) -> TrainOutput:
@@ -378,16 +379,11 @@ class StageTrainer(Trainer):
                 loss = loss / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
-    def loss_of(
-        self,
-        embeds: Mapping[str, Tensor],
-        logit_scale: Tensor,
-        logit_bias: Tensor | None,
-        ids: Mapping[str, Tensor | None],
-    ) -> Tensor:
+    def loss_of(self, *batch: Any) -> Tensor:
         """Compute the loss of a batch by `compute_loss_func`, if that was given, or by [`contrastive_loss`]."""
         if self.compute_loss_func is None:
-            return self.contrastive_loss(embeds, logit_scale, logit_bias, ids)
+            return self.contrastive_loss(*batch)
+        embeds, logit_scale, logit_bias, ids = batch
         outputs = {**embeds, "logit_scale": logit_scale, "logit_bias": logit_bias}
         return self.compute_loss_func(outputs, dict(ids) or None, num_items_in_batch=None)
 
@@ -705,7 +701,7 @@ class StageTrainer(Trainer):
         uploader = self.uploader(token, revision)
         if not blocking:
             return uploader.api.run_as_future(uploader.upload, folder, message)
-        with push_error(folder, str(self.hub_model_id), self.args.hub_revision):
+        with push_error(folder, str(self.hub_model_id), revision or self.args.hub_revision):
             return uploader.upload(folder, message)
 
 
