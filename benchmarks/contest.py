@@ -28,55 +28,28 @@ class UnequalError(AssertionError):
     """The values of two contestants differ, so that their times cannot be compared."""
 
 
-class Worker:
-    """The process of a contestant.
+def environment_of(threads: int) -> dict[str, str]:
+    """Return the variables of a process of ours whose libraries use so many threads."""
+    paths = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": f"{ROOT}:{ROOT / 'training'}"}
+    return {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads)), **paths}
 
-    Args:
-        python: Python interpreter.
-        arguments: Arguments of `benchmarks.worker`.
-        threads: Number of threads that its libraries use.
-    """
 
-    def __init__(self, python: str, arguments: list[str], threads: int) -> None:
-        self.name = arguments[-2]
-        environment = {
-            **os.environ,
-            **dict.fromkeys(THREAD_VARIABLES, str(threads)),
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "PYTHONPATH": str(ROOT),
-        }
-        self.process = subprocess.Popen(
-            [python, "-m", "benchmarks.worker", *arguments],
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self._read()
+def start(python: str, arguments: list[str], threads: int) -> subprocess.Popen[str]:
+    """Start the process of a contestant, `benchmarks.worker`."""
+    command = [python, "-m", "benchmarks.worker", *arguments]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment_of(threads), **pipes)
 
-    def run(self) -> dict[str, float]:
-        """Do the work once."""
-        assert self.process.stdin is not None
-        self.process.stdin.write("run\n")
-        self.process.stdin.flush()
-        return self._read()
 
-    def _read(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the contestant {self.name!r} ended with status {self.process.wait()}; see above.")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def close(self) -> None:
-        """End the process."""
-        for stream in (self.process.stdin, self.process.stdout):
-            if stream is not None:
-                stream.close()
-        self.process.wait()
+def answer(worker: subprocess.Popen[str], name: str, request: str = "") -> dict[str, Any]:
+    """Send a line to a worker, and return its answer."""
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    worker.stdin.write(request)
+    worker.stdin.flush()
+    if not (line := worker.stdout.readline()):
+        raise RuntimeError(f"the contestant {name!r} ended with status {worker.wait()}; see above.")
+    return json.loads(line)  # type: ignore[no-any-return]
 
 
 def run_contest(module: str, device: str, contest: Contest) -> Measurements:
@@ -97,17 +70,17 @@ def run_contest(module: str, device: str, contest: Contest) -> Measurements:
         workers = {}
         for number, (name, contestant) in enumerate(contest.contestants.items()):
             arguments = [module, device, contest.title, name, f"{folder}/{number}.npz"]
-            workers[name] = Worker(python_of(contestant.environment), arguments, contest.threads)
-            stack.callback(workers[name].close)
+            workers[name] = stack.enter_context(start(python_of(contestant.environment), arguments, contest.threads))
+            answer(workers[name], name)
         for number, (name, contestant) in enumerate(contest.contestants.items()):
-            turns[name].append(workers[name].run())
+            turns[name].append(answer(workers[name], name, "run\n"))
             if name != OURS and not contestant.is_limit:
                 check_equal(f"{folder}/0.npz", f"{folder}/{number}.npz", contest.tolerance, name)
         for number in range(contest.rounds):
             # The order rotates, so that no contestant always runs first.
             for position in range(len(workers)):
                 name = list(workers)[(number + position) % len(workers)]
-                turns[name].append(workers[name].run())
+                turns[name].append(answer(workers[name], name, "run\n"))
     return turns
 
 

@@ -13,7 +13,9 @@ from packaging.utils import canonicalize_name
 
 ENVIRONMENTS: dict[str, list[str]] = {
     # The last release, with the last version of transformers that it supports.
-    "llm2vec": ["llm2vec==0.2.3", "transformers==4.44.2", "numpy<2", "webdataset>=0.2", "torch"],
+    "llm2vec": ["llm2vec==0.2.3", "transformers==4.44.2", "numpy<2", "torch"],
+    # The last release; its requirements bring a transformers that it supports.
+    "infinity": ["infinity-emb[torch,server]==0.0.78"],
 }
 FOLDER = Path(sys.prefix) / "peers"
 LIBRARIES = (
@@ -25,6 +27,7 @@ LIBRARIES = (
     "faiss-cpu",
     "clip-benchmark",
     "llm2vec",
+    "onnxruntime",
     "webdataset",
     "torchvision",
     "pillow",

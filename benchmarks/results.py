@@ -24,7 +24,7 @@ Record = dict[str, Any]
 
 def record(row: Row, contest: Contest, device: str, turns: Measurements) -> Record:
     """Return the record of a contest."""
-    goals = []
+    environments, goals = {entry.environment for entry in contest.contestants.values()}, []
     for goal in contest.goals:
         # CPU time does not measure the work of a GPU.
         metric = "wall" if device != "cpu" and goal.metric == "cpu" else goal.metric
@@ -41,21 +41,15 @@ def record(row: Row, contest: Contest, device: str, turns: Measurements) -> Reco
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
         "versions": versions_of(None),
-        "peers": {name: versions_of(name) for name in _environments(contest)},
+        "peers": {name: versions_of(name) for name in sorted(environments - {None})},
         "limits": [name for name, contestant in contest.contestants.items() if contestant.is_limit],
         "note": contest.note,
-        "figures": {name: _rounded(figures) for name, figures in summarise(turns).items()},
+        "figures": {
+            name: {metric: float(f"{value:.4g}") for metric, value in figures.items()}
+            for name, figures in summarise(turns).items()
+        },
         "goals": goals,
     }
-
-
-def _environments(contest: Contest) -> list[str]:
-    """Return the names of the other environments that contestants run in."""
-    return sorted({entry.environment for entry in contest.contestants.values() if entry.environment is not None})
-
-
-def _rounded(figures: dict[str, float]) -> dict[str, float]:
-    return {metric: float(f"{value:.4g}") for metric, value in figures.items()}
 
 
 def machine(device: str) -> str:
@@ -161,7 +155,7 @@ def table(
     if missed:
         parts.append("## Not reached\n")
         for row in sorted(missed, key=lambda name: int(name[1:])):
-            parts.append(f"- {row}: {shortfalls.get(row, 'no reason is given yet.')}")
+            parts.append(f"- {row}: {shortfalls.get(row) or 'no reason is given yet.'}")
         parts.append("")
     notes = [f"- {key[0]}, {key[1]}: {entry['note']}" for key, entry in ordered if entry["note"]]
     if notes:

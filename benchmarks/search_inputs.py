@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,122 +15,91 @@ AT_ONCE = 8192
 TOP = 10
 
 
-@dataclass
 class Mixture:
-    """Unit vectors around 1,000 random directions, made again from the seed each time that they are read.
+    """Unit vectors around 1,000 random directions, `(count, 512)` float16 as they are stored, and their sources.
 
-    The noise is an isotropic Gaussian, whose norm is 0.7 of that of the direction.
+    The noise is an isotropic Gaussian, whose norm is 0.7 of that of the direction. Sources are values of a column.
     """
 
-    count: int
-    seed: int = 0
-    centres: np.ndarray = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.centres = _unit(np.random.default_rng(7).standard_normal((CENTRES, WIDTH), dtype=np.float32))
+    def __init__(self, count: int, seed: int = 0) -> None:
+        centres = _unit(np.random.default_rng(7).standard_normal((CENTRES, WIDTH), dtype=np.float32))
+        generator, parts = np.random.default_rng(seed), []
+        for start in range(0, count, AT_ONCE):
+            some = min(AT_ONCE, count - start)
+            noise = generator.standard_normal((some, WIDTH), dtype=np.float32)
+            chosen = centres[generator.integers(0, CENTRES, some)]
+            parts.append(_unit(chosen + np.float32(NOISE / WIDTH**0.5) * noise).astype(np.float16))
+        self.vectors = np.concatenate(parts)
+        self.sources = np.random.default_rng(seed + 1).choice(list(SHARES), count, p=list(SHARES.values()))
 
     def batches(self) -> Iterator[np.ndarray]:
-        """Return the vectors in order, `(some, 512)` float16 as they are stored."""
-        generator = np.random.default_rng(self.seed)
-        for start in range(0, self.count, AT_ONCE):
-            some = min(AT_ONCE, self.count - start)
-            noise = generator.standard_normal((some, WIDTH), dtype=np.float32)
-            chosen = self.centres[generator.integers(0, CENTRES, some)]
-            yield _unit(chosen + np.float32(NOISE / WIDTH**0.5) * noise).astype(np.float16)
-
-    def sources(self) -> np.ndarray:
-        """Return a value of the column `source` for each vector."""
-        generator = np.random.default_rng(self.seed + 1)
-        return generator.choice(list(SHARES), self.count, p=list(SHARES.values()))
-
-    def queries(self, count: int) -> np.ndarray:
-        """Return other vectors of the same kind, `(count, 512)` float32."""
-        return next(Mixture(count, self.seed + 1000).batches()).astype(np.float32)
+        """Return the vectors in order, some at a time."""
+        yield from np.array_split(self.vectors, -(-len(self.vectors) // AT_ONCE))
 
 
-def write_vectors(path: Path, vectors: Mixture) -> None:
-    """Write vectors to a file, so that making them costs nothing later."""
-    with path.open("wb") as file:
-        for some in vectors.batches():
-            file.write(some.tobytes())
-
-
-def read_vectors(path: Path) -> Iterator[np.ndarray]:
-    """Read the vectors of a file, `(some, 512)` float16; a memory map would count as memory."""
-    with path.open("rb") as file:
-        while block := file.read(AT_ONCE * WIDTH * 2):
-            yield np.frombuffer(block, np.float16).reshape(-1, WIDTH)
-
-
-def build_index(folder: Path, path: Path, vectors: Mixture, **settings: Any) -> Any:
+def build_index(folder: Path, mixture: Mixture, **settings: Any) -> Any:
     """Write an index as `llm2clip index` does, except for the model; return it open.
 
     Args:
-        path: File of the vectors.
-        settings: Those of [`VectorSettings`].
+        settings: Those of [`IndexSettings`].
     """
     import pyarrow as pa
 
-    from llm2clip.search.image_index import ImageIndex
+    from llm2clip.search.folder_items import BINARY, digest
     from llm2clip.search.index_manifest import IndexManifest
-    from llm2clip.search.index_rows import ID, KEY, REASON, VECTOR
+    from llm2clip.search.index_settings import IndexSettings
     from llm2clip.search.lance_store import LanceStore
-    from llm2clip.search.row_digests import BINARY, row_digests
-    from llm2clip.search.vector_settings import VectorSettings
+    from llm2clip.search.search_index import SearchIndex
+    from llm2clip.search.store import ID, KEY, REASON, VECTOR
 
-    manifest = IndexManifest("benchmark", None, "none", WIDTH, "float16", {"kind": "folder", "path": "none"}, {})
+    manifest = IndexManifest("benchmark", None, None, WIDTH, "float16", {"kind": "folder", "path": "none"}, {})
     kind = pa.list_(pa.float16(), WIDTH)
     schema = pa.schema(
         [(KEY, pa.string()), ("source", pa.string()), (ID, BINARY), (REASON, pa.string()), (VECTOR, kind)]
     )
-    store, sources, start = LanceStore(folder), vectors.sources(), 0
+    store, start = LanceStore(folder), 0
     with store.lock():
-        rows = store.create(manifest, schema)
-        for some in read_vectors(path):
+        store.begin(manifest, schema, "nothing")
+        for some in mixture.batches():
             keys = [f"{number:09}" for number in range(start, start + len(some))]
-            columns = [keys, sources[start : start + len(some)]]
+            columns = [keys, mixture.sources[start : start + len(some)].tolist()]
+            ids = pa.array([digest(repr(row)) for row in zip(*columns, strict=True)], BINARY)
             embeds = pa.FixedSizeListArray.from_arrays(pa.array(some.reshape(-1)), WIDTH)
-            reasons = pa.nulls(len(some), pa.string())
-            arrays = [*(pa.array(column) for column in columns), row_digests(columns), reasons, embeds]
-            rows.append(pa.table(arrays, schema))
+            arrays = [*map(pa.array, columns), ids, pa.nulls(len(some), pa.string()), embeds]
+            store.upsert(pa.table(arrays, schema))
             start += len(some)
         manifest.images = start
-        manifest.index = VectorSettings(**settings).index_of(start, WIDTH, "float16", store.index_types)
-        rows.publish(manifest, [])
-    return ImageIndex.of_store(store)
+        manifest.index = IndexSettings(**settings).index_of(start, WIDTH, store.index_types)
+        store.commit(manifest, [])
+    return SearchIndex.open(store)
 
 
-def build_faiss_index(path: Path, count: int, cells: int) -> Any:
-    """Build an IVF,SQ8 index of the vectors of a file with faiss alone, trained on 64 vectors a cell."""
+def build_faiss_index(mixture: Mixture, cells: int) -> Any:
+    """Build an IVF,SQ8 index with faiss alone, trained on 64 vectors a cell."""
     import faiss
 
     index = faiss.index_factory(WIDTH, f"IVF{cells},SQ8", faiss.METRIC_INNER_PRODUCT)
-    step = max(1, count // (64 * cells))
-    index.train(np.concatenate([some[::step] for some in read_vectors(path)]).astype(np.float32))
-    for some in read_vectors(path):
+    index.train(mixture.vectors[:: max(1, len(mixture.vectors) // (64 * cells))].astype(np.float32))
+    for some in mixture.batches():
         index.add(some.astype(np.float32))
     return index
 
 
-def exact_best(path: Path, queries: np.ndarray, allowed: np.ndarray | None = None) -> np.ndarray:
-    """Return the numbers of the 10 best vectors of a file for each query, `(n, 10)`, by comparing all.
+def build_exact_index(mixture: Mixture) -> Any:
+    """Put vectors into faiss' index that compares all."""
+    import faiss
 
-    Args:
-        allowed: `(count,)` bool, which vectors may be among them.
-    """
-    best = np.full((len(queries), TOP), -np.inf, np.float32)
-    numbers, start = np.zeros((len(queries), TOP), np.int64), 0
-    for some in read_vectors(path):
-        scores = queries @ some.astype(np.float32).T
-        if allowed is not None:
-            scores[:, ~allowed[start : start + len(some)]] = -np.inf
-        joined = np.concatenate([best, scores], axis=1)
-        chosen = np.argpartition(-joined, TOP - 1, axis=1)[:, :TOP]
-        their_numbers = np.broadcast_to(np.arange(start, start + len(some)), scores.shape)
-        numbers = np.take_along_axis(np.concatenate([numbers, their_numbers], axis=1), chosen, axis=1)
-        best = np.take_along_axis(joined, chosen, axis=1)
-        start += len(some)
-    return numbers
+    index = faiss.IndexFlatIP(WIDTH)
+    for some in mixture.batches():
+        index.add(some.astype(np.float32))
+    return index
+
+
+def selection(allowed: np.ndarray | None) -> dict[str, Any]:
+    """Search parameters of faiss by which only some vectors may be found; `allowed` is `(count,)` bool."""
+    import faiss
+
+    return {} if allowed is None else {"sel": faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))}
 
 
 def recall(found: np.ndarray, best: np.ndarray) -> float:

@@ -55,6 +55,7 @@ def write_llm(path: Path, hidden: int = HIDDEN, mlp: int = MLP, layers: int = LA
     """
     import torch
     from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModel
 
     for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copy(TOKENIZER / file, path / file)
@@ -69,27 +70,23 @@ def write_llm(path: Path, hidden: int = HIDDEN, mlp: int = MLP, layers: int = LA
         "_name_or_path": PROMPTED_NAME,
     }
     (path / "config.json").write_text(json.dumps(config))
+    with torch.device("meta"):
+        llm = AutoModel.from_config(AutoConfig.from_pretrained(path))
     generator = torch.Generator().manual_seed(0)
-    keys = hidden // HEADS * KEY_HEADS
-    shapes = {"embed_tokens": (config["vocab_size"], hidden), "norm": (hidden,)}
-    for layer in range(layers):
-        shapes |= {
-            f"layers.{layer}.self_attn.q_proj": (hidden, hidden),
-            f"layers.{layer}.self_attn.k_proj": (keys, hidden),
-            f"layers.{layer}.self_attn.v_proj": (keys, hidden),
-            f"layers.{layer}.self_attn.o_proj": (hidden, hidden),
-            f"layers.{layer}.mlp.gate_proj": (mlp, hidden),
-            f"layers.{layer}.mlp.up_proj": (mlp, hidden),
-            f"layers.{layer}.mlp.down_proj": (hidden, mlp),
-            f"layers.{layer}.input_layernorm": (hidden,),
-            f"layers.{layer}.post_attention_layernorm": (hidden,),
-        }
     # Large enough that attention is not uniform: a wrong mask then changes the result.
     weights = {
-        f"{name}.weight": torch.ones(shape)
-        if len(shape) == 1
-        else torch.randn(shape, generator=generator) / shape[-1] ** 0.5
-        for name, shape in shapes.items()
+        name: torch.ones(weight.shape)
+        if weight.ndim == 1
+        else torch.randn(weight.shape, generator=generator) / weight.shape[-1] ** 0.5
+        for name, weight in llm.named_parameters()
     }
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     return path
+
+
+def write_text_tower(folder: Path, **sizes: int) -> Path:
+    """Write such an LLM as a text tower, as stage 1 does; `sizes` are those of `write_llm`."""
+    from llm2clip.utils.towers import open_text_tower, save_text_tower
+
+    save_text_tower(*open_text_tower(str(write_llm(new_folder(), **sizes)), dtype="float32", **PROMPT), folder)
+    return folder

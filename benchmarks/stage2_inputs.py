@@ -1,17 +1,19 @@
-"""Inputs of a small stage 2 run: captioned JPEGs, both towers, and the embedding cache."""
+"""A small run of stage 2 beside a bare loop: captioned JPEGs, both towers, the cache, and what a step takes."""
 
 from __future__ import annotations
 
-import atexit
 import io
+import itertools
 import random
-import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-TOKENIZER = Path(__file__).resolve().parents[1] / "tests" / "fixtures" / "golden" / "llm2vec_llama_a_hf"
-WORDS = ("the", "red", "old", "small", "river", "street", "house", "dog", "bird", "walks", "near", "under", "light")
+from benchmarks.row import Contest, Contestant, Goal, Outcome, Work
+from benchmarks.small_llama import WORDS, new_folder, write_text_tower
+
 # img2dataset stores CC3M in this size: the shorter side is 384.
 PICTURE = (512, 384)
 # A run that writes nothing, and reads its data in one worker process, as on a machine with two cores.
@@ -24,13 +26,6 @@ COMMON_FIELDS = {
     "disable_tqdm": True,
     "use_cpu": True,
 }
-
-
-def temporary_folder() -> Path:
-    """Create a temporary folder, which is deleted when this process ends."""
-    folder = tempfile.TemporaryDirectory(prefix="llm2clip-bench-")
-    atexit.register(folder.cleanup)
-    return Path(folder.name)
 
 
 def write_pictures(folder: Path, number: int, words: int) -> list[dict[str, Any]]:
@@ -49,44 +44,10 @@ def write_pictures(folder: Path, number: int, words: int) -> list[dict[str, Any]
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "JPEG", quality=85)
         rows["image"].append(file.getvalue())
-        rows["caption"].append(f"{row} " + " ".join(choose.choices(WORDS, k=words)))
+        rows["caption"].append(f"{row} " + " ".join(choose.choices(WORDS.split(), k=words)))
     path = folder / "pictures.parquet"
     datasets.Dataset.from_dict(rows).to_parquet(str(path))
     return [{"path": str(path), "caption_columns": ["caption"]}]
-
-
-def write_text_tower(folder: Path, hidden: int, layers: int) -> Path:
-    """Write a Llama with random weights in the form of a stage 1 result."""
-    import torch
-    from transformers import AutoConfig, AutoTokenizer
-
-    from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel, with_prompt
-
-    prefix, suffix = "<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"
-    tokenizer, prefix_tokens = with_prompt(AutoTokenizer.from_pretrained(TOKENIZER), prefix, suffix)
-    decoder = AutoConfig.for_model(
-        "llama",
-        hidden_size=hidden,
-        intermediate_size=hidden * 7 // 2,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 128,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=512,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    config = LLM2CLIPTextConfig(
-        decoder_config=decoder,
-        prompt_prefix=prefix,
-        prompt_suffix=suffix,
-        num_prefix_tokens=prefix_tokens,
-        prompt_token_ids=tokenizer("")["input_ids"],
-        max_text_length=512,
-    )
-    torch.manual_seed(0)
-    LLM2CLIPTextModel(config).save_pretrained(folder / "text")
-    tokenizer.save_pretrained(folder / "text")
-    return folder / "text"
 
 
 def write_vision_tower(folder: Path, hidden: int, layers: int, patch: int, size: int) -> Path:
@@ -111,33 +72,6 @@ def write_vision_tower(folder: Path, hidden: int, layers: int, patch: int, size:
     return folder / "vision"
 
 
-def embed(folder: Path, text: Path, sources: list[dict[str, Any]]) -> tuple[Path, float]:
-    """Embed the captions into a cache; return its folder and the CPU seconds."""
-    from llm2clip.encoders import embed as stage
-
-    start = time.process_time()
-    stage.run(stage.EmbedConfig(text_model_name_or_path=str(text), output_dir=str(folder / "cache"), sources=sources))
-    return folder / "cache", time.process_time() - start
-
-
-class StepClock:
-    """Measures the seconds per step from the end of the first step to the end of the last, without the start-up."""
-
-    def __init__(self) -> None:
-        self.ends: list[tuple[float, float]] = []
-
-    def step_ends(self) -> None:
-        """Call at the end of every step."""
-        self.ends.append((time.perf_counter(), time.process_time()))
-
-    def metrics(self) -> dict[str, float]:
-        """Return `wall` and `cpu` seconds of this process per step."""
-        wall, cpu = (
-            (last - first) / (len(self.ends) - 1) for first, last in zip(self.ends[0], self.ends[-1], strict=True)
-        )
-        return {"wall": wall, "cpu": cpu}
-
-
 def write_inputs(pictures: int, words: int, hidden: int, vision: dict[str, int]) -> dict[str, Any]:
     """Write data, towers and the cache into a temporary folder; return the settings of a run on them.
 
@@ -146,19 +80,39 @@ def write_inputs(pictures: int, words: int, hidden: int, vision: dict[str, int])
         hidden: Width of the text tower, which has one layer.
         vision: Arguments of `write_vision_tower`.
     """
-    folder = temporary_folder()
+    from llm2clip.encoders.embed import EmbedConfig, run
+
+    folder = new_folder()
     sources = write_pictures(folder, pictures, words)
-    text = write_text_tower(folder, hidden, layers=1)
+    text, cache = (
+        str(write_text_tower(folder / "text", hidden=hidden, mlp=7 * hidden // 2, layers=1)),
+        str(folder / "cache"),
+    )
+    run(EmbedConfig(text_model_name_or_path=text, output_dir=cache, sources=sources))
     return {
         "vision_model_name_or_path": str(write_vision_tower(folder, **vision)),
-        "text_model_name_or_path": str(text),
-        "embedding_cache": str(embed(folder, text, sources)[0]),
+        "text_model_name_or_path": text,
+        "embedding_cache": cache,
         "sources": sources,
         "output_dir": str(folder / "out"),
     }
 
 
-def make_trainer(fields: dict[str, Any]) -> Any:
+def step_contest(title: str, fields: Callable[[], dict[str, Any]], note: str, at_most: float) -> Contest:
+    """The Trainer, and the limit: the same steps on prepared batches.
+
+    Args:
+        fields: Writes the inputs and returns the settings of the run.
+        at_most: Largest ratio of their times.
+    """
+    contestants = {"ours": Contestant(partial(_train, fields)), "bare loop": Contestant(partial(_bare_loop, fields))}
+    goals = (Goal("bare loop", "wall", at_most), Goal("bare loop", "cpu", at_most))
+    first = "Seconds are those of one step, from the end of the first to the end of the last."
+    note = f"{first} {note} The bare loop has its batches in memory, and is the limit."
+    return Contest(title, contestants, goals, {"losses": 1e-4}, rounds=3, note=note)
+
+
+def _make_trainer(fields: dict[str, Any]) -> Any:
     """Build the Trainer of `llm2clip stage2` with these settings; its initial weights are always the same."""
     from llm2clip.trainers.run_stage2 import build_trainer
     from llm2clip.trainers.stage2_config import Stage2Recipe
@@ -167,55 +121,86 @@ def make_trainer(fields: dict[str, Any]) -> Any:
     return build_trainer(build_config(Stage2Recipe, {**COMMON_FIELDS, **fields}))
 
 
-def train(trainer: Any) -> tuple[list[float], dict[str, float]]:
-    """Train; return the logged losses and the seconds per step."""
+def _now() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def _per_step(ends: list[tuple[float, float]]) -> dict[str, float]:
+    """Seconds of this process per step, from the end of the first to the end of the last."""
+    wall, cpu = ((last - first) / (len(ends) - 1) for first, last in zip(ends[0], ends[-1], strict=True))
+    return {"wall": wall, "cpu": cpu}
+
+
+def _train(fields: Callable[[], dict[str, Any]]) -> Work:
     from transformers import TrainerCallback
 
-    clock = StepClock()
+    settings = fields()
 
     class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.ends: list[tuple[float, float]] = []
+
         # The log of a step counts for the next one.
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            clock.step_ends()
+            self.ends.append(_now())
 
-    trainer.add_callback(Clock())
-    trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], clock.metrics()
+    def work() -> Outcome:
+        trainer, clock = _make_trainer(settings), Clock()
+        trainer.add_callback(clock)
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return Outcome({"losses": losses}, _per_step(clock.ends))
+
+    return work
 
 
-def bare_loop(trainer: Any, batches: list[dict[str, Any]]) -> tuple[list[float], dict[str, float]]:
-    """Train the trainer's model by its settings without a Trainer: forward, loss, backward and optimizer.
-
-    Args:
-        batches: Prepared batches, one for each step; each caption matches the image of its row.
-
-    Returns:
-        The loss of every step and the seconds per step.
-    """
+def _bare_loop(fields: Callable[[], dict[str, Any]]) -> Work:
+    """Forward, loss, backward and optimizer; each caption matches the image of its row."""
     import torch
 
     from llm2clip.trainers.optimizer import clamp_logit_scale, parameter_groups, warmup_cosine_schedule
+    from llm2clip.trainers.run_context import RunContext
 
-    config, model = trainer.args, trainer.model.train()
-    rates = {"learning_rate": config.learning_rate, "weight_decay": config.weight_decay}
-    groups = parameter_groups(model, **rates, vision_layer_decay=config.vision_layer_decay)
-    optimizer = torch.optim.AdamW(groups, fused=True)
-    schedule = warmup_cosine_schedule(optimizer, 0, len(batches))
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    inputs = ("pixel_values", "vision_features", "llm_embeds")
-    clock, losses = StepClock(), []
-    for batch in batches:
-        logits = model(**{name: batch[name] for name in inputs if name in batch}).logits_per_image
-        labels = torch.arange(len(logits))
-        loss = torch.nn.functional.cross_entropy(logits, labels) / 2
-        loss = loss + torch.nn.functional.cross_entropy(logits.T, labels) / 2
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            clamp_logit_scale(model)
-        losses.append(loss.item())
-        clock.step_ends()
-    return losses, clock.metrics()
+    settings = fields()
+
+    def prepared() -> Any:
+        trainer = _make_trainer(settings)
+        with RunContext(trainer.args) as run:
+            trainer.prepare_training(run)
+        return trainer
+
+    loader: Any = prepared().get_train_dataloader()
+    batches: list[dict[str, Any]] = []
+    while len(batches) < settings["max_steps"]:
+        loader.set_epoch(len(batches) // len(loader))
+        batches += itertools.islice(loader, settings["max_steps"] - len(batches))
+    logged = settings.get("logging_steps", 1)
+
+    def work() -> Outcome:
+        trainer = prepared()
+        config, model = trainer.args, trainer.model.train()
+        rates = {"learning_rate": config.learning_rate, "weight_decay": config.weight_decay}
+        groups = parameter_groups(model, **rates, vision_layer_decay=config.vision_layer_decay)
+        optimizer = torch.optim.AdamW(groups, fused=True)
+        schedule = warmup_cosine_schedule(optimizer, 0, len(batches))
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        inputs = ("pixel_values", "vision_features", "llm_embeds")
+        ends, losses = [], []
+        for batch in batches:
+            logits = model(**{name: batch[name] for name in inputs if name in batch}).logits_per_image
+            labels = torch.arange(len(logits))
+            loss = torch.nn.functional.cross_entropy(logits, labels) / 2
+            loss = loss + torch.nn.functional.cross_entropy(logits.T, labels) / 2
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                clamp_logit_scale(model)
+            losses.append(loss.item())
+            ends.append(_now())
+        means = [sum(losses[start : start + logged]) / logged for start in range(0, len(losses), logged)]
+        return Outcome({"losses": means}, _per_step(ends))
+
+    return work

@@ -39,34 +39,21 @@ def main(module: str, device: str, contest: str, contestant: str, values_file: s
 def measure(work: Work, device: str = "cpu") -> tuple[Outcome, dict[str, float]]:
     """Do the work once; return its outcome with seconds and bytes."""
     gc.collect()
-    accelerator = _accelerator(device)
-    before = _resident("VmRSS")
+    if on_gpu := device != "cpu":
+        from torch import cuda
+
+        cuda.synchronize()
+        cuda.empty_cache()
+        cuda.reset_peak_memory_stats()
+    before = cuda.memory_allocated() if on_gpu else resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     cpu, wall = _cpu_seconds(), time.perf_counter()
     outcome = work()
-    if accelerator is not None:
-        accelerator.synchronize()
+    if on_gpu:
+        cuda.synchronize()
     cpu, wall = _cpu_seconds() - cpu, time.perf_counter() - wall
-    memory = _resident("VmHWM") - before
-    if accelerator is not None:
-        memory = accelerator.max_memory_allocated() - accelerator.before
+    memory = (cuda.max_memory_allocated() if on_gpu else resident("VmHWM")) - before
     return outcome, {"cpu": cpu, "wall": wall, "memory": float(memory), **outcome.metrics}
-
-
-class _Accelerator:
-    def __init__(self) -> None:
-        import torch
-
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        self.before = torch.cuda.memory_allocated()
-        self.synchronize = torch.cuda.synchronize
-        self.max_memory_allocated = torch.cuda.max_memory_allocated
-
-
-def _accelerator(device: str) -> _Accelerator | None:
-    return None if device == "cpu" else _Accelerator()
 
 
 def _cpu_seconds() -> float:
@@ -74,13 +61,13 @@ def _cpu_seconds() -> float:
     return time.process_time() + children.ru_utime + children.ru_stime
 
 
-def _resident(field: str) -> int:
-    """Return a memory figure of this process in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+def resident(field: str, process: int | str = "self") -> int:
+    """Return a memory figure of a process in bytes, 0 if it has ended."""
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
         name, _, value = line.partition(":")
         if name == field:
             return int(value.split()[0]) * 1024
-    raise OSError(f"/proc/self/status has no {field}; the benchmarks need Linux.")
+    return 0
 
 
 def _array(value: Any) -> np.ndarray:

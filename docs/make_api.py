@@ -25,6 +25,7 @@ SECTIONS = {
     "llm2clip.encoders": "Embedding",
     "llm2clip.evaluation": "Evaluation",
     "llm2clip.search": "Search",
+    "llm2clip.serving": "Serve",
     "llm2clip.convert": "Convert and publish",
     "llm2clip.hub": "Convert and publish",
     "llm2clip.utils": "Utilities",

@@ -37,8 +37,8 @@ def main() -> None:
     parser.add_argument("--output-dir", default="runs/fine_tuned", help="(%(default)s)")
     parser.add_argument("--batch-size", default=64, type=int, help="at most the number of pictures (%(default)s)")
     arguments = parse(parser)
-    model, output, data = arguments.model, arguments.output_dir, arguments.data or f"{arguments.output_dir}/sample"
-    tuned, cache = f"{output}/llm2clip", f"{output}/cache"
+    model, output = arguments.model, arguments.output_dir
+    data, tuned, cache = arguments.data or f"{output}/sample", f"{output}/llm2clip", f"{output}/cache"
     if Path(tuned, "config.json").exists():
         parser.error(f"{tuned} is there already: give another --output-dir, or delete it")
     if not (arguments.data or Path(data).is_dir()):
@@ -48,9 +48,9 @@ def main() -> None:
     stage2 = ["--model-name-or-path", model, "--sources", f"[{train}]", "--embedding-cache", cache]
     stage2 += ["--output-dir", tuned, "--frozen-states-dir", f"{output}/vision_states"]
     stage2 += ["--per-device-train-batch-size", str(arguments.batch_size)]
-    commands = [["evaluate", model, "--data", test], ["embed", *embed]]
-    commands += [["stage2", "stage2_folder_cpu", *stage2], ["evaluate", tuned, "--data", test]]
-    for command in commands:
+    test = ["--benchmark", test, "--output", f"{output}/results"]
+    training = [["embed", *embed], ["stage2", "stage2_folder_cpu", *stage2]]
+    for command in (["evaluate", model, *test], *training, ["evaluate", tuned, *test]):
         print(f"\n$ llm2clip {shlex.join(command)}", flush=True)
         if code := llm2clip(command):
             raise SystemExit(code)

@@ -6,7 +6,14 @@ require.
 
 from typing import Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+    AutoTokenizer,
+    PretrainedConfig,
+)
 
 from .configuration_llm2clip import EVA02VisionConfig as EVA02VisionConfig
 from .configuration_llm2clip import LLM2CLIPConfig as LLM2CLIPConfig
@@ -16,7 +23,9 @@ from .modeling_eva02 import EVA02VisionModel as EVA02VisionModel
 from .modeling_llm2clip import LLM2CLIPModel as LLM2CLIPModel
 from .modeling_llm2clip import LLM2CLIPOutput as LLM2CLIPOutput
 from .modeling_llm2clip_text import LLM2CLIPTextModel as LLM2CLIPTextModel
+from .modeling_llm2clip_utils import quantize_embeddings as quantize_embeddings
 from .modeling_llm2clip_vision import LLM2CLIPVisionModelWithProjection as LLM2CLIPVisionModelWithProjection
+from .pair_tokenizer_llm2clip import LLM2CLIPPairTokenizer as LLM2CLIPPairTokenizer
 from .processing_llm2clip import LLM2CLIPProcessor as LLM2CLIPProcessor
 from .prompting_llm2clip import with_prompt as with_prompt
 
@@ -34,3 +43,8 @@ LLM2CLIPVisionModelWithProjection.register_for_auto_class("AutoModel")
 AutoModelForZeroShotImageClassification.register(LLM2CLIPConfig, LLM2CLIPModel, exist_ok=True)
 AutoProcessor.register(LLM2CLIPConfig, LLM2CLIPProcessor, exist_ok=True)
 LLM2CLIPProcessor.register_for_auto_class()
+# A tokenizer is found by its name, but registered by the type of a model.
+AutoTokenizer.register(
+    type("PairConfig", (PretrainedConfig,), {}), fast_tokenizer_class=LLM2CLIPPairTokenizer, exist_ok=True
+)
+LLM2CLIPPairTokenizer.register_for_auto_class("AutoTokenizer")

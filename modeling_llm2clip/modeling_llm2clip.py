@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,18 +31,25 @@ from .modeling_llm2clip_pairing import (
 )
 from .modeling_llm2clip_text import LLM2CLIPTextModel
 from .modeling_llm2clip_utils import (
+    OWN_TEXT_MODEL,
+    Precision,
     absolute_path,
     adopt_submodel,
     encode_pixels,
     encode_tokens,
     execution_device,
+    find_text_model,
     hub_arguments,
     own_part,
+    quantize_embeddings,
     require_finite,
+    shorten,
     unit_features,
 )
 from .modeling_llm2clip_vision import LLM2CLIPPreTrainedModel, load_vision_tower, new_logit_scale
+from .pair_tokenizer_llm2clip import LLM2CLIPPairTokenizer  # noqa: F401
 from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
+from .query_encoder_llm2clip import query_encoder_of
 from .tokenization_llm2clip import tokenize_captions
 
 if TYPE_CHECKING:
@@ -110,11 +118,11 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
     def from_vision_text_pretrained(
         cls,
         vision_model: str | os.PathLike[str] | PreTrainedModel,
-        text_model: str | os.PathLike[str] | LLM2CLIPTextModel,
+        text_model: Any,
         *,
         vision_model_kwargs: dict[str, Any] | None = None,
         text_config: PretrainedConfig | None = None,
-        text_model_revision: str | None = None,
+        text_model_revision: Any = None,
         logit_scale_init_value: float | str | None = None,
         **config_fields: Any,
     ) -> LLM2CLIPModel:
@@ -123,7 +131,7 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         Args:
             vision_model: A vision model, or its repository or folder; of a CLIP-like model, the vision half is used.
             text_model: A text tower, which becomes part of the model, or the repository or folder of one, which is
-                recorded but not loaded.
+                recorded but not loaded. A list of two gives a model with two text encoders; it needs `text_config`.
             text_config: Config of the text tower, if its repository has none (a plain LLM).
             logit_scale_init_value: Logarithm of the initial logit scale; `"checkpoint"`: that of the CLIP-like
                 checkpoint of the vision tower. By default the checkpoint's, as in the original code, or ln(1 / 0.07)
@@ -154,7 +162,7 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         )
         model = cls(config, text_model=False, vision_model=vision_model)
         if isinstance(text_model, PreTrainedModel):
-            model.set_text_model(text_model)
+            model.set_text_model(text_model)  # type: ignore[arg-type]
         return model
 
     @classmethod
@@ -190,7 +198,12 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         model, info = cls._load(pretrained_model_name_or_path, *args, text_model=together, **own)
         # For the processor. A token is left out, since a model may be pickled.
         model.hub_arguments = {name: value for name, value in hub_arguments(own).items() if name != "token"}
-        bundled = model.config.text_model_name_or_path is None
+        named = model.config.text_model_name_or_path
+        bundled = named is None
+        if named == OWN_TEXT_MODEL:
+            # Of the model in memory, which may be saved elsewhere.
+            place = find_text_model(named, pretrained_model_name_or_path, **hub_arguments(own))[0]
+            model.config.text_model_name_or_path, model.config.text_model_revision = place, own.get("revision")
         if text_model and model.text_model is None:
             if attention is not None:
                 different.setdefault("attn_implementation", attention)
@@ -340,6 +353,9 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         batch_size: int | None = None,
         show_progress_bar: bool = False,
         instruction: str | None = None,
+        truncate_dim: int | None = None,
+        precision: Precision = "float32",
+        encoder: Literal["llm", "query", "first", "second"] = "llm",
     ) -> Tensor:
         """Embed captions of any length.
 
@@ -347,26 +363,60 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
             processor: This model's processor, or its tokenizer; by default it is loaded from where the model was.
             batch_size: Largest number of captions in a batch; see [`LLM2CLIPTextModel.encode`].
             instruction: Text before every caption, as in stage 1; it is context and not pooled.
+            truncate_dim: Number of values that are kept of each embedding, as for images; see `matryoshka_dims` of the
+                training.
+            precision: Form of the embeddings, as of [`quantize_embeddings`]: `float16`, `int8` or `binary` (one bit
+                per value, eight in an int8).
+            encoder: `query` for the small encoder in `query_encoder/` of the model's folder, which needs neither the
+                LLM nor a processor, and takes no instruction. `first` or `second` for one of two text encoders alone,
+                which the model has to be trained for (`text_losses` of stage 2).
 
         Returns:
-            Unit vectors, float32 `(len(texts), projection_dim)` on the CPU, in input order.
+            Unit vectors, float32 `(len(texts), truncate_dim or projection_dim)` on the CPU, in input order, or their
+            form of that `precision`.
 
         Raises:
-            ValueError: A caption is empty, or there is no tokenizer.
+            ValueError: A caption is empty, there is no tokenizer, or no query encoder that belongs to this model.
         """
-        tokenizer = own_part(self, processor, "tokenizer")
-        return encode_tokens(
-            tokenize_captions(texts, tokenizer, self.config.text_config, instruction),
+        if encoder == "query":
+            if instruction is not None:
+                raise ValueError("the query encoder takes no instruction; leave it out, or use encoder='llm'.")
+            rows = query_encoder_of(self).encode(texts, batch_size, show_progress_bar)
+            return quantize_embeddings(shorten(rows, truncate_dim), precision)
+        tokenizer, text_config = own_part(self, processor, "tokenizer"), self.config.text_config
+        forward = self.get_text_features
+        if encoder != "llm":
+            halves = text_config.halves()
+            if len(halves) == 1 or encoder not in ("first", "second"):
+                raise ValueError(f"encoder is {encoder!r}, but this model has {len(halves)} text encoder(s).")
+            number = int(encoder == "second")
+            tokenizer, text_config = tokenizer.parts[number], halves[number]
+            forward = partial(self._features_of_half, number)
+        rows = encode_tokens(
+            tokenize_captions(texts, tokenizer, text_config, instruction),
             tokenizer,
-            lambda batch: unit_features(self.get_text_features(**batch)),
+            lambda batch: unit_features(forward(**batch)),
             device=execution_device(self if self.text_model is None else self.text_model),
             width=self.config.projection_dim,
             batch_size=batch_size,
             show_progress_bar=show_progress_bar,
         )
+        return quantize_embeddings(shorten(rows, truncate_dim), precision)
+
+    def _features_of_half(self, number: int, **tokens: Tensor) -> BaseModelOutputWithPooling:
+        if self.text_model is None:
+            raise ValueError("this model was loaded without its LLM; call model.load_text_model().")
+        rows = self.text_model.embed_half(number, **tokens)
+        return self.get_text_features(llm_embeds=self.text_adapter.of_half(rows, number))
 
     def encode_image(
-        self, images: Sequence[Any] | Any, processor: Any = None, batch_size: int = 64, show_progress_bar: bool = False
+        self,
+        images: Sequence[Any] | Any,
+        processor: Any = None,
+        batch_size: int = 64,
+        show_progress_bar: bool = False,
+        truncate_dim: int | None = None,
+        precision: Precision = "float32",
     ) -> Tensor:
         """Embed images.
 
@@ -374,9 +424,12 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
             images: Images of any kind that [`decode_image`] reads (PIL images, paths, URLs, bytes), arrays or tensors,
                 or a single one. A column of `datasets` is a list.
             processor: This model's processor, or its image processor; by default as in `encode_text`.
+            truncate_dim: See `encode_text`.
+            precision: See `encode_text`.
 
         Returns:
-            Unit vectors, float32 `(len(images), projection_dim)` on the CPU, in input order.
+            Unit vectors, float32 `(len(images), truncate_dim or projection_dim)` on the CPU, in input order, or their
+            form of that `precision`.
 
         Raises:
             DamagedImageError: An image cannot be decoded.
@@ -393,7 +446,7 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
             for start in logging.tqdm(starts, desc="Encoding images", disable=not show_progress_bar)
         )
         rows = torch.cat([torch.empty(0, self.config.projection_dim), *encode_pixels(self, batches)])
-        return require_finite(rows, "images")
+        return quantize_embeddings(shorten(require_finite(rows, "images"), truncate_dim), precision)
 
     def forward(
         self,

@@ -17,7 +17,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForTextEncoding,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -81,6 +89,11 @@ def text_model_class(config: PretrainedConfig) -> tuple[Any, dict[str, Any]]:
 
 def encoder_fields(config: PretrainedConfig) -> dict[str, Any]:
     """Return the fields of a text config by which an encoder differs from a decoder: none for a decoder."""
+    if config.model_type in ("clip", "clip_text_model"):
+        # As CLIPTextModelWithProjection: the state of the end token, projected.
+        layer = {"out_features": config.projection_dim, "bias": False, "activation": "linear"}
+        fields = {"bidirectional": None, "pool_prompt": True, "pooling": "eos_token", "dense": [layer]}
+        return {**fields, "max_text_length": getattr(config, "text_config", config).max_position_embeddings}
     if not is_encoder(config):
         return {}
     fields = {"bidirectional": None, "pool_prompt": True}
@@ -121,7 +134,15 @@ def load_plain(name: str, options: dict[str, Any]) -> tuple[PreTrainedModel, dic
     """
     hub = hub_arguments(options)
     trust = {key: options[key] for key in ("trust_remote_code", "code_revision") if key in options}
-    auto, own_options = text_model_class(AutoConfig.from_pretrained(name, **hub, **trust))
+    config = AutoConfig.from_pretrained(name, **hub, **trust)
+    if config.model_type == "clip":
+        half, _ = load_complete(CLIPTextModel.from_pretrained, name, **options)
+        half.config.projection_dim = config.projection_dim
+        config.text_config.projection_dim = config.projection_dim  # which is the only one that CLIPModel reads
+        projected_class, own = CLIPTextModelWithProjection.from_pretrained, {**options, "config": config.text_config}
+        projected, _ = load_complete(projected_class, name, **own)
+        return half, {"0.weight": projected.text_projection.weight.detach()}
+    auto, own_options = text_model_class(config)
     model, _ = load_complete(auto.from_pretrained, name, **own_options, **options)
     folders = [module["path"] for module in embedding_modules(name, **hub) if module["type"].endswith("Dense")]
     dense: dict[str, Tensor] = {}

@@ -47,14 +47,17 @@ from .modeling_llm2clip_decoder import (
     window_reach,
 )
 from .modeling_llm2clip_utils import (
+    OWN_TEXT_MODEL,
     adopt_submodel,
     apply_umask,
     encode_tokens,
     execution_device,
+    find_text_model,
     hub_arguments,
     load_complete,
     pool,
 )
+from .pair_tokenizer_llm2clip import split_tokens
 from .tokenization_llm2clip import tokenize_captions
 
 COMPOSITE_TYPE = LLM2CLIPConfig.model_type
@@ -64,6 +67,8 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
     """A text model (`decoder`) as caption encoder: attention, pooling, and what follows it.
 
     LLM2CLIP's stage 1 makes a decoder attend in both directions; encoders and embedding models keep their attention.
+    With `second_config` there is a `second` text tower, and an embedding is that of both side by side, each of unit
+    length (paper, table 8).
 
     `pooler_output` `(batch, hidden_size)` is the caption embedding, in float32, and of unit length only if the config
     says `normalize`. It does not depend on the other captions of the batch, the padding side or the attention
@@ -79,7 +84,12 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         r"lm_head\.", r"^(vision_model|visual_\w+|text_adapter)\.", r"^logit_(scale|bias)$",
     ]  # fmt: skip
 
-    def __init__(self, config: LLM2CLIPTextConfig, decoder: PreTrainedModel | None = None) -> None:
+    def __init__(
+        self,
+        config: LLM2CLIPTextConfig,
+        decoder: PreTrainedModel | None = None,
+        second: LLM2CLIPTextModel | None = None,
+    ) -> None:
         super().__init__(config)
         self.decoder: Any = None
         if decoder is None:
@@ -87,6 +97,12 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
             auto, options = text_model_class(config.decoder_config)
             self.decoder = auto.from_config(config.decoder_config, **options)
         self.dense = DenseLayers(config.decoder_config.hidden_size, config.dense)
+        self.second: Any = None
+        if second is None and config.second_config is not None:
+            # Not one of the `sub_configs`, of which transformers 4.57 expects that none is None.
+            if config._attn_implementation is not None:
+                config.second_config._attn_implementation = config._attn_implementation
+            self.second = LLM2CLIPTextModel(config.second_config)
         # An existing decoder is attached after post_init(), which would initialise its weights again.
         self.post_init()
         if decoder is not None:
@@ -97,6 +113,8 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
             if config.bidirectional is not None:
                 decoder.config.is_causal = not config.bidirectional
             avoid_sdpa_without_softcap(decoder.config)
+        if second is not None:
+            adopt_submodel(self, "second", second)
         config.decoder_config = self.decoder.config
         self._arguments = argument_names(self.decoder, only_declared=config.bidirectional is None)
         self._first_position = position_offset(self.decoder)
@@ -142,9 +160,44 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         return tower
 
     @classmethod
+    def pair(cls, first: LLM2CLIPTextModel, second: LLM2CLIPTextModel) -> LLM2CLIPTextModel:
+        """Put two text towers side by side; they are not copied. Adapters are merged.
+
+        Raises:
+            ValueError: One of them is a pair already.
+        """
+        for tower in (first, second):
+            if tower.second is not None:
+                raise ValueError("a text tower of two text encoders takes no third.")
+            tower.merge_adapter()
+        config: Any = copy.deepcopy(first.config)
+        config.second_config, config.fingerprint = second.config, None
+        model = cls(config, decoder=first.decoder, second=second)
+        model.dense, model.exact_packing = first.dense, first.exact_packing
+        return model
+
+    @classmethod
+    def _pair_from_pretrained(
+        cls, names: Sequence[str], default: LLM2CLIPTextConfig | None, kwargs: dict[str, Any]
+    ) -> LLM2CLIPTextModel:
+        if len(names) != 2:
+            raise ValueError(f"{len(names)} text encoders are given, {', '.join(names)}; there can be two.")
+        defaults = [None, None] if default is None else default.halves()
+        revisions = kwargs.pop("revision", None)
+        towers = []
+        for number, (name, config) in enumerate(zip(names, defaults, strict=True)):
+            revision = revisions[number] if isinstance(revisions, (list, tuple)) else revisions
+            try:
+                towers.append(cls.from_pretrained(name, default_config=config, revision=revision, **kwargs))
+            except OSError as error:
+                which = ("first", "second")[number]
+                raise OSError(f"the {which} of the two text encoders, {name}, cannot be loaded: {error}") from error
+        return cls.pair(*towers)
+
+    @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
+        pretrained_model_name_or_path: Any,
         *model_args: Any,
         config: LLM2CLIPTextConfig | None = None,
         default_config: LLM2CLIPTextConfig | None = None,
@@ -155,16 +208,24 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         Args:
             pretrained_model_name_or_path: Folder or repository of a saved [`LLM2CLIPTextModel`]; of an LLM2CLIP model
                 that contains its LLM or names its repository; of a PEFT adapter (requires peft); or of a plain text
-                model (see [`from_decoder`]).
+                model (see [`from_decoder`]). A list of two becomes a pair, see [`pair`]; `revision` may be a list.
             config: Prompt and pooling, instead of those in the repository.
             default_config: Prompt and pooling if the repository has none (a plain text model, an adapter alone).
 
         Raises:
             ValueError: Weights of the LLM are missing, or it cannot be a text tower.
         """
+        if isinstance(pretrained_model_name_or_path, (list, tuple)):
+            if config is not None or kwargs.get("output_loading_info"):
+                raise ValueError(
+                    "config and output_loading_info are for one text encoder, but there are two; drop them."
+                )
+            return cls._pair_from_pretrained(pretrained_model_name_or_path, default_config, kwargs)
         # AutoModel replaces the name of an adapter with that of its base model, which lacks the prompt.
         adapter_kwargs = kwargs.pop("adapter_kwargs", None) or {}
         name = os.fspath(adapter_kwargs.get("_adapter_model_path") or pretrained_model_name_or_path)
+        _, name, inside = find_text_model(name)
+        kwargs |= inside
         wants_info = kwargs.pop("output_loading_info", False)
         info: dict[str, Any] = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
         hub = hub_arguments(kwargs)
@@ -183,8 +244,10 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
             model = cls._from_adapter(name, own, config or own or default_config, kwargs)
         elif model_type == COMPOSITE_TYPE and elsewhere is not None:
             default_config = default_config or cls.config_class.from_dict(fields["text_config"])
-            kwargs |= {"revision": fields.get("text_model_revision"), "subfolder": ""}
-            kwargs["output_loading_info"] = wants_info
+            if elsewhere != OWN_TEXT_MODEL:
+                kwargs["revision"] = fields.get("text_model_revision")
+            elsewhere = find_text_model(elsewhere, name, **hub)[0]
+            kwargs |= {"subfolder": "", "output_loading_info": wants_info}
             return cls.from_pretrained(elsewhere, config=config, default_config=default_config, **kwargs)
         elif is_tower or model_type == COMPOSITE_TYPE:
             if model_type == COMPOSITE_TYPE:
@@ -240,7 +303,8 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         model = cls._with_config(base, config or base.config)
         stored = None
         with suppress(OSError):  # an adapter without a config
-            fields, _ = PretrainedConfig.get_config_dict(adapter.base_model_name_or_path, **hub_arguments(base_kwargs))
+            _, place, inside = find_text_model(adapter.base_model_name_or_path)
+            fields, _ = PretrainedConfig.get_config_dict(place, **hub_arguments(base_kwargs), **inside)
             stored = fields.get("dtype") or fields.get("torch_dtype")
         model.has_rounded_base = base.has_rounded_base or str(base.dtype) not in ("torch.float32", f"torch.{stored}")
         model.decoder = peft.PeftModel.from_pretrained(base.decoder, name, **hub)
@@ -264,7 +328,9 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
             raise ValueError("an adapter is saved to a folder first; upload that folder.")
         if state_dict is not None:
             state_dict = {key.removeprefix("decoder."): value for key, value in state_dict.items()}
-        self.decoder.save_pretrained(os.fspath(save_directory), state_dict=state_dict, is_main_process=is_main_process)
+        # Otherwise peft may save the embeddings too: it reads the size of a base's vocabulary at one place only.
+        options = {"state_dict": state_dict, "is_main_process": is_main_process, "save_embedding_layers": False}
+        self.decoder.save_pretrained(os.fspath(save_directory), **options)
         apply_umask(*Path(save_directory).glob("*.safetensors"))
         if is_main_process:
             if self._auto_class is not None:
@@ -286,6 +352,8 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         """Merge the decoder's PEFT adapter into its weights, in place; every device gives the same result."""
         if self.has_adapter:
             self.decoder = merge_layers(self.decoder)
+        if self.second is not None:
+            self.second.merge_adapter()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.decoder.get_input_embeddings()
@@ -315,7 +383,8 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
 
         That is so in float16, quantised, and for an adapter whose base was rounded when it was loaded.
         """
-        exact = self.get_input_embeddings().weight.dtype in (torch.float32, torch.bfloat16)
+        embeddings = [tower.get_input_embeddings() for tower in (self, self.second) if tower is not None]
+        exact = all(embedding.weight.dtype in (torch.float32, torch.bfloat16) for embedding in embeddings)
         return (self.fingerprint() if exact and not self.has_rounded_base else None) or self.config.fingerprint
 
     def forward(
@@ -335,8 +404,31 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
             inputs_embeds: `(batch, tokens, hidden_size)` instead of `input_ids`.
 
         Short captions are packed into shared rows, so that padding costs little; the states at padding are then zero.
-        Captions are not packed when compiling or when hidden states or attention weights are requested.
+        Captions are not packed when compiling or when hidden states or attention weights are requested. Of two text
+        encoders there is only the `pooler_output`.
         """
+        if self.second is not None:
+            if input_ids is None or pooling_mask is not None:
+                raise ValueError("two text encoders take the input_ids and attention_mask of their tokenizer alone.")
+            limits = [half.max_text_length for half in self.config.halves()]
+            tokens = split_tokens(input_ids, attention_mask, limits)
+            rows = [self.embed_half(number, **part, **kwargs) for number, part in enumerate(tokens)]
+            return BaseModelOutputWithPooling(pooler_output=torch.cat([row.to(rows[0].device) for row in rows], -1))
+        return self._embed(input_ids, attention_mask, pooling_mask, inputs_embeds, **kwargs)
+
+    def embed_half(self, number: int, **inputs: Any) -> Tensor:
+        """Embed captions by the first (0) or second (1) of two text encoders; unit rows, `(batch, hidden_size)`."""
+        output: Any = self.second(**inputs) if number else self._embed(**inputs)
+        return F.normalize(output.pooler_output.float(), dim=-1)
+
+    def _embed(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pooling_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None:
             raise ValueError("pass input_ids from the tokenizer that was saved with this model.")
@@ -350,14 +442,16 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
             skipped = 0 if self.config.pool_prompt else self.config.num_prefix_tokens
             pooling_mask = attention_mask.bool() & (order > skipped)
         packed = self._pack(attention_mask, order, kwargs) if may_pack else None
-        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
+        inputs: dict[str, Any] = (
+            {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
+        )
         if packed is None:
             # Positions are counted from the caption's first token, so that nothing depends on the padding.
             positions = (order - 1).clamp(min=0)
             inputs["attention_mask"] = padded_mask(self.decoder, attention_mask, self.config.bidirectional)
         else:
             positions = packed.position_ids
-            inputs = {name: None if value is None else packed.pack(value) for name, value in inputs.items()}
+            inputs = {name: packed.pack(value) for name, value in inputs.items()}
             inputs |= packed_mask(self.decoder, packed)
         options = {"position_ids": positions + self._first_position, "use_cache": False}
         output = self.decoder(**inputs, **{name: options[name] for name in self._arguments}, **kwargs)

@@ -6,8 +6,9 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,6 +16,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, PreTra
 from transformers.utils import logging
 
 from .image_decoding_llm2clip import with_pillow
+from .pair_tokenizer_llm2clip import LLM2CLIPPairTokenizer
 from .tokenization_llm2clip import CaptionTokens, pooling_mask
 
 logger = logging.get_logger(__name__)
@@ -22,6 +24,10 @@ logger = logging.get_logger(__name__)
 # Padded tokens of a batch: few on a CPU, whose caches should contain the states, many on an accelerator.
 CPU_BATCH_TOKENS = 512
 ACCELERATOR_BATCH_TOKENS = 16384
+Precision = Literal["float32", "float16", "int8", "binary"]
+# Folder of an LLM in that of its model, and the name by which the config of the model refers to it.
+TEXT_MODEL = "text_model"
+OWN_TEXT_MODEL = f"./{TEXT_MODEL}"
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
@@ -30,9 +36,40 @@ def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
 
 
-def absolute_path(name: str | os.PathLike[str]) -> str:
-    """Return the absolute path of a folder (a relative one could be read as a repository id), or a repository id."""
+def absolute_path(name: Any) -> Any:
+    """Return the absolute path of a folder (a relative one could be read as a repository id), or a repository id.
+
+    Of a list, those of each.
+    """
+    if isinstance(name, (list, tuple)):
+        return [absolute_path(one) for one in name]
     return os.fspath(Path(name).resolve()) if name and Path(name).exists() else os.fspath(name)
+
+
+def find_text_model(name: Any, origin: str | os.PathLike[str] = "", **hub: Any) -> tuple[Any, str, dict[str, Any]]:
+    """Find the LLM that the config of a model names.
+
+    `./text_model` is in the folder or repository of the model itself, wherever that is moved or copied. In a
+    repository it is called `OWNER/NAME/text_model`.
+
+    Args:
+        name: Folder or repository, or None if the weights are those of the model; a list of two is returned as it is.
+        origin: Where the config is from.
+        hub: Arguments of `from_pretrained` for that place, such as `subfolder`.
+
+    Returns:
+        The name with the place in it, the folder or repository of that name, and the arguments of `from_pretrained`
+        for what is within a repository.
+    """
+    if isinstance(name, (list, tuple)):
+        return name, "", {}
+    if name == OWN_TEXT_MODEL:
+        inside = [hub["subfolder"]] if hub.get("subfolder") else []
+        name = "/".join([absolute_path(origin), *inside, TEXT_MODEL])
+    parts = str(name or "").split("/")
+    if len(parts) > 2 and parts[0] and parts[-1] == TEXT_MODEL and not Path(str(name)).exists():
+        return name, "/".join(parts[:2]), {"subfolder": "/".join(parts[2:])}
+    return name, name or "", {}
 
 
 def apply_umask(*files: Path) -> None:
@@ -84,7 +121,12 @@ def own_part(model: PreTrainedModel, processor: Any, name: str) -> Any:
     if not origin:
         raise ValueError(f"this model was built in memory, so that there is no {words} to load; pass processor=.")
     # A tokenizer would otherwise read the config again, and warn that it does not know its type.
-    load, known = (AutoTokenizer, {"config": model.config}) if name == "tokenizer" else (AutoImageProcessor, {})
+    load: Any = AutoImageProcessor
+    known: dict[str, Any] = {}
+    if name == "tokenizer":
+        text_config = getattr(model.config, "text_config", model.config)
+        is_pair = getattr(text_config, "second_config", None) is not None
+        load, known = (LLM2CLIPPairTokenizer, {}) if is_pair else (AutoTokenizer, {"config": model.config})
     try:
         # Without False, it would ask on the terminal whether to run code.
         found = load.from_pretrained(origin, **getattr(model, "hub_arguments", {}), **known, trust_remote_code=False)
@@ -226,6 +268,49 @@ def require_finite(rows: Tensor, what: str) -> Tensor:
 def unit_features(features: Any) -> Tensor:
     """Normalise the pooled output of a model to unit length, in float32 for the precision of 16-bit models."""
     return F.normalize(features.pooler_output.float(), dim=-1)
+
+
+def shorten(rows: Tensor, truncate_dim: int | None) -> Tensor:
+    """Return the first values of embeddings, `(n, truncate_dim)`, scaled to unit length; None returns them whole.
+
+    Raises:
+        ValueError: They have fewer values.
+    """
+    if truncate_dim is None:
+        return rows
+    if not 0 < truncate_dim <= rows.shape[-1]:
+        raise ValueError(f"truncate_dim is {truncate_dim}, but embeddings have {rows.shape[-1]} values.")
+    return F.normalize(rows[..., :truncate_dim], dim=-1)
+
+
+def quantize_embeddings(embeddings: Tensor | np.ndarray, precision: Precision) -> Tensor:
+    """Convert embeddings to fewer bits, for a database of yours; `llm2clip index` has `--precision`.
+
+    No row depends on others, and no range has to be kept, since an embedding has unit length: `int8` scales each row
+    to -127 .. 127 by its largest value: compare codes by their cosine. (sentence-transformers' function of this name
+    gives each of the `width` values a range of its own, so that products of its codes weigh all values alike.)
+    `binary` has the sign of each value, packed as sentence-transformers packs them; compare by Hamming distance.
+
+    Args:
+        embeddings: `(n, width)`, of `encode_text` or `encode_image`.
+
+    Returns:
+        `(n, width)` of the type `precision`; of `binary`, `(n, ceil(width / 8))` int8.
+
+    Raises:
+        ValueError: There is no such precision, or a value is NaN or infinite.
+    """
+    rows = require_finite(torch.as_tensor(embeddings).float().cpu(), "rows")
+    if precision == "binary":
+        return torch.from_numpy((np.packbits(rows.numpy() > 0, axis=-1) - np.uint8(128)).view(np.int8))
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision is {precision!r}, but it has to be one of {', '.join(get_args(Precision))}.")
+    return (int8_values(rows) if precision == "int8" else rows).to(getattr(torch, precision))
+
+
+def int8_values(rows: Tensor) -> Tensor:
+    """Scale each row to whole numbers of -127 to 127, as floats."""
+    return (rows * (127 / rows.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12))).round()
 
 
 def encode_pixels(model: Any, batches: Iterable[Tensor | Mapping[str, Tensor]]) -> Iterator[Tensor]:

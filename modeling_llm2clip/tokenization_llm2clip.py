@@ -17,6 +17,8 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+# Added to the tokens of the second of two text encoders; no vocabulary is as large.
+SECOND = 2**24
 # Half a character, which no encoding has: of bytes that were not UTF-8, or of a pair that was cut.
 SURROGATE = re.compile("[\\ud800-\\udfff]")
 
@@ -40,11 +42,18 @@ def count_cut_captions(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], lengths: Sequence[int], limit: int | None = None
 ) -> int:
     """Count truncated captions, given the lengths after truncation at `limit` (by default the tokenizer's)."""
+    if isinstance(parts := getattr(tokenizer, "parts", None), list):  # of two text encoders
+        cut = [[len(ids) > part.model_max_length for ids in _tokens(part, texts)] for part in parts]
+        return sum(map(max, zip(*cut, strict=True)))
     limit = limit or tokenizer.model_max_length
     suspects = [text for text, length in zip(texts, lengths, strict=True) if length >= limit]
     if not suspects:
         return 0
-    return sum(len(ids) > limit for ids in tokenizer(suspects, truncation=False, verbose=False)["input_ids"])
+    return sum(len(ids) > limit for ids in _tokens(tokenizer, suspects))
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options: Any) -> list[list[int]]:
+    return tokenizer(list(texts), truncation=False, verbose=False, **options)["input_ids"]
 
 
 class CaptionTokens(NamedTuple):
@@ -82,7 +91,10 @@ def tokenize_captions(
     texts = clean_captions([texts] if isinstance(texts, str) else list(texts))
     if not texts:
         return CaptionTokens([], None, 0)
-    expected = text_config.prompt_token_ids
+    halves = [half.prompt_token_ids for half in text_config.halves()]
+    expected = None if None in halves else [token + SECOND * half for half, ids in enumerate(halves) for token in ids]
+    if instruction and len(halves) > 1:
+        raise ValueError("two text encoders take no instruction; leave it out.")
     if expected is not None and list(tokenizer("")["input_ids"]) != expected:
         raise ValueError(
             f"the tokenizer ({tokenizer.name_or_path or 'unnamed'}) does not add the prompt that this model was "
@@ -128,18 +140,14 @@ def tokenize_with_instructions(
     before, after = prompt[:num_prefix_tokens], prompt[num_prefix_tokens:]
     room = limit - len(prompt)
     texts = [lead + caption for lead, caption in zip(leads, captions, strict=True)]
-    whole = _contents(tokenizer, texts)
-    own = _contents(tokenizer_without_lead(tokenizer) or tokenizer, captions)
+    whole = _tokens(tokenizer, texts, add_special_tokens=False)
+    own = _tokens(tokenizer_without_lead(tokenizer) or tokenizer, captions, add_special_tokens=False)
     starts = [max(0, len(before) + len(text) - len(caption)) for text, caption in zip(whole, own, strict=True)]
     for lead, start in zip(leads, starts, strict=True):
         if start >= len(before) + room:
             raise ValueError(f"The instruction {lead[:80]!r} leaves no room for its caption within {limit} tokens.")
     ids = [[*before, *content[:room], *after] for content in whole]
     return CaptionTokens(ids, starts, sum(len(content) > room for content in whole))
-
-
-def _contents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    return tokenizer(list(texts), add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
 
 
 _WITHOUT_LEAD: WeakKeyDictionary[PreTrainedTokenizerBase, PreTrainedTokenizerBase | None] = WeakKeyDictionary()

@@ -23,7 +23,12 @@ sys.meta_path.insert(0, Hide())
 
 
 def answer(
-    code: str, *arguments: str | Path, home: Path, environment: dict[str, str] | None = None, is_forked: bool = True
+    code: str,
+    *arguments: str | Path,
+    home: Path,
+    environment: dict[str, str] | None = None,
+    is_forked: bool = True,
+    python: str | Path = sys.executable,
 ) -> Any:
     """What `code` prints, read as JSON.
 
@@ -32,10 +37,11 @@ def answer(
         arguments: They.
         home: An empty folder: its working directory, and where it caches.
         environment: Variables; the default is offline.
-        is_forked: Whether it finds torch imported; not for code that starts processes.
+        is_forked: Whether it finds torch imported; not for code that starts processes, nor for another `python`.
+        python: The interpreter.
     """
     variables = environment or {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home / "huggingface")}
-    command = [sys.executable, "-I", "-c", HIDE + code, *map(str, arguments)]
+    command = [str(python), "-I", "-c", HIDE + code, *map(str, arguments)]
     run: Any = run_code if is_forked else subprocess.run
     result = run(command, capture_output=True, text=True, env={**os.environ, **variables}, cwd=home)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -164,7 +164,7 @@ def test_no_pickle_is_read_and_nothing_leaves_its_place(tmp_path: Path) -> None:
             "0",
         ],
         ["check-data", str(data / "*.tar"), "--caption-columns", "txt", "--num-workers", "0"],
-        ["evaluate", model, "--data", str(data / "*.tar"), "--caption-columns", "txt"],
+        ["evaluate", model, "--benchmark", str(data / "*.tar"), "--caption-columns", "txt"],
         ["check-data", str(tmp_path / "data" / "pickled" / "*.tar"), "--caption-columns", "txt", "--num-workers", "0"],
     ]
     before = {path.name for path in tmp_path.parent.iterdir()}
@@ -196,7 +196,7 @@ def test_code_in_a_folder_does_not_run_unasked(model_type: str | None, tmp_path:
     commands = [
         ["index", str(tmp_path / "pictures"), "--model", name, "--output-dir", "index", "--num-workers", "0"],
         ["embed", "--text-model-name-or-path", name, "--output-dir", "cache", "--sources", sources],
-        ["evaluate", name, "--data", str(tmp_path / "pictures"), "--caption-columns", "caption"],
+        ["evaluate", name, "--benchmark", str(tmp_path / "pictures"), "--caption-columns", "caption"],
         ["convert", name, "converted"],
         ["build", name, "built", "--config-only"],
         ["stage2", "--vision-model", name, "--output-dir", "run", "--use-cpu"],

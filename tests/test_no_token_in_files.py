@@ -54,7 +54,7 @@ def test_no_token_reaches_a_file_or_the_output(token: str | None, tmp_path: Path
         ],
         ["index", str(pictures), "--model", model, "--output-dir", "index", "--num-workers", "0"],
         ["search", "index", "a dog", "--html", "page.html"],
-        ["evaluate", model, "--data", json.dumps(tiny.concepts(max_samples=8)), "--output", "result.json"],
+        ["evaluate", model, "--benchmark", json.dumps(tiny.concepts(max_samples=8)), "--output", "results"],
         ["convert", "tester/none", "converted", "--traceback"],
         ["build", "tester/none", "again", "--traceback"],
     ]

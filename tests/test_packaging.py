@@ -28,7 +28,8 @@ for path in sys.path:
     assert not (pathlib.Path(path) / "hub_configs").is_dir(), f"the checkout is on the path: {{path}}"
 data = resources.files("llm2clip.example_data")
 assert (data / "concepts" / "test.parquet").is_file() and (data / "README.md").is_file()
-assert resources.files("llm2clip.hub_configs").is_dir()
+configs = resources.files("llm2clip.hub_configs")
+assert (configs / "models.yaml").is_file() and (configs / "LLM2CLIP-EVA02-B-16" / "config.json").is_file()
 assert (resources.files("llm2clip.hub.cards") / "template.md").is_file()
 metrics = resources.files("llm2clip.evaluation.evaluate_modules")
 assert (metrics / "retrieval_recall" / "retrieval_recall.py").is_file()

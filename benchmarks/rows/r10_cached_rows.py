@@ -19,20 +19,15 @@ COLUMNS = ("shortsv_captions", "longsv_captions")
 COMPARED = tuple(f"{image:05}" for image in range(99, IMAGES, 100))
 
 
-def _drawn() -> list[int]:
-    """Draw the caption of each image."""
-    return random.Random(1).choices((0, 1), k=IMAGES)
-
-
-def _texts() -> list[str]:
-    """Generate two captions per image."""
-    return captions(2 * IMAGES)
-
-
-def _rows() -> Any:
+def _data() -> tuple[list[str], Any, list[int], Callable[[list[str]], tuple[Any, int]]]:
+    """Two captions per image, their embeddings, which of them is drawn, and a substitute for a text encoder."""
     import torch
 
-    return torch.randn(2 * IMAGES, WIDTH, generator=torch.Generator().manual_seed(0))
+    texts = captions(2 * IMAGES)
+    rows = torch.randn(2 * IMAGES, WIDTH, generator=torch.Generator().manual_seed(0))
+    numbers = {text: number for number, text in enumerate(texts)}
+    drawn = random.Random(1).choices((0, 1), k=IMAGES)
+    return texts, rows, drawn, lambda batch: (rows[[numbers[text] for text in batch]], 0)
 
 
 def _size(folder: Path) -> float:
@@ -56,20 +51,13 @@ def _manifest() -> Any:
     return caption_manifest("benchmark", "benchmark", width=WIDTH, **prompt)
 
 
-def cache_of(texts: list[str], embed: Callable[[list[str]], Any], folder: Path) -> Any:
-    """Build a cache with a substitute for a text encoder, and open it without a check."""
+def _cache() -> Work:
+    """Prepare batches of the drawn caption of every image from the cache, in random order."""
     from llm2clip.store import EmbeddingCache, build_embedding_cache
 
-    build_embedding_cache(folder, texts, lambda batch: (embed(batch), 0), _manifest(), show_progress_bar=False)
-    return EmbeddingCache.open(folder, verify=False)
-
-
-def ours() -> Work:
-    """Prepare batches of the drawn caption of every image from the cache, in random order."""
-    texts, rows, folder = _texts(), _rows(), new_folder()
-    numbers = {text: number for number, text in enumerate(texts)}
-    cache = cache_of(texts, lambda batch: rows[[numbers[text] for text in batch]], folder)
-    drawn = _drawn()
+    (texts, _, drawn, embed), folder = _data(), new_folder()
+    build_embedding_cache(folder, texts, embed, _manifest(), show_progress_bar=False)
+    cache = EmbeddingCache.open(folder, verify=False)
 
     def batches() -> Iterator[tuple[list[str], Any]]:
         order = random.Random(0).sample(range(IMAGES), IMAGES)
@@ -91,8 +79,7 @@ def _tar_and_sidecar() -> Work:
     from llm2clip.data.sidecars import SourceSidecars
     from llm2clip.encoders.embed_shards import ShardEmbedder, list_jobs
 
-    texts, rows, folder, drawn = _texts(), _rows(), new_folder(), _drawn()
-    numbers = {text: number for number, text in enumerate(texts)}
+    (texts, _, drawn, embed), folder = _data(), new_folder()
     with tarfile.open(folder / "captions.tar", "w") as tar:
         for image in range(IMAGES):
             # Training draws from the column with a weight; the sidecar has the embeddings of both.
@@ -103,7 +90,7 @@ def _tar_and_sidecar() -> Work:
             tar.addfile(member, io.BytesIO(content))
     columns = {"caption_columns": ["json.drawn", "json.other"], "caption_weights": [1.0, 0.0]}
     source = CaptionSource(str(folder / "captions.tar"), streaming=True, **columns)
-    embedder = ShardEmbedder(lambda batch: (rows[[numbers[text] for text in batch]], 0), _manifest())
+    embedder = ShardEmbedder(embed, _manifest())
     embedder.run(list_jobs([source], str(folder)), show_progress_bar=False)
     beside = SourceSidecars(folder, ShardedSource(source).shards).open
     stream = StreamingCaptionImageDataset(source, None, embeddings=beside, row_counts=[IMAGES])
@@ -121,13 +108,12 @@ def _webdataset() -> Work:
     import torch
     import webdataset
 
-    rows, folder, drawn = _rows(), new_folder(), _drawn()
+    (_, rows, drawn, _), folder = _data(), new_folder()
     with tarfile.open(folder / "embeddings.tar", "w") as tar:
         for number, row in enumerate(rows.numpy()):
             member = tarfile.TarInfo(f"{number // 2:05}.{COLUMNS[number % 2]}")
             member.size = row.nbytes
             tar.addfile(member, io.BytesIO(row.tobytes()))
-    del rows
 
     def decode(sample: dict[str, Any]) -> tuple[str, Any]:
         key = sample["__key__"]
@@ -146,26 +132,9 @@ def _webdataset() -> Work:
     return work
 
 
-def _copy() -> Work:
-    import torch
-
-    rows = torch.zeros(IMAGES, WIDTH, dtype=torch.float16)
-
-    def work() -> Outcome:
-        for start in range(0, IMAGES, BATCH):
-            rows[start : start + BATCH].clone()
-        return Outcome()
-
-    return work
-
-
 def contests(device: str) -> list[Contest]:
-    peer, limit = "webdataset, float32 tar", "copying the bytes"
-    contestants = {
-        "ours": Contestant(ours),
-        peer: Contestant(_webdataset),
-        limit: Contestant(_copy, is_limit=True),
-    }
+    peer = "webdataset, float32 tar"
+    contestants = {"ours": Contestant(_cache), peer: Contestant(_webdataset)}
     return [
         Contest(
             f"{IMAGES:,} images with 2 captions each, one drawn, width {WIDTH}, batches of {BATCH}",

@@ -74,4 +74,11 @@ def contests(device: str) -> list[Contest]:
     return [Contest(title, contestants, goals, {"scores": 1e-6, "rows": 0.0}, threads=threads, note=note)]
 
 
-ROW = Row("R11", f"top {K} of inner products, exact, width {WIDTH}", contests)
+SHORTFALL = (
+    "the matrix product of torch (MKL) alone takes as long as the whole search of faiss (OpenBLAS): 0.97 of it "
+    "here, 1.06 on an AMD EPYC; selecting the best adds a third (a tenth there). Tried: tiles of 256 to 1,000 "
+    "queries x 256 to 32,768 candidates, products in columns of 512 to 2,048, both orders of the product and of "
+    "the selection, groups of 8 to 64 candidates, a transposed copy, numpy's product. The product of oneDNN is "
+    "10% faster on the EPYC, but torch offers it for float32 only through a private function."
+)
+ROW = Row("R11", f"top {K} of inner products, exact, width {WIDTH}", contests, shortfall=SHORTFALL)

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.row import Contest, Contestant, Goal, Outcome, Row, Work
-from benchmarks.small_llama import PROMPT, new_folder, write_llm
+from benchmarks.small_llama import new_folder, write_text_tower
 
 CAPTION = "a small dog walks on a bridge"
 # As in the README.
@@ -42,26 +42,19 @@ PEAK = "\nimport resource\nprint('peak', resource.getrusage(resource.RUSAGE_SELF
 
 def _joint_model(folder: Path) -> Path:
     """Write a small model with vision tower, adapter and LLM, as `llm2clip build` does."""
-    from transformers import CLIPImageProcessor
+    from transformers import AutoTokenizer, CLIPImageProcessor
 
+    from benchmarks.stage2_inputs import write_vision_tower
     from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
-    from llm2clip.utils.towers import open_text_tower
-    from modeling_llm2clip import EVA02VisionConfig, LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor
+    from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 
-    llm = write_llm(new_folder(), hidden=64, mlp=128, layers=2)
-    text_model, tokenizer = open_text_tower(str(llm), dtype="float32", **PROMPT)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    vision = EVA02VisionConfig(**sizes, image_size=112, patch_size=14, rope_grid_size=8)
-    config = LLM2CLIPConfig(
-        vision_config=vision, text_config=text_model.config, projection_dim=64, initializer_range=0.2
-    )
-    model = LLM2CLIPModel(config, text_model=False)
-    model.set_text_model(text_model)
+    towers = new_folder()
+    vision = write_vision_tower(towers, hidden=64, layers=2, patch=14, size=112)
+    text = write_text_tower(towers / "text", hidden=64, mlp=128, layers=2)
+    model = LLM2CLIPModel.from_vision_text_pretrained(vision, text, projection_dim=64, initializer_range=0.2)
     model.save_pretrained(folder)
-    size = {"height": 112, "width": 112}
-    LLM2CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": 112}, crop_size=size), tokenizer).save_pretrained(
-        folder
-    )
+    processor = LLM2CLIPProcessor(CLIPImageProcessor.from_pretrained(vision), AutoTokenizer.from_pretrained(text))
+    processor.save_pretrained(folder)
     write_sentence_transformers_files(folder)
     return folder
 
@@ -92,7 +85,6 @@ def contests(device: str) -> list[Contest]:
         "import transformers.AutoModel": Contestant(
             partial(_process, "from transformers import AutoModel, AutoProcessor", False), is_limit=True
         ),
-        "import torch": Contestant(partial(_process, "import torch", False), is_limit=True),
     }
     return [
         Contest(
@@ -102,9 +94,13 @@ def contests(device: str) -> list[Contest]:
             {"text": 1e-4, "image": 1e-4},
             rounds=5,
             note="Memory is the peak of the whole process. By far the most of it all is the import of transformers, "
-            "which is shown as a limit; importing torch alone stands in results.jsonl.",
+            "which is shown as a limit.",
         )
     ]
 
 
-ROW = Row("R12", "import, load, first caption and first image embedded", contests)
+SHORTFALL = (
+    "the import of AutoModel alone is 0.66 of the time of sentence-transformers on an AMD EPYC; loading the model "
+    "from its folder and both embeddings add 8% to it."
+)
+ROW = Row("R12", "import, load, first caption and first image embedded", contests, shortfall=SHORTFALL)

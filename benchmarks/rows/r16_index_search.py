@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.row import Contest, Contestant, Goal, Outcome, Row, Work
-from benchmarks.rows.r15_index_build import ALLOWED, CELLS, COUNT, FAISS
+from benchmarks.rows.r15_index_build import CELLS, COUNT, FAISS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -14,24 +14,28 @@ if TYPE_CHECKING:
 QUERIES, PROBES = 100, 16
 # What is measured, and the value of the column `source` that the rows must have.
 CONDITIONS = {"": None, " where 10%": "ten per cent", " where 1%": "one per cent"}
-ALLOWED_MS, ALLOWED_MISSED = 10.0, 0.05
+ALLOWED, ALLOWED_MS, ALLOWED_MISSED = "what is allowed", 10.0, 0.05
 EXACT = "faiss IndexFlatIP"
 
 
 class _Inputs:
-    """Vectors in a file, queries, and the ten best for each condition."""
+    """Vectors, queries of the same kind, and the ten best for each condition."""
 
     def __init__(self, count: int) -> None:
-        from benchmarks.search_inputs import Mixture, exact_best, write_vectors
-        from benchmarks.stage2_inputs import temporary_folder
+        import faiss
+        import numpy as np
 
-        self.folder, self.mixture, self.count = temporary_folder(), Mixture(count), count
-        self.path = self.folder / "vectors"
-        write_vectors(self.path, self.mixture)
-        self.queries = self.mixture.queries(QUERIES)
-        sources = self.mixture.sources()
+        from benchmarks.search_inputs import TOP, Mixture, build_exact_index, selection
+
+        self.mixture = Mixture(count)
+        self.queries = Mixture(QUERIES, seed=1000).vectors.astype(np.float32)
+        sources = self.mixture.sources
         self.allowed = {name: None if value is None else sources == value for name, value in CONDITIONS.items()}
-        self.best = {name: exact_best(self.path, self.queries, allowed) for name, allowed in self.allowed.items()}
+        exact = build_exact_index(self.mixture)
+        self.best = {
+            name: exact.search(self.queries, TOP, params=faiss.SearchParameters(**selection(allowed)))[1]
+            for name, allowed in self.allowed.items()
+        }
 
     def measure(self, search: Callable[[np.ndarray, str], tuple[Any, Any]]) -> Outcome:
         """Search for each query under each condition; `search` returns scores and numbers, both `(1, 10)`."""
@@ -56,39 +60,38 @@ def _ours(count: int = COUNT) -> Work:
     import numpy as np
 
     from benchmarks.search_inputs import TOP, build_index
+    from benchmarks.small_llama import new_folder
 
     inputs = _Inputs(count)
-    index = build_index(inputs.folder / "index", inputs.path, inputs.mixture, index_type="ivf_rq", probes=PROBES)
+    index = build_index(new_folder() / "index", inputs.mixture, index_type="ivf_rq", probes=PROBES)
+    del inputs.mixture  # a gigabyte
     conditions = {name: value and f"source = '{value}'" for name, value in CONDITIONS.items()}
 
     def search(query: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
         found = index.search(query, TOP, conditions[name])[0]
-        return np.array([[score for score, _ in found]]), np.array([[int(row["key"]) for _, row in found]])
+        return np.array([[one.score for one in found]]), np.array([[int(one.key) for one in found]])
 
     return lambda: inputs.measure(search)
 
 
 def _faiss(kind: str, count: int = COUNT) -> Work:
     import faiss
-    import numpy as np
 
-    from benchmarks.search_inputs import TOP, WIDTH, build_faiss_index, read_vectors
+    from benchmarks.search_inputs import TOP, build_exact_index, build_faiss_index, selection
 
     inputs = _Inputs(count)
-    if kind == EXACT:
-        index = faiss.IndexFlatIP(WIDTH)
-        for some in read_vectors(inputs.path):
-            index.add(some.astype(np.float32))
-    else:
-        index = build_faiss_index(inputs.path, count, CELLS)
-    packed = {name: some is not None and np.packbits(some, bitorder="little") for name, some in inputs.allowed.items()}
+    exact = kind == EXACT
+    index = build_exact_index(inputs.mixture) if exact else build_faiss_index(inputs.mixture, CELLS)
+
+    parameters = {
+        name: faiss.SearchParameters(**selection(some))
+        if exact
+        else faiss.SearchParametersIVF(nprobe=PROBES, **selection(some))
+        for name, some in inputs.allowed.items()
+    }
 
     def search(query: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
-        options: dict[str, Any] = {} if packed[name] is False else {"sel": faiss.IDSelectorBitmap(packed[name])}
-        if kind == EXACT:
-            return index.search(query, TOP, params=faiss.SearchParameters(**options))  # type: ignore[no-any-return]
-        parameters = faiss.SearchParametersIVF(nprobe=PROBES, **options)
-        return index.search(query, TOP, params=parameters)  # type: ignore[no-any-return]
+        return index.search(query, TOP, params=parameters[name])  # type: ignore[no-any-return]
 
     return lambda: inputs.measure(search)
 
@@ -108,12 +111,11 @@ def contests(device: str) -> list[Contest]:
         ALLOWED: Contestant(_allowed, is_limit=True),
     }
     goals = [Goal(ALLOWED, f"{what}{name}", 1.0) for what in ("ms/query", "missed") for name in CONDITIONS]
-    goals += [Goal(EXACT, "ms/query", 0.1), Goal(FAISS, "ms/query", 100.0)]
+    goals += [Goal(EXACT, "ms/query", 0.1), Goal(FAISS, "ms/query", 5.0)]
     note = (
         f"The index of R15, with {PROBES} probes, one query at a time, including the rows' keys. *missed* is the "
         "share of the exact ten best that is not found; allowed are 10 ms and 0.05. A condition is on a column with a "
-        "bitmap index that 10% or 1% of the rows fulfil, the same one in all searches, so that ours reads the 10,000 "
-        "embeddings of the second into memory after eight of them. The indexes of faiss are in memory, ours on disk."
+        "bitmap index that 10% or 1% of the rows fulfil. The indexes of faiss are in memory, ours on disk."
     )
     title = f"{COUNT:,} embeddings, {QUERIES} held-out queries"
     # Few rows fulfil the last condition, in cells far from the query.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import datasets
 
-from llm2clip import Benchmark, BenchmarkImages, RetrievalData, RetrievalProtocol
+from llm2clip import Benchmark, BenchmarkImages, RetrievalData
 
 
 def read(folder: Path) -> RetrievalData:
@@ -24,13 +24,13 @@ BENCHMARKS = [
         title="Concepts",
         groups=(),
         folder="concepts",
-        marker="test.parquet",
+        needs=("test.parquet",),
         files="test.parquet with the columns key, image and caption",
         counts={"images": 695, "texts": 695},
         license="of each picture, in the column license",
         source="The folder examples/data/concepts of this repository.",
         read=read,
-        protocol=RetrievalProtocol(),
+        protocol="retrieval",
         note="Several pictures have the same caption, which is then right for one of them alone.",
     )
 ]

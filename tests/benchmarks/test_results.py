@@ -91,8 +91,9 @@ def test_the_command_writes_results_and_reports_failures(tmp_path, monkeypatch, 
     assert "FAILED  R99, unequal: sum: ours differs" in capfd.readouterr().err
     (kept,) = [json.loads(line) for line in results.lines()]
     assert kept["contest"] == "equal"
-    table = results.TABLE.read_text()
-    assert "R99" in table
+    assert "| R99 | sums: equal |" in results.TABLE.read_text()
+    gone = {**kept, "contest": "no row has this any more"}
+    results.append(gone)
 
     before = copy.deepcopy(kept)
     for goal in before["goals"]:
@@ -100,6 +101,7 @@ def test_the_command_writes_results_and_reports_failures(tmp_path, monkeypatch, 
     monkeypatch.setattr(results, "committed", lambda machine: {KEY: before})
     assert command.main(["--table"]) == 0
     assert "| 🔴 |" in results.TABLE.read_text()
+    assert "no row has this any more" not in results.TABLE.read_text()
 
     equal_only = tiny_row.contests("cpu")[:1]
     monkeypatch.setattr(tiny_row, "ROW", results.Row("R99", "sums", lambda device: equal_only))

@@ -53,9 +53,12 @@ def embedding_model(folder: Path) -> None:
 
 
 def clip(folder: Path) -> None:
-    """Save a CLIP model in OpenAI's layout, with its image processor."""
+    """Save a CLIP model in OpenAI's layout, with its image processor and its tokenizer."""
     sizes = {**SIZES, "image_size": 28, "patch_size": 7}
-    CLIPModel(CLIPConfig(vision_config=sizes, text_config={**SIZES, "vocab_size": 64})).save_pretrained(folder)
+    tokenizer = embedding_models.byte_pairs()
+    text = {**SIZES, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    CLIPModel(CLIPConfig(vision_config=sizes, text_config=text)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     tiny_models.processor().image_processor.save_pretrained(folder)
 
 
@@ -145,15 +148,15 @@ def small_profile(name: str, path: Path) -> None:
     path.write_text(yaml.safe_dump(profile))
 
 
-def benchmarks(folder: Path) -> None:
-    """Write the files of the documented benchmark below the folder of all sets."""
-    images = folder / "museum/images"
+def museum(folder: Path) -> None:
+    """Write the files of the documented benchmark."""
+    images = folder / "images"
     images.mkdir(parents=True)
     for row, name in zip(rows(3), ("vase.png", "beetle.png", "pot.png"), strict=True):
         row["image"].save(images / name)
     lines = ["image,caption", 'vase.png," a vase, Greek"', "beetle.png,ein Käfer aus Gold", "pot.png,a vase"]
     lines += ["vase.png,a vase", "pot.png,"]
-    (folder / "museum/captions.csv").write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
+    (folder / "captions.csv").write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
 
 
 def documented_benchmark(path: Path) -> None:
@@ -167,7 +170,7 @@ def photo(path: Path) -> None:
     Image.effect_noise((60, 40), 80).convert("RGB").save(path)
 
 
-E5 = "intfloat/multilingual-e5-small"
+E5, MINILM = "intfloat/multilingual-e5-small", "sentence-transformers/all-MiniLM-L6-v2"
 LLAMA, QWEN, SMOL = "llm2vec_llama_a_hf", "llm2vec_qwen2_a_hf", "llm2vec_mistral_a_hf"
 # Repos of the Hub, by id. A published LLM is any LLM there: `convert` reads all its sizes from its files.
 HUB: dict[str, Builder] = {
@@ -178,12 +181,13 @@ HUB: dict[str, Builder] = {
     "openai/clip-vit-base-patch16": clip,
     "openai/clip-vit-large-patch14-336": clip,
     E5: embedding_model,
+    MINILM: lambda folder: embedding_models.save(folder, "bert"),
     "facebook/dinov2-small": lambda folder: tiny.save_dinov2_tower(folder),
     "Salesforce/wikitext": wikitext,
     **{
         f"microsoft/{name}": partial(published, name) if model.is_joint else partial(llm, LLAMA)
         for name, model in published_models().items()
-        if "original_checkpoint" in model.card
+        if model.checkpoint is not None
     },
 }
 DATASETS = ("Salesforce/wikitext",)
@@ -202,7 +206,7 @@ FOLDERS: dict[str, Builder] = {
     "data/text_pairs": text_pairs,
     "data/captions": partial(captions_csv, ["short_caption", "long_caption"]),
     "data/cc3m": shards,
-    "benchmarks": benchmarks,
+    "data/museum": museum,
     "data/mine": partial(table, {"caption": "caption"}, ("train", "validation")),
 }
 # Files, and folders of the checkout.

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from llm2clip.convert.published import FOLDER, Published, published_models
-from tests.documents.stand_ins import E5, HUB, MODEL
+from tests.documents.stand_ins import E5, HUB, MINILM, MODEL
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,16 @@ EMBED_MINE = (
     "llm2clip embed --text-model-name-or-path runs/stage1 --output-dir runs/mine_cache "
     "--sources '[{path: data/mine, split: train+validation, caption_columns: [caption]}]'"
 )
+EMBED_CLIP = (
+    "llm2clip embed --text-model-name-or-path openai/clip-vit-large-patch14-336 --output-dir runs/clip_cache "
+    "--sources '[{path: data/mine, split: train+validation, caption_columns: [caption]}]'"
+)
 BUILD = "llm2clip build runs/stage2 Llama-my-model"
 MERGE = (
     "llm2clip merge openai/clip-vit-large-patch14-336 runs/stage2 runs/merged --alpha 0 0.25 0.5 0.75 1 "
     "--eval-source ./my_images --caption-columns caption"
 )
-MUSEUM = "llm2clip evaluate runs/quickstart/llm2clip --benchmark museum.py --data ./benchmarks"
+MUSEUM = "llm2clip evaluate runs/quickstart/llm2clip --benchmark museum.py --data ./data"
 LLAMA = "meta-llama/Llama-3.1-8B-Instruct"
 PAIRS = ("data/dreamlip", "data/text_pairs")
 TOWER = "openai/clip-vit-large-patch14-336"
@@ -94,41 +98,69 @@ LAUNCH = "accelerate launch --config_file training/llm2clip/recipes/accelerate"
 CI = ".ci/run runs it"
 DATABASE = "postgresql://me@localhost/images"
 NO_SERVER = "the documents' tests have no database"
-IN_POSTGRES = "tests/llm2clip/search/test_postgres_store.py::test_postgres_and_lancedb_find_the_same"
+IN_POSTGRES = "tests/llm2clip/search/test_search_index.py::test_all_stores_give_equal_answers_with_any_model"
 NO_STORE = "the documents' tests have no object store"
 IN_S3 = "tests/llm2clip/search/test_s3_index.py::test_a_run_killed_by_a_signal_leaves_the_index_in_s3_and_is_resumed"
+MAKE_SITE = "python examples/web/make_site.py examples/data/concepts --split test"
+IN_CHROMIUM = "tests/examples/test_web.py::test_the_page_finds_what_torch_finds"
 NO_SETS = "published sets are not downloaded"
 MEASURED = "tests/llm2clip/evaluation/test_evaluate.py::test_a_strangers_benchmark_is_measured_printed_and_found_again"
 
 README = {
     INDEX: Run(needs=("examples", MODEL), makes=("runs/index/concepts",), prints="embedded: 695"),
     'llm2clip search runs/index/concepts "someone riding a bicycle" "a vehicle that carries heavy goods" '
-    "--top 6 --picture results.png": Run(needs=(INDEX,), makes=("results.png",)),
+    "--top 6 --html results.html": Run(needs=(INDEX,), makes=("results.html",)),
     'llm2clip search runs/index/concepts "someone riding a bicycle" --where "caption LIKE \'%bicycle%\'"': Run(
-        needs=(INDEX,), prints="bicycle"
+        needs=(INDEX,)
     ),
     INDEX_CAPTIONS: Run(needs=("examples", MODEL), makes=("runs/index/concepts_captions",), prints="captions: 1"),
     'llm2clip search runs/index/concepts_captions "someone riding a bicycle" --image photo.jpg --html page.html': Run(
-        needs=(INDEX_CAPTIONS, "photo.jpg"), makes=("page.html",), prints="caption"
+        needs=(INDEX_CAPTIONS, "photo.jpg"), makes=("page.html",), prints="photo.jpg\t"
+    ),
+    f"{INDEX} --truncate-dim 128": NotRun(
+        "the model of the documents' tests is narrower",
+        run_by="tests/llm2clip/search/test_search_index.py::"
+        "test_an_index_of_truncated_embeddings_opens_its_model_with_their_width",
     ),
     f"{INDEX} --postgres {DATABASE}": NotRun(NO_SERVER, run_by=IN_POSTGRES),
     f'llm2clip search concepts "someone riding a bicycle" --postgres {DATABASE} '
     "--where \"caption LIKE '%bicycle%'\"": NotRun(NO_SERVER, run_by=IN_POSTGRES),
     f"{INDEX} --output-dir s3://my-bucket/concepts": NotRun(NO_STORE, run_by=IN_S3),
     'llm2clip search s3://my-bucket/concepts "someone riding a bicycle"': NotRun(NO_STORE, run_by=IN_S3),
-    "llm2clip demo": Run(needs=(MODEL,), serves=True, slow=True),
+    "llm2clip demo --index runs/index/concepts": Run(needs=(INDEX,), serves=True, slow=True),
     "llm2clip export-onnx MODEL": Run(
         needs=(MODEL,),
         meant={"MODEL": MODEL},
         makes=(f"{MODEL}/onnx/vision_model.onnx", f"{MODEL}/onnx/text_model.onnx"),
         slow=True,
     ),
+    "llm2clip export-onnx MODEL --layout transformers.js --dtype int8 --output-dir exported "
+    "--eval-sources '{test: {path: examples/data/concepts, split: test, caption_columns: [caption]}}'": Run(
+        needs=("examples", MODEL),
+        meant={"MODEL": MODEL},
+        makes=("exported/onnx/text_model_quantized.onnx", "exported/preprocessor_config.json"),
+        prints="test_exported_texts",
+        slow=True,
+    ),
+    "llm2clip export-onnx MODEL --layout immich --output-dir immich": Run(
+        needs=(MODEL,),
+        meant={"MODEL": MODEL},
+        makes=("immich/visual/model.onnx", "immich/visual/preprocess_cfg.json", "immich/textual/model.onnx"),
+        slow=True,
+    ),
+    MAKE_SITE: Run(needs=("examples", MODEL), makes=("site/search.js", "site/index/vectors.bin", "site/index/0.webp")),
+    "llm2clip export-onnx MODEL --layout transformers.js --parts text --dtype int8 --output-dir site/model": Run(
+        needs=(MODEL,), meant={"MODEL": MODEL}, makes=("site/model/onnx/text_model_quantized.onnx",), slow=True
+    ),
+    "npm install --prefix site @huggingface/transformers": NotRun("it downloads", run_by=IN_CHROMIUM),
+    "python -m http.server --directory site": NotRun("it serves until it is stopped", run_by=IN_CHROMIUM),
     "llm2clip quickstart --llm Qwen/Qwen2.5-0.5B --vision-model openai/clip-vit-base-patch16 --data ./my_images "
     "--caption-columns short_caption long_caption": Run(
         needs=("Qwen/Qwen2.5-0.5B", "openai/clip-vit-base-patch16", "my_images", "default.yaml"),
         small="--profile default.yaml --embedding-model none",
         makes=(f"{MODEL}/model.safetensors", "runs/quickstart/report.html"),
         prints="LLM after stage 1",
+        slow=True,
     ),
     "llm2clip --version": Run(prints="transformers 5"),
     "llm2clip stage2 --help": Run(prints="--alignment"),
@@ -153,24 +185,41 @@ README = {
         small=STAGE2,
         makes=("runs/stage2/model.safetensors", "runs/stage2/README.md"),
     ),
-    "llm2clip evaluate runs/stage2 --data ./my_images --split test --caption-columns caption": Run(
+    (
+        "llm2clip stage2 stage2_paper --output-dir runs/stage2_lora --embedding-cache null --lora-rank 16 "
+        "--text-learning-rate 1e-4 --tower-chunk-size 32"
+    ): Run(
+        needs=(EMBED_CAPTIONS, TOWER),
+        small=f"{STAGE2} --lora-rank 2",
+        makes=("runs/stage2_lora/model.safetensors", "runs/stage2_lora/README.md"),
+    ),
+    EMBED_CLIP: Run(needs=(TOWER, "data/mine"), makes=("runs/clip_cache/index.manifest",), prints="num_captions: "),
+    (
+        "llm2clip stage2 --vision-model-name-or-path openai/clip-vit-large-patch14-336 --output-dir runs/stage2_two "
+        "--text-model-name-or-path runs/stage1 openai/clip-vit-large-patch14-336 "
+        "--embedding-cache runs/mine_cache runs/clip_cache "
+        "--sources '[{path: data/mine, split: train, caption_columns: [caption]}]' --text-losses all"
+    ): Run(
+        needs=(EMBED_MINE, EMBED_CLIP, TOWER),
+        small=STAGE2,
+        makes=("runs/stage2_two/model.safetensors", "runs/stage2_two/second_tokenizer.json"),
+    ),
+    "llm2clip evaluate runs/stage2 --benchmark ./my_images --caption-columns caption": Run(
         needs=(TRAIN_VISION, "my_images"), prints="T2I R@1 / 5 / 10"
     ),
-    "llm2clip check-data --benchmark museum.py --data ./benchmarks --tokenizer runs/quickstart/llm2clip": Run(
-        needs=(MODEL, "museum.py", "benchmarks"), prints="Captions, length in tokens"
+    "llm2clip check-data --benchmark museum.py --data ./data --tokenizer runs/quickstart/llm2clip": Run(
+        needs=(MODEL, "museum.py", "data/museum"), prints="Captions, length in tokens"
     ),
     "llm2clip report results/*.json --paper --output table.md": Run(
         needs=(MUSEUM,), makes=("table.md", "table-models.png"), prints="Museum"
     ),
     MUSEUM: Run(
-        needs=(MODEL, "museum.py", "benchmarks"),
+        needs=(MODEL, "museum.py", "data/museum"),
         makes=("results/runs--quickstart--llm2clip.museum.raw.json",),
         prints="Museum",
     ),
-    "llm2clip evaluate --list --benchmark docci --data ./benchmarks": Run(
-        needs=("benchmarks",), prints="docci  DOCCI"
-    ),
-    "llm2clip evaluate --list --data ./benchmarks": Run(needs=("benchmarks",), prints="urban1k"),
+    "llm2clip evaluate --list --benchmark docci --data ./data": Run(needs=("data/museum",), prints="docci  DOCCI"),
+    "llm2clip evaluate --list --data ./data": Run(needs=("data/museum",), prints="urban1k"),
     "llm2clip evaluate --list --benchmark docci long": Run(prints="urban1k  Urban1k"),
     "llm2clip evaluate runs/stage2 --benchmark fashion-mnist fashion-mnist-probe-sgd fashion-mnist-probe-lbfgs "
     "--data /usr/share/datasets": NotRun(
@@ -247,19 +296,20 @@ README = {
         makes=(f"{MODEL}/model.safetensors",),
         slow=True,
     ),
-    "python -m benchmarks.studies.stage1_transfer RUN OUTPUT": NotRun(
-        "trains stage 1 thirteen times, for hours; each part of it is tested by the quickstart's tests"
-    ),
-    "llm2clip evaluate MODEL --benchmark urban1k docci coco-karpathy --data ./benchmarks --output results/": NotRun(
+    "llm2clip evaluate MODEL --benchmark urban1k docci coco-karpathy --data ./data --output results/": NotRun(
         NO_SETS, run_by=MEASURED
     ),
     "llm2clip evaluate openai/clip-vit-large-patch14 --benchmark flickr30k": NotRun(NO_SETS, run_by=MEASURED),
+    "llm2clip evaluate MODEL --benchmark docci --truncate-dim 128 --precision binary": NotRun(
+        NO_SETS,
+        run_by="tests/llm2clip/evaluation/test_evaluate.py::"
+        "test_compact_embeddings_are_measured_as_a_database_compares_them",
+    ),
+    "llm2clip evaluate openai/clip-vit-base-patch32 runs/stage2 --benchmark ./my_pairs.csv docci --data DIR": NotRun(
+        NO_SETS, run_by=MEASURED
+    ),
     "make test": NotRun(CI),
     "make bench": NotRun("an hour of an idle machine", run_by="tests/benchmarks/test_contest.py"),
-    "python -m llm2clip.evaluation.clip_benchmark": NotRun(
-        "its captioning metrics need Java",
-        run_by="tests/llm2clip/evaluation/test_clip_benchmark.py::test_the_command_knows_the_model_type",
-    ),
 }
 CONTRIBUTING = {
     "make lint": NotRun(CI),
@@ -291,9 +341,16 @@ RELIABILITY = {
 }
 SCALING = {
     "llm2clip plan stage1_paper --gpus 8 --gpu-memory 80 --model-name-or-path LLM2CLIP-Llama-3.1-8B-Instruct-CC "
-    "--rows 12900000": Run(prints="parameters: 41.9M trained, 7,504.9M frozen"),
+    "--rows 12900000": Run(prints="parameters: 41.9M trained, 7,504.9M frozen", slow=True),
+    "llm2clip plan embed_paper --rows 12873763 --text-model-name-or-path LLM2CLIP-Llama-3.1-8B-Instruct-CC": Run(
+        prints="hours: 3.0 for 38,621,289 captions; 839 GFLOP each\ndisk: embeddings 317.0 GB"
+    ),
+    "llm2clip plan stage2_paper --rows 12873763 --max-steps -1 --num-train-epochs 4 --vision-model-name-or-path "
+    "LLM2CLIP-EVA02-L-14-336 --text-model-name-or-path LLM2CLIP-Llama-3.1-8B-Instruct-CC": Run(
+        prints="hours: 8.0 for 12,572 steps"
+    ),
     "python -m benchmarks.scale": NotRun(
-        "it writes into docs", run_by="tests/benchmarks/test_scale_page.py::test_the_page_contains_the_tables"
+        "it writes into docs", run_by="tests/benchmarks/test_scale.py::test_the_page_contains_the_tables_of_the_record"
     ),
     "torchrun --nproc_per_node 8 -m llm2clip embed embed_paper": Run(
         needs=(TRAIN_LLM, "data/cc3m"),
@@ -401,7 +458,7 @@ HUB_CONFIGS = {
         slow=model.is_joint,
     )
     for name, model in published_models().items()
-    if "original_checkpoint" in model.card
+    if model.checkpoint is not None
 }
 NO_PROMPT = ' --prompt-prefix "" --prompt-suffix ""'
 for name, llm, options in (
@@ -412,9 +469,40 @@ for name, llm, options in (
     HUB_CONFIGS[f"llm2clip stage1 stage1_paper --model-name-or-path {llm}{options}"] = Run(
         needs=(llm, *PAIRS), small=STAGE1, makes=("runs/stage1/model.safetensors",), check=partial(same_prompt, name)
     )
+SERVED = "tests/llm2clip/serving/test_serve.py::test_the_page_of_the_documents_runs_against_the_command"
+SERVE = {
+    f"llm2clip serve {MODEL}": NotRun("it serves until it is stopped", run_by=SERVED),
+    f"llm2clip serve {MODEL} --index runs/index/concepts": NotRun(
+        "it serves until it is stopped",
+        run_by="tests/llm2clip/serving/test_endpoints.py::test_search_finds_what_the_index_finds",
+    ),
+    f"llm2clip serve {MODEL} --host 0.0.0.0 --token-env LLM2CLIP_TOKEN": NotRun(
+        "it serves until it is stopped",
+        run_by="tests/llm2clip/serving/test_serve.py::"
+        "test_sigterm_finishes_what_was_accepted_and_ends_without_an_error",
+    ),
+}
 SPACE = {
     "llm2clip demo --model OWNER/NAME --write-space FOLDER": Run(
         meant={"OWNER": "tester", "NAME": "model", "FOLDER": "space"}, makes=("space/app.py",)
+    ),
+}
+DISTILLED = (
+    f"llm2clip distill-text runs/quickstart/llm2clip --student {MINILM} "
+    "--sources '[{path: examples/data/concepts, caption_columns: [caption, keywords]}, "
+    "{path: examples/data/glosses, caption_columns: [lemmas, gloss]}]' "
+    "--eval-sources '{test: {path: examples/data/concepts, split: test, caption_columns: [caption, caption_de]}}' "
+    "--output-dir runs/student --into runs/quickstart/llm2clip"
+)
+DISTILL = {
+    DISTILLED: Run(
+        needs=(INDEX, MINILM),
+        small=f"{CPU} --sources '[{{path: examples/data/concepts, split: validation}}]'",
+        makes=("runs/student/2_Dense/model.safetensors", f"{MODEL}/query_encoder/modules.json"),
+        prints="test_caption_de",
+    ),
+    'llm2clip search runs/index/concepts "someone riding a bicycle" --fast': Run(
+        needs=(DISTILLED,), small=f"--model {MODEL}"
     ),
 }
 MODELS = {
@@ -424,6 +512,6 @@ MODELS = {
     ),
 }
 COMMANDS: dict[str, Run | NotRun] = {
-    **README, **CONTRIBUTING, **SCALING, **EXAMPLES, **HUB_CONFIGS, **MODELS, **SPACE,
+    **README, **CONTRIBUTING, **SCALING, **DISTILL, **EXAMPLES, **HUB_CONFIGS, **MODELS, **SPACE, **SERVE,
     **RELIABILITY,
 }  # fmt: skip

@@ -11,10 +11,10 @@ import pytest
 from tests.documents.reading import DOCUMENTS, ROOT, blocks, kind
 from tests.documents.stand_ins import E5, FILES, FOLDERS, HUB, MODEL
 
-# What tests/llm2clip/encoders/test_ray_engine.py runs.
-ON_RAY = {"docs/scaling.md"}
+# What tests/llm2clip/encoders/test_ray_engine.py and tests/llm2clip/serving/test_serve.py run.
+ELSEWHERE = {"docs/scaling.md", "docs/serve.md"}
 WITH_PYTHON = [document for document in DOCUMENTS if "```python" in (ROOT / document).read_text()]
-WITH_PYTHON = [document for document in WITH_PYTHON if document not in ON_RAY]
+WITH_PYTHON = [document for document in WITH_PYTHON if document not in ELSEWHERE]
 
 
 @pytest.mark.parametrize("document", WITH_PYTHON)

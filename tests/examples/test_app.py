@@ -93,7 +93,7 @@ def browser(address: str, chromium: tuple[str, str]) -> Iterator[webdriver.Chrom
     browser = open_browser(*chromium)
     try:
         browser.get(address)
-        wait(browser, lambda: len(captions(browser, "found")) == 12)  # the results of the first example
+        wait(browser, lambda: len(captions(browser, "found_0")) == 12)  # the results of the first example
         yield browser
         assert {url for url in requests(browser) if not url.startswith((address, "data:", "blob:"))} == set()
     finally:
@@ -147,20 +147,20 @@ def shown(element: WebElement) -> bool:
 
 
 def test_a_typed_caption_finds_the_right_picture_first(browser: webdriver.Chrome) -> None:
-    before = captions(browser, "found")
+    before = captions(browser, "found_0")
     type_text(browser, "query", QUERY)
     browser.find_element(By.ID, "search_button").click()
-    found = wait(browser, lambda: (now := captions(browser, "found")) != before and len(now) == 12 and now)
+    found = wait(browser, lambda: (now := captions(browser, "found_0")) != before and len(now) == 12 and now)
     assert found[0].endswith(f"· {QUERY}")
     scores = [float(text.split(" · ")[0]) for text in found]
     assert scores == sorted(scores, reverse=True)
-    wait(browser, lambda: all(map(shown, browser.find_elements(By.CSS_SELECTOR, "#found img"))))
+    wait(browser, lambda: all(map(shown, browser.find_elements(By.CSS_SELECTOR, "#found_0 img"))))
     shoot(browser, "search")
 
 
 def test_an_uploaded_picture_is_its_own_first_result(browser: webdriver.Chrome, picture: Path) -> None:
     upload(browser, "query_image", picture)
-    wait(browser, lambda: "1.00 · camera" in captions(browser, "found")[:1])
+    wait(browser, lambda: "1.00 · camera" in captions(browser, "found_0")[:1])
     shoot(browser, "search_by_image")
 
 
@@ -193,13 +193,12 @@ def test_an_example_picture_gets_a_heat_map(browser: webdriver.Chrome) -> None:
 def test_two_checkpoints_are_compared_side_by_side(
     browser: webdriver.Chrome, model: Path, opposite: Path, tmp_path: Path
 ) -> None:
-    open_tab(browser, "Compare")
-    wait(browser, lambda: browser.find_element(By.ID, "compare_button").is_displayed())
-    type_text(browser, "compare_query", QUERY)
-    browser.find_element(By.ID, "compare_button").click()
-    wait(browser, lambda: len(captions(browser, "compare_1")) == 9)
-    for side, folder in (("compare_0", model), ("compare_1", opposite)):
-        found = Gallery.open(str(folder), open_images(DemoConfig()), tmp_path).search(QUERY, 9)
+    before = captions(browser, "found_1")
+    type_text(browser, "query", QUERY)
+    browser.find_element(By.ID, "search_button").click()
+    wait(browser, lambda: captions(browser, "found_1") != before)
+    for side, folder in (("found_0", model), ("found_1", opposite)):
+        found = Gallery.open(str(folder), open_images(DemoConfig()), tmp_path).search(QUERY)
         shown = [caption.split(" · ") for caption in captions(browser, side)]
         assert [name for _, name in shown] == [hit.name for hit in found]
         assert [float(score) for score, _ in shown] == pytest.approx([hit.score for hit in found], abs=0.006)

@@ -16,7 +16,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
 from llm2clip import cli
-from llm2clip.evaluation import ImageTextRetrieval
+from llm2clip.encoders.stored import StoredEncoder
+from llm2clip.evaluation.data import RetrievalData
+from llm2clip.evaluation.session import Session
 from llm2clip.quickstart import report
 from llm2clip.quickstart.config import Arm, QuickstartConfig
 from llm2clip.quickstart.data import QuickstartData
@@ -147,8 +149,12 @@ def test_the_report_of_a_quickstart(
     results |= {"reading": PAYLOADS, "protocol": dict.fromkeys(PAYLOADS, NAME)}
     found = {"query": PAYLOADS[0], "rows": [0], "right": [True]}
     results["typed_queries"] = {"queries": 1, "first": 1, "found": 1, "shown": 1, "results": [found]}
-    retrieval = ImageTextRetrieval(run.data.test_source(), tiny.processor().image_processor)
-    final = FinalModel(clip.eval(), tiny.processor(), retrieval, *retrieval.embed_images(clip.eval()))
+    retrieval, encoder = (
+        RetrievalData.from_source(run.data.test_source()),
+        StoredEncoder(clip.eval(), tiny.processor(), lookup),
+    )
+    embeds = Session(encoder).embed_images(retrieval.images)
+    final = FinalModel(clip.eval(), tiny.processor(), encoder, retrieval, embeds, list(range(len(embeds))))
     report.write_report(tmp_path / "report.html", results, run, arm, final)
     open_page(browser, tmp_path / "report.html")
     queries = {element.text for element in browser.find_elements(By.CLASS_NAME, "query")}
@@ -195,9 +201,7 @@ def test_the_demo(browser: webdriver.Chrome, model: Path, table: Path, tmp_path:
         click("#classify_button")
         wait(lambda: browser.find_element(By.ID, "probabilities").text.count("%") == 2)
         assert_nothing_ran(browser)
-        open_tab("Compare")
-        fill("compare_query", PAYLOADS[2])
-        click("#compare_button")
-        wait(lambda: len(browser.find_elements(By.CSS_SELECTOR, "#compare_1 .caption-label")) == 9)
+        open_tab("Search")
+        wait(lambda: browser.find_elements(By.CSS_SELECTOR, "#found_1 .caption-label"))
         assert NAME in text_of(browser)
         assert_nothing_ran(browser)

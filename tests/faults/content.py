@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from llm2clip.search.image_index import ImageIndex
+from llm2clip.search.search_index import SearchIndex
 from llm2clip.utils.locks import LOCK, OWNER
 from llm2clip.utils.logs import ERROR_FILE, LOG_FILE
 from llm2clip.utils.manifests import FOLDER_MANIFEST, MANIFEST_CHECKSUM
@@ -109,7 +109,8 @@ def _add(digest: Any, value: Any) -> None:
 
 def _rows(folder: Path) -> str:
     digest = hashlib.sha256()
-    rows = ImageIndex.open(folder).rows
-    for batch in rows.scan([*rows.columns, "vector"]):
-        _add(digest, batch.drop_columns(["_rowid"]).to_pylist())
+    store = SearchIndex.open(folder).store
+    for columns in (None, ["vector"]):
+        for batch in store.keys(columns):
+            _add(digest, batch.drop_columns(["_rowid"]).to_pylist())
     return digest.hexdigest()

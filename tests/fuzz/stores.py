@@ -15,9 +15,9 @@ from PIL import Image
 from llm2clip.data.shards import ShardedSource
 from llm2clip.data.sidecars import SourceSidecars
 from llm2clip.encoders.image_features import ImageFeatures, feature_manifest
-from llm2clip.search.image_index import ImageIndex
 from llm2clip.search.index import IndexConfig
 from llm2clip.search.index import run as build_index
+from llm2clip.search.search_index import SearchIndex
 from llm2clip.store import EmbeddingCache, Store, StoreManifest, build_store
 from llm2clip.store.building import ComputedRows
 from llm2clip.store.store import caption_keys
@@ -71,12 +71,11 @@ def make_caches(folder: Path) -> None:
     features = feature_manifest("tower", "a", width=encoder.WIDTH, pooling="cls", image_backend="exact", max_pixels=9)
     rows = StoreManifest(kind="evaluation", encoder="model", identity={"fingerprint": "a"}, dtype="float32")
     for name, manifest in (("features", features), ("rows", rows)):
-
-        def compute(positions: np.ndarray, bar: Any, dtype: str = manifest.dtype) -> ComputedRows:
-            return ComputedRows(computed[positions].to(getattr(torch, dtype)), skipped=[(0, "key", "reason")])
-
-        keys = caption_keys(CAPTIONS)
-        build_store(folder / name, keys, compute, manifest, title="", shard_size=10, show_progress_bar=False)
+        keys, dtype = caption_keys(CAPTIONS), getattr(torch, manifest.dtype)
+        with build_store(folder / name, keys, manifest, title="", shard_size=10, show_progress_bar=False) as build:
+            for number, positions in build:
+                found = ComputedRows(computed[positions].to(dtype), skipped=[(0, "key", "reason")])
+                build.write(number, positions, found)
 
 
 def _no_checksums(folder: Path) -> None:
@@ -145,8 +144,8 @@ def make_indexes(folder: Path, kinds: Sequence[str] = ("flat", "faiss")) -> None
 
 def read_index(folder: Path) -> Doors:
     def search() -> None:
-        index = ImageIndex.open(folder)
+        index = SearchIndex.open(folder)
         query = np.ones((1, index.manifest.width), np.float32)
-        index.search(query, 3), index.search(query, 3, "extension = 'png'"), index.first("key = '3.png'")
+        index.search(query, 3), index.search(query, 3, "extension = 'png'")
 
     return (search, lambda: verify_folder(folder))

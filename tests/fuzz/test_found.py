@@ -18,8 +18,7 @@ from llm2clip.data import CaptionSource, distinct_captions
 from llm2clip.data.opened_table import SourceError
 from llm2clip.data.shards import ShardedSource
 from llm2clip.data.sidecars import SourceSidecars
-from llm2clip.search.image_index import ImageIndex
-from llm2clip.search.index_manifest import IndexManifest
+from llm2clip.search.search_index import SearchIndex
 from llm2clip.store import StoreManifest, StoreMismatchError
 from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.files import read_json, write_json
@@ -30,12 +29,6 @@ from tests.fuzz import stores
 from tests.llm2clip.convert import checkpoints
 from tests.llm2clip.convert.checkpoints import EVA
 from tests.llm2clip.encoders import shards
-
-INDEX: dict[str, Any] = {
-    "model": "m", "revision": None, "vision_fingerprint": "2-a", "width": 24, "dtype": "float16",
-    "source": {"kind": "folder", "path": "x"}, "index": {"type": "flat"}, "stored": {"version": 3},
-    "format_version": 2,
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -102,44 +95,22 @@ def test_a_command_with_braces_is_no_format(tmp_path: Path) -> None:
     assert "{a: b}" in str(fault)
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        *({"width": "x"}, {"source": []}, {"source": {"path": "x"}}, {"index": {}}, {"index": {"type": 3}}),
-        *({"index": {"type": "ivf_rq", "cells": "x"}}, {"stored": {"version": -1}}, {"stored": {"version": "x"}}),
-        {"stored": {"faiss": 1}},
-    ],
-)
-def test_an_index_whose_manifest_has_other_types_is_refused(fields: dict[str, Any]) -> None:
-    for index in ({"type": "flat"}, {"type": "faiss", "cells": None, "probes": 16}):
-        assert IndexManifest.from_fields("place", {**INDEX, "index": index}).index == index
-        assert IndexManifest.from_fields("place", {**INDEX, "index": index}, is_unfinished=True).index == index
-    assert IndexManifest.from_fields("place", {**INDEX, "index": {}}, is_unfinished=True).index == {}
-    with pytest.raises(ValueError, match=r"place is not the manifest of an index .*build it again"):
-        IndexManifest.from_fields("place", {**INDEX, **fields})
+def test_the_manifest_of_an_index_that_has_changed_is_refused(tmp_path: Path) -> None:
+    stores.make_indexes(tmp_path / "seeds", ["flat"])
+    path = tmp_path / "seeds/flat/manifest.json"
+    path.write_text(path.read_text().replace('"width": 24', '"width": 25'))
+    with pytest.raises(ValueError, match=r"does not fit its manifest_checksum.*build it again"):
+        SearchIndex.open(path.parent)
 
 
 def test_a_damaged_column_of_an_index_is_not_blamed_on_the_condition(tmp_path: Path) -> None:
     stores.make_indexes(tmp_path / "seeds", ["flat"])
     folder = tmp_path / "seeds/flat"
-    query = np.ones((1, ImageIndex.open(folder).manifest.width), np.float32)
+    query = np.ones((1, SearchIndex.open(folder).manifest.width), np.float32)
     for path in folder.glob("images.lance/_indices/*/*.lance"):
         path.write_bytes(path.read_bytes()[:-8] + bytes(8))
     with pytest.raises(ValueError, match=r"the index .* is damaged"):
-        ImageIndex.open(folder).search(query, 3, "extension = 'png'")
-
-
-def test_a_faiss_index_with_numbers_of_other_rows_is_refused(tmp_path: Path) -> None:
-    stores.make_indexes(tmp_path / "seeds", ["faiss"])
-    folder = tmp_path / "seeds/faiss"
-    (path,) = folder.glob("*.faiss")
-    content, numbers = path.read_bytes(), np.arange(12, dtype="<i8")
-    assert content.count(numbers.tobytes()) == 1
-    path.write_bytes(content.replace(numbers.tobytes(), (numbers + 1000).tobytes()))
-    write_manifest(folder, "index")
-    index = ImageIndex.open(folder)
-    with pytest.raises(ValueError, match="its faiss index has rows that do not exist; build it again"):
-        index.search(np.ones((1, index.manifest.width), np.float32), 3)
+        SearchIndex.open(folder).search(query, 3, "extension = 'png'")
 
 
 def _model(folder: Path) -> Path:

@@ -28,7 +28,7 @@ from tests.llm2clip import tiny
 from tests.modeling_llm2clip import tiny as tiny_models
 
 Capsys = pytest.CaptureFixture[str]
-EVALUATE = ["evaluate", "x", "--data", "y"]
+EVALUATE = ["evaluate", "x", "--benchmark", "y.csv"]
 
 
 def replaced_run(command: str, end: BaseException | dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +65,7 @@ def test_help_shows_every_field_once(command: str, capsys: Capsys) -> None:
 def test_help_of_a_stage_fits_a_reader(command: str, capsys: Capsys) -> None:
     assert cli.main([command, "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) < 150
+    assert len(lines) < 175
     assert f"`llm2clip {command} --help-all`" in lines[-1]
     assert lines.index("most used:") < lines.index("from transformers' Trainer:")
 
@@ -156,10 +156,13 @@ def test_top_level_help_lists_the_commands(capsys: Capsys) -> None:
         (["stage1", "no_such_recipe"], "the recipe no_such_recipe does not exist"),
         (["stage2", "--embedding_cache", "x", "--max_steps", "many"], "the command line: max_steps is 'many'"),
         (["stage2", "--max_steps"], "argument --max-steps: expected one argument"),
-        (["evaluate", "x", "--task", "guessing", "--data", "y"], "one of retrieval, caption_retrieval"),
-        (["evaluate", "x"], "evaluate needs data"),
-        (["evaluate", "x", "--data", "y", "--on_error", "ignore"], "one of raise, skip"),
-        (["evaluate", "/no/such/folder", "--data", "y"], "there is no such folder, and it is not a valid Hub id"),
+        (["evaluate", "x", "--task", "guessing", "--benchmark", "y"], "one of retrieval, caption_retrieval"),
+        (["evaluate", "x"], "evaluate needs a model and what to measure"),
+        (["evaluate", "x", "--benchmark", "y", "--on_error", "ignore"], "one of raise, skip"),
+        (
+            ["evaluate", "/no/such/folder", "--benchmark", tiny.CONCEPTS],
+            "there is no such folder, and it is not a valid Hub id",
+        ),
         (["embed"], "EmbedConfig needs output_dir, text_model_name_or_path, sources"),
         (["convert", "a", "b", "two words"], "the argument 'two words' is one too many"),
         (["quickstart", "--profile", "fast"], "the recipe fast does not exist"),
@@ -204,14 +207,14 @@ def test_an_error_of_a_setting_says_where_it_is_set(
 def test_evaluate_retrieval(tmp_path: Path, capsys: Capsys) -> None:
     tiny_models.save(tmp_path / "model")
     data = json.dumps(tiny.concepts("test", max_samples=24))
-    result = tmp_path / "result.json"
-    arguments = ["evaluate", str(tmp_path / "model"), "--data", data, "--caption_columns", "caption"]
-    assert cli.main([*arguments, "--output", str(result)]) == 0
+    arguments = ["evaluate", str(tmp_path / "model"), "--benchmark", data, "--caption_columns", "caption"]
+    assert cli.main([*arguments, "--output", str(tmp_path / "results"), "--num_workers", "0"]) == 0
     assert "T2I R@1 / 5 / 10" in capsys.readouterr().out
-    metrics = json.loads(result.read_text())
-    assert metrics["num_images"] == 24
-    assert metrics["data"]["revision"] == data_revision(tiny.CONCEPTS)
-    assert 0 < metrics["num_texts"] <= 24
+    (file,) = (tmp_path / "results").glob("*.json")
+    result = json.loads(file.read_text())
+    assert result["counts"]["images"] == 24
+    assert result["data"]["revision"] == data_revision(tiny.CONCEPTS)
+    assert 0 < result["counts"]["texts"] <= 24
 
 
 def test_evaluate_caption_retrieval_of_a_joint_model(tmp_path: Path, capsys: Capsys) -> None:
@@ -219,14 +222,14 @@ def test_evaluate_caption_retrieval_of_a_joint_model(tmp_path: Path, capsys: Cap
     model.text_model.save_pretrained(tmp_path / "llm")
     tiny.save_llm(tmp_path / "raw")
     tiny_models.processor().tokenizer.save_pretrained(tmp_path / "llm")
-    options = ["--task", "caption_retrieval", "--data", tiny.GLOSSES]
-    columns = ["--query_column", "lemmas", "--target_column", "gloss"]
-    results = []
-    for name in ("model", "llm", "raw"):
-        assert cli.main(["evaluate", str(tmp_path / name), *options, *columns]) == 0
-        results.append(capsys.readouterr().out)
-    assert "num_targets: 586" in results[0]
-    assert results[0] == results[1] != results[2]
+    models = [str(tmp_path / name) for name in ("model", "llm", "raw")]
+    columns = ["--query_column", "lemmas", "--target_column", "gloss", "--output", str(tmp_path / "results")]
+    assert cli.main(["evaluate", *models, "--benchmark", tiny.GLOSSES, *columns]) == 0
+    assert "query to target" in capsys.readouterr().out
+    found = [json.loads(file.read_text()) for file in (tmp_path / "results").glob("*.json")]
+    assert [result["protocol"]["gallery"] for result in found] == ["586 captions"] * 3
+    # An LLM2CLIP model is measured after its adapter.
+    assert len({result["ranks"]["mean_rank"] for result in found}) == 3
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from transformers import AutoProcessor, CLIPImageProcessor
 from llm2clip import cli
 from llm2clip.demo.gallery import Gallery
 from llm2clip.encoders import embed
-from llm2clip.search.folder_images import FolderImages
+from llm2clip.search.folder_items import FolderImages
 from llm2clip.trainers import run_stage2
 from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.settings import build_config
@@ -226,9 +226,11 @@ def test_the_onnx_graphs_give_them(known: Known, tmp_path: Path) -> None:
 
 
 def test_evaluate_measures_them(known: Known, tmp_path: Path) -> None:
-    data, output = str(known.pictures[0].parent), tmp_path / "result.json"
-    assert cli.main(["evaluate", str(known.folder), "--data", data, "--split", "train", "--output", str(output)]) == 0
-    found = json.loads(output.read_text())
+    data, output = str(known.pictures[0].parent), tmp_path / "results"
+    arguments = ["--benchmark", data, "--split", "train", "--output", str(output), "--num-workers", "0"]
+    assert cli.main(["evaluate", str(known.folder), *arguments]) == 0
+    (file,) = output.glob("*.json")
+    found = json.loads(file.read_text())["ranks"]
     # The last picture has the first caption too.
     own = torch.arange(NUM_PICTURES) % len(CAPTIONS)
     right = own[:, None] == torch.arange(len(CAPTIONS))

@@ -45,7 +45,7 @@ def cut(folder: Path, name: str = "model.safetensors") -> Path:
 
 COMMANDS: dict[str, Callable[[Path, Path, Path], tuple[Path, list[str]]]] = {
     # A command with the folder of a joint model, one of a text tower, and one of the user; the damaged folder first.
-    "evaluate": lambda joint, text, new: (joint, ["evaluate", str(joint), "--data", json.dumps(tiny.concepts())]),
+    "evaluate": lambda joint, text, new: (joint, ["evaluate", str(joint), "--benchmark", json.dumps(tiny.concepts())]),
     "build": lambda joint, text, new: (joint, ["build", str(joint), str(new)]),
     "push": lambda joint, text, new: (joint, ["push", str(joint), "owner/name"]),
     "index": lambda joint, text, new: (joint, ["index", tiny.CONCEPTS, "--model", str(joint),
@@ -202,7 +202,7 @@ from llm2clip import cli
 from torch.utils.data import DataLoader
 from tests.llm2clip.test_everyday_faults import Killed
 evaluate.run = lambda config: [*DataLoader(Killed(), num_workers=1)]
-sys.exit(cli.main(["evaluate", "x", "--data", "y"]))
+sys.exit(cli.main(["evaluate", "x", "--benchmark", "y"]))
 """
     (tmp_path / "script.py").write_text(script)
     result = run_ranks([str(tmp_path / "script.py")], check=False)

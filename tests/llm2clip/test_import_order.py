@@ -26,6 +26,7 @@ ROOMS = [
     "convert",
     "planning",
     "search",
+    "serving",
     "verification",
     "demo",
     "quickstart",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,12 +20,13 @@ from transformers.image_utils import load_image
 
 from llm2clip.data import CaptionSource, EvalTransform, TrainTransform, decode_image
 from llm2clip.demo.gallery import Gallery
-from llm2clip.evaluation import ImageTextRetrieval
-from llm2clip.evaluation.clip_benchmark import load_clip
+from llm2clip.encoders import OurEncoder
+from llm2clip.evaluation.data import RetrievalData
+from llm2clip.evaluation.session import Session
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.search.index import IndexConfig
 from llm2clip.search.index import run as run_index
-from llm2clip.search.table_images import TableImages
+from llm2clip.search.table_items import TableImages
 from modeling_llm2clip import LLM2CLIPModel
 from tests.modeling_llm2clip import awkward_images, tiny
 
@@ -103,7 +105,7 @@ def training(files: list[Path], **doors: Any) -> list[Tensor]:
 
 def evaluation(files: list[Path], model: LLM2CLIPModel, table: CaptionSource, **doors: Any) -> list[Tensor]:
     with recorded_pixels() as pixels:
-        ImageTextRetrieval(table, PROCESSOR.image_processor).embed_images(model, batch_size=8)
+        Session(OurEncoder(model, PROCESSOR), batch_size=8).embed_images(RetrievalData.from_source(table).images)
     return pixels
 
 
@@ -120,15 +122,9 @@ def demo(files: list[Path], folder: Path, table: CaptionSource, tmp_path: Path, 
     return pixels
 
 
-def mteb(files: list[Path], folder: Path, **doors: Any) -> list[Tensor]:
-    encoder = pytest.importorskip("llm2clip.evaluation.mteb_encoder").LLM2CLIPEncoder(str(folder))
-    with recorded_pixels() as pixels:
-        encoder._encode_images([Image.open(file) for file in files], 8, "a task")
-    return pixels
-
-
 def clip_benchmark(files: list[Path], folder: Path, **doors: Any) -> list[Tensor]:
-    _, transform, _ = load_clip(str(folder))
+    script = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "run_clip_benchmark.py"))
+    _, transform, _ = script["load"](str(folder))
     return [transform(Image.open(file)) for file in files]
 
 
@@ -165,7 +161,6 @@ IMAGE_DOORS: list[Callable[..., list[Tensor]]] = [
     evaluation,
     index,
     demo,
-    mteb,
     clip_benchmark,
     sentence_transformer,
     zero_shot_pipeline,

@@ -96,8 +96,8 @@ class Jobs:
             paths = ["--benchmark", f"{self.folder}/strange.py", "--data", f"{self.folder}/benchmarks"]
             return ["evaluate", f"{self.folder}/model", *paths, "--output", OUT, "--num-workers", "0"]
         if name == "evaluate-damaged":
-            options = ["--caption-columns", "caption", "--split", "train", "--output", f"{OUT}.json"]
-            return ["evaluate", f"{self.folder}/model", "--data", f"{self.folder}/damaged.parquet", *options]
+            options = ["--output", OUT, "--num-workers", "0"]
+            return ["evaluate", f"{self.folder}/model", "--benchmark", f"{self.folder}/damaged.parquet", *options]
         command = "embed" if name in EMBEDDINGS else "stage2" if name.startswith("frozen") else name.partition("-")[0]
         return [command, f"{self.folder}/{name}.yaml"]
 

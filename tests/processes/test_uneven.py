@@ -46,7 +46,7 @@ def cases(jobs: Jobs, inputs: Inputs, tar: str, folder: Path) -> dict[str, Any]:
         pairs = {**glosses, "anchor_column": "lemmas", "positive_column": "gloss"}
         concepts = {"sources": [tiny.concepts(max_samples=rows)]}
         texts = {"sources": [{**glosses, "caption_columns": ["gloss"]}], "block_size": 32}
-        own = {"model": str(jobs.folder / "model"), "caption_columns": ["caption"]}
+        own = {"model": str(jobs.folder / "model")}
         found |= {
             f"stage1-{name}": ("stage1", stage1 | {"sources": [pairs]}),
             f"mntp-{name}": ("mntp", stage1 | texts),
@@ -54,7 +54,10 @@ def cases(jobs: Jobs, inputs: Inputs, tar: str, folder: Path) -> dict[str, Any]:
             f"frozen-{name}": ("stage2", stage2 | concepts | states),
             f"features-{name}": ("stage2", stage2 | concepts | {"freeze_vision": "all"}),
             f"cache-{name}": ("embed", embed | concepts),
-            f"evaluate-{name}": ("evaluate", own | {"data": tiny.concepts("validation", max_samples=rows)}),
+            f"evaluate-{name}": (
+                "evaluate",
+                own | {"data": tiny.concepts("validation", caption_columns=["caption"], max_samples=rows)},
+            ),
         }
     concepts = {"sources": [tiny.concepts(max_samples=ODD)]}
     one_image = {"validation": tiny.concepts("validation", caption_columns=["caption"], max_samples=1)}

@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from llm2clip.data import CaptionSource
 from llm2clip.encoders import embed
-from llm2clip.evaluation import evaluate
-from llm2clip.evaluation.evaluate_config import EvaluateConfig
+from llm2clip.evaluation.evaluate import evaluate
 from llm2clip.trainers import run_mntp, run_stage1, run_stage2
 from llm2clip.trainers.mntp_config import MNTPRecipe
 from llm2clip.trainers.stage1_config import Stage1Recipe
@@ -28,14 +28,16 @@ COMMANDS: dict[str, Any] = {
     "mntp": (run_mntp, MNTPRecipe),
     "stage2": (run_stage2, Stage2Recipe),
     "embed": (embed, embed.EmbedConfig),
-    "evaluate": (evaluate, EvaluateConfig),
 }
 
 
 def outcome(command: str, fields: dict[str, Any]) -> Any:
     """Run a command; returns its result, or the text of its error."""
-    module, config = COMMANDS[command]
     try:
+        if command == "evaluate":
+            (result,) = evaluate(fields["model"], CaptionSource.from_dict(fields["data"]))
+            return result.scores
+        module, config = COMMANDS[command]
         return module.run(build_config(config, fields))
     except Exception as error:
         return f"{type(error).__name__}: {error}"

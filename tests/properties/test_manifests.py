@@ -73,7 +73,7 @@ KINDS = {
             "model", None, "2-abc", 24, "float16", {"kind": "folder", "path": "x"}, {"type": "flat"}, ["label"],
             stored={"version": 3, "faiss": "x"}, versions={"torch": "2"},
         ),
-        lambda manifest, place: write_json(place, manifest.as_fields()),
+        lambda manifest, place: write_json(place, dataclasses.asdict(manifest)),
         lambda place: IndexManifest.from_fields(str(place), read_json(place)),
     ),
 }  # fmt: skip

@@ -32,7 +32,8 @@ NEEDED: dict[str, dict[str, Any]] = {
     "build": {"model": "x"},
     "index": {"folder": "x", "model": "y", "output_dir": "z"},
     "search": {"index": "x", "query": ["a dog"]},
-    **{stage: {"use_cpu": True, "output_dir": "x"} for stage in ("stage1", "stage2", "mntp")},
+    "serve": {"model": "x"},
+    **{stage: {"use_cpu": True, "output_dir": "x"} for stage in ("stage1", "stage2", "mntp", "distill-text")},
 }
 INHERITED = {field.name for field in dataclasses.fields(TrainingArguments)}
 

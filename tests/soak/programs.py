@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from llm2clip import LLM2CLIPModel
-from llm2clip.search.image_index import ImageIndex
+from llm2clip.search.search_index import SearchIndex
 from llm2clip.trainers import run_stage2
 from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.settings import build_config
@@ -58,7 +58,7 @@ def leaking(model_folder: str) -> Soak:
 
 def search(index: str) -> Soak:
     """1 to 5 queries at a time in an index that stays open, every third under a condition of its own."""
-    opened = ImageIndex.open(index)
+    opened = SearchIndex.open(index)
     generator = np.random.default_rng(0)
     queries = generator.standard_normal((97, 5, 24)).astype(np.float32)
     queries /= np.linalg.norm(queries, axis=-1, keepdims=True)

@@ -26,9 +26,6 @@ from llm2clip.encoders import (
     load_encoder as load_encoder,
 )
 from llm2clip.evaluation import (
-    ImageTextRetrieval as ImageTextRetrieval,
-)
-from llm2clip.evaluation import (
     caption_retrieval_metrics as caption_retrieval_metrics,
 )
 from llm2clip.evaluation import (
@@ -37,26 +34,25 @@ from llm2clip.evaluation import (
 from llm2clip.evaluation import (
     retrieval_metrics as retrieval_metrics,
 )
-from llm2clip.evaluation.benchmarks.base import Benchmark as Benchmark
-from llm2clip.evaluation.benchmarks.base import BenchmarkError as BenchmarkError
-from llm2clip.evaluation.benchmarks.data import (
+from llm2clip.evaluation.benchmark import Benchmark as Benchmark
+from llm2clip.evaluation.benchmark import BenchmarkError as BenchmarkError
+from llm2clip.evaluation.data import (
     BenchmarkImages as BenchmarkImages,
 )
-from llm2clip.evaluation.benchmarks.data import (
+from llm2clip.evaluation.data import (
+    CaptionPairData as CaptionPairData,
+)
+from llm2clip.evaluation.data import (
+    DataPart as DataPart,
+)
+from llm2clip.evaluation.data import (
     RetrievalData as RetrievalData,
 )
-from llm2clip.evaluation.clip_benchmark import (
-    load_clip as load_clip,
-)
+from llm2clip.evaluation.evaluate import evaluate as evaluate
 from llm2clip.evaluation.heat_map import (
     patch_similarity as patch_similarity,
 )
-from llm2clip.evaluation.mteb_encoder import (
-    LLM2CLIPEncoder as LLM2CLIPEncoder,
-)
-from llm2clip.evaluation.protocols.retrieval import (
-    RetrievalProtocol as RetrievalProtocol,
-)
+from llm2clip.evaluation.report import compare_results as compare_results
 from llm2clip.hub.build import (
     build_folder as build_folder,
 )
@@ -78,11 +74,20 @@ from llm2clip.losses import (
 from llm2clip.losses import (
     sigmoid_loss as sigmoid_loss,
 )
+from llm2clip.search.search_index import (
+    SearchIndex as SearchIndex,
+)
 from llm2clip.search.top_k import (
     top_k as top_k,
 )
+from llm2clip.serving.app import (
+    create_app as create_app,
+)
 from llm2clip.store import (
     EmbeddingCache as EmbeddingCache,
+)
+from llm2clip.store import (
+    PairedCache as PairedCache,
 )
 from llm2clip.store import (
     StoreManifest as StoreManifest,
@@ -102,11 +107,23 @@ from llm2clip.trainers.closed_form import (
 from llm2clip.trainers.closed_form import (
     closed_form_alignment as closed_form_alignment,
 )
+from llm2clip.trainers.distill_config import (
+    DistillConfig as DistillConfig,
+)
+from llm2clip.trainers.distill_trainer import (
+    DistillTrainer as DistillTrainer,
+)
 from llm2clip.trainers.mntp_config import (
     MNTPConfig as MNTPConfig,
 )
 from llm2clip.trainers.mntp_trainer import (
     MNTPTrainer as MNTPTrainer,
+)
+from llm2clip.trainers.run_distill import (
+    attach_query_encoder as attach_query_encoder,
+)
+from llm2clip.trainers.run_distill import (
+    distill_text as distill_text,
 )
 from llm2clip.trainers.stage1_config import (
     Stage1Config as Stage1Config,
@@ -119,6 +136,9 @@ from llm2clip.trainers.stage2_config import (
 )
 from llm2clip.trainers.stage2_trainer import (
     Stage2Trainer as Stage2Trainer,
+)
+from llm2clip.trainers.student import (
+    Student as Student,
 )
 from llm2clip.utils.towers import (
     open_text_tower as open_text_tower,
@@ -149,6 +169,9 @@ from modeling_llm2clip import (
 )
 from modeling_llm2clip import (
     LLM2CLIPVisionModelWithProjection as LLM2CLIPVisionModelWithProjection,
+)
+from modeling_llm2clip import (
+    quantize_embeddings as quantize_embeddings,
 )
 
 __version__: str

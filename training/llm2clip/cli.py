@@ -17,7 +17,7 @@ from typing import Any
 
 from llm2clip.recipes import field_places, find_recipe, load_recipe
 from llm2clip.utils.library_errors import PEER_ENDED, explain, wrap_weight_errors
-from llm2clip.utils.logs import LogFile, command_logs, printable, quiet_libraries
+from llm2clip.utils.logs import LogFile, command_logs, print_whole, printable, quiet_libraries
 from llm2clip.utils.options import OptionParser, Row, format_help, option_groups, unknown_option
 from llm2clip.utils.progress import close_bars, is_main_process
 from llm2clip.utils.settings import build_config, nearest
@@ -79,9 +79,12 @@ COMMANDS = {
                       "llm2clip.verification.verify", "VerifyConfig", ("folder",)),
     "stage2": Command("train the vision tower and adapter on cached embeddings",
                       "llm2clip.trainers.run_stage2", "Stage2Recipe", resumes=True, writes_log=True),
+    "distill-text": Command("teach a small text encoder the space of a model, for queries in milliseconds",
+                            "llm2clip.trainers.run_distill", "DistillRecipe", ("model",), resumes=True,
+                            writes_log=True),
     "plan": Command("say what a recipe takes before it is started: memory of a GPU, hours, disk",
                     "llm2clip.planning.plan", "PlanConfig", ("recipe",), passes_on="overrides"),
-    "evaluate": Command("measure a model on published benchmarks, or on your own images and captions",
+    "evaluate": Command("measure models on published benchmarks and on your own images and captions",
                         "llm2clip.evaluation.evaluate", "EvaluateConfig", ("model",), optional=("model",),
                         extra="evaluation"),
     "report": Command("show results of evaluations as a table, beside published numbers",
@@ -104,6 +107,8 @@ COMMANDS = {
                      "llm2clip.search.index", "IndexConfig", ("folder",), goes_on=True, extra="search"),
     "search": Command("search an index with a text or an image",
                       "llm2clip.search.search", "SearchConfig", ("index", "query"), extra="search"),
+    "serve": Command("serve embeddings of texts and images, and searches, over HTTP (OpenAI's API)",
+                     "llm2clip.serving.serve", "ServeConfig", ("model",), extra="serve"),
     "demo": Command("open a demo in the browser: search, classification, heat maps, comparison of two models",
                     "llm2clip.demo.demo", "DemoConfig", (), extra="demo"),
 }
@@ -115,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = arguments[0] if arguments else ""
     if name in ("--help", "-h"):
-        _show(_overview())
+        print_whole(_overview())
         return 0
     if not arguments:
         print(_overview(), file=sys.stderr)
@@ -161,7 +166,7 @@ def _run(name: str, arguments: list[str], log_file: LogFile) -> dict[str, Any]:
     quiet_libraries()
     config_class = getattr(module, command.config)
     if asked := {"--help", "-h", "--help-all"} & set(arguments):
-        _show(_help(name, config_class, "--help-all" in asked))
+        print_whole(_help(name, config_class, "--help-all" in asked))
         return {}
     values, unknown = _parser(command, config_class).read(arguments)
     if unknown and not command.passes_on:
@@ -182,7 +187,8 @@ def _run(name: str, arguments: list[str], log_file: LogFile) -> dict[str, Any]:
         logger.info("llm2clip %s: %s\nLog: %s", name, command.help, log_file.open(config.output_dir))
     else:
         log_file.discard()
-    with wrap_weight_errors(value for value in vars(config).values() if isinstance(value, str)):
+    given = [one for value in vars(config).values() for one in (value if isinstance(value, list) else [value])]
+    with wrap_weight_errors(one for one in given if isinstance(one, str)):
         return (module.run(config, resume=resume) if command.resumes else module.run(config)) or {}
 
 
@@ -246,7 +252,8 @@ def _parser(command: Command, config_class: Any) -> OptionParser:
 
 def _repeats(command: Command, config_class: Any, positional: str) -> str | None:
     """How often a positional argument may be given, as argparse says it."""
-    if config_class.__dataclass_fields__[positional].default_factory is list:
+    factory = config_class.__dataclass_fields__[positional].default_factory
+    if factory is not dataclasses.MISSING and factory() == []:
         return "*"
     return "?" if positional in command.optional else None
 
@@ -271,15 +278,6 @@ def _help(name: str, config_class: Any, everything: bool) -> str:
         ending = f"`llm2clip {name} --help-all` shows all {count} options, and their whole texts."
     groups = {"arguments": positional, **groups, "general": switches}
     return format_help(f"{usage} [OPTIONS]", _sentence(command.help), groups, ending)
-
-
-def _show(text: str) -> None:
-    """Print a help, of which `head` or a pager may have read enough before its end."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        # Otherwise Python reports it once more when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _overview() -> str:

@@ -14,7 +14,7 @@ from llm2clip.data.opened_table import SourceError
 from llm2clip.data.shard_rows import count_rows
 from llm2clip.data.shards import ShardedSource
 from llm2clip.data.transforms import decode_image
-from llm2clip.search.table_images import TableImages
+from llm2clip.search.table_items import TableImages
 from tests.tars import write_tar
 
 from .conftest import CONCEPTS, ROWS, captions

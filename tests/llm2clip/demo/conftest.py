@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llm2clip.demo.gallery import Gallery
-from llm2clip.search.table_images import TableImages
+from llm2clip.search.table_items import TableImages
 from tests.llm2clip import tiny as training
 from tests.modeling_llm2clip import tiny
 

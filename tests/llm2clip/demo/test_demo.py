@@ -1,17 +1,23 @@
-"""Errors of the demo command before a model is loaded."""
+"""The demo command: its settings, and errors before a model is loaded."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import gradio as gr
 import httpx
 import pytest
+from gradio_client import Client
 
 from llm2clip import cli
 from llm2clip.demo.gallery import Gallery
+from llm2clip.search.index import IndexConfig
+from llm2clip.search.index import run as run_index
 from modeling_llm2clip import LLM2CLIPVisionModelWithProjection
 from tests.llm2clip.demo.conftest import bundled_images
+from tests.llm2clip.encoders import models
 from tests.modeling_llm2clip import tiny
 
 
@@ -39,9 +45,7 @@ def test_other_models_are_refused_before_loading(
     assert not (tmp_path / "space").exists()
 
 
-def test_uploads_are_limited(
-    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_uploads_are_limited(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers: list[int] = []
 
     def visit(page: gr.Blocks) -> None:
@@ -54,5 +58,48 @@ def test_uploads_are_limited(
     options = ["--data", str(tmp_path), "--cache-dir", str(tmp_path / "cache"), "--max-upload-mb", "1"]
     assert cli.main(["demo", "--model", str(model_folder), *options]) == 0
     assert answers == [200, 413]
-    assert cli.main(["demo", "--model", str(model_folder), "--max-upload-mb", "0"]) == 2
-    assert "max_upload_mb must be at least 1, not 0" in capsys.readouterr().err
+
+
+def test_an_index_is_served_beside_a_model_that_embeds_its_images(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[list[str]] = []
+
+    def visit(page: gr.Blocks) -> None:
+        client = Client(page.local_url, download_files=tmp_path / "downloads", verbose=False)
+        answers = client.predict("a camera", api_name="/search")
+        found.extend([shown["caption"].partition(" · ")[2] for shown in answer["value"]] for answer in answers)
+
+    monkeypatch.setattr(gr.Blocks, "block_thread", visit)
+    models.save_transformers("clip", tmp_path / "clip")
+    data = str(bundled_images(6).source["path"])
+    index = {"output_dir": str(tmp_path / "index"), "model": str(model_folder), "num_workers": 0, "split": "test[:6]"}
+    run_index(IndexConfig(folder=data, **index))
+    options = ["--compare", str(tmp_path / "clip"), "--cache-dir", str(tmp_path / "cache")]
+    assert cli.main(["demo", "--index", index["output_dir"], *options]) == 0
+    captions = next(bundled_images(6).batches())["caption"].to_pylist()
+    assert [sorted(names) for names in found] == [sorted(captions)] * 2
+    assert len(list((tmp_path / "cache").iterdir())) == 1, "that of the model to compare"
+
+
+def test_mistakes_are_found_before_libraries_are_imported(tmp_path: Path) -> None:
+    mistakes = {
+        "there is no model in runs/quickstart/llm2clip": [],
+        "there is no model ./no/such": ["--model", "./no/such"],
+        "there is no model /no/such": ["--model", str(tmp_path), "--compare", "/no/such"],
+        "there is no index in /no/such": ["--index", "/no/such"],
+        "index is a and data is b": ["--index", "a", "--data", "b"],
+        "compare is a, but a Space has one model": ["--write-space", "space", "--compare", "a"],
+        "max_upload_mb must be at least 1": ["--max-upload-mb", "0"],
+    }
+    script = f"""
+import sys
+from llm2clip import cli
+assert [cli.main(["demo", *mistake]) for mistake in {list(mistakes.values())}] == [2] * {len(mistakes)}
+print(sorted({{"torch", "transformers", "lancedb", "gradio"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+    errors = [line for line in done.stderr.splitlines() if "error: " in line]
+    for message, shown in zip(mistakes, errors, strict=True):
+        assert message in shown

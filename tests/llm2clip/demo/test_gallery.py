@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,31 +14,49 @@ from PIL import Image
 from llm2clip.data import DamagedImageError
 from llm2clip.demo.demo import DemoConfig, open_images
 from llm2clip.demo.gallery import Gallery
-from llm2clip.search.folder_images import FolderImages
-from llm2clip.search.table_images import TableImages
+from llm2clip.demo.interface import ANYTHING, QUERIES, _head, build_interface, find_examples
+from llm2clip.search.folder_items import FolderImages
+from llm2clip.search.index import IndexConfig, run
+from llm2clip.search.table_items import TableImages
 from modeling_llm2clip import LLM2CLIPModel
 from tests.llm2clip.demo.conftest import NUM_IMAGES, bundled_images
+from tests.llm2clip.encoders import models
+from tests.llm2clip.students import add_query_encoder
+from tests.modeling_llm2clip import tiny
 
 IMAGES = [bundled_images().decode(row) for row in range(NUM_IMAGES)]
+PROCESSOR = tiny.processor()
 LABELS = ["a bicycle", "a camera", "a monkey"]
 
 
 def stored(gallery: Gallery) -> list[dict[str, Any]]:
     """The rows of a gallery's index with their embeddings."""
-    batches = gallery.index.rows.scan(["key", "caption", "vector"])
+    batches = gallery.index.store.keys(["key", "caption", "vector"])
     return [row for batch in batches for row in batch.to_pylist()]
 
 
 def test_text_search_ranks_images_by_the_models_cosine(gallery: Gallery) -> None:
     with torch.no_grad():
-        inputs = gallery.processor(text="a camera", images=IMAGES, return_tensors="pt")
-        output = gallery.model(**inputs)
+        output = gallery.encoder.model(**PROCESSOR(text="a camera", images=IMAGES, return_tensors="pt"))
     cosines = (output.logits_per_text[0] / output.logit_scale).tolist()
     found = gallery.search("a camera", top=5)
     assert [shown.score for shown in found] == pytest.approx(sorted(cosines, reverse=True)[:5], abs=1e-5)
     best = IMAGES[cosines.index(max(cosines))]
     assert found[0].image.tobytes() == best.tobytes()
     assert found[0].name
+
+
+def test_the_query_encoder_of_a_model_is_asked_where_there_is_one(model_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(model_folder, tmp_path / "model")
+    student = add_query_encoder(tmp_path / "model")
+    name, images, cache = str(tmp_path / "model"), bundled_images(9), tmp_path / "cache"
+    fast, slow = (Gallery.open(name, images, cache, text_encoder=kind) for kind in ("auto", "llm"))
+    embeds = slow.encoder.encode_image(IMAGES[:9])
+    for gallery, encode in ((fast, student.encode), (slow, slow.encoder.encode_text)):
+        best = (embeds @ encode("a bus")[0]).max().item()
+        assert gallery.search("a bus", 1)[0].score == pytest.approx(best, abs=1e-5)
+        build_interface([gallery], True, tmp_path / "examples")
+    assert "A small text model" in _head(fast)
 
 
 def test_an_image_finds_itself_first(gallery: Gallery) -> None:
@@ -64,7 +82,7 @@ def test_class_probabilities_equal_the_softmax_of_the_models_logits(gallery: Gal
     probabilities = gallery.classify(image, [*LABELS, " a camera ", ""], "this is {}, {}")
     with torch.no_grad():
         captions = [f"this is {label}, {label}" for label in LABELS]
-        output = gallery.model(**gallery.processor(text=captions, images=image, return_tensors="pt"))
+        output = gallery.encoder.model(**PROCESSOR(text=captions, images=image, return_tensors="pt"))
     assert list(probabilities) == LABELS
     assert list(probabilities.values()) == pytest.approx(output.logits_per_image[0].softmax(-1).tolist(), abs=1e-5)
     assert sum(probabilities.values()) == pytest.approx(1)
@@ -116,12 +134,12 @@ def test_a_second_start_embeds_no_image_again(
 
 
 def test_another_model_gets_an_index_of_its_own(gallery: Gallery, tmp_path: Path) -> None:
-    first = Gallery(gallery.model, gallery.processor, bundled_images(4), tmp_path)
-    weight = gallery.model.visual_projection.weight
+    first = Gallery.embed(gallery.encoder, bundled_images(4), tmp_path)
+    weight = gallery.encoder.model.visual_projection.weight
     original = weight.detach().clone()
     with torch.no_grad():
         weight[0, 0] += 1
-    second = Gallery(gallery.model, gallery.processor, bundled_images(4), tmp_path)
+    second = Gallery.embed(gallery.encoder, bundled_images(4), tmp_path)
     with torch.no_grad():
         weight.copy_(original)
     assert stored(first) != stored(second)
@@ -129,13 +147,14 @@ def test_another_model_gets_an_index_of_its_own(gallery: Gallery, tmp_path: Path
 
 
 def test_another_image_processor_gets_an_index_of_its_own(gallery: Gallery, tmp_path: Path) -> None:
-    first = Gallery(gallery.model, gallery.processor, bundled_images(4), tmp_path)
-    mean = gallery.processor.image_processor.image_mean
-    gallery.processor.image_processor.image_mean = [0.1, 0.2, 0.3]
+    first = Gallery.embed(gallery.encoder, bundled_images(4), tmp_path)
+    processor: Any = gallery.encoder.transform.image_processor  # type: ignore[attr-defined]
+    mean = processor.image_mean
+    processor.image_mean = [0.1, 0.2, 0.3]
     try:
-        second = Gallery(gallery.model, gallery.processor, bundled_images(4), tmp_path)
+        second = Gallery.embed(gallery.encoder, bundled_images(4), tmp_path)
     finally:
-        gallery.processor.image_processor.image_mean = mean
+        processor.image_mean = mean
     assert stored(first) != stored(second)
 
 
@@ -145,13 +164,13 @@ def test_a_folder_of_images_is_searched_and_updated(gallery: Gallery, tmp_path: 
     for number in range(3):
         IMAGES[number].save(folder / "sub" / f"{number}.png")
     (folder / "damaged.png").write_bytes(b"words")
-    opened = Gallery(gallery.model, gallery.processor, FolderImages(folder), cache)
+    opened = Gallery.embed(gallery.encoder, FolderImages(folder), cache)
     assert len(opened) == 3
     assert opened.search(IMAGES[1], top=1)[0].name == "sub/1.png"
     (folder / "sub" / "1.png").unlink()
     assert "sub/1.png" not in [shown.name for shown in opened.search(IMAGES[1])]
     IMAGES[5].save(folder / "new.png")
-    updated = Gallery(gallery.model, gallery.processor, FolderImages(folder), cache)
+    updated = Gallery.embed(gallery.encoder, FolderImages(folder), cache)
     assert updated.search(IMAGES[5], top=1)[0].name == "new.png"
     assert len(updated) == 3
     assert len(list(cache.iterdir())) == 1
@@ -161,15 +180,81 @@ def test_data_without_readable_images_is_refused(gallery: Gallery, tmp_path: Pat
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.png").write_bytes(b"words")
     with pytest.raises(ValueError, match="none of the 1 files or rows"):
-        Gallery(gallery.model, gallery.processor, FolderImages(tmp_path / "pictures"), tmp_path / "cache")
+        Gallery.embed(gallery.encoder, FolderImages(tmp_path / "pictures"), tmp_path / "cache")
 
 
-def test_a_caption_finds_its_image(gallery: Gallery) -> None:
-    caption = next(bundled_images().batches())["caption"][3].as_py()
-    image = gallery.find(caption)
-    assert image is not None
-    np.testing.assert_array_equal(np.asarray(image), np.asarray(IMAGES[3]))
-    assert gallery.find("no such caption, 'quoted'") is None
+def test_an_index_is_opened_with_its_model_and_embeds_nothing(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = str(bundled_images(6).source["path"])
+    index = {"output_dir": str(tmp_path / "index"), "model": str(model_folder), "num_workers": 0, "split": "test[:6]"}
+    run(IndexConfig(folder=data, **index))
+    monkeypatch.setattr("llm2clip.search.search_index.update_index", None)
+    opened = Gallery.of_index(str(tmp_path / "index"))
+    assert (len(opened), opened.has_captions, opened.encoder.name) == (6, True, str(model_folder))
+    found = opened.search(IMAGES[3], top=1)[0]
+    assert (found.image.tobytes(), found.score) == (IMAGES[3].tobytes(), pytest.approx(1, abs=2e-3))
+    torch.manual_seed(1)
+    tiny.save(tmp_path / "other")
+    with pytest.raises(ValueError, match=f"made by {model_folder}"):
+        Gallery.of_index(str(tmp_path / "index"), str(tmp_path / "other"))
+    captions = {**index, "output_dir": str(tmp_path / "captions"), "embed": "caption"}
+    run(IndexConfig(folder=data, **captions))
+    with pytest.raises(ValueError, match=r"captions is of captions; the demo shows images\."):
+        Gallery.of_index(str(tmp_path / "captions"))
+
+
+def test_an_index_without_its_images_is_named(gallery: Gallery, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    IMAGES[0].save(tmp_path / "images" / "0.png")
+    Gallery.embed(gallery.encoder, FolderImages(tmp_path / "images"), tmp_path)
+    (place,) = map(str, tmp_path.glob("index-*"))
+    (tmp_path / "images" / "0.png").unlink()
+    opened = Gallery.of_index(place)
+    assert opened.search("a camera") == []
+    assert find_examples(opened, False, tmp_path / "examples").pictures == []
+    build_interface([opened], False, tmp_path / "examples")
+    (tmp_path / "images").rmdir()
+    with pytest.raises(FileNotFoundError, match="images, which does not exist"):
+        Gallery.of_index(place)
+
+
+@pytest.mark.parametrize(("kind", "has_maps"), [("clip", True), ("siglip2", False), ("open_clip", False)])
+def test_models_of_other_libraries_are_shown(kind: str, has_maps: bool, tmp_path: Path) -> None:
+    if kind == "open_clip":
+        name = "open_clip:{}/{}".format(*models.register_open_clip(tmp_path / "model"))
+    else:
+        models.save_transformers(kind, tmp_path / "model")
+        name = str(tmp_path / "model")
+    opened = Gallery.open(name, bundled_images(5), tmp_path / "cache")
+    encoder = opened.encoder
+    cosines = (encoder.encode_text("a camera") @ encoder.encode_image(IMAGES[:5]).T)[0]
+    found = opened.search("a camera")
+    assert [shown.score for shown in found] == pytest.approx(cosines.sort(descending=True).values.tolist(), abs=1e-5)
+    probabilities = opened.classify(IMAGES[0], LABELS)
+    scale = encoder.model.logit_scale.exp().item()
+    logits = scale * encoder.encode_text(LABELS) @ encoder.encode_image(IMAGES[0])[0]
+    assert list(probabilities.values()) == pytest.approx(logits.softmax(0).tolist(), abs=1e-5)
+    assert opened.has_heat_maps == has_maps
+    if has_maps:
+        assert opened.heat_map(IMAGES[0], "a camera")[2].shape == (4, 4)
+
+
+def test_examples_are_of_the_images_that_are_shown(gallery: Gallery, tmp_path: Path) -> None:
+    captions = set(next(bundled_images().batches())["caption"].to_pylist())
+    bundled = find_examples(gallery, True, tmp_path / "bundled")
+    assert bundled.queries == QUERIES
+    own = find_examples(gallery, False, tmp_path / "own")
+    (queries,) = own.queries.values()
+    assert set(queries) <= captions
+    assert [caption for *_, caption in own.pictures] == queries[: len(own.pictures)]
+    for path, labels, _ in bundled.pictures + own.pictures:
+        assert Image.open(path).tobytes() in {image.tobytes() for image in IMAGES}
+        assert len(gallery.classify(Image.open(path), labels.splitlines())) > 1
+    for number in range(3):
+        IMAGES[number].save(tmp_path / f"{number}.png")
+    files = Gallery.embed(gallery.encoder, FolderImages(tmp_path), tmp_path / "cache")
+    assert find_examples(files, False, tmp_path / "files").queries == {"Examples": ANYTHING}
 
 
 def test_folders_with_and_without_captions_are_opened(tmp_path: Path) -> None:

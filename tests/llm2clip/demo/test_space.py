@@ -81,13 +81,3 @@ def test_the_requirements_of_a_space_equal_the_demo_extra() -> None:
 
 def test_the_space_template_is_not_listed_as_a_model() -> None:
     assert "space" not in published_models()
-
-
-def test_a_missing_quickstart_model_is_named_in_the_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert cli.main(["demo"]) == 2
-    message = capsys.readouterr().err
-    assert "runs/quickstart/llm2clip" in message
-    assert "make quickstart" in message

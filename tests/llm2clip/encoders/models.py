@@ -54,7 +54,7 @@ def tokenizer(with_mask: bool, **fields: Any) -> PreTrainedTokenizerFast:
     )
 
 
-def save_transformers(model_type: str, folder: Path) -> Any:
+def save_transformers(model_type: str, folder: Path, **vision: Any) -> Any:
     """Save a random `clip`, `siglip`, `siglip2`, `chinese_clip` or `altclip` with its processor; return the model."""
     torch.manual_seed(0)
     fields, processor = PARTS[model_type]()
@@ -62,7 +62,7 @@ def save_transformers(model_type: str, folder: Path) -> Any:
     config = AutoConfig.for_model(
         model_type,
         text_config={**text, **fields.pop("text", {})},
-        vision_config={**TOWER, "image_size": SIZE, "patch_size": PATCH, **fields.pop("vision", {})},
+        vision_config={**TOWER, "image_size": SIZE, "patch_size": PATCH, **fields.pop("vision", {}), **vision},
         **fields,
     )
     model = AutoModel.from_config(config).eval()

@@ -17,6 +17,7 @@ from llm2clip.data import DamagedImageError
 from llm2clip.encoders.batches import ImageList
 from llm2clip.encoders.ours import OurEncoder
 from llm2clip.utils.embeddings import NonFiniteError
+from tests.llm2clip.encoders import models
 from tests.modeling_llm2clip import tiny
 
 CLOSE = {"atol": 1e-6, "rtol": 1e-5}
@@ -180,3 +181,30 @@ def test_other_models_and_missing_processors_are_refused(
 def test_public_names_are_those_of_the_room() -> None:
     assert llm2clip.embed_images is embed_images
     assert llm2clip.embed_captions is embed_captions
+
+
+def test_an_encoder_of_images_leaves_out_the_llm_and_auto_keeps_the_dtype(saved_model: Path, tmp_path: Path) -> None:
+    half = llm2clip.load_encoder(str(saved_model), needs=["image"])
+    assert type(half.model) is LLM2CLIPVisionModelWithProjection
+    images = pictures(2)
+    torch.testing.assert_close(
+        half.encode_image(images), llm2clip.load_encoder(str(saved_model)).encode_image(images), **CLOSE
+    )
+    half.model.save_pretrained(tmp_path / "half")
+    tiny.processor().image_processor.save_pretrained(tmp_path / "half")
+    with pytest.raises(
+        ValueError, match=r"a vision half of an LLM2CLIP model\. Texts and images need the whole model"
+    ):
+        llm2clip.load_encoder(str(tmp_path / "half"), needs=["image", "text"])
+    saved = {
+        str(tmp_path / "ours"): tiny.save(tmp_path / "ours"),
+        str(tmp_path / "clip"): models.save_transformers("clip", tmp_path / "clip"),
+    }
+    for name, model in saved.items():
+        model.bfloat16().save_pretrained(name)
+        assert [llm2clip.load_encoder(name, dtype=dtype).dtype for dtype in ("auto", "float32")] == [
+            "bfloat16",
+            "float32",
+        ]
+    name, weights = models.register_open_clip(tmp_path / "open_clip", "auto-open-clip")
+    assert llm2clip.load_encoder(f"open_clip:{name}/{weights}", dtype="auto").dtype == "float32"

@@ -70,7 +70,7 @@ def test_an_empty_text_without_suffix_is_what_remains(prefix: str) -> None:
     tokenizer, num_prefix_tokens = with_prompt(tiny.plain_tokenizer(), prefix, "", max_length=64)
     text = tiny.text_config(prompt_prefix=prefix, prompt_suffix="", num_prefix_tokens=num_prefix_tokens)
     encoder = OurEncoder(tiny.joint_model(text=text), tokenizer)
-    found = encoder.embed_empty()
+    found = encoder.encode_text([""])
     assert found.isfinite().all()
     ids = torch.tensor([tokenizer("")["input_ids"]])
     assert ids.shape[1] == num_prefix_tokens

@@ -25,9 +25,10 @@ pytest.importorskip("ray.data")
 
 
 @pytest.fixture(autouse=True)
-def no_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise Ray writes a token into the home folder."""
+def ray_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise Ray writes a token into the home folder, and refuses objects where 95% of the disk are taken."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_local_fs_capacity_threshold", "1")
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""Results of a suite that were not measured, for tests of what is made of them."""
+"""Results that were not measured, for tests of what is made of them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,20 @@ from typing import Any
 
 from llm2clip.evaluation.results import Result
 
-RETRIEVAL = {"name": "retrieval", "positives": "rows", "ties": "expected value", "text_format": "raw"}
-ZERO_SHOT = {"name": "zero-shot classification", "templates": "openai-80", "text_format": "raw"}
+RETRIEVAL = {
+    "id": "retrieval",
+    "name": "retrieval",
+    "positives": "rows",
+    "ties": "expected value",
+    "text_format": "raw",
+}
+ZERO_SHOT = {
+    "id": "zero-shot-classification",
+    "name": "zero-shot classification",
+    "templates": "openai-80",
+    "text_format": "raw",
+}
+COMPARED = ["image_to_text_recall@1", "text_to_image_recall@1"]
 
 
 def retrieval(given: str, benchmark: str = "urban1k", t2i: float = 0.5, i2t: float = 0.25, **fields: Any) -> Result:
@@ -26,10 +38,11 @@ def retrieval(given: str, benchmark: str = "urban1k", t2i: float = 0.5, i2t: flo
         "model": {"given": given, "library": "transformers", "fingerprint": "f" * 16},
         "protocol": dict(RETRIEVAL),
         "scores": scores,
+        "compared": COMPARED,
         "intervals": intervals,
         "counts": {"images": 1000, "texts": 1000, "truncated_texts": 12, "tied_text_queries": 3},
         "data": {"folder": "/data/urban", "checksum": "0123456789abcdef"},
-        "setup": "RetrievalProtocol(), raw",
+        "setup": {"protocol": "retrieval", "options": {}, "text_format": "raw"},
         "groups": {"length": {name: {"texts": 5, "text_to_image_recall@1": v} for name, v in lengths.items()}},
     }
     return Result(**{**values, **fields})
@@ -40,10 +53,11 @@ def classification(given: str, top1: float = 0.5, **fields: Any) -> Result:
     values: dict[str, Any] = {
         "title": "ImageNet-1k",
         "protocol": dict(ZERO_SHOT),
+        "compared": ["top1"],
         "scores": {"top1": top1, "top5": top1 + 0.2, "mean_per_class": top1},
         "intervals": {"top1": [top1 - 0.01, top1 + 0.01]},
         "counts": {"images": 50000, "classes": 1000, "tied_images": 7},
-        "setup": "ZeroShotClassification(), raw",
+        "setup": {"protocol": "zero-shot-classification", "options": {}, "text_format": "raw"},
         "groups": {"class": {"tench": {"top1": 0.5, "images": 2}}},
     }
     return retrieval(given, "imagenet-1k", **{**values, **fields})

@@ -1,4 +1,4 @@
-"""Bootstrap intervals: compared with drawing the queries themselves, and reproducible."""
+"""Bootstrap intervals: compared with drawing the queries or images themselves, and reproducible."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm2clip.evaluation.bootstrap import bootstrap_interval, bootstrap_intervals, bootstrap_ratios
+from llm2clip.evaluation.bootstrap import bootstrap_interval, bootstrap_ratios
+from llm2clip.evaluation.data import BenchmarkImages, GradedData, HardNegativeData, MultilingualData, RetrievalData
+from llm2clip.evaluation.protocols.choices import CaptionChoice
+from llm2clip.evaluation.protocols.graded import GradedPrecision
+from llm2clip.evaluation.protocols.retrieval import MultilingualRetrieval, RetrievalProtocol
+from llm2clip.evaluation.results import intervals_of
+from tests.llm2clip.evaluation.fake_session import FakeSession
 
 
 def naive_interval(values: Tensor, strata: Tensor | None = None, resamples: int = 4000) -> list[float]:
@@ -39,13 +45,71 @@ def test_parts_are_drawn_apart() -> None:
     assert bootstrap_interval(values, strata) == pytest.approx(naive_interval(values, strata), abs=0.006)
 
 
-def test_an_interval_depends_on_the_seed_and_not_on_the_order_of_scores() -> None:
+def naive_clusters(values: Tensor, strata: Tensor, clusters: Tensor, resamples: int = 2000) -> list[float]:
+    """Draw the images themselves, each with all its queries in all parts, one resample after another."""
+    generator = np.random.default_rng(7)
+    parts, images = strata.unique().tolist(), clusters.unique().tolist()
+    own = {image: [values[(clusters == image) & (strata == part)].tolist() for part in parts] for image in images}
+    means = []
+    for _ in range(resamples):
+        drawn = [own[image] for image in generator.choice(images, len(images)).tolist()]
+        of_parts = [[value for queries in drawn for value in queries[part]] for part in range(len(parts))]
+        means.append(np.mean([np.mean(part) for part in of_parts if part]))
+    return np.quantile(means, [0.025, 0.975]).tolist()
+
+
+@pytest.mark.parametrize("kind", ["hits", "shares"])
+@pytest.mark.parametrize("languages", [1, 3])
+def test_images_are_drawn_with_all_their_queries_of_all_languages(kind: str, languages: int) -> None:
+    """Images of one to six captions; languages have different ones, of which an image finds about as many."""
     torch.manual_seed(0)
-    values = {name: (torch.rand(100) < 0.5).double() for name in ("a", "b")}
-    found = bootstrap_intervals(values)
-    assert found == bootstrap_intervals(dict(reversed(values.items())))
-    assert found["a"][0] < values["a"].mean() < found["a"][1]
-    assert bootstrap_interval(torch.rand(50)) != bootstrap_interval(torch.rand(50), seed=1)
+    clusters = torch.cat([torch.arange(80).repeat_interleave(torch.randint(1, 7, (80,))) for _ in range(languages)])
+    strata = torch.randint(languages, (len(clusters),))
+    ease = torch.rand(80)[clusters]
+    values = (torch.rand(len(clusters)) < ease).double() if kind == "hits" else ease.double() ** (1 + strata)
+    found, expected = bootstrap_interval(values, strata, clusters), naive_clusters(values, strata, clusters)
+    assert found == pytest.approx(expected, abs=0.008)
+    alone = bootstrap_interval(values, strata)
+    assert found[1] - found[0] > 1.2 * (alone[1] - alone[0])
+
+
+def test_captions_that_are_found_together_are_one_observation() -> None:
+    """Five equal hits of an image say no more than one: drawn alone they would seem sqrt(5) times as certain."""
+    torch.manual_seed(0)
+    hits = (torch.rand(300) < 0.4).double()
+    low, high = bootstrap_interval(hits.repeat_interleave(5), clusters=torch.arange(300).repeat_interleave(5))
+    assert [low, high] == bootstrap_interval(hits)
+    narrow = bootstrap_interval(hits.repeat_interleave(5))
+    assert (high - low) / (narrow[1] - narrow[0]) == pytest.approx(5**0.5, rel=0.06)
+
+
+def test_protocols_draw_images() -> None:
+    """All captions of an image find it or none do, in each language."""
+    torch.manual_seed(0)
+    count = 60
+    images = BenchmarkImages([str(row).encode() for row in range(count)])
+    rows, owners = torch.eye(count), torch.arange(count).repeat_interleave(5)
+    shown = torch.where(torch.rand(count) < 0.5, torch.arange(count), (torch.arange(count) + 1) % count)
+    texts = [f"caption {row}" for row in range(5 * count)]
+    session = FakeSession(rows, dict(zip(texts, rows[shown[owners]], strict=True)))
+    expected = bootstrap_interval((shown == torch.arange(count)).double())
+    plain = RetrievalData(images, texts, owners)
+    pairs = torch.stack([torch.arange(len(texts)), owners], dim=1)
+    judged = GradedData(images, texts, owners, pairs, pairs.flip(1))
+    several = MultilingualData({language: RetrievalData(images, texts, owners) for language in ("de", "en")})
+    for protocol, data, name in (
+        (RetrievalProtocol(), plain, "text_to_image_recall@1"),
+        (MultilingualRetrieval(), several, "text_to_image_recall@1"),
+        (GradedPrecision(), judged, "text_to_image_map@r"),
+    ):
+        measured = protocol.measure(session, data)  # type: ignore[attr-defined]
+        assert intervals_of(measured)[name] == pytest.approx(expected, abs=1e-9), name
+    # A choice of each of five kinds: the wrong caption is that of the next image.
+    wrong = [texts[(row + 5) % len(texts)] for row in range(len(texts))]
+    choices = HardNegativeData(images, owners, texts, wrong, [f"add_{row % 5}" for row in range(len(texts))])
+    found = intervals_of(CaptionChoice().measure(session, choices))
+    hits = CaptionChoice().measure(session, choices).values["accuracy"].view(-1, 5)[:, 0]
+    assert found["accuracy"] == found["add_accuracy"] == pytest.approx(bootstrap_interval(hits), abs=1e-9)
 
 
 def test_many_distinct_values_are_drawn_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +151,6 @@ def test_the_interval_of_a_ratio_of_sums_is_that_of_drawn_images(monkeypatch: py
     assert own != pytest.approx(found["first"], abs=0.02)
     monkeypatch.setattr("llm2clip.evaluation.bootstrap.BLOCK", 450)
     assert bootstrap_ratios(counts, ratios) == found
-    assert bootstrap_ratios(counts, ratios, seed=1) != found
 
 
 def test_resamples_without_a_score_are_left_out() -> None:

@@ -11,25 +11,25 @@ import torch
 from PIL import Image
 
 from llm2clip import cli
-from llm2clip.evaluation.benchmarks.data import (
+from llm2clip.evaluation.check_benchmark import InspectedImages, images_of, texts_of
+from llm2clip.evaluation.data import (
     BenchmarkImages,
     CaptionPairData,
     ClassificationData,
     HardNegativeData,
+    MultilingualData,
     PairData,
     RetrievalData,
 )
-from llm2clip.evaluation.benchmarks.label_maps import REFUSED, SegmentationData
-from llm2clip.evaluation.check_benchmark import InspectedImages, images_of, texts_of
+from llm2clip.evaluation.label_maps import REFUSED, SegmentationData
 from tests.llm2clip.checks.test_token_check import save_tokenizer
 from tests.llm2clip.data.conftest import png
 
 # A set of a stranger: an image for each list of captions.
 MODULE = """
 import json
-from llm2clip.evaluation.benchmarks.base import Benchmark
-from llm2clip.evaluation.benchmarks.data import BenchmarkImages, RetrievalData
-from llm2clip.evaluation.protocols.retrieval import RetrievalProtocol
+from llm2clip.evaluation.benchmark import Benchmark
+from llm2clip.evaluation.data import BenchmarkImages, RetrievalData
 
 
 def read(folder):
@@ -40,8 +40,8 @@ def read(folder):
 
 BENCHMARKS = [
     Benchmark(
-        name="tiny", title="Tiny", groups=("short",), folder="tiny", marker="captions.json", files="captions.json",
-        counts={"images": 3, "texts": 5}, license="MIT", source="Here.", read=read, protocol=RetrievalProtocol(),
+        name="tiny", title="Tiny", groups=("short",), folder="tiny", needs=("captions.json",), files="captions.json",
+        counts={"images": 3, "texts": 5}, license="MIT", source="Here.", read=read, protocol="retrieval",
     )
 ]
 """
@@ -137,7 +137,7 @@ def test_a_broken_or_missing_file_stops_a_run(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--benchmark", "urban1k"], "benchmark needs data"),
+        (["--benchmark", "urban1k"], "benchmark needs data, the folder of the files: --data ./data"),
         (["--benchmark", "urban1k", "--data", "nowhere"], "--data nowhere is no folder"),
         (["--data", "somewhere"], "name them with --benchmark"),
         (["mine", "--benchmark", "urban1k", "--data", "."], "not both"),
@@ -162,7 +162,7 @@ def test_a_label_map_with_a_wrong_value_is_found(tmp_path: Path) -> None:
     pictures = BenchmarkImages([tmp_path / "good.jpg", tmp_path / "bad.jpg"])
     maps = [tmp_path / "good.png", tmp_path / "bad.png"]
     data = SegmentationData("Tiny", pictures, maps, {"sky": ("sky",)}, class_of)
-    (_, good), (key, bad) = InspectedImages(pictures, 100, data)
+    (_, good), (key, bad) = InspectedImages(images_of(data)[0], 100)
     assert (good.fault, bad.fault, Path(key).name) == (None, "broken images", "bad.jpg")
     assert "label map" in bad.reason
     assert "bad.png" in bad.reason
@@ -174,22 +174,23 @@ def images(*names: str) -> BenchmarkImages:
 
 def test_texts_and_images_of_every_kind_of_data() -> None:
     shared = images("a", "b")
-    languages = {
-        "de": RetrievalData(shared, ["x"], torch.tensor([1])),
-        "en": RetrievalData(shared, ["y", "z"], torch.tensor([0, 0])),
-    }
+    languages = MultilingualData(
+        {
+            "de": RetrievalData(shared, ["x"], torch.tensor([1])),
+            "en": RetrievalData(shared, ["y", "z"], torch.tensor([0, 0])),
+        }
+    )
     assert texts_of(languages) == {"de": [("b", "x")], "en": [("a", "y"), ("a", "z")]}
-    assert images_of(languages) == [shared]
+    assert [part.images for part in images_of(languages)] == [shared]
     train = ClassificationData(images("c"), torch.tensor([0]), ["dog", "cat"])
     classes = ClassificationData(shared, torch.tensor([0, 1]), ["dog", "cat"], ["a {c}", "the {c}"], train=train)
     assert texts_of(classes) == {
         "prompts": [("dog", "a dog"), ("dog", "the dog"), ("cat", "a cat"), ("cat", "the cat")]
     }
-    assert images_of(classes) == [shared, train.images]
+    assert [part.images for part in images_of(classes)] == [shared, train.images]
     choices = HardNegativeData(shared, torch.tensor([1]), ["x"], ["y"], ["swap"])
     assert texts_of(choices) == {"right": [("b", "x")], "wrong": [("b", "y")]}
-    assert texts_of(PairData(shared, ["x", "y"], ["kind"])) == {"texts": [("0", "x"), ("1", "y")]}
+    assert texts_of(PairData(shared, ["x", "y"], ["kind"])) == {"first": [("a", "x")], "second": [("a", "y")]}
     pairs = CaptionPairData(["x"], ["y"])
     assert texts_of(pairs) == {"queries": [("0", "x")], "targets": [("0", "y")]}
-    assert images_of(pairs) == images_of(object()) == []
-    assert texts_of(object()) == {}
+    assert images_of(pairs) == []

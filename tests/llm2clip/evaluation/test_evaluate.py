@@ -1,26 +1,30 @@
-"""`llm2clip evaluate`: benchmarks on small stand-ins, one's own data by both rules, errors."""
+"""`llm2clip evaluate`: benchmarks on small stand-ins, lists, errors, and the calls from the command to the model."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
-import shutil
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
+import torch
 from PIL import Image
+from transformers import CLIPModel
 
+import modeling_llm2clip
 from llm2clip import cli
-from llm2clip.data import CaptionSource
-from llm2clip.evaluation import ImageTextRetrieval
-from llm2clip.evaluation.benchmarks import all_benchmarks
-from llm2clip.utils.manifests import write_manifest
-from tests.damage import flip
+from llm2clip.encoders import load_encoder, patches
+from llm2clip.evaluation.benchmarks import all_benchmarks, choose_benchmarks
+from llm2clip.evaluation.evaluate_config import OF_OWN_DATA
+from llm2clip.evaluation.metrics import retrieval_metrics
+from modeling_llm2clip import LLM2CLIPModel
+from tests.llm2clip.encoders.models import save_transformers
 from tests.modeling_llm2clip import tiny
 from tests.processes import run_python, run_ranks
 
@@ -29,8 +33,8 @@ STRANGE = '''
 import os
 import signal
 
-from llm2clip.evaluation.benchmarks.base import Benchmark
-from llm2clip.evaluation.benchmarks.data import BenchmarkImages, RetrievalData
+from llm2clip.evaluation.benchmark import Benchmark
+from llm2clip.evaluation.data import BenchmarkImages, RetrievalData
 from llm2clip.evaluation.protocols.retrieval import RetrievalProtocol
 
 WORDS = "red blue small old dog cat bus tree street park snow".split()
@@ -56,7 +60,7 @@ class Protocol(RetrievalProtocol):
 
 BENCHMARKS = [
     Benchmark(
-        name="strange", title="Strange", groups=("short",), folder="Strange", marker="0.png", files="0.png to 10.png",
+        name="strange", title="Strange", groups=("short",), folder="Strange", needs=("0.png",), files="0 to 10.png",
         counts={"images": 11, "texts": 13}, license="MIT", source="here", read=read, protocol=Protocol(),
     )
 ]
@@ -65,28 +69,33 @@ BENCHMARKS = [
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `strange.py`, the data of its benchmark in `benchmarks`, and a small `model`."""
+    """A folder with `strange.py`, the data of its benchmark in `data`, and a small `model`."""
     folder = tmp_path_factory.mktemp("evaluate")
     (folder / "strange.py").write_text(STRANGE)
     odd = STRANGE.replace('title="Strange"', 'title="Odd"').replace('"images": 11', '"images": 12')
     (folder / "odd.py").write_text(odd)
-    images = folder / "benchmarks" / "Strange"
+    images = folder / "data" / "Strange"
     images.mkdir(parents=True)
     for number in range(11):
         tiny.IMAGES[number % 2].rotate(33 * number, expand=True).save(images / f"{number}.png")
     tiny.save(folder / "model")
+    (folder / "pairs.csv").write_text("a,b\na dog,one dog\na cat,one cat\n")
     return folder
 
 
 def command(place: Path, output: Path, *options: str) -> list[str]:
-    data = str(place / "benchmarks")
-    paths = ["--benchmark", str(place / "strange.py"), "--data", data, "--output", str(output)]
+    paths = ["--benchmark", str(place / "strange.py"), "--data", str(place / "data"), "--output", str(output)]
     return ["evaluate", str(place / "model"), *paths, "--num-workers", "0", *options]
 
 
 def result_of(output: Path) -> dict[str, Any]:
     [path] = output.glob("*.strange.*.json")
     return json.loads(path.read_text())
+
+
+def assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    for name in ("scores", "intervals", "counts", "groups", "data", "ranks"):
+        assert found[name] == expected[name]
 
 
 def test_a_strangers_benchmark_is_measured_printed_and_found_again(
@@ -108,9 +117,7 @@ def test_a_strangers_benchmark_is_measured_printed_and_found_again(
     assert capsys.readouterr().out == shown
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == changed
     assert cli.main(command(place, tmp_path, "--overwrite")) == 0
-    again = result_of(tmp_path)
-    for name in ("scores", "intervals", "counts", "groups", "data"):
-        assert again[name] == result[name]
+    assert_equal(result_of(tmp_path), result)
 
 
 def test_a_killed_evaluation_goes_on_with_the_same_numbers(place: Path, tmp_path: Path) -> None:
@@ -123,9 +130,20 @@ def test_a_killed_evaluation_goes_on_with_the_same_numbers(place: Path, tmp_path
     assert cli.main(arguments) == 0
     assert all(path.stat().st_mtime_ns == time for path, time in stored.items())
     assert cli.main(command(place, tmp_path / "whole")) == 0
-    continued, whole = result_of(tmp_path / "killed"), result_of(tmp_path / "whole")
-    for name in ("scores", "intervals", "counts", "groups", "data"):
-        assert continued[name] == whole[name]
+    assert_equal(result_of(tmp_path / "killed"), result_of(tmp_path / "whole"))
+
+
+def test_compact_embeddings_are_measured_as_a_database_compares_them(place: Path, tmp_path: Path) -> None:
+    assert cli.main(command(place, tmp_path, "--truncate-dim", "16", "--precision", "binary")) == 0
+    result = result_of(tmp_path)
+    assert (result["model"]["truncate_dim"], result["model"]["precision"]) == ("16", "binary")
+    [benchmark] = choose_benchmarks([str(place / "strange.py")], place / "data")
+    data = benchmark.read(place / "data" / "Strange")
+    encoder = load_encoder(str(place / "model"))
+    rows = [encoder.encode_image_rows(data.images, range(11)).embeds, encoder.encode_text(data.texts)]
+    signs = [torch.where(some[:, :16] > 0, 1.0, -1.0) for some in rows]
+    wanted = retrieval_metrics(signs[0], signs[1], data.pairs)
+    assert all(wanted[name] == pytest.approx(score) for name, score in result["scores"].items())
 
 
 @pytest.mark.slow
@@ -135,12 +153,88 @@ def test_several_processes_give_the_same_integers(processes: int, place: Path, t
     assert cli.main(command(place, tmp_path / "one")) == 0
     several, one = result_of(tmp_path / "several"), result_of(tmp_path / "one")
     assert (several["processes"], one["processes"]) == (processes, 1)
-    for name in ("scores", "intervals", "counts", "groups", "data"):
-        assert several[name] == one[name]
+    assert_equal(several, one)
+
+
+# A set of each kind, of two images.
+KINDS = """
+import torch
+from llm2clip.evaluation.benchmark import Benchmark
+from llm2clip.evaluation.data import BenchmarkImages, ClassificationData, RetrievalData
+from llm2clip.evaluation.label_maps import SegmentationData
+
+
+def kind(name, make, protocol, **options):
+    def read(folder):
+        images = BenchmarkImages([folder / f"{name}-{number}.png" for number in (0, 1)])
+        return make(images, folder / "labels.png")
+
+    return Benchmark(name=name, title=name, folder="Kinds", read=read, protocol=protocol, options=options)
+
+
+def classes(images, train=None):
+    return ClassificationData(images, torch.tensor([0, 1]), ["dog", "cat"], train=train)
+
+
+NAMES = {"dog": ("dog",), "cat": ("cat",)}
+BENCHMARKS = [
+    kind("pairs", lambda images, _: RetrievalData.from_captions(images, [["a dog"], ["a cat"]]), "retrieval"),
+    kind("classes", lambda images, _: classes(images), "zero-shot-classification"),
+    kind("probe", lambda images, _: classes(images, classes(images)), "linear-probe-sgd"),
+    kind("maps", lambda images, map: SegmentationData("Maps", images, [map] * 2, NAMES, torch.zeros(256).long()),
+         "maskclip-segmentation", scale=(2048, 28)),
+]
+"""
+MOST_CALLS = 10
+METHODS = ("get_text_features", "get_image_features", "get_vision_features", "get_patch_features")
+
+
+@pytest.mark.parametrize("model_type", ["llm2clip", "clip"])
+def test_between_the_command_and_the_model_are_at_most_ten_calls(
+    model_type: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "kinds.py").write_text(KINDS)
+    (tmp_path / "Kinds").mkdir()
+    for turn, kind in enumerate(("pairs", "classes", "probe", "maps")):
+        for number, image in enumerate(tiny.IMAGES):
+            image.rotate(20 * turn).save(tmp_path / "Kinds" / f"{kind}-{number}.png")
+    Image.new("L", tiny.IMAGES[0].size).save(tmp_path / "Kinds" / "labels.png")
+    name = str(place / "model")
+    if model_type == "clip":
+        name = str(tmp_path / "model")
+        save_transformers("clip", tmp_path / "model")
+    rooms = [Path(module.__file__).parent for module in (modeling_llm2clip, cli)]  # type: ignore[arg-type]
+    found: dict[str, set[tuple[str, ...]]] = {method: set() for method in METHODS}
+
+    def recorded(method: str, function: Any) -> Any:
+        def record(*args: Any, **kwargs: Any) -> Any:
+            codes = [frame.f_code for frame, _ in traceback.walk_stack(sys._getframe(1))][::-1]
+            codes = [code for code in codes if not code.co_name.endswith("comp>")]  # no calls since Python 3.12
+            own = [code for code in codes if any(Path(code.co_filename).is_relative_to(room) for room in rooms)]
+            found[method].add(tuple(f"{Path(code.co_filename).stem}.{code.co_name}" for code in own))
+            return function(*args, **kwargs)
+
+        return functools.wraps(function)(record)
+
+    for model in (LLM2CLIPModel, CLIPModel):
+        for method in METHODS:
+            if hasattr(model, method):
+                monkeypatch.setattr(model, method, recorded(method, getattr(model, method)))
+    # CLIP has no method for patches.
+    monkeypatch.setattr(patches, "patch_tokens", recorded("get_patch_features", patches.patch_tokens))
+    arguments = ["--benchmark", str(tmp_path / "kinds.py"), "--data", str(tmp_path), "--num-workers", "0"]
+    assert cli.main(["evaluate", name, *arguments, "--output", str(tmp_path / "results")]) == 0
+    protocols = {way[4] for ways in found.values() for way in ways}
+    assert protocols >= {f"{name}.measure" for name in ("retrieval", "classification", "segmentation")}
+    for method, ways in found.items():
+        assert ways or (model_type, method) == ("clip", "get_vision_features")
+        for way in ways:
+            assert way[0] == "cli.main"
+            assert len(way) <= MOST_CALLS, (method, way)
 
 
 def test_the_list_is_short_and_has_details_of_what_is_chosen(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = ["--data", str(place / "benchmarks")]
+    data = ["--data", str(place / "data")]
     assert cli.main(["evaluate", "--list", *data]) == 0
     lines = capsys.readouterr().out.splitlines()
     known = all_benchmarks()
@@ -149,18 +243,18 @@ def test_the_list_is_short_and_has_details_of_what_is_chosen(place: Path, capsys
     assert re.split(r"\s{2,}", line) == [
         "urban1k", "no", "long, paper", "1,000 images, 1,000 texts", known["urban1k"].license,
     ]  # fmt: skip
-    assert lines[-1].startswith(f"0 of {len(known)} are below {place / 'benchmarks'}. `llm2clip evaluate --list --ben")
+    assert lines[-1].startswith(f"0 of {len(known)} are below {place / 'data'}. `llm2clip evaluate --list --ben")
     # A group shows all of its sets, whether they are there or not.
     assert cli.main(["evaluate", "--list", *data, "--benchmark", "long", str(place / "strange.py")]) == 0
     shown = capsys.readouterr().out
     assert "urban1k  Urban1k" in shown
-    assert f"found:   no, not below {place / 'benchmarks'}" in shown
-    assert f"found:   in {place / 'benchmarks' / 'Strange'}" in shown
+    assert f"found:   no, not below {place / 'data'}" in shown
+    assert f"found:   in {place / 'data' / 'Strange'}" in shown
     assert "fashion-mnist" not in shown
 
 
 def test_a_line_of_the_list_is_cut_at_the_width_of_a_terminal(
-    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     assert cli.main(["evaluate", "--list"]) == 0
@@ -171,30 +265,36 @@ def test_a_line_of_the_list_is_cut_at_the_width_of_a_terminal(
 
 
 def errors(place: Path) -> dict[str, tuple[list[str], str]]:
-    strange, data = str(place / "strange.py"), ["--data", str(place / "benchmarks")]
-    model = str(place / "model")
+    strange, model, data = str(place / "strange.py"), str(place / "model"), ["--data", str(place / "data")]
+    pairs, whole = str(place / "pairs.csv"), [model, "--benchmark", strange, *data]
+    of_own = {
+        "task": "caption_retrieval", "positives": "rows", "split": "train", "image-column": "png",
+        "caption-columns": "text",
+    }  # fmt: skip
+    assert {name.replace("-", "_") for name in of_own} | {"query_column", "target_column"} == set(OF_OWN_DATA)
+    captions = [model, "--benchmark", pairs, "--task", "caption_retrieval"]
     return {
-        "unknown": (
-            [model, "--benchmark", "urban2k", *data],
-            "there is no benchmark 'urban2k'; did you mean 'urban1k'?",
-        ),
+        "unknown": ([model, "--benchmark", "urban2k", *data], "'urban2k'; did you mean 'urban1k'"),
         "missing": ([model, "--benchmark", "urban1k", *data], "urban1k lacks caption/1.txt, image in"),
         "folder": ([model, "--benchmark", "urban1k", "--data", "nowhere"], "--data nowhere is no folder"),
-        "default": ([model, "--benchmark", strange], "--data benchmarks is no folder"),
+        "default": ([model, "--benchmark", strange], "--data data is no folder"),
         # A folder that is no model: counts are checked before a model is loaded.
         "counts": ([str(place), "--benchmark", str(place / "odd.py"), *data], "Odd has 11 images instead of 12"),
-        "output": ([str(place), "--benchmark", strange, *data, "--output", strange], f"because {strange} is a file"),
-        "own_output": ([model, *data, "--output", str(place)], "output is the folder "),
-        "own_file": ([model, *data, "--output", f"{strange}/own.json"], f"because {strange} is a file"),
-        "other_file": ([model, *data, "--output", strange], "strange.py exists and is no result of evaluate"),
-        "no_model": (["--benchmark", strange, *data], "evaluate needs model"),
-        "format": ([model, "--benchmark", strange, *data, "--text-format", "upper"], "text format 'upper' is unknown"),
-        "own": ([model, "--benchmark", strange, *data, "--split", "train"], "--split is for your own data, not with"),
-        "protocol": ([model, "--benchmark", strange, *data, "--protocol", "rows"], "--protocol is for your own data"),
-        "benchmark": ([model, *data, "--allow-counts"], "--allow-counts is for use with --benchmark"),
-        "captions": ([model, *data, "--task", "caption_retrieval", "--protocol", "rows"], "has no protocol rows"),
-        "mapping": ([model, "--benchmark", strange, "--data", "{path: x}"], "data has to be the folder of the bench"),
-    }
+        "output": ([str(place), *whole[1:], "--output", strange], "strange.py, but results are written to a folder"),
+        "no model": (["--benchmark", strange, *data], "evaluate needs a model and what to measure"),
+        "nothing": ([model, *data], "evaluate needs a model and what to measure"),
+        "format": ([*whole, "--text-format", "upper"], "has to be one of raw, lower, albef, blip, flair, long-clip"),
+        "batch": ([*whole, "--batch-size", "0"], "batch_size must be at least 1, not 0"),
+        **{name: ([*whole, f"--{name}", value], f"--{name} is for your own data by path, but none of strange is")
+           for name, value in of_own.items()},
+        "columns": ([*whole, "--query-column", "a", "--target-column", "b"], "is for your own data by path"),
+        "one column": ([*captions, "--query-column", "a"], "query_column and target_column go together"),
+        "rows": ([*captions, "--positives", "rows"], "in caption_retrieval equal texts are one query, and one target"),
+        "image": ([*captions, "--image-column", "png"], "caption_retrieval reads no images: leave it out"),
+        "split": ([model, "--benchmark", pairs, "--split", "validation"], "is a file without splits: leave it out"),
+        "no file": ([model, "--benchmark", f"{pairs}x"], f"{pairs}x"),
+        "skip": ([*captions, "--caption-columns", "a", "b", "--on-error", "skip"], "pairs.csv needs every image"),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", errors(Path()))
@@ -208,59 +308,3 @@ def test_a_mistake_is_one_line(
     assert message in error
     assert "Traceback" not in error
     assert not list(tmp_path.iterdir())
-
-
-def test_images_that_are_missing_are_named(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "benchmarks" / "Strange"
-    folder.mkdir(parents=True)
-    Image.new("RGB", (8, 8)).save(folder / "0.png")
-    arguments = ["evaluate", str(place / "model"), "--benchmark", str(place / "strange.py"), "--output", str(tmp_path)]
-    assert cli.main([*arguments, "--data", str(tmp_path / "benchmarks")]) == 2
-    assert "Strange lacks 10 of 11 images: " in capsys.readouterr().err
-
-
-@pytest.fixture
-def own_data(tmp_path: Path) -> str:
-    """Three images of which two share a caption; the third has one caption twice, in other case."""
-    rows = {"image": tiny.IMAGES[:1] * 3, "caption": [["a dog", "a cat"], ["a dog"], ["a bus", "a bus", "A Bus", ""]]}
-    columns = datasets.Features({"image": datasets.Image(), "caption": datasets.List(datasets.Value("string"))})
-    datasets.Dataset.from_dict(rows, columns).to_parquet(tmp_path / "test.parquet")
-    return str(tmp_path / "test.parquet")
-
-
-def test_rows_of_own_data_are_queries_with_one_right_image(own_data: str) -> None:
-    source = CaptionSource(own_data, split="test", caption_columns=["caption"])
-    processor = tiny.processor().image_processor
-    rows = ImageTextRetrieval(source, processor, positives="rows")
-    assert rows.captions == ["a dog", "a cat", "a dog", "a bus", "a bus", "A Bus"]
-    assert rows.matches(range(3)).tolist() == [[0, 0], [1, 0], [2, 1], [3, 2], [4, 2], [5, 2]]
-    # The second image was skipped.
-    assert rows.matches([0, 2]).tolist() == [[0, 0], [1, 0], [3, 1], [4, 1], [5, 1]]
-    distinct = ImageTextRetrieval(source, processor)
-    assert distinct.captions == ["a dog", "a cat", "a bus", "A Bus"]
-    assert [0, 1] in distinct.matches(range(3)).tolist()
-
-
-def test_own_data_is_measured_with_whole_models_of_ours(
-    place: Path, own_data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = shutil.copytree(place / "model", tmp_path / "model")
-    write_manifest(model, "stage2")
-    with flip(model / "model.safetensors"):
-        assert cli.main(["evaluate", str(model), "--data", own_data, "--caption-columns", "caption"]) == 2
-    assert "is not what was written (model.safetensors has changed" in capsys.readouterr().err
-    assert cli.main(["evaluate", "mine.py:load", "--data", own_data]) == 2
-    assert "mine.py:load is measured with --benchmark" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("options", "texts"), [([], 4), (["--protocol", "distinct"], 4), (["--protocol", "rows"], 6)])
-def test_the_protocol_of_own_data_is_printed_and_written(
-    options: list[str], texts: int, place: Path, own_data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    result = tmp_path / "result.json"
-    arguments = ["evaluate", str(place / "model"), "--data", own_data, "--caption-columns", "caption"]
-    assert cli.main([*arguments, "--output", str(result), *options]) == 0
-    protocol = "rows" if "rows" in options else "distinct"
-    assert f"protocol: {protocol}\n" in capsys.readouterr().out
-    written = json.loads(result.read_text())
-    assert (written["protocol"], written["num_texts"]) == (protocol, texts)

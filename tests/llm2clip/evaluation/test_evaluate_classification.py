@@ -10,16 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from clip_benchmark.metrics import zeroshot_classification
 from torch.nn.functional import normalize
-from torch.utils.data import DataLoader, Dataset
 
 from llm2clip import cli
 from llm2clip.evaluation.benchmarks import all_benchmarks
-from llm2clip.evaluation.benchmarks.data import ClassificationData
 from llm2clip.evaluation.benchmarks.fashion_mnist import CLASSNAMES
-from llm2clip.evaluation.clip_benchmark import load_clip
 from llm2clip.evaluation.prompts import prompts
 from modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.image_decoding_llm2clip import decode_image
@@ -33,10 +28,10 @@ PROBES = ["fashion-mnist-probe-sgd", "fashion-mnist-probe-lbfgs"]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small `model`, and `benchmarks` with 30 test and 120 train images, whose brightness follows the class."""
+    """A small `model`, and `data` with 30 test and 120 train images, whose brightness follows the class."""
     folder = tmp_path_factory.mktemp("classification")
     tiny.save(folder / "model")
-    data = folder / "benchmarks" / "fashion-mnist"
+    data = folder / "data" / "fashion-mnist"
     data.mkdir(parents=True)
     generator = np.random.default_rng(0)
     for part, size in (("t10k", 30), ("train", 120)):
@@ -57,7 +52,7 @@ def evaluate(model: Path, data: Path, output: Path, *options: str) -> dict[str, 
 def test_zero_shot_and_probes_run_from_the_command(place: Path, tmp_path: Path) -> None:
     names = ["fashion-mnist", *PROBES, "fashion-mnist-probe-openai"]
     options = ("--benchmark", *names, "--allow-counts")
-    found = evaluate(place / "model", place / "benchmarks", tmp_path, *options)
+    found = evaluate(place / "model", place / "data", tmp_path, *options)
     assert set(found) == set(names)
     zero_shot = found["fashion-mnist"]
     assert zero_shot["protocol"]["templates"] == "openai-80"
@@ -71,87 +66,50 @@ def test_zero_shot_and_probes_run_from_the_command(place: Path, tmp_path: Path) 
     assert len({json.dumps(result["protocol"]) for result in found.values()}) == 4
 
 
-def test_own_templates_and_names_give_the_nearest_class_of_the_model(place: Path, tmp_path: Path) -> None:
+def test_a_precision_of_embeddings_is_refused_where_none_are_compared(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = ["evaluate", str(place / "model"), "--data", str(place / "data"), "--allow-counts", "--benchmark"]
+    for options in (("--precision", "int8"), ("--truncate-dim", "8")):
+        assert cli.main([*start, "fashion-mnist", PROBES[0], *options, "--output", str(tmp_path)]) == 2
+        assert f"{PROBES[0]} compares no embeddings: leave out truncate_dim and precision" in capsys.readouterr().err
+
+
+def test_own_prompts_give_the_nearest_class_of_the_model_and_results_of_their_own(place: Path, tmp_path: Path) -> None:
     (tmp_path / "templates.txt").write_text("ein {c}\n{c}!\n")
     names = [f"Ding {number}" for number in range(10)]
     (tmp_path / "names.txt").write_text("\n".join(names))
-    options = ("--templates", str(tmp_path / "templates.txt"), "--classnames", str(tmp_path / "names.txt"))
-    found = evaluate(
-        place / "model", place / "benchmarks", tmp_path / "results", "--benchmark", "fashion-mnist",
-        "--allow-counts", *options,
-    )["fashion-mnist"]  # fmt: skip
-    data = all_benchmarks()["fashion-mnist"].read(place / "benchmarks/fashion-mnist")
+    own, named = ("--templates", str(tmp_path / "templates.txt")), ("--classnames", str(tmp_path / "names.txt"))
+    start = ("--benchmark", "fashion-mnist", "--allow-counts")
+    for options in ((), ("--templates", "paper"), own, (*own, *named)):
+        evaluate(place / "model", place / "data", tmp_path / "results", *start, *options)
+    found = {
+        path.name.partition(".fashion-mnist")[2]: json.loads(path.read_text())
+        for path in (tmp_path / "results").glob("*.json")
+    }
+    assert found[".raw.json"]["protocol"]["templates"] == "openai-80"
+    assert found[".paper.raw.json"]["protocol"]["templates"] == "paper"
+    others = [name for name in found if re.fullmatch(r"\.prompts-[0-9a-f]{16}\.raw\.json", name)]
+    assert len(others) == 2
+    assert len(found) == len({json.dumps(one["protocol"]) for one in found.values()}) == 4
+    [result] = [one for one in found.values() if one["protocol"]["classnames"] != "of the set"]
+    data = all_benchmarks()["fashion-mnist"].read(place / "data/fashion-mnist")
     model, processor = LLM2CLIPModel.from_pretrained(place / "model").eval(), tiny.processor()
     images = model.encode_image([data.images.decode(row, decode_image) for row in range(30)], processor)
     texts = model.encode_text(prompts(names, ["ein {c}", "{c}!"]), processor).view(10, 2, -1)
     logits = images @ normalize(texts.mean(dim=1), dim=-1).T
-    assert found["scores"]["top1"] == pytest.approx((logits.argmax(dim=1) == data.labels).double().mean().item())
-    assert found["counts"]["tied_images"] == 0
-    assert set(found["groups"]["class"]) == set(names)
-
-
-def test_results_of_own_prompts_lie_beside_those_of_the_set(place: Path, tmp_path: Path) -> None:
-    (tmp_path / "names.txt").write_text("\n".join(f"Ding {number}" for number in range(10)))
-    (tmp_path / "own.txt").write_text("ein {c}\n")
-    start = ("--benchmark", "fashion-mnist", "--allow-counts")
-    for options in (
-        [],
-        ["--templates", "paper"],
-        ["--templates", str(tmp_path / "own.txt")],
-        ["--classnames", str(tmp_path / "names.txt")],
-    ):
-        evaluate(place / "model", place / "benchmarks", tmp_path / "results", *start, *options)
-    paths = sorted((tmp_path / "results").glob("*.json"))
-    protocols = {path.name.partition(".fashion-mnist")[2]: json.loads(path.read_text())["protocol"] for path in paths}
-    assert protocols[".raw.json"]["templates"] == "openai-80"
-    assert protocols[".paper.raw.json"]["templates"] == "paper"
-    others = [name for name in protocols if re.fullmatch(r"\.prompts-[0-9a-f]{16}\.raw\.json", name)]
-    assert len(others) == 2
-    assert len(protocols) == len({json.dumps(protocol) for protocol in protocols.values()}) == 4
+    hits = (logits.argmax(dim=1) == data.labels).double()
+    assert result["scores"]["top1"] == pytest.approx(hits.mean().item())
+    assert result["counts"]["tied_images"] == 0
+    assert set(result["groups"]["class"]) == set(names)
 
 
 def test_options_of_prompts_are_refused_where_they_would_have_no_effect(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["evaluate", str(place / "model"), "--data", str(place / "benchmarks"), "--output", str(tmp_path)]
-    assert cli.main([*arguments, "--benchmark", PROBES[0], "--templates", "paper"]) != 0
+    arguments = ["evaluate", str(place / "model"), "--data", str(place / "data"), "--output", str(tmp_path)]
+    assert cli.main([*arguments, "--benchmark", PROBES[0], "--templates", "paper"]) == 2
     assert "--templates and --classnames are for benchmarks of zero-shot classification" in capsys.readouterr().err
-    assert cli.main([*arguments, "--templates", "paper"]) != 0
-    assert "--templates is for use with --benchmark" in capsys.readouterr().err
-
-
-class Pictures(Dataset):
-    """The images of a set as CLIP_benchmark loads them."""
-
-    def __init__(self, data: ClassificationData, transform: Any) -> None:
-        self.data, self.transform, self.classes = data, transform, data.classnames
-
-    def __len__(self) -> int:
-        return len(self.data.labels)
-
-    def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
-        return self.transform(self.data.images.decode(row, decode_image)), int(self.data.labels[row])
-
-
-def clip_benchmark_hits(model_folder: Path, data: ClassificationData) -> list[int]:
-    """Count the hits at 1 and 5 by CLIP_benchmark's own code."""
-    model, transform, tokenizer = load_clip(str(model_folder))
-    classifier = zeroshot_classification.zero_shot_classifier(
-        model, tokenizer, data.classnames, data.templates, "cpu", amp=False
-    )
-    loader = DataLoader(Pictures(data, transform), batch_size=64)
-    logits, targets = zeroshot_classification.run_classification(model, classifier, loader, "cpu", amp=False)
-    ranked = logits.topk(5, 1, True, True)[1] == targets[:, None]
-    return [int(ranked[:, :k].sum()) for k in (1, 5)]
-
-
-def test_clip_benchmark_finds_our_integers_with_the_same_model(place: Path, tmp_path: Path) -> None:
-    found = evaluate(
-        place / "model", place / "benchmarks", tmp_path, "--benchmark", "fashion-mnist", "--allow-counts"
-    )["fashion-mnist"]  # fmt: skip
-    data = all_benchmarks()["fashion-mnist"].read(place / "benchmarks/fashion-mnist")
-    hits = [round(30 * found["scores"][name]) for name in ("top1", "top5")]
-    assert hits == clip_benchmark_hits(place / "model", data)
 
 
 @pytest.mark.slow
@@ -171,7 +129,4 @@ def test_the_whole_of_fashion_mnist_runs_from_the_documented_command(place: Path
         # Features of a model with random weights; guessing has 0.1.
         assert 0.4 < found[name]["scores"]["top1"] < found[name]["scores"]["top5"] <= 1
     assert found[PROBES[1]]["counts"]["validation_images"] == 12000
-    data = all_benchmarks()["fashion-mnist"].read(WHOLE / "fashion-mnist")
     assert found["fashion-mnist"]["counts"]["tied_images"] == 0
-    hits = [round(10000 * found["fashion-mnist"]["scores"][name]) for name in ("top1", "top5")]
-    assert hits == clip_benchmark_hits(place / "model", data)

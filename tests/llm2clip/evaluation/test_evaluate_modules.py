@@ -9,7 +9,7 @@ import evaluate
 import pytest
 import torch
 
-from llm2clip.evaluation import caption_retrieval_metrics, metric_path, retrieval_metrics
+from llm2clip.evaluation import metric_path, retrieval_metrics
 from llm2clip.evaluation.evaluate_modules import METRICS
 
 
@@ -51,19 +51,6 @@ def test_an_image_can_have_several_texts(tmp_path: Path) -> None:
     assert found == without({"num_images_with_text"}, expected)
 
 
-def test_caption_retrieval_accuracy_equals_our_metrics(tmp_path: Path) -> None:
-    queries = torch.randn(40, 8)
-    targets = queries + torch.randn(40, 8)
-    metric = load("caption_retrieval_accuracy", tmp_path)
-    found = metric.compute(predictions=queries, references=targets)
-    expected = caption_retrieval_metrics(queries, targets)
-    accuracy = found.pop("caption_retrieval_accuracy")
-    assert 0 < accuracy < 1
-    assert accuracy == pytest.approx(expected["recall@1"])
-    assert found == without({"num_targets"}, expected)
-    assert "recall@1" not in metric.compute(predictions=queries, references=targets, ks=[5])
-
-
 def test_ids_of_another_length_are_refused(tmp_path: Path) -> None:
     metric = load("retrieval_recall", tmp_path)
     with pytest.raises(ValueError, match="there are 3 rows, but image_ids has 2"):
@@ -72,5 +59,5 @@ def test_ids_of_another_length_are_refused(tmp_path: Path) -> None:
 
 def test_unknown_metric_names_are_refused() -> None:
     assert all((Path(metric_path(name)) / f"{name}.py").is_file() for name in METRICS)
-    with pytest.raises(ValueError, match="no metric 'recall'; choose one of caption_retrieval_accuracy, retrieval_"):
+    with pytest.raises(ValueError, match="no metric 'recall'; choose one of retrieval_recall"):
         metric_path("recall")

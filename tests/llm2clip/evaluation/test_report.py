@@ -1,10 +1,9 @@
-"""`llm2clip report`: results of files as tables, a page and plots."""
+"""`llm2clip report`: only results that may be compared share a column, with rows that were published for it."""
 
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +12,20 @@ from PIL import Image
 
 from llm2clip import cli
 from llm2clip.evaluation import report
-from llm2clip.evaluation.comparison import Comparison, Row, add_published, compare
-from llm2clip.evaluation.published import PublishedRow
-from llm2clip.evaluation.report_page import as_markdown
-from llm2clip.evaluation.report_plots import draw_lengths, draw_models
-from llm2clip.evaluation.results import Result
-from tests.llm2clip.evaluation.made_results import RETRIEVAL, classification, retrieval, written
+from llm2clip.evaluation.report import Report, compare_results, told_apart
+from llm2clip.evaluation.results import PublishedRow, Result
+from tests.llm2clip.evaluation.made_results import RETRIEVAL, ZERO_SHOT, classification, retrieval, written
 
 SIDES = ("image_to_text_recall@1", "text_to_image_recall@1")
+LOWER = {**RETRIEVAL, "text_format": "lower"}
 
 
-def compared(*results: Result) -> Comparison:
-    return compare([(Path(str(number)), result) for number, result in enumerate(results)])
+def compared(*results: Result) -> Report:
+    return compare_results(results)
 
 
-@pytest.fixture
-def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")  # nothing is wrapped
+def titles(found: Report) -> list[str]:
+    return [column.title for column in found.columns]
 
 
 @pytest.fixture
@@ -43,21 +39,182 @@ def two_models(tmp_path: Path) -> list[str]:
     )
 
 
-@pytest.mark.usefixtures("wide")
-def test_the_table_and_the_differences(two_models: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_models_are_rows_and_sets_are_columns() -> None:
+    found = compared(retrieval("a", t2i=0.5, i2t=0.25), retrieval("b", t2i=0.6), retrieval("b", "docci", t2i=0.7))
+    assert titles(found) == ["DOCCI", "Urban1k"]
+    assert [row.label for row in found.rows] == ["a", "b"]
+    assert found.rows[0].cells == {1: {SIDES[0]: 0.25, SIDES[1]: 0.5}}
+    assert [found.rows[1].cells[number][SIDES[1]] for number in (0, 1)] == [0.7, 0.6]
+    assert {number: result.benchmark for number, result in found.rows[1].results.items()} == {0: "docci", 1: "urban1k"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "notes"),
+    [
+        ({"protocol": LOWER}, ["(text format raw)", "(text format lower)"]),
+        ({"protocol": {**RETRIEVAL, "positives": "distinct"}}, ["(positives rows)", "(positives distinct)"]),
+        ({"data": {"checksum": "a" * 16}}, ["(data 01234567)", "(data aaaaaaaa)"]),
+        ({"benchmark": "urban1k-other"}, ["(set urban1k)", "(set urban1k-other)"]),
+        (
+            {"differences": ["999 images instead of 1,000", "999 texts instead of 1,000"]},
+            ["", "(not the published set: 999 images instead of 1,000, 999 texts instead of 1,000)"],
+        ),
+        ({"compared": [SIDES[1]]}, ["", ""]),
+    ],
+    ids=["text format", "positives", "data", "set", "counts", "scores"],
+)
+def test_results_that_differ_in_protocol_or_data_share_no_column(changed: dict, notes: list[str]) -> None:
+    found = compared(retrieval("a"), retrieval("b", **{"title": "Urban1k", **changed}))
+    assert titles(found) == [f"Urban1k {note}".strip() for note in notes]
+    assert [sorted(row.cells) for row in found.rows] == [[0], [1]]
+
+
+def test_titles_name_what_has_no_usual_value_though_no_column_differs() -> None:
+    found = compared(retrieval("a", protocol=LOWER), classification("a"))
+    assert titles(found) == ["Urban1k (text format lower)", "ImageNet-1k (openai-80)"]
+
+
+@pytest.mark.parametrize(
+    ("scores", "heading"),
+    [
+        (["image_to_text_map@r", "text_to_image_map@r"], "ECCV Caption\nI2T / T2I mAP@R"),
+        (["text_score", "image_score", "group_score"], "ECCV Caption\ntext score / image score / group score"),
+        (["accuracy"], "ECCV Caption\naccuracy"),
+        (list(SIDES), "ECCV Caption\nI2T / T2I R@1"),
+    ],
+)
+def test_a_protocol_says_which_of_its_scores_are_compared(scores: list[str], heading: str) -> None:
+    """Of ECCV Caption mAP@R, though it has a recall@1 too."""
+    values = dict.fromkeys([*SIDES, *scores], 0.25)
+    found = compared(retrieval("a", "eccv-caption", title="ECCV Caption", scores=values, compared=scores))
+    assert found.columns[0].scores == tuple(scores)
+    assert found.table() == (["model", heading], [["a", " / ".join(["25.0"] * len(scores))]])
+
+
+def test_models_of_one_name_are_told_apart() -> None:
+    other = {"given": "a", "library": "transformers", "fingerprint": "e" * 16}
+    found = compared(retrieval("a"), retrieval("a", model=other), retrieval("b"))
+    assert [row.label for row in found.rows] == ["a (fingerprint ffffffff)", "a (fingerprint eeeeeeee)", "b"]
+    facts = [("a", {"x": "1", "y": "1"}), ("a", {"x": "1", "y": "2"}), ("b", {"x": "2", "y": "1"})]
+    assert told_apart(facts) == ["a (y 1)", "a (y 2)", "b"]
+
+
+def test_a_result_that_was_measured_twice_counts_once_and_two_that_differ_are_an_error(tmp_path: Path) -> None:
+    assert len(compared(retrieval("a"), retrieval("a")).rows) == 1
+    paths = written(tmp_path, retrieval("a"), retrieval("a", t2i=0.51))
+    with pytest.raises(ValueError, match=r"0\.json and .*1\.json .*Urban1k.*text_to_image_recall@1 is 0\.5 and 0\.51"):
+        compare_results(paths)
+
+
+def test_differences_from_a_baseline() -> None:
+    found = compared(retrieval("a"), retrieval("b", t2i=0.75), retrieval("b", "docci"), classification("c"))
+    assert found.table(found.baseline("a"))[1] == [["b", "", "+0.0 / +25.0", ""]]
+    with pytest.raises(ValueError, match="no model is called 'ab'; did you mean"):
+        found.baseline("ab")
+
+
+def published(model: str, **fields: Any) -> PublishedRow:
+    values = {
+        "benchmarks": ("urban1k", "urban1k-again"),
+        "scores": {SIDES[0]: 0.1, SIDES[1]: 0.2},
+        "protocol": {"text_format": "raw"},
+        "source": "A paper",
+    }
+    return PublishedRow(model, **{**values, **fields})
+
+
+def test_published_rows_stand_beside_what_they_may_be_compared_with() -> None:
+    other = retrieval("a", data={"checksum": "b" * 16}, differences=["1 image instead of 2"])
+    again = retrieval("a", "urban1k-again")
+    found = compared(retrieval("a"), retrieval("a", protocol=LOWER), other, retrieval("a", "docci"), again)
+    lines = [
+        published("one"),
+        published("one", benchmarks=("docci",), unstated="what"),
+        published("none", benchmarks=("dci",)),
+        published("two", protocol={"text_format": "flair"}),
+        published("three", protocol={}, source="Another paper"),
+        published("four"),
+        published("top5 alone", scores={SIDES[0]: 0.3}),
+    ]
+    assert found.add_published(lines) == 3
+    # Those of one source stand together.
+    assert [(row.label, row.source) for row in found.rows[1:]] == [
+        ("one", "A paper"), ("four", "A paper"), ("three", "Another paper"),
+    ]  # fmt: skip
+    one, _, three = found.rows[1:]
+    columns = [
+        (column.first.benchmark, column.first.protocol["text_format"], bool(column.first.differences))
+        for column in found.columns
+    ]
+    assert columns == [
+        ("docci", "raw", False), ("urban1k", "raw", False), ("urban1k", "lower", False), ("urban1k", "raw", True),
+        ("urban1k-again", "raw", False),
+    ]  # fmt: skip
+    assert one.cells == {number: {SIDES[0]: 0.1, SIDES[1]: 0.2} for number in (0, 1, 4)}
+    assert one.unstated == ["what"]
+    assert sorted(three.cells) == [1, 2, 4]
+
+
+def test_of_a_set_with_other_templates_nothing_was_published() -> None:
+    found = compared(classification("a"), classification("b", protocol={**ZERO_SHOT, "templates": "paper"}))
+    line = published("one", benchmarks=("imagenet-1k",), scores={"top1": 0.7}, protocol={"templates": "paper"})
+    found.add_published([line])
+    assert found.rows[2].cells == {1: {"top1": 0.7}}
+
+
+def test_a_baseline_that_several_papers_print_is_ambiguous() -> None:
+    found = compared(retrieval("a"))
+    found.add_published([published("one"), published("one", source="Another paper"), published("two")])
+    with pytest.raises(ValueError, match="A paper; Another paper"):
+        found.baseline("one")
+    assert found.table(found.baseline("two"))[1][0] == ["a", "+15.0 / +30.0"]
+
+
+def test_a_report_is_a_table_of_pandas_json_and_markdown() -> None:
+    found = compared(retrieval("a"), retrieval("b", "docci"), classification("b"))
+    found.add_published([published("one")])
+    frame = found.to_pandas()
+    assert frame.index.tolist() == ["a", "b", "one"]
+    assert frame.columns.tolist() == [
+        *(("DOCCI", side) for side in SIDES), *(("Urban1k", side) for side in SIDES),
+        ("ImageNet-1k (openai-80)", "top1"),
+    ]  # fmt: skip
+    assert frame.loc["a", ("Urban1k", SIDES[1])] == 0.5
+    assert frame.loc["one"].tolist()[2:4] == [0.1, 0.2]
+    assert frame.loc["a"].isna().tolist() == [True, True, False, False, True]
+    content = json.loads(found.to_json())
+    assert content["columns"][1] == {"title": "Urban1k", "benchmark": "urban1k", "protocol": RETRIEVAL}
+    first, _, paper = content["rows"]
+    assert (first["model"], first["source"], paper["source"]) == ("a", "", "A paper")
+    assert first["scores"] == {"Urban1k": {SIDES[0]: 0.25, SIDES[1]: 0.5}}
+    assert first["intervals"]["Urban1k"][SIDES[1]] == pytest.approx([0.47, 0.52])
+    assert paper["intervals"] == {}
+    assert "| a |  | 25.0 / 50.0 |  |\n" in found.to_markdown()
+
+
+@pytest.mark.parametrize("columns", [200, 40])
+def test_the_table_and_the_differences_on_a_terminal(
+    columns: int, two_models: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Columns that do not fit go into further tables."""
+    monkeypatch.setenv("COLUMNS", str(columns))
     assert cli.main(["report", *two_models, "--baseline", "openai/clip"]) == 0
-    lines = [" ".join(line.replace("│", " ").split()) for line in capsys.readouterr().out.splitlines()]
-    assert "openai/clip 68.3 / 55.6 75.5" in lines
-    assert "runs/mine 40.0 / 50.0 60.0 / 77.1" in lines, "long sets by name"
-    assert "Difference from openai/clip, percentage points" in lines
+    shown = capsys.readouterr().out
+    lines = [" ".join(line.replace("│", " ").split()) for line in shown.splitlines()]
+    assert "Difference from openai/clip, percentage points" in " ".join(lines)
+    assert max(map(len, shown.splitlines())) <= columns
+    assert shown.count("Scores, %") == (1 if columns == 200 else 3)
     assert "runs/mine -8.3 / +21.5" in lines
+    if columns == 200:
+        assert "openai/clip 68.3 / 55.6 75.5" in lines
+        assert "runs/mine 40.0 / 50.0 60.0 / 77.1" in lines, "long sets by name"
 
 
-@pytest.mark.usefixtures("wide")
 def test_published_rows_are_shown_with_their_source(
     two_models: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scores = {"image_to_text_recall@1": 0.922, "text_to_image_recall@1": 0.933}
+    monkeypatch.setenv("COLUMNS", "200")
+    scores = {SIDES[0]: 0.922, SIDES[1]: 0.933}
     rows = [PublishedRow("A [b]model[/b]", ("urban1k",), scores, {}, "A paper, v1", "table 1", "the prompts")]
     monkeypatch.setattr(report, "published_rows", lambda: rows)
     assert cli.main(["report", str(Path(two_models[0]).parent), "--paper"]) == 0
@@ -70,17 +227,6 @@ def test_published_rows_are_shown_with_their_source(
     rows.clear()
     assert cli.main(["report", *two_models, "--paper"]) == 0
     assert "no published scores are of these sets and protocols" in capsys.readouterr().err
-
-
-def test_columns_that_do_not_fit_the_terminal_go_into_further_tables(
-    two_models: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "40")
-    assert cli.main(["report", *two_models]) == 0
-    shown = capsys.readouterr().out
-    assert shown.count("Scores, %") == 3
-    assert shown.count("runs/mine") == 2, "it has no result of ImageNet"
-    assert max(map(len, shown.splitlines())) <= 40
 
 
 def test_the_page_and_its_plots(two_models: list[str], tmp_path: Path) -> None:
@@ -101,43 +247,44 @@ def test_the_page_and_its_plots(two_models: list[str], tmp_path: Path) -> None:
         assert f"({plot.replace(' ', '%20')})" in page
         assert Image.open(output.parent / plot).width > 100
     assert sorted(path.name for path in output.parent.iterdir() if path.suffix != ".png") == ["my table.md"]
+    table = output.with_suffix(".json")
+    assert cli.main(["report", *two_models, "--output", str(table)]) == 0
+    assert [row["model"] for row in json.loads(table.read_text())["rows"]] == ["openai/clip", "runs/mine", "a|b"]
 
 
 def test_sources_have_the_same_numbers_in_every_table() -> None:
-    comparison = compared(retrieval("a"))
+    found = compared(retrieval("a"))
     facts = [("one", "A paper", "the crop"), ("two", "Another paper", "the prompts"), ("three", "Another paper", "")]
     facts += [("four", "Another paper", "the prompts")]
     scores = dict.fromkeys(SIDES, 0.5)
-    add_published(
-        comparison, [PublishedRow(name, ("urban1k",), scores, {}, source, "", what) for name, source, what in facts]
+    found.add_published(
+        [PublishedRow(name, ("urban1k",), scores, {}, source, "", what) for name, source, what in facts]
     )
-    page = as_markdown(comparison, comparison.baseline("one"))
-    assert (
-        "| model | Urban1k<br>I2T / T2I R@1 |\n| --- | ---: |\n| a | 25.0 / 50.0 |\n| one [1] | 50.0 / 50.0 |" in page
-    )
+    page = found.to_markdown(found.baseline("one"))
+    heads = "| model | Urban1k<br>I2T / T2I R@1 |\n| --- | ---: |\n"
+    assert f"{heads}| a | 25.0 / 50.0 |\n| one [1] | 50.0 / 50.0 |" in page
     assert "| a | -25.0 / +0.0 |\n| two [2] | +0.0 / +0.0 |" in page
     assert "- [1] A paper; does not state the crop\n- [2] Another paper; does not state the prompts\n" in page
 
 
-def test_a_page_has_the_scores_counts_and_parts_of_every_result() -> None:
+def test_a_page_has_the_scores_ranks_counts_and_parts_of_every_result() -> None:
     """The first one has recall@1 alone."""
     english, german = (
         {name: {SIDES[0]: i2t, SIDES[1]: t2i}} for name, i2t, t2i in (("en", 0.1, 0.2), ("de", 0.3, 0.4))
     )
-    recall = {"title": "CRA", "scores": {"recall@1": 0.5}, "intervals": {}, "groups": {}}
-    page = as_markdown(
-        compared(
-            retrieval("c", counts={}, groups={"language": german}, scores=dict.fromkeys(SIDES, 0.5), intervals={}),
-            retrieval("a", counts={"images": 1000}, groups={}),
-            retrieval("b", counts={"texts": 5}, groups={"language": english}),
-            retrieval("d", "cra", **recall),
-        ),
-        None,
-    )
+    recall: dict[str, Any] = {"title": "CRA", "scores": {"recall@1": 0.5}, "compared": ["recall@1"], "groups": {}}
+    first = {"scores": dict.fromkeys(SIDES, 0.5), "intervals": {}, "counts": {}, "groups": {"language": german}}
+    page = compared(
+        retrieval("c", **first),
+        retrieval("a", counts={"images": 1000}, groups={}, ranks={"mean_rank": 2.5}),
+        retrieval("b", counts={"texts": 5}, groups={"language": english}),
+        retrieval("d", "cra", intervals={}, **recall),
+    ).to_markdown()
     rows = [line for line in page.split("## Urban1k")[1].split("###")[0].splitlines() if line.startswith("| ")]
     assert [row.split(" | ")[0] for row in rows] == ["| model", "| ---", "| c", "| a", "| b"]
-    assert [row.split(" | ")[-2:] for row in rows] == [
-        ["images", "texts |"], ["---:", "---: |"], ["", " |"], ["1,000", " |"], ["", "5 |"],
+    assert [row.split(" | ")[-3:] for row in rows] == [
+        ["mean rank", "images", "texts |"], ["---:", "---:", "---: |"], ["", "", " |"], ["2.5", "1,000", " |"],
+        ["", "", "5 |"],
     ]  # fmt: skip
     assert rows[0].count("R@") == 6
     assert rows[2].startswith("| c | 50.0 | 50.0 |  |  |  |  |")
@@ -146,136 +293,35 @@ def test_a_page_has_the_scores_counts_and_parts_of_every_result() -> None:
     assert "CRA<br>R@1 |" in page
 
 
-def test_sets_of_strangers_come_last(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    paths = written(tmp_path / "with [brackets]", retrieval("a", "a-museum"), retrieval("a"), classification("a"))
-    output = tmp_path / "page.md"
-    assert cli.main(["report", str(Path(paths[0]).parent), "--output", str(output)]) == 0
-    assert [line for line in output.read_text().splitlines() if line.startswith("## ")] == [
-        "## Urban1k", "## ImageNet-1k (openai-80)", "## a-museum",
-    ]  # fmt: skip
-
-
-def test_bars_and_lines_show_the_scores() -> None:
-    results = [retrieval("a", t2i=0.5), retrieval("b", t2i=0.6), retrieval("b", "docci", t2i=0.7), classification("a")]
-    comparison = compared(*results)
-    _, text_to_image, top1 = draw_models(comparison).axes
-    bars = {bars.get_label(): [round(bar.get_height(), 6) for bar in bars] for bars in text_to_image.containers[1::2]}
-    assert bars == {"a": [50.0], "b": [60.0, 70.0]}
-    (first,), (second, _) = text_to_image.containers[1::2]
-    assert first.get_x() + first.get_width() == pytest.approx(second.get_x()), "beside each other"
-    (whisker,) = text_to_image.containers[0].lines[2][0].get_segments()
-    assert whisker[:, 1].tolist() == pytest.approx([47.0, 52.0])
-    assert [label.get_text() for label in text_to_image.get_xticklabels()] == ["Urban1k", "DOCCI"]
-    assert [label.get_text() for label in top1.get_xticklabels()] == ["ImageNet-1k (openai-80)"]
-    figure = draw_lengths(comparison)
-    assert figure is not None
-    urban, docci = figure.axes
-    assert [label.get_text() for label in urban.get_xticklabels()] == ["17-32", "129-256", "513-"]
-    lines = {line.get_label(): [round(float(value), 6) for value in line.get_ydata()] for line in urban.get_lines()}
-    assert lines == {"a": [50.0, 60.0, 70.0], "b": [60.0, 70.0, 80.0]}
-    assert docci.get_title() == "DOCCI"
-
-
-def test_of_many_models_the_measured_ones_alone_are_drawn() -> None:
-    comparison = compared(retrieval("a"), retrieval("b"))
-    comparison.rows += [Row(f"p{number}", comparison.rows[0].cells, source="A paper") for number in range(10)]
-    assert len(draw_models(comparison).axes[0].containers[1::2]) == 12
-    comparison.rows.append(Row("one more", comparison.rows[0].cells, source="A paper"))
-    bars = draw_models(comparison).axes[0].containers[1::2]
-    assert [bar.get_label() for bar in bars] == ["a", "b"]
-
-
-def test_long_titles_stay_inside_the_figures_and_do_not_overlap() -> None:
-    differences = ["20 images instead of 1,000", "100 texts instead of 5,000"]
-    results = [retrieval("a", name, title=name, differences=differences) for name in ("docci", "urban1k", "iiw")]
-    results += [classification("a", differences=differences), retrieval("b")]
-    comparison = compared(*results)
-    for figure in (draw_models(comparison), draw_lengths(comparison)):
-        assert figure is not None
-        figure.canvas.draw()
-        renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
-        titles = [axis.title.get_window_extent(renderer) for axis in figure.axes]
-        labels = [label.get_window_extent(renderer) for axis in figure.axes for label in axis.get_xticklabels()]
-        for box in (*titles, *labels):
-            assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
-            assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1
-        legend = figure.legends[0].get_window_extent(renderer)
-        assert not any(legend.overlaps(box) for box in labels)
-        assert not any(one.overlaps(other) for one in titles for other in titles if one is not other)
-        assert all(axis.bbox.height > 100 for axis in figure.axes)
-
-
-def test_without_lengths_there_is_no_plot_of_them(tmp_path: Path) -> None:
-    files = written(tmp_path / "results", retrieval("a", groups={"length": {"0-16": {"text_to_image_recall@1": 0.5}}}))
-    assert cli.main(["report", *files, "--output", str(tmp_path / "table.md")]) == 0
-    assert not (tmp_path / "table-lengths.png").exists()
-    assert "lengths" not in (tmp_path / "table.md").read_text()
-
-
-def changed(**fields: Any) -> str:
-    """The content of a file of a result, with other fields."""
-    return json.dumps({**asdict(retrieval("a")), **fields})
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "is not valid JSON"),
-        ("[]", "does not contain a JSON object"),
-        (json.dumps({"schema_version": 99}), "schema version 1: it has version 99"),
-        (json.dumps({"model": "runs/a", "task": "retrieval"}), "schema version 1: it has no version"),
-        (json.dumps({"schema_version": 1, "benchmark": "a"}), "schema version 1: it lacks title, model, protocol, "),
-        (changed(more=1), "schema version 1: it has the unknown fields more"),
-        (changed(scores=None), "schema version 1: its scores are None"),
-        (changed(scores={"accuracy": True}), "schema version 1: its scores are {'accuracy': True}"),
-        (changed(scores={}), "schema version 1: it has no score"),
-        (changed(scores={"accuracy": math.nan}), "schema version 1: its accuracy is nan"),
-        (changed(counts={"images": "many"}), "schema version 1: its counts are {'images': 'many'}"),
-        (changed(intervals={"accuracy": [0, "1"]}), "schema version 1: its intervals are "),
-        (changed(groups={"length": {"0-16": 1}}), "schema version 1: its groups are "),
-        (changed(model={"given": "a"}), "schema version 1: its model has no fingerprint"),
-        (changed(model={}), "schema version 1: its model has no given and no fingerprint"),
-    ],
-)
-def test_a_file_that_is_no_result_is_one_error(
-    content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "result.json"
-    path.write_text(content)
-    assert cli.main(["report", str(path)]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert str(path) in error
-
-
-def test_mistakes_end_in_one_error(two_models: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def error_of(*arguments: str) -> str:
-        assert cli.main(["report", *arguments]) == 2
-        error = capsys.readouterr().err
-        assert "Traceback" not in error
-        return error
-
-    assert "llm2clip report results/*.json" in error_of()
-    assert f"no result file {tmp_path / 'none.json'}" in error_of(str(tmp_path / "none.json"))
-    (tmp_path / "empty").mkdir()
-    assert "no result file" in error_of(str(tmp_path / "empty"))
-    assert "did you mean 'openai/clip'" in error_of(*two_models, "--baseline", "openai/clap")
-    assert "ends in .md" in error_of(*two_models, "--output", str(tmp_path / "table.html"))
-    (tmp_path / "file").touch()
-    assert "cannot be a folder" in error_of(*two_models, "--output", str(tmp_path / "file" / "table.md"))
-    twice = written(tmp_path / "twice", retrieval("openai/clip", t2i=0.557))
-    assert "but differ" in error_of(*two_models, *twice)
+def test_sets_of_strangers_come_last(tmp_path: Path) -> None:
+    written(tmp_path / "with [brackets]", retrieval("a", "a-museum"), retrieval("a"), classification("a"))
+    found = compare_results([tmp_path / "with [brackets]"])
+    assert titles(found) == ["Urban1k", "ImageNet-1k (openai-80)", "a-museum"]
 
 
 def test_a_file_that_is_named_twice_is_one_result(two_models: list[str]) -> None:
     folder = Path(two_models[0]).parent
-    for names in ([two_models[0], str(folder)], [str(folder / "*.json")], two_models):
-        assert [str(path) for path, _ in report.read_results(names)] == two_models
+    whole = compare_results(two_models).to_json()
+    names: Sequence[list[Any]] = ([two_models[0], folder], [str(folder / "*.json")], [*two_models, folder])
+    for some in names:
+        assert compare_results(some).to_json() == whole
 
 
-def test_results_of_two_text_formats_are_two_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lower = retrieval("b", protocol={**RETRIEVAL, "text_format": "lower"})
-    assert cli.main(["report", *written(tmp_path / "results", retrieval("a"), lower)]) == 0
-    shown = capsys.readouterr().out
-    assert "(text format raw)" in shown
-    assert "(text format lower)" in shown
+def test_mistakes_end_in_one_error(two_models: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    twice = written(tmp_path / "twice", retrieval("openai/clip", t2i=0.557))
+    for arguments, message in (
+        ([], "llm2clip report results/*.json"),
+        ([str(tmp_path / "none.json")], f"no result file {tmp_path / 'none.json'}"),
+        ([str(tmp_path / "empty")], "no result file"),
+        ([*two_models, "--baseline", "openai/clap"], "did you mean 'openai/clip'"),
+        ([*two_models, "--output", str(tmp_path / "table.html")], "ends in .md"),
+        ([*two_models, "--output", str(tmp_path / "file" / "table.md")], "cannot be a folder"),
+        ([*two_models, *twice], "but differ"),
+        ([str(tmp_path / "file")], "is not valid JSON"),
+    ):
+        assert cli.main(["report", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert "Traceback" not in error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,19 @@ from PIL import Image
 from torch import Tensor
 
 from llm2clip.encoders.load import load_encoder
-from llm2clip.evaluation import row_store
-from llm2clip.evaluation.benchmarks.data import BenchmarkImages
+from llm2clip.evaluation import session as evaluation_session
+from llm2clip.evaluation.data import BenchmarkImages
 from llm2clip.evaluation.session import Session
 from llm2clip.utils.embeddings import NonFiniteError
 from llm2clip.utils.processes import leave_process_group
 from modeling_llm2clip.image_decoding_llm2clip import DamagedImageError
+from tests.llm2clip.encoders.models import save_transformers
+from tests.llm2clip.evaluation.fake_session import FakeEncoder, FakeSession
 from tests.processes import run_ranks
 
-from ..encoders.models import save_transformers
-
 TEXTS = ["a small dog", "", "a red bus", "a small dog", "two children"]
+# Above 2**24, float32 has no odd numbers.
+LARGE = 2**24 + 1
 
 
 def picture(number: int) -> bytes:
@@ -45,170 +48,141 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class Counted:
-    """Counts the images and texts that an encoder embeds, and can be killed."""
-
-    def __init__(self, encoder: Any, monkeypatch: pytest.MonkeyPatch, kill_after: int | None = None) -> None:
-        self.images, self.texts = 0, 0
-        forward, embed = encoder.forward_images, encoder.encode_text
-
-        def forward_images(inputs: dict[str, Tensor]) -> Tensor:
-            if kill_after is not None and self.images >= kill_after:
-                raise KeyboardInterrupt
-            self.images += len(inputs["pixel_values"])
-            return forward(inputs)
-
-        def encode_text(texts: list[str]) -> Tensor:
-            self.texts += len(texts)
-            return embed(texts)
-
-        monkeypatch.setattr(encoder, "forward_images", forward_images)
-        monkeypatch.setattr(encoder, "encode_text", encode_text)
-
-
 def session(model: Path, store: Path | None, **options: Any) -> Session:
-    return Session(load_encoder(str(model)), store, batch_size=2, **options)
+    return Session(load_encoder(str(model)), store, **{"batch_size": 2, **options})
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_rows_are_those_of_the_encoder_stored_or_not(model: Path, tmp_path: Path, num_workers: int) -> None:
-    images = pictures(0, 1, 2, 1, 3)
-    encoder = load_encoder(str(model))
-    rows = [encoder.prepare(images.decode(row, row_image), "image") for row in range(5)]
-    inputs = {"pixel_values": torch.stack([row["pixel_values"] for row in rows])}
-    for store in (None, tmp_path, tmp_path):
-        found = session(model, store, num_workers=num_workers)
-        torch.testing.assert_close(found.embed_images(images), encoder.forward_images(inputs), atol=1e-6, rtol=0)
-        torch.testing.assert_close(
-            found.embed_features(images), encoder.forward_features(inputs), atol=1e-5, rtol=1e-5
-        )
-        projected = encoder.forward_features(inputs, projected=True)
-        torch.testing.assert_close(found.embed_features(images, projected=True), projected, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(found.embed_texts(TEXTS), encoder.encode_text(TEXTS), atol=1e-6, rtol=0)
-        assert found.text_lengths(TEXTS)[0].equal(encoder.text_lengths(TEXTS)[0])
-        assert found.embed_texts([]).shape == (0, encoder.width)
+def fake(store: Path | None, seed: int = 0) -> FakeSession:
+    """A session of made rows, whose `embedded` says what was computed."""
+    rows = torch.randn(3, 40, 8, generator=torch.Generator().manual_seed(seed))
+    images, features = ({picture(number): row for number, row in enumerate(part[:30])} for part in rows[:2])
+    texts = dict(zip([*TEXTS, "new"], rows[2], strict=False))
+    wide = {content: torch.cat([row, row]) for content, row in features.items()}
+    return FakeSession(images, texts, store, features=wide, name=f"fake {seed}")
 
 
-def row_image(value: Any, key: str, max_pixels: int) -> Any:
-    return Image.open(io.BytesIO(value))
-
-
-def test_rows_from_the_store_are_equal_bit_for_bit(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    images = pictures(0, 1, 2, 1)
-    first = session(model, tmp_path)
-    fresh = first.embed_images(images), first.embed_texts(TEXTS)
-    again = session(model, tmp_path)
-    counted = Counted(again.encoder, monkeypatch)
-    assert again.embed_images(images).equal(fresh[0])
-    assert again.embed_texts(TEXTS).equal(fresh[1])
-    assert (counted.images, counted.texts) == (0, 0)
-
-
-@pytest.mark.parametrize("stored", [False, True])
-def test_sets_share_images_and_texts_by_content(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: bool
-) -> None:
-    found = session(model, tmp_path if stored else None)
-    counted = Counted(found.encoder, monkeypatch)
-    one = found.embed_images(pictures(0, 1, 2))
-    two = found.embed_images(pictures(3, 2, 0, 3))
-    assert counted.images == 4
-    assert two[[2, 1]].equal(one[[0, 2]])
-    found.embed_texts(TEXTS)
-    assert counted.texts == 4
-    found.embed_texts([*TEXTS, "new"])
-    assert counted.texts == 5
-
-
-def test_a_killed_evaluation_goes_on_whatever_was_evaluated_since(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(row_store, "SHARD_SIZE", 4)
-    images = pictures(*range(10))
-    expected = session(model, None).embed_images(images)
-    killed = session(model, tmp_path)
-    Counted(killed.encoder, monkeypatch, kill_after=6)
-    with pytest.raises(KeyboardInterrupt):
-        killed.embed_images(images)
-    session(model, tmp_path).embed_images(pictures(20, 21))
-    resumed = session(model, tmp_path)
-    counted = Counted(resumed.encoder, monkeypatch)
-    assert resumed.embed_images(images).equal(expected)
-    assert counted.images == 6
-
-
-# Above 2**24, float32 has no odd numbers.
-LARGE = 2**24 + 1
-
-
-def count(positions: Any) -> Any:
+def count(positions: Any) -> Iterator[Tensor]:
     """Two counts of an image: its position, and a number that float32 cannot hold."""
     for position in positions:
         yield torch.tensor([position, LARGE + position])
 
 
 def counts_of(one: Session, images: BenchmarkImages) -> Tensor:
-    return one.count_in_images("positions", [], images.content_keys(), 2, count, "Counting")
+    return one.count_in_images("positions", images.content_keys(), count, 2, "Counting")
 
 
-def test_counts_are_exact_and_stored(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_rows_are_those_of_the_encoder_stored_or_not(model: Path, tmp_path: Path, num_workers: int) -> None:
+    images = pictures(0, 1, 2, 1, 3)
+    encoder = load_encoder(str(model))
+    prepared = [encoder.prepare(Image.open(io.BytesIO(content)), "image") for content in images.images]
+    inputs = {"pixel_values": torch.stack([one["pixel_values"] for one in prepared])}
+    for store in (None, tmp_path, tmp_path):
+        found = session(model, store, num_workers=num_workers)
+        torch.testing.assert_close(found.embed_images(images), encoder.forward_images(inputs), atol=1e-6, rtol=0)
+        for kind, projected in (("features", False), ("projected", True)):
+            rows_of_kind = encoder.forward_features(inputs, projected)
+            torch.testing.assert_close(found.embed_images(images, kind), rows_of_kind, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found.embed_texts(TEXTS), encoder.encode_text(TEXTS), atol=1e-6, rtol=0)
+        assert found.embed_texts([]).shape == (0, encoder.width)
+
+
+def test_sets_share_images_and_texts_by_content_and_later_runs_find_them(tmp_path: Path) -> None:
+    found = fake(tmp_path)
+    one, two = found.embed_images(pictures(0, 1, 2)), found.embed_images(pictures(3, 2, 0, 3))
+    assert two[[2, 1]].equal(one[[0, 2]])
+    texts = found.embed_texts(TEXTS)
+    found.embed_texts([*TEXTS, "new"])
+    distinct = ["a small dog", "", "a red bus", "two children"]
+    assert found.embedded == [3, 1, distinct, ["new"]]
+    again = fake(tmp_path)
+    assert again.embed_images(pictures(3, 2, 0, 3)).equal(two)
+    assert again.embed_texts(TEXTS).equal(texts)
+    assert again.embedded == []
+    # Another model has its own.
+    other = fake(tmp_path, seed=1)
+    assert not other.embed_images(pictures(0, 1)).allclose(one[:2], atol=1e-3)
+    assert other.embedded == [2]
+    assert fake(tmp_path).embed_images(pictures(0, 1)).equal(one[:2])
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_the_batch_size_is_that_of_texts_too(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: bool
+) -> None:
+    texts = [f"a dog {number}" for number in range(7)]
+    for batch_size, expected in ((3, [1, 3, 3]), (None, [7])):
+        found, batches = session(model, tmp_path / str(batch_size) if stored else None, batch_size=batch_size), []
+        encoder: Any = found.encoder
+        features = encoder.text_features
+
+        def text_features(tokens: list[Any], features: Any = features, batches: list[int] = batches) -> Tensor:
+            batches.append(len(tokens))
+            return features(tokens)
+
+        monkeypatch.setattr(encoder, "text_features", text_features)
+        found.embed_texts(texts)
+        assert sorted(batches) == expected
+
+
+def test_a_killed_evaluation_goes_on_whatever_was_evaluated_since(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation_session, "SHARD_SIZE", 4)
+    images = pictures(*range(10))
+    expected = fake(None).embed_images(images)
+    killed = fake(tmp_path)
+    with monkeypatch.context() as patched:
+        compute = FakeEncoder.encode_image_parts
+
+        def kill(self: FakeEncoder, *arguments: Any, **options: Any) -> Any:
+            if self.embedded:
+                raise KeyboardInterrupt
+            return compute(self, *arguments, **options)
+
+        patched.setattr(FakeEncoder, "encode_image_parts", kill)
+        with pytest.raises(KeyboardInterrupt):
+            killed.embed_images(images)
+    fake(tmp_path).embed_images(pictures(20, 21))
+    resumed = fake(tmp_path)
+    assert resumed.embed_images(images).equal(expected)
+    assert resumed.embedded == [4, 2]
+
+
+def test_counts_are_exact_and_stored(tmp_path: Path) -> None:
     images = pictures(*range(5))
     expected = torch.tensor([[row, LARGE + row] for row in range(5)])
     for store in (None, tmp_path, tmp_path):
-        assert counts_of(session(model, store), images).equal(expected)
+        assert counts_of(fake(store), images).equal(expected)
     # Found by content, whatever the position is now.
-    assert counts_of(session(model, tmp_path), pictures(4, 1)).equal(expected[[4, 1]])
+    assert counts_of(fake(tmp_path), pictures(4, 1)).equal(expected[[4, 1]])
 
 
-def test_texts_come_in_parts_and_are_computed_together(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = session(model, None).embed_texts(TEXTS)
-    found = session(model, tmp_path)
-    counted = Counted(found.encoder, monkeypatch)
-    parts = found.embed_text_parts(TEXTS, 2)
-    first = next(parts)
-    assert counted.texts == 4
-    assert [len(part) for part in (first, *parts)] == [2, 2, 1]
-    whole = torch.cat([*found.embed_text_parts(TEXTS, 2)])
-    assert whole.equal(found.embed_texts(TEXTS))
-    torch.testing.assert_close(whole, expected, atol=1e-6, rtol=0)
-    monkeypatch.setattr("llm2clip.evaluation.session.TEXTS", 2)
-    lengths, is_cut = found.text_lengths(TEXTS)
-    assert (lengths.tolist(), is_cut.tolist()) == tuple(value.tolist() for value in found.encoder.text_lengths(TEXTS))
-
-
-def test_another_model_has_its_own_rows(model: Path, tmp_path: Path) -> None:
-    images = pictures(0, 1)
-    before = session(model, tmp_path / "store").embed_images(images)
-    changed = load_encoder(str(model))
-    changed.model.visual_projection.weight.data[0] += 1
-    changed.model.save_pretrained(tmp_path / "model")
-    changed.tokenizer.save_pretrained(tmp_path / "model")
-    changed.transform.image_processor.save_pretrained(tmp_path / "model")
-    after = session(tmp_path / "model", tmp_path / "store").embed_images(images)
-    assert not after.allclose(before, atol=1e-3)
-    assert session(model, tmp_path / "store").embed_images(images).equal(before)
-
-
-def test_the_text_format_changes_every_text(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = session(model, tmp_path)
-    dotted = session(model, tmp_path, text_format=lambda text: text.replace("dog", "bus"))
-    plain.embed_texts(["a small dog", "a red bus"])
-    counted = Counted(dotted.encoder, monkeypatch)
-    found = dotted.embed_texts(["a small dog", "a red bus"])
-    assert counted.texts == 1
-    torch.testing.assert_close(found, plain.embed_texts(["a small bus", "a red bus"]), atol=1e-6, rtol=0)
-    assert dotted.text_lengths(["a dogdog"])[0].equal(plain.text_lengths(["a busbus"])[0])
-
-
-def test_broken_images_and_embeddings_are_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lengths_are_those_of_the_encoder_in_any_parts(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = session(model, None)
+    expected = [column.tolist() for column in found.encoder.text_lengths(TEXTS)]
+    monkeypatch.setattr(evaluation_session, "TEXTS", 2)
+    assert [column.tolist() for column in found.text_lengths(TEXTS)] == expected
+    torch.testing.assert_close(found.embed_texts(TEXTS), found.encoder.encode_text(TEXTS), atol=1e-6, rtol=0)
+
+
+def test_broken_images_are_named_or_have_no_row(model: Path, tmp_path: Path) -> None:
     damaged = BenchmarkImages([picture(0), picture(1)[:60]], ["good", "cut short"])
-    with pytest.raises(DamagedImageError, match="The image 'cut short' cannot be used"):
-        found.embed_images(damaged)
+    # A run that skips it stores so, and one that does not finds that out.
+    for store in (None, tmp_path, tmp_path):
+        rows = session(model, store, on_error="skip").embed_images(damaged)
+        assert rows.isnan().any(dim=1).tolist() == [False, True]
+    for store in (None, tmp_path):
+        with pytest.raises(DamagedImageError, match="The image 'cut short' cannot be used"):
+            session(model, store).embed_images(damaged)
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+@pytest.mark.parametrize("stored", [False, True])
+def test_broken_embeddings_are_named_and_never_skipped(
+    on_error: Any, stored: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = session(model, tmp_path if stored else None, on_error=on_error)
     forward = found.encoder.forward_images
 
     def broken(inputs: dict[str, Tensor]) -> Tensor:
@@ -221,35 +195,39 @@ def test_broken_images_and_embeddings_are_named(model: Path, monkeypatch: pytest
         found.embed_images(pictures(0, 1))
 
 
+def all_rows(one: FakeSession) -> dict[str, Tensor]:
+    rows = {"images": one.embed_images(pictures(*range(7))), "texts": one.embed_texts(TEXTS)}
+    # One row for two processes.
+    rows["features"] = one.embed_images(pictures(0), "features")
+    return rows | {"counts": counts_of(one, pictures(*range(7)))}
+
+
 @pytest.mark.slow
-def test_two_processes_get_the_rows_of_one(model: Path, tmp_path: Path) -> None:
-    run_ranks(["-m", "tests.llm2clip.evaluation.test_session", str(model), str(tmp_path)], 2)
-    images = pictures(*range(7))
-    one = session(model, None)
-    expected = {"images": one.embed_images(images), "texts": one.embed_texts(TEXTS)}
-    expected["features"] = one.embed_features(pictures(0))
-    for rank in range(2):
-        for kind in ("memory", "stored", "again"):
+def test_two_processes_get_the_rows_of_one(tmp_path: Path) -> None:
+    run_ranks(["-m", "tests.llm2clip.evaluation.test_session", str(tmp_path)], 2)
+    expected = all_rows(fake(None))
+    computed = {"memory": ([3, 2, 0], [4, 2, 1]), "stored": ([4, 2, 1], [3, 2, 0]), "again": ([0, 0, 0], [0, 0, 0])}
+    for kind, of_ranks in computed.items():
+        for rank in range(2):
             found = torch.load(tmp_path / f"{kind}-{rank}.pt", weights_only=True)
+            assert found.pop("computed") == of_ranks[rank]
+            assert found.keys() == expected.keys()
             for name, rows in expected.items():
-                torch.testing.assert_close(found[name], rows, atol=1e-6, rtol=0)
-            assert found["counts"].equal(torch.tensor([[row, LARGE + row] for row in range(7)]))
-            assert found["computed"] == {"memory": [3, 4][rank], "stored": [4, 3][rank], "again": 0}[kind]
+                assert found[name].equal(rows)
 
 
-def main(model: Path, folder: Path) -> None:
-    """Embed in memory, into a store, and from it, and save what this process gets."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        for kind, store in (("memory", None), ("stored", folder / "store"), ("again", folder / "store")):
-            one = session(model, store)
-            counted = Counted(one.encoder, monkeypatch)
-            rows = {"images": one.embed_images(pictures(*range(7))), "texts": one.embed_texts(TEXTS)}
-            rows["features"] = one.embed_features(pictures(0))  # one row for two processes
-            rows["counts"] = counts_of(one, pictures(*range(7)))
-            rank = torch.distributed.get_rank()
-            torch.save({**rows, "computed": counted.images}, folder / f"{kind}-{rank}.pt")
+def main(folder: Path) -> None:
+    """Embed in memory, into a store, and from it, and save what this process computes and gets."""
+    for kind, store in (("memory", None), ("stored", folder / "store"), ("again", folder / "store")):
+        one = fake(store)
+        rows = all_rows(one)
+        numbers = [number for number in one.embedded if isinstance(number, int)]
+        texts = sum(len(texts) for texts in one.embedded if isinstance(texts, list))
+        images, features = (sum(number for number in numbers if (number == 1) is alone) for alone in (False, True))
+        saved: dict[str, Any] = {**rows, "computed": [images, texts, features]}
+        torch.save(saved, folder / f"{kind}-{torch.distributed.get_rank()}.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]))
     leave_process_group()

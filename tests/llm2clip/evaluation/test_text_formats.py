@@ -1,10 +1,23 @@
-"""Text formats: what each does to one awkward caption, by hand from the code that it is named after."""
+"""Text formats: what each does to one awkward caption, by hand from the code that it is named after, and to what."""
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
-from llm2clip.evaluation.text_formats import TEXT_FORMATS, choose_text_format
+import pytest
+import torch
+
+from llm2clip.evaluation.data import (
+    BenchmarkImages,
+    CaptionPairData,
+    ClassificationData,
+    HardNegativeData,
+    MultilingualData,
+    PairData,
+    RetrievalData,
+)
+from llm2clip.evaluation.label_maps import SegmentationData
+from llm2clip.evaluation.text_formats import TEXT_FORMATS, format_captions
 
 CAPTION = '  A T-shirt, "red".\nWho?  It\'s (a) <person>... and/or Über. '
 EXPECTED = {
@@ -15,25 +28,43 @@ EXPECTED = {
     "flair": 'A T-shirt, "red". Who?  It\'s (a) <person>. and/or Über',
     "long-clip": '  A T-shirt, "red". Who?  It\'s (a) <person>... and/or Über. ',
 }
+WORDS = [f"w{number}" for number in range(40)]
 
 
 @pytest.mark.parametrize("name", TEXT_FORMATS)
 def test_what_a_format_does(name: str) -> None:
-    assert choose_text_format(name)(CAPTION) == EXPECTED[name]
+    change = TEXT_FORMATS[name]
+    assert change(CAPTION) == EXPECTED[name]
+    assert change("") == ""
+    assert change(" ".join(WORDS)).split() == (WORDS[:30] if name in ("albef", "blip") else WORDS)
 
 
-@pytest.mark.parametrize("name", TEXT_FORMATS)
-def test_an_empty_caption_stays_one(name: str) -> None:
-    assert choose_text_format(name)("") == ""
+IMAGES = BenchmarkImages([b"image"])
+ROWS = RetrievalData(IMAGES, ["A-b", "C"], torch.tensor([0, 0]))
+# Data, and the fields in which captions stand.
+CAPTIONS: list[tuple[Any, tuple[str, ...]]] = [
+    (ROWS, ("texts",)),
+    (CaptionPairData(["A-b"], ["C."]), ("queries", "targets")),
+    (PairData(IMAGES, ["A-b", "C"], ["Kind"]), ("texts",)),
+    (HardNegativeData(IMAGES, torch.tensor([0]), ["A-b"], ["C"], ["Kind_a"]), ("right", "wrong")),
+]
 
 
-def test_albef_and_blip_cut_to_thirty_words() -> None:
-    words = [f"w{number}" for number in range(40)]
-    for name in TEXT_FORMATS:
-        cut = choose_text_format(name)(" ".join(words))
-        assert cut.split() == (words[:30] if name in ("albef", "blip") else words)
+@pytest.mark.parametrize(("data", "fields"), CAPTIONS, ids=lambda value: type(value).__name__)
+def test_captions_of_all_kinds_of_data_are_formatted_and_nothing_else(data: Any, fields: tuple[str, ...]) -> None:
+    changed = format_captions(data, "albef")
+    for name, value in vars(data).items():
+        if name in fields:
+            assert getattr(changed, name) == [TEXT_FORMATS["albef"](text) for text in value] != value
+        else:
+            assert getattr(changed, name) is value
 
 
-def test_an_unknown_format_is_an_error_with_all_names() -> None:
-    with pytest.raises(ValueError, match="'FLAIR' is unknown; there are raw, lower, albef, blip, flair, long-clip"):
-        choose_text_format("FLAIR")
+def test_languages_are_formatted_and_prompts_of_classes_are_not() -> None:
+    languages = format_captions(MultilingualData({"de": ROWS}, ["en"]), "lower")
+    assert (languages["de"].texts, languages.absent) == (["a-b", "c"], ("en",))
+    classes = ClassificationData(IMAGES, torch.tensor([0]), ["T-shirt"], ["a photo of a {c}."])
+    maps = SegmentationData("Sky", IMAGES, [], {"Sky": ("Sky",)}, torch.zeros(256))
+    for data in (classes, maps):
+        for name in TEXT_FORMATS:
+            assert format_captions(data, name) is data

@@ -56,9 +56,8 @@ def test_llm_in_a_local_folder_is_bundled_with_card_curves_and_example(fields: d
     tiny.save_apart(tmp_path, **fields)
     (tmp_path / "clip" / "trainer_state.json").write_text(json.dumps({"log_history": [{"step": 1, "loss": 2.0}]}))
     IMAGES[0].save(tmp_path / "picture.jpg")
-    metrics = {"text_to_image_recall@1": 0.25, "text_to_image_recall@5": 0.5, "text_to_image_recall@10": 0.75}
-    fields = {"model": "x", "task": "retrieval", "data": {"path": "/somewhere/pictures", "split": "test"}, **metrics}
-    (tmp_path / "results.json").write_text(json.dumps(fields))
+    own = {"path": "/somewhere/pictures", "split": "test", "checksum": "0123456789abcdef"}
+    retrieval("x", t2i=0.25, data=own, model=MINE).write(tmp_path / "results.json")
     expected = logits(tmp_path / "clip")
     out = tmp_path / "out"
     run(
@@ -73,7 +72,7 @@ def test_llm_in_a_local_folder_is_bundled_with_card_curves_and_example(fields: d
     data, text = read_card(out)
     assert str(tmp_path) not in text.replace(str(out), "")
     assert (data["license"], data["language"]) == ("mit", ["en"])
-    assert "| image-text retrieval | pictures (test) | text → image | 25.0 | 50.0 | 75.0 |" in text
+    assert "| image-text retrieval | pictures (test) | text → image | 25.0 | 35.0 | 45.0 |" in text
     assert "![Training curves](training_curves.png)" in text
     assert "Apache License" in (out / "LICENSE-CODE").read_text()
     assert not (out / "LICENSE").exists()
@@ -264,7 +263,7 @@ def test_wrong_settings_are_refused_before_anything_is_written(
     results = tmp_path / "results.json"
     for content, message in (
         ("[]", "does not contain a JSON object"),
-        ("{}", "does not contain results of `llm2clip"),
+        ("{}", "is not a result of schema version 1"),
     ):
         results.write_text(content)
         refused(capsys, message, clip, out, "--results", results)

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from llm2clip import cli
-from llm2clip.hub import export_onnx
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
+from llm2clip.hub import export_onnx, onnx_writing
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor, LLM2CLIPVisionModelWithProjection
 from tests.modeling_llm2clip import tiny
 from tests.modeling_llm2clip.tiny import CAPTIONS, IMAGES
 
@@ -41,8 +41,8 @@ def image_embeds(folder: Path) -> Tensor:
     return torch.from_numpy(session(folder, "vision").run(["image_embeds"], {"pixel_values": pixels})[0])
 
 
-def text_embeds(folder: Path, captions: list[str]) -> Tensor:
-    batch = PROCESSOR(text=captions, return_tensors="np")
+def text_embeds(folder: Path, captions: list[str], processor: LLM2CLIPProcessor = PROCESSOR) -> Tensor:
+    batch = processor(text=captions, return_tensors="np")
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     return torch.from_numpy(session(folder, "text").run(["text_embeds"], inputs)[0])
 
@@ -122,12 +122,14 @@ def test_image_processor_determines_the_image_size_of_the_graph(tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", LLMS)
+@pytest.mark.parametrize("model_type", [*LLMS, "two of them"])
 def test_text_graph_of_other_llms(model_type: str, tmp_path: Path) -> None:
-    model = tiny.save(tmp_path, text=tiny.text_config(model_type))
+    text = tiny.pair_config() if model_type == "two of them" else tiny.text_config(model_type)
+    model = tiny.save(tmp_path, text=text)
     export_onnx.run(export_onnx.ExportOnnxConfig(str(tmp_path), parts=["text"]))
-    expected = model.encode_text(CAPTIONS, PROCESSOR)
-    torch.testing.assert_close(text_embeds(tmp_path / "onnx", CAPTIONS), expected, atol=1e-5, rtol=0)
+    processor = LLM2CLIPProcessor.from_pretrained(tmp_path)
+    expected = model.encode_text(CAPTIONS, processor)
+    torch.testing.assert_close(text_embeds(tmp_path / "onnx", CAPTIONS, processor), expected, atol=1e-5, rtol=0)
 
 
 def refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,7 +146,7 @@ def test_models_and_settings_that_cannot_be_exported_are_refused(
     clip, llm = str(tmp_path / "clip"), str(tmp_path / "llm")
     refused([llm], "it contains a text tower", capsys)
     refused(["someone/model"], "someone/model is not a folder; give a folder to write: --output-dir FOLDER", capsys)
-    refused([clip, "--dtype", "int8"], "dtype is 'int8', but it has to be one of float32, float16", capsys)
+    refused([clip, "--dtype", "int4"], "dtype is 'int4', but it has to be one of float32, float16, int8", capsys)
     refused([clip, "--parts", "audio"], "parts is ['audio']; choose vision, text or both", capsys)
     (tmp_path / "llm").rename(tmp_path / "moved")
     refused([clip], "--parts vision exports the vision graph without the LLM", capsys)
@@ -164,8 +166,8 @@ def test_graph_that_differs_from_torch_is_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny.save(tmp_path)
-    run = export_onnx._run
-    monkeypatch.setattr(export_onnx, "_run", lambda *inputs: [rows + 1e-3 for rows in run(*inputs)])
+    run = onnx_writing.graph_rows
+    monkeypatch.setattr(onnx_writing, "graph_rows", lambda *inputs: run(*inputs) + 1e-3)
     refused([str(tmp_path), "--parts", "vision"], "vision_model.onnx differs from torch by 1.0e-03", capsys)
     assert not [path for path in tmp_path.iterdir() if "onnx" in path.name]
     assert AutoConfig.from_pretrained(tmp_path).model_type == "llm2clip"

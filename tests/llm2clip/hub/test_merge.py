@@ -16,8 +16,8 @@ from transformers import AutoModel, AutoProcessor
 
 import llm2clip
 from llm2clip import cli
+from llm2clip.data import CaptionSource
 from llm2clip.encoders import embed
-from llm2clip.evaluation import evaluate
 from llm2clip.hub import build
 from llm2clip.hub.cards.card import read_card
 from llm2clip.hub.merge import mean_recall
@@ -218,8 +218,8 @@ def test_the_best_of_several_shares_is_written_with_its_curve(
     curve = {}
     for alpha in map(float, alphas):
         llm2clip.merge_models(first, second, tmp_path / f"at {alpha}", alpha)
-        config = evaluate.EvaluateConfig(model=str(tmp_path / f"at {alpha}"), data=SOURCE)
-        curve[alpha] = evaluate.run(config)
+        (result,) = llm2clip.evaluate(str(tmp_path / f"at {alpha}"), CaptionSource.from_dict(SOURCE), num_workers=0)
+        curve[alpha] = {**result.scores, **result.ranks}
     best = max(curve, key=lambda alpha: mean_recall(curve[alpha]))
     assert len({mean_recall(metrics) for metrics in curve.values()}) == 3
     assert_same(weights(out), weights(tmp_path / f"at {best}"))
@@ -266,10 +266,10 @@ def test_text_towers_are_measured_by_caption_retrieval(tmp_path: Path) -> None:
     pairs = stages.write_text_pairs(tmp_path / "pairs.parquet", 20)
     columns = {"query_column": "short", "target_column": "long", "split": "train"}
     found = llm2clip.merge_models(llm, tower, tmp_path / "out", [0, 1], eval_source=pairs, **columns)
-    config = {"model": str(tmp_path / "out"), "task": "caption_retrieval", "data": pairs}
-    expected = evaluate.run(evaluate.EvaluateConfig(**config, **columns))
-    assert expected.pop("protocol") == "distinct"
-    assert {name: found[name] for name in expected} == expected
+    del columns["split"]
+    (result,) = llm2clip.evaluate(str(tmp_path / "out"), pairs, **columns)
+    expected = {**result.scores, **result.ranks}
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
     assert (tmp_path / "out" / "curve.png").is_file()
 
 

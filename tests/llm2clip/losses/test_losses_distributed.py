@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from llm2clip.losses import clip_loss, hard_negative_info_nce, sigmoid_loss
+from llm2clip.losses.distillation import instance_distance, similarity_distance, structure_distance
 from llm2clip.losses.gather import gather_rows
 from tests.golden import load_golden
 from tests.processes import run_ranks
@@ -117,6 +118,19 @@ def uneven_hard_negative(rank: int, world: int) -> dict[str, Tensor]:
     return with_gradients(lambda **kwargs: hard_negative_info_nce(**kwargs, scale=5.0), **inputs)
 
 
+def distillation(rank: int, world: int) -> dict[str, Tensor]:
+    """All terms at once, as a step has them; `text` is the teacher. Ranks have different numbers of tiles."""
+    teacher = split(unit(example()["text"]), ROWS[world], rank)
+    return with_gradients(
+        lambda image: (
+            0.2 * instance_distance(unit(image), teacher)
+            + 50 * structure_distance(unit(image), teacher, 3)
+            + 2 * similarity_distance(unit(image), teacher, 3)
+        ),
+        image=split(example()["image"], ROWS[world], rank),
+    )
+
+
 def gathered(rank: int, world: int) -> dict[str, Any]:
     x = split(example()["image"], ROWS[world], rank).clone().requires_grad_()
     rows = gather_rows(x)
@@ -178,6 +192,7 @@ def run_all(rank: int, world: int) -> dict[str, Any]:
         "shared_captions_bf16": shared_captions(rank, world, torch.bfloat16),
         "uneven_hard_negative": uneven_hard_negative(rank, world),
         "sigmoid": sigmoid(rank, world),
+        "distillation": distillation(rank, world),
         "gathered": gathered(rank, world),
         "trained": trained_parameters(rank, world),
     }
@@ -291,6 +306,10 @@ def test_hard_negatives_on_some_ranks_only_equal_one_process(ranks: Results, sin
 
 def test_sigmoid_loss_on_uneven_ranks_equals_one_process(ranks: Results, single: dict[str, Any]) -> None:
     assert_mean_over_ranks_is_single(ranks, single, "sigmoid", atol=2e-6, rtol=1e-5)
+
+
+def test_distillation_on_uneven_ranks_equals_one_process(ranks: Results, single: dict[str, Any]) -> None:
+    assert_mean_over_ranks_is_single(ranks, single, "distillation", atol=1e-5, rtol=1e-5)
 
 
 def test_gathering_keeps_rank_order_and_sums_the_gradients_of_all_ranks(ranks: Results) -> None:

@@ -100,6 +100,37 @@ def test_an_llm_that_runs_online_is_planned_without_gradients(plan: Plan) -> Non
     assert online["flops_per_row"] > stored["flops_per_row"]
 
 
+def test_an_llm_that_trains_with_lora_is_planned_with_its_activations(plan: Plan) -> None:
+    online = ("--embedding_cache", "null", "--online_text_model", "true", "--longest", "24")
+    frozen, lora = (plan("stage2_paper", *online, "--lora_rank", rank) for rank in ("0", "8"))
+    added = lora["parameters"]["trained"] - frozen["parameters"]["trained"]
+    # Two matrices of rank 8 beside each of the seven linear layers of 30 blocks.
+    assert added == 30 * 8 * (2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536))
+    assert lora["parameters"]["frozen"] == frozen["parameters"]["frozen"]
+    ddp, before = lora["strategies"]["DDP"], frozen["strategies"]["DDP"]
+    assert (ddp["gradients"], ddp["states"]) == tuple(factor * lora["parameters"]["trained"] for factor in (4, 8))
+    assert ddp["activations"] > before["activations"]
+    assert lora["flops_per_row"] > 1.5 * frozen["flops_per_row"]
+    # In place of the LLM, a checkpoint has LoRA.
+    assert lora["disk"]["checkpoint"] == 12 * lora["parameters"]["trained"]
+    assert plan.command("stage2_paper", "--lora_rank", "8")[0] == 2
+
+
+def test_a_distillation_takes_a_forward_pass_more_or_the_adapter_alone(plan: Plan) -> None:
+    plain, averaged, texts = (
+        plan("stage2_paper", *arguments)
+        for arguments in (
+            (),
+            ("--ema_half_life", "9", "--distill_weight", "0.2"),
+            ("--freeze_vision", "all", "--embedding_cache", "x", "--distill_from", "x"),
+        )
+    )
+    # Forward and backward are three forward passes.
+    assert averaged["flops_per_row"] == pytest.approx(4 / 3 * plain["flops_per_row"], rel=0.05)
+    assert texts["parameters"]["trained"] < plain["parameters"]["trained"]
+    assert texts["flops_per_row"] < plain["flops_per_row"]
+
+
 def test_heads_on_top_of_a_closed_form_are_counted(plan: Plan) -> None:
     frozen = ("--freeze_vision", "all", "--embedding_cache", "x", "--projection_dim", "16", "--alignment")
     train, both = (plan("stage2_paper", *frozen, kind)["parameters"] for kind in ("train", "closed_form_then_train"))
@@ -184,7 +215,7 @@ def test_the_stage_of_a_recipe_is_known_by_its_name_or_its_fields(tmp_path: Path
     path = tmp_path / "mine.yaml"
     assert stage_of(path, {"vision_model_name_or_path": "x", "sources": []}) == "stage2"
     with pytest.raises(ValueError, match="stage1 and mntp have all of its fields; say which stage it is for"):
-        stage_of(path, {"model_name_or_path": "x", "lora_rank": 4})
+        stage_of(path, {"model_name_or_path": "x", "dtype": "auto"})
     path.write_text(yaml.safe_dump({"seeds": 3}))
     with pytest.raises(ValueError, match="no stage has all of its fields"):
         stage_of(path, load_recipe(path))

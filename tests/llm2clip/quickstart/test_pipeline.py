@@ -17,6 +17,9 @@ from transformers import AutoModel, AutoProcessor, AutoTokenizer
 
 from llm2clip import cli
 from llm2clip.data import decode_image
+from llm2clip.encoders import OurEncoder
+from llm2clip.evaluation.protocols.caption_retrieval import caption_pair_metrics
+from llm2clip.evaluation.session import Session
 from llm2clip.hub.cards.card import read_card, validate_card
 from llm2clip.quickstart import text_steps
 from llm2clip.quickstart.config import QuickstartConfig
@@ -208,7 +211,8 @@ def test_the_raw_encoders_share_their_weights_and_differ_in_attention(folder: Pa
     manifests = [EmbeddingCache.open(folder / "cache" / name).manifest for name in ("raw", "raw-causal")]
     assert manifests[0].fingerprint != manifests[1].fingerprint
     data = QuickstartData.find(results["settings"]["data"], ["caption", "keywords"], "picture")
-    measured = data.caption_sets["name_to_keywords"](models[1].eval(), AutoTokenizer.from_pretrained(causal))
+    session = Session(OurEncoder(models[1].eval(), AutoTokenizer.from_pretrained(causal)))
+    measured = caption_pair_metrics(session, data.caption_sets["name_to_keywords"])
     stored = results["caption_retrieval"]["raw LLM, causal"]["name_to_keywords"]
     assert measured == pytest.approx(stored, abs=0.2)
 

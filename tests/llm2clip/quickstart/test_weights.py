@@ -47,6 +47,7 @@ def vit_small(cache_dir: Path) -> Path:
     return converted("vision_model", weights.VIT_SMALL_WHEEL, cache_dir)
 
 
+@pytest.mark.slow
 def test_smollm2_predicts_the_next_word(smollm2: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     model = AutoModel.from_pretrained(smollm2).eval()
@@ -60,6 +61,7 @@ def test_smollm2_predicts_the_next_word(smollm2: Path) -> None:
     assert tokenizer.decode((model.get_input_embeddings().weight @ hidden).argmax()) == " Paris"
 
 
+@pytest.mark.slow
 def test_smollm2_tokenizer_pads_with_its_end_token_and_adds_no_special_tokens(smollm2: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     assert tokenizer.pad_token == tokenizer.eos_token == "<|im_end|>"

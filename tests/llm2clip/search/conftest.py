@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from llm2clip.search.image_index import ImageIndex
+from llm2clip import cli
+from llm2clip.encoders.ours import OurEncoder
 from llm2clip.search.index import IndexConfig, run
+from llm2clip.search.search_index import SearchIndex
 from llm2clip.utils.remote_path import open_path
 from modeling_llm2clip import LLM2CLIPModel
 from tests.modeling_llm2clip import tiny
@@ -56,9 +58,15 @@ def index(folder: Path | str, model: Path, output: Path | str, **settings: Any) 
 
 def rows(folder: Path | str) -> list[dict[str, Any]]:
     """The rows of an index with their embeddings, in the order of the table."""
-    opened = ImageIndex.open(folder).rows
-    batches = opened.scan([*opened.columns, "vector"])
-    return [row for batch in batches for row in batch.drop_columns(["_rowid"]).to_pylist()]
+    return stored_rows(SearchIndex.open(folder), "vector")
+
+
+def stored_rows(index: SearchIndex, *internal: str) -> list[dict[str, Any]]:
+    """The rows of an open index, with some of their internal columns, in the order of the store."""
+    described = [batch.drop_columns(["_rowid"]) for batch in index.store.keys(None)]
+    others = [batch.drop_columns(["_rowid"]) for batch in index.store.keys(internal)]
+    found = [[row for batch in batches for row in batch.to_pylist()] for batches in (described, others)]
+    return [{**row, **more} for row, more in zip(*found, strict=True)]
 
 
 def embeddings(output: Path) -> dict[str, np.ndarray]:
@@ -69,7 +77,21 @@ def embeddings(output: Path) -> dict[str, np.ndarray]:
 def content(folder: Path | str) -> dict[str, Any]:
     """All that an index says, apart from versions."""
     failures = json.loads((open_path(folder) / "failures.json").read_text())
-    return {"rows": rows(folder), "failures": failures, "manifest": ImageIndex.open(folder).manifest.content()}
+    return {"rows": rows(folder), "failures": failures, "manifest": SearchIndex.open(folder).manifest.content()}
+
+
+def as_json(capsys: pytest.CaptureFixture[str], *arguments: Any) -> list[dict[str, Any]]:
+    """Return the queries in the output of `llm2clip search --json`."""
+    capsys.readouterr()
+    assert cli.main(["search", *map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)["queries"]
+
+
+def error(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
+    """Return the error message of a command."""
+    capsys.readouterr()
+    assert cli.main([*map(str, arguments)]) == 2
+    return capsys.readouterr().err
 
 
 def save_table(path: Path, seeds: list[int], **columns: list[Any]) -> Path:
@@ -106,6 +128,37 @@ def pictures(tmp_path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encoded(picture(number)))
     return folder
+
+
+class Forwards:
+    """The images in each batch that models have embedded; the next run ends after `limit` of them.
+
+    Attributes:
+        meanwhile: Called before each batch, with the number of those before.
+    """
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self.limit: int | None = None
+        self.meanwhile: Callable[[int], Any] = lambda number: None
+
+
+@pytest.fixture
+def forwards(monkeypatch: pytest.MonkeyPatch) -> Forwards:
+    """What models embed from now on."""
+    found, forward = Forwards(), OurEncoder.forward_images
+
+    def counted(self: OurEncoder, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        if found.limit == len(found.sizes):
+            raise KeyboardInterrupt
+        meanwhile, found.meanwhile = found.meanwhile, lambda number: None  # it may embed images of its own
+        meanwhile(len(found.sizes))
+        found.meanwhile = meanwhile
+        found.sizes.append(len(inputs["pixel_values"]))
+        return forward(self, inputs)
+
+    monkeypatch.setattr(OurEncoder, "forward_images", counted)
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from llm2clip import cli
 from llm2clip.encoders.ours import OurEncoder
-from llm2clip.search.image_index import ImageIndex
 from llm2clip.search.index import IndexConfig, run
-from llm2clip.search.stores import open_store
+from llm2clip.search.search_index import SearchIndex
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection
+from tests.llm2clip import embedding_models
 from tests.modeling_llm2clip import tiny
 
-from .conftest import content, encoded, picture, rows, save_broken, save_table
-from .test_search import as_json, error
+from .conftest import as_json, content, encoded, error, picture, rows, save_broken, save_table, stored_rows
+from .test_postgres_store import failures
 
 Model = tuple[Path, LLM2CLIPModel]
 SHORT = ["a small dog", "a red bus", "a steam train", "a red bus"]
@@ -47,9 +47,8 @@ def index(path: Path | str, model: Path, output: Path | None = None, **settings:
 
 def everything(place: Path | str, postgres: str | None = None) -> list[dict[str, Any]]:
     """All rows of an index with all columns, in the order of the captions; PostgreSQL stores no zeros in texts."""
-    opened = ImageIndex.open(place, postgres)
-    batches = opened.rows.scan([*opened.rows.columns, "_id", "vector"])
-    found = [row for batch in batches for row in batch.drop_columns(["_rowid"]).to_pylist()]
+    opened = SearchIndex.open(place, postgres)
+    found = stored_rows(opened, "_id", "vector")
     found = [row | {"caption": row["caption"].replace("\0", "\N{REPLACEMENT CHARACTER}")} for row in found]
     return sorted(found, key=lambda row: (row["row"], row["caption_column"], row["caption_number"]))
 
@@ -74,13 +73,13 @@ def indexed(data: Path, model: Model, tmp_path: Path) -> Path:
 def embedded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The captions that a model is asked to embed."""
     found: list[str] = []
-    embed = OurEncoder.embed_and_count
+    embed = OurEncoder.encode_text
 
     def counted(self: OurEncoder, captions: list[str], *arguments: Any, **options: Any) -> Any:
         found.extend(captions)
         return embed(self, captions, *arguments, **options)
 
-    monkeypatch.setattr(OurEncoder, "embed_and_count", counted)
+    monkeypatch.setattr(OurEncoder, "encode_text", counted)
     return found
 
 
@@ -133,7 +132,10 @@ def test_an_image_finds_captions_without_the_llm(
     monkeypatch.setattr(LLM2CLIPTextModel, "__init__", refuse)
     picture(9).save(tmp_path / "query.png")
     query = "--image", tmp_path / "query.png"
-    assert as_json(capsys, indexed, *query) == as_json(capsys, indexed, *query, "--model", half)
+    (found,), (others,) = as_json(capsys, indexed, *query), as_json(capsys, indexed, *query, "--model", half)
+    for one, other in zip(found["results"], others["results"], strict=True):
+        assert one.pop("score") == pytest.approx(other.pop("score"), abs=1e-6)
+        assert one == other
 
 
 def test_an_update_embeds_only_new_captions_and_equal_ones_once(
@@ -171,7 +173,7 @@ def test_a_killed_run_is_resumed_with_an_equal_result(
         return index(data, model[0], **where, **settings)
 
     build(places[0])
-    embed, calls = OurEncoder.embed_and_count, []
+    embed, calls = OurEncoder.encode_text, []
 
     def killed(self: OurEncoder, texts: list[str], *arguments: Any, **options: Any) -> Any:
         if len(calls) == 2:
@@ -180,17 +182,17 @@ def test_a_killed_run_is_resumed_with_an_equal_result(
         return embed(self, texts, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(OurEncoder, "embed_and_count", killed)
+        patch.setattr(OurEncoder, "encode_text", killed)
         with pytest.raises(KeyboardInterrupt):
             build(places[1])
     with pytest.raises(FileNotFoundError, match="it is not finished; run the same llm2clip index again"):
-        ImageIndex.open(places[1], url)
+        SearchIndex.open(places[1], url)
     with monkeypatch.context() as patch:
-        patch.setattr(OurEncoder, "embed_and_count", lambda *a, **o: calls.append(a[1]) or embed(*a, **o))
+        patch.setattr(OurEncoder, "encode_text", lambda *a, **o: calls.append(a[1]) or embed(*a, **o))
         assert build(places[1]) == (12, 0, 0, 0, 12)
     assert [text for texts in calls for text in texts] == captions
     assert everything(places[0], url) == everything(places[1], url)
-    whole, resumed = (ImageIndex.open(place, url) for place in places)
+    whole, resumed = (SearchIndex.open(place, url) for place in places)
     assert whole.manifest.content() == resumed.manifest.content()
 
 
@@ -201,7 +203,7 @@ def test_postgres_and_lancedb_have_the_same_captions(
         counts = index(data, model[0], postgres=url, **BOTH, **settings)
         assert index(data, model[0], tmp_path / "index", **BOTH, **settings) == counts
         assert everything("data_parquet_captions", url) == everything(tmp_path / "index")
-        assert open_store("data_parquet_captions", url).failures() == open_store(tmp_path / "index").failures()
+        assert failures("data_parquet_captions", url) == failures(tmp_path / "index")
         return counts
 
     assert both() == (7, 0, 0, 0, 7)
@@ -215,14 +217,8 @@ def test_postgres_and_lancedb_have_the_same_captions(
     save_table(data, [0, 1, 2, 3], caption=captions, long=[None] * 3 + [["new"]], key=list("abcd"))
     assert both(allow_removals=True) == (3, 1, 4, 1, 4)
     assert both() == (0, 4, 0, 1, 4)
-    message = error_of_index(capsys, data, "--model", model[0], "--postgres", url, "--table", "data_parquet_captions")
+    message = error(capsys, "index", data, "--model", model[0], "--postgres", url, "--table", "data_parquet_captions")
     assert "was built with embed caption, not image; choose another --output-dir or --table" in message
-
-
-def error_of_index(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
-    capsys.readouterr()
-    assert cli.main(["index", *map(str, arguments)]) == 2
-    return capsys.readouterr().err
 
 
 def test_an_index_of_captions_is_not_updated_as_another_one(
@@ -230,12 +226,12 @@ def test_an_index_of_captions_is_not_updated_as_another_one(
 ) -> None:
     before = content(indexed)
     command = [data, "--model", model[0], "--output-dir"]
-    assert "was built with embed caption, not image" in error_of_index(capsys, *command, indexed)
+    assert "was built with embed caption, not image" in error(capsys, "index", *command, indexed)
     run(IndexConfig(folder=str(data), model=str(model[0]), output_dir=str(tmp_path / "images"), num_workers=0))
     captions = ["--embed", "caption"]
-    message = error_of_index(capsys, *command, tmp_path / "images", *captions)
+    message = error(capsys, "index", *command, tmp_path / "images", *captions)
     assert "was built with embed image, not caption; choose another" in message
-    message = error_of_index(capsys, *command, indexed, *captions)
+    message = error(capsys, "index", *command, indexed, *captions)
     assert re.search(
         r"was built with source kind dataset, .* caption_columns caption, long, not kind dataset", message
     )
@@ -251,9 +247,9 @@ def test_another_text_side_is_refused_for_updates_and_texts_but_finds_captions_b
     other.save_pretrained(tmp_path / "other")
     tiny.processor().save_pretrained(tmp_path / "other")
     reason = "other weights, another LLM, tokenizer or adapter"
-    assert reason in error(capsys, indexed, "a bus", "--model", tmp_path / "other")
+    assert reason in error(capsys, "search", indexed, "a bus", "--model", tmp_path / "other")
     command = [data, "--model", tmp_path / "other", "--output-dir", indexed, "--embed", "caption"]
-    assert reason in error_of_index(capsys, *command, "--caption-columns", "caption", "long")
+    assert reason in error(capsys, "index", *command, "--caption-columns", "caption", "long")
     picture(9).save(tmp_path / "query.png")
     assert as_json(capsys, indexed, "--image", tmp_path / "query.png", "--model", tmp_path / "other")
 
@@ -286,35 +282,27 @@ def test_captions_without_images_are_found_and_shown_without(
     assert "<img" not in page.read_text()
     assert "class='frame'" not in page.read_text()
     shown = capsys.readouterr().out
+    assert re.fullmatch(r"(<b>a .*</b>\t-?\d\.\d{4}\t\d\n)+", shown), "a pipe"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.stdout, "isatty", lambda: True)
+        patch.setenv("TERM", "dumb")
+        assert cli.main(["search", str(tmp_path / "index"), "a bus"]) == 0
+    shown = capsys.readouterr().out
     assert re.search(r"rank ┃ score ┃ caption +┃ row ", shown)
     assert re.search(r"│ +1 │ +-?\d\.\d{3} │ <b>a .*</b> +│ \d", shown)
-    message = error(capsys, tmp_path / "index", "a bus", "--picture", tmp_path / "picture.png")
-    assert "have no images; leave it out, or write a page of them: --html FILE" in message
 
 
 def test_captions_are_shown_with_their_images(indexed: Path, data: Path, tmp_path: Path) -> None:
-    page, drawn = tmp_path / "page.html", tmp_path / "drawn.png"
-    command = ["search", str(indexed), "a bus", "--html", str(page), "--picture", str(drawn), "--top", "7"]
+    page = tmp_path / "page.html"
+    command = ["search", str(indexed), "a bus", "--html", str(page), "--top", "7"]
     assert cli.main(command) == 0
     assert page.read_text().count("<img") == 7
     assert page.read_text().count("<div class='caption'>a red bus</div>") == 3
-    with Image.open(drawn) as image:
-        side = (1000 - 2 * 24 - 6 * 14) / 7
-        assert image.height == pytest.approx(2 * 24 + 26 + 14 + side + 26 + 4 * 16, abs=2)
-        below = np.asarray(image.convert("L"))[-24 - 4 * 16 : -24]
-        assert (below < 128).any(), "the captions"
     # What has been replaced since is not shown.
     save_table(data, [0, 1, 2, 3], caption=["a small dog", "other", "other", "a red bus"], long=[None, None, None, []])
     assert cli.main(command) == 0
     assert page.read_text().count("<img") == 2
     assert page.read_text().count("no longer available") == 5
-
-
-def test_a_picture_of_no_results_is_drawn(indexed: Path, tmp_path: Path) -> None:
-    path = tmp_path / "drawn.png"
-    assert cli.main(["search", str(indexed), "a bus", "--where", "row > 99", "--picture", str(path)]) == 0
-    with Image.open(path) as image:
-        assert image.width == 1000
 
 
 def test_captions_of_image_folders_and_of_records_in_shards_are_indexed(model: Model, tmp_path: Path) -> None:
@@ -342,8 +330,8 @@ def test_a_model_with_broken_embeddings_ends_with_one_error(
 ) -> None:
     broken = save_broken(tmp_path / "broken", "text_adapter.proj")
     command = [data, "--model", broken, "--output-dir", tmp_path / "index", "--embed", "caption"]
-    message = error_of_index(capsys, *command)
-    assert "3 of 3 captions are NaN or infinite: row-0, row-1, row-2. A model gives such values" in message
+    message = error(capsys, "index", *command)
+    assert "3 of 3 texts are NaN or infinite: a small dog, a red bus, a steam train. A model gives such" in message
     assert not (tmp_path / "index").exists()
 
 
@@ -355,7 +343,7 @@ def test_long_captions_are_cut_and_counted_once(
     path.write_text("\n".join(json.dumps({"text": text}) for text in ("a dog", "a dog and a cat " * 40, "a cat")))
     index(path, model[0], tmp_path / "index", part_size=1, batch_size=1)
     assert [record.getMessage() for record in caplog.records if "were cut" in record.getMessage()] == [
-        "1 of 3 distinct captions were cut at 64 tokens."
+        "1 of 3 distinct captions were cut to the length that the model reads."
     ]
 
 
@@ -374,11 +362,25 @@ def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any
         IndexConfig(folder="data", model="model", **settings)
 
 
+def test_a_text_model_of_sentence_transformers_embeds_captions_and_finds_them_by_text(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = embedding_models.save(tmp_path / "model", next(iter(embedding_models.FAMILIES)))
+    assert index(data, tmp_path / "model", tmp_path / "index") == (4, 0, 0, 0, 4)
+    (found,) = as_json(capsys, tmp_path / "index", "a blue bus", "--top", 4)
+    expected = model.similarity(model.encode("a blue bus"), model.encode(sorted(set(SHORT))))[0].tolist()
+    scores = {one["caption"]: one["score"] for one in found["results"]}
+    assert [scores[text] for text in sorted(scores)] == pytest.approx(expected, abs=2e-3)
+    picture(9).save(tmp_path / "query.png")
+    message = error(capsys, "search", tmp_path / "index", "--image", tmp_path / "query.png")
+    assert "embedding model of sentence-transformers" in message
+
+
 def test_the_vision_half_of_a_model_is_refused(
     data: Path, model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     half = tmp_path / "half"
     LLM2CLIPVisionModelWithProjection.from_pretrained(model[0]).save_pretrained(half)
     tiny.processor().image_processor.save_pretrained(half)
-    message = error_of_index(capsys, data, "--model", half, "--embed", "caption", "--output-dir", tmp_path / "index")
-    assert "Captions are embedded by the whole model with its LLM." in message
+    message = error(capsys, "index", data, "--model", half, "--embed", "caption", "--output-dir", tmp_path / "index")
+    assert "is the vision half of a model, which does not embed texts" in message

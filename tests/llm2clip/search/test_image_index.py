@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from llm2clip.search.image_index import ImageIndex
+from llm2clip.search.search_index import SearchIndex
 from llm2clip.utils.manifests import write_manifest
 from modeling_llm2clip import LLM2CLIPModel
 from tests.damage import flip
@@ -22,16 +22,6 @@ from .conftest import content, encoded, index, picture
 
 Model = tuple[Path, LLM2CLIPModel]
 QUERY = np.ones((1, 24), np.float32) / 24**0.5
-
-
-def test_a_folder_with_a_manifest_of_another_kind_is_not_replaced(
-    pictures: Path, model: Model, tmp_path: Path
-) -> None:
-    cache = tmp_path / "cache"
-    cache.mkdir()
-    (cache / "manifest.json").write_text("{}")  # a built model has one of this name
-    with pytest.raises(FileExistsError, match="llm2clip index did not write it"):
-        index(pictures, model[0], cache, overwrite=True)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +46,7 @@ def test_a_damaged_index_is_repaired_as_its_error_message_says(
     overwrite = damage != "failures.json"  # searching does not need it
     if overwrite:
         with pytest.raises((ValueError, FileNotFoundError), match=r"--overwrite|run the same llm2clip index again"):
-            ImageIndex.open(output).search(QUERY, 1)
+            SearchIndex.open(output).search(QUERY, 1)
     assert index(pictures, model[0], output, index_type=index_type, overwrite=overwrite)[-1] == 12
     assert content(output) == before
 
@@ -67,7 +57,7 @@ def test_an_index_of_an_earlier_format_is_refused_and_replaced(pictures: Path, m
     (output / "index.faiss").write_bytes(b"earlier")
     (output / "manifest.json").write_text('{"format_version": 1}')
     write_manifest(output, "index")
-    for use in (lambda: ImageIndex.open(output), lambda: index(pictures, model[0], output)):
+    for use in (lambda: SearchIndex.open(output), lambda: index(pictures, model[0], output)):
         with pytest.raises(ValueError, match=r"its format is 1, and this version reads 2\); build it again"):
             use()
     assert index(pictures, model[0], output, overwrite=True)[0] == 12
@@ -79,26 +69,27 @@ def test_an_index_with_a_flipped_bit_is_not_searched(pictures: Path, model: Mode
     index(pictures, model[0], output)
     (rows,) = (output / "images.lance" / "data").iterdir()
     with flip(rows), pytest.raises(ValueError, match=rf"is damaged: images\.lance/data/{rows.name} has changed"):
-        ImageIndex.open(output)
-    assert len(ImageIndex.open(output).search(QUERY, 20)[0]) == 12
+        SearchIndex.open(output)
+    assert len(SearchIndex.open(output).search(QUERY, 20)[0]) == 12
 
 
 def test_readers_keep_the_version_that_they_opened(pictures: Path, model: Model, tmp_path: Path) -> None:
     output = tmp_path / "index"
     index(pictures, model[0], output)
-    before = ImageIndex.open(output)
+    before = SearchIndex.open(output)
     expected = before.search(QUERY, 20)
     (pictures / "00.png").unlink()
     (pictures / "new.png").write_bytes(encoded(picture(99)))
     index(pictures, model[0], output)
     assert before.search(QUERY, 20) == expected
-    assert {row["key"] for _, row in ImageIndex.open(output).search(QUERY, 20)[0]} ^ {
-        row["key"] for _, row in expected[0]
-    } == {"00.png", "new.png"}
+    assert {row.key for row in SearchIndex.open(output).search(QUERY, 20)[0]} ^ {row.key for row in expected[0]} == {
+        "00.png",
+        "new.png",
+    }
     tiny.save(tmp_path / "wide", projection_dim=40)
     index(pictures, tmp_path / "wide", output, overwrite=True)
     assert before.search(QUERY, 20) == expected
-    assert ImageIndex.open(output).manifest.width == 40
+    assert SearchIndex.open(output).manifest.width == 40
 
 
 def test_versions_are_deleted_when_no_reader_can_have_them_open(
@@ -115,7 +106,7 @@ def test_versions_are_deleted_when_no_reader_can_have_them_open(
     (pictures / "new.png").write_bytes(encoded(picture(99)))
     index(pictures, model[0], output)
     assert len(table.list_versions()) == 1
-    assert len(ImageIndex.open(output).search(QUERY, 20)[0]) == 13
+    assert len(SearchIndex.open(output).search(QUERY, 20)[0]) == 13
 
 
 def test_what_a_killed_run_of_another_model_stored_is_dropped(
@@ -130,7 +121,7 @@ def test_what_a_killed_run_of_another_model_stored_is_dropped(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("llm2clip.search.lance_store.WrittenRows.publish", killed)
+        patch.setattr("llm2clip.search.lance_store.LanceStore.commit", killed)
         with pytest.raises(KeyboardInterrupt):
             index(pictures, tmp_path / "wide", output, overwrite=True)
     assert content(output) == before
@@ -155,11 +146,11 @@ def test_an_interrupted_update_goes_on_and_counts_against_the_index(
 
     for step in ("_index_columns", "_clean"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"llm2clip.search.lance_store.WrittenRows.{step}", killed)
+            patch.setattr(f"llm2clip.search.lance_store.LanceStore.{step}", killed)
             with pytest.raises(KeyboardInterrupt):
                 index(pictures, model[0], output, index_type=index_type)
         # The manifest is the last file that is written before `_clean`.
-        assert len(ImageIndex.open(output)) == (12 if step == "_index_columns" else 14)
+        assert len(SearchIndex.open(output)) == (12 if step == "_index_columns" else 14)
         if step == "_index_columns":
             assert index(pictures, model[0], output, index_type=index_type) == (3, 11, 1, 0, 14)
             (pictures / "01.png").write_bytes(encoded(picture(70)))

@@ -5,14 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from lancedb.table import LanceTable
 
-from llm2clip.encoders.ours import OurEncoder
 from llm2clip.utils.files import temporary_name
 from modeling_llm2clip import LLM2CLIPModel
 
-from .conftest import content, encoded, index, picture
+from .conftest import Forwards, content, encoded, index, picture
 
 Model = tuple[Path, LLM2CLIPModel]
 # As LanceDB 0.40 words it.
@@ -22,26 +20,13 @@ FULL = (
 )
 
 
-def kill_after(parts: int, patch: pytest.MonkeyPatch) -> None:
-    """End the next run when it has embedded as many parts."""
-    forward, done = OurEncoder.forward_images, []
-
-    def killed(self: OurEncoder, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        if len(done) == parts:
-            raise KeyboardInterrupt
-        done.append(inputs)
-        return forward(self, inputs)
-
-    patch.setattr(OurEncoder, "forward_images", killed)
-
-
-def killed_run(pictures: Path, model: Model, output: Path, monkeypatch: pytest.MonkeyPatch) -> set[Path]:
+def killed_run(pictures: Path, model: Model, output: Path, forwards: Forwards) -> set[Path]:
     """Run until two parts are stored; returns the files of data that this has made."""
     before = set(output.glob("images.lance/data/*"))
-    with monkeypatch.context() as patch:
-        kill_after(2, patch)
-        with pytest.raises(KeyboardInterrupt):
-            index(pictures, model[0], output, part_size=4)
+    forwards.limit = len(forwards.sizes) + 2
+    with pytest.raises(KeyboardInterrupt):
+        index(pictures, model[0], output, part_size=4)
+    forwards.limit = None
     return set(output.glob("images.lance/data/*")) - before
 
 
@@ -62,11 +47,11 @@ def test_an_unfinished_run_whose_files_are_cut_is_dropped(
     pictures: Path,
     model: Model,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    forwards: Forwards,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     index(pictures, model[0], tmp_path / "whole")
-    killed_run(pictures, model, tmp_path / "index", monkeypatch)
+    killed_run(pictures, model, tmp_path / "index", forwards)
     for path in (tmp_path / "index" / "images.lance").glob(files):
         cut(path)
     caplog.clear()
@@ -76,12 +61,12 @@ def test_an_unfinished_run_whose_files_are_cut_is_dropped(
 
 
 def test_a_cut_unfinished_update_goes_back_to_the_complete_index(
-    pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    pictures: Path, model: Model, tmp_path: Path, forwards: Forwards, caplog: pytest.LogCaptureFixture
 ) -> None:
     index(pictures, model[0], tmp_path / "index")
     for number in range(20, 32):
         (pictures / f"{number}.png").write_bytes(encoded(picture(number)))
-    for path in killed_run(pictures, model, tmp_path / "index", monkeypatch):
+    for path in killed_run(pictures, model, tmp_path / "index", forwards):
         cut(path)
     caplog.clear()
     assert index(pictures, model[0], tmp_path / "index") == (12, 12, 0, 0, 24)

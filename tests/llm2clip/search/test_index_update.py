@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from llm2clip.encoders.ours import OurEncoder
-from llm2clip.search.image_index import ImageIndex
+from llm2clip.search.search_index import SearchIndex
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
 from tests.modeling_llm2clip import tiny
 
-from .conftest import content, embeddings, encoded, index, picture, rows, save_table
+from .conftest import Forwards, content, embeddings, encoded, index, picture, rows, save_table
 
 Model = tuple[Path, LLM2CLIPModel]
 
@@ -46,9 +45,9 @@ def test_only_new_and_changed_images_are_embedded(pictures: Path, model: Model, 
     shutil.rmtree(tmp_path / "fresh", ignore_errors=True)
     index(pictures, model[0], tmp_path / "fresh")
     np.testing.assert_allclose(after["new.png"], embeddings(tmp_path / "fresh")["new.png"], atol=1e-3)
-    opened = ImageIndex.open(output)
-    found = opened.search(after["new.png"][None].astype(np.float32), top=1)
-    assert found[0][0][1]["key"] == "new.png"
+    opened = SearchIndex.open(output)
+    found = opened.search(after["new.png"][None].astype(np.float32), 1)
+    assert found[0][0].key == "new.png"
 
 
 def test_a_run_without_changes_does_not_rewrite_the_index(pictures: Path, model: Model, tmp_path: Path) -> None:
@@ -59,36 +58,21 @@ def test_a_run_without_changes_does_not_rewrite_the_index(pictures: Path, model:
 
 
 def test_a_killed_run_is_resumed_with_an_equal_result(
-    pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pictures: Path, model: Model, tmp_path: Path, forwards: Forwards
 ) -> None:
     (pictures / "02 broken.png").write_bytes(b"broken")
     index(pictures, model[0], tmp_path / "whole", part_size=4)
-    embedded: list[int] = []
-    forward = OurEncoder.forward_images
-
-    def killed(self: OurEncoder, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        if len(embedded) == 2:
-            raise KeyboardInterrupt
-        embedded.append(len(inputs["pixel_values"]))
-        return forward(self, inputs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(OurEncoder, "forward_images", killed)
-        with pytest.raises(KeyboardInterrupt):
-            index(pictures, model[0], tmp_path / "index", part_size=4)
+    del forwards.sizes[:]
+    forwards.limit = 2
+    with pytest.raises(KeyboardInterrupt):
+        index(pictures, model[0], tmp_path / "index", part_size=4)
     with pytest.raises(FileNotFoundError, match="it is not finished; run the same llm2clip index again"):
-        ImageIndex.open(tmp_path / "index")
+        SearchIndex.open(tmp_path / "index")
     # Half of a part, as a process killed while writing leaves it.
     (tmp_path / "index" / "images.lance" / "data" / "part.lance").write_bytes(b"half")
-    again: list[int] = []
-
-    def counted(self: OurEncoder, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        again.append(len(inputs["pixel_values"]))
-        return forward(self, inputs)
-
-    monkeypatch.setattr(OurEncoder, "forward_images", counted)
+    forwards.limit = None
     assert index(pictures, model[0], tmp_path / "index", part_size=4) == (12, 0, 0, 1, 12)
-    assert sum(embedded) + sum(again) == 12
+    assert sum(forwards.sizes) == 12
     assert content(tmp_path / "index") == content(tmp_path / "whole")
 
 
@@ -134,6 +118,9 @@ def test_rows_of_a_data_set_are_identified_by_content(model: Model, tmp_path: Pa
         {"index_type": "ivf_rq", "cells": 2, "probes": 2, "refine": 3},
         {"index_type": "faiss"},
         {"index_type": "faiss", "cells": 3, "probes": 3},
+        {"precision": "int8"},
+        {"precision": "binary"},
+        {"index_type": "faiss", "precision": "binary"},
     ],
 )
 def test_approximate_indexes_reuse_the_embeddings(
@@ -144,46 +131,34 @@ def test_approximate_indexes_reuse_the_embeddings(
     index(pictures, model[0], output)
     # The embeddings are kept; only the vector index is built again.
     assert index(pictures, model[0], output, **settings) == (0, 12, 0, 0, 12)
-    opened = ImageIndex.open(output)
+    opened = SearchIndex.open(output)
     stored = opened.manifest.index
     assert {"index_type": stored["type"], **stored}.items() >= settings.items()
     for key, embed in embeddings(output).items():
         queries = embed[None].astype(np.float32)
-        assert opened.search(queries, top=1)[0][0][1]["key"] == key
-        found = opened.search(queries, top=20, where="folder = 'a'")[0]
-        assert {row["key"] for _, row in found} == {"a/01.png", "a/04.png", "a/07.png", "a/10.png"}
-        assert found[0][0] >= found[-1][0]
-    # Asked for more often, the rows of the condition are held in memory.
+        assert opened.search(queries, 1)[0][0].key == key
+        found = opened.search(queries, 20, where="folder = 'a'")[0]
+        assert {row.key for row in found} == {"a/01.png", "a/04.png", "a/07.png", "a/10.png"}
+        assert found[0].score >= found[-1].score
+    # Searched together or alone, queries find the same.
     queries = np.stack(list(embeddings(output).values())).astype(np.float32)
     once = [opened.search(query[None], 3, "folder = 'a'")[0] for query in queries[:2]]
-    many = opened.search(queries, 3, "folder = 'a'")[:2]
-    assert [[row["key"] for _, row in found] for found in once] == [[row["key"] for _, row in found] for found in many]
-    scores = [np.array([[score for score, _ in found] for found in each]) for each in (once, many)]
-    np.testing.assert_allclose(*scores, atol=1e-2 if settings["index_type"] == "faiss" else 1e-5)
+    assert once == opened.search(queries, 3, "folder = 'a'")[:2]
     # It is brought up to date as the rows are, and goes with a change of the type.
     (pictures / "new.png").write_bytes(encoded(picture(50)))
     assert index(pictures, model[0], output, **settings) == (1, 12, 0, 0, 13)
-    opened = ImageIndex.open(output)
+    opened = SearchIndex.open(output)
     new = embeddings(output)["new.png"].astype(np.float32)
-    assert opened.search(new[None], top=1)[0][0][1]["key"] == "new.png"
+    assert opened.search(new[None], 1)[0][0].key == "new.png"
     assert index(pictures, model[0], output, index_type="flat") == (0, 13, 0, 0, 13)
     table = lancedb.connect(str(output)).open_table("images")
     assert {index.columns[0] for index in table.list_indices()} == {"folder", "extension"}
 
 
-def test_equal_images_of_a_data_set_are_embedded_once(
-    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    forward, embedded = OurEncoder.forward_images, []
-
-    def counted(self: OurEncoder, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        embedded.append(len(inputs["pixel_values"]))
-        return forward(self, inputs)
-
-    monkeypatch.setattr(OurEncoder, "forward_images", counted)
+def test_equal_images_of_a_data_set_are_embedded_once(model: Model, tmp_path: Path, forwards: Forwards) -> None:
     path = save_table(tmp_path / "data.parquet", [1, 2, 1, 3, 2, 1, 4, 5, 6, 1])
     assert index(path, model[0], tmp_path / "index", part_size=4) == (10, 0, 0, 0, 10)
-    assert sum(embedded) == 6
+    assert sum(forwards.sizes) == 6
     vectors = embeddings(tmp_path / "index")
     assert (vectors["0"] == vectors["9"]).all()
     assert (vectors["0"] != vectors["1"]).any()
@@ -198,20 +173,13 @@ def test_the_vision_half_updates_an_index_of_the_whole_model(pictures: Path, mod
     assert index(pictures, half, tmp_path / "whole")[:2] == (0, 12)
 
 
-def test_a_second_concurrent_run_is_refused(
-    pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def second(*arguments: Any) -> Any:
+def test_a_second_concurrent_run_is_refused(pictures: Path, model: Model, tmp_path: Path, forwards: Forwards) -> None:
+    def second(number: int) -> None:
         # A thread of its own: the thread that holds a lock may enter it again.
         with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="another run is using"):
             pool.submit(index, pictures, model[0], tmp_path / "index").result()
-        raise KeyboardInterrupt
 
-    forward = OurEncoder.forward_images
-    monkeypatch.setattr(OurEncoder, "forward_images", second)
-    with pytest.raises(KeyboardInterrupt):
-        index(pictures, model[0], tmp_path / "index")
-    monkeypatch.setattr(OurEncoder, "forward_images", forward)
+    forwards.meanwhile = second
     assert index(pictures, model[0], tmp_path / "index")[0] == 12
 
 

@@ -19,13 +19,12 @@ import pytest
 from PIL import Image
 
 from llm2clip.encoders.ours import OurEncoder
-from llm2clip.search.folder_images import FolderImages
-from llm2clip.search.image_index import ImageIndex
+from llm2clip.search.folder_items import BINARY, FolderImages, digest
 from llm2clip.search.index_manifest import IndexManifest
-from llm2clip.search.index_rows import ID, KEY, REASON, VECTOR
+from llm2clip.search.index_settings import IndexSettings
 from llm2clip.search.lance_store import LanceStore
-from llm2clip.search.row_digests import row_digests
-from llm2clip.search.vector_settings import VectorSettings
+from llm2clip.search.search_index import SearchIndex
+from llm2clip.search.store import ID, KEY, REASON, VECTOR
 from tests.modeling_llm2clip import tiny
 
 from .conftest import content, encoded, picture
@@ -67,26 +66,18 @@ def _memory(process: psutil.Process) -> int:
 
 def pretend_embedded(folder: Path, model: Path, output: Path, count: int) -> None:
     """Write what a run that was killed after `count` pictures leaves, with random embeddings."""
-    images, encoder = FolderImages(folder), OurEncoder.load(str(model))
-    manifest = IndexManifest(
-        model=str(model),
-        revision=None,
-        vision_fingerprint=encoder.image_fingerprint(),
-        width=encoder.width,
-        dtype="float16",
-        source=images.source,
-        index={},
-    )
+    images, encoder = FolderImages(folder), OurEncoder.load(str(model), needs=["image"])
+    fields = (encoder.image_fingerprint(), encoder.width, "float16", images.source, {})
     store, generator = LanceStore(output), np.random.default_rng(0)
     kind = pa.list_(pa.float16(), encoder.width)
     schema = pa.schema([*images.columns.items(), (REASON, pa.string()), (VECTOR, kind)])
     with store.lock():
-        rows = store.create(manifest, schema)
+        store.begin(IndexManifest(str(model), None, *fields), schema, "nothing")
         for batch in images.batches():
             described = batch[: max(0, count)]
             count -= len(described)
             if len(described):
-                rows.append(with_random_embeddings(described, encoder.width, generator))
+                store.upsert(with_random_embeddings(described, encoder.width, generator))
 
 
 def with_random_embeddings(described: pa.Table, width: int, generator: np.random.Generator) -> pa.Table:
@@ -152,7 +143,7 @@ def test_a_run_killed_by_a_signal_is_resumed(tmp_path: Path) -> None:
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
     with pytest.raises(FileNotFoundError, match="it is not finished"):
-        ImageIndex.open(tmp_path / "index")
+        SearchIndex.open(tmp_path / "index")
     again = subprocess.run([*command, "--output-dir", str(tmp_path / "index")], capture_output=True, text=True)
     assert again.returncode == 0, again.stderr[-3000:]
     assert "resuming an unfinished run" in again.stderr
@@ -164,20 +155,21 @@ def test_a_run_killed_by_a_signal_is_resumed(tmp_path: Path) -> None:
 UPDATE = """
 import sys
 
-from llm2clip.search.index_rows import KEY
+from llm2clip.search.store import KEY
 from llm2clip.search.lance_store import LanceStore
 from tests.llm2clip.search.test_memory import new_rows
 
 store = LanceStore(sys.argv[1])
 with store.lock():
-    manifest, rows = store.unfinished()
-    complete = store.manifest()
+    complete = store.metadata()
+    begun = store.metadata(unfinished=True)
+    store.begin(begun or complete, new_rows(0, 1).schema, "unfinished" if begun else "commit")
     print("ready", flush=True)
-    rows.delete(next(rows.scan([KEY]))["_rowid"].to_numpy()[:500])
+    store.delete(next(store.keys([KEY], written=True))["_rowid"].to_numpy()[:500])
     for number in range(4):
-        rows.append(new_rows(int(sys.argv[2]) + number, 500))
-    manifest.images, manifest.index = rows.count(), complete.index
-    rows.publish(manifest, [])
+        store.upsert(new_rows(int(sys.argv[2]) + number, 500))
+    complete.images = sum(map(len, store.keys([KEY], written=True)))
+    store.commit(complete, [])
 """
 
 
@@ -188,7 +180,8 @@ def new_rows(seed: int, count: int) -> pa.Table:
     embeds = generator.standard_normal((count, 64), dtype=np.float32)
     embeds = (embeds / np.linalg.norm(embeds, axis=1, keepdims=True)).astype(np.float16)
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeds.reshape(-1)), 64)
-    columns = [pa.array(keys), row_digests([keys]), pa.nulls(count, pa.string()), vectors]
+    ids = pa.array(map(digest, keys), BINARY)
+    columns = [pa.array(keys), ids, pa.nulls(count, pa.string()), vectors]
     return pa.table(columns, [KEY, ID, REASON, VECTOR])
 
 
@@ -200,14 +193,14 @@ def kill_updates(place: Path | str, delays: Sequence[float]) -> int:
     store = LanceStore(place)
     manifest = IndexManifest("model", None, "none", 64, "float16", {"kind": "folder", "path": "none"}, {})
     with store.lock():
-        rows = store.create(manifest, new_rows(0, 1).schema)
+        store.begin(manifest, new_rows(0, 1).schema, "nothing")
         for seed in range(8):
-            rows.append(new_rows(seed, 1000))
+            store.upsert(new_rows(seed, 1000))
         manifest.images = 8000
-        manifest.index = VectorSettings("ivf_rq").index_of(8000, 64, "float16", store.index_types)
-        rows.publish(manifest, [])
+        manifest.index = IndexSettings("ivf_rq").index_of(8000, 64, store.index_types)
+        store.commit(manifest, [])
     queries = np.array(new_rows(3, 20)[VECTOR].to_pylist(), dtype=np.float32)
-    reader, killed = ImageIndex.open(place), 0
+    reader, killed = SearchIndex.open(place), 0
     expected = reader.search(queries, 10)
     for turn, delay in enumerate(delays):
         command = [sys.executable, "-c", UPDATE, str(place), str(100 + 10 * turn)]
@@ -217,14 +210,14 @@ def kill_updates(place: Path | str, delays: Sequence[float]) -> int:
             time.sleep(delay)
             os.kill(process.pid, signal.SIGKILL)
         assert reader.search(queries, 10) == expected
-        opened = ImageIndex.open(place)
+        opened = SearchIndex.open(place)
         if len(opened) != 8000:
             break
         killed += 1
         assert opened.search(queries, 10) == expected
     subprocess.run([sys.executable, "-c", UPDATE, str(place), "900"], check=True, stdout=subprocess.PIPE)
-    found = ImageIndex.open(place).search(np.array(new_rows(900, 5)[VECTOR].to_pylist(), np.float32), 1)
-    assert [results[0][1][KEY] for results in found] == [f"900-{number}" for number in range(5)]
+    found = SearchIndex.open(place).search(np.array(new_rows(900, 5)[VECTOR].to_pylist(), np.float32), 1)
+    assert [results[0].key for results in found] == [f"900-{number}" for number in range(5)]
     assert reader.search(queries, 10) == expected
     return killed
 

@@ -11,18 +11,16 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
-import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from llm2clip import cli
-from llm2clip.encoders.ours import OurEncoder
-from llm2clip.search import stores
-from llm2clip.search.image_index import ImageIndex
-from llm2clip.search.lance_store import HINT, LanceStore, WrittenRows
+from llm2clip.search import store
+from llm2clip.search.lance_store import HINT, LanceStore
+from llm2clip.search.search_index import SearchIndex
 from modeling_llm2clip import LLM2CLIPModel
 from tests.object_store import KIND, LocalObjects
 
-from .conftest import content, encoded, index, picture
+from .conftest import Forwards, content, encoded, index, picture
 
 Model = tuple[Path, LLM2CLIPModel]
 QUERY = np.ones((1, 24), np.float32) / 24**0.5
@@ -32,7 +30,7 @@ QUERY = np.ones((1, 24), np.float32) / 24**0.5
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The URL of local files in tmp_path / "store", which are read and written as an object store's."""
     fsspec.register_implementation(KIND, LocalObjects, clobber=True)
-    monkeypatch.setattr(stores, "OBJECT_STORES", (KIND,))
+    monkeypatch.setattr(store, "OBJECT_STORES", (KIND,))
     return f"{KIND}://{tmp_path}/store"
 
 
@@ -54,7 +52,7 @@ def test_an_index_at_a_url_is_that_of_a_folder(
     assert all((tmp_path / "store" / name).stat().st_size == size for name, size in listed.items() if name[0] == "i")
     assert index(pictures, model[0], place, index_type=index_type) == (0, 12, 0, 0, 12)
     assert files(tmp_path / "store") == written
-    before = ImageIndex.open(place)
+    before = SearchIndex.open(place)
     found = before.search(QUERY, 20)
     (pictures / "00.png").unlink()
     (pictures / "new.png").write_bytes(encoded(picture(99)))
@@ -63,11 +61,11 @@ def test_an_index_at_a_url_is_that_of_a_folder(
         assert index(pictures, model[0], output, index_type=index_type) == (1, 11, 1, 1, 12)
     assert before.search(QUERY, 20) == found
     assert content(place) == content(tmp_path / "index")
-    after = [ImageIndex.open(output).search(QUERY, 20) for output in (place, tmp_path / "index")]
+    after = [SearchIndex.open(output).search(QUERY, 20) for output in (place, tmp_path / "index")]
     assert after[0] == after[1] != found
     index(pictures, model[0], place, overwrite=True)
     assert before.search(QUERY, 20) == found
-    assert len(ImageIndex.open(place).search(QUERY, 20, "folder = 'a'")[0]) == 4
+    assert len(SearchIndex.open(place).search(QUERY, 20, "folder = 'a'")[0]) == 4
 
 
 def test_search_reads_a_url(place: str, pictures: Path, model: Model, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,57 +78,35 @@ def test_search_reads_a_url(place: str, pictures: Path, model: Model, capsys: py
 
 
 def test_a_killed_run_at_a_url_is_resumed(
-    place: str, pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: str, pictures: Path, model: Model, tmp_path: Path, forwards: Forwards
 ) -> None:
     index(pictures, model[0], tmp_path / "whole", part_size=4)
-    sizes: list[int] = []
-    forward = OurEncoder.forward_images
-
-    def killed(self: OurEncoder, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        sizes.append(len(inputs["pixel_values"]))
-        if len(sizes) == 3:
-            raise KeyboardInterrupt
-        return forward(self, inputs)
-
-    monkeypatch.setattr(OurEncoder, "forward_images", killed)
+    del forwards.sizes[:]
+    forwards.limit = 0
+    with pytest.raises(KeyboardInterrupt):
+        index(pictures, model[0], f"{place}-none", part_size=4)
+    assert not files(tmp_path / "store-none"), "a run that ends before its first image leaves nothing"
+    forwards.limit = 2
     with pytest.raises(KeyboardInterrupt):
         index(pictures, model[0], place, part_size=4)
     with pytest.raises(FileNotFoundError, match="it is not finished; run the same llm2clip index again"):
-        ImageIndex.open(place)
+        SearchIndex.open(place)
+    forwards.limit = None
     assert index(pictures, model[0], place, part_size=4) == (12, 0, 0, 0, 12)
-    assert sizes == [4, 4, 4, 4]
+    assert forwards.sizes == [4, 4, 4]
     assert content(place) == content(tmp_path / "whole")
-
-
-def test_a_run_that_ends_before_its_first_image_leaves_nothing(
-    place: str, pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def killed(*arguments: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(OurEncoder, "forward_images", killed)
-    with pytest.raises(KeyboardInterrupt):
-        index(pictures, model[0], place)
-    assert not files(tmp_path / "store")
 
 
 @pytest.mark.parametrize("has_index", [False, True])
 def test_a_second_run_is_noticed_by_what_it_writes(
-    has_index: bool, place: str, pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    has_index: bool, place: str, pictures: Path, model: Model, forwards: Forwards
 ) -> None:
     if has_index:
         index(pictures, model[0], place)
         for number in range(12):
             (pictures / f"new {number}.png").write_bytes(encoded(picture(50 + number)))
-    forward, calls = OurEncoder.forward_images, []
-
-    def slow(self: OurEncoder, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        calls.append(1)
-        if len(calls) == 2:
-            index(pictures, model[0], place, part_size=4)
-        return forward(self, inputs)
-
-    monkeypatch.setattr(OurEncoder, "forward_images", slow)
+    done = len(forwards.sizes)
+    forwards.meanwhile = lambda number: index(pictures, model[0], place, part_size=4) if number == done + 1 else None
     with pytest.raises(ValueError, match=f"another run writes to the index {place}, and this one has stopped"):
         index(pictures, model[0], place, part_size=4)
     count = 24 if has_index else 12
@@ -139,30 +115,28 @@ def test_a_second_run_is_noticed_by_what_it_writes(
     assert len(set(keys)) == len(keys) == count
 
 
-def other_rows(place: str, own: WrittenRows) -> None:
+def other_rows(place: str, own: LanceStore) -> None:
     """Append the first rows of a run once more, as another run does that has begun where it began."""
-    _, rows = LanceStore(place).unfinished()  # type: ignore[misc]
-    some = own.table.search().limit(4).to_arrow().select(own.table.schema.names)
-    rows.table.add(some)
+    table = LanceStore(place)._open(None)
+    table.add(own._written.search().limit(4).to_arrow().select(own._written.schema.names))
 
 
 def test_two_runs_that_write_in_the_same_moment_both_stop_and_nothing_stays_twice(
     place: str, pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index(pictures, model[0], tmp_path / "whole")
-    require = WrittenRows._require_version
+    require = LanceStore._require_version
 
-    def late(self: WrittenRows, version: int) -> None:
+    def late(self: LanceStore, version: int) -> None:
         require(self, version)
-        if self.count():
+        if self._written.count_rows():
             other_rows(place, self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(WrittenRows, "_require_version", late)
+        patch.setattr(LanceStore, "_require_version", late)
         with pytest.raises(ValueError, match="another run writes to the index"):
             index(pictures, model[0], place, part_size=4)
-    _, rows = LanceStore(place).unfinished()  # type: ignore[misc]
-    assert rows.count() == 12  # two parts of four, and the first once more
+    assert LanceStore(place)._open(None).count_rows() == 12  # two parts of four, and the first once more
     assert index(pictures, model[0], place, part_size=4)[-1] == 12
     assert sorted(row["key"] for row in content(place)["rows"]) == sorted(
         row["key"] for row in content(tmp_path / "whole")["rows"]
@@ -175,14 +149,14 @@ def test_rows_of_another_run_are_not_published(
     index(pictures, model[0], place)
     before = content(place)
     (pictures / "new.png").write_bytes(encoded(picture(99)))
-    index_columns = WrittenRows._index_columns
+    index_columns = LanceStore._index_columns
 
-    def late(self: WrittenRows) -> None:
+    def late(self: LanceStore) -> None:
         other_rows(place, self)
         index_columns(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(WrittenRows, "_index_columns", late)
+        patch.setattr(LanceStore, "_index_columns", late)
         with pytest.raises(ValueError, match="another run writes to the index"):
             index(pictures, model[0], place)
     assert content(place) == before
@@ -211,15 +185,7 @@ def test_what_cannot_be_read_at_a_url_is_not_deleted(place: str, pictures: Path,
     assert files(tmp_path / "store") == before
     (tmp_path / "store" / "manifest.json").write_text('{"format_version": 1}')
     with pytest.raises(ValueError, match=r"its format is 1, and this version reads 2\); build it again"):
-        ImageIndex.open(place)
-
-
-def test_an_earlier_format_at_a_url_is_replaced(place: str, pictures: Path, model: Model, tmp_path: Path) -> None:
-    index(pictures, model[0], place)
-    (tmp_path / "store" / "manifest.json").write_text('{"format_version": 1}')
-    with pytest.raises(ValueError, match="add --overwrite"):
-        index(pictures, model[0], place)
-    assert index(pictures, model[0], place, overwrite=True)[0] == 12
+        SearchIndex.open(place)
 
 
 def test_a_store_that_does_not_answer_ends_in_one_line(
@@ -243,11 +209,11 @@ def test_a_store_that_does_not_answer_ends_in_one_line(
 
 def test_a_url_of_another_kind_is_no_index() -> None:
     with pytest.raises(ValueError, match=r"a folder or a URL \(s3://, gs://, az://\), not https://a/b; one in"):
-        ImageIndex.open("https://a/b")
+        SearchIndex.open("https://a/b")
 
 
 def test_a_missing_library_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
     monkeypatch.delitem(import_module("fsspec.registry")._registry, "s3", raising=False)
     with pytest.raises(ImportError, match=r"s3://bucket/index cannot be opened: Install s3fs.*: pip install s3fs"):
-        ImageIndex.open("s3://bucket/index")
+        SearchIndex.open("s3://bucket/index")

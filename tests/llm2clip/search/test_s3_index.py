@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from llm2clip import cli
-from llm2clip.search.image_index import ImageIndex
+from llm2clip.search.search_index import SearchIndex
 from modeling_llm2clip import LLM2CLIPModel
 from tests.object_store import s3_server
 
@@ -69,7 +69,7 @@ def test_a_run_killed_by_a_signal_leaves_the_index_in_s3_and_is_resumed(
     place: str, pictures: Path, model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert index(pictures, model[0], place) == (12, 0, 0, 0, 12)
-    early = ImageIndex.open(place)
+    early = SearchIndex.open(place)
     expected = early.search(QUERY, 20)
     add_pictures(pictures, 80)
     (pictures / "00.png").unlink()
@@ -81,7 +81,7 @@ def test_a_run_killed_by_a_signal_leaves_the_index_in_s3_and_is_resumed(
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
     assert parts(place) < before + 20
-    late = ImageIndex.open(place)
+    late = SearchIndex.open(place)
     for reader in (early, late):
         assert reader.search(QUERY, 20) == expected
     again = subprocess.run(run, capture_output=True, text=True)
@@ -116,18 +116,6 @@ def test_of_two_runs_at_once_in_s3_one_stops_and_nothing_is_mixed(
     assert index(pictures, model[0], place)[-1] == 92
     keys = [row["key"] for row in content(place)["rows"]]
     assert len(keys) == len(set(keys)) == 92
-
-
-@pytest.mark.parametrize("index_type", ["ivf_rq", "faiss"])
-def test_an_index_in_s3_equals_one_in_a_folder(
-    index_type: str, place: str, pictures: Path, model: Model, tmp_path: Path
-) -> None:
-    for output in (place, tmp_path / "index"):
-        assert index(pictures, model[0], output, index_type=index_type)[0] == 12
-    assert content(place) == content(tmp_path / "index")
-    found = [ImageIndex.open(output).search(QUERY, 20, "folder = 'a'") for output in (place, tmp_path / "index")]
-    assert found[0] == found[1]
-    assert len(found[0][0]) == 4
 
 
 def test_what_is_wrong_with_s3_is_said_in_one_line(

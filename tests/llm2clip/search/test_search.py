@@ -7,6 +7,8 @@ import io
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,17 @@ from PIL import Image
 
 from llm2clip import cli
 from llm2clip.data import decode_image
-from llm2clip.search.image_index import ImageIndex
+from llm2clip.encoders import load_encoder
 from llm2clip.search.index import IndexConfig
 from llm2clip.search.index import run as index
+from llm2clip.search.search_index import SearchIndex
 from llm2clip.utils.logs import OBEYED
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection
+from tests.llm2clip.encoders import models
+from tests.llm2clip.students import add_query_encoder
 from tests.modeling_llm2clip import tiny
 
-from .conftest import encoded, picture, save_broken
+from .conftest import as_json, encoded, error, picture, save_broken
 
 Model = tuple[Path, LLM2CLIPModel]
 TEXT = "two children play football"
@@ -38,18 +43,10 @@ def indexed(pictures: Path, model: Model, tmp_path: Path) -> Path:
     return folder
 
 
-def as_json(capsys: pytest.CaptureFixture[str], *arguments: Any) -> list[dict[str, Any]]:
-    """Return the queries in the output of `llm2clip search --json`."""
-    capsys.readouterr()
-    assert cli.main(["search", *map(str, arguments), "--json"]) == 0
-    return json.loads(capsys.readouterr().out)["queries"]
-
-
-def error(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
-    """Return the error message of a search."""
-    capsys.readouterr()
-    assert cli.main(["search", *map(str, arguments)]) == 2
-    return capsys.readouterr().err
+def use_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let standard output be a terminal, one without colours."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "dumb")
 
 
 def test_text_queries_rank_images_by_the_models_cosine(
@@ -85,6 +82,28 @@ def test_an_image_query_finds_its_image_without_loading_the_llm(
     assert len(opened) == 1, "an image query is decoded once"
 
 
+def test_a_fast_search_asks_the_query_encoder_and_loads_no_llm(
+    pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, folder = tmp_path / "model", tmp_path / "index"
+    shutil.copytree(model[0], own)
+    assert cli.main(["index", str(pictures), "--model", str(own), "--output-dir", str(folder)]) == 0
+    assert "has no query_encoder/; `llm2clip distill-text" in error(capsys, "search", folder, TEXT, "--fast")
+    (row,) = add_query_encoder(own).encode([TEXT]).numpy()
+    embeds = load_encoder(str(own)).encode_image([decode_image(path, path) for path in sorted(pictures.rglob("*.*"))])
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise AssertionError("the LLM was loaded")
+
+    monkeypatch.setattr(LLM2CLIPTextModel, "from_pretrained", refuse)
+    (found,) = as_json(capsys, folder, TEXT, "--fast", "--top", "3")
+    expected = np.sort(embeds.numpy() @ row)[::-1][:3]
+    np.testing.assert_allclose([result["score"] for result in found["results"]], expected, atol=2e-3)
+    assert "--image alone needs no LLM" in error(
+        capsys, "search", folder, "--image", next(pictures.rglob("*.*")), "--fast"
+    )
+
+
 def test_texts_and_an_image_can_be_searched_together(
     indexed: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,14 +112,48 @@ def test_texts_and_an_image_can_be_searched_together(
     assert found[1]["results"][0]["key"] == "00.png"
 
 
-def test_the_table_shows_rank_score_and_path(indexed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_shows_rank_score_and_path(
+    indexed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_terminal(monkeypatch)
     assert cli.main(["search", str(indexed), TEXT, "--top", "2"]) == 0
     shown = capsys.readouterr().out
     assert TEXT in shown
     assert len(re.findall(r"│ +[12] │ +-?0\.\d{3} │ .*", shown)) == 2
 
 
-def test_markup_in_queries_is_printed_literally(indexed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pipe_gets_a_line_for_each_result(
+    indexed: Path, pictures: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    expected = as_json(capsys, indexed, TEXT, "a\tbus\n", "--top", 3)
+    assert cli.main(["search", str(indexed), TEXT, "--top", "3"]) == 0
+    lines = [f"{found['path']}\t{found['score']:.4f}" for found in expected[0]["results"]]
+    assert capsys.readouterr().out.splitlines() == lines
+    assert cli.main(["search", str(indexed), TEXT, "a\tbus\n", "--top", "3"]) == 0
+    found = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in found] == [TEXT] * 3 + [r"a\tbus\n"] * 3
+    assert [line[1] for line in found] == [entry["path"] for query in expected for entry in query["results"]]
+    monkeypatch.chdir(pictures)
+    assert cli.main(["search", str(indexed), "--image", "a/07.png", "--top", "1"]) == 0
+    assert capsys.readouterr().out.startswith("a/07.png\t1.0000\n")
+    assert cli.main(["search", str(indexed), TEXT, "--where", "size < 0"]) == 0
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("", "no row of the index fulfils --where size < 0\n")
+
+
+def test_a_reader_that_has_read_enough_is_no_error(indexed: Path, tmp_path: Path) -> None:
+    command = f"{sys.executable} -m llm2clip search {indexed} dog --top 12 2> {tmp_path / 'errors'} | true"
+    command += "; echo ${PIPESTATUS[0]}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout == "0\n"
+    assert "Broken pipe" not in (tmp_path / "errors").read_text()
+
+
+def test_markup_in_queries_is_printed_literally(
+    indexed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_terminal(monkeypatch)
     queries = ["a sign that says [/stop]", "[a dog] on grass", "{", "photo of a [bold] cat", ":dog:"]
     assert [found["text"] for found in as_json(capsys, indexed, *queries)] == queries
     for query in (*queries, "[cat]"):
@@ -110,8 +163,9 @@ def test_markup_in_queries_is_printed_literally(indexed: Path, capsys: pytest.Ca
 
 
 def test_escape_sequences_do_not_reach_the_terminal(
-    model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    use_terminal(monkeypatch)
     hostile = "\x1b[2J\x1b]0;title\x07 red \x9b31m \u202ereversed"
     data = datasets.Dataset.from_dict(
         {"image": [{"bytes": encoded(picture(0)), "path": None}], "caption": [hostile]},
@@ -129,6 +183,9 @@ def test_escape_sequences_do_not_reach_the_terminal(
     (found,) = as_json(capsys, folder, hostile)
     assert (found["text"], found["results"][0]["caption"]) == (hostile, hostile)
     assert cli.main(["search", folder, hostile, "--json"]) == 0
+    assert not OBEYED.search(capsys.readouterr().out)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
+    assert cli.main(["search", folder, f"query {hostile}", "b"]) == 0
     assert not OBEYED.search(capsys.readouterr().out)
 
 
@@ -196,17 +253,6 @@ def test_thumbnails_use_the_max_pixels_of_the_index(
     assert decoded == [10**9] * 10
 
 
-def test_the_picture_has_a_row_per_query(indexed: Path, tmp_path: Path) -> None:
-    path = tmp_path / "new" / "results.png"
-    heights = []
-    for queries in ([TEXT], [TEXT, "costs $5 or $6"]):
-        assert cli.main(["search", str(indexed), *queries, "--top", "4", "--picture", str(path)]) == 0
-        with Image.open(path) as drawn:
-            assert (drawn.format, drawn.width) == ("PNG", 1000)
-            heights.append(drawn.height)
-    assert heights[1] > 1.6 * heights[0]
-
-
 def test_another_model_is_refused_with_both_names(
     indexed: Path, pictures: Path, model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -215,9 +261,34 @@ def test_another_model_is_refused_with_both_names(
     tiny.save(tmp_path / "wide", projection_dim=40)
     for name in ("other", "wide"):
         for query in ([TEXT], ["--image", pictures / "00.png"]):
-            message = error(capsys, indexed, *query, "--model", tmp_path / name)
+            message = error(capsys, "search", indexed, *query, "--model", tmp_path / name)
             assert f"made by {model[0]} (width 24" in message
             assert f"the model is {tmp_path / name} (width {40 if name == 'wide' else 24}" in message
+
+
+def save_of_another_library(library: str, folder: Path) -> str:
+    """Save a tiny model of another library; return its name."""
+    if library == "open_clip":
+        name, weights = models.register_open_clip(folder)
+        return f"open_clip:{name}/{weights}"
+    models.save_transformers("clip", folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("library", ["transformers", "open_clip"])
+def test_an_index_is_searched_with_the_model_of_any_library_that_made_it(
+    library: str, pictures: Path, model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, folder = save_of_another_library(library, tmp_path / library), tmp_path / "index"
+    encoder = load_encoder(name)
+    SearchIndex.build(encoder, pictures, folder)
+    texts, found = as_json(capsys, folder, TEXT, "--image", pictures / "00.png", "--top", 12)
+    files = sorted(pictures.rglob("*.png"))
+    cosines = encoder.encode_text(TEXT) @ encoder.encode_image([str(file) for file in files]).T
+    scores = {str(file): score for file, score in zip(files, cosines[0].tolist(), strict=True)}
+    assert {result["path"]: result["score"] for result in texts["results"]} == pytest.approx(scores, abs=2e-3)
+    assert found["results"][0]["key"] == "00.png"
+    assert f"made by {name} (width 24" in error(capsys, "search", folder, TEXT, "--model", model[0])
 
 
 def test_a_copy_of_the_model_is_accepted(
@@ -230,21 +301,44 @@ def test_a_copy_of_the_model_is_accepted(
 def test_missing_or_invalid_inputs_are_named_in_the_error(
     indexed: Path, pictures: Path, model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "there is no index in /no/such (no manifest.json)" in error(capsys, "/no/such", TEXT)
-    assert "there is no image file /no/such.png" in error(capsys, indexed, "--image", "/no/such.png")
-    assert "the query is missing" in error(capsys, indexed)
-    assert "a query is empty" in error(capsys, indexed, " ")
-    assert "top must be at least 1" in error(capsys, indexed, TEXT, "--top", 0)
+    assert "a query is empty" in error(capsys, "search", indexed, " ")
     (pictures / "bad.png").write_bytes(b"words")
-    assert "does not recognize its format" in error(capsys, indexed, "--image", pictures / "bad.png")
+    assert "does not recognize its format" in error(capsys, "search", indexed, "--image", pictures / "bad.png")
     half = tmp_path / "half"
     LLM2CLIPVisionModelWithProjection.from_pretrained(model[0]).save_pretrained(half)
     tiny.processor().image_processor.save_pretrained(half)
-    assert "A text query needs the whole model" in error(capsys, indexed, TEXT, "--model", half)
+    assert "Texts and images need the whole model with its LLM" in error(
+        capsys, "search", indexed, TEXT, "--model", half
+    )
     assert as_json(capsys, indexed, "--image", pictures / "00.png", "--model", half)
-    manifest = json.loads((indexed / "manifest.json").read_text())
-    (indexed / "manifest.json").write_text(json.dumps({**manifest, "model": "/moved/away"}))
-    assert "the model in /moved/away, which no longer exists" in error(capsys, indexed, TEXT)
+
+
+def test_mistakes_are_found_before_libraries_are_imported(indexed: Path, pictures: Path, tmp_path: Path) -> None:
+    away = shutil.copytree(indexed, tmp_path / "away")
+    manifest = json.loads((away / "manifest.json").read_text())
+    (away / "manifest.json").write_text(json.dumps({**manifest, "model": "/moved/away"}))
+    mistakes = {
+        "there is no index in /no/such": ["/no/such", TEXT],
+        f"did you mean '{indexed.name}'? To create one: llm2clip index": [f"{indexed}s", TEXT],
+        f"there is no index in {pictures} (no manifest.json). If these are the images": [str(pictures), TEXT],
+        "the query is missing": [str(indexed)],
+        "there is no image file /no/such.png": [str(indexed), "--image", "/no/such.png"],
+        "there is no model ./no/such": [str(indexed), TEXT, "--model", "./no/such"],
+        "the file no.py does not exist": [str(indexed), TEXT, "--model", "no.py:function"],
+        "the model in /moved/away, which no longer exists": [str(away), TEXT],
+        "top must be at least 1": [str(indexed), TEXT, "--top", "0"],
+    }
+    script = f"""
+import sys
+from llm2clip import cli
+assert [cli.main(["search", *mistake]) for mistake in {list(mistakes.values())}] == [2] * {len(mistakes)}
+print(sorted({{"torch", "transformers", "lancedb", "datasets", "matplotlib", "rich"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+    errors = [line for line in done.stderr.splitlines() if "error: " in line]
+    for message, shown in zip(mistakes, errors, strict=True):
+        assert message in shown
 
 
 @pytest.mark.parametrize("damage", ["images.lance/data/*.lance", "images.lance/_versions/*", "manifest.json"])
@@ -254,7 +348,7 @@ def test_a_damaged_index_is_an_error(
 ) -> None:
     for path in list(indexed.glob(damage)):
         path.unlink() if deleted else path.write_bytes(path.read_bytes()[:40])
-    message = error(capsys, indexed, TEXT)
+    message = error(capsys, "search", indexed, TEXT)
     assert "build it again: add --overwrite" in message or "run the same llm2clip index again" in message
 
 
@@ -271,18 +365,18 @@ def test_where_restricts_the_results(indexed: Path, pictures: Path, capsys: pyte
     # Conditions, names and strings may hold anything; what LanceDB would leave out without a word may not follow.
     ignored = [f"folder = 'a'{rest}" for rest in ("; DROP TABLE images", " LIMIT 1", " ORDER BY size", " garbage")]
     for where in ("source = 'noto'", "folder = = 'a'", "folder", *ignored, "1 / 0 = 1", "cast(folder AS int) = 1"):
-        message = error(capsys, indexed, TEXT, "--where", where)
+        message = error(capsys, "search", indexed, TEXT, "--where", where)
         assert f"where is {where!r}, which is no condition on the columns key, folder, extension, size" in message
         assert ".rs:" not in message
-    assert as_json(capsys, indexed, TEXT, "--where", "key = '; LIMIT 1 -- \x00)' OR (false)")[0]["results"] == []
-    assert "where is empty" in error(capsys, indexed, TEXT, "--where", "")
+    assert as_json(capsys, indexed, TEXT, "--where", "key = '; LIMIT 1 -- \x00)' OR (size < 0)")[0]["results"] == []
+    assert "where is empty" in error(capsys, "search", indexed, TEXT, "--where", "")
 
 
 def test_any_number_of_results_can_be_asked_for(indexed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(as_json(capsys, indexed, TEXT, "--top", 10**30)[0]["results"]) == 12
-    opened = ImageIndex.open(indexed)
+    opened = SearchIndex.open(indexed)
     for top in (0, -1):
-        with pytest.raises(ValueError, match="top must be at least 1"):
+        with pytest.raises(ValueError, match="k must be at least 1"):
             opened.search(np.ones((1, opened.manifest.width), np.float32), top)
 
 
@@ -295,7 +389,7 @@ def test_a_query_with_a_broken_embedding_ends_the_search(
         pass
 
     broken = save_broken(tmp_path / "broken", part)
-    monkeypatch.setattr("llm2clip.search.image_index.IndexManifest.require_model", nothing)
+    monkeypatch.setattr("llm2clip.search.search_index.IndexManifest.require_model", nothing)
     queries = [query, pictures / "00.png"] if query == "--image" else [query]
-    message = error(capsys, indexed, *queries, "--model", broken)
+    message = error(capsys, "search", indexed, *queries, "--model", broken)
     assert f"NaN or infinite: {queries[-1]}. A model gives such values after a training that diverged" in message

@@ -16,12 +16,13 @@ from llm2clip.data import CaptionSource, distinct_captions
 from llm2clip.store import (
     EmbeddingCache,
     MissingCaptionError,
+    Store,
     StoreDamagedError,
     StoreError,
     StoreIncompleteError,
     StoreMismatchError,
 )
-from llm2clip.store.store import EXPONENTS, INTEGERS, KeyIndex
+from llm2clip.store.store import EXPONENTS, INTEGERS, KeyIndex, caption_keys
 from llm2clip.utils import shared_files
 from llm2clip.utils.files import sha256
 from llm2clip.utils.manifests import MANIFEST_CHECKSUM, with_checksum
@@ -68,6 +69,17 @@ def test_error_about_missing_captions_quotes_some(cache_folder: Path) -> None:
     assert "llm2clip embed" in str(caught.value)
     assert len(str(caught.value)) < 700
     assert not str(caught.value).startswith('"')
+
+
+@pytest.mark.parametrize("shard_size", [10, 100], ids=["several shards", "one shard"])
+def test_rows_of_absent_keys_are_not_read(tmp_path: Path, shard_size: int) -> None:
+    build(tmp_path, TEXTS, shard_size=shard_size)
+    store = Store.open(tmp_path)
+    rows = store.find(caption_keys([TEXTS[3], "absent", TEXTS[20], "absent too"]))
+    with pytest.raises(KeyError, match="2 of 4 keys have no row in the store"):
+        store.read(rows)
+    assert store.read(rows[::2]).shape == (2, WIDTH)
+    assert store.read(rows[:0]).shape == (0, WIDTH)
 
 
 def _cut(shard: Path) -> None:

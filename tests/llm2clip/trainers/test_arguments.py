@@ -30,6 +30,8 @@ from llm2clip import (
     Stage2Trainer,
 )
 from llm2clip.data import Stage2Collator
+from llm2clip.encoders.batches import ImageList
+from llm2clip.evaluation.data import RetrievalData
 from llm2clip.trainers import run_stage1
 from llm2clip.trainers.stage1_config import Stage1Recipe
 from llm2clip.utils.files import read_json
@@ -281,7 +283,9 @@ def test_retrieval_sets_are_measured_in_the_precision_of_training(
     monkeypatch.setattr(
         Stage2Trainer, "measure", lambda *_: found.append(torch.is_autocast_enabled("cpu")) or {"recall@1": 1.0}
     )
-    trainer = trainer_of(inputs, tmp_path, {"bf16": bf16}, retrieval={"own": print})
+    trainer = trainer_of(
+        inputs, tmp_path, {"bf16": bf16}, retrieval={"own": RetrievalData.from_captions(ImageList([]), [])}
+    )
     with caplog.at_level("INFO"):
         assert trainer.evaluate()["eval_own_recall@1"] == 1.0
     assert found == [bf16]

@@ -39,7 +39,8 @@ CONFIGURATIONS = [
         for stage in (1, 2, 3)
     ),
 ]
-STAGES = [pytest.param("stage1", marks=pytest.mark.nightly), "stage2"]
+# `lora`: stage 2 with LoRA on the LLM.
+STAGES = [pytest.param("stage1", marks=pytest.mark.nightly), "stage2", "lora"]
 
 
 def fields_of(stage: str, folder: Path, inputs: Inputs) -> dict[str, Any]:
@@ -47,6 +48,7 @@ def fields_of(stage: str, folder: Path, inputs: Inputs) -> dict[str, Any]:
         fields = tiny.stage1_fields(folder, inputs.llm)
     else:
         fields = tiny.stage2_fields(folder, inputs.vision, inputs.text, inputs.cache)
+        fields |= {"embedding_cache": None, "lora_rank": 4} if stage == "lora" else {}
     return {**fields, "max_steps": 3, "save_steps": 2}
 
 
@@ -58,13 +60,14 @@ def on_two_processes(stage: str, fields: dict[str, Any], configuration: str, *op
     command = [gloo_as_gpus.__file__] if configuration == "fsdp.yaml" else CLI
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(launch), "--main_process_port", "0"]
     environment = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
-    run_python([*launcher, *command, stage, str(recipe), *options], **environment)
+    own = "stage2" if stage == "lora" else stage
+    run_python([*launcher, *command, own, str(recipe), *options], **environment)
 
 
 def weights(stage: str, folder: Path) -> dict[str, Tensor]:
     if stage == "stage1":
         return LLM2CLIPTextModel.from_pretrained(folder).state_dict()
-    return LLM2CLIPModel.from_pretrained(folder, text_model=False).state_dict()
+    return LLM2CLIPModel.from_pretrained(folder, text_model=stage == "lora").state_dict()
 
 
 def assert_equal_runs(stage: str, one: Path, two: Path) -> None:
@@ -73,7 +76,7 @@ def assert_equal_runs(stage: str, one: Path, two: Path) -> None:
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, atol=5e-6, rtol=0, msg=name)
-    if stage == "stage2":
+    if stage != "stage1":
         name = "eval_validation_text_to_image_mean_rank"
         assert metric(two, name) == pytest.approx(metric(one, name), abs=0.1)
 
@@ -95,7 +98,8 @@ def test_two_processes_with_a_part_of_the_model_each_equal_one_with_all_of_it(
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_checkpoint_of_shards_is_a_whole_model_and_resumes(stage: str, inputs: Inputs, tmp_path: Path) -> None:
     fields = fields_of(stage, tmp_path / "one", inputs)
-    llm2clip(stage, {**fields, "per_device_train_batch_size": 2 * fields["per_device_train_batch_size"]})
+    whole_batch = {**fields, "per_device_train_batch_size": 2 * fields["per_device_train_batch_size"]}
+    llm2clip("stage2" if stage == "lora" else stage, whole_batch)
     fields["output_dir"] = str(tmp_path / "two")
     on_two_processes(stage, fields, "fsdp.yaml")
     files = {path.name for path in (tmp_path / "two" / "checkpoint-2").iterdir()}
@@ -122,13 +126,14 @@ def test_a_divided_model_is_evaluated_before_its_first_step(inputs: Inputs, tmp_
 
 @pytest.mark.slow
 @pytest.mark.nightly
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+@pytest.mark.parametrize("stage", ["stage1", "stage2", "lora"])
 @pytest.mark.parametrize("configuration", [CONFIGURATIONS[0], CONFIGURATIONS[2]])
 def test_chunks_and_accumulation_of_a_divided_model_equal_whole_batches(
     configuration: str, stage: str, inputs: Inputs, tmp_path: Path
 ) -> None:
     fields = fields_of(stage, tmp_path / "one", inputs) | {"save_strategy": "no", "gradient_accumulation_steps": 2}
-    llm2clip(stage, {**fields, "per_device_train_batch_size": 2 * fields["per_device_train_batch_size"]})
+    command = "stage2" if stage == "lora" else stage
+    llm2clip(command, {**fields, "per_device_train_batch_size": 2 * fields["per_device_train_batch_size"]})
     on_two_processes(stage, {**fields, "output_dir": str(tmp_path / "two"), "tower_chunk_size": 3}, configuration)
     assert_equal_runs(stage, tmp_path / "one", tmp_path / "two")
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 from llm2clip import (
+    DistillConfig,
+    DistillTrainer,
     EmbeddingCache,
     LLM2CLIPModel,
     LLM2CLIPTextModel,
@@ -23,6 +25,7 @@ from llm2clip import (
     Stage1Trainer,
     Stage2Config,
     Stage2Trainer,
+    Student,
 )
 from llm2clip.trainers import stage1_trainer, stage2_trainer
 from llm2clip.trainers.base_config import ContrastiveConfig, StageConfig
@@ -34,6 +37,7 @@ from tests.llm2clip.trainers.test_plain_datasets import joint_model
 ROWS, BATCH = 32, 8
 PAIRS = [{"anchor": f"word {n} {n * n}", "positive": f"meaning of {n}", "negative": "no"} for n in range(ROWS)]
 FROZEN = {"freeze_vision": "all"}
+AVERAGED = {"ema_half_life": 2.0}
 # What a run with other settings has to differ in: the trained weights, what it wrote, or an error, as a text in it.
 WEIGHTS, FILES = "weights", "files"
 
@@ -60,12 +64,29 @@ def stage2(inputs: Inputs, folder: Path, **changes: Any) -> Stage2Trainer:
     )
 
 
+def stage2_online(inputs: Inputs, folder: Path, **changes: Any) -> Stage2Trainer:
+    trainer = stage2(inputs, folder / "made")
+    model, rows = LLM2CLIPModel.from_pretrained(folder / "made/model"), trainer.train_dataset
+    args, processor = Stage2Config(**settings(folder, **changes)), AutoProcessor.from_pretrained(folder / "made/model")
+    return Stage2Trainer(model=model, args=args, train_dataset=rows, processing_class=processor)
+
+
 def stage1(inputs: Inputs, folder: Path, **changes: Any) -> Stage1Trainer:
     return Stage1Trainer(
         model=LLM2CLIPTextModel.from_pretrained(inputs.text),
         args=Stage1Config(**settings(folder, **changes)),
         train_dataset=PAIRS,
         processing_class=AutoTokenizer.from_pretrained(inputs.text),
+    )
+
+
+def distill(inputs: Inputs, folder: Path, **changes: Any) -> DistillTrainer:
+    rows = torch.randn(ROWS, 12, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    return DistillTrainer(
+        model=Student.create(inputs.llm, 12, lambda: pytest.fail("it needs no teacher")),
+        args=DistillConfig(**settings(folder, **changes)),
+        train_dataset=[{"text": row["anchor"], "embedding": x} for row, x in zip(PAIRS, rows, strict=True)],
     )
 
 
@@ -100,6 +121,8 @@ STAGE2: dict[str, Any] = {
     "standardize_features": (True, FROZEN, WEIGHTS),
     "feature_dropout": (0.5, {}, WEIGHTS),
     "loss": ("sigmoid", {}, "the model has no logit bias"),
+    "text_losses": ("all", {}, "the model has one text encoder"),
+    "matryoshka_dims": ([8], {}, WEIGHTS),
     "shared_captions": ("positive", {}, None),
     "vision_learning_rate": (1e-2, {}, WEIGHTS),
     "text_learning_rate": (1e-2, {}, WEIGHTS),
@@ -113,6 +136,10 @@ STAGE2: dict[str, Any] = {
     "warm_start": ({"max_steps": 2}, {}, WEIGHTS),
     "alignment": ("closed_form_then_train", FROZEN, WEIGHTS),
     "ridge": (5.0, {**FROZEN, "alignment": "closed_form_then_train"}, WEIGHTS),
+    "distill_from": ("itself", FROZEN, WEIGHTS),
+    "distill_weight": (0.5, AVERAGED, WEIGHTS),
+    "structure_weight": (1.0, {**AVERAGED, "distill_weight": 0.5}, WEIGHTS),
+    "relational_weight": (5.0, {}, WEIGHTS),
     "feature_cache": ("elsewhere", FROZEN, FILES),
     "feature_dtype": ("bfloat16", FROZEN, WEIGHTS),
     "feature_views": (2, FROZEN, WEIGHTS),
@@ -130,12 +157,25 @@ STAGE1: dict[str, Any] = {
     "tower_chunk_size": (3, {}, None),
     "loss_chunk_size": (3, {}, None),
 }
+# Of stage 2, whose LLM is frozen without a rank.
+STAGE2_LORA: dict[str, Any] = {
+    "lora_rank": (2, {}, WEIGHTS),
+    "lora_alpha": (128, {"lora_rank": 2}, WEIGHTS),
+    "lora_dropout": (0.5, {"lora_rank": 2}, WEIGHTS),
+    "lora_target_modules": (["q_proj"], {"lora_rank": 2}, WEIGHTS),
+    "save_format": ("adapter", {"lora_rank": 2}, FILES),
+}
 LORA: dict[str, Any] = {
     "lora_rank": (2, {}, WEIGHTS),
     "lora_alpha": (128, {}, WEIGHTS),
     "lora_dropout": (0.5, {}, WEIGHTS),
     "lora_target_modules": (["q_proj"], {}, WEIGHTS),
     "save_format": ("adapter", {}, FILES),
+}
+DISTILL: dict[str, Any] = {
+    "similarity_weight": (5.0, {}, WEIGHTS),
+    "matryoshka_dims": ([8], {}, WEIGHTS),
+    "freeze_embeddings": (True, {}, WEIGHTS),
 }
 MNTP: dict[str, Any] = {
     "block_size": (4, {}, WEIGHTS),
@@ -146,8 +186,10 @@ MNTP: dict[str, Any] = {
 }
 CASES = [
     *((stage2, name, *case) for name, case in STAGE2.items()),
+    *((stage2_online, name, *case) for name, case in STAGE2_LORA.items()),
     *((stage1, name, *case) for name, case in {**STAGE1, **LORA}.items()),
     *((mntp, name, *case) for name, case in MNTP.items()),
+    *((distill, name, *case) for name, case in DISTILL.items()),
 ]
 
 
@@ -159,10 +201,11 @@ def own_fields(config: type, *bases: type) -> set[str]:
 
 def test_every_setting_is_in_the_table() -> None:
     contrastive = {field.name for field in dataclasses.fields(ContrastiveConfig)}
-    assert own_fields(Stage2Config, StageConfig) == set(STAGE2)
+    assert own_fields(Stage2Config, StageConfig) == {*STAGE2, *STAGE2_LORA}
     assert own_fields(Stage1Config, TextTowerConfig) == set(STAGE1)
     assert own_fields(TextTowerConfig, StageConfig) == set(LORA)
     assert own_fields(MNTPConfig, TextTowerConfig) == set(MNTP)
+    assert own_fields(DistillConfig, StageConfig) == set(DISTILL)
     assert contrastive <= set(STAGE1) & set(STAGE2)
 
 
@@ -172,8 +215,8 @@ def test_a_setting_changes_something_or_is_refused(
 ) -> None:
     if expected is None:
         pytest.skip("gives the same result on purpose: tested below")
-    if value in ("elsewhere", "states"):
-        value = str(tmp_path / "with" / value)
+    if value in ("elsewhere", "states", "itself"):
+        value = str(tmp_path / "with" / ("model" if value == "itself" else value))
     if expected not in (WEIGHTS, FILES):
         with pytest.raises(ValueError, match=expected):
             outcome(make, inputs, tmp_path, **needs, **{name: value})

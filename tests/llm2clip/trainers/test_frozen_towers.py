@@ -14,7 +14,10 @@ import torch
 from torch.nn import functional as F
 
 from llm2clip.data import CaptionSource, DamagedImageError, SampleIndex
-from llm2clip.evaluation import ImageTextRetrieval
+from llm2clip.encoders.stored import StoredEncoder
+from llm2clip.evaluation.data import RetrievalData
+from llm2clip.evaluation.protocols.retrieval import image_text_metrics
+from llm2clip.evaluation.session import Session
 from llm2clip.hub.cards.facts import CURVES
 from llm2clip.losses import clip_loss
 from llm2clip.store import EmbeddingCache
@@ -111,7 +114,7 @@ def test_the_tower_runs_once_for_each_distinct_image(
     config = settings(tmp_path / "first", inputs, **shared)
     first = train(config)
     sources = [CaptionSource.from_dict(source) for source in (*config.sources, *config.eval_sources.values())]
-    keys = [ImageTextRetrieval(source, None).images.content_keys() for source in sources]  # type: ignore[arg-type]
+    keys = [RetrievalData.from_source(source).images.content_keys() for source in sources]
     assert sum(calls) == len(np.unique(np.concatenate(keys), axis=0))
     calls.clear()
     assert_equal_weights(train(settings(tmp_path / "second", inputs, **shared)), first)
@@ -125,10 +128,9 @@ def test_the_result_scores_as_it_does_from_stored_features(inputs: Inputs, tmp_p
     config = settings(tmp_path, inputs)
     metrics = run_stage2.run(config)
     model, processor = load(tmp_path), LLM2CLIPProcessor.from_pretrained(tmp_path)
-    retrieval = ImageTextRetrieval(
-        CaptionSource.from_dict(config.eval_sources["validation"]), processor.image_processor
-    )
-    found = retrieval(model, EmbeddingCache.open(inputs.cache).lookup)
+    data = RetrievalData.from_source(CaptionSource.from_dict(config.eval_sources["validation"]))
+    encoder = StoredEncoder(model, processor, EmbeddingCache.open(inputs.cache).lookup)
+    found = image_text_metrics(Session(encoder), data)
     assert found["text_to_image_mean_rank"] == pytest.approx(
         metrics["eval_validation_text_to_image_mean_rank"], rel=0.02
     )

@@ -10,6 +10,7 @@ import pytest
 from transformers import TrainingArguments
 
 from llm2clip.encoders.embed import EmbedConfig
+from llm2clip.trainers.distill_config import DistillRecipe
 from llm2clip.trainers.stage1_config import Stage1Recipe
 from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.option_names import MOST_USED, NAMES_ELSEWHERE, OF_THE_TRAINER
@@ -136,7 +137,7 @@ def test_an_unknown_option_suggests_the_one_that_is_meant(config_class: type, gi
 
 
 def test_names_elsewhere_and_names_in_the_help_are_those_of_settings() -> None:
-    known = {*get_type_hints(Stage1Recipe), *get_type_hints(Stage2Recipe)}
+    known = {*get_type_hints(Stage1Recipe), *get_type_hints(Stage2Recipe), *get_type_hints(DistillRecipe)}
     others = {"batch_size", "num_workers", "block_size", "mask_token", "data"}  # of evaluate, embed and mntp
     assert {*MOST_USED, *OF_THE_TRAINER} <= known
     assert {field for names in NAMES_ELSEWHERE.values() for field in names.split()} <= known | others

@@ -117,7 +117,8 @@ def _as_llm2clip(plan: JointPlan, known: LLM2CLIPConfig | None, settings: Conver
     """Complete the plan of a checkpoint with a text adapter; the LLM is by default that of the published model."""
     width = plan.tensors["text_adapter.norm.weight"].shape[0]
     published = known or published_like({name: getattr(plan.vision_config, name) for name in SIZES}, width)
-    text_model, revision = settings.text_model, settings.text_model_revision
+    text_model: Any = settings.text_model
+    revision: Any = settings.text_model_revision
     if text_model is None and known is None and published is not None:
         text_model, revision = published.text_model_name_or_path, published.text_model_revision
     if text_model is None:
@@ -193,7 +194,7 @@ def _as_tower(plan: JointPlan) -> None:
 
 def _text_config(name: str, revision: str | None) -> LLM2CLIPTextConfig:
     for published in published_models().values():
-        if not published.is_joint and name in (published.name, published.card.get("original_checkpoint")):
+        if not published.is_joint and name in (published.name, published.checkpoint):
             return copy.deepcopy(published.config)
     try:
         return describe_text_tower(name, revision)[0]

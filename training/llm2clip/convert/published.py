@@ -1,9 +1,9 @@
-"""The models in `hub_configs/`: their configs, and the front matter of their cards."""
+"""The models in `hub_configs/`: their configs, and what `models.yaml` there says about them."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -20,11 +20,29 @@ FOLDER = Path(str(files("llm2clip.hub_configs"))).resolve()
 
 @dataclass(frozen=True)
 class Published:
-    """A folder of `hub_configs/`: its name, config.json, and the front matter of its model card."""
+    """A folder of `hub_configs/`.
+
+    Attributes:
+        name: Name of the folder.
+        config: Its `config.json`.
+        license: License of the weights, by its id on the Hub.
+        base: The vision tower or LLM that was trained: Hub id, and name of its file.
+        checkpoint: Hub id of the published weights; None if there are none.
+        needs: What converting them needs.
+        use: What the config of a model without published weights is for.
+        table: Table of the paper with the scores.
+        scores: Recall@1 in percent, image to text / text to image, on the five sets of that table.
+    """
 
     name: str
     config: Any
-    card: dict[str, Any]
+    license: str
+    base: str
+    checkpoint: str | None = None
+    needs: str = ""
+    use: str = ""
+    table: str = ""
+    scores: Sequence[str] = ()
 
     @property
     def is_joint(self) -> bool:
@@ -41,12 +59,10 @@ class Published:
 def published_models() -> dict[str, Published]:
     """Read every folder of `hub_configs/`, by name."""
     models = {}
-    for path in sorted(FOLDER.glob("*/config.json")):
-        fields = read_json(path)
+    for name, about in load_yaml((FOLDER / "models.yaml").read_text(encoding="utf-8"), unique_keys=True).items():
+        fields = read_json(FOLDER / name / "config.json")
         joint = fields["model_type"] == LLM2CLIPConfig.model_type
-        config = (LLM2CLIPConfig if joint else LLM2CLIPTextConfig).from_dict(fields)
-        card = (path.parent / "README.md").read_text(encoding="utf-8").split("---\n")[1]
-        models[path.parent.name] = Published(path.parent.name, config, load_yaml(card))
+        models[name] = Published(name, (LLM2CLIPConfig if joint else LLM2CLIPTextConfig).from_dict(fields), **about)
     return models
 
 

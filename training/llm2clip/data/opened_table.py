@@ -29,6 +29,7 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".tsv": ("csv", {"sep": "\t"}),
     ".tar": ("webdataset", {}),
     ".arrow": ("arrow", {}),
+    ".txt": ("text", {}),
 }
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 # By default, pandas reads "nan", "None" and "NA" as missing cells, but these can be captions ("nan" is a bread).

@@ -96,7 +96,7 @@ class CaptionSource(Source):
     key_column: str | None = None
     streaming: bool = False
     weight: float | None = None
-    embedding_cache: str | None = None
+    embedding_cache: str | list[str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

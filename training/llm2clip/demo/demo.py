@@ -1,4 +1,7 @@
-"""The command `llm2clip demo`: a local web page that shows what a model does with images and captions."""
+"""The command `llm2clip demo`: a local web page that shows what a model does with images and captions.
+
+Its mistakes are found before the libraries of models and of the page are imported, which takes many seconds.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +13,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
-from llm2clip.demo.gallery import Gallery
-from llm2clip.demo.space import WHOLE_MODEL, write_space
-from llm2clip.search.folder_images import FolderImages
-from llm2clip.search.image_sets import IndexedImages
-from llm2clip.search.lance_store import require_lancedb
-from llm2clip.search.table_images import TableImages, is_dataset
-from llm2clip.utils.logs import printable
-from llm2clip.utils.repos import RepoKind, inspect_repo
+from llm2clip.search.search import check_places
+from llm2clip.utils.logs import printable, quiet_libraries
+from llm2clip.utils.model_places import is_repo, require_model_place
 from llm2clip.utils.settings import setting
 
+if TYPE_CHECKING:
+    from llm2clip.demo.gallery import Gallery
+    from llm2clip.search.folder_items import Items
+
 QUICKSTART_MODEL = "runs/quickstart/llm2clip"
-
-
 # Requests that wait for the model; further ones are told to come back later.
 MAX_WAITING = 32
 # The variable by which gradio is told where to keep what visitors upload and are shown.
@@ -35,8 +35,19 @@ VISITORS_FILES = "GRADIO_TEMP_DIR"
 class DemoConfig:
     """Settings of `llm2clip demo`."""
 
-    model: str = setting(QUICKSTART_MODEL, "Hub id or folder of the model.")
+    model: str | None = setting(
+        None,
+        "Hub id or folder of a model of images and texts, of any library that llm2clip evaluate measures; by default "
+        f"the one that made --index, or {QUICKSTART_MODEL}.",
+    )
     compare: str | None = setting(None, "Hub id or folder of a second model, shown beside the first.")
+    text_encoder: Literal["llm", "query", "auto"] = setting(
+        "auto",
+        "What embeds texts: the LLM, or the query encoder of llm2clip distill-text; auto: that if there is one.",
+    )
+    index: str | None = setting(
+        None, "Folder or URL of an index of images, written by llm2clip index: nothing is embedded again."
+    )
     data: str | None = setting(
         None,
         "Images to search: a folder of images, or path or Hub id of a data set; by default the bundled test split.",
@@ -55,38 +66,78 @@ class DemoConfig:
     def __post_init__(self) -> None:
         if self.max_upload_mb < 1:
             raise ValueError(f"max_upload_mb must be at least 1, not {self.max_upload_mb}.")
+        if self.index and self.data:
+            raise ValueError(f"index is {self.index} and data is {self.data}: an index has its images, so give one.")
+        for name in ("index", "data", "compare"):
+            if self.write_space and getattr(self, name):
+                raise ValueError(f"{name} is {getattr(self, name)}, but a Space has one model and the bundled images.")
 
 
 def run(config: DemoConfig) -> dict[str, Any]:
-    """Embed the images and serve the page until interrupted, or write a Space and return its folder.
+    """Open or embed the images and serve the page until interrupted, or write a Space and return its folder.
 
     Raises:
         FileExistsError: The folder of the Space exists.
-        FileNotFoundError: No model was given, and the quickstart has not produced one yet.
+        FileNotFoundError: No model was given, and the quickstart has not produced one yet; or there is no such index.
         ImportError: gradio or LanceDB is not installed.
         OSError: The model does not exist.
-        ValueError: There are no images, or a model is not an LLM2CLIP model with its LLM.
+        ValueError: There are no images, or a model does not embed both images and texts.
     """
-    if config.model == QUICKSTART_MODEL and not Path(config.model).is_dir():
+    if config.index:
+        check_places(config.index, config.model)
+    elif config.model is None and not Path(QUICKSTART_MODEL).is_dir():
         raise FileNotFoundError(
             f"there is no model in {QUICKSTART_MODEL}: run `make quickstart`, or give --model a folder or Hub id"
         )
-    if config.write_space:
-        write_space(Path(config.write_space), config.model, config.overwrite)
-        return {"space": config.write_space}
-    # Here, so that missing libraries are reported before a large model is loaded, which takes minutes.
-    import llm2clip.demo.interface  # noqa: F401
-
-    require_lancedb()
-    names = [name for name in (config.model, config.compare) if name]
+    model = config.model or ("" if config.index else QUICKSTART_MODEL)  # the index knows its own
+    names = [name for name in (model, config.compare) if name]
     for name in names:
-        inspect_repo(name).require(RepoKind.JOINT, hint=WHOLE_MODEL)
-    images = open_images(config)
-    galleries = [(name, Gallery.open(name, images, Path(config.cache_dir))) for name in names]
+        require_model_place(name)
+    if config.write_space:
+        from llm2clip.demo.space import write_space
+
+        write_space(Path(config.write_space), model, config.overwrite)
+        return {"space": config.write_space}
+    # Before a large model is loaded, which takes minutes.
+    import llm2clip.demo.interface  # noqa: F401
+    from llm2clip.search.store import open_store
+
+    open_store(config.cache_dir)
+    quiet_libraries()
+    for name in names:
+        _require_both_sides(name)
     # What visitors send can be quoted in a traceback.
-    with _visitors_files(), _printable_streams():
-        _serve(galleries, config)
+    with _temporary_files() as examples, _printable_streams():
+        _serve(_open_galleries(config, model), config, examples)
     return {}
+
+
+def _require_both_sides(name: str) -> None:
+    """Raise ValueError for a repository of which the config says that it does not embed both images and texts."""
+    from llm2clip.demo.space import WHOLE_MODEL
+    from llm2clip.utils.repos import RepoKind, inspect_repo
+
+    if is_repo(name):
+        repo = inspect_repo(name)
+        if repo.kind is RepoKind.VISION_HALF or not {"vision_config", "text_config"} <= set(repo.config):
+            repo.require(RepoKind.JOINT, hint=WHOLE_MODEL)
+
+
+def _open_galleries(config: DemoConfig, model: str) -> list[Gallery]:
+    from llm2clip.demo.gallery import Gallery
+    from llm2clip.search.folder_items import FolderImages
+
+    cache_dir = Path(config.cache_dir)
+    if config.index:
+        galleries = [Gallery.of_index(config.index, model or None, config.text_encoder)]
+        opened: Any = galleries[0].images.table
+        images = opened or FolderImages(galleries[0].index.manifest.source["path"], exclude=[cache_dir])
+    else:
+        images = open_images(config)
+        galleries = [Gallery.open(model, images, cache_dir, config.text_encoder)]
+    if config.compare:
+        galleries.append(Gallery.open(config.compare, images, cache_dir, config.text_encoder))
+    return galleries
 
 
 class _PrintableStream:
@@ -109,10 +160,10 @@ def _printable_streams() -> Iterator[None]:
         yield
 
 
-def _serve(galleries: list[tuple[str, Gallery]], config: DemoConfig) -> None:
+def _serve(galleries: list[Gallery], config: DemoConfig, examples: Path) -> None:
     from llm2clip.demo.interface import CSS, THEME, build_interface
 
-    page = build_interface(galleries, config.data is None, Path(config.cache_dir) / "examples")
+    page = build_interface(galleries, not (config.index or config.data), examples)
     page.queue(max_size=MAX_WAITING)
     _, address, _ = page.launch(
         max_file_size=config.max_upload_mb * 10**6,
@@ -127,28 +178,33 @@ def _serve(galleries: list[tuple[str, Gallery]], config: DemoConfig) -> None:
 
 
 @contextlib.contextmanager
-def _visitors_files() -> Iterator[None]:
+def _temporary_files() -> Iterator[Path]:
     """Keep the pictures of visitors in a folder that only this user reads, and that ends with the demo.
 
     By default gradio keeps them for good, in a folder of all its programs and users on the machine.
+
+    Yields:
+        A folder for the example pictures, which ends with the demo too.
     """
-    if os.environ.get(VISITORS_FILES):
-        yield
-        return
     with tempfile.TemporaryDirectory(prefix="llm2clip-demo-", ignore_cleanup_errors=True) as folder:
-        os.environ[VISITORS_FILES] = str(Path(folder).resolve())
+        visitors, examples = Path(folder).resolve() / "visitors", Path(folder).resolve() / "examples"
+        visitors.mkdir(mode=0o700)
+        given = os.environ.get(VISITORS_FILES)
+        os.environ[VISITORS_FILES] = given or str(visitors)
         try:
-            yield
+            yield examples
         finally:
-            del os.environ[VISITORS_FILES]
+            if not given:
+                del os.environ[VISITORS_FILES]
 
 
-def open_images(config: DemoConfig) -> IndexedImages:
+def open_images(config: DemoConfig) -> Items:
     """Open the images that the settings select."""
+    from llm2clip.search.table_items import open_items
+
     path = config.data or str(resources.files("llm2clip.example_data") / "concepts" / "test.parquet")
     place = Path(path).expanduser()
     # Metadata files contain the captions of a folder of images, which `datasets` reads.
-    captioned = any(place.glob("metadata.*")) or any(place.glob("*/metadata.*"))
-    if is_dataset(path) or captioned:
-        return TableImages(path, split=config.split, caption_column=config.caption_column)
-    return FolderImages(path, exclude=[Path(config.cache_dir)])
+    kind = "dataset" if any(place.glob("metadata.*")) or any(place.glob("*/metadata.*")) else "auto"
+    captions = [] if config.caption_column is None else [config.caption_column]
+    return open_items(path, [Path(config.cache_dir)], kind, split=config.split, caption_columns=captions)

@@ -6,26 +6,22 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoProcessor
 
-from llm2clip.encoders.ours import OurEncoder
+from llm2clip.data import EvalTransform
+from llm2clip.encoders import Encoder, load_encoder
+from llm2clip.encoders.query_text import TextEncoder
 from llm2clip.evaluation.heat_map import draw_heat_map, patch_similarity, seen_part
-from llm2clip.search.image_index import ImageIndex
-from llm2clip.search.image_sets import IndexedImages
-from llm2clip.search.index_update import UpdateSettings, update_index
-from llm2clip.search.lance_store import LanceStore
-from llm2clip.search.results import ResultImages, SearchResult
-from llm2clip.search.table_images import TableImages
-from llm2clip.utils.attention_probe import verify_text_tower
+from llm2clip.search.folder_items import Items
+from llm2clip.search.results import ResultImages
+from llm2clip.search.search_index import SearchIndex
 from llm2clip.utils.embeddings import NonFiniteError
-from llm2clip.utils.processes import process_state
-from modeling_llm2clip import LLM2CLIPModel
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +30,9 @@ MAP_WIDTH = 448
 MAX_CHARACTERS, MAX_LABELS = 10_000, 1_000
 # Name of an uploaded picture in error messages.
 QUERY = "query"
+SIDES = ("image", "text")
+# The largest that CLIP learns, for models that have none of their own.
+LOGIT_SCALE = 100.0
 
 
 class ShownImage(NamedTuple):
@@ -47,58 +46,61 @@ class ShownImage(NamedTuple):
 class Gallery:
     """Images that one model has embedded, in a search index.
 
-    The index is updated when the gallery is created. It has a folder of its own for each combination of weights, image
-    processor and images, so that models do not replace each other's index.
-
     Args:
-        model: The model, with its LLM.
-        images: The images. Captions are displayed as names; they do not influence the scores.
-        cache_dir: Folder of the indexes.
-
-    Raises:
-        ValueError: No image can be read.
+        encoder: A model of images and texts.
+        index: An index of images that it made.
+        images: The images of the index. Captions are displayed as names; they do not influence the scores.
     """
 
-    def __init__(self, model: LLM2CLIPModel, processor: Any, images: IndexedImages, cache_dir: Path) -> None:
-        self.model = model
-        self.processor = processor
-        self._encoder = OurEncoder(model, processor, model.name_or_path or "")
-        folder = cache_dir / f"index-{self._key(images)}"
-        self.index = self._updated_index(folder, images)
-        self._images = ResultImages(self.index.manifest, images if isinstance(images, TableImages) else None)
-
-    def _updated_index(self, folder: Path, images: IndexedImages) -> ImageIndex:
-        """Bring an index up to date; one that cannot be read is built again, because all of it can be."""
-        settings = UpdateSettings(dtype="float32", allow_removals=True)
-        try:
-            update_index(LanceStore(folder), images, self._encoder, settings)
-            return ImageIndex.open(folder)
-        except NonFiniteError:
-            raise
-        except (OSError, ValueError) as error:
-            if not folder.exists():
-                raise
-            logger.warning("the index %s cannot be used and is built again: %s", folder, error)
-        update_index(LanceStore(folder), images, self._encoder, replace(settings, overwrite=True))
-        return ImageIndex.open(folder)
+    def __init__(self, encoder: Encoder, index: SearchIndex, images: ResultImages) -> None:
+        self.encoder, self.index, self.images = encoder, index, images
+        transform = getattr(encoder, "transform", None)
+        self._processor = transform.image_processor if isinstance(transform, EvalTransform) else None
 
     @classmethod
-    def open(cls, name: str, images: IndexedImages, cache_dir: Path) -> Gallery:
-        """Load a model from the Hub or a folder, and update its index of the images."""
-        model = LLM2CLIPModel.from_pretrained(name).to(process_state().device).eval()
-        verify_text_tower(model.text_model)
-        return cls(model, AutoProcessor.from_pretrained(name), images, cache_dir)
+    def open(cls, name: str, images: Items, cache_dir: Path, text_encoder: TextEncoder = "auto") -> Gallery:
+        """Load a model, and update its index of the images; see [`load_encoder`] and [`Gallery.embed`]."""
+        encoder = load_encoder(name, dtype="auto", needs=SIDES, text_encoder=text_encoder)
+        return cls.embed(encoder, images, cache_dir)
+
+    @classmethod
+    def embed(cls, encoder: Encoder, images: Items, cache_dir: Path) -> Gallery:
+        """Embed the images that are new or changed since the last start.
+
+        The index has a folder of its own below `cache_dir` for each combination of weights, preprocessing and images,
+        so that models do not replace each other's index.
+
+        Raises:
+            ValueError: No image can be read.
+        """
+        parts = [images.source, encoder.image_fingerprint()]
+        key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+        index = _updated_index(cache_dir / f"index-{key}", images, encoder)
+        return cls(encoder, index, ResultImages(index.manifest, images))
+
+    @classmethod
+    def of_index(cls, place: str, model: str | None = None, text_encoder: TextEncoder = "auto") -> Gallery:
+        """Open an index that `llm2clip index` wrote, with the model that made it, or a copy of it.
+
+        Raises:
+            FileNotFoundError: Its images are no longer there.
+            ValueError: It is an index of captions.
+        """
+        index = SearchIndex.open(place, encoder=model, text_encoder=text_encoder)
+        source = index.manifest.source
+        if source["kind"] == "folder" and not Path(source["path"]).is_dir():
+            raise FileNotFoundError(f"the images of the index {place} were in {source['path']}, which does not exist.")
+        if index.manifest.embed != "image":
+            raise ValueError(f"the index {place} is of captions; the demo shows images.")
+        return cls(index.encoder(SIDES), index, ResultImages(index.manifest))
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def find(self, name: str) -> Image.Image | None:
-        """Return the first image with this caption."""
-        if "caption" not in self.index.rows.columns:
-            return None
-        quoted = name.replace("'", "''")
-        row = self.index.first(f"caption = '{quoted}'")
-        return None if row is None else self._images.load(SearchResult.from_row(row, 1.0, self.index.manifest))
+    @property
+    def has_captions(self) -> bool:
+        """Whether images have captions, and not only the names of their files."""
+        return self.index.manifest.source["kind"] != "folder"
 
     def search(self, query: str | Image.Image, top: int = 12) -> list[ShownImage]:
         """Find the images most similar to a caption or to another image, best first.
@@ -109,12 +111,11 @@ class Gallery:
             ValueError: The caption is empty, or the image is too narrow to be resized.
         """
         found = []
-        for score, row in self.index.search(self._embed(query)[None].numpy(), top)[0]:
-            result = SearchResult.from_row(row, score, self.index.manifest)
-            image = self._images.load(result)
+        for result in self.index.search(self._embed(query)[None].numpy(), top)[0]:
+            image = self.images.load(result)
             if image is not None:
                 name = result.caption if result.path is None else result.key
-                found.append(ShownImage(image, name or "", score))
+                found.append(ShownImage(image, name or "", result.score))
         return found
 
     def classify(self, image: Image.Image, labels: Sequence[str], template: str = "{}") -> dict[str, float]:
@@ -136,34 +137,59 @@ class Gallery:
         if "{}" not in template:
             raise ValueError(f"The template {template!r} needs {{}} in place of the label.")
         captions = [_short(template.replace("{}", name)) for name in names]
-        cosines = self._encoder.encode_text(captions) @ self._embed(image)
-        scale = self.model.logit_scale.detach().float().cpu().exp()
+        cosines = self.encoder.encode_text(captions) @ self._embed(image)
+        learned = getattr(self.encoder.model, "logit_scale", None)
+        scale = LOGIT_SCALE if learned is None else learned.detach().float().exp().item()
         return dict(zip(names, (scale * cosines).softmax(dim=0).tolist(), strict=True))
 
+    @torch.no_grad()
     def heat_map(self, image: Image.Image, caption: str) -> tuple[Image.Image, Image.Image, Tensor]:
         """Compare the patches of an image with a caption.
 
         Returns:
             The part of the image that the tower sees, the same with the heat map over it, and the cosine similarity of
             each patch `(rows, columns)`.
+
+        Raises:
+            ValueError: The model has no fixed grid of patches that can be compared.
         """
-        pixels = self._encoder.prepare(image, QUERY)["pixel_values"][None]
-        similarity = patch_similarity(self.model, pixels, self._embed(caption)[None])[0]
-        seen = seen_part(image, self.processor.image_processor)
+        pixels = None if self._processor is None else self.encoder.prepare(image, QUERY)["pixel_values"]
+        if self._processor is None or pixels is None or pixels.ndim != 3:
+            raise ValueError(f"The patches of {self.encoder.name} are not known.")
+        similarity = patch_similarity(self.encoder.model, pixels[None], self._embed(caption)[None])[0]
+        seen = seen_part(image, self._processor)
         drawn = draw_heat_map(seen, similarity, MAP_WIDTH)
         return seen.resize(drawn.size, Image.Resampling.LANCZOS), drawn, similarity
+
+    @cached_property
+    def has_heat_maps(self) -> bool:
+        """Whether `heat_map` knows the patches of the model; found by trying."""
+        try:
+            self.heat_map(Image.new("RGB", (64, 64)), "a")
+        except ValueError:
+            return False
+        return True
 
     def _embed(self, query: str | Image.Image) -> Tensor:
         if isinstance(query, str):
             if not query.strip():
                 raise ValueError("There is no caption yet: describe what the picture should show.")
-            return self._encoder.encode_text(_short(query))[0]
-        return self._encoder.encode_image(query, names=[QUERY])[0]
+            return self.encoder.encode_text(_short(query))[0]
+        return self.encoder.encode_image(query, names=[QUERY])[0]
 
-    def _key(self, images: IndexedImages) -> str:
-        """Identify the images and the model with its preprocessing."""
-        parts = [images.source, self._encoder.image_fingerprint()]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+def _updated_index(folder: Path, images: Items, encoder: Encoder) -> SearchIndex:
+    """Bring an index up to date; one that cannot be read is built again, because all of it can be."""
+    settings: dict[str, Any] = {"dtype": "float32", "allow_removals": True}
+    try:
+        return SearchIndex.build(encoder, images, folder, **settings)
+    except NonFiniteError:
+        raise
+    except (OSError, ValueError) as error:
+        if not folder.exists():
+            raise
+        logger.warning("the index %s cannot be used and is built again: %s", folder, error)
+    return SearchIndex.build(encoder, images, folder, **settings, overwrite=True)
 
 
 def _short(caption: str) -> str:

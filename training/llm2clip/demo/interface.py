@@ -1,12 +1,13 @@
-"""The web page of the demo: four tabs for one or two galleries."""
+"""The web page of the demo: three tabs for one or two galleries."""
 
 from __future__ import annotations
 
 import functools
 import html
+import itertools
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import gradio as gr
 from gradio_client.utils import is_http_url_like
@@ -14,7 +15,8 @@ from PIL import Image
 
 from llm2clip.data import decode_image
 from llm2clip.demo.gallery import Gallery, ShownImage
-from modeling_llm2clip import LLM2CLIPModel
+from llm2clip.encoders import Encoder, OurEncoder
+from llm2clip.encoders.query_text import QueryTextEncoder
 
 TITLE = "LLM2CLIP"
 # The pictures of visitors are deleted after a day; seconds between two looks, and their age.
@@ -22,18 +24,15 @@ DELETE_EVERY_AFTER = (3600, 86400)
 ONLY_UPLOADS = "Upload the picture itself: addresses are not fetched."
 # The method by which a component of gradio gets a file that it was sent the path or address of.
 FETCH = "async_move_resource_to_block_cache"
+# Of the bundled images.
 QUERIES = {
     "English": ["someone riding a bicycle up a hill", "a monkey covering its mouth", "a woman in a police uniform"],
     "Deutsch": ["ein Surfer auf einer Welle", "Ein Mountainbiker in den Bergen", "Eine Pizza"],
     "Français": ["personne faisant du surf", "policière", "crayon pastel"],
 }
-# Captions of bundled images, each with labels for classification and a caption for the heat map.
-EXAMPLE_IMAGES = {
-    "closed mailbox with raised flag": ("a letter box\na camera\na light bulb", "a letter box with a raised flag"),
-    "person mountain biking": ("person riding a bicycle\nperson in a wheelchair\nperson running", "mountain biking"),
-    "crayon": ("a crayon\na paintbrush\na pill", "crayon"),
-    "person surfing": ("surfing\ncycling\nswimming", "person surfing"),
-}
+# Of images that nothing is known of.
+ANYTHING = ["a person", "an animal", "a building", "food", "a vehicle", "a landscape"]
+MAX_EXAMPLE_PICTURES, MAX_EXAMPLE_CHARACTERS = 4, 200
 CREDITS = (
     "Pictures: Noto Emoji (Apache-2.0), Twemoji by Twitter, Inc. and other contributors (CC-BY-4.0), Fluent Emoji "
     "(MIT), Openclipart (public domain); names from Unicode CLDR."
@@ -61,33 +60,59 @@ Picture: TypeAlias = str | dict[str, Any] | None
 ExamplePicture: TypeAlias = tuple[str, str, str]
 
 
-def build_interface(galleries: Sequence[tuple[str, Gallery]], examples: bool, example_dir: Path) -> gr.Blocks:
+class Examples(NamedTuple):
+    """Queries by the heading that they are shown below, and pictures."""
+
+    queries: dict[str, list[str]]
+    pictures: list[ExamplePicture]
+
+
+def build_interface(galleries: Sequence[Gallery], is_bundled: bool, example_dir: Path) -> gr.Blocks:
     """Build the page.
 
     Args:
-        galleries: Names of one or two models with their galleries; all tabs but "Compare" use the first.
-        examples: Show example queries and pictures, which belong to the bundled images.
+        galleries: The images with one or two models; all tabs but "Search" use the first.
+        is_bundled: The images are the bundled ones, with example queries of their own.
         example_dir: Folder for the files of the example pictures.
     """
-    name, gallery = galleries[0]
-    pictures = _save_examples(gallery, example_dir) if examples else []
+    gallery = galleries[0]
+    examples = find_examples(gallery, is_bundled, example_dir)
     with gr.Blocks(
         title=f"{TITLE} demo", analytics_enabled=False, fill_width=True, delete_cache=DELETE_EVERY_AFTER
     ) as page:
-        gr.HTML(_head(name, gallery), elem_id="head")
+        gr.HTML(_head(gallery), elem_id="head")
         with gr.Tab("Search", id="search"):
-            start = _search_tab(gallery, examples)
+            start = _search_tab(galleries, examples)
         with gr.Tab("Classify", id="classify"):
-            _classify_tab(gallery, pictures)
-        with gr.Tab("Heat map", id="heat_map"):
-            _heat_map_tab(gallery, pictures)
-        with gr.Tab("Compare", id="compare"):
-            _compare_tab(galleries, examples)
-        if examples:
+            _classify_tab(gallery, examples)
+        if gallery.has_heat_maps:
+            with gr.Tab("Heat map", id="heat_map"):
+                _heat_map_tab(gallery, examples)
+        if is_bundled:
             gr.Markdown(CREDITS, elem_classes="note")
-            page.load(*start, api_visibility="private")
+        page.load(*start, api_visibility="private")
     _take_only_uploads(page)
     return page
+
+
+def find_examples(gallery: Gallery, is_bundled: bool, folder: Path) -> Examples:
+    """Choose example queries, and save the best picture of each, which is shown with the caption that it has."""
+    texts = itertools.chain(*QUERIES.values()) if is_bundled else ANYTHING
+    chosen: dict[bytes, tuple[Image.Image, str]] = {}
+    for text in texts:
+        for image, name, _ in gallery.search(text, 1):
+            caption = " ".join(name.split()) if gallery.has_captions else ""
+            caption = caption if 0 < len(caption) <= MAX_EXAMPLE_CHARACTERS else text
+            chosen.setdefault(image.tobytes(), (image, caption))
+    captions = list(dict.fromkeys(caption for _, caption in chosen.values()))
+    labels = "\n".join(captions if len(captions) > 1 else ANYTHING)
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = []
+    for number, (image, caption) in enumerate(list(chosen.values())[:MAX_EXAMPLE_PICTURES]):
+        image.save(folder / f"{number}.png")
+        pictures.append((str(folder / f"{number}.png"), labels, caption))
+    own = {"Captions of these pictures": captions} if gallery.has_captions and captions else {"Examples": ANYTHING}
+    return Examples(QUERIES if is_bundled else own, pictures)
 
 
 def _take_only_uploads(page: gr.Blocks) -> None:
@@ -103,59 +128,89 @@ async def _only_upload(move: Callable[[Any], Awaitable[str | None]], place: Any)
     return await move(place)
 
 
-def _head(name: str, gallery: Gallery) -> str:
-    facts = [name, *_facts(gallery.model), f"{len(gallery):,} images"]
+def _head(gallery: Gallery) -> str:
+    encoder = gallery.encoder
+    reader = "A large language model" if isinstance(encoder, OurEncoder) else "A text tower"
+    if isinstance(encoder, QueryTextEncoder):
+        reader = "A small text model, taught by a large language model,"
+    facts = [encoder.name, *_facts(encoder), f"{len(gallery):,} images"]
     return (
-        f"<h1>{TITLE}</h1><p>A large language model encodes the caption and a vision tower the picture, both into the "
-        f"same embedding space.</p><p class='facts'>{html.escape(' · '.join(facts))}</p>"
+        f"<h1>{TITLE}</h1><p>{reader} encodes the caption and a vision tower the picture, both into the same "
+        f"embedding space.</p><p class='facts'>{html.escape(' · '.join(facts))}</p>"
     )
 
 
-def _facts(model: LLM2CLIPModel) -> list[str]:
-    text, vision = model.config.text_config.decoder_config.model_type, model.config.vision_config.model_type
-    millions = [part.num_parameters() / 1e6 for part in (model.text_model, model.vision_model)]
-    return [f"LLM: {text}, {millions[0]:,.0f} M parameters", f"vision: {vision}, {millions[1]:,.0f} M"]
+def _facts(encoder: Encoder) -> list[str]:
+    model = encoder.model
+    parts = {encoder.library: model}
+    if isinstance(encoder, OurEncoder):
+        name, text = f"LLM: {encoder.text_config.decoder_config.model_type}", model.text_model
+        if isinstance(encoder, QueryTextEncoder):
+            name, text = "query encoder", encoder.query
+        parts = {name: text, f"vision: {model.config.vision_config.model_type}": model.vision_model}
+    counts = [sum(weight.numel() for weight in part.parameters()) / 1e6 for part in parts.values()]
+    return [f"{name}, {count:,.0f} M parameters" for name, count in zip(parts, counts, strict=True)]
 
 
-def _search_tab(gallery: Gallery, examples: bool) -> tuple[Callable[..., Any], gr.Textbox, gr.Gallery]:
+def _search_tab(galleries: Sequence[Gallery], examples: Examples) -> tuple[Callable[..., Any], gr.Textbox, Any]:
     """Build the tab; returns the search function with its input and output components."""
 
+    def search(query: str | Image.Image) -> Any:
+        found = [_results(gallery.search(query)) for gallery in galleries]
+        return found if len(found) > 1 else found[0]
+
     def by_image(picture: Picture) -> Any:
-        return _results(gallery.search(_decode(picture))) if picture else gr.skip()
+        return search(_decode(picture)) if picture else gr.skip()
 
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             query = gr.Textbox(
-                QUERIES["English"][0] if examples else "", label="Caption",
+                next(iter(examples.queries.values()))[0], label="Caption",
                 placeholder="What should the picture show?", elem_id="query", max_lines=6,
             )  # fmt: skip
             button = gr.Button("Search", variant="primary", elem_id="search_button")
             image = _picture_field("query_image", "or a similar picture", 190)
             examples_at = gr.Column()
         with gr.Column(scale=5, min_width=480):
-            found = _found_gallery("found", 4)
+            with gr.Row():
+                outputs = [_found(gallery, number, len(galleries)) for number, gallery in enumerate(galleries)]
             gr.Markdown(
                 "The number below a picture is its cosine similarity with the query; compare numbers only within one "
-                "search. Names are displayed but not searched. The language model determines which languages work.",
+                "search of one model. Names are displayed but not searched. The language model determines which "
+                "languages work.",
                 elem_classes="note",
             )
-    search = _shown(lambda query: _results(gallery.search(query)))
-    gr.on([button.click, query.submit], search, query, found, api_name="search")
-    image.input(_shown(by_image), image, found, api_name="search_by_image", preprocess=False)
-    if examples:
-        with examples_at:
-            _example_queries(query, found, search)
-    return search, query, found
+    shown: Any = _shown(search)
+    gr.on([button.click, query.submit], shown, query, outputs, api_name="search")
+    image.input(_shown(by_image), image, outputs, api_name="search_by_image", preprocess=False)
+    with examples_at:
+        for heading, queries in examples.queries.items():
+            gr.Examples(
+                queries, query, outputs, shown, run_on_click=True, cache_examples=False, label=heading,
+                api_visibility="private",
+            )  # fmt: skip
+    return shown, query, outputs
 
 
-def _classify_tab(gallery: Gallery, pictures: list[ExamplePicture]) -> None:
+def _found(gallery: Gallery, number: int, count: int) -> gr.Gallery:
+    """Build the field of what one of `count` models finds."""
+    with gr.Column(min_width=240):
+        if count > 1:
+            gr.Markdown(f"**{gallery.encoder.name}**  \n{' · '.join(_facts(gallery.encoder))}")
+        return gr.Gallery(
+            label="Found", show_label=False, columns=5 - count, height="auto", object_fit="contain", interactive=False,
+            elem_id=f"found_{number}", elem_classes="found", buttons=[],
+        )  # fmt: skip
+
+
+def _classify_tab(gallery: Gallery, examples: Examples) -> None:
     def classify(picture: Picture, labels: str, template: str) -> dict[str, float]:
         return gallery.classify(_decode(picture), labels.splitlines(), template)
 
     with gr.Row():
         with gr.Column(scale=3, min_width=300):
             image = _picture_field("classify_image")
-            examples = _example_pictures(pictures) if pictures else None
+            chooser = _example_pictures(examples.pictures)
         with gr.Column(scale=4, min_width=360):
             labels = gr.Textbox(label="Labels, one per line", lines=5, elem_id="labels")
             template = gr.Textbox("{}", label="Caption for a label", info="{} stands for the label.")
@@ -168,16 +223,15 @@ def _classify_tab(gallery: Gallery, pictures: list[ExamplePicture]) -> None:
             )
     inputs = [image, labels, template]
     button.click(_shown(classify), inputs, probabilities, api_name="classify", preprocess=False)
-    if examples is not None:
 
-        def classify_example(index: int) -> tuple[Any, ...]:
-            path, labels, _ = pictures[index]
-            return path, labels, "{}", classify(path, labels, "{}")
+    def classify_example(index: int) -> tuple[Any, ...]:
+        path, labels, _ = examples.pictures[index]
+        return path, labels, "{}", classify(path, labels, "{}")
 
-        examples.click(_shown(classify_example), examples, [*inputs, probabilities], api_visibility="private")
+    chooser.click(_shown(classify_example), chooser, [*inputs, probabilities], api_visibility="private")
 
 
-def _heat_map_tab(gallery: Gallery, pictures: list[ExamplePicture]) -> None:
+def _heat_map_tab(gallery: Gallery, examples: Examples) -> None:
     def heat_map(picture: Picture, caption: str) -> tuple[Image.Image, Image.Image, str]:
         seen, drawn, similarity = gallery.heat_map(_decode(picture), caption)
         rows, columns = similarity.shape
@@ -191,7 +245,7 @@ def _heat_map_tab(gallery: Gallery, pictures: list[ExamplePicture]) -> None:
     with gr.Row():
         with gr.Column(scale=3, min_width=260):
             image = _picture_field("map_image")
-            examples = _example_pictures(pictures) if pictures else None
+            chooser = _example_pictures(examples.pictures)
             caption = gr.Textbox(label="Caption", elem_id="map_caption")
             button = gr.Button("Show heat map", variant="primary", elem_id="map_button")
         with gr.Column(scale=5, min_width=480):
@@ -204,37 +258,12 @@ def _heat_map_tab(gallery: Gallery, pictures: list[ExamplePicture]) -> None:
             note = gr.Markdown(elem_classes="note")
     inputs, outputs = [image, caption], [seen, drawn, note]
     gr.on([button.click, caption.submit], _shown(heat_map), inputs, outputs, api_name="heat_map", preprocess=False)
-    if examples is not None:
 
-        def map_example(index: int) -> tuple[Any, ...]:
-            path, _, caption = pictures[index]
-            return path, caption, *heat_map(path, caption)
+    def map_example(index: int) -> tuple[Any, ...]:
+        path, _, caption = examples.pictures[index]
+        return path, caption, *heat_map(path, caption)
 
-        examples.click(_shown(map_example), examples, [*inputs, *outputs], api_visibility="private")
-
-
-def _compare_tab(galleries: Sequence[tuple[str, Gallery]], examples: bool) -> None:
-    if len(galleries) == 1:
-        gr.Markdown(
-            "To compare two checkpoints, start the demo with `--compare FOLDER_OR_HUB_ID`. After `make quickstart`, "
-            "`--compare runs/quickstart/stage2-raw` is a model whose LLM was not fine-tuned in stage 1."
-        )
-        return
-    with gr.Row(equal_height=True):
-        query = gr.Textbox(label="Caption", scale=5, elem_id="compare_query")
-        button = gr.Button("Compare", variant="primary", scale=1, elem_id="compare_button")
-    outputs: list[Any] = []
-    examples_at = gr.Row()
-    with gr.Row():
-        for index, (name, gallery) in enumerate(galleries):
-            with gr.Column():
-                gr.Markdown(f"**{name}**  \n{' · '.join(_facts(gallery.model))}")
-                outputs.append(_found_gallery(f"compare_{index}", 3))
-    search = _shown(lambda query: [_results(gallery.search(query, 9)) for _, gallery in galleries])
-    gr.on([button.click, query.submit], search, query, outputs, api_name="compare")
-    if examples:
-        with examples_at:
-            _example_queries(query, outputs, search)
+    chooser.click(_shown(map_example), chooser, [*inputs, *outputs], api_visibility="private")
 
 
 def _picture_field(identity: str, label: str = "Picture", height: int = 300) -> gr.Image:
@@ -247,21 +276,6 @@ def _picture_field(identity: str, label: str = "Picture", height: int = 300) -> 
         label=label, type="filepath", image_mode=None, sources=["upload", "clipboard"], height=height,
         elem_id=identity, elem_classes="picture", buttons=[],
     )  # fmt: skip
-
-
-def _found_gallery(identity: str, columns: int) -> gr.Gallery:
-    return gr.Gallery(
-        label="Found", show_label=False, columns=columns, height="auto", object_fit="contain", interactive=False,
-        elem_id=identity, elem_classes="found", buttons=[],
-    )  # fmt: skip
-
-
-def _example_queries(query: gr.Textbox, outputs: Any, search: Callable[..., Any]) -> None:
-    for language, queries in QUERIES.items():
-        gr.Examples(
-            queries, query, outputs, search, run_on_click=True, cache_examples=False, label=language,
-            api_visibility="private",
-        )  # fmt: skip
 
 
 def _example_pictures(pictures: list[ExamplePicture]) -> gr.Dataset:
@@ -283,18 +297,6 @@ def _decode(picture: Picture) -> Image.Image:
     if path is None:
         raise ValueError(ONLY_UPLOADS)
     return decode_image(path, Path(path).name)
-
-
-def _save_examples(gallery: Gallery, folder: Path) -> list[ExamplePicture]:
-    folder.mkdir(parents=True, exist_ok=True)
-    pictures = []
-    for name, (labels, caption) in EXAMPLE_IMAGES.items():
-        image = gallery.find(name)
-        if image is not None:
-            path = folder / f"{name.replace(' ', '-')}.png"
-            image.save(path)
-            pictures.append((str(path), labels, caption))
-    return pictures
 
 
 def _shown(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,14 +7,12 @@ import shutil
 from importlib import resources
 from pathlib import Path
 
-from transformers import AutoConfig
-
 from llm2clip.hub.upload_files import model_files
 from llm2clip.utils.files import write_text
 from llm2clip.utils.folders import atomic_folder, refuse_nested
 from llm2clip.utils.logs import shortened
 from llm2clip.utils.manifests import refuse_damaged
-from llm2clip.utils.repos import RepoKind, inspect_repo
+from llm2clip.utils.repos import RepoKind, inspect_repo, needed_llms
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +37,11 @@ def write_space(destination: Path, model: str, overwrite: bool = False) -> None:
     bundled = Path(model).is_dir()
     if bundled:
         refuse_damaged(model)
-        inspect_repo(model).require(RepoKind.JOINT, hint=WHOLE_MODEL)
-        llm = AutoConfig.from_pretrained(model).text_model_name_or_path
-        if llm is not None and Path(llm).is_dir():
+        llms = needed_llms(inspect_repo(model).require(RepoKind.JOINT, hint=WHOLE_MODEL))
+        if any(Path(name).is_dir() for name in llms):
             raise ValueError(
-                f"the LLM of {model} is in another folder ({llm}), which the Space would not contain; save the model "
-                "with its LLM, or push both to the Hub and give the Hub id of the model."
+                f"the LLM of {model} is in another folder ({', '.join(llms)}), which the Space would not contain; "
+                "save the model with its LLM, or push both to the Hub and give the Hub id of the model."
             )
     refuse_nested(model, destination)
     # As with a push: what lies beside the model may not be meant for the public.

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import datasets
@@ -17,8 +20,11 @@ from llm2clip.data import DEFAULT_MAX_PIXELS, OnError, SampleError, SkippedSampl
 from llm2clip.data.sources import Columns
 from llm2clip.data.table_identity import content_keys, image_keys
 from llm2clip.data.transforms import Decoder
-from llm2clip.losses.gather import gather_rows
+from llm2clip.losses.gather import exchange_counts, gather_rows
 from llm2clip.utils.progress import ProgressBar
+
+# Batches that each worker prepares before they are asked for.
+AHEAD = 2
 
 
 class ImageSet(Protocol):
@@ -49,10 +55,13 @@ class ImageList:
     Args:
         names: Names in messages, one for each image; by default the path of a file, and the position in the list of
             any other image.
+        max_pixels: Largest image to decode, width x height.
     """
 
-    def __init__(self, images: Sequence[Any], names: Sequence[str] | None = None) -> None:
-        self.images, self.names = images, names
+    def __init__(
+        self, images: Sequence[Any], names: Sequence[str] | None = None, max_pixels: int = DEFAULT_MAX_PIXELS
+    ) -> None:
+        self.images, self.names, self.max_pixels = images, names, max_pixels
 
     def __len__(self) -> int:
         return len(self.images)
@@ -62,7 +71,7 @@ class ImageList:
         return content_keys(self.images)
 
     def decode(self, row: int, decode: Decoder) -> Any:
-        return decode(self.images[row], self.key(row), DEFAULT_MAX_PIXELS)
+        return decode(self.images[row], self.key(row), self.max_pixels)
 
     def key(self, row: int) -> str:
         if self.names is not None:
@@ -101,6 +110,25 @@ class TableImages:
         """Hash the encoded images; see [`image_keys`]."""
         assert self.columns.image is not None
         return image_keys(self.images, self.columns.image)
+
+
+class ChosenImages:
+    """Some rows of a [`ContentSet`], as one."""
+
+    def __init__(self, images: ContentSet, rows: Sequence[int]) -> None:
+        self.images, self.rows = images, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def decode(self, row: int, decode: Decoder) -> Any:
+        return self.images.decode(self.rows[row], decode)
+
+    def key(self, row: int) -> str:
+        return self.images.key(self.rows[row])
+
+    def content_keys(self) -> np.ndarray:
+        return self.images.content_keys()[np.asarray(self.rows, dtype=np.int64)]
 
 
 class ForwardedBatch(NamedTuple):
@@ -146,14 +174,40 @@ def forward_images(
         batch_size, num_workers: Images per forward pass, and worker processes that prepare images (0 for none).
         description, show: Title of the progress bar, and whether there is one.
     """
-    loader = DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=stack_inputs)
     start = 0
     with ProgressBar(description, len(dataset), "image", show) as bar:  # type: ignore[arg-type]
-        for inputs, skipped in loader:
+        for inputs, skipped in _prepared_batches(dataset, batch_size, num_workers):
             output = forward(inputs) if inputs else None
             bar.update(len(skipped))
             yield ForwardedBatch(start, output, skipped)
             start += len(skipped)
+
+
+def _prepared_batches(
+    dataset: Dataset[Any], batch_size: int, num_workers: int
+) -> Iterator[tuple[dict[str, Tensor], list[SkippedSample | None]]]:
+    """Prepare the samples of each batch, in order, in worker processes; in threads where LanceDB is loaded.
+
+    LanceDB does not survive a fork, and processes that are no forks take seconds to start, and memory. Pillow decodes
+    and resizes without Python's lock.
+    """
+    if not num_workers or "lancedb" not in sys.modules:
+        yield from DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=stack_inputs)
+        return
+
+    def prepare(start: int) -> tuple[dict[str, Tensor], list[SkippedSample | None]]:
+        return stack_inputs([dataset[row] for row in range(start, min(start + batch_size, len(dataset)))])  # type: ignore[arg-type]
+
+    pool, waiting = ThreadPoolExecutor(num_workers), deque[Future[Any]]()
+    try:
+        for start in range(0, len(dataset), batch_size):  # type: ignore[arg-type]
+            waiting.append(pool.submit(prepare, start))
+            if len(waiting) > AHEAD * num_workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 class PreparedImages(Dataset):
@@ -203,4 +257,7 @@ def encode_sharded(num_rows: int, encode: Callable[[range], Tensor], device: tor
         return encode(range(num_rows)).cpu()
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     bounds = [num_rows * part // world_size for part in range(world_size + 1)]
-    return gather_rows(encode(range(bounds[rank], bounds[rank + 1])).detach().to(device)).rows.cpu()
+    rows = encode(range(bounds[rank], bounds[rank + 1])).detach().to(device)
+    # A process without rows may not know their width.
+    width = max(width for (width,) in exchange_counts([rows.shape[1]], device))
+    return gather_rows(rows if len(rows) else rows.new_empty(0, width)).rows.cpu()

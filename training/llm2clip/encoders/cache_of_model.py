@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from llm2clip.data.shards import SourceShard
 from llm2clip.data.sidecars import SourceSidecars
-from llm2clip.store import EmbeddingCache, StoreManifest, StoreMismatchError
+from llm2clip.store import EmbeddingCache, PairedCache, StoreManifest, StoreMismatchError
 from llm2clip.store.manifest import refuse_other_encoder
 from llm2clip.store.store import stored_manifest
 from llm2clip.utils.files import read_json, write_json
@@ -20,7 +22,7 @@ from llm2clip.utils.processes import on_main_process
 from llm2clip.utils.repos import OUR_MODELS, inspect_repo
 from llm2clip.utils.shared_files import shared_file
 from llm2clip.utils.text_identity import read_fingerprint, tokenizer_fingerprint
-from llm2clip.utils.towers import describe_text_tower
+from llm2clip.utils.towers import describe_text_tower, each_of_pair, pair_description
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig
 
 logger = logging.getLogger(__name__)
@@ -30,7 +32,7 @@ VERSION = 2
 
 
 def open_cache_of_model(
-    path: str | Path,
+    path: str | Path | Sequence[str],
     config: LLM2CLIPConfig,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -45,17 +47,52 @@ def open_cache_of_model(
     replaced since the record.
 
     Args:
+        path: The folder; of two text encoders those of both, in their order.
         is_trained: Whether the model's adapter was trained with the recorded tower, and fits no other.
 
     Raises:
         StoreError: See [`EmbeddingCache.open`]. A model that records no fingerprint takes any cache.
+        ValueError: There are not as many caches as text encoders.
     """
+    if not isinstance(path, str | Path):
+        halves = _halves(config, tokenizer)
+        _require_as_many(path, len(halves))
+        first, second = (
+            open_cache_of_model(own, half, part, is_trained=is_trained, verify=verify)
+            for own, (half, part) in zip(path, halves, strict=True)
+        )
+        cache: EmbeddingCache = PairedCache(first, second)
+        refuse_other_encoder(cache.path, cache.manifest, config.text_model_fingerprint, None)
+        return cache
     cache = EmbeddingCache.open(path, verify=False)
     expected = check_encoder(path, cache.manifest, config, is_trained)
     refuse_other_encoder(path, cache.manifest, expected, tokenizer_fingerprint(tokenizer))
     if verify:
         cache.require_unchanged()
     return cache
+
+
+def _require_as_many(caches: Sequence[str], encoders: int) -> None:
+    if len(caches) != encoders:
+        raise ValueError(
+            f"{len(caches)} embedding caches are given, {', '.join(caches)}, but the model has {encoders} text "
+            "encoder(s); give one of each, in their order."
+        )
+
+
+def _halves(config: LLM2CLIPConfig, tokenizer: Any) -> list[tuple[LLM2CLIPConfig, Any]]:
+    """Return the config and the tokenizer of a model as if it had one of its text encoders."""
+    text_configs, name = config.text_config.halves(), config.text_model_name_or_path
+    towers: list[Any] = [(name, None)] * len(text_configs)
+    if name is not None and not isinstance(name, str):
+        towers = each_of_pair(name, config.text_model_revision)
+    found = []
+    for text_config, tower in zip(text_configs, towers, strict=True):
+        half = copy.copy(config)
+        half.text_config, half.text_model_fingerprint = text_config, text_config.fingerprint
+        half.text_model_name_or_path, half.text_model_revision = tower
+        found.append(half)
+    return list(zip(found, getattr(tokenizer, "parts", [tokenizer]), strict=True))
 
 
 def open_sidecars_of_model(
@@ -114,7 +151,7 @@ def check_encoder(path: str | Path, manifest: StoreManifest, config: LLM2CLIPCon
 
 
 def describe_text_tower_of_cache(
-    name: str, revision: str | None, path: str | Path | None
+    name: str | Sequence[str], revision: Any, path: str | Path | Sequence[str] | None
 ) -> tuple[LLM2CLIPTextConfig, PreTrainedTokenizerBase]:
     """Describe a text tower as [`describe_text_tower`] does; a plain LLM with the prompt that a cache was made with.
 
@@ -122,6 +159,17 @@ def describe_text_tower_of_cache(
         path: The cache, if there is one. Its prompt is taken only if that gives the tokenizer that the cache records,
             which an instruction or another LLM does not.
     """
+    if not isinstance(name, str):
+        towers = each_of_pair(name, revision)
+        paths: list[Any] = [None] * len(towers)
+        if path is not None and not isinstance(path, str | Path):
+            paths = list(path)
+            _require_as_many(paths, len(towers))
+        halves = [describe_text_tower_of_cache(*tower, own) for tower, own in zip(towers, paths, strict=True)]
+        return pair_description(*halves)
+    if path is not None and not isinstance(path, str | Path):
+        _require_as_many(path, 1)
+        (path,) = path
     described = describe_text_tower(name, revision)
     if path is None or inspect_repo(name, revision).kind in OUR_MODELS:
         return described
@@ -142,7 +190,7 @@ def _read_once(config: LLM2CLIPConfig) -> str | None:
     An adapter is left out: its fingerprint depends on the dtype that it was merged in.
     """
     name = config.text_model_name_or_path
-    if name is None or not Path(name).is_dir() or inspect_repo(name).is_adapter:
+    if not isinstance(name, str) or not Path(name).is_dir() or inspect_repo(name).is_adapter:
         return None
     files = sorted(path for path in Path(name).resolve().iterdir() if path.suffix in (".safetensors", ".json"))
     states = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]

@@ -11,16 +11,21 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as V
 
-from llm2clip.data import OnError, decode_image
+from llm2clip.data import ImageBackend, OnError, decode_image
 from llm2clip.data.transforms import Decoder
 from llm2clip.encoders.batches import ImageSet, PreparedImages, forward_images, image_list
 from llm2clip.encoders.patches import patch_embeddings
-from llm2clip.utils.embeddings import require_finite_rows
+from llm2clip.utils.embeddings import require_finite_rows, rounded_rows
 from llm2clip.utils.files import digest_json
 from llm2clip.utils.progress import ProgressBar
 from llm2clip.utils.vision_identity import weights_checksum
 from modeling_llm2clip.identity_llm2clip import RULE
-from modeling_llm2clip.modeling_llm2clip_utils import ACCELERATOR_BATCH_TOKENS, CPU_BATCH_TOKENS, token_batches
+from modeling_llm2clip.modeling_llm2clip_utils import (
+    ACCELERATOR_BATCH_TOKENS,
+    CPU_BATCH_TOKENS,
+    Precision,
+    token_batches,
+)
 
 NOT_FINITE = "the model's embedding of it is not finite"
 
@@ -53,6 +58,9 @@ class Encoder(ABC):
     """
 
     library: str
+    # What the user asked for, where a model has a choice.
+    revision: str | None = None
+    image_backend: ImageBackend = "exact"
     decode: Decoder = staticmethod(decode_image)
 
     def __init__(
@@ -68,6 +76,34 @@ class Encoder(ABC):
         self.name, self.model, self.width = name, model, width
         self.device, self.dtype, self.commit, self.batch_size = device, dtype, commit, batch_size
         self._fingerprint: str | None = None
+        self.full_width = width
+        self.precision: Precision = "float32"
+
+    def truncate(self, truncate_dim: int | None, precision: Precision = "float32") -> Encoder:
+        """Keep the first values of each embedding alone, scaled to unit length; None keeps all.
+
+        Args:
+            precision: What embeddings are rounded to; they stay float32 rows of unit length, which shows what a
+                database of such vectors would find. See [`quantize_embeddings`].
+
+        Raises:
+            ValueError: Embeddings have fewer values.
+        """
+        if truncate_dim is not None and not 0 < truncate_dim <= self.full_width:
+            raise ValueError(f"truncate_dim is {truncate_dim}, but {self.name} embeds as {self.full_width} values.")
+        self.width, self.precision, self._fingerprint = truncate_dim or self.full_width, precision, None
+        return self
+
+    def compact(self, rows: Tensor) -> Tensor:
+        """Return what `truncate` keeps of unit rows, of unit length."""
+        rows = F.normalize(rows[..., : self.width], dim=-1) if self.width < self.full_width else rows
+        return rounded_rows(rows, self.precision)
+
+    @property
+    def cut(self) -> dict[str, int | str]:
+        """What identifies truncated and rounded embeddings beside the model."""
+        found: dict[str, int | str] = {"truncate_dim": self.width} if self.width < self.full_width else {}
+        return found if self.precision == "float32" else {**found, "precision": self.precision}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "model": None}
@@ -86,7 +122,8 @@ class Encoder(ABC):
             ValueError: A weight is offloaded or quantised.
         """
         if self._fingerprint is None:
-            self._fingerprint = RULE + digest_json({"weights": weights_checksum(self.model), **self.settings()})
+            weights = weights_checksum(self.model)
+            self._fingerprint = RULE + digest_json({"weights": weights, **self.settings(), **self.cut})
         return self._fingerprint
 
     def image_fingerprint(self) -> str:
@@ -233,7 +270,7 @@ class Encoder(ABC):
     @torch.no_grad()
     def forward_images(self, inputs: dict[str, Tensor]) -> Tensor:
         """Embed a batch of prepared images: unit rows, float32 `(images, width)` on the CPU."""
-        return F.normalize(self.image_features(inputs).float(), dim=-1).cpu()
+        return self.compact(F.normalize(self.image_features(inputs).float(), dim=-1)).cpu()
 
     @torch.no_grad()
     def forward_features(self, inputs: dict[str, Tensor], projected: bool = False) -> Tensor:
@@ -284,7 +321,7 @@ class ClipEncoder(Encoder):
         with ProgressBar("Embedding texts", len(texts), "text", show_progress_bar) as bar:
             for batch in token_batches(lengths, budget, batch_size or self.batch_size):
                 features = self.text_features([tokens[row] for row in batch])
-                embeds[batch] = F.normalize(features.float(), dim=-1).cpu()
+                embeds[batch] = self.compact(F.normalize(features.float(), dim=-1)).cpu()
                 bar.update(len(batch))
         require_finite_rows(embeds, lambda row: f"{texts[row]:.80}", "texts")
         return embeds

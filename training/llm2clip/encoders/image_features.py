@@ -14,12 +14,11 @@ from transformers import BaseImageProcessor
 
 from llm2clip.data import EvalTransform, ImageBackend, OnError, SampleError, SkippedSample, TrainTransform
 from llm2clip.data.sampling import stable_seed
-from llm2clip.encoders.batches import TableImages, forward_images
+from llm2clip.encoders.batches import ContentSet, forward_images
 from llm2clip.store import Store, StoreManifest, build_store
 from llm2clip.store.building import ComputedRows, check_rows
 from llm2clip.utils.files import digest_json
 from llm2clip.utils.processes import process_state
-from llm2clip.utils.progress import ProgressBar
 from modeling_llm2clip.image_decoding_llm2clip import DamagedImageError
 
 # Rows of a shard are few, because an image costs much more than a caption.
@@ -107,7 +106,7 @@ class _Views(Dataset):
 
     def __init__(
         self,
-        sets: Sequence[TableImages],
+        sets: Sequence[ContentSet],
         places: Sequence[tuple[int, int]],
         seeds: Sequence[int],
         evaluation: EvalTransform,
@@ -144,7 +143,7 @@ class _Views(Dataset):
 
 def store_features(
     folder: str | Path,
-    sets: Sequence[TableImages],
+    sets: Sequence[ContentSet],
     manifest: StoreManifest,
     forward: Callable[[dict[str, Tensor]], Tensor],
     image_processor: BaseImageProcessor,
@@ -189,28 +188,10 @@ def store_features(
     places = list(zip(numbers.tolist(), (first - bounds[numbers]).tolist(), strict=True))
     keys = all_keys[first]
 
-    def compute(positions: np.ndarray, bar: ProgressBar) -> ComputedRows:
-        # Of the key, so that the crops of an image do not depend on its place in the data.
-        seeds = [stable_seed(identity.get("seed", 0), "view", *keys[position].tolist()) for position in positions]
-        views = _Views(
-            sets, [places[position] for position in positions], seeds, evaluation, training, num_views, on_error
-        )
-        rows = torch.zeros(len(positions), manifest.width, dtype=getattr(torch, manifest.dtype))
-        skipped: list[tuple[int, str, str]] = []
-        for batch in forward_images(views, forward, batch_size, num_workers, show=False):
-            skipped += [(row, *found) for row, found in enumerate(batch.skipped, batch.start) if found is not None]
-            if batch.output is not None:
-                good = [row for row, sample in enumerate(batch.skipped, batch.start) if sample is None]
-                names = [f"image {views.key(index)}" for index in good]
-                rows[good] = check_rows(batch.output.reshape(len(good), -1), manifest.dtype, names.__getitem__)
-            bar.update(len(batch.skipped))
-        return ComputedRows(rows, skipped=skipped)
-
     state = process_state()
-    features = build_store(
+    with build_store(
         Path(folder) / digest_json(dict(identity)),
         keys,
-        compute,
         manifest,
         title=title,
         shard_size=shard_size,
@@ -219,7 +200,25 @@ def store_features(
         world_size=state.num_processes,
         barrier=state.wait_for_everyone,
         kind=ImageFeatures,
-    )
+    ) as build:
+        for number, positions in build:
+            # Of the key, so that the crops of an image do not depend on its place in the data.
+            seeds = [stable_seed(identity.get("seed", 0), "view", *keys[position].tolist()) for position in positions]
+            chosen = [places[position] for position in positions]
+            views = _Views(sets, chosen, seeds, evaluation, training, num_views, on_error)
+            rows = torch.zeros(len(positions), manifest.width, dtype=getattr(torch, manifest.dtype))
+            unreadable: list[tuple[int, str, str]] = []
+            for batch in forward_images(views, forward, batch_size, num_workers, show=False):
+                unreadable += [
+                    (row, *found) for row, found in enumerate(batch.skipped, batch.start) if found is not None
+                ]
+                if batch.output is not None:
+                    good = [row for row, sample in enumerate(batch.skipped, batch.start) if sample is None]
+                    names = [f"image {views.key(index)}" for index in good]
+                    rows[good] = check_rows(batch.output.reshape(len(good), -1), manifest.dtype, names.__getitem__)
+                build.bar.update(len(batch.skipped))
+            build.write(number, positions, ComputedRows(rows, skipped=unreadable))
+    features = build.store
     skipped = [features.skipped[row] for row in features.find(keys).tolist() if row in features.skipped]
     if skipped and on_error == "raise":
         raise DamagedImageError(*skipped[0])

@@ -15,16 +15,19 @@ from llm2clip.data import OnError
 from llm2clip.encoders.batches import image_list
 from llm2clip.encoders.custom import CustomEncoder
 from llm2clip.encoders.encoder import Encoder
-from llm2clip.encoders.open_clip import PREFIX, OpenClipEncoder
+from llm2clip.encoders.open_clip import OpenClipEncoder
 from llm2clip.encoders.ours import OurEncoder
+from llm2clip.encoders.query_text import QueryTextEncoder, TextEncoder, has_query_encoder
 from llm2clip.encoders.transformers_clip import TransformersEncoder
 from llm2clip.utils.embeddings import require_finite_rows
+from llm2clip.utils.model_places import OPEN_CLIP
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.repos import OUR_MODELS, RepoKind, inspect_repo
 
 logger = logging.getLogger(__name__)
 
 MAX_NAMED = 20
+BOTH_SIDES = "Texts and images need the whole model with its LLM."
 
 
 def load_encoder(
@@ -33,6 +36,9 @@ def load_encoder(
     dtype: str = "float32",
     device: torch.device | str | None = None,
     batch_size: int | None = None,
+    needs: Sequence[str] = (),
+    truncate_dim: int | None = None,
+    text_encoder: TextEncoder = "llm",
 ) -> Encoder:
     """Load a model of images and texts, of any library.
 
@@ -43,9 +49,15 @@ def load_encoder(
             `(model, preprocess, tokenizer)` as open_clip and CLIP_benchmark have them. The vision half of an LLM2CLIP
             model embeds images only, a text tower or an embedding model of sentence-transformers texts only.
         revision: Branch, tag or commit on the Hub.
-        dtype: `float32`, `bfloat16` or `float16`, in which the model computes.
+        dtype: `float32`, `bfloat16` or `float16`, in which the model computes; `auto` is that of the checkpoint, or
+            `float32` where it does not say.
         device: The default is a GPU if there is one.
         batch_size: Largest number of texts per forward pass; the default is as many as their tokens allow.
+        needs: What it has to embed: `image`, `text` or both. Of an LLM2CLIP model that embeds images alone, only the
+            vision half is loaded. The default takes what there is.
+        truncate_dim: Number of values that are kept of each embedding, scaled to unit length again; by default all.
+        text_encoder: `query` embeds texts with the small encoder in `query_encoder/` of an LLM2CLIP model, without its
+            LLM; `auto` does so where there is one.
 
     Returns:
         An encoder: `encode_text(texts)` and `encode_image(images)` return unit rows; `width`; `identity()`.
@@ -53,22 +65,32 @@ def load_encoder(
     Raises:
         OSError: There is no such model.
         ImportError: open_clip is not installed.
-        ValueError: The model is of another kind, or would have random weights.
+        ValueError: The model is of another kind, lacks a side that is needed, would have random weights, or has no
+            query encoder of its own.
     """
     device = torch.device(device or process_state().device)
-    if spec.startswith(PREFIX):
+    without_own = "float32" if dtype == "auto" else dtype
+    encoder: Encoder
+    if text_encoder == "query" or (text_encoder == "auto" and has_query_encoder(spec, revision)):
+        encoder = QueryTextEncoder.load(spec, revision, device=device, batch_size=batch_size, dtype=dtype)
+    elif spec.startswith(OPEN_CLIP):
         if revision is not None:
             raise ValueError(f"{spec} is a model of open_clip, which has no revision ({revision!r}).")
-        return OpenClipEncoder.load(spec, dtype, device, batch_size)
-    if spec.rpartition(":")[0].endswith(".py"):
+        encoder = OpenClipEncoder.load(spec, without_own, device, batch_size)
+    elif spec.rpartition(":")[0].endswith(".py"):
         if revision is not None:
             raise ValueError(f"{spec} is a function, which has no revision ({revision!r}).")
-        return CustomEncoder.load(spec, dtype, device, batch_size)
-    repo = inspect_repo(spec, revision)
-    has_both = {"vision_config", "text_config"} <= set(repo.config)
-    if repo.kind in OUR_MODELS or (repo.kind is RepoKind.EMBEDDING_MODEL and not has_both):
-        return OurEncoder.load(spec, revision, device=device, batch_size=batch_size, dtype=dtype)
-    return TransformersEncoder.load(spec, revision, dtype, device, batch_size)
+        encoder = CustomEncoder.load(spec, without_own, device, batch_size)
+    else:
+        repo = inspect_repo(spec, revision)
+        has_both = {"vision_config", "text_config"} <= set(repo.config)
+        if repo.kind in OUR_MODELS or (repo.kind is RepoKind.EMBEDDING_MODEL and not has_both):
+            hint = BOTH_SIDES if {"image", "text"} <= set(needs) else None
+            options: dict[str, Any] = {"device": device, "batch_size": batch_size, "hint": hint, "dtype": dtype}
+            encoder = OurEncoder.load(spec, revision, needs, **options)
+        else:
+            encoder = TransformersEncoder.load(spec, revision, dtype, device, batch_size)
+    return encoder.truncate(truncate_dim)
 
 
 def embed_captions(

@@ -12,9 +12,9 @@ from torchvision.transforms import Compose, Normalize, ToTensor
 from torchvision.transforms.v2 import functional as V
 
 from llm2clip.encoders.encoder import ClipEncoder, compared_lengths
+from llm2clip.utils.model_places import OPEN_CLIP
 from llm2clip.utils.text_identity import tokenizer_fingerprint
 
-PREFIX = "open_clip:"
 # Names of models whose weights belong to them.
 WITH_WEIGHTS = ("hf-hub:", "local-dir:")
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -54,7 +54,7 @@ class OpenClipEncoder(ClipEncoder):
         self._values: Tensor | None = None
         self.input_dtype = getattr(torch, dtype)
         with torch.no_grad():
-            self.width = self.text_features(list(self.tokenize(["a"])[0])).shape[-1]
+            self.width = self.full_width = self.text_features(list(self.tokenize(["a"])[0])).shape[-1]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_values": None}
@@ -155,7 +155,7 @@ class OpenClipEncoder(ClipEncoder):
 
 def _parts(spec: str, open_clip: Any) -> tuple[str, str | None]:
     """Split a name into those of the model and of its weights; see [`OpenClipEncoder.load`]."""
-    name = spec.removeprefix(PREFIX)
+    name = spec.removeprefix(OPEN_CLIP)
     if name.startswith(WITH_WEIGHTS):
         return name, None
     model, _, pretrained = name.partition("/")

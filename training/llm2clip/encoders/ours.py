@@ -117,8 +117,8 @@ class OurEncoder(Encoder):
         for need, allowed in (("text", TEXT_KINDS), ("image", IMAGE_KINDS)):
             kinds = [kind for kind in kinds if need not in needs or kind in allowed]
         where: dict[str, Any] = {"revision": revision, **hub_arguments(options)}
-        repo = inspect_repo(name, **where).require(*kinds, **({} if hint is None else {"hint": hint}))
         refuse_changed_model(name)
+        repo = inspect_repo(name, **where).require(*kinds, **({} if hint is None else {"hint": hint}))
         saved: Any
         model: Any
         if repo.kind not in IMAGE_KINDS:
@@ -129,10 +129,20 @@ class OurEncoder(Encoder):
             model = kind.from_pretrained(name, revision=revision, **options)
             if getattr(model, "text_model", None) is not None:
                 verify_text_tower(model.text_model)
-            saved = None if processor is not None else _saved_processor(name, half, needs, where)
+            saved = None if processor is not None else cls._saved_processor(name, half, needs, where)
         model = model.to(device or process_state().device).eval()
         processor = saved if processor is None else processor
         return cls(model, processor, name, revision, image_backend, batch_size)
+
+    @staticmethod
+    def _saved_processor(name: str, is_half: bool, needs: Sequence[str], where: dict[str, Any]) -> Any:
+        """Load what is needed of the processor of an LLM2CLIP model."""
+        if list(needs) == ["text"]:
+            return AutoTokenizer.from_pretrained(name, **where)
+        image_processor = AutoImageProcessor.from_pretrained(name, **where)
+        if is_half:
+            return with_pillow(image_processor)
+        return LLM2CLIPProcessor(image_processor, AutoTokenizer.from_pretrained(name, **where))
 
     def identity(self) -> dict[str, str]:
         """See [`Encoder.identity`]; the Hub is only asked here, for the commit."""
@@ -153,7 +163,7 @@ class OurEncoder(Encoder):
             ValueError: A weight is offloaded or quantised, and the fingerprint of the LLM is not recorded.
         """
         if self._fingerprint is None:
-            self._fingerprint = RULE + digest_json(self.settings())
+            self._fingerprint = RULE + digest_json({**self.settings(), **self.cut})
         return self._fingerprint
 
     def image_fingerprint(self) -> str:
@@ -194,7 +204,7 @@ class OurEncoder(Encoder):
         return self.name or type(self.model).__name__
 
     def forward_images(self, inputs: dict[str, Tensor]) -> Tensor:
-        return next(encode_pixels(self.model, [inputs]))
+        return self.compact(next(encode_pixels(self.model, [inputs])))
 
     def image_features(self, inputs: dict[str, Tensor]) -> Tensor:
         return self.model.get_image_features(**self._on_device(inputs)).pooler_output
@@ -224,7 +234,7 @@ class OurEncoder(Encoder):
             instruction: Text before every caption, as in stage 1; it is context and not pooled.
 
         Returns:
-            float32 `(len(captions), width)` on the CPU, in input order.
+            float32 `(len(captions), full_width)` on the CPU, in input order.
         """
         return self.embed_and_count(captions, batch_size, show_progress_bar, instruction)[0]
 
@@ -238,20 +248,6 @@ class OurEncoder(Encoder):
         """Embed captions as [`OurEncoder.embed`] does, and count those that were truncated to the maximum length."""
         tokens = tokenize_captions(captions, self._texts(), self.text_config, instruction)
         return self._encode(tokens, batch_size or self.batch_size, show_progress_bar), tokens.num_cut
-
-    def embed_empty(self) -> Tensor:
-        """Embed the empty caption, which `embed` refuses, for benchmarks whose queries count whatever they are.
-
-        It is the prompt alone, pooled as that of a caption: over the suffix. Where that leaves no token, the prefix
-        and what the tokenizer itself adds are pooled, and a tokenizer that adds nothing gets its padding token.
-
-        Returns:
-            float32 `(1, width)` on the CPU.
-        """
-        ids = list(self._texts()("")["input_ids"]) or [self.tokenizer.pad_token_id]
-        pooled = len(ids) > self.text_config.num_prefix_tokens and not self.text_config.pool_prompt
-        tokens = CaptionTokens([ids], [self.text_config.num_prefix_tokens if pooled else 0], 0)
-        return self._encode(tokens, None, False)
 
     def _texts(self) -> Any:
         if self.is_joint and not hasattr(self.model, "text_adapter"):
@@ -270,7 +266,7 @@ class OurEncoder(Encoder):
                 bar.update(len(output.pooler_output))
                 return unit_features(output) if self.is_joint else output.pooler_output
 
-            options: dict[str, Any] = {"device": device, "width": self.width, "batch_size": batch_size}
+            options: dict[str, Any] = {"device": device, "width": self.full_width, "batch_size": batch_size}
             # The callers name the captions of embeddings that are not finite.
             return encode_tokens(tokens, self.tokenizer, forward, **options, finite=False)
 
@@ -279,17 +275,31 @@ class OurEncoder(Encoder):
     ) -> Tensor:
         """Embed texts; see [`Encoder.encode_text`].
 
-        An empty text is the prompt alone, as in the original code; see [`OurEncoder.embed_empty`].
+        An empty text is the prompt alone, as in the original code; pooled as that of a caption.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         kept = [row for row, text in enumerate(texts) if text.strip()]
-        embeds = torch.empty(len(texts), self.width)
-        if kept:
-            embeds[kept] = self.embed([texts[row] for row in kept], batch_size, show_progress_bar)
+        tokens = tokenize_captions([texts[row] for row in kept], self._texts(), self.text_config)
         if len(kept) < len(texts):
-            embeds[[row for row, text in enumerate(texts) if not text.strip()]] = self.embed_empty()
+            tokens = self._with_empty_texts(tokens, kept, len(texts))
+        embeds = self._encode(tokens, batch_size or self.batch_size, show_progress_bar)
         require_finite_rows(embeds, lambda row: f"{texts[row]:.80}", "texts")
-        return F.normalize(embeds, dim=-1)
+        return self.compact(F.normalize(embeds, dim=-1))
+
+    def _with_empty_texts(self, tokens: CaptionTokens, kept: Sequence[int], count: int) -> CaptionTokens:
+        """Add the tokens of empty texts: the prompt alone, pooled as that of a caption is, over its suffix.
+
+        Where that leaves no token, the prefix and what the tokenizer itself adds are pooled, and a tokenizer that adds
+        nothing gets its padding token.
+        """
+        prompt = list(self._texts()("")["input_ids"]) or [self.tokenizer.pad_token_id]
+        prefix = self.text_config.num_prefix_tokens
+        ids, starts = [prompt] * count, [prefix if len(prompt) > prefix else 0] * count
+        for place, row in enumerate(kept):
+            ids[row] = tokens.ids[place]
+            if tokens.starts is not None:
+                starts[row] = tokens.starts[place]
+        return CaptionTokens(ids, None if self.text_config.pool_prompt else starts, tokens.num_cut)
 
     def text_lengths(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Tokens of each text before truncation, the prompt included, and whether it is cut."""
@@ -297,13 +307,3 @@ class OurEncoder(Encoder):
         stripped = [text.strip() for text in texts]
         ids = tokenizer(stripped, truncation=False, verbose=False)["input_ids"] if texts else []
         return compared_lengths([len(row) for row in ids], tokenizer.model_max_length)
-
-
-def _saved_processor(name: str, is_half: bool, needs: Sequence[str], where: dict[str, Any]) -> Any:
-    """Load what is needed of the processor of an LLM2CLIP model."""
-    if list(needs) == ["text"]:
-        return AutoTokenizer.from_pretrained(name, **where)
-    image_processor = AutoImageProcessor.from_pretrained(name, **where)
-    if is_half:
-        return with_pillow(image_processor)
-    return LLM2CLIPProcessor(image_processor, AutoTokenizer.from_pretrained(name, **where))

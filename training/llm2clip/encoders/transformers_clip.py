@@ -102,7 +102,7 @@ class TransformersEncoder(ClipEncoder):
             or model.config.model_type in FULL_LENGTH
         )
         with torch.no_grad():
-            self.width = self.text_features(list(self.tokenize(["a"])[0])).shape[-1]
+            self.width = self.full_width = self.text_features(list(self.tokenize(["a"])[0])).shape[-1]
 
     @classmethod
     def load(
@@ -118,7 +118,11 @@ class TransformersEncoder(ClipEncoder):
         load = _model_class(name, config).from_pretrained
         model, _ = load_complete(load, name, **loading_options(dtype, revision=revision))
         processor = AutoProcessor.from_pretrained(name, revision=revision)
-        return cls(name, model.to(device).eval(), processor, device, dtype, hub_commit(name, revision), batch_size)
+        dtype = str(model.dtype).removeprefix("torch.")
+        commit = hub_commit(name, revision)
+        encoder = cls(name, model.to(device).eval(), processor, device, dtype, commit, batch_size)
+        encoder.revision = revision
+        return encoder
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -155,10 +159,10 @@ class TransformersEncoder(ClipEncoder):
         given = f"{self.name} ({type(self.model).__name__})"
         if features is None or features.ndim != 2:
             raise ValueError(f"{given} does not embed {what} as one vector each. {MEASURED}")
-        if self.width not in (0, features.shape[1]):
+        if self.full_width not in (0, features.shape[1]):
             raise ValueError(
-                f"{given} embeds {what} as vectors of {features.shape[1]} values, but texts of {self.width}: they "
-                f"are in no common space. {MEASURED}"
+                f"{given} embeds {what} as vectors of {features.shape[1]} values, but texts of {self.full_width}: "
+                f"they are in no common space. {MEASURED}"
             )
         return features
 

@@ -1,4 +1,4 @@
-"""Confidence intervals of scores, from resampled queries."""
+"""Confidence intervals of scores, from resampled queries or images."""
 
 from __future__ import annotations
 
@@ -15,37 +15,29 @@ LEVEL = 0.95
 BLOCK = 1 << 22
 
 
-def bootstrap_intervals(
-    values: Mapping[str, Tensor], strata: Mapping[str, Tensor] | None = None, seed: int = SEED
-) -> dict[str, list[float]]:
-    """Compute the 95% percentile bootstrap interval of the mean of each row of values.
-
-    Queries are drawn with replacement, each on its own: captions of one image count as independent.
+def bootstrap_interval(values: Tensor, strata: Tensor | None = None, clusters: Tensor | None = None) -> list[float]:
+    """Compute the 95% percentile bootstrap interval of a mean.
 
     Args:
-        values: `(queries,)` by score.
-        strata: Part of each query, `(queries,)` int64, of scores that are the mean over parts of their means; queries
-            are drawn within their part.
+        values: `(queries,)`.
+        strata: Part of each query, `(queries,)` int64, if the score is the mean over parts of their means. Queries are
+            drawn within their part.
+        clusters: Image of each query, `(queries,)` int64, if an image has several: the captions of an image are
+            found or missed together. Images are drawn, with all their queries, also of several parts (languages).
 
     Returns:
-        Lower and upper end by score.
+        Lower and upper end.
     """
-    parts = strata or {}
-    return {name: bootstrap_interval(row, parts.get(name), seed) for name, row in values.items()}
+    generator = np.random.default_rng(SEED)
+    parts = torch.zeros(len(values), dtype=torch.int64) if strata is None else strata.unique(return_inverse=True)[1]
+    if clusters is not None:
+        return _ends(_resampled_ratios(*_sums(values, parts, clusters), generator))
+    own = [values[parts == number][:, None] for number in range(int(parts.max()) + 1)]
+    drawn = [_resampled_ratios(part, torch.ones_like(part, dtype=torch.int64), generator) for part in own]
+    return _ends(np.mean(drawn, axis=0))
 
 
-def bootstrap_interval(values: Tensor, strata: Tensor | None = None, seed: int = SEED) -> list[float]:
-    """Compute one interval; see [`bootstrap_intervals`]."""
-    generator = np.random.default_rng(seed)
-    parts = [values] if strata is None else _split(values, strata)
-    means = sum(_resampled_means(part.double().numpy(), generator) for part in parts) / len(parts)
-    tail = (1 - LEVEL) / 2
-    return np.quantile(means, [tail, 1 - tail]).tolist()
-
-
-def bootstrap_ratios(
-    counts: Tensor, scores: Callable[[Tensor], Mapping[str, Tensor]], seed: int = SEED
-) -> dict[str, list[float]]:
+def bootstrap_ratios(counts: Tensor, scores: Callable[[Tensor], Mapping[str, Tensor]]) -> dict[str, list[float]]:
     """Compute the 95% percentile bootstrap intervals of scores of sums over images, such as a mean IoU.
 
     Images are drawn with replacement and their counts added up; a resample without a score is left out.
@@ -57,35 +49,43 @@ def bootstrap_ratios(
     Returns:
         Lower and upper end by score.
     """
-    generator, rows = np.random.default_rng(seed), max(1, BLOCK // max(counts.shape))
-    images, summands = len(counts), counts.double()
-    blocks = []
-    for start in range(0, RESAMPLES, rows):
-        draws = generator.multinomial(images, np.full(images, 1 / images), size=min(rows, RESAMPLES - start))
-        blocks.append(scores(torch.from_numpy(draws).double() @ summands))
-    tail = (1 - LEVEL) / 2
-    return {
-        name: np.nanquantile(torch.cat([block[name] for block in blocks]).numpy(), [tail, 1 - tail]).tolist()
-        for name in blocks[0]
-    }
+    generator, summands = np.random.default_rng(SEED), counts.double()
+    blocks = [scores(drawn @ summands) for drawn in _draws(np.ones(len(counts)), max(counts.shape), generator)]
+    return {name: _ends(torch.cat([block[name] for block in blocks]).numpy()) for name in blocks[0]}
 
 
-def _split(values: Tensor, strata: Tensor) -> list[Tensor]:
-    order = strata.argsort(stable=True)
-    sizes = strata.unique(return_counts=True)[1].tolist()
-    return list(values[order].split(sizes))
+def _sums(values: Tensor, parts: Tensor, clusters: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sum of values and the number of queries of each image in each part, `(images, parts)` each."""
+    images, owners = clusters.unique(return_inverse=True)
+    shape = len(images), int(parts.max()) + 1
+    places = owners * shape[1] + parts
+    sums = torch.zeros(shape[0] * shape[1], dtype=torch.float64).index_add_(0, places, values.double())
+    return sums.view(shape), torch.bincount(places, minlength=len(sums)).view(shape)
 
 
-def _resampled_means(values: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Draw the mean of each resample, `(RESAMPLES,)`.
+def _resampled_ratios(sums: Tensor, counts: Tensor, generator: np.random.Generator) -> np.ndarray:
+    """Draw rows, and compute the mean over columns of sum / count of each resample, `(RESAMPLES,)`.
 
-    How often each value is drawn is multinomial, so that the thousands of hits and misses of a recall are two numbers
-    to draw and not thousands.
+    How often each row is drawn is multinomial, so that the thousands of hits and misses of a recall are two rows to
+    draw and not thousands.
     """
-    distinct, counts = np.unique(values, return_counts=True)
-    rows = max(1, BLOCK // len(distinct))
-    blocks = [
-        generator.multinomial(len(values), counts / len(values), size=min(rows, RESAMPLES - start)) @ distinct
-        for start in range(0, RESAMPLES, rows)
+    rows, times = np.unique(torch.cat([sums.double(), counts.double()], dim=1).numpy(), axis=0, return_counts=True)
+    tops, bottoms = torch.from_numpy(rows).chunk(2, dim=1)
+    drawn = [
+        ((draws @ tops) / (draws @ bottoms)).nanmean(dim=1) for draws in _draws(times, max(rows.shape), generator)
     ]
-    return np.concatenate(blocks) / len(values)
+    return torch.cat(drawn).numpy()
+
+
+def _draws(times: np.ndarray, size: int, generator: np.random.Generator) -> list[Tensor]:
+    """Draw how often each row occurs in each resample, `(resamples, rows)` float64 in blocks."""
+    block, total = max(1, BLOCK // size), int(times.sum())
+    return [
+        torch.from_numpy(generator.multinomial(total, times / total, size=min(block, RESAMPLES - start))).double()
+        for start in range(0, RESAMPLES, block)
+    ]
+
+
+def _ends(means: np.ndarray) -> list[float]:
+    tail = (1 - LEVEL) / 2
+    return np.nanquantile(means, [tail, 1 - tail]).tolist()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -23,19 +23,10 @@ from llm2clip.checks.row_checks import (
     inspect_image,
 )
 from llm2clip.checks.token_check import CountingTokenizer, TokenCheck
+from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks import choose_benchmarks
-from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks.counts import check_counts, describe_rows
-from llm2clip.evaluation.benchmarks.data import (
-    BenchmarkImages,
-    ClassificationData,
-    HardNegativeData,
-    RetrievalData,
-    counts_of,
-)
-from llm2clip.evaluation.benchmarks.label_maps import SegmentationData
-from llm2clip.evaluation.prompts import prompts
-from llm2clip.evaluation.suite import missing_files
+from llm2clip.evaluation.data import BenchmarkData, DataPart
 from llm2clip.utils.files import write_json
 from llm2clip.utils.processes import worker_count
 from llm2clip.utils.progress import ProgressBar
@@ -69,7 +60,7 @@ class CheckConfig(check_data.CheckDataConfig):
         if self.source:
             raise ValueError("give either SOURCE or benchmark, not both.")
         if self.data is None:
-            raise ValueError("benchmark needs data, the folder of the files: --data ./benchmarks")
+            raise ValueError("benchmark needs data, the folder of the files: --data ./data")
         defaults = {field.name: field.default for field in fields(check_data.CheckDataConfig)}
         given = [name for name in OF_SOURCES if getattr(self, name) not in (defaults[name], [])]
         if given:
@@ -131,12 +122,12 @@ def check_benchmark(
     report: dict[str, Any] = {"title": benchmark.title, "published": dict(benchmark.counts), "stops": []}
     folder = benchmark.find(data)
     if folder is None:
-        return report | {"stops": [missing_files(benchmark, data)]}
+        return report | {"stops": [benchmark.lacking(data)]}
     try:
         content = benchmark.read(folder)
     except (OSError, ValueError) as error:
         return report | {"stops": [str(error)]}
-    report |= {"folder": str(folder), "counts": counts_of(content)}
+    report |= {"folder": str(folder), "counts": content.counts()}
     differences = check_counts(benchmark, folder, content, allow=True)
     if differences:
         rows = describe_rows(benchmark, folder, content)
@@ -165,16 +156,11 @@ class EmptyCheck:
 
 
 class InspectedImages(Dataset):
-    """What is known about each of some images, with its name.
+    """What is known about each image of a part of some data, with its key; label maps are read too."""
 
-    Args:
-        label_maps: Of a set for segmentation: its data, whose label maps are read too.
-    """
-
-    def __init__(self, images: BenchmarkImages, max_pixels: int, label_maps: SegmentationData | None = None) -> None:
-        self.images = images
-        self.max_pixels = max_pixels
-        self.label_maps = label_maps
+    def __init__(self, part: DataPart, max_pixels: int) -> None:
+        assert part.images is not None
+        self.images, self.label_map, self.max_pixels = part.images, part.label_map, max_pixels
 
     def __len__(self) -> int:
         return len(self.images)
@@ -182,9 +168,9 @@ class InspectedImages(Dataset):
     def __getitem__(self, row: int) -> tuple[str, ImageFacts]:
         key = self.images.key(row)
         facts: ImageFacts = self.images.decode(row, self._inspect)
-        if self.label_maps is not None and facts.fault is None:
+        if self.label_map is not None and facts.fault is None:
             try:
-                self.label_maps.labels(row)
+                self.label_map(row)
             except (BenchmarkError, DamagedImageError) as error:
                 return key, ImageFacts(fault=BROKEN, reason=f"label map: {error}")
         return key, facts
@@ -194,10 +180,15 @@ class InspectedImages(Dataset):
 
 
 def _contents(
-    content: Any, tokenizers: Sequence[CountingTokenizer], with_images: bool, max_pixels: int, num_workers: int
+    content: BenchmarkData,
+    tokenizers: Sequence[CountingTokenizer],
+    with_images: bool,
+    max_pixels: int,
+    num_workers: int,
 ) -> dict[str, Any]:
     """Check the texts and images of what a reader returned."""
-    texts, sets = texts_of(content), images_of(content)
+    texts = texts_of(content)
+    sets = [InspectedImages(part, max_pixels) for part in images_of(content)]
     of_texts: list[Check] = [CaptionCheck(list(texts)), EmptyCheck(), TextFaultCheck(), TokenCheck(tokenizers)]
     for column, rows in texts.items():
         for key, text in rows:
@@ -205,8 +196,7 @@ def _contents(
                 check.add(RowFacts(key, {column: [text]}))
     image_check = ImageCheck()
     for images in sets if with_images else ():
-        label_maps = content if isinstance(content, SegmentationData) else None
-        for key, facts in _inspected(InspectedImages(images, max_pixels, label_maps), num_workers):
+        for key, facts in _inspected(images, num_workers):
             image_check.add(RowFacts(key, {}, image=facts))
     checks = [*of_texts, *([image_check] if with_images else [])]
     report: dict[str, Any] = {"images": None}
@@ -228,34 +218,19 @@ def _inspected(images: InspectedImages, num_workers: int) -> Iterator[tuple[str,
             bar.update(len(batch))
 
 
-def texts_of(content: Any) -> dict[str, list[tuple[str, str]]]:
-    """Return the texts of what a reader returned, with the key of their image or class, by kind or language."""
-    if isinstance(content, Mapping):
-        return {name: rows for name, part in content.items() for rows in texts_of(part).values()}
-    if isinstance(content, ClassificationData):
-        places = [name for name in content.classnames for _ in content.templates]
-        return {"prompts": list(zip(places, prompts(content.classnames, content.templates), strict=True))}
-    if isinstance(content, HardNegativeData):
-        keys = [content.images.key(owner) for owner in content.owners.tolist()]
-        return {
-            "right": list(zip(keys, content.right, strict=True)),
-            "wrong": list(zip(keys, content.wrong, strict=True)),
-        }
-    if isinstance(content, RetrievalData):
-        keys = [content.images.key(owner) for owner in content.owners.tolist()]
-        return {"captions": list(zip(keys, content.texts, strict=True))}
-    names = [name for name in ("texts", "queries", "targets") if getattr(content, name, None)]
-    return {name: [(str(number), text) for number, text in enumerate(getattr(content, name))] for name in names}
+def texts_of(data: BenchmarkData) -> dict[str, list[tuple[str, str]]]:
+    """Return the texts of data by kind or language, with the key of their image or class, or the number of the row."""
+    texts: dict[str, list[tuple[str, str]]] = {}
+    for part in data.parts():
+        for number, (key, *of_row) in enumerate(part.rows):
+            for column, text in zip(part.columns, of_row, strict=True):
+                texts.setdefault(column, []).append((key or str(number), text))
+    return texts
 
 
-def images_of(content: Any) -> list[BenchmarkImages]:
-    """Return the sets of images of what a reader returned, each once."""
-    if isinstance(content, Mapping):
-        found = [images for part in content.values() for images in images_of(part)]
-    else:
-        parts = (content, getattr(content, "train", None), getattr(content, "validation", None))
-        found = [part.images for part in parts if part is not None and getattr(part, "images", None) is not None]
-    return list({id(images): images for images in found}.values())
+def images_of(data: BenchmarkData) -> list[DataPart]:
+    """Return the parts of data that have images, one for each set of images."""
+    return list({id(part.images): part for part in data.parts() if part.images is not None}.values())
 
 
 def print_report(report: dict[str, Any]) -> None:

@@ -31,22 +31,33 @@ class Measurement:
 
     Attributes:
         protocol: Name and options of the protocol. Scores of two results may be compared if these are equal.
-        scores: The scores, 0 to 1, in the order in which they are printed; the first is the one that is compared.
+        scores: The scores, 0 to 1, in the order in which they are printed; by default the means of `values`.
+        compared: Those that reports compare, in the order of papers; by default the first.
         values: The value of each query, `(queries,)`, whose mean is the score of that name, for bootstrap intervals.
         strata: The part that each value belongs to, `(queries,)` int64, if the score is the mean over parts of their
-            means, as over languages or classes; the bootstrap then draws within parts.
+            means, as over languages or classes.
+        clusters: The image that each value belongs to, `(queries,)` int64, if images have several queries; see
+            [`bootstrap_interval`].
         summed: What the scores without `values` are computed from, if they are ratios of sums.
+        ranks: Mean and median ranks, from 1.
         counts: Numbers of images, texts, queries, tied queries, truncated texts and the like.
         groups: Scores of parts by kind and part, such as `{"language": {"de": {"text_to_image_recall@1": 0.5}}}`.
     """
 
     protocol: dict[str, Any]
-    scores: dict[str, float]
+    scores: dict[str, float] = field(default_factory=dict)
+    compared: tuple[str, ...] = ()
     values: dict[str, Tensor] = field(default_factory=dict)
     strata: dict[str, Tensor] = field(default_factory=dict)
+    clusters: dict[str, Tensor] = field(default_factory=dict)
     summed: SummedCounts | None = None
+    ranks: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     groups: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.scores = self.scores or {name: values.mean().item() for name, values in self.values.items()}
+        self.compared = self.compared or tuple(self.scores)[:1]
 
 
 class BenchmarkProtocol(Protocol):

@@ -1,72 +1,148 @@
-"""The `llm2clip evaluate` command: a model on published benchmarks, or on a data set of one's own."""
+"""The `llm2clip evaluate` command: models on published benchmarks and on your own data."""
 
 from __future__ import annotations
 
+import json
+import logging
 import shutil
 import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from llm2clip.data import CaptionSource, PairSource
+from llm2clip.data.sources import Source
+from llm2clip.encoders import Encoder, OurEncoder
 from llm2clip.encoders.load import load_encoder
+from llm2clip.encoders.stored import open_stored_encoder
+from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks import all_benchmarks, choose_benchmarks
+from llm2clip.evaluation.benchmarks.checksum import data_checksum
+from llm2clip.evaluation.benchmarks.counts import check_counts
 from llm2clip.evaluation.benchmarks.listing import list_benchmarks, overview
-from llm2clip.evaluation.evaluate_config import OWN_DATA, EvaluateConfig
-from llm2clip.evaluation.own_data import described, measure_caption_retrieval, measure_retrieval
-from llm2clip.evaluation.protocols.classification import with_prompts
-from llm2clip.evaluation.results import Result
-from llm2clip.evaluation.results_table import print_results
+from llm2clip.evaluation.benchmarks.variants import with_prompts
+from llm2clip.evaluation.contracts import BenchmarkProtocol
+from llm2clip.evaluation.evaluate_config import OF_OWN_DATA, EvaluateConfig
+from llm2clip.evaluation.own_data import OwnData, is_own_data, own_benchmark
+from llm2clip.evaluation.plots import write_length_plot
+from llm2clip.evaluation.protocols import open_protocol
+from llm2clip.evaluation.results import Result, intervals_of, print_results, read_result, require_same, result_path
 from llm2clip.evaluation.session import Session
-from llm2clip.evaluation.suite import Suite, find_benchmarks
-from llm2clip.evaluation.text_formats import choose_text_format
-from llm2clip.utils.files import read_json, require_writable, write_json
-from llm2clip.utils.manifests import with_checksum
-from llm2clip.utils.processes import process_state, worker_count
+from llm2clip.evaluation.text_formats import RAW, format_captions
+from llm2clip.utils.files import require_writable
+from llm2clip.utils.model_places import OPEN_CLIP
+from llm2clip.utils.processes import on_main_process, process_state, worker_count
+from llm2clip.utils.progress import section
+from llm2clip.utils.repos import RepoKind, inspect_repo
+from llm2clip.utils.settings import build_config
+from llm2clip.utils.towers import open_text_tower
 
-DATA_FOLDER, RESULTS_FOLDER = "benchmarks", "results"
+logger = logging.getLogger(__name__)
+
+# Settings by which a model is opened.
+OF_MODELS_BY_NAME = ("revision", "dtype", "truncate_dim", "precision", "embedding_cache")
+# Protocols that read the vision tower before its embedding.
+WITHOUT_EMBEDDINGS = ("linear-probe", "maskclip")
+Measured = str | Path | Benchmark | CaptionSource | PairSource
+
+
+@dataclass
+class LoadedBenchmark:
+    """A benchmark whose data has been read and checked.
+
+    Attributes:
+        folder: Where the data was found.
+        data: What the benchmark's reader returned, in the text format of the run.
+        checksum: Of what it returned; see [`data_checksum`].
+        text_format: RAW for data without captions.
+        differences: How the data differs from the published counts, in words.
+        seconds: How long reading took.
+    """
+
+    benchmark: Benchmark
+    protocol: BenchmarkProtocol
+    folder: Path
+    data: Any
+    checksum: str
+    text_format: str
+    differences: list[str]
+    seconds: float
+
+    @property
+    def protocol_id(self) -> str:
+        """The stable id of the protocol; of one of your own its `id`, or else the name of its class."""
+        given = self.benchmark.protocol
+        return given if isinstance(given, str) else getattr(given, "id", type(given).__name__)
+
+    @property
+    def setup(self) -> dict[str, Any]:
+        """The protocol by its id, its options and the text format."""
+        options = dict(sorted(getattr(self.protocol, "__dict__", {}).items()))
+        return {"protocol": self.protocol_id, "options": options, "text_format": self.text_format}
+
+    def path(self, output: Path, model: str) -> Path:
+        """Return the file of the result of a model."""
+        variant = getattr(self.protocol, "variant", "")
+        return result_path(output, model, self.benchmark.name, self.text_format, variant)
+
+
+def evaluate(
+    model: str | Path | Encoder | Sequence[str | Path | Encoder],
+    benchmark: Measured | Sequence[Measured],
+    *,
+    output: str | None = None,
+    **settings: Any,
+) -> list[Result]:
+    """Measure models on published benchmarks and on your own data, as `llm2clip evaluate` does.
+
+    Args:
+        model: Models, one or several: names as on the command line, or encoders of [`load_encoder`].
+        benchmark: Names as on the command line, a `CaptionSource` of your own images and captions, a `PairSource` of
+            your own captions, or benchmarks; one or several.
+        output: Folder of the results and embeddings, which later calls find again; None writes nothing.
+        settings: Other fields of `llm2clip evaluate`, such as `data`, the folder of the published sets.
+
+    Returns:
+        A result for each model and benchmark: `scores` by name, 0 to 1, their `intervals`, `counts` and `protocol`.
+
+    Raises:
+        BenchmarkError: The files of a benchmark are missing, or are not what was published.
+        OSError: There is no such model, or results cannot be written.
+        ValueError: A setting or name is wrong, or a finished result is of something else.
+    """
+    models: Sequence[Any] = [model] if isinstance(model, str | Path | Encoder) else model
+    chosen: Sequence[Any] = [benchmark] if isinstance(benchmark, str | Path | Benchmark | Source) else benchmark
+    models, chosen = ([str(one) if isinstance(one, Path) else one for one in some] for some in (models, chosen))
+    names = [one if isinstance(one, str) else one.name for one in models]
+    given = [name for name in OF_MODELS_BY_NAME if settings.get(name) is not None]
+    if given and not all(isinstance(one, str) for one in models):
+        raise ValueError(f"{given[0]} is for models by name; load_encoder has opened yours with settings of its own.")
+    fields = {"model": names, "output": output, **settings}
+    return list(_measure(build_config(EvaluateConfig, fields, "evaluate"), models, chosen))
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
-    """Evaluate a model.
-
-    Returns:
-        On one's own data the protocol and the metrics; see `retrieval_metrics` and `caption_retrieval_metrics`.
-        Benchmarks print tables, and the list prints itself.
+    """Measure models and print the results, which are also written; or print the list of the published sets.
 
     Raises:
-        ValueError: A required setting is missing, or the output is of the wrong kind.
-        OSError: The output cannot be written, or is a file that is no result.
+        BenchmarkError, OSError, ValueError: See [`evaluate`].
     """
     if config.list:
         print(describe_list(config))
         return {}
-    for name in ("model",) if config.benchmark else ("model", "data"):
-        if not getattr(config, name):
-            raise ValueError(f"evaluate needs {name}; give it as an option (--{name}).")
-    if config.benchmark:
-        run_benchmarks(config)
-        return {}
-    if config.output:
-        if Path(config.output).is_dir():
-            raise ValueError(f"output is the folder {config.output}, but results on your own data are a JSON file.")
-        _refuse_other_file(Path(config.output))
-        require_writable(Path(config.output).parent)
-    metrics = measure_retrieval(config) if config.task == "retrieval" else measure_caption_retrieval(config)
-    if config.output and process_state().is_main_process:
-        write_json(config.output, with_checksum(described(config, metrics)))
-    return {"protocol": config.protocol or OWN_DATA, **metrics}
-
-
-def _refuse_other_file(path: Path) -> None:
-    if not path.exists():
-        return
-    try:
-        is_result = "task" in read_json(path)
-    except ValueError:
-        is_result = False
-    if not is_result:
-        raise FileExistsError(f"{path} exists and is no result of evaluate, so it is not replaced; name another file.")
+    if not config.model or not config.benchmark:
+        raise ValueError(
+            "evaluate needs a model and what to measure: llm2clip evaluate MODEL --benchmark NAME_OR_PATH "
+            "(`llm2clip evaluate --list` shows the published sets)."
+        )
+    results = list(_measure(config, config.model, config.benchmark))
+    if process_state().is_main_process:
+        print_results(Console(), results)
+    return {"results": config.output} if config.output else {}
 
 
 def describe_list(config: EvaluateConfig) -> str:
@@ -75,7 +151,7 @@ def describe_list(config: EvaluateConfig) -> str:
     Raises:
         ValueError: A benchmark is unknown.
     """
-    data = _benchmark_folder(config)
+    data = Path(config.data)
     if config.benchmark:
         return list_benchmarks(choose_benchmarks(config.benchmark, data, missing_too=True), data)
     # What reads the lines of a file or a pipe gets them whole.
@@ -83,41 +159,190 @@ def describe_list(config: EvaluateConfig) -> str:
     return overview(all_benchmarks().values(), data, width)
 
 
-def run_benchmarks(config: EvaluateConfig) -> list[Result]:
-    """Measure benchmarks and print the results, which are also written; see [`Suite`].
+def _measure(config: EvaluateConfig, models: Sequence[Any], benchmarks: Sequence[Any]) -> Iterator[Result]:
+    """Measure models on benchmarks one after the other; each result is written when it is there.
+
+    A finished result of the same weights, data and protocol is read instead. Every process of a distributed run gets
+    all results; the first one writes them.
+    """
+    if config.revision is not None and len(models) > 1:
+        raise ValueError(f"revision is {config.revision}, but there are {len(models)} models: give one.")
+    loaded = load_benchmarks(config, _choose(config, benchmarks))  # before a model is loaded and hours are spent
+    output = None if config.output is None else Path(config.output)
+    store = Path(config.embeddings) if config.embeddings else output and output / "embeddings"
+    _require_places(config, output, store, loaded)
+    is_main = process_state().is_main_process
+    texts_alone = all(one.protocol_id == "caption-retrieval" for one in loaded)
+    for model in models:
+        encoder = _open_encoder(config, model, texts_alone) if isinstance(model, str) else model
+        session = Session(encoder, store, config.batch_size, worker_count(config.num_workers), config.on_error)
+        cut = {name: str(value) for name, value in encoder.cut.items()}
+        described = {"given": encoder.name, **encoder.identity(), "fingerprint": encoder.fingerprint(), **cut}
+        for number, one in enumerate(loaded, 1):
+            path = None if output is None else one.path(output, encoder.name)
+            session.seconds = {"read": one.seconds}
+            with section(f"{one.benchmark.title} ({number} of {len(loaded)})"):
+                if path is not None and on_main_process(path.is_file) and not config.overwrite:
+                    yield _finished(path, described, one.checksum, one.setup)
+                    continue
+                with session.timed("measure"):
+                    measured = one.protocol.measure(session, one.data)
+                with session.timed("intervals"):
+                    intervals = intervals_of(measured)
+            skipped = measured.counts.get("skipped_images", 0)
+            unread = [f"{skipped:,} images cannot be read"] if skipped and one.benchmark.counts else []
+            result = Result(
+                benchmark=one.benchmark.name,
+                title=one.benchmark.title,
+                model=described,
+                protocol={"id": one.protocol_id, **measured.protocol, "text_format": one.text_format},
+                scores=measured.scores,
+                compared=list(measured.compared),
+                intervals=intervals,
+                counts={**one.data.counts(), **measured.counts},
+                differences=one.differences + unread,
+                groups=measured.groups,
+                ranks=measured.ranks,
+                data={**one.benchmark.describe(one.folder), "checksum": one.checksum},
+                setup=json.loads(json.dumps(one.setup)),
+                seconds=session.seconds,
+                processes=process_state().num_processes,
+            )
+            if path is not None and is_main:
+                # The result comes last: it is the mark of what is finished.
+                write_length_plot(path.with_suffix(".png"), result)
+                result.write(path)
+            yield result
+        del encoder, session  # the next model may need their memory
+
+
+def _finished(path: Path, model: Mapping[str, str], checksum: str, setup: Mapping[str, Any]) -> Result:
+    """Read the result of an earlier run.
 
     Raises:
-        ValueError: A benchmark is unknown, its files are missing or not what was published, or a finished result is of
-            something else.
-        OSError: Results cannot be written.
+        ValueError: The file is damaged, of another version, or of something else.
     """
-    data, output = _benchmark_folder(config), Path(config.output or RESULTS_FOLDER)
-    text_format = choose_text_format(config.text_format)
-    chosen = with_prompts(choose_benchmarks(config.benchmark, data), config.templates, config.classnames)
-    found = find_benchmarks(chosen, data)
-    suite = Suite(output, config.text_format, config.allow_counts, config.overwrite)
-    suite.check(found)
-    store = Path(config.embeddings) if config.embeddings else output / "embeddings"
-    # Finished results are also shown from a folder that is read-only.
-    if config.overwrite or not all(suite.path(one.benchmark, config.model).is_file() for one in found):
-        for folder in (output, store):
-            require_writable(folder)
-    encoder = load_encoder(config.model, config.revision, config.dtype, process_state().device)
-    session = Session(
-        encoder,
-        store,
-        text_format,
-        config.batch_size,
-        worker_count(config.num_workers),
-    )
-    results = suite.run(found, session)
+    try:
+        finished = read_result(path)
+    except ValueError as error:
+        raise ValueError(f"{error} --overwrite measures again and replaces it.") from error
+    require_same(path, finished, model, checksum, setup)
     if process_state().is_main_process:
-        print_results(Console(), results)
-        print(f"Results: {output}")
-    return results
+        write_length_plot(path.with_suffix(".png"), finished)  # which has no checksum
+    logger.info("    %s is finished", path)
+    return finished
 
 
-def _benchmark_folder(config: EvaluateConfig) -> Path:
-    if isinstance(config.data, dict):
-        raise ValueError("data has to be the folder of the benchmarks with --benchmark or --list.")
-    return Path(config.data or DATA_FOLDER)
+def _choose(config: EvaluateConfig, given: Sequence[Any]) -> list[Benchmark]:
+    """Turn names, sources and benchmarks into benchmarks."""
+    own = {name: getattr(config, name) for name in OF_OWN_DATA}
+    chosen: dict[str, Benchmark] = {}
+    by_path = False
+    for one in given:
+        if isinstance(one, Benchmark):
+            found = [one]
+        elif isinstance(one, CaptionSource | PairSource):
+            task = "retrieval" if isinstance(one, CaptionSource) else "caption_retrieval"
+            found = [own_benchmark(vars(one), task, config.positives)]
+        elif one not in all_benchmarks() and is_own_data(one):
+            by_path = True
+            anchors = {"anchor_column": own["query_column"], "positive_column": own["target_column"]}
+            fields = {name: own[name] for name in ("split", "image_column", "caption_columns")}
+            source = json.loads(one) if one.startswith("{") else one
+            found = [own_benchmark(source, config.task, config.positives, **fields, **anchors)]
+        else:
+            found = choose_benchmarks([one], Path(config.data))
+        for benchmark in found:
+            known = chosen.setdefault(benchmark.name, benchmark)
+            if isinstance(benchmark, OwnData) and isinstance(known, OwnData) and benchmark.fields != known.fields:
+                raise ValueError(f"two sources are called {benchmark.name}, as their results would be: use two calls.")
+    # A source has all but the rule of what is right.
+    followed = OF_OWN_DATA if by_path else ("positives",)[: any(isinstance(one, CaptionSource) for one in given)]
+    defaults = EvaluateConfig()
+    changed = [name for name in OF_OWN_DATA if own[name] != getattr(defaults, name) and name not in followed]
+    if changed:
+        option = changed[0].replace("_", "-")
+        raise ValueError(f"--{option} is for your own data by path, but none of {', '.join(chosen)} is: leave it out.")
+    return with_prompts(list(chosen.values()), config.templates, config.classnames)
+
+
+def load_benchmarks(config: EvaluateConfig, benchmarks: Sequence[Benchmark]) -> list[LoadedBenchmark]:
+    """Find, read and check the data of benchmarks.
+
+    Raises:
+        BenchmarkError: Files are missing (the message says which, and where they are looked for), or are not what was
+            published.
+        ValueError: A setting does nothing for these benchmarks.
+    """
+    found = find_benchmarks(benchmarks, Path(config.data))
+    loaded = []
+    for benchmark, folder in found:
+        start = time.monotonic()
+        data = benchmark.read(folder)
+        differences = check_counts(benchmark, folder, data, config.allow_counts)
+        formatted = format_captions(data, config.text_format)
+        text_format = RAW if formatted is data else config.text_format
+        protocol, checksum = open_protocol(benchmark.protocol, benchmark.options), data_checksum(data)
+        seconds = round(time.monotonic() - start, 3)
+        loaded.append(
+            LoadedBenchmark(benchmark, protocol, folder, formatted, checksum, text_format, differences, seconds)
+        )
+    names = ", ".join(benchmark.name for benchmark in benchmarks)
+    if config.text_format != RAW and all(one.text_format == RAW for one in loaded):
+        raise ValueError(f"text_format is {config.text_format}, but {names} has no captions: leave it out.")
+    others = [one.benchmark.name for one in loaded if one.protocol_id != "retrieval"]
+    without = [
+        one.benchmark.name
+        for one in loaded
+        if getattr(one.protocol, "each", one.protocol_id).startswith(WITHOUT_EMBEDDINGS)
+    ]
+    if without and (config.truncate_dim is not None or config.precision != "float32"):
+        raise ValueError(f"{', '.join(without)} compares no embeddings: leave out truncate_dim and precision.")
+    if config.on_error == "skip" and others:
+        raise ValueError(f"on_error is skip, but {', '.join(others)} needs every image: leave it out.")
+    return loaded
+
+
+def find_benchmarks(benchmarks: Sequence[Benchmark], data: Path) -> list[tuple[Benchmark, Path]]:
+    """Find the files of benchmarks; see [`load_benchmarks`]."""
+    published = [benchmark for benchmark in benchmarks if not isinstance(benchmark, OwnData)]
+    if published and not data.is_dir():
+        raise BenchmarkError(f"--data {data} is no folder.")
+    found = [(benchmark, benchmark.find(data)) for benchmark in benchmarks]
+    missing = [benchmark.lacking(data) for benchmark, folder in found if folder is None]
+    if missing:
+        names = " ".join(benchmark.name for benchmark, folder in found if folder is None)
+        needs = f"`llm2clip evaluate --list --benchmark {names}` shows what is needed."
+        raise BenchmarkError(" ".join([*missing, needs]))
+    return [(benchmark, folder) for benchmark, folder in found if folder is not None]
+
+
+def _require_places(
+    config: EvaluateConfig, output: Path | None, store: Path | None, loaded: Sequence[LoadedBenchmark]
+) -> None:
+    """Check that results can be written; finished ones are also shown from a folder that is read-only."""
+    if output is None:
+        return
+    if output.is_file():
+        raise ValueError(f"output is the file {output}, but results are written to a folder, a file for each.")
+    paths = [one.path(output, str(model)) for one in loaded for model in config.model]
+    if config.overwrite or not all(path.is_file() for path in paths):
+        for folder in filter(None, (output, store)):
+            require_writable(folder)
+
+
+def _open_encoder(config: EvaluateConfig, name: str, texts_alone: bool) -> Encoder:
+    return _load(config, name, texts_alone).truncate(config.truncate_dim, config.precision)
+
+
+def _load(config: EvaluateConfig, name: str, texts_alone: bool) -> Encoder:
+    device = process_state().device
+    if texts_alone and not name.startswith(OPEN_CLIP) and ".py:" not in name:
+        repo = inspect_repo(name, config.revision)
+        if repo.kind in (RepoKind.OTHER, RepoKind.ADAPTER) and "vision_config" not in repo.config:
+            llm: Any
+            llm, tokenizer = open_text_tower(name, revision=config.revision, dtype=config.dtype)  # a plain LLM
+            return OurEncoder(llm.to(device).eval(), tokenizer, name, config.revision)
+    if config.embedding_cache is not None:
+        return open_stored_encoder(name, config.embedding_cache, config.revision, config.dtype, device)
+    return load_encoder(name, config.revision, config.dtype, device)

@@ -2,114 +2,115 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from llm2clip.data import OnError
-from llm2clip.evaluation.image_text import Positives
-from llm2clip.evaluation.text_formats import RAW
+from llm2clip.evaluation.data import Positives
+from llm2clip.evaluation.text_formats import RAW, TextFormat
 from llm2clip.utils.settings import check_choices, setting
+from modeling_llm2clip.modeling_llm2clip_utils import Precision
 
 Names = list[str]  # the field `list` hides the type in the class
-OWN_DATA: Positives = "distinct"
+
+# Settings that only say how own data is read.
+OF_OWN_DATA = ("task", "positives", "split", "image_column", "caption_columns", "query_column", "target_column")
 
 
 @dataclass
 class EvaluateConfig:
     """Settings of an evaluation."""
 
-    model: str = setting(
-        "",
-        "The model: Hub id or folder. With --benchmark also any CLIP-like model of transformers, or "
-        "open_clip:NAME/PRETRAINED, or PATH.py:FUNCTION, which returns (model, preprocess, tokenizer).",
+    model: Names = setting(
+        [],
+        "Models, one or several: Hub ids or folders of LLM2CLIP models, text towers and CLIP-like models of "
+        "transformers, open_clip:NAME/PRETRAINED, or PATH.py:FUNCTION, which returns (model, preprocess, tokenizer).",
     )
     benchmark: Names = setting(
         [],
-        "Published benchmarks, each by its protocol: names, groups (short, long, languages, classification, "
-        "composition, dense, paper), all-found (all whose files are below --data), or a Python file with a list "
-        "BENCHMARKS.",
+        "What to measure: published sets by name or group (short, long, languages, classification, composition, "
+        "dense, paper) or all-found (all whose files are below --data); your own data by its path or Hub id, or the "
+        "fields of a source as JSON; a Python file with a list BENCHMARKS.",
     )
     list: bool = setting(
         False,
-        "Show all benchmarks in a line each and which are below --data; with --benchmark all that is known of those: "
-        "files, counts, license, where to get them.",
+        "Show all published sets in a line each and which are below --data; with --benchmark all that is known of "
+        "those: files, counts, license, where to get them.",
     )
+    data: str = setting("data", "Folder of the published sets.")
+    output: str | None = setting("results", "Folder of the results.")
     task: Literal["retrieval", "caption_retrieval"] = setting(
         "retrieval",
-        "retrieval: between images and captions, of an LLM2CLIP model. caption_retrieval: between two captions of one "
-        "image, of a text tower or of the LLM of an LLM2CLIP model.",
+        "Own data. retrieval: between images and captions. caption_retrieval: between two captions of one image, "
+        "which a text tower is measured by too.",
     )
-    data: dict[str, Any] | str = setting(
-        "",
-        "With --benchmark the folder of the benchmarks (./benchmarks by default). Otherwise your data: a path or Hub "
-        "id, or a mapping with the fields of CaptionSource (retrieval) or PairSource (caption_retrieval).",
+    positives: Positives = setting(
+        "distinct",
+        "Own data: what is right. distinct: equal captions are one query, right for all images that have it. rows: "
+        "each caption of each row is a query, and its own image alone is right, as on published sets.",
     )
-    protocol: Positives | None = setting(
-        None,
-        "What is right on your own data. distinct (the default): equal captions are one query, right for all images "
-        "that have it. rows: each caption of each row is a query, and its own image alone is right, as on benchmarks.",
+    split: str | None = setting(None, "Own data: split; by default test. A single file has none.")
+    image_column: str | None = setting(None, "Own data: column of the images; by default image, or jpg, png, ...")
+    caption_columns: Names | None = setting(
+        None, "Own data: columns of the captions; by default caption, txt or text."
     )
-    split: str = setting("test", "Split of the data, unless the mapping names one.")
-    caption_columns: Names | None = setting(None, "Columns of the captions.")
-    query_column: str | None = setting(None, "caption_retrieval: column of the queries.")
-    target_column: str | None = setting(None, "caption_retrieval: column of the targets.")
+    query_column: str | None = setting(None, "Own data, caption_retrieval: column of the queries.")
+    target_column: str | None = setting(None, "Own data, caption_retrieval: column of the targets.")
     embedding_cache: str | None = setting(
-        None, "retrieval: embedding cache of the captions, from `llm2clip embed`; the LLM is not loaded then."
+        None, "Embedding cache of all captions, from `llm2clip embed`; the LLM of the model is not loaded then."
     )
-    batch_size: int = setting(64, "Images or captions per forward pass; lower it when memory runs out.")
+    batch_size: int | None = setting(
+        None,
+        "Images and texts per forward pass; lower it when memory runs out. By default 64 images, and as many texts as "
+        "their tokens allow.",
+    )
     num_workers: int | None = setting(
-        None,
-        "Worker processes that read images; by default one for each core, at most 8, with --benchmark, and none on "
-        "your own data.",
+        None, "Worker processes that read images; by default one for each core, at most 8."
     )
-    on_error: OnError = setting("raise", "How to treat an image that cannot be read: raise an error, or skip it.")
-    output: str | None = setting(
-        None,
-        "JSON file to which the result is also written; with --benchmark the folder of the results (./results "
-        "by default).",
+    on_error: OnError = setting(
+        "raise", "How image-text retrieval treats an image that cannot be read: raise an error, or skip it."
     )
-    revision: str | None = setting(None, "With --benchmark: branch, tag or commit of the model.")
-    dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "With --benchmark: dtype of the model.")
-    text_format: str = setting(
+    revision: str | None = setting(None, "Branch, tag or commit of the model on the Hub.")
+    dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "Dtype of the models.")
+    truncate_dim: int | None = setting(
+        None, "Number of values that are kept of each embedding, scaled to unit length again; by default all."
+    )
+    precision: Precision = setting(
+        "float32",
+        "What embeddings of both sides are rounded to, as a database of such vectors compares them: float16, int8 by "
+        "cosine, binary by Hamming distance.",
+    )
+    text_format: TextFormat = setting(
         RAW,
-        "With --benchmark: what is done to texts first, as in other evaluations: raw (nothing), lower, albef, blip, "
-        "flair, long-clip. Recalls of two formats are not comparable.",
+        "What is done to captions first, as in other evaluations: raw (nothing), lower, albef, blip, flair, "
+        "long-clip. Recalls of two formats are not comparable. Prompts of classes stay as they are.",
     )
     templates: str | None = setting(
         None,
-        "With --benchmark, for zero-shot classification: openai-80, openai-7, paper, openai-cifar, or a file with a "
-        "template a line, {c} in the place of the class; by default those of the set.",
+        "Zero-shot classification: openai-80, openai-7, paper, openai-cifar, or a file with a template a line, {c} in "
+        "the place of the class; by default those of the set.",
     )
     classnames: str | None = setting(
         None,
-        "With --benchmark, for zero-shot classification: file with the name of a class a line, in the order of the "
-        "labels; by default the names of the set.",
+        "Zero-shot classification: file with the name of a class a line, in the order of the labels; by default the "
+        "names of the set.",
     )
     embeddings: str | None = setting(
         None,
-        "With --benchmark: folder of the stored embeddings, which later runs find again; by default `embeddings` in "
-        "the output folder.",
+        "Folder of the stored embeddings, which later runs find again; by default `embeddings` in the output folder.",
     )
-    allow_counts: bool = setting(False, "With --benchmark: measure sets whose counts differ from the published ones.")
-    overwrite: bool = setting(False, "With --benchmark: measure again what is finished.")
+    allow_counts: bool = setting(False, "Measure published sets whose counts differ from the published ones.")
+    overwrite: bool = setting(False, "Measure again what is finished.")
 
     def __post_init__(self) -> None:
         check_choices(self)
-        given = {field.name for field in fields(self) if getattr(self, field.name) != _default(field)}
-        for name in sorted(given & (FOR_OWN_DATA if self.benchmark else FOR_BENCHMARKS)):
-            is_for = "your own data, not with" if self.benchmark else "use with"
-            raise ValueError(f"--{name.replace('_', '-')} is for {is_for} --benchmark.")
-        if self.task == "caption_retrieval" and self.protocol == "rows":
-            raise ValueError("caption_retrieval has no protocol rows: equal texts are one query, and one target.")
-
-
-FOR_BENCHMARKS = {
-    "revision", "dtype", "text_format", "templates", "classnames", "embeddings", "allow_counts", "overwrite",
-}  # fmt: skip
-FOR_OWN_DATA = {
-    "task", "protocol", "split", "caption_columns", "query_column", "target_column", "embedding_cache", "on_error",
-}  # fmt: skip
-
-
-def _default(field: Any) -> Any:
-    return field.default if field.default_factory is MISSING else field.default_factory()
+        if bool(self.query_column) != bool(self.target_column):
+            raise ValueError("query_column and target_column go together: give both, or caption_columns.")
+        if self.query_column:
+            self.task = "caption_retrieval"
+        if self.task == "caption_retrieval" and self.positives == "rows":
+            raise ValueError("positives is rows, but in caption_retrieval equal texts are one query, and one target.")
+        if self.task == "caption_retrieval" and self.image_column:
+            raise ValueError("image_column is given, but caption_retrieval reads no images: leave it out.")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {self.batch_size}.")

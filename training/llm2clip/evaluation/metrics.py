@@ -28,28 +28,6 @@ MAX_NAMED_ROWS = 10
 ROUNDING = 1e-6
 
 
-def rank_of_best_match(
-    queries: Tensor, candidates: Tensor, matches: Tensor, tile_size: int = DEFAULT_TILE_SIZE
-) -> Tensor:
-    """Find the rank of each query's best correct candidate by cosine similarity.
-
-    Args:
-        queries: (q, d), normalised or not.
-        candidates: (c, d), on the device that computes; tiles of queries are moved there.
-        matches: (p, 2) int64, pairs of a query index and a correct candidate index; at least one per query, any order.
-        tile_size: Number of queries per tile; a tile contains float32 scores of all candidates.
-
-    Returns:
-        (q,) float64 on the CPU: the number of wrong candidates before the first correct one; its expected value if
-        scores are equal.
-
-    Raises:
-        ValueError: A query has no correct candidate, an index is out of range, an embedding is not finite, or the
-            shapes do not match.
-    """
-    return _ranks(queries, candidates, matches, tile_size, ("query", "candidate"))[0].expected()
-
-
 def retrieval_metrics(
     image_embeds: Tensor,
     text_embeds: Tensor,
@@ -68,7 +46,7 @@ def retrieval_metrics(
         matches: (p, 2) int64, pairs of a text index and an image index. Every text needs one; an image without any is
             a wrong candidate for every text, and is not a query.
         ks: Values of k. A k above the number of candidates gives a recall of 1.
-        tile_size: See [`rank_of_best_match`].
+        tile_size: Number of texts per tile; a tile contains float32 scores of all images.
 
     Returns:
         `recall@K` (0 to 1), `mean_rank` and `median_rank` (from 1; the mean of two middle ranks is rounded down, as in
@@ -76,7 +54,8 @@ def retrieval_metrics(
         `num_texts`, `num_images` and `num_images_with_text`.
 
     Raises:
-        ValueError: A text has no match; otherwise as [`rank_of_best_match`].
+        ValueError: A text has no match, an index is out of range, an embedding is not finite, or the shapes do not
+            match.
     """
     text_to_image, image_to_text, asking = retrieval_ranks(image_embeds, text_embeds, matches, tile_size)
     counts = {"num_texts": len(text_embeds), "num_images": len(image_embeds), "num_images_with_text": len(asking)}
@@ -102,7 +81,6 @@ def caption_retrieval_metrics(
     target_embeds: Tensor,
     matches: Tensor | None = None,
     ks: Sequence[int] = KS,
-    tile_size: int = DEFAULT_TILE_SIZE,
 ) -> dict[str, float | int]:
     """Compute how well a text encoder finds another caption of the same image (the "CRA" of LLM2CLIP).
 
@@ -114,13 +92,12 @@ def caption_retrieval_metrics(
         target_embeds: (t, d).
         matches: (p, 2) int64, pairs of a query index and a target index; None pairs row i with row i.
         ks: Values of k. A k above the number of targets gives a recall of 1.
-        tile_size: Number of queries per tile.
 
     Returns:
         `recall@K` (0 to 1), `mean_rank` and `median_rank` (from 1), `num_queries` and `num_targets`.
 
     Raises:
-        ValueError: A query has no target; otherwise as [`rank_of_best_match`].
+        ValueError: A query has no target; otherwise as [`retrieval_metrics`].
     """
     if matches is None:
         if len(query_embeds) != len(target_embeds):
@@ -129,7 +106,7 @@ def caption_retrieval_metrics(
                 f"{len(target_embeds)} targets. Give the pairs as matches."
             )
         matches = torch.arange(len(query_embeds))[:, None].expand(-1, 2)
-    ranks, _ = _ranks(query_embeds, target_embeds, matches, tile_size, ("query", "target"))
+    ranks, _ = _ranks(query_embeds, target_embeds, matches, DEFAULT_TILE_SIZE, ("query", "target"))
     return {**_summary(ranks, ks), "num_queries": len(query_embeds), "num_targets": len(target_embeds)}
 
 
@@ -170,6 +147,13 @@ class QueryRanks(NamedTuple):
         """The values of each query, (q,) float64, whose means are the recalls `PREFIXrecall@K`."""
         return {f"{prefix}recall@{k}": self.hit_probability(k) for k in ks}
 
+    def mean_and_median(self, prefix: str = "") -> dict[str, float]:
+        """Mean and median rank, from 1; the mean of two middle ranks is rounded down, as in CLIP training code."""
+        expected = self.expected()
+        ordered = expected.sort().values
+        middle = int(ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) // 2
+        return {f"{prefix}mean_rank": expected.mean().item() + 1, f"{prefix}median_rank": middle + 1}
+
 
 def _log_binomial(n: Tensor, k: Tensor) -> Tensor:
     return torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
@@ -178,20 +162,24 @@ def _log_binomial(n: Tensor, k: Tensor) -> Tensor:
 def _summary(ranks: QueryRanks, ks: Sequence[int], prefix: str = "") -> dict[str, float | int]:
     if min(ks, default=1) < 1:
         raise ValueError(f"recall@k needs k of at least 1, but got {min(ks)}.")
-    expected = ranks.expected()
-    ordered = expected.sort().values
-    middle = int(ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) // 2
     recalls = {name: values.mean().item() for name, values in ranks.recalls(prefix, ks).items()}
-    return {**recalls, f"{prefix}mean_rank": expected.mean().item() + 1, f"{prefix}median_rank": middle + 1}
+    return {**recalls, **ranks.mean_and_median(prefix)}
 
 
 @torch.no_grad()
 def _ranks(
     queries: Tensor, candidates: Tensor, matches: Tensor, tile_size: int, names: tuple[str, str]
 ) -> tuple[QueryRanks, QueryRanks]:
-    """Compute the ranks of both directions from one matrix product; see [`rank_of_best_match`].
+    """Compute the ranks of both directions from one matrix product, tile by tile.
 
-    The ranks of a candidate without a match are undefined.
+    Args:
+        queries: (q, d), normalised or not.
+        candidates: (c, d), on the device that computes; tiles of queries are moved there.
+        matches: (p, 2) int64, pairs of a query index and a correct candidate index; at least one per query, any order.
+        names: What a query and a candidate are, in messages.
+
+    Returns:
+        The ranks of the queries, and those of the candidates, which are undefined for one without a match.
     """
     query_name, candidate_name = names
     if queries.ndim != 2 or candidates.ndim != 2 or queries.shape[1] != candidates.shape[1]:

@@ -1,103 +1,106 @@
-"""A model measured on one's own images and captions, or pairs of captions."""
+"""Your own images and captions, or pairs of captions, as a benchmark."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, cast
-
-from torch import Tensor
-from transformers import AutoProcessor, PreTrainedTokenizerBase
+import glob
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 from llm2clip.data import CaptionSource, PairSource
 from llm2clip.data.table_identity import data_revision
-from llm2clip.encoders import OurEncoder
-from llm2clip.encoders.cache_of_model import open_cache_of_model
-from llm2clip.evaluation.caption_pairs import CaptionRetrieval
-from llm2clip.evaluation.evaluate_config import OWN_DATA, EvaluateConfig
-from llm2clip.evaluation.image_text import ImageTextRetrieval
-from llm2clip.utils.attention_probe import verify_text_tower
-from llm2clip.utils.manifests import refuse_changed_model
-from llm2clip.utils.processes import process_state
-from llm2clip.utils.towers import open_text_tower
-from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor, LLM2CLIPTextModel
+from llm2clip.evaluation.benchmark import Benchmark
+from llm2clip.evaluation.data import CaptionPairData, Positives, RetrievalData
 
 
-def described(config: EvaluateConfig, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Return metrics with the model, the task and the data, including its revision, that they are about."""
-    data = _source_fields(config)
-    data["revision"] = data_revision(data)
-    return {
-        "model": config.model,
-        "task": config.task,
-        "protocol": config.protocol or OWN_DATA,
-        "data": data,
-        **metrics,
-    }
+@dataclass(frozen=True, kw_only=True)
+class OwnData(Benchmark):
+    """A benchmark of your own data.
 
-
-def _source_fields(config: EvaluateConfig) -> dict[str, Any]:
-    fields: dict[str, Any] = dict(config.data) if isinstance(config.data, dict) else {"path": config.data}
-    fields.setdefault("split", config.split)
-    if config.caption_columns is not None:
-        fields["caption_columns"] = config.caption_columns
-    return fields
-
-
-def measure_retrieval(config: EvaluateConfig) -> dict[str, Any]:
-    """Load a model and measure image-text retrieval."""
-    _require_own_model(config.model)
-    model = LLM2CLIPModel.from_pretrained(config.model, text_model=config.embedding_cache is None)
-    if model.text_model is not None:
-        verify_text_tower(model.text_model)
-    processor = AutoProcessor.from_pretrained(config.model)
-    return open_retrieval(config, model.to(process_state().device).eval(), processor)()
-
-
-def open_retrieval(
-    config: EvaluateConfig, model: LLM2CLIPModel, processor: LLM2CLIPProcessor
-) -> Callable[[], dict[str, Any]]:
-    """Return a function that measures image-text retrieval of a loaded model as it is then.
-
-    The LLM's embeddings of the captions are computed once, or looked up; the model may change except for its LLM.
+    Attributes:
+        fields: Those of its source.
     """
-    source = CaptionSource.from_dict(_source_fields(config))
-    retrieval = ImageTextRetrieval(
-        source, processor.image_processor, config.on_error, positives=config.protocol or OWN_DATA
+
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    def find(self, data: Path) -> Path:
+        """Return the place of the data, which is not below the folder of the published sets."""
+        return Path(self.fields["path"])
+
+    def describe(self, folder: Path) -> dict[str, Any]:
+        """Return what a result says of the data: the fields of its source, and its revision."""
+        return {**self.fields, "revision": data_revision(self.fields)}
+
+
+def is_own_data(name: str) -> bool:
+    """Whether a name is the path, URL or Hub id of data, or the fields of a source in JSON, and no benchmark's."""
+    path = Path(name)
+    return name.startswith("{") or (
+        path.suffix != ".py" and ("/" in name or path.suffix != "" or path.exists() or glob.has_magic(name))
     )
-    embed: Callable[[list[str]], Tensor]
-    if config.embedding_cache is not None:
-        model_config = cast(LLM2CLIPConfig, model.config)
-        embed = open_cache_of_model(config.embedding_cache, model_config, processor.tokenizer, is_trained=True).lookup
+
+
+def own_benchmark(path: str | Mapping[str, Any], task: str, positives: Positives, **fields: Any) -> OwnData:
+    """Make a benchmark of your own data.
+
+    Args:
+        path: A path, URL or Hub id; or a mapping with the fields of [`CaptionSource`] or [`PairSource`].
+        task: `retrieval` between images and captions, or `caption_retrieval` between two captions of one image.
+        positives: What is right; see [`RetrievalData.from_source`].
+        fields: Fields of the source, those that are not None.
+
+    Raises:
+        ValueError: A split of a single file is given, which has none, or a field does not exist.
+    """
+    given: dict[str, Any] = {"path": path} if isinstance(path, str) else dict(path)
+    given = {name: value for name, value in {**given, **fields}.items() if value is not None}
+    split, is_file = given.get("split"), Path(given["path"]).is_file() or glob.has_magic(given["path"])
+    if split is not None and is_file and "[" not in split and isinstance(path, str):
+        raise ValueError(
+            f"split is {split}, but {given['path']} is a file without splits: leave it out, or give a slice of its "
+            "rows, such as train[:100]."
+        )
+    given.setdefault("split", "train" if is_file else "test")
+    is_retrieval = task == "retrieval" and "anchor_column" not in given
+    options: dict[str, str]
+    if is_retrieval:
+        source = CaptionSource.from_dict(given)
+        options = {"positives": positives}
     else:
-        encoder = OurEncoder(model.text_model, processor)
-        embed = partial(encoder.embed, batch_size=config.batch_size, show_progress_bar=True)
-    llm_embeds = embed(retrieval.captions)
-    options: dict[str, Any] = {"batch_size": config.batch_size, "num_workers": config.num_workers or 0}
-    return partial(retrieval, model, lambda captions: llm_embeds, **options, show_progress_bar=True)
+        pairs = PairSource.from_dict(given)
+        options = {"pair": "query to target" if pairs.anchor_column else "caption 1 to caption 2"}
+    is_whole = split is None or (is_file and "[" not in split)  # the default of a source is `train`
+    name = given["path"] if is_whole else f"{given['path']} [{split}]"
+    return OwnData(
+        name=name,
+        title=name,
+        read=lambda _: (
+            RetrievalData.from_source(source, positives) if is_retrieval else CaptionPairData.from_source(pairs)
+        ),
+        protocol="retrieval" if is_retrieval else "caption-retrieval",
+        options=options,
+        fields=given,
+    )
 
 
-def _require_own_model(name: str) -> None:
-    """Raise ValueError for a model that only published benchmarks can be measured with, or with changed files."""
-    if name.startswith("open_clip:") or name.rpartition(":")[0].endswith(".py"):
-        raise ValueError(f"{name} is measured with --benchmark; --data alone is for models of llm2clip.")
-    refuse_changed_model(name)
+def retrieval_sets(sources: Mapping[str, Any]) -> dict[str, RetrievalData]:
+    """Read images and captions; each caption column, such as a language, is a set, and those of a source share images.
 
+    Args:
+        sources: [`CaptionSource`] fields by name.
 
-def measure_caption_retrieval(config: EvaluateConfig) -> dict[str, Any]:
-    """Load a text tower and measure caption retrieval."""
-    _require_own_model(config.model)
-    model: Any
-    model, tokenizer = open_text_tower(config.model)
-    return open_caption_retrieval(config, model.to(process_state().device).eval(), tokenizer)()
-
-
-def open_caption_retrieval(
-    config: EvaluateConfig, model: LLM2CLIPTextModel, tokenizer: PreTrainedTokenizerBase
-) -> Callable[[], dict[str, Any]]:
-    """Return a function that measures caption retrieval of a loaded text tower as it is then."""
-    fields = _source_fields(config)
-    if config.query_column and config.target_column:
-        fields |= {"anchor_column": config.query_column, "positive_column": config.target_column}
-    retrieval = CaptionRetrieval.from_source(PairSource.from_dict(fields))
-    return partial(retrieval, model, tokenizer, config.batch_size, show_progress_bar=True)
+    Returns:
+        The sets by name, with that of the column behind it if a source has several.
+    """
+    found = {}
+    for name, fields in sources.items():
+        source = CaptionSource.from_dict(fields)
+        columns = source.caption_columns
+        data = [
+            RetrievalData.from_source(replace(source, caption_columns=[column], caption_weights=None))
+            for column in columns
+        ]
+        for column, one in zip(columns, data, strict=True):
+            found[f"{name}_{column}" if len(columns) > 1 else name] = replace(one, images=data[0].images)
+    return found

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from functools import cache
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
-from llm2clip.evaluation.benchmarks.base import BenchmarkError
-from llm2clip.evaluation.benchmarks.files import class_data, read_lines
+from llm2clip.evaluation.benchmark import BenchmarkError
+from llm2clip.evaluation.reading import read_lines
 from llm2clip.utils.files import digest_json
 
 PLACE = "{c}"
@@ -14,6 +18,13 @@ PLACE = "{c}"
 # and OpenAI's for CIFAR. The names and templates are identical in the code of OpenAI, open_clip, CLIP_benchmark and
 # LLM2CLIP, slips such as "a origami {c}." included.
 TEMPLATE_SETS = ("openai-80", "openai-7", "paper", "openai-cifar")
+
+
+@cache
+def class_data(name: str) -> dict[str, Any]:
+    """Return names of classes and prompt templates from the file `class_data/NAME.json` of the package."""
+    file = resources.files("llm2clip.evaluation") / "class_data" / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def imagenet_classes() -> dict[str, str]:
@@ -32,6 +43,11 @@ def imagenet_subset(name: str) -> list[str]:
 def template_set(name: str) -> list[str]:
     """Return the templates of a set of `TEMPLATE_SETS`."""
     return list(class_data("imagenet")["templates"][name])
+
+
+def scene_templates() -> list[str]:
+    """Return the five templates that MaskCLIP adds to OpenAI's 80."""
+    return list(class_data("segmentation")["templates"])
 
 
 def choose_templates(name: str) -> list[str]:

@@ -1,28 +1,38 @@
-"""The `llm2clip report` command: result files as a table of models x sets, beside published numbers."""
+"""The `llm2clip report` command: results side by side, a row for each model and a column for what may be compared."""
 
 from __future__ import annotations
 
 import glob
+import json
 import logging
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from llm2clip.evaluation.benchmark import GROUPS
 from llm2clip.evaluation.benchmarks import all_benchmarks
-from llm2clip.evaluation.benchmarks.base import GROUPS
-from llm2clip.evaluation.comparison import Comparison, Row, add_published, compare
-from llm2clip.evaluation.published import published_rows
-from llm2clip.evaluation.report_page import as_markdown, difference_table, score_table, sources_of
-from llm2clip.evaluation.results import Result, read_result
+from llm2clip.evaluation.results import PublishedRow, Result, protocol_words, published_rows, read_result
+from llm2clip.evaluation.text_formats import RAW
 from llm2clip.utils.files import require_writable, write_text
-from llm2clip.utils.settings import setting
-from llm2clip.utils.tables import print_table
+from llm2clip.utils.settings import nearest, setting
+from llm2clip.utils.tables import SHORT, markdown_table, print_table, short_name
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 logger = logging.getLogger(__name__)
+
+# What a title says even if no other column of the same set differs in it: each of these has no usual value.
+NAMED_OPTIONS = ("templates",)
+# Parts of results that a page does not show: plots show lengths, and classes are too many.
+LEFT_OUT = ("length", "class")
+CHECKSUM = re.compile("[0-9a-f]{16,}")
+Table = tuple[list[str], list[list[str]]]
 
 
 @dataclass
@@ -30,84 +40,359 @@ class ReportConfig:
     """Settings of a report."""
 
     results: list[str] = field(
-        default_factory=list, metadata={"help": "Result files of `llm2clip evaluate --benchmark`, or folders of them."}
+        default_factory=list, metadata={"help": "Result files of `llm2clip evaluate`, or folders of them."}
     )
     baseline: str | None = setting(None, "Model, as the table names it, from which differences are shown.")
     paper: bool = setting(False, "Show published scores of the same sets and protocols below the results.")
     output: str | None = setting(
-        None, "Markdown file for all scores with their intervals; its plots are written beside it."
+        None, "File for all scores: .md (with their intervals; its plots are written beside it) or .json."
     )
 
     def __post_init__(self) -> None:
         if not self.results:
             raise ValueError("there is no result to report: llm2clip report results/*.json")
-        if self.output is not None and Path(self.output).suffix.lower() != ".md":
-            raise ValueError(f"output is {self.output}, but the report is Markdown: its name ends in .md.")
+        if self.output is not None and Path(self.output).suffix.lower() not in (".md", ".json"):
+            raise ValueError(
+                f"output is {self.output}, but a report is Markdown or JSON: its name ends in .md or .json."
+            )
+
+
+@dataclass
+class Column:
+    """Results that may be compared: of one benchmark, by one protocol, on the same data.
+
+    Attributes:
+        title: Name of the benchmark, and what sets the column apart from others of that name.
+        scores: Names of the scores that are compared.
+        first: One of the results, for what is the same in all.
+    """
+
+    title: str
+    scores: tuple[str, ...]
+    first: Result
+
+    @property
+    def heading(self) -> str:
+        """The title, and the scores, such as `I2T / T2I R@1`, on lines of their own for narrow columns."""
+        names = [short_name(name) for name in self.scores]
+        ends = {name.partition(" ")[2] for name in names}
+        words = " / ".join(names)
+        if len(names) > 1 and len(ends) == 1 and all(name.startswith(tuple(SHORT)) for name in self.scores):
+            words = f"{' / '.join(name.partition(' ')[0] for name in names)} {ends.pop()}"
+        return f"{self.title.replace(' (', chr(10) + '(', 1)}\n{words}"
+
+
+@dataclass
+class Row:
+    """The scores of a model in some columns.
+
+    Attributes:
+        label: Name of the model, and what sets the row apart from others of that name.
+        cells: Scores by number of the column.
+        results: Results by number of the column; none of a published row.
+        source: Of a published row: the paper.
+        unstated: What it does not say, though numbers depend on it.
+    """
+
+    label: str
+    cells: dict[int, dict[str, float]] = field(default_factory=dict)
+    results: dict[int, Result] = field(default_factory=dict)
+    source: str = ""
+    unstated: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Report:
+    """Models x columns, from [`compare_results`]."""
+
+    columns: list[Column]
+    rows: list[Row]
+
+    def baseline(self, name: str) -> Row:
+        """Find the row of a label.
+
+        Raises:
+            ValueError: No row has it, or several published ones have.
+        """
+        found = [row for row in self.rows if row.label == name]
+        if not found:
+            raise ValueError(f"no model is called {name!r}{nearest(name, [row.label for row in self.rows])}")
+        if len(found) > 1:
+            sources = "; ".join(row.source or "a result" for row in found)
+            raise ValueError(f"several rows are called {name!r} ({sources}), so that it is no baseline.")
+        return found[0]
+
+    def table(self, baseline: Row | None = None) -> Table:
+        """Return titles and rows of the scores that are compared, in percent; or of their differences from a row."""
+        numbers = {source: number for number, source in enumerate(self._sources(), 1)}
+        lines = []
+        for row in self.rows:
+            cells = row.cells
+            if baseline is not None:
+                cells = {
+                    number: {name: value - baseline.cells[number][name] for name, value in scores.items()}
+                    for number, scores in cells.items()
+                    if number in baseline.cells
+                }
+            if baseline is not None and (row is baseline or not cells):
+                continue
+            label = f"{row.label} [{numbers[row.source]}]" if row.source else row.label
+            style = "{:.1f}" if baseline is None else "{:+.1f}"
+            lines.append([label, *(_cell(cells.get(number), style) for number in range(len(self.columns)))])
+        return ["model", *(column.heading for column in self.columns)], lines
+
+    def sources(self) -> list[str]:
+        """Name the sources of published rows, by the numbers in the tables, and what they do not say."""
+        return [
+            f"[{number}] {source}" + "".join(f"; does not state {unstated}" for unstated in parts)
+            for number, (source, parts) in enumerate(self._sources().items(), 1)
+        ]
+
+    def _sources(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for row in self.rows:
+            if row.source:
+                known = found.setdefault(row.source, [])
+                known += [part for part in row.unstated if part not in known]
+        return found
+
+    def add_published(self, published: Iterable[PublishedRow]) -> int:
+        """Add the published rows that fit a column; none fits a column of data that is not the published set.
+
+        Returns:
+            How many rows were added.
+        """
+        rows: dict[tuple[str, str], Row] = {}
+        for line in published:
+            for number, column in enumerate(self.columns):
+                first = column.first
+                has_scores = all(name in line.scores for name in column.scores)
+                if first.differences or not has_scores or not line.fits(first.benchmark, first.protocol):
+                    continue
+                row = rows.setdefault((line.model, line.source), Row(line.model, source=line.source))
+                row.cells[number] = {name: line.scores[name] for name in column.scores}
+                row.unstated += filter(None, [line.unstated])
+        sources = _numbered(row.source for row in rows.values())
+        self.rows += sorted(rows.values(), key=lambda row: sources[row.source])
+        return len(rows)
+
+    def to_pandas(self) -> DataFrame:
+        """Return the scores that are compared, 0 to 1: an index of models, and columns of benchmark and score."""
+        import pandas
+
+        names = [(column.title, name) for column in self.columns for name in column.scores]
+        values = [
+            [
+                row.cells.get(number, {}).get(name)
+                for number, column in enumerate(self.columns)
+                for name in column.scores
+            ]
+            for row in self.rows
+        ]
+        index = pandas.Index([row.label for row in self.rows], name="model")
+        return pandas.DataFrame(values, index, pandas.MultiIndex.from_tuples(names, names=["benchmark", "score"]))
+
+    def to_json(self) -> str:
+        """Return the scores that are compared, 0 to 1, with the intervals and the whole protocol of each column."""
+        columns = [
+            {"title": column.title, "benchmark": column.first.benchmark, "protocol": column.first.protocol}
+            for column in self.columns
+        ]
+        rows = [
+            {
+                "model": row.label,
+                "source": row.source,
+                "scores": {self.columns[number].title: cell for number, cell in row.cells.items()},
+                "intervals": {self.columns[number].title: found.intervals for number, found in row.results.items()},
+            }
+            for row in self.rows
+        ]
+        return json.dumps({"columns": columns, "rows": rows}, indent=2, ensure_ascii=False) + "\n"
+
+    def to_markdown(self, baseline: Row | None = None, plots: Sequence[str] = ()) -> str:
+        """Write a page: the table of models, the differences, plots, and all scores of each column.
+
+        Args:
+            plots: Paths of pictures, relative to the page.
+        """
+        parts = ["# Results", "Scores in percent.", markdown_table(*self.table())]
+        if baseline is not None:
+            parts += [f"## Difference from {baseline.label}", "In percentage points."]
+            parts.append(markdown_table(*self.table(baseline)))
+        parts += ["\n".join(f"- {line}" for line in self.sources())] if self.sources() else []
+        parts += [f"![{plot.removesuffix('.png')}]({plot.replace(' ', '%20')})" for plot in plots]
+        for number, column in enumerate(self.columns):
+            found = [(row.label, row.results[number]) for row in self.rows if number in row.results]
+            parts += _details(column, found)
+        return "\n\n".join(parts) + "\n"
+
+
+def compare_results(results: Sequence[str | Path | Result], paper: bool = False) -> Report:
+    """Arrange results side by side: models in the order given. Those that differ in protocol or data share no column.
+
+    Args:
+        results: Results of [`evaluate`], or their files, patterns of files and folders.
+        paper: Add published scores of the same sets and protocols.
+
+    Raises:
+        FileNotFoundError: A file or folder does not exist.
+        ValueError: A file is no result, or two results are of the same model, set, protocol and data, but differ.
+    """
+    found: list[tuple[str, Result]] = []
+    for one in results:
+        found += [(one.title, one)] if isinstance(one, Result) else _read_results(str(one))
+    # A file that is named twice is one result.
+    if all(isinstance(one, str | Path) for one in results):
+        found = list(dict(found).items())
+    rows = _numbered(_row_key(result) for _, result in found)
+    entries = sorted(found, key=_order)
+    columns = _numbered(_column_key(result) for _, result in entries)
+    cells: dict[tuple[int, int], tuple[str, Result]] = {}
+    for name, result in entries:
+        place = rows[_row_key(result)], columns[_column_key(result)]
+        _require_equal(cells.setdefault(place, (name, result)), (name, result))
+    firsts = {column: result for (_, column), (_, result) in reversed(cells.items())}
+    models = {row: result.model for (row, _), (_, result) in cells.items()}
+    titles = told_apart([(firsts[number].title, _column_facts(firsts[number])) for number in range(len(columns))])
+    labels = told_apart([(models[number]["given"], models[number]) for number in range(len(rows))])
+    report = Report(
+        [
+            Column(_with_note(title, firsts[number]), tuple(firsts[number].compared), firsts[number])
+            for number, title in enumerate(titles)
+        ],
+        [Row(label) for label in labels],
+    )
+    for (row, column), (_, result) in cells.items():
+        report.rows[row].cells[column] = {name: result.scores[name] for name in result.compared}
+        report.rows[row].results[column] = result
+    if paper and not report.add_published(published_rows()):
+        logger.warning("no published scores are of these sets and protocols.")
+    return report
 
 
 def run(config: ReportConfig) -> dict[str, Any]:
     """Print a report, and write it.
 
     Returns:
-        `written`, the Markdown file, if one is asked for.
+        `written`, the file, if one is asked for.
 
     Raises:
-        FileNotFoundError: A file or folder does not exist.
-        ValueError: A file is no result, two results contradict each other, or the baseline is not among the models.
+        FileNotFoundError, ValueError: See [`compare_results`]; or the baseline is not among the models.
     """
-    comparison = compare(sorted(read_results(config.results), key=lambda one: _order(one[1])))
-    if config.paper and not add_published(comparison, published_rows()):
-        logger.warning("no published scores are of these sets and protocols.")
-    baseline = None if config.baseline is None else comparison.baseline(config.baseline)
+    report = compare_results(config.results, config.paper)
+    baseline = None if config.baseline is None else report.baseline(config.baseline)
     if config.output is not None:
         require_writable(Path(config.output).parent)
-    print_report(comparison, baseline)
+    print_report(report, baseline)
     if config.output is None:
         return {}
-    # Matplotlib starts slowly.
-    from llm2clip.evaluation.report_plots import write_plots
-
     path = Path(config.output)
-    plots = write_plots(path, comparison)
-    write_text(path, as_markdown(comparison, baseline, [os.path.relpath(plot, path.parent) for plot in plots]))
+    if path.suffix.lower() == ".json":
+        write_text(path, report.to_json())
+        return {"written": path}
+    from llm2clip.evaluation.plots import write_plots  # matplotlib starts slowly
+
+    plots = write_plots(path, report)
+    write_text(path, report.to_markdown(baseline, [os.path.relpath(plot, path.parent) for plot in plots]))
     return {"written": path}
 
 
-def read_results(names: Sequence[str]) -> list[tuple[Path, Result]]:
-    """Read result files, those of patterns, and all in folders.
-
-    Raises:
-        FileNotFoundError: A file or folder does not exist, or a folder has none.
-        ValueError: A file is no result.
-    """
-    paths: list[Path] = []
-    for name in names:
-        pattern = str(Path(glob.escape(name), "*.json")) if Path(name).is_dir() else name
-        # A shell that does not expand patterns hands them on.
-        found = [Path(name)] if Path(name).is_file() else sorted(map(Path, glob.glob(pattern)))
-        if not found:
-            raise FileNotFoundError(f"there is no result file {pattern}.")
-        paths += found
-    # A file that is named twice is one result.
-    return [(path, read_result(path)) for path in dict.fromkeys(paths)]
-
-
-def print_report(comparison: Comparison, baseline: Row | None) -> None:
+def print_report(report: Report, baseline: Row | None) -> None:
     """Print the scores that are compared, and the differences from a baseline."""
     # Names of models are not markup.
     console = Console(markup=False, emoji=False, highlight=False)
-    tables = [("Scores, %", *score_table(comparison))]
+    tables = [("Scores, %", *report.table())]
     if baseline is not None:
-        title = f"Difference from {baseline.label}, percentage points"
-        tables.append((title, *difference_table(comparison, baseline)))
+        tables.append((f"Difference from {baseline.label}, percentage points", *report.table(baseline)))
     for title, columns, rows in tables:
         for part in _parts(console.width, columns, rows):
             lines = [[row[number] for number in part] for row in rows]
-            print_table(
-                console, title, [columns[number] for number in part], [line for line in lines if any(line[1:])]
-            )
-    for line in sources_of(comparison):
+            heads = [columns[number] for number in part]
+            print_table(console, title, heads, [line for line in lines if any(line[1:])])
+    for line in report.sources():
         console.print(line, soft_wrap=True)
+
+
+def told_apart(entries: Sequence[tuple[str, Mapping[str, str]]]) -> list[str]:
+    """Make labels different: those that are equal get the facts in which they differ, such as `CLIP (dtype float16)`.
+
+    Args:
+        entries: Label and facts of each entry.
+    """
+    labels = []
+    for label, facts in entries:
+        others = [other for name, other in entries if name == label]
+        names = [name for name in facts if any(other.get(name) != facts[name] for other in others)]
+        # A commit or checksum is long.
+        shown = {name: facts[name][:8] if CHECKSUM.fullmatch(facts[name]) else facts[name] for name in names}
+        words = ", ".join(f"{name.replace('_', ' ')} {fact}" for name, fact in shown.items())
+        labels.append(f"{label} ({words})" if words else label)
+    return labels
+
+
+def notes_on(result: Result) -> list[str]:
+    """What is unusual about a result, or has no usual value: its templates, its text format, other data."""
+    notes = [str(result.protocol[name]) for name in NAMED_OPTIONS if name in result.protocol]
+    text_format = result.protocol.get("text_format", RAW)
+    if text_format != RAW:
+        notes.append(f"text format {text_format}")
+    return notes + ([f"not the published set: {', '.join(result.differences)}"] if result.differences else [])
+
+
+def _read_results(name: str) -> Iterator[tuple[str, Result]]:
+    """Read a result file, those of a pattern, or all in a folder."""
+    pattern = str(Path(glob.escape(name), "*.json")) if Path(name).is_dir() else name
+    # A shell that does not expand patterns hands them on.
+    found = [name] if Path(name).is_file() else sorted(glob.glob(pattern))
+    if not found:
+        raise FileNotFoundError(f"there is no result file {pattern}.")
+    for path in found:
+        yield path, read_result(Path(path))
+
+
+def _order(entry: tuple[str, Result]) -> tuple[int, str]:
+    """Order results by the groups of benchmarks; those of strangers come last."""
+    benchmark = all_benchmarks().get(entry[1].benchmark)
+    groups = () if benchmark is None else benchmark.groups
+    return (GROUPS.index(groups[0]) if groups else len(GROUPS), entry[1].benchmark)
+
+
+def _numbered(keys: Iterable[str]) -> dict[str, int]:
+    """Number keys in order of first appearance."""
+    return {key: number for number, key in enumerate(dict.fromkeys(keys))}
+
+
+def _column_key(result: Result) -> str:
+    parts = (result.benchmark, result.protocol, result.differences, result.data.get("checksum"), result.compared)
+    return json.dumps(parts, sort_keys=True)
+
+
+def _row_key(result: Result) -> str:
+    return json.dumps(result.model, sort_keys=True)
+
+
+def _column_facts(result: Result) -> dict[str, str]:
+    """What may differ between two columns, as words."""
+    options = {name: str(value) for name, value in result.protocol.items()}
+    return {"set": result.benchmark, **options, "data": str(result.data.get("checksum", ""))}
+
+
+def _with_note(title: str, first: Result) -> str:
+    """Add to a title what is unusual about a column, unless it is there."""
+    notes = [note for note in notes_on(first) if note not in title]
+    return f"{title} ({', '.join(notes)})" if notes else title
+
+
+def _require_equal(known: tuple[str, Result], other: tuple[str, Result]) -> None:
+    """Raise ValueError if two results of the same measurement have other scores."""
+    (name, first), (second_name, second) = known, other
+    for score, value in first.scores.items():
+        if value != second.scores.get(score):
+            raise ValueError(
+                f"{name} and {second_name} are of the same model, set and protocol ({first.model['given']}, "
+                f"{first.title}), but differ: {score} is {value} and {second.scores.get(score)}. Leave one of "
+                "them out."
+            )
 
 
 def _parts(width: int, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[list[int]]:
@@ -124,8 +409,49 @@ def _parts(width: int, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
     return parts
 
 
-def _order(result: Result) -> tuple[int, str]:
-    """Order results by the groups of benchmarks; those of strangers come last."""
-    benchmark = all_benchmarks().get(result.benchmark)
-    groups = () if benchmark is None else benchmark.groups
-    return (GROUPS.index(groups[0]) if groups else len(GROUPS), result.benchmark)
+def _cell(scores: Mapping[str, float] | None, style: str) -> str:
+    return "" if scores is None else " / ".join(style.format(100 * value) for value in scores.values())
+
+
+def _details(column: Column, results: Sequence[tuple[str, Result]]) -> list[str]:
+    """Write all that was measured in a column: scores with their intervals, counts, and scores of parts."""
+    names, counts, ranks = (
+        list(dict.fromkeys(name for _, result in results for name in getattr(result, kind)))
+        for kind in ("scores", "counts", "ranks")
+    )
+    titles = ["model", *map(short_name, names), *(name.replace("_", " ") for name in [*ranks, *counts])]
+    rows = [
+        [
+            label,
+            *(_with_interval(result, name) for name in names),
+            *(f"{result.ranks[name]:,.4g}" if name in result.ranks else "" for name in ranks),
+            *(f"{result.counts[name]:,}" if name in result.counts else "" for name in counts),
+        ]
+        for label, result in results
+    ]
+    parts = [f"## {column.title}", f"Protocol: {protocol_words(column.first)}.", markdown_table(titles, rows)]
+    for kind in dict.fromkeys(kind for _, result in results for kind in result.groups if kind not in LEFT_OUT):
+        parts += [f"### By {kind}", markdown_table(*_groups(kind, column, results))]
+    return parts
+
+
+def _groups(kind: str, column: Column, results: Sequence[tuple[str, Result]]) -> Table:
+    """Return the compared scores of the parts of results, a row for each part."""
+    known = [(label, result.groups[kind]) for label, result in results if kind in result.groups]
+    parts = dict.fromkeys(part for _, groups in known for part in groups)
+    names = [
+        name for name in column.scores if any(name in scores for _, groups in known for scores in groups.values())
+    ]
+    rows = []
+    for part in parts:
+        found = (groups.get(part, {}) for _, groups in known)
+        cells = ({name: scores[name] for name in names if name in scores} for scores in found)
+        rows.append([part, *(_cell(cell, "{:.1f}") for cell in cells)])
+    return [f"{kind}, {' / '.join(map(short_name, names))}", *(label for label, _ in known)], rows
+
+
+def _with_interval(result: Result, name: str) -> str:
+    if name not in result.scores:
+        return ""
+    score, interval = f"{100 * result.scores[name]:.1f}", result.intervals.get(name)
+    return score if interval is None else f"{score} ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"

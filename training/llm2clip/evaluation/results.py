@@ -1,45 +1,54 @@
-"""Files of results: one for each model, benchmark, prompts and text format; they say whether two may be compared."""
+"""Results: a file for each model, benchmark, prompts and text format, and their tables on the terminal."""
 
 from __future__ import annotations
 
-import math
+import json
 import platform
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib import resources
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import numpy
 import torch
 import transformers
+from rich.console import Console
 
-from llm2clip.evaluation.bootstrap import bootstrap_intervals, bootstrap_ratios
+from llm2clip.evaluation.bootstrap import bootstrap_interval, bootstrap_ratios
 from llm2clip.evaluation.contracts import Measurement
 from llm2clip.utils.files import write_json
 from llm2clip.utils.manifests import read_checked, with_checksum
+from llm2clip.utils.tables import in_percent, print_table, score_columns
+from llm2clip.utils.yaml_text import load_yaml
 from modeling_llm2clip import __version__
 
 SCHEMA_VERSION = 1
 # A score may differ by this from the mean of its values, which are float32.
 ROUNDING = 1e-5
+PUBLISHED = "published.yaml"
 
 
 @dataclass
 class Result:
-    """What was measured of a model on a benchmark: the fields of the files of `llm2clip evaluate --benchmark`.
+    """What was measured of a model on a benchmark: the fields of the files of `llm2clip evaluate`.
 
     Attributes:
         benchmark, title: Name of the benchmark on the command line and in tables.
-        model: `Encoder.identity`, with `given`, how the user named the model, and `fingerprint`.
-        protocol: Name and options; columns of a table are of one protocol.
-        scores: 0 to 1; the first is the one that is compared.
+        model: `Encoder.identity`, with `given`, how the user named the model, `fingerprint`, and `truncate_dim` and
+            `precision` if embeddings were cut or rounded.
+        protocol: Its `id` and options; columns of a report are of one protocol.
+        scores: 0 to 1.
+        compared: Names of those that reports compare.
         intervals: 95% bootstrap interval of scores, `[low, high]`.
         counts: Images, texts, queries, ties, truncated texts.
+        data: `checksum` of the data, see `data_checksum`, and where it lies: `folder`, or the fields of a source.
+        setup: What was asked for: protocol, its options and the text format. A finished result is compared by it.
         differences: How the data differs from the published counts, in words; empty if it does not.
         groups: Scores by kind and part: by language, length or class.
-        data: `checksum` of the data, see `data_checksum`, and its `folder`.
-        setup: The protocol with its options as in the code, and the text format; a finished result is compared by it.
+        ranks: Mean and median ranks, from 1.
         seconds: Time by part: `read`, `images`, `texts`, `measure` (the rest of the protocol) and `intervals`.
         versions: Of python and packages.
         processes: How many processes shared the work.
@@ -51,12 +60,14 @@ class Result:
     model: dict[str, str]
     protocol: dict[str, Any]
     scores: dict[str, float]
+    compared: list[str]
     intervals: dict[str, list[float]]
     counts: dict[str, int]
-    data: dict[str, str]
-    setup: str
+    data: dict[str, Any]
+    setup: dict[str, Any]
     differences: list[str] = field(default_factory=list)
     groups: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    ranks: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: package_versions())
     processes: int = 1
@@ -75,50 +86,12 @@ def read_result(path: Path) -> Result:
         ValueError: The file is no such file, is damaged, or is of another version of the schema.
     """
     content = read_checked(path)
-    version = content.get("schema_version")
-    if version != SCHEMA_VERSION:
-        given = "no version" if version is None else f"version {version}"
-        raise ValueError(f"{path} is not a result of schema version {SCHEMA_VERSION}: it has {given}.")
-    fault = _fault(content)
-    if fault:
-        raise ValueError(f"{path} is not a result of schema version {SCHEMA_VERSION}: {fault}.")
-    return Result(**content)
-
-
-def _fault(content: Mapping[str, Any]) -> str:
-    """Say what keeps the content of a file from being a result; empty if nothing does."""
-    hints = get_type_hints(Result)
-    optional = {one.name for one in fields(Result) if one.default_factory is not MISSING or one.default is not MISSING}
-    lacking = [name for name in hints if name not in content and name not in optional]
-    if lacking:
-        return f"it lacks {', '.join(lacking)}"
-    unknown = [name for name in content if name not in hints]
-    if unknown:
-        return f"it has the unknown fields {', '.join(unknown)}"
-    wrong = [name for name, value in content.items() if not _fits(value, hints[name])]
-    if wrong:
-        return f"its {wrong[0]} are {content[wrong[0]]!r:.80}"
-    nameless = [name for name in ("given", "fingerprint") if name not in content["model"]]
-    if nameless:
-        return f"its model has no {' and no '.join(nameless)}"
-    if not content["scores"]:
-        return "it has no score"
-    broken = [name for name, score in content["scores"].items() if not math.isfinite(score)]
-    return f"its {broken[0]} is {content['scores'][broken[0]]}" if broken else ""
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value is of a type, such as `dict[str, list[float]]`."""
-    kind, arguments = get_origin(hint) or hint, get_args(hint)
-    if kind is Any:
-        return True
-    if kind in (int, float):
-        return type(value) in (int, kind)
-    if not isinstance(value, kind):
-        return False
-    if kind is dict:
-        return all(_fits(item, arguments[1]) for item in value.values())
-    return kind is not list or all(_fits(item, arguments[0]) for item in value)
+    try:
+        if content.get("schema_version") != SCHEMA_VERSION:
+            raise TypeError(f"its version is {content.get('schema_version')}")
+        return Result(**content)
+    except TypeError as error:
+        raise ValueError(f"{path} is not a result of schema version {SCHEMA_VERSION}: {error}.") from error
 
 
 def result_path(output: Path, model: str, benchmark: str, text_format: str, variant: str = "") -> Path:
@@ -127,8 +100,8 @@ def result_path(output: Path, model: str, benchmark: str, text_format: str, vari
     Args:
         variant: What the user chose instead of what the benchmark has, such as `paper`, a set of templates.
     """
-    name = re.sub(r"[^\w.-]+", "--", model).strip("-.")
-    return output / ".".join([name, benchmark, *filter(None, [variant]), text_format, "json"])
+    name, of = (re.sub(r"[^\w.-]+", "--", part).strip("-.") for part in (model, benchmark))
+    return output / ".".join([name, of, *filter(None, [variant]), text_format, "json"])
 
 
 def package_versions() -> dict[str, str]:
@@ -139,7 +112,7 @@ def package_versions() -> dict[str, str]:
 
 
 def intervals_of(measurement: Measurement) -> dict[str, list[float]]:
-    """Compute the intervals of the scores whose values or counts are known; see [`bootstrap_intervals`].
+    """Compute the intervals of the scores whose values or counts are known; see [`bootstrap_interval`].
 
     Raises:
         ValueError: The values of a score do not average to it, which is an error of the protocol.
@@ -153,7 +126,10 @@ def intervals_of(measurement: Measurement) -> dict[str, list[float]]:
             raise ValueError(
                 f"the values of {name} average to {mean}, but its score is {measurement.scores.get(name)}."
             )
-    intervals = bootstrap_intervals(measurement.values, measurement.strata)
+    intervals = {
+        name: bootstrap_interval(values, measurement.strata.get(name), measurement.clusters.get(name))
+        for name, values in measurement.values.items()
+    }
     return intervals if summed is None else intervals | bootstrap_ratios(summed.counts, summed.scores)
 
 
@@ -165,7 +141,7 @@ def _mean(values: torch.Tensor, strata: torch.Tensor | None) -> float:
     return (sums / torch.bincount(places)).mean().item()
 
 
-def require_same(path: Path, found: Result, model: Mapping[str, str], checksum: str, setup: str) -> None:
+def require_same(path: Path, found: Result, model: Mapping[str, str], checksum: str, setup: Mapping[str, Any]) -> None:
     """Check that a finished result is of the weights, the data and the protocol that are to be measured.
 
     Raises:
@@ -175,7 +151,7 @@ def require_same(path: Path, found: Result, model: Mapping[str, str], checksum: 
         "weights or preprocessing of the model": (found.model.get("fingerprint"), model["fingerprint"]),
         "dtype": (found.model.get("dtype"), model["dtype"]),
         "data": (found.data.get("checksum"), checksum),
-        "options of the protocol": (found.setup, setup),
+        "options of the protocol": (found.setup, json.loads(json.dumps(setup))),
     }
     changed = [part for part, (old, new) in known.items() if old != new]
     if changed:
@@ -183,3 +159,117 @@ def require_same(path: Path, found: Result, model: Mapping[str, str], checksum: 
             f"{path} is a finished result, but since then there is a change of the {' and of the '.join(changed)}. "
             "--overwrite replaces it; another --output keeps both."
         )
+
+
+@dataclass(frozen=True)
+class PublishedRow:
+    """The scores of a model on a benchmark, as a source prints them; the file `published.yaml` has all.
+
+    Attributes:
+        model: As the source names it.
+        benchmarks: Names of the benchmark; several hold the same images and captions in other files.
+        scores: 0 to 1.
+        protocol: Options that a result's protocol has to have, to be compared.
+        source: Paper and version.
+        table: Table of it, or empty.
+        unstated: What the source does not say, though numbers depend on it; empty if nothing.
+    """
+
+    model: str
+    benchmarks: tuple[str, ...]
+    scores: Mapping[str, float]
+    protocol: Mapping[str, Any]
+    source: str
+    table: str = ""
+    unstated: str = ""
+
+    def fits(self, benchmark: str, protocol: Mapping[str, Any]) -> bool:
+        """Whether the row may stand beside results of a benchmark by a protocol."""
+        return benchmark in self.benchmarks and all(
+            protocol.get(name) == value for name, value in self.protocol.items()
+        )
+
+
+@cache
+def published_rows() -> tuple[PublishedRow, ...]:
+    """Read all published scores, in the order of the file."""
+    text = (resources.files("llm2clip.evaluation") / PUBLISHED).read_text(encoding="utf-8")
+    return tuple(row for table in load_yaml(text) for row in read_published(table))
+
+
+def read_published(table: Mapping[str, Any]) -> Iterator[PublishedRow]:
+    """Read the rows of one table of the file.
+
+    Raises:
+        ValueError: A row has another number of cells than there are sets, or a cell another number of scores.
+    """
+    sets = [tuple(name.strip() for name in names.split("|")) for names in table["sets"]]
+    facts = {name: str(table.get(name, "")) for name in ("source", "table", "unstated")}
+    for model, row in table["rows"].items():
+        cells = str(row).split()
+        if len(cells) != len(sets):
+            raise ValueError(f"the row of {model} in {PUBLISHED} has {len(cells)} cells for {len(sets)} sets.")
+        for names, cell in zip(sets, cells, strict=True):
+            if cell == "-":
+                continue
+            values = [float(value) / 100 for value in cell.split("/")]
+            if len(values) != len(table["scores"]):
+                raise ValueError(f"the cell {cell} of {model} in {PUBLISHED} has no {len(table['scores'])} scores.")
+            scores = dict(zip(table["scores"], values, strict=True))
+            yield PublishedRow(str(model), names, scores, table.get("protocol") or {}, **facts)
+
+
+def print_results(console: Console, results: Sequence[Result]) -> None:
+    """Print one table for each protocol: scores in percent, and the interval of the first.
+
+    Results of different protocols or text formats never share a table.
+    """
+    tables: dict[str, list[Result]] = {}
+    for result in results:
+        tables.setdefault(f"{protocol_words(result)}|{list(result.scores)}", []).append(result)
+    several = len({result.model["given"] for result in results}) > 1
+    for rows in tables.values():
+        columns = score_columns(list(rows[0].scores))
+        first, *others = columns
+        lines = []
+        for result in rows:
+            cells, interval = in_percent(result.scores, columns), result.intervals.get(next(iter(result.scores)))
+            ends = "" if interval is None else f"{100 * interval[0]:.1f}-{100 * interval[1]:.1f}"
+            lines.append([*[result.model["given"]] * several, result.title, cells[0], ends, *cells[1:]])
+        title = "In %" if several else f"{rows[0].model['given']}, in %"
+        heads = [*["model"] * several, "benchmark", first, "95%", *others]
+        print_table(console, title, heads, lines, range(1 + several))
+        words = f"Protocol: {protocol_words(rows[0])}. 95%: interval of the first."
+        console.print(words, markup=False, soft_wrap=True)
+    for result in results:
+        remarks = "; ".join(remarks_on(result))
+        if remarks:
+            name = f"{result.model['given']}, {result.title}" if several else result.title
+            console.print(f"{name}: {remarks}.", markup=False, soft_wrap=True)
+
+
+def remarks_on(result: Result) -> list[str]:
+    """What to know of the numbers of a result: ranks, ties, cut and empty texts, counts unlike the published."""
+    remarks = [f"{name.replace('_', ' ')} {value:,.4g}" for name, value in result.ranks.items()]
+    ties = sum(count for name, count in result.counts.items() if name.startswith("tied_"))
+    cut, empty, skipped = (result.counts.get(name, 0) for name in ("truncated_texts", "empty_texts", "skipped_images"))
+    counted = [
+        (ties, "tied query", "tied queries"),
+        (cut, "text cut at its end", "texts cut at their end"),
+        (empty, "empty text", "empty texts"),
+        (skipped, "image skipped", "images skipped"),
+    ]
+    remarks += [f"{count:,} {one if count == 1 else several}" for count, one, several in counted if count]
+    if result.differences:
+        remarks.append(f"not the published set, {', '.join(result.differences)}")
+    return remarks
+
+
+def protocol_words(result: Result) -> str:
+    """Describe a protocol in words, such as `retrieval, positives rows, ties expected value, text format raw`."""
+    options = {name.replace("_", " "): value for name, value in result.protocol.items() if name not in ("id", "name")}
+    words = [
+        f"{name} {' '.join(map(str, value)) if isinstance(value, list | tuple) else value}"
+        for name, value in options.items()
+    ]
+    return ", ".join([str(result.protocol.get("name", "")), *words])

@@ -1,7 +1,8 @@
-"""A model at work on benchmarks: its embeddings are computed once, stored, and found again."""
+"""A model at work on benchmarks: its rows of images and texts, each computed once, and found again by later runs."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,179 +13,251 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llm2clip.data import OnError
 from llm2clip.encoders import Encoder
-from llm2clip.encoders.batches import ContentSet
-from llm2clip.evaluation.row_store import RowStore
-from llm2clip.store import StoreManifest
+from llm2clip.encoders.batches import ContentSet, ImageSet, encode_sharded
+from llm2clip.encoders.encoder import NOT_FINITE
+from llm2clip.encoders.image_features import SHARD_SIZE
+from llm2clip.store import Store, StoreManifest, build_store
+from llm2clip.store.building import ComputedRows, StoreBuild
 from llm2clip.store.store import caption_keys
+from llm2clip.utils.embeddings import require_finite_rows
 from llm2clip.utils.files import digest_json
+from llm2clip.utils.processes import process_state
 from llm2clip.utils.progress import ProgressBar
+from modeling_llm2clip.image_decoding_llm2clip import DamagedImageError
 
+IMAGES = "images"
+# Images per forward pass, unless the user chooses.
+IMAGE_BATCH = 64
 # Texts that are sorted by length together.
 TEXTS = 1024
 # Images in which something is counted (a second or more each) between two writes.
 COUNTED = 32
 
 
-class Stopwatch:
-    """Seconds of the parts of an evaluation."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def measure(self, part: str) -> Iterator[None]:
-        """Add the time of a block to a part; the time of parts inside it is only theirs."""
-        start, inside = time.monotonic(), sum(self.seconds.values())
-        yield
-        within = sum(self.seconds.values()) - inside
-        self.seconds[part] = round(self.seconds.get(part, 0.0) + time.monotonic() - start - within, 3)
-
-
 class Session:
-    """A model at work on benchmarks: its embeddings of images and texts, each computed once and stored by content.
+    """A model at work on benchmarks.
 
-    An image is known by the bytes of its file and a text by what the text format makes of it, so that sets with the
-    same images or texts share them, and so do text formats where they agree. The rows of a model are found again if
-    its fingerprint and dtype are the same. A killed evaluation continues where it stopped. Several processes
-    (torchrun) each compute a part, and all get all rows.
+    With a store, an image is known by the bytes of its file and a text by its characters: sets with the same images or
+    texts share their rows, later runs of the same model (fingerprint and dtype) find them again, and a killed
+    evaluation continues where it stopped. Several processes (torchrun) each compute a part, and all get all rows.
 
     Args:
         encoder: The model.
-        store: Folder of stored rows; None keeps them in memory.
-        text_format: Changes every text.
-        batch_size, num_workers: Images per forward pass, and worker processes that decode them while the model
-            computes (0 for none).
+        store: Folder of the stored rows; None stores nothing.
+        batch_size: Images and texts per forward pass; by default 64 images, and as many texts as their tokens allow.
+        num_workers: Worker processes that decode images while the model computes; 0 for none.
+        on_error: `raise` the error of an image that cannot be read, or `skip` it: its row is NaN.
+        show_progress_bar: Show progress bars.
 
     Attributes:
-        watch: Seconds of embedding, apart from the rest of a protocol.
+        seconds: Time by part: `images`, `texts`, and what [`Session.timed`] adds.
     """
 
     def __init__(
         self,
         encoder: Encoder,
         store: Path | None = None,
-        text_format: Callable[[str], str] = str,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         num_workers: int = 0,
+        on_error: OnError = "raise",
+        show_progress_bar: bool = True,
     ) -> None:
-        self.encoder, self.store, self.text_format = encoder, store, text_format
-        self.batch_size, self.num_workers = batch_size, num_workers
-        self.watch = Stopwatch()
-        self._stores: dict[str, RowStore] = {}
+        self.encoder, self.store, self.batch_size, self.num_workers = encoder, store, batch_size, num_workers
+        self.on_error, self.show_progress_bar = on_error, process_state().is_main_process and show_progress_bar
+        self.seconds: dict[str, float] = {}
+        self._opened: dict[str, Store] = {}
 
-    def embed_images(self, images: ContentSet) -> Tensor:
-        """Embed images: unit rows, float32 `(images, width)` on the CPU, in their order.
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Add the time of a block to a part of `seconds`; that of parts inside the block is only theirs."""
+        start, inside = time.monotonic(), sum(self.seconds.values())
+        yield
+        within = sum(self.seconds.values()) - inside
+        self.seconds[part] = round(self.seconds.get(part, 0.0) + time.monotonic() - start - within, 3)
+
+    def embed_images(self, images: ContentSet, kind: str = IMAGES) -> Tensor:
+        """Embed images.
+
+        Args:
+            kind: `images`: unit rows `(images, width)`. `features`: pooled features before the projection,
+                `(images, hidden)`. `projected`: features after it, `(images, width)`, of any length.
+
+        Returns:
+            float32 on the CPU, in the order of the images; NaN for an image that is skipped.
 
         Raises:
-            DamagedImageError: An image cannot be used.
-            NonFiniteError: Embeddings are NaN or infinite; the message names the images.
+            DamagedImageError: An image cannot be read, and `on_error` is `raise`.
+            NonFiniteError: Rows are NaN or infinite; the message names the images.
         """
-        return self._images("images", images, self.encoder.forward_images, "Embedding images")
-
-    def embed_features(self, images: ContentSet, projected: bool = False) -> Tensor:
-        """Compute the features of `Encoder.forward_features`, `(images, hidden)`, or projected `(images, width)`.
-
-        Raises:
-            DamagedImageError: An image cannot be used.
-            NonFiniteError: Features are NaN or infinite; the message names the images.
-        """
-        forward = partial(self.encoder.forward_features, projected=projected)
-        return self._images("projected" if projected else "features", images, forward, "Features of images")
+        encoder, size = self.encoder, self.batch_size or IMAGE_BATCH
+        forward = encoder.forward_images
+        if kind != IMAGES:
+            forward = partial(encoder.forward_features, projected=kind == "projected")
+        title = "Embedding images" if kind == IMAGES else "Features of images"
+        with self.timed("images"):
+            if self.store is None:
+                return self._images_in_memory(images, forward, size)
+            keys = images.content_keys()
+            new = self._new(kind, keys)
+            with self._build(kind, keys[new], title, SHARD_SIZE) as build:
+                for number, positions in build:
+                    rows = new[positions].tolist()
+                    parts = []
+                    for part in encoder.encode_image_parts(
+                        images, rows, batch_size=size, num_workers=self.num_workers, part_size=size,
+                        on_error=self.on_error, on_not_finite="raise", forward=forward,
+                    ):  # fmt: skip
+                        parts.append(part)
+                        build.bar.update(len(part.rows))
+                    reasons = [reason for part in parts for reason in part.reasons]
+                    skipped = [
+                        (place, images.key(rows[place]), reason) for place, reason in enumerate(reasons) if reason
+                    ]
+                    found = ComputedRows(torch.cat([part.embeds for part in parts]), skipped=skipped)
+                    build.write(number, positions, found)
+            return self._read_images(kind, keys, build.store)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Embed texts, in the text format of the session: unit rows, float32 `(texts, width)`, repeats included."""
-        return torch.cat([*self.embed_text_parts(texts, max(1, len(texts)))] or [torch.empty(0, self.encoder.width)])
+        """Embed texts: unit rows, float32 `(texts, width)` on the CPU, repeats included.
 
-    def embed_text_parts(self, texts: Sequence[str], size: int) -> Iterator[Tensor]:
-        """Embed texts as [`embed_texts`] does, and yield `(size, width)` at a time, so that not all are in memory.
-
-        Those that are missing are computed first, all of them, so that their batches are of similar lengths.
+        Raises:
+            NonFiniteError: Embeddings are NaN or infinite; the message names the texts.
         """
-        texts = [self.text_format(text) for text in texts]
-
-        def compute(positions: Sequence[int], bar: ProgressBar) -> Tensor:
-            rows = []
-            for start in range(0, len(positions), TEXTS):
-                chosen = [texts[position] for position in positions[start : start + TEXTS]]
-                embeds = self.encoder.encode_text(chosen)
-                rows.append(embeds)
-                bar.update(len(chosen))
-            return torch.cat(rows)
-
-        store, keys = self._rows_of("texts"), caption_keys(texts)
-        with self.watch.measure("texts"):
-            store.complete(keys, compute, "Embedding texts")
-        for start in range(0, len(texts), size):
-            with self.watch.measure("texts"):
-                part = store.read(keys[start : start + size])
-            yield part
+        keys = caption_keys(texts)
+        with self.timed("texts"):
+            if self.store is None:
+                return self._texts_in_memory(texts, keys)
+            new = self._new("texts", keys)
+            with self._build("texts", keys[new], "Embedding texts", SHARD_SIZE) as build:
+                for number, positions in build:
+                    parts = []
+                    for start in range(0, len(positions), TEXTS):
+                        chosen = [texts[row] for row in new[positions[start : start + TEXTS]]]
+                        parts.append(self.encoder.encode_text(chosen, self.batch_size))
+                        build.bar.update(len(chosen))
+                    build.write(number, positions, ComputedRows(torch.cat(parts)))
+            return build.store.read(build.store.find(keys))
 
     def text_lengths(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Tokens of each text in the text format of the session, `(texts,)` int64, and whether it is cut, bool."""
-        with self.watch.measure("texts"):
+        """Tokens of each text, `(texts,)` int64, and whether it is cut, `(texts,)` bool."""
+        with self.timed("texts"):
             parts = [
-                self.encoder.text_lengths([self.text_format(text) for text in texts[start : start + TEXTS]])
+                self.encoder.text_lengths(texts[start : start + TEXTS])
                 for start in range(0, max(1, len(texts)), TEXTS)
             ]
         lengths, is_cut = (torch.cat(column) for column in zip(*parts, strict=True))
         return lengths, is_cut
 
+    def count_cut(self, texts: Sequence[str]) -> int:
+        """Count the texts that the model reads only the beginning of."""
+        return int(self.text_lengths(texts)[1].sum())
+
     def count_in_images(
-        self,
-        kind: str,
-        texts: Sequence[str],
-        keys: np.ndarray,
-        width: int,
-        count: Callable[[Sequence[int]], Iterator[Tensor]],
-        title: str,
+        self, kind: str, keys: np.ndarray, count: Callable[[Sequence[int]], Iterator[Tensor]], width: int, title: str
     ) -> Tensor:
         """Count something in every image: `(images, width)` int64. Counts are stored as embeddings are.
 
         Args:
-            kind: A name for what is counted and for all that it depends on besides the model, the images and `texts`.
-            texts: Texts that it depends on, as they are before the text format.
+            kind: A name for what is counted and for all that it depends on besides the model and the images.
             keys: `(images, 2)` int64, which identify the images and whatever belongs to them.
             count: Yields the counts of images at some positions, `(width,)` int64 below 2**31, one after the other.
             title: Title of the progress bar.
         """
+        with self.timed("images"):
+            if self.store is None:
 
-        def compute(positions: Sequence[int], bar: ProgressBar) -> Tensor:
-            rows = []
-            for row in count(positions):
-                rows.append(row[None].to(torch.int32))
-                bar.update()
-            # A float32 is exact up to 2**24 only, but it has the 32 bits of an integer.
-            return torch.cat(rows).view(torch.float32)
+                def encode(part: range) -> Tensor:
+                    return torch.stack([*count(part)]) if part else torch.empty(0, width, dtype=torch.int64)
 
-        kind = f"{kind}-{digest_json([self.text_format(text) for text in texts])}"
-        with self.watch.measure("images"):
-            return self._rows_of(kind, width, COUNTED).rows(keys, compute, title).view(torch.int32).long()
+                return encode_sharded(len(keys), encode, self.encoder.device)
+            new = self._new(kind, keys)
+            with self._build(kind, keys[new], title, COUNTED) as build:
+                for number, positions in build:
+                    rows = []
+                    for row in count(new[positions].tolist()):
+                        rows.append(row.to(torch.int32))
+                        build.bar.update()
+                    # A float32 is exact up to 2**24 only, but it has the 32 bits of an integer.
+                    build.write(number, positions, ComputedRows(torch.stack(rows).view(torch.float32)))
+            return build.store.read(build.store.find(keys)).view(torch.int32).long()
 
-    def _images(
-        self, kind: str, images: ContentSet, forward: Callable[[dict[str, Tensor]], Tensor], title: str
-    ) -> Tensor:
-        def compute(positions: Sequence[int], bar: ProgressBar) -> Tensor:
-            size, rows = self.batch_size, []
-            parts = self.encoder.encode_image_parts(images, positions, size, self.num_workers, size, forward=forward)
-            for part in parts:
-                rows.append(part.embeds)
-                bar.update(len(part.rows))
-            return torch.cat(rows)
+    def _new(self, kind: str, keys: np.ndarray) -> np.ndarray:
+        """Return the positions of the keys that this session has not seen, each once."""
+        first = np.sort(np.unique(keys, axis=0, return_index=True)[1])
+        return first if kind not in self._opened else first[self._opened[kind].find(keys[first]) < 0]
 
-        with self.watch.measure("images"):
-            return self._rows_of(kind).rows(images.content_keys(), compute, title)
+    @contextmanager
+    def _build(self, kind: str, keys: np.ndarray, title: str, shard_size: int) -> Iterator[StoreBuild[Store]]:
+        """Open the store of a kind of rows to add those of some keys."""
+        assert self.store is not None
+        encoder, state = self.encoder, process_state()
+        dtype, fingerprint = encoder.identity()["dtype"], encoder.fingerprint()
+        manifest = StoreManifest(
+            kind="evaluation",
+            encoder=encoder.name,
+            identity={"fingerprint": fingerprint, "model_dtype": dtype, "rows": kind},
+            width=encoder.width if kind in (IMAGES, "texts") else 0,
+            dtype="float32",  # scores from stored rows equal those from new ones
+        )
+        build: StoreBuild[Store]
+        with build_store(
+            self.store / digest_json([fingerprint, dtype]) / kind,
+            keys,
+            manifest,
+            title=title,
+            # Processes share the work by shards.
+            shard_size=min(shard_size, max(1, math.ceil(len(keys) / state.num_processes))),
+            wait_for_others=True,
+            show_progress_bar=self.show_progress_bar,
+            rank=state.process_index,
+            world_size=state.num_processes,
+            barrier=state.wait_for_everyone,
+        ) as build:
+            yield build
+        self._opened[kind] = build.store
 
-    def _rows_of(self, kind: str, width: int = 0, shard_size: int | None = None) -> RowStore:
-        if kind not in self._stores:
-            dtype = self.encoder.identity()["dtype"]
-            fingerprint = "" if self.store is None else self.encoder.fingerprint()
-            manifest = StoreManifest(
-                kind="evaluation",
-                encoder=self.encoder.name,
-                identity={"fingerprint": fingerprint, "model_dtype": dtype, "rows": kind},
-                width=self.encoder.width if kind in ("images", "texts") else width,
-            )
-            folder = None if self.store is None else self.store / digest_json([fingerprint, dtype]) / kind
-            self._stores[kind] = RowStore(folder, manifest, self.encoder.device, shard_size)
-        return self._stores[kind]
+    def _read_images(self, kind: str, keys: np.ndarray, store: Store) -> Tensor:
+        places = store.find(keys)
+        rows = store.read(places)
+        skipped = {row: (key, reason) for row, key, reason in store.manifest.skipped}
+        for position in np.flatnonzero(np.isin(places, list(skipped))).tolist() if skipped else ():
+            if self.on_error == "raise":
+                raise DamagedImageError(*skipped[int(places[position])])
+            rows[position] = torch.nan
+        return rows
+
+    def _images_in_memory(self, images: ImageSet, forward: Callable[[dict[str, Tensor]], Tensor], size: int) -> Tensor:
+        def encode(part: range) -> Tensor:
+            found = self.encoder.encode_image_rows(
+                images, part, batch_size=size, num_workers=self.num_workers, on_error=self.on_error,
+                on_not_finite="skip", show_progress_bar=self.show_progress_bar, forward=forward,
+            )  # fmt: skip
+            # Both keep their rows, so that every process learns of them: NaN for an image that cannot be read,
+            # infinity for a broken embedding.
+            found.embeds[[reason is not None for reason in found.reasons]] = torch.nan
+            found.embeds[[reason == NOT_FINITE for reason in found.reasons]] = torch.inf
+            return found.embeds
+
+        rows = encode_sharded(len(images), encode, self.encoder.device)  # type: ignore[arg-type]
+        read = (~rows.isnan().any(dim=1)).nonzero()[:, 0]
+        require_finite_rows(rows[read], lambda place: images.key(int(read[place])), "images")
+        return rows
+
+    def _texts_in_memory(self, texts: Sequence[str], keys: np.ndarray) -> Tensor:
+        _, first, numbers = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+        order = np.argsort(first)  # as they stand in the data
+        distinct = [texts[row] for row in first[order]]
+
+        def encode(part: range) -> Tensor:
+            with ProgressBar("Embedding texts", len(part), "text", self.show_progress_bar) as bar:
+                rows = [torch.empty(0, self.encoder.width)]
+                for start in range(part.start, part.stop, TEXTS):
+                    chosen = distinct[start : min(start + TEXTS, part.stop)]
+                    rows.append(self.encoder.encode_text(chosen, self.batch_size))
+                    bar.update(len(chosen))
+                return torch.cat(rows)
+
+        rows = encode_sharded(len(distinct), encode, self.encoder.device)
+        return rows[torch.from_numpy(np.argsort(order)[numbers.reshape(-1)])]

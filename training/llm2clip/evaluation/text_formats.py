@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
 
-RAW = "raw"
+from llm2clip.evaluation.data import MultilingualData
+
+TextFormat = Literal["raw", "lower", "albef", "blip", "flair", "long-clip"]
+RAW: TextFormat = "raw"
+# Of the data of benchmarks.
+CAPTIONS = ("texts", "queries", "targets", "right", "wrong")
 
 
-def choose_text_format(name: str) -> Callable[[str], str]:
-    """Return the text format of a name.
+def format_captions(data: Any, name: TextFormat) -> Any:
+    """Apply a text format to the captions of a benchmark: those of each language, and not the prompts of classes.
 
-    Raises:
-        ValueError: There is none; the message lists all.
+    Returns:
+        A copy of the data, or the data itself if it has no caption.
     """
-    if name not in TEXT_FORMATS:
-        raise ValueError(f"text format {name!r} is unknown; there are {', '.join(TEXT_FORMATS)}.")
-    return TEXT_FORMATS[name]
-
-
-def raw(text: str) -> str:
-    """The text as it stands in its file."""
-    return text
-
-
-def lower(text: str) -> str:
-    """Lower case, as FG-CLIP."""
-    return text.lower()
+    if isinstance(data, MultilingualData):
+        parts = {language: format_captions(part, name) for language, part in data.items()}
+        return MultilingualData(parts, data.absent)
+    change = TEXT_FORMATS[name]
+    found = {field: getattr(data, field) for field in CAPTIONS if hasattr(data, field)}
+    return replace(data, **{field: list(map(change, texts)) for field, texts in found.items()}) if found else data
 
 
 def newlines_to_spaces(text: str) -> str:
@@ -50,14 +50,14 @@ def blip(text: str) -> str:
     return _first_words(re.sub(r"[.!\"()*#:;~]", " ", text.lower()))
 
 
-def _first_words(text: str, count: int = 30) -> str:
+def _first_words(text: str) -> str:
     text = re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
-    return " ".join(text.split(" ")[:count])
+    return " ".join(text.split(" ")[:30])
 
 
-TEXT_FORMATS: dict[str, Callable[[str], str]] = {
-    RAW: raw,
-    "lower": lower,
+TEXT_FORMATS: dict[TextFormat, Callable[[str], str]] = {
+    "raw": str,
+    "lower": str.lower,  # as FG-CLIP
     "albef": albef,
     "blip": blip,
     "flair": joined_sentences,

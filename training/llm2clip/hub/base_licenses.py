@@ -15,7 +15,8 @@ from llm2clip.hub.cards.card import CARD, as_list, license_fields, license_of, r
 from llm2clip.hub.hub_errors import explained
 from llm2clip.hub.license_terms import NOTICE, TERMS, Terms, license_of_name, read_notice
 from llm2clip.utils.files import read_json, write_text
-from llm2clip.utils.repos import hub_ids
+from llm2clip.utils.repos import hub_ids, names_of
+from modeling_llm2clip.modeling_llm2clip_utils import find_text_model
 
 logger = logging.getLogger(__name__)
 
@@ -212,7 +213,8 @@ def _folder(name: str, revision: str | None) -> Path | None:
 def _references(folder: Path) -> Iterator[str]:
     for file, names in REFERENCES.items():
         fields = read_json(folder / file) if (folder / file).is_file() else {}
-        yield from (fields[name] for name in names if isinstance(fields.get(name), str) and fields[name])
+        found = (one for name in names for one in names_of(fields.get(name)))
+        yield from (find_text_model(name, folder)[0] for name in found)
 
 
 def write_license_files(folder: Path, source: Path, licensing: Licensing) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from llm2clip.hub.upload_files import PICTURES, model_files
 from llm2clip.utils.files import write_json
 from llm2clip.utils.folders import atomic_folder, refuse_existing, refuse_nested
 from llm2clip.utils.manifests import refuse_damaged, write_model_manifest
-from llm2clip.utils.repos import OUR_MODELS, RepoKind, inspect_repo, is_hub_id, referred_folders
+from llm2clip.utils.repos import OUR_MODELS, RepoKind, inspect_repo, is_hub_id, names_of, referred_folders
 from llm2clip.utils.settings import build_config, setting
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPTextConfig, LLM2CLIPTextModel
+from modeling_llm2clip.query_encoder_llm2clip import FOLDER as QUERY_ENCODER
 
 
 @dataclass
@@ -61,9 +63,7 @@ class BuildConfig:
     )
     datasets: list[str] = setting([], "Hub ids of the training data.")
     languages: list[str] = setting([], "ISO 639 codes of the caption languages.")
-    results: list[str] = setting(
-        [], "Results for the card: JSON files of `llm2clip evaluate`, of own data or of published sets."
-    )
+    results: list[str] = setting([], "Results for the card: JSON files of `llm2clip evaluate`.")
     example_image: str | None = setting(None, "Example image for the card.")
     example_captions: list[str] = setting([], "Captions for the card; the first one describes the example image.")
     config_only: bool = setting(False, "Write nothing; only count the parameters of the model's config.")
@@ -127,12 +127,12 @@ def run(config: BuildConfig, evaluations: list[Evaluation] | None = None) -> dic
     repo = inspect_repo(config.model, config.revision).require(*OUR_MODELS)
     for needed in referred_folders(config.model):
         refuse_nested(needed, destination)
-    llm = config.text_model or repo.config.get("text_model_name_or_path")
-    if llm and config.text_model is None:
+    llms = names_of(config.text_model or repo.config.get("text_model_name_or_path"))
+    for llm in llms if config.text_model is None else ():
         refuse_damaged(llm)
     folder_of_source = source_folder(config)
     config, data, text = source_card(config, folder_of_source)
-    bases = bases_of(config.model, config.revision, [*filter(None, [llm]), *config.base_models])
+    bases = bases_of(config.model, config.revision, [*llms, *config.base_models])
     given = {name: value for name in LICENSE_FIELDS if (value := getattr(config, name))}
     names = [config.name or destination.name, *filter(None, [config.repo_id])]
     licensing = license_model(given, data, bases, names)
@@ -140,6 +140,8 @@ def run(config: BuildConfig, evaluations: list[Evaluation] | None = None) -> dic
     source = SourceModel.load(repo, config.text_model, config.bundle_text_model, config.merge_adapter)
     with atomic_folder(destination, "build", config.overwrite) as folder:
         source.save(folder)
+        if (folder_of_source / QUERY_ENCODER).is_dir():
+            shutil.copytree(folder_of_source / QUERY_ENCODER, folder / QUERY_ENCODER)
         difference = source.compare(folder, example, config.example_captions)
         if example is not None:
             example.save(folder / EXAMPLE)

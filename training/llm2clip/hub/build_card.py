@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import snapshot_download
 
-from llm2clip.evaluation.comparison import notes_on
-from llm2clip.evaluation.results import Result, read_result
-from llm2clip.evaluation.results_table import protocol_words
+from llm2clip.data.table_identity import data_revision
+from llm2clip.evaluation.report import notes_on
+from llm2clip.evaluation.results import Result, protocol_words, read_result
 from llm2clip.hub.base_licenses import Licensing
 from llm2clip.hub.cards.card import CARD, LICENSE_FIELDS, as_list, read_card, render
 from llm2clip.hub.cards.curves import write_curves
-from llm2clip.hub.cards.facts import CURVES, EXAMPLE, MERGE_CURVE, CardFacts, Evaluation, base_models, summary
+from llm2clip.hub.cards.facts import (
+    CURVES,
+    EXAMPLE,
+    MERGE_CURVE,
+    TEXT_TASK,
+    CardFacts,
+    Evaluation,
+    base_models,
+    summary,
+)
 from llm2clip.hub.source_model import SourceModel
 from llm2clip.utils.files import read_json, write_text
-from llm2clip.utils.manifests import read_checked
 from llm2clip.utils.repos import hub_ids
+from modeling_llm2clip.query_encoder_llm2clip import FOLDER as QUERY_ENCODER
 
 if TYPE_CHECKING:
     from llm2clip.hub.build import BuildConfig
@@ -31,25 +40,19 @@ logger = logging.getLogger(__name__)
 HISTORY = "trainer_state.json"
 # With which the name of the library begins in results of a model of this package.
 LIBRARY = "llm2clip"
-TASK_TITLES = {"retrieval": "image-text retrieval", "caption_retrieval": "caption retrieval"}
+TASK_TITLES = {"retrieval": "image-text retrieval"}
 
 
 def read_results(paths: Sequence[Path]) -> list[Evaluation]:
-    """Read results of `llm2clip evaluate --output`, of one's own data or of published sets, for the card of a model.
+    """Read results of `llm2clip evaluate` for the card of a model.
 
     Raises:
-        ValueError: A file does not contain such results, or those of published sets are of several models, or of one
-            that is not of this package: a folder of results also has those of other models beside it.
+        ValueError: A file does not contain results, or they are of several models, or of one that is not of this
+            package: a folder of results also has those of other models beside it.
     """
     evaluations: list[Evaluation] = []
     first: tuple[Path, dict[str, Any]] | None = None
     for path in paths:
-        fields = read_checked(path)
-        if "schema_version" not in fields:
-            if not isinstance(fields.get("data"), dict) or "task" not in fields:
-                raise ValueError(f"{path} does not contain results of `llm2clip evaluate --output`.")
-            evaluations.append(evaluation_of(fields))
-            continue
         result = read_result(path)
         model, first = result.model, first or (path, result.model)
         if not str(model.get("library")).startswith(LIBRARY):
@@ -59,30 +62,41 @@ def read_results(paths: Sequence[Path]) -> list[Evaluation]:
                 f"{first[0]} is of {first[1]['given']} and {path} of {model['given']}, with other weights or "
                 "preprocessing: give the results of one model."
             )
-        evaluations.append(_evaluation_of_result(result))
+        evaluations.append(_evaluation_of(result))
     return evaluations
 
 
-def evaluation_of(fields: dict[str, Any]) -> Evaluation:
-    """Turn the content of a file of `llm2clip evaluate --output` into results for a card."""
-    data = fields["data"]
+def own_evaluation(task: str, source: Mapping[str, Any], metrics: Mapping[str, Any]) -> Evaluation:
+    """Describe what was measured on one's own data for a card.
+
+    Args:
+        task: Pipeline tag of the model.
+        source: Fields of the source.
+    """
+    title = "caption retrieval" if task == TEXT_TASK else "image-text retrieval"
+    return _of_source(title, source, data_revision(source), metrics)
+
+
+def _of_source(
+    title: str, source: Mapping[str, Any], revision: str | None, metrics: Mapping[str, Any], protocol: str = ""
+) -> Evaluation:
     # Only the name of a local folder: its path means nothing to others.
-    dataset = str(data["path"]) if hub_ids(str(data["path"])) else Path(data["path"]).name
-    metrics = {key: value for key, value in fields.items() if isinstance(value, (int, float))}
-    note = ", ".join(data.get("caption_columns") or ())
-    task = TASK_TITLES.get(fields["task"], str(fields["task"]))
-    protocol = f"protocol {fields['protocol']}" if fields.get("protocol") else ""
-    return Evaluation(task, dataset, str(data.get("split")), data.get("revision"), metrics, note, protocol)
+    dataset = str(source["path"]) if hub_ids(str(source["path"])) else Path(source["path"]).name
+    note = ", ".join(source.get("caption_columns") or ())
+    return Evaluation(title, dataset, str(source.get("split")), revision, dict(metrics), note, protocol)
 
 
-def _evaluation_of_result(result: Result) -> Evaluation:
+def _evaluation_of(result: Result) -> Evaluation:
     name = str(result.protocol.get("name"))
+    title, metrics = TASK_TITLES.get(name, name), {**result.counts, **result.scores, **result.ranks}
+    if "path" in result.data:
+        return _of_source(title, result.data, result.data.get("revision"), metrics, protocol_words(result))
     return Evaluation(
-        task=TASK_TITLES.get(name, name),
+        task=title,
         dataset=result.benchmark,
         split="",
         revision=result.data.get("checksum"),
-        metrics={**result.counts, **result.scores},
+        metrics=metrics,
         note=", ".join(notes_on(result)),
         protocol=protocol_words(result),
         name=result.title,
@@ -93,7 +107,7 @@ def source_folder(config: BuildConfig) -> Path:
     """The folder of the source's card, its pictures and training history; for a Hub id, a snapshot of these files."""
     if Path(config.model).is_dir():
         return Path(config.model)
-    files = [CARD, CURVES, MERGE_CURVE, EXAMPLE, HISTORY, "LICENSE*", "NOTICE"]
+    files = [CARD, CURVES, MERGE_CURVE, EXAMPLE, HISTORY, "LICENSE*", "NOTICE", f"{QUERY_ENCODER}/*"]
     folder = Path(snapshot_download(config.model, revision=config.revision, allow_patterns=files))
     if not (folder / CARD).is_file():
         logger.warning("%s has no %s, so the new card starts empty.", config.model, CARD)

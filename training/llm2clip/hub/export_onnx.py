@@ -2,35 +2,47 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-import warnings
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, AutoTokenizer
 
+from llm2clip.data.transforms import output_size
+from llm2clip.encoders.ours import OurEncoder
+from llm2clip.encoders.query_text import QueryTextEncoder, TextEncoder, has_query_encoder
+from llm2clip.hub.onnx_graphs import Graph, VisionGraph
+from llm2clip.hub.onnx_layouts import (
+    TEMPORARY,
+    Layout,
+    TextSide,
+    graph_files,
+    immich_width,
+    write_immich,
+    write_transformers_js,
+)
+from llm2clip.hub.onnx_recall import compare_recall
+from llm2clip.hub.onnx_writing import Dtype, write_graph
 from llm2clip.utils.attention_probe import verify_text_tower
 from llm2clip.utils.folders import atomic_folder, refuse_existing
 from llm2clip.utils.manifests import refuse_damaged
 from llm2clip.utils.repos import RepoKind, inspect_repo
 from llm2clip.utils.settings import setting
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
+from modeling_llm2clip import (
+    LLM2CLIPModel,
+    LLM2CLIPPairTokenizer,
+    LLM2CLIPProcessor,
+    LLM2CLIPVisionModelWithProjection,
+)
+from modeling_llm2clip.query_encoder_llm2clip import query_encoder_of
 
 logger = logging.getLogger(__name__)
 
 COMMAND = "export-onnx"
 PARTS = ("vision", "text")
-# Allowed difference of an entry of a unit vector from torch in float32.
-TOLERANCE = {"float32": 1e-4, "float16": 1e-2}
-# Weights above this size are stored in a second file, because protobuf limits a file to 2 GiB.
-LARGEST_FILE = 2**30
-BATCH, LENGTH = torch.export.Dim("batch", max=2**15), torch.export.Dim("length", max=2**17)
 
 
 @dataclass
@@ -38,9 +50,30 @@ class ExportOnnxConfig:
     """Settings of `llm2clip export-onnx`."""
 
     model: str = setting("", "LLM2CLIP model or vision half of one to export: folder or Hub id.")
-    output_dir: str | None = setting(None, "Folder to write. Default: `onnx` in the model's folder.")
+    output_dir: str | None = setting(
+        None, "Folder to write. Default: `onnx` in the model's folder; a --layout needs one."
+    )
+    layout: Layout = setting(
+        "plain",
+        "Files around the graphs: those that Immich's machine-learning server reads (immich), or transformers.js in "
+        "node and browsers; plain: the graphs alone.",
+    )
     parts: list[str] | None = setting(None, "Graphs to export: vision, text or both. Default: all that the model has.")
-    dtype: Literal["float32", "float16"] = setting("float32", "Precision of the weights; float16 halves the files.")
+    text_encoder: TextEncoder = setting(
+        "auto",
+        "What embeds texts: the LLM, or the query encoder in query_encoder/ of the model. auto: the query encoder "
+        "where there is one.",
+    )
+    dtype: Dtype = setting(
+        "float32",
+        "Precision of the weights. float16 halves the files; int8 makes them a quarter, and multiplies in 8 bits. In "
+        "the layout transformers.js the graphs in float32 are there too.",
+    )
+    eval_sources: dict[str, Any] = setting(
+        {},
+        "Images and queries: a mapping from a name to CaptionSource fields, of which each caption column, such as a "
+        "language, is a set. The recall of torch and of what was exported is printed.",
+    )
     revision: str | None = setting(None, "Branch, tag or commit of the model on the Hub.")
     overwrite: bool = setting(
         False, "Replace an output folder that an earlier export wrote and that holds nothing else."
@@ -50,71 +83,27 @@ class ExportOnnxConfig:
         unknown = [part for part in self.parts or () if part not in PARTS]
         if unknown or self.parts == []:
             raise ValueError(f"parts is {self.parts}; choose vision, text or both.")
-
-
-def _unit(features: Any) -> Tensor:
-    return F.normalize(features.pooler_output.float(), dim=-1)
-
-
-class VisionGraph(nn.Module):
-    """Graph from `pixel_values` `(batch, channels, height, width)` to `image_embeds` `(batch, projection_dim)`.
-
-    The rows are unit vectors; height and width are fixed.
-    """
-
-    inputs = {"pixel_values": {0: BATCH}}
-    output = "image_embeds"
-
-    def __init__(self, model: LLM2CLIPModel | LLM2CLIPVisionModelWithProjection, image_size: tuple[int, int]) -> None:
-        super().__init__()
-        self.model, self.image_size = model, image_size
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        return _unit(self.model.get_image_features(pixel_values.to(self.model.dtype)))
-
-    def example(self, batch: int) -> tuple[Tensor, ...]:
-        """Random input with the given batch size."""
-        return (torch.randn(batch, self.model.config.vision_config.num_channels, *self.image_size),)
-
-
-class TextGraph(nn.Module):
-    """Graph from `input_ids` and `attention_mask` `(batch, length)` to `text_embeds` `(batch, projection_dim)`.
-
-    The rows are unit vectors. The tokens come from the model's own tokenizer, which adds the prompt.
-    """
-
-    inputs = {"input_ids": {0: BATCH, 1: LENGTH}, "attention_mask": {0: BATCH, 1: LENGTH}}
-    output = "text_embeds"
-
-    def __init__(self, model: LLM2CLIPModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return _unit(self.model.get_text_features(input_ids, attention_mask))
-
-    def example(self, batch: int) -> tuple[Tensor, ...]:
-        """Random captions of 8 to 8 + `batch` tokens after the prompt prefix, padded on the left."""
-        config = self.model.config.text_config
-        lengths = config.num_prefix_tokens + 8 + torch.arange(batch)
-        positions = torch.arange(int(lengths.max()))
-        mask = (positions >= lengths.max() - lengths[:, None]).long()
-        return torch.randint(config.decoder_config.vocab_size, mask.shape), mask
+        needs_both = "Immich needs" if self.layout == "immich" else "eval_sources need" if self.eval_sources else ""
+        if needs_both and self.parts is not None and set(self.parts) != set(PARTS):
+            raise ValueError(f"parts is {self.parts}, but {needs_both} both graphs: leave it out.")
 
 
 def run(config: ExportOnnxConfig) -> dict[str, Any]:
-    """Write `vision_model.onnx` and `text_model.onnx`.
+    """Write the graphs of a model, and the files that the layout has beside them.
 
     Returns:
-        `written`, the output folder, and for each graph the largest difference from torch, over batches whose size
-        and length differ from those of the trace.
+        `written`, the output folder; for each graph the largest difference from torch, over batches whose size and
+        length differ from those of the trace, of int8 the mean cosine; with `eval_sources` the recalls.
 
     Raises:
         FileExistsError: The output folder exists and `overwrite` is off.
-        ValueError: The model cannot be exported, or a graph differs from torch. Nothing is written then.
+        ValueError: The model cannot be exported, the layout cannot hold it, or a graph differs from torch. Nothing is
+            written then.
     """
     if not config.model:
         raise ValueError("give a model: llm2clip export-onnx MODEL")
+    if config.output_dir is None and config.layout != "plain":
+        raise ValueError(f"the layout {config.layout} has a folder of its own; name it: --output-dir FOLDER")
     if config.output_dir is None and not Path(config.model).is_dir():
         raise ValueError(f"{config.model} is not a folder; give a folder to write: --output-dir FOLDER")
     destination = Path(config.output_dir or Path(config.model) / "onnx")
@@ -124,26 +113,26 @@ def run(config: ExportOnnxConfig) -> dict[str, Any]:
     refuse_damaged(config.model)
     repo = inspect_repo(config.model, config.revision).require(RepoKind.JOINT, RepoKind.VISION_HALF)
     available = PARTS[:1] if repo.kind is RepoKind.VISION_HALF else PARTS
-    if not set(config.parts or ()) <= set(available):
+    needed = PARTS if config.layout == "immich" or config.eval_sources else config.parts or ()
+    if not set(needed) <= set(available):
         raise ValueError(f"{config.model} is a {repo.kind.value} and has no text graph.")
     parts = [part for part in available if config.parts is None or part in config.parts]
-    model = _load(config, "text" in parts)
-    result: dict[str, Any] = {}
+    text_encoder = None if "text" not in parts else config.text_encoder
+    if text_encoder == "auto":
+        text_encoder = "query" if has_query_encoder(config.model, config.revision) else "llm"
+        logger.info("texts are embedded by the %s.", "query encoder" if text_encoder == "query" else "LLM")
+    model = _load(config, text_encoder)
     with atomic_folder(destination, COMMAND, config.overwrite) as folder:
-        for part in parts:
-            path = folder / f"{part}_model.onnx"
-            graph = VisionGraph(model, _image_size(config, model)) if part == "vision" else TextGraph(model)
-            logger.info("%s: tracing", path.name)
-            result[f"{part}_difference"] = difference = f"{_export(graph, path, config.dtype):.1e}"
-            size = sum(file.stat().st_size for file in folder.glob(f"{path.name}*"))
-            logger.info("%s: %.0f MB, differs from torch by %s", path.name, size / 1e6, difference)
+        result = _write_folder(folder, config, model, parts, text_encoder)
     return {**result, "written": str(destination)}
 
 
-def _load(config: ExportOnnxConfig, with_llm: bool) -> Any:
+def _load(config: ExportOnnxConfig, text_encoder: TextEncoder | None) -> Any:
     options: dict[str, Any] = {"revision": config.revision, "dtype": torch.float32}
-    if not with_llm:
+    if text_encoder is None:
         return LLM2CLIPVisionModelWithProjection.from_pretrained(config.model, **options).eval()
+    if text_encoder == "query":
+        return LLM2CLIPModel.from_pretrained(config.model, text_model=False, **options).eval()
     try:
         model = LLM2CLIPModel.from_pretrained(config.model, **options).eval()
     except OSError as error:
@@ -153,7 +142,73 @@ def _load(config: ExportOnnxConfig, with_llm: bool) -> Any:
     return model
 
 
-def _image_size(config: ExportOnnxConfig, model: Any) -> tuple[int, int]:
+def _write_folder(
+    folder: Path, config: ExportOnnxConfig, model: Any, parts: list[str], text_encoder: TextEncoder | None
+) -> dict[str, Any]:
+    """Write graphs and files into a new folder; see [`run`] for the result."""
+    layout, width = config.layout, model.config.projection_dim
+    zeros = immich_width(width) - width if layout == "immich" else 0
+    graphs: dict[str, Graph] = {}
+    image_processor = text = None
+    if "vision" in parts:
+        image_processor = _image_processor(config)
+        name = "image" if layout == "immich" else "pixel_values"
+        graphs["vision"] = VisionGraph(model, _image_size(model, image_processor), name, zeros)
+    if text_encoder is not None:
+        query = query_encoder_of(model).float() if text_encoder == "query" else None
+        tokenizer = query.tokenizer if query else AutoTokenizer.from_pretrained(config.model, revision=config.revision)
+        if layout != "plain" and isinstance(tokenizer, LLM2CLIPPairTokenizer):
+            raise ValueError(
+                f"the layout {layout} has one tokenizer, but {config.model} has two text encoders; make a query "
+                "encoder of them (llm2clip distill-text), or use --layout plain."
+            )
+        halves = [] if query else model.config.text_config.halves()
+        if any(half.decoder_config.model_type == "clip_text_model" for half in halves):
+            raise ValueError(
+                f"{config.model} has the text half of a CLIP, of which torch makes no graph for any number of texts; "
+                "make a query encoder (llm2clip distill-text), or export --parts vision."
+            )
+        text = TextSide(query or model, tokenizer, layout, zeros)
+        graphs["text"] = text.graph
+    # What a layout cannot hold is refused here, before minutes of tracing.
+    if layout == "immich" and text is not None:
+        write_immich(folder, text, image_processor, width + zeros)
+    elif layout == "transformers.js":
+        write_transformers_js(folder, text, image_processor, width)
+    # What turns cosines into logits is not part of the graphs.
+    scale, bias = (getattr(model, name, None) for name in ("logit_scale", "logit_bias"))
+    values = {"logit_scale": None if scale is None else scale.exp(), "logit_bias": bias}
+    metadata = {name: repr(value.item()) for name, value in values.items() if value is not None}
+    result: dict[str, Any] = {}
+    files = {part: graph_files(folder, layout, part, config.dtype) for part in graphs}
+    for part, graph in graphs.items():
+        found = write_graph(graph, files[part], metadata)
+        result |= {f"{part}_{name}": value for name, value in found.items()}
+    for file in folder.rglob(f"{TEMPORARY}*"):
+        file.unlink()
+    if layout == "transformers.js" and (large := [file.stem for file in folder.rglob("*.onnx.data")]):
+        raise ValueError(
+            f"{', '.join(large)} has more than the 2 GB of one file, which this layout cannot hold. For texts, make a "
+            "query encoder: llm2clip distill-text."
+        )
+    if text is not None and config.eval_sources:
+        kind = QueryTextEncoder if text_encoder == "query" else OurEncoder
+        encoder = kind(model, LLM2CLIPProcessor(image_processor, tokenizer))
+        exported = {part: files[part][config.dtype] for part in PARTS}
+        result |= compare_recall(encoder, exported, text.tokenize, config.eval_sources)
+    return result
+
+
+def _image_processor(config: ExportOnnxConfig) -> Any:
+    try:
+        return AutoImageProcessor.from_pretrained(config.model, revision=config.revision)
+    except OSError:
+        if config.layout != "plain" or config.eval_sources:
+            raise
+        return None
+
+
+def _image_size(model: Any, processor: Any) -> tuple[int, int]:
     """Height and width of the image processor's output, or of the tower's images if there is no image processor."""
     tower = model.config.vision_config
     if not hasattr(tower, "image_size"):
@@ -161,61 +216,6 @@ def _image_size(config: ExportOnnxConfig, model: Any) -> tuple[int, int]:
             f"a {tower.model_type} reads images of any shape as lists of patches, which cannot be exported; "
             "--parts text exports the text graph."
         )
-    try:
-        processor: Any = AutoImageProcessor.from_pretrained(config.model, revision=config.revision)
-    except OSError:
+    if processor is None:
         return tower.image_size, tower.image_size
-    size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
-    if "height" not in size:
-        raise ValueError(f"the image processor of {config.model} has no fixed output size: {dict(size)}.")
-    return size["height"], size["width"]
-
-
-def _export(graph: VisionGraph | TextGraph, path: Path, dtype: str) -> float:
-    """Write a graph; returns the largest difference of its output from torch in float32."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        traced, others = graph.example(2), [graph.example(batch) for batch in (1, 5)]
-    with torch.inference_mode():
-        expected = [graph(*inputs) for inputs in others]
-    module = graph if dtype == "float32" else copy.deepcopy(graph).to(getattr(torch, dtype))
-    # What turns cosines into logits is not part of the graphs.
-    scale, bias = (getattr(graph.model, name, None) for name in ("logit_scale", "logit_bias"))
-    values = {"logit_scale": None if scale is None else scale.exp(), "logit_bias": bias}
-    metadata = {name: repr(value.item()) for name, value in values.items() if value is not None}
-    _write(module, traced, path, metadata)
-    found = _run(path, list(graph.inputs), others)
-    difference = max((actual - wanted).abs().max().item() for actual, wanted in zip(found, expected, strict=True))
-    # Not `>`, which is false for NaN.
-    if not difference <= TOLERANCE[dtype]:
-        raise ValueError(
-            f"{path.name} differs from torch by {difference:.1e}; the limit for {dtype} is {TOLERANCE[dtype]:.0e}."
-        )
-    return difference
-
-
-def _write(graph: VisionGraph | TextGraph, inputs: tuple[Tensor, ...], path: Path, metadata: dict[str, str]) -> None:
-    with warnings.catch_warnings(), torch.inference_mode():
-        warnings.simplefilter("ignore")
-        program: Any = torch.onnx.export(
-            graph,
-            inputs,
-            dynamo=True,
-            input_names=list(graph.inputs),
-            output_names=[graph.output],
-            dynamic_shapes=graph.inputs,
-            verbose=False,
-        )
-    program.model.metadata_props.update(metadata)
-    size = sum(parameter.numel() * parameter.element_size() for parameter in graph.parameters())
-    program.save(str(path), external_data=size > LARGEST_FILE)
-
-
-def _run(path: Path, names: list[str], batches: list[tuple[Tensor, ...]]) -> list[Tensor]:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return [
-        torch.from_numpy(session.run(None, {name: value.numpy() for name, value in zip(names, batch, strict=True)})[0])
-        for batch in batches
-    ]
+    return output_size(processor)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
+from torch import Tensor
 
-from llm2clip.data import OnError
-from llm2clip.evaluation.evaluate_config import EvaluateConfig
-from llm2clip.evaluation.own_data import described, open_caption_retrieval, open_retrieval
+from llm2clip.data import CaptionSource, OnError, PairSource
+from llm2clip.encoders import OurEncoder
+from llm2clip.encoders.cache_of_model import open_cache_of_model
+from llm2clip.encoders.stored import StoredEncoder
+from llm2clip.evaluation.data import CaptionPairData, RetrievalData
+from llm2clip.evaluation.protocols.caption_retrieval import caption_pair_metrics
+from llm2clip.evaluation.protocols.retrieval import image_text_metrics
+from llm2clip.evaluation.session import Session
 from llm2clip.hub.base_licenses import code_license
-from llm2clip.hub.build_card import evaluation_of
+from llm2clip.hub.build_card import own_evaluation
 from llm2clip.hub.cards.card import as_list, license_of, read_card, write_card
 from llm2clip.hub.cards.curves import write_merge_curve
 from llm2clip.hub.cards.facts import MERGE_CURVE, TEXT_TASK, CardFacts, summary
@@ -124,12 +130,10 @@ def run(config: MergeConfig) -> dict[str, Any]:
             refuse_nested(needed, destination)
     refuse_existing(destination, "merge", config.overwrite)
     mixture = _open(config)
-    evaluation = _evaluation(config, mixture)
     curve: dict[float, dict[str, Any]] = {}
     if config.eval_source:
         mixture.model.to(process_state().device)
-        open_data = open_caption_retrieval if mixture.task == TEXT_TASK else open_retrieval
-        measure = open_data(evaluation, mixture.model, mixture.processor)
+        measure = _open_measure(config, mixture)
         for alpha in config.alpha:
             logger.info("alpha %g of %s", alpha, ", ".join(f"{alpha:g}" for alpha in config.alpha))
             mixture.mix(alpha)
@@ -140,9 +144,9 @@ def run(config: MergeConfig) -> dict[str, Any]:
     metrics = curve.get(chosen, {})
     if process_state().is_main_process:
         if curve:
-            _print_curve(curve, chosen, str(evaluation.data))
+            _print_curve(curve, chosen, str(config.eval_source))
         with atomic_folder(destination, "merge", config.overwrite) as folder:
-            _write(config, mixture, folder, chosen, curve, evaluation)
+            _write(config, mixture, folder, chosen, curve)
     return {"written": str(destination), "alpha": chosen, **metrics}
 
 
@@ -169,11 +173,35 @@ def _open(config: MergeConfig) -> Mixture:
     return mix(first, second, with_llm)
 
 
-def _evaluation(config: MergeConfig, mixture: Mixture) -> EvaluateConfig:
-    names = ("split", "caption_columns", "query_column", "target_column", "embedding_cache", "on_error")
-    settings: dict[str, Any] = {name: getattr(config, name) for name in (*names, "batch_size", "num_workers")}
-    settings["task"] = "caption_retrieval" if mixture.task == TEXT_TASK else "retrieval"
-    return EvaluateConfig(model=config.destination, data=config.eval_source, **settings)
+def _source_fields(config: MergeConfig) -> dict[str, Any]:
+    given = config.eval_source
+    fields: dict[str, Any] = dict(given) if isinstance(given, dict) else {"path": given}
+    fields.setdefault("split", config.split)
+    if config.caption_columns is not None:
+        fields["caption_columns"] = config.caption_columns
+    if config.query_column and config.target_column:
+        fields |= {"anchor_column": config.query_column, "positive_column": config.target_column}
+    return fields
+
+
+def _open_measure(config: MergeConfig, mixture: Mixture) -> Callable[[], dict[str, Any]]:
+    """Return a function that measures the mixture as it is then; what its LLM makes of captions is computed once."""
+    model: Any = mixture.model.eval()
+    fields, processor = _source_fields(config), mixture.processor
+    if mixture.task == TEXT_TASK:
+        pairs = CaptionPairData.from_source(PairSource.from_dict(fields))
+        return partial(caption_pair_metrics, Session(OurEncoder(model, processor), None, config.batch_size), pairs)
+    data = RetrievalData.from_source(CaptionSource.from_dict(fields))
+    if config.embedding_cache is not None:
+        cache = open_cache_of_model(config.embedding_cache, model.config, processor.tokenizer, is_trained=True)
+        lookup: Callable[[list[str]], Tensor] = cache.lookup
+    else:
+        embedded = OurEncoder(model.text_model, processor).embed(data.texts, config.batch_size, True)
+        rows = {text: row for row, text in enumerate(data.texts)}
+        lookup = lambda texts: embedded[[rows[text] for text in texts]]  # noqa: E731
+    encoder = StoredEncoder(model, processor, lookup)
+    session = Session(encoder, None, config.batch_size, config.num_workers, config.on_error)
+    return partial(image_text_metrics, session, data)
 
 
 def _print_curve(curve: dict[float, dict[str, Any]], chosen: float, data: str) -> None:
@@ -196,7 +224,6 @@ def _write(
     folder: Path,
     chosen: float,
     curve: dict[float, dict[str, Any]],
-    evaluation: EvaluateConfig,
 ) -> None:
     SourceModel(mixture.model, mixture.processor, mixture.task, False).save(folder)
     if len(curve) > 1:
@@ -213,7 +240,7 @@ def _write(
         datasets=list(dict.fromkeys(value for card in cards for value in as_list(card.get("datasets")))),
         languages=list(dict.fromkeys(value for card in cards for value in as_list(card.get("language")))),
         merged=_in_words(config, mixture, chosen, list(curve)),
-        evaluations=[evaluation_of(described(evaluation, curve[chosen]))] if curve else [],
+        evaluations=[own_evaluation(mixture.task, _source_fields(config), curve[chosen])] if curve else [],
         # Of parents with different licenses, people have to decide.
         **(licenses[0] if licenses[0] == licenses[1] else {}),
     )

@@ -189,7 +189,7 @@ def _load_joint(repo: Repo, with_llm: bool) -> tuple[LLM2CLIPModel, Any]:
 
 def _read_fingerprint(repo: Repo, config: LLM2CLIPConfig) -> str | None:
     elsewhere = repo.config.get("text_model_name_or_path")
-    revision = repo.revision if elsewhere is None else repo.config.get("text_model_revision")
+    revision: Any = repo.revision if elsewhere is None else repo.config.get("text_model_revision")
     try:
         return read_fingerprint(elsewhere or repo.name, revision, config.text_config)
     except OSError as error:

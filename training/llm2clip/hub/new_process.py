@@ -44,7 +44,9 @@ def outputs_of(
             pixels = image_processor(images=[image], return_tensors="pt")
             found["image"] = model(**pixels.to(model.dtype)).pooler_output
         if tokenizer is not None:
-            found["text"] = model(**tokenizer(captions, padding=True, return_tensors="pt")).pooler_output
+            found["text"] = model(
+                **tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
+            ).pooler_output
         elif hasattr(model, "text_adapter"):
             width = model.config.text_config.hidden_size
             embeds = torch.arange(2 * width).reshape(2, width) * 7 % 251 / 125 - 1

@@ -19,7 +19,7 @@ from llm2clip.hub.upload import Uploader
 from llm2clip.hub.upload_files import added_files, code_targets, model_files
 from llm2clip.utils.logs import shortened
 from llm2clip.utils.manifests import FOLDER_MANIFEST, MODEL_MANIFEST, refuse_damaged
-from llm2clip.utils.repos import OUR_MODELS, RepoKind, inspect_repo, is_hub_id
+from llm2clip.utils.repos import OUR_MODELS, RepoKind, inspect_repo, is_hub_id, needed_llms
 from llm2clip.utils.settings import build_config, setting
 from llm2clip.utils.tables import print_table
 
@@ -164,10 +164,10 @@ def _check_folder(folder: Path) -> None:
     for target in targets:
         if "--" not in target:
             _require(folder, f"{target.split('.')[0]}.py")
-    llm = repo.config.get("text_model_name_or_path")
-    if llm is not None and not is_hub_id(str(llm)):
+    local = [name for name in needed_llms(repo) if not is_hub_id(name)]
+    if local:
         raise ValueError(
-            f"the LLM of {folder} is in {llm}, which others cannot load; `llm2clip build` bundles it or, with "
+            f"the LLM of {folder} is in {local[0]}, which others cannot load; `llm2clip build` bundles it or, with "
             "--text-model, refers to its Hub id."
         )
     validate_card(folder)

@@ -16,7 +16,7 @@ from llm2clip.hub.new_process import outputs_of, outputs_of_new_process
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.utils.attention_probe import verify_text_tower
 from llm2clip.utils.embeddings import require_finite_rows
-from llm2clip.utils.repos import OUR_MODELS, Repo, RepoKind, hub_ids, inspect_repo
+from llm2clip.utils.repos import OUR_MODELS, Repo, RepoKind, hub_ids, inspect_repo, names_of
 from llm2clip.utils.towers import save_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection, with_pillow
 
@@ -71,7 +71,8 @@ class SourceModel:
             image_processor = with_pillow(AutoImageProcessor.from_pretrained(repo.name, **options))
             return cls(half, image_processor, VISION_TASK, False)
         llm = text_model or repo.config.get("text_model_name_or_path")
-        is_on_hub = text_model is not None or bool(hub_ids(llm))
+        names = names_of(llm)
+        is_on_hub = text_model is not None or (bool(names) and hub_ids(*names) == names)
         bundle = not is_on_hub if bundle_text_model is None else bundle_text_model
         if not bundle and not is_on_hub:
             raise ValueError(
@@ -80,7 +81,8 @@ class SourceModel:
             )
         model = LLM2CLIPModel.from_pretrained(repo.name, text_model=bundle, **options).eval()
         if bundle:
-            model.text_model.merge_adapter()
+            if merge_adapter is not False:
+                model.text_model.merge_adapter()
             verify_text_tower(model.text_model)
             model.config.text_model_name_or_path = model.config.text_model_revision = None
         elif text_model is not None:

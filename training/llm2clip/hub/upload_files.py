@@ -13,27 +13,30 @@ from llm2clip.hub.cards.card import CARD, as_list
 from llm2clip.utils.files import read_json
 from llm2clip.utils.library_errors import wrap_read_errors
 from llm2clip.utils.manifests import EDITED, MODEL_MANIFEST, MODEL_SIGNATURE, listed_files, written_by
+from modeling_llm2clip.modeling_llm2clip_utils import TEXT_MODEL
+from modeling_llm2clip.query_encoder_llm2clip import FOLDER, SPACE_FILE
 
 # What a model folder holds, beside its code and the pictures of its card.
 ALLOWED = (
     *(CARD, "LICENSE*", "NOTICE*", MODEL_MANIFEST, "config.json", "generation_config.json", "processor_config.json"),
     *("preprocessor_config.json", "modules.json", "config_sentence_transformers.json", "sentence_*_config.json"),
     *("model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "adapter_config.json"),
-    *("adapter_model*.safetensors", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.*"),
+    *("adapter_model*.safetensors", "tokenizer.json", "second_tokenizer.json", "tokenizer.model", "vocab.*"),
+    "tokenizer_config.json",
     *("special_tokens_map.json", "added_tokens.json", "merges.txt", "spiece.model", "sentencepiece*.model"),
     *("*.tiktoken", "chat_template*", "[0-9]_*/config.json", "[0-9]_*/model.safetensors", "onnx/*_model.onnx*"),
-    MODEL_SIGNATURE,
+    *(MODEL_SIGNATURE, SPACE_FILE, f"{FOLDER}/*", f"{FOLDER}/[0-9]_*/*", f"{TEXT_MODEL}/*"),
 )
 # Files of a training run, which are left out without a word.
 RUN = (
     *("checkpoint-*", ".*", "_*", "*.bin", "*.pt", "*.pth", "skipped-*.jsonl", "trainer_state.json", "runs"),
-    *("log.txt", "error.log", "settings.json", "warm_start", "vision_features", "ema.safetensors"),
+    *("log.txt", "error.log", "settings.json", "warm_start", "teacher", "vision_features", "ema.safetensors"),
 )
 PICTURES = {".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg"}
 # Commands that list every file of a model.
 WRITE_MODELS = ("build", "convert", "merge")
 # What is added to a listed model afterwards, by people or by us, and changes nothing that it computes.
-ADDED_LATER = (*EDITED, "LICENSE*", "NOTICE*", MODEL_MANIFEST, MODEL_SIGNATURE, "onnx/*")
+ADDED_LATER = (*EDITED, "LICENSE*", "NOTICE*", MODEL_MANIFEST, MODEL_SIGNATURE, "onnx/*", f"{FOLDER}/*")
 
 
 class ModelFiles(NamedTuple):

@@ -1,4 +1,4 @@
-"""Operations of a run, and the hours and bytes that they take, also for the tables of docs/scaling.md."""
+"""Operations of a run, and the hours and bytes that they take."""
 
 from __future__ import annotations
 

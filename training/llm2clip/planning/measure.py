@@ -23,6 +23,7 @@ from llm2clip.planning.models import (
     trained_text_tower,
 )
 from llm2clip.trainers.base_config import ContrastiveConfig, StageConfig
+from llm2clip.trainers.lora import add_lora
 from llm2clip.trainers.mntp_config import MNTPRecipe
 from llm2clip.trainers.stage1_config import Stage1Recipe
 from llm2clip.trainers.stage2_config import Stage2Recipe
@@ -124,18 +125,27 @@ def _embed(tower: LLM2CLIPTextModel) -> Callable[[int, int], list[Tensor]]:
 
 def _stage2(config: Stage2Recipe, model: LLM2CLIPModel) -> Work:
     text = model.config.text_config
-    if config.online_text_model:
+    if config.runs_text_model:
         model.text_model = build_text_tower(text, config.text_model_dtype, None).requires_grad_(False)
+        with torch.device("meta"):
+            add_lora(model.text_model, config)
 
     def forward(rows: int, tokens: int) -> list[Tensor]:
-        captions = torch.zeros(rows, text.hidden_size)
-        if model.text_model is not None:
+        captions = {"llm_embeds": torch.zeros(rows, text.hidden_size)}
+        if config.lora_rank:
+            captions = {"input_ids": torch.zeros(rows, tokens, dtype=torch.long)}
+        elif model.text_model is not None:
             with torch.no_grad():
-                captions = _embed(model.text_model.eval())(rows, tokens)[0]
+                captions = {"llm_embeds": _embed(model.text_model.eval())(rows, tokens)[0]}
         images = {"pixel_values": torch.zeros(rows, 3, *image_size(model))}
         if config.freeze_vision == "all":
             images = {"vision_features": torch.zeros(rows, model.config.vision_width)}
-        output = model(llm_embeds=captions, return_logits=False, **images)
+        if config.distill_from:
+            return [model(**captions).pooler_output]
+        if config.distill_weight:  # the averaged weights embed the images too
+            with torch.no_grad():
+                model(**captions, **images, return_logits=False)
+        output = model(**captions, **images, return_logits=False)
         return [output.image_embeds, output.text_embeds]
 
     return Work(model, forward, config.per_device_train_batch_size, model.config.projection_dim)

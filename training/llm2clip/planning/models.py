@@ -18,6 +18,7 @@ from llm2clip.trainers.mntp_config import MNTPRecipe
 from llm2clip.trainers.run_stage2 import CONFIG_FIELDS
 from llm2clip.trainers.stage1_config import Stage1Recipe
 from llm2clip.trainers.stage2_config import NEW_MODEL_FIELDS, Stage2Recipe
+from llm2clip.utils.towers import each_of_pair
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPTextConfig, LLM2CLIPTextModel
 from modeling_llm2clip.modeling_llm2clip_decoder import (
     attention_kind,
@@ -53,13 +54,22 @@ def read_config(name: str | None, setting: str, revision: str | None = None) -> 
         ) from None
 
 
-def text_config_of(name: str | None, setting: str, revision: str | None, **fields: Any) -> LLM2CLIPTextConfig:
-    """Read the config of a text tower, or make that of a plain text model with these fields; see `read_config`."""
+def text_config_of(name: Any, setting: str, revision: Any, **fields: Any) -> LLM2CLIPTextConfig:
+    """Read the config of a text tower, or make that of a plain text model with these fields; see `read_config`.
+
+    Lists of two give that of two text encoders.
+    """
+    if isinstance(name, list):
+        first, *others = (text_config_of(one, setting, own, **fields) for one, own in each_of_pair(name, revision))
+        first = copy.deepcopy(first)
+        first.second_config = others[0] if others else None
+        return first
     config = read_config(name, setting, revision)
     if config.model_type in OUR_TYPES:
         return getattr(config, "text_config", config)
     given = {key: value for key, value in fields.items() if value is not None}
-    return LLM2CLIPTextConfig(decoder_config=config, **{**encoder_fields(config), **given})
+    inner = getattr(config, "text_config", config)
+    return LLM2CLIPTextConfig(decoder_config=inner, **{**encoder_fields(config), **given})
 
 
 def _build(auto: Any, config: Any, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
@@ -77,7 +87,8 @@ def build_text_tower(config: LLM2CLIPTextConfig, dtype: str, attention: str | No
     auto, _ = text_model_class(config.decoder_config)
     with torch.device("meta"):
         decoder = _build(auto, config.decoder_config, stored if dtype == "auto" else getattr(torch, dtype), attention)
-        tower = LLM2CLIPTextModel(copy.deepcopy(config), decoder=decoder)
+        second = config.second_config and build_text_tower(config.second_config, dtype, attention)
+        tower = LLM2CLIPTextModel(copy.deepcopy(config), decoder=decoder, second=second)
     # The probe needs weights.
     tower.config.verified_attention = [attention_kind(decoder)]
     return tower

@@ -19,6 +19,7 @@ from llm2clip.trainers.mntp_config import MNTPRecipe
 from llm2clip.trainers.stage1_config import Stage1Recipe
 from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.options import OptionParser, unknown_option
+from llm2clip.utils.repos import names_of
 from llm2clip.utils.settings import build_config, check_choices, setting
 
 Stage = Literal["stage1", "stage2", "embed", "mntp"]
@@ -127,7 +128,7 @@ def make_plan(config: PlanConfig, stage: Stage, settings: StageConfig | EmbedCon
     models = ("model_name_or_path", "vision_model_name_or_path", "text_model_name_or_path")
     return {
         "stage": stage,
-        "model": ", ".join(name for field in models if (name := getattr(settings, field, None))),
+        "model": ", ".join(name for field in models for name in names_of(getattr(settings, field, None))),
         "gpus": config.gpus,
         "gpu_memory_gib": config.gpu_memory,
         "usable_bytes": limit,

@@ -12,7 +12,7 @@ from typing import Any
 from llm2clip.data import CaptionSource, PairSource, caption_id, distinct_captions, load_source
 from llm2clip.data.opened_table import SourceError
 from llm2clip.data.table_identity import data_revision
-from llm2clip.evaluation import CaptionRetrieval
+from llm2clip.evaluation.data import CaptionPairData
 
 logger = logging.getLogger(__name__)
 
@@ -88,11 +88,11 @@ class QuickstartData:
         return [self.gloss_pairs("train"), *captions]
 
     @cached_property
-    def caption_sets(self) -> dict[str, CaptionRetrieval]:
+    def caption_sets(self) -> dict[str, CaptionPairData]:
         """The caption retrieval sets of the results table; that of captions only if some image has two."""
-        sets = {"lemma_to_gloss": CaptionRetrieval.from_source(self.gloss_pairs("test"))}
+        sets = {"lemma_to_gloss": CaptionPairData.from_source(self.gloss_pairs("test"))}
         try:
-            sets["name_to_keywords"] = CaptionRetrieval.from_source(self.caption_pairs(self.test))
+            sets["name_to_keywords"] = CaptionPairData.from_source(self.caption_pairs(self.test))
         except SourceError:
             raise
         except ValueError as error:

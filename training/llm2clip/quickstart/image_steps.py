@@ -12,7 +12,11 @@ from torch import Tensor
 from transformers import AutoProcessor
 
 from llm2clip.data import CaptionSource
-from llm2clip.evaluation import ImageTextRetrieval
+from llm2clip.encoders.image_features import ImageFeatures
+from llm2clip.encoders.stored import StoredEncoder
+from llm2clip.evaluation.data import RetrievalData
+from llm2clip.evaluation.protocols.retrieval import image_text_metrics
+from llm2clip.evaluation.session import Session
 from llm2clip.quickstart.config import Arm
 from llm2clip.quickstart.data import QUERY, QuickstartData
 from llm2clip.quickstart.domains import write_without_domain
@@ -106,7 +110,7 @@ def _features(run: RunContext, resume: bool) -> dict[str, Any]:
     sources = [
         data.source(split, [data.query_column]) for split in dict.fromkeys((data.train, data.validation, data.test))
     ]
-    tables = [ImageTextRetrieval(source, processor.image_processor).images for source in sources]
+    tables = [RetrievalData.from_source(source).images for source in sources]
     features = open_features(config, model, processor.image_processor, tables)
     return {"images": len(features), "width": features.width}
 
@@ -155,14 +159,14 @@ def _measure(
     folder = Path(str(config.output_dir))
     model: Any = LLM2CLIPModel.from_pretrained(folder, text_model=False)
     model.to(process_state().device).eval()
-    image_processor = AutoProcessor.from_pretrained(folder).image_processor
-    sets = {name: ImageTextRetrieval(source, image_processor) for name, source in test.items()}
-    features, lookup = None, EmbeddingCache.open(run.cache(arm.name)).lookup
+    processor = AutoProcessor.from_pretrained(folder)
+    sets = {name: RetrievalData.from_source(source) for name, source in test.items()}
+    features: ImageFeatures | None = None
     if stored:
-        features = open_features(config, model, image_processor, [next(iter(sets.values())).images])
-    for one in sets.values():
-        one.features = features
-    found = {name: one(model, lookup) for name, one in sets.items()}
+        features = open_features(config, model, processor.image_processor, [next(iter(sets.values())).images])
+    encoder = StoredEncoder(model, processor, EmbeddingCache.open(run.cache(arm.name)).lookup, features)
+    session = Session(encoder, show_progress_bar=False)
+    found = {name: image_text_metrics(session, one) for name, one in sets.items()}
     history = read_json(folder / "trainer_state.json")["log_history"]
     return {"test": found, "validation": validation, "history": history}
 
@@ -172,13 +176,15 @@ class FinalModel(NamedTuple):
 
     Attributes:
         model, processor: The model with its text encoder, and its processor.
+        encoder: The model, with the embeddings of captions that are stored.
         retrieval: The test set.
         image_embeds, rows: Unit embeddings of the readable images, and their row numbers.
     """
 
     model: Any
     processor: Any
-    retrieval: ImageTextRetrieval
+    encoder: StoredEncoder
+    retrieval: RetrievalData
     image_embeds: Tensor
     rows: list[int]
 
@@ -187,8 +193,11 @@ def open_final(run: RunContext, arm: Arm, folder: Path) -> FinalModel:
     """Open the model at the end; with frozen towers, its images come from their stored features."""
     model: Any = LLM2CLIPModel.from_pretrained(folder).eval()
     processor = AutoProcessor.from_pretrained(folder)
-    retrieval = ImageTextRetrieval(run.data.test_source(), processor.image_processor)
+    retrieval, features = RetrievalData.from_source(run.data.test_source()), None
     if not run.profile["unfrozen_seeds"]:
         config = _config(run, run.data, arm, 0, run.folder / step_name("stage2", arm, 0), both=False)
-        retrieval.features = open_features(config, model, processor.image_processor, [retrieval.images])
-    return FinalModel(model, processor, retrieval, *retrieval.embed_images(model))
+        features = open_features(config, model, processor.image_processor, [retrieval.images])
+    encoder = StoredEncoder(model, processor, EmbeddingCache.open(run.cache(arm.name)).lookup, features)
+    embeds = Session(encoder, on_error="skip", show_progress_bar=False).embed_images(retrieval.images)
+    rows = (~embeds.isnan().any(dim=1)).nonzero()[:, 0]
+    return FinalModel(model, processor, encoder, retrieval, embeds[rows], rows.tolist())

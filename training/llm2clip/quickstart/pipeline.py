@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoProcessor
 
 from llm2clip.data.table_identity import data_revision
-from llm2clip.evaluation import ImageTextRetrieval
+from llm2clip.evaluation.data import RetrievalData
 from llm2clip.hub import build
 from llm2clip.hub.base_licenses import bases_of
 from llm2clip.hub.cards.facts import Evaluation
@@ -104,7 +103,7 @@ def _final(context: RunContext, arm: Arm, found: dict[str, Any], folder: Path, r
         Evaluation("image-text retrieval", dataset, data.test, revision, metrics, note=columns[name])
         for name, metrics in last_runs(found, arm)[0]["test"].items()
     ]
-    retrieval = ImageTextRetrieval(data.test_source(), AutoProcessor.from_pretrained(trained).image_processor)
+    retrieval = RetrievalData.from_source(data.test_source())
     example = context.folder / "example.png"
     retrieval.image(0).save(example)
     # The licenses of some models ask for theirs at the beginning of a name.
@@ -116,7 +115,7 @@ def _final(context: RunContext, arm: Arm, found: dict[str, Any], folder: Path, r
         bundle_text_model=True,
         name=f"{beginning} {NAME}".strip().replace(" ", "-"),
         example_image=str(example),
-        example_captions=retrieval.captions[:3],
+        example_captions=retrieval.texts[:3],
         overwrite=True,
     )
     build.run(settings, evaluations)
@@ -126,7 +125,7 @@ def _final(context: RunContext, arm: Arm, found: dict[str, Any], folder: Path, r
 @torch.no_grad()
 def _sample(final: FinalModel) -> dict[str, Any]:
     """Compute a few logits, to compare a model that is loaded elsewhere with."""
-    captions, images = final.retrieval.captions[:4], [final.retrieval.image(row) for row in range(4)]
+    captions, images = final.retrieval.texts[:4], [final.retrieval.image(row) for row in range(4)]
     output = final.model(**final.processor(text=captions, images=images, return_tensors="pt"))
     return {
         "captions": captions,

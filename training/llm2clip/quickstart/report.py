@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from torch.nn import functional as F
 
 from llm2clip.data import EvalTransform
-from llm2clip.evaluation import ImageTextRetrieval
+from llm2clip.evaluation.data import RetrievalData
 from llm2clip.evaluation.heat_map import draw_heat_map, patch_similarity, seen_part
 from llm2clip.quickstart.config import Arm
 from llm2clip.quickstart.data import QUERY, SHOWN_LANGUAGES
@@ -141,13 +141,13 @@ def _queries(run: RunContext, best: Arm, cache: EmbeddingCache, final: FinalMode
         f"{len(rows)} images. Correct images have a green frame.</p>"
     ]
     for name in names:
-        retrieval = ImageTextRetrieval(run.data.test_source(columns[name]), final.processor.image_processor)
-        text_embeds = retrieval.embed_captions(final.model, cache.lookup)
-        right = {(int(text), int(image)) for text, image in retrieval.matches(rows)}
-        chosen = _sample(NUM_QUERIES // len(names), len(retrieval.captions), run.config.seed)
+        retrieval = RetrievalData.from_source(run.data.test_source(columns[name])).select(rows)
+        text_embeds = final.encoder.encode_text(retrieval.texts)
+        right = {(int(text), int(image)) for text, image in retrieval.pairs}
+        chosen = _sample(NUM_QUERIES // len(names), len(retrieval.texts), run.config.seed)
         found = top_k(text_embeds[chosen], final.image_embeds, NUM_FOUND)
         for text, scores, images in zip(chosen, *(column.tolist() for column in found), strict=True):
-            query = retrieval.captions[text] + ("" if name == QUERY else f" ({name})")
+            query = retrieval.texts[text] + ("" if name == QUERY else f" ({name})")
             pictures = [
                 (rows[image], (text, image) in right, f"cosine {score:.2f}")
                 for score, image in zip(scores, images, strict=True)
@@ -160,10 +160,10 @@ def _queries(run: RunContext, best: Arm, cache: EmbeddingCache, final: FinalMode
 def _patch_maps(run: RunContext, cache: EmbeddingCache, final: FinalModel) -> str:
     model, processor, retrieval = final.model, final.processor, final.retrieval
     rows = _sample(4 * NUM_MAPS, len(retrieval.images), run.config.seed + 1)
-    chosen = [row for row in rows if retrieval.image_captions[row]][:NUM_MAPS]
+    chosen = [row for row in rows if retrieval.captions_of(row)][:NUM_MAPS]
     images = [retrieval.image(row) for row in chosen]
     pixels = torch.stack([*map(EvalTransform(processor.image_processor), images)])
-    captions = [retrieval.image_captions[row][0] for row in chosen]
+    captions = [retrieval.captions_of(row)[0] for row in chosen]
     features = model.get_text_features(llm_embeds=cache.lookup(captions)).pooler_output
     assert features is not None
     maps = patch_similarity(model, pixels, F.normalize(features.float(), dim=-1))

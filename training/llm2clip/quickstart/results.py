@@ -30,7 +30,7 @@ TRANSFER_PROTOCOL = (
 SPREAD_PROTOCOL = "Values are means over the seeds, and `std` has the sample standard deviations."
 PROTOCOL = {
     "queries": "distinct: equal captions are one query. Every image whose caption equals it, apart from case, is "
-    "right, as in `llm2clip evaluate --data`. The strict rule of published benchmarks is `rows`.",
+    "right, as in `llm2clip evaluate` of your own data. The strict rule of published benchmarks is `rows`.",
     "in_domain": "Every text encoder is aligned with the frozen vision tower on the same stored features, with equal "
     "settings; what is chosen is chosen on the validation set.",
     "languages": "The mean is over German, French, Spanish, Chinese, Japanese and Hindi; no image was trained with a "

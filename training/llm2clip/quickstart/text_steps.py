@@ -11,6 +11,7 @@ from typing import Any
 
 from llm2clip.encoders import OurEncoder
 from llm2clip.encoders.embed import EmbedConfig, embed_into_cache
+from llm2clip.evaluation.metrics import caption_retrieval_metrics
 from llm2clip.quickstart.config import Arm
 from llm2clip.quickstart.ledger import Step
 from llm2clip.quickstart.run_context import RunContext
@@ -109,7 +110,10 @@ def _embed(run: RunContext, arm: Arm, resume: bool) -> dict[str, Any]:
     return {
         "num_captions": manifest.rows,
         "num_truncated": manifest.counts["truncated"],
-        "caption_retrieval": {name: pairs.measure(lookup) for name, pairs in data.caption_sets.items()},
+        "caption_retrieval": {
+            name: caption_retrieval_metrics(lookup(pairs.queries), lookup(pairs.targets), pairs.matches)
+            for name, pairs in data.caption_sets.items()
+        },
     }
 
 

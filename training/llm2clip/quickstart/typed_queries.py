@@ -25,7 +25,7 @@ def search_typed(final: FinalModel) -> dict[str, Any]:
     results = []
     for one, found in zip(asked, top_k(embeds, final.image_embeds, SHOWN)[1].tolist(), strict=True):
         rows = [final.rows[image] for image in found]
-        right = [bool(set(final.retrieval.image_captions[row]) & set(one["captions"])) for row in rows]
+        right = [bool(set(final.retrieval.captions_of(row)) & set(one["captions"])) for row in rows]
         results.append({"query": one["query"], "rows": rows, "right": right})
     return {
         "queries": len(results),

@@ -6,29 +6,21 @@ import glob
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from llm2clip.data import DEFAULT_MAX_PIXELS, ImageBackend
-from llm2clip.encoders.ours import OurEncoder
-from llm2clip.search.faiss_vectors import require_faiss
-from llm2clip.search.folder_images import FolderImages
-from llm2clip.search.image_sets import IndexedItems
-from llm2clip.search.index_manifest import Embed
-from llm2clip.search.index_update import UpdateSettings, update_index
-from llm2clip.search.lance_store import require_lancedb
-from llm2clip.search.stores import open_store
-from llm2clip.search.table_captions import TableCaptions
-from llm2clip.search.table_images import TableImages, is_dataset
+from llm2clip.search.index_settings import IndexSettings
+from llm2clip.utils.model_places import require_model_place
 from llm2clip.utils.settings import setting
+
+if TYPE_CHECKING:  # which take a minute to import, and mistakes in names are found without
+    from llm2clip.search.folder_items import Items
 
 # Characters of the name of a table.
 MAX_NAME = 48
 
-WHOLE_MODEL = "Captions are embedded by the whole model with its LLM."
-
 
 @dataclass
-class IndexConfig(UpdateSettings):
+class IndexConfig(IndexSettings):
     """Settings of `llm2clip index`."""
 
     folder: str = setting(
@@ -37,10 +29,18 @@ class IndexConfig(UpdateSettings):
         "parquet file, webdataset shards ('shards/*.tar'), a folder of those, or the output of save_to_disk.",
     )
     model: str = setting(
-        "", "Hub id or folder of an LLM2CLIP model, or for images of its vision half; captions need the whole model."
+        "",
+        "Hub id or folder of an LLM2CLIP model, or for images of its vision half; or another model of images and "
+        "texts: one of transformers (openai/clip-vit-base-patch32), open_clip:MODEL/PRETRAINED, or FILE.py:FUNCTION. "
+        "Captions may be embedded by a text model of sentence-transformers too.",
     )
     model_revision: str | None = setting(None, "Branch, tag or commit of the model on the Hub.")
-    embed: Embed = setting(
+    truncate_dim: int | None = setting(
+        None,
+        "Number of values that are kept of each embedding, scaled to unit length again; by default all. It suits a "
+        "model that was trained with this number among its matryoshka_dims.",
+    )
+    embed: Literal["image", "caption"] = setting(
         "image",
         "What a search finds: images by their embeddings; or caption: the captions of a data set by theirs, a row for "
         "each caption. Both are searched with texts and with images.",
@@ -90,11 +90,11 @@ class IndexConfig(UpdateSettings):
             "An index of a folder has the columns key, folder, extension, size and mtime_ns."
         },
     )
-    max_pixels: int = setting(DEFAULT_MAX_PIXELS, "Largest image to decode, width x height; others are skipped.")
-    image_backend: ImageBackend = setting(
+    max_pixels: int = setting(89_478_485, "Largest image to decode, width x height; others are skipped.")
+    image_backend: Literal["exact", "fast"] = setting(
         "exact",
-        "exact: decode and resize as the image processor does; fast: decode JPEGs to tensors, with pixel values that "
-        "differ by up to 2 of 255.",
+        "exact: decode and resize as the image processor does; fast, with an LLM2CLIP model: decode JPEGs to tensors, "
+        "with pixel values that differ by up to 2 of 255.",
     )
 
     def __post_init__(self) -> None:
@@ -135,6 +135,7 @@ class IndexConfig(UpdateSettings):
             raise ValueError(
                 f"index_type is {self.index_type}, but an index in {place} has one of auto, {', '.join(types)}."
             )
+        self.type_of(types)
 
 
 def run(config: IndexConfig) -> dict[str, Any]:
@@ -148,20 +149,39 @@ def run(config: IndexConfig) -> dict[str, Any]:
         ValueError: The existing index belongs to another model or source, or no image or caption can be embedded.
     """
     place = _place(config)
+    require_model_place(config.model)
+    require_data(config.folder)
+    from llm2clip.search.store import open_store
+
     store = open_store(place, config.postgres)
-    # Before a large model is loaded.
-    if config.postgres is None:
-        require_lancedb()
+    from llm2clip.encoders.load import load_encoder
+    from llm2clip.encoders.ours import OurEncoder
+    from llm2clip.search.index_update import update_index
+
     if config.index_type == "faiss":
+        from llm2clip.search.faiss_vectors import require_faiss
+
         require_faiss()
-    store.require_own()
-    is_folder = config.postgres is None and "://" not in place
-    items = _open_items(config, (Path(place),) if is_folder else ())
-    if config.embed == "caption":
-        encoder = OurEncoder.load(config.model, config.model_revision, ["image", "text"], hint=WHOLE_MODEL)
-    else:
-        encoder = OurEncoder.load(config.model, config.model_revision, ["image"], image_backend=config.image_backend)
-    return update_index(store, items, encoder, config)
+    with store.lock():
+        is_folder = config.postgres is None and "://" not in place
+        items = _open_items(config, (Path(place),) if is_folder else ())
+        needs = ["image"] if config.embed == "image" else []
+        if config.image_backend == "exact":
+            encoder = load_encoder(config.model, config.model_revision, "auto", needs=needs)
+        else:
+            encoder = OurEncoder.load(config.model, config.model_revision, needs, image_backend=config.image_backend)
+        return update_index(store, items, encoder.truncate(config.truncate_dim), config)
+
+
+def require_data(path: str) -> None:
+    """Raise FileNotFoundError for a path at which there is no data; a Hub id may be one."""
+    place = Path(path).expanduser()
+    is_other = "://" in path or glob.has_magic(path) or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) is not None
+    if not place.exists() and not is_other:
+        raise FileNotFoundError(
+            f"there is no file or folder {path} (in {Path.cwd()}), and it is not the id of a data set on the Hub, "
+            "which has the form owner/name."
+        )
 
 
 def _place(config: IndexConfig) -> str:
@@ -180,25 +200,23 @@ def _place(config: IndexConfig) -> str:
     return re.sub(r"^(?=\d)|[^a-z0-9_]+", "_", name.lower())[: MAX_NAME - len(suffix)] + suffix
 
 
-def _open_items(config: IndexConfig, exclude: tuple[Path, ...]) -> IndexedItems:
-    is_folder = config.kind == "folder" or (config.kind == "auto" and not is_dataset(config.folder))
-    if is_folder and config.embed == "image":
-        if config.metadata_columns:
-            raise ValueError(
-                f"metadata_columns is {', '.join(config.metadata_columns)}, but {config.folder} is a folder of image "
-                "files, whose index has the columns key, folder, extension, size and mtime_ns."
-            )
-        folder = FolderImages(config.folder, exclude, config.max_pixels)
-        if not len(folder) and not folder.failures:
-            raise FileNotFoundError(f"there are no files in {config.folder}.")
-        return folder
-    where = config.folder, config.name, config.split, config.revision, config.image_column
-    table: TableImages | TableCaptions
-    if config.embed == "caption":
-        captions = config.caption_columns or ([config.caption_column] if config.caption_column else [])
-        table = TableCaptions(*where, captions, config.metadata_columns, config.max_pixels)
-    else:
-        table = TableImages(*where, config.caption_column, config.metadata_columns, config.max_pixels)
-    if not len(table):
-        raise FileNotFoundError(f"there are no rows in {config.folder} (split {config.split}).")
-    return table
+def _open_items(config: IndexConfig, exclude: tuple[Path, ...]) -> Items:
+    from llm2clip.search.table_items import FolderImages, open_items
+
+    items = open_items(
+        config.folder, exclude, config.kind, config.embed, config.max_pixels,
+        name=config.name, split=config.split, revision=config.revision, image_column=config.image_column,
+        caption_columns=config.caption_columns or list(filter(None, [config.caption_column])),
+        metadata_columns=config.metadata_columns,
+    )  # fmt: skip
+    is_folder = isinstance(items, FolderImages)
+    if is_folder and config.metadata_columns:
+        raise ValueError(
+            f"metadata_columns is {', '.join(config.metadata_columns)}, but {config.folder} is a folder of image "
+            "files, whose index has the columns key, folder, extension, size and mtime_ns."
+        )
+    if not len(items) and not (is_folder and items.failures):
+        what = "files" if is_folder else "rows"
+        split = "" if is_folder else f" (split {config.split})"
+        raise FileNotFoundError(f"there are no {what} in {config.folder}{split}.")
+    return items

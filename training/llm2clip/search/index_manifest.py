@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any, Literal, TypeAlias
@@ -17,12 +18,7 @@ LIBRARIES = ("torch", "transformers", "datasets", "pillow")
 # What must be equal for a run to continue an index.
 SAME = ("embed", "source", "dtype", "image_backend", "metadata_columns")
 
-
 Embed: TypeAlias = Literal["image", "caption"]
-
-
-# Types of what stores record.
-STORED: dict[str, type] = {"version": int, "trained": int, "faiss": str, "columns": dict}
 
 
 @dataclass
@@ -30,11 +26,12 @@ class IndexManifest:
     """The description of an index.
 
     Attributes:
-        model: Hub id or absolute folder of the model.
-        vision_fingerprint: Identity of its vision tower, projection and preprocessing; see [`vision_fingerprint`].
+        model: What [`load_encoder`] opens: Hub id or absolute folder of the model, or another name of one.
+        image_fingerprint: Identity of what its embeddings of images depend on; see [`Encoder.image_fingerprint`]. None
+            if it embeds only texts.
         embed: What is embedded, image or caption.
-        text_fingerprint: In an index of captions, identity of the model's LLM, tokenizer and adapter; see
-            [`OurEncoder.text_fingerprint`].
+        text_fingerprint: The same of texts, in an index of captions.
+        identity: Library, version, commit or fingerprint, and dtype of the model; see [`Encoder.identity`].
         source: Where the images are.
         index: Type and parameters of the vector index.
         metadata_columns: Columns of the data set that are stored with each row.
@@ -47,7 +44,7 @@ class IndexManifest:
 
     model: str
     revision: str | None
-    vision_fingerprint: str
+    image_fingerprint: str | None
     width: int
     dtype: str
     source: dict[str, Any]
@@ -61,35 +58,24 @@ class IndexManifest:
     versions: dict[str, str] | None = None
     embed: Embed = "image"
     text_fingerprint: str | None = None
+    identity: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     @classmethod
-    def from_fields(cls, place: str, fields: dict[str, Any], is_unfinished: bool = False) -> IndexManifest:
+    def from_fields(cls, place: str, fields: dict[str, Any]) -> IndexManifest:
         """Build a manifest from JSON.
 
-        Args:
-            is_unfinished: It is that of an unfinished run, which has no vector index yet.
-
         Raises:
-            ValueError: It has another format, or is damaged; the message names `place`.
+            ValueError: It has another format; the message names `place`.
         """
         try:
-            if fields["format_version"] != FORMAT_VERSION:
-                raise ValueError(f"its format is {fields['format_version']}, and this version reads {FORMAT_VERSION}")
-            manifest = build_config(cls, fields, "it")
-            _require_entries("source", manifest.source, {"kind": str, "path": str})
-            kinds: dict[str, type] = {} if is_unfinished and "type" not in manifest.index else {"type": str}
-            kinds |= {name: int for name, value in manifest.index.items() if name != "type" and value is not None}
-            _require_entries("index", manifest.index, kinds)
-            found = manifest.stored
-            _require_entries("stored", found, {name: kind for name, kind in STORED.items() if name in found})
-            return manifest
-        except (ValueError, KeyError, TypeError) as error:
+            if fields.get("format_version") != FORMAT_VERSION:
+                raise ValueError(
+                    f"its format is {fields.get('format_version')}, and this version reads {FORMAT_VERSION}"
+                )
+            return build_config(cls, fields, "it")
+        except ValueError as error:
             raise ValueError(f"{place} is not the manifest of an index ({error}); {REBUILD}") from error
-
-    def as_fields(self) -> dict[str, Any]:
-        """Convert to JSON types."""
-        return asdict(self)
 
     def record_versions(self, **own: str) -> None:
         """Write down the versions of this package, of the libraries, and of those in `own`."""
@@ -102,31 +88,33 @@ class IndexManifest:
 
     def content(self) -> dict[str, Any]:
         """Everything but what changes whenever an index is written."""
-        return self.as_fields() | {"versions": None, "stored": None}
+        return asdict(self) | {"versions": None, "stored": None, "identity": None}
 
-    def require_model(
-        self, place: str, encoder: Encoder, fingerprint: str, text_fingerprint: str | None = None
-    ) -> None:
+    def require_model(self, place: str, encoder: Encoder, needs: Collection[str]) -> None:
         """Raise ValueError, with both models in the message, unless this is the model that wrote the index.
 
         Args:
             place: Name of the index in the message.
-            fingerprint, text_fingerprint: Those of the encoder; None where its texts are not compared.
+            needs: What the model is asked to embed: `image`, `text` or both. Texts are compared in an index of
+                captions, and what the index does not know is not.
         """
-        name = encoder.name
-        if (self.vision_fingerprint, self.width) != (fingerprint, encoder.width):
-            prints: tuple[str | None, ...] = (self.vision_fingerprint, fingerprint)
+        sides = {
+            "image": (self.image_fingerprint, encoder.image_fingerprint),
+            "text": (self.text_fingerprint, encoder.text_fingerprint),
+        }
+        for need in sorted(needs):
+            recorded, fingerprint = sides[need]
+            if recorded is None or (recorded, self.width) == (found := fingerprint(), encoder.width):
+                continue
             parts = "other settings of the vision tower or another preprocessing"
-        elif None not in (self.text_fingerprint, text_fingerprint) and self.text_fingerprint != text_fingerprint:
-            prints, parts = (self.text_fingerprint, text_fingerprint), "another LLM, tokenizer or adapter"
-        else:
-            return
-        raise ValueError(
-            f"the index {place} was made by {self.model} (width {self.width}, fingerprint {prints[0]}), but the model "
-            f"is {name} (width {encoder.width}, fingerprint {prints[1]}): other weights, {parts}, and embeddings of "
-            f"different models cannot be compared. Use {self.model} as it was, or make an index with {name}: llm2clip "
-            f"index {self.source['path']} --model {name} --output-dir OTHER_FOLDER (or --table OTHER)."
-        )
+            raise ValueError(
+                f"the index {place} was made by {self.model} (width {self.width}, fingerprint {recorded}), but the "
+                f"model is {encoder.name} (width {encoder.full_width}, fingerprint {found}): other weights, "
+                f"{parts if need == 'image' else 'another LLM, tokenizer or adapter'}, and embeddings of different "
+                f"models cannot be compared. Use {self.model} as it was, or make an index with {encoder.name}: "
+                f"llm2clip index {self.source['path']} --model {encoder.name} --output-dir OTHER_FOLDER (or --table "
+                "OTHER)."
+            )
 
     def require_same(self, place: str, other: IndexManifest) -> None:
         """Raise ValueError if the source, the data type, the decoding or the columns of another manifest differ."""
@@ -137,13 +125,6 @@ class IndexManifest:
                     f"the index {place} was built with {name} {_printable(there)}, not {_printable(here)}; choose "
                     "another --output-dir or --table, or add --overwrite to build it again."
                 )
-
-
-def _require_entries(name: str, fields: dict[str, Any], kinds: dict[str, type]) -> None:
-    for key, kind in kinds.items():
-        value = fields.get(key)
-        if not isinstance(value, kind) or (isinstance(value, int) and value < 0):
-            raise ValueError(f"{name} has {key} {value!r:.80}")
 
 
 def _printable(value: Any) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,8 +17,10 @@ logger = logging.getLogger(__name__)
 SCHEMES = ("postgresql://", "postgres://")
 # Connections to a server that has gone end after minutes, not hours; a firewall keeps those that are silent for long.
 DEFAULTS = {"application_name": "llm2clip", "connect_timeout": 10, "keepalives_idle": 30}
-# The first version that goes on searching while a condition rejects what it found.
+# The first version that continues to search while a condition rejects the rows that it found.
 LEAST_PGVECTOR = (0, 8)
+# Of a statement of a search.
+TIMEOUT = "60s"
 SETTINGS = {
     "timezone": "UTC",
     "standard_conforming_strings": "on",
@@ -28,8 +29,6 @@ SETTINGS = {
     # A server that builds an index for a killed process stops, and releases its locks.
     "client_connection_check_interval": "2s",
 }
-# A string, a quoted name, or a character.
-TOKENS = re.compile(r"""'(?:[^']|'')*'|"(?:[^"]|"")*"|.""", re.DOTALL)
 
 
 class PostgresDatabase:
@@ -56,7 +55,7 @@ class PostgresDatabase:
 
         Raises:
             ConnectionError: The server cannot be reached, or refuses the user or the database.
-            ValueError: pgvector is missing or too old, or the database is not in UTF-8.
+            ValueError: pgvector is missing or too old.
         """
         if self._connection is None:
             self._connection = self._connect()
@@ -71,9 +70,13 @@ class PostgresDatabase:
                 "database, user and password in --postgres."
             ) from None
         with self.readable():
-            _require_utf8(connection, self.name)
             schema = _require_pgvector(connection, self.name)
             set_session(connection, SETTINGS)
+            # Unless the URL sets another one.
+            connection.execute(
+                "SELECT set_config('statement_timeout', %s, false) WHERE current_setting('statement_timeout') = '0'",
+                (TIMEOUT,),
+            )
             path = sql.SQL("SELECT set_config('search_path', concat_ws(', ', nullif({path}, ''), {schema}), false)")
             current = sql.SQL("current_setting('search_path')")
             connection.execute(path.format(path=current, schema=sql.Literal(sql.Identifier(schema).as_string())))
@@ -101,6 +104,7 @@ class PostgresDatabase:
         Raises:
             PermissionError: The user lacks a right.
             ConnectionError: The connection was lost, or the server cannot go on (a full disk, say).
+            TimeoutError: A statement of a search took a minute.
             ValueError: Any other error.
         """
         try:
@@ -110,6 +114,11 @@ class PostgresDatabase:
                 f"{self.name}: {self.reason(error)}. Let the owner grant it. llm2clip index creates tables in the "
                 "schema of its --table, and that schema if it does not exist (CREATE SCHEMA llm2clip AUTHORIZATION "
                 "USER gives one to a user); llm2clip search needs USAGE on the schema, and SELECT on its tables."
+            ) from error
+        except errors.QueryCanceled as error:
+            raise TimeoutError(
+                f"{self.name}: {self.reason(error)}; a search may take {TIMEOUT}, unless the URL has another "
+                "statement_timeout among its options."
             ) from error
         except psycopg.OperationalError as error:
             raise ConnectionError(
@@ -135,26 +144,6 @@ def set_session(connection: psycopg.Connection[Any], settings: dict[str, str]) -
             connection.execute("SELECT set_config(%s, %s, false)", (name, value))
 
 
-def require_condition(where: str) -> sql.SQL:
-    """Return a condition for a query; raise ValueError if its parentheses, quotes or comments reach outside of it.
-
-    The server checks all else: it takes one statement at a time, in a transaction that cannot write.
-    """
-    depth, previous = 0, ""
-    for token in TOKENS.findall(where):
-        depth += {"(": 1, ")": -1}.get(token, 0)
-        # Strings that follow rules of their own ($$...$$, E'...', U&'...') are not needed in a condition.
-        is_special = token[0] == "'" and previous in ("e", "E", "&")
-        is_comment = previous + token in ("--", "/*")
-        if depth < 0 or token in ("'", '"', ";", "$", "\0") or is_comment or is_special:
-            found = previous + token if is_comment or is_special else token
-            raise ValueError(f"it has {found} where a condition cannot have it")
-        previous = token
-    if depth or not where.strip():
-        raise ValueError("a parenthesis is not closed" if depth else "it is empty")
-    return sql.SQL(where.replace("%", "%%"))
-
-
 def _parsed(url: str) -> dict[str, Any]:
     with contextlib.suppress(psycopg.Error):
         if url.startswith(SCHEMES):
@@ -167,12 +156,6 @@ def _parsed(url: str) -> dict[str, Any]:
     )
 
 
-def _require_utf8(connection: psycopg.Connection[Any], name: str) -> None:
-    encoding = connection.info.parameter_status("server_encoding")
-    if encoding != "UTF8":
-        raise ValueError(f"{name} stores text as {encoding}; an index needs a database with the encoding UTF8.")
-
-
 def _require_pgvector(connection: psycopg.Connection[Any], name: str) -> str:
     """Return the schema of pgvector; raise ValueError, with what to do, unless the database has a recent version."""
     least = ".".join(map(str, LEAST_PGVECTOR))
@@ -180,17 +163,14 @@ def _require_pgvector(connection: psycopg.Connection[Any], name: str) -> str:
     found = connection.execute(f"{query} WHERE extname = 'vector'").fetchone()
     if found is not None and tuple(map(int, found[0].split(".")[:2])) >= LEAST_PGVECTOR:
         return str(found[1])
-    available = connection.execute("SELECT default_version FROM pg_available_extensions WHERE name = 'vector'")
-    version = (available.fetchone() or ("",))[0]
-    if version and tuple(map(int, version.split(".")[:2])) >= LEAST_PGVECTOR:
-        command = "ALTER EXTENSION vector UPDATE" if found else "CREATE EXTENSION vector"
-        raise ValueError(
-            f"{name} {f'has pgvector {found[0]}, which is too old' if found else 'lacks the extension pgvector'}; "
-            f"let its owner run: {command};"
-        )
+    state, command = (
+        ("lacks the extension", "CREATE EXTENSION vector")
+        if found is None
+        else (f"has {found[0]} of the extension", "ALTER EXTENSION vector UPDATE")
+    )
     raise ValueError(
-        f"the server of {name} has {f'pgvector {version}' if version else 'no pgvector'}, and an index needs {least} "
-        "or newer; install it on the server, on Debian: apt install postgresql-N-pgvector, with N its version."
+        f"{name} {state} pgvector, and an index needs {least} or newer; let its owner run: {command}; it has to be "
+        "installed on the server, on Debian: apt install postgresql-N-pgvector, with N the version of the server."
     )
 
 

@@ -1,4 +1,9 @@
-"""An index in PostgreSQL: a table of rows with pgvector, a table of its manifest, and one of what a run writes."""
+"""An index in PostgreSQL with pgvector: a table of rows, and one with its manifest.
+
+Each row has the number of the commit from which on it is found, and searches leave out rows of later ones. So what a
+run adds is stored part by part, each in a transaction of its own, and becomes visible with the manifest, in the last
+one, which also deletes what is gone.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +12,20 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+import psycopg
 import pyarrow as pa
 from psycopg import errors, sql
 
-from llm2clip.search.index_manifest import REBUILD, IndexManifest
-from llm2clip.search.index_rows import NUMBER
+from llm2clip.search.index_manifest import IndexManifest
 from llm2clip.search.postgres_database import PostgresDatabase, set_session
-from llm2clip.search.postgres_rows import PostgresRows, sql_type
-from llm2clip.search.postgres_writing import COMPLETE, UNFINISHED, WrittenTable
+from llm2clip.search.postgres_types import ARROW, VECTORS, arrow_batch, sql_type, sql_values, without_zeros
+from llm2clip.search.store import INTERNAL, MORE, NUMBER, REASON, VECTOR, Base, is_changed
+from llm2clip.search.where import Conditions, parse_where
 from llm2clip.utils.locks import PATIENCE
 
 logger = logging.getLogger(__name__)
@@ -25,18 +33,29 @@ logger = logging.getLogger(__name__)
 SCHEMA = "llm2clip"
 # Letters that need no quotes in SQL; PostgreSQL cuts names after 63.
 TABLE_NAME = re.compile(r"(?:([a-z_][a-z0-9_]{0,62})\.)?([a-z_][a-z0-9_]{0,47})")
-STATE_COLUMNS = "(state text PRIMARY KEY, is_whole boolean, manifest json, failures json)"
 # A run is silent while it embeds, and an index of many embeddings takes hours.
 UNLIMITED = {"statement_timeout": "0", "idle_session_timeout": "0"}
 # The comment on each of our tables, by which they are known.
 MARK = "written by llm2clip index"
+GENERATION = "_generation"
+# Columns that conditions rarely name; the others get an index.
+UNINDEXED = {"caption", "hash", "mtime_ns", "row", "size", *INTERNAL}
+OWN = {NUMBER: "bigint", GENERATION: "integer"}
+COMMITTED, BEGUN = "committed", "begun"
+SCAN_ROWS = 8192
+# Rows that fulfil a condition, up to which comparing all of them costs less than searching the graph for them.
+EXACT_MATCHES = 20_000
+# pgvector's own limit; it continues in steps of as many until it has `k` rows.
+MAX_EF_SEARCH = 1000
+# What a row must agree on with the index that was opened.
+SAME = ("image_fingerprint", "text_fingerprint", "width", "dtype", "source")
 
 
 class PostgresStore:
-    """The index in three tables of a database; see [`IndexStore`].
+    """The index in two tables of a database: `NAME` has its rows, `NAME_llm2clip` its manifest; see [`IndexStore`].
 
-    `NAME` has the rows of the complete index. `NAME_llm2clip` has its manifest, and that of an unfinished run.
-    `NAME_unfinished` has the rows that a run adds, or all rows of an index that is built from scratch.
+    A search sees one state of the index: the last commit before the call. An index that another model has made since
+    it was opened is an error.
 
     Args:
         url: See [`PostgresDatabase`].
@@ -47,224 +66,333 @@ class PostgresStore:
 
     def __init__(self, url: str, table: str) -> None:
         self.database = PostgresDatabase(url)
-        self.schema, self.name = split_name(table)
-        self.place = f"{self.schema}.{self.name} in {self.database.name}"
-        self.table = self._identifier()
-        self.staging = self._identifier("_unfinished")
-        self.state = self._identifier("_llm2clip")
+        found = TABLE_NAME.fullmatch(table)
+        if found is None:
+            raise ValueError(
+                f"table is {table!r}, but it has to be NAME or SCHEMA.NAME, of lower-case letters, digits and _, and "
+                "NAME of at most 48; the schema is llm2clip if it is left out."
+            )
+        self.schema, self.name = found[1] or SCHEMA, found[2]
+        self.location = f"{self.schema}.{self.name} in {self.database.name}"
+        self.table, self.state = (f'"{self.schema}"."{self.name}{suffix}"' for suffix in ("", "_llm2clip"))
+        self._opened: IndexManifest | None = None
+        # Of a run: types of its columns, the generations that it consists of, and the rows that it deletes.
+        self._types: dict[str, str] = {}
+        self._first = self._generation = 0
+        self._gone = np.empty(0, np.int64)
+        self._is_changed = False
 
-    def require_own(self) -> None:
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        key = hashlib.blake2b(f"{self.schema}.{self.name}".encode(), digest_size=8).digest()
         with self.database.readable():
-            for name in self._names():
-                if self._exists(name) and not self._is_own(name):
+            for name in (self.name, f"{self.name}_llm2clip"):
+                if self._comment(name) not in (None, MARK):
                     raise FileExistsError(
                         f"the table {self.schema}.{name} in {self.database.name} is not replaced, because llm2clip "
                         "index did not write it; choose another --table, or drop it yourself."
                     )
-
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        digest = hashlib.blake2b(f"{self.schema}.{self.name}".encode(), digest_size=8).digest()
-        key = int.from_bytes(digest, "big", signed=True)
-        with self.database.readable():
-            connection = self.database.connection
-            set_session(connection, {"lock_timeout": f"{PATIENCE:.0f}s", **UNLIMITED})
+            set_session(self.database.connection, {"lock_timeout": f"{PATIENCE:.0f}s", **UNLIMITED})
             try:
                 # A killed run keeps its lock until its worker processes have noticed, after a few seconds.
-                connection.execute("SELECT pg_advisory_lock(%s::bigint)", (key,))
+                self._execute("SELECT pg_advisory_lock(%s::bigint)", [int.from_bytes(key, "big", signed=True)])
             except errors.LockNotAvailable:
                 self.database.close()
-                raise ValueError(f"another run is writing {self.place}; wait until it has ended.") from None
+                raise ValueError(f"another run is writing {self.location}; wait until it has ended.") from None
         try:
             yield
         finally:
+            # What a lost connection leaves is found by the next run.
+            with contextlib.suppress(ValueError, OSError), self.database.readable():
+                is_begun = self._state(COMMITTED) is None and self._comment(self.name)
+                if is_begun and not self._query(f"SELECT FROM {self.table} LIMIT 1"):
+                    self._execute(f"DROP TABLE {self.table}, {self.state}")
             self.database.close()  # with the lock, in whichever state an error has left the connection
 
-    def manifest(self) -> IndexManifest | None:
-        fields = self._read_state(COMPLETE, "manifest")
-        return None if fields is None else IndexManifest.from_fields(self.place, fields)
-
-    def require_manifest(self) -> IndexManifest:
+    def metadata(self, unfinished: bool = False) -> IndexManifest | None:
         with self.database.readable():
-            manifest = self.manifest()
-            if manifest is None:
-                is_begun = self._is_own(self.name + "_unfinished")
-                state = "is not finished; run the same llm2clip index again" if is_begun else "does not exist"
-                raise FileNotFoundError(
-                    f"there is no index {self.place}: it {state}. To create one: llm2clip index FOLDER --model MODEL "
-                    f"--postgres URL --table {self.schema}.{self.name}"
-                )
+            found = self._state(BEGUN if unfinished else COMMITTED)
+            if found is None:
+                return None
+            manifest = IndexManifest.from_fields(self.location, found[0])
+            if not unfinished:
+                self._opened = manifest
         return manifest
 
-    def failures(self) -> list[dict[str, Any]] | None:
-        found = self._read_state(COMPLETE, "failures")
-        return found if isinstance(found, list) else None
-
-    def rows(self, manifest: IndexManifest) -> PostgresRows:
-        with self.database.readable():
-            self._require_columns(manifest)
-        return PostgresRows(self, manifest)
-
-    def unfinished(self) -> tuple[IndexManifest, WrittenTable] | None:
-        unfinished = self._read_state(UNFINISHED, "manifest")
-        if unfinished is not None:
-            manifest = IndexManifest.from_fields(self.place, unfinished, is_unfinished=True)
-            is_whole = bool(self._read_state(UNFINISHED, "is_whole"))
-            return manifest, WrittenTable(self, manifest, is_whole)
-        complete = self.manifest()
-        if complete is None:
-            return None
-        self._require_columns(complete)
-        return complete, WrittenTable(self, complete, is_whole=False)
-
-    def create(self, manifest: IndexManifest, schema: pa.Schema) -> WrittenTable:
-        manifest.stored = {"columns": {name: sql_type(schema.field(name).type) for name in schema.names}}
+    def begin(self, manifest: IndexManifest, schema: pa.Schema, base: Base) -> None:
+        self._types = {name: sql_type(schema.field(name).type) for name in schema.names}
+        self._gone, self._is_changed = np.empty(0, np.int64), base != "commit"
         with self.database.readable(), self.database.connection.transaction():
-            if not self._query("SELECT FROM pg_namespace WHERE nspname = %s", self.schema):
-                self.execute("CREATE SCHEMA {}", sql.Identifier(self.schema))
-            if not self._exists(self.name + "_llm2clip"):
-                self.execute(
-                    f"CREATE TABLE {{}} {STATE_COLUMNS}",
-                    self.state,
-                )
-                self.mark(self.state)
-            self.begin(manifest, is_whole=True)
-        return WrittenTable(self, manifest, is_whole=True)
-
-    def revert(self) -> WrittenTable:
-        manifest = self.manifest()
-        assert manifest is not None
-        with self.database.readable(), self.database.connection.transaction():
-            self.drop_unfinished()
-        return WrittenTable(self, manifest, is_whole=False)
-
-    def remove_empty(self) -> None:
-        # What a lost connection leaves is found by the next run.
-        with contextlib.suppress(ValueError, OSError), self.database.readable():
-            if self.manifest() is not None:
+            self._create()
+            committed, begun = (self._state(name) for name in (COMMITTED, BEGUN))
+            self._generation = 1 + (committed[0]["stored"]["generation"] if committed else 0)
+            if base == "unfinished":
+                assert begun is not None
+                self._first = begun[0]["stored"]["generation"]
                 return
-            found = self.unfinished()
-            if found is not None and not found[1].count():
-                with self.database.connection.transaction():
-                    self.drop_unfinished()
-                    self.execute("DROP TABLE {}", self.state)
+            self._execute(f"DELETE FROM {self.table} WHERE {GENERATION} >= {self._generation}")
+            # Which rows the new index will consist of.
+            self._first = self._generation if base == "nothing" else 0
+            manifest.stored = {"columns": self._types, "generation": self._first}
+            if base == "nothing" and self._columns() != {**OWN, **self._types}:
+                self._replace_columns()
+            self._write_state(BEGUN, manifest, [])
 
-    def begin(self, manifest: IndexManifest, is_whole: bool) -> None:
-        """Create an empty table of unfinished rows; for use in a transaction."""
-        self.drop_unfinished()
-        columns = [
-            sql.SQL("{} {}").format(sql.Identifier(name), sql.SQL(kind))  # of our table of types
-            for name, kind in manifest.stored["columns"].items()
-        ]
-        number = sql.SQL("{} bigint PRIMARY KEY").format(sql.Identifier(NUMBER))
-        self.execute("CREATE TABLE {} ({})", self.staging, sql.SQL(", ").join([number, *columns]))
-        self.mark(self.staging)
-        self.write_state(UNFINISHED, manifest, None, is_whole)
+    def _create(self) -> None:
+        """Create the tables that do not exist; for use in a transaction."""
+        if not self._query("SELECT FROM pg_namespace WHERE nspname = %s", self.schema):
+            self._execute(f"CREATE SCHEMA {_quoted(self.schema)}")
+        state = "state text PRIMARY KEY, manifest json, failures json"
+        own = [f"{NUMBER} bigserial PRIMARY KEY", f"{GENERATION} integer NOT NULL"]
+        rows = ", ".join([*own, *(f"{_quoted(name)} {kind}" for name, kind in self._types.items())])
+        for table, name, columns in ((self.state, f"{self.name}_llm2clip", state), (self.table, self.name, rows)):
+            if self._comment(name) is None:
+                self._execute(f"CREATE TABLE {table} ({columns})")
+                self._execute(f"COMMENT ON TABLE {table} IS '{MARK}'")
 
-    def drop_unfinished(self) -> None:
-        """Drop the unfinished rows and their manifest; for use in a transaction."""
-        self.execute("DROP TABLE IF EXISTS {}", self.staging)
-        self.execute("DELETE FROM {} WHERE state = {}", self.state, sql.Literal(UNFINISHED))
+    def _replace_columns(self) -> None:
+        """Empty the table, and give it the columns of this run; rights on it stay. For use in a transaction."""
+        self._execute(f"DELETE FROM {self.state}")
+        self._execute(f"TRUNCATE {self.table}")
+        changes = [f"DROP COLUMN {_quoted(name)} CASCADE" for name in self._columns() if name not in OWN]
+        changes += [f"ADD COLUMN {_quoted(name)} {kind}" for name, kind in self._types.items()]
+        self._execute(f"ALTER TABLE {self.table} {', '.join(changes)}")
 
-    def write_state(
-        self, state: str, manifest: IndexManifest, failures: list[dict[str, Any]] | None, is_whole: bool = True
-    ) -> None:
-        """Write the manifest of the complete index or of the unfinished run; for use in a transaction."""
-        self.execute("DELETE FROM {} WHERE state = {}", self.state, sql.Literal(state))
-        statement = sql.SQL("INSERT INTO {} VALUES (%s, %s, %s, %s)").format(self.state)
-        values = (state, is_whole, json.dumps(manifest.as_fields()), json.dumps(failures))
-        self.database.connection.execute(statement, values)
+    def keys(self, columns: Sequence[str] | None, written: bool = False) -> Iterator[pa.RecordBatch]:
+        with self._reading(written) as (connection, types, visible):
+            names = [*(_shown(types) if columns is None else columns), NUMBER]
+            query = f"SELECT {_list(names)} FROM {self.table} WHERE {visible} ORDER BY {NUMBER}"
+            with connection.cursor("scan", binary=True) as cursor:
+                cursor.execute(sql.SQL(query), {"gone": self._gone.tolist()})
+                while rows := cursor.fetchmany(SCAN_ROWS):
+                    yield arrow_batch(rows, names, types)
 
-    def replace_table(self) -> None:
-        """Put the table of unfinished rows in the place of that of the complete index; for use in a transaction."""
-        for role, right in self._grants():
-            to = sql.Identifier(role) if role else sql.SQL("PUBLIC")
-            self.execute(f"GRANT {right} ON {{}} TO {{}}", self.staging, to)
-        self.execute("DROP TABLE IF EXISTS {}", self.table)
-        names = [name for name, _ in self.indexes()]
-        self.execute("ALTER TABLE {} RENAME TO {}", self.staging, sql.Identifier(self.name))
-        for name in names:
-            new = name.replace(f"{self.name}_unfinished", self.name)
-            if new != name:
-                self.execute("ALTER INDEX {} RENAME TO {}", sql.Identifier(self.schema, name), sql.Identifier(new))
-        self.execute("DELETE FROM {} WHERE state = {}", self.state, sql.Literal(UNFINISHED))
+    def vectors(self, numbers: np.ndarray) -> pa.Table:
+        wanted, places = np.unique(numbers, return_inverse=True)
+        names = [VECTOR, REASON, NUMBER]
+        with self._reading(True) as (connection, types, _), connection.cursor(binary=True) as cursor:
+            query = f"SELECT {_list(names)} FROM {self.table} WHERE {NUMBER} = ANY(%s)"
+            rows = cursor.execute(sql.SQL(query), (wanted.tolist(),)).fetchall()
+        found = pa.Table.from_batches([arrow_batch(rows, names, types)])
+        return found.take(pa.array(np.argsort(found[NUMBER].to_numpy())[places])).drop_columns([NUMBER])
 
-    def indexes(self) -> list[tuple[str, bool]]:
-        """Return the names of the indexes of the unfinished rows, and whether each is that of the primary key."""
-        query = (
-            "SELECT i.relname, indisprimary FROM pg_index JOIN pg_class i ON i.oid = indexrelid JOIN pg_class t ON "
-            "t.oid = indrelid JOIN pg_namespace n ON n.oid = t.relnamespace WHERE nspname = %s AND t.relname = %s"
-        )
-        return self._query(query, self.schema, self.name + "_unfinished")
+    def upsert(self, rows: pa.Table) -> None:
+        self._is_changed = True
+        columns = [sql_values(rows[name], kind) for name, kind in self._types.items()]
+        names = ", ".join(map(_quoted, [GENERATION, *self._types])).replace("%%", "%")  # without parameters
+        statement = f"COPY {self.table} ({names}) FROM STDIN WITH (FORMAT BINARY)"
+        with self.database.readable(), self.database.connection.cursor().copy(sql.SQL(statement)) as copy:
+            copy.set_types(["integer", *(kind.partition("(")[0] for kind in self._types.values())])
+            for row in zip(*columns, strict=True):
+                copy.write_row((self._generation, *row))
 
-    def _grants(self) -> list[tuple[str | None, str]]:
-        """Return who else has which right on the complete rows; None for everyone."""
-        query = (
-            "SELECT nullif(pg_get_userbyid(grantee), 'unknown (OID=0)'), privilege_type FROM pg_class c JOIN "
-            "pg_namespace n ON n.oid = relnamespace CROSS JOIN aclexplode(relacl) WHERE nspname = %s AND relname = %s "
-            "AND grantee <> relowner"
-        )
-        return self._query(query, self.schema, self.name)
+    def delete(self, numbers: np.ndarray) -> None:
+        self._gone = np.union1d(self._gone, numbers)
+        self._is_changed |= bool(len(numbers))
 
-    def execute(self, statement: str, *parts: sql.Composable) -> None:
-        """Run a statement without parameters."""
-        self.database.connection.execute(sql.SQL(statement).format(*parts))
+    def commit(self, manifest: IndexManifest, failures: list[dict[str, Any]]) -> None:
+        with self.database.readable():
+            found = self._state(COMMITTED)
+            committed = IndexManifest.from_fields(self.location, found[0]) if found else None
+            if self._is_changed or is_changed(manifest, failures, committed, found and found[1]):
+                version = self.database.connection.info.parameter_status("server_version")
+                manifest.record_versions(postgresql=str(version))
+                manifest.stored = {"columns": self._types, "generation": self._generation}
+                self._finish(manifest, failures, self._index(manifest.index))
+            else:
+                self._execute(f"DELETE FROM {self.state} WHERE state = %s", [BEGUN])
 
-    def mark(self, table: sql.Identifier) -> None:
-        """Write on a table that it is ours."""
-        self.execute("COMMENT ON TABLE {} IS {}", table, sql.Literal(MARK))
+    def _finish(self, manifest: IndexManifest, failures: list[dict[str, Any]], replaced: list[str]) -> None:
+        """Let searches see the rows of this run, in one transaction."""
+        with self.database.connection.transaction():
+            gone = f"{REASON} IS NOT NULL OR {GENERATION} < {self._first} OR {NUMBER} = ANY(%s)"
+            self._execute(f"DELETE FROM {self.table} WHERE {gone}", [self._gone.tolist()])
+            for name in replaced:
+                self._execute(f"DROP INDEX {_quoted(self.schema)}.{_quoted(name)}")
+            self._execute(f"DELETE FROM {self.state}")
+            self._write_state(COMMITTED, manifest, failures)
+        self._execute(f"ANALYZE {self.table}")
 
-    def has_unfinished(self) -> bool:
-        """Return whether there is a table of unfinished rows."""
-        return self._exists(self.name + "_unfinished")
+    def _index(self, index: dict[str, Any]) -> list[str]:
+        """Index the columns and the embeddings; return the names of graphs that this one replaces.
 
-    def _identifier(self, suffix: str = "") -> sql.Identifier:
-        return sql.Identifier(self.schema, self.name + suffix)
+        The table stays readable meanwhile, and its rows join the graph that there is.
+        """
+        have = "SELECT indexname, indexdef FROM pg_indexes WHERE schemaname = %s AND tablename = %s"
+        built = {str(name): str(definition) for name, definition in self._query(have, self.schema, self.name)}
+        for column in set(self._types) - UNINDEXED:
+            if any(definition.endswith((f"({_quoted(column)})", f"({column})")) for definition in built.values()):
+                continue
+            try:
+                self._execute(f"CREATE INDEX ON {self.table} ({_quoted(column)})")
+            except errors.ProgramLimitExceeded:
+                logger.info("the column %s gets no index: its values are too long.", column)
+        graphs = {name: definition for name, definition in built.items() if "USING hnsw" in definition}
+        if index["type"] != "hnsw":
+            return list(graphs)
+        kind, is_binary = self._types[VECTOR], index["precision"] == "binary"
+        operators = "bit_hamming_ops" if is_binary else f"{kind.partition('(')[0]}_ip_ops"
+        options = f"{operators}) WITH (m='{index['m']}', ef_construction='{index['ef_construction']}')"
+        same = [name for name, definition in graphs.items() if definition.endswith(options)]
+        if not same:
+            logger.info("indexing the embeddings.")
+            indexed = f"({_bits(kind)})" if is_binary else VECTOR
+            self._execute(f"CREATE INDEX ON {self.table} USING hnsw ({indexed} {options}")
+        return [name for name in graphs if name not in same[:1]]
 
-    def _names(self) -> list[str]:
-        return [self.name, self.name + "_unfinished", self.name + "_llm2clip"]
+    def search(self, queries: np.ndarray, k: int, where: str | None = None) -> list[pa.Table]:
+        with self._reading(False) as (connection, types, visible):
+            condition, values = self._condition(where, types)
+            assert self._opened is not None
+            index = self._opened.index
+            is_binary = index.get("precision") == "binary"
+            candidates = min(k, self._opened.images) * index["refine"] if is_binary else k + MORE
+            effort = self._effort(connection, f"{visible} AND ({condition})", values, candidates, where)
+            names = [*_shown(types), VECTOR]
+            make = VECTORS[types[VECTOR].partition("(")[0]][0]
+            distance = f"{VECTOR} <#> %(query)s"
+            in_graph = f"{_bits(types[VECTOR])} <~> binary_quantize(%(query)s)" if is_binary else distance
+            query = f"SELECT {_list(names)} FROM {self.table} WHERE {visible} AND ({condition}) ORDER BY "
+            found = []
+            for row in queries:
+                values |= {"query": make(row), "candidates": candidates, "k": k + MORE}
+                rows: list[Any] = []
+                cursor = connection.cursor(binary=True)
+                if effort is not None:
+                    for name, value in (("iterative_scan", "strict_order"), ("ef_search", str(effort))):
+                        connection.execute("SELECT set_config(%s, %s, true)", (f"hnsw.{name}", value))
+                    rows = cursor.execute(sql.SQL(f"{query}{in_graph} LIMIT %(candidates)s"), values).fetchall()
+                # The graph gives up where a condition rejects nearly all rows; comparing all finds the rest.
+                if len(rows) < k:
+                    # No index has the order of a sum.
+                    exact = sql.SQL(f"{query}({distance}) + 0 LIMIT %(k)s")
+                    rows = cursor.execute(exact, values).fetchall()
+                found.append(pa.Table.from_batches([arrow_batch(rows, names, types)]))
+            return found
+
+    def _effort(
+        self,
+        connection: psycopg.Connection[Any],
+        condition: str,
+        values: dict[str, Any],
+        candidates: int,
+        where: str | None,
+    ) -> int | None:
+        """Return how many candidates a search of the graph compares at a time; None if it is left out."""
+        assert self._opened is not None
+        if self._opened.index["type"] == "flat":
+            return None
+        effort = max(self._opened.index["ef_search"], candidates)
+        if where:
+            query = sql.SQL(f"EXPLAIN (FORMAT JSON) SELECT FROM {self.table} WHERE {condition}")
+            ((plan,),) = connection.execute(query, values).fetchall()
+            matches = max(1, plan[0]["Plan"]["Plan Rows"])  # as the server estimates
+            if matches <= EXACT_MATCHES:
+                return None
+            # The fewer rows fulfil a condition, the more candidates it rejects.
+            effort = max(effort, effort * self._opened.images // matches)
+        return min(effort, MAX_EF_SEARCH)
+
+    @contextlib.contextmanager
+    def _reading(self, written: bool) -> Iterator[tuple[psycopg.Connection[Any], dict[str, str], str]]:
+        """Yield a connection in a transaction that cannot write, the types of the columns, and which rows are seen."""
+        with self.database.readable(), self.database.snapshot() as connection:
+            if written:
+                visible = f"{GENERATION} >= {self._first} AND NOT {NUMBER} = ANY(%(gone)s::bigint[])"
+                yield connection, self._types, visible
+                return
+            # The name and the rows of the table have to be those of the manifest that is read next.
+            self._execute(f"LOCK TABLE {self.table} IN ACCESS SHARE MODE")
+            found = self._state(COMMITTED)
+            now = IndexManifest.from_fields(self.location, found[0]) if found else None
+            if now is None or any(getattr(now, name) != getattr(self._opened, name) for name in SAME):
+                raise ValueError(f"the index {self.location} was replaced since it was opened; search again.")
+            self._opened = now
+            yield connection, now.stored["columns"], f"{GENERATION} <= {now.stored['generation']}"
+
+    def _condition(self, where: str | None, types: dict[str, str]) -> tuple[str, dict[str, Any]]:
+        """Return a condition with the values that are bound in it."""
+        if where is None:
+            return "true", {}
+        bound, columns = _BoundConditions(), {name: ARROW[types[name]] for name in _shown(types)}
+        return parse_where(where, columns, bound), bound.values
+
+    def _execute(self, statement: str, values: Sequence[Any] = ()) -> psycopg.Cursor[Any]:
+        return self.database.connection.execute(sql.SQL(statement), values)
 
     def _query(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
-        return self.database.connection.execute(query, values).fetchall()
+        return self._execute(query, values).fetchall()
 
-    def _exists(self, name: str) -> bool:
+    def _comment(self, name: str) -> str | None:
+        """Return the comment on a table, which may be empty; None if there is no table of this name."""
         query = (
-            "SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace WHERE nspname = %s AND relname = %s"
+            "SELECT coalesce(obj_description(c.oid, 'pg_class'), ''), relkind FROM pg_class c JOIN pg_namespace n ON "
+            "n.oid = relnamespace WHERE nspname = %s AND relname = %s"
         )
-        return bool(self._query(query, self.schema, name))
+        found = self._query(query, self.schema, name)
+        return (str(found[0][0]) if found[0][1] == "r" else "") if found else None
 
-    def _is_own(self, name: str) -> bool:
-        query = "SELECT obj_description(c.oid, 'pg_class') FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace"
-        found = self._query(f"{query} WHERE nspname = %s AND relname = %s AND relkind = 'r'", self.schema, name)
-        return found == [(MARK,)]
+    def _state(self, state: str) -> tuple[dict[str, Any], Any] | None:
+        """Return a manifest and its failures."""
+        if self._comment(f"{self.name}_llm2clip") != MARK:
+            return None
+        return self._execute(f"SELECT manifest, failures FROM {self.state} WHERE state = %s", [state]).fetchone()
 
-    def _read_state(self, state: str, column: str) -> Any:
-        with self.database.readable():
-            if not self._is_own(self.name + "_llm2clip"):
-                return None
-            query = sql.SQL("SELECT {} FROM {} WHERE state = %s").format(sql.Identifier(column), self.state)
-            found = self.database.connection.execute(query, (state,)).fetchone()
-        return None if found is None else found[0]
+    def _write_state(self, state: str, manifest: IndexManifest, failures: list[dict[str, Any]]) -> None:
+        self._execute(f"DELETE FROM {self.state} WHERE state = %s", [state])
+        values = [state, json.dumps(asdict(manifest)), json.dumps(failures)]
+        self._execute(f"INSERT INTO {self.state} VALUES (%s, %s, %s)", values)
 
-    def _require_columns(self, manifest: IndexManifest) -> None:
-        """Raise ValueError unless the table has the columns that the manifest names, with their types."""
+    def _columns(self) -> dict[str, str]:
         query = (
             "SELECT attname, format_type(atttypid, atttypmod) FROM pg_attribute JOIN pg_class c ON c.oid = attrelid "
-            "JOIN pg_namespace n ON n.oid = relnamespace WHERE nspname = %s AND relname = %s AND attnum > 0"
+            "JOIN pg_namespace n ON n.oid = relnamespace WHERE nspname = %s AND relname = %s AND attnum > 0 AND NOT "
+            "attisdropped"
         )
-        have = dict(self._query(query, self.schema, self.name))
-        for name, kind in {NUMBER: "bigint", **manifest.stored["columns"]}.items():
-            if have.get(name) != kind:
-                found = f"has the type {have[name]}" if name in have else "is missing"
-                raise ValueError(f"the index {self.place} is damaged: its column {name} of {kind} {found}; {REBUILD}")
+        return dict(self._query(query, self.schema, self.name))
 
 
-def split_name(table: str) -> tuple[str, str]:
-    """Return schema and name of a table; raise ValueError if it is not a plain name."""
-    found = TABLE_NAME.fullmatch(table)
-    if found is None:
-        raise ValueError(
-            f"table is {table!r}, but it has to be NAME or SCHEMA.NAME, of lower-case letters, digits and _, and NAME "
-            "of at most 48; the schema is llm2clip if it is left out."
-        )
-    return found[1] or SCHEMA, found[2]
+class _BoundConditions(Conditions):
+    """Conditions whose values are parameters."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+
+    def column(self, name: str) -> str:
+        return _quoted(name)
+
+    def value(self, value: pa.Scalar) -> str:
+        if pa.types.is_timestamp(value.type):
+            value = value.cast(pa.timestamp("us", value.type.tz))
+        return self._bind(value.as_py())
+
+    def _bind(self, value: Any) -> str:
+        name = f"value{len(self.values)}"
+        self.values[name] = without_zeros(value) if isinstance(value, str) else value
+        return f"%({name})s"
+
+    def compared(self, column: str, operator: str, value: pa.Scalar) -> str:
+        # Strings have the order of their code points, as elsewhere, and not the order of a language.
+        order = ' COLLATE "C"' if pa.types.is_string(value.type) and operator not in ("=", "<>") else ""
+        return f"{_quoted(column)}{order} {operator} {self.value(value)}"
+
+    def like(self, column: str, negation: str, pattern: str) -> str:
+        return f"{_quoted(column)} {negation}LIKE {self._bind(pattern)} ESCAPE ''"
+
+
+def _shown(types: dict[str, str]) -> list[str]:
+    return [name for name in types if name not in INTERNAL]
+
+
+def _bits(kind: str) -> str:
+    """The signs of embeddings of a type, as SQL has it; an index on it and a search that uses that say it alike."""
+    return f"binary_quantize({VECTOR})::bit{kind[kind.index('(') :]}"
+
+
+def _quoted(name: str) -> str:
+    """Quote a name for a statement with parameters."""
+    return sql.Identifier(name).as_string().replace("%", "%%")
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(map(_quoted, names))

@@ -1,8 +1,11 @@
-"""Search results, and the images that they refer to."""
+"""Search results, the images that they refer to, and a page that shows both."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import html
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +13,31 @@ from typing import Any
 from PIL import Image
 
 from llm2clip.data import SampleError, decode_image
+from llm2clip.search.folder_items import Items
 from llm2clip.search.index_manifest import IndexManifest
-from llm2clip.search.table_captions import TableCaptions
-from llm2clip.search.table_images import TableImages
+from llm2clip.search.table_items import items_of
+from llm2clip.utils.files import write_text
+
+THUMBNAIL = 320
+STYLE = """
+:root { color-scheme: light; }
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1.2rem; color: #1d2430;
+  background: #fafbfc; }
+h1 { font-size: 1.35rem; font-weight: 600; margin: 2.2rem 0 1rem; display: flex; align-items: center; gap: .8rem; }
+h1 img { width: 72px; height: 72px; object-fit: contain; border-radius: 6px; border: 1px solid #dde2ea;
+  background: #fff; }
+ol { list-style: none; margin: 0; padding: 0; display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(180px, 1fr)); }
+li { background: #fff; border: 1px solid #e3e7ee; border-radius: 10px; overflow: hidden; }
+.frame { aspect-ratio: 1; display: flex; align-items: center; justify-content: center; background: #fff;
+  border-bottom: 1px solid #eef1f5; color: #8792a5; }
+.frame img { max-width: 100%; width: 100%; height: 100%; object-fit: contain; }
+.text { padding: .55rem .7rem .65rem; }
+.line { display: flex; justify-content: space-between; font-size: .85rem; color: #5a6678; }
+.score { font-variant-numeric: tabular-nums; font-weight: 600; color: #1d2430; }
+.caption { margin: .15rem 0; }
+.place { font-size: .78rem; color: #8792a5; overflow-wrap: anywhere; }
+"""
 
 
 @dataclass
@@ -90,18 +115,14 @@ class ResultImages:
         table: The indexed data set, if it is already open.
 
     Attributes:
-        embed: What the index is of, image or caption.
         exist: Whether the rows have images.
     """
 
-    def __init__(self, manifest: IndexManifest, table: TableImages | TableCaptions | None = None) -> None:
+    def __init__(self, manifest: IndexManifest, table: Items | None = None) -> None:
         self.max_pixels = manifest.max_pixels
-        self.embed, self.exist = manifest.embed, manifest.has_images
-        self.table = table
-        if table is None and manifest.source["kind"] == "dataset":
-            options = {name: value for name, value in manifest.source.items() if name != "kind"}
-            kind: type[TableImages | TableCaptions] = TableCaptions if self.embed == "caption" else TableImages
-            self.table = kind(**options, max_pixels=self.max_pixels)
+        self.exist = manifest.has_images
+        is_folder = manifest.source["kind"] == "folder"
+        self.table: Any = None if is_folder else table or items_of(manifest)
 
     def load(self, result: SearchResult) -> Image.Image | None:
         """Decode the image of a result; None if it or its caption has been removed, damaged, or replaced."""
@@ -111,3 +132,39 @@ class ResultImages:
             if self.exist and result.row is not None and self.table.has(result.row, result.hash):
                 return self.table.decode(result.row)
         return None
+
+
+def write_page(path: Path, found: list[QueryResults], images: ResultImages) -> None:
+    """Write the results of queries to one self-contained HTML file, with thumbnails."""
+    title = html.escape(", ".join(entry.title for entry in found))
+    parts = [
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>",
+        f"<title>{title}</title><style>{STYLE}</style></head><body>",
+    ]
+    for entry in found:
+        shown = "" if entry.image is None else _thumbnail(entry.image, "the query")
+        parts.append(f"<h1>{shown}{html.escape(entry.title)}</h1><ol>")
+        parts += [_item(rank, result, images) for rank, result in enumerate(entry.results, 1)]
+        parts.append("</ol>")
+    write_text(path, "\n".join([*parts, "</body></html>"]))
+
+
+def _item(rank: int, result: SearchResult, images: ResultImages) -> str:
+    image = images.load(result)
+    shown = "no longer available" if image is None else _thumbnail(image, result.caption or result.key)
+    frame = f"<div class='frame'>{shown}</div>" if images.exist else ""
+    caption = f"<div class='caption'>{html.escape(result.caption)}</div>" if result.caption else ""
+    return (
+        f"<li>{frame}<div class='text'>"
+        f"<div class='line'><span>{rank}</span><span class='score'>{result.score:.3f}</span></div>{caption}"
+        f"<div class='place'>{html.escape(result.place)}</div></div></li>"
+    )
+
+
+def _thumbnail(image: Image.Image, text: str) -> str:
+    image, file = image.copy(), io.BytesIO()
+    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    image.save(file, "WEBP", quality=85)
+    data = base64.b64encode(file.getvalue()).decode()
+    return f"<img alt='{html.escape(text)}' src='data:image/webp;base64,{data}'>"

@@ -1,26 +1,30 @@
-"""The command `llm2clip search`: find the images or captions of an index that match a text or an image."""
+"""The command `llm2clip search`: find the images or captions of an index that match a text or an image.
+
+Its mistakes are found before the libraries of models and of the index are imported, which takes many seconds.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+import re
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from PIL import Image
-from rich.console import Console
-from rich.table import Table
+from llm2clip.utils.logs import print_whole, printable, quiet_libraries
+from llm2clip.utils.model_places import require_model_place
+from llm2clip.utils.settings import nearest, setting
 
-from llm2clip.data import decode_image
-from llm2clip.encoders.ours import OurEncoder
-from llm2clip.search.image_index import ImageIndex
-from llm2clip.search.page import write_page
-from llm2clip.search.results import QueryResults, ResultImages, SearchResult
-from llm2clip.utils.logs import printable
-from llm2clip.utils.settings import setting
+if TYPE_CHECKING:
+    from llm2clip.encoders.query_text import TextEncoder
+    from llm2clip.search.results import QueryResults, SearchResult
 
 logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
 
 
 @dataclass
@@ -44,6 +48,9 @@ class SearchConfig:
     top: int = setting(10, "Number of images or captions shown per query.")
     model: str | None = setting(None, "Hub id or folder of the model; by default the model that made the index.")
     model_revision: str | None = setting(None, "Branch, tag or commit of the model on the Hub.")
+    fast: bool = setting(
+        False, "Embed texts with the model's query encoder (llm2clip distill-text) in milliseconds, without its LLM."
+    )
     json: bool = setting(False, "Print JSON instead of tables.")
     postgres: str | None = field(
         default=None,
@@ -51,7 +58,6 @@ class SearchConfig:
         metadata={"help": "URL of the PostgreSQL database that the index is in, as for llm2clip index."},
     )
     html: str | None = setting(None, "Also write the results to this self-contained HTML file, with thumbnails.")
-    picture: str | None = setting(None, "Also draw the thumbnails of each query into this PNG file.")
 
     def __post_init__(self) -> None:
         if not self.index:
@@ -64,93 +70,131 @@ class SearchConfig:
             raise ValueError('where is empty; leave it out, or write a condition: --where "size > 1000"')
         if self.top < 1:
             raise ValueError(f"top must be at least 1, not {self.top}.")
+        if self.fast and not self.query:
+            raise ValueError("fast is for texts, and --image alone needs no LLM; leave it out.")
 
 
 def run(config: SearchConfig) -> None:
-    """Search, print the results, and write them to the files in the settings.
+    """Search, print the results, and write the page.
+
+    On a terminal the results are tables. Elsewhere each is a line `IMAGE<TAB>SCORE`, with its caption as third column
+    if it has one; of captions `CAPTION<TAB>SCORE<TAB>KEY`. With several queries the query is a column before these.
 
     Raises:
         FileNotFoundError: The index, model or image file does not exist.
         NonFiniteError: The model's embedding of a query is NaN or infinite.
-        ValueError: Another model made the index, the image cannot be read, `where` is no condition on its columns, or
-            a picture of captions without images is asked for.
+        ValueError: Another model made the index, the image cannot be read, or `where` is no condition on its columns.
     """
-    index = ImageIndex.open(config.index, config.postgres)
-    if config.picture and not index.manifest.has_images:
-        raise ValueError(
-            f"picture is {config.picture}, but the captions of the index {index.place} have no images; leave it out, "
-            "or write a page of them: --html FILE"
-        )
     if config.image and not Path(config.image).is_file():
         raise FileNotFoundError(f"there is no image file {config.image}.")
+    check_places(config.index, config.model, config.postgres)
+
+    import torch
+
+    from llm2clip.data import decode_image
+    from llm2clip.search.results import QueryResults, ResultImages, write_page
+    from llm2clip.search.search_index import SearchIndex
+
+    quiet_libraries()
+    text_encoder: TextEncoder = "query" if config.fast else "llm"
+    index = SearchIndex.open(config.index, config.postgres, config.model, config.model_revision, text_encoder)
     image = decode_image(config.image, config.image) if config.image else None
-    name, revision = _model_of(config, index)
-    needs = ["image", "text"] if config.query else ["image"]
-    encoder = OurEncoder.load(name, revision, needs, hint="A text query needs the whole model with its LLM.")
-    _require_model(index, encoder, bool(config.query))
-    queries: list[tuple[str, Image.Image | None]] = [(text, None) for text in config.query]
+    encoder = index.encoder([*["text"] * bool(config.query), *["image"] * bool(config.image)])
+    queries = [(text, None) for text in config.query] + ([(config.image, image)] if config.image else [])
     embeds = [encoder.encode_text(config.query)] if config.query else []
     if config.image:
-        queries.append((config.image, image))
         embeds.append(encoder.encode_image(image, names=[config.image]))
-    found = []
-    for query, rows in zip(queries, index.search(torch.cat(embeds).numpy(), config.top, config.where), strict=True):
-        results = [SearchResult.from_row(row, score, index.manifest) for score, row in rows]
-        found.append(QueryResults(*query, results))
+    results = index.search(torch.cat(embeds).numpy(), config.top, config.where)
+    found = [QueryResults(*query, rows) for query, rows in zip(queries, results, strict=True)]
+    if config.where and not any(entry.results for entry in found):
+        logger.warning("no row of the index fulfils --where %s", config.where)
     if config.json:
-        result = {"index": config.index, "model": name, "queries": [entry.as_dict() for entry in found]}
-        print(printable(json.dumps(result, indent=2, ensure_ascii=False)))
-    else:
+        result = {"index": config.index, "model": encoder.name, "queries": [entry.as_dict() for entry in found]}
+        print_whole(printable(json.dumps(result, indent=2, ensure_ascii=False)))
+    elif sys.stdout.isatty():
         _print_tables(found, index.manifest.embed)
-    if config.html or config.picture:
-        _write_files(config, found, ResultImages(index.manifest))
-
-
-def _write_files(config: SearchConfig, found: list[QueryResults], images: ResultImages) -> None:
+    elif lines := _lines(found, index.manifest.embed):
+        print_whole("\n".join(lines))
     if config.html:
-        write_page(Path(config.html), found, images)
+        write_page(Path(config.html), found, ResultImages(index.manifest))
         logger.info("wrote %s", config.html)
-    if config.picture:
-        from llm2clip.search.picture import draw_picture  # matplotlib starts slowly
-
-        draw_picture(Path(config.picture), found, images)
-        logger.info("wrote %s", config.picture)
 
 
-def _require_model(index: ImageIndex, encoder: OurEncoder, has_texts: bool) -> None:
-    """Raise ValueError unless the model made the index: its side of images, and of texts where both have them."""
-    text_fingerprint = None
-    if has_texts and index.manifest.text_fingerprint is not None:  # reading all weights takes seconds
-        text_fingerprint = encoder.text_fingerprint()
-    index.manifest.require_model(index.place, encoder, encoder.image_fingerprint(), text_fingerprint)
+def check_places(index: str, model: str | None, postgres: str | None = None) -> None:
+    """Check that a local index and the model that searches it can exist, without the libraries of either.
+
+    Raises:
+        FileNotFoundError: One of them does not exist.
+    """
+    if model:
+        require_model_place(model)
+    if postgres is not None or "://" in index:
+        return
+    try:
+        fields = json.loads((Path(index) / MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(_no_index(Path(index))) from None
+    except ValueError:
+        return  # the store says what to do with a damaged one
+    if not model and isinstance(fields, dict):
+        require_recorded(index, str(fields.get("model")))
 
 
-def _model_of(config: SearchConfig, index: ImageIndex) -> tuple[str, str | None]:
-    if config.model:
-        return config.model, config.model_revision
-    name = index.manifest.model
-    if Path(name).is_absolute() and not Path(name).is_dir():
+def _no_index(folder: Path) -> str:
+    if folder.is_dir():
+        meant = ""
+        advice = f"If these are the images: llm2clip index {folder} --model MODEL"
+    else:
+        meant = nearest(folder.name, [path.parent.name for path in folder.parent.glob(f"*/{MANIFEST}")])
+        advice = f"To create one: llm2clip index IMAGES --model MODEL --output-dir {folder}"
+    return (
+        f"there is no index in {folder} (no {MANIFEST}){meant or '.'} {advice}. If a run was stopped, run the same "
+        "llm2clip index again."
+    )
+
+
+def require_recorded(index: str, model: str) -> None:
+    """Raise FileNotFoundError if the model that made an index was a folder or a file that does not exist any more."""
+    path = Path(re.sub(r"(?<=\.py):\w+$", "", model))
+    if path.is_absolute() and not path.exists():
         raise FileNotFoundError(
-            f"the index {config.index} was made by the model in {name}, which no longer exists; give its new place: "
+            f"the index {index} was made by the model in {model}, which no longer exists; give its new place: "
             "--model FOLDER"
         )
-    return name, config.model_revision or index.manifest.revision
+
+
+def _columns(results: Sequence[SearchResult], embed: str) -> dict[str, list[str]]:
+    """Return the columns that describe results: what was found comes first."""
+    places, captions = [result.place for result in results], [result.caption or "" for result in results]
+    if embed == "caption":
+        return {"caption": captions, "row": places}
+    return {"image": places, **({"caption": captions} if any(captions) else {})}
+
+
+def _lines(found: list[QueryResults], embed: str) -> list[str]:
+    lines = []
+    for entry in found:
+        first, *others = _columns(entry.results, embed).values()
+        scores = [f"{result.score:.4f}" for result in entry.results]
+        queries = [[entry.text] * len(scores)] if len(found) > 1 else []
+        for cells in zip(*queries, first, scores, *others, strict=True):
+            lines.append("\t".join(printable(cell).replace("\t", "\\t").replace("\n", "\\n") for cell in cells))
+    return lines
 
 
 def _print_tables(found: list[QueryResults], embed: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     # Queries and captions are not markup: "[bold]" and ":dog:" are printed as they are.
     console = Console(markup=False, emoji=False)
     for entry in found:
         table = Table(title=printable(entry.title), title_justify="left", title_style="bold")
         table.add_column("rank", justify="right")
         table.add_column("score", justify="right")
-        captioned = any(result.caption for result in entry.results)
-        # What was found comes first.
-        names = ["caption", "row"] if embed == "caption" else ["image", *["caption"] * captioned]
-        for name in names:
+        columns = _columns(entry.results, embed)
+        for name in columns:
             table.add_column(name, overflow="ellipsis" if name == "caption" else "fold")
-        for rank, result in enumerate(entry.results, 1):
-            shown = {"image": result.place, "row": result.key, "caption": result.caption or ""}
-            cells = [str(rank), f"{result.score:.3f}", *(shown[name] for name in names)]
-            table.add_row(*map(printable, cells))
+        for rank, (result, *cells) in enumerate(zip(entry.results, *columns.values(), strict=True), 1):
+            table.add_row(str(rank), f"{result.score:.3f}", *map(printable, cells))
         console.print(table)

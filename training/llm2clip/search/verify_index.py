@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llm2clip.search.index_rows import VECTOR
 from llm2clip.search.lance_store import LanceStore
+from llm2clip.search.store import VECTOR
 from llm2clip.utils.manifests import Fault, Verified, listed_files
 
 # Of the length of an embedding, which is rounded to 16 bits.
@@ -32,9 +32,10 @@ def verify_index(folder: Path) -> Verified:
         if found.faults:
             # LanceDB may panic over a damaged table, or wait for ever.
             return found
-        manifest = store.require_manifest()
-        rows = store.rows(manifest)
-        for batch in rows.scan([VECTOR]):
+        manifest = store.metadata()
+        if manifest is None:
+            raise FileNotFoundError(f"the index {folder} is not finished")
+        for batch in store.keys([VECTOR]):
             embeds = batch[VECTOR].flatten().to_numpy().astype(np.float32).reshape(len(batch), manifest.width)
             lengths = np.linalg.norm(embeds, axis=1)
             found.counts["num_images"] += len(batch)

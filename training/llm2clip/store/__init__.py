@@ -10,11 +10,13 @@ from llm2clip.store.manifest import (
     StoreMismatchError,
     caption_manifest,
 )
+from llm2clip.store.pair import PairedCache
 from llm2clip.store.store import EmbeddingCache, Store
 
 __all__ = [
     "EmbeddingCache",
     "MissingCaptionError",
+    "PairedCache",
     "Store",
     "StoreDamagedError",
     "StoreError",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Generic, get_args
 
 import numpy as np
 import torch
@@ -49,14 +49,43 @@ class ComputedRows:
 
 # Captions to their embeddings, and how many of them were truncated.
 Embed = Callable[[list[str]], tuple[Tensor, int]]
-# Computes the rows of some keys, given by their positions, and advances the bar.
-Compute = Callable[[np.ndarray, ProgressBar], ComputedRows]
 
 
+class StoreBuild(Generic[StoreT]):
+    """The shards of a store that this process has to compute; see [`build_store`].
+
+    Attributes:
+        bar: The progress bar, which whoever computes the rows advances.
+        store: The complete store, from the end of the build on.
+    """
+
+    store: StoreT
+
+    def __init__(
+        self,
+        folder: Path,
+        keys: np.ndarray,
+        manifest: StoreManifest,
+        shards: Sequence[tuple[int, np.ndarray]],
+        bar: ProgressBar,
+    ) -> None:
+        self.folder, self.keys, self.manifest, self.shards, self.bar = folder, keys, manifest, shards, bar
+
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield the number of each shard, and the positions of its keys."""
+        return iter(self.shards)
+
+    def write(self, number: int, positions: np.ndarray, found: ComputedRows) -> None:
+        """Write a shard."""
+        tensors = {"rows": found.rows, "keys": keys_tensor(self.keys[positions])}
+        own = replace(self.manifest, counts=found.counts, skipped=found.skipped)
+        write_shard(self.folder / shard_name(number), tensors, own)
+
+
+@contextlib.contextmanager
 def build_store(
     path: str | Path,
     keys: np.ndarray,
-    compute: Compute,
     manifest: StoreManifest,
     *,
     title: str,
@@ -67,8 +96,15 @@ def build_store(
     world_size: int = 1,
     barrier: Callable[[], None] | None = None,
     kind: type[StoreT] = Store,  # type: ignore[assignment]
-) -> StoreT:
+) -> Iterator[StoreBuild[StoreT]]:
     """Compute the rows that a store lacks, and open it; resume an interrupted build, or append to a complete store.
+
+    ```
+    with build_store(path, keys, manifest, title="Embedding images") as build:
+        for number, positions in build:
+            build.write(number, positions, ComputedRows(...))
+    build.store
+    ```
 
     The missing keys are cut into shards in the given order. A shard is written under a temporary name, flushed to
     disk and renamed, and then its manifest: it is complete or missing. Shards that are whole are kept, and the result
@@ -78,7 +114,6 @@ def build_store(
     Args:
         path: The folder, created if it does not exist.
         keys: (n, 2) int64, distinct, the same on every rank.
-        compute: See `Compute`.
         manifest: The encoder and the format.
         title, show_progress_bar: Title of the progress bar, and whether there is one, on rank 0.
         shard_size: Rows of a shard; a kill loses those of one.
@@ -118,11 +153,8 @@ def build_store(
         mine = work[rank::world_size]
         total = sum(len(positions) for _, positions in mine)
         with ProgressBar(title, total, manifest.about.unit, show_progress_bar and rank == 0 and total > 0) as bar:
-            for number, positions in mine:
-                found = compute(positions, bar)
-                tensors = {"rows": found.rows, "keys": keys_tensor(keys[positions])}
-                own = replace(manifest, counts=found.counts, skipped=found.skipped)
-                write_shard(folder / shard_name(number), tensors, own)
+            build: StoreBuild[StoreT] = StoreBuild(folder, keys, manifest, mine, bar)
+            yield build
         wait()
         if rank == 0:
             if work or indexed is None:
@@ -132,9 +164,8 @@ def build_store(
                 level = logging.DEBUG if in_section() else logging.INFO
                 logger.log(level, "The %s %s already contains all these %ss.", *words)
         wait()
-        opened = kind.open(folder, verify=False)  # before another run may change the folder
+        build.store = kind.open(folder, verify=False)  # before another run may change the folder
         wait()
-    return opened
 
 
 def shard_name(number: int) -> str:
@@ -267,16 +298,6 @@ def build_embedding_cache(
             float16.
     """
 
-    def compute(positions: np.ndarray, bar: ProgressBar) -> ComputedRows:
-        rows, truncated = [], 0
-        for start in range(0, len(positions), embed_size):
-            texts = [captions[position] for position in positions[start : start + embed_size]]
-            embeddings, cut = embed(texts)
-            rows.append(check_embeddings(embeddings, texts, manifest))
-            truncated += cut
-            bar.update(len(texts))
-        return ComputedRows(torch.cat(rows), {"truncated": truncated})
-
     if not captions:
         raise ValueError("There are no captions to embed.")
     keys = caption_keys(captions)
@@ -286,7 +307,17 @@ def build_embedding_cache(
             f"{len(keys) - len(first)} captions repeat an earlier one, such as "
             f"{captions[int(first[times > 1][0])][:80]!r}; pass distinct captions, as distinct_captions returns them."
         )
-    built = build_store(path, keys, compute, manifest, title="Embedding captions", **options).manifest
+    with build_store(path, keys, manifest, title="Embedding captions", **options) as build:
+        for number, positions in build:
+            rows, cut = [], 0
+            for start in range(0, len(positions), embed_size):
+                texts = [captions[position] for position in positions[start : start + embed_size]]
+                embeddings, truncated = embed(texts)
+                rows.append(check_embeddings(embeddings, texts, manifest))
+                cut += truncated
+                build.bar.update(len(texts))
+            build.write(number, positions, ComputedRows(torch.cat(rows), {"truncated": cut}))
+    built = build.store.manifest
     if truncated := built.counts["truncated"]:
         counts = truncated, built.rows, manifest.identity["max_length"]
         logger.warning("%d of %d captions were cut at %d tokens.", *counts)

@@ -54,6 +54,7 @@ KINDS = {
     "features": Kind("image feature cache", "image", "start the training again"),
     "states": Kind("store of the states of frozen layers", "image", "start the training again"),
     "evaluation": Kind("evaluation store", "row", "run `llm2clip evaluate` again"),
+    "teacher": Kind("store of a teacher's rows", "row", "start the distillation again"),
 }
 
 

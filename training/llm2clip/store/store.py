@@ -207,8 +207,11 @@ class Store:
         """Return rows by their numbers, (n, width); by default in the stored dtype.
 
         Raises:
+            KeyError: A number is -1, that of a key which is not there.
             StoreDamagedError: A row is not finite.
         """
+        if len(rows) and rows.min() < 0:
+            raise KeyError(f"{int((rows < 0).sum())} of {len(rows)} keys have no row in the store {self.path}.")
         # As integers, because numpy has no bfloat16; numpy copies single rows faster than torch.
         if len(self.shards) == 1:
             bits = self._shard(0)[rows]

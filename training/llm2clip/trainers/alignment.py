@@ -1,14 +1,18 @@
-"""Stage 2 with frozen towers in closed form: the maps of two towers are solved for, not trained."""
+"""The heads of a model that are not trained: solved for in closed form, or those of another model's space."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import Any, cast
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from llm2clip.encoders import OurEncoder, load_encoder
 from llm2clip.trainers.closed_form import (
     DEFAULT_RIDGE,
     DEFAULT_WIDTH,
@@ -33,6 +37,13 @@ WIDTHS = (128, 256, 512)
 # The heads that each alignment needs, and the hidden width of the gated part, which is small beside its linear map.
 HEADS = {"closed_form": "linear", "closed_form_then_train": "residual"}
 EXPANSION = 2
+# The fields of a model's config that say how it makes embeddings of a tower's outputs.
+VISION_SIDE = (
+    *("vision_pooling", "standardize_vision", "visual_head", "visual_head_expansion"),
+    *("visual_projection", "visual_projection_bias"),
+)
+# Above this cosine, two models embed an image as one and the same.
+SAME = 0.999
 
 
 def align(
@@ -116,6 +127,60 @@ def set_heads(model: LLM2CLIPModel, kind: str, width: int) -> None:
     if (center := model.text_adapter.center) is not None:
         cast(Tensor, adapter.center).copy_(center)
     model.visual_projection, model.text_adapter = head, adapter
+
+
+def take_space(model: LLM2CLIPModel, image_processor: Any, name: str) -> None:
+    """Let a model project images as another one does, so that they are in the space of that one's texts.
+
+    The vision tower has to be that model's already. What follows it is taken from there: all heads of an LLM2CLIP
+    model, the projection of a CLIP, nothing of a SigLIP, which has none.
+
+    Args:
+        name: Hub id or folder of a model of images and texts; see [`load_encoder`](llm2clip.encoders.load_encoder).
+
+    Raises:
+        ValueError: Its embeddings have another width, or it embeds images otherwise.
+    """
+    encoder, config = load_encoder(name, device="cpu", needs=["image"]), cast(LLM2CLIPConfig, model.config)
+    if encoder.width != config.projection_dim:
+        raise ValueError(
+            f"distill_from: {name} embeds as {encoder.width} values, but the model as {config.projection_dim}; set "
+            f"projection_dim: {encoder.width}."
+        )
+    size = config.vision_config.image_size
+    shape = (size, size, 3) if isinstance(size, int) else (*size, 3)
+    noise = [np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8) for seed in range(2)]
+    images = [Image.fromarray(values) for values in noise]
+    wanted, own = encoder.encode_image(images), OurEncoder(model.eval(), image_processor)
+
+    def is_same() -> bool:
+        return bool((own.encode_image(images) * wanted).sum(dim=1).min() > SAME)
+
+    if is_same():
+        return
+    other: Any = encoder.model
+    is_ours, head = isinstance(encoder, OurEncoder), getattr(other, "visual_projection", None)
+    head = head if is_ours or isinstance(head, nn.Linear) else None
+    fields: dict[str, Any] = {"vision_pooling": "cls", "standardize_vision": False, "visual_head": "linear"}
+    fields |= {"visual_projection": head is not None}
+    fields |= {"visual_projection_bias": getattr(head, "bias", None) is not None}
+    if is_ours:
+        fields = {field: getattr(other.config, field) for field in VISION_SIDE}
+    for field, value in fields.items():
+        setattr(config, field, value)
+    weight = model.text_adapter.proj.weight
+    model.visual_projection = (nn.Identity() if head is None else head).to(weight.device, weight.dtype)
+    standardization: LLM2CLIPStandardization | None = getattr(other, "visual_standardization", None)
+    model.visual_standardization = None if standardization is None else standardization.to(weight.device)
+    with contextlib.suppress(RuntimeError):  # a head for features of another width
+        if is_same():
+            logger.info("Images are projected as by %s, whose space is kept.", name)
+            return
+    raise ValueError(
+        f"distill_from: {name} embeds images otherwise than the vision tower of this model, so that its texts would "
+        f"be taught another space than that of the images. Give {name} as vision_model_name_or_path, with its image "
+        "processor, or leave distill_from out."
+    )
 
 
 def standardize(model: LLM2CLIPModel) -> None:

@@ -37,6 +37,12 @@ class ContrastiveConfig:
     )
 
 
+def require_prefixes(dims: Sequence[int], width: int) -> None:
+    """Raise ValueError unless each of `matryoshka_dims` is fewer values than embeddings have."""
+    if wrong := [dim for dim in dims if not 0 < dim < width]:
+        raise ValueError(f"matryoshka_dims has {wrong[0]}, but a prefix of {width} values has 1 to {width - 1}.")
+
+
 @dataclass
 class StageConfig(TrainingArguments):
     """Settings of every stage.

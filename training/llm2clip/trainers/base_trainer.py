@@ -6,6 +6,7 @@ import contextlib
 import logging
 import pickle
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -22,6 +23,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from llm2clip.data import SampleIndexBatchSampler, SkipLog
 from llm2clip.data.sampling import EpochBatchSampler, EpochDataset
 from llm2clip.data.streams import SampleStream
+from llm2clip.evaluation.data import CaptionPairData
+from llm2clip.hub.cards.facts import Evaluation
 from llm2clip.hub.upload import Uploader
 from llm2clip.trainers.base_config import StageConfig, require_batch
 from llm2clip.trainers.checkpoints import begin_checkpoint, finish_checkpoint, unlist_result
@@ -39,7 +42,7 @@ from llm2clip.utils.embeddings import BROKEN_MODEL, NonFiniteError
 from llm2clip.utils.library_errors import explain, wrap_write_errors
 from llm2clip.utils.processes import on_any_process
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
-from modeling_llm2clip.modeling_llm2clip_utils import keep_freed_memory
+from modeling_llm2clip.modeling_llm2clip_utils import keep_freed_memory, shorten
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +82,8 @@ class StageTrainer(Trainer):
     # Evaluation of `eval_dataset` gives the loss alone, without metrics from the outputs.
     loss_only: ClassVar[bool] = False
     config_class: ClassVar[type] = StageConfig
+    # Of the sets of `retrieval`.
+    retrieval_class: ClassVar[type] = CaptionPairData
     # Arguments of `from_pretrained` for a checkpoint of the model.
     load_options: ClassVar[dict[str, Any]] = {}
     # The log of an earlier part of the run, whose curves come first in the card.
@@ -106,11 +111,15 @@ class StageTrainer(Trainer):
             )
         if isinstance(train_dataset, datasets.DatasetDict | datasets.IterableDatasetDict):
             raise ValueError(f"train_dataset has the splits {', '.join(train_dataset)}; give one of them.")
-        if not all(map(callable, (retrieval or {}).values())):
-            raise ValueError("retrieval maps names to sets such as an ImageTextRetrieval; rows are eval_dataset.")
+        for name, one in (retrieval or {}).items():
+            if not isinstance(one, self.retrieval_class):
+                wanted, given = self.retrieval_class.__name__, type(one).__name__
+                raise ValueError(f"retrieval[{name!r}] is a {given}, not a {wanted}; rows are eval_dataset.")
         self.args, self.retrieval, self.processing_class = args, retrieval or {}, processing_class
         self._has_eval_rows, self._has_own_collator = eval_dataset is not None, data_collator is not None
         self.run: RunContext | None = None
+        # The terms of the last loss in training by the names in the log, if it has several.
+        self.terms: dict[str, Tensor] = {}
         if model is not None:
             self.prepare_model(model)
         super().__init__(
@@ -212,6 +221,10 @@ class StageTrainer(Trainer):
     def retrieval_scores(prediction: EvalPrediction) -> dict[str, float | int]:
         """Compute retrieval metrics from the embeddings of `eval_dataset` and their [`eval_labels`]."""
         raise NotImplementedError
+
+    def comparison(self, evaluations: list[Evaluation]) -> str:
+        """Return a table for the card, in Markdown, beside that of the recalls."""
+        return ""
 
     def frozen_inputs(self) -> dict[str, str | None]:
         """Identify what a run reads and its checkpoints do not contain, by name in words."""
@@ -387,6 +400,12 @@ class StageTrainer(Trainer):
         outputs = {**embeds, "logit_scale": logit_scale, "logit_bias": logit_bias}
         return self.compute_loss_func(outputs, dict(ids) or None, num_items_in_batch=None)
 
+    def loss_of_prefixes(self, dims: Sequence[int], embeds: Mapping[str, Tensor], *others: Any) -> Tensor:
+        """Average the losses of embeddings and of their first `dims` values, of unit length each (Matryoshka)."""
+        # The whole embeddings are last, as what a loss keeps of its last call is logged.
+        parts = [*({name: shorten(rows, dim) for name, rows in embeds.items()} for dim in dims), embeds]
+        return torch.stack([self.loss_of(part, *others) for part in parts]).mean()
+
     def _observed(self, loss: Tensor, outputs: dict[str, Tensor], inputs: dict[str, Any]) -> Observed:
         # Without embeddings, the outputs are states, of which those of padding may be anything.
         return Observed.of(loss, () if self.loss_only else outputs.values(), inputs.get("keys"))
@@ -411,6 +430,7 @@ class StageTrainer(Trainer):
                 logs["cut_captions"] = totals.cut_captions
         if "loss" in logs:
             logs["loss"] = totals.take_loss()
+            logs |= {name: self.accelerator.reduce(term, "mean").item() for name, term in self.terms.items()}
         if "train_loss" in logs:
             logs["train_loss"] = totals.mean_loss()
         if skipped := self.run_state.skipped.count():
@@ -481,7 +501,7 @@ class StageTrainer(Trainer):
             self.average.checkpoint = Path(checkpoint)
 
     def _load_best_model(self) -> None:
-        if is_sharded(self.accelerator) and not getattr(self.unwrapped(), "has_adapter", False):
+        if is_sharded(self.accelerator) and not self.saves_adapter():
             super()._load_best_model()
         else:
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
@@ -514,13 +534,21 @@ class StageTrainer(Trainer):
         trained = {name: weight for name, weight in checked.items() if sharded or weight.requires_grad}
         require_finite(trained, self.state.global_step, sharded)
         if self.args.should_save:
-            model.save_pretrained(folder, state_dict=weights)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(folder)
-            make_readable_by_version_4(folder)
+            self.write_model(model, folder, weights)
+
+    def write_model(self, model: Any, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Write a model, by default with its own weights, and its processor; called in the main process."""
+        model.save_pretrained(folder, state_dict=weights)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        make_readable_by_version_4(folder)
+
+    def saves_adapter(self) -> bool:
+        """Whether checkpoints have an adapter in place of the frozen LLM."""
+        return getattr(self.unwrapped(), "has_adapter", False)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_fsdp_enabled or not getattr(self.unwrapped(), "has_adapter", False):
+        if not self.is_fsdp_enabled or not self.saves_adapter():
             super()._save_optimizer_and_scheduler(output_dir)
             return
         # Otherwise each checkpoint would have the whole frozen LLM, which a resumed run does not read.
@@ -632,6 +660,7 @@ class StageTrainer(Trainer):
         sources = getattr(self.args, "eval_sources", {})
         found = latest_evaluations([*self.retrieval], log, sources, self.evaluation_title, self._revisions)
         card: dict[str, Any] = {"task": self.card_task, "evaluations": found, "history": history}
+        card["comparison"] = self.comparison(found)
         write_model_card(self.args, self.unwrapped(), self.processing_class, **card, repo=self.hub_model_id)
 
     # Pushing, through [`Uploader`] as `llm2clip push` does, and only to a repo that contains no other model.
@@ -655,7 +684,8 @@ class StageTrainer(Trainer):
 
     def publish(self, checkpoint: Path) -> None:
         """Copy the model of a checkpoint to `output_dir`, which is uploaded, and write its card."""
-        publish_model(checkpoint, Path(str(self.args.output_dir)), self.unwrapped(), self.average)
+        write = partial(self.write_model, self.unwrapped())
+        publish_model(checkpoint, Path(str(self.args.output_dir)), write, self.average)
         self.create_model_card()
         self.control = self.callback_handler.on_push_begin(self.args, self.state, self.control)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
+from modeling_llm2clip.modeling_llm2clip_utils import TEXT_MODEL
 
 
 def bundle_text_model(folder: Path) -> None:
@@ -39,3 +41,4 @@ def bundle_text_model(folder: Path) -> None:
                 # It would be loaded in place of the shards; until here, a kill leaves the model as it was.
                 (folder / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
             path.replace(folder / path.name)
+    shutil.rmtree(folder / TEXT_MODEL, ignore_errors=True)

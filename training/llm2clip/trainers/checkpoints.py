@@ -10,16 +10,18 @@ from pathlib import Path
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from llm2clip.hub.sentence_transformers import NORMALIZE_FOLDER
 from llm2clip.hub.upload_files import model_files
 from llm2clip.trainers.base_config import StageConfig
 from llm2clip.utils.manifests import FOLDER_MANIFEST, damage, write_manifest
 from llm2clip.utils.processes import on_main_process
+from modeling_llm2clip.modeling_llm2clip_utils import TEXT_MODEL
 
 logger = logging.getLogger(__name__)
 
 COMMAND = "training"
 SETTINGS = "settings.json"
+# Of sentence-transformers, in the folder of a model.
+MODULE_FOLDERS = "[0-9]_*"
 RESULT_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 
 
@@ -125,6 +127,10 @@ def list_result(args: StageConfig) -> None:
     """List the saved model of a finished run with checksums, which `llm2clip build` and `push` compare."""
     if args.should_save:
         folder = Path(args.output_dir)
-        names = [name for name in model_files(folder).uploaded if Path(name).parts[0] in (name, NORMALIZE_FOLDER)]
+        names = [
+            name
+            for name in model_files(folder).uploaded
+            if Path(name).parent in (Path(), Path(TEXT_MODEL)) or Path(name).parent.match(MODULE_FOLDERS)
+        ]
         state = [name for name in (TRAINER_STATE_NAME, SETTINGS) if (folder / name).is_file()]
         write_manifest(folder, COMMAND, [*names, *state])

@@ -13,16 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm2clip.data import CaptionImageDataset
-from llm2clip.encoders.batches import TableImages
+from llm2clip.data import CaptionImageDataset, SkippedSample
+from llm2clip.encoders.batches import ContentSet, TableImages
 from llm2clip.encoders.image_features import ImageFeatures, feature_manifest, pooled_features, store_features
-from llm2clip.evaluation import ImageTextRetrieval
+from llm2clip.evaluation.data import RetrievalData
 from llm2clip.store import EmbeddingCache, StoreManifest
 from llm2clip.trainers.alignment import standardize
 from llm2clip.trainers.base_config import defaults_of
+from llm2clip.trainers.distill_data import TaughtCaptions
 from llm2clip.trainers.frozen_layers import FrozenLayers, freeze_unused
-from llm2clip.trainers.stage2_config import TRAINING_FIELDS, Stage2Config
+from llm2clip.trainers.stage2_config import NOT_OF_TEXTS, TRAINING_FIELDS, Stage2Config
 from llm2clip.trainers.stored_rows import FrozenStatesDataset, StoredPairsDataset
+from llm2clip.trainers.teacher import Teacher
+from llm2clip.trainers.text_tower_config import LoraSettings
 from llm2clip.utils.files import read_json
 from llm2clip.utils.settings import change_config
 from llm2clip.utils.vision_identity import preprocessing, vision_fingerprint
@@ -70,6 +73,9 @@ def prepare_joint_model(model: LLM2CLIPModel, args: Stage2Config, size: tuple[in
         model.text_model.requires_grad_(False)
     if args.freeze_vision == "all":
         tower.requires_grad_(False)
+    if args.distill_from:
+        model.requires_grad_(False)
+        model.text_adapter.requires_grad_(True)
     if args.freeze_vision_layers:
         return FrozenLayers(tower, args.freeze_vision_layers, size)
     return None
@@ -87,7 +93,7 @@ def store_pairs(
     image_processor: Any,
     dataset: CaptionImageDataset,
     cache: EmbeddingCache,
-    retrieval: Iterable[Any],
+    retrieval: Iterable[RetrievalData],
 ) -> StoredPairsDataset:
     """Store the features of all images of a data set, and make one that reads them.
 
@@ -99,16 +105,29 @@ def store_pairs(
     if args.alignment != "closed_form":  # which has no steps
         args.check_length(len(dataset))
     model.vision_model.to(args.device)
-    training = tables_of(dataset)
-    measured = [one for one in retrieval if isinstance(one, ImageTextRetrieval)]
-    features = open_features(args, model, image_processor, [*training, *(one.images for one in measured)])
-    for one in measured:
-        one.features = features
+    training: list[ContentSet] = [*tables_of(dataset)]
+    features = open_features(args, model, image_processor, [*training, *(one.images for one in retrieval)])
     rows = features.find(np.concatenate([images.content_keys() for images in training]))
     pairs = StoredPairsDataset(dataset.without_images(), features, rows, cache, args.sampling_seed)
     if args.standardize_features and args.alignment == "train":
         _set_statistics(model, pairs)
     return pairs
+
+
+def taught_captions(
+    args: Stage2Config, teacher: Teacher, dataset: CaptionImageDataset, cache: EmbeddingCache
+) -> TaughtCaptions:
+    """Make a data set of the captions of another one, each once, with the rows of a teacher; no image is read.
+
+    Raises:
+        MissingCaptionError: The cache lacks a caption.
+        ValueError: There are too few captions for a batch or the warm-up.
+    """
+    rows = (found for found in dataset.without_images().captions() if not isinstance(found, SkippedSample))
+    drawn = (text for row in rows for text, weight in zip(row.texts, row.weights, strict=True) if weight)
+    texts = list(dict.fromkeys(drawn))
+    args.check_length(len(texts))
+    return TaughtCaptions(texts, teacher.texts(texts), cache)
 
 
 def tables_of(dataset: CaptionImageDataset) -> list[TableImages]:
@@ -118,7 +137,7 @@ def tables_of(dataset: CaptionImageDataset) -> list[TableImages]:
 
 
 def open_features(
-    args: Stage2Config, model: LLM2CLIPModel, image_processor: Any, tables: Iterable[TableImages]
+    args: Stage2Config, model: LLM2CLIPModel, image_processor: Any, tables: Iterable[ContentSet]
 ) -> ImageFeatures:
     """Open the stored features of a run with frozen towers, after computing those of images that have none yet.
 
@@ -252,13 +271,19 @@ def first_part(config: Stage2Config) -> Stage2Config:
     own = {name: value for name, value in config.warm_start.items() if name not in fixed}
     if "num_train_epochs" in own:
         rates |= {"max_steps": -1}
-    # What is for a tower that trains.
-    rates |= {"patch_dropout": None}
+    # What is for a tower that trains, and an LLM that does.
+    lora = ("lora_rank", *(field.name for field in fields(LoraSettings)))
+    rates |= {"patch_dropout": None, **{name: defaults_of(config)[name] for name in lora}}
     if own.get("feature_views", config.feature_views) == 1:
         rates |= {"crop_scale": defaults_of(config)["crop_scale"]}
+    # What keeps the vision side near itself is for the second part.
+    unused: tuple[str, ...] = ("distill_weight", "structure_weight")
     if own.get("alignment") == "closed_form":
         # Which settings of training do not concern.
-        rates = {field.name: field.default for field in fields(config) if field.name in TRAINING_FIELDS}
+        unused = TRAINING_FIELDS
+    elif own.get("distill_from"):
+        unused = NOT_OF_TEXTS
+    rates |= {name: value for name, value in defaults_of(config).items() if name in unused}
     return change_config(config, {**rates, **own, **fixed}, "warm_start")
 
 

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -15,15 +15,17 @@ from llm2clip.data.table_identity import data_revision
 from llm2clip.hub.cards.card import CARD, read_card, render
 from llm2clip.hub.cards.curves import write_curves
 from llm2clip.hub.cards.facts import CardFacts, Evaluation, base_models, summary
-from llm2clip.trainers.base_config import StageConfig
+from llm2clip.trainers.base_config import StageConfig, defaults_of
+from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.utils.files import write_text
-from llm2clip.utils.repos import hub_ids
+from llm2clip.utils.repos import hub_ids, names_of
 
 logger = logging.getLogger(__name__)
 
 # Settings that the card leaves out: they are about the machine and the account, not about the training.
 PRIVATE_SETTINGS = ("output_dir", "hub_", "push_to_hub", "report_to", "run_name", "logging_", "use_cpu", "local_rank")
-TOWER_SETTINGS = ("model_name_or_path", "vision_model_name_or_path", "text_model_name_or_path")
+TOWER_SETTINGS = ("model_name_or_path", "vision_model_name_or_path", "text_model_name_or_path", "model", "student")
+PROCLIP, RELATIONS = (f"[arXiv {number}](https://arxiv.org/abs/{number})" for number in ("2510.18795", "1904.05068"))
 
 
 class DataRevisions:
@@ -70,6 +72,7 @@ def write_model_card(
     task: str,
     evaluations: Sequence[Evaluation],
     history: Sequence[dict[str, Any]],
+    comparison: str = "",
     repo: str | None = None,
 ) -> None:
     """Write the card and the curves of a run into its output folder, keeping what people wrote on the card.
@@ -80,39 +83,70 @@ def write_model_card(
         task: Its pipeline tag.
         evaluations: Results; see [`latest_evaluations`].
         history: The log of the run.
+        comparison: A table of a student beside its teacher.
         repo: Hub id of the repo that the run pushes to.
     """
     folder = Path(str(args.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
     sources = [str(source["path"]) for source in getattr(args, "sources", []) if source.get("path")]
-    towers = [getattr(args, name, None) for name in TOWER_SETTINGS]
+    towers = [one for name in TOWER_SETTINGS for one in names_of(getattr(args, name, None))]
+    former = _former_text_tower(args)
+    towers += names_of(former)
+    description = summary(model, processing_class)
+    if isinstance(args, Stage2Config) and args.lora_rank:
+        description += f" Stage 2 trained the LLM too (LoRA of rank {args.lora_rank}, alpha {args.lora_alpha})."
     facts = CardFacts(
         name=(args.hub_model_id or folder.name).split("/")[-1],
         task=task,
         repo=repo or str(args.output_dir),
-        summary=summary(model, processing_class),
+        summary=description,
         base_models=hub_ids(*towers, *base_models(model.config)),
         datasets=hub_ids(*sources),
+        methods=_methods(args, former),
         sources=[Path(source).name for source in sources if not hub_ids(source)],
         recipe=_recipe(args),
         evaluations=[*evaluations],
+        comparison=comparison,
         has_curves=write_curves(folder, [*history]),
         is_adapter=getattr(model, "has_adapter", False),
     )
     write_text(folder / CARD, render(facts, *read_card(folder)))
 
 
+def _former_text_tower(args: StageConfig) -> str | None:
+    """The model whose text embeddings an adapter learned, in the run or in its first part."""
+    return getattr(args, "distill_from", None) or getattr(args, "warm_start", {}).get("distill_from")
+
+
+def _methods(args: StageConfig, former: str | None) -> list[str]:
+    """Describe the distillations of a run, with the papers that they are from."""
+    found = []
+    if former:
+        name = next(iter(hub_ids(former)), "a former text tower")
+        found.append(
+            f"The adapter learned the text embeddings of {name} without images (ProCLIP, stage I, {PROCLIP})."
+        )
+    if getattr(args, "distill_weight", 0):
+        found.append(f"Image embeddings followed those of the averaged weights (ProCLIP, stage II, {PROCLIP}).")
+    if getattr(args, "relational_weight", 0):
+        found.append(f"The similarities of texts followed those of the LLM's embeddings ({RELATIONS}).")
+    return found
+
+
 def _recipe(args: StageConfig) -> dict[str, Any]:
     """The settings that differ from the defaults and are not a path on this machine."""
-    recipe = {}
+    recipe, defaults = {}, defaults_of(args)
+
+    def is_local(value: Any) -> bool:
+        return isinstance(value, str) and ("/" in value or Path(value).exists()) and not hub_ids(value)
+
     for entry in fields(args):
         value = getattr(args, entry.name)
-        default = entry.default_factory() if entry.default_factory is not MISSING else entry.default
         public = not entry.name.startswith(PRIVATE_SETTINGS) and entry.name not in ("sources", "eval_sources")
         plain = isinstance(value, (bool, int, float, str, list, dict))
-        local = isinstance(value, str) and ("/" in value or Path(value).exists()) and not hub_ids(value)
-        if entry.init and public and plain and value != default and not local:
-            recipe[entry.name] = value
+        if entry.init and public and plain and value != defaults[entry.name] and not is_local(value):
+            inner = value.items() if isinstance(value, dict) else ()
+            recipe[entry.name] = {name: one for name, one in inner if not is_local(one)} if inner else value
     return json.loads(json.dumps(recipe, default=str))
 
 

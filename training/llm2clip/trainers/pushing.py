@@ -23,8 +23,7 @@ from llm2clip.trainers.run_state import RUN_STATE
 from llm2clip.trainers.weight_average import AVERAGE_FILE, WeightAverage
 from llm2clip.utils.files import atomic_path, write_text
 from llm2clip.utils.manifests import FOLDER_MANIFEST
-from llm2clip.utils.repos import hub_ids
-from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
+from llm2clip.utils.repos import hub_ids, names_of
 
 logger = logging.getLogger(__name__)
 
@@ -92,13 +91,12 @@ def open_repo(args: StageConfig, model_type: str, token: str | None, private: bo
     return uploader.prepare(model_type, args.hub_private_repo if private is None else private).repo_id
 
 
-def publish_model(checkpoint: Path, folder: Path, model: Any, average: WeightAverage | None) -> None:
-    """Copy the model of a checkpoint into the folder that is uploaded, with the averages of its weights, if any."""
+def publish_model(checkpoint: Path, folder: Path, write: Callable[[str], None], average: WeightAverage | None) -> None:
+    """Copy the model of a checkpoint into the folder that is uploaded; `write` writes it with averaged weights."""
     copy_model(checkpoint, folder)
     if average is not None:
         with average.in_place(), tempfile.TemporaryDirectory() as scratch:
-            model.save_pretrained(scratch)
-            make_readable_by_version_4(scratch)
+            write(scratch)
             copy_model(Path(scratch), folder)
 
 
@@ -127,16 +125,18 @@ def push_error(folder: Path, repo: str, revision: str | None) -> Iterator[None]:
         ) from error
 
 
-def check_pushing(args: StageConfig, llm: str | None, result_needs_llm: bool, checkpoints_need_llm: bool) -> None:
+def check_pushing(args: StageConfig, llm: Any, result_needs_llm: bool, checkpoints_need_llm: bool) -> None:
     """Raise a `ValueError` before a run that would push a reference to an LLM in a local folder.
 
     Args:
         args: The settings of the run.
-        llm: Hub id or folder of the LLM.
+        llm: Hub id or folder of the LLM, or of two text encoders.
         result_needs_llm, checkpoints_need_llm: Whether they refer to the LLM instead of containing its weights.
     """
-    if not args.push_to_hub or not llm or hub_ids(llm):
+    local = [name for name in names_of(llm) if not hub_ids(name)]
+    if not args.push_to_hub or not local:
         return
+    llm = local[0]
     if result_needs_llm:
         raise ValueError(
             f"push_to_hub with the LLM in {llm}, a local folder that others cannot load: push the LLM first and name "

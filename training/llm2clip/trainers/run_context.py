@@ -13,9 +13,8 @@ from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from llm2clip.hub.sentence_transformers import NORMALIZE_FOLDER
 from llm2clip.trainers.base_config import StageConfig
-from llm2clip.trainers.checkpoints import SETTINGS, choose_checkpoint, list_result, unlist_result
+from llm2clip.trainers.checkpoints import MODULE_FOLDERS, SETTINGS, choose_checkpoint, list_result, unlist_result
 from llm2clip.trainers.run_state import INPUTS, read_run_state
 from llm2clip.trainers.sharding import refuse_unsharded
 from llm2clip.utils.files import read_json, remove_unfinished, write_json
@@ -34,11 +33,13 @@ FREE = {
     *("resume_from_checkpoint", "resume_anyway", "restore_callback_states_from_checkpoint", "grace_seconds"),
     *("gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing", "loss_chunk_size"),
     "activation_checkpointing_kwargs",
+    *("teacher_rows", "into"),
     *("frozen_states_dir", "bundle_text_model", "ddp_timeout", "skip_memory_metrics", "local_rank", "debug"),
     *("torch_empty_cache_steps", "jit_mode_eval", "skip_bad_steps"),
 }
 # Where something is: what it is, is compared as an input of the run, or by the store that is opened.
 PLACES = {
+    *("model", "student", "student_revision"),
     *("model_name_or_path", "vision_model_name_or_path", "text_model_name_or_path", "image_processor_name_or_path"),
     *("model_revision", "vision_model_revision", "text_model_revision"),
     *("feature_cache", "embedding_cache", "eval_embedding_cache"),
@@ -96,7 +97,7 @@ class RunContext:
             stack.enter_context(run_lock(args.output_dir))
             if args.should_save:
                 folder = Path(args.output_dir)
-                for written in (folder, *folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), folder / NORMALIZE_FOLDER):
+                for written in (folder, *folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), *folder.glob(MODULE_FOLDERS)):
                     remove_unfinished(written)
             self.checkpoint = choose_checkpoint(args, self.resume, self.is_command)
             if self.checkpoint is not None:

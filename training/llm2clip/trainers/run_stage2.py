@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, set_seed
 
 from llm2clip.data import CaptionSource
 from llm2clip.encoders.cache_of_model import describe_text_tower_of_cache
-from llm2clip.evaluation import ImageTextRetrieval
+from llm2clip.evaluation.data import RetrievalData
 from llm2clip.trainers.closed_form import DEFAULT_WIDTH
 from llm2clip.trainers.freezing import first_part
 from llm2clip.trainers.pushing import check_pushing
@@ -25,7 +25,7 @@ from llm2clip.utils.attention_probe import probe_from_disk, verify_on_main_proce
 from llm2clip.utils.processes import on_main_process
 from llm2clip.utils.settings import require
 from llm2clip.utils.text_identity import read_fingerprint
-from llm2clip.utils.towers import loading_options
+from llm2clip.utils.towers import each_of_pair, loading_options
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.modeling_llm2clip_decoder import TESTED_TYPES
 
@@ -36,8 +36,11 @@ CONFIG_FIELDS = {"standardize_features": ("standardize_vision", "center_text")}
 SIGMOID_BIAS = -10.0
 
 
-def load_model(config: Stage2Recipe) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
-    """Load the model of a run, with its trained parts in float32, and its processor; the LLM only if it runs online.
+def load_model(config: Stage2Recipe, with_llm: bool | None = None) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
+    """Load the model of a run, with its trained parts in float32, and its processor; the LLM only if it runs.
+
+    Args:
+        with_llm: Whether it does; by default as the settings say.
 
     Raises:
         ValueError: Settings of a new model are given for a trained one.
@@ -75,17 +78,19 @@ def load_model(config: Stage2Recipe) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
             vision_model_kwargs={**options, "revision": config.vision_model_revision},
             **{name: value for key, value in fields.items() for name in CONFIG_FIELDS.get(key, (key,))},
         )
-    if config.online_text_model:
+    if config.runs_text_model if with_llm is None else with_llm:
         model.load_text_model(**loading_options(config.text_model_dtype))
         verify_on_main_process(model.text_model)
     elif model.config.text_model_name_or_path is not None:
         text = model.config.text_model_name_or_path, model.config.text_model_revision, model.config.text_config
         if model.config.text_model_fingerprint is None:
             model.config.text_model_fingerprint = on_main_process(partial(read_fingerprint, *text))
-        text_config = model.config.text_config
-        if text_config.decoder_config.model_type not in TESTED_TYPES and not text_config.verified_attention:
-            # For those who load the model without this package, whose code has no probe.
-            text_config.verified_attention = on_main_process(partial(probe_from_disk, *text))
+        halves = model.config.text_config.halves()
+        for text_config, tower in zip(halves, each_of_pair(*text[:2]), strict=True):
+            if text_config.decoder_config.model_type not in TESTED_TYPES and not text_config.verified_attention:
+                # For those who load the model without this package, whose code has no probe.
+                text_config.verified_attention = on_main_process(partial(probe_from_disk, *tower, text_config))
+        model.config.text_config.verified_attention = halves[0].verified_attention
     image_processor = AutoImageProcessor.from_pretrained(config.image_processor_name_or_path or image_processor_name)
     return model, LLM2CLIPProcessor(image_processor, tokenizer)
 
@@ -99,9 +104,12 @@ def run(config: Stage2Recipe, context: RunContext) -> dict[str, Any]:
     Returns:
         The metrics of training, and those of retrieval with the prefix `eval_`.
     """
-    if bool(config.caches) == config.online_text_model or None in config.caches:
-        raise ValueError("give either embedding_cache (from `llm2clip embed`) or online_text_model: true.")
-    check_pushing(config, config.text_model_name_or_path, not config.bundle_text_model, True)
+    if bool(config.caches) == (config.runs_text_model and not config.warm_start) or None in config.caches:
+        raise ValueError(
+            "give either embedding_cache (from `llm2clip embed`) or online_text_model: true, or lora_rank; warm_start "
+            "needs the first."
+        )
+    _check_pushing(config, config.text_model_name_or_path)
     return build_trainer(config).fit(context)
 
 
@@ -115,12 +123,12 @@ def build_trainer(config: Stage2Recipe) -> Stage2Trainer:
     # A first part brings the fields of a new model.
     new = cast(Stage2Recipe, first_part(config)) if config.warm_start else config
     with undivided_building(config):
-        model, processor = load_model(new)
+        model, processor = load_model(new, config.runs_text_model)
     # A model that was trained before names its LLM in its config.
-    check_pushing(config, model.config.text_model_name_or_path, not config.bundle_text_model, True)
+    _check_pushing(config, model.config.text_model_name_or_path)
     image_processor = processor.image_processor
     retrieval = {
-        name: ImageTextRetrieval(CaptionSource.from_dict(source), image_processor, config.on_error, config.max_pixels)
+        name: RetrievalData.from_source(CaptionSource.from_dict(source), max_pixels=config.max_pixels)
         for name, source in config.eval_sources.items()
     }
     captions = open_captions(config, model, processor, retrieval)
@@ -131,5 +139,11 @@ def build_trainer(config: Stage2Recipe) -> Stage2Trainer:
         processing_class=processor,
         retrieval=retrieval,
         cache=captions.cache,
-        embed=captions.embed,
+        # That of an LLM that trains is asked for when it is needed.
+        embed=None if config.lora_rank and not config.caches else captions.embed,
     )
+
+
+def _check_pushing(config: Stage2Recipe, llm: Any) -> None:
+    bundled = config.save_format == "merged" if config.lora_rank else config.bundle_text_model
+    check_pushing(config, llm, not bundled, True)

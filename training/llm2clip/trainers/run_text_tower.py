@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from llm2clip.data import PairSource
-from llm2clip.evaluation import CaptionRetrieval
+from llm2clip.evaluation.data import CaptionPairData
 from llm2clip.trainers.mntp_config import MNTPRecipe
 from llm2clip.trainers.pushing import check_pushing
 from llm2clip.trainers.stage1_config import Stage1Recipe
@@ -16,13 +16,13 @@ PROMPT_SETTINGS = ("prompt_prefix", "prompt_suffix", "pooling", "max_text_length
 REQUIRED = ("model_name_or_path", "sources")
 
 
-def prepare(config: Stage1Recipe | MNTPRecipe) -> dict[str, CaptionRetrieval]:
+def prepare(config: Stage1Recipe | MNTPRecipe) -> dict[str, CaptionPairData]:
     """Check the settings and set the seed of a run; returns the retrieval sets."""
     has_lora = config.lora_rank > 0
     check_pushing(config, config.model_name_or_path, has_lora and config.save_format == "adapter", has_lora)
     set_seed(config.seed)
     sources = {name: PairSource.from_dict(source) for name, source in config.eval_sources.items()}
-    return {name: CaptionRetrieval.from_source(source) for name, source in sources.items()}
+    return {name: CaptionPairData.from_source(source) for name, source in sources.items()}
 
 
 def load_text_tower(

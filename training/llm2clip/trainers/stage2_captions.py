@@ -15,10 +15,10 @@ from llm2clip.data.shards import ShardedSource
 from llm2clip.data.sidecars import SourceSidecars
 from llm2clip.encoders import OurEncoder
 from llm2clip.encoders.cache_of_model import open_cache_of_model, open_sidecars_of_model
-from llm2clip.evaluation import ImageTextRetrieval
+from llm2clip.evaluation.data import RetrievalData
 from llm2clip.store import EmbeddingCache, MissingCaptionError, StoreManifest
 from llm2clip.store.store import lies_beside_shards
-from llm2clip.trainers.stage2_config import Stage2Recipe
+from llm2clip.trainers.stage2_config import Folder, Stage2Recipe, as_folder
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor
 
 
@@ -66,7 +66,7 @@ def open_captions(
     config: Stage2Recipe,
     model: LLM2CLIPModel,
     processor: LLM2CLIPProcessor,
-    retrieval: Mapping[str, ImageTextRetrieval],
+    retrieval: Mapping[str, RetrievalData],
 ) -> Stage2Captions:
     """Open the caption embeddings of a run.
 
@@ -80,13 +80,15 @@ def open_captions(
         encoder = OurEncoder(model.text_model, processor)
         online = partial(encoder.embed, show_progress_bar=False)
         return Stage2Captions(online, [SourceCaptions() for _ in sources])
-    folders = cast(list[str], config.caches)
-    caches: dict[str, EmbeddingCache] = {}
+    folders = cast(list[Folder], config.caches)
+    caches: dict[Folder, EmbeddingCache] = {}
     for folder in dict.fromkeys(folders):
-        if not lies_beside_shards(folder):
+        if isinstance(folder, tuple) and any(map(lies_beside_shards, folder)):
+            raise ValueError(f"two text encoders read caches; embed into {', '.join(folder)} with store: cache.")
+        if isinstance(folder, tuple) or not lies_beside_shards(folder):
             caches[folder] = _open_cache(config, folder, model, processor)
     stored = [
-        _open_sidecars(config, folder, source, model, processor)
+        _open_sidecars(config, str(folder), source, model, processor)
         if folder not in caches
         else SourceCaptions(caches[folder])
         for folder, source in zip(folders, sources, strict=True)
@@ -103,7 +105,9 @@ def open_captions(
     return Stage2Captions(embed, stored)
 
 
-def _open_cache(config: Stage2Recipe, path: str, model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> EmbeddingCache:
+def _open_cache(
+    config: Stage2Recipe, path: Folder, model: LLM2CLIPModel, processor: LLM2CLIPProcessor
+) -> EmbeddingCache:
     is_trained = config.model_name_or_path is not None
     model_config = cast(LLM2CLIPConfig, model.config)
     cache = open_cache_of_model(path, model_config, processor.tokenizer, is_trained=is_trained, verify=False)
@@ -113,13 +117,13 @@ def _open_cache(config: Stage2Recipe, path: str, model: LLM2CLIPModel, processor
 
 def _open_measured(
     config: Stage2Recipe,
-    caches: Mapping[str, EmbeddingCache],
+    caches: Mapping[Folder, EmbeddingCache],
     model: LLM2CLIPModel,
     processor: LLM2CLIPProcessor,
-    retrieval: Mapping[str, ImageTextRetrieval],
+    retrieval: Mapping[str, RetrievalData],
 ) -> Callable[[list[str]], Tensor]:
     """Open the cache that contains the captions of the retrieval sets."""
-    path = config.eval_embedding_cache or config.embedding_cache
+    path = as_folder(config.eval_embedding_cache or config.embedding_cache)
     if config.eval_embedding_cache is None and path not in caches:
         if retrieval:
             raise ValueError(
@@ -128,13 +132,14 @@ def _open_measured(
                 "to it."
             )
         return _no_retrieval
-    cache = caches.get(str(path)) or _open_cache(config, str(path), model, processor)
+    assert path is not None
+    cache = caches.get(path) or _open_cache(config, path, model, processor)
     for name, measured in retrieval.items():
-        missing = (~cache.contains(measured.captions)).sum()
+        missing = (~cache.contains(measured.texts)).sum()
         if missing:
             raise MissingCaptionError(
-                f"the cache {path} lacks {missing} of the {len(measured.captions)} captions of eval_sources {name!r}; "
-                "run `llm2clip embed` on that source too."
+                f"the cache {cache.path} lacks {missing} of the {len(measured.texts)} captions of eval_sources "
+                f"{name!r}; run `llm2clip embed` on that source too."
             )
     return cache.lookup
 
@@ -161,9 +166,9 @@ def _open_sidecars(
     return SourceCaptions(sidecars=sidecars, opened=opened.opened)
 
 
-def _refuse_other_dtypes(folders: Sequence[str], stored: Sequence[SourceCaptions]) -> None:
+def _refuse_other_dtypes(folders: Sequence[Folder], stored: Sequence[SourceCaptions]) -> None:
     """Raise an error if the embeddings of a batch would have several dtypes."""
-    dtypes = {}
+    dtypes: dict[str, Folder] = {}
     for folder, found in zip(folders, stored, strict=True):
         manifest = found.lookup.manifest if found.lookup is not None else None
         if found.sidecars is not None:
@@ -183,7 +188,7 @@ def _verify(config: Stage2Recipe, cache: EmbeddingCache, sources: Sequence[Capti
             _refuse_missing_captions(cache, source, config.process_index, config.world_size)
 
 
-def _refuse_other_width(path: str, manifest: StoreManifest, model: LLM2CLIPModel) -> None:
+def _refuse_other_width(path: Folder, manifest: StoreManifest, model: LLM2CLIPModel) -> None:
     width = model.config.text_config.hidden_size
     if manifest.width != width:
         raise ValueError(

@@ -10,7 +10,8 @@ from transformers import SchedulerType
 
 from llm2clip.data import DEFAULT_MAX_PIXELS, ImageBackend, OnError
 from llm2clip.data.stream_order import BLOCK, Mixing
-from llm2clip.trainers.base_config import ContrastiveConfig, StageConfig
+from llm2clip.trainers.base_config import ContrastiveConfig, StageConfig, defaults_of
+from llm2clip.trainers.text_tower_config import LoraSettings
 from llm2clip.utils.settings import setting
 
 # Settings of a new model; a trained model brings its own.
@@ -20,19 +21,35 @@ NEW_MODEL_FIELDS = (
     *("vision_pooling", "visual_head", "standardize_features"),
 )
 
+# Of an embedding cache, or of those of two text towers.
+Folder = str | tuple[str, ...]
 Alignment = Literal["train", "closed_form", "closed_form_then_train"]
 # Settings of training, which a closed form alone does not use.
 TRAINING_FIELDS = (
     *("learning_rate", "vision_learning_rate", "text_learning_rate", "weight_decay", "vision_weight_decay"),
     *("text_weight_decay", "vision_layer_decay", "num_train_epochs", "max_steps", "warmup_steps", "lr_scheduler_type"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "loss", "shared_captions", "max_grad_norm"),
+    *("matryoshka_dims", "text_losses"),
+    *("distill_weight", "structure_weight", "relational_weight"),
     *("feature_dropout", "ema_half_life", "label_smoothing_factor", "adapter_num_layers", "adapter_expansion"),
     *("eval_strategy", "save_strategy", "load_best_model_at_end"),
 )
 
+# Settings of training that the distillation from a text tower does not use, since it contrasts nothing.
+NOT_OF_TEXTS = (
+    *("feature_dropout", "shared_captions", "matryoshka_dims", "label_smoothing_factor", "distill_weight"),
+    "text_losses",
+    *("vision_learning_rate", "vision_weight_decay", "vision_layer_decay"),
+)
+# What it has no use for at all, since it reads no images and takes the vision side as it is.
+NOT_OF_A_KEPT_SPACE = (
+    *("alignment", "ridge", "feature_cache", "feature_dtype", "feature_views"),
+    *("standardize_features", "visual_head", "vision_pooling"),
+)
+
 
 @dataclass
-class Stage2Config(ContrastiveConfig, StageConfig):
+class Stage2Config(LoraSettings, ContrastiveConfig, StageConfig):
     """Settings of [`Stage2Trainer`].
 
     Besides those of [`StageConfig`], these defaults differ from `TrainingArguments` (paper, appendix A, and the
@@ -55,19 +72,29 @@ class Stage2Config(ContrastiveConfig, StageConfig):
     loss: Literal["softmax", "sigmoid"] = setting(
         "softmax", "softmax: InfoNCE, as in CLIP; sigmoid: that of SigLIP, with a bias."
     )
+    text_losses: Literal["both", "each", "all"] = setting(
+        "both",
+        "Losses of two text encoders (paper, table 8). both: one, of their embeddings side by side; each: one of "
+        "each, with the mean in place of the other, so that one alone can embed queries; all: these three.",
+    )
+    matryoshka_dims: list[int] = setting(
+        [], "Prefixes trained as embeddings too (Matryoshka), such as 64 256; the loss is the mean."
+    )
     shared_captions: Literal["positive", "separate"] = setting(
         "separate",
         "Captions that several images of a batch share. separate: each is a negative for all images but its own, as "
         "in the original code; positive: it is a correct answer for every image that has it.",
     )
     vision_learning_rate: float | None = setting(None, "Peak learning rate of the vision tower; unset: learning_rate.")
-    text_learning_rate: float | None = setting(None, "Peak learning rate of the text adapter; unset: learning_rate.")
-    vision_weight_decay: float | None = setting(None, "Weight decay of the vision tower; unset: weight_decay.")
-    text_weight_decay: float | None = setting(None, "Weight decay of the text adapter; unset: weight_decay.")
-    vision_layer_decay: float = setting(0.85, "Learning-rate factor from each vision layer to the one below; 1: none.")
-    crop_scale: list[float] = setting(
-        [0.9, 1.0], "Minimum and maximum share of the image's area in a random crop; 1 1: no cropping."
+    text_learning_rate: float | None = setting(
+        None, "Peak learning rate of the text adapter and of LoRA; unset: learning_rate."
     )
+    vision_weight_decay: float | None = setting(None, "Weight decay of the vision tower; unset: weight_decay.")
+    text_weight_decay: float | None = setting(
+        None, "Weight decay of the text adapter and of LoRA; unset: weight_decay."
+    )
+    vision_layer_decay: float = setting(0.85, "Learning-rate factor of each vision layer to the next; 1: none.")
+    crop_scale: list[float] = setting([0.9, 1.0], "Minimum and maximum share of the area in a random crop; 1 1: none.")
     patch_dropout: float | None = setting(
         None, "Share of the patches that an EVA02 tower drops in training; unset: its config's value."
     )
@@ -110,6 +137,22 @@ class Stage2Config(ContrastiveConfig, StageConfig):
     feature_views: int = setting(
         1, "Views of each image whose features are stored: that of evaluation, and random crops (crop_scale)."
     )
+    distill_from: str | None = setting(
+        None,
+        "Model whose text embeddings of the captions the adapter learns, in place of the contrastive loss and without "
+        "images, which are projected as by that model (ProCLIP, stage I). With freeze_vision: all, or in warm_start.",
+    )
+    distill_weight: float = setting(
+        0.0,
+        "Weight of a second term: image embeddings follow those of the averaged weights (ProCLIP, stage II: 0.2, with "
+        "structure_weight: 255). Needs ema_half_life.",
+    )
+    structure_weight: float = setting(
+        63.5, "In both, weight of the distances between rows of a batch to that of each row's own distance."
+    )
+    relational_weight: float = setting(
+        0.0, "Weight of a term by which the similarities of texts follow those of the LLM's embeddings."
+    )
     freeze_vision_layers: int = setting(0, "Lower vision layers to freeze; -n leaves the last n trainable. 0: none.")
     frozen_states_dir: str | None = setting(
         None,
@@ -119,8 +162,11 @@ class Stage2Config(ContrastiveConfig, StageConfig):
     on_error: OnError = setting(
         "raise", "What to do with damaged images, rows without a caption, and captions without stored embedding."
     )
-    max_pixels: int = setting(
-        DEFAULT_MAX_PIXELS, "Largest image to decode, in pixels; a larger one counts as damaged."
+    max_pixels: int = setting(DEFAULT_MAX_PIXELS, "Pixels of the largest image; larger ones are damaged.")
+    lora_rank: int = setting(
+        0,
+        "Rank of LoRA on the LLM, which then trains too, from captions: only warm_start reads stored embeddings. 0: "
+        "the LLM is frozen.",
     )
     bundle_text_model: bool = setting(
         False, "Save the LLM's weights with the model; otherwise its config refers to the LLM's repo."
@@ -152,6 +198,8 @@ class Stage2Config(ContrastiveConfig, StageConfig):
         if self.standardize_features and not stored:
             raise ValueError("standardize_features needs freeze_vision: all, or warm_start, to compute them.")
         self._check_alignment()
+        self._check_lora()
+        self._check_distillation()
         if self.frozen_states_dir and not self.freeze_vision_layers:
             raise ValueError("frozen_states_dir needs freeze_vision_layers.")
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
@@ -171,6 +219,20 @@ class Stage2Config(ContrastiveConfig, StageConfig):
         if self.loss == "sigmoid" and self.label_smoothing_factor:
             raise ValueError("the sigmoid loss has no label smoothing; leave label_smoothing_factor unset.")
 
+    def _check_lora(self) -> None:
+        """Refuse settings of LoRA without it, and those that do not go with it."""
+        defaults = defaults_of(self)
+        names = [field.name for field in fields(LoraSettings) if getattr(self, field.name) != defaults[field.name]]
+        if self.lora_rank < 0 or (self.lora_rank == 0 and names):
+            raise ValueError(f"{', '.join(names) or 'LoRA'} needs lora_rank above 0, but it is {self.lora_rank}.")
+        if self.lora_rank and self.freeze_vision == "all":
+            raise ValueError(
+                "freeze_vision: all reads stored embeddings of the LLM, which lora_rank trains; unset one of them. A "
+                "first part with frozen towers is a warm_start."
+            )
+        if self.lora_rank and self.bundle_text_model:
+            raise ValueError("with lora_rank, save_format says how the LLM is saved; leave bundle_text_model unset.")
+
     def _check_alignment(self) -> None:
         """Refuse settings that a closed form would not use."""
         if self.ridge is not None and not 0 <= self.ridge < math.inf:
@@ -187,11 +249,47 @@ class Stage2Config(ContrastiveConfig, StageConfig):
             if (value := getattr(self, name, None)) not in (None, True):
                 raise ValueError(f"alignment: {self.alignment} has its own heads; unset {name}, which is {value}.")
         if self.alignment == "closed_form":
-            defaults = {field.name: field.default for field in fields(self)}
+            defaults = defaults_of(self)
             known = [name for name in TRAINING_FIELDS if name in defaults]
             changed = [name for name in known if getattr(self, name) != defaults[name]]
             if changed:
                 raise ValueError(f"alignment: closed_form trains nothing; unset {', '.join(changed)}.")
+
+    def _check_distillation(self) -> None:
+        """Refuse distillations that have no teacher, and settings that they would not use."""
+        defaults = defaults_of(self)
+        for name in ("distill_weight", "structure_weight", "relational_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, but is {getattr(self, name)}.")
+        if self.distill_weight and self.ema_half_life is None:
+            raise ValueError(
+                "distill_weight needs ema_half_life, since the averaged weights are the teacher; ProCLIP's half-life "
+                "is a quarter of the steps."
+            )
+        if self.relational_weight and (self.lora_rank or self.text_losses == "each"):
+            raise ValueError(
+                "relational_weight compares captions with the LLM's stored rows: unset it, or lora_rank and "
+                "text_losses: each."
+            )
+        distills = self.distill_from or self.distill_weight or self.warm_start.get("distill_from")
+        if self.structure_weight != defaults["structure_weight"] and not distills:
+            raise ValueError("structure_weight is for distill_from and distill_weight; unset it.")
+        if self.distill_from is None:
+            return
+        if self.freeze_vision != "all":
+            raise ValueError("distill_from needs frozen towers; set freeze_vision: all, or give it in warm_start.")
+        known = [name for name in (*NOT_OF_TEXTS, *NOT_OF_A_KEPT_SPACE) if name in defaults]
+        changed = [name for name in known if getattr(self, name) not in (defaults[name], False)]
+        if changed:
+            raise ValueError(
+                f"distill_from trains the adapter on texts alone, in the space of {self.distill_from}; unset "
+                f"{', '.join(changed)}."
+            )
+
+
+def as_folder(folder: Any) -> Folder | None:
+    """Return the folder of an embedding cache, or those of two text towers, as a key."""
+    return tuple(folder) if isinstance(folder, list | tuple) else folder
 
 
 @dataclass
@@ -199,10 +297,14 @@ class Stage2Recipe(Stage2Config):
     """Settings of the command `llm2clip stage2`: those of the Trainer, the towers, the data and a new model."""
 
     vision_model_name_or_path: str = setting("", "Pretrained vision tower: Hub id or folder.")
-    text_model_name_or_path: str = setting("", "Frozen text tower, usually from stage 1: Hub id or folder.")
+    text_model_name_or_path: str | list[str] = setting(
+        "", "Frozen text tower, usually from stage 1: Hub id or folder. Two of them are read side by side."
+    )
     model_name_or_path: str | None = setting(None, "LLM2CLIP model to continue training, instead of two towers.")
     vision_model_revision: str | None = setting(None, "Branch, tag or commit of the vision tower's repo; unset: main.")
-    text_model_revision: str | None = setting(None, "Branch, tag or commit of the text tower's repo; unset: main.")
+    text_model_revision: str | list[str] | None = setting(
+        None, "Branch, tag or commit of the text tower's repo; unset: main. Two for two text towers."
+    )
     image_processor_name_or_path: str | None = setting(
         None, "Image processor: Hub id or folder; unset: that of the vision tower."
     )
@@ -218,12 +320,13 @@ class Stage2Recipe(Stage2Config):
     eval_sources: dict[str, Any] = setting(
         {}, "Image-text retrieval sets to evaluate: a mapping from a name to CaptionSource fields."
     )
-    embedding_cache: str | None = setting(
+    embedding_cache: str | list[str] | None = setting(
         None,
         "Folder of precomputed caption embeddings, made by `llm2clip embed`: a cache, or the sidecars of a streamed "
-        "source (its own folder, if they lie beside its shards). A source may have its own embedding_cache.",
+        "source (its own folder, if they lie beside its shards); a cache of each of two text towers. A source may "
+        "have its own embedding_cache.",
     )
-    eval_embedding_cache: str | None = setting(
+    eval_embedding_cache: str | list[str] | None = setting(
         None, "Cache with the captions of eval_sources; unset: embedding_cache, unless that contains sidecars."
     )
     verify_cache: bool = setting(True, "Check before training that the cache is undamaged and contains every caption.")
@@ -262,6 +365,11 @@ class Stage2Recipe(Stage2Config):
     )
 
     @property
+    def runs_text_model(self) -> bool:
+        """Whether the LLM runs in training, frozen or not."""
+        return self.online_text_model or self.lora_rank > 0
+
+    @property
     def streams(self) -> bool:
         """Whether the training data is read as a stream."""
         several = len(self.sources) > 1
@@ -269,17 +377,24 @@ class Stage2Recipe(Stage2Config):
         return any(source.get("streaming") for source in self.sources) or (several and drawn)
 
     @property
-    def caches(self) -> list[str | None]:
-        """The folder of each source's embeddings; empty if there are none."""
-        found = [source.get("embedding_cache") or self.embedding_cache for source in self.sources]
+    def caches(self) -> list[Folder | None]:
+        """The folder of each source's embeddings, or two of them; empty if there are none."""
+        found = [as_folder(source.get("embedding_cache") or self.embedding_cache) for source in self.sources]
         return found if any(found) else []
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(names := self.text_model_name_or_path, str) and len(names) > 2:
+            raise ValueError(f"text_model_name_or_path has {len(names)} text towers; give one or two.")
         if self.freeze_vision == "all" and self.online_text_model:
             raise ValueError("freeze_vision: all needs embedding_cache, so that both towers are computed once.")
         if self.warm_start and self.online_text_model:
             raise ValueError("warm_start is for a run that trains the vision tower with an embedding_cache.")
+        if self.lora_rank and not self.warm_start and (self.caches or self.eval_embedding_cache):
+            raise ValueError(
+                "lora_rank trains the LLM, so that stored embeddings would be stale; leave embedding_cache (of the "
+                "sources too) and eval_embedding_cache unset. A first part that reads them is a warm_start."
+            )
         stored = self.freeze_vision == "all" or self.warm_start
         if stored and len(self.sources) > 1 and any(source.get("weight") is not None for source in self.sources):
             raise ValueError("freeze_vision: all, and warm_start, mix sources without weights; remove them.")

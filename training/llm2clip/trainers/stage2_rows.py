@@ -23,7 +23,7 @@ COLLATED = ("on_error", "max_pixels", "image_column", "caption_column", "crop_sc
 # Settings that need images whose features or states can be stored.
 STORING = (
     *("alignment", "feature_dtype", "feature_views", "feature_cache", "standardize_features"),
-    *("frozen_states_dir", "warm_start"),
+    *("frozen_states_dir", "warm_start", "distill_from"),
 )
 
 

@@ -1,4 +1,8 @@
-"""Stage 2, vision alignment: vision tower and adapter are trained against the frozen LLM (paper, section 3.2)."""
+"""Stage 2, vision alignment: vision tower and adapter are trained against the LLM (paper, section 3.2).
+
+The LLM is frozen, or trained with LoRA (table A4). Such a model is saved with the LoRA layers in `text_model/`, until
+the end of the run merges them.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,8 @@ import copy
 import inspect
 import logging
 import math
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar, cast
@@ -16,11 +21,13 @@ import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import (
     BaseImageProcessor,
     EvalPrediction,
+    PreTrainedTokenizerBase,
     SchedulerType,
     TrainerCallback,
     set_seed,
@@ -30,15 +37,21 @@ from llm2clip.data import SkipLog, Stage2Collator
 from llm2clip.data.sampling import EpochBatchSampler, EpochDataset, OneSourceBatchSampler
 from llm2clip.data.streams import SampleStream
 from llm2clip.data.transforms import output_size
-from llm2clip.evaluation import ImageTextRetrieval, retrieval_metrics
+from llm2clip.encoders.stored import StoredEncoder
+from llm2clip.evaluation.data import RetrievalData
+from llm2clip.evaluation.metrics import retrieval_metrics
+from llm2clip.evaluation.protocols.retrieval import image_text_metrics
+from llm2clip.evaluation.session import Session
+from llm2clip.hub.cards.card import CARD
 from llm2clip.hub.cards.facts import JOINT_TASK
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.losses import clip_loss, sigmoid_loss
+from llm2clip.losses.distillation import instance_distance, similarity_distance, structure_distance
 from llm2clip.losses.matches import NoPairsError
 from llm2clip.store import EmbeddingCache
 from llm2clip.store.manifest import refuse_other_encoder
-from llm2clip.trainers.alignment import align, freeze_maps, set_heads
-from llm2clip.trainers.base_config import defaults_of, refuse_unfollowed
+from llm2clip.trainers.alignment import align, freeze_maps, set_heads, take_space
+from llm2clip.trainers.base_config import defaults_of, refuse_unfollowed, require_prefixes
 from llm2clip.trainers.base_trainer import StageTrainer, load_weights
 from llm2clip.trainers.bundling import bundle_text_model
 from llm2clip.trainers.freezing import (
@@ -48,29 +61,41 @@ from llm2clip.trainers.freezing import (
     prepare_joint_model,
     store_pairs,
     store_states,
+    taught_captions,
     warm_start_result,
 )
 from llm2clip.trainers.frozen_layers import FrozenLayers
 from llm2clip.trainers.grad_cache import embed_captions, in_chunks
+from llm2clip.trainers.lora import add_lora
 from llm2clip.trainers.optimizer import clamp_logit_scale, parameter_groups, warmup_cosine_schedule
 from llm2clip.trainers.run_context import RunContext
-from llm2clip.trainers.sharding import give_scalars_a_dimension, is_sharded, value_of
+from llm2clip.trainers.sharding import give_scalars_a_dimension, is_divided, is_sharded, undivided_building, value_of
 from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.trainers.stage2_rows import COLLATED, open_rows, refuse_useless, usable_processor, with_images
 from llm2clip.trainers.stored_rows import StoredPairsDataset
+from llm2clip.trainers.teacher import Teacher
+from llm2clip.trainers.text_tower_trainer import sampled_digest
+from llm2clip.trainers.weight_average import WeightAverage
+from llm2clip.utils.attention_probe import verify_on_main_process
 from llm2clip.utils.files import digest_json, write_json
 from llm2clip.utils.processes import run_while_others_wait
+from llm2clip.utils.towers import save_text_tower
 from llm2clip.utils.vision_identity import preprocessing
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor
+from modeling_llm2clip.modeling_llm2clip_utils import OWN_TEXT_MODEL, TEXT_MODEL, unit_features
 
 logger = logging.getLogger(__name__)
 
 CAPTION_INPUTS = ("input_ids", "attention_mask", "pooling_mask")
+# In the folder of a run: the rows of the text tower that it learns from.
+TEACHER = "teacher"
 # Settings of the optimizer's parameter groups.
 GROUP_SETTINGS = (
     *("learning_rate", "vision_learning_rate", "text_learning_rate"),
     *("weight_decay", "vision_weight_decay", "text_weight_decay", "vision_layer_decay"),
 )
+# The terms of a loss by their names in the log, each with its weight.
+Terms = dict[str, tuple[float, Tensor]]
 
 
 class ClampLogitScale(TrainerCallback):
@@ -81,7 +106,9 @@ class ClampLogitScale(TrainerCallback):
 
 
 class Stage2Trainer(StageTrainer):
-    """Trains the vision tower and the text adapter of an [`LLM2CLIPModel`] against its frozen LLM.
+    """Trains the vision tower and the text adapter of an [`LLM2CLIPModel`] against its frozen LLM, or with it.
+
+    With `lora_rank`, LoRA layers on the LLM train too, from captions: no stored embeddings are read.
 
     The rows of its data sets are dicts of an image (`pixel_values`, or `image`) and its caption (`llm_embeds`, the
     LLM's embedding, or `input_ids`, or `caption`); see [`Stage2Collator`]. Rows with `llm_embeds` need no LLM. A
@@ -113,6 +140,7 @@ class Stage2Trainer(StageTrainer):
     load_options: ClassVar[dict[str, Any]] = {"text_model": False}
 
     config_class: ClassVar[type] = Stage2Config
+    retrieval_class: ClassVar[type] = RetrievalData
     args: Stage2Config
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Stage2Trainer:
@@ -137,11 +165,20 @@ class Stage2Trainer(StageTrainer):
         if cache is not None and not isinstance(cache, EmbeddingCache):
             raise ValueError(f"cache is {cache!r:.80}; open it with EmbeddingCache.open.")
         self.cache = cache or getattr(data_collator, "cache", None)
+        if isinstance(args, Stage2Config) and args.lora_rank:
+            if not args.warm_start and (self.cache or embed):
+                raise ValueError(
+                    "lora_rank trains the LLM, so that stored embeddings would be stale; leave cache and embed unset."
+                )
+            # A first part has them.
+            self.cache = embed = None
         if isinstance(data_collator, Stage2Collator) and data_collator.cache is None:
             data_collator = data_collator.with_cache(self.cache)
         self.embed = embed or (None if self.cache is None else self.cache.lookup)
         self._given: tuple[tuple[Any, ...], dict[str, Any]]
         self.frozen: FrozenLayers | None = None
+        # The LoRA layers of the LLM are merged into it.
+        self._merged = False
         # Before the state of accelerate is made, which new settings reset.
         self._first = first_part(args) if isinstance(args, Stage2Config) and args.warm_start else None
         # The first row of the first batch, which stands in for batches whose samples are all skipped.
@@ -163,6 +200,9 @@ class Stage2Trainer(StageTrainer):
         is_ours = isinstance(self.train_dataset, EpochDataset | SampleStream)
         refuse_unfollowed(args, self.data_collator, COLLATED[:1] if is_ours else COLLATED)
         width = cast(LLM2CLIPConfig, self.unwrapped().config).projection_dim
+        require_prefixes(args.matryoshka_dims, width)
+        if args.text_losses != "both" and len(self.unwrapped().config.text_config.halves()) == 1:
+            raise ValueError(f"text_losses is {args.text_losses}, but the model has one text encoder; leave it unset.")
         closed = "alignment" in args.warm_start or args.alignment != "train"
         if args.projection_dim not in (None, width) and not closed:
             raise ValueError(
@@ -185,18 +225,69 @@ class Stage2Trainer(StageTrainer):
         if not isinstance(model, LLM2CLIPModel):
             raise ValueError(f"model is a {type(model).__name__}, but stage 2 trains an LLM2CLIPModel.")
         own = model
+        if self.args.lora_rank:
+            if own.text_model is None:
+                own.load_text_model()
+            self._lora_source(own)
         if self.cache is not None:
             fingerprint = own.config.text_model_fingerprint
             refuse_other_encoder(self.cache.path, self.cache.manifest, fingerprint, None)
+        if name := self.args.distill_from or self.args.warm_start.get("distill_from"):
+            if processor is None:
+                raise ValueError("distill_from needs a processing_class with an image processor.")
+            with undivided_building(self.args):
+                take_space(own, processor, name)
         self._size = image_size(own) if processor is None else output_size(processor)
         self.frozen = prepare_joint_model(own, self.args, self._size)
 
     def prepare_training(self, run: RunContext) -> dict[str, float]:
         found = {} if self._first is None else self._warm_start(run, self._first)
+        if self.args.lora_rank:
+            self._add_lora()
         if is_sharded(self.accelerator):
             give_scalars_a_dimension(cast(nn.Module, self.model))
         self.store_rows()
         return found
+
+    def _lora_source(self, own: LLM2CLIPModel) -> tuple[str, str | None]:
+        """Return the folder or repository of the LLM, to which LoRA layers refer, and its revision.
+
+        Raises:
+            ValueError: It has none, or one that the run writes into, or weights that cannot be read or are merged.
+        """
+        config = cast(LLM2CLIPConfig, own.config)
+        if config.text_config.second_config is not None:
+            raise ValueError("lora_rank trains one LLM, but the model has two text encoders; leave it unset.")
+        source: Any = config.text_model_name_or_path
+        revision: Any = config.text_model_revision
+        if source is None:
+            source, revision = own.name_or_path, getattr(own, "hub_arguments", {}).get("revision")
+        place, output = Path(source or ""), Path(str(self.args.output_dir)).resolve()
+        inside = place.exists() and place.resolve().is_relative_to(output)
+        if self._merged or not source or inside:
+            where = "merged with its LoRA layers" if self._merged else source or "in memory alone"
+            raise ValueError(
+                f"the LLM is {where}; lora_rank needs one in a folder outside output_dir, or on the Hub, to which its "
+                "LoRA layers refer: save the model, and load it."
+            )
+        if not own.text_model.has_readable_weights:
+            raise ValueError("the LLM is quantised or offloaded; lora_rank of stage 2 needs it whole.")
+        return source, revision
+
+    def _add_lora(self) -> None:
+        """Add LoRA layers to the LLM; the config then names no repository, as none has these weights."""
+        own = cast(LLM2CLIPModel, self.model)
+        if self.saves_adapter():  # of an earlier `train`
+            return
+        source, revision = self._lora_source(own)
+        own.text_model.merge_adapter()
+        add_lora(own.text_model, self.args, source, revision)
+        verify_on_main_process(own.text_model)
+        own.config.text_model_name_or_path = own.config.text_model_revision = None
+
+    def saves_adapter(self) -> bool:
+        text_model = self.unwrapped().text_model
+        return text_model is not None and any(weight.requires_grad for weight in text_model.parameters())
 
     def store_rows(self) -> None:
         """Store what frozen towers or layers make of the training set, and read that instead of its images."""
@@ -213,8 +304,13 @@ class Stage2Trainer(StageTrainer):
                     "freeze_vision: all stores the outputs of both towers; give the embeddings of the captions as "
                     "cache=EmbeddingCache.open(...)."
                 )
-            retrieval = self.retrieval.values()
-            self.train_dataset = store_pairs(args, model, self.image_processor, images, cache, retrieval)
+            if args.distill_from:
+                with undivided_building(args):
+                    teacher = Teacher(args.distill_from, Path(str(args.output_dir)) / TEACHER)
+                    self.train_dataset = taught_captions(args, teacher, images, cache)
+            else:
+                retrieval = self.retrieval.values()
+                self.train_dataset = store_pairs(args, model, self.image_processor, images, cache, retrieval)
         self.train_dataset.mixing = images.mixing
         # Storing draws random numbers, and is not repeated.
         set_seed(args.seed)
@@ -245,10 +341,13 @@ class Stage2Trainer(StageTrainer):
 
     def _run_first(self, run: RunContext, first: Stage2Config) -> dict[str, Any]:
         """Run the first part with a Trainer of this class, and the arguments of this one; return what it measured."""
-        logger.info("Warm start: projection and adapter, with frozen towers.")
+        what = "the adapter, from texts alone" if first.distill_from else "projection and adapter, with frozen towers"
+        logger.info("Warm start: %s.", what)
         own = cast(LLM2CLIPModel, self.model)
-        # The LLM, if there is one, is not copied.
-        model = copy.deepcopy(own, {id(own.text_model): own.text_model})
+        # The LLM, if there is one, is not copied, and not there if it trains later: FSDP would divide it twice.
+        model = copy.deepcopy(own, {id(own.text_model): None if self.args.lora_rank else own.text_model})
+        if self.args.lora_rank:
+            model.config.text_model_name_or_path = self._lora_source(own)[0]
         positional, named = self._given
         parameters = inspect.signature(type(self).__init__).parameters.values()
         if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
@@ -263,9 +362,6 @@ class Stage2Trainer(StageTrainer):
             found = {"metrics": trainer.fit(part), "history": trainer.state.log_history}
             if first.should_save:
                 write_json(Path(first.output_dir) / WARM_START_RESULT, found)
-        for one in self.retrieval.values():
-            if isinstance(one, ImageTextRetrieval):
-                one.features = None
         # As after the construction of this trainer.
         AcceleratorState._reset_state()
         self.create_accelerator_and_postprocess()
@@ -306,7 +402,11 @@ class Stage2Trainer(StageTrainer):
         return super().batch_sampler()
 
     def frozen_inputs(self) -> dict[str, str | None]:
-        found = {"text encoder": cast(LLM2CLIPModel, self.model).config.text_model_fingerprint}
+        model = cast(LLM2CLIPModel, self.model)
+        found = {"text encoder": model.config.text_model_fingerprint}
+        if self.args.lora_rank:  # with which that changes
+            frozen = (pair for pair in model.text_model.named_parameters() if not pair[1].requires_grad)
+            found = {"weights of the LLM": sampled_digest(frozen)}
         if self.image_processor is not None:
             found["image processor"] = digest_json(preprocessing(self.image_processor))
         return found
@@ -338,7 +438,19 @@ class Stage2Trainer(StageTrainer):
             set_heads(own, saved.visual_head, saved.projection_dim)
             if self.args.alignment != "train":
                 freeze_maps(own)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self.args.lora_rank:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        target: Any = self.accelerator.unwrap_model(model or self.model)
+        saved_model = LLM2CLIPModel.from_pretrained(resume_from_checkpoint, text_model=False)
+        if self.is_fsdp_enabled:
+            give_scalars_a_dimension(saved_model)
+            options = StateDictOptions(full_state_dict=True, strict=False)
+            set_model_state_dict(target, saved_model.state_dict(), options=options)
+        else:
+            load_weights(target, saved_model, resume_from_checkpoint)
+        decoder, adapter = target.text_model.decoder, Path(resume_from_checkpoint, TEXT_MODEL)
+        decoder.load_adapter(str(adapter), decoder.active_adapter, is_trainable=True)
 
     def eval_labels(self, inputs: dict[str, Any], num_rows: int) -> Any:
         if inputs.get("is_empty") and (self._example is None or "caption_ids" in self._example):
@@ -391,30 +503,96 @@ class Stage2Trainer(StageTrainer):
         if self.args.shared_captions == "separate":
             ids = {}
         own = self.unwrapped()
+        if "teacher_embeds" in inputs:
+            return self._taught(model, inputs)
         if self.args.freeze_vision == "all":
             own.vision_model.eval()
-        if own.text_model is not None:
+        if self.args.lora_rank:
+            if "llm_embeds" in inputs:
+                raise ValueError("lora_rank trains the LLM, so that llm_embeds are stale; give rows with a caption.")
+        elif own.text_model is not None:
             own.text_model.eval()
             if "llm_embeds" not in inputs:
                 inputs = self._with_llm_embeds(own.text_model, inputs)
+        # The loss of an evaluation is the contrastive one alone, whatever the run was trained with.
+        is_training = cast(nn.Module, self.model).training
+        followed = self._by_average(inputs) if is_training and self.args.distill_weight else None
         # Through the wrapped model, so that DDP sees every parameter including the logit scale.
         images, texts, *numbers = in_chunks(self._embed, model, inputs, self.args.tower_chunk_size)
         if is_empty:
             images, texts = images[:0], texts[:0]
+            followed = None if followed is None else followed[:0]
             ids = {name: None if rows is None else rows[:0] for name, rows in ids.items()}
-        embeds = {"image_embeds": images, "text_embeds": texts}
+        several = texts.split(own.config.projection_dim, dim=-1)
+        embeds = {"image_embeds": images, "text_embeds": several[0]}
         # One value per row, all equal; those of the last chunk are not recomputed.
         scale, *bias = [number[-1] for number in numbers]
-        rows = self.without_repeats({**embeds, **ids})
-        kept, known = {name: rows[name] for name in embeds}, {name: rows[name] for name in ids}
+        losses = []
         try:
-            loss = self.loss_of(kept, scale, bias[0] if bias else None, known)
+            for text_embeds in several:
+                rows = self.without_repeats({**embeds, "text_embeds": text_embeds, **ids})
+                kept, known = {name: rows[name] for name in embeds}, {name: rows[name] for name in ids}
+                options = scale, bias[0] if bias else None, known
+                losses.append(self.loss_of_prefixes(self.args.matryoshka_dims, kept, *options))
+            loss = torch.stack(losses).mean() if len(losses) > 1 else losses[0]
         except NoPairsError:
             # A step without gradient, of which every parameter has one that is zero.
             loss = 0 * images.sum()
             for number in (texts, scale, *bias):
                 loss = loss + 0 * number.sum()
-        return loss, embeds
+        terms: Terms = {"loss_contrastive": (1.0, loss)}
+        if followed is not None:
+            terms |= self._distances(images, followed, self.args.distill_weight)
+        if is_training:
+            terms |= self._relations(several[0], inputs)
+        return self._sum(terms), embeds
+
+    def _taught(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compare captions with the rows of another text tower, of unit length, instead of with images."""
+        texts = unit_features(model(llm_embeds=inputs["llm_embeds"]))
+        terms = self._distances(texts, inputs["teacher_embeds"], 1.0)
+        return self._sum(terms | self._relations(texts, inputs)), {"text_embeds": texts}
+
+    def _by_average(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Embed the images of a batch with the averaged weights."""
+        average = cast(WeightAverage, self.average)
+        images = {name: x for name, x in inputs.items() if name not in (*CAPTION_INPUTS, "llm_embeds")}
+
+        def run(_: nn.Module, chunk: dict[str, Tensor]) -> tuple[Tensor]:
+            with self._with_pixels(chunk) as pixels:
+                return (unit_features(average.run(**pixels)),)
+
+        with torch.no_grad(), self.accelerator.autocast():
+            (embeds,) = in_chunks(run, self.unwrapped(), images, self.args.tower_chunk_size)
+        return embeds
+
+    def _distances(self, student: Tensor, teacher: Tensor, weight: float) -> Terms:
+        """The terms of ProCLIP (arXiv 2510.18795), whose code has sums over the `b` rows of a process.
+
+        In the means here, the weights do not depend on the batch. Its sums with a factor of 1 are `b` times these
+        terms with `structure_weight` `(b - 1) / 2`.
+        """
+        terms: Terms = {"loss_distill_instance": (weight, instance_distance(student, teacher))}
+        if factor := weight * self.args.structure_weight:
+            terms["loss_distill_structure"] = factor, structure_distance(student, teacher, self.args.loss_chunk_size)
+        return terms
+
+    def _relations(self, texts: Tensor, inputs: dict[str, Tensor]) -> Terms:
+        """The term by which the similarities of texts follow those of the embeddings that the adapter gets."""
+        if not self.args.relational_weight:
+            return {}
+        with torch.no_grad():
+            rows = inputs["llm_embeds"][: len(texts)].to(texts.device).float()
+            rows = self.unwrapped().text_adapter.prepare(rows)
+        distance = similarity_distance(texts, nn.functional.normalize(rows, dim=-1), self.args.loss_chunk_size)
+        return {"loss_relational": (self.args.relational_weight, distance)}
+
+    def _sum(self, terms: Terms) -> Tensor:
+        """Add up the terms of a loss with their weights; the log has each without its weight, if there are several."""
+        if cast(nn.Module, self.model).training:
+            self.terms = {name: term.detach() for name, (_, term) in terms.items()} if len(terms) > 1 else {}
+        first, *others = (term if weight == 1 else weight * term for weight, term in terms.values())
+        return sum(others, start=first)
 
     def contrastive_loss(
         self,
@@ -443,6 +621,8 @@ class Stage2Trainer(StageTrainer):
         """Return a row in place of a first batch whose samples are all skipped, which no tower takes."""
         model = cast(LLM2CLIPModel, self.model)
         row = {"llm_embeds": torch.ones(1, model.config.text_config.hidden_size)}
+        if self.args.lora_rank:
+            row = {name: torch.ones(1, 1, dtype=torch.long) for name in CAPTION_INPUTS}
         if isinstance(self.train_dataset, StoredPairsDataset):
             row["vision_features"] = self.train_dataset.features.read_views(np.zeros(1, dtype=np.int64))
         else:
@@ -450,15 +630,33 @@ class Stage2Trainer(StageTrainer):
         return {name: value.to(self.args.device) for name, value in row.items()}
 
     def _embed(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        with contextlib.ExitStack() as stack:
-            if "vision_states" in inputs:
-                assert self.frozen is not None
-                inputs = dict(inputs)
-                inputs["pixel_values"] = stack.enter_context(self.frozen.replaced_by(inputs.pop("vision_states")))
+        with self._with_pixels(inputs) as inputs:
+            inputs, count = self._with_halves(inputs)
             output = model(**inputs, return_logits=False)
         numbers = [number for number in (output.logit_scale, output.logit_bias) if number is not None]
         rows = len(output.image_embeds)
-        return output.image_embeds, output.text_embeds, *(number.expand(rows) for number in numbers)
+        texts = torch.cat(output.text_embeds.split(rows), dim=-1) if count > 1 else output.text_embeds
+        return output.image_embeds, texts, *(number.expand(rows) for number in numbers)
+
+    def _with_halves(self, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+        """Add rows of each of two text encoders alone, as `text_losses` says; also return the rows of a caption."""
+        if self.args.text_losses == "both" or not self.unwrapped().training:
+            return inputs, 1
+        embeds, adapter = inputs["llm_embeds"], self.unwrapped().text_adapter
+        alone = [adapter.of_half(rows, number) for number, rows in enumerate(embeds.split(adapter.widths, dim=-1))]
+        rows = [*([embeds] if self.args.text_losses == "all" else []), *alone]
+        return {**inputs, "llm_embeds": torch.cat(rows)}, len(rows)
+
+    @contextlib.contextmanager
+    def _with_pixels(self, inputs: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        """Within this context, the tower starts from the stored states of frozen layers, if there are any."""
+        if "vision_states" not in inputs:
+            yield inputs
+            return
+        assert self.frozen is not None
+        others = {name: x for name, x in inputs.items() if name != "vision_states"}
+        with self.frozen.replaced_by(inputs["vision_states"]) as pixel_values:
+            yield {**others, "pixel_values": pixel_values}
 
     def _with_llm_embeds(self, text_model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Replace captions by their embeddings, so that no graph of the frozen LLM is kept or computed again."""
@@ -475,9 +673,13 @@ class Stage2Trainer(StageTrainer):
                 logs["logit_bias"] = value_of(model.logit_bias)
         super().log(logs, start_time)
 
-    def measure(self, model: LLM2CLIPModel, retrieval: ImageTextRetrieval) -> dict[str, float | int]:
-        batch_size, num_workers = self.args.per_device_eval_batch_size, self.args.dataloader_num_workers
-        return retrieval(model, self.embed or self._embed_online, batch_size, num_workers)
+    def measure(self, model: LLM2CLIPModel, retrieval: RetrievalData) -> dict[str, float | int]:
+        args = self.args
+        features = self.train_dataset.features if isinstance(self.train_dataset, StoredPairsDataset) else None
+        encoder = StoredEncoder(model, self.processing_class, self.embed or self._embed_online, features)
+        batch_size, num_workers = args.per_device_eval_batch_size, args.dataloader_num_workers
+        session = Session(encoder, None, batch_size, num_workers, args.on_error, show_progress_bar=False)
+        return image_text_metrics(session, retrieval)
 
     def _embed_online(self, captions: list[str]) -> Tensor:
         text_model = self.unwrapped().text_model
@@ -491,6 +693,39 @@ class Stage2Trainer(StageTrainer):
         if self.args.should_save and isinstance(self.processing_class, LLM2CLIPProcessor):
             write_sentence_transformers_files(output_dir)
 
+    def write_model(self, model: Any, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Write a model; LoRA layers of its LLM, with the tokenizer, into `text_model/`, which the config names."""
+        if not self.saves_adapter():
+            super().write_model(model, folder, weights)
+            return
+        target, prefix, state = Path(folder, TEXT_MODEL), f"{TEXT_MODEL}.", None
+        if weights is not None:
+            state = {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        if isinstance(tokenizer, PreTrainedTokenizerBase):
+            save_text_tower(model.text_model, tokenizer, target, state)
+        else:
+            model.text_model.save_pretrained(target, state_dict=state)
+        # An unfilled card of PEFT.
+        (target / CARD).unlink(missing_ok=True)
+        config = model.config
+        config.text_model_fingerprint, config.text_model_name_or_path = config.text_config.fingerprint, OWN_TEXT_MODEL
+        try:
+            super().write_model(model, folder, weights)
+        finally:
+            config.text_model_name_or_path = None
+
+    def merge_result(self) -> None:
+        if self.saves_adapter() and self.args.save_format == "merged" and not is_divided(self.accelerator):
+            self.unwrapped().text_model.merge_adapter()
+            self.unwrapped().text_model.requires_grad_(False)
+            self._merged = True
+
     def complete_result(self, output_dir: str | Path) -> None:
-        if self.args.bundle_text_model and self.unwrapped().config.text_model_name_or_path is not None:
-            run_while_others_wait(lambda: bundle_text_model(Path(output_dir)), self.args.should_save)
+        folder, named = Path(output_dir), self.unwrapped().config.text_model_name_or_path is not None
+        merges = self.saves_adapter() and self.args.save_format == "merged"
+        if merges or (self.args.bundle_text_model and named):
+            run_while_others_wait(lambda: bundle_text_model(folder), self.args.should_save)
+        elif self._merged and self.args.should_save:
+            # Of pushed checkpoints.
+            shutil.rmtree(folder / TEXT_MODEL, ignore_errors=True)

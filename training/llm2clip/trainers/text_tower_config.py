@@ -48,7 +48,21 @@ class TextTowerRecipe:
 
 
 @dataclass
-class TextTowerConfig(StageConfig):
+class LoraSettings:
+    """Settings of LoRA layers on an LLM, beside their rank."""
+
+    lora_alpha: int = setting(32, "LoRA scaling: the update is multiplied by alpha / rank.")
+    lora_dropout: float = setting(0.0, "Dropout probability on the input of the LoRA layers.")
+    lora_target_modules: list[str] = setting(
+        LORA_TARGETS, "Names of the Linear layers that get LoRA; all-linear for every one of them."
+    )
+    save_format: Literal["merged", "adapter"] = setting(
+        "merged", "What to save of the LLM at the end: the merged weights, or the PEFT adapter alone."
+    )
+
+
+@dataclass
+class TextTowerConfig(LoraSettings, StageConfig):
     """Settings of the Trainers that train a text tower with LoRA.
 
     Besides those of [`StageConfig`], this default differs from `TrainingArguments`:
@@ -56,14 +70,6 @@ class TextTowerConfig(StageConfig):
     """
 
     lora_rank: int = setting(16, "Rank of LoRA; 0 trains all weights of the LLM instead.")
-    lora_alpha: int = setting(32, "LoRA scaling: the update is multiplied by alpha / rank.")
-    lora_dropout: float = setting(0.0, "Dropout probability on the input of the LoRA layers.")
-    lora_target_modules: list[str] = setting(
-        LORA_TARGETS, "Names of the Linear layers that get LoRA; all-linear for every one of them."
-    )
-    save_format: Literal["merged", "adapter"] = setting(
-        "merged", "What to save at the end: the merged model, or the PEFT adapter alone."
-    )
     ddp_find_unused_parameters: bool | None = setting(False, "Keep it false: every step uses every trained parameter.")
 
     def __post_init__(self) -> None:

@@ -13,7 +13,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from llm2clip.evaluation import CaptionRetrieval
+from llm2clip.encoders import OurEncoder
+from llm2clip.evaluation.data import CaptionPairData
+from llm2clip.evaluation.protocols.caption_retrieval import caption_pair_metrics
+from llm2clip.evaluation.session import Session
 from llm2clip.hub.cards.facts import TEXT_TASK
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.trainers.base_config import defaults_of
@@ -81,9 +84,10 @@ class TextTowerTrainer(StageTrainer):
             found["frozen weights"] = sampled_digest(frozen)
         return found
 
-    def measure(self, model: LLM2CLIPTextModel, retrieval: CaptionRetrieval) -> dict[str, float | int]:
-        tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
-        return retrieval(model, tokenizer, self.args.per_device_eval_batch_size)
+    def measure(self, model: LLM2CLIPTextModel, retrieval: CaptionPairData) -> dict[str, float | int]:
+        batch_size = self.args.per_device_eval_batch_size
+        session = Session(OurEncoder(model, self.processing_class), batch_size=batch_size, show_progress_bar=False)
+        return caption_pair_metrics(session, retrieval)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         text_model = self.accelerator.unwrap_model(model or self.model)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import TrainerCallback
 
@@ -64,6 +65,24 @@ class WeightAverage(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._write(self._average)
         self.in_model, self._average = True, {}
+
+    @torch.no_grad()
+    def run(self, **inputs: Any) -> Any:
+        """Run the model with the averaged weights, in evaluation mode; only during training.
+
+        The average takes the place of the weights as it is: no model is copied.
+        """
+        model = self.model()
+        # In their order, since stored states of frozen layers give the layers after them other names.
+        pairs = zip(self._trained().items(), self._average.values(), strict=True)
+        weights = {name: average.to(weight.dtype) for (name, weight), average in pairs}
+        training = [module for module in model.modules() if module.training]
+        model.eval()
+        try:
+            return functional_call(model, weights, (), inputs)
+        finally:
+            for module in training:
+                module.training = True
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Rows of embeddings: their inner products, and the NaN and infinite values that end a run."""
+"""Rows of embeddings: inner products, rounding, and the NaN and infinite values that end a run."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from llm2clip.utils.logs import shortened
+from modeling_llm2clip.modeling_llm2clip_utils import Precision, int8_values
 
 # Blocks of this width are about 10 % faster on CPU than one result of thousands of columns.
 CPU_COLUMNS = 512
@@ -57,3 +59,16 @@ def inner_products(rows: Tensor, columns: Tensor, out: Tensor) -> Tensor:
     for part, some in zip(out.split(at_once, dim=1), columns.split(at_once), strict=True):
         torch.mm(rows, some.to(out.dtype).T, out=part)
     return out
+
+
+def rounded_rows(rows: Tensor, precision: Precision) -> Tensor:
+    """Return the unit rows that the forms of [`quantize_embeddings`] stand for, in float32; NaN stays.
+
+    Their inner products are the cosines of codes, and of `binary` have the order of Hamming distances.
+    """
+    if precision == "float32":
+        return rows
+    if precision == "float16":
+        return rows.half().float()
+    values = int8_values(rows) if precision == "int8" else (rows > 0) * 2.0 - 1.0
+    return torch.where(rows.isfinite(), F.normalize(values, dim=-1), rows)

@@ -38,6 +38,15 @@ def printable(text: str) -> str:
     return OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
+def print_whole(text: str) -> None:
+    """Print a text, of which `head` or a pager may have read enough before its end."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Otherwise Python reports it once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def shortened(names: Sequence[str]) -> str:
     """List the first names, and how many more there are."""
     more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""

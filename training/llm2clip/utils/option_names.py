@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 # The first in the help of a stage.
 MOST_USED = (
-    *("vision_model_name_or_path", "text_model_name_or_path", "model_name_or_path"),
+    *("vision_model_name_or_path", "text_model_name_or_path", "model_name_or_path", "student"),
     *("sources", "embedding_cache", "eval_sources", "output_dir"),
     *("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("tower_chunk_size", "bf16", "activation_checkpointing", "warmup_steps", "lr_scheduler_type", "weight_decay"),

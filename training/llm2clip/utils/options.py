@@ -55,6 +55,9 @@ class OptionParser(argparse.ArgumentParser):
         values = vars(namespace)
         for name in values.keys() & self.fields.keys():
             value = values[name]
+            if isinstance(value, list) and len(value) == 1 and str in options_of(self.fields[name]):
+                values[name] = value[0]
+                continue
             is_word = isinstance(value, list) and len(value) == 1 and list[str] not in options_of(self.fields[name])
             if is_word and value[0].startswith(("[", "{")):
                 values[name] = value[0]
@@ -73,6 +76,8 @@ def unknown_option(argument: str, config_classes: Sequence[type]) -> str:
     fields = [field.name for config_class in config_classes for field in dataclasses.fields(config_class)]
     given = argument.split("=")[0]
     found = nearest_field(given, fields)
+    if found and option(found) == given:
+        return f"there is no option {given}: give its value without it, where `--help` shows {found.upper()}."
     return f"there is no option {given}" + (f"; did you mean {option(found)}?" if found else ".")
 
 
@@ -125,10 +130,11 @@ def option_groups(config_class: type, skip: Sequence[str], everything: bool) -> 
         name for base in config_class.__mro__ if base.__module__.startswith("transformers.")
         for name in inspect.get_annotations(base)
     }  # fmt: skip
-    if not trainer:
-        return {"options": _rows(config_class, fields.values(), whole=True)}
-    # Those of a stage before those of all stages.
+    # Those of a class before those of its bases.
     declared = [name for base in config_class.__mro__ for name in inspect.get_annotations(base)]
+    if not trainer:
+        own = [fields[name] for name in dict.fromkeys(declared) if name in fields]
+        return {"options": _rows(config_class, own, whole=True)}
     groups = {
         "most used": MOST_USED,
         "other settings of this command": [name for name in declared if name not in trainer],

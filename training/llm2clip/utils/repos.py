@@ -15,6 +15,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, find_adapter_co
 from llm2clip.utils.files import read_json
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig, LLM2CLIPVisionModelWithProjection
 from modeling_llm2clip.modeling_llm2clip_decoder import embedding_modules
+from modeling_llm2clip.modeling_llm2clip_utils import OWN_TEXT_MODEL, find_text_model
 
 
 class RepoKind(StrEnum):
@@ -28,6 +29,7 @@ class RepoKind(StrEnum):
     OTHER = "other model"
 
 
+LLM = "text_model_name_or_path"
 OUR_MODELS = (RepoKind.JOINT, RepoKind.VISION_HALF, RepoKind.TEXT_TOWER)
 
 
@@ -41,7 +43,8 @@ class Repo:
             `is_adapter`; `ADAPTER` is an adapter without a config of this package; `EMBEDDING_MODEL` is a plain text
             model whose files say how to embed texts; `OTHER` includes plain LLMs.
         is_adapter: Whether the weights are a PEFT adapter.
-        config: The fields of config.json; empty if there is none.
+        config: The fields of config.json, in which an LLM in the repository itself has its whole name; empty if there
+            is none.
     """
 
     name: str
@@ -77,19 +80,24 @@ def inspect_repo(name: str | Path, revision: str | None = None, **hub_arguments:
         OSError: There is no such repository, or it contains neither config.json nor adapter_config.json.
     """
     name = str(name)
-    options = {"revision": revision, **hub_arguments}
-    is_adapter = find_adapter_config_file(name, **options) is not None
+    _, place, inside = find_text_model(name)
+    options = {"revision": revision, **inside, **hub_arguments}
+    is_adapter = find_adapter_config_file(place, **options) is not None
     try:
-        config = PretrainedConfig.get_config_dict(name, **options)[0]
-    except OSError:
+        config = PretrainedConfig.get_config_dict(place, **options)[0]
+    except OSError as error:
         if not is_adapter:
-            raise
+            if name in str(error):
+                raise
+            raise OSError(f"there is no model {name} here, nor can it be read from the Hub: {error}") from error
         config = {}
     if not config and not is_adapter:
         raise FileNotFoundError(f"{name} contains neither config.json nor adapter_config.json.")
     kind = _kind(config, is_adapter)
-    if kind is RepoKind.OTHER and embedding_modules(name, **options):
+    if kind is RepoKind.OTHER and embedding_modules(place, **options):
         kind = RepoKind.EMBEDDING_MODEL
+    if LLM in config:
+        config = {**config, LLM: find_text_model(config[LLM], place, **options)[0]}
     return Repo(name, revision, kind, is_adapter, config)
 
 
@@ -112,12 +120,22 @@ def referred_folders(name: str | Path) -> list[Path]:
     waiting = [Path(name)]
     while waiting:
         folder = waiting.pop()
-        for file, key in ((CONFIG_NAME, "text_model_name_or_path"), (ADAPTER_CONFIG_NAME, "base_model_name_or_path")):
+        for file, key in ((CONFIG_NAME, LLM), (ADAPTER_CONFIG_NAME, "base_model_name_or_path")):
             other = read_json(folder / file).get(key) if (folder / file).is_file() else None
-            if isinstance(other, str) and other and Path(other).is_dir() and Path(other) not in found:
-                found.append(Path(other))
-                waiting.append(Path(other))
+            for one in map(Path, names_of(find_text_model(other, folder)[0])):
+                if one.is_dir() and one not in found:
+                    found.append(one)
+                    waiting.append(one)
     return found
+
+
+def needed_llms(repo: Repo) -> list[str]:
+    """Return the LLMs that a joint model in a folder needs beside that; of an adapter in it, what that is for."""
+    name = repo.config.get(LLM)
+    own = Path(find_text_model(OWN_TEXT_MODEL, repo.name)[0])
+    if isinstance(name, str) and Path(name) == own and own.is_dir():
+        name = read_json(own / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
+    return names_of(name)
 
 
 def local_folders(name: str) -> list[Path]:
@@ -143,6 +161,11 @@ def hub_commit(name: str, revision: str | None = None) -> str | None:
 def is_hub_id(name: str) -> bool:
     """Whether a name has the form of a Hub id: OWNER/NAME."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
+
+
+def names_of(model: Any) -> list[str]:
+    """The names of a model, of two text encoders, or of none, as configs and settings give them."""
+    return list(model) if isinstance(model, list | tuple) else [str(model)] if model else []
 
 
 def hub_ids(*names: str | None) -> list[str]:

@@ -143,6 +143,8 @@ def _convert_union(value: Any, options: Sequence[Any]) -> Any:
     # An enumeration that is a string too, as those of transformers' Trainer, knows its own values.
     if any(map(is_enum, options)):
         options = [option for option in options if option is not str]
+    if isinstance(value, str) and str in options:  # and not a list of one
+        options = [option for option in options if typing.get_origin(option) is not list]
     # Every value fits `str`, so that narrower types go first.
     for option in sorted(options, key=lambda option: option is str):
         if option is not type(None):

@@ -6,13 +6,22 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
+from rich.text import Text
 
 from llm2clip.utils.logs import printable
 
 RECALLS = ("recall@1", "recall@5", "recall@10")
-SHORT = {"text_to_image_recall@": "T2I R@", "image_to_text_recall@": "I2T R@", "recall@": "R@"}
+SHORT = {
+    "text_to_image_recall@": "T2I R@",
+    "image_to_text_recall@": "I2T R@",
+    "recall@": "R@",
+    "text_to_image_map@r": "T2I mAP@R",
+    "image_to_text_map@r": "I2T mAP@R",
+    "text_to_image_r_precision": "T2I R-precision",
+    "image_to_text_r_precision": "I2T R-precision",
+}
 # A recall, possibly of a set: `text_to_image_recall@1`, `eval_validation_text_to_image_recall@1`.
 RECALL = re.compile(r"(?:(.*?)_)??((?:text_to_image_|image_to_text_)?recall@\d+)")
 
@@ -26,13 +35,14 @@ def print_table(
 ) -> None:
     """Print a table; the columns at the positions `text_columns` are aligned left, those of numbers right.
 
-    Texts may be of others; see [`printable`].
+    Texts may be of others; see [`printable`]. Brackets in them are no markup.
     """
-    table = Table(title=printable(title), title_justify="left")
+    table = Table(title=Text(printable(title)), title_justify="left")
     for number, column in enumerate(columns):
-        table.add_column(printable(column), justify="left" if number in text_columns else "right", overflow="fold")
+        justify: JustifyMethod = "left" if number in text_columns else "right"
+        table.add_column(Text(printable(column)), justify=justify, overflow="fold")
     for row in rows:
-        table.add_row(*map(printable, row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     console.print(table)
 
 

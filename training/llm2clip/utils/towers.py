@@ -5,9 +5,11 @@ Plain text models are LLMs, encoders, and embedding models of sentence-transform
 
 from __future__ import annotations
 
+import copy
 import logging
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +18,13 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from llm2clip.utils.attention_probe import verify_text_tower
 from llm2clip.utils.embedding_models import embedding_fields, read_embedding_model, with_lower_case
 from llm2clip.utils.repos import OUR_MODELS, inspect_repo
-from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig, LLM2CLIPTextModel, with_prompt
+from modeling_llm2clip import (
+    LLM2CLIPConfig,
+    LLM2CLIPPairTokenizer,
+    LLM2CLIPTextConfig,
+    LLM2CLIPTextModel,
+    with_prompt,
+)
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
 from modeling_llm2clip.modeling_llm2clip_decoder import encoder_fields
 
@@ -42,18 +50,20 @@ def loading_options(dtype: str, attn_implementation: str | None = None, revision
 
 
 def open_text_tower(
-    name: str,
+    name: str | Sequence[str],
     *,
     dtype: str = "auto",
     attn_implementation: str | None = None,
-    revision: str | None = None,
+    revision: Any = None,
     decoder: PreTrainedModel | None = None,
     **prompt: Any,
 ) -> tuple[LLM2CLIPTextModel, PreTrainedTokenizerBase]:
     """Load a text tower and its caption tokenizer, which adds the prompt. Adapters are merged.
 
     Args:
-        name: Hub id or folder of a text tower, an LLM2CLIP model, or a plain text model, which is wrapped as a tower.
+        name: Hub id or folder of a text tower, an LLM2CLIP model, or a plain text model, which is wrapped as a tower;
+            of a CLIP model, the text half. A list of two becomes a pair, see [`LLM2CLIPTextModel.pair`]; `revision`
+            may be a list then.
         dtype, attn_implementation, revision: See [`loading_options`].
         decoder: The plain LLM, if it is already loaded.
         prompt: Fields of [`LLM2CLIPTextConfig`] for a plain text model, such as `prompt_prefix`; None means unset.
@@ -68,6 +78,11 @@ def open_text_tower(
             (the config records its result; see [`verify_text_tower`]); or the files of an embedding model describe
             something that a text tower cannot do.
     """
+    if not isinstance(name, str):
+        loading: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation, **prompt}
+        towers = [open_text_tower(one, revision=own, **loading) for one, own in each_of_pair(name, revision)]
+        (first, own), (second, other) = towers
+        return LLM2CLIPTextModel.pair(first, second), LLM2CLIPPairTokenizer.of(cast(Any, own), cast(Any, other))
     options = loading_options(dtype, attn_implementation, revision)
     tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision)
     prompt = {key: value for key, value in prompt.items() if value is not None}
@@ -89,6 +104,19 @@ def open_text_tower(
     return model, tokenizer
 
 
+def each_of_pair(names: Any, revisions: Any = None) -> list[tuple[str, str | None]]:
+    """Return the name and the revision of each of two text encoders, or of one.
+
+    Raises:
+        ValueError: There are more than two, or not as many revisions.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    revisions = list(revisions) if isinstance(revisions, list | tuple) else [revisions] * len(names)
+    if not 1 <= len(names) <= 2 or len(revisions) != len(names):
+        raise ValueError(f"give one text encoder, or two, and a revision for each, not {names} and {revisions}.")
+    return list(zip(names, revisions, strict=True))
+
+
 def save_text_tower(
     model: LLM2CLIPTextModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -102,18 +130,30 @@ def save_text_tower(
 
 
 def describe_text_tower(
-    name: str, revision: str | None = None, **prompt: Any
+    name: str | Sequence[str], revision: Any = None, **prompt: Any
 ) -> tuple[LLM2CLIPTextConfig, PreTrainedTokenizerBase]:
     """Return the config and the tokenizer of [`open_text_tower`] without loading the weights.
 
     `prompt` is for a plain LLM; a text tower keeps its own.
     """
+    if not isinstance(name, str):
+        return pair_description(*(describe_text_tower(*one, **prompt) for one in each_of_pair(name, revision)))
     tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision)
     config = AutoConfig.from_pretrained(name, revision=revision)
     if config.model_type in (LLM2CLIPConfig.model_type, LLM2CLIPTextConfig.model_type):
         return getattr(config, "text_config", config), tokenizer
     tokenizer, fields = _plain(name, revision, config, tokenizer, prompt)
-    return LLM2CLIPTextConfig(decoder_config=config, **fields), tokenizer
+    return LLM2CLIPTextConfig(decoder_config=getattr(config, "text_config", config), **fields), tokenizer
+
+
+def pair_description(*halves: tuple[LLM2CLIPTextConfig, Any]) -> tuple[LLM2CLIPTextConfig, PreTrainedTokenizerBase]:
+    """Return the config and the tokenizer of two text encoders from those of each; of one, its own."""
+    (config, tokenizer), *others = halves
+    for second, other in others:
+        config = copy.deepcopy(config)
+        config.second_config, config.fingerprint = second, None
+        tokenizer = LLM2CLIPPairTokenizer.of(tokenizer, other)
+    return config, tokenizer
 
 
 def _plain(

@@ -31,6 +31,7 @@ from llm2clip.utils.manifests import (
 OUR_FILES = ("modeling_llm2clip*.py", "config.json")
 # How folders are written again that are not replaced with --overwrite.
 AGAIN = {
+    "distill-text": "put the student there again (attach_query_encoder)",
     "quickstart": "delete {folder}; the next quickstart fetches it again",
     None: "write it again, or copy it from where it came",
 }

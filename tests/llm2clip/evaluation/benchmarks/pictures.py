@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from llm2clip.evaluation.benchmarks.data import BenchmarkImages
+from llm2clip.evaluation.data import BenchmarkImages
 from modeling_llm2clip.image_decoding_llm2clip import decode_image
 
 

@@ -7,15 +7,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from llm2clip.evaluation.benchmarks import all_benchmarks
-from llm2clip.evaluation.benchmarks.data import RetrievalData
+from llm2clip.evaluation.benchmarks import choose_benchmarks
 
 BOM = "\ufeff"
 
 
 def read(name: str, data: Path) -> Any:
     """Find the files of a benchmark below a folder, as the command does, and read them."""
-    benchmark = all_benchmarks()[name]
+    (benchmark,) = choose_benchmarks([name], data)
     folder = benchmark.find(data)
     assert folder is not None
     return benchmark.read(folder)
@@ -35,7 +34,18 @@ def write_lines(path: Path, rows: Iterable[Any]) -> Path:
     return write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def pairs(data: RetrievalData, folder: Path) -> list[tuple[str, str]]:
-    """Path of the own image of each text, relative to a folder, and the text."""
-    paths = [str(Path(data.images.images[owner]).relative_to(folder)) for owner in data.owners.tolist()]
-    return list(zip(paths, data.texts, strict=True))
+def karpathy_row(name: str, split: str, captions: list[str], first_id: int, **more: object) -> dict[str, object]:
+    ids = list(range(first_id, first_id + len(captions)))
+    sentences = [
+        {"tokens": text.split(), "raw": text, "imgid": 7, "sentid": number}
+        for text, number in zip(captions, ids, strict=True)
+    ]
+    return {"sentids": ids, "imgid": 7, "sentences": sentences, "split": split, "filename": name, **more}
+
+
+def xm3600_row(key: str, **captions: list[str]) -> dict[str, Any]:
+    texts = {
+        language: {"caption": some, "caption/tokenized": ["not this"] * len(some), "caption/tokenized/lowercase": []}
+        for language, some in captions.items()
+    }
+    return {"image/key": key, "image/locale": "sw", **texts}

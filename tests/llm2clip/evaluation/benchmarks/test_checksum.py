@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from llm2clip.evaluation.benchmarks.checksum import data_checksum
-from llm2clip.evaluation.benchmarks.data import BenchmarkImages, ClassificationData, RetrievalData
+from llm2clip.evaluation.data import BenchmarkImages, ClassificationData, RetrievalData
 
 
 def retrieval(folder: Path) -> RetrievalData:

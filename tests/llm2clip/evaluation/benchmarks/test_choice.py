@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from llm2clip.evaluation.benchmark import GROUPS
 from llm2clip.evaluation.benchmarks import ALL_FOUND, all_benchmarks, choose_benchmarks
-from llm2clip.evaluation.benchmarks.base import GROUPS
 from tests.llm2clip.evaluation.benchmarks.samples import write
 
 
@@ -22,6 +22,20 @@ def test_a_name_is_taken_whether_or_not_its_files_are_there(tmp_path: Path) -> N
         names(["urban"], tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("part", "meant"),
+    [
+        ("coco", "coco-salesforce, coco-salesforce-all, coco-karpathy, coco-val2017, coco-cn, coco-cn-translated, "),
+        ("flickr", "flickr30k, flickr30k-karpathy, "),
+        ("ImageNet1k", "imagenet-1k, imagenet-1k-single."),
+        ("xm-3600", "xm3600, "),
+    ],
+)
+def test_a_part_of_a_name_lists_the_benchmarks_that_may_be_meant(part: str, meant: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"there is no benchmark '{part}'; you may mean {meant}"):
+        names([part], tmp_path)
+
+
 def test_a_group_stands_for_its_sets_that_are_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(tmp_path / "flickr30k/dataset_flickr30k.json", {})
     write(tmp_path / "coco/annotations/captions_val2017.json", {})
@@ -32,7 +46,8 @@ def test_a_group_stands_for_its_sets_that_are_there(tmp_path: Path, caplog: pyte
         "short without coco-salesforce, coco-salesforce-all, coco-karpathy, flickr30k, flickr30k-clip-benchmark, "
         in caplog.text
     )
-    assert names([ALL_FOUND], tmp_path) == ["coco-val2017", "flickr30k-karpathy", "xm3600", "xm3600-first"]
+    in_languages = ["xm3600", "xm3600-without-english", "xm3600-first"]
+    assert names([ALL_FOUND], tmp_path) == ["coco-val2017", "flickr30k-karpathy", *in_languages]
     assert names(["short", "docci"], tmp_path)[-1] == "docci"
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llm2clip.evaluation.benchmark import BenchmarkError
 from llm2clip.evaluation.benchmarks import all_benchmarks, choose_benchmarks
-from llm2clip.evaluation.benchmarks.base import BenchmarkError
 from llm2clip.evaluation.prompts import template_set
 from modeling_llm2clip.image_decoding_llm2clip import decode_image
+from tests.llm2clip.evaluation.benchmarks.samples import read
 
 
 def row(labels: list[int], shade: int) -> bytes:
@@ -25,8 +26,7 @@ def test_cifar10(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "batches.meta.txt").write_text("airplane\nautomobile\nbird\n\n")
     (folder / "test_batch.bin").write_bytes(row([2], 10) + row([0], 20))
-    benchmark = all_benchmarks()["cifar10"]
-    data = benchmark.read(benchmark.find(tmp_path))  # type: ignore[arg-type]
+    data = read("cifar10", tmp_path)
     assert data.classnames == ["airplane", "automobile", "bird"]
     assert data.labels.tolist() == [2, 0]
     image = data.images.decode(1, decode_image)
@@ -39,13 +39,11 @@ def test_cifar10(tmp_path: Path) -> None:
     assert probe.find(tmp_path) is None
     for number in range(1, 6):
         (folder / f"data_batch_{number}.bin").write_bytes(row([number % 3], number))
-    assert probe.read(probe.find(tmp_path)).train.labels.tolist() == [1, 2, 0, 1, 2]  # type: ignore[arg-type]
-    (folder / "test_batch.bin").write_bytes(row([2], 10)[:-1])
-    with pytest.raises(BenchmarkError, match=r"has 3,072 bytes, no multiple of 3,073"):
-        benchmark.read(folder)
-    (folder / "test_batch.bin").write_bytes(b"")
-    with pytest.raises(BenchmarkError, match="has 0 bytes"):
-        benchmark.read(folder)
+    assert read("cifar10-probe-sgd", tmp_path).train.labels.tolist() == [1, 2, 0, 1, 2]
+    for content, message in ((row([2], 10)[:-1], "has 3,072 bytes, no multiple of 3,073"), (b"", "has 0 bytes")):
+        (folder / "test_batch.bin").write_bytes(content)
+        with pytest.raises(BenchmarkError, match=message):
+            read("cifar10", tmp_path)
 
 
 def test_fine_labels_of_cifar100_and_names_with_blanks(tmp_path: Path) -> None:
@@ -53,8 +51,7 @@ def test_fine_labels_of_cifar100_and_names_with_blanks(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "fine_label_names.txt").write_text("apple\naquarium_fish\n")
     (folder / "test.bin").write_bytes(row([9, 1], 10) + row([8, 0], 20))
-    benchmark = all_benchmarks()["cifar100"]
-    data = benchmark.read(benchmark.find(tmp_path))  # type: ignore[arg-type]
+    data = read("cifar100", tmp_path)
     assert data.classnames == ["apple", "aquarium fish"]
     assert data.labels.tolist() == [1, 0]
     assert data.images.decode(0, decode_image).getpixel((0, 0)) == (10, 2, 3)

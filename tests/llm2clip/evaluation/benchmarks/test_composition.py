@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import pytest
 
-from llm2clip.evaluation.benchmarks.base import BenchmarkError
+from llm2clip.evaluation.benchmark import BenchmarkError
 from llm2clip.evaluation.benchmarks.sugar_crepe import COUNTS
 from tests.llm2clip.evaluation.benchmarks.samples import BOM, read, write, write_lines
 

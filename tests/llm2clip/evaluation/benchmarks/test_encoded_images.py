@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from llm2clip.evaluation.benchmarks.checksum import HEAD, data_checksum
-from llm2clip.evaluation.benchmarks.data import BenchmarkImages, ClassificationData
 from llm2clip.evaluation.benchmarks.encoded_images import ArchivedImages, CroppedFiles, FilePart, PixelImages
+from llm2clip.evaluation.data import BenchmarkImages, ClassificationData
 from modeling_llm2clip.image_decoding_llm2clip import DamagedImageError, decode_image
 from tests.llm2clip.evaluation.benchmarks.pictures import picture, write_picture
 
@@ -28,7 +28,7 @@ def test_pixels_are_decoded_as_they_are() -> None:
     assert np.array_equal(
         np.asarray(decode_image(PixelImages(pixels[..., 0])[1])), np.stack([pixels[1, ..., 0]] * 3, -1)
     )
-    assert [len(images), len(images[1:3]), len(list(images))] == [4, 2, 4]
+    assert (len(images), len(list(images))) == (4, 4)
     with pytest.raises(IndexError):
         images[4]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llm2clip.evaluation.benchmarks import all_benchmarks, choose_benchmarks
-from llm2clip.evaluation.benchmarks.base import BenchmarkError
-from llm2clip.evaluation.benchmarks.fashion_mnist import read_idx
+from llm2clip.evaluation.benchmark import BenchmarkError
+from llm2clip.evaluation.benchmarks import all_benchmarks
 from modeling_llm2clip.image_decoding_llm2clip import decode_image
+from tests.llm2clip.evaluation.benchmarks.samples import read
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -30,8 +30,7 @@ def write_part(folder: Path, part: str, labels: list[int], packed: bool = True) 
 def test_images_and_labels_are_read_with_or_without_gz(tmp_path: Path, packed: bool) -> None:
     folder = tmp_path / "fashion-mnist"
     write_part(folder, "t10k", [9, 0], packed)
-    benchmark = all_benchmarks()["fashion-mnist"]
-    data = benchmark.read(benchmark.find(tmp_path))  # type: ignore[arg-type]
+    data = read("fashion-mnist", tmp_path)
     assert data.labels.tolist() == [9, 0]
     image = data.images.decode(1, decode_image)
     assert (image.mode, image.size) == ("RGB", (3, 2))
@@ -40,29 +39,25 @@ def test_images_and_labels_are_read_with_or_without_gz(tmp_path: Path, packed: b
     assert data.classnames == names.split(", "), "the order of its README"
     assert len(data.templates) == 80
     write_part(folder, "train", [1, 2, 3], packed)
-    (probe,) = choose_benchmarks(["fashion-mnist-probe-sgd"], tmp_path)
-    assert probe.read(folder).train.labels.tolist() == [1, 2, 3]
+    assert read("fashion-mnist-probe-sgd", tmp_path).train.labels.tolist() == [1, 2, 3]
 
 
 def test_missing_and_broken_files_are_refused(tmp_path: Path) -> None:
     write_part(tmp_path, "t10k", [1, 2])
-    read = all_benchmarks()["fashion-mnist"].read
+    read_files = all_benchmarks()["fashion-mnist"].read
     labels = tmp_path / "t10k-labels-idx1-ubyte.gz"
     whole = labels.read_bytes()
-    labels.write_bytes(whole[:-6])
-    with pytest.raises(BenchmarkError, match=r"labels-idx1-ubyte\.gz is damaged"):
-        read(tmp_path)
-    labels.write_bytes(gzip.compress(idx(np.zeros(3, dtype=np.uint8))))
-    with pytest.raises(BenchmarkError, match=r"t10k has images \(2, 2, 3\), but labels \(3,\)"):
-        read(tmp_path)
-    whole_idx = idx(np.zeros(3, dtype=np.uint8))
-    for content, count in ((whole_idx[:-1], 2), (whole_idx + b"0", 4)):
-        labels.write_bytes(gzip.compress(content))
-        with pytest.raises(BenchmarkError, match=rf"has {count} bytes for an array \(3,\)"):
-            read(tmp_path)
-    labels.write_bytes(gzip.compress(b"\x00\x00\x0d\x01"))
-    with pytest.raises(BenchmarkError, match="is not an idx file of unsigned bytes"):
-        read_idx(tmp_path / "t10k-labels-idx1-ubyte")
+    zeros = idx(np.zeros(3, dtype=np.uint8))
+    for content, message in (
+        (whole[:-6], r"labels-idx1-ubyte\.gz is damaged"),
+        (gzip.compress(zeros), r"t10k has images \(2, 2, 3\), but labels \(3,\)"),
+        (gzip.compress(zeros[:-1]), r"has 2 bytes for an array \(3,\)"),
+        (gzip.compress(zeros + b"0"), r"has 4 bytes for an array \(3,\)"),
+        (gzip.compress(b"\x00\x00\x0d\x01"), "is not an idx file of unsigned bytes"),
+    ):
+        labels.write_bytes(content)
+        with pytest.raises(BenchmarkError, match=message):
+            read_files(tmp_path)
     labels.unlink()
     with pytest.raises(BenchmarkError, match=r"there is no file .*labels-idx1-ubyte or t10k-labels-idx1-ubyte.gz"):
-        read(tmp_path)
+        read_files(tmp_path)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from llm2clip.evaluation.benchmark import BenchmarkError
 from llm2clip.evaluation.benchmarks import all_benchmarks, graded_coco
-from llm2clip.evaluation.benchmarks.base import BenchmarkError
 from llm2clip.evaluation.benchmarks.counts import describe_rows
 from tests.llm2clip.evaluation.benchmarks.samples import BOM, read, write
 

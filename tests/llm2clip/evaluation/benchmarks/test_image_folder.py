@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from llm2clip.evaluation.benchmark import BenchmarkError
 from llm2clip.evaluation.benchmarks import all_benchmarks, choose_benchmarks
-from llm2clip.evaluation.benchmarks.base import BenchmarkError
 from llm2clip.evaluation.benchmarks.image_folder import read_class_folders
 from llm2clip.evaluation.prompts import template_set
 from tests.llm2clip.evaluation.benchmarks.pictures import shades, write_picture

@@ -11,24 +11,17 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from llm2clip.evaluation.benchmarks import all_benchmarks, choose_benchmarks
-from llm2clip.evaluation.benchmarks.base import BenchmarkError
+from llm2clip.evaluation.benchmark import BenchmarkError
+from llm2clip.evaluation.benchmarks import all_benchmarks
 from llm2clip.evaluation.benchmarks.counts import check_counts
-from llm2clip.evaluation.benchmarks.data import ClassificationData
 from llm2clip.evaluation.benchmarks.imagenet import DEVKIT, TAR, TRUTH
 from llm2clip.evaluation.prompts import imagenet_classes, imagenet_subset, template_set
 from tests.llm2clip.evaluation.benchmarks.pictures import picture, shades, write_picture
+from tests.llm2clip.evaluation.benchmarks.samples import read
 
 WNIDS = list(imagenet_classes())
 # In the order of ILSVRC's own numbers, which are not the labels: n02119789 is 1, n02100735 is 2.
 NUMBERED = ["n02119789", "n02100735", "n01440764"]
-
-
-def read(name: str, data: Path) -> ClassificationData:
-    (benchmark,) = choose_benchmarks([name], data)
-    folder = benchmark.find(data)
-    assert folder is not None
-    return benchmark.read(folder)
 
 
 def file_name(number: int) -> str:
@@ -67,7 +60,7 @@ def test_folders_of_wordnet_ids(tmp_path: Path) -> None:
     assert shades(data.images) == [7, 1, 0]
     assert data.classnames[:3] == ["tench", "goldfish", "great white shark"]
     assert data.train is None
-    assert read("imagenet-1k-probe-lbfgs", tmp_path).train.labels.tolist() == [5]  # type: ignore[union-attr]
+    assert read("imagenet-1k-probe-lbfgs", tmp_path).train.labels.tolist() == [5]
     with pytest.raises(
         BenchmarkError, match=r"3 images instead of 50,000 .*, 3 classes instead of 1,000 .*: goldfish, tiger"
     ):
@@ -77,7 +70,7 @@ def test_folders_of_wordnet_ids(tmp_path: Path) -> None:
 def test_the_single_template_of_the_paper_is_a_benchmark_of_its_own(tmp_path: Path) -> None:
     write_picture(tmp_path / f"val/{WNIDS[0]}/{file_name(1)}")
     single, usual = (all_benchmarks()[name] for name in ("imagenet-1k-single", "imagenet-1k"))
-    assert single.protocol.templates == ("a photo of the {c}",)  # type: ignore[attr-defined]
+    assert single.options == {"templates": ("a photo of the {c}",)}
     assert read("imagenet-1k", tmp_path).templates == template_set("openai-80")
     assert "paper" in single.groups
     assert "paper" in usual.groups

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llm2clip.evaluation.benchmarks import all_benchmarks
-from llm2clip.evaluation.benchmarks.base import BenchmarkError
+from llm2clip.evaluation.benchmark import BenchmarkError
 from modeling_llm2clip.image_decoding_llm2clip import decode_image
+from tests.llm2clip.evaluation.benchmarks.samples import read
 
 
 @pytest.fixture
@@ -31,8 +31,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_only_shared_classes_count_under_their_lower_case_names(folder: Path) -> None:
-    benchmark = all_benchmarks()["objectnet"]
-    data = benchmark.read(benchmark.find(folder))  # type: ignore[arg-type]
+    data = read("objectnet", folder)
     assert data.classnames == ["zz clock", "bath towel"]
     assert data.labels.tolist() == [0, 1]
     image = data.images.decode(1, decode_image)
@@ -41,8 +40,7 @@ def test_only_shared_classes_count_under_their_lower_case_names(folder: Path) ->
 
 
 def test_border_is_cut_off_under_another_name(folder: Path) -> None:
-    benchmark = all_benchmarks()["objectnet-cropped"]
-    data = benchmark.read(benchmark.find(folder))  # type: ignore[arg-type]
+    data = read("objectnet-cropped", folder)
     image = data.images.decode(1, decode_image)
     assert image.size == (5, 3)
     assert set(image.get_flattened_data()) == {(1, 1, 1)}
@@ -53,4 +51,4 @@ def test_mappings_that_do_not_fit_are_refused(folder: Path) -> None:
     path = folder / "objectnet-1.0/mappings/folder_to_objectnet_label.json"
     path.write_text(json.dumps({"alarm_clock": "Zz Clock"}))
     with pytest.raises(BenchmarkError, match="2 classes have an ImageNet class, but 1 a folder"):
-        all_benchmarks()["objectnet"].read(folder / "objectnet-1.0")
+        read("objectnet", folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -10,220 +10,173 @@ import pytest
 import torch
 from PIL import Image
 
-from llm2clip.evaluation.benchmarks import (
-    ade20k,
-    all_benchmarks,
-    cityscapes,
-    coco_stuff,
-    pascal_context,
-    voc_segmentation,
-)
-from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
-from llm2clip.evaluation.benchmarks.label_maps import IGNORED, SegmentationData, segmentation_classes
+from llm2clip.evaluation.benchmark import BenchmarkError
+from llm2clip.evaluation.benchmarks import all_benchmarks
+from llm2clip.evaluation.benchmarks.segmentation import segmentation_classes
+from llm2clip.evaluation.label_maps import IGNORED, SegmentationData
 from modeling_llm2clip.image_decoding_llm2clip import DamagedImageError
 
 
-def write(folder: Path, image: str, label: str, values: list[list[int]], palette: bool = False) -> None:
-    """Write an image and its label map of the given values."""
-    array = np.array(values, dtype=np.uint8)
-    for path in (folder / image, folder / label):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", array.shape[::-1], (1, 2, 3)).save(folder / image)
-    picture = Image.fromarray(array)
-    if palette:
-        picture.putpalette([channel for level in range(256) for channel in (255 - level, level, 7)])
-        assert picture.mode == "P"
-    picture.save(folder / label)
+@dataclass
+class Layout:
+    """A tiny set, with what its reader makes of it.
+
+    Attributes:
+        root: Its folder.
+        image, label: Paths, with a place for the name.
+        written: Values in the label map of each name.
+        read: Classes that are read, in the order of the images.
+        names: Some of the classes.
+        classes: Name of its classes, and how many there are.
+        wrong: A value that is no class.
+        order: Names in the order of the images; by default all that are written.
+        listing: Where a list of names lies, if the set has one.
+        beside: Other files beside a label map.
+    """
+
+    root: str
+    image: str
+    label: str
+    written: dict[str, list[list[int]]]
+    read: list[list[list[int]]]
+    names: dict[int, str]
+    classes: tuple[str, int]
+    wrong: int
+    order: tuple[str, ...] = ()
+    listing: str = ""
+    beside: tuple[str, ...] = field(default=())
+
+    def write(self, data: Path) -> Path:
+        """Write the set below a folder; returns its own."""
+        root = data / self.root
+        for name, values in self.written.items():
+            array = np.array(values, dtype=np.uint8)
+            image, label = (root / place.format(name) for place in (self.image, self.label))
+            for path in (image, label):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", array.shape[::-1], (1, 2, 3)).save(image)
+            picture = Image.fromarray(array)
+            if "SegmentationClass/" in self.label:
+                picture.putpalette([channel for level in range(256) for channel in (255 - level, level, 7)])
+                assert picture.mode == "P"
+            picture.save(label)
+            for other in self.beside:
+                Image.new("L", array.shape[::-1], 3).save(root / other.format(name))
+        if self.listing:
+            (root / self.listing).parent.mkdir(parents=True)
+            (root / self.listing).write_text("".join(f"{name}\n" for name in self.order))
+        return root
 
 
-def ade(folder: Path) -> Path:
-    root = folder / "ADEChallengeData2016"
-    for number, values in ((2, [[150, 0]]), (1, [[0, 1, 2], [13, 150, 255]])):
-        name = f"validation/ADE_val_{number:08d}"
-        write(root, f"images/{name}.jpg", f"annotations/{name}.png", values)
-    write(root, "images/training/ADE_train_00000001.jpg", "annotations/training/ADE_train_00000001.png", [[1]])
-    return root
-
-
-def stuff(folder: Path) -> Path:
-    root = folder / "coco_stuff164k"
-    name = "val2017/000000000139"
-    write(root, f"images/{name}.jpg", f"annotations/{name}.png", [[0, 10, 12, 89], [91, 181, 255, 255]])
-    # What mmsegmentation's converter leaves beside it.
-    Image.new("L", (4, 2), 3).save(root / f"annotations/{name}_labelTrainIds.png")
-    return root
-
-
-def voc(folder: Path) -> Path:
-    root = folder / "VOCdevkit" / "VOC2012"
-    write(root, "JPEGImages/2007_000033.jpg", "SegmentationClass/2007_000033.png", [[0, 1, 20, 255]], palette=True)
-    write(root, "JPEGImages/2007_000032.jpg", "SegmentationClass/2007_000032.png", [[15]], palette=True)
-    write(root, "JPEGImages/2007_000042.jpg", "SegmentationClass/2007_000042.png", [[19]], palette=True)
-    listing = root / "ImageSets" / "Segmentation" / "val.txt"
-    listing.parent.mkdir(parents=True)
-    listing.write_text("2007_000033\n2007_000032\n")
-    return root
-
-
-def city(folder: Path) -> Path:
-    root = folder / "cityscapes"
-    for name, values in (
-        ("munster/munster_000000_000019", [[7, 8, 26], [33, 0, 9]]),
-        ("frankfurt/frankfurt_000000_000294", [[11, 23, 31], [28, 29, 4]]),
-    ):
-        write(root, f"leftImg8bit/val/{name}_leftImg8bit.png", f"gtFine/val/{name}_gtFine_labelIds.png", values)
-        for kind in ("instanceIds", "labelTrainIds", "color"):
-            Image.new("L", (3, 2), 1).save(root / f"gtFine/val/{name}_gtFine_{kind}.png")
-    return root
-
-
-def context(folder: Path) -> Path:
-    root = folder / "VOCdevkit" / "VOC2010"
-    write(root, "JPEGImages/2008_000002.jpg", "SegmentationClassContext/2008_000002.png", [[0, 1, 2, 59]])
-    listing = root / "ImageSets" / "SegmentationContext" / "val.txt"
-    listing.parent.mkdir(parents=True)
-    listing.write_text("2008_000002\n")
-    return root
-
-
-FOLDERS: list[tuple[Benchmark, Callable[[Path], Path], list[list[list[int]]], dict[int, str]]] = [
-    (
-        ade20k.ADE20K,
-        ade,
-        [[[255, 0, 1], [12, 149, 255]], [[149, 255]]],
-        {0: "wall", 7: "bed ", 12: "person", 149: "flag"},
+VOC = Layout(
+    "VOCdevkit/VOC2012", "JPEGImages/{}.jpg", "SegmentationClass/{}.png",
+    {"2007_000033": [[0, 1, 20, 255]], "2007_000032": [[15]], "2007_000042": [[19]]},
+    [[[255, 0, 19, 255]], [[14]]], {0: "airplane", 14: "person", 19: "tv monitor"}, ("voc", 20), 21,
+    ("2007_000033", "2007_000032"), "ImageSets/Segmentation/val.txt",
+)  # fmt: skip
+SETS = {
+    "ade20k": Layout(
+        "ADEChallengeData2016", "images/{}.jpg", "annotations/{}.png",
+        {"validation/ADE_2": [[150, 0]], "validation/ADE_1": [[0, 1, 2], [13, 150, 255]], "training/ADE_1": [[1]]},
+        [[[255, 0, 1], [12, 149, 255]], [[149, 255]]], {0: "wall", 7: "bed ", 12: "person", 149: "flag"},
+        ("ade20k", 150), 151, ("validation/ADE_1", "validation/ADE_2"),
     ),
-    (
-        coco_stuff.COCO_STUFF,
-        stuff,
-        [[[0, 10, 11, 79], [80, 170, 255, 255]]],
+    "coco-stuff": Layout(
+        "coco_stuff164k", "images/val2017/{}.jpg", "annotations/val2017/{}.png",
+        {"000000000139": [[0, 10, 12, 89], [91, 181, 255, 255]]}, [[[0, 10, 11, 79], [80, 170, 255, 255]]],
         {0: "person", 10: "fire hydrant", 11: "stop sign", 79: "toothbrush", 80: "banner", 170: "wood"},
+        # What mmsegmentation's converter leaves beside it.
+        ("coco-stuff", 171), 11, beside=("annotations/val2017/{}_labelTrainIds.png",),
     ),
-    (voc_segmentation.VOC20, voc, [[[255, 0, 19, 255]], [[14]]], {0: "airplane", 14: "person", 19: "tv monitor"}),
-    (voc_segmentation.VOC21, voc, [[[0, 1, 20, 255]], [[15]]], {0: "background", 1: "airplane", 15: "person"}),
-    (
-        cityscapes.CITYSCAPES,
-        city,
+    "voc20": VOC,
+    "voc21": Layout(
+        VOC.root, VOC.image, VOC.label, VOC.written, [[[0, 1, 20, 255]], [[15]]],
+        {0: "background", 1: "airplane", 15: "person"}, ("voc", 20), 21, VOC.order, VOC.listing,
+    ),
+    "cityscapes": Layout(
+        "cityscapes", "leftImg8bit/val/{}_leftImg8bit.png", "gtFine/val/{}_gtFine_labelIds.png",
+        {"munster/munster_000000_000019": [[7, 8, 26], [33, 0, 9]], "frankfurt/f_294": [[11, 23, 31], [28, 29, 4]]},
         [[[2, 10, 16], [15, 255, 255]], [[0, 1, 13], [18, 255, 255]]],
         {0: "road", 1: "sidewalk", 2: "building", 10: "sky", 13: "car", 15: "bus", 16: "train", 18: "bicycle"},
+        ("cityscapes", 19), 34, ("frankfurt/f_294", "munster/munster_000000_000019"),
+        beside=tuple(f"gtFine/val/{{}}_gtFine_{kind}.png" for kind in ("instanceIds", "labelTrainIds", "color")),
     ),
-    (pascal_context.PASCAL_CONTEXT, context, [[[255, 0, 1, 58]]], {0: "airplane", 1: "bag", 58: "wood"}),
-]
+    "pascal-context59": Layout(
+        "VOCdevkit/VOC2010", "JPEGImages/{}.jpg", "SegmentationClassContext/{}.png",
+        {"2008_000002": [[0, 1, 2, 59]]}, [[[255, 0, 1, 58]]], {0: "airplane", 1: "bag", 58: "wood"},
+        ("pascal-context", 59), 60, ("2008_000002",), "ImageSets/SegmentationContext/val.txt",
+    ),
+}  # fmt: skip
+every_set = pytest.mark.parametrize("name", SETS)
 
 
-@pytest.mark.parametrize(
-    ("benchmark", "make", "expected", "names"), FOLDERS, ids=[benchmark.name for benchmark, *_ in FOLDERS]
-)
-def test_labels_are_the_classes_of_the_set(
-    benchmark: Benchmark,
-    make: Callable[[Path], Path],
-    expected: list[list[list[int]]],
-    names: dict[int, str],
-    tmp_path: Path,
-) -> None:
+@every_set
+def test_labels_are_the_classes_of_the_set(name: str, tmp_path: Path) -> None:
+    benchmark, layout = all_benchmarks()[name], SETS[name]
     assert benchmark.find(tmp_path) is None
-    root = make(tmp_path)
+    root = layout.write(tmp_path)
     folder = benchmark.find(tmp_path)
     assert folder == root == benchmark.find(root)
     data: SegmentationData = benchmark.read(folder)
-    assert [data.labels(row).tolist() for row in range(len(data.images))] == expected
+    assert [data.labels(row).tolist() for row in range(len(data.images))] == layout.read
+    order = layout.order or tuple(layout.written)
+    assert data.images.images == [root / layout.image.format(name) for name in order]
+    assert data.label_maps == [root / layout.label.format(name) for name in order]
     classes = list(data.classes)
-    assert {number: classes[number] for number in names} == names
-    assert data.counts() == {"images": len(expected), "classes": benchmark.counts["classes"]}
+    assert {number: classes[number] for number in layout.names} == layout.names
+    assert data.counts() == {"images": len(layout.read), "classes": benchmark.counts["classes"]}
     assert max(data.class_of[data.class_of != IGNORED].tolist()) + 1 == benchmark.counts["classes"]
+    names, count = layout.classes
+    assert len(set(segmentation_classes(names))) == count
 
 
-def test_images_are_in_the_order_of_their_names_or_of_the_list(tmp_path: Path) -> None:
-    def names(data: SegmentationData) -> list[tuple[str, str]]:
-        return [
-            (Path(image).name, label.name) for image, label in zip(data.images.images, data.label_maps, strict=True)
-        ]
+@every_set
+def test_a_label_that_is_no_class_is_an_error(name: str, tmp_path: Path) -> None:
+    data = all_benchmarks()[name].read(SETS[name].write(tmp_path))
+    path = data.label_maps[0]
+    Image.fromarray(np.array([[1, SETS[name].wrong]], dtype=np.uint8)).save(path)
+    with pytest.raises(BenchmarkError, match=f"{path.name} has the labels {SETS[name].wrong}, which are none of"):
+        data.labels(0)
 
-    assert names(ade20k.read(ade(tmp_path))) == [
-        ("ADE_val_00000001.jpg", "ADE_val_00000001.png"),
-        ("ADE_val_00000002.jpg", "ADE_val_00000002.png"),
-    ]
-    assert names(voc_segmentation.read(voc(tmp_path))) == [
-        ("2007_000033.jpg", "2007_000033.png"),
-        ("2007_000032.jpg", "2007_000032.png"),
-    ]
-    assert names(cityscapes.read(city(tmp_path)))[0] == (
-        "frankfurt_000000_000294_leftImg8bit.png",
-        "frankfurt_000000_000294_gtFine_labelIds.png",
-    )
+
+@every_set
+@pytest.mark.parametrize("lost", ["image", "label"])
+def test_missing_files_are_named(lost: str, name: str, tmp_path: Path) -> None:
+    layout = SETS[name]
+    root = layout.write(tmp_path)
+    path = root / getattr(layout, lost).format((layout.order or tuple(layout.written))[-1])
+    path.unlink()
+    with pytest.raises(BenchmarkError, match="lacks 1 images or label maps") as error:
+        all_benchmarks()[name].read(root)
+    assert str(path) in str(error.value)
+
+
+@every_set
+def test_every_set_is_found_by_name_whole_and_in_windows(name: str) -> None:
+    whole, parts = (all_benchmarks()[one] for one in (name, f"{name}-sliding"))
+    assert "dense" in whole.groups
+    assert parts.groups == ("dense",)
+    assert parts.read is whole.read
 
 
 def test_the_background_of_voc21_has_five_names(tmp_path: Path) -> None:
-    data = voc_segmentation.read_with_background(voc(tmp_path))
+    data = all_benchmarks()["voc21"].read(VOC.write(tmp_path))
     assert data.classes["background"] == ("building", "ground", "grass", "tree", "sky")
     assert data.classes["airplane"] == ("airplane",)
 
 
-@pytest.mark.parametrize("lost", ["image", "label"])
-def test_missing_files_are_named(lost: str, tmp_path: Path) -> None:
-    readers = {
-        ade20k.read: (ade, "images/validation/ADE_val_00000002.jpg", "annotations/validation/ADE_val_00000002.png"),
-        voc_segmentation.read: (voc, "JPEGImages/2007_000032.jpg", "SegmentationClass/2007_000032.png"),
-        cityscapes.read: (
-            city,
-            "leftImg8bit/val/munster/munster_000000_000019_leftImg8bit.png",
-            "gtFine/val/munster/munster_000000_000019_gtFine_labelIds.png",
-        ),
-    }
-    for read, (make, image, label) in readers.items():
-        root, name = make(tmp_path), image if lost == "image" else label
-        (root / name).unlink()
-        with pytest.raises(BenchmarkError, match="lacks 1 images or label maps") as error:
-            read(root)
-        assert str(root / name) in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("read", "make", "label", "wrong"),
-    [
-        (ade20k.read, ade, "annotations/validation/ADE_val_00000001.png", 151),
-        (coco_stuff.read, stuff, "annotations/val2017/000000000139.png", 11),
-        (voc_segmentation.read, voc, "SegmentationClass/2007_000033.png", 21),
-        (cityscapes.read, city, "gtFine/val/frankfurt/frankfurt_000000_000294_gtFine_labelIds.png", 34),
-        (pascal_context.read, context, "SegmentationClassContext/2008_000002.png", 60),
-    ],
-)
-def test_a_label_that_is_no_class_is_an_error(
-    read: Callable[[Path], SegmentationData], make: Callable[[Path], Path], label: str, wrong: int, tmp_path: Path
-) -> None:
-    root = make(tmp_path)
-    data = read(root)
-    Image.fromarray(np.array([[1, wrong]], dtype=np.uint8)).save(root / label)
-    with pytest.raises(BenchmarkError, match=f"{Path(label).name} has the labels {wrong}, which are none of"):
-        data.labels(0)
-
-
 def test_a_picture_in_place_of_a_label_map_is_an_error(tmp_path: Path) -> None:
-    root = ade(tmp_path)
-    data = ade20k.read(root)
+    data = all_benchmarks()["ade20k"].read(SETS["ade20k"].write(tmp_path))
     Image.new("RGB", (3, 2)).save(data.label_maps[0])
-    with pytest.raises(BenchmarkError, match=r"ADE_val_00000001.png is no label map: it has colours \(mode RGB\)"):
+    with pytest.raises(BenchmarkError, match=r"ADE_1.png is no label map: it has colours \(mode RGB\)"):
         data.labels(0)
     data.label_maps[0].write_bytes(b"cut")
-    with pytest.raises(DamagedImageError, match=r"ADE_val_00000001\.png"):
+    with pytest.raises(DamagedImageError, match=r"ADE_1\.png"):
         data.labels(0)
-
-
-def test_names_of_classes_are_distinct_and_as_many_as_published() -> None:
-    for name, count in {"ade20k": 150, "coco-stuff": 171, "voc": 20, "pascal-context": 59, "cityscapes": 19}.items():
-        assert len(set(segmentation_classes(name))) == count
-
-
-def test_every_set_is_found_by_name_whole_and_in_windows() -> None:
-    known = all_benchmarks()
-    for name in ("ade20k", "coco-stuff", "voc20", "voc21", "cityscapes", "pascal-context59"):
-        assert "dense" in known[name].groups
-        assert known[f"{name}-sliding"].groups == ("dense",)
-        assert known[f"{name}-sliding"].read is known[name].read
 
 
 def test_grey_values_of_a_palette_are_not_its_colours(tmp_path: Path) -> None:
     """Conversion to grey would mix the colours of the palette."""
-    data = voc_segmentation.read(voc(tmp_path))
+    data = all_benchmarks()["voc20"].read(VOC.write(tmp_path))
     assert data.labels(0).equal(torch.tensor([[255, 0, 19, 255]]))
     assert np.array(Image.open(data.label_maps[0]).convert("L")).tolist() != [[0, 1, 20, 255]]

@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from llm2clip.data.opened_table import SourceError
+from llm2clip.evaluation.benchmark import BenchmarkError
 from llm2clip.evaluation.benchmarks import all_benchmarks, choose_benchmarks
-from llm2clip.evaluation.benchmarks.base import BenchmarkError
 from llm2clip.evaluation.benchmarks.encoded_images import ArchivedImages, FilePart, list_tar
 from llm2clip.evaluation.benchmarks.webdataset import SETS, read_classification, read_retrieval
 from llm2clip.evaluation.prompts import template_set
 from tests.llm2clip.evaluation.benchmarks.pictures import picture, shades
+from tests.llm2clip.evaluation.benchmarks.samples import read
 from tests.tars import write_tar
 
 
@@ -45,15 +46,14 @@ def classes(tmp_path: Path) -> Path:
 
 
 def test_labels_and_images_are_read_in_the_order_of_the_tars(classes: Path) -> None:
-    benchmark = all_benchmarks()["webdataset"]
-    data = benchmark.read(benchmark.find(classes.parent))  # type: ignore[arg-type]
+    data = read("webdataset", classes.parent)
     assert data.labels.tolist() == [number % 3 for number in range(11)]
     assert shades(data.images) == [10 * number for number in range(11)]
     assert data.classnames == ["a", "b", "last one"]
     assert data.templates == template_set("openai-80")
     assert data.images.key(10) == "10.tar/s0000010"
     (classes / "zeroshot_classification_templates.txt").write_text("a {c}\nthe {c}.\n")
-    assert benchmark.read(classes).templates == ["a {c}", "the {c}."]
+    assert read("webdataset", classes).templates == ["a {c}", "the {c}."]
 
 
 def test_files_of_one_folder_and_name_up_to_the_first_dot_are_a_sample(classes: Path) -> None:
@@ -81,8 +81,7 @@ def test_train_images_are_read_for_probes(classes: Path) -> None:
     (probe,) = choose_benchmarks(["webdataset-probe-lbfgs"], classes)
     assert probe.find(classes) is None
     write_split(classes / "train", [[("s0.png", picture(1)), ("s0.cls", b"2")]])
-    data = probe.read(probe.find(classes))  # type: ignore[arg-type]
-    assert data.train.labels.tolist() == [2]
+    assert read("webdataset-probe-lbfgs", classes).train.labels.tolist() == [2]
 
 
 def test_captions_are_split_at_newlines_and_inner_ones_restored(tmp_path: Path) -> None:
@@ -90,8 +89,7 @@ def test_captions_are_split_at_newlines_and_inner_ones_restored(tmp_path: Path) 
     files = [("s0.png", picture(1)), ("s0.txt", text.encode()), ("s1.txt", b"one"), ("s1.webp", picture(2, "webp"))]
     write_split(tmp_path / "test", [files])
     (tmp_path / "dataset_type.txt").write_text("Retrieval\n")
-    benchmark = all_benchmarks()["webdataset-retrieval"]
-    data = benchmark.read(benchmark.find(tmp_path))  # type: ignore[arg-type]
+    data = read("webdataset-retrieval", tmp_path)
     assert data.texts == ["first, with ümlaut", " line 1\nline 2 ", "", "first, with ümlaut\u2028x", "one"]
     assert data.owners.tolist() == [0, 0, 0, 0, 1]
     assert shades(data.images) == [1, 2]

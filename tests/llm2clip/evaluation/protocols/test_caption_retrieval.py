@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llm2clip.evaluation.benchmarks.base import BenchmarkError
-from llm2clip.evaluation.benchmarks.data import CaptionPairData
+from llm2clip.evaluation.benchmark import BenchmarkError
+from llm2clip.evaluation.data import CaptionPairData
 from llm2clip.evaluation.metrics import caption_retrieval_metrics
 from llm2clip.evaluation.protocols.caption_retrieval import CaptionRetrievalAccuracy
 from tests.llm2clip.evaluation.fake_session import FakeSession

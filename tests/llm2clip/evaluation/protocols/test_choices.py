@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm2clip.evaluation.benchmarks.base import BenchmarkError
-from llm2clip.evaluation.benchmarks.data import BenchmarkImages, HardNegativeData, PairData
+from llm2clip.evaluation.benchmark import BenchmarkError
+from llm2clip.evaluation.data import BenchmarkImages, HardNegativeData, PairData
 from llm2clip.evaluation.protocols.choices import CaptionChoice, ImageChoice, PairScores
 from tests.llm2clip.evaluation.fake_session import FakeSession
 

@@ -1,30 +1,27 @@
-"""Zero-shot classification: against values by hand, the original code's tensors, scikit-learn and CLIP_benchmark."""
+"""Zero-shot classification: against values by hand, the original code's tensors and scikit-learn."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from clip_benchmark.metrics import zeroshot_classification
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 from torch import Tensor
 from torch.nn.functional import normalize
-from torch.utils.data import DataLoader
 
+from llm2clip.evaluation.benchmark import BenchmarkError
 from llm2clip.evaluation.benchmarks import all_benchmarks
-from llm2clip.evaluation.benchmarks.base import BenchmarkError
-from llm2clip.evaluation.benchmarks.data import BenchmarkImages, ClassificationData
+from llm2clip.evaluation.benchmarks.variants import with_prompts
 from llm2clip.evaluation.contracts import Measurement
+from llm2clip.evaluation.data import BenchmarkImages, ClassificationData
 from llm2clip.evaluation.metrics import ROUNDING
 from llm2clip.evaluation.prompts import prompts
 from llm2clip.evaluation.protocols import classification
 from llm2clip.evaluation.protocols.classification import (
     ZeroShotClassification,
-    class_embeddings,
     label_ranks,
-    with_prompts,
+    mean_of_prompts,
 )
 from tests.golden import load_golden
 from tests.llm2clip.evaluation.fake_session import FakeSession
@@ -59,44 +56,30 @@ def random_set(classes: int = 7, images: int = 200, width: int = 12) -> tuple[Te
 
 
 def test_prompts_are_scaled_averaged_and_scaled_again() -> None:
-    """By hand: long vectors count as much as short ones."""
+    """By hand: long vectors count as much as short ones, so that the first image is a dog's."""
     data = data_of([0, 1], ["dog", "cat"], templates=["{c}", "a {c}"])
-    table = {"dog": [100.0, 0.0], "a dog": [0.0, 1.0], "cat": [0.0, 1.0], "a cat": [0.0, 5.0]}
+    table = {"dog": [0.01, 0.0], "a dog": [0.0, 1.0], "cat": [0.0, 1.0], "a cat": [0.0, 5.0]}
     session = FakeSession([[1.0, 0.9], [0.1, 1.0]], table)
     found = ZeroShotClassification().measure(session, data)
     assert found.scores == {"top1": 1.0, "mean_per_class": 1.0}
-    texts = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
-    half = 0.5**0.5
-    torch.testing.assert_close(class_embeddings(texts.split(2), 2), torch.tensor([[half, half], [0.0, 1.0]]))
     assert session.embedded == [["dog", "a dog", "cat", "a cat"], 2]
 
 
-@pytest.mark.parametrize("prompts_at_once", [1, 7, 10**6])
-def test_classes_are_averaged_a_few_at_a_time(prompts_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("at_once", "sizes"), [(1, [3] * 7), (7, [6, 6, 6, 3]), (10**6, [21])])
+def test_classes_are_averaged_a_few_at_a_time(at_once: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts of whole classes in each part, and the numbers of all at once."""
-    images, data, table, embeds = random_set()
-    session, sizes = FakeSession(images, table), list[int]()
-    monkeypatch.setattr(classification, "PROMPTS", prompts_at_once)
-    whole = session.embed_text_parts
-
-    def parts(texts: Any, size: int) -> Any:
-        for part in whole(texts, size):
-            sizes.append(len(part))
-            yield part
-
-    monkeypatch.setattr(session, "embed_text_parts", parts)
-    found = ZeroShotClassification().measure(session, data)
-    assert sizes == {1: [3] * 7, 7: [6, 6, 6, 3], 10**6: [21]}[prompts_at_once]
-    monkeypatch.undo()
-    assert found.scores == measure(images, data, table).scores
-    texts = normalize(embeds, dim=-1).flatten(0, 1)
-    assert class_embeddings(texts.split(6), 3).equal(class_embeddings([texts], 3))
+    images, data, table, _ = random_set()
+    expected = measure(images, data, table).scores
+    monkeypatch.setattr(classification, "PROMPTS", at_once)
+    session = FakeSession(images, table)
+    assert ZeroShotClassification().measure(session, data).scores == expected
+    assert [len(texts) for texts in session.embedded if isinstance(texts, list)] == sizes
 
 
 def test_classifier_logits_and_accuracies_equal_the_original_code() -> None:
     golden = load_golden("zero_shot_a")
     texts = golden["in/class_template_embeddings"] @ golden["in/text_projection"]
-    classes = class_embeddings([normalize(texts, dim=-1).flatten(0, 1)], texts.shape[1])
+    classes = normalize(mean_of_prompts(normalize(texts, dim=-1).flatten(0, 1), texts.shape[1]), dim=-1)
     golden.close(classes.T, "out/classifier")
     golden.close(100 * normalize(golden["in/images"], dim=-1) @ classes.T, "out/logits")
     names, templates = [f"class {row}" for row in range(len(texts))], [f"{{c}} {row}" for row in range(texts.shape[1])]
@@ -124,50 +107,6 @@ def test_scores_equal_scikit_learn() -> None:
     parts, values = found.strata["mean_per_class"], found.values["mean_per_class"]
     means = [values[parts == part].mean().item() for part in parts.unique()]
     assert sum(means) / len(means) == pytest.approx(found.scores["mean_per_class"])
-
-
-class Pictures(torch.utils.data.Dataset):
-    def __init__(self, rows: Tensor, labels: Tensor, classes: list[str]) -> None:
-        self.rows, self.labels, self.classes = rows, labels, classes
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, row: int) -> tuple[Tensor, int]:
-        return self.rows[row], int(self.labels[row])
-
-
-class Tokens(list):
-    def to(self, device: str) -> Tokens:
-        return self
-
-
-class TableModel(torch.nn.Module):
-    def __init__(self, table: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.table = table
-
-    def encode_text(self, texts: Tokens) -> Tensor:
-        return torch.stack([self.table[text] for text in texts])
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        return images
-
-
-def test_clip_benchmark_gives_the_same_integers_with_the_same_embeddings() -> None:
-    images, data, table, _ = random_set()
-    found = measure(images, data, table)
-    model, loader = TableModel(table), DataLoader(Pictures(images, data.labels, data.classnames), batch_size=32)
-    classifier = zeroshot_classification.zero_shot_classifier(
-        model, Tokens, data.classnames, TEMPLATES, "cpu", amp=False
-    )
-    logits, targets = zeroshot_classification.run_classification(model, classifier, loader, "cpu", amp=False)
-    # Its accuracy: that of `zeroshot_classification.accuracy`, which fails with NumPy 2.4.
-    ranked = logits.topk(5, 1, True, True)[1] == targets[:, None]
-    for k in (1, 5):
-        assert found.values[f"top{k}"].sum().item() == ranked[:, :k].sum().item()
-    assert 0 < found.scores["top1"] < found.scores["top5"] < 1
-    assert found.scores["mean_per_class"] == pytest.approx(balanced_accuracy_score(targets, logits.argmax(axis=1)))
 
 
 def test_classes_that_score_the_same_count_with_their_expected_value() -> None:
@@ -217,25 +156,13 @@ def test_broken_labels_scores_and_names_are_refused() -> None:
         label_ranks(torch.tensor([[float("nan"), 0.0]]), torch.tensor([0]))
 
 
-def test_own_templates_and_names_replace_those_of_the_set_and_are_named_in_the_protocol(tmp_path: Path) -> None:
-    (tmp_path / "templates.txt").write_text("ein Bild: {c}\n", encoding="utf-8")
-    (tmp_path / "names.txt").write_text("Hund\nKatze\n", encoding="utf-8")
-    benchmarks = [all_benchmarks()["fashion-mnist"]]
-    (changed,) = with_prompts(benchmarks, str(tmp_path / "templates.txt"), str(tmp_path / "names.txt"))
-    data = data_of([0, 1], ["dog", "cat"])
-    table = {"ein Bild: Hund": [1.0, 0.0], "ein Bild: Katze": [0.0, 1.0]}
-    session = FakeSession([[1.0, 0.0], [0.0, 1.0]], table)
-    found = changed.protocol.measure(session, data)
-    assert session.embedded[0] == ["ein Bild: Hund", "ein Bild: Katze"]
-    assert set(found.groups["class"]) == {"Hund", "Katze"}
-    (named,) = with_prompts(benchmarks, "paper")
-    table = {"a photo of the dog": [1.0, 0.0], "a photo of the cat": [0.0, 1.0]}
-    paper = named.protocol.measure(FakeSession([[1.0, 0.0], [0.0, 1.0]], table), data)
-    assert paper.protocol["templates"] == "paper"
-    assert found.protocol["templates"] != "paper"
-    assert found.protocol["classnames"] != paper.protocol["classnames"] == "of the set"
+def test_prompts_of_benchmarks_are_set_where_there_are_some() -> None:
+    benchmarks = [all_benchmarks()[name] for name in ("fashion-mnist", "webdataset-retrieval")]
+    changed, other = with_prompts(benchmarks, "paper")
+    assert changed.options == {"templates": ("a photo of the {c}",)}
+    assert other is benchmarks[1]
     assert with_prompts(benchmarks) == benchmarks
     with pytest.raises(BenchmarkError, match="are for benchmarks of zero-shot classification"):
-        with_prompts([all_benchmarks()["webdataset-retrieval"]], "paper")
+        with_prompts([other], "paper")
     with pytest.raises(BenchmarkError, match="no template set or file twenty; the sets are openai-80"):
         with_prompts(benchmarks, "twenty")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm2clip.evaluation.benchmarks.base import BenchmarkError
-from llm2clip.evaluation.benchmarks.data import BenchmarkImages, GradedData
+from llm2clip.evaluation.benchmark import BenchmarkError
+from llm2clip.evaluation.data import BenchmarkImages, GradedData
 from llm2clip.evaluation.protocols import graded
 from llm2clip.evaluation.protocols.graded import GradedPrecision, GradedRecall, precision_at_r
 from tests.llm2clip.evaluation.fake_session import FakeSession

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,29 +16,28 @@ from torch.nn import functional as F
 from llm2clip.encoders.load import load_encoder
 from llm2clip.encoders.patches import patch_embeddings
 from llm2clip.evaluation import session as evaluation_session
-from llm2clip.evaluation.benchmarks.ade20k import ADE20K
-from llm2clip.evaluation.benchmarks.base import BenchmarkError
-from llm2clip.evaluation.benchmarks.data import BenchmarkImages
-from llm2clip.evaluation.benchmarks.label_maps import IGNORED, SegmentationData, class_table
+from llm2clip.evaluation.benchmark import BenchmarkError
+from llm2clip.evaluation.benchmarks import all_benchmarks
+from llm2clip.evaluation.benchmarks.segmentation import class_table
+from llm2clip.evaluation.benchmarks.variants import sliding
+from llm2clip.evaluation.data import BenchmarkImages
+from llm2clip.evaluation.evaluate import evaluate
+from llm2clip.evaluation.label_maps import IGNORED, SegmentationData
 from llm2clip.evaluation.prompts import template_set
-from llm2clip.evaluation.protocols import segmentation
+from llm2clip.evaluation.protocols import open_protocol, segmentation
 from llm2clip.evaluation.protocols.segmentation import (
-    SLIDING,
     MaskCLIPSegmentation,
     maskclip_templates,
     measured_counts,
     pixel_counts,
     predict,
     resized_size,
-    sliding,
     whole_or_windows,
 )
 from llm2clip.evaluation.results import intervals_of
-from llm2clip.evaluation.session import Session
-from llm2clip.evaluation.suite import FoundBenchmark, Suite
 from llm2clip.utils.embeddings import NonFiniteError
 from tests.llm2clip.encoders.models import save_transformers
-from tests.llm2clip.evaluation.fake_session import FakeEncoder, FakeSession
+from tests.llm2clip.evaluation.fake_session import FakeSession
 
 PATCH = 4
 NAMES = ["sky", "sea", "sand", "tree", "unseen"]
@@ -67,6 +65,13 @@ def folder_of(folder: Path, sizes: list[tuple[int, int]], names: list[str] = NAM
         Image.fromarray(values).save(labels[-1])
     table = class_table(range(len(names)))
     return SegmentationData("Noise", BenchmarkImages(images), labels, {name: (name,) for name in names}, table)
+
+
+def one_image(folder: Path, pixels: Any, labels: Any, classes: dict[str, tuple[str, ...]]) -> SegmentationData:
+    Image.fromarray(pixels.astype(np.uint8)).save(folder / "image.png")
+    Image.fromarray(labels.astype(np.uint8)).save(folder / "labels.png")
+    images = BenchmarkImages([folder / "image.png"])
+    return SegmentationData("One", images, [folder / "labels.png"], classes, class_table(range(len(classes))))
 
 
 def by_loops(data: SegmentationData, maps: list[Tensor]) -> tuple[dict[str, float], dict[str, float]]:
@@ -181,16 +186,28 @@ def test_of_several_names_the_closest_counts_and_the_first_of_equal_classes_wins
 ) -> None:
     """The patch is red; the background, named blue and red, and the last class are as close."""
     monkeypatch.setattr(segmentation, "CHUNK", chunk)
-    Image.new("RGB", (8, 8), (255, 100, 100)).save(tmp_path / "image.png")
-    Image.new("L", (8, 8), 1).save(tmp_path / "labels.png")
     texts = {"blue": [0, 0, 1], "red": [1, 0, 0], "green": [0, 1, 0], "rose": [1, 0, 0]}
     classes = {"grass": ("green",), "background": ("blue", "red"), "rose": ("rose",)}
-    images = BenchmarkImages([tmp_path / "image.png"])
-    data = SegmentationData("One", images, [tmp_path / "labels.png"], classes, class_table(range(3)))
+    data = one_image(tmp_path, np.full((8, 8, 3), (255, 100, 100)), np.full((8, 8), 1), classes)
     found = protocol().measure(FakeSession([], texts, patches=colours), data)
     assert found.scores == {"miou": 1.0, "mean_accuracy": 1.0, "pixel_accuracy": 1.0}
     assert found.groups == {"class": {"background": {"iou": 1.0, "pixels": 64}}}
     assert found.counts["texts"] == 4
+
+
+def test_names_of_a_class_are_compared_after_their_scores_are_resized(tmp_path: Path) -> None:
+    """A red and a green patch: between them neither name of the background is as close as yellow, 0.71 to both.
+
+    The maximum of the two names at the patches, 1 and 1, would win everywhere.
+    """
+    texts = {"red": [1, 0, 0], "green": [0, 1, 0], "yellow": [1, 1, 0]}
+    pixels = np.full((4, 8, 3), 100)
+    pixels[:, :4, 0] = pixels[:, 4:, 1] = 255
+    # From red to green: 1, 1, 0.875, 0.625, 0.375, 0.125, 0, 0.
+    labels = np.array([[0, 0, 0, 1, 1, 0, 0, 0]] * 4)
+    data = one_image(tmp_path, pixels, labels, {"background": ("red", "green"), "yellow": ("yellow",)})
+    found = protocol(scale=(8, 4)).measure(FakeSession([], texts, patches=colours), data)
+    assert found.scores == {"miou": 1.0, "mean_accuracy": 1.0, "pixel_accuracy": 1.0}
 
 
 def test_a_class_without_pixels_is_no_part_of_the_mean_and_one_only_predicted_counts_as_zero() -> None:
@@ -225,19 +242,17 @@ def test_prompts_are_the_85_of_maskclip(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_model_runs_through_the_suite(num_workers: int, tmp_path: Path) -> None:
+def test_a_model_is_evaluated(num_workers: int, tmp_path: Path) -> None:
     """A tiny CLIP on images of whole patches, so that there is nothing to resize but its scores."""
     save_transformers("clip", tmp_path / "model")
     encoder = load_encoder(str(tmp_path / "model"))
-    folder_of(tmp_path, [(28, 42), (28, 28)])
     benchmark = replace(
-        ADE20K,
-        read=lambda folder: folder_of(folder, [(28, 42), (28, 28)]),
-        protocol=MaskCLIPSegmentation(scale=(2048, 28), templates=("a {c}.", "the {c}")),
+        all_benchmarks()["ade20k"],
+        needs=(),
+        read=lambda _: folder_of(tmp_path, [(28, 42), (28, 28)]),
+        options={"scale": (2048, 28), "templates": ("a {c}.", "the {c}")},
     )
-    session = Session(encoder, num_workers=num_workers)
-    suite = Suite(tmp_path / "results", allow_counts=True)
-    (result,) = suite.run([FoundBenchmark(benchmark, tmp_path)], session)
+    (result,) = evaluate(encoder, benchmark, data=str(tmp_path), allow_counts=True, num_workers=num_workers)
     data, maps = folder_of(tmp_path, [(28, 42), (28, 28)]), []
     texts = torch.stack([encoder.encode_text([f"a {name}.", f"the {name}"]).mean(dim=0) for name in NAMES])
     for image in data.images.images:
@@ -249,19 +264,11 @@ def test_a_model_runs_through_the_suite(num_workers: int, tmp_path: Path) -> Non
     assert set(result.intervals) == set(result.scores)
     assert {"texts", "images"} <= set(result.seconds)
     assert result.differences == ["2 images instead of 2,000", "5 classes instead of 150"]
-    assert json.loads(next((tmp_path / "results").rglob("*.json")).read_text())["counts"]["truncated_texts"] == 0
+    assert result.counts["truncated_texts"] == 0
 
 
-def test_a_label_map_of_another_size_is_an_error(tmp_path: Path) -> None:
-    data = folder_of(tmp_path, [(24, 24)])
-    Image.new("L", (24, 23)).save(data.label_maps[0])
-    with pytest.raises(BenchmarkError, match=r"0-labels\.png has 24 x 23 pixels, but its image .*0\.png 24 x 24"):
-        protocol().measure(FakeSession([], TEXTS, patches=colours), data)
-
-
-def stored_session(place: Path, kill_after: int | None = None) -> tuple[Session, list[int]]:
+def stored_session(place: Path, kill_after: int | None = None) -> tuple[FakeSession, list[int]]:
     """A session with a store, the numbers of images that it segments, and a kill."""
-    encoder = FakeEncoder(TEXTS)
     segmented: list[int] = []
 
     def patches(inputs: dict[str, Tensor]) -> Tensor:
@@ -270,8 +277,7 @@ def stored_session(place: Path, kill_after: int | None = None) -> tuple[Session,
         segmented.append(1)
         return colours(inputs)
 
-    encoder.patches = patches
-    return Session(encoder, place), segmented
+    return FakeSession([], TEXTS, place, patches=patches), segmented
 
 
 def test_a_killed_segmentation_goes_on_and_has_the_same_integers(
@@ -298,10 +304,8 @@ def test_a_killed_segmentation_goes_on_and_has_the_same_integers(
 def test_counts_are_not_found_again_by_other_images_labels_texts_or_options(tmp_path: Path) -> None:
     data = folder_of(tmp_path, [(21, 30), (40, 17)])
 
-    def segmented_by(changed: MaskCLIPSegmentation, **options: Any) -> int:
+    def segmented_by(changed: MaskCLIPSegmentation) -> int:
         session, segmented = stored_session(tmp_path / "store")
-        for name, value in options.items():
-            setattr(session, name, value)
         changed.measure(session, data)
         return len(segmented)
 
@@ -309,7 +313,6 @@ def test_counts_are_not_found_again_by_other_images_labels_texts_or_options(tmp_
     assert segmented_by(protocol(scale=(60, 24))) == 2
     assert segmented_by(protocol(crop=64, stride=6)) == 2
     assert segmented_by(protocol(templates=("{c}", "{c}"))) == 2
-    assert segmented_by(protocol(), text_format=dict(zip(NAMES, NAMES[::-1], strict=True)).__getitem__) == 2
     assert segmented_by(protocol()) == 0
     labels = np.array(Image.open(data.label_maps[1]))
     Image.fromarray(np.flipud(labels)).save(data.label_maps[1])
@@ -333,15 +336,8 @@ def test_intervals_are_of_images(tmp_path: Path) -> None:
     assert intervals == intervals_of(found)
 
 
-def test_label_maps_without_any_class_are_an_error(tmp_path: Path) -> None:
-    data = folder_of(tmp_path, [(24, 24)])
-    Image.new("L", (24, 24), IGNORED).save(data.label_maps[0])
-    with pytest.raises(BenchmarkError, match="no pixel of Noise has a class"):
-        protocol().measure(FakeSession([], TEXTS, patches=colours), data)
-
-
-def test_broken_embeddings_are_an_error_that_names_the_image(tmp_path: Path) -> None:
-    data = folder_of(tmp_path, [(24, 24), (12, 24)])
+def test_what_cannot_be_counted_is_an_error_that_names_it(tmp_path: Path) -> None:
+    data, session = folder_of(tmp_path, [(24, 24), (12, 24)]), FakeSession([], TEXTS, patches=colours)
 
     def broken(inputs: dict[str, Tensor]) -> Tensor:
         patches = colours(inputs)
@@ -349,11 +345,19 @@ def test_broken_embeddings_are_an_error_that_names_the_image(tmp_path: Path) -> 
 
     with pytest.raises(NonFiniteError, match=r"1 of 1 images are NaN or infinite: .*1\.png"):
         protocol().measure(FakeSession([], TEXTS, patches=broken), data)
+    for path in data.label_maps:
+        Image.new("L", Image.open(path).size, IGNORED).save(path)
+    with pytest.raises(BenchmarkError, match="no pixel of Noise has a class"):
+        protocol().measure(session, data)
+    Image.new("L", (24, 23)).save(data.label_maps[0])
+    with pytest.raises(BenchmarkError, match=r"0-labels\.png has 24 x 23 pixels, but its image .*0\.png 24 x 24"):
+        protocol().measure(session, data)
 
 
 def test_a_set_is_measured_whole_and_in_windows_under_two_names() -> None:
-    parts = sliding(ADE20K)
-    assert (parts.name, parts.title, parts.protocol) == ("ade20k-sliding", "ADE20K, windows", SLIDING)
-    assert (SLIDING.scale, SLIDING.crop, SLIDING.stride) == ((2048, 448), 448, 224)
-    assert ADE20K.protocol == MaskCLIPSegmentation(scale=(2048, 512))
-    assert parts.counts == ADE20K.counts
+    whole = all_benchmarks()["ade20k"]
+    parts = sliding(whole)
+    assert (parts.name, parts.title, parts.counts) == ("ade20k-sliding", "ADE20K, windows", whole.counts)
+    in_windows = MaskCLIPSegmentation(scale=(2048, 448), crop=448, stride=224)
+    assert open_protocol(parts.protocol, parts.options) == in_windows
+    assert open_protocol(whole.protocol, whole.options) == MaskCLIPSegmentation(scale=(2048, 512))

@@ -11,7 +11,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from llm2clip.evaluation.benchmarks.base import GROUPS, Benchmark
+from llm2clip.evaluation.benchmark import GROUPS, Benchmark
+from llm2clip.evaluation.benchmarks.variants import probe_by_name
+from llm2clip.utils.logs import shortened
 from llm2clip.utils.settings import nearest
 
 ALL_FOUND = "all-found"
@@ -44,8 +46,6 @@ def choose_benchmarks(names: Iterable[str], data: Path, missing_too: bool = Fals
     Raises:
         ValueError: A name is unknown, or nothing of a group was found.
     """
-    # Protocols import the contracts of this package, whichever of the two is imported first.
-    from llm2clip.evaluation.protocols.linear_probe import probe_by_name
 
     known, chosen = all_benchmarks(), dict[str, Benchmark]()
     for name in names:
@@ -58,12 +58,24 @@ def choose_benchmarks(names: Iterable[str], data: Path, missing_too: bool = Fals
         elif name.endswith(".py"):
             some = list(_from_file(Path(name)).BENCHMARKS)
         else:
+            family = _family(name)
+            meant = f"; you may mean {shortened(family)}." if family else nearest(name, [*known, *GROUPS])
             raise ValueError(
-                f"there is no benchmark {name!r}{nearest(name, [*known, *GROUPS])} `llm2clip evaluate --list` shows "
-                f"all. Groups: {', '.join(GROUPS)}, {ALL_FOUND}."
+                f"there is no benchmark {name!r}{meant} `llm2clip evaluate --list` shows all. "
+                f"Groups: {', '.join(GROUPS)}, {ALL_FOUND}."
             )
         chosen |= {benchmark.name: benchmark for benchmark in some}
     return list(chosen.values())
+
+
+def _family(name: str) -> list[str]:
+    """Return the benchmarks whose names begin with a part of a name, in any spelling: `coco`, `ImageNet1k`."""
+    start = _letters(name)
+    return [known for known in all_benchmarks() if len(start) > 2 and _letters(known).startswith(start)]
+
+
+def _letters(name: str) -> str:
+    return "".join(filter(str.isalnum, name.lower()))
 
 
 def _members(group: str) -> list[Benchmark]:

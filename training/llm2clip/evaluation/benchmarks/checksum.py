@@ -43,6 +43,8 @@ def _add(digest: Any, value: Any) -> None:
             return
         for row, image in enumerate(value.images):
             _add_image(digest, image, value.key(row))
+    elif hasattr(value, "content_keys"):
+        digest.update(value.content_keys().tobytes())
     elif isinstance(value, Tensor):
         digest.update(f"tensor {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.contiguous().numpy().tobytes())

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
-from llm2clip.evaluation.benchmarks.data import ClassificationData
+from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks.encoded_images import PixelImages
 from llm2clip.evaluation.benchmarks.image_folder import labelled
+from llm2clip.evaluation.data import ClassificationData
 from llm2clip.evaluation.prompts import read_names, template_set
-from llm2clip.evaluation.protocols.classification import ZeroShotClassification
 
 SIDE = 32
 PIXELS = 3 * SIDE * SIDE
@@ -56,22 +55,15 @@ def _read_rows(paths: Sequence[Path], label_bytes: int, classnames: Sequence[str
 def _benchmark(classes: int, folder: str, names: str, label_bytes: int, test: str, train: Sequence[str]) -> Benchmark:
     read = partial(read_cifar, names=names, label_bytes=label_bytes, test=[test])
     return Benchmark(
-        name=f"cifar{classes}",
-        title=f"CIFAR-{classes}",
-        groups=("classification",),
-        folder=folder,
-        marker=test,
-        more_markers=(names,),
+        name=f"cifar{classes}", title=f"CIFAR-{classes}", groups=("classification",), folder=folder,
+        needs=(test, names),
         files=f"{folder}/{test} and {names}, {', '.join(train)} for probes: the binary version, not that for Python.",
-        counts={"images": 10000, "classes": classes},
-        license="not stated",
-        source="www.cs.toronto.edu/~kriz/cifar.html, the binary version",
-        read=read,
-        protocol=ZeroShotClassification(),
+        counts={"images": 10000, "classes": classes}, license="not stated",
+        source="www.cs.toronto.edu/~kriz/cifar.html, the binary version", read=read,
+        protocol="zero-shot-classification",
         note="OpenAI's 18 templates. CLIP_benchmark leaves the underscores in the names of CIFAR-100.",
-        read_train=partial(read, train=train),
-        train_markers=tuple(train),
-    )
+        read_train=partial(read, train=train), train_needs=tuple(train),
+    )  # fmt: skip
 
 
 TRAIN = [f"data_batch_{number}.bin" for number in range(1, 6)]

@@ -6,24 +6,11 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
-from llm2clip.evaluation.benchmarks.data import (
-    BenchmarkImages,
-    CaptionPairData,
-    ClassificationData,
-    GradedData,
-    HardNegativeData,
-    PairData,
-    RetrievalData,
-    counts_of,
-)
-from llm2clip.evaluation.benchmarks.encoded_images import EncodedImages
+from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
+from llm2clip.evaluation.data import BenchmarkData, BenchmarkImages, DataPart
 
 # Rows, images or classes that a message names.
 NAMED = 5
@@ -34,7 +21,7 @@ NUMBERED = re.compile(r"(.*?)(\d+)")
 Counts = Mapping[str, int]
 
 
-def check_counts(benchmark: Benchmark, folder: Path, data: Any, allow: bool) -> list[str]:
+def check_counts(benchmark: Benchmark, folder: Path, data: BenchmarkData, allow: bool) -> list[str]:
     """Compare the counts of what a reader returned with the published ones.
 
     Args:
@@ -46,9 +33,9 @@ def check_counts(benchmark: Benchmark, folder: Path, data: Any, allow: bool) -> 
         The differences in words; empty if there are none.
 
     Raises:
-        BenchmarkError: A count differs. The message says by how much, in which file, and which rows are unusual.
+        BenchmarkError: A count differs. The message says by how much, and which rows are unusual.
     """
-    counts = counts_of(data)
+    counts = data.counts()
     differing = {
         name: (counts.get(name, 0), count) for name, count in benchmark.counts.items() if counts.get(name, 0) != count
     }
@@ -66,111 +53,72 @@ def check_counts(benchmark: Benchmark, folder: Path, data: Any, allow: bool) -> 
     return [f"{found:,} {name} instead of {count:,}" for name, (found, count) in differing.items()]
 
 
-def describe_rows(benchmark: Benchmark, folder: Path, data: Any) -> str:
+def describe_rows(benchmark: Benchmark, folder: Path, data: BenchmarkData) -> str:
     """Say in a sentence which rows of data with other counts than the published ones are unusual.
 
-    What each kind of data can tell: images with another number of captions than the others, repeated rows, numbers
-    that are missing in the names of images, the last row if there are too few, languages and classes without any.
+    What its parts can tell: images with another number of captions than the others, repeated rows, numbers that are
+    missing in the names of images, the last row if there are too few, languages and classes without any.
 
     Returns:
         The sentence; empty if nothing is unusual.
     """
-    if isinstance(data, Mapping):
-        facts = _of_languages(benchmark, folder, data)
-    else:
-        facts = _of_data(benchmark.counts, folder, data)
-    facts = [fact for fact in facts if fact]
-    return f"In {_place(benchmark, folder, data)}: {'; '.join(facts)}." if facts else ""
+    published, parts = benchmark.counts, data.parts()
+    facts = [_listed(part.name, list(dict.fromkeys(part.absent))) for part in parts]
+    facts.append(_unusual_owners(published, [part for part in parts if part.owners]))
+    for part in parts:
+        if part.count and part.columns and "languages" not in part.per:
+            facts += _of_rows(part.name, [_described(row) for row in part.rows], published.get(part.count, 0))
+    images = next((part.images for part in parts if part.images is not None), None)
+    if isinstance(images, BenchmarkImages):
+        facts += _of_images(images, published.get("images", 0))
+    # Images are named by their paths in the folder.
+    words = "; ".join(filter(None, facts)).replace(f"{folder}{os.sep}", "")
+    return f"In {_place(benchmark, folder)}: {words}." if words else ""
 
 
-def _place(benchmark: Benchmark, folder: Path, data: Any) -> Path:
-    """Return the file of the rows if all are in one, or else the folder."""
-    found = next((path for marker in benchmark.forms(folder) for path in sorted(folder.glob(marker))), folder)
-    if found.suffix not in TABLES or any((folder / marker).is_file() for marker in benchmark.more_markers):
-        return folder
-    # A file of fewer bytes than there are rows holds one of them, or only says how many there are.
-    return found if found.stat().st_size >= max(counts_of(data).values(), default=0) else folder
+def _place(benchmark: Benchmark, folder: Path) -> Path:
+    """Return the file of the rows if the set needs only one, or else the folder."""
+    files = benchmark.located(folder)
+    return files[0] if len(files) == 1 and files[0] is not None and files[0].suffix in TABLES else folder
 
 
-def _of_languages(benchmark: Benchmark, folder: Path, data: Mapping[str, RetrievalData]) -> list[str]:
-    published = benchmark.counts
-    usual, exactly = _usual(published, "texts", "images", "languages")
-    numbers = [
-        (f"{language} {name}", number)
-        for language, part in data.items()
-        for name, number in _captions_by_image(folder, part)
-    ]
-    # Where images have various numbers of captions, only one without any is surely wrong.
-    facts = [
-        _listed("languages without a caption", [name for name in benchmark.languages if name not in data]),
-        _unusual("images", "captions", numbers, usual if exactly else 1, exactly),
-    ]
-    images = max((part.images for part in data.values()), key=len, default=BenchmarkImages([]))
-    return facts + _of_images(published, folder, images)
+def _unusual_owners(published: Counts, parts: Sequence[DataPart]) -> str:
+    """Name the images or classes that have not as many rows as the published counts let expect, and their numbers."""
+    if not parts:
+        return ""
+    numbers: list[tuple[str, int]] = []
+    for part in parts:
+        rows = Counter(row[0] for row in part.rows)
+        numbers += [(f"{part.name} {owner}" if len(part.per) > 1 else owner, rows[owner]) for owner in part.owners]
+    first, of_what = parts[0], "captions" if parts[0].count == "texts" else parts[0].count
+    spread = math.prod(published.get(name, 0) for name in first.per)
+    usual, rest = divmod(published.get(first.count, 0), spread) if spread else (0, 0)
+    is_usual = [number for _, number in numbers].count(usual) > len(numbers) / 2
+    # Classes of many sets differ in size, though their mean is a whole number; some languages have ragged captions.
+    if usual == 0 or (first.per == ("classes",) and not is_usual) or (len(first.per) > 1 and rest):
+        usual, rest = 1, 1
+    odd = [f"{name} ({number})" for name, number in numbers if (number < usual if rest else number != usual)]
+    if rest == 0:
+        return _listed(f"{first.per[0]} with another number of {of_what} than {usual}", odd)
+    if usual > 1:
+        return _listed(f"{first.per[0]} with fewer than {usual} {of_what}", odd)
+    return _listed(f"{first.per[0]} without {of_what}", [name.removesuffix(" (0)") for name in odd])
 
 
-def _of_data(published: Counts, folder: Path, data: Any) -> list[str]:
-    facts: list[str] = []
-    if isinstance(data, GradedData):
-        facts.append(_listed("judged pairs of what is not there", list(dict.fromkeys(data.outside))))
-    if isinstance(data, RetrievalData):
-        facts += _of_captions(published, folder, data)
-    elif isinstance(data, ClassificationData):
-        facts.append(_of_classes(published, folder, data))
-    elif isinstance(data, HardNegativeData):
-        names = _names(folder, data.images)
-        for kind in published:
-            rows = zip(data.kinds, data.owners.tolist(), data.right, data.wrong, strict=True)
-            found = [f"{names[owner]} {_quoted(*texts)}" for one, owner, *texts in rows if one == kind]
-            facts += _of_rows(f"{kind} rows", found, published[kind])
-    elif isinstance(data, PairData):
-        usual, exactly = _usual(published, "pairs", "kinds")
-        facts += _of_rows("pairs", _paired(data.texts[::2], data.texts[1::2]), published.get("pairs", 0))
-        facts.append(_unusual("kinds", "pairs", Counter(data.kinds).items(), usual, exactly))
-    elif isinstance(data, CaptionPairData):
-        facts += _of_rows("pairs", _paired(data.queries, data.targets), published.get("pairs", 0))
-    images = getattr(data, "images", None)
-    return facts + (_of_images(published, folder, images) if isinstance(images, BenchmarkImages) else [])
-
-
-def _of_captions(published: Counts, folder: Path, data: RetrievalData) -> list[str]:
-    usual, exactly = _usual(published, "texts", "images")
-    names = _names(folder, data.images)
-    rows = [f"{names[owner]} {_quoted(text)}" for owner, text in zip(data.owners.tolist(), data.texts, strict=True)]
-    unusual = _unusual("images", "captions", _captions_by_image(folder, data), usual, exactly)
-    return [unusual, *_of_rows("captions", rows, published.get("texts", 0))]
-
-
-def _of_classes(published: Counts, folder: Path, data: ClassificationData) -> str:
-    numbers = torch.bincount(data.labels, minlength=len(data.classnames)).tolist()
-    usual, exactly = _usual(published, "images", "classes")
-    # Classes of many sets differ in size, though their mean is a whole number.
-    if numbers.count(usual) <= len(numbers) / 2:
-        usual, exactly = 1, False
-    names = list(data.classnames)
-    if not isinstance(data.images.images, EncodedImages):
-        for label, image in zip(data.labels.tolist(), data.images.images, strict=True):
-            if isinstance(image, Path):
-                names[label] = f"{data.classnames[label]} in {os.path.relpath(image.parent, folder)}"
-    return _unusual("classes", "images", zip(names, numbers, strict=True), usual, exactly)
-
-
-def _of_images(published: Counts, folder: Path, images: BenchmarkImages) -> list[str]:
+def _of_images(images: BenchmarkImages, expected: int) -> list[str]:
     if images.names is None and not (len(images) and isinstance(images.images[0], Path)):
         return []
-    names = _names(folder, images)
-    gaps = _gaps(names, published.get("images", 0))
+    names = [images.key(row) for row in range(len(images))]
+    gaps = _gaps(names, expected)
     if gaps:
         return [_repeated("images", names), _listed("numbers without an image", gaps)]
-    return _of_rows("images", names, published.get("images", 0))
+    return _of_rows("images", names, expected)
 
 
 def _of_rows(what: str, rows: Sequence[str], expected: int) -> list[str]:
     """Name rows that are repeated if there are too many, and the last one if there are too few."""
-    if not expected:
-        return []
     if len(rows) >= expected:
-        return [_repeated(what, rows)] if len(rows) > expected else []
+        return [_repeated(what, rows)] if len(rows) > expected > 0 else []
     return [f"the last of the {what} is number {len(rows):,}, {rows[-1]}"] if rows else []
 
 
@@ -184,27 +132,6 @@ def _repeated(what: str, rows: Sequence[str]) -> str:
     )
 
 
-def _usual(published: Counts, what: str, *per: str) -> tuple[int, bool]:
-    """Return how many there are of `what` in each of the parts, rounded down, and whether it is a whole number.
-
-    At least one is assumed where counts are not published.
-    """
-    parts = math.prod(published.get(name, 0) for name in per)
-    if not parts or what not in published:
-        return 1, False
-    return published[what] // parts, published[what] % parts == 0
-
-
-def _unusual(what: str, of_what: str, numbers: Iterable[tuple[str, int]], usual: int, exactly: bool) -> str:
-    """Name the parts of which there are not as many as usual, and how many there are."""
-    odd = [f"{name} ({number})" for name, number in numbers if (number != usual if exactly else number < usual)]
-    if exactly:
-        return _listed(f"{what} with another number of {of_what} than {usual}", odd)
-    if usual > 1:
-        return _listed(f"{what} with fewer than {usual} {of_what}", odd)
-    return _listed(f"{what} without {of_what}", [name.removesuffix(" (0)") for name in odd])
-
-
 def _gaps(names: Sequence[str], expected: int) -> list[str]:
     """Return the names that are missing in a numbered series, if it has no more members than are expected."""
     matches = [match for match in (NUMBERED.fullmatch(Path(name).stem) for name in names) if match is not None]
@@ -216,22 +143,10 @@ def _gaps(names: Sequence[str], expected: int) -> list[str]:
     return [str(number) for number in whole if number not in numbers] if len(whole) <= expected else []
 
 
-def _captions_by_image(folder: Path, data: RetrievalData) -> list[tuple[str, int]]:
-    numbers = torch.bincount(data.owners, minlength=len(data.images)).tolist()
-    return list(zip(_names(folder, data.images), numbers, strict=True))
-
-
-def _names(folder: Path, images: BenchmarkImages) -> list[str]:
-    """Names of images, paths relative to the folder of the set."""
-    return [images.key(row).removeprefix(f"{folder}{os.sep}") for row in range(len(images))]
-
-
-def _paired(texts: Sequence[str], others: Sequence[str]) -> list[str]:
-    return [_quoted(*pair) for pair in zip(texts, others, strict=True)]
-
-
-def _quoted(*texts: str) -> str:
-    return " and ".join(f"{text!r}" if len(text) <= 60 else f"{text[:60] + '...'!r}" for text in texts)
+def _described(row: Sequence[str]) -> str:
+    key, *texts = row
+    quoted = " and ".join(f"{text!r}" if len(text) <= 60 else f"{text[:60] + '...'!r}" for text in texts)
+    return f"{key} {quoted}" if key else quoted
 
 
 def _listed(what: str, names: Sequence[str]) -> str:

@@ -10,10 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
-from llm2clip.evaluation.benchmarks.data import BenchmarkImages, RetrievalData
-from llm2clip.evaluation.benchmarks.files import read_json, text_field
-from llm2clip.evaluation.protocols.retrieval import RetrievalProtocol
+from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
+from llm2clip.evaluation.data import BenchmarkImages, RetrievalData
+from llm2clip.evaluation.reading import read_json, text_field
 
 TITLE = "DCI"
 UNUSABLE, LOW_QUALITY = 2, 1
@@ -78,20 +77,12 @@ def read(caption: Callable[[Row, str], str], folder: Path) -> RetrievalData:
 
 def _benchmark(name: str, title: str, caption: Callable[[Row, str], str], note: str) -> Benchmark:
     return Benchmark(
-        name=name,
-        title=title,
-        groups=("long",),
-        folder="densely_captioned_images",
-        marker="splits.json",
-        more_markers=("annotations",),
-        files="splits.json, annotations/NAME.json, photos/sa_N.jpg",
-        counts={"images": 7805, "texts": 7805},
-        license="CC BY-NC 4.0 (captions), SA-1B research license (images)",
-        source="The archive dci.tar.gz of DCI; the images are in sa_000138.tar of SA-1B.",
-        read=partial(read, caption),
-        protocol=RetrievalProtocol(),
-        note=note,
-    )
+        name=name, title=title, groups=("long",), folder="densely_captioned_images",
+        needs=("splits.json", "annotations"), files="splits.json, annotations/NAME.json, photos/sa_N.jpg",
+        counts={"images": 7805, "texts": 7805}, license="CC BY-NC 4.0 (captions), SA-1B research license (images)",
+        source="The archive dci.tar.gz of DCI; the images are in sa_000138.tar of SA-1B.", read=partial(read, caption),
+        protocol="retrieval", note=note,
+    )  # fmt: skip
 
 
 BENCHMARKS = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -12,15 +12,15 @@ from PIL import Image
 from llm2clip.data import decode_image, tars
 from llm2clip.data.opened_table import SourceError
 from llm2clip.data.tars import FilePart
-from llm2clip.evaluation.benchmarks.base import BenchmarkError
+from llm2clip.evaluation.benchmark import BenchmarkError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 
 
 class EncodedImages(Sequence[bytes]):
-    """A sequence of encoded images; [`BenchmarkImages`] takes it like a list of bytes. Subclasses define `encoded`."""
+    """A sequence of encoded images; [`BenchmarkImages`] takes it like a list of bytes."""
 
-    def encoded(self, row: int) -> bytes:
+    def __getitem__(self, row: Any) -> Any:
         """Make the bytes of one image."""
         raise NotImplementedError
 
@@ -30,21 +30,7 @@ class EncodedImages(Sequence[bytes]):
         Args:
             size: How many of its first bytes count, where reading all takes long.
         """
-        return self.encoded(row)
-
-    @overload
-    def __getitem__(self, row: int) -> bytes: ...
-
-    @overload
-    def __getitem__(self, row: slice) -> list[bytes]: ...
-
-    def __getitem__(self, row: int | slice) -> bytes | list[bytes]:
-        if isinstance(row, slice):
-            return [self.encoded(number) for number in range(len(self))[row]]
-        return self.encoded(row)
-
-    def __iter__(self) -> Iterator[bytes]:
-        return (self.encoded(row) for row in range(len(self)))
+        return bytes(self[row])
 
 
 def list_tar(path: Path) -> Iterator[tuple[str, FilePart]]:
@@ -64,7 +50,7 @@ class ArchivedImages(EncodedImages):
     def __len__(self) -> int:
         return len(self.parts)
 
-    def encoded(self, row: int) -> bytes:
+    def __getitem__(self, row: Any) -> Any:
         return self.parts[row].read()
 
     def head(self, row: int, size: int) -> bytes:
@@ -81,7 +67,7 @@ class PixelImages(EncodedImages):
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def encoded(self, row: int) -> bytes:
+    def __getitem__(self, row: Any) -> Any:
         return as_pnm(self.pixels[row])
 
 
@@ -99,7 +85,7 @@ class CroppedFiles(EncodedImages):
         whole = self.paths[row].stat().st_size
         return b"%d %d " % (self.border, whole) + FilePart(self.paths[row], 0, min(size, whole)).read()
 
-    def encoded(self, row: int) -> bytes:
+    def __getitem__(self, row: Any) -> Any:
         image: Image.Image = decode_image(self.paths[row], str(self.paths[row]))
         width, height = image.size
         return as_pnm(np.asarray(image.crop((self.border, self.border, width - self.border, height - self.border))))

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
-from llm2clip.evaluation.benchmarks.data import ClassificationData
+from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks.encoded_images import PixelImages
 from llm2clip.evaluation.benchmarks.image_folder import labelled
-from llm2clip.evaluation.protocols.classification import ZeroShotClassification
+from llm2clip.evaluation.data import ClassificationData
 
 # As its README spells them.
 CLASSNAMES = (
@@ -70,13 +69,13 @@ BENCHMARKS = [
         title="Fashion-MNIST",
         groups=("classification",),
         folder="fashion-mnist",
-        marker="t10k-images-idx3-ubyte*",
+        needs=("t10k-images-idx3-ubyte*",),
         files="t10k-images-idx3-ubyte.gz and t10k-labels-idx1-ubyte.gz, train-* for probes; with or without .gz.",
         counts={"images": 10000, "classes": 10},
         license="MIT",
         source="github.com/zalandoresearch/fashion-mnist; Debian's dataset-fashion-mnist: /usr/share/datasets",
         read=read_fashion_mnist,
-        protocol=ZeroShotClassification(),
+        protocol="zero-shot-classification",
         note="OpenAI has no templates for it: the 80 of ImageNet, as CLIP_benchmark.",
         read_train=partial(read_fashion_mnist, with_train=True),
     ),

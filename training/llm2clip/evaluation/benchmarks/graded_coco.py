@@ -9,17 +9,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
+from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
+from llm2clip.evaluation.benchmarks.caption_files import KarpathyImage, read_karpathy
 from llm2clip.evaluation.benchmarks.coco import FOLDER, IMAGE_FOLDERS, KARPATHY_FILES
-from llm2clip.evaluation.benchmarks.data import GradedData
-from llm2clip.evaluation.benchmarks.files import captions_data, first_file, read_json, read_text
-from llm2clip.evaluation.benchmarks.karpathy import KarpathyImage, read_karpathy
-from llm2clip.evaluation.protocols.graded import GradedPrecision, GradedRecall
+from llm2clip.evaluation.benchmarks.files import captions_data, first_file
+from llm2clip.evaluation.data import GradedData
+from llm2clip.evaluation.reading import read_json, read_text
 from llm2clip.utils.logs import shortened
 
 PACKAGE = "eccv_caption"
@@ -144,52 +143,38 @@ def _id(image: KarpathyImage) -> int:
 
 
 _JUDGED = "val2014; the json files of eccv_caption in eccv_caption, unless that package is installed"
-_FILES: dict[str, Any] = {
-    "groups": ("short",),
-    "folder": FOLDER,
-    "marker": KARPATHY_FILES[0],
-    "other_markers": KARPATHY_FILES[1:],
-}
-_eccv = partial(EccvBenchmark, source="The package eccv_caption; otherwise as coco-karpathy.", **_FILES)
+_eccv = partial(
+    EccvBenchmark,
+    groups=("short",),
+    folder=FOLDER,
+    needs=(KARPATHY_FILES,),
+    source="The package eccv_caption; otherwise as coco-karpathy.",
+)
 BENCHMARKS = [
     _eccv(
-        name="eccv-caption",
-        title="ECCV Caption",
+        name="eccv-caption", title="ECCV Caption",
         files=f"dataset_coco.json; {_JUDGED} (original_image_to_caption, eccv_*)",
-        counts={
-            "images": 5000,
-            "texts": 25_000,
-            "text_queries": 1332,
-            "image_queries": 1261,
-            "right_images": 11_279,
-            "right_texts": 22_550,
-        },
+        counts={"images": 5000, "texts": 25_000, "text_queries": 1332, "image_queries": 1261,
+                "right_images": 11_279, "right_texts": 22_550},
         license="MIT (judgements), CC BY 4.0 (captions), terms of Flickr (images)",
-        read=partial(read_eccv, "ECCV Caption", "eccv"),
-        protocol=GradedPrecision(),
+        read=partial(read_eccv, "ECCV Caption", "eccv"), protocol="graded-precision",
         note="Needs the ids of Karpathy's file; the json of Salesforce has none.",
     ),
     _eccv(
-        name="cxc-eccv",
-        title="CxC, rated pairs",
+        name="cxc-eccv", title="CxC, rated pairs",
         files=f"dataset_coco.json; {_JUDGED} (original_image_to_caption, cxc_*)",
         counts={"images": 5000, "texts": 25_000, "text_queries": 24_972, "right_images": 35_585},
         license="that of Crisscrossed-Captions (ratings), CC BY 4.0 (captions), terms of Flickr (images)",
-        read=partial(read_eccv, "CxC", "cxc"),
-        protocol=GradedRecall(),
+        read=partial(read_eccv, "CxC", "cxc"), protocol="graded-recall",
         note="As eccv_caption measures CxC: 28 captions without a rating of 3 or more are no queries.",
     ),
     Benchmark(
-        name="cxc",
-        title="CxC",
-        more_markers=(RATINGS,),
+        name="cxc", title="CxC", groups=("short",), folder=FOLDER, needs=(KARPATHY_FILES, RATINGS),
         files=f"dataset_coco.json; {RATINGS}; val2014",
         counts={"images": 5000, "texts": 25_010, "text_queries": 25_010, "image_queries": 5000, "outside": 0},
         license="that of Crisscrossed-Captions (ratings), CC BY 4.0 (captions), terms of Flickr (images)",
         source="The folder data of the repository Crisscrossed-Captions of Google; otherwise as coco-karpathy.",
-        read=partial(read_cxc, "CxC"),
-        protocol=GradedRecall(),
+        read=partial(read_cxc, "CxC"), protocol="graded-recall",
         note="Right are ratings of 3 and more, and each caption's own image.",
-        **_FILES,
     ),
-]
+]  # fmt: skip

@@ -9,23 +9,13 @@ from pathlib import Path
 
 import torch
 
-from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
-from llm2clip.evaluation.benchmarks.data import BenchmarkImages, ClassificationData
+from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks.encoded_images import IMAGE_SUFFIXES
+from llm2clip.evaluation.data import BenchmarkImages, ClassificationData
 from llm2clip.evaluation.prompts import read_names, read_templates, template_set
-from llm2clip.evaluation.protocols.classification import ZeroShotClassification
 from llm2clip.utils.logs import shortened
 
 logger = logging.getLogger(__name__)
-
-
-class NamedFolder(Benchmark):
-    """A benchmark whose folder is known by its name alone, because the files of several sets have the same names."""
-
-    def find(self, data: Path) -> Path | None:
-        """Return `data/FOLDER`, or `data` if it has that name."""
-        found = super().find(data)
-        return found if found is not None and found.resolve().name == self.folder else None
 
 
 def subfolders(folder: Path) -> list[str]:
@@ -114,16 +104,16 @@ BENCHMARKS = [
         title="ImageFolder",
         groups=(),
         folder="imagefolder",
-        marker="test/*/*",
+        needs=("test/*/*",),
         files="test/CLASS/*.jpg (or .png, .webp, ...), train/CLASS/* and val/CLASS/* for probes; classnames.txt and "
         "templates.txt if wanted.",
         counts={},
         license="yours",
         source="own data",
         read=read_image_folder,
-        protocol=ZeroShotClassification(),
+        protocol="zero-shot-classification",
         note="Labels follow the sorted names of the folders, numbers by value.",
         read_train=partial(read_image_folder, with_train=True),
-        train_markers=("train",),
+        train_needs=("train",),
     ),
 ]

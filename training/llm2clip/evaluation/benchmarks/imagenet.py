@@ -10,13 +10,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
-from llm2clip.evaluation.benchmarks.data import ClassificationData
+from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks.encoded_images import ArchivedImages, list_tar
-from llm2clip.evaluation.benchmarks.files import read_lines
-from llm2clip.evaluation.benchmarks.image_folder import NamedFolder, image_files, labelled, read_class_folders
+from llm2clip.evaluation.benchmarks.image_folder import image_files, labelled, read_class_folders
+from llm2clip.evaluation.data import ClassificationData
 from llm2clip.evaluation.prompts import imagenet_classes, imagenet_subset, template_set
-from llm2clip.evaluation.protocols.classification import ZeroShotClassification
+from llm2clip.evaluation.reading import read_lines
 
 TAR, DEVKIT = "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
 TRUTH = "ILSVRC2012_validation_ground_truth.txt"
@@ -124,13 +123,13 @@ def read_wnid_folders(folder: Path, title: str, subset: str | None = None) -> Cl
 
 
 LICENSE = "non-commercial research (ImageNet's terms)"
-PROTOCOL = ZeroShotClassification()
+PROTOCOL = "zero-shot-classification"
 
 
 def _v2(variant: str, name: str, note: str) -> Benchmark:
     folder = f"imagenetv2-{variant}-format-val"
-    return NamedFolder(
-        name=name, title=f"ImageNet-V2 ({variant})", groups=("classification",), folder=folder, marker="0/*.jpeg",
+    return Benchmark(
+        name=name, title=f"ImageNet-V2 ({variant})", groups=("classification",), folder=folder, needs=("./0/*.jpeg",),
         files=f"{folder}/0 to {folder}/999/*.jpeg", counts={"images": 10000, "classes": 1000}, license="MIT",
         source="huggingface.co/datasets/vaishaal/ImageNetV2", read=read_v2, protocol=PROTOCOL, note=note,
     )  # fmt: skip
@@ -138,36 +137,28 @@ def _v2(variant: str, name: str, note: str) -> Benchmark:
 
 def _folders(name: str, title: str, folder: str, images: int, subset: str | None, note: str, source: str) -> Benchmark:
     wnid = (imagenet_subset(subset) if subset else list(imagenet_classes()))[0]
-    return NamedFolder(
-        name=name, title=title, groups=("classification",), folder=folder, marker=f"{wnid}/*",
+    return Benchmark(
+        name=name, title=title, groups=("classification",), folder=folder, needs=(f"./{wnid}/*",),
         files=f"{folder}/nXXXXXXXX/*", counts={"images": images, "classes": 200 if subset else 1000}, license=LICENSE,
         source=source, read=partial(read_wnid_folders, title=title, subset=subset), protocol=PROTOCOL, note=note,
     )  # fmt: skip
 
 
 IMAGENET = Benchmark(
-    name="imagenet-1k",
-    title="ImageNet-1k",
-    groups=("classification", "paper"),
-    folder="imagenet",
-    marker="val/n01440764",
-    other_markers=("val/ILSVRC2012_val_00000001*", TAR),
+    name="imagenet-1k", title="ImageNet-1k", groups=("classification", "paper"), folder="imagenet",
+    needs=(("val/n01440764", "val/ILSVRC2012_val_00000001*", TAR),),
     files=f"val/nXXXXXXXX/*.JPEG; or val/*.JPEG with {TRUTH} and {NUMBERS[0]}; or {TAR} with {DEVKIT}; "
     "train/nXXXXXXXX/*.JPEG for probes.",
-    counts={"images": 50000, "classes": 1000},
-    license=LICENSE,
-    source="image-net.org, or huggingface.co/datasets/ILSVRC/imagenet-1k",
-    read=read_imagenet,
-    protocol=PROTOCOL,
+    counts={"images": 50000, "classes": 1000}, license=LICENSE,
+    source="image-net.org, or huggingface.co/datasets/ILSVRC/imagenet-1k", read=read_imagenet, protocol=PROTOCOL,
     note="OpenAI's 80 templates. Two names stand for two classes each, so that images of missile and sunglasses tie.",
-    read_train=partial(read_imagenet, with_train=True),
-    train_markers=("train",),
-)
+    read_train=partial(read_imagenet, with_train=True), train_needs=("train",),
+)  # fmt: skip
 SINGLE = replace(
     IMAGENET,
     name="imagenet-1k-single",
     title="ImageNet-1k, one template",
-    protocol=ZeroShotClassification(templates=tuple(template_set("paper"))),
+    options={"templates": tuple(template_set("paper"))},
     note='"a photo of the {c}", which the paper prints beside the 80 templates.',
     read_train=None,
 )

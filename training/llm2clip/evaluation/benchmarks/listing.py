@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from llm2clip.evaluation.benchmarks.base import GROUPS, Benchmark
-from llm2clip.evaluation.protocols.linear_probe import PROBES
+from llm2clip.evaluation.benchmark import GROUPS, Benchmark
+from llm2clip.evaluation.benchmarks.variants import PROBES
 
 # Of sets with more counts, the details have the others.
 COUNTS = 2
@@ -36,11 +36,11 @@ def overview(benchmarks: Iterable[Benchmark], data: Path, width: int | None = No
     return "\n".join([*lines, "", f"{there} of {len(members)} are below {data}. {DETAILS}"])
 
 
-def list_benchmarks(benchmarks: Iterable[Benchmark], data: Path | None) -> str:
+def list_benchmarks(benchmarks: Iterable[Benchmark], data: Path) -> str:
     """Describe benchmarks in a block of lines each, under the heading of the group that names their kind.
 
     Args:
-        data: Folder below which their files are looked for; None to look for nothing.
+        data: Folder below which their files are looked for.
     """
     blocks = [
         "\n\n".join([kind.upper(), *(describe_benchmark(benchmark, data) for benchmark in members)])
@@ -49,7 +49,7 @@ def list_benchmarks(benchmarks: Iterable[Benchmark], data: Path | None) -> str:
     return "\n\n".join(blocks)
 
 
-def describe_benchmark(benchmark: Benchmark, data: Path | None) -> str:
+def describe_benchmark(benchmark: Benchmark, data: Path) -> str:
     """Describe a benchmark in lines: name, groups, counts, files, source, license, and where it was found."""
     lines = {
         "groups": ", ".join(benchmark.groups),
@@ -60,9 +60,8 @@ def describe_benchmark(benchmark: Benchmark, data: Path | None) -> str:
         "note": benchmark.note,
         "probes": " ".join(f"{benchmark.name}-probe-{name}" for name in PROBES) if benchmark.read_train else "",
     }
-    if data is not None:
-        folder = benchmark.find(data)
-        lines["found"] = f"no, not below {data}" if folder is None else f"in {folder}"
+    folder = benchmark.find(data)
+    lines["found"] = f"no, not below {data}" if folder is None else f"in {folder}"
     title = f"{benchmark.name}  {benchmark.title}"
     return "\n".join([title, *(f"    {name + ':':<9}{text}" for name, text in lines.items() if text)])
 

@@ -6,10 +6,9 @@ import csv
 import io
 from pathlib import Path
 
-from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
-from llm2clip.evaluation.benchmarks.data import BenchmarkImages, PairData
-from llm2clip.evaluation.benchmarks.files import read_text
-from llm2clip.evaluation.protocols.choices import ImageChoice
+from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
+from llm2clip.evaluation.data import BenchmarkImages, PairData
+from llm2clip.evaluation.reading import read_text
 
 TITLE = "MMVP-VLM"
 FILE = "Questions.csv"
@@ -46,14 +45,13 @@ BENCHMARKS = [
         title=TITLE,
         groups=("composition",),
         folder="mmvp_vlm",
-        marker=FILE,
-        more_markers=(IMAGES,),
+        needs=(FILE, IMAGES),
         files=f"{FILE}; {IMAGES}/PATTERN/1.jpg to 270.jpg",
         counts={"pairs": 135, "kinds": 9},
         license="MIT",
         source="The data set MMVP_VLM on the Hub.",
         read=read,
-        protocol=ImageChoice(),
+        protocol="image-choice",
         note="Nine patterns of 15 pairs: one pair is 0.7 points.",
     )
 ]

@@ -5,12 +5,11 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
-from llm2clip.evaluation.benchmarks.data import BenchmarkImages, ClassificationData
+from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks.encoded_images import CroppedFiles
-from llm2clip.evaluation.benchmarks.files import read_json
 from llm2clip.evaluation.benchmarks.image_folder import labelled, read_class_folders
-from llm2clip.evaluation.protocols.classification import ZeroShotClassification
+from llm2clip.evaluation.data import BenchmarkImages, ClassificationData
+from llm2clip.evaluation.reading import read_json
 
 BORDER = 2
 
@@ -42,19 +41,12 @@ def read_objectnet(folder: Path, border: int = 0) -> ClassificationData:
 
 def _benchmark(name: str, title: str, border: int, note: str) -> Benchmark:
     return Benchmark(
-        name=name,
-        title=title,
-        groups=("classification",),
-        folder="objectnet-1.0",
-        marker="mappings/objectnet_to_imagenet_1k.json",
+        name=name, title=title, groups=("classification",), folder="objectnet-1.0",
+        needs=("mappings/objectnet_to_imagenet_1k.json",),
         files="objectnet-1.0/images/FOLDER/*.png and objectnet-1.0/mappings/*.json.",
-        counts={"images": 18574, "classes": 113},
-        license="CC BY 4.0; not to be trained on",
-        source="objectnet.dev",
-        read=partial(read_objectnet, border=border),
-        protocol=ZeroShotClassification(),
-        note=note,
-    )
+        counts={"images": 18574, "classes": 113}, license="CC BY 4.0; not to be trained on", source="objectnet.dev",
+        read=partial(read_objectnet, border=border), protocol="zero-shot-classification", note=note,
+    )  # fmt: skip
 
 
 BENCHMARKS = [

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from llm2clip.evaluation.benchmarks.base import Benchmark
+from llm2clip.evaluation.benchmark import Benchmark
 from llm2clip.evaluation.benchmarks.coco import FOLDER, VAL2017_FOLDERS
-from llm2clip.evaluation.benchmarks.data import HardNegativeData
-from llm2clip.evaluation.benchmarks.files import find_images, read_json, text_field
-from llm2clip.evaluation.protocols.choices import CaptionChoice
+from llm2clip.evaluation.benchmarks.files import find_images
+from llm2clip.evaluation.data import HardNegativeData
+from llm2clip.evaluation.reading import read_json, text_field
 
 TITLE = "SugarCrepe"
 COUNTS = {
@@ -52,14 +52,13 @@ BENCHMARKS = [
         title=TITLE,
         groups=("composition",),
         folder=FOLDER,
-        marker=FILES[0],
-        more_markers=FILES[1:],
+        needs=FILES,
         files="sugar_crepe with its seven files add_att.json to swap_obj.json, val2017",
         counts=COUNTS,
         license="MIT (captions), COCO's terms (images)",
         source="The seven files are in the folder data of the repository sugar-crepe; the images are those of COCO.",
         read=read,
-        protocol=CaptionChoice(),
+        protocol="caption-choice",
         note="The accuracy is the mean of the seven files; those of add, replace and swap stand beside it.",
     )
 ]

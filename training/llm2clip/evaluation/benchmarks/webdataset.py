@@ -6,23 +6,25 @@ label, or `s0000000.txt`, captions by line in which `\n` stands for the end of a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import TypeVar
 
-from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
-from llm2clip.evaluation.benchmarks.data import BenchmarkImages, ClassificationData, RetrievalData
+from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks.encoded_images import ArchivedImages, FilePart, list_tar
-from llm2clip.evaluation.benchmarks.files import read_text
-from llm2clip.evaluation.benchmarks.image_folder import NamedFolder, labelled
+from llm2clip.evaluation.benchmarks.image_folder import labelled
+from llm2clip.evaluation.data import BenchmarkImages, ClassificationData, RetrievalData
 from llm2clip.evaluation.prompts import read_names, read_templates
-from llm2clip.evaluation.protocols.classification import ZeroShotClassification
-from llm2clip.evaluation.protocols.retrieval import RetrievalProtocol
+from llm2clip.evaluation.reading import read_text
 
 # In CLIP_benchmark's order of preference.
 IMAGES = ("webp", "png", "jpg", "jpeg")
 TYPE, CLASSNAMES, TEMPLATES = "dataset_type.txt", "classnames.txt", "zeroshot_classification_templates.txt"
+FILE = re.compile(r"(?P<key>(?:.*/)?[^./]*)\.?(?P<suffix>.*)", re.DOTALL)
 T = TypeVar("T")
 
 
@@ -55,7 +57,7 @@ def _read_split(folder: Path, split: str) -> ClassificationData:
     return data
 
 
-def read_retrieval(folder: Path, split: str = "test") -> RetrievalData:
+def read_retrieval(folder: Path) -> RetrievalData:
     r"""Read images with their captions.
 
     CLIP_benchmark leaves `\n` in captions as it stands; here it is the end of a line again, which it was written for.
@@ -65,7 +67,7 @@ def read_retrieval(folder: Path, split: str = "test") -> RetrievalData:
     """
     if _kind(folder) != "retrieval":
         raise BenchmarkError(f"{folder} has labels, not captions: use webdataset.")
-    images, keys, captions = _read_samples(folder / split, "txt", _captions)
+    images, keys, captions = _read_samples(folder / "test", "txt", _captions)
     return RetrievalData.from_captions(BenchmarkImages(images, keys), captions)
 
 
@@ -105,18 +107,10 @@ def _read_samples(folder: Path, answer: str, parse: Callable[[bytes], T]) -> tup
 
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, FilePart]]]:
     """Group the files of a tar by key, the name up to the first dot; files of a key follow each other."""
-    sample: tuple[str, dict[str, FilePart]] | None = None
-    for name, part in list_tar(path):
-        place, _, base = name.rpartition("/")
-        stem, _, suffix = base.partition(".")
-        key = f"{place}/{stem}" if place else stem
-        if sample is not None and sample[0] != key:
-            yield sample
-            sample = None
-        sample = sample or (key, {})
-        sample[1][suffix.lower()] = part
-    if sample is not None:
-        yield sample
+    parts = ((FILE.fullmatch(name), part) for name, part in list_tar(path))
+    named = ((found["key"], found["suffix"].lower(), part) for found, part in parts if found is not None)
+    for key, files in groupby(named, itemgetter(0)):
+        yield key, {suffix: part for _, suffix, part in files}
 
 
 # Folder, title, classes and test images (None where they were not verified), whether the mean per class is compared:
@@ -135,44 +129,38 @@ SETS = (
 
 def _set(folder: str, title: str, classes: int, images: int | None, mean_per_class: bool) -> Benchmark:
     read = partial(read_classification, mean_per_class=mean_per_class)
-    return NamedFolder(
+    return Benchmark(
         name=folder.removeprefix("vtab-").replace("_", "-"), title=title, groups=("classification",),
-        folder=f"wds_{folder}", marker="test/nshards.txt", more_markers=(CLASSNAMES,),
+        folder=f"wds_{folder}", needs=("./test/nshards.txt", CLASSNAMES),
         files=f"test/nshards.txt, test/*.tar, {CLASSNAMES}, {TEMPLATES}; train/ for probes.",
         counts={"classes": classes} | ({"images": images} if images else {}), license="see its page",
-        source=f"huggingface.co/datasets/clip-benchmark/wds_{folder}", read=read, protocol=ZeroShotClassification(),
+        source=f"huggingface.co/datasets/clip-benchmark/wds_{folder}", read=read, protocol="zero-shot-classification",
         note="The mean per class is compared." if mean_per_class else "",
-        read_train=partial(read, with_train=True), train_markers=("train/nshards.txt",),
+        read_train=partial(read, with_train=True), train_needs=("train/nshards.txt",),
     )  # fmt: skip
 
 
 _webdataset = partial(
-    Benchmark,
-    title="webdataset",
-    groups=(),
-    folder="webdataset",
-    marker="test/nshards.txt",
-    counts={},
-    license="see its page",
-)
+    Benchmark, title="webdataset", groups=(), folder="webdataset", counts={}, license="see its page",
+)  # fmt: skip
 BENCHMARKS = [
     _webdataset(
         name="webdataset",
-        more_markers=(CLASSNAMES,),
+        needs=("test/nshards.txt", CLASSNAMES),
         files=f"test/nshards.txt, test/*.tar, {CLASSNAMES}; {TEMPLATES} if wanted; train/ for probes.",
         source="any set of huggingface.co/clip-benchmark, or clip_benchmark_export_wds",
         read=read_classification,
-        protocol=ZeroShotClassification(),
+        protocol="zero-shot-classification",
         read_train=partial(read_classification, with_train=True),
-        train_markers=("train/nshards.txt",),
+        train_needs=("train/nshards.txt",),
     ),
     _webdataset(
         name="webdataset-retrieval",
-        more_markers=(TYPE,),
+        needs=("test/nshards.txt", TYPE),
         files=f"test/nshards.txt, test/*.tar, {TYPE} with the word retrieval.",
         source="any set of huggingface.co/clip-benchmark, or clip_benchmark_export_wds --retrieval",
         read=read_retrieval,
-        protocol=RetrievalProtocol(),
+        protocol="retrieval",
     ),
     *(_set(*row) for row in SETS),
 ]

@@ -7,10 +7,9 @@ from pathlib import Path
 import datasets
 
 from llm2clip.data.opened_table import open_table
-from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
-from llm2clip.evaluation.benchmarks.data import BenchmarkImages, PairData
-from llm2clip.evaluation.benchmarks.files import read_json_lines, text_field
-from llm2clip.evaluation.protocols.choices import PairScores
+from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
+from llm2clip.evaluation.data import BenchmarkImages, PairData
+from llm2clip.evaluation.reading import read_json_lines, text_field
 
 TITLE = "Winoground"
 EXAMPLES = ("examples.jsonl", "data/examples.jsonl")
@@ -60,14 +59,12 @@ BENCHMARKS = [
         title=TITLE,
         groups=("composition",),
         folder="winoground",
-        marker=EXAMPLES[0],
-        other_markers=EXAMPLES[1:],
-        own_markers=(*PARQUET, *SAVED),
+        needs=((*EXAMPLES, *(f"./{name}" for name in (*PARQUET, *SAVED))),),
         files="examples.jsonl and images/NAME.png, also below data; or parquet files; or a folder of save_to_disk",
         counts={"pairs": 400},
         license="Winoground license of Meta, for research; the images are of Getty Images",
         source="The gated data set winoground of Facebook on the Hub, once its terms are accepted there.",
         read=read,
-        protocol=PairScores(),
+        protocol="pair-scores",
     )
 ]

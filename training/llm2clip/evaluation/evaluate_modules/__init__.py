@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-METRICS = ("caption_retrieval_accuracy", "retrieval_recall")
+METRICS = ("retrieval_recall",)
 
 
 def metric_path(name: str) -> str:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from llm2clip.evaluation.benchmarks.base import BenchmarkError
-from llm2clip.evaluation.benchmarks.data import CaptionPairData
+from llm2clip.evaluation.benchmark import BenchmarkError
 from llm2clip.evaluation.contracts import Measurement
-from llm2clip.evaluation.metrics import retrieval_ranks
+from llm2clip.evaluation.data import CaptionPairData
+from llm2clip.evaluation.metrics import caption_retrieval_metrics, retrieval_ranks
 from llm2clip.evaluation.session import Session
 
 
@@ -36,22 +36,28 @@ class CaptionRetrievalAccuracy:
         if count == 0:
             raise BenchmarkError("there is no pair of captions.")
         embeds = session.embed_texts([*data.queries, *data.targets])
-        matches = torch.arange(count)[:, None].expand(-1, 2)
+        matches = torch.arange(count)[:, None].expand(-1, 2) if data.matches is None else data.matches
         ranks, _, _ = retrieval_ranks(embeds[count:], embeds[:count], matches)
-        values = ranks.recalls()
         return Measurement(
             protocol={
                 "name": "caption retrieval",
                 "pair": self.pair,
-                "gallery": f"{count} captions",
+                "gallery": f"{len(data.targets)} captions",
                 "prompt": "of the model",
                 "ties": "expected value",
             },
-            scores={name: value.mean().item() for name, value in values.items()},
-            values=values,
+            values=ranks.recalls(),
+            ranks=ranks.mean_and_median(),
             counts={
-                "pairs": count,
-                "truncated_texts": int(session.text_lengths([*data.queries, *data.targets])[1].sum()),
+                "pairs": len(matches),
+                "truncated_texts": session.count_cut([*data.queries, *data.targets]),
                 "tied_text_queries": int(ranks.is_tied.sum()),
             },
         )
+
+
+def caption_pair_metrics(session: Session, data: CaptionPairData) -> dict[str, float | int]:
+    """Measure caption retrieval while a model trains: see [`caption_retrieval_metrics`]."""
+    return caption_retrieval_metrics(
+        session.embed_texts(data.queries), session.embed_texts(data.targets), data.matches
+    )

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llm2clip.evaluation.benchmarks.base import BenchmarkError
-from llm2clip.evaluation.benchmarks.data import HardNegativeData, PairData
+from llm2clip.evaluation.benchmark import BenchmarkError
 from llm2clip.evaluation.contracts import Measurement
+from llm2clip.evaluation.data import HardNegativeData, PairData
 from llm2clip.evaluation.metrics import ROUNDING
 from llm2clip.evaluation.session import Session
 
@@ -31,7 +31,7 @@ class PairScores:
         Raises:
             BenchmarkError: There is no pair.
         """
-        of_texts, of_images = _margins(session, data, data.texts)
+        of_texts, of_images = _margins(session.embed_images(data.images), session.embed_texts(data.texts), data)
         margins = torch.cat([of_texts, of_images], dim=1)
         values = {
             "group_score": _all_won(margins),
@@ -40,7 +40,7 @@ class PairScores:
         }
         return Measurement(
             protocol={"name": "pair scores", "ties": TIES},
-            scores={name: value.mean().item() for name, value in values.items()},
+            compared=("text_score", "image_score", "group_score"),
             values=values,
             counts=_counts(session, data.texts, margins) | {"pairs": len(data.kinds)},
             groups={"kind": _by_kind(values, data.kinds)},
@@ -64,7 +64,7 @@ class ImageChoice:
             BenchmarkError: There is no pair.
         """
         texts = [self.prompt.replace("{}", text) for text in data.texts]
-        _, margins = _margins(session, data, texts)
+        _, margins = _margins(session.embed_images(data.images), session.embed_texts(texts), data)
         values = {"accuracy": _all_won(margins)}
         kinds = _by_kind(values, data.kinds)
         return Measurement(
@@ -100,31 +100,36 @@ class CaptionChoice:
         won = _all_won(margins)
         kinds = _by_kind({"accuracy": won}, data.kinds)
         values, strata, scores = {"accuracy": won}, {"accuracy": _parts(data.kinds)}, {"accuracy": _mean(kinds)}
+        clusters = {"accuracy": data.owners}
         for word in dict.fromkeys(kind.split("_")[0] for kind in data.kinds):
             rows = [row for row, kind in enumerate(data.kinds) if kind.split("_")[0] == word]
             values[f"{word}_accuracy"] = won[rows]
             strata[f"{word}_accuracy"] = _parts([data.kinds[row] for row in rows])
+            clusters[f"{word}_accuracy"] = data.owners[rows]
             scores[f"{word}_accuracy"] = _mean({kind: kinds[kind] for kind in kinds if kind.split("_")[0] == word})
         return Measurement(
             protocol={"name": "caption choice", "ties": TIES, "mean": "of kinds"},
             scores=scores,
             values=values,
             strata=strata,
+            clusters=clusters,
             counts=_counts(session, texts, margins) | {"images": len(data.images), "choices": len(data.kinds)},
             groups={"kind": kinds},
         )
 
 
-def _margins(session: Session, data: PairData, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Return by how much the own caption of each image, and the own image of each caption, scores higher.
+def _margins(images: Tensor, captions: Tensor, data: PairData) -> tuple[Tensor, Tensor]:
+    """Compute by how much the own caption of each image, and the own image of each caption, scores higher.
+
+    Args:
+        images, captions: Unit rows, `(2 * pairs, width)`.
 
     Returns:
         `(pairs, 2)` float64 each.
     """
     if not data.kinds:
         raise BenchmarkError("there is no pair.")
-    images = session.embed_images(data.images).double().view(len(data.kinds), 2, -1)
-    captions = session.embed_texts(texts).double().view(len(data.kinds), 2, -1)
+    images, captions = (rows.double().view(len(data.kinds), 2, -1) for rows in (images, captions))
     scores = captions @ images.transpose(1, 2)
     own = scores.diagonal(dim1=1, dim2=2)
     other_caption = torch.stack([scores[:, 1, 0], scores[:, 0, 1]], dim=1)
@@ -140,7 +145,7 @@ def _all_won(margins: Tensor) -> Tensor:
 def _counts(session: Session, texts: Sequence[str], margins: Tensor) -> dict[str, int]:
     return {
         "texts": len(texts),
-        "truncated_texts": int(session.text_lengths(texts)[1].sum()),
+        "truncated_texts": session.count_cut(texts),
         "tied_queries": int((margins.abs() <= ROUNDING).any(dim=1).sum()),
     }
 

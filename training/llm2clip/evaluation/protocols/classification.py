@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
-from llm2clip.evaluation.benchmarks.data import ClassificationData
+from llm2clip.evaluation.benchmark import BenchmarkError
 from llm2clip.evaluation.contracts import Measurement
+from llm2clip.evaluation.data import ClassificationData
 from llm2clip.evaluation.metrics import ROUNDING, QueryRanks
-from llm2clip.evaluation.prompts import TEMPLATE_SETS, choose_templates, name_of_templates, prompts, read_names
+from llm2clip.evaluation.prompts import TEMPLATE_SETS, name_of_templates, prompts
 from llm2clip.evaluation.session import Session
 from llm2clip.utils.files import digest_json
 
@@ -60,8 +59,10 @@ class ZeroShotClassification:
         if len(classnames) != len(data.classnames):
             raise BenchmarkError(f"{len(classnames):,} names are given for {len(data.classnames):,} classes.")
         texts = prompts(classnames, templates)
-        classes = embed_classes(session, texts, len(templates))
-        _, is_cut = session.text_lengths(texts)
+        means = []
+        for part in prompt_parts(texts, len(templates)):
+            means.append(mean_of_prompts(session.embed_texts(part), len(templates)))
+        classes = normalize(torch.cat(means), dim=-1)
         images = session.embed_images(data.images)
         parts = [
             label_ranks(tile @ classes.T, labels, ROUNDING)
@@ -74,31 +75,19 @@ class ZeroShotClassification:
             "classnames": f"own ({digest_json(classnames)})" if self.classnames else "of the set",
             "ties": "expected value",
         }
-        counts = {"texts": len(texts), "truncated_texts": int(is_cut.sum())}
+        counts = {"texts": len(texts), "truncated_texts": session.count_cut(texts)}
         return measured_ranks(ranks, replace(data, classnames=classnames), protocol, counts)
 
 
-def embed_classes(session: Session, texts: Sequence[str], templates: int) -> Tensor:
-    """Embed classes by their prompts, a few classes at a time: unit rows `(classes, width)`.
-
-    Args:
-        texts: The prompts of the first class, then those of the next; `templates` each.
-    """
-    return class_embeddings(session.embed_text_parts(texts, templates * max(1, PROMPTS // templates)), templates)
+def prompt_parts(texts: Sequence[str], templates: int) -> list[Sequence[str]]:
+    """Cut prompts into parts of whole classes, of which the embeddings of one are in memory at a time."""
+    size = templates * max(1, PROMPTS // templates)
+    return [texts[start : start + size] for start in range(0, len(texts), size)]
 
 
-def class_embeddings(parts: Iterable[Tensor], templates: int) -> Tensor:
-    """Average the embeddings of the prompts of each class.
-
-    Args:
-        parts: Unit rows `(prompts, width)` of some classes each, the prompts of the first class first.
-        templates: Number of prompts of a class.
-
-    Returns:
-        Unit rows `(classes, width)`.
-    """
-    means = [part.view(-1, templates, part.shape[-1]).mean(dim=1) for part in parts]
-    return normalize(torch.cat(means), dim=-1)
+def mean_of_prompts(embeds: Tensor, templates: int) -> Tensor:
+    """Average the unit rows of the prompts of each class, `(classes * templates, width)`: `(classes, width)`."""
+    return embeds.view(-1, templates, embeds.shape[-1]).mean(dim=1)
 
 
 def label_ranks(scores: Tensor, labels: Tensor, rounding: float = 0.0) -> QueryRanks:
@@ -143,6 +132,7 @@ def measured_ranks(
     }
     return Measurement(
         protocol={**protocol, "compared": first},
+        compared=(first,),
         scores={first: scores[first], **scores},
         values={**values, "mean_per_class": values["top1"]},
         strata={"mean_per_class": data.labels},
@@ -160,29 +150,3 @@ def measured_ranks(
 def _distinct(names: Sequence[str]) -> list[str]:
     """Number the names that several classes share, such as the two `missile` of ImageNet."""
     return [f"{name} ({label})" if names.count(name) > 1 else name for label, name in enumerate(names)]
-
-
-def with_prompts(
-    benchmarks: Sequence[Benchmark], templates: str | None = None, classnames: str | None = None
-) -> list[Benchmark]:
-    """Set the templates and names of the benchmarks of zero-shot classification; others stay as they are.
-
-    Args:
-        templates: A name of `TEMPLATE_SETS`, or a file with one template a line.
-        classnames: A file with one name a line, in the order of the labels.
-
-    Raises:
-        BenchmarkError: No benchmark is one of zero-shot classification, or a file is broken.
-    """
-    if templates is None and classnames is None:
-        return list(benchmarks)
-    if not any(isinstance(benchmark.protocol, ZeroShotClassification) for benchmark in benchmarks):
-        raise BenchmarkError("--templates and --classnames are for benchmarks of zero-shot classification.")
-    protocol = ZeroShotClassification(
-        tuple(choose_templates(templates)) if templates is not None else None,
-        tuple(read_names(Path(classnames))) if classnames is not None else None,
-    )
-    return [
-        replace(benchmark, protocol=protocol) if isinstance(benchmark.protocol, ZeroShotClassification) else benchmark
-        for benchmark in benchmarks
-    ]

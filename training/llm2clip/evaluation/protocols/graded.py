@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from llm2clip.evaluation.benchmarks.base import BenchmarkError
-from llm2clip.evaluation.benchmarks.data import GradedData
+from llm2clip.evaluation.benchmark import BenchmarkError
 from llm2clip.evaluation.contracts import Measurement
+from llm2clip.evaluation.data import GradedData
 from llm2clip.evaluation.metrics import DEFAULT_TILE_SIZE, ROUNDING, retrieval_ranks
 from llm2clip.evaluation.session import Session
 from llm2clip.utils.embeddings import inner_products
@@ -30,14 +30,8 @@ class GradedRecall:
         Raises:
             BenchmarkError: There is no right pair.
         """
-        values: dict[str, Tensor] = {}
-        ties: dict[str, int] = {}
-        for side, queries, candidates, matches in _sides(session, data):
-            asking, local = matches[:, 0].unique(return_inverse=True)
-            ranks, _, _ = retrieval_ranks(candidates, queries[asking], torch.stack([local, matches[:, 1]], dim=1))
-            values |= ranks.recalls(f"{side}_")
-            ties[side] = int(ranks.is_tied.sum())
-        return _measurement(session, data, "any right one", values, ties)
+        images, texts = session.embed_images(data.images), session.embed_texts(data.texts)
+        return _measured(session, data, images, texts, "any right one", "recall@1", _recalls)
 
 
 @dataclass(frozen=True)
@@ -54,17 +48,20 @@ class GradedPrecision:
         Raises:
             BenchmarkError: There is no right pair.
         """
-        values: dict[str, Tensor] = {}
-        ties: dict[str, int] = {}
-        for side, queries, candidates, matches in _sides(session, data):
-            found = precision_at_r(queries, candidates, matches)
-            values |= {
-                f"{side}_map@r": found.map_at_r,
-                f"{side}_r_precision": found.r_precision,
-                f"{side}_recall@1": found.recall_at_1,
-            }
-            ties[side] = int(found.is_tied.sum())
-        return _measurement(session, data, "all right ones", values, ties)
+        images, texts = session.embed_images(data.images), session.embed_texts(data.texts)
+        return _measured(session, data, images, texts, "all right ones", "map@r", _precisions)
+
+
+def _recalls(queries: Tensor, candidates: Tensor, matches: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    asking, local = matches[:, 0].unique(return_inverse=True)
+    ranks, _, _ = retrieval_ranks(candidates, queries[asking], torch.stack([local, matches[:, 1]], dim=1))
+    return ranks.recalls(), ranks.is_tied
+
+
+def _precisions(queries: Tensor, candidates: Tensor, matches: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    found = precision_at_r(queries, candidates, matches)
+    values = {"map@r": found.map_at_r, "r_precision": found.r_precision, "recall@1": found.recall_at_1}
+    return values, found.is_tied
 
 
 class PrecisionAtR(NamedTuple):
@@ -76,16 +73,13 @@ class PrecisionAtR(NamedTuple):
     is_tied: Tensor
 
 
-def precision_at_r(
-    queries: Tensor, candidates: Tensor, matches: Tensor, tile_size: int = DEFAULT_TILE_SIZE
-) -> PrecisionAtR:
+def precision_at_r(queries: Tensor, candidates: Tensor, matches: Tensor) -> PrecisionAtR:
     """Compute the expected metrics of the first R ranks of each query, R being its number of right candidates.
 
     Args:
         queries: `(q, width)`, unit rows.
         candidates: `(c, width)`, unit rows.
         matches: `(pairs, 2)` int64, query and right candidate. Queries without one are left out.
-        tile_size: Queries per tile.
 
     Returns:
         The values of the queries in `matches`, ascending.
@@ -94,7 +88,7 @@ def precision_at_r(
     right = torch.zeros(len(asking), len(candidates), dtype=torch.bool)
     right[local, matches[:, 1]] = True
     rows = []
-    for tile in torch.arange(len(asking)).split(tile_size):
+    for tile in torch.arange(len(asking)).split(DEFAULT_TILE_SIZE):
         scores = inner_products(queries[asking[tile]], candidates, candidates.new_empty(len(tile), len(candidates)))
         rows += [_first_ranks(similar, right[row]) for row, similar in zip(tile.tolist(), scores, strict=True)]
     columns = torch.tensor(rows, dtype=torch.float64).reshape(-1, 4)
@@ -137,28 +131,33 @@ def _ties(scores: Tensor, right: Tensor, count: int) -> tuple[Tensor, Tensor]:
         taken = min(2 * taken, len(scores))
 
 
-def _sides(session: Session, data: GradedData) -> list[tuple[str, Tensor, Tensor, Tensor]]:
+def _measured(
+    session: Session,
+    data: GradedData,
+    images: Tensor,
+    texts: Tensor,
+    hit: str,
+    compared: str,
+    measure: Callable[[Tensor, Tensor, Tensor], tuple[dict[str, Tensor], Tensor]],
+) -> Measurement:
+    """Measure both directions; `measure` returns the values of queries by name, and which of them are tied."""
     assert data.matches is not None
     if not len(data.matches) or not len(data.image_matches):
         raise BenchmarkError("there is no right pair of an image and a caption.")
-    images, texts = session.embed_images(data.images), session.embed_texts(data.texts)
-    return [
-        ("text_to_image", texts, images, data.matches),
-        ("image_to_text", images, texts, data.image_matches),
-    ]
-
-
-def _measurement(
-    session: Session, data: GradedData, hit: str, values: dict[str, Tensor], ties: Mapping[str, int]
-) -> Measurement:
+    of_texts, tied_texts = measure(texts, images, data.matches)
+    of_images, tied_images = measure(images, texts, data.image_matches)
+    found = {f"text_to_image_{name}": values for name, values in of_texts.items()}
+    owners = data.owners[data.matches[:, 0].unique()]
     return Measurement(
         protocol={"name": "graded retrieval", "positives": "judged", "hit": hit, "ties": "expected value"},
-        scores={name: value.mean().item() for name, value in values.items()},
-        values=values,
+        values=found | {f"image_to_text_{name}": values for name, values in of_images.items()},
+        compared=(f"image_to_text_{compared}", f"text_to_image_{compared}"),
+        # The captions of an image are found or missed together.
+        clusters=dict.fromkeys(found, owners),
         counts={
             **data.counts(),
-            "truncated_texts": int(session.text_lengths(data.texts)[1].sum()),
-            "tied_text_queries": ties["text_to_image"],
-            "tied_image_queries": ties["image_to_text"],
+            "truncated_texts": session.count_cut(data.texts),
+            "tied_text_queries": int(tied_texts.sum()),
+            "tied_image_queries": int(tied_images.sum()),
         },
     )

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
-from llm2clip.evaluation.benchmarks.data import ClassificationData
-from llm2clip.evaluation.contracts import BenchmarkProtocol, Measurement
+from llm2clip.evaluation.benchmark import BenchmarkError
+from llm2clip.evaluation.contracts import Measurement
+from llm2clip.evaluation.data import ClassificationData
 from llm2clip.evaluation.protocols.classification import label_ranks, measured_ranks
 from llm2clip.evaluation.session import Session
 from llm2clip.utils.progress import ProgressBar
@@ -41,9 +41,10 @@ class SGDProbe:
     def measure(self, session: Session, data: ClassificationData) -> Measurement:
         """Train on `data.train`, and on `data.validation` if there is one; measure on `data`."""
         train = _with_validation(data)
-        features = torch.cat([session.embed_features(part.images) for part in train])
+        features = torch.cat([session.embed_images(part.images, "features") for part in train])
         labels = torch.cat([part.labels for part in train])
-        logits = self._fit(features, labels, len(data.classnames), session)(session.embed_features(data.images))
+        classify = self._fit(features, labels, len(data.classnames), session)
+        logits = classify(session.embed_images(data.images, "features"))
         protocol: dict[str, Any] = {
             "name": "linear probe, SGD of the paper", "features": "before projection", "batch_size": self.batch_size,
             "learning_rate": self.learning_rate, "schedule": "constant", "momentum": self.momentum,
@@ -85,21 +86,18 @@ class LBFGSProbe:
         """Choose the strength, train and measure."""
         train = _with_validation(data)
         labels = torch.cat([part.labels for part in train])
-        features = torch.cat([session.embed_features(part.images) for part in train])
-        held_out = torch.zeros(len(labels), dtype=torch.bool)
-        if data.validation is not None:
-            held_out[len(train[0].labels) :] = True
-        else:
-            held_out = _every_nth_of_class(labels)
+        features = torch.cat([session.embed_images(part.images, "features") for part in train])
+        is_own = data.validation is not None
+        held_out = torch.arange(len(labels)) >= len(train[0].labels) if is_own else _every_nth_of_class(labels)
         chosen = self.choose(features[~held_out], labels[~held_out], features[held_out], labels[held_out])
         logits = _logistic_regression(
-            features, labels, session.embed_features(data.images), len(data.classnames), STRENGTHS[chosen],
+            features, labels, session.embed_images(data.images, "features"), len(data.classnames), STRENGTHS[chosen],
             self.max_iterations,
         )  # fmt: skip
         protocol = {
             "name": "linear probe, L-BFGS of CLIP", "features": "before projection", "iterations": self.max_iterations,
             "strengths": "97 from 1e-6 to 1e6, by bisection",
-            "validation": "of the set" if data.validation is not None else "every 5th train image of a class",
+            "validation": "of the set" if is_own else "every 5th train image of a class",
         }  # fmt: skip
         counts = {"train_images": len(labels), "validation_images": int(held_out.sum()), "strength_step": chosen}
         return measured_ranks(label_ranks(logits, data.labels), data, protocol, counts)
@@ -139,46 +137,14 @@ class FixedLBFGSProbe:
         """Train and measure."""
         train = _with_validation(data)
         labels = torch.cat([part.labels for part in train])
-        features, images = (
-            torch.cat([session.embed_features(part.images, projected=True) for part in parts])
-            for parts in (train, [data])
-        )
-        logits = _logistic_regression(
-            features, labels, images, len(data.classnames), self.strength, self.max_iterations
-        )
+        features = torch.cat([session.embed_images(part.images, "projected") for part in train])
+        images, classes = session.embed_images(data.images, "projected"), len(data.classnames)
+        logits = _logistic_regression(features, labels, images, classes, self.strength, self.max_iterations)
         protocol = {
             "name": "linear probe, L-BFGS of OpenAI's README", "features": "projected", "C": self.strength,
             "iterations": self.max_iterations,
         }  # fmt: skip
         return measured_ranks(label_ranks(logits, data.labels), data, protocol, {"train_images": len(labels)})
-
-
-PROBES: dict[str, BenchmarkProtocol] = {"sgd": SGDProbe(), "lbfgs": LBFGSProbe(), "openai": FixedLBFGSProbe()}
-
-
-def probe_by_name(name: str, benchmarks: Mapping[str, Benchmark]) -> Benchmark | None:
-    """Return the linear probe of a benchmark, such as `cifar10-probe-sgd`; None if that is not what `name` is.
-
-    Raises:
-        ValueError: There is no such benchmark or probe, or the benchmark has no train images.
-    """
-    of, probe, recipe = name.rpartition("-probe-")
-    if not probe:
-        return None
-    benchmark = benchmarks.get(of)
-    if benchmark is None or benchmark.read_train is None or recipe not in PROBES:
-        known = ", ".join(known.name for known in benchmarks.values() if known.read_train is not None)
-        raise ValueError(f"there is no {name!r}: linear probes are NAME-probe-{'|'.join(PROBES)}, of {known}.")
-    return replace(
-        benchmark,
-        name=name,
-        title=f"{benchmark.title}, {recipe} probe",
-        groups=(),
-        read=benchmark.read_train,
-        protocol=PROBES[recipe],
-        more_markers=(*benchmark.more_markers, *benchmark.train_markers),
-        read_train=None,
-    )
 
 
 def _with_validation(data: ClassificationData) -> list[ClassificationData]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from llm2clip.evaluation.benchmarks.base import BenchmarkError
-from llm2clip.evaluation.benchmarks.data import RetrievalData
+from llm2clip.evaluation.benchmark import BenchmarkError
 from llm2clip.evaluation.contracts import Measurement
-from llm2clip.evaluation.metrics import retrieval_ranks
+from llm2clip.evaluation.data import RetrievalData
+from llm2clip.evaluation.metrics import retrieval_metrics, retrieval_ranks
 from llm2clip.evaluation.session import Session
+from llm2clip.utils.logs import shortened
 from llm2clip.utils.progress import track
+
+logger = logging.getLogger(__name__)
 
 # Upper ends of the buckets of caption length in tokens. CLIP's text towers end at 77 tokens.
 LENGTH_BUCKETS = (16, 32, 64, 77, 128, 256, 512)
@@ -23,6 +27,7 @@ PROTOCOL = {
     "image_hit": "any own caption",
     "ties": "expected value",
 }
+COMPARED = ("image_to_text_recall@1", "text_to_image_recall@1")
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,13 @@ class RetrievalProtocol:
 
     An image counts as found if any of its own captions is among the first k. Recall is also given by the length of
     captions in tokens of the model's tokenizer; that of images only if each has one caption.
+
+    Args:
+        positives: What is right, in words: `rows`, the own image of each caption alone; `distinct`, the images of all
+            equal captions; `pairs`, the pairs of the data. The default is `pairs` for data with some, or else `rows`.
     """
+
+    positives: str | None = None
 
     def measure(self, session: Session, data: RetrievalData) -> Measurement:
         """Measure both directions.
@@ -39,7 +50,12 @@ class RetrievalProtocol:
         Raises:
             BenchmarkError: There is no caption.
         """
-        return measure_rows(session, session.embed_images(data.images), data)
+        images = session.embed_images(data.images)
+        images, data, skipped = without_unreadable(images, data)
+        found = measure_rows(session, images, session.embed_texts(data.texts), data)
+        if skipped:
+            found.counts["skipped_images"] = skipped
+        return found if self.positives is None else replace(found, protocol={**PROTOCOL, "positives": self.positives})
 
 
 @dataclass(frozen=True)
@@ -66,16 +82,24 @@ class MultilingualRetrieval:
         for language, rows in track(data.items(), "Measuring languages", "language"):
             if id(rows.images) not in embedded:
                 embedded[id(rows.images)] = session.embed_images(rows.images)
-            found[language] = measure_rows(session, embedded[id(rows.images)], rows)
+            found[language] = measure_rows(session, embedded[id(rows.images)], session.embed_texts(rows.texts), rows)
         averaged = [found[language] for language in languages]
         names = averaged[0].scores
         sizes = {name: torch.tensor([len(part.values[name]) for part in averaged]) for name in names}
+        # Languages that share their images are drawn together.
+        first = {key: number << 32 for number, key in enumerate(embedded)}
+        offsets = [first[id(data[language].images)] for language in languages]
         # Lengths in tokens differ between languages, so that no bucket is comparable over them.
         return Measurement(
             protocol={**PROTOCOL, "mean_over": languages},
             scores={name: sum(part.scores[name] for part in averaged) / len(averaged) for name in names},
             values={name: torch.cat([part.values[name] for part in averaged]) for name in names},
+            compared=COMPARED,
             strata={name: torch.arange(len(averaged)).repeat_interleave(sizes[name]) for name in names},
+            clusters={
+                name: torch.cat([part.clusters[name] + at for part, at in zip(averaged, offsets, strict=True)])
+                for name in names
+            },
             counts={
                 **{name: sum(part.counts[name] for part in found.values()) for name in averaged[0].counts},
                 "images": max(part.counts["images"] for part in found.values()),
@@ -85,26 +109,26 @@ class MultilingualRetrieval:
         )
 
 
-def measure_rows(session: Session, image_embeds: Tensor, data: RetrievalData) -> Measurement:
-    """Measure retrieval with embedded images; see [`RetrievalProtocol`].
+def measure_rows(session: Session, image_embeds: Tensor, text_embeds: Tensor, data: RetrievalData) -> Measurement:
+    """Measure retrieval from embeddings; see [`RetrievalProtocol`].
 
     If the data has `matches`, these are right instead of the own image alone, and the protocol says `pairs`.
 
     Args:
-        image_embeds: Unit rows, `(images, width)`.
+        image_embeds, text_embeds: Unit rows, `(images, width)` and `(texts, width)`.
     """
     if not data.texts:
         raise BenchmarkError("there is no caption.")
-    own = torch.stack([torch.arange(len(data.texts)), data.owners], dim=1)
-    matches = own if data.matches is None else data.matches
-    texts, images, asking = retrieval_ranks(image_embeds, session.embed_texts(data.texts), matches)
+    texts, images, asking = retrieval_ranks(image_embeds, text_embeds, data.pairs)
     lengths, is_cut = session.text_lengths(data.texts)
     text_hits = texts.recalls("text_to_image_")
     hits = text_hits | images.recalls("image_to_text_")
     return Measurement(
         protocol=dict(PROTOCOL) if data.matches is None else {**PROTOCOL, "positives": "pairs"},
-        scores={name: values.mean().item() for name, values in hits.items()},
+        compared=COMPARED,
         values=hits,
+        clusters={name: data.owners if name in text_hits else asking for name in hits},
+        ranks={**texts.mean_and_median("text_to_image_"), **images.mean_and_median("image_to_text_")},
         counts={
             "images": len(data.images),
             "texts": len(data.texts),
@@ -157,3 +181,32 @@ def _bucket_name(bucket: int) -> str:
 
 def _queries(counts: Mapping[str, int]) -> dict[str, int]:
     return {name: counts[name] for name in ("texts", "truncated_texts", "tied_text_queries", "tied_image_queries")}
+
+
+def without_unreadable(images: Tensor, data: RetrievalData) -> tuple[Tensor, RetrievalData, int]:
+    """Leave out the images that a session skips, and the captions that are right for no other image.
+
+    Args:
+        images: Of [`Session.embed_images`]: NaN where an image is skipped.
+
+    Returns:
+        The remaining embeddings and data, and the number of skipped images.
+
+    Raises:
+        BenchmarkError: No image can be read.
+    """
+    is_read = ~images.isnan().any(dim=1)
+    rows = is_read.nonzero()[:, 0].tolist()
+    skipped = [data.images.key(row) for row in (~is_read).nonzero()[:, 0].tolist()]
+    if not skipped:
+        return images, data, 0
+    if not rows:
+        raise BenchmarkError(f"none of the {len(skipped)} images can be read, such as {skipped[0]}.")
+    logger.warning("Skipping %d images that cannot be read: %s", len(skipped), shortened(skipped))
+    return images[is_read], data.select(rows), len(skipped)
+
+
+def image_text_metrics(session: Session, data: RetrievalData) -> dict[str, float | int]:
+    """Measure retrieval while a model trains: see [`retrieval_metrics`]."""
+    images, data, _ = without_unreadable(session.embed_images(data.images), data)
+    return retrieval_metrics(images, session.embed_texts(data.texts), data.pairs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,11 +17,11 @@ from torchvision.transforms.v2 import functional as V
 
 from llm2clip.data.table_identity import content_keys
 from llm2clip.encoders import Encoder
-from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
-from llm2clip.evaluation.benchmarks.label_maps import IGNORED, SegmentationData, scene_templates
+from llm2clip.evaluation.benchmark import BenchmarkError
 from llm2clip.evaluation.contracts import Measurement, SummedCounts
-from llm2clip.evaluation.prompts import name_of_templates, prompts, template_set
-from llm2clip.evaluation.protocols.classification import embed_classes
+from llm2clip.evaluation.label_maps import IGNORED, SegmentationData
+from llm2clip.evaluation.prompts import name_of_templates, prompts, scene_templates, template_set
+from llm2clip.evaluation.protocols.classification import mean_of_prompts, prompt_parts
 from llm2clip.evaluation.session import Session
 from llm2clip.utils.embeddings import require_finite_rows
 from llm2clip.utils.files import digest_json
@@ -31,7 +31,7 @@ from modeling_llm2clip.image_decoding_llm2clip import decode_image
 CHUNK = 2**24
 TEMPLATES = "maskclip-85"
 # Of the rule by which pixels are counted: counts that an earlier rule has stored are not found again.
-RULE = 1
+RULE = 2
 # Top, left, height and width of a part of an image.
 Window = tuple[int, int, int, int]
 
@@ -41,9 +41,10 @@ class MaskCLIPSegmentation:
     """Segmentation by the cosines between patches and the texts of classes, after MaskCLIP (arXiv 2112.01071).
 
     As in its code (mmsegmentation): an image is resized bilinearly to `scale` with its ratio kept; scores are resized
-    bilinearly from patches to the resized image and then to the label map; the highest wins. The mean IoU is over the
-    classes that occur in labels or predictions, from the pixels of all images. Unlike there, pixels are
-    normalised as the model's own are.
+    bilinearly from patches to the resized image and then to the label map; the highest wins. A class of several names,
+    such as a background, wins where one of them does: in MaskCLIP's `maskclip_head.py` each text is a channel, and
+    mmsegmentation resizes the channels before it compares them. The mean IoU is over the classes that occur in labels
+    or predictions, from the pixels of all images. Unlike there, pixels are normalised as the model's own are.
 
     Args:
         scale: Upper limits of the longer and the shorter side of the resized image, in pixels.
@@ -68,9 +69,13 @@ class MaskCLIPSegmentation:
         templates = list(self.templates or maskclip_templates())
         names = [name for several in data.classes.values() for name in several]
         texts = prompts(names, templates)
-        embeds = embed_classes(session, texts, len(templates))
-        _, is_cut = session.text_lengths(texts)
-        counted = self._count(session, data, texts, embeds)
+        means = []
+        for part in prompt_parts(texts, len(templates)):
+            means.append(mean_of_prompts(session.embed_texts(part), len(templates)))
+        embeds = F.normalize(torch.cat(means), dim=-1)
+        kind, count = self._counter(session, data, texts, embeds)
+        width, title = 3 * len(data.classes), f"Segmenting {data.title}"
+        counted = session.count_in_images(kind, pair_keys(data), count, width, title)
         if not counted.any():
             raise BenchmarkError(f"no pixel of {data.title} has a class.")
         protocol = {
@@ -81,15 +86,17 @@ class MaskCLIPSegmentation:
         }
         measurement = measured_counts(counted, list(data.classes))
         counts = {"images": len(data.images), **measurement.counts}
-        counts |= {"texts": len(texts), "truncated_texts": int(is_cut.sum())}
+        counts |= {"texts": len(texts), "truncated_texts": session.count_cut(texts)}
         return replace(measurement, protocol=protocol, counts=counts)
 
-    def _count(self, session: Session, data: SegmentationData, texts: list[str], embeds: Tensor) -> Tensor:
-        """Count the pixels of each image, `(images, 3 * classes)` int64; see [`pixel_counts`]."""
+    def _counter(
+        self, session: Session, data: SegmentationData, texts: list[str], embeds: Tensor
+    ) -> tuple[str, Callable[[Sequence[int]], Iterator[Tensor]]]:
+        """Return a name for all that counts depend on, and what counts the pixels of images; see [`pixel_counts`]."""
         encoder, classes = session.encoder, len(data.classes)
         embeds = embeds.to(encoder.device)
         owners = [number for number, names in enumerate(data.classes.values()) for _ in names]
-        numbers = torch.tensor(owners, device=encoder.device)
+        class_of_name = torch.tensor(owners)
 
         def count(rows: Sequence[int]) -> Iterator[Tensor]:
             prepared = _PreparedImages(encoder, data, rows, self.scale)
@@ -100,13 +107,12 @@ class MaskCLIPSegmentation:
                 parts = torch.stack([pixels[:, top : top + h, left : left + w] for top, left, h, w in windows])
                 patches = encoder.forward_patches({"pixel_values": parts}).to(encoder.device)
                 require_finite_rows(patches[None].flatten(1), [data.images.key(row)].__getitem__, "images")
-                scores = class_scores(patches, embeds, numbers, classes)
-                predicted = predict(scores, windows, (height, width), tuple(labels.shape))
-                yield pixel_counts(labels, predicted.cpu(), classes)
+                scores = (patches @ embeds.T).permute(0, 3, 1, 2)
+                predicted = predict(scores, windows, (height, width), tuple(labels.shape)).cpu()
+                yield pixel_counts(labels, class_of_name[predicted], classes)
 
-        options = [RULE, owners, self.scale, self.crop, self.stride, data.class_of.tolist()]
-        kind = f"segmentation-{digest_json(options)}"
-        return session.count_in_images(kind, texts, pair_keys(data), 3 * classes, count, f"Segmenting {data.title}")
+        options = [RULE, owners, self.scale, self.crop, self.stride, data.class_of.tolist(), texts]
+        return f"segmentation-{digest_json(options)}", count
 
 
 def pair_keys(data: SegmentationData) -> np.ndarray:
@@ -119,22 +125,6 @@ def pair_keys(data: SegmentationData) -> np.ndarray:
 def maskclip_templates() -> list[str]:
     """Return OpenAI's 80 templates and the five of MaskCLIP."""
     return [*template_set("openai-80"), *scene_templates()]
-
-
-# That of SAIL (CVPR 2025), as of GroupViT and TCL before.
-SLIDING = MaskCLIPSegmentation(scale=(2048, 448), crop=448, stride=224)
-
-
-def sliding(benchmark: Benchmark) -> Benchmark:
-    """Return the same benchmark by the protocol of SAIL: shorter side 448, windows of 448 every 224 pixels."""
-    return replace(
-        benchmark,
-        name=f"{benchmark.name}-sliding",
-        title=f"{benchmark.title}, windows",
-        groups=("dense",),
-        protocol=SLIDING,
-        note="SAIL's protocol: shorter side 448 pixels, windows of 448 every 224",
-    )
 
 
 def resized_size(height: int, width: int, scale: tuple[int, int]) -> tuple[int, int]:
@@ -160,32 +150,16 @@ def whole_or_windows(height: int, width: int, crop: int | None, stride: int | No
     return [(top, left, min(crop, height), min(crop, width)) for top in tops for left in lefts]
 
 
-def class_scores(patches: Tensor, names: Tensor, owners: Tensor, classes: int) -> Tensor:
-    """Compute the cosine of each patch with each class: with the closest of its names.
-
-    Args:
-        patches: Unit rows, `(windows, rows, columns, width)`.
-        names: Unit rows, `(names, width)`.
-        owners: `(names,)` int64, the class of each name.
-
-    Returns:
-        `(windows, classes, rows, columns)`.
-    """
-    cosines = (patches @ names.T).permute(0, 3, 1, 2)
-    scores = cosines.new_full((len(cosines), classes, *cosines.shape[2:]), -torch.inf)
-    return scores.scatter_reduce_(1, owners[None, :, None, None].expand_as(cosines), cosines, "amax")
-
-
 def predict(scores: Tensor, windows: Sequence[Window], size: tuple[int, int], label_size: tuple[int, int]) -> Tensor:
-    """Resize scores to pixels and choose the highest, for a few classes at a time.
+    """Resize scores to pixels and choose the highest, for a few names at a time.
 
     Args:
-        scores: `(windows, classes, rows, columns)`, of the patches of each window.
+        scores: `(windows, names, rows, columns)`, the cosines of the patches of each window with names of classes.
         size: Height and width of the resized image, in which the windows lie.
         label_size: Height and width of the label map.
 
     Returns:
-        `label_size`, int64, the first of the classes with the highest score.
+        `label_size`, int64, the first of the names with the highest score.
     """
     best = scores.new_full(label_size, -torch.inf)
     predicted = torch.zeros(label_size, dtype=torch.int64, device=scores.device)

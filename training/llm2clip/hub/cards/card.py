@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from llm2clip.hub.cards.facts import EXAMPLE, VISION_TASK, CardFacts, Evaluation
+from llm2clip.hub.cards.facts import EXAMPLE, QUERY_TASK, VISION_TASK, CardFacts, Evaluation
 from llm2clip.hub.cards.sections import PAPER, sections
 from llm2clip.utils.files import write_text
 from llm2clip.utils.library_errors import wrap_read_errors
@@ -121,7 +121,7 @@ def front_matter(facts: CardFacts) -> dict[str, Any]:
         base_model=list(facts.base_models) or None,
         base_model_relation="merge" if facts.merged and facts.base_models else None,
         datasets=list(facts.datasets) or None,
-        library_name="transformers",
+        library_name="sentence-transformers" if facts.task == QUERY_TASK else "transformers",
         pipeline_tag=facts.task,
         tags=["llm2clip", "clip", *(["sentence-transformers"] if is_encoder else []), f"arxiv:{PAPER}"],
         widget=widget,

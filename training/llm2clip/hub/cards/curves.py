@@ -44,7 +44,7 @@ def _recalls(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]
         # What is measured after the training is its result, perhaps the best model of an earlier step.
         trains = "loss" in entry or (trains and "train_runtime" not in entry)
         for name, value in entry.items():
-            if name.startswith("eval_") and "recall@10" in name:
+            if name.startswith("eval_") and name.endswith("recall@10"):
                 (curves if trains else results).setdefault(name.removeprefix("eval_"), {})[entry["step"]] = value
     return results | curves
 

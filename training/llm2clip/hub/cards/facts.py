@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llm2clip.utils.repos import hub_ids
-from modeling_llm2clip import LLM2CLIPTextConfig
+from llm2clip.utils.repos import hub_ids, names_of
+from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig
 
 JOINT_TASK, TEXT_TASK = "zero-shot-image-classification", "feature-extraction"
-VISION_TASK = "image-feature-extraction"
+VISION_TASK, QUERY_TASK = "image-feature-extraction", "sentence-similarity"
 EXAMPLE, CURVES, MERGE_CURVE = "example.png", "training_curves.png", "curve.png"
 
 RECALL = re.compile(r"(^|_)recall@(1|5|10)$")
@@ -98,9 +98,11 @@ class CardFacts:
         datasets: Hub ids of the training data.
         languages: ISO 639 codes of the caption languages.
         merged: How the weights were merged from those of `base_models`, instead of training.
+        methods: How it was trained beside the method of this package, with the papers, in sentences.
         sources: Description of training data without a Hub id.
         recipe: Settings that differ from the defaults.
         evaluations: Evaluation results.
+        comparison: A table of a student beside its teacher, in Markdown.
         captions: Labels of the example image, the correct one first, or captions for the code examples.
         has_example: Whether the folder contains an example image, `EXAMPLE`.
         has_curves: Whether the folder contains training curves, `CURVES`.
@@ -120,9 +122,11 @@ class CardFacts:
     datasets: Sequence[str] = ()
     languages: Sequence[str] = ()
     merged: str = ""
+    methods: Sequence[str] = ()
     sources: Sequence[str] = ()
     recipe: dict[str, Any] = field(default_factory=dict)
     evaluations: Sequence[Evaluation] = ()
+    comparison: str = ""
     captions: Sequence[str] = ()
     has_example: bool = False
     has_curves: bool = False
@@ -140,10 +144,21 @@ def summary(model: Any, processor: Any = None) -> str:
             f"A caption encoder (LLM2CLIP, stage 1): a {model}{attention}; "
             f"{config.hidden_size} dimensions, captions of up to {config.max_text_length} tokens."
         )
+    if config.model_type != LLM2CLIPConfig.model_type:
+        kind = f"a {config.model_type} text model" if config.model_type else "a table of token vectors"
+        return (
+            f"A query encoder: {kind} that was taught the space of an LLM2CLIP model, without images; {model.width} "
+            "dimensions. Compare its vectors with those that the model gives images."
+        )
     vision = config.vision_config
     # The path of a local folder means nothing to others and may be private.
-    names = hub_ids(config.text_model_name_or_path)
-    llm = names[0] if names else f"a {config.text_config.decoder_config.model_type} language model"
+    halves = config.text_config.halves()
+    given = names_of(config.text_model_name_or_path) or [""] * len(halves)
+    names = [
+        name if hub_ids(name) else f"a {half.decoder_config.model_type} language model"
+        for name, half in zip(given, halves, strict=True)
+    ]
+    llm = " beside ".join(names)
     size = _image_size(vision, getattr(processor, "image_processor", processor))
     return (
         f"An LLM2CLIP model: a vision tower ({vision.model_type}{f', {size} px' if size else ''}) and {llm} as the "
@@ -168,7 +183,12 @@ def base_models(config: Any) -> list[str]:
     """Names that the parts of a model were loaded from."""
     if config.model_type == LLM2CLIPTextConfig.model_type:
         return [config.decoder_config.name_or_path]
+    if config.model_type != LLM2CLIPConfig.model_type:
+        return [config.name_or_path]
     return [
         config.vision_config.name_or_path,
-        config.text_model_name_or_path or config.text_config.decoder_config.name_or_path,
+        *(
+            names_of(config.text_model_name_or_path)
+            or [half.decoder_config.name_or_path for half in config.text_config.halves()]
+        ),
     ]

@@ -1,0 +1,115 @@
+"""R20: embeddings over HTTP for 32 clients, from the folder of a student."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import socket
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http.client import HTTPConnection
+from pathlib import Path
+
+from benchmarks.environments import ENVIRONMENTS, python_of
+from benchmarks.row import Contest, Contestant, Goal, Outcome, Row, Work
+
+CLIENTS, REQUESTS = 32, 512
+INFINITY = "infinity-emb"
+
+
+def _ours(folder: Path, port: int) -> tuple[list[str], str]:
+    return [sys.executable, "-m", "llm2clip", "serve", str(folder), "--port", str(port)], "/v1/embeddings"
+
+
+def _infinity(folder: Path, port: int) -> tuple[list[str], str]:
+    program = str(Path(python_of("infinity")).with_name("infinity_emb"))
+    options = ["--engine", "torch", "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
+    return [program, "v2", "--model-id", str(folder), *options, "--log-level", "error"], "/embeddings"
+
+
+def _post(connection: HTTPConnection, path: str, text: str) -> bytes:
+    connection.request("POST", path, json.dumps({"input": [text]}), {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    content = answer.read()
+    if answer.status != 200:
+        raise RuntimeError(f"{path} answered {answer.status}: {content.decode()[:500]}")
+    return content
+
+
+def _served(
+    server: Callable[[Path, int], tuple[list[str], str]], tokens: int | None, requests: int = REQUESTS, layers: int = 6
+) -> Work:
+    """Start a server, and send it requests of one text each, of so many tokens or of many lengths."""
+    import numpy as np
+
+    from benchmarks.small_llama import captions, new_folder
+    from benchmarks.student_inputs import queries, write_student
+
+    texts = captions(requests) if tokens is None else queries(requests, tokens)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = new_folder()
+    command, path = server(write_student(folder / "student", layers), port)
+    # Otherwise infinity reports to its makers.
+    environment = {**os.environ, "DO_NOT_TRACK": "1", "INFINITY_ANONYMOUS_USAGE_STATS": "0"}
+    process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL)
+
+    def client(waiting: queue.SimpleQueue[int], answers: list[bytes]) -> None:
+        connection = HTTPConnection("127.0.0.1", port, timeout=60)
+        while True:
+            try:
+                row = waiting.get_nowait()
+            except queue.Empty:
+                return connection.close()
+            answers[row] = _post(connection, path, texts[row])
+
+    def work() -> Outcome:
+        waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+        answers = [b""] * len(texts)
+        for row in range(len(texts)):
+            waiting.put(row)
+        start = time.perf_counter()
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            list(pool.map(client, [waiting] * CLIENTS, [answers] * CLIENTS))
+        seconds = time.perf_counter() - start
+        rows = np.array([json.loads(answer)["data"][0]["embedding"] for answer in answers])
+        return Outcome({"embeddings": rows}, {"ms/request": seconds / len(texts) * 1000})
+
+    weakref.finalize(work, process.kill)
+    while True:
+        try:
+            _post(HTTPConnection("127.0.0.1", port), path, texts[0])
+            return work
+        except ConnectionRefusedError:
+            if process.poll() is not None:
+                raise RuntimeError(f"the server ended with status {process.returncode}: {' '.join(command)}") from None
+            time.sleep(0.2)
+
+
+def contests(device: str) -> list[Contest]:
+    def contest(title: str, tokens: int | None, note: str) -> Contest:
+        servers = {"ours": _ours, INFINITY: _infinity}
+        contestants = {name: Contestant(partial(_served, server, tokens)) for name, server in servers.items()}
+        goals = (Goal(INFINITY, "ms/request", 1 / 1.2),)
+        title = f"{CLIENTS} clients, {REQUESTS} requests of {title}"
+        return Contest(title, contestants, goals, {"embeddings": 1e-3}, note=note)
+
+    note = (
+        "A student with 6 layers of width 384; the clients are threads of one process on the same machine, each with "
+        f"one connection. {ENVIRONMENTS['infinity'][0]} with its defaults on a CPU, in an environment of its own. "
+        "Milliseconds are those that pass, divided by the requests: 1,000 / they are requests a second."
+    )
+    return [
+        contest("12 tokens", 12, note),
+        contest("3 to 200 words", None, "The same; texts are cut at 128 tokens, and most are short."),
+    ]
+
+
+ROW = Row("R20", "embeddings over HTTP", contests)

@@ -1,1 +1,0 @@
-"""Experiments on the bundled data whose results the documents state."""

@@ -1,0 +1,147 @@
+"""Readers of sets of captions, on samples in their exact file formats, against values written by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm2clip.evaluation.benchmark import BenchmarkError
+from llm2clip.evaluation.benchmarks import all_benchmarks, long_captions
+from llm2clip.evaluation.benchmarks.caption_files import KarpathyImage, read_karpathy
+from llm2clip.evaluation.data import RetrievalData
+from tests.llm2clip.evaluation.benchmarks.caption_samples import (
+    BROKEN,
+    KARPATHY,
+    SAMPLES,
+    SEVEN,
+    lines,
+    salesforce,
+)
+from tests.llm2clip.evaluation.benchmarks.samples import BOM, karpathy_row, read, write, xm3600_row
+
+
+def write_sample(data: Path, files: Mapping[str, Any], images: Iterable[str]) -> None:
+    for path, content in files.items():
+        write(data / path, content)
+    for path in images:
+        write(data / path)
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "expected"), SAMPLES, ids=[f"{name}-{next(iter(files))}" for name, files, _ in SAMPLES]
+)
+def test_captions_and_their_images(
+    name: str, files: dict[str, Any], expected: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(long_captions, "SHAREGPT4V_ROWS", 3)
+    images = list(expected)
+    write_sample(tmp_path, files, images)
+    # A namesake of another set is never looked at.
+    write(tmp_path / "another" / Path(images[0]).name)
+    data = read(name, tmp_path)
+    paths = [Path(image).resolve().relative_to(tmp_path).as_posix() for image in data.images.images]
+    assert paths == images
+    pairs = [(image, text) for image, texts in expected.items() for text in texts]
+    assert [(paths[owner], text) for owner, text in zip(data.owners.tolist(), data.texts, strict=True)] == pairs
+    assert data.matches is None
+    (tmp_path / images[-1]).unlink()
+    lost = Path(images[-1]).name
+    with pytest.raises(BenchmarkError, match=f" lacks 1 of {len(images)} images: .*{lost}"):
+        read(name, tmp_path)
+
+
+def test_the_names_of_llm2clip_count_in_the_folder_of_the_set_only(tmp_path: Path) -> None:
+    write(tmp_path / "test.json", [])
+    found = [benchmark.name for benchmark in all_benchmarks().values() if benchmark.find(tmp_path)]
+    assert not {name for name in found if name.startswith(("flickr30k", "coco"))}
+
+
+@pytest.mark.parametrize(("name", "files", "message"), BROKEN)
+def test_broken_rows_and_what_is_missing_are_named(
+    name: str, files: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    write_sample(tmp_path, files, ())
+    with pytest.raises(BenchmarkError, match=message):
+        read(name, tmp_path)
+
+
+def test_the_ids_of_karpathy_are_kept(tmp_path: Path) -> None:
+    assert read_karpathy(write(tmp_path / "dataset_coco.json", {"images": KARPATHY, "dataset": "coco"})) == [
+        KarpathyImage("val2014/COCO_val2014_000000000042.jpg", SEVEN, [*range(300, 307)], 42),
+        KarpathyImage("val2014/COCO_val2014_000000000041.jpg", SEVEN[:6], [*range(200, 206)], 41),
+    ]
+
+
+@pytest.mark.parametrize("is_karpathy", [True, False])
+def test_cra_takes_the_first_two_captions(is_karpathy: bool, tmp_path: Path) -> None:
+    captions = [[" A café. ", "B", "C", "D", "E", "F"], ["B", " A café. "]]
+    splits = [("test", captions[0]), ("val", ["x", "y"]), ("test", captions[1])]
+    rows = [karpathy_row(f"{number}.jpg", split, texts, 0) for number, (split, texts) in enumerate(splits)]
+    if is_karpathy:
+        write(tmp_path / "coco/dataset_coco.json", {"images": rows})
+    else:
+        write(tmp_path / "coco/coco_karpathy_test.json", salesforce({"a": captions[0], "b": captions[1]}))
+    data = read("cra", tmp_path)
+    assert (data.queries, data.targets) == ([" A café. ", "B"], ["B", " A café. "])
+    assert data.counts() == {"pairs": 2}
+
+
+def by_language(data: Mapping[str, RetrievalData], folder: Path) -> dict[str, list[tuple[str, str]]]:
+    """Path of the own image of each caption of a language, and the caption."""
+    assert len({id(part.images) for part in data.values()}) == 1
+    return {
+        name: [
+            (Path(part.images.images[owner]).resolve().relative_to(folder).as_posix(), text)
+            for owner, text in zip(part.owners.tolist(), part.texts, strict=True)
+        ]
+        for name, part in data.items()
+    }
+
+
+def test_xm3600_has_ragged_captions_and_languages_without_any(tmp_path: Path) -> None:
+    rows = [
+        xm3600_row("b", de=[" Ein Haus", "Ein Haus", "ein Häuschen"], zh=["房子"], mi=[], quz=["wasi"]),
+        xm3600_row("a", de=["Ein Haus"], zh=["", "房子"]),
+    ]
+    first, second = "xm3600/images/b.jpg", "xm3600/images/a.jpg"
+    write_sample(tmp_path, {"xm3600/captions.jsonl": f"{BOM}{lines(*rows)}\n"}, (first, second))
+    data = read("xm3600", tmp_path)
+    # In the order of the list of languages. Maori has no caption, Quechua none of the second image.
+    assert by_language(data, tmp_path) == {
+        "de": [*((first, text) for text in (" Ein Haus", "Ein Haus", "ein Häuschen")), (second, "Ein Haus")],
+        "quz": [(first, "wasi")],
+        "zh": [(first, "房子"), (second, ""), (second, "房子")],
+    }
+    assert list(data) == ["de", "quz", "zh"]
+    assert (len(data.absent), "mi" in data.absent) == (33, True)
+    assert len(data["quz"].images) == 2
+    assert data.counts() == {"images": 2, "languages": 3, "texts": 8}
+    data = read("xm3600-first", tmp_path)
+    assert {name: part.texts for name, part in data.items()} == {
+        "de": [" Ein Haus", "Ein Haus"],
+        "quz": ["wasi"],
+        "zh": ["房子", ""],
+    }
+    (tmp_path / second).unlink()
+    with pytest.raises(BenchmarkError, match=r"XM3600 lacks 1 of 2 images: .*images/a\.jpg"):
+        read("xm3600", tmp_path)
+
+
+def test_xtd10_pairs_lines_with_names(tmp_path: Path) -> None:
+    files = {
+        "xtd10/XTD10/test_image_names.txt": "COCO_train2014_9.jpg\nCOCO_val2014_4.jpg\nCOCO_val2014_5.jpg\n",
+        "xtd10/XTD10/test_1kcaptions_ko.txt": "개\n\n 개 \n",
+        "xtd10/MIC/test_1kcaptions_de.txt": BOM + "Hund\r\nKäfer\r\nHund",
+        "xtd10/STAIR/test_1kcaptions_jp.txt": "犬\u3000と\u2028猫\n犬\n犬\n",
+    }
+    images = (
+        "coco/train2014/COCO_train2014_9.jpg", "coco/val2014/COCO_val2014_4.jpg", "xtd10/images/COCO_val2014_5.jpg",
+    )  # fmt: skip
+    write_sample(tmp_path, files, images)
+    captions = {"de": ["Hund", "Käfer", "Hund"], "jp": ["犬\u3000と\u2028猫", "犬", "犬"], "ko": ["개", "", " 개 "]}
+    assert by_language(read("xtd10", tmp_path), tmp_path) == {
+        name: list(zip(images, texts, strict=True)) for name, texts in captions.items()
+    }

@@ -1,0 +1,313 @@
+"""`evaluate()`: results on disk, found again, refused if they are of something else, for all kinds of data."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llm2clip.evaluation import evaluate as module
+from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
+from llm2clip.evaluation.benchmarks.checksum import data_checksum
+from llm2clip.evaluation.benchmarks.listing import DETAILS, list_benchmarks, overview
+from llm2clip.evaluation.contracts import Measurement
+from llm2clip.evaluation.data import (
+    BenchmarkImages,
+    CaptionPairData,
+    ClassificationData,
+    GradedData,
+    HardNegativeData,
+    PairData,
+    RetrievalData,
+)
+from llm2clip.evaluation.evaluate import evaluate, find_benchmarks
+from llm2clip.evaluation.results import Result, read_result
+from tests.llm2clip.evaluation.fake_session import FakeEncoder
+
+TEXTS = {"a dog": [1.0, 0.0], "a red cat that sleeps": [0.0, 1.0], "a bird": [1.0, 0.2], "": [0.0, 1.0]}
+FILE = "models--tiny--one.tiny.raw.json"
+
+
+def read(folder: Path) -> RetrievalData:
+    rows = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
+    images = BenchmarkImages([folder / row["image"] for row in rows])
+    return RetrievalData.from_captions(images, [row["captions"] for row in rows])
+
+
+BENCHMARK = Benchmark(
+    name="tiny", title="Tiny set", groups=("short", "paper"), folder="Tiny", needs=("captions.json", "images"),
+    files="captions.json, images", counts={"images": 2, "texts": 3}, license="MIT", source="This test.",
+    read=read, protocol="retrieval", note="A trap.",
+)  # fmt: skip
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data" / "Tiny"
+    (folder / "images").mkdir(parents=True)
+    rows = [
+        {"image": "images/0.png", "captions": ["a dog", "a bird"]},
+        {"image": "images/1.png", "captions": ["a red cat that sleeps"]},
+    ]
+    for row in rows:
+        (folder / str(row["image"])).write_bytes(str(row["image"]).encode())
+    (folder / "captions.json").write_text(json.dumps(rows))
+    return tmp_path / "data"
+
+
+def encoder(**options: Any) -> FakeEncoder:
+    return FakeEncoder([[1.0, 0.0], [0.0, 1.0]], TEXTS, **{"name": "models/tiny one", "max_words": 3, **options})
+
+
+def run(data: Path, output: Path | None, model: FakeEncoder | None = None, **options: Any) -> Result:
+    benchmark = options.pop("benchmark", BENCHMARK)
+    place = None if output is None else str(output)
+    [result] = evaluate(model or encoder(), benchmark, data=str(data), output=place, **options)
+    return result
+
+
+def test_a_result_says_all_that_is_needed_to_compare_it_and_is_found_again(data: Path, tmp_path: Path) -> None:
+    result = run(data, tmp_path / "out")
+    found = json.loads((tmp_path / "out" / FILE).read_text())
+    assert found["model"] == {
+        "given": "models/tiny one", "library": "tests", "name": "models/tiny one", "dtype": "float32",
+        "fingerprint": "models/tiny one",
+    }  # fmt: skip
+    assert found["scores"]["text_to_image_recall@1"] == 1.0
+    assert found["intervals"]["text_to_image_recall@1"] == [1.0, 1.0]
+    assert found["compared"] == ["image_to_text_recall@1", "text_to_image_recall@1"]
+    assert found["protocol"]["id"] == "retrieval"
+    assert (found["protocol"]["positives"], found["protocol"]["text_format"]) == ("rows", "raw")
+    assert found["setup"] == {"protocol": "retrieval", "options": {"positives": None}, "text_format": "raw"}
+    assert (found["counts"]["texts"], found["counts"]["truncated_texts"]) == (3, 1)
+    assert found["ranks"]["text_to_image_mean_rank"] == 1.0
+    assert found["groups"]["length"]["0-16"]["texts"] == 3
+    assert found["data"] == {"folder": str(data / "Tiny"), "checksum": data_checksum(read(data / "Tiny"))}
+    assert set(found["seconds"]) == {"read", "images", "texts", "measure", "intervals"}
+    assert (found["processes"], found["differences"]) == (1, [])
+    assert read_result(tmp_path / "out" / FILE) == result
+    again = encoder()
+    assert run(data, tmp_path / "out", again) == result
+    run(data, tmp_path / "out", again, overwrite=True)
+    assert again.embedded == [], "rows are stored"
+    run(data, tmp_path / "out", again, text_format="flair")
+    assert len(list((tmp_path / "out").glob("*.json"))) == 2
+    # The same without a place.
+    in_memory = run(data, None)
+    assert replace(in_memory, seconds=result.seconds) == result
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "out"]
+
+
+class Halves:
+    """A stranger's protocol."""
+
+    def measure(self, session: object, data: object) -> Measurement:
+        return Measurement({"name": "halves"}, {"half": 0.5})
+
+
+def test_a_result_of_something_else_is_not_taken_for_this_one(data: Path, tmp_path: Path) -> None:
+    run(data, tmp_path / "out")
+    other = encoder()
+    other.fingerprint, other.dtype = lambda: "trained on", "float16"  # type: ignore[method-assign]
+    words = r"tiny\.raw\.json is a finished .* change of the weights or preprocessing of the model and of the dtype"
+    with pytest.raises(ValueError, match=words):
+        run(data, tmp_path / "out", other)
+    (data / "Tiny" / "images" / "0.png").write_bytes(b"another image")
+    with pytest.raises(ValueError, match=r"change of the data\. --overwrite replaces it; another --output keeps both"):
+        run(data, tmp_path / "out")
+    with pytest.raises(ValueError, match="change of the data and of the options of the protocol"):
+        run(data, tmp_path / "out", benchmark=replace(BENCHMARK, protocol=Halves()))
+
+
+def test_a_damaged_result_says_how_it_is_replaced(data: Path, tmp_path: Path) -> None:
+    first = run(data, tmp_path / "out")
+    path = tmp_path / "out" / FILE
+    path.write_text(path.read_text()[:300])
+    with pytest.raises(ValueError, match=r"raw\.json is not valid JSON: .* --overwrite measures again and replaces"):
+        run(data, tmp_path / "out")
+    assert run(data, tmp_path / "out", overwrite=True).scores == first.scores
+
+
+def test_a_result_that_cannot_be_written_is_not_finished(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "plot.png")
+
+    monkeypatch.setattr(module, "write_length_plot", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(data, tmp_path / "out")
+    # Otherwise it would be found as finished, and its plot never drawn.
+    assert not list((tmp_path / "out").glob("*.json"))
+
+
+def test_a_plot_is_drawn_for_captions_of_several_lengths(data: Path, tmp_path: Path) -> None:
+    run(data, tmp_path / "short")
+    assert not list((tmp_path / "short").glob("*.png"))
+    model = encoder()
+    model.text_lengths = lambda texts: (torch.tensor([5, 40, 90]), torch.zeros(3, dtype=torch.bool))  # type: ignore[method-assign]
+    run(data, tmp_path / "long", model)
+    [plot] = (tmp_path / "long").glob("*.png")
+    assert plot.name == FILE.replace("json", "png")
+    drawn = plot.read_bytes()
+    assert drawn.startswith(b"\x89PNG")
+    plot.write_bytes(drawn[:100])
+    run(data, tmp_path / "long", model)
+    assert plot.read_bytes() == drawn
+
+
+def test_counts_that_differ_are_refused_or_told(data: Path, tmp_path: Path) -> None:
+    rows = [{"image": "images/0.png", "captions": ["a dog", "", "a bird", "a dog"]}]
+    (data / "Tiny" / "captions.json").write_text(json.dumps(rows))
+    with pytest.raises(
+        BenchmarkError,
+        match=r"Tiny set has 1 images instead of 2 \(1 too few\), 4 texts instead of 3 .*: images/0.png 'a dog' \(n",
+    ):
+        run(data, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    result = run(data, tmp_path / "out", FakeEncoder([[1.0, 0.0]], TEXTS), allow_counts=True)
+    assert result.differences == ["1 images instead of 2", "4 texts instead of 3"]
+    assert result.counts["empty_texts"] == 1
+
+
+def test_missing_files_are_named_with_their_place(data: Path) -> None:
+    assert find_benchmarks([BENCHMARK], data / "Tiny") == [(BENCHMARK, data / "Tiny")]
+    (data / "Tiny" / "images").rename(data / "Tiny" / "pictures")
+    with pytest.raises(BenchmarkError, match=r"tiny lacks images in .*/data/Tiny\. \(Source: This test\.\)"):
+        find_benchmarks([BENCHMARK], data)
+    several = replace(BENCHMARK, name="other", folder="Other", needs=(("a.txt", "b*.txt", "./test.json"), "images"))
+    with pytest.raises(BenchmarkError, match=r"tiny lacks .* other lacks a\.txt or b\*\.txt, images in .*/data\. "):
+        find_benchmarks([BENCHMARK, several], data)
+    (data / "Other").mkdir()
+    with pytest.raises(BenchmarkError, match=r"other lacks a\.txt or b\*\.txt or test\.json, images in .*/Other\. "):
+        find_benchmarks([several], data)
+
+
+def test_the_list_tells_what_each_set_needs_and_whether_it_is_there(data: Path) -> None:
+    other = replace(BENCHMARK, name="cats", groups=("classification",), folder="Cats", counts={}, note="")
+    shown = list_benchmarks([other, BENCHMARK], data)
+    assert shown.index("SHORT") < shown.index("tiny  Tiny set") < shown.index("CLASSIFICATION") < shown.index("cats")
+    for text in (
+        "groups:  short, paper", "counts:  2 images, 3 texts", "counts:  not published", "license: MIT",
+        "files:   Tiny/: captions.json, images", "source:  This test.", "note:    A trap.",
+        f"found:   in {data / 'Tiny'}",
+    ):  # fmt: skip
+        assert text in shown
+    many = replace(other, counts={"images": 1, "texts": 2, "pairs": 3})
+    assert overview([many, BENCHMARK], data).splitlines() == [
+        "name  found  groups          counts                  license",
+        "tiny  yes    short, paper    2 images, 3 texts       MIT",
+        "cats  no     classification  1 images, 2 texts, ...  MIT",
+        "",
+        f"1 of 2 are below {data}. {DETAILS}",
+    ]
+
+
+NAMES = [f"Text {row}" for row in range(12)]
+ROWS = torch.randn(24, 3, generator=torch.Generator().manual_seed(2))
+
+
+def pictures(count: int) -> BenchmarkImages:
+    return BenchmarkImages([f"image {row}".encode() for row in range(count)])
+
+
+def paired() -> PairData:
+    return PairData(pictures(12), list(NAMES), ["a", "a", "b", "a", "b", "c"])
+
+
+def judged() -> GradedData:
+    own = torch.tensor([[text, text // 2] for text in range(12)])
+    return GradedData(pictures(6), list(NAMES), own[:, 1], own[:8], own.flip(1), outside=["caption 9, image 1"])
+
+
+def hard_negatives() -> HardNegativeData:
+    kinds = ["add_obj", "swap_obj", "add_obj", "add_att", "swap_obj", "add_att"]
+    return HardNegativeData(pictures(2), torch.tensor([0, 1, 0, 1, 1, 0]), NAMES[:6], NAMES[6:], kinds)
+
+
+def classes() -> ClassificationData:
+    return ClassificationData(pictures(4), torch.tensor([0, 1, 1, 0]), NAMES[:2], ["{c}"])
+
+
+def sides(*names: str) -> set[str]:
+    return {f"{side}_{name}" for side in ("text_to_image", "image_to_text") for name in names}
+
+
+def i2t_t2i(name: str) -> list[str]:
+    return [f"image_to_text_{name}", f"text_to_image_{name}"]
+
+
+# How the data is made, id and options of the protocol, some of the counts, the scores, and those that are compared.
+KINDS: dict[str, tuple[Callable[[], Any], Mapping[str, Any], dict[str, int], set[str], list[str]]] = {
+    "pair-scores": (
+        paired, {}, {"pairs": 6, "kinds": 3}, {"group_score", "text_score", "image_score"},
+        ["text_score", "image_score", "group_score"],
+    ),
+    "image-choice": (paired, {"prompt": "{}"}, {"pairs": 6, "kinds": 3}, {"accuracy"}, ["accuracy"]),
+    "caption-choice": (
+        hard_negatives, {}, {"add_obj": 2, "swap_obj": 2, "add_att": 2}, {"accuracy", "add_accuracy", "swap_accuracy"},
+        ["accuracy"],
+    ),
+    "graded-precision": (
+        judged, {}, {"text_queries": 8, "image_queries": 6, "right_texts": 12, "outside": 1},
+        sides("map@r", "r_precision", "recall@1"), i2t_t2i("map@r"),
+    ),
+    "graded-recall": (
+        judged, {}, {"text_queries": 8, "image_queries": 6, "right_images": 8, "outside": 1},
+        sides("recall@1", "recall@5", "recall@10"), i2t_t2i("recall@1"),
+    ),
+    "caption-retrieval": (
+        lambda: CaptionPairData(NAMES[:6], NAMES[6:]), {}, {"pairs": 6}, {"recall@1", "recall@5", "recall@10"},
+        ["recall@1"],
+    ),
+    "zero-shot-classification": (
+        classes, {}, {"images": 4, "classes": 2}, {"top1", "mean_per_class"}, ["top1"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("protocol", KINDS)
+def test_each_kind_of_data_gives_a_result(protocol: str, tmp_path: Path) -> None:
+    make, options, counts, scores, compared = KINDS[protocol]
+    texts = {form: row for name, row in zip(NAMES, ROWS, strict=False) for form in (name, name.lower())}
+    model = FakeEncoder({f"image {row}".encode(): ROWS[12 + row] for row in range(12)}, texts)
+    fields = {"name": "tiny", "title": "Tiny", "counts": counts, "read": lambda _: make(), "options": options}
+    benchmark = Benchmark(**fields, protocol=protocol)
+    result = run(tmp_path, tmp_path / "out", model, benchmark=benchmark)
+    assert set(result.scores) == set(result.intervals) == scores
+    assert result.compared == compared
+    assert result.protocol["id"] == result.setup["protocol"] == protocol
+    assert counts.items() <= result.counts.items()
+    assert read_result(next((tmp_path / "out").glob("*.json"))) == result
+    wrong = replace(benchmark, counts={name: count + 1 for name, count in counts.items()})
+    name, count = next(iter(counts.items()))
+    with pytest.raises(BenchmarkError, match=f"{count} {name} instead of {count + 1}"):
+        run(tmp_path, None, model, benchmark=wrong)
+    changed = make()
+    next(value for value in vars(changed).values() if isinstance(value, list))[0] = "another text"
+    assert data_checksum(changed) != data_checksum(make()) == result.data["checksum"]
+    if protocol != "zero-shot-classification":
+        model.embedded.clear()
+        lower = run(tmp_path, None, model, benchmark=benchmark, text_format="lower")
+        assert (lower.scores, lower.data) == (result.scores, result.data)
+        assert all(text == text.lower() for texts in model.embedded if isinstance(texts, list) for text in texts)
+
+
+def test_a_text_format_does_not_change_prompts_of_classes(tmp_path: Path) -> None:
+    fields = {"name": "classes", "title": "Classes", "read": lambda _: classes()}
+    benchmark = Benchmark(**fields, protocol="zero-shot-classification")
+    captions = replace(benchmark, name="pairs", protocol="pair-scores", read=lambda _: paired())
+    texts = {form: row for name, row in zip(NAMES, ROWS, strict=False) for form in (name, name.lower())}
+    model = FakeEncoder({f"image {row}".encode(): ROWS[12 + row] for row in range(12)}, texts)
+    alone = run(tmp_path, None, model, benchmark=benchmark)
+    with pytest.raises(ValueError, match="text_format is lower, but classes has no captions: leave it out"):
+        run(tmp_path, None, model, benchmark=benchmark, text_format="lower")
+    found = evaluate(model, [benchmark, captions], data=str(tmp_path), text_format="lower")
+    assert [one.setup["text_format"] for one in found] == ["raw", "lower"]
+    assert replace(found[0], seconds=alone.seconds) == alone

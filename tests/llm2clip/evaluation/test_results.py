@@ -1,0 +1,179 @@
+"""Files of results, their tables on the terminal, and the published scores that stand beside them."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from llm2clip.evaluation.benchmarks import all_benchmarks
+from llm2clip.evaluation.benchmarks.variants import probe_by_name
+from llm2clip.evaluation.contracts import Measurement
+from llm2clip.evaluation.results import (
+    PublishedRow,
+    Result,
+    intervals_of,
+    print_results,
+    published_rows,
+    read_published,
+    read_result,
+    result_path,
+)
+from llm2clip.utils.files import write_json
+from llm2clip.utils.manifests import MANIFEST_CHECKSUM
+from tests.llm2clip.evaluation.made_results import RETRIEVAL, classification, retrieval
+
+
+def shown(*results: Result) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    print_results(console, results)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
+    path, result = tmp_path / "a.json", retrieval("a")
+    result.write(path)
+    assert read_result(path) == result
+    assert next(iter(json.loads(path.read_text()))) == "schema_version"
+    assert set(result.versions) == {"llm2clip", "python", "torch", "transformers", "numpy"}
+
+
+def without_title() -> str:
+    fields = asdict(retrieval("a"))
+    del fields["title"]
+    return json.dumps(fields)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ("[]", "does not contain a JSON object"),
+        (json.dumps({"model": "runs/a"}), "is not a result of schema version 1: its version is None"),
+        (json.dumps({"schema_version": 7}), "is not a result of schema version 1: its version is 7"),
+        (json.dumps({**asdict(retrieval("a")), "more": 1}), "is not a result .* unexpected keyword argument 'more'"),
+        (without_title(), "is not a result .* missing 1 required positional argument: 'title'"),
+    ],
+    ids=range(6),
+)
+def test_a_file_that_is_no_result_is_one_error(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"result\.json {message}"):
+        read_result(tmp_path / "result.json")
+
+
+def test_a_changed_score_is_refused_until_its_checksum_is_taken_away(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    retrieval("a").write(path)
+    found = json.loads(path.read_text())
+    found["scores"]["text_to_image_recall@1"] = 0.75
+    write_json(path, found)
+    with pytest.raises(ValueError, match=r"has changed since it was written.*delete its manifest_checksum"):
+        read_result(path)
+    del found[MANIFEST_CHECKSUM]
+    write_json(path, found)
+    assert read_result(path).scores["text_to_image_recall@1"] == 0.75
+
+
+@pytest.mark.parametrize(
+    ("names", "file"),
+    [
+        (("open_clip:ViT-B-32/laion400m", "tiny", "raw"), "open_clip--ViT-B-32--laion400m.tiny.raw.json"),
+        (("./runs/stage2/", "tiny", "lower", "paper"), "runs--stage2.tiny.paper.lower.json"),
+        (("a", "data/my pairs.csv [train[:9]]", "raw"), "a.data--my--pairs.csv--train--9.raw.json"),
+    ],
+)
+def test_a_file_is_named_by_model_set_prompts_and_format(names: tuple[str, ...], file: str) -> None:
+    assert result_path(Path("out"), *names) == Path("out", file)
+
+
+def test_values_that_do_not_average_to_the_score_are_an_error() -> None:
+    halves = Measurement({"name": "halves"}, {"half": 0.5}, values={"half": torch.tensor([1.0, 1.0])})
+    with pytest.raises(ValueError, match=r"values of half average to 1\.0, but its score is 0\.5"):
+        intervals_of(halves)
+    parts = {"values": {"a": torch.tensor([1.0, 0.0, 0.0])}, "strata": {"a": torch.tensor([4, 9, 9])}}
+    assert intervals_of(Measurement({}, {"a": 0.5}, **parts)) == {"a": [0.5, 0.5]}
+
+
+def test_protocols_have_tables_of_their_own() -> None:
+    raw = retrieval("a")
+    lower = replace(raw, title="Third set", protocol={**RETRIEVAL, "text_format": "lower"})
+    found = shown(raw, replace(raw, title="Second set"), lower)
+    assert found.count("T2I R@1 / 5 / 10") == 2
+    assert found.index("Second set") < found.index("text format lower")
+    assert "Protocol: retrieval, positives rows, ties expected value, text format raw." in found
+    assert "47.0-52.0" in found
+    # Several models share a table, of which each row names one.
+    both = shown(raw, retrieval("b"), classification("b"))
+    assert both.count("model") == 2
+    assert "Protocol: zero-shot classification, templates openai-80, text format raw." in both
+
+
+def test_what_to_know_of_a_result_is_said_below_the_tables() -> None:
+    counts = {"truncated_texts": 1, "tied_text_queries": 2, "tied_image_queries": 1, "skipped_images": 2}
+    ranks = {"text_to_image_median_rank": 3, "text_to_image_mean_rank": 1234.5}
+    differences = ["1 images instead of 2", "4 texts instead of 3"]
+    result = retrieval("a", counts={**counts, "empty_texts": 1}, ranks=ranks, differences=differences)
+    words = (
+        "text to image median rank 3; text to image mean rank 1,234; 3 tied queries; 1 text cut at its end; "
+        "1 empty text; 2 images skipped; not the published set, 1 images instead of 2, 4 texts instead of 3."
+    )
+    assert f"Urban1k: {words}" in shown(result)
+    assert f"b, Urban1k: {words}" in shown(retrieval("a"), replace(result, model={"given": "b", "fingerprint": "f"}))
+
+
+def row_of(model: str, benchmark: str, source: str) -> list[PublishedRow]:
+    return [
+        row for row in published_rows() if row.model == model and benchmark in row.benchmarks and source in row.source
+    ]
+
+
+def test_every_published_score_is_a_share_of_a_set_that_exists_and_is_there_once() -> None:
+    rows = published_rows()
+    names = {name for row in rows for name in row.benchmarks}
+    known = all_benchmarks()
+    assert [name for name in names if name not in known and probe_by_name(name, known) is None] == []
+    assert all(0 < score < 1 for row in rows for score in row.scores.values())
+    assert all(row.source and row.scores for row in rows)
+    keys = Counter(
+        (row.source, row.model, name, score, str(row.protocol))
+        for row in rows
+        for name in row.benchmarks
+        for score in row.scores
+    )
+    assert [key for key, count in keys.items() if count > 1] == []
+
+
+def test_rows_are_those_of_the_paper() -> None:
+    (row,) = row_of("EVA02 L/14-224 + LLM2CLIP 60M", "docci", "v6")
+    assert row.scores == pytest.approx({"image_to_text_recall@1": 0.901, "text_to_image_recall@1": 0.92})
+    (row,) = row_of("EVA02 L/14-224 + LLM2CLIP 60M", "coco-karpathy", "v1")
+    assert row.scores == pytest.approx({"image_to_text_recall@1": 0.704, "text_to_image_recall@1": 0.557})
+    assert row.benchmarks == ("coco-salesforce", "coco-karpathy")
+    rows = row_of("CLIP L/14-224 + LLM2CLIP", "imagenet-1k", "v6")
+    found = {row.protocol["templates"]: row.scores["top1"] for row in rows if "templates" in row.protocol}
+    assert found == pytest.approx({"paper": 0.732, "openai-80": 0.743})
+    # What a result has to be, to stand beside one.
+    (row,) = row_of("FG-CLIP 2 So/16", "coco-val2017", "FG-CLIP 2")
+    assert row.fits("coco-val2017", {"name": "retrieval", "text_format": "lower"})
+    assert not row.fits("coco-val2017", {"name": "retrieval", "text_format": "raw"})
+    assert not row.fits("coco-karpathy", {"name": "retrieval", "text_format": "lower"})
+
+
+@pytest.mark.parametrize(
+    ("row", "message"), [("1/2", "1 cells for 2 sets"), ("1/2 3", "the cell 3 of CLIP .* has no 2 scores")]
+)
+def test_a_row_that_does_not_fit_its_table(row: str, message: str) -> None:
+    table = {"source": "a", "sets": ["x", "y | z"], "scores": ["i", "t"], "rows": {"CLIP": row}}
+    with pytest.raises(ValueError, match=message):
+        list(read_published(table))
+    table |= {"rows": {"CLIP": "- 1/2"}, "table": "3", "unstated": "the prompts"}
+    assert list(read_published(table)) == [
+        PublishedRow("CLIP", ("y", "z"), {"i": 0.01, "t": 0.02}, {}, "a", "3", "the prompts")
+    ]

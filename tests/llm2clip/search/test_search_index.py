@@ -1,0 +1,225 @@
+"""`SearchIndex` in Python: any encoder, any store, any images, with equal answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+import llm2clip
+from llm2clip.encoders import Encoder, load_encoder
+from llm2clip.search.index_manifest import IndexManifest
+from llm2clip.search.index_settings import IndexSettings
+from llm2clip.search.lance_store import LanceStore
+from llm2clip.search.search_index import SearchIndex
+from llm2clip.search.store import STORES, VECTOR
+from modeling_llm2clip import LLM2CLIPModel
+from tests.llm2clip.encoders import models
+
+from .conftest import as_json, encoded, error, picture
+from .conftest import index as run_index
+from .test_memory import new_rows
+
+Model = tuple[Path, LLM2CLIPModel]
+TEXTS = ["two children play football", "a red bus", "a steam train"]
+
+
+def encoder_of(library: str, model: Model, folder: Path) -> Encoder:
+    """Open a tiny model with random weights."""
+    if library == "ours":
+        return load_encoder(str(model[0]))
+    if library == "open_clip":
+        name, weights = models.register_open_clip(folder)
+        return load_encoder(f"open_clip:{name}/{weights}")
+    models.save_transformers("clip", folder / "clip")
+    return load_encoder(str(folder / "clip"))
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(700, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("library", ["ours", "transformers", "open_clip"])
+def test_all_stores_give_equal_answers_with_any_model(
+    library: str, dtype: str, count: int, model: Model, url: str, tmp_path: Path
+) -> None:
+    pictures = tmp_path / "pictures"
+    for number in range(count):
+        path = pictures / "ab"[number % 2] / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(picture(number)))
+    encoder = encoder_of(library, model, tmp_path)
+    indexes = [
+        SearchIndex.build(encoder, pictures, tmp_path / "lance", dtype=dtype),
+        SearchIndex.build(encoder, pictures, tmp_path / "faiss", dtype=dtype, index_type="faiss"),
+        SearchIndex.build(encoder, pictures, "pictures", postgres=url, dtype=dtype),
+    ]
+    queries: list[Any] = [*TEXTS, *(picture(1000 + number) for number in range(5)), picture(7)]
+    # Embeddings of two runs may differ by a rounding to 16 bits.
+    tolerance = 5e-4 if dtype == "float16" else 1e-5
+    for where in (None, "folder = 'a' AND size > 0", "key LIKE '%1.png'"):
+        expected, everything = (indexes[0].search(queries, k, where) for k in (10, count))
+        for index in indexes[1:]:
+            for found, best, all_of_it in zip(index.search(queries, 10, where), expected, everything, strict=True):
+                scores = {one.key: one.score for one in all_of_it}
+                assert len({one.key for one in found}) == len(best)
+                for one, other in zip(found, best, strict=True):
+                    assert one.score == pytest.approx(other.score, abs=tolerance)
+                    assert scores[one.key] == pytest.approx(one.score, abs=tolerance)
+                    if dtype == "float32":
+                        assert (one.key, one.path) == (other.key, other.path)
+
+
+def test_an_index_is_built_searched_and_updated_in_five_lines(pictures: Path, model: Model, tmp_path: Path) -> None:
+    index = llm2clip.SearchIndex.build(str(model[0]), pictures, tmp_path / "index")
+    assert (len(index), index.counts["embedded"]) == (12, 12)
+    found = index.search(picture(7), k=3)
+    assert (found[0].key, found[0].path) == ("a/07.png", str(pictures / "a" / "07.png"))
+    assert found[0].score == pytest.approx(1, abs=1e-3)
+    both = index.search([TEXTS[0], pictures / "a" / "07.png"], k=3)
+    assert [one.key for one in both[1]] == [one.key for one in found]
+    assert [one.key for one in index.search(TEXTS[0], k=3)] == [one.key for one in both[0]]
+    (pictures / "new.png").write_bytes(encoded(picture(50)))
+    assert index.update()["embedded"] == 1
+    assert index.search(picture(50), 1)[0].key == "new.png"
+    again = llm2clip.SearchIndex.open(tmp_path / "index")
+    assert again.search(picture(50), 1) == index.search(picture(50), 1)
+    assert again.manifest.identity["name"] == str(model[0])
+    with pytest.raises(ValueError, match=r"queries have to be rows of width 24, and are \(1, 3\)"):
+        again.search(np.ones((1, 3), np.float32))
+
+
+def test_an_update_keeps_the_settings_of_each_type(pictures: Path, model: Model, url: str, tmp_path: Path) -> None:
+    encoder = load_encoder(str(model[0]))
+    hnsw = SearchIndex.build(encoder, pictures, "pictures", postgres=url, index_type="hnsw", ef_search=50)
+    faiss = SearchIndex.build(encoder, pictures, tmp_path / "faiss", index_type="faiss", probes=3, refine=7)
+    (pictures / "new.png").write_bytes(encoded(picture(50)))
+    for index in (hnsw, faiss):
+        before = index.manifest.index
+        assert index.update()["embedded"] == 1
+        assert index.manifest.index == before
+
+
+def test_the_command_finds_the_model_of_a_function(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, weights = models.register_open_clip(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "import open_clip\n\ndef load():\n"
+        f"    made = open_clip.create_model_and_transforms({name!r}, {str(weights)!r})\n"
+        f"    return made[0], made[2], open_clip.get_tokenizer({name!r})\n"
+    )
+    run_index(pictures, f"{tmp_path}/mine.py:load", tmp_path / "index")
+    (found,) = as_json(capsys, tmp_path / "index", "--image", pictures / "a" / "07.png")
+    assert found["results"][0]["key"] == "a/07.png"
+    (tmp_path / "mine.py").unlink()
+    assert "which no longer exists; give its new place" in error(capsys, "search", tmp_path / "index", "a dog")
+
+
+def test_a_list_of_paths_and_images_and_an_open_data_set_are_indexed(
+    pictures: Path, model: Model, tmp_path: Path
+) -> None:
+    encoder, files = load_encoder(str(model[0])), sorted(pictures.rglob("*.png"))
+    index = SearchIndex.build(encoder, [*files[:5], picture(90)], tmp_path / "index")
+    assert index.search(files[3], 1)[0].key == str(files[3])
+    assert index.search(picture(90), 1)[0].key == "5"
+    with pytest.raises(ValueError, match="the index is of images in memory: give them"):
+        index.update()
+    assert index.update([*files[1:5], picture(90)]) | {"index": ""} == {
+        "embedded": 0, "kept": 5, "removed": 1, "failed": 0, "images": 5, "index": "",
+    }  # fmt: skip
+    table = datasets.Dataset.from_dict({"image": [picture(1), picture(2)], "caption": ["one", "two"]})
+    found = SearchIndex.build(encoder, table, tmp_path / "table").search(picture(2), 1)[0]
+    assert (found.key, found.caption) == ("1", "two")
+
+
+class OwnStore(LanceStore):
+    """A store of the user."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url.removeprefix("own://"))
+
+
+def test_a_store_of_the_user_is_registered_by_one_line(
+    pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(STORES, "own", f"{__name__}:OwnStore")
+    run_index(pictures, model[0], f"own://{tmp_path}/index")
+    opened = SearchIndex.open(f"own://{tmp_path}/index")
+    assert isinstance(opened.store, OwnStore)
+    assert SearchIndex.open(OwnStore(str(tmp_path / "index"))).search(picture(7), 1) == opened.search(picture(7), 1)
+    with pytest.raises(ValueError, match=r"a folder or a URL \(s3://, gs://, az://, own://\), not other://x"):
+        SearchIndex.open("other://x")
+
+
+# Bytes per row of width 64: the codes, and what belongs to each.
+@pytest.mark.parametrize(
+    ("index_type", "precision", "size", "least"),
+    [
+        ("faiss", None, 80, 990),
+        ("faiss", "binary", 32, 880),
+        ("ivf_rq", "int8", 80, 990),
+        ("ivf_rq", None, 60, 990),
+        ("ivf_rq", "binary", 40, 880),
+    ],
+)
+def test_an_index_of_few_images_misses_nothing_and_shows_exact_scores(
+    index_type: Any, precision: Any, size: int, least: int, tmp_path: Path
+) -> None:
+    store, rows = LanceStore(tmp_path / "index"), new_rows(0, 4000)
+    manifest = IndexManifest("model", None, "none", 64, "float16", {"kind": "folder", "path": "none"}, {}, images=4000)
+    with store.lock():
+        store.begin(manifest, rows.schema, "nothing")
+        store.upsert(rows)
+        settings = IndexSettings(index_type, precision)
+        manifest.index = settings.index_of(4000, 64, store.index_types)
+        store.commit(manifest, [])
+    index, queries = SearchIndex.open(store), np.array(new_rows(1, 100)[VECTOR].to_pylist(), np.float32)
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    embeds = np.array(rows[VECTOR].to_pylist(), np.float64)
+    cosines = queries @ (embeds / np.linalg.norm(embeds, axis=1, keepdims=True)).T
+    hits = 0
+    for found, exact in zip(index.search(queries, 10), cosines, strict=True):
+        best = np.argsort(-exact)[:10]
+        hits += len({one.key for one in found} & {f"0-{number}" for number in best})
+        assert [one.score for one in found] == pytest.approx([exact[int(one.key[2:])] for one in found], abs=1e-5)
+    assert hits >= least
+    files = [*store.folder.glob("*.faiss"), *store.folder.glob("images.lance/_indices/*/*")]
+    assert sum(path.stat().st_size for path in files) < 4000 * size
+
+
+def test_a_folder_is_walked_through_once(
+    pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+
+    walk, walked = os.walk, []
+    monkeypatch.setattr(os, "walk", lambda *places, **options: walked.append(places) or walk(*places, **options))
+    SearchIndex.build(str(model[0]), pictures, tmp_path / "index")
+    assert walked.count((pictures,)) == 1
+
+
+def test_pil_images_are_named_in_errors(pictures: Path, model: Model, tmp_path: Path) -> None:
+    opened = SearchIndex.build(str(model[0]), pictures, tmp_path / "index")
+    Image.new("1", (1, 70_000)).save(tmp_path / "strip.png")
+    with pytest.raises(ValueError, match=r"strip\.png"):
+        opened.search(tmp_path / "strip.png")
+
+
+@pytest.mark.parametrize("library", ["ours", "transformers"])
+def test_an_index_of_truncated_embeddings_opens_its_model_with_their_width(
+    library: str, model: Model, tmp_path: Path
+) -> None:
+    name = encoder_of(library, model, tmp_path).name
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number in range(4):
+        (pictures / f"{number}.png").write_bytes(encoded(picture(number)))
+    arguments = ["--model", name, "--truncate-dim", "7", "--output-dir", str(tmp_path / "index"), "--num-workers", "0"]
+    assert llm2clip.main(["index", str(pictures), *arguments]) == 0
+    index = SearchIndex.open(tmp_path / "index")
+    assert index.manifest.width == 7
+    assert index.search(picture(2), k=1)[0].key == "2.png"
+    assert len(index.search("a red bus", k=3)) == 3

@@ -1,0 +1,371 @@
+"""Many clients, slow clients, and clients that go: none is lost, mixed up, or harmed by another."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from llm2clip.encoders import Encoder
+from llm2clip.serving.limits import IMAGE_WEIGHT, Limits
+from llm2clip.utils.embeddings import require_finite_rows
+from tests.llm2clip.serving.conftest import Serve, data_url, png
+from tests.modeling_llm2clip.awkward_images import picture
+
+CLIENTS = 200
+SECRET = "my secret diary"
+# Of memory, in bytes, for what libraries keep.
+SLACK = 32 << 20
+
+
+@contextmanager
+def replaced(encoder: Encoder, encode_text: Callable[[Sequence[str]], torch.Tensor]) -> Iterator[None]:
+    """Let an encoder embed texts by a function of the test."""
+    encoder.encode_text = encode_text  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        del encoder.encode_text
+
+
+class Gate:
+    """An encoder's `encode_text` that waits until the test opens it, and remembers its batches."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encode_text, self.opened, self.entered = encoder.encode_text, threading.Event(), threading.Event()
+        self.batches: list[list[str]] = []
+
+    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
+        self.batches.append(list(texts))
+        self.entered.set()
+        assert self.opened.wait(30)
+        return self.encode_text(texts)
+
+
+def embed(client: httpx.Client, texts: Any, **options: Any) -> httpx.Response:
+    return client.post("/v1/embeddings", json={"input": texts}, **options)
+
+
+def waiting(client: httpx.Client) -> int:
+    return int(float(re.findall(r"^llm2clip_waiting (\S+)", client.get("/metrics").text, re.MULTILINE)[0]))
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+async def _many(address: httpx.URL, inputs: list[list[Any]]) -> list[list[np.ndarray]]:
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=address, timeout=120, limits=limits) as client:
+
+        async def one(mine: list[Any]) -> list[np.ndarray]:
+            found = []
+            for value in mine:
+                answer = await client.post("/v1/embeddings", json={"input": value})
+                assert answer.status_code == 200, answer.text
+                found.append(np.array([row["embedding"] for row in answer.json()["data"]]))
+            return found
+
+        return await asyncio.gather(*map(one, inputs))
+
+
+def test_200_clients_at_the_same_time_get_their_own_embeddings(serve: Serve, encoder: Encoder) -> None:
+    client = serve(encoder)
+    # Of different lengths, and some with an image among them.
+    inputs = [
+        [
+            [f"text {number} of client {one}" + " and more" * (one % 7) for number in range(1 + one % 4)],
+            f"client {one}",
+        ]
+        for one in range(CLIENTS)
+    ]
+    pictures = {one: picture(30 + one, 40) for one in range(0, CLIENTS, 20)}
+    for one, image in pictures.items():
+        inputs[one].append({"image": data_url(png(image))})  # type: ignore[arg-type]
+    found = asyncio.run(_many(client.base_url, inputs))
+    for one, (mine, answers) in enumerate(zip(inputs, found, strict=True)):
+        np.testing.assert_allclose(answers[0], encoder.encode_text(mine[0]), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(answers[1], encoder.encode_text(mine[1]), rtol=0, atol=1e-5)
+        if one in pictures:
+            np.testing.assert_allclose(answers[2], encoder.encode_image(pictures[one]), rtol=0, atol=1e-5)
+    page = client.get("/metrics").text
+    batches = float(re.findall(r'^llm2clip_batch_size_count{kind="text"} (\S+)', page, re.MULTILINE)[0])
+    assert batches < 2 * CLIENTS, "requests share batches"
+
+
+def test_images_of_many_requests_are_decoded_at_the_same_time_and_not_mixed_up(serve: Serve, encoder: Encoder) -> None:
+    pictures = [[picture(30 + one, 40 + number) for number in range(8)] for one in range(12)]
+    inputs = [[[{"image": data_url(png(image))} for image in mine]] for mine in pictures]
+    client = serve(encoder)
+    for mine, (answer,) in zip(pictures, asyncio.run(_many(client.base_url, inputs)), strict=True):
+        np.testing.assert_allclose(answer, encoder.encode_image(mine), rtol=0, atol=1e-5)
+    assert 'llm2clip_inputs_total{kind="image"} 96.0' in client.get("/metrics").text
+
+
+def test_batches_may_wait_for_more_requests(serve: Serve, encoder: Encoder) -> None:
+    gate = Gate(encoder)
+    gate.opened.set()
+    with replaced(encoder, gate), ThreadPoolExecutor() as pool:
+        client = serve(encoder, limits=Limits(max_wait_ms=1000))
+        gate.batches.clear()
+        answers = [pool.submit(embed, client, text) for text in ("a", "b", "c")]
+        assert [answer.result().status_code for answer in answers] == [200] * 3
+    assert [sorted(batch) for batch in gate.batches] == [["a", "b", "c"]]
+
+
+def test_a_long_request_delays_a_short_one_by_one_batch(serve: Serve, encoder: Encoder) -> None:
+    gate = Gate(encoder)
+    with replaced(encoder, gate), ThreadPoolExecutor() as pool:
+        gate.opened.set()
+        client = serve(encoder)
+        gate.opened.clear()
+        gate.entered.clear()
+        gate.batches.clear()
+        long = pool.submit(embed, client, [f"a text of a long list, number {row}" for row in range(400)])
+        assert gate.entered.wait(20)
+        short = pool.submit(embed, client, "short")
+        until(lambda: waiting(client) == 401)
+        gate.opened.set()
+        assert short.result().status_code == long.result().status_code == 200
+    assert len(gate.batches) > 5
+    assert [place for place, batch in enumerate(gate.batches) if "short" in batch] == [1]
+    assert [text for batch in gate.batches for text in batch if text != "short"] == [
+        f"a text of a long list, number {row}" for row in range(400)
+    ]
+
+
+def test_full_queue_refuses_with_the_time_to_wait_and_answers_what_it_accepted(serve: Serve, encoder: Encoder) -> None:
+    gate = Gate(encoder)
+    with replaced(encoder, gate), ThreadPoolExecutor() as pool:
+        gate.opened.set()
+        client = serve(encoder, limits=Limits(max_inputs=40, max_waiting=40))
+        gate.opened.clear()
+        accepted = [pool.submit(embed, client, [f"{one} {row}" for row in range(10)]) for one in range(4)]
+        until(lambda: waiting(client) == 40)
+        for refused in (embed(client, "one more"), embed(client, {"image": data_url(png(picture()))})):
+            assert refused.status_code == 503
+            assert refused.json()["error"]["code"] == "queue_full"
+            assert int(refused.headers["Retry-After"]) >= 1
+        assert client.get("/health").status_code == 200
+        gate.opened.set()
+        assert [one.result().status_code for one in accepted] == [200] * 4
+        until(lambda: waiting(client) == 0)
+        assert embed(client, "one more").status_code == 200
+    assert IMAGE_WEIGHT <= 40
+
+
+def test_request_beyond_its_time_is_an_error_and_its_texts_are_dropped(serve: Serve, encoder: Encoder) -> None:
+    gate = Gate(encoder)
+    with replaced(encoder, gate):
+        gate.opened.set()
+        client = serve(encoder, limits=Limits(timeout=1))
+        gate.opened.clear()
+        answer = embed(client, [f"a text of a long list, number {row}" for row in range(400)])
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
+        gate.batches.clear()
+        gate.opened.set()
+        assert embed(client, "next").status_code == 200
+        assert gate.batches == [["next"]]
+
+
+def test_texts_of_a_client_that_has_gone_are_dropped(serve: Serve, encoder: Encoder) -> None:
+    gate = Gate(encoder)
+    with replaced(encoder, gate):
+        gate.opened.set()
+        client = serve(encoder)
+        gate.opened.clear()
+        with pytest.raises(httpx.ReadTimeout):
+            embed(client, [f"a text of a long list, number {row}" for row in range(400)], timeout=0.5)
+        until(lambda: waiting(client) == 0)
+        gate.batches.clear()
+        gate.opened.set()
+        assert embed(client, "next").status_code == 200
+        assert gate.batches == [["next"]]
+
+
+def test_a_text_without_an_embedding_is_an_error_of_its_client_alone(serve: Serve, encoder: Encoder) -> None:
+    original, gate = encoder.encode_text, Gate(encoder)
+
+    def encode_text(texts: Sequence[str]) -> torch.Tensor:
+        rows = original(texts)
+        rows[[text == SECRET for text in texts]] = torch.nan
+        require_finite_rows(rows, lambda row: texts[row], "texts")
+        return rows
+
+    gate.encode_text = encode_text  # type: ignore[assignment]
+    with replaced(encoder, gate), ThreadPoolExecutor() as pool:
+        gate.opened.set()
+        client = serve(encoder)
+        gate.opened.clear()
+        gate.batches.clear()
+        first = pool.submit(embed, client, "first")
+        until(lambda: waiting(client) == 1)
+        answers = [pool.submit(embed, client, text) for text in ("before", SECRET, "after")]
+        until(lambda: waiting(client) == 4)
+        gate.opened.set()
+        found = [answer.result() for answer in answers]
+        assert any(len(batch) == 3 for batch in gate.batches), "they shared a batch"
+    assert [answer.status_code for answer in (first.result(), *found)] == [200, 200, 400, 200]
+    assert SECRET not in found[0].text + found[2].text
+    assert "NaN" in found[1].json()["error"]["message"]
+
+
+def test_failure_of_the_model_quotes_no_client_and_is_seen_by_health(
+    serve: Serve, encoder: Encoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    original = encoder.encode_text
+
+    def encode_text(texts: Sequence[str]) -> torch.Tensor:
+        if SECRET in texts:
+            raise RuntimeError(f"out of memory: {texts}")
+        return original(texts)
+
+    with replaced(encoder, encode_text), caplog.at_level(logging.DEBUG):
+        client = serve(encoder)
+        answer = embed(client, SECRET)
+        assert (answer.status_code, answer.json()["error"]["message"]) == (500, "The model failed.")
+        assert client.get("/health").status_code == 503
+        assert embed(client, "another").status_code == 200
+        assert client.get("/health").status_code == 200
+    ours = [record.getMessage() for record in caplog.records if record.name.startswith(("llm2clip", "uvicorn"))]
+    assert any("RuntimeError" in line and "encode_text" in line for line in ours)
+    assert SECRET not in "".join(ours)
+
+
+def test_successful_requests_leave_no_line_in_the_log(
+    serve: Serve, encoder: Encoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "llm2clip"), caplog.at_level(logging.INFO, "uvicorn"):
+        client = serve(encoder, token="my-token")
+        headers = {"Authorization": "Bearer my-token"}
+        assert embed(client, SECRET, headers=headers).status_code == 200
+        assert embed(client, {"image": SECRET}, headers=headers).status_code == 400
+        assert client.get(f"/{SECRET}", headers=headers).status_code == 404
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith(("llm2clip", "uvicorn"))]
+    assert not [line for line in lines if SECRET in line or "my-token" in line]
+
+
+@pytest.mark.parametrize("given", [None, "Bearer wrong", "Bearer", "Basic my-token", "my-token", "Bearer my-token2"])
+def test_without_the_token_only_health_answers(given: str | None, serve: Serve, encoder: Encoder) -> None:
+    client = serve(encoder, token="my-token")
+    headers = {} if given is None else {"Authorization": given}
+    for path in ("/v1/models", "/metrics", "/openapi.json", "/nothing"):
+        answer = client.get(path, headers=headers)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+        assert answer.headers["WWW-Authenticate"] == "Bearer"
+    assert embed(client, "a", headers=headers).status_code == 401
+    assert client.get("/health").status_code == 200
+    assert embed(client, "a", headers={"Authorization": "bearer my-token"}).status_code == 200
+
+
+def test_page_of_another_site_cannot_read_by_a_name_of_its_own(serve: Serve, encoder: Encoder) -> None:
+    client = serve(encoder, hosts={"127.0.0.1", "localhost", "[::1]"})
+    for host, status in (("evil.example", 403), ("evil.example:8000", 403), ("", 403), ("[::1]:8000", 200)):
+        assert embed(client, "a", headers={"Host": host}).status_code == status, host
+    assert embed(client, "a").status_code == 200
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_large_body_is_refused_before_it_is_read(is_chunked: bool, serve: Serve, encoder: Encoder) -> None:
+    client = serve(encoder, limits=Limits(max_body_mb=1))
+    sent = 0
+
+    def body() -> Iterator[bytes]:
+        nonlocal sent
+        for _ in range(1000):
+            sent += 100_000
+            yield b" " * 100_000
+
+    headers = {"Content-Type": "application/json"} | ({} if is_chunked else {"Content-Length": str(10**8)})
+    try:
+        answer = client.post("/v1/embeddings", content=body(), headers=headers)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_large")
+    except (httpx.WriteError, httpx.ReadError):
+        pass  # the connection is closed while the client still sends
+    assert sent < 10**8 / 2
+    assert embed(client, "a").status_code == 200
+
+
+def test_too_many_requests_at_the_same_time_are_refused(serve: Serve, encoder: Encoder) -> None:
+    gate = Gate(encoder)
+    with replaced(encoder, gate), ThreadPoolExecutor() as pool:
+        gate.opened.set()
+        client = serve(encoder, limits=Limits(max_connections=3))
+        gate.opened.clear()
+        accepted = [pool.submit(embed, client, f"{one}") for one in range(2)]
+        until(lambda: waiting(client) == 2)
+        third = pool.submit(embed, client, "third")
+        until(lambda: client.get("/health").status_code == 503)
+        assert embed(client, "fourth").json()["error"]["code"] == "overloaded"
+        gate.opened.set()
+        assert [one.result().status_code for one in (*accepted, third)] == [200] * 3
+
+
+def raw(client: httpx.Client, content: bytes) -> socket.socket:
+    connection = socket.create_connection((client.base_url.host, client.base_url.port), timeout=20)
+    connection.sendall(content)
+    return connection
+
+
+HEAD = b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
+@pytest.mark.parametrize("content", [b"", b"POST /v1", HEAD, HEAD + b"Content-Length: 100\r\n\r\n{"])
+def test_slow_client_is_told_and_does_not_stay(content: bytes, serve: Serve, encoder: Encoder) -> None:
+    client = serve(encoder, limits=Limits(read_timeout=1))
+    slow = [raw(client, content) for _ in range(20)]
+    assert embed(client, "a").status_code == 200, "others need not wait for it"
+    for connection in slow:
+        with connection:
+            answer = b"".join(iter(partial(connection.recv, 65536), b""))
+            assert answer.startswith(b"HTTP/1.1 408 ")
+
+
+def test_client_that_does_not_read_its_answer_does_not_stay(serve: Serve, encoder: Encoder) -> None:
+    client = serve(encoder, limits=Limits(read_timeout=1))
+    body = b'{"input": [' + b",".join([b'"a"'] * 2048) + b"]}"
+    request = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    # Pipelined, so that the answers exceed what the system itself keeps.
+    assert embed(client, "a").status_code == 200
+    without = psutil.Process().num_fds()
+    with raw(client, request * 60):
+        until(lambda: psutil.Process().num_fds() == without + 2)
+        until(lambda: psutil.Process().num_fds() == without + 1)
+        assert embed(client, "a").status_code == 200
+
+
+def memory_after(client: httpx.Client, requests: int) -> int:
+    image = data_url(png(picture(300, 300)))
+    for number in range(requests):
+        if number % 50 == 0:
+            embed(client, [{"image": image}, "b", {"image": "AAAA"}])
+            embed(client, {"image": image})
+            client.get(f"/{number}")
+        assert embed(client, [f"text {number}", "x" * (number % 500)]).status_code == 200
+    gc.collect()
+    return psutil.Process().memory_info().rss
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_10_000_requests(serve: Serve, encoder: Encoder) -> None:
+    client = serve(encoder)
+    before = memory_after(client, 500)
+    assert memory_after(client, 10_000) - before < SLACK

@@ -1,0 +1,31 @@
+"""Tiny query encoders, and models that have one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModel
+
+from llm2clip.trainers.student import Student
+from modeling_llm2clip import LLM2CLIPModel
+from modeling_llm2clip.query_encoder_llm2clip import FOLDER, space_identity
+from tests.modeling_llm2clip import tiny
+
+
+def save_student(folder: Path, space: str | None = None) -> Student:
+    """Save a random query encoder of the width of the tiny model."""
+    torch.manual_seed(0)
+    tokenizer = tiny.plain_tokenizer()
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model("bert", **sizes, vocab_size=len(tokenizer), max_position_embeddings=64)
+    tokenizer.pad_token, tokenizer.padding_side, tokenizer.model_max_length = tokenizer.eos_token, "right", 64
+    student = Student(AutoModel.from_config(config), tokenizer, 24, space).eval()
+    student.save_pretrained(folder)
+    return student
+
+
+def add_query_encoder(model: Path) -> Student:
+    """Give the tiny model in a folder a query encoder of its space."""
+    space = space_identity(LLM2CLIPModel.from_pretrained(model, text_model=False))
+    return save_student(model / FOLDER, space)

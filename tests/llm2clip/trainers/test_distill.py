@@ -1,0 +1,375 @@
+"""Distillation of a query encoder: the student, its folder, its pair, resuming, the comparison with the teacher."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import Qwen2Config, Qwen2Model
+
+from llm2clip import (
+    DistillConfig,
+    DistillTrainer,
+    Student,
+    attach_query_encoder,
+    build_folder,
+    distill_text,
+    load_encoder,
+)
+from llm2clip.data import CaptionSource
+from llm2clip.evaluation.data import RetrievalData
+from llm2clip.evaluation.metrics import retrieval_metrics
+from llm2clip.hub.upload_files import model_files
+from llm2clip.trainers import teacher as teacher_module
+from llm2clip.trainers.distill_data import TaughtQueries
+from llm2clip.trainers.student import _cut
+from llm2clip.verification.kinds import verify_folder
+from modeling_llm2clip import LLM2CLIPModel
+from modeling_llm2clip.query_encoder_llm2clip import FOLDER, SPACE_FILE, QueryEncoder
+from tests import stranger
+from tests.llm2clip import embedding_models, tiny
+from tests.loopback_hub import TOKEN, LoopbackHub
+from tests.modeling_llm2clip import tiny as tiny_models
+from tests.processes import run_ranks
+
+TEXTS = [*embedding_models.TEXTS[:4], "two children near a river in a park", "ein roter Bus"]
+CLOSE = {"atol": 1e-5, "rtol": 0}
+STUDENTS = ["bert", "xlm-roberta", "t5", "layers:1", "static", "static:bert"]
+SENTENCES = """
+import json, sys
+from sentence_transformers import SentenceTransformer
+student = SentenceTransformer(sys.argv[1], device="cpu")
+rows = student.encode(json.loads(sys.argv[2]))
+assert not {"modeling_llm2clip", "llm2clip"} & set(sys.modules)
+print(json.dumps(rows.tolist()))
+"""
+REMOTE = """
+import json, sys
+from transformers import AutoModel
+model = AutoModel.from_pretrained(sys.argv[1], text_model=False, trust_remote_code=True)
+print(json.dumps(model.encode_text(json.loads(sys.argv[2]), encoder="query").tolist()))
+"""
+
+
+def fields(**changes: Any) -> dict[str, Any]:
+    shared = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 8, "logging_steps": 1, "seed": 7}
+    return {**shared, "report_to": "none", "use_cpu": True, **changes}
+
+
+@pytest.fixture(scope="session")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of tiny text encoders by family."""
+    folder: Path = tmp_path_factory.mktemp("students")
+    for family in ("bert", "xlm-roberta", "t5"):
+        embedding_models.save(folder / family, family)
+    return folder
+
+
+@pytest.fixture
+def model(saved_model: Path, tmp_path: Path) -> Path:
+    """A model of the test's own, with its LLM."""
+    return Path(shutil.copytree(saved_model, tmp_path / "model"))
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> str:
+    """A file with a text a line, of which one repeats and one is empty."""
+    path = tmp_path / "texts.txt"
+    lines = [f"a {color} {thing}" for color in ("red", "small", "green") for thing in ("bus", "dog", "park", "river")]
+    path.write_text("\n".join([*lines, lines[0], "", *TEXTS]) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def named(student: str, encoders: Path) -> str:
+    kind, _, name = student.rpartition(":")
+    return f"{kind}{':' * bool(kind)}{encoders / name}" if name in ("bert", "xlm-roberta", "t5") else student
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_a_student_is_a_plain_sentence_transformer(
+    student: str, encoders: Path, model: Path, texts: str, tmp_path: Path
+) -> None:
+    distill_text(str(model), named(student, encoders), [texts], tmp_path / "student", **fields(into=str(model)))
+    folder = tmp_path / "student"
+    expected = QueryEncoder.from_pretrained(folder).encode(TEXTS)
+    torch.testing.assert_close(expected.norm(dim=1), torch.ones(len(TEXTS)), **CLOSE)
+    found = stranger.answer(SENTENCES, folder, json.dumps(TEXTS), home=tmp_path)
+    torch.testing.assert_close(torch.tensor(found), expected, **CLOSE)
+    kinds = [module["type"] for module in json.loads((folder / "modules.json").read_text())]
+    assert all(kind.startswith("sentence_transformers.models.") for kind in kinds)
+    assert (folder / "special_tokens_map.json").is_file()
+    if not student.startswith("static"):
+        pooling = json.loads((folder / "1_Pooling" / "config.json").read_text())
+        assert (pooling["pooling_mode_cls_token"], pooling["pooling_mode_mean_tokens"]) == (False, True)
+    # At every door of the model, with its code from the folder too.
+    loaded = LLM2CLIPModel.from_pretrained(model, text_model=False)
+    torch.testing.assert_close(loaded.encode_text(TEXTS, encoder="query"), expected, **CLOSE)
+    torch.testing.assert_close(loaded.encode_text(TEXTS[0], encoder="query"), expected[:1], **CLOSE)
+    encoder = load_encoder(str(model), text_encoder="query")
+    torch.testing.assert_close(encoder.encode_text(TEXTS), expected, **CLOSE)
+    image = tiny_models.IMAGES[:1]
+    assert encoder.encode_image(image).equal(load_encoder(str(model)).encode_image(image))
+    found = stranger.answer(REMOTE, model, json.dumps(TEXTS), home=tmp_path)
+    torch.testing.assert_close(torch.tensor(found), expected, **CLOSE)
+
+
+def test_a_student_answers_as_its_teacher(encoders: Path, model: Path, texts: str, tmp_path: Path) -> None:
+    settings = fields(max_steps=150, learning_rate=3e-3, save_strategy="no")
+    distill_text(str(model), str(encoders / "bert"), [texts], tmp_path / "student", **settings)
+    wanted = load_encoder(str(model)).encode_text(TEXTS)
+    found = QueryEncoder.from_pretrained(tmp_path / "student").encode(TEXTS)
+    assert (wanted @ found.T).argmax(dim=1).tolist() == list(range(len(TEXTS)))
+    assert (wanted * found).sum(dim=1).min() > 0.9
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_and_needs_no_teacher(
+    encoders: Path, model: Path, texts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = {"path": tiny.CONCEPTS, "split": "validation", "max_samples": 20, "caption_columns": ["caption"]}
+    settings = fields(eval_sources={"validation": source}, similarity_weight=1.0, ema_half_life=3.0)
+    given = (str(model), str(encoders / "bert"), [texts])
+    metrics = distill_text(*given, tmp_path / "unbroken", **settings)
+    distill_text(*given, tmp_path / "broken", **settings)
+    for name in ("model.safetensors", "trainer_state.json"):
+        (tmp_path / "broken" / name).unlink()
+    (tmp_path / "broken" / "checkpoint-4" / "trainer_state.json").unlink()  # as if killed while it saved
+    monkeypatch.setattr(teacher_module, "load_encoder", lambda *args: pytest.fail("the teacher is loaded"))
+    shutil.rmtree(model)
+    resumed = distill_text(*given, tmp_path / "broken", resume=True, **settings)
+    one, other = (Student.from_pretrained(tmp_path / name).state_dict() for name in ("unbroken", "broken"))
+    for name, weight in one.items():
+        torch.testing.assert_close(other[name], weight, atol=1e-6, rtol=0)
+    compared = {name: value for name, value in metrics.items() if name.startswith("eval_")}
+    assert {name: resumed[name] for name in compared} == pytest.approx(compared, abs=1e-6)
+    # Another student reads the same rows.
+    settings["teacher_rows"] = str(tmp_path / "unbroken" / "teacher")
+    distill_text(str(model), str(encoders / "t5"), [texts], tmp_path / "another", **settings)
+
+
+def test_a_cut_text_model_has_its_first_and_last_layers() -> None:
+    kinds = [f"{kind}_attention" for kind in ("sliding", "full", "sliding", "sliding", "full", "sliding", "full")]
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
+    backbone = Qwen2Model(
+        Qwen2Config(**sizes, vocab_size=20, num_hidden_layers=7, use_sliding_window=True, layer_types=kinds)
+    )
+    layers = list(backbone.layers)
+    _cut(backbone, "layers:4")
+    assert [layers.index(layer) for layer in backbone.layers] == [0, 1, 2, 6]
+    assert [layer.self_attn.layer_idx for layer in backbone.layers] == [0, 1, 2, 3]
+    assert backbone.config.layer_types == [kinds[place] for place in (0, 1, 2, 6)]
+    assert backbone(input_ids=torch.arange(6)[None]).last_hidden_state.isfinite().all()
+
+
+@pytest.mark.parametrize("change", ["weights", "texts"])
+def test_rows_are_those_of_the_teacher_and_of_the_texts(
+    change: str, encoders: Path, model: Path, texts: str, tmp_path: Path
+) -> None:
+    rows = {"teacher_rows": str(tmp_path / "rows")}
+    given = (str(model), str(encoders / "bert"), [texts])
+    distill_text(*given, tmp_path / "first", **fields(**rows))
+    if change == "weights":
+        tiny_models.save(model)
+        with pytest.raises(ValueError, match=r"was made by .* with fingerprint"):
+            distill_text(*given, tmp_path / "second", **fields(**rows))
+        return
+    Path(texts).write_text(Path(texts).read_text(encoding="utf-8") + "one more text\n", encoding="utf-8")
+    distill_text(*given, tmp_path / "second", **fields(**rows))
+    with pytest.raises(ValueError, match=r"had other inputs \(rows of the training data: 18 -> 19"):
+        distill_text(*given, tmp_path / "first", resume=True, **fields(**rows))
+
+
+def test_two_processes_equal_one(encoders: Path, model: Path, texts: str, tmp_path: Path) -> None:
+    student = Path(shutil.copytree(encoders / "bert", tmp_path / "bert"))
+    config = json.loads((student / "config.json").read_text())
+    # What dropout leaves out is drawn by each process.
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (student / "config.json").write_text(json.dumps(config))
+    common = ["--student", str(student), "--sources", f"[{{path: {texts}}}]", "--similarity-weight", "2"]
+    common += ["--max-steps", "4", "--logging-steps", "1", "--report-to", "none", "--use-cpu", "true", "--seed", "7"]
+    for processes in (1, 2):
+        output = str(tmp_path / str(processes))
+        own = ["--output-dir", output, "--per-device-train-batch-size", str(8 // processes), "--save-strategy", "no"]
+        run_ranks(["-m", "llm2clip", "distill-text", str(model), *common, *own], processes)
+    histories = [json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"] for name in "12"]
+    for name in ("loss", "cosine_loss", "similarity_loss"):
+        one, two = ([entry[name] for entry in history if name in entry] for history in histories)
+        assert len(one) == 4
+        assert two == pytest.approx(one, abs=1e-5)
+    one, two = (Student.from_pretrained(tmp_path / name).encode(TEXTS) for name in "12")
+    torch.testing.assert_close(two, one, atol=1e-4, rtol=0)
+
+
+def test_a_student_of_another_model_is_refused(encoders: Path, model: Path, texts: str, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    other = tmp_path / "other"
+    tiny_models.save(other)
+    student = tmp_path / "student"
+    distill_text(str(model), str(encoders / "bert"), [texts], student, **fields(max_steps=1))
+    with pytest.raises(ValueError, match=r"was taught the space .* their vectors cannot be compared"):
+        attach_query_encoder(student, other)
+    with pytest.raises(ValueError, match="was taught the space"):
+        distill_text(str(model), str(encoders / "bert"), [texts], tmp_path / "next", **fields(into=str(other)))
+    with pytest.raises(ValueError, match="has no query_encoder/"):
+        load_encoder(str(other), text_encoder="query")
+    attach_query_encoder(student, model)
+    attach_query_encoder(student, model)  # in place of the first
+    shutil.copytree(model / FOLDER, other / FOLDER)
+    for load in (
+        lambda: load_encoder(str(other), text_encoder="query"),
+        lambda: LLM2CLIPModel.from_pretrained(other, text_model=False).encode_text("a dog", encoder="query"),
+    ):
+        with pytest.raises(ValueError, match=r"was taught the space .* of another model"):
+            load()
+    with pytest.raises(ValueError, match=f"has no {SPACE_FILE}"):
+        attach_query_encoder(encoders / "bert", model)
+
+
+def test_the_trainer_takes_rows_of_any_data_set(encoders: Path, tmp_path: Path) -> None:
+    rows = F.normalize(torch.randn(len(TEXTS), 12, generator=torch.Generator().manual_seed(0)), dim=1)
+    table = [{"text": text, "embedding": row.tolist()} for text, row in zip(TEXTS, rows, strict=True)]
+    student = Student.create(str(encoders / "bert"), 12, lambda: pytest.fail("it needs no teacher"))
+    args = DistillConfig(output_dir=str(tmp_path / "out"), **fields(per_device_train_batch_size=6, max_steps=2))
+    trainer = DistillTrainer(student, args, train_dataset=table, eval_dataset=table)
+    metrics = trainer.fit()
+    assert metrics["eval_num_queries"] == len(TEXTS)
+    wanted = [entry for entry in trainer.state.log_history if "cosine_loss" in entry]
+    assert [entry["loss"] for entry in wanted] == pytest.approx([entry["cosine_loss"] for entry in wanted], abs=1e-4)
+    assert not any("similarity_loss" in entry for entry in wanted)
+    with pytest.raises(ValueError, match=r"model is a Linear; this stage trains a Student"):
+        DistillTrainer(torch.nn.Linear(2, 2), args, train_dataset=table)
+
+
+def test_prefixes_follow_those_of_the_teacher(encoders: Path, tmp_path: Path) -> None:
+    rows = F.normalize(torch.randn(len(TEXTS), 12, generator=torch.Generator().manual_seed(0)), dim=1)
+    table = [{"text": text, "embedding": row.tolist()} for text, row in zip(TEXTS, rows, strict=True)]
+    student = Student.create(str(encoders / "bert"), 12, lambda: pytest.fail("it needs no teacher"))
+    args = DistillConfig(str(tmp_path), matryoshka_dims=[3, 8], **fields(per_device_train_batch_size=6))
+    trainer = DistillTrainer(student, args, train_dataset=table)
+    loss, embeds = trainer.loss_and_outputs(student.eval(), trainer.data_collator(table))
+    distances = [(1 - F.cosine_similarity(embeds["student"][:, :dim], rows[:, :dim])).mean() for dim in (3, 8, 12)]
+    torch.testing.assert_close(loss, torch.stack(distances).mean())
+    torch.testing.assert_close(trainer.terms["cosine_loss"], distances[2].detach())
+    args.matryoshka_dims = [12]
+    with pytest.raises(ValueError, match="matryoshka_dims has 12, but a prefix of 12 values has 1 to 11"):
+        DistillTrainer(student, args, train_dataset=table)
+
+
+def test_a_built_model_has_its_query_encoder(encoders: Path, model: Path, texts: str, tmp_path: Path) -> None:
+    student = tmp_path / "student"
+    distill_text(str(model), str(encoders / "bert"), [texts], student, **fields(max_steps=1, into=str(model)))
+    build_folder(model, tmp_path / "built")
+    expected = QueryEncoder.from_pretrained(student).encode(TEXTS)
+    found = load_encoder(str(tmp_path / "built"), text_encoder="query").encode_text(TEXTS)
+    torch.testing.assert_close(found, expected, **CLOSE)
+    assert f"{FOLDER}/2_Dense/model.safetensors" in model_files(tmp_path / "built").uploaded
+    for folder in (tmp_path / "built", model / FOLDER, student):
+        assert not verify_folder(folder).faults
+    with pytest.raises(ValueError, match="was built with a query encoder"):
+        attach_query_encoder(student, tmp_path / "built")
+
+
+def test_a_student_is_pushed(encoders: Path, model: Path, texts: str, tmp_path: Path, hub: LoopbackHub) -> None:
+    pushing = {"push_to_hub": True, "hub_model_id": "tester/student", "hub_strategy": "end", "hub_token": TOKEN}
+    distill_text(str(model), str(encoders / "bert"), [texts], tmp_path / "student", **fields(**pushing))
+    names = hub.repo("tester/student").files()
+    assert {"2_Dense/model.safetensors", "1_Pooling/config.json", "modules.json", "README.md", SPACE_FILE} <= set(
+        names
+    )
+    assert not [name for name in names if name.startswith(("teacher", "checkpoint"))]
+    found = QueryEncoder.from_pretrained("tester/student").encode(TEXTS)
+    torch.testing.assert_close(found, QueryEncoder.from_pretrained(tmp_path / "student").encode(TEXTS), **CLOSE)
+
+
+def test_frozen_embeddings_stay(encoders: Path, model: Path, texts: str, tmp_path: Path) -> None:
+    given = (str(model), str(encoders / "bert"), [texts])
+    distill_text(*given, tmp_path / "student", **fields(freeze_embeddings=True, save_strategy="no"))
+    before = Student.create(str(encoders / "bert"), 24, lambda: pytest.fail("it needs no teacher")).state_dict()
+    after = Student.from_pretrained(tmp_path / "student").state_dict()
+    changed = {name for name in after if not after[name].equal(before[name])}
+    assert "backbone.embeddings.word_embeddings.weight" not in changed
+    assert "backbone.encoder.layer.0.attention.self.query.weight" in changed
+    with pytest.raises(ValueError, match="leaves a static student nothing to learn"):
+        distill_text(str(model), "static", [texts], tmp_path / "static", **fields(freeze_embeddings=True))
+
+
+def test_the_fitted_head_is_the_best_linear_map(encoders: Path) -> None:
+    """Rows that are a linear map of the states are found again."""
+    student = Student.create(str(encoders / "bert"), 7, lambda: pytest.fail("it needs no teacher")).eval()
+    many = [f"{text} {word}" for text in TEXTS for word in ("dog", "bus", "river", "park", "children", "red", "two")]
+    torch.nn.init.normal_(student.dense.weight)
+    wanted = student.dense.weight.detach().clone()
+    rows = student.encode(many)
+    student.dense.weight.data.zero_()
+    student.fit_head(many, rows)
+    assert (student.encode(many) * rows).sum(dim=1).mean() > 0.98
+    assert student.dense.weight.shape == wanted.shape
+
+
+def test_a_student_is_compared_with_its_teacher_by_retrieval() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images, teacher, student = (F.normalize(torch.randn(12, 4, generator=generator), dim=1) for _ in range(3))
+    teacher, student = images + 0.3 * teacher, images + 0.9 * student
+    teacher, student = F.normalize(teacher, dim=1), F.normalize(student, dim=1)
+    pairs = torch.arange(12)[:, None].expand(-1, 2)
+    queries = TaughtQueries([f"text {row}" for row in range(12)], pairs, images, teacher)
+    lengths = torch.tensor([3] * 6 + [6] * 5 + [200])
+    found = queries.compare(student, lengths)
+    for suffix, rows in (("", student), ("_of_teacher", teacher)):
+        direct = retrieval_metrics(images, rows, pairs)
+        for k in (1, 5, 10):
+            name = f"text_to_image_recall@{k}"
+            assert found[f"{name}{suffix}"] == pytest.approx(direct[name])
+    name = "text_to_image_recall@1"
+    assert found[f"{name}_ratio"] == pytest.approx(found[name] / found[f"{name}_of_teacher"])
+    assert [found[f"num_texts_of_{part}_tokens"] for part in ("1-4", "5-8", "129-")] == [6, 5, 1]
+    assert found["cosine"] == pytest.approx(float((student * teacher).sum(dim=1).mean()))
+    same = queries.compare(teacher, lengths)
+    assert {value for key, value in same.items() if "ratio" in key} == {1.0}
+
+
+def test_the_card_has_the_table_of_each_caption_column(
+    encoders: Path, model: Path, texts: str, tmp_path: Path
+) -> None:
+    columns = ["caption", "caption_de"]
+    source = {"path": tiny.CONCEPTS, "split": "validation", "max_samples": 20, "caption_columns": columns}
+    metrics = distill_text(
+        str(model),
+        str(encoders / "bert"),
+        [texts],
+        tmp_path / "student",
+        **fields(eval_sources={"concepts": source}, save_strategy="no"),
+    )
+    card = (tmp_path / "student" / "README.md").read_text(encoding="utf-8")
+    assert "library_name: sentence-transformers" in card
+    for column in columns:
+        found = metrics[f"eval_concepts_{column}_text_to_image_recall@10_ratio"]
+        assert f"| {100 * found:.0f} |" in next(
+            line for line in card.splitlines() if line.startswith(f"| concepts_{column} ")
+        )
+    taught = RetrievalData.from_source(CaptionSource.from_dict({**source, "caption_columns": ["caption_de"]}))
+    assert metrics["eval_concepts_caption_de_num_texts"] == len(taught.texts)
+    assert "of_teacher" not in card.split("---")[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"student": "layers:9"}, "student is layers:9, but the teacher's text model has 2 layers: layers:1 to 2"),
+        ({"student": "layers:all"}, "student is layers:all"),
+        ({"student": ""}, "DistillRecipe needs student"),
+        ({"similarity_weight": -1.0}, "similarity_weight must be at least 0"),
+        ({"per_device_train_batch_size": 100}, "fewer rows than one batch of 100"),
+        ({"into": "nowhere"}, "there is no folder nowhere"),
+    ],
+)
+def test_a_mistake_ends_in_one_clear_error(
+    changes: dict[str, Any], message: str, model: Path, texts: str, tmp_path: Path
+) -> None:
+    given = {"student": "static", **fields(), **changes}
+    with pytest.raises(ValueError, match=message):
+        distill_text(str(model), given.pop("student"), [texts], tmp_path / "out", **given)

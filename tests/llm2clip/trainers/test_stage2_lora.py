@@ -1,0 +1,321 @@
+"""Stage 2 with LoRA on the LLM: what trains, what is saved, what finds it again, and what would be stale."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from huggingface_hub import HfApi
+from safetensors.torch import load_file
+
+from llm2clip import EmbeddingCache, LLM2CLIPModel, LLM2CLIPTextModel, Stage2Config, Stage2Trainer
+from llm2clip.encoders import embed
+from llm2clip.hub import push
+from llm2clip.hub.build import build_folder
+from llm2clip.hub.source_model import validate_folder
+from llm2clip.store import StoreMismatchError
+from llm2clip.trainers import run_stage2
+from llm2clip.trainers.stage2_config import Stage2Recipe
+from llm2clip.utils.files import read_json, write_json
+from llm2clip.utils.manifests import FOLDER_MANIFEST, faults
+from llm2clip.utils.settings import build_config
+from llm2clip.utils.text_identity import read_fingerprint
+from modeling_llm2clip import LLM2CLIPProcessor
+from tests import stranger
+from tests.llm2clip import tiny
+from tests.llm2clip.conftest import Inputs
+from tests.llm2clip.trainers.test_plain_datasets import joint_model
+from tests.loopback_hub import TOKEN, File, LoopbackHub, Repo
+
+CAPTIONS = ["a red bicycle", "two small dogs at the sea"]
+STRANGER = """
+import json, sys
+from transformers import AutoModel, AutoProcessor
+model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(json.dumps(model.encode_text(["a red bicycle", "two small dogs at the sea"], processor).tolist()))
+"""
+
+
+def recipe(folder: Path, inputs: Inputs, **changes: Any) -> Stage2Recipe:
+    fields = tiny.stage2_fields(folder, inputs.vision, inputs.text, inputs.cache) | {"embedding_cache": None}
+    return build_config(Stage2Recipe, {**fields, "max_steps": 4, "save_steps": 2, "lora_rank": 4, **changes})
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    files = [*folder.glob("*.safetensors"), *folder.glob("text_model/*.safetensors")]
+    return {f"{path.name} {name}": value for path in files for name, value in load_file(path).items()}
+
+
+def assert_equal(one: Path, two: Path, atol: float = 0.0) -> None:
+    expected, found = weights(one), weights(two)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=atol, rtol=0, msg=name)
+
+
+@pytest.fixture(scope="module")
+def results(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same run, saved as a merged model and as an adapter, which no test changes."""
+    folder = tmp_path_factory.mktemp("lora")
+    for name in ("merged", "adapter"):
+        run_stage2.run(recipe(folder / name, inputs, save_format=name))
+    return {name: folder / name for name in ("merged", "adapter")}
+
+
+def test_vision_tower_adapter_and_lora_train_and_both_results_are_one_model(
+    inputs: Inputs, results: dict[str, Path]
+) -> None:
+    merged, adapter = (LLM2CLIPModel.from_pretrained(results[name]).eval() for name in ("merged", "adapter"))
+    base = LLM2CLIPTextModel.from_pretrained(inputs.text)
+    assert merged.config.text_model_name_or_path is None
+    assert read_json(results["adapter"] / "config.json")["text_model_name_or_path"] == "./text_model"
+    assert merged.config.text_model_fingerprint == merged.text_model.fingerprint() != base.fingerprint()
+    assert adapter.text_model.has_adapter
+    assert adapter.config.text_model_fingerprint == merged.config.text_model_fingerprint
+    torch.testing.assert_close(adapter.encode_text(CAPTIONS), merged.encode_text(CAPTIONS), atol=1e-5, rtol=0)
+    changed = {
+        name for name, value in merged.text_model.state_dict().items() if not value.equal(base.state_dict()[name])
+    }
+    assert changed
+    assert all("_proj.weight" in name for name in changed)
+    before, after = (
+        LLM2CLIPModel.from_pretrained(results["adapter"] / name, text_model=False).state_dict()
+        for name in ("checkpoint-2", "checkpoint-4")
+    )
+    for part in ("vision_model.", "text_adapter.", "visual_projection."):
+        assert any(name.startswith(part) and not value.equal(before[name]) for name, value in after.items())
+    assert not (results["merged"] / "text_model").exists()
+    names = {name.split(" ")[1].split(".")[0] for name in weights(results["merged"] / "checkpoint-2")}
+    assert "text_model" not in names
+    for name in ("merged", "adapter"):
+        assert "(LoRA of rank 4, alpha 32)" in (results[name] / "README.md").read_text()
+
+
+@pytest.mark.parametrize("form", ["merged", "adapter"])
+def test_a_moved_result_loads_without_this_package(form: str, results: dict[str, Path], tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(results[form], tmp_path / "moved", ignore=shutil.ignore_patterns("checkpoint-*")))
+    (tmp_path / "home").mkdir()
+    found = torch.tensor(stranger.answer(STRANGER, moved, home=tmp_path / "home"))
+    expected = LLM2CLIPModel.from_pretrained(results[form]).encode_text(CAPTIONS)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_the_llm_in_the_folder_is_found_by_whatever_reads_a_text_tower(
+    results: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(results["adapter"], tmp_path / "moved"))
+    fingerprint = read_json(folder / "config.json")["text_model_fingerprint"]
+    light = LLM2CLIPModel.from_pretrained(folder, text_model=False)
+    assert light.config.text_model_name_or_path == str(folder / "text_model")
+    assert read_fingerprint(str(folder), None, light.config.text_config) == fingerprint
+    light.load_text_model()
+    assert light.text_model.fingerprint() == fingerprint
+    for place in (folder, folder / "text_model"):
+        assert LLM2CLIPTextModel.from_pretrained(place).fingerprint() == fingerprint
+    # Saved elsewhere, it refers to the folder.
+    light.save_pretrained(tmp_path / "elsewhere")
+    assert LLM2CLIPModel.from_pretrained(tmp_path / "elsewhere").text_model.fingerprint() == fingerprint
+    build_folder(folder, tmp_path / "built", license="apache-2.0", bundle_text_model=True)
+    built = LLM2CLIPModel.from_pretrained(tmp_path / "built")
+    assert (built.config.text_model_name_or_path, built.text_model.has_adapter) == (None, False)
+    assert built.text_model.fingerprint() == fingerprint
+
+
+@pytest.mark.parametrize("form", ["merged", "adapter"])
+def test_old_rows_are_refused_and_new_ones_taken_when_the_model_is_continued(
+    form: str, inputs: Inputs, results: dict[str, Path], tmp_path: Path
+) -> None:
+    known = {"model_name_or_path": str(results[form]), "vision_model_name_or_path": "", "text_model_name_or_path": ""}
+    known |= {"projection_dim": None, "lora_rank": 0, "max_steps": 1}
+    with pytest.raises(StoreMismatchError, match="fingerprint"):
+        run_stage2.run(recipe(tmp_path / "old", inputs, **known, embedding_cache=inputs.cache))
+    sources = [tiny.concepts(), tiny.concepts("validation", max_samples=40)]
+    settings = {"text_model_name_or_path": str(results[form]), "output_dir": str(tmp_path / "cache")}
+    embed.run(embed.EmbedConfig(**settings, sources=sources))
+    run_stage2.run(recipe(tmp_path / "new", inputs, **known, embedding_cache=str(tmp_path / "cache")))
+    whole = LLM2CLIPModel.from_pretrained(tmp_path / "new")
+    assert whole.text_model.fingerprint() == whole.config.text_model_fingerprint
+    # LoRA once more, on the LLM that LoRA has trained.
+    again = recipe(tmp_path / "again", inputs, **{**known, "lora_rank": 2, "save_format": form})
+    run_stage2.run(again)
+    third = LLM2CLIPModel.from_pretrained(tmp_path / "again")
+    assert third.text_model.fingerprint() == third.config.text_model_fingerprint
+    assert third.config.text_model_fingerprint != whole.config.text_model_fingerprint
+
+
+def test_a_resumed_run_ends_as_an_uninterrupted_one(inputs: Inputs, results: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(results["merged"], tmp_path / "run"))
+    shutil.rmtree(folder / "checkpoint-4")
+    for name in ("model.safetensors", FOLDER_MANIFEST):
+        (folder / name).unlink()
+    with pytest.raises(ValueError, match="lora_rank: 4 -> 2"):
+        run_stage2.run(recipe(folder, inputs, lora_rank=2), resume=True)
+    other = shutil.copytree(inputs.text, tmp_path / "other")
+    tower = LLM2CLIPTextModel.from_pretrained(other)
+    with torch.no_grad():
+        tower.get_input_embeddings().weight.add_(0.01)
+    tower.save_pretrained(other)
+    with pytest.raises(ValueError, match="weights of the LLM: "):
+        run_stage2.run(recipe(folder, inputs, text_model_name_or_path=str(other)), resume=True)
+    run_stage2.run(recipe(folder, inputs), resume=True)
+    assert_equal(results["merged"], folder)
+    assert_equal(results["merged"] / "checkpoint-4", folder / "checkpoint-4")
+
+
+@pytest.mark.parametrize("changes", [{"tower_chunk_size": 5}, {"activation_checkpointing": True}], ids=str)
+def test_chunks_and_recomputed_activations_give_the_same_gradients(
+    changes: dict[str, Any], inputs: Inputs, results: dict[str, Path], tmp_path: Path
+) -> None:
+    run_stage2.run(recipe(tmp_path, inputs, **changes))
+    assert_equal(results["merged"] / "checkpoint-2", tmp_path / "checkpoint-2", atol=1e-5)
+
+
+def test_a_first_part_reads_the_cache_and_lora_starts_from_its_heads(inputs: Inputs, tmp_path: Path) -> None:
+    warm = {"warm_start": {"max_steps": 2, "learning_rate": 1e-3}, "embedding_cache": inputs.cache}
+    config = recipe(tmp_path, inputs, **warm, max_steps=1, learning_rate=1e-12, weight_decay=0.0)
+    found = run_stage2.run(config)
+    assert "warm_start_eval_validation_text_to_image_recall@1" in found
+    first = LLM2CLIPModel.from_pretrained(tmp_path / "warm_start", text_model=False)
+    assert first.config.text_model_name_or_path == inputs.text
+    second = LLM2CLIPModel.from_pretrained(tmp_path)
+    assert second.config.text_model_name_or_path is None
+    for name, value in first.state_dict().items():
+        torch.testing.assert_close(second.state_dict()[name], value, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"embedding_cache": "x"}, "lora_rank trains the LLM, so that stored embeddings would be stale"),
+        ({"eval_embedding_cache": "x"}, "stored embeddings would be stale"),
+        ({"sources": [tiny.concepts(embedding_cache="x")]}, "stored embeddings would be stale"),
+        ({"freeze_vision": "all"}, "freeze_vision: all reads stored embeddings of the LLM"),
+        ({"standardize_features": True}, "standardize_features needs freeze_vision: all, or warm_start"),
+        ({"alignment": "closed_form"}, "needs frozen towers"),
+        ({"warm_start": {"max_steps": 1}}, "warm_start needs the first"),
+        ({"warm_start": {"lora_rank": 2}, "embedding_cache": "x"}, "unset one of them"),
+        ({"bundle_text_model": True}, "save_format says how the LLM is saved"),
+        ({"lora_rank": 0, "lora_alpha": 8}, "lora_alpha needs lora_rank above 0"),
+        ({"lora_rank": 0, "save_format": "adapter"}, "save_format needs lora_rank above 0"),
+        ({"lora_target_modules": ["nothing"]}, "do not fit the text model"),
+    ],
+    ids=str,
+)
+def test_what_would_be_stale_or_ignored_is_refused(
+    changes: dict[str, Any], message: str, inputs: Inputs, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_stage2.run(recipe(tmp_path / "run", inputs, **changes))
+
+
+def table() -> datasets.Dataset:
+    return datasets.load_dataset("parquet", data_files=f"{tiny.CONCEPTS}/train.parquet", split="train[:16]")
+
+
+def trainer(name: str, folder: Path, model: LLM2CLIPModel | None = None, **changes: Any) -> Stage2Trainer:
+    processor = LLM2CLIPProcessor.from_pretrained(name)
+    fields = {"lora_rank": 8, "max_steps": 2, "per_device_train_batch_size": 8, "learning_rate": 1e-2}
+    args = {"output_dir": str(folder), "report_to": "none", "use_cpu": True, "save_strategy": "no", **fields}
+    keywords = {key: changes.pop(key) for key in ("cache", "embed", "train_dataset") if key in changes}
+    own = model or LLM2CLIPModel.from_pretrained(name, text_model=False)
+    rows = {"train_dataset": table(), "processing_class": processor, **keywords}
+    return Stage2Trainer(own, Stage2Config(**{**args, **changes}), **rows)
+
+
+@pytest.mark.parametrize("form", ["merged", "adapter"])
+def test_a_trainer_loads_the_llm_and_saves_what_it_trained(form: str, inputs: Inputs, tmp_path: Path) -> None:
+    name = joint_model(inputs, tmp_path / "model")
+    own = trainer(name, tmp_path / "out", save_format=form)
+    before = own.model.text_model.fingerprint()
+    own.train()
+    own.save_model()
+    trained = own.model.eval()
+    found = LLM2CLIPModel.from_pretrained(tmp_path / "out")
+    assert found.text_model.fingerprint() == trained.text_model.fingerprint() != before
+    torch.testing.assert_close(
+        found.encode_text(CAPTIONS), trained.encode_text(CAPTIONS, own.processing_class), atol=1e-5, rtol=0
+    )
+    assert found.text_model.has_adapter == (form == "adapter")
+    # By hand it is not saved without the LLM, which no repository has.
+    with pytest.raises(ValueError, match="merge_adapter"):
+        trained.save_pretrained(tmp_path / "by_hand")
+
+
+def test_lora_follows_the_settings_of_the_text_side_and_an_empty_first_batch_reaches_it(
+    inputs: Inputs, tmp_path: Path
+) -> None:
+    changes = {"text_learning_rate": 0.5, "text_weight_decay": 0.25, "on_error": "skip"}
+    own = trainer(joint_model(inputs, tmp_path / "model"), tmp_path / "out", **changes)
+    own._add_lora()
+    groups = {name: group for group in own.create_optimizer().param_groups for name in group["param_names"]}
+    lora = [name for name in groups if ".lora_" in name]
+    assert len(lora) == 2 * 7 * own.model.config.text_config.decoder_config.num_hidden_layers
+    assert {(groups[name]["lr"], groups[name]["weight_decay"]) for name in lora} == {(0.5, 0.25)}
+    own.loss_and_outputs(own.model.train(), {"is_empty": True, "skipped": []})[0].backward()
+    assert all(weight.grad is not None for name, weight in own.model.named_parameters() if name in lora)
+
+
+def test_a_damaged_adapter_of_the_llm_is_found(results: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(results["adapter"], tmp_path / "model"))
+    assert not list(faults(folder))
+    assert validate_folder(folder) < 1e-5
+    path = folder / "text_model" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert "adapter_model.safetensors" in str(list(faults(folder)))
+
+
+def test_a_trainer_refuses_rows_that_would_be_stale(inputs: Inputs, tmp_path: Path) -> None:
+    name = joint_model(inputs, tmp_path / "model")
+    for stored in ({"cache": EmbeddingCache.open(inputs.cache)}, {"embed": lambda texts: torch.ones(len(texts), 32)}):
+        with pytest.raises(ValueError, match="leave cache and embed unset"):
+            trainer(name, tmp_path / "out", **stored)
+    width = LLM2CLIPModel.from_pretrained(name, text_model=False).config.text_config.hidden_size
+    rows = [{"pixel_values": torch.zeros(3, 28, 28), "llm_embeds": torch.ones(width)}] * 8
+    with pytest.raises(ValueError, match="llm_embeds are stale"):
+        trainer(name, tmp_path / "out", train_dataset=rows, max_steps=1).train()
+    bundled = LLM2CLIPModel.from_pretrained(name)
+    bundled.text_model.merge_adapter()
+    bundled.save_pretrained(tmp_path / "bundled", save_text_model=True)
+    LLM2CLIPProcessor.from_pretrained(name).save_pretrained(tmp_path / "bundled")
+    with pytest.raises(ValueError, match="a folder outside output_dir"):
+        trainer(str(tmp_path / "bundled"), tmp_path / "bundled")
+    fitted = trainer(str(tmp_path / "bundled"), tmp_path / "fitted")
+    fitted.fit()
+    found = LLM2CLIPModel.from_pretrained(tmp_path / "fitted")
+    assert found.text_model.fingerprint() == found.config.text_model_fingerprint
+    assert found.config.text_model_fingerprint != bundled.config.text_model_fingerprint
+    with pytest.raises(ValueError, match="merged with its LoRA layers"):
+        fitted.train()
+
+
+def test_a_pushed_adapter_is_found_in_the_repo_of_the_model(
+    hub: LoopbackHub, inputs: Inputs, results: dict[str, Path], tmp_path: Path
+) -> None:
+    ignored = shutil.ignore_patterns("checkpoint-*", FOLDER_MANIFEST)
+    folder = Path(shutil.copytree(results["adapter"], tmp_path / "model", ignore=ignored))
+
+    def upload() -> None:
+        config = push.PushConfig(folder=str(folder), repo_id="tester/tiny", check=False)
+        push.run(config, HfApi(endpoint=hub.url, token=TOKEN))
+
+    with pytest.raises(ValueError, match="others cannot load"):
+        upload()
+    tower = Repo("tester/tower", "model")
+    files = {path.name: File(path.read_bytes(), lfs=False) for path in Path(inputs.text).iterdir() if path.is_file()}
+    tower.commit("main", files, "a tower")
+    hub.repos["model", tower.name] = tower
+    place = folder / "text_model" / "adapter_config.json"
+    write_json(place, {**read_json(place), "base_model_name_or_path": tower.name})
+    upload()
+    expected = LLM2CLIPModel.from_pretrained(folder)
+    found = LLM2CLIPModel.from_pretrained("tester/tiny")
+    assert found.config.text_model_name_or_path == "tester/tiny/text_model"
+    assert found.text_model.fingerprint() == expected.config.text_model_fingerprint
+    assert LLM2CLIPTextModel.from_pretrained("tester/tiny").fingerprint() == expected.config.text_model_fingerprint
+    config = found.config.text_config
+    assert read_fingerprint("tester/tiny/text_model", None, config) == expected.config.text_model_fingerprint

@@ -1,0 +1,245 @@
+"""The folder of a student in other programs: equal vectors in all that are installed, here or below `peers`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from packaging.version import Version
+from safetensors.torch import load_file
+
+from benchmarks.environments import FOLDER as PEERS
+from benchmarks.student_inputs import export_graph
+from llm2clip import Student, load_encoder
+from modeling_llm2clip import LLM2CLIPModel
+from modeling_llm2clip.query_encoder_llm2clip import FOLDER as QUERY_FOLDER
+from modeling_llm2clip.query_encoder_llm2clip import QueryEncoder, space_identity
+from tests import stranger
+from tests.llm2clip import embedding_models
+
+TEXTS = [*embedding_models.TEXTS, *embedding_models.OTHER_LANGUAGES]
+WIDTH = 24
+STUDENTS = ["bert", "xlm-roberta", "layers:1", "static:bert"]
+# What each program does with a folder.
+PROGRAMS = {
+    "sentence_transformers": """
+from sentence_transformers import SentenceTransformer
+def encode(folder):
+    return SentenceTransformer(folder, device="cpu").encode(texts)
+""",
+    "lancedb": """
+from lancedb.embeddings import get_registry
+def encode(folder):
+    function = get_registry().get("sentence-transformers").create(name=folder)
+    assert function.ndims() == len(function.compute_query_embeddings("a dog")[0])
+    return function.compute_source_embeddings(texts)
+""",
+    "txtai": """
+from txtai import Embeddings
+def encode(folder):
+    return Embeddings(path=folder, method="sentence-transformers", gpu=False).batchtransform(texts)
+""",
+    "infinity_emb": """
+import asyncio, os
+os.environ["DO_NOT_TRACK"] = "1"
+from infinity_emb import AsyncEmbeddingEngine, EngineArgs
+async def embed(folder):
+    options = dict(engine="torch", device="cpu", bettertransformer=False, model_warmup=False)
+    engine = AsyncEmbeddingEngine.from_args(EngineArgs(model_name_or_path=folder, **options))
+    async with engine:
+        return (await engine.embed(texts))[0]
+def encode(folder):
+    return asyncio.run(embed(folder))
+""",
+    "optimum": """
+from sentence_transformers import SentenceTransformer
+def encode(folder):
+    return SentenceTransformer(folder, device="cpu", backend="onnx", model_kwargs={"export": True}).encode(texts)
+""",
+    "onnxruntime": """
+import onnxruntime
+from tokenizers import Tokenizer
+def encode(folder):
+    session = onnxruntime.InferenceSession(folder + "/onnx/model.onnx", providers=["CPUExecutionProvider"])
+    tokenizer = Tokenizer.from_file(folder + "/tokenizer.json")
+    rows = []
+    for text in texts:
+        found = tokenizer.encode(text)
+        inputs = {"input_ids": np.array([found.ids]), "attention_mask": np.array([found.attention_mask])}
+        rows.append(session.run(None, inputs)[0][0])
+    return rows
+""",
+    "fastembed": """
+from fastembed import TextEmbedding
+from fastembed.common.model_description import ModelSource, PoolingType
+def encode(folder):
+    TextEmbedding.add_custom_model(
+        model=folder, pooling=PoolingType.DISABLED, normalization=False, sources=ModelSource(url="none"), dim=24,
+        output_name="sentence_embedding",
+    )
+    return list(TextEmbedding(folder, specific_model_path=folder, threads=1).embed(texts))
+""",
+}
+# Those that read the graph in onnx/.
+ON_GRAPHS = ("onnxruntime", "fastembed")
+FRAME = """
+import json, sys
+from importlib.metadata import version
+import numpy as np
+texts = json.loads(sys.argv[1])
+{program}
+def attempt(folder):
+    try:
+        return np.asarray(encode(folder)).tolist()
+    except Exception as error:
+        return repr(error)
+rows = [attempt(folder) for folder in sys.argv[2:]]
+assert not {{"modeling_llm2clip", "llm2clip"}} & set(sys.modules)
+versions = [version(name) for name in ("transformers", "sentence-transformers")]
+print()
+print(json.dumps([rows, versions]))
+"""
+
+
+@pytest.fixture(scope="module")
+def students(saved_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Students without training, two of them with a graph in `onnx/`."""
+    encoders, folder = tmp_path_factory.mktemp("encoders"), tmp_path_factory.mktemp("students")
+    for family in ("bert", "xlm-roberta"):
+        embedding_models.save(encoders / family, family)
+    for name in STUDENTS:
+        kind, _, family = name.rpartition(":")
+        spec = name if kind == "layers" else f"{kind}{':' * bool(kind)}{encoders / family}"
+        student = Student.create(spec, WIDTH, lambda: load_encoder(str(saved_model)), space="a space")
+        student.save_pretrained(folder / name)
+    for name in ("bert", "static:bert"):
+        export_graph(folder / name)
+    return {name: folder / name for name in STUDENTS}
+
+
+def environments(module: str) -> list[Path]:
+    """Interpreters that have a module: this one, and those of benchmarks and of people below `peers`."""
+    own = [Path(sys.executable)] if find_spec(module) else []
+    found = PEERS.glob(f"*/lib/python*/site-packages/{module}")
+    return own + sorted(path.parents[3] / "bin" / "python" for path in found)
+
+
+def is_loaded(folder: Path, program: str, transformers: str, sentence_transformers: str) -> bool:
+    """Whether a program loads a student, as docs/distill.md says."""
+    if program in ON_GRAPHS:
+        return (folder / "onnx").exists()
+    if folder.name.startswith("static"):
+        return program not in ("infinity_emb", "optimum") and Version(sentence_transformers) >= Version("3.2")
+    return not folder.name.startswith("layers") or Version(transformers) >= Version("5")
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_program_that_is_installed_gives_equal_vectors(
+    program: str, students: dict[str, Path], tmp_path: Path
+) -> None:
+    if not (pythons := environments(program)):
+        pytest.skip(f"{program} is not installed, neither here nor in an environment in {PEERS}")
+    for python in pythons:
+        is_own = python == Path(sys.executable)
+        arguments = [json.dumps(TEXTS), *students.values()]
+        code = FRAME.format(program=PROGRAMS[program])
+        found, versions = stranger.answer(code, *arguments, home=tmp_path, is_forked=is_own, python=python)
+        for folder, rows in zip(students.values(), found, strict=True):
+            if is_loaded(folder, program, *versions):
+                expected = QueryEncoder.from_pretrained(folder).encode(TEXTS)
+                assert not isinstance(rows, str), f"{python}, {folder.name}: {rows}"
+                message = f"{python}, {folder.name}"
+                torch.testing.assert_close(torch.tensor(rows), expected, atol=1e-3, rtol=0, msg=message)
+
+
+@pytest.mark.parametrize("name", ["bert", "xlm-roberta"])
+def test_the_folder_has_what_text_embeddings_inference_reads(name: str, students: dict[str, Path]) -> None:
+    """Every field that its code, which is Rust and not run here, takes without a default."""
+    folder = students[name]
+
+    def read(file: str) -> dict[str, Any]:
+        return json.loads((folder / file).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+    config, pooling, dense = read("config.json"), read("1_Pooling/config.json"), read("2_Dense/config.json")
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    sizes += ("max_position_embeddings", "type_vocab_size", "pad_token_id")
+    assert all(type(config[field]) is int for field in sizes)
+    assert all(
+        type(config[field]) is float for field in ("hidden_dropout_prob", "initializer_range", "layer_norm_eps")
+    )
+    assert (config["model_type"], config["hidden_act"]) == (name, "gelu")
+    assert config["architectures"] in (["BertModel"], ["XLMRobertaModel"])
+    kinds = {"cls_token": False, "mean_tokens": True, "max_tokens": False, "mean_sqrt_len_tokens": False}
+    assert {f"pooling_mode_{kind}": value for kind, value in kinds.items()}.items() <= pooling.items()
+    # Positions of XLM-RoBERTa begin after that of padding.
+    room = config["max_position_embeddings"] - (config["pad_token_id"] + 1 if name == "xlm-roberta" else 0)
+    assert 0 < read("sentence_bert_config.json")["max_seq_length"] <= room
+    assert dense["activation_function"] == "torch.nn.modules.linear.Identity"
+    weights = load_file(folder / "2_Dense" / "model.safetensors")
+    assert {key: list(value.shape) for key, value in weights.items()} == {
+        "linear.weight": [dense["out_features"], dense["in_features"]]
+    }
+    assert dense["bias"] is False
+    assert "embeddings.word_embeddings.weight" in load_file(folder / "model.safetensors")
+    modules = json.loads((folder / "modules.json").read_text())
+    assert [module["type"] for module in modules] == [
+        f"sentence_transformers.models.{kind}" for kind in ("Transformer", "Pooling", "Dense", "Normalize")
+    ]
+    settings = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    assert (settings["truncation"]["max_length"], settings["padding"]) == (embedding_models.LIMIT, None)
+
+
+def test_other_people_on_the_machine_may_read_the_folder(students: dict[str, Path], tmp_path: Path) -> None:
+    mask = os.umask(0o027)
+    try:
+        Student.from_pretrained(students["bert"]).save_pretrained(tmp_path)
+    finally:
+        os.umask(mask)
+    modes = {path: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    assert {tmp_path / "model.safetensors", tmp_path / "2_Dense" / "model.safetensors"} <= set(modes)
+    assert set(modes.values()) == {0o640}
+
+
+def test_a_limit_of_the_text_encoder_that_others_would_read_is_left_out(tmp_path: Path) -> None:
+    embedding_models.save(tmp_path / "bert", "bert")
+    path = tmp_path / "bert" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_length": 7}))
+    student = Student.create(str(tmp_path / "bert"), WIDTH, lambda: pytest.fail("it needs no teacher"), max_length=20)
+    student.save_pretrained(tmp_path / "student")
+    saved = json.loads((tmp_path / "student" / "tokenizer_config.json").read_text())
+    assert (saved["model_max_length"], saved.get("max_length", 20)) == (20, 20)
+
+
+@pytest.mark.parametrize("changed", ["vision_model", "text_adapter"])
+def test_what_stays_valid_when_a_part_of_the_model_is_trained_on(
+    changed: str, saved_model: Path, students: dict[str, Path], tmp_path: Path
+) -> None:
+    model = LLM2CLIPModel.from_pretrained(saved_model)
+    student = Student.from_pretrained(students["bert"])
+    student.space = space_identity(model)
+    later = Path(shutil.copytree(saved_model, tmp_path / "later"))
+    with torch.no_grad():
+        for weight in getattr(model, changed).parameters():
+            weight.add_(0.1)
+    model.save_pretrained(later)
+    student.save_pretrained(later / QUERY_FOLDER)
+    before, after = (load_encoder(str(folder)) for folder in (saved_model, later))
+    is_vision = changed == "vision_model"
+    # Rows of images, and the images of an index.
+    assert (before.image_fingerprint() == after.image_fingerprint()) is not is_vision
+    # Rows of texts, and the captions of an index.
+    assert (before.text_fingerprint() == after.text_fingerprint()) is is_vision
+    # Stored rows of the LLM, from which both stages start.
+    assert before.model.text_model.fingerprint() == after.model.text_model.fingerprint()
+    if is_vision:
+        load_encoder(str(later), text_encoder="query")
+    else:
+        with pytest.raises(ValueError, match="was taught the space"):
+            load_encoder(str(later), text_encoder="query")

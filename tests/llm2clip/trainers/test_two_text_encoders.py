@@ -1,0 +1,316 @@
+"""Stage 2 with two text encoders side by side: an LLM after stage 1, and the text half of a CLIP model."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel
+
+from llm2clip import EmbeddingCache, Stage2Config, Stage2Trainer, cli, load_encoder
+from llm2clip.data import CaptionSource, distinct_captions
+from llm2clip.encoders import embed
+from llm2clip.hub import export_onnx
+from llm2clip.hub.export_onnx import ExportOnnxConfig
+from llm2clip.hub.upload_files import model_files
+from llm2clip.losses import clip_loss
+from llm2clip.store import PairedCache, StoreMismatchError
+from llm2clip.trainers import run_stage2
+from llm2clip.trainers.stage2_config import Stage2Recipe
+from llm2clip.utils.settings import build_config
+from llm2clip.utils.text_identity import read_fingerprint, tokenizer_fingerprint
+from llm2clip.utils.towers import describe_text_tower, open_text_tower
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor, LLM2CLIPTextModel
+from modeling_llm2clip.tokenization_llm2clip import tokenize_captions
+from tests.llm2clip import embedding_models, tiny
+from tests.llm2clip.conftest import Inputs
+from tests.llm2clip.trainers.test_processes import llm2clip, losses
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXTS = ["a dog", "two children play football in a park", "a red bus " * 30]
+
+
+class Pair(NamedTuple):
+    names: list[str]
+    caches: list[str]
+    vision: str
+
+
+def save_clip(folder: Path) -> str:
+    """Save a CLIP model with its tokenizer, whose limit is 20 tokens."""
+    tokenizer = embedding_models.byte_pairs()
+    text = {
+        **SIZES,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 20,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    vision = {**SIZES, "image_size": 28, "patch_size": 7}
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    AutoImageProcessor.from_pretrained(tiny.save_vision_tower(folder / "unused")).save_pretrained(folder)
+    shutil.rmtree(folder / "unused")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def pair(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    folder: Path = tmp_path_factory.mktemp("pair")
+    clip = save_clip(folder / "clip")
+    sources = [tiny.concepts(), tiny.concepts("validation", max_samples=40)]
+    fields = {"text_model_name_or_path": clip, "output_dir": str(folder / "cache"), "sources": sources}
+    embed.run(build_config(embed.EmbedConfig, fields))
+    return Pair([inputs.text, clip], [inputs.cache, str(folder / "cache")], clip)
+
+
+def fields_of(pair: Pair, folder: Path, **changes: Any) -> dict[str, Any]:
+    fields = tiny.stage2_fields(folder, pair.vision, "", "")
+    return {**fields, "text_model_name_or_path": pair.names, "embedding_cache": pair.caches, **changes}
+
+
+@pytest.fixture(scope="module")
+def trained(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("trained")
+    run_stage2.run(build_config(Stage2Recipe, fields_of(pair, folder / "run", max_steps=2, save_strategy="no")))
+    return folder / "run"
+
+
+def side_by_side(pair: Pair, texts: list[str]) -> Tensor:
+    """What each text encoder gives alone, of unit length."""
+    towers = map(open_text_tower, pair.names)
+    return torch.cat([F.normalize(tower.encode(texts, tokenizer), dim=-1) for tower, tokenizer in towers], dim=-1)
+
+
+def test_the_text_half_of_clip_is_a_text_tower(pair: Pair) -> None:
+    tower, tokenizer = open_text_tower(pair.vision)
+    clip = CLIPModel.from_pretrained(pair.vision).eval()
+    tokens = AutoTokenizer.from_pretrained(pair.vision)(TEXTS, truncation=True, max_length=20, padding=True)
+    inputs = {name: torch.tensor(tokens[name]) for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        states = clip.text_model(**inputs).last_hidden_state
+        expected = clip.text_projection(states[torch.arange(len(TEXTS)), inputs["attention_mask"].sum(1) - 1])
+    torch.testing.assert_close(tower.encode(TEXTS, tokenizer), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_pair_gives_the_rows_of_both_and_has_their_identity(pair: Pair, tmp_path: Path) -> None:
+    tower, tokenizer = open_text_tower(pair.names)
+    expected = side_by_side(pair, TEXTS)
+    torch.testing.assert_close(tower.encode(TEXTS, tokenizer), expected, atol=1e-6, rtol=1e-5)
+    one_by_one = torch.cat([tower.encode(text, tokenizer) for text in TEXTS])
+    torch.testing.assert_close(one_by_one, expected, atol=1e-6, rtol=1e-5)
+    config, described = describe_text_tower(pair.names)
+    assert config.hidden_size == expected.shape[1]
+    assert tokenizer_fingerprint(described) == tokenizer_fingerprint(tokenizer)
+    assert read_fingerprint(pair.names, None, config) == tower.fingerprint()
+    eager = LLM2CLIPTextModel.from_pretrained(pair.names, attn_implementation="eager")
+    assert {half.decoder.config._attn_implementation for half in (eager, eager.second)} == {"eager"}
+    swapped, _ = open_text_tower(pair.names[::-1])
+    assert swapped.fingerprint() != tower.fingerprint()
+    tower.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, saved = open_text_tower(str(tmp_path))
+    eager = LLM2CLIPTextModel.from_pretrained(tmp_path, attn_implementation="eager")
+    assert {half.decoder.config._attn_implementation for half in (eager, eager.second)} == {"eager"}
+    assert again.fingerprint() == tower.fingerprint() == read_fingerprint(str(tmp_path), None, config)
+    torch.testing.assert_close(again.encode(TEXTS, saved), expected, atol=1e-6, rtol=1e-5)
+    assert tokenizer_fingerprint(saved) == tokenizer_fingerprint(tokenizer)
+
+
+def test_captions_that_one_of_both_cuts_are_counted(pair: Pair) -> None:
+    _, tokenizer = open_text_tower(pair.names)
+    config, _ = describe_text_tower(pair.names)
+    assert tokenize_captions(TEXTS, tokenizer, config).num_cut == 1
+    with pytest.raises(ValueError, match="does not take text_pair"):
+        tokenizer("a dog", text_pair="a cat")
+
+
+def test_the_rows_of_two_caches_side_by_side(pair: Pair) -> None:
+    first, second = map(EmbeddingCache.open, pair.caches)
+    both = PairedCache(first, second)
+    captions = distinct_captions(CaptionSource.from_dict(tiny.concepts()))[:5]
+    expected = torch.cat([F.normalize(cache.lookup(captions), dim=-1) for cache in (first, second)], dim=-1)
+    torch.testing.assert_close(both.lookup(captions), expected, atol=1e-3, rtol=0)
+    assert pickle.loads(pickle.dumps(both)).lookup(captions).equal(both.lookup(captions))
+    assert both.contains([*captions, "no caption of this data"]).tolist() == [*[True] * 5, False]
+    with pytest.raises(KeyError, match="lacks 1 of 1 captions"):
+        both.rows(["no caption of this data"])
+
+
+def test_a_trained_model_names_both_and_loads_them(pair: Pair, trained: Path) -> None:
+    model = LLM2CLIPModel.from_pretrained(trained).eval()
+    processor = LLM2CLIPProcessor.from_pretrained(trained)
+    assert model.config.text_model_name_or_path == pair.names
+    with torch.no_grad():
+        expected = model.get_text_features(llm_embeds=side_by_side(pair, TEXTS)).pooler_output
+    torch.testing.assert_close(
+        model.encode_text(TEXTS, processor), F.normalize(expected, dim=-1), atol=1e-5, rtol=1e-4
+    )
+    assert model.encode_text(TEXTS).equal(model.encode_text(TEXTS, processor))
+    card = (trained / "README.md").read_text()
+    assert "language model beside a" in card
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_a_missing_half_is_named(half: int, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["text_model_name_or_path"][half] = str(tmp_path / "gone")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(OSError, match=rf"the {('first', 'second')[half]} of the two text encoders, .*gone"):
+        LLM2CLIPModel.from_pretrained(tmp_path / "model")
+
+
+def test_another_pair_is_refused(pair: Pair, trained: Path, tmp_path: Path) -> None:
+    model = LLM2CLIPModel.from_pretrained(trained)
+    with pytest.raises(ValueError, match=r"fingerprint|Dense"):
+        model.load_text_model(pair.names[::-1])
+    with pytest.raises(ValueError, match="width"):
+        model.load_text_model(pair.names[0])
+    with pytest.raises(ValueError, match="for one text encoder"):
+        LLM2CLIPTextModel.from_pretrained(pair.names, config=model.config.text_config)
+    with pytest.raises(ValueError, match="no instruction"):
+        model.encode_text(TEXTS, instruction="Describe it:")
+    plain = AutoTokenizer.from_pretrained(pair.names[0])("a dog", return_tensors="pt")
+    with pytest.raises(ValueError, match="no tokens of one"):
+        model.get_text_features(**plain)
+    for caches, message in (
+        (pair.caches[::-1], "fingerprint|tokenizer|prompt takes"),
+        (pair.caches[0], "fingerprint|width"),
+        ([*pair.caches, pair.caches[0]], "3 embedding caches"),
+    ):
+        with pytest.raises((StoreMismatchError, ValueError), match=message):
+            run_stage2.run(build_config(Stage2Recipe, fields_of(pair, tmp_path / "run", embedding_cache=caches)))
+    fields = fields_of(pair, tmp_path / "run", text_model_name_or_path=[*pair.names, pair.names[0]])
+    with pytest.raises(ValueError, match="give one or two"):
+        build_config(Stage2Recipe, fields)
+
+
+def test_frozen_towers_in_closed_form_and_training_read_both(pair: Pair, tmp_path: Path) -> None:
+    changes = {"freeze_vision": "all", "alignment": "closed_form_then_train", "projection_dim": 8, "max_steps": 2}
+    fields = fields_of(pair, tmp_path / "run", save_strategy="no", text_losses="all", **changes)
+    metrics = run_stage2.run(build_config(Stage2Recipe, fields))
+    assert 0 < metrics["train_loss"] < 10
+    model = LLM2CLIPModel.from_pretrained(tmp_path / "run")
+    assert model.encode_text(TEXTS).shape == (3, 8)
+
+
+def trainer_of(pair: Pair, trained: Path, folder: Path, **changes: Any) -> Stage2Trainer:
+    both = PairedCache(*map(EmbeddingCache.open, pair.caches))
+    stored = both.read(np.arange(16), torch.float32)
+    rows = [{"pixel_values": torch.randn(3, 28, 28), "llm_embeds": row} for row in stored]
+    fields: dict[str, Any] = {"output_dir": str(folder), "report_to": "none", "use_cpu": True, "max_steps": 1}
+    fields |= {"per_device_train_batch_size": 8, "save_strategy": "no", "warmup_steps": 0, **changes}
+    model = LLM2CLIPModel.from_pretrained(trained, text_model=False)
+    return Stage2Trainer(model=model, args=Stage2Config(**fields), train_dataset=rows)
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+@pytest.mark.parametrize("losses", ["both", "each", "all"])
+def test_the_losses_of_each_and_of_both(
+    losses: str, chunk: int | None, pair: Pair, trained: Path, tmp_path: Path
+) -> None:
+    trainer = trainer_of(pair, trained, tmp_path, text_losses=losses, tower_chunk_size=chunk)
+    rows = trainer.train_dataset[:8]
+    inputs = {name: torch.stack([row[name] for row in rows]) for name in ("pixel_values", "llm_embeds")}
+    model = trainer.model.train()
+    loss, _ = trainer.loss_and_outputs(model, dict(inputs))
+    loss.backward()
+    grads = {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+    model.zero_grad()
+
+    rows, (width, other) = inputs["llm_embeds"], model.text_adapter.widths
+    first, second = rows[:, :width], rows[:, width:]
+    views = {
+        "both": [rows],
+        "each": [F.pad(first, (0, other)), F.pad(second, (width, 0))],
+        "all": [rows, F.pad(first, (0, other)), F.pad(second, (width, 0))],
+    }[losses]
+    images = F.normalize(model.get_image_features(inputs["pixel_values"]).pooler_output, dim=-1)
+    expected = []
+    for view in views:
+        texts = F.normalize(model.get_text_features(llm_embeds=view).pooler_output, dim=-1)
+        expected.append(clip_loss(images, texts, model.logit_scale.exp()))
+    torch.stack(expected).mean().backward()
+    torch.testing.assert_close(loss, torch.stack(expected).mean(), atol=1e-5, rtol=1e-5)
+    for name, value in model.named_parameters():
+        if value.grad is not None:
+            torch.testing.assert_close(grads[name], value.grad, atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_one_of_both_embeds_queries_alone(pair: Pair, trained: Path) -> None:
+    model = LLM2CLIPModel.from_pretrained(trained).eval()
+    rows, widths = side_by_side(pair, TEXTS), model.text_adapter.widths
+    for number, encoder in enumerate(("first", "second")):
+        alone = torch.zeros_like(rows)
+        start = number * widths[0]
+        alone[:, start : start + widths[number]] = rows[:, start : start + widths[number]]
+        with torch.no_grad():
+            expected = F.normalize(model.get_text_features(llm_embeds=alone).pooler_output, dim=-1)
+        torch.testing.assert_close(model.encode_text(TEXTS, encoder=encoder), expected, atol=1e-5, rtol=1e-4)  # type: ignore[arg-type]
+
+
+def test_losses_of_each_need_two_text_encoders(saved_model: Path, tmp_path: Path) -> None:
+    args = Stage2Config(output_dir=str(tmp_path), use_cpu=True, report_to="none", text_losses="all", max_steps=1)
+    with pytest.raises(ValueError, match="one text encoder"):
+        Stage2Trainer(model=LLM2CLIPModel.from_pretrained(saved_model), args=args, train_dataset=[])
+    model = LLM2CLIPModel.from_pretrained(saved_model)
+    with pytest.raises(ValueError, match="1 text encoder"):
+        model.encode_text(TEXTS, encoder="first")
+
+
+@pytest.mark.slow
+def test_a_built_folder_holds_both_for_everyone(trained: Path, tmp_path: Path) -> None:
+    """The build compares it with what a process without this package computes, the export the graph with the model."""
+    out = tmp_path / "out"
+    assert cli.main(["build", str(trained), str(out), "--bundle-text-model"]) == 0
+    model = LLM2CLIPModel.from_pretrained(out).eval()
+    assert model.config.text_model_name_or_path is None
+    assert isinstance(model.text_model.second, LLM2CLIPTextModel)
+    assert {"second_tokenizer.json", "pair_tokenizer_llm2clip.py"} <= set(model_files(out).uploaded)
+    assert model_files(out).others == []
+    expected = LLM2CLIPModel.from_pretrained(trained).encode_text(TEXTS)
+    torch.testing.assert_close(model.encode_text(TEXTS), expected, atol=1e-6, rtol=1e-5)
+    joint = SentenceTransformer(str(out), trust_remote_code=True, device="cpu")
+    torch.testing.assert_close(joint.encode(TEXTS, convert_to_tensor=True), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(load_encoder(str(out)).encode_text(TEXTS), expected, atol=1e-6, rtol=1e-5)
+    for layout, message in {"transformers.js": "two text encoders", "plain": "no graph"}.items():
+        settings: Any = {"layout": layout, "output_dir": str(tmp_path / "onnx")}
+        with pytest.raises(ValueError, match=message):
+            export_onnx.run(ExportOnnxConfig(model=str(out), **settings))
+
+
+@pytest.mark.slow
+def test_an_online_pair_trains_as_its_caches(pair: Pair, tmp_path: Path) -> None:
+    runs = {}
+    for name, changes in {"stored": {}, "online": {"embedding_cache": None, "online_text_model": True}}.items():
+        fields = fields_of(pair, tmp_path / name, max_steps=2, save_strategy="no", **changes)
+        runs[name] = run_stage2.run(build_config(Stage2Recipe, fields))["train_loss"]
+    assert runs["online"] == pytest.approx(runs["stored"], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_and_a_resumed_run_equal_one(pair: Pair, tmp_path: Path) -> None:
+    fields = fields_of(pair, tmp_path / "one", text_losses="all", warm_start={"max_steps": 2})
+    llm2clip("stage2", fields)
+    batch = fields["per_device_train_batch_size"] // 2
+    two = {"output_dir": str(tmp_path / "two"), "save_strategy": "no", "per_device_train_batch_size": batch}
+    llm2clip("stage2", {**fields, **two}, 2)
+    for part in ("warm_start", "."):
+        assert losses(tmp_path / "two" / part) == pytest.approx(losses(tmp_path / "one" / part), abs=1e-4)
+    expected = LLM2CLIPModel.from_pretrained(tmp_path / "one", text_model=False).state_dict()
+    # As a run that was killed after its first checkpoint.
+    shutil.rmtree(tmp_path / "one" / "checkpoint-6")
+    (tmp_path / "one" / "model.safetensors").unlink()
+    llm2clip("stage2", fields, 1, "--resume")
+    for key, value in LLM2CLIPModel.from_pretrained(tmp_path / "one", text_model=False).state_dict().items():
+        assert value.equal(expected[key]), key

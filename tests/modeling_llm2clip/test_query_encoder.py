@@ -1,0 +1,96 @@
+"""The query encoder of a model: its vectors, the space that it belongs to, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from modeling_llm2clip import LLM2CLIPModel
+from modeling_llm2clip.query_encoder_llm2clip import FOLDER, QueryEncoder, space_identity
+from tests.llm2clip.students import add_query_encoder, save_student
+from tests.modeling_llm2clip import tiny
+
+TEXTS = ["a dog", "two children near a river in a green park", "a red bus", "Ein roter Bus!"]
+CLOSE = {"atol": 1e-5, "rtol": 0}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """The folder of a model with its query encoder."""
+    torch.manual_seed(0)
+    tiny.save(tmp_path / "model")
+    add_query_encoder(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_vectors_do_not_depend_on_the_batch(tmp_path: Path) -> None:
+    student = save_student(tmp_path / "student")
+    together = student.encode(TEXTS)
+    assert together.shape == (4, 24)
+    for text, row in zip(TEXTS, together, strict=True):
+        torch.testing.assert_close(student.encode(f" {text} ")[0], row, **CLOSE)
+    torch.testing.assert_close(student.encode([*TEXTS] * 20, batch_size=7)[-4:], together, **CLOSE)
+    torch.testing.assert_close(QueryEncoder.from_pretrained(tmp_path / "student").encode(TEXTS), together, **CLOSE)
+    long = student.encode(["a dog in a park " * 90])
+    torch.testing.assert_close(long, student.encode(["a dog in a park " * 80]), **CLOSE)  # both are cut
+    assert student.encode([]).shape == (0, 24)
+    with pytest.raises(ValueError, match="caption 1 is empty"):
+        student.encode(["a", " "])
+
+
+def test_texts_of_similar_length_are_computed_together_with_the_same_result(tmp_path: Path) -> None:
+    student = save_student(tmp_path)
+    many = [" ".join(["dog"] * (1 + number % 19)) for number in range(50)]
+    batch = student.tokenizer(many, padding=True, return_tensors="pt")
+    whole = QueryEncoder.pooled_states(student, batch["input_ids"], batch["attention_mask"])
+    torch.testing.assert_close(student.pooled_states(batch["input_ids"], batch["attention_mask"]), whole, **CLOSE)
+
+
+def test_a_model_answers_with_its_query_encoder_without_the_llm(model: Path) -> None:
+    loaded = LLM2CLIPModel.from_pretrained(model, text_model=False)
+    expected = QueryEncoder.from_pretrained(model / FOLDER).encode(TEXTS)
+    torch.testing.assert_close(loaded.encode_text(TEXTS, encoder="query"), expected, **CLOSE)
+    # It is no part of the model: neither counted nor saved with it.
+    assert not any("query" in name for name in loaded.state_dict())
+    with pytest.raises(ValueError, match="the query encoder takes no instruction"):
+        loaded.encode_text(TEXTS, instruction="find", encoder="query")
+
+
+def test_the_space_is_that_of_projection_and_adapter(model: Path) -> None:
+    loaded = LLM2CLIPModel.from_pretrained(model)
+    own = space_identity(loaded)
+    assert space_identity(loaded.bfloat16()) == own
+    loaded.vision_model.blocks[0].norm1.weight.data.mul_(2)
+    loaded.text_model.decoder.norm.weight.data.mul_(2)
+    assert space_identity(loaded) == own
+    for part in (loaded.visual_projection, loaded.text_adapter):
+        weight = next(part.parameters())
+        before = weight.detach().clone()
+        weight.data.mul_(2)
+        assert space_identity(loaded) != own
+        weight.data.copy_(before)
+    assert space_identity(loaded) == own
+
+
+@pytest.mark.parametrize("fault", ["none", "another", "unknown", "no head", "no modules"])
+def test_what_does_not_belong_to_the_model_is_refused(fault: str, model: Path) -> None:
+    message = "was taught the space .* of another model"
+    if fault == "none":
+        shutil.rmtree(model / FOLDER)
+        message = "has no query_encoder/; `llm2clip distill-text"
+    elif fault in ("another", "unknown"):
+        save_student(model / FOLDER, "2-0" if fault == "another" else None)
+    elif fault == "no head":
+        (model / FOLDER / "2_Dense" / "model.safetensors").unlink()
+        message = "it has no 2_Dense/model.safetensors"
+    else:
+        modules = json.loads((model / FOLDER / "modules.json").read_text())
+        (model / FOLDER / "modules.json").write_text(json.dumps(modules[:2]))
+        message = "is not a query encoder: its modules are Transformer, Pooling"
+    loaded = LLM2CLIPModel.from_pretrained(model, text_model=False)
+    with pytest.raises(ValueError, match=message):
+        loaded.encode_text(TEXTS, encoder="query")

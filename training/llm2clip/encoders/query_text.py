@@ -1,0 +1,77 @@
+"""An LLM2CLIP model that embeds texts with the small query encoder in its folder, and images as ever."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoImageProcessor
+
+from llm2clip.encoders.encoder import compared_lengths
+from llm2clip.encoders.ours import OurEncoder
+from llm2clip.utils.model_places import is_repo
+from llm2clip.utils.repos import RepoKind, inspect_repo
+from llm2clip.utils.text_identity import tokenizer_fingerprint
+from llm2clip.utils.vision_identity import weights_checksum
+from modeling_llm2clip.image_decoding_llm2clip import with_pillow
+from modeling_llm2clip.modeling_llm2clip_decoder import find_file
+from modeling_llm2clip.query_encoder_llm2clip import FOLDER, QueryEncoder, query_encoder_of
+
+# Which of its encoders a model embeds texts with; auto: the query encoder where there is one.
+TextEncoder = Literal["llm", "query", "auto"]
+
+
+def has_query_encoder(name: str, revision: str | None = None) -> bool:
+    """Whether a folder or Hub repository is a model with a query encoder."""
+    return is_repo(name) and find_file(name, f"{FOLDER}/modules.json", revision=revision) is not None
+
+
+class QueryTextEncoder(OurEncoder):
+    """See [`OurEncoder`], whose arguments it has; the model is loaded without its LLM.
+
+    Raises:
+        ValueError: The model has no query encoder, or one that was taught the space of another model.
+    """
+
+    def __init__(self, model: Any, *args: Any, **options: Any) -> None:
+        super().__init__(model, *args, **options)
+        self.query: QueryEncoder = query_encoder_of(model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "query": None}
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        revision: str | None = None,
+        needs: Sequence[str] = ("image", "text"),
+        *,
+        device: torch.device | str | None = None,
+        **options: Any,
+    ) -> OurEncoder:
+        """Load a model with its query encoder, and without its LLM; see [`OurEncoder.load`]."""
+        inspect_repo(name, revision).require(RepoKind.JOINT, hint="Only a whole model has a query encoder.")
+        return super().load(name, revision, needs, device=device, text_model=False, **options)
+
+    @staticmethod
+    def _saved_processor(name: str, is_half: bool, needs: Sequence[str], where: dict[str, Any]) -> Any:
+        # The tokenizer of the LLM takes longer to load than the query encoder.
+        return with_pillow(AutoImageProcessor.from_pretrained(name, **where))
+
+    def _text_settings(self) -> dict[str, Any]:
+        return {"query": weights_checksum(self.query), "tokenizer": tokenizer_fingerprint(self.query.tokenizer)}
+
+    def encode_text(
+        self, texts: Sequence[str] | str, batch_size: int | None = None, show_progress_bar: bool = False
+    ) -> Tensor:
+        """Embed texts; see [`Encoder.encode_text`]. An empty text is an error."""
+        rows = self.query.encode(texts, batch_size or self.batch_size, show_progress_bar)
+        return self.compact(rows)
+
+    def text_lengths(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Tokens of each text before truncation, and whether it is cut."""
+        lengths = [len(ids) for ids in self.query.tokenize([text.strip() for text in texts], truncation=False)]
+        return compared_lengths(lengths, self.query.tokenizer.model_max_length)

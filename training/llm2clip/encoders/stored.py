@@ -1,0 +1,114 @@
+"""An LLM2CLIP model whose LLM, and perhaps vision tower, has been run before: their outputs are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm2clip.encoders.cache_of_model import open_cache_of_model
+from llm2clip.encoders.encoder import EncodedRows
+from llm2clip.encoders.image_features import ImageFeatures
+from llm2clip.encoders.ours import OurEncoder
+from llm2clip.utils.embeddings import require_finite_rows
+from llm2clip.utils.files import digest_json
+from llm2clip.utils.text_identity import tokenizer_fingerprint
+from llm2clip.utils.vision_identity import weights_checksum
+from modeling_llm2clip import LLM2CLIPProcessor
+from modeling_llm2clip.image_decoding_llm2clip import DamagedImageError
+from modeling_llm2clip.modeling_llm2clip_utils import unit_features
+
+# Rows that pass through the adapter or the projection at once.
+BATCH = 4096
+
+
+class StoredEncoder(OurEncoder):
+    """A model that embeds texts from the LLM's embeddings of them, and images from the features of its tower.
+
+    Args:
+        model, processor, options: See [`OurEncoder`]; the model's LLM is not used.
+        lookup: Maps texts to the LLM's embeddings, `(texts, hidden_size)`: the `lookup` of a cache, or an LLM.
+        features: Stored features of all images; None runs the vision tower.
+        made_by: Identity of what `lookup` reads, for stored rows.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        lookup: Callable[[list[str]], Tensor],
+        features: ImageFeatures | None = None,
+        made_by: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, processor, **options)
+        self.lookup, self.features, self.made_by = lookup, features, made_by
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "lookup": None, "features": None}
+
+    def _text_settings(self) -> dict[str, Any]:
+        adapter = [weights_checksum(self.model.text_adapter), self.model.config.adapter_normalize]
+        return {"text": self.made_by, "tokenizer": tokenizer_fingerprint(self.tokenizer), "adapter": adapter}
+
+    @torch.inference_mode()
+    def encode_text(
+        self, texts: Sequence[str] | str, batch_size: int | None = None, show_progress_bar: bool = False
+    ) -> Tensor:
+        """Embed texts from the LLM's embeddings of them; see [`Encoder.encode_text`]."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        llm_embeds = self.lookup(texts)
+        require_finite_rows(llm_embeds, lambda row: f"{texts[row]:.80}", "captions (by the LLM)")
+        parts = [
+            unit_features(self.model.get_text_features(llm_embeds=part)).cpu() for part in llm_embeds.split(BATCH)
+        ]
+        embeds = self.compact(torch.cat([torch.empty(0, self.full_width), *parts]))
+        require_finite_rows(embeds, lambda row: f"{texts[row]:.80}", "captions (by the adapter)")
+        return embeds
+
+    def encode_image_parts(
+        self, images: Any, rows: Sequence[int], *args: Any, **options: Any
+    ) -> Iterator[EncodedRows]:
+        if self.features is None:
+            yield from super().encode_image_parts(images, rows, *args, **options)
+            return
+        places = self.features.find(images.content_keys()[np.asarray(rows, dtype=np.int64)])
+        reasons = [
+            self.features.skipped[place].reason if place in self.features.skipped else None
+            for place in places.tolist()
+        ]
+        if any(reasons) and options.get("on_error", "raise") == "raise":
+            raise DamagedImageError(
+                *next((images.key(row), why) for row, why in zip(rows, reasons, strict=True) if why)
+            )
+        with torch.inference_mode():
+            parts = [
+                unit_features(self.model.get_image_features(vision_features=self.features.read_views(part))).cpu()
+                for part in np.split(places, range(BATCH, len(places), BATCH))
+            ]
+        yield EncodedRows(list(rows), self.compact(torch.cat(parts)), reasons)
+
+
+def open_stored_encoder(
+    name: str, cache: str, revision: str | None = None, dtype: str = "float32", device: torch.device | None = None
+) -> StoredEncoder:
+    """Open an LLM2CLIP model without its LLM, whose embeddings of texts are read from a cache.
+
+    Args:
+        name, revision, dtype, device: See [`load_encoder`](llm2clip.encoders.load.load_encoder).
+        cache: Folder of an embedding cache, from `llm2clip embed`.
+
+    Raises:
+        OSError: There is no such model.
+        StoreError: There is no complete cache, or another encoder made it.
+        ValueError: It is another kind of model.
+    """
+    opened = OurEncoder.load(name, revision, ["image", "text"], device=device, dtype=dtype, text_model=False)
+    assert opened.transform is not None
+    stored = open_cache_of_model(cache, opened.model.config, opened.tokenizer, is_trained=True)
+    processor = LLM2CLIPProcessor(opened.transform.image_processor, opened.tokenizer)
+    made_by = digest_json({"rows": stored.manifest.dtype, **stored.manifest.identity})
+    return StoredEncoder(opened.model, processor, stored.lookup, made_by=made_by, name=name, revision=revision)

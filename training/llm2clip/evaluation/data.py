@@ -1,0 +1,419 @@
+"""What the readers of benchmarks return: images with captions, labels, label maps, or choices between them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, Protocol
+
+import datasets
+import torch
+from PIL import Image
+from torch import Tensor
+
+from llm2clip.data import (
+    DEFAULT_MAX_PIXELS,
+    CaptionSource,
+    PairDataset,
+    PairSource,
+    caption_id,
+    decode_image,
+    load_source,
+)
+from llm2clip.data.captioned_images import column_texts
+from llm2clip.data.sources import source_columns
+from llm2clip.encoders.batches import ChosenImages, ContentSet, ImageList, TableImages
+from llm2clip.evaluation.benchmark import BenchmarkError
+from llm2clip.evaluation.prompts import prompts
+from llm2clip.utils.logs import shortened
+
+Positives = Literal["distinct", "rows"]
+
+
+class BenchmarkImages(ImageList):
+    """The images of a benchmark: paths of files, or encoded bytes, decoded on demand."""
+
+    def require_files(self, title: str) -> BenchmarkImages:
+        """Return self if all files exist.
+
+        Raises:
+            BenchmarkError: Files are missing; the message names them.
+        """
+        missing = [str(image) for image in self.images if isinstance(image, Path) and not image.is_file()]
+        if missing:
+            raise BenchmarkError(f"{title} lacks {len(missing):,} of {len(self):,} images: {shortened(missing)}.")
+        return self
+
+
+@dataclass
+class DataPart:
+    """Rows of some data, as messages name them and `llm2clip check-data` counts them.
+
+    Attributes:
+        name: What the rows are, such as `captions`, or their language.
+        rows: Of each row the key of its image, or another name of what it belongs to, and its texts.
+        columns: Names of the texts of a row.
+        count: The published count of these rows, such as `texts`.
+        per: The published counts of what the rows are spread over, such as `images`.
+        owners: Names of all to which the first part of a row may belong, to find those with too few rows.
+        images: The images of these rows; parts may share them.
+        label_map: Reads the label map of an image of `images`, or raises.
+        absent: What should be there and is not, in words.
+    """
+
+    name: str
+    rows: Sequence[tuple[str, ...]] = ()
+    columns: tuple[str, ...] = ()
+    count: str = ""
+    per: tuple[str, ...] = ()
+    owners: Sequence[str] = ()
+    images: ContentSet | None = None
+    label_map: Callable[[int], Tensor] | None = None
+    absent: Sequence[str] = ()
+
+
+class BenchmarkData(Protocol):
+    """What a reader returns. Protocols read the fields of a class; all else asks for its counts and its parts."""
+
+    def counts(self) -> dict[str, int]:
+        """Return the counts that are compared with the published ones."""
+        ...
+
+    def parts(self) -> list[DataPart]:
+        """Return the rows and images, to describe and to check them."""
+        ...
+
+
+@dataclass
+class RetrievalData:
+    """Images and captions for retrieval in both directions.
+
+    Attributes:
+        images: The gallery.
+        texts: Every caption row is a query of its own: repeats and empty ones stay.
+        owners: `(texts,)` int64, the image that each text belongs to, which alone is right.
+        matches: `(pairs, 2)` int64, text and image of all that is right, where human judges found more than the
+            owners (ECCV Caption, CxC); None otherwise.
+    """
+
+    images: ContentSet
+    texts: list[str]
+    owners: Tensor
+    matches: Tensor | None = None
+
+    @classmethod
+    def from_captions(cls, images: ContentSet, captions: Sequence[Sequence[str]]) -> RetrievalData:
+        """Take the captions of each image, in their order."""
+        owners = [image for image, texts in enumerate(captions) for _ in texts]
+        texts = [text for texts in captions for text in texts]
+        return cls(images, texts, torch.tensor(owners, dtype=torch.int64))
+
+    @classmethod
+    def from_source(
+        cls, source: CaptionSource, positives: Positives = "distinct", max_pixels: int = DEFAULT_MAX_PIXELS
+    ) -> RetrievalData:
+        """Read the images and captions of a source.
+
+        An image may have several captions. An image whose caption columns are all empty is a candidate that is never
+        right.
+
+        Args:
+            positives: `distinct`: equal captions are one query, which is right for all images that have it, in
+                whatever case and white space. `rows`, the rule of published benchmarks: each caption of each row is a
+                query, repeats included, and the image of its row alone is right.
+            max_pixels: Largest width x height of an image that is decoded.
+
+        Raises:
+            SourceError: The source cannot be read, or lacks a column.
+            ValueError: No row has a caption.
+        """
+        source = replace(source, streaming=False)
+        table = load_source(source)
+        assert isinstance(table, datasets.Dataset)
+        columns = source_columns(source, table)
+        images = TableImages(table, columns, max_pixels)
+        rows = table.remove_columns([name for name in (columns.image, columns.key) if name is not None])
+        captions = [[text for column in columns.captions for text in column_texts(row, column)] for row in rows]
+        if not any(captions):
+            raise ValueError(f"no row of {source.path} has a caption in {', '.join(source.caption_columns)}.")
+        if positives == "rows":
+            return cls.from_captions(images, captions)
+        owners: dict[int, dict[int, None]] = {}
+        for image, texts in enumerate(captions):
+            for text in texts:
+                owners.setdefault(caption_id(text), {})[image] = None
+        distinct = list(dict.fromkeys(text for texts in captions for text in texts))
+        found = [list(owners[caption_id(text)]) for text in distinct]
+        pairs = [(number, image) for number, matching in enumerate(found) for image in matching]
+        return cls(images, distinct, torch.tensor([matching[0] for matching in found]), torch.tensor(pairs))
+
+    @property
+    def pairs(self) -> Tensor:
+        """The pairs that are right, `(pairs, 2)` int64: text and image."""
+        if self.matches is not None:
+            return self.matches
+        return torch.stack([torch.arange(len(self.texts)), self.owners], dim=1)
+
+    def image(self, row: int) -> Image.Image:
+        """Decode an image."""
+        return self.images.decode(row, decode_image)
+
+    def captions_of(self, row: int) -> list[str]:
+        """Return the texts that an image is right for."""
+        return [self.texts[text] for text in self.pairs[self.pairs[:, 1] == row, 0].tolist()]
+
+    def select(self, images: Sequence[int]) -> RetrievalData:
+        """Keep some images, and the texts that one of them is right for.
+
+        Args:
+            images: Their positions, ascending.
+        """
+        places = torch.full((len(self.images),), -1)
+        places[torch.as_tensor(images, dtype=torch.int64)] = torch.arange(len(images))
+        pairs = torch.stack([self.pairs[:, 0], places[self.pairs[:, 1]]], dim=1)
+        pairs = pairs[pairs[:, 1] >= 0]
+        texts, pairs[:, 0] = pairs[:, 0].unique(return_inverse=True)
+        owners = torch.full((len(texts),), len(images)).scatter_reduce_(0, pairs[:, 0], pairs[:, 1], "amin")
+        chosen = [self.texts[text] for text in texts.tolist()]
+        return RetrievalData(
+            ChosenImages(self.images, images), chosen, owners, None if self.matches is None else pairs
+        )
+
+    def counts(self) -> dict[str, int]:
+        """Numbers of images and texts."""
+        return {"images": len(self.images), "texts": len(self.texts)}
+
+    def parts(self) -> list[DataPart]:
+        """The captions, by image."""
+        keys = _keys(self.images)
+        rows = [(keys[owner], text) for owner, text in zip(self.owners.tolist(), self.texts, strict=True)]
+        return [DataPart("captions", rows, ("captions",), "texts", ("images",), keys, self.images)]
+
+
+class MultilingualData(dict[str, RetrievalData]):
+    """The captions of images by language.
+
+    Args:
+        by_language: Images and captions of each language that has some.
+        absent: Languages of the set that have none.
+    """
+
+    def __init__(self, by_language: Mapping[str, RetrievalData], absent: Sequence[str] = ()) -> None:
+        super().__init__(by_language)
+        self.absent = tuple(absent)
+
+    def counts(self) -> dict[str, int]:
+        """Numbers of languages, of the texts of all, and of the images of the language that has most of them."""
+        return {
+            "images": max((len(part.images) for part in self.values()), default=0),
+            "languages": len(self),
+            "texts": sum(len(part.texts) for part in self.values()),
+        }
+
+    def parts(self) -> list[DataPart]:
+        """The captions of each language, by image, and the languages that have none."""
+        parts = [DataPart("languages without a caption", absent=self.absent)]
+        for language, data in self.items():
+            for part in data.parts():
+                parts.append(replace(part, name=language, columns=(language,), per=("images", "languages")))
+        return parts
+
+
+@dataclass
+class ClassificationData:
+    """Labelled images.
+
+    Attributes:
+        labels: `(images,)` int64, a class of each image.
+        classnames: Name of each class, as it stands in a prompt.
+        templates: Prompts with `{c}` for the name, unless the user chooses others.
+        train: Images for a linear probe, with the same classes.
+        validation: Images by which a probe chooses its strength of regularisation, if the set has such a part.
+        mean_per_class: Whether the accuracy that is compared is the mean of the classes.
+    """
+
+    images: BenchmarkImages
+    labels: Tensor
+    classnames: list[str]
+    templates: list[str] = field(default_factory=lambda: ["a photo of a {c}."])
+    train: ClassificationData | None = None
+    validation: ClassificationData | None = None
+    mean_per_class: bool = False
+
+    def counts(self) -> dict[str, int]:
+        """Numbers of images and of classes that have some."""
+        return {"images": len(self.images), "classes": len(self.labels.unique())}
+
+    def parts(self) -> list[DataPart]:
+        """The images by class, the prompts by class, and the images for a probe."""
+        shared = {name for name, times in Counter(self.classnames).items() if times > 1}
+        classes = [f"{name} ({label})" if name in shared else name for label, name in enumerate(self.classnames)]
+        # Images of other kinds are read from archives one by one.
+        files = self.images.images if isinstance(self.images.images, (list, tuple)) else []
+        for label, image in zip(self.labels.tolist(), files, strict=False):
+            if isinstance(image, Path):
+                classes[label] = f"{self.classnames[label]} in {image.parent.name}"
+        rows = [(classes[label],) for label in self.labels.tolist()]
+        places = [name for name in self.classnames for _ in self.templates]
+        texts = list(zip(places, prompts(self.classnames, self.templates), strict=True))
+        return [
+            DataPart("images", rows, count="images", per=("classes",), owners=classes, images=self.images),
+            DataPart("prompts", texts, ("prompts",)),
+            *(DataPart("train images", images=part.images) for part in (self.train, self.validation) if part),
+        ]
+
+
+class SeveralSets(dict[str, ClassificationData]):
+    """Sets of classification by name, of which the mean is measured."""
+
+    def counts(self) -> dict[str, int]:
+        """Number of sets, and the counts of each after its name, such as `cifar10 images`."""
+        counts = {"sets": len(self)}
+        for name, data in self.items():
+            counts |= {f"{name} {what}": count for what, count in data.counts().items()}
+        return counts
+
+    def parts(self) -> list[DataPart]:
+        """The parts of each set, whose own benchmark describes which of its classes are unusual."""
+        return [
+            replace(part, name=f"{name} {part.name}", count="", owners=())
+            for name, data in self.items()
+            for part in data.parts()
+        ]
+
+
+@dataclass
+class CaptionPairData:
+    """Two captions of each of some images, without the images.
+
+    Attributes:
+        queries, targets: A caption of each image, and another one, in the same order.
+        matches: `(pairs, 2)` int64, query and target of all that is right; None if row i belongs to row i.
+    """
+
+    queries: list[str]
+    targets: list[str]
+    matches: Tensor | None = None
+
+    @classmethod
+    def from_source(cls, source: PairSource) -> CaptionPairData:
+        """Take the anchors of a source as queries and its positives as targets, or its first two caption columns.
+
+        Equal texts, in whatever case and white space, are one query or one target.
+        """
+        dataset = PairDataset(source)
+        rows = [dataset[index] for index in range(len(dataset))]
+        (queries, query_of), (targets, target_of) = (
+            _distinct([row[name] for row in rows]) for name in ("anchor", "positive")
+        )
+        pairs = sorted(set(zip(query_of, target_of, strict=True)))
+        return cls(queries, targets, torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2))
+
+    def counts(self) -> dict[str, int]:
+        """Number of pairs."""
+        return {"pairs": len(self.queries)}
+
+    def parts(self) -> list[DataPart]:
+        """The pairs."""
+        rows = [("", *texts) for texts in zip(self.queries, self.targets, strict=True)]
+        return [DataPart("pairs", rows, ("queries", "targets"), "pairs")]
+
+
+@dataclass
+class PairData:
+    """Pairs of images, each with two captions: of each pair, caption 0 is of image 0 and caption 1 of image 1.
+
+    Attributes:
+        images: The two images of each pair, one pair after another.
+        texts: Their captions, in the same order.
+        kinds: The part that each pair belongs to, such as a visual pattern.
+    """
+
+    images: BenchmarkImages
+    texts: list[str]
+    kinds: list[str]
+
+    def counts(self) -> dict[str, int]:
+        """Numbers of pairs and kinds."""
+        return {"pairs": len(self.kinds), "kinds": len(set(self.kinds))}
+
+    def parts(self) -> list[DataPart]:
+        """The pairs, by their first image."""
+        rows = list(zip(_keys(self.images)[::2], self.texts[::2], self.texts[1::2], strict=True))
+        return [DataPart("pairs", rows, ("first", "second"), "pairs", images=self.images)]
+
+
+@dataclass
+class HardNegativeData:
+    """Images with a right caption and a wrong one that differs little.
+
+    Attributes:
+        images: Each image once.
+        owners: `(choices,)` int64, the image of each choice.
+        right, wrong: The two captions of each choice.
+        kinds: The part that each choice belongs to, such as `swap_obj`.
+    """
+
+    images: BenchmarkImages
+    owners: Tensor
+    right: list[str]
+    wrong: list[str]
+    kinds: list[str]
+
+    def counts(self) -> dict[str, int]:
+        """Number of choices of each kind."""
+        return dict(Counter(self.kinds))
+
+    def parts(self) -> list[DataPart]:
+        """The choices of each kind, by image."""
+        rows: dict[str, list[tuple[str, ...]]] = {kind: [] for kind in self.kinds}
+        keys = _keys(self.images)
+        for kind, owner, *texts in zip(self.kinds, self.owners.tolist(), self.right, self.wrong, strict=True):
+            rows[kind].append((keys[owner], *texts))
+        return [
+            DataPart(f"{kind} rows", some, ("right", "wrong"), kind, images=self.images) for kind, some in rows.items()
+        ]
+
+
+@dataclass
+class GradedData(RetrievalData):
+    """Images and captions with all pairs that human judges found right; only some are queries.
+
+    Attributes:
+        matches: `(pairs, 2)` int64, text and image, of the texts that are queries.
+        image_matches: `(pairs, 2)` int64, image and text, of the images that are queries. Judges saw other candidates
+            in the two directions, so that these need not be the same pairs.
+        outside: Judged right pairs whose image or caption is not in the gallery, in words.
+    """
+
+    image_matches: Tensor = field(default_factory=lambda: torch.zeros(0, 2, dtype=torch.int64))
+    outside: list[str] = field(default_factory=list)
+
+    def counts(self) -> dict[str, int]:
+        """Numbers of images and texts, of queries of both kinds, of what is right for them, and of pairs outside."""
+        assert self.matches is not None
+        return super().counts() | {
+            "text_queries": len(self.matches[:, 0].unique()),
+            "image_queries": len(self.image_matches[:, 0].unique()),
+            "right_images": len(self.matches),
+            "right_texts": len(self.image_matches),
+            "outside": len(self.outside),
+        }
+
+    def parts(self) -> list[DataPart]:
+        """The captions, by image, and the judged pairs that are outside."""
+        return [DataPart("judged pairs of what is not there", absent=self.outside), *super().parts()]
+
+
+def _keys(images: ContentSet) -> list[str]:
+    return [images.key(row) for row in range(len(images))]
+
+
+def _distinct(texts: Sequence[str]) -> tuple[list[str], list[int]]:
+    """Return the distinct texts, and the position of each text among them."""
+    ids = [caption_id(text) for text in texts]
+    first = dict(zip(reversed(ids), reversed(texts), strict=True))
+    positions = {identity: position for position, identity in enumerate(dict.fromkeys(ids))}
+    return [first[identity] for identity in positions], [positions[identity] for identity in ids]

@@ -1,0 +1,163 @@
+"""How an index is built and brought up to date: the type of its vector index, data type, batches, parts."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from llm2clip.utils.settings import check_choices, setting
+
+logger = logging.getLogger(__name__)
+
+# Images per forward pass, by default.
+IMAGES_AT_ONCE = 64
+# Up to here, comparing a query with every embedding takes at most a tenth of a second.
+EXACT_IMAGES = 100_000
+# The codes of ivf_rq are made of groups of as many values.
+RQ_GROUP = 8
+# Largest widths that hnsw of pgvector takes.
+HNSW_WIDTHS = {"float16": 4000, "float32": 2000, "binary": 64_000}
+PARAMETERS: dict[str, tuple[str, ...]] = {
+    "flat": (),
+    "ivf_rq": ("precision", "cells", "probes", "refine"),
+    "faiss": ("precision", "cells", "probes", "refine"),
+    "hnsw": ("precision", "refine", "m", "ef_construction", "ef_search"),
+}
+# What `precision` may be; pgvector has no vectors of 8 bits.
+PRECISIONS = {"flat": (), "ivf_rq": ("int8", "binary"), "faiss": ("int8", "binary"), "hnsw": ("binary",)}
+# Candidates per result that are compared by their embeddings; the order of one bit per value is coarse.
+REFINE = {None: 5, "int8": 5, "binary": 20}
+
+
+@dataclass
+class IndexSettings:
+    """How an index is built and updated."""
+
+    index_type: Literal["auto", "flat", "ivf_rq", "faiss", "hnsw"] = setting(
+        "auto",
+        "flat compares a query with every embedding, on disk: exact, 50 ms for 100,000 images of width 512. ivf_rq "
+        "reads codes of 4 bits per value of the nearest cells and compares the best again by their embeddings: on "
+        "disk too, 7 ms for a million. auto is flat up to 100,000 images, and ivf_rq above. faiss is its IVF,SQ8: "
+        "1 ms for a million, but every search first reads the whole index into memory (8 bits per value). "
+        "In PostgreSQL, auto is flat up to 100,000 images, and hnsw above: a graph that pgvector keeps up to date.",
+    )
+    precision: Literal["int8", "binary"] | None = setting(
+        None,
+        "Form of the embeddings by which ivf_rq, faiss and hnsw choose the candidates that are then compared by the "
+        "embeddings themselves (dtype): int8 (8 bits per value) or binary (1 bit); by default 4 bits for ivf_rq, int8 "
+        "for faiss, and dtype for hnsw, which has no int8. With it, auto is ivf_rq or hnsw for any number of images.",
+    )
+    cells: int | None = setting(
+        None,
+        "ivf_rq and faiss: number of clusters of images; by default one per 8,192 images, for faiss one per 1,000.",
+    )
+    probes: int = setting(16, "ivf_rq and faiss: clusters searched per query; raise it for higher recall.")
+    refine: int | None = setting(
+        None,
+        "ivf_rq, faiss and binary hnsw: candidates per result that are compared by their embeddings, by default 5, of "
+        "binary 20; raise it for recall.",
+    )
+    m: int = setting(16, "hnsw: neighbors of an image in the graph.")
+    ef_construction: int = setting(64, "hnsw: candidates for the neighbors of an image; raise it for recall.")
+    ef_search: int = setting(100, "hnsw: candidates compared per query, at most 1000; raise it for higher recall.")
+    dtype: Literal["float16", "float32"] = setting("float16", "Data type of the stored embeddings.")
+    batch_size: int | None = setting(
+        None,
+        "Images per forward pass, by default 64; captions, which are grouped by length, by default as many as 512 "
+        "tokens on a CPU and 16,384 elsewhere allow.",
+    )
+    num_workers: int | None = setting(
+        None,
+        "Threads that decode images, or processes with PostgreSQL; by default one per core, at most 8; 0 for none.",
+    )
+    part_size: int = setting(
+        4096,
+        "Images or captions between two saves of an unfinished run; a killed run repeats fewer of them than this.",
+    )
+    overwrite: bool = setting(False, "Build an existing index again from scratch.")
+    allow_removals: bool = setting(
+        False, "Update the index although more than half of its images are gone, as they are when a disk is missing."
+    )
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        for name, value in vars(self).items():  # those of a subclass too
+            least = 0 if name == "num_workers" else 1
+            if type(value) is int and value < least:
+                raise ValueError(f"{name} must be at least {least}, not {value}.")
+        if not (2 <= self.m <= 100 and 2 * self.m <= self.ef_construction <= 1000 and self.ef_search <= 1000):
+            raise ValueError(
+                f"m, ef_construction and ef_search are {self.m}, {self.ef_construction} and {self.ef_search}, but "
+                "hnsw takes m from 2 to 100, ef_construction from twice m to 1000, and ef_search up to 1000."
+            )
+
+    @property
+    def rows_per_part(self) -> int:
+        """Rows in a part: whole batches, so that a resumed run forms the same batches as an uninterrupted one."""
+        batch = self.batch_size or IMAGES_AT_ONCE
+        return max(1, self.part_size // batch) * batch
+
+    def type_of(self, types: tuple[str, ...], width: int | None = None) -> str:
+        """Return the chosen type, which is `auto` while the number of images decides.
+
+        Args:
+            types: Those of the store: flat, and then the one for many images.
+            width: That of the embeddings, if it is known.
+
+        Raises:
+            ValueError: It has no index of the chosen precision or for this width, or does not use a setting.
+        """
+        kind = types[1] if self.index_type == "auto" and self.precision else self.index_type
+        most = types[1] if kind == "auto" else kind  # what uses the most settings
+        if self.precision and self.precision not in (has := PRECISIONS[most]):
+            others = f"has only {' and '.join(has)}" if has else "compares the embeddings themselves"
+            raise ValueError(f"precision is {self.precision}, but an index of the type {kind} {others}: leave it out.")
+        defaults, used = IndexSettings(), self._used(most)
+        for name in {name for names in PARAMETERS.values() for name in names if name not in used}:
+            if (value := getattr(self, name)) != getattr(defaults, name):
+                raise ValueError(f"{name} is {value}, but an index of the type {most} does not use it: leave it out.")
+        if width is None or kind == "auto":
+            return kind
+        if kind == "ivf_rq" and not self._fits(kind, width):
+            raise ValueError(
+                f"ivf_rq needs embeddings whose width is a multiple of {RQ_GROUP}, but it is {width}; use the "
+                "index_type flat or faiss, or the precision int8."
+            )
+        if not self._fits(kind, width):
+            form = self.precision or self.dtype
+            raise ValueError(
+                f"hnsw takes embeddings of up to {HNSW_WIDTHS[form]:,} values of {form}, but the width is {width:,}"
+                f"; use the index_type flat{', or the dtype float16' if width <= HNSW_WIDTHS['float16'] else ''}."
+            )
+        return kind
+
+    def index_of(self, images: int, width: int, types: tuple[str, ...]) -> dict[str, Any]:
+        """Return the type for so many images, with those parameters that apply to it.
+
+        Raises:
+            ValueError: There are fewer images than cells; otherwise see `type_of`.
+        """
+        kind = self.type_of(types, width)
+        if kind == "auto":
+            many, fits = types[1], self._fits(types[1], width)
+            kind = many if images > EXACT_IMAGES and fits else "flat"
+            if images > EXACT_IMAGES and not fits:
+                logger.warning("%s cannot index %d values of %s: a search compares all.", many, width, self.dtype)
+        if "cells" in PARAMETERS[kind] and self.cells is not None and self.cells > images:
+            raise ValueError(
+                f"an index of {self.cells} cells needs at least {self.cells} images, but there are {images}; lower "
+                "cells, or use the index_type flat."
+            )
+        values = {**asdict(self), "refine": self.refine or REFINE[self.precision]}
+        return {"type": kind, **{name: values[name] for name in self._used(kind)}}
+
+    def _used(self, kind: str) -> list[str]:
+        """Name the parameters of a type; hnsw compares candidates again only if it has found them by binary codes."""
+        is_coarse = kind != "hnsw" or self.precision == "binary"
+        return [name for name in PARAMETERS[kind] if name != "refine" or is_coarse]
+
+    def _fits(self, kind: str, width: int) -> bool:
+        if kind == "ivf_rq":
+            return self.precision == "int8" or width % RQ_GROUP == 0
+        return kind != "hnsw" or width <= HNSW_WIDTHS[self.precision or self.dtype]

@@ -1,0 +1,250 @@
+"""A search index in Python: build, search, update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from llm2clip.encoders import Encoder, load_encoder
+from llm2clip.encoders.query_text import QueryTextEncoder, TextEncoder
+from llm2clip.search.folder_items import Items
+from llm2clip.search.index_manifest import IndexManifest
+from llm2clip.search.index_settings import IndexSettings
+from llm2clip.search.index_update import update_index
+from llm2clip.search.results import SearchResult
+from llm2clip.search.search import require_recorded
+from llm2clip.search.store import VECTOR, IndexStore, open_store
+from llm2clip.search.table_items import as_items, items_of
+
+# The largest number that databases take.
+MOST_FOUND = 2**62
+Query = str | Path | Image.Image
+
+
+class SearchIndex:
+    """An index of images or captions: a folder, or a table of a database.
+
+    Searches see the index as it is when it is opened: open it again to see updates of other processes.
+
+    Args:
+        store, encoder, revision, text_encoder: See [`SearchIndex.open`].
+
+    Attributes:
+        manifest: What it consists of, and who made it of what.
+        counts: After `build` and `update`, what has been done; see [`update_index`].
+    """
+
+    def __init__(
+        self,
+        store: IndexStore,
+        encoder: Encoder | str | None = None,
+        revision: str | None = None,
+        text_encoder: TextEncoder = "llm",
+    ) -> None:
+        self.store, self.location = store, store.location
+        self._model = encoder if isinstance(encoder, str) else None
+        self._encoder = encoder if isinstance(encoder, Encoder) else None
+        self._revision, self._text_encoder = revision, text_encoder
+        self._loaded, self._checked = {"image", "text"}, set[str]()
+        self.counts: dict[str, Any] = {}
+        self._read()
+
+    def _read(self) -> None:
+        manifest = self.store.metadata()
+        if manifest is None:
+            is_begun = self.store.metadata(unfinished=True) is not None
+            state = "is not finished; run the same llm2clip index again" if is_begun else "does not exist"
+            raise FileNotFoundError(
+                f"there is no index in {self.location}: it {state}. To create one: llm2clip index FOLDER --model MODEL"
+            )
+        self.manifest: IndexManifest = manifest
+
+    @classmethod
+    def open(
+        cls,
+        location: str | Path | IndexStore,
+        postgres: str | None = None,
+        encoder: Encoder | str | None = None,
+        revision: str | None = None,
+        text_encoder: TextEncoder = "llm",
+    ) -> SearchIndex:
+        """Open an index.
+
+        Args:
+            location: Its folder or URL; in PostgreSQL, its table; or a store of your own.
+            postgres: URL of the database.
+            encoder: The model that made the index, or its folder or Hub id now; by default it is loaded, when it is
+                first needed, from where it was.
+            revision: Branch, tag or commit of the model on the Hub.
+            text_encoder: `query` for the small encoder in `query_encoder/` of the model in place of its LLM; `auto`
+                for that where there is one.
+
+        Raises:
+            ConnectionError: The database or object store cannot be reached.
+            FileNotFoundError: There is no complete index.
+            ImportError: The library of the object store is not installed.
+            ValueError: The index is damaged.
+        """
+        store = open_store(location, postgres) if isinstance(location, (str, Path)) else location
+        return cls(store, encoder, revision, text_encoder)
+
+    @classmethod
+    def build(
+        cls,
+        encoder: Encoder | str,
+        images: str | Path | datasets.Dataset | Sequence[Any] | Items,
+        location: str | Path | IndexStore,
+        *,
+        postgres: str | None = None,
+        **settings: Any,
+    ) -> SearchIndex:
+        """Build an index, or bring an existing one up to date: only what is new or changed is embedded.
+
+        Args:
+            encoder: A model that [`load_encoder`] has opened, or the name of one.
+            images: A folder, the path or Hub id of a data set, a `datasets.Dataset`, or a list of paths and PIL
+                images; or items with options of their own, such as `TableCaptions`.
+            location: Where the index is to be: a folder or a URL; in PostgreSQL, a table; or a store of your own.
+            postgres: URL of the database.
+            settings: Fields of [`IndexSettings`], such as `index_type`.
+
+        Raises:
+            ConnectionError: The database or object store cannot be reached.
+            FileExistsError: The location contains something else than an index.
+            FileNotFoundError: The images or the model do not exist.
+            NonFiniteError: The model's embedding of an image is NaN or infinite.
+            ValueError: The existing index belongs to another model or source, or no image can be embedded.
+        """
+        store = open_store(location, postgres) if isinstance(location, (str, Path)) else location
+        items = images if isinstance(images, Items) else as_items(images, [Path(store.location)])
+        loaded = encoder
+        with store.lock():
+            if isinstance(loaded, str):
+                loaded = load_encoder(loaded, dtype="auto", needs=["image"] if items.embed == "image" else [])
+            counts = update_index(store, items, loaded, IndexSettings(**settings))
+        index = cls(store, encoder)
+        index.counts, index._encoder = counts, loaded
+        if isinstance(encoder, str) and items.embed == "image":
+            index._loaded = {"image"}  # texts need more of it
+        return index
+
+    def update(self, images: Any = None, **settings: Any) -> dict[str, Any]:
+        """Embed what is new or changed, drop what is gone, and search the result from now on.
+
+        Args:
+            images: The images as they are now; by default they are read from where they were indexed. An index of a
+                list needs them.
+            settings: As for [`SearchIndex.build`]; the type of the vector index stays as it is.
+
+        Returns:
+            See [`update_index`].
+
+        Raises:
+            FileNotFoundError, NonFiniteError, ValueError: See [`SearchIndex.build`].
+        """
+        manifest, exclude = self.manifest, [Path(self.location)]
+        items = images
+        if images is None:
+            items = items_of(manifest, exclude)
+        elif not isinstance(images, Items):
+            items = as_items(images, exclude)
+        kind = {name: value for name, value in manifest.index.items() if name != "type"}
+        kept = {"index_type": manifest.index["type"], "dtype": manifest.dtype, **kind}
+        with self.store.lock():
+            encoder = self.encoder(["text" if manifest.embed == "caption" else "image"])
+            self.counts = update_index(self.store, items, encoder, IndexSettings(**{**kept, **settings}))
+        self._read()
+        return self.counts
+
+    def __len__(self) -> int:
+        return self.manifest.images
+
+    def search(self, query: Query | Sequence[Query] | np.ndarray, k: int = 10, where: str | None = None) -> list[Any]:
+        """Find the images or captions that are nearest to a query.
+
+        Args:
+            query: A text, a PIL image or the `Path` of one; a list of these; or embeddings `(n, width)`.
+            k: How many, at most.
+            where: A condition on the columns of the index that they fulfil, such as `"folder = 'a'"`; see
+                [`parse_where`].
+
+        Returns:
+            [`SearchResult`]s, best first, with `score` (the cosine of the query and the stored embedding), `key`,
+            `path` and `caption`; for a list or embeddings, such a list for each.
+
+        Raises:
+            ConnectionError: The database or object store cannot be reached.
+            FileNotFoundError: The model that made the index does not exist any more.
+            NonFiniteError: The model's embedding of a query is NaN or infinite.
+            ValueError: `k` is less than 1, `where` is no condition on the columns, or another model made the index.
+        """
+        if k < 1:
+            raise ValueError(f"k must be at least 1, not {k}.")
+        is_single = isinstance(query, (str, Path, Image.Image))
+        rows = self.embed([query] if is_single else query)  # type: ignore[list-item,arg-type]
+        found = self.store.search(rows, min(k, MOST_FOUND), where)
+        results = [self._ranked(row, near, k) for row, near in zip(rows, found, strict=True)]
+        return results[0] if is_single else results
+
+    def embed(self, queries: Sequence[Query] | np.ndarray) -> np.ndarray:
+        """Return unit rows `(n, width)`, float32, of texts, images or embeddings."""
+        rows = queries
+        if not hasattr(queries, "dtype"):
+            texts = [query for query in queries if isinstance(query, str)]
+            images = [query for query in queries if not isinstance(query, str)]
+            encoder = self.encoder([*["text"] * bool(texts), *["image"] * bool(images)])
+            rows = np.empty((len(queries), encoder.width), np.float32)
+            is_text = np.array([isinstance(query, str) for query in queries], dtype=bool)
+            if texts:
+                rows[is_text] = encoder.encode_text(texts).numpy()
+            if images:
+                names = [str(getattr(image, "filename", image) or "query") for image in images]
+                rows[~is_text] = encoder.encode_image(images, names=names).numpy()
+        rows = np.asarray(rows, np.float32)
+        if rows.ndim != 2 or rows.shape[1] != self.manifest.width:
+            raise ValueError(f"queries have to be rows of width {self.manifest.width}, and are {rows.shape}.")
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+    def _ranked(self, query: np.ndarray, near: pa.Table, k: int) -> list[SearchResult]:
+        """Compare a query with stored embeddings exactly, so that all stores give equal scores."""
+        embeds = near[VECTOR].combine_chunks().flatten().to_numpy().astype(np.float64).reshape(len(near), len(query))
+        # Unlike a matrix product, this is the same wherever a row is among the others.
+        scores = (embeds * query).sum(axis=1) / np.linalg.norm(embeds, axis=1).clip(min=1e-12)
+        rows = near.drop_columns([VECTOR]).to_pylist()
+        found = [SearchResult.from_row(*pair, self.manifest) for pair in zip(rows, scores.tolist(), strict=True)]
+        return sorted(found, key=lambda one: (-one.score, one.key, str(one.row), str(one.caption)))[:k]
+
+    def encoder(self, needs: Sequence[str] = ("image", "text")) -> Encoder:
+        """Return the model of the index, which is loaded when it is first needed.
+
+        Args:
+            needs: What it is to embed: `image`, `text` or both.
+
+        Raises:
+            FileNotFoundError: It does not exist any more.
+            ValueError: It is not the one that made the index, or does not embed what is needed.
+        """
+        if self._encoder is None or not self._loaded.issuperset(needs):
+            # What the index holds is in the space of the image side, if the model has one.
+            self._loaded = {*needs, *(["image"] if self.manifest.image_fingerprint else [])}
+            name, revision = self._model, self._revision
+            if name is None:
+                name, revision = self.manifest.model, self.manifest.revision
+                require_recorded(self.location, name)
+            text_encoder = self._text_encoder if "text" in self._loaded else "llm"
+            options: dict[str, Any] = {"needs": sorted(self._loaded), "text_encoder": text_encoder}
+            self._encoder = load_encoder(name, revision, "auto", **options)
+            if self._encoder.width > self.manifest.width:
+                self._encoder.truncate(self.manifest.width)
+            # A query encoder is bound to its model: it was taught the space of its captions.
+            self._checked = {"text"} if isinstance(self._encoder, QueryTextEncoder) else set()
+        if unchecked := {"image", *needs} - self._checked:  # reading all weights takes seconds
+            self.manifest.require_model(self.location, self._encoder, unchecked)
+            self._checked |= unchecked
+        return self._encoder

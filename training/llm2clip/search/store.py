@@ -1,0 +1,160 @@
+"""The interface of a store of indexes, and where one is found by the location of an index."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from llm2clip.search.index_manifest import IndexManifest
+
+KEY = "key"
+# 16 bytes that differ as soon as anything but the embedding of a row differs.
+ID = "_id"
+VECTOR = "vector"
+# Why a row has no embedding. Only rows of an unfinished run have one; `commit` deletes them.
+REASON = "_reason"
+# Number of a row, by which a store finds it; it may change with a commit.
+NUMBER = "_rowid"
+INTERNAL = (ID, VECTOR, REASON, NUMBER, "_generation")
+# Stores compare with a query that is rounded to 16 bits; so many more than asked for are compared exactly afterwards.
+MORE = 4
+# Kinds of URL that LanceDB and fsspec open.
+OBJECT_STORES = ("s3", "gs", "az")
+# Other stores, by the kind of URL of a location: "MODULE:CLASS", called with the URL.
+STORES: dict[str, str] = {}
+
+Base = Literal["nothing", "commit", "unfinished"]
+
+
+class IndexStore(Protocol):
+    """The location of an index: a folder, or a table of a database.
+
+    Six methods do the work: a run upserts and deletes rows, of which searches see nothing until `commit`; the next run
+    after a killed one continues with the rows that are stored. Three more are there because two runs must not write at
+    once (`lock`), because a run says what it adds to (`begin`), and because a row that moved keeps its embedding
+    (`vectors`).
+
+    Attributes:
+        location: Its name in messages.
+        index_types: Types of vector index that it has: flat, the one for many images, and others.
+    """
+
+    location: str
+    index_types: tuple[str, ...]
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Keep other runs out. At the end, delete what a run has begun if that has no rows and there is no index.
+
+        Raises:
+            FileExistsError: Something else than an index is there.
+            ValueError: Another run is writing.
+        """
+        ...
+
+    def metadata(self, unfinished: bool = False) -> IndexManifest | None:
+        """Read the manifest of the last commit, and open it for `search` and `keys`; None if there is none.
+
+        Args:
+            unfinished: Read instead the one that the last run began with, if it has not committed.
+
+        Raises:
+            ValueError: The index is damaged.
+        """
+        ...
+
+    def begin(self, manifest: IndexManifest, schema: pa.Schema, base: Base) -> None:
+        """Begin to write, on top of the last commit, of the rows of the unfinished run, or of nothing.
+
+        The rows of an unfinished run on which it is not built are dropped. The last commit stays until `commit`.
+        """
+        ...
+
+    def keys(self, columns: Sequence[str] | None, written: bool = False) -> Iterator[pa.RecordBatch]:
+        """Read rows of the last commit: `columns`, and the numbers of the rows as `NUMBER`.
+
+        Args:
+            columns: None for all that describe a row: those that are not `INTERNAL`.
+            written: Read instead the rows that this run writes, from what it adds to on.
+        """
+        ...
+
+    def vectors(self, numbers: np.ndarray) -> pa.Table:
+        """Read `VECTOR` and `REASON` of the rows with these numbers that this run writes, in their order."""
+        ...
+
+    def upsert(self, rows: pa.Table) -> None:
+        """Add rows with all columns of the schema, in one step that happens or does not."""
+        ...
+
+    def delete(self, numbers: np.ndarray) -> None:
+        """Delete the rows with these numbers."""
+        ...
+
+    def commit(self, manifest: IndexManifest, failures: list[dict[str, Any]]) -> None:
+        """Index the rows as the manifest says, and let searches see them, in one step; does nothing without a change.
+
+        Rows with a `REASON` are deleted before. The manifest gets what the store adds to it.
+        """
+        ...
+
+    def search(self, queries: np.ndarray, k: int, where: str | None = None) -> list[pa.Table]:
+        """Find the rows of the last commit whose embeddings have the largest cosines with each query.
+
+        Args:
+            queries: `(n, width)` unit vectors, float32.
+            where: A condition that the rows fulfil; see [`parse_where`].
+
+        Returns:
+            For each query at most `k` rows with all columns and `VECTOR`, in any order.
+
+        Raises:
+            ValueError: `where` is no condition on the columns, or the stored rows are damaged.
+        """
+        ...
+
+
+def open_store(location: str | Path, postgres: str | None = None) -> IndexStore:
+    """Open the location of an index.
+
+    Args:
+        location: A folder or a URL of `OBJECT_STORES` or `STORES`; in PostgreSQL, a table: `NAME` or `SCHEMA.NAME`.
+        postgres: URL of the database.
+
+    Raises:
+        ImportError: The libraries of the database or object store are not installed; the message has the command that
+            installs them.
+        ValueError: The URL or the name of the table is none.
+    """
+    scheme, separator, rest = str(location).partition("://")
+    if postgres is not None:
+        name, arguments = "llm2clip.search.postgres_store:PostgresStore", [postgres, str(location)]
+    elif separator and scheme in STORES:
+        name, arguments = STORES[scheme], [str(location)]
+    elif not separator or scheme in OBJECT_STORES:
+        name, arguments = "llm2clip.search.lance_store:LanceStore", [str(location)]
+    else:
+        shown = f"{scheme}://..." if {"@", "?"} & set(rest) else location  # there may be a password in it
+        kinds = ", ".join(f"{kind}://" for kind in (*OBJECT_STORES, *STORES))
+        raise ValueError(
+            f"an index is a folder or a URL ({kinds}), not {shown}; one in PostgreSQL is a TABLE with --postgres URL."
+        )
+    module, _, class_name = name.partition(":")
+    try:
+        made: IndexStore = getattr(importlib.import_module(module), class_name)(*arguments)
+    except ImportError as error:
+        extra = "search" if postgres is None else "postgres"
+        raise ImportError(f"{error}; install it with: pip install 'llm2clip[{extra}]'") from error
+    return made
+
+
+def is_changed(
+    manifest: IndexManifest, failures: list[dict[str, Any]], committed: IndexManifest | None, listed: Any
+) -> bool:
+    """Return whether a manifest and a list of failures differ from those of the last commit."""
+    return committed is None or committed.content() != manifest.content() or listed != failures

@@ -1,0 +1,155 @@
+"""What stands before the endpoints: token, size and time of a request, its end, and errors that nobody expected."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Collection
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from llm2clip.serving.limits import Limits
+from llm2clip.serving.metrics import Metrics
+from llm2clip.serving.requests import ApiError
+from llm2clip.serving.worker import log_error
+
+# Bodies in memory at the same time, in largest bodies.
+MAX_BODIES = 8
+CLIENT_GONE = 499
+OPEN_PATHS = ("/health",)
+PATHS = ("/v1/embeddings", "/v1/models", "/search", "/health", "/metrics")
+
+
+class Guard:
+    """An ASGI application that protects another one.
+
+    Args:
+        app: The endpoints.
+        token: What clients have to send as `Authorization: Bearer TOKEN`; None for nothing.
+        hosts: Names of this server that requests may have as `Host`; None for any. A page in a browser can give its
+            own name this machine's address, and would then read what only this machine may.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        limits: Limits,
+        metrics: Metrics,
+        token: str | None,
+        hosts: Collection[str] | None,
+    ) -> None:
+        self.app, self.limits, self.metrics, self.hosts = app, limits, metrics, hosts
+        self._token = None if token is None else token.encode()
+        self._max_body = int(limits.max_body_mb * 1e6)
+        self._open_requests, self._open_bytes = 0, 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        start, status = time.monotonic(), CLIENT_GONE
+        body = bytearray()
+
+        async def counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        self._open_requests += 1
+        try:
+            self._check(scope)
+            if await self._read(receive, body):
+                await self._answer(scope, receive, counted, bytes(body))
+        except ApiError as error:
+            if status == CLIENT_GONE:
+                await error.response()(scope, receive, counted)
+        except Exception as error:
+            log_error(error)
+            if status == CLIENT_GONE:
+                await ApiError(500, "The server failed.", "internal_error").response()(scope, receive, counted)
+        finally:
+            self._open_requests -= 1
+            self._open_bytes -= len(body)
+            path = scope["path"] if scope["path"] in PATHS else "other"
+            self.metrics.requests.labels(path, status).inc()
+            self.metrics.seconds.labels(path).observe(time.monotonic() - start)
+
+    def _check(self, scope: Scope) -> None:
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        if self.hosts is not None:
+            host = headers.get(b"host", b"").decode("latin-1").rsplit(":", 1)
+            if (":".join(host) if host[-1].endswith("]") else host[0]) not in self.hosts:
+                raise ApiError(403, "The Host of the request is not this server.", "wrong_host")
+        if self._token is not None and scope["path"] not in OPEN_PATHS:
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not secrets.compare_digest(given.strip(), self._token):
+                challenge = {"WWW-Authenticate": "Bearer"}
+                message = "The token is missing or wrong; send it as `Authorization: Bearer TOKEN`."
+                raise ApiError(401, message, "invalid_api_key", headers=challenge)
+        if self._open_requests > self.limits.max_connections:
+            raise _busy("The server has too many requests at the same time.")
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length[:20]) > self._max_body:
+            raise self._too_large()
+
+    async def _read(self, receive: Receive, body: bytearray) -> bool:
+        """Read the whole request, so that its end and its size are known; returns whether the client is still there.
+
+        Raises:
+            ApiError: It is too slow (408) or too large (413), or there are too many (503).
+        """
+        try:
+            async with asyncio.timeout(self.limits.read_timeout):
+                more = True
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return False
+                    part = message.get("body", b"")
+                    body += part
+                    self._open_bytes += len(part)
+                    if len(body) > self._max_body:
+                        raise self._too_large()
+                    if self._open_bytes > MAX_BODIES * self._max_body:
+                        raise _busy("The server has too much to read at the same time.")
+                    more = message.get("more_body", False)
+        except TimeoutError:
+            text = f"The request took more than {self.limits.read_timeout:g} seconds to arrive."
+            raise ApiError(408, text, "too_slow", headers={"Connection": "close"}) from None
+        return True
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, body: bytes) -> None:
+        """Call the endpoint, as long as the client waits and the time limit allows.
+
+        Raises:
+            ApiError: It takes too long (504).
+        """
+        messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Message:
+            return messages.pop() if messages else {"type": "http.disconnect"}
+
+        answer: asyncio.Future[Any] = asyncio.ensure_future(self.app(scope, replay, send))
+        gone: asyncio.Future[Any] = asyncio.ensure_future(receive())
+        try:
+            await asyncio.wait((answer, gone), timeout=self.limits.timeout, return_when=asyncio.FIRST_COMPLETED)
+            if answer.done():
+                answer.result()
+            elif not gone.done():
+                message = f"The request took more than {self.limits.timeout:g} seconds; send fewer inputs."
+                raise ApiError(504, message, "timeout")
+        finally:
+            for task in (answer, gone):
+                task.cancel()
+            await asyncio.gather(answer, gone, return_exceptions=True)
+
+    def _too_large(self) -> ApiError:
+        message = f"The request has more than {self.limits.max_body_mb:g} MB; send fewer inputs."
+        return ApiError(413, message, "too_large", headers={"Connection": "close"})
+
+
+def _busy(message: str) -> ApiError:
+    return ApiError(503, f"{message} Try again later.", "overloaded", headers={"Retry-After": "1"})

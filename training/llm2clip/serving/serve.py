@@ -1,0 +1,154 @@
+"""The command `llm2clip serve`: an endpoint for embeddings of texts and images, and for searches."""
+
+from __future__ import annotations
+
+import gc
+import ipaddress
+import logging
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from llm2clip.encoders import load_encoder
+from llm2clip.serving.limits import Limits
+from llm2clip.utils.settings import check_choices, setting
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ServeConfig(Limits):
+    """Settings of `llm2clip serve`."""
+
+    model: str = setting("", "Hub id or folder of the model, of any library that llm2clip evaluate takes.")
+    model_revision: str | None = setting(None, "Branch, tag or commit of the model on the Hub.")
+    fast: bool = setting(False, "Embed texts with the model's query encoder (llm2clip distill-text), without its LLM.")
+    truncate_dim: int | None = setting(None, "Keep the first values of embeddings only, scaled to unit length.")
+    index: str | None = setting(None, "Folder or URL of an index of this model, for /search.")
+    host: str = setting("127.0.0.1", "Address to listen on; another machine's clients need a token.")
+    port: int = setting(8000, "Port; 0 for a free one.")
+    token_env: str | None = setting(None, "Environment variable with the token that clients have to send.")
+    token_file: str | None = setting(None, "File with the token that clients have to send.")
+    served_model_name: str | None = setting(
+        None, "Name of the model for clients; by default its Hub id, or the name of its folder."
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "Data type that the model computes in.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choices(self)
+        if not self.model:
+            raise ValueError("the model is missing: llm2clip serve MODEL")
+        if not 0 <= self.port < 65536:
+            raise ValueError(f"port must be from 0 to 65535, not {self.port}.")
+        if self.token_env and self.token_file:
+            raise ValueError("token_env and token_file are both given; choose one.")
+
+
+def run(config: ServeConfig) -> dict[str, Any]:
+    """Serve until SIGTERM or Ctrl-C, and finish what has been accepted.
+
+    Raises:
+        FileNotFoundError: The file of the token, or the index, does not exist.
+        ImportError: FastAPI or another library of the server is not installed.
+        OSError: The model does not exist, or the address is taken.
+        ValueError: Others could use the server without a token, the token is empty, or another model made the index.
+    """
+    # Here, so that missing libraries are reported before a large model is loaded, which takes minutes.
+    from llm2clip.serving.app import create_app
+    from llm2clip.serving.server import Server
+
+    token = read_token(config)
+    is_private = is_loopback(config.host)
+    if token is None and not is_private:
+        raise ValueError(
+            f"at {config.host}, others could use the server: give them a token by --token-env or --token-file, or "
+            "listen on 127.0.0.1."
+        )
+    with listen(config.host, config.port) as listener:
+        encoder = load_encoder(
+            config.model,
+            config.model_revision,
+            config.dtype,
+            text_encoder="query" if config.fast else "llm",
+            truncate_dim=config.truncate_dim,
+        )
+        index = None if config.index is None else open_index(config.index, encoder)
+        hosts = {"localhost", "127.0.0.1", "[::1]", config.host} if is_private and token is None else None
+        app = create_app(encoder, index, name=config.served_model_name, token=token, limits=config, hosts=hosts)
+        # Otherwise all clients wait for half a second, every few thousand requests, while Python looks for garbage in
+        # the modules of the libraries.
+        gc.collect()
+        gc.freeze()
+        host, port = listener.getsockname()[:2]
+        print(f"Listening on http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends it)", flush=True)
+        Server(app, config).run([listener])
+    return {}
+
+
+def read_token(config: ServeConfig) -> str | None:
+    """Read the token of the settings; None if there is none.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The token is empty, or has characters that no header has.
+    """
+    if config.token_file:
+        token, place = Path(config.token_file).read_text(encoding="utf-8").strip(), config.token_file
+    elif config.token_env:
+        token, place = os.environ.get(config.token_env, "").strip(), f"the environment variable {config.token_env}"
+    else:
+        return None
+    if not token or not (token.isascii() and token.isprintable()) or " " in token:
+        raise ValueError(f"{place} has no token: letters, digits and signs, without spaces.")
+    return token
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can connect to an address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, which others may know
+        return False
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Take an address, before a large model is loaded; clients are refused until the server starts.
+
+    Raises:
+        OSError: It is taken, or not this machine's.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        # With its protocol: asyncio turns Nagle's algorithm off, 40 ms for each answer, only where that is TCP.
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise OSError(f"cannot listen on {host}, port {port}: {error.strerror}; choose another --port.") from None
+    return listener
+
+
+def open_index(place: str, encoder: Any) -> Any:
+    """Open an index.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: Another model made it, or embeddings of another width.
+    """
+    from llm2clip.search.search_index import SearchIndex
+
+    index = SearchIndex.open(place, encoder=encoder)
+    if encoder.width != index.manifest.width:
+        raise ValueError(
+            f"embeddings of {encoder.name} have {encoder.width} values, and those of the index {place} have "
+            f"{index.manifest.width}; if they are of the same model, add --truncate-dim {index.manifest.width}."
+        )
+    index.encoder()  # compares it with the one that made the index
+    return index

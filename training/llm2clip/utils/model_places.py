@@ -1,0 +1,35 @@
+"""Where a model may be, checked before the libraries that load it are imported, which takes many seconds."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+# OWNER/NAME, or the name alone of the oldest models there.
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+OPEN_CLIP = "open_clip:"
+
+
+def is_repo(name: str) -> bool:
+    """Whether a model is a folder or a repository of the Hub, and neither of open_clip nor `PATH.py:FUNCTION`."""
+    return not name.startswith(OPEN_CLIP) and not name.rpartition(":")[0].endswith(".py")
+
+
+def require_model_place(name: str) -> None:
+    """Check that a model can exist; see [`load_encoder`] for its names. The Hub is not asked.
+
+    Raises:
+        FileNotFoundError: It is neither a folder, nor may it be a Hub id; or the file of a function does not exist.
+    """
+    if is_repo(name):
+        if Path(name).is_dir():
+            return
+        if not HUB_ID.fullmatch(name):
+            raise FileNotFoundError(f"there is no model {name}: no such folder exists, and a Hub id is OWNER/NAME.")
+        if "/" in name and Path(name).parent.is_dir():
+            logger.warning("there is no folder %s; looking for a model of this name on the Hub", name)
+    elif not name.startswith(OPEN_CLIP) and not Path(file := name.rpartition(":")[0]).is_file():
+        raise FileNotFoundError(f"{name}: the file {file} does not exist.")
