@@ -1,0 +1,212 @@
+"""The data set `scenes`: every text of every scene says what the picture shows, and every negative does not."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from studies.miniature import scene_texts, scenes
+
+Facts = set[tuple[str, int, str, str]]
+
+NUMBERS = {"a single": 1, "just one": 1, "one": 1, "a pair of": 2, "two": 2, "a trio of": 3, "three": 3}
+SIZES = {"large": "large", "big": "large", "small": "small", "little": "small"}
+WORDINGS = {text: place for wording in (scene_texts.IN_A, scene_texts.IN_B) for place, text in wording.items()}
+NAME = f"({'|'.join(NUMBERS)}) ({'|'.join(SIZES)}) ([a-zA-Z ]+?)"
+WHERE = f"({'|'.join(sorted(WORDINGS, key=len, reverse=True))})"
+# A place comes after a name, and before it only at the beginning of a sentence.
+MENTION = re.compile(
+    rf"(?:{WHERE} there (?:is|are) {NAME}\.)|(?:{NAME} (?:is |are |can be seen |){WHERE})", re.IGNORECASE
+)
+RELATION = re.compile(
+    r"The ([a-zA-Z ]+) (?:is|are) (to the left of|above) the ([a-zA-Z ]+?)( and above (?:it|them))?\."
+)
+REVERSE = re.compile(
+    r"The ([a-zA-Z ]+) (?:is|are) (further to the right|lower down)( and lower down)? than the ([^.]+)\."
+)
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[str, list[dict[str, Any]]]:
+    return {split: pq.read_table(scenes.COMMITTED / f"{split}.parquet").to_pylist() for split in scenes.SPLITS}
+
+
+@pytest.fixture(scope="module")
+def every(rows: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return [row for split in rows.values() for row in split]
+
+
+def facts(row: dict[str, Any]) -> Facts:
+    return {(told["caption"], told["count"], told["size"], told["place"]) for told in json.loads(row["objects"])}
+
+
+def said(text: str, names: dict[str, str]) -> Facts:
+    """Read back what a text says; `names` are the captions by every form in which they can appear."""
+    found = set()
+    for match in MENTION.finditer(text):
+        before, *first, number, size, name, after = match.groups()
+        if before:
+            number, size, name = first
+        found.add((names[name], NUMBERS[number.lower()], SIZES[size], WORDINGS[(before or after).lower()]))
+    return found
+
+
+def forms(row: dict[str, Any]) -> dict[str, str]:
+    captions = [told["caption"] for told in json.loads(row["objects"])]
+    return {form: caption for caption in captions for form in (caption, scene_texts.plural(caption))}
+
+
+def test_the_committed_scenes_are_what_the_generator_gives(rows: dict[str, list[dict[str, Any]]]) -> None:
+    for split, count in scenes.SPLITS.items():
+        assert len(rows[split]) == count
+        for number in range(0, count, count // 10):
+            assert rows[split][number] == scenes.scene(split, number)
+
+
+def test_no_name_and_no_drawing_is_in_two_splits(rows: dict[str, list[dict[str, Any]]]) -> None:
+    seen: Counter[str] = Counter()
+    for split in rows:
+        things = [told for row in rows[split] for told in json.loads(row["objects"])]
+        drawn = [told["drawing"] for row in rows[split] for told in json.loads(row["layout"])]
+        # Without spaces: "lightbulb" would be "light bulb" once more.
+        seen.update({told["caption"].lower().replace(" ", "") for told in things} | set(drawn))
+        assert set(drawn) <= set(scenes.drawings(split))
+    assert max(seen.values()) == 1
+
+
+def test_lengths_are_in_their_ranges(every: list[dict[str, Any]]) -> None:
+    ranges = {"short": (6, 16), "long_a": (30, 60), "long_b": (30, 60), "full": (80, 120)}
+    for column, (least, most) in ranges.items():
+        lengths = [len(row[column].split()) for row in every]
+        assert least <= min(lengths)
+        assert max(lengths) <= most
+    assert 9 < np.mean([len(row["short"].split()) for row in every]) < 11
+
+
+def test_descriptions_say_the_facts(every: list[dict[str, Any]]) -> None:
+    for row in every:
+        for column in ("long_a", "long_b", "full"):
+            assert said(row[column], forms(row)) == facts(row), row[column]
+
+
+def test_relations_are_those_of_the_picture(every: list[dict[str, Any]]) -> None:
+    def middle(name: str, row: dict[str, Any]) -> Any:
+        number = [told["caption"] for told in json.loads(row["objects"])].index(forms(row)[name])
+        drawn = json.loads(row["layout"])[number]
+        return (np.min(drawn["corners"], axis=0) + np.max(drawn["corners"], axis=0) + drawn["pixels"]) / 2
+
+    checked = 0
+    for row in every:
+        for column in ("long_a", "long_b", "full"):
+            relations = [(one, way, also, other) for one, way, other, also in RELATION.findall(row[column])]
+            relations += [(other, way, also, one) for one, way, also, other in REVERSE.findall(row[column])]
+            for one, way, also, other in relations:
+                apart = middle(other, row) - middle(one, row)
+                assert apart[int(way in ("above", "lower down"))] > scenes.DOUBT, row[column]
+                assert not also or apart[1] > scenes.DOUBT
+            checked += len(relations)
+    assert checked > 4 * len(every) * 0.9
+
+
+def test_negatives_have_one_change_and_are_false(every: list[dict[str, Any]]) -> None:
+    for row in every:
+        true, names = facts(row), forms(row)
+        places = said(row["swapped_places"], names)
+        count = said(row["changed_count"], names)
+        # Nothing that is said of the two is true of them where they are, and all that is said of the others is.
+        assert len(places - true) == 2
+        assert {fact[:3] for fact in places} == {fact[:3] for fact in true}
+        assert {fact[3] for fact in places} == {fact[3] for fact in true}
+        assert len(count - true) == 1
+        assert {fact[:1] + fact[2:] for fact in count} == {fact[:1] + fact[2:] for fact in true}
+        if row["swapped_sizes"] is None:
+            assert len({fact[2] for fact in true}) == 1
+            continue
+        sizes = said(row["swapped_sizes"], names)
+        assert len(sizes - true) == 2
+        assert {fact[:2] + fact[3:] for fact in sizes} == {fact[:2] + fact[3:] for fact in true}
+        assert sorted(fact[2] for fact in sizes) == sorted(fact[2] for fact in true)
+
+
+def test_negatives_have_the_form_of_the_description(every: list[dict[str, Any]]) -> None:
+    def form(text: str, row: dict[str, Any]) -> str:
+        for name in sorted(forms(row), key=len, reverse=True):
+            text = re.sub(rf"\b{name}\b", "X", text)
+        text = re.sub(r"(?i)\b(a single|just one|two|three) (small|large) X", "X", text)
+        return re.sub(r"\b(are|is|it|them|Are|Is)\b", "be", text).lower()
+
+    for row in every:
+        for column in ("swapped_places", "changed_count", "swapped_sizes"):
+            assert not row[column] or form(row[column], row) == form(row["long_a"], row)
+
+
+def test_counts_change_as_evenly_as_they_come(every: list[dict[str, Any]]) -> None:
+    def most(found: Facts) -> int:
+        return max(fact[1] for fact in found)
+
+    right = Counter(most(facts(row)) for row in every)
+    wrong = Counter(most(said(row["changed_count"], forms(row))) for row in every)
+    assert all(0.28 < counted[count] / len(every) < 0.39 for counted in (right, wrong) for count in (1, 2, 3))
+
+
+def test_irrelevant_sentences_name_nothing_that_can_be_drawn() -> None:
+    names = (scenes.COMMITTED / "nouns.txt").read_text().splitlines()
+    words = {word for name in names for form in (name, scene_texts.plural(name)) for word in form.lower().split()}
+    assert not (words - {"of"}) & set(re.findall("[a-z]+", " ".join(scene_texts.IRRELEVANT).lower()))
+
+
+@pytest.mark.parametrize(
+    ("name", "several"),
+    [
+        ("fox", "foxes"), ("ear of corn", "ears of corn"), ("glass of milk", "glasses of milk"), ("key", "keys"),
+        ("cherry", "cherries"), ("snowman", "snowmen"), ("fallen leaf", "fallen leaves"), ("crutch", "crutches"),
+    ],
+)  # fmt: skip
+def test_plurals(name: str, several: str) -> None:
+    assert scene_texts.plural(name) == several
+
+
+def test_articles() -> None:
+    for name in ("an apple", "a unicorn", "a ewe", "an hourglass", "an umbrella", "a horse", "a xylophone"):
+        assert scene_texts.article(name.split()[1]) == name.split()[0]
+
+
+def test_things_are_where_the_facts_say(rows: dict[str, list[dict[str, Any]]]) -> None:
+    third = scenes.PAGE / 3
+    for split in rows:
+        for row in rows[split][::25]:
+            picture = np.asarray(scenes.compose(split, row)).min(axis=-1) < 240
+            for told, drawn in zip(json.loads(row["objects"]), json.loads(row["layout"]), strict=True):
+                assert len(drawn["corners"]) == told["count"]
+                for x, y in drawn["corners"]:
+                    across, down = np.nonzero(picture[y : y + drawn["pixels"], x : x + drawn["pixels"]])
+                    # The longer side of what is drawn is the size.
+                    assert max(np.ptp(across), np.ptp(down)) > 0.75 * drawn["pixels"], row["key"]
+                    picture[y : y + drawn["pixels"], x : x + drawn["pixels"]] = False
+                ends = np.min(drawn["corners"], axis=0), np.max(drawn["corners"], axis=0) + drawn["pixels"]
+                column, line = ((ends[0] + ends[1]) / 2 // third).astype(int)
+                assert scene_texts.PLACES[3 * line + column] == told["place"]
+            # No copy of one thing covers another's, and there is nothing else.
+            assert not picture.any()
+
+
+def test_the_same_files_are_written_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pq.write_table(pq.read_table(scenes.COMMITTED / "test.parquet").slice(0, 5), tmp_path / "test.parquet")
+    monkeypatch.setattr(scenes, "COMMITTED", tmp_path)
+    for folder in ("one", "two"):
+        scenes.write(tmp_path / folder, "test")
+    files = [(tmp_path / folder / "test.parquet").read_bytes() for folder in ("one", "two")]
+    assert files[0] == files[1]
+    table = datasets.load_dataset(
+        "parquet", data_files=str(tmp_path / "one" / "test.parquet"), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert [image.size for image in table["image"]] == [(scenes.PAGE, scenes.PAGE)] * 5
+    assert table["key"] == [f"test-{number:04d}" for number in range(5)]
