@@ -13,7 +13,8 @@ PEERS := clip-benchmark==1.6.2
 # Test processes at once; tests of one file stay together, since they share what their fixtures made. Which files come
 # first is said in tests/conftest.py.
 WORKERS := 2
-PARALLEL = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+# A process that dies ends the run, and is named: its files would wait for another one that is not there.
+PARALLEL = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-min test-all test-nightly test-cuda test-faults compat bench bench-gpu lint audit docs dist format clean
@@ -34,7 +35,7 @@ test-min:  ## the tests with the lowest versions that setup.cfg allows, in .venv
 	$(MAKE) test VENV=.venv-min PIP_OPTIONS="--constraint build/lowest.txt"
 
 test-all: $(VENV)/.test  ## the slow tests of .ci/run
-	$(BIN)/python -m pytest -m "slow and not nightly" $(PARALLEL) --timeout 1800 $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not nightly" $(PARALLEL) --timeout 900 $(ARGS)
 
 test-nightly: $(VENV)/.test  ## the slow tests that .ci/run has no time for: several ranks, hours in fast-forward
 	$(BIN)/python -m pytest -m nightly $(PARALLEL) --timeout 1800 $(ARGS)

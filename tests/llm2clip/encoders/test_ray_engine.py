@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,19 @@ from tests.documents.reading import blocks
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.encoders.shards import Counting, description, embed, write_shards
 from tests.llm2clip.trainers.test_closed_form import stores
+from tests.processes import run_python
 
 pytest.importorskip("ray.data")
 
 
+# Otherwise Ray writes a token into the home folder, and refuses objects where 95% of the disk are taken.
+RAY_VARIABLES = {"RAY_AUTH_MODE": "disabled", "RAY_local_fs_capacity_threshold": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
 @pytest.fixture(autouse=True)
 def ray_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise Ray writes a token into the home folder, and refuses objects where 95% of the disk are taken."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    monkeypatch.setenv("RAY_local_fs_capacity_threshold", "1")
+    for name, value in RAY_VARIABLES.items():
+        monkeypatch.setenv(name, value)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -40,7 +45,6 @@ def cluster() -> Any:
     """Two processes of Ray, which the tests share with the runs that they start."""
     import ray
 
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # Workers find the modules of the tests by the paths of this process.
     paths = os.pathsep.join(sys.path)
     ray.init(
@@ -83,6 +87,7 @@ class IsFull(ShardEmbedder):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_every_shard_is_done_once_whatever_dies(cluster: Any, tmp_path: Path) -> None:
     source = write_shards(tmp_path / "data", 9)
     embed(source, tmp_path / "processes")
@@ -112,6 +117,7 @@ def test_every_shard_is_done_once_whatever_dies(cluster: Any, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_sums_of_tasks_give_the_alignment_of_the_whole(cluster: Any, tmp_path: Path) -> None:
     images, texts = torch.randn(900, 512), torch.randn(900, 768)
     texts[:, :9] += 8 * images[:, :9]
@@ -133,26 +139,27 @@ def test_the_command_starts_ray_and_writes_the_sidecars_of_processes(inputs: Inp
         rows = [json.dumps({"caption": f"a dog {number} {row}"}) for row in range(20)]
         (tmp_path / "data" / f"{number}.jsonl").write_text("\n".join(rows))
     (tmp_path / "data" / "5.jsonl").write_text("{")
-    settings: dict[str, Any] = {
-        "text_model_name_or_path": inputs.text,
-        "sources": [{"path": str(tmp_path / "data"), "streaming": True}],
-    }
-    for engine, options in {"ray": {"ray_actors": 2}, "processes": {}}.items():
-        config = EmbedConfig(**settings, output_dir=str(tmp_path / engine), engine=engine, **options)
-        with pytest.raises(ValueError, match=r"1 of 6 shards could not be embedded, .*5\.jsonl"):
-            run(config)
+    source = {"path": str(tmp_path / "data"), "streaming": True}
+    command = ["embed", "--text-model-name-or-path", inputs.text, "--sources", json.dumps([source])]
+    with_ray = [*command, "--output-dir", str(tmp_path / "ray"), "--engine", "ray", "--ray-actors", "2"]
+    for error in (embed_with(with_ray), embed_with([*command, "--output-dir", str(tmp_path / "processes")])):
+        assert re.search(r"1 of 6 shards could not be embedded, .*5\.jsonl", error), error[-3000:]
     (tmp_path / "data" / "5.jsonl").unlink()
     assert contents(tmp_path / "ray") == contents(tmp_path / "processes")
     assert len(contents(tmp_path / "ray")) == 10
-    config = EmbedConfig(**settings, output_dir=str(tmp_path / "ray"), engine="ray")
-    assert run(config)["num_shards_done_before"] == 5
+    assert "num_shards_done_before: 5" in embed_with(with_ray)
     path = tmp_path / "ray" / "0.emb.manifest"
     fields = json.loads(path.read_text())
     fields["identity"]["max_length"] = 5
     del fields[MANIFEST_CHECKSUM]
     path.write_text(json.dumps(with_checksum(fields)))
-    with pytest.raises(ValueError, match="max_length 5, but this run has max_length"):
-        run(config)
+    assert "max_length 5, but this run has max_length" in embed_with(with_ray)
+
+
+def embed_with(command: list[str]) -> str:
+    """Run the command in a process of its own, which ends with Ray if that crashes; returns what it printed."""
+    done = run_python(["-m", "llm2clip", *command], check=False, seconds=240, **RAY_VARIABLES)
+    return done.stdout + done.stderr
 
 
 def test_ray_that_is_missing_or_unreachable_is_one_clear_line(

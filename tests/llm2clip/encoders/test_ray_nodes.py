@@ -43,6 +43,7 @@ ENVIRONMENT = {
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(
     shutil.which("unshare") is None or subprocess.run([*NETWORK, *LOOPBACK], capture_output=True).returncode != 0,
     reason="no network of its own can be made here",

@@ -43,6 +43,10 @@ CONFIGURATIONS = [
 STAGES = [pytest.param("stage1", marks=pytest.mark.nightly), "stage2", "lora"]
 
 
+# FSDP2 on CPUs, which nobody trains with, once in a while ends within a thread of gloo that calls malloc.
+IN_GLOO = "(SIGSEGV)"
+
+
 def fields_of(stage: str, folder: Path, inputs: Inputs) -> dict[str, Any]:
     if stage == "stage1":
         fields = tiny.stage1_fields(folder, inputs.llm)
@@ -60,8 +64,13 @@ def on_two_processes(stage: str, fields: dict[str, Any], configuration: str, *op
     command = [gloo_as_gpus.__file__] if configuration == "fsdp.yaml" else CLI
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(launch), "--main_process_port", "0"]
     environment = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
-    own = "stage2" if stage == "lora" else stage
-    run_python([*launcher, *command, own, str(recipe), *options], **environment)
+    arguments = [*launcher, *command, "stage2" if stage == "lora" else stage, str(recipe), *options]
+    done = run_python(arguments, check=False, **environment)
+    if IN_GLOO in done.stderr:
+        if "--resume" not in options:
+            shutil.rmtree(fields["output_dir"])
+        done = run_python(arguments, check=False, **environment)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def weights(stage: str, folder: Path) -> dict[str, Tensor]:
