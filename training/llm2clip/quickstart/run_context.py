@@ -18,6 +18,13 @@ logger = logging.getLogger(__name__)
 BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16")
 
 
+def has_fast_bfloat16() -> bool:
+    """Whether there is a GPU, or a processor with instructions for bfloat16."""
+    info = Path("/proc/cpuinfo")
+    processor = info.read_text() if info.is_file() else ""
+    return torch.accelerator.is_available() or any(flag in processor for flag in BFLOAT16_FLAGS)
+
+
 class RunContext:
     """The settings, data and files of a run.
 
@@ -34,9 +41,7 @@ class RunContext:
         self.config = config
         self.folder = Path(config.output_dir)
         self.profile: dict[str, Any] = config.load_profile()
-        info = Path("/proc/cpuinfo")
-        processor = info.read_text() if info.is_file() else ""
-        fast = torch.accelerator.is_available() or any(flag in processor for flag in BFLOAT16_FLAGS)
+        fast = has_fast_bfloat16()
         for part, name in ((self.profile["stage1"], "bf16"), (self.profile["stage2"], "feature_dtype"),
                            (self.profile, "embed_dtype")):  # fmt: skip
             if part.get(name) == "auto":

@@ -1,0 +1,26 @@
+"""`python -m studies.miniature [TABLE ...]`: train and measure what has no result yet, then write the report."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from studies.miniature.runs import TABLES, execute, runs_of
+
+
+def main() -> None:
+    known = sorted(path.stem for path in TABLES.glob("*.yaml"))
+    parser = argparse.ArgumentParser(prog="python -m studies.miniature", description=__doc__)
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"some of {', '.join(known)}; all by default")
+    parser.add_argument("--folder", type=Path, default=Path("runs/study"), help="what is made and measured")
+    parser.add_argument("--processes", type=int, default=2, help="runs at once, of one thread each")
+    arguments = parser.parse_args()
+    if unknown := [name for name in arguments.tables if name not in known]:
+        parser.error(f"there is no table {unknown[0]}; choose from {', '.join(known)}")
+    execute(
+        [run for name in arguments.tables or known for run in runs_of(name)], arguments.folder, arguments.processes
+    )
+
+
+if __name__ == "__main__":
+    main()

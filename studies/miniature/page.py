@@ -1,0 +1,85 @@
+"""Write the report, README.md, from the results: tables beside the paper's, with their spread and a plot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from studies.miniature.material import HERE
+from studies.miniature.runs import CAPTIONS, TABLES, read_table
+
+RESULTS = HERE / "results"
+BEGIN, END = "<!-- {} -->", "<!-- end of {} -->"
+WAYS = ("text_to_image", "image_to_text")
+NAMES = {"test": "in domain", "transfer": "transfer"}
+
+
+def collect(folder: Path) -> None:
+    """Copy the results of the runs in a folder beside this file, one file a table."""
+    RESULTS.mkdir(exist_ok=True)
+    for table in sorted(path.stem for path in TABLES.glob("*.yaml")):
+        paths = sorted((folder / "results" / table).glob("*.json"))
+        rows = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        order = list(read_table(table)["arms"])
+        rows = sorted(
+            (row for row in rows if row["arm"] in order), key=lambda row: (order.index(row["arm"]), row["seed"])
+        )
+        if rows:
+            (RESULTS / f"{table}.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def table_of(name: str) -> str:
+    """Return a table in Markdown: of each arm the mean and the standard deviation over its seeds, in %."""
+    fields, rows = read_table(name), json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    columns = columns_of(fields)
+    heads = ["", *columns, "seeds", "CPU s", "paper"]
+    paper = any("paper" in arm for arm in fields["arms"].values())
+    lines = []
+    for arm, settings in fields["arms"].items():
+        runs = [row for row in rows if row["arm"] == arm]
+        if not runs:
+            continue
+        cells = [spread([100 * value(row, keys) for row in runs]) for keys in columns.values()]
+        seconds = f"{min(row['cpu_seconds'] for row in runs):.0f}"
+        lines.append([arm, *cells, str(len(runs)), seconds, str(settings.get("paper", ""))])
+    keep = [True] * (len(columns) + 1) + [fields.get("kind") != CAPTIONS] * 2 + [paper]
+    lines = [heads, ["---", *["---:"] * (len(columns) + 2), "---"], *lines]
+    return "\n".join(
+        f"| {' | '.join(cell for cell, kept in zip(line, keep, strict=True) if kept)} |" for line in lines
+    )
+
+
+def columns_of(fields: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Return the scores of each column of a table, whose mean is shown."""
+    if "columns" in fields:
+        return {title: (key,) for key, title in fields["columns"].items()}
+    found: dict[str, tuple[str, ...]] = {}
+    for test in fields.get("tests", ("test", "transfer")):
+        split, _, language = test.partition("_")
+        title = language or NAMES[split]
+        ranks = (10,) if language else (1, 10)
+        found |= {f"{title}, R@{rank}": tuple(f"{test}/{way}_recall@{rank}" for way in WAYS) for rank in ranks}
+    return found
+
+
+def value(row: dict[str, Any], keys: Sequence[str]) -> float:
+    return mean(row[key] for key in keys)
+
+
+def spread(values: Sequence[float]) -> str:
+    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def write(page: Path = HERE / "README.md") -> None:
+    """Put every table that has results between its marks in the report."""
+    text = page.read_text(encoding="utf-8")
+    for path in sorted(RESULTS.glob("*.json")):
+        begin, end = BEGIN.format(path.stem), END.format(path.stem)
+        if begin not in text:
+            raise ValueError(f"{page} has no mark {begin} for a table that has results.")
+        before, rest = text.split(begin, 1)
+        text = f"{before}{begin}\n{table_of(path.stem)}\n{end}{rest.split(end, 1)[1]}"
+    page.write_text(text, encoding="utf-8")

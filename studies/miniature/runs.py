@@ -1,0 +1,200 @@
+"""Train and measure the arms of the tables, each of which is a YAML file in `tables/`."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import AutoProcessor
+
+from llm2clip import CaptionSource, EmbeddingCache, LLM2CLIPModel, PairedCache
+from llm2clip.data.pairs import PairSource
+from llm2clip.encoders.stored import StoredEncoder
+from llm2clip.evaluation.data import CaptionPairData, RetrievalData
+from llm2clip.evaluation.metrics import caption_retrieval_metrics
+from llm2clip.evaluation.protocols.retrieval import image_text_metrics
+from llm2clip.evaluation.session import Session
+from llm2clip.recipes import load_recipe
+from llm2clip.trainers.freezing import open_features
+from llm2clip.trainers.stage2_config import Stage2Recipe
+from llm2clip.utils.settings import build_config
+from studies.miniature.material import DATA, HERE, Material, slug
+
+TABLES = HERE / "tables"
+RETRIEVAL, CAPTIONS = "retrieval", "captions"
+
+
+@dataclass(frozen=True)
+class Run:
+    """An arm of a table with a seed.
+
+    Attributes:
+        encoders: Names of one or two text encoders.
+        settings: What it has besides those of `frozen.yaml`; None leaves one of these out.
+        kind: `retrieval`: stage 2, measured on pictures; `captions`: retrieval between captions, without training.
+    """
+
+    table: str
+    arm: str
+    seed: int
+    encoders: tuple[str, ...]
+    settings: Mapping[str, Any]
+    kind: str
+    tests: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.table}-{slug(self.arm)}-{self.seed}"
+
+
+def read_table(name: str) -> dict[str, Any]:
+    """Read a table's file."""
+    found: dict[str, Any] = yaml.safe_load((TABLES / f"{name}.yaml").read_text(encoding="utf-8"))
+    return found
+
+
+def runs_of(name: str) -> list[Run]:
+    """List the runs of a table: all arms with the first seed, then with the next."""
+    table, found = read_table(name), []
+    kind = table.get("kind", RETRIEVAL)
+    for seed in range(table.get("seeds", 1)):
+        for arm, fields in table["arms"].items():
+            encoders = fields.get("encoders", arm)
+            encoders = tuple([encoders] if isinstance(encoders, str) else encoders)
+            settings = {**table.get("settings", {}), **fields.get("settings", {})}
+            found.append(
+                Run(name, arm, seed, encoders, settings, kind, tuple(table.get("tests", ("test", "transfer"))))
+            )
+    return found
+
+
+def execute(runs: Iterable[Run], folder: Path, processes: int) -> None:
+    """Train and measure the runs that have no result yet, some at a time."""
+    todo = [run for run in runs if not result_path(folder, run).is_file()]
+    context = multiprocessing.get_context("spawn")
+    logs = folder / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(processes, context, initializer=_log_to, initargs=(logs,)) as pool:
+        waiting = {pool.submit(execute_one, run, folder): run for run in todo}
+        for number, future in enumerate(as_completed(waiting), 1):
+            error = future.exception()
+            said = f"failed: {error}" if error else f"{future.result():.0f} s"
+            print(f"{number}/{len(todo)}  {waiting[future].name}  {said}", flush=True)
+    if failed := [run.name for future, run in waiting.items() if future.exception()]:
+        raise RuntimeError(f"{len(failed)} of {len(todo)} runs failed, such as {failed[0]}; see {logs}.")
+
+
+def _log_to(folder: Path) -> None:
+    """Send what a process prints to a file, where the bars of two do not mix."""
+    log = os.open(folder / f"{os.getpid()}.log", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(log, stream.fileno())
+
+
+def result_path(folder: Path, run: Run) -> Path:
+    return folder / "results" / run.table / f"{slug(run.arm)}-{run.seed}.json"
+
+
+def execute_one(run: Run, folder: Path) -> float:
+    """Train and measure a run, and write its result; returns seconds."""
+    begin, material = time.monotonic(), Material(folder)
+    caches = [material.rows(name) for name in run.encoders]
+    begin_cpu = time.process_time()
+    found = _captions(caches[0]) if run.kind == CAPTIONS else _stage2(run, material, caches)
+    found = {"arm": run.arm, "seed": run.seed, **found, "cpu_seconds": round(time.process_time() - begin_cpu, 1)}
+    path = result_path(folder, run)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+    unfinished.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    unfinished.replace(path)
+    return time.monotonic() - begin
+
+
+def _captions(cache_folder: Path) -> dict[str, Any]:
+    """Measure retrieval between texts about one thing."""
+    lookup = EmbeddingCache.open(cache_folder).lookup
+    found: dict[str, Any] = {}
+    sources = {
+        "lemma_to_gloss": PairSource(
+            str(DATA / "glosses"), split="test", anchor_column="lemmas", positive_column="gloss"
+        ),
+        "name_to_keywords": PairSource(
+            str(DATA / "concepts"), split="test", caption_columns=["caption", "keywords"]
+        ),
+    }  # fmt: skip
+    for name, source in sources.items():
+        pairs = CaptionPairData.from_source(source)
+        scores = caption_retrieval_metrics(lookup(pairs.queries), lookup(pairs.targets), pairs.matches)
+        found |= {f"{name}/{key}": value for key, value in scores.items()}
+    return found
+
+
+def _stage2(run: Run, material: Material, caches: list[Path]) -> dict[str, Any]:
+    output = material.folder / "models" / run.name
+    shutil.rmtree(output, ignore_errors=True)  # of a run that was killed
+    several = len(caches) > 1
+    towers = [str(material.text_encoder(name)) for name in run.encoders]
+    train = {"path": str(material.data("train")), "caption_columns": ["caption", "keywords"]}
+    recipe = {**load_recipe(HERE / "frozen.yaml"), **run.settings}
+    recipe |= {
+        "vision_model_name_or_path": str(material.weights("vit")),
+        "text_model_name_or_path": towers if several else towers[0],
+        "embedding_cache": [str(path) for path in caches] if several else str(caches[0]),
+        "feature_cache": str(material.folder / "features"),
+        "output_dir": str(output),
+        "sources": [train],
+        "eval_sources": {
+            "validation": {"path": str(material.data("validation")), "caption_columns": ["caption"]},
+        },
+        "seed": run.seed,
+    }  # fmt: skip
+    recipe = {key: value for key, value in recipe.items() if value is not None}
+    material.command("stage2", run.name, recipe)
+    config = build_config(Stage2Recipe, recipe, run.name)
+    state = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))
+    found = {"epoch": _best_epoch(state), **_measure(run, material, config, caches)}
+    shutil.rmtree(output)
+    return found
+
+
+def _best_epoch(state: dict[str, Any]) -> float | None:
+    name = "eval_validation_text_to_image_recall@10"
+    scores = [(entry[name], -entry["epoch"]) for entry in state["log_history"] if name in entry]
+    return -max(scores)[1] if scores else None
+
+
+def _measure(run: Run, material: Material, config: Any, caches: list[Path]) -> dict[str, Any]:
+    model: Any = LLM2CLIPModel.from_pretrained(config.output_dir, text_model=False).eval()
+    processor = AutoProcessor.from_pretrained(config.output_dir)
+    opened = [EmbeddingCache.open(path) for path in caches]
+    lookup = (PairedCache(*opened) if len(opened) > 1 else opened[0]).lookup
+    sets = {name: RetrievalData.from_source(source) for name, source in _tests(run, material).items()}
+    features = None
+    if config.freeze_vision == "all":
+        features = open_features(config, model, processor.image_processor, [data.images for data in sets.values()])
+    session = Session(StoredEncoder(model, processor, lookup, features), show_progress_bar=False)
+    return {
+        f"{name}/{key}": value
+        for name, data in sets.items()
+        for key, value in image_text_metrics(session, data).items()
+    }
+
+
+def _tests(run: Run, material: Material) -> dict[str, CaptionSource]:
+    found = {}
+    for name in ("validation", *run.tests):
+        split, _, language = name.partition("_")
+        found[name] = CaptionSource(
+            str(material.data(split)), caption_columns=[f"caption_{language}" if language else "caption"]
+        )
+    return found
