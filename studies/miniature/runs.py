@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import yaml
@@ -28,7 +29,8 @@ from llm2clip.recipes import load_recipe
 from llm2clip.trainers.freezing import open_features
 from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.settings import build_config
-from studies.miniature.material import DATA, HERE, Material, slug
+from studies.miniature.material import DATA, DESCRIPTIONS, HERE, NEGATIVES, Material, slug
+from studies.miniature.scenes import PAGE
 
 TABLES = HERE / "tables"
 RETRIEVAL, CAPTIONS = "retrieval", "captions"
@@ -42,6 +44,10 @@ class Run:
         encoders: Names of one or two text encoders.
         settings: What it has besides those of `frozen.yaml`; None leaves one of these out.
         kind: `retrieval`: stage 2, measured on pictures; `captions`: retrieval between captions, without training.
+        data: `concepts` or `scenes`.
+        captions: The caption columns of its training, and how often each is drawn.
+        tests: Sets that it is measured on: a split of `concepts`, `_LANGUAGE` for captions in that; of `scenes` a
+            column of descriptions, or of hard negatives.
     """
 
     table: str
@@ -50,6 +56,8 @@ class Run:
     encoders: tuple[str, ...]
     settings: Mapping[str, Any]
     kind: str
+    data: str
+    captions: Mapping[str, float]
     tests: tuple[str, ...]
 
     @property
@@ -66,16 +74,30 @@ def read_table(name: str) -> dict[str, Any]:
 def runs_of(name: str) -> list[Run]:
     """List the runs of a table: all arms with the first seed, then with the next."""
     table, found = read_table(name), []
-    kind = table.get("kind", RETRIEVAL)
+    data = table.get("data", "concepts")
     for seed in range(table.get("seeds", 1)):
         for arm, fields in table["arms"].items():
             encoders = fields.get("encoders", arm)
-            encoders = tuple([encoders] if isinstance(encoders, str) else encoders)
-            settings = {**table.get("settings", {}), **fields.get("settings", {})}
             found.append(
-                Run(name, arm, seed, encoders, settings, kind, tuple(table.get("tests", ("test", "transfer"))))
+                Run(
+                    name,
+                    arm,
+                    seed,
+                    tuple([encoders] if isinstance(encoders, str) else encoders),
+                    {**table.get("settings", {}), **fields.get("settings", {})},
+                    table.get("kind", RETRIEVAL),
+                    data,
+                    fields.get("captions", table.get("captions", {"caption": 1, "keywords": 1})),
+                    tests_of(table),
+                )
             )
     return found
+
+
+def tests_of(table: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what the arms of a table are measured on."""
+    scenes = table.get("data") == "scenes"
+    return tuple(table.get("tests", (*DESCRIPTIONS, *NEGATIVES) if scenes else ("test", "transfer")))
 
 
 def execute(runs: Iterable[Run], folder: Path, processes: int) -> None:
@@ -108,7 +130,7 @@ def result_path(folder: Path, run: Run) -> Path:
 def execute_one(run: Run, folder: Path) -> float:
     """Train and measure a run, and write its result; returns seconds."""
     begin, material = time.monotonic(), Material(folder)
-    caches = [material.rows(name) for name in run.encoders]
+    caches = [material.rows(name, run.data) for name in run.encoders]
     begin_cpu = time.process_time()
     found = _captions(caches[0]) if run.kind == CAPTIONS else _stage2(run, material, caches)
     found = {"arm": run.arm, "seed": run.seed, **found, "cpu_seconds": round(time.process_time() - begin_cpu, 1)}
@@ -144,8 +166,12 @@ def _stage2(run: Run, material: Material, caches: list[Path]) -> dict[str, Any]:
     shutil.rmtree(output, ignore_errors=True)  # of a run that was killed
     several = len(caches) > 1
     towers = [str(material.text_encoder(name)) for name in run.encoders]
-    train = {"path": str(material.data("train")), "caption_columns": ["caption", "keywords"]}
+    of, column = ("scenes/", "long_a") if run.data == "scenes" else ("", "caption")
+    captions = {"caption_columns": [*run.captions], "caption_weights": [*run.captions.values()]}
+    train = {"path": str(material.data(f"{of}train")), **captions}
     recipe = {**load_recipe(HERE / "frozen.yaml"), **run.settings}
+    if run.data == "scenes":
+        recipe["image_processor_name_or_path"] = str(material.image_processor(PAGE))
     recipe |= {
         "vision_model_name_or_path": str(material.weights("vit")),
         "text_model_name_or_path": towers if several else towers[0],
@@ -153,9 +179,7 @@ def _stage2(run: Run, material: Material, caches: list[Path]) -> dict[str, Any]:
         "feature_cache": str(material.folder / "features"),
         "output_dir": str(output),
         "sources": [train],
-        "eval_sources": {
-            "validation": {"path": str(material.data("validation")), "caption_columns": ["caption"]},
-        },
+        "eval_sources": {"validation": {"path": str(material.data(f"{of}validation")), "caption_columns": [column]}},
         "seed": run.seed,
     }  # fmt: skip
     recipe = {key: value for key, value in recipe.items() if value is not None}
@@ -183,18 +207,32 @@ def _measure(run: Run, material: Material, config: Any, caches: list[Path]) -> d
     if config.freeze_vision == "all":
         features = open_features(config, model, processor.image_processor, [data.images for data in sets.values()])
     session = Session(StoredEncoder(model, processor, lookup, features), show_progress_bar=False)
-    return {
-        f"{name}/{key}": value
-        for name, data in sets.items()
-        for key, value in image_text_metrics(session, data).items()
-    }
+    found: dict[str, float] = {}
+    for name, data in sets.items():
+        if name in NEGATIVES:
+            found[name] = _accuracy(session, sets["long_a"], data)
+        else:
+            found |= {f"{name}/{key}": value for key, value in image_text_metrics(session, data).items()}
+    return found
+
+
+def _accuracy(session: Session, right: RetrievalData, wrong: RetrievalData) -> float:
+    """Measure how often a picture is nearer to its description than to its hard negative (SugarCrepe)."""
+    images = session.embed_images(right.images)
+    scores = []
+    for data in (right, wrong):
+        embeds = session.embed_texts(data.texts)
+        scores.append({image: float(images[image] @ embeds[text]) for text, image in data.pairs.tolist()})
+    return mean(scores[0][image] > score for image, score in scores[1].items())
 
 
 def _tests(run: Run, material: Material) -> dict[str, CaptionSource]:
+    if run.data == "scenes":
+        path = str(material.data("scenes/test"))
+        return {name: CaptionSource(path, caption_columns=[name]) for name in run.tests}
     found = {}
     for name in ("validation", *run.tests):
         split, _, language = name.partition("_")
-        found[name] = CaptionSource(
-            str(material.data(split)), caption_columns=[f"caption_{language}" if language else "caption"]
-        )
+        column = f"caption_{language}" if language else "caption"
+        found[name] = CaptionSource(str(material.data(split)), caption_columns=[column])
     return found
