@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 LOG = logging.getLogger("mkdocs.hooks.links")
-DOCS = Path(__file__).parent
+DOCS = Path(__file__).resolve().parent
 API_ROW = re.compile(r"^\| `(\w+)` \|", re.MULTILINE)
-OUTSIDE = re.compile(r"\[([^\]]+)\]\((\.\./[^)#]+)(?:#[^)]*)?\)")
+UPWARDS = re.compile(r"\[([^\]]+)\]\((\.\./[^)#]+)(?:#[^)]*)?\)")
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
@@ -18,7 +18,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     source = page.file.src_uri
     if source == "api.md":
         markdown = with_reference(markdown)
-    return OUTSIDE.sub(lambda match: without_link(match, source), markdown)
+    return UPWARDS.sub(lambda match: without_link(match, source), markdown)
 
 
 def with_reference(markdown: str) -> str:
@@ -31,8 +31,10 @@ def with_reference(markdown: str) -> str:
 def without_link(match: re.Match[str], source: str) -> str:
     """Name a file of the repository that is not part of the site, after checking that it exists."""
     text, target = match[1], match[2]
-    path = (DOCS / source).parent / target
+    path = ((DOCS / source).parent / target).resolve()
+    if path.is_relative_to(DOCS):
+        return match[0]
     if not path.exists():
         LOG.warning("%s links to %s, which does not exist", source, target)
-    name = path.resolve().relative_to(DOCS.parent).as_posix() if path.exists() else target
+    name = path.relative_to(DOCS.parent).as_posix() if path.exists() else target
     return f"`{name}`" if text.strip("`").rstrip("/") == name.rstrip("/") else f"{text} (`{name}`)"
