@@ -2,7 +2,7 @@
 
 `python studies/stage2.py runs/quickstart MINILM runs/study` trains all arms on what `make quickstart` has made, some
 minutes each, and writes `runs/study/results.json`; a run that is finished is not repeated. The numbers in
-docs/train.md are in docs/results/stage2.json.
+docs/train/keep.md are in docs/results/stage2.json.
 
 The pictures are those of `examples/data/concepts`: A are two sets of emojis, B are cliparts. Every arm trains on A
 alone. `vit` starts from the ViT, so that B is a domain that no arm has seen. `clip` starts from a small CLIP that was

@@ -77,6 +77,7 @@ INDEX_CAPTIONS = f"{INDEX} --embed caption --caption-columns caption keywords"
 TRAIN_LLM = "llm2clip stage1 stage1_paper --output-dir runs/stage1"
 EMBED_CAPTIONS = "llm2clip embed embed_paper"
 TRAIN_VISION = "llm2clip stage2 stage2_paper --learning-rate 2e-5"
+TUNE_MODEL = "llm2clip stage2 stage2_small_gpu --bf16 true"
 EMBED_MINE = (
     "llm2clip embed --text-model-name-or-path runs/stage1 --output-dir runs/mine_cache "
     "--sources '[{path: data/mine, split: train+validation, caption_columns: [caption]}]'"
@@ -193,6 +194,7 @@ README = {
         small=f"{STAGE2} --lora-rank 2",
         makes=("runs/stage2_lora/model.safetensors", "runs/stage2_lora/README.md"),
     ),
+    TUNE_MODEL: Run(needs=(TRAIN_VISION, EMBED_MINE), small=TUNE, makes=("runs/mine/model.safetensors",)),
     EMBED_CLIP: Run(needs=(TOWER, "data/mine"), makes=("runs/clip_cache/index.manifest",), prints="num_captions: "),
     (
         "llm2clip stage2 --vision-model-name-or-path openai/clip-vit-large-patch14-336 --output-dir runs/stage2_two "
