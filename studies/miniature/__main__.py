@@ -1,4 +1,4 @@
-"""`python -m studies.miniature [TABLE ...]`: train and measure what has no result yet, then write results and report."""
+"""`python -m studies.miniature [TABLE ...]`: train and measure what has no result yet, then write the report."""
 
 from __future__ import annotations
 

@@ -162,13 +162,23 @@ def _captions(cache_folder: Path) -> dict[str, Any]:
 
 
 def _stage2(run: Run, material: Material, caches: list[Path]) -> dict[str, Any]:
-    output = material.folder / "models" / run.name
+    recipe = recipe_of(run, material, caches)
+    output = Path(recipe["output_dir"])
     shutil.rmtree(output, ignore_errors=True)  # of a run that was killed
+    material.command("stage2", run.name, recipe)
+    config = build_config(Stage2Recipe, recipe, run.name)
+    state = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))
+    found = {"epoch": _best_epoch(state), **_measure(run, material, config, caches)}
+    shutil.rmtree(output)
+    return found
+
+
+def recipe_of(run: Run, material: Material, caches: list[Path]) -> dict[str, Any]:
+    """Build the recipe of `llm2clip stage2` for a run."""
     several = len(caches) > 1
     towers = [str(material.text_encoder(name)) for name in run.encoders]
     of, column = ("scenes/", "long_a") if run.data == "scenes" else ("", "caption")
     captions = {"caption_columns": [*run.captions], "caption_weights": [*run.captions.values()]}
-    train = {"path": str(material.data(f"{of}train")), **captions}
     recipe = {**load_recipe(HERE / "frozen.yaml"), **run.settings}
     if run.data == "scenes":
         recipe["image_processor_name_or_path"] = str(material.image_processor(PAGE))
@@ -177,18 +187,12 @@ def _stage2(run: Run, material: Material, caches: list[Path]) -> dict[str, Any]:
         "text_model_name_or_path": towers if several else towers[0],
         "embedding_cache": [str(path) for path in caches] if several else str(caches[0]),
         "feature_cache": str(material.folder / "features"),
-        "output_dir": str(output),
-        "sources": [train],
+        "output_dir": str(material.folder / "models" / run.name),
+        "sources": [{"path": str(material.data(f"{of}train")), **captions}],
         "eval_sources": {"validation": {"path": str(material.data(f"{of}validation")), "caption_columns": [column]}},
         "seed": run.seed,
-    }  # fmt: skip
-    recipe = {key: value for key, value in recipe.items() if value is not None}
-    material.command("stage2", run.name, recipe)
-    config = build_config(Stage2Recipe, recipe, run.name)
-    state = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))
-    found = {"epoch": _best_epoch(state), **_measure(run, material, config, caches)}
-    shutil.rmtree(output)
-    return found
+    }
+    return {key: value for key, value in recipe.items() if value is not None}
 
 
 def _best_epoch(state: dict[str, Any]) -> float | None:

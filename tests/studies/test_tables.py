@@ -1,0 +1,71 @@
+"""The tables of the study: every arm is a recipe that the command takes, and the report has the committed numbers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from llm2clip.trainers.stage2_config import Stage2Recipe
+from llm2clip.utils.settings import build_config
+from studies.miniature import page
+from studies.miniature.material import Material, slug
+from studies.miniature.runs import CAPTIONS, TABLES, Run, read_table, recipe_of, runs_of
+
+NAMES = sorted(path.stem for path in TABLES.glob("*.yaml"))
+FIRST = [run for name in NAMES for run in runs_of(name) if run.seed == 0]
+
+
+@pytest.fixture
+def material(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Material:
+    """A folder in which nothing is made."""
+    for name in ("data", "weights", "text_encoder", "image_processor"):
+        monkeypatch.setattr(Material, name, lambda self, name, kind=name: self.folder / kind / str(name))
+    return Material(tmp_path)
+
+
+@pytest.mark.parametrize("run", FIRST, ids=lambda run: run.name)
+def test_every_arm_is_a_recipe_of_known_encoders(run: Run, material: Material) -> None:
+    assert set(run.encoders) <= set(material.texts)
+    if run.kind != CAPTIONS:
+        recipe = recipe_of(run, material, [material.folder / name for name in run.encoders])
+        config = build_config(Stage2Recipe, recipe, run.name)
+        assert config.sources[0]["caption_columns"] == [*run.captions]
+
+
+def test_no_two_runs_share_a_result() -> None:
+    runs = [run.name for name in NAMES for run in runs_of(name)]
+    assert len(runs) == len(set(runs))
+
+
+def test_every_encoder_starts_from_a_package_or_another_one(tmp_path: Path) -> None:
+    texts = Material(tmp_path).texts
+    assert len({slug(name) for name in texts}) == len(texts)
+    for settings in texts.values():
+        assert settings["of"] in {*texts, "llm", "minilm", "e5"}
+
+
+def test_a_table_has_mean_and_deviation_of_its_arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "RESULTS", tmp_path)
+    keys = [f"{test}/{way}_recall@{rank}" for test in ("test", "transfer") for way in page.WAYS for rank in (1, 10)]
+    rows = [
+        {"arm": "none", "seed": seed, "cpu_seconds": 9.6 + seed, **dict.fromkeys(keys, 0.25 + seed / 10)}
+        for seed in range(2)
+    ]
+    (tmp_path / "a7.json").write_text(json.dumps(rows))
+    head, _, line = page.table_of("a7").splitlines()
+    titles = "in domain, R@1 | in domain, R@10 | transfer, R@1 | transfer, R@10 | seeds | CPU s | paper"
+    assert head == f"|  | {titles} |"
+    assert line == "| none | 30.0 ± 7.1 | 30.0 ± 7.1 | 30.0 ± 7.1 | 30.0 ± 7.1 | 2 | 10 | 78.3 / 75.5 |"
+
+
+def test_the_report_has_the_committed_results(tmp_path: Path) -> None:
+    report = tmp_path / "README.md"
+    shutil.copy(page.HERE / "README.md", report)
+    page.write(report)
+    assert report.read_text() == (page.HERE / "README.md").read_text()
+    for path in page.RESULTS.glob("*.json"):
+        arms = read_table(path.stem)["arms"]
+        assert {row["arm"] for row in json.loads(path.read_text())} <= set(arms)
