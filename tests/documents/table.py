@@ -314,6 +314,7 @@ README = {
     "make bench": NotRun("an hour of an idle machine", run_by="tests/benchmarks/test_contest.py"),
 }
 CONTRIBUTING = {
+    "make study": NotRun("hours", run_by="tests/studies/test_tables.py"),
     "make lint": NotRun(CI),
     "make test-min": NotRun("gigabytes of the oldest libraries", run_by="tests/test_packaging.py"),
     "make audit": NotRun("it asks for advisories"),
