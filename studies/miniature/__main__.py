@@ -21,7 +21,8 @@ def main() -> None:
         parser.error(f"there is no table {unknown[0]}; choose from {', '.join(known)}")
     if not arguments.page:
         runs = [run for name in arguments.tables or known for run in runs_of(name)]
-        execute(runs, arguments.folder, arguments.processes)
+        # So that an unfinished study has all arms of some seeds.
+        execute(sorted(runs, key=lambda run: run.seed), arguments.folder, arguments.processes)
         page.collect(arguments.folder)
     page.write()
 

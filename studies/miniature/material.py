@@ -122,8 +122,7 @@ class Material:
         return [*sources, {"path": str(DATA / "glosses"), "split": "test", "caption_columns": ["lemmas", "gloss"]}]
 
     def _scene_texts(self) -> list[dict[str, Any]]:
-        columns = {name: [*DESCRIPTIONS] for name in ("train", "validation", "test")}
-        columns["test"] += NEGATIVES
+        columns = {"train": ["short", "long_a"], "validation": ["long_a"], "test": [*DESCRIPTIONS, *NEGATIVES]}
         return [
             {"path": str(self.data(f"{SCENES}{name}")), "caption_columns": texts} for name, texts in columns.items()
         ]

@@ -8,11 +8,13 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from studies.miniature.material import HERE
-from studies.miniature.runs import CAPTIONS, TABLES, read_table
+from studies.miniature.material import DESCRIPTIONS, HERE, NEGATIVES
+from studies.miniature.runs import CAPTIONS, TABLES, read_table, result_path, runs_of, tests_of
+from studies.miniature.unfrozen import summary
 
 RESULTS = HERE / "results"
 BEGIN, END = "<!-- {} -->", "<!-- end of {} -->"
+UNFROZEN = "unfrozen"
 WAYS = ("text_to_image", "image_to_text")
 NAMES = {"test": "in domain", "transfer": "transfer"}
 
@@ -21,19 +23,20 @@ def collect(folder: Path) -> None:
     """Copy the results of the runs in a folder beside this file, one file a table."""
     RESULTS.mkdir(exist_ok=True)
     for table in sorted(path.stem for path in TABLES.glob("*.yaml")):
-        paths = sorted((folder / "results" / table).glob("*.json"))
-        rows = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-        order = list(read_table(table)["arms"])
-        rows = sorted(
-            (row for row in rows if row["arm"] in order), key=lambda row: (order.index(row["arm"]), row["seed"])
-        )
+        found = [(run, path) for run in runs_of(table) if (path := result_path(folder, run)).is_file()]
+        rows = [
+            {"arm": run.arm, "seed": run.seed, **json.loads(path.read_text(encoding="utf-8"))} for run, path in found
+        ]
         if rows:
             (RESULTS / f"{table}.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 def table_of(name: str) -> str:
     """Return a table in Markdown: of each arm the mean and the standard deviation over its seeds, in %."""
-    fields, rows = read_table(name), json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    rows = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    if name == UNFROZEN:
+        return summary(rows)
+    fields = read_table(name)
     columns = columns_of(fields)
     heads = ["", *columns, "seeds", "CPU s", "paper"]
     paper = any("paper" in arm for arm in fields["arms"].values())
@@ -57,10 +60,13 @@ def columns_of(fields: dict[str, Any]) -> dict[str, tuple[str, ...]]:
     if "columns" in fields:
         return {title: (key,) for key, title in fields["columns"].items()}
     found: dict[str, tuple[str, ...]] = {}
-    for test in fields.get("tests", ("test", "transfer")):
+    for test in tests_of(fields):
+        if test in NEGATIVES:
+            found[test.replace("_", " ")] = (test,)
+            continue
         split, _, language = test.partition("_")
-        title = language or NAMES[split]
-        ranks = (10,) if language else (1, 10)
+        title = test if test in DESCRIPTIONS else language or NAMES[split]
+        ranks = (1, 10) if title in NAMES.values() else (1,) if test in DESCRIPTIONS else (10,)
         found |= {f"{title}, R@{rank}": tuple(f"{test}/{way}_recall@{rank}" for way in WAYS) for rank in ranks}
     return found
 

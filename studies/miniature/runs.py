@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -62,7 +63,10 @@ class Run:
 
     @property
     def name(self) -> str:
-        return f"{self.table}-{slug(self.arm)}-{self.seed}"
+        """Name of its files: equal for arms of several tables that are the same run."""
+        fields = [self.encoders, {**self.settings}, self.kind, self.data, {**self.captions}, self.tests]
+        digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+        return f"{slug(' '.join(self.encoders))}-{digest[:8]}-{self.seed}"
 
 
 def read_table(name: str) -> dict[str, Any]:
@@ -102,7 +106,7 @@ def tests_of(table: Mapping[str, Any]) -> tuple[str, ...]:
 
 def execute(runs: Iterable[Run], folder: Path, processes: int) -> None:
     """Train and measure the runs that have no result yet, some at a time."""
-    todo = [run for run in runs if not result_path(folder, run).is_file()]
+    todo = [run for run in {run.name: run for run in runs}.values() if not result_path(folder, run).is_file()]
     context = multiprocessing.get_context("spawn")
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -124,7 +128,7 @@ def _log_to(folder: Path) -> None:
 
 
 def result_path(folder: Path, run: Run) -> Path:
-    return folder / "results" / run.table / f"{slug(run.arm)}-{run.seed}.json"
+    return folder / "results" / f"{run.name}.json"
 
 
 def execute_one(run: Run, folder: Path) -> float:
@@ -133,7 +137,7 @@ def execute_one(run: Run, folder: Path) -> float:
     caches = [material.rows(name, run.data) for name in run.encoders]
     begin_cpu = time.process_time()
     found = _captions(caches[0]) if run.kind == CAPTIONS else _stage2(run, material, caches)
-    found = {"arm": run.arm, "seed": run.seed, **found, "cpu_seconds": round(time.process_time() - begin_cpu, 1)}
+    found = {**found, "cpu_seconds": round(time.process_time() - begin_cpu, 1)}
     path = result_path(folder, run)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")

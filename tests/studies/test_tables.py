@@ -26,7 +26,7 @@ def material(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Material:
     return Material(tmp_path)
 
 
-@pytest.mark.parametrize("run", FIRST, ids=lambda run: run.name)
+@pytest.mark.parametrize("run", FIRST, ids=lambda run: f"{run.table} {run.arm}")
 def test_every_arm_is_a_recipe_of_known_encoders(run: Run, material: Material) -> None:
     assert set(run.encoders) <= set(material.texts)
     if run.kind != CAPTIONS:
@@ -35,9 +35,11 @@ def test_every_arm_is_a_recipe_of_known_encoders(run: Run, material: Material) -
         assert config.sources[0]["caption_columns"] == [*run.captions]
 
 
-def test_no_two_runs_share_a_result() -> None:
-    runs = [run.name for name in NAMES for run in runs_of(name)]
-    assert len(runs) == len(set(runs))
+def test_runs_share_a_result_exactly_where_they_are_the_same() -> None:
+    a6, a7 = ({(run.arm, run.seed): run.name for run in runs_of(name)} for name in ("a6", "a7"))
+    assert a7["one block", 1] == a6["stage 1", 1]
+    assert len(set(a6.values())) == len(a6)
+    assert len(set(a7.values())) == len(a7)
 
 
 def test_every_encoder_starts_from_a_package_or_another_one(tmp_path: Path) -> None:
@@ -67,5 +69,7 @@ def test_the_report_has_the_committed_results(tmp_path: Path) -> None:
     page.write(report)
     assert report.read_text() == (page.HERE / "README.md").read_text()
     for path in page.RESULTS.glob("*.json"):
+        if path.stem == page.UNFROZEN:
+            continue
         arms = read_table(path.stem)["arms"]
         assert {row["arm"] for row in json.loads(path.read_text())} <= set(arms)

@@ -1,8 +1,7 @@
-"""What the settings of stage 2 buy: LoRA on the LLM, two text encoders, and a space that is kept.
+"""What the settings of stage 2 buy: LoRA on the LLM, two text encoders, a tower that trains, and a space that is kept.
 
-`python studies/stage2.py runs/quickstart MINILM runs/study` trains all arms on what `make quickstart` has made, some
-minutes each, and writes `runs/study/results.json`; a run that is finished is not repeated. The numbers in
-docs/train/keep.md are in docs/results/stage2.json.
+`python -m studies.miniature.unfrozen runs/quickstart runs/study/unfrozen` trains all arms on what `make quickstart`
+has made, some minutes each; a run that is finished is not repeated. At the end it writes `results/unfrozen.json`.
 
 The pictures are those of `examples/data/concepts`: A are two sets of emojis, B are cliparts. Every arm trains on A
 alone. `vit` starts from the ViT, so that B is a domain that no arm has seen. `clip` starts from a small CLIP that was
@@ -25,7 +24,9 @@ from typing import Any
 import datasets
 import yaml
 
-DATA = Path(__file__).resolve().parents[1] / "examples" / "data" / "concepts"
+from studies.miniature.material import DATA, HERE, Material
+
+CONCEPTS = DATA / "concepts"
 A, B = ("emoji-google", "emoji-fluent"), ("openclipart",)
 SPLITS = {"train-a": ("train", A), "train-ab": ("train", A + B), "test-a": ("test", A), "test-b": ("test", B)}
 SEEDS = (0, 1, 2)
@@ -76,13 +77,13 @@ def arms() -> list[tuple[str, str, str, int]]:
 class Study:
     """The folders of a study, and how its runs are trained and measured."""
 
-    def __init__(self, quickstart: Path, minilm: Path, folder: Path) -> None:
+    def __init__(self, quickstart: Path, folder: Path) -> None:
         self.folder, self.clip = folder, folder / "clip"
         self.vit = quickstart / "weights" / "vit-small-14-11-layers"
         self.texts = {
             "stage1": (quickstart / "stage1", quickstart / "cache" / "stage1"),
             "e5": (quickstart / "weights" / "multilingual-e5-small-4bit", quickstart / "cache" / "ready"),
-            "minilm": (minilm, folder / "minilm-rows"),
+            "minilm": (Material(folder).weights("minilm"), folder / "minilm-rows"),
         }
 
     def write_data(self) -> None:
@@ -90,7 +91,7 @@ class Study:
         for name, (split, sources) in SPLITS.items():
             path = self.folder / "data" / f"{name}.parquet"
             if not path.is_file():
-                table = datasets.load_dataset("parquet", data_files=str(DATA / f"{split}.parquet"), split="train")
+                table = datasets.load_dataset("parquet", data_files=str(CONCEPTS / f"{split}.parquet"), split="train")
                 table.filter(lambda row, kept=sources: row["source"] in kept).to_parquet(path)
         model, rows = self.texts["minilm"]
         source = {"path": str(self.data("train-ab")), "caption_columns": ["caption", "keywords"]}
@@ -188,6 +189,7 @@ def summary(results: list[dict[str, Any]]) -> str:
             cells.append(f"{mean(values):.1f}" + (f" ({stdev(values):.1f})" if len(values) > 1 else ""))
         # The first run of a tower also computes its features and states.
         cost = [f"{min(row['cpu_seconds'] for row in rows):.0f}", f"{max(row['gib'] for row in rows):.1f}"]
+        cost = cost if key[1] else ["", ""]
         lines.append(f"| {' | '.join([*key, str(len(rows)), *cells, *cost])} |")
     return "\n".join(lines)
 
@@ -195,9 +197,9 @@ def summary(results: list[dict[str, Any]]) -> str:
 WAYS = ("text_to_image", "image_to_text")
 
 
-def main(quickstart: str, minilm: str, folder: str, share: str = "0/1") -> None:
+def main(quickstart: str, folder: str, share: str = "0/1") -> None:
     """Run the arms that have no result yet; `share` is `K/N` for every Nth of them."""
-    study = Study(Path(quickstart).resolve(), Path(minilm).resolve(), Path(folder).resolve())
+    study = Study(Path(quickstart).resolve(), Path(folder).resolve())
     study.write_data()
     study.train_clip()
     path = study.folder / "results" / "clip.json"
@@ -212,7 +214,7 @@ def main(quickstart: str, minilm: str, folder: str, share: str = "0/1") -> None:
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps(study.run(*run), indent=1))
     results = [json.loads(path.read_text()) for path in sorted((study.folder / "results").glob("*.json"))]
-    (study.folder / "results.json").write_text(json.dumps(results, indent=1))
+    (HERE / "results" / "unfrozen.json").write_text(json.dumps(results, indent=1) + "\n")
     print(summary(results))
 
 
