@@ -422,12 +422,7 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         return F.normalize(output.pooler_output.float(), dim=-1)
 
     def _embed(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        pooling_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
+        self, input_ids: Any, attention_mask: Any, pooling_mask: Any = None, inputs_embeds: Any = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 from pathlib import Path
 
 from studies.miniature import page
@@ -19,11 +20,14 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.tables if name not in known]:
         parser.error(f"there is no table {unknown[0]}; choose from {', '.join(known)}")
+    # As Ctrl-C does, so that the pool ends its processes.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if not arguments.page:
-        runs = [run for name in arguments.tables or known for run in runs_of(name)]
+        tables = arguments.tables or known
+        runs = [run for name in tables for run in runs_of(name)]
         # So that an unfinished study has all arms of some seeds.
         execute(sorted(runs, key=lambda run: run.seed), arguments.folder, arguments.processes)
-        page.collect(arguments.folder)
+        page.collect(arguments.folder, tables)
     page.write()
 
 

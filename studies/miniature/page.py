@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -19,10 +19,10 @@ WAYS = ("text_to_image", "image_to_text")
 NAMES = {"test": "in domain", "transfer": "transfer"}
 
 
-def collect(folder: Path) -> None:
-    """Copy the results of the runs in a folder beside this file, one file a table."""
+def collect(folder: Path, tables: Iterable[str]) -> None:
+    """Copy the results of some tables from a folder beside this file, one file a table."""
     RESULTS.mkdir(exist_ok=True)
-    for table in sorted(path.stem for path in TABLES.glob("*.yaml")):
+    for table in tables:
         found = [(run, path) for run in runs_of(table) if (path := result_path(folder, run)).is_file()]
         rows = [
             {"arm": run.arm, "seed": run.seed, **json.loads(path.read_text(encoding="utf-8"))} for run, path in found
@@ -80,12 +80,12 @@ def spread(values: Sequence[float]) -> str:
 
 
 def write(page: Path = HERE / "README.md") -> None:
-    """Put every table that has results between its marks in the report."""
+    """Put every table between its marks in the report."""
     text = page.read_text(encoding="utf-8")
-    for path in sorted(RESULTS.glob("*.json")):
-        begin, end = BEGIN.format(path.stem), END.format(path.stem)
-        if begin not in text:
-            raise ValueError(f"{page} has no mark {begin} for a table that has results.")
+    for name in (*sorted(path.stem for path in TABLES.glob("*.yaml")), UNFROZEN):
+        begin, end = BEGIN.format(name), END.format(name)
         before, rest = text.split(begin, 1)
-        text = f"{before}{begin}\n{table_of(path.stem)}\n{end}{rest.split(end, 1)[1]}"
+        has_results = (RESULTS / f"{name}.json").is_file()
+        shown = table_of(name) if has_results else f"Not measured yet: `make study TABLE={name}`."
+        text = f"{before}{begin}\n{shown}\n{end}{rest.split(end, 1)[1]}"
     page.write_text(text, encoding="utf-8")

@@ -112,10 +112,16 @@ def execute(runs: Iterable[Run], folder: Path, processes: int) -> None:
     logs.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(processes, context, initializer=_log_to, initargs=(logs,)) as pool:
         waiting = {pool.submit(execute_one, run, folder): run for run in todo}
-        for number, future in enumerate(as_completed(waiting), 1):
-            error = future.exception()
-            said = f"failed: {error}" if error else f"{future.result():.0f} s"
-            print(f"{number}/{len(todo)}  {waiting[future].name}  {said}", flush=True)
+        try:
+            for number, future in enumerate(as_completed(waiting), 1):
+                error = future.exception()
+                said = f"failed: {error}" if error else f"{future.result():.0f} s"
+                print(f"{number}/{len(todo)}  {waiting[future].name}  {said}", flush=True)
+        except KeyboardInterrupt:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     if failed := [run.name for future, run in waiting.items() if future.exception()]:
         raise RuntimeError(f"{len(failed)} of {len(todo)} runs failed, such as {failed[0]}; see {logs}.")
 

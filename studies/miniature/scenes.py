@@ -169,16 +169,16 @@ def compose(split: str, row: dict[str, Any]) -> Image.Image:
     return page
 
 
-def write(folder: Path, split: str) -> None:
-    """Write the rows of a split with their pictures."""
+def write(path: Path, split: str) -> None:
+    """Write the rows of a split with their pictures, as a parquet file."""
     rows = pq.read_table(COMMITTED / f"{split}.parquet").to_pylist()
     for row in rows:
         file = io.BytesIO()
         compose(split, row).save(file, "WEBP", quality=90)
         row["image"] = {"bytes": file.getvalue(), "path": f"{row['key']}.webp"}
     features = {column: datasets.Value("string") for column in rows[0]} | {"image": datasets.Image()}
-    folder.mkdir(parents=True, exist_ok=True)
-    datasets.Dataset.from_list(rows, features=datasets.Features(features)).to_parquet(folder / f"{split}.parquet")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_list(rows, features=datasets.Features(features)).to_parquet(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -191,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for split in SPLITS:
         if options.generate:
             generate(split)
-        write(options.output_dir / "scenes", split)
+        write(options.output_dir / "scenes" / f"{split}.parquet", split)
 
 
 if __name__ == "__main__":

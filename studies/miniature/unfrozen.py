@@ -214,7 +214,8 @@ def main(quickstart: str, folder: str, share: str = "0/1") -> None:
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps(study.run(*run), indent=1))
     results = [json.loads(path.read_text()) for path in sorted((study.folder / "results").glob("*.json"))]
-    (HERE / "results" / "unfrozen.json").write_text(json.dumps(results, indent=1) + "\n")
+    if len(results) > len(arms()):  # another share may still run
+        (HERE / "results" / "unfrozen.json").write_text(json.dumps(results, indent=1) + "\n")
     print(summary(results))
 
 

@@ -202,7 +202,7 @@ def test_the_same_files_are_written_each_time(tmp_path: Path, monkeypatch: pytes
     pq.write_table(pq.read_table(scenes.COMMITTED / "test.parquet").slice(0, 5), tmp_path / "test.parquet")
     monkeypatch.setattr(scenes, "COMMITTED", tmp_path)
     for folder in ("one", "two"):
-        scenes.write(tmp_path / folder, "test")
+        scenes.write(tmp_path / folder / "test.parquet", "test")
     files = [(tmp_path / folder / "test.parquet").read_bytes() for folder in ("one", "two")]
     assert files[0] == files[1]
     table = datasets.load_dataset(

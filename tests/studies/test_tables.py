@@ -63,6 +63,35 @@ def test_a_table_has_mean_and_deviation_of_its_arms(tmp_path: Path, monkeypatch:
     assert line == "| none | 30.0 ± 7.1 | 30.0 ± 7.1 | 30.0 ± 7.1 | 30.0 ± 7.1 | 2 | 10 | 78.3 / 75.5 |"
 
 
+def test_what_a_killed_process_left_is_made_again(tmp_path: Path) -> None:
+    def dies(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+
+    def ends(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "whole").touch()
+
+    material, path = Material(tmp_path), tmp_path / "texts" / "one"
+    with pytest.raises(KeyboardInterrupt):
+        material._made(path, dies)
+    assert not path.exists()
+    for make in (ends, dies):  # what is there is not made again
+        assert [file.name for file in material._made(path, make).iterdir()] == ["whole"]
+
+
+def test_the_results_of_other_tables_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "RESULTS", tmp_path / "committed")
+    for run in runs_of("a6"):
+        path = page.result_path(tmp_path, run)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"epoch": run.seed}))
+    page.collect(tmp_path, ["a6"])
+    assert [path.name for path in page.RESULTS.iterdir()] == ["a6.json"]
+    assert len(json.loads((page.RESULTS / "a6.json").read_text())) == len(runs_of("a6"))
+
+
 def test_the_report_has_the_committed_results(tmp_path: Path) -> None:
     report = tmp_path / "README.md"
     shutil.copy(page.HERE / "README.md", report)
