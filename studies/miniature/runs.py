@@ -118,9 +118,9 @@ def execute(runs: Iterable[Run], folder: Path, processes: int) -> None:
                 said = f"failed: {error}" if error else f"{future.result():.0f} s"
                 print(f"{number}/{len(todo)}  {waiting[future].name}  {said}", flush=True)
         except KeyboardInterrupt:
-            for process in multiprocessing.active_children():
-                process.terminate()
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.kill()  # a command that is terminated ends its run, and the process would begin the next
             raise
     if failed := [run.name for future, run in waiting.items() if future.exception()]:
         raise RuntimeError(f"{len(failed)} of {len(todo)} runs failed, such as {failed[0]}; see {logs}.")
