@@ -28,6 +28,7 @@ def main() -> None:
         # So that an unfinished study has all arms of some seeds.
         execute(sorted(runs, key=lambda run: run.seed), arguments.folder, arguments.processes)
         page.collect(arguments.folder, tables)
+    page.draw_all()
     page.write()
 
 

@@ -23,7 +23,7 @@ from studies.miniature import scenes
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parents[1] / "examples" / "data"
-LANGUAGES = ("de", "fr", "es", "zh", "ja", "ru", "ar", "hi")
+IN_LANGUAGES = [f"caption_{code}" for code in ("de", "fr", "es", "zh", "ja", "ru", "ar", "hi")]
 # Every arm trains on emojis; none has seen a clipart, so that the validation split makes their test less noisy.
 EMOJIS, CLIPARTS = ("emoji-google", "emoji-fluent", "emoji-twitter"), ("openclipart",)
 SPLITS = {
@@ -31,7 +31,12 @@ SPLITS = {
     "validation": (("validation",), EMOJIS),
     "test": (("test",), EMOJIS),
     "transfer": (("validation", "test"), CLIPARTS),
+    "cliparts-validation": (("validation",), CLIPARTS),
+    "cliparts-test": (("test",), CLIPARTS),
+    "cliparts": (("train",), CLIPARTS),
 }
+# Of which the texts are stored.
+STORED = ("train", "validation", "test", "transfer")
 SCENES = "scenes/"
 DESCRIPTIONS = ["short", "long_a", "long_b", "full"]
 NEGATIVES = ["swapped_places", "changed_count", "swapped_sizes"]
@@ -51,18 +56,23 @@ class Material:
         self.texts: Mapping[str, dict[str, Any]] = yaml.safe_load((HERE / "texts.yaml").read_text(encoding="utf-8"))
 
     def data(self, name: str) -> Path:
-        """Return the parquet file of a split: one of `SPLITS`, or `scenes/SPLIT`."""
+        """Return the parquet file of a split: one of `SPLITS`, `SPLIT-N` for N pictures of it, or `scenes/SPLIT`."""
 
         def make(path: Path) -> None:
             if name.startswith(SCENES):
                 scenes.write(path, name.removeprefix(SCENES))
+                return
+            whole, _, number = name.rpartition("-")
+            if number.isdecimal():
+                table = datasets.load_dataset("parquet", data_files=str(self.data(whole)), split="train")
+                table.shuffle(seed=0).select(range(int(number))).to_parquet(path)
                 return
             splits, sources = SPLITS[name]
             files = [str(DATA / "concepts" / f"{split}.parquet") for split in splits]
             table = datasets.load_dataset("parquet", data_files=files, split="train")
             table.filter(lambda row: row["source"] in sources).to_parquet(path)
 
-        return self._made(self.folder / "data" / f"{name}.parquet", make)
+        return self.made(self.folder / "data" / f"{name}.parquet", make)
 
     def weights(self, name: str) -> Path:
         """Return the folder of a model that a package brings."""
@@ -89,14 +99,13 @@ class Material:
             recipe["sources"] = self._texts() if command == "mntp" else self._pairs(pairs)
             self.command(command, f"texts-{slug(name)}", recipe)
 
-        return self._made(self.folder / "texts" / slug(name), make)
+        return self.made(self.folder / "texts" / slug(name), make)
 
     def _pairs(self, kind: str) -> list[dict[str, Any]]:
         """The pairs of stage 1: words and their definitions, and with twice the weight the captions of a picture."""
         columns = {"anchor_column": "lemmas", "positive_column": "gloss"}
         glosses = {"path": str(DATA / "glosses"), "split": "train", "weight": 1, **columns}
-        languages = [f"caption_{code}" for code in LANGUAGES] if kind == "languages" else []
-        captions = ["caption", "keywords", *languages]
+        captions = ["caption", "keywords", *(IN_LANGUAGES if kind == "languages" else [])]
         return [glosses, {"path": str(self.data("train")), "weight": 2, "caption_columns": captions}]
 
     def _texts(self) -> list[dict[str, Any]]:
@@ -104,34 +113,42 @@ class Material:
         return [glosses, {"path": str(self.data("train")), "caption_columns": ["caption", "keywords"]}]
 
     def rows(self, encoder: str, of: str = "concepts") -> Path:
-        """Return the folder of an encoder's embeddings of all texts of `concepts` or `scenes`."""
+        """Return the folder of an encoder's embeddings of texts: see `stored_texts`."""
         model = self.text_encoder(encoder)
 
         def make(folder: Path) -> None:
             recipe: dict[str, Any] = {"text_model_name_or_path": str(model), "output_dir": str(folder)}
             recipe["dtype"] = "bfloat16" if has_fast_bfloat16() else "float32"
-            recipe["sources"] = self._scene_texts() if of == "scenes" else self._concept_texts()
+            recipe["sources"] = self.stored_texts(of)
             self.command("embed", f"rows-{of}-{slug(encoder)}", recipe)
 
-        return self._made(self.folder / "rows" / of / slug(encoder), make)
+        return self.made(self.folder / "rows" / of / slug(encoder), make)
 
-    def _concept_texts(self) -> list[dict[str, Any]]:
-        columns = {name: ["caption", "keywords"] for name in SPLITS}
-        columns["test"] += [f"caption_{code}" for code in LANGUAGES]
-        sources = [{"path": str(self.data(name)), "caption_columns": texts} for name, texts in columns.items()]
-        return [*sources, {"path": str(DATA / "glosses"), "split": "test", "caption_columns": ["lemmas", "gloss"]}]
+    def stored_texts(self, of: str) -> list[dict[str, Any]]:
+        """List the sources of texts: of `concepts`, these and all cliparts (`kinds`) or with names in other languages
+        (`languages`), or of `scenes`.
+        """
+        if of == "scenes":
+            names: dict[str, list[str]] = {"train": ["short", "long_a"], "validation": ["long_a"]}
+            names["test"] = [*DESCRIPTIONS, *NEGATIVES]
+            return [self._texts_of(f"{SCENES}{name}", columns) for name, columns in names.items()]
+        names = {name: ["caption", "keywords"] for name in STORED}
+        names["test"] += IN_LANGUAGES
+        glosses = {"path": str(DATA / "glosses"), "split": "test", "caption_columns": ["lemmas", "gloss"]}
+        if of == "kinds":
+            names["cliparts"] = ["caption", "keywords"]
+        elif of == "languages":
+            names["train"] += IN_LANGUAGES
+        return [*(self._texts_of(name, columns) for name, columns in names.items()), glosses]
 
-    def _scene_texts(self) -> list[dict[str, Any]]:
-        columns = {"train": ["short", "long_a"], "validation": ["long_a"], "test": [*DESCRIPTIONS, *NEGATIVES]}
-        return [
-            {"path": str(self.data(f"{SCENES}{name}")), "caption_columns": texts} for name, texts in columns.items()
-        ]
+    def _texts_of(self, name: str, columns: list[str]) -> dict[str, Any]:
+        return {"path": str(self.data(name)), "caption_columns": columns}
 
     def image_processor(self, size: int) -> Path:
         """Return the folder of the vision tower's image processor for pictures of another size."""
         sides = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
         vit = self.weights("vit")
-        return self._made(
+        return self.made(
             self.folder / "weights" / f"pixels-{size}",
             lambda path: AutoImageProcessor.from_pretrained(vit, **sides).save_pretrained(path),
         )
@@ -148,7 +165,7 @@ class Material:
         if status := cli.main([command, str(path)]):
             raise RuntimeError(f"llm2clip {command} {path} ended with status {status}.")
 
-    def _made(self, path: Path, make: Callable[[Path], Any]) -> Path:
+    def made(self, path: Path, make: Callable[[Path], Any]) -> Path:
         """Return a file or folder, which one process at a time makes: under another name until it is whole."""
         unfinished = path.parent / "unfinished" / path.name
         with self._lock(str(path.relative_to(self.folder))):

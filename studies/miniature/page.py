@@ -8,11 +8,15 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from matplotlib import rc_context
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+from llm2clip.utils.figures import panels
 from studies.miniature.material import DESCRIPTIONS, HERE, NEGATIVES
 from studies.miniature.runs import CAPTIONS, TABLES, read_table, result_path, runs_of, tests_of
 from studies.miniature.unfrozen import summary
 
-RESULTS = HERE / "results"
+RESULTS, PLOTS = HERE / "results", HERE / "plots"
 BEGIN, END = "<!-- {} -->", "<!-- end of {} -->"
 UNFROZEN = "unfrozen"
 WAYS = ("text_to_image", "image_to_text")
@@ -79,6 +83,35 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
+def draw_all() -> None:
+    """Draw every table that has results."""
+    for path in sorted(TABLES.glob("*.yaml")):
+        if (RESULTS / f"{path.stem}.json").is_file() and read_table(path.stem).get("kind") != CAPTIONS:
+            draw(path.stem)
+
+
+def draw(name: str) -> None:
+    """Draw a table as `plots/NAME.svg`: for each of its plotted columns, mean and standard deviation of every arm."""
+    rows = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    fields = read_table(name)
+    columns = columns_of(fields)
+    titles = fields.get("plot", [title for title in columns if title.endswith("R@10")][:3] or [*columns][:3])
+    arms = [arm for arm in fields["arms"] if any(row["arm"] == arm for row in rows)]
+    figure, axes = panels(len(titles), 1 + 0.26 * len(arms))
+    for axis, title in zip(axes, titles, strict=True):
+        for place, arm in enumerate(arms):
+            values = [100 * value(row, columns[title]) for row in rows if row["arm"] == arm]
+            error = stdev(values) if len(values) > 1 else 0
+            axis.errorbar(mean(values), place, xerr=error, fmt="o", capsize=3, color="tab:blue")
+        axis.set(title=f"{title}, %", yticks=range(len(arms)), yticklabels=arms if axis is axes[0] else [])
+        axis.invert_yaxis()
+        axis.set_xlim(left=0)
+    PLOTS.mkdir(exist_ok=True)
+    # The same bytes from the same results.
+    with rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+        FigureCanvasSVG(figure).print_svg(PLOTS / f"{name}.svg", metadata={"Date": None})
+
+
 def write(page: Path = HERE / "README.md") -> None:
     """Put every table between its marks in the report."""
     text = page.read_text(encoding="utf-8")
@@ -87,5 +120,7 @@ def write(page: Path = HERE / "README.md") -> None:
         before, rest = text.split(begin, 1)
         has_results = (RESULTS / f"{name}.json").is_file()
         shown = table_of(name) if has_results else f"Not measured yet: `make study TABLE={name}`."
+        if (PLOTS / f"{name}.svg").is_file():
+            shown += f"\n\n![{read_table(name)['title']}](plots/{name}.svg)"
         text = f"{before}{begin}\n{shown}\n{end}{rest.split(end, 1)[1]}"
     page.write_text(text, encoding="utf-8")

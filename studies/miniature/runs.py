@@ -26,15 +26,20 @@ from llm2clip.evaluation.data import CaptionPairData, RetrievalData
 from llm2clip.evaluation.metrics import caption_retrieval_metrics
 from llm2clip.evaluation.protocols.retrieval import image_text_metrics
 from llm2clip.evaluation.session import Session
+from llm2clip.hub.merge import merge_models
 from llm2clip.recipes import load_recipe
 from llm2clip.trainers.freezing import open_features
-from llm2clip.trainers.stage2_config import Stage2Recipe
+from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.utils.settings import build_config
 from studies.miniature.material import DATA, DESCRIPTIONS, HERE, NEGATIVES, Material, slug
 from studies.miniature.scenes import PAGE
 
 TABLES = HERE / "tables"
 RETRIEVAL, CAPTIONS = "retrieval", "captions"
+# What an arm does with the models of others; see `Run.parents`.
+ROLES = ("continues", "keeps", "first", "second")
+# What a model has that is continued.
+OF_A_NEW_MODEL = ("adapter_num_layers", "initializer", "vision_pooling", "projection_dim")
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,13 @@ class Run:
         captions: The caption columns of its training, and how often each is drawn.
         tests: Sets that it is measured on: a split of `concepts`, `_LANGUAGE` for captions in that; of `scenes` a
             column of descriptions, or of hard negatives.
+        rows: Which texts of its encoders are stored: a key of `Material.stored_texts`.
+        pictures: The split that it trains on.
+        validation: The split that chooses the epoch.
+        parents: Other arms, by what is made of their model: it is continued (`continues`), its space is kept
+            (`keeps`), or two are merged (`first`, `second`).
+        share: Of the second of two that are merged.
+        is_kept: Whether its model stays, for other arms.
     """
 
     table: str
@@ -60,11 +72,19 @@ class Run:
     data: str
     captions: Mapping[str, float]
     tests: tuple[str, ...]
+    rows: str
+    pictures: str
+    validation: str
+    parents: Mapping[str, Run]
+    share: float | None
+    is_kept: bool
 
     @property
     def name(self) -> str:
         """Name of its files: equal for arms of several tables that are the same run."""
-        fields = [self.encoders, {**self.settings}, self.kind, self.data, {**self.captions}, self.tests]
+        fields: list[Any] = [self.encoders, {**self.settings}, self.kind, self.data, {**self.captions}, self.tests]
+        others = {role: parent.name for role, parent in self.parents.items()}
+        fields.append([self.pictures, self.validation, others, self.share])
         digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
         return f"{slug(' '.join(self.encoders))}-{digest[:8]}-{self.seed}"
 
@@ -77,24 +97,34 @@ def read_table(name: str) -> dict[str, Any]:
 
 def runs_of(name: str) -> list[Run]:
     """List the runs of a table: all arms with the first seed, then with the next."""
-    table, found = read_table(name), []
-    data = table.get("data", "concepts")
-    for seed in range(table.get("seeds", 1)):
-        for arm, fields in table["arms"].items():
-            encoders = fields.get("encoders", arm)
-            found.append(
-                Run(
-                    name,
-                    arm,
-                    seed,
-                    tuple([encoders] if isinstance(encoders, str) else encoders),
-                    {**table.get("settings", {}), **fields.get("settings", {})},
-                    table.get("kind", RETRIEVAL),
-                    data,
-                    fields.get("captions", table.get("captions", {"caption": 1, "keywords": 1})),
-                    tests_of(table),
-                )
-            )
+    table = read_table(name)
+    return [run for seed in range(table.get("seeds", 1)) for run in _arms_of(name, table, seed).values()]
+
+
+def _arms_of(name: str, table: Mapping[str, Any], seed: int) -> dict[str, Run]:
+    """Build the runs of a seed; an arm stands below those whose model it takes."""
+    data, arms = table.get("data", "concepts"), table["arms"]
+    taken = {parent for fields in arms.values() for role, parent in fields.items() if role in ROLES}
+    found: dict[str, Run] = {}
+    for arm, fields in arms.items():
+        encoders = fields.get("encoders", arm)
+        found[arm] = Run(
+            table=name,
+            arm=arm,
+            seed=seed,
+            encoders=tuple([encoders] if isinstance(encoders, str) else encoders),
+            settings={**table.get("settings", {}), **fields.get("settings", {})},
+            kind=table.get("kind", RETRIEVAL),
+            data=data,
+            captions=fields.get("captions", table.get("captions", {"caption": 1, "keywords": 1})),
+            tests=tests_of(table),
+            rows=fields.get("rows", table.get("rows", data)),
+            pictures=fields.get("pictures", "train"),
+            validation=fields.get("validation", "validation"),
+            parents={role: found[fields[role]] for role in ROLES if role in fields},
+            share=fields.get("share"),
+            is_kept=arm in taken,
+        )
     return found
 
 
@@ -140,9 +170,10 @@ def result_path(folder: Path, run: Run) -> Path:
 def execute_one(run: Run, folder: Path) -> float:
     """Train and measure a run, and write its result; returns seconds."""
     begin, material = time.monotonic(), Material(folder)
-    caches = [material.rows(name, run.data) for name in run.encoders]
+    caches = [material.rows(name, run.rows) for name in run.encoders]
+    models = {role: _trained(parent, material) for role, parent in run.parents.items()}
     begin_cpu = time.process_time()
-    found = _captions(caches[0]) if run.kind == CAPTIONS else _stage2(run, material, caches)
+    found = _captions(caches[0]) if run.kind == CAPTIONS else _stage2(run, material, caches, models)
     found = {**found, "cpu_seconds": round(time.process_time() - begin_cpu, 1)}
     path = result_path(folder, run)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -171,20 +202,44 @@ def _captions(cache_folder: Path) -> dict[str, Any]:
     return found
 
 
-def _stage2(run: Run, material: Material, caches: list[Path]) -> dict[str, Any]:
-    recipe = recipe_of(run, material, caches)
-    output = Path(recipe["output_dir"])
-    shutil.rmtree(output, ignore_errors=True)  # of a run that was killed
-    material.command("stage2", run.name, recipe)
-    config = build_config(Stage2Recipe, recipe, run.name)
-    state = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))
-    found = {"epoch": _best_epoch(state), **_measure(run, material, config, caches)}
-    shutil.rmtree(output)
+def _stage2(run: Run, material: Material, caches: list[Path], models: Mapping[str, Path]) -> dict[str, Any]:
+    output = _trained(run, material, caches, models)
+    state = output / "trainer_state.json"
+    epoch = _best_epoch(json.loads(state.read_text(encoding="utf-8"))) if state.is_file() else None
+    found = {"epoch": epoch, **_measure(run, material, output, caches)}
+    if not run.is_kept:
+        shutil.rmtree(output)
     return found
 
 
-def recipe_of(run: Run, material: Material, caches: list[Path]) -> dict[str, Any]:
-    """Build the recipe of `llm2clip stage2` for a run."""
+def _trained(
+    run: Run, material: Material, caches: list[Path] | None = None, models: Mapping[str, Path] | None = None
+) -> Path:
+    """Return the folder of a run's model, which is trained or merged unless it is there."""
+    caches = [material.rows(name, run.rows) for name in run.encoders] if caches is None else caches
+    if models is None:
+        models = {role: _trained(parent, material) for role, parent in run.parents.items()}
+
+    def make(folder: Path) -> None:
+        if run.share is not None:
+            merge_models(models["first"], models["second"], folder, run.share)
+            return
+        material.command("stage2", run.name, {**recipe_of(run, material, caches, models), "output_dir": str(folder)})
+
+    return material.made(model_path(run, material), make)
+
+
+def model_path(run: Run, material: Material) -> Path:
+    return material.folder / "models" / run.name
+
+
+def recipe_of(run: Run, material: Material, caches: list[Path], models: Mapping[str, Path]) -> dict[str, Any]:
+    """Build the recipe of `llm2clip stage2` for a run.
+
+    Args:
+        caches: The rows of its text encoders.
+        models: The models of its parents.
+    """
     several = len(caches) > 1
     towers = [str(material.text_encoder(name)) for name in run.encoders]
     of, column = ("scenes/", "long_a") if run.data == "scenes" else ("", "caption")
@@ -192,16 +247,26 @@ def recipe_of(run: Run, material: Material, caches: list[Path]) -> dict[str, Any
     recipe = {**load_recipe(HERE / "frozen.yaml"), **run.settings}
     if run.data == "scenes":
         recipe["image_processor_name_or_path"] = str(material.image_processor(PAGE))
+    vision = models.get("keeps", material.weights("vit"))
     recipe |= {
-        "vision_model_name_or_path": str(material.weights("vit")),
+        "vision_model_name_or_path": str(vision),
         "text_model_name_or_path": towers if several else towers[0],
         "embedding_cache": [str(path) for path in caches] if several else str(caches[0]),
         "feature_cache": str(material.folder / "features"),
-        "output_dir": str(material.folder / "models" / run.name),
-        "sources": [{"path": str(material.data(f"{of}train")), **captions}],
-        "eval_sources": {"validation": {"path": str(material.data(f"{of}validation")), "caption_columns": [column]}},
+        "output_dir": str(model_path(run, material)),
+        "sources": [{"path": str(material.data(f"{of}{run.pictures}")), **captions}],
+        "eval_sources": {
+            "validation": {"path": str(material.data(f"{of}{run.validation}")), "caption_columns": [column]}
+        },
         "seed": run.seed,
     }
+    if "freeze_vision_layers" in recipe:
+        recipe["frozen_states_dir"] = str(material.folder / "states")
+    if "keeps" in models:
+        recipe |= {"distill_from": str(models["keeps"]), "feature_cache": None}
+    if "continues" in models:
+        recipe |= dict.fromkeys((*OF_A_NEW_MODEL, "vision_model_name_or_path", "text_model_name_or_path"))
+        recipe["model_name_or_path"] = str(models["continues"])
     return {key: value for key, value in recipe.items() if value is not None}
 
 
@@ -211,14 +276,16 @@ def _best_epoch(state: dict[str, Any]) -> float | None:
     return -max(scores)[1] if scores else None
 
 
-def _measure(run: Run, material: Material, config: Any, caches: list[Path]) -> dict[str, Any]:
-    model: Any = LLM2CLIPModel.from_pretrained(config.output_dir, text_model=False).eval()
-    processor = AutoProcessor.from_pretrained(config.output_dir)
+def _measure(run: Run, material: Material, folder: Path, caches: list[Path]) -> dict[str, Any]:
+    model: Any = LLM2CLIPModel.from_pretrained(folder, text_model=False).eval()
+    processor = AutoProcessor.from_pretrained(folder)
     opened = [EmbeddingCache.open(path) for path in caches]
     lookup = (PairedCache(*opened) if len(opened) > 1 else opened[0]).lookup
     sets = {name: RetrievalData.from_source(source) for name, source in _tests(run, material).items()}
     features = None
-    if config.freeze_vision == "all":
+    if "freeze_vision_layers" not in run.settings:
+        features_of = {"output_dir": str(folder), "feature_cache": str(material.folder / "features")}
+        config = build_config(Stage2Config, {**load_recipe(HERE / "frozen.yaml"), **features_of}, run.name)
         features = open_features(config, model, processor.image_processor, [data.images for data in sets.values()])
     session = Session(StoredEncoder(model, processor, lookup, features), show_progress_bar=False)
     found: dict[str, float] = {}

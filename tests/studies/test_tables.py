@@ -30,7 +30,8 @@ def material(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Material:
 def test_every_arm_is_a_recipe_of_known_encoders(run: Run, material: Material) -> None:
     assert set(run.encoders) <= set(material.texts)
     if run.kind != CAPTIONS:
-        recipe = recipe_of(run, material, [material.folder / name for name in run.encoders])
+        models = {role: material.folder / parent.name for role, parent in run.parents.items()}
+        recipe = recipe_of(run, material, [material.folder / name for name in run.encoders], models)
         config = build_config(Stage2Recipe, recipe, run.name)
         assert config.sources[0]["caption_columns"] == [*run.captions]
 
@@ -75,10 +76,10 @@ def test_what_a_killed_process_left_is_made_again(tmp_path: Path) -> None:
 
     material, path = Material(tmp_path), tmp_path / "texts" / "one"
     with pytest.raises(KeyboardInterrupt):
-        material._made(path, dies)
+        material.made(path, dies)
     assert not path.exists()
     for make in (ends, dies):  # what is there is not made again
-        assert [file.name for file in material._made(path, make).iterdir()] == ["whole"]
+        assert [file.name for file in material.made(path, make).iterdir()] == ["whole"]
 
 
 def test_the_results_of_other_tables_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
