@@ -30,7 +30,6 @@ from llm2clip.hub.merge import merge_models
 from llm2clip.recipes import load_recipe
 from llm2clip.trainers.freezing import open_features
 from llm2clip.trainers.stage2_config import Stage2Config
-from llm2clip.utils.settings import build_config
 from studies.miniature.material import DATA, DESCRIPTIONS, HERE, NEGATIVES, Material, slug
 from studies.miniature.scenes import PAGE
 
@@ -39,7 +38,7 @@ RETRIEVAL, CAPTIONS = "retrieval", "captions"
 # What an arm does with the models of others; see `Run.parents`.
 ROLES = ("continues", "keeps", "first", "second")
 # What a model has that is continued.
-OF_A_NEW_MODEL = ("adapter_num_layers", "initializer", "vision_pooling", "projection_dim")
+OF_A_NEW_MODEL = ("adapter_num_layers", "initializer", "vision_pooling", "projection_dim", "standardize_features")
 
 
 @dataclass(frozen=True)
@@ -284,8 +283,13 @@ def _measure(run: Run, material: Material, folder: Path, caches: list[Path]) -> 
     sets = {name: RetrievalData.from_source(source) for name, source in _tests(run, material).items()}
     features = None
     if "freeze_vision_layers" not in run.settings:
-        features_of = {"output_dir": str(folder), "feature_cache": str(material.folder / "features")}
-        config = build_config(Stage2Config, {**load_recipe(HERE / "frozen.yaml"), **features_of}, run.name)
+        config = Stage2Config(
+            output_dir=str(folder),
+            freeze_vision="all",
+            feature_cache=str(material.folder / "features"),
+            use_cpu=True,
+            report_to="none",
+        )
         features = open_features(config, model, processor.image_processor, [data.images for data in sets.values()])
     session = Session(StoredEncoder(model, processor, lookup, features), show_progress_bar=False)
     found: dict[str, float] = {}
