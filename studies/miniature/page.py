@@ -20,7 +20,7 @@ RESULTS, PLOTS = HERE / "results", HERE / "plots"
 BEGIN, END = "<!-- {} -->", "<!-- end of {} -->"
 UNFROZEN = "unfrozen"
 WAYS = ("text_to_image", "image_to_text")
-NAMES = {"test": "in domain", "transfer": "transfer"}
+NAMES = {"validation": "validation", "test": "in domain", "transfer": "transfer"}
 
 
 def collect(folder: Path, tables: Iterable[str]) -> None:
@@ -64,13 +64,14 @@ def columns_of(fields: dict[str, Any]) -> dict[str, tuple[str, ...]]:
     if "columns" in fields:
         return {title: (key,) for key, title in fields["columns"].items()}
     found: dict[str, tuple[str, ...]] = {}
-    for test in tests_of(fields):
+    names = {**NAMES, **fields.get("names", {})}
+    for test in fields.get("shown", tests_of(fields)):
         if test in NEGATIVES:
             found[test.replace("_", " ")] = (test,)
             continue
         split, _, language = test.partition("_")
-        title = test if test in DESCRIPTIONS else language or NAMES[split]
-        ranks = (1, 10) if title in NAMES.values() else (1,) if test in DESCRIPTIONS else (10,)
+        title = test if test in DESCRIPTIONS else language or names[split]
+        ranks = (1, 10) if title in names.values() else (10,)
         found |= {f"{title}, R@{rank}": tuple(f"{test}/{way}_recall@{rank}" for way in WAYS) for rank in ranks}
     return found
 
