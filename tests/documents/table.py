@@ -525,7 +525,7 @@ EMBED_PAIRS = (
 ADAPT = f"llm2clip stage2 stage2_small_gpu --model-name-or-path {JOINT_1B} --bf16 true"
 BUILD_MINE = "llm2clip build runs/mine Llama-mine"
 SHARDS = "llm2clip check-data 'data/cc3m/*.tar' --streaming --caption-columns"
-DOWNLOADS = "it downloads, with a tool that is not ours"
+DOWNLOADS = "a tool that is not ours asks the Hub or downloads"
 START = {
     **{
         f"llm2clip convert microsoft/{joint} {joint} --text-model {llm}": Run(
@@ -574,6 +574,8 @@ START = {
     "llm2clip push Llama-mine OWNER/Llama-mine --dry-run": Run(
         needs=(BUILD_MINE,), meant={"OWNER": "tester"}, small="--no-check", prints="would_upload_to: tester/Llama-mine"
     ),
+    "hf auth login": NotRun(DOWNLOADS),
+    "hf download OWNER/Llama-my-model --local-dir download": NotRun(DOWNLOADS),
     "hf download qidouxiong619/dreamlip_long_captions --repo-type dataset --local-dir data/dreamlip": NotRun(DOWNLOADS),
     "img2dataset --url_list data/dreamlip/cc3m_3long_3short_1raw_captions_url.csv --input_format csv "
     "--url_col 'Image Path' "
