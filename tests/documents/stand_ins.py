@@ -27,11 +27,11 @@ from transformers import (
 from llm2clip.convert.original import to_original
 from llm2clip.convert.published import published_models
 from llm2clip.recipes import find_recipe, load_recipe
+from modeling_llm2clip import EVA02VisionModel
 from tests.documents.reading import ROOT, blocks
 from tests.golden import FOLDER as GOLDEN
 from tests.llm2clip import embedding_models, tiny
 from tests.llm2clip.convert.checkpoints import microsoft_openai_names, with_text_tower
-from modeling_llm2clip import EVA02VisionModel
 from tests.modeling_llm2clip import tiny as tiny_models
 
 Builder = Callable[[Path], Any]

@@ -516,7 +516,7 @@ MODELS = {
 }
 JOINT_1B, JOINT_8B = "LLM2CLIP-Llama3.2-1B-EVA02-L-14-336", "LLM2CLIP-Openai-L-14-336"
 # A small model of ours stands for a converted checkpoint, and contains its LLM.
-CONVERTED = {name: MODEL for name in (JOINT_1B, JOINT_8B, LLM_1B)}
+CONVERTED = dict.fromkeys((JOINT_1B, JOINT_8B, LLM_1B), MODEL)
 INDEX_PHOTOS = f"llm2clip index my_photos --model {JOINT_1B}"
 EMBED_PAIRS = (
     f"llm2clip embed --text-model-name-or-path {LLM_1B} --dtype bfloat16 --output-dir runs/mine_cache "
@@ -540,9 +540,7 @@ START = {
         needs=(MODEL, "my_photos"), meant=CONVERTED, makes=("runs/index/my_photos",), prints="embedded: 8"
     ),
     'llm2clip search runs/index/my_photos "ein Hund am Strand" "Sonnenuntergang in den Bergen" '
-    "--top 6 --html results.html": Run(
-        needs=(INDEX_PHOTOS,), makes=("results.html",), prints="ein Hund am Strand\t"
-    ),
+    "--top 6 --html results.html": Run(needs=(INDEX_PHOTOS,), makes=("results.html",), prints="ein Hund am Strand\t"),
     "llm2clip search runs/index/my_photos --image photo.jpg": Run(
         needs=(INDEX_PHOTOS, "photo.jpg"), prints="my_photos/"
     ),
@@ -569,14 +567,16 @@ START = {
     ),
     ADAPT: Run(needs=(EMBED_PAIRS,), meant=CONVERTED, small=TUNE, makes=("runs/mine/model.safetensors",)),
     f"llm2clip evaluate {JOINT_1B} runs/mine --benchmark data/mine --split validation --caption-columns caption "
-    "--embedding-cache runs/mine_cache": Run(needs=(ADAPT,), meant=CONVERTED, prints="runs/mine, data/mine [validation]"),
+    "--embedding-cache runs/mine_cache": Run(needs=(ADAPT,), meant=CONVERTED, prints="runs/mine, data/mine"),
     BUILD_MINE: Run(needs=(ADAPT,), makes=("Llama-mine/model.safetensors",)),
     "llm2clip push Llama-mine OWNER/Llama-mine --dry-run": Run(
         needs=(BUILD_MINE,), meant={"OWNER": "tester"}, small="--no-check", prints="would_upload_to: tester/Llama-mine"
     ),
     "hf auth login": NotRun(DOWNLOADS),
     "hf download OWNER/Llama-my-model --local-dir download": NotRun(DOWNLOADS),
-    "hf download qidouxiong619/dreamlip_long_captions --repo-type dataset --local-dir data/dreamlip": NotRun(DOWNLOADS),
+    "hf download qidouxiong619/dreamlip_long_captions --repo-type dataset --local-dir data/dreamlip": NotRun(
+        DOWNLOADS
+    ),
     "img2dataset --url_list data/dreamlip/cc3m_3long_3short_1raw_captions_url.csv --input_format csv "
     "--url_col 'Image Path' "
     '--save_additional_columns \'["raw_caption","shortSV_captions","longSV_captions"]\' '
@@ -587,7 +587,10 @@ START = {
     ),
     "torchrun --nproc_per_node 8 -m llm2clip stage1 stage1_paper --per-device-train-batch-size 256 "
     "--tower-chunk-size 64": Run(
-        needs=(LLAMA, *PAIRS), meant={"8": "2", "64": "2"}, small=STAGE1, makes=("runs/stage1/model.safetensors",),
+        needs=(LLAMA, *PAIRS),
+        meant={"8": "2", "64": "2"},
+        small=STAGE1,
+        makes=("runs/stage1/model.safetensors",),
         slow=True,
     ),
     "llm2clip convert EVA02_CLIP_L_psz14_s4B.pt EVA02-CLIP-L-14": Run(
