@@ -8,12 +8,25 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PATTERNS = ("*.md", "docs/**/*.md", "examples/**/*.md", "hub_configs/**/*.md", "benchmarks/**/*.md")
 DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for pattern in PATTERNS for path in ROOT.glob(pattern))
-PROGRAMS = ("make", "llm2clip", "pip", "python", "torchrun", "accelerate", "jupyter", "npm", ".ci/run")
+PROGRAMS = (
+    "make",
+    "llm2clip",
+    "pip",
+    "python",
+    "torchrun",
+    "accelerate",
+    "jupyter",
+    "npm",
+    "hf",
+    "img2dataset",
+    ".ci/run",
+)
 # Blocks that show what a command printed, by their first words.
 OUTPUTS = (
     "{'a train on a single rail':",
     "Caption retrieval, R@1 / 5 / 10 in %",
     "docci  DOCCI",
+    "hours: 0.5 for 625 steps",
     "runs/quickstart/llm2clip, in %",
     "stage1: memory of each of 8 GPUs",
 )

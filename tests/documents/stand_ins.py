@@ -14,15 +14,24 @@ import datasets
 import torch
 import yaml
 from PIL import Image
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPConfig, CLIPModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from llm2clip.convert.original import to_original
 from llm2clip.convert.published import published_models
 from llm2clip.recipes import find_recipe, load_recipe
+from modeling_llm2clip import EVA02VisionModel
 from tests.documents.reading import ROOT, blocks
 from tests.golden import FOLDER as GOLDEN
 from tests.llm2clip import embedding_models, tiny
-from tests.llm2clip.convert.checkpoints import microsoft_openai_names
+from tests.llm2clip.convert.checkpoints import microsoft_openai_names, with_text_tower
 from tests.modeling_llm2clip import tiny as tiny_models
 
 Builder = Callable[[Path], Any]
@@ -78,6 +87,36 @@ def published(name: str, folder: Path) -> None:
     zero = torch.zeros((), dtype=torch.float16)
     torch.save({key: zero.expand(tensor.shape) for key, tensor in tensors.items()}, folder / file)
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def eva_clip(path: Path) -> None:
+    """Save a checkpoint with the tensor names and shapes of EVA02-CLIP-L-14, as small as those of `published`."""
+    model = published_models()["LLM2CLIP-EVA02-L-14-224"]
+    zero = torch.zeros((), dtype=torch.float16)
+    names = with_text_tower(to_original(model.config, model.build().state_dict()))
+    torch.save({name: zero.expand(tensor.shape) for name, tensor in names.items()}, path)
+
+
+def eva_tower(folder: Path) -> None:
+    """Save a small EVA02 tower, as `convert` writes it: with the logit scale of its CLIP, and an image processor."""
+    torch.manual_seed(0)
+    EVA02VisionModel(tiny_models.vision_config(logit_scale_init_value=4.6)).save_pretrained(folder)
+    tiny_models.processor().image_processor.save_pretrained(folder)
+
+
+def wide_llm(width: int, folder: Path) -> None:
+    """Save an LLM of one small layer, but of the width that the adapter of a published model expects."""
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / LLAMA)
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    config = LlamaConfig(hidden_size=width, intermediate_size=8, vocab_size=len(tokenizer), **sizes)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def photos(folder: Path) -> None:
+    """Save photographs, without captions."""
+    for number, row in enumerate(rows(8)):
+        row["image"].convert("RGB").save(folder / f"{number}.jpg")
 
 
 def wikitext(folder: Path) -> None:
@@ -191,6 +230,7 @@ HUB: dict[str, Builder] = {
     },
 }
 DATASETS = ("Salesforce/wikitext",)
+LLM_1B, LLM_8B = "LLM2CLIP-Llama-3.2-1B-Instruct-CC-Finetuned", "LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned"
 MODEL = "runs/quickstart/llm2clip"
 # Folders of the reader's, by path: what `make quickstart` leaves, and data.
 FOLDERS: dict[str, Builder] = {
@@ -202,6 +242,10 @@ FOLDERS: dict[str, Builder] = {
         ("train", "validation", "test"),
     ),
     "my_pictures": pictures,
+    "my_photos": photos,
+    "EVA02-CLIP-L-14": eva_tower,
+    LLM_1B: partial(wide_llm, 2048),
+    LLM_8B: partial(wide_llm, 4096),
     "data/dreamlip": partial(captions_csv, ["raw_caption", *DREAMLIP]),
     "data/text_pairs": text_pairs,
     "data/captions": partial(captions_csv, ["short_caption", "long_caption"]),
@@ -215,6 +259,7 @@ FILES: dict[str, Builder] = {
     "training": lambda path: path.symlink_to(ROOT / "training"),
     "museum.py": documented_benchmark,
     "photo.jpg": photo,
+    "EVA02_CLIP_L_psz14_s4B.pt": eva_clip,
     "default.yaml": partial(small_profile, "default"),
     "full.yaml": partial(small_profile, "full"),
 }

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from llm2clip.convert.published import FOLDER, Published, published_models
-from tests.documents.stand_ins import E5, HUB, MINILM, MODEL
+from tests.documents.stand_ins import E5, HUB, LLM_1B, LLM_8B, MINILM, MODEL
 
 
 @dataclass(frozen=True)
@@ -514,7 +514,107 @@ MODELS = {
         needs=(E5, "my_images"), makes=("runs/cache/index.manifest",), prints="num_captions: "
     ),
 }
+JOINT_1B, JOINT_8B = "LLM2CLIP-Llama3.2-1B-EVA02-L-14-336", "LLM2CLIP-Openai-L-14-336"
+# A small model of ours stands for a converted checkpoint, and contains its LLM.
+CONVERTED = dict.fromkeys((JOINT_1B, JOINT_8B, LLM_1B), MODEL)
+INDEX_PHOTOS = f"llm2clip index my_photos --model {JOINT_1B}"
+EMBED_PAIRS = (
+    f"llm2clip embed --text-model-name-or-path {LLM_1B} --dtype bfloat16 --output-dir runs/mine_cache "
+    "--sources '[{path: data/mine, split: train+validation, caption_columns: [caption]}]'"
+)
+ADAPT = f"llm2clip stage2 stage2_small_gpu --model-name-or-path {JOINT_1B} --bf16 true"
+BUILD_MINE = "llm2clip build runs/mine Llama-mine"
+SHARDS = "llm2clip check-data 'data/cc3m/*.tar' --streaming --caption-columns"
+DOWNLOADS = "a tool that is not ours asks the Hub or downloads"
+START = {
+    **{
+        f"llm2clip convert microsoft/{joint} {joint} --text-model {llm}": Run(
+            needs=(f"microsoft/{joint}", llm),
+            makes=(f"{joint}/model.safetensors",),
+            prints="missing: none",
+            slow=True,
+        )
+        for joint, llm in ((JOINT_1B, LLM_1B), (JOINT_8B, LLM_8B))
+    },
+    INDEX_PHOTOS: Run(
+        needs=(MODEL, "my_photos"), meant=CONVERTED, makes=("runs/index/my_photos",), prints="embedded: 8"
+    ),
+    'llm2clip search runs/index/my_photos "ein Hund am Strand" "Sonnenuntergang in den Bergen" '
+    "--top 6 --html results.html": Run(needs=(INDEX_PHOTOS,), makes=("results.html",), prints="ein Hund am Strand\t"),
+    "llm2clip search runs/index/my_photos --image photo.jpg": Run(
+        needs=(INDEX_PHOTOS, "photo.jpg"), prints="my_photos/"
+    ),
+    f"llm2clip index my_photos --model {JOINT_8B}": Run(
+        needs=(MODEL, "my_photos"), meant=CONVERTED, makes=("runs/index/my_photos",), prints="embedded: 8"
+    ),
+    'llm2clip search runs/index/my_photos "ein Hund am Strand"': Run(needs=(INDEX_PHOTOS,), prints="my_photos/"),
+    f"llm2clip evaluate {JOINT_8B} --benchmark ./my_images --caption-columns caption --dtype bfloat16": Run(
+        needs=(MODEL, "my_images"), meant=CONVERTED, prints="T2I R@1 / 5 / 10"
+    ),
+    f"llm2clip evaluate {JOINT_8B} --benchmark flickr30k urban1k --data ./data --dtype bfloat16": NotRun(
+        NO_SETS, run_by=MEASURED
+    ),
+    "llm2clip check-data data/mine --split train --caption-columns caption": Run(
+        needs=("data/mine",), prints="24, of which 24 can be used"
+    ),
+    f"llm2clip plan stage2_small_gpu --gpus 1 --gpu-memory 24 --peak-tflops 125 --rows 20000 --bf16 true "
+    f"--model-name-or-path {JOINT_1B}": Run(
+        prints="hours: 0.5 for 625 steps of 80,000 rows; 1,058 GFLOP each\n"
+        "disk: checkpoint 3.3 GB, 1 kept: 3.3 GB; result 1.5 GB; frozen states 23.6 GB"
+    ),
+    EMBED_PAIRS: Run(
+        needs=(MODEL, "data/mine"), meant=CONVERTED, makes=("runs/mine_cache/index.manifest",), prints="num_captions: "
+    ),
+    ADAPT: Run(needs=(EMBED_PAIRS,), meant=CONVERTED, small=TUNE, makes=("runs/mine/model.safetensors",)),
+    f"llm2clip evaluate {JOINT_1B} runs/mine --benchmark data/mine --split validation --caption-columns caption "
+    "--embedding-cache runs/mine_cache": Run(needs=(ADAPT,), meant=CONVERTED, prints="runs/mine, data/mine"),
+    BUILD_MINE: Run(needs=(ADAPT,), makes=("Llama-mine/model.safetensors",)),
+    "llm2clip push Llama-mine OWNER/Llama-mine --dry-run": Run(
+        needs=(BUILD_MINE,), meant={"OWNER": "tester"}, small="--no-check", prints="would_upload_to: tester/Llama-mine"
+    ),
+    "hf auth login": NotRun(DOWNLOADS),
+    "hf download OWNER/Llama-my-model --local-dir download": NotRun(DOWNLOADS),
+    "hf download qidouxiong619/dreamlip_long_captions --repo-type dataset --local-dir data/dreamlip": NotRun(
+        DOWNLOADS
+    ),
+    "img2dataset --url_list data/dreamlip/cc3m_3long_3short_1raw_captions_url.csv --input_format csv "
+    "--url_col 'Image Path' "
+    '--save_additional_columns \'["raw_caption","shortSV_captions","longSV_captions"]\' '
+    "--output_format webdataset --output_folder data/cc3m --resize_mode keep_ratio --image_size 384 "
+    "--processes_count 16 --thread_count 64": NotRun(DOWNLOADS),
+    f"{SHARDS} json.raw_caption json.shortSV_captions json.longSV_captions": Run(
+        needs=("data/cc3m",), prints="24, of which 24 can be used"
+    ),
+    "torchrun --nproc_per_node 8 -m llm2clip stage1 stage1_paper --per-device-train-batch-size 256 "
+    "--tower-chunk-size 64": Run(
+        needs=(LLAMA, *PAIRS),
+        meant={"8": "2"},
+        small=f"{STAGE1} --per-device-train-batch-size 2 --tower-chunk-size 1",
+        makes=("runs/stage1/model.safetensors",),
+        slow=True,
+    ),
+    "llm2clip convert EVA02_CLIP_L_psz14_s4B.pt EVA02-CLIP-L-14": Run(
+        needs=("EVA02_CLIP_L_psz14_s4B.pt",),
+        makes=("EVA02-CLIP-L-14/model.safetensors",),
+        prints="recognized: a plain vision tower",
+        slow=True,
+    ),
+    "llm2clip plan stage2_table1_eva02_l14 --vision-model-name-or-path LLM2CLIP-EVA02-L-14-224 "
+    "--text-model-name-or-path LLM2CLIP-Llama-3.1-8B-Instruct-CC": Run(prints="hours: 0.7 for 2,804 steps"),
+    "torchrun --nproc_per_node 8 -m llm2clip stage2 stage2_table1_eva02_l14": Run(
+        needs=(EMBED_CAPTIONS, "EVA02-CLIP-L-14"),
+        meant={"8": "2"},
+        small=STAGE2,
+        makes=("runs/stage2/model.safetensors",),
+        slow=True,
+    ),
+    "llm2clip evaluate open_clip:EVA02-L-14/merged2b_s4b_b131k --benchmark flickr30k --data ./data": NotRun(
+        NO_SETS, run_by=MEASURED
+    ),
+    "llm2clip evaluate runs/stage2 --benchmark flickr30k coco-salesforce sharegpt4v-1k urban1k docci --data ./data "
+    "--dtype bfloat16": NotRun(NO_SETS, run_by=MEASURED),
+}
 COMMANDS: dict[str, Run | NotRun] = {
     **README, **CONTRIBUTING, **SCALING, **DISTILL, **EXAMPLES, **HUB_CONFIGS, **MODELS, **SPACE, **SERVE,
-    **RELIABILITY,
+    **RELIABILITY, **START,
 }  # fmt: skip

@@ -26,12 +26,14 @@ from llm2clip.utils.settings import build_config
 from tests import node
 from tests.documents.reader import Reader, recipe
 from tests.documents.reading import DOCUMENTS, ROOT, blocks, code_spans, commands, kind
-from tests.documents.table import COMMANDS, NotRun, Run
+from tests.documents.table import COMMANDS, DOWNLOADS, NotRun, Run
 
 SHOWN = {line for document in DOCUMENTS for line in commands(document)}
 RUN = {line: case for line, case in COMMANDS.items() if isinstance(case, Run)}
 NOT_RUN = {line: case for line, case in COMMANDS.items() if isinstance(case, NotRun)}
 NOT_RUN |= {line: NotRun("it downloads") for line in sorted(SHOWN) if line.startswith("pip ")}
+# Packages of others that a document installs.
+OTHER_PACKAGES = {"flash-attn", "img2dataset"}
 # Code spans that stand for any option, and options of accelerate and torchrun.
 OTHER_OPTIONS = {
     "--field value",
@@ -76,6 +78,10 @@ def test_command_that_is_not_run_exists(line: str, monkeypatch: pytest.MonkeyPat
     elif program == "npm":
         assert arguments[0] == "install"
         assert arguments[-1] == node.PACKAGE
+    elif program == "pip" and arguments[-1] in OTHER_PACKAGES:
+        assert arguments[0] == "install"
+    elif program in ("hf", "img2dataset"):
+        assert NOT_RUN[line].reason == DOWNLOADS
     elif program == "pip":
         setup = configparser.ConfigParser()
         setup.read(ROOT / "setup.cfg")

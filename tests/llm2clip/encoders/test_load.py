@@ -208,3 +208,19 @@ def test_an_encoder_of_images_leaves_out_the_llm_and_auto_keeps_the_dtype(saved_
         ]
     name, weights = models.register_open_clip(tmp_path / "open_clip", "auto-open-clip")
     assert llm2clip.load_encoder(f"open_clip:{name}/{weights}", dtype="auto").dtype == "float32"
+
+
+def test_auto_is_not_float16_on_a_cpu(tmp_path: Path) -> None:
+    saved = {
+        str(tmp_path / "ours"): tiny.save(tmp_path / "ours"),
+        str(tmp_path / "clip"): models.save_transformers("clip", tmp_path / "clip"),
+    }
+    images = pictures(2)
+    for name, model in saved.items():
+        model.half().save_pretrained(name)
+        automatic, exact = (llm2clip.load_encoder(name, dtype=dtype, device="cpu") for dtype in ("auto", "float32"))
+        assert automatic.dtype == "float32"
+        torch.testing.assert_close(automatic.encode_image(images), exact.encode_image(images), **CLOSE)
+        assert llm2clip.load_encoder(name, dtype="float16", device="cpu").dtype == "float16"
+        half = llm2clip.load_encoder(name, dtype="auto", device="cpu", needs=["image"])
+        assert half.dtype == "float32"

@@ -72,6 +72,15 @@ def test_the_plan_of_stage2_counts_batch_memory_hours_and_disk(plan: Plan) -> No
     assert found["disk"]["checkpoints_kept"] == 5
 
 
+def test_stored_states_of_frozen_layers_are_counted(plan: Plan) -> None:
+    stored = ("--freeze_vision_layers", "1", "--frozen_states_dir", "states", "--rows", "1000000")
+    vision = tiny.vision_config()
+    values = ((vision.image_size // vision.patch_size) ** 2 + 1) * vision.hidden_size
+    assert plan("stage2_paper", *stored)["disk"]["frozen_states"] == 1_000_000 * 2 * values
+    assert f"; frozen states {values * 2e6 / 1e9:,.1f} GB" in plan.command("stage2_paper", *stored)[1]
+    assert "frozen states" not in plan.command("stage2_paper")[1]
+
+
 def test_activations_shrink_with_chunks_and_grow_with_the_batch(plan: Plan) -> None:
     off = ("--gpus", "1", "--activation_checkpointing", "false")
     whole, chunked, double, recomputed = (

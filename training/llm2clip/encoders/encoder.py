@@ -333,6 +333,18 @@ def compared_lengths(lengths: Sequence[int], limit: int) -> tuple[Tensor, Tensor
     return counts, counts > limit
 
 
+def without_slow_float16(model: Any, dtype: str, device: torch.device | str) -> None:
+    """Compute in float32 what `auto` would leave in float16 on a CPU, where few processors multiply in that type.
+
+    On one core of an AMD EPYC, EVA02-L/14-336 takes 18 s for an image in float16 and 5 s in float32. The LLM of an
+    LLM2CLIP model, which may be large, stays as it is.
+    """
+    if dtype == "auto" and torch.device(device).type == "cpu":
+        for name, weight in [*model.named_parameters(), *model.named_buffers()]:
+            if weight.dtype == torch.float16 and not (name.startswith("text_model.") and ".decoder." in name):
+                weight.data = weight.data.float()
+
+
 def processor_statistics(image_processor: Any) -> tuple[list[float], list[float]]:
     """Return mean and standard deviation by which an image processor normalises pixels of 0 to 1."""
     settings = image_processor.to_dict()

@@ -50,7 +50,8 @@ def load_encoder(
             model embeds images only, a text tower or an embedding model of sentence-transformers texts only.
         revision: Branch, tag or commit on the Hub.
         dtype: `float32`, `bfloat16` or `float16`, in which the model computes; `auto` is that of the checkpoint, or
-            `float32` where it does not say.
+            `float32` where it does not say; on a CPU, which is slow in `float16`, `float32` replaces that type outside
+            the LLM.
         device: The default is a GPU if there is one.
         batch_size: Largest number of texts per forward pass; the default is as many as their tokens allow.
         needs: What it has to embed: `image`, `text` or both. Of an LLM2CLIP model that embeds images alone, only the

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, ImageProcessingMixin
 
 from llm2clip.data import EvalTransform, ImageBackend
-from llm2clip.encoders.encoder import Encoder, compared_lengths, processor_statistics
+from llm2clip.encoders.encoder import Encoder, compared_lengths, processor_statistics, without_slow_float16
 from llm2clip.utils.attention_probe import verify_text_tower
 from llm2clip.utils.embeddings import require_finite_rows
 from llm2clip.utils.files import digest_json
@@ -130,7 +130,10 @@ class OurEncoder(Encoder):
             if getattr(model, "text_model", None) is not None:
                 verify_text_tower(model.text_model)
             saved = None if processor is not None else cls._saved_processor(name, half, needs, where)
-        model = model.to(device or process_state().device).eval()
+        device = device or process_state().device
+        if repo.kind in IMAGE_KINDS:
+            without_slow_float16(model, options.get("dtype", "float32"), device)
+        model = model.to(device).eval()
         processor = saved if processor is None else processor
         return cls(model, processor, name, revision, image_backend, batch_size)
 

@@ -12,7 +12,7 @@ from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoProcessor, Ba
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from llm2clip.data import EvalTransform
-from llm2clip.encoders.encoder import ClipEncoder, compared_lengths, processor_statistics
+from llm2clip.encoders.encoder import ClipEncoder, compared_lengths, processor_statistics, without_slow_float16
 from llm2clip.utils.repos import hub_commit
 from llm2clip.utils.text_identity import tokenizer_fingerprint
 from llm2clip.utils.towers import loading_options
@@ -117,6 +117,7 @@ class TransformersEncoder(ClipEncoder):
         config = AutoConfig.from_pretrained(name, revision=revision)
         load = _model_class(name, config).from_pretrained
         model, _ = load_complete(load, name, **loading_options(dtype, revision=revision))
+        without_slow_float16(model, dtype, device)
         processor = AutoProcessor.from_pretrained(name, revision=revision)
         dtype = str(model.dtype).removeprefix("torch.")
         commit = hub_commit(name, revision)

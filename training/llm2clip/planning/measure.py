@@ -48,6 +48,7 @@ class Step:
         casts: Bytes of them that are 16-bit copies of float32 weights, which autocast keeps during a step.
         flops: Operations of a step per row (forward, recomputation and backward).
         in_chunks: The towers compute the batch in chunks.
+        state_values: Values that `frozen_states_dir` stores of each image.
     """
 
     trained: int
@@ -62,6 +63,7 @@ class Step:
     casts: float = 0.0
     flops: float = 0.0
     in_chunks: bool = False
+    state_values: int = 0
 
 
 class Work(NamedTuple):
@@ -111,6 +113,10 @@ def measure(config: StageConfig | EmbedConfig, gpus: int, longest: int | None, t
         roles = 3 if any(source.get("negative_column") for source in config.sources) else 2
         work = Work(tower, _embed(tower), config.per_device_train_batch_size, tower.config.hidden_size, roles)
     step = describe(work.model, work.width)
+    if isinstance(config, Stage2Recipe) and config.frozen_states_dir is not None:
+        vision, (height, width) = work.model.config.vision_config, image_size(work.model)
+        patches = (height // vision.patch_size) * (width // vision.patch_size)
+        step.state_values = (patches + 1) * vision.hidden_size
     with FakeTensorMode(allow_non_fake_inputs=True):
         # Such tensors belong to a device, so that autocast and attention do what they do there. The model is built on
         # the meta device, because they cannot change their dtype, as LoRA layers do.

@@ -193,5 +193,6 @@ def _steps(
         "checkpoints_kept": kept,
         "checkpoints": None if kept is None else kept * checkpoint,
         "result": own if getattr(settings, "save_format", "merged") == "adapter" else result,
+        "frozen_states": 2 * step.state_values * (config.rows or MILLION),
     }
     return {"rows": steps * rows_per_step, "steps": steps, "whole_run": whole}, disk

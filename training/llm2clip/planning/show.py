@@ -47,6 +47,8 @@ def print_plan(plan: dict[str, Any]) -> None:
             if disk["checkpoints"] is None
             else f", {disk['checkpoints_kept']} kept: {disk['checkpoints'] / GB:,.1f} GB"
         )
-        lines.append(f"disk: checkpoint {disk['checkpoint'] / GB:,.1f} GB{kept}; result {disk['result'] / GB:,.1f} GB")
+        states = f"; frozen states {disk['frozen_states'] / GB:,.1f} GB" if disk["frozen_states"] else ""
+        sizes = f"checkpoint {disk['checkpoint'] / GB:,.1f} GB{kept}; result {disk['result'] / GB:,.1f} GB"
+        lines.append(f"disk: {sizes}{states}")
     for line in lines:
         console.print(line, soft_wrap=True)
