@@ -30,8 +30,8 @@ class QuickstartConfig:
     output_dir: str = setting("runs/quickstart", "Folder of all results.")
     profile: str = setting(
         "default",
-        "What is done: default (6 to 10 minutes on two CPU cores), study (more text encoders, and what they transfer to "
-        "another domain), full (hours), or a YAML file with the keys stage1, stage2 (both parts of stage 2), "
+        "What is done: default (6 to 10 minutes on two CPU cores), study (more text encoders, and what they transfer "
+        "to another domain), full (hours), or a YAML file with the keys stage1, stage2 (both parts of stage 2), "
         "frozen (its part with frozen towers), unfrozen (its part that trains the vision tower), seeds (runs of each "
         "text encoder), unfrozen_seeds (those with both parts), text_encoders, transfer, embed_dtype (of LLMs).",
     )
