@@ -3,10 +3,10 @@
 python examples/multimodal_llm.py --train questions/train.parquet --test questions/test.parquet
 
 Each file has the columns image, question and answer, and a column kind if the score of each kind is wanted. The model
-is LLaVA's: tower, projector and LLM. It is built as an Aya Vision of transformers, whose projector also joins
-neighbouring patches (`--pool 4` makes one token of 4 x 4), so that the LLM reads 16 tokens of a picture instead of 256.
-Trained steps are saved, and `--resume` goes on from the last. Afterwards, `AutoModelForImageTextToText` and
-`AutoProcessor` open the output folder; if the tower is an EVA02, after `import modeling_llm2clip`.
+has the parts of a LLaVA: tower, projector and LLM. It is an Aya Vision of transformers, whose projector also joins
+neighbouring patches: with `--pool 4`, 4 x 4 of them are a token, and the LLM reads 16 tokens of a picture, not 256.
+`--resume` goes on from the last checkpoint. `AutoModelForImageTextToText` and `AutoProcessor` open the output folder;
+if the tower is an EVA02, after `import modeling_llm2clip`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,17 @@ import torch
 from common import example_parser, parse
 from datasets import Dataset, load_dataset
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, LlavaProcessor
-from transformers import AyaVisionConfig, AyaVisionForConditionalGeneration, Trainer, TrainingArguments
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    AyaVisionConfig,
+    AyaVisionForConditionalGeneration,
+    LlavaProcessor,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 from modeling_llm2clip.modeling_llm2clip_vision import load_vision_tower
 
@@ -58,41 +68,39 @@ def build(arguments: argparse.Namespace) -> tuple[Any, Any]:
     return model, LlavaProcessor(image_processor, tokenizer, patch, vision_feature_select_strategy="full")
 
 
-class Collator:
-    """Makes a batch whose loss is on the answers alone."""
+def collate(processor: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Make a batch whose loss is on the answers alone."""
+    answers = [f" {row['answer']}{processor.tokenizer.eos_token}" for row in rows]
+    texts = [PROMPT.format(row["question"]) + answer for row, answer in zip(rows, answers, strict=True)]
+    # Padded on the left, so that all answers end where the rows end.
+    batch = processor(images=[row["image"] for row in rows], text=texts, padding=True, return_tensors="pt")
+    lengths = [len(ids) for ids in processor.tokenizer(answers, add_special_tokens=False)["input_ids"]]
+    kept = max(lengths) + 1
+    labels = batch["input_ids"][:, -kept:].clone()
+    for row, length in enumerate(lengths):
+        labels[row, : kept - length] = -100
+    # No logits where there are no labels. With a number, torch would copy the frozen lm_head for every row.
+    return {**batch, "labels": labels, "logits_to_keep": torch.arange(-kept, 0)}
 
-    def __init__(self, processor: Any) -> None:
-        self.processor = processor
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        end = self.processor.tokenizer.eos_token
-        answers = [f" {row['answer']}{end}" for row in rows]
-        texts = [PROMPT.format(row["question"]) + answer for row, answer in zip(rows, answers, strict=True)]
-        images = [row["image"] for row in rows]
-        # Padded on the left, so that all answers end where the rows end.
-        batch = self.processor(images=images, text=texts, padding=True, return_tensors="pt")
-        lengths = [len(ids) for ids in self.processor.tokenizer(answers, add_special_tokens=False)["input_ids"]]
-        # Other positions have no label, and need no logits. (Of a slice, torch would copy the frozen matrix for each row.)
-        kept = max(lengths) + 1
-        labels = batch["input_ids"][:, -kept:].clone()
-        for row, length in enumerate(lengths):
-            labels[row, : kept - length] = -100
-        return {**batch, "labels": labels, "logits_to_keep": torch.arange(-kept, 0)}
+class ProjectorTrainer(Trainer):
+    """A Trainer that reads its checkpoints by `from_pretrained`: in files, weights of this model have other names."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=torch.float32)
+        self.model.load_state_dict(saved.state_dict())
 
 
 @torch.inference_mode()
-def evaluate(model: Any, processor: Any, rows: Dataset, batch_size: int) -> dict[str, float]:
-    """Measure how often the answer is the right one, letter by letter, by kind of question."""
-    right: dict[str, list[bool]] = {}
+def answer(model: Any, processor: Any, rows: Dataset, batch_size: int) -> list[str]:
+    """Answer questions, each time by the most probable token."""
+    answers: list[str] = []
     for batch in rows.iter(batch_size):
         prompts = [PROMPT.format(question) for question in batch["question"]]
         inputs = processor(images=batch["image"], text=prompts, padding=True, return_tensors="pt").to(model.device)
         made = model.generate(**inputs, max_new_tokens=8, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-        answers = processor.batch_decode(made, skip_special_tokens=True)
-        kinds = batch.get("kind", ["all"] * len(answers))
-        for kind, answer, expected in zip(kinds, answers, batch["answer"], strict=True):
-            right.setdefault(kind, []).append(answer.strip() == expected)
-    return {kind: sum(found) / len(found) for kind, found in right.items()}
+        answers += [text.strip() for text in processor.batch_decode(made, skip_special_tokens=True)]
+    return answers
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -111,10 +119,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--resume", action="store_true", help="go on from the last saved step")
     arguments = parse(parser, models=("model", "llm"), words=words)
-    files = {"train": arguments.train, "test": arguments.test}
-    data = load_dataset("parquet", data_files=files)
-
-    torch.manual_seed(arguments.seed)
+    data = load_dataset("parquet", data_files={"train": arguments.train, "test": arguments.test})
+    set_seed(arguments.seed)
     model, processor = build(arguments)
     settings = TrainingArguments(
         output_dir=arguments.output_dir,
@@ -132,13 +138,19 @@ def main(words: Sequence[str] | None = None) -> None:
         remove_unused_columns=False,
         report_to="none",
     )
-    trainer = Trainer(model, settings, Collator(processor), data["train"], processing_class=processor)
+    collator = partial(collate, processor)
+    trainer = ProjectorTrainer(model, settings, collator, data["train"], processing_class=processor)
     trainer.train(resume_from_checkpoint=arguments.resume)
     trainer.save_model()
-    model.requires_grad_(True)  # a frozen lm_head would be copied for every row, as in the collator
+    model.requires_grad_(True)  # torch would copy a frozen lm_head for every row
     with trainer.autocast_smart_context_manager():
-        scores = evaluate(model.eval(), processor, data["test"], 4 * arguments.batch_size)
-    Path(arguments.output_dir, "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+        answers = answer(model.eval(), processor, data["test"], 4 * arguments.batch_size)
+    right: dict[str, list[bool]] = {}
+    for row, given in zip(data["test"].remove_columns("image"), answers, strict=True):
+        right.setdefault(row.get("kind", "all"), []).append(given == row["answer"])
+    scores = {kind: sum(found) / len(found) for kind, found in right.items()}
+    for name, content in (("answers", answers), ("scores", scores)):
+        Path(arguments.output_dir, f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     for kind, score in scores.items():
         print(f"{kind}: {100 * score:.1f}% right")
 

@@ -127,6 +127,13 @@ def shards(folder: Path) -> None:
                     tar.addfile(entry, BytesIO(content))
 
 
+def questions(folder: Path) -> None:
+    """Write questions about pictures."""
+    content = [{"image": row["image"], "question": "What is this?", "answer": row["caption"]} for row in rows()]
+    for split in ("train", "test"):
+        datasets.Dataset.from_list(content).to_parquet(folder / f"{split}.parquet")
+
+
 def pictures(folder: Path) -> None:
     """Write a folder of pictures with `metadata.jsonl` for each split, more than one batch of the recipe."""
     for split in ("train", "test"):
@@ -202,6 +209,7 @@ FOLDERS: dict[str, Builder] = {
         ("train", "validation", "test"),
     ),
     "my_pictures": pictures,
+    "questions": questions,
     "data/dreamlip": partial(captions_csv, ["raw_caption", *DREAMLIP]),
     "data/text_pairs": text_pairs,
     "data/captions": partial(captions_csv, ["short_caption", "long_caption"]),
