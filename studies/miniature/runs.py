@@ -35,6 +35,8 @@ from studies.miniature.material import DATA, DESCRIPTIONS, HERE, NEGATIVES, Mate
 from studies.miniature.scenes import PAGE
 
 TABLES, EXAMPLES = HERE / "tables", DATA.parent
+# Twelve patches a side, of which 4 x 4 are a token: one for each of the nine places.
+NINE_TOKENS = 168
 RETRIEVAL, CAPTIONS, QUESTIONS = "retrieval", "captions", "questions"
 
 
@@ -200,7 +202,7 @@ def _questions(run: Run, material: Material, caches: list[Path]) -> dict[str, An
     options = {
         **load_recipe(HERE / "multimodal.yaml"),
         "model": material.tower(run.name, train) if run.encoders else material.weights("vit"),
-        "image-processor": material.image_processor(PAGE),
+        "image-processor": material.image_processor(NINE_TOKENS),
         "llm": material.weights("llm"),
         "train": material.data("questions/train"),
         "test": material.data("questions/test"),
@@ -222,7 +224,8 @@ def recipe_of(run: Run, material: Material, caches: list[Path]) -> dict[str, Any
     captions = {"caption_columns": [*run.captions], "caption_weights": [*run.captions.values()]}
     recipe = {**load_recipe(HERE / "frozen.yaml"), **run.settings}
     if run.data == "scenes":
-        recipe["image_processor_name_or_path"] = str(material.image_processor(PAGE))
+        size = NINE_TOKENS if run.kind == QUESTIONS else PAGE
+        recipe["image_processor_name_or_path"] = str(material.image_processor(size))
     recipe |= {
         "vision_model_name_or_path": str(material.weights("vit")),
         "text_model_name_or_path": towers if several else towers[0],
