@@ -4,7 +4,7 @@ python examples/multimodal_llm.py --train questions/train.parquet --test questio
 
 Each file has the columns image, question and answer, and a column kind if the score of each kind is wanted. The model
 has the parts of a LLaVA: tower, projector and LLM. It is an Aya Vision of transformers, whose projector also joins
-neighbouring patches: with `--pool 4`, 4 x 4 of them are a token, and the LLM reads 16 tokens of a picture, not 256.
+neighbouring patches: with `--pool 2`, 2 x 2 of them are a token, and the LLM reads a quarter of the tokens.
 `--resume` goes on from the last checkpoint. `AutoModelForImageTextToText` and `AutoProcessor` open the output folder;
 if the tower is an EVA02, after `import modeling_llm2clip`.
 """
@@ -42,6 +42,7 @@ PROMPT = "<image>{}\nAnswer:"
 def build(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """Join a tower and an LLM by a projector, the only part that is new and the only one that will train."""
     tower = load_vision_tower(arguments.model, {"dtype": torch.float32})
+    tower.config.patch_dropout = 0.0  # an EVA02 may leave out patches in training
     pixels = arguments.image_processor or arguments.model
     image_processor = AutoImageProcessor.from_pretrained(pixels, backend="pil")
     llm = AutoModelForCausalLM.from_pretrained(arguments.llm, dtype=torch.float32)
@@ -50,14 +51,16 @@ def build(arguments: argparse.Namespace) -> tuple[Any, Any]:
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     llm.resize_token_embeddings(max(len(tokenizer), llm.config.vocab_size), mean_resizing=False)
     blank = image_processor(images=Image.new("RGB", (32, 32)), return_tensors="pt")["pixel_values"]
-    patches = (blank.shape[-1] // tower.config.patch_size) ** 2
+    side = blank.shape[-1] // tower.config.patch_size
     with torch.no_grad():
-        has_class_token = tower(blank).last_hidden_state.shape[1] == patches + 1
+        others = tower(blank).last_hidden_state.shape[1] - side**2
+    if side % arguments.pool or others not in (0, 1):
+        raise ValueError(f"--pool has to divide {side} patches a side, and {others} other tokens can be one at most.")
     config = AyaVisionConfig(
         vision_config=tower.config,
         text_config=llm.config,
         downsample_factor=arguments.pool,
-        vision_feature_select_strategy="default" if has_class_token else "full",
+        vision_feature_select_strategy="default" if others else "full",
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         tie_word_embeddings=llm.config.tie_word_embeddings,
     )
@@ -110,7 +113,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--train", default="questions/train.parquet", help="(%(default)s)")
     parser.add_argument("--test", default="questions/test.parquet", help="(%(default)s)")
     parser.add_argument("--output-dir", default="runs/multimodal_llm", help="(%(default)s)")
-    parser.add_argument("--pool", type=int, default=4, help="patches a side that become a token (%(default)s)")
+    parser.add_argument("--pool", type=int, default=2, help="patches a side that become a token (%(default)s)")
     parser.add_argument("--steps", type=int, default=300, help="(%(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="(%(default)s)")
     parser.add_argument("--save-steps", type=int, default=100, help="steps between checkpoints (%(default)s)")

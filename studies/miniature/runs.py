@@ -35,8 +35,8 @@ from studies.miniature.material import DATA, DESCRIPTIONS, HERE, NEGATIVES, Mate
 from studies.miniature.scenes import PAGE
 
 TABLES, EXAMPLES = HERE / "tables", DATA.parent
-# Twelve patches a side, of which 4 x 4 are a token: one for each of the nine places.
-NINE_TOKENS = 168
+# Nine patches a side, of which 3 x 3 are a token: one for each of the nine places.
+NINE_TOKENS = 126
 RETRIEVAL, CAPTIONS, QUESTIONS = "retrieval", "captions", "questions"
 
 

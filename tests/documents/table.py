@@ -443,7 +443,7 @@ EXAMPLES = {
     ),
     "python examples/multimodal_llm.py": Run(
         (*EXAMPLE, "runs/quickstart/weights/smollm2-135m-instruct", "questions"),
-        small="--steps 2 --pool 1",
+        small="--steps 2",
         makes=("runs/multimodal_llm/model.safetensors", "runs/multimodal_llm/scores.json"),
         prints="% right",
     ),
