@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from datasets import Dataset, load_dataset
@@ -18,10 +19,12 @@ def example_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, models: tuple[str, ...] = ("model",)) -> argparse.Namespace:
+def parse(
+    parser: argparse.ArgumentParser, models: tuple[str, ...] = ("model",), words: Sequence[str] | None = None
+) -> argparse.Namespace:
     """Parse the options, check that the models exist, and seed the random number generators."""
     set_seed(0)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     for name in models:
         value = getattr(arguments, name)
         if not Path(value).is_dir() and value.count("/") != 1:

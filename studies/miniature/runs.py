@@ -27,14 +27,17 @@ from llm2clip.evaluation.metrics import caption_retrieval_metrics
 from llm2clip.evaluation.protocols.retrieval import image_text_metrics
 from llm2clip.evaluation.session import Session
 from llm2clip.hub.merge import merge_models
+from llm2clip.quickstart.run_context import has_fast_bfloat16
 from llm2clip.recipes import load_recipe
 from llm2clip.trainers.freezing import open_features
 from llm2clip.trainers.stage2_config import Stage2Config
 from studies.miniature.material import DATA, DESCRIPTIONS, HERE, NEGATIVES, Material, slug
 from studies.miniature.scenes import PAGE
 
-TABLES = HERE / "tables"
-RETRIEVAL, CAPTIONS = "retrieval", "captions"
+TABLES, EXAMPLES = HERE / "tables", DATA.parent
+# Nine patches a side, of which 3 x 3 are a token: one for each of the nine places.
+NINE_TOKENS = 126
+RETRIEVAL, CAPTIONS, QUESTIONS = "retrieval", "captions", "questions"
 # What an arm does with the models of others; see `Run.parents`.
 ROLES = ("continues", "keeps", "first", "second")
 # What a model has that is continued.
@@ -46,9 +49,10 @@ class Run:
     """An arm of a table with a seed.
 
     Attributes:
-        encoders: Names of one or two text encoders.
+        encoders: Names of one or two text encoders; none for the ViT as it is.
         settings: What it has besides those of `frozen.yaml`; None leaves one of these out.
-        kind: `retrieval`: stage 2, measured on pictures; `captions`: retrieval between captions, without training.
+        kind: `retrieval`: stage 2, measured on pictures; `captions`: retrieval between captions, without training;
+            `questions`: the answers of a multimodal LLM, through the tower of stage 2 or the ViT as it is.
         data: `concepts` or `scenes`.
         captions: The caption columns of its training, and how often each is drawn.
         tests: Sets that it is measured on: a split of `concepts`, `_LANGUAGE` for captions in that; of `scenes` a
@@ -85,7 +89,7 @@ class Run:
         others = {role: parent.name for role, parent in self.parents.items()}
         fields.append([self.pictures, self.validation, others, self.share])
         digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-        return f"{slug(' '.join(self.encoders))}-{digest[:8]}-{self.seed}"
+        return f"{slug(' '.join(self.encoders) or self.arm)}-{digest[:8]}-{self.seed}"
 
 
 def read_table(name: str) -> dict[str, Any]:
@@ -172,7 +176,8 @@ def execute_one(run: Run, folder: Path) -> float:
     caches = [material.rows(name, run.rows) for name in run.encoders]
     models = {role: _trained(parent, material) for role, parent in run.parents.items()}
     begin_cpu = time.process_time()
-    found = _captions(caches[0]) if run.kind == CAPTIONS else _stage2(run, material, caches, models)
+    measure = {CAPTIONS: _captions, RETRIEVAL: _stage2, QUESTIONS: _questions}[run.kind]
+    found = measure(run, material, caches, models)
     found = {**found, "cpu_seconds": round(time.process_time() - begin_cpu, 1)}
     path = result_path(folder, run)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -182,9 +187,9 @@ def execute_one(run: Run, folder: Path) -> float:
     return time.monotonic() - begin
 
 
-def _captions(cache_folder: Path) -> dict[str, Any]:
+def _captions(run: Run, material: Material, caches: list[Path]) -> dict[str, Any]:
     """Measure retrieval between texts about one thing."""
-    lookup = EmbeddingCache.open(cache_folder).lookup
+    lookup = EmbeddingCache.open(caches[0]).lookup
     found: dict[str, Any] = {}
     sources = {
         "lemma_to_gloss": PairSource(
@@ -232,6 +237,30 @@ def model_path(run: Run, material: Material) -> Path:
     return material.folder / "models" / run.name
 
 
+def _questions(run: Run, material: Material, caches: list[Path], models: Mapping[str, Path]) -> dict[str, Any]:
+    """Train a projector between a tower and the LLM, and measure the answers."""
+    sys.path.append(str(EXAMPLES))  # where the examples find what they share
+    from multimodal_llm import main
+
+    output = material.folder / "multimodal" / run.name
+    shutil.rmtree(output, ignore_errors=True)  # of a run that was killed
+    options = {
+        **load_recipe(HERE / "multimodal.yaml"),
+        "model": _trained(run, material, caches, models) if run.encoders else material.weights("vit"),
+        "image-processor": material.image_processor(NINE_TOKENS),
+        "llm": material.weights("llm"),
+        "train": material.data("questions/train"),
+        "test": material.data("questions/test"),
+        "output-dir": output,
+        "seed": run.seed,
+    }
+    words = [f"--{name}={value}" for name, value in options.items()]
+    main(words + ["--bf16"] * has_fast_bfloat16())
+    found: dict[str, Any] = json.loads((output / "scores.json").read_text(encoding="utf-8"))
+    shutil.rmtree(output)
+    return found
+
+
 def recipe_of(run: Run, material: Material, caches: list[Path], models: Mapping[str, Path]) -> dict[str, Any]:
     """Build the recipe of `llm2clip stage2` for a run.
 
@@ -245,7 +274,8 @@ def recipe_of(run: Run, material: Material, caches: list[Path], models: Mapping[
     captions = {"caption_columns": [*run.captions], "caption_weights": [*run.captions.values()]}
     recipe = {**load_recipe(HERE / "frozen.yaml"), **run.settings}
     if run.data == "scenes":
-        recipe["image_processor_name_or_path"] = str(material.image_processor(PAGE))
+        size = NINE_TOKENS if run.kind == QUESTIONS else PAGE
+        recipe["image_processor_name_or_path"] = str(material.image_processor(size))
     vision = models.get("keeps", material.weights("vit"))
     recipe |= {
         "vision_model_name_or_path": str(vision),

@@ -166,6 +166,13 @@ def shards(folder: Path) -> None:
                     tar.addfile(entry, BytesIO(content))
 
 
+def questions(folder: Path) -> None:
+    """Write questions about pictures."""
+    content = [{"image": row["image"], "question": "What is this?", "answer": row["caption"]} for row in rows()]
+    for split in ("train", "test"):
+        datasets.Dataset.from_list(content).to_parquet(folder / f"{split}.parquet")
+
+
 def pictures(folder: Path) -> None:
     """Write a folder of pictures with `metadata.jsonl` for each split, more than one batch of the recipe."""
     for split in ("train", "test"):
@@ -246,6 +253,7 @@ FOLDERS: dict[str, Builder] = {
     "EVA02-CLIP-L-14": eva_tower,
     LLM_1B: partial(wide_llm, 2048),
     LLM_8B: partial(wide_llm, 4096),
+    "questions": questions,
     "data/dreamlip": partial(captions_csv, ["raw_caption", *DREAMLIP]),
     "data/text_pairs": text_pairs,
     "data/captions": partial(captions_csv, ["short_caption", "long_caption"]),

@@ -438,8 +438,14 @@ EXAMPLES = {
     "python examples/swap_the_vision_tower.py --vision-model facebook/dinov2-small": Run(
         (*EXAMPLE, "facebook/dinov2-small"), makes=("runs/other_vision_tower/model.safetensors",)
     ),
-    "python examples/llava_vision_tower.py": Run(
-        (*EXAMPLE, "runs/quickstart/weights/smollm2-135m-instruct"), prints="the LLM reads"
+    "python -m studies.miniature.questions questions": NotRun(
+        "it draws 2,500 pictures", run_by="tests/studies/test_questions.py::test_the_files_have_pictures"
+    ),
+    "python examples/multimodal_llm.py": Run(
+        (*EXAMPLE, "runs/quickstart/weights/smollm2-135m-instruct", "questions"),
+        small="--steps 2",
+        makes=("runs/multimodal_llm/model.safetensors", "runs/multimodal_llm/scores.json"),
+        prints="% right",
     ),
     "python examples/push_to_the_hub.py --repo-id OWNER/NAME": Run(
         EXAMPLE, meant={"OWNER": "tester", "NAME": "example"}, makes=("tester/example",), prints="pushed: "
