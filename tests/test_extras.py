@@ -75,8 +75,9 @@ def installed_by(*extras: str) -> set[str]:
     """The distributions that an installation with some extras has, as far as they are installed here."""
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    lines = [setup["options"]["install_requires"], *(setup["options.extras_require"][extra] for extra in extras)]
-    todo = [Requirement(line) for text in lines for line in text.split("\n") if line]
+    parts = setup["options.extras_require"]
+    todo = [Requirement(line) for line in setup["options"]["install_requires"].splitlines() if line]
+    todo.append(Requirement(f"llm2clip[{','.join(extras)}]"))
     seen: set[tuple[str, frozenset[str]]] = set()
     while todo:
         wanted = todo.pop()
@@ -84,6 +85,9 @@ def installed_by(*extras: str) -> set[str]:
         if entry in seen:
             continue
         seen.add(entry)
+        if wanted.name == "llm2clip":
+            todo += [Requirement(line) for extra in wanted.extras for line in parts[extra].splitlines() if line]
+            continue
         try:
             lines = requires(wanted.name) or []
         except PackageNotFoundError:

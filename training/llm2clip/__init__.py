@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-# Type checkers and editors read the same names in __init__.pyi; a test compares the two.
+# Type checkers and editors read the same names in __init__.pyi, which docs/make_api.py makes of this table.
 MODULES = {
     "modeling_llm2clip": [
         "EVA02VisionConfig",

