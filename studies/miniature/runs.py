@@ -176,8 +176,11 @@ def execute_one(run: Run, folder: Path) -> float:
     caches = [material.rows(name, run.rows) for name in run.encoders]
     models = {role: _trained(parent, material) for role, parent in run.parents.items()}
     begin_cpu = time.process_time()
-    measure = {CAPTIONS: _captions, RETRIEVAL: _stage2, QUESTIONS: _questions}[run.kind]
-    found = measure(run, material, caches, models)
+    if run.kind == CAPTIONS:
+        found = _captions(caches[0])
+    else:
+        measure = _questions if run.kind == QUESTIONS else _stage2
+        found = measure(run, material, caches, models)
     found = {**found, "cpu_seconds": round(time.process_time() - begin_cpu, 1)}
     path = result_path(folder, run)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -187,9 +190,9 @@ def execute_one(run: Run, folder: Path) -> float:
     return time.monotonic() - begin
 
 
-def _captions(run: Run, material: Material, caches: list[Path]) -> dict[str, Any]:
+def _captions(cache_folder: Path) -> dict[str, Any]:
     """Measure retrieval between texts about one thing."""
-    lookup = EmbeddingCache.open(caches[0]).lookup
+    lookup = EmbeddingCache.open(cache_folder).lookup
     found: dict[str, Any] = {}
     sources = {
         "lemma_to_gloss": PairSource(
