@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +114,8 @@ def measure(config: StageConfig | EmbedConfig, gpus: int, longest: int | None, t
         work = Work(tower, _embed(tower), config.per_device_train_batch_size, tower.config.hidden_size, roles)
     step = describe(work.model, work.width)
     if isinstance(config, Stage2Recipe) and config.frozen_states_dir is not None:
-        vision, (height, width) = work.model.config.vision_config, image_size(work.model)
+        joint = cast(LLM2CLIPModel, work.model)
+        vision, (height, width) = joint.config.vision_config, image_size(joint)
         patches = (height // vision.patch_size) * (width // vision.patch_size)
         step.state_values = (patches + 1) * vision.hidden_size
     with FakeTensorMode(allow_non_fake_inputs=True):
