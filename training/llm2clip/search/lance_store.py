@@ -277,7 +277,7 @@ class LanceStore:
             return (self.folder / f"{TABLE}.lance").is_dir()
 
     def _clear_unreadable(self) -> None:
-        """Delete the files of an index that nobody can read: not finished, of an earlier format, or damaged."""
+        """Delete the files of an index that nobody can read: not finished, of another format, or damaged."""
         with contextlib.suppress(ValueError):
             manifest = self._manifest()
             # First, since LanceDB may panic over a damaged table, or wait for ever.
