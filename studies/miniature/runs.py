@@ -314,16 +314,16 @@ def _measure(run: Run, material: Material, folder: Path, caches: list[Path]) -> 
     opened = [EmbeddingCache.open(path) for path in caches]
     lookup = (PairedCache(*opened) if len(opened) > 1 else opened[0]).lookup
     sets = {name: RetrievalData.from_source(source) for name, source in _tests(run, material).items()}
-    features = None
-    if "freeze_vision_layers" not in run.settings:
-        config = Stage2Config(
-            output_dir=str(folder),
-            freeze_vision="all",
-            feature_cache=str(material.folder / "features"),
-            use_cpu=True,
-            report_to="none",
-        )
-        features = open_features(config, model, processor.image_processor, [data.images for data in sets.values()])
+    # So that a picture of several sets is computed once; those of a tower that has trained go with it.
+    is_frozen = "freeze_vision_layers" not in run.settings
+    config = Stage2Config(
+        output_dir=str(folder),
+        freeze_vision="all",
+        feature_cache=str((material.folder if is_frozen else folder) / "features"),
+        use_cpu=True,
+        report_to="none",
+    )
+    features = open_features(config, model, processor.image_processor, [data.images for data in sets.values()])
     session = Session(StoredEncoder(model, processor, lookup, features), show_progress_bar=False)
     found: dict[str, float] = {}
     for name, data in sets.items():
