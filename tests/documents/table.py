@@ -149,7 +149,14 @@ README = {
         makes=("immich/visual/model.onnx", "immich/visual/preprocess_cfg.json", "immich/textual/model.onnx"),
         slow=True,
     ),
-    MAKE_SITE: Run(needs=("examples", MODEL), makes=("site/search.js", "site/index/vectors.bin", "site/index/0.webp")),
+    **{
+        command: Run(
+            needs=("examples", MODEL),
+            meant={"MODEL": MODEL},
+            makes=("site/search.js", "site/index/vectors.bin", "site/index/0.webp"),
+        )
+        for command in (MAKE_SITE, f"{MAKE_SITE} --model MODEL")
+    },
     "llm2clip export-onnx MODEL --layout transformers.js --parts text --dtype int8 --output-dir site/model": Run(
         needs=(MODEL,), meant={"MODEL": MODEL}, makes=("site/model/onnx/text_model_quantized.onnx",), slow=True
     ),
@@ -566,7 +573,7 @@ START = {
     f"llm2clip plan stage2_small_gpu --gpus 1 --gpu-memory 24 --peak-tflops 125 --rows 20000 --bf16 true "
     f"--model-name-or-path {JOINT_1B}": Run(
         prints="hours: 0.5 for 625 steps of 80,000 rows; 1,058 GFLOP each\n"
-        "disk: checkpoint 3.3 GB, 1 kept: 3.3 GB; result 1.5 GB; frozen states 23.6 GB"
+        "disk: checkpoint 3.3 GB, 2 kept: 6.6 GB; result 1.5 GB; frozen states 23.6 GB"
     ),
     EMBED_PAIRS: Run(
         needs=(MODEL, "data/mine"), meant=CONVERTED, makes=("runs/mine_cache/index.manifest",), prints="num_captions: "
@@ -580,6 +587,7 @@ START = {
     ),
     "hf auth login": NotRun(DOWNLOADS),
     "hf download OWNER/Llama-my-model --local-dir download": NotRun(DOWNLOADS),
+    "hf download QuanSun/EVA-CLIP EVA02_CLIP_L_psz14_s4B.pt --local-dir .": NotRun(DOWNLOADS),
     "hf download qidouxiong619/dreamlip_long_captions --repo-type dataset --local-dir data/dreamlip": NotRun(
         DOWNLOADS
     ),

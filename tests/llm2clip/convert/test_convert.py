@@ -21,7 +21,7 @@ from transformers import (
 from llm2clip import cli
 from llm2clip.convert.joint_plan import STATISTICS
 from llm2clip.convert.original import to_original
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
+from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
 from tests.golden import Golden, load_golden
 from tests.llm2clip.convert import checkpoints
 from tests.llm2clip.convert.checkpoints import EVA, OPENAI
@@ -40,6 +40,15 @@ def check_features(golden: Golden, folder: Path, **close: Any) -> LLM2CLIPModel:
     torch.testing.assert_close(output.image_embeds, golden["out/image_features"], **tolerance)
     torch.testing.assert_close(output.text_embeds, golden["out/text_features"], **tolerance)
     return model
+
+
+def test_a_relative_path_of_the_llm_is_found_from_everywhere(
+    tmp_path: Path, eva_options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = checkpoints.original_pt(EVA, tmp_path / "model.pt", None)
+    convert(source, tmp_path / "out", *eva_options[:-1], "llm")
+    assert LLM2CLIPConfig.from_pretrained("out").text_model_name_or_path == str(tmp_path / "llm")
 
 
 @pytest.mark.parametrize("wrap", [None, "module", "state_dict", "ddp", "deepspeed"])

@@ -227,7 +227,7 @@ def test_a_dry_run_lists_what_a_push_uploads_and_why_not_the_rest(
     assert not hub.repos
     assert not hub.requests
     assert f"would_upload_to: {REPO}" in printed
-    listed, left = printed.split("Not uploaded")
+    listed, left = printed.split("Would not be uploaded")
     expected = upload(hub, model, include=["table.csv"])
     assert f"files: {expected['files']}" in left
     assert all(name in listed for name in hub.repo(REPO).files())

@@ -72,6 +72,12 @@ def test_the_plan_of_stage2_counts_batch_memory_hours_and_disk(plan: Plan) -> No
     assert found["disk"]["checkpoints_kept"] == 5
 
 
+def test_a_run_that_saves_every_epoch_keeps_a_checkpoint_of_each(plan: Plan) -> None:
+    epochs = ("--rows", "20000", "--max_steps", "-1", "--num_train_epochs", "3", "--save_strategy", "epoch")
+    assert plan("stage2_paper", *epochs)["disk"]["checkpoints_kept"] == 3
+    assert plan("stage2_paper", *epochs, "--save_total_limit", "2")["disk"]["checkpoints_kept"] == 2
+
+
 def test_stored_states_of_frozen_layers_are_counted(plan: Plan) -> None:
     stored = ("--freeze_vision_layers", "1", "--frozen_states_dir", "states", "--rows", "1000000")
     vision = tiny.vision_config()

@@ -25,6 +25,7 @@ from modeling_llm2clip import (
     LLM2CLIPTextConfig,
     LLM2CLIPVisionModelWithProjection,
 )
+from modeling_llm2clip.modeling_llm2clip_utils import absolute_path
 
 if TYPE_CHECKING:
     from llm2clip.convert.conversion import ConvertConfig
@@ -156,7 +157,7 @@ def _pair(plan: JointPlan, text_model: str, revision: str | None, **fields: Any)
     plan.config = LLM2CLIPConfig(
         vision_config=plan.vision_config,
         text_config=text_config,
-        text_model_name_or_path=text_model,
+        text_model_name_or_path=absolute_path(text_model),
         text_model_revision=revision,
         text_model_fingerprint=text_config.fingerprint,
         **fields,

@@ -126,7 +126,7 @@ def _show_upload(folder: Path, repo_id: str, uploaded: Mapping[str, Path], other
     """Print the files that a push would upload and those that it would not, with their sizes, and why."""
     sizes = {name: path.stat().st_size for name, path in uploaded.items()}
     rows = [(name, f"{size:,}") for name, size in sizes.items()]
-    print_table(Console(), f"Uploaded to {repo_id}", ["file", "bytes"], rows)
+    print_table(Console(), f"Would be uploaded to {repo_id}", ["file", "bytes"], rows)
     left: dict[str, int] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -138,7 +138,7 @@ def _show_upload(folder: Path, repo_id: str, uploaded: Mapping[str, Path], other
         why = {name: f"no model needs it; --include '{name}' uploads it" for name in others}
         of_run = "of a training run, or hidden; --include with its name uploads it"
         unused = [(name, f"{size:,}", why.get(name, of_run)) for name, size in left.items()]
-        print_table(Console(), "Not uploaded", ["file", "bytes", "why"], unused, (0, 2))
+        print_table(Console(), "Would not be uploaded", ["file", "bytes", "why"], unused, (0, 2))
     return {"would_upload_to": repo_id, "files": len(sizes), "megabytes": round(sum(sizes.values()) / 1e6, 1)}
 
 

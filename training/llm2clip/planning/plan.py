@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -184,8 +185,13 @@ def _steps(
     average = 4 * step.trained if settings.ema_half_life is not None else 0
     checkpoint = (own if getattr(settings, "lora_rank", 0) > 0 else result) + average + own / 4 * state_bytes(settings)
     kept: int | None = 0
-    if getattr(settings.save_strategy, "value", settings.save_strategy) != "no":
-        made = max(1, int(steps // settings.save_steps)) if whole and settings.save_steps >= 1 else None
+    strategy = getattr(settings.save_strategy, "value", settings.save_strategy)
+    if strategy != "no":
+        made = None
+        if strategy == "epoch" and config.rows is not None:
+            made = ceil(steps * rows_per_step / config.rows)
+        elif strategy == "steps" and whole and settings.save_steps >= 1:
+            made = max(1, int(steps // settings.save_steps))
         limit = settings.save_total_limit
         kept = made if limit is None else min(limit, made or limit)
     disk = {
