@@ -173,6 +173,9 @@ def result_path(folder: Path, run: Run) -> Path:
 def execute_one(run: Run, folder: Path) -> float:
     """Train and measure a run, and write its result; returns seconds."""
     begin, material = time.monotonic(), Material(folder)
+    path = result_path(folder, run)
+    if path.is_file():  # of another study in this folder
+        return 0.0
     caches = [material.rows(name, run.rows) for name in run.encoders]
     models = {role: _trained(parent, material) for role, parent in run.parents.items()}
     begin_cpu = time.process_time()
@@ -182,7 +185,6 @@ def execute_one(run: Run, folder: Path) -> float:
         measure = _questions if run.kind == QUESTIONS else _stage2
         found = measure(run, material, caches, models)
     found = {**found, "cpu_seconds": round(time.process_time() - begin_cpu, 1)}
-    path = result_path(folder, run)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     unfinished.write_text(json.dumps(found, indent=1), encoding="utf-8")
