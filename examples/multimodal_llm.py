@@ -23,7 +23,9 @@ from common import example_parser, parse
 from datasets import Dataset, load_dataset
 from PIL import Image
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     AyaVisionConfig,
@@ -34,17 +36,19 @@ from transformers import (
     set_seed,
 )
 
-from modeling_llm2clip.modeling_llm2clip_vision import load_vision_tower
+from llm2clip import LLM2CLIPConfig, LLM2CLIPVisionModelWithProjection
 
 PROMPT = "<image>{}\nAnswer:"
 
 
 def build(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """Join a tower and an LLM by a projector, the only part that is new and the only one that will train."""
-    tower = load_vision_tower(arguments.model, {"dtype": torch.float32})
+    is_ours = isinstance(AutoConfig.from_pretrained(arguments.model), LLM2CLIPConfig)
+    opener = LLM2CLIPVisionModelWithProjection if is_ours else AutoModel
+    opened = opener.from_pretrained(arguments.model, dtype=torch.float32)
+    tower = getattr(opened, "vision_model", opened)
     tower.config.patch_dropout = 0.0  # an EVA02 may leave out patches in training
-    pixels = arguments.image_processor or arguments.model
-    image_processor = AutoImageProcessor.from_pretrained(pixels, backend="pil")
+    image_processor = AutoImageProcessor.from_pretrained(arguments.image_processor or arguments.model, backend="pil")
     llm = AutoModelForCausalLM.from_pretrained(arguments.llm, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(arguments.llm, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

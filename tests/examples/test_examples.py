@@ -25,7 +25,7 @@ from tests.examples.conftest import EXAMPLES, FITTED, LONG_CAPTION, Run
 from tests.llm2clip import tiny
 from tests.loopback_hub import TOKEN, LoopbackHub
 
-LINES = {"multimodal_llm.py": 165}
+LINES = {"multimodal_llm.py": 166}
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "common.py")
 
 
