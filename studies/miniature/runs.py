@@ -88,6 +88,8 @@ class Run:
         fields: list[Any] = [self.encoders, {**self.settings}, self.kind, self.data, {**self.captions}, self.tests]
         others = {role: parent.name for role, parent in self.parents.items()}
         fields.append([self.pictures, self.validation, others, self.share])
+        if self.kind == QUESTIONS:
+            fields.append(load_recipe(HERE / "multimodal.yaml"))
         digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
         return f"{slug(' '.join(self.encoders) or self.arm)}-{digest[:8]}-{self.seed}"
 
@@ -116,7 +118,7 @@ def _arms_of(name: str, table: Mapping[str, Any], seed: int) -> dict[str, Run]:
             arm=arm,
             seed=seed,
             encoders=tuple([encoders] if isinstance(encoders, str) else encoders),
-            settings={**table.get("settings", {}), **fields.get("settings", {})},
+            settings=settings_of(fields.get("settings", [])),
             kind=table.get("kind", RETRIEVAL),
             data=data,
             captions=fields.get("captions", table.get("captions", {"caption": 1, "keywords": 1})),
@@ -129,6 +131,13 @@ def _arms_of(name: str, table: Mapping[str, Any], seed: int) -> dict[str, Run]:
             is_kept=arm in taken,
         )
     return found
+
+
+def settings_of(given: str | dict[str, Any] | list[Any]) -> dict[str, Any]:
+    """Resolve settings: a name in `settings.yaml`, settings as they are, or a list of both; the last one counts."""
+    if isinstance(given, list):
+        return {key: value for entry in given for key, value in settings_of(entry).items()}
+    return given if isinstance(given, dict) else load_recipe(HERE / "settings.yaml")[given]
 
 
 def tests_of(table: Mapping[str, Any]) -> tuple[str, ...]:
