@@ -117,15 +117,7 @@ def test_two_models_are_merged_into_a_folder_for_the_hub(
     assert str(tmp_path) not in text.replace(str(out), "")
 
 
-def test_a_bundled_llm_stays_in_the_model(tmp_path: Path) -> None:
-    tiny.save(tmp_path / "a")
-    save_changed(tmp_path / "a", tmp_path / "b")
-    llm2clip.merge_models(tmp_path / "a", tmp_path / "b", tmp_path / "out")
-    assert_between(tmp_path / "out", weights(tmp_path / "a"), tmp_path / "b", 0.5)
-    assert LLM2CLIPModel.from_pretrained(tmp_path / "out").config.text_model_name_or_path is None
-
-
-def test_gated_heads_and_statistics_are_merged_too(tmp_path: Path) -> None:
+def test_gated_heads_and_statistics_are_merged_and_a_bundled_llm_stays(tmp_path: Path) -> None:
     for number, name in enumerate(("a", "b")):
         model = changed(tiny.joint_model(**tiny.FROZEN_TOWER), 0)
         if name == "b":
@@ -139,6 +131,7 @@ def test_gated_heads_and_statistics_are_merged_too(tmp_path: Path) -> None:
     found = weights(tmp_path / "out")
     assert {name.split(".")[0] for name in found} >= {"visual_standardization", "visual_projection", "text_adapter"}
     assert found["text_adapter.center"].unique().tolist() == [3.25]
+    assert LLM2CLIPModel.from_pretrained(tmp_path / "out").config.text_model_name_or_path is None
 
 
 @pytest.mark.parametrize("kind", ["tower", "half", "joint"])
