@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import scale, scale_inputs
+from benchmarks import scale
 from benchmarks.watching import run_watched
-from llm2clip.data.tars import list_tar
 
 
 def test_the_page_contains_the_tables_of_the_record() -> None:
@@ -17,19 +16,6 @@ def test_the_page_contains_the_tables_of_the_record() -> None:
     assert scale.fill(text, scale.tables(lines)) == text
     with pytest.raises(ValueError, match="has 0 places for the measured tables"):
         scale.fill("# No tables\n", scale.tables(lines))
-
-
-def test_tars_hold_the_captions_of_their_numbers_and_are_written_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(scale_inputs, "CAPTIONS_PER_TAR", 30)
-    scale_inputs.write_tars(tmp_path, 60, processes=1)
-    (tmp_path / "00000.tar").write_bytes(b"there")
-    scale_inputs.write_tars(tmp_path, 60, processes=1)
-    assert (tmp_path / "00000.tar").read_bytes() == b"there"
-    found = {name: part.read().decode(errors="replace") for name, part in list_tar(tmp_path / "00001.tar")}
-    captions = [content for name, content in found.items() if name.endswith(".txt")]
-    assert captions == list(scale_inputs.captions_of(1))
 
 
 def test_a_watched_command_is_killed_with_all_its_processes(tmp_path: Path) -> None:

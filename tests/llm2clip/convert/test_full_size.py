@@ -12,14 +12,11 @@ from torch import Tensor, nn
 from transformers import AutoModel, CLIPVisionModelWithProjection
 
 from llm2clip import cli
-from llm2clip.convert.layouts import TIMM_EVA02
 from llm2clip.convert.original import to_original
 from llm2clip.convert.published import published_models
 from modeling_llm2clip import LLM2CLIPModel
-from modeling_llm2clip.modeling_llm2clip_heads import LLM2CLIPTextAdapter
 
 pytestmark = pytest.mark.slow
-SCALE = torch.tensor(4.6)
 
 
 def randomised(model: Any) -> Any:
@@ -41,23 +38,12 @@ def compare(features: Tensor, expected: Tensor) -> None:
 @torch.no_grad()
 def test_eva02_base_gives_the_outputs_of_timm(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
-    oracle = randomised(timm.create_model("eva02_base_patch16_clip_224", num_classes=1280))
-    images, state = torch.randn(2, 3, 224, 224), oracle.state_dict()
-    save_file(state, tmp_path / "checkpoint.safetensors")
+    oracle = randomised(timm.create_model("eva02_base_patch16_clip_224", num_classes=8))
+    images = torch.randn(2, 3, 224, 224)
+    save_file(oracle.state_dict(), tmp_path / "checkpoint.safetensors")
     found = AutoModel.from_pretrained(convert(tmp_path / "checkpoint.safetensors")).eval()(images).pooler_output
     # The head of CLIP itself is dropped; stage 2 starts with a new one.
     compare(found, oracle.forward_head(oracle.forward_features(images), pre_logits=True))
-    # The same tower with head and adapter in the original's names.
-    config = published_models()["LLM2CLIP-EVA02-B-16"].config
-    trunk = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
-    ours = TIMM_EVA02.under("", "vision_model.").rename(trunk).tensors
-    ours |= {f"visual_projection.{kind}": state[f"head.{kind}"] for kind in ("weight", "bias")}
-    ours |= {**LLM2CLIPTextAdapter(config).state_dict(prefix="text_adapter."), "logit_scale": SCALE}
-    (tmp_path / "original").mkdir()
-    torch.save(to_original(config, ours), tmp_path / "original" / "checkpoint.pt")
-    model = LLM2CLIPModel.from_pretrained(convert(tmp_path / "original" / "checkpoint.pt"), text_model=False).eval()
-    compare(model.get_image_features(images).pooler_output, oracle(images))
-    assert model.logit_scale.equal(SCALE)
 
 
 @torch.no_grad()

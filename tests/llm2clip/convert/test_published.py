@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from llm2clip.convert.original import joint_config, original_layout
+from llm2clip.convert.original import original_layout
 from llm2clip.convert.published import FOLDER, published_models
-from modeling_llm2clip import EVA02VisionConfig, LLM2CLIPConfig
+from modeling_llm2clip import EVA02VisionConfig
 from tests.golden import load_golden
 
 MADE = runpy.run_path(str(Path(__file__).parents[3] / "docs" / "make_checkpoints.py"))
@@ -61,14 +61,3 @@ def test_eva_towers_have_the_head_width_of_the_original() -> None:
     }
     assert heads.pop("LLM2CLIP-EVA02-bigE-14-plus") == 112
     assert set(heads.values()) == {64}
-
-
-def test_original_config_of_the_large_tower_gives_the_published_config() -> None:
-    vision = {
-        "image_size": 336, "layers": 24, "width": 1024, "head_width": 64, "mlp_ratio": 2.6667, "patch_size": 14,
-        "eva_model_name": "eva-clip-l-14-336", "rope": True, "pt_hw_seq_len": 16, "intp_freq": True,
-        "naiveswiglu": True, "subln": True,
-    }  # fmt: skip
-    config = joint_config({"embed_dim": 1280, "vision_cfg": vision, "text_cfg": {"use_embedding": True}})
-    assert config.vision_config.to_dict() == LLM2CLIPConfig().vision_config.to_dict()
-    assert (config.projection_dim, config.text_config.hidden_size) == (1280, 4096)

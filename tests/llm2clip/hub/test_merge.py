@@ -20,7 +20,6 @@ from llm2clip.data import CaptionSource
 from llm2clip.encoders import embed
 from llm2clip.hub.cards.card import read_card
 from llm2clip.hub.merge import mean_recall
-from llm2clip.hub.mixture import interpolated
 from llm2clip.utils.manifests import damage
 from llm2clip.utils.towers import open_text_tower, save_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection
@@ -84,13 +83,6 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 def weight_bits(weight: Tensor) -> bytes:
     return weight.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def test_interpolation_is_linear_and_exact_at_its_ends() -> None:
-    first, second = torch.tensor([1.0, -0.0, 2.0]), torch.tensor([3.0, 0.0, float("inf")])
-    assert interpolated(first[:2], second[:2], 0.25).tolist() == [1.5, 0]
-    assert weight_bits(interpolated(first, second, 0.0)) == weight_bits(first)
-    assert weight_bits(interpolated(first, second, 1.0)) == weight_bits(second)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0])
@@ -275,7 +267,7 @@ def test_models_that_do_not_fit_are_refused_by_name(
     refused(both + message, pair[0], tmp_path / "other", tmp_path)
 
 
-def test_kinds_that_do_not_fit_are_refused_by_name(
+def test_kinds_and_settings_that_do_not_fit_are_refused_by_name(
     pair: tuple[Path, Path], towers: tuple[str, Path], tmp_path: Path
 ) -> None:
     (first, second), (llm, tower) = pair, towers
@@ -284,6 +276,8 @@ def test_kinds_that_do_not_fit_are_refused_by_name(
     refused(f"{llm} is not an LLM2CLIP model or a text tower.*B gives the result", first, llm, tmp_path)
     refused("vision has no text adapter", tmp_path / "vision", second, tmp_path, parts="all")
     refused("parts and embedding_cache are for LLM2CLIP models", llm, tower, tmp_path, parts="vision")
+    refused(r"alpha is \[1\.5\], but every share of B has to be from 0 \(A\) to 1", first, second, tmp_path, alpha=1.5)
+    refused("several alphas need eval_source", first, second, tmp_path, alpha=[0, 1])
 
 
 def test_text_towers_that_do_not_fit_are_refused_by_name(towers: tuple[str, Path], tmp_path: Path) -> None:
@@ -297,19 +291,6 @@ def test_text_towers_that_do_not_fit_are_refused_by_name(towers: tuple[str, Path
         tokenizer.model_max_length = length
         save_text_tower(model, tokenizer, other)
         refused(both + message, other, tower, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"alpha": 1.5}, r"alpha is \[1\.5\], but every share of B has to be from 0 \(A\) to 1 \(B\)"),
-        ({"alpha": [0, 1]}, "several alphas need eval_source"),
-        ({"parts": "text"}, "parts is 'text', but it has to be one of all, vision"),
-    ],
-    ids=["share", "no data", "parts"],
-)
-def test_wrong_settings_are_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
-    refused(message, "a", "b", tmp_path, **settings)
 
 
 def test_only_an_earlier_merge_is_replaced(pair: tuple[Path, Path], tmp_path: Path) -> None:

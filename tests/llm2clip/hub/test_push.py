@@ -31,12 +31,15 @@ def test_push_uploads_what_belongs_to_a_model_unchanged_except_the_card(
     hub: LoopbackHub, built: Path, model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write(model, "id_rsa", "notes.txt", "data/train.csv", "secret.json", "my_tool.py", "model.safetensors.bak")
+    write(model, "images/on-the-card.png", "images/private.png")
+    with (model / CARD).open("a") as card:
+        card.write("\n![shown](images/on-the-card.png)\n")
     before = files_of(model)
     with caplog.at_level(logging.WARNING):
         result = upload(hub, model, private=True, commit_message="Hello")
     repo = hub.repo(REPO)
     assert (repo.private, repo.messages[-1]) == (True, "Hello")
-    arrived, expected = repo.files(), files_of(built)
+    arrived, expected = repo.files(), {**files_of(built), "images/on-the-card.png": b"mine"}
     del expected[FOLDER_MANIFEST]
     assert result["files"] == len(arrived)
     assert arrived == {**expected, CARD: arrived[CARD]}
@@ -88,15 +91,6 @@ def test_error_for_http_status_names_the_next_step(
     with pytest.raises(ValueError, match=rf"{message} .*\(HTTP {status}"):
         upload(hub, built)
     assert not hub.repo(REPO).files()
-
-
-def test_local_folder_whose_path_looks_like_a_hub_id_is_pushed(
-    hub: LoopbackHub, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(built, tmp_path / REPO)
-    upload(hub, Path(REPO))
-    assert "model.safetensors" in hub.repo(REPO).files()
 
 
 @pytest.mark.parametrize(

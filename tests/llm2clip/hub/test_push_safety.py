@@ -12,7 +12,6 @@ import pytest
 from llm2clip import cli
 from llm2clip.hub import new_process
 from llm2clip.hub.upload_files import model_files
-from llm2clip.utils.files import read_json, write_json
 from llm2clip.utils.manifests import FOLDER_MANIFEST, MODEL_MANIFEST
 from tests.llm2clip.hub.conftest import REPO, Refused, files_of, upload
 from tests.loopback_hub import LoopbackHub
@@ -23,18 +22,10 @@ def folder(model: Path) -> Path:
     """A built folder without the lists of its files, as whoever changes a file can make it."""
     for name in (FOLDER_MANIFEST, MODEL_MANIFEST):
         (model / name).unlink()
-    for name in ("notes.txt", "images/shown.png", "images/private.png", ".env", ".git/config", "runs/.netrc"):
+    for name in ("notes.txt", "images/private.png", ".env", ".git/config", "runs/.netrc"):
         (model / name).parent.mkdir(exist_ok=True)
         (model / name).write_text("mine")
     return model
-
-
-def test_of_pictures_those_on_the_card_are_uploaded(folder: Path) -> None:
-    with (folder / "README.md").open("a") as card:
-        card.write("\n![shown](images/shown.png)\n")
-    files = model_files(folder)
-    assert "images/shown.png" in files.uploaded
-    assert "images/private.png" in files.others
 
 
 @pytest.mark.parametrize("name", [".env", ".git/config", "runs/.netrc"])
@@ -75,13 +66,6 @@ def test_a_token_in_a_file_is_not_published(name: str, secret: str, hub: Loopbac
     with pytest.raises(ValueError, match=f"{name} contains what looks like an access token or private key") as caught:
         upload(hub, folder, include=["notes.txt"])
     assert secret not in str(caught.value)
-    assert not hub.repos
-
-
-def test_fields_of_another_type_are_refused(hub: LoopbackHub, folder: Path) -> None:
-    write_json(folder / "config.json", {**read_json(folder / "config.json"), "auto_map": "x"})
-    with pytest.raises(ValueError, match=r"config\.json cannot be read"):
-        upload(hub, folder)
     assert not hub.repos
 
 

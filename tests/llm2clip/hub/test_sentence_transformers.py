@@ -46,20 +46,6 @@ print(json.dumps({
     "max_seq_length": model.max_seq_length,
 }))
 """
-SEVERAL_PROCESSES = """
-import json
-from PIL import Image
-from sentence_transformers import SentenceTransformer
-
-if __name__ == "__main__":
-    captions = json.loads(sys.argv[2])
-    images = [Image.open(path) for path in sys.argv[3:]]
-    model = SentenceTransformer(sys.argv[1], trust_remote_code=True, device="cpu")
-    pool = model.start_multi_process_pool(["cpu", "cpu"])
-    rows = [model.encode(inputs, pool=pool, chunk_size=1).tolist() for inputs in (captions, images)]
-    model.stop_multi_process_pool(pool)
-    print(json.dumps(rows))
-"""
 CLOSE = {"atol": 1e-5, "rtol": 0}
 
 
@@ -92,16 +78,6 @@ def test_process_without_this_package_gets_the_embeddings_of_the_model(pictures:
         torch.testing.assert_close(torch.tensor(found[name]), rows, **CLOSE, msg=lambda text, name=name: name + text)
     assert found["dimensions"] == [24, 8]
     assert found["max_seq_length"] == 64
-
-
-@pytest.mark.slow  # three processes import sentence-transformers
-def test_two_processes_give_the_embeddings_of_one(pictures: Path, tmp_path: Path) -> None:
-    model, processor = tiny.save(tmp_path / "model"), tiny.processor()
-    write_sentence_transformers_files(tmp_path / "model")
-    arguments = (tmp_path / "model", json.dumps(CAPTIONS), *sorted(pictures.iterdir()))
-    text, image = stranger.answer(SEVERAL_PROCESSES, *arguments, home=tmp_path, is_forked=False)
-    torch.testing.assert_close(torch.tensor(text), model.encode_text(CAPTIONS, processor), **CLOSE)
-    torch.testing.assert_close(torch.tensor(image), model.encode_image(IMAGES, processor), **CLOSE)
 
 
 def test_folder_without_the_files_gives_the_same_embeddings_when_normalized(tmp_path: Path) -> None:

