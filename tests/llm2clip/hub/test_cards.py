@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 from huggingface_hub import ModelCard, metadata_eval_result
 from PIL import Image
@@ -22,8 +21,7 @@ from llm2clip.hub.cards.card import (
     write_card,
 )
 from llm2clip.hub.cards.curves import write_curves
-from llm2clip.hub.cards.facts import CURVES, JOINT_TASK, CardFacts, Evaluation, summary
-from tests.modeling_llm2clip import tiny
+from llm2clip.hub.cards.facts import CURVES, JOINT_TASK, CardFacts, Evaluation
 
 METRICS = {f"{side}_recall@{k}": k / 20 for side in ("text_to_image", "image_to_text") for k in (1, 5, 10)}
 FACTS = CardFacts(
@@ -141,35 +139,13 @@ def test_results_that_others_added_are_kept() -> None:
     assert names_found == ["image-text retrieval", "theirs"]
 
 
-def test_invalid_front_matter_or_missing_card_is_refused(tmp_path: Path) -> None:
-    (tmp_path / CARD).write_text("---\nlicense: [mit\n---\n")
-    with pytest.raises(ValueError, match="is not valid YAML"):
-        read_card(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"lacks README\.md; `llm2clip build` writes one"):
-        validate_card(tmp_path / "elsewhere")
-
-
-def test_curves_show_losses_and_recalls_of_the_training(tmp_path: Path) -> None:
-    def drawn(*history: dict[str, Any]) -> bytes | None:
-        (tmp_path / CURVES).unlink(missing_ok=True)
-        assert write_curves(tmp_path, list(history)) == (tmp_path / CURVES).exists()
-        return (tmp_path / CURVES).read_bytes() if (tmp_path / CURVES).exists() else None
-
+def test_curves_leave_out_the_chosen_model_which_is_measured_after_the_last_step(tmp_path: Path) -> None:
     name, end = "eval_validation_text_to_image_recall@10", {"step": 8, "train_runtime": 3.0}
-    assert drawn({"epoch": 1.0, **end}) is None
-    losses = [{"step": step, "loss": 1 / step} for step in range(1, 9)]
-    recalls = [{"step": step, name: step / 9} for step in (2, 4, 6, 8)]
-    drawn(*losses)
-    width = Image.open(tmp_path / CURVES).width
-    both = drawn(*losses, *recalls)
-    assert Image.open(tmp_path / CURVES).width > width
-    # After the training, the best model is measured at the last step.
-    assert drawn(*losses, *recalls, end, {"step": 8, name: 0.1}) == both
-    assert drawn(end, {"step": 8, name: 0.1})  # without evaluations before, it is all there is
-
-
-def test_the_image_size_is_that_of_the_image_processor() -> None:
-    model = tiny.joint_model()
-    assert "28 px" in summary(model)
-    assert "(eva02_vision_model, 14 px)" in summary(model, tiny.processor(14))
-    assert "(eva02_vision_model)" in summary(model, tiny.naflex_processor())
+    assert not write_curves(tmp_path, [{"epoch": 1.0, **end}])
+    losses, recalls = ([{"step": step, key: step / 9} for step in (2, 4, 6, 8)] for key in ("loss", name))
+    drawn = []
+    for history in (losses, [*losses, *recalls], [*losses, *recalls, end, {"step": 8, name: 0.1}]):
+        assert write_curves(tmp_path, history)
+        drawn.append(Image.open(tmp_path / CURVES).copy())
+    assert drawn[1].width > drawn[0].width
+    assert drawn[2].tobytes() == drawn[1].tobytes()

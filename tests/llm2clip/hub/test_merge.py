@@ -281,16 +281,9 @@ def test_kinds_and_settings_that_do_not_fit_are_refused_by_name(
 
 
 def test_text_towers_that_do_not_fit_are_refused_by_name(towers: tuple[str, Path], tmp_path: Path) -> None:
-    (_, tower), other, tokenizer = towers, tmp_path / "other", tiny.processor().tokenizer
-    both = rf"{other} and {tower} cannot be merged: their settings differ "
-    for model, length, message in (
-        (tiny.text_model("qwen2"), 64, r"\(model_type: qwen2 and llama"),
-        (tiny.text_model(pooling="last_token"), 64, r"\(pooling: last_token and mean\)"),
-        (LLM2CLIPTextModel.from_pretrained(tower), 10, r"\(tokenizer: \w+ and \w+\)"),
-    ):
-        tokenizer.model_max_length = length
-        save_text_tower(model, tokenizer, other)
-        refused(both + message, other, tower, tmp_path)
+    save_text_tower(tiny.text_model(pooling="last_token"), tiny.processor().tokenizer, tmp_path / "other")
+    message = r"other and .*tower cannot be merged: their settings differ \(pooling: last_token and mean\)"
+    refused(message, tmp_path / "other", towers[1], tmp_path)
 
 
 def test_only_an_earlier_merge_is_replaced(pair: tuple[Path, Path], tmp_path: Path) -> None:
