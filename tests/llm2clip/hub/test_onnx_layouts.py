@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,29 @@ from llm2clip.hub import onnx_writing
 from llm2clip.hub.export_onnx import ExportOnnxConfig, run
 from llm2clip.hub.onnx_layouts import Layout
 from modeling_llm2clip import LLM2CLIPProcessor
+from tests import node
 from tests.llm2clip import tiny
 from tests.llm2clip.hub.conftest import Refused
 from tests.llm2clip.hub.onnx_programs import CLOSE, READERS, TEXTS, export, read, teach
 from tests.modeling_llm2clip import tiny as tiny_models
 
 pytest.importorskip("onnxruntime")
+EMBED = """
+import { AutoTokenizer, CLIPTextModelWithProjection, env } from "@huggingface/transformers";
+env.localModelPath = "./";
+env.allowRemoteModels = false;
+const tokenizer = await AutoTokenizer.from_pretrained("exported");
+const rows = {};
+for (const dtype of ["fp32", "q8"]) {
+  const model = await CLIPTextModelWithProjection.from_pretrained("exported", { dtype });
+  rows[dtype] = [];
+  for (const text of JSON.parse(process.argv[2])) {
+    const { text_embeds } = await model(tokenizer([text], { truncation: true }));
+    rows[dtype].push(text_embeds.tolist()[0]);
+  }
+}
+console.log(JSON.stringify(rows));
+"""
 
 
 @pytest.fixture
@@ -68,6 +86,25 @@ def test_a_folder_gives_the_vectors_of_torch(layout: str, encoder: str, model: P
     torch.testing.assert_close(text[-1], text[-2], **CLOSE)
     torch.testing.assert_close(image, loaded.encode_image(pictures), **CLOSE)
     assert not (model / "onnx").exists()
+
+
+@pytest.fixture(scope="module")
+def node_modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return node.install(tmp_path_factory.mktemp("npm"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("encoder", ["bert", "static", "llm", "t5"])
+def test_transformers_js_itself_gives_the_vectors_of_torch(encoder: str, model: Path, node_modules: Path) -> None:
+    if encoder != "llm":
+        teach(model, encoder)
+    export(model, "transformers.js", "--dtype", "int8").rename(model.parent / "exported")
+    found = node.run_module(EMBED, model.parent, node_modules, json.dumps(TEXTS))
+    expected = load_encoder(str(model), text_encoder="llm" if encoder == "llm" else "query").encode_text(TEXTS)
+    torch.testing.assert_close(torch.tensor(found["fp32"]), expected, **CLOSE)
+    cosines = (torch.tensor(found["q8"]) * expected).sum(dim=1)
+    assert 0.97 < cosines.min() < 0.999999
 
 
 def with_image_processor(model: Path, image_processor: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -104,62 +104,59 @@ def test_repo_without_a_model_of_this_package_is_not_changed(
     assert list(hub.repo(REPO).branches) == ["main"]
 
 
-def test_first_push_keeps_gitattributes_and_front_matter_of_a_new_repo(
-    hub: LoopbackHub, api: HfApi, built: Path
+def test_what_others_put_into_the_repo_is_kept_and_stale_weights_are_deleted(
+    hub: LoopbackHub, api: HfApi, built: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     api.create_repo(REPO)
     card = b"---\nlicense: mit\n---\n"
     hub.repo(REPO).commit("main", {".gitattributes": File(b"*", False), CARD: File(card, False)}, "website")
     upload(hub, built)
-    assert hub.repo(REPO).files()[".gitattributes"] == b"*"
-    assert split_card(card_of(hub))[0]["license"] == "mit"
-
-
-def edit_while_uploading(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, edits: list[Callable[[str], str]]) -> None:
-    """Edit the card on main between upload and commit, once per push attempt."""
-    send = HfApi.preupload_lfs_files
-
-    def and_edit(*args: Any, **kwargs: Any) -> None:
-        send(*args, **kwargs)
-        if edits:
-            repo = hub.repo(REPO)
-            files = dict(repo.commits[repo.branches["main"]])
-            files[CARD] = File(edits.pop(0)(files[CARD].content.decode()).encode(), lfs=False)
-            repo.commit("main", files, "edit")
-
-    monkeypatch.setattr(HfApi, "preupload_lfs_files", and_edit)
-
-
-def test_card_edits_during_the_upload_are_kept_until_there_are_too_many(
-    hub: LoopbackHub, built: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    upload(hub, built)
-    edits = [lambda card: card + "\nOnce.\n", lambda card: card + "\nTwice.\n"]
-    edit_while_uploading(hub, monkeypatch, edits)
-    sent = len(hub.uploads())
-    upload(hub, built, commit_message="Second")
-    assert hub.repo(REPO).messages[-3:] == ["edit", "edit", "Second"]
-    assert "\nOnce.\n\nTwice.\n" in card_of(hub)
-    assert len(hub.uploads()) == sent
-    edits += [lambda card: card + "\nMore.\n"] * 10
-    with pytest.raises(ValueError, match="the repo changed during this push: push again"):
-        upload(hub, built)
-    assert len(edits) == 6
-
-
-def test_card_edits_and_other_files_are_kept_and_stale_weights_deleted(
-    hub: LoopbackHub, api: HfApi, built: Path
-) -> None:
-    upload(hub, built)
-    card = card_of(hub).replace("An LLM2CLIP model:", "Edited on the website:")
-    api.upload_file(path_or_fileobj=card.encode(), path_in_repo=CARD, repo_id=REPO)
+    edited = card_of(hub).replace("An LLM2CLIP model:", "Edited on the website:")
+    api.upload_file(path_or_fileobj=edited.encode(), path_in_repo=CARD, repo_id=REPO)
     stale = {"model-00001-of-00002.safetensors", "adapter_config.json", "adapter_model.safetensors", "model.sig"}
     others = {"notes.txt", "last-checkpoint/model.safetensors", "diffusion.safetensors"}
     for name in stale | others:
         api.upload_file(path_or_fileobj=b"x", path_in_repo=name, repo_id=REPO)
     upload(hub, built)
-    assert "Edited on the website:" in card_of(hub)
-    assert hub.repo(REPO).files().keys() & (stale | others) == others
+    files = hub.repo(REPO).files()
+    assert files.keys() & (stale | others) == others
+    assert files[".gitattributes"] == b"*"
+    data, text = split_card(card_of(hub))
+    assert "Edited on the website:" in text
+    assert data["license"] == "mit"
+    assert "the card on the Hub keeps its own license; change it there" in caplog.text
+
+
+@pytest.fixture
+def edits(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Lines that others write below the card on main between upload and commit, one at each attempt."""
+    send, lines = HfApi.preupload_lfs_files, list[str]()
+
+    def and_edit(*args: Any, **kwargs: Any) -> None:
+        send(*args, **kwargs)
+        if lines:
+            repo = hub.repo(REPO)
+            card = File(f"{card_of(hub)}\n{lines.pop(0)}\n".encode(), lfs=False)
+            repo.commit("main", {**repo.commits[repo.branches["main"]], CARD: card}, "edit")
+
+    monkeypatch.setattr(HfApi, "preupload_lfs_files", and_edit)
+    return lines
+
+
+def test_card_edits_during_the_upload_are_kept_until_there_are_too_many(
+    hub: LoopbackHub, built: Path, edits: list[str]
+) -> None:
+    upload(hub, built)
+    sent = len(hub.uploads())
+    edits += ["Once.", "Twice."]
+    upload(hub, built, commit_message="Second")
+    assert hub.repo(REPO).messages[-3:] == ["edit", "edit", "Second"]
+    assert "\nOnce.\n\nTwice.\n" in card_of(hub)
+    assert len(hub.uploads()) == sent
+    edits += ["More."] * 10
+    with pytest.raises(ValueError, match="the repo changed during this push: push again"):
+        upload(hub, built)
+    assert len(edits) == 6
 
 
 def test_push_fails_if_the_card_on_the_hub_cannot_be_read(hub: LoopbackHub, built: Path) -> None:
@@ -168,17 +165,6 @@ def test_push_fails_if_the_card_on_the_hub_cannot_be_read(hub: LoopbackHub, buil
         hub.fail_next(method, "/resolve/", CUT, times=50)
     with pytest.raises(ValueError, match=r"the connection broke .*push again"):
         upload(hub, built)
-
-
-def test_license_changed_on_the_hub_is_kept_with_a_warning(
-    hub: LoopbackHub, built: Path, model: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    for license_id in ("mit", "apache-2.0"):
-        card = (built / CARD).read_text().replace("pipeline_tag:", f"license: {license_id}\npipeline_tag:", 1)
-        (model / CARD).write_text(card)
-        upload(hub, model)
-    assert split_card(card_of(hub))[0]["license"] == "mit"
-    assert "the card on the Hub keeps its own license; change it there" in caplog.text
 
 
 @pytest.fixture
