@@ -20,6 +20,7 @@ from llm2clip.data import CaptionSource
 from llm2clip.encoders import embed
 from llm2clip.hub.cards.card import read_card
 from llm2clip.hub.merge import mean_recall
+from llm2clip.hub.mixture import interpolated
 from llm2clip.utils.manifests import damage
 from llm2clip.utils.towers import open_text_tower, save_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection
@@ -83,6 +84,12 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 def weight_bits(weight: Tensor) -> bytes:
     return weight.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def test_the_ends_of_the_line_are_the_models_bit_for_bit() -> None:
+    first, second = torch.tensor([1.0, -0.0, 2.0]), torch.tensor([3.0, 0.0, float("inf")])
+    assert weight_bits(interpolated(first, second, 0.0)) == weight_bits(first)
+    assert weight_bits(interpolated(first, second, 1.0)) == weight_bits(second)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0])
