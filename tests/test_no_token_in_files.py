@@ -18,13 +18,7 @@ IN_FILE = "hf_MarkedTokenOfTheFile"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "token",
-    [
-        pytest.param(TOKEN, id="in the environment"),
-        pytest.param(None, id="in the file", marks=pytest.mark.nightly),
-    ],
-)
+@pytest.mark.parametrize("token", [TOKEN, pytest.param(None, marks=pytest.mark.nightly)], ids=["environment", "file"])
 def test_no_token_reaches_a_file_or_the_output(token: str | None, tmp_path: Path) -> None:
     tiny_models.save(tmp_path / "model")
     pictures = tmp_path / "pictures"

@@ -96,28 +96,6 @@ def test_first_example_of_the_readme_runs_outside_the_checkout(installed: Path, 
     assert str(installed) in shown
 
 
-@pytest.mark.slow
-def test_wheel_works_in_a_virtual_environment(installed: Path, tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
-    python = tmp_path / "venv" / "bin" / "python"
-    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    packages = Path(subprocess.run([python, "-c", ask], check=True, capture_output=True, text=True).stdout.strip())
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python]
-    wheel = next((installed.parent / "dist").glob("llm2clip-*.whl"))
-    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--quiet", wheel], check=True)
-    # The libraries that it depends on are those of this environment, behind its own packages.
-    libraries = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
-    (packages / "libraries.pth").write_text("\n".join(libraries))
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    for command in (["llm2clip", "quickstart", "--help"], ["python", "-m", "llm2clip", "--help"]):
-        program = [python.with_name(command[0]), *command[1:]]
-        shown = subprocess.run(program, env=environment, cwd=tmp_path, capture_output=True, text=True)
-        assert shown.returncode == 0, shown.stderr
-    ask = "import llm2clip; print(llm2clip.__file__); llm2clip.Stage2Trainer"
-    shown = subprocess.run([python, "-c", ask], env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert shown.stdout.startswith(str(packages)), shown.stderr
-
-
 def copied(source: Path, target: Path, age: int, order: int) -> Path:
     """Copy a tree as another checkout: its files are made in another order, at another time."""
     for path in sorted((path for path in source.rglob("*") if path.is_file()), reverse=order < 0):
@@ -198,8 +176,12 @@ def test_every_licence_of_the_bundled_data_is_named_and_has_its_text() -> None:
     found = {row for file in files for row in pq.read_table(file, columns=["license"])["license"].to_pylist()}
     assert found == {"Apache-2.0", "MIT", "CC-BY-4.0", "public domain"}
     assert found - {"public domain"} | {"Unicode-3.0", "LicenseRef-scancode-wordnet"} == named
-    texts = {path.stem for path in (ROOT / "licenses").glob("*.txt")}
-    assert texts == {"MIT", "CC-BY-4.0", "Unicode-3.0", "WordNet-3.0"}
+    assert {path.stem for path in (ROOT / "licenses").glob("*.txt")} == {
+        "MIT",
+        "CC-BY-4.0",
+        "Unicode-3.0",
+        "WordNet-3.0",
+    }
 
 
 def test_every_library_has_one_lower_bound() -> None:
@@ -211,14 +193,5 @@ def test_every_library_has_one_lower_bound() -> None:
     requirements = [requirement for requirement in map(Requirement, lines) if requirement.name != "llm2clip"]
     versions = lowest()
     assert set(versions) == {requirement.name.lower() for requirement in requirements}
-    assert versions["ray"] == "2.44"
     for requirement in requirements:
         assert requirement.specifier.contains(versions[requirement.name.lower()]), requirement
-
-
-def test_two_lower_bounds_of_one_library_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "setup.cfg").write_text(
-        "[options]\ninstall_requires =\n    torch>=2.6\n[options.extras_require]\none =\n    Torch>=2.7,<3\n"
-    )
-    with pytest.raises(ValueError, match=r"two lower bounds for torch: 2\.6 and 2\.7"):
-        lowest(tmp_path / "setup.cfg")

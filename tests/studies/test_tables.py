@@ -11,7 +11,7 @@ import pytest
 from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.settings import build_config
 from studies.miniature import page
-from studies.miniature.material import Material, slug
+from studies.miniature.material import Material
 from studies.miniature.runs import QUESTIONS, RETRIEVAL, TABLES, Run, read_table, recipe_of, runs_of
 
 NAMES = sorted(path.stem for path in TABLES.glob("*.yaml"))
@@ -34,20 +34,6 @@ def test_every_arm_is_a_recipe_of_known_encoders(run: Run, material: Material) -
         recipe = recipe_of(run, material, [material.folder / name for name in run.encoders], models)
         config = build_config(Stage2Recipe, recipe, run.name)
         assert config.sources[0]["caption_columns"] == [*run.captions]
-
-
-def test_runs_share_a_result_exactly_where_they_are_the_same() -> None:
-    a6, a7 = ({(run.arm, run.seed): run.name for run in runs_of(name)} for name in ("a6", "a7"))
-    assert a7["one block", 1] == a6["stage 1", 1]
-    assert len(set(a6.values())) == len(a6)
-    assert len(set(a7.values())) == len(a7)
-
-
-def test_every_encoder_starts_from_a_package_or_another_one(tmp_path: Path) -> None:
-    texts = Material(tmp_path).texts
-    assert len({slug(name) for name in texts}) == len(texts)
-    for settings in texts.values():
-        assert settings["of"] in {*texts, "llm", "minilm", "e5"}
 
 
 def test_a_table_has_mean_and_deviation_of_its_arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,17 +66,6 @@ def test_what_a_killed_process_left_is_made_again(tmp_path: Path) -> None:
     assert not path.exists()
     for make in (ends, dies):  # what is there is not made again
         assert [file.name for file in material.made(path, make).iterdir()] == ["whole"]
-
-
-def test_the_results_of_other_tables_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page, "RESULTS", tmp_path / "committed")
-    for run in runs_of("a6"):
-        path = page.result_path(tmp_path, run)
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({"epoch": run.seed}))
-    page.collect(tmp_path, ["a6"])
-    assert [path.name for path in page.RESULTS.iterdir()] == ["a6.json"]
-    assert len(json.loads((page.RESULTS / "a6.json").read_text())) == len(runs_of("a6"))
 
 
 def test_the_report_has_the_committed_results(tmp_path: Path) -> None:

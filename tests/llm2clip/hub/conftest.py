@@ -1,14 +1,16 @@
-"""A built folder, and pushing it to the loopback hub."""
+"""A built folder, pushing it to the loopback hub, and commands that are refused."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import HfApi
 
+from llm2clip import cli
 from llm2clip.hub import build, push
 from llm2clip.hub.source_model import SourceModel
 from tests.loopback_hub import TOKEN, LoopbackHub
@@ -16,6 +18,7 @@ from tests.modeling_llm2clip import tiny
 from tests.modeling_llm2clip.tiny import IMAGES
 
 REPO = "tester/tiny"
+Refused = Callable[..., str]
 
 
 @pytest.fixture(scope="session")
@@ -42,12 +45,26 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SourceModel, "compare", lambda *_: 0.0)
 
 
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Check that a command is refused with some words, and return the whole message."""
+
+    def check(words: str, *command: str | Path) -> str:
+        assert cli.main([*map(str, command)]) == 2
+        error = capsys.readouterr().err
+        assert words in error
+        assert "Traceback" not in error
+        return error
+
+    return check
+
+
 def upload(hub: LoopbackHub, folder: Path, token: str | bool = TOKEN, **settings: Any) -> dict[str, Any]:
     """Push a folder to the loopback hub without loading it first."""
     config = push.PushConfig(**{"folder": str(folder), "repo_id": REPO, "check": False, **settings})
     return push.run(config, HfApi(endpoint=hub.url, token=token))
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    """Content of every file in a folder by path."""
-    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Content of every file in a folder by its path within."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import ast
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi
 
-from llm2clip.hub import build
+import llm2clip
 from llm2clip.hub.cards.card import CARD, read_card
 from llm2clip.utils.towers import save_text_tower
 from modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection
@@ -31,34 +32,27 @@ for snippet in json.loads(sys.argv[1]):
     shown.append(output.getvalue())
 print(json.dumps(shown))
 """
+Read = Callable[[Path], list[str]]
 
 
-def read(hub: LoopbackHub, folder: Path, home: Path, picture: bool = False) -> list[str]:
-    """Push a folder and run the code examples of its card; returns the output of each.
+@pytest.fixture
+def read(hub: LoopbackHub, tmp_path: Path) -> Read:
+    """Push a folder and run the code examples of its card beside a picture.jpg; returns the output of each."""
 
-    Args:
-        hub: The hub.
-        folder: A built folder.
-        home: An empty folder for the new process.
-        picture: Whether there is a picture.jpg in the working directory.
-    """
-    upload(hub, folder)
-    card = hub.repo(REPO).files()[CARD].decode()
-    reader = home / "reader"
-    reader.mkdir()
-    if picture:
-        IMAGES[0].save(reader / "picture.jpg")
-    snippets = json.dumps(re.findall(r"```python\n(.*?)```", card, re.DOTALL))
-    return answer(READER, snippets, home=reader, environment=hub.environment(home / "cache", token=None))
+    def push_and_run(folder: Path) -> list[str]:
+        upload(hub, folder)
+        snippets = re.findall(r"```python\n(.*?)```", hub.repo(REPO).files()[CARD].decode(), re.DOTALL)
+        home = tmp_path / "reader"
+        home.mkdir()
+        IMAGES[0].save(home / "picture.jpg")
+        environment = hub.environment(tmp_path / "cache", token=None)
+        return answer(READER, json.dumps(snippets), home=home, environment=environment)
+
+    return push_and_run
 
 
-def test_examples_of_a_joint_model_with_an_example_image(hub: LoopbackHub, tmp_path: Path) -> None:
-    tiny.save(tmp_path / "model")
-    IMAGES[0].save(tmp_path / "picture.png")
-    settings = build.BuildConfig(str(tmp_path / "model"), str(tmp_path / "out"))
-    settings.example_image, settings.example_captions = str(tmp_path / "picture.png"), ["noise", "a dog"]
-    build.run(settings)
-    probabilities, scores, similarity = read(hub, tmp_path / "out", tmp_path)
+def test_examples_of_a_joint_model_with_an_example_image(read: Read, built: Path) -> None:
+    probabilities, scores, similarity = read(built)
     assert probabilities.startswith("tensor([[0.")
     rows = ast.literal_eval(scores)
     assert {row["label"] for row in rows} == {"noise", "a dog"}
@@ -66,29 +60,28 @@ def test_examples_of_a_joint_model_with_an_example_image(hub: LoopbackHub, tmp_p
     assert similarity.startswith("tensor([[")
 
 
-def test_examples_of_a_vision_half_with_an_image_of_the_user(hub: LoopbackHub, tmp_path: Path) -> None:
+def test_examples_of_a_vision_half_with_an_image_of_the_user(read: Read, tmp_path: Path) -> None:
     LLM2CLIPVisionModelWithProjection(tiny.joint_config()).save_pretrained(tmp_path / "half")
     tiny.processor().image_processor.save_pretrained(tmp_path / "half")
-    build.run(build.BuildConfig(str(tmp_path / "half"), str(tmp_path / "out")))
+    llm2clip.build_folder(tmp_path / "half", tmp_path / "out")
     data, text = read_card(tmp_path / "out")
     assert data["pipeline_tag"] == "image-feature-extraction"
     assert "sentence-transformers" not in data["tags"]
     assert 'picture = "picture.jpg"  # path of an image' in text
-    states, pooled = read(hub, tmp_path / "out", tmp_path, picture=True)
-    assert states == "torch.Size([1, 24]) torch.Size([1, 17, 32])\n"
-    assert pooled == "torch.Size([1, 24])\n"
+    pooled = "torch.Size([1, 24])\n"
+    assert read(tmp_path / "out") == [pooled.strip() + " torch.Size([1, 17, 32])\n", pooled]
 
 
-def test_examples_of_a_text_tower(hub: LoopbackHub, tmp_path: Path) -> None:
+def test_examples_of_a_text_tower(read: Read, tmp_path: Path) -> None:
     save_text_tower(tiny.text_model(), tiny.processor().tokenizer, tmp_path / "llm")
-    build.run(build.BuildConfig(str(tmp_path / "llm"), str(tmp_path / "out")))
-    shape, states, similarity = read(hub, tmp_path / "out", tmp_path)
+    llm2clip.build_folder(tmp_path / "llm", tmp_path / "out")
+    shape, states, similarity = read(tmp_path / "out")
     assert shape == "torch.Size([2, 32])\n"
     assert re.fullmatch(r"\[torch.Size\(\[1, \d+, 32\]\), torch.Size\(\[1, \d+, 32\]\)\]\n", states)
     assert similarity.startswith(("tensor([[1.0", "tensor([[0.99"))
 
 
-def test_example_of_an_adapter_whose_llm_is_on_the_hub(hub: LoopbackHub, tmp_path: Path) -> None:
+def test_example_of_an_adapter_whose_llm_is_on_the_hub(read: Read, hub: LoopbackHub, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     tokenizer = tiny.processor().tokenizer
     save_text_tower(tiny.text_model(), tokenizer, tmp_path / "llm")
@@ -99,6 +92,6 @@ def test_example_of_an_adapter_whose_llm_is_on_the_hub(hub: LoopbackHub, tmp_pat
     tower.decoder = peft.get_peft_model(tower.decoder, peft.LoraConfig(r=2, target_modules=["q_proj"]))
     tower.decoder.peft_config["default"].base_model_name_or_path = "tester/llm"
     save_text_tower(tower, tokenizer, tmp_path / "adapter")
-    build.run(build.BuildConfig(str(tmp_path / "adapter"), str(tmp_path / "out"), merge_adapter=False))
+    llm2clip.build_folder(tmp_path / "adapter", tmp_path / "out", merge_adapter=False)
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
-    assert read(hub, tmp_path / "out", tmp_path) == ["torch.Size([2, 32])\n"]
+    assert read(tmp_path / "out") == ["torch.Size([2, 32])\n"]

@@ -38,34 +38,21 @@ def documented(action: str, home: Path) -> int:
     return subprocess.run(arguments, cwd=home, capture_output=True).returncode
 
 
-@pytest.fixture(scope="module")
-def home(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with keys and a signed model."""
-    home = tmp_path_factory.mktemp("signed")
-    write_keys(home)
-    shutil.copytree(built, home / "Llama-my-model")
-    assert documented("sign", home) == 0
-    return home
-
-
-@pytest.fixture
-def download(home: Path, hub: LoopbackHub, tmp_path: Path) -> Path:
-    """What others get after a push, with the public key beside it."""
-    upload(hub, home / "Llama-my-model", repo_id=REPO)
-    shutil.copy(home / "key.pub", tmp_path)
-    snapshot_download(REPO, endpoint=hub.url, token=False, local_dir=tmp_path / "download")
-    return tmp_path / "download"
-
-
-def test_a_pushed_model_is_that_of_its_author(download: Path) -> None:
-    assert documented("verify", download.parent) == 0
-    for name in ("model.safetensors", "modeling_llm2clip.py", "config.json", "manifest.json"):
+def test_a_pushed_model_is_that_of_its_author(built: Path, hub: LoopbackHub, tmp_path: Path) -> None:
+    write_keys(tmp_path)
+    signed, download = tmp_path / "Llama-my-model", tmp_path / "download"
+    shutil.copytree(built, signed)
+    assert documented("sign", tmp_path) == 0
+    upload(hub, signed, repo_id=REPO)
+    snapshot_download(REPO, endpoint=hub.url, token=False, local_dir=download)
+    assert documented("verify", tmp_path) == 0
+    for name in ("model.safetensors", "config.json"):
         with flip(download / name, 100):
-            assert documented("verify", download.parent) != 0, name
+            assert documented("verify", tmp_path) != 0, name
     (download / "adapter_config.json").write_text("{}")
-    assert documented("verify", download.parent) != 0
+    assert documented("verify", tmp_path) != 0
     (download / "adapter_config.json").unlink()
     (download / "README.md").write_text("Other words")
-    assert documented("verify", download.parent) == 0
-    write_keys(download.parent)
-    assert documented("verify", download.parent) != 0
+    assert documented("verify", tmp_path) == 0
+    write_keys(tmp_path)
+    assert documented("verify", tmp_path) != 0

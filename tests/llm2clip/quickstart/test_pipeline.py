@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 import yaml
@@ -30,51 +29,19 @@ from llm2clip.store import EmbeddingCache
 from llm2clip.trainers.text_tower_trainer import TextTowerTrainer
 from modeling_llm2clip import LLM2CLIPTextModel
 from tests.llm2clip import embedding_models, tiny
+from tests.llm2clip.quickstart.tiny_run import PROFILE, SPLITS, read_rows, save_data
 
-PROFILE: dict[str, Any] = {
-    "seeds": 2,
-    "unfrozen_seeds": 1,
-    "stage1": {
-        "max_steps": 2, "per_device_train_batch_size": 8, "lora_rank": 2, "save_strategy": "no", "use_cpu": True,
-        "prompt_prefix": "caption: ", "logging_steps": 1,
-    },
-    "stage2": {
-        "projection_dim": 16, "adapter_num_layers": 1, "vision_pooling": "cls_mean", "standardize_features": True,
-        "use_cpu": True, "caption_weights": [3, 1], "logging_steps": 1, "shared_captions": "positive",
-        "eval_strategy": "epoch", "save_strategy": "best", "save_total_limit": 1, "load_best_model_at_end": True,
-        "metric_for_best_model": BEST_BY, "greater_is_better": True,
-    },
-    "frozen": {"num_train_epochs": 2, "per_device_train_batch_size": 16, "learning_rate": 1e-2},
-    "unfrozen": {
-        "num_train_epochs": 1, "per_device_train_batch_size": 16, "learning_rate": 1e-3, "freeze_vision_layers": -1,
-    },
-}  # fmt: skip
 ARMS = ["raw LLM, causal", "raw LLM, bidirectional", "LLM after stage 1", "bert"]
-# Rows of one source and of several.
-SPLITS = {"train": 64, "validation": 24, "test": 24}
-
-
-def save_data(folder: Path, splits: dict[str, int], drop: tuple[str, ...] = (), image_column: str = "picture") -> str:
-    """Save a part of the bundled data, rows of all of it, as a user's folder."""
-    folder.mkdir()
-    for split, rows in splits.items():
-        table = read_rows(Path(tiny.CONCEPTS, f"{split}.parquet"))
-        table = table.select(range(0, len(table), len(table) // rows)[:rows])
-        table = table.remove_columns(list(drop)).rename_column("image", image_column)
-        table.to_parquet(folder / f"{split}.parquet")
-    return str(folder)
+RECALLS = [f"text_to_image_recall@{k}" for k in (1, 5, 10)]
 
 
 def command(options: Mapping[str, Any]) -> list[str]:
-    return [
-        "quickstart",
-        "--traceback",
-        *(part for name, value in options.items() for part in (f"--{name}", str(value))),
-    ]
+    values = (part for name, value in options.items() for part in (f"--{name}", str(value)))
+    return ["quickstart", "--traceback", *values]
 
 
-def read_rows(path: Path, rows: str = "train") -> Any:
-    return datasets.load_dataset("parquet", data_files=str(path), split=rows)
+def results_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +73,7 @@ def folder(options: dict[str, Any], shown: str) -> Path:
 
 @pytest.fixture(scope="module")
 def results(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "results.json").read_text())
+    return results_of(folder)
 
 
 def test_every_text_encoder_is_a_line_of_each_table(results: dict[str, Any], shown: str) -> None:
@@ -126,29 +93,17 @@ def test_every_text_encoder_is_a_line_of_each_table(results: dict[str, Any], sho
 
 
 @pytest.mark.parametrize(
-    ("names", "steps", "tower"),
-    [
-        (["ready"], ["weights", "embed-ready"], "BERT"),
-        (["stage1"], ["weights", "raw", "stage1", "embed-stage1"], None),
-    ],
+    ("names", "steps"),
+    [("ready", ["weights", "embed-ready"]), ("stage1", ["weights", "raw", "stage1", "embed-stage1"])],
 )
-def test_a_plain_llm_is_one_whatever_a_profile_compares(
-    options: dict[str, Any], tmp_path: Path, names: list[str], steps: list[str], tower: str | None
+def test_a_profile_says_which_text_encoders_are_compared(
+    options: dict[str, Any], tmp_path: Path, names: str, steps: list[str]
 ) -> None:
     profile = tmp_path / "profile.yaml"
-    profile.write_text(yaml.safe_dump({**PROFILE, "text_encoders": names}))
+    profile.write_text(yaml.safe_dump({**PROFILE, "text_encoders": [names]}))
     own = {name: options[name] for name in ("llm", "data", "image_column")}
     context = RunContext(QuickstartConfig(str(tmp_path / "run"), str(profile), **own))
     assert [step.name for step in text_steps.text_steps(context)] == steps
-    context.weights = {"llm": options["llm"], "embedding_model": "BERT"}
-    assert context.tower(context.arms[0]) == (tower or str(tmp_path / "run" / "stage1"))
-
-
-def test_the_terminal_shows_steps_and_not_their_parts(folder: Path) -> None:
-    levels = [line.split(" ", 3)[2:] for line in (folder / "log.txt").read_text().splitlines() if line.count(" ") > 2]
-    shown = [text for level, text in levels if level == "INFO"]
-    assert any("Stage 2: bert" in text for text in shown)
-    assert not [text for text in shown if "already contains" in text or "Evaluation at step" in text]
 
 
 def test_the_printed_numbers_are_those_of_the_results(results: dict[str, Any], shown: str) -> None:
@@ -162,14 +117,10 @@ def test_the_printed_numbers_are_those_of_the_results(results: dict[str, Any], s
     assert 100 * row["std"]["text_to_image_recall@10"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
     for title, parts in results["transfer"].items():
         for part, cell in zip(("in_domain", "transfer"), printed[title], strict=True):
-            metrics = parts[part]
-            expected = [
-                f"{100 * metrics[key]:.1f}±{100 * metrics['std'][key]:.1f}"
-                for key in (f"text_to_image_recall@{k}" for k in (1, 5, 10))
-            ]
-            assert cell == " / ".join(expected)
+            means, deviations = parts[part], parts[part]["std"]
+            assert cell == " / ".join(f"{100 * means[key]:.1f}±{100 * deviations[key]:.1f}" for key in RECALLS)
     german = results["image_retrieval"]["  German, bert"]
-    assert printed["German"][0] == " / ".join(f"{100 * german[f'text_to_image_recall@{k}']:.1f}" for k in (1, 5, 10))
+    assert printed["German"][0] == " / ".join(f"{100 * german[key]:.1f}" for key in RECALLS)
     assert printed["German"][2] == f"{german['num_texts']} × 24"
 
 
@@ -223,8 +174,6 @@ def test_the_report_has_curves_queries_and_heat_maps(folder: Path, results: dict
     assert "data:image/webp;base64," in page
     assert "src='http" not in page
     assert results["best_text_encoder"] in page
-    if results["best_text_encoder"] == "bert":
-        assert "(Chinese)" in page
 
 
 def test_the_final_model_is_the_best_on_the_validation_set_and_gives_the_recorded_numbers(
@@ -264,14 +213,14 @@ def test_a_second_run_reuses_all_steps_and_a_changed_one_those_before_the_change
 ) -> None:
     assert cli.main(command(options)) == 0
     assert "protocol distinct: equal captions are one query" in " ".join(capsys.readouterr().out.split())
-    again = json.loads((folder / "results.json").read_text())
+    again = results_of(folder)
     steps = list(results["seconds"])[1:]
     assert again["reused_steps"] == steps
     assert again["image_retrieval"] == results["image_retrieval"]
     changed = {**PROFILE, "unfrozen": {**PROFILE["unfrozen"], "learning_rate": 2e-3}}
     options["profile"].write_text(yaml.safe_dump(changed))
     assert cli.main(command(options)) == 0
-    again = json.loads((folder / "results.json").read_text())
+    again = results_of(folder)
     redone = {"stage2-stage1", "stage2-ready", "final"}
     assert again["reused_steps"] == [name for name in steps if name not in redone]
 
@@ -284,17 +233,15 @@ def test_an_embedding_model_needs_no_stage_1(options: dict[str, Any], tmp_path: 
     own = {**options, "output_dir": folder, "llm": options["embedding_model"], "embedding_model": "none"}
     own |= {"profile": profile, "data": save_data(tmp_path / "data", SPLITS, ("source",))}
     assert cli.main(command(own)) == 0
-    results = json.loads((folder / "results.json").read_text())
+    results = results_of(folder)
     assert results["text_encoders"] == ["bert"]
     assert results["transfer"] == {}
     assert results["reading"] == []
     assert "stage1" not in results["seconds"]
     assert list(results["image_retrieval"])[:2] == ["bert", "  German, bert"]
-    validation = read_card(folder / "llm2clip")[0]["model-index"][0]["results"][-1]
-    assert validation["dataset"]["split"] == "validation"
     assert (folder / "report.html").is_file()
     assert cli.main(command({**own, "tune_text_encoder": "true"})) == 0
-    tuned = json.loads((folder / "results.json").read_text())
+    tuned = results_of(folder)
     assert tuned["text_encoders"] == ["bert", "bert after stage 1"]
     assert tuned["image_retrieval"]["bert"] == results["image_retrieval"]["bert"]
     assert "stage1" in tuned["seconds"]
@@ -307,9 +254,8 @@ def test_missing_splits_are_held_out_and_a_single_caption_column_gives_no_pairs(
     assert [source.path for source in only_train.pair_sources()] == [tiny.GLOSSES]
     assert list(only_train.caption_sets) == ["lemma_to_gloss"]
     assert only_train.translations == {}
-    two = QuickstartData.find(
-        save_data(tmp_path / "b", {"train": 40, "validation": 20}), ["caption", "keywords"], "picture"
-    )
+    data = save_data(tmp_path / "b", {"train": 40, "validation": 20})
+    two = QuickstartData.find(data, ["caption", "keywords"], "picture")
     assert (two.train, two.validation, two.test) == ("train", "validation", "validation")
     assert len(two.pair_sources()) == 2
 

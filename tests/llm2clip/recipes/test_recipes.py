@@ -18,58 +18,47 @@ from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.settings import build_config
 
 RECIPES = sorted(Path(str(resources.files("llm2clip.recipes"))).glob("*.yaml"))
+LAUNCH = resources.files("llm2clip.recipes") / "accelerate"
 
 
 def test_a_recipe_is_found_by_path_or_by_its_packaged_name(tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
-    mine.write_text("name: x")
+    mine.write_text("- a list")
     assert find_recipe(str(mine)) == mine
     assert find_recipe("stage1_paper") == find_recipe("stage1_paper.yaml")
     with pytest.raises(FileNotFoundError, match="the packaged recipes: embed_paper"):
         find_recipe("stage_one")
-    mine.write_text("- a list")
     with pytest.raises(ValueError, match="but is a list"):
-        load_recipe(mine)
-    mine.write_text("a: [")
-    with pytest.raises(ValueError, match="is not valid YAML"):
         load_recipe(mine)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_packaged_recipe_builds_its_settings(path: Path) -> None:
-    fields = load_recipe(path)
-    stage = path.stem.partition("_")[0]
-    if stage == "quickstart":
-        assert path.stem.removeprefix("quickstart_") in PROFILES
-        # What is `auto` there depends on the processor.
-        stage1, stage2 = (
-            {name: value for name, value in fields[part].items() if value != "auto"} for part in ("stage1", "stage2")
-        )
-        build_config(Stage1Recipe, {**stage1, "use_cpu": True}, str(path))
-        stage2 |= fields.get("unfrozen", {})
-        stage2.pop("caption_weights", None)
-        both = {**stage2, "embedding_cache": "x", "use_cpu": True, "warm_start": fields["frozen"]}
-        assert first_part(build_config(Stage2Recipe, both, str(path))).freeze_vision == "all"
+    fields, (stage, _, profile) = load_recipe(path), path.stem.partition("_")
+    if stage != "quickstart":
+        config_class = getattr(import_module(COMMANDS[stage].module), COMMANDS[stage].config)
+        on_cpu = {"use_cpu": True} if stage != "embed" else {}
+        assert build_config(config_class, {**fields, **on_cpu}, str(path)).output_dir
         return
-    command = COMMANDS[stage]
-    config_class = getattr(import_module(command.module), command.config)
-    extra = {"use_cpu": True} if stage != "embed" else {}
-    assert build_config(config_class, {**fields, **extra}, str(path)).output_dir
+    assert profile in PROFILES
+    # What is `auto` there depends on the processor.
+    stage1, stage2 = (
+        {name: value for name, value in fields[part].items() if value != "auto"} for part in ("stage1", "stage2")
+    )
+    build_config(Stage1Recipe, {**stage1, "use_cpu": True}, str(path))
+    stage2 |= fields.get("unfrozen", {})
+    stage2.pop("caption_weights", None)
+    both = {**stage2, "embedding_cache": "x", "use_cpu": True, "warm_start": fields["frozen"]}
+    assert first_part(build_config(Stage2Recipe, both, str(path))).freeze_vision == "all"
 
 
-ZERO = ("deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3")
-
-
-@pytest.mark.parametrize("name", ["ddp_8gpu", "fsdp", *ZERO, "cpu_2"])
+@pytest.mark.parametrize("name", sorted(path.name for path in LAUNCH.iterdir() if path.name.endswith(".yaml")))
 def test_accelerate_reads_the_launch_configurations(name: str) -> None:
-    path = str(resources.files("llm2clip.recipes") / "accelerate" / f"{name}.yaml")
-    config = load_config_from_file(path)
-    assert config.num_processes == (2 if name == "cpu_2" else 8)
-    assert config.use_cpu == (name == "cpu_2")
+    config = load_config_from_file(str(LAUNCH / name))
+    assert (config.num_processes, config.use_cpu) == ((2, True) if name == "cpu_2.yaml" else (8, False))
     # accelerate passes over settings of a strategy that it does not know.
     options = {action.dest for action in launch_command_parser()._actions}
     strategy = {**(config.fsdp_config or {}), **(config.deepspeed_config or {})}
     assert set(strategy) <= options
-    assert bool(strategy) == (name in ("fsdp", *ZERO))
-    if config.fsdp_config:
-        assert config.fsdp_config["fsdp_version"] == 2
+    assert bool(strategy) == name.startswith(("fsdp", "deepspeed"))
+    assert not config.fsdp_config or config.fsdp_config["fsdp_version"] == 2

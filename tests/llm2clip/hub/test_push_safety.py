@@ -1,0 +1,145 @@
+"""What `llm2clip push` keeps from being published, and what it lets the code in a folder do."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+from llm2clip import cli
+from llm2clip.hub import new_process
+from llm2clip.hub.upload_files import model_files
+from llm2clip.utils.manifests import FOLDER_MANIFEST, MODEL_MANIFEST
+from tests.llm2clip.hub.conftest import REPO, Refused, files_of, upload
+from tests.loopback_hub import LoopbackHub
+
+
+@pytest.fixture
+def folder(model: Path) -> Path:
+    """A built folder without the lists of its files, as whoever changes a file can make it."""
+    for name in (FOLDER_MANIFEST, MODEL_MANIFEST):
+        (model / name).unlink()
+    for name in ("notes.txt", "images/private.png", ".env", ".git/config", "runs/.netrc"):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text("mine")
+    return model
+
+
+@pytest.mark.parametrize("name", [".env", ".git/config", "runs/.netrc"])
+def test_hidden_files_are_uploaded_only_if_a_pattern_names_them(name: str, folder: Path) -> None:
+    files = model_files(folder, ["*", "*/*"]).uploaded
+    assert name not in files
+    assert {"notes.txt", "images/private.png"} <= set(files)
+    assert name in model_files(folder, [name]).uploaded
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "notes.txt"])
+def test_a_link_out_of_the_folder_is_refused(name: str, hub: LoopbackHub, folder: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "secret"
+    (folder / name).rename(outside)
+    (folder / name).symlink_to(outside)
+    with pytest.raises(ValueError, match=rf"{name} is a link out of the folder, to {outside}"):
+        upload(hub, folder, include=["notes.txt"])
+    assert not hub.repos
+    # A link within it is a file.
+    (folder / name).unlink()
+    outside.rename(folder / "inside")
+    (folder / name).symlink_to("inside")
+    assert name in model_files(folder, ["notes.txt"]).uploaded
+
+
+@pytest.mark.parametrize(
+    ("name", "secret"),
+    [
+        ("config.json", "hf_" + "aB3" * 12),
+        ("README.md", "hf_write"),  # the token of the test
+        ("tokenizer_config.json", "AKIA" + "Q7" * 8),
+        ("notes.txt", "-----BEGIN OPENSSH PRIVATE KEY-----"),
+    ],
+)
+def test_a_token_in_a_file_is_not_published(name: str, secret: str, hub: LoopbackHub, folder: Path) -> None:
+    text = (folder / name).read_text()
+    (folder / name).write_text(f'{{"x": "{secret}", {text[1:]}' if name.endswith(".json") else text + secret)
+    with pytest.raises(ValueError, match=f"{name} contains what looks like an access token or private key") as caught:
+        upload(hub, folder, include=["notes.txt"])
+    assert secret not in str(caught.value)
+    assert not hub.repos
+
+
+@pytest.mark.parametrize("name", ["chat_template.txt", "README.md", "model.safetensors"])
+def test_what_changes_after_the_check_is_not_uploaded(
+    name: str, hub: LoopbackHub, built: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the code in the folder could do, or a run that writes there."""
+
+    def spoil(folder: Path) -> float:
+        path = folder / name
+        times = path.stat() if path.is_file() else None
+        path.write_bytes(path.read_bytes()[:-1] + b"?" if times else b"what it found on this machine")
+        if times:
+            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        return 0.0
+
+    monkeypatch.setattr("llm2clip.hub.push.validate_folder", spoil)
+    if name == "model.safetensors":
+        monkeypatch.setattr("llm2clip.hub.secrets.SMALL", (model / name).stat().st_size)
+        with pytest.raises(ValueError, match="has changed while it was checked; nothing was committed"):
+            upload(hub, model, check=True)
+        assert not hub.repos
+        return
+    upload(hub, model, check=True)
+    pushed, expected = hub.repo(REPO).files(), files_of(built)
+    assert pushed == {file: expected[file] for file in pushed} | {"README.md": pushed["README.md"]}
+    assert not pushed["README.md"].endswith(b"?")
+
+
+PROBE = """
+import json, os, socket, subprocess
+tried = {}
+for name, action in (
+    ("connection", lambda: socket.create_connection(("127.0.0.1", 9), timeout=1)),
+    ("name", lambda: socket.getaddrinfo("localhost", 80)),
+    ("program", lambda: subprocess.run(["true"])),
+    ("system", lambda: os.system("true")),
+):
+    try:
+        action()
+        tried[name] = "done"
+    except OSError as error:
+        tried[name] = "refused" if isinstance(error, PermissionError) else "tried"
+with open(%r, "w") as file:
+    json.dump({**tried, "variables": sorted(os.environ)}, file)
+"""
+
+
+def test_the_code_of_a_folder_has_no_network_and_no_token(
+    hub: LoopbackHub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "SSH_AUTH_SOCK"):
+        monkeypatch.setenv(name, "hf_secret")
+    code = folder / "modeling_llm2clip.py"
+    before, line, after = code.read_text().partition("\nimport torch")
+    code.write_text(before + PROBE % str(tmp_path / "found.json") + line + after)
+    with caplog.at_level(logging.INFO):
+        upload(hub, folder, check=True)
+    assert "in a new process, which runs the code in it (--no-check: not)" in caplog.text
+    found = json.loads((tmp_path / "found.json").read_text())
+    variables = found.pop("variables")
+    assert found == dict.fromkeys(("connection", "name", "program", "system"), "refused")
+    ours = {"HF_HUB_DISABLE_IMPLICIT_TOKEN", "HF_TOKEN_PATH"}
+    assert {name for name in variables if new_process.SECRET.search(name)} == ours
+    assert "PATH" in variables
+
+
+def test_the_code_of_a_folder_is_not_run_with_no_check(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
+) -> None:
+    checks: list[bool] = []
+    monkeypatch.setattr("llm2clip.hub.push.run", lambda config: checks.append(config.check))
+    for options in ([], ["--no-check"], ["--check", "false"]):
+        assert cli.main(["push", str(folder), REPO, *options]) == 0
+    assert checks == [True, False, False]
+    refused("there is no option --no-include", "push", folder, REPO, "--no-include")
