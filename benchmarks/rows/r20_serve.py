@@ -1,4 +1,4 @@
-"""R20: embeddings over HTTP for 32 clients, from the folder of a student."""
+"""R20: embeddings over HTTP for 32 and 200 clients, from the folder of a student."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.environments import ENVIRONMENTS, python_of
 from benchmarks.row import Contest, Contestant, Goal, Outcome, Row, Work
 
-CLIENTS, REQUESTS = 32, 512
+REQUESTS = 512
 INFINITY = "infinity-emb"
 
 
@@ -43,7 +43,11 @@ def _post(connection: HTTPConnection, path: str, text: str) -> bytes:
 
 
 def _served(
-    server: Callable[[Path, int], tuple[list[str], str]], tokens: int | None, requests: int = REQUESTS, layers: int = 6
+    server: Callable[[Path, int], tuple[list[str], str]],
+    tokens: int | None,
+    requests: int = REQUESTS,
+    layers: int = 6,
+    clients: int = 32,
 ) -> Work:
     """Start a server, and send it requests of one text each, of so many tokens or of many lengths."""
     import numpy as np
@@ -61,26 +65,29 @@ def _served(
     environment = {**os.environ, "DO_NOT_TRACK": "1", "INFINITY_ANONYMOUS_USAGE_STATS": "0"}
     process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL)
 
-    def client(waiting: queue.SimpleQueue[int], answers: list[bytes]) -> None:
+    def client(waiting: queue.SimpleQueue[int], answers: list[bytes], milliseconds: list[float]) -> None:
         connection = HTTPConnection("127.0.0.1", port, timeout=60)
         while True:
             try:
                 row = waiting.get_nowait()
             except queue.Empty:
                 return connection.close()
+            start = time.perf_counter()
             answers[row] = _post(connection, path, texts[row])
+            milliseconds.append(1000 * (time.perf_counter() - start))
 
     def work() -> Outcome:
         waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-        answers = [b""] * len(texts)
+        answers, milliseconds = [b""] * len(texts), []
         for row in range(len(texts)):
             waiting.put(row)
         start = time.perf_counter()
-        with ThreadPoolExecutor(CLIENTS) as pool:
-            list(pool.map(client, [waiting] * CLIENTS, [answers] * CLIENTS))
+        with ThreadPoolExecutor(clients) as pool:
+            list(pool.map(lambda _: client(waiting, answers, milliseconds), range(clients)))
         seconds = time.perf_counter() - start
         rows = np.array([json.loads(answer)["data"][0]["embedding"] for answer in answers])
-        return Outcome({"embeddings": rows}, {"ms/request": seconds / len(texts) * 1000})
+        p50, p99 = np.percentile(milliseconds, (50, 99)).tolist()
+        return Outcome({"embeddings": rows}, {"ms/request": 1000 * seconds / len(texts), "ms p50": p50, "ms p99": p99})
 
     weakref.finalize(work, process.kill)
     while True:
@@ -94,11 +101,12 @@ def _served(
 
 
 def contests(device: str) -> list[Contest]:
-    def contest(title: str, tokens: int | None, note: str) -> Contest:
+    def contest(title: str, tokens: int | None, note: str, clients: int = 32, requests: int = REQUESTS) -> Contest:
         servers = {"ours": _ours, INFINITY: _infinity}
-        contestants = {name: Contestant(partial(_served, server, tokens)) for name, server in servers.items()}
+        fields = {"tokens": tokens, "requests": requests, "clients": clients}
+        contestants = {name: Contestant(partial(_served, server, **fields)) for name, server in servers.items()}
         goals = (Goal(INFINITY, "ms/request", 1 / 1.2),)
-        title = f"{CLIENTS} clients, {REQUESTS} requests of {title}"
+        title = f"{clients} clients, {requests} requests of {title}"
         return Contest(title, contestants, goals, {"embeddings": 1e-3}, note=note)
 
     note = (
@@ -109,6 +117,7 @@ def contests(device: str) -> list[Contest]:
     return [
         contest("12 tokens", 12, note),
         contest("3 to 200 words", None, "The same; texts are cut at 128 tokens, and most are short."),
+        contest("12 tokens", 12, "The same, of which p50 and p99 are in docs/serve.md.", clients=200, requests=4000),
     ]
 
 

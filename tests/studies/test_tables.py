@@ -68,6 +68,17 @@ def test_what_a_killed_process_left_is_made_again(tmp_path: Path) -> None:
         assert [file.name for file in material.made(path, make).iterdir()] == ["whole"]
 
 
+def test_a_folder_made_with_other_recipes_is_refused(tmp_path: Path) -> None:
+    Material(tmp_path).require_same_recipes()
+    later = Material(tmp_path)
+    later.texts = {**later.texts, "another": {"of": "llm"}}
+    later.require_same_recipes()
+    changed = Material(tmp_path)
+    changed.texts = {**later.texts, "stage 1": {"of": "raw", "command": "mntp"}}
+    with pytest.raises(ValueError, match="'stage 1' in texts.yaml"):
+        changed.require_same_recipes()
+
+
 def test_the_report_has_the_committed_results(tmp_path: Path) -> None:
     report = tmp_path / "README.md"
     shutil.copy(page.HERE / "README.md", report)
