@@ -75,7 +75,7 @@ def test_a_folder_made_with_other_recipes_is_refused(tmp_path: Path) -> None:
     later.require_same_recipes()
     changed = Material(tmp_path)
     changed.texts = {**later.texts, "stage 1": {"of": "raw", "command": "mntp"}}
-    with pytest.raises(ValueError, match="'stage 1' in texts.yaml"):
+    with pytest.raises(ValueError, match="stage 1"):
         changed.require_same_recipes()
 
 
