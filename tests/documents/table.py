@@ -343,9 +343,9 @@ RELIABILITY = {
     'make test-faults ARGS="--profile nightly"': NotRun("an hour", run_by="tests/faults/test_harness.py"),
     'make test-nightly ARGS="tests/processes"': NotRun("minutes", run_by="tests/processes/test_killed_and_slow.py"),
     'make test-nightly ARGS="-rP tests/soak"': NotRun("minutes", run_by="tests/soak/test_soak.py"),
-    "python -m tests.fuzz --seconds 600": NotRun("ten minutes", run_by="tests/fuzz/test_fuzz.py"),
-    "python -m tests.fuzz --replay build/fuzz/tables-536": NotRun(
-        "it reads a failure that a run has stored", run_by="tests/fuzz/test_fuzz.py"
+    "python -m tests.damaged --draws 1000": NotRun("ten minutes", run_by="tests/damaged/test_damaged.py"),
+    "python -m tests.damaged --replay build/damaged/tables-536": NotRun(
+        "it reads a failure that a run has stored", run_by="tests/damaged/test_damaged.py"
     ),
     'make test-faults ARGS="--record"': NotRun("it writes into docs", run_by="tests/faults/test_harness.py"),
 }
