@@ -91,10 +91,7 @@ def test_what_becomes_of_a_struck_command_is_judged(kind: Any, runs: list[Any], 
             (folder / name).write_text(text)
 
     write(tmp_path / "whole/out", FINISHED)
-    baseline, trial = (
-        Baseline(content(tmp_path / "whole"), [], 8, 4),
-        Trial("build", 1, kind, Change(1, "write", "out")),
-    )
+    baseline, trial = Baseline(content(tmp_path / "whole"), [], 8, 4), Trial("build", 1, kind, Change(1, "write", ""))
     bench, shell = FakeBench(), None
     assert verdicts.judge(bench, shell, trial, baseline).outcome == outcome  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""What has become of a command or result that was struck: equal to an unbroken run, refused in clear words, or lost."""
+"""What has become of a command or result that was struck: equal to an unbroken run, clearly refused, or lost."""
 
 from __future__ import annotations
 
