@@ -1,4 +1,4 @@
-"""`python -m tests.damaged`: let readers read damaged files; `--replay FOLDER` reads the input of a failure again."""
+"""`python -m tests.damaged`: let readers read damaged files, and store the inputs that fail."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 
 from tests.damaged.doors import DOORS
-from tests.damaged.run import replay, run
+from tests.damaged.run import run
 
 
 def main() -> int:
@@ -28,13 +28,9 @@ def main() -> int:
     parser.add_argument("--doors", nargs="*", choices=DOORS, default=list(DOORS), help="default: all of them")
     parser.add_argument("--failures", type=Path, default=Path("build/damaged"), help="where failing inputs are stored")
     parser.add_argument("--json", type=Path, help="file for what was found")
-    parser.add_argument("--replay", type=Path, help="folder of a stored failure")
     options = parser.parse_args()
     found = {}
     with tempfile.TemporaryDirectory(prefix="llm2clip-damaged-") as work:
-        if options.replay is not None:
-            print(replay(options.replay, Path(work)))
-            return 0
         for door in options.doors:
             found[door] = run(door, options.draws, Path(work, door), options.failures, options.first)
             print(f"{door}: {found[door].tried} inputs, {found[door].refused} refused", flush=True)

@@ -187,14 +187,3 @@ class Reading:
 def _state(folder: Path) -> dict[str, tuple[int, int]]:
     files = ((path, path.stat()) for path in folder.rglob("*"))
     return {str(path): (found.st_size, found.st_mtime_ns) for path, found in files if path.is_file()}
-
-
-def replay(place: Path, work: Path) -> str:
-    """Let the door of a stored failure read its input again, in this process; returns what is wrong."""
-    door = place.name.partition("-")[0]
-    _make(door, work)
-    reading = Reading(DOORS[door], work)
-    shutil.rmtree(work / INPUT)
-    shutil.copytree(place / INPUT, work / INPUT)
-    results, reasons = reading._read()
-    return "\n".join(map(str, zip(results, reasons, strict=True)))

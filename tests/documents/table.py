@@ -344,8 +344,8 @@ RELIABILITY = {
     'make test-nightly ARGS="tests/processes"': NotRun("minutes", run_by="tests/processes/test_struck.py"),
     'make test-nightly ARGS="-rP tests/soak"': NotRun("minutes", run_by="tests/soak/test_soak.py"),
     "python -m tests.damaged --draws 1000": NotRun("ten minutes", run_by="tests/damaged/test_damaged.py"),
-    "python -m tests.damaged --replay build/damaged/tables-536": NotRun(
-        "it reads a failure that a run has stored", run_by="tests/damaged/test_damaged.py"
+    "python -m tests.damaged --doors tables --first 536 --draws 1": NotRun(
+        "a part of it", run_by="tests/damaged/test_damaged.py"
     ),
     'make test-faults ARGS="--record"': NotRun("it writes into docs", run_by="tests/faults/test_harness.py"),
 }
