@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,15 +17,17 @@ Files = dict[str, bytes]
 
 
 class Wrong(NamedTuple):
-    """A file that is wrong in a way that is worth a line: the readers that accept the sample have to refuse it.
+    """A file that is wrong in a way that is worth a line: readers that accept the sample have to refuse it.
 
     Attributes:
         change: The content, what makes it of the good one, or fields of a JSON file that are replaced.
+        by: Whether all of them have to, or any of them.
     """
 
     sample: str
     file: str
     change: bytes | Callable[[bytes], bytes] | dict[str, Any]
+    by: Callable[[Iterable[bool]], bool] = all
 
     def content(self, good: bytes) -> bytes:
         """Return the wrong content."""
@@ -65,14 +67,14 @@ class Case(NamedTuple):
 
     Attributes:
         changed: The names of the files that differ from those of the sample.
-        is_wrong: Whether it has to be refused.
+        refused_by: Whether all readers have to refuse it, or any of them; None if none has to.
         by_bytes: Whether bytes were damaged, rather than values of a document with a checksum that fits.
     """
 
     sample: str
     files: Files
     changed: list[str]
-    is_wrong: bool = False
+    refused_by: Callable[[Iterable[bool]], bool] | None = None
     by_bytes: bool = False
 
     def matches(self, patterns: Sequence[str]) -> bool:
@@ -96,7 +98,8 @@ class Cases:
         if number < 0:
             wrong = self.door.wrong[number]
             good = self.samples[wrong.sample]
-            return Case(wrong.sample, good | {wrong.file: wrong.content(good[wrong.file])}, [wrong.file], True)
+            files = good | {wrong.file: wrong.content(good[wrong.file])}
+            return Case(wrong.sample, files, [wrong.file], wrong.by)
         generator = random.Random(number)
         sample = generator.choice([*self.samples])
         files = dict(self.samples[sample])

@@ -45,16 +45,10 @@ def _of_another_encoder(good: bytes) -> bytes:
     return json.dumps(fields | {"identity": fields["identity"] | {"more": 3}}).encode()
 
 
-def _without(*names: str) -> Any:
-    """Of a model config: the same without a field of its vision tower."""
-
-    def change(good: bytes) -> bytes:
-        fields = json.loads(good)
-        for name in names:
-            del fields["vision_cfg"][name]
-        return json.dumps(fields).encode()
-
-    return change
+def _without_patch_size(good: bytes) -> bytes:
+    fields = json.loads(good)
+    del fields["vision_cfg"]["patch_size"]
+    return json.dumps(fields).encode()
 
 
 IMAGES = tuple(Wrong("plain.png", "image", content) for content in hostile().values())
@@ -77,13 +71,23 @@ RECIPES = (
     Wrong("stage2_small_gpu.json", "stage2_small_gpu.json", {"accelerator_config": "absent.json"}),
     Wrong("embed_paper", "embed_paper.yaml", b"!!python/object/apply:os.system ['exit 1']"),
 )
+LISTS = (
+    Wrong("checkpoint", "checkpoint-3/.llm2clip.json", _listing("a\0b"), any),
+    Wrong("checkpoint", "checkpoint-3/.llm2clip.json", _listing("../../outside"), any),
+    # It was taken for a format.
+    Wrong("model", "checkpoint-3/.llm2clip.json", {"written_by": "{a: b}"}, any),
+)
+SIDECARS = (Wrong("files", "1.emb.manifest", _of_another_encoder, any),)
+INDEXES = (Wrong("flat", "manifest.json", {"width": 25}),)
 CHECKPOINTS = (
+    Wrong("microsoft", "README.md", b"---\nlicense: \xff\n---\n", any),
+    Wrong("microsoft", "config.json", {"vision_config": {"model_type": "clip_vision_model", "image_size": "x"}}),
     Wrong("eva", "model.pt", pickle.dumps({"visual.proj": Code()})),
     Wrong("eva", "model.pt", _saved({"visual.proj": torch.zeros(2, 2), "x": Code()})),
     Wrong("eva", "model.pt", _saved({"x": Code()}, _use_new_zipfile_serialization=False)),
     Wrong("eva", "model_config.json", {"vision_cfg": "x"}),
     Wrong("eva", "model_config.json", {"text_cfg": True}),
-    Wrong("eva", "model_config.json", _without("patch_size")),
+    Wrong("eva", "model_config.json", _without_patch_size),
     Wrong("eva", "model_config.json", {"vision_cfg": {"image_size": -1}}),
 )
 LANGUAGE_MODELS = (
@@ -99,10 +103,10 @@ DOORS = {
     "tars": Door(data.make_tars, data.read_tar, several=True),
     "tables": Door(data.make_tables, data.read_table, TABLES, limit=60),
     "recipes": Door(data.make_recipes, data.read_recipe, RECIPES, names=data.SETTINGS),
-    "lists": Door(stores.make_lists, stores.read_lists, several=True, checked=True, unchecked=("*/README.md",)),
+    "lists": Door(stores.make_lists, stores.read_lists, LISTS, several=True, checked=True, unchecked=("*/README.md",)),
     "caches": Door(stores.make_caches, stores.read_cache, several=True, checked=True),
-    "sidecars": Door(stores.make_sidecars, stores.read_sidecars, unchanged=("*.parquet",), checked=True),
-    "indexes": Door(stores.make_indexes, stores.read_index, limit=60, checked=True),
+    "sidecars": Door(stores.make_sidecars, stores.read_sidecars, SIDECARS, unchanged=("*.parquet",), checked=True),
+    "indexes": Door(stores.make_indexes, stores.read_index, INDEXES, limit=60, checked=True),
     "checkpoints": Door(models.make_checkpoints, models.read_checkpoint, CHECKPOINTS, limit=60, unchanged=("llm/*",)),
     "language_models": Door(models.make_language_models, models.read_language_model, LANGUAGE_MODELS, limit=60),
 }

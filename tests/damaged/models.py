@@ -43,10 +43,12 @@ def read_checkpoint(folder: Path) -> Readers:
     names = ("model.pt", "open_clip_model.safetensors", "model.safetensors")
     source = next(folder / name for name in names if (folder / name).is_file())
     whole = folder if (folder / "config.json").is_file() else source
-    options = {"model_config": str(folder / "model_config.json"), "text_model": str(folder / "llm")}
+    options = {"text_model": str(folder / "llm")}
+    if whole is source:
+        options["model_config"] = str(folder / "model_config.json")
 
     def planned() -> None:
-        plan_joint(open_checkpoint(source), ConvertConfig(str(source), "out", **options))
+        plan_joint(open_checkpoint(whole), ConvertConfig(str(whole), "out", **options))
 
     return (lambda: _convert(whole, folder, **options), planned)
 
