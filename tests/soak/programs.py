@@ -50,13 +50,6 @@ def encode_image(model_folder: str) -> Soak:
     return Soak.of(lambda number: model.encode_image(batches[number % 97], processor), CALLS, WARM_UP)
 
 
-def leaking(model_folder: str) -> Soak:
-    """As encode_text, but the process keeps what it gets."""
-    model, processor = _opened(model_folder)
-    kept: list[torch.Tensor] = []
-    return Soak.of(lambda number: kept.append(model.encode_text("a dog", processor)), 200, 20)
-
-
 def search(index: str) -> Soak:
     """1 to 5 queries at a time in an index that stays open, every third under a condition of its own."""
     opened = SearchIndex.open(index)
@@ -93,6 +86,6 @@ def _opened(folder: str) -> tuple[Any, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    programs = {program.__name__: program for program in (encode_text, encode_image, leaking, search, loader)}
+    programs = {program.__name__: program for program in (encode_text, encode_image, search, loader)}
     name, *arguments = sys.argv[1:]
     print(json.dumps(programs[name](*arguments).to_json()))
