@@ -139,7 +139,7 @@ def nothing_cached(folder: Path) -> None:
     cache = folder.with_name("cache")
     shutil.rmtree(cache, ignore_errors=True)
     datasets.config.HF_DATASETS_CACHE = cache
-    datasets.config.EXTRACTED_DATASETS_PATH = cache / "extracted"
+    datasets.config.DOWNLOADED_DATASETS_PATH = datasets.config.EXTRACTED_DATASETS_PATH = cache / "downloads"
 
 
 def read_table(folder: Path) -> Readers:
