@@ -49,7 +49,7 @@ def fail(error: Exception) -> None:
 
 BROKEN: dict[str, Callable[[Path], Any]] = {
     "the process died with -11": lambda path: os.kill(os.getpid(), signal.SIGSEGV),
-    "the process hung for 1 s": lambda path: time.sleep(60),
+    "the process hung for 3 s": lambda path: time.sleep(60),
     "KeyError is not an error of ours": lambda path: fail(KeyError("x")),
     "does not say what is wrong where": lambda path: fail(ValueError("something is wrong")),
     "a file has changed": lambda path: path.with_name("b.txt").touch(),
@@ -71,7 +71,7 @@ def test_a_reader_that_breaks_a_promise_is_found(
         path = folder / "a.txt"
         return (lambda: "good" if path.read_bytes() == bytes(range(256)) else BROKEN[promise](path),)
 
-    monkeypatch.setitem(DOORS, "made", Door(make, read, limit=1, checked=True))
+    monkeypatch.setitem(DOORS, "made", Door(make, read, limit=3, checked=True))
     monkeypatch.setattr(harness, "ENOUGH", 1)
     ((place, reason),) = harness.run("made", 9, tmp_path / "work", tmp_path / "failures").failures.items()
     assert promise in reason.splitlines()[0]
