@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from llm2clip.hub import build
+from tests.damaged.watch import picture, run
 from tests.llm2clip import tiny
 from tests.loopback_hub import TOKEN, LoopbackHub
 from tests.modeling_llm2clip import tiny as tiny_models
-from tests.test_hostile_files import picture, run
 
 # In the file of `hf auth login`; TOKEN is in the environment.
 IN_FILE = "hf_MarkedTokenOfTheFile"

@@ -325,7 +325,7 @@ CONTRIBUTING = {
     "make lint": NotRun(CI),
     "make test-min": NotRun("gigabytes of the oldest libraries", run_by="tests/test_packaging.py"),
     "make audit": NotRun("it asks for advisories"),
-    "make test-nightly": NotRun("many minutes", run_by="tests/processes/test_killed_and_slow.py"),
+    "make test-nightly": NotRun("many minutes", run_by="tests/processes/test_struck.py"),
     "make dist": NotRun("the repository is no stand-in", run_by="tests/test_packaging.py"),
     "make compat": NotRun(CI),
     "make format": NotRun("it rewrites the code; `make lint` runs the same tools"),
@@ -341,11 +341,11 @@ CONTRIBUTING = {
 RELIABILITY = {
     "make test-faults": NotRun(".ci/run runs it", run_by="tests/faults/test_harness.py"),
     'make test-faults ARGS="--profile nightly"': NotRun("an hour", run_by="tests/faults/test_harness.py"),
-    'make test-nightly ARGS="tests/processes"': NotRun("minutes", run_by="tests/processes/test_killed_and_slow.py"),
+    'make test-nightly ARGS="tests/processes"': NotRun("minutes", run_by="tests/processes/test_struck.py"),
     'make test-nightly ARGS="-rP tests/soak"': NotRun("minutes", run_by="tests/soak/test_soak.py"),
-    "python -m tests.fuzz --seconds 600": NotRun("ten minutes", run_by="tests/fuzz/test_fuzz.py"),
-    "python -m tests.fuzz --replay build/fuzz/tables-536": NotRun(
-        "it reads a failure that a run has stored", run_by="tests/fuzz/test_fuzz.py"
+    "python -m tests.damaged --draws 1000": NotRun("ten minutes", run_by="tests/damaged/test_damaged.py"),
+    "python -m tests.damaged --doors tables --first 536 --draws 1": NotRun(
+        "a part of it", run_by="tests/damaged/test_damaged.py"
     ),
     'make test-faults ARGS="--record"': NotRun("it writes into docs", run_by="tests/faults/test_harness.py"),
 }

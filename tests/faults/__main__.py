@@ -10,15 +10,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.results import commit, machine
-from tests.documents.shell import Shell
 from tests.faults import record
 from tests.faults.bench import Bench, can_mount
 from tests.faults.commands import ATTACKED
-from tests.faults.damage import Damage, judge_damage, make_damages
+from tests.faults.damage import Damage, make_damages
 from tests.faults.inputs import write_inputs
 from tests.faults.trials import Baseline, Trial, make_trials
 from tests.faults.verdicts import Verdict, judge
@@ -30,7 +28,7 @@ KILLS, FAULTS, DAMAGES = record.PARTS
 Job = Trial | Damage
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main() -> int:
     """Run the trials of a profile; returns 1 if work was lost."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--profile", choices=PROFILES, default="ci", help="nightly: five times the kills and faults")
@@ -40,12 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2, help="commands that run at the same time")
     parser.add_argument("--folder", type=Path, help="kept folder of the runs; by default a temporary one")
     parser.add_argument("--record", action="store_true", help="store the record, and write it into the documents")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="llm2clip-faults-")) if options.folder is None else options.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     with LoopbackHub() as hub:
-        verdicts = Attack(Bench(folder, hub), options).run()
+        verdicts = attack(Bench(folder, hub), options)
     found = {
         "profile": options.profile,
         "seed": options.seed,
@@ -66,87 +64,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if lost else 0
 
 
-class Attack:
-    """All trials of a run, by several workers, each with a shell of its own."""
-
-    def __init__(self, bench: Bench, options: argparse.Namespace) -> None:
-        self.bench, self.options = bench, options
-        self.baselines: dict[str, Baseline] = {}
-        self.verdicts: list[tuple[str, str, Verdict]] = []
-        self.errors: list[BaseException] = []
-        self.mounts = can_mount(bench.folder / "disk")
-
-    def run(self) -> list[tuple[str, str, Verdict]]:
-        """Measure the commands without faults and then with them; returns command, part and verdict."""
-        write_inputs(self.bench.inputs)
-        needed = _with_needs(self.options.only)
-        with self.bench.shell() as shell:
-            for command in needed:
-                self.baselines[command] = baseline = self.bench.measure(shell, command)
-                print(f"{command}: {len(baseline.changes)} changes, {baseline.total} bytes", file=sys.stderr)
-        jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
+def attack(bench: Bench, options: argparse.Namespace) -> list[tuple[str, str, Verdict]]:
+    """Measure the commands without faults and then with them, by several workers; returns command, part, verdict."""
+    write_inputs(bench.inputs)
+    mounts = can_mount(bench.folder / "disk")
+    # Those whose results a command reads come before it.
+    needed = list(dict.fromkeys(name for command in options.only for name in _with_needs(command)))
+    baselines: dict[str, Baseline] = {}
+    jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
+    with bench.shell() as shell:
         for command in needed:
-            if command in self.options.only:
-                for job in self._jobs(command):
-                    jobs.put(job)
-        threads = [threading.Thread(target=self._work, args=(jobs,)) for _ in range(self.options.workers)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if self.errors:
-            raise self.errors[0]
-        return sorted(self.verdicts, key=lambda found: (needed.index(found[0]), found[1]))
+            baselines[command] = baseline = bench.measure(shell, command)
+            print(f"{command}: {len(baseline.changes)} changes, {baseline.total} bytes", file=sys.stderr)
+    for command in (command for command in needed if command in options.only):
+        trials = make_trials(command, baselines[command], options.seed, PROFILES[options.profile], mounts)
+        damages = make_damages(command, bench.inputs / "made" / command, options.seed)
+        for job in (job for job in (*trials, *damages) if _part(job) in options.parts):
+            jobs.put(job)
+    verdicts: list[tuple[str, str, Verdict]] = []
+    errors: list[BaseException] = []
 
-    def _jobs(self, command: str) -> list[Job]:
-        attacked, baseline, parts = ATTACKED[command], self.baselines[command], self.options.parts
-        times = PROFILES[self.options.profile]
-        kills, faults = attacked.kills * times, attacked.faults * times
-        trials = make_trials(command, attacked, baseline, self.options.seed, kills, faults, self.mounts)
-        damages = make_damages(command, self.bench.inputs / "made" / command)
-        jobs: list[Job] = [*trials, *damages]
-        return [job for job in jobs if _part(job) in parts]
-
-    def _work(self, jobs: queue.SimpleQueue[Job]) -> None:
+    def work() -> None:
         try:
-            with self.bench.shell() as shell:
-                while not self.errors:
-                    self._judge(shell, jobs.get_nowait())
+            with bench.shell() as shell:
+                while not errors:
+                    job = jobs.get_nowait()
+                    verdict = judge(bench, shell, job, baselines[job.command])
+                    verdicts.append((job.command, _part(job), verdict))
+                    print(f"{verdict.outcome}: {verdict.what} {verdict.reason}", file=sys.stderr, flush=True)
         except queue.Empty:
             return
         except BaseException as error:
-            self.errors.append(error)
+            errors.append(error)
 
-    def _judge(self, shell: Shell, job: Job) -> None:
-        baseline = self.baselines[job.command]
-        verdict = (
-            judge(self.bench, shell, job, baseline)
-            if isinstance(job, Trial)
-            else judge_damage(self.bench, shell, job, baseline, self.options.seed)
-        )
-        self.verdicts.append((job.command, _part(job), verdict))
-        met = "" if verdict.struck else " (not met)"
-        print(f"{verdict.outcome}{met}: {verdict.what} {verdict.reason}".rstrip(), file=sys.stderr, flush=True)
+    threads = [threading.Thread(target=work) for _ in range(options.workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return sorted(verdicts, key=lambda found: (needed.index(found[0]), found[1]))
 
 
 def _part(job: Job) -> str:
-    if isinstance(job, Damage):
-        return DAMAGES
-    return KILLS if job.kind == "kill" else FAULTS
+    return DAMAGES if isinstance(job, Damage) else KILLS if job.kind == "kill" else FAULTS
 
 
-def _with_needs(commands: Sequence[str]) -> list[str]:
-    """Return the commands, and those whose results they read, which come first."""
-    needed: dict[str, None] = {}
-
-    def add(command: str) -> None:
-        for other in ATTACKED[command].needs:
-            add(other)
-        needed[command] = None
-
-    for command in commands:
-        add(command)
-    return list(needed)
+def _with_needs(command: str) -> list[str]:
+    return [*(name for other in ATTACKED[command].needs for name in _with_needs(other)), command]
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from tests.faults.commands import Attacked
+from tests.faults.commands import ATTACKED
 from tests.faults.content import Content
 from tests.faults.injection import Change, Plan
 
@@ -19,6 +19,14 @@ FAULTS: tuple[Kind, ...] = (
     *("full disk", "I/O error", "small disk", "I/O error", "quota"),
     *("full disk", "I/O error", "largest file", "small disk", "read-only"),
 )
+PLANS: dict[Kind, dict[str, Any]] = {
+    "kill": {"mode": "kill"},
+    "full disk": {"mode": "from", "error": errno.ENOSPC},
+    "quota": {"mode": "from", "error": errno.EDQUOT},
+    "I/O error": {"mode": "once", "error": errno.EIO},
+    "read-only": {"mode": "from", "error": errno.EROFS},
+    "connection": {"mode": "once", "error": errno.ECONNRESET},
+}
 # Changes that a full disk refuses.
 REFUSED = ("write", "create", "mkdir", "allocate")
 # Bytes of the smallest limit of files, which holds for the one that takes the messages too.
@@ -65,39 +73,29 @@ class Trial:
 
     def plan(self, root: Path, log: Path) -> Plan:
         """Return what happens to the process."""
+        limit = self.size if self.kind == "largest file" else None
         at = self.change.number if self.change else 0
-        modes: dict[Kind, dict] = {
-            "kill": {"mode": "kill"},
-            "full disk": {"mode": "from", "error": errno.ENOSPC},
-            "quota": {"mode": "from", "error": errno.EDQUOT},
-            "I/O error": {"mode": "once", "error": errno.EIO},
-            "read-only": {"mode": "from", "error": errno.EROFS},
-            "connection": {"mode": "once", "error": errno.ECONNRESET},
-            "small disk": {},
-            "largest file": {"file_size": self.size},
-        }
-        return Plan(str(root), str(log), at=at, **modes[self.kind])
+        return Plan(str(root), str(log), at=at, file_size=limit, **PLANS.get(self.kind, {}))
 
 
-def make_trials(
-    name: str, attacked: Attacked, baseline: Baseline, seed: int, kills: int, faults: int, can_mount: bool
-) -> list[Trial]:
+def make_trials(name: str, baseline: Baseline, seed: int, times: int, can_mount: bool) -> list[Trial]:
     """Choose where a command is struck: by kinds of changes and by files, and then by chance.
 
     Args:
-        kills, faults: Numbers of trials.
+        times: How often its number of trials is made.
         can_mount: Whether small disks can be mounted; otherwise the system limits the largest file.
     """
-    dice = random.Random(f"{seed} {name}")
+    attacked, dice = ATTACKED[name], random.Random(f"{seed} {name}")
+    kills, faults = attacked.kills * times, attacked.faults * times
     trials = [
         Trial(name, number, "kill", change)
         for number, change in enumerate(_spread(baseline.changes, kills, dice), start=1)
     ]
-    for number in range(kills + 1, kills + faults + 1):
-        kind = "connection" if attacked.sockets else FAULTS[(number - kills - 1) % len(FAULTS)]
+    for number in range(faults):
+        kind = "connection" if attacked.sockets else FAULTS[number % len(FAULTS)]
         if kind == "small disk" and not can_mount:
             kind = "largest file"
-        trials.append(_fault(name, number, kind, baseline, dice))
+        trials.append(_fault(name, kills + 1 + number, kind, baseline, dice))
     return trials
 
 

@@ -7,13 +7,10 @@ import json
 import os
 import re
 import shutil
-import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.data import Dataset
 from transformers import AutoTokenizer
 
 from llm2clip import cli
@@ -43,37 +40,32 @@ def cut(folder: Path, name: str = "model.safetensors") -> Path:
     return path
 
 
-COMMANDS: dict[str, Callable[[Path, Path, Path], tuple[Path, list[str]]]] = {
-    # A command with the folder of a joint model, one of a text tower, and one of the user; the damaged folder first.
-    "evaluate": lambda joint, text, new: (joint, ["evaluate", str(joint), "--benchmark", json.dumps(tiny.concepts())]),
-    "build": lambda joint, text, new: (joint, ["build", str(joint), str(new)]),
-    "push": lambda joint, text, new: (joint, ["push", str(joint), "owner/name"]),
-    "index": lambda joint, text, new: (joint, ["index", tiny.CONCEPTS, "--model", str(joint),
-                                               "--output-dir", str(new)]),
-    "merge": lambda joint, text, new: (joint, ["merge", str(joint), str(joint), str(new), "--alpha", "0.5"]),
-    "export-onnx": lambda joint, text, new: (joint, ["export-onnx", str(joint), "--output-dir", str(new)]),
-    "demo": lambda joint, text, new: (joint, ["demo", "--model", str(joint), "--cache-dir", str(new)]),
-    "embed": lambda joint, text, new: (text, ["embed", "--text-model-name-or-path", str(text),
-                                              "--output-dir", str(new), "--sources", json.dumps([tiny.concepts()])]),
-    "stage1": lambda joint, text, new: (text, ["stage1", "--model-name-or-path", str(text), "--output-dir",
-                                               str(new), "--sources", json.dumps(tiny.pair_sources())]),
-}  # fmt: skip
+def arguments_of(command: str, joint: Path, text: Path, new: Path) -> list[str | Path]:
+    """The arguments of a command with a joint model, a text tower and a folder of the user."""
+    concepts = tiny.concepts()
+    return {
+        "evaluate": [joint, "--benchmark", json.dumps(concepts)],
+        "build": [joint, new],
+        "index": [tiny.CONCEPTS, "--model", joint, "--output-dir", new],
+        "merge": [joint, joint, new, "--alpha", "0.5"],
+        "export-onnx": [joint, "--output-dir", new],
+        "demo": ["--model", joint, "--cache-dir", new],
+        "embed": ["--text-model-name-or-path", text, "--output-dir", new, "--sources", json.dumps([concepts])],
+        "stage1": ["--model-name-or-path", text, "--output-dir", new, "--sources", json.dumps(tiny.pair_sources())],
+    }[command]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+OF_TEXT = ("embed", "stage1")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "build", "index", "merge", "export-onnx", "demo", *OF_TEXT])
 def test_damaged_weights_are_named(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     joint, text = tmp_path / "joint", tmp_path / "text"
     tiny_models.save(joint)
-    if command == "push":
-        assert cli.main(["build", str(joint), str(tmp_path / "built")]) == 0
-        joint = tmp_path / "built"
     tiny.save_llm(text)
-    folder, arguments = COMMANDS[command](joint, text, tmp_path / "new")
-    path = cut(folder)
-    error = error_of(capsys, *arguments)
-    # push compares a built folder with its list before it opens a file.
-    expected = f"{folder} is not what was written ({path.name} has" if command == "push" else f"{path} is damaged or"
-    assert expected in error
+    path = cut(text if command in OF_TEXT else joint)
+    error = error_of(capsys, command, *arguments_of(command, joint, text, tmp_path / "new"))
+    assert f"{path} is damaged or" in error
     assert "again" in error
     assert not (tmp_path / "new" / "model.safetensors").exists()
 
@@ -92,82 +84,59 @@ class Code:
         return (print, ("the code ran",))
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_a_checkpoint_that_would_run_code_is_one_line(
-    name: str, inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_checkpoint_that_would_run_code_is_refused(
+    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, run = tmp_path / "recipe.yaml", tmp_path / "run"
     recipe.write_text(json.dumps({**tiny.stage1_fields(run, inputs.llm), "max_steps": 2, "save_steps": 1}))
     assert cli.main(["stage1", str(recipe), "--max-steps", "1"]) == 0
-    checkpoint = run / "checkpoint-1"
-    torch.save({"x": Code()}, checkpoint / name)
-    write_manifest(checkpoint, TRAINING)  # as whoever can change the file can do
-    error = error_of(capsys, "stage1", recipe, "--resume", "--resume-anyway")
-    assert "cannot be read safely: it is damaged, or contains more than tensors" in error
-    assert "--resume takes one if you delete this one" in error
-    assert "the code ran" not in capsys.readouterr().out
-
-
-def test_a_damaged_text_tower_is_named(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shutil.copytree(inputs.text, tmp_path / "text")
-    path = cut(tmp_path / "text")
-    convert = ["convert", tmp_path / "text", tmp_path / "new", "--text-model", tmp_path / "text"]
-    for arguments in (["build", tmp_path / "text", tmp_path / "new"], convert[:3]):
-        said = error_of(capsys, *arguments)
-        assert (str(path.parent) in said and path.name in said) or arguments[0] == "convert"
-
-
-CAPTIONS = {
-    "short": [f"caption {number}" for number in range(200)],
-    "long": [f"text {number}" for number in range(200)],
-}
-
-
-def write_lines(path: Path, columns: dict[str, list[object]]) -> bytes:
-    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    content = gzip.compress("\n".join(json.dumps(row) for row in rows).encode())
-    path.write_bytes(content)
-    return content
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        path = run / "checkpoint-1" / name
+        good = path.read_bytes()
+        torch.save({"x": Code()}, path)
+        write_manifest(path.parent, TRAINING)  # as whoever can change the file can do
+        error = error_of(capsys, "stage1", recipe, "--resume", "--resume-anyway")
+        assert "cannot be read safely" in error
+        assert "--resume takes one if you delete this one" in error
+        assert "the code ran" not in capsys.readouterr().out
+        path.write_bytes(good)
 
 
 def readers(path: Path, llm: str, new: Path, streaming: bool) -> dict[str, list[str]]:
     """The commands that read captions."""
     source = {"path": str(path), "caption_columns": ["short"]}
-    streamed = {**source, "streaming": streaming}
-    pairs = {"path": str(path), "anchor_column": "short", "positive_column": "long"}
-    text = ["--text-model-name-or-path", llm, "--sources", json.dumps([streamed])]
-    stage1 = ["--model-name-or-path", llm, "--sources", json.dumps([pairs]), "--max-steps", "1", "--use-cpu"]
+    streamed = json.dumps([{**source, "streaming": streaming}])
+    pairs = json.dumps([{"path": str(path), "anchor_column": "short", "positive_column": "long"}])
+    stage = ["--model-name-or-path", llm, "--output-dir", str(new / "run"), "--max-steps", "1", "--use-cpu"]
     return {
-        "embed": [*text, "--output-dir", str(new / "cache"), "--store", "cache"],
+        "embed": ["--text-model-name-or-path", llm, "--sources", streamed, "--output-dir", str(new / "cache"),
+                  "--store", "cache"],
         "check-data": [json.dumps(source), "--no-images"],
-        "stage1": [*stage1, "--output-dir", str(new / "stage1")],
-        "mntp": ["--model-name-or-path", llm, "--sources", json.dumps([streamed]), "--max-steps", "1", "--use-cpu",
-                 "--output-dir", str(new / "mntp")],
+        "stage1": [*stage, "--sources", pairs],
+        "mntp": [*stage, "--sources", streamed],
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("command", ["embed", "check-data", "stage1", "mntp"])
-@pytest.mark.parametrize("streaming", [False, True], ids=["table", "stream"])
-def test_a_compressed_file_that_is_cut_short_is_named(
-    command: str, streaming: bool, inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "captions.jsonl.gz"
-    content = write_lines(path, CAPTIONS)
-    path.write_bytes(content[: len(content) // 2])
-    error = error_of(capsys, command, *readers(path, inputs.llm, tmp_path, streaming)[command])
-    assert str(path) in error
+READERS = [("embed", False), ("embed", True), ("stage1", False), ("mntp", False), ("mntp", True)]
 
 
-@pytest.mark.parametrize("command", ["embed", "stage1", "mntp"])
-@pytest.mark.parametrize("streaming", [False, True], ids=["table", "stream"])
-def test_captions_that_are_numbers_are_named(
-    command: str, streaming: bool, inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("wrong", "command", "streaming"),
+    [
+        *((wrong, *reader) for wrong in ("cut short", "numbers") for reader in READERS),
+        ("cut short", "check-data", False),
+    ],
+)
+def test_a_file_of_captions_that_cannot_be_used_is_named(
+    wrong: str, command: str, streaming: bool, inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "captions.jsonl.gz"
-    write_lines(path, {**CAPTIONS, "short": [*range(200)]})
+    path, numbers = tmp_path / "captions.jsonl.gz", wrong == "numbers"
+    rows = [{"short": row if numbers else f"caption {row}", "long": f"text {row}"} for row in range(200)]
+    content = gzip.compress("\n".join(map(json.dumps, rows)).encode())
+    path.write_bytes(content if numbers else content[: len(content) // 2])
     error = error_of(capsys, command, *readers(path, inputs.llm, tmp_path, streaming)[command])
     assert str(path) in error
-    assert "short" in error
+    assert not numbers or "short" in error
 
 
 def test_arguments_that_are_not_utf8_are_named(capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,42 +146,27 @@ def test_arguments_that_are_not_utf8_are_named(capsys: pytest.CaptureFixture[str
         assert r"the argument 'caf\udce9' is not valid UTF-8" in error
 
 
-def test_captions_with_half_a_character_are_an_error(inputs: Inputs, tmp_path: Path) -> None:
-    model = tiny_models.save(tmp_path)
-    with pytest.raises(ValueError, match=r"caption 1, 'caf\\ud83d', has half a character \(U\+D83D\)"):
-        model.encode_text(["a", "caf\ud83d"], tiny_models.processor())
-
-
-class Killed(Dataset):
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        if index == 5:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return torch.zeros(1)
+KILLED = """
+import os, signal, sys
+from torch.utils.data import DataLoader
+import llm2clip.evaluation.evaluate as evaluate
+from llm2clip import cli
+class Killed(list):
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+evaluate.run = lambda config: [*DataLoader(Killed([1]), num_workers=1)]
+sys.exit(cli.main(["evaluate", "x", "--benchmark", "y"]))
+"""
 
 
 def test_a_killed_worker_is_one_line(tmp_path: Path) -> None:
     """In a process of its own: torch says it once more when it hears of the death."""
-    script = """
-import sys
-import llm2clip.evaluation.evaluate as evaluate
-from llm2clip import cli
-from torch.utils.data import DataLoader
-from tests.llm2clip.test_everyday_faults import Killed
-evaluate.run = lambda config: [*DataLoader(Killed(), num_workers=1)]
-sys.exit(cli.main(["evaluate", "x", "--benchmark", "y"]))
-"""
-    (tmp_path / "script.py").write_text(script)
+    (tmp_path / "script.py").write_text(KILLED)
     result = run_ranks([str(tmp_path / "script.py")], check=False)
     assert result.code == 2
-    error = result.errors
     # What is noticed first differs: the signal, or that the connection to the process has ended.
-    assert re.search(
-        r"a process that reads data (was killed \(signal: Killed\)|has ended), most often because the memory", error
-    )
-    assert "lower dataloader_num_workers" in error
+    assert re.search(r"a process that reads data (was killed \(signal: Killed\)|has ended)", result.errors)
+    assert "lower dataloader_num_workers" in result.errors
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is full")
@@ -220,8 +174,7 @@ def test_a_tokenizer_on_a_full_disk_is_named(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny.save_llm(tmp_path / "llm"))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "tokenizer.json").symlink_to("/dev/full")
-    message = re.escape(f"{tmp_path / 'out'} cannot be written: No space left on device (os error 28)")
-    with pytest.raises(OSError, match=message), wrap_write_errors(tmp_path / "out"):
+    with pytest.raises(OSError, match="out cannot be written: No space left"), wrap_write_errors(tmp_path / "out"):
         tokenizer.save_pretrained(tmp_path / "out")
 
 

@@ -6,29 +6,20 @@ It is for torchrun: a process group that lasts takes less than a start for each 
 from __future__ import annotations
 
 import faulthandler
+import importlib
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from llm2clip.cli import COMMANDS
 from llm2clip.data import CaptionSource
-from llm2clip.encoders import embed
 from llm2clip.evaluation.evaluate import evaluate
-from llm2clip.trainers import run_mntp, run_stage1, run_stage2
-from llm2clip.trainers.mntp_config import MNTPRecipe
-from llm2clip.trainers.stage1_config import Stage1Recipe
-from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.processes import leave_process_group, process_state
 from llm2clip.utils.settings import build_config
 
 # After these a case hangs.
 SECONDS = 60
-COMMANDS: dict[str, Any] = {
-    "stage1": (run_stage1, Stage1Recipe),
-    "mntp": (run_mntp, MNTPRecipe),
-    "stage2": (run_stage2, Stage2Recipe),
-    "embed": (embed, embed.EmbedConfig),
-}
 
 
 def outcome(command: str, fields: dict[str, Any]) -> Any:
@@ -37,8 +28,8 @@ def outcome(command: str, fields: dict[str, Any]) -> Any:
         if command == "evaluate":
             (result,) = evaluate(fields["model"], CaptionSource.from_dict(fields["data"]))
             return result.scores
-        module, config = COMMANDS[command]
-        return module.run(build_config(config, fields))
+        module = importlib.import_module(COMMANDS[command].module)
+        return module.run(build_config(getattr(module, COMMANDS[command].config), fields))
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import statistics
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,7 @@ ENDS = 5
 
 @dataclass(frozen=True)
 class Level:
-    """What a process and those that it has started hold.
-
-    Attributes:
-        memory: Resident bytes.
-        handles, threads: Open files and sockets, and threads, of the process alone.
-        tensors: Tensors that are alive in this process; 0 for another one.
-    """
+    """Bytes of a process and those that it has started; its open files and sockets, threads, and tensors if known."""
 
     memory: int
     handles: int
@@ -51,11 +44,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Soak:
-    """Levels of a process, from the end of its warm-up to the end of its work.
-
-    Attributes:
-        calls: How often something was done between the first and the last level.
-    """
+    """Levels of a process, from the end of its warm-up to the end of its work, and how many calls that was."""
 
     calls: int
     levels: list[Level]
@@ -84,21 +73,18 @@ class Soak:
         before, after = statistics.median(values[:ENDS]), statistics.median(values[-ENDS:])
         return (after - before) / max(before, 1)
 
-    def faults(self) -> list[str]:
-        """Say what has grown."""
-        found = []
-        pool = POOL / max(1, self.levels[0].threads)
-        for name, limit in (("memory", LIMIT), ("handles", 0), ("threads", pool), ("tensors", 0)):
-            if self.growth(name) > limit:
-                values = [getattr(level, name) for level in self.levels]
-                found.append(f"{name} grew by {self.growth(name):.1%} in {self.calls} calls: {values}")
-        return found
-
-    def report(self, title: str) -> str:
-        """Return a line for people."""
+    def faults(self, title: str) -> list[str]:
+        """Say what has grown; prints the growth of memory."""
         last = self.levels[-1]
         held = f"{last.memory / 2**20:.0f} MiB, {last.handles} handles, {last.threads} threads"
-        return f"soak: {title}: {self.calls} calls, memory {self.growth('memory'):+.2%} ({held})"
+        print(f"soak: {title}: {self.calls} calls, memory {self.growth('memory'):+.2%} ({held})")
+        pool = POOL / max(1, self.levels[0].threads)
+        limits = {"memory": LIMIT, "handles": 0, "threads": pool, "tensors": 0}
+        return [
+            f"{name} grew by {self.growth(name):.1%}: {[getattr(level, name) for level in self.levels]}"
+            for name, limit in limits.items()
+            if self.growth(name) > limit
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` reads."""
@@ -108,11 +94,6 @@ class Soak:
     def from_json(cls, fields: dict[str, Any]) -> Soak:
         """Read what another process has measured."""
         return cls(fields["calls"], [Level(**level) for level in fields["levels"]])
-
-
-def cycle(values: Sequence[Any]) -> Callable[[int], Any]:
-    """Return a function that returns one value after the other, by number."""
-    return lambda number: values[number % len(values)]
 
 
 def _resident(root: Path) -> int:
@@ -127,7 +108,3 @@ def _family(root: Path) -> Iterator[Path]:
     for task in (root / "task").glob("*/children"):
         for child in task.read_text().split():
             yield from _family(Path("/proc", child))
-
-
-if sys.platform != "linux":
-    raise ImportError("memory and handles are read from /proc, which Linux has.")

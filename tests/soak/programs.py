@@ -25,42 +25,35 @@ CALLS, WARM_UP = 2000, 300
 # An hour of training at a second a step, about what a step with 4,096 images on 8 GPUs takes; here a step has few.
 STEPS, STEPS_WARM_UP = 3600, 400
 WORDS = ["a", "small", "dog", "children", "play", "football", "seen", "from", "the", "green", "park", "bridge"]
+DRAW = random.Random(0)
 
 
 def encode_text(model_folder: str) -> Soak:
     """1 to 8 captions of 1 to 60 words at a time."""
     model, processor = _opened(model_folder)
-    draw = random.Random(0)
-    batches = [
-        [" ".join(draw.choices(WORDS, k=draw.randint(1, 60))) for _ in range(draw.randint(1, 8))] for _ in range(97)
-    ]
+
+    def captions() -> list[str]:
+        return [" ".join(DRAW.choices(WORDS, k=DRAW.randint(1, 60))) for _ in range(DRAW.randint(1, 8))]
+
+    batches = [captions() for _ in range(97)]
     return Soak.of(lambda number: model.encode_text(batches[number % 97], processor), CALLS, WARM_UP)
 
 
 def encode_image(model_folder: str) -> Soak:
     """1 to 4 images of 20 to 300 pixels at a time."""
     model, processor = _opened(model_folder)
-    draw = random.Random(0)
 
     def picture() -> Image.Image:
-        return Image.new("RGB", (draw.randint(20, 300), draw.randint(20, 300)), draw.choice(["red", "blue", "white"]))
+        return Image.new("RGB", (DRAW.randint(20, 300), DRAW.randint(20, 300)), DRAW.choice(["red", "blue", "white"]))
 
-    batches = [[picture() for _ in range(draw.randint(1, 4))] for _ in range(97)]
+    batches = [[picture() for _ in range(DRAW.randint(1, 4))] for _ in range(97)]
     return Soak.of(lambda number: model.encode_image(batches[number % 97], processor), CALLS, WARM_UP)
-
-
-def leaking(model_folder: str) -> Soak:
-    """As encode_text, but the process keeps what it gets."""
-    model, processor = _opened(model_folder)
-    kept: list[torch.Tensor] = []
-    return Soak.of(lambda number: kept.append(model.encode_text("a dog", processor)), 200, 20)
 
 
 def search(index: str) -> Soak:
     """1 to 5 queries at a time in an index that stays open, every third under a condition of its own."""
     opened = SearchIndex.open(index)
-    generator = np.random.default_rng(0)
-    queries = generator.standard_normal((97, 5, 24)).astype(np.float32)
+    queries = np.random.default_rng(0).standard_normal((97, 5, 24)).astype(np.float32)
     queries /= np.linalg.norm(queries, axis=-1, keepdims=True)
 
     def once(number: int) -> None:
@@ -91,9 +84,8 @@ def _opened(folder: str) -> tuple[Any, Any]:
     return LLM2CLIPModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
 
 
-PROGRAMS = {program.__name__: program for program in (encode_text, encode_image, leaking, search, loader)}
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    programs = {program.__name__: program for program in (encode_text, encode_image, search, loader)}
     name, *arguments = sys.argv[1:]
-    print(json.dumps(PROGRAMS[name](*arguments).to_json()))
+    print(json.dumps(programs[name](*arguments).to_json()))

@@ -10,16 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from gradio_client import handle_file
 
 from llm2clip import cli
+from tests.examples.server import open_page, served
 from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers.test_stage2_captions import embedded, source, write_tars
 from tests.modeling_llm2clip import tiny as tiny_models
 from tests.processes import run_python
-from tests.soak.measure import Level, Soak
+from tests.soak.measure import Soak
 
 pytestmark = pytest.mark.slow
+CAPTIONS = [f"picture {number} of a dog" for number in range(7)]
 
 
 def soaked(name: str, *arguments: Path | str) -> Soak:
@@ -37,24 +40,25 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def write_pictures(folder: Path, count: int) -> list[Path]:
+    folder.mkdir()
+    paths = [folder / f"{number}.png" for number in range(count)]
+    for number, path in enumerate(paths):
+        tiny_models.IMAGES[number % 2].rotate(6 * number, expand=True).save(path)
+    return paths
+
+
 @pytest.mark.parametrize("name", ["encode_text", pytest.param("encode_image", marks=pytest.mark.nightly)])
 def test_embedding_holds_nothing(name: str, model: Path) -> None:
-    found = soaked(name, model)
-    print(found.report(name))
-    assert found.faults() == []
+    assert soaked(name, model).faults(name) == []
 
 
 @pytest.mark.nightly
 def test_an_open_index_holds_nothing(model: Path, tmp_path: Path) -> None:
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    for number in range(60):
-        tiny_models.IMAGES[number % 2].rotate(6 * number, expand=True).save(pictures / f"{number}.png")
+    write_pictures(tmp_path / "pictures", 60)
     settings = ["--model", str(model), "--output-dir", str(tmp_path / "index"), "--num-workers", "0"]
-    assert cli.main(["index", str(pictures), *settings]) == 0
-    found = soaked("search", tmp_path / "index")
-    print(found.report("search"))
-    assert found.faults() == []
+    assert cli.main(["index", str(tmp_path / "pictures"), *settings]) == 0
+    assert soaked("search", tmp_path / "index").faults("search") == []
 
 
 @pytest.mark.nightly
@@ -69,25 +73,28 @@ def test_an_hour_of_steps_holds_nothing(kind: str, workers: int, inputs: Inputs,
         embedded(inputs, Path(), source(tars), output_dir="")
         fields |= {"sources": [source(tars)], "embedding_cache": tars, "shuffle_block": 8}
     (tmp_path / "recipe.json").write_text(json.dumps(fields))
-    found = soaked("loader", tmp_path / "recipe.json")
-    print(found.report(f"{kind}, {workers} workers"))
-    assert found.faults() == []
+    assert soaked("loader", tmp_path / "recipe.json").faults(f"{kind}, {workers} workers") == []
 
 
-def test_a_tensor_that_is_kept_per_call_is_found(model: Path) -> None:
-    [fault] = soaked("leaking", model).faults()
-    assert fault.startswith("tensors grew by")
+@pytest.mark.nightly
+def test_five_hundred_requests_to_a_served_demo_hold_nothing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = write_pictures(tmp_path / "pictures", 5)
+    lines = [json.dumps({"file_name": path.name, "caption": CAPTIONS[number]}) for number, path in enumerate(pictures)]
+    (tmp_path / "pictures/metadata.jsonl").write_text("\n".join(lines))
+    arguments = ("demo", "--model", model, "--data", tmp_path / "pictures", "--split", "train")
+    with served("-m", "llm2clip", *arguments, folder=tmp_path) as (address, process):
+        page = open_page(address, tmp_path, monkeypatch)
+        files = [handle_file(str(path)) for path in pictures]
 
+        def request(number: int) -> Any:
+            caption, file = CAPTIONS[number % 7], files[number % 5]
+            if number % 5 < 3:
+                return page.predict(caption, api_name="/search")
+            if number % 5 == 3:
+                return page.predict(file, "\n".join(CAPTIONS), "{}", api_name="/classify")
+            return page.predict(file, api_name="/search_by_image")
 
-def test_memory_files_and_threads_that_are_kept_are_found() -> None:
-    def levels(**steps: int) -> list[Level]:
-        base = {"memory": 600 * 2**20, "handles": 30, "threads": 4}
-        return [
-            Level(**{key: value + number * steps.get(key, 0) for key, value in base.items()}) for number in range(21)
-        ]
-
-    assert Soak(2000, levels()).faults() == []
-    assert Soak(2000, levels(memory=2**19)).faults() == []  # 1.3%
-    for name, step in (("memory", 2**20), ("handles", 1), ("threads", 1)):
-        [fault] = Soak(2000, levels(**{name: step})).faults()
-        assert fault.startswith(f"{name} grew by")
+        found = Soak.of(request, 500, 100, process)
+    assert found.faults("demo") == []

@@ -1,13 +1,10 @@
-"""Readers of what the commands write: lists of files, caches, sidecars, indexes."""
+"""Good files that the commands write (lists of files, caches, sidecars, indexes), and what reads them."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from PIL import Image
@@ -15,8 +12,7 @@ from PIL import Image
 from llm2clip.data.shards import ShardedSource
 from llm2clip.data.sidecars import SourceSidecars
 from llm2clip.encoders.image_features import ImageFeatures, feature_manifest
-from llm2clip.search.index import IndexConfig
-from llm2clip.search.index import run as build_index
+from llm2clip.search import index
 from llm2clip.search.search_index import SearchIndex
 from llm2clip.store import EmbeddingCache, Store, StoreManifest, build_store
 from llm2clip.store.building import ComputedRows
@@ -24,6 +20,7 @@ from llm2clip.store.store import caption_keys
 from llm2clip.trainers.checkpoints import finish_checkpoint, last_checkpoint
 from llm2clip.utils.folders import refuse_existing
 from llm2clip.utils.manifests import (
+    damage,
     listed_files,
     own_files,
     refuse_damaged,
@@ -32,8 +29,7 @@ from llm2clip.utils.manifests import (
     written_by,
 )
 from llm2clip.verification import verify
-from llm2clip.verification.kinds import verify_folder
-from tests.fuzz.data import Doors
+from tests.damaged.data import Readers, nothing_cached
 from tests.llm2clip.encoders import shards
 from tests.llm2clip.store import encoder
 from tests.modeling_llm2clip import tiny as tiny_models
@@ -41,27 +37,43 @@ from tests.modeling_llm2clip import tiny as tiny_models
 CAPTIONS = [f"caption {number}" for number in range(25)]
 
 
+def _verify(folder: Path) -> dict[str, Any]:
+    return verify.run(verify.VerifyConfig(str(folder)))
+
+
 def make_lists(folder: Path) -> None:
     for sample in ("model", "checkpoint"):
         place = folder / sample / "checkpoint-3"
         place.mkdir(parents=True)
         for name in ("model.safetensors", "config.json", "trainer_state.json", "README.md"):
-            (place / name).write_text("{}")
+            (place / name).write_text(f'{{"name": "{name}"}}')
     write_model_manifest(folder / "model/checkpoint-3", ["model.safetensors", "config.json"])
     write_manifest(folder / "model/checkpoint-3", "build")
     finish_checkpoint(folder / "checkpoint/checkpoint-3", None, None)
 
 
-def read_lists(folder: Path) -> Doors:
+def read_lists(folder: Path) -> Readers:
     place = folder / "checkpoint-3"
+
+    def checkpoint() -> Any:
+        """What is taken for whole has no fault."""
+        found = last_checkpoint(folder)
+        assert (found is None) == (damage(place, contents=True) is not None)
+        return found, last_checkpoint(folder, contents=False)
+
+    def replaced() -> str:
+        """A folder that its list does not describe is not replaced."""
+        command = written_by(place)
+        refuse_existing(place, command or "build", overwrite=True)
+        return str(command)
+
     return (
-        lambda: listed_files(place),
+        lambda: _verify(place),
+        lambda: sorted(listed_files(place)),
         lambda: refuse_damaged(place),
-        lambda: own_files(place, "training"),
-        lambda: refuse_existing(place, written_by(place) or "build", overwrite=True),
-        lambda: verify_folder(place),
-        lambda: last_checkpoint(folder),
-        lambda: last_checkpoint(folder, contents=False),
+        lambda: sorted(own_files(place, "training") or ()),
+        replaced,
+        checkpoint,
     )
 
 
@@ -78,32 +90,27 @@ def make_caches(folder: Path) -> None:
                 build.write(number, positions, found)
 
 
-def _no_checksums(folder: Path) -> None:
-    """Forget the checksums that were computed on this machine, and what `datasets` has read."""
-    datasets.config.HF_DATASETS_CACHE = folder.with_name("cache")
-    shutil.rmtree(datasets.config.HF_DATASETS_CACHE, ignore_errors=True)
-
-
-def _verify(folder: Path) -> None:
-    verify.run(verify.VerifyConfig(str(folder)))
-
-
-def read_cache(folder: Path) -> Doors:
-    _no_checksums(folder)
+def read_cache(folder: Path) -> Readers:
+    nothing_cached(folder)
     numbers = np.arange(3)
 
-    def captions() -> None:
+    def captions() -> Any:
         cache = EmbeddingCache.open(folder, verify=False)
-        cache.contains(CAPTIONS), cache.lookup(CAPTIONS[3:15]), cache.lookup(CAPTIONS[3:4])
+        found = cache.lookup(CAPTIONS[3:15])
+        assert found.isfinite().all()
+        return cache.contains(CAPTIONS).tolist(), found.tolist(), cache.lookup(CAPTIONS[3:4]).tolist()
 
-    def features() -> None:
+    def features() -> Any:
         opened = ImageFeatures.open(folder, verify=False)
-        opened.read_views(numbers), opened.statistics(numbers)
+        return opened.read_views(numbers).tolist(), opened.statistics(numbers)
 
-    def rows() -> None:
-        Store.open(folder).read(numbers)
-
-    return (lambda: _verify(folder), captions, lambda: EmbeddingCache.open(folder), rows, features)
+    return (
+        lambda: _verify(folder),
+        captions,
+        lambda: EmbeddingCache.open(folder).lookup(CAPTIONS[:2]).tolist(),
+        lambda: Store.open(folder).read(numbers).tolist(),
+        features,
+    )
 
 
 def make_sidecars(folder: Path) -> None:
@@ -113,24 +120,24 @@ def make_sidecars(folder: Path) -> None:
     shards.embed(source, None, part_rows=8)
 
 
-def read_sidecars(folder: Path) -> Doors:
-    _no_checksums(folder)
+def read_sidecars(folder: Path) -> Readers:
+    nothing_cached(folder)
     source = shards.CaptionSource(str(folder / "*.parquet"), streaming=True)
 
-    def beside() -> None:
+    def beside() -> Any:
         opened = SourceSidecars(folder, ShardedSource(source).shards)
         opened.check(["caption"])
-        opened.open(0).lookup(["everywhere"])
+        return opened.open(0).lookup(["everywhere"]).tolist()
 
-    def together() -> None:
+    def together() -> Any:
         store = EmbeddingCache.open(folder)
         places = store.find(caption_keys(["everywhere"]))
-        store.read(places[places >= 0])
+        return store.read(places[places >= 0]).tolist()
 
-    return (beside, together, lambda: _verify(folder))
+    return (lambda: _verify(folder), beside, together)
 
 
-def make_indexes(folder: Path, kinds: Sequence[str] = ("flat", "faiss")) -> None:
+def make_indexes(folder: Path) -> None:
     tiny_models.save(folder.with_name("model"))
     pictures = folder.with_name("pictures")
     pictures.mkdir()
@@ -138,14 +145,17 @@ def make_indexes(folder: Path, kinds: Sequence[str] = ("flat", "faiss")) -> None
         pixels = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((32, 32)).save(pictures / f"{number}.png")
     settings: dict[str, Any] = {"model": str(folder.with_name("model")), "folder": str(pictures), "num_workers": 0}
-    for kind in kinds:
-        build_index(IndexConfig(**settings, output_dir=str(folder / kind), index_type=kind))
+    for kind in ("flat", "faiss"):
+        index.run(index.IndexConfig(**settings, output_dir=str(folder / kind), index_type=kind))
 
 
-def read_index(folder: Path) -> Doors:
-    def search() -> None:
-        index = SearchIndex.open(folder)
-        query = np.ones((1, index.manifest.width), np.float32)
-        index.search(query, 3), index.search(query, 3, "extension = 'png'")
+def read_index(folder: Path) -> Readers:
+    nothing_cached(folder)
 
-    return (search, lambda: verify_folder(folder))
+    def search() -> Any:
+        opened = SearchIndex.open(folder)
+        query = np.ones((1, opened.manifest.width), np.float32)
+        found = opened.search(query, 3), opened.search(query, 3, "extension = 'png'")
+        return [[(result.key, result.score) for result in results] for (results,) in found]
+
+    return (lambda: _verify(folder), search)

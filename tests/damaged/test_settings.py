@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import random
 import types
 import typing
 from enum import Enum
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import TrainingArguments
 
 from llm2clip.cli import COMMANDS
 from llm2clip.data import CaptionSource, PairSource
 from llm2clip.utils.settings import build_config
-from tests.properties.inputs import VALUES, quick
+from tests.damage import VALUES
 from tests.refusals import accepted
 
 # What a command needs besides its recipe, so that one value is wrong and no other.
@@ -35,17 +34,15 @@ NEEDED: dict[str, dict[str, Any]] = {
     "serve": {"model": "x"},
     **{stage: {"use_cpu": True, "output_dir": "x"} for stage in ("stage1", "stage2", "mntp", "distill-text")},
 }
+CLASSES: dict[str, Any] = {
+    **{name: getattr(importlib.import_module(command.module), command.config) for name, command in COMMANDS.items()},
+    **{"CaptionSource": CaptionSource, "PairSource": PairSource},
+}
 INHERITED = {field.name for field in dataclasses.fields(TrainingArguments)}
-
-
-def _classes() -> dict[str, type]:
-    found = {
-        name: getattr(importlib.import_module(command.module), command.config) for name, command in COMMANDS.items()
-    }
-    return {**found, "CaptionSource": CaptionSource, "PairSource": PairSource}
-
-
-CLASSES = _classes()
+# What starts other libraries or reaches for other machines is not tried.
+OUTSIDE = {"deepspeed", "fsdp", "fsdp_config", "ddp_backend", "local_rank", "parallelism_config", "hub_token"}
+# Of the settings of the Trainer, whose class is slow to make.
+DRAWS = 60
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -68,36 +65,20 @@ def fits(value: Any, hint: Any) -> bool:
     return type(value) is kind or (isinstance(value, Enum) and isinstance(value, kind))
 
 
-def spellings(name: str) -> list[str]:
-    """How messages name a setting: as in a recipe, as an option or argument, and one entry of a list."""
-    return [name, f"--{name.replace('_', '-')}", f"{name.removesuffix('s')} ", name.upper()]
-
-
-def own_fields(config_class: type) -> list[str]:
-    """The settings that are not those of transformers' Trainer."""
-    fields = [field.name for field in dataclasses.fields(config_class) if field.init]
-    return [name for name in fields if not (issubclass(config_class, TrainingArguments) and name in INHERITED)]
-
-
-@quick(150)
 @pytest.mark.parametrize("command", CLASSES)
-@given(data=st.data())
-def test_a_setting_with_any_value_has_its_type_or_is_refused(command: str, data: st.DataObject) -> None:
-    config_class, hints = CLASSES[command], typing.get_type_hints(CLASSES[command])
-    name = data.draw(st.sampled_from(own_fields(config_class)))
-    needed = NEEDED.get(command, {})
-    config = accepted(lambda: build_config(config_class, {**needed, name: data.draw(VALUES)}), *spellings(name))
-    if config is not None:
-        assert fits(getattr(config, name), hints[name]), getattr(config, name)
-
-
-@quick(60)
-@pytest.mark.parametrize("command", ["stage1", "stage2", "mntp"])
-@given(data=st.data())
-def test_a_setting_of_the_trainer_with_any_value_is_accepted_or_refused(command: str, data: st.DataObject) -> None:
-    hints = typing.get_type_hints(CLASSES[command])
-    # What starts other libraries or reaches for other machines is not tried.
-    outside = {"deepspeed", "fsdp", "fsdp_config", "ddp_backend", "local_rank", "parallelism_config", "hub_token"}
-    plain = {name for name in INHERITED & set(hints) - outside if CLASSES[command].__dataclass_fields__[name].init}
-    name = data.draw(st.sampled_from(sorted(plain)))
-    accepted(lambda: build_config(CLASSES[command], {**NEEDED[command], name: data.draw(VALUES)}), name)
+def test_a_setting_with_any_value_has_its_type_or_is_refused(command: str) -> None:
+    config_class, hints, generator = CLASSES[command], typing.get_type_hints(CLASSES[command]), random.Random(command)
+    names = [field.name for field in dataclasses.fields(config_class) if field.init]
+    is_stage = issubclass(config_class, TrainingArguments)
+    own = [name for name in names if not (is_stage and name in INHERITED)]
+    others = sorted({*names} - {*own} - OUTSIDE)
+    of_each = len(VALUES) // (4 if is_stage else 2)
+    draws = [(name, value) for name in own for value in generator.sample(VALUES, of_each)]
+    draws += [(generator.choice(others), generator.choice(VALUES)) for _ in range(DRAWS if is_stage else 0)]
+    for name, value in draws:
+        # As in a recipe, as an option or argument, and one entry of a list.
+        spellings = (name, f"--{name.replace('_', '-')}", f"{name.removesuffix('s')} ", name.upper())
+        fields = {**NEEDED.get(command, {}), name: value}
+        config = accepted(lambda fields=fields: build_config(config_class, fields), *spellings)
+        if config is not None and name in own:
+            assert fits(getattr(config, name), hints[name]), (name, value, getattr(config, name))

@@ -1,4 +1,4 @@
-"""Readers of `llm2clip convert`: checkpoints of the original code, of open_clip, of CLIP, of language models."""
+"""What `llm2clip convert` reads: checkpoints of the original code, of open_clip, of CLIP, of language models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from llm2clip.convert.checkpoint import open_checkpoint
 from llm2clip.convert.conversion import ConvertConfig, convert_checkpoint
 from llm2clip.convert.joint import plan_joint
-from tests.fuzz.data import Doors
+from tests.damaged.data import Readers
 from tests.llm2clip.convert import checkpoints
 from tests.llm2clip.convert.checkpoints import EVA, OPENAI
 
@@ -28,6 +28,7 @@ def make_checkpoints(folder: Path) -> None:
     (place / "open_clip_config.json").write_text(json.dumps({"model_cfg": OPENAI.meta["config"]}))
     checkpoints.microsoft_openai_folder(folder / "microsoft")
     _with_configs(folder / "microsoft", OPENAI)
+    (folder / "microsoft/README.md").write_text("---\nlicense: mit\n---\n")
 
 
 def _with_configs(folder: Path, golden: checkpoints.Golden) -> Path:
@@ -38,16 +39,18 @@ def _with_configs(folder: Path, golden: checkpoints.Golden) -> Path:
     return folder
 
 
-def read_checkpoint(folder: Path) -> Doors:
+def read_checkpoint(folder: Path) -> Readers:
     names = ("model.pt", "open_clip_model.safetensors", "model.safetensors")
     source = next(folder / name for name in names if (folder / name).is_file())
     whole = folder if (folder / "config.json").is_file() else source
-    options = {"model_config": str(folder / "model_config.json"), "text_model": str(folder / "llm")}
+    options = {"text_model": str(folder / "llm")}
+    if whole is source:
+        options["model_config"] = str(folder / "model_config.json")
 
     def planned() -> None:
-        plan_joint(open_checkpoint(source), ConvertConfig(str(source), "out", **options))
+        plan_joint(open_checkpoint(whole), ConvertConfig(str(whole), "out", **options))
 
-    return (planned, lambda: _convert(whole, folder, **options))
+    return (lambda: _convert(whole, folder, **options), planned)
 
 
 def _convert(source: Path, folder: Path, **options: str) -> None:
@@ -68,5 +71,5 @@ def make_language_models(folder: Path) -> None:
     torch.save(load_file(whole / "model.safetensors"), folder / "pickled/pytorch_model.bin")
 
 
-def read_language_model(folder: Path) -> Doors:
+def read_language_model(folder: Path) -> Readers:
     return (lambda: _convert(folder, folder),)

@@ -1,0 +1,1 @@
+"""One harness of damaged and hostile files: doors (readers of files) times damages; see docs/reliability.md."""
