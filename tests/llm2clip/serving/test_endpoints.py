@@ -19,7 +19,7 @@ from llm2clip.search.index import IndexConfig, run
 from llm2clip.search.search_index import SearchIndex
 from llm2clip.serving.limits import Limits
 from llm2clip.serving.serve import open_index
-from tests.bad_input.images import BadImage, write
+from tests.damaged.images import BadImage, write
 from tests.llm2clip.serving.conftest import Serve, data_url, png, serving
 from tests.modeling_llm2clip import tiny
 from tests.modeling_llm2clip.awkward_images import picture
