@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -32,40 +31,27 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         {"hidden_act": "gelu"},
         {"attention_bias": True},
     ],
+    ids=["base", "yarn", "eps", "act", "bias"],
 )
 def test_settings_that_change_the_output_count(changes: dict[str, Any]) -> None:
     model = tiny.text_model()
-    weights = model.state_dict()
-    config = copy.deepcopy(model.config)
-    for name, value in changes.items():
-        setattr(config.decoder_config, name, value)
-    assert decoder_identity(config.decoder_config) != decoder_identity(model.config.decoder_config)
-    changed = model.fingerprint(weights)
-    model.config.decoder_config = config.decoder_config
-    assert model.fingerprint(weights) != changed
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"dtype": torch.bfloat16},
-        {"_attn_implementation": "eager"},
-        {"transformers_version": "4.57.6"},
-        {"_name_or_path": "/somewhere/else"},
-        {"use_cache": True},
-        {"attention_dropout": 0.5},
-        {"initializer_range": 1.0},
-        {"max_position_embeddings": 99},
-        {"rope_theta": 10000},
-        {"eos_token_id": [1, 2]},
-    ],
-)
-def test_settings_that_do_not_change_the_output_do_not_count(changes: dict[str, Any]) -> None:
-    model = tiny.text_model()
-    expected = model.fingerprint()
+    expected, weights = model.fingerprint(), model.state_dict()
     for name, value in changes.items():
         setattr(model.config.decoder_config, name, value)
-    assert model.fingerprint() == expected
+    assert model.fingerprint(weights) != expected
+
+
+def test_settings_that_do_not_change_the_output_do_not_count() -> None:
+    model = tiny.text_model()
+    expected = model.fingerprint()
+    changes = {
+        "dtype": torch.bfloat16, "_attn_implementation": "eager", "transformers_version": "4.57.6",
+        "_name_or_path": "/somewhere/else", "use_cache": True, "attention_dropout": 0.5, "initializer_range": 1.0,
+        "max_position_embeddings": 99, "rope_theta": 10000, "eos_token_id": [1, 2],
+    }  # fmt: skip
+    for name, value in changes.items():
+        setattr(model.config.decoder_config, name, value)
+        assert model.fingerprint() == expected, name
 
 
 def test_settings_are_the_same_in_the_fields_of_transformers_4_and_5() -> None:
@@ -83,7 +69,7 @@ def test_settings_are_the_same_in_the_fields_of_transformers_4_and_5() -> None:
     assert decoder_identity(older) == found
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral", "gemma", "phi3"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "mistral", "gemma"])
 def test_nothing_depends_on_the_version_of_transformers(model_type: str) -> None:
     """These are the same in versions 4.57 and 5: fields at their defaults, and derived ones, are left out."""
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -91,7 +77,7 @@ def test_nothing_depends_on_the_version_of_transformers(model_type: str) -> None
     assert found == {"model_type": model_type, **{name: float(tiny.DECODER[name]) for name in sizes}}
 
 
-@pytest.mark.parametrize("size", [1, 7, 4 * WORDS, 8 * WORDS + 3])
+@pytest.mark.parametrize("size", [1, 7, 8 * WORDS + 3])
 def test_every_value_counts(size: int) -> None:
     weight = torch.randn(size, generator=torch.Generator().manual_seed(0))
     expected = digest_weight(weight)
@@ -101,8 +87,7 @@ def test_every_value_counts(size: int) -> None:
         changed = weight.clone()
         changed[place] *= 1.01
         assert digest_weight(changed) != expected
-    swapped = weight.flip(0)
-    assert (digest_weight(swapped) != expected) == (size > 1)
+    assert (digest_weight(weight.flip(0)) != expected) == (size > 1)
 
 
 def test_a_transposed_view_counts_as_its_values() -> None:
@@ -191,23 +176,12 @@ def test_windows_of_encoders_that_versions_write_differently_do_not_count(
     bases = {"global_rope_theta": 160000.0, "local_rope_theta": 10000.0}
     monkeypatch.setattr(modern, "to_dict", lambda: {**fields, **bases, "global_attn_every_n_layers": 3})
     assert decoder_identity(modern, None) == expected
-    narrow = ModernBertConfig(**SIZES, local_attention=8)
-    assert decoder_identity(narrow, None) != decoder_identity(ModernBertConfig(**SIZES), None)
+    assert decoder_identity(ModernBertConfig(**SIZES, local_attention=8), None) != expected
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"normalize": True},
-        {"pool_prompt": True},
-        {"dense": [{"out_features": 4, "bias": True, "activation": "tanh"}]},
-        {"bidirectional": None},
-    ],
-)
-def test_what_follows_the_text_model_counts(changes: dict[str, Any]) -> None:
+def test_what_follows_the_text_model_counts() -> None:
+    dense = [{"out_features": 4, "bias": True, "activation": "tanh"}]
+    changes = ({}, {"normalize": True}, {"pool_prompt": True}, {"dense": dense}, {"bidirectional": None})
+    configs = [LLM2CLIPTextConfig(decoder_config=BertConfig(**SIZES), **fields) for fields in changes]
     weights = [("decoder.weight", torch.ones(2))]
-    fingerprints = {
-        text_fingerprint(LLM2CLIPTextConfig(decoder_config=BertConfig(**SIZES), **fields), weights)
-        for fields in ({}, changes)
-    }
-    assert len(fingerprints) == 2
+    assert len({text_fingerprint(config, weights) for config in configs}) == len(changes)

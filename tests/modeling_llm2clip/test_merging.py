@@ -35,12 +35,8 @@ def adapted(**options: Any) -> LLM2CLIPTextModel:
 def test_identity_of_an_adapter_is_that_of_its_merged_tower(options: dict[str, Any]) -> None:
     model = adapted(**options)
     plain = LLM2CLIPTextModel(copy.deepcopy(model.config), decoder=copy.deepcopy(model.decoder).unload())
-    before = {name: value.clone() for name, value in model.state_dict().items()}
     identity = model.fingerprint()
-    assert identity is not None
-    assert identity != plain.fingerprint()
-    for name, value in model.state_dict().items():
-        assert value.equal(before[name]), name
+    assert identity not in (None, plain.fingerprint())
     ids = torch.randint(1, 400, (2, 9))
     expected = model(ids).pooler_output
     half = copy.deepcopy(model)
@@ -50,7 +46,6 @@ def test_identity_of_an_adapter_is_that_of_its_merged_tower(options: dict[str, A
     for name, parameter in half.named_parameters():
         if "lora_" not in name:
             parameter.data = parameter.data.to(torch.bfloat16)
-    assert half.fingerprint() == identity
     half.merge_adapter()
     assert half.fingerprint() == identity
 
@@ -59,12 +54,9 @@ def test_merged_weights_do_not_depend_on_how_a_product_is_summed() -> None:
     """Permuting the rank changes the order of the sum, as another device or number of threads does."""
     model = adapted()
     permuted = copy.deepcopy(model)
-    for layer in permuted.modules():
-        if hasattr(layer, "lora_A"):
-            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            with torch.no_grad():
-                a.copy_(a.flip(0))
-                b.copy_(b.flip(1))
+    for name, weight in permuted.named_parameters():
+        if "lora_" in name:
+            weight.data = weight.flip(0 if "lora_A" in name else 1)
     assert permuted.fingerprint() == model.fingerprint()
     model.merge_adapter()
     permuted.merge_adapter()
