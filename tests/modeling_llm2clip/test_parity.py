@@ -159,21 +159,12 @@ def test_eva_tower_equals_timm() -> None:
     model: EVA02VisionModel = load_model(golden, prefix="visual.").vision_model
     sizes = model.config
     oracle = timm_eva.Eva(
-        img_size=sizes.image_size,
-        patch_size=sizes.patch_size,
-        embed_dim=sizes.hidden_size,
-        depth=sizes.num_hidden_layers,
-        num_heads=sizes.num_attention_heads,
-        mlp_ratio=sizes.intermediate_size / sizes.hidden_size,
-        qkv_fused=False,
-        swiglu_mlp=True,
-        scale_mlp=True,
-        scale_attn_inner=True,
-        use_rot_pos_emb=True,
-        ref_feat_shape=(sizes.rope_grid_size, sizes.rope_grid_size),
-        global_pool="token",
-        num_classes=0,
-    ).eval()
+        img_size=sizes.image_size, patch_size=sizes.patch_size, embed_dim=sizes.hidden_size,
+        depth=sizes.num_hidden_layers, num_heads=sizes.num_attention_heads,
+        mlp_ratio=sizes.intermediate_size / sizes.hidden_size, qkv_fused=False, swiglu_mlp=True, scale_mlp=True,
+        scale_attn_inner=True, use_rot_pos_emb=True, ref_feat_shape=(sizes.rope_grid_size, sizes.rope_grid_size),
+        global_pool="token", num_classes=0,
+    ).eval()  # fmt: skip
     state = {f"visual.{name}": tensor for name, tensor in golden.group("state").items()}
     filtered = timm_eva.checkpoint_filter_fn(state, oracle)
     report = oracle.load_state_dict({k: v for k, v in filtered.items() if not k.startswith("head.")}, strict=False)
