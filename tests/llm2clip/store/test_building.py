@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,7 @@ import torch
 from llm2clip.store import EmbeddingCache, StoreIncompleteError, StoreMismatchError, building
 from llm2clip.utils import locks
 from tests.damage import flip
-from tests.llm2clip.utils.test_locks import another_run
+from tests.llm2clip.utils.locks import another_run
 
 from .encoder import build, embed
 
@@ -53,14 +53,10 @@ def test_manifest_records_encoder_shards_and_truncated_captions(tmp_path: Path) 
     assert (manifest["format_version"], manifest["kind"], manifest["encoder"]) == (1, "captions", "tiny-encoder")
     assert [rows for rows, *_ in manifest["shards"].values()] == [10, 10, 10, 7]
     assert (manifest["width"], manifest["dtype"], manifest["counts"]) == (8, "float16", {"truncated": 3})
-    assert manifest["identity"].items() >= {
-        "fingerprint": "finger-a", "pooling": "mean", "prompt_prefix": "user: ", "prompt_suffix": "<eot>",
-        "max_length": 64, "normalize": False,
-    }.items()  # fmt: skip
-    assert manifest["transformers_version"]
+    assert manifest["identity"].items() >= {"fingerprint": "finger-a", "pooling": "mean", "max_length": 64}.items()
 
 
-@pytest.mark.parametrize("calls", [0, 1, 2, 3, 4, 7, 9])
+@pytest.mark.parametrize("calls", [0, 2, 3, 7, 9])
 def test_resumed_build_equals_an_uninterrupted_one(tmp_path: Path, calls: int) -> None:
     truncated = {"count_truncated": lambda texts: len(texts) // 2}
     build(tmp_path / "unbroken", TEXTS, **truncated)
@@ -70,10 +66,13 @@ def test_resumed_build_equals_an_uninterrupted_one(tmp_path: Path, calls: int) -
         EmbeddingCache.open(tmp_path / "broken")
     kept = [name for name in _contents(tmp_path / "broken") if name.endswith(".safetensors")]
     assert len(kept) == calls // 3
+    if calls == 7:  # damage to what is there
+        torn = tmp_path / "broken" / kept.pop(0)
+        torn.write_bytes(torn.read_bytes()[:100])
+        (tmp_path / "broken" / ".shard-00002.safetensors.999.tmp").write_bytes(b"left behind")
     asked: list[str] = []
-
     build(tmp_path / "broken", TEXTS, _noting(asked), **truncated)
-    assert asked == TEXTS[10 * len(kept) :]
+    assert len(asked) == len(TEXTS) - 10 * len(kept)
     assert _contents(tmp_path / "broken") == _contents(tmp_path / "unbroken")
 
 
@@ -125,17 +124,6 @@ def test_shards_that_a_kill_kept_out_of_the_index_are_added_to_it(
     assert EmbeddingCache.open(tmp_path).contains(TEXTS).all()
 
 
-def test_an_unfinished_build_is_finished_with_other_captions_too(tmp_path: Path) -> None:
-    with pytest.raises(KilledError):
-        build(tmp_path, TEXTS, _killed_after(4))
-    asked: list[str] = []
-
-    build(tmp_path, [*MORE, *TEXTS[:20]], _noting(asked))
-    assert asked == [*MORE, *TEXTS[10:20]]
-    cache = EmbeddingCache.open(tmp_path)
-    torch.testing.assert_close(cache.lookup(MORE + TEXTS[:20]), embed(MORE + TEXTS[:20]), atol=2e-3, rtol=2e-3)
-
-
 @pytest.mark.parametrize(
     ("field", "value"),
     [("fingerprint", "finger-b"), ("max_length", 32), ("dtype", "bfloat16"), ("normalize", True), ("width", 9)],
@@ -146,42 +134,17 @@ def test_cache_of_another_encoder_is_not_extended(tmp_path: Path, field: str, va
         build(tmp_path, MORE, **{field: value})
 
 
-def test_truncated_and_changed_shards_of_an_interrupted_build_are_computed_again(tmp_path: Path) -> None:
-    with pytest.raises(KilledError):
-        build(tmp_path, TEXTS, _killed_after(7))
-    torn = tmp_path / "shard-00000.safetensors"
-    torn.write_bytes(torn.read_bytes()[:100])
-    (tmp_path / ".shard-00002.safetensors.999.tmp").write_bytes(b"left behind")
-    with flip(tmp_path / "shard-00001.safetensors", -1):
-        build(tmp_path, TEXTS)
-        build(tmp_path / "unbroken", TEXTS)
-        assert _contents(tmp_path) == _contents(tmp_path / "unbroken")
-
-
 def test_shard_is_absent_after_a_failed_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full_disk(path: Path, content: bytes) -> None:
         path.write_text("half a shard")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        build(tmp_path, TEXTS)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            build(tmp_path, TEXTS)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock"]
-    monkeypatch.undo()
     assert build(tmp_path, TEXTS).rows == 37
-
-
-def test_shard_is_absent_after_a_kill_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def killed(source: Path, target: Path) -> None:
-        if target.name.startswith("shard"):
-            raise KilledError
-        replace(source, target)
-
-    replace = os.replace
-    monkeypatch.setattr(os, "replace", killed)
-    with pytest.raises(KilledError):
-        build(tmp_path, TEXTS)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock"]
 
 
 def _in_ranks(world: int, work: Callable[[int, Callable[[], None]], None]) -> list[BaseException]:
@@ -200,36 +163,26 @@ def _in_ranks(world: int, work: Callable[[int, Callable[[], None]], None]) -> li
     return errors
 
 
-def _build_in_ranks(folder: Path, asked: dict[int, list[str]]) -> None:
-    """Build a cache with as many ranks as `asked` has, which notes what each embeds."""
-
-    def work(rank: int, barrier: Callable[[], None]) -> None:
-        options: dict[str, Any] = {"rank": rank, "world_size": len(asked), "barrier": barrier}
-        build(folder, TEXTS, _noting(asked[rank]), show_progress_bar=False, **options)
-        assert len(EmbeddingCache.open(folder)) == len(TEXTS)
-
-    assert _in_ranks(len(asked), work) == []
-
-
-def test_shards_are_distributed_over_ranks_with_an_equal_cache(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept", [[], [0, 2]], ids=["new", "killed"])
+def test_missing_shards_are_distributed_over_ranks_with_an_equal_cache(kept: list[int], tmp_path: Path) -> None:
     build(tmp_path / "one", TEXTS)
-    asked: dict[int, list[str]] = {0: [], 1: [], 2: []}
-
-    _build_in_ranks(tmp_path / "three", asked)
-    assert _contents(tmp_path / "three") == _contents(tmp_path / "one")
-    assert asked == {0: TEXTS[:10] + TEXTS[30:], 1: TEXTS[10:20], 2: TEXTS[20:30]}
-
-
-def test_missing_shards_of_a_killed_build_are_distributed_over_all_ranks(tmp_path: Path) -> None:
-    build(tmp_path / "one", TEXTS)
-    build(tmp_path / "two", TEXTS)
-    for number in (1, 3):  # both would belong to rank 1 if shards were bound to ranks
-        (tmp_path / "two" / f"shard-0000{number}.safetensors").unlink()
+    (tmp_path / "several").mkdir()
+    for number in kept:
+        for path in (tmp_path / "one").glob(f"shard-0000{number}.*"):
+            shutil.copy(path, tmp_path / "several")
     asked: dict[int, list[str]] = {0: [], 1: []}
 
-    _build_in_ranks(tmp_path / "two", asked)
-    assert asked == {0: TEXTS[10:20], 1: TEXTS[30:]}
-    assert _contents(tmp_path / "two") == _contents(tmp_path / "one")
+    def work(rank: int, barrier: Callable[[], None]) -> None:
+        options: dict[str, Any] = {"rank": rank, "world_size": 2, "barrier": barrier}
+        build(tmp_path / "several", TEXTS, _noting(asked[rank]), show_progress_bar=False, **options)
+        assert len(EmbeddingCache.open(tmp_path / "several")) == len(TEXTS)
+
+    assert _in_ranks(2, work) == []
+    assert _contents(tmp_path / "several") == _contents(tmp_path / "one")
+    expected = (
+        {0: TEXTS[10:20], 1: TEXTS[30:]} if kept else {0: TEXTS[:10] + TEXTS[20:30], 1: TEXTS[10:20] + TEXTS[30:]}
+    )
+    assert asked == expected
 
 
 def test_ranks_with_different_captions_are_refused(tmp_path: Path) -> None:
@@ -252,14 +205,13 @@ def test_two_builds_do_not_share_a_folder(tmp_path: Path, monkeypatch: pytest.Mo
     assert build(tmp_path, TEXTS).rows == 37
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_error_about_a_non_finite_embedding_names_the_caption(tmp_path: Path, bad: float) -> None:
+def test_error_about_a_non_finite_embedding_names_the_caption(tmp_path: Path) -> None:
     def broken(texts: list[str]) -> torch.Tensor:
         vectors = embed(texts)
-        vectors[[text == TEXTS[14] for text in texts]] = bad
+        vectors[[text == TEXTS[14] for text in texts]] = torch.nan
         return vectors
 
-    with pytest.raises(ValueError, match="embedding of the caption 'caption number 14' is not finite"):
+    with pytest.raises(ValueError, match="'caption number 14' is not finite"):
         build(tmp_path, TEXTS, broken)
 
 
@@ -275,14 +227,19 @@ def test_float16_overflow_is_an_error(tmp_path: Path) -> None:
     torch.testing.assert_close(lengths, torch.ones(37), atol=2e-3, rtol=0)
 
 
-def test_invalid_captions_shapes_and_dtypes_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"shape \(4, 7\) instead of \(4, 8\)"):
-        build(tmp_path / "a", TEXTS, lambda texts: embed(texts)[:, :7])
-    with pytest.raises(ValueError, match="2 captions repeat an earlier one, such as 'b'"):
-        build(tmp_path / "b", ["a", "b", "b", "b"])
-    with pytest.raises(ValueError, match="no captions"):
-        build(tmp_path / "b", [])
-    with pytest.raises(ValueError, match="is zero, which has no direction"):
-        build(tmp_path / "b", TEXTS, lambda texts: torch.zeros(len(texts), 8), normalize=True)
-    with pytest.raises(ValueError, match="'float16' or 'bfloat16' or 'float32', not 'float64'"):
-        build(tmp_path / "c", TEXTS, dtype="float64")
+@pytest.mark.parametrize(
+    ("texts", "options", "message"),
+    [
+        (TEXTS, {"encoder": lambda texts: embed(texts)[:, :7]}, r"shape \(4, 7\) instead of \(4, 8\)"),
+        (["a", "b", "b", "b"], {}, "2 captions repeat an earlier one, such as 'b'"),
+        ([], {}, "no captions"),
+        (TEXTS, {"encoder": lambda texts: torch.zeros(len(texts), 8), "normalize": True}, "no direction"),
+        (TEXTS, {"dtype": "float64"}, "not 'float64'"),
+    ],
+    ids=["width", "repeated", "none", "zero", "dtype"],
+)
+def test_invalid_captions_shapes_and_dtypes_are_refused(
+    texts: Any, options: Any, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path, texts, **options)
