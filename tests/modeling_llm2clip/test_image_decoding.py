@@ -71,11 +71,9 @@ def test_max_pixels_is_checked_before_decoding() -> None:
 def test_transparency_is_composited_on_white() -> None:
     image = Image.new("RGBA", (2, 1))
     image.putpixel((0, 0), (255, 0, 0, 255))
-    image.putpixel((1, 0), (0, 0, 0, 0))
     for encoded in (encode(image), encode(image, "WEBP", lossless=True), encode(image.quantize())):
         assert [decode_image(encoded, "k").getpixel((x, 0)) for x in (0, 1)] == [(255, 0, 0), (255, 255, 255)]
-    half = Image.new("LA", (1, 1), (0, 128))
-    assert decode_image(encode(half), "k").getpixel((0, 0)) == (127, 127, 127)
+    assert decode_image(encode(Image.new("LA", (1, 1), (0, 128))), "k").getpixel((0, 0)) == (127, 127, 127)
     keyed = encode(Image.new("RGB", (1, 1), (9, 9, 9)), transparency=(9, 9, 9))
     assert decode_image(keyed, "k").getpixel((0, 0)) == (255, 255, 255)
 
@@ -103,16 +101,12 @@ def test_exif_orientation_is_applied() -> None:
 
 
 def test_servers_are_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    waited: list[float | None] = []
-
     def urlopen(request: Any, timeout: float | None) -> Any:
-        waited.append(timeout)
-        raise TimeoutError("timed out")
+        raise TimeoutError(f"timed out after {timeout}")
 
     monkeypatch.setattr("urllib.request.urlopen", urlopen)
-    with pytest.raises(DamagedImageError, match="timed out"):
+    with pytest.raises(DamagedImageError, match="timed out after 60"):
         decode_image("http://127.0.0.1/a.png", "k")
-    assert waited == [60]
 
 
 @pytest.mark.parametrize("block", [b"not a TIFF file", b"II*\x00\xff\xff"])

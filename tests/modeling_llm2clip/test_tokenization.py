@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -110,7 +109,7 @@ def test_an_inseparable_prompt_is_reported(caplog: pytest.LogCaptureFixture, mon
     assert prompted("at")["input_ids"] == [tokenizer.bos_token_id, *pieces[0], *pieces[1]]
 
 
-def prepare(golden: Golden, folder: Path, **options: Any) -> tuple[LLM2CLIPTextModel, PreTrainedTokenizerFast]:
+def prepare(golden: Golden, folder: Path) -> tuple[LLM2CLIPTextModel, PreTrainedTokenizerFast]:
     model = load_text_model(golden, folder)
     prompt = original_prompt(model.config.decoder_config.model_type, golden.meta["name_or_path"])
     tokenizer, model.config.num_prefix_tokens = with_prompt(plain(golden.name.removeprefix("llm2vec_")), *prompt)
