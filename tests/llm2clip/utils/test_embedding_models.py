@@ -33,25 +33,25 @@ def test_tokens_and_embeddings_equal_sentence_transformers(family: str, tmp_path
     for text in TEXTS:
         ids = reference.preprocess([text], prompt=prompt)["input_ids"][0].tolist()
         assert tokenizer(text, truncation=True)["input_ids"] == ids, text
-    expected = reference.encode(TEXTS, convert_to_tensor=True)
-    assert model.config.hidden_size == expected.shape[1]
+    found = {}
     for side in ("left", "right"):
         tokenizer.padding_side = side
-        torch.testing.assert_close(model.encode(TEXTS, tokenizer), expected, atol=1e-5, rtol=1e-5)
+        found[f"encode, {side}"] = model.encode(TEXTS, tokenizer)
         padded = tokenizer(TEXTS, padding=True, truncation=True, return_tensors="pt")
         with torch.no_grad():
-            torch.testing.assert_close(model(**padded).pooler_output, expected, atol=1e-5, rtol=1e-5)
+            found[f"forward, {side}"] = model(**padded).pooler_output
     config, described = describe_text_tower(folder)
     assert described("a dog")["input_ids"] == tokenizer("a dog")["input_ids"]
-    assert read_fingerprint(folder, None, config) == model.fingerprint()
     save_text_tower(model, tokenizer, tmp_path / "tower")
     saved: Any = AutoModel.from_pretrained(tmp_path / "tower").eval()
-    again = saved.encode(TEXTS, AutoTokenizer.from_pretrained(tmp_path / "tower"))
-    torch.testing.assert_close(again, expected, atol=1e-5, rtol=1e-5)
-    assert saved.fingerprint() == model.fingerprint()
+    assert saved.fingerprint() == model.fingerprint() == read_fingerprint(folder, None, config)
+    found["saved"] = saved.encode(TEXTS, AutoTokenizer.from_pretrained(tmp_path / "tower"))
     write_sentence_transformers_files(tmp_path / "tower")
-    known = SentenceTransformer(str(tmp_path / "tower"), trust_remote_code=True, device="cpu")
-    torch.testing.assert_close(known.encode(TEXTS, convert_to_tensor=True), expected, atol=1e-5, rtol=1e-5)
+    written = SentenceTransformer(str(tmp_path / "tower"), trust_remote_code=True, device="cpu")
+    found["sentence-transformers"] = written.encode(TEXTS, convert_to_tensor=True)
+    expected = reference.encode(TEXTS, convert_to_tensor=True)
+    for door, rows in found.items():
+        torch.testing.assert_close(rows, expected, atol=1e-5, rtol=1e-5, msg=lambda text, door=door: f"{door}: {text}")
 
 
 @pytest.mark.parametrize(("family", "packs"), [("bert", True), ("t5", True), ("mpnet", True), ("qwen3", False)])

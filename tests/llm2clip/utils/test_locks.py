@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import signal
 import subprocess
@@ -79,5 +78,5 @@ def test_a_file_system_without_locks_is_a_warning(
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(FileLock, "acquire", refuse)
-    with caplog.at_level(logging.WARNING), folder_lock(tmp_path):
+    with folder_lock(tmp_path):
         assert "has no file locks" in caplog.text

@@ -53,18 +53,6 @@ def test_a_log_that_cannot_be_written_ends_with_one_warning(
     assert "step 2" in shown
 
 
-def test_other_processes_of_a_launcher_show_our_warnings_alone(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("RANK", "3")
-    with command_logs() as file:
-        file.discard()
-        OURS.info("our message")
-        OURS.warning("our warning")
-        LIBRARY.warning("its warning")
-    assert capsys.readouterr().err == "our warning\n"
-
-
 def test_only_what_a_terminal_obeys_is_written_out() -> None:
     assert printable(HOSTILE) == r"\u001b[31mred\u001b]0;title\u0007 \u009b2J \u202eabc \udce9 a\u000db"
     kept = "two\nlines\tand \u3000 \u00a0 \u200d \U0001f468\u200d\U0001f469 \u0645\u06cc\u200c\u062e\u0648"

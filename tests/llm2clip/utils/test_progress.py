@@ -5,13 +5,11 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Callable
-from contextlib import redirect_stderr
 from types import SimpleNamespace
 
 import pytest
 
 from llm2clip.utils import progress
-from llm2clip.utils.logs import command_logs
 from llm2clip.utils.progress import ProgressBar, track
 
 
@@ -57,15 +55,6 @@ def test_a_terminal_shows_count_rate_status_and_time_left_and_then_one_line(
     assert "| 120/1800 [01:00<14:00,  2.00step/s, loss 2.5000]" in terminal.getvalue()
     assert terminal.lines() == [""]
     assert caplog.messages == ["Stage 1: 120 steps in 01:00, 2.00step/s, loss 2.5000"]
-
-
-def test_messages_appear_above_the_bar(terminal: Terminal) -> None:
-    with redirect_stderr(terminal), command_logs(), ProgressBar("Work", 2) as bar:
-        logging.getLogger("llm2clip.test").warning("a warning")
-        bar.update()
-        above, below = terminal.lines()
-        assert above == "a warning"
-        assert below.startswith("Work:  50%")
 
 
 def test_a_file_gets_one_line_per_interval_and_one_at_the_end(
