@@ -195,8 +195,6 @@ def test_distinct_captions_are_in_order_of_first_appearance(made: Path, streamin
     concepts = CaptionSource(CONCEPTS, split="test", caption_columns=["caption", "caption_de"], streaming=streaming)
     table = datasets.load_dataset(CONCEPTS, split="test").select_columns(["caption", "caption_de"])
     expected = list(dict.fromkeys(text for row in table for text in row.values() if text))
-    assert distinct_captions(concepts) == expected
-    assert len(expected) == 488
     listed = CaptionSource(str(made / "webdataset"), caption_columns=["json.caption", "json.nested.long"])
     both = distinct_captions([listed, concepts, listed])
     assert both == [text for row in range(ROWS) for text in made_captions(row)] + expected

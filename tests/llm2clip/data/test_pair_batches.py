@@ -101,14 +101,12 @@ def test_batches_of_all_sources_are_shuffled_together(bundled: PairDataset) -> N
 
 
 def test_weights_determine_the_share_of_batches() -> None:
-    dataset = PairDataset([glosses(weight=3.0), concepts(weight=1.0)])
+    dataset, seen = PairDataset([glosses(weight=3.0), concepts(weight=1.0)]), set()
     sampler = PairBatchSampler(dataset, 64)
-    seen: set[int] = set()
     for epoch in range(2):
         batches = _global_batches(sampler, epoch)
         counts = Counter(dataset[batch[0]]["source"] for batch in batches)
-        assert counts["glosses"] == 5414 // 64
-        assert counts["concepts"] == counts["glosses"] // 3
+        assert counts == {"glosses": 5414 // 64, "concepts": 5414 // 64 // 3}
         seen |= {index.index for batch in batches for index in batch if index.index >= dataset.starts[1]}
     assert len(seen) > 1.5 * counts["concepts"] * 64  # epochs use different rows
     with pytest.raises(ValueError, match="concepts have none"):

@@ -93,11 +93,13 @@ class _Stream(IterableDataset):
 
 
 @pytest.mark.parametrize("kind", [_Rows, _Stream])
-def test_rows_of_a_plain_torch_dataset_with_embeddings(kind: type[Dataset]) -> None:
+def test_rows_of_a_plain_torch_dataset_with_embeddings(kind: Any) -> None:
     rows = [{"pixel_values": torch.full((3, 2, 2), float(n)), "llm_embeds": np.full(4, n)} for n in range(3)]
     (batch,) = DataLoader(kind(rows), batch_size=3, collate_fn=Stage2Collator())
     assert set(batch) == {"pixel_values", "llm_embeds", "skipped"}  # without ids, row i matches row i only
     assert batch["pixel_values"][:, 0, 0, 0].tolist() == batch["llm_embeds"][:, 0].tolist() == [0, 1, 2]
+    (batch,) = DataLoader(kind([{**row, "caption_id": 7} for row in rows]), batch_size=3, collate_fn=Stage2Collator())
+    assert (batch["caption_ids"].tolist(), batch["image_caption_ids"].tolist()) == ([7, 7, 7], [[7], [7], [7]])
 
 
 def test_token_rows_of_unequal_length_are_padded_on_the_left() -> None:
@@ -110,13 +112,6 @@ def test_token_rows_of_unequal_length_are_padded_on_the_left() -> None:
     assert batch["input_ids"].tolist() == [[5, 6, 7], [0, 0, 8]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
     assert batch["pooling_mask"].tolist() == [[0, 1, 1], [0, 0, 1]]
-
-
-def test_caption_id_without_image_caption_ids_matches_equal_captions() -> None:
-    row = {"pixel_values": torch.zeros(3, 2, 2), "llm_embeds": torch.zeros(4)}
-    batch = Stage2Collator()([{**row, "caption_id": number} for number in (7, 9)])
-    assert batch["caption_ids"].tolist() == [7, 9]
-    assert batch["image_caption_ids"].tolist() == [[7], [9]]
 
 
 def test_images_are_prepared_as_in_evaluation(tmp_path: Path, image_processor: CLIPImageProcessorPil) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import numpy as np
 import pytest
 
-from llm2clip.data.stream_order import EvenMixture, FileOrder, Lanes, SourceOrder, StepMixture
+from llm2clip.data.stream_order import EvenMixture, Lanes, SourceOrder
 
 
 def rows_of(order: SourceOrder, chunk: int) -> list[tuple[int, int]]:
@@ -60,23 +59,6 @@ def test_lanes_do_not_depend_on_usual_numbers_of_readers() -> None:
     assert len(cuts) == 1
 
 
-@pytest.mark.parametrize(
-    ("mixture", "shares"),
-    [
-        (EvenMixture([30, 1, 500], 531), [30 / 531, 1 / 531, 500 / 531]),
-        (EvenMixture([0.2, 3, 1.1]), [0.2 / 4.3, 3 / 4.3, 1.1 / 4.3]),
-        (StepMixture([5.0, 1, 2], 6), [5 / 8, 1 / 8, 2 / 8]),
-    ],
-    ids=["proportional", "weights", "steps"],
-)
-def test_the_rows_of_all_sources_are_the_places_of_the_stream(mixture: Any, shares: list[float]) -> None:
-    places = np.arange(3 * 531 + 1)
-    counts = np.stack([mixture.before(source, places) for source in range(3)])
-    assert (counts.sum(0) == places).all()
-    assert set(np.unique(np.diff(counts, axis=1))) == {0, 1}
-    assert counts[:, -1] / places[-1] == pytest.approx(shares, abs=0.01)
-
-
 def test_a_place_far_on_is_found_at_once() -> None:
     """A hundred million rows, of which none is walked through."""
     order = SourceOrder(100_000_000, Lanes.choose(512, 8, 8))
@@ -84,11 +66,3 @@ def test_a_place_far_on_is_found_at_once() -> None:
     (piece,) = order.pieces(chunk)
     assert piece.epoch == 2
     assert piece.lane == chunk % order.lanes.number
-
-
-def test_files_are_read_from_any_row_on() -> None:
-    order = FileOrder([8, 0, 5, 3], None)
-    assert list(order.files_of(0, 16)) == [(0, 0, 8), (2, 0, 5), (3, 0, 3)]
-    assert list(order.files_of(5, 10)) == [(0, 5, 8), (2, 0, 2)]
-    files = [file for file, _, _ in FileOrder([2] * 9, 1).files_of(0, 18)]
-    assert sorted(files) == list(range(9)) != files

@@ -68,15 +68,6 @@ def test_lengths_are_counted_before_texts_are_cut(spec: str) -> None:
     assert cut.tolist() == [False, False, True, False]
 
 
-def test_a_tower_without_projection_gives_its_embeddings(tmp_path: Path) -> None:
-    """A ResNet of CLIP projects inside its attention pooling."""
-    vision = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 64, "patch_size": None}
-    name, path = register_open_clip(tmp_path, "tiny-resnet", **vision)
-    encoder = load_encoder(f"open_clip:{name}/{path}")
-    inputs = stacked(encoder, IMAGES)
-    assert encoder.forward_features(inputs).equal(encoder.forward_features(inputs, projected=True))
-
-
 def test_the_fingerprint_depends_on_weights_and_activations(spec: str, tmp_path: Path) -> None:
     encoder = load_encoder(spec)
     assert encoder.fingerprint() == load_encoder(spec).fingerprint()
