@@ -52,17 +52,6 @@ def test_encode_returns_unit_vectors_in_input_order() -> None:
         assert encode([], processor).shape == (0, 24)
 
 
-def test_encode_image_accepts_file_names_and_rejects_captions(tmp_path: Path) -> None:
-    model, processor = tiny.joint_model(), tiny.processor()
-    IMAGES[0].save(tmp_path / "a.png")
-    from_file = model.encode_image([tmp_path / "a.png"], processor)
-    torch.testing.assert_close(from_file, model.encode_image(IMAGES[:1], processor))
-    with pytest.raises(FileNotFoundError, match=r"no/such.jpg.* pass it to encode_text"):
-        model.encode_image(["no/such.jpg"], processor)
-    with pytest.raises(TypeError, match=r"item 0 is a PIL.Image.Image"):
-        model.encode_text(IMAGES, processor)
-
-
 def test_a_loaded_model_encodes_without_a_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     processor = tiny.processor()
     tiny.save(tmp_path)

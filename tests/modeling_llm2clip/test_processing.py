@@ -98,6 +98,8 @@ def test_invalid_captions_raise_an_error_that_names_them(texts: object, error: t
         tiny.processor()(text=texts)
     with pytest.raises(FileNotFoundError, match="if it is a caption, pass it to text="):
         tiny.processor()("a dog")
+    with pytest.raises(FileNotFoundError, match=r"no/such.jpg.* pass it to encode_text"):
+        tiny.joint_model().encode_image(["no/such.jpg"], tiny.processor())
 
 
 def test_outer_white_space_of_captions_never_reaches_the_model(tmp_path: Path) -> None:

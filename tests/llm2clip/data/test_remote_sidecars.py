@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
@@ -29,7 +26,7 @@ from tests.llm2clip.store import encoder
 @pytest.fixture
 def bucket() -> Iterator[str]:
     files = fsspec.filesystem("memory")
-    yield "memory://bucket/sidecars"
+    yield "memory://bucket"
     files.rm("/bucket", recursive=True)
 
 
@@ -51,7 +48,7 @@ def test_remote_sidecars_are_those_of_a_folder(bucket: str, tmp_path: Path) -> N
     assert embed_at(source, bucket) == 0
     assert contents(bucket) == contents(tmp_path / "local")
     calls = Counting()
-    fsspec.filesystem("memory").rm("/bucket/sidecars/inner/1.emb.manifest")
+    fsspec.filesystem("memory").rm("/bucket/inner/1.emb.manifest")
     with pytest.raises(verify.DamagedError, match="2 faults in "):
         verify.run(verify.VerifyConfig(folder=bucket))
     assert embed_at(source, bucket, calls) == 2
@@ -84,48 +81,18 @@ def test_a_manifest_appears_after_its_sidecar(bucket: str, tmp_path: Path, monke
     assert verify.run(verify.VerifyConfig(folder=bucket)) == {"num_shards": 1, "num_captions": 3}
 
 
-class Quiet(SimpleHTTPRequestHandler):
-    """Serves files, also pieces of them."""
-
-    def log_message(self, *arguments: object) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        wanted, path = self.headers.get("Range"), Path(self.translate_path(self.path))
-        if wanted is None or not path.is_file():
-            return super().do_GET()
-        content = path.read_bytes()
-        start, _, stop = wanted.removeprefix("bytes=").partition("-")
-        first = int(start) if start else len(content) - int(stop)
-        last = min(int(stop), len(content) - 1) if start and stop else len(content) - 1
-        self.send_response(206)
-        self.send_header("Content-Length", str(last + 1 - first))
-        self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
-        self.end_headers()
-        self.wfile.write(content[first : last + 1])
-        return None
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
-    """The address of the files below tmp_path / "web"."""
-    (tmp_path / "web").mkdir()
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path / "web"))) as web:
-        threading.Thread(target=web.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{web.server_port}"
-        web.shutdown()
-
-
 @pytest.mark.parametrize(("name", "column", "count"), [("00000.tar", "txt", 1), ("large.parquet", "caption", 3)])
 def test_remote_shards_are_embedded_and_resumed(
-    name: str, column: str, count: int, server: str, tmp_path: Path
+    name: str, column: str, count: int, bucket: str, tmp_path: Path
 ) -> None:
-    """Parquet in parts, of which only the row groups are fetched."""
-    web, out = tmp_path / "web", tmp_path / "out"
-    write_tars(web, 1)
-    write_groups(web / "large.parquet", [3, 3, 3])
+    """Parquet in parts."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    write_tars(data, 1)
+    write_groups(data / "large.parquet", [3, 3, 3])
+    fsspec.filesystem("memory").put(str(data), "/bucket/", recursive=True)
     remote, local = (
-        CaptionSource(f"{place}/{name}", caption_columns=[column], streaming=True) for place in (server, str(web))
+        CaptionSource(f"{place}/{name}", caption_columns=[column], streaming=True)
+        for place in (f"{bucket}/data", data)
     )
     assert embed_at(remote, str(out), part_rows=3) == 0
     embed_at(local, str(tmp_path / "local"), part_rows=3)
@@ -136,14 +103,14 @@ def test_remote_shards_are_embedded_and_resumed(
     assert verify.run(verify.VerifyConfig(folder=str(out)))["num_shards"] == count
     manifest = StoreManifest.read(next(out.glob("*.manifest")))
     assert manifest.source is not None
-    assert manifest.source.bytes == (web / name).stat().st_size
+    assert manifest.source.bytes == (data / name).stat().st_size
     found = SourceSidecars(out, ShardedSource(remote).shards).open(0)
     for text in ["caption 0 0"] if count == 1 else ["cat 1", "cat 7", "everywhere"]:
         assert found.lookup([text], dtype=None).equal(encoder.embed([text]).half())
     with pytest.raises(ValueError, match="is remote; set output_dir"):
         list_jobs([remote], None)
     with pytest.raises(ValueError, match="cannot be written; set output_dir"):
-        list_jobs([remote], server)
+        list_jobs([remote], "http://127.0.0.1/sidecars")
 
 
 def test_commands_are_refused_as_places(capsys: pytest.CaptureFixture[str]) -> None:
