@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModel
 
+from llm2clip.encoders import embed_captions
 from llm2clip.utils.towers import original_prompt
 from modeling_llm2clip import LLM2CLIPTextModel, with_prompt
+from modeling_llm2clip.modeling_llm2clip_utils import CPU_BATCH_TOKENS
 from tests.golden import load_golden
 from tests.modeling_llm2clip import tiny
 from tests.modeling_llm2clip.llm2vec import FIXTURES, load_text_model
@@ -148,3 +151,45 @@ def test_a_plain_tokenizer_without_the_suffix_is_rejected() -> None:
     plain.pad_token = plain.eos_token
     with pytest.raises(ValueError, match="does not add the prompt"):
         model.encode(CAPTIONS, plain)
+
+
+def tokenizer() -> Any:
+    return with_prompt(tiny.plain_tokenizer(), tiny.PREFIX, tiny.SUFFIX, max_length=64)[0]
+
+
+def batches_of(model: Any, texts: list[str], **options: Any) -> tuple[torch.Tensor, list[torch.Size]]:
+    """The embeddings, and the shapes of the batches that were computed."""
+    shapes = []
+    model.register_forward_pre_hook(lambda _, __, inputs: shapes.append(inputs["input_ids"].shape), with_kwargs=True)
+    return model.encode(texts, tokenizer(), **options), shapes
+
+
+def test_repeated_captions_are_encoded_once_and_share_the_result() -> None:
+    model = tiny.text_model()
+    texts = ["a red bus", "a dog", "a red bus", "two children in a park", "a dog", "a dog"]
+    rows, shapes = batches_of(model, texts)
+    assert sum(captions for captions, _ in shapes) == 3
+    expected = torch.cat([model.encode(text, tokenizer()) for text in texts])
+    torch.testing.assert_close(rows, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_cpu_batches_respect_the_token_budget_and_batch_size() -> None:
+    texts = [" ".join(["dog"] * (1 + number % 9)) + f" {number}" for number in range(150)]
+    _, shapes = batches_of(tiny.text_model(), texts)
+    assert len(shapes) > 2
+    assert all(captions * tokens <= CPU_BATCH_TOKENS and captions <= 64 for captions, tokens in shapes)
+    _, shapes = batches_of(tiny.text_model(), texts, batch_size=3)
+    assert max(captions for captions, _ in shapes) == 3
+
+
+def test_embeddings_that_are_not_finite_are_an_error() -> None:
+    model, processor = tiny.joint_model(), tiny.processor()
+    torch.nn.init.constant_(model.text_adapter.proj.weight, float("nan"))
+    torch.nn.init.constant_(model.visual_projection.weight, float("inf"))
+    with pytest.raises(ValueError, match=r"3 of 3 captions are NaN or infinite, first that of item 0"):
+        model.encode_text(["a dog", "a cat", "a dog"], processor)
+    with pytest.raises(ValueError, match=r"\d of \d images are NaN or infinite"):
+        model.encode_image(tiny.IMAGES, processor)
+    torch.nn.init.constant_(model.text_model.decoder.norm.weight, float("nan"))
+    with pytest.raises(ValueError, match=r"1 of 1 captions are NaN or infinite: a dog\."):
+        embed_captions("a dog", model.text_model, processor)

@@ -59,7 +59,7 @@ def test_an_epoch_has_every_row_once_for_all_shapes(
         assert len(set(read[epoch * rows : (epoch + 1) * rows])) == rows
 
 
-@pytest.mark.parametrize(("world", "workers"), [(2, 2), (4, 0), (8, 1)])
+@pytest.mark.parametrize(("world", "workers"), [(2, 2), (8, 0)])
 def test_one_pass_ends_with_the_last_row(world: int, workers: int, source: CaptionSource) -> None:
     found = []
     for rank in range(world):
@@ -69,8 +69,7 @@ def test_one_pass_ends_with_the_last_row(world: int, workers: int, source: Capti
     assert sorted(found) == every_caption(TARS)
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
-@pytest.mark.parametrize("block", [0, 4])
+@pytest.mark.parametrize(("workers", "block"), [(0, 4), (1, 0), (2, 4)])
 def test_a_resumed_stream_goes_on_where_it_was(workers: int, block: int, source: CaptionSource) -> None:
     """In the first epoch, at its end, and in the second one; with other numbers of processes and workers too."""
     lanes = Lanes.choose(BATCH, 2, 1)
