@@ -55,15 +55,6 @@ def test_packed_states_and_gradients_equal_those_of_padded_rows(model_type: str,
         torch.testing.assert_close(gradients[0][name] / scale, expected / scale, atol=1e-4, rtol=0)
 
 
-def test_inputs_embeds_are_packed_like_input_ids() -> None:
-    model = tiny.text_model()
-    inputs = batch("left")
-    embeds = model.get_input_embeddings()(inputs["input_ids"])
-    expected = model(**inputs).pooler_output
-    found = model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"]).pooler_output
-    torch.testing.assert_close(found, expected)
-
-
 @pytest.mark.parametrize("lengths", [[6, 6, 6], [*[20] * 9, 10, 10]], ids=["full", "nearly full"])
 def test_a_batch_with_little_padding_is_not_packed(lengths: list[int]) -> None:
     inputs = batch("left", lengths)

@@ -50,20 +50,31 @@ def test_bundled_llm_can_be_left_out_and_loaded_later(tmp_path: Path) -> None:
     assert again(**inputs).logits_per_image.equal(model(**inputs).logits_per_image)
 
 
-def test_llm_can_be_a_peft_adapter(tmp_path: Path) -> None:
+@pytest.mark.parametrize("of_tower", [False, True], ids=["llm", "tower"])
+def test_llm_can_be_a_peft_adapter_of_an_llm_or_of_a_trained_tower(of_tower: bool, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    tiny.text_model().decoder.save_pretrained(tmp_path / "base")
-    tower = LLM2CLIPTextModel.from_decoder(tmp_path / "base", prompt_prefix=tiny.PREFIX, num_prefix_tokens=3)
-    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    base = tiny.text_model()
+    (base if of_tower else base.decoder).save_pretrained(tmp_path / "base")
+    if of_tower:
+        tower = LLM2CLIPTextModel.from_pretrained(tmp_path / "base")
+    else:
+        tower = LLM2CLIPTextModel.from_decoder(tmp_path / "base", prompt_prefix=tiny.PREFIX, num_prefix_tokens=3)
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
     tower.decoder = peft.get_peft_model(tower.decoder, lora)
+    tower.decoder.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
     tower.save_pretrained(tmp_path / "llm")
+    ids = torch.randint(1, 400, (2, 9))
+    expected = tower.eval()(ids).pooler_output
+    loaded = AutoModel.from_pretrained(tmp_path / "llm").eval()
+    assert (loaded.config.prompt_prefix, loaded.fingerprint()) == (tiny.PREFIX, tower.fingerprint())
+    torch.testing.assert_close(loaded(ids).pooler_output, expected)
     model = LLM2CLIPModel.from_vision_text_pretrained(tiny.save_vision(tmp_path / "vision"), tmp_path / "llm")
     model.config.text_model_fingerprint = tower.fingerprint()
     model.save_pretrained(tmp_path / "clip")
-    loaded, ids = LLM2CLIPModel.from_pretrained(tmp_path / "clip"), torch.randint(1, 400, (2, 9))
-    torch.testing.assert_close(loaded.text_model(ids).pooler_output, tower.eval()(ids).pooler_output)
+    joint = LLM2CLIPModel.from_pretrained(tmp_path / "clip")
+    torch.testing.assert_close(joint.text_model(ids).pooler_output, expected)
     with pytest.raises(ValueError, match="merge_adapter"):
-        loaded.save_pretrained(tmp_path / "bundled", save_text_model=True)
+        joint.save_pretrained(tmp_path / "bundled", save_text_model=True)
 
 
 def test_error_for_a_wrong_llm_names_both_llms(tmp_path: Path) -> None:

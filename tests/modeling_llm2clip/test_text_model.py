@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel
 
 from llm2clip.encoders import embed_captions
 from llm2clip.utils.towers import original_prompt
-from modeling_llm2clip import LLM2CLIPTextModel, with_prompt
+from modeling_llm2clip import with_prompt
 from modeling_llm2clip.modeling_llm2clip_utils import CPU_BATCH_TOKENS
 from tests.golden import load_golden
 from tests.modeling_llm2clip import tiny
@@ -121,25 +120,6 @@ def test_pooled_output_of_a_16_bit_model_is_not_rounded_to_16_bits(pooling: str)
     expected = (output.last_hidden_state[0].double() * weights[:, None]).sum(dim=0) / weights.sum()
     assert output.pooler_output.dtype == torch.float32
     torch.testing.assert_close(output.pooler_output[0].double(), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_adapter_of_a_trained_tower_loads_with_that_tower(tmp_path: Path) -> None:
-    """Its base model is the tower, whose weights differ from those of the original LLM."""
-    peft = pytest.importorskip("peft")
-    tower = tiny.text_model()
-    tower.config._name_or_path = "some/llm"
-    tower.save_pretrained(tmp_path / "tower")
-    model = LLM2CLIPTextModel.from_pretrained(tmp_path / "tower").eval()
-    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
-    model.decoder = peft.get_peft_model(model.decoder, lora)
-    model.decoder.peft_config["default"].base_model_name_or_path = str(tmp_path / "tower")
-    model.save_pretrained(tmp_path / "adapter")
-    ids = torch.randint(1, 400, (2, 9))
-    for load in (LLM2CLIPTextModel.from_pretrained, AutoModel.from_pretrained):
-        loaded = load(tmp_path / "adapter").eval()
-        assert loaded.config.prompt_prefix == tiny.PREFIX
-        assert loaded.fingerprint() == model.fingerprint()
-        torch.testing.assert_close(loaded(ids).pooler_output, model(ids).pooler_output)
 
 
 def test_a_plain_tokenizer_without_the_suffix_is_rejected() -> None:

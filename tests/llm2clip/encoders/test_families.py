@@ -79,11 +79,10 @@ def test_a_retrieval_model_of_blip_scores_as_its_contrastive_head(tmp_path: Path
     ("family", "reason"),
     [
         (families.xclip, r"\(xclip\) is .*: XCLIPModel has no get_image_features, but get_video_features"),
-        (families.flava, r"\(FlavaModel\) does not embed texts as one vector each"),
         (families.blip_2, r"\(Blip2Model\) does not embed texts as one vector each"),
         (families.unequal, r"\(AlignModel\) embeds images as vectors of 8 values, but texts of 24"),
     ],
-    ids=["xclip", "flava", "blip_2", "unequal"],
+    ids=["xclip", "blip_2", "unequal"],
 )
 def test_what_has_no_common_space_is_refused(family: Callable[[], Any], reason: str, tmp_path: Path) -> None:
     families.save(family, tmp_path)
