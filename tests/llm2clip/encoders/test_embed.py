@@ -86,6 +86,7 @@ def test_weights_and_embeddings_have_the_mode_of_the_umask(inputs: Inputs, tmp_p
     try:
         model, _ = open_text_tower(inputs.text)
         model.save_pretrained(tmp_path / "tower")
+        tiny.joint_model().save_pretrained(tmp_path / "joint")
         lora = peft.LoraConfig(r=2, target_modules=["q_proj"])
         adapted = LLM2CLIPTextModel(model.config, decoder=peft.get_peft_model(model.decoder, lora))
         adapted.save_pretrained(tmp_path / "adapter")
@@ -93,7 +94,7 @@ def test_weights_and_embeddings_have_the_mode_of_the_umask(inputs: Inputs, tmp_p
     finally:
         os.umask(mask)
     files = sorted(tmp_path.rglob("*.safetensors"))
-    assert [path.parent.name for path in files] == ["adapter", "cache", "cache", "tower"]
+    assert [path.parent.name for path in files] == ["adapter", "cache", "cache", "joint", "tower"]
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o640}
 
 
