@@ -22,7 +22,7 @@ def test_every_fixture_is_compared() -> None:
     for fixture, files in listed.items():
         for file in files:
             text = (TESTS / file).read_text(encoding="utf-8")
-            # test_text_model.py and those that use its list put the name together.
+            # Those that use the list of llm2vec.py put the name together.
             assert fixture in text or ("FIXTURES" in text and fixture.startswith("llm2vec_")), (
                 f"{file} does not compare {fixture}"
             )

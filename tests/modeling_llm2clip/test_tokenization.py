@@ -71,7 +71,9 @@ def test_ids_equal_the_original_for_every_prompt_template() -> None:
         prompt = original_prompt(model_type, row["name_or_path"], row["pooling_mode"])
         prompted, _ = with_prompt(tokenizer, *prompt)
         for text, prepared in zip(golden.meta["texts"], row["vendored"], strict=True):
-            # The original removes the separator before it tokenizes; without a template it keeps outer white space.
+            # Without a template the original keeps outer white space.
+            assert prompt[0] + (text.strip() if any(prompt) else text) + prompt[1] == prepared
+            # The original removes the separator before it tokenizes.
             expected = "".join(prepared.split(SEPARATOR))
             expected = expected if any(prompt) else expected.strip()
             if not text:

@@ -104,12 +104,6 @@ def test_crop_has_the_published_scale_and_ratio(image_processor: CLIPImageProces
     torch.testing.assert_close(TrainTransform(image_processor)(image, 11), (expected - mean) / std)
 
 
-def test_crop_of_the_whole_image_equals_the_eval_transform(image_processor: CLIPImageProcessorPil) -> None:
-    square = noise(40, 40)
-    pixels = TrainTransform(image_processor, scale=(1.0, 1.0), ratio=(1.0, 1.0))(square, 0)
-    torch.testing.assert_close(pixels, EvalTransform(image_processor)(square), atol=1e-5, rtol=1e-5)
-
-
 def test_a_processor_without_a_fixed_size_cannot_train() -> None:
     with pytest.raises(ValueError, match="no fixed size"):
         TrainTransform(CLIPImageProcessorPil(do_center_crop=False))
