@@ -38,11 +38,11 @@ def compare(model: nn.Module, inputs: dict[str, Any], output: str, training: boo
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("training", [False, True])
+PLAIN = {"rope_grid_size": None, "swiglu": False, "sub_layer_norm": False, "layer_scale_init_value": 0.1}
+
+
 @pytest.mark.parametrize(
-    "fields",
-    [{}, {"rope_grid_size": None, "swiglu": False, "sub_layer_norm": False, "layer_scale_init_value": 0.1}],
-    ids=["eva02", "plain"],
+    ("fields", "training"), [({}, False), ({}, True), (PLAIN, True)], ids=["eva02", "trained", "plain"]
 )
 def test_compiled_vision_tower_gives_the_values_of_eager_mode(fields: dict[str, Any], training: bool) -> None:
     compare(EVA02VisionModel(vision_config(**fields)), {"pixel_values": PIXELS}, "pooler_output", training)

@@ -44,16 +44,21 @@ def test_every_value_of_tower_and_projection_counts(kind: str) -> None:
     fields = tiny.FROZEN_TOWER if kind == "frozen tower" else {}
     kind = "eva02" if fields else kind
     model = joint(kind, **fields)
-    parts = {name: value for name, value in model.state_dict().items() if name.startswith(HEAD)}
-    assert any(name.startswith(HEAD[1]) for name in parts) == bool(fields)
-    seen = {vision_fingerprint(model, processor(kind))}
-    tower_alone = {vision_fingerprint(model, processor(kind), with_projection=False)}
-    for weight in parts.values():
-        weight.view(-1)[weight.numel() // 2 + 1 if weight.numel() > 2 else 0] += 1
-        seen.add(vision_fingerprint(model, processor(kind)))
-        tower_alone.add(vision_fingerprint(model, processor(kind), with_projection=False))
-    assert len(seen) == len(parts) + 1
-    assert len(tower_alone) == sum(name.startswith(HEAD[0]) for name in parts) + 1
+
+    def found(with_projection: bool = True) -> str:
+        return vision_fingerprint(model, processor(kind), with_projection=with_projection)
+
+    seen, tower_alone = {found()}, [found(False)]
+    for part in HEAD:
+        parts = [value for name, value in model.state_dict().items() if name.startswith(part)]
+        assert bool(parts) == (part != HEAD[1] or bool(fields))
+        for weight in parts:
+            before = len(seen)
+            weight.view(-1)[weight.numel() // 2 + 1 if weight.numel() > 2 else 0] += 1
+            seen.add(found())
+            assert len(seen) == before + 1
+        tower_alone.append(found(False))
+    assert tower_alone[0] != tower_alone[1] == tower_alone[2] == tower_alone[3]
 
 
 def test_the_llm_the_adapter_and_training_do_not_count() -> None:
