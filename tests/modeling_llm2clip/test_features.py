@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig
 
@@ -15,16 +14,13 @@ from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPVisionModel
 from tests.modeling_llm2clip import tiny
 
 PIXELS = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(0))
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-PLAIN = {**SIZES, "image_size": 28, "patch_size": 7}
+PLAIN = {**tiny.SIZES, "image_size": 28, "patch_size": 7}
 # Towers, and what of their last hidden state is not a patch; None where the tower's own output is the mean.
 TOWERS: dict[str, tuple[dict[str, Any], int | None]] = {
     "eva02_vision_model": ({}, 1),
     "clip_vision_model": (PLAIN, 1),
     "siglip_vision_model": (PLAIN, 0),
-    "dinov2": (PLAIN, 1),
     "dinov2_with_registers": ({**PLAIN, "num_register_tokens": 4}, 5),
-    "vit": (PLAIN, 1),
     "deit": (PLAIN, 2),
     "swin": ({"image_size": 28, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2]}, 0),
     "convnext": ({"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}, None),
@@ -67,32 +63,21 @@ def test_the_mean_leaves_out_patches_that_are_dropped_in_training() -> None:
     torch.testing.assert_close(model.get_vision_features(PIXELS), expected)
 
 
-def test_the_mean_takes_all_patches_of_an_image_of_another_size() -> None:
-    model = model_of("dinov2_with_registers", vision_pooling="mean")
-    images = torch.randn(2, 3, 42, 56)
-    states = model.vision_model(pixel_values=images).last_hidden_state
-    assert states.shape[1] == 5 + 6 * 8
-    torch.testing.assert_close(model.get_vision_features(images), states[:, 5:].mean(dim=1))
-
-
 def test_towers_without_a_choice_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"'mean' needs the patches .* Siglip2VisionModel pads them .*; use .* 'cls'"):
+    with pytest.raises(ValueError, match=r"Siglip2VisionModel pads them .*; use .* 'cls'"):
         tiny.joint_model(vision=tiny.other_vision_config("siglip2_vision_model"), vision_pooling="mean")
-    images = AutoConfig.for_model("ijepa", **PLAIN)
     with pytest.raises(ValueError, match="IJepaModel has no pooled output; use vision_pooling 'mean'"):
-        tiny.joint_model(vision=images).get_vision_features(PIXELS)
+        tiny.joint_model(vision=AutoConfig.for_model("ijepa", **PLAIN)).get_vision_features(PIXELS)
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"vision_pooling": "max"}, "vision_pooling 'max' is unknown; choose one of cls, mean, cls_mean"),
-        ({"visual_head": "mlp"}, "visual_head 'mlp' is unknown; choose one of linear, gated"),
+        ({"vision_pooling": "max"}, "vision_pooling 'max' is unknown"),
         ({"visual_head": "gated", "visual_projection": False}, "'gated' is a visual projection"),
-        ({"visual_head_expansion": 0}, "visual_head_expansion must be at least 1, not 0"),
-        ({"initializer": "zero"}, "initializer 'zero' is unknown; choose one of original, normal"),
-        ({"text_config": {"pooling": "max"}}, "pooling 'max' is unknown; choose one of mean"),
-        ({"feature_dropout": 1.0}, "feature_dropout must be at least 0 and below 1, not 1.0"),
+        ({"visual_head_expansion": 0}, "at least 1, not 0"),
+        ({"text_config": {"pooling": "max"}}, "pooling 'max' is unknown"),
+        ({"feature_dropout": 1.0}, "below 1, not 1.0"),
     ],
 )
 def test_impossible_fields_are_rejected(fields: dict[str, Any], message: str) -> None:
@@ -100,27 +85,31 @@ def test_impossible_fields_are_rejected(fields: dict[str, Any], message: str) ->
         LLM2CLIPConfig(**fields)
 
 
-def frozen_tower_model(**fields: Any) -> LLM2CLIPModel:
-    return tiny.with_statistics(tiny.joint_model(**{**tiny.FROZEN_TOWER, **fields}))
+def test_a_tower_without_projection_needs_the_width_of_the_space() -> None:
+    model = tiny.joint_model(visual_projection=False, projection_dim=32)
+    assert model.get_image_features(PIXELS).pooler_output.equal(model.vision_model(PIXELS).pooler_output)
+    with pytest.raises(ValueError, match="width 32 has to be projection_dim 24"):
+        tiny.joint_model(visual_projection=False)
+
+
+def frozen_tower_model() -> LLM2CLIPModel:
+    return tiny.with_statistics(tiny.joint_model(**tiny.FROZEN_TOWER))
 
 
 def test_images_pass_through_standardisation_and_gated_head() -> None:
     model = frozen_tower_model()
-    features = model.get_vision_features(PIXELS)
     statistics, head = model.visual_standardization, model.visual_projection
     assert statistics is not None
-    states = (features - statistics.mean) / statistics.std
-    first, second, last = (getattr(head, name) for name in ("f1", "f2", "g"))
-    assert first.weight.shape == (3 * 64, 64)
-    expected = last(first(states).clamp(0, 6) * second(states))
+    states = (model.get_vision_features(PIXELS) - statistics.mean) / statistics.std
+    expected = head.g(head.f1(states).clamp(0, 6) * head.f2(states))
     torch.testing.assert_close(model.get_image_features(PIXELS).pooler_output, expected)
 
 
 def test_the_centre_is_subtracted_before_normalisation() -> None:
     model, embeds = frozen_tower_model(), torch.randn(3, tiny.HIDDEN)
-    assert model.text_adapter.center is not None
-    states = F.normalize(embeds - model.text_adapter.center, dim=-1)
     adapter = model.text_adapter
+    assert adapter.center is not None
+    states = F.normalize(embeds - adapter.center, dim=-1)
     expected = adapter.proj(adapter.norm(adapter.blocks(states)))
     torch.testing.assert_close(model.get_text_features(llm_embeds=embeds).pooler_output, expected)
 
@@ -134,15 +123,11 @@ def test_stored_features_replace_the_pixels(fields: dict[str, Any]) -> None:
     expected = model(pixel_values=PIXELS, llm_embeds=embeds)
     output = model(vision_features=stored, llm_embeds=embeds)
     torch.testing.assert_close(output.logits_per_image, expected.logits_per_image)
-    for found in (half(vision_features=stored), model(vision_features=stored)):
-        torch.testing.assert_close(found.pooler_output, model(pixel_values=PIXELS).pooler_output)
-    rounded = model(vision_features=stored.half(), llm_embeds=embeds)
-    torch.testing.assert_close(rounded.image_embeds, expected.image_embeds, atol=0.01, rtol=0)
+    torch.testing.assert_close(half(vision_features=stored).pooler_output, half(pixel_values=PIXELS).pooler_output)
     for inputs in ({}, {"pixel_values": PIXELS, "vision_features": stored}):
-        with pytest.raises(ValueError, match="pass either pixel_values or vision_features"):
+        with pytest.raises(ValueError, match="either pixel_values or vision_features"):
             half(**inputs)
-    width = model.config.vision_width
-    with pytest.raises(ValueError, match=rf"have shape \(3, 7\), but this model takes \(batch, {width}\)"):
+    with pytest.raises(ValueError, match=rf"takes \(batch, {model.config.vision_width}\)"):
         model(vision_features=stored[:, :7])
 
 
@@ -157,75 +142,43 @@ def test_feature_dropout_is_active_in_training_only() -> None:
 
 def test_statistics_are_checked() -> None:
     model = frozen_tower_model()
-    zeros, bad = torch.zeros(64), torch.zeros(64)
-    bad[3] = float("nan")
+    zeros, bad = torch.zeros(64), torch.full((64,), torch.nan)
     for mean, std, message in (
-        (bad, zeros, "mean has 1 values that are not finite"),
-        (zeros, bad, "std has 1 values that are not finite"),
+        (bad, zeros, "mean has 64 values that are not finite"),
         (zeros, zeros - 1, "std has 64 negative values"),
-        (zeros[:3], zeros, r"mean has shape \(3,\); this model takes \(64,\)"),
+        (zeros[:3], zeros, r"mean has shape \(3,\)"),
     ):
         with pytest.raises(ValueError, match=message):
             model.set_vision_statistics(mean, std)
-    with pytest.raises(ValueError, match=r"mean has shape \(64,\); this model takes \(32,\)"):
+    with pytest.raises(ValueError, match=r"takes \(32,\)"):
         model.set_text_center(zeros)
-    plain = tiny.joint_model()
     with pytest.raises(ValueError, match="set standardize_vision=True"):
-        plain.set_vision_statistics(zeros, zeros)
-    with pytest.raises(ValueError, match="set center_text=True"):
-        plain.set_text_center(zeros)
-    # A constant feature: its deviation is zero up to rounding.
-    mean, std = torch.full((64,), 50.0), torch.full((64,), 0.5)
+        tiny.joint_model().set_vision_statistics(zeros, zeros)
+
+
+def test_a_constant_feature_is_not_divided_by_its_rounding() -> None:
+    model, std = frozen_tower_model(), torch.full((64,), 0.5)
     std[:2] = torch.tensor([0.0, 2e-5])
-    model.set_vision_statistics(mean, std)
+    model.set_vision_statistics(torch.full((64,), 50.0), std)
     assert model.visual_standardization is not None
     assert model.visual_standardization.std.tolist() == [1.0, 1.0, *[0.5] * 62]
 
 
 def test_statistics_of_a_16_bit_model_stay_in_float32(tmp_path: Path) -> None:
-    def statistics(model: Any) -> dict[str, Tensor]:
-        names = ("visual_standardization.mean", "visual_standardization.std", "text_adapter.center")
-        return {name: values for name, values in model.named_buffers() if name in names}
-
+    names = ("visual_standardization.mean", "visual_standardization.std", "text_adapter.center")
     model = frozen_tower_model()
-    expected = {name: values.clone() for name, values in statistics(model).items()}
-    assert len(expected) == 3
+    expected = {name: model.get_buffer(name).clone() for name in names}
     model.to(torch.bfloat16).save_pretrained(tmp_path)
     models = [model, *(LLM2CLIPModel.from_pretrained(tmp_path, dtype=dtype) for dtype in ("auto", torch.float16))]
     for found in (*models, LLM2CLIPVisionModelWithProjection.from_pretrained(tmp_path)):
-        assert len(statistics(found)) == (3 if hasattr(found, "text_adapter") else 2)
-        for name, values in statistics(found).items():
-            assert values.dtype == torch.float32
-            assert values.equal(expected[name])
+        for name in names if hasattr(found, "text_adapter") else names[:2]:
+            assert found.get_buffer(name).dtype == torch.float32
+            assert found.get_buffer(name).equal(expected[name])
         assert found.visual_projection.g.weight.dtype == found.dtype != torch.float32
         assert found(pixel_values=PIXELS.to(found.dtype)).pooler_output.isfinite().all()
-    output = models[1](pixel_values=PIXELS, llm_embeds=torch.randn(3, tiny.HIDDEN))
-    assert output.logits_per_image.isfinite().all()
-
-
-def test_a_checkpoint_without_the_statistics_is_rejected(tmp_path: Path) -> None:
-    model = tiny.joint_model()
-    model.config.standardize_vision = True
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"not contain all weights .*visual_standardization\.mean"):
-        LLM2CLIPVisionModelWithProjection.from_pretrained(tmp_path)
-
-
-def test_statistics_start_at_zero_and_one_when_a_model_is_built_empty() -> None:
-    """As for sharded training: on the meta device, then given memory, then initialised."""
-    with torch.device("meta"):
-        model = LLM2CLIPModel(tiny.joint_config(**tiny.FROZEN_TOWER))
-    model.to_empty(device="cpu")
-    model.apply(model._init_weights)
-    assert model.visual_standardization is not None
-    assert model.text_adapter.center is not None
-    assert model.visual_standardization.mean.eq(0).all()
-    assert model.visual_standardization.std.eq(1).all()
-    assert model.text_adapter.center.eq(0).all()
 
 
 def test_patches_are_embedded_as_the_features_are() -> None:
-    """The embedding is linear with a linear head: the mean over the patches is that of the image."""
     for pooling in ("mean", "cls_mean"):
         model = tiny.with_statistics(tiny.joint_model(vision_pooling=pooling, standardize_vision=True))
         patches = model.get_patch_features(PIXELS)

@@ -1,4 +1,4 @@
-"""The fingerprint of a text tower: what it depends on, and what not."""
+"""The fingerprint of a text tower: what it depends on and what not, before and after adapters are merged."""
 
 from __future__ import annotations
 
@@ -32,40 +32,27 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         {"hidden_act": "gelu"},
         {"attention_bias": True},
     ],
+    ids=["base", "yarn", "eps", "act", "bias"],
 )
 def test_settings_that_change_the_output_count(changes: dict[str, Any]) -> None:
     model = tiny.text_model()
-    weights = model.state_dict()
-    config = copy.deepcopy(model.config)
-    for name, value in changes.items():
-        setattr(config.decoder_config, name, value)
-    assert decoder_identity(config.decoder_config) != decoder_identity(model.config.decoder_config)
-    changed = model.fingerprint(weights)
-    model.config.decoder_config = config.decoder_config
-    assert model.fingerprint(weights) != changed
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"dtype": torch.bfloat16},
-        {"_attn_implementation": "eager"},
-        {"transformers_version": "4.57.6"},
-        {"_name_or_path": "/somewhere/else"},
-        {"use_cache": True},
-        {"attention_dropout": 0.5},
-        {"initializer_range": 1.0},
-        {"max_position_embeddings": 99},
-        {"rope_theta": 10000},
-        {"eos_token_id": [1, 2]},
-    ],
-)
-def test_settings_that_do_not_change_the_output_do_not_count(changes: dict[str, Any]) -> None:
-    model = tiny.text_model()
-    expected = model.fingerprint()
+    expected, weights = model.fingerprint(), model.state_dict()
     for name, value in changes.items():
         setattr(model.config.decoder_config, name, value)
-    assert model.fingerprint() == expected
+    assert model.fingerprint(weights) != expected
+
+
+def test_settings_that_do_not_change_the_output_do_not_count() -> None:
+    model = tiny.text_model()
+    expected = model.fingerprint()
+    changes = {
+        "dtype": torch.bfloat16, "_attn_implementation": "eager", "transformers_version": "4.57.6",
+        "_name_or_path": "/somewhere/else", "use_cache": True, "attention_dropout": 0.5, "initializer_range": 1.0,
+        "max_position_embeddings": 99, "rope_theta": 10000, "eos_token_id": [1, 2],
+    }  # fmt: skip
+    for name, value in changes.items():
+        setattr(model.config.decoder_config, name, value)
+        assert model.fingerprint() == expected, name
 
 
 def test_settings_are_the_same_in_the_fields_of_transformers_4_and_5() -> None:
@@ -83,7 +70,7 @@ def test_settings_are_the_same_in_the_fields_of_transformers_4_and_5() -> None:
     assert decoder_identity(older) == found
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral", "gemma", "phi3"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "mistral", "gemma"])
 def test_nothing_depends_on_the_version_of_transformers(model_type: str) -> None:
     """These are the same in versions 4.57 and 5: fields at their defaults, and derived ones, are left out."""
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -91,7 +78,7 @@ def test_nothing_depends_on_the_version_of_transformers(model_type: str) -> None
     assert found == {"model_type": model_type, **{name: float(tiny.DECODER[name]) for name in sizes}}
 
 
-@pytest.mark.parametrize("size", [1, 7, 4 * WORDS, 8 * WORDS + 3])
+@pytest.mark.parametrize("size", [1, 7, 8 * WORDS + 3])
 def test_every_value_counts(size: int) -> None:
     weight = torch.randn(size, generator=torch.Generator().manual_seed(0))
     expected = digest_weight(weight)
@@ -101,15 +88,7 @@ def test_every_value_counts(size: int) -> None:
         changed = weight.clone()
         changed[place] *= 1.01
         assert digest_weight(changed) != expected
-    swapped = weight.flip(0)
-    assert (digest_weight(swapped) != expected) == (size > 1)
-
-
-def test_a_transposed_view_counts_as_its_values() -> None:
-    weight = torch.randn(6, 5)
-    assert digest_weight(weight.T) == digest_weight(weight.T.contiguous())
-    part = torch.randn(20, dtype=torch.bfloat16)[3:11]
-    assert digest_weight(part) == digest_weight(part.clone())
+    assert (digest_weight(weight.flip(0)) != expected) == (size > 1)
 
 
 def test_a_single_weight_changes_the_fingerprint_and_the_order_does_not() -> None:
@@ -167,15 +146,11 @@ def test_an_adapter_on_a_rounded_base_that_does_not_fit_is_refused_with_a_way_ou
         LLM2CLIPModel.from_pretrained(tmp_path / "joint")
 
 
-def test_an_adapter_without_a_record_cannot_be_compared_on_a_rounded_base(
-    tmp_path: Path,
-) -> None:
+def test_an_adapter_without_a_record_cannot_be_compared_on_a_rounded_base(tmp_path: Path) -> None:
     save_adapter(tmp_path, torch.float32)
     (tmp_path / "adapter" / "config.json").unlink()
-    tower = LLM2CLIPTextModel.from_pretrained(
-        tmp_path / "adapter", default_config=tiny.text_config(fingerprint="2-of another LLM"), dtype=torch.bfloat16
-    )
-    assert tower.identity() is None
+    options = {"default_config": tiny.text_config(fingerprint="2-of another LLM"), "dtype": torch.bfloat16}
+    assert LLM2CLIPTextModel.from_pretrained(tmp_path / "adapter", **options).identity() is None
 
 
 def test_windows_of_encoders_that_versions_write_differently_do_not_count(
@@ -191,23 +166,74 @@ def test_windows_of_encoders_that_versions_write_differently_do_not_count(
     bases = {"global_rope_theta": 160000.0, "local_rope_theta": 10000.0}
     monkeypatch.setattr(modern, "to_dict", lambda: {**fields, **bases, "global_attn_every_n_layers": 3})
     assert decoder_identity(modern, None) == expected
-    narrow = ModernBertConfig(**SIZES, local_attention=8)
-    assert decoder_identity(narrow, None) != decoder_identity(ModernBertConfig(**SIZES), None)
+    assert decoder_identity(ModernBertConfig(**SIZES, local_attention=8), None) != expected
+
+
+def test_what_follows_the_text_model_counts() -> None:
+    dense = [{"out_features": 4, "bias": True, "activation": "tanh"}]
+    changes = ({}, {"normalize": True}, {"pool_prompt": True}, {"dense": dense}, {"bidirectional": None})
+    configs = [LLM2CLIPTextConfig(decoder_config=BertConfig(**SIZES), **fields) for fields in changes]
+    weights = [("decoder.weight", torch.ones(2))]
+    assert len({text_fingerprint(config, weights) for config in configs}) == len(changes)
+
+
+def adapted(**options: Any) -> LLM2CLIPTextModel:
+    peft = pytest.importorskip("peft")
+    model = tiny.text_model()
+    # As published LLMs are: exact in bfloat16.
+    model.to(torch.bfloat16).float()
+    lora = peft.LoraConfig(r=4, init_lora_weights=False, **{"target_modules": "all-linear", **options})
+    model.decoder = peft.get_peft_model(model.decoder, lora)
+    return model.eval()
 
 
 @pytest.mark.parametrize(
-    "changes",
+    "options",
     [
-        {"normalize": True},
-        {"pool_prompt": True},
-        {"dense": [{"out_features": 4, "bias": True, "activation": "tanh"}]},
-        {"bidirectional": None},
+        {},
+        {"use_dora": True},
+        {"use_rslora": True, "target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
     ],
 )
-def test_what_follows_the_text_model_counts(changes: dict[str, Any]) -> None:
-    weights = [("decoder.weight", torch.ones(2))]
-    fingerprints = {
-        text_fingerprint(LLM2CLIPTextConfig(decoder_config=BertConfig(**SIZES), **fields), weights)
-        for fields in ({}, changes)
-    }
-    assert len(fingerprints) == 2
+def test_identity_of_an_adapter_is_that_of_its_merged_tower(options: dict[str, Any]) -> None:
+    model = adapted(**options)
+    plain = LLM2CLIPTextModel(copy.deepcopy(model.config), decoder=copy.deepcopy(model.decoder).unload())
+    identity = model.fingerprint()
+    assert identity not in (None, plain.fingerprint())
+    ids = torch.randint(1, 400, (2, 9))
+    expected = model(ids).pooler_output
+    half = copy.deepcopy(model)
+    model.merge_adapter()
+    assert model.fingerprint() == identity
+    torch.testing.assert_close(model(ids).pooler_output, expected, atol=1e-5, rtol=1e-4)
+    for name, parameter in half.named_parameters():
+        if "lora_" not in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    half.merge_adapter()
+    assert half.fingerprint() == identity
+
+
+def test_merged_weights_do_not_depend_on_how_a_product_is_summed() -> None:
+    """Permuting the rank changes the order of the sum, as another device or number of threads does."""
+    model = adapted()
+    permuted = copy.deepcopy(model)
+    for name, weight in permuted.named_parameters():
+        if "lora_" in name:
+            weight.data = weight.flip(0 if "lora_A" in name else 1)
+    assert permuted.fingerprint() == model.fingerprint()
+    model.merge_adapter()
+    permuted.merge_adapter()
+    for name, value in model.state_dict().items():
+        assert value.equal(permuted.state_dict()[name]), name
+
+
+def test_an_adapter_in_a_given_state_has_that_states_identity() -> None:
+    """Sharded training passes the weights, which are not in the model then."""
+    model = adapted()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, value in other.state_dict().items():
+            if "lora_B" in name:
+                value.mul_(2)
+    assert model.fingerprint(other.state_dict()) == other.fingerprint() != model.fingerprint()

@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel
-from modeling_llm2clip.modeling_llm2clip_heads import LLM2CLIPGatedHead, build_visual_head
 from modeling_llm2clip.modeling_llm2clip_vision import load_vision_tower
 from tests.modeling_llm2clip import tiny
 
@@ -53,20 +51,6 @@ def test_new_gated_head_starts_as_a_linear_of_torch() -> None:
             assert 0.9 * width**-0.5 < values.abs().max().item() <= width**-0.5, name
 
 
-@pytest.mark.parametrize("kind", ["linear", "gated"])
-def test_a_head_draws_no_random_numbers_for_parts_that_it_lacks(kind: str) -> None:
-    config = tiny.joint_config(visual_head=kind, visual_head_expansion=2)
-    torch.manual_seed(0)
-    head = build_visual_head(config)
-    drawn = torch.rand(1)
-    torch.manual_seed(0)
-    width, expected, bias = config.vision_width, config.projection_dim, config.visual_projection_bias
-    alone = LLM2CLIPGatedHead(width, 2, expected, bias) if kind == "gated" else nn.Linear(width, expected, bias=bias)
-    assert torch.equal(torch.rand(1), drawn)
-    for name, values in alone.named_parameters():
-        assert torch.equal(head.get_parameter(name), values)
-
-
 def test_new_adapter_starts_as_a_linear_of_torch() -> None:
     for name, values in new_model("eva02_vision_model").text_adapter.named_parameters():
         if "norm" in name:
@@ -83,54 +67,43 @@ def test_normal_draws_all_new_weights_from_one_distribution() -> None:
         assert not module.bias.any()
 
 
-def test_pretrained_towers_and_saved_models_keep_their_values(tmp_path: Path) -> None:
-    folder = tiny.save_vision(tmp_path / "vision")
-    tower = load_vision_tower(folder, {})
+def test_pretrained_towers_keep_their_values(tmp_path: Path) -> None:
+    tower = load_vision_tower(tiny.save_vision(tmp_path / "vision"), {})
     expected = {name: values.clone() for name, values in tower.state_dict().items()}
     model = LLM2CLIPModel.from_vision_text_pretrained(tower, tiny.text_model(), projection_dim=24)
     assert all(values.equal(expected[name]) for name, values in model.vision_model.state_dict().items())
     assert 0 < model.visual_projection.weight.std().item() < 1e-4
-    model.save_pretrained(tmp_path / "model")
-    loaded = LLM2CLIPModel.from_pretrained(tmp_path / "model").state_dict()
-    assert all(values.equal(loaded[name]) for name, values in model.state_dict().items())
 
 
-def save_clip(folder: Path, family: str = "clip") -> float:
-    """A CLIP or SigLIP of transformers, both towers in one checkpoint; returns its logit scale."""
+def save_clip(folder: Path, family: str = "clip") -> Path:
+    """A CLIP or SigLIP of transformers, both towers in one checkpoint, whose logit scale is 3.21."""
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = AutoConfig.for_model(
-        family, vision_config={**sizes, "image_size": 28, "patch_size": 14}, text_config={**sizes, "vocab_size": 40}
-    )
-    model = AutoModel.from_config(config)
+    vision, text = {**sizes, "image_size": 28, "patch_size": 14}, {**sizes, "vocab_size": 40}
+    model = AutoModel.from_config(AutoConfig.for_model(family, vision_config=vision, text_config=text))
     model.logit_scale.data.fill_(3.21)
     model.save_pretrained(folder)
-    return 3.21
+    return folder
 
 
 @pytest.mark.parametrize("family", ["clip", "siglip"])
-@pytest.mark.parametrize("asked", [{}, {"logit_scale_init_value": "checkpoint"}])
-def test_a_new_model_starts_with_the_scale_of_the_clip_checkpoint(
-    asked: dict[str, Any], family: str, tmp_path: Path
-) -> None:
-    scale = save_clip(tmp_path / "clip", family)
-    model = LLM2CLIPModel.from_vision_text_pretrained(tmp_path / "clip", tiny.text_model(), **asked)
-    assert model.logit_scale.item() == pytest.approx(scale)
-    assert model.config.logit_scale_init_value == pytest.approx(scale)
-
-
-def test_the_scale_of_a_checkpoint_can_be_replaced(tmp_path: Path) -> None:
-    save_clip(tmp_path / "clip")
-    model = LLM2CLIPModel.from_vision_text_pretrained(tmp_path / "clip", tiny.text_model(), logit_scale_init_value=2.5)
-    assert model.logit_scale.item() == 2.5
+def test_a_new_model_starts_with_the_scale_of_the_clip_checkpoint_unless_set(family: str, tmp_path: Path) -> None:
+    folder = save_clip(tmp_path, family)
+    for asked, scale in (
+        ({}, 3.21),
+        ({"logit_scale_init_value": "checkpoint"}, 3.21),
+        ({"logit_scale_init_value": 2.5}, 2.5),
+    ):
+        model = LLM2CLIPModel.from_vision_text_pretrained(folder, tiny.text_model(), **asked)
+        assert model.logit_scale.item() == pytest.approx(scale)
+        assert model.config.logit_scale_init_value == pytest.approx(scale)
 
 
 def test_a_tower_without_a_scale_starts_at_14_or_is_refused(tmp_path: Path) -> None:
     folder = tiny.save_vision(tmp_path / "vision")
-    for vision in (folder, load_vision_tower(folder, {})):
-        model = LLM2CLIPModel.from_vision_text_pretrained(vision, tiny.text_model(), projection_dim=24)
-        assert model.logit_scale.exp().item() == pytest.approx(1 / 0.07)
-        with pytest.raises(ValueError, match=r"vision has no logit scale; set logit_scale_init_value to a number"):
-            LLM2CLIPModel.from_vision_text_pretrained(vision, tiny.text_model(), logit_scale_init_value="checkpoint")
+    model = LLM2CLIPModel.from_vision_text_pretrained(folder, tiny.text_model(), projection_dim=24)
+    assert model.logit_scale.exp().item() == pytest.approx(1 / 0.07)
+    with pytest.raises(ValueError, match="vision has no logit scale"):
+        LLM2CLIPModel.from_vision_text_pretrained(folder, tiny.text_model(), logit_scale_init_value="checkpoint")
 
 
 def test_logit_scale_in_the_config_of_a_converted_tower_is_kept(tmp_path: Path) -> None:

@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModel
 
-from llm2clip.utils.towers import original_prompt
-from modeling_llm2clip import LLM2CLIPTextModel, with_prompt
-from tests.golden import FOLDER, Golden, load_golden
+from llm2clip.encoders import embed_captions
+from modeling_llm2clip import with_prompt
+from modeling_llm2clip.modeling_llm2clip_utils import CPU_BATCH_TOKENS
+from tests.golden import load_golden
 from tests.modeling_llm2clip import tiny
+from tests.modeling_llm2clip.llm2vec import FIXTURES, load_text_model
 
-FIXTURES = [f"llm2vec_{name}" for name in ("llama_a", "llama_b", "mistral_a", "qwen2_a", "gemma_a", "phi3_a")]
 CAPTIONS = ["a small dog", "two children play football in a green park near a river", "a red bus, seen from above"]
-
-
-def load_text_model(golden: Golden, folder: Path, attention: str = "sdpa", pooling: str = "mean") -> LLM2CLIPTextModel:
-    source = FOLDER / f"{golden.name}_hf"
-    config = AutoConfig.from_pretrained(source)
-    config.architectures = None
-    config.save_pretrained(folder)
-    save_file(golden.group("state"), folder / "model.safetensors", metadata={"format": "pt"})
-    return LLM2CLIPTextModel.from_decoder(
-        folder, decoder_kwargs={"attn_implementation": attention, "dtype": "float32"}, pooling=pooling
-    ).eval()
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -36,12 +25,10 @@ def test_states_equal_llm2vec(name: str, attention: str, tmp_path: Path) -> None
     model = load_text_model(golden, tmp_path, attention)
     for batch in ("pairs", "raw_no_separator", "dup_separator", "single"):
         inputs = golden.group(f"in/{batch}")
-        mask = inputs["attention_mask"]
         with torch.no_grad():
-            output = model(inputs["input_ids"], mask)
-        real = mask.bool()
-        expected = golden[f"out/{batch}/last_hidden_state"]
-        torch.testing.assert_close(output.last_hidden_state[real], expected[real], **golden.meta["tolerance"])
+            states = model(inputs["input_ids"], inputs["attention_mask"]).last_hidden_state
+        real, expected = inputs["attention_mask"].bool(), golden[f"out/{batch}/last_hidden_state"]
+        torch.testing.assert_close(states[real], expected[real], **golden.meta["tolerance"])
 
 
 @pytest.mark.parametrize("pooling", ["mean", "weighted_mean", "last_token", "eos_token", "bos_token"])
@@ -57,17 +44,6 @@ def test_pooling_equals_llm2vec(name: str, pooling: str, tmp_path: Path) -> None
         with torch.no_grad():
             pooled = model(inputs["input_ids"], inputs["attention_mask"], pooling_mask).pooler_output
         golden.close(pooled, key)
-
-
-def test_prompts_equal_the_original_templates() -> None:
-    golden = load_golden("prompt_templates_a")
-    for row in golden.meta["rows"]:
-        model_type = row["config_class"].removesuffix("Config").lower()
-        prefix, suffix = original_prompt(model_type, row["name_or_path"], row["pooling_mode"])
-        for text, expected in zip(golden.meta["texts"], row["vendored"], strict=True):
-            # Without a template the original leaves the text as it is.
-            caption = text.strip() if prefix or suffix else text
-            assert prefix + caption + suffix == expected, row["name_or_path"]
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -104,13 +80,13 @@ def test_embedding_depends_only_on_the_caption(model_type: str, pooling: str) ->
     tokenizer, _ = with_prompt(tiny.plain_tokenizer(), tiny.PREFIX, tiny.SUFFIX, max_length=64)
     model = tiny.text_model(model_type, pooling=pooling)
     expected = torch.cat([model.encode([caption], tokenizer) for caption in CAPTIONS])
-    torch.testing.assert_close(model.encode(CAPTIONS, tokenizer), expected, atol=2e-5, rtol=1e-4)
-    torch.testing.assert_close(model.encode(CAPTIONS, tokenizer, batch_size=2), expected, atol=2e-5, rtol=1e-4)
+    found = [model.encode(CAPTIONS, tokenizer), model.encode(CAPTIONS, tokenizer, batch_size=2)]
     tokenizer.padding_side = "right"
-    torch.testing.assert_close(model.encode(CAPTIONS, tokenizer), expected, atol=2e-5, rtol=1e-4)
+    found.append(model.encode(CAPTIONS, tokenizer))
     model.set_attn_implementation("eager")
-    assert model.decoder.config._attn_implementation == "eager"
-    torch.testing.assert_close(model.encode(CAPTIONS, tokenizer), expected, atol=2e-5, rtol=1e-4)
+    found.append(model.encode(CAPTIONS, tokenizer))
+    for rows in found:
+        torch.testing.assert_close(rows, expected, atol=2e-5, rtol=1e-4)
 
 
 def test_prefix_is_context_but_not_pooled() -> None:
@@ -134,44 +110,6 @@ def test_pooled_output_of_a_16_bit_model_is_not_rounded_to_16_bits(pooling: str)
     torch.testing.assert_close(output.pooler_output[0].double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_adapter_checkpoint_loads_with_its_base_model(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
-    base = tiny.text_model()
-    base.decoder.save_pretrained(tmp_path / "base")
-    model = LLM2CLIPTextModel.from_decoder(tmp_path / "base", prompt_prefix=tiny.PREFIX, num_prefix_tokens=3)
-    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
-    model.decoder = peft.get_peft_model(model.decoder, lora)
-    ids = torch.randint(1, 400, (2, 9))
-    expected = model.eval()(ids).pooler_output
-    model.save_pretrained(tmp_path / "adapter")
-    assert not (tmp_path / "adapter" / "model.safetensors").exists()
-    loaded = LLM2CLIPTextModel.from_pretrained(tmp_path / "adapter").eval()
-    assert loaded.has_adapter
-    assert loaded.config.prompt_prefix == tiny.PREFIX
-    assert loaded.fingerprint() == model.fingerprint()
-    torch.testing.assert_close(loaded(ids).pooler_output, expected)
-    loaded.merge_adapter()
-    assert not loaded.has_adapter
-    torch.testing.assert_close(loaded(ids).pooler_output, expected, atol=1e-5, rtol=1e-4)
-
-
-def test_adapter_of_a_trained_tower_loads_with_that_tower(tmp_path: Path) -> None:
-    """Its base model is the tower, whose weights differ from those of the original LLM."""
-    peft = pytest.importorskip("peft")
-    tower = tiny.text_model()
-    tower.config._name_or_path = "some/llm"
-    tower.save_pretrained(tmp_path / "tower")
-    model = LLM2CLIPTextModel.from_pretrained(tmp_path / "tower")
-    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-    model.decoder = peft.get_peft_model(model.decoder, lora)
-    model.decoder.peft_config["default"].base_model_name_or_path = str(tmp_path / "tower")
-    model.save_pretrained(tmp_path / "adapter")
-    ids = torch.randint(1, 400, (2, 9))
-    for load in (LLM2CLIPTextModel.from_pretrained, AutoModel.from_pretrained):
-        loaded = load(tmp_path / "adapter").eval()
-        torch.testing.assert_close(loaded(ids).pooler_output, model.eval()(ids).pooler_output)
-
-
 def test_a_plain_tokenizer_without_the_suffix_is_rejected() -> None:
     tokenizer, prefix_tokens = with_prompt(tiny.plain_tokenizer(), "", tiny.SUFFIX, max_length=64)
     ids = tokenizer("")["input_ids"]
@@ -181,3 +119,45 @@ def test_a_plain_tokenizer_without_the_suffix_is_rejected() -> None:
     plain.pad_token = plain.eos_token
     with pytest.raises(ValueError, match="does not add the prompt"):
         model.encode(CAPTIONS, plain)
+
+
+def tokenizer() -> Any:
+    return with_prompt(tiny.plain_tokenizer(), tiny.PREFIX, tiny.SUFFIX, max_length=64)[0]
+
+
+def batches_of(model: Any, texts: list[str], **options: Any) -> tuple[torch.Tensor, list[torch.Size]]:
+    """The embeddings, and the shapes of the batches that were computed."""
+    shapes = []
+    model.register_forward_pre_hook(lambda _, __, inputs: shapes.append(inputs["input_ids"].shape), with_kwargs=True)
+    return model.encode(texts, tokenizer(), **options), shapes
+
+
+def test_repeated_captions_are_encoded_once_and_share_the_result() -> None:
+    model = tiny.text_model()
+    texts = ["a red bus", "a dog", "a red bus", "two children in a park", "a dog", "a dog"]
+    rows, shapes = batches_of(model, texts)
+    assert sum(captions for captions, _ in shapes) == 3
+    expected = torch.cat([model.encode(text, tokenizer()) for text in texts])
+    torch.testing.assert_close(rows, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_cpu_batches_respect_the_token_budget_and_batch_size() -> None:
+    texts = [" ".join(["dog"] * (1 + number % 9)) + f" {number}" for number in range(150)]
+    _, shapes = batches_of(tiny.text_model(), texts)
+    assert len(shapes) > 2
+    assert all(captions * tokens <= CPU_BATCH_TOKENS and captions <= 64 for captions, tokens in shapes)
+    _, shapes = batches_of(tiny.text_model(), texts, batch_size=3)
+    assert max(captions for captions, _ in shapes) == 3
+
+
+def test_embeddings_that_are_not_finite_are_an_error() -> None:
+    model, processor = tiny.joint_model(), tiny.processor()
+    torch.nn.init.constant_(model.text_adapter.proj.weight, float("nan"))
+    torch.nn.init.constant_(model.visual_projection.weight, float("inf"))
+    with pytest.raises(ValueError, match=r"3 of 3 captions are NaN or infinite, first that of item 0"):
+        model.encode_text(["a dog", "a cat", "a dog"], processor)
+    with pytest.raises(ValueError, match=r"\d of \d images are NaN or infinite"):
+        model.encode_image(tiny.IMAGES, processor)
+    torch.nn.init.constant_(model.text_model.decoder.norm.weight, float("nan"))
+    with pytest.raises(ValueError, match=r"1 of 1 captions are NaN or infinite: a dog\."):
+        embed_captions("a dog", model.text_model, processor)

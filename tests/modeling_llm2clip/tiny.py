@@ -29,19 +29,11 @@ from modeling_llm2clip import (
 from tests.golden import FOLDER
 
 HIDDEN = 32
+SIZES = {"hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 DECODER = {
-    "hidden_size": HIDDEN,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": 430,
-    "max_position_embeddings": 128,
-    "bos_token_id": 420,
-    "eos_token_id": 424,
-    "pad_token_id": 424,
-}
+    **SIZES, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 430, "max_position_embeddings": 128,
+    "bos_token_id": 420, "eos_token_id": 424, "pad_token_id": 424,
+}  # fmt: skip
 # Decoders for the tests of the text tower; a window of 4 reveals whether a sliding window hides tokens.
 DECODERS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -109,37 +101,18 @@ def text_model(model_type: str = "llama", attn_implementation: str = "sdpa", **f
 
 
 def vision_config(**fields: Any) -> EVA02VisionConfig:
-    defaults = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "image_size": 28,
-        "patch_size": 7,
-        "rope_grid_size": 3,
-    }
-    return EVA02VisionConfig(**{**defaults, **fields})
+    return EVA02VisionConfig(**{**SIZES, "image_size": 28, "patch_size": 7, "rope_grid_size": 3, **fields})
 
 
 def other_vision_config(model_type: str) -> PretrainedConfig:
     """The config of a vision tower of transformers."""
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return AutoConfig.for_model(model_type, **sizes, patch_size=7, **VISION_TOWERS[model_type])
+    return AutoConfig.for_model(model_type, **SIZES, patch_size=7, **VISION_TOWERS[model_type])
 
 
 def joint_config(vision: Any = None, text: Any = None, **fields: Any) -> LLM2CLIPConfig:
-    return LLM2CLIPConfig(
-        vision_config=vision or vision_config(),
-        text_config=text or text_config(),
-        **{
-            "projection_dim": 24,
-            "adapter_num_layers": 2,
-            # Features of a new head of EVA02 would be too small for comparisons.
-            "initializer": "normal",
-            "initializer_range": 0.2,
-            **fields,
-        },
-    )
+    # Features of a new head of EVA02 would be too small for comparisons.
+    defaults = {"projection_dim": 24, "adapter_num_layers": 2, "initializer": "normal", "initializer_range": 0.2}
+    return LLM2CLIPConfig(vision or vision_config(), text or text_config(), **{**defaults, **fields})
 
 
 def joint_model(**fields: Any) -> LLM2CLIPModel:
@@ -192,14 +165,9 @@ def save_apart(folder: Path, **fields: Any) -> LLM2CLIPModel:
     """Save an LLM, and in another folder a model that refers to it."""
     llm = text_model()
     llm.save_pretrained(folder / "llm")
-    model = LLM2CLIPModel.from_vision_text_pretrained(
-        save_vision(folder / "vision"),
-        folder / "llm",
-        projection_dim=24,
-        initializer="normal",
-        initializer_range=0.2,
-        **fields,
-    ).eval()
+    fields = {"projection_dim": 24, "initializer": "normal", "initializer_range": 0.2, **fields}
+    vision = save_vision(folder / "vision")
+    model = LLM2CLIPModel.from_vision_text_pretrained(vision, folder / "llm", **fields).eval()
     with_statistics(model).config.text_model_fingerprint = llm.fingerprint()
     model.set_text_model(llm)
     model.save_pretrained(folder / "clip")

@@ -15,7 +15,7 @@ from llm2clip.data.captioned_images import TableSource
 from llm2clip.data.opened_table import SourceError
 from llm2clip.data.stream_order import Lanes, Mixing
 from llm2clip.data.streams import SampleStream
-from tests.llm2clip.data.test_streams import BATCH, PER_TAR, batches, opened, steps_of, write_tars
+from tests.llm2clip.data.streams import BATCH, PER_TAR, batches, opened, steps_of, write_tars
 
 MIXED_TARS, TABLE_ROWS = (9, 17), 22
 TOTAL = PER_TAR * sum(MIXED_TARS) + TABLE_ROWS
@@ -45,8 +45,7 @@ def mixed(folder: Path, mixing: Mixing, rank: int = 0, world: int = 1, **options
     return SampleStream(sources, mixing=mixing, **{**weights, **place, **options})
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize(("world", "workers"), [(2, 0), (4, 2)])
 @pytest.mark.parametrize("mixing", WAYS)
 def test_a_mixture_has_one_order_for_any_number_of_readers(
     mixing: Mixing, world: int, workers: int, folder: Path
@@ -54,7 +53,7 @@ def test_a_mixture_has_one_order_for_any_number_of_readers(
     lanes = Lanes.choose(4, 1, 1)
     expected = list(itertools.islice(steps_of([mixed(folder, mixing)], 0, lanes, size=4), 60))
     streams = [mixed(folder, mixing, rank, world) for rank in range(world)]
-    for step in (0, 25, 55):
+    for step in (0, 55):
         resumed = steps_of(streams, workers, lanes, step * 4, 4 // world)
         assert list(itertools.islice(resumed, 60 - step)) == expected[step:]
 
@@ -96,8 +95,7 @@ def test_all_ranks_have_the_same_source_in_a_step(weights: tuple[int, ...], fold
         ("weights", {"weights": ()}, "needs a weight for every source"),
         ("weights", {"weights": (1, None, 2)}, "1 has no weight, but others have"),
         ("proportional", {"weights": (1, 1, 2)}, "mixing: proportional has no weights"),
-        ("proportional", {"row_counts": None}, "needs the number of rows of every source, but that of .*0 is unknown"),
-        ("one_source_per_step", {"row_counts": None}, "needs the number of rows of every source"),
+        ("one_source_per_step", {"row_counts": None}, "but that of .*0 is unknown"),
     ],
 )
 def test_impossible_mixtures_are_refused(mixing: Mixing, options: dict[str, Any], message: str, folder: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import tracemalloc
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +10,14 @@ import datasets
 import numpy as np
 import pytest
 
-from llm2clip.data import PairDataset, PairSource, caption_id, captioned_images
-from llm2clip.data.captioned_images import caption_ids, column_texts
+from llm2clip.data import PairDataset, caption_id
+from llm2clip.data.captioned_images import column_texts
 from llm2clip.data.opened_table import SourceError
 from llm2clip.data.pair_keys import BATCH_ROWS, KeyColumns, pair_keys
-from llm2clip.data.pairs import PairTable, _load
 from llm2clip.data.sampling import stable_seed
 from llm2clip.data.sources import column_value
-from tests.llm2clip import tiny
 
-from .test_pairs import table_source
-
-ROWS = 20_000
+from .pairs import table_source
 
 AWKWARD = [
     "a dog", "A  Dog", " a\tdog\n", "a\u3000dog", "a\x1cdog\x85", "straße", "STRASSE", "Σίσυφος", "ΣΊΣΥΦΟΣ",
@@ -73,8 +67,6 @@ def awkward() -> datasets.Dataset:
         KeyColumns(["few", "one"], True, "dotted.name", "record.n"),
         KeyColumns(["record.text", "dotted.name"], True, "few", "one"),
         KeyColumns(["one", "void", "nothing", "record.text"], False, None, "few"),
-        KeyColumns(["few"], False, None, "record"),
-        KeyColumns(["void", "nothing"], True, "one"),
         KeyColumns(["one", "one"], True),
     ],
 )
@@ -86,63 +78,13 @@ def test_keys_of_awkward_texts_are_those_of_the_direct_formula(awkward: datasets
         assert {name: values.tolist() for name, values in found.items()} == expected
 
 
-def test_ids_of_many_texts_are_those_of_each() -> None:
-    texts = [text for text in AWKWARD if text is not None]
-    assert caption_ids(texts).tolist() == [caption_id(text) for text in texts]
-    assert len(caption_ids([])) == 0
-
-
-def test_each_distinct_text_of_some_rows_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    columns = {"q": [f"q{row // 5}" for row in range(100)], "p": [[f"p{row}", "same"] for row in range(100)]}
-    source = table_source(tmp_path, columns, anchor_column="q", positive_column="p")
-    hashed: list[str] = []
-    compute = captioned_images._id_bytes
-    monkeypatch.setattr(captioned_images, "_id_bytes", lambda text: hashed.append(text) or compute(text))
-    PairDataset(source)
-    assert len(hashed) == len(set(hashed)) == 20 + 100 + 1
-
-
 def test_the_first_row_with_something_else_than_text_is_named(tmp_path: Path) -> None:
-    texts: Iterable[Any] = [f"q{row}" for row in range(BATCH_ROWS + 9)]
-    few = [["a"]] * (BATCH_ROWS + 9)
-    numbers: list[Any] = [None] * (BATCH_ROWS + 9)
+    rows = BATCH_ROWS + 9
+    numbers: list[Any] = [None] * rows
+    nested: list[Any] = [None] * rows
     numbers[BATCH_ROWS + 2] = numbers[BATCH_ROWS + 4] = 5
-    nested: list[Any] = [None] * (BATCH_ROWS + 9)
     nested[BATCH_ROWS + 3] = [["x"]]
-    columns = {"q": texts, "p": few, "number": numbers, "nested": nested}
-    path = table_source(tmp_path, columns, anchor_column="q", positive_column="p").path
+    columns = {"q": [f"q{row}" for row in range(rows)], "number": numbers, "nested": nested}
     for names in (["nested", "number"], ["number", "nested"]):
         with pytest.raises(SourceError, match=rf"Row {BATCH_ROWS + 2} of .*: column 'number': .* not int \(5\)\.$"):
-            PairDataset(PairSource(path, caption_columns=["q", *names]))
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Pairs of texts; half of the anchors are equal to the one before."""
-    return tiny.write_text_pairs(tmp_path_factory.mktemp("rows") / "rows.parquet", ROWS)
-
-
-def forbidden(*arguments: Any) -> Any:
-    raise AssertionError("computed again")
-
-
-def pair_source(path: str, **fields: Any) -> PairSource:
-    return PairSource(path, anchor_column="short", positive_column="long", **fields)
-
-
-def test_the_keys_of_pairs_are_computed_once_and_shared(rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = pair_source(rows)
-    built = PairTable(source, _load(source), "rows")
-    monkeypatch.setattr(PairTable, "_build", forbidden)
-    table = _load(source)
-    tracemalloc.start()
-    again = PairTable(source, table, "rows")
-    held = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert held < 8 * ROWS
-    for name in ("rows", "own_keys", "own_starts", "negative_keys", "negative_starts"):
-        assert np.array_equal(getattr(again, name), getattr(built, name))
-    assert PairDataset(source)[7]["anchor"] == "a picture of thing 3"
-    for other in (pair_source(rows, max_samples=50), pair_source(rows, group_column="short")):
-        with pytest.raises(AssertionError, match="computed again"):
-            PairDataset(other)
+            PairDataset(table_source(tmp_path, columns, caption_columns=["q", *names]))

@@ -34,26 +34,17 @@ def test_columns_may_contain_texts_lists_or_records() -> None:
 
 
 @pytest.mark.parametrize(
-    ("weights", "shares"),
-    [
-        (None, {"real": 1 / 2, "d1": 1 / 6, "d2": 1 / 6, "d3": 1 / 6}),
-        ([0.5, 0.5], {"real": 1 / 2, "d1": 1 / 6, "d2": 1 / 6, "d3": 1 / 6}),
-        ([1.0, 9.0], {"real": 0.1, "d1": 0.3, "d2": 0.3, "d3": 0.3}),
-        ([0.0, 1.0], {"d1": 1 / 3, "d2": 1 / 3, "d3": 1 / 3}),
-    ],
+    ("weights", "real"), [(None, 1 / 2), ([0.5, 0.5], 1 / 2), ([1.0, 9.0], 1 / 10), ([0.0, 1.0], 0)], ids=str
 )
-def test_captions_are_drawn_by_weight(weights: list[float] | None, shares: dict[str, float]) -> None:
+def test_captions_are_drawn_by_weight(weights: list[float] | None, real: float) -> None:
+    """The captions of a list share its weight."""
     captions = RowCaptions.of({"real": "real", "dense": ["d1", "d2", "d3"]}, "k", ["real", "dense"], weights)
     draws = 4000
     counts = Counter(captions.draw(seed) for seed in range(draws))
-    assert set(counts) == set(shares)
-    for text, share in shares.items():
-        assert abs(counts[text] / draws - share) < 4 * (share * (1 - share) / draws) ** 0.5
+    for text, share in {"real": real, **dict.fromkeys(("d1", "d2", "d3"), (1 - real) / 3)}.items():
+        assert abs(counts[text] / draws - share) <= 4 * (share * (1 - share) / draws) ** 0.5
 
 
 def test_row_without_a_drawable_caption_raises() -> None:
-    for row, weights in (({"a": " ", "b": []}, None), ({"a": "x", "b": None}, [0.0, 1.0])):
-        with pytest.raises(CaptionError, match="'k7' cannot be used: it has no text in a, b"):
-            RowCaptions.of(row, "k7", ["a", "b"], weights)
-    with pytest.raises(CaptionError, match="'k7' cannot be used: column 'a': a caption must be text, not int"):
-        RowCaptions.of({"a": 1}, "k7", ["a"], None)
+    with pytest.raises(CaptionError, match="'k7' cannot be used: it has no text in a, b"):
+        RowCaptions.of({"a": "x", "b": None}, "k7", ["a", "b"], [0.0, 1.0])

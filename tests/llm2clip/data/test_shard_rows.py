@@ -11,9 +11,8 @@ import pytest
 
 from llm2clip.data import CaptionSource
 from llm2clip.data.opened_table import SourceError
-from llm2clip.data.shard_rows import ShardRows, can_count, count_rows
+from llm2clip.data.shard_rows import ShardRows
 from llm2clip.data.sources import open_source, select_source, source_columns, used_columns
-from tests.llm2clip.data.conftest import ROWS
 
 
 def opened(source: CaptionSource) -> tuple[ShardRows, str | None]:
@@ -63,10 +62,3 @@ def test_parquet_with_paths_and_row_groups(tmp_path: Path, made: Path) -> None:
     datasets.Dataset.from_dict(paths).to_parquet(tmp_path / "pictures" / "paths.parquet")
     shards, _ = opened(CaptionSource(str(tmp_path / "pictures" / "paths.parquet"), streaming=True))
     assert list(shards.read(0, 0, 1)) == [(0, {"image": str(tmp_path / "pictures" / "0.png"), "caption": "a"})]
-
-
-def test_rows_are_counted_without_reading_them(made: Path, tmp_path: Path) -> None:
-    counted = [made / "bytes.parquet", made / "webdataset" / "00000.tar"]
-    assert [count_rows(str(path)) for path in counted] == [ROWS, ROWS // 2]
-    others = [str(made / "csv" / "data.csv"), "memory://a.tar", str(tmp_path / "a.tar.gz")]
-    assert not any(map(can_count, others))

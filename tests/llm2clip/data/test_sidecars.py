@@ -1,61 +1,61 @@
-"""Sidecars beside their shards: what they contain, and which do not fit."""
+"""Sidecars beside their shards: what they contain, which do not fit, and whichever runs write them and die."""
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 
-from llm2clip.data.shards import ShardedSource
-from llm2clip.data.sidecars import SourceSidecars
-from llm2clip.encoders.embed_shards import ShardCounts
-from llm2clip.store import MissingCaptionError, StoreDamagedError, StoreError, StoreManifest, StoreMismatchError
-from llm2clip.store.store import lies_beside_shards, stored_manifest
-from llm2clip.utils.files import sha256
+from llm2clip.data import CaptionSource
+from llm2clip.data.shards import ShardedSource, SourceShard
+from llm2clip.data.sidecars import SidecarFolder, SourceSidecars
+from llm2clip.encoders.embed_shards import ShardCounts, ShardEmbedder, list_jobs
+from llm2clip.store import MissingCaptionError, StoreDamagedError, StoreManifest, StoreMismatchError
+from llm2clip.store.store import lies_beside_shards
+from llm2clip.utils.files import sha256, temporary_name
 from tests.damage import flip
 from tests.llm2clip.encoders.shards import Counting, description, embed, write_shards
 from tests.llm2clip.store import encoder
+from tests.processes import run_python
+from tests.tars import write_tar
 
 
 def test_a_sidecar_has_the_distinct_captions_of_its_shard(tmp_path: Path) -> None:
-    source = write_shards(tmp_path / "data")
-    calls = Counting()
+    source, calls = write_shards(tmp_path / "data"), Counting()
     assert embed(source, None, calls) == ShardCounts(4, 0, 12, 4, 0, [])
-    assert sorted(calls.texts) == sorted(
-        4 * ["everywhere"] + [f"{a}dog {n}" for n in range(4) for a in ("", "a long ")]
-    )
+    dogs = [f"{a}dog {n}" for n in range(4) for a in ("", "a long ")]
+    assert sorted(calls.texts) == sorted(4 * ["everywhere"] + dogs)
     sidecars = SourceSidecars(tmp_path / "data", ShardedSource(source).shards)
     checked = sidecars.check(["caption", "other"])
     assert (checked.manifest.identity, checked.row_counts) == (description().identity, [3, 3, 3, 3])
     for number in range(4):
-        opened = sidecars.open(number)
-        for text in ("everywhere", f"dog {number}", f"a long dog {number}"):
-            torch.testing.assert_close(opened.lookup([text]), encoder.embed([text]), atol=2e-3, rtol=2e-3)
-        with pytest.raises(MissingCaptionError, match=rf"lacks 1 of 1 captions, such as 'dog {number + 1}'"):
-            opened.lookup([f"dog {number + 1}"])
-    path = tmp_path / "data" / "2.parquet"
+        texts = ["everywhere", f"dog {number}", f"a long dog {number}"]
+        torch.testing.assert_close(sidecars.open(number).lookup(texts), encoder.embed(texts), atol=2e-3, rtol=2e-3)
+        with pytest.raises(MissingCaptionError, match=rf"'dog {number + 1}'"):
+            sidecars.open(number).lookup([f"dog {number + 1}"])
+    path, rows = tmp_path / "data" / "2.parquet", tmp_path / "data" / "2.emb.safetensors"
     manifest = StoreManifest.read(tmp_path / "data" / "2.emb.manifest")
-    rows = tmp_path / "data" / "2.emb.safetensors"
     assert (manifest.rows, manifest.counts) == (3, {"truncated": 1, "reused": 0})
     assert (manifest.bytes, manifest.checksum) == (rows.stat().st_size, sha256(rows))
-    source_file, size = manifest.source, path.stat().st_size
-    assert source_file is not None
-    assert (source_file.rows, source_file.bytes, source_file.checksum) == (3, size, f"sha256:{sha256(path)}")
+    file = manifest.source
+    assert file is not None
+    assert (file.rows, file.bytes, file.checksum) == (3, path.stat().st_size, f"sha256:{sha256(path)}")
     assert lies_beside_shards(tmp_path)
-    assert stored_manifest(tmp_path).fingerprint == "finger-a"
 
 
 def test_sidecars_of_another_encoder_are_refused(tmp_path: Path) -> None:
     source, out = write_shards(tmp_path / "data", 2), tmp_path / "out"
-    embed(source, out)
-    with pytest.raises(StoreMismatchError, match="fingerprint 'finger-a', but this run has fingerprint 'finger-b'"):
-        embed(source, out, made_by=description(fingerprint="finger-b"))
-    shutil.rmtree(out)
     embed(source, out, part=(0, 2))
-    with pytest.raises(MissingCaptionError, match=r"do not fit 1 of 2 shards: 1\.parquet has none"):
+    with pytest.raises(StoreMismatchError, match="'finger-a', but this run has fingerprint 'finger-b'"):
+        embed(source, out, made_by=description(fingerprint="finger-b"))
+    with pytest.raises(MissingCaptionError, match=r"1\.parquet has none"):
         SourceSidecars(out, ShardedSource(source).shards).check(["caption"])
     embed(source, tmp_path / "b", made_by=description(fingerprint="finger-b"), part=(1, 2))
     for path in (tmp_path / "b").iterdir():
@@ -75,10 +75,86 @@ def test_damage_is_found(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(StoreDamagedError, match="is truncated"):
         SourceSidecars(out, sidecars.shards).open(0)
-    fields = json.loads(described.read_text())
-    described.write_text(json.dumps({**fields, "format_version": 2}))
-    with pytest.raises(StoreError, match="version 2, but this version of llm2clip reads"):
-        sidecars.check(["caption"])
-    described.write_text(json.dumps({**fields, "encoder": "another"}))
+    described.write_text(described.read_text().replace('"tiny"', '"another"'))
     with pytest.raises(StoreDamagedError, match=r"0\.emb\.manifest has changed since it was written"):
         sidecars.check(["caption"])
+
+
+@pytest.mark.parametrize("kind", ["parquet", "json"])
+def test_sidecars_in_the_folder_of_a_source_are_not_its_data(kind: str, tmp_path: Path) -> None:
+    for number in range(2):
+        rows = datasets.Dataset.from_dict({"caption": [f"dog {number}"]})
+        getattr(rows, f"to_{kind}")(tmp_path / f"{number}.{kind}")
+    source = CaptionSource(str(tmp_path), streaming=True)
+    assert embed(source, None).done_before == 0
+    assert embed(source, None) == ShardCounts(2, 2, 0, 0, 0, [])
+    namesake = SourceShard(0, str(tmp_path / "0.tar"), "0.tar")
+    with pytest.raises(StoreMismatchError, match=r"belongs to 0\.\w+, and 0\.tar would have the same"):
+        SidecarFolder(tmp_path).is_embedded(namesake, description(), ["caption"])
+
+
+def test_two_shards_of_one_name_are_refused(tmp_path: Path) -> None:
+    sources = [write_shards(tmp_path / name, 1) for name in ("a", "b")]
+    with pytest.raises(ValueError, match=r"two shards would have the sidecar .*0\.emb\.safetensors"):
+        list_jobs(sources, str(tmp_path / "out"))
+    shards = ShardEmbedder(Counting(), description())
+    assert shards.run(list_jobs(sources, None), show_progress_bar=False).shards == 2
+
+
+def test_leftovers_of_killed_runs_are_removed(tmp_path: Path) -> None:
+    source, out = write_shards(tmp_path / "data", 2), tmp_path / "out"
+    out.mkdir()
+    dead = int(run_python(["-c", "import os; print(os.getpid())"]).stdout)
+    names = ("0.emb.safetensors", "1.emb.manifest", "2.emb.manifest")
+    mine = [temporary_name(out / name).name for name in names]
+    left = [out / name.replace(f".{os.getpid()}.", f".{dead}.") for name in mine]
+    living = out / mine[0].replace(f".{os.getpid()}.", f".{os.getppid()}.")
+    for path in (*left, living):
+        path.write_bytes(b"half")
+    embed(source, out)
+    assert sorted(out.glob(".*.tmp")) == sorted([left[2], living])  # of another shard, and of a run that lives
+
+
+def test_two_runs_at_once_compute_a_shard_once(tmp_path: Path) -> None:
+    """The encoders of the two runs differ in their last bits, as on a GPU: checksums of the one fit no other."""
+    source, out = write_shards(tmp_path / "data", 2), tmp_path / "out"
+    begun, texts = threading.Event(), list[list[str]]()
+
+    def run(factor: float) -> ShardCounts:
+        def slowly(batch: list[str]) -> tuple[torch.Tensor, int]:
+            begun.set()
+            time.sleep(0.3)
+            texts.append(batch)
+            return encoder.embed(batch) * factor, 0
+
+        return ShardEmbedder(slowly, description()).run(list_jobs([source], str(out)), show_progress_bar=False)
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(run, 1.01)
+        begun.wait(20)
+        counts = [pool.submit(run, 1.0).result(), first.result()]
+    assert len(texts) == sum(one.shards - one.done_before for one in counts) == 2
+    assert len(list(out.iterdir())) == 4
+    SourceSidecars(out, ShardedSource(source).shards).open(0)
+
+
+def test_content_that_changed_with_its_old_size_and_time_is_embedded_again(tmp_path: Path) -> None:
+    path, out, calls = tmp_path / "data" / "0.tar", tmp_path / "out", Counting()
+    source = CaptionSource(str(path), caption_columns=["txt"], streaming=True)
+    write_tar(path, [("0.txt", b"a dog")])
+    embed(source, out)
+    before = path.stat()
+    write_tar(path, [("0.txt", b"a cat")])
+    os.utime(path, ns=(before.st_mtime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+    assert embed(source, out, calls).done_before == 0
+    assert calls.texts == ["a cat"]
+
+
+def test_a_shard_without_rows_is_embedded(tmp_path: Path) -> None:
+    source, out = write_shards(tmp_path / "data", 2), tmp_path / "out"
+    table = datasets.Dataset.from_parquet(str(tmp_path / "data" / "0.parquet"))
+    table.select(range(0)).to_parquet(tmp_path / "data" / "0.parquet")
+    assert embed(source, out).failed == []
+    assert embed(source, out).done_before == 2
+    assert SourceSidecars(out, ShardedSource(source).shards).check(["caption"]).row_counts == [0, 3]

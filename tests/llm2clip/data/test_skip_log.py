@@ -24,23 +24,19 @@ def test_skip_log_lists_each_key_once(tmp_path: Path) -> None:
 
 
 def test_a_log_is_rewound_to_a_size(tmp_path: Path) -> None:
-    path = tmp_path / "skipped.jsonl"
-    log = SkipLog(path)
-    log.rewind(10)
+    log = SkipLog(tmp_path / "skipped.jsonl")
     log.add([("a", "torn")])
     size = log.size
     log.add([("b", "torn")])
     log.rewind(size)
     assert (log.take_new(), log.size) == (["a"], size)
-    log.rewind(0)
-    assert (log.take_new(), path.read_bytes()) == ([], b"")
 
 
 def test_a_damaged_log_is_named_unless_it_is_of_another_run(tmp_path: Path) -> None:
     path = tmp_path / "skipped.jsonl"
     path.write_bytes(bytes(20) + b"\n")
-    with pytest.raises(ValueError, match=r"skipped\.jsonl cannot be read"):
-        SkipLog(path).take_new()
     log = SkipLog(path)
+    with pytest.raises(ValueError, match=r"skipped\.jsonl cannot be read"):
+        log.take_new()
     log.rewind(0)
     assert log.take_new() == []

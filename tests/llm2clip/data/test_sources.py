@@ -3,6 +3,7 @@ from __future__ import annotations
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -54,12 +55,6 @@ def test_all_formats_give_the_same_encoded_images_and_captions(made: Path, form:
         assert texts == captions(number)[: len(texts)]
 
 
-def test_example_folder_is_read_by_split() -> None:
-    for split, count in (("train", 6150), ("validation", 369), ("test", 695)):
-        assert len(load_source(CaptionSource(CONCEPTS, split=split), with_images=False)) == count
-    assert len(load_source(CaptionSource(CONCEPTS, split="train[:10]+test[:5]"), with_images=False)) == 15
-
-
 @pytest.mark.parametrize("streaming", [False, True])
 def test_only_the_used_columns_are_read(streaming: bool) -> None:
     source = CaptionSource(CONCEPTS, split="test", caption_columns=["keywords", "caption_de"], streaming=streaming)
@@ -68,33 +63,27 @@ def test_only_the_used_columns_are_read(streaming: bool) -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_max_samples_takes_the_first_rows(streaming: bool) -> None:
+def test_splits_and_max_samples_choose_rows(streaming: bool) -> None:
+    whole = load_source(CaptionSource(CONCEPTS, split="train[:10]+test"), with_images=False)
+    assert len(whole) == 10 + 695
     source = CaptionSource(CONCEPTS, split="test", streaming=streaming, max_samples=7)
-    rows = list(load_source(source, with_images=False))
-    whole = load_source(CaptionSource(CONCEPTS, split="test"), with_images=False)
-    assert [row["key"] for row in rows] == whole[:7]["key"]
+    assert [row["key"] for row in load_source(source, with_images=False)] == whole[10:17]["key"]
 
 
 def test_error_for_missing_columns_lists_the_existing_columns(made: Path) -> None:
     source = CaptionSource(CONCEPTS, caption_columns=["captions", "caption"], image_column="picture", key_column="id")
     with pytest.raises(
-        SourceError, match="no columns 'picture', 'captions', 'id'; it has key, image, source"
-    ) as caught:
+        SourceError, match=r"no columns 'picture', 'captions', 'id'; it has key, .*Did you mean 'caption'"
+    ):
         load_source(source)
-    assert "Did you mean 'caption'" in str(caught.value)
     with pytest.raises(
         SourceError, match=r"it has png, json, json\.caption, json\.nested, json\.nested\.long, __key__"
     ):
         load_source(CaptionSource(str(made / "webdataset"), caption_columns=["txt"]))
     with pytest.raises(SourceError, match=r"metadata\.jsonl"):
         load_source(CaptionSource(str(made / "csv")))
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_column_without_images_is_rejected(made: Path, streaming: bool) -> None:
-    source = CaptionSource(str(made / "bytes.parquet"), image_column="caption", streaming=streaming)
     with pytest.raises(SourceError, match=r"Column 'caption' of .* contains List.*, not images"):
-        load_source(source)
+        load_source(CaptionSource(str(made / "bytes.parquet"), image_column="caption"))
 
 
 def test_relative_image_paths_with_several_folders_are_rejected(tmp_path: Path) -> None:
@@ -110,7 +99,6 @@ def test_relative_image_paths_with_several_folders_are_rejected(tmp_path: Path) 
     [
         ("no/such/file.parquet", "no file or folder 'no/such/file.parquet'"),
         ("nowhere", "not the id of a data set on the Hub"),
-        ("/no/folder", "not the id of a data set on the Hub"),
         ("shards/*.tar", r"No file matches 'shards/\*.tar'"),
         ("owner/name", "Hub cannot be reached"),
     ],
@@ -121,11 +109,14 @@ def test_error_for_a_path_that_does_not_exist_names_it(path: str, message: str) 
 
 
 def test_error_for_an_unknown_split_lists_the_splits(made: Path) -> None:
-    for streaming in (False, True):
-        with pytest.raises(SourceError, match="no split 'dev'; it has train, validation, test"):
-            load_source(CaptionSource(CONCEPTS, split="dev", streaming=streaming))
-    with pytest.raises(SourceError, match="no split 'dev'; it has train, test"):
-        load_source(CaptionSource(str(made / "saved_splits"), split="dev"))
+    saved = str(made / "saved_splits")
+    for path, streaming, splits in (
+        (CONCEPTS, False, "train, validation, test"),
+        (CONCEPTS, True, "train, validation, test"),
+        (saved, False, "train, test"),
+    ):
+        with pytest.raises(SourceError, match=f"no split 'dev'; it has {splits}"):
+            load_source(CaptionSource(path, split="dev", streaming=streaming))
 
 
 def test_errors_for_unreadable_and_unsupported_files_name_them(tmp_path: Path) -> None:
@@ -140,9 +131,8 @@ def test_errors_for_unreadable_and_unsupported_files_name_them(tmp_path: Path) -
 @pytest.mark.parametrize("streaming", [False, True], ids=["prepared", "stream"])
 def test_a_name_like_a_pattern_is_the_name_of_one_file(streaming: bool, tmp_path: Path) -> None:
     for name in ("a[1].csv", "a1.csv", "b*.csv", "bc.csv", "[2] d/e.csv", "2 d/e.csv"):
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(f"caption\n{name}\n")
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"caption\n{name}\n")
 
     def read(name: str) -> list[str]:
         return distinct_captions(CaptionSource(str(tmp_path / name), streaming=streaming), False)
@@ -170,43 +160,41 @@ def test_error_for_an_unknown_field_suggests_the_nearest_one() -> None:
     with pytest.raises(ValueError, match="needs a path"):
         CaptionSource.from_dict({"split": "test"})
     assert CaptionSource.from_dict("a/b") == CaptionSource("a/b")
-    assert CaptionSource.from_dict({"path": "a", "caption_columns": "x"}).caption_columns == ["x"]
 
 
 @pytest.mark.parametrize(
-    "fields",
-    [
-        {"caption_columns": []},
-        {"caption_weights": [0.5, 0.5]},
-        {"caption_weights": [0.0]},
-        {"caption_weights": [-1.0]},
-        {"max_samples": 0},
-    ],
+    ("field", "value"),
+    [("caption_columns", []), ("caption_weights", [0.5, 0.5]), ("caption_weights", [-1.0]), ("max_samples", 0)],
 )
-def test_invalid_field_values_are_rejected(fields: dict[str, object]) -> None:
+def test_invalid_field_values_are_rejected(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match="somewhere"):
-        CaptionSource("somewhere", **fields)
+        CaptionSource("somewhere", **{field: value})
 
 
-# What remains of a tar that is damaged at a member.
+# What remains of a tar that is damaged at a member; other damages are in test_tar_rows.py.
 DAMAGES: dict[str, Callable[[bytes, tarfile.TarInfo], bytes]] = {
     "cut in a file": lambda content, member: content[: member.offset_data + 3],
-    "cut in a header": lambda content, member: content[: member.offset + 100],
     "cut between files": lambda content, member: content[: member.offset],
-    "damaged header": lambda content, member: content[: member.offset] + b"x" * 200 + content[member.offset + 200 :],
     "zeros": lambda content, member: content[: member.offset] + bytes(512) + content[member.offset + 512 :],
 }
+
+
+def texts(path: str, streaming: bool = False) -> CaptionSource:
+    return CaptionSource(path, caption_columns=["txt"], streaming=streaming)
+
+
+def read_shard(path: str) -> object:
+    opened = ShardedSource(texts(path, streaming=True))
+    return opened.read(opened.shards[0])
+
+
 DOORS: dict[str, Callable[[str], object]] = {
-    "table": lambda path: load_source(CaptionSource(path, caption_columns=["txt"])),
-    "captions of a stream": lambda path: distinct_captions(
-        CaptionSource(path, caption_columns=["txt"], streaming=True)
-    ),
-    "rows of a stream": lambda path: count_rows(path),
-    "shard": lambda path: ShardedSource(CaptionSource(path, caption_columns=["txt"], streaming=True)).read(
-        ShardedSource(CaptionSource(path, caption_columns=["txt"], streaming=True)).shards[0]
-    ),
-    "index": lambda path: TableImages(path),
-    "check-data": lambda path: check_data(CaptionSource(path, caption_columns=["txt"]), with_images=False),
+    "table": lambda path: load_source(texts(path)),
+    "captions of a stream": lambda path: distinct_captions(texts(path, streaming=True)),
+    "rows of a stream": count_rows,
+    "shard": read_shard,
+    "index": TableImages,
+    "check-data": lambda path: check_data(texts(path), with_images=False),
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,52 +18,9 @@ from llm2clip.data import tars as tar_reader
 from llm2clip.data.opened_table import SourceError
 from llm2clip.data.shard_rows import ShardRows
 from llm2clip.data.stream_order import Lanes
-from llm2clip.data.streams import SampleStream, share_of_files, shuffled
 from llm2clip.trainers.stage2_data import count_stream
+from tests.llm2clip.data.streams import BATCH, PER_TAR, TARS, batches, every_caption, opened, steps_of, write_tars
 from tests.modeling_llm2clip import tiny
-from tests.tars import write_tar
-
-PER_TAR = 3
-TARS, BATCH = 9, 2
-
-
-def write_tars(folder: Path, count: int, rows: Sequence[int] = (), name: str = "caption") -> CaptionSource:
-    for shard in range(count):
-        numbers = range(rows[shard] if rows else PER_TAR)
-        files = [(f"s{shard}r{row}.txt", f"{name} {shard} {row}".encode()) for row in numbers]
-        write_tar(folder / f"{shard:05d}.tar", files)
-    return CaptionSource(str(folder), caption_columns=["txt"], streaming=True)
-
-
-def every_caption(count: int) -> list[str]:
-    return sorted(f"caption {shard} {row}" for shard in range(count) for row in range(PER_TAR))
-
-
-def captions_of(dataset: StreamingCaptionImageDataset, num_workers: int = 0) -> Iterator[str]:
-    loader = DataLoader(dataset, batch_size=None, num_workers=num_workers)
-    return (sample["caption"] for sample in loader)
-
-
-def opened(source: CaptionSource, rank: int = 0, world: int = 1, **options: Any) -> StreamingCaptionImageDataset:
-    options = {"row_counts": [PER_TAR] * TARS, "repeat": True, "shuffle_block": 4, **options}
-    return StreamingCaptionImageDataset(source, None, rank=rank, world_size=world, **options)
-
-
-def batches(
-    stream: SampleStream, workers: int, lanes: Lanes, start: int = 0, size: int = BATCH
-) -> Iterator[list[str]]:
-    """The captions of the batches of a process, from a row of the stream on."""
-    stream.batch_size, stream.lanes, stream.start = size, lanes, start
-    loader = DataLoader(stream, batch_size=size, num_workers=workers, collate_fn=list)
-    return ([sample["caption"] for sample in batch] for batch in loader)
-
-
-def steps_of(
-    streams: Sequence[SampleStream], workers: int, lanes: Lanes, start: int = 0, size: int = BATCH
-) -> Iterator[list[str]]:
-    """The captions of the batches of all processes together."""
-    ranks = [batches(stream, workers, lanes, start, size) for stream in streams]
-    return (list(itertools.chain(*step)) for step in zip(*ranks, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +28,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> CaptionSource:
     return write_tars(tmp_path_factory.mktemp("tars"), TARS)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("world", [1, 2, 4, 8])
+@pytest.mark.parametrize(("world", "workers"), [(1, 2), (2, 0), (4, 2), (8, 0), (8, 2)])
 def test_nine_tars_have_one_order_for_any_number_of_readers(world: int, workers: int, source: CaptionSource) -> None:
     """Three epochs; the lanes are those of one process."""
     lanes = Lanes.choose(8, 1, 1)
@@ -87,7 +43,7 @@ def test_nine_tars_have_one_order_for_any_number_of_readers(world: int, workers:
 
 @pytest.mark.parametrize(
     ("tars", "rows", "world", "workers", "size"),
-    [(7, 300, 1, 4, 10), (3, 50, 2, 3, 7), (1, 40, 4, 2, 3), (5, 9, 2, 2, 8), (23, 100, 3, 1, 5)],
+    [(7, 150, 1, 4, 10), (3, 50, 2, 3, 7), (1, 40, 4, 2, 3), (5, 9, 2, 2, 8)],
 )
 def test_an_epoch_has_every_row_once_for_all_shapes(
     tars: int, rows: int, world: int, workers: int, size: int, tmp_path: Path
@@ -103,20 +59,17 @@ def test_an_epoch_has_every_row_once_for_all_shapes(
         assert len(set(read[epoch * rows : (epoch + 1) * rows])) == rows
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
-@pytest.mark.parametrize("world", [2, 4, 8])
+@pytest.mark.parametrize(("world", "workers"), [(2, 2), (8, 0)])
 def test_one_pass_ends_with_the_last_row(world: int, workers: int, source: CaptionSource) -> None:
     found = []
     for rank in range(world):
-        for batch in DataLoader(
-            opened(source, rank, world, repeat=False), batch_size=BATCH, num_workers=workers, collate_fn=list
-        ):
+        stream = opened(source, rank, world, repeat=False)
+        for batch in DataLoader(stream, batch_size=BATCH, num_workers=workers, collate_fn=list):
             found += [sample["caption"] for sample in batch]
     assert sorted(found) == every_caption(TARS)
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
-@pytest.mark.parametrize("block", [0, 4])
+@pytest.mark.parametrize(("workers", "block"), [(0, 4), (1, 0), (2, 4)])
 def test_a_resumed_stream_goes_on_where_it_was(workers: int, block: int, source: CaptionSource) -> None:
     """In the first epoch, at its end, and in the second one; with other numbers of processes and workers too."""
     lanes = Lanes.choose(BATCH, 2, 1)
@@ -135,8 +88,7 @@ def test_a_resume_reads_no_more_than_a_block_of_each_lane(
     read: list[str] = []
     decoded = tar_reader._decoded
     monkeypatch.setattr(tar_reader, "_decoded", lambda path, key, *a: (read.append(key), decoded(path, key, *a))[1])
-    lanes = Lanes(1, 4, BATCH)  # of 6 or 7 rows
-    next(batches(opened(source, shuffle_block=3), 0, lanes, 10))
+    next(batches(opened(source, shuffle_block=3), 0, Lanes(1, 4, BATCH), 10))  # lanes of 6 or 7 rows
     assert len(read) == 2 * 3
 
 
@@ -151,9 +103,9 @@ def test_counted_first_rows_are_a_stream_of_their_own(source: CaptionSource) -> 
 
 def test_files_are_read_in_order_without_a_shuffle(source: CaptionSource) -> None:
     stream = opened(source, repeat=False, shuffle_block=0)
-    assert list(captions_of(stream)) == every_caption(TARS)
-    stream.set_epoch(1)
-    assert list(captions_of(stream, 2)) == every_caption(TARS)
+    for epoch in range(2):
+        stream.set_epoch(epoch)
+        assert [sample["caption"] for sample in stream] == every_caption(TARS)
 
 
 def test_batches_have_rows_of_different_files(tmp_path: Path) -> None:
@@ -172,9 +124,10 @@ def test_shards_that_lack_rows_are_named(tmp_path: Path) -> None:
 def test_a_connection_that_ends_while_other_files_are_read_is_made_again(
     source: CaptionSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lanes = Lanes(1, 4, BATCH)
-    expected = list(itertools.islice(batches(opened(source, shuffle_block=1), 0, lanes), 12))
-    read, remote, opens = tar_reader.tar_rows, True, Counter[str]()
+    def rows() -> list[list[str]]:
+        return list(itertools.islice(batches(opened(source, shuffle_block=1), 0, Lanes(1, 4, BATCH)), 12))
+
+    expected, read, opens = rows(), tar_reader.tar_rows, Counter[str]()
 
     def interrupted(path: str, columns: Any, *place: Any) -> Iterator[Any]:
         opens[path] += 1
@@ -184,95 +137,65 @@ def test_a_connection_that_ends_while_other_files_are_read_is_made_again(
             yield row
 
     monkeypatch.setattr("llm2clip.data.shard_rows.tar_rows", interrupted)
-    monkeypatch.setattr(ShardRows, "is_remote", lambda self, file: remote)
-    assert list(itertools.islice(batches(opened(source, shuffle_block=1), 0, lanes), 12)) == expected
-    assert max(opens.values()) > 1
-    remote = False
-    opens.clear()
     with pytest.raises(SourceError, match=r"\.tar cannot be read: RuntimeError: Response payload is not completed"):
-        list(itertools.islice(batches(opened(source, shuffle_block=1), 0, lanes), 12))
+        rows()
+    opens.clear()
+    monkeypatch.setattr(ShardRows, "is_remote", lambda self, file: True)
+    assert rows() == expected
+    assert max(opens.values()) > 1
 
 
 # Rows that are not counted.
 
 
-@pytest.mark.parametrize(("files", "readers"), [(9, 8), (8, 8), (23, 8), (5, 2)])
-def test_every_file_has_one_reader_in_every_epoch(files: int, readers: int) -> None:
-    read: Counter[int] = Counter()
-    for epoch in range(readers):
-        shares = [share_of_files(files, readers, reader, epoch) for reader in range(readers)]
-        assert sorted(itertools.chain(*shares)) == list(range(files))
-        assert max(map(len, shares)) - min(map(len, shares)) <= 1
-        read.update({reader: len(share) for reader, share in enumerate(shares)})
-    assert set(read.values()) == {files}, "in the long run, all readers read equally much"
-
-
-@pytest.mark.parametrize(("tars", "world", "workers"), [(9, 8, 0), (5, 2, 2), (7, 3, 2), (4, 1, 3)])
-def test_workers_of_all_ranks_read_every_row_once(tars: int, world: int, workers: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("tars", "world", "workers"), [(9, 8, 0), (5, 2, 2), (4, 1, 3)])
+@pytest.mark.parametrize("max_samples", [None, 10])
+def test_workers_of_all_ranks_read_every_row_once(
+    tars: int, world: int, workers: int, max_samples: int | None, tmp_path: Path
+) -> None:
     source = write_tars(tmp_path, tars)
+    source.max_samples = max_samples
     found: list[str] = []
     for rank in range(world):
         stream = StreamingCaptionImageDataset(source, None, rank=rank, world_size=world, shuffle_block=4)
         stream.set_epoch(1)
-        found += captions_of(stream, workers)
-    assert sorted(found) == every_caption(tars)
+        found += [sample["caption"] for sample in DataLoader(stream, batch_size=None, num_workers=workers)]
+    assert sorted(found) == every_caption(tars)[:max_samples]
 
 
-def test_keys_do_not_depend_on_order_epoch_and_number_of_readers(tmp_path: Path) -> None:
-    source = write_tars(tmp_path, 4)
-    expected = {f"caption {shard} {row}": f"{shard}-{row}" for shard in range(4) for row in range(PER_TAR)}
-    for world, epoch, block, counted in ((1, 0, 0, False), (1, 1, 6, True), (2, 0, 6, False), (4, 2, 6, True)):
-        keys: dict[str, str] = {}
-        for rank in range(world):
-            counts = [PER_TAR] * 4 if counted else None
-            stream = opened(source, rank, world, row_counts=counts, repeat=False, shuffle_block=block)
-            stream.columns = stream.columns._replace(key=None)  # every tar has keys
-            stream.set_epoch(epoch)
-            keys |= {sample["caption"]: sample["key"] for sample in stream}  # type: ignore[index, call-overload]
-        assert keys == expected
-
-
-def test_first_rows_are_shared_too(tmp_path: Path) -> None:
-    source = write_tars(tmp_path, 3)
-    source.max_samples = 7
-    found = []
-    for rank in range(2):
-        found += captions_of(StreamingCaptionImageDataset(source, None, rank=rank, world_size=2), 2)
-    assert sorted(found) == every_caption(3)[:7]
+@pytest.mark.parametrize(("world", "epoch", "block", "counted"), [(1, 0, 0, False), (2, 0, 6, False), (4, 2, 6, True)])
+def test_keys_do_not_depend_on_order_epoch_and_number_of_readers(
+    world: int, epoch: int, block: int, counted: bool, tmp_path: Path
+) -> None:
+    source, keys = write_tars(tmp_path, 4), dict[str, str]()
+    for rank in range(world):
+        counts = [PER_TAR] * 4 if counted else None
+        stream = opened(source, rank, world, row_counts=counts, repeat=False, shuffle_block=block)
+        stream.columns = stream.columns._replace(key=None)  # every tar has keys
+        stream.set_epoch(epoch)
+        keys |= {sample["caption"]: sample["key"] for sample in stream}  # type: ignore[index, call-overload]
+    assert keys == {f"caption {shard} {row}": f"{shard}-{row}" for shard in range(4) for row in range(PER_TAR)}
 
 
 def test_fewer_tars_than_readers_are_an_error_before_training(tmp_path: Path) -> None:
-    stream = StreamingCaptionImageDataset(write_tars(tmp_path, 3), None, rank=0, world_size=2)
-    message = r"has 3 files, which is fewer than 4 readers \(2 processes with 2 DataLoader workers each\)\. Split the"
-    with pytest.raises(SourceError, match=message):
-        stream.require_files(2)
+    source = write_tars(tmp_path, 3)
+    stream = StreamingCaptionImageDataset(source, None, rank=0, world_size=2)
     args = Stage2Config(output_dir=str(tmp_path / "out"), max_steps=1, dataloader_num_workers=2, use_cpu=True)
     trainer = Stage2Trainer(model=tiny.joint_model(), args=args, train_dataset=stream)
-    with pytest.raises(SourceError, match=message):
+    with pytest.raises(SourceError, match=r"3 files, .* 4 readers \(2 processes with 2 DataLoader workers each\)"):
         trainer.train()
-    three = StreamingCaptionImageDataset(stream.source, None, rank=0, world_size=4)
     with pytest.raises(SourceError, match=r"3 files, which is fewer than 4 readers \(4 processes\)"):
-        next(iter(three))
-    stream.source.max_samples = 3
-    few = StreamingCaptionImageDataset(stream.source, None, rank=0, world_size=2)
+        next(iter(StreamingCaptionImageDataset(source, None, rank=0, world_size=4)))
+    source.max_samples = 3
     with pytest.raises(SourceError, match="has 3 rows, fewer than 4 readers"):
-        few.require_files(2)
+        StreamingCaptionImageDataset(source, None, rank=0, world_size=2).require_files(2)
 
 
 def test_a_reader_without_rows_is_an_error_where_a_stream_is_repeated(tmp_path: Path) -> None:
     source = write_tars(tmp_path, 1)
     source.max_samples = 100  # more than there are
-    ranks = [
-        StreamingCaptionImageDataset(source, None, rank=rank, world_size=4, repeat=True, seed=1) for rank in range(4)
-    ]
+    options: dict[str, Any] = {"world_size": 4, "repeat": True, "seed": 1}
+    ranks = [StreamingCaptionImageDataset(source, None, rank=rank, **options) for rank in range(4)]
     assert [next(iter(stream))["caption"] for stream in ranks[:3]] == every_caption(1)
-    with pytest.raises(SourceError, match="reader 4 of 4 finds no row in the stream"):
+    with pytest.raises(SourceError, match="reader 4 of 4 finds no row"):
         next(iter(ranks[3]))
-
-
-def test_a_buffer_shuffles_without_loss() -> None:
-    assert list(shuffled(iter(range(20)), 0, 1)) == list(range(20))
-    order = list(shuffled(iter(range(200)), 50, 1))
-    assert sorted(order) == list(range(200))
-    assert order == list(shuffled(iter(range(200)), 50, 1)) != list(shuffled(iter(range(200)), 50, 2))
-    assert sum(abs(place - item) for place, item in enumerate(order)) > 200 * 10

@@ -127,14 +127,6 @@ def xclip() -> Built:
     return transformers.XCLIPModel(config), transformers.XCLIPProcessor(_clip_pixels(), clip_tokenizer())
 
 
-def flava() -> Built:
-    config = transformers.FlavaConfig(
-        text_config=BERT_TEXT, image_config=VISION, multimodal_config=TOWER, projection_dim=24, hidden_size=32
-    )
-    processor = transformers.FlavaProcessor(_pixels("Flava", size=SQUARE, crop_size=SQUARE), bert_tokenizer())
-    return transformers.FlavaModel(config), processor
-
-
 def blip_2() -> Built:
     language = transformers.OPTConfig(
         hidden_size=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=200, word_embed_proj_dim=32

@@ -22,6 +22,8 @@ from transformers import (
     SiglipProcessor,
 )
 
+from llm2clip.data import decode_image
+
 SIZE, PATCH, LENGTH = 28, 7, 12
 TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXTS = ["a Small dog", "", "two children play football in a green park behind the old station", "a red bus"]
@@ -52,6 +54,12 @@ def tokenizer(with_mask: bool, **fields: Any) -> PreTrainedTokenizerFast:
         model_input_names=["input_ids", "attention_mask"] if with_mask else ["input_ids"],
         **fields,
     )
+
+
+def stacked(encoder: Any, images: list[Any]) -> dict[str, torch.Tensor]:
+    """A batch of images as an encoder prepares them."""
+    inputs = [encoder.prepare(decode_image(image), "image") for image in images]
+    return {name: torch.stack([one[name] for one in inputs]) for name in inputs[0]}
 
 
 def save_transformers(model_type: str, folder: Path, **vision: Any) -> Any:

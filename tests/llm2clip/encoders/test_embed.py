@@ -17,23 +17,26 @@ from typing import Any
 import pytest
 import torch
 
-from llm2clip.encoders import OurEncoder
-from llm2clip.encoders.embed import EmbedConfig, embed_into_cache, run
+from llm2clip.encoders.embed import EmbedConfig, run
 from llm2clip.store import EmbeddingCache, StoreMismatchError
-from llm2clip.utils.processes import process_state
 from llm2clip.utils.towers import describe_text_tower, open_text_tower
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
+from modeling_llm2clip import LLM2CLIPTextModel
 from tests.llm2clip.conftest import Inputs
 from tests.modeling_llm2clip import tiny
 from tests.processes import ENVIRONMENT, run_ranks
 
 
+def config_of(inputs: Inputs, folder: Path, captions: list[str], **fields: Any) -> EmbedConfig:
+    (folder / "captions.jsonl").write_text("\n".join(json.dumps({"caption": caption}) for caption in captions))
+    sources = [{"path": str(folder / "captions.jsonl")}]
+    return EmbedConfig(
+        **{"text_model_name_or_path": inputs.text, "output_dir": str(folder / "cache"), "sources": sources, **fields}
+    )
+
+
 def test_cache_contains_the_embeddings_of_encode_and_counts_truncated_captions(inputs: Inputs, tmp_path: Path) -> None:
     texts = ["a dog", "a red bus " * 300, "two cats"]
-    (tmp_path / "captions.jsonl").write_text("\n".join(json.dumps({"caption": text}) for text in [*texts, "a dog"]))
-    source = {"path": str(tmp_path / "captions.jsonl")}
-    config = EmbedConfig(text_model_name_or_path=inputs.text, output_dir=str(tmp_path / "cache"), sources=[source])
-    assert run(config) == {"num_captions": 3, "num_truncated": 1}
+    assert run(config_of(inputs, tmp_path, [*texts, "a dog"])) == {"num_captions": 3, "num_truncated": 1}
     model, tokenizer = open_text_tower(inputs.text, dtype="float32")
     texts = [text.strip() for text in texts]
     expected = model.eval().encode(texts, tokenizer)
@@ -43,63 +46,36 @@ def test_cache_contains_the_embeddings_of_encode_and_counts_truncated_captions(i
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_cache_from_16_bit_weights_has_the_towers_fingerprint(dtype: str, inputs: Inputs, tmp_path: Path) -> None:
-    (tmp_path / "captions.jsonl").write_text(json.dumps({"caption": "a dog"}))
-    source = {"path": str(tmp_path / "captions.jsonl")}
-    config = EmbedConfig(
-        text_model_name_or_path=inputs.text, output_dir=str(tmp_path / "cache"), sources=[source], dtype=dtype
-    )
+    config = config_of(inputs, tmp_path, ["a dog"], dtype=dtype)
     run(config)
     model, tokenizer = open_text_tower(inputs.text, dtype="float32")
     cache = EmbeddingCache.open(tmp_path / "cache", model.fingerprint())
-    assert cache.manifest.identity["text_model_dtype"] == dtype
     torch.testing.assert_close(cache.lookup(["a dog"]), model.encode("a dog", tokenizer), atol=3e-2, rtol=3e-2)
     with pytest.raises(StoreMismatchError, match=f"text_model_dtype '{dtype}', but this build has"):
         run(replace(config, dtype="float32"))
-
-
-def test_captions_are_tokenised_once(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tokenizer = open_text_tower(inputs.text, dtype="float32")
-    seen: list[str] = []
-    call = type(tokenizer).__call__
-
-    def counting(self: object, text: list[str] | str, **options: object) -> object:
-        seen.extend([text] if isinstance(text, str) else text)
-        return call(self, text, **options)
-
-    monkeypatch.setattr(type(tokenizer), "__call__", counting)
-    texts = [f"a dog {number}" for number in range(40)]
-    encoder = OurEncoder(model, tokenizer)
-    embed_into_cache(texts, encoder, str(tmp_path), "tower", EmbedConfig(), process_state())
-    assert [text for text in seen if text] == texts
 
 
 def test_a_plain_llm_has_the_header_of_its_name_and_takes_instructions(inputs: Inputs, tmp_path: Path) -> None:
     """As in the original, whose header depends on the name; stage 2 and the cache agree on it."""
     llm = tmp_path / "Meta-Llama-3-8B-Instruct"
     shutil.copytree(inputs.llm, llm)
-    (tmp_path / "captions.jsonl").write_text(json.dumps({"caption": "a dog"}))
-    config = EmbedConfig(
-        text_model_name_or_path=str(llm), output_dir=str(tmp_path / "cache"),
-        sources=[{"path": str(tmp_path / "captions.jsonl")}],
-    )  # fmt: skip
-    run(config)
+    config = config_of(inputs, tmp_path, ["a dog"], text_model_name_or_path=str(llm))
     described, tokenizer = describe_text_tower(str(llm))
     assert (described.prompt_prefix, described.prompt_suffix) == (tiny.PREFIX, tiny.SUFFIX)
-    model, _ = open_text_tower(str(llm), dtype="float32")
-    cache = EmbeddingCache.open(tmp_path / "cache", model.eval().fingerprint())
-    assert cache.manifest.identity["prompt_prefix"] == tiny.PREFIX
-    torch.testing.assert_close(cache.lookup(["a dog"]), model.encode("a dog", tokenizer), atol=2e-3, rtol=2e-3)
-    bare = replace(config, prompt_prefix="", output_dir=str(tmp_path / "bare"))
-    run(bare)
-    assert EmbeddingCache.open(tmp_path / "bare").manifest.identity["prompt_prefix"] == ""
-    instructed = replace(config, instruction="Find a picture:", output_dir=str(tmp_path / "instructed"))
-    run(instructed)
-    expected = model.encode("a dog", tokenizer, instruction="Find a picture:")
-    found = EmbeddingCache.open(tmp_path / "instructed").lookup(["a dog"])
-    torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
-    assert not torch.allclose(found, cache.lookup(["a dog"]), atol=1e-2)
+    model = open_text_tower(str(llm), dtype="float32")[0].eval()
+    instruction, found = "Find a picture:", {}
+    for name, fields in (("plain", {}), ("bare", {"prompt_prefix": ""}), ("told", {"instruction": instruction})):
+        run(replace(config, output_dir=str(tmp_path / name), **fields))
+        found[name] = EmbeddingCache.open(tmp_path / name)
+    expected = model.encode("a dog", tokenizer)
+    assert found["plain"].manifest.fingerprint == model.fingerprint()
+    torch.testing.assert_close(found["plain"].lookup(["a dog"]), expected, atol=2e-3, rtol=2e-3)
+    assert found["bare"].manifest.identity["prompt_prefix"] == ""
+    instructed = model.encode("a dog", tokenizer, instruction=instruction)
+    torch.testing.assert_close(found["told"].lookup(["a dog"]), instructed, atol=2e-3, rtol=2e-3)
+    assert not torch.allclose(instructed, expected, atol=1e-2)
     with pytest.raises(StoreMismatchError, match="prompt_prefix"):
-        run(replace(config, output_dir=str(tmp_path / "instructed")))
+        run(replace(config, output_dir=str(tmp_path / "told")))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="other systems have no umask")
@@ -108,21 +84,17 @@ def test_weights_and_embeddings_have_the_mode_of_the_umask(inputs: Inputs, tmp_p
     peft = pytest.importorskip("peft")
     mask = os.umask(0o027)
     try:
-        model, tokenizer = open_text_tower(inputs.text)
-        LLM2CLIPModel.from_vision_text_pretrained(inputs.vision, model, projection_dim=8).save_pretrained(
-            tmp_path / "a"
-        )
+        model, _ = open_text_tower(inputs.text)
+        model.save_pretrained(tmp_path / "tower")
+        tiny.joint_model().save_pretrained(tmp_path / "joint")
         lora = peft.LoraConfig(r=2, target_modules=["q_proj"])
         adapted = LLM2CLIPTextModel(model.config, decoder=peft.get_peft_model(model.decoder, lora))
-        adapted.save_pretrained(tmp_path / "b")
-        adapted.merge_adapter()
-        adapted.save_pretrained(tmp_path / "c")
-        encoder = OurEncoder(model, tokenizer)
-        embed_into_cache(["a dog"], encoder, str(tmp_path / "d"), "tower", EmbedConfig(), process_state())
+        adapted.save_pretrained(tmp_path / "adapter")
+        run(config_of(inputs, tmp_path, ["a dog"]))
     finally:
         os.umask(mask)
     files = sorted(tmp_path.rglob("*.safetensors"))
-    assert [path.parent.name for path in files] == ["a", "b", "c", "d", "d"]
+    assert [path.parent.name for path in files] == ["adapter", "cache", "cache", "joint", "tower"]
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o640}
 
 
@@ -148,16 +120,12 @@ def test_the_source_decides_between_cache_and_sidecars(
     ("settings", "message"),
     [
         ({"shard_size": 10}, "shard_size is 10, but a run that writes sidecars (engine: processes) does not use it"),
-        ({"ray_actors": 2}, "ray_actors is 2, but a run that writes sidecars (engine: processes) does not use it"),
+        ({"ray_actors": 2}, "ray_actors is 2, but a run that writes sidecars (engine: processes) does not"),
         ({"engine": "ray", "shard_size": 10}, "shard_size is 10, but a run that writes sidecars (engine: ray) does"),
-        (
-            {"store": "cache", "shard_slice": "0/2"},
-            "shard_slice is 0/2, but a run that writes a cache does not use it",
-        ),
-        ({"store": "cache", "part_rows": 5}, "part_rows is 5, but a run that writes a cache does not use it"),
-        ({"store": "cache", "ray_address": "auto"}, "ray_address is auto, but a run that writes a cache does not"),
-        ({"store": "cache", "engine": "ray"}, "engine is ray, but a run that writes a cache does not use it"),
+        ({"store": "cache", "shard_slice": "0/2"}, "shard_slice is 0/2, but a run that writes a cache does not"),
+        ({"store": "cache", "engine": "ray"}, "engine is ray, but a run that writes a cache does not"),
     ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_settings_that_a_run_does_not_use_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):

@@ -16,8 +16,7 @@ from llm2clip.encoders.load import load_encoder
 from modeling_llm2clip import with_pillow
 
 from . import families
-from .models import IMAGES, LENGTH, TEXTS
-from .test_transformers_clip import stacked
+from .models import IMAGES, LENGTH, TEXTS, stacked
 
 # Whether the family was trained with texts of full length.
 FAMILIES = {
@@ -56,7 +55,6 @@ def test_embeddings_are_those_of_the_model_itself(family: Callable[[], Any], tmp
     assert encoder.forward_features(inputs).ndim == 2
     lengths, cut = encoder.text_lengths(TEXTS)
     assert cut.tolist() == (lengths > LENGTH).tolist()
-    assert cut[1:].tolist() == [False, True, False]
     assert encoder.fingerprint() == load_encoder(str(tmp_path)).fingerprint()
 
 
@@ -81,15 +79,14 @@ def test_a_retrieval_model_of_blip_scores_as_its_contrastive_head(tmp_path: Path
     ("family", "reason"),
     [
         (families.xclip, r"\(xclip\) is .*: XCLIPModel has no get_image_features, but get_video_features"),
-        (families.flava, r"\(FlavaModel\) does not embed texts as one vector each"),
         (families.blip_2, r"\(Blip2Model\) does not embed texts as one vector each"),
         (families.unequal, r"\(AlignModel\) embeds images as vectors of 8 values, but texts of 24"),
     ],
-    ids=["xclip", "flava", "blip_2", "unequal"],
+    ids=["xclip", "blip_2", "unequal"],
 )
 def test_what_has_no_common_space_is_refused(family: Callable[[], Any], reason: str, tmp_path: Path) -> None:
     families.save(family, tmp_path)
-    with pytest.raises(ValueError, match=rf"{reason}.*\. Models of transformers are measured by the vectors of"):
+    with pytest.raises(ValueError, match=reason):
         embed(str(tmp_path))
 
 
@@ -101,7 +98,5 @@ def embed(folder: str) -> None:
 def test_a_captioning_model_of_blip_is_refused_by_its_missing_weights(tmp_path: Path) -> None:
     model = families.save(families.blip, tmp_path)
     BlipForConditionalGeneration(model.config).save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"does not contain all weights of BlipModel: .*would be initialized randomly"
-    ):
+    with pytest.raises(ValueError, match=r"not contain all weights of BlipModel: .*would be initialized randomly"):
         load_encoder(str(tmp_path))

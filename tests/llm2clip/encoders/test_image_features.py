@@ -14,7 +14,6 @@ from llm2clip.data import CaptionSource, load_source
 from llm2clip.data.sources import source_columns
 from llm2clip.encoders.batches import TableImages
 from llm2clip.encoders.image_features import ImageFeatures, feature_manifest, pooled_features, store_features
-from llm2clip.store.manifest import StoreDamagedError
 from modeling_llm2clip import LLM2CLIPModel
 from tests.llm2clip.tiny import concepts
 from tests.modeling_llm2clip import tiny
@@ -58,17 +57,8 @@ def test_rows_are_the_features_of_the_images(model: LLM2CLIPModel, tmp_path: Pat
 
 
 def test_every_identity_has_its_own_folder(model: LLM2CLIPModel, tmp_path: Path) -> None:
-    table = images(4)
-    folders = {
-        store(tmp_path, [table], model, **changes).path
-        for changes in (
-            {},
-            {"fingerprint": "2-b"},
-            {"pooling": "mean"},
-            {"vision_model_dtype": "bfloat16"},
-            {"max_pixels": 10**7},
-        )
-    }
+    table, changes = images(4), [{"fingerprint": "2-b"}, {"pooling": "mean"}, {"vision_model_dtype": "bfloat16"}]
+    folders = {store(tmp_path, [table], model, **fields).path for fields in ({}, *changes, {"max_pixels": 10**7})}
     assert len(folders) == 5
     assert store(tmp_path, [table], model, vision_model="moved", shard_size=9).path in folders
 
@@ -84,13 +74,11 @@ def test_a_build_is_continued_where_it_was_killed(
             raise KeyboardInterrupt
         return compute(self, pixel_values, **kwargs)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(LLM2CLIPModel, "get_vision_features", killed)
-        with pytest.raises(KeyboardInterrupt):
-            store(tmp_path / "broken", [images()], model)
-        done = sum(calls[:2])
-        features = store(tmp_path / "broken", [images()], model)
-    assert sum(calls[3:]) == len(features) - done
+    monkeypatch.setattr(LLM2CLIPModel, "get_vision_features", killed)
+    with pytest.raises(KeyboardInterrupt):
+        store(tmp_path / "broken", [images()], model)
+    features = store(tmp_path / "broken", [images()], model)
+    assert sum(calls[:2]) + sum(calls[3:]) == len(features)
     unbroken = store(tmp_path / "unbroken", [images()], model)
     for shard in unbroken.path.glob("*.safetensors"):
         assert shard.read_bytes() == (features.path / shard.name).read_bytes()
@@ -103,15 +91,6 @@ def test_a_worker_reads_the_store_while_it_grows(model: LLM2CLIPModel, tmp_path:
     store(tmp_path, [images(12)], model)
     copy: ImageFeatures = pickle.loads(sent)
     assert (len(copy), copy.find(images(8).content_keys()).tolist()) == (8, list(range(8)))
-    assert copy.read(rows).equal(content)
     (features.path / "index.manifest").unlink()  # while another run writes it
+    assert copy.read(rows).equal(content)
     assert pickle.loads(sent).read(rows).equal(content)
-
-
-def test_a_cut_shard_is_an_error_that_names_it(model: LLM2CLIPModel, tmp_path: Path) -> None:
-    features = store(tmp_path, [images()], model)
-    shard = features.path / "shard-00001.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-8])
-    with pytest.raises(StoreDamagedError, match=r"shard-00001\.safetensors is truncated: .* start the training again"):
-        ImageFeatures.open(features.path)
-    assert len(store(tmp_path, [images()], model)) == len(features)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import AutoProcessor, BertConfig, BertModel
 
@@ -18,13 +17,16 @@ from llm2clip.encoders.patches import patch_embeddings
 from llm2clip.utils.embeddings import NonFiniteError
 from modeling_llm2clip import with_pillow
 
-from .models import IMAGES, LENGTH, TEXTS, save_transformers
+from .models import IMAGES, LENGTH, TEXTS, save_transformers, stacked
 
 FULL_LENGTH = {"siglip": True, "siglip2": True, "clip": False, "chinese_clip": False}
 
 
+Opened = tuple[Any, Any, TransformersEncoder]
+
+
 @pytest.fixture(scope="module", params=sorted(FULL_LENGTH))
-def opened(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, TransformersEncoder]:
+def opened(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Opened:
     folder = tmp_path_factory.mktemp(request.param)
     model = save_transformers(request.param, folder)
     encoder = load_encoder(str(folder))
@@ -32,13 +34,8 @@ def opened(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any,
     return model, AutoProcessor.from_pretrained(folder), encoder
 
 
-def stacked(encoder: Any, images: list[Any]) -> dict[str, Tensor]:
-    inputs = [encoder.prepare(decode_image(image), "image") for image in images]
-    return {name: torch.stack([one[name] for one in inputs]) for name in inputs[0]}
-
-
 @torch.no_grad()
-def test_texts_are_those_of_a_direct_call(opened: tuple[Any, Any, TransformersEncoder]) -> None:
+def test_texts_are_those_of_a_direct_call(opened: Opened) -> None:
     model, processor, encoder = opened
     padding = "max_length" if FULL_LENGTH[model.config.model_type] else "longest"
     inputs = processor.tokenizer(TEXTS, padding=padding, truncation=True, max_length=LENGTH, return_tensors="pt")
@@ -53,7 +50,7 @@ def test_texts_are_those_of_a_direct_call(opened: tuple[Any, Any, TransformersEn
 
 
 @torch.no_grad()
-def test_images_are_those_of_a_direct_call(opened: tuple[Any, Any, TransformersEncoder]) -> None:
+def test_images_are_those_of_a_direct_call(opened: Opened) -> None:
     model, processor, encoder = opened
     upright = [decode_image(image) for image in IMAGES]
     inputs = with_pillow(processor.image_processor)(upright, return_tensors="pt")
@@ -68,45 +65,38 @@ def test_images_are_those_of_a_direct_call(opened: tuple[Any, Any, TransformersE
     torch.testing.assert_close(encoder.forward_features(found), pooled, atol=1e-5, rtol=1e-5)
 
 
-def test_lengths_are_counted_before_texts_are_cut(opened: tuple[Any, Any, TransformersEncoder]) -> None:
+def test_lengths_are_counted_before_texts_are_cut(opened: Opened) -> None:
     lengths, cut = opened[2].text_lengths(TEXTS)
     assert lengths.tolist() == [len(text.encode()) + 2 for text in TEXTS]
     assert cut.tolist() == [length > LENGTH for length in lengths.tolist()]
 
 
-def test_pixels_of_any_size_are_normalised(opened: tuple[Any, Any, TransformersEncoder]) -> None:
+def test_pixels_of_any_size_are_normalised(opened: Opened) -> None:
     _, processor, encoder = opened
     image = IMAGES[0].crop((0, 0, 28, 28))
     settings = processor.image_processor.to_dict()
-    pixels = encoder.prepare_pixels(image)["pixel_values"]
     scaled = torch.tensor(list(image.tobytes())).view(28, 28, 3).permute(2, 0, 1) / 255
     mean, std = (torch.tensor(settings[name])[:, None, None] for name in ("image_mean", "image_std"))
-    torch.testing.assert_close(pixels, (scaled - mean) / std)
-    inputs = {"pixel_values": encoder.prepare_pixels(IMAGES[0])["pixel_values"][None]}
-    assert inputs["pixel_values"].shape == (1, 3, 30, 40)
-    patches = encoder.forward_patches(inputs)
-    assert patches.shape == (1, 5, 6, encoder.width)
-    torch.testing.assert_close(patches, patch_embeddings(encoder.model, inputs["pixel_values"], values_only=True))
+    torch.testing.assert_close(encoder.prepare_pixels(image)["pixel_values"], (scaled - mean) / std)
+    pixels = encoder.prepare_pixels(IMAGES[0])["pixel_values"][None]
+    assert pixels.shape == (1, 3, 30, 40)
+    patches = encoder.forward_patches({"pixel_values": pixels})
+    torch.testing.assert_close(patches, patch_embeddings(encoder.model, pixels, values_only=True))
 
 
 def test_the_fingerprint_depends_on_weights_and_preprocessing(tmp_path: Path) -> None:
     model = save_transformers("clip", tmp_path)
     encoder = load_encoder(str(tmp_path))
-    assert encoder.identity() == {
-        "library": encoder.library,
-        "name": str(tmp_path),
-        "fingerprint": encoder.fingerprint(),
-        "dtype": "float32",
-    }
-    prints = [encoder.fingerprint(), load_encoder(str(tmp_path)).fingerprint()]
-    assert prints[0] == prints[1]
+    expected = {"library": encoder.library, "name": str(tmp_path), "dtype": "float32"}
+    assert encoder.identity() == {**expected, "fingerprint": encoder.fingerprint()}
+    assert encoder.fingerprint() == load_encoder(str(tmp_path)).fingerprint()
     processor = AutoProcessor.from_pretrained(tmp_path)
     processor.image_processor.image_mean = [0.5, 0.5, 0.5]
-    prints.append(TransformersEncoder("a", model, processor, torch.device("cpu")).fingerprint())
+    other = TransformersEncoder("a", model, processor, torch.device("cpu"))
     model.text_projection.weight.data[3, 4] += 1
     model.save_pretrained(tmp_path)
-    prints.append(load_encoder(str(tmp_path)).fingerprint())
-    assert len(set(prints)) == 3
+    changed = load_encoder(str(tmp_path))
+    assert len({encoder.fingerprint(), other.fingerprint(), changed.fingerprint()}) == 3
 
 
 def test_values_that_are_not_finite_are_refused_by_text(tmp_path: Path) -> None:
@@ -118,10 +108,9 @@ def test_values_that_are_not_finite_are_refused_by_text(tmp_path: Path) -> None:
 
 
 def test_other_models_and_random_weights_are_refused(tmp_path: Path) -> None:
-    BertModel(
-        BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
-    ).save_pretrained(tmp_path / "bert")
-    with pytest.raises(ValueError, match="is not a model of images and texts in one space: BertModel has no get_text"):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    BertModel(BertConfig(**sizes)).save_pretrained(tmp_path / "bert")
+    with pytest.raises(ValueError, match="BertModel has no get_text"):
         load_encoder(str(tmp_path / "bert"))
     model = save_transformers("clip", tmp_path / "clip")
     state = {name: value for name, value in model.state_dict().items() if "visual_projection" not in name}

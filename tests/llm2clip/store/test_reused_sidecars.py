@@ -8,7 +8,7 @@ import datasets
 import pytest
 import torch
 
-from llm2clip.data import CaptionSource
+from llm2clip.data import CaptionSource, distinct_captions
 from llm2clip.data.shards import ShardedSource
 from llm2clip.data.sidecars import SourceSidecars
 from llm2clip.encoders.embed_shards import ShardEmbedder, list_jobs
@@ -24,28 +24,38 @@ def new_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def test_embeddings_of_sidecars_are_copied(tmp_path: Path) -> None:
-    earlier = write_shards(tmp_path / "earlier" / "data", 40)
+@pytest.mark.parametrize("kind", ["sidecars", "cache"])
+def test_stored_embeddings_are_copied(kind: str, tmp_path: Path) -> None:
+    earlier, old = write_shards(tmp_path / "earlier" / "data", 20), tmp_path / "old"
     earlier.path = str(tmp_path / "earlier" / "*" / "*.parquet")
-    made = ShardEmbedder(lambda texts: (2 * encoder.embed(texts), 0), description())
-    made.run(list_jobs([earlier], str(tmp_path / "old")), show_progress_bar=False)
-    store = EmbeddingCache.open(tmp_path / "old")
-    source = write_shards(tmp_path / "data", 42)
-    calls = Counting()
+    if kind == "cache":
+        encoder.build(old, distinct_captions(earlier), doubled, text_model="tiny")
+    else:
+        made = ShardEmbedder(lambda texts: (doubled(texts), 0), description())
+        made.run(list_jobs([earlier], str(old)), show_progress_bar=False)
+    store, calls = EmbeddingCache.open(old), Counting()
+    source = write_shards(tmp_path / "data", 22)
     counts = embed(source, tmp_path / "out", calls, reused=store)
-    assert (counts.captions, counts.reused) == (126, 122)
-    assert sorted(calls.texts) == ["a long dog 40", "a long dog 41", "dog 40", "dog 41"]
+    assert (counts.captions, counts.reused) == (66, 62)
+    assert sorted(calls.texts) == ["a long dog 20", "a long dog 21", "dog 20", "dog 21"]
     sidecars = SourceSidecars(tmp_path / "out", ShardedSource(source).shards)
-    for number in (0, 17, 39, 41):
+    for number in (0, 17, 19, 21):
         name = int(Path(sidecars.shards[number].path).stem)
         for text in ("everywhere", f"a long dog {name}"):
-            factor = 1 if name >= 40 and text != "everywhere" else 2
-            found = sidecars.open(number).lookup([text], dtype=None)
-            assert found.equal((factor * encoder.embed([text])).half())
+            expected = encoder.embed([text]) if name >= 20 and text != "everywhere" else doubled([text])
+            assert sidecars.open(number).lookup([text], dtype=None).equal(expected.half())
     with pytest.raises(StoreMismatchError, match="has max_length 64, but this run has 63"):
         embed(source, tmp_path / "x", made_by=description(max_length=63), reused=store)
-    other = description(fingerprint="finger-b")
-    ShardEmbedder(Counting(), other).run(list_jobs([source], str(tmp_path / "old" / "b")), show_progress_bar=False)
+
+
+def doubled(texts: list[str]) -> torch.Tensor:
+    return 2 * encoder.embed(texts)
+
+
+def test_sidecars_of_two_encoders_are_no_cache(tmp_path: Path) -> None:
+    source = write_shards(tmp_path / "data", 1)
+    embed(source, tmp_path / "old" / "a")
+    embed(source, tmp_path / "old" / "b", made_by=description(fingerprint="finger-b"))
     with pytest.raises(StoreMismatchError, match="are of different encoders"):
         EmbeddingCache.open(tmp_path / "old")
 

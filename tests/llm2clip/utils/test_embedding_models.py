@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, FNetConfig, FNetModel
+from transformers import AutoModel, AutoTokenizer, FNetConfig, FNetModel
 
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.utils.attention_probe import packs_exactly, verify_text_tower
 from llm2clip.utils.repos import RepoKind, inspect_repo
 from llm2clip.utils.text_identity import read_fingerprint
 from llm2clip.utils.towers import describe_text_tower, open_text_tower, save_text_tower
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextConfig, LLM2CLIPTextModel
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from tests.llm2clip import embedding_models
 from tests.llm2clip.embedding_models import FAMILIES, TEXTS
 from tests.modeling_llm2clip import tiny
@@ -33,30 +33,28 @@ def test_tokens_and_embeddings_equal_sentence_transformers(family: str, tmp_path
     for text in TEXTS:
         ids = reference.preprocess([text], prompt=prompt)["input_ids"][0].tolist()
         assert tokenizer(text, truncation=True)["input_ids"] == ids, text
-    expected = reference.encode(TEXTS, convert_to_tensor=True)
-    assert model.config.hidden_size == expected.shape[1]
+    found = {}
     for side in ("left", "right"):
         tokenizer.padding_side = side
-        torch.testing.assert_close(model.encode(TEXTS, tokenizer), expected, atol=1e-5, rtol=1e-5)
+        found[f"encode, {side}"] = model.encode(TEXTS, tokenizer)
         padded = tokenizer(TEXTS, padding=True, truncation=True, return_tensors="pt")
         with torch.no_grad():
-            torch.testing.assert_close(model(**padded).pooler_output, expected, atol=1e-5, rtol=1e-5)
+            found[f"forward, {side}"] = model(**padded).pooler_output
     config, described = describe_text_tower(folder)
     assert described("a dog")["input_ids"] == tokenizer("a dog")["input_ids"]
-    assert read_fingerprint(folder, None, config) == model.fingerprint()
     save_text_tower(model, tokenizer, tmp_path / "tower")
     saved: Any = AutoModel.from_pretrained(tmp_path / "tower").eval()
-    again = saved.encode(TEXTS, AutoTokenizer.from_pretrained(tmp_path / "tower"))
-    torch.testing.assert_close(again, expected, atol=1e-5, rtol=1e-5)
-    assert saved.fingerprint() == model.fingerprint()
+    assert saved.fingerprint() == model.fingerprint() == read_fingerprint(folder, None, config)
+    found["saved"] = saved.encode(TEXTS, AutoTokenizer.from_pretrained(tmp_path / "tower"))
     write_sentence_transformers_files(tmp_path / "tower")
-    known = SentenceTransformer(str(tmp_path / "tower"), trust_remote_code=True, device="cpu")
-    torch.testing.assert_close(known.encode(TEXTS, convert_to_tensor=True), expected, atol=1e-5, rtol=1e-5)
+    written = SentenceTransformer(str(tmp_path / "tower"), trust_remote_code=True, device="cpu")
+    found["sentence-transformers"] = written.encode(TEXTS, convert_to_tensor=True)
+    expected = reference.encode(TEXTS, convert_to_tensor=True)
+    for door, rows in found.items():
+        torch.testing.assert_close(rows, expected, atol=1e-5, rtol=1e-5, msg=lambda text, door=door: f"{door}: {text}")
 
 
-@pytest.mark.parametrize(
-    ("family", "packs"), [("bert", True), ("xlm-roberta", True), ("t5", True), ("mpnet", True), ("qwen3", False)]
-)
+@pytest.mark.parametrize(("family", "packs"), [("bert", True), ("t5", True), ("mpnet", True), ("qwen3", False)])
 def test_short_texts_share_rows_only_where_that_is_exact(family: str, packs: bool, tmp_path: Path) -> None:
     embedding_models.save(tmp_path / family, family)
     model, tokenizer = open_text_tower(str(tmp_path / family))
@@ -109,8 +107,8 @@ def test_texts_are_put_in_lower_case_where_the_files_say_so(tmp_path: Path) -> N
 def test_instructions_are_pooled_with_the_prompt(tmp_path: Path) -> None:
     reference = embedding_models.save(tmp_path / "text", "bert")
     model, tokenizer = open_text_tower(str(tmp_path / "text"))
-    expected = reference.encode(["an instruction: a dog"], convert_to_tensor=True)
     found = model.encode("a dog", tokenizer, instruction="an instruction:")
+    expected = reference.encode(["an instruction: a dog"], convert_to_tensor=True)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -129,12 +127,6 @@ def test_a_model_reads_the_weights_of_an_embedding_model_by_its_own_config(tmp_p
         LLM2CLIPTextModel.from_pretrained(tmp_path / "text")
 
 
-def test_a_repository_is_recognised_as_an_embedding_model(tmp_path: Path) -> None:
-    embedding_models.save(tmp_path / "text", "bert")
-    assert inspect_repo(tmp_path / "text").kind is RepoKind.EMBEDDING_MODEL
-    assert inspect_repo(tmp_path / "text-plain").kind is RepoKind.OTHER
-
-
 def edit(path: Path, **fields: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
@@ -142,7 +134,6 @@ def edit(path: Path, **fields: Any) -> None:
 @pytest.mark.parametrize(
     ("file", "fields", "message"),
     [
-        ("1_Pooling/config.json", {"pooling_mode": "max"}, "its pooling is max; supported is one of mean, cls"),
         ("1_Pooling/config.json", {"pooling_mode": ["mean", "cls"]}, r"its pooling is mean \+ cls"),
         ("1_Pooling/config.json", {"pooling_mode": "cls", "include_prompt": False}, "pooling without the prompt"),
         ("2_Dense/config.json", {"activation_function": "mine.Swish"}, "has the activation mine.Swish"),
@@ -163,9 +154,10 @@ def test_what_a_tower_cannot_do_is_refused(file: str, fields: dict[str, Any], me
 
 def test_other_modules_are_refused(tmp_path: Path) -> None:
     embedding_models.save(tmp_path / "text", "bert")
+    assert inspect_repo(tmp_path / "text").kind is RepoKind.EMBEDDING_MODEL
     modules = tmp_path / "text" / "modules.json"
     modules.write_text(modules.read_text().replace("Normalize", "LayerNorm"))
-    with pytest.raises(ValueError, match="its modules are Transformer, Pooling, LayerNorm; supported are"):
+    with pytest.raises(ValueError, match="its modules are Transformer, Pooling, LayerNorm"):
         open_text_tower(str(tmp_path / "text"))
 
 
@@ -177,12 +169,6 @@ def test_the_pooling_flags_of_earlier_sentence_transformers_are_read(tmp_path: P
     assert open_text_tower(str(tmp_path / "text"))[0].config.pooling == "last_token"
 
 
-def test_a_plain_encoder_keeps_its_attention_and_pools_all_tokens() -> None:
-    model = LLM2CLIPTextModel.from_decoder(BertModel(BertConfig(**embedding_models.SHAPE, vocab_size=100)))
-    assert (model.config.bidirectional, model.config.pool_prompt) == (None, True)
-    assert not any("pooler" in name for name in model.state_dict())
-
-
 def test_a_model_that_mixes_padding_into_texts_is_refused() -> None:
     fnet = FNetModel(FNetConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, vocab_size=100))
     tower = LLM2CLIPTextModel.from_decoder(fnet)
@@ -190,12 +176,3 @@ def test_a_model_that_mixes_padding_into_texts_is_refused() -> None:
         verify_text_tower(tower)
     with pytest.raises(ValueError, match="fnet with eager attention is not known to be a text tower"):
         tower(torch.arange(2, 9)[None])
-
-
-def test_dense_layers_are_not_made_up() -> None:
-    bert = BertModel(BertConfig(**embedding_models.SHAPE, vocab_size=100))
-    layer = {"out_features": 8, "bias": True, "activation": "tanh"}
-    with pytest.raises(ValueError, match="Dense layers come from the folder of an embedding model"):
-        LLM2CLIPTextModel.from_decoder(bert, dense=[layer])
-    with pytest.raises(ValueError, match="'sine' is unknown"):
-        LLM2CLIPTextConfig(dense=[{**layer, "activation": "sine"}])

@@ -10,10 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
 from llm2clip.utils import files
-from llm2clip.utils.library_errors import wrap_write_errors
 from tests.processes import run_python
 
 
@@ -32,48 +30,34 @@ def test_file_keeps_its_old_content_when_writing_fails(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["settings.json"]
 
 
-def test_an_error_of_another_file_keeps_its_name(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"No such file .*'source'$"), files.atomic_path(tmp_path / "copy"):
-        open("source")  # noqa: SIM115
-
-
-def test_tensors_that_do_not_fit_on_the_disk_are_an_error_of_the_system(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "save",
+    ["safetensors.torch.save_file({'rows': rows}, path)", "torch.save(rows, path)"],
+    ids=["safetensors", "torch"],
+)
+def test_tensors_that_do_not_fit_on_the_disk_are_an_error_of_the_system(save: str, tmp_path: Path) -> None:
     script = f"""
-import resource, signal, torch
-from safetensors.torch import save_file
+import resource, signal, torch, safetensors.torch
 from llm2clip.utils.files import atomic_path
-
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+rows = torch.zeros(1000)
 try:
-    with atomic_path({str(tmp_path / "rows")!r}) as temporary:
-        save_file({{"rows": torch.zeros(1000)}}, temporary)
+    with atomic_path({str(tmp_path / "rows")!r}) as path:
+        {save}
 except OSError as error:
     print(error)
 """
-    shown = run_python(["-c", script]).stdout
-    assert shown.startswith(f"{tmp_path / 'rows'} cannot be written: ")
-    assert "File too large" in shown
+    assert run_python(["-c", script]).stdout.startswith(f"{tmp_path / 'rows'} cannot be written: ")
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is full")
-def test_what_torch_cannot_save_is_an_error_of_the_system(tmp_path: Path) -> None:
-    path = tmp_path / "checkpoint"
-    with pytest.raises(OSError, match="checkpoint cannot be written: "), wrap_write_errors(path):
-        torch.save({"step": torch.zeros(1 << 20)}, "/dev/full")
-    with pytest.raises(RuntimeError, match="shapes"), wrap_write_errors(path):
-        torch.zeros(2, 3) @ torch.zeros(2, 3)
 
 
 def test_what_killed_processes_left_in_a_folder_is_removed(tmp_path: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     mine = files.temporary_name(tmp_path / "config.json").name
-    for name in (".tmpA1b2C3", mine.replace(f".{os.getpid()}.", f".{ended.pid}.")):
-        (tmp_path / name).touch()
     kept = [".config.json.elsewhere.1.tmp", mine, ".tmp", ".tmp-notes", "model.safetensors"]
-    for name in kept:
+    for name in (".tmpA1b2C3", mine.replace(f".{os.getpid()}.", f".{ended.pid}."), *kept):
         (tmp_path / name).touch()
     files.remove_unfinished(tmp_path)
     assert sorted(os.listdir(tmp_path)) == sorted(kept)
@@ -95,12 +79,10 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: p
     files.require_writable(tmp_path / "new" / "folder")
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("")
-    with pytest.raises(NotADirectoryError, match=rf"new cannot be a folder, because {tmp_path / 'file'} is a file"):
+    with pytest.raises(NotADirectoryError, match=rf"{tmp_path / 'file'} is a file"):
         files.require_writable(tmp_path / "file" / "new")
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
-    with pytest.raises(
-        PermissionError, match=rf"^{tmp_path} is read-only, so that nothing can be written to .*new\.$"
-    ):
+    with pytest.raises(PermissionError, match=rf"^{tmp_path} is read-only"):
         files.require_writable(tmp_path / "new")
 
 
@@ -125,37 +107,3 @@ def test_two_processes_that_write_one_file_do_not_share_a_temporary_file(
             other.write_bytes(b"other")
         assert path.read_bytes() == b"other"
     assert path.read_bytes() == b"mine"
-
-
-@pytest.mark.parametrize(("content", "fault"), [("{", "is not valid JSON"), ("[1]", "does not contain a JSON object")])
-def test_damaged_json_is_reported_by_file_name(tmp_path: Path, content: str, fault: str) -> None:
-    path = tmp_path / "config.json"
-    path.write_text(content)
-    with pytest.raises(ValueError, match=f"config.json {fault}"):
-        files.read_json(path)
-
-
-def test_an_ended_process_that_its_parent_has_not_waited_for_leaves_nothing(tmp_path: Path) -> None:
-    """The system keeps its number."""
-    script = """
-import os, sys, time
-from pathlib import Path
-from llm2clip.utils.files import atomic_path
-with atomic_path(Path(sys.argv[1])) as path:
-    path.touch()
-    time.sleep(float(sys.argv[2]))
-    os._exit(1)
-"""
-    ended, lives = tmp_path / "ended", tmp_path / "lives"
-    with (
-        subprocess.Popen([sys.executable, "-c", script, str(ended), "0"]) as first,
-        subprocess.Popen([sys.executable, "-c", script, str(lives), "600"]) as second,
-    ):
-        os.waitid(os.P_PID, first.pid, os.WEXITED | os.WNOWAIT)
-        while not list(tmp_path.glob(".lives.*.tmp")):
-            assert second.poll() is None
-        removed = files.remove_leftovers([ended, lives])
-        assert [path.name.split(".")[1] for path in removed] == ["ended"]
-        second.kill()
-        assert len(files.remove_leftovers([ended, lives], patience=30)) == 1
-    assert not list(tmp_path.iterdir())

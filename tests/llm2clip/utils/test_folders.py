@@ -25,16 +25,13 @@ def content(folder: Path) -> str:
     return (folder / "config.json").read_text()
 
 
-@pytest.mark.parametrize(
-    ("error", "said"), [(RuntimeError("a bug"), "a bug"), (SafetensorError("full"), "model cannot be written: full")]
-)
-def test_folder_does_not_appear_when_its_creation_fails(error: Exception, said: str, tmp_path: Path) -> None:
+def test_folder_does_not_appear_when_its_creation_fails(tmp_path: Path) -> None:
     def build() -> None:
         with atomic_folder(tmp_path / "model", "build") as folder:
             (folder / "config.json").write_text("{}")
-            raise error
+            raise SafetensorError("full")
 
-    with pytest.raises((RuntimeError, OSError), match=said):
+    with pytest.raises(OSError, match="model cannot be written: full"):
         build()
     assert list(tmp_path.iterdir()) == []
 
@@ -49,18 +46,15 @@ def test_folder_is_replaced_only_with_overwrite(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["model"]
 
 
-DID_NOT = "llm2clip build did not write it"
-
-
 @pytest.mark.parametrize(
     ("command", "name", "text", "message"),
     [
-        ("build", "notes.txt", "mine", r"other files than those that llm2clip build wrote \(notes.txt\)"),
+        ("build", "notes.txt", "mine", r"\(notes.txt\)"),
         ("build", ".git/HEAD", "mine", r"\(\.git/HEAD\)"),
-        ("build", "checkpoint-6/trainer_state.json", "mine", r"\(checkpoint-6/trainer_state.json\)"),
-        ("convert", "config.json", "mine", DID_NOT),
-        *(("build", FOLDER_MANIFEST, text, DID_NOT) for text in ("", "[]", '{"written_by": "llm2clip build"}')),
+        ("convert", "config.json", "mine", "llm2clip build did not write it"),
+        ("build", FOLDER_MANIFEST, "[]", "llm2clip build did not write it"),
     ],
+    ids=["a file", "a folder", "another command", "a wrong manifest"],
 )
 def test_folder_that_others_wrote_or_wrote_into_is_not_replaced(
     command: str, name: str, text: str, message: str, tmp_path: Path
@@ -75,19 +69,14 @@ def test_folder_that_others_wrote_or_wrote_into_is_not_replaced(
     assert content(tmp_path / "model") in ("old", "mine")
 
 
-def test_files_links_to_themselves_and_mounted_disks_are_not_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_and_mounted_disks_are_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="is a file"):
         write(tmp_path / "notes.txt", "new")
     assert (tmp_path / "notes.txt").read_text() == "mine"
-    (tmp_path / "loop").symlink_to("loop")
-    with pytest.raises(OSError, match="loop"):
-        write(tmp_path / "loop", "new")
     (tmp_path / "disk").mkdir()
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "disk")
-    with pytest.raises(FileExistsError, match="is where a disk is mounted, and cannot be replaced"):
+    with pytest.raises(FileExistsError, match="is where a disk is mounted"):
         write(tmp_path / "disk", "new")
 
 
@@ -167,31 +156,20 @@ def test_what_killed_runs_have_left_is_removed_and_a_replaced_folder_is_back(
 @pytest.mark.parametrize(
     ("source", "destination", "message"),
     [
-        ("run", "run", "contains the source"),
         ("run/checkpoint-6", "run", "contains the source"),
         ("link", "run", "contains the source"),
-        ("run", "run/built", "is inside the source"),
         ("run", "link/built", "is inside the source"),
     ],
 )
-def test_source_and_destination_must_be_apart(source: str, destination: str, message: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_mount", [False, True], ids=["link", "bind mount"])
+def test_source_and_destination_must_be_apart(
+    source: str, destination: str, message: str, is_mount: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "run" / "checkpoint-6").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "run")
+    if is_mount:  # which `resolve` does not see
+        monkeypatch.setattr(Path, "resolve", lambda path, strict=False: path.absolute())
     with pytest.raises(ValueError, match=message):
         refuse_nested(tmp_path / source, tmp_path / destination)
     refuse_nested("someone/model", tmp_path / "run")
     refuse_nested(tmp_path / "run", tmp_path / "run-built")
-
-
-def test_one_folder_under_two_paths_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with a bind mount, which `resolve` does not see: the two have one device and inode."""
-    (tmp_path / "run" / "model").mkdir(parents=True)
-    (tmp_path / "mounted").symlink_to(tmp_path / "run")
-    monkeypatch.setattr(Path, "resolve", lambda path, strict=False: path.absolute())
-    for source, destination, message in (
-        ("mounted", "run", "contains the source"),
-        ("mounted/model", "run", "contains the source"),
-        ("run", "mounted/built", "is inside the source"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            refuse_nested(tmp_path / source, tmp_path / destination)

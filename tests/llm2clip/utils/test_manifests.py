@@ -15,11 +15,8 @@ from llm2clip.utils.manifests import (
     MODEL_MANIFEST,
     damage,
     faults,
-    fits_checksum,
     folder_files,
     foreign_files,
-    listed_files,
-    refuse_changed_model,
     refuse_damaged,
     with_checksum,
     write_manifest,
@@ -37,53 +34,32 @@ def model(folder: Path) -> Path:
 
 
 def test_a_flipped_bit_of_any_file_is_found_and_named(tmp_path: Path) -> None:
-    write_manifest(model(tmp_path), "merge")
-    assert damage(tmp_path, contents=True) is None
+    assert "written last" in str(damage(model(tmp_path)))
+    write_manifest(tmp_path, "merge")
     for name in ("model.safetensors", "modeling.py", "config.json", "1_Normalize/config.json"):
         with flip(tmp_path / name):
             assert damage(tmp_path) is None  # its size is the same
             assert list(faults(tmp_path)) == [f"{name} has changed: its checksum is not that in {FOLDER_MANIFEST}"]
-            with pytest.raises(
-                ValueError, match=f"is not what was written .{name} has changed.*delete .llm2clip.json"
-            ):
+            with pytest.raises(ValueError, match=f"{name} has changed.*delete .llm2clip.json"):
                 refuse_damaged(tmp_path)
-    refuse_damaged(tmp_path)
-    refuse_damaged("someone/model")
     (tmp_path / "README.md").write_text("what people write")
     (tmp_path / "LICENSE").unlink()
-    assert list(faults(tmp_path)) == []
-
-
-def test_damage_is_found_by_the_sizes_in_the_manifest(tmp_path: Path) -> None:
-    (tmp_path / "part").mkdir()
-    weights = tmp_path / "part" / "weights"
-    weights.write_bytes(b"1234")
-    assert "written last" in str(damage(tmp_path))
-    write_manifest(tmp_path, "stage1")
-    assert damage(tmp_path) is None
-    weights.write_bytes(b"12")
-    assert damage(tmp_path) == "part/weights has 2 bytes instead of 4"
-    weights.unlink()
-    assert damage(tmp_path) == "part/weights is missing"
+    refuse_damaged(tmp_path)
+    (tmp_path / "modeling.py").write_bytes(b"12")
+    assert damage(tmp_path) == "modeling.py has 2 bytes instead of 22"
+    (tmp_path / "modeling.py").unlink()
+    assert damage(tmp_path) == "modeling.py is missing"
     (tmp_path / FOLDER_MANIFEST).write_bytes(b"")
     assert "is not valid JSON" in str(damage(tmp_path))
 
 
 def test_a_changed_model_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.save(tmp_path)
-    (tmp_path / "curves.png").touch()
-    refuse_changed_model(tmp_path)  # not written by a command
-    refuse_changed_model("hub/name")
+    OurEncoder.load(str(tmp_path))  # not written by a command
     write_manifest(tmp_path, "stage2")
-    (tmp_path / "curves.png").unlink()
-    OurEncoder.load(str(tmp_path))
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
-        for load in (OurEncoder.load, OurEncoder.load):
-            with (
-                flip(tmp_path / name),
-                pytest.raises(ValueError, match=rf"is not what was written \({name} has changed"),
-            ):
-                load(str(tmp_path))
+        with flip(tmp_path / name), pytest.raises(ValueError, match=rf"is not what was written \({name} has changed"):
+            OurEncoder.load(str(tmp_path))
     OurEncoder.load(str(tmp_path))
     monkeypatch.setattr("llm2clip.utils.shared_files.sha256", None)  # each file is read once
     OurEncoder.load(str(tmp_path))
@@ -105,17 +81,10 @@ def test_a_checksum_is_in_one_of_two_lists(tmp_path: Path) -> None:
     write_model_manifest(model(tmp_path), folder_files(tmp_path))
     write_manifest(tmp_path, "build")
     travels, stays = (read_json(tmp_path / name) for name in (MODEL_MANIFEST, FOLDER_MANIFEST))
-    assert travels["files"] == {
-        name: sha256(tmp_path / name)
-        for name in ("1_Normalize/config.json", "config.json", "model.safetensors", "modeling.py")
-    }
+    names = ("1_Normalize/config.json", "config.json", "model.safetensors", "modeling.py")
+    assert travels["files"] == {name: sha256(tmp_path / name) for name in names}
     assert set(stays["sha256"]) == {MODEL_MANIFEST}
-    assert set(stays["files"]) == {*travels["files"], MODEL_MANIFEST, "README.md", "LICENSE"}
-    assert {listed.checksum for listed in listed_files(tmp_path).values()} == {
-        *travels["files"].values(),
-        sha256(tmp_path / MODEL_MANIFEST),
-        None,
-    }
+    assert set(stays["files"]) == {*names, MODEL_MANIFEST, "README.md", "LICENSE"}
     with flip(tmp_path / MODEL_MANIFEST):
         assert list(faults(tmp_path))
     (tmp_path / FOLDER_MANIFEST).unlink()  # as on another machine
@@ -124,17 +93,7 @@ def test_a_checksum_is_in_one_of_two_lists(tmp_path: Path) -> None:
         assert list(faults(tmp_path)) == [f"modeling.py has changed: its checksum is not that in {MODEL_MANIFEST}"]
 
 
-def test_what_was_not_written_again_keeps_its_checksum(tmp_path: Path) -> None:
-    write_manifest(model(tmp_path), "index")
-    changed = tmp_path / "config.json"
-    for name in ("config.json", "modeling.py"):
-        (tmp_path / name).write_text("other")
-    write_manifest(tmp_path, "index", rewritten={"config.json"})
-    assert listed_files(tmp_path)["config.json"].checksum == sha256(changed)
-    assert list(faults(tmp_path)) == ["modeling.py has 5 bytes instead of 22"]
-
-
-@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "part/../../outside"])
+@pytest.mark.parametrize("name", ["/etc/passwd", "part/../../outside"])
 @pytest.mark.parametrize("manifest", [FOLDER_MANIFEST, MODEL_MANIFEST])
 def test_a_list_that_leaves_its_folder_is_refused(name: str, manifest: str, tmp_path: Path) -> None:
     write_model_manifest(model(tmp_path), folder_files(tmp_path))
@@ -153,12 +112,3 @@ def test_a_changed_list_is_blamed_and_not_the_files(tmp_path: Path) -> None:
     checksum = read_json(path)["sha256"]["config.json"]
     path.write_text(path.read_text().replace(checksum, checksum[::-1]))
     assert list(faults(tmp_path)) == [f"{FOLDER_MANIFEST} has changed since it was written"]
-
-
-def test_the_fields_of_a_manifest_are_sealed() -> None:
-    fields = {"name": "über", "shards": [1, 2], "share": 0.1}
-    written = json.loads(json.dumps(with_checksum(fields)))
-    assert fits_checksum(written)
-    assert not fits_checksum(fields)
-    assert not fits_checksum({**written, "share": 0.2})
-    assert not fits_checksum({**written, "more": 1})

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-import torch
-
-from llm2clip.utils.processes import on_main_process, sum_over_processes, worker_count
 from tests.processes import run_ranks
 
 SCRIPT = """
@@ -42,18 +38,3 @@ def test_result_and_error_of_the_main_process_and_sums_reach_all(tmp_path: Path)
     # A file per process: what two processes print into one pipe may mix within a line.
     for rank in range(2):
         assert (tmp_path / f"seen-{rank}").read_text() == "result of 0 nothing-0 [2000000000000000, 3]"
-
-
-def test_a_single_process_calls_the_function() -> None:
-    assert sum_over_processes(torch.tensor([3])).tolist() == [3]
-    assert on_main_process(lambda: 1) == 1
-    with pytest.raises(KeyError, match="x"):
-        on_main_process(lambda: {}["x"])
-
-
-@pytest.mark.parametrize(("setting", "cores", "expected"), [(None, 3, 3), (None, 64, 8), (0, 3, 0), (12, 3, 12)])
-def test_workers_are_one_per_core_but_at_most_eight_unless_set(
-    setting: int | None, cores: int, expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
-    assert worker_count(setting) == expected

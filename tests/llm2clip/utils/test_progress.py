@@ -5,14 +5,12 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Callable
-from contextlib import redirect_stderr
 from types import SimpleNamespace
 
 import pytest
 
 from llm2clip.utils import progress
-from llm2clip.utils.logs import command_logs
-from llm2clip.utils.progress import ProgressBar, close_bars, section, track
+from llm2clip.utils.progress import ProgressBar, track
 
 
 class Terminal(io.StringIO):
@@ -59,41 +57,6 @@ def test_a_terminal_shows_count_rate_status_and_time_left_and_then_one_line(
     assert caplog.messages == ["Stage 1: 120 steps in 01:00, 2.00step/s, loss 2.5000"]
 
 
-def test_a_bar_inside_a_bar_is_a_second_line_and_leaves_no_message(
-    terminal: Terminal, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.INFO), ProgressBar("Outer", 2) as outer:
-        assert list(track(range(3), "Inner")) == [0, 1, 2]
-        outer.update()
-    assert "\n\rInner" in terminal.getvalue()
-    assert [message.partition(":")[0] for message in caplog.messages] == ["Outer"]
-
-
-def test_an_error_removes_the_bar_without_a_message(terminal: Terminal, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO), pytest.raises(ValueError, match="broken"), ProgressBar("Work", 2):
-        raise ValueError("broken")
-    assert terminal.lines() == [""]
-    assert not caplog.messages
-
-
-def test_close_bars_removes_the_bar_of_an_iteration_that_was_given_up(terminal: Terminal) -> None:
-    iterator = track(range(3), "Work")
-    next(iterator)
-    assert terminal.lines()[0].startswith("Work")
-    close_bars()
-    assert terminal.lines() == [""]
-    assert list(iterator) == [1, 2]
-
-
-def test_messages_appear_above_the_bar(terminal: Terminal) -> None:
-    with redirect_stderr(terminal), command_logs(), ProgressBar("Work", 2) as bar:
-        logging.getLogger("llm2clip.test").warning("a warning")
-        bar.update()
-        above, below = terminal.lines()
-        assert above == "a warning"
-        assert below.startswith("Work:  50%")
-
-
 def test_a_file_gets_one_line_per_interval_and_one_at_the_end(
     clock: Callable[[float], None], caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -122,16 +85,6 @@ def test_the_rate_of_a_resumed_run_does_not_count_what_was_done_before(
     ]
 
 
-@pytest.mark.parametrize("show", [False, None])
-def test_nothing_is_shown_without_a_terminal_unless_asked_for(
-    show: bool | None, clock: Callable[[float], None], caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.DEBUG), ProgressBar("Work", 2, show=show) as bar:
-        clock(60.0)
-        bar.update()
-    assert not caplog.messages
-
-
 def test_only_the_first_process_of_a_launcher_reports(
     terminal: Terminal, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -140,27 +93,3 @@ def test_only_the_first_process_of_a_launcher_reports(
         assert list(track(range(2), "Work")) == [0, 1]
     assert not caplog.messages
     assert not terminal.getvalue()
-
-
-def test_a_section_shows_its_title_and_duration_and_keeps_the_lines_of_its_bars_for_the_log_file(
-    clock: Callable[[float], None], caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.DEBUG), section("1/8 Weights"):
-        for _ in track(range(2), "Loading"):
-            clock(1.0)
-    assert [record.message for record in caplog.records if record.levelno == logging.INFO] == [
-        "1/8 Weights",
-        "    done in 00:02",
-    ]
-    assert "Loading: 2 it in 00:02, 1.00it/s" in caplog.messages
-
-
-@pytest.mark.parametrize("variable", progress.RANKS)
-def test_one_process_of_any_launcher_is_the_main_one(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in progress.RANKS:
-        monkeypatch.delenv(name, raising=False)
-    assert progress.is_main_process()
-    monkeypatch.setenv(variable, "1")
-    assert not progress.is_main_process()
-    monkeypatch.setenv(variable, "0")
-    assert progress.is_main_process()

@@ -25,7 +25,6 @@ BOMBS = {
     "laughs": (LAUGHS, r"\*a0 is an alias: write the values out \(line 2\)"),
     "merges": (MERGES, "is an alias"),
     "itself": ("a: &a [*a]\n", "is an alias"),
-    "itself by merging": ("a: &a {<<: *a}\n", "is an alias"),
     "deep lists": ("a: " + "[" * 100_000, "levels deep|nesting depth"),
     "deep mappings": ("".join(f"{' ' * n}a:\n" for n in range(500)), f"more than {MAX_DEPTH} levels deep"),
     "long": (f"a: {'x' * MAX_CHARACTERS}\n", "characters, and at most"),
@@ -35,9 +34,7 @@ PAYLOADS = {
     "apply": "a: !!python/object/apply:os.system ['touch PLACE']\n",
     "new": "a: !!python/object/new:subprocess.Popen [['touch', 'PLACE']]\n",
     "module": "a: !!python/module:antigravity\n",
-    "name": "a: !!python/name:os.system\n",
     "key": "? !!python/object/apply:os.system ['touch PLACE']\n: 1\n",
-    "tuple": "a: !!python/tuple [1]\n",
 }
 
 
@@ -56,29 +53,11 @@ def test_what_grows_without_bound_is_refused_at_once_in_one_line(
     assert len(error) < 1500
 
 
-def test_a_key_that_is_set_twice_is_refused_with_both_lines() -> None:
-    assert load_yaml("a: {b: 1}\nc: {b: 2}\n", unique_keys=True) == {"a": {"b": 1}, "c": {"b": 2}}
-    assert load_yaml("license: mit\nlicense: other\n") == {"license": "other"}  # a card that others wrote
-    with pytest.raises(ValueError, match=r"'seed' is set twice \(lines 1 and 3\); keep one of them"):
-        load_yaml("seed: 1\nepochs: 2\nseed: 3\n", unique_keys=True)
-    with pytest.raises(ValueError, match=r"'a' is set twice \(lines 1 and 1\)"):
-        load_yaml("{a: 1, a: 1}", unique_keys=True)
-
-
-def test_a_recipe_that_sets_a_field_twice_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text("seed: 1\nseed: 2\n")
-    with pytest.raises(ValueError, match=r"'seed' is set twice \(lines 1 and 2\)"):
+def test_a_field_of_a_recipe_that_is_set_twice_is_refused_with_both_lines(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("seed: 1\nsources: [{path: a}, {path: b}]\nseed: 2\n")
+    with pytest.raises(ValueError, match=r"'seed' is set twice \(lines 1 and 3\)"):
         load_recipe(tmp_path / "recipe.yaml")
-
-
-@pytest.mark.parametrize("text", ["a: !!bool maybe", "a: !!timestamp soon", "a: !!int ''", "a: !!float x", "a: *b"])
-def test_a_value_that_does_not_fit_its_tag_is_a_value_error(text: str) -> None:
-    with pytest.raises(ValueError, match=r"\w"):
-        load_yaml(text)
-
-
-def test_an_empty_document_is_none() -> None:
-    assert load_yaml("") is None
+    assert load_yaml("license: mit\nlicense: other\n") == {"license": "other"}  # a card that others wrote
 
 
 @pytest.mark.parametrize("name", PAYLOADS)

@@ -1,0 +1,7 @@
+"""Fixtures of several files."""
+
+from __future__ import annotations
+
+from tests.modeling_llm2clip.flash import flash
+
+__all__ = ["flash"]
