@@ -212,9 +212,7 @@ def embedded(inputs: Inputs, folder: Path, *sources: dict[str, Any], **fields: A
     return embed.run(build_config(embed.EmbedConfig, settings))
 
 
-def train_on_stream(
-    folder: Path, inputs: Inputs, cache: Path, tars: str, resume: bool = False, **changes: Any
-) -> None:
+def on_stream(folder: Path, inputs: Inputs, cache: Path, tars: str, resume: bool = False, **changes: Any) -> None:
     """Run stage 2 on a stream whose captions are embedded in `cache`."""
     shared = {"embedding_cache": str(cache), "eval_sources": {}, "sources": [source(tars)], "shuffle_block": 8}
     run("stage2", folder, inputs, resume, **{**shared, "save_strategy": "no", **changes})

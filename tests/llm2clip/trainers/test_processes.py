@@ -20,7 +20,7 @@ from llm2clip.store import EmbeddingCache
 from modeling_llm2clip import LLM2CLIPModel
 from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
-from tests.llm2clip.trainers.test_alignment import TRAINING
+from tests.llm2clip.trainers.stages import TRAINING
 from tests.llm2clip.trainers.test_plain_datasets import joint_model
 from tests.processes import run_python, run_ranks, start_python
 
