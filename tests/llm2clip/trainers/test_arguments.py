@@ -11,12 +11,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, Stage1Config, Stage1Trainer, Stage2Config, Stage2Trainer
 from llm2clip.encoders.batches import ImageList
 from llm2clip.evaluation.data import RetrievalData
-from llm2clip.utils.files import read_json
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers.rows import (
     TRAINERS,
@@ -24,7 +23,6 @@ from tests.llm2clip.trainers.rows import (
     image_rows,
     logged,
     settings,
-    stage1,
     stage2,
 )
 from tests.llm2clip.trainers.stages import joint_model
@@ -74,22 +72,6 @@ def test_a_function_computes_the_loss(stage: str, inputs: Inputs, tmp_path: Path
     trainer.train()
     assert logged(trainer, "loss") == pytest.approx([3.0] * 3)
     assert seen[0] == OUTPUTS[stage]
-
-
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_an_own_loss_is_one_method(stage: str, inputs: Inputs, tmp_path: Path, monkeypatch: Any) -> None:
-    calls: list[int] = []
-
-    def loss(self: Any, embeds: Any, logit_scale: Tensor, logit_bias: Any, ids: Any) -> Tensor:
-        calls.append(len(embeds))
-        return sum(value.square().mean() for value in embeds.values()) / logit_scale
-
-    monkeypatch.setattr(Stage1Trainer if stage == "stage1" else Stage2Trainer, "contrastive_loss", loss)
-    trainer = TRAINERS[stage](inputs, tmp_path)
-    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    trainer.train()
-    assert len(calls) == 3
-    assert any(not value.equal(before[name]) for name, value in trainer.model.state_dict().items())
 
 
 def test_an_own_optimizer_gets_the_groups_of_the_paper(inputs: Inputs, tmp_path: Path) -> None:
@@ -149,21 +131,6 @@ def test_every_model_of_a_search_is_prepared_and_what_is_read_before_is_refused(
         trainer_of(inputs, tmp_path, {"warm_start": {"max_steps": 1}}, model_init=model)
 
 
-def test_callbacks_are_restored_from_a_checkpoint(inputs: Inputs, tmp_path: Path) -> None:
-    shared = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "eval_strategy": "steps", "eval_steps": 2}
-    shared |= {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
-    shared |= {"restore_callback_states_from_checkpoint": True}
-
-    def train(checkpoint: str | None) -> list[float]:
-        stop = EarlyStoppingCallback(early_stopping_patience=50)
-        trainer = trainer_of(inputs, tmp_path, shared, callbacks=[stop])
-        trainer.train(resume_from_checkpoint=checkpoint)
-        return logged(trainer, "loss")
-
-    whole = train(None)
-    assert train(str(tmp_path / "out" / "checkpoint-4")) == pytest.approx(whole, abs=1e-5)
-
-
 class Rates(TrainerCallback):
     def __init__(self) -> None:
         self.seen: list[float] = []
@@ -213,16 +180,6 @@ def test_several_gpus_without_a_launcher_are_one(tmp_path: Path, monkeypatch: An
     assert "training on 1 of 4 GPUs; start `torchrun --nproc_per_node 4" in caplog.text
 
 
-def test_a_checkpoint_says_what_it_was_trained_on(inputs: Inputs, tmp_path: Path) -> None:
-    stage2(inputs, tmp_path, save_strategy="steps", save_steps=3).train()
-    assert read_json(tmp_path / "out" / "checkpoint-3" / "run_state.json")["inputs"].keys() == {
-        "rows of the training data",
-        "content of the training data",
-        "text encoder",
-        "image processor",
-    }
-
-
 @pytest.mark.parametrize("bf16", [False, True])
 def test_retrieval_sets_are_measured_in_the_precision_of_training(
     bf16: bool, inputs: Inputs, tmp_path: Path, monkeypatch: Any
@@ -270,14 +227,6 @@ def test_a_warm_start_in_python_is_that_of_the_class_and_can_be_stopped(inputs: 
     assert len(seen.seen) == 2 + 3, "the rest of the first part, and the run"
     make().train()
     assert len(seen.seen) == 2 + 3 + 3, "the first part is finished"
-
-
-def test_saving_again_replaces_the_list_of_files(inputs: Inputs, tmp_path: Path) -> None:
-    trainer = stage1(inputs, tmp_path)
-    trainer.fit()
-    (tmp_path / "out" / ".llm2clip.json").write_text("{}")
-    trainer.save_model()
-    assert not (tmp_path / "out" / ".llm2clip.json").exists()
 
 
 def test_an_adapter_of_the_callers_own_is_trained_as_it_is(inputs: Inputs, tmp_path: Path) -> None:

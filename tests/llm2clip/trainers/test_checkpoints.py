@@ -37,7 +37,7 @@ from llm2clip.utils.settings import build_config
 from tests.damage import flip
 from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
-from tests.llm2clip.trainers.rows import PAIRS, IterableRows, MapRows, stage1
+from tests.llm2clip.trainers.rows import stage1
 from tests.llm2clip.trainers.stages import run, steps
 from tests.modeling_llm2clip import tiny as tiny_models
 
@@ -175,18 +175,6 @@ def test_a_trainer_in_python_compares_the_settings_of_the_run_that_it_resumes(in
     trainer = stage1(inputs, tmp_path, resume_anyway=True, **SAVED)
     trainer.train(resume_from_checkpoint=True)
     assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2]
-
-
-def test_the_number_of_workers_counts_only_in_iterable_data_of_others(inputs: Inputs, tmp_path: Path) -> None:
-    def train(kind: type, workers: int, resume: bool = False) -> None:
-        trainer = stage1(inputs, tmp_path / kind.__name__, kind(PAIRS), dataloader_num_workers=workers, **SAVED)
-        trainer.train(resume_from_checkpoint=resume)
-
-    for kind in (MapRows, IterableRows):
-        train(kind, 0)
-    train(MapRows, 1, resume=True)
-    with pytest.raises(ValueError, match=r"other settings \(dataloader_num_workers: 0 -> 1\)"):
-        train(IterableRows, 1, resume=True)
 
 
 def test_another_number_of_processes_keeps_the_batch_of_all(tmp_path: Path) -> None:

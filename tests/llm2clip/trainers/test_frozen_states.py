@@ -91,13 +91,6 @@ def test_runs_share_states_of_equal_preprocessing(inputs: Inputs, tmp_path: Path
         run("stage2", tmp_path / "c", inputs, **shared, vision_model_name_or_path=vision)
 
 
-def test_skipped_images_belong_to_their_limit_of_pixels(inputs: Inputs, tmp_path: Path) -> None:
-    assert not build(inputs, tmp_path, on_error="skip").states.skipped
-    with pytest.raises(ValueError, match="none of the 16 images can be read"):
-        build(inputs, tmp_path, on_error="skip", max_pixels=1)
-    assert not build(inputs, tmp_path, on_error="skip").states.skipped
-
-
 def test_two_runs_do_not_write_the_same_states(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

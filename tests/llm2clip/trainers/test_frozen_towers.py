@@ -163,16 +163,6 @@ def test_features_in_bfloat16_are_stored_apart_and_near_those_in_float32(inputs:
     torch.testing.assert_close(first, second, atol=0.05, rtol=0.05)
 
 
-@pytest.mark.parametrize("alignment", ["train", "closed_form_then_train"])
-def test_too_few_rows_are_refused_before_a_feature_is_computed(
-    alignment: str, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(freezing, "open_features", lambda *_: pytest.fail("features were computed"))
-    fields = {"alignment": alignment, "per_device_train_batch_size": 512, "eval_sources": {}}
-    with pytest.raises(ValueError, match="fewer rows than one batch of 512"):
-        train(settings(tmp_path, inputs, **fields))
-
-
 def test_a_warm_start_comes_before_the_run(inputs: Inputs, tmp_path: Path) -> None:
     metrics = run_stage2.run(settings(tmp_path / "run", inputs, **WARM))
     first = tmp_path / "run" / "warm_start"
@@ -208,13 +198,6 @@ def test_a_warm_start_is_resumed_where_it_stopped(inputs: Inputs, tmp_path: Path
     first = [("warm_start", None), ("broken", None)]
     assert parts == [*first, ("warm_start", "checkpoint-6"), ("broken", None), ("broken", None)]
     assert_equal_weights(train(config, resume=True), expected)
-
-
-def test_both_parts_have_a_precision_of_their_own(inputs: Inputs, tmp_path: Path) -> None:
-    first = {"max_steps": 1, "bf16": False}
-    trainer = run_stage2.build_trainer(settings(tmp_path, inputs, **{**WARM, "warm_start": first}, bf16=True))
-    trainer.fit()
-    assert trainer.accelerator.mixed_precision == trainer.accelerator.state.mixed_precision == "bf16"
 
 
 def test_a_closed_form_has_the_maps_of_its_training_pairs(inputs: Inputs, tmp_path: Path) -> None:
@@ -289,13 +272,3 @@ def test_a_warm_start_in_closed_form_continues_with_its_heads(inputs: Inputs, tm
 def test_settings_that_do_not_fit(changes: dict[str, Any], message: str, inputs: Inputs, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         train(settings(tmp_path, inputs, **changes))
-
-
-@pytest.mark.parametrize("changes", [{"alignment": "closed_form"}, {"feature_dtype": "bfloat16"}], ids=lambda x: [*x])
-def test_a_trainer_whose_images_cannot_be_stored_refuses_what_needs_it(
-    changes: dict[str, Any], inputs: Inputs, tmp_path: Path
-) -> None:
-    config = settings(tmp_path / "run", inputs, **changes)
-    model, processor = run_stage2.load_model(config)
-    with pytest.raises(ValueError, match="needs a train_dataset whose images can be stored"):
-        Stage2Trainer(model=model, args=config, train_dataset=[{"caption": "x"}], processing_class=processor)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from PIL import Image
@@ -14,13 +13,10 @@ from transformers import (
     AutoModel,
     AutoProcessor,
     AutoTokenizer,
-    BertTokenizerFast,
     CLIPProcessor,
 )
 
 from llm2clip import LLM2CLIPModel, LLM2CLIPProcessor, LLM2CLIPTextModel, Stage2Config, Stage2Trainer
-from llm2clip.data import DamagedImageError, Stage2Collator
-from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers.rows import (
     IterableRows,
@@ -98,12 +94,6 @@ def test_an_evaluation_whose_last_batch_is_one_damaged_image_counts_the_others(
     assert trainer.evaluate(MapRows(rows))["eval_num_texts"] == 8
 
 
-def test_max_pixels_counts_for_own_rows_too(inputs: Inputs, tmp_path: Path) -> None:
-    trainer = stage2(inputs, tmp_path, MapRows([]), max_pixels=899)
-    with pytest.raises(DamagedImageError, match=r"30 x 30 pixels exceed max_pixels \(899\)"):
-        trainer.data_collator([{"image": Image.new("RGB", (30, 30)), "llm_embeds": torch.ones(WIDTH)}])
-
-
 def online(inputs: Inputs, folder: Path, **changes: Any) -> tuple[Stage2Trainer, MapRows]:
     """A Trainer on images of noise with captions, of which two rows each have an equal one with the same id."""
     name = joint_model(inputs, folder / "model")
@@ -159,11 +149,6 @@ def test_stage2_resumes_on_a_plain_data_set(inputs: Inputs, tmp_path: Path) -> N
     assert logged(resumed, "loss")[-6:] == pytest.approx(logged(whole, "loss")[-6:], abs=1e-5)
 
 
-def test_a_data_set_smaller_than_a_batch_is_refused(inputs: Inputs, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="fewer rows than one batch of 8"):
-        stage2(inputs, tmp_path, MapRows(image_rows(WIDTH, 4))).train()
-
-
 def test_an_image_processor_gets_the_tokenizer_of_the_llm(inputs: Inputs, tmp_path: Path) -> None:
     clip = CLIPProcessor(AutoImageProcessor.from_pretrained(inputs.vision), AutoTokenizer.from_pretrained(inputs.text))
     made = stage2(inputs, tmp_path, MapRows(image_rows(WIDTH)))
@@ -174,21 +159,3 @@ def test_an_image_processor_gets_the_tokenizer_of_the_llm(inputs: Inputs, tmp_pa
         assert isinstance(processor, LLM2CLIPProcessor)
         expected = AutoTokenizer.from_pretrained(inputs.text)("a dog")["input_ids"]
         assert processor(text=["a dog"])["input_ids"][0] == expected
-
-
-def test_the_model_gets_the_tokens_that_it_knows(tmp_path: Path) -> None:
-    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog"]))
-    tokenizer = BertTokenizerFast(str(tmp_path / "vocab.txt"))
-    assert "token_type_ids" in tokenizer("a dog")
-    batch = Stage2Collator(processor=tokenizer)([{"pixel_values": torch.zeros(3, 28, 28), "caption": "a dog"}])
-    assert set(batch) == {"pixel_values", "input_ids", "attention_mask", "skipped"}
-
-
-def test_rows_to_evaluate_have_the_columns_of_those_to_train_on(inputs: Inputs, tmp_path: Path) -> None:
-    made = stage2(inputs, tmp_path)
-    rows = datasets.load_dataset("parquet", data_files=f"{tiny.CONCEPTS}/train.parquet", split="train[:8]")
-    renamed = rows.rename_columns({"image": "photo", "caption": "title"})
-    args = Stage2Config(**settings(tmp_path, image_column="photo", caption_column="title"))
-    options: dict[str, Any] = {"processing_class": made.processing_class, "cache": made.cache}
-    trainer = Stage2Trainer(made.model, args, None, renamed, renamed, **options)
-    assert trainer.evaluate()["eval_num_images"] == 8

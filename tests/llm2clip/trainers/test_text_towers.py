@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from llm2clip.data import CaptionSource, PairCollator, distinct_captions
+from llm2clip.data import CaptionSource, distinct_captions
 from llm2clip.data.sampling import SampleIndex
 from llm2clip.trainers import mntp_data, mntp_trainer
 from llm2clip.trainers.mntp_config import MNTPRecipe
@@ -66,14 +66,6 @@ def test_an_adapter_loads_over_what_it_was_trained_on(start: str, inputs: Inputs
     ids = torch.randint(1, 400, (2, 9))
     merged, adapter = (AutoModel.from_pretrained(tmp_path / form).eval()(ids) for form in ("merged", "adapter"))
     torch.testing.assert_close(adapter.pooler_output, merged.pooler_output, atol=1e-5, rtol=1e-4)
-
-
-def test_training_truncates_captions_like_encoding(inputs: Inputs) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(inputs.text)
-    pair = {"anchor": "a word " * 90, "positive": "b", "negative": None, "instruction": None, "source": "x"}
-    batch = PairCollator(tokenizer, 8)([{**pair, "positive_instruction": None}])
-    assert batch["anchor"]["input_ids"].shape == (1, 64)
-    assert batch["num_truncated"] == 1
 
 
 def test_hard_negatives_and_instructions_reach_the_loss(inputs: Inputs, tmp_path: Path) -> None:
