@@ -8,12 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from llm2clip.losses.distillation import (
-    cosine_distance,
-    instance_distance,
-    similarity_distance,
-    structure_distance,
-)
+from llm2clip.losses.distillation import cosine_distance, instance_distance, similarity_distance, structure_distance
 
 
 def test_the_terms_are_their_formulas() -> None:

@@ -17,14 +17,7 @@ from llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, Stage1Config, Stage1Train
 from llm2clip.encoders.batches import ImageList
 from llm2clip.evaluation.data import RetrievalData
 from tests.llm2clip.conftest import Inputs
-from tests.llm2clip.trainers.rows import (
-    TRAINERS,
-    MapRows,
-    image_rows,
-    logged,
-    settings,
-    stage2,
-)
+from tests.llm2clip.trainers.rows import TRAINERS, MapRows, image_rows, logged, settings, stage2
 from tests.llm2clip.trainers.stages import joint_model
 from tests.modeling_llm2clip import tiny as tiny_models
 

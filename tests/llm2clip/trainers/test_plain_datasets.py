@@ -8,13 +8,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import (
-    AutoImageProcessor,
-    AutoModel,
-    AutoProcessor,
-    AutoTokenizer,
-    CLIPProcessor,
-)
+from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer, CLIPProcessor
 
 from llm2clip import LLM2CLIPModel, LLM2CLIPProcessor, LLM2CLIPTextModel, Stage2Config, Stage2Trainer
 from tests.llm2clip.conftest import Inputs

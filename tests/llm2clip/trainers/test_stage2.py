@@ -40,11 +40,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 FROZEN = {"freeze_vision": "all", "vision_pooling": "cls_mean"}
 MODES: dict[str, dict[str, Any]] = {
     "states": {"freeze_vision_layers": 1, "frozen_states_dir": "states"},
-    "states-dinov2": {
-        "freeze_vision_layers": 1,
-        "frozen_states_dir": "states",
-        "vision_model_name_or_path": "dinov2",
-    },
+    "states-dinov2": {"freeze_vision_layers": 1, "frozen_states_dir": "states", "vision_model_name_or_path": "dinov2"},
     "stream": {"sources": [tiny.concepts(streaming=True)], "shuffle_block": 16},
     "frozen": {**FROZEN, "feature_views": 2, "feature_dropout": 0.2, "standardize_features": True},
     "closed-form": {**FROZEN, "alignment": "closed_form_then_train", "projection_dim": None},
