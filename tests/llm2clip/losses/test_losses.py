@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm2clip.losses import clip_loss, hard_negative_info_nce, info_nce, sigmoid_loss, tiles
-from llm2clip.losses.gather import gather_rows
 from tests.golden import load_golden
 
 
@@ -71,7 +70,7 @@ def test_hard_negative_loss_equals_the_original(name: str, scale: int, with_nega
         golden.close(negative.grad, f"{tag}/grad_n")
 
 
-@pytest.mark.parametrize("tile_size", [1, 3, 1000])
+@pytest.mark.parametrize("tile_size", [3, 1000])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_several_positives_equal_a_dense_reference_for_any_tile_size(tile_size: int, smoothing: float) -> None:
     inputs = unit(10, 6), unit(13, 6), torch.tensor(14.0)
@@ -88,28 +87,7 @@ def test_several_positives_equal_a_dense_reference_for_any_tile_size(tile_size: 
         torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-5)
 
 
-def test_positives_as_columns_equal_positives_as_a_mask() -> None:
-    queries, keys = unit(6, 4), unit(9, 4)
-    columns = torch.randint(9, (6,))
-    mask = F.one_hot(columns, 9).bool()
-    by_column = info_nce(queries, keys, 20.0, columns, tile_size=4)
-    by_mask = info_nce(queries, keys, 20.0, lambda start, stop: mask[start:stop], tile_size=4)
-    torch.testing.assert_close(by_column, by_mask)
-    torch.testing.assert_close(by_column, F.cross_entropy(20 * queries @ keys.T, columns))
-
-
-def test_gradients_pass_gradcheck_in_float64() -> None:
-    mask = torch.eye(5, 7).bool() | (torch.rand(5, 7) < 0.3)
-
-    def loss(queries: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
-        return info_nce(queries, keys, scale, lambda start, stop: mask[start:stop], 0.1, tile_size=2)
-
-    inputs = leaves(unit(5, 3, torch.float64), unit(7, 3, torch.float64), torch.tensor(7.0).double())
-    assert loss(*inputs).dtype == torch.float64
-    assert torch.autograd.gradcheck(loss, inputs)
-
-
-@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)])
+@pytest.mark.parametrize("wanted", [(0,), (1,), (0, 2)])
 def test_gradients_do_not_depend_on_which_inputs_require_grad(wanted: tuple[int, ...]) -> None:
     inputs = unit(5, 4), unit(5, 4), torch.tensor(9.0)
     everything = leaves(*inputs)
@@ -195,27 +173,6 @@ def test_both_directions_equal_float64_for_any_scale_and_number_of_kept_logits(
         )
 
 
-def test_both_directions_pass_gradcheck_in_float64() -> None:
-    sampled, owned = shared_captions(images=5, captions=4, per_image=2)
-    inputs = leaves(unit(5, 3, torch.float64), unit(5, 3, torch.float64), torch.tensor(7.0).double())
-    assert torch.autograd.gradcheck(lambda *x: clip_loss(*x, sampled, owned, 0.1, tile_size=2), inputs)
-
-
-def test_repeated_caption_of_an_image_counts_once() -> None:
-    image, text = unit(3, 4), unit(3, 4)
-    ids = torch.arange(3)
-    twice = torch.tensor([[0, 0, 1], [1, -1, 1], [2, 2, 2]])
-    once = torch.tensor([[0, 1], [1, -1], [2, -1]])
-    torch.testing.assert_close(clip_loss(image, text, 9.0, ids, twice), clip_loss(image, text, 9.0, ids, once))
-
-
-def test_distinct_captions_give_the_loss_without_ids() -> None:
-    image, text = unit(6, 4), unit(6, 4)
-    ids = torch.arange(6)
-    with_ids = clip_loss(image, text, 10.0, ids, torch.stack([ids, ids + 100], dim=1))
-    torch.testing.assert_close(with_ids, clip_loss(image, text, 10.0))
-
-
 class Operators(TorchDispatchMode):
     """Records the operators that run and the number of elements of the largest tensor that they return."""
 
@@ -245,57 +202,6 @@ def test_no_tensor_is_larger_than_a_tile_or_an_input(with_ids: bool, monkeypatch
     # Forward: logits and a sum over rows. Backward: logits, except for two kept tiles, and the gradient of the images.
     assert operators.names.count("mm") == 4 * rows / tile - 2
     assert operators.largest <= max(rows * 8, rows * tile), "only inputs and tiles of 4 rows are allowed"
-
-
-def test_no_grad_computes_no_gradients() -> None:
-    queries, keys = leaves(unit(6, 4), unit(6, 4))
-    with torch.no_grad(), Operators() as operators:
-        loss = info_nce(queries, keys, 10.0, torch.arange(6), tile_size=2)
-    assert not loss.requires_grad
-    products = [name for name in operators.names if name in ("mm", "addmm", "addmm_")]
-    assert products == ["mm"] * 3, "one product per tile, for the logits"
-
-
-def test_gathering_in_one_process_returns_the_input() -> None:
-    x = torch.randn(3, 2, requires_grad=True)
-    gathered = gather_rows(x)
-    assert gathered.rows is x
-    assert gathered.offset == 0
-
-
-def test_error_names_the_query_without_a_correct_key() -> None:
-    queries, keys = unit(5, 3), unit(4, 3)
-    mask = torch.ones(5, 4).bool()
-    mask[3] = False
-    with pytest.raises(ValueError, match="Query row 3 has no correct key"):
-        info_nce(queries, keys, 1.0, lambda start, stop: mask[start:stop], tile_size=2)
-    with pytest.raises(ValueError, match=r"Query row 2 .* its column is 4"):
-        info_nce(queries, keys, 1.0, torch.tensor([0, 1, 4, 2, 3]))
-
-
-def test_errors_for_invalid_inputs_show_shapes_and_ids() -> None:
-    image, text = unit(4, 3), unit(4, 3)
-    ids = torch.arange(4)
-    with pytest.raises(ValueError, match=r"\(4, 3\) and \(3, 3\)"):
-        clip_loss(image, text[:3], 1.0)
-    with pytest.raises(ValueError, match="or neither"):
-        clip_loss(image, text, 1.0, caption_ids=ids)
-    with pytest.raises(ValueError, match="K >= 1"):
-        clip_loss(image, text, 1.0, ids, ids[:, None].int())
-    with pytest.raises(ValueError, match=r"Row 2: caption id 2 .* \[9, -1\]"):
-        clip_loss(image, text, 1.0, ids, torch.tensor([[0, 1], [1, -1], [9, -1], [3, -1]]))
-    with pytest.raises(ValueError, match="Row 0: caption id -1 must be >= 0"):
-        clip_loss(image, text, 1.0, ids - 1, (ids - 1)[:, None])
-    with pytest.raises(ValueError, match="at least one query"):
-        hard_negative_info_nce(image[:0], text[:0])
-    with pytest.raises(ValueError, match="at least one pair"):
-        clip_loss(image[:0], text[:0], 1.0)
-    with pytest.raises(ValueError, match=r"negatives of shape \(any, 3\)"):
-        hard_negative_info_nce(image, text, unit(4, 5))
-    with pytest.raises(ValueError, match="label_smoothing"):
-        clip_loss(image, text, 1.0, label_smoothing=1.0)
-    with pytest.raises(ValueError, match="must return a bool tensor"):
-        info_nce(image, text, 1.0, lambda start, stop: torch.eye(4))
 
 
 def dense_sigmoid(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
@@ -333,12 +239,6 @@ def test_sigmoid_loss_equals_open_clip() -> None:
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
-def test_sigmoid_loss_passes_gradcheck_in_float64() -> None:
-    scalars = torch.tensor(7.0).double(), torch.tensor(-3.0).double()
-    inputs = leaves(unit(5, 3, torch.float64), unit(5, 3, torch.float64), *scalars)
-    assert torch.autograd.gradcheck(lambda *x: sigmoid_loss(*x, tile_size=2), inputs)
-
-
 def test_sigmoid_loss_is_float32_under_autocast_and_allocates_only_tiles() -> None:
     image, text = leaves(unit(64, 8).bfloat16(), unit(64, 8).bfloat16())
     with Operators() as operators, torch.autocast("cpu", dtype=torch.bfloat16):
@@ -347,5 +247,40 @@ def test_sigmoid_loss_is_float32_under_autocast_and_allocates_only_tiles() -> No
     torch.testing.assert_close(loss, sigmoid_loss(image.float(), text.float(), 10.0, -10.0))
     assert image.grad.dtype == torch.bfloat16
     assert operators.largest <= 64 * 8
-    with pytest.raises(ValueError, match="sigmoid_loss needs at least one pair"):
-        sigmoid_loss(image[:0], text[:0], 1.0, 0.0)
+
+
+def test_a_repeated_caption_counts_once_and_distinct_ones_give_the_loss_without_ids() -> None:
+    image, text = unit(3, 4), unit(3, 4)
+    ids = torch.arange(3)
+    twice = torch.tensor([[0, 0, 1], [1, -1, 1], [2, 2, 2]])
+    once = torch.tensor([[0, 1], [1, -1], [2, -1]])
+    torch.testing.assert_close(clip_loss(image, text, 9.0, ids, twice), clip_loss(image, text, 9.0, ids, once))
+    distinct = torch.stack([ids, ids + 100], dim=1)
+    torch.testing.assert_close(clip_loss(image, text, 9.0, ids, distinct), clip_loss(image, text, 9.0))
+
+
+IMAGE, TEXT, IDS = torch.eye(4)[:, :3], torch.eye(4)[:, :3], torch.arange(4)
+WRONG_IDS = torch.tensor([[0, 1], [1, -1], [9, -1], [3, -1]])
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda: info_nce(IMAGE, TEXT, 1.0, torch.tensor([0, 1, 4, 2])), r"Query row 2 .* its column is 4"),
+        (lambda: info_nce(IMAGE, TEXT, 1.0, lambda a, b: torch.eye(4)[a:b] > 1), "Query row 0 has no correct key"),
+        (lambda: info_nce(IMAGE, TEXT, 1.0, lambda a, b: torch.eye(4)), "must return a bool tensor"),
+        (lambda: clip_loss(IMAGE, TEXT[:3], 1.0), r"\(4, 3\) and \(3, 3\)"),
+        (lambda: clip_loss(IMAGE, TEXT, 1.0, caption_ids=IDS), "or neither"),
+        (lambda: clip_loss(IMAGE, TEXT, 1.0, IDS, IDS[:, None].int()), "K >= 1"),
+        (lambda: clip_loss(IMAGE, TEXT, 1.0, IDS, WRONG_IDS), r"Row 2: caption id 2 .* \[9, -1\]"),
+        (lambda: clip_loss(IMAGE, TEXT, 1.0, IDS - 1, (IDS - 1)[:, None]), "Row 0: caption id -1 must be >= 0"),
+        (lambda: clip_loss(IMAGE, TEXT, 1.0, label_smoothing=1.0), "label_smoothing"),
+        (lambda: clip_loss(IMAGE[:0], TEXT[:0], 1.0), "at least one pair"),
+        (lambda: hard_negative_info_nce(IMAGE[:0], TEXT[:0]), "at least one query"),
+        (lambda: hard_negative_info_nce(IMAGE, TEXT, torch.eye(4, 5)), r"negatives of shape \(any, 3\)"),
+        (lambda: sigmoid_loss(IMAGE[:0], TEXT[:0], 1.0, 0.0), "sigmoid_loss needs at least one pair"),
+    ],
+)
+def test_invalid_inputs_are_named(loss: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        loss()

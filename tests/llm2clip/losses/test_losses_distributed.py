@@ -14,12 +14,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from llm2clip.losses import clip_loss, hard_negative_info_nce, sigmoid_loss
 from llm2clip.losses.distillation import instance_distance, similarity_distance, structure_distance
-from llm2clip.losses.gather import gather_rows
 from tests.golden import load_golden
 from tests.processes import run_ranks
 
@@ -131,56 +129,17 @@ def distillation(rank: int, world: int) -> dict[str, Tensor]:
     )
 
 
-def gathered(rank: int, world: int) -> dict[str, Any]:
-    x = split(example()["image"], ROWS[world], rank).clone().requires_grad_()
-    rows = gather_rows(x)
-    ids = gather_rows(split(example()["owned"], ROWS[world], rank))
-    # Rank r weights row i by (r + 1) * i: the gradient of row i must be i * (1 + ... + world).
-    ((rank + 1) * torch.arange(len(rows.rows))[:, None] * rows.rows).sum().backward()
-    return {"rows": rows.rows.detach(), "offset": rows.offset, "ids": ids.rows, "grad": x.grad}
-
-
-def trained_parameters(rank: int, world: int) -> dict[str, Tensor]:
-    """Train two linear towers and a logit scale for three SGD steps, with DDP if there are several ranks."""
-
-    class Towers(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.image = nn.Linear(WIDTH, 5)
-            self.text = nn.Linear(WIDTH, 5)
-            self.logit_scale = nn.Parameter(torch.tensor(1.0))
-
-        def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return unit(self.image(image)), unit(self.text(text)), self.logit_scale.exp()
-
-    torch.manual_seed(3)
-    towers = Towers()
-    model: nn.Module = DistributedDataParallel(towers) if world > 1 else towers
-    optimizer = torch.optim.SGD(towers.parameters(), lr=0.5)
-    whole = example()
-    image, text = (split(whole[name], ROWS[world], rank) for name in ("image", "text"))
-    for _ in range(3):
-        optimizer.zero_grad()
-        clip_loss(*model(image, text)).backward()
-        optimizer.step()
-    return {name: parameter.detach() for name, parameter in towers.named_parameters()}
-
-
-def mixed_ids_message(rank: int, world: int) -> str:
-    x = unit(torch.randn(2, WIDTH))
-    ids = torch.arange(2)
-    with pytest.raises(ValueError, match="give them on all ranks") as error:
-        clip_loss(x, x, 1.0, *((ids, ids[:, None]) if rank == 0 else (None, None)))
-    return str(error.value)
-
-
-def no_rows_at_all() -> list[str]:
-    """Return the error messages for a batch without rows on every rank."""
-    nothing = torch.empty(0, WIDTH)
-    assert gather_rows(nothing).rows.shape == (0, WIDTH)
+def messages_of_errors(rank: int) -> list[str]:
+    """Caption ids on the first rank only, and a batch without rows on every rank."""
+    x, ids, nothing = unit(torch.randn(2, WIDTH)), torch.arange(2), torch.empty(0, WIDTH)
+    given = (ids, ids[:, None]) if rank == 0 else (None, None)
     messages = []
-    for loss in (lambda: clip_loss(nothing, nothing, 1.0), lambda: hard_negative_info_nce(nothing, nothing)):
-        with pytest.raises(ValueError, match="on some rank") as error:
+    for loss in (
+        lambda: clip_loss(x, x, 1.0, *given),
+        lambda: clip_loss(nothing, nothing, 1.0),
+        lambda: hard_negative_info_nce(nothing, nothing),
+    ):
+        with pytest.raises(ValueError, match="rank") as error:
             loss()
         messages.append(str(error.value))
     return messages
@@ -193,8 +152,6 @@ def run_all(rank: int, world: int) -> dict[str, Any]:
         "uneven_hard_negative": uneven_hard_negative(rank, world),
         "sigmoid": sigmoid(rank, world),
         "distillation": distillation(rank, world),
-        "gathered": gathered(rank, world),
-        "trained": trained_parameters(rank, world),
     }
     for name in ("a", "b"):
         for smoothing in (0.0, 0.1):
@@ -203,8 +160,7 @@ def run_all(rank: int, world: int) -> dict[str, Any]:
             tag = f"hard_negative_{name}_{negatives}"
             results[tag] = golden_hard_negative(f"hard_negative_nll_{name}", negatives, rank, world)
     if world > 1:
-        results["mixed_ids"] = mixed_ids_message(rank, world)
-        results["no_rows"] = no_rows_at_all()
+        results["errors"] = messages_of_errors(rank)
     return results
 
 
@@ -229,49 +185,23 @@ def single() -> dict[str, Any]:
     return run_all(0, 1)
 
 
-def assert_mean_over_ranks_is_single(
-    ranks: Results, single: dict[str, Any], scenario: str, **tolerance: float
-) -> None:
-    """Compare the mean of scalars over ranks, and gradients of rows divided by the world size, to a single process."""
-    for name, expected in single[scenario].items():
-        parts = [rank[scenario].get(name) for rank in ranks]
-        present = [part for part in parts if part is not None]
-        actual = torch.stack(present).mean(0) if expected.ndim == 0 else torch.cat(present) / len(ranks)
-        torch.testing.assert_close(
-            actual, expected, msg=lambda message, name=name: f"{scenario} {name}: {message}", **tolerance
-        )
-
-
 @pytest.mark.parametrize("name", ["a", "b"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_clip_loss_of_each_rank_equals_the_original(ranks: Results, name: str, smoothing: float) -> None:
+def test_clip_loss_of_each_rank_and_its_mean_equal_the_original(ranks: Results, name: str, smoothing: float) -> None:
     golden, world = load_golden(f"clip_loss_{name}"), len(ranks)
-    for rank, results in enumerate(ranks):
-        ours, tag = results[f"clip_{name}_{smoothing}"], f"out/ws{world}/local1_grad1_smooth{smoothing}/rank{rank}"
-        golden.close(ours["loss"], f"{tag}/loss")
-        golden.close(ours["image"], f"{tag}/grad_image")
-        golden.close(ours["text"], f"{tag}/grad_text")
+    found = [results[f"clip_{name}_{smoothing}"] for results in ranks]
+    mean = torch.stack([ours["loss"] for ours in found]).mean()
+    for rank, ours in enumerate(found):
+        for kind, loss in (("local1", ours["loss"]), ("local0", mean)):
+            tag = f"out/ws{world}/{kind}_grad1_smooth{smoothing}/rank{rank}"
+            golden.close(loss, f"{tag}/loss")
+            golden.close(ours["image"], f"{tag}/grad_image")
+            golden.close(ours["text"], f"{tag}/grad_text")
     # The share of each rank in the gradient of the scale differs from the original; DDP averages over ranks.
     tags = [f"out/ws{world}/local1_grad1_smooth{smoothing}/rank{rank}/grad_log_scale" for rank in range(world)]
-    torch.testing.assert_close(
-        torch.stack([results[f"clip_{name}_{smoothing}"]["log_scale"] for results in ranks]).mean(),
-        torch.stack([golden[tag] for tag in tags]).mean(),
-        atol=1e-5,
-        rtol=1e-4,
-        check_dtype=False,
-    )
-
-
-@pytest.mark.parametrize("name", ["a", "b"])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_mean_over_ranks_equals_the_global_loss_of_the_original(ranks: Results, name: str, smoothing: float) -> None:
-    golden, world = load_golden(f"clip_loss_{name}"), len(ranks)
-    tag = f"out/ws{world}/local0_grad1_smooth{smoothing}"
-    mean = torch.stack([results[f"clip_{name}_{smoothing}"]["loss"] for results in ranks]).mean()
-    for rank, results in enumerate(ranks):
-        golden.close(mean, f"{tag}/rank{rank}/loss")
-        golden.close(results[f"clip_{name}_{smoothing}"]["image"], f"{tag}/rank{rank}/grad_image")
-        golden.close(results[f"clip_{name}_{smoothing}"]["text"], f"{tag}/rank{rank}/grad_text")
+    expected = torch.stack([golden[tag] for tag in tags]).mean()
+    scale = torch.stack([ours["log_scale"] for ours in found]).mean()
+    torch.testing.assert_close(scale, expected, atol=1e-5, rtol=1e-4, check_dtype=False)
 
 
 @pytest.mark.parametrize("name", ["a", "b"])
@@ -290,58 +220,36 @@ def test_hard_negative_loss_equals_the_original(ranks: Results, name: str, negat
                 golden.close(results[scenario][key], f"out/ws2/{tag}/rank{rank}/grad_{key}")
 
 
-def test_shared_captions_on_uneven_ranks_with_different_k_equal_one_process(
-    ranks: Results, single: dict[str, Any]
+# Uneven ranks, and different numbers of captions; hard negatives are on some ranks only.
+@pytest.mark.parametrize(
+    ("scenario", "tolerance"),
+    [
+        ("shared_captions", {"atol": 2e-6, "rtol": 1e-5}),
+        ("shared_captions_bf16", {"atol": 3e-3, "rtol": 3e-2}),
+        ("uneven_hard_negative", {"atol": 2e-6, "rtol": 1e-5}),
+        ("sigmoid", {"atol": 2e-6, "rtol": 1e-5}),
+        ("distillation", {"atol": 1e-5, "rtol": 1e-5}),
+    ],
+)
+def test_uneven_ranks_equal_one_process(
+    scenario: str, tolerance: dict[str, float], ranks: Results, single: dict[str, Any]
 ) -> None:
-    assert_mean_over_ranks_is_single(ranks, single, "shared_captions", atol=2e-6, rtol=1e-5)
+    """The mean of scalars over ranks, and gradients of rows divided by the world size, are those of one process."""
+    for name, expected in single[scenario].items():
+        parts = [rank[scenario].get(name) for rank in ranks]
+        present = [part for part in parts if part is not None]
+        actual = torch.stack(present).mean(0) if expected.ndim == 0 else torch.cat(present) / len(ranks)
+        torch.testing.assert_close(actual, expected, msg=f"{scenario} {name}", **tolerance)
 
 
-def test_half_precision_embeddings_on_uneven_ranks_equal_one_process(ranks: Results, single: dict[str, Any]) -> None:
-    assert_mean_over_ranks_is_single(ranks, single, "shared_captions_bf16", atol=3e-3, rtol=3e-2)
-
-
-def test_hard_negatives_on_some_ranks_only_equal_one_process(ranks: Results, single: dict[str, Any]) -> None:
-    assert_mean_over_ranks_is_single(ranks, single, "uneven_hard_negative", atol=2e-6, rtol=1e-5)
-
-
-def test_sigmoid_loss_on_uneven_ranks_equals_one_process(ranks: Results, single: dict[str, Any]) -> None:
-    assert_mean_over_ranks_is_single(ranks, single, "sigmoid", atol=2e-6, rtol=1e-5)
-
-
-def test_distillation_on_uneven_ranks_equals_one_process(ranks: Results, single: dict[str, Any]) -> None:
-    assert_mean_over_ranks_is_single(ranks, single, "distillation", atol=1e-5, rtol=1e-5)
-
-
-def test_gathering_keeps_rank_order_and_sums_the_gradients_of_all_ranks(ranks: Results) -> None:
-    whole, rows = example(), ROWS[len(ranks)]
-    sum_of_weights = len(ranks) * (len(ranks) + 1) / 2
+def test_ids_on_some_ranks_and_no_rows_on_any_raise_on_every_rank(ranks: Results) -> None:
     for rank, results in enumerate(ranks):
-        result, offset = results["gathered"], sum(rows[:rank])
-        assert (result["offset"], len(result["rows"])) == (offset, sum(rows))
-        assert result["rows"].equal(whole["image"])
-        assert result["ids"].equal(whole["owned"])
-        expected = sum_of_weights * torch.arange(offset, offset + rows[rank])[:, None].expand(-1, WIDTH)
-        torch.testing.assert_close(result["grad"], expected)
-
-
-def test_training_under_ddp_equals_one_process(ranks: Results, single: dict[str, Any]) -> None:
-    for results in ranks:
-        for name, expected in single["trained"].items():
-            torch.testing.assert_close(results["trained"][name], expected, atol=2e-6, rtol=1e-5)
-
-
-def test_ids_on_only_some_ranks_raise_on_every_rank(ranks: Results) -> None:
-    messages = [results["mixed_ids"] for results in ranks]
-    assert messages[0].startswith("This rank gave caption ids")
-    assert all(message.startswith("Other ranks gave caption ids") for message in messages[1:])
-
-
-def test_batch_without_rows_on_any_rank_raises_on_every_rank(ranks: Results) -> None:
-    for results in ranks:
-        assert results["no_rows"] == [
-            "clip_loss needs at least one pair on some rank, but there is none.",
-            "hard_negative_info_nce needs at least one query on some rank, but there is none.",
-        ]
+        ids, *empty = results["errors"]
+        assert ids.startswith("Other ranks gave caption ids" if rank else "This rank gave caption ids")
+        assert "give them on all ranks" in ids
+        assert ["at least one pair on some rank" in empty[0], "at least one query on some rank" in empty[1]] == [
+            True
+        ] * 2
 
 
 if __name__ == "__main__":

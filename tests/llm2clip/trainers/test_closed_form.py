@@ -41,14 +41,6 @@ def test_without_a_ridge_it_is_canonical_correlation_analysis() -> None:
     assert found.embed_images(images).shape == found.embed_texts(texts).shape == (600, 3)
 
 
-def test_the_maps_retrieve_the_partner() -> None:
-    images, texts = correlated()
-    found = closed_form_alignment(images[:500], texts[:500], ridge=0.1, width=5)
-    similarity = found.embed_images(images[500:]) @ found.embed_texts(texts[500:]).T
-    ranks = (similarity > similarity.diagonal()[:, None]).sum(dim=1)
-    assert (ranks < 5).double().mean() > 0.8  # by chance 0.05
-
-
 def test_weights_are_repetitions() -> None:
     images, texts = correlated(60)
     weights = torch.tensor([1.0, 2.0, 3.0]).repeat(20)
@@ -58,22 +50,12 @@ def test_weights_are_repetitions() -> None:
     torch.testing.assert_close(found.embed_images(images), expected.embed_images(images), atol=1e-6, rtol=0)
 
 
-def test_sums_of_parts_add_up_and_stay_accurate_far_from_zero() -> None:
-    images, texts = correlated()
-    images, texts = images + 1000, F.normalize(texts, dim=-1)
-    parts = [PairSums.empty(12, 9) for _ in range(2)]
-    parts[0].add(images[:250], texts[:250])
-    parts[1].add(images[250:], texts[250:])
-    found = (parts[0] + parts[1]).solver()
-    exact = torch.cov(images.double().T, correction=0)
-    torch.testing.assert_close(found.image_std, exact.diagonal().sqrt(), rtol=1e-7, atol=0)
-
-
 @pytest.mark.parametrize("weighted", [True, False])
 def test_parts_of_the_rows_add_up_to_the_whole(weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(closed_form, "BLOCK", 64)
     monkeypatch.setattr(closed_form, "TILE", 5)
     images, texts = correlated()
+    images = images + 1000  # the sums stay accurate far from zero
     weights = torch.rand(600) if weighted else None
     parts = [PairSums.of_part(images, texts, part, 7, weights) for part in range(7)]
     x, y = images.double(), F.normalize(texts, dim=-1).double()
@@ -87,7 +69,7 @@ def test_parts_of_the_rows_add_up_to_the_whole(weighted: bool, monkeypatch: pyte
         (total.text_gram, (y.T * w) @ y),
         (total.cross, (x.T * w) @ y),
     ]:
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-9)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-9)
     assert torch.equal(total.text_gram, total.text_gram.T)
     one, whole = total.solver().solve(0.3, 4), closed_form_alignment(images, texts, 0.3, 4, weights)
     torch.testing.assert_close(one.embed_images(images), whole.embed_images(images), atol=1e-6, rtol=0)
@@ -125,25 +107,18 @@ def stores(tmp_path: Path, images: Tensor, texts: Tensor) -> list[Path]:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("images", "texts", "changes", "message"),
     [
-        ({"width": 10}, "width is 10, but the embeddings have 12 and 9 dimensions; choose 1 to 9"),
-        ({"ridge": -1.0}, "ridge must be at least 0"),
-        ({"weights": torch.ones(3)}, "600 and 600 and 3 weights"),
+        (600, 600, {"width": 10}, "width is 10, but the embeddings have 12 and 9 dimensions; choose 1 to 9"),
+        (600, 600, {"ridge": -1.0}, "ridge must be at least 0"),
+        (600, 600, {"weights": torch.ones(3)}, "600 and 600 and 3 weights"),
+        (600, 599, {}, "there are 600 and 599"),
+        (1, 1, {}, "at least two pairs"),
+        (601, 601, {}, "not finite"),
     ],
 )
-def test_what_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
-    images, texts = correlated()
+def test_what_cannot_be_is_refused(images: int, texts: int, changes: dict[str, Any], message: str) -> None:
+    rows = correlated(601)
+    rows[0][600, 3] = float("nan")
     with pytest.raises(ValueError, match=message):
-        closed_form_alignment(images, texts, **{"width": 4, **changes})
-
-
-def test_other_numbers_and_broken_values_are_refused() -> None:
-    images, texts = correlated()
-    with pytest.raises(ValueError, match="there are 600 and 599"):
-        closed_form_alignment(images, texts[1:], width=4)
-    with pytest.raises(ValueError, match="at least two pairs"):
-        closed_form_alignment(images[:1], texts[:1], width=4)
-    images[7, 3] = float("nan")
-    with pytest.raises(ValueError, match="not finite"):
-        closed_form_alignment(images, texts, width=4)
+        closed_form_alignment(rows[0][:images], rows[1][:texts], **{"width": 4, **changes})

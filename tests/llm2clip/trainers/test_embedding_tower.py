@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,16 +13,16 @@ from torch import Tensor
 from llm2clip import cli, embed_captions
 from llm2clip.encoders import embed
 from llm2clip.store import EmbeddingCache
-from llm2clip.trainers import run_mntp, run_stage1, run_stage2
-from llm2clip.trainers.mntp_config import MNTPRecipe
-from llm2clip.trainers.stage1_config import Stage1Recipe
-from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.settings import build_config
 from llm2clip.utils.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor, LLM2CLIPTextModel
 from modeling_llm2clip.modeling_llm2clip_decoder import TESTED_TYPES
 from tests.llm2clip import embedding_models, tiny
+from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.embedding_models import TEXTS
+from tests.llm2clip.trainers.stages import run
+
+CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 
 
 @dataclass
@@ -37,19 +36,18 @@ class Trained:
 
 
 @pytest.fixture(scope="module", params=["gemma3_text", "t5", "xlm-roberta"])
-def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def trained(request: pytest.FixtureRequest, inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder: Path = tmp_path_factory.mktemp("embedding_tower")
-    text = str(folder / "text")
     reference = embedding_models.save(folder / "text", request.param)
+    text, cache = str(folder / "text"), str(folder / "cache")
     sources = [tiny.concepts(), tiny.concepts("validation", max_samples=40)]
-    fields = {"text_model_name_or_path": text, "output_dir": str(folder / "cache"), "sources": sources}
+    fields = {"text_model_name_or_path": text, "output_dir": cache, "sources": sources}
     if request.param == "xlm-roberta":
         # As with E5: no prompt is the default one, so `embed` gives it, and stage 2 takes that of the cache.
         reference.default_prompt_name, fields["prompt_prefix"] = "query", "query: "
     embed.run(build_config(embed.EmbedConfig, fields))
-    vision = tiny.save_vision_tower(folder / "vision")
-    fields = tiny.stage2_fields(folder / "joint", vision, text, str(folder / "cache"))
-    run_stage2.run(build_config(Stage2Recipe, fields | {"max_steps": 2, "save_strategy": "no"}))
+    changes = {"text_model_name_or_path": text, "embedding_cache": cache, "max_steps": 2, "save_strategy": "no"}
+    run("stage2", folder / "joint", inputs, **changes)
     return Trained(reference, text, folder / "cache", folder / "joint")
 
 
@@ -57,38 +55,27 @@ def expected_text(trained: Trained, model: LLM2CLIPModel) -> Tensor:
     """What the joint model makes of the embeddings of sentence-transformers."""
     embeds = trained.reference.encode(TEXTS, convert_to_tensor=True)
     with torch.no_grad():
-        features = model.get_text_features(llm_embeds=embeds).pooler_output
-    return torch.nn.functional.normalize(features, dim=-1)
+        return torch.nn.functional.normalize(model.get_text_features(llm_embeds=embeds).pooler_output, dim=-1)
 
 
-def test_the_cache_and_embed_captions_have_the_embeddings_of_sentence_transformers(trained: Trained) -> None:
+def test_cache_model_and_embed_captions_have_the_embeddings_of_sentence_transformers(trained: Trained) -> None:
     captions = ["a dog", "a red bus"]
     expected = trained.reference.encode(captions, convert_to_tensor=True)
     prompt = trained.reference.prompts.get(trained.reference.default_prompt_name) or ""
-    model, tokenizer = open_text_tower(trained.text, prompt_prefix=prompt)
-    torch.testing.assert_close(embed_captions(captions, model, tokenizer), expected, atol=1e-5, rtol=1e-5)
+    tower, tokenizer = open_text_tower(trained.text, prompt_prefix=prompt)
+    torch.testing.assert_close(embed_captions(captions, tower, tokenizer), expected, **CLOSE)
+    plain, tokenizer = open_text_tower(trained.text)
+    torch.testing.assert_close(embed_captions(["a dog"], trained.text), plain.encode(["a dog"], tokenizer), **CLOSE)
     cache = EmbeddingCache.open(trained.cache)
-    assert cache.width == expected.shape[1]
-    assert cache.manifest.fingerprint == model.fingerprint()
+    assert (cache.width, cache.manifest.fingerprint) == (expected.shape[1], tower.fingerprint())
     assert cache.manifest.identity["prompt_prefix"] == prompt
-
-
-def test_a_folder_is_enough_to_embed_captions(trained: Trained) -> None:
-    plain = embed_captions(["a dog"], trained.text)
-    expected, tokenizer = open_text_tower(trained.text)
-    torch.testing.assert_close(plain, expected.encode(["a dog"], tokenizer), atol=1e-5, rtol=1e-5)
-
-
-def test_a_joint_model_has_the_config_of_the_embedding_model_and_loads_it(trained: Trained) -> None:
     model = LLM2CLIPModel.from_pretrained(trained.joint).eval()
-    processor = LLM2CLIPProcessor.from_pretrained(trained.joint)
-    assert model.config.text_model_name_or_path == trained.text
     text = model.config.text_config
+    assert model.config.text_model_name_or_path == trained.text
     assert text.bidirectional is None
     assert text.verified_attention == (None if text.decoder_config.model_type in TESTED_TYPES else ["mask"])
-    torch.testing.assert_close(
-        model.encode_text(TEXTS, processor), expected_text(trained, model), atol=1e-5, rtol=1e-4
-    )
+    found = model.encode_text(TEXTS, LLM2CLIPProcessor.from_pretrained(trained.joint))
+    torch.testing.assert_close(found, expected_text(trained, model), **CLOSE)
 
 
 @pytest.mark.slow
@@ -99,37 +86,31 @@ def test_a_built_folder_has_the_embedding_model_and_exports_to_onnx(trained: Tra
     assert cli.main(["build", str(trained.joint), str(out), "--bundle-text-model"]) == 0
     model = LLM2CLIPModel.from_pretrained(out).eval()
     assert model.config.text_model_name_or_path is None
-    expected = expected_text(trained, model)
     joint = SentenceTransformer(str(out), trust_remote_code=True, device="cpu")
-    torch.testing.assert_close(joint.encode(TEXTS, convert_to_tensor=True), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(joint.encode(TEXTS, convert_to_tensor=True), expected_text(trained, model), **CLOSE)
     assert cli.main(["export-onnx", str(out), "--parts", "text"]) == 0
 
 
 @pytest.mark.parametrize("save_format", ["merged", "adapter"])
-def test_stage1_trains_lora_on_an_encoder_with_dense_layers(save_format: str, tmp_path: Path) -> None:
+def test_stage1_trains_lora_on_an_encoder_with_dense_layers(save_format: str, inputs: Inputs, tmp_path: Path) -> None:
     text = str(tmp_path / "text")
     embedding_models.save(tmp_path / "text", "t5")
-    fields = tiny.stage1_fields(tmp_path / "out", text)
-    for name in ("prompt_prefix", "prompt_suffix", "max_text_length", "pooling"):
-        fields.pop(name, None)
-    fields |= {"max_steps": 2, "save_strategy": "no", "save_format": save_format}
+    unset = dict.fromkeys(("prompt_prefix", "prompt_suffix", "max_text_length"))
+    fields = {"model_name_or_path": text, "max_steps": 2, "save_strategy": "no", "save_format": save_format, **unset}
     with pytest.raises(ValueError, match=r"lora_target_modules .* do not fit .*T5EncoderModel.*all-linear"):
-        run_stage1.run(build_config(Stage1Recipe, fields))
-    run_stage1.run(build_config(Stage1Recipe, fields | {"lora_target_modules": ["all-linear"]}))
+        run("stage1", tmp_path / "out", inputs, **fields)
+    run("stage1", tmp_path / "out", inputs, **fields, lora_target_modules=["all-linear"])
     before, tokenizer = open_text_tower(text)
     after, saved = open_text_tower(str(tmp_path / "out"))
     assert saved("a dog")["input_ids"] == tokenizer("a dog")["input_ids"]
-    assert after.config.dense == before.config.dense
     torch.testing.assert_close(after.dense.state_dict(), before.dense.state_dict())
     change = (after.eval().encode(TEXTS, tokenizer) - before.eval().encode(TEXTS, tokenizer)).abs().max()
     assert change > 1e-3
-    again = LLM2CLIPTextModel.from_pretrained(tmp_path / "out")
-    assert again.has_adapter is (save_format == "adapter")
+    assert LLM2CLIPTextModel.from_pretrained(tmp_path / "out").has_adapter is (save_format == "adapter")
 
 
 @pytest.mark.parametrize("family", ["qwen3", "bert"])
-def test_mntp_refuses_embedding_models(family: str, tmp_path: Path) -> None:
+def test_mntp_refuses_embedding_models(family: str, inputs: Inputs, tmp_path: Path) -> None:
     embedding_models.save(tmp_path / "text", family)
-    fields: dict[str, Any] = {"model_name_or_path": str(tmp_path / "text"), "output_dir": str(tmp_path / "out")}
     with pytest.raises(ValueError, match="is an embedding model of sentence-transformers, which is trained already"):
-        run_mntp.run(build_config(MNTPRecipe, fields | {"sources": [tiny.concepts()], "use_cpu": True}))
+        run("mntp", tmp_path / "out", inputs, model_name_or_path=str(tmp_path / "text"))

@@ -8,21 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModel, Dinov2Model
 
 from llm2clip.data import CaptionImageDataset, CaptionSource, EvalTransform
 from llm2clip.data.transforms import output_size
 from llm2clip.store import StoreDamagedError, building
-from llm2clip.trainers import freezing, run_stage2
+from llm2clip.trainers import freezing
 from llm2clip.trainers.frozen_layers import FrozenLayers
-from llm2clip.trainers.stage2_config import Stage2Config, Stage2Recipe
+from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.trainers.stored_rows import FrozenStatesDataset
-from llm2clip.utils.settings import build_config
 from tests.damage import flip
 from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
+from tests.llm2clip.trainers.stages import interrupt, losses, run
+
+QUICK: dict[str, Any] = {"max_steps": 1, "save_strategy": "no"}
 
 
 def build(inputs: Inputs, folder: Path, fields: dict[str, Any] | None = None, **options: Any) -> FrozenStatesDataset:
@@ -47,11 +50,45 @@ def states(dataset: FrozenStatesDataset) -> Tensor:
     return found
 
 
-def test_skipped_images_belong_to_their_limit_of_pixels(inputs: Inputs, tmp_path: Path) -> None:
-    assert not build(inputs, tmp_path, on_error="skip").states.skipped
-    with pytest.raises(ValueError, match="none of the 16 images can be read"):
-        build(inputs, tmp_path, on_error="skip", max_pixels=1)
-    assert not build(inputs, tmp_path, on_error="skip").states.skipped
+@pytest.mark.parametrize("model_type", ["eva02", "clip_vision_model", "dinov2"])
+def test_upper_layers_on_stored_states_equal_the_whole_tower(model_type: str, inputs: Inputs) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 28, "patch_size": 7}
+    if model_type == "eva02":
+        tower: Any = AutoModel.from_pretrained(inputs.vision)
+    elif model_type == "dinov2":
+        tower = Dinov2Model(AutoConfig.for_model("dinov2", **sizes))
+    else:
+        tower = CLIPVisionModel(AutoConfig.for_model(model_type, **sizes, intermediate_size=48))
+    tower.eval()
+    frozen = FrozenLayers(tower, 1, (28, 28))
+    pixels = torch.randn(3, 3, 28, 28)
+    expected = tower(pixels).pooler_output
+    with frozen.replaced_by(frozen.compute(pixels)) as placeholder:
+        torch.testing.assert_close(tower(placeholder).pooler_output, expected)
+    torch.testing.assert_close(tower(pixels).pooler_output, expected)
+    for number in (9, -9):
+        with pytest.raises(ValueError, match=f"freeze_vision_layers is {number}, but the tower has"):
+            FrozenLayers(tower, number, (28, 28))
+    assert FrozenLayers(tower, -1, (28, 28)).num_layers == len(frozen.layers) - 1
+
+
+def test_runs_share_states_of_equal_preprocessing(inputs: Inputs, tmp_path: Path) -> None:
+    shared = {"freeze_vision_layers": 1, "frozen_states_dir": str(tmp_path / "states"), **QUICK}
+    with pytest.raises(ValueError, match="has 1 of 1 optimizer steps"):
+        run("stage2", tmp_path / "no", inputs, **shared, warmup_steps=1)
+    assert not (tmp_path / "states").exists(), "nothing is computed for a run that is refused"
+    for name in ("first", "again"):
+        run("stage2", tmp_path / name, inputs, **shared)
+    assert losses(tmp_path / "again") == losses(tmp_path / "first")
+    assert len(list((tmp_path / "states").glob("[!.]*"))) == 1
+    processor = AutoImageProcessor.from_pretrained(inputs.vision)
+    processor.image_mean = [0.1, 0.2, 0.3]
+    processor.save_pretrained(tmp_path / "processor")
+    run("stage2", tmp_path / "b", inputs, **shared, image_processor_name_or_path=str(tmp_path / "processor"))
+    assert len(list((tmp_path / "states").glob("[!.]*"))) == 2
+    vision = tiny.save_vision_tower(tmp_path / "vision", patch_dropout=0.5)
+    with pytest.raises(ValueError, match="patch_dropout does not work with frozen_states_dir"):
+        run("stage2", tmp_path / "c", inputs, **shared, vision_model_name_or_path=vision)
 
 
 def test_two_runs_do_not_write_the_same_states(
@@ -72,9 +109,7 @@ def test_two_runs_do_not_write_the_same_states(
         patch.setattr(FrozenLayers, "compute", meanwhile)
         first = build(inputs, tmp_path)
     assert refused
-    again = build(inputs, tmp_path)
-    assert again.folder == first.folder
-    assert states(first).equal(states(again))
+    assert states(first).equal(states(build(inputs, tmp_path)))
 
 
 def test_an_interrupted_computation_goes_on_where_it_stopped(
@@ -86,9 +121,7 @@ def test_an_interrupted_computation_goes_on_where_it_stopped(
 
     def interrupted(self: FrozenLayers, pixel_values: Tensor) -> Tensor:
         calls.append(pixel_values)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        return compute(self, pixel_values)
+        return interrupt() if len(calls) == 6 else compute(self, pixel_values)
 
     monkeypatch.setattr(FrozenLayers, "compute", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -98,28 +131,14 @@ def test_an_interrupted_computation_goes_on_where_it_stopped(
     assert len(calls) == (1 + 4 + 1) + (1 + 12)
 
 
-@pytest.mark.parametrize("place", [70, -40])
 @pytest.mark.parametrize("name", ["shard-00000.safetensors", "index.safetensors", "index.manifest"])
-def test_damage_is_found_when_the_states_are_opened_and_mended(
-    name: str, place: int, inputs: Inputs, tmp_path: Path
-) -> None:
+def test_damage_is_found_when_the_states_are_opened_and_mended(name: str, inputs: Inputs, tmp_path: Path) -> None:
     first = build(inputs, tmp_path)
-    expected = states(first)
-    with flip(first.folder / name, place):
+    expected = states(first).clone()
+    with flip(first.folder / name):
         with pytest.raises(StoreDamagedError, match=r"has changed|not valid"):
             type(first.states).open(first.folder)
         assert states(build(inputs, tmp_path)).equal(expected)
-
-
-def test_a_zeroed_row_is_computed_again(inputs: Inputs, tmp_path: Path) -> None:
-    first = build(inputs, tmp_path)
-    expected, width = states(first).clone(), 2 * first.states.width
-    with (first.folder / "shard-00000.safetensors").open("rb+") as file:
-        content = file.read()
-        file.seek(content.index(expected[5].numpy().tobytes()))
-        file.write(bytes(width))
-    assert not first.states.read(first.rows[[5]]).any()
-    assert states(build(inputs, tmp_path)).equal(expected)
 
 
 def test_states_of_other_pictures_behind_the_same_table_are_computed(inputs: Inputs, tmp_path: Path) -> None:
@@ -128,30 +147,12 @@ def test_states_of_other_pictures_behind_the_same_table_are_computed(inputs: Inp
     table = tmp_path / "table.csv"
     table.write_text("image,caption\n" + "".join(f"{number}.bmp,picture {number}\n" for number in range(4)))
     source = {"path": str(table), "caption_columns": ["caption"]}
-
-    def build_again() -> Tensor:
-        return states(build(inputs, tmp_path / "states", source))
-
-    first = build_again()
-    assert build_again().equal(first)
+    first = states(build(inputs, tmp_path / "states", source))
+    assert states(build(inputs, tmp_path / "states", source)).equal(first)
     picture = tmp_path / "2.bmp"
     status = picture.stat()
-    Image.new("RGB", (28, 28), (0, 255, 0)).save(picture)
-    second = build_again()
-    assert (second != first).any(dim=1).tolist() == [False, False, True, False]
     # Size and time may be equal all the same.
     Image.new("RGB", (28, 28), (0, 0, 255)).save(picture)
     os.utime(picture, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert picture.stat().st_size == status.st_size
-    third = build_again()
-    assert not third[2].equal(first[2])
-    assert not third[2].equal(second[2])
-
-
-def test_a_warm_up_without_training_is_refused_before_anything_is_computed(inputs: Inputs, tmp_path: Path) -> None:
-    fields = tiny.stage2_fields(tmp_path / "run", inputs.vision, inputs.text, inputs.cache)
-    folder = tmp_path / "states"
-    changes = {"freeze_vision_layers": 1, "frozen_states_dir": str(folder), "warmup_steps": 6}
-    with pytest.raises(ValueError, match="has 6 of 6 optimizer steps"):
-        run_stage2.run(build_config(Stage2Recipe, {**fields, **changes}))
-    assert not folder.exists()
+    second = states(build(inputs, tmp_path / "states", source))
+    assert (second != first).any(dim=1).tolist() == [False, False, True, False]

@@ -1,19 +1,17 @@
-"""Stage 2 with both towers frozen, and as the first part of a run."""
+"""Stage 2 with both towers frozen: trained, solved in closed form, and as the first part of a run."""
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from llm2clip.data import CaptionSource, DamagedImageError, SampleIndex
+from llm2clip.data import CaptionSource, SampleIndex
 from llm2clip.encoders.stored import StoredEncoder
 from llm2clip.evaluation.data import RetrievalData
 from llm2clip.evaluation.protocols.retrieval import image_text_metrics
@@ -22,6 +20,8 @@ from llm2clip.hub.cards.facts import CURVES
 from llm2clip.losses import clip_loss
 from llm2clip.store import EmbeddingCache
 from llm2clip.trainers import freezing, run_stage2
+from llm2clip.trainers.alignment import linear_maps
+from llm2clip.trainers.closed_form import closed_form_alignment
 from llm2clip.trainers.optimizer import parameter_groups
 from llm2clip.trainers.run_context import RunContext
 from llm2clip.trainers.stage2_config import Stage2Recipe
@@ -31,29 +31,37 @@ from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
+from tests.llm2clip.trainers.stages import TRAINING, assert_equal_weights, history
 
 FROZEN = {"freeze_vision": "all", "vision_pooling": "cls_mean", "standardize_features": True, "visual_head": "linear"}
+WARM = {"freeze_vision": "none", "freeze_vision_layers": -1, "warm_start": {"max_steps": 6, "save_steps": 3}}
+SOLVED = {"standardize_features": None, "visual_head": None, "projection_dim": None}
 
 
 def settings(folder: Path, inputs: Inputs, **changes: Any) -> Stage2Recipe:
-    fields = {**tiny.stage2_fields(folder, inputs.vision, inputs.text, inputs.cache), **FROZEN, **changes}
-    return build_config(Stage2Recipe, fields)
+    fields = {**tiny.stage2_fields(folder, inputs.vision, inputs.text, inputs.cache), **FROZEN}
+    if "alignment" in changes:
+        fields |= SOLVED
+    if changes.get("alignment") == "closed_form":
+        fields = {name: value for name, value in fields.items() if name not in TRAINING}
+    return build_config(Stage2Recipe, {**fields, **changes})
 
 
-def load(folder: Path) -> LLM2CLIPModel:
+def load(folder: Path) -> Any:
     return LLM2CLIPModel.from_pretrained(folder, text_model=False).eval()
 
 
-def train(config: Stage2Recipe, resume: bool = False) -> LLM2CLIPModel:
+def train(config: Stage2Recipe, resume: bool = False) -> Any:
     run_stage2.run(config, resume=resume)
     return load(Path(config.output_dir))
 
 
-def assert_equal_weights(model: LLM2CLIPModel, expected: LLM2CLIPModel, atol: float = 0.0) -> None:
-    own, others = model.state_dict(), expected.state_dict()
-    assert set(own) == set(others)
-    for name, value in own.items():
-        torch.testing.assert_close(value, others[name], atol=atol, rtol=0, msg=name)
+def stored(config: Stage2Recipe) -> tuple[Any, Any]:
+    """The model of a run, and its rows with stored features."""
+    run_stage2.set_seed(config.seed)
+    model, processor = run_stage2.load_model(config)
+    images, cache = build_dataset(config, processor.image_processor), EmbeddingCache.open(config.embedding_cache)
+    return model, freezing.store_pairs(config, model, processor.image_processor, images, cache, [])
 
 
 def test_training_equals_a_direct_loop_on_the_same_rows(inputs: Inputs, tmp_path: Path) -> None:
@@ -68,15 +76,9 @@ def test_training_equals_a_direct_loop_on_the_same_rows(inputs: Inputs, tmp_path
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Stage2Trainer, "loss_and_outputs", record)
         trained = train(config)
-    torch.manual_seed(config.seed)
-    run_stage2.set_seed(config.seed)
-    model, processor = run_stage2.load_model(config)
-    cache = EmbeddingCache.open(inputs.cache)
-    images = build_dataset(config, processor.image_processor)
-    dataset = freezing.store_pairs(config, model, processor.image_processor, images, cache, [])
-    rates = {"learning_rate": config.learning_rate, "weight_decay": config.weight_decay}
-    options = {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
-    optimizer = torch.optim.AdamW(parameter_groups(model, **rates), **options)
+    model, dataset = stored(config)
+    groups = parameter_groups(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon)
     peaks = [group["lr"] for group in optimizer.param_groups]
     model.train()
     for number, batch in enumerate(seen):
@@ -93,9 +95,9 @@ def test_training_equals_a_direct_loop_on_the_same_rows(inputs: Inputs, tmp_path
     assert len(seen) == 6
     assert_equal_weights(model, trained, atol=1e-5)
     # The batches are rows of the stores.
-    first = dataset.__getitems__([SampleIndex(0, row) for row in range(len(dataset))])
-    stored = {tuple(row.tolist()) for row in first["vision_features"]}
-    assert {tuple(row.tolist()) for batch in seen for row in batch["vision_features"]} <= stored
+    rows = dataset.__getitems__([SampleIndex(0, row) for row in range(len(dataset))])["vision_features"]
+    expected = {tuple(row.tolist()) for row in rows}
+    assert {tuple(row.tolist()) for batch in seen for row in batch["vision_features"]} <= expected
 
 
 def test_the_tower_runs_once_for_each_distinct_image(
@@ -109,8 +111,7 @@ def test_the_tower_runs_once_for_each_distinct_image(
         return compute(self, pixel_values, **kwargs)
 
     monkeypatch.setattr(LLM2CLIPModel, "get_vision_features", counted)
-    shared = {"feature_cache": str(tmp_path / "features"), "eval_strategy": "steps", "eval_steps": 3}
-    shared |= {"sources": [tiny.concepts(max_samples=80)]}
+    shared = {"feature_cache": str(tmp_path / "features"), "sources": [tiny.concepts(max_samples=80)]}
     config = settings(tmp_path / "first", inputs, **shared)
     first = train(config)
     sources = [CaptionSource.from_dict(source) for source in (*config.sources, *config.eval_sources.values())]
@@ -129,112 +130,48 @@ def test_the_result_scores_as_it_does_from_stored_features(inputs: Inputs, tmp_p
     metrics = run_stage2.run(config)
     model, processor = load(tmp_path), LLM2CLIPProcessor.from_pretrained(tmp_path)
     data = RetrievalData.from_source(CaptionSource.from_dict(config.eval_sources["validation"]))
-    encoder = StoredEncoder(model, processor, EmbeddingCache.open(inputs.cache).lookup)
-    found = image_text_metrics(Session(encoder), data)
-    assert found["text_to_image_mean_rank"] == pytest.approx(
-        metrics["eval_validation_text_to_image_mean_rank"], rel=0.02
+    found = image_text_metrics(
+        Session(StoredEncoder(model, processor, EmbeddingCache.open(inputs.cache).lookup)), data
     )
+    expected = metrics["eval_validation_text_to_image_mean_rank"]
+    assert found["text_to_image_mean_rank"] == pytest.approx(expected, rel=0.02)
     before = LLM2CLIPModel.from_vision_text_pretrained(inputs.vision, inputs.text).vision_model.state_dict()
     assert all(value.equal(before[name]) for name, value in model.vision_model.state_dict().items())
-    mean, std = model.visual_standardization.mean, model.visual_standardization.std
-    assert mean.abs().sum() > 0
-    assert not std.equal(torch.ones_like(std))
+    assert model.visual_standardization.mean.abs().sum() > 0
     assert model.text_adapter.center.abs().sum() > 0
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(inputs: Inputs, tmp_path: Path) -> None:
-    changes = {"feature_views": 2, "feature_dropout": 0.2}
-    expected = train(settings(tmp_path / "unbroken", inputs, **changes))
-    train(settings(tmp_path / "broken", inputs, **changes))
-    (tmp_path / "broken" / "checkpoint-6" / "trainer_state.json").unlink()
-    assert_equal_weights(train(settings(tmp_path / "broken", inputs, **changes), resume=True), expected, atol=1e-6)
-
-
 def test_views_are_drawn_anew_in_each_epoch(inputs: Inputs, tmp_path: Path) -> None:
-    config = settings(tmp_path, inputs, feature_views=3)
-    model, processor = run_stage2.load_model(config)
-    cache = EmbeddingCache.open(inputs.cache)
-    images = build_dataset(config, processor.image_processor)
-    dataset = freezing.store_pairs(config, model, processor.image_processor, images, cache, [])
+    _, dataset = stored(settings(tmp_path, inputs, feature_views=3))
     batches = [dataset.__getitems__([SampleIndex(epoch, row) for row in range(96)]) for epoch in (0, 0, 1)]
     features = [batch["vision_features"] for batch in batches]
     assert features[0].equal(features[1])
-    changed = (features[0] != features[2]).any(dim=1).float().mean().item()
-    assert 0.4 < changed < 0.9
+    assert 0.4 < (features[0] != features[2]).any(dim=1).float().mean().item() < 0.9
     captions = [batch["llm_embeds"] for batch in batches]
     assert captions[0].equal(captions[1])
     assert not captions[0].equal(captions[2])
 
 
-def test_damaged_images_are_refused_or_left_out(inputs: Inputs, tmp_path: Path) -> None:
-    rows = datasets.load_dataset("parquet", data_files=f"{tiny.CONCEPTS}/train.parquet", split="train[:40]")
-    rows = rows.cast_column("image", datasets.Image(decode=False))
-    broken = rows.map(
-        lambda row, number: {"image": {**row["image"], "bytes": b"no image"}} if number == 3 else {}, with_indices=True
-    )
-    broken.to_parquet(tmp_path / "rows.parquet")
-    source = {"path": str(tmp_path / "rows.parquet"), "caption_columns": ["caption", "keywords"]}
-    with pytest.raises(DamagedImageError, match=str(rows[3]["key"])):
-        train(settings(tmp_path / "raise", inputs, sources=[source]))
-    for size in (40, 1):  # alone, it is a step that changes nothing
-        out = tmp_path / f"skip {size}"
-        changes = {"on_error": "skip", "per_device_train_batch_size": size, "max_steps": 40}
-        train(settings(out, inputs, sources=[source], **changes))
-        log = [json.loads(line) for line in (out / "skipped-0.jsonl").read_text().splitlines()]
-        assert {entry["key"] for entry in log} == {str(rows[3]["key"])}
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"freeze_vision_layers": 1}, "freezes all layers"),
-        ({"online_text_model": True, "embedding_cache": None}, "needs embedding_cache"),
-        ({"sources": [tiny.concepts(streaming=True)]}, "no source can be a stream"),
-        ({"feature_views": 0}, "feature_views must be at least 1"),
-        ({"freeze_vision": "none", "feature_views": 2}, "need freeze_vision: all, or warm_start"),
-        ({"freeze_vision": "none"}, "standardize_features needs freeze_vision: all, or warm_start"),
-        ({"warm_start": {"num_train_epochs": 1}}, "warm_start is for a run that trains the vision tower"),
-    ],
-)
-def test_settings_that_do_not_fit(changes: dict[str, Any], message: str, inputs: Inputs, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=message):
-        train(settings(tmp_path, inputs, **changes))
-
-
-WARM = {"freeze_vision": "none", "freeze_vision_layers": -1, "warm_start": {"max_steps": 6, "save_steps": 3}}
-
-
-@pytest.mark.parametrize("alignment", ["train", "closed_form_then_train"])
-def test_too_few_rows_are_refused_before_a_feature_is_computed(
-    alignment: str, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(freezing, "open_features", lambda *_: pytest.fail("features were computed"))
-    fields = {"alignment": alignment, "per_device_train_batch_size": 512, "eval_sources": {}}
-    if alignment != "train":
-        fields |= {"standardize_features": None, "visual_head": None}
-    with pytest.raises(ValueError, match="fewer rows than one batch of 512"):
-        train(settings(tmp_path, inputs, **fields))
+def test_features_in_bfloat16_are_stored_apart_and_near_those_in_float32(inputs: Inputs, tmp_path: Path) -> None:
+    found = [
+        stored(settings(tmp_path, inputs, feature_dtype=dtype, feature_cache=str(tmp_path / "features")))[1].features
+        for dtype in ("float32", "bfloat16")
+    ]
+    first, second = (features.read(np.arange(20)).float() for features in found)
+    assert found[0].path != found[1].path
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(first, second, atol=0.05, rtol=0.05)
 
 
 def test_a_warm_start_comes_before_the_run(inputs: Inputs, tmp_path: Path) -> None:
-    config = settings(tmp_path / "run", inputs, **WARM)
-    metrics = run_stage2.run(config)
-    first = load(tmp_path / "run" / "warm_start")
-    expected = train(settings(tmp_path / "first", inputs, learning_rate=1e-2))
-    assert_equal_weights(first, expected)
+    metrics = run_stage2.run(settings(tmp_path / "run", inputs, **WARM))
+    first = tmp_path / "run" / "warm_start"
+    # Ten times the learning rate of the run.
+    assert_equal_weights(load(first), train(settings(tmp_path / "first", inputs, learning_rate=1e-2)))
     changes = {"freeze_vision": "none", "standardize_features": None, "vision_pooling": None, "visual_head": None}
-    trained = train(
-        settings(
-            tmp_path / "second",
-            inputs,
-            **changes,
-            freeze_vision_layers=-1,
-            projection_dim=None,
-            model_name_or_path=str(tmp_path / "run" / "warm_start"),
-        )
-    )
+    changes |= {"freeze_vision_layers": -1, "projection_dim": None, "model_name_or_path": str(first)}
     # Weights that are mapped from a file are aligned otherwise in memory, and so summed in another order.
-    assert_equal_weights(load(tmp_path / "run"), trained, atol=1e-6)
+    assert_equal_weights(load(tmp_path / "run"), train(settings(tmp_path / "second", inputs, **changes)), atol=1e-6)
     assert {"train_loss", "warm_start_train_loss"} <= set(metrics)
     assert (tmp_path / "run" / CURVES).is_file()
 
@@ -252,52 +189,86 @@ def test_a_warm_start_is_resumed_where_it_stopped(inputs: Inputs, tmp_path: Path
     config = settings(tmp_path / "broken", inputs, **WARM)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunContext, "compare_inputs", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run_stage2.run(config)
-        # Killed at the end of the first part, before its result was on record.
-        (tmp_path / "broken" / "warm_start" / "warm_start.json").unlink()
-        with pytest.raises(KeyboardInterrupt):
-            run_stage2.run(config, resume=True)
-        with pytest.raises(KeyboardInterrupt):
-            run_stage2.run(config, resume=True)
-    again = [
-        ("warm_start", None),
-        ("broken", None),
-        ("warm_start", "checkpoint-6"),
-        ("broken", None),
-        ("broken", None),
-    ]
-    assert parts == again
+        for resume in (False, True, True):
+            with pytest.raises(KeyboardInterrupt):
+                run_stage2.run(config, resume=resume)
+            # The first time as if it was killed at the end of the first part, before its result was on record.
+            if not resume:
+                (tmp_path / "broken" / "warm_start" / "warm_start.json").unlink()
+    first = [("warm_start", None), ("broken", None)]
+    assert parts == [*first, ("warm_start", "checkpoint-6"), ("broken", None), ("broken", None)]
     assert_equal_weights(train(config, resume=True), expected)
 
 
-def test_features_in_bfloat16_are_stored_apart_and_near_those_in_float32(inputs: Inputs, tmp_path: Path) -> None:
-    stored = []
-    for dtype in ("float32", "bfloat16"):
-        config = settings(tmp_path / dtype, inputs, feature_dtype=dtype, feature_cache=str(tmp_path / "features"))
-        trainer = run_stage2.build_trainer(config)
-        trainer.store_rows()
-        stored.append(trainer.train_dataset.features)
-    first, second = (features.read(np.arange(20)).float() for features in stored)
-    assert stored[0].path != stored[1].path
-    assert stored[1].manifest.identity["vision_model_dtype"] == "bfloat16"
-    assert not torch.equal(first, second)
-    torch.testing.assert_close(first, second, atol=0.05, rtol=0.05)
-    with pytest.raises(ValueError, match="feature_dtype and feature_views need freeze_vision"):
-        settings(tmp_path, inputs, freeze_vision="none", standardize_features=None, feature_dtype="bfloat16")
+def test_a_closed_form_has_the_maps_of_its_training_pairs(inputs: Inputs, tmp_path: Path) -> None:
+    model = train(settings(tmp_path, inputs, alignment="closed_form"))
+    metrics, width = history(tmp_path)[0], model.config.projection_dim
+    assert width == metrics["closed_form_width"]
+    assert (model.config.visual_head, model.config.text_head) == ("linear", "linear")
+    _, dataset = stored(settings(tmp_path, inputs, alignment="closed_form"))
+    samples, captions, weights = dataset.pairs()
+    images = dataset.features.read(dataset.image_rows[samples]).float()
+    texts = dataset.cache.read(captions, torch.float32)
+    ridge, weights = metrics["closed_form_ridge"], torch.from_numpy(weights)
+    expected = closed_form_alignment(images, texts, ridge, width, weights=weights)
+    with torch.no_grad():
+        own = F.normalize(model.get_image_features(vision_features=images).pooler_output, dim=-1)
+        said = F.normalize(model.get_text_features(llm_embeds=texts).pooler_output, dim=-1)
+    similarity = expected.embed_images(images) @ expected.embed_texts(texts).T
+    torch.testing.assert_close((own @ said.T).double(), similarity, atol=1e-4, rtol=0)
+    # Pairs belong together more than others do.
+    assert similarity.diagonal().mean() > similarity.mean() + 0.1
 
 
-def test_a_second_part_is_resumed(inputs: Inputs, tmp_path: Path) -> None:
-    """Also by a Trainer that is made anew, whose image processor was not saved before."""
-    expected = train(settings(tmp_path / "unbroken", inputs, **WARM))
-    train(settings(tmp_path / "broken", inputs, **WARM))
-    (tmp_path / "broken" / "checkpoint-6" / "trainer_state.json").unlink()
-    assert_equal_weights(train(settings(tmp_path / "broken", inputs, **WARM), resume=True), expected, atol=1e-6)
+def test_what_is_trained_on_top_leaves_the_maps(inputs: Inputs, tmp_path: Path) -> None:
+    config = settings(tmp_path, inputs, alignment="closed_form_then_train", projection_dim=8, ridge=0.3)
+    trainer = run_stage2.build_trainer(config)
+    before: list[torch.Tensor] = []
+    initialize = trainer.initialize_weights
 
+    def record() -> dict[str, float]:
+        found = initialize()
+        before.extend(layer.weight.clone() for layer in linear_maps(trainer.model))
+        return found
 
-def test_both_parts_have_a_precision_of_their_own(inputs: Inputs, tmp_path: Path) -> None:
-    first = {**WARM["warm_start"], "bf16": False}
-    trainer = run_stage2.build_trainer(settings(tmp_path, inputs, **{**WARM, "warm_start": first}, bf16=True))
+    trainer.initialize_weights = record  # type: ignore[method-assign]
     trainer.fit()
-    assert trainer.accelerator.mixed_precision == "bf16"
-    assert trainer.accelerator.state.mixed_precision == "bf16"
+    assert [entry["closed_form_ridge"] for entry in history(tmp_path) if "closed_form_ridge" in entry] == [0.3]
+    model = load(tmp_path)
+    assert (model.config.visual_head, model.config.text_head) == ("residual", "residual")
+    assert all(layer.weight.equal(weight) for layer, weight in zip(linear_maps(model), before, strict=True))
+    assert model.visual_projection.gate.item() != pytest.approx(0.1, abs=1e-6)
+    assert model.text_adapter.gate.item() != pytest.approx(0.1, abs=1e-6)
+
+
+def test_a_warm_start_in_closed_form_continues_with_its_heads(inputs: Inputs, tmp_path: Path) -> None:
+    fields = tiny.stage2_fields(tmp_path, inputs.vision, inputs.text, inputs.cache)
+    fields |= {"vision_pooling": "cls_mean", "max_steps": 2, "warm_start": {"alignment": "closed_form"}}
+    last = train(build_config(Stage2Recipe, fields))
+    first = load(tmp_path / "warm_start")
+    assert first.config.projection_dim == last.config.projection_dim == 24
+    assert first.config.text_head == last.config.text_head == "linear"
+    assert not torch.equal(first.visual_projection.weight, last.visual_projection.weight)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"freeze_vision_layers": 1}, "freezes all layers"),
+        ({"online_text_model": True, "embedding_cache": None}, "needs embedding_cache"),
+        ({"sources": [tiny.concepts(streaming=True)]}, "no source can be a stream"),
+        ({"feature_views": 0}, "feature_views must be at least 1"),
+        ({"freeze_vision": "none", "feature_views": 2}, "need freeze_vision: all, or warm_start"),
+        ({"freeze_vision": "none"}, "standardize_features needs freeze_vision: all, or warm_start"),
+        ({"warm_start": {"num_train_epochs": 1}}, "warm_start is for a run that trains the vision tower"),
+        ({"alignment": "closed_form", "freeze_vision": "none"}, "needs frozen towers"),
+        ({"alignment": "closed_form", "learning_rate": 1e-3, "max_steps": 3}, "unset learning_rate, max_steps"),
+        ({"alignment": "closed_form_then_train", "visual_head": "gated"}, "unset visual_head, which is gated"),
+        ({"alignment": "closed_form_then_train", "model_name_or_path": "m"}, "m has its own. Give two towers"),
+        ({"alignment": "train", "ridge": 0.1}, "ridge is for alignment"),
+        ({"alignment": "closed_form", "ridge": -0.1}, "ridge must be at least 0"),
+    ],
+)
+def test_settings_that_do_not_fit(changes: dict[str, Any], message: str, inputs: Inputs, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(settings(tmp_path, inputs, **changes))

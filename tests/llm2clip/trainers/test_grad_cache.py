@@ -11,15 +11,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from llm2clip.losses import clip_loss
-from llm2clip.trainers import run_stage1, run_stage2
 from llm2clip.trainers.grad_cache import in_chunks
-from llm2clip.trainers.stage1_config import Stage1Recipe
-from llm2clip.trainers.stage2_config import Stage2Recipe
-from llm2clip.utils.settings import build_config
-from modeling_llm2clip import EVA02VisionModel, LLM2CLIPModel, LLM2CLIPTextModel
-from tests.llm2clip import tiny
+from modeling_llm2clip import EVA02VisionModel
 from tests.llm2clip.conftest import Inputs
-from tests.llm2clip.trainers.test_processes import llm2clip, losses
+from tests.llm2clip.trainers.stages import losses, run, weights
 from tests.modeling_llm2clip import tiny as tiny_models
 from tests.processes import run_ranks
 
@@ -76,31 +71,9 @@ def test_one_chunk_at_a_time_has_a_graph_and_the_last_one_runs_once() -> None:
     assert calls[3:] == [(True, 2), (True, 4)]
 
 
-def test_frozen_parameters_get_no_gradient() -> None:
-    model = random_tower()
-    for parameter in model.blocks[0].parameters():
-        parameter.requires_grad_(False)
-    (images,) = in_chunks(embed, model, {"pixel_values": torch.randn(6, 3, 28, 28)}, 2)
-    images[:, 0].sum().backward()
-    assert all(parameter.grad is None for parameter in model.blocks[0].parameters())
-    assert model.blocks[1].mlp.w1.weight.grad is not None
-
-
-def fields_of(stage: str, folder: Path, inputs: Inputs) -> dict[str, Any]:
-    """Three steps with gradient accumulation and with active gradient clipping."""
-    if stage == "stage1":
-        fields = tiny.stage1_fields(folder, inputs.llm)
-    else:
-        fields = tiny.stage2_fields(folder, inputs.vision, inputs.text, inputs.cache) | {"eval_sources": {}}
-    return {**fields, "max_steps": 3, "save_strategy": "no", "max_grad_norm": 0.1, "gradient_accumulation_steps": 2}
-
-
-def run(stage: str, fields: dict[str, Any]) -> dict[str, Tensor]:
-    if stage == "stage1":
-        run_stage1.run(build_config(Stage1Recipe, fields))
-        return LLM2CLIPTextModel.from_pretrained(fields["output_dir"]).state_dict()
-    run_stage2.run(build_config(Stage2Recipe, fields))
-    return LLM2CLIPModel.from_pretrained(fields["output_dir"], text_model=False).state_dict()
+SHORT: dict[str, Any] = {"max_steps": 3, "save_strategy": "no", "max_grad_norm": 0.1, "gradient_accumulation_steps": 2}
+STATES = {"freeze_vision_layers": 1, "frozen_states_dir": "states"}
+ONLINE = {"embedding_cache": None, "online_text_model": True, "text_model_dtype": "float32"}
 
 
 @pytest.mark.parametrize(
@@ -109,43 +82,25 @@ def run(stage: str, fields: dict[str, Any]) -> dict[str, Tensor]:
         ("stage1", {"symmetric_loss": True}),
         ("stage2", {}),
         ("stage2", {"bf16": True}),
-        ("stage2", {"freeze_vision_layers": 1, "frozen_states_dir": "states"}),
-        ("stage2", {"embedding_cache": None, "online_text_model": True, "text_model_dtype": "float32"}),
+        ("stage2", STATES),
+        ("stage2", ONLINE),
     ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_a_stage_in_chunks_equals_the_stage_on_whole_batches(
     stage: str, changes: dict[str, Any], inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    whole = run(stage, fields_of(stage, tmp_path / "whole", inputs) | changes)
-    sizes = {"tower_chunk_size": 3, "loss_chunk_size": 5}
-    chunked = run(stage, fields_of(stage, tmp_path / "chunked", inputs) | changes | sizes)
+    shared = {**SHORT, "eval_sources": {}, **changes}
+    run(stage, tmp_path / "whole", inputs, **shared)
+    run(stage, tmp_path / "chunked", inputs, **shared, tower_chunk_size=3, loss_chunk_size=5)
     # Where the processor multiplies bfloat16 itself, it rounds by the shape of the product.
     allowed = 1e-2 if changes.get("bf16") else 1e-5
     assert losses(tmp_path / "chunked") == pytest.approx(losses(tmp_path / "whole"), abs=allowed)
-    for name, value in whole.items():
+    chunked = weights(tmp_path / "chunked")
+    for name, value in weights(tmp_path / "whole").items():
         # On average, for Adam divides a gradient by its size, which makes the rounding of small ones visible.
         assert (chunked[name] - value).abs().mean() < (1e-4 if changes.get("bf16") else 1e-5), name
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_two_processes_in_chunks_equal_one_process_on_whole_batches(
-    stage: str, inputs: Inputs, tmp_path: Path
-) -> None:
-    one = fields_of(stage, tmp_path / "one", inputs)
-    two = {**one, "output_dir": str(tmp_path / "two"), "tower_chunk_size": 3, "loss_chunk_size": 4}
-    two["per_device_train_batch_size"] = one["per_device_train_batch_size"] // 2
-    run(stage, one)
-    llm2clip(stage, two, 2)
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
-
-
-@pytest.mark.parametrize("name", ["tower_chunk_size", "loss_chunk_size"])
-def test_chunk_sizes_below_one_are_refused(name: str, inputs: Inputs, tmp_path: Path) -> None:
-    for stage in ("stage1", "stage2"):
-        with pytest.raises(ValueError, match=f"{name} must be at least 1, but is 0"):
-            run(stage, fields_of(stage, tmp_path, inputs) | {name: 0})
 
 
 SHARDED = """
@@ -193,7 +148,7 @@ def whole_batch() -> tuple[EVA02VisionModel, Tensor, Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "cut"), [("shards", 10), ("shards", 13), ("shards", 19), ("compiled", 10)])
+@pytest.mark.parametrize(("kind", "cut"), [("shards", 13), ("shards", 19), ("compiled", 10)])
 def test_chunks_of_a_wrapped_model_have_the_gradients_of_one_process(kind: str, cut: int, tmp_path: Path) -> None:
     """Also where skipped rows leave processes with other numbers of chunks, or with fewer rows than chunks."""
     (tmp_path / "sharded.py").write_text(SHARDED)
@@ -207,15 +162,11 @@ def test_chunks_of_a_wrapped_model_have_the_gradients_of_one_process(kind: str, 
         torch.testing.assert_close(found[name], gradient, atol=2e-6, rtol=1e-5, msg=name)
 
 
-def test_the_first_version_of_fsdp_is_refused() -> None:
-    model = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
-    nn.Module.__init__(model)
-    with pytest.raises(ValueError, match=r"does not work with version 1 of FSDP.*set fsdp_version: 2"):
-        in_chunks(embed, model, {"pixel_values": torch.zeros(4, 3, 28, 28)}, 2)
-
-
-def test_parameters_that_zero_divides_are_refused() -> None:
-    model = random_tower()
-    model.blocks[0].mlp.w1.weight.ds_id = 0
-    with pytest.raises(ValueError, match="does not work with DeepSpeed's ZeRO-3"):
-        in_chunks(embed, model, {"pixel_values": torch.zeros(4, 3, 28, 28)}, 2)
+def test_what_divides_weights_otherwise_is_refused() -> None:
+    first = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+    nn.Module.__init__(first)
+    divided = random_tower()
+    divided.blocks[0].mlp.w1.weight.ds_id = 0
+    for model, message in [(first, "version 1 of FSDP.*set fsdp_version: 2"), (divided, "DeepSpeed's ZeRO-3")]:
+        with pytest.raises(ValueError, match=message):
+            in_chunks(embed, model, {"pixel_values": torch.zeros(4, 3, 28, 28)}, 2)

@@ -14,7 +14,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel
+from transformers import AutoTokenizer, CLIPModel
 
 from llm2clip import EmbeddingCache, Stage2Config, Stage2Trainer, cli, load_encoder
 from llm2clip.data import CaptionSource, distinct_captions
@@ -31,11 +31,12 @@ from llm2clip.utils.text_identity import read_fingerprint, tokenizer_fingerprint
 from llm2clip.utils.towers import describe_text_tower, open_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor, LLM2CLIPTextModel
 from modeling_llm2clip.tokenization_llm2clip import tokenize_captions
-from tests.llm2clip import embedding_models, tiny
+from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
-from tests.llm2clip.trainers.test_processes import llm2clip, losses
+from tests.llm2clip.encoders.models import LENGTH, save_transformers
+from tests.llm2clip.trainers.rows import settings
+from tests.llm2clip.trainers.stages import assert_equal, broken_after, llm2clip, losses
 
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXTS = ["a dog", "two children play football in a park", "a red bus " * 30]
 
 
@@ -45,28 +46,11 @@ class Pair(NamedTuple):
     vision: str
 
 
-def save_clip(folder: Path) -> str:
-    """Save a CLIP model with its tokenizer, whose limit is 20 tokens."""
-    tokenizer = embedding_models.byte_pairs()
-    text = {
-        **SIZES,
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": 20,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    vision = {**SIZES, "image_size": 28, "patch_size": 7}
-    torch.manual_seed(0)
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    AutoImageProcessor.from_pretrained(tiny.save_vision_tower(folder / "unused")).save_pretrained(folder)
-    shutil.rmtree(folder / "unused")
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
 def pair(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder: Path = tmp_path_factory.mktemp("pair")
-    clip = save_clip(folder / "clip")
+    save_transformers("clip", folder / "clip")
+    clip = str(folder / "clip")
     sources = [tiny.concepts(), tiny.concepts("validation", max_samples=40)]
     fields = {"text_model_name_or_path": clip, "output_dir": str(folder / "cache"), "sources": sources}
     embed.run(build_config(embed.EmbedConfig, fields))
@@ -94,7 +78,7 @@ def side_by_side(pair: Pair, texts: list[str]) -> Tensor:
 def test_the_text_half_of_clip_is_a_text_tower(pair: Pair) -> None:
     tower, tokenizer = open_text_tower(pair.vision)
     clip = CLIPModel.from_pretrained(pair.vision).eval()
-    tokens = AutoTokenizer.from_pretrained(pair.vision)(TEXTS, truncation=True, max_length=20, padding=True)
+    tokens = AutoTokenizer.from_pretrained(pair.vision)(TEXTS, truncation=True, max_length=LENGTH, padding=True)
     inputs = {name: torch.tensor(tokens[name]) for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
         states = clip.text_model(**inputs).last_hidden_state
@@ -106,14 +90,11 @@ def test_a_pair_gives_the_rows_of_both_and_has_their_identity(pair: Pair, tmp_pa
     tower, tokenizer = open_text_tower(pair.names)
     expected = side_by_side(pair, TEXTS)
     torch.testing.assert_close(tower.encode(TEXTS, tokenizer), expected, atol=1e-6, rtol=1e-5)
-    one_by_one = torch.cat([tower.encode(text, tokenizer) for text in TEXTS])
-    torch.testing.assert_close(one_by_one, expected, atol=1e-6, rtol=1e-5)
     config, described = describe_text_tower(pair.names)
     assert config.hidden_size == expected.shape[1]
     assert tokenizer_fingerprint(described) == tokenizer_fingerprint(tokenizer)
     assert read_fingerprint(pair.names, None, config) == tower.fingerprint()
-    eager = LLM2CLIPTextModel.from_pretrained(pair.names, attn_implementation="eager")
-    assert {half.decoder.config._attn_implementation for half in (eager, eager.second)} == {"eager"}
+    assert tokenize_captions(TEXTS, tokenizer, config).num_cut == 2, "one of both cuts them"
     swapped, _ = open_text_tower(pair.names[::-1])
     assert swapped.fingerprint() != tower.fingerprint()
     tower.save_pretrained(tmp_path)
@@ -124,14 +105,6 @@ def test_a_pair_gives_the_rows_of_both_and_has_their_identity(pair: Pair, tmp_pa
     assert again.fingerprint() == tower.fingerprint() == read_fingerprint(str(tmp_path), None, config)
     torch.testing.assert_close(again.encode(TEXTS, saved), expected, atol=1e-6, rtol=1e-5)
     assert tokenizer_fingerprint(saved) == tokenizer_fingerprint(tokenizer)
-
-
-def test_captions_that_one_of_both_cuts_are_counted(pair: Pair) -> None:
-    _, tokenizer = open_text_tower(pair.names)
-    config, _ = describe_text_tower(pair.names)
-    assert tokenize_captions(TEXTS, tokenizer, config).num_cut == 1
-    with pytest.raises(ValueError, match="does not take text_pair"):
-        tokenizer("a dog", text_pair="a cat")
 
 
 def test_the_rows_of_two_caches_side_by_side(pair: Pair) -> None:
@@ -146,18 +119,18 @@ def test_the_rows_of_two_caches_side_by_side(pair: Pair) -> None:
         both.rows(["no caption of this data"])
 
 
-def test_a_trained_model_names_both_and_loads_them(pair: Pair, trained: Path) -> None:
+def test_a_trained_model_names_both_and_encodes_with_both_or_one(pair: Pair, trained: Path) -> None:
     model = LLM2CLIPModel.from_pretrained(trained).eval()
-    processor = LLM2CLIPProcessor.from_pretrained(trained)
     assert model.config.text_model_name_or_path == pair.names
-    with torch.no_grad():
-        expected = model.get_text_features(llm_embeds=side_by_side(pair, TEXTS)).pooler_output
-    torch.testing.assert_close(
-        model.encode_text(TEXTS, processor), F.normalize(expected, dim=-1), atol=1e-5, rtol=1e-4
-    )
-    assert model.encode_text(TEXTS).equal(model.encode_text(TEXTS, processor))
-    card = (trained / "README.md").read_text()
-    assert "language model beside a" in card
+    assert "language model beside a" in (trained / "README.md").read_text()
+    rows, width = side_by_side(pair, TEXTS), model.text_adapter.widths[0]
+    first, second = rows.clone(), rows.clone()
+    first[:, width:], second[:, :width] = 0, 0
+    options: list[tuple[Tensor, dict[str, Any]]] = [(first, {"encoder": "first"}), (second, {"encoder": "second"})]
+    for embeds, encoder in [(rows, {"processor": LLM2CLIPProcessor.from_pretrained(trained)}), (rows, {}), *options]:
+        with torch.no_grad():
+            expected = F.normalize(model.get_text_features(llm_embeds=embeds).pooler_output, dim=-1)
+        torch.testing.assert_close(model.encode_text(TEXTS, **encoder), expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("half", [0, 1])
@@ -183,45 +156,24 @@ def test_another_pair_is_refused(pair: Pair, trained: Path, tmp_path: Path) -> N
     plain = AutoTokenizer.from_pretrained(pair.names[0])("a dog", return_tensors="pt")
     with pytest.raises(ValueError, match="no tokens of one"):
         model.get_text_features(**plain)
-    for caches, message in (
-        (pair.caches[::-1], "fingerprint|tokenizer|prompt takes"),
-        (pair.caches[0], "fingerprint|width"),
-        ([*pair.caches, pair.caches[0]], "3 embedding caches"),
+    for changes, message in (
+        ({"embedding_cache": pair.caches[::-1]}, "fingerprint|tokenizer|prompt takes"),
+        ({"embedding_cache": pair.caches[0]}, "fingerprint|width"),
+        ({"embedding_cache": [*pair.caches, pair.caches[0]]}, "3 embedding caches"),
+        ({"text_model_name_or_path": [*pair.names, pair.names[0]]}, "give one or two"),
     ):
         with pytest.raises((StoreMismatchError, ValueError), match=message):
-            run_stage2.run(build_config(Stage2Recipe, fields_of(pair, tmp_path / "run", embedding_cache=caches)))
-    fields = fields_of(pair, tmp_path / "run", text_model_name_or_path=[*pair.names, pair.names[0]])
-    with pytest.raises(ValueError, match="give one or two"):
-        build_config(Stage2Recipe, fields)
+            run_stage2.run(build_config(Stage2Recipe, fields_of(pair, tmp_path / "run", **changes)))
 
 
-def test_frozen_towers_in_closed_form_and_training_read_both(pair: Pair, tmp_path: Path) -> None:
-    changes = {"freeze_vision": "all", "alignment": "closed_form_then_train", "projection_dim": 8, "max_steps": 2}
-    fields = fields_of(pair, tmp_path / "run", save_strategy="no", text_losses="all", **changes)
-    metrics = run_stage2.run(build_config(Stage2Recipe, fields))
-    assert 0 < metrics["train_loss"] < 10
-    model = LLM2CLIPModel.from_pretrained(tmp_path / "run")
-    assert model.encode_text(TEXTS).shape == (3, 8)
-
-
-def trainer_of(pair: Pair, trained: Path, folder: Path, **changes: Any) -> Stage2Trainer:
-    both = PairedCache(*map(EmbeddingCache.open, pair.caches))
-    stored = both.read(np.arange(16), torch.float32)
-    rows = [{"pixel_values": torch.randn(3, 28, 28), "llm_embeds": row} for row in stored]
-    fields: dict[str, Any] = {"output_dir": str(folder), "report_to": "none", "use_cpu": True, "max_steps": 1}
-    fields |= {"per_device_train_batch_size": 8, "save_strategy": "no", "warmup_steps": 0, **changes}
-    model = LLM2CLIPModel.from_pretrained(trained, text_model=False)
-    return Stage2Trainer(model=model, args=Stage2Config(**fields), train_dataset=rows)
-
-
-@pytest.mark.parametrize("chunk", [None, 3])
-@pytest.mark.parametrize("losses", ["both", "each", "all"])
+@pytest.mark.parametrize(("losses", "chunk"), [("both", None), ("each", 3), ("all", None), ("all", 3)])
 def test_the_losses_of_each_and_of_both(
     losses: str, chunk: int | None, pair: Pair, trained: Path, tmp_path: Path
 ) -> None:
-    trainer = trainer_of(pair, trained, tmp_path, text_losses=losses, tower_chunk_size=chunk)
-    rows = trainer.train_dataset[:8]
-    inputs = {name: torch.stack([row[name] for row in rows]) for name in ("pixel_values", "llm_embeds")}
+    stored = PairedCache(*map(EmbeddingCache.open, pair.caches)).read(np.arange(8), torch.float32)
+    inputs = {"pixel_values": torch.randn(8, 3, 28, 28), "llm_embeds": stored}
+    args = Stage2Config(**settings(tmp_path, text_losses=losses, tower_chunk_size=chunk))
+    trainer = Stage2Trainer(LLM2CLIPModel.from_pretrained(trained, text_model=False), args, train_dataset=[{}])
     model = trainer.model.train()
     loss, _ = trainer.loss_and_outputs(model, dict(inputs))
     loss.backward()
@@ -247,23 +199,10 @@ def test_the_losses_of_each_and_of_both(
             torch.testing.assert_close(grads[name], value.grad, atol=1e-5, rtol=1e-3, msg=name)
 
 
-def test_one_of_both_embeds_queries_alone(pair: Pair, trained: Path) -> None:
-    model = LLM2CLIPModel.from_pretrained(trained).eval()
-    rows, widths = side_by_side(pair, TEXTS), model.text_adapter.widths
-    for number, encoder in enumerate(("first", "second")):
-        alone = torch.zeros_like(rows)
-        start = number * widths[0]
-        alone[:, start : start + widths[number]] = rows[:, start : start + widths[number]]
-        with torch.no_grad():
-            expected = F.normalize(model.get_text_features(llm_embeds=alone).pooler_output, dim=-1)
-        torch.testing.assert_close(model.encode_text(TEXTS, encoder=encoder), expected, atol=1e-5, rtol=1e-4)  # type: ignore[arg-type]
-
-
-def test_losses_of_each_need_two_text_encoders(saved_model: Path, tmp_path: Path) -> None:
-    args = Stage2Config(output_dir=str(tmp_path), use_cpu=True, report_to="none", text_losses="all", max_steps=1)
-    with pytest.raises(ValueError, match="one text encoder"):
-        Stage2Trainer(model=LLM2CLIPModel.from_pretrained(saved_model), args=args, train_dataset=[])
+def test_what_needs_two_text_encoders_is_refused_with_one(saved_model: Path, tmp_path: Path) -> None:
     model = LLM2CLIPModel.from_pretrained(saved_model)
+    with pytest.raises(ValueError, match="one text encoder"):
+        Stage2Trainer(model, Stage2Config(**settings(tmp_path, text_losses="all")), train_dataset=[])
     with pytest.raises(ValueError, match="1 text encoder"):
         model.encode_text(TEXTS, encoder="first")
 
@@ -290,16 +229,7 @@ def test_a_built_folder_holds_both_for_everyone(trained: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_an_online_pair_trains_as_its_caches(pair: Pair, tmp_path: Path) -> None:
-    runs = {}
-    for name, changes in {"stored": {}, "online": {"embedding_cache": None, "online_text_model": True}}.items():
-        fields = fields_of(pair, tmp_path / name, max_steps=2, save_strategy="no", **changes)
-        runs[name] = run_stage2.run(build_config(Stage2Recipe, fields))["train_loss"]
-    assert runs["online"] == pytest.approx(runs["stored"], abs=1e-3)
-
-
-@pytest.mark.slow
-def test_two_processes_and_a_resumed_run_equal_one(pair: Pair, tmp_path: Path) -> None:
+def test_online_as_from_caches_and_two_processes_and_a_resumed_run_equal_one(pair: Pair, tmp_path: Path) -> None:
     fields = fields_of(pair, tmp_path / "one", text_losses="all", warm_start={"max_steps": 2})
     llm2clip("stage2", fields)
     batch = fields["per_device_train_batch_size"] // 2
@@ -307,10 +237,11 @@ def test_two_processes_and_a_resumed_run_equal_one(pair: Pair, tmp_path: Path) -
     llm2clip("stage2", {**fields, **two}, 2)
     for part in ("warm_start", "."):
         assert losses(tmp_path / "two" / part) == pytest.approx(losses(tmp_path / "one" / part), abs=1e-4)
-    expected = LLM2CLIPModel.from_pretrained(tmp_path / "one", text_model=False).state_dict()
     # As a run that was killed after its first checkpoint.
-    shutil.rmtree(tmp_path / "one" / "checkpoint-6")
-    (tmp_path / "one" / "model.safetensors").unlink()
-    llm2clip("stage2", fields, 1, "--resume")
-    for key, value in LLM2CLIPModel.from_pretrained(tmp_path / "one", text_model=False).state_dict().items():
-        assert value.equal(expected[key]), key
+    folder = broken_after(tmp_path / "one", tmp_path / "broken", 3)
+    llm2clip("stage2", {**fields, "output_dir": str(folder)}, 1, "--resume")
+    assert_equal(tmp_path / "one", folder)
+    for name, changes in {"stored": {}, "online": {"embedding_cache": None, "online_text_model": True}}.items():
+        fields = fields_of(pair, tmp_path / name, max_steps=2, save_strategy="no", **changes)
+        run_stage2.run(build_config(Stage2Recipe, fields))
+    assert losses(tmp_path / "online") == pytest.approx(losses(tmp_path / "stored"), abs=1e-3)
