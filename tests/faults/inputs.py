@@ -12,7 +12,7 @@ from tests.golden import load_golden
 from tests.llm2clip import embedding_models, tiny
 from tests.llm2clip.convert import checkpoints
 from tests.llm2clip.evaluation.test_evaluate import STRANGE
-from tests.llm2clip.quickstart.test_pipeline import PROFILE, save_data
+from tests.llm2clip.quickstart.tiny_run import PROFILE, save_data
 from tests.modeling_llm2clip import tiny as tiny_models
 
 GOLDEN = "customclip_a"

@@ -18,9 +18,9 @@ from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.settings import build_config
 from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
+from tests.llm2clip.trainers.rows import MapRows, image_rows
+from tests.llm2clip.trainers.stages import joint_model, launch_configuration
 from tests.llm2clip.trainers.test_grad_cache import embed, random_tower
-from tests.llm2clip.trainers.test_plain_datasets import MapRows, image_rows, joint_model
-from tests.llm2clip.trainers.test_processes import launch_configuration
 from tests.modeling_llm2clip import tiny as tiny_models
 from tests.processes import run_python
 

@@ -20,7 +20,7 @@ from tests.faults.injection import preloaded
 from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.evaluation.test_evaluate import STRANGE
-from tests.llm2clip.trainers.test_stage2_captions import TARS, embedded, source, write_tars
+from tests.llm2clip.trainers.stages import TARS, embedded, source, write_tars
 from tests.modeling_llm2clip import tiny as tiny_models
 from tests.processes import run_python
 from tests.processes.strike import Strike, with_strikes

@@ -12,7 +12,7 @@ import pytest
 from tests.faults.content import content, differences
 from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
-from tests.llm2clip.trainers.test_stage2_captions import embedded, source, write_tars
+from tests.llm2clip.trainers.stages import embedded, source, write_tars
 from tests.processes import run_python
 from tests.processes.jobs import Jobs
 

@@ -16,7 +16,7 @@ from llm2clip import cli
 from tests.examples.server import open_page, served
 from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
-from tests.llm2clip.trainers.test_stage2_captions import embedded, source, write_tars
+from tests.llm2clip.trainers.stages import embedded, source, write_tars
 from tests.modeling_llm2clip import tiny as tiny_models
 from tests.processes import run_python
 from tests.soak.measure import Soak
