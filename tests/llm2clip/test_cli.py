@@ -51,9 +51,8 @@ def test_help_shows_every_field_once(command: str, capsys: Capsys, monkeypatch: 
     assert max(map(len, text.splitlines())) < 120
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["verify", "--help"]])
-def test_a_help_may_be_read_in_part(arguments: list[str]) -> None:
-    code = f"import sys; from llm2clip import cli; sys.stdin.read(); sys.exit(cli.main({arguments}))"
+def test_a_help_may_be_read_in_part() -> None:
+    code = "import sys; from llm2clip import cli; sys.stdin.read(); sys.exit(cli.main(['--help']))"
     options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", code], **options) as process:
         process.stdout.close()
@@ -91,7 +90,7 @@ def test_errors_of_a_run_are_in_its_folder_until_it_succeeds(
     assert "in run\n    raise end\nOSError: the disk has gone" in text
     replaced_run("stage1", {"train_loss": 1.0}, monkeypatch)
     assert cli.main(command) == 0
-    assert not (tmp_path / "error.log").exists()
+    assert (tmp_path / "error.log").exists() == (rank != "0")
     assert rank != "0" or "the disk has gone" in (tmp_path / "log.txt").read_text()
 
 
