@@ -14,7 +14,7 @@ from transformers import AutoProcessor
 from llm2clip.demo.demo import DemoConfig, open_images
 from llm2clip.demo.gallery import Gallery
 from modeling_llm2clip import LLM2CLIPModel
-from tests.examples.conftest import EXAMPLES
+from tests.examples.conftest import EXAMPLES, FITTED
 from tests.examples.server import serving
 from tests.llm2clip.tiny import CONCEPTS
 
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from tests.examples.browser import Browser
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-QUERY, NAME = "a teddy bear", "teddy bear"
+ROW, NAME = 326, "teddy bear"
+QUERY = FITTED[ROW]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def page(browser: Browser, address: str) -> Iterator[Browser]:
 def picture(tmp_path: Path) -> Path:
     rows = datasets.load_dataset("parquet", data_files=f"{CONCEPTS}/test.parquet", split="train")
     path = tmp_path / "picture.png"
-    rows[rows["caption"].index(NAME)]["image"].convert("RGB").save(path)
+    rows[ROW]["image"].convert("RGB").save(path)
     return path
 
 
