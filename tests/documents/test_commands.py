@@ -140,16 +140,13 @@ def test_wrong_command_is_not_accepted(line: str, monkeypatch: pytest.MonkeyPatc
         accept(line, monkeypatch)
 
 
-@pytest.mark.parametrize("marker", ["test: print=x", "test (embed) slow", "not run"])
-def test_wrong_marker_is_an_error(marker: str) -> None:
-    with pytest.raises(ValueError, match="marker"):
-        read_marker(marker)
-
-
-@pytest.mark.parametrize(("language", "content"), [("", "curl -O x\n"), ("rust", "fn main() {}\n")])
-def test_block_of_an_unknown_language_is_an_error(language: str, content: str) -> None:
-    with pytest.raises(ValueError, match="neither Python nor known commands"):
-        kind(language, content)
+def test_wrong_marker_or_unknown_block_is_an_error() -> None:
+    for marker in ("test: print=x", "test (embed) slow", "not run"):
+        with pytest.raises(ValueError, match="marker"):
+            read_marker(marker)
+    for language, content in (("", "curl -O x\n"), ("rust", "fn main() {}\n")):
+        with pytest.raises(ValueError, match="neither Python nor known commands"):
+            kind(language, content)
 
 
 @pytest.fixture(scope="module")

@@ -62,7 +62,7 @@ def picture(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_typed_caption_finds_the_right_picture_first(page: Browser) -> None:
+def test_a_typed_caption_and_an_uploaded_picture_find_the_right_picture_first(page: Browser, picture: Path) -> None:
     before = page.labels("found_0")
     page.type("query", QUERY)
     page.click("#search_button")
@@ -72,12 +72,8 @@ def test_a_typed_caption_finds_the_right_picture_first(page: Browser) -> None:
     assert scores == sorted(scores, reverse=True)
     page.wait(lambda: len(page.pictures("#found_0")) >= 12)
     page.shoot("demo_search")
-
-
-def test_an_uploaded_picture_is_its_own_first_result(page: Browser, picture: Path) -> None:
     page.upload("query_image", picture)
     page.wait(lambda: page.labels("found_0")[:1] == [f"1.00 · {NAME}"])
-    page.shoot("demo_search_by_image")
 
 
 def test_an_uploaded_picture_is_classified(page: Browser, picture: Path) -> None:

@@ -1,4 +1,4 @@
-"""CLIP_benchmark finds our integers: with open_clip's models as it opens them, and with any model by the example."""
+"""CLIP_benchmark finds our integers with any model, by the example."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from types import ModuleType
 from typing import Any
 
 import datasets
-import open_clip
 import pytest
 import torch
 from clip_benchmark.metrics import zeroshot_classification
@@ -21,7 +20,6 @@ from torchvision.datasets import ImageFolder
 
 from llm2clip import evaluate, load_encoder
 from llm2clip.evaluation.benchmarks import all_benchmarks
-from modeling_llm2clip.image_decoding_llm2clip import decode_image
 from tests.examples.conftest import EXAMPLES
 from tests.llm2clip.encoders.models import register_open_clip
 from tests.llm2clip.tiny import CONCEPTS
@@ -33,7 +31,6 @@ PICTURES, CLASSES = 32, 6
 
 @pytest.fixture(scope="module", params=["llm2clip", "open_clip"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One of our models, which CLIP_benchmark opens by the example, and one of open_clip, which it opens itself."""
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     if request.param == "llm2clip":
@@ -59,18 +56,11 @@ def test_classification_by_its_functions_has_our_logits_and_integers(
     model: str, pairs: list[Any], tmp_path: Path
 ) -> None:
     names = [captions[0] for _, captions in pairs[:CLASSES]]
-    native = model.startswith("open_clip:")
-    if native:
-        name, _, weights = model.removeprefix("open_clip:").partition("/")
-        opened, _, transform = open_clip.create_model_and_transforms(name, pretrained=weights)
-        opened, tokenizer = opened.eval(), open_clip.get_tokenizer(name)
-    else:
-        opened, transform, tokenizer = runpy.run_path(SCRIPT)["load"](model)
+    opened, transform, tokenizer = runpy.run_path(SCRIPT)["load"](model)
     for number, (image, _) in enumerate(pairs):
         folder = tmp_path / "test" / names[(number * number) % CLASSES].replace(" ", "_")
         folder.mkdir(parents=True, exist_ok=True)
-        # White where it is transparent, as the data sets of this package are read; other code shows what is below.
-        (decode_image(image, "") if native else image).save(folder / f"{number}.png")
+        image.save(folder / f"{number}.png")
     for name in names:
         (tmp_path / "test" / name.replace(" ", "_")).mkdir(exist_ok=True)
     rows = ImageFolder(tmp_path / "test", transform, allow_empty=True, loader=Image.open)
@@ -108,12 +98,9 @@ def test_retrieval_by_its_command_has_our_integers(
         lines += [f"{index}.jpg,{caption}" for caption in captions]
     (tmp_path / "flickr30k_test_karpathy.txt").write_text("\n".join(lines))
     output = tmp_path / "result.json"
-    kind, name, weights = "llm2clip", model, ""
-    if model.startswith("open_clip:"):
-        kind, (name, _, weights) = "open_clip", model.removeprefix("open_clip:").partition("/")
     data = ["--dataset", "flickr30k", "--dataset_root", str(tmp_path), "--num_workers", "0", "--output", str(output)]
     settings = ["--no_amp", "--recall_k", "1", "5", "10"]
-    arguments = ["eval", *settings, "--model_type", kind, "--model", name, "--pretrained", weights, *data]
+    arguments = ["eval", *settings, "--model_type", "llm2clip", "--model", model, "--pretrained", "", *data]
     monkeypatch.setattr(sys, "argv", ["clip_benchmark", *arguments])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     runpy.run_path(SCRIPT, run_name="__main__")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import fields
 from importlib import import_module
 from importlib.metadata import version
@@ -24,18 +25,23 @@ from llm2clip.utils.stopping import StoppedError
 from tests.llm2clip import tiny
 
 Capsys = pytest.CaptureFixture[str]
+Ending = Callable[[str, Any], None]
 EVALUATE = ["evaluate", "x", "--benchmark", "y.csv"]
 
 
-def replaced_run(command: str, end: BaseException | dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make a command do nothing but raise an error or return a result."""
+@pytest.fixture
+def ending(monkeypatch: pytest.MonkeyPatch) -> Ending:
+    """Makes a command do nothing but raise an error or return a result."""
 
-    def run(config: object, **options: Any) -> dict[str, Any]:
-        if isinstance(end, dict):
-            return end
-        raise end
+    def ending(command: str, end: BaseException | dict[str, Any]) -> None:
+        def run(config: object, **options: Any) -> dict[str, Any]:
+            if isinstance(end, dict):
+                return end
+            raise end
 
-    monkeypatch.setattr(f"{cli.COMMANDS[command].module}.run", run)
+        monkeypatch.setattr(f"{cli.COMMANDS[command].module}.run", run)
+
+    return ending
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
@@ -73,32 +79,30 @@ def test_version_and_top_level_help_import_neither_torch_nor_transformers() -> N
 
 @pytest.mark.parametrize("rank", ["0", "3"])
 def test_errors_of_a_run_are_in_its_folder_until_it_succeeds(
-    rank: str, tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+    rank: str, ending: Ending, tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ["stage1", "--output_dir", str(tmp_path)]
     monkeypatch.setenv("RANK", rank)
-    replaced_run("stage1", OSError("the disk has gone"), monkeypatch)
+    ending("stage1", OSError("the disk has gone"))
     assert cli.main(command) == 2
     error = capsys.readouterr().err
     assert f"llm2clip stage1: error: the disk has gone\n(where: {tmp_path / 'error.log'})" in error
     assert "Traceback" not in error
-    replaced_run("stage1", RuntimeError("out of memory"), monkeypatch)
+    ending("stage1", RuntimeError("a bug"))
     with pytest.raises(RuntimeError):
         cli.main(command)
     text = (tmp_path / "error.log").read_text()
     assert text.count(f"llm2clip stage1 (process {rank}, id ") == text.count("Traceback (most recent call last)") == 2
     assert "in run\n    raise end\nOSError: the disk has gone" in text
-    replaced_run("stage1", {"train_loss": 1.0}, monkeypatch)
+    ending("stage1", {"train_loss": 1.0})
     assert cli.main(command) == 0
     assert (tmp_path / "error.log").exists() == (rank != "0")
     assert rank != "0" or "the disk has gone" in (tmp_path / "log.txt").read_text()
 
 
-def test_an_error_log_that_cannot_be_written_hides_no_error(
-    tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_log_that_cannot_be_written_hides_no_error(ending: Ending, tmp_path: Path, capsys: Capsys) -> None:
     (tmp_path / "error.log").mkdir()
-    replaced_run("stage1", OSError("no space left"), monkeypatch)
+    ending("stage1", OSError("no space left"))
     assert cli.main(["stage1", "--output_dir", str(tmp_path)]) == 2
     assert "llm2clip stage1: error: no space left\n(--traceback shows where)" in capsys.readouterr().err
 
@@ -158,17 +162,9 @@ def test_an_error_of_a_setting_says_where_it_is_set(
     assert message.format(file=file) in capsys.readouterr().err
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    replaced_run("evaluate", KeyError("image"), monkeypatch)
-    with pytest.raises(KeyError):
-        cli.main(EVALUATE)
-
-
-def test_a_command_leaves_the_process_group_of_its_launcher(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capsys
-) -> None:
+def test_a_command_leaves_the_process_group_of_its_launcher(ending: Ending, tmp_path: Path, capsys: Capsys) -> None:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    replaced_run("evaluate", {"recall": 0.5}, monkeypatch)
+    ending("evaluate", {"recall": 0.5})
     assert cli.main(EVALUATE) == 0
     assert capsys.readouterr().out == "recall: 0.5000\n"
     assert not dist.is_initialized()
@@ -184,10 +180,16 @@ def test_a_command_leaves_the_process_group_of_its_launcher(
     ids=["Ctrl-C", "SIGTERM"],
 )
 def test_a_command_that_is_stopped_says_how_to_go_on(
-    error: BaseException, processes: str, status: int, cause: str, monkeypatch: pytest.MonkeyPatch, capsys: Capsys
+    error: BaseException,
+    processes: str,
+    status: int,
+    cause: str,
+    ending: Ending,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capsys,
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", processes)
-    replaced_run("index", error, monkeypatch)
+    ending("index", error)
     assert cli.main(["index", "pictures", "--model", "m"]) == status
     expected = f"llm2clip index: stopped by {cause}; the same command continues where it was.\n"
     assert capsys.readouterr().err == expected
@@ -210,16 +212,10 @@ def test_sigterm_ends_a_command_in_order(monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_sigterm_within_the_report_of_an_error_does_not_replace_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: Capsys
+    ending: Ending, monkeypatch: pytest.MonkeyPatch, capsys: Capsys
 ) -> None:
     """torchrun sends it to the rank at fault too, if one that has only lost the connection to it has ended first."""
-    write_error = LogFile.write_error
-
-    def meanwhile(self: LogFile, command: str, error: BaseException) -> Path | None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return write_error(self, command, error)
-
-    monkeypatch.setattr(LogFile, "write_error", meanwhile)
-    replaced_run("evaluate", ValueError("the image 7 is damaged."), monkeypatch)
+    monkeypatch.setattr(LogFile, "write_error", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    ending("evaluate", ValueError("the image 7 is damaged."))
     assert cli.main(EVALUATE) == 2
     assert "llm2clip evaluate: error: the image 7 is damaged." in capsys.readouterr().err
