@@ -39,7 +39,7 @@ class Case:
 
     @property
     def recipe(self) -> str:
-        """The text of its recipe, without comments; `plan` reads nothing that a recipe names."""
+        """The text of its recipe, without comments; `plan` reads and writes nothing that it names."""
         words = [] if "llm2clip plan" in self.command else self.command.split()
         return re.sub("#.*", "", "".join(RECIPES.get(word, "") for word in words))
 
@@ -64,10 +64,11 @@ class Case:
 
     def _words(self) -> list[str]:
         """Whatever may be a path or a Hub id that it reads."""
+        if "llm2clip plan" in self.command:  # it takes names of `hub_configs`, which are those of converted models too
+            return []
         words = re.findall(r"[^\s'\"{}\[\],]+", f"{self.command} {self.recipe}")
-        words = [word.removeprefix("./") for word in words if "llm2clip plan" not in self.command]
-        own = [word for word in words if any(lies_in(word, path) for path in self.makes)]
-        return [word for word in dict.fromkeys([*words, *self.how.needs]) if word not in own]
+        words = [*(word.removeprefix("./") for word in words), *self.how.needs]
+        return [word for word in dict.fromkeys(words) if not any(lies_in(word, path) for path in self.makes)]
 
     def _makers_of(self, path: str) -> list[Case]:
         """The commands that leave a path: first the quick ones, those of the same page, and of pages beside it."""

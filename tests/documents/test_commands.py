@@ -117,6 +117,8 @@ def test_rules_and_stand_ins_are_of_commands_that_are_shown() -> None:
     assert [word for word in MEANT if not any(word in line for line in CASES)] == []
     read = {name for case in CASES.values() for name in case.stand_ins}
     assert set(STAND_INS) - read == set()
+    made = {path for case in CASES.values() for path in case.makes}
+    assert {need for case in CASES.values() for need in case.how.needs} - made - read == set()
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor
 
+from llm2clip.evaluation.benchmarks import choose_benchmarks
+from llm2clip.evaluation.benchmarks.counts import check_counts
 from modeling_llm2clip import LLM2CLIPModel
 from tests.examples.conftest import EXAMPLES, FITTED, LONG_CAPTION, Run
 from tests.forks import run_code
@@ -215,3 +217,12 @@ def test_pushing_to_the_hub(run: Run, fitted: Path, monkeypatch: pytest.MonkeyPa
         shown = run("push_to_the_hub.py", "--model", fitted, "--repo-id", "tester/fitted")
         assert f"pushed: {hub.url}/tester/fitted" in shown
         assert hub.repo("tester/fitted").files()["model.safetensors"]
+
+
+def test_each_picture_of_the_bundled_benchmark_has_its_own_caption() -> None:
+    [benchmark] = choose_benchmarks([str(EXAMPLES / "benchmarks" / "concepts.py")], EXAMPLES / "data")
+    folder = benchmark.find(EXAMPLES / "data")
+    data = benchmark.read(folder)
+    assert check_counts(benchmark, folder, data, allow=False) == []
+    assert (data.images.key(0), data.texts[0]) == ("emoji-google/1f004", "mahjong red dragon")
+    assert data.owners.tolist() == list(range(695))
