@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import re
-import shlex
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.documents.reading import ROOT
+from tests.documents.cases import CASES, Case
 from tests.documents.shell import Result, Shell
 from tests.documents.stand_ins import DATASETS, FILES, FOLDERS, HUB
-from tests.documents.table import COMMANDS, Run
 from tests.examples.server import serving
 from tests.loopback_hub import LFS_SUFFIXES, File, LoopbackHub, Repo
 
 # Commands whose outcome other commands need.
-NEEDED = {need for case in COMMANDS.values() if isinstance(case, Run) for need in case.needs if need in COMMANDS}
+MAKERS = {maker for case in CASES.values() for maker in case.makers}
 
 
 class Reader:
-    """Runs commands of the table.
+    """Runs commands.
 
     Args:
         shell: Where they run.
@@ -33,45 +28,44 @@ class Reader:
 
     def __init__(self, shell: Shell, hub: LoopbackHub, factory: pytest.TempPathFactory) -> None:
         self.shell, self.hub, self.factory = shell, hub, factory
-        self.done: dict[str, Path] = {}
+        self.done: dict[Case, Path] = {}
 
-    def run(self, line: str, case: Run, folder: Path) -> Path:
+    def run(self, case: Case, folder: Path) -> Path:
         """Run a command; one that others need runs once, in a folder of its own.
 
         Args:
-            line: As the document shows it.
-            case: How it is run.
             folder: Where another one runs; it is empty.
 
         Returns:
             The folder where it ran.
 
         Raises:
-            AssertionError: It fails, or leaves or prints something else than `case` says.
+            AssertionError: It fails, or leaves or prints something else than it should.
         """
-        if line not in NEEDED:
-            self._run(line, case, folder)
+        if case not in MAKERS:
+            self._run(case, folder)
             return folder
-        if line not in self.done:
+        if case not in self.done:
             folder = self.factory.mktemp("reader")
-            self._run(line, case, folder)
-            self.done[line] = folder
-        return self.done[line]
+            self._run(case, folder)
+            self.done[case] = folder
+        return self.done[case]
 
-    def _run(self, line: str, case: Run, folder: Path) -> None:
-        for need in case.needs:
-            self._provide(need, folder)
-        command = meant(line, case)
-        result = self._serve(command, folder) if case.serves else self.shell.run(command, folder)
-        shown = f"$ {command}\n{result.output[-3000:]}\n{result.errors[-3000:]}"
+    def _run(self, case: Case, folder: Path) -> None:
+        for maker in case.makers:
+            # Links to folders of the checkout cannot be made twice.
+            links = {path.name for path in folder.iterdir() if path.is_symlink()}
+            ignored = shutil.ignore_patterns(*links)
+            shutil.copytree(self.run(maker, folder), folder, symlinks=True, ignore=ignored, dirs_exist_ok=True)
+        for name in case.stand_ins:
+            self._provide(name, folder)
+        result = self._serve(case.command, folder) if case.how.serves else self.shell.run(case.command, folder)
+        shown = f"$ {case.command}\n{result.output[-3000:]}\n{result.errors[-3000:]}"
         assert result.code == 0, f"exit status {result.code}\n{shown}"
-        assert case.prints in result.output, f"{case.prints!r} is not printed\n{shown}"
-        missing = [
-            name for name in case.makes if not (folder / name).exists() and ("model", name) not in self.hub.repos
-        ]
+        printed = "\n".join(line.rstrip() for line in result.output.splitlines())
+        assert case.how.prints in printed, f"{case.how.prints!r} is not printed\n{shown}"
+        missing = [path for path in case.makes if not (folder / path).exists()]
         assert not missing, f"{', '.join(missing)}: not made\n{shown}"
-        if case.check is not None:
-            case.check(folder)
 
     def _serve(self, command: str, folder: Path) -> Result:
         """Start a command that serves a page, request the page, and stop the command."""
@@ -79,23 +73,19 @@ class Reader:
         with serving(*arguments, folder=folder):
             return Result(0, (folder / "server.log").read_text(), "")
 
-    def _provide(self, need: str, folder: Path) -> None:
-        """Create an input of a command in its folder, or on the Hub."""
-        kind = "dataset" if need in DATASETS else "model"
-        if need in COMMANDS:
-            case = COMMANDS[need]
-            assert isinstance(case, Run)
-            shutil.copytree(self.run(need, case, folder), folder, symlinks=True, dirs_exist_ok=True)
-        elif need in FILES:
-            FILES[need](folder / need)
-        elif need in FOLDERS:
-            (folder / need).mkdir(parents=True)
-            FOLDERS[need](folder / need)
-        elif (kind, need) not in self.hub.repos:
+    def _provide(self, name: str, folder: Path) -> None:
+        """Create a stand-in where it is not there yet: in a folder, or on the Hub."""
+        kind = "dataset" if name in DATASETS else "model"
+        if name in HUB and (kind, name) not in self.hub.repos:
             source = self.factory.mktemp("repo")
-            HUB[need](source)
-            publish(self.hub, need, source, kind)
+            HUB[name](source)
+            publish(self.hub, name, source, kind)
             shutil.rmtree(source)
+        elif name in FILES and not (folder / name).exists():
+            FILES[name](folder / name)
+        elif name in FOLDERS and not (folder / name).exists():
+            (folder / name).mkdir(parents=True)
+            FOLDERS[name](folder / name)
 
 
 def publish(hub: LoopbackHub, name: str, folder: Path, kind: str) -> None:
@@ -104,30 +94,3 @@ def publish(hub: LoopbackHub, name: str, folder: Path, kind: str) -> None:
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     content = {file: File(path.read_bytes(), file.endswith(LFS_SUFFIXES)) for file, path in files.items()}
     repo.commit("main", content, "upload")
-
-
-def meant(line: str, case: Run) -> str:
-    """Return the command that is run: placeholders replaced, and options appended that make it small."""
-    if line.startswith("make "):
-        line = recipe(line)
-    for word, meaning in case.meant.items():
-        line = re.sub(rf"(?<![\w-]){re.escape(word)}(?![\w-])", meaning, line)
-    return f"{line} {case.small}".strip()
-
-
-def recipe(line: str) -> str:
-    """Return the last command of a `make` target, after the set-up of its environment.
-
-    Raises:
-        AssertionError: The target does not exist, or does not use one of the variables.
-    """
-    _, target, *variables = shlex.split(line)
-    # If make runs the tests, its MAKEFLAGS would change the output of this make.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
-    command = ["make", "-n", target, *variables]
-    asked = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert asked.returncode == 0, asked.stderr
-    last = asked.stdout.splitlines()[-1]
-    unused = [variable for variable in variables if variable.partition("=")[2] not in last]
-    assert not unused, f"make {target} does not use {', '.join(unused)}"
-    return last.removeprefix(".venv/bin/")

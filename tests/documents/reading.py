@@ -1,35 +1,56 @@
-"""Read the documents: fenced blocks, code spans, and the commands in both."""
+"""Read the documents: fenced blocks, code spans, the commands in both, and the markers that say how they are tested.
+
+A marker is a comment before a fenced block, a paragraph or a table (CONTRIBUTING.md describes them).
+"""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PATTERNS = ("*.md", "docs/**/*.md", "examples/**/*.md", "hub_configs/**/*.md", "benchmarks/**/*.md")
 DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for pattern in PATTERNS for path in ROOT.glob(pattern))
 PROGRAMS = (
-    "make",
-    "llm2clip",
-    "pip",
-    "python",
-    "torchrun",
-    "accelerate",
-    "jupyter",
-    "npm",
-    "hf",
-    "img2dataset",
-    ".ci/run",
+    *("llm2clip", "python", "torchrun", "accelerate"),
+    *("make", "pip", "jupyter", "npm", "hf", "img2dataset", ".ci/run"),
 )
-# Blocks that show what a command printed, by their first words.
-OUTPUTS = (
-    "{'a train on a single rail':",
-    "Caption retrieval, R@1 / 5 / 10 in %",
-    "docci  DOCCI",
-    "hours: 0.5 for 625 steps",
-    "runs/quickstart/llm2clip, in %",
-    "stage1: memory of each of 8 GPUs",
+# Comments, then a fenced block or lines without an empty one between them.
+PART = re.compile(
+    r"((?:^<!-- [^\n]* -->\n)*)(?:^```(\w*)\n(.*?)^```$|((?:^(?!```|<!-- )[^\n]+\n?)+))", re.MULTILINE | re.DOTALL
 )
+KINDS = {"python": "python", "yaml": "recipe", "mermaid": "diagram"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A fenced block with its language, or text, whose language is None; with the markers before it."""
+
+    language: str | None
+    content: str
+    markers: tuple[str, ...]
+
+    @property
+    def commands(self) -> list[str]:
+        """The commands of a block, or of the code spans of a text, without trailing comments."""
+        if self.language is None:
+            spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", self.content)]
+            return [bare(span) for span in spans if is_command(span)]
+        if kind(self.language, self.content, self.markers) != "shell":
+            return []
+        return [bare(line) for line in self.content.replace("\\\n", " ").splitlines()]
+
+
+@cache
+def parts(document: str) -> list[Part]:
+    """Return what a document consists of, in its order."""
+    found = PART.findall((ROOT / document).read_text(encoding="utf-8"))
+    return [
+        Part(None if text else language, text or content, tuple(re.findall(r"<!-- (.*) -->", comments)))
+        for comments, language, content, text in found
+    ]
 
 
 def is_command(text: str) -> bool:
@@ -40,42 +61,34 @@ def is_command(text: str) -> bool:
 
 def blocks(document: str) -> list[tuple[str, str]]:
     """Return the fenced blocks of a document: language and content."""
-    return re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL)
+    return [(part.language, part.content) for part in parts(document) if part.language is not None]
 
 
-def kind(language: str, content: str) -> str:
+def kind(language: str, content: str, markers: tuple[str, ...] = ()) -> str:
     """Return the kind of a block: python, recipe, shell, output or diagram.
 
     Raises:
         ValueError: It is none of them.
     """
+    if language in KINDS:
+        return KINDS[language]
+    if any(marker.startswith("output") for marker in markers):
+        return "output"
     lines = content.replace("\\\n", " ").splitlines()
-    kinds = {"python": "python", "yaml": "recipe", "mermaid": "diagram"}
-    if language in kinds:
-        return kinds[language]
     if language in ("", "bash", "shell") and lines and all(map(is_command, lines)):
         return "shell"
-    if not language and content.startswith(OUTPUTS):
-        return "output"
-    raise ValueError(f"this block is neither Python nor known commands nor a listed output:\n{content}")
+    raise ValueError(f"this block is neither Python nor known commands nor a marked output:\n{content}")
 
 
 def code_spans(document: str) -> list[str]:
     """Return the inline code of a document; a span may continue on the next line."""
-    text = (ROOT / document).read_text()
-    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
-    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
+    texts = [part.content for part in parts(document) if part.language is None]
+    return [" ".join(span.split()) for text in texts for span in re.findall(r"`([^`]+)`", text)]
 
 
 def commands(document: str) -> list[str]:
     """Return the commands of a document, from its blocks and code spans, without trailing comments."""
-    lines = [
-        line
-        for language, content in blocks(document)
-        if kind(language, content) == "shell"
-        for line in content.replace("\\\n", " ").splitlines()
-    ]
-    return [bare(line) for line in [*lines, *filter(is_command, code_spans(document))]]
+    return [line for part in parts(document) for line in part.commands]
 
 
 def bare(line: str) -> str:

@@ -56,11 +56,6 @@ def llm(golden: str, folder: Path) -> None:
     AutoTokenizer.from_pretrained(GOLDEN / golden).save_pretrained(folder)
 
 
-def embedding_model(folder: Path) -> None:
-    """Save an embedding model of sentence-transformers with prompts, of which none is the default one, as E5 has."""
-    embedding_models.save(folder, "xlm-roberta")
-
-
 def clip(folder: Path) -> None:
     """Save a CLIP model in OpenAI's layout, with its image processor and its tokenizer."""
     sizes = {**SIZES, "image_size": 28, "patch_size": 7}
@@ -184,12 +179,12 @@ def pictures(folder: Path) -> None:
         (folder / split / "metadata.jsonl").write_text("\n".join(lines))
 
 
-def small_profile(name: str, path: Path) -> None:
-    """Write a profile of the quickstart with a few small training steps on a CPU."""
-    profile = load_recipe(find_recipe(f"quickstart_{name}"))
+def small_profile(path: Path) -> None:
+    """Write the profile of the quickstart with a few small training steps on a CPU."""
+    profile = load_recipe(find_recipe("quickstart_default"))
     small = {"use_cpu": True, "max_steps": 3, "warmup_steps": 0, "per_device_train_batch_size": 8}
-    for part in ("stage1", "frozen", "unfrozen"):
-        profile[part] = {**profile.get(part, {}), **small}
+    for part in ("stage1", "frozen"):
+        profile[part] |= small
     profile["stage2"]["projection_dim"] = 16
     path.write_text(yaml.safe_dump(profile))
 
@@ -218,7 +213,9 @@ def photo(path: Path) -> None:
 
 E5, MINILM = "intfloat/multilingual-e5-small", "sentence-transformers/all-MiniLM-L6-v2"
 LLAMA, QWEN, SMOL = "llm2vec_llama_a_hf", "llm2vec_qwen2_a_hf", "llm2vec_mistral_a_hf"
-# Repos of the Hub, by id. A published LLM is any LLM there: `convert` reads all its sizes from its files.
+LLM_1B, LLM_8B = "LLM2CLIP-Llama-3.2-1B-Instruct-CC-Finetuned", "LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned"
+MODEL = "runs/quickstart/llm2clip"
+# Repos of the Hub, by id. A published LLM is any LLM of its width: `convert` reads all its sizes from its files.
 HUB: dict[str, Builder] = {
     "meta-llama/Llama-3.1-8B-Instruct": partial(llm, LLAMA),
     "meta-llama/Llama-3.2-1B-Instruct": partial(llm, LLAMA),
@@ -226,22 +223,26 @@ HUB: dict[str, Builder] = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": partial(llm, SMOL),
     "openai/clip-vit-base-patch16": clip,
     "openai/clip-vit-large-patch14-336": clip,
-    E5: embedding_model,
-    MINILM: lambda folder: embedding_models.save(folder, "bert"),
-    "facebook/dinov2-small": lambda folder: tiny.save_dinov2_tower(folder),
+    E5: partial(embedding_models.save, family="xlm-roberta"),
+    MINILM: partial(embedding_models.save, family="bert"),
+    "facebook/dinov2-small": tiny.save_dinov2_tower,
     "Salesforce/wikitext": wikitext,
+    f"microsoft/{LLM_1B}": partial(wide_llm, 2048),
+    f"microsoft/{LLM_8B}": partial(wide_llm, 4096),
     **{
-        f"microsoft/{name}": partial(published, name) if model.is_joint else partial(llm, LLAMA)
+        f"microsoft/{name}": partial(published, name)
         for name, model in published_models().items()
-        if model.checkpoint is not None
+        if model.is_joint and model.checkpoint is not None
     },
 }
 DATASETS = ("Salesforce/wikitext",)
-LLM_1B, LLM_8B = "LLM2CLIP-Llama-3.2-1B-Instruct-CC-Finetuned", "LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned"
-MODEL = "runs/quickstart/llm2clip"
-# Folders of the reader's, by path: what `make quickstart` leaves, and data.
+# Folders of the reader's, by path: what `make quickstart` and `convert` leave, and data. A small model of ours stands
+# for a converted checkpoint, and contains its LLM.
 FOLDERS: dict[str, Builder] = {
     MODEL: tiny_models.save,
+    "LLM2CLIP-Llama3.2-1B-EVA02-L-14-336": tiny_models.save,
+    "LLM2CLIP-Openai-L-14-336": tiny_models.save,
+    "EVA02-CLIP-L-14": eva_tower,
     "runs/quickstart/weights/smollm2-135m-instruct": partial(llm, SMOL),
     "my_images": partial(
         table,
@@ -250,9 +251,6 @@ FOLDERS: dict[str, Builder] = {
     ),
     "my_pictures": pictures,
     "my_photos": photos,
-    "EVA02-CLIP-L-14": eva_tower,
-    LLM_1B: partial(wide_llm, 2048),
-    LLM_8B: partial(wide_llm, 4096),
     "questions": questions,
     "data/dreamlip": partial(captions_csv, ["raw_caption", *DREAMLIP]),
     "data/text_pairs": text_pairs,
@@ -268,6 +266,6 @@ FILES: dict[str, Builder] = {
     "museum.py": documented_benchmark,
     "photo.jpg": photo,
     "EVA02_CLIP_L_psz14_s4B.pt": eva_clip,
-    "default.yaml": partial(small_profile, "default"),
-    "full.yaml": partial(small_profile, "full"),
+    "default.yaml": small_profile,
 }
+STAND_INS = {**FILES, **FOLDERS, **HUB}

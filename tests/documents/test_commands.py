@@ -1,4 +1,4 @@
-"""Every command in the documents runs, and makes the files that it should make."""
+"""Every command of the documents runs on small stand-ins, or its program knows all that it is given."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import itertools
 import os
 import re
 import shlex
+import subprocess
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -24,134 +24,156 @@ from llm2clip.quickstart.config import QuickstartConfig
 from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.settings import build_config
 from tests import node
-from tests.documents.reader import Reader, recipe
-from tests.documents.reading import DOCUMENTS, ROOT, blocks, code_spans, commands, kind
-from tests.documents.table import COMMANDS, DOWNLOADS, NotRun, Run
+from tests.documents.cases import CASES, Case, by_rules, read_marker
+from tests.documents.reader import Reader
+from tests.documents.reading import DOCUMENTS, ROOT, blocks, code_spans, kind
+from tests.documents.rules import MEANT, RULES
+from tests.documents.stand_ins import STAND_INS
 
-SHOWN = {line for document in DOCUMENTS for line in commands(document)}
-RUN = {line: case for line, case in COMMANDS.items() if isinstance(case, Run)}
-NOT_RUN = {line: case for line, case in COMMANDS.items() if isinstance(case, NotRun)}
-NOT_RUN |= {line: NotRun("it downloads") for line in sorted(SHOWN) if line.startswith("pip ")}
-# Packages of others that a document installs.
+RUN = [case for case in CASES.values() if not case.how.not_run]
+# What the default tests do not run is at least read by its program.
+ONLY_READ = [case for case in CASES.values() if case.how.not_run or case.how.slow]
 OTHER_PACKAGES = {"flash-attn", "img2dataset"}
-# Code spans that stand for any option, and options of accelerate and torchrun.
+# Code spans that stand for any option, and options of accelerate, torchrun and srun.
 OTHER_OPTIONS = {
-    "--field value",
+    "--field",
     "--num_machines",
     "--machine_rank",
     "--main_process_ip",
     "--nnodes",
-    "--kill-on-bad-exit=1",  # of srun
+    "--kill-on-bad-exit=1",
 }
 
 
-def uncovered(lines: set[str]) -> list[str]:
-    """Commands that no entry of the table covers, and that are no bare name of a command."""
-    names = {f"llm2clip {name}" for name in cli.COMMANDS} | {"accelerate launch"}
-    return sorted(lines - set(COMMANDS) - set(NOT_RUN) - names)
+@pytest.mark.parametrize("case", [pytest.param(c, id=c.line, marks=[pytest.mark.slow] * c.how.slow) for c in RUN])
+def test_command_runs(case: Case, reader: Reader, tmp_path: Path) -> None:
+    reader.run(case, tmp_path)
 
 
-def marked(cases: dict[str, Run]) -> list[Any]:
-    return [pytest.param(line, id=line, marks=pytest.mark.slow if case.slow else ()) for line, case in cases.items()]
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.line) for case in ONLY_READ])
+def test_program_accepts_the_command(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    accept(case.command, monkeypatch)
+    if case.how.run_by:
+        file, _, name = case.how.run_by.partition("::")
+        assert f"def {name}" in (ROOT / file).read_text()
 
 
-def test_every_command_is_in_the_table() -> None:
-    assert not uncovered(SHOWN), "tests/documents/table.py does not say how these are run"
-    assert uncovered({"llm2clip stage3 RECIPE", "llm2clip mntp"}) == ["llm2clip stage3 RECIPE"]
-    assert not set(COMMANDS) - SHOWN, "no document shows these any more"
-
-
-@pytest.mark.parametrize("line", marked(RUN))
-def test_command_runs(line: str, reader: Reader, tmp_path: Path) -> None:
-    reader.run(line, RUN[line], tmp_path)
-
-
-@pytest.mark.parametrize("line", NOT_RUN)
-def test_command_that_is_not_run_exists(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    program, *arguments = shlex.split(line)
-    if program == "make":
-        recipe(line)
-        in_ci = line in (ROOT / ".ci/run").read_text()
-        assert in_ci == (NOT_RUN[line].reason == ".ci/run runs it")
+def accept(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a program read its arguments, but do nothing; raises AssertionError if it does not know one of them."""
+    program, *arguments = shlex.split(command)
+    if program in ("python", "torchrun", "accelerate"):
+        if program == "accelerate":
+            load_config_from_file(str(ROOT / arguments[arguments.index("--config_file") + 1]))
+        if "-m" not in arguments:
+            assert (ROOT / arguments[0]).is_file()
+            return
+        module, *arguments = arguments[arguments.index("-m") + 1 :]
+        assert importlib.util.find_spec(module), f"there is no module {module}"
+        program = module
+    if program == "llm2clip":
+        monkeypatch.setattr(import_module(cli.COMMANDS[arguments[0]].module), "run", lambda config, **_: {})
+        assert cli.main(arguments) == 0, command
+        if "--benchmark" in arguments:
+            names = itertools.takewhile(lambda word: word[:2] != "--", arguments[arguments.index("--benchmark") + 1 :])
+            assert choose_benchmarks([name for name in names if not is_own_data(name)], ROOT)
+    elif program == "make":
+        made = recipe(command)
+        if made.startswith("llm2clip "):
+            accept(made, monkeypatch)
     elif program == ".ci/run":
         assert os.access(ROOT / program, os.X_OK)
     elif program == "npm":
         assert arguments[0] == "install"
         assert arguments[-1] == node.PACKAGE
-    elif program == "pip" and arguments[-1] in OTHER_PACKAGES:
-        assert arguments[0] == "install"
-    elif program in ("hf", "img2dataset"):
-        assert NOT_RUN[line].reason == DOWNLOADS
-    elif program == "pip":
+    elif program == "pip" and arguments[-1] not in OTHER_PACKAGES:
         setup = configparser.ConfigParser()
         setup.read(ROOT / "setup.cfg")
         (extras,) = re.findall(r"^\.\[(.+)\]$", arguments[-1])
         assert set(extras.split(",")) <= set(setup["options.extras_require"])
-    elif program == "python":
-        assert arguments[0] == "-m"
-        assert importlib.util.find_spec(arguments[1])
-    elif program == "accelerate":
-        load_config_from_file(str(ROOT / arguments[arguments.index("--config_file") + 1]))
-    elif program == "llm2clip" and "--benchmark" not in arguments:
-        monkeypatch.setattr(import_module(cli.COMMANDS[arguments[0]].module), "run", lambda config: {})
-        assert cli.main(arguments) == 0, "its settings are accepted"
-    elif program == "llm2clip":
-        names = itertools.takewhile(lambda word: word[:2] != "--", arguments[arguments.index("--benchmark") + 1 :])
-        assert choose_benchmarks([name for name in names if not is_own_data(name)], ROOT)
-    else:
-        assert program == "jupyter"
+    elif program == "jupyter":
         assert (ROOT / arguments[-1]).is_file()
-    if NOT_RUN[line].run_by:
-        file, _, name = NOT_RUN[line].run_by.partition("::")
-        assert f"def {name}" in (ROOT / file).read_text()
+
+
+def recipe(line: str) -> str:
+    """Return the last command of a `make` target, after the set-up of its environment.
+
+    Raises:
+        AssertionError: The target does not exist, or does not use one of the variables.
+    """
+    _, target, *variables = shlex.split(line)
+    # If make runs the tests, its MAKEFLAGS would change the output of this make.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    command = ["make", "-n", target, *variables]
+    asked = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert asked.returncode == 0, asked.stderr
+    last = asked.stdout.splitlines()[-1]
+    unused = [variable for variable in variables if variable.partition("=")[2] not in last]
+    assert not unused, f"make {target} does not use {', '.join(unused)}"
+    return last.removeprefix(".venv/bin/")
+
+
+def test_rules_and_stand_ins_are_of_commands_that_are_shown() -> None:
+    assert [words for words in RULES if not any(re.search(words, line) for line in CASES)] == []
+    assert [word for word in MEANT if not any(word in line for line in CASES)] == []
+    read = {name for case in CASES.values() for name in case.stand_ins}
+    assert set(STAND_INS) - read == set()
+    made = {path for case in CASES.values() for path in case.makes}
+    assert {need for case in CASES.values() for need in case.how.needs} - made - read == set()
 
 
 @pytest.mark.parametrize(
-    ("line", "case", "message"),
+    ("line", "message"),
     [
-        ("llm2clip evaluate runs/stage2", Run(), "exit status 2"),
-        ("llm2clip evaluate runs/stage2 --dta x", Run(), "exit status 2"),
-        ("python no_such_example.py", Run(), "exit status 1"),
-        ("llm2clip stage1 --help", Run(makes=("runs/stage1",)), "runs/stage1: not made"),
-        ("llm2clip stage1 --help", Run(prints="stage 3"), "'stage 3' is not printed"),
+        ("llm2clip evaluate runs/stage2 --benchmark x --dta x", "exit status 2"),
+        ("llm2clip stage3 RECIPE", "exit status 2"),
+        ("python no_such_example.py", "exit status 1"),
+        ("llm2clip stage1 --help --output-dir runs/x", "runs/x: not made"),
+        ("llm2clip convert microsoft/ --help", "'missing: none' is not printed"),
     ],
 )
-def test_failing_command_fails_the_test_of_its_document(
-    line: str, case: Run, message: str, reader: Reader, tmp_path: Path
-) -> None:
+def test_wrong_command_fails_its_test(line: str, message: str, reader: Reader, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=message):
-        reader.run(line, case, tmp_path)
+        reader.run(Case(line, ("README.md",), by_rules(line)), tmp_path)
 
 
-def test_unknown_make_target_or_variable_is_an_error() -> None:
-    for line in ("make quickstrat", "make lint ARGS=-x"):
-        with pytest.raises(AssertionError, match=r"No rule to make target|does not use ARGS=-x"):
-            recipe(line)
+@pytest.mark.parametrize("line", ["make quickstrat", "make lint ARGS=-x", "llm2clip serve x --prt 80", "python -m x"])
+def test_wrong_command_is_not_accepted(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(AssertionError):
+        accept(line, monkeypatch)
+
+
+def test_wrong_marker_or_unknown_block_is_an_error() -> None:
+    for marker in ("test: print=x", "test (embed) slow", "not run"):
+        with pytest.raises(ValueError, match="marker"):
+            read_marker(marker)
+    for language, content in (("", "curl -O x\n"), ("rust", "fn main() {}\n")):
+        with pytest.raises(ValueError, match="neither Python nor known commands"):
+            kind(language, content)
+
+
+@pytest.fixture(scope="module")
+def options() -> set[str]:
+    """The options of all commands."""
+    found = {"--resume", "--traceback", "--help", "--help-all", "--version"}
+    for command in cli.COMMANDS.values():
+        names = [field.name for field in fields(getattr(import_module(command.module), command.config))]
+        found |= {f"--{form}" for name in names for form in (name, name.replace("_", "-"), f"no-{name}")}
+    return found
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_every_option_in_the_text_exists(document: str) -> None:
-    options = {"--resume", "--traceback", "--help", "--help-all", "--version"}
-    for command in cli.COMMANDS.values():
-        names = [field.name for field in fields(getattr(import_module(command.module), command.config))]
-        options |= {f"--{form}" for name in names for form in (name, name.replace("_", "-"), f"no-{name}")}
-    spans = [span for span in code_spans(document) if span.startswith("--") and span not in OTHER_OPTIONS]
-    assert not [span for span in spans if span.split()[0] not in options]
+def test_every_option_in_the_text_exists(document: str, options: set[str]) -> None:
+    spans = [span.split()[0] for span in code_spans(document) if span.startswith("--")]
+    assert set(spans) - options - OTHER_OPTIONS == set()
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_recipes_in_the_text_have_fields_of_stage_2(document: str, tmp_path: Path) -> None:
     for language, content in blocks(document):
-        if kind(language, content) == "recipe":
+        if language == "yaml":
             fields = yaml.safe_load(content)
             if "text_encoders" in fields:  # a profile of the quickstart, which has both parts of stage 2
                 (tmp_path / "profile.yaml").write_text(content)
                 profile = QuickstartConfig(profile=str(tmp_path / "profile.yaml")).load_profile()
                 fields = {"freeze_vision": "all", **profile["stage2"], **profile["frozen"], "feature_dtype": "float32"}
             build_config(Stage2Recipe, {"output_dir": str(tmp_path), "embedding_cache": "cache", **fields})
-
-
-@pytest.mark.parametrize(("language", "content"), [("", "curl -O x\n"), ("rust", "fn main() {}\n")])
-def test_block_of_an_unknown_language_is_an_error(language: str, content: str) -> None:
-    with pytest.raises(ValueError, match="neither Python nor known commands"):
-        kind(language, content)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.documents.reading import DOCUMENTS, ROOT, blocks, kind
+from tests.documents.reading import DOCUMENTS, ROOT, blocks
 from tests.documents.stand_ins import E5, FILES, FOLDERS, HUB, MODEL
 
 # What tests/llm2clip/encoders/test_ray_engine.py and tests/llm2clip/serving/test_serve.py run.
@@ -30,7 +30,7 @@ def test_python_code_of_the_document_runs(
         FILES[name](tmp_path / name)
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
-    session = "\n".join(content for language, content in blocks(document) if kind(language, content) == "python")
+    session = "\n".join(content for language, content in blocks(document) if language == "python")
     Path("session.py").write_text(session)
     runpy.run_path("session.py")
     printed = capsys.readouterr().out

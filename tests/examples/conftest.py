@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import runpy
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import datasets
 import pytest
 import torch
-from selenium import webdriver
 from torch.nn import functional as F
 from transformers import CLIPImageProcessor
 
 from modeling_llm2clip import LLM2CLIPProcessor, with_prompt
 from tests.llm2clip.tiny import CONCEPTS
 from tests.modeling_llm2clip import tiny
+
+if TYPE_CHECKING:
+    from tests.examples.browser import Browser
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # Its subject stands behind the first 77 tokens.
@@ -73,20 +76,12 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     return run
 
 
-@pytest.fixture(scope="session")
-def chromium() -> tuple[str, str]:
-    """Paths of the browser and its driver."""
-    browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if browser is None or driver is None:
+@pytest.fixture
+def browser() -> Iterator[Browser]:
+    selenium_browser = pytest.importorskip("tests.examples.browser", reason="selenium is not installed")
+    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if program is None or driver is None:
         pytest.skip("there is no chromium with its driver; on Debian: apt-get install chromium chromium-driver")
-    return browser, driver
-
-
-def open_browser(browser: str, driver: str) -> webdriver.Chrome:
-    """Start the browser without a window; its log has the addresses that it asks for."""
-    options = webdriver.ChromeOptions()
-    options.binary_location = browser
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1240,960"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-    return webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    opened = selenium_browser.Browser(program, driver)
+    yield opened
+    opened.driver.quit()

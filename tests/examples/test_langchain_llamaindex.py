@@ -6,19 +6,18 @@ import runpy
 from pathlib import Path
 
 import datasets
-import pytest
 import torch
 
+from tests.examples.conftest import EXAMPLES, Run
 from tests.modeling_llm2clip import tiny
 from tests.modeling_llm2clip.tiny import CAPTIONS, IMAGES
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-SCRIPT = EXAMPLES / "langchain_llamaindex.py"
+SCRIPT = "langchain_llamaindex.py"
 
 
 def test_rows_are_the_models(tmp_path: Path) -> None:
     model, processor = tiny.save(tmp_path), tiny.processor()
-    embeddings = runpy.run_path(str(SCRIPT))["Embeddings"](str(tmp_path))
+    embeddings = runpy.run_path(str(EXAMPLES / SCRIPT))["Embeddings"](str(tmp_path))
     text, image = model.encode_text(CAPTIONS, processor), model.encode_image(IMAGES, processor)
     for method, inputs, expected in (
         (embeddings.embed_documents, CAPTIONS, text),
@@ -33,12 +32,8 @@ def test_rows_are_the_models(tmp_path: Path) -> None:
         torch.testing.assert_close(torch.tensor(method(inputs)), expected, atol=1e-5, rtol=0)
 
 
-def test_it_prints_what_is_nearest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_prints_what_is_nearest(run: Run, tmp_path: Path) -> None:
     model, processor = tiny.save(tmp_path), tiny.processor()
-    monkeypatch.setattr("sys.argv", [SCRIPT.name, "--model", str(tmp_path), "--query", CAPTIONS[0]])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
     data = datasets.load_dataset(str(EXAMPLES / "data" / "concepts"), split="test")
     shelf = data.select(range(0, len(data), 3))
     images = model.encode_image(shelf["image"][:], processor)
@@ -46,18 +41,6 @@ def test_it_prints_what_is_nearest(
     queries = (model.encode_text(CAPTIONS[0], processor), model.encode_image(data[214]["image"], processor))
     for title, query in zip((CAPTIONS[0], "[a drawing of: monorail]"), queries, strict=True):
         scores, rows = (images @ query[0]).topk(3)
-        expected.append(title)
-        expected += [
-            f"  {score:.3f}  {shelf['caption'][row]}" for score, row in zip(scores, rows.tolist(), strict=True)
-        ]
-    assert capsys.readouterr().out.splitlines() == expected
-
-
-def test_a_missing_model_is_one_clear_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", [SCRIPT.name])
-    with pytest.raises(SystemExit):
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert "no model in runs/quickstart/llm2clip: run `make quickstart`, or give --model" in capsys.readouterr().err
+        found = zip(scores, rows.tolist(), strict=True)
+        expected += [title, *(f"  {score:.3f}  {shelf['caption'][row]}" for score, row in found)]
+    assert run(SCRIPT, "--model", tmp_path, "--query", CAPTIONS[0]).splitlines() == expected

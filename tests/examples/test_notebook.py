@@ -12,7 +12,7 @@ import yaml
 
 from tests.examples.conftest import EXAMPLES
 from tests.llm2clip import tiny
-from tests.llm2clip.quickstart.test_pipeline import PROFILE, SPLITS, save_data
+from tests.llm2clip.quickstart.tiny_run import PROFILE, SPLITS, save_data
 
 NOTEBOOK = EXAMPLES / "quickstart.ipynb"
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import pytest
 import torch
 from matplotlib.figure import Figure
-from selenium import webdriver
-from selenium.webdriver.common.by import By
-from selenium.webdriver.support.ui import WebDriverWait
 
 from llm2clip import cli
 from llm2clip.encoders.stored import StoredEncoder
@@ -24,15 +20,16 @@ from llm2clip.quickstart.config import Arm, QuickstartConfig
 from llm2clip.quickstart.data import QuickstartData
 from llm2clip.quickstart.image_steps import FinalModel
 from modeling_llm2clip import LLM2CLIPModel
-from tests.examples.conftest import open_browser
+from tests.examples.conftest import EXAMPLES
 from tests.examples.server import serving
-from tests.llm2clip import tiny as training
+from tests.llm2clip.tiny import CONCEPTS
 from tests.modeling_llm2clip import tiny
+
+if TYPE_CHECKING:
+    from tests.examples.browser import Browser
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-ROOT = Path(__file__).parents[2]
-WAIT_SECONDS = 60
 # What each would set if it ran: window.ran, which no page has.
 PAYLOADS = [
     "<script>window.ran=1</script>",
@@ -61,72 +58,54 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Bundled pictures with payloads as captions, as the splits of a data set."""
     folder = tmp_path_factory.mktemp("table")
-    pictures = datasets.load_dataset("parquet", data_files=f"{training.CONCEPTS}/test.parquet", split="train")
+    pictures = datasets.load_dataset("parquet", data_files=f"{CONCEPTS}/test.parquet", split="train")
     rows = pictures.select_columns("image").select(range(len(PAYLOADS))).add_column("caption", PAYLOADS)
     for split in ("train", "validation", "test"):
         rows.to_parquet(folder / f"{split}.parquet")
     return folder
 
 
-@pytest.fixture
-def browser(chromium: tuple[str, str]) -> Iterator[webdriver.Chrome]:
-    browser = open_browser(*chromium)
-    try:
-        yield browser
-    finally:
-        browser.quit()
+def assert_nothing_ran(browser: Browser) -> None:
+    assert browser.run("return window.ran ?? null") is None
+    assert browser.find("[onerror], [onload], iframe[srcdoc], a[href^=javascript]") == []
 
 
-def text_of(browser: webdriver.Chrome) -> str:
-    return str(browser.execute_script("return document.documentElement.textContent"))
-
-
-def assert_nothing_ran(browser: webdriver.Chrome) -> None:
-    assert browser.execute_script("return window.ran ?? null") is None
-    made = "return [...document.querySelectorAll('[onerror],[onload],iframe[srcdoc],a[href^=javascript]')]"
-    assert browser.execute_script(f"{made}.map(element => element.outerHTML)") == []
-
-
-def open_page(browser: webdriver.Chrome, path: Path) -> None:
+def open_page(browser: Browser, path: Path) -> None:
     """Open a page that has to show all payloads as text, and no script."""
-    browser.get(path.as_uri())
-    shown = text_of(browser)
+    browser.driver.get(path.as_uri())
+    shown = browser.text()
     assert [payload for payload in PAYLOADS if payload not in shown] == []
-    assert browser.execute_script("return document.querySelectorAll('script, svg, iframe').length") == 0
+    assert browser.find("script, svg, iframe") == []
     assert_nothing_ran(browser)
 
 
-def test_this_browser_runs_such_scripts(browser: webdriver.Chrome, tmp_path: Path) -> None:
-    for number, payload in enumerate(PAYLOADS[:4]):
-        (tmp_path / f"{number}.html").write_text(f"<title>'{'' if number < 3 else payload}</title><p>{payload}")
-        browser.get((tmp_path / f"{number}.html").as_uri())
-        WebDriverWait(browser, WAIT_SECONDS).until(lambda _: browser.execute_script("return window.ran") == 1)
+def bundled_picture() -> Any:
+    return datasets.load_dataset("parquet", data_files=f"{CONCEPTS}/test.parquet", split="train")[0]["image"]
 
 
-def test_the_page_of_a_search(browser: webdriver.Chrome, model: Path, table: Path, tmp_path: Path) -> None:
-    index, page = tmp_path / "index", tmp_path / "page.html"
-    options = ["--model", str(model), "--split", "test", "--output-dir", str(index), "--num-workers", "0"]
-    assert cli.main(["index", str(table), *options]) == 0
-    assert cli.main(["search", str(index), *PAYLOADS, "--html", str(page)]) == 0
-    open_page(browser, page)
-    folder = tmp_path / "pictures"
-    folder.mkdir()
+def test_this_browser_runs_such_scripts(browser: Browser, tmp_path: Path) -> None:
+    for number, payload in enumerate(PAYLOADS[:3]):
+        (tmp_path / f"{number}.html").write_text(f"<p>{payload}")
+        browser.driver.get((tmp_path / f"{number}.html").as_uri())
+        browser.wait(lambda: browser.run("return window.ran") == 1)
+
+
+def test_the_page_of_a_search(browser: Browser, model: Path, table: Path, tmp_path: Path) -> None:
+    pictures, page = tmp_path / "pictures", tmp_path / "page.html"
+    pictures.mkdir()
     for payload in PAYLOADS:
         if "/" not in payload:
-            bundled_picture().save(folder / f"{payload}.png")
-    assert (
-        cli.main(["index", str(folder), *options[:2], "--output-dir", str(index), "--overwrite", *options[-2:]]) == 0
-    )
-    assert cli.main(["search", str(index), *PAYLOADS, "--html", str(page)]) == 0
-    open_page(browser, page)
-
-
-def bundled_picture() -> Any:
-    return datasets.load_dataset("parquet", data_files=f"{training.CONCEPTS}/test.parquet", split="train")[0]["image"]
+            bundled_picture().save(pictures / f"{payload}.png")
+    for folder, options in ((table, ["--split", "test"]), (pictures, [])):
+        index = str(tmp_path / f"index-{folder.name}")
+        made = ["index", str(folder), "--model", str(model), "--output-dir", index, "--num-workers", "0", *options]
+        assert cli.main(made) == 0
+        assert cli.main(["search", index, *PAYLOADS, "--html", str(page)]) == 0
+        open_page(browser, page)
 
 
 def test_the_report_of_a_quickstart(
-    browser: webdriver.Chrome, model: Path, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    browser: Browser, model: Path, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clip = LLM2CLIPModel.from_pretrained(model)
     (tmp_path / "llm2clip").symlink_to(model)
@@ -149,59 +128,38 @@ def test_the_report_of_a_quickstart(
     results |= {"reading": PAYLOADS, "protocol": dict.fromkeys(PAYLOADS, NAME)}
     found = {"query": PAYLOADS[0], "rows": [0], "right": [True]}
     results["typed_queries"] = {"queries": 1, "first": 1, "found": 1, "shown": 1, "results": [found]}
-    retrieval, encoder = (
-        RetrievalData.from_source(run.data.test_source()),
-        StoredEncoder(clip.eval(), tiny.processor(), lookup),
-    )
+    retrieval = RetrievalData.from_source(run.data.test_source())
+    encoder = StoredEncoder(clip.eval(), tiny.processor(), lookup)
     embeds = Session(encoder).embed_images(retrieval.images)
     final = FinalModel(clip.eval(), tiny.processor(), encoder, retrieval, embeds, list(range(len(embeds))))
     report.write_report(tmp_path / "report.html", results, run, arm, final)
     open_page(browser, tmp_path / "report.html")
-    queries = {element.text for element in browser.find_elements(By.CLASS_NAME, "query")}
-    assert queries == set(PAYLOADS)
+    assert {element.text for element in browser.find(".query")} == set(PAYLOADS)
 
 
-def test_the_demo(browser: webdriver.Chrome, model: Path, table: Path, tmp_path: Path) -> None:
-    data = ["--data", str(table), "--compare", str(model)]
-
-    def wait(condition: Any) -> Any:
-        return WebDriverWait(browser, WAIT_SECONDS).until(lambda _: condition())
-
-    def fill(identity: str, text: str) -> None:
-        field = browser.find_element(By.CSS_SELECTOR, f"#{identity} textarea, #{identity} input")
-        field.clear()
-        field.send_keys(text)
-
-    def click(selector: str) -> None:
-        wait(lambda: browser.find_element(By.CSS_SELECTOR, selector).is_displayed())
-        browser.find_element(By.CSS_SELECTOR, selector).click()
-
-    def open_tab(name: str) -> None:
-        wait(lambda: [tab for tab in browser.find_elements(By.CSS_SELECTOR, "button[role=tab]") if tab.text == name])
-        next(tab for tab in browser.find_elements(By.CSS_SELECTOR, "button[role=tab]") if tab.text == name).click()
-
-    picture = tmp_path / f"{NAME}.png"
-    picture.write_bytes(b"no picture")
-    with serving(ROOT / "examples" / "app.py", "--model", model, *data, folder=tmp_path) as address:
-        browser.get(address)
-        wait(lambda: browser.find_elements(By.ID, "search_button"))
-        fill("query", PAYLOADS[1])
-        click("#search_button")
-        wait(lambda: [payload for payload in PAYLOADS if f"· {payload}" not in text_of(browser)] == [])
+def test_the_demo(browser: Browser, model: Path, table: Path, tmp_path: Path) -> None:
+    broken, good = tmp_path / f"{NAME}.png", tmp_path / "good.png"
+    broken.write_bytes(b"no picture")
+    bundled_picture().save(good)
+    options = ["--model", model, "--data", table, "--compare", model]
+    with serving(EXAMPLES / "app.py", *options, folder=tmp_path) as address:
+        browser.driver.get(address)
+        browser.wait(lambda: browser.find("#search_button"))
+        browser.type("query", PAYLOADS[1])
+        browser.click("#search_button")
+        browser.wait(lambda: [payload for payload in PAYLOADS if f"· {payload}" not in browser.text()] == [])
         assert_nothing_ran(browser)
-        browser.find_element(By.CSS_SELECTOR, "#query_image input[type=file]").send_keys(str(picture))
-        wait(lambda: "cannot be used" in text_of(browser))
+        browser.upload("query_image", broken)
+        browser.wait(lambda: "cannot be used" in browser.text())
         assert_nothing_ran(browser)
-        open_tab("Classify")
-        fill("labels", "\n".join(PAYLOADS[1:3]))
-        good = tmp_path / "good.png"
-        bundled_picture().save(good)
-        browser.find_element(By.CSS_SELECTOR, "#classify_image input[type=file]").send_keys(str(good))
-        wait(lambda: browser.find_elements(By.CSS_SELECTOR, "#classify_image img"))
-        click("#classify_button")
-        wait(lambda: browser.find_element(By.ID, "probabilities").text.count("%") == 2)
+        browser.open_tab("Classify")
+        browser.type("labels", "\n".join(PAYLOADS[1:3]))
+        browser.upload("classify_image", good)
+        browser.wait(lambda: browser.find("#classify_image img"))
+        browser.click("#classify_button")
+        browser.wait(lambda: browser.find("#probabilities")[0].text.count("%") == 2)
         assert_nothing_ran(browser)
-        open_tab("Search")
-        wait(lambda: browser.find_elements(By.CSS_SELECTOR, "#found_1 .caption-label"))
-        assert NAME in text_of(browser)
+        browser.open_tab("Search")
+        browser.wait(lambda: browser.labels("found_1"))
+        assert NAME in browser.text()
         assert_nothing_ran(browser)

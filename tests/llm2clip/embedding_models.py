@@ -36,21 +36,13 @@ TEXTS = [
 
 
 class Family(NamedTuple):
-    """How to build an embedding model.
-
-    Attributes:
-        config: Fields of the text model's config, `model_type` among them.
-        tokenizer: Builds its tokenizer.
-        pooling: Fields of `Pooling`.
-        after: Builds the modules after pooling.
-        settings: Fields of `SentenceTransformer`.
-    """
+    """How to build an embedding model: fields of its config, of `Pooling`, of `SentenceTransformer`; and modules."""
 
     config: dict[str, Any]
     tokenizer: Callable[[], PreTrainedTokenizerFast]
     pooling: dict[str, Any]
-    after: Callable[[], list[nn.Module]]
-    settings: dict[str, Any]
+    after: Callable[[], list[nn.Module]] = list
+    settings: dict[str, Any] = {}
 
 
 def word_pieces(special: str = "[PAD] [UNK] [CLS] [SEP] [MASK]") -> PreTrainedTokenizerFast:
@@ -106,13 +98,12 @@ FAMILIES = {
         word_pieces,
         {"pooling_mode": "mean"},
         lambda: [Normalize()],
-        {},
     ),
     "xlm-roberta": Family(
         {"model_type": "xlm-roberta", **SHAPE, "max_position_embeddings": 130, "pad_token_id": 1},
         sentence_pieces,
         {"pooling_mode": "mean"},
-        lambda: [],
+        list,
         {"prompts": {"query": "query: ", "passage": "passage: "}},
     ),
     # BERT's layers behind XLM-RoBERTa's tokenizer.
@@ -129,8 +120,6 @@ FAMILIES = {
         | {"bos_token_id": 1, "eos_token_id": 2},
         byte_pairs,
         {"pooling_mode": "cls"},
-        lambda: [],
-        {},
     ),
     "t5": Family(
         {"model_type": "t5", "d_model": WIDTH, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4}
@@ -138,7 +127,6 @@ FAMILIES = {
         lambda: sentence_pieces(None),
         {"pooling_mode": "mean"},
         lambda: [Dense(WIDTH, 20, bias=False, activation_function=nn.Identity()), Normalize()],
-        {},
     ),
     "qwen3": Family(
         {"model_type": "qwen3", **DECODER, "pad_token_id": 0},
@@ -166,7 +154,6 @@ FAMILIES = {
         lambda: word_pieces("[CLS] [PAD] [SEP] [UNK] [MASK]"),
         {"pooling_mode": "weightedmean"},
         lambda: [Normalize()],
-        {},
     ),
     "instructor": Family(
         {"model_type": "bert", **SHAPE, "max_position_embeddings": 128},

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import json
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+from torch import Tensor, nn
 from transformers import AutoProcessor
 
-from llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, Stage1Config, Stage2Config, Stage2Trainer
+from llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, Stage1Config, Stage2Config
 from llm2clip.trainers import run_stage1, run_stage2
 from llm2clip.trainers.grad_cache import in_chunks
 from llm2clip.trainers.stage1_config import Stage1Recipe
 from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.settings import build_config
+from modeling_llm2clip import EVA02VisionModel
 from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
-from tests.llm2clip.trainers.rows import MapRows, image_rows
-from tests.llm2clip.trainers.stages import joint_model, launch_configuration
-from tests.llm2clip.trainers.test_grad_cache import embed, random_tower
 from tests.modeling_llm2clip import tiny as tiny_models
 from tests.processes import run_python
 
@@ -28,13 +29,15 @@ pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU"),
 ]
-TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two CUDA GPUs")
 
 
-def stage2(folder: Path, inputs: Inputs, **changes: Any) -> list[float]:
-    fields = tiny.stage2_fields(folder, inputs.vision, inputs.text, inputs.cache)
-    fields |= {"use_cpu": False, **changes}
-    run_stage2.run(build_config(Stage2Recipe, fields))
+def stage2_fields(folder: Path, inputs: Inputs, **changes: Any) -> dict[str, Any]:
+    return tiny.stage2_fields(folder, inputs.vision, inputs.text, inputs.cache) | {"use_cpu": False, **changes}
+
+
+def stage2(folder: Path, inputs: Inputs, resume: bool = False, **changes: Any) -> list[float]:
+    """The losses of a run."""
+    run_stage2.run(build_config(Stage2Recipe, stage2_fields(folder, inputs, **changes)), resume=resume)
     return losses_in(folder)
 
 
@@ -62,7 +65,7 @@ def test_a_run_on_a_gpu_is_that_of_a_cpu(inputs: Inputs, tmp_path: Path) -> None
     ids=lambda changes: "-".join(changes),
 )
 def test_settings_of_stage2_run_in_bfloat16(changes: dict[str, Any], inputs: Inputs, tmp_path: Path) -> None:
-    expected = stage2(tmp_path / "whole", inputs, bf16=True, **{"freeze_vision": changes.get("freeze_vision", "none")})
+    expected = stage2(tmp_path / "whole", inputs, bf16=True, freeze_vision=changes.get("freeze_vision", "none"))
     found = stage2(tmp_path / "run", inputs, bf16=True, **changes)
     # Another decoder and frozen layers train otherwise.
     same = not {"image_backend", "freeze_vision_layers"} & set(changes)
@@ -81,18 +84,22 @@ def test_stage1_runs_in_bfloat16_and_saves_what_a_cpu_reads(
 
 
 def test_a_resumed_run_equals_an_unbroken_one(inputs: Inputs, tmp_path: Path) -> None:
-    whole = stage2(tmp_path / "whole", inputs)
-    fields = tiny.stage2_fields(tmp_path / "whole", inputs.vision, inputs.text, inputs.cache) | {"use_cpu": False}
-    (tmp_path / "whole" / "checkpoint-6" / "trainer_state.json").unlink()
-    run_stage2.run(build_config(Stage2Recipe, fields), resume=True)
-    assert losses_in(tmp_path / "whole") == pytest.approx(whole, abs=1e-4)
+    whole = stage2(tmp_path, inputs)
+    (tmp_path / "checkpoint-6" / "trainer_state.json").unlink()
+    assert stage2(tmp_path, inputs, resume=True) == pytest.approx(whole, abs=1e-4)
 
 
 def test_chunks_draw_the_random_numbers_of_the_gpu_again() -> None:
+    fields = {"patch_dropout": 0.5, "drop_path_rate": 0.3, "attention_dropout": 0.2, "initializer_range": 0.1}
     pixels = torch.randn(10, 3, 28, 28, device="cuda")
+
+    def embed(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor]:
+        return (nn.functional.normalize(model(**inputs).pooler_output, dim=-1),)
+
     found = []
     for kept in (True, False):
-        model = random_tower().cuda()
+        torch.manual_seed(0)
+        model = EVA02VisionModel(tiny_models.vision_config(**fields)).train().cuda()
         torch.manual_seed(5)
         if kept:
             images = torch.cat([embed(model, {"pixel_values": chunk})[0] for chunk in pixels.split([2, 4, 4])])
@@ -105,36 +112,28 @@ def test_chunks_draw_the_random_numbers_of_the_gpu_again() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_embeddings_in_16_bit_are_near_those_in_float32(dtype: torch.dtype, inputs: Inputs, tmp_path: Path) -> None:
-    folder = joint_model(inputs, tmp_path / "model")
-    processor = AutoProcessor.from_pretrained(folder)
-    texts, images = ["a dog", "two cats on a red sofa"], tiny_models.IMAGES[:2]
-    expected = LLM2CLIPModel.from_pretrained(folder)
-    half = LLM2CLIPModel.from_pretrained(folder, dtype=dtype).to("cuda")
-    for name, values in (("encode_text", texts), ("encode_image", images)):
+def test_embeddings_in_16_bit_are_near_those_in_float32(dtype: torch.dtype, saved_model: Path) -> None:
+    processor = AutoProcessor.from_pretrained(saved_model)
+    expected = LLM2CLIPModel.from_pretrained(saved_model)
+    half = LLM2CLIPModel.from_pretrained(saved_model, dtype=dtype).to("cuda")
+    for name, values in (("encode_text", tiny_models.CAPTIONS), ("encode_image", tiny_models.IMAGES)):
         pairs = getattr(half, name)(values, processor).float().cpu() * getattr(expected, name)(values, processor)
         assert pairs.sum(dim=-1).min() > 0.99, name
 
 
-def test_several_gpus_without_a_launcher_are_one(inputs: Inputs, tmp_path: Path) -> None:
-    model = LLM2CLIPModel.from_pretrained(joint_model(inputs, tmp_path / "model"), text_model=False)
-    rows = image_rows(model.config.text_config.hidden_size)
-    args = Stage2Config(output_dir=str(tmp_path / "out"), max_steps=2, per_device_train_batch_size=8, report_to="none")
-    trainer = Stage2Trainer(model=model, args=args, train_dataset=MapRows(rows))
-    trainer.train()
-    assert args.n_gpu == Stage1Config(output_dir=str(tmp_path / "other")).n_gpu == 1
-    assert not isinstance(trainer.model_wrapped, torch.nn.DataParallel)
+def test_several_gpus_without_a_launcher_are_one(tmp_path: Path) -> None:
+    assert [kind(output_dir=str(tmp_path)).n_gpu for kind in (Stage1Config, Stage2Config)] == [1, 1]
 
 
-@TWO_GPUS
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two CUDA GPUs")
 @pytest.mark.parametrize("configuration", ["ddp_8gpu.yaml", "fsdp.yaml"])
 def test_two_gpus_equal_one(configuration: str, inputs: Inputs, tmp_path: Path) -> None:
     expected = stage2(tmp_path / "one", inputs)
-    fields = tiny.stage2_fields(tmp_path / "two", inputs.vision, inputs.text, inputs.cache)
-    fields |= {"use_cpu": False, "per_device_train_batch_size": fields["per_device_train_batch_size"] // 2}
-    launch, recipe = tmp_path / "launch.json", tmp_path / "recipe.json"
-    launch.write_text(json.dumps({**launch_configuration(configuration), "num_processes": 2}))
-    recipe.write_text(json.dumps(fields))
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(launch), "--main_process_port", "0"]
-    run_python([*launcher, "-m", "llm2clip", "stage2", str(recipe)])
+    fields = stage2_fields(tmp_path / "two", inputs)
+    launch = yaml.safe_load((files("llm2clip.recipes") / "accelerate" / configuration).read_text())
+    (tmp_path / "launch.json").write_text(json.dumps({**launch, "num_processes": 2}))
+    halved = {**fields, "per_device_train_batch_size": fields["per_device_train_batch_size"] // 2}
+    (tmp_path / "recipe.json").write_text(json.dumps(halved))
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "launch.json")]
+    run_python([*launcher, "--main_process_port", "0", "-m", "llm2clip", "stage2", str(tmp_path / "recipe.json")])
     assert losses_in(tmp_path / "two") == pytest.approx(expected, abs=1e-3)
