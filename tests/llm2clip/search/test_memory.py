@@ -1,38 +1,28 @@
-"""Memory and open files of indexing, and a killed run; each in a separate process."""
+"""Memory and open files of indexing, and killed runs; each in a separate process."""
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import psutil
-import pyarrow as pa
 import pytest
-from PIL import Image
 
-from llm2clip.encoders.ours import OurEncoder
-from llm2clip.search.folder_items import BINARY, FolderImages, digest
-from llm2clip.search.index_manifest import IndexManifest
-from llm2clip.search.index_settings import IndexSettings
-from llm2clip.search.lance_store import LanceStore
 from llm2clip.search.search_index import SearchIndex
-from llm2clip.search.store import ID, KEY, REASON, VECTOR
 from tests.modeling_llm2clip import tiny
 
-from .conftest import content, encoded, picture
+from .helpers import encoded, picture
+from .places import content
+from .updates import kill_updates
 
 WIDTH = 1280
 PART = 1024
 PIXELS = encoded(picture(0))
-GIB = 2**30
 
 
 def save_pictures(folder: Path, count: int) -> Path:
@@ -64,28 +54,6 @@ def _memory(process: psutil.Process) -> int:
         return 0
 
 
-def pretend_embedded(folder: Path, model: Path, output: Path, count: int) -> None:
-    """Write what a run that was killed after `count` pictures leaves, with random embeddings."""
-    images, encoder = FolderImages(folder), OurEncoder.load(str(model), needs=["image"])
-    fields = (encoder.image_fingerprint(), encoder.width, "float16", images.source, {})
-    store, generator = LanceStore(output), np.random.default_rng(0)
-    kind = pa.list_(pa.float16(), encoder.width)
-    schema = pa.schema([*images.columns.items(), (REASON, pa.string()), (VECTOR, kind)])
-    with store.lock():
-        store.begin(IndexManifest(str(model), None, *fields), schema, "nothing")
-        for batch in images.batches():
-            described = batch[: max(0, count)]
-            count -= len(described)
-            if len(described):
-                store.upsert(with_random_embeddings(described, encoder.width, generator))
-
-
-def with_random_embeddings(described: pa.Table, width: int, generator: np.random.Generator) -> pa.Table:
-    embeds = generator.standard_normal((len(described), width), dtype=np.float32).astype(np.float16)
-    vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeds.reshape(-1)), width)
-    return described.append_column(VECTOR, vectors).append_column(REASON, pa.nulls(len(described), pa.string()))
-
-
 @pytest.mark.slow
 def test_large_batches_stay_below_128_open_files(tmp_path: Path) -> None:
     tiny.save(tmp_path / "model")
@@ -104,30 +72,21 @@ def test_large_batches_stay_below_128_open_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_indexing_40000_images_stays_below_one_gib(tmp_path: Path) -> None:
-    tiny.save(tmp_path / "model", projection_dim=WIDTH)
-    folder = save_pictures(tmp_path / "pictures", 40_000)
-    pretend_embedded(folder, tmp_path / "model", tmp_path / "index", 38 * PART)
-    first = peak_memory(folder, tmp_path / "model", tmp_path / "index")
-    Image.new("RGB", (9, 9)).save(folder / "000" / "new.png")
-    update = peak_memory(folder, tmp_path / "model", tmp_path / "index")
-    assert json.loads((tmp_path / "index" / "manifest.json").read_text())["images"] == 40_001
-    print(f"{first / 2**20:.0f} MiB, {update / 2**20:.0f} MiB for an update")
-    assert max(first, update) < GIB
-
-
-@pytest.mark.slow
-def test_embeddings_are_not_all_held_in_memory(tmp_path: Path) -> None:
+def test_embeddings_are_not_held_in_memory_and_40000_images_stay_below_one_gib(tmp_path: Path) -> None:
     tiny.save(tmp_path / "model", projection_dim=WIDTH)
     few, many = 8_000, 40_000  # the fewer are in several parts too
     base, more = (
         peak_memory(save_pictures(tmp_path / str(count), count), tmp_path / "model", tmp_path / f"index-{count}")
         for count in (few, many)
     )
+    (tmp_path / str(many) / "000" / "new.png").write_bytes(encoded(picture(1)))
+    update = peak_memory(tmp_path / str(many), tmp_path / "model", tmp_path / f"index-{many}")
+    assert len(SearchIndex.open(tmp_path / f"index-{many}")) == many + 1
     per_image = (more - base) / (many - few)
     print(f"{base / 2**20:.0f} MiB with {few} images, {more / 2**20:.0f} with {many}: {per_image:.0f} bytes per image")
     # An embedding has twice as many bytes as values, and as float32 four times as many; peaks differ by 70 MiB.
     assert per_image < 4 * WIDTH
+    assert max(more, update) < 2**30
 
 
 @pytest.mark.slow
@@ -150,76 +109,6 @@ def test_a_run_killed_by_a_signal_is_resumed(tmp_path: Path) -> None:
     assert "embedded: 2000\n" in again.stdout
     subprocess.run([*command, "--output-dir", str(tmp_path / "whole")], check=True, capture_output=True)
     assert content(tmp_path / "index") == content(tmp_path / "whole")
-
-
-UPDATE = """
-import sys
-
-from llm2clip.search.store import KEY
-from llm2clip.search.lance_store import LanceStore
-from tests.llm2clip.search.test_memory import new_rows
-
-store = LanceStore(sys.argv[1])
-with store.lock():
-    complete = store.metadata()
-    begun = store.metadata(unfinished=True)
-    store.begin(begun or complete, new_rows(0, 1).schema, "unfinished" if begun else "commit")
-    print("ready", flush=True)
-    store.delete(next(store.keys([KEY], written=True))["_rowid"].to_numpy()[:500])
-    for number in range(4):
-        store.upsert(new_rows(int(sys.argv[2]) + number, 500))
-    complete.images = sum(map(len, store.keys([KEY], written=True)))
-    store.commit(complete, [])
-"""
-
-
-def new_rows(seed: int, count: int) -> pa.Table:
-    """Generate rows with unit embeddings of width 64."""
-    generator = np.random.default_rng(seed)
-    keys = [f"{seed}-{number}" for number in range(count)]
-    embeds = generator.standard_normal((count, 64), dtype=np.float32)
-    embeds = (embeds / np.linalg.norm(embeds, axis=1, keepdims=True)).astype(np.float16)
-    vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeds.reshape(-1)), 64)
-    ids = pa.array(map(digest, keys), BINARY)
-    columns = [pa.array(keys), ids, pa.nulls(count, pa.string()), vectors]
-    return pa.table(columns, [KEY, ID, REASON, VECTOR])
-
-
-def kill_updates(place: Path | str, delays: Sequence[float]) -> int:
-    """Build an index of 8,000 rows, and kill updates of it after some seconds; return how many did not complete.
-
-    Then complete one. After each, searches find the rows of one complete update.
-    """
-    store = LanceStore(place)
-    manifest = IndexManifest("model", None, "none", 64, "float16", {"kind": "folder", "path": "none"}, {})
-    with store.lock():
-        store.begin(manifest, new_rows(0, 1).schema, "nothing")
-        for seed in range(8):
-            store.upsert(new_rows(seed, 1000))
-        manifest.images = 8000
-        manifest.index = IndexSettings("ivf_rq").index_of(8000, 64, store.index_types)
-        store.commit(manifest, [])
-    queries = np.array(new_rows(3, 20)[VECTOR].to_pylist(), dtype=np.float32)
-    reader, killed = SearchIndex.open(place), 0
-    expected = reader.search(queries, 10)
-    for turn, delay in enumerate(delays):
-        command = [sys.executable, "-c", UPDATE, str(place), str(100 + 10 * turn)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == b"ready\n"
-            time.sleep(delay)
-            os.kill(process.pid, signal.SIGKILL)
-        assert reader.search(queries, 10) == expected
-        opened = SearchIndex.open(place)
-        if len(opened) != 8000:
-            break
-        killed += 1
-        assert opened.search(queries, 10) == expected
-    subprocess.run([sys.executable, "-c", UPDATE, str(place), "900"], check=True, stdout=subprocess.PIPE)
-    found = SearchIndex.open(place).search(np.array(new_rows(900, 5)[VECTOR].to_pylist(), np.float32), 1)
-    assert [results[0].key for results in found] == [f"900-{number}" for number in range(5)]
-    assert reader.search(queries, 10) == expected
-    return killed
 
 
 @pytest.mark.slow

@@ -15,12 +15,9 @@ from llm2clip.encoders.ours import OurEncoder
 from llm2clip.search.lance_store import HINT
 from llm2clip.search.verify_index import verify_index
 from llm2clip.utils.manifests import FOLDER_MANIFEST, MANIFEST_CHECKSUM, with_checksum
-from modeling_llm2clip import LLM2CLIPModel
 from tests.damage import flip
 
-from .conftest import encoded, index, picture
-
-Model = tuple[Path, LLM2CLIPModel]
+from .helpers import Model, encoded, index, picture
 
 
 def files(folder: Path) -> list[Path]:
@@ -28,7 +25,7 @@ def files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path not in unlisted)
 
 
-@pytest.mark.parametrize("index_type", ["flat", "ivf_rq", "faiss"])
+@pytest.mark.parametrize("index_type", ["ivf_rq", "faiss"])
 def test_a_flip_in_every_file_of_an_index_is_found(
     index_type: str, pictures: Path, model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
