@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
 import signal
-import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
-from transformers import CLIPModel
 
-import modeling_llm2clip
 from llm2clip import cli
-from llm2clip.encoders import load_encoder, patches
+from llm2clip.encoders import load_encoder
 from llm2clip.evaluation.benchmarks import all_benchmarks, choose_benchmarks
 from llm2clip.evaluation.evaluate_config import OF_OWN_DATA
 from llm2clip.evaluation.metrics import retrieval_metrics
-from modeling_llm2clip import LLM2CLIPModel
-from tests.llm2clip.encoders.models import save_transformers
 from tests.modeling_llm2clip import tiny
 from tests.processes import run_python, run_ranks
 
@@ -156,83 +148,6 @@ def test_several_processes_give_the_same_integers(processes: int, place: Path, t
     assert_equal(several, one)
 
 
-# A set of each kind, of two images.
-KINDS = """
-import torch
-from llm2clip.evaluation.benchmark import Benchmark
-from llm2clip.evaluation.data import BenchmarkImages, ClassificationData, RetrievalData
-from llm2clip.evaluation.label_maps import SegmentationData
-
-
-def kind(name, make, protocol, **options):
-    def read(folder):
-        images = BenchmarkImages([folder / f"{name}-{number}.png" for number in (0, 1)])
-        return make(images, folder / "labels.png")
-
-    return Benchmark(name=name, title=name, folder="Kinds", read=read, protocol=protocol, options=options)
-
-
-def classes(images, train=None):
-    return ClassificationData(images, torch.tensor([0, 1]), ["dog", "cat"], train=train)
-
-
-NAMES = {"dog": ("dog",), "cat": ("cat",)}
-BENCHMARKS = [
-    kind("pairs", lambda images, _: RetrievalData.from_captions(images, [["a dog"], ["a cat"]]), "retrieval"),
-    kind("classes", lambda images, _: classes(images), "zero-shot-classification"),
-    kind("probe", lambda images, _: classes(images, classes(images)), "linear-probe-sgd"),
-    kind("maps", lambda images, map: SegmentationData("Maps", images, [map] * 2, NAMES, torch.zeros(256).long()),
-         "maskclip-segmentation", scale=(2048, 28)),
-]
-"""
-MOST_CALLS = 10
-METHODS = ("get_text_features", "get_image_features", "get_vision_features", "get_patch_features")
-
-
-@pytest.mark.parametrize("model_type", ["llm2clip", "clip"])
-def test_between_the_command_and_the_model_are_at_most_ten_calls(
-    model_type: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "kinds.py").write_text(KINDS)
-    (tmp_path / "Kinds").mkdir()
-    for turn, kind in enumerate(("pairs", "classes", "probe", "maps")):
-        for number, image in enumerate(tiny.IMAGES):
-            image.rotate(20 * turn).save(tmp_path / "Kinds" / f"{kind}-{number}.png")
-    Image.new("L", tiny.IMAGES[0].size).save(tmp_path / "Kinds" / "labels.png")
-    name = str(place / "model")
-    if model_type == "clip":
-        name = str(tmp_path / "model")
-        save_transformers("clip", tmp_path / "model")
-    rooms = [Path(module.__file__).parent for module in (modeling_llm2clip, cli)]  # type: ignore[arg-type]
-    found: dict[str, set[tuple[str, ...]]] = {method: set() for method in METHODS}
-
-    def recorded(method: str, function: Any) -> Any:
-        def record(*args: Any, **kwargs: Any) -> Any:
-            codes = [frame.f_code for frame, _ in traceback.walk_stack(sys._getframe(1))][::-1]
-            codes = [code for code in codes if not code.co_name.endswith("comp>")]  # no calls since Python 3.12
-            own = [code for code in codes if any(Path(code.co_filename).is_relative_to(room) for room in rooms)]
-            found[method].add(tuple(f"{Path(code.co_filename).stem}.{code.co_name}" for code in own))
-            return function(*args, **kwargs)
-
-        return functools.wraps(function)(record)
-
-    for model in (LLM2CLIPModel, CLIPModel):
-        for method in METHODS:
-            if hasattr(model, method):
-                monkeypatch.setattr(model, method, recorded(method, getattr(model, method)))
-    # CLIP has no method for patches.
-    monkeypatch.setattr(patches, "patch_tokens", recorded("get_patch_features", patches.patch_tokens))
-    arguments = ["--benchmark", str(tmp_path / "kinds.py"), "--data", str(tmp_path), "--num-workers", "0"]
-    assert cli.main(["evaluate", name, *arguments, "--output", str(tmp_path / "results")]) == 0
-    protocols = {way[4] for ways in found.values() for way in ways}
-    assert protocols >= {f"{name}.measure" for name in ("retrieval", "classification", "segmentation")}
-    for method, ways in found.items():
-        assert ways or (model_type, method) == ("clip", "get_vision_features")
-        for way in ways:
-            assert way[0] == "cli.main"
-            assert len(way) <= MOST_CALLS, (method, way)
-
-
 def test_the_list_is_short_and_has_details_of_what_is_chosen(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = ["--data", str(place / "data")]
     assert cli.main(["evaluate", "--list", *data]) == 0
@@ -251,17 +166,6 @@ def test_the_list_is_short_and_has_details_of_what_is_chosen(place: Path, capsys
     assert f"found:   no, not below {place / 'data'}" in shown
     assert f"found:   in {place / 'data' / 'Strange'}" in shown
     assert "fashion-mnist" not in shown
-
-
-def test_a_line_of_the_list_is_cut_at_the_width_of_a_terminal(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "60")
-    assert cli.main(["evaluate", "--list"]) == 0
-    assert max(map(len, capsys.readouterr().out.splitlines()[:-1])) > 60
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    assert cli.main(["evaluate", "--list"]) == 0
-    assert {len(line) for line in capsys.readouterr().out.splitlines()[:-2]} == {60}
 
 
 def errors(place: Path) -> dict[str, tuple[list[str], str]]:

@@ -15,7 +15,6 @@ import torch
 from llm2clip.evaluation import evaluate as module
 from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks.checksum import data_checksum
-from llm2clip.evaluation.benchmarks.listing import DETAILS, list_benchmarks, overview
 from llm2clip.evaluation.contracts import Measurement
 from llm2clip.evaluation.data import (
     BenchmarkImages,
@@ -187,26 +186,6 @@ def test_missing_files_are_named_with_their_place(data: Path) -> None:
     (data / "Other").mkdir()
     with pytest.raises(BenchmarkError, match=r"other lacks a\.txt or b\*\.txt or test\.json, images in .*/Other\. "):
         find_benchmarks([several], data)
-
-
-def test_the_list_tells_what_each_set_needs_and_whether_it_is_there(data: Path) -> None:
-    other = replace(BENCHMARK, name="cats", groups=("classification",), folder="Cats", counts={}, note="")
-    shown = list_benchmarks([other, BENCHMARK], data)
-    assert shown.index("SHORT") < shown.index("tiny  Tiny set") < shown.index("CLASSIFICATION") < shown.index("cats")
-    for text in (
-        "groups:  short, paper", "counts:  2 images, 3 texts", "counts:  not published", "license: MIT",
-        "files:   Tiny/: captions.json, images", "source:  This test.", "note:    A trap.",
-        f"found:   in {data / 'Tiny'}",
-    ):  # fmt: skip
-        assert text in shown
-    many = replace(other, counts={"images": 1, "texts": 2, "pairs": 3})
-    assert overview([many, BENCHMARK], data).splitlines() == [
-        "name  found  groups          counts                  license",
-        "tiny  yes    short, paper    2 images, 3 texts       MIT",
-        "cats  no     classification  1 images, 2 texts, ...  MIT",
-        "",
-        f"1 of 2 are below {data}. {DETAILS}",
-    ]
 
 
 NAMES = [f"Text {row}" for row in range(12)]

@@ -163,22 +163,6 @@ def test_scores_within_rounding_errors_are_ties() -> None:
     assert rank_of_best_match(candidates[:1] * 3, candidates, matches).tolist() == [pytest.approx(2 / 3)]
 
 
-def test_both_directions_equal_two_separate_searches() -> None:
-    image, text, matches = noisy_captions(images=40, per_image=3)
-    text[5] = text[6]
-    both = retrieval_metrics(image, text, matches, tile_size=7)
-    there, back = rank_of_best_match(text, image, matches, 11), rank_of_best_match(image, text, matches.flip(1), 13)
-    assert both["text_to_image_mean_rank"] == pytest.approx(1 + there.mean().item())
-    assert both["image_to_text_mean_rank"] == pytest.approx(1 + back.mean().item())
-
-
-def test_correct_candidates_do_not_lower_the_rank_of_each_other() -> None:
-    query = torch.tensor([[1.0, 0.0]])
-    candidates = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]])
-    assert rank_of_best_match(query, candidates, torch.tensor([[0, 0], [0, 1]])).tolist() == [0]
-    assert rank_of_best_match(query, candidates, torch.tensor([[0, 0], [0, 1], [0, 2]])).tolist() == [0]
-
-
 def test_an_image_without_text_is_a_wrong_candidate_but_not_a_query() -> None:
     image, text = torch.eye(3), torch.eye(3)[1:] + torch.tensor([2.0, 0.0, 0.0])
     metrics = retrieval_metrics(image, text, torch.tensor([[0, 1], [1, 2]]), ks=(1, 2))
@@ -186,13 +170,6 @@ def test_an_image_without_text_is_a_wrong_candidate_but_not_a_query() -> None:
     assert metrics["text_to_image_recall@2"] == 1.0
     assert metrics["image_to_text_recall@1"] == 1.0
     assert (metrics["num_images"], metrics["num_images_with_text"]) == (3, 2)
-
-
-def test_a_perfect_model_has_perfect_recall_despite_rounding() -> None:
-    """Scores of equal vectors differ in the last bits between kernels, so comparing two products would fail here."""
-    image = torch.randn(301, 257)
-    metrics = retrieval_metrics(image, image, diagonal(301), tile_size=13)
-    assert metrics["text_to_image_recall@1"] == metrics["image_to_text_recall@1"] == 1.0
 
 
 def test_norm_and_dtype_of_embeddings_do_not_change_the_metrics() -> None:
@@ -204,12 +181,6 @@ def test_norm_and_dtype_of_embeddings_do_not_change_the_metrics() -> None:
         assert retrieval_metrics(image.double(), text.requires_grad_(), matches) == expected
     half = retrieval_metrics(image.half(), text.detach().half(), matches)
     assert half["text_to_image_mean_rank"] == pytest.approx(expected["text_to_image_mean_rank"], abs=0.2)
-
-
-def test_recall_is_one_for_k_above_the_number_of_candidates() -> None:
-    image, text, matches = noisy_captions(images=3, per_image=2)
-    metrics = retrieval_metrics(image, text, matches, ks=(3, 50))
-    assert metrics["text_to_image_recall@3"] == metrics["image_to_text_recall@50"] == 1.0
 
 
 def test_caption_retrieval_pairs_rows_by_default() -> None:

@@ -163,15 +163,6 @@ def test_the_rule_of_own_data_is_printed_and_written_and_a_slice_is_taken(
     assert result["setup"]["options"] == {"positives": positives}
 
 
-def test_a_folder_has_splits(place: Path, tmp_path: Path) -> None:
-    for split in ("test", "validation"):
-        write_table(tmp_path / f"{split}.parquet", None if split == "test" else 0)
-    for split, skipped in ((None, 0), ("validation", 1)):
-        [result] = evaluate(str(place / "clip"), str(tmp_path), split=split, on_error="skip", num_workers=0)
-        assert result.data["split"] == (split or "test")
-        assert result.counts.get("skipped_images", 0) == skipped
-
-
 def test_sources_are_measured_as_paths_are(place: Path, tmp_path: Path) -> None:
     model, own = place / "clip", str(place / "own.parquet")
     [by_path], [by_source] = (evaluate(model, one, num_workers=0) for one in (place / "own.parquet", source(own)))
@@ -213,16 +204,6 @@ def test_images_that_cannot_be_read_end_a_run_or_are_skipped_and_counted(
     images = encoder.encode_image([rows.image(row) for row in range(5)])
     expected = retrieval_metrics(images, encoder.encode_text(rows.texts), rows.pairs)
     assert mine["scores"] == pytest.approx({name: expected[name] for name in mine["scores"]})
-
-
-def test_other_protocols_need_every_image(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shutil.copytree(place / "data", tmp_path / "data")
-    (tmp_path / "data/test/cat").mkdir(parents=True)
-    tiny.IMAGES[0].save(tmp_path / "data/test/cat/0.png")
-    names = ("urban1k", "imagefolder")
-    assert command(tmp_path, tmp_path / "out", str(place / "clip"), "--benchmark", *names, "--allow-counts",
-                   "--on-error", "skip") == 2  # fmt: skip
-    assert "on_error is skip, but imagefolder needs every image: leave it out" in capsys.readouterr().err
 
 
 def test_captions_are_read_from_a_cache_instead_of_embedded_by_the_llm(

@@ -21,9 +21,7 @@ from llm2clip.evaluation.results import (
     intervals_of,
     print_results,
     published_rows,
-    read_published,
     read_result,
-    result_path,
 )
 from llm2clip.utils.files import write_json
 from llm2clip.utils.manifests import MANIFEST_CHECKSUM
@@ -79,18 +77,6 @@ def test_a_changed_score_is_refused_until_its_checksum_is_taken_away(tmp_path: P
     del found[MANIFEST_CHECKSUM]
     write_json(path, found)
     assert read_result(path).scores["text_to_image_recall@1"] == 0.75
-
-
-@pytest.mark.parametrize(
-    ("names", "file"),
-    [
-        (("open_clip:ViT-B-32/laion400m", "tiny", "raw"), "open_clip--ViT-B-32--laion400m.tiny.raw.json"),
-        (("./runs/stage2/", "tiny", "lower", "paper"), "runs--stage2.tiny.paper.lower.json"),
-        (("a", "data/my pairs.csv [train[:9]]", "raw"), "a.data--my--pairs.csv--train--9.raw.json"),
-    ],
-)
-def test_a_file_is_named_by_model_set_prompts_and_format(names: tuple[str, ...], file: str) -> None:
-    assert result_path(Path("out"), *names) == Path("out", file)
 
 
 def test_values_that_do_not_average_to_the_score_are_an_error() -> None:
@@ -164,16 +150,3 @@ def test_rows_are_those_of_the_paper() -> None:
     assert row.fits("coco-val2017", {"name": "retrieval", "text_format": "lower"})
     assert not row.fits("coco-val2017", {"name": "retrieval", "text_format": "raw"})
     assert not row.fits("coco-karpathy", {"name": "retrieval", "text_format": "lower"})
-
-
-@pytest.mark.parametrize(
-    ("row", "message"), [("1/2", "1 cells for 2 sets"), ("1/2 3", "the cell 3 of CLIP .* has no 2 scores")]
-)
-def test_a_row_that_does_not_fit_its_table(row: str, message: str) -> None:
-    table = {"source": "a", "sets": ["x", "y | z"], "scores": ["i", "t"], "rows": {"CLIP": row}}
-    with pytest.raises(ValueError, match=message):
-        list(read_published(table))
-    table |= {"rows": {"CLIP": "- 1/2"}, "table": "3", "unstated": "the prompts"}
-    assert list(read_published(table)) == [
-        PublishedRow("CLIP", ("y", "z"), {"i": 0.01, "t": 0.02}, {}, "a", "3", "the prompts")
-    ]

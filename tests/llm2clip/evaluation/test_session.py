@@ -15,14 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 from llm2clip.encoders.load import load_encoder
-from llm2clip.evaluation import session as evaluation_session
 from llm2clip.evaluation.data import BenchmarkImages
 from llm2clip.evaluation.session import Session
 from llm2clip.utils.embeddings import NonFiniteError
 from llm2clip.utils.processes import leave_process_group
 from modeling_llm2clip.image_decoding_llm2clip import DamagedImageError
 from tests.llm2clip.encoders.models import save_transformers
-from tests.llm2clip.evaluation.fake_session import FakeEncoder, FakeSession
+from tests.llm2clip.evaluation.fake_session import FakeSession
 from tests.processes import run_ranks
 
 TEXTS = ["a small dog", "", "a red bus", "a small dog", "two children"]
@@ -125,30 +124,6 @@ def test_the_batch_size_is_that_of_texts_too(
         assert sorted(batches) == expected
 
 
-def test_a_killed_evaluation_goes_on_whatever_was_evaluated_since(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(evaluation_session, "SHARD_SIZE", 4)
-    images = pictures(*range(10))
-    expected = fake(None).embed_images(images)
-    killed = fake(tmp_path)
-    with monkeypatch.context() as patched:
-        compute = FakeEncoder.encode_image_parts
-
-        def kill(self: FakeEncoder, *arguments: Any, **options: Any) -> Any:
-            if self.embedded:
-                raise KeyboardInterrupt
-            return compute(self, *arguments, **options)
-
-        patched.setattr(FakeEncoder, "encode_image_parts", kill)
-        with pytest.raises(KeyboardInterrupt):
-            killed.embed_images(images)
-    fake(tmp_path).embed_images(pictures(20, 21))
-    resumed = fake(tmp_path)
-    assert resumed.embed_images(images).equal(expected)
-    assert resumed.embedded == [4, 2]
-
-
 def test_counts_are_exact_and_stored(tmp_path: Path) -> None:
     images = pictures(*range(5))
     expected = torch.tensor([[row, LARGE + row] for row in range(5)])
@@ -156,14 +131,6 @@ def test_counts_are_exact_and_stored(tmp_path: Path) -> None:
         assert counts_of(fake(store), images).equal(expected)
     # Found by content, whatever the position is now.
     assert counts_of(fake(tmp_path), pictures(4, 1)).equal(expected[[4, 1]])
-
-
-def test_lengths_are_those_of_the_encoder_in_any_parts(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = session(model, None)
-    expected = [column.tolist() for column in found.encoder.text_lengths(TEXTS)]
-    monkeypatch.setattr(evaluation_session, "TEXTS", 2)
-    assert [column.tolist() for column in found.text_lengths(TEXTS)] == expected
-    torch.testing.assert_close(found.embed_texts(TEXTS), found.encoder.encode_text(TEXTS), atol=1e-6, rtol=0)
 
 
 def test_broken_images_are_named_or_have_no_row(model: Path, tmp_path: Path) -> None:

@@ -58,11 +58,11 @@ def index(source: Path | str, model: Path | str, output: Path | str | None, **se
 def rows(folder: Path | str) -> list[dict[str, Any]]:
     """The rows of an index with their embeddings, in the order of the table."""
     store = SearchIndex.open(folder).store
-    return [
-        {**row, **more}
-        for described, vectors in zip(store.keys(None), store.keys(["vector"]), strict=True)
-        for row, more in zip(described.to_pylist(), vectors.to_pylist(), strict=True)
+    found = [
+        [row for batch in store.keys(columns) for row in batch.drop_columns(["_rowid"]).to_pylist()]
+        for columns in (None, ["vector"])
     ]
+    return [{**described, **vector} for described, vector in zip(*found, strict=True)]
 
 
 def embeddings(output: Path) -> dict[str, np.ndarray]:

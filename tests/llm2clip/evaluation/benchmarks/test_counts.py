@@ -23,7 +23,6 @@ from llm2clip.evaluation.data import (
     RetrievalData,
 )
 from tests.llm2clip.evaluation.benchmarks.samples import karpathy_row, write, write_lines, xm3600_row
-from tests.tars import write_tar
 
 ENDING = " With --allow-counts it is measured all the same, and the result says so."
 
@@ -129,24 +128,6 @@ def test_classes_and_numbers_without_an_image_are_named(tmp_path: Path) -> None:
     assert message.endswith("numbers without an image: 7, 8.")
 
 
-def test_classes_that_differ_in_size_are_named_only_if_they_are_empty() -> None:
-    labels = torch.tensor([0, 0, 0, 2, 3])
-    images = BenchmarkImages([Path("sets") / name / "x.png" for name in "aaacd"])
-    data = ClassificationData(images, labels, ["one", "two", "three", "four"])
-    assert rows_of("imagenet-r", data, images=8, classes=4) == (
-        "In sets: classes without images: two; the last of the images is number 5, d/x.png."
-    )
-
-
-def test_captions_in_files_of_their_own_are_in_the_folder(tmp_path: Path) -> None:
-    for number in (1, 2, 4, 6):
-        write(tmp_path / f"Urban1k/caption/{number}.txt", "a")
-        write(tmp_path / f"Urban1k/image/{number}.jpg")
-    message = refusal("urban1k", tmp_path, images=6, texts=6)
-    assert f"In {tmp_path / 'Urban1k'}: the last of the captions is number 4, image/6.jpg 'a'; " in message
-    assert message.endswith("numbers without an image: 3, 5.")
-
-
 def test_rows_of_other_kinds_of_data_are_named() -> None:
     images = BenchmarkImages([b"1", b"2", b"3", b"4"], ["1.jpg", "2.jpg", "3.jpg", "4.jpg"])
     pairs = PairData(images, ["left", "right", "up", "down"], ["a", "b"])
@@ -174,18 +155,6 @@ def test_rows_of_other_kinds_of_data_are_named() -> None:
     )
 
 
-def test_counts_that_are_right_or_allowed_are_no_error(tmp_path: Path) -> None:
-    flickr30k(tmp_path, {"a": 5, "b": 4})
-    benchmark = all_benchmarks()["flickr30k"]
-    data = benchmark.read(tmp_path / "flickr30k")
-    assert check_counts(benchmark, tmp_path / "flickr30k", data, allow=True) == [
-        "2 images instead of 1,000",
-        "9 texts instead of 5,000",
-    ]
-    right = replace(benchmark, counts={"images": 2, "texts": 9})
-    assert check_counts(right, tmp_path / "flickr30k", data, allow=False) == []
-
-
 @pytest.mark.parametrize("part", [0.3, 0.5, 0.7, 0.9, 0.999])
 @pytest.mark.parametrize("file", ["flickr30k_test.json", "dataset_flickr30k.json"])
 def test_the_end_of_a_file_that_is_cut_short_is_shown(file: str, part: float, tmp_path: Path) -> None:
@@ -201,37 +170,3 @@ def test_the_end_of_a_file_that_is_cut_short_is_shown(file: str, part: float, tm
         benchmark.read(path.parent)
     assert str(error.value).startswith(f"{path} is not valid JSON, or is cut short: ")
     assert str(error.value).endswith(f"; it ends {text[-80:]!r}.")
-
-
-def test_the_end_of_lines_that_are_cut_short_is_shown(tmp_path: Path) -> None:
-    path = write_lines(
-        tmp_path / "xm3600/captions.jsonl", [xm3600_row("a", de=["Haus"]), xm3600_row("b", de=["Käfer"])]
-    )
-    whole = path.read_bytes()
-    benchmark = all_benchmarks()["xm3600"]
-    path.write_bytes(whole[:-40])
-    with pytest.raises(BenchmarkError, match=r"line 2 of .*captions\.jsonl is not .* cut short: .*; it ends '.*de"):
-        benchmark.read(path.parent)
-    path.write_bytes(whole[: whole.index(b"\xa4")])
-    with pytest.raises(BenchmarkError, match=r"captions\.jsonl is not UTF-8, or is cut short"):
-        benchmark.read(path.parent)
-
-
-@pytest.mark.parametrize(
-    ("size", "message"),
-    [
-        (9000, r"0\.tar is cut short in s1\.png\."),
-        (7000, r"0\.tar is cut short after s1\.cls\."),
-        (5632, r"0\.tar is cut short after s0\.png\."),
-    ],
-)
-def test_a_tar_that_is_cut_short_names_its_last_file(size: int, message: str, tmp_path: Path) -> None:
-    folder = tmp_path / "webdataset"
-    path = folder / "test/0.tar"
-    write(folder / "test/nshards.txt", "1")
-    write(folder / "classnames.txt", "a\nb\n")
-    write_tar(path, [("s0.cls", b"0"), ("s0.png", b"1" * 4000), ("s1.cls", b"1"), ("s1.png", b"2" * 4000)])
-    assert len(all_benchmarks()["webdataset"].read(folder).images) == 2
-    path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(BenchmarkError, match=message):
-        all_benchmarks()["webdataset"].read(folder)

@@ -17,7 +17,6 @@ from llm2clip.evaluation.reading import (
     read_lines,
     read_text,
     stream_json_objects,
-    text_field,
 )
 
 
@@ -64,12 +63,6 @@ def test_an_array_is_read_no_further_than_needed(tmp_path: Path) -> None:
         next(stream_json_objects(write(tmp_path / "b.json", b'{"a": 1}')))
     with pytest.raises(BenchmarkError, match=r"item 0 of .* is not a JSON object"):
         next(stream_json_objects(write(tmp_path / "c.json", b"[1]")))
-
-
-def test_a_row_without_its_text_is_named() -> None:
-    assert text_field({"caption": ""}, "caption", "row 1") == ""
-    with pytest.raises(BenchmarkError, match="row 1 has no text 'caption', but image, caption"):
-        text_field({"image": "a.jpg", "caption": None}, "caption", "row 1")
 
 
 def test_images_are_found_at_their_path_in_a_place_and_by_name(tmp_path: Path) -> None:

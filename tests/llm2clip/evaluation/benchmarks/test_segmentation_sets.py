@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from llm2clip.evaluation.benchmark import BenchmarkError
@@ -151,14 +150,6 @@ def test_missing_files_are_named(lost: str, name: str, tmp_path: Path) -> None:
     assert str(path) in str(error.value)
 
 
-@every_set
-def test_every_set_is_found_by_name_whole_and_in_windows(name: str) -> None:
-    whole, parts = (all_benchmarks()[one] for one in (name, f"{name}-sliding"))
-    assert "dense" in whole.groups
-    assert parts.groups == ("dense",)
-    assert parts.read is whole.read
-
-
 def test_the_background_of_voc21_has_five_names(tmp_path: Path) -> None:
     data = all_benchmarks()["voc21"].read(VOC.write(tmp_path))
     assert data.classes["background"] == ("building", "ground", "grass", "tree", "sky")
@@ -173,10 +164,3 @@ def test_a_picture_in_place_of_a_label_map_is_an_error(tmp_path: Path) -> None:
     data.label_maps[0].write_bytes(b"cut")
     with pytest.raises(DamagedImageError, match=r"ADE_1\.png"):
         data.labels(0)
-
-
-def test_grey_values_of_a_palette_are_not_its_colours(tmp_path: Path) -> None:
-    """Conversion to grey would mix the colours of the palette."""
-    data = all_benchmarks()["voc20"].read(VOC.write(tmp_path))
-    assert data.labels(0).equal(torch.tensor([[255, 0, 19, 255]]))
-    assert np.array(Image.open(data.label_maps[0]).convert("L")).tolist() != [[0, 1, 20, 255]]

@@ -14,8 +14,8 @@ import torch
 
 from llm2clip.data.opened_table import SourceError
 from llm2clip.evaluation.benchmark import BenchmarkError
-from llm2clip.evaluation.benchmarks import all_benchmarks, choose_benchmarks
-from llm2clip.evaluation.benchmarks.encoded_images import ArchivedImages, FilePart, list_tar
+from llm2clip.evaluation.benchmarks import all_benchmarks
+from llm2clip.evaluation.benchmarks.encoded_images import ArchivedImages
 from llm2clip.evaluation.benchmarks.webdataset import SETS, read_classification, read_retrieval
 from llm2clip.evaluation.prompts import template_set
 from tests.llm2clip.evaluation.benchmarks.pictures import picture, shades
@@ -77,13 +77,6 @@ def test_images_stay_in_the_tars_until_they_are_asked_for(classes: Path) -> None
         data.images.images[3]
 
 
-def test_train_images_are_read_for_probes(classes: Path) -> None:
-    (probe,) = choose_benchmarks(["webdataset-probe-lbfgs"], classes)
-    assert probe.find(classes) is None
-    write_split(classes / "train", [[("s0.png", picture(1)), ("s0.cls", b"2")]])
-    assert read("webdataset-probe-lbfgs", classes).train.labels.tolist() == [2]
-
-
 def test_captions_are_split_at_newlines_and_inner_ones_restored(tmp_path: Path) -> None:
     text = "first, with ümlaut\n line 1\\nline 2 \n\nfirst, with ümlaut\u2028x"
     files = [("s0.png", picture(1)), ("s0.txt", text.encode()), ("s1.txt", b"one"), ("s1.webp", picture(2, "webp"))]
@@ -140,14 +133,6 @@ def test_missing_tars_samples_and_damage_are_named(classes: Path) -> None:
     (classes / "test/0.tar").write_bytes(b"no tar" * 200)
     with pytest.raises(BenchmarkError, match="is not an uncompressed tar, or is damaged"):
         read_classification(classes)
-
-
-def test_files_of_a_tar_are_found_by_their_place(tmp_path: Path) -> None:
-    write_tar(tmp_path / "a.tar", [("x/one.bin", b"12345"), ("x/two.bin", b""), ("three.bin", b"6" * 700)])
-    found = list(list_tar(tmp_path / "a.tar"))
-    assert [name for name, _ in found] == ["x/one.bin", "x/two.bin", "three.bin"]
-    assert [part.read() for _, part in found] == [b"12345", b"", b"6" * 700]
-    assert found[0][1] == FilePart(tmp_path / "a.tar", 512, 5)
 
 
 def test_sets_are_known_by_their_folders_and_compare_the_mean_of_classes_where_it_is_usual(
