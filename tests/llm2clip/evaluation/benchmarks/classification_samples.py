@@ -127,16 +127,9 @@ OBJECTNET = {
     **{f"objectnet-1.0/images/{name}/one.png": bordered(shade) for shade, name in enumerate(OBJECTNET_LABELS)},
 }  # fmt: skip
 V2 = "imagenetv2-matched-frequency-format-val"
-FASHION_NAMES = ["T-shirt/top", *"Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag".split(), "Ankle boot"]
+FASHION_NAMES = [
     "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
+    *["Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag"],
     "Ankle boot",
 ]
 
