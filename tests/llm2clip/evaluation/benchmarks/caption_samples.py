@@ -240,7 +240,7 @@ NO_ANSWER = [{"image": "sam/images/sa_9.jpg", "conversations": []}]
 
 
 def chinese_clip(image: str, **text: Any) -> dict[str, str]:
-    return {"test_imgs.tsv": image, "test_texts.jsonl": lines(text)}
+    return {"Flickr30k-CN/test_imgs.tsv": image, "Flickr30k-CN/test_texts.jsonl": lines(text)}
 
 
 # Name, files below the folder of the set itself, and the message.

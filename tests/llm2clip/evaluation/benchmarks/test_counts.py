@@ -155,18 +155,13 @@ def test_rows_of_other_kinds_of_data_are_named() -> None:
     )
 
 
-@pytest.mark.parametrize("part", [0.3, 0.5, 0.7, 0.9, 0.999])
-@pytest.mark.parametrize("file", ["flickr30k_test.json", "dataset_flickr30k.json"])
-def test_the_end_of_a_file_that_is_cut_short_is_shown(file: str, part: float, tmp_path: Path) -> None:
-    rows: Any = [{"image": f"{number}.jpg", "caption": ["ein Käfer"] * 5} for number in range(9)]
-    if file.startswith("dataset"):
-        rows = {"images": [karpathy_row(f"{number}.jpg", "test", ["Käfer"] * 5, 5 * number) for number in range(9)]}
-    path = write(tmp_path / "flickr30k" / file, rows)
+@pytest.mark.parametrize("part", [0.3, 0.999])
+def test_the_end_of_a_file_that_is_cut_short_is_shown(part: float, tmp_path: Path) -> None:
+    rows = [{"image": f"{number}.jpg", "caption": ["ein Käfer"] * 5} for number in range(9)]
+    path = write(tmp_path / "flickr30k/flickr30k_test.json", rows)
     content = path.read_bytes()[: int(part * path.stat().st_size)]
     path.write_bytes(content)
-    text = content.decode(errors="ignore")
-    benchmark = all_benchmarks()["flickr30k" if file.startswith("flickr") else "flickr30k-karpathy"]
     with pytest.raises(BenchmarkError) as error:
-        benchmark.read(path.parent)
+        all_benchmarks()["flickr30k"].read(path.parent)
     assert str(error.value).startswith(f"{path} is not valid JSON, or is cut short: ")
-    assert str(error.value).endswith(f"; it ends {text[-80:]!r}.")
+    assert str(error.value).endswith(f"; it ends {content.decode(errors='ignore')[-80:]!r}.")
