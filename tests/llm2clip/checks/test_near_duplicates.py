@@ -47,13 +47,6 @@ def test_distances_are_those_of_the_bits() -> None:
     assert len(found) == 40
 
 
-def test_a_row_without_a_usable_image_has_no_hash() -> None:
-    check = HashCheck()
-    check.add(RowFacts("text", {}))
-    check.add(RowFacts("broken", {}, image=ImageFacts(fault="broken images")))
-    assert check.keys == []
-
-
 def drawing(seed: int, size: int = 96) -> Image.Image:
     generator = torch.Generator().manual_seed(seed)
     image = Image.new("RGB", (size, size), "white")

@@ -266,29 +266,6 @@ def test_captions_find_those_of_the_same_image_with_a_text_tower_too(place: Path
             assert one["scores"] == pytest.approx({name: expected[name] for name in one["scores"]})
 
 
-@pytest.mark.parametrize("name", ["ours", "clip"])
-def test_an_empty_text_is_the_prompt_alone_and_refused_by_the_model_itself(
-    name: str, place: Path, tmp_path: Path
-) -> None:
-    encoder = load_encoder(str(place / name))
-    rows = encoder.encode_text(["", "a dog", " \n"])
-    assert rows.norm(dim=1).tolist() == pytest.approx([1, 1, 1])
-    assert not rows[0].allclose(rows[1], atol=1e-3)
-    assert rows[0].equal(rows[2]) or name == "clip"  # whose tokenizer keeps blanks
-    if name == "ours":
-        model, processor = tiny.LLM2CLIPModel.from_pretrained(place / "ours").eval(), tiny.processor()
-        with pytest.raises(ValueError, match="empty"):
-            model.encode_text(["a dog", ""], processor)
-    data = shutil.copytree(place / "data", tmp_path / "data")
-    (data / "Urban1k/caption/2.txt").write_text("")
-    [result] = evaluate(encoder, "urban1k", data=str(data), allow_counts=True, num_workers=0)
-    assert result.counts["empty_texts"] == 1
-    texts = encoder.encode_text(["a long street", "", "a park in snow"])
-    images = encoder.encode_image([place / f"data/Urban1k/image/{number}.jpg" for number in (1, 2, 3)])
-    expected = retrieval_metrics(images, texts, torch.arange(3)[:, None].expand(-1, 2))
-    assert result.scores == pytest.approx({name: expected[name] for name in result.scores})
-
-
 def training_data(folder: Path) -> RetrievalData:
     return RetrievalData.from_source(source(write_table(folder / "own.parquet", broken=3)))
 

@@ -128,10 +128,6 @@ OBJECTNET = {
 }  # fmt: skip
 V2 = "imagenetv2-matched-frequency-format-val"
 FASHION_NAMES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
-    "T-shirt/top",
-    *["Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag"],
-    "Ankle boot",
-]
 
 
 def subset(letter: str) -> Sample:

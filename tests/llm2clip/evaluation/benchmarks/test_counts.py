@@ -13,7 +13,6 @@ import torch
 from llm2clip.evaluation.benchmark import BenchmarkError
 from llm2clip.evaluation.benchmarks import all_benchmarks
 from llm2clip.evaluation.benchmarks.counts import check_counts, describe_rows
-from llm2clip.evaluation.benchmarks.encoded_images import ArchivedImages, FilePart
 from llm2clip.evaluation.data import (
     BenchmarkImages,
     CaptionPairData,
@@ -22,7 +21,7 @@ from llm2clip.evaluation.data import (
     PairData,
     RetrievalData,
 )
-from tests.llm2clip.evaluation.benchmarks.samples import karpathy_row, write, write_lines, xm3600_row
+from tests.llm2clip.evaluation.benchmarks.samples import write, write_lines, xm3600_row
 
 ENDING = " With --allow-counts it is measured all the same, and the result says so."
 
@@ -38,11 +37,6 @@ def refusal(name: str, data: Path, **counts: int) -> str:
     assert "\n" not in message
     assert message.endswith(ENDING)
     return message.removesuffix(ENDING)
-
-
-def rows_of(name: str, data: Any, **counts: int) -> str:
-    """Describe the rows of data that lie nowhere."""
-    return describe_rows(replace(all_benchmarks()[name], counts=counts), Path("sets"), data)
 
 
 def flickr30k(data: Path, captions: dict[str, int], repeated: Sequence[str] = ()) -> None:
@@ -77,45 +71,6 @@ def test_a_row_that_is_repeated_is_named(tmp_path: Path) -> None:
     assert "repeated captions: flickr30k-images/b.jpg 'b 0' (numbers 6, 16), " in message
 
 
-def test_a_file_of_karpathy_that_lacks_images_and_captions(tmp_path: Path) -> None:
-    rows = [
-        karpathy_row("COCO_1.jpg", "test", ["a", "b", "c", "d", "e", "f"], 0, filepath="val2014", cocoid=1),
-        karpathy_row("COCO_2.jpg", "test", ["a", "b"], 10, filepath="val2014", cocoid=2),
-        karpathy_row("COCO_4.jpg", "test", ["a", "b", "c", "d", "e" * 90], 20, filepath="val2014", cocoid=4),
-    ]
-    write(tmp_path / "coco/dataset_coco.json", {"images": rows})
-    for row in rows:
-        write(tmp_path / "coco/val2014" / str(row["filename"]))
-    message = refusal("coco-karpathy", tmp_path, images=4, texts=20)
-    assert "COCO has 3 images instead of 4 (1 too few), 12 texts instead of 20 (8 too few)" in message
-    assert f"In {tmp_path / 'coco/dataset_coco.json'}: images with another number of captions than 5: " in message
-    assert "val2014/COCO_2.jpg (2); the last of the captions is number 12, val2014/COCO_4.jpg " in message
-    assert f"'{'e' * 60}...'; numbers without an image: 3." in message
-    # Ten of the 5,000 images have a sixth caption or a seventh.
-    assert "images with fewer than 5 captions: val2014/COCO_2.jpg (2);" in refusal(
-        "coco-karpathy", tmp_path, images=4, texts=21
-    )
-
-
-def test_languages_and_images_without_captions_are_named(tmp_path: Path) -> None:
-    rows = [
-        xm3600_row("b", de=["Haus", "Heim"], zh=["房子"], mi=[]),
-        xm3600_row("a", de=["Haus"], zh=[]),
-        xm3600_row("c", de=["Haus", "Heim"], zh=["房子"]),
-    ]
-    file = write_lines(tmp_path / "xm3600/captions.jsonl", rows)
-    for row in rows:
-        write(tmp_path / f"xm3600/images/{row['image/key']}.jpg")
-    message = refusal("xm3600", tmp_path, images=4, languages=36, texts=300)
-    assert "2 languages instead of 36 (34 too few)" in message
-    assert f"In {file}: languages without a caption: ar, bn, cs, da, el and 29 more; " in message
-    assert "images without captions: zh images/a.jpg; " in message
-    assert message.endswith("the last of the images is number 3, images/c.jpg.")
-    message = refusal("xm3600-first", tmp_path, images=3, languages=2, texts=6)
-    assert "In" in message
-    assert "images with another number of captions than 1: zh images/a.jpg (0)." in message
-
-
 def test_classes_and_numbers_without_an_image_are_named(tmp_path: Path) -> None:
     for label in range(1000):
         for number in (1, 2):
@@ -128,33 +83,6 @@ def test_classes_and_numbers_without_an_image_are_named(tmp_path: Path) -> None:
     assert message.endswith("numbers without an image: 7, 8.")
 
 
-def test_rows_of_other_kinds_of_data_are_named() -> None:
-    images = BenchmarkImages([b"1", b"2", b"3", b"4"], ["1.jpg", "2.jpg", "3.jpg", "4.jpg"])
-    pairs = PairData(images, ["left", "right", "up", "down"], ["a", "b"])
-    assert rows_of("mmvp-vlm", pairs, pairs=4, kinds=2) == (
-        "In sets: the last of the pairs is number 2, 3.jpg 'up' and 'down'."
-    )
-    choices = HardNegativeData(images, torch.tensor([0, 3, 3]), ["a", "b", "b"], ["c", "d", "d"], ["x", "y", "y"])
-    assert rows_of("winoground", pairs, pairs=1) == ""
-    assert rows_of("sugarcrepe", choices, x=2, y=1) == (
-        "In sets: the last of the x rows is number 1, 1.jpg 'a' and 'c'; repeated y rows: 4.jpg 'b' and 'd' "
-        "(numbers 1, 2)."
-    )
-    assert rows_of("cra", CaptionPairData(["a", "b"], ["c", "d"]), pairs=3) == (
-        "In sets: the last of the pairs is number 2, 'b' and 'd'."
-    )
-    nothing = RetrievalData.from_captions(BenchmarkImages([]), [])
-    assert rows_of("docci", nothing, images=2, texts=2) == ""
-    some = RetrievalData.from_captions(images, [["a"], ["b", "b"], [], ["d"]])
-    assert rows_of("docci", some, queries=2) == "In sets: images without captions: 3.jpg."
-    unnamed = ClassificationData(BenchmarkImages([b"1", b"2"]), torch.tensor([0, 1]), ["one", "two"])
-    assert rows_of("cifar10", unnamed, images=4, classes=2) == ""
-    archived = BenchmarkImages(ArchivedImages([FilePart(Path("no archive is read"), 0, 1)]), ["x"])
-    assert "classes without images: two" in rows_of(
-        "imagenet-r", ClassificationData(archived, torch.tensor([0]), ["one", "two"]), images=2, classes=2
-    )
-
-
 @pytest.mark.parametrize("part", [0.3, 0.999])
 def test_the_end_of_a_file_that_is_cut_short_is_shown(part: float, tmp_path: Path) -> None:
     rows = [{"image": f"{number}.jpg", "caption": ["ein Käfer"] * 5} for number in range(9)]
@@ -165,3 +93,40 @@ def test_the_end_of_a_file_that_is_cut_short_is_shown(part: float, tmp_path: Pat
         all_benchmarks()["flickr30k"].read(path.parent)
     assert str(error.value).startswith(f"{path} is not valid JSON, or is cut short: ")
     assert str(error.value).endswith(f"; it ends {content.decode(errors='ignore')[-80:]!r}.")
+
+
+def test_languages_and_images_without_captions_are_named(tmp_path: Path) -> None:
+    rows = [xm3600_row("b", de=["Haus"], zh=["房子"], mi=[]), xm3600_row("a", de=["Haus"], zh=[])]
+    file = write_lines(tmp_path / "xm3600/captions.jsonl", rows)
+    for row in rows:
+        write(tmp_path / f"xm3600/images/{row['image/key']}.jpg")
+    message = refusal("xm3600", tmp_path, images=4, languages=36, texts=300)
+    assert "2 languages instead of 36 (34 too few)" in message
+    assert f"In {file}: languages without a caption: ar, bn, cs, da, el and 29 more; " in message
+    assert "images without captions: zh images/a.jpg; " in message
+    assert message.endswith("the last of the images is number 2, images/a.jpg.")
+
+
+IMAGES = BenchmarkImages([b"1", b"2", b"3", b"4"], ["1.jpg", "2.jpg", "3.jpg", "4.jpg"])
+CHOICES = HardNegativeData(IMAGES, torch.tensor([0, 3, 3]), ["a", "b", "b"], ["c", "d", "d"], ["x", "y", "y"])
+
+
+@pytest.mark.parametrize(
+    ("data", "counts", "rows"),
+    [
+        (PairData(IMAGES, ["left", "right", "up", "down"], ["a", "b"]), {"pairs": 4, "kinds": 2},
+         "In sets: the last of the pairs is number 2, 3.jpg 'up' and 'down'."),
+        (CHOICES, {"x": 2, "y": 1}, "In sets: the last of the x rows is number 1, 1.jpg 'a' and 'c'; "
+         "repeated y rows: 4.jpg 'b' and 'd' (numbers 1, 2)."),
+        (CaptionPairData(["a", "b"], ["c", "d"]), {"pairs": 3},
+         "In sets: the last of the pairs is number 2, 'b' and 'd'."),
+        (RetrievalData.from_captions(IMAGES, [["a"], ["b", "b"], [], ["d"]]), {"queries": 2},
+         "In sets: images without captions: 3.jpg."),
+        (ClassificationData(IMAGES, torch.tensor([0, 0, 2, 0]), ["one", "two", "three"]), {"images": 4, "classes": 2},
+         "In sets: classes without images: two."),
+        (RetrievalData.from_captions(BenchmarkImages([]), []), {"images": 2, "texts": 2}, ""),
+    ],
+    ids=["pairs", "choices", "captions", "retrieval", "classes", "nothing"],
+)  # fmt: skip
+def test_rows_of_each_kind_of_data_are_named(data: Any, counts: dict[str, int], rows: str) -> None:
+    assert describe_rows(replace(all_benchmarks()["docci"], counts=counts), Path("sets"), data) == rows

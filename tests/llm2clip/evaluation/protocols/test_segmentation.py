@@ -130,7 +130,6 @@ def test_mean_iou_is_that_of_loops_over_pixels(chunk: int, tmp_path: Path, monke
 
 def test_the_resized_image_keeps_its_ratio_within_both_limits() -> None:
     assert resized_size(480, 640, (2048, 512)) == (512, 683)
-    assert resized_size(640, 480, (2048, 512)) == (683, 512)
     assert resized_size(300, 2000, (2048, 512)) == (307, 2048)
     assert resized_size(1024, 2048, (2048, 1024)) == (1024, 2048)
     assert resized_size(375, 500, (520, 520)) == (390, 520)
