@@ -7,15 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from PIL import Image
 
 from llm2clip import cli
-from llm2clip.evaluation.check_benchmark import InspectedImages, images_of
-from llm2clip.evaluation.data import (
-    BenchmarkImages,
-)
-from llm2clip.evaluation.label_maps import REFUSED, SegmentationData
 from tests.llm2clip.checks.tokenizers import save_tokenizer
 from tests.llm2clip.data.conftest import png
 
@@ -134,18 +127,3 @@ def test_settings_that_contradict_each_other(
 ) -> None:
     assert cli.main(["check-data", *arguments]) == 2
     assert message in capsys.readouterr().err
-
-
-def test_a_label_map_with_a_wrong_value_is_found(tmp_path: Path) -> None:
-    for name, value in (("good", 0), ("bad", 7)):
-        (tmp_path / f"{name}.jpg").write_bytes(png(1, (2, 2)))
-        Image.new("L", (2, 2), value).save(tmp_path / f"{name}.png")
-    class_of = torch.full((256,), REFUSED)
-    class_of[0] = 0
-    pictures = BenchmarkImages([tmp_path / "good.jpg", tmp_path / "bad.jpg"])
-    maps = [tmp_path / "good.png", tmp_path / "bad.png"]
-    data = SegmentationData("Tiny", pictures, maps, {"sky": ("sky",)}, class_of)
-    (_, good), (key, bad) = InspectedImages(images_of(data)[0], 100)
-    assert (good.fault, bad.fault, Path(key).name) == (None, "broken images", "bad.jpg")
-    assert "label map" in bad.reason
-    assert "bad.png" in bad.reason

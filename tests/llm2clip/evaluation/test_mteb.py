@@ -12,7 +12,6 @@ import torch
 from mteb.abstasks import AbsTask
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 from mteb.abstasks.task_metadata import TaskMetadata
-from mteb.abstasks.zeroshot_classification import AbsTaskZeroShotClassification
 from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
 from sentence_transformers import SentenceTransformer
 
@@ -81,21 +80,6 @@ class NameToPicture(AbsTaskRetrieval):
         self.data_loaded = True
 
 
-class PictureNaming(AbsTaskZeroShotClassification):
-    """Zero-shot classification: the name of a picture among all names."""
-
-    metadata: ClassVar = metadata("PictureNaming", "ZeroShotClassification", "i2t", ["image", "text"], "accuracy")
-
-    def load_data(self, **kwargs: Any) -> None:
-        table = concepts()
-        split = table.select_columns("image").add_column("label", list(range(len(table))))
-        self.dataset = datasets.DatasetDict({"test": split})
-        self.data_loaded = True
-
-    def get_candidate_labels(self) -> list[str]:
-        return concepts()["caption"][:]
-
-
 def scores(model: SentenceTransformer, task: AbsTask) -> dict[str, Any]:
     """Measure by the wrapper that mteb makes of a model, which takes it for one of texts alone."""
     encoder = SentenceTransformerEncoderWrapper(model)
@@ -133,10 +117,3 @@ def test_retrieval_equals_our_metrics(model: SentenceTransformer, encoder: Encod
         assert 0 < expected["recall@10"] < 1
         for k in (1, 5, 10):
             assert found[f"recall_at_{k}"] == pytest.approx(expected[f"recall@{k}"], abs=1e-5)
-
-
-def test_zero_shot_classification_equals_the_nearest_caption(model: SentenceTransformer, encoder: Encoder) -> None:
-    found = scores(model, PictureNaming())
-    images, texts = encoder.encode_image(concepts()["image"][:]), encoder.encode_text(concepts()["caption"][:])
-    right = (images @ texts.t()).argmax(dim=1) == torch.arange(PICTURES)
-    assert found["accuracy"] == pytest.approx(right.float().mean().item())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,13 @@ from llm2clip import cli
 from llm2clip.data import CaptionSource, PairSource
 from llm2clip.encoders import embed, load_encoder
 from llm2clip.encoders.ours import OurEncoder
-from llm2clip.encoders.stored import StoredEncoder
 from llm2clip.evaluation import caption_retrieval_metrics, retrieval_metrics
 from llm2clip.evaluation.data import CaptionPairData, RetrievalData
 from llm2clip.evaluation.evaluate import evaluate
-from llm2clip.evaluation.protocols.retrieval import image_text_metrics
 from llm2clip.evaluation.report import compare_results
-from llm2clip.evaluation.session import Session
 from llm2clip.store import Store
-from llm2clip.utils.embeddings import NonFiniteError
-from llm2clip.utils.processes import leave_process_group, process_state
 from tests.llm2clip.encoders.models import save_transformers
 from tests.modeling_llm2clip import tiny
-from tests.processes import run_ranks
 
 # Of six images; two share a caption, one has one twice in other case, one has an empty one, and one has none.
 CAPTIONS = [["a dog", "a cat"], ["a dog"], ["a bus", "a bus", "A Bus", ""], ["a red park"], [], ["two trees, old"]]
@@ -140,29 +133,6 @@ def test_models_of_two_libraries_on_own_data_and_a_published_set_in_one_run(
     assert stored == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
 
 
-@pytest.mark.parametrize(
-    ("options", "positives", "texts"),
-    [([], "distinct", 6), (["--positives", "rows"], "rows", 8), (["--split", "train[:3]"], "distinct", 4)],
-)
-def test_the_rule_of_own_data_is_printed_and_written_and_a_slice_is_taken(
-    options: list[str],
-    positives: str,
-    texts: int,
-    place: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("COLUMNS", "250")
-    assert command(place, tmp_path, str(place / "clip"), "--benchmark", str(place / "own.parquet"), *options) == 0
-    shown = capsys.readouterr().out
-    assert f"Protocol: retrieval, positives {positives}, " in shown
-    assert shown.count("[train[:3]]") == 2 * ("--split" in options), "in the table and below it"
-    [result] = results_of(tmp_path)
-    assert (result["protocol"]["positives"], result["counts"]["texts"]) == (positives, texts)
-    assert result["setup"]["options"] == {"positives": positives}
-
-
 def test_sources_are_measured_as_paths_are(place: Path, tmp_path: Path) -> None:
     model, own = place / "clip", str(place / "own.parquet")
     [by_path], [by_source] = (evaluate(model, one, num_workers=0) for one in (place / "own.parquet", source(own)))
@@ -264,79 +234,3 @@ def test_captions_find_those_of_the_same_image_with_a_text_tower_too(place: Path
             embeds = load_encoder(model).encode_text
             expected = caption_retrieval_metrics(embeds(data.queries), embeds(data.targets), data.matches)
             assert one["scores"] == pytest.approx({name: expected[name] for name in one["scores"]})
-
-
-def training_data(folder: Path) -> RetrievalData:
-    return RetrievalData.from_source(source(write_table(folder / "own.parquet", broken=3)))
-
-
-def test_retrieval_during_training_skips_images_and_names_broken_embeddings(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    model, processor, data = tiny.joint_model().eval(), tiny.processor(), training_data(tmp_path)
-    found = image_text_metrics(Session(OurEncoder(model, processor), on_error="skip"), data)
-    assert (found["num_images"], found["num_texts"]) == (5, 5)
-    assert "Skipping 1 images that cannot be read: k3" in caplog.text
-
-    def break_row(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        output = output.clone()
-        output[3] = float("inf")  # the fifth image, of those that can be read
-        return output
-
-    handle = model.visual_projection.register_forward_hook(break_row)
-    with pytest.raises(NonFiniteError, match=r"1 of 5 images are NaN or infinite: k4\. A model"):
-        image_text_metrics(Session(OurEncoder(model, processor), on_error="skip"), data)
-    handle.remove()
-    llm = OurEncoder(model.text_model, processor).embed
-
-    def broken_llm(texts: list[str]) -> torch.Tensor:
-        rows = llm(texts)
-        rows[texts.index("a bus")] = float("nan")
-        return rows
-
-    with pytest.raises(NonFiniteError, match=r"1 of 5 captions \(by the LLM\) are NaN or infinite: a bus\."):
-        image_text_metrics(Session(StoredEncoder(model, processor, broken_llm), on_error="skip"), data)
-    torch.nn.init.constant_(model.text_adapter.proj.weight, float("nan"))
-    with pytest.raises(NonFiniteError, match=r"5 of 5 captions \(by the adapter\) are NaN or infinite: a dog"):
-        image_text_metrics(Session(StoredEncoder(model, processor, llm), on_error="skip"), data)
-
-
-@pytest.mark.slow
-def test_two_processes_embed_a_part_each_and_find_the_numbers_of_one(place: Path, tmp_path: Path) -> None:
-    arguments = [str(place / "ours"), str(place / "own.parquet"), str(tmp_path)]
-    run_ranks(["-m", "tests.llm2clip.evaluation.test_own_data", *arguments], 2)
-    [expected] = evaluate(arguments[0], arguments[1], num_workers=0)
-    for kind in ("memory", "stored"):
-        ranks = [json.loads((tmp_path / f"{kind}-{rank}.json").read_text()) for rank in range(2)]
-        for rank in ranks:
-            assert rank["scores"] == expected.scores
-            assert rank["intervals"] == expected.intervals
-            assert rank["processes"] == 2
-            assert (rank["images"], rank["texts"]) == (3, 3)
-    [written] = results_of(tmp_path / "out")
-    assert (written["scores"], written["processes"]) == (expected.scores, 2)
-
-
-def main(model: str, own: str, folder: Path) -> None:
-    """Evaluate with and without stored rows, and save what this process computes and gets."""
-    for kind, output in (("memory", None), ("stored", str(folder / "out"))):
-        encoder, counts = load_encoder(model), {"images": 0, "texts": 0}
-        forward, embed_texts = encoder.forward_images, encoder.encode_text
-
-        def forward_images(inputs: Any, forward: Any = forward, counts: Any = counts) -> Any:
-            counts["images"] += len(inputs["pixel_values"])
-            return forward(inputs)
-
-        def encode_text(texts: Any, *options: Any, embed_texts: Any = embed_texts, counts: Any = counts) -> Any:
-            counts["texts"] += len(texts)
-            return embed_texts(texts, *options)
-
-        encoder.forward_images, encoder.encode_text = forward_images, encode_text  # type: ignore[method-assign]
-        [result] = evaluate(encoder, own, output=output, num_workers=0)
-        found = {"scores": result.scores, "intervals": result.intervals, "processes": result.processes, **counts}
-        (folder / f"{kind}-{process_state().process_index}.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
-    leave_process_group()

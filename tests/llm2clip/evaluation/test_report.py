@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 from llm2clip import cli
-from llm2clip.evaluation import report
 from llm2clip.evaluation.report import Report, compare_results
 from llm2clip.evaluation.results import PublishedRow, Result
 from tests.llm2clip.evaluation.made_results import RETRIEVAL, classification, retrieval, written
@@ -138,25 +137,6 @@ def test_a_report_is_a_table_of_pandas_json_and_markdown() -> None:
     assert first["intervals"]["Urban1k"][SIDES[1]] == pytest.approx([0.47, 0.52])
     assert paper["intervals"] == {}
     assert "| a |  | 25.0 / 50.0 |  |\n" in found.to_markdown()
-
-
-def test_published_rows_are_shown_with_their_source(
-    two_models: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    scores = {SIDES[0]: 0.922, SIDES[1]: 0.933}
-    rows = [PublishedRow("A [b]model[/b]", ("urban1k",), scores, {}, "A paper, v1", "table 1", "the prompts")]
-    monkeypatch.setattr(report, "published_rows", lambda: rows)
-    assert cli.main(["report", str(Path(two_models[0]).parent), "--paper"]) == 0
-    shown = capsys.readouterr().out
-    assert "A [b]model[/b] [1]" in shown
-    assert "92.2 / 93.3" in shown
-    assert "[1] A paper, v1; does not state the prompts" in shown
-    assert cli.main(["report", *two_models]) == 0
-    assert "A paper" not in capsys.readouterr().out
-    rows.clear()
-    assert cli.main(["report", *two_models, "--paper"]) == 0
-    assert "no published scores are of these sets and protocols" in capsys.readouterr().err
 
 
 def test_the_page_and_its_plots(two_models: list[str], tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,9 @@ from llm2clip.encoders.load import load_encoder
 from llm2clip.evaluation.data import BenchmarkImages
 from llm2clip.evaluation.session import Session
 from llm2clip.utils.embeddings import NonFiniteError
-from llm2clip.utils.processes import leave_process_group
 from modeling_llm2clip.image_decoding_llm2clip import DamagedImageError
 from tests.llm2clip.encoders.models import save_transformers
 from tests.llm2clip.evaluation.fake_session import FakeSession
-from tests.processes import run_ranks
 
 TEXTS = ["a small dog", "", "a red bus", "a small dog", "two children"]
 # Above 2**24, float32 has no odd numbers.
@@ -141,41 +138,3 @@ def test_broken_embeddings_are_named_and_never_skipped(
     monkeypatch.setattr(found.encoder, "forward_images", broken)
     with pytest.raises(NonFiniteError, match="of 1 of 2 images are NaN or infinite: picture 1"):
         found.embed_images(pictures(0, 1))
-
-
-def all_rows(one: FakeSession) -> dict[str, Tensor]:
-    rows = {"images": one.embed_images(pictures(*range(7))), "texts": one.embed_texts(TEXTS)}
-    # One row for two processes.
-    rows["features"] = one.embed_images(pictures(0), "features")
-    return rows | {"counts": counts_of(one, pictures(*range(7)))}
-
-
-@pytest.mark.slow
-def test_two_processes_get_the_rows_of_one(tmp_path: Path) -> None:
-    run_ranks(["-m", "tests.llm2clip.evaluation.test_session", str(tmp_path)], 2)
-    expected = all_rows(fake(None))
-    computed = {"memory": ([3, 2, 0], [4, 2, 1]), "stored": ([4, 2, 1], [3, 2, 0]), "again": ([0, 0, 0], [0, 0, 0])}
-    for kind, of_ranks in computed.items():
-        for rank in range(2):
-            found = torch.load(tmp_path / f"{kind}-{rank}.pt", weights_only=True)
-            assert found.pop("computed") == of_ranks[rank]
-            assert found.keys() == expected.keys()
-            for name, rows in expected.items():
-                assert found[name].equal(rows)
-
-
-def main(folder: Path) -> None:
-    """Embed in memory, into a store, and from it, and save what this process computes and gets."""
-    for kind, store in (("memory", None), ("stored", folder / "store"), ("again", folder / "store")):
-        one = fake(store)
-        rows = all_rows(one)
-        numbers = [number for number in one.embedded if isinstance(number, int)]
-        texts = sum(len(texts) for texts in one.embedded if isinstance(texts, list))
-        images, features = (sum(number for number in numbers if (number == 1) is alone) for alone in (False, True))
-        saved: dict[str, Any] = {**rows, "computed": [images, texts, features]}
-        torch.save(saved, folder / f"{kind}-{torch.distributed.get_rank()}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
-    leave_process_group()

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import BertConfig, PretrainedConfig
+from transformers import BertConfig, LlamaConfig, PretrainedConfig
 
 from llm2clip import cli
 from llm2clip.planning.plan import stage_of
 from llm2clip.recipes import find_recipe, load_recipe
+from modeling_llm2clip import LLM2CLIPTextConfig
 from tests.modeling_llm2clip import tiny
 
-TEXT = ("--text_model_name_or_path", "LLM2CLIP-SmolLM2-135M-CC")
-
-
+LLAMA = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 
 
@@ -26,12 +26,15 @@ class Plan:
     def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         tiny.decoder_config().save_pretrained(folder / "llm")
         tiny.vision_config().save_pretrained(folder / "vision")
+        text = LLM2CLIPTextConfig(decoder_config=LlamaConfig(**LLAMA, **HEADS), max_text_length=32)
+        text.save_pretrained(folder / "text")
+        texts = ("--text_model_name_or_path", str(folder / "text"))
         llm = ("--model_name_or_path", str(folder / "llm"))
         self.capsys = capsys
         self.arguments = {
             "stage1_paper": (*llm, "--dtype", "float32", "--longest", "24"),
-            "stage2_paper": ("--vision_model_name_or_path", str(folder / "vision"), *TEXT),
-            "embed_paper": TEXT,
+            "stage2_paper": ("--vision_model_name_or_path", str(folder / "vision"), *texts),
+            "embed_paper": texts,
             "mntp": (*llm, "--block_size", "32", "--lora_rank", "4"),
         }
 
@@ -90,7 +93,7 @@ def test_activations_shrink_with_chunks_and_grow_with_the_batch(plan: Plan) -> N
 def test_an_llm_that_runs_online_is_planned_without_gradients(plan: Plan) -> None:
     stored, online = (plan("stage2_paper", "--online_text_model", value) for value in ("false", "true"))
     assert online["parameters"]["trained"] == stored["parameters"]["trained"]
-    assert online["parameters"]["frozen"] > stored["parameters"]["frozen"] + 100e6
+    assert online["parameters"]["frozen"] > stored["parameters"]["frozen"] + LLAMA["vocab_size"] * LLAMA["hidden_size"]
     assert online["strategies"]["DDP"]["gradients"] == stored["strategies"]["DDP"]["gradients"]
     assert online["flops_per_row"] > stored["flops_per_row"]
 
@@ -99,8 +102,8 @@ def test_an_llm_that_trains_with_lora_is_planned_with_its_activations(plan: Plan
     online = ("--embedding_cache", "null", "--online_text_model", "true", "--longest", "24")
     frozen, lora = (plan("stage2_paper", *online, "--lora_rank", rank) for rank in ("0", "8"))
     added = lora["parameters"]["trained"] - frozen["parameters"]["trained"]
-    # Two matrices of rank 8 beside each of the seven linear layers of 30 blocks.
-    assert added == 30 * 8 * (2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536))
+    # Two matrices of rank 8 beside each of the seven linear layers of 3 blocks.
+    assert added == 3 * 8 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
     assert lora["parameters"]["frozen"] == frozen["parameters"]["frozen"]
     ddp, before = lora["strategies"]["DDP"], frozen["strategies"]["DDP"]
     assert (ddp["gradients"], ddp["states"]) == tuple(factor * lora["parameters"]["trained"] for factor in (4, 8))
@@ -151,7 +154,7 @@ def test_other_text_models_are_planned(config: PretrainedConfig, plan: Plan, tmp
 def test_embedding_takes_disk_for_each_caption_column(plan: Plan) -> None:
     found = plan("embed_paper", "--rows", "1000")
     assert found["of"]["captions"] == 3000
-    assert found["disk"]["embeddings"] == 3000 * (576 * 2 + 16)
+    assert found["disk"]["embeddings"] == 3000 * (64 * 2 + 16)
     assert list(found["strategies"]) == ["DDP"]
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -124,18 +122,6 @@ def test_a_model_with_broken_embeddings_ends_with_one_error(
     assert not (tmp_path / "index").exists()
 
 
-def test_long_captions_are_cut_and_counted_once(
-    model: Model, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("llm2clip.search.index_update.PARTS_AT_ONCE", 1)
-    path = tmp_path / "data.jsonl"
-    path.write_text("\n".join(json.dumps({"text": text}) for text in ("a dog", "a dog and a cat " * 40, "a cat")))
-    index(path, model[0], tmp_path / "index", part_size=1, batch_size=1)
-    assert [record.getMessage() for record in caplog.records if "were cut" in record.getMessage()] == [
-        "1 of 3 distinct captions were cut to the length that the model reads."
-    ]
-
-
 def test_another_kind_of_index_and_another_text_side_are_refused(
     captions: Path, data: Path, indexed: Path, pictures: Path, model: Model, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -218,22 +204,6 @@ def test_captions_of_image_folders_and_of_records_in_shards_are_indexed(model: M
     assert index(shard, model[0], tmp_path / "of_shard", caption_columns=["json.texts"]) == (2, 0, 0, 0, 2)
     found = [(row["key"], row["caption_column"], row["caption"]) for row in rows(tmp_path / "of_shard")]
     assert found == [("one", "json.texts", "a dog"), ("one", "json.texts", "a cat")]
-
-
-def test_captions_without_images_are_shown_without(
-    model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, page = tmp_path / "data.jsonl", tmp_path / "page.html"
-    path.write_text("\n".join(json.dumps({"text": f"<b>{text}</b>"}) for text in SHORT))
-    index(path, model[0], tmp_path / "index")
-    assert cli.main(["search", str(tmp_path / "index"), "a bus", "--html", str(page)]) == 0
-    assert page.read_text().count("&lt;b&gt;a red bus&lt;/b&gt;</div>") == 2
-    assert "<img" not in page.read_text()
-    assert re.fullmatch(r"(<b>a .*</b>\t-?\d\.\d{4}\t\d\n)+", capsys.readouterr().out), "a pipe"
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setenv("TERM", "dumb")
-    assert cli.main(["search", str(tmp_path / "index"), "a bus"]) == 0
-    assert re.search(r"│ +1 │ +-?\d\.\d{3} │ <b>a .*</b> +│ \d", capsys.readouterr().out)
 
 
 def test_captions_are_shown_with_their_images_unless_those_were_replaced(

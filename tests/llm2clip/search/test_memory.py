@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import resource
-import signal
 import subprocess
 import sys
 import time
@@ -17,7 +15,6 @@ from llm2clip.search.search_index import SearchIndex
 from tests.modeling_llm2clip import tiny
 
 from .helpers import encoded, picture
-from .places import content
 from .updates import kill_updates
 
 WIDTH = 1280
@@ -87,28 +84,6 @@ def test_embeddings_are_not_held_in_memory_and_40000_images_stay_below_one_gib(t
     # An embedding has twice as many bytes as values, and as float32 four times as many; peaks differ by 70 MiB.
     assert per_image < 4 * WIDTH
     assert max(more, update) < 2**30
-
-
-@pytest.mark.slow
-def test_a_run_killed_by_a_signal_is_resumed(tmp_path: Path) -> None:
-    tiny.save(tmp_path / "model")
-    folder = save_pictures(tmp_path / "pictures", 2000)
-    command = [sys.executable, "-m", "llm2clip", "index", str(folder), "--model", str(tmp_path / "model")]
-    command += ["--part-size", "128", "--num-workers", "1"]
-    parts = tmp_path / "index" / "images.lance" / "data"
-    with subprocess.Popen([*command, "--output-dir", str(tmp_path / "index")], stderr=subprocess.PIPE) as process:
-        while len(list(parts.glob("*.lance"))) < 3:
-            assert process.poll() is None
-            time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
-    with pytest.raises(FileNotFoundError, match="it is not finished"):
-        SearchIndex.open(tmp_path / "index")
-    again = subprocess.run([*command, "--output-dir", str(tmp_path / "index")], capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr[-3000:]
-    assert "resuming an unfinished run" in again.stderr
-    assert "embedded: 2000\n" in again.stdout
-    subprocess.run([*command, "--output-dir", str(tmp_path / "whole")], check=True, capture_output=True)
-    assert content(tmp_path / "index") == content(tmp_path / "whole")
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from .helpers import QUERY, Model, as_json, encoded, error, picture
+from .helpers import QUERY, Model, as_json, encoded, picture
 from .places import Place
 from .updates import kill_updates
 
@@ -83,19 +83,3 @@ def test_of_two_runs_at_once_in_s3_one_stops_and_nothing_is_mixed(place: Place, 
     assert place.index(pictures, model[0])[-1] == 92
     keys = [row["key"] for row in place.content()["rows"]]
     assert len(keys) == len(set(keys)) == 92
-
-
-@IN_S3
-def test_what_is_wrong_with_s3_is_said_in_one_line(
-    place: Place, pictures: Path, model: Model, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert "there is no index in s3://bucket/none" in error(capsys, "search", "s3://bucket/none", "a text")
-    arguments = ["--model", model[0], "--num-workers", "0", "--output-dir", "s3://nowhere/index"]
-    shown = error(capsys, "index", pictures, *arguments)
-    assert "cannot be written: The specified bucket does not exist" in shown
-    assert "Traceback" not in shown
-    with monkeypatch.context() as unreachable:
-        unreachable.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
-        shown = error(capsys, "search", "s3://other/index", "a text")
-    assert "s3://other/index/manifest.json cannot be reached" in shown

@@ -24,7 +24,7 @@ from modeling_llm2clip import LLM2CLIPTextModel
 from tests.llm2clip.students import add_query_encoder
 from tests.modeling_llm2clip import tiny
 
-from .helpers import Model, as_json, error, index, save_broken, save_table, save_vision_half
+from .helpers import Model, as_json, error, index, save_table, save_vision_half
 
 TEXT = "two children play football"
 
@@ -115,21 +115,6 @@ def test_a_terminal_gets_a_table_under_the_query_as_it_was_given(
         shown = capsys.readouterr().out
         assert shown.splitlines()[0].strip() == query
         assert len(re.findall(r"│ +[12] │ +-?0\.\d{3} │ .*", shown)) == 2
-
-
-@pytest.mark.parametrize(("part", "query"), [("visual_projection", "--image"), ("text_adapter.proj", "a dog")])
-def test_a_query_with_a_broken_embedding_ends_the_search(
-    part: str, query: str, indexed: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    def nothing(*arguments: Any) -> None:
-        pass
-
-    broken = save_broken(tmp_path / "broken", part)
-    monkeypatch.setattr("llm2clip.search.search_index.IndexManifest.require_model", nothing)
-    queries = [query, pictures / "00.png"] if query == "--image" else [query]
-    message = error(capsys, "search", indexed, *queries, "--model", broken)
-    assert f"NaN or infinite: {queries[-1]}. A model gives such values after a training that diverged" in message
 
 
 def test_where_and_top_restrict_the_results(indexed: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:

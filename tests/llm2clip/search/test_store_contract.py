@@ -19,6 +19,7 @@ from llm2clip.search.index_manifest import IndexManifest
 from llm2clip.search.index_settings import IndexSettings
 from llm2clip.search.search_index import SearchIndex
 from llm2clip.search.store import ID, KEY, REASON, VECTOR, IndexStore
+from llm2clip.search.verify_index import verify_index
 from tests.modeling_llm2clip import tiny
 
 from .conftest import Forwards
@@ -151,6 +152,8 @@ def test_an_update_that_dies_anywhere_leaves_one_whole_index_and_is_resumed(
         with pytest.raises(KeyboardInterrupt):
             place.index(pictures, model[0], **settings)
     assert place.content() == (before if left == "old" else place.content("whole"))
+    if not place.postgres:
+        assert verify_index(Path(place.location("index"))).faults == []
     place.index(pictures, model[0], **settings)
     assert place.content() == place.content("whole")
 

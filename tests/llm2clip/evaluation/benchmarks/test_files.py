@@ -12,9 +12,6 @@ from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks.files import find_images
 from llm2clip.evaluation.reading import (
     read_json,
-    read_json_lines,
-    read_lines,
-    read_text,
     stream_json_objects,
 )
 
@@ -23,25 +20,6 @@ def write(path: Path, content: bytes = b"image") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
     return path
-
-
-def test_texts_are_read_as_they_stand_without_a_mark(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.txt", "\ufeff Café\u2028 bar \r\nsecond\n\n".encode())
-    assert read_text(path) == " Café\u2028 bar \nsecond\n\n"
-    assert read_lines(path) == [" Café\u2028 bar ", "second", ""]
-    with pytest.raises(BenchmarkError, match=r"latin\.txt is not UTF-8, or is cut short: "):
-        read_text(write(tmp_path / "latin.txt", b"caf\xe9"))
-
-
-def test_json_lines_name_the_broken_line(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", '\ufeff{"caption": "a\u2028b"}\n\n{"caption": "c"}\n'.encode())
-    assert read_json_lines(path) == [{"caption": "a\u2028b"}, {"caption": "c"}]
-    with pytest.raises(BenchmarkError, match=r"line 2 of .*b\.jsonl is not valid JSON"):
-        read_json_lines(write(tmp_path / "b.jsonl", b'{"a": 1}\n{"a"\n{}\n'))
-    with pytest.raises(BenchmarkError, match=r"line 1 of .*c\.jsonl is not a JSON object"):
-        read_json_lines(write(tmp_path / "c.jsonl", b"[1]\n"))
-    with pytest.raises(BenchmarkError, match=r"d\.json is not valid JSON"):
-        read_json(write(tmp_path / "d.json", b"{a: 1}"))
 
 
 @pytest.mark.parametrize("block", [8, 1 << 16])

@@ -15,7 +15,6 @@ from llm2clip.evaluation.contracts import Measurement
 from llm2clip.evaluation.data import BenchmarkImages, ClassificationData
 from llm2clip.evaluation.metrics import ROUNDING
 from llm2clip.evaluation.prompts import prompts
-from llm2clip.evaluation.protocols import classification
 from llm2clip.evaluation.protocols.classification import (
     ZeroShotClassification,
     label_ranks,
@@ -61,17 +60,6 @@ def test_prompts_are_scaled_averaged_and_scaled_again() -> None:
     found = ZeroShotClassification().measure(session, data)
     assert found.scores == {"top1": 1.0, "mean_per_class": 1.0}
     assert session.embedded == [["dog", "a dog", "cat", "a cat"], 2]
-
-
-@pytest.mark.parametrize(("at_once", "sizes"), [(1, [3] * 7), (7, [6, 6, 6, 3]), (10**6, [21])])
-def test_classes_are_averaged_a_few_at_a_time(at_once: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts of whole classes in each part, and the numbers of all at once."""
-    images, data, table, _ = random_set()
-    expected = measure(images, data, table).scores
-    monkeypatch.setattr(classification, "PROMPTS", at_once)
-    session = FakeSession(images, table)
-    assert ZeroShotClassification().measure(session, data).scores == expected
-    assert [len(texts) for texts in session.embedded if isinstance(texts, list)] == sizes
 
 
 def test_classifier_logits_and_accuracies_equal_the_original_code() -> None:

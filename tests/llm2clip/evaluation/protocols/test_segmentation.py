@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from llm2clip.encoders.load import load_encoder
 from llm2clip.encoders.patches import patch_embeddings
-from llm2clip.evaluation import session as evaluation_session
 from llm2clip.evaluation.benchmark import BenchmarkError
 from llm2clip.evaluation.benchmarks import all_benchmarks
 from llm2clip.evaluation.benchmarks.segmentation import class_table
@@ -259,27 +258,6 @@ def stored_session(place: Path, kill_after: int | None = None) -> tuple[FakeSess
         return colours(inputs)
 
     return FakeSession([], TEXTS, place, patches=patches), segmented
-
-
-def test_a_killed_segmentation_goes_on_and_has_the_same_integers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(evaluation_session, "COUNTED", 2)
-    data = folder_of(tmp_path, [(21, 30), (40, 17), (24, 24), (24, 50), (33, 21), (24, 31), (26, 24)])
-    whole = protocol().measure(FakeSession([], TEXTS, patches=colours), data)
-    killed, segmented = stored_session(tmp_path / "store", kill_after=5)
-    with pytest.raises(KeyboardInterrupt):
-        protocol().measure(killed, data)
-    resumed, segmented = stored_session(tmp_path / "store")
-    found = protocol().measure(resumed, data)
-    assert len(segmented) == 3
-    assert found.summed is not None
-    assert whole.summed is not None
-    assert found.summed.counts.equal(whole.summed.counts)
-    assert (found.scores, found.counts) == (whole.scores, whole.counts)
-    again, segmented = stored_session(tmp_path / "store")
-    assert protocol().measure(again, data).scores == whole.scores
-    assert not segmented
 
 
 def test_counts_are_not_found_again_by_other_images_labels_texts_or_options(tmp_path: Path) -> None:
