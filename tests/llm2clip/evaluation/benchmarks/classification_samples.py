@@ -117,6 +117,23 @@ def bordered(shade: int) -> bytes:
     return stream.getvalue()
 
 
+def webdataset(*tars: dict[str, bytes], split: str = "test") -> Files:
+    """A part of a set as CLIP_benchmark's converter writes it."""
+    files: Files = {f"webdataset/{split}/{number}.tar": tar_of(members) for number, members in enumerate(tars)}
+    return files | {
+        f"webdataset/{split}/nshards.txt": f"{len(tars)}\n",
+        "webdataset/classnames.txt": "a\nb\nlast one \n",
+    }
+
+
+def webdataset_tar(number: int) -> dict[str, bytes]:
+    """One image with its label, which one of the tars has before it."""
+    suffix = ("webp", "png", "jpg", "jpeg")[number % 4]
+    image = (f"s{number:07d}.{suffix}", picture(10 * number, "webp" if suffix == "webp" else "png"))
+    label = (f"s{number:07d}.cls", str(number % 3).encode())
+    return dict([label, image] if number == 4 else [image, label])
+
+
 # ImageNet knows two of the three; their order is another by label, and in the file, than by folder.
 OBJECTNET_LABELS = {"cd_case": "CD case", "bath_towel": "Bath towel", "alarm_clock": "Zz Clock"}
 OBJECTNET = {
@@ -177,6 +194,20 @@ SAMPLES = {
     # Shared classes only, under their names in lower case.
     "objectnet": Sample("objectnet", OBJECTNET, [0, 1], [255, 255], {0: "zz clock", 1: "bath towel"}),
     "objectnet-cropped": Sample("objectnet-cropped", OBJECTNET, [0, 1], [2, 1], {}),
+    # Eleven tars, so that 10 sorted as text comes before 2.
+    "webdataset": Sample(
+        "webdataset", webdataset(*map(webdataset_tar, range(11))), [number % 3 for number in range(11)],
+        [10 * number for number in range(11)], {0: "a", 2: "last one"},
+    ),
+    # A folder and a name up to the first dot are a sample; of several images the one that CLIP_benchmark would take.
+    "webdataset-names": Sample(
+        "webdataset",
+        webdataset({
+            "a/s.PNG": picture(1), "a/s.meta.json": b"{}", "a/s.cls": b"0", "b/s.jpg": picture(2),
+            "b/s.webp": picture(3, "webp"), "b/s.png": picture(4), "b/s.CLS": b"2",
+        }),
+        [0, 2], [1, 3], {},
+    ),
     "folders": Sample(
         "imagefolder",
         pictures("test", **{"sea_lion/b.png": 2, "sea_lion/a.JPG": 1, "Zebra/x.webp": 3, ".cache/x.png": 9,
@@ -205,6 +236,7 @@ TRAIN = {
         [1, 2, 0, 1, 2],
     ),
     "imagenet-folders": (pictures("imagenet/train", **{f"{WNIDS[5]}/n.JPEG": 5}), [5]),
+    "webdataset": (webdataset({"s0.png": picture(1), "s0.cls": b"2"}, split="train"), [2]),
     "folders-own-names": (pictures("train", **{"a/1.png": 7, "b/1.png": 8}), [0, 1]),
 }
 
@@ -227,6 +259,12 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("imagenet-a", {f"imagenet-a/{WNIDS[0]}/image.jpg": picture(1)}, "has 1 folders of no class"),
     ("objectnet", {"objectnet-1.0/mappings/folder_to_objectnet_label.json": {"alarm_clock": "Zz Clock"}},
      "2 classes have an ImageNet class, but 1 a folder"),
+    ("webdataset", {"webdataset/test/nshards.txt": "12\n"}, r"has 12 tars by nshards.txt, but no 11.tar"),
+    ("webdataset", {"webdataset/test/nshards.txt": "many\n"}, "has no number: 'many'"),
+    ("webdataset", webdataset({"s1.cls": b"1"}), r"sample s1 of .*0.tar needs an image \(webp, png, jpg, jpeg\)"),
+    ("webdataset", {"webdataset/test/0.tar": b"no tar" * 200}, "is not an uncompressed tar, or is damaged"),
+    ("webdataset", {"webdataset/dataset_type.txt": "multilabel\n"}, "several labels an image"),
+    ("webdataset", {"webdataset/dataset_type.txt": "retrieval\n"}, "has captions, not labels"),
     ("folders-own-names", {"classnames.txt": "Äpfel\n"}, "has 1 names for 2 classes"),
 ]  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,32 +18,19 @@ from modeling_llm2clip.image_decoding_llm2clip import DamagedImageError
 
 @dataclass
 class Layout:
-    """A tiny set, with what its reader makes of it.
-
-    Attributes:
-        root: Its folder.
-        image, label: Paths, with a place for the name.
-        written: Values in the label map of each name.
-        read: Classes that are read, in the order of the images.
-        names: Some of the classes.
-        classes: Name of its classes, and how many there are.
-        wrong: A value that is no class.
-        order: Names in the order of the images; by default all that are written.
-        listing: Where a list of names lies, if the set has one.
-        beside: Other files beside a label map.
-    """
+    """A tiny set, with what its reader makes of it."""
 
     root: str
-    image: str
+    image: str  # paths, with a place for the name
     label: str
-    written: dict[str, list[list[int]]]
-    read: list[list[list[int]]]
-    names: dict[int, str]
-    classes: tuple[str, int]
-    wrong: int
-    order: tuple[str, ...] = ()
-    listing: str = ""
-    beside: tuple[str, ...] = field(default=())
+    written: dict[str, list[list[int]]]  # values in the label map of each name
+    read: list[list[list[int]]]  # classes, in the order of the images
+    names: dict[int, str]  # some of the classes
+    classes: tuple[str, int]  # their name, and how many there are
+    wrong: int  # a value that is no class
+    order: tuple[str, ...] = ()  # names in the order of the images; by default all that are written
+    listing: str = ""  # where a list of names lies, if the set has one
+    beside: tuple[str, ...] = ()  # other files beside a label map
 
     def write(self, data: Path) -> Path:
         """Write the set below a folder; returns its own."""
