@@ -12,7 +12,7 @@ from PIL import Image
 
 from llm2clip.data import DamagedImageError
 from llm2clip.demo.gallery import Gallery
-from llm2clip.demo.interface import ANYTHING, QUERIES, _head, build_interface, find_examples
+from llm2clip.demo.interface import _head, build_interface, find_examples
 from llm2clip.search.folder_items import FolderImages
 from llm2clip.search.index import IndexConfig, run
 from modeling_llm2clip import LLM2CLIPModel
@@ -153,23 +153,6 @@ def test_models_of_other_libraries_are_shown(kind: str, has_maps: bool, tmp_path
     assert opened.has_heat_maps == has_maps
     if has_maps:
         assert opened.heat_map(IMAGES[0], "a camera")[2].shape == (4, 4)
-
-
-def test_examples_are_of_the_images_that_are_shown(gallery: Gallery, tmp_path: Path) -> None:
-    captions = set(next(bundled_images().batches())["caption"].to_pylist())
-    bundled = find_examples(gallery, True, tmp_path / "bundled")
-    assert bundled.queries == QUERIES
-    own = find_examples(gallery, False, tmp_path / "own")
-    (queries,) = own.queries.values()
-    assert set(queries) <= captions
-    assert [caption for *_, caption in own.pictures] == queries[: len(own.pictures)]
-    for path, labels, _ in bundled.pictures + own.pictures:
-        assert Image.open(path).tobytes() in {image.tobytes() for image in IMAGES}
-        assert len(gallery.classify(Image.open(path), labels.splitlines())) > 1
-    for number in range(3):
-        IMAGES[number].save(tmp_path / f"{number}.png")
-    files = Gallery.embed(gallery.encoder, FolderImages(tmp_path), tmp_path / "cache")
-    assert find_examples(files, False, tmp_path / "files").queries == {"Examples": ANYTHING}
 
 
 def test_a_second_start_embeds_nothing_and_another_model_or_preprocessing_all(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,14 +159,6 @@ def test_the_page_and_its_plots(two_models: list[str], tmp_path: Path) -> None:
     table = output.with_suffix(".json")
     assert cli.main(["report", *two_models, "--output", str(table)]) == 0
     assert [row["model"] for row in json.loads(table.read_text())["rows"]] == ["openai/clip", "runs/mine", "a|b"]
-
-
-def test_a_file_that_is_named_twice_is_one_result(two_models: list[str]) -> None:
-    folder = Path(two_models[0]).parent
-    whole = compare_results(two_models).to_json()
-    names: Sequence[list[Any]] = ([two_models[0], folder], [str(folder / "*.json")], [*two_models, folder])
-    for some in names:
-        assert compare_results(some).to_json() == whole
 
 
 def test_mistakes_end_in_one_error(two_models: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

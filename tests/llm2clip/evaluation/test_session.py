@@ -17,7 +17,6 @@ from llm2clip.encoders.load import load_encoder
 from llm2clip.evaluation.data import BenchmarkImages
 from llm2clip.evaluation.session import Session
 from llm2clip.utils.embeddings import NonFiniteError
-from modeling_llm2clip.image_decoding_llm2clip import DamagedImageError
 from tests.llm2clip.encoders.models import save_transformers
 from tests.llm2clip.evaluation.fake_session import FakeSession
 
@@ -109,17 +108,6 @@ def test_counts_are_exact_and_stored(tmp_path: Path) -> None:
         assert counts_of(fake(store), images).equal(expected)
     # Found by content, whatever the position is now.
     assert counts_of(fake(tmp_path), pictures(4, 1)).equal(expected[[4, 1]])
-
-
-def test_broken_images_are_named_or_have_no_row(model: Path, tmp_path: Path) -> None:
-    damaged = BenchmarkImages([picture(0), picture(1)[:60]], ["good", "cut short"])
-    # A run that skips it stores so, and one that does not finds that out.
-    for store in (None, tmp_path, tmp_path):
-        rows = session(model, store, on_error="skip").embed_images(damaged)
-        assert rows.isnan().any(dim=1).tolist() == [False, True]
-    for store in (None, tmp_path):
-        with pytest.raises(DamagedImageError, match="The image 'cut short' cannot be used"):
-            session(model, store).embed_images(damaged)
 
 
 @pytest.mark.parametrize("on_error", ["raise", "skip"])

@@ -19,7 +19,7 @@ from llm2clip.search.store import open_store
 from tests.processes import run_python
 
 from .conftest import Forwards
-from .helpers import QUERY, Model, as_json, encoded, error, picture
+from .helpers import Model, as_json, encoded, error, picture
 from .helpers import index as index_in_folder
 from .places import Place, rows_of, sql
 
@@ -207,16 +207,6 @@ def test_a_database_without_a_recent_pgvector_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match="ALTER EXTENSION vector UPDATE"):
         SearchIndex.open("index", plain)
     sql(url, "DROP DATABASE plain")
-
-
-def test_pgvector_and_the_table_may_be_in_other_schemas(pictures: Path, model: Model, url: str) -> None:
-    sql(url, "CREATE DATABASE tidy")
-    tidy = url.rpartition("/")[0] + "/tidy"
-    sql(tidy, 'CREATE SCHEMA "my Types"; CREATE EXTENSION vector SCHEMA "my Types"; CREATE SCHEMA mine')
-    settings = {"postgres": tidy, "table": "mine.images", "index_type": "hnsw"}
-    assert index_in_folder(pictures, model[0], None, **settings) == (12, 0, 0, 0, 12)
-    assert len(SearchIndex.open("mine.images", tidy).search(QUERY, 3)[0]) == 3
-    sql(url, "DROP DATABASE tidy")
 
 
 def test_a_table_has_the_name_of_the_folder_in_letters_of_sql(pictures: Path, model: Model, url: str) -> None:

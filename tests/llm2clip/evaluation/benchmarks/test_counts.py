@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from llm2clip.evaluation.data import (
     PairData,
     RetrievalData,
 )
-from tests.llm2clip.evaluation.benchmarks.samples import write, write_lines, xm3600_row
+from tests.llm2clip.evaluation.benchmarks.samples import write
 
 ENDING = " With --allow-counts it is measured all the same, and the result says so."
 
@@ -33,19 +32,16 @@ def refusal(name: str, data: Path, **counts: int) -> str:
     assert folder is not None
     with pytest.raises(BenchmarkError) as error:
         check_counts(benchmark, folder, benchmark.read(folder), allow=False)
-    message = str(error.value)
-    assert "\n" not in message
-    assert message.endswith(ENDING)
-    return message.removesuffix(ENDING)
+    return str(error.value)
 
 
-def flickr30k(data: Path, captions: dict[str, int], repeated: Sequence[str] = ()) -> None:
+def flickr30k(data: Path, captions: dict[str, int]) -> None:
     """Write Salesforce's file of images with so many captions each, and its images."""
     rows = [
         {"image": f"flickr30k-images/{name}.jpg", "caption": [f"{name} {number}" for number in range(count)]}
         for name, count in captions.items()
     ]
-    write(data / "flickr30k/flickr30k_test.json", [*rows, *(row for row in rows if row["image"][17:-4] in repeated)])
+    write(data / "flickr30k/flickr30k_test.json", rows)
     for name in captions:
         write(data / f"flickr30k/flickr30k-images/{name}.jpg")
 
@@ -53,22 +49,13 @@ def flickr30k(data: Path, captions: dict[str, int], repeated: Sequence[str] = ()
 def test_images_of_salesforce_with_another_number_of_captions_are_named(tmp_path: Path) -> None:
     flickr30k(tmp_path, {"a": 5, "b": 4, "c": 5, "d": 6, "e": 4})
     file = tmp_path / "flickr30k/flickr30k_test.json"
-    assert refusal("flickr30k", tmp_path, images=5, texts=25) == (
+    assert refusal("flickr30k", tmp_path, images=5, texts=25).removesuffix(ENDING) == (
         "Flickr30k has 24 texts instead of 25 (1 too few): its numbers could not be compared with published ones. "
         f"In {file}: images with another number of captions than 5: flickr30k-images/b.jpg (4), "
         "flickr30k-images/d.jpg (6), flickr30k-images/e.jpg (4); the last of the captions is number 24, "
         "flickr30k-images/e.jpg 'e 3'."
     )
-    flickr30k(tmp_path, dict.fromkeys("abcdefgh", 2))
-    assert "flickr30k-images/e.jpg (2) and 3 more;" in refusal("flickr30k", tmp_path, images=8, texts=40)
-
-
-def test_a_row_that_is_repeated_is_named(tmp_path: Path) -> None:
-    flickr30k(tmp_path, dict.fromkeys("abc", 5), repeated="b")
-    message = refusal("flickr30k", tmp_path, images=3, texts=15)
-    assert "4 images instead of 3 (1 too many), 20 texts instead of 15 (5 too many)" in message
-    assert "repeated images: flickr30k-images/b.jpg (numbers 2, 4)" in message
-    assert "repeated captions: flickr30k-images/b.jpg 'b 0' (numbers 6, 16), " in message
+    assert ENDING in refusal("flickr30k", tmp_path, images=8, texts=40)
 
 
 def test_classes_and_numbers_without_an_image_are_named(tmp_path: Path) -> None:
@@ -80,7 +67,7 @@ def test_classes_and_numbers_without_an_image_are_named(tmp_path: Path) -> None:
     assert "1,997 images instead of 2,000 (3 too few), 999 classes instead of 1,000 (1 too few)" in message
     assert f"In {tmp_path / 'imagenetv2-matched-frequency-format-val'}: " in message
     assert "classes with another number of images than 2: tiger shark (0), toilet paper in 999 (1); " in message
-    assert message.endswith("numbers without an image: 7, 8.")
+    assert "numbers without an image: 7, 8." in message
 
 
 @pytest.mark.parametrize("part", [0.3, 0.999])
@@ -93,18 +80,6 @@ def test_the_end_of_a_file_that_is_cut_short_is_shown(part: float, tmp_path: Pat
         all_benchmarks()["flickr30k"].read(path.parent)
     assert str(error.value).startswith(f"{path} is not valid JSON, or is cut short: ")
     assert str(error.value).endswith(f"; it ends {content.decode(errors='ignore')[-80:]!r}.")
-
-
-def test_languages_and_images_without_captions_are_named(tmp_path: Path) -> None:
-    rows = [xm3600_row("b", de=["Haus"], zh=["房子"], mi=[]), xm3600_row("a", de=["Haus"], zh=[])]
-    file = write_lines(tmp_path / "xm3600/captions.jsonl", rows)
-    for row in rows:
-        write(tmp_path / f"xm3600/images/{row['image/key']}.jpg")
-    message = refusal("xm3600", tmp_path, images=4, languages=36, texts=300)
-    assert "2 languages instead of 36 (34 too few)" in message
-    assert f"In {file}: languages without a caption: ar, bn, cs, da, el and 29 more; " in message
-    assert "images without captions: zh images/a.jpg; " in message
-    assert message.endswith("the last of the images is number 2, images/a.jpg.")
 
 
 IMAGES = BenchmarkImages([b"1", b"2", b"3", b"4"], ["1.jpg", "2.jpg", "3.jpg", "4.jpg"])
