@@ -9,16 +9,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
 
 from llm2clip.evaluation.benchmarks import all_benchmarks
 from llm2clip.evaluation.benchmarks.variants import probe_by_name
-from llm2clip.evaluation.contracts import Measurement
 from llm2clip.evaluation.results import (
     PublishedRow,
     Result,
-    intervals_of,
     print_results,
     published_rows,
     read_result,
@@ -75,14 +72,6 @@ def test_a_changed_score_is_refused_until_its_checksum_is_taken_away(tmp_path: P
     del found[MANIFEST_CHECKSUM]
     write_json(path, found)
     assert read_result(path).scores["text_to_image_recall@1"] == 0.75
-
-
-def test_values_that_do_not_average_to_the_score_are_an_error() -> None:
-    halves = Measurement({"name": "halves"}, {"half": 0.5}, values={"half": torch.tensor([1.0, 1.0])})
-    with pytest.raises(ValueError, match=r"values of half average to 1\.0, but its score is 0\.5"):
-        intervals_of(halves)
-    parts = {"values": {"a": torch.tensor([1.0, 0.0, 0.0])}, "strata": {"a": torch.tensor([4, 9, 9])}}
-    assert intervals_of(Measurement({}, {"a": 0.5}, **parts)) == {"a": [0.5, 0.5]}
 
 
 def test_protocols_have_tables_of_their_own() -> None:

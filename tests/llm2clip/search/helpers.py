@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +36,6 @@ def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
     file = io.BytesIO()
     image.save(file, kind)
     return file.getvalue()
-
-
-def header_bomb() -> bytes:
-    """Return a PNG whose header claims 200,000 x 200,000 pixels."""
-    data = bytearray(encoded(picture(0)))
-    data[16:24] = (200_000).to_bytes(4, "big") * 2
-    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
-    return bytes(data)
 
 
 def index(source: Path | str, model: Path | str, output: Path | str | None, **settings: Any) -> tuple[int, ...]:

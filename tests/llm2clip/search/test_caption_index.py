@@ -20,7 +20,7 @@ from tests.modeling_llm2clip import tiny
 from tests.tars import write_tar
 
 from . import helpers
-from .helpers import Model, as_json, encoded, error, picture, rows, save_broken, save_table, save_vision_half
+from .helpers import Model, as_json, encoded, error, picture, rows, save_table, save_vision_half
 from .places import content
 
 index = partial(helpers.index, embed="caption")
@@ -110,16 +110,6 @@ def test_an_update_embeds_only_new_captions_and_equal_ones_once(
         np.testing.assert_allclose(row.pop("vector"), other.pop("vector"), atol=1e-3)
         assert row == other
     assert index(data, model[0], output, **settings, overwrite=True)[:2] == (3, 0)
-
-
-def test_a_model_with_broken_embeddings_ends_with_one_error(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    broken = save_broken(tmp_path / "broken", "text_adapter.proj")
-    command = [data, "--model", broken, "--output-dir", tmp_path / "index", "--embed", "caption"]
-    message = error(capsys, "index", *command)
-    assert "3 of 3 texts are NaN or infinite: a small dog, a red bus, a steam train. A model gives such" in message
-    assert not (tmp_path / "index").exists()
 
 
 def test_another_kind_of_index_and_another_text_side_are_refused(

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from llm2clip.search.search_index import SearchIndex
-from modeling_llm2clip import LLM2CLIPVisionModelWithProjection
 from tests.modeling_llm2clip import tiny
 
 from .conftest import Forwards
@@ -108,15 +107,6 @@ def test_equal_images_of_a_data_set_are_embedded_once(model: Model, tmp_path: Pa
     vectors = embeddings(tmp_path / "index")
     assert (vectors["0"] == vectors["9"]).all()
     assert (vectors["0"] != vectors["1"]).any()
-
-
-def test_the_vision_half_updates_an_index_of_the_whole_model(pictures: Path, model: Model, tmp_path: Path) -> None:
-    half = tmp_path / "half"
-    LLM2CLIPVisionModelWithProjection.from_pretrained(model[0]).save_pretrained(half)
-    tiny.processor().image_processor.save_pretrained(half)
-    index(pictures, model[0], tmp_path / "whole")
-    # Built with one and updated with the other.
-    assert index(pictures, half, tmp_path / "whole")[:2] == (0, 12)
 
 
 def test_an_index_of_which_most_images_are_gone_stays_as_it_is(pictures: Path, model: Model, tmp_path: Path) -> None:
