@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.llm2clip.data.conftest import _prepared, _private_cache, image_processor, made
+from tests.llm2clip.data.conftest import _prepared, _private_cache
 
-__all__ = ["_prepared", "_private_cache", "image_processor", "made"]
+__all__ = ["_prepared", "_private_cache"]

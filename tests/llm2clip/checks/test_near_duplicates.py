@@ -26,15 +26,6 @@ def check_of(hashes: dict[str, int]) -> HashCheck:
     return check
 
 
-def test_the_nearest_picture_within_four_bits_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm2clip.checks.near_duplicates.BLOCK", 6)  # two rows of three at once
-    originals = check_of({"a": 0, "b": 0xFFFF_0000_FFFF_0000, "c": 2**64 - 1})
-    numbers = {"same": 0, "near": 0xFFFF_0000_FFFF_000F, "far": 0xFFFF_0000_FFFF_001F, "top": 2**63 - 1}
-    assert find_near_duplicates(check_of(numbers), originals) == [("same", "a", 0), ("near", "b", 4), ("top", "c", 1)]
-    assert find_near_duplicates(check_of(numbers), originals, near=5)[2] == ("far", "b", 5)
-    assert find_near_duplicates(HashCheck(), originals) == find_near_duplicates(originals, HashCheck()) == []
-
-
 def test_distances_are_those_of_the_bits() -> None:
     generator = random.Random(0)
     numbers = {str(row): generator.getrandbits(64) for row in range(40)}
@@ -45,13 +36,6 @@ def test_distances_are_those_of_the_bits() -> None:
         assert copy.distance == min(distances.values())
         assert copy.original == next(key for key, distance in distances.items() if distance == copy.distance)
     assert len(found) == 40
-
-
-def test_a_row_without_a_usable_image_has_no_hash() -> None:
-    check = HashCheck()
-    check.add(RowFacts("text", {}))
-    check.add(RowFacts("broken", {}, image=ImageFacts(fault="broken images")))
-    assert check.keys == []
 
 
 def drawing(seed: int, size: int = 96) -> Image.Image:

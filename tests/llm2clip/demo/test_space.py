@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from llm2clip import cli
-from llm2clip.convert.published import FOLDER, published_models
+from llm2clip.convert.published import FOLDER
 from tests.modeling_llm2clip import tiny
 
 
@@ -77,7 +77,3 @@ def test_the_requirements_of_a_space_equal_the_demo_extra() -> None:
     wanted = [setup["options"]["install_requires"], extras["train"], extras["demo"]]
     lines = {line for text in wanted for line in text.split("\n") if line and not line.startswith("llm2clip[")}
     assert set((FOLDER / "space" / "requirements.txt").read_text().splitlines()) == lines
-
-
-def test_the_space_template_is_not_listed_as_a_model() -> None:
-    assert "space" not in published_models()

@@ -73,16 +73,6 @@ def test_images_are_drawn_with_all_their_queries_of_all_languages(kind: str, lan
     assert found[1] - found[0] > 1.2 * (alone[1] - alone[0])
 
 
-def test_captions_that_are_found_together_are_one_observation() -> None:
-    """Five equal hits of an image say no more than one: drawn alone they would seem sqrt(5) times as certain."""
-    torch.manual_seed(0)
-    hits = (torch.rand(300) < 0.4).double()
-    low, high = bootstrap_interval(hits.repeat_interleave(5), clusters=torch.arange(300).repeat_interleave(5))
-    assert [low, high] == bootstrap_interval(hits)
-    narrow = bootstrap_interval(hits.repeat_interleave(5))
-    assert (high - low) / (narrow[1] - narrow[0]) == pytest.approx(5**0.5, rel=0.06)
-
-
 def test_protocols_draw_images() -> None:
     """All captions of an image find it or none do, in each language."""
     torch.manual_seed(0)
@@ -110,14 +100,6 @@ def test_protocols_draw_images() -> None:
     found = intervals_of(CaptionChoice().measure(session, choices))
     hits = CaptionChoice().measure(session, choices).values["accuracy"].view(-1, 5)[:, 0]
     assert found["accuracy"] == found["add_accuracy"] == pytest.approx(bootstrap_interval(hits), abs=1e-9)
-
-
-def test_many_distinct_values_are_drawn_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    values = torch.rand(300)
-    whole = bootstrap_interval(values)
-    monkeypatch.setattr("llm2clip.evaluation.bootstrap.BLOCK", 900)
-    assert bootstrap_interval(values) == whole
 
 
 def ratios(sums: Tensor) -> dict[str, Tensor]:

@@ -7,22 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from PIL import Image
 
 from llm2clip import cli
-from llm2clip.evaluation.check_benchmark import InspectedImages, images_of, texts_of
-from llm2clip.evaluation.data import (
-    BenchmarkImages,
-    CaptionPairData,
-    ClassificationData,
-    HardNegativeData,
-    MultilingualData,
-    PairData,
-    RetrievalData,
-)
-from llm2clip.evaluation.label_maps import REFUSED, SegmentationData
-from tests.llm2clip.checks.test_token_check import save_tokenizer
+from tests.llm2clip.checks.tokenizers import save_tokenizer
 from tests.llm2clip.data.conftest import png
 
 # A set of a stranger: an image for each list of captions.
@@ -107,14 +94,6 @@ def test_other_counts_stop_a_run(tiny: Path, capsys: pytest.CaptureFixture[str])
     assert "Traceback" not in error
 
 
-def test_missing_images_stop_a_run(tiny: Path) -> None:
-    (tiny / "tiny" / "b.png").unlink()
-    status, report = check(tiny)
-    assert status == 1
-    assert "lacks 1 of 3 images" in report["stops"][0]
-    assert "b.png" in report["stops"][0]
-
-
 def test_broken_images_stop_a_run_unless_images_are_left_out(tiny: Path) -> None:
     (tiny / "tiny" / "b.png").write_bytes(png(1)[:60])
     status, report = check(tiny)
@@ -138,12 +117,9 @@ def test_a_broken_or_missing_file_stops_a_run(tiny: Path) -> None:
     ("arguments", "message"),
     [
         (["--benchmark", "urban1k"], "benchmark needs data, the folder of the files: --data ./data"),
-        (["--benchmark", "urban1k", "--data", "nowhere"], "--data nowhere is no folder"),
         (["--data", "somewhere"], "name them with --benchmark"),
         (["mine", "--benchmark", "urban1k", "--data", "."], "not both"),
         (["--benchmark", "urban1k", "--data", ".", "--split", "test"], "split is for a SOURCE"),
-        (["--benchmark", "urban1k", "--data", ".", "--other-splits", "test"], "other_splits is for a SOURCE"),
-        (["--benchmark", "urban2k", "--data", "."], "there is no benchmark 'urban2k'"),
     ],
 )
 def test_settings_that_contradict_each_other(
@@ -151,46 +127,3 @@ def test_settings_that_contradict_each_other(
 ) -> None:
     assert cli.main(["check-data", *arguments]) == 2
     assert message in capsys.readouterr().err
-
-
-def test_a_label_map_with_a_wrong_value_is_found(tmp_path: Path) -> None:
-    for name, value in (("good", 0), ("bad", 7)):
-        (tmp_path / f"{name}.jpg").write_bytes(png(1, (2, 2)))
-        Image.new("L", (2, 2), value).save(tmp_path / f"{name}.png")
-    class_of = torch.full((256,), REFUSED)
-    class_of[0] = 0
-    pictures = BenchmarkImages([tmp_path / "good.jpg", tmp_path / "bad.jpg"])
-    maps = [tmp_path / "good.png", tmp_path / "bad.png"]
-    data = SegmentationData("Tiny", pictures, maps, {"sky": ("sky",)}, class_of)
-    (_, good), (key, bad) = InspectedImages(images_of(data)[0], 100)
-    assert (good.fault, bad.fault, Path(key).name) == (None, "broken images", "bad.jpg")
-    assert "label map" in bad.reason
-    assert "bad.png" in bad.reason
-
-
-def images(*names: str) -> BenchmarkImages:
-    return BenchmarkImages([Path(name) for name in names])
-
-
-def test_texts_and_images_of_every_kind_of_data() -> None:
-    shared = images("a", "b")
-    languages = MultilingualData(
-        {
-            "de": RetrievalData(shared, ["x"], torch.tensor([1])),
-            "en": RetrievalData(shared, ["y", "z"], torch.tensor([0, 0])),
-        }
-    )
-    assert texts_of(languages) == {"de": [("b", "x")], "en": [("a", "y"), ("a", "z")]}
-    assert [part.images for part in images_of(languages)] == [shared]
-    train = ClassificationData(images("c"), torch.tensor([0]), ["dog", "cat"])
-    classes = ClassificationData(shared, torch.tensor([0, 1]), ["dog", "cat"], ["a {c}", "the {c}"], train=train)
-    assert texts_of(classes) == {
-        "prompts": [("dog", "a dog"), ("dog", "the dog"), ("cat", "a cat"), ("cat", "the cat")]
-    }
-    assert [part.images for part in images_of(classes)] == [shared, train.images]
-    choices = HardNegativeData(shared, torch.tensor([1]), ["x"], ["y"], ["swap"])
-    assert texts_of(choices) == {"right": [("b", "x")], "wrong": [("b", "y")]}
-    assert texts_of(PairData(shared, ["x", "y"], ["kind"])) == {"first": [("a", "x")], "second": [("a", "y")]}
-    pairs = CaptionPairData(["x"], ["y"])
-    assert texts_of(pairs) == {"queries": [("0", "x")], "targets": [("0", "y")]}
-    assert images_of(pairs) == []

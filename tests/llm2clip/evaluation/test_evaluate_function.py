@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,10 @@ import torch
 from llm2clip.evaluation import evaluate as module
 from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks.checksum import data_checksum
-from llm2clip.evaluation.benchmarks.listing import DETAILS, list_benchmarks, overview
 from llm2clip.evaluation.contracts import Measurement
 from llm2clip.evaluation.data import (
     BenchmarkImages,
-    CaptionPairData,
     ClassificationData,
-    GradedData,
-    HardNegativeData,
     PairData,
     RetrievalData,
 )
@@ -189,26 +184,6 @@ def test_missing_files_are_named_with_their_place(data: Path) -> None:
         find_benchmarks([several], data)
 
 
-def test_the_list_tells_what_each_set_needs_and_whether_it_is_there(data: Path) -> None:
-    other = replace(BENCHMARK, name="cats", groups=("classification",), folder="Cats", counts={}, note="")
-    shown = list_benchmarks([other, BENCHMARK], data)
-    assert shown.index("SHORT") < shown.index("tiny  Tiny set") < shown.index("CLASSIFICATION") < shown.index("cats")
-    for text in (
-        "groups:  short, paper", "counts:  2 images, 3 texts", "counts:  not published", "license: MIT",
-        "files:   Tiny/: captions.json, images", "source:  This test.", "note:    A trap.",
-        f"found:   in {data / 'Tiny'}",
-    ):  # fmt: skip
-        assert text in shown
-    many = replace(other, counts={"images": 1, "texts": 2, "pairs": 3})
-    assert overview([many, BENCHMARK], data).splitlines() == [
-        "name  found  groups          counts                  license",
-        "tiny  yes    short, paper    2 images, 3 texts       MIT",
-        "cats  no     classification  1 images, 2 texts, ...  MIT",
-        "",
-        f"1 of 2 are below {data}. {DETAILS}",
-    ]
-
-
 NAMES = [f"Text {row}" for row in range(12)]
 ROWS = torch.randn(24, 3, generator=torch.Generator().manual_seed(2))
 
@@ -221,82 +196,8 @@ def paired() -> PairData:
     return PairData(pictures(12), list(NAMES), ["a", "a", "b", "a", "b", "c"])
 
 
-def judged() -> GradedData:
-    own = torch.tensor([[text, text // 2] for text in range(12)])
-    return GradedData(pictures(6), list(NAMES), own[:, 1], own[:8], own.flip(1), outside=["caption 9, image 1"])
-
-
-def hard_negatives() -> HardNegativeData:
-    kinds = ["add_obj", "swap_obj", "add_obj", "add_att", "swap_obj", "add_att"]
-    return HardNegativeData(pictures(2), torch.tensor([0, 1, 0, 1, 1, 0]), NAMES[:6], NAMES[6:], kinds)
-
-
 def classes() -> ClassificationData:
     return ClassificationData(pictures(4), torch.tensor([0, 1, 1, 0]), NAMES[:2], ["{c}"])
-
-
-def sides(*names: str) -> set[str]:
-    return {f"{side}_{name}" for side in ("text_to_image", "image_to_text") for name in names}
-
-
-def i2t_t2i(name: str) -> list[str]:
-    return [f"image_to_text_{name}", f"text_to_image_{name}"]
-
-
-# How the data is made, id and options of the protocol, some of the counts, the scores, and those that are compared.
-KINDS: dict[str, tuple[Callable[[], Any], Mapping[str, Any], dict[str, int], set[str], list[str]]] = {
-    "pair-scores": (
-        paired, {}, {"pairs": 6, "kinds": 3}, {"group_score", "text_score", "image_score"},
-        ["text_score", "image_score", "group_score"],
-    ),
-    "image-choice": (paired, {"prompt": "{}"}, {"pairs": 6, "kinds": 3}, {"accuracy"}, ["accuracy"]),
-    "caption-choice": (
-        hard_negatives, {}, {"add_obj": 2, "swap_obj": 2, "add_att": 2}, {"accuracy", "add_accuracy", "swap_accuracy"},
-        ["accuracy"],
-    ),
-    "graded-precision": (
-        judged, {}, {"text_queries": 8, "image_queries": 6, "right_texts": 12, "outside": 1},
-        sides("map@r", "r_precision", "recall@1"), i2t_t2i("map@r"),
-    ),
-    "graded-recall": (
-        judged, {}, {"text_queries": 8, "image_queries": 6, "right_images": 8, "outside": 1},
-        sides("recall@1", "recall@5", "recall@10"), i2t_t2i("recall@1"),
-    ),
-    "caption-retrieval": (
-        lambda: CaptionPairData(NAMES[:6], NAMES[6:]), {}, {"pairs": 6}, {"recall@1", "recall@5", "recall@10"},
-        ["recall@1"],
-    ),
-    "zero-shot-classification": (
-        classes, {}, {"images": 4, "classes": 2}, {"top1", "mean_per_class"}, ["top1"],
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("protocol", KINDS)
-def test_each_kind_of_data_gives_a_result(protocol: str, tmp_path: Path) -> None:
-    make, options, counts, scores, compared = KINDS[protocol]
-    texts = {form: row for name, row in zip(NAMES, ROWS, strict=False) for form in (name, name.lower())}
-    model = FakeEncoder({f"image {row}".encode(): ROWS[12 + row] for row in range(12)}, texts)
-    fields = {"name": "tiny", "title": "Tiny", "counts": counts, "read": lambda _: make(), "options": options}
-    benchmark = Benchmark(**fields, protocol=protocol)
-    result = run(tmp_path, tmp_path / "out", model, benchmark=benchmark)
-    assert set(result.scores) == set(result.intervals) == scores
-    assert result.compared == compared
-    assert result.protocol["id"] == result.setup["protocol"] == protocol
-    assert counts.items() <= result.counts.items()
-    assert read_result(next((tmp_path / "out").glob("*.json"))) == result
-    wrong = replace(benchmark, counts={name: count + 1 for name, count in counts.items()})
-    name, count = next(iter(counts.items()))
-    with pytest.raises(BenchmarkError, match=f"{count} {name} instead of {count + 1}"):
-        run(tmp_path, None, model, benchmark=wrong)
-    changed = make()
-    next(value for value in vars(changed).values() if isinstance(value, list))[0] = "another text"
-    assert data_checksum(changed) != data_checksum(make()) == result.data["checksum"]
-    if protocol != "zero-shot-classification":
-        model.embedded.clear()
-        lower = run(tmp_path, None, model, benchmark=benchmark, text_format="lower")
-        assert (lower.scores, lower.data) == (result.scores, result.data)
-        assert all(text == text.lower() for texts in model.embedded if isinstance(texts, list) for text in texts)
 
 
 def test_a_text_format_does_not_change_prompts_of_classes(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,12 @@ from llm2clip import cli
 from llm2clip.data import CaptionSource, PairSource
 from llm2clip.encoders import embed, load_encoder
 from llm2clip.encoders.ours import OurEncoder
-from llm2clip.encoders.stored import StoredEncoder
 from llm2clip.evaluation import caption_retrieval_metrics, retrieval_metrics
 from llm2clip.evaluation.data import CaptionPairData, RetrievalData
 from llm2clip.evaluation.evaluate import evaluate
-from llm2clip.evaluation.protocols.retrieval import image_text_metrics
-from llm2clip.evaluation.report import compare_results
-from llm2clip.evaluation.session import Session
 from llm2clip.store import Store
-from llm2clip.utils.embeddings import NonFiniteError
-from llm2clip.utils.processes import leave_process_group, process_state
 from tests.llm2clip.encoders.models import save_transformers
 from tests.modeling_llm2clip import tiny
-from tests.processes import run_ranks
 
 # Of six images; two share a caption, one has one twice in other case, one has an empty one, and one has none.
 CAPTIONS = [["a dog", "a cat"], ["a dog"], ["a bus", "a bus", "A Bus", ""], ["a red park"], [], ["two trees, old"]]
@@ -91,9 +83,6 @@ def test_rows_are_queries_with_one_right_image_and_equal_captions_one_with_all(p
     assert distinct.texts == DISTINCT
     # "a bus" and "A Bus" are one caption, whose forms are kept.
     assert distinct.pairs.tolist() == [[0, 0], [0, 1], [1, 0], [2, 2], [3, 2], [4, 3], [5, 5]]
-    assert distinct.select([1, 2]).pairs.tolist() == [[0, 0], [1, 1], [2, 1]]
-    assert distinct.captions_of(2) == ["a bus", "A Bus"]
-    assert distinct.counts() == {"images": 6, "texts": 6}
     with pytest.raises(ValueError, match=r"no row of .* has a caption in caption"):
         RetrievalData.from_source(CaptionSource(own.path, split="train[4:5]"))
 
@@ -104,23 +93,16 @@ def test_models_of_two_libraries_on_own_data_and_a_published_set_in_one_run(
     models, own = [str(place / name) for name in ("clip", "ours")], str(place / "own.parquet")
     options = ("--benchmark", own, "urban1k", "--allow-counts", "--positives", "rows")
     assert command(place, tmp_path, *models, *options) == 0
-    shown = capsys.readouterr().out
     results = results_of(tmp_path)
+    assert "Protocol: retrieval, positives rows, " in capsys.readouterr().out
     assert [(one["model"]["given"], one["benchmark"]) for one in results] == [
         (model, benchmark) for model in models for benchmark in (own, "urban1k")
     ]
     assert len({json.dumps([sorted(one), one["protocol"]]) for one in results}) == 1
-    assert [one["differences"] for one in results[:2]] == [
-        [],
-        ["3 images instead of 1,000", "3 texts instead of 1,000"],
-    ]
     for one in results[::2]:
         assert (one["counts"]["images"], one["counts"]["texts"], one["counts"]["image_queries"]) == (6, 8, 5)
         assert {"path": own, "split": "train"}.items() <= one["data"].items()
-        assert len(one["data"]["revision"]) == 16
-    for one in (results[2], results[3]):
-        name = "image_to_text_median_rank"
-        assert f"{name.replace('_', ' ')} {one['ranks'][name]:,}" in shown
+        assert one["protocol"]["positives"] == "rows"
     # Those of the encoder itself.
     for model, one in zip(models, results[::2], strict=True):
         encoder, data = load_encoder(model), RetrievalData.from_source(source(own), "rows")
@@ -132,44 +114,10 @@ def test_models_of_two_libraries_on_own_data_and_a_published_set_in_one_run(
     page = (tmp_path / "page.md").read_text()
     assert f"## {own}" in page
     assert "## Urban1k (not the published set" in page
-    found = compare_results(sorted(tmp_path.glob("*.json")))
-    assert [len(row.cells) for row in found.rows] == [2, 2]
     # The second run reads all.
     stored = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
     assert command(place, tmp_path, *models, *options) == 0
     assert stored == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
-
-
-@pytest.mark.parametrize(
-    ("options", "positives", "texts"),
-    [([], "distinct", 6), (["--positives", "rows"], "rows", 8), (["--split", "train[:3]"], "distinct", 4)],
-)
-def test_the_rule_of_own_data_is_printed_and_written_and_a_slice_is_taken(
-    options: list[str],
-    positives: str,
-    texts: int,
-    place: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("COLUMNS", "250")
-    assert command(place, tmp_path, str(place / "clip"), "--benchmark", str(place / "own.parquet"), *options) == 0
-    shown = capsys.readouterr().out
-    assert f"Protocol: retrieval, positives {positives}, " in shown
-    assert shown.count("[train[:3]]") == 2 * ("--split" in options), "in the table and below it"
-    [result] = results_of(tmp_path)
-    assert (result["protocol"]["positives"], result["counts"]["texts"]) == (positives, texts)
-    assert result["setup"]["options"] == {"positives": positives}
-
-
-def test_a_folder_has_splits(place: Path, tmp_path: Path) -> None:
-    for split in ("test", "validation"):
-        write_table(tmp_path / f"{split}.parquet", None if split == "test" else 0)
-    for split, skipped in ((None, 0), ("validation", 1)):
-        [result] = evaluate(str(place / "clip"), str(tmp_path), split=split, on_error="skip", num_workers=0)
-        assert result.data["split"] == (split or "test")
-        assert result.counts.get("skipped_images", 0) == skipped
 
 
 def test_sources_are_measured_as_paths_are(place: Path, tmp_path: Path) -> None:
@@ -199,30 +147,16 @@ def test_images_that_cannot_be_read_end_a_run_or_are_skipped_and_counted(
     assert "The image 'k3' cannot be used" in capsys.readouterr().err
     for _ in range(2):  # the second time from stored rows
         assert command(tmp_path, tmp_path / "out", *options, "--on-error", "skip", "--overwrite") == 0
-    shown = capsys.readouterr().out
-    assert f"{own}: " in shown
-    assert "1 image skipped" in shown
+    assert "1 image skipped" in capsys.readouterr().out
     assert "Skipping 1 images that cannot be read: k3" in caplog.text
     mine, urban = results_of(tmp_path / "out")
     assert (mine["counts"]["images"], mine["counts"]["skipped_images"], mine["counts"]["texts"]) == (5, 1, 5)
-    assert mine["differences"] == []
-    assert (urban["counts"]["images"], urban["counts"]["skipped_images"], urban["counts"]["texts"]) == (2, 1, 2)
     assert urban["differences"][-1] == "1 images cannot be read"
     # The scores are those without the image.
     encoder, rows = load_encoder(str(place / "clip")), RetrievalData.from_source(source(own)).select([0, 1, 2, 4, 5])
     images = encoder.encode_image([rows.image(row) for row in range(5)])
     expected = retrieval_metrics(images, encoder.encode_text(rows.texts), rows.pairs)
     assert mine["scores"] == pytest.approx({name: expected[name] for name in mine["scores"]})
-
-
-def test_other_protocols_need_every_image(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shutil.copytree(place / "data", tmp_path / "data")
-    (tmp_path / "data/test/cat").mkdir(parents=True)
-    tiny.IMAGES[0].save(tmp_path / "data/test/cat/0.png")
-    names = ("urban1k", "imagefolder")
-    assert command(tmp_path, tmp_path / "out", str(place / "clip"), "--benchmark", *names, "--allow-counts",
-                   "--on-error", "skip") == 2  # fmt: skip
-    assert "on_error is skip, but imagefolder needs every image: leave it out" in capsys.readouterr().err
 
 
 def test_captions_are_read_from_a_cache_instead_of_embedded_by_the_llm(
@@ -245,7 +179,6 @@ def test_captions_are_read_from_a_cache_instead_of_embedded_by_the_llm(
     assert by_cache["model"]["fingerprint"] != by_llm["model"]["fingerprint"]
     # Rows of 16 bits are near those of the LLM, and lie apart from them.
     texts = [Store.open(folder) for folder in sorted((tmp_path / "rows").glob("*/texts"))]
-    assert [len(store) for store in texts] == [6, 6]
     first, second = (store.read(store.find(texts[0].shards[0].keys())) for store in texts)
     assert not first.equal(second)
     torch.testing.assert_close(first, second, atol=3e-3, rtol=0)
@@ -283,102 +216,3 @@ def test_captions_find_those_of_the_same_image_with_a_text_tower_too(place: Path
             embeds = load_encoder(model).encode_text
             expected = caption_retrieval_metrics(embeds(data.queries), embeds(data.targets), data.matches)
             assert one["scores"] == pytest.approx({name: expected[name] for name in one["scores"]})
-
-
-@pytest.mark.parametrize("name", ["ours", "clip"])
-def test_an_empty_text_is_the_prompt_alone_and_refused_by_the_model_itself(
-    name: str, place: Path, tmp_path: Path
-) -> None:
-    encoder = load_encoder(str(place / name))
-    rows = encoder.encode_text(["", "a dog", " \n"])
-    assert rows.norm(dim=1).tolist() == pytest.approx([1, 1, 1])
-    assert not rows[0].allclose(rows[1], atol=1e-3)
-    assert rows[0].equal(rows[2]) or name == "clip"  # whose tokenizer keeps blanks
-    if name == "ours":
-        model, processor = tiny.LLM2CLIPModel.from_pretrained(place / "ours").eval(), tiny.processor()
-        with pytest.raises(ValueError, match="empty"):
-            model.encode_text(["a dog", ""], processor)
-    data = shutil.copytree(place / "data", tmp_path / "data")
-    (data / "Urban1k/caption/2.txt").write_text("")
-    [result] = evaluate(encoder, "urban1k", data=str(data), allow_counts=True, num_workers=0)
-    assert result.counts["empty_texts"] == 1
-    texts = encoder.encode_text(["a long street", "", "a park in snow"])
-    images = encoder.encode_image([place / f"data/Urban1k/image/{number}.jpg" for number in (1, 2, 3)])
-    expected = retrieval_metrics(images, texts, torch.arange(3)[:, None].expand(-1, 2))
-    assert result.scores == pytest.approx({name: expected[name] for name in result.scores})
-
-
-def training_data(folder: Path) -> RetrievalData:
-    return RetrievalData.from_source(source(write_table(folder / "own.parquet", broken=3)))
-
-
-def test_retrieval_during_training_skips_images_and_names_broken_embeddings(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    model, processor, data = tiny.joint_model().eval(), tiny.processor(), training_data(tmp_path)
-    found = image_text_metrics(Session(OurEncoder(model, processor), on_error="skip"), data)
-    assert (found["num_images"], found["num_texts"]) == (5, 5)
-    assert "Skipping 1 images that cannot be read: k3" in caplog.text
-
-    def break_row(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        output = output.clone()
-        output[3] = float("inf")  # the fifth image, of those that can be read
-        return output
-
-    handle = model.visual_projection.register_forward_hook(break_row)
-    with pytest.raises(NonFiniteError, match=r"1 of 5 images are NaN or infinite: k4\. A model"):
-        image_text_metrics(Session(OurEncoder(model, processor), on_error="skip"), data)
-    handle.remove()
-    llm = OurEncoder(model.text_model, processor).embed
-
-    def broken_llm(texts: list[str]) -> torch.Tensor:
-        rows = llm(texts)
-        rows[texts.index("a bus")] = float("nan")
-        return rows
-
-    with pytest.raises(NonFiniteError, match=r"1 of 5 captions \(by the LLM\) are NaN or infinite: a bus\."):
-        image_text_metrics(Session(StoredEncoder(model, processor, broken_llm), on_error="skip"), data)
-    torch.nn.init.constant_(model.text_adapter.proj.weight, float("nan"))
-    with pytest.raises(NonFiniteError, match=r"5 of 5 captions \(by the adapter\) are NaN or infinite: a dog"):
-        image_text_metrics(Session(StoredEncoder(model, processor, llm), on_error="skip"), data)
-
-
-@pytest.mark.slow
-def test_two_processes_embed_a_part_each_and_find_the_numbers_of_one(place: Path, tmp_path: Path) -> None:
-    arguments = [str(place / "ours"), str(place / "own.parquet"), str(tmp_path)]
-    run_ranks(["-m", "tests.llm2clip.evaluation.test_own_data", *arguments], 2)
-    [expected] = evaluate(arguments[0], arguments[1], num_workers=0)
-    for kind in ("memory", "stored"):
-        ranks = [json.loads((tmp_path / f"{kind}-{rank}.json").read_text()) for rank in range(2)]
-        for rank in ranks:
-            assert rank["scores"] == expected.scores
-            assert rank["intervals"] == expected.intervals
-            assert rank["processes"] == 2
-            assert (rank["images"], rank["texts"]) == (3, 3)
-    [written] = results_of(tmp_path / "out")
-    assert (written["scores"], written["processes"]) == (expected.scores, 2)
-
-
-def main(model: str, own: str, folder: Path) -> None:
-    """Evaluate with and without stored rows, and save what this process computes and gets."""
-    for kind, output in (("memory", None), ("stored", str(folder / "out"))):
-        encoder, counts = load_encoder(model), {"images": 0, "texts": 0}
-        forward, embed_texts = encoder.forward_images, encoder.encode_text
-
-        def forward_images(inputs: Any, forward: Any = forward, counts: Any = counts) -> Any:
-            counts["images"] += len(inputs["pixel_values"])
-            return forward(inputs)
-
-        def encode_text(texts: Any, *options: Any, embed_texts: Any = embed_texts, counts: Any = counts) -> Any:
-            counts["texts"] += len(texts)
-            return embed_texts(texts, *options)
-
-        encoder.forward_images, encoder.encode_text = forward_images, encode_text  # type: ignore[method-assign]
-        [result] = evaluate(encoder, own, output=output, num_workers=0)
-        found = {"scores": result.scores, "intervals": result.intervals, "processes": result.processes, **counts}
-        (folder / f"{kind}-{process_state().process_index}.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
-    leave_process_group()

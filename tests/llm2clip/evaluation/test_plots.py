@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from llm2clip.evaluation.plots import draw_lengths, draw_models, write_length_plot, write_plots
-from llm2clip.evaluation.report import Row, compare_results
+from llm2clip.evaluation.plots import draw_lengths, draw_models
+from llm2clip.evaluation.report import compare_results
 from tests.llm2clip.evaluation.made_results import classification, retrieval
 
 
@@ -32,15 +30,6 @@ def test_bars_and_lines_show_the_scores() -> None:
     assert docci.get_title() == "DOCCI"
 
 
-def test_of_many_models_the_measured_ones_alone_are_drawn() -> None:
-    report = compare_results([retrieval("a"), retrieval("b")])
-    report.rows += [Row(f"p{number}", report.rows[0].cells, source="A paper") for number in range(10)]
-    assert len(draw_models(report).axes[0].containers[1::2]) == 12
-    report.rows.append(Row("one more", report.rows[0].cells, source="A paper"))
-    bars = draw_models(report).axes[0].containers[1::2]
-    assert [bar.get_label() for bar in bars] == ["a", "b"]
-
-
 def test_long_titles_stay_inside_the_figures_and_do_not_overlap() -> None:
     differences = ["20 images instead of 1,000", "100 texts instead of 5,000"]
     results = [retrieval("a", name, title=name, differences=differences) for name in ("docci", "urban1k", "iiw")]
@@ -59,10 +48,3 @@ def test_long_titles_stay_inside_the_figures_and_do_not_overlap() -> None:
         assert not any(legend.overlaps(box) for box in labels)
         assert not any(one.overlaps(other) for one in titles for other in titles if one is not other)
         assert all(axis.bbox.height > 100 for axis in figure.axes)
-
-
-def test_one_length_is_no_plot_of_lengths(tmp_path: Path) -> None:
-    short = retrieval("a", groups={"length": {"0-16": {"text_to_image_recall@1": 0.5}}})
-    assert [path.name for path in write_plots(tmp_path / "table.md", compare_results([short]))] == ["table-models.png"]
-    assert not write_length_plot(tmp_path / "one.png", short)
-    assert not (tmp_path / "one.png").exists()

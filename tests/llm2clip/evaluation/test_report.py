@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,9 @@ import pytest
 from PIL import Image
 
 from llm2clip import cli
-from llm2clip.evaluation import report
-from llm2clip.evaluation.report import Report, compare_results, told_apart
+from llm2clip.evaluation.report import Report, compare_results
 from llm2clip.evaluation.results import PublishedRow, Result
-from tests.llm2clip.evaluation.made_results import RETRIEVAL, ZERO_SHOT, classification, retrieval, written
+from tests.llm2clip.evaluation.made_results import RETRIEVAL, classification, retrieval, written
 
 SIDES = ("image_to_text_recall@1", "text_to_image_recall@1")
 LOWER = {**RETRIEVAL, "text_format": "lower"}
@@ -69,48 +67,11 @@ def test_results_that_differ_in_protocol_or_data_share_no_column(changed: dict, 
     assert [sorted(row.cells) for row in found.rows] == [[0], [1]]
 
 
-def test_titles_name_what_has_no_usual_value_though_no_column_differs() -> None:
-    found = compared(retrieval("a", protocol=LOWER), classification("a"))
-    assert titles(found) == ["Urban1k (text format lower)", "ImageNet-1k (openai-80)"]
-
-
-@pytest.mark.parametrize(
-    ("scores", "heading"),
-    [
-        (["image_to_text_map@r", "text_to_image_map@r"], "ECCV Caption\nI2T / T2I mAP@R"),
-        (["text_score", "image_score", "group_score"], "ECCV Caption\ntext score / image score / group score"),
-        (["accuracy"], "ECCV Caption\naccuracy"),
-        (list(SIDES), "ECCV Caption\nI2T / T2I R@1"),
-    ],
-)
-def test_a_protocol_says_which_of_its_scores_are_compared(scores: list[str], heading: str) -> None:
-    """Of ECCV Caption mAP@R, though it has a recall@1 too."""
-    values = dict.fromkeys([*SIDES, *scores], 0.25)
-    found = compared(retrieval("a", "eccv-caption", title="ECCV Caption", scores=values, compared=scores))
-    assert found.columns[0].scores == tuple(scores)
-    assert found.table() == (["model", heading], [["a", " / ".join(["25.0"] * len(scores))]])
-
-
-def test_models_of_one_name_are_told_apart() -> None:
-    other = {"given": "a", "library": "transformers", "fingerprint": "e" * 16}
-    found = compared(retrieval("a"), retrieval("a", model=other), retrieval("b"))
-    assert [row.label for row in found.rows] == ["a (fingerprint ffffffff)", "a (fingerprint eeeeeeee)", "b"]
-    facts = [("a", {"x": "1", "y": "1"}), ("a", {"x": "1", "y": "2"}), ("b", {"x": "2", "y": "1"})]
-    assert told_apart(facts) == ["a (y 1)", "a (y 2)", "b"]
-
-
 def test_a_result_that_was_measured_twice_counts_once_and_two_that_differ_are_an_error(tmp_path: Path) -> None:
     assert len(compared(retrieval("a"), retrieval("a")).rows) == 1
     paths = written(tmp_path, retrieval("a"), retrieval("a", t2i=0.51))
     with pytest.raises(ValueError, match=r"0\.json and .*1\.json .*Urban1k.*text_to_image_recall@1 is 0\.5 and 0\.51"):
         compare_results(paths)
-
-
-def test_differences_from_a_baseline() -> None:
-    found = compared(retrieval("a"), retrieval("b", t2i=0.75), retrieval("b", "docci"), classification("c"))
-    assert found.table(found.baseline("a"))[1] == [["b", "", "+0.0 / +25.0", ""]]
-    with pytest.raises(ValueError, match="no model is called 'ab'; did you mean"):
-        found.baseline("ab")
 
 
 def published(model: str, **fields: Any) -> PublishedRow:
@@ -155,21 +116,6 @@ def test_published_rows_stand_beside_what_they_may_be_compared_with() -> None:
     assert sorted(three.cells) == [1, 2, 4]
 
 
-def test_of_a_set_with_other_templates_nothing_was_published() -> None:
-    found = compared(classification("a"), classification("b", protocol={**ZERO_SHOT, "templates": "paper"}))
-    line = published("one", benchmarks=("imagenet-1k",), scores={"top1": 0.7}, protocol={"templates": "paper"})
-    found.add_published([line])
-    assert found.rows[2].cells == {1: {"top1": 0.7}}
-
-
-def test_a_baseline_that_several_papers_print_is_ambiguous() -> None:
-    found = compared(retrieval("a"))
-    found.add_published([published("one"), published("one", source="Another paper"), published("two")])
-    with pytest.raises(ValueError, match="A paper; Another paper"):
-        found.baseline("one")
-    assert found.table(found.baseline("two"))[1][0] == ["a", "+15.0 / +30.0"]
-
-
 def test_a_report_is_a_table_of_pandas_json_and_markdown() -> None:
     found = compared(retrieval("a"), retrieval("b", "docci"), classification("b"))
     found.add_published([published("one")])
@@ -190,43 +136,6 @@ def test_a_report_is_a_table_of_pandas_json_and_markdown() -> None:
     assert first["intervals"]["Urban1k"][SIDES[1]] == pytest.approx([0.47, 0.52])
     assert paper["intervals"] == {}
     assert "| a |  | 25.0 / 50.0 |  |\n" in found.to_markdown()
-
-
-@pytest.mark.parametrize("columns", [200, 40])
-def test_the_table_and_the_differences_on_a_terminal(
-    columns: int, two_models: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Columns that do not fit go into further tables."""
-    monkeypatch.setenv("COLUMNS", str(columns))
-    assert cli.main(["report", *two_models, "--baseline", "openai/clip"]) == 0
-    shown = capsys.readouterr().out
-    lines = [" ".join(line.replace("│", " ").split()) for line in shown.splitlines()]
-    assert "Difference from openai/clip, percentage points" in " ".join(lines)
-    assert max(map(len, shown.splitlines())) <= columns
-    assert shown.count("Scores, %") == (1 if columns == 200 else 3)
-    assert "runs/mine -8.3 / +21.5" in lines
-    if columns == 200:
-        assert "openai/clip 68.3 / 55.6 75.5" in lines
-        assert "runs/mine 40.0 / 50.0 60.0 / 77.1" in lines, "long sets by name"
-
-
-def test_published_rows_are_shown_with_their_source(
-    two_models: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    scores = {SIDES[0]: 0.922, SIDES[1]: 0.933}
-    rows = [PublishedRow("A [b]model[/b]", ("urban1k",), scores, {}, "A paper, v1", "table 1", "the prompts")]
-    monkeypatch.setattr(report, "published_rows", lambda: rows)
-    assert cli.main(["report", str(Path(two_models[0]).parent), "--paper"]) == 0
-    shown = capsys.readouterr().out
-    assert "A [b]model[/b] [1]" in shown
-    assert "92.2 / 93.3" in shown
-    assert "[1] A paper, v1; does not state the prompts" in shown
-    assert cli.main(["report", *two_models]) == 0
-    assert "A paper" not in capsys.readouterr().out
-    rows.clear()
-    assert cli.main(["report", *two_models, "--paper"]) == 0
-    assert "no published scores are of these sets and protocols" in capsys.readouterr().err
 
 
 def test_the_page_and_its_plots(two_models: list[str], tmp_path: Path) -> None:
@@ -250,61 +159,6 @@ def test_the_page_and_its_plots(two_models: list[str], tmp_path: Path) -> None:
     table = output.with_suffix(".json")
     assert cli.main(["report", *two_models, "--output", str(table)]) == 0
     assert [row["model"] for row in json.loads(table.read_text())["rows"]] == ["openai/clip", "runs/mine", "a|b"]
-
-
-def test_sources_have_the_same_numbers_in_every_table() -> None:
-    found = compared(retrieval("a"))
-    facts = [("one", "A paper", "the crop"), ("two", "Another paper", "the prompts"), ("three", "Another paper", "")]
-    facts += [("four", "Another paper", "the prompts")]
-    scores = dict.fromkeys(SIDES, 0.5)
-    found.add_published(
-        [PublishedRow(name, ("urban1k",), scores, {}, source, "", what) for name, source, what in facts]
-    )
-    page = found.to_markdown(found.baseline("one"))
-    heads = "| model | Urban1k<br>I2T / T2I R@1 |\n| --- | ---: |\n"
-    assert f"{heads}| a | 25.0 / 50.0 |\n| one [1] | 50.0 / 50.0 |" in page
-    assert "| a | -25.0 / +0.0 |\n| two [2] | +0.0 / +0.0 |" in page
-    assert "- [1] A paper; does not state the crop\n- [2] Another paper; does not state the prompts\n" in page
-
-
-def test_a_page_has_the_scores_ranks_counts_and_parts_of_every_result() -> None:
-    """The first one has recall@1 alone."""
-    english, german = (
-        {name: {SIDES[0]: i2t, SIDES[1]: t2i}} for name, i2t, t2i in (("en", 0.1, 0.2), ("de", 0.3, 0.4))
-    )
-    recall: dict[str, Any] = {"title": "CRA", "scores": {"recall@1": 0.5}, "compared": ["recall@1"], "groups": {}}
-    first = {"scores": dict.fromkeys(SIDES, 0.5), "intervals": {}, "counts": {}, "groups": {"language": german}}
-    page = compared(
-        retrieval("c", **first),
-        retrieval("a", counts={"images": 1000}, groups={}, ranks={"mean_rank": 2.5}),
-        retrieval("b", counts={"texts": 5}, groups={"language": english}),
-        retrieval("d", "cra", intervals={}, **recall),
-    ).to_markdown()
-    rows = [line for line in page.split("## Urban1k")[1].split("###")[0].splitlines() if line.startswith("| ")]
-    assert [row.split(" | ")[0] for row in rows] == ["| model", "| ---", "| c", "| a", "| b"]
-    assert [row.split(" | ")[-3:] for row in rows] == [
-        ["mean rank", "images", "texts |"], ["---:", "---:", "---: |"], ["", "", " |"], ["2.5", "1,000", " |"],
-        ["", "", "5 |"],
-    ]  # fmt: skip
-    assert rows[0].count("R@") == 6
-    assert rows[2].startswith("| c | 50.0 | 50.0 |  |  |  |  |")
-    assert "| language, I2T R@1 / T2I R@1 | c | b |" in page
-    assert "| de | 30.0 / 40.0 |  |\n| en |  | 10.0 / 20.0 |" in page
-    assert "CRA<br>R@1 |" in page
-
-
-def test_sets_of_strangers_come_last(tmp_path: Path) -> None:
-    written(tmp_path / "with [brackets]", retrieval("a", "a-museum"), retrieval("a"), classification("a"))
-    found = compare_results([tmp_path / "with [brackets]"])
-    assert titles(found) == ["Urban1k", "ImageNet-1k (openai-80)", "a-museum"]
-
-
-def test_a_file_that_is_named_twice_is_one_result(two_models: list[str]) -> None:
-    folder = Path(two_models[0]).parent
-    whole = compare_results(two_models).to_json()
-    names: Sequence[list[Any]] = ([two_models[0], folder], [str(folder / "*.json")], [*two_models, folder])
-    for some in names:
-        assert compare_results(some).to_json() == whole
 
 
 def test_mistakes_end_in_one_error(two_models: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

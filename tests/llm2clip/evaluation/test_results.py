@@ -9,21 +9,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
 
 from llm2clip.evaluation.benchmarks import all_benchmarks
 from llm2clip.evaluation.benchmarks.variants import probe_by_name
-from llm2clip.evaluation.contracts import Measurement
 from llm2clip.evaluation.results import (
     PublishedRow,
     Result,
-    intervals_of,
     print_results,
     published_rows,
-    read_published,
     read_result,
-    result_path,
 )
 from llm2clip.utils.files import write_json
 from llm2clip.utils.manifests import MANIFEST_CHECKSUM
@@ -54,13 +49,11 @@ def without_title() -> str:
     ("content", "message"),
     [
         ("{", "is not valid JSON"),
-        ("[]", "does not contain a JSON object"),
-        (json.dumps({"model": "runs/a"}), "is not a result of schema version 1: its version is None"),
         (json.dumps({"schema_version": 7}), "is not a result of schema version 1: its version is 7"),
         (json.dumps({**asdict(retrieval("a")), "more": 1}), "is not a result .* unexpected keyword argument 'more'"),
         (without_title(), "is not a result .* missing 1 required positional argument: 'title'"),
     ],
-    ids=range(6),
+    ids=["cut", "version", "more", "less"],
 )
 def test_a_file_that_is_no_result_is_one_error(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text(content)
@@ -79,26 +72,6 @@ def test_a_changed_score_is_refused_until_its_checksum_is_taken_away(tmp_path: P
     del found[MANIFEST_CHECKSUM]
     write_json(path, found)
     assert read_result(path).scores["text_to_image_recall@1"] == 0.75
-
-
-@pytest.mark.parametrize(
-    ("names", "file"),
-    [
-        (("open_clip:ViT-B-32/laion400m", "tiny", "raw"), "open_clip--ViT-B-32--laion400m.tiny.raw.json"),
-        (("./runs/stage2/", "tiny", "lower", "paper"), "runs--stage2.tiny.paper.lower.json"),
-        (("a", "data/my pairs.csv [train[:9]]", "raw"), "a.data--my--pairs.csv--train--9.raw.json"),
-    ],
-)
-def test_a_file_is_named_by_model_set_prompts_and_format(names: tuple[str, ...], file: str) -> None:
-    assert result_path(Path("out"), *names) == Path("out", file)
-
-
-def test_values_that_do_not_average_to_the_score_are_an_error() -> None:
-    halves = Measurement({"name": "halves"}, {"half": 0.5}, values={"half": torch.tensor([1.0, 1.0])})
-    with pytest.raises(ValueError, match=r"values of half average to 1\.0, but its score is 0\.5"):
-        intervals_of(halves)
-    parts = {"values": {"a": torch.tensor([1.0, 0.0, 0.0])}, "strata": {"a": torch.tensor([4, 9, 9])}}
-    assert intervals_of(Measurement({}, {"a": 0.5}, **parts)) == {"a": [0.5, 0.5]}
 
 
 def test_protocols_have_tables_of_their_own() -> None:
@@ -164,16 +137,3 @@ def test_rows_are_those_of_the_paper() -> None:
     assert row.fits("coco-val2017", {"name": "retrieval", "text_format": "lower"})
     assert not row.fits("coco-val2017", {"name": "retrieval", "text_format": "raw"})
     assert not row.fits("coco-karpathy", {"name": "retrieval", "text_format": "lower"})
-
-
-@pytest.mark.parametrize(
-    ("row", "message"), [("1/2", "1 cells for 2 sets"), ("1/2 3", "the cell 3 of CLIP .* has no 2 scores")]
-)
-def test_a_row_that_does_not_fit_its_table(row: str, message: str) -> None:
-    table = {"source": "a", "sets": ["x", "y | z"], "scores": ["i", "t"], "rows": {"CLIP": row}}
-    with pytest.raises(ValueError, match=message):
-        list(read_published(table))
-    table |= {"rows": {"CLIP": "- 1/2"}, "table": "3", "unstated": "the prompts"}
-    assert list(read_published(table)) == [
-        PublishedRow("CLIP", ("y", "z"), {"i": 0.01, "t": 0.02}, {}, "a", "3", "the prompts")
-    ]

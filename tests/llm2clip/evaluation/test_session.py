@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from llm2clip.encoders.load import load_encoder
-from llm2clip.evaluation import session as evaluation_session
 from llm2clip.evaluation.data import BenchmarkImages
 from llm2clip.evaluation.session import Session
 from llm2clip.utils.embeddings import NonFiniteError
-from llm2clip.utils.processes import leave_process_group
-from modeling_llm2clip.image_decoding_llm2clip import DamagedImageError
 from tests.llm2clip.encoders.models import save_transformers
-from tests.llm2clip.evaluation.fake_session import FakeEncoder, FakeSession
-from tests.processes import run_ranks
+from tests.llm2clip.evaluation.fake_session import FakeSession
 
 TEXTS = ["a small dog", "", "a red bus", "a small dog", "two children"]
 # Above 2**24, float32 has no odd numbers.
@@ -106,49 +101,6 @@ def test_sets_share_images_and_texts_by_content_and_later_runs_find_them(tmp_pat
     assert fake(tmp_path).embed_images(pictures(0, 1)).equal(one[:2])
 
 
-@pytest.mark.parametrize("stored", [False, True])
-def test_the_batch_size_is_that_of_texts_too(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: bool
-) -> None:
-    texts = [f"a dog {number}" for number in range(7)]
-    for batch_size, expected in ((3, [1, 3, 3]), (None, [7])):
-        found, batches = session(model, tmp_path / str(batch_size) if stored else None, batch_size=batch_size), []
-        encoder: Any = found.encoder
-        features = encoder.text_features
-
-        def text_features(tokens: list[Any], features: Any = features, batches: list[int] = batches) -> Tensor:
-            batches.append(len(tokens))
-            return features(tokens)
-
-        monkeypatch.setattr(encoder, "text_features", text_features)
-        found.embed_texts(texts)
-        assert sorted(batches) == expected
-
-
-def test_a_killed_evaluation_goes_on_whatever_was_evaluated_since(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(evaluation_session, "SHARD_SIZE", 4)
-    images = pictures(*range(10))
-    expected = fake(None).embed_images(images)
-    killed = fake(tmp_path)
-    with monkeypatch.context() as patched:
-        compute = FakeEncoder.encode_image_parts
-
-        def kill(self: FakeEncoder, *arguments: Any, **options: Any) -> Any:
-            if self.embedded:
-                raise KeyboardInterrupt
-            return compute(self, *arguments, **options)
-
-        patched.setattr(FakeEncoder, "encode_image_parts", kill)
-        with pytest.raises(KeyboardInterrupt):
-            killed.embed_images(images)
-    fake(tmp_path).embed_images(pictures(20, 21))
-    resumed = fake(tmp_path)
-    assert resumed.embed_images(images).equal(expected)
-    assert resumed.embedded == [4, 2]
-
-
 def test_counts_are_exact_and_stored(tmp_path: Path) -> None:
     images = pictures(*range(5))
     expected = torch.tensor([[row, LARGE + row] for row in range(5)])
@@ -156,25 +108,6 @@ def test_counts_are_exact_and_stored(tmp_path: Path) -> None:
         assert counts_of(fake(store), images).equal(expected)
     # Found by content, whatever the position is now.
     assert counts_of(fake(tmp_path), pictures(4, 1)).equal(expected[[4, 1]])
-
-
-def test_lengths_are_those_of_the_encoder_in_any_parts(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = session(model, None)
-    expected = [column.tolist() for column in found.encoder.text_lengths(TEXTS)]
-    monkeypatch.setattr(evaluation_session, "TEXTS", 2)
-    assert [column.tolist() for column in found.text_lengths(TEXTS)] == expected
-    torch.testing.assert_close(found.embed_texts(TEXTS), found.encoder.encode_text(TEXTS), atol=1e-6, rtol=0)
-
-
-def test_broken_images_are_named_or_have_no_row(model: Path, tmp_path: Path) -> None:
-    damaged = BenchmarkImages([picture(0), picture(1)[:60]], ["good", "cut short"])
-    # A run that skips it stores so, and one that does not finds that out.
-    for store in (None, tmp_path, tmp_path):
-        rows = session(model, store, on_error="skip").embed_images(damaged)
-        assert rows.isnan().any(dim=1).tolist() == [False, True]
-    for store in (None, tmp_path):
-        with pytest.raises(DamagedImageError, match="The image 'cut short' cannot be used"):
-            session(model, store).embed_images(damaged)
 
 
 @pytest.mark.parametrize("on_error", ["raise", "skip"])
@@ -193,41 +126,3 @@ def test_broken_embeddings_are_named_and_never_skipped(
     monkeypatch.setattr(found.encoder, "forward_images", broken)
     with pytest.raises(NonFiniteError, match="of 1 of 2 images are NaN or infinite: picture 1"):
         found.embed_images(pictures(0, 1))
-
-
-def all_rows(one: FakeSession) -> dict[str, Tensor]:
-    rows = {"images": one.embed_images(pictures(*range(7))), "texts": one.embed_texts(TEXTS)}
-    # One row for two processes.
-    rows["features"] = one.embed_images(pictures(0), "features")
-    return rows | {"counts": counts_of(one, pictures(*range(7)))}
-
-
-@pytest.mark.slow
-def test_two_processes_get_the_rows_of_one(tmp_path: Path) -> None:
-    run_ranks(["-m", "tests.llm2clip.evaluation.test_session", str(tmp_path)], 2)
-    expected = all_rows(fake(None))
-    computed = {"memory": ([3, 2, 0], [4, 2, 1]), "stored": ([4, 2, 1], [3, 2, 0]), "again": ([0, 0, 0], [0, 0, 0])}
-    for kind, of_ranks in computed.items():
-        for rank in range(2):
-            found = torch.load(tmp_path / f"{kind}-{rank}.pt", weights_only=True)
-            assert found.pop("computed") == of_ranks[rank]
-            assert found.keys() == expected.keys()
-            for name, rows in expected.items():
-                assert found[name].equal(rows)
-
-
-def main(folder: Path) -> None:
-    """Embed in memory, into a store, and from it, and save what this process computes and gets."""
-    for kind, store in (("memory", None), ("stored", folder / "store"), ("again", folder / "store")):
-        one = fake(store)
-        rows = all_rows(one)
-        numbers = [number for number in one.embedded if isinstance(number, int)]
-        texts = sum(len(texts) for texts in one.embedded if isinstance(texts, list))
-        images, features = (sum(number for number in numbers if (number == 1) is alone) for alone in (False, True))
-        saved: dict[str, Any] = {**rows, "computed": [images, texts, features]}
-        torch.save(saved, folder / f"{kind}-{torch.distributed.get_rank()}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
-    leave_process_group()

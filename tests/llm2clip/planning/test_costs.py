@@ -34,9 +34,3 @@ def test_attention_counts_in_forward_and_backward() -> None:
     assert forward == 2 * product
     # Backward computes the logits again, and four more products.
     assert both == 7 * product
-
-
-def test_hours_follow_from_operations_and_gpus() -> None:
-    day = costs.PEAK["A100"] * 0.5 * 24 * 3600
-    assert costs.hours(day, 0.5, 1, costs.PEAK["A100"]) == pytest.approx(24)
-    assert costs.hours(day, 0.5, 8, costs.PEAK["A100"]) == pytest.approx(24 / 8 / costs.SCALING)

@@ -1,114 +1,24 @@
-"""A tiny model, folders of small pictures, and damaged files."""
+"""A tiny model, a folder of pictures, and one place for indexes in each kind of store."""
 
 from __future__ import annotations
 
-import io
-import json
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
-import numpy as np
-import psycopg
+import fsspec
 import pytest
 import torch
-from PIL import Image
 
-from llm2clip import cli
 from llm2clip.encoders.ours import OurEncoder
-from llm2clip.search.index import IndexConfig, run
-from llm2clip.search.search_index import SearchIndex
-from llm2clip.utils.remote_path import open_path
+from llm2clip.search import store as stores
 from modeling_llm2clip import LLM2CLIPModel
 from tests.modeling_llm2clip import tiny
+from tests.object_store import KIND, LocalObjects, s3_server
 from tests.postgres import postgres_server
 
-
-def picture(seed: int) -> Image.Image:
-    """Generate coarse noise, which differs enough for a tower of 28 pixels."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    return Image.fromarray(pixels).resize((32, 32), Image.Resampling.NEAREST)
-
-
-def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind)
-    return file.getvalue()
-
-
-def header_bomb() -> bytes:
-    """Return a PNG whose header claims 200,000 x 200,000 pixels."""
-    data = bytearray(encoded(picture(0)))
-    data[16:24] = (200_000).to_bytes(4, "big") * 2
-    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
-    return bytes(data)
-
-
-COUNTS = ("embedded", "kept", "removed", "failed", "images")
-
-
-def index(folder: Path | str, model: Path, output: Path | str, **settings: Any) -> tuple[int, ...]:
-    """Run `llm2clip index`; return its counts."""
-    settings = {"num_workers": 0, "batch_size": 4, **settings}
-    result = run(IndexConfig(folder=str(folder), model=str(model), output_dir=str(output), **settings))
-    return tuple(result[name] for name in COUNTS)
-
-
-def rows(folder: Path | str) -> list[dict[str, Any]]:
-    """The rows of an index with their embeddings, in the order of the table."""
-    return stored_rows(SearchIndex.open(folder), "vector")
-
-
-def stored_rows(index: SearchIndex, *internal: str) -> list[dict[str, Any]]:
-    """The rows of an open index, with some of their internal columns, in the order of the store."""
-    described = [batch.drop_columns(["_rowid"]) for batch in index.store.keys(None)]
-    others = [batch.drop_columns(["_rowid"]) for batch in index.store.keys(internal)]
-    found = [[row for batch in batches for row in batch.to_pylist()] for batches in (described, others)]
-    return [{**row, **more} for row, more in zip(*found, strict=True)]
-
-
-def embeddings(output: Path) -> dict[str, np.ndarray]:
-    """The embeddings of an index by key."""
-    return {row["key"]: np.asarray(row["vector"], dtype=np.float16) for row in rows(output)}
-
-
-def content(folder: Path | str) -> dict[str, Any]:
-    """All that an index says, apart from versions."""
-    failures = json.loads((open_path(folder) / "failures.json").read_text())
-    return {"rows": rows(folder), "failures": failures, "manifest": SearchIndex.open(folder).manifest.content()}
-
-
-def as_json(capsys: pytest.CaptureFixture[str], *arguments: Any) -> list[dict[str, Any]]:
-    """Return the queries in the output of `llm2clip search --json`."""
-    capsys.readouterr()
-    assert cli.main(["search", *map(str, arguments), "--json"]) == 0
-    return json.loads(capsys.readouterr().out)["queries"]
-
-
-def error(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
-    """Return the error message of a command."""
-    capsys.readouterr()
-    assert cli.main([*map(str, arguments)]) == 2
-    return capsys.readouterr().err
-
-
-def save_table(path: Path, seeds: list[int], **columns: list[Any]) -> Path:
-    """Write a parquet file of pictures."""
-    table = datasets.Dataset.from_dict({"image": [{"bytes": encoded(picture(seed)), "path": None} for seed in seeds]})
-    for name, values in columns.items():
-        table = table.add_column(name, values)
-    table.cast_column("image", datasets.Image()).to_parquet(path)
-    return path
-
-
-def save_broken(folder: Path, part: str) -> Path:
-    """Save a tiny model of which one weight is NaN, as after a training that diverged."""
-    model = tiny.save(folder)
-    torch.nn.init.constant_(model.get_submodule(part).weight, float("nan"))
-    model.save_pretrained(folder)
-    return folder
+from .helpers import encoded, index, picture
+from .places import Bucket, LocalUrl, Place, Tables, sql
 
 
 @pytest.fixture(scope="session")
@@ -128,6 +38,13 @@ def pictures(tmp_path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encoded(picture(number)))
     return folder
+
+
+@pytest.fixture
+def indexed(pictures: Path, model: tuple[Path, LLM2CLIPModel], tmp_path: Path) -> Path:
+    """An index of the pictures."""
+    index(pictures, model[0], tmp_path / "index")
+    return tmp_path / "index"
 
 
 class Forwards:
@@ -163,6 +80,7 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> Forwards:
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[str]:
+    psycopg = pytest.importorskip("psycopg", reason="psycopg is not installed")
     with postgres_server() as url:
         with psycopg.connect(url, autocommit=True) as connection:
             connection.execute("CREATE EXTENSION vector")
@@ -172,6 +90,45 @@ def server() -> Iterator[str]:
 @pytest.fixture
 def url(server: str) -> str:
     """A database with pgvector and nothing else."""
-    with psycopg.connect(server, autocommit=True) as connection:
-        connection.execute("DROP SCHEMA IF EXISTS llm2clip CASCADE")
+    sql(server, "DROP SCHEMA IF EXISTS llm2clip CASCADE")
     return server
+
+
+@pytest.fixture
+def local_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of tmp_path / "store", which is read and written as an object store."""
+    fsspec.register_implementation(KIND, LocalObjects, clobber=True)
+    monkeypatch.setattr(stores, "OBJECT_STORES", (KIND,))
+    return f"{KIND}://{tmp_path}/store"
+
+
+@pytest.fixture(scope="session")
+def s3_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    with s3_server(tmp_path_factory.mktemp("s3")) as environment:
+        yield environment
+
+
+@pytest.fixture
+def bucket(s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL of an empty bucket, which this process and its children can reach."""
+    for name, value in s3_environment.items():
+        monkeypatch.setenv(name, value)
+    kind = fsspec.get_filesystem_class("s3")
+    kind.clear_instance_cache()  # of another address
+    files = kind()
+    yield "s3://bucket"
+    files.invalidate_cache()
+    if found := files.find("bucket"):
+        files.rm(found)
+    kind.clear_instance_cache()
+
+
+@pytest.fixture
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    """The place of a kind of store, which the test names: folder, local_url, bucket or postgres."""
+    if request.param == "folder":
+        return Place(tmp_path / "store")
+    if request.param == "postgres":
+        return Tables(request.getfixturevalue("url"))
+    request.getfixturevalue(request.param)
+    return Bucket() if request.param == "bucket" else LocalUrl(tmp_path / "store")

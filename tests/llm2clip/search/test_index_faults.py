@@ -1,18 +1,23 @@
-"""Disks that fail while an index is written, and what killed runs leave: nothing has to be mended by hand."""
+"""An index that is damaged, cut short or on a full disk: refused in clear words, and repaired as they say."""
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
+import lancedb
 import pytest
 from lancedb.table import LanceTable
 
-from llm2clip.utils.files import temporary_name
-from modeling_llm2clip import LLM2CLIPModel
+from llm2clip.search.search_index import SearchIndex
+from llm2clip.utils.manifests import write_manifest
+from tests.damage import flip
 
-from .conftest import Forwards, content, encoded, index, picture
+from .conftest import Forwards
+from .helpers import QUERY, Model, encoded, error, index, picture
+from .places import content
 
-Model = tuple[Path, LLM2CLIPModel]
 # As LanceDB 0.40 words it.
 FULL = (
     "lance error: LanceError(IO): Generic LocalFileSystem error: Unable to copy data to file: No space left on device "
@@ -20,84 +25,98 @@ FULL = (
 )
 
 
-def killed_run(pictures: Path, model: Model, output: Path, forwards: Forwards) -> set[Path]:
-    """Run until two parts are stored; returns the files of data that this has made."""
-    before = set(output.glob("images.lance/data/*"))
-    forwards.limit = len(forwards.sizes) + 2
-    with pytest.raises(KeyboardInterrupt):
-        index(pictures, model[0], output, part_size=4)
-    forwards.limit = None
-    return set(output.glob("images.lance/data/*")) - before
-
-
 def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    path.write_bytes(path.read_bytes()[:40])
 
 
 @pytest.mark.parametrize(
-    ("files", "warning"),
+    ("damage", "spoil", "index_type"),
     [
-        ("data/*", "what an unfinished run has stored is dropped: the index"),
-        ("_versions/*.manifest", "cannot be read; it is dropped."),
+        ("images.lance/data/*", cut, "flat"),
+        ("images.lance/data/*", Path.unlink, "flat"),
+        ("images.lance/_versions/*", cut, "flat"),
+        ("manifest.json", cut, "flat"),
+        ("vectors-*.faiss", cut, "faiss"),
     ],
+    ids=["rows", "no-rows", "versions", "manifest", "faiss"],
 )
+def test_a_damaged_index_is_repaired_as_its_error_message_says(
+    damage: str, spoil: Any, index_type: str, pictures: Path, model: Model, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    output = tmp_path / "index"
+    index(pictures, model[0], output, index_type=index_type)
+    before = content(output)
+    for path in list(output.glob(damage)):
+        spoil(path)
+    assert "--overwrite" in error(capsys, "search", output, "a dog")
+    assert index(pictures, model[0], output, index_type=index_type, overwrite=True)[-1] == 12
+    assert content(output) == before
+
+
+def test_an_index_of_an_earlier_format_is_refused_and_replaced(pictures: Path, model: Model, tmp_path: Path) -> None:
+    output = tmp_path / "index"
+    output.mkdir()
+    (output / "index.faiss").write_bytes(b"earlier")
+    (output / "manifest.json").write_text('{"format_version": 1}')
+    write_manifest(output, "index")
+    for use in (lambda: SearchIndex.open(output), lambda: index(pictures, model[0], output)):
+        with pytest.raises(ValueError, match=r"its format is 1, and this version reads 2\); build it again"):
+            use()
+    assert index(pictures, model[0], output, overwrite=True)[0] == 12
+    assert not (output / "index.faiss").exists()
+
+
+def test_an_index_with_a_flipped_bit_is_not_searched(pictures: Path, model: Model, tmp_path: Path) -> None:
+    output = tmp_path / "index"
+    index(pictures, model[0], output)
+    (rows,) = (output / "images.lance" / "data").iterdir()
+    with flip(rows), pytest.raises(ValueError, match=rf"is damaged: images\.lance/data/{rows.name} has changed"):
+        SearchIndex.open(output)
+    assert len(SearchIndex.open(output).search(QUERY, 20)[0]) == 12
+
+
+def test_versions_are_deleted_when_no_reader_can_have_them_open(
+    pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "index"
+    for number in range(3):
+        (pictures / "new.png").write_bytes(encoded(picture(50 + number)))
+        index(pictures, model[0], output)
+    table = lancedb.connect(str(output)).open_table("images")
+    many = len(table.list_versions())
+    assert many > 3
+    monkeypatch.setattr("llm2clip.search.lance_store.KEPT", timedelta(0))
+    (pictures / "new.png").write_bytes(encoded(picture(99)))
+    index(pictures, model[0], output)
+    assert len(table.list_versions()) == 1
+    assert len(SearchIndex.open(output).search(QUERY, 20)[0]) == 13
+
+
+@pytest.mark.parametrize("files", ["data/*", "_versions/*.manifest"])
 def test_an_unfinished_run_whose_files_are_cut_is_dropped(
-    files: str,
-    warning: str,
-    pictures: Path,
-    model: Model,
-    tmp_path: Path,
-    forwards: Forwards,
-    caplog: pytest.LogCaptureFixture,
+    files: str, pictures: Path, model: Model, tmp_path: Path, forwards: Forwards, caplog: pytest.LogCaptureFixture
 ) -> None:
     index(pictures, model[0], tmp_path / "whole")
-    killed_run(pictures, model, tmp_path / "index", forwards)
+    forwards.limit = len(forwards.sizes) + 2
+    with pytest.raises(KeyboardInterrupt):
+        index(pictures, model[0], tmp_path / "index", part_size=4)
+    forwards.limit = None
     for path in (tmp_path / "index" / "images.lance").glob(files):
         cut(path)
-    caplog.clear()
     assert index(pictures, model[0], tmp_path / "index") == (12, 0, 0, 0, 12)
-    assert warning in caplog.text
+    assert "dropped" in caplog.text
     assert content(tmp_path / "index") == content(tmp_path / "whole")
 
 
-def test_a_cut_unfinished_update_goes_back_to_the_complete_index(
-    pictures: Path, model: Model, tmp_path: Path, forwards: Forwards, caplog: pytest.LogCaptureFixture
-) -> None:
-    index(pictures, model[0], tmp_path / "index")
-    for number in range(20, 32):
-        (pictures / f"{number}.png").write_bytes(encoded(picture(number)))
-    for path in killed_run(pictures, model, tmp_path / "index", forwards):
-        cut(path)
-    caplog.clear()
-    assert index(pictures, model[0], tmp_path / "index") == (12, 12, 0, 0, 24)
-    assert "what an unfinished run has stored is dropped: the index" in caplog.text
-    assert len(content(tmp_path / "index")["rows"]) == 24
-
-
-@pytest.mark.parametrize("failing", ["add", "optimize"])
-def test_a_full_disk_is_named(
-    failing: str, pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_named(pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: object, **settings: object) -> None:
         raise RuntimeError(FULL)
 
     index(pictures, model[0], tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(LanceTable, failing, full)
-        with pytest.raises(OSError, match=r"index .* cannot be written \(No space left on device \(os error 28\)\)"):
+        patch.setattr(LanceTable, "add", full)
+        with pytest.raises(OSError, match=r"cannot be written \(No space left on device \(os error 28\)\)"):
             index(pictures, model[0], tmp_path / "index")
     assert index(pictures, model[0], tmp_path / "index")[-1] == 12
     assert content(tmp_path / "index") == content(tmp_path / "whole")
-
-
-def test_the_next_run_removes_unfinished_files(
-    pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    output = tmp_path / "index"
-    index(pictures, model[0], output)
-    with monkeypatch.context() as patch:
-        patch.setattr("os.getpid", lambda: 2**22 + 1)  # no process has this number
-        left = temporary_name(output / "failures.json")
-    left.write_text("[]")
-    index(pictures, model[0], output)
-    assert not left.exists()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,11 @@ import pytest
 import torch
 
 from llm2clip.search.search_index import SearchIndex
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
 from tests.modeling_llm2clip import tiny
 
-from .conftest import Forwards, content, embeddings, encoded, index, picture, rows, save_table
-
-Model = tuple[Path, LLM2CLIPModel]
-
-
-def snapshot(folder: Path) -> dict[str, int]:
-    """Modification times of the files of an index, apart from its lock."""
-    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".lock"))
-    return {str(path): path.stat().st_mtime_ns for path in files}
+from .conftest import Forwards
+from .helpers import Model, embeddings, encoded, index, picture, rows, save_table
+from .places import content
 
 
 def test_only_new_and_changed_images_are_embedded(pictures: Path, model: Model, tmp_path: Path) -> None:
@@ -50,51 +42,6 @@ def test_only_new_and_changed_images_are_embedded(pictures: Path, model: Model, 
     assert found[0][0].key == "new.png"
 
 
-def test_a_run_without_changes_does_not_rewrite_the_index(pictures: Path, model: Model, tmp_path: Path) -> None:
-    index(pictures, model[0], tmp_path / "index")
-    before = snapshot(tmp_path / "index")
-    assert index(pictures, model[0], tmp_path / "index") == (0, 12, 0, 0, 12)
-    assert snapshot(tmp_path / "index") == before
-
-
-def test_a_killed_run_is_resumed_with_an_equal_result(
-    pictures: Path, model: Model, tmp_path: Path, forwards: Forwards
-) -> None:
-    (pictures / "02 broken.png").write_bytes(b"broken")
-    index(pictures, model[0], tmp_path / "whole", part_size=4)
-    del forwards.sizes[:]
-    forwards.limit = 2
-    with pytest.raises(KeyboardInterrupt):
-        index(pictures, model[0], tmp_path / "index", part_size=4)
-    with pytest.raises(FileNotFoundError, match="it is not finished; run the same llm2clip index again"):
-        SearchIndex.open(tmp_path / "index")
-    # Half of a part, as a process killed while writing leaves it.
-    (tmp_path / "index" / "images.lance" / "data" / "part.lance").write_bytes(b"half")
-    forwards.limit = None
-    assert index(pictures, model[0], tmp_path / "index", part_size=4) == (12, 0, 0, 1, 12)
-    assert sum(forwards.sizes) == 12
-    assert content(tmp_path / "index") == content(tmp_path / "whole")
-
-
-def test_a_failed_update_leaves_the_index_unchanged(
-    pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    index(pictures, model[0], tmp_path / "index")
-    before = content(tmp_path / "index")
-    (pictures / "new.png").write_bytes(encoded(picture(50)))
-
-    def full(*arguments: Any, **settings: Any) -> None:
-        raise OSError("no space left on device")
-
-    for name in ("write_json", "write_manifest"):
-        with monkeypatch.context() as patch:
-            patch.setattr(f"llm2clip.search.lance_store.{name}", full)
-            with pytest.raises(OSError, match="no space"):
-                index(pictures, model[0], tmp_path / "index")
-        assert content(tmp_path / "index") == before
-    assert index(pictures, model[0], tmp_path / "index") == (1, 12, 0, 0, 13)
-
-
 def test_rows_of_a_data_set_are_identified_by_content(model: Model, tmp_path: Path) -> None:
     def save(seeds: list[int]) -> None:
         save_table(tmp_path / "data.parquet", seeds, caption=[f"number {seed}" for seed in seeds])
@@ -114,14 +61,12 @@ def test_rows_of_a_data_set_are_identified_by_content(model: Model, tmp_path: Pa
 @pytest.mark.parametrize(
     "settings",
     [
-        {"index_type": "ivf_rq"},
         {"index_type": "ivf_rq", "cells": 2, "probes": 2, "refine": 3},
-        {"index_type": "faiss"},
         {"index_type": "faiss", "cells": 3, "probes": 3},
         {"precision": "int8"},
-        {"precision": "binary"},
         {"index_type": "faiss", "precision": "binary"},
     ],
+    ids=["ivf", "faiss", "int8", "binary"],
 )
 def test_approximate_indexes_reuse_the_embeddings(
     settings: dict[str, Any], pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -164,25 +109,6 @@ def test_equal_images_of_a_data_set_are_embedded_once(model: Model, tmp_path: Pa
     assert (vectors["0"] != vectors["1"]).any()
 
 
-def test_the_vision_half_updates_an_index_of_the_whole_model(pictures: Path, model: Model, tmp_path: Path) -> None:
-    half = tmp_path / "half"
-    LLM2CLIPVisionModelWithProjection.from_pretrained(model[0]).save_pretrained(half)
-    tiny.processor().image_processor.save_pretrained(half)
-    index(pictures, model[0], tmp_path / "whole")
-    # Built with one and updated with the other.
-    assert index(pictures, half, tmp_path / "whole")[:2] == (0, 12)
-
-
-def test_a_second_concurrent_run_is_refused(pictures: Path, model: Model, tmp_path: Path, forwards: Forwards) -> None:
-    def second(number: int) -> None:
-        # A thread of its own: the thread that holds a lock may enter it again.
-        with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="another run is using"):
-            pool.submit(index, pictures, model[0], tmp_path / "index").result()
-
-    forwards.meanwhile = second
-    assert index(pictures, model[0], tmp_path / "index")[0] == 12
-
-
 def test_an_index_of_which_most_images_are_gone_stays_as_it_is(pictures: Path, model: Model, tmp_path: Path) -> None:
     """As when a disk is not mounted: the folder is there, and almost nothing in it."""
     output = tmp_path / "index"
@@ -202,18 +128,3 @@ def test_an_index_of_which_most_images_are_gone_stays_as_it_is(pictures: Path, m
     for file in files[6:11]:
         file.unlink()
     assert index(pictures, model[0], output, allow_removals=True) == (0, 1, 5, 0, 1)
-
-
-def test_images_that_are_missing_for_a_while_are_not_embedded_again(
-    pictures: Path, model: Model, tmp_path: Path
-) -> None:
-    output = tmp_path / "index"
-    index(pictures, model[0], output)
-    pictures.rename(tmp_path / "mounted")
-    pictures.mkdir()
-    (pictures / "new.png").write_bytes(encoded(picture(50)))
-    with pytest.raises(ValueError, match="12 of the 12 images or captions"):
-        index(pictures, model[0], output)
-    shutil.rmtree(pictures)
-    (tmp_path / "mounted").rename(pictures)
-    assert index(pictures, model[0], output) == (0, 12, 0, 0, 12)

@@ -1,15 +1,12 @@
-"""Memory and open files of indexing, and a killed run; each in a separate process."""
+"""Memory and open files of indexing, and killed updates; each in a separate process."""
 
 from __future__ import annotations
 
 import json
-import os
 import resource
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +16,14 @@ import pytest
 from PIL import Image
 
 from llm2clip.encoders.ours import OurEncoder
-from llm2clip.search.folder_items import BINARY, FolderImages, digest
+from llm2clip.search.folder_items import FolderImages
 from llm2clip.search.index_manifest import IndexManifest
-from llm2clip.search.index_settings import IndexSettings
 from llm2clip.search.lance_store import LanceStore
-from llm2clip.search.search_index import SearchIndex
-from llm2clip.search.store import ID, KEY, REASON, VECTOR
+from llm2clip.search.store import REASON, VECTOR
 from tests.modeling_llm2clip import tiny
 
-from .conftest import content, encoded, picture
+from .helpers import encoded, picture
+from .updates import kill_updates
 
 WIDTH = 1280
 PART = 1024
@@ -128,98 +124,6 @@ def test_embeddings_are_not_all_held_in_memory(tmp_path: Path) -> None:
     print(f"{base / 2**20:.0f} MiB with {few} images, {more / 2**20:.0f} with {many}: {per_image:.0f} bytes per image")
     # An embedding has twice as many bytes as values, and as float32 four times as many; peaks differ by 70 MiB.
     assert per_image < 4 * WIDTH
-
-
-@pytest.mark.slow
-def test_a_run_killed_by_a_signal_is_resumed(tmp_path: Path) -> None:
-    tiny.save(tmp_path / "model")
-    folder = save_pictures(tmp_path / "pictures", 2000)
-    command = [sys.executable, "-m", "llm2clip", "index", str(folder), "--model", str(tmp_path / "model")]
-    command += ["--part-size", "128", "--num-workers", "1"]
-    parts = tmp_path / "index" / "images.lance" / "data"
-    with subprocess.Popen([*command, "--output-dir", str(tmp_path / "index")], stderr=subprocess.PIPE) as process:
-        while len(list(parts.glob("*.lance"))) < 3:
-            assert process.poll() is None
-            time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
-    with pytest.raises(FileNotFoundError, match="it is not finished"):
-        SearchIndex.open(tmp_path / "index")
-    again = subprocess.run([*command, "--output-dir", str(tmp_path / "index")], capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr[-3000:]
-    assert "resuming an unfinished run" in again.stderr
-    assert "embedded: 2000\n" in again.stdout
-    subprocess.run([*command, "--output-dir", str(tmp_path / "whole")], check=True, capture_output=True)
-    assert content(tmp_path / "index") == content(tmp_path / "whole")
-
-
-UPDATE = """
-import sys
-
-from llm2clip.search.store import KEY
-from llm2clip.search.lance_store import LanceStore
-from tests.llm2clip.search.test_memory import new_rows
-
-store = LanceStore(sys.argv[1])
-with store.lock():
-    complete = store.metadata()
-    begun = store.metadata(unfinished=True)
-    store.begin(begun or complete, new_rows(0, 1).schema, "unfinished" if begun else "commit")
-    print("ready", flush=True)
-    store.delete(next(store.keys([KEY], written=True))["_rowid"].to_numpy()[:500])
-    for number in range(4):
-        store.upsert(new_rows(int(sys.argv[2]) + number, 500))
-    complete.images = sum(map(len, store.keys([KEY], written=True)))
-    store.commit(complete, [])
-"""
-
-
-def new_rows(seed: int, count: int) -> pa.Table:
-    """Generate rows with unit embeddings of width 64."""
-    generator = np.random.default_rng(seed)
-    keys = [f"{seed}-{number}" for number in range(count)]
-    embeds = generator.standard_normal((count, 64), dtype=np.float32)
-    embeds = (embeds / np.linalg.norm(embeds, axis=1, keepdims=True)).astype(np.float16)
-    vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeds.reshape(-1)), 64)
-    ids = pa.array(map(digest, keys), BINARY)
-    columns = [pa.array(keys), ids, pa.nulls(count, pa.string()), vectors]
-    return pa.table(columns, [KEY, ID, REASON, VECTOR])
-
-
-def kill_updates(place: Path | str, delays: Sequence[float]) -> int:
-    """Build an index of 8,000 rows, and kill updates of it after some seconds; return how many did not complete.
-
-    Then complete one. After each, searches find the rows of one complete update.
-    """
-    store = LanceStore(place)
-    manifest = IndexManifest("model", None, "none", 64, "float16", {"kind": "folder", "path": "none"}, {})
-    with store.lock():
-        store.begin(manifest, new_rows(0, 1).schema, "nothing")
-        for seed in range(8):
-            store.upsert(new_rows(seed, 1000))
-        manifest.images = 8000
-        manifest.index = IndexSettings("ivf_rq").index_of(8000, 64, store.index_types)
-        store.commit(manifest, [])
-    queries = np.array(new_rows(3, 20)[VECTOR].to_pylist(), dtype=np.float32)
-    reader, killed = SearchIndex.open(place), 0
-    expected = reader.search(queries, 10)
-    for turn, delay in enumerate(delays):
-        command = [sys.executable, "-c", UPDATE, str(place), str(100 + 10 * turn)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == b"ready\n"
-            time.sleep(delay)
-            os.kill(process.pid, signal.SIGKILL)
-        assert reader.search(queries, 10) == expected
-        opened = SearchIndex.open(place)
-        if len(opened) != 8000:
-            break
-        killed += 1
-        assert opened.search(queries, 10) == expected
-    subprocess.run([sys.executable, "-c", UPDATE, str(place), "900"], check=True, stdout=subprocess.PIPE)
-    found = SearchIndex.open(place).search(np.array(new_rows(900, 5)[VECTOR].to_pylist(), np.float32), 1)
-    assert [results[0].key for results in found] == [f"900-{number}" for number in range(5)]
-    assert reader.search(queries, 10) == expected
-    return killed
 
 
 @pytest.mark.slow

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
-import json
+import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -21,32 +19,14 @@ from PIL import Image
 from llm2clip import cli
 from llm2clip.data import decode_image
 from llm2clip.encoders import load_encoder
-from llm2clip.search.index import IndexConfig
-from llm2clip.search.index import run as index
-from llm2clip.search.search_index import SearchIndex
 from llm2clip.utils.logs import OBEYED
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection
-from tests.llm2clip.encoders import models
+from modeling_llm2clip import LLM2CLIPTextModel
 from tests.llm2clip.students import add_query_encoder
 from tests.modeling_llm2clip import tiny
 
-from .conftest import as_json, encoded, error, picture, save_broken
+from .helpers import Model, as_json, error, index, save_table, save_vision_half
 
-Model = tuple[Path, LLM2CLIPModel]
 TEXT = "two children play football"
-
-
-@pytest.fixture
-def indexed(pictures: Path, model: Model, tmp_path: Path) -> Path:
-    folder = tmp_path / "index"
-    index(IndexConfig(folder=str(pictures), model=str(model[0]), output_dir=str(folder), num_workers=0))
-    return folder
-
-
-def use_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let standard output be a terminal, one without colours."""
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setenv("TERM", "dumb")
 
 
 def test_text_queries_rank_images_by_the_models_cosine(
@@ -104,24 +84,6 @@ def test_a_fast_search_asks_the_query_encoder_and_loads_no_llm(
     )
 
 
-def test_texts_and_an_image_can_be_searched_together(
-    indexed: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    found = as_json(capsys, indexed, "--image", pictures / "00.png", TEXT, "--top", 1)
-    assert [query.get("text") or query["image"] for query in found] == [TEXT, str(pictures / "00.png")]
-    assert found[1]["results"][0]["key"] == "00.png"
-
-
-def test_the_table_shows_rank_score_and_path(
-    indexed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    use_terminal(monkeypatch)
-    assert cli.main(["search", str(indexed), TEXT, "--top", "2"]) == 0
-    shown = capsys.readouterr().out
-    assert TEXT in shown
-    assert len(re.findall(r"│ +[12] │ +-?0\.\d{3} │ .*", shown)) == 2
-
-
 def test_a_pipe_gets_a_line_for_each_result(
     indexed: Path, pictures: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,254 +104,103 @@ def test_a_pipe_gets_a_line_for_each_result(
     assert (shown.out, shown.err) == ("", "no row of the index fulfils --where size < 0\n")
 
 
-def test_a_reader_that_has_read_enough_is_no_error(indexed: Path, tmp_path: Path) -> None:
-    command = f"{sys.executable} -m llm2clip search {indexed} dog --top 12 2> {tmp_path / 'errors'} | true"
-    command += "; echo ${PIPESTATUS[0]}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
-    assert done.stdout == "0\n"
-    assert "Broken pipe" not in (tmp_path / "errors").read_text()
-
-
-def test_markup_in_queries_is_printed_literally(
+def test_a_terminal_gets_a_table_under_the_query_as_it_was_given(
     indexed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use_terminal(monkeypatch)
-    queries = ["a sign that says [/stop]", "[a dog] on grass", "{", "photo of a [bold] cat", ":dog:"]
-    assert [found["text"] for found in as_json(capsys, indexed, *queries)] == queries
-    for query in (*queries, "[cat]"):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "dumb")
+    for query in ("a sign that says [/stop]", "[a dog] on grass", "{", "photo of a [bold] cat", ":dog:"):
         assert [found["text"] for found in as_json(capsys, indexed, query)] == [query]
-        assert cli.main(["search", str(indexed), query]) == 0
-        assert capsys.readouterr().out.splitlines()[0].strip() == query
+        assert cli.main(["search", str(indexed), query, "--top", "2"]) == 0
+        shown = capsys.readouterr().out
+        assert shown.splitlines()[0].strip() == query
+        assert len(re.findall(r"│ +[12] │ +-?0\.\d{3} │ .*", shown)) == 2
+
+
+def test_where_and_top_restrict_the_results(indexed: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ranked = [result["key"] for result in as_json(capsys, indexed, TEXT, "--top", 10**30)[0]["results"]]
+    assert len(ranked) == 12
+    (found,) = as_json(capsys, indexed, TEXT, "--where", "folder = 'a' AND size > 0")
+    assert [result["key"] for result in found["results"]] == [key for key in ranked if key.startswith("a/")]
+    both = as_json(
+        capsys, indexed, TEXT, "--image", pictures / "a" / "07.png", "--where", "folder = 'b/c'", "--top", 2
+    )
+    assert [query.get("text") or query["image"] for query in both] == [TEXT, str(pictures / "a" / "07.png")]
+    assert {str(Path(result["key"]).parent) for query in both for result in query["results"]} == {"b/c"}
+
+
+def test_a_reader_that_has_read_enough_is_no_error(
+    indexed: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", closed)
+        assert cli.main(["search", str(indexed), "dog", "--top", "12"]) == 0
+    assert "Broken pipe" not in capfd.readouterr().err
 
 
 def test_escape_sequences_do_not_reach_the_terminal(
     model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use_terminal(monkeypatch)
     hostile = "\x1b[2J\x1b]0;title\x07 red \x9b31m \u202ereversed"
-    data = datasets.Dataset.from_dict(
-        {"image": [{"bytes": encoded(picture(0)), "path": None}], "caption": [hostile]},
-        features=datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")}),
-    )
-    data.to_parquet(tmp_path / "data.parquet")
-    folder = str(tmp_path / "index")
-    settings = {"model": str(model[0]), "output_dir": folder, "num_workers": 0}
-    index(IndexConfig(folder=str(tmp_path / "data.parquet"), **settings))
-    capsys.readouterr()
-    assert cli.main(["search", folder, f"query {hostile}"]) == 0
-    shown = capsys.readouterr()
-    assert not OBEYED.search(shown.out + shown.err)
-    assert shown.out.count("\\u001b") == 4
+    save_table(tmp_path / "data.parquet", [0], caption=[hostile])
+    folder = tmp_path / "index"
+    index(tmp_path / "data.parquet", model[0], folder)
     (found,) = as_json(capsys, folder, hostile)
     assert (found["text"], found["results"][0]["caption"]) == (hostile, hostile)
-    assert cli.main(["search", folder, hostile, "--json"]) == 0
-    assert not OBEYED.search(capsys.readouterr().out)
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
-    assert cli.main(["search", folder, f"query {hostile}", "b"]) == 0
-    assert not OBEYED.search(capsys.readouterr().out)
+    for is_terminal in (False, True):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda is_terminal=is_terminal: is_terminal)
+        monkeypatch.setenv("TERM", "dumb")
+        for options in ([f"query {hostile}", "b"], [hostile, "--json"]):
+            assert cli.main(["search", str(folder), *options]) == 0
+            shown = capsys.readouterr()
+            assert not OBEYED.search(shown.out + shown.err)
+            assert "\\u001b" in shown.out
 
 
-def test_the_page_embeds_thumbnails_and_escapes_texts(
-    model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rows = {"image": [{"bytes": encoded(picture(seed)), "path": None} for seed in range(3)]}
-    rows["caption"] = ["<b>bold</b> & more"] * 3
-    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
-    data = tmp_path / "data.parquet"
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(data)
-    index(IndexConfig(folder=str(data), model=str(model[0]), output_dir=str(tmp_path / "index"), num_workers=0))
-    assert cli.main(["search", str(tmp_path / "index"), "<i>text</i>", "--html", str(tmp_path / "page.html")]) == 0
+def test_the_page_embeds_thumbnails_escapes_texts_and_marks_what_is_gone(model: Model, tmp_path: Path) -> None:
+    data = save_table(tmp_path / "data.parquet", [0, 1, 2, 3], caption=["<b>bold</b> & more"] * 4)
+    index(data, model[0], tmp_path / "index")
+    command = ["search", str(tmp_path / "index"), "<i>text</i>", "--html", str(tmp_path / "page.html")]
+    assert cli.main(command) == 0
     page = (tmp_path / "page.html").read_text()
     assert "&lt;i&gt;text&lt;/i&gt;" in page
-    assert page.count("&lt;b&gt;bold&lt;/b&gt; &amp; more</div>") == 3
+    assert page.count("&lt;b&gt;bold&lt;/b&gt; &amp; more</div>") == 4
     assert "<i>" not in page
     assert "<b>" not in page
     sources = re.findall(r"(?:src|href)='([^']*)'", page)
-    images = [Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) for source in sources]
     assert all(source.startswith("data:image/webp;base64,") for source in sources)
-    assert [image.size for image in images] == [(32, 32)] * 3
-    (found,) = as_json(capsys, tmp_path / "index", TEXT)
-    assert found["results"][0]["caption"] == "<b>bold</b> & more"
-    assert {result["row"] for result in found["results"]} == {0, 1, 2}
-
-
-def test_the_page_marks_removed_images(indexed: Path, pictures: Path, tmp_path: Path) -> None:
-    (pictures / "00.png").unlink()
-    assert cli.main(["search", str(indexed), TEXT, "--top", "12", "--html", str(tmp_path / "page.html")]) == 0
+    images = [Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) for source in sources]
+    assert [image.size for image in images] == [(32, 32)] * 4
+    # One row is replaced, one is gone.
+    save_table(data, [0, 5, 2], caption=["<b>bold</b> & more"] * 3)
+    assert cli.main(command) == 0
     page = (tmp_path / "page.html").read_text()
-    assert page.count("no longer available") == 1
-    assert page.count("<img") == 11
+    assert (page.count("no longer available"), page.count("<img")) == (2, 2)
 
 
-def test_the_page_does_not_show_a_replaced_row(model: Model, tmp_path: Path) -> None:
-    def save(seeds: list[int]) -> None:
-        rows = {"image": [{"bytes": encoded(picture(seed)), "path": None} for seed in seeds]}
-        features = datasets.Features({"image": datasets.Image()})
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data.parquet")
-
-    save([0, 1, 2, 3])
-    settings = {"folder": str(tmp_path / "data.parquet"), "model": str(model[0]), "num_workers": 0}
-    index(IndexConfig(output_dir=str(tmp_path / "index"), **settings))
-    save([0, 5, 2])
-    assert cli.main(["search", str(tmp_path / "index"), TEXT, "--html", str(tmp_path / "page.html")]) == 0
-    page = (tmp_path / "page.html").read_text()
-    assert page.count("no longer available") == 2
-    assert page.count("<img") == 2
-
-
-def test_thumbnails_use_the_max_pixels_of_the_index(
-    pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    decoded: list[int] = []
-
-    def decode(value: Any, key: str, max_pixels: int) -> Image.Image:
-        decoded.append(max_pixels)
-        return decode_image(value, key, max_pixels)
-
-    output = str(tmp_path / "index")
-    index(IndexConfig(folder=str(pictures), model=str(model[0]), output_dir=output, num_workers=0, max_pixels=10**9))
-    monkeypatch.setattr("llm2clip.search.results.decode_image", decode)
-    assert cli.main(["search", output, TEXT, "--html", str(tmp_path / "page.html")]) == 0
-    assert decoded == [10**9] * 10
-
-
-def test_another_model_is_refused_with_both_names(
+def test_another_model_is_refused_with_both_names_and_a_copy_is_not(
     indexed: Path, pictures: Path, model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(5)
     tiny.save(tmp_path / "other")
-    tiny.save(tmp_path / "wide", projection_dim=40)
-    for name in ("other", "wide"):
-        for query in ([TEXT], ["--image", pictures / "00.png"]):
-            message = error(capsys, "search", indexed, *query, "--model", tmp_path / name)
-            assert f"made by {model[0]} (width 24" in message
-            assert f"the model is {tmp_path / name} (width {40 if name == 'wide' else 24}" in message
-
-
-def save_of_another_library(library: str, folder: Path) -> str:
-    """Save a tiny model of another library; return its name."""
-    if library == "open_clip":
-        name, weights = models.register_open_clip(folder)
-        return f"open_clip:{name}/{weights}"
-    models.save_transformers("clip", folder)
-    return str(folder)
-
-
-@pytest.mark.parametrize("library", ["transformers", "open_clip"])
-def test_an_index_is_searched_with_the_model_of_any_library_that_made_it(
-    library: str, pictures: Path, model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    name, folder = save_of_another_library(library, tmp_path / library), tmp_path / "index"
-    encoder = load_encoder(name)
-    SearchIndex.build(encoder, pictures, folder)
-    texts, found = as_json(capsys, folder, TEXT, "--image", pictures / "00.png", "--top", 12)
-    files = sorted(pictures.rglob("*.png"))
-    cosines = encoder.encode_text(TEXT) @ encoder.encode_image([str(file) for file in files]).T
-    scores = {str(file): score for file, score in zip(files, cosines[0].tolist(), strict=True)}
-    assert {result["path"]: result["score"] for result in texts["results"]} == pytest.approx(scores, abs=2e-3)
-    assert found["results"][0]["key"] == "00.png"
-    assert f"made by {name} (width 24" in error(capsys, "search", folder, TEXT, "--model", model[0])
-
-
-def test_a_copy_of_the_model_is_accepted(
-    indexed: Path, model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    for query in ([TEXT], ["--image", pictures / "00.png"]):
+        message = error(capsys, "search", indexed, *query, "--model", tmp_path / "other")
+        assert f"made by {model[0]} (width 24" in message
+        assert f"the model is {tmp_path / 'other'} (width 24" in message
     shutil.copytree(model[0], tmp_path / "copy")
     assert as_json(capsys, indexed, TEXT, "--model", tmp_path / "copy")
 
 
-def test_missing_or_invalid_inputs_are_named_in_the_error(
+def test_unusable_queries_are_named_and_images_need_half_a_model(
     indexed: Path, pictures: Path, model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "a query is empty" in error(capsys, "search", indexed, " ")
     (pictures / "bad.png").write_bytes(b"words")
     assert "does not recognize its format" in error(capsys, "search", indexed, "--image", pictures / "bad.png")
-    half = tmp_path / "half"
-    LLM2CLIPVisionModelWithProjection.from_pretrained(model[0]).save_pretrained(half)
-    tiny.processor().image_processor.save_pretrained(half)
-    assert "Texts and images need the whole model with its LLM" in error(
-        capsys, "search", indexed, TEXT, "--model", half
-    )
+    Image.new("1", (1, 70_000)).save(tmp_path / "strip.png")
+    assert "strip.png" in error(capsys, "search", indexed, "--image", tmp_path / "strip.png")
+    half = save_vision_half(model[0], tmp_path / "half")
+    assert "need the whole model" in error(capsys, "search", indexed, TEXT, "--model", half)
     assert as_json(capsys, indexed, "--image", pictures / "00.png", "--model", half)
-
-
-def test_mistakes_are_found_before_libraries_are_imported(indexed: Path, pictures: Path, tmp_path: Path) -> None:
-    away = shutil.copytree(indexed, tmp_path / "away")
-    manifest = json.loads((away / "manifest.json").read_text())
-    (away / "manifest.json").write_text(json.dumps({**manifest, "model": "/moved/away"}))
-    mistakes = {
-        "there is no index in /no/such": ["/no/such", TEXT],
-        f"did you mean '{indexed.name}'? To create one: llm2clip index": [f"{indexed}s", TEXT],
-        f"there is no index in {pictures} (no manifest.json). If these are the images": [str(pictures), TEXT],
-        "the query is missing": [str(indexed)],
-        "there is no image file /no/such.png": [str(indexed), "--image", "/no/such.png"],
-        "there is no model ./no/such": [str(indexed), TEXT, "--model", "./no/such"],
-        "the file no.py does not exist": [str(indexed), TEXT, "--model", "no.py:function"],
-        "the model in /moved/away, which no longer exists": [str(away), TEXT],
-        "top must be at least 1": [str(indexed), TEXT, "--top", "0"],
-    }
-    script = f"""
-import sys
-from llm2clip import cli
-assert [cli.main(["search", *mistake]) for mistake in {list(mistakes.values())}] == [2] * {len(mistakes)}
-print(sorted({{"torch", "transformers", "lancedb", "datasets", "matplotlib", "rich"}} & set(sys.modules)))
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
-    errors = [line for line in done.stderr.splitlines() if "error: " in line]
-    for message, shown in zip(mistakes, errors, strict=True):
-        assert message in shown
-
-
-@pytest.mark.parametrize("damage", ["images.lance/data/*.lance", "images.lance/_versions/*", "manifest.json"])
-@pytest.mark.parametrize("deleted", [False, True])
-def test_a_damaged_index_is_an_error(
-    damage: str, deleted: bool, indexed: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for path in list(indexed.glob(damage)):
-        path.unlink() if deleted else path.write_bytes(path.read_bytes()[:40])
-    message = error(capsys, "search", indexed, TEXT)
-    assert "build it again: add --overwrite" in message or "run the same llm2clip index again" in message
-
-
-def test_where_restricts_the_results(indexed: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    everything = as_json(capsys, indexed, TEXT, "--top", 12)[0]["results"]
-    (found,) = as_json(capsys, indexed, TEXT, "--where", "folder = 'a' AND size > 0")
-    expected = [result["key"] for result in everything if result["key"].startswith("a/")]
-    assert [result["key"] for result in found["results"]] == expected
-    assert len(expected) == 4
-    (found,) = as_json(capsys, indexed, "--image", pictures / "a" / "07.png", "--where", "folder = 'b/c'", "--top", 2)
-    assert {str(Path(result["key"]).parent) for result in found["results"]} == {"b/c"}
-    assert as_json(capsys, indexed, TEXT, "--where", "extension = 'jpg'")[0]["results"] == []
-    assert len(as_json(capsys, indexed, TEXT, "--where", "folder = 'a'", "--top", 10**30)[0]["results"]) == 4
-    # Conditions, names and strings may hold anything; what LanceDB would leave out without a word may not follow.
-    ignored = [f"folder = 'a'{rest}" for rest in ("; DROP TABLE images", " LIMIT 1", " ORDER BY size", " garbage")]
-    for where in ("source = 'noto'", "folder = = 'a'", "folder", *ignored, "1 / 0 = 1", "cast(folder AS int) = 1"):
-        message = error(capsys, "search", indexed, TEXT, "--where", where)
-        assert f"where is {where!r}, which is no condition on the columns key, folder, extension, size" in message
-        assert ".rs:" not in message
-    assert as_json(capsys, indexed, TEXT, "--where", "key = '; LIMIT 1 -- \x00)' OR (size < 0)")[0]["results"] == []
-    assert "where is empty" in error(capsys, "search", indexed, TEXT, "--where", "")
-
-
-def test_any_number_of_results_can_be_asked_for(indexed: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(as_json(capsys, indexed, TEXT, "--top", 10**30)[0]["results"]) == 12
-    opened = SearchIndex.open(indexed)
-    for top in (0, -1):
-        with pytest.raises(ValueError, match="k must be at least 1"):
-            opened.search(np.ones((1, opened.manifest.width), np.float32), top)
-
-
-@pytest.mark.parametrize(("part", "query"), [("visual_projection", "--image"), ("text_adapter.proj", "a dog")])
-def test_a_query_with_a_broken_embedding_ends_the_search(
-    part: str, query: str, indexed: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    def nothing(*arguments: Any) -> None:
-        pass
-
-    broken = save_broken(tmp_path / "broken", part)
-    monkeypatch.setattr("llm2clip.search.search_index.IndexManifest.require_model", nothing)
-    queries = [query, pictures / "00.png"] if query == "--image" else [query]
-    message = error(capsys, "search", indexed, *queries, "--model", broken)
-    assert f"NaN or infinite: {queries[-1]}. A model gives such values after a training that diverged" in message

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,9 @@ from llm2clip.encoders.ours import OurEncoder
 from llm2clip.search.lance_store import HINT
 from llm2clip.search.verify_index import verify_index
 from llm2clip.utils.manifests import FOLDER_MANIFEST, MANIFEST_CHECKSUM, with_checksum
-from modeling_llm2clip import LLM2CLIPModel
 from tests.damage import flip
 
-from .conftest import encoded, index, picture
-
-Model = tuple[Path, LLM2CLIPModel]
+from .helpers import Model, encoded, index, picture
 
 
 def files(folder: Path) -> list[Path]:
@@ -28,7 +24,7 @@ def files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path not in unlisted)
 
 
-@pytest.mark.parametrize("index_type", ["flat", "ivf_rq", "faiss"])
+@pytest.mark.parametrize("index_type", ["ivf_rq", "faiss"])
 def test_a_flip_in_every_file_of_an_index_is_found(
     index_type: str, pictures: Path, model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -50,35 +46,6 @@ def test_a_flip_in_every_file_of_an_index_is_found(
         with flip(output / HINT, place):
             assert cli.main(["verify", str(output)]) == 0
             assert cli.main(["search", str(output), "a dog"]) == 0
-
-
-def test_updates_and_kills_raise_no_false_alarm(
-    pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    output = tmp_path / "index"
-    index(pictures, model[0], output)
-
-    def killed(*arguments: Any) -> None:
-        raise KeyboardInterrupt
-
-    def change(number: int) -> None:
-        (pictures / f"new {number}.png").write_bytes(encoded(picture(50 + number)))
-        (pictures / f"{number:02d}.png").unlink(missing_ok=True)
-
-    for number, step in enumerate(("_optimize", "_index_columns", "_clean")):
-        change(number)
-        with monkeypatch.context() as patch:
-            patch.setattr(f"llm2clip.search.lance_store.LanceStore.{step}", killed)
-            with pytest.raises(KeyboardInterrupt):
-                index(pictures, model[0], output)
-        assert verify_index(output).faults == []
-        index(pictures, model[0], output)
-        assert verify_index(output).faults == []
-    monkeypatch.setattr("llm2clip.search.lance_store.KEPT", timedelta(0))
-    change(9)
-    index(pictures, model[0], output)
-    found = verify_index(output)
-    assert (found.faults, found.remarks) == ([], [])
 
 
 def test_the_copy_of_an_index_at_a_url_is_read_and_its_list_is_not_trusted(

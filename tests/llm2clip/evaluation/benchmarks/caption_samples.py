@@ -125,8 +125,7 @@ def dci(name: str, first: str, second: str) -> tuple[str, dict[str, Any], Captio
 
 # Name, files by their path below the folder of all sets, and the captions of each image, which lies at the path.
 SAMPLES: list[tuple[str, dict[str, Any], Captions]] = [
-    flickr30k("flickr30k_test.json", "flickr30k-images/1.jpg", "flickr30k-images/2.jpg"),
-    flickr30k("test.json", "images/1.jpg", "flickr30k_images/2.jpg"),
+    flickr30k("flickr30k_test.json", "flickr30k-images/1.jpg", "images/2.jpg"),
     flickr30k("annotations/test.json", "flickr30k_images/flickr30k_images/1.jpg", "2.jpg"),
     (
         "flickr30k-karpathy", {"flickr30k/dataset_flickr30k.json": {"images": KARPATHY_FLICKR30K}},
@@ -143,8 +142,7 @@ SAMPLES: list[tuple[str, dict[str, Any], Captions]] = [
         "flickr30k-whole", {"flickr30k/results_20130124.token": TOKENS},
         {f"{PHOTOS}/1.jpg": [" Two # dogs\tbark .", "", "late"], f"{PHOTOS}/2.jpg": ["Käfer", "Käfer"]},
     ),
-    coco("coco-salesforce", "coco_karpathy_test.json", "val2014/COCO_val2014_2.jpg", "val2014/COCO_val2014_1.jpg"),
-    coco("coco-salesforce", "test.json", "images/COCO_val2014_2.jpg", "COCO_val2014_1.jpg"),
+    coco("coco-salesforce", "coco_karpathy_test.json", "val2014/COCO_val2014_2.jpg", "COCO_val2014_1.jpg"),
     coco(
         "coco-salesforce-all", "annotations/coco_karpathy_test.json",
         "images/val2014/COCO_val2014_2.jpg", "images/COCO_val2014_1.jpg",
@@ -235,67 +233,45 @@ SAMPLES: list[tuple[str, dict[str, Any], Captions]] = [
     ),
 ]  # fmt: skip
 
-WITH_A_LOST_CAPTION = {**VAL2017, "annotations": [*VAL2017["annotations"], {"image_id": 1, "caption": "whose?"}]}
+ANNOTATIONS = [*VAL2017["annotations"], {"image_id": 1, "caption": "whose?"}]
+FEWER_IDS = {"images": [KARPATHY[0], KARPATHY[1] | {"sentids": [300]}]}
+SAME_ID = {**VAL2017, "images": [*VAL2017["images"], {"id": 42, "file_name": "x.jpg"}]}
+NO_ANSWER = [{"image": "sam/images/sa_9.jpg", "conversations": []}]
+
+
+def chinese_clip(image: str, **text: Any) -> dict[str, str]:
+    return {"Flickr30k-CN/test_imgs.tsv": image, "Flickr30k-CN/test_texts.jsonl": lines(text)}
+
+
 # Name, files below the folder of the set itself, and the message.
 BROKEN: list[tuple[str, dict[str, Any], str]] = [
-    *(
-        ("flickr30k", {"flickr30k_test.json": content}, message)
-        for content, message in (
-            ({"image": "1.jpg"}, "is not a list of JSON objects"),
-            ([{"caption": ["a"]}], "row 1 of .* has no text 'image'"),
-            ([{"image": "1.jpg", "caption": "a dog"}], "row 1 of .* has no list of texts 'caption'"),
-            ([{"image": "1.jpg", "caption": ["a", None]}], "row 1 of .* has no list of texts 'caption'"),
-        )
-    ),
-    (
-        "coco-karpathy",
-        {"dataset_coco.json": {"images": [KARPATHY[0], KARPATHY[1] | {"sentids": [300]}]}},
-        r"image 2 of .* has 7 sentences, but the sentids \[300\]",
-    ),
+    ("flickr30k", {"flickr30k_test.json": {"image": "1.jpg"}}, "is not a list of JSON objects"),
+    ("flickr30k", {"flickr30k_test.json": [{"caption": ["a"]}]}, "row 1 of .* has no text 'image'"),
+    ("flickr30k", {"flickr30k_test.json": [{"image": "1.jpg", "caption": ["a", None]}]}, "row 1 of .* has no list of"),
+    ("coco-karpathy", {"dataset_coco.json": FEWER_IDS}, r"image 2 of .* has 7 sentences, but the sentids \[300\]"),
     ("coco-karpathy", {"dataset_coco.json": {"images": KARPATHY[:1]}}, "has no image of the split 'test'"),
-    (
-        "coco-val2017",
-        {"captions_val2017.json": WITH_A_LOST_CAPTION},
-        r"1 annotations of .* have an image_id that no image has: 10 \(1\)",
-    ),
-    (
-        "coco-val2017",
-        {"captions_val2017.json": {**VAL2017, "images": [*VAL2017["images"], {"id": 42, "file_name": "x.jpg"}]}},
-        r"image 3 of .* has the id 42 of an image before it",
-    ),
-    (
-        "flickr30k-clip-benchmark",
-        {"flickr30k_test_karpathy.txt": "image,caption\n1.jpg,a\n2.png,b\n"},
-        r"line 3 of .* is not NAME\.jpg,caption: '2\.png,b'",
-    ),
+    ("coco-val2017", {"captions_val2017.json": {**VAL2017, "annotations": ANNOTATIONS}},
+     r"1 annotations of .* have an image_id that no image has: 10 \(1\)"),
+    ("coco-val2017", {"captions_val2017.json": SAME_ID}, r"image 3 of .* has the id 42 of an image before it"),
+    ("flickr30k-clip-benchmark", {"flickr30k_test_karpathy.txt": "image,caption\n1.jpg,a\n2.png,b\n"},
+     r"line 3 of .* is not NAME\.jpg,caption: '2\.png,b'"),
     ("flickr30k-whole", {"results_20130124.token": "1.jpg#0\ta\n1.jpg b\n"}, r"line 2 of .* is not NAME#number"),
     ("flickr30k-whole", {"results_20130124.token": ""}, "is empty"),
-    (
-        "coco-cn",
-        {"imageid.human-written-caption.txt": CN_WRITTEN, "coco-cn_test.txt": f"{CN_ONE}\nCOCO_val2014_7\n"},
-        r"no caption of images of coco-cn_test\.txt: COCO_val2014_7\.jpg",
-    ),
-    (
-        "sharegpt4v-1k",
-        {SHAREGPT4V: [{"image": "sam/images/sa_9.jpg", "conversations": []}]},
-        "row 1 of .* has no second turn",
-    ),
+    ("coco-cn", {"imageid.human-written-caption.txt": CN_WRITTEN, "coco-cn_test.txt": f"{CN_ONE}\nCOCO_val2014_7\n"},
+     r"no caption of images of coco-cn_test\.txt: COCO_val2014_7\.jpg"),
+    ("flickr30k-cn", chinese_clip("7\taaaa*", text="b", image_ids=[7]), r"line 1 of .*tsv: image 7 is not base64"),
+    ("flickr30k-cn", chinese_clip("7 aaaa", text="b", image_ids=[7]), r"line 1 of .*tsv is not id, a tab and base64"),
+    ("flickr30k-cn", chinese_clip("7\taaaa", text="b", image_ids=[]), r"text 1 of .* has no list of image_ids"),
+    ("flickr30k-cn", chinese_clip("7\taaaa", image_ids=[7]), "text 1 of .* has no text 'text'"),
+    ("flickr30k-cn", chinese_clip("7\taaaa", text="b", image_ids=[12]), r"test_imgs\.tsv lacks images .*: 12"),
+    ("sharegpt4v-1k", {SHAREGPT4V: NO_ANSWER}, "row 1 of .* has no second turn"),
     ("urban1k", {"caption/1.txt": "", "image/1.jpg": "", "image/11.jpg": ""}, r"Urban1k lacks captions .*: 11\.txt"),
     ("urban1k", {"caption/1.txt": "", "image/1.jpg": "", "caption/eleven.txt": ""}, r"there are eleven\.txt"),
-    (
-        "docci",
-        {"docci_descriptions.jsonlines": lines({"example_id": "test_00000", "split": "test"})},
-        r"row 1 of docci_descriptions\.jsonlines has no text 'image_file'",
-    ),
-    (
-        "dci",
-        {"splits.json": {"train": ["2-data.json"]}, "annotations/1.json": {}},
-        r"DCI \(annotations\) lacks 1 of 1 images: .*2-data\.json",
-    ),
-    *(
-        (name, {file: "a/1.jpg\t猫\n2.jpg 狗\n"}, f"line 2 of .*{file} has no tab")
-        for name, (_, file) in CHINESE.items()
-    ),
+    ("docci", {"docci_descriptions.jsonlines": lines({"example_id": "test_00000", "split": "test"})},
+     r"row 1 of docci_descriptions\.jsonlines has no text 'image_file'"),
+    ("dci", {"splits.json": {"train": ["2-data.json"]}, "annotations/1.json": {}},
+     r"DCI \(annotations\) lacks 1 of 1 images: .*2-data\.json"),
+    ("lit-cn", {"image_caption_long_cn.txt": "a/1.jpg\t猫\n2.jpg 狗\n"}, "line 2 of .* has no tab"),
     ("xm3600", {"captions.jsonl": lines({"image/key": "b", "de": ["Ein Haus"]}), "images/b.jpg": ""},
      "row 1 of .* has no captions in 'de'"),
     ("xtd10", {"test_image_names.txt": "a.jpg\nb.jpg\n", "MIC/test_1kcaptions_de.txt": "Hund\n"},

@@ -9,14 +9,11 @@ from typing import Any
 import pytest
 
 from llm2clip.evaluation.benchmark import BenchmarkError
-from llm2clip.evaluation.benchmarks import all_benchmarks, long_captions
-from llm2clip.evaluation.benchmarks.caption_files import KarpathyImage, read_karpathy
+from llm2clip.evaluation.benchmarks import long_captions
 from llm2clip.evaluation.data import RetrievalData
 from tests.llm2clip.evaluation.benchmarks.caption_samples import (
     BROKEN,
-    KARPATHY,
     SAMPLES,
-    SEVEN,
     lines,
     salesforce,
 )
@@ -53,12 +50,6 @@ def test_captions_and_their_images(
         read(name, tmp_path)
 
 
-def test_the_names_of_llm2clip_count_in_the_folder_of_the_set_only(tmp_path: Path) -> None:
-    write(tmp_path / "test.json", [])
-    found = [benchmark.name for benchmark in all_benchmarks().values() if benchmark.find(tmp_path)]
-    assert not {name for name in found if name.startswith(("flickr30k", "coco"))}
-
-
 @pytest.mark.parametrize(("name", "files", "message"), BROKEN)
 def test_broken_rows_and_what_is_missing_are_named(
     name: str, files: dict[str, Any], message: str, tmp_path: Path
@@ -66,13 +57,6 @@ def test_broken_rows_and_what_is_missing_are_named(
     write_sample(tmp_path, files, ())
     with pytest.raises(BenchmarkError, match=message):
         read(name, tmp_path)
-
-
-def test_the_ids_of_karpathy_are_kept(tmp_path: Path) -> None:
-    assert read_karpathy(write(tmp_path / "dataset_coco.json", {"images": KARPATHY, "dataset": "coco"})) == [
-        KarpathyImage("val2014/COCO_val2014_000000000042.jpg", SEVEN, [*range(300, 307)], 42),
-        KarpathyImage("val2014/COCO_val2014_000000000041.jpg", SEVEN[:6], [*range(200, 206)], 41),
-    ]
 
 
 @pytest.mark.parametrize("is_karpathy", [True, False])

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llm2clip.evaluation.benchmark import GROUPS
-from llm2clip.evaluation.benchmarks import ALL_FOUND, all_benchmarks, choose_benchmarks
+from llm2clip.evaluation.benchmarks import ALL_FOUND, choose_benchmarks
 from tests.llm2clip.evaluation.benchmarks.samples import write
 
 
@@ -55,11 +54,3 @@ def test_a_group_stands_for_its_sets_that_are_there(tmp_path: Path, caplog: pyte
 def test_a_group_of_which_nothing_is_there_is_an_error(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"no files of a benchmark of {name} were found below {tmp_path}"):
         names(["urban1k", name], tmp_path)
-
-
-def test_every_benchmark_says_what_it_needs() -> None:
-    for name, benchmark in all_benchmarks().items():
-        assert set(benchmark.groups) <= set(GROUPS), name
-        said = (benchmark.title, benchmark.folder, benchmark.files, benchmark.license, benchmark.source)
-        assert all(said), name
-        assert "://" not in " ".join((*said, benchmark.note)), name

@@ -95,24 +95,20 @@ def test_sugar_crepe_reads_its_seven_files(tmp_path: Path) -> None:
         read("sugarcrepe", tmp_path)
 
 
-QUESTIONS = "\n".join(
-    [
-        "Question ID,Type,Statement",
-        '1,Orientation and Direction,"a café, open "',
-        "2,Orientation and Direction,a café closed",
-        "4,Texts,no text",
-        '3,Texts,"the text ""é"""',
-        "",
-    ]
-)
+QUESTIONS = """Question ID,Type,Statement
+1,Orientation and Direction,"a café, open "
+2,Orientation and Direction,a café closed
+4,Texts,no text
+3,Texts,"the text ""é\"""
+"""
 
 
 def test_mmvp_takes_the_odd_number_as_the_first_image(tmp_path: Path) -> None:
     folder = tmp_path / "mmvp_vlm"
     images = folder / "MLLM_VLM Images"
     write(folder / "Questions.csv", BOM + QUESTIONS.replace("\n", "\r\n"))
-    paths = [images / place for place in ("Orientation and Direction/1.jpg", "Orientation and Direction/2.jpg")]
-    paths += [images / "Texts/3.jpg", images / "Texts/4.jpg"]
+    paths = [images / "Orientation and Direction" / name for name in ("1.jpg", "2.jpg")]
+    paths += [images / "Texts" / name for name in ("3.jpg", "4.jpg")]
     for path in paths:
         write(path)
     data = read("mmvp-vlm", tmp_path)
@@ -129,7 +125,6 @@ def test_mmvp_takes_the_odd_number_as_the_first_image(tmp_path: Path) -> None:
     [
         ("5,Texts,alone\n", "has 5 rows, so that row 5 has no partner"),
         ("6,Texts,b\n7,Texts,a\n", "rows 6 and 7 of .* are no pair"),
-        ("5,Texts,b\n6,Viewpoint,a\n", "rows 5 and 6 of .* are no pair"),
         ("5,Texts\n6,Texts,a\n", "has rows that are not number, pattern, statement"),
     ],
 )

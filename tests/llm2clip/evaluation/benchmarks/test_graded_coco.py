@@ -87,24 +87,6 @@ def test_eccv_caption_is_found_in_the_installed_package(tmp_path: Path, monkeypa
     assert read("eccv-caption", tmp_path).counts()["right_images"] == 3
 
 
-def test_eccv_caption_of_another_split_is_refused(tmp_path: Path) -> None:
-    folder = tmp_path / "coco"
-    coco(folder)
-    eccv(folder / "eccv_caption")
-    write(folder / "eccv_caption/original_image_to_caption.json", {"391895": [10, 77]})
-    with pytest.raises(BenchmarkError, match="the Karpathy test split lacks captions 77"):
-        read("eccv-caption", tmp_path)
-    (folder / "eccv_caption/eccv_caption_to_image.json").unlink()
-    eccv(folder / "eccv_caption")
-    (folder / "eccv_caption/eccv_caption_to_image.json").unlink()
-    with pytest.raises(BenchmarkError, match=r"there is no file .*eccv_caption_to_image\.json"):
-        read("eccv-caption", tmp_path)
-    (folder / "val2014" / file_name(60623)).unlink()
-    eccv(folder / "eccv_caption")
-    with pytest.raises(BenchmarkError, match=r"ECCV Caption lacks 1 of 2 images: .*60623\.jpg"):
-        read("eccv-caption", tmp_path)
-
-
 RATINGS = """caption,image,agg_score,sampling_method
 COCO_val2014:sentid:10,COCO_val2014_000000060623.jpg,3.0,c2i_intrasim
 COCO_val2014:sentid:25,COCO_val2014_000000391895.jpg,4.97,c2i_intrasim

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from llm2clip.evaluation.benchmark import BenchmarkError
@@ -19,32 +18,19 @@ from modeling_llm2clip.image_decoding_llm2clip import DamagedImageError
 
 @dataclass
 class Layout:
-    """A tiny set, with what its reader makes of it.
-
-    Attributes:
-        root: Its folder.
-        image, label: Paths, with a place for the name.
-        written: Values in the label map of each name.
-        read: Classes that are read, in the order of the images.
-        names: Some of the classes.
-        classes: Name of its classes, and how many there are.
-        wrong: A value that is no class.
-        order: Names in the order of the images; by default all that are written.
-        listing: Where a list of names lies, if the set has one.
-        beside: Other files beside a label map.
-    """
+    """A tiny set, with what its reader makes of it."""
 
     root: str
-    image: str
+    image: str  # paths, with a place for the name
     label: str
-    written: dict[str, list[list[int]]]
-    read: list[list[list[int]]]
-    names: dict[int, str]
-    classes: tuple[str, int]
-    wrong: int
-    order: tuple[str, ...] = ()
-    listing: str = ""
-    beside: tuple[str, ...] = field(default=())
+    written: dict[str, list[list[int]]]  # values in the label map of each name
+    read: list[list[list[int]]]  # classes, in the order of the images
+    names: dict[int, str]  # some of the classes
+    classes: tuple[str, int]  # their name, and how many there are
+    wrong: int  # a value that is no class
+    order: tuple[str, ...] = ()  # names in the order of the images; by default all that are written
+    listing: str = ""  # where a list of names lies, if the set has one
+    beside: tuple[str, ...] = ()  # other files beside a label map
 
     def write(self, data: Path) -> Path:
         """Write the set below a folder; returns its own."""
@@ -151,14 +137,6 @@ def test_missing_files_are_named(lost: str, name: str, tmp_path: Path) -> None:
     assert str(path) in str(error.value)
 
 
-@every_set
-def test_every_set_is_found_by_name_whole_and_in_windows(name: str) -> None:
-    whole, parts = (all_benchmarks()[one] for one in (name, f"{name}-sliding"))
-    assert "dense" in whole.groups
-    assert parts.groups == ("dense",)
-    assert parts.read is whole.read
-
-
 def test_the_background_of_voc21_has_five_names(tmp_path: Path) -> None:
     data = all_benchmarks()["voc21"].read(VOC.write(tmp_path))
     assert data.classes["background"] == ("building", "ground", "grass", "tree", "sky")
@@ -173,10 +151,3 @@ def test_a_picture_in_place_of_a_label_map_is_an_error(tmp_path: Path) -> None:
     data.label_maps[0].write_bytes(b"cut")
     with pytest.raises(DamagedImageError, match=r"ADE_1\.png"):
         data.labels(0)
-
-
-def test_grey_values_of_a_palette_are_not_its_colours(tmp_path: Path) -> None:
-    """Conversion to grey would mix the colours of the palette."""
-    data = all_benchmarks()["voc20"].read(VOC.write(tmp_path))
-    assert data.labels(0).equal(torch.tensor([[255, 0, 19, 255]]))
-    assert np.array(Image.open(data.label_maps[0]).convert("L")).tolist() != [[0, 1, 20, 255]]

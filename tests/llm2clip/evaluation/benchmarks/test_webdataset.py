@@ -1,4 +1,4 @@
-r"""Sets in CLIP_benchmark's form; samples are written as its converter does, byte for byte."""
+"""Sets in CLIP_benchmark's form, where they are more than the tables of classification_samples.py say."""
 
 from __future__ import annotations
 
@@ -14,56 +14,26 @@ import torch
 
 from llm2clip.data.opened_table import SourceError
 from llm2clip.evaluation.benchmark import BenchmarkError
-from llm2clip.evaluation.benchmarks import all_benchmarks, choose_benchmarks
-from llm2clip.evaluation.benchmarks.encoded_images import ArchivedImages, FilePart, list_tar
+from llm2clip.evaluation.benchmarks import all_benchmarks
+from llm2clip.evaluation.benchmarks.encoded_images import ArchivedImages
 from llm2clip.evaluation.benchmarks.webdataset import SETS, read_classification, read_retrieval
-from llm2clip.evaluation.prompts import template_set
+from tests.llm2clip.evaluation.benchmarks.classification_samples import SAMPLES, webdataset, write_files
 from tests.llm2clip.evaluation.benchmarks.pictures import picture, shades
 from tests.llm2clip.evaluation.benchmarks.samples import read
-from tests.tars import write_tar
-
-
-def write_split(folder: Path, tars: Sequence[Sequence[tuple[str, bytes]]]) -> None:
-    for number, files in enumerate(tars):
-        write_tar(folder / f"{number}.tar", files)
-    (folder / "nshards.txt").write_text(f"{len(tars)}\n")
 
 
 @pytest.fixture
 def classes(tmp_path: Path) -> Path:
-    """Eleven tars, so that 10 sorted as text comes before 2; suffixes of all kinds, a label before its image."""
-    root = tmp_path / "webdataset"
-    suffixes = ["webp", "png", "jpg", "jpeg"]
-    tars = []
-    for number in range(11):
-        suffix = suffixes[number % 4]
-        image = (f"s{number:07d}.{suffix}", picture(10 * number, "webp" if suffix == "webp" else "png"))
-        label = (f"s{number:07d}.cls", str(number % 3).encode())
-        tars.append([label, image] if number == 4 else [image, label])
-    write_split(root / "test", tars)
-    (root / "classnames.txt").write_text("a\nb\nlast one \n")
-    return root
+    """The folder of a set of eleven tars."""
+    write_files(tmp_path, SAMPLES["webdataset"].files)
+    return tmp_path / "webdataset"
 
 
-def test_labels_and_images_are_read_in_the_order_of_the_tars(classes: Path) -> None:
-    data = read("webdataset", classes.parent)
-    assert data.labels.tolist() == [number % 3 for number in range(11)]
-    assert shades(data.images) == [10 * number for number in range(11)]
-    assert data.classnames == ["a", "b", "last one"]
-    assert data.templates == template_set("openai-80")
-    assert data.images.key(10) == "10.tar/s0000010"
+def test_own_templates_and_keys_are_read(classes: Path) -> None:
     (classes / "zeroshot_classification_templates.txt").write_text("a {c}\nthe {c}.\n")
-    assert read("webdataset", classes).templates == ["a {c}", "the {c}."]
-
-
-def test_files_of_one_folder_and_name_up_to_the_first_dot_are_a_sample(classes: Path) -> None:
-    """Of several images the one that CLIP_benchmark would take; suffixes in any case."""
-    one = [("a/s.PNG", picture(1)), ("a/s.meta.json", b"{}"), ("a/s.cls", b"0")]
-    other = [("b/s.jpg", picture(2)), ("b/s.webp", picture(3, "webp")), ("b/s.png", picture(4)), ("b/s.CLS", b"2")]
-    write_split(classes / "test", [[*one, *other]])
-    data = read_classification(classes)
-    assert (shades(data.images), data.labels.tolist()) == ([1, 3], [0, 2])
-    assert [data.images.key(row) for row in range(2)] == ["0.tar/a/s", "0.tar/b/s"]
+    data = read("webdataset", classes)
+    assert data.templates == ["a {c}", "the {c}."]
+    assert data.images.key(10) == "10.tar/s0000010"
 
 
 def test_images_stay_in_the_tars_until_they_are_asked_for(classes: Path) -> None:
@@ -77,39 +47,25 @@ def test_images_stay_in_the_tars_until_they_are_asked_for(classes: Path) -> None
         data.images.images[3]
 
 
-def test_train_images_are_read_for_probes(classes: Path) -> None:
-    (probe,) = choose_benchmarks(["webdataset-probe-lbfgs"], classes)
-    assert probe.find(classes) is None
-    write_split(classes / "train", [[("s0.png", picture(1)), ("s0.cls", b"2")]])
-    assert read("webdataset-probe-lbfgs", classes).train.labels.tolist() == [2]
-
-
 def test_captions_are_split_at_newlines_and_inner_ones_restored(tmp_path: Path) -> None:
     text = "first, with ümlaut\n line 1\\nline 2 \n\nfirst, with ümlaut\u2028x"
-    files = [("s0.png", picture(1)), ("s0.txt", text.encode()), ("s1.txt", b"one"), ("s1.webp", picture(2, "webp"))]
-    write_split(tmp_path / "test", [files])
-    (tmp_path / "dataset_type.txt").write_text("Retrieval\n")
-    data = read("webdataset-retrieval", tmp_path)
+    members = {"s0.png": picture(1), "s0.txt": text.encode(), "s1.txt": b"one", "s1.webp": picture(2, "webp")}
+    write_files(tmp_path, webdataset(members) | {"webdataset/dataset_type.txt": "Retrieval\n"})
+    data = read("webdataset-retrieval", tmp_path / "webdataset")
     assert data.texts == ["first, with ümlaut", " line 1\nline 2 ", "", "first, with ümlaut\u2028x", "one"]
     assert data.owners.tolist() == [0, 0, 0, 0, 1]
     assert shades(data.images) == [1, 2]
-    with pytest.raises(BenchmarkError, match="has captions, not labels: use webdataset-retrieval"):
-        read_classification(tmp_path)
 
 
-def test_sets_of_another_kind_and_without_names_are_refused(classes: Path) -> None:
+def test_labels_are_not_taken_for_captions_and_need_names(classes: Path) -> None:
     with pytest.raises(BenchmarkError, match="has labels, not captions: use webdataset"):
         read_retrieval(classes)
-    (classes / "dataset_type.txt").write_text("multilabel\n")
-    with pytest.raises(BenchmarkError, match="several labels an image"):
-        read_classification(classes)
-    (classes / "dataset_type.txt").unlink()
     (classes / "classnames.txt").unlink()
     with pytest.raises(BenchmarkError, match=r"has no classnames.txt: without names of the classes"):
         read_classification(classes)
 
 
-def test_pickled_labels_are_never_loaded(classes: Path) -> None:
+def test_pickled_labels_are_never_loaded(tmp_path: Path) -> None:
     """A .npy of objects is a pickle; a label that is one is a broken label, and no code runs."""
 
     class Bomb:
@@ -118,36 +74,13 @@ def test_pickled_labels_are_never_loaded(classes: Path) -> None:
 
     stream = io.BytesIO()
     np.save(stream, np.array([Bomb()], dtype=object), allow_pickle=True)
-    write_split(classes / "test", [[("s0.png", picture(1)), ("s0.npy", stream.getvalue())]])
-    with pytest.raises(BenchmarkError, match=r"needs an image .* and a .cls, but has .png, .npy"):
-        read_classification(classes)
-    write_split(classes / "test", [[("s0.png", picture(1)), ("s0.cls", pickle.dumps(1))]])
-    with pytest.raises(BenchmarkError, match=r"s0.cls of .*0.tar is broken"):
-        read_classification(classes)
-
-
-def test_missing_tars_samples_and_damage_are_named(classes: Path) -> None:
-    (classes / "test/nshards.txt").write_text("12\n")
-    with pytest.raises(BenchmarkError, match=r"has 12 tars by nshards.txt, but no 11.tar"):
-        read_classification(classes)
-    (classes / "test/nshards.txt").write_text("many\n")
-    with pytest.raises(BenchmarkError, match="has no number: 'many'"):
-        read_classification(classes)
-    (classes / "test/nshards.txt").write_text("1\n")
-    write_tar(classes / "test/0.tar", [("s1.cls", b"1")])
-    with pytest.raises(BenchmarkError, match=r"sample s1 of .*0.tar needs an image \(webp, png, jpg, jpeg\)"):
-        read_classification(classes)
-    (classes / "test/0.tar").write_bytes(b"no tar" * 200)
-    with pytest.raises(BenchmarkError, match="is not an uncompressed tar, or is damaged"):
-        read_classification(classes)
-
-
-def test_files_of_a_tar_are_found_by_their_place(tmp_path: Path) -> None:
-    write_tar(tmp_path / "a.tar", [("x/one.bin", b"12345"), ("x/two.bin", b""), ("three.bin", b"6" * 700)])
-    found = list(list_tar(tmp_path / "a.tar"))
-    assert [name for name, _ in found] == ["x/one.bin", "x/two.bin", "three.bin"]
-    assert [part.read() for _, part in found] == [b"12345", b"", b"6" * 700]
-    assert found[0][1] == FilePart(tmp_path / "a.tar", 512, 5)
+    for members, message in (
+        ({"s0.npy": stream.getvalue()}, r"needs an image .* and a .cls, but has .png, .npy"),
+        ({"s0.cls": pickle.dumps(1)}, r"s0.cls of .*0.tar is broken"),
+    ):
+        write_files(tmp_path, webdataset({"s0.png": picture(1), **members}))
+        with pytest.raises(BenchmarkError, match=message):
+            read("webdataset", tmp_path)
 
 
 def test_sets_are_known_by_their_folders_and_compare_the_mean_of_classes_where_it_is_usual(

@@ -11,13 +11,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from llm2clip.evaluation.benchmark import BenchmarkError
-from llm2clip.evaluation.benchmarks import all_benchmarks
-from llm2clip.evaluation.benchmarks.variants import with_prompts
 from llm2clip.evaluation.contracts import Measurement
 from llm2clip.evaluation.data import BenchmarkImages, ClassificationData
 from llm2clip.evaluation.metrics import ROUNDING
 from llm2clip.evaluation.prompts import prompts
-from llm2clip.evaluation.protocols import classification
 from llm2clip.evaluation.protocols.classification import (
     ZeroShotClassification,
     label_ranks,
@@ -63,17 +60,6 @@ def test_prompts_are_scaled_averaged_and_scaled_again() -> None:
     found = ZeroShotClassification().measure(session, data)
     assert found.scores == {"top1": 1.0, "mean_per_class": 1.0}
     assert session.embedded == [["dog", "a dog", "cat", "a cat"], 2]
-
-
-@pytest.mark.parametrize(("at_once", "sizes"), [(1, [3] * 7), (7, [6, 6, 6, 3]), (10**6, [21])])
-def test_classes_are_averaged_a_few_at_a_time(at_once: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts of whole classes in each part, and the numbers of all at once."""
-    images, data, table, _ = random_set()
-    expected = measure(images, data, table).scores
-    monkeypatch.setattr(classification, "PROMPTS", at_once)
-    session = FakeSession(images, table)
-    assert ZeroShotClassification().measure(session, data).scores == expected
-    assert [len(texts) for texts in session.embedded if isinstance(texts, list)] == sizes
 
 
 def test_classifier_logits_and_accuracies_equal_the_original_code() -> None:
@@ -136,15 +122,6 @@ def test_the_compared_score_comes_first_and_is_part_of_the_protocol() -> None:
     assert found.scores == plain.scores
 
 
-def test_top_5_is_left_out_below_five_classes_and_truncated_prompts_are_counted() -> None:
-    data = data_of([0, 1], ["dog", "cat with a hat"], templates=["{c}", "a {c}"])
-    table = {text: [1.0, 0.0] if "dog" in text else [0.0, 1.0] for text in prompts(data.classnames, data.templates)}
-    session = FakeSession([[1.0, 0.0], [0.0, 1.0]], table, max_words=3)
-    found = ZeroShotClassification().measure(session, data)
-    assert "top5" not in found.scores
-    assert (found.counts["texts"], found.counts["truncated_texts"]) == (4, 2)
-
-
 def test_broken_labels_scores_and_names_are_refused() -> None:
     data = data_of([0, 2], ["dog", "cat"], templates=["{c}"])
     table = {"dog": [1.0, 0.0], "cat": [0.0, 1.0]}
@@ -154,15 +131,3 @@ def test_broken_labels_scores_and_names_are_refused() -> None:
         measure([[1.0, 0.0], [0.0, 1.0]], data, table, classnames=("a", "b", "c"))
     with pytest.raises(BenchmarkError, match="NaN"):
         label_ranks(torch.tensor([[float("nan"), 0.0]]), torch.tensor([0]))
-
-
-def test_prompts_of_benchmarks_are_set_where_there_are_some() -> None:
-    benchmarks = [all_benchmarks()[name] for name in ("fashion-mnist", "webdataset-retrieval")]
-    changed, other = with_prompts(benchmarks, "paper")
-    assert changed.options == {"templates": ("a photo of the {c}",)}
-    assert other is benchmarks[1]
-    assert with_prompts(benchmarks) == benchmarks
-    with pytest.raises(BenchmarkError, match="are for benchmarks of zero-shot classification"):
-        with_prompts([other], "paper")
-    with pytest.raises(BenchmarkError, match="no template set or file twenty; the sets are openai-80"):
-        with_prompts(benchmarks, "twenty")

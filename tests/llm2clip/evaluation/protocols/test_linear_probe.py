@@ -143,16 +143,6 @@ def test_without_a_validation_part_every_fifth_image_of_a_class_is_held_out() ->
         linear_probe._every_nth_of_class(torch.tensor([0, 0, 1, 1]))
 
 
-def test_two_classes_and_a_class_without_train_images_have_logits_of_all_classes() -> None:
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.tensor([1, 3]).repeat(20)
-    features = torch.randn(40, 3, generator=generator) + labels[:, None]
-    logits = linear_probe._logistic_regression(features, labels, features, 4, 1.0, 100)
-    model = LogisticRegression(max_iter=100, random_state=0).fit(features.numpy(), labels.numpy())
-    assert logits.argmax(dim=1).tolist() == model.predict(features.numpy()).tolist()
-    assert logits[:, [0, 2]].eq(-torch.inf).all()
-
-
 def test_a_set_without_train_images_and_a_diverged_probe_are_refused() -> None:
     parts, _, session = make({"test": 8, "train": 8})
     data = parts["test"]

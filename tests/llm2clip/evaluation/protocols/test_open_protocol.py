@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 from pathlib import Path
 
 import pytest
 
-from llm2clip import evaluation
 from llm2clip.evaluation.benchmarks import all_benchmarks, choose_benchmarks
 from llm2clip.evaluation.benchmarks.variants import PROBES
 from llm2clip.evaluation.protocols import PROTOCOLS, open_protocol
-
-ROOMS = ("benchmarks", "protocols")
-
-
-@pytest.mark.parametrize(("room", "other"), [ROOMS, ROOMS[::-1]])
-def test_benchmarks_and_protocols_do_not_import_each_other(room: str, other: str) -> None:
-    files = sorted((Path(evaluation.__file__).parent / room).glob("*.py"))
-    assert files
-    for path in files:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom):
-                names = [f"{node.module}.{alias.name}" for alias in node.names]
-            assert not any(name.startswith(f"llm2clip.evaluation.{other}") for name in names), path
 
 
 def test_every_benchmark_has_a_protocol_that_takes_its_options() -> None:

@@ -7,7 +7,7 @@ import torch
 
 from llm2clip.evaluation.benchmark import BenchmarkError
 from llm2clip.evaluation.data import BenchmarkImages, MultilingualData, RetrievalData
-from llm2clip.evaluation.protocols.retrieval import MultilingualRetrieval, RetrievalProtocol, by_length
+from llm2clip.evaluation.protocols.retrieval import MultilingualRetrieval, RetrievalProtocol
 from tests.llm2clip.evaluation.fake_session import FakeSession
 
 X, Y, Z = [1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]
@@ -64,16 +64,6 @@ def test_truncated_texts_are_counted_and_grouped_by_length() -> None:
     assert [group["text_to_image_recall@1"] for group in lengths.values()] == [1, 0, 1, 1]
     # The third image is at the right angle to all texts; the fourth has two texts on top, of which one is right.
     assert [group["image_to_text_recall@1"] for group in lengths.values()] == pytest.approx([1, 1 / 5, 1 / 2, 1])
-
-
-def test_lengths_of_images_need_one_caption_each_in_any_order() -> None:
-    hits = {"text_to_image_recall@1": torch.tensor([1.0, 0.0]), "image_to_text_recall@1": torch.tensor([0.25, 0.5])}
-    found = by_length(hits, owners=torch.tensor([1, 0]), lengths=torch.tensor([5, 20]))
-    assert found["0-16"] == {"texts": 1, "text_to_image_recall@1": 1.0, "image_to_text_recall@1": 0.5}
-    several = {**hits, "image_to_text_recall@1": torch.tensor([0.25])}
-    assert list(by_length(several, torch.tensor([0, 0]), torch.tensor([5, 20]))["0-16"]) == [
-        "texts", "text_to_image_recall@1",
-    ]  # fmt: skip
 
 
 def test_languages_share_their_images_and_the_mean_says_of_which() -> None:

@@ -15,16 +15,14 @@ from torch.nn import functional as F
 
 from llm2clip.encoders.load import load_encoder
 from llm2clip.encoders.patches import patch_embeddings
-from llm2clip.evaluation import session as evaluation_session
 from llm2clip.evaluation.benchmark import BenchmarkError
 from llm2clip.evaluation.benchmarks import all_benchmarks
 from llm2clip.evaluation.benchmarks.segmentation import class_table
-from llm2clip.evaluation.benchmarks.variants import sliding
 from llm2clip.evaluation.data import BenchmarkImages
 from llm2clip.evaluation.evaluate import evaluate
 from llm2clip.evaluation.label_maps import IGNORED, SegmentationData
 from llm2clip.evaluation.prompts import template_set
-from llm2clip.evaluation.protocols import open_protocol, segmentation
+from llm2clip.evaluation.protocols import segmentation
 from llm2clip.evaluation.protocols.segmentation import (
     MaskCLIPSegmentation,
     maskclip_templates,
@@ -34,7 +32,6 @@ from llm2clip.evaluation.protocols.segmentation import (
     resized_size,
     whole_or_windows,
 )
-from llm2clip.evaluation.results import intervals_of
 from llm2clip.utils.embeddings import NonFiniteError
 from tests.llm2clip.encoders.models import save_transformers
 from tests.llm2clip.evaluation.fake_session import FakeSession
@@ -132,7 +129,6 @@ def test_mean_iou_is_that_of_loops_over_pixels(chunk: int, tmp_path: Path, monke
 
 def test_the_resized_image_keeps_its_ratio_within_both_limits() -> None:
     assert resized_size(480, 640, (2048, 512)) == (512, 683)
-    assert resized_size(640, 480, (2048, 512)) == (683, 512)
     assert resized_size(300, 2000, (2048, 512)) == (307, 2048)
     assert resized_size(1024, 2048, (2048, 1024)) == (1024, 2048)
     assert resized_size(375, 500, (520, 520)) == (390, 520)
@@ -162,22 +158,6 @@ def test_scores_of_windows_are_averaged_where_they_overlap(label_size: tuple[int
             average[0, :, y, x] = torch.stack(inside).mean(dim=0)
     expected = F.interpolate(average, label_size, mode="bilinear")[0].argmax(dim=0)
     assert predict(scores, windows, (12, 20), label_size).equal(expected)
-
-
-def test_windows_and_the_whole_image_differ_and_say_so(tmp_path: Path) -> None:
-    data, session = folder_of(tmp_path, [(24, 50)]), FakeSession([], TEXTS, patches=colours)
-    parts = protocol(crop=8, stride=6).measure(session, data)
-    assert parts.protocol == {
-        "name": "MaskCLIP segmentation",
-        "image": "windows of 8 every 6",
-        "scale": [64, 24],
-        "templates": parts.protocol["templates"],
-    }
-    once = protocol().measure(session, data)
-    assert once.protocol["image"] == "whole"
-    assert once.scores != parts.scores
-    # One window of the whole image is the whole image.
-    assert protocol(crop=64, stride=6).measure(session, data).scores == once.scores
 
 
 @pytest.mark.parametrize("chunk", [1, 2**24], ids=["class by class", "all classes at once"])
@@ -280,27 +260,6 @@ def stored_session(place: Path, kill_after: int | None = None) -> tuple[FakeSess
     return FakeSession([], TEXTS, place, patches=patches), segmented
 
 
-def test_a_killed_segmentation_goes_on_and_has_the_same_integers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(evaluation_session, "COUNTED", 2)
-    data = folder_of(tmp_path, [(21, 30), (40, 17), (24, 24), (24, 50), (33, 21), (24, 31), (26, 24)])
-    whole = protocol().measure(FakeSession([], TEXTS, patches=colours), data)
-    killed, segmented = stored_session(tmp_path / "store", kill_after=5)
-    with pytest.raises(KeyboardInterrupt):
-        protocol().measure(killed, data)
-    resumed, segmented = stored_session(tmp_path / "store")
-    found = protocol().measure(resumed, data)
-    assert len(segmented) == 3
-    assert found.summed is not None
-    assert whole.summed is not None
-    assert found.summed.counts.equal(whole.summed.counts)
-    assert (found.scores, found.counts) == (whole.scores, whole.counts)
-    again, segmented = stored_session(tmp_path / "store")
-    assert protocol().measure(again, data).scores == whole.scores
-    assert not segmented
-
-
 def test_counts_are_not_found_again_by_other_images_labels_texts_or_options(tmp_path: Path) -> None:
     data = folder_of(tmp_path, [(21, 30), (40, 17)])
 
@@ -324,18 +283,6 @@ def test_counts_are_not_found_again_by_other_images_labels_texts_or_options(tmp_
     assert segmented_by(protocol()) == 2
 
 
-def test_intervals_are_of_images(tmp_path: Path) -> None:
-    sizes = [(20 + 3 * number, 60 - 2 * number) for number in range(12)]
-    found = protocol().measure(FakeSession([], TEXTS, patches=colours), folder_of(tmp_path, sizes))
-    intervals = intervals_of(found)
-    assert set(intervals) == set(found.scores)
-    for name, (low, high) in intervals.items():
-        assert low < found.scores[name] < high
-    assert found.summed is not None
-    assert len(found.summed.counts) == 12
-    assert intervals == intervals_of(found)
-
-
 def test_what_cannot_be_counted_is_an_error_that_names_it(tmp_path: Path) -> None:
     data, session = folder_of(tmp_path, [(24, 24), (12, 24)]), FakeSession([], TEXTS, patches=colours)
 
@@ -352,12 +299,3 @@ def test_what_cannot_be_counted_is_an_error_that_names_it(tmp_path: Path) -> Non
     Image.new("L", (24, 23)).save(data.label_maps[0])
     with pytest.raises(BenchmarkError, match=r"0-labels\.png has 24 x 23 pixels, but its image .*0\.png 24 x 24"):
         protocol().measure(session, data)
-
-
-def test_a_set_is_measured_whole_and_in_windows_under_two_names() -> None:
-    whole = all_benchmarks()["ade20k"]
-    parts = sliding(whole)
-    assert (parts.name, parts.title, parts.counts) == ("ade20k-sliding", "ADE20K, windows", whole.counts)
-    in_windows = MaskCLIPSegmentation(scale=(2048, 448), crop=448, stride=224)
-    assert open_protocol(parts.protocol, parts.options) == in_windows
-    assert open_protocol(whole.protocol, whole.options) == MaskCLIPSegmentation(scale=(2048, 512))

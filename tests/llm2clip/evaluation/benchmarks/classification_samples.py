@@ -1,0 +1,278 @@
+"""Samples of sets of classification in their exact file formats: what is read from them, and broken ones; by hand."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import tarfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from scipy.io import savemat
+
+from llm2clip.evaluation.benchmarks.imagenet import DEVKIT, TAR, TRUTH
+from llm2clip.evaluation.prompts import imagenet_classes, imagenet_subset
+from tests.llm2clip.evaluation.benchmarks.pictures import picture
+from tests.llm2clip.evaluation.benchmarks.samples import write
+
+Files = dict[str, Any]
+WNIDS = list(imagenet_classes())
+# In the order of ILSVRC's own numbers, which are not the labels: n02119789 is 1, n02100735 is 2.
+NUMBERED = ["n02119789", "n02100735", "n01440764"]
+KIT_FOX, SETTER, TENCH = map(WNIDS.index, NUMBERED)
+
+
+class Sample(NamedTuple):
+    """Files below the folder of all sets; labels and shades of the images in their order; names of some classes."""
+
+    name: str
+    files: Files
+    labels: list[int]
+    shades: list[int]
+    names: dict[int, str]
+
+
+def idx(array: np.ndarray) -> bytes:
+    """An array as Fashion-MNIST has it."""
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, dtype=">u4").tobytes() + array.tobytes()
+
+
+def fashion_mnist(part: str, labels: list[int], shades: list[int], packed: bool = False) -> Files:
+    images = np.array(shades, dtype=np.uint8)[:, None, None].repeat(2, axis=1).repeat(3, axis=2)
+    arrays = {"images-idx3": images, "labels-idx1": np.array(labels, dtype=np.uint8)}
+    return {
+        f"fashion-mnist/{part}-{name}-ubyte{'.gz' * packed}": gzip.compress(idx(array)) if packed else idx(array)
+        for name, array in arrays.items()
+    }
+
+
+def cifar_row(labels: list[int], shade: int) -> bytes:
+    """A picture whose red is `shade` but 7 in its second line, whose green is 2 and whose blue is 3."""
+    red = np.full((32, 32), shade, dtype=np.uint8)
+    red[1] = 7
+    return bytes(labels) + red.tobytes() + bytes([2]) * 1024 + bytes([3]) * 1024
+
+
+CIFAR10 = {
+    "cifar-10-batches-bin/batches.meta.txt": "airplane\nautomobile\nbird\n\n",
+    "cifar-10-batches-bin/test_batch.bin": cifar_row([2], 10) + cifar_row([0], 20),
+}
+CIFAR100 = {
+    "cifar-100-binary/fine_label_names.txt": "apple\naquarium_fish\n",
+    "cifar-100-binary/test.bin": cifar_row([9, 1], 10) + cifar_row([8, 0], 20),  # coarse and fine labels
+}
+
+
+def pictures(folder: str, **shades: int) -> Files:
+    return {f"{folder}/{name}": picture(shade) for name, shade in shades.items()}
+
+
+def val_name(number: int) -> str:
+    return f"ILSVRC2012_val_{number:08d}.JPEG"
+
+
+def val(*numbers: int, folder: str = "imagenet/val") -> Files:
+    return {f"{folder}/{val_name(number)}": picture(number) for number in numbers}
+
+
+def tar_of(files: dict[str, bytes], mode: str = "w") -> bytes:
+    """A tar that begins with a folder."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode=mode) as archive:  # type: ignore[call-overload]
+        folder = tarfile.TarInfo("folder")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def devkit(truth: list[int]) -> Files:
+    """A devkit with the fields that its table has: 1-based numbers and WordNet ids, inner synsets included."""
+    rows = [(number, wnid, "words", "gloss", 0) for number, wnid in enumerate([*NUMBERED, "n00000000"], 1)]
+    kind = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "O")]
+    table = io.BytesIO()
+    savemat(table, {"synsets": np.array(rows, dtype=kind)[:, None]})
+    text = "".join(f"{number}\n" for number in truth).encode()
+    files = {"ILSVRC2012_devkit_t12/data/meta.mat": table.getvalue(), f"x/data/{TRUTH}": text}
+    return {f"imagenet/{DEVKIT}": tar_of(files, "w:gz")}
+
+
+def truth(*numbers: int) -> Files:
+    mapping = "n02119789 1 kit_fox\nn02100735 2 English_setter\n"
+    numbered = "".join(f"{number}\n" for number in numbers)
+    return {"imagenet/imagenet2012_mapclsloc.txt": mapping, f"imagenet/{TRUTH}": numbered}
+
+
+def bordered(shade: int) -> bytes:
+    """A picture of ObjectNet: a red border of two pixels."""
+    image = Image.new("RGB", (9, 7), (255, 0, 0))
+    image.paste((shade, shade, shade), (2, 2, 7, 5))
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def webdataset(*tars: dict[str, bytes], split: str = "test") -> Files:
+    """A part of a set as CLIP_benchmark's converter writes it."""
+    files: Files = {f"webdataset/{split}/{number}.tar": tar_of(members) for number, members in enumerate(tars)}
+    return files | {
+        f"webdataset/{split}/nshards.txt": f"{len(tars)}\n",
+        "webdataset/classnames.txt": "a\nb\nlast one \n",
+    }
+
+
+def webdataset_tar(number: int) -> dict[str, bytes]:
+    """One image with its label, which one of the tars has before it."""
+    suffix = ("webp", "png", "jpg", "jpeg")[number % 4]
+    image = (f"s{number:07d}.{suffix}", picture(10 * number, "webp" if suffix == "webp" else "png"))
+    label = (f"s{number:07d}.cls", str(number % 3).encode())
+    return dict([label, image] if number == 4 else [image, label])
+
+
+# ImageNet knows two of the three; their order is another by label, and in the file, than by folder.
+OBJECTNET_LABELS = {"cd_case": "CD case", "bath_towel": "Bath towel", "alarm_clock": "Zz Clock"}
+OBJECTNET = {
+    "objectnet-1.0/mappings/folder_to_objectnet_label.json": OBJECTNET_LABELS,
+    "objectnet-1.0/mappings/objectnet_to_imagenet_1k.json": {
+        "Bath towel": "bath towel", "Zz Clock": "analog clock; digital clock",
+    },
+    **{f"objectnet-1.0/images/{name}/one.png": bordered(shade) for shade, name in enumerate(OBJECTNET_LABELS)},
+}  # fmt: skip
+V2 = "imagenetv2-matched-frequency-format-val"
+FASHION_NAMES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
+
+
+def subset(letter: str) -> Sample:
+    ids = imagenet_subset(letter)
+    files = {f"imagenet-{letter}/{ids[label]}/image.jpg": picture(label) for label in (199, 1, 0)}
+    return Sample(f"imagenet-{letter}", files | {f"imagenet-{letter}/README.txt": "about"}, [0, 1, 199], [0, 1, 199],
+                  {1: imagenet_classes()[ids[1]]})  # fmt: skip
+
+
+SAMPLES = {
+    "idx": Sample("fashion-mnist", fashion_mnist("t10k", [9, 0], [5, 10]), [9, 0], [5, 10],
+                  dict(enumerate(FASHION_NAMES.split(",")))),
+    "idx.gz": Sample("fashion-mnist", fashion_mnist("t10k", [9, 0], [5, 10], True), [9, 0], [5, 10], {8: "Bag"}),
+    "cifar10": Sample("cifar10", CIFAR10, [2, 0], [10, 20], {0: "airplane", 2: "bird"}),
+    "cifar100": Sample("cifar100", CIFAR100, [1, 0], [10, 20], {1: "aquarium fish"}),
+    # The label is the rank of the id among all 1,000, whichever folders are there.
+    "imagenet-folders": Sample(
+        "imagenet-1k",
+        {f"imagenet/val/{WNIDS[label]}/{val_name(number)}": picture(number)
+         for label, number in ((999, 0), (2, 1), (0, 7))},
+        [0, 2, 999], [7, 1, 0], {0: "tench", 1: "goldfish", 2: "great white shark"},
+    ),
+    "imagenet-flat": Sample("imagenet-1k", val(2, 1, 3) | truth(2, 1, 1), [SETTER, KIT_FOX, KIT_FOX], [1, 2, 3], {}),
+    "imagenet-ids": Sample(
+        "imagenet-1k",
+        {f"imagenet/val/ILSVRC2012_val_0000000{number}_{wnid}.JPEG": picture(number)
+         for number, wnid in ((2, WNIDS[0]), (1, WNIDS[2]))},
+        [2, 0], [1, 2], {},
+    ),
+    "imagenet-devkit": Sample("imagenet-1k", val(2, 1) | devkit([2, 3]), [SETTER, TENCH], [1, 2], {}),
+    # The files of the tar are in no order; labels go by their names.
+    "imagenet-tar": Sample(
+        "imagenet-1k",
+        {f"imagenet/{TAR}": tar_of({val_name(number): picture(number) for number in (3, 1, 2)}), **devkit([2, 1, 3])},
+        [SETTER, KIT_FOX, TENCH], [1, 2, 3], {},
+    ),
+    # Sorted as text, 10 would come before 2.
+    "imagenet-v2": Sample(
+        "imagenet-v2", {f"{V2}/{label}/image.jpeg": picture(label % 256) for label in (0, 2, 10, 999)},
+        [0, 2, 10, 999], [0, 2, 10, 999 % 256], {10: "brambling"},
+    ),
+    **{f"imagenet-{letter}": subset(letter) for letter in "aro"},
+    "imagenet-sketch": Sample(
+        "imagenet-sketch", pictures("sketch", **{f"{WNIDS[0]}/s.JPEG": 4, f"{WNIDS[998]}/s.JPEG": 5}),
+        [0, 998], [4, 5], {998: imagenet_classes()[WNIDS[998]]},
+    ),
+    # Shared classes only, under their names in lower case.
+    "objectnet": Sample("objectnet", OBJECTNET, [0, 1], [255, 255], {0: "zz clock", 1: "bath towel"}),
+    "objectnet-cropped": Sample("objectnet-cropped", OBJECTNET, [0, 1], [2, 1], {}),
+    # Eleven tars, so that 10 sorted as text comes before 2.
+    "webdataset": Sample(
+        "webdataset", webdataset(*map(webdataset_tar, range(11))), [number % 3 for number in range(11)],
+        [10 * number for number in range(11)], {0: "a", 2: "last one"},
+    ),
+    # A folder and a name up to the first dot are a sample; of several images the one that CLIP_benchmark would take.
+    "webdataset-names": Sample(
+        "webdataset",
+        webdataset({
+            "a/s.PNG": picture(1), "a/s.meta.json": b"{}", "a/s.cls": b"0", "b/s.jpg": picture(2),
+            "b/s.webp": picture(3, "webp"), "b/s.png": picture(4), "b/s.CLS": b"2",
+        }),
+        [0, 2], [1, 3], {},
+    ),
+    "folders": Sample(
+        "imagefolder",
+        pictures("test", **{"sea_lion/b.png": 2, "sea_lion/a.JPG": 1, "Zebra/x.webp": 3, ".cache/x.png": 9,
+                            "Zebra/.hidden.png": 9}) | {"test/Zebra/notes.txt": "no image"},
+        [0, 1, 1], [3, 1, 2], {0: "Zebra", 1: "sea lion"},
+    ),
+    "folders-by-number": Sample(
+        "imagefolder", pictures("test", **{f"{number}/image.png": number for number in (10, 2, 1)}),
+        [0, 1, 2], [1, 2, 10], {0: "1", 1: "2", 2: "10"},
+    ),
+    "folders-not-all-numbers": Sample(
+        "imagefolder", pictures("test", **{"10/image.png": 10, "2/image.png": 2, "cat/image.png": 3}),
+        [0, 1, 2], [10, 2, 3], {0: "10", 1: "2", 2: "cat"},
+    ),
+    "folders-own-names": Sample(
+        "imagefolder", pictures("test", **{"a/1.png": 1, "b/1.png": 2}) | {"classnames.txt": "Äpfel\nBirnen\n"},
+        [0, 1], [1, 2], {0: "Äpfel", 1: "Birnen"},
+    ),
+}  # fmt: skip
+
+# What a probe trains on: further files beside a sample, labels of the train images.
+TRAIN = {
+    "idx": (fashion_mnist("train", [1, 2, 3], [1, 2, 3]), [1, 2, 3]),
+    "cifar10": (
+        {f"cifar-10-batches-bin/data_batch_{number}.bin": cifar_row([number % 3], number) for number in range(1, 6)},
+        [1, 2, 0, 1, 2],
+    ),
+    "imagenet-folders": (pictures("imagenet/train", **{f"{WNIDS[5]}/n.JPEG": 5}), [5]),
+    "webdataset": (webdataset({"s0.png": picture(1), "s0.cls": b"2"}, split="train"), [2]),
+    "folders-own-names": (pictures("train", **{"a/1.png": 7, "b/1.png": 8}), [0, 1]),
+}
+
+GZ = "fashion-mnist/t10k-labels-idx1-ubyte.gz"
+ZEROS = idx(np.zeros(3, dtype=np.uint8))
+# Other content of some files of a sample (None: they are not there), and the message.
+BROKEN: list[tuple[str, dict[str, Any], str]] = [
+    ("idx.gz", {GZ: SAMPLES["idx.gz"].files[GZ][:-6]}, r"labels-idx1-ubyte\.gz is damaged"),
+    ("idx.gz", {GZ: gzip.compress(ZEROS)}, r"t10k has images \(2, 2, 3\), but labels \(3,\)"),
+    ("idx.gz", {GZ: gzip.compress(ZEROS[:-1])}, r"has 2 bytes for an array \(3,\)"),
+    ("idx.gz", {GZ: gzip.compress(b"\x00\x00\x0d\x01")}, "is not an idx file of unsigned bytes"),
+    ("cifar10", {"cifar-10-batches-bin/test_batch.bin": cifar_row([2], 10)[:-1]}, "no multiple of 3,073"),
+    ("cifar10", {"cifar-10-batches-bin/test_batch.bin": b""}, "has 0 bytes"),
+    ("imagenet-flat", {f"imagenet/{TRUTH}": None}, "have no labels: give them in folders val/nXXXXXXXX, or put"),
+    ("imagenet-flat", truth(1, 1), "has 2 labels for 3 images"),
+    ("imagenet-flat", truth(2, 1, 9), "no class of ImageNet-1k: 9"),
+    ("imagenet-ids", val(3), "have no labels"),
+    ("imagenet-tar", {f"imagenet/{DEVKIT}": None}, r"but not ILSVRC2012_devkit_t12\.tar\.gz, which has its labels"),
+    ("imagenet-v2", {f"{V2}/1000/image.jpeg": picture(1)}, "folders of no class: 1000"),
+    ("imagenet-a", {f"imagenet-a/{WNIDS[0]}/image.jpg": picture(1)}, "has 1 folders of no class"),
+    ("objectnet", {"objectnet-1.0/mappings/folder_to_objectnet_label.json": {"alarm_clock": "Zz Clock"}},
+     "2 classes have an ImageNet class, but 1 a folder"),
+    ("webdataset", {"webdataset/test/nshards.txt": "12\n"}, r"has 12 tars by nshards.txt, but no 11.tar"),
+    ("webdataset", {"webdataset/test/nshards.txt": "many\n"}, "has no number: 'many'"),
+    ("webdataset", webdataset({"s1.cls": b"1"}), r"sample s1 of .*0.tar needs an image \(webp, png, jpg, jpeg\)"),
+    ("webdataset", {"webdataset/test/0.tar": b"no tar" * 200}, "is not an uncompressed tar, or is damaged"),
+    ("webdataset", {"webdataset/dataset_type.txt": "multilabel\n"}, "several labels an image"),
+    ("webdataset", {"webdataset/dataset_type.txt": "retrieval\n"}, "has captions, not labels"),
+    ("folders-own-names", {"classnames.txt": "Äpfel\n"}, "has 1 names for 2 classes"),
+]  # fmt: skip
+
+
+def write_files(data: Path, files: Files) -> None:
+    """Write files below a folder, or take those away that are None."""
+    for place, content in files.items():
+        if content is None:
+            (data / place).unlink()
+        else:
+            write(data / place, content)
