@@ -11,7 +11,7 @@ from tests.faults.commands import OUT, WORK
 from tests.golden import load_golden
 from tests.llm2clip import embedding_models, tiny
 from tests.llm2clip.convert import checkpoints
-from tests.llm2clip.evaluation.test_evaluate import STRANGE
+from tests.llm2clip.evaluation.strange import STRANGE
 from tests.llm2clip.quickstart.tiny_run import PROFILE, save_data
 from tests.modeling_llm2clip import tiny as tiny_models
 

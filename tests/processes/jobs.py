@@ -19,7 +19,7 @@ from tests.faults.content import Content, content
 from tests.faults.injection import preloaded
 from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
-from tests.llm2clip.evaluation.test_evaluate import STRANGE
+from tests.llm2clip.evaluation.strange import STRANGE
 from tests.llm2clip.trainers.stages import TARS, embedded, source, write_tars
 from tests.modeling_llm2clip import tiny as tiny_models
 from tests.processes import run_python

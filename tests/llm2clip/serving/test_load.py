@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import re
 import socket
@@ -26,7 +27,7 @@ from llm2clip.utils.embeddings import require_finite_rows
 from tests.llm2clip.serving.conftest import Serve, data_url, png
 from tests.modeling_llm2clip.awkward_images import picture
 
-CLIENTS = 80
+CLIENTS = 200
 SECRET = "my secret diary"
 
 
@@ -312,3 +313,22 @@ def test_client_that_does_not_read_its_answer_does_not_stay(serve: Serve, encode
         until(lambda: accepted() == before + 1)
         until(lambda: accepted() == before)
         assert embed(client, "a").status_code == 200
+
+
+def memory_after(client: httpx.Client, requests: int) -> int:
+    image = data_url(png(picture(300, 300)))
+    for number in range(requests):
+        if number % 50 == 0:
+            client.post("/v1/embeddings", json={"input": [{"image": image}, "b", {"image": "AAAA"}]})
+            client.get(f"/{number}")
+        answer = client.post("/v1/embeddings", json={"input": [f"text {number}", "x" * (number % 500)]})
+        assert answer.status_code == 200
+    gc.collect()
+    return psutil.Process().memory_info().rss
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_10_000_requests(serve: Serve, encoder: Encoder) -> None:
+    client = serve(encoder)
+    before = memory_after(client, 500)
+    assert memory_after(client, 10_000) - before < 32 << 20
