@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from llm2clip.hub import build
+from tests.builders import small_runs, tiny
 from tests.damaged.watch import picture, run
-from tests.llm2clip import tiny
 from tests.loopback_hub import TOKEN, LoopbackHub
-from tests.modeling_llm2clip import tiny as tiny_models
 
 # In the file of `hf auth login`; TOKEN is in the environment.
 IN_FILE = "hf_MarkedTokenOfTheFile"
@@ -20,14 +19,14 @@ IN_FILE = "hf_MarkedTokenOfTheFile"
 @pytest.mark.slow
 @pytest.mark.parametrize("token", [TOKEN, pytest.param(None, marks=pytest.mark.nightly)], ids=["environment", "file"])
 def test_no_token_reaches_a_file_or_the_output(token: str | None, tmp_path: Path) -> None:
-    tiny_models.save(tmp_path / "model")
+    tiny.save(tmp_path / "model")
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     (pictures / "a.png").write_bytes(picture())
-    llm = tiny.save_llm(tmp_path / "llm")
+    llm = small_runs.save_llm(tmp_path / "llm")
     build.build_folder(tmp_path / "model", tmp_path / "built")
-    concepts = json.dumps([tiny.concepts(max_samples=8)])
-    fields = tiny.stage1_fields(tmp_path / "run", llm) | {"max_steps": 2, "save_steps": 1}
+    concepts = json.dumps([small_runs.concepts(max_samples=8)])
+    fields = small_runs.stage1_fields(tmp_path / "run", llm) | {"max_steps": 2, "save_steps": 1}
     fields |= {"push_to_hub": True, "hub_model_id": "tester/llm", "hub_strategy": "end"}
     (tmp_path / "stage1.json").write_text(json.dumps(fields))
     model = str(tmp_path / "model")
@@ -48,7 +47,7 @@ def test_no_token_reaches_a_file_or_the_output(token: str | None, tmp_path: Path
         ],
         ["index", str(pictures), "--model", model, "--output-dir", "index", "--num-workers", "0"],
         ["search", "index", "a dog", "--html", "page.html"],
-        ["evaluate", model, "--benchmark", json.dumps(tiny.concepts(max_samples=8)), "--output", "results"],
+        ["evaluate", model, "--benchmark", json.dumps(small_runs.concepts(max_samples=8)), "--output", "results"],
         ["convert", "tester/none", "converted", "--traceback"],
         ["build", "tester/none", "again", "--traceback"],
     ]

@@ -16,8 +16,8 @@ from transformers import BertConfig, CLIPVisionConfig, Dinov2Config, SiglipVisio
 
 from llm2clip.utils.attention_probe import verify_text_tower
 from modeling_llm2clip import LLM2CLIPModel
+from tests.builders import tiny
 from tests.compatibility.check import CAPTIONS, pictures
-from tests.modeling_llm2clip import tiny
 
 # Requirements of each version; other packages come from this environment.
 OLD = ["huggingface_hub>=1.3,<2", "tokenizers==0.22.2"]

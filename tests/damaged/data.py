@@ -27,7 +27,8 @@ from llm2clip.trainers.stage1_config import Stage1Recipe
 from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.settings import build_config
 from modeling_llm2clip.image_decoding_llm2clip import DamagedImageError
-from tests.modeling_llm2clip import awkward_images, tiny
+from tests.builders import tiny
+from tests.modeling_llm2clip import awkward_images
 from tests.tars import write_tar
 
 RECIPES: dict[str, type] = {

@@ -29,10 +29,10 @@ from llm2clip.utils.manifests import (
     written_by,
 )
 from llm2clip.verification import verify
+from tests.builders import tiny
 from tests.damaged.data import Readers, nothing_cached
 from tests.llm2clip.encoders import shards
 from tests.llm2clip.store import encoder
-from tests.modeling_llm2clip import tiny as tiny_models
 
 CAPTIONS = [f"caption {number}" for number in range(25)]
 
@@ -138,7 +138,7 @@ def read_sidecars(folder: Path) -> Readers:
 
 
 def make_indexes(folder: Path) -> None:
-    tiny_models.save(folder.with_name("model"))
+    tiny.save(folder.with_name("model"))
     pictures = folder.with_name("pictures")
     pictures.mkdir()
     for number in range(12):

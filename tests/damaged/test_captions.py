@@ -18,8 +18,8 @@ from llm2clip.store import EmbeddingCache
 from llm2clip.store.store import caption_key, caption_keys
 from llm2clip.utils.logs import OBEYED, printable
 from modeling_llm2clip.tokenization_llm2clip import tokenize_captions
+from tests.builders import tiny
 from tests.llm2clip.store.encoder import build, embed
-from tests.modeling_llm2clip import tiny
 
 EMPTY = ["", " ", "\t \r\n", "\u3000", "\u00a0", "\u2028\u2029", "\x1c\x1d\x1e\x1f", "\x85", None, float("nan")]
 NO_TEXT = [0, 1.5, True, b"bytes", {"text": "a dog"}, {1}, object(), 10**400, float("inf")]

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.builders import tiny
 from tests.damaged.watch import picture, run
-from tests.modeling_llm2clip import tiny
 
 SECRET = "SECRET-OF-THE-MACHINE"
 IN_PROCESS = ("--num-workers", "0")

@@ -28,11 +28,10 @@ from llm2clip.convert.original import to_original
 from llm2clip.convert.published import published_models
 from llm2clip.recipes import find_recipe, load_recipe
 from modeling_llm2clip import EVA02VisionModel
+from tests.builders import embedding_models, small_runs, tiny
 from tests.documents.reading import ROOT, blocks
 from tests.golden import FOLDER as GOLDEN
-from tests.llm2clip import embedding_models, tiny
 from tests.llm2clip.convert.checkpoints import microsoft_openai_names, with_text_tower
-from tests.modeling_llm2clip import tiny as tiny_models
 
 Builder = Callable[[Path], Any]
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -42,7 +41,9 @@ DREAMLIP = [f"{length}{llm}_captions" for length in ("short", "long") for llm in
 @cache
 def rows(count: int = 24) -> list[dict[str, Any]]:
     """Return some of the bundled images, each with a short and a long caption."""
-    bundled = datasets.load_dataset("parquet", data_files=f"{tiny.CONCEPTS}/test.parquet", split=f"train[:{count}]")
+    bundled = datasets.load_dataset(
+        "parquet", data_files=f"{small_runs.CONCEPTS}/test.parquet", split=f"train[:{count}]"
+    )
     return [
         {"image": row["image"], "caption": row["caption"], "long": f"{row['caption']}: {row['keywords']}"}
         for row in bundled
@@ -63,7 +64,7 @@ def clip(folder: Path) -> None:
     text = {**SIZES, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
     CLIPModel(CLIPConfig(vision_config=sizes, text_config=text)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    tiny_models.processor().image_processor.save_pretrained(folder)
+    tiny.processor().image_processor.save_pretrained(folder)
 
 
 def published(name: str, folder: Path) -> None:
@@ -95,8 +96,8 @@ def eva_clip(path: Path) -> None:
 def eva_tower(folder: Path) -> None:
     """Save a small EVA02 tower, as `convert` writes it: with the logit scale of its CLIP, and an image processor."""
     torch.manual_seed(0)
-    EVA02VisionModel(tiny_models.vision_config(logit_scale_init_value=4.6)).save_pretrained(folder)
-    tiny_models.processor().image_processor.save_pretrained(folder)
+    EVA02VisionModel(tiny.vision_config(logit_scale_init_value=4.6)).save_pretrained(folder)
+    tiny.processor().image_processor.save_pretrained(folder)
 
 
 def wide_llm(width: int, folder: Path) -> None:
@@ -225,7 +226,7 @@ HUB: dict[str, Builder] = {
     "openai/clip-vit-large-patch14-336": clip,
     E5: partial(embedding_models.save, family="xlm-roberta"),
     MINILM: partial(embedding_models.save, family="bert"),
-    "facebook/dinov2-small": tiny.save_dinov2_tower,
+    "facebook/dinov2-small": small_runs.save_dinov2_tower,
     "Salesforce/wikitext": wikitext,
     f"microsoft/{LLM_1B}": partial(wide_llm, 2048),
     f"microsoft/{LLM_8B}": partial(wide_llm, 4096),
@@ -239,9 +240,9 @@ DATASETS = ("Salesforce/wikitext",)
 # Folders of the reader's, by path: what `make quickstart` and `convert` leave, and data. A small model of ours stands
 # for a converted checkpoint, and contains its LLM.
 FOLDERS: dict[str, Builder] = {
-    MODEL: tiny_models.save,
-    "LLM2CLIP-Llama3.2-1B-EVA02-L-14-336": tiny_models.save,
-    "LLM2CLIP-Openai-L-14-336": tiny_models.save,
+    MODEL: tiny.save,
+    "LLM2CLIP-Llama3.2-1B-EVA02-L-14-336": tiny.save,
+    "LLM2CLIP-Openai-L-14-336": tiny.save,
     "EVA02-CLIP-L-14": eva_tower,
     "runs/quickstart/weights/smollm2-135m-instruct": partial(llm, SMOL),
     "my_images": partial(

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from transformers import CLIPImageProcessor
 
 from modeling_llm2clip import LLM2CLIPProcessor, with_prompt
-from tests.llm2clip.tiny import CONCEPTS
-from tests.modeling_llm2clip import tiny
+from tests.builders import tiny
+from tests.builders.small_runs import CONCEPTS
 
 if TYPE_CHECKING:
     from tests.examples.browser import Browser

@@ -14,9 +14,9 @@ from transformers import AutoProcessor
 from llm2clip.demo.demo import DemoConfig, open_images
 from llm2clip.demo.gallery import Gallery
 from modeling_llm2clip import LLM2CLIPModel
+from tests.builders.small_runs import CONCEPTS
 from tests.examples.conftest import EXAMPLES, FITTED
 from tests.examples.server import serving
-from tests.llm2clip.tiny import CONCEPTS
 
 if TYPE_CHECKING:
     from tests.examples.browser import Browser

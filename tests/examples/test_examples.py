@@ -21,9 +21,9 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor
 from llm2clip.evaluation.benchmarks import choose_benchmarks
 from llm2clip.evaluation.benchmarks.counts import check_counts
 from modeling_llm2clip import LLM2CLIPModel
+from tests.builders import small_runs
 from tests.examples.conftest import EXAMPLES, FITTED, LONG_CAPTION, Run
 from tests.forks import run_code
-from tests.llm2clip import tiny
 from tests.loopback_hub import TOKEN, LoopbackHub
 
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "common.py")
@@ -108,7 +108,7 @@ def test_fine_tuning_on_a_folder_measures_before_and_after(
 
 @pytest.mark.slow
 def test_swapping_the_llm_leaves_image_embeddings_alone(run: Run, fitted: Path, tmp_path: Path) -> None:
-    llm = tiny.save_llm(tmp_path / "llm")
+    llm = small_runs.save_llm(tmp_path / "llm")
     shown = run("swap_the_llm.py", "--model", fitted, "--llm", llm, "--output-dir", "swapped")
     assert losses(shown)[-1] < losses(shown)[0]
     old, new = (LLM2CLIPModel.from_pretrained(folder).eval() for folder in (fitted, tmp_path / "swapped"))
@@ -122,7 +122,7 @@ def test_swapping_the_llm_leaves_image_embeddings_alone(run: Run, fitted: Path, 
 
 @pytest.mark.slow
 def test_swapping_the_vision_tower_leaves_caption_embeddings_alone(run: Run, fitted: Path, tmp_path: Path) -> None:
-    tower = tiny.save_dinov2_tower(tmp_path / "tower")
+    tower = small_runs.save_dinov2_tower(tmp_path / "tower")
     shown = run("swap_the_vision_tower.py", "--model", fitted, "--vision-model", tower, "--output-dir", "swapped")
     assert losses(shown)[-1] < losses(shown)[0]
     old, new = (LLM2CLIPModel.from_pretrained(folder).eval() for folder in (fitted, tmp_path / "swapped"))
@@ -152,7 +152,9 @@ print("ANSWERS", json.dumps([text.strip() for text in processor.batch_decode(mad
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four drawings, each with a question of one of two kinds."""
-    rows = datasets.load_dataset("parquet", data_files=f"{tiny.CONCEPTS}/test.parquet", split="train").select([19, 54])
+    rows = datasets.load_dataset("parquet", data_files=f"{small_runs.CONCEPTS}/test.parquet", split="train").select(
+        [19, 54]
+    )
     asked = [
         {"image": image, "question": question, "answer": answer, "kind": kind}
         for image, name in zip(rows["image"], ("leaf", "crocodile"), strict=True)
@@ -174,10 +176,10 @@ def test_a_multimodal_llm_learns_to_answer_and_is_saved(
         config["vision_config"]["patch_dropout"] = 0.5  # as in the run that trained it
         (model / "config.json").write_text(json.dumps(config))
     else:
-        tiny.save_dinov2_tower(model)
+        small_runs.save_dinov2_tower(model)
     files = ("--train", questions, "--test", questions)
     small = ("--pool", "2", "--batch-size", "4", "--steps", "20", "--learning-rate", "1e-2")
-    llm = tiny.save_llm(tmp_path / "llm")
+    llm = small_runs.save_llm(tmp_path / "llm")
     shown = run("multimodal_llm.py", "--model", model, "--llm", llm, *files, *small, "--output-dir", "out")
     first, last = map(float, re.findall(r"'loss': '([\d.]+)'", shown))
     assert last < first
@@ -192,7 +194,7 @@ def test_a_multimodal_llm_learns_to_answer_and_is_saved(
 
 
 def test_a_multimodal_llm_resumes_where_it_was(run: Run, fitted: Path, questions: Path, tmp_path: Path) -> None:
-    files = ("--llm", tiny.save_llm(tmp_path / "llm"), "--train", questions, "--test", questions)
+    files = ("--llm", small_runs.save_llm(tmp_path / "llm"), "--train", questions, "--test", questions)
     small = ("--pool", "2", "--batch-size", "2", "--steps", "4", "--save-steps", "2")
     arguments = ("--model", fitted, *files, *small)
     run("multimodal_llm.py", *arguments, "--output-dir", "whole")

@@ -8,9 +8,9 @@ from pathlib import Path
 import datasets
 import torch
 
+from tests.builders import tiny
+from tests.builders.tiny import CAPTIONS, IMAGES
 from tests.examples.conftest import EXAMPLES, Run
-from tests.modeling_llm2clip import tiny
-from tests.modeling_llm2clip.tiny import CAPTIONS, IMAGES
 
 SCRIPT = "langchain_llamaindex.py"
 

@@ -10,8 +10,8 @@ import nbformat
 import pytest
 import yaml
 
+from tests.builders import small_runs
 from tests.examples.conftest import EXAMPLES
-from tests.llm2clip import tiny
 from tests.llm2clip.quickstart.tiny_run import PROFILE, SPLITS, save_data
 
 NOTEBOOK = EXAMPLES / "quickstart.ipynb"
@@ -29,8 +29,8 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
     data = save_data(tmp_path / "data", SPLITS)
     options = [
         "--traceback", "--profile", str(profile), "--data", data, "--image-column", "picture",
-        "--embedding-model", "none", "--llm", tiny.save_llm(tmp_path / "llm"),
-        "--vision-model", tiny.save_vision_tower(tmp_path / "vision"),
+        "--embedding-model", "none", "--llm", small_runs.save_llm(tmp_path / "llm"),
+        "--vision-model", small_runs.save_vision_tower(tmp_path / "vision"),
     ]  # fmt: skip
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     (settings,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))

@@ -20,10 +20,10 @@ from torchvision.datasets import ImageFolder
 
 from llm2clip import evaluate, load_encoder
 from llm2clip.evaluation.benchmarks import all_benchmarks
+from tests.builders import tiny
+from tests.builders.small_runs import CONCEPTS
 from tests.examples.conftest import EXAMPLES
 from tests.llm2clip.encoders.models import register_open_clip
-from tests.llm2clip.tiny import CONCEPTS
-from tests.modeling_llm2clip import tiny
 
 SCRIPT = str(EXAMPLES / "run_clip_benchmark.py")
 PICTURES, CLASSES = 32, 6

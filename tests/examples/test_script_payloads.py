@@ -20,10 +20,10 @@ from llm2clip.quickstart.config import Arm, QuickstartConfig
 from llm2clip.quickstart.data import QuickstartData
 from llm2clip.quickstart.image_steps import FinalModel
 from modeling_llm2clip import LLM2CLIPModel
+from tests.builders import tiny
+from tests.builders.small_runs import CONCEPTS
 from tests.examples.conftest import EXAMPLES
 from tests.examples.server import serving
-from tests.llm2clip.tiny import CONCEPTS
-from tests.modeling_llm2clip import tiny
 
 if TYPE_CHECKING:
     from tests.examples.browser import Browser

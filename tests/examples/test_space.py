@@ -12,8 +12,8 @@ from gradio_client import handle_file
 from gradio_client.exceptions import AppError
 
 from llm2clip.demo.space import write_space
+from tests.builders import tiny
 from tests.examples.server import open_page, serving
-from tests.modeling_llm2clip import tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

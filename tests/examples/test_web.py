@@ -18,9 +18,9 @@ import torch
 from llm2clip import load_encoder
 from llm2clip.hub import export_onnx
 from tests import node
+from tests.builders.small_runs import CONCEPTS
 from tests.examples.conftest import Run
 from tests.llm2clip.hub.onnx_programs import teach
-from tests.llm2clip.tiny import CONCEPTS
 
 if TYPE_CHECKING:
     from tests.examples.browser import Browser

@@ -6,14 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tests.builders import embedding_models, small_runs, tiny
 from tests.documents import stand_ins
 from tests.faults.commands import OUT, WORK
 from tests.golden import load_golden
-from tests.llm2clip import embedding_models, tiny
 from tests.llm2clip.convert import checkpoints
 from tests.llm2clip.evaluation.strange import STRANGE
 from tests.llm2clip.quickstart.tiny_run import PROFILE, save_data
-from tests.modeling_llm2clip import tiny as tiny_models
 
 GOLDEN = "customclip_a"
 STEPS = {"max_steps": 4, "save_steps": 2, "disable_tqdm": True}
@@ -21,13 +20,13 @@ STEPS = {"max_steps": 4, "save_steps": 2, "disable_tqdm": True}
 
 def write_inputs(folder: Path) -> None:
     """Write models, data and recipes; the recipes of a stage read what the stages before it have made in `made`."""
-    llm = tiny.save_llm(folder / "llm")
-    vision = tiny.save_vision_tower(folder / "vision")
+    llm = small_runs.save_llm(folder / "llm")
+    vision = small_runs.save_vision_tower(folder / "vision")
     _write_data(folder)
     text, cache = (str(folder / "made" / name / OUT) for name in ("stage1", "embed"))
-    stage1 = {**tiny.stage1_fields(Path(OUT), llm), **STEPS}
-    concepts = [tiny.concepts(max_samples=64), tiny.concepts("validation", max_samples=20)]
-    mntp_source = {"path": tiny.GLOSSES, "caption_columns": ["gloss"], "max_samples": 100}
+    stage1 = {**small_runs.stage1_fields(Path(OUT), llm), **STEPS}
+    concepts = [small_runs.concepts(max_samples=64), small_runs.concepts("validation", max_samples=20)]
+    mntp_source = {"path": small_runs.GLOSSES, "caption_columns": ["gloss"], "max_samples": 100}
     shards = {"path": str(folder / "shards/*.tar"), "caption_columns": ["json.shortSV_captions"], "streaming": True}
     embed = {"text_model_name_or_path": text, "output_dir": OUT}
     recipes: dict[str, dict[str, Any]] = {
@@ -37,7 +36,7 @@ def write_inputs(folder: Path) -> None:
         "quickstart": {**PROFILE, "seeds": 1},
         "sidecars": {**embed, "sources": [shards], "store": "sidecars"},
         "stage2": {
-            **tiny.stage2_fields(Path(OUT), vision, text, cache),
+            **small_runs.stage2_fields(Path(OUT), vision, text, cache),
             **STEPS,
             "sources": [concepts[0]],
             "eval_sources": {},
@@ -60,11 +59,11 @@ def _write_data(folder: Path) -> None:
     checkpoints.original_pt(golden, folder / "original.pt")
     checkpoints.model_config(golden, folder)
     checkpoints.llm_of(golden, folder / "golden_llm")
-    tiny_models.save(folder / "model")
+    tiny.save(folder / "model")
     embedding_models.save(folder / "bert", "bert")
     save_data(folder / "captioned", {"train": 32, "validation": 16, "test": 16})
     (folder / "strange.py").write_text(STRANGE)
     images = folder / "benchmarks/Strange"
     images.mkdir(parents=True)
     for number in range(11):
-        tiny_models.IMAGES[number % 2].rotate(33 * number, expand=True).save(images / f"{number}.png")
+        tiny.IMAGES[number % 2].rotate(33 * number, expand=True).save(images / f"{number}.png")

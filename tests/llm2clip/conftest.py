@@ -19,10 +19,9 @@ from llm2clip.hub import new_process
 from llm2clip.trainers import run_stage1
 from llm2clip.trainers.stage1_config import Stage1Recipe
 from llm2clip.utils.settings import build_config
+from tests.builders import small_runs, tiny
 from tests.forks import run_code
-from tests.llm2clip import tiny
 from tests.loopback_hub import LoopbackHub
-from tests.modeling_llm2clip import tiny as tiny_models
 
 
 @pytest.fixture
@@ -45,7 +44,7 @@ def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small model with its LLM and processor, which no test changes."""
     torch.manual_seed(0)
     folder: Path = tmp_path_factory.mktemp("hub") / "llm2clip-tiny"
-    tiny_models.save(folder)
+    tiny.save(folder)
     return folder
 
 
@@ -75,15 +74,15 @@ class Inputs:
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     folder: Path = tmp_path_factory.mktemp("stages")
-    llm = tiny.save_llm(folder / "llm")
-    vision = tiny.save_vision_tower(folder / "vision")
-    fields = tiny.stage1_fields(folder / "text", llm) | {"max_steps": 2, "save_strategy": "no"}
+    llm = small_runs.save_llm(folder / "llm")
+    vision = small_runs.save_vision_tower(folder / "vision")
+    fields = small_runs.stage1_fields(folder / "text", llm) | {"max_steps": 2, "save_strategy": "no"}
     run_stage1.run(build_config(Stage1Recipe, fields))
     embed.run(
         embed.EmbedConfig(
             text_model_name_or_path=str(folder / "text"),
             output_dir=str(folder / "cache"),
-            sources=[tiny.concepts(), tiny.concepts("validation", max_samples=40)],
+            sources=[small_runs.concepts(), small_runs.concepts("validation", max_samples=40)],
             shard_size=64,
         )
     )

@@ -22,7 +22,7 @@ from llm2clip import cli
 from llm2clip.utils.library_errors import PEER_ENDED
 from llm2clip.utils.logs import LogFile
 from llm2clip.utils.stopping import StoppedError
-from tests.llm2clip import tiny
+from tests.builders import small_runs
 
 Capsys = pytest.CaptureFixture[str]
 Ending = Callable[[str, Any], None]
@@ -123,7 +123,7 @@ def test_top_level_help_lists_the_commands(capsys: Capsys) -> None:
         (["stage2", "--max_steps", "many"], "the command line: max_steps is 'many'"),
         (["stage2", "--max_steps"], "argument --max-steps: expected one argument"),
         (["evaluate", "x", "--task", "guessing", "--benchmark", "y"], "one of retrieval, caption_retrieval"),
-        (["evaluate", "/no/such/folder", "--benchmark", tiny.CONCEPTS], "there is no such folder"),
+        (["evaluate", "/no/such/folder", "--benchmark", small_runs.CONCEPTS], "there is no such folder"),
         (["embed"], "EmbedConfig needs output_dir, text_model_name_or_path, sources"),
         (["convert", "a", "b", "two words"], "the argument 'two words' is one too many"),
     ],

@@ -20,9 +20,8 @@ from llm2clip.trainers.stage1_config import Stage1Recipe
 from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.settings import build_config
 from modeling_llm2clip import EVA02VisionModel
-from tests.llm2clip import tiny
+from tests.builders import small_runs, tiny
 from tests.llm2clip.conftest import Inputs
-from tests.modeling_llm2clip import tiny as tiny_models
 from tests.processes import run_python
 
 pytestmark = [
@@ -32,7 +31,7 @@ pytestmark = [
 
 
 def stage2_fields(folder: Path, inputs: Inputs, **changes: Any) -> dict[str, Any]:
-    return tiny.stage2_fields(folder, inputs.vision, inputs.text, inputs.cache) | {"use_cpu": False, **changes}
+    return small_runs.stage2_fields(folder, inputs.vision, inputs.text, inputs.cache) | {"use_cpu": False, **changes}
 
 
 def stage2(folder: Path, inputs: Inputs, resume: bool = False, **changes: Any) -> list[float]:
@@ -77,7 +76,7 @@ def test_settings_of_stage2_run_in_bfloat16(changes: dict[str, Any], inputs: Inp
 def test_stage1_runs_in_bfloat16_and_saves_what_a_cpu_reads(
     changes: dict[str, Any], inputs: Inputs, tmp_path: Path
 ) -> None:
-    fields = {**tiny.stage1_fields(tmp_path, inputs.llm), "use_cpu": False, "bf16": True, **changes}
+    fields = {**small_runs.stage1_fields(tmp_path, inputs.llm), "use_cpu": False, "bf16": True, **changes}
     run_stage1.run(build_config(Stage1Recipe, fields))
     model = LLM2CLIPTextModel.from_pretrained(tmp_path)
     assert all(weight.isfinite().all() for weight in model.parameters())
@@ -99,7 +98,7 @@ def test_chunks_draw_the_random_numbers_of_the_gpu_again() -> None:
     found = []
     for kept in (True, False):
         torch.manual_seed(0)
-        model = EVA02VisionModel(tiny_models.vision_config(**fields)).train().cuda()
+        model = EVA02VisionModel(tiny.vision_config(**fields)).train().cuda()
         torch.manual_seed(5)
         if kept:
             images = torch.cat([embed(model, {"pixel_values": chunk})[0] for chunk in pixels.split([2, 4, 4])])
@@ -116,7 +115,7 @@ def test_embeddings_in_16_bit_are_near_those_in_float32(dtype: torch.dtype, save
     processor = AutoProcessor.from_pretrained(saved_model)
     expected = LLM2CLIPModel.from_pretrained(saved_model)
     half = LLM2CLIPModel.from_pretrained(saved_model, dtype=dtype).to("cuda")
-    for name, values in (("encode_text", tiny_models.CAPTIONS), ("encode_image", tiny_models.IMAGES)):
+    for name, values in (("encode_text", tiny.CAPTIONS), ("encode_image", tiny.IMAGES)):
         pairs = getattr(half, name)(values, processor).float().cpu() * getattr(expected, name)(values, processor)
         assert pairs.sum(dim=-1).min() > 0.99, name
 

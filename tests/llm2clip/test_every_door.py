@@ -27,8 +27,8 @@ from llm2clip.trainers import run_stage2
 from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPModel
-from tests.llm2clip import embedding_models, tiny
-from tests.llm2clip.embedding_models import OTHER_LANGUAGES
+from tests.builders import embedding_models, small_runs
+from tests.builders.embedding_models import OTHER_LANGUAGES
 
 CAPTIONS = ["a small dog", "two children play football, seen from a green park", *OTHER_LANGUAGES]
 CLOSE = {"atol": 1e-5, "rtol": 0}
@@ -65,13 +65,13 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Known:
     encoder = embedding_models.save(folder / "text", "multilingual-e5-small")
     text, cache = str(folder / "text"), str(folder / "cache")
     fields = {"text_model_name_or_path": text, "output_dir": cache, "prompt_prefix": "query: "}
-    embed.run(build_config(embed.EmbedConfig, fields | {"sources": [tiny.concepts()]}))
-    fields = tiny.stage2_fields(folder / "trained", tiny.save_dinov2_tower(folder / "vision"), text, cache)
+    embed.run(build_config(embed.EmbedConfig, fields | {"sources": [small_runs.concepts()]}))
+    fields = small_runs.stage2_fields(folder / "trained", small_runs.save_dinov2_tower(folder / "vision"), text, cache)
     fields |= {"freeze_vision": "all", "vision_pooling": "cls_mean", "standardize_features": True, "eval_sources": {}}
     fields |= {"visual_head": "gated", "feature_dropout": 0.2, "max_steps": 3, "save_strategy": "no"}
     run_stage2.run(build_config(Stage2Recipe, fields))
     assert cli.main(["build", str(folder / "trained"), str(folder / "built")]) == 0
-    rows = datasets.load_dataset("parquet", data_files=f"{tiny.CONCEPTS}/test.parquet", split="train")
+    rows = datasets.load_dataset("parquet", data_files=f"{small_runs.CONCEPTS}/test.parquet", split="train")
     rows = rows.select(range(NUM_PICTURES))
     pictures = [folder / "pictures" / f"{number}.png" for number in range(NUM_PICTURES)]
     pictures[0].parent.mkdir()

@@ -17,9 +17,8 @@ from llm2clip import cli
 from llm2clip.trainers.checkpoints import COMMAND as TRAINING
 from llm2clip.utils.library_errors import explain, wrap_write_errors
 from llm2clip.utils.manifests import write_manifest
-from tests.llm2clip import tiny
+from tests.builders import small_runs, tiny
 from tests.llm2clip.conftest import Inputs
-from tests.modeling_llm2clip import tiny as tiny_models
 from tests.processes import run_ranks
 
 
@@ -42,16 +41,23 @@ def cut(folder: Path, name: str = "model.safetensors") -> Path:
 
 def arguments_of(command: str, joint: Path, text: Path, new: Path) -> list[str | Path]:
     """The arguments of a command with a joint model, a text tower and a folder of the user."""
-    concepts = tiny.concepts()
+    concepts = small_runs.concepts()
     return {
         "evaluate": [joint, "--benchmark", json.dumps(concepts)],
         "build": [joint, new],
-        "index": [tiny.CONCEPTS, "--model", joint, "--output-dir", new],
+        "index": [small_runs.CONCEPTS, "--model", joint, "--output-dir", new],
         "merge": [joint, joint, new, "--alpha", "0.5"],
         "export-onnx": [joint, "--output-dir", new],
         "demo": ["--model", joint, "--cache-dir", new],
         "embed": ["--text-model-name-or-path", text, "--output-dir", new, "--sources", json.dumps([concepts])],
-        "stage1": ["--model-name-or-path", text, "--output-dir", new, "--sources", json.dumps(tiny.pair_sources())],
+        "stage1": [
+            "--model-name-or-path",
+            text,
+            "--output-dir",
+            new,
+            "--sources",
+            json.dumps(small_runs.pair_sources()),
+        ],
     }[command]
 
 
@@ -61,8 +67,8 @@ OF_TEXT = ("embed", "stage1")
 @pytest.mark.parametrize("command", ["evaluate", "build", "index", "merge", "export-onnx", "demo", *OF_TEXT])
 def test_damaged_weights_are_named(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     joint, text = tmp_path / "joint", tmp_path / "text"
-    tiny_models.save(joint)
-    tiny.save_llm(text)
+    tiny.save(joint)
+    small_runs.save_llm(text)
     path = cut(text if command in OF_TEXT else joint)
     error = error_of(capsys, command, *arguments_of(command, joint, text, tmp_path / "new"))
     assert f"{path} is damaged or" in error
@@ -74,7 +80,7 @@ def test_a_damaged_vision_tower_is_named(inputs: Inputs, tmp_path: Path, capsys:
     shutil.copytree(inputs.vision, tmp_path / "vision")
     path = cut(tmp_path / "vision")
     recipe = tmp_path / "recipe.yaml"
-    fields = tiny.stage2_fields(tmp_path / "run", str(tmp_path / "vision"), inputs.text, inputs.cache)
+    fields = small_runs.stage2_fields(tmp_path / "run", str(tmp_path / "vision"), inputs.text, inputs.cache)
     recipe.write_text(json.dumps(fields))
     assert f"{path} is damaged or cut short" in error_of(capsys, "stage2", recipe)
 
@@ -88,7 +94,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(
     inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, run = tmp_path / "recipe.yaml", tmp_path / "run"
-    recipe.write_text(json.dumps({**tiny.stage1_fields(run, inputs.llm), "max_steps": 2, "save_steps": 1}))
+    recipe.write_text(json.dumps({**small_runs.stage1_fields(run, inputs.llm), "max_steps": 2, "save_steps": 1}))
     assert cli.main(["stage1", str(recipe), "--max-steps", "1"]) == 0
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         path = run / "checkpoint-1" / name
@@ -171,7 +177,7 @@ def test_a_killed_worker_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is full")
 def test_a_tokenizer_on_a_full_disk_is_named(tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny.save_llm(tmp_path / "llm"))
+    tokenizer = AutoTokenizer.from_pretrained(small_runs.save_llm(tmp_path / "llm"))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "tokenizer.json").symlink_to("/dev/full")
     with pytest.raises(OSError, match="out cannot be written: No space left"), wrap_write_errors(tmp_path / "out"):

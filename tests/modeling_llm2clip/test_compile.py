@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling_llm2clip import EVA02VisionModel
-from tests.modeling_llm2clip.tiny import CAPTIONS, joint_model, processor, text_model, vision_config
+from tests.builders.tiny import CAPTIONS, joint_model, processor, text_model, vision_config
 
 PIXELS = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(0))
 

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoConfig
 
 from modeling_llm2clip import LLM2CLIPTextModel
-from tests.modeling_llm2clip import tiny
+from tests.builders import tiny
 
 
 def test_local_folders_are_not_written_to_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from modeling_llm2clip import EVA02VisionModel
 from modeling_llm2clip.modeling_eva02 import apply_rotary, rotary_table
-from tests.modeling_llm2clip.tiny import vision_config
+from tests.builders.tiny import vision_config
 
 
 def rotated_by_matrices(states: Tensor, table: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig
 
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
-from tests.modeling_llm2clip import tiny
+from tests.builders import tiny
 
 PIXELS = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(0))
 PLAIN = {**tiny.SIZES, "image_size": 28, "patch_size": 7}

@@ -17,7 +17,7 @@ from modeling_llm2clip.identity_llm2clip import (
     digest_weight,
     text_fingerprint,
 )
-from tests.modeling_llm2clip import tiny
+from tests.builders import tiny
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}

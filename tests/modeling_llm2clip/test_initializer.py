@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel
 
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel
 from modeling_llm2clip.modeling_llm2clip_vision import load_vision_tower
-from tests.modeling_llm2clip import tiny
+from tests.builders import tiny
 
 WIDTH = 192
 

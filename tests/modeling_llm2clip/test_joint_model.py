@@ -9,8 +9,8 @@ import torch
 from transformers import AutoTokenizer
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
-from tests.modeling_llm2clip import tiny
-from tests.modeling_llm2clip.tiny import CAPTIONS, IMAGES
+from tests.builders import tiny
+from tests.builders.tiny import CAPTIONS, IMAGES
 
 
 def test_forward_returns_scaled_cosines_and_loss() -> None:

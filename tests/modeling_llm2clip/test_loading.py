@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoModel, BitsAndBytesConfig, TorchAoConfig
 
 from modeling_llm2clip import LLM2CLIPModel
-from tests.modeling_llm2clip import tiny
-from tests.modeling_llm2clip.tiny import CAPTIONS, IMAGES
+from tests.builders import tiny
+from tests.builders.tiny import CAPTIONS, IMAGES
 
 LAYOUTS = ["bundled", "apart"]
 

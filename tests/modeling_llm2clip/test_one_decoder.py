@@ -21,7 +21,8 @@ from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.search.index import IndexConfig
 from llm2clip.search.index import run as run_index
 from modeling_llm2clip import LLM2CLIPModel
-from tests.modeling_llm2clip import awkward_images, tiny
+from tests.builders import tiny
+from tests.modeling_llm2clip import awkward_images
 
 PROCESSOR = tiny.processor(awkward_images.SIDE)
 

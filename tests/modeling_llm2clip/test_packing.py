@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel
-from tests.modeling_llm2clip import tiny
+from tests.builders import tiny
 from tests.modeling_llm2clip.flash import FlashOnCPU
 
 LENGTHS = [3, 17, 1, 5, 9, 2, 2, 7]

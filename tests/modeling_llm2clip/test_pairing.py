@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextConfig, LLM2CLIPTextModel
-from tests.modeling_llm2clip import tiny
-from tests.modeling_llm2clip.tiny import CAPTIONS, IMAGES
+from tests.builders import tiny
+from tests.builders.tiny import CAPTIONS, IMAGES
 
 
 def test_external_llm_is_attached_after_loading(tmp_path: Path) -> None:

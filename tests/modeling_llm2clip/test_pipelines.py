@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from transformers import pipeline
 
 from modeling_llm2clip import LLM2CLIPModel
-from tests.modeling_llm2clip import tiny
-from tests.modeling_llm2clip.tiny import CAPTIONS, IMAGES
+from tests.builders import tiny
+from tests.builders.tiny import CAPTIONS, IMAGES
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
 

@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTr
 from transformers.utils import logging as transformers_logging
 
 from modeling_llm2clip import LLM2CLIPProcessor, with_pillow, with_prompt
-from tests.modeling_llm2clip import tiny
+from tests.builders import tiny
 
 LONG = "several boats are tied to a wooden pier while the sun sets behind them " * 8
 

@@ -11,8 +11,8 @@ import torch
 
 from modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.query_encoder_llm2clip import FOLDER, QueryEncoder, space_identity
-from tests.llm2clip.students import add_query_encoder, save_student
-from tests.modeling_llm2clip import tiny
+from tests.builders import tiny
+from tests.builders.students import add_query_encoder, save_student
 
 TEXTS = ["a dog", "two children near a river in a green park", "a red bus", "Ein roter Bus!"]
 CLOSE = {"atol": 1e-5, "rtol": 0}

@@ -13,7 +13,7 @@ from PIL import Image
 import modeling_llm2clip
 from llm2clip.hub.build import build_folder
 from tests import stranger
-from tests.modeling_llm2clip import tiny
+from tests.builders import tiny
 
 STRANGER = """
 import io, json, logging, sys, torch

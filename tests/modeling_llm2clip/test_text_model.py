@@ -11,8 +11,8 @@ import torch
 from llm2clip.encoders import embed_captions
 from modeling_llm2clip import with_prompt
 from modeling_llm2clip.modeling_llm2clip_utils import CPU_BATCH_TOKENS
+from tests.builders import tiny
 from tests.golden import load_golden
-from tests.modeling_llm2clip import tiny
 from tests.modeling_llm2clip.llm2vec import FIXTURES, load_text_model
 
 CAPTIONS = ["a small dog", "two children play football in a green park near a river", "a red bus, seen from above"]

@@ -16,8 +16,8 @@ from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.utils.towers import original_prompt
 from modeling_llm2clip import LLM2CLIPProcessor, with_prompt
 from modeling_llm2clip.modeling_llm2clip_text import LLM2CLIPTextModel
+from tests.builders import tiny
 from tests.golden import FOLDER, Golden, load_golden
-from tests.modeling_llm2clip import tiny
 from tests.modeling_llm2clip.llm2vec import FIXTURES, load_text_model
 
 SEPARATOR = "!@#$%^&*()"

@@ -14,14 +14,13 @@ from typing import Any
 import datasets
 
 from llm2clip.store.store import BESIDE_SHARDS
+from tests.builders import small_runs, tiny
 from tests.faults.commands import ATTACKED
 from tests.faults.content import Content, content
 from tests.faults.injection import preloaded
-from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.evaluation.strange import STRANGE
 from tests.llm2clip.trainers.stages import TARS, embedded, source, write_tars
-from tests.modeling_llm2clip import tiny as tiny_models
 from tests.processes import run_python
 from tests.processes.strike import Strike, with_strikes
 
@@ -55,20 +54,20 @@ class Jobs:
         images = self.folder / "benchmarks/Strange"
         images.mkdir(parents=True)
         for number in range(11):
-            tiny_models.IMAGES[number % 2].rotate(33 * number, expand=True).save(images / f"{number}.png")
-        tiny_models.save(self.folder / "model")
+            tiny.IMAGES[number % 2].rotate(33 * number, expand=True).save(images / f"{number}.png")
+        tiny.save(self.folder / "model")
         self._write_damaged()
         for name, fields in self._recipes(tars).items():
             # Every JSON file is a YAML file.
             (self.folder / f"{name}.yaml").write_text(json.dumps(fields))
 
     def _recipes(self, tars: str) -> dict[str, dict[str, Any]]:
-        stage1 = {**tiny.stage1_fields(Path(OUT), self.inputs.llm), **STEPS}
-        stage2 = tiny.stage2_fields(Path(OUT), self.inputs.vision, self.inputs.text, self.inputs.cache)
-        stage2 |= {**STEPS, "sources": [tiny.concepts(max_samples=ROWS)]}
+        stage1 = {**small_runs.stage1_fields(Path(OUT), self.inputs.llm), **STEPS}
+        stage2 = small_runs.stage2_fields(Path(OUT), self.inputs.vision, self.inputs.text, self.inputs.cache)
+        stage2 |= {**STEPS, "sources": [small_runs.concepts(max_samples=ROWS)]}
         stream = {"sources": [source(tars)], "embedding_cache": tars, "shuffle_block": 8, "eval_sources": {}}
         embed = {"text_model_name_or_path": self.inputs.text, "output_dir": OUT}
-        glosses = {"path": tiny.GLOSSES, "caption_columns": ["gloss"], "max_samples": 101}
+        glosses = {"path": small_runs.GLOSSES, "caption_columns": ["gloss"], "max_samples": 101}
         damaged = {"path": f"{self.folder}/damaged.parquet", "caption_columns": ["caption", "keywords"]}
         of_damaged = stage2 | {"sources": [damaged], "eval_sources": {}, "max_steps": 5}
         frozen = {"freeze_vision_layers": 1, "frozen_states_dir": "frozen"}
@@ -79,13 +78,15 @@ class Jobs:
             "mntp": {**stage1, "sources": [glosses], "block_size": 32},
             "stage2": stage2,
             "stage2-stream": stage2 | stream,
-            "cache": {**embed, "sources": [tiny.concepts(max_samples=ROWS)], "shard_size": 7},
+            "cache": {**embed, "sources": [small_runs.concepts(max_samples=ROWS)], "shard_size": 7},
             "sidecars": {**embed, "sources": [source(tars)]},
         }
 
     def _write_damaged(self) -> None:
         """Write the rows of stage 2, of which one in the second half has a damaged image."""
-        table = datasets.load_dataset("parquet", data_files=f"{tiny.CONCEPTS}/train.parquet", split=f"train[:{ROWS}]")
+        table = datasets.load_dataset(
+            "parquet", data_files=f"{small_runs.CONCEPTS}/train.parquet", split=f"train[:{ROWS}]"
+        )
         rows = table.cast_column("image", datasets.Image(decode=False)).to_list()
         rows[DAMAGED] |= {"image": {"bytes": b"no image", "path": None}, "key": "damaged-one"}
         datasets.Dataset.from_list(rows).to_parquet(self.folder / "damaged.parquet")

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.builders import small_runs
 from tests.faults.content import content, differences
-from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers.stages import embedded, source, write_tars
 from tests.processes import run_python
@@ -36,15 +36,18 @@ TIMES = ("runtime", "per_second")
 def cases(jobs: Jobs, inputs: Inputs, tar: str, folder: Path) -> dict[str, Any]:
     """Return the commands and settings of all cases; each writes into a folder of its name."""
     few = {"save_strategy": "no", "eval_sources": {}, "per_device_train_batch_size": 1, "max_steps": 2}
-    stage1 = {**tiny.stage1_fields(folder, inputs.llm), **few, "per_device_train_batch_size": 2}
-    stage2 = {**tiny.stage2_fields(folder, inputs.vision, inputs.text, inputs.cache), **few}
+    stage1 = {**small_runs.stage1_fields(folder, inputs.llm), **few, "per_device_train_batch_size": 2}
+    stage2 = {**small_runs.stage2_fields(folder, inputs.vision, inputs.text, inputs.cache), **few}
     embed = {"text_model_name_or_path": inputs.text, "shard_size": 3}
     found: dict[str, Any] = {}
     for name, rows in ROWS.items():
-        glosses, concepts = {"path": tiny.GLOSSES, "max_samples": rows}, {"sources": [tiny.concepts(max_samples=rows)]}
+        glosses, concepts = (
+            {"path": small_runs.GLOSSES, "max_samples": rows},
+            {"sources": [small_runs.concepts(max_samples=rows)]},
+        )
         pairs = {"sources": [{**glosses, "anchor_column": "lemmas", "positive_column": "gloss"}]}
         texts = {"sources": [{**glosses, "caption_columns": ["gloss"]}], "block_size": 32}
-        images = tiny.concepts("validation", caption_columns=["caption"], max_samples=rows)
+        images = small_runs.concepts("validation", caption_columns=["caption"], max_samples=rows)
         states = {"freeze_vision_layers": 1, "frozen_states_dir": str(folder / "states")}
         found |= {
             f"stage1-{name}": ("stage1", stage1 | pairs),
@@ -55,7 +58,7 @@ def cases(jobs: Jobs, inputs: Inputs, tar: str, folder: Path) -> dict[str, Any]:
             f"cache-{name}": ("embed", embed | concepts),
             f"evaluate-{name}": ("evaluate", {"model": str(jobs.folder / "model"), "data": images}),
         }
-    one_image = {"validation": tiny.concepts("validation", caption_columns=["caption"], max_samples=1)}
+    one_image = {"validation": small_runs.concepts("validation", caption_columns=["caption"], max_samples=1)}
     stream = stage2 | {"sources": [source(tar)], "embedding_cache": tar, "shuffle_block": 8}
     first_rows = {"sources": [source(tar, max_samples=1)], "embedding_cache": inputs.cache}
     found |= {

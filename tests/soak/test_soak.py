@@ -13,11 +13,10 @@ import torch
 from gradio_client import handle_file
 
 from llm2clip import cli
+from tests.builders import small_runs, tiny
 from tests.examples.server import open_page, served
-from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers.stages import embedded, source, write_tars
-from tests.modeling_llm2clip import tiny as tiny_models
 from tests.processes import run_python
 from tests.soak.measure import Soak
 
@@ -36,7 +35,7 @@ def soaked(name: str, *arguments: Path | str) -> Soak:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder: Path = tmp_path_factory.mktemp("soak") / "model"
-    tiny_models.save(folder)
+    tiny.save(folder)
     return folder
 
 
@@ -44,7 +43,7 @@ def write_pictures(folder: Path, count: int) -> list[Path]:
     folder.mkdir()
     paths = [folder / f"{number}.png" for number in range(count)]
     for number, path in enumerate(paths):
-        tiny_models.IMAGES[number % 2].rotate(6 * number, expand=True).save(path)
+        tiny.IMAGES[number % 2].rotate(6 * number, expand=True).save(path)
     return paths
 
 
@@ -65,8 +64,8 @@ def test_an_open_index_holds_nothing(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", ["maps", "streams"])
 def test_an_hour_of_steps_holds_nothing(kind: str, workers: int, inputs: Inputs, tmp_path: Path) -> None:
-    fields: dict[str, Any] = tiny.stage2_fields(tmp_path / "run", inputs.vision, inputs.text, inputs.cache)
-    fields |= {"sources": [tiny.concepts(max_samples=96)], "eval_sources": {}, "per_device_train_batch_size": 1}
+    fields: dict[str, Any] = small_runs.stage2_fields(tmp_path / "run", inputs.vision, inputs.text, inputs.cache)
+    fields |= {"sources": [small_runs.concepts(max_samples=96)], "eval_sources": {}, "per_device_train_batch_size": 1}
     fields["dataloader_num_workers"] = workers
     if kind == "streams":
         tars = write_tars(tmp_path / "tars")

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
 from llm2clip.convert.original import joint_config
+from tests.builders import tiny
 from tests.golden import Golden, load_golden
-from tests.modeling_llm2clip import tiny
 from tests.original import from_original
 
 EVA = load_golden("customclip_a")

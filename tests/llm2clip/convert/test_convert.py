@@ -16,10 +16,10 @@ from llm2clip import cli
 from llm2clip.convert.joint_plan import STATISTICS
 from llm2clip.convert.original import to_original
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
+from tests.builders import tiny
 from tests.golden import Golden, load_golden
 from tests.llm2clip.convert import checkpoints
 from tests.llm2clip.convert.checkpoints import EVA, OPENAI
-from tests.modeling_llm2clip import tiny
 
 
 def convert(source: str | Path, destination: Path, *options: str) -> None:

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 
 from llm2clip import cli
 from llm2clip.utils.manifests import write_manifest
+from tests.builders import tiny
 from tests.damage import flip
 from tests.llm2clip.convert import checkpoints
 from tests.llm2clip.convert.checkpoints import EVA
-from tests.modeling_llm2clip import tiny
 
 Refused = Callable[..., None]
 

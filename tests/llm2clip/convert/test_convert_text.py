@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from llm2clip import cli
 from llm2clip.utils.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPTextModel
-from tests.modeling_llm2clip import tiny
+from tests.builders import tiny
 
 NAME = "meta-llama/Meta-Llama-3-8B-Instruct"
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llm2clip.data import PairCollator
 from modeling_llm2clip import with_prompt
-from tests.modeling_llm2clip.tiny import PREFIX, SUFFIX, plain_tokenizer
+from tests.builders.tiny import PREFIX, SUFFIX, plain_tokenizer
 
 Prompted = tuple[PreTrainedTokenizerFast, int]
 

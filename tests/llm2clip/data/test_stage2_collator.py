@@ -20,8 +20,8 @@ from llm2clip.data import (
 )
 from llm2clip.store import EmbeddingCache, MissingCaptionError
 from modeling_llm2clip import LLM2CLIPProcessor, with_prompt
+from tests.builders.tiny import plain_tokenizer, processor
 from tests.llm2clip.store.encoder import build, embed
-from tests.modeling_llm2clip.tiny import plain_tokenizer, processor
 
 from .conftest import png
 

@@ -19,8 +19,8 @@ from llm2clip.data.opened_table import SourceError
 from llm2clip.data.shard_rows import ShardRows
 from llm2clip.data.stream_order import Lanes
 from llm2clip.trainers.stage2_data import count_stream
+from tests.builders import tiny
 from tests.llm2clip.data.streams import BATCH, PER_TAR, TARS, batches, every_caption, opened, steps_of, write_tars
-from tests.modeling_llm2clip import tiny
 
 
 @pytest.fixture(scope="module")

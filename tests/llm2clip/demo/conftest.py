@@ -9,8 +9,8 @@ import torch
 
 from llm2clip.demo.gallery import Gallery
 from llm2clip.search.table_items import TableImages
-from tests.llm2clip import tiny as training
-from tests.modeling_llm2clip import tiny
+from tests.builders import small_runs as training
+from tests.builders import tiny
 
 NUM_IMAGES = 30
 

@@ -16,9 +16,9 @@ from llm2clip.demo.gallery import Gallery
 from llm2clip.search.index import IndexConfig
 from llm2clip.search.index import run as run_index
 from modeling_llm2clip import LLM2CLIPVisionModelWithProjection
+from tests.builders import tiny
 from tests.llm2clip.demo.conftest import bundled_images
 from tests.llm2clip.encoders import models
-from tests.modeling_llm2clip import tiny
 
 
 @pytest.mark.parametrize(

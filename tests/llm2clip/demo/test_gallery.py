@@ -16,10 +16,10 @@ from llm2clip.demo.interface import _head, build_interface, find_examples
 from llm2clip.search.folder_items import FolderImages
 from llm2clip.search.index import IndexConfig, run
 from modeling_llm2clip import LLM2CLIPModel
+from tests.builders import tiny
+from tests.builders.students import add_query_encoder
 from tests.llm2clip.demo.conftest import NUM_IMAGES, bundled_images
 from tests.llm2clip.encoders import models
-from tests.llm2clip.students import add_query_encoder
-from tests.modeling_llm2clip import tiny
 
 IMAGES = [bundled_images().decode(row) for row in range(NUM_IMAGES)]
 PROCESSOR = tiny.processor()

@@ -11,7 +11,7 @@ import yaml
 
 from llm2clip import cli
 from llm2clip.convert.published import FOLDER
-from tests.modeling_llm2clip import tiny
+from tests.builders import tiny
 
 
 def test_a_space_contains_card_entry_point_packages_data_and_model(model_folder: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.settings import build_config
 from llm2clip.utils.towers import describe_text_tower, open_text_tower
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel
-from tests.llm2clip import tiny
+from tests.builders import small_runs
 from tests.llm2clip.conftest import Inputs
 
 
@@ -37,25 +37,25 @@ def test_stage_1_with_an_adapter_then_embed_then_stage_2(
     start: str, dtype: str, inputs: Inputs, tmp_path: Path
 ) -> None:
     text, cache = str(tmp_path / "text"), str(tmp_path / "cache")
-    fields = tiny.stage1_fields(Path(text), getattr(inputs, start))
+    fields = small_runs.stage1_fields(Path(text), getattr(inputs, start))
     unset = dict.fromkeys(("prompt_prefix", "prompt_suffix", "max_text_length")) if start == "text" else {}
     fields |= {**unset, "save_format": "adapter", "max_steps": 2, "save_strategy": "no", "dtype": dtype}
     run_stage1.run(build_config(Stage1Recipe, fields))
-    sources = [tiny.concepts(), tiny.concepts("validation", max_samples=40)]
+    sources = [small_runs.concepts(), small_runs.concepts("validation", max_samples=40)]
     settings = {"text_model_name_or_path": text, "output_dir": cache, "sources": sources}
     embed.run(embed.EmbedConfig(**settings))
-    fields = tiny.stage2_fields(tmp_path / "out", inputs.vision, text, cache)
+    fields = small_runs.stage2_fields(tmp_path / "out", inputs.vision, text, cache)
     run_stage2.run(build_config(Stage2Recipe, fields | {"max_steps": 1, "save_strategy": "no"}))
     saved = json.loads((tmp_path / "out" / "config.json").read_text())
     assert saved["text_model_fingerprint"] == EmbeddingCache.open(cache).manifest.fingerprint
 
 
 def test_a_plain_llm_has_the_prompt_that_its_cache_was_made_with(inputs: Inputs, tmp_path: Path) -> None:
-    sources = [tiny.concepts(), tiny.concepts("validation", max_samples=40)]
+    sources = [small_runs.concepts(), small_runs.concepts("validation", max_samples=40)]
     prompt = {"prompt_prefix": "caption: ", "prompt_suffix": " ."}
     settings = {"text_model_name_or_path": inputs.llm, "output_dir": str(tmp_path / "cache"), "sources": sources}
     embed.run(embed.EmbedConfig(**settings, **prompt))
-    fields = tiny.stage2_fields(tmp_path / "out", inputs.vision, inputs.llm, str(tmp_path / "cache"))
+    fields = small_runs.stage2_fields(tmp_path / "out", inputs.vision, inputs.llm, str(tmp_path / "cache"))
     run_stage2.run(build_config(Stage2Recipe, fields | {"max_steps": 1, "save_strategy": "no", "eval_sources": {}}))
     model = LLM2CLIPModel.from_pretrained(tmp_path / "out")
     assert {name: getattr(model.config.text_config, name) for name in prompt} == prompt
@@ -68,7 +68,7 @@ def test_a_plain_llm_has_the_prompt_that_its_cache_was_made_with(inputs: Inputs,
 def test_captions_with_an_instruction_are_refused(inputs: Inputs, tmp_path: Path) -> None:
     """A model has none, so that its own embeddings would be others."""
     settings: dict[str, Any] = {"text_model_name_or_path": inputs.text, "instruction": "Find a picture:"}
-    embed.run(embed.EmbedConfig(**settings, output_dir=str(tmp_path), sources=[tiny.concepts(max_samples=8)]))
+    embed.run(embed.EmbedConfig(**settings, output_dir=str(tmp_path), sources=[small_runs.concepts(max_samples=8)]))
     _, tokenizer = describe_text_tower(inputs.text)
     for is_trained in (False, True):
         with pytest.raises(StoreMismatchError, match=r"were embedded after '.*Find a picture:', but the model reads"):
@@ -110,6 +110,6 @@ def test_a_cache_of_another_tokenizer_is_refused(inputs: Inputs, tmp_path: Path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "text")
     tokenizer.add_tokens(["zebra"])
     tokenizer.save_pretrained(tmp_path / "text")
-    fields = tiny.stage2_fields(tmp_path / "out", inputs.vision, str(tmp_path / "text"), inputs.cache)
+    fields = small_runs.stage2_fields(tmp_path / "out", inputs.vision, str(tmp_path / "text"), inputs.cache)
     with pytest.raises(StoreMismatchError, match=r"made with the tokenizer .* in use is"):
         run_stage2.run(build_config(Stage2Recipe, fields))

@@ -21,8 +21,8 @@ from llm2clip.encoders.embed import EmbedConfig, run
 from llm2clip.store import EmbeddingCache, StoreMismatchError
 from llm2clip.utils.towers import describe_text_tower, open_text_tower
 from modeling_llm2clip import LLM2CLIPTextModel
+from tests.builders import tiny
 from tests.llm2clip.conftest import Inputs
-from tests.modeling_llm2clip import tiny
 from tests.processes import ENVIRONMENT, run_ranks
 
 

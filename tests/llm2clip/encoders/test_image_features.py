@@ -15,8 +15,8 @@ from llm2clip.data.sources import source_columns
 from llm2clip.encoders.batches import TableImages
 from llm2clip.encoders.image_features import ImageFeatures, feature_manifest, pooled_features, store_features
 from modeling_llm2clip import LLM2CLIPModel
-from tests.llm2clip.tiny import concepts
-from tests.modeling_llm2clip import tiny
+from tests.builders import tiny
+from tests.builders.small_runs import concepts
 
 
 @pytest.fixture(scope="module")

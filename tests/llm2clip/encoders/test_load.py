@@ -17,8 +17,8 @@ from llm2clip.data import DamagedImageError
 from llm2clip.encoders.batches import ImageList
 from llm2clip.encoders.ours import OurEncoder
 from llm2clip.utils.embeddings import NonFiniteError
+from tests.builders import tiny
 from tests.llm2clip.encoders import models
-from tests.modeling_llm2clip import tiny
 
 CLOSE = {"atol": 1e-6, "rtol": 1e-5}
 

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from llm2clip.encoders import OurEncoder, embed_images
 from llm2clip.encoders.load import load_encoder
 from modeling_llm2clip import LLM2CLIPModel, with_prompt
-from tests.modeling_llm2clip import tiny
+from tests.builders import tiny
 
 from .models import IMAGES, stacked
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel
 
 from llm2clip.encoders.patches import patch_embeddings
 from llm2clip.evaluation.heat_map import patch_similarity
-from tests.modeling_llm2clip import tiny
+from tests.builders import tiny
 
 TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 IMAGE = {"image_size": 28, "patch_size": 7}

@@ -16,8 +16,8 @@ from llm2clip.encoders import load_encoder
 from llm2clip.evaluation.session import Session
 from llm2clip.utils.embeddings import NonFiniteError
 from modeling_llm2clip.modeling_llm2clip_utils import Precision
+from tests.builders import tiny
 from tests.llm2clip.encoders.models import save_transformers
-from tests.modeling_llm2clip import tiny
 
 TEXTS = ["a red bus", "", "two dogs on a beach"]
 

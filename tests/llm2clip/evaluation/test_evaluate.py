@@ -17,8 +17,8 @@ from llm2clip.evaluation.benchmarks import all_benchmarks, choose_benchmarks
 from llm2clip.evaluation.evaluate_config import OF_OWN_DATA
 from llm2clip.evaluation.metrics import retrieval_metrics
 from llm2clip.evaluation.session import Session
+from tests.builders import tiny
 from tests.llm2clip.evaluation.strange import STRANGE
-from tests.modeling_llm2clip import tiny
 from tests.processes import run_ranks
 
 

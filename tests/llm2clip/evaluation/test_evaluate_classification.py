@@ -18,8 +18,8 @@ from llm2clip.evaluation.benchmarks.fashion_mnist import CLASSNAMES
 from llm2clip.evaluation.prompts import prompts
 from modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.image_decoding_llm2clip import decode_image
+from tests.builders import tiny
 from tests.llm2clip.evaluation.benchmarks.classification_samples import idx
-from tests.modeling_llm2clip import tiny
 
 # Where Debian's package `dataset-fashion-mnist` puts it; another folder of sets by this variable.
 WHOLE = Path(os.environ.get("LLM2CLIP_TEST_DATA", "/usr/share/datasets"))

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from llm2clip.evaluation.heat_map import patch_similarity
-from tests.modeling_llm2clip import tiny
+from tests.builders import tiny
 
 
 @pytest.mark.parametrize("model_type", ["eva02", "clip_vision_model", "siglip_vision_model"])

@@ -17,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 from llm2clip.encoders import load_encoder
 from llm2clip.evaluation import caption_retrieval_metrics
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
-from tests.modeling_llm2clip import tiny
+from tests.builders import tiny
 
 CONCEPTS = Path(__file__).parents[3] / "examples" / "data" / "concepts" / "test.parquet"
 PICTURES = 40

@@ -20,8 +20,8 @@ from llm2clip.evaluation import caption_retrieval_metrics, retrieval_metrics
 from llm2clip.evaluation.data import CaptionPairData, RetrievalData
 from llm2clip.evaluation.evaluate import evaluate
 from llm2clip.store import Store
+from tests.builders import tiny
 from tests.llm2clip.encoders.models import save_transformers
-from tests.modeling_llm2clip import tiny
 
 # Of six images; two share a caption, one has one twice in other case, one has an empty one, and one has none.
 CAPTIONS = [["a dog", "a cat"], ["a dog"], ["a bus", "a bus", "A Bus", ""], ["a red park"], [], ["two trees, old"]]

@@ -13,9 +13,9 @@ from huggingface_hub import HfApi
 from llm2clip import cli
 from llm2clip.hub import build, push
 from llm2clip.hub.source_model import SourceModel
+from tests.builders import tiny
+from tests.builders.tiny import IMAGES
 from tests.loopback_hub import TOKEN, LoopbackHub
-from tests.modeling_llm2clip import tiny
-from tests.modeling_llm2clip.tiny import IMAGES
 
 REPO = "tester/tiny"
 Refused = Callable[..., str]

@@ -12,7 +12,7 @@ from llm2clip import Student, attach_query_encoder, cli, load_encoder
 from modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.query_encoder_llm2clip import space_identity
 from tests import stranger
-from tests.llm2clip import embedding_models
+from tests.builders import embedding_models
 
 CLOSE = {"atol": 1e-3, "rtol": 0}
 TEXTS = ["a dog", "Two children  play football\nin a green park", "a red bus, seen from above", "x"]

@@ -12,9 +12,9 @@ from llm2clip import cli
 from llm2clip.hub.base_licenses import bases_of, choose_license, code_license
 from llm2clip.hub.cards.card import CARD, read_card
 from llm2clip.hub.license_terms import META, TERMS, license_of_name
+from tests.builders import tiny
 from tests.llm2clip.hub.conftest import Refused, upload
 from tests.loopback_hub import File, LoopbackHub, Repo
-from tests.modeling_llm2clip import tiny
 
 NOTICE = f"Llama 3.1 is licensed under the Llama 3.1 Community License, {META}\n"
 AGREEMENT = "LLAMA 3.1 COMMUNITY LICENSE AGREEMENT"

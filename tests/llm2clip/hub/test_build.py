@@ -23,11 +23,11 @@ from llm2clip.utils.files import read_json
 from llm2clip.utils.manifests import write_manifest
 from llm2clip.utils.towers import save_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
+from tests.builders import tiny
+from tests.builders.tiny import CAPTIONS, IMAGES
 from tests.llm2clip.evaluation.made_results import retrieval, written
 from tests.llm2clip.hub.conftest import REPO, Refused, upload
 from tests.loopback_hub import LoopbackHub
-from tests.modeling_llm2clip import tiny
-from tests.modeling_llm2clip.tiny import CAPTIONS, IMAGES
 
 MINE = {"given": "runs/mine", "library": "llm2clip 0.1.0", "fingerprint": "1", "dtype": "float32"}
 

@@ -15,10 +15,10 @@ import llm2clip
 from llm2clip.hub.cards.card import CARD, read_card
 from llm2clip.utils.towers import save_text_tower
 from modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection
+from tests.builders import tiny
+from tests.builders.tiny import IMAGES
 from tests.llm2clip.hub.conftest import REPO, upload
 from tests.loopback_hub import TOKEN, LoopbackHub
-from tests.modeling_llm2clip import tiny
-from tests.modeling_llm2clip.tiny import IMAGES
 from tests.stranger import answer
 
 pytestmark = pytest.mark.usefixtures("unchecked")

@@ -12,9 +12,9 @@ from torch import Tensor
 from llm2clip import cli
 from llm2clip.hub import export_onnx, onnx_writing
 from modeling_llm2clip import LLM2CLIPProcessor, LLM2CLIPVisionModelWithProjection
+from tests.builders import tiny
+from tests.builders.tiny import CAPTIONS, IMAGES
 from tests.llm2clip.hub.conftest import Refused
-from tests.modeling_llm2clip import tiny
-from tests.modeling_llm2clip.tiny import CAPTIONS, IMAGES
 
 onnxruntime = pytest.importorskip("onnxruntime")
 PROCESSOR = tiny.processor()

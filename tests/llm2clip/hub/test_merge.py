@@ -24,8 +24,8 @@ from llm2clip.hub.mixture import interpolated
 from llm2clip.utils.manifests import damage
 from llm2clip.utils.towers import open_text_tower, save_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection
-from tests.llm2clip import tiny as stages
-from tests.modeling_llm2clip import tiny
+from tests.builders import small_runs as stages
+from tests.builders import tiny
 
 SOURCE = stages.concepts("validation", caption_columns=["caption"], max_samples=24)
 

@@ -21,10 +21,9 @@ from llm2clip.hub.export_onnx import ExportOnnxConfig, run
 from llm2clip.hub.onnx_layouts import Layout
 from modeling_llm2clip import LLM2CLIPProcessor
 from tests import node
-from tests.llm2clip import tiny
+from tests.builders import small_runs, tiny
 from tests.llm2clip.hub.conftest import Refused
 from tests.llm2clip.hub.onnx_programs import CLOSE, READERS, TEXTS, export, read, teach
-from tests.modeling_llm2clip import tiny as tiny_models
 
 pytest.importorskip("onnxruntime")
 EMBED = """
@@ -108,7 +107,7 @@ def test_transformers_js_itself_gives_the_vectors_of_torch(encoder: str, model: 
 
 
 def with_image_processor(model: Path, image_processor: Any) -> None:
-    tokenizer = tiny_models.processor().tokenizer
+    tokenizer = tiny.processor().tokenizer
     LLM2CLIPProcessor(image_processor, tokenizer).save_pretrained(model)
 
 
@@ -135,7 +134,7 @@ def test_what_immich_does_in_another_way_is_said(model: Path, pictures: list[str
 @pytest.mark.parametrize("layout", ["plain", "immich", "transformers.js"])
 def test_the_recall_of_int8_is_given_beside_that_of_torch(layout: Layout, model: Path, tmp_path: Path) -> None:
     teach(model, "static")
-    sources = {"set": {**tiny.concepts("validation"), "max_samples": 60}}
+    sources = {"set": {**small_runs.concepts("validation"), "max_samples": 60}}
     config = ExportOnnxConfig(str(model), str(tmp_path / layout), layout, dtype="int8", eval_sources=sources)
     found = run(config)
     encoder = load_encoder(str(model), text_encoder="query")

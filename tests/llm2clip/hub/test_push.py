@@ -15,10 +15,10 @@ from llm2clip import cli
 from llm2clip.hub.cards.card import CARD, split_card
 from llm2clip.utils.files import read_json
 from llm2clip.utils.manifests import FOLDER_MANIFEST, MODEL_MANIFEST
+from tests.builders import tiny
 from tests.damage import flip
 from tests.llm2clip.hub.conftest import REPO, Refused, files_of, upload
 from tests.loopback_hub import READ_TOKEN, TOKEN, LoopbackHub
-from tests.modeling_llm2clip import tiny
 
 
 def write(folder: Path, *names: str) -> None:

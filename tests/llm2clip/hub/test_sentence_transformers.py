@@ -13,8 +13,8 @@ from transformers import AutoConfig
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from modeling_llm2clip import LLM2CLIPVisionModelWithProjection
 from tests import stranger
-from tests.modeling_llm2clip import tiny
-from tests.modeling_llm2clip.tiny import CAPTIONS, IMAGES
+from tests.builders import tiny
+from tests.builders.tiny import CAPTIONS, IMAGES
 
 STRANGER = """
 import json

@@ -13,7 +13,7 @@ from llm2clip import cli
 from llm2clip.planning.plan import stage_of
 from llm2clip.recipes import find_recipe, load_recipe
 from modeling_llm2clip import LLM2CLIPTextConfig
-from tests.modeling_llm2clip import tiny
+from tests.builders import tiny
 
 LLAMA = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}

@@ -28,7 +28,7 @@ from llm2clip.quickstart.run_context import RunContext
 from llm2clip.store import EmbeddingCache
 from llm2clip.trainers.text_tower_trainer import TextTowerTrainer
 from modeling_llm2clip import LLM2CLIPTextModel
-from tests.llm2clip import embedding_models, tiny
+from tests.builders import embedding_models, small_runs
 from tests.llm2clip.quickstart.tiny_run import PROFILE, SPLITS, read_rows, save_data
 
 ARMS = ["raw LLM, causal", "raw LLM, bidirectional", "LLM after stage 1", "bert"]
@@ -50,8 +50,8 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     (folder / "tiny.yaml").write_text(yaml.safe_dump(PROFILE))
     embedding_models.save(folder / "bert", "bert")
     return {
-        "profile": folder / "tiny.yaml", "output_dir": folder / "run", "llm": tiny.save_llm(folder / "llm"),
-        "vision_model": tiny.save_vision_tower(folder / "vision"), "embedding_model": folder / "bert",
+        "profile": folder / "tiny.yaml", "output_dir": folder / "run", "llm": small_runs.save_llm(folder / "llm"),
+        "vision_model": small_runs.save_vision_tower(folder / "vision"), "embedding_model": folder / "bert",
         "data": save_data(folder / "data", SPLITS), "image_column": "picture",
     }  # fmt: skip
 
@@ -251,7 +251,7 @@ def test_missing_splits_are_held_out_and_a_single_caption_column_gives_no_pairs(
     drop = ("keywords", *(f"caption_{code}" for code in (*LANGUAGES, *OTHER_LANGUAGES)))
     only_train = QuickstartData.find(save_data(tmp_path / "a", {"train": 40}, drop), ["caption"], "picture")
     assert (only_train.train, only_train.test) == ("train[:80%]", "train[90%:]")
-    assert [source.path for source in only_train.pair_sources()] == [tiny.GLOSSES]
+    assert [source.path for source in only_train.pair_sources()] == [small_runs.GLOSSES]
     assert list(only_train.caption_sets) == ["lemma_to_gloss"]
     assert only_train.translations == {}
     data = save_data(tmp_path / "b", {"train": 40, "validation": 20})
@@ -265,8 +265,8 @@ def test_an_interrupted_stage_continues_in_a_moved_folder(tmp_path: Path, monkey
     profile = tmp_path / "tiny.yaml"
     profile.write_text(yaml.safe_dump({**PROFILE, "stage1": stage1 | {"prompt_prefix": "caption: "}}))
     options = {
-        "profile": profile, "llm": tiny.save_llm(tmp_path / "llm"), "embedding_model": "none",
-        "vision_model": tiny.save_vision_tower(tmp_path / "vision"), "image_column": "picture",
+        "profile": profile, "llm": small_runs.save_llm(tmp_path / "llm"), "embedding_model": "none",
+        "vision_model": small_runs.save_vision_tower(tmp_path / "vision"), "image_column": "picture",
         "caption_columns": "caption", "data": save_data(tmp_path / "data", {"train": 64}, ("keywords",)),
     }  # fmt: skip
 

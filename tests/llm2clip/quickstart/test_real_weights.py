@@ -12,7 +12,7 @@ import torch
 from llm2clip import cli
 from llm2clip.quickstart.config import E5_TITLE
 from tests import stranger
-from tests.llm2clip import tiny
+from tests.builders import small_runs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 
@@ -65,7 +65,7 @@ def test_the_final_model_gives_the_recorded_logits_in_a_process_without_this_pac
     run: Path, results: dict[str, Any], tmp_path: Path
 ) -> None:
     sample = results["model_sample"]
-    rows = f"{tiny.CONCEPTS}/test.parquet"
+    rows = f"{small_runs.CONCEPTS}/test.parquet"
     logits = stranger.answer(STRANGER, run / "llm2clip", rows, json.dumps(sample["captions"]), home=tmp_path)
     torch.testing.assert_close(torch.tensor(logits), torch.tensor(sample["logits_per_image"]), atol=1e-5, rtol=0)
 

@@ -10,7 +10,7 @@ import pytest
 
 from llm2clip.quickstart.image_steps import BEST_BY
 from llm2clip.quickstart.weights import WeightWheel, weights_folder
-from tests.llm2clip import tiny
+from tests.builders import small_runs
 
 PROFILE: dict[str, Any] = {
     "seeds": 2,
@@ -38,7 +38,7 @@ def save_data(folder: Path, splits: dict[str, int], drop: tuple[str, ...] = (), 
     """Save a part of the bundled data, rows of all of it, as a user's folder."""
     folder.mkdir()
     for split, rows in splits.items():
-        table = read_rows(Path(tiny.CONCEPTS, f"{split}.parquet"))
+        table = read_rows(Path(small_runs.CONCEPTS, f"{split}.parquet"))
         table = table.select(range(0, len(table), len(table) // rows)[:rows])
         table = table.remove_columns(list(drop)).rename_column("image", image_column)
         table.to_parquet(folder / f"{split}.parquet")

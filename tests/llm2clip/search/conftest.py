@@ -13,7 +13,7 @@ import torch
 from llm2clip.encoders.ours import OurEncoder
 from llm2clip.search import store as stores
 from modeling_llm2clip import LLM2CLIPModel
-from tests.modeling_llm2clip import tiny
+from tests.builders import tiny
 from tests.object_store import KIND, LocalObjects, s3_server
 from tests.postgres import postgres_server
 

@@ -17,7 +17,7 @@ from llm2clip import cli
 from llm2clip.search.index import IndexConfig, run
 from llm2clip.search.search_index import SearchIndex
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
-from tests.modeling_llm2clip import tiny
+from tests.builders import tiny
 
 Model = tuple[Path, LLM2CLIPModel]
 # One query of the width of the tiny model.

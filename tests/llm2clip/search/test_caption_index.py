@@ -15,8 +15,7 @@ from llm2clip import cli
 from llm2clip.encoders.ours import OurEncoder
 from llm2clip.search.index import IndexConfig
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
-from tests.llm2clip import embedding_models
-from tests.modeling_llm2clip import tiny
+from tests.builders import embedding_models, tiny
 from tests.tars import write_tar
 
 from . import helpers

@@ -21,7 +21,7 @@ from llm2clip import cli
 from llm2clip.search.index import IndexConfig, run
 from llm2clip.search.search_index import SearchIndex
 from modeling_llm2clip import LLM2CLIPModel
-from tests.modeling_llm2clip import tiny
+from tests.builders import tiny
 from tests.processes import run_python
 from tests.tars import write_tar
 

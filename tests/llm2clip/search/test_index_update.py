@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from llm2clip.search.search_index import SearchIndex
-from tests.modeling_llm2clip import tiny
+from tests.builders import tiny
 
 from .conftest import Forwards
 from .helpers import Model, embeddings, encoded, index, picture, rows, save_table

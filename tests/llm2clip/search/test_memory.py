@@ -20,7 +20,7 @@ from llm2clip.search.folder_items import FolderImages
 from llm2clip.search.index_manifest import IndexManifest
 from llm2clip.search.lance_store import LanceStore
 from llm2clip.search.store import REASON, VECTOR
-from tests.modeling_llm2clip import tiny
+from tests.builders import tiny
 
 from .helpers import encoded, picture
 from .updates import kill_updates

@@ -21,8 +21,8 @@ from llm2clip.data import decode_image
 from llm2clip.encoders import load_encoder
 from llm2clip.utils.logs import OBEYED
 from modeling_llm2clip import LLM2CLIPTextModel
-from tests.llm2clip.students import add_query_encoder
-from tests.modeling_llm2clip import tiny
+from tests.builders import tiny
+from tests.builders.students import add_query_encoder
 
 from .helpers import Model, as_json, error, index, save_table, save_vision_half
 

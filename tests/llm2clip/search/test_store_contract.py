@@ -20,7 +20,7 @@ from llm2clip.search.index_settings import IndexSettings
 from llm2clip.search.search_index import SearchIndex
 from llm2clip.search.store import ID, KEY, REASON, VECTOR, IndexStore
 from llm2clip.search.verify_index import verify_index
-from tests.modeling_llm2clip import tiny
+from tests.builders import tiny
 
 from .conftest import Forwards
 from .helpers import QUERY, Model, encoded, index, picture, save_table

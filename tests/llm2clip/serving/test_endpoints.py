@@ -19,9 +19,9 @@ from llm2clip.search.index import IndexConfig, run
 from llm2clip.search.search_index import SearchIndex
 from llm2clip.serving.limits import Limits
 from llm2clip.serving.serve import open_index
+from tests.builders import tiny
 from tests.damaged.images import BadImage, write
 from tests.llm2clip.serving.conftest import Serve, data_url, png, serving
-from tests.modeling_llm2clip import tiny
 from tests.modeling_llm2clip.awkward_images import picture
 
 TEXTS = ["a small dog", "", "zwei Kinder spielen Fußball", "a red bus " * 40, "<|eot_id|> \x00\n"]

@@ -97,7 +97,7 @@ async def _many(address: httpx.URL, inputs: list[list[Any]]) -> list[list[np.nda
         return await asyncio.gather(*map(one, inputs))
 
 
-def test_80_clients_at_the_same_time_get_their_own_embeddings(serve: Serve, encoder: Encoder) -> None:
+def test_200_clients_at_the_same_time_get_their_own_embeddings(serve: Serve, encoder: Encoder) -> None:
     client = serve(encoder)
     # Of different lengths, and some with an image among them.
     inputs = [

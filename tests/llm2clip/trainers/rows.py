@@ -27,10 +27,9 @@ from llm2clip import (
     Stage2Trainer,
     Student,
 )
-from tests.llm2clip import tiny
+from tests.builders import small_runs, tiny
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers.stages import joint_model
-from tests.modeling_llm2clip import tiny as tiny_models
 
 ROWS, BATCH = 32, 8
 PAIRS = [{"anchor": f"word {n} {n * n}", "positive": f"meaning of {n}", "negative": "no"} for n in range(ROWS)]
@@ -75,7 +74,9 @@ def stage2(inputs: Inputs, folder: Path, rows: Any = None, **changes: Any) -> St
     name = joint_model(inputs, folder / "model")
     own: dict[str, Any] = {"train_dataset": rows}
     if rows is None:
-        table = datasets.load_dataset("parquet", data_files=f"{tiny.CONCEPTS}/train.parquet", split=f"train[:{ROWS}]")
+        table = datasets.load_dataset(
+            "parquet", data_files=f"{small_runs.CONCEPTS}/train.parquet", split=f"train[:{ROWS}]"
+        )
         if "on_error" in changes:
             table = table.cast_column("image", datasets.Image(decode=False))
             broken = lambda row, number: {"image": {"bytes": b"none", "path": None}} if number == 3 else {}  # noqa: E731
@@ -146,7 +147,7 @@ class InOrder(Stage2Trainer):
 def keyed_rows(count: int, *broken: int, value: float = float("nan")) -> Rows:
     """Rows with keys, some of which have a value that is not finite."""
     torch.manual_seed(0)
-    pixels, embeds = torch.randn(count, 3, 28, 28), torch.randn(count, tiny_models.HIDDEN)
+    pixels, embeds = torch.randn(count, 3, 28, 28), torch.randn(count, tiny.HIDDEN)
     pixels[list(broken), 0, 3, 3] = value
     return [{"key": f"k{i}", "pixel_values": pixels[i], "llm_embeds": embeds[i]} for i in range(count)]
 
@@ -156,7 +157,7 @@ def in_order(folder: Path, data: Rows, callbacks: Any = None, evaluated: Rows | 
     shared = {"logging_steps": 1, "save_steps": 1, "lr_scheduler_type": "constant", "max_steps": 3}
     shared |= {"report_to": "none", "use_cpu": True, "learning_rate": 1e-3, "warmup_steps": 0}
     torch.manual_seed(1)
-    model = tiny_models.joint_model()
+    model = tiny.joint_model()
     if changes.get("loss") == "sigmoid":
         model.logit_bias = torch.nn.Parameter(torch.tensor(-10.0))
     fields = {"output_dir": str(folder), "per_device_train_batch_size": BATCH, **shared, **changes}

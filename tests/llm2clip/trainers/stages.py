@@ -27,7 +27,7 @@ from llm2clip.trainers.stage1_config import Stage1Recipe
 from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPModel
-from tests.llm2clip import tiny
+from tests.builders import small_runs
 from tests.llm2clip.conftest import Inputs
 from tests.processes import run_ranks
 from tests.tars import write_tar
@@ -43,7 +43,7 @@ RECIPES: dict[str, tuple[Callable[..., Any], Any]] = {
 PROCESSES = [2, pytest.param(4, marks=[pytest.mark.slow, pytest.mark.nightly])]
 GLOSS_TEST: dict[str, Any] = {
     "max_samples": 100,
-    "path": tiny.GLOSSES,
+    "path": small_runs.GLOSSES,
     "split": "test",
     "anchor_column": "lemmas",
     "positive_column": "gloss",
@@ -70,10 +70,10 @@ def joint_model(inputs: Inputs, folder: Path) -> str:
 def fields_of(stage: str, folder: Path, inputs: Inputs, **changes: Any) -> dict[str, Any]:
     """Settings of a small run: six steps, and a checkpoint after each third."""
     if stage == "stage2":
-        fields = tiny.stage2_fields(folder, inputs.vision, inputs.text, inputs.cache)
+        fields = small_runs.stage2_fields(folder, inputs.vision, inputs.text, inputs.cache)
     else:
-        fields = tiny.stage1_fields(folder, inputs.llm)
-    glosses = {"path": tiny.GLOSSES, "caption_columns": ["gloss"], "max_samples": 200}
+        fields = small_runs.stage1_fields(folder, inputs.llm)
+    glosses = {"path": small_runs.GLOSSES, "caption_columns": ["gloss"], "max_samples": 200}
     if stage == "mntp":
         fields |= {"sources": [glosses], "block_size": 32}
     if stage == "distill":
@@ -187,7 +187,7 @@ def send(number: int) -> Callable[[], None]:
 def write_tars(folder: Path, tars: int = TARS) -> str:
     """The first rows of the bundled images as webdataset shards."""
     folder.mkdir()
-    table = datasets.load_dataset("parquet", data_files=f"{tiny.CONCEPTS}/train.parquet", split="train")
+    table = datasets.load_dataset("parquet", data_files=f"{small_runs.CONCEPTS}/train.parquet", split="train")
     table = table.cast_column("image", datasets.Image(decode=False))
     for shard in range(tars):
         content = []

@@ -16,17 +16,17 @@ from transformers import TrainerCallback, TrainingArguments
 from llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, Stage1Config, Stage1Trainer, Stage2Config, Stage2Trainer
 from llm2clip.encoders.batches import ImageList
 from llm2clip.evaluation.data import RetrievalData
+from tests.builders import tiny
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers.rows import TRAINERS, MapRows, image_rows, logged, settings, stage2
 from tests.llm2clip.trainers.stages import joint_model
-from tests.modeling_llm2clip import tiny as tiny_models
 
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 3}
 
 
 def trainer_of(inputs: Inputs, folder: Path, changes: dict[str, Any] | None = None, **arguments: Any) -> Stage2Trainer:
     """A Trainer of stage 2 on plain rows, with other arguments than its settings."""
-    name, rows = joint_model(inputs, folder / "model"), MapRows(image_rows(tiny_models.HIDDEN))
+    name, rows = joint_model(inputs, folder / "model"), MapRows(image_rows(tiny.HIDDEN))
     if "model_init" not in arguments:
         arguments["model"] = LLM2CLIPModel.from_pretrained(name, text_model=False)
     if "eval_strategy" in (changes or {}):

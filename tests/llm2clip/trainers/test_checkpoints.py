@@ -34,12 +34,11 @@ from llm2clip.utils.files import read_json
 from llm2clip.utils.locks import folder_lock
 from llm2clip.utils.manifests import damage
 from llm2clip.utils.settings import build_config
+from tests.builders import small_runs, tiny
 from tests.damage import flip
-from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers.rows import stage1
 from tests.llm2clip.trainers.stages import run, steps
-from tests.modeling_llm2clip import tiny as tiny_models
 
 FILES = ("adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json")
 SAVED = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
@@ -57,7 +56,7 @@ def save(folder: Path, step: int, limit: int | None = None) -> Path:
 
 
 def settings(folder: Path, **changes: Any) -> Stage1Recipe:
-    return build_config(Stage1Recipe, {**tiny.stage1_fields(folder, "llm"), **changes})
+    return build_config(Stage1Recipe, {**small_runs.stage1_fields(folder, "llm"), **changes})
 
 
 @stage_command()
@@ -138,7 +137,11 @@ def test_changed_settings_are_printed_and_refused_or_accepted(tmp_path: Path, ca
     stored = (tmp_path / SETTINGS).read_text()
     assert "secret" not in stored
     assert "hub_token" not in json.loads(stored)
-    changes = {"seed": 8, "sources": [{**tiny.pair_sources()[0], "max_samples": 9}], "per_device_train_batch_size": 4}
+    changes = {
+        "seed": 8,
+        "sources": [{**small_runs.pair_sources()[0], "max_samples": 9}],
+        "per_device_train_batch_size": 4,
+    }
     for change in [{name: value} for name, value in changes.items()] + [changes]:
         with pytest.raises(ValueError, match="other settings") as error:
             start(settings(tmp_path, **change), resume=True)
@@ -231,7 +234,7 @@ OPENED: dict[str, Callable[[Path], EpochDataset]] = {
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("kind", OPENED)
 def test_a_digest_of_texts_is_of_the_rows_in_their_order(kind: str, change: str, tmp_path: Path) -> None:
-    table = datasets.Dataset.from_parquet(tiny.write_text_pairs(tmp_path / "a.parquet", 8))
+    table = datasets.Dataset.from_parquet(small_runs.write_text_pairs(tmp_path / "a.parquet", 8))
     CHANGES[change](table).to_parquet(tmp_path / "b.parquet")
     table.to_json(tmp_path / "c.jsonl")
     digests = [OPENED[kind](tmp_path / name).content_digest() for name in ("a.parquet", "b.parquet", "c.jsonl")]
@@ -241,14 +244,14 @@ def test_a_digest_of_texts_is_of_the_rows_in_their_order(kind: str, change: str,
 def test_a_digest_of_images_is_of_their_bytes(tmp_path: Path) -> None:
     def digest(last: Any, folder: str) -> str:
         (tmp_path / folder).mkdir()
-        for name, image in (("a.png", tiny_models.IMAGES[0]), ("b.png", last)):
+        for name, image in (("a.png", tiny.IMAGES[0]), ("b.png", last)):
             image.save(tmp_path / folder / name)
         rows = {"image": ["a.png", "b.png"], "caption": ["one", "two"]}
         datasets.Dataset.from_dict(rows).to_json(tmp_path / folder / "rows.jsonl")
         source = CaptionSource(path=str(tmp_path / folder / "rows.jsonl"))
-        return CaptionImageDataset(source, EvalTransform(tiny_models.processor().image_processor)).content_digest()
+        return CaptionImageDataset(source, EvalTransform(tiny.processor().image_processor)).content_digest()
 
-    first, second = tiny_models.IMAGES[:2]
+    first, second = tiny.IMAGES[:2]
     assert digest(second, "x") == digest(second, "y") != digest(first, "z")
 
 

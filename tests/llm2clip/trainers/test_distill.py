@@ -32,10 +32,9 @@ from llm2clip.verification.kinds import verify_folder
 from modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.query_encoder_llm2clip import FOLDER, SPACE_FILE, QueryEncoder
 from tests import stranger
-from tests.llm2clip import embedding_models, tiny
+from tests.builders import embedding_models, small_runs, tiny
 from tests.llm2clip.trainers.stages import assert_equal, history
 from tests.loopback_hub import TOKEN, LoopbackHub
-from tests.modeling_llm2clip import tiny as tiny_models
 from tests.processes import run_ranks
 
 TEXTS = [*embedding_models.TEXTS[:4], "two children near a river in a park", "ein roter Bus"]
@@ -96,7 +95,7 @@ def test_a_student_is_at_every_door_of_its_model(
     torch.testing.assert_close(loaded.encode_text(TEXTS[0], encoder="query"), expected[:1], **CLOSE)
     encoder = load_encoder(str(model), text_encoder="query")
     torch.testing.assert_close(encoder.encode_text(TEXTS), expected, **CLOSE)
-    image = tiny_models.IMAGES[:1]
+    image = tiny.IMAGES[:1]
     assert encoder.encode_image(image).equal(load_encoder(str(model)).encode_image(image))
     found = stranger.answer(REMOTE, model, json.dumps(TEXTS), home=tmp_path)
     torch.testing.assert_close(torch.tensor(found), expected, **CLOSE)
@@ -114,7 +113,7 @@ def test_a_student_answers_as_its_teacher(encoders: Path, model: Path, texts: st
 def test_a_resumed_run_and_another_student_need_no_teacher(
     encoders: Path, model: Path, texts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = {"path": tiny.CONCEPTS, "split": "validation", "max_samples": 20, "caption_columns": ["caption"]}
+    source = {"path": small_runs.CONCEPTS, "split": "validation", "max_samples": 20, "caption_columns": ["caption"]}
     settings = fields(eval_sources={"validation": source}, max_steps=2, save_steps=1)
     given = (str(model), str(encoders / "bert"), [texts])
     metrics = distill_text(*given, tmp_path / "run", **settings)
@@ -147,7 +146,7 @@ def test_rows_of_another_teacher_are_refused(encoders: Path, model: Path, texts:
     settings = fields(teacher_rows=str(tmp_path / "rows"), max_steps=1, save_strategy="no")
     given = (str(model), str(encoders / "bert"), [texts])
     distill_text(*given, tmp_path / "first", **settings)
-    tiny_models.save(model)
+    tiny.save(model)
     with pytest.raises(ValueError, match=r"was made by .* with fingerprint"):
         distill_text(*given, tmp_path / "second", **settings)
 
@@ -176,7 +175,7 @@ def test_two_processes_equal_one(encoders: Path, model: Path, texts: str, tmp_pa
 def test_a_student_of_another_model_is_refused(encoders: Path, model: Path, texts: str, tmp_path: Path) -> None:
     torch.manual_seed(1)
     student, other = tmp_path / "student", tmp_path / "other"
-    tiny_models.save(other)
+    tiny.save(other)
     distill_text(str(model), str(encoders / "bert"), [texts], student, **fields(max_steps=1))
     with pytest.raises(ValueError, match=r"was taught the space .* their vectors cannot be compared"):
         attach_query_encoder(student, other)
@@ -285,7 +284,7 @@ def test_the_card_has_the_table_of_each_caption_column(
     encoders: Path, model: Path, texts: str, tmp_path: Path
 ) -> None:
     columns = ["caption", "caption_de"]
-    source = {"path": tiny.CONCEPTS, "split": "validation", "max_samples": 20, "caption_columns": columns}
+    source = {"path": small_runs.CONCEPTS, "split": "validation", "max_samples": 20, "caption_columns": columns}
     settings = fields(eval_sources={"concepts": source}, save_strategy="no", max_steps=1)
     metrics = distill_text(str(model), str(encoders / "bert"), [texts], tmp_path / "student", **settings)
     card = (tmp_path / "student" / "README.md").read_text(encoding="utf-8")

@@ -17,9 +17,9 @@ from llm2clip.utils.settings import build_config
 from llm2clip.utils.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor, LLM2CLIPTextModel
 from modeling_llm2clip.modeling_llm2clip_decoder import TESTED_TYPES
-from tests.llm2clip import embedding_models, tiny
+from tests.builders import embedding_models, small_runs
+from tests.builders.embedding_models import TEXTS
 from tests.llm2clip.conftest import Inputs
-from tests.llm2clip.embedding_models import TEXTS
 from tests.llm2clip.trainers.stages import run
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
@@ -40,7 +40,7 @@ def trained(request: pytest.FixtureRequest, inputs: Inputs, tmp_path_factory: py
     folder: Path = tmp_path_factory.mktemp("embedding_tower")
     reference = embedding_models.save(folder / "text", request.param)
     text, cache = str(folder / "text"), str(folder / "cache")
-    sources = [tiny.concepts(), tiny.concepts("validation", max_samples=40)]
+    sources = [small_runs.concepts(), small_runs.concepts("validation", max_samples=40)]
     fields = {"text_model_name_or_path": text, "output_dir": cache, "sources": sources}
     if request.param == "xlm-roberta":
         # As with E5: no prompt is the default one, so `embed` gives it, and stage 2 takes that of the cache.

@@ -24,10 +24,10 @@ from llm2clip import (
 from llm2clip.trainers import stage1_trainer, stage2_trainer
 from llm2clip.trainers.base_config import ContrastiveConfig, StageConfig
 from llm2clip.trainers.text_tower_config import TextTowerConfig
+from tests.builders import tiny
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers.rows import distill, image_rows, mntp, settings, stage1, stage2, stage2_online
 from tests.llm2clip.trainers.stages import joint_model
-from tests.modeling_llm2clip import tiny as tiny_models
 
 FROZEN = {"freeze_vision": "all"}
 AVERAGED = {"ema_half_life": 2.0}
@@ -170,7 +170,7 @@ def test_a_setting_changes_something_or_is_refused(
 @pytest.mark.parametrize("kind", ["all", "layers", "rows"])
 def test_a_frozen_tower_stays_and_frozen_layers_stay(kind: str, inputs: Inputs, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"freeze_vision_layers": 1} if kind == "layers" else {"freeze_vision": "all"}
-    rows = image_rows(tiny_models.HIDDEN) if kind == "rows" else None
+    rows = image_rows(tiny.HIDDEN) if kind == "rows" else None
     trainer = stage2(inputs, tmp_path, rows, **changes)
     tower = {name: value.clone() for name, value in trainer.model.vision_model.state_dict().items()}
     head = trainer.model.visual_projection.weight.clone()

@@ -21,7 +21,7 @@ from llm2clip.trainers.stage1_trainer import Stage1Trainer
 from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.files import read_json
 from llm2clip.utils.settings import build_config
-from tests.llm2clip import tiny
+from tests.builders import small_runs
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers.stages import (
     CLI,
@@ -104,10 +104,12 @@ def test_a_finished_run_is_not_overwritten_and_resumes_without_a_further_step(
 def data_of(stage: str, path: Path, rows: int) -> dict[str, Any]:
     """Write the data of a stage, and return its source."""
     if stage == "stage2":
-        table = datasets.load_dataset("parquet", data_files=f"{tiny.CONCEPTS}/train.parquet", split=f"train[:{rows}]")
+        table = datasets.load_dataset(
+            "parquet", data_files=f"{small_runs.CONCEPTS}/train.parquet", split=f"train[:{rows}]"
+        )
         table.to_parquet(path)
         return {"path": str(path), "caption_columns": ["caption", "keywords"]}
-    tiny.write_text_pairs(path, rows)
+    small_runs.write_text_pairs(path, rows)
     return {"path": str(path), **({"anchor_column": "short", "positive_column": "long"} if stage == "stage1" else {})}
 
 
@@ -191,13 +193,13 @@ def test_results_and_checkpoints_load_with_auto_classes_and_are_measured(
 @pytest.mark.parametrize("stage", ["stage1", "stage2", "distill"])
 def test_the_best_checkpoint_is_the_result(stage: str, inputs: Inputs, tmp_path: Path) -> None:
     # By a measure that is not best in the last checkpoint.
-    concepts = tiny.concepts("validation", caption_columns=["caption"], max_samples=20)
+    concepts = small_runs.concepts("validation", caption_columns=["caption"], max_samples=20)
     name, own = {
         "stage1": ("glosses_recall@10", {"lora_rank": 0, "eval_sources": {"glosses": GLOSS_TEST}}),
         # Its weights have other names in files than in transformers 5.23.
         "stage2": (
             "validation_text_to_image_mean_rank",
-            {"vision_model_name_or_path": tiny.save_dinov2_tower(tmp_path / "vision")},
+            {"vision_model_name_or_path": small_runs.save_dinov2_tower(tmp_path / "vision")},
         ),
         "distill": ("concepts_cosine", {"eval_sources": {"concepts": concepts}}),
     }[stage]

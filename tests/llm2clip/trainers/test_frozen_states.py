@@ -20,8 +20,8 @@ from llm2clip.trainers import freezing
 from llm2clip.trainers.frozen_layers import FrozenLayers
 from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.trainers.stored_rows import FrozenStatesDataset
+from tests.builders import small_runs
 from tests.damage import flip
-from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers.stages import interrupt, losses, run
 
@@ -29,7 +29,7 @@ QUICK: dict[str, Any] = {"max_steps": 1, "save_strategy": "no"}
 
 
 def build(inputs: Inputs, folder: Path, fields: dict[str, Any] | None = None, **options: Any) -> FrozenStatesDataset:
-    source = CaptionSource.from_dict(fields or tiny.concepts(max_samples=16))
+    source = CaptionSource.from_dict(fields or small_runs.concepts(max_samples=16))
     processor = AutoImageProcessor.from_pretrained(inputs.vision)
     tower = AutoModel.from_pretrained(inputs.vision)
     args = Stage2Config(
@@ -86,7 +86,7 @@ def test_runs_share_states_of_equal_preprocessing(inputs: Inputs, tmp_path: Path
     processor.save_pretrained(tmp_path / "processor")
     run("stage2", tmp_path / "b", inputs, **shared, image_processor_name_or_path=str(tmp_path / "processor"))
     assert len(list((tmp_path / "states").glob("[!.]*"))) == 2
-    vision = tiny.save_vision_tower(tmp_path / "vision", patch_dropout=0.5)
+    vision = small_runs.save_vision_tower(tmp_path / "vision", patch_dropout=0.5)
     with pytest.raises(ValueError, match="patch_dropout does not work with frozen_states_dir"):
         run("stage2", tmp_path / "c", inputs, **shared, vision_model_name_or_path=vision)
 

@@ -29,7 +29,7 @@ from llm2clip.trainers.stage2_data import build_dataset
 from llm2clip.trainers.stage2_trainer import Stage2Trainer
 from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
-from tests.llm2clip import tiny
+from tests.builders import small_runs
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers.stages import TRAINING, assert_equal_weights, history
 
@@ -39,7 +39,7 @@ SOLVED = {"standardize_features": None, "visual_head": None, "projection_dim": N
 
 
 def settings(folder: Path, inputs: Inputs, **changes: Any) -> Stage2Recipe:
-    fields = {**tiny.stage2_fields(folder, inputs.vision, inputs.text, inputs.cache), **FROZEN}
+    fields = {**small_runs.stage2_fields(folder, inputs.vision, inputs.text, inputs.cache), **FROZEN}
     if "alignment" in changes:
         fields |= SOLVED
     if changes.get("alignment") == "closed_form":
@@ -111,7 +111,7 @@ def test_the_tower_runs_once_for_each_distinct_image(
         return compute(self, pixel_values, **kwargs)
 
     monkeypatch.setattr(LLM2CLIPModel, "get_vision_features", counted)
-    shared = {"feature_cache": str(tmp_path / "features"), "sources": [tiny.concepts(max_samples=80)]}
+    shared = {"feature_cache": str(tmp_path / "features"), "sources": [small_runs.concepts(max_samples=80)]}
     config = settings(tmp_path / "first", inputs, **shared)
     first = train(config)
     sources = [CaptionSource.from_dict(source) for source in (*config.sources, *config.eval_sources.values())]
@@ -121,7 +121,7 @@ def test_the_tower_runs_once_for_each_distinct_image(
     assert_equal_weights(train(settings(tmp_path / "second", inputs, **shared)), first)
     assert calls == []
     # More data only adds what is missing.
-    train(settings(tmp_path / "third", inputs, **{**shared, "sources": [tiny.concepts()]}))
+    train(settings(tmp_path / "third", inputs, **{**shared, "sources": [small_runs.concepts()]}))
     assert 0 < sum(calls) <= 16
 
 
@@ -242,7 +242,7 @@ def test_what_is_trained_on_top_leaves_the_maps(inputs: Inputs, tmp_path: Path) 
 
 
 def test_a_warm_start_in_closed_form_continues_with_its_heads(inputs: Inputs, tmp_path: Path) -> None:
-    fields = tiny.stage2_fields(tmp_path, inputs.vision, inputs.text, inputs.cache)
+    fields = small_runs.stage2_fields(tmp_path, inputs.vision, inputs.text, inputs.cache)
     fields |= {"vision_pooling": "cls_mean", "max_steps": 2, "warm_start": {"alignment": "closed_form"}}
     last = train(build_config(Stage2Recipe, fields))
     first = load(tmp_path / "warm_start")
@@ -256,7 +256,7 @@ def test_a_warm_start_in_closed_form_continues_with_its_heads(inputs: Inputs, tm
     [
         ({"freeze_vision_layers": 1}, "freezes all layers"),
         ({"online_text_model": True, "embedding_cache": None}, "needs embedding_cache"),
-        ({"sources": [tiny.concepts(streaming=True)]}, "no source can be a stream"),
+        ({"sources": [small_runs.concepts(streaming=True)]}, "no source can be a stream"),
         ({"feature_views": 0}, "feature_views must be at least 1"),
         ({"freeze_vision": "none", "feature_views": 2}, "need freeze_vision: all, or warm_start"),
         ({"freeze_vision": "none"}, "standardize_features needs freeze_vision: all, or warm_start"),

@@ -13,9 +13,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from llm2clip.losses import clip_loss
 from llm2clip.trainers.grad_cache import in_chunks
 from modeling_llm2clip import EVA02VisionModel
+from tests.builders import tiny
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers.stages import losses, run, weights
-from tests.modeling_llm2clip import tiny as tiny_models
 from tests.processes import run_ranks
 
 
@@ -27,7 +27,7 @@ def random_tower() -> EVA02VisionModel:
     """A tower with patch dropout, stochastic depth and attention dropout."""
     torch.manual_seed(0)
     fields = {"patch_dropout": 0.5, "drop_path_rate": 0.3, "attention_dropout": 0.2, "initializer_range": 0.1}
-    return EVA02VisionModel(tiny_models.vision_config(**fields)).train()
+    return EVA02VisionModel(tiny.vision_config(**fields)).train()
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -139,7 +139,7 @@ leave_process_group()
 def whole_batch() -> tuple[EVA02VisionModel, Tensor, Tensor]:
     """A tower without random layers, 20 images, and as many embeddings of captions."""
     torch.manual_seed(0)
-    model = EVA02VisionModel(tiny_models.vision_config(initializer_range=0.1)).train()
+    model = EVA02VisionModel(tiny.vision_config(initializer_range=0.1)).train()
     return (
         model,
         torch.randn(20, 3, 28, 28),

@@ -29,7 +29,7 @@ from llm2clip.trainers.optimizer import parameter_groups
 from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
-from tests.llm2clip import tiny
+from tests.builders import small_runs
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.encoders.models import save_transformers
 from tests.llm2clip.trainers.rows import BATCH, averages, in_order, keyed_rows, logged
@@ -50,7 +50,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def settings(folder: Path, inputs: Inputs, clip: str, **changes: Any) -> Stage2Recipe:
     """Settings of a text part, from a CLIP's tower; no `freeze_vision` makes it the first part of a run."""
-    fields = tiny.stage2_fields(folder, clip, inputs.text, inputs.cache)
+    fields = small_runs.stage2_fields(folder, clip, inputs.text, inputs.cache)
     frozen = {"freeze_vision": "all", "distill_from": clip}
     first = {"warm_start": {"distill_from": clip, "max_steps": 4}} if "warm_start" in changes else frozen
     return build_config(Stage2Recipe, {**fields, **changes, **first})
@@ -86,7 +86,7 @@ def test_the_adapter_learns_a_former_text_tower_without_an_image(
     after = trainer.model.state_dict()
     changed = {name for name in after if not after[name].equal(before[name])}
     assert changed == {name for name in after if name.startswith("text_adapter.")}
-    texts = distinct_captions([CaptionSource.from_dict(tiny.concepts())])
+    texts = distinct_captions([CaptionSource.from_dict(small_runs.concepts())])
     model, llm_embeds = load(tmp_path), EmbeddingCache.open(inputs.cache).lookup(texts)
     rows = F.normalize(model.get_text_features(llm_embeds=llm_embeds).pooler_output, dim=-1)
     assert (rows * teacher.encode_text(texts)).sum(dim=1).mean() > 0.9
@@ -210,7 +210,7 @@ def test_the_heads_of_a_model_are_taken(kind: str, inputs: Inputs, tmp_path: Pat
     else:
         fields = {"freeze_vision": "all", "vision_pooling": "cls_mean", "standardize_features": True}
         fields |= {"visual_head": "gated", "max_steps": 2, "save_strategy": "no"}
-        own = tiny.stage2_fields(tmp_path / "former", inputs.vision, inputs.text, inputs.cache)
+        own = small_runs.stage2_fields(tmp_path / "former", inputs.vision, inputs.text, inputs.cache)
         train(build_config(Stage2Recipe, {**own, **fields}))
     encoder: Any = load_encoder(former)
     processor = AutoImageProcessor.from_pretrained(former)
@@ -240,7 +240,7 @@ def test_the_space_of_another_model_is_refused(
 
 
 def test_the_trainer_alone_keeps_a_space(inputs: Inputs, clip: str, tmp_path: Path) -> None:
-    table = datasets.load_dataset("parquet", data_files=f"{tiny.CONCEPTS}/train.parquet", split="train[:32]")
+    table = datasets.load_dataset("parquet", data_files=f"{small_runs.CONCEPTS}/train.parquet", split="train[:32]")
     model = LLM2CLIPModel.from_vision_text_pretrained(clip, inputs.text, projection_dim=24)
     joint = LLM2CLIPProcessor.from_pretrained(joint_model(inputs, tmp_path / "model"))
     image_processor = load_encoder(clip).transform.image_processor  # type: ignore[attr-defined]
@@ -273,6 +273,6 @@ def test_the_trainer_alone_keeps_a_space(inputs: Inputs, clip: str, tmp_path: Pa
     ],
 )
 def test_settings_that_do_not_fit(changes: dict[str, Any], message: str, inputs: Inputs, tmp_path: Path) -> None:
-    fields = tiny.stage2_fields(tmp_path, inputs.vision, inputs.text, inputs.cache)
+    fields = small_runs.stage2_fields(tmp_path, inputs.vision, inputs.text, inputs.cache)
     with pytest.raises(ValueError, match=message):
         run_stage2.build_trainer(build_config(Stage2Recipe, {**fields, **changes}))

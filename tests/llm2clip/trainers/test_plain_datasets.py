@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer, CLIPProcessor
 
 from llm2clip import LLM2CLIPModel, LLM2CLIPProcessor, LLM2CLIPTextModel, Stage2Config, Stage2Trainer
+from tests.builders import tiny
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers.rows import (
     IterableRows,
@@ -24,9 +25,8 @@ from tests.llm2clip.trainers.rows import (
     stage2,
 )
 from tests.llm2clip.trainers.stages import joint_model
-from tests.modeling_llm2clip import tiny as tiny_models
 
-WIDTH = tiny_models.HIDDEN
+WIDTH = tiny.HIDDEN
 LONGER = {"max_steps": 12, "save_steps": 6}
 
 

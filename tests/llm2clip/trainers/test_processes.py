@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoImageProcessor, Dinov2Model
 from llm2clip.data import CaptionSource, distinct_captions
 from llm2clip.store import EmbeddingCache
 from modeling_llm2clip import LLM2CLIPModel
-from tests.llm2clip import tiny
+from tests.builders import small_runs
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.encoders.models import save_transformers
 from tests.llm2clip.trainers import rows
@@ -74,13 +74,13 @@ def test_embed_and_stage2_on_several_processes_equal_one(processes: int, inputs:
         "text_model_name_or_path": inputs.text,
         "output_dir": str(tmp_path / "cache"),
         # One source as a map and one as a stream, in a number of shards that the processes do not divide.
-        "sources": [tiny.concepts(), tiny.concepts("validation", max_samples=40, streaming=True)],
+        "sources": [small_runs.concepts(), small_runs.concepts("validation", max_samples=40, streaming=True)],
         "shard_size": 16,
     }
     llm2clip("embed", embedding, processes)
     one_cache, two_cache = (EmbeddingCache.open(path) for path in (inputs.cache, tmp_path / "cache"))
     assert len(one_cache) == len(two_cache)
-    captions = distinct_captions(CaptionSource.from_dict(tiny.concepts()))
+    captions = distinct_captions(CaptionSource.from_dict(small_runs.concepts()))
     torch.testing.assert_close(two_cache.lookup(captions), one_cache.lookup(captions), atol=1e-3, rtol=1e-3)
     one, two = one_and_several("stage2", fields_of("stage2", tmp_path / "one", inputs, **UNSAVED), processes)
     name = "eval_validation_text_to_image_mean_rank"
@@ -210,7 +210,7 @@ def test_stage2_under_accelerate_launch_equals_one_process(inputs: Inputs, tmp_p
 
 
 def test_an_error_in_a_worker_process_is_one_line(inputs: Inputs, tmp_path: Path) -> None:
-    changes = {"sources": [tiny.concepts(max_samples=300)], "dataloader_num_workers": 1, "eval_sources": {}}
+    changes = {"sources": [small_runs.concepts(max_samples=300)], "dataloader_num_workers": 1, "eval_sources": {}}
     # Otherwise the main process finds the captions missing first.
     fields = fields_of("stage2", tmp_path / "out", inputs, verify_cache=False, **changes)
     recipe = tmp_path / "recipe.yaml"

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from tests.builders import tiny
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers.rows import MapRows, image_rows, stage2
-from tests.modeling_llm2clip import tiny
 
 
 def test_training_is_one_line_on_the_terminal_and_its_values_are_details_of_the_log(

@@ -16,8 +16,8 @@ from llm2clip import cli
 from llm2clip.data.table_identity import data_revision
 from llm2clip.hub.cards.card import CARD, split_card
 from llm2clip.trainers.pushing import PushCallback
+from tests.builders import small_runs
 from tests.forks import run_code
-from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
 from tests.loopback_hub import CUT, READ_TOKEN, TOKEN, File, LoopbackHub, Repo
 from tests.stranger import HIDE
@@ -66,7 +66,7 @@ def test_both_stages_push_checkpoints_and_results_that_load(hub: LoopbackHub, in
     api = HfApi(endpoint=hub.url, token=TOKEN)
     api.create_repo("tester/base")
     api.upload_folder(repo_id="tester/base", folder_path=inputs.llm)
-    train(hub, "stage1", tiny.stage1_fields(tmp_path / "text", "tester/base"), "tester/llm", tmp_path)
+    train(hub, "stage1", small_runs.stage1_fields(tmp_path / "text", "tester/base"), "tester/llm", tmp_path)
     llm = hub.repo("tester/llm")
     step, end = (commit_of(llm, message) for message in ("Training in progress, step 2", "End of training"))
     assert "adapter_model.safetensors" in llm.commits[step]
@@ -82,7 +82,7 @@ def test_both_stages_push_checkpoints_and_results_that_load(hub: LoopbackHub, in
     api.create_repo("tester/clip")
     card = b"---\nmy_key: 1\n---\n\nEdited on the website.\n"
     api.upload_file(path_or_fileobj=card, path_in_repo=CARD, repo_id="tester/clip")
-    stage2 = tiny.stage2_fields(tmp_path / "clip", inputs.vision, "tester/llm", "")
+    stage2 = small_runs.stage2_fields(tmp_path / "clip", inputs.vision, "tester/llm", "")
     options = {"eval_strategy": "steps", "eval_steps": 2, "hub_token": TOKEN, "embedding_cache": None}
     train(hub, "stage2", stage2, "tester/clip", tmp_path, **options, online_text_model=True)
     clip = hub.repo("tester/clip")
@@ -94,7 +94,7 @@ def test_both_stages_push_checkpoints_and_results_that_load(hub: LoopbackHub, in
     assert "Edited on the website." in text
     assert (data["my_key"], data["base_model"]) == (1, ["tester/llm"])
     dataset = data["model-index"][0]["results"][0]["dataset"]
-    assert (dataset["split"], dataset["revision"]) == ("validation", data_revision(tiny.CONCEPTS))
+    assert (dataset["split"], dataset["revision"]) == ("validation", data_revision(small_runs.CONCEPTS))
     # The run's own files stay at home.
     assert not [name for name in clip.files() if name.startswith(("checkpoint-", "log.")) or name.endswith(".bin")]
 
@@ -116,7 +116,7 @@ def stage1(inputs: Inputs, tmp_path: Path, **fields: Any) -> int:
     pushing = {"push_to_hub": True, "hub_model_id": "tester/llm", "hub_token": TOKEN, "hub_strategy": "end"}
     changes = {"lora_rank": 0, "max_steps": 2, "save_steps": 1, **pushing, **fields}
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(tiny.stage1_fields(tmp_path / "text", inputs.llm) | changes))
+    recipe.write_text(yaml.safe_dump(small_runs.stage1_fields(tmp_path / "text", inputs.llm) | changes))
     return cli.main(["stage1", str(recipe)])
 
 
@@ -205,7 +205,7 @@ def test_a_failed_checkpoint_push_is_logged_and_the_next_push_succeeds(
 
 
 def test_pushing_a_reference_to_a_local_llm_fails_before_training(inputs: Inputs, tmp_path: Path, capsys: Any) -> None:
-    fields = tiny.stage2_fields(tmp_path / "out", inputs.vision, inputs.text, inputs.cache)
+    fields = small_runs.stage2_fields(tmp_path / "out", inputs.vision, inputs.text, inputs.cache)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({**fields, "push_to_hub": True, "hub_model_id": "tester/clip"}))
     assert cli.main(["stage2", str(recipe)]) == 2

@@ -25,7 +25,7 @@ from llm2clip.trainers.stage2_data import build_dataset
 from llm2clip.trainers.stage2_trainer import Stage2Trainer
 from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
-from tests.llm2clip import tiny
+from tests.builders import small_runs
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers.stages import assert_equal, broken_after, fields_of, history, losses, run
 
@@ -41,7 +41,7 @@ FROZEN = {"freeze_vision": "all", "vision_pooling": "cls_mean"}
 MODES: dict[str, dict[str, Any]] = {
     "states": {"freeze_vision_layers": 1, "frozen_states_dir": "states"},
     "states-dinov2": {"freeze_vision_layers": 1, "frozen_states_dir": "states", "vision_model_name_or_path": "dinov2"},
-    "stream": {"sources": [tiny.concepts(streaming=True)], "shuffle_block": 16},
+    "stream": {"sources": [small_runs.concepts(streaming=True)], "shuffle_block": 16},
     "frozen": {**FROZEN, "feature_views": 2, "feature_dropout": 0.2, "standardize_features": True},
     "closed-form": {**FROZEN, "alignment": "closed_form_then_train", "projection_dim": None},
     "warm-start": {"warm_start": {"max_steps": 2}},
@@ -54,7 +54,7 @@ def test_a_resumed_run_equals_an_unbroken_one_in_every_mode(
     mode: str, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    tiny.save_dinov2_tower(tmp_path / "dinov2")
+    small_runs.save_dinov2_tower(tmp_path / "dinov2")
     run("stage2", tmp_path / "unbroken", inputs, **MODES[mode])
     folder = broken_after(tmp_path / "unbroken", tmp_path / "broken", 3)
     run("stage2", folder, inputs, resume=True, **MODES[mode])
@@ -196,7 +196,7 @@ def test_the_rows_of_a_step_come_from_one_source_or_from_all(frozen: bool, input
     found: dict[str, list[set[str]]] = {}
     states = {"freeze_vision_layers": 1, "frozen_states_dir": str(tmp_path / "states")} if frozen else {}
     for mixing in ("one_source_per_step", "proportional"):
-        sources = [tiny.concepts(max_samples=48), tiny.concepts("validation", max_samples=40)]
+        sources = [small_runs.concepts(max_samples=48), small_runs.concepts("validation", max_samples=40)]
         fields = fields_of("stage2", tmp_path / mixing, inputs, sources=sources, mixing=mixing, **states)
         config = build_config(Stage2Recipe, fields)
         model, processor = run_stage2.load_model(config)
@@ -216,7 +216,7 @@ def test_the_rows_of_a_step_come_from_one_source_or_from_all(frozen: bool, input
 
 def damaged_source(folder: Path, *damaged: int) -> dict[str, Any]:
     """Sixty-four rows of the data, some of which have a damaged image."""
-    table = datasets.load_dataset("parquet", data_files=f"{tiny.CONCEPTS}/train.parquet", split="train[:64]")
+    table = datasets.load_dataset("parquet", data_files=f"{small_runs.CONCEPTS}/train.parquet", split="train[:64]")
     table = table.cast_column("image", datasets.Image(decode=False))
 
     def broken(row: dict[str, Any], number: int) -> dict[str, Any]:
@@ -263,8 +263,8 @@ def test_a_first_batch_whose_samples_are_all_skipped_does_not_end_the_run(inputs
     [
         ({"embedding_cache": None}, ValueError, "give either embedding_cache"),
         ({"embedding_cache": "/nowhere"}, FileNotFoundError, "/nowhere is not an embedding cache"),
-        ({"sources": [tiny.concepts(caption_columns=["title"])]}, ValueError, "title.*caption_de"),
-        ({"sources": [{**tiny.concepts(), "max_samples": "many"}]}, ValueError, "max_samples is 'many'"),
+        ({"sources": [small_runs.concepts(caption_columns=["title"])]}, ValueError, "title.*caption_de"),
+        ({"sources": [{**small_runs.concepts(), "max_samples": "many"}]}, ValueError, "max_samples is 'many'"),
         ({"frozen_states_dir": "x"}, ValueError, "needs freeze_vision_layers"),
         ({"crop_scale": [0.9]}, ValueError, "crop_scale must be"),
         ({"patch_dropout": 1.0}, ValueError, "patch_dropout must be at least 0 and below 1"),
@@ -291,7 +291,7 @@ def test_a_cache_of_another_encoder_is_refused(inputs: Inputs, tmp_path: Path) -
     with pytest.raises(StoreMismatchError, match=str(other.fingerprint())):
         run("stage2", tmp_path / "out", inputs, text_model_name_or_path=str(tmp_path / "other"))
     run("stage2", tmp_path / "first", inputs, **QUICK)
-    cache, sources = str(tmp_path / "cache"), [tiny.concepts(max_samples=20)]
+    cache, sources = str(tmp_path / "cache"), [small_runs.concepts(max_samples=20)]
     embed.run(embed.EmbedConfig(str(tmp_path / "other"), output_dir=cache, sources=sources))
     finished = {"model_name_or_path": str(tmp_path / "first"), "projection_dim": None, "embedding_cache": cache}
     with pytest.raises(StoreMismatchError, match=str(other.fingerprint())):
@@ -302,24 +302,24 @@ def test_a_plain_llm_is_a_text_tower_without_prompt(inputs: Inputs, tmp_path: Pa
     """The baseline without stage 1: embed, stage 2 and the result encode captions alike."""
     cache = str(tmp_path / "cache")
     settings: dict[str, Any] = {"text_model_name_or_path": inputs.llm, "output_dir": cache, "dtype": "float16"}
-    embed.run(embed.EmbedConfig(**settings, sources=[tiny.concepts()]))
+    embed.run(embed.EmbedConfig(**settings, sources=[small_runs.concepts()]))
     run("stage2", tmp_path / "out", inputs, text_model_name_or_path=inputs.llm, embedding_cache=cache, **QUICK)
     model, processor = (load.from_pretrained(tmp_path / "out") for load in (AutoModel, AutoProcessor))
     opened = EmbeddingCache.open(cache, model.config.text_model_fingerprint)
-    captions = distinct_captions(CaptionSource.from_dict(tiny.concepts()))[:8]
+    captions = distinct_captions(CaptionSource.from_dict(small_runs.concepts()))[:8]
     found = model.text_model.encode(captions, processor.tokenizer)
     torch.testing.assert_close(found, opened.lookup(captions), atol=1e-2, rtol=1e-2)
 
 
 def test_missing_captions_are_refused_before_training(inputs: Inputs, tmp_path: Path) -> None:
     columns = {"caption_columns": ["caption", "caption_de"]}
-    evaluation = {"german": tiny.concepts("validation", caption_columns=["caption_de"])}
+    evaluation = {"german": small_runs.concepts("validation", caption_columns=["caption_de"])}
     for changes, message in (
-        ({"sources": [tiny.concepts(**columns)]}, r"lacks \d+ captions of the training set"),
+        ({"sources": [small_runs.concepts(**columns)]}, r"lacks \d+ captions of the training set"),
         ({"eval_sources": evaluation}, r"lacks \d+ of the \d+ captions of eval_sources 'german'"),
     ):
         with pytest.raises(MissingCaptionError, match=message):
             run("stage2", tmp_path, inputs, **changes)
         assert {path.name for path in tmp_path.iterdir()} == {".lock", "settings.json"}
     # Those that are never drawn need no embedding.
-    run("stage2", tmp_path, inputs, sources=[tiny.concepts(**columns, caption_weights=[1, 0])], **QUICK)
+    run("stage2", tmp_path, inputs, sources=[small_runs.concepts(**columns, caption_weights=[1, 0])], **QUICK)

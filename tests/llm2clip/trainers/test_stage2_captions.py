@@ -28,7 +28,7 @@ from llm2clip.utils.files import read_json
 from llm2clip.utils.manifests import FOLDER_MANIFEST, MANIFEST_CHECKSUM, with_checksum
 from llm2clip.utils.processes import leave_process_group
 from llm2clip.utils.settings import build_config
-from tests.llm2clip import tiny
+from tests.builders import small_runs
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers.stages import (
     PER_TAR,
@@ -71,7 +71,9 @@ def test_sidecars_train_as_the_cache_does(inputs: Inputs, tars: str, tmp_path: P
 
 
 def test_retrieval_sets_are_measured_from_a_cache(inputs: Inputs, tars: str, tmp_path: Path) -> None:
-    sets = {"eval_sources": {"validation": tiny.concepts("validation", caption_columns=["caption"], max_samples=40)}}
+    sets = {
+        "eval_sources": {"validation": small_runs.concepts("validation", caption_columns=["caption"], max_samples=40)}
+    }
     with pytest.raises(ValueError, match="set eval_embedding_cache to it"):
         on_stream(tmp_path, inputs, Path(tars), tars, **sets)
     on_stream(tmp_path, inputs, Path(tars), tars, **sets, eval_embedding_cache=inputs.cache, max_steps=1)
@@ -125,7 +127,7 @@ def test_sidecars_that_do_not_fit_are_refused_before_training(inputs: Inputs, ta
     cases: list[tuple[Path, dict[str, Any], str]] = [
         (part, {}, r"do not fit 1 of 3 shards: 1\.tar has none"),
         (one, {}, r"that of 0\.tar lacks the column json\.keywords"),
-        (one, {"sources": [tiny.concepts()]}, "which only a source with streaming: true reads"),
+        (one, {"sources": [small_runs.concepts()]}, "which only a source with streaming: true reads"),
     ]
     for cache, changes, message in cases:
         with pytest.raises((MissingCaptionError, ValueError), match=message):
@@ -200,7 +202,7 @@ def mixture(inputs: Inputs, tars: str, tmp_path_factory: pytest.TempPathFactory)
     other = write_tars(tmp_path_factory.mktemp("other") / "tars", 2)
     embedded(inputs, Path(), source(other), output_dir="")
     streams = [source(folder, embedding_cache=folder) for folder in (other, tars)]
-    return [*streams, tiny.concepts("validation", max_samples=40)]
+    return [*streams, small_runs.concepts("validation", max_samples=40)]
 
 
 @pytest.mark.parametrize(
@@ -233,7 +235,10 @@ def test_a_resumed_run_on_streams_and_a_table_equals_an_unbroken_one(
 
 
 def test_weights_mix_tables_but_not_stored_states(inputs: Inputs, tmp_path: Path) -> None:
-    sources = [tiny.concepts(max_samples=48, weight=3), tiny.concepts("validation", max_samples=40, weight=1)]
+    sources = [
+        small_runs.concepts(max_samples=48, weight=3),
+        small_runs.concepts("validation", max_samples=40, weight=1),
+    ]
     changes: dict[str, Any] = {"sources": sources, "mixing": "weights", "max_steps": 2}
     on_stream(tmp_path / "run", inputs, Path(inputs.cache), "", **changes)
     states = {"freeze_vision_layers": 1, "frozen_states_dir": str(tmp_path / "states")}
@@ -299,7 +304,7 @@ def train_noting_keys(path: Path) -> None:
 @pytest.mark.parametrize("streaming", [True, False])
 def test_one_process_goes_on_where_two_were(streaming: bool, inputs: Inputs, tars: str, tmp_path: Path) -> None:
     """With the batches of the two, of a stream and of a table."""
-    data: dict[str, Any] = {"sources": [source(tars)] if streaming else [tiny.concepts(max_samples=64)]}
+    data: dict[str, Any] = {"sources": [source(tars)] if streaming else [small_runs.concepts(max_samples=64)]}
     data |= {"embedding_cache": tars if streaming else inputs.cache, "eval_sources": {}, "shuffle_block": 8}
     steps = {"per_device_train_batch_size": 8, "max_steps": 4, "save_steps": 2}
     fields = fields_of("stage2", tmp_path / "run", inputs, **data, **steps)

@@ -24,7 +24,7 @@ from llm2clip.utils.settings import build_config
 from llm2clip.utils.text_identity import read_fingerprint
 from modeling_llm2clip import LLM2CLIPProcessor
 from tests import stranger
-from tests.llm2clip import tiny
+from tests.builders import small_runs
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers.rows import settings
 from tests.llm2clip.trainers.stages import assert_equal, broken_after, joint_model, weights
@@ -41,7 +41,7 @@ print(json.dumps(model.encode_text(["a red bicycle", "two small dogs at the sea"
 
 
 def recipe(folder: Path, inputs: Inputs, **changes: Any) -> Stage2Recipe:
-    fields = tiny.stage2_fields(folder, inputs.vision, inputs.text, inputs.cache) | {"embedding_cache": None}
+    fields = small_runs.stage2_fields(folder, inputs.vision, inputs.text, inputs.cache) | {"embedding_cache": None}
     return build_config(Stage2Recipe, {**fields, "max_steps": 4, "save_steps": 2, "lora_rank": 4, **changes})
 
 
@@ -112,7 +112,7 @@ def test_old_rows_are_refused_and_new_ones_taken_when_the_model_is_continued(
     known |= {"projection_dim": None, "lora_rank": 0, "max_steps": 1}
     with pytest.raises(StoreMismatchError, match="fingerprint"):
         run_stage2.run(recipe(tmp_path / "old", inputs, **known, embedding_cache=inputs.cache))
-    sources = [tiny.concepts(), tiny.concepts("validation", max_samples=40)]
+    sources = [small_runs.concepts(), small_runs.concepts("validation", max_samples=40)]
     settings = {"text_model_name_or_path": str(results[form]), "output_dir": str(tmp_path / "cache")}
     embed.run(embed.EmbedConfig(**settings, sources=sources))
     run_stage2.run(recipe(tmp_path / "new", inputs, **known, embedding_cache=str(tmp_path / "cache")))
@@ -165,7 +165,7 @@ def test_a_first_part_reads_the_cache_and_lora_starts_from_its_heads(inputs: Inp
     ("changes", "message"),
     [
         ({"embedding_cache": "x"}, "lora_rank trains the LLM, so that stored embeddings would be stale"),
-        ({"sources": [tiny.concepts(embedding_cache="x")]}, "stored embeddings would be stale"),
+        ({"sources": [small_runs.concepts(embedding_cache="x")]}, "stored embeddings would be stale"),
         ({"freeze_vision": "all"}, "freeze_vision: all reads stored embeddings of the LLM"),
         ({"warm_start": {"max_steps": 1}}, "warm_start needs the first"),
         ({"warm_start": {"lora_rank": 2}, "embedding_cache": "x"}, "unset one of them"),
@@ -184,7 +184,7 @@ def test_what_would_be_stale_or_ignored_is_refused(
 
 
 def trainer(name: str, folder: Path, model: LLM2CLIPModel | None = None, **changes: Any) -> Stage2Trainer:
-    table = datasets.load_dataset("parquet", data_files=f"{tiny.CONCEPTS}/train.parquet", split="train[:16]")
+    table = datasets.load_dataset("parquet", data_files=f"{small_runs.CONCEPTS}/train.parquet", split="train[:16]")
     rows = {"train_dataset": table, "processing_class": LLM2CLIPProcessor.from_pretrained(name)}
     rows |= {key: changes.pop(key) for key in ("cache", "embed", "train_dataset") if key in changes}
     fields = {"lora_rank": 8, "max_steps": 2, "learning_rate": 1e-2, "output_dir": str(folder), **changes}

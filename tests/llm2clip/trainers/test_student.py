@@ -21,7 +21,7 @@ from modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.query_encoder_llm2clip import FOLDER as QUERY_FOLDER
 from modeling_llm2clip.query_encoder_llm2clip import QueryEncoder, space_identity
 from tests import stranger
-from tests.llm2clip import embedding_models
+from tests.builders import embedding_models
 
 TEXTS = [*embedding_models.TEXTS, *embedding_models.OTHER_LANGUAGES]
 WIDTH = 24

@@ -19,10 +19,9 @@ from llm2clip.trainers.mntp_config import MNTPRecipe
 from llm2clip.trainers.mntp_data import MaskCollator, TokenBlocks, source_tokens
 from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPTextModel
-from tests.llm2clip import tiny
+from tests.builders import small_runs, tiny
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers.stages import fields_of, run
-from tests.modeling_llm2clip import tiny as tiny_models
 
 QUICK: dict[str, Any] = {"max_steps": 1, "save_strategy": "no"}
 # What a text tower has of its own.
@@ -50,7 +49,7 @@ def test_stage1_trains_a_text_tower_on_and_keeps_its_prompt(inputs: Inputs, tmp_
     run("mntp", tmp_path / "mntp", inputs, **QUICK)
     text = {"model_name_or_path": str(tmp_path / "mntp"), **QUICK}
     run("stage1", tmp_path / "stage1", inputs, **text, **UNSET)
-    assert LLM2CLIPTextModel.from_pretrained(tmp_path / "stage1").config.prompt_prefix == tiny_models.PREFIX
+    assert LLM2CLIPTextModel.from_pretrained(tmp_path / "stage1").config.prompt_prefix == tiny.PREFIX
     with pytest.raises(ValueError, match="defines the prompt; remove prompt_prefix, prompt_suffix"):
         run("stage1", tmp_path / "again", inputs, **text)
     with pytest.raises(ValueError, match="remove bidirectional"):
@@ -86,8 +85,16 @@ def test_hard_negatives_and_instructions_reach_the_loss(inputs: Inputs, tmp_path
         ("stage1", {"model_name_or_path": ""}, "needs model_name_or_path"),
         ("stage1", {"dtype": "float31"}, "dtype is 'float31', but it has to be one of float32"),
         ("stage1", {"lora_rank": 0, "save_format": "adapter"}, "needs LoRA, but lora_rank is 0"),
-        ("stage1", {"sources": [{"path": tiny.GLOSSES, "anchor_colum": "lemmas"}]}, "did you mean 'anchor_column'"),
-        ("stage1", {"sources": [{"path": tiny.GLOSSES, "anchor_column": "a", "positive_column": "gloss"}]}, "lemmas"),
+        (
+            "stage1",
+            {"sources": [{"path": small_runs.GLOSSES, "anchor_colum": "lemmas"}]},
+            "did you mean 'anchor_column'",
+        ),
+        (
+            "stage1",
+            {"sources": [{"path": small_runs.GLOSSES, "anchor_column": "a", "positive_column": "gloss"}]},
+            "lemmas",
+        ),
         ("stage1", {"per_device_train_batch_size": 100_000}, "batch"),
         ("mntp", {"mask_token": "<nothing>"}, "mask_token '<nothing>' is not a token"),
         ("mntp", {"block_size": 100_000}, "do not fill one block of 100000"),
@@ -146,12 +153,12 @@ def test_the_tokens_of_tables_and_streams_are_computed_once_and_held_in_a_file(
 ) -> None:
     """Two captions a row; each of the first column appears twice."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    path = tiny.write_text_pairs(tmp_path / "rows.parquet", 200)
+    path = small_runs.write_text_pairs(tmp_path / "rows.parquet", 200)
 
     def sources(**fields: Any) -> list[CaptionSource]:
         return [CaptionSource(path, caption_columns=["short", "long"], max_samples=150, **fields)]
 
-    tokenizer = tiny_models.plain_tokenizer()
+    tokenizer = tiny.plain_tokenizer()
     texts = distinct_captions(sources())
     assert len(texts) == 1.5 * 150
     expected = [token for ids in tokenizer(texts)["input_ids"] for token in ids]

@@ -31,7 +31,7 @@ from llm2clip.utils.text_identity import read_fingerprint, tokenizer_fingerprint
 from llm2clip.utils.towers import describe_text_tower, open_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor, LLM2CLIPTextModel
 from modeling_llm2clip.tokenization_llm2clip import tokenize_captions
-from tests.llm2clip import tiny
+from tests.builders import small_runs
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.encoders.models import LENGTH, save_transformers
 from tests.llm2clip.trainers.rows import settings
@@ -51,14 +51,14 @@ def pair(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder: Path = tmp_path_factory.mktemp("pair")
     save_transformers("clip", folder / "clip")
     clip = str(folder / "clip")
-    sources = [tiny.concepts(), tiny.concepts("validation", max_samples=40)]
+    sources = [small_runs.concepts(), small_runs.concepts("validation", max_samples=40)]
     fields = {"text_model_name_or_path": clip, "output_dir": str(folder / "cache"), "sources": sources}
     embed.run(build_config(embed.EmbedConfig, fields))
     return Pair([inputs.text, clip], [inputs.cache, str(folder / "cache")], clip)
 
 
 def fields_of(pair: Pair, folder: Path, **changes: Any) -> dict[str, Any]:
-    fields = tiny.stage2_fields(folder, pair.vision, "", "")
+    fields = small_runs.stage2_fields(folder, pair.vision, "", "")
     return {**fields, "text_model_name_or_path": pair.names, "embedding_cache": pair.caches, **changes}
 
 
@@ -110,7 +110,7 @@ def test_a_pair_gives_the_rows_of_both_and_has_their_identity(pair: Pair, tmp_pa
 def test_the_rows_of_two_caches_side_by_side(pair: Pair) -> None:
     first, second = map(EmbeddingCache.open, pair.caches)
     both = PairedCache(first, second)
-    captions = distinct_captions(CaptionSource.from_dict(tiny.concepts()))[:5]
+    captions = distinct_captions(CaptionSource.from_dict(small_runs.concepts()))[:5]
     expected = torch.cat([F.normalize(cache.lookup(captions), dim=-1) for cache in (first, second)], dim=-1)
     torch.testing.assert_close(both.lookup(captions), expected, atol=1e-3, rtol=0)
     assert pickle.loads(pickle.dumps(both)).lookup(captions).equal(both.lookup(captions))

@@ -15,8 +15,8 @@ from llm2clip.utils.attention_probe import packs_exactly, probe_attention, probe
 from llm2clip.utils.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from modeling_llm2clip.modeling_llm2clip_decoder import attention_kind, packs_by_flags, unknown_attention
+from tests.builders import tiny
 from tests.llm2clip.utils.decoders import MAKE_MODELS, embedded_batches
-from tests.modeling_llm2clip import tiny
 from tests.modeling_llm2clip.flash import FlashOnCPU
 
 REFUSED = {

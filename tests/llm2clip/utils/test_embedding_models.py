@@ -18,9 +18,8 @@ from llm2clip.utils.repos import RepoKind, inspect_repo
 from llm2clip.utils.text_identity import read_fingerprint
 from llm2clip.utils.towers import describe_text_tower, open_text_tower, save_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
-from tests.llm2clip import embedding_models
-from tests.llm2clip.embedding_models import FAMILIES, TEXTS
-from tests.modeling_llm2clip import tiny
+from tests.builders import embedding_models, tiny
+from tests.builders.embedding_models import FAMILIES, TEXTS
 
 
 @pytest.mark.parametrize("family", FAMILIES)

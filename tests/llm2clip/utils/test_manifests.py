@@ -22,8 +22,8 @@ from llm2clip.utils.manifests import (
     write_manifest,
     write_model_manifest,
 )
+from tests.builders import tiny
 from tests.damage import flip
-from tests.modeling_llm2clip import tiny
 
 
 def model(folder: Path) -> Path:

@@ -14,8 +14,8 @@ from transformers import AutoModel, AutoTokenizer
 from llm2clip.utils.text_identity import read_fingerprint, tokenizer_fingerprint
 from llm2clip.utils.towers import describe_text_tower, open_text_tower, save_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, with_prompt
+from tests.builders import tiny
 from tests.llm2clip.conftest import Inputs
-from tests.modeling_llm2clip import tiny
 
 
 @pytest.mark.parametrize("kind", ["text", "llm", "joint", "sharded", "bfloat16"])

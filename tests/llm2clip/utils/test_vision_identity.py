@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor, CLIPImageProcessor
 
 from llm2clip.utils.vision_identity import vision_fingerprint
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection, with_pillow
-from tests.modeling_llm2clip import tiny
+from tests.builders import tiny
 
 TOWERS = ("eva02", *tiny.VISION_TOWERS)
 

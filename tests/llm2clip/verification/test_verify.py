@@ -18,8 +18,8 @@ from llm2clip.trainers import run_stage2
 from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.settings import build_config
 from llm2clip.verification.verify import DamagedError, VerifyConfig, run
+from tests.builders import small_runs
 from tests.damage import flip
-from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.encoders.shards import embed, write_shards
 from tests.llm2clip.store import encoder
@@ -147,7 +147,7 @@ def test_what_is_missing_of_a_cache_is_named(
 
 
 def test_states_of_frozen_layers(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fields = tiny.stage2_fields(tmp_path / "run", inputs.vision, inputs.text, inputs.cache)
+    fields = small_runs.stage2_fields(tmp_path / "run", inputs.vision, inputs.text, inputs.cache)
     fields |= {"freeze_vision_layers": 1, "frozen_states_dir": str(tmp_path / "states")}
     run_stage2.run(build_config(Stage2Recipe, fields))
     assert verify(tmp_path / "states")["num_images"] > 0
@@ -163,7 +163,7 @@ def test_a_run_with_its_checkpoints_and_what_is_built_from_it(
     """Weights, optimizer, scheduler, random numbers, the state of the Trainer, code, configs."""
     monkeypatch.setattr(SourceModel, "compare", lambda *_: 0.0)
     out = tmp_path / "run"
-    run_stage2.run(build_config(Stage2Recipe, tiny.stage2_fields(out, inputs.vision, inputs.text, inputs.cache)))
+    run_stage2.run(build_config(Stage2Recipe, small_runs.stage2_fields(out, inputs.vision, inputs.text, inputs.cache)))
     assert verify(tmp_path)["num_files"] > 20
     checkpoint = out / "checkpoint-3"
     for path in sorted(checkpoint.iterdir()):

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel
 from llm2clip.trainers.student import Student
 from modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.query_encoder_llm2clip import FOLDER, space_identity
-from tests.modeling_llm2clip import tiny
+from tests.builders import tiny
 
 
 def save_student(folder: Path, space: str | None = None) -> Student:

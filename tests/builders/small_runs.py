@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, CLIPImageProcessor, Dinov2Config, Dinov2Model
 
 from modeling_llm2clip import EVA02VisionModel
-from tests.modeling_llm2clip import tiny
+from tests.builders import tiny
 
 DATA = Path(str(resources.files("llm2clip.example_data")))
 CONCEPTS = str(DATA / "concepts")
