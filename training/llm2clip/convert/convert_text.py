@@ -91,7 +91,9 @@ def _stream(
     prefix = _prefix(checkpoint) or ""
     dropped = {name: reason for name in checkpoint for end, reason in DROPPED.items() if re.fullmatch(end, name)}
     names = {name: DECODER + name.removeprefix(prefix) for name in checkpoint if name not in dropped}
-    compare_tensors("an LLM", expected, {ours: checkpoint.shapes[theirs] for theirs, ours in names.items()})
+    compare_tensors(
+        f"the LLM {checkpoint.path}", expected, {ours: checkpoint.shapes[theirs] for theirs, ours in names.items()}
+    )
     print(f"renamed ({len(names)}): {prefix}* -> {DECODER}*")
     for theirs, reason in dropped.items():
         print(f"dropped: {theirs}: {reason}")

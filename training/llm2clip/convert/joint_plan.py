@@ -119,8 +119,11 @@ class JointPlan:
         """Compare the weights with those that the config requires.
 
         Raises:
-            ValueError: Weights are missing, unexpected, of another shape or not finite.
+            ValueError: Weights are missing, unexpected, of another shape or not finite, or too few for the layers.
         """
+        layers = getattr(self.vision_config, "num_hidden_layers", 0)
+        if layers > len(self.tensors):
+            raise ValueError(f"the config has {layers:,} layers, but the weights have {len(self.tensors)} tensors.")
         if self.model_class is AutoModel:
             with torch.device("meta"):
                 self.model_class = type(AutoModel.from_config(self.config))

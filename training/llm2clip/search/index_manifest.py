@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 
 from llm2clip.data import DEFAULT_MAX_PIXELS
 from llm2clip.encoders import Encoder
+from llm2clip.search.index_settings import PARAMETERS
 from llm2clip.utils.settings import build_config
 from modeling_llm2clip import __version__
 
@@ -73,7 +74,14 @@ class IndexManifest:
                 raise ValueError(
                     f"its format is {fields.get('format_version')}, and this version reads {FORMAT_VERSION}"
                 )
-            return build_config(cls, fields, "it")
+            manifest = build_config(cls, fields, "it")
+            kind = manifest.index.get("type")
+            if kind not in PARAMETERS:
+                raise ValueError(f"its index is of the type {kind}")
+            needed = set(PARAMETERS[kind]) - ({"refine"} if kind == "hnsw" else set())
+            if missing := needed - set(manifest.index):
+                raise ValueError(f"its index lacks {', '.join(sorted(missing))}")
+            return manifest
         except ValueError as error:
             raise ValueError(f"{place} is not the manifest of an index ({error}); {REBUILD}") from error
 
