@@ -50,3 +50,11 @@ def test_model_package_does_not_import_the_toolbox() -> None:
     files = list((ROOT / "modeling_llm2clip").glob("*.py"))
     assert len(files) > 10
     assert [path for path in files if any(name.split(".")[0] == "llm2clip" for name in imported(path))] == []
+
+
+@pytest.mark.parametrize(("room", "other"), [("benchmarks", "protocols"), ("protocols", "benchmarks")])
+def test_benchmarks_and_protocols_do_not_import_each_other(room: str, other: str) -> None:
+    files = sorted((PACKAGE / "evaluation" / room).glob("*.py"))
+    assert len(files) > 3
+    for path in files:
+        assert [name for name in imported(path) if name.startswith(f"llm2clip.evaluation.{other}")] == [], path

@@ -21,6 +21,7 @@ import pytest
 from llm2clip import cli
 from llm2clip.encoders import load_encoder
 from llm2clip.serving import serve
+from llm2clip.serving.app import model_name
 from llm2clip.serving.serve import ServeConfig, is_loopback, read_token
 from tests.documents.reading import ROOT, blocks
 
@@ -177,3 +178,16 @@ def test_token_is_read_without_the_line_that_it_stands_in(tmp_path: Path, monkey
 )
 def test_only_loopback_addresses_are_private(host: str, expected: bool) -> None:
     assert is_loopback(host) == expected
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("openai/clip-vit-base-patch16", "openai/clip-vit-base-patch16"),
+        ("/home/me/my.py:load", "my.py:load"),
+        ("open_clip:ViT-B-32//home/me/a.pt", "open_clip:ViT-B-32"),
+        (str(ROOT / "docs"), "docs"),
+    ],
+)
+def test_name_for_clients_has_no_folders(place: str, name: str) -> None:
+    assert model_name(place) == name
