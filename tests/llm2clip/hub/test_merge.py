@@ -158,6 +158,17 @@ def test_of_a_vision_tower_only_the_trunk_is_merged(kind: str, pair: tuple[Path,
     assert "Beside the vision tower, everything is that of B." in read_card(tmp_path / "out")[1]
 
 
+def test_widths_of_the_heads_of_others_are_no_difference_of_vision_towers(tmp_path: Path) -> None:
+    """A CLIP tower has the width of its own projection in its config."""
+    vision = tiny.other_vision_config("clip_vision_model")
+    model = tiny.save(tmp_path / "b", vision=vision)
+    model.vision_model.config.projection_dim = 16
+    changed(model.vision_model).save_pretrained(tmp_path / "a")
+    llm2clip.merge_models(tmp_path / "a", tmp_path / "b", tmp_path / "out", parts="vision")
+    tower = {f"vision_model.{name}": weight for name, weight in model.vision_model.state_dict().items()}
+    assert_between(tmp_path / "out", tower, tmp_path / "b", 0.5, lambda name: name.startswith("vision_model."))
+
+
 @pytest.fixture
 def towers(tmp_path: Path) -> tuple[str, Path]:
     """A plain LLM, and a text tower that was trained from it."""

@@ -46,6 +46,20 @@ print(json.dumps({
     "max_seq_length": model.max_seq_length,
 }))
 """
+SEVERAL_PROCESSES = """
+import json
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+
+if __name__ == "__main__":
+    captions = json.loads(sys.argv[2])
+    images = [Image.open(path) for path in sys.argv[3:]]
+    model = SentenceTransformer(sys.argv[1], trust_remote_code=True, device="cpu")
+    pool = model.start_multi_process_pool(["cpu", "cpu"])
+    rows = [model.encode(inputs, pool=pool, chunk_size=1).tolist() for inputs in (captions, images)]
+    model.stop_multi_process_pool(pool)
+    print(json.dumps(rows))
+"""
 CLOSE = {"atol": 1e-5, "rtol": 0}
 
 
@@ -141,3 +155,14 @@ def test_the_path_of_a_picture_is_no_caption(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"x\.tif' is a picture, but would be embedded as a caption"):
         model.encode(str(tmp_path / "x.tif"))
     model.encode("no file.tif")
+
+
+@pytest.mark.slow  # three processes import sentence-transformers
+def test_two_processes_give_the_embeddings_of_one(pictures: Path, tmp_path: Path) -> None:
+    model, processor = tiny.save(tmp_path / "model"), tiny.processor()
+    write_sentence_transformers_files(tmp_path / "model")
+    paths = sorted(pictures.iterdir())
+    arguments = (SEVERAL_PROCESSES, tmp_path / "model", json.dumps(CAPTIONS), *paths)
+    text, image = stranger.answer(*arguments, home=tmp_path, is_forked=False)
+    torch.testing.assert_close(torch.tensor(text), model.encode_text(CAPTIONS, processor), **CLOSE)
+    torch.testing.assert_close(torch.tensor(image), model.encode_image(IMAGES, processor), **CLOSE)
