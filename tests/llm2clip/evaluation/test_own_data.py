@@ -16,10 +16,14 @@ from llm2clip import cli
 from llm2clip.data import CaptionSource, PairSource
 from llm2clip.encoders import embed, load_encoder
 from llm2clip.encoders.ours import OurEncoder
+from llm2clip.encoders.stored import StoredEncoder
 from llm2clip.evaluation import caption_retrieval_metrics, retrieval_metrics
 from llm2clip.evaluation.data import CaptionPairData, RetrievalData
 from llm2clip.evaluation.evaluate import evaluate
+from llm2clip.evaluation.protocols.retrieval import image_text_metrics
+from llm2clip.evaluation.session import Session
 from llm2clip.store import Store
+from llm2clip.utils.embeddings import NonFiniteError
 from tests.builders import tiny
 from tests.llm2clip.encoders.models import save_transformers
 
@@ -216,3 +220,27 @@ def test_captions_find_those_of_the_same_image_with_a_text_tower_too(place: Path
             embeds = load_encoder(model).encode_text
             expected = caption_retrieval_metrics(embeds(data.queries), embeds(data.targets), data.matches)
             assert one["scores"] == pytest.approx({name: expected[name] for name in one["scores"]})
+
+
+def test_broken_embeddings_of_a_model_in_training_end_its_retrieval_by_name(place: Path) -> None:
+    model, processor = tiny.joint_model().eval(), tiny.processor()
+    data = RetrievalData.from_source(source(str(place / "own.parquet")))
+    llm = OurEncoder(model.text_model, processor).embed
+
+    def broken_llm(texts: list[str]) -> torch.Tensor:
+        rows = llm(texts)
+        rows[texts.index("a bus")] = float("nan")
+        return rows
+
+    def measure(embed: Any) -> Any:
+        return image_text_metrics(Session(StoredEncoder(model, processor, embed), on_error="skip"), data)
+
+    assert measure(llm)["num_texts"] == 6
+    with pytest.raises(NonFiniteError, match=r"1 of 6 captions \(by the LLM\) are NaN or infinite: a bus\."):
+        measure(broken_llm)
+    torch.nn.init.constant_(model.text_adapter.proj.weight, float("nan"))
+    with pytest.raises(NonFiniteError, match=r"6 of 6 captions \(by the adapter\) are NaN or infinite: a dog"):
+        measure(llm)
+    torch.nn.init.constant_(model.visual_projection.weight, float("inf"))
+    with pytest.raises(NonFiniteError, match=r"6 of 6 images are NaN or infinite: k0, k1"):
+        measure(llm)

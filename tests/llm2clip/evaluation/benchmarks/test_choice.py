@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llm2clip.evaluation.benchmarks import ALL_FOUND, choose_benchmarks
+from llm2clip.evaluation.protocols import open_protocol
 from tests.llm2clip.evaluation.benchmarks.samples import write
 
 
@@ -54,3 +56,19 @@ def test_a_group_stands_for_its_sets_that_are_there(tmp_path: Path, caplog: pyte
 def test_a_group_of_which_nothing_is_there_is_an_error(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"no files of a benchmark of {name} were found below {tmp_path}"):
         names(["urban1k", name], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("imagenet-1k-single", {"templates": ("a photo of the {c}",)}),
+        ("ade20k", {"scale": (2048, 512)}),
+        ("ade20k-sliding", {"scale": (2048, 448), "crop": 448, "stride": 224}),
+    ],
+)
+def test_a_name_stands_for_the_settings_of_its_published_numbers(
+    name: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    [benchmark] = choose_benchmarks([name], tmp_path)
+    protocol = open_protocol(benchmark.protocol, benchmark.options)
+    assert {field: getattr(protocol, field) for field in options} == options

@@ -65,6 +65,15 @@ def test_eccv_caption_has_its_own_gallery_and_queries(tmp_path: Path) -> None:
     }
 
 
+def test_eccv_caption_of_another_split_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "coco"
+    coco(folder)
+    eccv(folder / "eccv_caption")
+    write(folder / "eccv_caption/original_image_to_caption.json", {"391895": [10, 77]})
+    with pytest.raises(BenchmarkError, match="the Karpathy test split lacks captions 77"):
+        read("eccv-caption", tmp_path)
+
+
 def test_cxc_by_the_files_of_eccv_caption_has_rated_pairs_only(tmp_path: Path) -> None:
     coco(tmp_path / "coco")
     eccv(tmp_path / "coco/eccv_caption/data")
