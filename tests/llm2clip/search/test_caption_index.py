@@ -19,7 +19,7 @@ from tests.builders import embedding_models, tiny
 from tests.tars import write_tar
 
 from . import helpers
-from .helpers import Model, as_json, encoded, error, picture, rows, save_table, save_vision_half
+from .helpers import Model, as_json, encoded, error, picture, rows, save_broken, save_table, save_vision_half
 from .places import content
 
 index = partial(helpers.index, embed="caption")
@@ -222,3 +222,12 @@ def test_captions_are_shown_with_their_images_unless_those_were_replaced(
 def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         IndexConfig(folder="data", model="model", **settings)
+
+
+def test_captions_with_broken_embeddings_end_with_one_error_and_leave_nothing(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = save_broken(tmp_path / "broken", "text_adapter.proj")
+    message = error(capsys, "index", data, "--model", broken, "--output-dir", tmp_path / "index", "--embed", "caption")
+    assert "3 of 3 texts are NaN or infinite: a small dog, a red bus, a steam train." in message
+    assert not (tmp_path / "index").exists()

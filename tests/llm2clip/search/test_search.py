@@ -24,7 +24,7 @@ from modeling_llm2clip import LLM2CLIPTextModel
 from tests.builders import tiny
 from tests.builders.students import add_query_encoder
 
-from .helpers import Model, as_json, error, index, save_table, save_vision_half
+from .helpers import Model, as_json, error, index, save_broken, save_table, save_vision_half
 
 TEXT = "two children play football"
 
@@ -204,3 +204,13 @@ def test_unusable_queries_are_named_and_images_need_half_a_model(
     half = save_vision_half(model[0], tmp_path / "half")
     assert "need the whole model" in error(capsys, "search", indexed, TEXT, "--model", half)
     assert as_json(capsys, indexed, "--image", pictures / "00.png", "--model", half)
+
+
+@pytest.mark.parametrize(("part", "query"), [("visual_projection", "--image"), ("text_adapter.proj", TEXT)])
+def test_a_query_with_a_broken_embedding_ends_the_search(
+    part: str, query: str, indexed: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("llm2clip.search.search_index.IndexManifest.require_model", lambda *_: None)
+    queries = [query, pictures / "00.png"] if query == "--image" else [query]
+    message = error(capsys, "search", indexed, *queries, "--model", save_broken(tmp_path / "broken", part))
+    assert f"NaN or infinite: {queries[-1]}. " in message
