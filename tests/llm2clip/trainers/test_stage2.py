@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -237,6 +238,22 @@ def test_damaged_images_are_refused_or_skipped_and_listed(
     listed = [json.loads(line) for line in (tmp_path / "skip" / "skipped-0.jsonl").read_text().splitlines()]
     assert len({entry["key"] for entry in listed}) == 2
     assert history(tmp_path / "skip")[-1]["skipped_samples"] == 2
+
+
+def test_a_resumed_run_counts_the_skipped_samples_of_its_own_steps(inputs: Inputs, tmp_path: Path) -> None:
+    """Those of another run, and of the steps after the checkpoint, are in the file that a run finds."""
+    folder, log = tmp_path / "run", tmp_path / "run" / "skipped-0.jsonl"
+    folder.mkdir()
+    log.write_text('{"key": "of another run", "reason": "it is damaged"}\n')
+    changes = {"sources": [damaged_source(tmp_path, 3, 40)], "on_error": "skip", "eval_sources": {}, "save_steps": 2}
+    run("stage2", folder, inputs, **changes)
+    listed, counts = log.read_text(), [entry.get("skipped_samples", 0) for entry in history(folder)]
+    assert (counts[1], counts[-1]) == (1, 2), "one of the two is met after step 2"
+    for step in (4, 6):
+        shutil.rmtree(folder / f"checkpoint-{step}")
+    run("stage2", folder, inputs, resume=True, **changes)
+    assert [entry.get("skipped_samples", 0) for entry in history(folder)] == counts
+    assert log.read_text() == listed
 
 
 @pytest.mark.parametrize(("loss", "kind"), [("softmax", "trained"), ("sigmoid", "trained"), ("softmax", "frozen")])

@@ -81,6 +81,16 @@ def test_evaluation_measures_the_average_and_training_does_not_notice(tmp_path: 
     assert_same(trained_of(trainer), averages(tmp_path / "average" / f"checkpoint-{chosen}"))
 
 
+def test_weights_come_back_after_an_evaluation_that_fails(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"evaluated": keyed_rows(BATCH, 3), "eval_strategy": "steps", "eval_steps": 2}
+    trainer = in_order(tmp_path, keyed_rows(3 * BATCH), ema_half_life=HALF_LIFE, **fields)
+    with pytest.raises(NonFiniteError, match="evaluation at step 2"):
+        trainer.train()
+    plain = in_order(tmp_path / "plain", keyed_rows(3 * BATCH), max_steps=2)
+    plain.train()
+    assert_same(trained_of(trainer), trained_of(plain))
+
+
 class Publish(TrainerCallback):
     """Copies each checkpoint for the Hub, as pushing does."""
 
