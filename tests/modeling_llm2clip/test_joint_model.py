@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +61,23 @@ def test_a_loaded_model_encodes_without_a_processor(tmp_path: Path, monkeypatch:
     assert model.encode_image(IMAGES).equal(model.encode_image(IMAGES, processor))
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", None)
     assert len(model.encode_text("a dog")) == 1, "the tokenizer is loaded once"
+
+
+def test_the_tokenizer_is_of_the_revision_of_the_model_and_runs_no_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.save(tmp_path)
+    model = LLM2CLIPModel.from_pretrained(tmp_path, revision="v1", cache_dir=tmp_path, token="secret")
+    tokenizer, asked = tiny.processor().tokenizer, {}
+
+    def load(name: str, **options: Any) -> Any:
+        asked.update(options, name=str(name))
+        return tokenizer
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", load)
+    model.encode_text("a dog")
+    assert asked.pop("config") is model.config
+    assert asked == {"name": str(tmp_path), "revision": "v1", "cache_dir": tmp_path, "trust_remote_code": False}
 
 
 def test_a_model_without_a_processor_asks_for_one(tmp_path: Path) -> None:

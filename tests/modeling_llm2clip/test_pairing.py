@@ -128,3 +128,11 @@ def test_saving_without_an_llm_is_rejected(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="to the LLM's repository"):
         tiny.joint_model().save_pretrained(tmp_path, save_text_model=False)
+
+
+def test_the_folder_of_an_llm_is_recorded_as_an_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.text_model().save_pretrained(tmp_path / "llm")
+    vision = tiny.save_vision(tmp_path / "vision")
+    monkeypatch.chdir(tmp_path)
+    model = LLM2CLIPModel.from_vision_text_pretrained(vision, "llm")
+    assert model.config.text_model_name_or_path == str(tmp_path / "llm")
