@@ -54,6 +54,13 @@ def test_openais_client_gets_the_embeddings_of_the_encoder(
     assert answer.model == "tiny"
 
 
+def test_texts_that_are_cut_are_counted(serve: Serve, encoder: Encoder) -> None:
+    client, long = serve(encoder), "a dog " * 100
+    answer = client.post("/v1/embeddings", json={"input": ["a dog", long]})
+    np.testing.assert_allclose(embeddings(answer), encoder.encode_text(["a dog", long]), **CLOSE)
+    assert "llm2clip_truncated_texts_total 1.0" in client.get("/metrics").text
+
+
 def test_dimensions_cut_the_embeddings_which_have_length_1_again(official: openai.OpenAI, encoder: Encoder) -> None:
     answer = official.embeddings.create(model="tiny", input="a dog", dimensions=5, encoding_format="float")
     row = encoder.encode_text("a dog")[0, :5].numpy()
