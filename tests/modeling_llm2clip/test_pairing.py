@@ -136,3 +136,8 @@ def test_the_folder_of_an_llm_is_recorded_as_an_absolute_path(tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     model = LLM2CLIPModel.from_vision_text_pretrained(vision, "llm")
     assert model.config.text_model_name_or_path == str(tmp_path / "llm")
+
+
+def test_stored_embeddings_of_another_llm_are_refused_by_their_width() -> None:
+    with pytest.raises(ValueError, match="llm_embeds have width 7, but this adapter takes 32"):
+        tiny.joint_model()(llm_embeds=torch.zeros(2, 7))

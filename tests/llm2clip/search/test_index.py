@@ -8,6 +8,7 @@ import shutil
 import sys
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import datasets
 import lancedb
@@ -257,3 +258,18 @@ def test_an_index_and_captions_inside_the_image_folder_are_no_images(pictures: P
     (pictures / "a" / "metadata.jsonl").write_text('{"file_name": "07.png", "caption": "noise"}\n')
     assert index(pictures, model[0], pictures / "index") == (12, 0, 0, 0, 12)
     assert index(pictures, model[0], pictures / "index") == (0, 12, 0, 0, 12)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"table": "index"}, "no database is given: add --postgres URL"),
+        ({"index_type": "hnsw"}, "an index in a folder has one of auto, flat, ivf_rq, faiss"),
+        ({"index_type": "flat", "precision": "binary"}, "precision is binary, but .* flat compares the embeddings"),
+        ({"index_type": "flat", "cells": 7}, "an index of the type flat does not use it"),
+        ({"ef_search": 50}, "an index of the type ivf_rq does not use it"),
+    ],
+)
+def test_settings_that_an_index_in_a_folder_does_not_have_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        IndexConfig(folder="pictures", model="model", **settings)
