@@ -220,3 +220,13 @@ def test_what_stays_valid_when_a_part_of_the_model_is_trained_on(
     else:
         with pytest.raises(ValueError, match="was taught the space"):
             load_encoder(str(later), text_encoder="query")
+
+
+def test_a_limit_of_the_text_encoder_that_other_programs_would_read_is_left_out(tmp_path: Path) -> None:
+    embedding_models.save(tmp_path / "bert", "bert")
+    path = tmp_path / "bert" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_length": 7}))
+    student = Student.create(str(tmp_path / "bert"), WIDTH, lambda: pytest.fail("it needs no teacher"), max_length=20)
+    student.save_pretrained(tmp_path / "student")
+    saved = json.loads((tmp_path / "student" / "tokenizer_config.json").read_text())
+    assert (saved["model_max_length"], saved.get("max_length", 20)) == (20, 20)
