@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llm2clip.evaluation.data import BenchmarkImages, GradedData
+from llm2clip.evaluation.protocols import graded
 from llm2clip.evaluation.protocols.graded import GradedPrecision, GradedRecall, precision_at_r
 from tests.llm2clip.evaluation.fake_session import FakeSession
 
@@ -54,6 +55,15 @@ def test_precision_is_the_mean_over_the_orders_of_ties(scores: list[float], righ
     matches = torch.tensor([[0, place] for place in sorted(right)])
     found = precision_at_r(torch.tensor([[1.0, 0.0]]), candidates, matches)
     assert [value.item() for value in found[:3]] == pytest.approx(metrics(scores, right))
+
+
+@pytest.mark.parametrize("margin", [1, 64])
+def test_a_tie_that_ends_far_behind_is_taken_whole(margin: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graded, "MARGIN", margin)
+    candidates = torch.tensor([[1.0, 0.0]] * 200 + [[0.0, 1.0]] * 50)
+    found = precision_at_r(torch.tensor([[1.0, 0.0]]), candidates, torch.tensor([[0, 3], [0, 249]]))
+    assert (found.r_precision.item(), found.recall_at_1.item()) == pytest.approx((1 / 200, 1 / 200))
+    assert found.is_tied.tolist() == [True]
 
 
 def judged() -> tuple[GradedData, FakeSession, Tensor]:
