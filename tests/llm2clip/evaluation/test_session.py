@@ -14,11 +14,13 @@ from PIL import Image
 from torch import Tensor
 
 from llm2clip.encoders.load import load_encoder
+from llm2clip.evaluation import session as evaluation_session
 from llm2clip.evaluation.data import BenchmarkImages
 from llm2clip.evaluation.session import Session
 from llm2clip.utils.embeddings import NonFiniteError
 from tests.llm2clip.encoders.models import save_transformers
-from tests.llm2clip.evaluation.fake_session import FakeSession
+from tests.llm2clip.evaluation.fake_session import FakeEncoder, FakeSession
+from tests.llm2clip.trainers.stages import interrupt
 
 TEXTS = ["a small dog", "", "a red bus", "a small dog", "two children"]
 # Above 2**24, float32 has no odd numbers.
@@ -108,6 +110,40 @@ def test_counts_are_exact_and_stored(tmp_path: Path) -> None:
         assert counts_of(fake(store), images).equal(expected)
     # Found by content, whatever the position is now.
     assert counts_of(fake(tmp_path), pictures(4, 1)).equal(expected[[4, 1]])
+
+
+def test_a_killed_evaluation_goes_on_whatever_was_evaluated_since(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation_session, "SHARD_SIZE", 4)
+    monkeypatch.setattr(evaluation_session, "COUNTED", 2)
+    images, compute = pictures(*range(10)), FakeEncoder.encode_image_parts
+    expected, counts = fake(None).embed_images(images), counts_of(fake(None), images)
+    counted: list[int] = []
+
+    def once(self: FakeEncoder, *arguments: Any, **options: Any) -> Any:
+        return interrupt() if self.embedded else compute(self, *arguments, **options)
+
+    def five(positions: Any) -> Iterator[Tensor]:
+        for position, found in zip(positions, count(positions), strict=True):
+            yield interrupt() if position == 5 else found
+
+    def noted(positions: Any) -> Iterator[Tensor]:
+        counted.extend(positions)
+        return count(positions)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FakeEncoder, "encode_image_parts", once)
+        with pytest.raises(KeyboardInterrupt):
+            fake(tmp_path).embed_images(images)
+    with pytest.raises(KeyboardInterrupt):
+        fake(tmp_path).count_in_images("positions", images.content_keys(), five, 2, "Counting")
+    fake(tmp_path).embed_images(pictures(20, 21))
+    resumed = fake(tmp_path)
+    assert resumed.embed_images(images).equal(expected)
+    assert resumed.embedded == [4, 2]
+    assert resumed.count_in_images("positions", images.content_keys(), noted, 2, "Counting").equal(counts)
+    assert len(counted) == 6
 
 
 @pytest.mark.parametrize("on_error", ["raise", "skip"])
