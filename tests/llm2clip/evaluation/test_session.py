@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from llm2clip.evaluation.data import BenchmarkImages
 from llm2clip.evaluation.session import Session
 from llm2clip.utils.embeddings import NonFiniteError
 from tests.llm2clip.encoders.models import save_transformers
-from tests.llm2clip.evaluation.fake_session import FakeEncoder, FakeSession
+from tests.llm2clip.evaluation.fake_session import FakeSession
 from tests.llm2clip.trainers.stages import interrupt
 
 TEXTS = ["a small dog", "", "a red bus", "a small dog", "two children"]
@@ -112,38 +113,26 @@ def test_counts_are_exact_and_stored(tmp_path: Path) -> None:
     assert counts_of(fake(tmp_path), pictures(4, 1)).equal(expected[[4, 1]])
 
 
-def test_a_killed_evaluation_goes_on_whatever_was_evaluated_since(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(evaluation_session, "SHARD_SIZE", 4)
+def test_killed_counts_go_on_whatever_was_counted_since(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a segmentation, whose counts take hours."""
     monkeypatch.setattr(evaluation_session, "COUNTED", 2)
-    images, compute = pictures(*range(10)), FakeEncoder.encode_image_parts
-    expected, counts = fake(None).embed_images(images), counts_of(fake(None), images)
-    counted: list[int] = []
+    images, counted = pictures(*range(10)), []
 
-    def once(self: FakeEncoder, *arguments: Any, **options: Any) -> Any:
-        return interrupt() if self.embedded else compute(self, *arguments, **options)
-
-    def five(positions: Any) -> Iterator[Tensor]:
+    def noted(positions: Any, last: int | None = None) -> Iterator[Tensor]:
         for position, found in zip(positions, count(positions), strict=True):
-            yield interrupt() if position == 5 else found
+            counted.append(position)
+            yield interrupt() if position == last else found
 
-    def noted(positions: Any) -> Iterator[Tensor]:
-        counted.extend(positions)
-        return count(positions)
+    def measure(images: BenchmarkImages, last: int | None = None) -> Tensor:
+        counting = functools.partial(noted, last=last)
+        return fake(tmp_path).count_in_images("positions", images.content_keys(), counting, 2, "Counting")
 
-    with monkeypatch.context() as patched:
-        patched.setattr(FakeEncoder, "encode_image_parts", once)
-        with pytest.raises(KeyboardInterrupt):
-            fake(tmp_path).embed_images(images)
     with pytest.raises(KeyboardInterrupt):
-        fake(tmp_path).count_in_images("positions", images.content_keys(), five, 2, "Counting")
-    fake(tmp_path).embed_images(pictures(20, 21))
-    resumed = fake(tmp_path)
-    assert resumed.embed_images(images).equal(expected)
-    assert resumed.embedded == [4, 2]
-    assert resumed.count_in_images("positions", images.content_keys(), noted, 2, "Counting").equal(counts)
-    assert len(counted) == 6
+        measure(images, last=5)
+    measure(pictures(20, 21))
+    counted.clear()
+    assert measure(images).equal(counts_of(fake(None), images))
+    assert len(counted) == 6, "four of ten were stored"
 
 
 @pytest.mark.parametrize("on_error", ["raise", "skip"])
