@@ -10,13 +10,12 @@ import datasets
 import pytest
 import torch
 
-from llm2clip.checks.text_faults import TEXT_FAULTS, script
 from llm2clip.data import CaptionSource, distinct_captions
 from llm2clip.data.captioned_images import CaptionError, RowCaptions, caption_id, caption_ids, clean_caption
 from llm2clip.encoders import embed_captions
 from llm2clip.store import EmbeddingCache
 from llm2clip.store.store import caption_key, caption_keys
-from llm2clip.utils.logs import OBEYED, printable
+from llm2clip.utils.logs import OBEYED
 from modeling_llm2clip.tokenization_llm2clip import tokenize_captions
 from tests.builders import tiny
 from tests.llm2clip.store.encoder import build, embed
@@ -89,9 +88,3 @@ def test_they_go_through_tables_and_caches(tmp_path: Path) -> None:
     cache = EmbeddingCache.open(tmp_path / "cache")
     assert cache.contains(CLEAN).all()
     torch.testing.assert_close(cache.lookup(found), embed(found), atol=2e-3, rtol=2e-3)
-
-
-def test_reports_take_all_of_them() -> None:
-    for examine in (*TEXT_FAULTS.values(), script, printable):
-        for text in CLEAN:
-            examine(text)

@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import torch
 
 from llm2clip.data import CaptionSource
-from llm2clip.data.shards import ShardedSource, SourceShard
 from llm2clip.encoders.embed_shards import ShardCounts, ShardEmbedder, list_jobs
 from llm2clip.store import StoreManifest, caption_manifest
 from tests.llm2clip.store import encoder
@@ -51,10 +50,6 @@ def embed(source: CaptionSource, folder: Path | None, calls: Counting | None = N
     rank, world_size = options.pop("rank", 0), options.pop("world_size", 1)
     jobs = list_jobs([source], folder and str(folder), **options)
     return shards.run(jobs[rank::world_size], show_progress_bar=False)
-
-
-def shard_of(source: CaptionSource, number: int) -> SourceShard:
-    return ShardedSource(source).shards[number]
 
 
 def write_groups(path: Path, groups: list[int]) -> list[str]:
