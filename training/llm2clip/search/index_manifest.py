@@ -75,6 +75,8 @@ class IndexManifest:
                     f"its format is {fields.get('format_version')}, and this version reads {FORMAT_VERSION}"
                 )
             manifest = build_config(cls, fields, "it")
+            if not manifest.index:  # of a run that is not finished
+                return manifest
             kind = manifest.index.get("type")
             if kind not in PARAMETERS:
                 raise ValueError(f"its index is of the type {kind}")
