@@ -65,25 +65,26 @@ def _served(
     environment = {**os.environ, "DO_NOT_TRACK": "1", "INFINITY_ANONYMOUS_USAGE_STATS": "0"}
     process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL)
 
-    def client(waiting: queue.SimpleQueue[int], answers: list[bytes], milliseconds: list[float]) -> None:
-        connection = HTTPConnection("127.0.0.1", port, timeout=60)
-        while True:
-            try:
-                row = waiting.get_nowait()
-            except queue.Empty:
-                return connection.close()
-            start = time.perf_counter()
-            answers[row] = _post(connection, path, texts[row])
-            milliseconds.append(1000 * (time.perf_counter() - start))
-
     def work() -> Outcome:
         waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-        answers, milliseconds = [b""] * len(texts), []
+        answers, milliseconds = [b""] * len(texts), [0.0] * len(texts)
         for row in range(len(texts)):
             waiting.put(row)
+
+        def client(_: int) -> None:
+            connection = HTTPConnection("127.0.0.1", port, timeout=60)
+            while True:
+                try:
+                    row = waiting.get_nowait()
+                except queue.Empty:
+                    return connection.close()
+                start = time.perf_counter()
+                answers[row] = _post(connection, path, texts[row])
+                milliseconds[row] = 1000 * (time.perf_counter() - start)
+
         start = time.perf_counter()
         with ThreadPoolExecutor(clients) as pool:
-            list(pool.map(lambda _: client(waiting, answers, milliseconds), range(clients)))
+            list(pool.map(client, range(clients)))
         seconds = time.perf_counter() - start
         rows = np.array([json.loads(answer)["data"][0]["embedding"] for answer in answers])
         p50, p99 = np.percentile(milliseconds, (50, 99)).tolist()

@@ -65,13 +65,15 @@ class Material:
         path = self.folder / "made_with.yaml"
         now = {name: load_recipe(HERE / name) for name in RECIPES}
         now |= {f"{name!r} in texts.yaml": fields for name, fields in self.texts.items()}
-        then = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if changed := [name for name in then if name in now and now[name] != then[name]]:
-            raise ValueError(f"{self.folder} was made with another {changed[0]}: delete it, or give another --folder.")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".tmp")
-        unfinished.write_text(yaml.safe_dump({**then, **now}), encoding="utf-8")
-        unfinished.replace(path)
+        with self._lock("made with"):
+            then = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            if changed := [name for name in then if name in now and now[name] != then[name]]:
+                raise ValueError(
+                    f"{self.folder} was made with another {changed[0]}: delete it, or give another --folder."
+                )
+            unfinished = path.with_suffix(".tmp")
+            unfinished.write_text(yaml.safe_dump({**then, **now}), encoding="utf-8")
+            unfinished.replace(path)
 
     def data(self, name: str) -> Path:
         """Return the parquet file of a split.

@@ -30,6 +30,12 @@ PRECISIONS = {"flat": (), "ivf_rq": ("int8", "binary"), "faiss": ("int8", "binar
 REFINE = {None: 5, "int8": 5, "binary": 20}
 
 
+def parameters_of(kind: str, precision: str | None) -> list[str]:
+    """Name the parameters of a type; hnsw compares candidates again only if it has found them by binary codes."""
+    is_coarse = kind != "hnsw" or precision == "binary"
+    return [name for name in PARAMETERS[kind] if name != "refine" or is_coarse]
+
+
 @dataclass
 class IndexSettings:
     """How an index is built and updated."""
@@ -113,7 +119,7 @@ class IndexSettings:
         if self.precision and self.precision not in (has := PRECISIONS[most]):
             others = f"has only {' and '.join(has)}" if has else "compares the embeddings themselves"
             raise ValueError(f"precision is {self.precision}, but an index of the type {kind} {others}: leave it out.")
-        defaults, used = IndexSettings(), self._used(most)
+        defaults, used = IndexSettings(), parameters_of(most, self.precision)
         for name in {name for names in PARAMETERS.values() for name in names if name not in used}:
             if (value := getattr(self, name)) != getattr(defaults, name):
                 raise ValueError(f"{name} is {value}, but an index of the type {most} does not use it: leave it out.")
@@ -150,12 +156,7 @@ class IndexSettings:
                 "cells, or use the index_type flat."
             )
         values = {**asdict(self), "refine": self.refine or REFINE[self.precision]}
-        return {"type": kind, **{name: values[name] for name in self._used(kind)}}
-
-    def _used(self, kind: str) -> list[str]:
-        """Name the parameters of a type; hnsw compares candidates again only if it has found them by binary codes."""
-        is_coarse = kind != "hnsw" or self.precision == "binary"
-        return [name for name in PARAMETERS[kind] if name != "refine" or is_coarse]
+        return {"type": kind, **{name: values[name] for name in parameters_of(kind, self.precision)}}
 
     def _fits(self, kind: str, width: int) -> bool:
         if kind == "ivf_rq":
