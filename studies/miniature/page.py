@@ -14,11 +14,9 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from llm2clip.utils.figures import panels
 from studies.miniature.material import DESCRIPTIONS, HERE, NEGATIVES
 from studies.miniature.runs import CAPTIONS, TABLES, read_table, result_path, runs_of, tests_of
-from studies.miniature.unfrozen import summary
 
 RESULTS, PLOTS = HERE / "results", HERE / "plots"
 BEGIN, END = "<!-- {} -->", "<!-- end of {} -->"
-UNFROZEN = "unfrozen"
 WAYS = ("text_to_image", "image_to_text")
 NAMES = {"validation": "validation", "test": "in domain", "transfer": "transfer"}
 
@@ -38,8 +36,6 @@ def collect(folder: Path, tables: Iterable[str]) -> None:
 def table_of(name: str) -> str:
     """Return a table in Markdown: of each arm the mean and the standard deviation over its seeds, in %."""
     rows = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    if name == UNFROZEN:
-        return summary(rows)
     fields = read_table(name)
     columns = columns_of(fields)
     heads = ["", *columns, "seeds", "CPU s", "paper"]
@@ -117,7 +113,7 @@ def draw(name: str) -> None:
 def write(page: Path = HERE / "README.md") -> None:
     """Put every table between its marks in the report."""
     text = page.read_text(encoding="utf-8")
-    for name in (*sorted(path.stem for path in TABLES.glob("*.yaml")), UNFROZEN):
+    for name in sorted(path.stem for path in TABLES.glob("*.yaml")):
         begin, end = BEGIN.format(name), END.format(name)
         before, rest = text.split(begin, 1)
         has_results = (RESULTS / f"{name}.json").is_file()

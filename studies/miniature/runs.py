@@ -19,8 +19,9 @@ from typing import Any
 import yaml
 from transformers import AutoProcessor
 
-from llm2clip import CaptionSource, EmbeddingCache, LLM2CLIPModel, PairedCache
+from llm2clip import CaptionSource, EmbeddingCache, LLM2CLIPModel, PairedCache, load_encoder
 from llm2clip.data.pairs import PairSource
+from llm2clip.encoders import Encoder
 from llm2clip.encoders.stored import StoredEncoder
 from llm2clip.evaluation.data import CaptionPairData, RetrievalData
 from llm2clip.evaluation.metrics import caption_retrieval_metrics
@@ -295,7 +296,7 @@ def recipe_of(run: Run, material: Material, caches: list[Path], models: Mapping[
         "vision_model_name_or_path": str(vision),
         "text_model_name_or_path": towers if several else towers[0],
         "embedding_cache": [str(path) for path in caches] if several else str(caches[0]),
-        "feature_cache": str(material.folder / "features"),
+        "feature_cache": str(material.folder / "features") if _stores_features(recipe) else None,
         "output_dir": str(model_path(run, material)),
         "sources": [{"path": str(material.data(f"{of}{run.pictures}")), **captions}],
         "eval_sources": {
@@ -311,6 +312,10 @@ def recipe_of(run: Run, material: Material, caches: list[Path], models: Mapping[
         recipe |= dict.fromkeys((*OF_A_NEW_MODEL, "vision_model_name_or_path", "text_model_name_or_path"))
         recipe["model_name_or_path"] = str(models["continues"])
     return {key: value for key, value in recipe.items() if value is not None}
+
+
+def _stores_features(recipe: Mapping[str, Any]) -> bool:
+    return recipe.get("freeze_vision") == "all" or recipe.get("warm_start") is not None
 
 
 def _best_epoch(state: dict[str, Any]) -> float | None:
@@ -335,7 +340,10 @@ def _measure(run: Run, material: Material, folder: Path, caches: list[Path]) -> 
         report_to="none",
     )
     features = open_features(config, model, processor.image_processor, [data.images for data in sets.values()])
-    session = Session(StoredEncoder(model, processor, lookup, features), show_progress_bar=False)
+    encoder: Encoder = StoredEncoder(model, processor, lookup, features)
+    if "lora_rank" in run.settings:  # the stored rows of texts are those of the LLM before
+        encoder = load_encoder(str(folder))
+    session = Session(encoder, show_progress_bar=False)
     found: dict[str, float] = {}
     for name, data in sets.items():
         if name in NEGATIVES:
