@@ -22,7 +22,6 @@ from llm2clip.quickstart.image_steps import FinalModel
 from modeling_llm2clip import LLM2CLIPModel
 from tests.builders import tiny
 from tests.builders.small_runs import CONCEPTS
-from tests.examples.conftest import EXAMPLES
 from tests.examples.server import serving
 
 if TYPE_CHECKING:
@@ -142,7 +141,7 @@ def test_the_demo(browser: Browser, model: Path, table: Path, tmp_path: Path) ->
     broken.write_bytes(b"no picture")
     bundled_picture().save(good)
     options = ["--model", model, "--data", table, "--compare", model]
-    with serving(EXAMPLES / "app.py", *options, folder=tmp_path) as address:
+    with serving("-m", "llm2clip", "demo", *options, folder=tmp_path) as address:
         browser.driver.get(address)
         browser.wait(lambda: browser.find("#search_button"))
         browser.type("query", PAYLOADS[1])
