@@ -9,7 +9,6 @@ import re
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
-from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .compatibility_llm2clip import with_version_4_rope, without_version_4_rope
@@ -52,15 +51,6 @@ def _as_config(config: PretrainedConfig | dict[str, Any] | None, default_type: s
             "use the config.json of a transformers model, or upgrade transformers."
         )
     return CONFIG_MAPPING[model_type](**fields)
-
-
-def _dense_layer(layer: dict[str, Any]) -> dict[str, Any]:
-    """Check a linear layer after pooling."""
-    if set(layer) != {"out_features", "bias", "activation"}:
-        raise ValueError(f"dense layer {layer} must have the fields out_features, bias and activation.")
-    if layer["activation"] not in ACT2FN:
-        raise ValueError(f"dense activation {layer['activation']!r} is unknown; choose one of {', '.join(ACT2FN)}.")
-    return dict(layer)
 
 
 class EVA02VisionConfig(PretrainedConfig):
@@ -214,7 +204,7 @@ class LLM2CLIPTextConfig(_AbsoluteNames, PretrainedConfig):
         self.bidirectional = bidirectional
         self.verified_attention = verified_attention
         self.pool_prompt = pool_prompt
-        self.dense = [_dense_layer(layer) for layer in dense or ()]
+        self.dense = [dict(layer) for layer in dense or ()]
         self.normalize = normalize
         self.second_config = None if second_config is None else _as_config(second_config, self.model_type)
         super().__init__(**kwargs)

@@ -40,10 +40,9 @@ from .modeling_llm2clip_decoder import (
     packs_by_flags,
     padded_mask,
     position_offset,
-    require_known_attention,
     takes_additive_mask,
     text_model_class,
-    warn_of_unknown_attention,
+    unknown_attention,
     window_reach,
 )
 from .modeling_llm2clip_utils import (
@@ -155,9 +154,7 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
                 )
             decoder, dense = load_plain(name, options)
         fields = {**encoder_fields(decoder.config), **config_fields}
-        tower = cls(LLM2CLIPTextConfig(decoder_config=decoder.config, **fields), decoder=decoder)
-        tower.dense.load_weights(dense)
-        return tower
+        return cls._of_parts(LLM2CLIPTextConfig(decoder_config=decoder.config, **fields), decoder, dense)
 
     @classmethod
     def pair(cls, first: LLM2CLIPTextModel, second: LLM2CLIPTextModel) -> LLM2CLIPTextModel:
@@ -257,27 +254,19 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         elif (config := config or default_config) is None:
             model = cls.from_decoder(name, decoder_kwargs=kwargs)
         else:
-            decoder, dense = load_plain(name, kwargs)
-            config = copy.deepcopy(config)
-            if config.decoder_config.model_type != decoder.config.model_type:
-                config.verified_attention = None  # it is of another LLM
-            model = cls(config, decoder=decoder)
-            model.dense.load_weights(dense)
-        if model_type in (cls.config_class.model_type, COMPOSITE_TYPE):
-            warn_of_unknown_attention(model.decoder, model.config)
+            model = cls._of_parts(config, *load_plain(name, kwargs))
         return (model, info) if wants_info else model
 
     @classmethod
-    def _with_config(cls, tower: LLM2CLIPTextModel, config: LLM2CLIPTextConfig) -> LLM2CLIPTextModel:
-        """Give the text model of a tower another prompt and pooling."""
+    def _of_parts(
+        cls, config: LLM2CLIPTextConfig, decoder: PreTrainedModel, dense: Mapping[str, Tensor]
+    ) -> LLM2CLIPTextModel:
+        """Give a text model, and the weights of its Dense layers, the prompt and pooling of a config."""
         config = copy.deepcopy(config)
-        if config.dense != tower.config.dense:
-            raise ValueError(f"the config has dense layers {config.dense}, but the model has {tower.config.dense}.")
-        if config.decoder_config.model_type != tower.decoder.config.model_type:
-            config.verified_attention = None
-        config.verified_attention = config.verified_attention or tower.config.verified_attention
-        model = cls(config, decoder=tower.decoder)
-        model.dense = tower.dense
+        if config.decoder_config.model_type != decoder.config.model_type:
+            config.verified_attention = None  # it is of another LLM
+        model = cls(config, decoder=decoder)
+        model.dense.load_state_dict(dense)
         return model
 
     @classmethod
@@ -300,7 +289,8 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         # The base model may be a text tower too, with its own weights or its own adapter.
         base = cls.from_pretrained(adapter.base_model_name_or_path, default_config=config, **base_kwargs)
         base.merge_adapter()
-        model = cls._with_config(base, config or base.config)
+        model = cls._of_parts(config or base.config, base.decoder, base.dense.state_dict())
+        model.config.verified_attention = model.config.verified_attention or base.config.verified_attention
         stored = None
         with suppress(OSError):  # an adapter without a config
             _, place, inside = find_text_model(adapter.base_model_name_or_path)
@@ -427,7 +417,8 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None:
             raise ValueError("pass input_ids from the tokenizer that was saved with this model.")
-        require_known_attention(self.decoder, self.config)
+        if (reason := unknown_attention(self.decoder, self.config)) is not None:
+            raise ValueError(reason)
         # Without padding there is nothing to pack.
         may_pack = attention_mask is not None
         if attention_mask is None:
@@ -469,10 +460,8 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         asked = any(kwargs.get(name, getattr(config, name, False)) for name in options)
         if asked or self.config.bidirectional is False or torch.compiler.is_compiling():
             return None
-        single_row = config._attn_implementation in VARIABLE_LENGTHS
-        supported = (single_row or config._attn_implementation == "flex_attention") and IS_CAUSAL_COUNTS
-        by_mask = takes_additive_mask(decoder)
-        if not supported and not by_mask:
+        single_row = config._attn_implementation in VARIABLE_LENGTHS and IS_CAUSAL_COUNTS
+        if not single_row and not takes_additive_mask(decoder):
             return None
         packed = PackedBatch(attention_mask, order, single_row)
         # Packing must save enough to make up for its larger mask.
