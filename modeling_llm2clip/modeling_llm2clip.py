@@ -178,10 +178,9 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
 
         Args:
             text_model_kwargs: Arguments of `from_pretrained` for the LLM alone; the others are those of this call.
-            kwargs: Arguments of transformers' `from_pretrained`. `dtype` and `attn_implementation` may be set by part,
-                as `{"vision_config": ..., "text_config": ...}`; projection and adapter have the dtype of the vision
-                tower. A `device_map` may place `text_model` elsewhere, such as on `"disk"`.
-                `quantization_config` applies to the LLM only.
+            kwargs: Arguments of transformers' `from_pretrained`. `attn_implementation` may be set by part, as
+                `{"vision_config": ..., "text_config": ...}`. A `device_map` may place `text_model` elsewhere, such as
+                on `"disk"`. `quantization_config` applies to the LLM only.
 
         Raises:
             ValueError: Weights are missing, or the adapter was trained with another LLM.
