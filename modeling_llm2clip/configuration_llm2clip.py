@@ -302,10 +302,6 @@ class LLM2CLIPConfig(_AbsoluteNames, PretrainedConfig):
             raise ValueError(
                 f"visual_head {visual_head!r} is a visual projection; do not set visual_projection to False."
             )
-        if visual_head_expansion < 1:
-            raise ValueError(f"visual_head_expansion must be at least 1, not {visual_head_expansion}.")
-        if not 0 <= feature_dropout < 1:
-            raise ValueError(f"feature_dropout must be at least 0 and below 1, not {feature_dropout}.")
         # Sub-configs are set before super().__init__(), which passes attn_implementation and dtype on to them.
         self.vision_config = _as_config(vision_config, EVA02VisionConfig.model_type)
         self.text_config = _as_config(text_config, LLM2CLIPTextConfig.model_type)

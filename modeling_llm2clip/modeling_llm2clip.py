@@ -47,7 +47,6 @@ from .modeling_llm2clip_utils import (
     unit_features,
 )
 from .modeling_llm2clip_vision import LLM2CLIPPreTrainedModel, load_vision_tower, new_logit_scale
-from .pair_tokenizer_llm2clip import LLM2CLIPPairTokenizer  # noqa: F401
 from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
 from .query_encoder_llm2clip import query_encoder_of
 from .tokenization_llm2clip import tokenize_captions

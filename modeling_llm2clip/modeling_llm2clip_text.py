@@ -56,8 +56,7 @@ from .modeling_llm2clip_utils import (
     load_complete,
     pool,
 )
-from .pair_tokenizer_llm2clip import split_tokens
-from .tokenization_llm2clip import tokenize_captions
+from .tokenization_llm2clip import split_tokens, tokenize_captions
 
 COMPOSITE_TYPE = LLM2CLIPConfig.model_type
 
@@ -184,11 +183,7 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         towers = []
         for number, (name, config) in enumerate(zip(names, defaults, strict=True)):
             revision = revisions[number] if isinstance(revisions, (list, tuple)) else revisions
-            try:
-                towers.append(cls.from_pretrained(name, default_config=config, revision=revision, **kwargs))
-            except OSError as error:
-                which = ("first", "second")[number]
-                raise OSError(f"the {which} of the two text encoders, {name}, cannot be loaded: {error}") from error
+            towers.append(cls.from_pretrained(name, default_config=config, revision=revision, **kwargs))
         return cls.pair(*towers)
 
     @classmethod
@@ -266,7 +261,10 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         if config.decoder_config.model_type != decoder.config.model_type:
             config.verified_attention = None  # it is of another LLM
         model = cls(config, decoder=decoder)
-        model.dense.load_state_dict(dense)
+        try:
+            model.dense.load_state_dict(dense)
+        except RuntimeError as error:
+            raise ValueError(f"{decoder.name_or_path} has other Dense layers than its config says: {error}") from error
         return model
 
     @classmethod

@@ -29,7 +29,6 @@ from .modeling_llm2clip_heads import (
 from .modeling_llm2clip_utils import apply_umask, execution_device, hub_arguments, load_complete
 
 # transformers 4.57 takes from a local folder only the modules that this one itself names.
-from .pair_tokenizer_llm2clip import LLM2CLIPPairTokenizer  # noqa: F401
 from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
 from .tokenization_llm2clip import tokenize_captions  # noqa: F401
 
