@@ -380,7 +380,6 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         pooling_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Encode captions.
@@ -389,7 +388,6 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
             input_ids: `(batch, tokens)`, from the tokenizer that was saved with this model.
             attention_mask: `(batch, tokens)`, 1 for real tokens; by default all.
             pooling_mask: `(batch, tokens)`, 1 for the tokens to pool; by default all real tokens after the prefix.
-            inputs_embeds: `(batch, tokens, hidden_size)` instead of `input_ids`.
 
         Short captions are packed into shared rows, so that padding costs little; the states at padding are then zero.
         Captions are not packed when compiling or when hidden states or attention weights are requested. Of two text
@@ -402,7 +400,7 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
             tokens = split_tokens(input_ids, attention_mask, limits)
             rows = [self.embed_half(number, **part, **kwargs) for number, part in enumerate(tokens)]
             return BaseModelOutputWithPooling(pooler_output=torch.cat([row.to(rows[0].device) for row in rows], -1))
-        return self._embed(input_ids, attention_mask, pooling_mask, inputs_embeds, **kwargs)
+        return self._embed(input_ids, attention_mask, pooling_mask, **kwargs)
 
     def embed_half(self, number: int, **inputs: Any) -> Tensor:
         """Embed captions by the first (0) or second (1) of two text encoders; unit rows, `(batch, hidden_size)`."""
@@ -410,33 +408,30 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         return F.normalize(output.pooler_output.float(), dim=-1)
 
     def _embed(
-        self, input_ids: Any, attention_mask: Any, pooling_mask: Any = None, inputs_embeds: Any = None, **kwargs: Any
+        self, input_ids: Any, attention_mask: Any, pooling_mask: Any = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
-        given = input_ids if input_ids is not None else inputs_embeds
-        if given is None:
+        if input_ids is None:
             raise ValueError("pass input_ids from the tokenizer that was saved with this model.")
         if (reason := unknown_attention(self.decoder, self.config)) is not None:
             raise ValueError(reason)
         # Without padding there is nothing to pack.
         may_pack = attention_mask is not None
         if attention_mask is None:
-            attention_mask = torch.ones(given.shape[:2], dtype=torch.long, device=given.device)
+            attention_mask = torch.ones_like(input_ids, dtype=torch.long)
         order = attention_mask.long().cumsum(dim=1)
         if pooling_mask is None:
             skipped = 0 if self.config.pool_prompt else self.config.num_prefix_tokens
             pooling_mask = attention_mask.bool() & (order > skipped)
         packed = self._pack(attention_mask, order, kwargs) if may_pack else None
-        inputs: dict[str, Any] = (
-            {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
-        )
+        inputs: dict[str, Any]
         if packed is None:
             # Positions are counted from the caption's first token, so that nothing depends on the padding.
             positions = (order - 1).clamp(min=0)
-            inputs["attention_mask"] = padded_mask(self.decoder, attention_mask, self.config.bidirectional)
+            mask = padded_mask(self.decoder, attention_mask, self.config.bidirectional)
+            inputs = {"input_ids": input_ids, "attention_mask": mask}
         else:
             positions = packed.position_ids
-            inputs = {name: packed.pack(value) for name, value in inputs.items()}
-            inputs |= packed_mask(self.decoder, packed)
+            inputs = {"input_ids": packed.pack(input_ids), **packed_mask(self.decoder, packed)}
         options = {"position_ids": positions + self._first_position, "use_cache": False}
         output = self.decoder(**inputs, **{name: options[name] for name in self._arguments}, **kwargs)
         states = output.last_hidden_state
