@@ -117,6 +117,8 @@ def check_parts(folder: Path) -> None:
     model = load(folder, attn_implementation={"vision_config": "eager", "text_config": "sdpa"})
     assert model.vision_model.config._attn_implementation == "eager"
     assert model.text_model.decoder.config._attn_implementation == "sdpa"
+    model.set_attn_implementation({"vision_config": "sdpa"})
+    assert model.vision_model.config._attn_implementation == "sdpa"
     if model.config.text_config.bidirectional is None:
         return  # an encoder, which versions before 5.23 cannot run from disk, alone neither
     with tempfile.TemporaryDirectory() as offload:
