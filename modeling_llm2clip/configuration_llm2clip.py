@@ -126,18 +126,7 @@ class EVA02VisionConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
 
-class _AbsoluteNames:
-    """Makes names of local folders absolute when they are set, so that the form alone tells a Hub id later."""
-
-    def __setattr__(self, key: str, value: Any) -> None:
-        if key == "_name_or_path":
-            value = _absolute_name(value)
-        elif isinstance(value, PretrainedConfig):
-            value._name_or_path = _absolute_name(value._name_or_path)
-        super().__setattr__(key, value)
-
-
-class LLM2CLIPTextConfig(_AbsoluteNames, PretrainedConfig):
+class LLM2CLIPTextConfig(PretrainedConfig):
     """Configuration of [`LLM2CLIPTextModel`]: the text model's config, the prompt, the pooling and what follows it.
 
     Args:
@@ -229,7 +218,7 @@ class LLM2CLIPTextConfig(_AbsoluteNames, PretrainedConfig):
         return _without_local_names(output)
 
 
-class LLM2CLIPConfig(_AbsoluteNames, PretrainedConfig):
+class LLM2CLIPConfig(PretrainedConfig):
     """Configuration of [`LLM2CLIPModel`].
 
     Args:
@@ -354,10 +343,10 @@ def _without_local_names(fields: dict[str, Any]) -> dict[str, Any]:
     for key, value in fields.items():
         if isinstance(value, dict):
             kept[key] = _without_local_names(value)
-        elif key != "_name_or_path" or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value or ""):
+        elif key != "_name_or_path" or _is_hub_id(value or ""):
             kept[key] = value
     return kept
 
 
-def _absolute_name(name: str | None) -> str:
-    return os.path.abspath(name) if name and os.path.exists(name) else name or ""
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not os.path.exists(name)
