@@ -9,13 +9,12 @@ import hashlib
 import itertools
 import os
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import datasets
 import numpy as np
-from torch import Tensor
 
 from llm2clip.data.opened_table import OpenedTable
 from llm2clip.data.sampling import CaptionRows, SampleIndex, stable_seed
@@ -76,40 +75,21 @@ def caption_id(text: str) -> int:
     Captions with equal ids are positives of each other's images, never negatives. The id is 63 bits of the BLAKE2b
     hash of the case-folded text with collapsed white space: non-negative and the same on every machine.
     """
-    return int.from_bytes(_id_bytes(text), "big") >> 1
-
-
-def caption_ids(texts: Iterable[str]) -> np.ndarray:
-    """Compute the [`caption_id`] of many texts, (texts,) int64."""
-    return (np.frombuffer(b"".join(map(_id_bytes, texts)), dtype=">u8") >> 1).astype(np.int64)
-
-
-def _id_bytes(text: str) -> bytes:
     normal = " ".join(unicodedata.normalize("NFC", text).casefold().split())
-    return hashlib.blake2b(normal.encode(), digest_size=8).digest()
-
-
-def value_texts(value: Any) -> list[str]:
-    """Return the non-empty texts of a text or a list of texts.
-
-    Raises:
-        TypeError: If the value is, or the list contains, something else than text.
-    """
-    # Texts first: they are most values, and the test for sequences is slow.
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        text = clean_caption(value)
-        return [] if text is None else [text]
-    return [text for text in map(clean_caption, value) if text is not None]
+    return int.from_bytes(hashlib.blake2b(normal.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def column_texts(row: Mapping[str, Any], column: str) -> list[str]:
-    """Return the [`value_texts`] of a column.
+    """Return the non-empty texts of a column, which has a text or a list of texts.
 
     Raises:
         TypeError: If the column contains something else than text; the message names it.
     """
+    value = column_value(row, column)
     try:
-        return value_texts(column_value(row, column))
+        # Texts first: they are most values, and the test for sequences is slow.
+        values = value if not isinstance(value, str) and isinstance(value, Sequence) else [value]
+        return [text for text in map(clean_caption, values) if text is not None]
     except TypeError as error:
         raise TypeError(f"column {column!r}: {error}") from None
 
@@ -152,10 +132,6 @@ class RowCaptions(NamedTuple):
         return self.texts[int(np.searchsorted(bounds / bounds[-1], point, side="right"))]
 
 
-# The captions of a row, the one of its sample, and the stored embedding of that, if there are any.
-DrawnCaption = tuple[RowCaptions, str, Tensor | None]
-
-
 @dataclass
 class SampleMaker:
     """Makes samples of rows; see [`CaptionImageDataset`] for the fields and the samples."""
@@ -176,19 +152,14 @@ class SampleMaker:
         key: str,
         columns: Columns,
         salt: tuple[int | str, ...] | None,
-        drawn: DrawnCaption | Exception | None = None,
     ) -> dict[str, Any] | SkippedSample:
         """Make the sample of a row, or a `SkippedSample` if it cannot be used and `on_error` is `skip`.
 
         Seed and `salt` determine caption and crop; None takes the first caption and the evaluation transform.
-
-        Args:
-            drawn: What [`SampleMaker.draw`] returned or raised, if it was called before.
         """
         try:
-            if isinstance(drawn, Exception):
-                raise drawn
-            captions, caption, embedding = drawn or self.draw(row, key, columns, salt, self.cache)
+            captions = RowCaptions.of(row, key, columns.captions, columns.weights)
+            caption = captions.texts[0] if salt is None else captions.draw(stable_seed(self.seed, "caption", *salt))
             ids = list(map(caption_id, captions.texts))
             sample: dict[str, Any] = {
                 "key": key,
@@ -196,8 +167,8 @@ class SampleMaker:
                 "caption_id": ids[captions.texts.index(caption)],
                 "image_caption_ids": list(dict.fromkeys(ids)),
             }
-            if embedding is not None:
-                sample["llm_embeds"] = embedding
+            if self.cache is not None:
+                sample["llm_embeds"] = self.cache.lookup([caption], dtype=None)[0]
             if columns.image is not None and self.eval_transform is not None:
                 image = self.eval_transform.decode(row[columns.image], key, self.max_pixels)
                 if salt is None or self.train_transform is None:
@@ -205,31 +176,12 @@ class SampleMaker:
                 else:
                     sample["pixel_values"] = self.train_transform(image, stable_seed(self.seed, "crop", *salt))
         except (SampleError, MissingCaptionError) as error:
-            if self.on_error == "raise":
+            if self.on_error == "skip":
+                return SkippedSample(key, str(error.reason) if isinstance(error, SampleError) else NO_EMBEDDING)
+            if isinstance(error, SampleError):
                 raise
-            return SkippedSample(key, str(error.reason) if isinstance(error, SampleError) else NO_EMBEDDING)
-        return sample
-
-    def draw(
-        self,
-        row: Mapping[str, Any],
-        key: str,
-        columns: Columns,
-        salt: tuple[int | str, ...] | None,
-        cache: EmbeddingCache | None = None,
-    ) -> DrawnCaption:
-        """Draw the caption of a row, and look up its embedding.
-
-        Raises:
-            CaptionError: No caption can be drawn, or one is not text.
-            MissingCaptionError: The cache lacks it.
-        """
-        captions = RowCaptions.of(row, key, columns.captions, columns.weights)
-        caption = captions.texts[0] if salt is None else captions.draw(stable_seed(self.seed, "caption", *salt))
-        try:
-            return captions, caption, None if cache is None else cache.lookup([caption], dtype=None)[0]
-        except MissingCaptionError as error:
             raise MissingCaptionError(f"{key}: {NO_EMBEDDING}. {error}") from None
+        return sample
 
 
 class CaptionImageDataset(CaptionRows):
@@ -381,20 +333,10 @@ class StreamingCaptionImageDataset(StreamedRows):
             raise ValueError(f"max_samples of {source.path} cannot be combined with embeddings beside its files.")
         self.embeddings = embeddings
 
-    def _rows(self, epoch: int, file: int, rows: Iterable[tuple[int, dict[str, Any]]]) -> Iterator[Callable[[], Any]]:
+    def _maker(self, file: int) -> SampleMaker:
         if self.embeddings is None:
-            yield from super()._rows(epoch, file, rows)
-            return
-        stored = self.embeddings(file)
-        for number, values in rows:
-            key = self._key(file, number, values)
-            salt = self._salt(epoch, key)
-            drawn: DrawnCaption | Exception
-            try:
-                drawn = self.make_sample.draw(values, key, self.columns, salt, stored)
-            except (SampleError, MissingCaptionError) as error:
-                drawn = error  # raised when the sample is made, or it is skipped
-            yield functools.partial(self.make_sample, values, key, self.columns, salt, drawn)
+            return self.make_sample
+        return dataclasses.replace(self.make_sample, cache=self.embeddings(file))
 
 
 class TableSource:

@@ -281,9 +281,14 @@ class StreamedRows(SampleStream):
 
     def _rows(self, epoch: int, file: int, rows: Iterable[tuple[int, dict[str, Any]]]) -> Iterator[Callable[[], Any]]:
         """Yield for each numbered row of a file what makes its sample; images are decoded when it is called."""
+        make_sample = self._maker(file)
         for number, values in rows:
             key = self._key(file, number, values)
-            yield partial(self.make_sample, values, key, self.columns, self._salt(epoch, key))
+            yield partial(make_sample, values, key, self.columns, self._salt(epoch, key))
+
+    def _maker(self, file: int) -> Callable[..., Any]:
+        """Return what makes samples of the rows of a file."""
+        return self.make_sample
 
     def _salt(self, epoch: int, key: str) -> tuple[int | str, ...] | None:
         """Return what the random parts of a sample depend on besides the seed; None if nothing is random."""
