@@ -208,5 +208,5 @@ def test_a_damaged_tar_is_an_error_at_every_door(damage: str, door: str, tmp_pat
     with tarfile.open(path) as archive:
         member = archive.getmembers()[11]
     path.write_bytes(DAMAGES[damage](path.read_bytes(), member))
-    with pytest.raises(SourceError, match=r"00000\.tar .*(cut short|damaged|unexpected end)"):
+    with pytest.raises(SourceError, match=r"00000\.tar .*is damaged or cut short"):
         DOORS[door](str(path))

@@ -13,7 +13,7 @@ from datasets.distributed import split_dataset_by_node
 
 from llm2clip.data.captioned_images import column_texts
 from llm2clip.data.opened_table import SourceError
-from llm2clip.data.sources import CaptionSource, open_source, row_batches, select_source, top_level
+from llm2clip.data.sources import CaptionSource, open_source, row_batches, select_source
 from llm2clip.data.tars import refuse_damaged_tars
 from llm2clip.store.store import caption_keys
 from llm2clip.utils.library_errors import wrap_read_errors
@@ -30,7 +30,6 @@ def caption_batches(
     if source.streaming and opened.is_webdataset and rank == 0:
         refuse_damaged_tars(opened.files)
     table = select_source(source, opened, with_images=False)
-    table = table.select_columns(list(dict.fromkeys(top_level(table, name) for name in source.caption_columns)))
     if world_size > 1:
         if isinstance(table, datasets.Dataset) and rank >= len(table):
             return  # an empty part is an error of datasets

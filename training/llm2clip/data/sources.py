@@ -163,17 +163,6 @@ def used_columns(columns: Columns, table: Table) -> list[str]:
     return list(dict.fromkeys(used))
 
 
-def select_captions(source: CaptionSource, opened: OpenedTable) -> Table:
-    """Return the columns of an opened table that contain the captions of a source.
-
-    Raises:
-        SourceError: If one does not exist.
-    """
-    with wrap_read_errors(source.path, SourceError):
-        columns = source_columns(source, opened.table, False, opened.hint).captions
-    return opened.select(list(dict.fromkeys(top_level(opened.table, column) for column in columns)))
-
-
 def first_rows(table: Table, count: int | None) -> Table:
     """Return the first rows of a table; None returns all."""
     if count is None:
