@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import fsspec.asyn
 from rich.console import Console
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from llm2clip.checks.near_duplicates import HASH_BITS, HashCheck, PerceptualHash, find_near_duplicates
-from llm2clip.checks.row_checks import CaptionCheck, Check, Finding, ImageCheck, RowCheck, RowReader, TextFaultCheck
+from llm2clip.checks.row_checks import (
+    CaptionCheck,
+    Check,
+    Finding,
+    ImageCheck,
+    RowCheck,
+    RowFacts,
+    RowReader,
+    TextFaultCheck,
+)
 from llm2clip.checks.token_check import CountingTokenizer, TokenCheck
 from llm2clip.data.captioned_images import OnError
 from llm2clip.data.sampling import CaptionRows
-from llm2clip.data.sources import CaptionSource
-from llm2clip.data.streams import StreamedRows
+from llm2clip.data.sources import CaptionSource, open_source
+from llm2clip.data.streams import open_shards
 from llm2clip.data.table_identity import data_revision
 from llm2clip.utils.files import write_json
 from llm2clip.utils.processes import worker_count
@@ -164,18 +175,37 @@ def _copies(own: HashCheck, other: HashCheck) -> Finding:
     return finding
 
 
-def open_rows(source: CaptionSource, reader: RowReader, with_images: bool) -> CaptionRows | StreamedRows:
+class StreamedFiles(IterableDataset):
+    """The facts of the rows of a stream, whose files the DataLoader workers share."""
+
+    def __init__(self, source: CaptionSource, reader: RowReader, with_images: bool) -> None:
+        self.columns, self.shards = open_shards(source, open_source(source), with_images)
+        self.reader, self.max_samples = reader, source.max_samples
+
+    def __iter__(self) -> Iterator[RowFacts]:
+        worker = get_worker_info()
+        number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        if worker is not None:
+            fsspec.asyn.reset_lock()  # a forked process inherits a lock that nobody releases
+        files = range(number, self.shards.num_files, workers)
+        rows = ((file, *row) for file in files for row in self.shards.read(file))
+        for file, row, values in itertools.islice(rows, self.max_samples):
+            key = None if self.columns.key is None else values[self.columns.key]
+            place = f"{file}-{row}" if self.shards.num_files > 1 else str(row)
+            yield self.reader(values, place if key is None else str(key), self.columns)
+
+
+def open_rows(source: CaptionSource, reader: RowReader, with_images: bool) -> CaptionRows | StreamedFiles:
     """Open a source; see [`check_data`] for errors."""
-    if source.streaming:
-        return StreamedRows(source, reader, with_images, training=False)
-    return CaptionRows(source, reader, with_images)
+    return (StreamedFiles if source.streaming else CaptionRows)(source, reader, with_images)
 
 
-def feed_rows(rows: CaptionRows | StreamedRows, name: str, checks: Sequence[Check], num_workers: int) -> None:
+def feed_rows(rows: CaptionRows | StreamedFiles, name: str, checks: Sequence[Check], num_workers: int) -> None:
     """Feed all rows of a source to checks; the order of a stream depends on the number of workers."""
     total: int | None = None
-    if isinstance(rows, StreamedRows):
-        num_workers = min(num_workers, rows.shards.num_files)
+    if isinstance(rows, StreamedFiles):
+        # The first rows are read in order.
+        num_workers = 0 if rows.max_samples is not None else min(num_workers, rows.shards.num_files)
     else:
         total = len(rows)
     loader = DataLoader(rows, BATCH, num_workers=num_workers, collate_fn=list)

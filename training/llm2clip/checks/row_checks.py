@@ -63,7 +63,7 @@ class RowFacts(NamedTuple):
 
 @dataclass(frozen=True)
 class RowReader:
-    """Reads the facts of a row; the `make_sample` of [`CaptionRows`] and [`StreamedRows`].
+    """Reads the facts of a row; the `make_sample` of [`CaptionRows`] and [`StreamedFiles`].
 
     Args:
         hash_image: Computes the perceptual hash of each image.

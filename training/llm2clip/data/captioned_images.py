@@ -1,23 +1,21 @@
-"""Captioned images: the captions of a row and their ids, its sample, and the data sets of samples for stage 2."""
+"""Captioned images: the captions of a row and their ids, its sample, and the data set of samples for stage 2."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import hashlib
 import itertools
 import os
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import datasets
 import numpy as np
 
-from llm2clip.data.opened_table import OpenedTable
-from llm2clip.data.sampling import CaptionRows, SampleIndex, stable_seed
+from llm2clip.data.sampling import CaptionRows, stable_seed
 from llm2clip.data.sources import (
     CaptionSource,
     Columns,
@@ -29,11 +27,8 @@ from llm2clip.data.sources import (
     top_level,
     used_columns,
 )
-from llm2clip.data.stream_order import BLOCK, Lanes, RowsBefore, SourceOrder
-from llm2clip.data.streams import ReadChunk, StreamedRows
 from llm2clip.data.transforms import EvalTransform, TrainTransform
 from llm2clip.store import EmbeddingCache, MissingCaptionError
-from llm2clip.utils.files import digest_json
 from llm2clip.utils.settings import check_choices
 from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS, SampleError
 from modeling_llm2clip.tokenization_llm2clip import SURROGATE
@@ -277,109 +272,3 @@ class CaptionImageDataset(CaptionRows):
                     if self.make_sample.on_error == "raise":
                         raise
                     yield SkippedSample(key, str(error.reason))
-
-
-class StreamingCaptionImageDataset(StreamedRows):
-    """Iterable data set of captioned images, read as a shuffled stream.
-
-    Samples are those of [`CaptionImageDataset`]; caption and crop are functions of seed, epoch and key. If the rows of
-    the files are counted, by `row_counts` or the manifests of `embeddings`, their order is the same for any number of
-    ranks and DataLoader workers; see [`SampleStream`]. Otherwise the files are distributed over them, and with
-    `max_samples` everyone reads the first rows and keeps its share. Since the data set shards itself, accelerate must
-    not shard or dispatch its loader. Without a key column, the key of a row is its number in its file, preceded by the
-    number of the file and `-` if there are several. See [`CaptionImageDataset`] for the other arguments.
-
-    Args:
-        training: Draw captions and crops; False takes first captions and the evaluation transform, in order.
-        seed: Seed of order, drawn captions and crops.
-        shuffle_block: Rows that are shuffled together; 0 keeps rows and files in order.
-        repeat: Start the next epoch at the end of the data, so that no rank runs out before another; for training by
-            number of steps.
-        embeddings: Instead of a cache: opens the embeddings of the captions of a file by its number, as
-            [`SourceSidecars.open`](llm2clip.data.sidecars.SourceSidecars.open) does.
-        row_counts: Rows of each file, if they are known, those beyond `max_samples` not among them.
-        opened: The table of the source, if it is open.
-
-    Raises:
-        FileNotFoundError, SourceError: If the source cannot be read, or (when iterating) its rows are not counted and
-            it has fewer files than readers.
-        ValueError: If the source is not set to streaming, or `rank` or `on_error` is invalid.
-    """
-
-    make_sample: SampleMaker
-
-    def __init__(
-        self,
-        source: CaptionSource,
-        eval_transform: EvalTransform | None,
-        train_transform: TrainTransform | None = None,
-        training: bool = True,
-        seed: int = 0,
-        shuffle_block: int = BLOCK,
-        rank: int = 0,
-        world_size: int = 1,
-        repeat: bool = False,
-        on_error: OnError = "raise",
-        max_pixels: int = DEFAULT_MAX_PIXELS,
-        cache: EmbeddingCache | None = None,
-        embeddings: Callable[[int], EmbeddingCache] | None = None,
-        row_counts: Sequence[int] | None = None,
-        opened: OpenedTable | None = None,
-    ) -> None:
-        maker = SampleMaker(eval_transform, train_transform, seed, on_error, max_pixels, cache)
-        with_images, order = eval_transform is not None, (training, seed, shuffle_block)
-        super().__init__(source, maker, with_images, *order, rank, world_size, repeat, row_counts, opened)
-        if embeddings is not None and source.max_samples is not None:
-            raise ValueError(f"max_samples of {source.path} cannot be combined with embeddings beside its files.")
-        self.embeddings = embeddings
-
-    def _maker(self, file: int) -> SampleMaker:
-        if self.embeddings is None:
-            return self.make_sample
-        return dataclasses.replace(self.make_sample, cache=self.embeddings(file))
-
-
-class TableSource:
-    """A map-style source as one of the sources of a stream: its rows are permuted in each epoch.
-
-    Args:
-        dataset: A data set of one source.
-        seed: Seed of the order.
-    """
-
-    def __init__(self, dataset: CaptionRows, seed: int) -> None:
-        self.dataset, self.seed, self.name = dataset, seed, dataset.sources[0].path
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.dataset)
-
-    def fingerprint(self) -> str:
-        return digest_json(len(self.dataset))
-
-    def files_digest(self) -> str:
-        return self.dataset.content_digest()
-
-    def join(self, number: int) -> None:
-        self.dataset.is_one_of_several, self.seed = True, stable_seed(self.seed, "source", number)
-
-    def require_readers(self, num_readers: int, world_size: int) -> None:
-        """Any number of readers can share a table."""
-
-    def open(
-        self, lanes: Lanes, before: RowsBefore, epoch: int, place: tuple[int, int], start: int, repeat: bool
-    ) -> ReadChunk:
-        """Open the source as [`StreamedRows.open`] does."""
-        order = SourceOrder(len(self.dataset), lanes, before)
-
-        @functools.lru_cache(maxsize=2)
-        def rows(epoch: int) -> np.ndarray:
-            return np.random.default_rng(stable_seed(self.seed, "table", epoch)).permutation(len(self.dataset))
-
-        def read(chunk: int, first: int, last: int) -> Iterator[Any]:
-            begin = order.count(chunk)
-            for row in range(begin + first, begin + last):
-                passed, number = divmod(row, len(self.dataset))
-                yield self.dataset[SampleIndex(epoch + passed, int(rows(epoch + passed)[number]))]
-
-        return read

@@ -6,6 +6,7 @@ import functools
 import itertools
 import logging
 from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
@@ -18,10 +19,13 @@ from llm2clip.data.opened_table import SourceError, file_format
 from llm2clip.data.sources import column_value
 from llm2clip.data.tars import count_tar_rows, fewer_rows, tar_rows
 from llm2clip.utils.library_errors import wrap_read_errors
+from llm2clip.utils.shared_files import shared_file
 
 logger = logging.getLogger(__name__)
 # Rows of a parquet file that are decoded at once, and bytes of each column that are read at once.
 BATCH, BUFFER = 64, 2**20
+# What file systems say by which a file that has changed differs.
+FILE_STATE = ("size", "mtime", "ino", "ETag", "etag", "md5", "LastModified")
 
 
 class RowRange(NamedTuple):
@@ -122,15 +126,37 @@ class ShardRows:
             return row
         return self._features.encode_example(row)
 
-    def read_all(self, file: int | None) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield all rows of a file through `datasets`, with their numbers; None stands for all files."""
-        whole = file is None or self.num_files == 1
-        table = self.table if whole else self.table.shard(self.num_files, file)
+    def read_all(self, file: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield all rows of a file through `datasets`, with their numbers."""
+        table = self.table if self.num_files == 1 else self.table.shard(self.num_files, file)
         # Unlike the iterator of the table, its method does not split the rows by DataLoader worker once more.
-        name = self.files[file] if file is not None and self.files else "a file of the stream"
-        with wrap_read_errors(name, SourceError):
+        with wrap_read_errors(self.files[file] if self.files else "a file of the stream", SourceError):
             for number, batch in enumerate(table.iter(1)):
                 yield number, {name: values[0] for name, values in batch.items()}
+
+    def count(self, file: int) -> int:
+        """Count the rows of a file: of parquet in its footer, of a tar in its headers, of others by reading them.
+
+        What has to be read is read once per machine.
+
+        Raises:
+            SourceError: The file is damaged.
+        """
+        path = self.files[file] if self.files else ""
+        if is_plain(path, ".parquet"):
+            with wrap_read_errors(path, SourceError), fsspec.open(path, "rb") as opened:
+                return int(pq.ParquetFile(opened).metadata.num_rows)
+        is_tar = file_format(path) == ".tar"
+        if not path or (is_tar and not self.is_remote(file)):
+            return count_tar_rows(path) if is_tar else sum(1 for _ in self.read_all(file))
+
+        def write(counted: Path) -> None:
+            counted.write_text(str(count_tar_rows(path) if is_tar else sum(1 for _ in self.read_all(file))))
+
+        with wrap_read_errors(path, SourceError):
+            files, name = fsspec.core.url_to_fs(path)
+            state = {key: str(value) for key, value in files.info(name).items() if key in FILE_STATE}
+        return int(shared_file("row-count", {"path": path, **state}, write).read_text())
 
 
 def _is_text(value: Any) -> bool:
@@ -194,20 +220,3 @@ def cut_parquet(path: str, rows: int) -> list[RowRange]:
             cuts.append(start)
     cuts.append(metadata.num_rows)
     return [RowRange(start, stop, cuts[-1]) for start, stop in itertools.pairwise(cuts)] if len(cuts) > 2 else []
-
-
-def can_count(path: str) -> bool:
-    """Tell whether the rows of a file can be counted without reading all of it: of a local tar, and of parquet."""
-    return is_plain(path, ".parquet") or (is_plain(path, ".tar") and "://" not in path)
-
-
-def count_rows(path: str) -> int:
-    """Count the rows of a file for which [`can_count`] is true.
-
-    Raises:
-        SourceError: The file is damaged.
-    """
-    if is_plain(path, ".tar"):
-        return count_tar_rows(path)
-    with wrap_read_errors(path, SourceError), fsspec.open(path, "rb") as file:
-        return int(pq.ParquetFile(file).metadata.num_rows)
