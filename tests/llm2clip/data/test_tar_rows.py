@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 
-from llm2clip.data import CaptionSource, StreamingCaptionImageDataset
 from llm2clip.data.opened_table import SourceError
 from llm2clip.data.tars import count_tar_rows, list_tar, tar_rows
 from tests.tars import write_tar
@@ -132,14 +131,3 @@ def test_a_web_server_without_ranges_is_read_from_the_beginning(tmp_path: Path) 
         found = tar_rows(f"http://127.0.0.1:{server.server_port}/a.tar", ["jpg"], 2)
         assert [(number, row["jpg"][:2]) for number, row in found] == [(2, b"\x02\x02"), (3, b"\x03\x03")]
         server.shutdown()
-
-
-def test_numbers_are_texts_where_the_first_rows_have_texts(tmp_path: Path) -> None:
-    """As `embed` reads them."""
-    values = ['"a"', '"b"', '"c"', '"d"', '"e"', "7"]
-    write_tar(
-        tmp_path / "a.tar", [(f"{n}.json", f'{{"caption": {value}}}'.encode()) for n, value in enumerate(values)]
-    )
-    source = CaptionSource(str(tmp_path), caption_columns=["json.caption"], streaming=True)
-    stream = StreamingCaptionImageDataset(source, None, training=False, row_counts=[6])
-    assert [sample["caption"] for sample in stream] == ["a", "b", "c", "d", "e", "7"]

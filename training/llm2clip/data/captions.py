@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import itertools
 import logging
-from array import array
 from collections.abc import Iterator, Sequence
 
 import datasets
-import numpy as np
 from datasets.distributed import split_dataset_by_node
 
 from llm2clip.data.captioned_images import column_texts
 from llm2clip.data.opened_table import SourceError
 from llm2clip.data.sources import CaptionSource, open_source, row_batches, select_source
 from llm2clip.data.tars import refuse_damaged_tars
-from llm2clip.store.store import caption_keys
 from llm2clip.utils.library_errors import wrap_read_errors
 from llm2clip.utils.progress import ProgressBar
 
@@ -62,33 +59,3 @@ def distinct_captions(sources: CaptionSource | Sequence[CaptionSource], show_pro
         for texts in caption_batches(source, show_progress=show_progress):
             captions.update(dict.fromkeys(texts))
     return list(captions)
-
-
-def caption_hashes(sources: Sequence[CaptionSource]) -> np.ndarray:
-    """Hash all captions of sources, (captions,) int64, in the order of [`caption_batches`]."""
-    hashes = array("q")
-    for source in sources:
-        for texts in caption_batches(source):
-            hashes.frombytes(caption_keys(texts)[:, 0].tobytes())
-    return np.frombuffer(hashes, dtype=np.int64)
-
-
-def distinct_caption_batches(
-    sources: Sequence[CaptionSource], hashes: np.ndarray | None = None
-) -> Iterator[list[str]]:
-    """Yield the captions of [`distinct_captions`] in batches, with 8 bytes per caption in memory instead of the texts.
-
-    The sources are read twice: for the hashes of all captions, and for those that appear for the first time.
-
-    Args:
-        hashes: The [`caption_hashes`] of the sources, if these are known.
-    """
-    if hashes is None:
-        hashes = caption_hashes(sources)
-    is_first = np.zeros(len(hashes), dtype=bool)
-    is_first[np.unique(hashes, return_index=True)[1]] = True
-    start = 0
-    for source in sources:
-        for texts in caption_batches(source, show_progress=False):
-            yield list(itertools.compress(texts, is_first[start : start + len(texts)]))
-            start += len(texts)

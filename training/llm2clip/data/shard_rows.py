@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llm2clip.data.opened_table import SourceError, file_format
-from llm2clip.data.sources import column_value
 from llm2clip.data.tars import count_tar_rows, fewer_rows, tar_rows
 from llm2clip.utils.library_errors import wrap_read_errors
 from llm2clip.utils.shared_files import shared_file
@@ -53,7 +52,6 @@ class ShardRows:
         table: The stream, with the columns to read.
         columns: Their names.
         files: Path or URL of each file; unknown files are read through `datasets`, from their beginning.
-        captions: The columns of captions, where `a.b` is field `b` of record `a`.
     """
 
     def __init__(
@@ -61,9 +59,8 @@ class ShardRows:
         table: datasets.IterableDataset,
         columns: Sequence[str] = (),
         files: Sequence[str] = (),
-        captions: Sequence[str] = (),
     ) -> None:
-        self.table, self.columns, self.captions = table, list(columns), list(captions)
+        self.table, self.columns = table, list(columns)
         self.num_files: int = table.num_shards
         self.files = list(files) if len(files) == self.num_files else []
 
@@ -89,8 +86,7 @@ class ShardRows:
 
     def _read(self, file: int, path: str, start: int, stop: int | None) -> Iterator[tuple[int, dict[str, Any]]]:
         if self.files and file_format(path) == ".tar":
-            for number, row in tar_rows(path, self.columns, start, stop):
-                yield number, self.declared(row)
+            yield from tar_rows(path, self.columns, start, stop)
         elif self.files and is_plain(path, ".parquet") and not self._contains_paths:
             yield from parquet_rows(path, self.columns, start, stop)
         else:
@@ -105,26 +101,15 @@ class ShardRows:
         return bool(self.files) and "://" in self.files[file]
 
     @functools.cached_property
-    def _features(self) -> datasets.Features | None:
-        # `datasets` copies them for each reader of the attribute.
-        return self.table.features
-
-    @functools.cached_property
     def _contains_paths(self) -> bool:
         """Whether the images of parquet files are paths, which `keep_encoded` completes."""
-        images = [name for name, feature in (self._features or {}).items() if isinstance(feature, datasets.Image)]
+        images = [name for name, feature in (self.table.features or {}).items() if isinstance(feature, datasets.Image)]
         if not images:
             return False
         with fsspec.open(self.files[0], "rb") as file:
             schema = pq.read_schema(file)
         kinds = [schema.field(name).type for name in images]
         return any(pa.types.is_string(kind) or pa.types.is_large_string(kind) for kind in kinds)
-
-    def declared(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Return a row of a tar as `datasets` does, which makes texts of numbers where the first rows have texts."""
-        if self._features is None or all(_is_text(column_value(row, name)) for name in self.captions):
-            return row
-        return self._features.encode_example(row)
 
     def read_all(self, file: int) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield all rows of a file through `datasets`, with their numbers."""
@@ -157,12 +142,6 @@ class ShardRows:
             files, name = fsspec.core.url_to_fs(path)
             state = {key: str(value) for key, value in files.info(name).items() if key in FILE_STATE}
         return int(shared_file("row-count", {"path": path, **state}, write).read_text())
-
-
-def _is_text(value: Any) -> bool:
-    if isinstance(value, list):
-        return all(isinstance(entry, str) for entry in value)
-    return value is None or isinstance(value, str)
 
 
 def is_plain(path: str, ending: str) -> bool:

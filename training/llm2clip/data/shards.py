@@ -85,7 +85,7 @@ class ShardedSource:
                 "webdataset tars or parquet, json or csv files, and one split; or embed into a cache (store: cache)."
             )
         self.opened, self.source = opened, source
-        self._rows = ShardRows(table, list(table.features or ()), opened.files, source.caption_columns)
+        self._rows = ShardRows(table, list(table.features or ()), opened.files)
         self.shards = name_shards(source.path, opened.files)
 
     def cut(self, part_rows: int) -> list[list[SourceShard]]:

@@ -291,7 +291,7 @@ def open_shards(source: CaptionSource, opened: OpenedTable, with_images: bool) -
     table = select_source(replace(source, max_samples=None), opened, with_images)
     columns = source_columns(source, table, with_images)
     names = used_columns(columns, opened.table)
-    return columns, ShardRows(table, names, opened.files, columns.captions)
+    return columns, ShardRows(table, names, opened.files)
 
 
 def first_counts(shards: ShardRows, limit: int | None) -> Iterator[int]:
