@@ -9,7 +9,7 @@ from typing import Any
 
 import fsspec.asyn
 from rich.console import Console
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from llm2clip.checks.near_duplicates import HASH_BITS, HashCheck, PerceptualHash, find_near_duplicates
 from llm2clip.checks.row_checks import (
@@ -24,11 +24,12 @@ from llm2clip.checks.row_checks import (
 )
 from llm2clip.checks.token_check import CountingTokenizer, TokenCheck
 from llm2clip.data.captioned_images import OnError
-from llm2clip.data.sampling import CaptionRows
-from llm2clip.data.sources import CaptionSource, open_source
+from llm2clip.data.opened_table import SourceError
+from llm2clip.data.sources import CaptionSource, load_source, open_source, source_columns
 from llm2clip.data.streams import open_shards
 from llm2clip.data.table_identity import data_revision
 from llm2clip.utils.files import write_json
+from llm2clip.utils.library_errors import wrap_read_errors
 from llm2clip.utils.processes import worker_count
 from llm2clip.utils.progress import ProgressBar
 from llm2clip.utils.settings import check_choices, setting
@@ -195,12 +196,30 @@ class StreamedFiles(IterableDataset):
             yield self.reader(values, place if key is None else str(key), self.columns)
 
 
-def open_rows(source: CaptionSource, reader: RowReader, with_images: bool) -> CaptionRows | StreamedFiles:
+class TableRows(Dataset):
+    """The facts of the rows of a table."""
+
+    def __init__(self, source: CaptionSource, reader: RowReader, with_images: bool) -> None:
+        self.table: Any = load_source(source, with_images)
+        self.columns = source_columns(source, self.table, with_images)
+        self.path, self.reader = source.path, reader
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, number: int) -> RowFacts:
+        with wrap_read_errors(self.path, SourceError):
+            values = self.table[number]
+        key = None if self.columns.key is None else values[self.columns.key]
+        return self.reader(values, str(number) if key is None else str(key), self.columns)
+
+
+def open_rows(source: CaptionSource, reader: RowReader, with_images: bool) -> TableRows | StreamedFiles:
     """Open a source; see [`check_data`] for errors."""
-    return (StreamedFiles if source.streaming else CaptionRows)(source, reader, with_images)
+    return (StreamedFiles if source.streaming else TableRows)(source, reader, with_images)
 
 
-def feed_rows(rows: CaptionRows | StreamedFiles, name: str, checks: Sequence[Check], num_workers: int) -> None:
+def feed_rows(rows: TableRows | StreamedFiles, name: str, checks: Sequence[Check], num_workers: int) -> None:
     """Feed all rows of a source to checks; the order of a stream depends on the number of workers."""
     total: int | None = None
     if isinstance(rows, StreamedFiles):

@@ -15,20 +15,25 @@ from typing import Any, Literal, NamedTuple
 import datasets
 import numpy as np
 
-from llm2clip.data.sampling import CaptionRows, stable_seed
+from llm2clip.data.opened_table import SourceError
+from llm2clip.data.sampling import ConcatenatedTables, SampleIndex, stable_seed
 from llm2clip.data.sources import (
     CaptionSource,
     Columns,
     Table,
     column_value,
     keep_encoded,
+    load_source,
     row_batches,
     source_columns,
     top_level,
     used_columns,
 )
+from llm2clip.data.table_identity import rows_digest, sampled_keys
 from llm2clip.data.transforms import EvalTransform, TrainTransform
 from llm2clip.store import EmbeddingCache, MissingCaptionError
+from llm2clip.utils.files import digest_json
+from llm2clip.utils.library_errors import wrap_read_errors
 from llm2clip.utils.settings import check_choices
 from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS, SampleError
 from modeling_llm2clip.tokenization_llm2clip import SURROGATE
@@ -179,7 +184,7 @@ class SampleMaker:
         return sample
 
 
-class CaptionImageDataset(CaptionRows):
+class CaptionImageDataset(ConcatenatedTables):
     """Map-style data set of captioned images.
 
     `dataset[SampleIndex(epoch, index)]` is a training sample: a caption, drawn by the weights of the source, and a
@@ -200,10 +205,8 @@ class CaptionImageDataset(CaptionRows):
 
     Raises:
         FileNotFoundError, SourceError: If a source cannot be read.
-        ValueError: If a source is set to streaming or `on_error` is invalid.
+        ValueError: If there is no source, one is set to streaming, or `on_error` is invalid.
     """
-
-    make_sample: SampleMaker
 
     def __init__(
         self,
@@ -216,8 +219,18 @@ class CaptionImageDataset(CaptionRows):
         cache: EmbeddingCache | None = None,
         tables: Sequence[Table] | None = None,
     ) -> None:
-        maker = SampleMaker(eval_transform, train_transform, seed, on_error, max_pixels, cache)
-        super().__init__(sources, maker, eval_transform is not None, tables)
+        self.sources = [sources] if isinstance(sources, CaptionSource) else list(sources)
+        if not self.sources:
+            raise ValueError("CaptionImageDataset needs at least one source.")
+        for source in self.sources:
+            if source.streaming:
+                raise ValueError(f"{source.path} is set to streaming; use StreamingCaptionImageDataset.")
+        self.make_sample = SampleMaker(eval_transform, train_transform, seed, on_error, max_pixels, cache)
+        # Whether row numbers name the rows of several data sets.
+        self.is_one_of_several = False
+        with_images = eval_transform is not None
+        super().__init__(tables or [load_source(source, with_images) for source in self.sources])
+        self.columns = [source_columns(*pair, with_images) for pair in zip(self.sources, self.tables, strict=True)]
 
     @classmethod
     def of_table(
@@ -243,6 +256,29 @@ class CaptionImageDataset(CaptionRows):
         used = used_columns(source_columns(source, table), table)
         encoded = keep_encoded(table.select_columns(used), image_column, [os.getcwd()], source.path)
         return cls(source, eval_transform, train_transform, tables=[encoded], **options)
+
+    def content_digest(self) -> str:
+        """See [`EpochDataset.content_digest`]. Of images, some are hashed."""
+        found: list[Any] = []
+        for table, columns in zip(self.tables, self.columns, strict=True):
+            texts = table.select_columns(list(dict.fromkeys(top_level(table, name) for name in columns.captions)))
+            images = [] if columns.image is None else sampled_keys(table, columns.image)
+            found.append([rows_digest(texts), images])
+        return digest_json(found)
+
+    def _key(self, number: int, position: int, row: Mapping[str, Any]) -> str:
+        column = self.columns[number].key
+        if column is not None and row[column] is not None:
+            return str(row[column])
+        alone = len(self.sources) == 1 and not self.is_one_of_several
+        return str(position) if alone else f"{self.sources[number].path}:{position}"
+
+    def __getitem__(self, index: SampleIndex | int) -> dict[str, Any] | SkippedSample:
+        epoch, position, number, offset = self.locate(index)
+        with wrap_read_errors(self.sources[number].path, SourceError):
+            row = self.tables[number][offset]
+        salt = None if epoch is None else (epoch, position)
+        return self.make_sample(row, self._key(number, offset, row), self.columns[number], salt)
 
     def without_images(self) -> CaptionImageDataset:
         """Return a data set of the same rows that reads no images."""

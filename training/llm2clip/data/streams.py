@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from llm2clip.data.captioned_images import OnError, SampleMaker
+from llm2clip.data.captioned_images import CaptionImageDataset, OnError, SampleMaker
 from llm2clip.data.opened_table import OpenedTable, SourceError
-from llm2clip.data.sampling import CaptionRows, SampleIndex, stable_seed
+from llm2clip.data.sampling import SampleIndex, stable_seed
 from llm2clip.data.shard_rows import ShardRows
 from llm2clip.data.sources import CaptionSource, Columns, open_source, select_source, source_columns, used_columns
 from llm2clip.data.stream_order import (
@@ -311,7 +311,7 @@ class TableSource:
         seed: Seed of the order.
     """
 
-    def __init__(self, dataset: CaptionRows, seed: int) -> None:
+    def __init__(self, dataset: CaptionImageDataset, seed: int) -> None:
         self.dataset, self.seed, self.name = dataset, seed, dataset.sources[0].path
 
     @property
