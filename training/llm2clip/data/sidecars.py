@@ -11,12 +11,13 @@ import functools
 import glob
 import posixpath
 import re
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -41,6 +42,8 @@ from llm2clip.utils.locks import file_lock
 from llm2clip.utils.manifests import Fault, Verified
 from llm2clip.utils.remote_path import READ_ONLY, AnyPath, local_copy, open_path
 
+# Sidecars that are kept open besides those that are being read.
+KEPT_OPEN = 8
 # Manifests that are read at the same time, since remote ones take a while each.
 MANIFESTS_AT_ONCE = 16
 REMEDY = "Run `llm2clip embed` on the source again, which only computes what is missing."
@@ -198,6 +201,11 @@ class SourceSidecars:
         self, folder: str | Path, shards: Sequence[SourceShard], row_counts: Sequence[int] | None = None
     ) -> None:
         self.folder, self.shards, self.row_counts = SidecarFolder(folder), list(shards), row_counts
+        self._open: OrderedDict[int, EmbeddingCache] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker process maps the files itself.
+        return {**self.__dict__, "_open": OrderedDict()}
 
     def check(self, columns: Sequence[str]) -> CheckedSidecars:
         """Check that all shards have sidecars of one encoder with the captions of these columns.
@@ -235,13 +243,19 @@ class SourceSidecars:
         return CheckedSidecars(first, row_counts)
 
     def open(self, number: int) -> EmbeddingCache:
-        """Open the sidecar of a shard, or those of its parts.
+        """Open the sidecar of a shard, or those of its parts; the last ones stay open, for the other lanes.
 
         Raises:
             FileNotFoundError: There is none.
             StoreDamagedError: A file is not the one that its manifest describes.
         """
-        shard = self.shards[number]
+        found = self._open.pop(number, None)
+        self._open[number] = self._map(self.shards[number]) if found is None else found
+        if len(self._open) > KEPT_OPEN:
+            self._open.popitem(last=False)
+        return self._open[number]
+
+    def _map(self, shard: SourceShard) -> EmbeddingCache:
         manifests = self.folder.manifests(shard)
         if not manifests:
             raise FileNotFoundError(f"{shard.name} has no embeddings in {self.folder.folder}. {REMEDY}")
