@@ -25,8 +25,8 @@ from llm2clip.checks.row_checks import (
 from llm2clip.checks.token_check import CountingTokenizer, TokenCheck
 from llm2clip.data.captioned_images import OnError
 from llm2clip.data.opened_table import SourceError
+from llm2clip.data.shard_rows import open_shards
 from llm2clip.data.sources import CaptionSource, load_source, open_source, source_columns
-from llm2clip.data.streams import open_shards
 from llm2clip.data.table_identity import data_revision
 from llm2clip.utils.files import write_json
 from llm2clip.utils.library_errors import wrap_read_errors

@@ -49,7 +49,6 @@ class OpenedTable:
         files: The data files of the split, in the order of the rows; none of a table that `save_to_disk` wrote.
         hint: Advice for the error message if a column does not exist.
         arguments: Arguments of `datasets.load_dataset_builder`, for streamed parquet.
-        is_webdataset: Whether the files are webdataset shards.
     """
 
     table: Table
@@ -57,7 +56,6 @@ class OpenedTable:
     hint: str = ""
     arguments: dict[str, Any] | None = None
     split: str = "train"
-    is_webdataset: bool = False
 
     @property
     def folders(self) -> list[str]:
@@ -122,7 +120,6 @@ def open_table(path: str, name: str | None, split: str, revision: str | None, st
         hint=IMAGE_FOLDER_HINT if isinstance(builder, ImageFolder) else "",
         arguments=arguments if streaming and isinstance(builder, Parquet) else None,
         split=split,
-        is_webdataset=isinstance(builder, WebDataset),
     )
 
 

@@ -6,8 +6,9 @@ import functools
 import itertools
 import logging
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import datasets
 import fsspec
@@ -15,13 +16,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llm2clip.data.opened_table import SourceError, file_format
+from llm2clip.data.opened_table import OpenedTable, SourceError, file_format
+from llm2clip.data.sources import CaptionSource, Columns, row_batches, select_source, source_columns, used_columns
 from llm2clip.data.tars import count_tar_rows, fewer_rows, tar_rows
 from llm2clip.utils.library_errors import wrap_read_errors
 from llm2clip.utils.shared_files import shared_file
 
 logger = logging.getLogger(__name__)
-# Rows of a parquet file that are decoded at once, and bytes of each column that are read at once.
+# Rows of a file that are decoded at once, and bytes of each column of parquet that are read at once.
 BATCH, BUFFER = 64, 2**20
 # What file systems say by which a file that has changed differs.
 FILE_STATE = ("size", "mtime", "ino", "ETag", "etag", "md5", "LastModified")
@@ -57,8 +59,8 @@ class ShardRows:
     def __init__(
         self,
         table: datasets.IterableDataset,
-        columns: Sequence[str] = (),
-        files: Sequence[str] = (),
+        columns: Sequence[str],
+        files: Sequence[str],
     ) -> None:
         self.table, self.columns = table, list(columns)
         self.num_files: int = table.num_shards
@@ -116,8 +118,7 @@ class ShardRows:
         table = self.table if self.num_files == 1 else self.table.shard(self.num_files, file)
         # Unlike the iterator of the table, its method does not split the rows by DataLoader worker once more.
         with wrap_read_errors(self.files[file] if self.files else "a file of the stream", SourceError):
-            for number, batch in enumerate(table.iter(1)):
-                yield number, {name: values[0] for name, values in batch.items()}
+            yield from enumerate(itertools.chain.from_iterable(row_batches(table, BATCH)))
 
     def count(self, file: int) -> int:
         """Count the rows of a file: of parquet in its footer, of a tar in its headers, of others by reading them.
@@ -142,6 +143,14 @@ class ShardRows:
             files, name = fsspec.core.url_to_fs(path)
             state = {key: str(value) for key, value in files.info(name).items() if key in FILE_STATE}
         return int(shared_file("row-count", {"path": path, **state}, write).read_text())
+
+
+def open_shards(source: CaptionSource, opened: OpenedTable, with_images: bool) -> tuple[Columns, ShardRows]:
+    """Return the columns of a streamed source, and the reader of its files, with all their rows."""
+    table = cast(datasets.IterableDataset, select_source(replace(source, max_samples=None), opened, with_images))
+    columns = source_columns(source, table, with_images)
+    names = used_columns(columns, opened.table)
+    return columns, ShardRows(table, names, opened.files)
 
 
 def is_plain(path: str, ending: str) -> bool:

@@ -10,13 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import datasets
 import fsspec
 
 from llm2clip.data.captioned_images import column_texts
 from llm2clip.data.opened_table import SourceError
-from llm2clip.data.shard_rows import RowRange, ShardRows, cut_parquet
-from llm2clip.data.sources import CaptionSource, open_source, select_source
+from llm2clip.data.shard_rows import RowRange, cut_parquet, open_shards
+from llm2clip.data.sources import CaptionSource, open_source
 from llm2clip.utils.library_errors import wrap_read_errors
 from llm2clip.utils.remote_path import protocols
 from llm2clip.utils.shared_files import stored_sha256
@@ -77,15 +76,14 @@ class ShardedSource:
         if not source.streaming or source.max_samples is not None:
             raise SourceError(f"{source.path} is read by shard: set streaming: true, and leave max_samples unset.")
         opened = open_source(source)
-        table = select_source(source, opened, with_images=False)
-        assert isinstance(table, datasets.IterableDataset)
-        if not opened.files or table.num_shards != len(opened.files):
+        _, rows = open_shards(source, opened, with_images=False)
+        if not rows.files:
             raise SourceError(
                 f"{source.path} (split {source.split}) is not a list of files, which embeddings could lie beside. Use "
                 "webdataset tars or parquet, json or csv files, and one split; or embed into a cache (store: cache)."
             )
         self.opened, self.source = opened, source
-        self._rows = ShardRows(table, list(table.features or ()), opened.files)
+        self._rows = rows
         self.shards = name_shards(source.path, opened.files)
 
     def cut(self, part_rows: int) -> list[list[SourceShard]]:

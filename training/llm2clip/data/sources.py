@@ -220,9 +220,9 @@ def column_value(row: Mapping[str, Any], column: str) -> Any:
     return value
 
 
-def row_batches(table: Table) -> Iterator[list[dict[str, Any]]]:
-    """Yield the rows of a table, a thousand at a time."""
-    for batch in table.iter(1000):
+def row_batches(table: Table, size: int = 1000) -> Iterator[list[dict[str, Any]]]:
+    """Yield the rows of a table, some at a time."""
+    for batch in table.iter(size):
         yield [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
 
 

@@ -18,8 +18,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from llm2clip.data.captioned_images import CaptionImageDataset, OnError, SampleMaker
 from llm2clip.data.opened_table import OpenedTable, SourceError
 from llm2clip.data.sampling import SampleIndex, stable_seed
-from llm2clip.data.shard_rows import ShardRows
-from llm2clip.data.sources import CaptionSource, Columns, open_source, select_source, source_columns, used_columns
+from llm2clip.data.shard_rows import ShardRows, open_shards
+from llm2clip.data.sources import CaptionSource, open_source
 from llm2clip.data.stream_order import (
     BLOCK,
     EvenMixture,
@@ -284,14 +284,6 @@ class StreamingCaptionImageDataset(SampleStream):
             epoch,
         )
         return lambda *part: (make() for make in rows.read(*part))
-
-
-def open_shards(source: CaptionSource, opened: OpenedTable, with_images: bool) -> tuple[Columns, ShardRows]:
-    """Return the columns of a streamed source, and the reader of its files, with all their rows."""
-    table = select_source(replace(source, max_samples=None), opened, with_images)
-    columns = source_columns(source, table, with_images)
-    names = used_columns(columns, opened.table)
-    return columns, ShardRows(table, names, opened.files)
 
 
 def first_counts(shards: ShardRows, limit: int | None) -> Iterator[int]:

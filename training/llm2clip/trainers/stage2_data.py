@@ -16,9 +16,9 @@ from llm2clip.data import (
     TrainTransform,
 )
 from llm2clip.data.opened_table import SourceError
-from llm2clip.data.shard_rows import ShardRows
+from llm2clip.data.shard_rows import ShardRows, open_shards
 from llm2clip.data.sources import open_source
-from llm2clip.data.streams import SampleStream, TableSource, first_counts, open_shards
+from llm2clip.data.streams import SampleStream, TableSource, first_counts
 from llm2clip.trainers.stage2_captions import SourceCaptions, Stage2Captions
 from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.progress import ProgressBar
