@@ -177,7 +177,7 @@ def _copies(own: HashCheck, other: HashCheck) -> Finding:
 
 
 class StreamedFiles(IterableDataset):
-    """The facts of the rows of a stream, whose files the DataLoader workers share."""
+    """The facts of the rows of a stream, whose files, or first rows, the DataLoader workers share."""
 
     def __init__(self, source: CaptionSource, reader: RowReader, with_images: bool) -> None:
         self.columns, self.shards = open_shards(source, open_source(source), with_images)
@@ -188,9 +188,13 @@ class StreamedFiles(IterableDataset):
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         if worker is not None:
             fsspec.asyn.reset_lock()  # a forked process inherits a lock that nobody releases
-        files = range(number, self.shards.num_files, workers)
-        rows = ((file, *row) for file in files for row in self.shards.read(file))
-        for file, row, values in itertools.islice(rows, self.max_samples):
+        files = range(self.shards.num_files)
+        if self.max_samples is None:
+            files = files[number::workers]
+        rows: Iterator[Any] = ((file, *row) for file in files for row in self.shards.read(file))
+        if self.max_samples is not None:  # which file has the last of them is not known
+            rows = itertools.islice(rows, number, self.max_samples, workers)
+        for file, row, values in rows:
             key = None if self.columns.key is None else values[self.columns.key]
             place = f"{file}-{row}" if self.shards.num_files > 1 else str(row)
             yield self.reader(values, place if key is None else str(key), self.columns)
@@ -222,11 +226,10 @@ def open_rows(source: CaptionSource, reader: RowReader, with_images: bool) -> Ta
 def feed_rows(rows: TableRows | StreamedFiles, name: str, checks: Sequence[Check], num_workers: int) -> None:
     """Feed all rows of a source to checks; the order of a stream depends on the number of workers."""
     total: int | None = None
-    if isinstance(rows, StreamedFiles):
-        # The first rows are read in order.
-        num_workers = 0 if rows.max_samples is not None else min(num_workers, rows.shards.num_files)
-    else:
+    if isinstance(rows, TableRows):
         total = len(rows)
+    elif rows.max_samples is None:
+        num_workers = min(num_workers, rows.shards.num_files)
     loader = DataLoader(rows, BATCH, num_workers=num_workers, collate_fn=list)
     with ProgressBar(f"Checking {name}", total, "row") as bar:
         for batch in loader:
