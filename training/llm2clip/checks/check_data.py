@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import fsspec.asyn
 from rich.console import Console
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from llm2clip.checks.near_duplicates import HASH_BITS, HashCheck, PerceptualHash, find_near_duplicates
-from llm2clip.checks.row_checks import CaptionCheck, Check, Finding, ImageCheck, RowCheck, RowReader, TextFaultCheck
+from llm2clip.checks.row_checks import (
+    CaptionCheck,
+    Check,
+    Finding,
+    ImageCheck,
+    RowCheck,
+    RowFacts,
+    RowReader,
+    TextFaultCheck,
+)
 from llm2clip.checks.token_check import CountingTokenizer, TokenCheck
 from llm2clip.data.captioned_images import OnError
-from llm2clip.data.sampling import CaptionRows
-from llm2clip.data.sources import CaptionSource
-from llm2clip.data.streams import StreamedRows
+from llm2clip.data.opened_table import SourceError
+from llm2clip.data.shard_rows import open_shards
+from llm2clip.data.sources import CaptionSource, load_source, open_source, source_columns
 from llm2clip.data.table_identity import data_revision
 from llm2clip.utils.files import write_json
+from llm2clip.utils.library_errors import wrap_read_errors
 from llm2clip.utils.processes import worker_count
 from llm2clip.utils.progress import ProgressBar
 from llm2clip.utils.settings import check_choices, setting
@@ -164,20 +176,60 @@ def _copies(own: HashCheck, other: HashCheck) -> Finding:
     return finding
 
 
-def open_rows(source: CaptionSource, reader: RowReader, with_images: bool) -> CaptionRows | StreamedRows:
+class StreamedFiles(IterableDataset):
+    """The facts of the rows of a stream, whose files, or first rows, the DataLoader workers share."""
+
+    def __init__(self, source: CaptionSource, reader: RowReader, with_images: bool) -> None:
+        self.columns, self.shards = open_shards(source, open_source(source), with_images)
+        self.reader, self.max_samples = reader, source.max_samples
+
+    def __iter__(self) -> Iterator[RowFacts]:
+        worker = get_worker_info()
+        number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        if worker is not None:
+            fsspec.asyn.reset_lock()  # a forked process inherits a lock that nobody releases
+        files = range(self.shards.num_files)
+        if self.max_samples is None:
+            files = files[number::workers]
+        rows: Iterator[Any] = ((file, *row) for file in files for row in self.shards.read(file))
+        if self.max_samples is not None:  # which file has the last of them is not known
+            rows = itertools.islice(rows, number, self.max_samples, workers)
+        for file, row, values in rows:
+            key = None if self.columns.key is None else values[self.columns.key]
+            place = f"{file}-{row}" if self.shards.num_files > 1 else str(row)
+            yield self.reader(values, place if key is None else str(key), self.columns)
+
+
+class TableRows(Dataset):
+    """The facts of the rows of a table."""
+
+    def __init__(self, source: CaptionSource, reader: RowReader, with_images: bool) -> None:
+        self.table: Any = load_source(source, with_images)
+        self.columns = source_columns(source, self.table, with_images)
+        self.path, self.reader = source.path, reader
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, number: int) -> RowFacts:
+        with wrap_read_errors(self.path, SourceError):
+            values = self.table[number]
+        key = None if self.columns.key is None else values[self.columns.key]
+        return self.reader(values, str(number) if key is None else str(key), self.columns)
+
+
+def open_rows(source: CaptionSource, reader: RowReader, with_images: bool) -> TableRows | StreamedFiles:
     """Open a source; see [`check_data`] for errors."""
-    if source.streaming:
-        return StreamedRows(source, reader, with_images, training=False)
-    return CaptionRows(source, reader, with_images)
+    return (StreamedFiles if source.streaming else TableRows)(source, reader, with_images)
 
 
-def feed_rows(rows: CaptionRows | StreamedRows, name: str, checks: Sequence[Check], num_workers: int) -> None:
+def feed_rows(rows: TableRows | StreamedFiles, name: str, checks: Sequence[Check], num_workers: int) -> None:
     """Feed all rows of a source to checks; the order of a stream depends on the number of workers."""
     total: int | None = None
-    if isinstance(rows, StreamedRows):
-        num_workers = min(num_workers, rows.shards.num_files)
-    else:
+    if isinstance(rows, TableRows):
         total = len(rows)
+    elif rows.max_samples is None:
+        num_workers = min(num_workers, rows.shards.num_files)
     loader = DataLoader(rows, BATCH, num_workers=num_workers, collate_fn=list)
     with ProgressBar(f"Checking {name}", total, "row") as bar:
         for batch in loader:

@@ -63,7 +63,7 @@ class RowFacts(NamedTuple):
 
 @dataclass(frozen=True)
 class RowReader:
-    """Reads the facts of a row; the `make_sample` of [`CaptionRows`] and [`StreamedRows`].
+    """Reads the facts of a row.
 
     Args:
         hash_image: Computes the perceptual hash of each image.
@@ -72,7 +72,7 @@ class RowReader:
     max_pixels: int = DEFAULT_MAX_PIXELS
     hash_image: Callable[[Image.Image], int] | None = None
 
-    def __call__(self, row: Mapping[str, Any], key: str, columns: Columns, salt: object = None) -> RowFacts:
+    def __call__(self, row: Mapping[str, Any], key: str, columns: Columns) -> RowFacts:
         image = (
             None if columns.image is None else inspect_image(row[columns.image], key, self.max_pixels, self.hash_image)
         )
