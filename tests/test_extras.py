@@ -26,7 +26,7 @@ EXAMPLES = {
 }
 # The extra of a library that a command imports only where a setting asks for it; the error then names that extra.
 ON_DEMAND = {
-    "deepspeed": "deepspeed", "faiss": "search", "lancedb": "search", "open_clip": "evaluation",
+    "deepspeed": "deepspeed", "lancedb": "search", "open_clip": "evaluation",
     "pgvector": "postgres", "psycopg": "postgres", "ray": "ray",
 }  # fmt: skip
 

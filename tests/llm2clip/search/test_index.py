@@ -264,8 +264,11 @@ def test_an_index_and_captions_inside_the_image_folder_are_no_images(pictures: P
     ("settings", "message"),
     [
         ({"table": "index"}, "no database is given: add --postgres URL"),
-        ({"index_type": "hnsw"}, "an index in a folder has one of auto, flat, ivf_rq, faiss"),
-        ({"index_type": "flat", "precision": "binary"}, "precision is binary, but .* flat compares the embeddings"),
+        ({"index_type": "hnsw"}, "an index in a folder has one of auto, flat, ivf_rq"),
+        (
+            {"index_type": "flat", "precision": "binary"},
+            "precision is binary, .* flat does not use it",
+        ),
         ({"index_type": "flat", "cells": 7}, "an index of the type flat does not use it"),
         ({"ef_search": 50}, "an index of the type ivf_rq does not use it"),
     ],

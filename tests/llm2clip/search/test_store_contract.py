@@ -111,7 +111,7 @@ STEPS: dict[str, dict[str, tuple[int, str, dict[str, Any]]]] = {
         "commit": (1, "old", {"overwrite": True}),
         "_optimize": (2, "old", {}),
         "_index_columns": (1, "old", {"index_type": "ivf_rq"}),
-        "_list_files": (1, "old", {"index_type": "faiss"}),
+        "_list_files": (1, "old", {}),
         "_clean": (1, "new", {}),
     },
     "postgres": {
