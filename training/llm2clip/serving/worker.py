@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import threading
 import time
 import traceback
@@ -20,7 +19,7 @@ from llm2clip.encoders import Encoder
 from llm2clip.encoders.batches import stack_inputs
 from llm2clip.serving.limits import Limits
 from llm2clip.serving.metrics import Metrics
-from llm2clip.serving.requests import ApiError
+from llm2clip.serving.requests import ApiError, busy
 from llm2clip.utils.embeddings import NonFiniteError, require_finite_rows
 from modeling_llm2clip.modeling_llm2clip_utils import ACCELERATOR_BATCH_TOKENS, CPU_BATCH_TOKENS
 
@@ -29,7 +28,6 @@ logger = logging.getLogger(__name__)
 Kind = Literal["text", "image"]
 # Values of prepared images in a batch: 20 images of 224 pixels on a CPU, 160 elsewhere.
 CPU_BATCH_VALUES, ACCELERATOR_BATCH_VALUES = 3 * 2**20, 3 * 2**23
-MAX_RETRY_SECONDS = 60
 
 
 class Work:
@@ -88,7 +86,6 @@ class BatchWorker:
         }
         self.is_healthy = True
         self._reserved = 0
-        self._seconds_each = 0.01
         self._changed = threading.Condition()
         self._arrived: list[Work] = []
         self._waiting: deque[Work] = deque()
@@ -117,22 +114,14 @@ class BatchWorker:
             ApiError: The queue is full (503).
         """
         if self._reserved + weight > self.limits.max_waiting:
-            seconds = math.ceil(self._reserved * self._seconds_each)
-            raise ApiError(
-                503,
-                "The server has more to do than it accepts. Try again later.",
-                "queue_full",
-                headers={"Retry-After": str(min(max(1, seconds), MAX_RETRY_SECONDS))},
-            )
-        self._reserve(weight)
+            raise busy("The server has more to do than it accepts.", "queue_full")
+        self._reserved += weight
+        self.metrics.waiting.inc(weight)
         try:
             yield
         finally:
-            self._reserve(-weight)
-
-    def _reserve(self, weight: int) -> None:
-        self._reserved += weight
-        self.metrics.waiting.set(self._reserved)
+            self._reserved -= weight
+            self.metrics.waiting.dec(weight)
 
     async def embed(self, kind: Kind, inputs: Sequence[Any]) -> tuple[np.ndarray, int]:
         """Embed texts, or images that are prepared.
@@ -156,8 +145,6 @@ class BatchWorker:
                 self._changed.wait_for(lambda: self._arrived or self._waiting or self._is_stopping)
                 if not (self._arrived or self._waiting):
                     return
-            if self.limits.max_wait_ms and not self._waiting:
-                time.sleep(self.limits.max_wait_ms / 1000)
             with self._changed:
                 arrived, self._arrived = self._arrived, []
             texts = [work for work in arrived if work.kind == "text" and not work.is_over]
@@ -237,7 +224,6 @@ class BatchWorker:
         self.metrics.inputs.labels(kind).inc(count)
         self.metrics.batches.labels(kind).observe(count)
         self.metrics.batch_seconds.labels(kind).observe(seconds)
-        self._seconds_each += 0.1 * (seconds / count - self._seconds_each)
 
     def _settle(self, works: list[Work], error: ApiError | None) -> None:
         def settle() -> None:
