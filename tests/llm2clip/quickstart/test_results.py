@@ -6,10 +6,7 @@ from pathlib import Path
 
 import datasets
 
-from llm2clip.quickstart.config import Arm
 from llm2clip.quickstart.data import QuickstartData
-from llm2clip.quickstart.image_steps import BEST_BY
-from llm2clip.quickstart.report import draw_curves
 from llm2clip.quickstart.results import protocol
 
 COLUMNS = ["caption", "keywords"]
@@ -32,12 +29,3 @@ def test_test_captions_that_training_knows_are_counted(tmp_path: Path) -> None:
 
 def test_of_the_bundled_data_one_test_caption_is_among_the_keywords_of_training() -> None:
     assert [QuickstartData.find(None, columns).seen_captions()[0] for columns in (COLUMNS, COLUMNS[:1])] == [1, 0]
-
-
-def test_the_chosen_model_is_no_point_of_the_curve() -> None:
-    """It is measured after the last step, which has a value of its own."""
-    history = [{"step": 1, "loss": 2.0}, {"step": 1, BEST_BY: 0.3}, {"step": 2, BEST_BY: 0.1}]
-    runs = {"stage2-raw": {"history": [*history, {"step": 2, BEST_BY: 0.3}]}}
-    figure = draw_curves(runs, [Arm("raw", "raw LLM", "raw")])
-    (line,) = [line for axis in figure.axes for line in axis.lines if "validation" in axis.get_title()]
-    assert line.get_xydata().tolist() == [[1, 30], [2, 10]]

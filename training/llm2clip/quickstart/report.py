@@ -1,4 +1,4 @@
-"""The report of the quickstart: one self-contained HTML page."""
+"""The report of the quickstart: one self-contained HTML page of queries, and the pictures that they find."""
 
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from llm2clip.evaluation.data import RetrievalData
 from llm2clip.quickstart.config import Arm
 from llm2clip.quickstart.data import QUERY, SHOWN_LANGUAGES
 from llm2clip.quickstart.final_model import FinalModel
-from llm2clip.quickstart.image_steps import BEST_BY
-from llm2clip.quickstart.results import all_tables
 from llm2clip.quickstart.run_context import RunContext
 from llm2clip.search.top_k import top_k
 from llm2clip.utils.files import write_text
@@ -27,13 +24,10 @@ NUM_TYPED, NUM_QUERIES, NUM_FOUND, THUMBNAIL = 4, 12, 6, 96
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1d2430; }
 h1 { font-size: 1.7rem; } h2 { font-size: 1.25rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; width: 100%; } th, td { padding: .35rem .6rem; text-align: right; }
-th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #8792a5; font-weight: 600; }
-tbody tr { border-bottom: 1px solid #dde2ea; } td:first-child { white-space: pre; }
 .found { display: flex; flex-wrap: wrap; gap: .4rem; align-items: center; margin: .3rem 0 .9rem; }
 .found img { width: 96px; height: 96px; border: 3px solid #d9dee6; border-radius: 6px; }
 .found img.right { border-color: #2e9e4f; } .query { font-weight: 600; }
-.note { color: #5a6678; font-size: .9rem; } .plot { max-width: 100%; }
+.note { color: #5a6678; font-size: .9rem; }
 """
 
 
@@ -45,7 +39,6 @@ def write_report(path: Path, results: dict[str, Any], run: RunContext, best: Arm
         best: The text encoder of the final model.
     """
     settings, machine = results["settings"], results["machine"]
-    tables = [part for title, table in all_tables(results) for part in (f"<h2>{_text(title)}</h2>", _table(*table))]
     minutes = sum(results["seconds"].values()) / 60
     parts = [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>LLM2CLIP quickstart</title>",
@@ -53,10 +46,7 @@ def write_report(path: Path, results: dict[str, Any], run: RunContext, best: Arm
         f"<p>The model finds pictures by text. Its text encoder is {_text(best.title)}, the best on the validation "
         f"set; it searches {len(final.rows)} pictures, whose names are captions of no picture of the training.</p>",
         *_typed(results["typed_queries"], final),
-        *tables,
         *(f"<p class='note'>{_text(sentence)}</p>" for sentence in results["protocol"].values()),
-        "<h2>Training</h2>",
-        _plot(draw_curves(results["runs"], run.arms), "curves"),
         "<h2>Retrieved images</h2>",
         _queries(run, best, final),
         f"<p class='note'>Profile {_text(settings['profile'])}, seed {_text(settings['seed'])}. "
@@ -85,19 +75,6 @@ def _typed(typed: dict[str, Any], final: FinalModel) -> list[str]:
 
 def _text(value: Any) -> str:
     return html.escape(str(value))
-
-
-def _table(columns: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f"<th>{_text(column)}</th>" for column in columns).replace("\n", "<br>")
-    body = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _plot(figure: Figure, text: str) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f"<img class='plot' alt='{text}' src='data:image/png;base64,{data}'>"
 
 
 def _sample(count: int, total: int, seed: int) -> list[int]:
@@ -139,28 +116,3 @@ def _queries(run: RunContext, best: Arm, final: FinalModel) -> str:
             ]
             parts.append(_found(query, pictures, final))
     return "".join(parts)
-
-
-def draw_curves(runs: dict[str, Any], arms: Sequence[Arm]) -> Figure:
-    """Draw the losses of stage 1, and of stage 2 with all arms, above its R@10 on the validation set."""
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    axes = figure.subplots(2, 2)
-    _line(axes[0, 0], runs.get("stage1", {}).get("history", []), "loss", "stage 1")
-    for arm in arms:
-        log = runs.get(f"stage2-{arm.name}", {}).get("history", [])
-        _line(axes[0, 1], log, "loss", arm.title)
-        _line(axes[1, 1], log, BEST_BY, arm.title, 100)
-    titles = ("Stage 1: loss", "Stage 2: loss", "", "R@10 on validation, %")
-    for axis, title in zip(axes.flat, titles, strict=True):
-        axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.3)
-    axes[1, 0].axis("off")
-    axes[1, 0].legend(*axes[0, 1].get_legend_handles_labels(), loc="center", fontsize=8)
-    return figure
-
-
-def _line(axis: Any, log: Sequence[dict[str, float]], key: str, label: str, factor: float = 1) -> None:
-    # The first value of each step: after the last one, the best model is measured again.
-    points = {entry["step"]: factor * entry[key] for entry in reversed(log) if key in entry}
-    if points:
-        axis.plot(*zip(*sorted(points.items()), strict=True), label=label, marker="." if len(points) < 30 else None)

@@ -104,7 +104,7 @@ def print_tables(results: dict[str, Any]) -> None:
         console.print(f"reused from an earlier run: {reused}", style="dim")
     folder = Path(results["model"]).parent
     console.print(
-        f"\n{folder / 'report.html'}  curves, queries and pictures\n{folder / 'results.json'}  every number\n"
+        f"\n{folder / 'report.html'}  queries and their pictures\n{folder / 'results.json'}  every number\n"
         f"{results['model']}  the model with {results['best_text_encoder']}: "
         "AutoModel.from_pretrained(folder, trust_remote_code=True)",
         soft_wrap=True,
