@@ -29,7 +29,10 @@ from llm2clip.utils.library_errors import SYSTEM
 from llm2clip.utils.locks import LOCK, OWNER, folder_lock
 from llm2clip.utils.manifests import (
     FOLDER_MANIFEST,
+    Fault,
+    Verified,
     faults,
+    listed_files,
     own_files,
     read_checked,
     stated_files,
@@ -59,6 +62,8 @@ GROWTH, MAX_PIECES = 0.2, 8
 # Columns with up to as many distinct values get a bitmap index.
 BITMAP_VALUES = 1000
 DELETE_AT_ONCE, MAX_OPTIMIZE = 10_000, 8
+# By how much the length of an embedding may differ from 1, as it is rounded to 16 bits.
+TOLERANCE = 1e-2
 # How LanceDB says that the system could not write a file.
 DISK = re.compile(r"LanceError\(IO\)|\(os error \d+\)")
 
@@ -387,3 +392,36 @@ class LanceStore:
                     f"the index {self.folder} cannot be written ({found[-1] if found else reason(error)}); what it "
                     "had stays. When the disk is well, run the same llm2clip index again."
                 ) from error
+
+
+def verify_index(folder: Path) -> Verified:
+    """Compare the files of an index with their checksums, and read all rows of the version that its manifest names.
+
+    Raises:
+        ImportError: LanceDB is not installed.
+    """
+    fix = f"build it again: llm2clip index IMAGES --model MODEL --output-dir {folder} --overwrite"
+    store = LanceStore(folder)
+    found = Verified()
+    try:
+        listed = listed_files(folder)
+        if not any(file.checksum for file in listed.values()):
+            found.remarks.append(f"{folder} has no checksums of its files, since it was written at a URL.")
+        found.faults = [Fault(f"{folder / fault}", fix) for fault in store.faults()]
+        found.counts["num_files"] = len(listed)
+        if found.faults:
+            # LanceDB may panic over a damaged table, or wait for ever.
+            return found
+        manifest = store.metadata()
+        if manifest is None:
+            raise FileNotFoundError(f"the index {folder} is not finished")
+        for batch in store.keys([VECTOR]):
+            embeds = batch[VECTOR].flatten().to_numpy().astype(np.float32).reshape(len(batch), manifest.width)
+            lengths = np.linalg.norm(embeds, axis=1)
+            found.counts["num_images"] += len(batch)
+            if bad := int((~(np.abs(lengths - 1) <= TOLERANCE)).sum()):
+                found.faults.append(Fault(f"{bad} embeddings of the index {folder} are no unit vectors", fix))
+                break
+    except (FileNotFoundError, ValueError) as error:
+        found.faults.append(Fault(str(error), fix))
+    return found

@@ -11,9 +11,8 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llm2clip.serving.limits import Limits
-from llm2clip.serving.metrics import Metrics
 from llm2clip.serving.requests import ApiError, busy
-from llm2clip.serving.worker import log_error
+from llm2clip.serving.worker import Metrics, log_error
 
 CLIENT_GONE = 499
 OPEN_PATHS = ("/health",)

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from llm2clip.data import SampleError
 from llm2clip.encoders import Encoder
 from llm2clip.encoders.batches import stack_inputs
 from llm2clip.serving.limits import Limits
-from llm2clip.serving.metrics import Metrics
 from llm2clip.serving.requests import ApiError, busy
 from llm2clip.utils.embeddings import NonFiniteError, require_finite_rows
 from modeling_llm2clip.modeling_llm2clip_utils import ACCELERATOR_BATCH_TOKENS, CPU_BATCH_TOKENS
@@ -28,6 +28,35 @@ logger = logging.getLogger(__name__)
 Kind = Literal["text", "image"]
 # Values of prepared images in a batch: 20 images of 224 pixels on a CPU, 160 elsewhere.
 CPU_BATCH_VALUES, ACCELERATOR_BATCH_VALUES = 3 * 2**20, 3 * 2**23
+# Limits of the classes of the histograms.
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+class Metrics:
+    """What a server counts, for Prometheus; no counter has a label that a client chooses."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        self.requests = Counter("llm2clip_requests", "Requests.", ["path", "status"], registry=registry)
+        self.seconds = Histogram(
+            "llm2clip_request_seconds", "Time of a request.", ["path"], buckets=SECONDS, registry=registry
+        )
+        self.inputs = Counter("llm2clip_inputs", "Embedded texts and images.", ["kind"], registry=registry)
+        self.tokens = Counter("llm2clip_tokens", "Tokens of embedded texts, before truncation.", registry=registry)
+        self.truncated = Counter("llm2clip_truncated_texts", "Texts longer than the model reads.", registry=registry)
+        self.waiting = Gauge("llm2clip_waiting", "Texts that wait; an image counts as several.", registry=registry)
+        self.batches = Histogram(
+            "llm2clip_batch_size", "Inputs of a batch.", ["kind"], buckets=SIZES, registry=registry
+        )
+        self.batch_seconds = Histogram(
+            "llm2clip_batch_seconds", "Time of a batch.", ["kind"], buckets=SECONDS, registry=registry
+        )
+
+    def text(self) -> bytes:
+        """Write all in the text format of Prometheus."""
+        return generate_latest(self.registry)
 
 
 class Work:
