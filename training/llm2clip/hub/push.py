@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 from rich.console import Console
 
 from llm2clip.hub.cards.card import validate_card
-from llm2clip.hub.license_terms import check_terms
+from llm2clip.hub.licenses import check_terms
 from llm2clip.hub.secrets import read_small
 from llm2clip.hub.source_model import validate_folder
 from llm2clip.hub.upload import Uploader
