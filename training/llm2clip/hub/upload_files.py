@@ -33,7 +33,7 @@ ALLOWED = (
 # Files of a training run, which are left out without a word.
 RUN = (
     *("checkpoint-*", ".*", "_*", "*.bin", "*.pt", "*.pth", "skipped-*.jsonl", "trainer_state.json", "runs"),
-    *("log.txt", "error.log", "settings.json", "warm_start", "teacher", "vision_features", "ema.safetensors"),
+    *("log.txt", "settings.json", "warm_start", "teacher", "vision_features", "ema.safetensors"),
 )
 PICTURES = {".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg"}
 # Access tokens of the Hub, GitHub, AWS, OpenAI and Anthropic, Google, Slack; and private keys.
