@@ -96,9 +96,7 @@ def run(config: PushConfig, api: HfApi | None = None) -> dict[str, Any]:
     refuse_secrets(folder, uploaded, uploader.api.token)
     if others and not config.dry_run:
         logger.warning("not uploaded, as no model needs them: %s; --include PATTERN uploads them", shortened(others))
-    if config.check and any("--" in target for target in code_targets(folder)):
-        logger.info("the code of %s is in another repo, so the folder is not loaded before the upload", folder)
-    elif config.check:
+    if config.check:
         logger.info("loading %s here and in a new process, which runs the code in it (--no-check: not)", folder)
         validate_folder(folder)
     if config.dry_run:
@@ -148,8 +146,7 @@ def _check_folder(folder: Path) -> None:
     if not (targets := code_targets(folder)):
         raise FileNotFoundError(f"{folder} lacks the code of its model (no auto_map in config.json); {BUILD_FIRST}")
     for target in targets:
-        if "--" not in target:
-            _require(folder, f"{target.split('.')[0]}.py")
+        _require(folder, f"{target.split('.')[0]}.py")
     local = [name for name in needed_llms(repo) if not is_hub_id(name)]
     if local:
         raise ValueError(
