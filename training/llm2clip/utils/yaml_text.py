@@ -12,8 +12,8 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
+        line = event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent):
-            line = event.start_mark.line + 1
             raise ValueError(f"*{event.anchor} is an alias: write the values out (line {line})")
         return super().compose_node(parent, index)
 
