@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +12,11 @@ from transformers import AutoProcessor, AutoTokenizer, PretrainedConfig
 
 from llm2clip.hub.cards.facts import JOINT_TASK, TEXT_TASK
 from llm2clip.utils.repos import Repo, RepoKind
-from llm2clip.utils.text_identity import read_fingerprint, tokenizer_fingerprint
+from llm2clip.utils.text_identity import tokenizer_fingerprint
 from llm2clip.utils.towers import open_text_tower
-from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPTextModel
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from modeling_llm2clip.identity_llm2clip import FIELDS, OPTIONAL_FIELDS, decoder_identity
 from modeling_llm2clip.modeling_llm2clip_vision import load_vision_tower
-
-logger = logging.getLogger(__name__)
 
 MAX_NAMED = 4
 HEAD_FIELDS = (
@@ -39,7 +36,7 @@ class Mixture:
     """The model B, some of whose weights [`mix`] replaces by those between A and B.
 
     Args:
-        model: B as it was loaded: a joint model, or a text tower. Its weights get a dtype that holds both models.
+        model: B as it was loaded: a joint model, or a text tower.
         processor: Its processor or tokenizer.
         task: Pipeline tag of its card.
         names: Those of A and B.
@@ -59,17 +56,17 @@ class Mixture:
     def __post_init__(self) -> None:
         shapes = [{name: tuple(weight.shape) for name, weight in side.items()} for side in (self.first, self.second)]
         _refuse_differences("weights", self.names, *shapes)
-        holders = {**dict(self.model.named_buffers()), **dict(self.model.named_parameters(remove_duplicate=False))}
-        for name, weight in self.second.items():
-            # Wide enough for both, so that the ends of the line are A and B.
-            holders[name].data = holders[name].data.to(torch.promote_types(self.first[name].dtype, weight.dtype))
-        self.second = {name: weight.clone() for name, weight in self.second.items()}
 
     def mix(self, alpha: float) -> None:
-        """Give the model `(1 - alpha) * A + alpha * B`, computed in float64 and rounded once."""
-        weights = self.model.state_dict()
+        """Give the model `(1 - alpha) * A + alpha * B`, computed in float64 and rounded once.
+
+        The result has a dtype that holds both models, so that the ends of the line are A and B.
+        """
+        holders = {**dict(self.model.named_buffers()), **dict(self.model.named_parameters(remove_duplicate=False))}
         for name, first in self.first.items():
-            weights[name].copy_(interpolated(first, self.second[name], alpha))
+            second = self.second[name]
+            dtype = torch.promote_types(first.dtype, second.dtype)
+            holders[name].data = interpolated(first, second, alpha).to(dtype)
 
 
 def interpolated(first: Tensor, second: Tensor, alpha: float) -> Tensor:
@@ -107,7 +104,7 @@ def mix_text_towers(first: Repo, second: Repo) -> Mixture:
     return Mixture(tower.eval(), tokenizer, TEXT_TASK, names, _weights(other), _weights(tower))
 
 
-def mix_vision(first: Repo, second: Repo, with_llm: bool) -> Mixture:
+def mix_vision(first: Repo, second: Repo) -> Mixture:
     """Load a vision tower, or a model that has one, and an LLM2CLIP model whose projection and adapter stay.
 
     Raises:
@@ -115,31 +112,32 @@ def mix_vision(first: Repo, second: Repo, with_llm: bool) -> Mixture:
     """
     names = first.name, second.name
     first.require(*(RepoKind.JOINT, RepoKind.VISION_HALF, RepoKind.OTHER), hint=f"{second.name} is an LLM2CLIP model.")
-    model, processor = _load_joint(second, with_llm)
+    model, processor = _load_joint(second)
     tower = load_vision_tower(first.name, {"revision": first.revision, "dtype": "auto"})
     _refuse_differences("vision towers", names, *_architectures(tower.config, model.config.vision_config))
     first_weights = {f"{TRUNK}{name}": weight for name, weight in _weights(tower).items()}
     return Mixture(model, processor, JOINT_TASK, names, first_weights, _weights(model, TRUNK))
 
 
-def mix_joint(first: Repo, second: Repo, with_llm: bool) -> Mixture:
+def mix_joint(first: Repo, second: Repo) -> Mixture:
     """Load two LLM2CLIP models, all of whose weights are mixed except those of their LLM.
 
     Raises:
         ValueError: Their vision towers, heads or LLMs differ.
     """
     names = first.name, second.name
-    model, processor = _load_joint(second, with_llm)
+    model, processor = _load_joint(second)
     other = LLM2CLIPModel.from_pretrained(first.name, text_model=False, revision=first.revision, dtype="auto")
     configs: Any = other.config, model.config
     _refuse_differences("vision towers", names, *_architectures(*(config.vision_config for config in configs)))
     heads = [{name: getattr(config, name) for name in HEAD_FIELDS} for config in configs]
     for fields, side in zip(heads, (other, model), strict=True):
         fields["loss"] = "softmax" if side.logit_bias is None else "sigmoid"
-    llms: list[str | None] = [config.text_model_fingerprint for config in configs]
-    if None in llms or llms[0] != llms[1]:
-        # Of the same LLM, a model may have recorded none, or that of an adapter merged in another dtype.
-        llms = [_read_fingerprint(repo, config) for repo, config in zip((first, second), configs, strict=True)]
+    # Of a bundled LLM, the fingerprint is in its own config; that of a published one may not be recorded.
+    llms = [
+        config.text_model_fingerprint or config.text_config.fingerprint or config.text_model_name_or_path
+        for config in configs
+    ]
     try:
         _refuse_differences("heads", names, *heads)
         _refuse_differences("LLMs", names, *({"fingerprint": llm} for llm in llms))
@@ -179,19 +177,8 @@ def _architectures(*configs: PretrainedConfig, bidirectional: bool | None = Fals
     ]
 
 
-def _load_joint(repo: Repo, with_llm: bool) -> tuple[LLM2CLIPModel, Any]:
+def _load_joint(repo: Repo) -> tuple[LLM2CLIPModel, Any]:
     """Load a joint model: with its LLM if it is stored in the model, since the result then stores it too."""
     bundled = repo.config.get("text_model_name_or_path") is None
-    options: dict[str, Any] = {"text_model": bundled or with_llm, "dtype": "auto"}
-    model = LLM2CLIPModel.from_pretrained(repo.name, revision=repo.revision, **options)
+    model = LLM2CLIPModel.from_pretrained(repo.name, revision=repo.revision, text_model=bundled, dtype="auto")
     return model.eval(), AutoProcessor.from_pretrained(repo.name, revision=repo.revision)
-
-
-def _read_fingerprint(repo: Repo, config: LLM2CLIPConfig) -> str | None:
-    elsewhere = repo.config.get("text_model_name_or_path")
-    revision: Any = repo.revision if elsewhere is None else repo.config.get("text_model_revision")
-    try:
-        return read_fingerprint(elsewhere or repo.name, revision, config.text_config)
-    except OSError as error:
-        logger.warning("the LLM of %s cannot be read to compare it: %s", repo.name, error)
-        return config.text_model_fingerprint

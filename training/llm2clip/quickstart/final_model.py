@@ -15,9 +15,7 @@ from llm2clip.encoders.stored import StoredEncoder
 from llm2clip.evaluation.data import RetrievalData
 from llm2clip.evaluation.session import Session
 from llm2clip.hub import build
-from llm2clip.hub.base_licenses import bases_of
 from llm2clip.hub.cards.facts import Evaluation
-from llm2clip.hub.license_terms import TERMS
 from llm2clip.quickstart.config import Arm
 from llm2clip.quickstart.data import BUNDLED
 from llm2clip.quickstart.image_steps import stage2_config, step_name
@@ -67,14 +65,11 @@ def build_final(run: RunContext, arm: Arm, test: dict[str, Any], folder: Path, r
     retrieval = RetrievalData.from_source(data.test_source())
     example = run.folder / "example.png"
     retrieval.image(0).save(example)
-    # The licenses of some models ask for theirs at the beginning of a name.
-    terms = [TERMS[base.license] for base in bases_of(str(trained)) if base.license in TERMS]
-    beginning = max((one.beginning for one in terms), key=len, default="")
     settings = build.BuildConfig(
         model=str(trained),
         destination=str(folder),
         bundle_text_model=True,
-        name=f"{beginning} {NAME}".strip().replace(" ", "-"),
+        name=NAME,
         example_image=str(example),
         example_captions=retrieval.texts[:3],
         overwrite=True,

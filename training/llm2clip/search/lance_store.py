@@ -26,7 +26,7 @@ from llm2clip.search.lance_rows import LanceRows, readable, reason
 from llm2clip.search.store import INTERNAL, KEY, NUMBER, REASON, VECTOR, Base, is_changed
 from llm2clip.utils.files import remove_unfinished, write_json
 from llm2clip.utils.library_errors import SYSTEM
-from llm2clip.utils.locks import LOCK, OWNER, folder_lock
+from llm2clip.utils.locks import LOCK, folder_lock
 from llm2clip.utils.manifests import (
     FOLDER_MANIFEST,
     Fault,
@@ -107,7 +107,7 @@ class LanceStore:
             if self.folder.is_file():
                 raise NotADirectoryError(f"{self.folder} is a file; give the folder of the index: --output-dir FOLDER")
             there = {path.name for path in self.folder.glob("*")}
-        if there - {LOCK, OWNER} and own_files(self.folder, COMMAND) is None:
+        if there - {LOCK} and own_files(self.folder, COMMAND) is None:
             raise FileExistsError(
                 f"{self.folder} is not replaced, because llm2clip {COMMAND} did not write it (no {FOLDER_MANIFEST} "
                 "that says so); choose another --output-dir, or delete the folder yourself."
@@ -262,7 +262,7 @@ class LanceStore:
             without: Files that are about to be replaced, so that the list would be of others.
         """
         # LanceDB writes each of its own files once.
-        unlisted = {*without, HINT, LOCK, OWNER}
+        unlisted = {*without, HINT, LOCK}
         write_manifest(self.folder, COMMAND, unlisted=unlisted, rewritten={MANIFEST, FAILURES})
 
     def faults(self) -> Iterator[str]:
