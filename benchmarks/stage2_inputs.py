@@ -174,7 +174,6 @@ def _bare_loop(fields: Callable[[], dict[str, Any]]) -> Work:
     while len(batches) < settings["max_steps"]:
         loader.set_epoch(len(batches) // len(loader))
         batches += itertools.islice(loader, settings["max_steps"] - len(batches))
-    logged = settings.get("logging_steps", 1)
 
     def work() -> Outcome:
         trainer = prepared()
@@ -184,10 +183,9 @@ def _bare_loop(fields: Callable[[], dict[str, Any]]) -> Work:
         optimizer = torch.optim.AdamW(groups, fused=True)
         schedule = warmup_cosine_schedule(optimizer, 0, len(batches))
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        inputs = ("pixel_values", "vision_features", "llm_embeds")
         ends, losses = [], []
         for batch in batches:
-            logits = model(**{name: batch[name] for name in inputs if name in batch}).logits_per_image
+            logits = model(pixel_values=batch["pixel_values"], llm_embeds=batch["llm_embeds"]).logits_per_image
             labels = torch.arange(len(logits))
             loss = torch.nn.functional.cross_entropy(logits, labels) / 2
             loss = loss + torch.nn.functional.cross_entropy(logits.T, labels) / 2
@@ -200,7 +198,6 @@ def _bare_loop(fields: Callable[[], dict[str, Any]]) -> Work:
                 clamp_logit_scale(model)
             losses.append(loss.item())
             ends.append(_now())
-        means = [sum(losses[start : start + logged]) / logged for start in range(0, len(losses), logged)]
-        return Outcome({"losses": means}, _per_step(ends))
+        return Outcome({"losses": losses}, _per_step(ends))
 
     return work
