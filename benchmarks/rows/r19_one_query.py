@@ -112,7 +112,8 @@ def contests(device: str) -> list[Contest]:
         "to 77 tokens. Vectors of different models have nothing but their length in common."
     )
     int8 = "torch.onnx, and onnxruntime's quantize_dynamic by channel."
-    peers, float32 = {"the teacher": _teacher, "open_clip ViT-B/32": _clip}, {"in torch, float32": _torch}
+    peers: dict[str, SetUp] = {"the teacher": _teacher, "open_clip ViT-B/32": _clip}
+    float32: dict[str, SetUp] = {"in torch, float32": _torch}
     return [
         contest("student in torch", _torch, peers, 0.3, {"lengths": 1e-5}, note),
         contest("student in torch, bfloat16", partial(_torch, "bfloat16"), float32, 1.0, {"embeddings": 0.02}, ""),

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 from torch.utils.data import DataLoader
 
-from llm2clip.checks.near_duplicates import HASH_BITS, HashCheck, PerceptualHash, find_near_duplicates
-from llm2clip.checks.row_checks import CaptionCheck, Check, Finding, ImageCheck, RowCheck, RowReader, TextFaultCheck
+from llm2clip.checks.row_checks import CaptionCheck, Check, ImageCheck, RowCheck, RowReader, TextFaultCheck
 from llm2clip.checks.token_check import CountingTokenizer, TokenCheck
 from llm2clip.data.captioned_images import OnError
 from llm2clip.data.sampling import CaptionRows
@@ -67,17 +66,12 @@ class CheckDataConfig:
     tokenizer: list[str] = setting(
         [], "Tokenizers: Hub ids or folders; NAME:512 sets a length. How many captions does each of them cut?"
     )
-    other_splits: list[str] = setting(
-        [], "Splits, such as test, whose pictures must not be in this one; they are found by perceptual hash."
-    )
     output: str | None = setting(None, "JSON file to which the report is also written.")
 
     def __post_init__(self) -> None:
         check_choices(self)
         if not self.source:
             raise ValueError("the data is missing: llm2clip check-data SOURCE, or --benchmark NAME --data FOLDER")
-        if self.other_splits and self.no_images:
-            raise ValueError("other_splits compares pictures, which no_images leaves out; drop one of them.")
 
     def caption_source(self) -> CaptionSource:
         """Return the source with the fields that are set here."""
@@ -95,9 +89,7 @@ def run(config: CheckDataConfig) -> None:
         FileNotFoundError, SourceError: The data cannot be read.
     """
     source = config.caption_source()
-    report = check_data(
-        source, not config.no_images, config.max_pixels, config.num_workers, config.tokenizer, config.other_splits
-    )
+    report = check_data(source, not config.no_images, config.max_pixels, config.num_workers, config.tokenizer)
     if config.output:
         write_json(config.output, report)
     print_report(report)
@@ -117,7 +109,6 @@ def check_data(
     max_pixels: int = DEFAULT_MAX_PIXELS,
     num_workers: int | None = None,
     tokenizers: Sequence[str] = (),
-    other_splits: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Find out what is in a data set of captions and images, and what is wrong with it.
 
@@ -126,7 +117,6 @@ def check_data(
         max_pixels: Largest image that can be used, width x height.
         num_workers: Processes that read rows and decode images, 0 for none; by default one per core, at most 8.
         tokenizers: Hub ids or folders of tokenizers, with which the captions' tokens are counted.
-        other_splits: Splits whose pictures are looked for in this one.
 
     Returns:
         The report, as JSON values: `data` (fields of the source and its revision), `rows`, `usable_rows`, `captions`,
@@ -135,33 +125,20 @@ def check_data(
 
     Raises:
         FileNotFoundError, SourceError: The data cannot be read.
-        ModuleNotFoundError: Splits are to be compared, and the library of perceptual hashes is not installed.
         OSError, ValueError: There is no such tokenizer.
     """
     token_check = TokenCheck([CountingTokenizer(name) for name in tokenizers])
-    hashes, others = HashCheck(), {split: HashCheck() for split in other_splits}
-    workers, reader = worker_count(num_workers), RowReader(max_pixels, PerceptualHash() if others else None)
-    for split, other in others.items():
-        feed_rows(open_rows(replace(source, split=split), reader, with_images), source.path, [other], workers)
-    rows = open_rows(source, reader, with_images)  # says which the columns are
+    rows = open_rows(source, RowReader(max_pixels), with_images)  # says which the columns are
     checks: list[Check] = [RowCheck(), CaptionCheck(source.caption_columns), TextFaultCheck(), token_check]
     if with_images:
         checks.append(ImageCheck())
-    feed_rows(rows, source.path, [*checks, hashes], workers)
+    feed_rows(rows, source.path, checks, worker_count(num_workers))
     report: dict[str, Any] = {"data": {**vars(source), "revision": data_revision(vars(source))}}
     for check in checks:
         report |= check.summary()
     report.setdefault("images", None)
-    findings = {name: finding for check in checks for name, finding in check.findings.items()}
-    findings |= {f"images that are also in {split}": _copies(hashes, other) for split, other in others.items()}
-    return report | {"findings": {name: vars(finding) for name, finding in findings.items()}}
-
-
-def _copies(own: HashCheck, other: HashCheck) -> Finding:
-    finding = Finding()
-    for copy in find_near_duplicates(own, other):
-        finding.add(copy.key, f"{copy.original} differs in {copy.distance} of {HASH_BITS} bits")
-    return finding
+    findings = {name: vars(finding) for check in checks for name, finding in check.findings.items()}
+    return report | {"findings": findings}
 
 
 def open_rows(source: CaptionSource, reader: RowReader, with_images: bool) -> CaptionRows | StreamedRows:
@@ -224,7 +201,6 @@ def print_tables(report: dict[str, Any], title: str) -> None:
     if images is not None:
         sizes = [(side, *_numbers(images[side])) for side in ("width", "height")]
         print_table(console, "Images, size in pixels", ("", *titles), sizes)
-    titles = ("", "number", "stops a run", "first rows")
     found = [
         (name, f"{finding['count']:,}", "yes" if finding["stops"] else "", _examples(finding["examples"]))
         for name, finding in report["findings"].items()

@@ -12,7 +12,7 @@ from PIL import Image
 from llm2clip.evaluation.benchmark import BenchmarkError
 from llm2clip.evaluation.benchmarks import all_benchmarks
 from llm2clip.evaluation.benchmarks.segmentation import segmentation_classes
-from llm2clip.evaluation.label_maps import IGNORED, SegmentationData
+from llm2clip.evaluation.data import IGNORED, SegmentationData
 from modeling_llm2clip.image_decoding_llm2clip import DamagedImageError
 
 
@@ -132,7 +132,7 @@ def test_missing_files_are_named(lost: str, name: str, tmp_path: Path) -> None:
     root = layout.write(tmp_path)
     path = root / getattr(layout, lost).format((layout.order or tuple(layout.written))[-1])
     path.unlink()
-    with pytest.raises(BenchmarkError, match="lacks 1 images or label maps") as error:
+    with pytest.raises(BenchmarkError, match="lacks 1 of") as error:
         all_benchmarks()[name].read(root)
     assert str(path) in str(error.value)
 

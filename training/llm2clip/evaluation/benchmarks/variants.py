@@ -1,4 +1,4 @@
-"""Benchmarks made of others: with other prompts, as a linear probe, in windows."""
+"""Benchmarks made of others: with other prompts, as a linear probe."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
 from llm2clip.evaluation.prompts import choose_templates, read_names
 
-ZERO_SHOT, MEAN = "zero-shot-classification", "mean-of-sets"
+ZERO_SHOT = "zero-shot-classification"
 # The last part of a name such as `cifar10-probe-sgd`, and of the id of the protocol.
 PROBES = ("sgd", "lbfgs", "openai")
 
@@ -53,31 +53,14 @@ def probe_by_name(name: str, benchmarks: Mapping[str, Benchmark]) -> Benchmark |
     if benchmark is None or benchmark.read_train is None or recipe not in PROBES:
         known = ", ".join(known.name for known in benchmarks.values() if known.read_train is not None)
         raise ValueError(f"there is no {name!r}: linear probes are NAME-probe-{'|'.join(PROBES)}, of {known}.")
-    probe = f"linear-probe-{recipe}"
-    is_mean = benchmark.protocol == MEAN
     return replace(
         benchmark,
         name=name,
         title=f"{benchmark.title}, {recipe} probe",
         groups=(),
         read=benchmark.read_train,
-        protocol=MEAN if is_mean else probe,
-        options={"each": probe} if is_mean else {},
+        protocol=f"linear-probe-{recipe}",
+        options={},
         needs=(*benchmark.needs, *benchmark.train_needs),
         read_train=None,
-    )
-
-
-def sliding(benchmark: Benchmark) -> Benchmark:
-    """Return the same benchmark by the protocol of SAIL (CVPR 2025), as of GroupViT and TCL before.
-
-    The shorter side has 448 pixels, in windows of 448 every 224.
-    """
-    return replace(
-        benchmark,
-        name=f"{benchmark.name}-sliding",
-        title=f"{benchmark.title}, windows",
-        groups=("dense",),
-        options={"scale": (2048, 448), "crop": 448, "stride": 224},
-        note="SAIL's protocol: shorter side 448 pixels, windows of 448 every 224",
     )

@@ -9,8 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llm2clip.evaluation.benchmark import BenchmarkError
-from llm2clip.evaluation.contracts import Measurement
+from llm2clip.evaluation.benchmark import BenchmarkError, Measurement
 from llm2clip.evaluation.data import GradedData
 from llm2clip.evaluation.metrics import DEFAULT_TILE_SIZE, ROUNDING, retrieval_ranks
 from llm2clip.evaluation.session import Session

@@ -17,9 +17,8 @@ from torchvision.transforms.v2 import functional as V
 
 from llm2clip.data.table_identity import content_keys
 from llm2clip.encoders import Encoder
-from llm2clip.evaluation.benchmark import BenchmarkError
-from llm2clip.evaluation.contracts import Measurement, SummedCounts
-from llm2clip.evaluation.label_maps import IGNORED, SegmentationData
+from llm2clip.evaluation.benchmark import BenchmarkError, Measurement, SummedCounts
+from llm2clip.evaluation.data import IGNORED, SegmentationData
 from llm2clip.evaluation.prompts import name_of_templates, prompts, scene_templates, template_set
 from llm2clip.evaluation.protocols.classification import mean_of_prompts, prompt_parts
 from llm2clip.evaluation.session import Session
