@@ -23,14 +23,13 @@ from typing import Any
 from benchmarks import results
 from benchmarks.contest import ROOT
 from benchmarks.environments import versions_of
-from benchmarks.scale_inputs import CAPTIONS_PER_TAR, write_tars, write_text_tower
+from benchmarks.scale_inputs import CAPTIONS_PER_TAR, write_tars, write_text_tower, write_vision_tower
 from benchmarks.watching import run_watched
 
 RECORD, PAGE = Path(__file__).with_suffix(".jsonl"), ROOT / "docs" / "scaling.md"
 BEGIN, END = "<!-- measured: made by python -m benchmarks.scale -->\n", "<!-- /measured -->\n"
 MANIFESTS = "*.emb.manifest"
 BATCH, ROWS_PER_READER = 256, 50_000
-VISION = {"hidden": 64, "layers": 1, "patch": 16, "size": 32}
 
 
 def embed(
@@ -107,13 +106,11 @@ def read(folder: Path, captions: int, processes: int = 2, workers: int = 0) -> d
         FileNotFoundError: There are no sidecars.
         RuntimeError: A process failed, or yielded a row twice.
     """
-    from benchmarks.stage2_inputs import write_vision_tower
-
     sidecars, vision, log = folder / f"sidecars-{captions}", folder / "vision", folder / "read.log"
     if not sidecars.is_dir():
         raise FileNotFoundError(f"{sidecars} is missing: run the step embed with the same captions and --keep before.")
     if not vision.exists():
-        write_vision_tower(folder, **VISION)
+        write_vision_tower(vision)
     rows = -(-captions // CAPTIONS_PER_TAR) * CAPTIONS_PER_TAR
     settings = {
         "vision_model_name_or_path": str(vision),

@@ -1,4 +1,4 @@
-"""Inputs of `benchmarks.scale`: tars of tiny captioned pictures, and a text tower that costs little."""
+"""Inputs of `benchmarks.scale`: tars of tiny captioned pictures, and towers that cost little."""
 
 from __future__ import annotations
 
@@ -72,3 +72,16 @@ def write_text_tower(folder: Path) -> Path:
     LLM2CLIPTextModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def write_vision_tower(folder: Path) -> None:
+    """Write an EVA02 of one layer with random weights and its image processor."""
+    import torch
+    from transformers import CLIPImageProcessor
+
+    from modeling_llm2clip import EVA02VisionConfig, EVA02VisionModel
+
+    sizes = {"hidden_size": 64, "intermediate_size": 168, "num_hidden_layers": 1, "num_attention_heads": 1}
+    torch.manual_seed(0)
+    EVA02VisionModel(EVA02VisionConfig(**sizes, image_size=32, patch_size=16)).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
