@@ -128,40 +128,31 @@ def check_data(
         OSError, ValueError: There is no such tokenizer.
     """
     token_check = TokenCheck([CountingTokenizer(name) for name in tokenizers])
-    rows = open_rows(source, RowReader(max_pixels), with_images)  # says which the columns are
+    rows: CaptionRows | StreamedRows  # says which the columns are
+    if source.streaming:
+        rows = StreamedRows(source, RowReader(max_pixels), with_images, training=False)
+    else:
+        rows = CaptionRows(source, RowReader(max_pixels), with_images)
     checks: list[Check] = [RowCheck(), CaptionCheck(source.caption_columns), TextFaultCheck(), token_check]
     if with_images:
         checks.append(ImageCheck())
-    feed_rows(rows, source.path, checks, worker_count(num_workers))
+    workers, total = worker_count(num_workers), None
+    if isinstance(rows, StreamedRows):
+        workers = min(workers, rows.shards.num_files)
+    else:
+        total = len(rows)
+    with ProgressBar(f"Checking {source.path}", total, "row") as bar:
+        for batch in DataLoader(rows, BATCH, num_workers=workers, collate_fn=list):
+            for row in batch:
+                for check in checks:
+                    check.add(row)
+            bar.update(len(batch))
     report: dict[str, Any] = {"data": {**vars(source), "revision": data_revision(vars(source))}}
     for check in checks:
         report |= check.summary()
     report.setdefault("images", None)
     findings = {name: vars(finding) for check in checks for name, finding in check.findings.items()}
     return report | {"findings": findings}
-
-
-def open_rows(source: CaptionSource, reader: RowReader, with_images: bool) -> CaptionRows | StreamedRows:
-    """Open a source; see [`check_data`] for errors."""
-    if source.streaming:
-        return StreamedRows(source, reader, with_images, training=False)
-    return CaptionRows(source, reader, with_images)
-
-
-def feed_rows(rows: CaptionRows | StreamedRows, name: str, checks: Sequence[Check], num_workers: int) -> None:
-    """Feed all rows of a source to checks; the order of a stream depends on the number of workers."""
-    total: int | None = None
-    if isinstance(rows, StreamedRows):
-        num_workers = min(num_workers, rows.shards.num_files)
-    else:
-        total = len(rows)
-    loader = DataLoader(rows, BATCH, num_workers=num_workers, collate_fn=list)
-    with ProgressBar(f"Checking {name}", total, "row") as bar:
-        for batch in loader:
-            for row in batch:
-                for check in checks:
-                    check.add(row)
-            bar.update(len(batch))
 
 
 def print_report(report: dict[str, Any]) -> None:

@@ -45,11 +45,6 @@ def template_set(name: str) -> list[str]:
     return list(class_data("imagenet")["templates"][name])
 
 
-def scene_templates() -> list[str]:
-    """Return the five templates that MaskCLIP adds to OpenAI's 80."""
-    return list(class_data("segmentation")["templates"])
-
-
 def choose_templates(name: str) -> list[str]:
     """Return the templates of a set, or of a file with one template a line.
 

@@ -46,13 +46,8 @@ def read_label_maps(
     images, label_maps = zip(*pairs(folder), strict=True)
     BenchmarkImages(label_maps).require_files(f"{title} (label maps)")
     names = {BACKGROUND: tuple(class_data("segmentation")[BACKGROUND])} if background else {}
-    names |= segmentation_classes(classes)
+    names |= {name: (name,) for name in class_data("segmentation")["classes"][classes]}
     return SegmentationData(title, BenchmarkImages(list(images)).require_files(title), list(label_maps), names, table)
-
-
-def segmentation_classes(name: str) -> dict[str, tuple[str, ...]]:
-    """Return MaskCLIP's name of each class of a set, in the order of its labels, as `SegmentationData.classes`."""
-    return {name: (name,) for name in class_data("segmentation")["classes"][name]}
 
 
 def class_table(values: Sequence[int], ignored: Sequence[int] = (IGNORED,)) -> Tensor:
