@@ -23,9 +23,9 @@ from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError, BenchmarkPr
 from llm2clip.evaluation.benchmarks import all_benchmarks, choose_benchmarks
 from llm2clip.evaluation.benchmarks.checksum import data_checksum
 from llm2clip.evaluation.benchmarks.listing import list_benchmarks, overview
-from llm2clip.evaluation.benchmarks.variants import with_prompts
 from llm2clip.evaluation.evaluate_config import OF_OWN_DATA, EvaluateConfig
 from llm2clip.evaluation.own_data import OwnData, is_own_data, own_benchmark
+from llm2clip.evaluation.prompts import with_prompts
 from llm2clip.evaluation.protocols import open_protocol
 from llm2clip.evaluation.results import Result, intervals_of, print_results, read_result, require_same, result_path
 from llm2clip.evaluation.session import Session
