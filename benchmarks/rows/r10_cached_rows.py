@@ -132,7 +132,7 @@ def _webdataset() -> Work:
     return work
 
 
-def contests(device: str) -> list[Contest]:
+def contests() -> list[Contest]:
     peer = "webdataset, float32 tar"
     contestants = {"ours": Contestant(_cache), peer: Contestant(_webdataset)}
     return [
