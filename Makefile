@@ -15,7 +15,7 @@ WORKERS := 2
 PARALLEL = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-min test-all test-nightly test-cuda test-faults compat bench study lint audit docs dist format clean
+.PHONY: help quickstart test test-min test-all test-nightly test-cuda test-faults compat bench bench-gpu study lint audit docs dist format clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -49,6 +49,9 @@ compat: $(VENV)/.test  ## saved folders under other transformers versions; VERSI
 
 bench: $(VENV)/.bench  ## ratios against other tools, into benchmarks/RESULTS.md (idle machine); ROWS="R2 R4" for some
 	$(BIN)/python -m benchmarks $(ROWS)
+
+bench-gpu: $(VENV)/.bench  ## the rows that matter on a CUDA card
+	$(BIN)/python -m benchmarks --device cuda $(ROWS)
 
 study: $(VENV)/.quickstart  ## the paper's tables in miniature (studies/miniature/README.md); TABLE="a6 a7" for some of them
 	$(HASHED) --requirement studies/miniature/weights.txt

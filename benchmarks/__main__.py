@@ -20,28 +20,36 @@ def main(arguments: list[str] | None = None) -> int:
     modules = row_modules()
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"{', '.join(modules)}; default: all")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device that does the work")
     parser.add_argument("--table", action="store_true", help="only write RESULTS.md from the stored results")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.rows if name not in modules]
     if unknown:
         parser.error(f"there is no row {', '.join(unknown)}; choose from {', '.join(modules)}.")
+    if options.device == "cuda" and not _has_cuda():
+        print("there is no CUDA device: the GPU rows are skipped.")
+        return 0
     failures = []
     for name in () if options.table else options.rows or modules:
         row = load_row(modules[name])
-        for contest in row.contests():
+        if options.device not in row.devices:
+            continue
+        for contest in row.contests(options.device):
             print(f"{row.id}  {row.work}: {contest.title}", file=sys.stderr)
             start = time.perf_counter()
             try:
-                turns = run_contest(modules[name], contest)
+                turns = run_contest(modules[name], options.device, contest)
             except (UnequalError, RuntimeError) as error:
                 failures.append(f"{row.id}, {contest.title}: {error}")
                 print(f"    {error}", file=sys.stderr)
                 continue
-            entry = results.record(row, contest, turns)
+            entry = results.record(row, contest, options.device, turns)
             results.append(entry)
             _report(entry, time.perf_counter() - start)
     rows = [load_row(module) for module in modules.values()]
-    current = {(row.id, contest.title) for row in rows for contest in row.contests()}
+    current = {
+        (row.id, contest.title, device) for row in rows for device in row.devices for contest in row.contests(device)
+    }
     newest = {key: entry for key, entry in results.read(results.lines()).items() if key in current}
     shortfalls = {row.id: row.shortfall for row in rows}
     results.TABLE.write_text(results.table(newest, shortfalls), encoding="utf-8")
@@ -49,6 +57,12 @@ def main(arguments: list[str] | None = None) -> int:
     for line in failures:
         print(f"FAILED  {line}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _report(entry: results.Record, seconds: float) -> None:

@@ -52,7 +52,7 @@ def answer(worker: subprocess.Popen[str], name: str, request: str = "") -> dict[
     return json.loads(line)  # type: ignore[no-any-return]
 
 
-def run_contest(module: str, contest: Contest) -> Measurements:
+def run_contest(module: str, device: str, contest: Contest) -> Measurements:
     """Measure all contestants.
 
     The first turn of each contestant yields the values to compare and the memory, because its process has not done
@@ -69,7 +69,7 @@ def run_contest(module: str, contest: Contest) -> Measurements:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         workers = {}
         for number, (name, contestant) in enumerate(contest.contestants.items()):
-            arguments = [module, contest.title, name, f"{folder}/{number}.npz"]
+            arguments = [module, device, contest.title, name, f"{folder}/{number}.npz"]
             workers[name] = stack.enter_context(start(python_of(contestant.environment), arguments, contest.threads))
             answer(workers[name], name)
         for number, name in enumerate(workers):

@@ -47,7 +47,7 @@ class Goal:
 
     Attributes:
         against: The other contestant.
-        metric: `cpu` (seconds of all threads), `wall` (seconds), `memory` (peak increase
+        metric: `cpu` (seconds of all threads; on a GPU, `wall` replaces it), `wall` (seconds), `memory` (peak increase
             during the work, bytes), or a metric of the outcome.
         at_most: Largest ratio.
     """
@@ -87,13 +87,15 @@ class Row:
     Attributes:
         id: R1, R2, ...
         work: Description of the work.
-        contests: Builds the contests.
+        contests: Builds the contests for a device, `cpu` or `cuda`; their sizes may differ.
+        devices: Devices that the row applies to.
         shortfall: Why the row misses a goal, for RESULTS.md where it does.
     """
 
     id: str
     work: str
-    contests: Callable[[], list[Contest]]
+    contests: Callable[[str], list[Contest]]
+    devices: tuple[str, ...] = ("cpu",)
     shortfall: str = ""
 
 

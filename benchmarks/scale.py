@@ -262,7 +262,7 @@ def main(arguments: list[str] | None = None) -> None:
             else:
                 figures = read(folder, captions, options.processes, options.workers)
             print(json.dumps({"step": step, **figures}, indent=2), file=sys.stderr)
-            origin = {"machine": results.machine(), "load": round(os.getloadavg()[1], 2)}
+            origin = {"machine": results.machine("cpu"), "load": round(os.getloadavg()[1], 2)}
             origin |= {"date": datetime.date.today().isoformat(), "commit": results.commit()}
             with options.record.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **figures, **origin, "versions": versions_of(None)}) + "\n")

@@ -1,6 +1,6 @@
 """Process of one contestant: set up, then do the work once for every line on standard input.
 
-    python -m benchmarks.worker MODULE CONTEST CONTESTANT VALUES_FILE
+    python -m benchmarks.worker MODULE DEVICE CONTEST CONTESTANT VALUES_FILE
 
 Prints one line of JSON per turn; the values of the first turn are written to VALUES_FILE.
 """
@@ -21,31 +21,39 @@ import numpy as np
 from benchmarks.row import Outcome, Work, load_row
 
 
-def main(module: str, contest: str, contestant: str, values_file: str) -> None:
+def main(module: str, device: str, contest: str, contestant: str, values_file: str) -> None:
     # Output of libraries must not mix with the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    contests = {entry.title: entry for entry in load_row(module).contests()}
+    contests = {entry.title: entry for entry in load_row(module).contests(device)}
     work = contests[contest].contestants[contestant].set_up()
     _answer(answers, {"ready": True})
     for number, _ in enumerate(sys.stdin):
-        outcome, metrics = measure(work)
+        outcome, metrics = measure(work, device)
         if number == 0:
             np.savez(Path(values_file), **{name: _array(value) for name, value in outcome.values.items()})
         del outcome
         _answer(answers, metrics)
 
 
-def measure(work: Work) -> tuple[Outcome, dict[str, float]]:
+def measure(work: Work, device: str = "cpu") -> tuple[Outcome, dict[str, float]]:
     """Do the work once; return its outcome with seconds and bytes."""
     gc.collect()
-    before = resident("VmRSS")
+    if on_gpu := device != "cpu":
+        from torch import cuda
+
+        cuda.synchronize()
+        cuda.empty_cache()
+        cuda.reset_peak_memory_stats()
+    before = cuda.memory_allocated() if on_gpu else resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     cpu, wall = _cpu_seconds(), time.perf_counter()
     outcome = work()
+    if on_gpu:
+        cuda.synchronize()
     cpu, wall = _cpu_seconds() - cpu, time.perf_counter() - wall
-    memory = float(resident("VmHWM") - before)
-    return outcome, {"cpu": cpu, "wall": wall, "memory": memory, **outcome.metrics}
+    memory = (cuda.max_memory_allocated() if on_gpu else resident("VmHWM")) - before
+    return outcome, {"cpu": cpu, "wall": wall, "memory": float(memory), **outcome.metrics}
 
 
 def _cpu_seconds() -> float:

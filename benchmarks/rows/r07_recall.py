@@ -83,7 +83,7 @@ def _clip_benchmark() -> Callable:
     return measure
 
 
-def contests() -> list[Contest]:
+def contests(device: str) -> list[Contest]:
     note = (
         "Equal scores are among right texts (repeated captions) and among wrong images (pictures without a caption "
         "that stand twice), so that the hits do not depend on how a sort orders them; they are compared as integers."

@@ -132,7 +132,7 @@ def _webdataset() -> Work:
     return work
 
 
-def contests() -> list[Contest]:
+def contests(device: str) -> list[Contest]:
     peer = "webdataset, float32 tar"
     contestants = {"ours": Contestant(_cache), peer: Contestant(_webdataset)}
     return [

@@ -38,7 +38,7 @@ def _faiss(count: int = COUNT) -> Work:
     return work
 
 
-def contests() -> list[Contest]:
+def contests(device: str) -> list[Contest]:
     contestants = {
         "ours": Contestant(_ours),
         FAISS: Contestant(_faiss),

@@ -95,7 +95,7 @@ def _faiss(kind: str, count: int = COUNT) -> Work:
     return lambda: inputs.measure(search)
 
 
-def contests() -> list[Contest]:
+def contests(device: str) -> list[Contest]:
     from functools import partial
 
     contestants = {

@@ -102,7 +102,7 @@ def _clip_benchmark(count: int = IMAGES) -> Work:
     return work
 
 
-def contests() -> list[Contest]:
+def contests(device: str) -> list[Contest]:
     note = (
         "Blocks on black, as grey PNGs of 28 pixels; OpenAI's 80 templates; the same open_clip model, so small that "
         "images are most of the work, as beside an accelerator; one process that reads images. The hits are equal in "

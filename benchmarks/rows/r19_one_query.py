@@ -98,7 +98,7 @@ def _clip() -> Work:
     return _one_by_one(encode)
 
 
-def contests() -> list[Contest]:
+def contests(device: str) -> list[Contest]:
     def contest(
         title: str, ours: SetUp, peers: dict[str, SetUp], at_most: float, tolerance: dict[str, float], note: str
     ) -> Contest:

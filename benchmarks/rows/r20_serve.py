@@ -101,7 +101,7 @@ def _served(
             time.sleep(0.2)
 
 
-def contests() -> list[Contest]:
+def contests(device: str) -> list[Contest]:
     def contest(title: str, tokens: int | None, note: str, clients: int = 32, requests: int = REQUESTS) -> Contest:
         servers = {"ours": _ours, INFINITY: _infinity}
         fields = {"tokens": tokens, "requests": requests, "clients": clients}

@@ -11,7 +11,7 @@ MODULE = "tests.benchmarks.tiny_row"
 
 
 def test_each_contestant_is_measured_in_its_own_process():
-    turns = run_contest(MODULE, tiny_row.contests()[0])
+    turns = run_contest(MODULE, "cpu", tiny_row.contests("cpu")[0])
     assert [len(measured) for measured in turns.values()] == [3, 3]
     figures = summarise(turns)
     assert 7 * 2**20 < figures["ours"]["memory"] < 16 * 2**20 < figures["peer"]["memory"]
@@ -21,9 +21,9 @@ def test_each_contestant_is_measured_in_its_own_process():
 
 def test_unequal_values_or_a_failure_stop_the_contest():
     with pytest.raises(UnequalError, match=r"sum: ours differs from that of peer by 0\.5"):
-        run_contest(MODULE, tiny_row.contests()[1])
+        run_contest(MODULE, "cpu", tiny_row.contests("cpu")[1])
     with pytest.raises(RuntimeError, match="contestant 'ours' ended with status 1"):
-        run_contest(MODULE, Contest("absent", {"ours": Contestant(dict)}, ()))
+        run_contest(MODULE, "cpu", Contest("absent", {"ours": Contestant(dict)}, ()))
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_the_ratio_is_the_median_of_the_ratios_within_rounds():
 @pytest.mark.parametrize("name", list(row_modules()))
 def test_every_row_compares_its_values_and_has_goals_against_its_contestants(name):
     row = load_row(row_modules()[name])
-    for contest in row.contests():
+    for contest in (contest for device in row.devices for contest in row.contests(device)):
         assert next(iter(contest.contestants)) == "ours"
         assert contest.goals
         assert {goal.against for goal in contest.goals} <= set(contest.contestants)

@@ -17,7 +17,7 @@ def add(offset: float, mebibytes: int) -> Work:
     return work
 
 
-def contests() -> list[Contest]:
+def contests(device: str) -> list[Contest]:
     contestants = {
         "ours": Contestant(partial(add, 0.0, 8)),
         "peer": Contestant(partial(add, 0.0, 32)),

@@ -48,7 +48,7 @@ def main() -> int:
         "profile": options.profile,
         "seed": options.seed,
         "minutes": round((time.monotonic() - start) / 60, 1),
-        "machine": machine(),
+        "machine": machine("cpu"),
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
         "commands": record.count((command, part, verdict.outcome) for command, part, verdict in verdicts),
