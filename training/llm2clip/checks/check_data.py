@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
 from torch.utils.data import DataLoader
 
+from llm2clip.checks.near_duplicates import HashCheck, near_duplicates, perceptual_hash
 from llm2clip.checks.row_checks import CaptionCheck, Check, ImageCheck, RowCheck, RowReader, TextFaultCheck
 from llm2clip.checks.token_check import CountingTokenizer, TokenCheck
 from llm2clip.data.captioned_images import OnError
@@ -66,12 +68,17 @@ class CheckDataConfig:
     tokenizer: list[str] = setting(
         [], "Tokenizers: Hub ids or folders; NAME:512 sets a length. How many captions does each of them cut?"
     )
+    other_splits: list[str] = setting(
+        [], "Splits, such as test, whose pictures must not be in this one; they are found by perceptual hash."
+    )
     output: str | None = setting(None, "JSON file to which the report is also written.")
 
     def __post_init__(self) -> None:
         check_choices(self)
         if not self.source:
             raise ValueError("the data is missing: llm2clip check-data SOURCE, or --benchmark NAME --data FOLDER")
+        if self.other_splits and self.no_images:
+            raise ValueError("other_splits compares pictures, which no_images leaves out; drop one of them.")
 
     def caption_source(self) -> CaptionSource:
         """Return the source with the fields that are set here."""
@@ -89,7 +96,9 @@ def run(config: CheckDataConfig) -> None:
         FileNotFoundError, SourceError: The data cannot be read.
     """
     source = config.caption_source()
-    report = check_data(source, not config.no_images, config.max_pixels, config.num_workers, config.tokenizer)
+    report = check_data(
+        source, not config.no_images, config.max_pixels, config.num_workers, config.tokenizer, config.other_splits
+    )
     if config.output:
         write_json(config.output, report)
     print_report(report)
@@ -109,6 +118,7 @@ def check_data(
     max_pixels: int = DEFAULT_MAX_PIXELS,
     num_workers: int | None = None,
     tokenizers: Sequence[str] = (),
+    other_splits: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Find out what is in a data set of captions and images, and what is wrong with it.
 
@@ -117,6 +127,7 @@ def check_data(
         max_pixels: Largest image that can be used, width x height.
         num_workers: Processes that read rows and decode images, 0 for none; by default one per core, at most 8.
         tokenizers: Hub ids or folders of tokenizers, with which the captions' tokens are counted.
+        other_splits: Splits whose pictures are looked for in this one.
 
     Returns:
         The report, as JSON values: `data` (fields of the source and its revision), `rows`, `usable_rows`, `captions`,
@@ -125,34 +136,50 @@ def check_data(
 
     Raises:
         FileNotFoundError, SourceError: The data cannot be read.
+        ModuleNotFoundError: Splits are to be compared, and the library of perceptual hashes is not installed.
         OSError, ValueError: There is no such tokenizer.
     """
     token_check = TokenCheck([CountingTokenizer(name) for name in tokenizers])
-    rows: CaptionRows | StreamedRows  # says which the columns are
-    if source.streaming:
-        rows = StreamedRows(source, RowReader(max_pixels), with_images, training=False)
-    else:
-        rows = CaptionRows(source, RowReader(max_pixels), with_images)
+    hashes, others = HashCheck(), {split: HashCheck() for split in other_splits}
+    if others:
+        importlib.import_module("imagehash")
+    reader = RowReader(max_pixels, perceptual_hash if others else None)
+    for split, other in others.items():
+        feed_rows(open_rows(replace(source, split=split), reader, with_images), source.path, [other], num_workers)
+    rows = open_rows(source, reader, with_images)  # says which the columns are
     checks: list[Check] = [RowCheck(), CaptionCheck(source.caption_columns), TextFaultCheck(), token_check]
     if with_images:
         checks.append(ImageCheck())
+    feed_rows(rows, source.path, [*checks, hashes], num_workers)
+    report: dict[str, Any] = {"data": {**vars(source), "revision": data_revision(vars(source))}}
+    for check in checks:
+        report |= check.summary()
+    report.setdefault("images", None)
+    findings = {name: finding for check in checks for name, finding in check.findings.items()}
+    findings |= {f"images that are also in {split}": near_duplicates(hashes, other) for split, other in others.items()}
+    return report | {"findings": {name: vars(finding) for name, finding in findings.items()}}
+
+
+def open_rows(source: CaptionSource, reader: RowReader, with_images: bool) -> CaptionRows | StreamedRows:
+    """Open a source; see [`check_data`] for errors."""
+    if source.streaming:
+        return StreamedRows(source, reader, with_images, training=False)
+    return CaptionRows(source, reader, with_images)
+
+
+def feed_rows(rows: CaptionRows | StreamedRows, name: str, checks: Sequence[Check], num_workers: int | None) -> None:
+    """Feed all rows of a source to checks; the order of a stream depends on the number of workers."""
     workers, total = worker_count(num_workers), None
     if isinstance(rows, StreamedRows):
         workers = min(workers, rows.shards.num_files)
     else:
         total = len(rows)
-    with ProgressBar(f"Checking {source.path}", total, "row") as bar:
+    with ProgressBar(f"Checking {name}", total, "row") as bar:
         for batch in DataLoader(rows, BATCH, num_workers=workers, collate_fn=list):
             for row in batch:
                 for check in checks:
                     check.add(row)
             bar.update(len(batch))
-    report: dict[str, Any] = {"data": {**vars(source), "revision": data_revision(vars(source))}}
-    for check in checks:
-        report |= check.summary()
-    report.setdefault("images", None)
-    findings = {name: vars(finding) for check in checks for name, finding in check.findings.items()}
-    return report | {"findings": findings}
 
 
 def print_report(report: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from ftfy.badness import is_bad
+from PIL import Image
 
 from llm2clip.data.captioned_images import CaptionError, RowCaptions, caption_id, column_texts
 from llm2clip.data.sources import Columns
@@ -51,12 +52,17 @@ TEXT_FAULTS: dict[str, Callable[[str], object]] = {
 
 
 class ImageFacts(NamedTuple):
-    """What is known about an image: its upright width and height in pixels, or its fault and the reason."""
+    """What is known about an image: its upright width and height in pixels, or its fault and the reason.
+
+    Attributes:
+        hash: Its perceptual hash, if one was asked for.
+    """
 
     width: int = 0
     height: int = 0
     fault: str | None = None
     reason: str = ""
+    hash: int | None = None
 
 
 class RowFacts(NamedTuple):
@@ -77,12 +83,19 @@ class RowFacts(NamedTuple):
 
 @dataclass(frozen=True)
 class RowReader:
-    """Reads the facts of a row; the `make_sample` of [`CaptionRows`] and [`StreamedRows`]."""
+    """Reads the facts of a row; the `make_sample` of [`CaptionRows`] and [`StreamedRows`].
+
+    Args:
+        hash_image: Computes the perceptual hash of each image.
+    """
 
     max_pixels: int = DEFAULT_MAX_PIXELS
+    hash_image: Callable[[Image.Image], int] | None = None
 
     def __call__(self, row: Mapping[str, Any], key: str, columns: Columns, salt: object = None) -> RowFacts:
-        image = None if columns.image is None else inspect_image(row[columns.image], key, self.max_pixels)
+        image = (
+            None if columns.image is None else inspect_image(row[columns.image], key, self.max_pixels, self.hash_image)
+        )
         try:
             texts = {column: column_texts(row, column) for column in columns.captions}
         except TypeError as error:
@@ -94,14 +107,17 @@ class RowReader:
         return RowFacts(key, texts, image=image)
 
 
-def inspect_image(value: Any, key: str, max_pixels: int = DEFAULT_MAX_PIXELS) -> ImageFacts:
+def inspect_image(
+    value: Any, key: str, max_pixels: int, hash_image: Callable[[Image.Image], int] | None = None
+) -> ImageFacts:
     """Decode an image as training does, for its size or what is wrong with it; see `decode_image` for `value`."""
     try:
         with decoding_errors(value, key):
             image = open_image(value, sys.maxsize)
             if image.width * image.height > max_pixels:
                 return ImageFacts(fault=TOO_LARGE, reason=f"{image.width} x {image.height} pixels")
-            return ImageFacts(*to_upright_rgb(image).size)
+            image = to_upright_rgb(image)
+            return ImageFacts(*image.size, hash=None if hash_image is None else hash_image(image))
     except DamagedImageError as error:
         content = value.values() if isinstance(value, Mapping) else [value]
         is_missing = all(part is None for part in content) or isinstance(error.__cause__, FileNotFoundError)

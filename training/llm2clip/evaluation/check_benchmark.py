@@ -36,6 +36,7 @@ from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS, Damage
 # Settings of a source that mean nothing for a published set.
 OF_SOURCES = (
     "name", "split", "revision", "image_column", "caption_columns", "key_column", "streaming", "max_samples",
+    "other_splits",
 )  # fmt: skip
 
 
