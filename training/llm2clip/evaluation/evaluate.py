@@ -171,7 +171,9 @@ def _measure(config: EvaluateConfig, models: Sequence[Any], benchmarks: Sequence
     is_main = process_state().is_main_process
     texts_alone = all(one.protocol_id == "caption-retrieval" for one in loaded)
     for model in models:
-        encoder = _open_encoder(config, model, texts_alone) if isinstance(model, str) else model
+        encoder = model
+        if isinstance(model, str):
+            encoder = _open_encoder(config, model, texts_alone).truncate(config.truncate_dim, config.precision)
         session = Session(encoder, store, config.batch_size, worker_count(config.num_workers), config.on_error)
         cut = {name: str(value) for name, value in encoder.cut.items()}
         described = {"given": encoder.name, **encoder.identity(), "fingerprint": encoder.fingerprint(), **cut}
@@ -326,10 +328,6 @@ def _require_places(
 
 
 def _open_encoder(config: EvaluateConfig, name: str, texts_alone: bool) -> Encoder:
-    return _load(config, name, texts_alone).truncate(config.truncate_dim, config.precision)
-
-
-def _load(config: EvaluateConfig, name: str, texts_alone: bool) -> Encoder:
     device = process_state().device
     if texts_alone and not name.startswith(OPEN_CLIP) and ".py:" not in name:
         repo = inspect_repo(name, config.revision)
