@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,11 +12,10 @@ import fsspec.asyn
 from rich.console import Console
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from llm2clip.checks.near_duplicates import HASH_BITS, HashCheck, PerceptualHash, find_near_duplicates
+from llm2clip.checks.near_duplicates import HashCheck, near_duplicates, perceptual_hash
 from llm2clip.checks.row_checks import (
     CaptionCheck,
     Check,
-    Finding,
     ImageCheck,
     RowCheck,
     RowFacts,
@@ -152,28 +152,23 @@ def check_data(
     """
     token_check = TokenCheck([CountingTokenizer(name) for name in tokenizers])
     hashes, others = HashCheck(), {split: HashCheck() for split in other_splits}
-    workers, reader = worker_count(num_workers), RowReader(max_pixels, PerceptualHash() if others else None)
+    if others:
+        importlib.import_module("imagehash")
+    reader = RowReader(max_pixels, perceptual_hash if others else None)
     for split, other in others.items():
-        feed_rows(open_rows(replace(source, split=split), reader, with_images), source.path, [other], workers)
+        feed_rows(open_rows(replace(source, split=split), reader, with_images), source.path, [other], num_workers)
     rows = open_rows(source, reader, with_images)  # says which the columns are
     checks: list[Check] = [RowCheck(), CaptionCheck(source.caption_columns), TextFaultCheck(), token_check]
     if with_images:
         checks.append(ImageCheck())
-    feed_rows(rows, source.path, [*checks, hashes], workers)
+    feed_rows(rows, source.path, [*checks, hashes], num_workers)
     report: dict[str, Any] = {"data": {**vars(source), "revision": data_revision(vars(source))}}
     for check in checks:
         report |= check.summary()
     report.setdefault("images", None)
     findings = {name: finding for check in checks for name, finding in check.findings.items()}
-    findings |= {f"images that are also in {split}": _copies(hashes, other) for split, other in others.items()}
+    findings |= {f"images that are also in {split}": near_duplicates(hashes, other) for split, other in others.items()}
     return report | {"findings": {name: vars(finding) for name, finding in findings.items()}}
-
-
-def _copies(own: HashCheck, other: HashCheck) -> Finding:
-    finding = Finding()
-    for copy in find_near_duplicates(own, other):
-        finding.add(copy.key, f"{copy.original} differs in {copy.distance} of {HASH_BITS} bits")
-    return finding
 
 
 class StreamedFiles(IterableDataset):
@@ -223,16 +218,15 @@ def open_rows(source: CaptionSource, reader: RowReader, with_images: bool) -> Ta
     return (StreamedFiles if source.streaming else TableRows)(source, reader, with_images)
 
 
-def feed_rows(rows: TableRows | StreamedFiles, name: str, checks: Sequence[Check], num_workers: int) -> None:
+def feed_rows(rows: TableRows | StreamedFiles, name: str, checks: Sequence[Check], num_workers: int | None) -> None:
     """Feed all rows of a source to checks; the order of a stream depends on the number of workers."""
-    total: int | None = None
+    workers, total = worker_count(num_workers), None
     if isinstance(rows, TableRows):
         total = len(rows)
     elif rows.max_samples is None:
-        num_workers = min(num_workers, rows.shards.num_files)
-    loader = DataLoader(rows, BATCH, num_workers=num_workers, collate_fn=list)
+        workers = min(workers, rows.shards.num_files)
     with ProgressBar(f"Checking {name}", total, "row") as bar:
-        for batch in loader:
+        for batch in DataLoader(rows, BATCH, num_workers=workers, collate_fn=list):
             for row in batch:
                 for check in checks:
                     check.add(row)
@@ -250,13 +244,11 @@ def print_tables(report: dict[str, Any], title: str) -> None:
     # Keys and captions are not markup: "[bold]" and ":dog:" are printed as they are.
     console = Console(markup=False, emoji=False, highlight=False)
     captions, images = report["captions"], report["images"]
-    scripts = ", ".join(f"{name} {count:,}" for name, count in captions["scripts"].items())
     counts = [
         ("rows", f"{report['rows']:,}, of which {report['usable_rows']:,} can be used"),
         ("captions", f"{captions['count']:,}"),
         ("distinct", f"{captions['distinct']:,}; without case and white space "
                      f"{captions['distinct_ignoring_case_and_space']:,}"),
-        ("scripts", scripts or "none"),
         ("images", "not read" if images is None else f"{images['count']:,} decoded"),
     ]  # fmt: skip
     print_table(console, title, ("", "number"), counts, (0, 1))
@@ -276,7 +268,6 @@ def print_tables(report: dict[str, Any], title: str) -> None:
     if images is not None:
         sizes = [(side, *_numbers(images[side])) for side in ("width", "height")]
         print_table(console, "Images, size in pixels", ("", *titles), sizes)
-    titles = ("", "number", "stops a run", "first rows")
     found = [
         (name, f"{finding['count']:,}", "yes" if finding["stops"] else "", _examples(finding["examples"]))
         for name, finding in report["findings"].items()
