@@ -1,4 +1,4 @@
-"""ImageNet-1k and the sets with its classes: V2, A, R, O and Sketch."""
+"""ImageNet-1k and the sets with its classes: V2, A, R, O, Sketch; ObjectNet, which has 113 of them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from functools import partial
 from pathlib import Path
 
 from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
+from llm2clip.evaluation.benchmarks.encoded_images import CroppedFiles
 from llm2clip.evaluation.benchmarks.image_folder import image_files, labelled, read_class_folders
-from llm2clip.evaluation.data import ClassificationData
+from llm2clip.evaluation.data import BenchmarkImages, ClassificationData
 from llm2clip.evaluation.prompts import imagenet_classes, imagenet_subset, template_set
+from llm2clip.evaluation.reading import read_json
 
 DEVKIT, TRUTH = "ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_validation_ground_truth.txt"
 WNID = re.compile(r"n\d{8}")
+# Of the images of ObjectNet: red, in pixels.
+BORDER = 2
 
 
 def read_imagenet(folder: Path, with_train: bool = False) -> ClassificationData:
@@ -72,6 +76,26 @@ def read_wnid_folders(folder: Path, title: str, subset: str | None = None) -> Cl
     return labelled(*read_class_folders(title, folder, wnids), [classes[wnid] for wnid in wnids])
 
 
+def read_objectnet(folder: Path, border: int = 0) -> ClassificationData:
+    """Read the images of the classes that ImageNet has too, under ObjectNet's names in lower case.
+
+    Args:
+        border: Pixels that are cut off on each side. A red border of 2 pixels marks the images as test images.
+    """
+    mappings = folder / "mappings"
+    labels, shared = (
+        read_json(mappings / name) for name in ("folder_to_objectnet_label.json", "objectnet_to_imagenet_1k.json")
+    )
+    classes = sorted(name for name, label in labels.items() if label in shared)
+    paths, found = read_class_folders("ObjectNet", folder / "images", classes, ignored=labels)
+    data = labelled(paths, found, [labels[name].lower() for name in classes])
+    if border:
+        data.images = BenchmarkImages(
+            CroppedFiles(paths, border), [f"{path.parent.name}/{path.name}" for path in paths]
+        )
+    return data
+
+
 LICENSE = "non-commercial research (ImageNet's terms)"
 PROTOCOL = "zero-shot-classification"
 
@@ -91,6 +115,16 @@ def _folders(name: str, title: str, folder: str, images: int, subset: str | None
         name=name, title=title, groups=("classification",), folder=folder, needs=(f"./{wnid}/*",),
         files=f"{folder}/nXXXXXXXX/*", counts={"images": images, "classes": 200 if subset else 1000}, license=LICENSE,
         source=source, read=partial(read_wnid_folders, title=title, subset=subset), protocol=PROTOCOL, note=note,
+    )  # fmt: skip
+
+
+def _objectnet(name: str, title: str, border: int, note: str) -> Benchmark:
+    return Benchmark(
+        name=name, title=title, groups=("classification",), folder="objectnet-1.0",
+        needs=("mappings/objectnet_to_imagenet_1k.json",),
+        files="objectnet-1.0/images/FOLDER/*.png and objectnet-1.0/mappings/*.json.",
+        counts={"images": 18574, "classes": 113}, license="CC BY 4.0; not to be trained on", source="objectnet.dev",
+        read=partial(read_objectnet, border=border), protocol="zero-shot-classification", note=note,
     )  # fmt: skip
 
 
@@ -131,4 +165,8 @@ BENCHMARKS = [
         "github.com/hendrycks/natural-adv-examples",
     ),
     _folders("imagenet-sketch", "ImageNet-Sketch", "sketch", 50889, None, "", "github.com/HaohanWang/ImageNet-Sketch"),
+    _objectnet("objectnet", "ObjectNet", 0, "With the red border of 2 pixels, as CLIP_benchmark."),
+    _objectnet(
+        "objectnet-cropped", "ObjectNet, cropped", BORDER, "Without the red border, as its authors: other numbers."
+    ),
 ]
