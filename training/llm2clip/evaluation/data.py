@@ -238,6 +238,21 @@ class ClassificationData:
         return [DataPart(texts, ("prompts",)), *(DataPart(images=one.images) for one in sets if one is not None)]
 
 
+class SeveralSets(dict[str, ClassificationData]):
+    """Sets of classification by name, of which the mean is measured."""
+
+    def counts(self) -> dict[str, int]:
+        """Number of sets, and the counts of each after its name, such as `cifar10 images`."""
+        counts = {"sets": len(self)}
+        for name, data in self.items():
+            counts |= {f"{name} {what}": count for what, count in data.counts().items()}
+        return counts
+
+    def parts(self) -> list[DataPart]:
+        """The parts of each set."""
+        return [part for data in self.values() for part in data.parts()]
+
+
 @dataclass
 class CaptionPairData:
     """Two captions of each of some images, without the images.

@@ -291,7 +291,11 @@ def load_benchmarks(config: EvaluateConfig, benchmarks: Sequence[Benchmark]) -> 
     if config.text_format != RAW and all(one.text_format == RAW for one in loaded):
         raise ValueError(f"text_format is {config.text_format}, but {names} has no captions: leave it out.")
     others = [one.benchmark.name for one in loaded if one.protocol_id != "retrieval"]
-    without = [one.benchmark.name for one in loaded if one.protocol_id.startswith(WITHOUT_EMBEDDINGS)]
+    without = [
+        one.benchmark.name
+        for one in loaded
+        if getattr(one.protocol, "each", one.protocol_id).startswith(WITHOUT_EMBEDDINGS)
+    ]
     if without and (config.truncate_dim is not None or config.precision != "float32"):
         raise ValueError(f"{', '.join(without)} compares no embeddings: leave out truncate_dim and precision.")
     if config.on_error == "skip" and others:

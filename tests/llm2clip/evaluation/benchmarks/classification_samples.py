@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
-from llm2clip.evaluation.benchmarks.imagenet import DEVKIT, TRUTH
+from llm2clip.evaluation.benchmarks.imagenet import DEVKIT, TAR, TRUTH
 from llm2clip.evaluation.prompts import imagenet_classes, imagenet_subset
 from tests.llm2clip.evaluation.benchmarks.pictures import picture
 from tests.llm2clip.evaluation.benchmarks.samples import write
@@ -102,6 +102,12 @@ def devkit(truth: list[int]) -> Files:
     return {f"imagenet/{DEVKIT}": tar_of(files, "w:gz")}
 
 
+def truth(*numbers: int) -> Files:
+    mapping = "n02119789 1 kit_fox\nn02100735 2 English_setter\n"
+    numbered = "".join(f"{number}\n" for number in numbers)
+    return {"imagenet/imagenet2012_mapclsloc.txt": mapping, f"imagenet/{TRUTH}": numbered}
+
+
 def bordered(shade: int) -> bytes:
     """A picture of ObjectNet: a red border of two pixels."""
     image = Image.new("RGB", (9, 7), (255, 0, 0))
@@ -161,6 +167,7 @@ SAMPLES = {
          for label, number in ((999, 0), (2, 1), (0, 7))},
         [0, 2, 999], [7, 1, 0], {0: "tench", 1: "goldfish", 2: "great white shark"},
     ),
+    "imagenet-flat": Sample("imagenet-1k", val(2, 1, 3) | truth(2, 1, 1), [SETTER, KIT_FOX, KIT_FOX], [1, 2, 3], {}),
     "imagenet-ids": Sample(
         "imagenet-1k",
         {f"imagenet/val/ILSVRC2012_val_0000000{number}_{wnid}.JPEG": picture(number)
@@ -169,6 +176,12 @@ SAMPLES = {
     ),
     "imagenet-devkit": Sample(
         "imagenet-1k", val(2, 1, 3) | devkit([2, 3, 1]), [SETTER, TENCH, KIT_FOX], [1, 2, 3], {},
+    ),
+    # The files of the tar are in no order; labels go by their names.
+    "imagenet-tar": Sample(
+        "imagenet-1k",
+        {f"imagenet/{TAR}": tar_of({val_name(number): picture(number) for number in (3, 1, 2)}), **devkit([2, 1, 3])},
+        [SETTER, KIT_FOX, TENCH], [1, 2, 3], {},
     ),
     # Sorted as text, 10 would come before 2.
     "imagenet-v2": Sample(
@@ -235,8 +248,12 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("idx.gz", {GZ: SAMPLES["idx.gz"].files[GZ][:-6]}, r"Fashion-MNIST: a file in .* is damaged"),
     ("idx.gz", {GZ: gzip.compress(idx(np.zeros(3, dtype=np.uint8))[:-1])}, r"Fashion-MNIST: a file in .* is damaged"),
     ("cifar10", {"cifar-10-batches-bin/test_batch.bin": cifar_row([2], 10)[:-1]}, "CIFAR-10: a file in .* is damaged"),
-    ("imagenet-ids", val(3), r"have no labels: give them in folders val/nXXXXXXXX, or put ILSVRC2012_devkit"),
-    ("imagenet-devkit", devkit([2, 3]), "ImageNet-1k: a file in"),
+    ("imagenet-ids", val(3), r"have no labels: give them in folders val/nXXXXXXXX, or put"),
+    ("imagenet-flat", {f"imagenet/{TRUTH}": None}, "have no labels: give them in folders val/nXXXXXXXX, or put"),
+    ("imagenet-flat", truth(1, 1), "has 2 labels for 3 images"),
+    ("imagenet-flat", truth(2, 1, 9), "no class of ImageNet-1k: 9"),
+    ("imagenet-tar", {f"imagenet/{DEVKIT}": None}, r"have no labels: .*, or ILSVRC2012_devkit_t12\.tar\.gz, into"),
+    ("imagenet-devkit", devkit([2, 3]), "has 2 labels for 3 images"),
     ("imagenet-v2", {f"{V2}/1000/image.jpeg": picture(1)}, "folders of no class: 1000"),
     ("imagenet-a", {f"imagenet-a/{WNIDS[0]}/image.jpg": picture(1)}, "has 1 folders of no class"),
     ("webdataset", {"webdataset/test/nshards.txt": "many\n"}, "webdataset: a file in"),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from llm2clip.evaluation.benchmark import BenchmarkError
+from llm2clip.evaluation.benchmarks import all_benchmarks, graded_coco
 from tests.llm2clip.evaluation.benchmarks.samples import BOM, read, write
 
 # Image id, caption ids; the second image has six captions, the third is in another split.
@@ -63,6 +64,15 @@ def test_eccv_caption_has_its_own_gallery_and_queries(tmp_path: Path) -> None:
     }
 
 
+def test_eccv_caption_of_another_split_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "coco"
+    coco(folder)
+    eccv(folder / "eccv_caption")
+    write(folder / "eccv_caption/original_image_to_caption.json", {"391895": [10, 77]})
+    with pytest.raises(BenchmarkError, match="the Karpathy test split lacks captions 77"):
+        read("eccv-caption", tmp_path)
+
+
 def test_cxc_by_the_files_of_eccv_caption_has_rated_pairs_only(tmp_path: Path) -> None:
     coco(tmp_path / "coco")
     eccv(tmp_path / "coco/eccv_caption/data")
@@ -70,6 +80,20 @@ def test_cxc_by_the_files_of_eccv_caption_has_rated_pairs_only(tmp_path: Path) -
     assert data.matches.tolist() == [[0, 0], [9, 0]]
     assert data.image_matches.tolist() == [[0, 0], [0, 9]]
     assert data.outside == ["image 60623, caption 99"]
+
+
+def test_eccv_caption_is_found_in_the_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    coco(tmp_path / "coco")
+    monkeypatch.setattr(graded_coco, "PACKAGE", "eccv_caption_of_a_test")
+    benchmark = all_benchmarks()["eccv-caption"]
+    assert benchmark.find(tmp_path) is None
+    assert "lacks eccv_caption/original_image_to_caption.json in" in benchmark.lacking(tmp_path)
+    # It is found without being imported, which would read its numpy files.
+    write(tmp_path / "site/eccv_caption_of_a_test/__init__.py", "raise AssertionError('imported')")
+    eccv(tmp_path / "site/eccv_caption_of_a_test/data")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    assert benchmark.find(tmp_path) == tmp_path / "coco"
+    assert read("eccv-caption", tmp_path).counts()["right_images"] == 3
 
 
 RATINGS = """caption,image,agg_score,sampling_method

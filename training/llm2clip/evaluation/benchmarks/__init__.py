@@ -83,14 +83,16 @@ def probe_by_name(name: str, benchmarks: Mapping[str, Benchmark]) -> Benchmark |
     if benchmark is None or benchmark.read_train is None or recipe not in PROBES:
         known = ", ".join(known.name for known in benchmarks.values() if known.read_train is not None)
         raise ValueError(f"there is no {name!r}: linear probes are NAME-probe-{'|'.join(PROBES)}, of {known}.")
+    probe = f"linear-probe-{recipe}"
+    is_mean = benchmark.protocol == "mean-of-sets"
     return replace(
         benchmark,
         name=name,
         title=f"{benchmark.title}, {recipe} probe",
         groups=(),
         read=benchmark.read_train,
-        protocol=f"linear-probe-{recipe}",
-        options={},
+        protocol=benchmark.protocol if is_mean else probe,
+        options={"each": probe} if is_mean else {},
         needs=(*benchmark.needs, *benchmark.train_needs),
         read_train=None,
     )

@@ -3,28 +3,47 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from llm2clip.evaluation.benchmark import Benchmark
+from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks.caption_files import KarpathyImage, read_karpathy
 from llm2clip.evaluation.benchmarks.coco import FOLDER, IMAGE_FOLDERS, KARPATHY_FILES
 from llm2clip.evaluation.benchmarks.files import captions_data, first_file
 from llm2clip.evaluation.data import GradedData
 from llm2clip.evaluation.reading import read_json, read_text
+from llm2clip.utils.logs import shortened
 
-# The folder of the json files, or the package around it.
-GALLERY = tuple(f"eccv_caption/{place}original_image_to_caption.json" for place in ("", "data/"))
+PACKAGE, GALLERY = "eccv_caption", "original_image_to_caption.json"
 RATINGS = "cxc/sits_test.csv"
 POSITIVE = 3.0
 
 Pairs = Iterable[tuple[int, int]]
+
+
+def find_gallery(folder: Path) -> Path | None:
+    """Find the json files of ECCV Caption below a folder, or in the installed package, which is not imported."""
+    spec = importlib.util.find_spec(PACKAGE)
+    installed = [Path(place) / "data" for place in (spec.submodule_search_locations or [] if spec else [])]
+    places = [folder / PACKAGE, folder / PACKAGE / "data", *installed]
+    return next((place / GALLERY for place in places if (place / GALLERY).is_file()), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EccvBenchmark(Benchmark):
+    """A benchmark whose judgements may lie in the installed package `eccv_caption`."""
+
+    def located(self, folder: Path) -> list[Path | None]:
+        """As that of [`Benchmark`], and the judgements where they are found."""
+        captions, _ = super().located(folder)
+        return [captions, find_gallery(folder)]
 
 
 def read_eccv(title: str, prefix: str, folder: Path) -> GradedData:
@@ -32,13 +51,19 @@ def read_eccv(title: str, prefix: str, folder: Path) -> GradedData:
 
     The gallery is that of `original_image_to_caption.json`: five captions of each image.
     """
-    file = first_file(folder, GALLERY)
+    file = find_gallery(folder)
+    if file is None:
+        raise BenchmarkError(f"{title} needs the json files of the package {PACKAGE}, below {folder / PACKAGE}.")
     gallery = _judgements(file)
     kept = []
     for image in read_karpathy(first_file(folder, KARPATHY_FILES)):
         pairs = zip(image.captions, image.caption_ids, strict=True)
         five = [(text, caption) for text, caption in pairs if caption in gallery.get(image.image_id, [])]
         kept.append(replace(image, captions=[text for text, _ in five], caption_ids=[caption for _, caption in five]))
+    there = {caption for image in kept for caption in image.caption_ids}
+    missing = [str(caption) for captions in gallery.values() for caption in captions if caption not in there]
+    if missing:
+        raise BenchmarkError(f"{title}: the Karpathy test split lacks captions {shortened(missing)}.")
     texts, of_images = (
         _judgements(file.with_name(f"{prefix}_{direction}.json"))
         for direction in ("caption_to_image", "image_to_caption")
@@ -88,12 +113,12 @@ def _pairs(judgements: dict[int, list[int]]) -> Pairs:
     return ((one, other) for one, others in judgements.items() for other in others)
 
 
-_JUDGED = "val2014; eccv_caption with the json files of that package"
+_JUDGED = "val2014; the json files of eccv_caption in eccv_caption, unless that package is installed"
 _eccv = partial(
-    Benchmark,
+    EccvBenchmark,
     groups=("short",),
     folder=FOLDER,
-    needs=(KARPATHY_FILES, GALLERY),
+    needs=(KARPATHY_FILES, f"{PACKAGE}/{GALLERY}"),
     source="The package eccv_caption; otherwise as coco-karpathy.",
 )
 BENCHMARKS = [

@@ -5,18 +5,23 @@ from __future__ import annotations
 import io
 import re
 import tarfile
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from llm2clip.data.tars import list_tar
 from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
-from llm2clip.evaluation.benchmarks.encoded_images import CroppedFiles
+from llm2clip.evaluation.benchmarks.encoded_images import ArchivedImages, CroppedFiles
 from llm2clip.evaluation.benchmarks.image_folder import image_files, labelled, read_class_folders
 from llm2clip.evaluation.data import BenchmarkImages, ClassificationData
 from llm2clip.evaluation.prompts import imagenet_classes, imagenet_subset, template_set
-from llm2clip.evaluation.reading import read_json
+from llm2clip.evaluation.reading import read_json, read_lines
 
-DEVKIT, TRUTH = "ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_validation_ground_truth.txt"
+TAR, DEVKIT = "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
+TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+# Which WordNet id has which number in TRUTH: `n02119789 1 kit_fox`.
+NUMBERS = ("imagenet2012_mapclsloc.txt", "map_clsloc.txt")
 WNID = re.compile(r"n\d{8}")
 # Of the images of ObjectNet: red, in pixels.
 BORDER = 2
@@ -25,34 +30,51 @@ BORDER = 2
 def read_imagenet(folder: Path, with_train: bool = False) -> ClassificationData:
     """Read the validation images of ImageNet-1k in any of three layouts; the label is the rank of the WordNet id.
 
-    `val/nXXXXXXXX/*.JPEG`; or flat in `val/`, with the id at the end of a file's name (as on the Hub), or with DEVKIT.
+    `val/nXXXXXXXX/*.JPEG`; or flat in `val/`, with the id at the end of a file's name (as on the Hub), with TRUTH and
+    one of NUMBERS, or with DEVKIT; or TAR with DEVKIT.
     """
     classes = imagenet_classes()
     wnids, names = list(classes), list(classes.values())
-    images = image_files(folder / "val")
+    is_unpacked = (folder / "val").is_dir()
+    images = image_files(folder / "val") if is_unpacked else []
     if images:
-        ids = [path.stem.rpartition("_")[2] for path in images]
-        ids = ids if all(map(WNID.fullmatch, ids)) else _wnids_of_devkit(folder)
-        ranks = {wnid: rank for rank, wnid in enumerate(wnids)}
-        data = labelled(images, [ranks[wnid] for _, wnid in zip(images, ids, strict=True)], names)
-    else:
+        data = labelled(images, _ranks(_wnids_of(folder, images), len(images)), names)
+    elif is_unpacked:
         data = labelled(*read_class_folders("ImageNet-1k", folder / "val", wnids), names)
+    else:
+        # The files of the tar are in no order: their names are, by which the rows of TRUTH go.
+        files = sorted(list_tar(folder / TAR))
+        labels = _ranks(_wnids_of_devkit(folder), len(files))
+        data = labelled(ArchivedImages([part for _, part in files]), labels, names)
+        data.images.names = [name for name, _ in files]
     if with_train:
         data.train = labelled(*read_class_folders("ImageNet-1k", folder / "train", wnids), names)
     return data
 
 
+def _wnids_of(folder: Path, images: Sequence[Path]) -> list[str]:
+    """Find the WordNet ids of flat images: in their names, in TRUTH and one of NUMBERS, or in DEVKIT."""
+    ids = [path.stem.rpartition("_")[2] for path in images]
+    if all(map(WNID.fullmatch, ids)):
+        return ids
+    numbers = next((folder / name for name in NUMBERS if (folder / name).is_file()), None)
+    if numbers is None or not (folder / TRUTH).is_file():
+        return _wnids_of_devkit(folder)
+    known = {number: wnid for wnid, number, *_ in map(str.split, read_lines(numbers))}
+    return [known.get(line.strip(), line.strip()) for line in read_lines(folder / TRUTH)]
+
+
 def _wnids_of_devkit(folder: Path) -> list[str]:
     """Read the labels from DEVKIT. Its table of classes is a MATLAB file, which holds no code."""
+    if not (folder / DEVKIT).is_file():
+        raise BenchmarkError(
+            f"the images of ImageNet-1k have no labels: give them in folders val/nXXXXXXXX, or put {TRUTH} and "
+            f"{NUMBERS[0]}, or {DEVKIT}, into {folder}."
+        )
     try:
         from scipy.io import loadmat
     except ImportError as error:
         raise ImportError(f"{DEVKIT} needs scipy: pip install scipy.") from error
-    if not (folder / DEVKIT).is_file():
-        raise BenchmarkError(
-            f"the images in {folder / 'val'} have no labels: give them in folders val/nXXXXXXXX, or put {DEVKIT} into "
-            f"{folder}."
-        )
     with tarfile.open(folder / DEVKIT) as archive:
         content = {Path(member.name).name: member for member in archive if member.isfile()}
         parts = [archive.extractfile(content[name]) for name in ("meta.mat", TRUTH)]
@@ -60,6 +82,16 @@ def _wnids_of_devkit(folder: Path) -> list[str]:
     synsets = loadmat(io.BytesIO(table), squeeze_me=True)["synsets"]
     wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
     return [wnids[int(number)] for number in truth.split()]
+
+
+def _ranks(found: Sequence[str], images: int) -> list[int]:
+    if len(found) != images:
+        raise BenchmarkError(f"{TRUTH} has {len(found):,} labels for {images:,} images.")
+    ranks = {wnid: rank for rank, wnid in enumerate(imagenet_classes())}
+    unknown = sorted(set(found).difference(ranks))
+    if unknown:
+        raise BenchmarkError(f"labels that are no class of ImageNet-1k: {', '.join(unknown[:5])}.")
+    return [ranks[wnid] for wnid in found]
 
 
 def read_v2(folder: Path) -> ClassificationData:
@@ -130,8 +162,9 @@ def _objectnet(name: str, title: str, border: int, note: str) -> Benchmark:
 
 IMAGENET = Benchmark(
     name="imagenet-1k", title="ImageNet-1k", groups=("classification", "paper"), folder="imagenet",
-    needs=(("val/n01440764", "val/ILSVRC2012_val_00000001*"),),
-    files=f"val/nXXXXXXXX/*.JPEG; or val/*.JPEG with {DEVKIT}; train/nXXXXXXXX/*.JPEG for probes.",
+    needs=(("val/n01440764", "val/ILSVRC2012_val_00000001*", TAR),),
+    files=f"val/nXXXXXXXX/*.JPEG; or val/*.JPEG with {TRUTH} and {NUMBERS[0]}; or {TAR} with {DEVKIT}; "
+    "train/nXXXXXXXX/*.JPEG for probes.",
     counts={"images": 50000, "classes": 1000}, license=LICENSE,
     source="image-net.org, or huggingface.co/datasets/ILSVRC/imagenet-1k", read=read_imagenet, protocol=PROTOCOL,
     note="OpenAI's 80 templates. Two names stand for two classes each, so that images of missile and sunglasses tie.",

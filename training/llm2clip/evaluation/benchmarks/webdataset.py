@@ -65,7 +65,8 @@ def _captions(content: bytes) -> list[str]:
 
 def _require_kind(folder: Path, kind: str) -> None:
     found = read_text(folder / TYPE).strip().lower() if (folder / TYPE).is_file() else "classification"
-    if found != kind:
+    # Other words for classification do not matter.
+    if (found if found in ("retrieval", "multilabel") else "classification") != kind:
         raise BenchmarkError(
             f"{folder} is a set of {found}, not of {kind}: webdataset reads sets of classification, "
             "webdataset-retrieval those of retrieval; those of several labels an image have no protocol here."

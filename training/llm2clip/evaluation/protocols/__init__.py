@@ -20,6 +20,7 @@ PROTOCOLS = {
     "linear-probe-sgd": ("linear_probe", "SGDProbe"),
     "linear-probe-lbfgs": ("linear_probe", "LBFGSProbe"),
     "linear-probe-openai": ("linear_probe", "FixedLBFGSProbe"),
+    "mean-of-sets": ("mean_of_sets", "MeanOfSets"),
     "pair-scores": ("choices", "PairScores"),
     "image-choice": ("choices", "ImageChoice"),
     "caption-choice": ("choices", "CaptionChoice"),
