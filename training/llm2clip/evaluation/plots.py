@@ -1,10 +1,11 @@
-"""The plot of a report: recall by the length of captions."""
+"""The plots of a report: models beside each other, and recall by the length of captions."""
 
 from __future__ import annotations
 
 import textwrap
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 
@@ -12,21 +13,53 @@ from llm2clip.utils.figures import panels, write_figure
 from llm2clip.utils.tables import short_name
 
 if TYPE_CHECKING:
-    from llm2clip.evaluation.report import Report
+    from llm2clip.evaluation.report import Report, Row
 
 BY_LENGTH = "text_to_image_recall@1"
-# Titles of columns say what is unusual and may be long. Height of a row of panels in inches, width in characters.
-HEIGHT, TITLE_WIDTH = 4.5, 50
+# Of more models than this, those that were measured are drawn without the published ones.
+MOST_BARS = 12
+# Titles of columns say what is unusual and may be long. Height of a row of panels in inches, widths in characters.
+HEIGHT, TITLE_WIDTH, LABEL_WIDTH = 4.5, 50, 28
 
 
-def write_lengths(page: Path, report: Report) -> Path | None:
-    """Write the plot beside a page, `table-lengths.png` beside `table.md`; None if there are no recalls by length."""
-    figure = draw_lengths(report)
-    if figure is None:
-        return None
-    path = page.with_name(f"{page.stem}-lengths.png")
-    write_figure(path, figure)
-    return path
+def write_plots(page: Path, report: Report) -> list[Path]:
+    """Write plots beside a page: `table-models.png`, and `table-lengths.png` if there are recalls by length."""
+    written = []
+    for name, figure in (("models", draw_models(report)), ("lengths", draw_lengths(report))):
+        if figure is not None:
+            written.append(page.with_name(f"{page.stem}-{name}.png"))
+            write_figure(written[-1], figure)
+    return written
+
+
+def draw_models(report: Report) -> Figure:
+    """Draw the scores that are compared as bars: a panel for each kind of score, a group of bars for each column."""
+    if len(report.rows) > MOST_BARS:
+        report = replace(report, rows=[row for row in report.rows if not row.source])
+    names = list(dict.fromkeys(name for column in report.columns for name in column.scores))
+    figure, axes = panels(len(names), HEIGHT)
+    width = 0.8 / len(report.rows)
+    for name, axis in zip(names, axes, strict=True):
+        numbers = [number for number, column in enumerate(report.columns) if name in column.scores]
+        for place, row in enumerate(report.rows):
+            found = [(at, number) for at, number in enumerate(numbers) if name in row.cells.get(number, {})]
+            positions = [at + (place - (len(report.rows) - 1) / 2) * width for at, _ in found]
+            values = [100 * row.cells[number][name] for _, number in found]
+            errors = [_errors(row, number, name) for _, number in found]
+            axis.bar(positions, values, width, yerr=list(zip(*errors, strict=True)) or None, label=row.label)
+        titles = [textwrap.fill(report.columns[number].title, LABEL_WIDTH) for number in numbers]
+        axis.set_xticks(range(len(numbers)), titles, fontsize="small", rotation=30, ha="right")
+        axis.set(title=short_name(name), ylabel="%", ylim=(0, 100))
+    _name_once(figure, axes)
+    return figure
+
+
+def _errors(row: Row, number: int, name: str) -> tuple[float, float]:
+    """Return how far the interval of a score reaches below and above it; a published score has none."""
+    value = row.cells[number][name]
+    low, high = row.results[number].intervals.get(name, (value, value)) if number in row.results else (value, value)
+    # A score of several parts may lie outside the interval by rounding.
+    return 100 * max(0.0, value - low), 100 * max(0.0, high - value)
 
 
 def draw_lengths(report: Report) -> Figure | None:
@@ -52,10 +85,14 @@ def draw_lengths(report: Report) -> Figure | None:
         axis.set_xticks(range(len(buckets)), buckets, fontsize="small", rotation=30)
         axis.set_title(textwrap.fill(report.columns[number].title, TITLE_WIDTH), fontsize="medium")
         axis.set(xlabel="tokens", ylabel=short_name(BY_LENGTH), ylim=(0, 100))
-    # The lines of all panels are named once, below them.
-    named = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(named.values(), named.keys(), loc="outside lower center", fontsize="small", ncols=2)
+    _name_once(figure, axes)
     return figure
+
+
+def _name_once(figure: Figure, axes: Any) -> None:
+    """Name the lines or bars of all panels once, below them."""
+    named = {label: drawn for axis in axes for drawn, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named.keys(), loc="outside lower center", fontsize="small", ncols=2)
 
 
 def _by_length(groups: dict[str, dict[str, dict[str, float]]]) -> dict[str, float]:

@@ -42,14 +42,16 @@ class ReportConfig:
     baseline: str | None = setting(None, "Model, as the table names it, from which differences are shown.")
     paper: bool = setting(False, "Show published scores of the same sets and protocols below the results.")
     output: str | None = setting(
-        None, "Markdown file for all scores with their intervals; a plot is written beside it."
+        None, "File for all scores: .md (with their intervals; its plots are written beside it) or .json."
     )
 
     def __post_init__(self) -> None:
         if not self.results:
             raise ValueError("there is no result to report: llm2clip report results/*.json")
-        if self.output is not None and Path(self.output).suffix.lower() != ".md":
-            raise ValueError(f"output is {self.output}, but a report is Markdown: its name ends in .md.")
+        if self.output is not None and Path(self.output).suffix.lower() not in (".md", ".json"):
+            raise ValueError(
+                f"output is {self.output}, but a report is Markdown or JSON: its name ends in .md or .json."
+            )
 
 
 @dataclass
@@ -187,14 +189,31 @@ class Report:
         index = pandas.Index([row.label for row in self.rows], name="model")
         return pandas.DataFrame(values, index, pandas.MultiIndex.from_tuples(names, names=["benchmark", "score"]))
 
-    def to_markdown(self, baseline: Row | None = None, plot: str = "") -> str:
-        """Write a page: the table of models, the differences, a plot beside the page, all scores of each column."""
+    def to_json(self) -> str:
+        """Return the scores that are compared, 0 to 1, with the intervals and the whole protocol of each column."""
+        columns = [
+            {"title": column.title, "benchmark": column.first.benchmark, "protocol": column.first.protocol}
+            for column in self.columns
+        ]
+        rows = [
+            {
+                "model": row.label,
+                "source": row.source,
+                "scores": {self.columns[number].title: cell for number, cell in row.cells.items()},
+                "intervals": {self.columns[number].title: found.intervals for number, found in row.results.items()},
+            }
+            for row in self.rows
+        ]
+        return json.dumps({"columns": columns, "rows": rows}, indent=2, ensure_ascii=False) + "\n"
+
+    def to_markdown(self, baseline: Row | None = None, plots: Sequence[str] = ()) -> str:
+        """Write a page: the table of models, the differences, plots beside the page, all scores of each column."""
         parts = ["# Results", "Scores in percent.", markdown_table(*self.table())]
         if baseline is not None:
             parts += [f"## Difference from {baseline.label}", "In percentage points."]
             parts.append(markdown_table(*self.table(baseline)))
         parts += ["\n".join(f"- {line}" for line in self.sources())] if self.sources() else []
-        parts += [f"![{plot.removesuffix('.png')}]({plot.replace(' ', '%20')})"] if plot else []
+        parts += [f"![{plot.removesuffix('.png')}]({plot.replace(' ', '%20')})" for plot in plots]
         for number, column in enumerate(self.columns):
             found = [(row.label, row.results[number]) for row in self.rows if number in row.results]
             parts += _details(column, found)
@@ -261,10 +280,12 @@ def run(config: ReportConfig) -> dict[str, Any]:
     if config.output is None:
         return {}
     path = Path(config.output)
-    from llm2clip.evaluation.plots import write_lengths  # matplotlib starts slowly
+    if path.suffix.lower() == ".json":
+        write_text(path, report.to_json())
+        return {"written": path}
+    from llm2clip.evaluation.plots import write_plots  # matplotlib starts slowly
 
-    plot = write_lengths(path, report)
-    write_text(path, report.to_markdown(baseline, "" if plot is None else plot.name))
+    write_text(path, report.to_markdown(baseline, [plot.name for plot in write_plots(path, report)]))
     return {"written": path}
 
 
