@@ -244,11 +244,13 @@ def print_tables(report: dict[str, Any], title: str) -> None:
     # Keys and captions are not markup: "[bold]" and ":dog:" are printed as they are.
     console = Console(markup=False, emoji=False, highlight=False)
     captions, images = report["captions"], report["images"]
+    scripts = ", ".join(f"{name} {count:,}" for name, count in captions["scripts"].items())
     counts = [
         ("rows", f"{report['rows']:,}, of which {report['usable_rows']:,} can be used"),
         ("captions", f"{captions['count']:,}"),
         ("distinct", f"{captions['distinct']:,}; without case and white space "
                      f"{captions['distinct_ignoring_case_and_space']:,}"),
+        ("scripts", scripts or "none"),
         ("images", "not read" if images is None else f"{images['count']:,} decoded"),
     ]  # fmt: skip
     print_table(console, title, ("", "number"), counts, (0, 1))

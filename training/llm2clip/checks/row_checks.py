@@ -9,9 +9,11 @@ from __future__ import annotations
 import html
 import re
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 from ftfy.badness import is_bad
@@ -49,6 +51,29 @@ TEXT_FAULTS: dict[str, Callable[[str], object]] = {
     # UTF-8 that was decoded as something else (`LÃ©zard` for `Lézard`).
     "mojibake": is_bad,
 }
+# Forms of letters, which are part of their names but no script.
+FORMS = ("FULLWIDTH", "HALFWIDTH", "MODIFIER", "MATHEMATICAL")
+KANA = ("HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA")
+
+
+def script(text: str) -> str:
+    """Name the script of most letters of a text by the first word of their Unicode names, such as `latin` and `cjk`.
+
+    A text with kana is `kana` even if most of it is Chinese characters, since it is Japanese. A text without letters
+    is `none`.
+    """
+    counts = Counter(_script_of_letter(letter) for letter in text if letter.isalpha())
+    if not counts:
+        return "none"
+    most = counts.most_common(1)[0][0]
+    return "kana" if most == "cjk" and counts["kana"] else most
+
+
+@cache
+def _script_of_letter(letter: str) -> str:
+    words = unicodedata.name(letter, "UNNAMED").split()
+    word = next((word for word in words if word not in FORMS), words[0])
+    return "kana" if word in KANA else word.lower()
 
 
 class ImageFacts(NamedTuple):
@@ -180,7 +205,7 @@ class RowCheck:
 
 
 class CaptionCheck:
-    """Counts the captions of each column, and how often they repeat; measures their length in words.
+    """Counts the captions of each column and of each script, and repeated ones; measures their length in words.
 
     Words are separated by white space, so that a caption in Chinese or Japanese is one word.
     """
@@ -189,6 +214,7 @@ class CaptionCheck:
         self.findings = {"repeated captions": Finding()}
         self.num_rows: Counter[str] = Counter()
         self.num_words: dict[str, Counter[int]] = {column: Counter() for column in columns}
+        self.scripts: Counter[str] = Counter()
         # Hashes, since the texts of millions of captions fill the memory.
         self.seen: set[int] = set()
         self.ids: set[int] = set()
@@ -198,6 +224,7 @@ class CaptionCheck:
             self.num_rows[column] += bool(texts)
             for text in texts:
                 self.num_words[column][len(text.split())] += 1
+                self.scripts[script(text)] += 1
                 self.ids.add(caption_id(text))
                 number = int(caption_keys([text])[0, 0])
                 if number in self.seen:
@@ -214,6 +241,7 @@ class CaptionCheck:
             "distinct": len(self.seen),
             "distinct_ignoring_case_and_space": len(self.ids),
             "columns": columns,
+            "scripts": dict(self.scripts.most_common()),
         }
         return {"captions": captions}
 
