@@ -54,8 +54,8 @@ def _joint_model(folder: Path) -> Path:
     images = CLIPImageProcessor(size={"shortest_edge": 112}, crop_size={"height": 112, "width": 112})
     images.save_pretrained(towers / "vision")
     text = write_text_tower(towers / "text", hidden=64, mlp=128, layers=2)
-    model = LLM2CLIPModel.from_vision_text_pretrained(towers / "vision", text, projection_dim=64, initializer_range=0.2)
-    model.save_pretrained(folder)
+    fields = {"projection_dim": 64, "initializer_range": 0.2}
+    LLM2CLIPModel.from_vision_text_pretrained(towers / "vision", text, **fields).save_pretrained(folder)
     LLM2CLIPProcessor(images, AutoTokenizer.from_pretrained(text)).save_pretrained(folder)
     write_sentence_transformers_files(folder)
     return folder
