@@ -86,10 +86,11 @@ def test_a_whole_set(tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 def test_other_counts_stop_a_run(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tiny / "tiny" / "captions.json").write_text(json.dumps({"a.png": ["a dog"] * 5}))
     status, report = check(tiny)
-    assert (status, report["stops"]) == (1, ["there are 1 images instead of 3."])
+    rows = "What stands out: the last image is number 1, a.png."
+    assert (status, report["stops"]) == (1, ["there are 1 images instead of 3.", rows])
     shown, error = capsys.readouterr()
     assert "1 images instead of 3" in shown
-    assert "tiny: there are 1 images instead of 3." in error
+    assert f"tiny: there are 1 images instead of 3. {rows}" in error
     assert "Traceback" not in error
 
 

@@ -25,6 +25,7 @@ from llm2clip.checks.row_checks import (
 from llm2clip.checks.token_check import CountingTokenizer, TokenCheck
 from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks import choose_benchmarks
+from llm2clip.evaluation.benchmarks.unusual_rows import unusual_rows
 from llm2clip.evaluation.data import BenchmarkData, DataPart
 from llm2clip.utils.files import write_json
 from llm2clip.utils.processes import worker_count
@@ -129,7 +130,8 @@ def check_benchmark(
     report |= {"folder": str(folder), "counts": content.counts()}
     differences = benchmark.differences(content.counts())
     if differences:
-        report["stops"] = [f"there are {', '.join(differences)}."]
+        rows = unusual_rows(benchmark.counts, content, folder)
+        report["stops"] = [f"there are {', '.join(differences)}.", *([rows] if rows else [])]
     report |= _contents(content, tokenizers, with_images, max_pixels, worker_count(num_workers))
     unusable = report["rows"] - report["usable_rows"]
     if unusable:

@@ -23,6 +23,7 @@ from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError, BenchmarkPr
 from llm2clip.evaluation.benchmarks import all_benchmarks, choose_benchmarks
 from llm2clip.evaluation.benchmarks.checksum import data_checksum
 from llm2clip.evaluation.benchmarks.listing import list_benchmarks, overview
+from llm2clip.evaluation.benchmarks.unusual_rows import unusual_rows
 from llm2clip.evaluation.evaluate_config import OF_OWN_DATA, EvaluateConfig
 from llm2clip.evaluation.own_data import OwnData, is_own_data, own_benchmark
 from llm2clip.evaluation.prompts import with_prompts
@@ -276,10 +277,13 @@ def load_benchmarks(config: EvaluateConfig, benchmarks: Sequence[Benchmark]) -> 
         data = benchmark.load(folder)
         differences = benchmark.differences(data.counts())
         if differences and not config.allow_counts:
-            raise BenchmarkError(
+            sentences = [
                 f"{benchmark.title} in {folder} has {', '.join(differences)}: its numbers could not be compared with "
-                "published ones. With --allow-counts it is measured all the same, and the result says so."
-            )
+                "published ones.",
+                unusual_rows(benchmark.counts, data, folder),
+                "With --allow-counts it is measured all the same, and the result says so.",
+            ]
+            raise BenchmarkError(" ".join(filter(None, sentences)))
         formatted = format_captions(data, config.text_format)
         text_format = RAW if formatted is data else config.text_format
         protocol, checksum = open_protocol(benchmark.protocol, benchmark.options), data_checksum(data)
