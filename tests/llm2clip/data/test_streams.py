@@ -188,3 +188,26 @@ def test_rows_are_counted_in_files_of_every_kind(kind: str, limit: int | None, t
         expected = {"saved": [1, 1, 1, 1, 0, 0]}.get(kind, [2, 2, 0])
     assert stream.row_counts == expected
     assert len({sample["caption"] for sample in stream}) == sum(expected) == (limit or 6)
+
+
+def test_the_log_says_once_and_beforehand_that_remote_files_are_read_to_be_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    message, said_before = "2 remote files, memory:///announced/00000.tar and so on: they are read whole", []
+
+    def counted(path: str) -> int:
+        said_before.append(message in caplog.text)
+        return PER_TAR
+
+    monkeypatch.setattr("llm2clip.data.shard_rows.count_tar_rows", counted)
+    local = write_tars(tmp_path / "tars", 2)
+    fsspec.filesystem("memory").put(str(tmp_path / "tars"), "/announced", recursive=True)
+    remote = replace(local, path="memory://announced/*.tar")
+    with caplog.at_level("INFO", "llm2clip"):
+        assert opened(local, row_counts=None).row_counts == [PER_TAR] * 2
+        assert said_before == [False] * 2, "local tars are counted by their headers"
+        for _ in range(2):
+            assert opened(remote, row_counts=None).row_counts == [PER_TAR] * 2
+    assert said_before[2:] == [True] * 2, "the counts of a machine are kept"
+    assert caplog.text.count("sidecars, which llm2clip embed writes") == 1

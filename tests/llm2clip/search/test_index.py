@@ -260,7 +260,7 @@ def test_an_index_and_captions_inside_the_image_folder_are_no_images(pictures: P
     ("settings", "message"),
     [
         ({"table": "index"}, "no database is given: add --postgres URL"),
-        ({"index_type": "hnsw"}, "an index in a folder has one of auto, flat, ivf_rq"),
+        ({"index_type": "hnsw"}, "an index in a folder has one of auto, flat, ivf_rq, faiss"),
         (
             {"index_type": "flat", "precision": "binary"},
             "precision is binary, .* flat does not use it",

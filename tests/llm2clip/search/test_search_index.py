@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from llm2clip.encoders import Encoder, load_encoder
 from llm2clip.search.index_settings import IndexSettings
 from llm2clip.search.lance_store import LanceStore
 from llm2clip.search.search_index import SearchIndex
-from llm2clip.search.store import VECTOR
+from llm2clip.search.store import VECTOR, IndexStore
+from tests.documents.reading import blocks
 from tests.llm2clip.encoders import models
 
 from .helpers import Model, as_json, encoded, error, picture
@@ -52,6 +55,7 @@ def test_all_stores_give_equal_answers_with_any_model(
     indexes = [
         SearchIndex.build(encoder, pictures, tmp_path / "lance", dtype=dtype),
         SearchIndex.build(encoder, pictures, tmp_path / "codes", dtype=dtype, index_type="ivf_rq"),
+        SearchIndex.build(encoder, pictures, tmp_path / "faiss", dtype=dtype, index_type="faiss"),
         SearchIndex.build(encoder, pictures, "pictures", postgres=url, dtype=dtype),
     ]
     queries: list[Any] = [*TEXTS, *(picture(1000 + number) for number in range(5)), pictures / "a" / "07.png"]
@@ -102,8 +106,9 @@ def test_an_update_keeps_the_settings_of_each_type(pictures: Path, model: Model,
     encoder = load_encoder(str(model[0]))
     hnsw = SearchIndex.build(encoder, pictures, "pictures", postgres=url, index_type="hnsw", ef_search=50)
     codes = SearchIndex.build(encoder, pictures, tmp_path / "codes", index_type="ivf_rq", probes=3, refine=7)
+    faiss = SearchIndex.build(encoder, pictures, tmp_path / "faiss", index_type="faiss", cells=2, refine=7)
     (pictures / "new.png").write_bytes(encoded(picture(50)))
-    for index in (hnsw, codes):
+    for index in (hnsw, codes, faiss):
         before = index.manifest.index
         assert index.update()["embedded"] == 1
         assert index.manifest.index == before
@@ -154,13 +159,33 @@ def test_an_index_is_in_a_store_of_the_user_or_a_known_place(pictures: Path, mod
         SearchIndex.open("other://x")
 
 
+def test_the_store_that_the_documents_sketch_has_the_methods_of_one(tmp_path: Path) -> None:
+    sketch = tmp_path / "sketch.py"
+    sketch.write_text(next(content for _, content in blocks("docs/search.md") if "class QdrantStore" in content))
+    made = runpy.run_path(str(sketch))["QdrantStore"]
+    methods = [name for name, value in vars(IndexStore).items() if inspect.isfunction(value) and name[0] != "_"]
+    assert len(methods) == 9
+    for name in methods:
+        shown, expected = (inspect.signature(getattr(one, name)).parameters.values() for one in (made, IndexStore))
+        assert [(one.name, one.default) for one in shown] == [(one.name, one.default) for one in expected]
+
+
 # Bytes per row of width 64: the codes, and what belongs to each.
-@pytest.mark.parametrize(("precision", "size", "least"), [("int8", 80, 990), (None, 60, 990), ("binary", 40, 880)])
+@pytest.mark.parametrize(
+    ("index_type", "precision", "size", "least"),
+    [
+        ("faiss", None, 80, 990),
+        ("faiss", "binary", 32, 880),
+        ("ivf_rq", "int8", 80, 990),
+        ("ivf_rq", None, 60, 990),
+        ("ivf_rq", "binary", 40, 880),
+    ],
+)
 def test_an_index_of_few_images_misses_nothing_and_shows_exact_scores(
-    precision: Any, size: int, least: int, tmp_path: Path
+    index_type: Any, precision: Any, size: int, least: int, tmp_path: Path
 ) -> None:
     store, rows = LanceStore(tmp_path / "index"), new_rows(0, 4000)
-    build(store, [rows], IndexSettings("ivf_rq", precision))
+    build(store, [rows], IndexSettings(index_type, precision))
     index, queries = SearchIndex.open(store), np.array(new_rows(1, 100)[VECTOR].to_pylist(), np.float32)
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)
     embeds = np.array(rows[VECTOR].to_pylist(), np.float64)
@@ -171,7 +196,7 @@ def test_an_index_of_few_images_misses_nothing_and_shows_exact_scores(
         hits += len({one.key for one in found} & {f"0-{number}" for number in best})
         assert [one.score for one in found] == pytest.approx([exact[int(one.key[2:])] for one in found], abs=1e-5)
     assert hits >= least
-    files = store.folder.glob("images.lance/_indices/*/*")
+    files = [*store.folder.glob("*.faiss"), *store.folder.glob("images.lance/_indices/*/*")]
     assert sum(path.stat().st_size for path in files) < 4000 * size
 
 

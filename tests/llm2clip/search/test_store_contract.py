@@ -111,7 +111,8 @@ STEPS: dict[str, dict[str, tuple[int, str, dict[str, Any]]]] = {
         "commit": (1, "old", {"overwrite": True}),
         "_optimize": (2, "old", {}),
         "_index_columns": (1, "old", {"index_type": "ivf_rq"}),
-        "_list_files": (1, "old", {}),
+        "_write_faiss": (1, "old", {"index_type": "faiss"}),
+        "_list_files": (1, "old", {"index_type": "faiss"}),
         "_clean": (1, "new", {}),
     },
     "postgres": {

@@ -23,11 +23,12 @@ def files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path not in unlisted)
 
 
+@pytest.mark.parametrize("index_type", ["ivf_rq", "faiss"])
 def test_a_flip_in_every_file_of_an_index_is_found(
-    pictures: Path, model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    index_type: str, pictures: Path, model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "index"
-    index(pictures, model[0], output, index_type="ivf_rq")
+    index(pictures, model[0], output, index_type=index_type)
     assert cli.main(["verify", str(output)]) == 0
     assert "num_images: 12" in capsys.readouterr().out
     for path in files(output):

@@ -65,6 +65,7 @@ class ShardRows:
         self.table, self.columns = table, list(columns)
         self.num_files: int = table.num_shards
         self.files = list(files) if len(files) == self.num_files else []
+        self._is_announced = False
 
     def read(self, file: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield rows of a file with their numbers: from `start` to `stop`, excluded, or to the end.
@@ -137,12 +138,27 @@ class ShardRows:
             return count_tar_rows(path) if is_tar else sum(1 for _ in self.read_all(file))
 
         def write(counted: Path) -> None:
+            if self.is_remote(file):
+                self._announce_reading()
             counted.write_text(str(count_tar_rows(path) if is_tar else sum(1 for _ in self.read_all(file))))
 
         with wrap_read_errors(path, SourceError):
             files, name = fsspec.core.url_to_fs(path)
             state = {key: str(value) for key, value in files.info(name).items() if key in FILE_STATE}
         return int(shared_file("row-count", {"path": path, **state}, write).read_text())
+
+    def _announce_reading(self) -> None:
+        """Say before the first one that remote files are read whole, which may take as long as an epoch."""
+        if self._is_announced:
+            return
+        self._is_announced = True
+        read = [path for path in self.files if "://" in path and not is_plain(path, ".parquet")]
+        logger.info(
+            "counting the rows of %d remote files, %s and so on: they are read whole, once on this machine. You avoid "
+            "it with sidecars, which llm2clip embed writes.",
+            len(read),
+            read[0].split("?")[0],  # a signature may follow
+        )
 
 
 def open_shards(source: CaptionSource, opened: OpenedTable, with_images: bool) -> tuple[Columns, ShardRows]:

@@ -124,7 +124,7 @@ class IndexConfig(IndexSettings):
                 f"output_dir is {self.output_dir}, but an index in PostgreSQL has a table instead: leave it out, or "
                 "leave out --postgres."
             )
-        types = ("flat", "hnsw") if self.postgres is not None else ("flat", "ivf_rq")
+        types = ("flat", "hnsw") if self.postgres is not None else ("flat", "ivf_rq", "faiss")
         if self.index_type not in ("auto", *types):
             place = "PostgreSQL" if self.postgres is not None else "a folder"
             raise ValueError(
@@ -153,6 +153,10 @@ def run(config: IndexConfig) -> dict[str, Any]:
     from llm2clip.encoders.ours import OurEncoder
     from llm2clip.search.index_update import update_index
 
+    if config.index_type == "faiss":
+        from llm2clip.search.faiss_vectors import require_faiss
+
+        require_faiss()
     with store.lock():
         is_folder = config.postgres is None and "://" not in place
         items = _open_items(config, (Path(place),) if is_folder else ())

@@ -21,6 +21,7 @@ HNSW_WIDTHS = {"float16": 4000, "float32": 2000}
 PARAMETERS: dict[str, tuple[str, ...]] = {
     "flat": (),
     "ivf_rq": ("precision", "cells", "probes", "refine"),
+    "faiss": ("precision", "cells", "probes", "refine"),
     "hnsw": ("m", "ef_construction", "ef_search"),
 }
 # Candidates per result that are compared by their embeddings; the order of one bit per value is coarse.
@@ -31,25 +32,29 @@ REFINE = {None: 5, "int8": 5, "binary": 20}
 class IndexSettings:
     """How an index is built and updated."""
 
-    index_type: Literal["auto", "flat", "ivf_rq", "hnsw"] = setting(
+    index_type: Literal["auto", "flat", "ivf_rq", "faiss", "hnsw"] = setting(
         "auto",
         "flat compares a query with every embedding, on disk: exact, 50 ms for 100,000 images of width 512. ivf_rq "
         "reads codes of 4 bits per value of the nearest cells and compares the best again by their embeddings: on "
-        "disk too, 7 ms for a million. auto is flat up to 100,000 images, and ivf_rq above. In PostgreSQL, auto is "
-        "flat up to 100,000 images, and hnsw above: a graph that pgvector keeps up to date.",
+        "disk too, 7 ms for a million. auto is flat up to 100,000 images, and ivf_rq above. faiss is its IVF,SQ8: "
+        "1 ms for a million, but every search first reads the whole index into memory (8 bits per value). "
+        "In PostgreSQL, auto is flat up to 100,000 images, and hnsw above: a graph that pgvector keeps up to date.",
     )
     precision: Literal["int8", "binary"] | None = setting(
         None,
-        "Form of the embeddings by which ivf_rq chooses the candidates that are then compared by the embeddings "
-        "themselves (dtype): int8 (8 bits per value) or binary (1 bit); by default 4 bits. With it, auto is ivf_rq "
-        "for any number of images.",
+        "Form of the embeddings by which ivf_rq and faiss choose the candidates that are then compared by the "
+        "embeddings themselves (dtype): int8 (8 bits per value) or binary (1 bit); by default 4 bits for ivf_rq, and "
+        "int8 for faiss. With it, auto is ivf_rq for any number of images.",
     )
-    cells: int | None = setting(None, "ivf_rq: number of clusters of images; by default one per 8,192 images.")
-    probes: int = setting(16, "ivf_rq: clusters searched per query; raise it for higher recall.")
+    cells: int | None = setting(
+        None,
+        "ivf_rq and faiss: number of clusters of images; by default one per 8,192 images, for faiss one per 1,000.",
+    )
+    probes: int = setting(16, "ivf_rq and faiss: clusters searched per query; raise it for higher recall.")
     refine: int | None = setting(
         None,
-        "ivf_rq: candidates per result that are compared by their embeddings, by default 5, of binary 20; raise it "
-        "for recall.",
+        "ivf_rq and faiss: candidates per result that are compared by their embeddings, by default 5, of binary 20; "
+        "raise it for recall.",
     )
     m: int = setting(16, "hnsw: neighbors of an image in the graph.")
     ef_construction: int = setting(64, "hnsw: candidates for the neighbors of an image; raise it for recall.")
@@ -123,7 +128,7 @@ class IndexSettings:
             if limit := self._limit(kind, width):
                 logger.warning("%s takes %s, not %d: a search compares all.", kind, limit, width)
                 kind = "flat"
-        if kind == "ivf_rq" and self.cells is not None and self.cells > images:
+        if "cells" in PARAMETERS[kind] and self.cells is not None and self.cells > images:
             raise ValueError(
                 f"an index of {self.cells} cells needs at least {self.cells} images, but there are {images}; lower "
                 "cells, or use the index_type flat."

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 from lancedb.index import Bitmap, BTree, IvfRq, IvfSq
 
+from llm2clip.search.faiss_vectors import build_faiss
 from llm2clip.search.index_manifest import REBUILD, IndexManifest
 from llm2clip.search.lance_rows import LanceRows, readable, reason
 from llm2clip.search.store import INTERNAL, KEY, NUMBER, REASON, VECTOR, Base, is_changed
@@ -39,7 +40,7 @@ from llm2clip.utils.manifests import (
     with_checksum,
     write_manifest,
 )
-from llm2clip.utils.remote_path import open_path, remove_tree, wrap_connection_errors
+from llm2clip.utils.remote_path import local_file, open_path, remove_tree, wrap_connection_errors
 from llm2clip.utils.shared_files import stored_sha256
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class LanceStore:
     in the same moment both do so; rows that are then there twice are deleted by the next run.
     """
 
-    index_types: tuple[str, ...] = ("flat", "ivf_rq")
+    index_types: tuple[str, ...] = ("flat", "ivf_rq", "faiss")
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = open_path(folder)
@@ -165,17 +166,19 @@ class LanceStore:
                 f"the index {self.location} is damaged: its manifest lists {manifest.images} {manifest.embed}s, and "
                 f"its table has {count}; {REBUILD}"
             )
+        if manifest.index["type"] == "faiss":
+            rows.open_faiss()  # now, so that damage is found
         self._committed = rows
 
     def _require_unchanged(self) -> None:
-        """Compare the table with its checksums, each file when it is opened first since it changed."""
+        """Compare rows and vectors with their checksums, each file when it is opened first since it changed."""
         if not isinstance(self.folder, Path):
             return
         with contextlib.suppress(FileNotFoundError):
             for name, listed in stated_files(self.folder).items():
                 path = self.folder / name
                 # What an update writes and deletes meanwhile is no damage.
-                is_stored = name.startswith(f"{TABLE}.lance/")
+                is_stored = name.startswith(f"{TABLE}.lance/") or path.suffix == ".faiss"
                 if is_stored and listed.checksum and path.is_file() and stored_sha256(path) != listed.checksum:
                     raise ValueError(f"the index {self.location} is damaged: {name} has changed; {REBUILD}")
 
@@ -243,27 +246,30 @@ class LanceStore:
             self._index_vectors(manifest, previous)
         elif self._has_vector_index():
             self._written.drop_index(VECTOR_INDEX)
+        if manifest.index["type"] == "faiss":
+            self._write_faiss(manifest)
         self._optimize()
         manifest.stored["version"] = self._written.version
         manifest.record_versions(lancedb=lancedb.__version__)
         write_json(self.folder / FAILURES, failures)
-        self._list_files(without=(MANIFEST,))  # before the manifest names them
+        written = tuple(filter(None, [manifest.stored.get("faiss")]))
+        self._list_files(without=(MANIFEST,), rewritten=written)  # before the manifest names them
         self._require_version(manifest.stored["version"])
         if self._written.count_rows() != manifest.images:
             self._stop()
         write_json(self.folder / MANIFEST, with_checksum(asdict(manifest)))
-        self._clean()
+        self._clean(manifest, previous)
         self._list_files()
 
-    def _list_files(self, without: tuple[str, ...] = ()) -> None:
+    def _list_files(self, without: tuple[str, ...] = (), rewritten: tuple[str, ...] = ()) -> None:
         """Bring the files of the index to the disk, and list them with checksums.
 
         Args:
             without: Files that are about to be replaced, so that the list would be of others.
+            rewritten: Files of an earlier list that this run has written. LanceDB writes each of its own once.
         """
-        # LanceDB writes each of its own files once.
         unlisted = {*without, HINT, LOCK}
-        write_manifest(self.folder, COMMAND, unlisted=unlisted, rewritten={MANIFEST, FAILURES})
+        write_manifest(self.folder, COMMAND, unlisted=unlisted, rewritten={MANIFEST, FAILURES, *rewritten})
 
     def faults(self) -> Iterator[str]:
         """Yield what differs between the files of the index and their list, in words."""
@@ -374,8 +380,22 @@ class LanceStore:
         self._written.create_index(VECTOR, config=config, replace=True)
         manifest.stored["trained"] = rows
 
-    def _clean(self) -> None:
+    def _write_faiss(self, manifest: IndexManifest) -> None:
+        def embeds() -> Iterator[np.ndarray]:
+            for batch in self.keys([VECTOR], written=True):
+                yield batch[VECTOR].flatten().to_numpy().reshape(-1, manifest.width).astype(np.float32)
+
+        name = f"vectors-{self._written.version}.faiss"
+        with local_file(self.folder / name) as file:
+            build_faiss(file, embeds, self._written.count_rows(), manifest.width, manifest.index)
+        manifest.stored["faiss"] = name
+
+    def _clean(self, manifest: IndexManifest, previous: IndexManifest | None) -> None:
         """Delete versions that no reader can have open any more."""
+        kept = {one.stored.get("faiss") for one in (manifest, previous) if one}
+        for path in self.folder.glob("vectors-*.faiss"):
+            if path.name not in kept:
+                path.unlink()
         self._written.optimize(cleanup_older_than=KEPT)
 
     @contextlib.contextmanager
