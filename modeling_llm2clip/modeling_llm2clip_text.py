@@ -392,8 +392,8 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
             pooling_mask: `(batch, tokens)`, 1 for the tokens to pool; by default all real tokens after the prefix.
 
         Short captions are packed into shared rows, so that padding costs little; the states at padding are then zero.
-        Captions are not packed when compiling or when hidden states or attention weights are requested. Of two text
-        encoders there is only the `pooler_output`.
+        Captions are not packed under FlexAttention, when compiling, or when hidden states or attention weights are
+        requested. Of two text encoders there is only the `pooler_output`.
         """
         if self.second is not None:
             if input_ids is None or pooling_mask is not None:
