@@ -206,9 +206,11 @@ class LLM2CLIPTextConfig(PretrainedConfig):
 
     def halves(self) -> list[LLM2CLIPTextConfig]:
         """Return the configs of both text encoders, or of the only one."""
+        if self.second_config is None:
+            return [copy.copy(self)]
         first = copy.copy(self)
-        first.second_config = None
-        return [first] if self.second_config is None else [first, self.second_config]
+        first.second_config = first.fingerprint = None  # the recorded fingerprint is that of both together
+        return [first, self.second_config]
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()

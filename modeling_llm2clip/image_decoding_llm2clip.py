@@ -30,6 +30,8 @@ TRANSPOSITIONS = {
 ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 # Formats that Pillow gives to Ghostscript, a program that runs them.
 PROGRAMS = ("EPS",)
+# Endings by which sentence-transformers does not know a picture.
+PICTURE_ENDINGS = (".tif", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".jfif", ".ppm", ".tga", ".ico")
 
 
 class SampleError(ValueError):
@@ -116,6 +118,17 @@ def require_file(image: Any, captions: str) -> None:
         raise FileNotFoundError(f"{name!r} is a folder; pass the images in it.")
     if not ("://" in name or name.startswith("data:") or os.path.isfile(name)):
         raise FileNotFoundError(f"the file {name!r:.200} does not exist; if it is a caption, pass it to {captions}.")
+
+
+def refuse_picture(caption: str) -> None:
+    """Raise ValueError if a caption is the path of a picture, which sentence-transformers takes for text.
+
+    It knows a path by its ending, and not all endings.
+    """
+    if caption.lower().endswith(PICTURE_ENDINGS) and os.path.isfile(caption):
+        raise ValueError(
+            f"{caption!r} is a picture, but would be embedded as a caption; pass Image.open({caption!r})."
+        )
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from transformers.utils import find_adapter_config_file
 # transformers 4.57 takes from a local folder only the modules that this one itself names.
 from .compatibility_llm2clip import IS_CAUSAL_COUNTS, AttentionBackends
 from .configuration_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig, disable_sliding_window
-from .identity_llm2clip import is_readable, merge_layers, merged_weights, text_fingerprint
+from .identity_llm2clip import is_readable, merge_layers, merged_weights, pair_fingerprint, text_fingerprint
 from .image_decoding_llm2clip import decode_image  # noqa: F401
 from .modeling_llm2clip_decoder import (
     VARIABLE_LENGTHS,
@@ -167,9 +167,11 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
                 raise ValueError("a text tower of two text encoders takes no third.")
             tower.merge_adapter()
         config: Any = copy.deepcopy(first.config)
-        config.second_config, config.fingerprint = second.config, None
+        config.second_config = second.config
+        config.fingerprint = pair_fingerprint([first.config.fingerprint, second.config.fingerprint])
         model = cls(config, decoder=first.decoder, second=second)
         model.dense, model.exact_packing = first.dense, first.exact_packing
+        model.has_rounded_base = first.has_rounded_base or second.has_rounded_base
         return model
 
     @classmethod
@@ -390,8 +392,8 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
             pooling_mask: `(batch, tokens)`, 1 for the tokens to pool; by default all real tokens after the prefix.
 
         Short captions are packed into shared rows, so that padding costs little; the states at padding are then zero.
-        Captions are not packed when compiling or when hidden states or attention weights are requested. Of two text
-        encoders there is only the `pooler_output`.
+        Captions are not packed under FlexAttention, when compiling, or when hidden states or attention weights are
+        requested. Of two text encoders there is only the `pooler_output`.
         """
         if self.second is not None:
             if input_ids is None or pooling_mask is not None:

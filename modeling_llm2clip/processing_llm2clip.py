@@ -9,7 +9,7 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
 from .compatibility_llm2clip import VERSION, make_readable_by_version_4
-from .image_decoding_llm2clip import decode_images, is_list, require_file, with_pillow
+from .image_decoding_llm2clip import decode_images, is_list, refuse_picture, require_file, with_pillow
 from .tokenization_llm2clip import clean_captions, count_cut_captions
 
 logger = logging.get_logger(__name__)
@@ -50,7 +50,7 @@ class LLM2CLIPProcessor(ProcessorMixin):
         Raises:
             DamagedImageError: An image cannot be decoded.
             FileNotFoundError: `images` is a string that names no file.
-            TypeError, ValueError: A caption is not a string, or is empty.
+            TypeError, ValueError: A caption is not a string, is empty, or is the path of a picture.
         """
         require_file(images, "text=")
         images = decode_images(images)
@@ -58,6 +58,8 @@ class LLM2CLIPProcessor(ProcessorMixin):
             return super().__call__(images=images, **kwargs)
         several = is_list(text)
         texts = clean_captions(text if several else [text])
+        for caption in texts:
+            refuse_picture(caption)
         if not texts:
             raise ValueError("the list of captions is empty.")
         options = {"padding": True, "truncation": True, **kwargs.get("text_kwargs", kwargs)}
