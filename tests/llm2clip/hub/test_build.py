@@ -199,7 +199,7 @@ def test_wrong_settings_are_refused_before_anything_is_written(tmp_path: Path, r
         ("text_model './llm' is not a Hub id (OWNER/NAME)", "--text-model", "./llm"),
         ("The image 'nowhere.jpg' cannot be used", "--example-image", "nowhere.jpg"),
         ("is not a result of schema version 1", "--results", tmp_path / "results.json"),
-        ("example_captions has an empty one", "--example-captions", "a", ""),
+        ("an example caption is empty", "--example-captions", "a", ""),
         ("datasets: Repo id must", "--datasets", "./x"),
         ("require license: other", "--license", "mit", "--license-name", "own"),
     ):

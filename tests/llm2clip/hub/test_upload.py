@@ -1,4 +1,4 @@
-"""Uploads to a repo that others use too: branches, edits of the card, interrupted connections."""
+"""Uploads to a repo that others use too: branches, pull requests, edits of the card, interrupted connections."""
 
 from __future__ import annotations
 
@@ -64,15 +64,23 @@ def test_repeated_push_does_not_send_uploaded_weights_again(
     assert files_of(built) == before
 
 
-def test_push_to_a_branch_leaves_main_unchanged(hub: LoopbackHub, built: Path) -> None:
-    upload(hub, built, revision="experiment", commit_message="Once more")
+def test_push_to_a_branch_or_pull_request_leaves_main_unchanged(hub: LoopbackHub, built: Path) -> None:
+    upload(hub, built, revision="experiment")
+    result = upload(hub, built, create_pr=True)
+    assert result["pull_request"].endswith(f"/{REPO}/discussions/1")
+    upload(hub, built, revision="refs/pr/1", commit_message="Once more")
     repo = hub.repo(REPO)
     assert repo.messages[-1] == "Once more"
     assert not repo.files()
-    assert "model.safetensors" in repo.files("experiment")
-    data, _ = split_card(card_of(hub, "experiment"))
-    assert data["widget"][0]["src"] == f"{hub.url}/{REPO}/resolve/experiment/example.png"
-    assert list(repo.branches) == ["main", "experiment"]
+    assert all("model.safetensors" in repo.files(branch) for branch in ("experiment", "refs/pr/1"))
+    # A pull request is meant to become main.
+    data, _ = split_card(card_of(hub, "refs/pr/1"))
+    assert data["widget"][0]["src"] == f"{hub.url}/{REPO}/resolve/main/example.png"
+    with pytest.raises(ValueError, match=rf"{REPO} has no refs/pr/2; --create-pr opens a new pull request"):
+        upload(hub, built, revision="refs/pr/2")
+    with pytest.raises(ValueError, match="omit --revision experiment, or --create-pr"):
+        upload(hub, built, revision="experiment", create_pr=True)
+    assert list(repo.branches) == ["main", "experiment", "refs/pr/1"]
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ class BuildConfig:
             if value is not None and not is_hub_id(value):
                 raise ValueError(f"{name} {value!r} is not a Hub id (OWNER/NAME).")
         if not all(caption.strip() for caption in self.example_captions):
-            raise ValueError(f"example_captions has an empty one: {self.example_captions}.")
+            raise ValueError(f"an example caption is empty: {self.example_captions}.")
         named = (self.license_name, self.license_link)
         if not all(named) if self.license == "other" else any(named):
             raise ValueError("license_name and license_link require license: other, which requires both.")

@@ -34,7 +34,10 @@ class PushConfig:
     folder: str = setting("", "Folder written by `llm2clip build`.")
     repo_id: str = setting("", "Hub repo to upload to: OWNER/NAME.")
     private: bool = setting(False, "Create the repo as private if it does not exist.")
-    revision: str | None = setting(None, "Branch, created if it does not exist. Default: main.")
+    revision: str | None = setting(
+        None, "Branch, created if it does not exist, or pull request (refs/pr/N). Default: main."
+    )
+    create_pr: bool = setting(False, "Open a pull request instead of committing.")
     commit_message: str = setting("Upload model", "Message of the commit.")
     check: bool = setting(
         True,
@@ -61,7 +64,7 @@ def push_folder(folder: str | Path, repo_id: str, **settings: Any) -> dict[str, 
         settings: Other fields of [`PushConfig`].
 
     Returns:
-        `repo`, its address; `commit`; `files` and `megabytes`. With `dry_run`,
+        `repo`, its address; `commit`; `files` and `megabytes`; `pull_request` if one was opened. With `dry_run`,
         `would_upload_to`, `files` and `megabytes`.
 
     Raises:
@@ -84,7 +87,11 @@ def run(config: PushConfig, api: HfApi | None = None) -> dict[str, Any]:
             f"{config.repo_id!r} is not a repo name: write OWNER/NAME with letters, digits, '-', '_' and '.'."
         )
     check_terms(folder, config.repo_id)
-    uploader = Uploader(config.repo_id, revision=config.revision, api=api)
+    if config.create_pr and config.revision not in (None, "main"):
+        raise ValueError(
+            f"--create-pr opens a pull request against main; omit --revision {config.revision}, or --create-pr."
+        )
+    uploader = Uploader(config.repo_id, revision=config.revision, create_pr=config.create_pr, api=api)
     uploaded, others = model_files(folder, config.include)
     refuse_secrets(folder, uploaded, uploader.api.token)
     if others and not config.dry_run:

@@ -110,7 +110,8 @@ class Uploader:
 
     Args:
         repo_id: OWNER/NAME, or NAME for the owner of the token.
-        revision: Branch, created if it does not exist; main by default.
+        revision: Branch, created if it does not exist, or pull request (`refs/pr/N`); main by default.
+        create_pr: Open a pull request against main instead of committing.
         token: Access token; by default the one that the user is logged in with.
         api: Client to use instead of a new one with `token`.
     """
@@ -120,10 +121,11 @@ class Uploader:
         repo_id: str,
         *,
         revision: str | None = None,
+        create_pr: bool = False,
         token: str | None = None,
         api: HfApi | None = None,
     ) -> None:
-        self.repo_id, self.revision = repo_id, revision
+        self.repo_id, self.revision, self.create_pr = repo_id, revision, create_pr
         self.api = api or HfApi(token=token)
 
     def create_repo(self, private: bool | None = None) -> RepoUrl:
@@ -172,7 +174,7 @@ class Uploader:
             files: The files by name; by default those of the model, which are checked for secrets.
 
         Returns:
-            `commit`, `files`, `megabytes`.
+            `commit`, `files`, `megabytes`, and `pull_request` if one was opened.
 
         Raises:
             ValueError: The repo contains another type of model, or files but no model; or a file is a link out of the
@@ -185,7 +187,8 @@ class Uploader:
         logger.info("uploading %d files, %.1f MB, to %s", len(files), megabytes, self.repo_id)
         with explained(self.repo_id):
             commit = self._commit(folder, files, message)
-        return {"commit": commit.oid, "files": len(files), "megabytes": megabytes}
+        result = {"commit": commit.oid, "files": len(files), "megabytes": megabytes}
+        return {**result, "pull_request": commit.pr_url} if commit.pr_url else result
 
     def upload_checkpoint(self, folder: Path, name: str, message: str) -> None:
         """Upload a checkpoint with its training state as the folder `name`, for resuming elsewhere.
@@ -221,6 +224,7 @@ class Uploader:
             ],
             commit_message=message,
             revision=self.revision,
+            create_pr=self.create_pr,
             # With it the Hub refuses the commit if the card was edited after it was read.
             parent_commit=snapshot.commit,
         )
@@ -230,6 +234,10 @@ class Uploader:
         try:
             commit = self.api.model_info(self.repo_id, revision=self.revision).sha
         except RevisionNotFoundError:
+            if self.revision is not None and self.revision.startswith("refs/"):
+                raise ValueError(
+                    f"{self.repo_id} has no {self.revision}; --create-pr opens a new pull request."
+                ) from None
             commit, is_new = self.api.model_info(self.repo_id).sha, True
         return Snapshot(is_new, commit, self.api.list_repo_files(self.repo_id, revision=commit))
 
@@ -271,7 +279,9 @@ class Uploader:
 
     def _merged_card(self, card: str, snapshot: Snapshot) -> str:
         """The folder's card for this repo, with the edits that people made to the card on the Hub."""
-        example = f"{self.api.endpoint}/{self.repo_id}/resolve/{self.revision or 'main'}/{EXAMPLE}"
+        # A pull request is meant to become main.
+        branch = "main" if self.revision is None or self.revision.startswith("refs/") else self.revision
+        example = f"{self.api.endpoint}/{self.repo_id}/resolve/{branch}/{EXAMPLE}"
         local = with_repo(card, self.repo_id, example)
         theirs = self._read_card(snapshot)
         if theirs is None:
