@@ -8,19 +8,24 @@ from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
-from .compatibility_llm2clip import ProcessorAttributes, make_readable_by_version_4
-from .image_decoding_llm2clip import decode_images, is_list, refuse_picture, require_file, with_pillow
+from .compatibility_llm2clip import VERSION, make_readable_by_version_4
+from .image_decoding_llm2clip import decode_images, is_list, require_file, with_pillow
 from .tokenization_llm2clip import clean_captions, count_cut_captions
 
 logger = logging.get_logger(__name__)
 
 
-class LLM2CLIPProcessor(ProcessorAttributes, ProcessorMixin):
+class LLM2CLIPProcessor(ProcessorMixin):
     """Image processor and caption tokenizer.
 
     Images are resized with Pillow where possible, see [`with_pillow`]. By default captions are padded to the longest
     and truncated at the tokenizer's maximum length; the number of truncated captions is logged.
     """
+
+    if VERSION < (5, 0):  # version 5 reads its parts in the signature, and warns about these
+        attributes = ["image_processor", "tokenizer"]
+        image_processor_class = "AutoImageProcessor"
+        tokenizer_class = "AutoTokenizer"
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any) -> None:
         super().__init__(with_pillow(image_processor), tokenizer, **kwargs)
@@ -45,7 +50,7 @@ class LLM2CLIPProcessor(ProcessorAttributes, ProcessorMixin):
         Raises:
             DamagedImageError: An image cannot be decoded.
             FileNotFoundError: `images` is a string that names no file.
-            TypeError, ValueError: A caption is not a string, is empty, or is the path of a picture.
+            TypeError, ValueError: A caption is not a string, or is empty.
         """
         require_file(images, "text=")
         images = decode_images(images)
@@ -53,8 +58,6 @@ class LLM2CLIPProcessor(ProcessorAttributes, ProcessorMixin):
             return super().__call__(images=images, **kwargs)
         several = is_list(text)
         texts = clean_captions(text if several else [text])
-        for caption in texts:
-            refuse_picture(caption)
         if not texts:
             raise ValueError("the list of captions is empty.")
         options = {"padding": True, "truncation": True, **kwargs.get("text_kwargs", kwargs)}

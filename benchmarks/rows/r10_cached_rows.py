@@ -1,10 +1,8 @@
-"""R10: reading caption embeddings for training steps: from the cache, from sidecars, and from tars of the original."""
+"""R10: reading caption embeddings for training steps: from the cache, and from tars as those of the original."""
 
 from __future__ import annotations
 
 import io
-import itertools
-import json
 import random
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
@@ -44,19 +42,14 @@ def _consume(batches: Iterable[tuple[list[str], Any]], size: float) -> Outcome:
     return Outcome({**values, "images": count}, {"bytes": size})
 
 
-def _manifest() -> Any:
-    from llm2clip.store import caption_manifest
-
-    prompt: dict[str, Any] = {"pooling": "mean", "prompt_prefix": "", "prompt_suffix": "", "max_length": 512}
-    return caption_manifest("benchmark", "benchmark", width=WIDTH, **prompt)
-
-
 def _cache() -> Work:
     """Prepare batches of the drawn caption of every image from the cache, in random order."""
-    from llm2clip.store import EmbeddingCache, build_embedding_cache
+    from llm2clip.store import EmbeddingCache, build_embedding_cache, caption_manifest
 
     (texts, _, drawn, embed), folder = _data(), new_folder()
-    build_embedding_cache(folder, texts, embed, _manifest(), show_progress_bar=False)
+    prompt: dict[str, Any] = {"pooling": "mean", "prompt_prefix": "", "prompt_suffix": "", "max_length": 512}
+    manifest = caption_manifest("benchmark", "benchmark", width=WIDTH, **prompt)
+    build_embedding_cache(folder, texts, embed, manifest, show_progress_bar=False)
     cache = EmbeddingCache.open(folder, verify=False)
 
     def batches() -> Iterator[tuple[list[str], Any]]:
@@ -66,40 +59,6 @@ def _cache() -> Work:
             # As the collator calls it.
             found = cache.lookup([texts[2 * image + drawn[image]] for image in images], dtype=None)
             yield [f"{image:05}" for image in images], found
-
-    return lambda: _consume(batches(), _size(folder))
-
-
-def _tar_and_sidecar() -> Work:
-    """Prepare the same from a tar of captions and its sidecar, through a shuffle buffer of 1,000 rows."""
-    import torch
-
-    from llm2clip.data import CaptionSource, StreamingCaptionImageDataset
-    from llm2clip.data.shards import ShardedSource
-    from llm2clip.data.sidecars import SourceSidecars
-    from llm2clip.encoders.embed_shards import ShardEmbedder, list_jobs
-
-    (texts, _, drawn, embed), folder = _data(), new_folder()
-    with tarfile.open(folder / "captions.tar", "w") as tar:
-        for image in range(IMAGES):
-            # Training draws from the column with a weight; the sidecar has the embeddings of both.
-            pair = {"drawn": texts[2 * image + drawn[image]], "other": texts[2 * image + 1 - drawn[image]]}
-            content = json.dumps(pair).encode()
-            member = tarfile.TarInfo(f"{image:05}.json")
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    columns = {"caption_columns": ["json.drawn", "json.other"], "caption_weights": [1.0, 0.0]}
-    source = CaptionSource(str(folder / "captions.tar"), streaming=True, **columns)
-    embedder = ShardEmbedder(embed, _manifest())
-    embedder.run(list_jobs([source], str(folder)), show_progress_bar=False)
-    beside = SourceSidecars(folder, ShardedSource(source).shards).open
-    stream = StreamingCaptionImageDataset(source, None, embeddings=beside, row_counts=[IMAGES])
-    stream.batch_size = BATCH
-
-    def batches() -> Iterator[tuple[list[str], Any]]:
-        samples: Iterator[Any] = iter(stream)
-        while batch := list(itertools.islice(samples, BATCH)):
-            yield [sample["key"] for sample in batch], torch.stack([sample["llm_embeds"] for sample in batch])
 
     return lambda: _consume(batches(), _size(folder))
 
@@ -134,25 +93,16 @@ def _webdataset() -> Work:
 
 def contests(device: str) -> list[Contest]:
     peer = "webdataset, float32 tar"
-    contestants = {"ours": Contestant(_cache), peer: Contestant(_webdataset)}
     return [
         Contest(
             f"{IMAGES:,} images with 2 captions each, one drawn, width {WIDTH}, batches of {BATCH}",
-            contestants,
+            {"ours": Contestant(_cache), peer: Contestant(_webdataset)},
             (Goal(peer, "cpu", 0.1), Goal(peer, "wall", 0.1), Goal(peer, "bytes", 0.5)),
             {**dict.fromkeys(COMPARED, 5e-4), "images": 0},
             rounds=7,
             note="Ours are found by the captions' texts, in random order; the tar is read from its start to its end "
             "with both captions of each image, through a shuffle buffer of 1,000, as the original trains.",
-        ),
-        Contest(
-            f"the same from a tar of captions and its sidecar, batches of {BATCH}",
-            {**contestants, "ours": Contestant(_tar_and_sidecar)},
-            (Goal(peer, "cpu", 1.0), Goal(peer, "wall", 1.0), Goal(peer, "bytes", 0.55)),
-            {**dict.fromkeys(COMPARED, 5e-4), "images": 0},
-            rounds=7,
-            note="Both go through a shuffle buffer of 1,000; ours reads and draws the captions too.",
-        ),
+        )
     ]
 
 

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llm2clip.checks.text_faults import TEXT_FAULTS, script
+from llm2clip.checks.row_checks import TEXT_FAULTS
 from tests.llm2clip.data.conftest import EXAMPLES
 
 
@@ -55,24 +55,6 @@ def test_each_fault_is_found(text: str, expected: list[str]) -> None:
 )
 def test_sound_texts_have_no_fault(text: str) -> None:
     assert faults(text) == []
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("a dog, 12", "latin"),
-        ("собака dog", "cyrillic"),
-        ("猫", "cjk"),
-        ("面白い猫", "kana"),
-        ("ﾈｺ", "kana"),
-        ("강아지", "hangul"),
-        ("قطة", "arabic"),
-        ("बिल्ली", "devanagari"),
-        ("1 + 1 = 2 😀", "none"),
-    ],
-)
-def test_script_is_that_of_most_letters(text: str, expected: str) -> None:
-    assert script(text) == expected
 
 
 @pytest.mark.parametrize(

@@ -144,19 +144,6 @@ def test_folders_that_are_not_caption_encoders_are_refused(tmp_path: Path) -> No
     assert not list(tmp_path.rglob("modules.json"))
 
 
-def test_the_path_of_a_picture_is_no_caption(tmp_path: Path) -> None:
-    """Whatever endings of pictures sentence-transformers knows."""
-    tiny.save(tmp_path / "model")
-    write_sentence_transformers_files(tmp_path / "model")
-    model = opened(tmp_path / "model")
-    for ending in ("png", "tif"):
-        IMAGES[0].save(tmp_path / f"x.{ending}")
-    torch.testing.assert_close(model.encode(str(tmp_path / "x.png")), model.encode(IMAGES[0]), **CLOSE)
-    with pytest.raises(ValueError, match=r"x\.tif' is a picture, but would be embedded as a caption"):
-        model.encode(str(tmp_path / "x.tif"))
-    model.encode("no file.tif")
-
-
 @pytest.mark.slow  # three processes import sentence-transformers
 def test_two_processes_give_the_embeddings_of_one(pictures: Path, tmp_path: Path) -> None:
     model, processor = tiny.save(tmp_path / "model"), tiny.processor()

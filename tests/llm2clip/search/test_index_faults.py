@@ -30,41 +30,39 @@ def cut(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "spoil", "index_type"),
+    ("damage", "spoil"),
     [
-        ("images.lance/data/*", cut, "flat"),
-        ("images.lance/data/*", Path.unlink, "flat"),
-        ("images.lance/_versions/*", cut, "flat"),
-        ("manifest.json", cut, "flat"),
-        ("vectors-*.faiss", cut, "faiss"),
+        ("images.lance/data/*", cut),
+        ("images.lance/data/*", Path.unlink),
+        ("images.lance/_versions/*", cut),
+        ("manifest.json", cut),
     ],
-    ids=["rows", "no-rows", "versions", "manifest", "faiss"],
+    ids=["rows", "no-rows", "versions", "manifest"],
 )
 def test_a_damaged_index_is_repaired_as_its_error_message_says(
-    damage: str, spoil: Any, index_type: str, pictures: Path, model: Model, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    damage: str, spoil: Any, pictures: Path, model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "index"
-    index(pictures, model[0], output, index_type=index_type)
+    index(pictures, model[0], output)
     before = content(output)
     for path in list(output.glob(damage)):
         spoil(path)
     assert "--overwrite" in error(capsys, "search", output, "a dog")
-    assert index(pictures, model[0], output, index_type=index_type, overwrite=True)[-1] == 12
+    assert index(pictures, model[0], output, overwrite=True)[-1] == 12
     assert content(output) == before
 
 
 def test_an_index_of_an_earlier_format_is_refused_and_replaced(pictures: Path, model: Model, tmp_path: Path) -> None:
     output = tmp_path / "index"
     output.mkdir()
-    (output / "index.faiss").write_bytes(b"earlier")
+    (output / "vectors.bin").write_bytes(b"earlier")
     (output / "manifest.json").write_text('{"format_version": 1}')
     write_manifest(output, "index")
     for use in (lambda: SearchIndex.open(output), lambda: index(pictures, model[0], output)):
         with pytest.raises(ValueError, match=r"its format is 1, and this version reads 2\); build it again"):
             use()
     assert index(pictures, model[0], output, overwrite=True)[0] == 12
-    assert not (output / "index.faiss").exists()
+    assert not (output / "vectors.bin").exists()
 
 
 def test_an_index_with_a_flipped_bit_is_not_searched(pictures: Path, model: Model, tmp_path: Path) -> None:

@@ -62,11 +62,10 @@ def test_rows_of_a_data_set_are_identified_by_content(model: Model, tmp_path: Pa
     "settings",
     [
         {"index_type": "ivf_rq", "cells": 2, "probes": 2, "refine": 3},
-        {"index_type": "faiss", "cells": 3, "probes": 3},
         {"precision": "int8"},
-        {"index_type": "faiss", "precision": "binary"},
+        {"precision": "binary"},
     ],
-    ids=["ivf", "faiss", "int8", "binary"],
+    ids=["ivf", "int8", "binary"],
 )
 def test_approximate_indexes_reuse_the_embeddings(
     settings: dict[str, Any], pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

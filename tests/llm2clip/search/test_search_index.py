@@ -15,7 +15,7 @@ from llm2clip.encoders import Encoder, load_encoder
 from llm2clip.search.index_settings import IndexSettings
 from llm2clip.search.lance_store import LanceStore
 from llm2clip.search.search_index import SearchIndex
-from llm2clip.search.store import STORES, VECTOR
+from llm2clip.search.store import VECTOR
 from tests.llm2clip.encoders import models
 
 from .helpers import Model, as_json, encoded, error, picture
@@ -51,7 +51,7 @@ def test_all_stores_give_equal_answers_with_any_model(
     encoder = encoder_of(library, model, tmp_path)
     indexes = [
         SearchIndex.build(encoder, pictures, tmp_path / "lance", dtype=dtype),
-        SearchIndex.build(encoder, pictures, tmp_path / "faiss", dtype=dtype, index_type="faiss"),
+        SearchIndex.build(encoder, pictures, tmp_path / "codes", dtype=dtype, index_type="ivf_rq"),
         SearchIndex.build(encoder, pictures, "pictures", postgres=url, dtype=dtype),
     ]
     queries: list[Any] = [*TEXTS, *(picture(1000 + number) for number in range(5)), pictures / "a" / "07.png"]
@@ -101,9 +101,9 @@ def test_an_index_is_built_searched_and_updated_in_five_lines(pictures: Path, mo
 def test_an_update_keeps_the_settings_of_each_type(pictures: Path, model: Model, url: str, tmp_path: Path) -> None:
     encoder = load_encoder(str(model[0]))
     hnsw = SearchIndex.build(encoder, pictures, "pictures", postgres=url, index_type="hnsw", ef_search=50)
-    faiss = SearchIndex.build(encoder, pictures, tmp_path / "faiss", index_type="faiss", probes=3, refine=7)
+    codes = SearchIndex.build(encoder, pictures, tmp_path / "codes", index_type="ivf_rq", probes=3, refine=7)
     (pictures / "new.png").write_bytes(encoded(picture(50)))
-    for index in (hnsw, faiss):
+    for index in (hnsw, codes):
         before = index.manifest.index
         assert index.update()["embedded"] == 1
         assert index.manifest.index == before
@@ -145,38 +145,22 @@ def test_a_list_of_paths_and_images_and_an_open_data_set_are_indexed(
 class OwnStore(LanceStore):
     """A store of the user."""
 
-    def __init__(self, url: str) -> None:
-        super().__init__(url.removeprefix("own://"))
 
-
-def test_a_store_of_the_user_is_registered_by_one_line(
-    pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(STORES, "own", f"{__name__}:OwnStore")
-    run_index(pictures, model[0], f"own://{tmp_path}/index")
-    opened = SearchIndex.open(f"own://{tmp_path}/index")
-    assert isinstance(opened.store, OwnStore)
-    assert SearchIndex.open(OwnStore(str(tmp_path / "index"))).search(picture(7), 1) == opened.search(picture(7), 1)
-    with pytest.raises(ValueError, match=r"a folder or a URL \(s3://, gs://, az://, own://\), not other://x"):
+def test_an_index_is_in_a_store_of_the_user_or_a_known_place(pictures: Path, model: Model, tmp_path: Path) -> None:
+    built = SearchIndex.build(str(model[0]), pictures, OwnStore(tmp_path / "index"))
+    opened = SearchIndex.open(OwnStore(tmp_path / "index"))
+    assert opened.search(picture(7), 1) == built.search(picture(7), 1)
+    with pytest.raises(ValueError, match=r"a folder or a URL \(s3://, gs://, az://\), not other://x"):
         SearchIndex.open("other://x")
 
 
 # Bytes per row of width 64: the codes, and what belongs to each.
-@pytest.mark.parametrize(
-    ("index_type", "precision", "size", "least"),
-    [
-        ("faiss", None, 80, 990),
-        ("faiss", "binary", 32, 880),
-        ("ivf_rq", "int8", 80, 990),
-        ("ivf_rq", None, 60, 990),
-        ("ivf_rq", "binary", 40, 880),
-    ],
-)
+@pytest.mark.parametrize(("precision", "size", "least"), [("int8", 80, 990), (None, 60, 990), ("binary", 40, 880)])
 def test_an_index_of_few_images_misses_nothing_and_shows_exact_scores(
-    index_type: Any, precision: Any, size: int, least: int, tmp_path: Path
+    precision: Any, size: int, least: int, tmp_path: Path
 ) -> None:
     store, rows = LanceStore(tmp_path / "index"), new_rows(0, 4000)
-    build(store, [rows], IndexSettings(index_type, precision))
+    build(store, [rows], IndexSettings("ivf_rq", precision))
     index, queries = SearchIndex.open(store), np.array(new_rows(1, 100)[VECTOR].to_pylist(), np.float32)
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)
     embeds = np.array(rows[VECTOR].to_pylist(), np.float64)
@@ -187,7 +171,7 @@ def test_an_index_of_few_images_misses_nothing_and_shows_exact_scores(
         hits += len({one.key for one in found} & {f"0-{number}" for number in best})
         assert [one.score for one in found] == pytest.approx([exact[int(one.key[2:])] for one in found], abs=1e-5)
     assert hits >= least
-    files = [*store.folder.glob("*.faiss"), *store.folder.glob("images.lance/_indices/*/*")]
+    files = store.folder.glob("images.lance/_indices/*/*")
     assert sum(path.stat().st_size for path in files) < 4000 * size
 
 

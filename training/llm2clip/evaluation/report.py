@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import json
 import logging
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What a title says even if no other column of the same set differs in it: each of these has no usual value.
-NAMED_OPTIONS = ("templates",)
 # Parts of results that a page does not show: plots show lengths, and classes are too many.
 LEFT_OUT = ("length", "class")
 CHECKSUM = re.compile("[0-9a-f]{16,}")
@@ -45,16 +42,14 @@ class ReportConfig:
     baseline: str | None = setting(None, "Model, as the table names it, from which differences are shown.")
     paper: bool = setting(False, "Show published scores of the same sets and protocols below the results.")
     output: str | None = setting(
-        None, "File for all scores: .md (with their intervals; its plots are written beside it) or .json."
+        None, "Markdown file for all scores with their intervals; a plot is written beside it."
     )
 
     def __post_init__(self) -> None:
         if not self.results:
             raise ValueError("there is no result to report: llm2clip report results/*.json")
-        if self.output is not None and Path(self.output).suffix.lower() not in (".md", ".json"):
-            raise ValueError(
-                f"output is {self.output}, but a report is Markdown or JSON: its name ends in .md or .json."
-            )
+        if self.output is not None and Path(self.output).suffix.lower() != ".md":
+            raise ValueError(f"output is {self.output}, but a report is Markdown: its name ends in .md.")
 
 
 @dataclass
@@ -192,35 +187,14 @@ class Report:
         index = pandas.Index([row.label for row in self.rows], name="model")
         return pandas.DataFrame(values, index, pandas.MultiIndex.from_tuples(names, names=["benchmark", "score"]))
 
-    def to_json(self) -> str:
-        """Return the scores that are compared, 0 to 1, with the intervals and the whole protocol of each column."""
-        columns = [
-            {"title": column.title, "benchmark": column.first.benchmark, "protocol": column.first.protocol}
-            for column in self.columns
-        ]
-        rows = [
-            {
-                "model": row.label,
-                "source": row.source,
-                "scores": {self.columns[number].title: cell for number, cell in row.cells.items()},
-                "intervals": {self.columns[number].title: found.intervals for number, found in row.results.items()},
-            }
-            for row in self.rows
-        ]
-        return json.dumps({"columns": columns, "rows": rows}, indent=2, ensure_ascii=False) + "\n"
-
-    def to_markdown(self, baseline: Row | None = None, plots: Sequence[str] = ()) -> str:
-        """Write a page: the table of models, the differences, plots, and all scores of each column.
-
-        Args:
-            plots: Paths of pictures, relative to the page.
-        """
+    def to_markdown(self, baseline: Row | None = None, plot: str = "") -> str:
+        """Write a page: the table of models, the differences, a plot beside the page, all scores of each column."""
         parts = ["# Results", "Scores in percent.", markdown_table(*self.table())]
         if baseline is not None:
             parts += [f"## Difference from {baseline.label}", "In percentage points."]
             parts.append(markdown_table(*self.table(baseline)))
         parts += ["\n".join(f"- {line}" for line in self.sources())] if self.sources() else []
-        parts += [f"![{plot.removesuffix('.png')}]({plot.replace(' ', '%20')})" for plot in plots]
+        parts += [f"![{plot.removesuffix('.png')}]({plot.replace(' ', '%20')})"] if plot else []
         for number, column in enumerate(self.columns):
             found = [(row.label, row.results[number]) for row in self.rows if number in row.results]
             parts += _details(column, found)
@@ -287,13 +261,10 @@ def run(config: ReportConfig) -> dict[str, Any]:
     if config.output is None:
         return {}
     path = Path(config.output)
-    if path.suffix.lower() == ".json":
-        write_text(path, report.to_json())
-        return {"written": path}
-    from llm2clip.evaluation.plots import write_plots  # matplotlib starts slowly
+    from llm2clip.evaluation.plots import write_lengths  # matplotlib starts slowly
 
-    plots = write_plots(path, report)
-    write_text(path, report.to_markdown(baseline, [os.path.relpath(plot, path.parent) for plot in plots]))
+    plot = write_lengths(path, report)
+    write_text(path, report.to_markdown(baseline, "" if plot is None else plot.name))
     return {"written": path}
 
 
@@ -332,7 +303,7 @@ def told_apart(entries: Sequence[tuple[str, Mapping[str, str]]]) -> list[str]:
 
 def notes_on(result: Result) -> list[str]:
     """What is unusual about a result, or has no usual value: its templates, its text format, other data."""
-    notes = [str(result.protocol[name]) for name in NAMED_OPTIONS if name in result.protocol]
+    notes = [str(result.protocol["templates"])] if "templates" in result.protocol else []
     text_format = result.protocol.get("text_format", RAW)
     if text_format != RAW:
         notes.append(f"text format {text_format}")

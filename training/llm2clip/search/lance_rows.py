@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from llm2clip.search.faiss_vectors import FaissRows
 from llm2clip.search.index_manifest import REBUILD, IndexManifest
 from llm2clip.search.store import INTERNAL, MORE, NUMBER, VECTOR
 from llm2clip.search.where import Conditions, parse_where
@@ -40,21 +39,13 @@ class LanceRows:
     def __init__(self, folder: AnyPath, table: Any, manifest: IndexManifest | None = None) -> None:
         self.folder, self.table, self.manifest = folder, table, manifest
         self.columns = [name for name in table.schema.names if name not in INTERNAL]
-        self._faiss: FaissRows | None = None
         self._count = lru_cache(maxsize=1000)(table.count_rows)
 
-    def open_faiss(self) -> None:
-        """Read the faiss index, which has the order of the table."""
-        assert self.manifest is not None
-        file = self.folder / self.manifest.stored.get("faiss", "")
-        self._faiss = FaissRows(file, self._numbers())
-
-    def scan(self, columns: Sequence[str] | None, where: str | None = None) -> Iterator[pa.RecordBatch]:
+    def scan(self, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
         """Read rows in batches; see `IndexStore.keys`."""
-        condition = self._condition(where)
         with readable(self.folder):
             query = self.table.search().select(self.columns if columns is None else list(columns)).with_row_id(True)
-            yield from (query.where(condition) if condition else query).to_batches(batch_size=SCAN_ROWS)
+            yield from query.to_batches(batch_size=SCAN_ROWS)
 
     def take(self, numbers: np.ndarray, columns: Sequence[str]) -> pa.Table:
         """Read the rows with these numbers, in their order."""
@@ -73,11 +64,7 @@ class LanceRows:
             k = min(k, matches)
             if not matches:
                 return [self.table.schema.empty_table().select([*self.columns, VECTOR]) for _ in queries]
-            if self._faiss is None or (condition and matches <= EXACT_MATCHES):
-                return [self._nearest(query, k, condition, matches) for query in queries]
-        fits = self._numbers(where) if where else None
-        found = self._faiss.search(queries, k * self.manifest.index["refine"], fits)
-        return [self.take(numbers, [*self.columns, VECTOR]) for numbers in found]
+            return [self._nearest(query, k, condition, matches) for query in queries]
 
     def _nearest(self, query: np.ndarray, k: int, condition: str | None, matches: int) -> pa.Table:
         assert self.manifest is not None
@@ -91,10 +78,6 @@ class LanceRows:
             probes = index["probes"] * max(1, MATCHES_FOR_PROBES // matches)
             search = search.nprobes(probes).refine_factor(index["refine"]).limit(k)
         return search.to_arrow().drop_columns([DISTANCE])
-
-    def _numbers(self, where: str | None = None) -> np.ndarray:
-        numbers = [batch[NUMBER].to_numpy().astype(np.int64) for batch in self.scan([], where)]
-        return np.concatenate([np.empty(0, np.int64), *numbers])
 
     def _condition(self, where: str | None) -> str | None:
         columns = {name: self.table.schema.field(name).type for name in self.columns}

@@ -21,7 +21,6 @@ import numpy as np
 import pyarrow as pa
 from lancedb.index import Bitmap, BTree, IvfRq, IvfSq
 
-from llm2clip.search.faiss_vectors import build_faiss
 from llm2clip.search.index_manifest import REBUILD, IndexManifest
 from llm2clip.search.lance_rows import LanceRows, readable, reason
 from llm2clip.search.store import INTERNAL, KEY, NUMBER, REASON, VECTOR, Base, is_changed
@@ -30,14 +29,17 @@ from llm2clip.utils.library_errors import SYSTEM
 from llm2clip.utils.locks import LOCK, folder_lock
 from llm2clip.utils.manifests import (
     FOLDER_MANIFEST,
+    Fault,
+    Verified,
     faults,
+    listed_files,
     own_files,
     read_checked,
     stated_files,
     with_checksum,
     write_manifest,
 )
-from llm2clip.utils.remote_path import local_file, open_path, remove_tree, wrap_connection_errors
+from llm2clip.utils.remote_path import open_path, remove_tree, wrap_connection_errors
 from llm2clip.utils.shared_files import stored_sha256
 
 logger = logging.getLogger(__name__)
@@ -60,6 +62,8 @@ GROWTH, MAX_PIECES = 0.2, 8
 # Columns with up to as many distinct values get a bitmap index.
 BITMAP_VALUES = 1000
 DELETE_AT_ONCE, MAX_OPTIMIZE = 10_000, 8
+# By how much the length of an embedding may differ from 1, as it is rounded to 16 bits.
+TOLERANCE = 1e-2
 # How LanceDB says that the system could not write a file.
 DISK = re.compile(r"LanceError\(IO\)|\(os error \d+\)")
 
@@ -71,7 +75,7 @@ class LanceStore:
     in the same moment both do so; rows that are then there twice are deleted by the next run.
     """
 
-    index_types: tuple[str, ...] = ("flat", "ivf_rq", "faiss")
+    index_types: tuple[str, ...] = ("flat", "ivf_rq")
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = open_path(folder)
@@ -161,19 +165,17 @@ class LanceStore:
                 f"the index {self.location} is damaged: its manifest lists {manifest.images} {manifest.embed}s, and "
                 f"its table has {count}; {REBUILD}"
             )
-        if manifest.index["type"] == "faiss":
-            rows.open_faiss()  # now, so that damage is found
         self._committed = rows
 
     def _require_unchanged(self) -> None:
-        """Compare rows and vectors with their checksums, each file when it is opened first since it changed."""
+        """Compare the table with its checksums, each file when it is opened first since it changed."""
         if not isinstance(self.folder, Path):
             return
         with contextlib.suppress(FileNotFoundError):
             for name, listed in stated_files(self.folder).items():
                 path = self.folder / name
                 # What an update writes and deletes meanwhile is no damage.
-                is_stored = name.startswith(f"{TABLE}.lance/") or path.suffix == ".faiss"
+                is_stored = name.startswith(f"{TABLE}.lance/")
                 if is_stored and listed.checksum and path.is_file() and stored_sha256(path) != listed.checksum:
                     raise ValueError(f"the index {self.location} is damaged: {name} has changed; {REBUILD}")
 
@@ -241,30 +243,27 @@ class LanceStore:
             self._index_vectors(manifest, previous)
         elif self._has_vector_index():
             self._written.drop_index(VECTOR_INDEX)
-        if manifest.index["type"] == "faiss":
-            self._write_faiss(manifest)
         self._optimize()
         manifest.stored["version"] = self._written.version
         manifest.record_versions(lancedb=lancedb.__version__)
         write_json(self.folder / FAILURES, failures)
-        written = tuple(filter(None, [manifest.stored.get("faiss")]))
-        self._list_files(without=(MANIFEST,), rewritten=written)  # before the manifest names them
+        self._list_files(without=(MANIFEST,))  # before the manifest names them
         self._require_version(manifest.stored["version"])
         if self._written.count_rows() != manifest.images:
             self._stop()
         write_json(self.folder / MANIFEST, with_checksum(asdict(manifest)))
-        self._clean(manifest, previous)
+        self._clean()
         self._list_files()
 
-    def _list_files(self, without: tuple[str, ...] = (), rewritten: tuple[str, ...] = ()) -> None:
+    def _list_files(self, without: tuple[str, ...] = ()) -> None:
         """Bring the files of the index to the disk, and list them with checksums.
 
         Args:
             without: Files that are about to be replaced, so that the list would be of others.
-            rewritten: Files of an earlier list that this run has written. LanceDB writes each of its own once.
         """
+        # LanceDB writes each of its own files once.
         unlisted = {*without, HINT, LOCK}
-        write_manifest(self.folder, COMMAND, unlisted=unlisted, rewritten={MANIFEST, FAILURES, *rewritten})
+        write_manifest(self.folder, COMMAND, unlisted=unlisted, rewritten={MANIFEST, FAILURES})
 
     def faults(self) -> Iterator[str]:
         """Yield what differs between the files of the index and their list, in words."""
@@ -375,22 +374,8 @@ class LanceStore:
         self._written.create_index(VECTOR, config=config, replace=True)
         manifest.stored["trained"] = rows
 
-    def _write_faiss(self, manifest: IndexManifest) -> None:
-        def embeds() -> Iterator[np.ndarray]:
-            for batch in self.keys([VECTOR], written=True):
-                yield batch[VECTOR].flatten().to_numpy().reshape(-1, manifest.width).astype(np.float32)
-
-        name = f"vectors-{self._written.version}.faiss"
-        with local_file(self.folder / name) as file:
-            build_faiss(file, embeds, self._written.count_rows(), manifest.width, manifest.index)
-        manifest.stored["faiss"] = name
-
-    def _clean(self, manifest: IndexManifest, previous: IndexManifest | None) -> None:
+    def _clean(self) -> None:
         """Delete versions that no reader can have open any more."""
-        kept = {one.stored.get("faiss") for one in (manifest, previous) if one}
-        for path in self.folder.glob("vectors-*.faiss"):
-            if path.name not in kept:
-                path.unlink()
         self._written.optimize(cleanup_older_than=KEPT)
 
     @contextlib.contextmanager
@@ -407,3 +392,36 @@ class LanceStore:
                     f"the index {self.folder} cannot be written ({found[-1] if found else reason(error)}); what it "
                     "had stays. When the disk is well, run the same llm2clip index again."
                 ) from error
+
+
+def verify_index(folder: Path) -> Verified:
+    """Compare the files of an index with their checksums, and read all rows of the version that its manifest names.
+
+    Raises:
+        ImportError: LanceDB is not installed.
+    """
+    fix = f"build it again: llm2clip index IMAGES --model MODEL --output-dir {folder} --overwrite"
+    store = LanceStore(folder)
+    found = Verified()
+    try:
+        listed = listed_files(folder)
+        if not any(file.checksum for file in listed.values()):
+            found.remarks.append(f"{folder} has no checksums of its files, since it was written at a URL.")
+        found.faults = [Fault(f"{folder / fault}", fix) for fault in store.faults()]
+        found.counts["num_files"] = len(listed)
+        if found.faults:
+            # LanceDB may panic over a damaged table, or wait for ever.
+            return found
+        manifest = store.metadata()
+        if manifest is None:
+            raise FileNotFoundError(f"the index {folder} is not finished")
+        for batch in store.keys([VECTOR]):
+            embeds = batch[VECTOR].flatten().to_numpy().astype(np.float32).reshape(len(batch), manifest.width)
+            lengths = np.linalg.norm(embeds, axis=1)
+            found.counts["num_images"] += len(batch)
+            if bad := int((~(np.abs(lengths - 1) <= TOLERANCE)).sum()):
+                found.faults.append(Fault(f"{bad} embeddings of the index {folder} are no unit vectors", fix))
+                break
+    except (FileNotFoundError, ValueError) as error:
+        found.faults.append(Fault(str(error), fix))
+    return found

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from llm2clip.evaluation.contracts import BenchmarkProtocol
+from llm2clip.evaluation.benchmark import BenchmarkProtocol
 from llm2clip.utils.settings import nearest
 
 # Module and class of each protocol by its id, which results keep. Only what is measured is imported.
@@ -20,7 +20,6 @@ PROTOCOLS = {
     "linear-probe-sgd": ("linear_probe", "SGDProbe"),
     "linear-probe-lbfgs": ("linear_probe", "LBFGSProbe"),
     "linear-probe-openai": ("linear_probe", "FixedLBFGSProbe"),
-    "mean-of-sets": ("mean_of_sets", "MeanOfSets"),
     "pair-scores": ("choices", "PairScores"),
     "image-choice": ("choices", "ImageChoice"),
     "caption-choice": ("choices", "CaptionChoice"),
