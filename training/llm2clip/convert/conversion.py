@@ -49,6 +49,18 @@ class ConvertConfig:
     prompt_name: str | None = setting(
         None, "Name of the LLM that selects its prompt as in the original code. Default: from its config."
     )
+    image_size: int | None = setting(None, "Resize the position embeddings to this image size in pixels.")
+    projection_dim: int = setting(1280, "Width of the new projection of a plain CLIP tower.")
+    quick_gelu: bool | None = setting(
+        None, "Use QuickGELU in an OpenAI tower. Default: from --model-config, otherwise true."
+    )
+    reset_heads: bool = setting(
+        False, "Replace trained projection and adapter with new ones, like --pretrained of the original."
+    )
+    initializer: Literal["original", "normal"] = setting(
+        "original", "Initial values of new weights: as the original code, or normal for N(0, 0.02²)."
+    )
+    seed: int = setting(42, "Random seed of new weights.")
     overwrite: bool = setting(
         False, "Replace a destination that an earlier conversion wrote and that holds nothing else."
     )
@@ -111,7 +123,7 @@ def _convert_joint(checkpoint: Checkpoint, folder: Path, config: ConvertConfig) 
     plan = plan_joint(checkpoint, config)
     print_report(plan)
     with wrap_read_errors(checkpoint.path):
-        model = plan.build()
+        model = plan.build(config.seed)
     model.save_pretrained(folder)
     _write_processor(plan, checkpoint, folder)
     with wrap_read_errors(checkpoint.path), torch.inference_mode():
