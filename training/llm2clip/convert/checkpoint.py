@@ -142,6 +142,14 @@ def compare_tensors(recognized: str, expected: Shapes, found: Shapes, new: tuple
             raise ValueError(f"recognized as {recognized}, but {len(names)} tensors {problem}: {shown}. {cause}")
 
 
+def is_torch_file(path: Path) -> bool:
+    """Whether a file is one that `torch.save` writes, by the names in its archive."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/data.pkl") for name in archive.namelist())
+
+
 def _safetensors_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(file, framework="pt") as handle:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from transformers import CLIPImageProcessor
 
-from llm2clip.convert.checkpoint import Checkpoint, open_checkpoint
+from llm2clip.convert.checkpoint import Checkpoint, is_torch_file, open_checkpoint
 from llm2clip.convert.convert_text import contains_decoder, convert_text_tower
 from llm2clip.convert.joint import plan_joint
 from llm2clip.convert.joint_plan import JointPlan, print_report
@@ -173,6 +173,11 @@ def _to_original(config: ConvertConfig, destination: Path) -> dict[str, Any]:
         refuse_nested(config.source, destination)
         if not config.overwrite:
             raise FileExistsError(f"{destination} exists; add --overwrite to replace it, or choose another file.")
+        if not is_torch_file(destination):
+            raise FileExistsError(
+                f"{destination} is not replaced, because no conversion wrote it: it is no checkpoint of torch; "
+                "choose another file, or delete it yourself."
+            )
     refuse_damaged(config.source)
     inspect_repo(config.source).require(RepoKind.JOINT, hint="Only such a model has the parts of the original.")
     model = LLM2CLIPModel.from_pretrained(config.source, text_model=False)

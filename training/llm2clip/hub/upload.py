@@ -1,6 +1,6 @@
 """Uploads to the Hub in one commit; the only module of this package that writes to the Hub.
 
-An upload keeps what others store in the repo, and the edits that people made to its card.
+An upload keeps what others store in the repo, and the edits that people made to its card, even during the upload.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ NEXT_STEPS = {
     403: "the token needs write access to the repo and its organization",
     412: "the repo changed during this push: push again",
 }
+# How many commits are tried while others commit to the same branch.
+ATTEMPTS = 4
 # Files that this package and its Trainers write. Those of an earlier push are deleted: they would be loaded instead of
 # the new weights, or together with them, or list other weights.
 REPLACED = re.compile(
@@ -209,25 +211,31 @@ class Uploader:
                 revision=self.revision,
             )
 
-    def _commit(self, folder: Path, files: Mapping[str, Path], message: str) -> CommitInfo:
+    def _commit(self, folder: Path, files: Mapping[str, Path], message: str, attempt: int = 1) -> CommitInfo:
         snapshot = self._open_branch(str(inspect_repo(folder).model_type))
         card = self._merged_card(files[CARD].read_text(encoding="utf-8"), snapshot).encode()
         contents: dict[str, Path | bytes] = {**files, CARD: card}
         stale = [name for name in snapshot.files if REPLACED.fullmatch(name) and name not in files]
         # Not upload_folder: where a commit fails, it commits the files in parts, so that others load the new config
         # with the old weights; and it reads the card from the folder.
-        return self.api.create_commit(
-            self.repo_id,
-            [
-                *(CommitOperationAdd(name, path_or_fileobj=content) for name, content in contents.items()),
-                *(CommitOperationDelete(name) for name in stale),
-            ],
-            commit_message=message,
-            revision=self.revision,
-            create_pr=self.create_pr,
-            # With it the Hub refuses the commit if the card was edited after it was read.
-            parent_commit=snapshot.commit,
-        )
+        try:
+            return self.api.create_commit(
+                self.repo_id,
+                [
+                    *(CommitOperationAdd(name, path_or_fileobj=content) for name, content in contents.items()),
+                    *(CommitOperationDelete(name) for name in stale),
+                ],
+                commit_message=message,
+                revision=self.revision,
+                create_pr=self.create_pr,
+                # With it the Hub refuses the commit if the card was edited after it was read.
+                parent_commit=snapshot.commit,
+            )
+        except HfHubHTTPError as error:
+            if error.response is None or error.response.status_code != 412 or attempt == ATTEMPTS:
+                raise
+        logger.info("%s changed during the upload; repeating the commit on top of the change", self.repo_id)
+        return self._commit(folder, files, message, attempt + 1)
 
     def _snapshot(self) -> Snapshot:
         is_new = False
