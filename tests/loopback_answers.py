@@ -219,11 +219,13 @@ class Answer:
     def commit(self, repo: Repo, revision: str, parent: str, body: bytes) -> None:
         lines = [json.loads(line) for line in body.splitlines() if line.strip()]
         header = next(line["value"] for line in lines if line["key"] == "header")
+        opens_pr = self.query.get("create_pr", ["0"])[0].lower() in ("1", "true")
         expected = header.get("parentCommit") or parent
-        if expected != parent:
+        if expected != parent and not opens_pr:
             return self.error(412, "PreconditionFailed", "A commit has happened since. Please refresh and try again.")
         if expected not in repo.commits:
             return self.error(404, "RevisionNotFound", f"Invalid rev id: {expected}")
+        # A pull request may start from an older commit.
         files = dict(repo.commits[expected])
         for line in lines:
             key, value = line["key"], line["value"]
@@ -235,8 +237,13 @@ class Answer:
                 files[value["path"]] = File(self.hub.blobs[value["oid"]], lfs=True)
             elif key == "deletedFile":
                 files.pop(value["path"])
-        sha = repo.commit(revision, files, header["summary"])
         answer = {"success": True, "hookOutput": ""}
+        if opens_pr:
+            number = 1 + sum(branch.startswith("refs/pr/") for branch in repo.branches)
+            sha = repo.commit(f"refs/pr/{number}", files, header["summary"])
+            answer["pullRequestUrl"] = f"{self.hub.url}/{repo.name}/discussions/{number}"
+        else:
+            sha = repo.commit(revision, files, header["summary"])
         self.send(200, {**answer, "commitOid": sha, "commitUrl": f"{self.hub.url}/{repo.name}/commit/{sha}"})
 
     def download(self, kind: str, name: str, revision: str, path: str) -> None:

@@ -1,6 +1,6 @@
 """A hub on the loopback interface that speaks the protocol of the real Hub, including its errors.
 
-Tests use it instead of the network. It implements repos, branches, commits, LFS uploads, downloads by
+Tests use it instead of the network. It implements repos, branches, pull requests, commits, LFS uploads, downloads by
 range and tokens. `fail_next` makes it answer the next matching requests with an error.
 """
 

@@ -104,7 +104,7 @@ def test_code_in_a_folder_does_not_run_unasked(model_type: str | None, tmp_path:
         ["embed", "--text-model-name-or-path", name, "--output-dir", "cache", "--sources", sources],
         ["evaluate", name, "--benchmark", str(pictures), "--caption-columns", "caption"],
         ["convert", name, "converted"],
-        ["build", name, "built"],
+        ["build", name, "built", "--config-only"],
         ["stage2", "--vision-model", name, "--output-dir", "run", "--use-cpu"],
     ]
     results, printed = run(commands, tmp_path)

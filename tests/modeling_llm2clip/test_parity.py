@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from transformers import CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from llm2clip.convert.layouts import TIMM_SIGLIP
+from llm2clip.convert.resize import resize_clip_positions, resize_kernel
 from modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.modeling_eva02 import apply_rotary, resize_position_embedding, rotary_table
 from modeling_llm2clip.modeling_llm2clip_heads import LLM2CLIPTextAdapter
@@ -84,6 +85,11 @@ def test_position_embedding_resize_equals_the_original() -> None:
         grid = (case["new_grid"], case["new_grid"])
         resized = resize_position_embedding(golden[f"in/{case['tag']}/pos_embed"], grid)
         golden.close(resized, f"out/{case['tag']}/eva_pos_embed")
+        clip = resize_clip_positions(golden[f"in/{case['tag']}/pos_embed"][0], case["new_grid"])
+        golden.close(clip, f"out/{case['tag']}/openai_positional_embedding")
+        if case["tag"] != "same":  # there the original forgets the kernel
+            kernel = resize_kernel(golden[f"in/{case['tag']}/patch_weight"], case["new_patch"])
+            golden.close(kernel, f"out/{case['tag']}/eva_patch_weight")
 
 
 @pytest.mark.parametrize("name", ["text_proj_a", "text_proj_b"])

@@ -95,7 +95,7 @@ COMMANDS = {
     "convert": Command(
         "convert checkpoints of the original code, of Microsoft's repos and of CLIP to this format and back",
         "llm2clip.convert.conversion", "ConvertConfig", ("source", "destination")),
-    "merge": Command("average the weights of two models (WiSE-FT)",
+    "merge": Command("average the weights of two models, and measure the line between them (WiSE-FT)",
                      "llm2clip.hub.merge", "MergeConfig", ("first", "second", "destination")),
     "build": Command("build a self-contained folder for the Hub, with code, model card and license",
                      "llm2clip.hub.build", "BuildConfig", ("model", "destination"), optional=("destination",)),
@@ -181,8 +181,10 @@ def _run(name: str, arguments: list[str], terminal: TerminalHandler) -> dict[str
         values, origin = {**fields, **values}, str(path)
     config = build_config(config_class, values, origin, places)
     writes_log = command.writes_log and config.output_dir and "://" not in config.output_dir
-    if writes_log and is_main_process():
-        logger.info("llm2clip %s: %s\nLog: %s", name, command.help, terminal.open_log(config.output_dir))
+    if writes_log:
+        log = terminal.open_log(config.output_dir)
+        if is_main_process():
+            logger.info("llm2clip %s: %s\nLog: %s", name, command.help, log)
     terminal.shows_warnings = not writes_log
     given = [one for value in vars(config).values() for one in (value if isinstance(value, list) else [value])]
     with wrap_weight_errors(one for one in given if isinstance(one, str)):
@@ -192,7 +194,7 @@ def _run(name: str, arguments: list[str], terminal: TerminalHandler) -> dict[str
 def _failed(name: str, error: Exception, log: Path | None, raises: bool) -> int:
     """Report an error; returns the exit code. An error that is a bug is raised again, and with `raises` every one."""
     expect_ended_workers()
-    logger.debug("llm2clip %s failed", name, exc_info=error)
+    logger.debug("llm2clip %s failed (process id %d)", name, os.getpid(), exc_info=error)
     known = isinstance(error, USER_ERRORS) and type(error) is not KeyError
     if raises or not (known or explain(error)):
         raise error

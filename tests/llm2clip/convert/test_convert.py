@@ -13,7 +13,10 @@ from transformers import AutoModel, AutoProcessor, CLIPConfig, CLIPModel, Siglip
 
 import llm2clip
 from llm2clip import cli
+from llm2clip.convert.joint_plan import STATISTICS
+from llm2clip.convert.original import to_original
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
+from tests.builders import tiny
 from tests.golden import Golden, load_golden
 from tests.llm2clip.convert import checkpoints
 from tests.llm2clip.convert.checkpoints import EVA, OPENAI
@@ -91,8 +94,7 @@ def test_openai_tower_uses_quickgelu_by_default(tmp_path: Path) -> None:
     options += ["--text-model", checkpoints.llm_of(OPENAI, tmp_path / "llm")]
     convert(source, tmp_path / "out", *options)
     check_features(OPENAI, tmp_path / "out")
-    options[1] = write_config(tmp_path / "config.json", {**fields, "quick_gelu": False})
-    convert(source, tmp_path / "exact", *options)
+    convert(source, tmp_path / "exact", *options, "--quick-gelu", "false")
     with pytest.raises(AssertionError):
         check_features(OPENAI, tmp_path / "exact")
 
@@ -121,20 +123,27 @@ def test_microsoft_eva_folder_prefers_the_pt_file_with_the_adapter(tmp_path: Pat
     check_features(EVA, tmp_path / "out")
 
 
-def test_of_a_plain_eva_clip_the_tower_is_kept_with_its_scale(
-    tmp_path: Path, eva_options: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_plain_eva_clip_gets_new_heads_for_stage_2(tmp_path: Path, eva_options: list[str]) -> None:
     source, scale = tmp_path / "eva.pt", torch.tensor(4.5)
     state = checkpoints.with_text_tower(checkpoints.older_bias_names(EVA.group("state")))
     torch.save({**state, "logit_scale": scale}, source)
-    convert(source, tmp_path / "tower", *eva_options[:2])
-    tower = AutoModel.from_pretrained(tmp_path / "tower")
+    convert(source, tmp_path / "out", *eva_options, "--projection-dim", "16")
+    model = loaded(tmp_path / "out")
     for name, tensor in checkpoints.ours(EVA).items():
         if name.startswith("vision_model."):
-            assert tower.state_dict()[name.removeprefix("vision_model.")].equal(tensor), name
-    assert tower.config.logit_scale_init_value == scale  # stage 2 starts with it
-    assert cli.main(["convert", str(source), str(tmp_path / "out"), *eva_options]) == 2
-    assert "convert the tower alone, and give both to stage 2" in capsys.readouterr().err
+            assert model.state_dict()[name].equal(tensor), name
+    assert model.logit_scale.equal(scale)
+    assert model.visual_projection.weight.shape == (16, EVA.meta["config"]["vision_cfg"]["width"])
+    assert model.visual_projection.weight.std().item() == pytest.approx(2e-5, rel=0.1)
+    assert not model.text_adapter.proj.weight.eq(0).all()
+    # Without an LLM the result is a vision tower, from which stage 2 takes the scale.
+    convert(source, tmp_path / "tower", *eva_options[:2])
+    tower = AutoModel.from_pretrained(tmp_path / "tower")
+    with torch.no_grad():
+        torch.testing.assert_close(tower(EVA["in/pixel_values"]), model.vision_model(EVA["in/pixel_values"]))
+    assert tower.config.logit_scale_init_value == scale
+    convert(source, tmp_path / "normal", *eva_options, "--initializer", "normal")
+    assert loaded(tmp_path / "normal").visual_projection.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 
 def test_tower_with_timm_names_gives_the_outputs_of_timm(tmp_path: Path, eva_options: list[str]) -> None:
@@ -170,12 +179,31 @@ def test_plain_clip_of_transformers_keeps_its_tower_outputs(
 ) -> None:
     plain = model_class(config_class(vision_config=dict(VISION), text_config=dict(TEXT))).eval()
     plain.save_pretrained(tmp_path / "plain")
-    convert(tmp_path / "plain", tmp_path / "out")
-    tower, images = AutoModel.from_pretrained(tmp_path / "out").eval(), torch.randn(2, 3, 28, 28)
+    llm = checkpoints.llm_folder(tmp_path / "llm", 16)
+    convert(tmp_path / "plain", tmp_path / "out", "--text-model", llm, "--projection-dim", "24")
+    model, images = loaded(tmp_path / "out"), torch.randn(2, 3, 28, 28)
     with torch.no_grad():
-        found, expected = (one(images).pooler_output for one in (tower, plain.vision_model))
+        found, expected = (one.vision_model(images).pooler_output for one in (model, plain))
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
-    assert tower.config.logit_scale_init_value == plain.logit_scale.item()
+    torch.testing.assert_close(model.logit_scale, plain.logit_scale.reshape(()))
+
+
+@pytest.mark.parametrize("size", [21, 42])
+def test_image_size_resizes_positions_like_interpolation_at_run_time(
+    size: int, tmp_path: Path, eva_options: list[str]
+) -> None:
+    source = checkpoints.original_pt(EVA, tmp_path / "model.pt")
+    convert(source, tmp_path / "out", *eva_options, "--image-size", str(size))
+    convert(source, tmp_path / "same", *eva_options)
+    model, other, images = loaded(tmp_path / "out"), loaded(tmp_path / "same"), torch.randn(1, 3, size, size)
+    with torch.no_grad():
+        expected = other.get_image_features(images, interpolate_pos_encoding=True).pooler_output
+        torch.testing.assert_close(model.get_image_features(images).pooler_output, expected)
+    # And back again, from a folder of this package.
+    convert(tmp_path / "out", tmp_path / "back", "--image-size", "28")
+    assert loaded(tmp_path / "back").vision_model.pos_embed.shape == other.vision_model.pos_embed.shape
+    processor = AutoProcessor.from_pretrained(tmp_path / "back", trust_remote_code=True)
+    assert processor.image_processor.size["shortest_edge"] == 28
 
 
 @pytest.mark.parametrize("golden", [EVA, OPENAI], ids=["eva", "openai"])
@@ -190,21 +218,60 @@ def test_conversion_to_the_original_restores_its_state_dict(golden: Golden, tmp_
     assert all(back[name].equal(state[name]) for name in state)
 
 
+def test_reset_heads_replaces_what_the_loader_of_the_original_drops(tmp_path: Path) -> None:
+    """The `--pretrained` of the original drops head and adapter; here --reset-heads does."""
+    golden = load_golden("ckpt_load_a")
+    fields = golden.meta["config"]
+    side = fields["new_grid"] * fields["vision_cfg"]["patch_size"]
+    vision = {**fields["vision_cfg"], "image_size": side, "pt_hw_seq_len": fields["pt_hw_seq_len"]}
+    text = {"llm_embedding_dim": fields["text_dim"]}
+    config = {"embed_dim": fields["embed_dim"], "vision_cfg": vision, "text_cfg": text}
+    torch.save({"module": golden.group("ckpt")}, tmp_path / "model.pt")
+    llm = checkpoints.llm_folder(tmp_path / "llm", fields["text_dim"])
+    options = ["--model-config", write_config(tmp_path / "c.json", config), "--text-model", llm]
+    convert(tmp_path / "model.pt", tmp_path / "kept", *options)
+    convert(tmp_path / "model.pt", tmp_path / "reset", *options, "--reset-heads")
+    kept, reset = loaded(tmp_path / "kept"), loaded(tmp_path / "reset")
+    head = golden["ckpt/visual.head.weight"]
+    assert kept.visual_projection.weight.equal(head)
+    assert not reset.visual_projection.weight.equal(head)
+    for model in (kept, reset):
+        assert model.logit_scale.equal(golden["ckpt/logit_scale"])
+        state = to_original(model.config, model.state_dict())
+        for name in golden.meta["keys_changed"]:
+            torch.testing.assert_close(state[name], golden[f"after/{name}"], atol=2e-5, rtol=1e-4)
+
+
+def test_a_model_of_this_package_keeps_its_statistics_and_their_dtype(tmp_path: Path) -> None:
+    source = tiny.save_apart(tmp_path, **tiny.FROZEN_TOWER).to(torch.bfloat16)
+    source.save_pretrained(tmp_path / "bf16")
+    tiny.processor().save_pretrained(tmp_path / "bf16")
+    tiny.processor().tokenizer.save_pretrained(tmp_path / "llm")
+    convert(tmp_path / "bf16", tmp_path / "out", "--reset-heads")
+    found, state = loaded(tmp_path / "out"), source.state_dict()
+    assert found.dtype == torch.bfloat16
+    for name in STATISTICS:
+        assert found.state_dict()[name].dtype == torch.float32
+        assert found.state_dict()[name].equal(state[name])
+    assert not found.visual_projection.g.weight.equal(source.visual_projection.g.weight)
+
+
 def test_openai_state_dict_gives_the_features_of_the_original(tmp_path: Path) -> None:
     golden = load_golden("openai_load_a")
     torch.save(golden.group("ckpt"), tmp_path / "openai.pt")
     sizes = golden.meta["config"]
     vision = {"image_size": 28, "layers": 1, "width": sizes["width"], "patch_size": sizes["patch"]}
     config = write_config(tmp_path / "c.json", {"embed_dim": 32, "vision_cfg": vision})
-    convert(tmp_path / "openai.pt", tmp_path / "out", "--model-config", config)
-    model = AutoModel.from_pretrained(tmp_path / "out").eval()
-    assert model.config.logit_scale_init_value == golden["out/logit_scale"]
+    llm = checkpoints.llm_folder(tmp_path / "llm", 16)
+    convert(tmp_path / "openai.pt", tmp_path / "out", "--model-config", config, "--text-model", llm)
+    model = loaded(tmp_path / "out")
+    torch.testing.assert_close(model.logit_scale, golden["out/logit_scale"])
     with torch.no_grad():
         # The original rounds these weights to fp16 when it loads them; this package does not.
-        for module in model.modules():
+        for module in model.vision_model.modules():
             if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
                 for parameter in module.parameters():
                     parameter.copy_(parameter.half())
-        tower = model(golden["in/pixel_values"], output_hidden_states=True)
+        tower = model.vision_model(golden["in/pixel_values"], output_hidden_states=True)
     golden.close(tower.pooler_output, "out/pooled")
     golden.close(tower.hidden_states[-1], "out/all_features")

@@ -157,6 +157,7 @@ def test_the_original_format_replaces_neither_a_folder_nor_a_file_of_the_model(
     assert weights.read_bytes() == before
     file.write_text("mine")
     refused("add --overwrite", model, file, *original)
+    refused("is not replaced, because no conversion wrote it", model, file, *original, "--overwrite")
     assert file.read_text() == "mine"
     torch.save({"x": torch.zeros(1)}, file)
     earlier = file.read_bytes()

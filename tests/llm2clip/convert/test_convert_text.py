@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,7 @@ def test_converted_llm_gives_the_embeddings_of_the_llm_with_the_prompt(
     embeds = expected.encode(captions, expected_tokenizer)
     torch.testing.assert_close(tower.encode(captions, tokenizer), embeds, atol=1e-6, rtol=1e-5)
     assert tower.config.fingerprint == expected.fingerprint() == tower.fingerprint()
+    assert tower.config.verified_attention == ["mask"]  # so that it is not probed again
     assert tower.config.num_prefix_tokens == expected.config.num_prefix_tokens > 1
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".json", ".md", ".py", ".safetensors"}
     stranger = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True)
@@ -126,3 +129,29 @@ def test_an_llm_that_cannot_be_a_text_tower_is_not_converted(tmp_path: Path, cap
     assert cli.main(["convert", str(tmp_path / "llm"), str(tmp_path / "out")]) == 2
     assert "lfm2 (layers: conv, full_attention) with sdpa attention cannot be a text" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_conversion_holds_one_shard_in_memory(tmp_path: Path) -> None:
+    """Peak memory above that of the imports is less than 1.3 x the largest shard + 300 MiB."""
+    config = tiny.decoder_config()
+    config.update({"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12, "num_attention_heads": 8})
+    config.update({"num_key_value_heads": 8, "head_dim": 128})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "llm", max_shard_size="150MB")
+    tiny.plain_tokenizer().save_pretrained(tmp_path / "llm")
+    sizes = [path.stat().st_size for path in (tmp_path / "llm").glob("*.safetensors")]
+    assert sum(sizes) > 600e6
+    script = """
+import resource, sys
+from llm2clip import cli
+from llm2clip.convert import conversion
+def status(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+before = status("VmRSS")
+assert cli.main(["convert", sys.argv[1], sys.argv[2]]) == 0
+print("PEAK", 1024 * (status("VmHWM") - before))
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "llm"), str(tmp_path / "out")]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    peak = int(output.rpartition("PEAK")[2])
+    assert peak < 1.3 * max(sizes) + 300 * 2**20, (peak, max(sizes))

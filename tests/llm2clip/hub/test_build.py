@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoProcessor
 
 import llm2clip
 from llm2clip import cli
+from llm2clip.convert.published import FOLDER, published_models
 from llm2clip.hub import new_process
 from llm2clip.hub.build_card import read_results
 from llm2clip.hub.cards.card import CARD, read_card
@@ -162,6 +163,16 @@ def test_adapter_of_a_text_tower_is_merged(tmp_path: Path) -> None:
     assert read_card(tmp_path / "out")[0]["pipeline_tag"] == "feature-extraction"
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_code_repo_replaces_the_code_in_the_folder(tmp_path: Path) -> None:
+    tiny.save(tmp_path / "model")
+    run(tmp_path / "model", tmp_path / "out", "--code-repo", "someone/code")
+    assert not list((tmp_path / "out").glob("*.py"))
+    for name in ("config.json", "processor_config.json"):
+        targets = read_json(tmp_path / "out" / name)["auto_map"].values()
+        assert all(target.startswith("someone/code--") for target in targets), name
+
+
 def test_nothing_is_written_if_outputs_differ_in_a_new_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,7 +210,7 @@ def test_wrong_settings_are_refused_before_anything_is_written(tmp_path: Path, r
         ("text_model './llm' is not a Hub id (OWNER/NAME)", "--text-model", "./llm"),
         ("The image 'nowhere.jpg' cannot be used", "--example-image", "nowhere.jpg"),
         ("is not a result of schema version 1", "--results", tmp_path / "results.json"),
-        ("example_captions has an empty one", "--example-captions", "a", ""),
+        ("an example caption is empty", "--example-captions", "a", ""),
         ("datasets: Repo id must", "--datasets", "./x"),
         ("require license: other", "--license", "mit", "--license-name", "own"),
     ):
@@ -207,6 +218,14 @@ def test_wrong_settings_are_refused_before_anything_is_written(tmp_path: Path, r
     assert not out.exists()
     out.mkdir()
     refused("add --overwrite", *command)
+
+
+@pytest.mark.parametrize("name", ["LLM2CLIP-EVA02-B-16", "LLM2CLIP-Qwen2.5-0.5B-CC"])
+def test_config_only_counts_the_parameters_of_a_model(name: str) -> None:
+    counts = llm2clip.build_folder(FOLDER / name, "", config_only=True)
+    total = counts.pop("parameters")
+    assert total == published_models()[name].build().num_parameters() > 0
+    assert sum(counts.values()) in (total, total - 1)  # without the logit scale
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -1,25 +1,33 @@
-"""`llm2clip merge`: weights between two models, and what cannot be merged."""
+"""`llm2clip merge`: weights between two models, the curve over their shares, and what cannot be merged."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor
 
 import llm2clip
+from llm2clip import cli
+from llm2clip.data import CaptionSource
+from llm2clip.encoders import embed
 from llm2clip.hub.cards.card import read_card
+from llm2clip.hub.merge import mean_recall
 from llm2clip.hub.mixture import interpolated
 from llm2clip.utils.manifests import damage
 from llm2clip.utils.towers import open_text_tower, save_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection
 from tests.builders import small_runs as stages
 from tests.builders import tiny
+
+SOURCE = stages.concepts("validation", caption_columns=["caption"], max_samples=24)
 
 
 def changed(model: Any, seed: int = 1) -> Any:
@@ -197,6 +205,59 @@ def test_a_model_in_16_bit_and_one_in_32_are_both_ends(alpha: float, pair: tuple
     assert_same(weights(tmp_path / "out"), {name: weight.float() for name, weight in expected.items()})
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_the_best_of_several_shares_is_written_with_its_curve(
+    pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, alphas = tmp_path / "out", (0.0, 0.5, 1.0)
+    command = ["merge", *map(str, pair), "--alpha", "0", "0.5", "1", str(out), "--eval-source", json.dumps(SOURCE)]
+    assert cli.main(command) == 0
+    printed = capsys.readouterr().out
+    curve = {}
+    for alpha in alphas:
+        llm2clip.merge_models(*pair, tmp_path / f"at {alpha}", alpha)
+        (result,) = llm2clip.evaluate(str(tmp_path / f"at {alpha}"), CaptionSource.from_dict(SOURCE), num_workers=0)
+        curve[alpha] = {**result.scores, **result.ranks}
+    best = max(curve, key=lambda alpha: mean_recall(curve[alpha]))
+    assert len(set(map(mean_recall, curve.values()))) == 3
+    assert_same(weights(out), weights(tmp_path / f"at {best}"))
+    assert f"alpha: {best:.4f}" in printed
+    for alpha, metrics in curve.items():
+        mark = " *" if alpha == best else ""
+        line = next(line for line in printed.splitlines() if f"│ {alpha:g}{mark} " in line)
+        assert f"{100 * mean_recall(metrics):.2f}" in line
+    assert damage(out) is None
+    data, text = read_card(out)
+    metrics = data["model-index"][0]["results"][0]["metrics"]
+    shown = {metric["type"]: metric["value"] for metric in metrics}
+    assert shown["text_to_image_recall@10"] == curve[best]["text_to_image_recall@10"]
+    assert "chosen from 0, 0.5, 1 by the mean of all recalls" in text
+    # What `build` makes of it still has the curve.
+    llm2clip.build_folder(out, tmp_path / "built")
+    assert Image.open(tmp_path / "built" / "curve.png").tobytes() == Image.open(out / "curve.png").tobytes()
+    assert "![Recall by the share of B](curve.png)" in read_card(tmp_path / "built")[1]
+
+
+def test_captions_come_from_a_cache(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    tiny.processor().tokenizer.save_pretrained(tmp_path / "llm")
+    cache = str(tmp_path / "cache")
+    embed.run(embed.EmbedConfig(text_model_name_or_path=str(tmp_path / "llm"), output_dir=cache, sources=[SOURCE]))
+    with_llm = llm2clip.merge_models(*pair, tmp_path / "a", eval_source=SOURCE)
+    (tmp_path / "llm" / "model.safetensors").unlink()
+    cached = llm2clip.merge_models(*pair, tmp_path / "b", eval_source=SOURCE, embedding_cache=cache)
+    assert cached.keys() == with_llm.keys()
+    assert cached["text_to_image_mean_rank"] == pytest.approx(with_llm["text_to_image_mean_rank"], abs=0.2)
+
+
+def test_text_towers_are_measured_by_caption_retrieval(towers: tuple[str, Path], tmp_path: Path) -> None:
+    pairs = stages.write_text_pairs(tmp_path / "pairs.parquet", 20)
+    columns = {"query_column": "short", "target_column": "long"}
+    found = llm2clip.merge_models(*towers, tmp_path / "out", [0, 1], eval_source=pairs, split="train", **columns)
+    (result,) = llm2clip.evaluate(str(tmp_path / "out"), pairs, **columns)
+    expected = {**result.scores, **result.ranks}
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+
+
 def refused(message: str, first: Any, second: Any, folder: Path, **settings: Any) -> None:
     with pytest.raises((ValueError, FileExistsError), match=message):
         llm2clip.merge_models(first, second, folder / "out", **settings)
@@ -232,8 +293,9 @@ def test_kinds_and_settings_that_do_not_fit_are_refused_by_name(
     refused(f"{tower} is not an LLM2CLIP model.*{second} is an LLM2CLIP model", tower, second, tmp_path)
     refused(f"{llm} is not an LLM2CLIP model or a text tower.*B gives the result", first, llm, tmp_path)
     refused("vision has no text adapter", tmp_path / "vision", second, tmp_path, parts="all")
-    refused("parts is for LLM2CLIP models", llm, tower, tmp_path, parts="vision")
-    refused(r"alpha is 1\.5, but the share of B has to be from 0 \(A\) to 1", first, second, tmp_path, alpha=1.5)
+    refused("parts and embedding_cache are for LLM2CLIP models", llm, tower, tmp_path, parts="vision")
+    refused(r"alpha is \[1\.5\], but every share of B has to be from 0 \(A\) to 1", first, second, tmp_path, alpha=1.5)
+    refused("several alphas need eval_source", first, second, tmp_path, alpha=[0, 1])
 
 
 def test_text_towers_that_do_not_fit_are_refused_by_name(towers: tuple[str, Path], tmp_path: Path) -> None:

@@ -129,7 +129,11 @@ def test_folder_that_is_not_what_was_built_is_refused(
             with flip(model / name), pytest.raises(ValueError, match=r"is not what was written|damaged"):
                 upload(hub, model)
         (model / FOLDER_MANIFEST).unlink(missing_ok=True)  # it stays with whoever built the folder
+    write(model, "adapter_config.json")
+    with pytest.raises(ValueError, match=r"adapter_config.json, which was not built but would be loaded"):
+        upload(hub, model)
     assert not hub.repos
+    (model / "adapter_config.json").unlink()
     upload(hub, model)
     arrived = tmp_path / "arrived"
     snapshot_download(REPO, endpoint=hub.url, token=False, local_dir=arrived)

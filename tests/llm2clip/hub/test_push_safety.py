@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,24 @@ def test_a_token_in_a_file_is_not_published(name: str, secret: str, hub: Loopbac
     with pytest.raises(ValueError, match=f"{name} contains what looks like an access token or private key") as caught:
         upload(hub, folder, include=["notes.txt"])
     assert secret not in str(caught.value)
+    assert not hub.repos
+
+
+@pytest.mark.parametrize("name", ["config.json", "README.md", "model.safetensors"])
+def test_nothing_is_uploaded_of_a_folder_that_changes_while_it_is_checked(
+    name: str, hub: LoopbackHub, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the code in the folder could do, or a run that writes there."""
+
+    def spoil(folder: Path) -> float:
+        path, times = folder / name, (folder / name).stat()
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        return 0.0
+
+    monkeypatch.setattr("llm2clip.hub.push.validate_folder", spoil)
+    with pytest.raises(ValueError, match="has changed while it was checked; nothing was committed"):
+        upload(hub, model, check=True)
     assert not hub.repos
 
 

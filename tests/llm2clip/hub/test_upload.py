@@ -1,4 +1,4 @@
-"""Uploads to a repo that others use too: branches, edits of the card, interrupted connections."""
+"""Uploads to a repo that others use too: branches, pull requests, edits of the card, interrupted connections."""
 
 from __future__ import annotations
 
@@ -64,15 +64,23 @@ def test_repeated_push_does_not_send_uploaded_weights_again(
     assert files_of(built) == before
 
 
-def test_push_to_a_branch_leaves_main_unchanged(hub: LoopbackHub, built: Path) -> None:
-    upload(hub, built, revision="experiment", commit_message="Once more")
+def test_push_to_a_branch_or_pull_request_leaves_main_unchanged(hub: LoopbackHub, built: Path) -> None:
+    upload(hub, built, revision="experiment")
+    result = upload(hub, built, create_pr=True)
+    assert result["pull_request"].endswith(f"/{REPO}/discussions/1")
+    upload(hub, built, revision="refs/pr/1", commit_message="Once more")
     repo = hub.repo(REPO)
     assert repo.messages[-1] == "Once more"
     assert not repo.files()
-    assert "model.safetensors" in repo.files("experiment")
-    data, _ = split_card(card_of(hub, "experiment"))
-    assert data["widget"][0]["src"] == f"{hub.url}/{REPO}/resolve/experiment/example.png"
-    assert list(repo.branches) == ["main", "experiment"]
+    assert all("model.safetensors" in repo.files(branch) for branch in ("experiment", "refs/pr/1"))
+    # A pull request is meant to become main.
+    data, _ = split_card(card_of(hub, "refs/pr/1"))
+    assert data["widget"][0]["src"] == f"{hub.url}/{REPO}/resolve/main/example.png"
+    with pytest.raises(ValueError, match=rf"{REPO} has no refs/pr/2; --create-pr opens a new pull request"):
+        upload(hub, built, revision="refs/pr/2")
+    with pytest.raises(ValueError, match="omit --revision experiment, or --create-pr"):
+        upload(hub, built, revision="experiment", create_pr=True)
+    assert list(repo.branches) == ["main", "experiment", "refs/pr/1"]
 
 
 @pytest.mark.parametrize(
@@ -119,24 +127,36 @@ def test_what_others_put_into_the_repo_is_kept_and_stale_weights_are_deleted(
     assert "the card on the Hub keeps its own license; change it there" in caplog.text
 
 
-def test_a_card_that_is_edited_during_the_upload_is_not_overwritten(
-    hub: LoopbackHub, built: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    upload(hub, built)
-    send = HfApi.preupload_lfs_files
+@pytest.fixture
+def edits(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Lines that others write below the card on main between upload and commit, one at each attempt."""
+    send, lines = HfApi.preupload_lfs_files, list[str]()
 
     def and_edit(*args: Any, **kwargs: Any) -> None:
         send(*args, **kwargs)
-        repo = hub.repo(REPO)
-        card = File(f"{card_of(hub)}\nOnce.\n".encode(), lfs=False)
-        repo.commit("main", {**repo.commits[repo.branches["main"]], CARD: card}, "edit")
+        if lines:
+            repo = hub.repo(REPO)
+            card = File(f"{card_of(hub)}\n{lines.pop(0)}\n".encode(), lfs=False)
+            repo.commit("main", {**repo.commits[repo.branches["main"]], CARD: card}, "edit")
 
-    with monkeypatch.context() as others:
-        others.setattr(HfApi, "preupload_lfs_files", and_edit)
-        with pytest.raises(ValueError, match="the repo changed during this push: push again"):
-            upload(hub, built)
+    monkeypatch.setattr(HfApi, "preupload_lfs_files", and_edit)
+    return lines
+
+
+def test_card_edits_during_the_upload_are_kept_until_there_are_too_many(
+    hub: LoopbackHub, built: Path, edits: list[str]
+) -> None:
     upload(hub, built)
-    assert "\nOnce.\n" in card_of(hub)
+    sent = len(hub.uploads())
+    edits += ["Once.", "Twice."]
+    upload(hub, built, commit_message="Second")
+    assert hub.repo(REPO).messages[-3:] == ["edit", "edit", "Second"]
+    assert "\nOnce.\n\nTwice.\n" in card_of(hub)
+    assert len(hub.uploads()) == sent
+    edits += ["More."] * 10
+    with pytest.raises(ValueError, match="the repo changed during this push: push again"):
+        upload(hub, built)
+    assert len(edits) == 6
 
 
 def test_push_fails_if_the_card_on_the_hub_cannot_be_read(hub: LoopbackHub, built: Path) -> None:

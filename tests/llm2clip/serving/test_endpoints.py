@@ -89,14 +89,21 @@ def test_images_of_every_form_are_mixed_with_texts_in_their_order(client: httpx.
     rows = embeddings(client.post("/v1/embeddings", json={"input": items}))
     np.testing.assert_allclose(rows[::2], encoder.encode_image(pictures), **CLOSE)
     np.testing.assert_allclose(rows[1::2], encoder.encode_text(["a dog", "a cat", "a bus"]), **CLOSE)
+    messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": urls[1]}}]}]
+    row = embeddings(client.post("/v1/embeddings", json={"messages": messages}))
+    np.testing.assert_allclose(row, encoder.encode_image(pictures[1]), **CLOSE)
+    row = embeddings(client.post("/v1/embeddings", json={"messages": [{"role": "user", "content": "a dog"}]}))
+    np.testing.assert_allclose(row, encoder.encode_text("a dog"), **CLOSE)
 
 
+TWO_PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
 BAD = {
     "no JSON": (b"{", "JSON decode error"),
     "deep": (b"[" * 200_000, "parsing the body"),
     "long number": (b'{"input": "a", "dimensions": ' + b"9" * 5000 + b"}", "parsing the body"),
     "half a character": (b'{"input": "\\ud800"}', "not valid Unicode"),
-    "nothing": ({}, "input: Field required"),
+    "nothing": ({}, "Exactly one of input and messages"),
+    "both": ({"input": "a", "messages": []}, "Exactly one of input and messages"),
     "token ids": ({"input": [1, 2, 3]}, "token ids"),
     "null in a list": ({"input": ["a", None]}, r"input\[1\] has to be a text"),
     "another object": ({"input": {"video": "x"}}, "has to be a text"),
@@ -104,6 +111,7 @@ BAD = {
     "long text": ({"input": "x" * 101}, "101 characters, but at most 100"),
     "many texts": ({"input": ["x"] * 65}, "65 items, but at most 64"),
     "many images": ({"input": [{"image": "AAAA"}] * 3}, "3 images, but at most 2"),
+    "message of two parts": ({"messages": [{"content": TWO_PARTS}]}, "one message"),
     "URL": ({"input": {"image": "http://127.0.0.1:1/a.png"}}, "URLs are not fetched"),
     "file URL": ({"input": {"image": "file:///etc/passwd"}}, "URLs are not fetched"),
     "path": ({"input": {"image": "/etc/passwd"}}, "cannot be used|is not base64"),

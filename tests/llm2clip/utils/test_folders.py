@@ -68,11 +68,15 @@ def test_folder_that_others_wrote_or_wrote_into_is_not_replaced(
     assert content(tmp_path / "model") in ("old", "mine")
 
 
-def test_a_file_is_not_replaced(tmp_path: Path) -> None:
+def test_files_and_mounted_disks_are_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="is a file"):
         write(tmp_path / "notes.txt", "new")
     assert (tmp_path / "notes.txt").read_text() == "mine"
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "disk")
+    with pytest.raises(FileExistsError, match="is where a disk is mounted"):
+        write(tmp_path / "disk", "new")
 
 
 def test_file_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:

@@ -173,6 +173,10 @@ def test_a_run_with_its_checkpoints_and_what_is_built_from_it(
             assert f"{out} is not what was written ({name} has changed" in capsys.readouterr().err
     build.build_folder(out, tmp_path / "built")
     assert verify(tmp_path / "built")["num_files"] > 10
+    for name in ("adapter_config.json", "model.safetensors.index.json", "added_tokens.json"):
+        (tmp_path / "built" / name).write_text("{}")
+        assert f"{name} was not written with the model, but would be loaded" in found(tmp_path / "built", capsys)
+        (tmp_path / "built" / name).unlink()
     (tmp_path / "built" / "onnx").mkdir()
     for name in ("NOTICE", "curve.png", "onnx/vision_model.onnx"):
         (tmp_path / "built" / name).write_text("")

@@ -116,18 +116,19 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     )
 
 
-def compare_tensors(recognized: str, expected: Shapes, found: Shapes) -> None:
+def compare_tensors(recognized: str, expected: Shapes, found: Shapes, new: tuple[str, ...] = ()) -> None:
     """Compare the shapes of tensors, by name, with those of the model that they are for.
 
     Args:
         recognized: What the checkpoint was recognized as, for messages.
         expected: Shapes in the model.
         found: Shapes of the tensors.
+        new: Beginnings of the names of tensors that may be missing.
 
     Raises:
         ValueError: Tensors are missing, do not belong to the model, or have other shapes.
     """
-    missing = [f"{name} {shape}" for name, shape in expected.items() if name not in found]
+    missing = [f"{name} {shape}" for name, shape in expected.items() if name not in found and not name.startswith(new)]
     unknown = [f"{name} {shape}" for name, shape in found.items() if name not in expected]
     both = [(name, shape) for name, shape in found.items() if name in expected]
     wrong = [f"{name} is {shape}, not {expected[name]}" for name, shape in both if shape != expected[name]]
@@ -139,6 +140,14 @@ def compare_tensors(recognized: str, expected: Shapes, found: Shapes) -> None:
         if names:
             shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
             raise ValueError(f"recognized as {recognized}, but {len(names)} tensors {problem}: {shown}. {cause}")
+
+
+def is_torch_file(path: Path) -> bool:
+    """Whether a file is one that `torch.save` writes, by the names in its archive."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/data.pkl") for name in archive.namelist())
 
 
 def _safetensors_shapes(file: Path) -> dict[str, tuple[int, ...]]:

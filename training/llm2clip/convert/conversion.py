@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from transformers import CLIPImageProcessor
 
-from llm2clip.convert.checkpoint import Checkpoint, open_checkpoint
+from llm2clip.convert.checkpoint import Checkpoint, is_torch_file, open_checkpoint
 from llm2clip.convert.convert_text import contains_decoder, convert_text_tower
 from llm2clip.convert.joint import plan_joint
 from llm2clip.convert.joint_plan import JointPlan, print_report
@@ -49,6 +49,18 @@ class ConvertConfig:
     prompt_name: str | None = setting(
         None, "Name of the LLM that selects its prompt as in the original code. Default: from its config."
     )
+    image_size: int | None = setting(None, "Resize the position embeddings to this image size in pixels.")
+    projection_dim: int = setting(1280, "Width of the new projection of a plain CLIP tower.")
+    quick_gelu: bool | None = setting(
+        None, "Use QuickGELU in an OpenAI tower. Default: from --model-config, otherwise true."
+    )
+    reset_heads: bool = setting(
+        False, "Replace trained projection and adapter with new ones, like --pretrained of the original."
+    )
+    initializer: Literal["original", "normal"] = setting(
+        "original", "Initial values of new weights: as the original code, or normal for N(0, 0.02²)."
+    )
+    seed: int = setting(42, "Random seed of new weights.")
     overwrite: bool = setting(
         False, "Replace a destination that an earlier conversion wrote and that holds nothing else."
     )
@@ -111,7 +123,7 @@ def _convert_joint(checkpoint: Checkpoint, folder: Path, config: ConvertConfig) 
     plan = plan_joint(checkpoint, config)
     print_report(plan)
     with wrap_read_errors(checkpoint.path):
-        model = plan.build()
+        model = plan.build(config.seed)
     model.save_pretrained(folder)
     _write_processor(plan, checkpoint, folder)
     with wrap_read_errors(checkpoint.path), torch.inference_mode():
@@ -161,6 +173,11 @@ def _to_original(config: ConvertConfig, destination: Path) -> dict[str, Any]:
         refuse_nested(config.source, destination)
         if not config.overwrite:
             raise FileExistsError(f"{destination} exists; add --overwrite to replace it, or choose another file.")
+        if not is_torch_file(destination):
+            raise FileExistsError(
+                f"{destination} is not replaced, because no conversion wrote it: it is no checkpoint of torch; "
+                "choose another file, or delete it yourself."
+            )
     refuse_damaged(config.source)
     inspect_repo(config.source).require(RepoKind.JOINT, hint="Only such a model has the parts of the original.")
     model = LLM2CLIPModel.from_pretrained(config.source, text_model=False)

@@ -1,4 +1,4 @@
-"""Convert the checkpoint of an LLM to a text tower."""
+"""Convert the checkpoint of an LLM to a text tower, shard by shard, with one shard in memory at a time."""
 
 from __future__ import annotations
 
@@ -9,15 +9,20 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import AutoTokenizer
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llm2clip.convert.checkpoint import Checkpoint, compare_tensors, open_checkpoint
-from llm2clip.utils.attention_probe import verify_text_tower
+from llm2clip.utils.attention_probe import probe_from_disk, verify_text_tower
+from llm2clip.utils.files import write_json
 from llm2clip.utils.library_errors import wrap_read_errors
 from llm2clip.utils.progress import track
 from llm2clip.utils.towers import original_prompt, prompted, save_text_tower
 from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel
+from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
+from modeling_llm2clip.modeling_llm2clip_utils import apply_umask
 
 DECODER = "decoder."
 PREFIXES = ("model.", "")
@@ -46,7 +51,7 @@ def convert_text_tower(
         checkpoint: Weights of the LLM, in a folder with its config and tokenizer.
         folder: An empty folder.
         source: The name of the checkpoint that the user gave.
-        adapters: PEFT adapters to merge, in this order.
+        adapters: PEFT adapters to merge; this loads the whole LLM into memory.
         prompt_name: Name of the LLM that determines its prompt.
 
     Raises:
@@ -68,23 +73,17 @@ def convert_text_tower(
             AutoTokenizer.from_pretrained(checkpoint.folder), {"prompt_prefix": prefix, "prompt_suffix": suffix}
         )
         config = LLM2CLIPTextConfig(decoder_config=decoder_config, **prompt)
-    dtype = _checked(checkpoint, config)
-    with wrap_read_errors(checkpoint.folder):
-        base = LLM2CLIPTextModel.from_decoder(str(checkpoint.folder), decoder_kwargs={"dtype": dtype})
-    decoder: Any = base.decoder
-    for adapter in adapters:
-        decoder = _merged(decoder, adapter)
-    tower = LLM2CLIPTextModel(config, decoder=decoder)
-    verify_text_tower(tower)
-    save_text_tower(tower, tokenizer, folder)
-    if tower.fingerprint(open_checkpoint(folder)) != tower.config.fingerprint:
-        raise RuntimeError("the weights changed when they were saved; please report this.")
+    if adapters:
+        _merge(checkpoint, config, tokenizer, adapters, folder)
+    else:
+        _stream(checkpoint, config, tokenizer, folder)
     recognized = "an LLM" + "".join(f" + {adapter}" for adapter in adapters)
     return {"recognized": recognized, "prompt": prefix + "..." + suffix}
 
 
-def _checked(checkpoint: Checkpoint, config: LLM2CLIPTextConfig) -> torch.dtype:
-    """Check that all weights of the tower are there and finite, print what becomes of them, and return their dtype."""
+def _stream(
+    checkpoint: Checkpoint, config: LLM2CLIPTextConfig, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
     assert checkpoint.folder is not None
     with wrap_read_errors(checkpoint.folder / "config.json"), torch.device("meta"):
         model = LLM2CLIPTextModel(config)
@@ -92,31 +91,71 @@ def _checked(checkpoint: Checkpoint, config: LLM2CLIPTextConfig) -> torch.dtype:
     prefix = _prefix(checkpoint) or ""
     dropped = {name: reason for name in checkpoint for end, reason in DROPPED.items() if re.fullmatch(end, name)}
     names = {name: DECODER + name.removeprefix(prefix) for name in checkpoint if name not in dropped}
-    found = {ours: checkpoint.shapes[theirs] for theirs, ours in names.items()}
-    compare_tensors(f"the LLM {checkpoint.path}", expected, found)
+    compare_tensors(
+        f"the LLM {checkpoint.path}", expected, {ours: checkpoint.shapes[theirs] for theirs, ours in names.items()}
+    )
     print(f"renamed ({len(names)}): {prefix}* -> {DECODER}*")
     for theirs, reason in dropped.items():
         print(f"dropped: {theirs}: {reason}")
     print("missing: none")
-    dtypes = set[torch.dtype]()
-    for name in track(names, "Checking weights", unit="weight"):
-        tensor = checkpoint[name]
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name} in {checkpoint.origin[name]} contains NaN or infinity: it is damaged.")
-        dtypes.add(tensor.dtype)
-    return max(dtypes, key=lambda dtype: dtype.itemsize)
+    weight_map, total, dtypes = dict[str, str](), 0, set[torch.dtype]()
+    for number, file in enumerate(track(checkpoint.files, "Writing shards", unit="file"), start=1):
+        shard = {
+            ours: checkpoint[name].contiguous() for name, ours in names.items() if checkpoint.origin[name] == file
+        }
+        part = f"-{number:05d}-of-{len(checkpoint.files):05d}" if len(checkpoint.files) > 1 else ""
+        target = f"model{part}.safetensors"
+        for name, tensor in shard.items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} in {file} contains NaN or infinity: the checkpoint is damaged.")
+            weight_map[name] = target
+            total += tensor.nbytes
+            dtypes.add(tensor.dtype)
+        save_file(shard, folder / target, metadata={"format": "pt"})
+        apply_umask(folder / target)
+        del shard
+    if len(checkpoint.files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(folder / "model.safetensors.index.json", index)
+    config.dtype = config.decoder_config.dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
+    written = open_checkpoint(folder)
+    config.fingerprint = model.fingerprint(written)
+    config.architectures = [LLM2CLIPTextModel.__name__]
+    custom_object_save(model, folder, config=config)  # type: ignore[arg-type]
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    make_readable_by_version_4(folder)
+    compare_tensors("an LLM", expected, written.shapes)
+    with wrap_read_errors(checkpoint.folder):
+        config.verified_attention = probe_from_disk(str(folder))
+    config.save_pretrained(folder)
 
 
-def _merged(decoder: Any, adapter: str) -> Any:
-    peft_config = PeftConfig.from_pretrained(adapter)
-    model = PeftModel(decoder, peft_config)
-    wanted = {name for name in model.state_dict() if "lora_" in name}
-    missing = wanted & set(model.load_adapter(adapter, "default", is_trainable=False).missing_keys)
-    if missing:
-        raise ValueError(
-            f"{adapter} has no weights for {len(missing)} of the layers in its config "
-            f"({', '.join(sorted(missing)[:3])}): it is the adapter of another LLM, or of one with a language "
-            "modeling head."
-        )
-    print(f"merged: {adapter} (rank {peft_config.r}, alpha {peft_config.lora_alpha})")
-    return model.merge_and_unload()
+def _merge(
+    checkpoint: Checkpoint,
+    config: LLM2CLIPTextConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    adapters: Sequence[str],
+    folder: Path,
+) -> None:
+    base = LLM2CLIPTextModel.from_decoder(str(checkpoint.folder))
+    decoder: Any = base.decoder
+    for adapter in adapters:
+        peft_config = PeftConfig.from_pretrained(adapter)
+        model = PeftModel(decoder, peft_config)
+        wanted = {name for name in model.state_dict() if "lora_" in name}
+        missing = wanted & set(model.load_adapter(adapter, "default", is_trainable=False).missing_keys)
+        if missing:
+            raise ValueError(
+                f"{adapter} has no weights for {len(missing)} of the layers in its config "
+                f"({', '.join(sorted(missing)[:3])}): it is the adapter of another LLM, or of one with a "
+                "language modeling head."
+            )
+        decoder = model.merge_and_unload()
+        print(f"merged: {adapter} (rank {peft_config.r}, alpha {peft_config.lora_alpha})")
+    tower = LLM2CLIPTextModel(config, decoder=decoder)
+    verify_text_tower(tower)
+    save_text_tower(tower, tokenizer, folder)
+    loaded = LLM2CLIPTextModel.from_pretrained(folder)
+    if loaded.fingerprint() != tower.fingerprint():
+        raise RuntimeError("the merged weights changed when they were saved; please report this.")

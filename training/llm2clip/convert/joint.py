@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from llm2clip.convert.checkpoint import Checkpoint
@@ -50,11 +49,19 @@ def plan_joint(checkpoint: Checkpoint, settings: ConvertConfig) -> JointPlan:
         ValueError: The checkpoint is not recognized, or tensors are missing, unexpected or not finite; the message
             names the first few.
     """
-    if checkpoint.config.get("model_type") == LLM2CLIPConfig.model_type:
-        raise ValueError(f"{checkpoint.path} is an LLM2CLIP model of this package already.")
     known = _read_model_config(settings.model_config)
     with wrap_read_errors(checkpoint.path):
-        plan = _recognized(checkpoint, settings, known)
+        if checkpoint.config.get("model_type") == LLM2CLIPConfig.model_type:
+            config, renames = LLM2CLIPConfig.from_dict(checkpoint.config), [(name, name) for name in checkpoint]
+            recognized = "an LLM2CLIP model of this package"
+            plan = JointPlan(recognized, config, LLM2CLIPModel, dict(checkpoint), renames, [])
+        else:
+            plan = _foreign_plan(checkpoint, settings, known)
+        if isinstance(plan.config, LLM2CLIPConfig):
+            plan.config.initializer = settings.initializer
+        if settings.reset_heads:
+            plan.reset_heads()
+        plan.fit_image_size(settings.image_size)
         plan.to_one_dtype()
         plan.check()
         return plan
@@ -71,7 +78,7 @@ def _read_model_config(path: str | None) -> LLM2CLIPConfig | None:
         return joint_config({"quick_gelu": True, **fields})
 
 
-def _recognized(checkpoint: Checkpoint, settings: ConvertConfig, known: LLM2CLIPConfig | None) -> JointPlan:
+def _foreign_plan(checkpoint: Checkpoint, settings: ConvertConfig, known: LLM2CLIPConfig | None) -> JointPlan:
     found = find_tower(checkpoint.shapes)
     if found is None:
         shown = ", ".join(list(checkpoint.shapes)[:5])
@@ -86,19 +93,21 @@ def _recognized(checkpoint: Checkpoint, settings: ConvertConfig, known: LLM2CLIP
             f"belong to it: {', '.join(renamed.unknown[:4])}. It is another model, or from modified code."
         )
     config = known.vision_config if known is not None else _vision_config(kind, prefix, checkpoint)
+    if settings.quick_gelu is not None:
+        if config.model_type != "clip_vision_model":
+            raise ValueError(f"quick_gelu applies to OpenAI towers; this one has type {config.model_type}.")
+        config.hidden_act = "quick_gelu" if settings.quick_gelu else "gelu"
     model_class = EVA02VisionModel if config.model_type == EVA02VisionConfig.model_type else AutoModel
     plan = JointPlan("", config, model_class, renamed.tensors, renamed.renames, renamed.dropped)
     if any(name.startswith(ADAPTER_PART) for name in plan.tensors):
         plan.recognized = f"an LLM2CLIP model: {kind.name}, text adapter"
         _as_llm2clip(plan, known, settings)
-    elif settings.text_model is not None and kind.layout is not HUB_EVA02:
-        raise ValueError(
-            f"{checkpoint.path} is a plain vision tower ({kind.name}) without a text adapter, so that --text-model "
-            "has no use: convert the tower alone, and give both to stage 2."
-        )
     elif kind.layout is HUB_EVA02:
         plan.recognized = f"the vision half of an LLM2CLIP model: {kind.name}, without text adapter"
         _as_vision_half(plan)
+    elif settings.text_model is not None:
+        plan.recognized = f"a plain CLIP: {kind.name}, the initial model of stage 2"
+        _as_start(plan, settings.text_model, settings)
     else:
         plan.recognized = f"a plain vision tower: {kind.name}"
         _as_tower(plan)
@@ -134,6 +143,14 @@ def _as_llm2clip(plan: JointPlan, known: LLM2CLIPConfig | None, settings: Conver
         )
 
 
+def _as_start(plan: JointPlan, text_model: str, settings: ConvertConfig) -> None:
+    """Complete the plan of a plain CLIP that becomes the initial model of stage 2, with a new head and adapter."""
+    width, bias = settings.projection_dim, plan.vision_config.model_type == EVA02VisionConfig.model_type
+    plan.drop(HEAD, f"the head of another embedding space; the new one has width {width}")
+    _pair(plan, text_model, settings.text_model_revision, projection_dim=width, visual_projection_bias=bias)
+    plan.new += [(HEAD, "trained in stage 2"), (ADAPTER_PART, "trained in stage 2")]
+
+
 def _pair(plan: JointPlan, text_model: str, revision: str | None, **fields: Any) -> None:
     """Make the result an [`LLM2CLIPModel`] with this LLM."""
     text_config = _text_config(text_model, revision)
@@ -147,8 +164,7 @@ def _pair(plan: JointPlan, text_model: str, revision: str | None, **fields: Any)
     )
     plan.model_class = LLM2CLIPModel
     if SCALE_PART not in plan.tensors:
-        plan.tensors[SCALE_PART] = torch.tensor(plan.config.logit_scale_init_value)
-        plan.notes.append("it has no logit scale; the result has that of a new model.")
+        plan.new.append((SCALE_PART, "not in the checkpoint; initialized to ln(1 / 0.07)"))
 
 
 def _as_vision_half(plan: JointPlan) -> None:
@@ -172,6 +188,7 @@ def _as_tower(plan: JointPlan) -> None:
         plan.notes.append(f"its logit scale is {scale.item():.4f}: stage 2 starts with it.")
     plan.drop(HEAD, "the head of the embedding space of CLIP; stage 2 trains a new one")
     plan.drop(SCALE_PART, "not part of a vision tower")
+    plan.notes.append("with --text-model the result is an LLM2CLIP model to start stage 2 from.")
     plan.tensors = {name.removeprefix(TOWER): tensor for name, tensor in plan.tensors.items()}
     plan.renames = [(theirs, ours.replace(TOWER, "")) for theirs, ours in plan.renames]
 

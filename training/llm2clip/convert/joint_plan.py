@@ -14,9 +14,12 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from llm2clip.convert.checkpoint import compare_tensors
 from llm2clip.convert.renaming import template_of
+from llm2clip.convert.resize import resize_tower
 from modeling_llm2clip import LLM2CLIPModel
 
 TOWER, HEAD, ADAPTER_PART, SCALE_PART = "vision_model.", "visual_projection.", "text_adapter.", "logit_scale"
+# Statistics of the training set, which belong to the towers and not to the head and the adapter, in float32.
+STATISTICS = ("visual_standardization.mean", "visual_standardization.std", "text_adapter.center")
 
 
 @dataclass
@@ -30,6 +33,7 @@ class JointPlan:
         tensors: Weights by their names in that model.
         renames: `(theirs, ours)`.
         dropped: `(theirs, reason)`.
+        new: Parts that the checkpoint lacks, with the reason; they are initialized randomly.
         notes: Further lines for the report.
     """
 
@@ -39,6 +43,7 @@ class JointPlan:
     tensors: dict[str, Tensor]
     renames: list[tuple[str, str]]
     dropped: list[tuple[str, str]]
+    new: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -61,24 +66,52 @@ class JointPlan:
         with torch.device("meta"):
             return self.model_class(copy.deepcopy(self.config), **self.loading)
 
-    def build(self) -> PreTrainedModel:
-        """Instantiate the model with its weights."""
+    def build(self, seed: int) -> PreTrainedModel:
+        """Instantiate the model with its weights; `seed` determines the new parts."""
         model = self.skeleton()
-        model.load_state_dict(self.tensors, assign=True)
+        model.load_state_dict(self.tensors, strict=False, assign=True)
+        dtype = next(iter(self.tensors.values())).dtype
+        torch.manual_seed(seed)
+        for module in model.modules():
+            if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+                module.to_empty(device="cpu", recurse=False)
+                model._init_weights(module)
+                module.to(dtype)
+        if hasattr(model, "logit_scale"):
+            model.logit_scale.data = model.logit_scale.data.float()
         return model
 
     def drop(self, part: str, reason: str) -> None:
-        """Drop the tensors whose name in this package starts with `part`."""
-        gone = {name for name in self.tensors if name.startswith(part)}
+        """Drop the tensors whose name in this package starts with `part`, except statistics."""
+        gone = {name for name in self.tensors if name.startswith(part) and name not in STATISTICS}
         self.dropped += [(theirs, reason) for theirs, ours in self.renames if ours in gone]
         self.renames = [(theirs, ours) for theirs, ours in self.renames if ours not in gone]
         self.tensors = {name: tensor for name, tensor in self.tensors.items() if name not in gone}
 
+    def reset_heads(self) -> None:
+        """Replace the trained projection and adapter with new ones."""
+        for part in (HEAD, ADAPTER_PART):
+            if any(name.startswith(part) for name in self.tensors):
+                self.drop(part, "reset on request")
+                self.new.append((part, "reset on request"))
+
+    def fit_image_size(self, image_size: int | None) -> None:
+        """Resize the tensors that depend on the image size; None keeps that of the config."""
+        config = self.vision_config
+        config.image_size = image_size or config.image_size
+        resized = resize_tower(self.tensors, config.image_size, config.patch_size)
+        for name, tensor in resized.items():
+            was, now = tuple(self.tensors[name].shape), tuple(tensor.shape)
+            self.notes.append(f"resized to images of {config.image_size} px: {name}, from {was} to {now}.")
+        self.tensors = {**self.tensors, **resized}
+
     def to_one_dtype(self) -> None:
         """Convert all weights to the widest of their floating-point types, so that none loses precision."""
-        floats = [tensor.dtype for name, tensor in self.tensors.items() if name != SCALE_PART]
+        floats = [tensor.dtype for name, tensor in self.tensors.items() if name not in (SCALE_PART, *STATISTICS)]
         dtype = functools.reduce(torch.promote_types, floats)
-        self.tensors = {name: tensor.to(dtype) for name, tensor in self.tensors.items()}
+        self.tensors = {
+            name: tensor.float() if name in STATISTICS else tensor.to(dtype) for name, tensor in self.tensors.items()
+        }
         if SCALE_PART in self.tensors:
             self.tensors[SCALE_PART] = self.tensors[SCALE_PART].float().reshape(())
 
@@ -98,7 +131,7 @@ class JointPlan:
             {name: tuple(tensor.shape) for name, tensor in state.items()}
             for state in (self.skeleton().state_dict(), self.tensors)
         )
-        compare_tensors(self.recognized, expected, found)
+        compare_tensors(self.recognized, expected, found, tuple(part for part, _ in self.new))
         if bad := [name for name, tensor in self.tensors.items() if not tensor.isfinite().all()]:
             shown = ", ".join(bad[:4])
             raise ValueError(f"{len(bad)} tensors contain NaN or infinity: {shown}. The checkpoint is damaged.")
@@ -110,10 +143,11 @@ def print_report(plan: JointPlan) -> None:
     print(f"renamed ({len(plan.renames)}):")
     for theirs, ours in _of_blocks(plan.renames):
         print(f"  {theirs}" if theirs == ours else f"  {theirs} -> {ours}")
-    if plan.dropped:
-        print(f"dropped ({len(plan.dropped)}):")
-        for name, reason in _of_blocks(plan.dropped):
-            print(f"  {name}: {reason}")
+    for title, lines in (("dropped", plan.dropped), ("new, randomly initialized", plan.new)):
+        if lines:
+            print(f"{title} ({len(lines)}):")
+            for name, reason in _of_blocks(lines):
+                print(f"  {name}: {reason}")
     print("missing: none")
     for note in plan.notes:
         print(f"note: {note}")

@@ -11,11 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import snapshot_download
 
+from llm2clip.data.table_identity import data_revision
 from llm2clip.evaluation.report import notes_on
 from llm2clip.evaluation.results import Result, protocol_words, read_result
 from llm2clip.hub.cards.card import CARD, LICENSE_FIELDS, as_list, read_card, render
 from llm2clip.hub.cards.curves import write_curves
-from llm2clip.hub.cards.facts import CURVES, EXAMPLE, CardFacts, Evaluation, base_models, summary
+from llm2clip.hub.cards.facts import (
+    CURVES,
+    EXAMPLE,
+    MERGE_CURVE,
+    TEXT_TASK,
+    CardFacts,
+    Evaluation,
+    base_models,
+    summary,
+)
 from llm2clip.hub.licenses import Base, terms_of
 from llm2clip.hub.source_model import SourceModel
 from llm2clip.utils.files import read_json, write_text
@@ -56,24 +66,48 @@ def read_results(paths: Sequence[Path]) -> list[Evaluation]:
     return evaluations
 
 
+def own_evaluation(task: str, source: Mapping[str, Any], metrics: Mapping[str, Any]) -> Evaluation:
+    """Describe what was measured on one's own data for a card.
+
+    Args:
+        task: Pipeline tag of the model.
+        source: Fields of the source.
+    """
+    title = "caption retrieval" if task == TEXT_TASK else "image-text retrieval"
+    return _of_source(title, source, data_revision(source), metrics)
+
+
+def _of_source(
+    title: str, source: Mapping[str, Any], revision: str | None, metrics: Mapping[str, Any], protocol: str = ""
+) -> Evaluation:
+    # Only the name of a local folder: its path means nothing to others.
+    dataset = str(source["path"]) if hub_ids(str(source["path"])) else Path(source["path"]).name
+    note = ", ".join(source.get("caption_columns") or ())
+    return Evaluation(title, dataset, str(source.get("split")), revision, dict(metrics), note, protocol)
+
+
 def _evaluation_of(result: Result) -> Evaluation:
-    name, data = str(result.protocol.get("name")), result.data
+    name = str(result.protocol.get("name"))
     title, metrics = TASK_TITLES.get(name, name), {**result.counts, **result.scores, **result.ranks}
-    protocol = protocol_words(result)
-    if "path" in data:
-        # Only the name of a local folder: its path means nothing to others.
-        dataset = str(data["path"]) if hub_ids(str(data["path"])) else Path(data["path"]).name
-        note = ", ".join(data.get("caption_columns") or ())
-        return Evaluation(title, dataset, str(data.get("split")), data.get("revision"), metrics, note, protocol)
-    note = ", ".join(notes_on(result))
-    return Evaluation(title, result.benchmark, "", data.get("checksum"), metrics, note, protocol, result.title)
+    if "path" in result.data:
+        return _of_source(title, result.data, result.data.get("revision"), metrics, protocol_words(result))
+    return Evaluation(
+        task=title,
+        dataset=result.benchmark,
+        split="",
+        revision=result.data.get("checksum"),
+        metrics=metrics,
+        note=", ".join(notes_on(result)),
+        protocol=protocol_words(result),
+        name=result.title,
+    )
 
 
 def source_folder(config: BuildConfig) -> Path:
     """The folder of the source's card, its pictures and training history; for a Hub id, a snapshot of these files."""
     if Path(config.model).is_dir():
         return Path(config.model)
-    files = [CARD, CURVES, EXAMPLE, HISTORY, "LICENSE*", "NOTICE", f"{QUERY_ENCODER}/*"]
+    files = [CARD, CURVES, MERGE_CURVE, EXAMPLE, HISTORY, "LICENSE*", "NOTICE", f"{QUERY_ENCODER}/*"]
     folder = Path(snapshot_download(config.model, revision=config.revision, allow_patterns=files))
     if not (folder / CARD).is_file():
         logger.warning("%s has no %s, so the new card starts empty.", config.model, CARD)
@@ -109,6 +143,8 @@ def source_card(config: BuildConfig, source: Path) -> tuple[BuildConfig, dict[st
 
 def copy_curves(source: Path, folder: Path) -> bool:
     """Copy the source's curves, or draw those of training from its history; returns whether it had either."""
+    if (source / MERGE_CURVE).is_file():
+        shutil.copy(source / MERGE_CURVE, folder / MERGE_CURVE)
     if (source / CURVES).is_file():
         shutil.copy(source / CURVES, folder / CURVES)
         return True

@@ -36,7 +36,7 @@ class Mixture:
     """The model B, some of whose weights [`mix`] replaces by those between A and B.
 
     Args:
-        model: B as it was loaded: a joint model, or a text tower.
+        model: B as it was loaded: a joint model, or a text tower. Its weights get a dtype that holds both models.
         processor: Its processor or tokenizer.
         task: Pipeline tag of its card.
         names: Those of A and B.
@@ -56,17 +56,17 @@ class Mixture:
     def __post_init__(self) -> None:
         shapes = [{name: tuple(weight.shape) for name, weight in side.items()} for side in (self.first, self.second)]
         _refuse_differences("weights", self.names, *shapes)
+        holders = {**dict(self.model.named_buffers()), **dict(self.model.named_parameters(remove_duplicate=False))}
+        for name, weight in self.second.items():
+            # Wide enough for both, so that the ends of the line are A and B.
+            holders[name].data = holders[name].data.to(torch.promote_types(self.first[name].dtype, weight.dtype))
+        self.second = {name: weight.clone() for name, weight in self.second.items()}
 
     def mix(self, alpha: float) -> None:
-        """Give the model `(1 - alpha) * A + alpha * B`, computed in float64 and rounded once.
-
-        The result has a dtype that holds both models, so that the ends of the line are A and B.
-        """
-        holders = {**dict(self.model.named_buffers()), **dict(self.model.named_parameters(remove_duplicate=False))}
+        """Give the model `(1 - alpha) * A + alpha * B`, computed in float64 and rounded once."""
+        weights = self.model.state_dict()
         for name, first in self.first.items():
-            second = self.second[name]
-            dtype = torch.promote_types(first.dtype, second.dtype)
-            holders[name].data = interpolated(first, second, alpha).to(dtype)
+            weights[name].copy_(interpolated(first, self.second[name], alpha))
 
 
 def interpolated(first: Tensor, second: Tensor, alpha: float) -> Tensor:
@@ -104,7 +104,7 @@ def mix_text_towers(first: Repo, second: Repo) -> Mixture:
     return Mixture(tower.eval(), tokenizer, TEXT_TASK, names, _weights(other), _weights(tower))
 
 
-def mix_vision(first: Repo, second: Repo) -> Mixture:
+def mix_vision(first: Repo, second: Repo, with_llm: bool) -> Mixture:
     """Load a vision tower, or a model that has one, and an LLM2CLIP model whose projection and adapter stay.
 
     Raises:
@@ -112,21 +112,21 @@ def mix_vision(first: Repo, second: Repo) -> Mixture:
     """
     names = first.name, second.name
     first.require(*(RepoKind.JOINT, RepoKind.VISION_HALF, RepoKind.OTHER), hint=f"{second.name} is an LLM2CLIP model.")
-    model, processor = _load_joint(second)
+    model, processor = _load_joint(second, with_llm)
     tower = load_vision_tower(first.name, {"revision": first.revision, "dtype": "auto"})
     _refuse_differences("vision towers", names, *_architectures(tower.config, model.config.vision_config))
     first_weights = {f"{TRUNK}{name}": weight for name, weight in _weights(tower).items()}
     return Mixture(model, processor, JOINT_TASK, names, first_weights, _weights(model, TRUNK))
 
 
-def mix_joint(first: Repo, second: Repo) -> Mixture:
+def mix_joint(first: Repo, second: Repo, with_llm: bool) -> Mixture:
     """Load two LLM2CLIP models, all of whose weights are mixed except those of their LLM.
 
     Raises:
         ValueError: Their vision towers, heads or LLMs differ.
     """
     names = first.name, second.name
-    model, processor = _load_joint(second)
+    model, processor = _load_joint(second, with_llm)
     other = LLM2CLIPModel.from_pretrained(first.name, text_model=False, revision=first.revision, dtype="auto")
     configs: Any = other.config, model.config
     _refuse_differences("vision towers", names, *_architectures(*(config.vision_config for config in configs)))
@@ -177,8 +177,9 @@ def _architectures(*configs: PretrainedConfig, bidirectional: bool | None = Fals
     ]
 
 
-def _load_joint(repo: Repo) -> tuple[LLM2CLIPModel, Any]:
+def _load_joint(repo: Repo, with_llm: bool) -> tuple[LLM2CLIPModel, Any]:
     """Load a joint model: with its LLM if it is stored in the model, since the result then stores it too."""
     bundled = repo.config.get("text_model_name_or_path") is None
-    model = LLM2CLIPModel.from_pretrained(repo.name, revision=repo.revision, text_model=bundled, dtype="auto")
+    options: dict[str, Any] = {"text_model": bundled or with_llm, "dtype": "auto"}
+    model = LLM2CLIPModel.from_pretrained(repo.name, revision=repo.revision, **options)
     return model.eval(), AutoProcessor.from_pretrained(repo.name, revision=repo.revision)

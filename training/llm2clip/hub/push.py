@@ -15,9 +15,9 @@ from llm2clip.hub.cards.card import validate_card
 from llm2clip.hub.licenses import check_terms
 from llm2clip.hub.source_model import validate_folder
 from llm2clip.hub.upload import Uploader
-from llm2clip.hub.upload_files import code_targets, model_files, refuse_secrets
+from llm2clip.hub.upload_files import added_files, code_targets, model_files, refuse_secrets
 from llm2clip.utils.logs import shortened
-from llm2clip.utils.manifests import refuse_damaged
+from llm2clip.utils.manifests import FOLDER_MANIFEST, MODEL_MANIFEST, refuse_damaged
 from llm2clip.utils.repos import OUR_MODELS, RepoKind, inspect_repo, is_hub_id, needed_llms
 from llm2clip.utils.settings import build_config, setting
 from llm2clip.utils.tables import print_table
@@ -34,7 +34,10 @@ class PushConfig:
     folder: str = setting("", "Folder written by `llm2clip build`.")
     repo_id: str = setting("", "Hub repo to upload to: OWNER/NAME.")
     private: bool = setting(False, "Create the repo as private if it does not exist.")
-    revision: str | None = setting(None, "Branch, created if it does not exist. Default: main.")
+    revision: str | None = setting(
+        None, "Branch, created if it does not exist, or pull request (refs/pr/N). Default: main."
+    )
+    create_pr: bool = setting(False, "Open a pull request instead of committing.")
     commit_message: str = setting("Upload model", "Message of the commit.")
     check: bool = setting(
         True,
@@ -61,7 +64,7 @@ def push_folder(folder: str | Path, repo_id: str, **settings: Any) -> dict[str, 
         settings: Other fields of [`PushConfig`].
 
     Returns:
-        `repo`, its address; `commit`; `files` and `megabytes`. With `dry_run`,
+        `repo`, its address; `commit`; `files` and `megabytes`; `pull_request` if one was opened. With `dry_run`,
         `would_upload_to`, `files` and `megabytes`.
 
     Raises:
@@ -84,19 +87,37 @@ def run(config: PushConfig, api: HfApi | None = None) -> dict[str, Any]:
             f"{config.repo_id!r} is not a repo name: write OWNER/NAME with letters, digits, '-', '_' and '.'."
         )
     check_terms(folder, config.repo_id)
-    uploader = Uploader(config.repo_id, revision=config.revision, api=api)
+    if config.create_pr and config.revision not in (None, "main"):
+        raise ValueError(
+            f"--create-pr opens a pull request against main; omit --revision {config.revision}, or --create-pr."
+        )
+    uploader = Uploader(config.repo_id, revision=config.revision, create_pr=config.create_pr, api=api)
     uploaded, others = model_files(folder, config.include)
     refuse_secrets(folder, uploaded, uploader.api.token)
     if others and not config.dry_run:
         logger.warning("not uploaded, as no model needs them: %s; --include PATTERN uploads them", shortened(others))
-    if config.check:
+    if config.check and any("--" in target for target in code_targets(folder)):
+        logger.info("the code of %s is in another repo, so the folder is not loaded before the upload", folder)
+    elif config.check:
         logger.info("loading %s here and in a new process, which runs the code in it (--no-check: not)", folder)
+        before = _stamps(uploaded)
         validate_folder(folder)
+        if _stamps(uploaded) != before:
+            raise ValueError(
+                f"{folder} has changed while it was checked; nothing was committed. Wait until nothing writes there, "
+                "and push again; if the code in the folder does it, do not trust it."
+            )
     if config.dry_run:
         return _show_upload(folder, config.repo_id, uploaded, others)
     # None leaves the visibility of a new repo to the default of its owner.
     url = uploader.create_repo(private=config.private or None)
     return {"repo": str(url), **uploader.upload(folder, config.commit_message, uploaded)}
+
+
+def _stamps(uploaded: Mapping[str, Path]) -> list[tuple[int, ...]]:
+    """What changes with every change of a file: unlike its other times, that of its status cannot be set."""
+    found = [path.stat() for path in uploaded.values()]
+    return [(status.st_ino, status.st_size, status.st_ctime_ns) for status in found]
 
 
 def _show_upload(folder: Path, repo_id: str, uploaded: Mapping[str, Path], others: Sequence[str]) -> dict[str, Any]:
@@ -139,7 +160,8 @@ def _check_folder(folder: Path) -> None:
     if not (targets := code_targets(folder)):
         raise FileNotFoundError(f"{folder} lacks the code of its model (no auto_map in config.json); {BUILD_FIRST}")
     for target in targets:
-        _require(folder, f"{target.split('.')[0]}.py")
+        if "--" not in target:
+            _require(folder, f"{target.split('.')[0]}.py")
     local = [name for name in needed_llms(repo) if not is_hub_id(name)]
     if local:
         raise ValueError(
@@ -148,6 +170,11 @@ def _check_folder(folder: Path) -> None:
         )
     validate_card(folder)
     refuse_damaged(folder)
+    if added := added_files(folder):
+        raise ValueError(
+            f"{folder} contains {added[0]}, which was not built but would be loaded with the model; delete it, or, if "
+            f"it belongs to the model, delete {MODEL_MANIFEST} and {FOLDER_MANIFEST}, which do not list it."
+        )
 
 
 def _require(folder: Path, *patterns: str) -> None:

@@ -1,6 +1,6 @@
 """Uploads to the Hub in one commit; the only module of this package that writes to the Hub.
 
-An upload keeps what others store in the repo, and the edits that people made to its card.
+An upload keeps what others store in the repo, and the edits that people made to its card, even during the upload.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ NEXT_STEPS = {
     403: "the token needs write access to the repo and its organization",
     412: "the repo changed during this push: push again",
 }
+# How many commits are tried while others commit to the same branch.
+ATTEMPTS = 4
 # Files that this package and its Trainers write. Those of an earlier push are deleted: they would be loaded instead of
 # the new weights, or together with them, or list other weights.
 REPLACED = re.compile(
@@ -110,7 +112,8 @@ class Uploader:
 
     Args:
         repo_id: OWNER/NAME, or NAME for the owner of the token.
-        revision: Branch, created if it does not exist; main by default.
+        revision: Branch, created if it does not exist, or pull request (`refs/pr/N`); main by default.
+        create_pr: Open a pull request against main instead of committing.
         token: Access token; by default the one that the user is logged in with.
         api: Client to use instead of a new one with `token`.
     """
@@ -120,10 +123,11 @@ class Uploader:
         repo_id: str,
         *,
         revision: str | None = None,
+        create_pr: bool = False,
         token: str | None = None,
         api: HfApi | None = None,
     ) -> None:
-        self.repo_id, self.revision = repo_id, revision
+        self.repo_id, self.revision, self.create_pr = repo_id, revision, create_pr
         self.api = api or HfApi(token=token)
 
     def create_repo(self, private: bool | None = None) -> RepoUrl:
@@ -172,7 +176,7 @@ class Uploader:
             files: The files by name; by default those of the model, which are checked for secrets.
 
         Returns:
-            `commit`, `files`, `megabytes`.
+            `commit`, `files`, `megabytes`, and `pull_request` if one was opened.
 
         Raises:
             ValueError: The repo contains another type of model, or files but no model; or a file is a link out of the
@@ -185,7 +189,8 @@ class Uploader:
         logger.info("uploading %d files, %.1f MB, to %s", len(files), megabytes, self.repo_id)
         with explained(self.repo_id):
             commit = self._commit(folder, files, message)
-        return {"commit": commit.oid, "files": len(files), "megabytes": megabytes}
+        result = {"commit": commit.oid, "files": len(files), "megabytes": megabytes}
+        return {**result, "pull_request": commit.pr_url} if commit.pr_url else result
 
     def upload_checkpoint(self, folder: Path, name: str, message: str) -> None:
         """Upload a checkpoint with its training state as the folder `name`, for resuming elsewhere.
@@ -206,30 +211,41 @@ class Uploader:
                 revision=self.revision,
             )
 
-    def _commit(self, folder: Path, files: Mapping[str, Path], message: str) -> CommitInfo:
+    def _commit(self, folder: Path, files: Mapping[str, Path], message: str, attempt: int = 1) -> CommitInfo:
         snapshot = self._open_branch(str(inspect_repo(folder).model_type))
         card = self._merged_card(files[CARD].read_text(encoding="utf-8"), snapshot).encode()
         contents: dict[str, Path | bytes] = {**files, CARD: card}
         stale = [name for name in snapshot.files if REPLACED.fullmatch(name) and name not in files]
         # Not upload_folder: where a commit fails, it commits the files in parts, so that others load the new config
         # with the old weights; and it reads the card from the folder.
-        return self.api.create_commit(
-            self.repo_id,
-            [
-                *(CommitOperationAdd(name, path_or_fileobj=content) for name, content in contents.items()),
-                *(CommitOperationDelete(name) for name in stale),
-            ],
-            commit_message=message,
-            revision=self.revision,
-            # With it the Hub refuses the commit if the card was edited after it was read.
-            parent_commit=snapshot.commit,
-        )
+        try:
+            return self.api.create_commit(
+                self.repo_id,
+                [
+                    *(CommitOperationAdd(name, path_or_fileobj=content) for name, content in contents.items()),
+                    *(CommitOperationDelete(name) for name in stale),
+                ],
+                commit_message=message,
+                revision=self.revision,
+                create_pr=self.create_pr,
+                # With it the Hub refuses the commit if the card was edited after it was read.
+                parent_commit=snapshot.commit,
+            )
+        except HfHubHTTPError as error:
+            if error.response is None or error.response.status_code != 412 or attempt == ATTEMPTS:
+                raise
+        logger.info("%s changed during the upload; repeating the commit on top of the change", self.repo_id)
+        return self._commit(folder, files, message, attempt + 1)
 
     def _snapshot(self) -> Snapshot:
         is_new = False
         try:
             commit = self.api.model_info(self.repo_id, revision=self.revision).sha
         except RevisionNotFoundError:
+            if self.revision is not None and self.revision.startswith("refs/"):
+                raise ValueError(
+                    f"{self.repo_id} has no {self.revision}; --create-pr opens a new pull request."
+                ) from None
             commit, is_new = self.api.model_info(self.repo_id).sha, True
         return Snapshot(is_new, commit, self.api.list_repo_files(self.repo_id, revision=commit))
 
@@ -271,7 +287,9 @@ class Uploader:
 
     def _merged_card(self, card: str, snapshot: Snapshot) -> str:
         """The folder's card for this repo, with the edits that people made to the card on the Hub."""
-        example = f"{self.api.endpoint}/{self.repo_id}/resolve/{self.revision or 'main'}/{EXAMPLE}"
+        # A pull request is meant to become main.
+        branch = "main" if self.revision is None or self.revision.startswith("refs/") else self.revision
+        example = f"{self.api.endpoint}/{self.repo_id}/resolve/{branch}/{EXAMPLE}"
         local = with_repo(card, self.repo_id, example)
         theirs = self._read_card(snapshot)
         if theirs is None:

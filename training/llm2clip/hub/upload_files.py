@@ -15,7 +15,7 @@ import modeling_llm2clip
 from llm2clip.hub.cards.card import CARD, as_list
 from llm2clip.utils.files import read_json
 from llm2clip.utils.library_errors import wrap_read_errors
-from llm2clip.utils.manifests import MODEL_MANIFEST, MODEL_SIGNATURE
+from llm2clip.utils.manifests import EDITED, MODEL_MANIFEST, MODEL_SIGNATURE, listed_files, written_by
 from modeling_llm2clip.modeling_llm2clip_utils import TEXT_MODEL
 from modeling_llm2clip.query_encoder_llm2clip import FOLDER, SPACE_FILE
 
@@ -36,6 +36,10 @@ RUN = (
     *("log.txt", "settings.json", "warm_start", "teacher", "vision_features", "ema.safetensors"),
 )
 PICTURES = {".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg"}
+# Commands that list every file of a model.
+WRITE_MODELS = ("build", "convert", "merge")
+# What is added to a listed model afterwards, by people or by us, and changes nothing that it computes.
+ADDED_LATER = (*EDITED, "LICENSE*", "NOTICE*", MODEL_MANIFEST, MODEL_SIGNATURE, "onnx/*", f"{FOLDER}/*")
 # Access tokens of the Hub, GitHub, AWS, OpenAI and Anthropic, Google, Slack; and private keys.
 SECRET = re.compile(
     rb"hf_[A-Za-z0-9]{34,}|github_pat_\w{22,}|gh[pousr]_[A-Za-z0-9]{36,}|(?<![A-Z0-9])AKIA[A-Z0-9]{16}(?![A-Z0-9])|"
@@ -123,6 +127,27 @@ def refuse_links(folder: Path, uploaded: Mapping[str, Path]) -> None:
                 f"{folder / name} is a link out of the folder, to {path.resolve()}; replace it by the file if that is "
                 "meant to be public."
             )
+
+
+def added_files(folder: Path) -> list[str]:
+    """Return the files of a listed model that its lists lack, although loading the model would read them.
+
+    An `adapter_config.json` beside the weights, for example, makes transformers load others. Empty where no list has
+    all files of a model.
+
+    Raises:
+        ValueError: A list is damaged.
+    """
+    known = listed_files(folder)
+    has_model_list = any(listed.manifest == MODEL_MANIFEST for listed in known.values())
+    if not has_model_list and written_by(folder) not in WRITE_MODELS:
+        return []
+    return [
+        name
+        for name, path in model_files(folder, check_links=False).uploaded.items()
+        if name not in known and path.suffix.lower() not in PICTURES
+        if not any(fnmatch.fnmatch(name, pattern) for pattern in ADDED_LATER)
+    ]
 
 
 def refuse_secrets(folder: Path, uploaded: Mapping[str, Path], token: str | bool | None = None) -> None:

@@ -26,7 +26,7 @@ from llm2clip.encoders import Encoder
 from llm2clip.search.search_index import SearchIndex
 from llm2clip.serving.guard import Guard
 from llm2clip.serving.limits import Limits
-from llm2clip.serving.requests import ApiError, Inputs, parse_inputs, prepare_image
+from llm2clip.serving.requests import ApiError, Inputs, parse_inputs, parse_messages, prepare_image
 from llm2clip.serving.worker import BatchWorker, Metrics
 from llm2clip.utils.embeddings import NonFiniteError
 from modeling_llm2clip.modeling_llm2clip_utils import shorten
@@ -35,11 +35,12 @@ MAX_FOUND = 1000
 
 
 class EmbeddingsRequest(BaseModel):
-    """The body of `POST /v1/embeddings`."""
+    """The body of `POST /v1/embeddings`: `input`, or the `messages` of vLLM."""
 
     model_config = ConfigDict(extra="forbid")
 
-    input: Any = Field(description='A text, {"image": "data:image/...;base64,..."}, or a list of these.')
+    input: Any = Field(None, description='A text, {"image": "data:image/...;base64,..."}, or a list of these.')
+    messages: Any = Field(None, description="One chat message with one text or one image.")
     model: str | None = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(None, ge=1, description="Length of the embeddings: they are cut and normalised.")
@@ -114,11 +115,17 @@ class Endpoints:
     async def embeddings(self, request: EmbeddingsRequest) -> Response:
         """Answer `POST /v1/embeddings`."""
         self.check_model(request.model)
+        if (request.input is None) == (request.messages is None):
+            raise ApiError(400, "Exactly one of input and messages has to be given.", "invalid_value", "input")
         width = self.encoder.width
         if request.dimensions is not None and request.dimensions > width:
             message = f"dimensions is {request.dimensions}, but embeddings of {self.name} have {width}."
             raise ApiError(400, message, "invalid_value", "dimensions")
-        rows, tokens = await self.embed(parse_inputs(request.input, self.limits), "input")
+        if request.messages is not None:
+            inputs = parse_messages(request.messages, self.limits)
+        else:
+            inputs = parse_inputs(request.input, self.limits)
+        rows, tokens = await self.embed(inputs, "input")
         if request.dimensions is not None:
             rows = shorten(torch.from_numpy(rows), request.dimensions).numpy()
         shown: list[Any] = list(rows)

@@ -80,7 +80,7 @@ class Inputs:
 
 
 def parse_inputs(value: Any, limits: Limits, param: str = "input") -> Inputs:
-    """Read the `input` of OpenAI's embeddings, also with images as jina and chats have them.
+    """Read the `input` of OpenAI's embeddings, also with images as vLLM and jina have them.
 
     Args:
         value: A text; `{"text": ...}`, `{"image": ...}`, or a part of a chat message, of the type `text` or
@@ -117,6 +117,18 @@ def parse_inputs(value: Any, limits: Limits, param: str = "input") -> Inputs:
     return found
 
 
+def parse_messages(messages: Any, limits: Limits) -> Inputs:
+    """Read the `messages` of vLLM's embeddings: one message, with one text or one image.
+
+    Raises:
+        ApiError: It is something else, such as a text and an image together: they have two embeddings, not one.
+    """
+    content = messages[0].get("content") if _is_list_of_one(messages) and isinstance(messages[0], dict) else None
+    if not isinstance(content, str) and not _is_list_of_one(content):
+        _refuse("has to be one message whose content is one text or one image; send several as a list", "messages")
+    return parse_inputs(content, limits, "messages[0].content")
+
+
 def prepare_image(encoder: Encoder, content: str, name: str, max_pixels: int) -> dict[str, Tensor]:
     """Decode an image in base64, and prepare it for the model.
 
@@ -132,6 +144,10 @@ def prepare_image(encoder: Encoder, content: str, name: str, max_pixels: int) ->
     if max(image.size) > MAX_ASPECT * min(image.size):
         _refuse(f"is too narrow: {image.size[0]} x {image.size[1]} pixels", name, "invalid_image")
     return encoder.prepare(image, name)
+
+
+def _is_list_of_one(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 1
 
 
 def _parse_item(item: Any, name: str) -> tuple[str, str]:

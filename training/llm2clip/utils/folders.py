@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,6 +77,10 @@ def refuse_existing(destination: Path, command: str, overwrite: bool) -> None:
         raise FileExistsError(f"{destination} exists; add --overwrite to replace it, or choose another destination.")
     if not destination.is_dir():
         raise FileExistsError(f"{destination} is a file, and is not replaced by a folder; choose another destination.")
+    if os.path.ismount(destination):
+        raise FileExistsError(
+            f"{destination} is where a disk is mounted, and cannot be replaced; choose a folder in it."
+        )
     if not any(destination.iterdir()):
         return
     foreign = foreign_files(destination, command)

@@ -46,15 +46,18 @@ def explain(error: BaseException) -> str | None:
             "run code. Continue from an older checkpoint: --resume takes one if you delete this one."
         )
     # The first error of the worker's end is the context of the last one.
-    worker = WORKER.search(f"{error.__cause__ or error.__context__} {text}")
-    # These are of the socket that the process had.
-    lost = isinstance(error, (ConnectionError, EOFError, FileNotFoundError))
-    if worker is not None or (lost and _comes_through(error, "multiprocessing/connection")):
-        signal = worker["signal"] if worker is not None else None
-        how = f"was killed (signal: {signal})" if signal else "has ended"
+    if (worker := WORKER.search(f"{error.__cause__ or error.__context__} {text}")) is not None:
+        how = f"was killed (signal: {worker['signal']})" if worker["signal"] else "has ended"
         return (
             f"a process that reads data {how}, most often because the memory is full: lower dataloader_num_workers "
             "(num_workers), or, where it says so, give /dev/shm more space."
+        )
+    # The last is of the socket that the process had.
+    ended = (ConnectionError, EOFError, FileNotFoundError)
+    if isinstance(error, ended) and _comes_through(error, "multiprocessing/connection"):
+        return (
+            "a process that reads data has ended, most often because the memory is full: lower "
+            "dataloader_num_workers (num_workers)."
         )
     if kind.startswith("torch.") and "OutOfMemoryError" in kind:
         return f"{OUT_OF_MEMORY}. ({text.splitlines()[0]})"

@@ -85,10 +85,15 @@ class TerminalHandler(logging.StreamHandler):
         self.addFilter(self._shows)
 
     def open_log(self, folder: str | Path) -> Path:
-        """Append all records from now on to `log.txt` in `folder`; returns its path."""
+        """Append all records from now on to `log.txt` in `folder`; returns its path.
+
+        Processes other than the first append only errors with their tracebacks.
+        """
         self.log = Path(folder) / LOG_FILE
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        file = _File(self.log, encoding="utf-8")
+        file = _File(self.log, encoding="utf-8", delay=not is_main_process())
+        if not is_main_process():
+            file.addFilter(lambda record: bool(record.exc_info))
         file.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(file)
         return self.log

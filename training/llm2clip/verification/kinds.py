@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from llm2clip.hub.upload_files import added_files
 from llm2clip.search.lance_store import COMMAND as INDEX
 from llm2clip.search.lance_store import verify_index
 from llm2clip.trainers.checkpoints import COMMAND as TRAINING
@@ -61,12 +62,17 @@ def verify_listed(folder: Path) -> Verified:
             fix = f"delete {folder}; --resume takes an older checkpoint, as it does if you leave it"
     found.faults = [Fault(f"{folder}: {fault}", fix) for fault in faults(folder)]
     try:
-        listed = listed_files(folder)
+        listed, added = listed_files(folder), added_files(folder)
     except ValueError as error:
         # One of a list is a fault already.
         if not found.faults:
             found.faults.append(Fault(str(error), fix))
         return found
+    remove = "delete it, unless you have put it there and trust it"
+    found.faults += [
+        Fault(f"{folder}: {name} was not written with the model, but would be loaded with it", remove)
+        for name in added
+    ]
     found.counts = Counter({"num_files": len(listed)})
     return found
 
