@@ -15,7 +15,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the selected rows, store their results and write the table.
 
     Returns:
-        0; 1 if values differ or a contestant failed; 3 if a ratio is worse than the last committed one.
+        0; 1 if values differ or a contestant failed.
     """
     modules = row_modules()
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cuda" and not _has_cuda():
         print("there is no CUDA device: the GPU rows are skipped.")
         return 0
-    before, failures, worse = results.committed(results.machine(options.device)), [], []
+    failures = []
     for name in () if options.table else options.rows or modules:
         row = load_row(modules[name])
         if options.device not in row.devices:
@@ -45,8 +45,6 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             entry = results.record(row, contest, options.device, turns)
             results.append(entry)
-            regressions = results.worse(entry, before.get((row.id, contest.title, options.device)))
-            worse += [f"{row.id}, {contest.title}: {text}" for text in regressions]
             _report(entry, time.perf_counter() - start)
     rows = [load_row(module) for module in modules.values()]
     current = {
@@ -54,13 +52,11 @@ def main(arguments: list[str] | None = None) -> int:
     }
     newest = {key: entry for key, entry in results.read(results.lines()).items() if key in current}
     shortfalls = {row.id: row.shortfall for row in rows}
-    results.TABLE.write_text(results.table(newest, before, shortfalls), encoding="utf-8")
+    results.TABLE.write_text(results.table(newest, shortfalls), encoding="utf-8")
     print(f"wrote {results.TABLE} from {results.RESULTS}", file=sys.stderr)
     for line in failures:
         print(f"FAILED  {line}", file=sys.stderr)
-    for line in worse:
-        print(f"WORSE   {line}", file=sys.stderr)
-    return 1 if failures else 3 if worse else 0
+    return 1 if failures else 0
 
 
 def _has_cuda() -> bool:

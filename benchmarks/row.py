@@ -35,13 +35,10 @@ class Contestant:
     Attributes:
         set_up: Prepares everything, which is not measured, and returns the work, which is measured.
         environment: Environment to run in (see `benchmarks.environments`); None for the current one.
-        is_limit: Whether this is a lower bound of the cost, such as the matrix products alone, rather than a way to
-            do the work; its values are not compared.
     """
 
     set_up: Callable[[], Work]
     environment: str | None = None
-    is_limit: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,7 @@ class Row:
         work: Description of the work.
         contests: Builds the contests for a device, `cpu` or `cuda`; their sizes may differ.
         devices: Devices that the row applies to.
-        shortfall: Why the row misses a goal and what was tried, for RESULTS.md where it does.
+        shortfall: Why the row misses a goal, for RESULTS.md where it does.
     """
 
     id: str

@@ -1,8 +1,8 @@
 """How costs grow with a data set: `python -m benchmarks.scale embed read --captions 1000000`.
 
-Steps: `embed` makes tars of tiny captioned pictures and embeds them, `read` reads them as stage 2 does, and `align`
-aligns stored pairs in closed form. What was measured is appended to scale.jsonl, from which the tables of
-docs/scaling.md are written; without steps, only the tables are.
+Steps: `embed` makes tars of tiny captioned pictures and embeds them, and `read` reads them as stage 2 does. What was
+measured is appended to scale.jsonl, from which the tables of docs/scaling.md are written; without steps, only the
+tables are.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ from typing import Any
 from benchmarks import results
 from benchmarks.contest import ROOT
 from benchmarks.environments import versions_of
-from benchmarks.scale_inputs import CAPTIONS_PER_TAR, SHARED, write_stores, write_tars, write_text_tower
+from benchmarks.scale_inputs import CAPTIONS_PER_TAR, write_tars, write_text_tower, write_vision_tower
 from benchmarks.watching import run_watched
 
 RECORD, PAGE = Path(__file__).with_suffix(".jsonl"), ROOT / "docs" / "scaling.md"
 BEGIN, END = "<!-- measured: made by python -m benchmarks.scale -->\n", "<!-- /measured -->\n"
 MANIFESTS = "*.emb.manifest"
 BATCH, ROWS_PER_READER = 256, 50_000
-VISION = {"hidden": 64, "layers": 1, "patch": 16, "size": 32}
 
 
 def embed(
@@ -107,13 +106,11 @@ def read(folder: Path, captions: int, processes: int = 2, workers: int = 0) -> d
         FileNotFoundError: There are no sidecars.
         RuntimeError: A process failed, or yielded a row twice.
     """
-    from benchmarks.stage2_inputs import write_vision_tower
-
     sidecars, vision, log = folder / f"sidecars-{captions}", folder / "vision", folder / "read.log"
     if not sidecars.is_dir():
         raise FileNotFoundError(f"{sidecars} is missing: run the step embed with the same captions and --keep before.")
     if not vision.exists():
-        write_vision_tower(folder, **VISION)
+        write_vision_tower(vision)
     rows = -(-captions // CAPTIONS_PER_TAR) * CAPTIONS_PER_TAR
     settings = {
         "vision_model_name_or_path": str(vision),
@@ -177,34 +174,6 @@ def _reader(folder: Path) -> None:
     leave_process_group()
 
 
-def align(folder: Path, captions: int, threads: int = 2) -> dict[str, Any]:
-    """Align stored pairs of random rows that share directions, in a process of its own; return what was measured.
-
-    Raises:
-        OSError: The disk has no room for them.
-        RuntimeError: The process failed, or did not find the directions.
-    """
-    stores = folder / f"pairs-{captions}"
-    if not stores.exists():
-        write_stores(stores, captions)
-    code = (
-        "from llm2clip import closed_form_alignment\n"
-        f"found = closed_form_alignment({str(stores / 'images')!r}, {str(stores / 'texts')!r})\n"
-        f"assert found.correlations[{SHARED - 1}] > 4 * found.correlations[{SHARED}]"
-    )
-    watched = run_watched(["-c", code], folder / "align.log", threads=threads)
-    return {
-        "captions": captions,
-        "processes": 1,
-        "threads": threads,
-        "seconds": round(watched.end - watched.start, 1),
-        "cpu_microseconds_per_row": round(watched.looks[-1][0] / captions * 1e6, 1),
-        "rows_per_second": round(captions / (watched.end - watched.start), 1),
-        "peak_bytes": max(watched.peaks.values()),
-        "bytes": sum(path.stat().st_size for path in stores.glob("*/*")),
-    }
-
-
 # The title of the table of each step, and its columns with the figures that they show.
 TABLES: dict[str, tuple[str, dict[str, str]]] = {
     "embed": (
@@ -223,15 +192,8 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
             "first batch when resumed in the middle": "resume_seconds", "lanes": "lanes",
         },
     ),
-    "align": (
-        "`closed_form_alignment` of two Stores, widths 512 and 768",
-        {
-            "threads": "threads", "pairs/s": "rows_per_second", "CPU per pair": "cpu_microseconds_per_row",
-            "whole run": "seconds", "process": "peak_bytes", "on disk": "bytes",
-        },
-    ),
 }  # fmt: skip
-KEY = ("engine", "processes", "workers", "threads", "captions", "kills")
+KEY = ("engine", "processes", "workers", "captions", "kills")
 
 
 def _shown(name: str, value: Any) -> str:
@@ -277,11 +239,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure the steps, record what was measured, and write the tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
     parser.add_argument("steps", nargs="*", metavar="STEP", help=f"what is measured: {', '.join(TABLES)}")
-    parser.add_argument("--captions", type=int, default=100_000, help="captions, or pairs; 10M need 36 GB of disk")
+    parser.add_argument("--captions", type=int, default=100_000, help="captions; 10M need 36 GB of disk")
     parser.add_argument("--processes", type=int, default=2, help="processes, or actors of Ray")
     parser.add_argument("--engine", choices=("processes", "ray"), default="processes", help="embed")
     parser.add_argument("--workers", type=int, default=0, help="read: DataLoader workers of each process")
-    parser.add_argument("--threads", type=int, default=2, help="align: threads of its process")
     parser.add_argument("--kills", type=int, default=0, help="embed: how often all processes are killed on the way")
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="where the data are, until the end")
     parser.add_argument("--keep", action="store_true", help="keep the data, for the next run")
@@ -298,10 +259,8 @@ def main(arguments: list[str] | None = None) -> None:
         for step in options.steps:
             if step == "embed":
                 figures = embed(folder, captions, options.processes, options.engine, options.kills)
-            elif step == "read":
-                figures = read(folder, captions, options.processes, options.workers)
             else:
-                figures = align(folder, captions, options.threads)
+                figures = read(folder, captions, options.processes, options.workers)
             print(json.dumps({"step": step, **figures}, indent=2), file=sys.stderr)
             origin = {"machine": results.machine("cpu"), "load": round(os.getloadavg()[1], 2)}
             origin |= {"date": datetime.date.today().isoformat(), "commit": results.commit()}

@@ -39,7 +39,7 @@ class Watched:
 
 
 def run_watched(
-    arguments: list[str], log: Path, count: Callable[[], int] = int, kill_at: int | None = None, threads: int = 1
+    arguments: list[str], log: Path, count: Callable[[], int] = int, kill_at: int | None = None
 ) -> Watched:
     """Run a Python command to its end, or until it has done so much: then all its processes are killed by SIGKILL.
 
@@ -48,7 +48,6 @@ def run_watched(
         log: File that its output is appended to.
         count: Counts what is done.
         kill_at: The count at which it is killed.
-        threads: Threads of each process.
 
     Raises:
         RuntimeError: The command failed.
@@ -56,7 +55,7 @@ def run_watched(
     watched, seconds, killed = Watched(time.time()), dict[int, float](), False
     with log.open("ab") as output:
         process = psutil.Popen(
-            [sys.executable, *arguments], env=environment_of(threads), stdout=output, stderr=subprocess.STDOUT,
+            [sys.executable, *arguments], env=environment_of(1), stdout=output, stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
         while process.poll() is None:

@@ -18,7 +18,7 @@ TABLE = re.compile(
     r"(?<=<!-- quickstart: made by docs/make_quickstart\.py -->\n).*?(?=<!-- /quickstart -->)", re.DOTALL
 )
 KEPT = ("text_encoders", "best_text_encoder", "caption_retrieval", "image_retrieval", "seconds", "machine", "protocol")
-SETTINGS = ("profile", "seed", "llm", "vision_model", "embedding_model", "stage1", "stage2", "frozen")
+SETTINGS = ("profile", "seed", "llm", "vision_model", "embedding_model", "stage1", "stage2")
 
 
 def reduced(results: dict[str, Any]) -> dict[str, Any]:

@@ -25,9 +25,9 @@ from .modeling_llm2clip import LLM2CLIPOutput as LLM2CLIPOutput
 from .modeling_llm2clip_text import LLM2CLIPTextModel as LLM2CLIPTextModel
 from .modeling_llm2clip_utils import quantize_embeddings as quantize_embeddings
 from .modeling_llm2clip_vision import LLM2CLIPVisionModelWithProjection as LLM2CLIPVisionModelWithProjection
-from .pair_tokenizer_llm2clip import LLM2CLIPPairTokenizer as LLM2CLIPPairTokenizer
 from .processing_llm2clip import LLM2CLIPProcessor as LLM2CLIPProcessor
 from .prompting_llm2clip import with_prompt as with_prompt
+from .tokenization_llm2clip import LLM2CLIPPairTokenizer as LLM2CLIPPairTokenizer
 
 __version__ = "0.1.0"
 

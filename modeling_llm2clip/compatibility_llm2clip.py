@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import transformers
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 # Whether decoders respect `is_causal` of their config; flash attention and FlexAttention are causal before.
@@ -32,20 +30,6 @@ class AttentionBackends:
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-
-
-class ProcessorAttributes:
-    """Mixin of a processor: version 4 reads its parts here, version 5 in the signature, and warns about these."""
-
-    if VERSION < (5, 0):
-        attributes = ["image_processor", "tokenizer"]
-        image_processor_class = "AutoImageProcessor"
-        tokenizer_class = "AutoTokenizer"
-
-
-def version_4_interface(implementation: str, eager: Callable[..., Any]) -> Callable[..., Any]:
-    """Return an attention function; `ALL_ATTENTION_FUNCTIONS.get_interface` of version 5."""
-    return eager if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
 
 
 def loading_arguments(name: str | os.PathLike[str], hub: dict[str, Any]) -> dict[str, Any]:

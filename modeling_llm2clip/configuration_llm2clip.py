@@ -9,7 +9,6 @@ import re
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
-from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .compatibility_llm2clip import with_version_4_rope, without_version_4_rope
@@ -52,15 +51,6 @@ def _as_config(config: PretrainedConfig | dict[str, Any] | None, default_type: s
             "use the config.json of a transformers model, or upgrade transformers."
         )
     return CONFIG_MAPPING[model_type](**fields)
-
-
-def _dense_layer(layer: dict[str, Any]) -> dict[str, Any]:
-    """Check a linear layer after pooling."""
-    if set(layer) != {"out_features", "bias", "activation"}:
-        raise ValueError(f"dense layer {layer} must have the fields out_features, bias and activation.")
-    if layer["activation"] not in ACT2FN:
-        raise ValueError(f"dense activation {layer['activation']!r} is unknown; choose one of {', '.join(ACT2FN)}.")
-    return dict(layer)
 
 
 class EVA02VisionConfig(PretrainedConfig):
@@ -136,18 +126,7 @@ class EVA02VisionConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
 
-class _AbsoluteNames:
-    """Makes names of local folders absolute when they are set, so that the form alone tells a Hub id later."""
-
-    def __setattr__(self, key: str, value: Any) -> None:
-        if key == "_name_or_path":
-            value = _absolute_name(value)
-        elif isinstance(value, PretrainedConfig):
-            value._name_or_path = _absolute_name(value._name_or_path)
-        super().__setattr__(key, value)
-
-
-class LLM2CLIPTextConfig(_AbsoluteNames, PretrainedConfig):
+class LLM2CLIPTextConfig(PretrainedConfig):
     """Configuration of [`LLM2CLIPTextModel`]: the text model's config, the prompt, the pooling and what follows it.
 
     Args:
@@ -214,7 +193,7 @@ class LLM2CLIPTextConfig(_AbsoluteNames, PretrainedConfig):
         self.bidirectional = bidirectional
         self.verified_attention = verified_attention
         self.pool_prompt = pool_prompt
-        self.dense = [_dense_layer(layer) for layer in dense or ()]
+        self.dense = [dict(layer) for layer in dense or ()]
         self.normalize = normalize
         self.second_config = None if second_config is None else _as_config(second_config, self.model_type)
         super().__init__(**kwargs)
@@ -227,9 +206,11 @@ class LLM2CLIPTextConfig(_AbsoluteNames, PretrainedConfig):
 
     def halves(self) -> list[LLM2CLIPTextConfig]:
         """Return the configs of both text encoders, or of the only one."""
+        if self.second_config is None:
+            return [copy.copy(self)]
         first = copy.copy(self)
-        first.second_config = None
-        return [first] if self.second_config is None else [first, self.second_config]
+        first.second_config = first.fingerprint = None  # the recorded fingerprint is that of both together
+        return [first, self.second_config]
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
@@ -239,7 +220,7 @@ class LLM2CLIPTextConfig(_AbsoluteNames, PretrainedConfig):
         return _without_local_names(output)
 
 
-class LLM2CLIPConfig(_AbsoluteNames, PretrainedConfig):
+class LLM2CLIPConfig(PretrainedConfig):
     """Configuration of [`LLM2CLIPModel`].
 
     Args:
@@ -312,10 +293,6 @@ class LLM2CLIPConfig(_AbsoluteNames, PretrainedConfig):
             raise ValueError(
                 f"visual_head {visual_head!r} is a visual projection; do not set visual_projection to False."
             )
-        if visual_head_expansion < 1:
-            raise ValueError(f"visual_head_expansion must be at least 1, not {visual_head_expansion}.")
-        if not 0 <= feature_dropout < 1:
-            raise ValueError(f"feature_dropout must be at least 0 and below 1, not {feature_dropout}.")
         # Sub-configs are set before super().__init__(), which passes attn_implementation and dtype on to them.
         self.vision_config = _as_config(vision_config, EVA02VisionConfig.model_type)
         self.text_config = _as_config(text_config, LLM2CLIPTextConfig.model_type)
@@ -368,10 +345,10 @@ def _without_local_names(fields: dict[str, Any]) -> dict[str, Any]:
     for key, value in fields.items():
         if isinstance(value, dict):
             kept[key] = _without_local_names(value)
-        elif key != "_name_or_path" or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value or ""):
+        elif key != "_name_or_path" or _is_hub_id(value or ""):
             kept[key] = value
     return kept
 
 
-def _absolute_name(name: str | None) -> str:
-    return os.path.abspath(name) if name and os.path.exists(name) else name or ""
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not os.path.exists(name)

@@ -6,7 +6,6 @@ import base64
 import importlib
 import io
 import os
-import re
 import urllib.request
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,8 +30,6 @@ TRANSPOSITIONS = {
 ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 # Formats that Pillow gives to Ghostscript, a program that runs them.
 PROGRAMS = ("EPS",)
-# A string of this length that names no file may be the image itself, in base64.
-SHORTEST_BASE64 = 60
 # Endings by which sentence-transformers does not know a picture.
 PICTURE_ENDINGS = (".tif", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".jfif", ".ppm", ".tga", ".ico")
 
@@ -73,7 +70,7 @@ def decode_image(
     scaled to 8 bits. Of an animation the first frame is used. EXIF orientation is applied.
 
     Args:
-        value: Encoded bytes, a path, a URL (http, https, data, or one that fsspec knows), base64 text, the
+        value: Encoded bytes, a path, a URL (http, https, data, or one that fsspec knows), the
             `{"bytes", "path"}` record of `datasets`, a file opened in binary mode (read only as far as necessary), a
             PIL image, or a uint8 array or tensor with channels first or last.
         key: Name of the image in error messages.
@@ -108,6 +105,21 @@ def decode_images(images: Any, key: str = "image") -> Any:
     return decode_image(images, key)
 
 
+def require_file(image: Any, captions: str) -> None:
+    """Raise FileNotFoundError if an image is a string that is neither a file nor a URL.
+
+    Args:
+        captions: Where captions go, for the message: the string may be one.
+    """
+    if not isinstance(image, (str, os.PathLike)):
+        return
+    name = os.fspath(image)
+    if os.path.isdir(name):
+        raise FileNotFoundError(f"{name!r} is a folder; pass the images in it.")
+    if not ("://" in name or name.startswith("data:") or os.path.isfile(name)):
+        raise FileNotFoundError(f"the file {name!r:.200} does not exist; if it is a caption, pass it to {captions}.")
+
+
 def refuse_picture(caption: str) -> None:
     """Raise ValueError if a caption is the path of a picture, which sentence-transformers takes for text.
 
@@ -117,21 +129,6 @@ def refuse_picture(caption: str) -> None:
         raise ValueError(
             f"{caption!r} is a picture, but would be embedded as a caption; pass Image.open({caption!r})."
         )
-
-
-def require_file(image: Any, captions: str) -> None:
-    """Raise FileNotFoundError if an image is a string that is neither a file nor a URL nor possibly base64.
-
-    Args:
-        captions: Where captions go, for the message: the string may be one.
-    """
-    if not isinstance(image, (str, os.PathLike)):
-        return
-    name = os.fspath(image)
-    if not ("://" in name or name.startswith("data:") or os.path.isfile(name) or _may_be_base64(name)):
-        if os.path.isdir(name):
-            raise FileNotFoundError(f"{name!r} is a folder; pass the images in it.")
-        raise FileNotFoundError(f"the file {name!r} does not exist; if it is a caption, pass it to {captions}.")
 
 
 @contextmanager
@@ -208,7 +205,7 @@ def _open(value: Any, timeout: float | None) -> Image.Image:
 
 
 def _read(name: str, timeout: float | None) -> bytes:
-    """Read a file, a URL or base64 text."""
+    """Read a file or a URL."""
     if name.startswith("data:"):
         return base64.b64decode(name.partition(",")[2])
     if name.startswith(("http://", "https://")):
@@ -220,17 +217,8 @@ def _read(name: str, timeout: float | None) -> bytes:
         # Not an import statement: transformers would demand fsspec of everyone who loads this code from a Hub repo.
         with importlib.import_module("fsspec").open(name, "rb") as file:
             return bytes(file.read())
-    try:
-        with open(name, "rb") as file:  # read here: Pillow would leave the file open until the image is collected
-            return file.read()
-    except OSError:  # also of a name that is too long
-        if not _may_be_base64(name):
-            raise
-        return base64.b64decode("".join(name.split()))
-
-
-def _may_be_base64(text: str) -> bool:
-    return len(text) >= SHORTEST_BASE64 and re.fullmatch(r"[A-Za-z0-9+/\n]+={0,2}\n?", text) is not None
+    with open(name, "rb") as file:  # read here: Pillow would leave the file open until the image is collected
+        return file.read()
 
 
 def _from_array(array: np.ndarray) -> Image.Image:

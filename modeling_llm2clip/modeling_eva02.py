@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .compatibility_llm2clip import VERSION, AttentionBackends, version_4_interface
+from .compatibility_llm2clip import VERSION, AttentionBackends
 from .configuration_llm2clip import EVA02VisionConfig
 
 ROPE_BASE = 10000.0
@@ -124,12 +124,12 @@ class EVA02Attention(nn.Module):
         if rotary is not None:
             query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
         value = self.v_proj(hidden_states).view(shape)
-        implementation = self.config._attn_implementation
+        # transformers looks for its version's call in this file: without it, `set_attn_implementation` has no effect.
+        attend: Any = eager_attention_forward
         if VERSION >= (5, 0):
-            # transformers looks for this call in the source: without it, `set_attn_implementation` has no effect.
-            attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        else:
-            attend = version_4_interface(implementation, eager_attention_forward)
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        elif self.config._attn_implementation != "eager":
+            attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         output, weights = attend(
             self,
             query.transpose(1, 2),

@@ -20,8 +20,8 @@ from .configuration_llm2clip import LLM2CLIPConfig
 from .identity_llm2clip import text_fingerprint  # noqa: F401
 from .image_decoding_llm2clip import decode_images, is_list, require_file
 from .modeling_eva02 import EVA02VisionModel  # noqa: F401
-from .modeling_llm2clip_decoder import warn_of_unknown_attention
-from .modeling_llm2clip_heads import GATE, LLM2CLIPOutput, LLM2CLIPTextAdapter, checked_statistics, compare
+from .modeling_llm2clip_decoder import text_model_class  # noqa: F401
+from .modeling_llm2clip_heads import GATE, LLM2CLIPOutput, LLM2CLIPTextAdapter, compare
 from .modeling_llm2clip_pairing import (
     SHARED_ARGUMENTS,
     match_text_model,
@@ -47,7 +47,6 @@ from .modeling_llm2clip_utils import (
     unit_features,
 )
 from .modeling_llm2clip_vision import LLM2CLIPPreTrainedModel, load_vision_tower, new_logit_scale
-from .pair_tokenizer_llm2clip import LLM2CLIPPairTokenizer  # noqa: F401
 from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
 from .query_encoder_llm2clip import query_encoder_of
 from .tokenization_llm2clip import tokenize_captions
@@ -178,10 +177,9 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
 
         Args:
             text_model_kwargs: Arguments of `from_pretrained` for the LLM alone; the others are those of this call.
-            kwargs: Arguments of transformers' `from_pretrained`. `dtype` and `attn_implementation` may be set by part,
-                as `{"vision_config": ..., "text_config": ...}`; projection and adapter have the dtype of the vision
-                tower. A `device_map` may place `text_model` elsewhere, such as on `"disk"`.
-                `quantization_config` applies to the LLM only.
+            kwargs: Arguments of transformers' `from_pretrained`. `attn_implementation` may be set by part, as
+                `{"vision_config": ..., "text_config": ...}`. A `device_map` may place `text_model` elsewhere, such as
+                on `"disk"`. `quantization_config` applies to the LLM only.
 
         Raises:
             ValueError: Weights are missing, or the adapter was trained with another LLM.
@@ -220,8 +218,6 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
             model.config.text_model_revision = kwargs.get("revision")
         elif bundled:
             model.config.text_model_name_or_path = None
-        if model.text_model is not None:
-            warn_of_unknown_attention(model.text_model.decoder, model.text_model.config)
         return (model, info) if wants_info else model
 
     def load_text_model(self, name_or_path: str | None = None, revision: str | None = None, **kwargs: Any) -> None:
@@ -302,11 +298,11 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         """Set the mean `(hidden_size,)` of the LLM's embeddings, which the adapter subtracts from each.
 
         Raises:
-            ValueError: The model does not centre, or the values are not finite or of another width.
+            ValueError: The model does not centre.
         """
         if self.text_adapter.center is None:
             raise ValueError("this model does not centre the LLM's embeddings; set center_text=True.")
-        self.text_adapter.center.copy_(checked_statistics("mean", mean, self.config.text_config.hidden_size))
+        self.text_adapter.center.copy_(mean.detach())
 
     def get_text_features(
         self,

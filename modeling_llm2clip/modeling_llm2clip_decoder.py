@@ -31,14 +31,11 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
 )
-from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from .compatibility_llm2clip import IS_CAUSAL_COUNTS
 from .configuration_llm2clip import WINDOW_FIELDS
 from .modeling_llm2clip_utils import hub_arguments, load_complete
-
-logger = logging.get_logger(__name__)
 
 # Attention implementations for sequences without padding, which need the lengths of the captions.
 VARIABLE_LENGTHS = ("flash_attention_2", "flash_attention_3")
@@ -184,17 +181,6 @@ class DenseLayers(nn.ModuleList):
         )
         self.activations = [ACT2FN[layer["activation"]] for layer in layers]
 
-    def load_weights(self, state: Mapping[str, Tensor]) -> None:
-        """Load weights from files; ValueError if they are other layers' or missing."""
-        expected = {name: tuple(weight.shape) for name, weight in self.state_dict().items()}
-        found = {name: tuple(weight.shape) for name, weight in state.items()}
-        if expected != found:
-            raise ValueError(
-                f"the config describes Dense layers with the weights {expected}, but the files have {found}; Dense "
-                "layers come from the folder of an embedding model, not from settings or from a loaded text model."
-            )
-        self.load_state_dict(state)
-
     def forward(self, pooled: Tensor) -> Tensor:
         linear: Any
         for linear, activation in zip(self, self.activations, strict=True):
@@ -226,18 +212,6 @@ def unknown_attention(text_model: Any, config: Any) -> str | None:
         "llm2clip.open_text_tower(FOLDER) returns, or of a whole model the folder that `llm2clip build` "
         f"writes{other}."
     )
-
-
-def require_known_attention(text_model: Any, config: Any) -> None:
-    """Raise ValueError if a text model would not be known to read captions right; see [`unknown_attention`]."""
-    if (reason := unknown_attention(text_model, config)) is not None:
-        raise ValueError(reason)
-
-
-def warn_of_unknown_attention(text_model: Any, config: Any) -> None:
-    """Warn of that error when a model is loaded, since the first caption may be hours away."""
-    if (reason := unknown_attention(text_model, config)) is not None:
-        logger.warning_once(f"Captions cannot be embedded yet: {reason}")
 
 
 def follows_masks(text_model: Any) -> bool:
@@ -336,16 +310,6 @@ class PackedBatch:
         """Return the boolean mask `(rows, 1, width, width)` of the token pairs in the same caption."""
         return (self.caption_ids[:, :, None] == self.caption_ids[:, None, :])[:, None]
 
-    def block_mask(self) -> Any:
-        """Return the same mask for FlexAttention."""
-        # Imported here: some torch versions lack it but support the other implementations.
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        ids, rows, width = self.caption_ids, self.num_rows, self.width
-        return create_block_mask(
-            lambda row, head, query, key: ids[row, query] == ids[row, key], rows, None, width, width, device=ids.device
-        )
-
     def sequence_arguments(self) -> dict[str, Any]:
         """Return flash attention's arguments for the caption boundaries in a single row."""
         ends = torch.tensor(self.ends, dtype=torch.int32, device=self.caption_ids.device)
@@ -394,6 +358,4 @@ def packed_mask(decoder: Any, packed: PackedBatch) -> dict[str, Any]:
     """Return the decoder's arguments that separate the captions of a row."""
     if takes_additive_mask(decoder):
         return {"attention_mask": additive_mask(decoder, packed.visible())}
-    if decoder.config._attn_implementation == "flex_attention":
-        return {"attention_mask": packed.block_mask()}
     return {"attention_mask": None, **packed.sequence_arguments()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import Tensor
@@ -26,19 +25,10 @@ def split_arguments(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, A
     # A vision tower is small and loses more accuracy, and no published checkpoint was trained with a quantised one.
     if own.get("quantization_config") is not None:
         text["quantization_config"] = own.pop("quantization_config")
-    config: Any = own.get("config")
-    if isinstance(getattr(config, "dtype", None), dict):
-        # AutoModel moves it there in transformers 5.3 to 5.11.
-        own["dtype"], own["config"] = config.dtype, copy.copy(config)
-        own["config"].dtype = None
-    for name in ("dtype", "torch_dtype"):
-        parts = own.get(name)
-        if isinstance(parts, dict):
-            unknown = [part for part in parts if part not in ("", "vision_config", "text_config")]
-            if unknown:
-                raise ValueError(f"{name} names {unknown[0]!r}; its parts are 'vision_config' and 'text_config'.")
-            rest = parts.get("", "auto")
-            own[name], text[name] = parts.get("vision_config", rest), parts.get("text_config", rest)
+    # AutoModel moves it to the config in transformers 5.3 to 5.11.
+    given = (own.get("dtype"), own.get("torch_dtype"), getattr(own.get("config"), "dtype", None))
+    if any(isinstance(dtype, dict) for dtype in given):
+        raise ValueError("dtype is one for all parts; give the LLM its own by text_model_kwargs={'dtype': ...}.")
     places = own.get("device_map")
     if isinstance(places, dict):
         inside = {key: place for key, place in places.items() if f"{key}.".startswith("text_model.")}

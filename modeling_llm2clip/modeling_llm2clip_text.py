@@ -25,7 +25,7 @@ from transformers.utils import find_adapter_config_file
 # transformers 4.57 takes from a local folder only the modules that this one itself names.
 from .compatibility_llm2clip import IS_CAUSAL_COUNTS, AttentionBackends
 from .configuration_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig, disable_sliding_window
-from .identity_llm2clip import is_readable, merge_layers, merged_weights, text_fingerprint
+from .identity_llm2clip import is_readable, merge_layers, merged_weights, pair_fingerprint, text_fingerprint
 from .image_decoding_llm2clip import decode_image  # noqa: F401
 from .modeling_llm2clip_decoder import (
     VARIABLE_LENGTHS,
@@ -40,10 +40,9 @@ from .modeling_llm2clip_decoder import (
     packs_by_flags,
     padded_mask,
     position_offset,
-    require_known_attention,
     takes_additive_mask,
     text_model_class,
-    warn_of_unknown_attention,
+    unknown_attention,
     window_reach,
 )
 from .modeling_llm2clip_utils import (
@@ -57,8 +56,7 @@ from .modeling_llm2clip_utils import (
     load_complete,
     pool,
 )
-from .pair_tokenizer_llm2clip import split_tokens
-from .tokenization_llm2clip import tokenize_captions
+from .tokenization_llm2clip import split_tokens, tokenize_captions
 
 COMPOSITE_TYPE = LLM2CLIPConfig.model_type
 
@@ -155,9 +153,7 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
                 )
             decoder, dense = load_plain(name, options)
         fields = {**encoder_fields(decoder.config), **config_fields}
-        tower = cls(LLM2CLIPTextConfig(decoder_config=decoder.config, **fields), decoder=decoder)
-        tower.dense.load_weights(dense)
-        return tower
+        return cls._of_parts(LLM2CLIPTextConfig(decoder_config=decoder.config, **fields), decoder, dense)
 
     @classmethod
     def pair(cls, first: LLM2CLIPTextModel, second: LLM2CLIPTextModel) -> LLM2CLIPTextModel:
@@ -171,9 +167,11 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
                 raise ValueError("a text tower of two text encoders takes no third.")
             tower.merge_adapter()
         config: Any = copy.deepcopy(first.config)
-        config.second_config, config.fingerprint = second.config, None
+        config.second_config = second.config
+        config.fingerprint = pair_fingerprint([first.config.fingerprint, second.config.fingerprint])
         model = cls(config, decoder=first.decoder, second=second)
         model.dense, model.exact_packing = first.dense, first.exact_packing
+        model.has_rounded_base = first.has_rounded_base or second.has_rounded_base
         return model
 
     @classmethod
@@ -187,11 +185,7 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         towers = []
         for number, (name, config) in enumerate(zip(names, defaults, strict=True)):
             revision = revisions[number] if isinstance(revisions, (list, tuple)) else revisions
-            try:
-                towers.append(cls.from_pretrained(name, default_config=config, revision=revision, **kwargs))
-            except OSError as error:
-                which = ("first", "second")[number]
-                raise OSError(f"the {which} of the two text encoders, {name}, cannot be loaded: {error}") from error
+            towers.append(cls.from_pretrained(name, default_config=config, revision=revision, **kwargs))
         return cls.pair(*towers)
 
     @classmethod
@@ -257,27 +251,22 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         elif (config := config or default_config) is None:
             model = cls.from_decoder(name, decoder_kwargs=kwargs)
         else:
-            decoder, dense = load_plain(name, kwargs)
-            config = copy.deepcopy(config)
-            if config.decoder_config.model_type != decoder.config.model_type:
-                config.verified_attention = None  # it is of another LLM
-            model = cls(config, decoder=decoder)
-            model.dense.load_weights(dense)
-        if model_type in (cls.config_class.model_type, COMPOSITE_TYPE):
-            warn_of_unknown_attention(model.decoder, model.config)
+            model = cls._of_parts(config, *load_plain(name, kwargs))
         return (model, info) if wants_info else model
 
     @classmethod
-    def _with_config(cls, tower: LLM2CLIPTextModel, config: LLM2CLIPTextConfig) -> LLM2CLIPTextModel:
-        """Give the text model of a tower another prompt and pooling."""
+    def _of_parts(
+        cls, config: LLM2CLIPTextConfig, decoder: PreTrainedModel, dense: Mapping[str, Tensor]
+    ) -> LLM2CLIPTextModel:
+        """Give a text model, and the weights of its Dense layers, the prompt and pooling of a config."""
         config = copy.deepcopy(config)
-        if config.dense != tower.config.dense:
-            raise ValueError(f"the config has dense layers {config.dense}, but the model has {tower.config.dense}.")
-        if config.decoder_config.model_type != tower.decoder.config.model_type:
-            config.verified_attention = None
-        config.verified_attention = config.verified_attention or tower.config.verified_attention
-        model = cls(config, decoder=tower.decoder)
-        model.dense = tower.dense
+        if config.decoder_config.model_type != decoder.config.model_type:
+            config.verified_attention = None  # it is of another LLM
+        model = cls(config, decoder=decoder)
+        try:
+            model.dense.load_state_dict(dense)
+        except RuntimeError as error:
+            raise ValueError(f"{decoder.name_or_path} has other Dense layers than its config says: {error}") from error
         return model
 
     @classmethod
@@ -300,7 +289,8 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         # The base model may be a text tower too, with its own weights or its own adapter.
         base = cls.from_pretrained(adapter.base_model_name_or_path, default_config=config, **base_kwargs)
         base.merge_adapter()
-        model = cls._with_config(base, config or base.config)
+        model = cls._of_parts(config or base.config, base.decoder, base.dense.state_dict())
+        model.config.verified_attention = model.config.verified_attention or base.config.verified_attention
         stored = None
         with suppress(OSError):  # an adapter without a config
             _, place, inside = find_text_model(adapter.base_model_name_or_path)
@@ -392,7 +382,6 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         pooling_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Encode captions.
@@ -401,11 +390,10 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
             input_ids: `(batch, tokens)`, from the tokenizer that was saved with this model.
             attention_mask: `(batch, tokens)`, 1 for real tokens; by default all.
             pooling_mask: `(batch, tokens)`, 1 for the tokens to pool; by default all real tokens after the prefix.
-            inputs_embeds: `(batch, tokens, hidden_size)` instead of `input_ids`.
 
         Short captions are packed into shared rows, so that padding costs little; the states at padding are then zero.
-        Captions are not packed when compiling or when hidden states or attention weights are requested. Of two text
-        encoders there is only the `pooler_output`.
+        Captions are not packed under FlexAttention, when compiling, or when hidden states or attention weights are
+        requested. Of two text encoders there is only the `pooler_output`.
         """
         if self.second is not None:
             if input_ids is None or pooling_mask is not None:
@@ -414,7 +402,7 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
             tokens = split_tokens(input_ids, attention_mask, limits)
             rows = [self.embed_half(number, **part, **kwargs) for number, part in enumerate(tokens)]
             return BaseModelOutputWithPooling(pooler_output=torch.cat([row.to(rows[0].device) for row in rows], -1))
-        return self._embed(input_ids, attention_mask, pooling_mask, inputs_embeds, **kwargs)
+        return self._embed(input_ids, attention_mask, pooling_mask, **kwargs)
 
     def embed_half(self, number: int, **inputs: Any) -> Tensor:
         """Embed captions by the first (0) or second (1) of two text encoders; unit rows, `(batch, hidden_size)`."""
@@ -422,32 +410,30 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         return F.normalize(output.pooler_output.float(), dim=-1)
 
     def _embed(
-        self, input_ids: Any, attention_mask: Any, pooling_mask: Any = None, inputs_embeds: Any = None, **kwargs: Any
+        self, input_ids: Any, attention_mask: Any, pooling_mask: Any = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
-        given = input_ids if input_ids is not None else inputs_embeds
-        if given is None:
+        if input_ids is None:
             raise ValueError("pass input_ids from the tokenizer that was saved with this model.")
-        require_known_attention(self.decoder, self.config)
+        if (reason := unknown_attention(self.decoder, self.config)) is not None:
+            raise ValueError(reason)
         # Without padding there is nothing to pack.
         may_pack = attention_mask is not None
         if attention_mask is None:
-            attention_mask = torch.ones(given.shape[:2], dtype=torch.long, device=given.device)
+            attention_mask = torch.ones_like(input_ids, dtype=torch.long)
         order = attention_mask.long().cumsum(dim=1)
         if pooling_mask is None:
             skipped = 0 if self.config.pool_prompt else self.config.num_prefix_tokens
             pooling_mask = attention_mask.bool() & (order > skipped)
         packed = self._pack(attention_mask, order, kwargs) if may_pack else None
-        inputs: dict[str, Any] = (
-            {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
-        )
+        inputs: dict[str, Any]
         if packed is None:
             # Positions are counted from the caption's first token, so that nothing depends on the padding.
             positions = (order - 1).clamp(min=0)
-            inputs["attention_mask"] = padded_mask(self.decoder, attention_mask, self.config.bidirectional)
+            mask = padded_mask(self.decoder, attention_mask, self.config.bidirectional)
+            inputs = {"input_ids": input_ids, "attention_mask": mask}
         else:
             positions = packed.position_ids
-            inputs = {name: packed.pack(value) for name, value in inputs.items()}
-            inputs |= packed_mask(self.decoder, packed)
+            inputs = {"input_ids": packed.pack(input_ids), **packed_mask(self.decoder, packed)}
         options = {"position_ids": positions + self._first_position, "use_cache": False}
         output = self.decoder(**inputs, **{name: options[name] for name in self._arguments}, **kwargs)
         states = output.last_hidden_state
@@ -469,10 +455,8 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         asked = any(kwargs.get(name, getattr(config, name, False)) for name in options)
         if asked or self.config.bidirectional is False or torch.compiler.is_compiling():
             return None
-        single_row = config._attn_implementation in VARIABLE_LENGTHS
-        supported = (single_row or config._attn_implementation == "flex_attention") and IS_CAUSAL_COUNTS
-        by_mask = takes_additive_mask(decoder)
-        if not supported and not by_mask:
+        single_row = config._attn_implementation in VARIABLE_LENGTHS and IS_CAUSAL_COUNTS
+        if not single_row and not takes_additive_mask(decoder):
             return None
         packed = PackedBatch(attention_mask, order, single_row)
         # Packing must save enough to make up for its larger mask.

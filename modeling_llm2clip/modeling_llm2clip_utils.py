@@ -16,8 +16,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, PreTra
 from transformers.utils import logging
 
 from .image_decoding_llm2clip import with_pillow
-from .pair_tokenizer_llm2clip import LLM2CLIPPairTokenizer
-from .tokenization_llm2clip import CaptionTokens, pooling_mask
+from .tokenization_llm2clip import CaptionTokens, LLM2CLIPPairTokenizer, pooling_mask
 
 logger = logging.get_logger(__name__)
 

@@ -23,14 +23,12 @@ from .modeling_llm2clip_heads import (
     LLM2CLIPResidualHead,
     LLM2CLIPStandardization,
     build_visual_head,
-    checked_statistics,
     init_like_the_original,
     positive_deviation,
 )
 from .modeling_llm2clip_utils import apply_umask, execution_device, hub_arguments, load_complete
 
 # transformers 4.57 takes from a local folder only the modules that this one itself names.
-from .pair_tokenizer_llm2clip import LLM2CLIPPairTokenizer  # noqa: F401
 from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
 from .tokenization_llm2clip import tokenize_captions  # noqa: F401
 
@@ -166,14 +164,11 @@ class LLM2CLIPPreTrainedModel(AttentionBackends, PreTrainedModel):
                 up to rounding (1e-6 of the mean or of 1) becomes 1.
 
         Raises:
-            ValueError: The model does not standardise, or the values are not finite, negative or of another width.
+            ValueError: The model does not standardise.
         """
         if self.visual_standardization is None:
             raise ValueError("this model does not standardise its vision features; set standardize_vision=True.")
-        mean, std = (
-            checked_statistics(name, values, self.config.vision_width)
-            for name, values in (("mean", mean), ("std", std))
-        )
+        mean, std = mean.detach().float(), std.detach().float()
         self.visual_standardization.mean.copy_(mean)
         self.visual_standardization.std.copy_(positive_deviation(mean, std))
 

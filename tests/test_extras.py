@@ -19,11 +19,6 @@ from llm2clip import cli
 from tests.documents.reading import ROOT
 
 OWN = {"llm2clip": ROOT / "training" / "llm2clip", "modeling_llm2clip": ROOT / "modeling_llm2clip"}
-# The example: the extra that it needs beside what `make quickstart` installs; see examples/README.md.
-EXAMPLES = {
-    "app.py": "demo",
-    "langchain_llamaindex.py": "sentence-transformers",
-}
 # The extra of a library that a command imports only where a setting asks for it; the error then names that extra.
 ON_DEMAND = {
     "deepspeed": "deepspeed", "faiss": "search", "lancedb": "search", "open_clip": "evaluation",
@@ -127,17 +122,9 @@ def test_extra_of_a_command_installs_every_library_it_imports(name: str) -> None
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "examples").glob("*.py")))
-def test_example_needs_only_the_extra_named_in_its_table(script: str) -> None:
-    path = ROOT / "examples" / script
-    modules = needed(imports(path, "")) - {"common", "clip_benchmark"}  # which has no extra: it is the user's own
-    if script == "app.py":
-        modules |= needed({cli.COMMANDS["demo"].module})
-    extra = EXAMPLES.get(script)
-    assert not missing(modules - set(ON_DEMAND), "quickstart", *([extra] if extra else []))
-    if extra:
-        assert missing(modules, "quickstart")
-        page = (ROOT / "examples" / "README.md").read_text()
-        assert re.search(rf"{re.escape(script)}.*\[{extra}\]", page)
+def test_example_needs_only_what_the_quickstart_installs(script: str) -> None:
+    modules = needed(imports(ROOT / "examples" / script, "")) - {"common", "clip_benchmark"}  # which has no extra
+    assert not missing(modules - set(ON_DEMAND), "quickstart")
 
 
 def test_error_about_a_missing_library_names_the_extra(

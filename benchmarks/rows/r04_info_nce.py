@@ -53,24 +53,6 @@ def _transformers() -> Callable:
     return lambda images, texts, scale: image_text_contrastive_loss(texts @ images.T * scale)
 
 
-def products(batch: int, device: str) -> Work:
-    """Prepare the matrix products alone, tile by tile: logits, once for both directions, and both gradients."""
-    import torch
-
-    images, texts = torch.randn(2, batch, WIDTH, device=device)
-    gradient = torch.zeros_like(texts)
-
-    def work() -> Outcome:
-        for start in range(0, batch, 1024):
-            tile = images[start : start + 1024]
-            logits = tile @ texts.T
-            torch.mm(logits, texts)
-            gradient.addmm_(logits.T, tile)
-        return Outcome()
-
-    return work
-
-
 def contests(device: str) -> list[Contest]:
     found = []
     sizes = {8192: 0.18, 16384: 0.10} if device == "cpu" else {32768: 0.10}
@@ -80,7 +62,6 @@ def contests(device: str) -> list[Contest]:
             "ours": Contestant(partial(against, _ours, **sized)),
             "open_clip ClipLoss": Contestant(partial(against, _open_clip, **sized)),
             "transformers CLIP": Contestant(partial(against, _transformers, **sized)),
-            "matrix products": Contestant(partial(products, batch, device), is_limit=True),
         }
         goals = [Goal("open_clip ClipLoss", "memory", memory), Goal("transformers CLIP", "memory", memory)]
         if batch == min(sizes):

@@ -97,10 +97,8 @@ def contests(device: str) -> list[Contest]:
 
 
 SHORTFALL = (
-    "reached in memory. The activations of a chunk are computed twice, which is 1.32 of the arithmetic of the "
-    "direct step; 1.2 of its time is therefore possible only where its 3.8 GiB of fresh memory cost time. They do "
-    "not on this Intel processor, where ours takes 1.06 of that arithmetic; on an AMD EPYC three runs gave 0.80, "
-    "0.95 and 1.22. Checkpointing recomputes as much, in larger matrix products; only the last chunk is not "
-    "computed twice. Larger chunks miss the goal for memory."
+    "reached in memory. The activations of a chunk are computed twice, which is 1.32 of the arithmetic of the direct "
+    "step: 1.2 of its time is possible only where its 3.8 GiB of fresh memory cost time; three runs on an AMD EPYC "
+    "gave 0.80, 0.95 and 1.22."
 )
 ROW = Row("R6", "large-batch step with the towers in chunks", contests, ("cpu", "cuda"), shortfall=SHORTFALL)

@@ -40,12 +40,3 @@ def test_a_data_set_is_embedded_by_processes_that_are_killed_on_the_way(tmp_path
     assert figures["peak_bytes"] < 1.5e9
     found = scale.read(tmp_path, captions=40_000, processes=2, workers=1)
     assert (found["rows"], found["resumed_at"]) == (19_968, 39)
-
-
-@pytest.mark.slow
-@pytest.mark.nightly
-def test_pairs_are_written_and_aligned(tmp_path: Path) -> None:
-    figures = scale.align(tmp_path, captions=20_000)
-    assert figures["captions"] == 20_000
-    assert figures["bytes"] > 20_000 * 2 * (512 + 768)
-    assert figures["peak_bytes"] < 1e9

@@ -17,17 +17,12 @@ def add(offset: float, mebibytes: int) -> Work:
     return work
 
 
-def limit() -> Work:
-    return Outcome
-
-
 def contests(device: str) -> list[Contest]:
     contestants = {
         "ours": Contestant(partial(add, 0.0, 8)),
         "peer": Contestant(partial(add, 0.0, 32)),
-        "nothing": Contestant(limit, is_limit=True),
     }
-    goals = (Goal("peer", "memory", 0.5), Goal("peer", "bytes", 0.1), Goal("nothing", "wall", 1e9))
+    goals = (Goal("peer", "memory", 0.5), Goal("peer", "bytes", 0.1))
     equal = Contest("equal", contestants, goals, {"sum": 0.0}, rounds=2)
     wrong = {"ours": Contestant(partial(add, 0.0, 1)), "peer": Contestant(partial(add, 0.5, 1))}
     return [equal, Contest("unequal", wrong, (Goal("peer", "cpu", 1.0),), {"sum": 0.1}, rounds=1)]

@@ -112,11 +112,13 @@ def check_sixteen_bits(folder: Path) -> None:
 
 
 def check_parts(folder: Path) -> None:
-    model = load(folder, dtype={"vision_config": torch.float32, "text_config": torch.bfloat16})
+    model = load(folder, text_model_kwargs={"dtype": torch.bfloat16})
     assert (model.dtype, model.text_model.dtype) == (torch.float32, torch.bfloat16)
     model = load(folder, attn_implementation={"vision_config": "eager", "text_config": "sdpa"})
     assert model.vision_model.config._attn_implementation == "eager"
     assert model.text_model.decoder.config._attn_implementation == "sdpa"
+    model.set_attn_implementation({"vision_config": "sdpa"})
+    assert model.vision_model.config._attn_implementation == "sdpa"
     if model.config.text_config.bidirectional is None:
         return  # an encoder, which versions before 5.23 cannot run from disk, alone neither
     with tempfile.TemporaryDirectory() as offload:

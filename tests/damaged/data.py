@@ -17,7 +17,7 @@ import yaml
 
 from llm2clip.checks.check_data import check_data
 from llm2clip.data import CaptionSource, EvalTransform, decode_image, distinct_captions
-from llm2clip.data.shard_rows import count_rows, parquet_rows
+from llm2clip.data.shard_rows import parquet_rows
 from llm2clip.data.tars import count_tar_rows, list_tar, tar_rows
 from llm2clip.data.transforms import decode_tensor
 from llm2clip.encoders.embed import EmbedConfig
@@ -156,7 +156,7 @@ def read_table(folder: Path) -> Readers:
         check_data(CaptionSource(str(path), caption_columns=[column]), num_workers=0)
 
     def by_number() -> None:
-        list(parquet_rows(str(path), ["caption", "image"], 0, count_rows(str(path))))
+        list(parquet_rows(str(path), ["caption", "image"]))
 
     readers: Readers = (lambda: captions(False), lambda: captions(True))
     more = {".parquet": (images, by_number), ".tar": (images,)}

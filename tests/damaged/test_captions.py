@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llm2clip.data import CaptionSource, distinct_captions
-from llm2clip.data.captioned_images import CaptionError, RowCaptions, caption_id, caption_ids, clean_caption
+from llm2clip.data.captioned_images import CaptionError, RowCaptions, clean_caption
 from llm2clip.encoders import embed_captions
 from llm2clip.store import EmbeddingCache
 from llm2clip.store.store import caption_key, caption_keys
@@ -75,7 +75,6 @@ def test_a_caption_has_the_same_embedding_alone_and_in_a_batch() -> None:
 
 def test_keys_are_those_of_each_text() -> None:
     assert caption_keys(CLEAN).tolist() == [list(caption_key(text)) for text in CLEAN]
-    assert caption_ids(CLEAN).tolist() == [caption_id(text) for text in CLEAN]
     assert len(set(map(caption_key, CLEAN))) == len(set(CLEAN))
 
 

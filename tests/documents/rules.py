@@ -84,7 +84,7 @@ RULES = {
         needs=("default.yaml",), small="--profile default.yaml --embedding-model none", makes=(MODEL,), slow=True
     ),
     r"llm2clip (export-onnx|plan stage)": How(slow=True),
-    r"llm2clip demo --index|examples/app\.py": How(serves=True, slow=True),
+    r"llm2clip demo --index": How(serves=True, slow=True),
     r"llm2clip distill-text": How(small=CPU),
     r"llm2clip push": How(small="--no-check"),  # `build` has just loaded it in a new process
     r"llm2clip convert microsoft/": How(prints="missing: none"),

@@ -184,7 +184,7 @@ def small_profile(path: Path) -> None:
     """Write the profile of the quickstart with a few small training steps on a CPU."""
     profile = load_recipe(find_recipe("quickstart_default"))
     small = {"use_cpu": True, "max_steps": 3, "warmup_steps": 0, "per_device_train_batch_size": 8}
-    for part in ("stage1", "frozen"):
+    for part in ("stage1", "stage2"):
         profile[part] |= small
     profile["stage2"]["projection_dim"] = 16
     path.write_text(yaml.safe_dump(profile))

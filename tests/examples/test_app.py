@@ -15,7 +15,7 @@ from llm2clip.demo.demo import DemoConfig, open_images
 from llm2clip.demo.gallery import Gallery
 from modeling_llm2clip import LLM2CLIPModel
 from tests.builders.small_runs import CONCEPTS
-from tests.examples.conftest import EXAMPLES, FITTED
+from tests.examples.conftest import FITTED
 from tests.examples.server import serving
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def opposite(fitted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def address(fitted: Path, opposite: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("run")
-    with serving(EXAMPLES / "app.py", "--model", fitted, "--compare", opposite, folder=folder) as address:
+    with serving("-m", "llm2clip", "demo", "--model", fitted, "--compare", opposite, folder=folder) as address:
         yield address
 
 

@@ -13,18 +13,15 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor
 
 from llm2clip.evaluation.benchmarks import choose_benchmarks
-from llm2clip.evaluation.benchmarks.counts import check_counts
 from modeling_llm2clip import LLM2CLIPModel
 from tests.builders import small_runs
 from tests.examples.conftest import EXAMPLES, FITTED, LONG_CAPTION, Run
 from tests.forks import run_code
-from tests.loopback_hub import TOKEN, LoopbackHub
 
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "common.py")
 
@@ -209,22 +206,10 @@ def test_a_multimodal_llm_resumes_where_it_was(run: Run, fitted: Path, questions
         torch.testing.assert_close(whole[name], resumed[name])
 
 
-@pytest.mark.slow
-def test_pushing_to_the_hub(run: Run, fitted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
-        monkeypatch.setattr(constants, name, value)
-    with LoopbackHub() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        shown = run("push_to_the_hub.py", "--model", fitted, "--repo-id", "tester/fitted")
-        assert f"pushed: {hub.url}/tester/fitted" in shown
-        assert hub.repo("tester/fitted").files()["model.safetensors"]
-
-
 def test_each_picture_of_the_bundled_benchmark_has_its_own_caption() -> None:
     [benchmark] = choose_benchmarks([str(EXAMPLES / "benchmarks" / "concepts.py")], EXAMPLES / "data")
     folder = benchmark.find(EXAMPLES / "data")
     data = benchmark.read(folder)
-    assert check_counts(benchmark, folder, data, allow=False) == []
+    assert benchmark.differences(data.counts()) == []
     assert (data.images.key(0), data.texts[0]) == ("emoji-google/1f004", "mahjong red dragon")
     assert data.owners.tolist() == list(range(695))

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import pytest
 import torch
-from matplotlib.figure import Figure
 
 from llm2clip import cli
 from llm2clip.encoders.stored import StoredEncoder
@@ -18,11 +17,10 @@ from llm2clip.evaluation.session import Session
 from llm2clip.quickstart import report
 from llm2clip.quickstart.config import Arm, QuickstartConfig
 from llm2clip.quickstart.data import QuickstartData
-from llm2clip.quickstart.image_steps import FinalModel
+from llm2clip.quickstart.final_model import FinalModel
 from modeling_llm2clip import LLM2CLIPModel
 from tests.builders import tiny
 from tests.builders.small_runs import CONCEPTS
-from tests.examples.conftest import EXAMPLES
 from tests.examples.server import serving
 
 if TYPE_CHECKING:
@@ -119,13 +117,9 @@ def test_the_report_of_a_quickstart(
         return clip.text_model.encode(captions, tiny.processor().tokenizer)
 
     monkeypatch.setattr(report, "NUM_QUERIES", 3 * len(PAYLOADS))
-    monkeypatch.setattr(report.EmbeddingCache, "open", lambda folder: SimpleNamespace(lookup=lookup))
-    monkeypatch.setattr(report, "draw_curves", lambda runs, arms: Figure())
-    tables = [(payload, ([payload, payload], [[payload, payload]])) for payload in PAYLOADS]
-    monkeypatch.setattr(report, "all_tables", lambda results: tables)
     settings = {"profile": NAME, "seed": 0, "llm": NAME, "vision_model": NAME, "data": NAME, "payloads": PAYLOADS}
     results = {"settings": settings, "seconds": {NAME: 1}, "machine": {"threads": NAME, "processor": NAME}, "runs": {}}
-    results |= {"reading": PAYLOADS, "protocol": dict.fromkeys(PAYLOADS, NAME)}
+    results |= {"protocol": dict.fromkeys(PAYLOADS, NAME)}
     found = {"query": PAYLOADS[0], "rows": [0], "right": [True]}
     results["typed_queries"] = {"queries": 1, "first": 1, "found": 1, "shown": 1, "results": [found]}
     retrieval = RetrievalData.from_source(run.data.test_source())
@@ -142,7 +136,7 @@ def test_the_demo(browser: Browser, model: Path, table: Path, tmp_path: Path) ->
     broken.write_bytes(b"no picture")
     bundled_picture().save(good)
     options = ["--model", model, "--data", table, "--compare", model]
-    with serving(EXAMPLES / "app.py", *options, folder=tmp_path) as address:
+    with serving("-m", "llm2clip", "demo", *options, folder=tmp_path) as address:
         browser.driver.get(address)
         browser.wait(lambda: browser.find("#search_button"))
         browser.type("query", PAYLOADS[1])

@@ -14,12 +14,12 @@ import torch
 from safetensors import safe_open
 
 from llm2clip.search.search_index import SearchIndex
-from llm2clip.utils.locks import LOCK, OWNER
-from llm2clip.utils.logs import ERROR_FILE, LOG_FILE
+from llm2clip.utils.locks import LOCK
+from llm2clip.utils.logs import LOG_FILE
 from llm2clip.utils.manifests import FOLDER_MANIFEST, MANIFEST_CHECKSUM
 
 # Files that say how a run went and not what it made.
-IGNORED = {LOCK, OWNER, LOG_FILE, ERROR_FILE}
+IGNORED = {LOCK, LOG_FILE}
 # Of these only the presence counts: pickled settings, and text for people with times in it.
 PRESENT = {".bin", ".md", ".html", ".txt"}
 TENSORS = {".pt", ".pth"}

@@ -33,7 +33,7 @@ def write_inputs(folder: Path) -> None:
         "stage1": stage1,
         "mntp": {**stage1, "sources": [mntp_source], "block_size": 32},
         "embed": {**embed, "sources": concepts, "shard_size": 40},
-        "quickstart": {**PROFILE, "seeds": 1},
+        "quickstart": PROFILE,
         "sidecars": {**embed, "sources": [shards], "store": "sidecars"},
         "stage2": {
             **small_runs.stage2_fields(Path(OUT), vision, text, cache),

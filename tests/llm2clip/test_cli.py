@@ -20,7 +20,6 @@ from torch import distributed as dist
 
 from llm2clip import cli
 from llm2clip.utils.library_errors import PEER_ENDED
-from llm2clip.utils.logs import LogFile
 from llm2clip.utils.stopping import StoppedError
 from tests.builders import small_runs
 
@@ -78,7 +77,7 @@ def test_version_and_top_level_help_import_neither_torch_nor_transformers() -> N
 
 
 @pytest.mark.parametrize("rank", ["0", "3"])
-def test_errors_of_a_run_are_in_its_folder_until_it_succeeds(
+def test_errors_of_a_run_are_in_its_log(
     rank: str, ending: Ending, tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ["stage1", "--output_dir", str(tmp_path)]
@@ -86,25 +85,16 @@ def test_errors_of_a_run_are_in_its_folder_until_it_succeeds(
     ending("stage1", OSError("the disk has gone"))
     assert cli.main(command) == 2
     error = capsys.readouterr().err
-    assert f"llm2clip stage1: error: the disk has gone\n(where: {tmp_path / 'error.log'})" in error
+    assert f"llm2clip stage1: error: the disk has gone\n(where: {tmp_path / 'log.txt'})" in error
     assert "Traceback" not in error
     ending("stage1", RuntimeError("a bug"))
     with pytest.raises(RuntimeError):
         cli.main(command)
-    text = (tmp_path / "error.log").read_text()
-    assert text.count(f"llm2clip stage1 (process {rank}, id ") == text.count("Traceback (most recent call last)") == 2
+    text = (tmp_path / "log.txt").read_text()
     assert "in run\n    raise end\nOSError: the disk has gone" in text
-    ending("stage1", {"train_loss": 1.0})
-    assert cli.main(command) == 0
-    assert (tmp_path / "error.log").exists() == (rank != "0")
-    assert rank != "0" or "the disk has gone" in (tmp_path / "log.txt").read_text()
-
-
-def test_an_error_log_that_cannot_be_written_hides_no_error(ending: Ending, tmp_path: Path, capsys: Capsys) -> None:
-    (tmp_path / "error.log").mkdir()
-    ending("stage1", OSError("no space left"))
-    assert cli.main(["stage1", "--output_dir", str(tmp_path)]) == 2
-    assert "llm2clip stage1: error: no space left\n(--traceback shows where)" in capsys.readouterr().err
+    assert "RuntimeError: a bug" in text
+    assert text.count("llm2clip stage1 failed (process id ") == 2
+    assert ("Log: " in text) == (rank == "0")
 
 
 def test_top_level_help_lists_the_commands(capsys: Capsys) -> None:
@@ -215,7 +205,7 @@ def test_sigterm_within_the_report_of_an_error_does_not_replace_it(
     ending: Ending, monkeypatch: pytest.MonkeyPatch, capsys: Capsys
 ) -> None:
     """torchrun sends it to the rank at fault too, if one that has only lost the connection to it has ended first."""
-    monkeypatch.setattr(LogFile, "write_error", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(cli, "close_bars", lambda: os.kill(os.getpid(), signal.SIGTERM))
     ending("evaluate", ValueError("the image 7 is damaged."))
     assert cli.main(EVALUATE) == 2
     assert "llm2clip evaluate: error: the image 7 is damaged." in capsys.readouterr().err

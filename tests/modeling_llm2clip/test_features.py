@@ -75,9 +75,7 @@ def test_towers_without_a_choice_are_refused() -> None:
     [
         ({"vision_pooling": "max"}, "vision_pooling 'max' is unknown"),
         ({"visual_head": "gated", "visual_projection": False}, "'gated' is a visual projection"),
-        ({"visual_head_expansion": 0}, "at least 1, not 0"),
         ({"text_config": {"pooling": "max"}}, "pooling 'max' is unknown"),
-        ({"feature_dropout": 1.0}, "below 1, not 1.0"),
     ],
 )
 def test_impossible_fields_are_rejected(fields: dict[str, Any], message: str) -> None:
@@ -140,20 +138,9 @@ def test_feature_dropout_is_active_in_training_only() -> None:
     assert model.get_vision_features(PIXELS).equal(model.eval().get_vision_features(PIXELS)), "before dropout"
 
 
-def test_statistics_are_checked() -> None:
-    model = frozen_tower_model()
-    zeros, bad = torch.zeros(64), torch.full((64,), torch.nan)
-    for mean, std, message in (
-        (bad, zeros, "mean has 64 values that are not finite"),
-        (zeros, zeros - 1, "std has 64 negative values"),
-        (zeros[:3], zeros, r"mean has shape \(3,\)"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            model.set_vision_statistics(mean, std)
-    with pytest.raises(ValueError, match=r"takes \(32,\)"):
-        model.set_text_center(zeros)
+def test_a_model_that_does_not_standardise_takes_no_statistics() -> None:
     with pytest.raises(ValueError, match="set standardize_vision=True"):
-        tiny.joint_model().set_vision_statistics(zeros, zeros)
+        tiny.joint_model().set_vision_statistics(torch.zeros(64), torch.ones(64))
 
 
 def test_a_constant_feature_is_not_divided_by_its_rounding() -> None:

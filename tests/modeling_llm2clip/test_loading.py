@@ -75,20 +75,14 @@ def test_an_offloaded_model_can_be_saved(save_text_model: bool | None, layout: s
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("form", ["dtype", "torch_dtype", "text_model_kwargs"])
-def test_dtype_can_be_set_by_part(form: str, layout: str, tmp_path: Path) -> None:
+def test_the_llm_can_have_a_dtype_of_its_own(layout: str, tmp_path: Path) -> None:
     folder, inputs, expected = saved(layout, tmp_path)
-    options: dict[str, Any] = {form: {"vision_config": torch.float32, "text_config": "bfloat16"}}
-    if form == "text_model_kwargs":
-        options = {form: {"dtype": torch.bfloat16}}
-    loaded = AutoModel.from_pretrained(folder, **options)
+    loaded = AutoModel.from_pretrained(folder, text_model_kwargs={"dtype": torch.bfloat16})
     assert loaded.vision_model.dtype == loaded.text_adapter.proj.weight.dtype == torch.float32
     assert loaded.text_model.dtype == torch.bfloat16
     torch.testing.assert_close(loaded(**inputs).logits_per_image, expected, atol=0.5, rtol=0)
-    loaded = AutoModel.from_pretrained(folder, dtype={"": torch.float32, "vision_config": torch.bfloat16})
-    assert (loaded.dtype, loaded.text_model.dtype) == (torch.bfloat16, torch.float32)
-    with pytest.raises(ValueError, match="'text_model'; its parts are 'vision_config' and 'text_config'"):
-        AutoModel.from_pretrained(folder, dtype={"text_model": torch.bfloat16})
+    with pytest.raises(ValueError, match="give the LLM its own by text_model_kwargs"):
+        AutoModel.from_pretrained(folder, dtype={"text_config": torch.bfloat16})
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -103,18 +103,15 @@ def test_flash_attention_equals_sdpa_on_captions_in_a_single_row(
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("model_type", list(tiny.DECODERS))
-def test_flex_attention_separates_captions(model_type: str, side: str) -> None:
+def test_flex_attention_equals_sdpa(model_type: str, side: str) -> None:
     model = tiny.text_model(model_type, "flex_attention", num_prefix_tokens=0)
     expected = tiny.text_model(model_type, "sdpa", num_prefix_tokens=0)
     expected.load_state_dict(model.state_dict())
     inputs = batch(side)
     # Without compiling, which takes minutes on a CPU.
     with torch.compiler.set_stance("force_eager"), torch.no_grad():
-        packed, cost = tokens_of_decoder(model, inputs)
-        padded = model(**inputs, output_hidden_states=True)
-    assert cost < 0.5 * inputs["input_ids"].numel()
-    for found in (packed, padded):
-        torch.testing.assert_close(found.pooler_output, expected(**inputs).pooler_output, atol=2e-5, rtol=1e-4)
+        found = model(**inputs).pooler_output
+    torch.testing.assert_close(found, expected(**inputs).pooler_output, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("model_type", ["mistral", "gemma2", "gemma3_text"])

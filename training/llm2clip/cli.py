@@ -17,7 +17,7 @@ from typing import Any
 
 from llm2clip.recipes import field_places, find_recipe, load_recipe
 from llm2clip.utils.library_errors import PEER_ENDED, explain, wrap_weight_errors
-from llm2clip.utils.logs import LogFile, command_logs, print_whole, printable, quiet_libraries
+from llm2clip.utils.logs import TerminalHandler, command_logs, print_whole, printable, quiet_libraries
 from llm2clip.utils.options import OptionParser, Row, format_help, option_groups, unknown_option
 from llm2clip.utils.progress import close_bars, is_main_process
 from llm2clip.utils.settings import build_config, nearest
@@ -41,7 +41,7 @@ class Command:
         positional: The positional arguments: a recipe, or the fields of these names. A field that is a list accepts
             any number of arguments.
         optional: The positional arguments that may be omitted.
-        writes_log: Whether it writes `log.txt`, and after an error `error.log`, in its `output_dir`.
+        writes_log: Whether it writes `log.txt` in its `output_dir`.
         goes_on: Whether the same command goes on where it was stopped.
         extra: The extra of this package that installs its libraries.
         passes_on: The field that gets the arguments which are no settings of the command.
@@ -133,16 +133,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(printable(f"llm2clip: error: {message}"), file=sys.stderr)
         return 2
     rest = [argument for argument in arguments[1:] if argument != "--traceback"]
-    with command_logs() as log_file, on_sigterm(stop_now):
+    with command_logs() as terminal, on_sigterm(stop_now):
         try:
-            result = _run(name, rest, log_file)
-            log_file.remove_errors()
+            result = _run(name, rest, terminal)
         except (KeyboardInterrupt, StoppedError) as stop:
-            return _stopped(name, stop, log_file)
+            return _stopped(name, stop, terminal.log)
         except Exception as error:
             # A launcher ends the others as soon as one process has ended, perhaps one that has only lost this one.
             with on_sigterm(lambda: None):
-                return _failed(name, error, log_file, "--traceback" in arguments)
+                return _failed(name, error, terminal.log, "--traceback" in arguments)
     # Imported here, because it imports torch, which --help must not wait for.
     from llm2clip.utils.processes import leave_process_group, process_state
     from llm2clip.utils.tables import print_values
@@ -153,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(name: str, arguments: list[str], log_file: LogFile) -> dict[str, Any]:
+def _run(name: str, arguments: list[str], terminal: TerminalHandler) -> dict[str, Any]:
     for argument in arguments:
         try:
             argument.encode()
@@ -181,35 +180,34 @@ def _run(name: str, arguments: list[str], log_file: LogFile) -> dict[str, Any]:
         places = {**field_places(path), **dict.fromkeys(values, origin)}
         values, origin = {**fields, **values}, str(path)
     config = build_config(config_class, values, origin, places)
-    if command.writes_log and config.output_dir and "://" not in config.output_dir:
-        log_file.error_folder = Path(config.output_dir)
-    if log_file.error_folder is not None and is_main_process():
-        logger.info("llm2clip %s: %s\nLog: %s", name, command.help, log_file.open(config.output_dir))
-    else:
-        log_file.discard()
+    writes_log = command.writes_log and config.output_dir and "://" not in config.output_dir
+    if writes_log:
+        log = terminal.open_log(config.output_dir)
+        if is_main_process():
+            logger.info("llm2clip %s: %s\nLog: %s", name, command.help, log)
+    terminal.shows_warnings = not writes_log
     given = [one for value in vars(config).values() for one in (value if isinstance(value, list) else [value])]
     with wrap_weight_errors(one for one in given if isinstance(one, str)):
         return (module.run(config, resume=resume) if command.resumes else module.run(config)) or {}
 
 
-def _failed(name: str, error: Exception, log_file: LogFile, raises: bool) -> int:
+def _failed(name: str, error: Exception, log: Path | None, raises: bool) -> int:
     """Report an error; returns the exit code. An error that is a bug is raised again, and with `raises` every one."""
     expect_ended_workers()
-    logger.debug("llm2clip %s failed", name, exc_info=error)
-    error_file = log_file.write_error(name, error)
+    logger.debug("llm2clip %s failed (process id %d)", name, os.getpid(), exc_info=error)
     known = isinstance(error, USER_ERRORS) and type(error) is not KeyError
     if raises or not (known or explain(error)):
         raise error
     close_bars()
     # An error with a status of its own is the result of the command, which needs no traceback.
     status = getattr(error, "exit_status", None)
-    where = "--traceback shows where" if error_file is None else f"where: {error_file}"
+    where = "--traceback shows where" if log is None else f"where: {log}"
     ending = f"\n({where})" if status is None else ""
     print(printable(f"llm2clip {name}: error: {_message(error, name)}{ending}"), file=sys.stderr)
     return status or 2
 
 
-def _stopped(name: str, stop: KeyboardInterrupt | StoppedError, log_file: LogFile) -> int:
+def _stopped(name: str, stop: KeyboardInterrupt | StoppedError, log: Path | None) -> int:
     """Say how to go on after Ctrl-C or SIGTERM; returns the exit code."""
     logger.debug("llm2clip %s was stopped", name, exc_info=True)
     close_bars()
@@ -217,7 +215,7 @@ def _stopped(name: str, stop: KeyboardInterrupt | StoppedError, log_file: LogFil
     if status == TERMINATED and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         cause += f" (unless you have sent it, {PEER_ENDED})"
     if is_main_process():
-        print(f"llm2clip {name}: stopped by {cause}; {_way_on(name, log_file)}", file=sys.stderr, flush=True)
+        print(f"llm2clip {name}: stopped by {cause}; {_way_on(name, log)}", file=sys.stderr, flush=True)
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         # The other processes may be in the middle of a collective operation, for which an orderly end would wait.
@@ -226,12 +224,12 @@ def _stopped(name: str, stop: KeyboardInterrupt | StoppedError, log_file: LogFil
     return status
 
 
-def _way_on(name: str, log_file: LogFile) -> str:
-    command, folder = COMMANDS[name], log_file.error_folder
-    if command.resumes and folder is not None:
+def _way_on(name: str, log: Path | None) -> str:
+    command = COMMANDS[name]
+    if command.resumes and log is not None:
         from llm2clip.trainers.checkpoints import last_checkpoint
 
-        found = last_checkpoint(folder) or last_checkpoint(folder / "warm_start")
+        found = last_checkpoint(log.parent) or last_checkpoint(log.parent / "warm_start")
         return "it has no checkpoint yet." if found is None else f"add --resume to go on from {found}."
     return f"the same command {'continues where it was' if command.goes_on else 'starts it again'}."
 

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from llm2clip import cli
 from llm2clip.checks.check_data import check_data
-from llm2clip.checks.near_duplicates import HashCheck, find_near_duplicates
+from llm2clip.checks.near_duplicates import HashCheck, near_duplicates
 from llm2clip.checks.row_checks import ImageFacts, RowFacts
 from llm2clip.data import CaptionSource
 
@@ -30,12 +30,12 @@ def test_distances_are_those_of_the_bits() -> None:
     generator = random.Random(0)
     numbers = {str(row): generator.getrandbits(64) for row in range(40)}
     others = {str(row): generator.getrandbits(64) for row in range(30)}
-    found = find_near_duplicates(check_of(numbers), check_of(others), near=64)
-    for copy in found:
-        distances = {key: (numbers[copy.key] ^ number).bit_count() for key, number in others.items()}
-        assert copy.distance == min(distances.values())
-        assert copy.original == next(key for key, distance in distances.items() if distance == copy.distance)
-    assert len(found) == 40
+    found = near_duplicates(check_of(numbers), check_of(others), near=64)
+    for example in found.examples:
+        distances = {key: (numbers[example["key"]] ^ number).bit_count() for key, number in others.items()}
+        original = min(distances, key=lambda key: distances[key])
+        assert example["detail"] == f"{original} differs in {distances[original]} of 64 bits"
+    assert found.count == 40
 
 
 def drawing(seed: int, size: int = 96) -> Image.Image:

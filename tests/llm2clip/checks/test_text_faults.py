@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llm2clip.checks.text_faults import TEXT_FAULTS, script
+from llm2clip.checks.row_checks import TEXT_FAULTS, script
 from tests.llm2clip.data.conftest import EXAMPLES
 
 

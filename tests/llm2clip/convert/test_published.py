@@ -1,10 +1,8 @@
-"""`hub_configs/`: every config has the shapes of the original model, and the generated tables are up to date."""
+"""`hub_configs/`: every config has the shapes of the original model, and a row in the table."""
 
 from __future__ import annotations
 
 import json
-import runpy
-from pathlib import Path
 
 import pytest
 
@@ -13,7 +11,6 @@ from llm2clip.convert.published import FOLDER, published_models
 from modeling_llm2clip import EVA02VisionConfig
 from tests.golden import load_golden
 
-MADE = runpy.run_path(str(Path(__file__).parents[3] / "docs" / "make_checkpoints.py"))
 MANIFESTS = load_golden("state_dict_manifests_a").meta["models"]
 OF_MANIFEST = {
     "EVA02-CLIP-L-14-336": "LLM2CLIP-EVA02-L-14-336",
@@ -42,15 +39,12 @@ def test_published_config_instantiates_and_is_in_the_table(name: str) -> None:
     fields = json.loads((FOLDER / name / "config.json").read_text())
     assert fields["architectures"] == [type(model).__name__]
     assert fields["auto_map"]["AutoModel"].endswith(type(model).__name__)
-    assert (published.checkpoint is None) == bool(published.use) != bool(published.needs)
     if published.is_joint:
         assert published.config.text_model_name_or_path
 
 
-def test_every_config_is_listed_once_and_generated_tables_are_up_to_date() -> None:
+def test_every_config_is_listed_once() -> None:
     assert list(published_models()) == sorted(path.parent.name for path in FOLDER.glob("*/config.json"))
-    for path, text in MADE["documents"]().items():
-        assert path.read_text() == text, f"run `python docs/make_checkpoints.py` ({path.name} is stale)"
 
 
 def test_eva_towers_have_the_head_width_of_the_original() -> None:

@@ -11,10 +11,9 @@ import datasets
 import pytest
 
 from llm2clip.data import CaptionImageDataset, CaptionSource
-from llm2clip.data.captioned_images import TableSource
 from llm2clip.data.opened_table import SourceError
 from llm2clip.data.stream_order import Lanes, Mixing
-from llm2clip.data.streams import SampleStream
+from llm2clip.data.streams import SampleStream, TableSource
 from tests.llm2clip.data.streams import BATCH, PER_TAR, batches, opened, steps_of, write_tars
 
 MIXED_TARS, TABLE_ROWS = (9, 17), 22
@@ -37,8 +36,7 @@ def mixed(folder: Path, mixing: Mixing, rank: int = 0, world: int = 1, **options
     sources: list[Any] = []
     for number, tars in enumerate(MIXED_TARS):
         source = CaptionSource(str(folder / str(number)), caption_columns=["txt"], streaming=True)
-        counts = options.pop("row_counts", [PER_TAR] * tars)
-        sources.append(opened(source, rank, world, row_counts=counts))
+        sources.append(opened(source, rank, world, row_counts=[PER_TAR] * tars))
     table = CaptionImageDataset(CaptionSource(str(folder / "table.parquet")), None)
     sources.append(TableSource(table, 0))
     weights = {"weights": (2, 1, 1)} if mixing == "weights" else {}
@@ -95,7 +93,6 @@ def test_all_ranks_have_the_same_source_in_a_step(weights: tuple[int, ...], fold
         ("weights", {"weights": ()}, "needs a weight for every source"),
         ("weights", {"weights": (1, None, 2)}, "1 has no weight, but others have"),
         ("proportional", {"weights": (1, 1, 2)}, "mixing: proportional has no weights"),
-        ("one_source_per_step", {"row_counts": None}, "but that of .*0 is unknown"),
     ],
 )
 def test_impossible_mixtures_are_refused(mixing: Mixing, options: dict[str, Any], message: str, folder: Path) -> None:

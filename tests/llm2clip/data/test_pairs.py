@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,11 @@ from typing import Any
 import datasets
 import pytest
 
-from llm2clip.data import PairDataset, PairSource, SampleIndex
+from llm2clip.data import PairDataset, PairSource, SampleIndex, caption_id
+from llm2clip.data.captioned_images import column_texts
 from llm2clip.data.opened_table import SourceError
+from llm2clip.data.sampling import stable_seed
+from llm2clip.data.sources import column_value
 
 from .conftest import CONCEPTS, GLOSSES
 from .pairs import concepts, glosses, plain_source, table_source
@@ -138,3 +142,55 @@ def test_instructions_are_looked_up_by_the_name_of_the_data_set(tmp_path: Path) 
     ):
         with pytest.raises(ValueError, match=message):
             PairSource("pairs.jsonl", anchor_column="q", positive_column="p", **{**fields, **wrong})
+
+
+AWKWARD = [
+    "a dog", "A  Dog", " a\tdog\n", "a\u3000dog", "straße", "STRASSE", "caf\u00e9", "cafe\u0301", "", " ", None, "nan",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"anchor_column": "one", "positive_column": "few"},
+        {"caption_columns": ["one", "few"], "group_column": "number"},
+        {
+            "anchor_column": "few",
+            "positive_column": "one",
+            "negative_column": "dotted.name",
+            "group_column": "record.n",
+        },
+        {"anchor_column": "record.text", "positive_column": "dotted.name", "negative_column": "few"},
+    ],
+)
+def test_rows_with_the_keys_of_their_texts_and_group_are_used(tmp_path: Path, fields: dict[str, Any]) -> None:
+    generator, rows = random.Random(0), range(1300)
+    columns: dict[str, list[Any]] = {
+        "one": [generator.choice(AWKWARD) for _ in rows],
+        "few": [generator.choice([None, generator.choices(AWKWARD, k=generator.randrange(4))]) for _ in rows],
+        "dotted.name": [generator.choice(AWKWARD) for _ in rows],
+        "number": [generator.choice([None, 0.5, 7.0]) for _ in rows],
+        "record": [generator.choice([None, {"text": generator.choice(AWKWARD), "n": row // 3}]) for row in rows],
+    }
+    (table,) = PairDataset(table_source(tmp_path, columns, **fields)).tables
+    found = 0
+    for position, row in enumerate(table.table):
+        source = table.source
+        texts = [
+            column_texts(row, name)
+            for name in source.columns
+            if name not in (source.negative_column, source.group_column)
+        ]
+        own = {caption_id(text) for some in texts for text in some}
+        negative = {caption_id(text) for text in column_texts(row, source.negative_column or "")} - own
+        if len(own) < 2 or (source.anchor_column and not all(texts)) or (source.negative_column and not negative):
+            assert position not in table.rows
+            continue
+        group = column_value(row, source.group_column) if source.group_column else None
+        own |= set() if group is None else {stable_seed("group", str(group))}
+        assert table.rows[found] == position
+        for kind, expected in (("own", own), ("negative", negative)):
+            starts = getattr(table, f"{kind}_starts")
+            assert getattr(table, f"{kind}_keys")[starts[found] : starts[found + 1]].tolist() == sorted(expected)
+        found += 1
+    assert found == len(table) > 30

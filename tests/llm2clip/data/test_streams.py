@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
+import fsspec
 import pytest
 from torch.utils.data import DataLoader
 
-from llm2clip import Stage2Config, Stage2Trainer
 from llm2clip.data import CaptionSource, StreamingCaptionImageDataset
 from llm2clip.data import tars as tar_reader
 from llm2clip.data.opened_table import SourceError
 from llm2clip.data.shard_rows import ShardRows
 from llm2clip.data.stream_order import Lanes
 from llm2clip.trainers.stage2_data import count_stream
-from tests.builders import tiny
 from tests.llm2clip.data.streams import BATCH, PER_TAR, TARS, batches, every_caption, opened, steps_of, write_tars
+from tests.tars import write_tar
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +96,7 @@ def test_a_resume_reads_no_more_than_a_block_of_each_lane(
 
 def test_counted_first_rows_are_a_stream_of_their_own(source: CaptionSource) -> None:
     first = replace(source, max_samples=7)
-    counts = count_stream("tars", [str(path) for path in sorted(Path(source.path).glob("*.tar"))], 0, 1, 7)
+    counts = count_stream(opened(source).shards, first, 0, 1)
     assert counts == [3, 3, 1, 0, 0, 0, 0, 0, 0]
     streams = [opened(first, rank, 2, row_counts=counts) for rank in range(2)]
     read = list(itertools.chain(*itertools.islice(steps_of(streams, 2, Lanes.choose(1, 2), size=1), 7)))
@@ -145,57 +147,67 @@ def test_a_connection_that_ends_while_other_files_are_read_is_made_again(
     assert max(opens.values()) > 1
 
 
-# Rows that are not counted.
-
-
-@pytest.mark.parametrize(("tars", "world", "workers"), [(9, 8, 0), (5, 2, 2), (4, 1, 3)])
-@pytest.mark.parametrize("max_samples", [None, 10])
-def test_workers_of_all_ranks_read_every_row_once(
-    tars: int, world: int, workers: int, max_samples: int | None, tmp_path: Path
-) -> None:
-    source = write_tars(tmp_path, tars)
-    source.max_samples = max_samples
-    found: list[str] = []
-    for rank in range(world):
-        stream = StreamingCaptionImageDataset(source, None, rank=rank, world_size=world, shuffle_block=4)
-        stream.set_epoch(1)
-        found += [sample["caption"] for sample in DataLoader(stream, batch_size=None, num_workers=workers)]
-    assert sorted(found) == every_caption(tars)[:max_samples]
-
-
-@pytest.mark.parametrize(("world", "epoch", "block", "counted"), [(1, 0, 0, False), (2, 0, 6, False), (4, 2, 6, True)])
+@pytest.mark.parametrize(("world", "epoch", "block"), [(1, 0, 0), (2, 0, 6), (4, 2, 6)])
 def test_keys_do_not_depend_on_order_epoch_and_number_of_readers(
-    world: int, epoch: int, block: int, counted: bool, tmp_path: Path
+    world: int, epoch: int, block: int, tmp_path: Path
 ) -> None:
     source, keys = write_tars(tmp_path, 4), dict[str, str]()
     for rank in range(world):
-        counts = [PER_TAR] * 4 if counted else None
-        stream = opened(source, rank, world, row_counts=counts, repeat=False, shuffle_block=block)
+        stream = opened(source, rank, world, row_counts=[PER_TAR] * 4, repeat=False, shuffle_block=block)
         stream.columns = stream.columns._replace(key=None)  # every tar has keys
         stream.set_epoch(epoch)
         keys |= {sample["caption"]: sample["key"] for sample in stream}  # type: ignore[index, call-overload]
     assert keys == {f"caption {shard} {row}": f"{shard}-{row}" for shard in range(4) for row in range(PER_TAR)}
 
 
-def test_fewer_tars_than_readers_are_an_error_before_training(tmp_path: Path) -> None:
-    source = write_tars(tmp_path, 3)
-    stream = StreamingCaptionImageDataset(source, None, rank=0, world_size=2)
-    args = Stage2Config(output_dir=str(tmp_path / "out"), max_steps=1, dataloader_num_workers=2, use_cpu=True)
-    trainer = Stage2Trainer(model=tiny.joint_model(), args=args, train_dataset=stream)
-    with pytest.raises(SourceError, match=r"3 files, .* 4 readers \(2 processes with 2 DataLoader workers each\)"):
-        trainer.train()
-    with pytest.raises(SourceError, match=r"3 files, which is fewer than 4 readers \(4 processes\)"):
-        next(iter(StreamingCaptionImageDataset(source, None, rank=0, world_size=4)))
-    source.max_samples = 3
-    with pytest.raises(SourceError, match="has 3 rows, fewer than 4 readers"):
-        StreamingCaptionImageDataset(source, None, rank=0, world_size=2).require_files(2)
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "jsonl", "parquet", "saved", "remote"])
+@pytest.mark.parametrize("limit", [None, 4])
+def test_rows_are_counted_in_files_of_every_kind(kind: str, limit: int | None, tmp_path: Path) -> None:
+    rows, columns = [2, 3, 1], ["caption"]
+    for number, count in enumerate(rows):
+        texts = [f"{number} {row}" for row in range(count)]
+        if kind in ("tar", "tar.gz", "remote"):
+            files = [(f"{row}.txt", text.encode()) for row, text in enumerate(texts)]
+            ending = "tar" if kind == "remote" else kind
+            write_tar(tmp_path / f"{number}.{ending}", files, "w:gz" if kind == "tar.gz" else "w")
+            columns = ["txt"]
+        elif kind == "jsonl":
+            (tmp_path / f"{number}.jsonl").write_text("\n".join(json.dumps({"caption": text}) for text in texts))
+        elif kind == "parquet":
+            datasets.Dataset.from_dict({"caption": texts}).to_parquet(tmp_path / f"{number}.parquet")
+    path = str(tmp_path if kind == "saved" else tmp_path / f"*.{kind}")
+    if kind == "saved":
+        datasets.Dataset.from_dict({"caption": [f"0 {row}" for row in range(6)]}).save_to_disk(path)
+    elif kind == "remote":
+        fsspec.filesystem("memory").put(str(tmp_path), "/counted", recursive=True)
+        path = "memory://counted/*.tar"
+    source = CaptionSource(path, caption_columns=columns, streaming=True, max_samples=limit)
+    stream = StreamingCaptionImageDataset(source, None, training=False)
+    expected = {"saved": [1] * 6}.get(kind, rows)
+    if limit is not None:
+        expected = {"saved": [1, 1, 1, 1, 0, 0]}.get(kind, [2, 2, 0])
+    assert stream.row_counts == expected
+    assert len({sample["caption"] for sample in stream}) == sum(expected) == (limit or 6)
 
 
-def test_a_reader_without_rows_is_an_error_where_a_stream_is_repeated(tmp_path: Path) -> None:
-    source = write_tars(tmp_path, 1)
-    source.max_samples = 100  # more than there are
-    options: dict[str, Any] = {"world_size": 4, "repeat": True, "seed": 1}
-    ranks = [StreamingCaptionImageDataset(source, None, rank=rank, **options) for rank in range(4)]
-    assert [next(iter(stream))["caption"] for stream in ranks[:3]] == every_caption(1)
-    with pytest.raises(SourceError, match="reader 4 of 4 finds no row"):
-        next(iter(ranks[3]))
+def test_the_log_says_once_and_beforehand_that_remote_files_are_read_to_be_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    message, said_before = "2 remote files, memory:///announced/00000.tar and so on: they are read whole", []
+
+    def counted(path: str) -> int:
+        said_before.append(message in caplog.text)
+        return PER_TAR
+
+    monkeypatch.setattr("llm2clip.data.shard_rows.count_tar_rows", counted)
+    local = write_tars(tmp_path / "tars", 2)
+    fsspec.filesystem("memory").put(str(tmp_path / "tars"), "/announced", recursive=True)
+    remote = replace(local, path="memory://announced/*.tar")
+    with caplog.at_level("INFO", "llm2clip"):
+        assert opened(local, row_counts=None).row_counts == [PER_TAR] * 2
+        assert said_before == [False] * 2, "local tars are counted by their headers"
+        for _ in range(2):
+            assert opened(remote, row_counts=None).row_counts == [PER_TAR] * 2
+    assert said_before[2:] == [True] * 2, "the counts of a machine are kept"
+    assert caplog.text.count("sidecars, which llm2clip embed writes") == 1

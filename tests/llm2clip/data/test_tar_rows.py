@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 
-from llm2clip.data import CaptionSource, StreamingCaptionImageDataset
 from llm2clip.data.opened_table import SourceError
 from llm2clip.data.tars import count_tar_rows, list_tar, tar_rows
 from tests.tars import write_tar
@@ -47,10 +46,10 @@ READERS: list[Callable[[Path], Any]] = [read_all, read_stream, lambda path: [Non
 
 # What is done to the bytes of `numbers`, and what is said of it.
 DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "between files": (lambda content: content[: 2 * FILE], "is cut short after 1.txt."),
-    "in a file": (lambda content: content[: 3 * FILE - 100], "is cut short in 2.txt."),
-    "before the end": (lambda content: content[: 5 * FILE], "is cut short after 4.txt."),
-    "in the first header": (lambda content: content[:100], "or is damaged at its beginning: "),
+    "between files": (lambda content: content[: 2 * FILE], "cut short after 1.txt: "),
+    "in a file": (lambda content: content[: 3 * FILE - 100], "cut short after 2.txt: "),
+    "before the end": (lambda content: content[: 5 * FILE], "cut short after 4.txt: "),
+    "in the first header": (lambda content: content[:100], "cut short at its beginning: "),
     "header": (lambda content: content[: 2 * FILE] + b"x" + content[2 * FILE + 1 :], "a header is damaged"),
     "zeros": (lambda content: content[: 2 * FILE] + bytes(FILE) + content[3 * FILE :], "but more follows"),
 }
@@ -78,7 +77,7 @@ def test_a_cut_or_damaged_compressed_tar_is_named(read: Callable[[Path], Any], t
     middle = len(whole) // 2
     for content in (whole[:middle], whole[:middle] + bytes(64) + whole[middle + 64 :]):
         path.write_bytes(content)
-        with pytest.raises(SourceError, match=r"a\.tar\.gz (is cut short|is damaged|cannot be read) "):
+        with pytest.raises(SourceError, match=r"a\.tar\.gz .*is damaged or cut short "):
             read(path)
 
 
@@ -107,13 +106,12 @@ def test_the_bytes_of_rows_before_are_not_read(tmp_path: Path, monkeypatch: pyte
     assert Counted.read_bytes < 3 * len(data)
 
 
-@pytest.mark.parametrize("kind", ["pax", "gnu", "gz", "global"])
+@pytest.mark.parametrize("kind", ["pax", "gnu", "gz"])
 def test_a_tar_is_entered_at_any_row(kind: str, tmp_path: Path) -> None:
-    """Also where names have headers of their own, and where one header is for all members."""
+    """Also where names have headers of their own."""
     path, count = tmp_path / "a.tar", 12
     form = tarfile.GNU_FORMAT if kind == "gnu" else tarfile.PAX_FORMAT
-    headers = {"comment": "of all"} if kind == "global" else {}
-    with tarfile.open(path, "w:gz" if kind == "gz" else "w", format=form, pax_headers=headers) as tar:
+    with tarfile.open(path, "w:gz" if kind == "gz" else "w", format=form) as tar:
         for row, ending in itertools.product(range(count), ("txt", "json")):
             member = tarfile.TarInfo(f"{row:03}-{'é' * 60 * (row % 3)}.{ending}")
             content = f"{row} {ending}".encode() if ending == "txt" else b"{}"
@@ -133,14 +131,3 @@ def test_a_web_server_without_ranges_is_read_from_the_beginning(tmp_path: Path) 
         found = tar_rows(f"http://127.0.0.1:{server.server_port}/a.tar", ["jpg"], 2)
         assert [(number, row["jpg"][:2]) for number, row in found] == [(2, b"\x02\x02"), (3, b"\x03\x03")]
         server.shutdown()
-
-
-def test_numbers_are_texts_where_the_first_rows_have_texts(tmp_path: Path) -> None:
-    """As `embed` reads them."""
-    values = ['"a"', '"b"', '"c"', '"d"', '"e"', "7"]
-    write_tar(
-        tmp_path / "a.tar", [(f"{n}.json", f'{{"caption": {value}}}'.encode()) for n, value in enumerate(values)]
-    )
-    source = CaptionSource(str(tmp_path), caption_columns=["json.caption"], streaming=True)
-    stream = StreamingCaptionImageDataset(source, None, training=False, row_counts=[6])
-    assert [sample["caption"] for sample in stream] == ["a", "b", "c", "d", "e", "7"]

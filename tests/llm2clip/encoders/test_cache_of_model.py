@@ -9,10 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from llm2clip.encoders import cache_of_model as opening
 from llm2clip.encoders import embed
 from llm2clip.encoders.cache_of_model import open_cache_of_model
 from llm2clip.store import EmbeddingCache, StoreMismatchError
@@ -83,26 +81,6 @@ def test_a_stale_record_is_corrected_unless_it_is_of_a_trained_model(inputs: Inp
         open_cache_of_model(inputs.cache, config, tokenizer, is_trained=True)
     assert len(open_cache_of_model(inputs.cache, config, tokenizer, is_trained=False))
     assert config.text_model_fingerprint == expected
-
-
-def test_weights_that_were_replaced_under_their_config_are_noticed(
-    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.copytree(inputs.text, tmp_path / "text")
-    weights = tmp_path / "text" / "model.safetensors"
-    tensors, saved = load_file(weights), weights.read_bytes()
-    name = next(name for name in tensors if tensors[name].ndim == 2)
-    save_file({**tensors, name: tensors[name].flip(0).contiguous()}, weights, {"format": "pt"})
-    _, tokenizer = describe_text_tower(inputs.text)
-    config = config_of(str(tmp_path / "text"))
-    for is_trained in (True, False):
-        with pytest.raises(StoreMismatchError, match=r"other weights than its config\.json records"):
-            open_cache_of_model(inputs.cache, config, tokenizer, is_trained=is_trained)
-    weights.write_bytes(saved)
-    assert len(open_cache_of_model(inputs.cache, config, tokenizer, is_trained=True))
-    # Files that stay the same are read once.
-    monkeypatch.setattr(opening, "read_fingerprint", None)
-    assert len(open_cache_of_model(inputs.cache, config, tokenizer, is_trained=True))
 
 
 def test_a_cache_of_another_tokenizer_is_refused(inputs: Inputs, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def ray_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("log.txt", "error.log")}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "log.txt"}
 
 
 @pytest.fixture

@@ -86,7 +86,7 @@ def test_a_whole_set(tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 def test_other_counts_stop_a_run(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tiny / "tiny" / "captions.json").write_text(json.dumps({"a.png": ["a dog"] * 5}))
     status, report = check(tiny)
-    rows = f"In {tiny / 'tiny' / 'captions.json'}: the last of the images is number 1, a.png."
+    rows = "What stands out: the last image is number 1, a.png."
     assert (status, report["stops"]) == (1, ["there are 1 images instead of 3.", rows])
     shown, error = capsys.readouterr()
     assert "1 images instead of 3" in shown

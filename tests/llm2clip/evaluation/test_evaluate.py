@@ -154,7 +154,7 @@ def errors(place: Path) -> dict[str, tuple[list[str], str]]:
         "missing": ([model, "--benchmark", "urban1k", *data], "urban1k lacks caption/1.txt, image in"),
         "folder": ([model, "--benchmark", "urban1k", "--data", "nowhere"], "--data nowhere is no folder"),
         # A folder that is no model: counts are checked before a model is loaded.
-        "counts": ([str(place), "--benchmark", str(place / "odd.py"), *data], "Odd has 11 images instead of 12"),
+        "counts": ([str(place), "--benchmark", str(place / "odd.py"), *data], "has 11 images instead of 12"),
         "output": ([str(place), *whole[1:], "--output", strange], "strange.py, but results are written to a folder"),
         "nothing": ([model, *data], "evaluate needs a model and what to measure"),
         "format": ([*whole, "--text-format", "upper"], "has to be one of raw, lower, albef, blip, flair, long-clip"),

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from llm2clip.evaluation.benchmarks import all_benchmarks
-from llm2clip.evaluation.benchmarks.variants import probe_by_name
+from llm2clip.evaluation.benchmarks import all_benchmarks, probe_by_name
 from llm2clip.evaluation.results import (
     PublishedRow,
     Result,

@@ -14,14 +14,10 @@ from torch import Tensor
 from transformers import CLIPImageProcessor, SiglipImageProcessor
 
 from llm2clip import load_encoder
-from llm2clip.evaluation.metrics import retrieval_metrics
-from llm2clip.evaluation.own_data import retrieval_sets
 from llm2clip.hub import onnx_writing
-from llm2clip.hub.export_onnx import ExportOnnxConfig, run
-from llm2clip.hub.onnx_layouts import Layout
 from modeling_llm2clip import LLM2CLIPProcessor
 from tests import node
-from tests.builders import small_runs, tiny
+from tests.builders import tiny
 from tests.llm2clip.hub.conftest import Refused
 from tests.llm2clip.hub.onnx_programs import CLOSE, READERS, TEXTS, export, read, teach
 
@@ -131,27 +127,6 @@ def test_what_immich_does_in_another_way_is_said(model: Path, pictures: list[str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["plain", "immich", "transformers.js"])
-def test_the_recall_of_int8_is_given_beside_that_of_torch(layout: Layout, model: Path, tmp_path: Path) -> None:
-    teach(model, "static")
-    sources = {"set": {**small_runs.concepts("validation"), "max_samples": 60}}
-    config = ExportOnnxConfig(str(model), str(tmp_path / layout), layout, dtype="int8", eval_sources=sources)
-    found = run(config)
-    encoder = load_encoder(str(model), text_encoder="query")
-    names = []
-    for name, data in retrieval_sets(sources).items():
-        images = encoder.encode_image([data.image(row) for row in range(len(data.images))])
-        expected = retrieval_metrics(images, encoder.encode_text(data.texts), data.pairs)
-        recalls = [f"text_to_image_recall@{k}" for k in (1, 5, 10)]
-        # Of random weights, whose order a bit may change.
-        for kind, tolerance in (("torch", 0.0), ("exported_texts", 0.15), ("exported", 0.15)):
-            shown = [found[f"{name}_{kind}_{recall}"] for recall in recalls]
-            assert shown == pytest.approx([expected[recall] for recall in recalls], abs=tolerance)
-            names += [f"{name}_{kind}_{recall}" for recall in recalls]
-    assert {name for name in found if name.startswith("set_")} == set(names)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", list(READERS))
 def test_int8_keeps_the_vectors_nearly(layout: str, model: Path, pictures: list[str]) -> None:
     teach(model, "bert")
@@ -187,9 +162,8 @@ def test_a_graph_that_8_bits_have_spoilt_is_not_kept(
     [
         (["immich", "--parts", "vision"], "parts is ['vision'], but Immich needs both graphs"),
         (["immich", "--text-encoder", "query"], "has no query_encoder/; `llm2clip distill-text"),
-        (["plain", "--parts", "text", "--eval-sources", "{a: {}}"], "['text'], but eval_sources need both graphs"),
     ],
-    ids=["one graph", "no query encoder", "recall"],
+    ids=["one graph", "no query encoder"],
 )
 def test_what_a_layout_cannot_hold_is_refused(
     options: list[str], message: str, model: Path, tmp_path: Path, refused: Refused

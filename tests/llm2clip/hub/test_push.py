@@ -60,9 +60,9 @@ def test_push_uploads_what_belongs_to_a_model_unchanged_except_the_card(
 @pytest.mark.parametrize(
     ("token", "repo", "message"),
     [
-        (False, REPO, r"token is missing or not valid: log in with `hf auth login`, or set HF_TOKEN \(HTTP 401"),
-        (READ_TOKEN, REPO, r"needs write access to the repo and its organization \(HTTP 403"),
-        (TOKEN, "tester/a--b", r"'tester/a--b' is not a valid repo name"),
+        (False, REPO, r"401 .*log in with `hf auth login`, or set HF_TOKEN"),
+        (READ_TOKEN, REPO, r"403 .*needs write access to the repo and its organization"),
+        (TOKEN, "tester/a--b", r"Cannot have -- or \.\. in repo_id: 'tester/a--b'"),
         (TOKEN, "tiny", r"'tiny' is not a repo name: write OWNER/NAME"),
     ],
     ids=["none", "read", "invalid", "no owner"],
@@ -75,16 +75,10 @@ def test_error_for_token_or_repo_name_names_the_next_step(
     assert not hub.repos
 
 
-def test_error_for_http_status_names_the_next_step(hub: LoopbackHub, built: Path) -> None:
-    for status, message in (
-        (413, "a file is too large for the Hub: .*save its weights in shards"),
-        (429, "too many requests: wait some minutes and push again"),
-        (451, "the Hub refuses this request"),
-    ):
-        hub.fail_next("POST", "/commit/", status, times=20)
-        with pytest.raises(ValueError, match=rf"{message} .*\(HTTP {status}"):
-            upload(hub, built)
-        hub.failures.clear()
+def test_what_the_hub_says_is_passed_on_in_one_line(hub: LoopbackHub, built: Path) -> None:
+    hub.fail_next("POST", "/commit/", 413, times=20)
+    with pytest.raises(ValueError, match=rf"^{REPO}: .*413.*\.$"):
+        upload(hub, built)
     assert not hub.repo(REPO).files()
 
 

@@ -3,44 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import datasets
-import pytest
 
-from llm2clip.quickstart.config import Arm
 from llm2clip.quickstart.data import QuickstartData
-from llm2clip.quickstart.image_steps import BEST_BY
-from llm2clip.quickstart.report import draw_curves
-from llm2clip.quickstart.results import ONE_RUN, protocol, reading
+from llm2clip.quickstart.results import protocol
 
-RECALL = "text_to_image_recall@10"
 COLUMNS = ["caption", "keywords"]
-
-
-def parts(in_domain: float, transfer: float, deviation: float | None) -> dict[str, Any]:
-    spread = {} if deviation is None else {"std": {RECALL: deviation}}
-    return {name: {RECALL: value, **spread} for name, value in (("in_domain", in_domain), ("transfer", transfer))}
-
-
-@pytest.mark.parametrize(
-    ("tuned", "deviation", "conclusion"),
-    [
-        ((0.40, 0.20), 0.01, "both a better fit of the trained domains and transfer"),
-        ((0.40, 0.11), 0.01, "a better fit of the trained domains, and no transfer"),
-        ((0.31, 0.20), 0.01, "transfer to another domain, and no better fit"),
-        ((0.20, 0.05), 0.01, "neither a better fit"),
-        ((0.40, 0.20), None, ONE_RUN),
-    ],
-    ids=["both", "fit", "transfer", "neither", "one run"],
-)
-def test_several_runs_allow_a_conclusion_and_one_none(
-    tuned: tuple[float, float], deviation: float | None, conclusion: str
-) -> None:
-    (sentence,) = reading({"raw": parts(0.3, 0.1, deviation), "tuned": parts(*tuned, deviation)}, "raw", "tuned")
-    assert conclusion in sentence
-    assert f"{100 * tuned[0]:.1f} after 30.0 on the trained domains" in sentence
-    assert (ONE_RUN in sentence) == (deviation is None)
 
 
 def test_test_captions_that_training_knows_are_counted(tmp_path: Path) -> None:
@@ -54,18 +23,9 @@ def test_test_captions_that_training_knows_are_counted(tmp_path: Path) -> None:
         datasets.Dataset.from_dict(rows).to_parquet(tmp_path / f"{split}.parquet")
     data = QuickstartData.find(str(tmp_path), COLUMNS)
     assert data.seen_captions() == (2, 4)
-    said = protocol(data, {"seeds": 1, "unfrozen_seeds": 0}, transfer=False)
+    said = protocol(data)
     assert said["seen"] == "Of 4 test captions, 2 are also captions of training images."
 
 
 def test_of_the_bundled_data_one_test_caption_is_among_the_keywords_of_training() -> None:
     assert [QuickstartData.find(None, columns).seen_captions()[0] for columns in (COLUMNS, COLUMNS[:1])] == [1, 0]
-
-
-def test_the_chosen_model_is_no_point_of_the_curve() -> None:
-    """It is measured after the last step, which has a value of its own."""
-    history = [{"step": 1, "loss": 2.0}, {"step": 1, BEST_BY: 0.3}, {"step": 2, BEST_BY: 0.1}]
-    runs = {"stage2-raw": {"frozen": {"history": [*history, {"step": 2, BEST_BY: 0.3}]}}}
-    figure = draw_curves(runs, [Arm("raw", "raw LLM", "raw")])
-    (line,) = [line for axis in figure.axes for line in axis.lines if "validation" in axis.get_title()]
-    assert line.get_xydata().tolist() == [[1, 30], [2, 10]]

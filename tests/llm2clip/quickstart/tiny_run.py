@@ -13,8 +13,6 @@ from llm2clip.quickstart.weights import WeightWheel, weights_folder
 from tests.builders import small_runs
 
 PROFILE: dict[str, Any] = {
-    "seeds": 2,
-    "unfrozen_seeds": 1,
     "stage1": {
         "max_steps": 2, "per_device_train_batch_size": 8, "lora_rank": 2, "save_strategy": "no", "use_cpu": True,
         "prompt_prefix": "caption: ", "logging_steps": 1,
@@ -23,11 +21,8 @@ PROFILE: dict[str, Any] = {
         "projection_dim": 16, "adapter_num_layers": 1, "vision_pooling": "cls_mean", "standardize_features": True,
         "use_cpu": True, "caption_weights": [3, 1], "logging_steps": 1, "shared_captions": "positive",
         "eval_strategy": "epoch", "save_strategy": "best", "save_total_limit": 1, "load_best_model_at_end": True,
-        "metric_for_best_model": BEST_BY, "greater_is_better": True,
-    },
-    "frozen": {"num_train_epochs": 2, "per_device_train_batch_size": 16, "learning_rate": 1e-2},
-    "unfrozen": {
-        "num_train_epochs": 1, "per_device_train_batch_size": 16, "learning_rate": 1e-3, "freeze_vision_layers": -1,
+        "metric_for_best_model": BEST_BY, "greater_is_better": True, "num_train_epochs": 2,
+        "per_device_train_batch_size": 16, "learning_rate": 1e-2,
     },
 }  # fmt: skip
 # Rows of one source and of several.

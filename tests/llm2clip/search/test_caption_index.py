@@ -212,10 +212,9 @@ def test_captions_are_shown_with_their_images_unless_those_were_replaced(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"caption_columns": ["long"]}, "add --embed caption"),
+        ({"caption_columns": ["caption", "long"]}, "add --embed caption"),
         ({"embed": "caption", "kind": "folder"}, "kind is folder"),
         ({"embed": "caption", "image_backend": "fast"}, "image_backend is fast"),
-        ({"embed": "caption", "caption_column": "a", "caption_columns": ["b"]}, "are both given"),
         ({"embed": "text"}, "one of image, caption"),
     ],
 )

@@ -21,7 +21,7 @@ from tests.processes import run_python
 from .conftest import Forwards
 from .helpers import Model, as_json, encoded, error, picture
 from .helpers import index as index_in_folder
-from .places import Place, rows_of, sql
+from .places import Place, sql
 
 pytest.importorskip("psycopg", reason="psycopg is not installed")
 TEXT = "two children play football"
@@ -73,9 +73,8 @@ def test_a_lost_connection_is_one_error_and_the_run_is_resumed(
 
 @IN_POSTGRES
 def test_hnsw_finds_what_comparing_all_finds_also_where_a_condition_rejects_nearly_all(
-    place: Place, url: str, pictures: Path, model: Model, monkeypatch: pytest.MonkeyPatch
+    place: Place, url: str, pictures: Path, model: Model
 ) -> None:
-    monkeypatch.setattr("llm2clip.search.postgres_store.EXACT_MATCHES", 0)
     settings = {"index_type": "hnsw", "m": 4, "ef_construction": 32, "ef_search": 1}
     place.index(pictures, model[0], "flat")
     place.index(pictures, model[0])
@@ -108,28 +107,6 @@ def test_hnsw_finds_what_comparing_all_finds_also_where_a_condition_rejects_near
     assert sql(url, GRAPHS) != before
     place.index(pictures, model[0], index_type="flat")
     assert sql(url, GRAPHS) == []
-
-
-@IN_POSTGRES
-def test_binary_hnsw_ranks_by_signs_and_rescores_by_the_embeddings(
-    place: Place, url: str, pictures: Path, model: Model, tmp_path: Path
-) -> None:
-    settings = {"precision": "binary", "m": 4, "ef_construction": 32}
-    assert place.index(pictures, model[0], **settings, refine=1) == (12, 0, 0, 0, 12)
-    assert "((binary_quantize(vector))::bit(24)) bit_hamming_ops) WITH (m='4'" in sql(url, GRAPHS)[0][1]
-    # With one candidate per result, those of the smallest Hamming distance; with more, the same as in a folder.
-    planned = f"{url}?options={quote('-c enable_seqscan=off -c enable_sort=off')}"
-    opened = SearchIndex.open("index", planned)
-    found = {row["key"]: np.asarray(row["vector"], np.float32) for row in rows_of(opened)}
-    query = np.random.default_rng(0).normal(size=(1, 24)).astype(np.float32)
-    distances = sorted(((vector > 0) != (query[0] > 0)).sum() for vector in found.values())
-    keys = [row.key for row in opened.search(query, 3)[0]]
-    assert sorted(((found[key] > 0) != (query[0] > 0)).sum() for key in keys) == distances[:3]
-    assert place.index(pictures, model[0], **settings) == (0, 12, 0, 0, 12)
-    index_in_folder(pictures, model[0], tmp_path / "flat")
-    found = SearchIndex.open("index", planned)
-    assert found.search(query, 5) == SearchIndex.open(tmp_path / "flat").search(query, 5)
-    assert {row.key[:2] for row in found.search(query, 2**62, "folder = 'a'")[0]} == {"a/"}
 
 
 @IN_POSTGRES
@@ -219,8 +196,8 @@ def test_a_table_has_the_name_of_the_folder_in_letters_of_sql(pictures: Path, mo
     ("settings", "message"),
     [
         ({"output_dir": "index"}, "output_dir is index"),
-        ({"index_type": "faiss"}, "one of auto, flat, hnsw"),
-        ({"precision": "int8"}, "precision is int8, but .* hnsw has only binary"),
+        ({"index_type": "ivf_rq"}, "one of auto, flat, hnsw"),
+        ({"precision": "int8"}, "precision is int8, but an index of the type hnsw does not use it"),
         ({"refine": 3}, "refine is 3, but an index of the type hnsw does not use it"),
         ({"ef_search": 1001}, "ef_search up to 1000"),
     ],
@@ -235,10 +212,9 @@ def test_hnsw_is_refused_or_left_out_where_embeddings_are_too_wide_for_it() -> N
         return IndexConfig(folder="pictures", model="model", postgres="postgresql:///images", **settings)
 
     types = ("flat", "hnsw")
-    with pytest.raises(ValueError, match=r"embeddings of up to 2,000 .* the width is 4,000; .* float16"):
+    with pytest.raises(ValueError, match=r"hnsw takes up to 2,000 values of float32, but the width is 4,000"):
         config(index_type="hnsw", dtype="float32").type_of(types, 4000)
     config(index_type="hnsw").type_of(types, 4000)
-    config(precision="binary", dtype="float32").type_of(types, 5000)
     assert config().index_of(10**6, 4000, types)["type"] == "hnsw"
     assert config(dtype="float32").index_of(10**6, 4000, types)["type"] == "flat"
 
@@ -251,13 +227,3 @@ def test_a_name_that_is_no_table_and_a_missing_library_are_refused(monkeypatch: 
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ImportError, match=r"pip install 'llm2clip\[postgres\]'"):
         open_store("a", "postgresql:///images")
-
-
-def test_pgvector_may_be_in_a_schema_of_its_own(pictures: Path, model: Model, url: str) -> None:
-    sql(url, "DROP DATABASE IF EXISTS tidy")
-    sql(url, "CREATE DATABASE tidy")
-    tidy = url.rpartition("/")[0] + "/tidy"
-    sql(tidy, 'CREATE SCHEMA "my Types"; CREATE EXTENSION vector SCHEMA "my Types"; CREATE SCHEMA mine')
-    settings = {"postgres": tidy, "table": "mine.images", "index_type": "hnsw"}
-    assert index_in_folder(pictures, model[0], None, **settings) == (12, 0, 0, 0, 12)
-    assert len(SearchIndex.open("mine.images", tidy).search(np.ones((1, 24), np.float32), 3)[0]) == 3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from llm2clip.encoders import Encoder, load_encoder
 from llm2clip.search.index_settings import IndexSettings
 from llm2clip.search.lance_store import LanceStore
 from llm2clip.search.search_index import SearchIndex
-from llm2clip.search.store import STORES, VECTOR
+from llm2clip.search.store import VECTOR, IndexStore
+from tests.documents.reading import blocks
 from tests.llm2clip.encoders import models
 
 from .helpers import Model, as_json, encoded, error, picture
@@ -51,6 +54,7 @@ def test_all_stores_give_equal_answers_with_any_model(
     encoder = encoder_of(library, model, tmp_path)
     indexes = [
         SearchIndex.build(encoder, pictures, tmp_path / "lance", dtype=dtype),
+        SearchIndex.build(encoder, pictures, tmp_path / "codes", dtype=dtype, index_type="ivf_rq"),
         SearchIndex.build(encoder, pictures, tmp_path / "faiss", dtype=dtype, index_type="faiss"),
         SearchIndex.build(encoder, pictures, "pictures", postgres=url, dtype=dtype),
     ]
@@ -101,9 +105,10 @@ def test_an_index_is_built_searched_and_updated_in_five_lines(pictures: Path, mo
 def test_an_update_keeps_the_settings_of_each_type(pictures: Path, model: Model, url: str, tmp_path: Path) -> None:
     encoder = load_encoder(str(model[0]))
     hnsw = SearchIndex.build(encoder, pictures, "pictures", postgres=url, index_type="hnsw", ef_search=50)
-    faiss = SearchIndex.build(encoder, pictures, tmp_path / "faiss", index_type="faiss", probes=3, refine=7)
+    codes = SearchIndex.build(encoder, pictures, tmp_path / "codes", index_type="ivf_rq", probes=3, refine=7)
+    faiss = SearchIndex.build(encoder, pictures, tmp_path / "faiss", index_type="faiss", cells=2, refine=7)
     (pictures / "new.png").write_bytes(encoded(picture(50)))
-    for index in (hnsw, faiss):
+    for index in (hnsw, codes, faiss):
         before = index.manifest.index
         assert index.update()["embedded"] == 1
         assert index.manifest.index == before
@@ -145,20 +150,24 @@ def test_a_list_of_paths_and_images_and_an_open_data_set_are_indexed(
 class OwnStore(LanceStore):
     """A store of the user."""
 
-    def __init__(self, url: str) -> None:
-        super().__init__(url.removeprefix("own://"))
 
-
-def test_a_store_of_the_user_is_registered_by_one_line(
-    pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(STORES, "own", f"{__name__}:OwnStore")
-    run_index(pictures, model[0], f"own://{tmp_path}/index")
-    opened = SearchIndex.open(f"own://{tmp_path}/index")
-    assert isinstance(opened.store, OwnStore)
-    assert SearchIndex.open(OwnStore(str(tmp_path / "index"))).search(picture(7), 1) == opened.search(picture(7), 1)
-    with pytest.raises(ValueError, match=r"a folder or a URL \(s3://, gs://, az://, own://\), not other://x"):
+def test_an_index_is_in_a_store_of_the_user_or_a_known_place(pictures: Path, model: Model, tmp_path: Path) -> None:
+    built = SearchIndex.build(str(model[0]), pictures, OwnStore(tmp_path / "index"))
+    opened = SearchIndex.open(OwnStore(tmp_path / "index"))
+    assert opened.search(picture(7), 1) == built.search(picture(7), 1)
+    with pytest.raises(ValueError, match=r"a folder or a URL \(s3://, gs://, az://\), not other://x"):
         SearchIndex.open("other://x")
+
+
+def test_the_store_that_the_documents_sketch_has_the_methods_of_one(tmp_path: Path) -> None:
+    sketch = tmp_path / "sketch.py"
+    sketch.write_text(next(content for _, content in blocks("docs/search.md") if "class QdrantStore" in content))
+    made = runpy.run_path(str(sketch))["QdrantStore"]
+    methods = [name for name, value in vars(IndexStore).items() if inspect.isfunction(value) and name[0] != "_"]
+    assert len(methods) == 9
+    for name in methods:
+        shown, expected = (inspect.signature(getattr(one, name)).parameters.values() for one in (made, IndexStore))
+        assert [(one.name, one.default) for one in shown] == [(one.name, one.default) for one in expected]
 
 
 # Bytes per row of width 64: the codes, and what belongs to each.

@@ -17,9 +17,9 @@ import pytest
 from llm2clip.search.folder_items import BINARY, digest
 from llm2clip.search.index_manifest import IndexManifest
 from llm2clip.search.index_settings import IndexSettings
+from llm2clip.search.lance_store import verify_index
 from llm2clip.search.search_index import SearchIndex
 from llm2clip.search.store import ID, KEY, REASON, VECTOR, IndexStore
-from llm2clip.search.verify_index import verify_index
 from tests.builders import tiny
 
 from .conftest import Forwards
@@ -111,6 +111,7 @@ STEPS: dict[str, dict[str, tuple[int, str, dict[str, Any]]]] = {
         "commit": (1, "old", {"overwrite": True}),
         "_optimize": (2, "old", {}),
         "_index_columns": (1, "old", {"index_type": "ivf_rq"}),
+        "_write_faiss": (1, "old", {"index_type": "faiss"}),
         "_list_files": (1, "old", {"index_type": "faiss"}),
         "_clean": (1, "new", {}),
     },

@@ -16,7 +16,7 @@ from llm2clip.utils.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from modeling_llm2clip.modeling_llm2clip_decoder import attention_kind, packs_by_flags, unknown_attention
 from tests.builders import tiny
-from tests.llm2clip.utils.decoders import MAKE_MODELS, embedded_batches
+from tests.llm2clip.utils.decoders import DECODERS, ENCODERS, embedded_batches, small_model
 from tests.modeling_llm2clip.flash import FlashOnCPU
 
 REFUSED = {
@@ -42,7 +42,7 @@ IDS = torch.arange(2, 9)[None]
 
 @pytest.mark.parametrize("model_type", REFUSED)
 def test_decoders_that_would_mix_captions_are_refused(model_type: str) -> None:
-    tower = LLM2CLIPTextModel.from_decoder(MAKE_MODELS["small_decoder"](model_type))
+    tower = LLM2CLIPTextModel.from_decoder(small_model(model_type))
     with pytest.raises(
         ValueError, match=f"{model_type}.* cannot be a text tower: .*Use another LLM, such as"
     ) as found:
@@ -54,25 +54,15 @@ def test_decoders_that_would_mix_captions_are_refused(model_type: str) -> None:
         tower(IDS)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["types", "encoder_types"])
-def test_no_model_that_the_probe_refuses_computes_or_packs_by_flags(kind: str) -> None:
-    """All types of this transformers version."""
-    refused = known = 0
-    for model_type in MAKE_MODELS[kind]():
-        if (decoder := MAKE_MODELS["small_decoder"](model_type)) is None:
-            continue
-        tower = LLM2CLIPTextModel.from_decoder(decoder)
-        if kind == "encoder_types" and packs_by_flags(decoder):
-            known += 1
-            assert packs_exactly(tower), model_type
-        try:
-            verify_text_tower(tower)
-        except ValueError:
-            refused += 1
-            assert "is not known to be a text tower" in str(unknown_attention(tower.decoder, tower.config))
-    assert refused >= 7
-    assert kind == "types" or known > 15
+@pytest.mark.parametrize("model_type", [*DECODERS, *ENCODERS])
+def test_no_model_that_the_probe_refuses_computes_or_packs_by_flags(model_type: str) -> None:
+    tower = LLM2CLIPTextModel.from_decoder(small_model(model_type))
+    if packs_by_flags(tower.decoder):
+        assert packs_exactly(tower)
+    try:
+        verify_text_tower(tower)
+    except ValueError:
+        assert "is not known to be a text tower" in str(unknown_attention(tower.decoder, tower.config))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -100,7 +90,7 @@ def test_the_record_is_saved_and_a_model_that_needs_it_is_refused_without(
     model_type: str, with_record: bool, tmp_path: Path
 ) -> None:
     """By the flags of transformers, Falcon may not follow a mask."""
-    MAKE_MODELS["small_decoder"](model_type).save_pretrained(tmp_path / "llm")
+    small_model(model_type).save_pretrained(tmp_path / "llm")
     tiny.plain_tokenizer().save_pretrained(tmp_path / "llm")
     tower, _ = open_text_tower(str(tmp_path / "llm"))
     assert probe_from_disk(str(tmp_path / "llm")) == ["mask"]
@@ -120,7 +110,7 @@ def test_the_record_is_saved_and_a_model_that_needs_it_is_refused_without(
 
 
 def test_a_causal_baseline_is_not_probed() -> None:
-    decoder = MAKE_MODELS["small_decoder"]("mamba2")
+    decoder = small_model("mamba2")
     with embedded_batches() as batches:
         tower = probed(decoder, bidirectional=False)
     assert not batches
@@ -128,7 +118,7 @@ def test_a_causal_baseline_is_not_probed() -> None:
 
 
 def test_another_attention_implementation_has_its_own_record() -> None:
-    tower = probed(MAKE_MODELS["small_decoder"]("olmo2"))
+    tower = probed(small_model("olmo2"))
     tower.set_attn_implementation("flex_attention")
     with pytest.raises(ValueError, match=r"olmo2 with flex_attention .*, or use attn_implementation='sdpa'"):
         tower(IDS)
@@ -145,7 +135,7 @@ def test_another_attention_implementation_has_its_own_record() -> None:
 def test_flash_attention_is_refused_where_it_reads_captions_differently(
     model_type: str, fault: str | None, flash: FlashOnCPU, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tower = probed(MAKE_MODELS["small_decoder"](model_type))
+    tower = probed(small_model(model_type))
     tower.decoder.config._attn_implementation_internal = "flash_attention_2"
     probe_attention(tower)
     assert not flash.sequences, "a CPU has no flash attention"
@@ -161,7 +151,7 @@ def test_flash_attention_is_refused_where_it_reads_captions_differently(
 
 @pytest.mark.parametrize("asked", ["flex_attention", {"text_config": "flex_attention"}])
 def test_a_joint_model_does_not_compute_with_an_attention_without_a_record(asked: Any) -> None:
-    tower = probed(MAKE_MODELS["small_decoder"]("gpt_oss"))
+    tower = probed(small_model("gpt_oss"))
     # Copied, since a new config resets the attention implementation.
     model = LLM2CLIPModel(tiny.joint_config(text=copy.deepcopy(tower.config)), text_model=False)
     model.set_text_model(tower)

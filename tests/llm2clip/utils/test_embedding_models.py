@@ -137,7 +137,6 @@ def edit(path: Path, **fields: Any) -> None:
         ("1_Pooling/config.json", {"pooling_mode": "cls", "include_prompt": False}, "pooling without the prompt"),
         ("2_Dense/config.json", {"activation_function": "mine.Swish"}, "has the activation mine.Swish"),
         ("2_Dense/config.json", {"use_residual": True}, "has a residual branch"),
-        ("2_Dense/config.json", {"out_features": 16}, "the files have"),
         ("sentence_bert_config.json", {"transformer_task": "fill-mask"}, "it embeds texts by fill-mask"),
         ("sentence_bert_config.json", {"config_kwargs": {"is_causal": False}}, "config_kwargs sets is_causal"),
         ("sentence_bert_config.json", {"processing_kwargs": {"text": {"padding": True}}}, "tokenizer arguments"),

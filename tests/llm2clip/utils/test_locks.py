@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import signal
 import subprocess
 import sys
@@ -11,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
 
 from llm2clip.encoders import embed
 from llm2clip.quickstart import pipeline
@@ -33,21 +30,18 @@ def test_a_lock_ends_with_a_process_that_is_killed(tmp_path: Path) -> None:
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match=rf"another run is using .*{process.pid}"):
+        with pytest.raises(ValueError, match=f"another run is using {tmp_path}; wait until it has ended"):
             folder_lock(tmp_path, patience=0).__enter__()
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
     with folder_lock(tmp_path, patience=0):
-        assert (tmp_path / locks.OWNER).exists()
-    assert not (tmp_path / locks.OWNER).exists()
+        pass
 
 
 def test_a_lock_may_be_entered_again_and_ends_with_the_outer_block(tmp_path: Path) -> None:
-    with folder_lock(tmp_path):
-        with folder_lock(tmp_path / ".." / tmp_path.name, patience=0):
-            pass
-        assert (tmp_path / locks.OWNER).exists()
+    with folder_lock(tmp_path), folder_lock(tmp_path / ".." / tmp_path.name, patience=0):
+        pass
     with another_run(tmp_path), pytest.raises(ValueError, match="another run is using"):
         folder_lock(tmp_path, patience=0).__enter__()
 
@@ -68,15 +62,3 @@ def test_every_stage_refuses_a_folder_that_another_run_uses(
     monkeypatch.setattr(locks, "PATIENCE", 0.0)
     with another_run(tmp_path), pytest.raises(ValueError, match="another run is using"):
         run(config(output_dir=str(tmp_path), **fields))
-    assert not (tmp_path / locks.OWNER).exists()
-
-
-def test_a_file_system_without_locks_is_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def refuse(self: FileLock, timeout: float) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(FileLock, "acquire", refuse)
-    with folder_lock(tmp_path):
-        assert "has no file locks" in caplog.text

@@ -10,7 +10,7 @@ import pytest
 from llm2clip import cli
 from llm2clip.hub.cards.card import split_card
 from llm2clip.recipes import load_recipe
-from llm2clip.utils.yaml_text import MAX_CHARACTERS, MAX_DEPTH, load_yaml
+from llm2clip.utils.yaml_text import load_yaml
 
 
 def repeated(first: str, each: str) -> str:
@@ -25,9 +25,7 @@ BOMBS = {
     "laughs": (LAUGHS, r"\*a0 is an alias: write the values out \(line 2\)"),
     "merges": (MERGES, "is an alias"),
     "itself": ("a: &a [*a]\n", "is an alias"),
-    "deep lists": ("a: " + "[" * 100_000, "levels deep|nesting depth"),
-    "deep mappings": ("".join(f"{' ' * n}a:\n" for n in range(500)), f"more than {MAX_DEPTH} levels deep"),
-    "long": (f"a: {'x' * MAX_CHARACTERS}\n", "characters, and at most"),
+    "deep": ("a: " + "[" * 100_000, "too many levels|nesting depth"),
     "integer": (f"a: {'9' * 100_000}\n", "4300"),
 }
 PAYLOADS = {

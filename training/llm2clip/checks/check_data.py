@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import fsspec.asyn
 from rich.console import Console
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from llm2clip.checks.near_duplicates import HASH_BITS, HashCheck, PerceptualHash, find_near_duplicates
-from llm2clip.checks.row_checks import CaptionCheck, Check, Finding, ImageCheck, RowCheck, RowReader, TextFaultCheck
+from llm2clip.checks.near_duplicates import HashCheck, near_duplicates, perceptual_hash
+from llm2clip.checks.row_checks import (
+    CaptionCheck,
+    Check,
+    ImageCheck,
+    RowCheck,
+    RowFacts,
+    RowReader,
+    TextFaultCheck,
+)
 from llm2clip.checks.token_check import CountingTokenizer, TokenCheck
 from llm2clip.data.captioned_images import OnError
-from llm2clip.data.sampling import CaptionRows
-from llm2clip.data.sources import CaptionSource
-from llm2clip.data.streams import StreamedRows
+from llm2clip.data.opened_table import SourceError
+from llm2clip.data.shard_rows import open_shards
+from llm2clip.data.sources import CaptionSource, load_source, open_source, source_columns
 from llm2clip.data.table_identity import data_revision
 from llm2clip.utils.files import write_json
+from llm2clip.utils.library_errors import wrap_read_errors
 from llm2clip.utils.processes import worker_count
 from llm2clip.utils.progress import ProgressBar
 from llm2clip.utils.settings import check_choices, setting
@@ -140,47 +152,81 @@ def check_data(
     """
     token_check = TokenCheck([CountingTokenizer(name) for name in tokenizers])
     hashes, others = HashCheck(), {split: HashCheck() for split in other_splits}
-    workers, reader = worker_count(num_workers), RowReader(max_pixels, PerceptualHash() if others else None)
+    if others:
+        importlib.import_module("imagehash")
+    reader = RowReader(max_pixels, perceptual_hash if others else None)
     for split, other in others.items():
-        feed_rows(open_rows(replace(source, split=split), reader, with_images), source.path, [other], workers)
+        feed_rows(open_rows(replace(source, split=split), reader, with_images), source.path, [other], num_workers)
     rows = open_rows(source, reader, with_images)  # says which the columns are
     checks: list[Check] = [RowCheck(), CaptionCheck(source.caption_columns), TextFaultCheck(), token_check]
     if with_images:
         checks.append(ImageCheck())
-    feed_rows(rows, source.path, [*checks, hashes], workers)
+    feed_rows(rows, source.path, [*checks, hashes], num_workers)
     report: dict[str, Any] = {"data": {**vars(source), "revision": data_revision(vars(source))}}
     for check in checks:
         report |= check.summary()
     report.setdefault("images", None)
     findings = {name: finding for check in checks for name, finding in check.findings.items()}
-    findings |= {f"images that are also in {split}": _copies(hashes, other) for split, other in others.items()}
+    findings |= {f"images that are also in {split}": near_duplicates(hashes, other) for split, other in others.items()}
     return report | {"findings": {name: vars(finding) for name, finding in findings.items()}}
 
 
-def _copies(own: HashCheck, other: HashCheck) -> Finding:
-    finding = Finding()
-    for copy in find_near_duplicates(own, other):
-        finding.add(copy.key, f"{copy.original} differs in {copy.distance} of {HASH_BITS} bits")
-    return finding
+class StreamedFiles(IterableDataset):
+    """The facts of the rows of a stream, whose files, or first rows, the DataLoader workers share."""
+
+    def __init__(self, source: CaptionSource, reader: RowReader, with_images: bool) -> None:
+        self.columns, self.shards = open_shards(source, open_source(source), with_images)
+        self.reader, self.max_samples = reader, source.max_samples
+
+    def __iter__(self) -> Iterator[RowFacts]:
+        worker = get_worker_info()
+        number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        if worker is not None:
+            fsspec.asyn.reset_lock()  # a forked process inherits a lock that nobody releases
+        files = range(self.shards.num_files)
+        if self.max_samples is None:
+            files = files[number::workers]
+        rows: Iterator[Any] = ((file, *row) for file in files for row in self.shards.read(file))
+        if self.max_samples is not None:  # which file has the last of them is not known
+            rows = itertools.islice(rows, number, self.max_samples, workers)
+        for file, row, values in rows:
+            key = None if self.columns.key is None else values[self.columns.key]
+            place = f"{file}-{row}" if self.shards.num_files > 1 else str(row)
+            yield self.reader(values, place if key is None else str(key), self.columns)
 
 
-def open_rows(source: CaptionSource, reader: RowReader, with_images: bool) -> CaptionRows | StreamedRows:
+class TableRows(Dataset):
+    """The facts of the rows of a table."""
+
+    def __init__(self, source: CaptionSource, reader: RowReader, with_images: bool) -> None:
+        self.table: Any = load_source(source, with_images)
+        self.columns = source_columns(source, self.table, with_images)
+        self.path, self.reader = source.path, reader
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, number: int) -> RowFacts:
+        with wrap_read_errors(self.path, SourceError):
+            values = self.table[number]
+        key = None if self.columns.key is None else values[self.columns.key]
+        return self.reader(values, str(number) if key is None else str(key), self.columns)
+
+
+def open_rows(source: CaptionSource, reader: RowReader, with_images: bool) -> TableRows | StreamedFiles:
     """Open a source; see [`check_data`] for errors."""
-    if source.streaming:
-        return StreamedRows(source, reader, with_images, training=False)
-    return CaptionRows(source, reader, with_images)
+    return (StreamedFiles if source.streaming else TableRows)(source, reader, with_images)
 
 
-def feed_rows(rows: CaptionRows | StreamedRows, name: str, checks: Sequence[Check], num_workers: int) -> None:
+def feed_rows(rows: TableRows | StreamedFiles, name: str, checks: Sequence[Check], num_workers: int | None) -> None:
     """Feed all rows of a source to checks; the order of a stream depends on the number of workers."""
-    total: int | None = None
-    if isinstance(rows, StreamedRows):
-        num_workers = min(num_workers, rows.shards.num_files)
-    else:
+    workers, total = worker_count(num_workers), None
+    if isinstance(rows, TableRows):
         total = len(rows)
-    loader = DataLoader(rows, BATCH, num_workers=num_workers, collate_fn=list)
+    elif rows.max_samples is None:
+        workers = min(workers, rows.shards.num_files)
     with ProgressBar(f"Checking {name}", total, "row") as bar:
-        for batch in loader:
+        for batch in DataLoader(rows, BATCH, num_workers=workers, collate_fn=list):
             for row in batch:
                 for check in checks:
                     check.add(row)
@@ -224,7 +270,6 @@ def print_tables(report: dict[str, Any], title: str) -> None:
     if images is not None:
         sizes = [(side, *_numbers(images[side])) for side in ("width", "height")]
         print_table(console, "Images, size in pixels", ("", *titles), sizes)
-    titles = ("", "number", "stops a run", "first rows")
     found = [
         (name, f"{finding['count']:,}", "yes" if finding["stops"] else "", _examples(finding["examples"]))
         for name, finding in report["findings"].items()

@@ -2,51 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
+import numpy as np
 from PIL import Image
-from torch import Tensor
 
 from llm2clip.checks.row_checks import Finding, RowFacts
-from llm2clip.utils.embeddings import inner_products
 
 HASH_BITS = 64
 # Of 300 drawings, 98 % saved as JPEG with quality 75 and 86 % shrunk to half with quality 50 are within this distance
 # of the original; of 26 million pairs of different drawings 0.006 % are.
 NEAR = 4
-# Products of hashes that are in memory at once, 64 MiB.
-BLOCK = 2**24
 
 
-class PerceptualHash:
-    """Computes the DCT hash of a picture (pHash), 64 bits of which few differ between copies of one picture.
+def perceptual_hash(image: Image.Image) -> int:
+    """Compute the DCT hash of a picture (pHash), 64 bits of which few differ between copies of one picture."""
+    import imagehash  # an extra
 
-    Raises:
-        ModuleNotFoundError: `imagehash` is not installed.
-    """
-
-    def __init__(self) -> None:
-        importlib.import_module("imagehash")
-
-    def __call__(self, image: Image.Image) -> int:
-        import imagehash  # an extra
-
-        return int(str(imagehash.phash(image)), 16)
-
-
-class NearDuplicate(NamedTuple):
-    """A picture and the nearest one of another split.
-
-    Attributes:
-        distance: Number of bits that differ.
-    """
-
-    key: str
-    original: str
-    distance: int
+    return int(str(imagehash.phash(image)), 16)
 
 
 class HashCheck:
@@ -66,36 +39,16 @@ class HashCheck:
         return {}
 
 
-def find_near_duplicates(copies: HashCheck, originals: HashCheck, near: int = NEAR) -> list[NearDuplicate]:
-    """Find the pictures of one split that are also in another.
+def near_duplicates(copies: HashCheck, originals: HashCheck, near: int = NEAR) -> Finding:
+    """Find the pictures of one split that are also in another, each with the nearest one there, the first if equal.
 
     Args:
         near: Largest number of bits that may differ.
-
-    Returns:
-        The pictures of `copies`, in their order, with the nearest of `originals`, the first if several are as near.
     """
-    if not copies.keys or not originals.keys:
-        return []
-    columns, found = _signs(originals.hashes), []
-    for start, rows in _blocks(_signs(copies.hashes), max(1, BLOCK // len(columns))):
-        products = inner_products(rows, columns, torch.empty(len(rows), len(columns)))
-        nearest = products.max(dim=1)
-        # Each bit that differs lowers the product of signs by two.
-        distances = ((HASH_BITS - nearest.values) / 2).to(torch.int64)
-        for row in (distances <= near).nonzero().flatten().tolist():
-            original = originals.keys[int(nearest.indices[row])]
-            found.append(NearDuplicate(copies.keys[start + row], original, int(distances[row])))
+    found, known = Finding(), np.array(originals.hashes, dtype=np.uint64)
+    for key, number in zip(copies.keys, copies.hashes, strict=True) if len(known) else ():
+        distances = np.bitwise_count(known ^ np.uint64(number))
+        nearest = int(distances.argmin())
+        if distances[nearest] <= near:
+            found.add(key, f"{originals.keys[nearest]} differs in {distances[nearest]} of {HASH_BITS} bits")
     return found
-
-
-def _signs(hashes: Sequence[int]) -> Tensor:
-    """Write hashes as vectors of 1 and -1, `(hashes, HASH_BITS)` float32."""
-    content = b"".join(number.to_bytes(HASH_BITS // 8, "big") for number in hashes)
-    numbers = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, HASH_BITS // 8, 1)
-    bits = (numbers >> torch.arange(7, -1, -1, dtype=torch.uint8)) & 1
-    return bits.flatten(1).float() * 2 - 1
-
-
-def _blocks(rows: Tensor, size: int) -> list[tuple[int, Tensor]]:
-    return [(start, rows[start : start + size]) for start in range(0, len(rows), size)]

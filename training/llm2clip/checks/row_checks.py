@@ -6,15 +6,19 @@ processes, which send back [`RowFacts`] instead of pictures.
 
 from __future__ import annotations
 
+import html
+import re
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
+from ftfy.badness import is_bad
 from PIL import Image
 
-from llm2clip.checks.text_faults import TEXT_FAULTS, script
 from llm2clip.data.captioned_images import CaptionError, RowCaptions, caption_id, column_texts
 from llm2clip.data.sources import Columns
 from llm2clip.store.store import caption_keys
@@ -29,6 +33,47 @@ from modeling_llm2clip.image_decoding_llm2clip import (
 NUM_EXAMPLES = 5
 NO_CAPTION, NOT_TEXT = "no caption", "captions that are not text"
 MISSING, BROKEN, TOO_LARGE = "missing images", "broken images", "images above max_pixels"
+ENTITY = re.compile(r"&(?:[A-Za-z][A-Za-z0-9]{1,31}|#[0-9]{1,7}|#[xX][0-9A-Fa-f]{1,6});")
+
+
+def has_entity(text: str) -> bool:
+    """Whether a text contains HTML entities, such as `&amp;` and `&#39;`."""
+    return any(html.unescape(entity) != entity for entity in ENTITY.findall(text))
+
+
+# What a text has carried over from a web page or a wrong decoding, in the words of the report.
+TEXT_FAULTS: dict[str, Callable[[str], object]] = {
+    "HTML entities": has_entity,
+    "HTML tags": re.compile(r"</?[A-Za-z][^<>]*>|<!--").search,
+    # White space apart, which tokenizers know and captions of several lines contain.
+    "control characters": re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f]").search,
+    "U+FFFD": re.compile("\N{REPLACEMENT CHARACTER}").search,  # in whose place a decoder did not understand the bytes
+    # UTF-8 that was decoded as something else (`LÃ©zard` for `Lézard`).
+    "mojibake": is_bad,
+}
+# Forms of letters, which are part of their names but no script.
+FORMS = ("FULLWIDTH", "HALFWIDTH", "MODIFIER", "MATHEMATICAL")
+KANA = ("HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA")
+
+
+def script(text: str) -> str:
+    """Name the script of most letters of a text by the first word of their Unicode names, such as `latin` and `cjk`.
+
+    A text with kana is `kana` even if most of it is Chinese characters, since it is Japanese. A text without letters
+    is `none`.
+    """
+    counts = Counter(_script_of_letter(letter) for letter in text if letter.isalpha())
+    if not counts:
+        return "none"
+    most = counts.most_common(1)[0][0]
+    return "kana" if most == "cjk" and counts["kana"] else most
+
+
+@cache
+def _script_of_letter(letter: str) -> str:
+    words = unicodedata.name(letter, "UNNAMED").split()
+    word = next((word for word in words if word not in FORMS), words[0])
+    return "kana" if word in KANA else word.lower()
 
 
 class ImageFacts(NamedTuple):
@@ -63,7 +108,7 @@ class RowFacts(NamedTuple):
 
 @dataclass(frozen=True)
 class RowReader:
-    """Reads the facts of a row; the `make_sample` of [`CaptionRows`] and [`StreamedRows`].
+    """Reads the facts of a row.
 
     Args:
         hash_image: Computes the perceptual hash of each image.
@@ -72,7 +117,7 @@ class RowReader:
     max_pixels: int = DEFAULT_MAX_PIXELS
     hash_image: Callable[[Image.Image], int] | None = None
 
-    def __call__(self, row: Mapping[str, Any], key: str, columns: Columns, salt: object = None) -> RowFacts:
+    def __call__(self, row: Mapping[str, Any], key: str, columns: Columns) -> RowFacts:
         image = (
             None if columns.image is None else inspect_image(row[columns.image], key, self.max_pixels, self.hash_image)
         )
@@ -88,10 +133,7 @@ class RowReader:
 
 
 def inspect_image(
-    value: Any,
-    key: str,
-    max_pixels: int = DEFAULT_MAX_PIXELS,
-    hash_image: Callable[[Image.Image], int] | None = None,
+    value: Any, key: str, max_pixels: int, hash_image: Callable[[Image.Image], int] | None = None
 ) -> ImageFacts:
     """Decode an image as training does, for its size or what is wrong with it; see `decode_image` for `value`."""
     try:
@@ -163,7 +205,7 @@ class RowCheck:
 
 
 class CaptionCheck:
-    """Counts the captions of each column, and how often they repeat; measures their length in words.
+    """Counts the captions of each column and of each script, and repeated ones; measures their length in words.
 
     Words are separated by white space, so that a caption in Chinese or Japanese is one word.
     """

@@ -18,7 +18,7 @@ from llm2clip.convert.original import to_original
 from llm2clip.hub.cards.card import license_of, write_card
 from llm2clip.hub.cards.facts import JOINT_TASK, TEXT_TASK, VISION_TASK, CardFacts
 from llm2clip.utils.files import atomic_file, read_json
-from llm2clip.utils.folders import atomic_folder, refuse_existing, refuse_nested, resolved
+from llm2clip.utils.folders import atomic_folder, refuse_existing, refuse_nested
 from llm2clip.utils.library_errors import wrap_read_errors
 from llm2clip.utils.manifests import refuse_damaged
 from llm2clip.utils.repos import RepoKind, hub_ids, inspect_repo
@@ -182,6 +182,6 @@ def _to_original(config: ConvertConfig, destination: Path) -> dict[str, Any]:
     inspect_repo(config.source).require(RepoKind.JOINT, hint="Only such a model has the parts of the original.")
     model = LLM2CLIPModel.from_pretrained(config.source, text_model=False)
     state = to_original(model.config, model.state_dict())
-    with atomic_file(resolved(destination)) as file:
+    with atomic_file(destination.resolve()) as file:
         torch.save(state, file)
     return {"written": str(destination), "tensors": len(state)}

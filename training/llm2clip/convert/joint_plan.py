@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from llm2clip.convert.checkpoint import compare_tensors
+from llm2clip.convert.renaming import template_of
 from llm2clip.convert.resize import resize_tower
 from modeling_llm2clip import LLM2CLIPModel
 
@@ -141,28 +141,18 @@ def print_report(plan: JointPlan) -> None:
     """Print what a checkpoint was recognized as and what happens to each tensor, with one line for all blocks."""
     print(f"recognized: {plan.recognized}")
     print(f"renamed ({len(plan.renames)}):")
-    for theirs, ours in _collapsed(plan.renames):
+    for theirs, ours in _of_blocks(plan.renames):
         print(f"  {theirs}" if theirs == ours else f"  {theirs} -> {ours}")
     for title, lines in (("dropped", plan.dropped), ("new, randomly initialized", plan.new)):
         if lines:
             print(f"{title} ({len(lines)}):")
-            for name, reason in _collapsed(lines):
+            for name, reason in _of_blocks(lines):
                 print(f"  {name}: {reason}")
     print("missing: none")
     for note in plan.notes:
         print(f"note: {note}")
 
 
-def _collapsed(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Merge the lines of `blocks.0.x`, `blocks.1.x`, ... into one of `blocks.{0-11}.x`."""
-    groups: dict[tuple[str, str], list[int]] = {}
-    for left, right in pairs:
-        number = re.search(r"(?<=\.)\d+(?=\.)", left)
-        if number:
-            left, right = (re.sub(rf"(?<=\.){number[0]}(?=\.)", "{}", text) for text in (left, right))
-        groups.setdefault((left, right), []).extend([int(number[0])] if number else [])
-    lines = []
-    for (left, right), found in groups.items():
-        span = f"{{{min(found)}-{max(found)}}}" if len(found) > 1 else "".join(map(str, found))
-        lines.append((left.replace("{}", span), right.replace("{}", span)))
-    return lines
+def _of_blocks(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Give the names of all blocks one line, `blocks.{n}.x`."""
+    return list(dict.fromkeys((template_of(left)[0], template_of(right)[0]) for left, right in pairs))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -28,10 +28,6 @@ class Published:
         license: License of the weights, by its id on the Hub.
         base: The vision tower or LLM that was trained: Hub id, and name of its file.
         checkpoint: Hub id of the published weights; None if there are none.
-        needs: What converting them needs.
-        use: What the config of a model without published weights is for.
-        table: Table of the paper with the scores.
-        scores: Recall@1 in percent, image to text / text to image, on the five sets of that table.
     """
 
     name: str
@@ -39,10 +35,6 @@ class Published:
     license: str
     base: str
     checkpoint: str | None = None
-    needs: str = ""
-    use: str = ""
-    table: str = ""
-    scores: Sequence[str] = ()
 
     @property
     def is_joint(self) -> bool:

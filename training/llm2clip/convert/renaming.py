@@ -132,7 +132,7 @@ def _renamed(
     for name in names:
         if name in done:
             continue
-        template, block = _template(name)
+        template, block = template_of(name)
         sources, targets, convert = lookup.get(template, ((), (), None))
         group = [source.replace("{n}", block) for source in sources]
         if not group or any(source not in state for source in group):
@@ -147,7 +147,7 @@ def _renamed(
 BLOCK = re.compile(r"(?:(?<=\b(?:blocks|layers)\.)|(?<=resblocks\.))\d+(?=\.)|(?<=adaptor\.)[0-3](?=\.)")
 
 
-def _template(name: str) -> tuple[str, str]:
+def template_of(name: str) -> tuple[str, str]:
     """Replace the number of the block: `blocks.7.norm1.weight` -> (`blocks.{n}.norm1.weight`, `7`)."""
     match = BLOCK.search(name)
     return (BLOCK.sub("{n}", name, count=1), match[0]) if match else (name, "")
@@ -168,7 +168,7 @@ def linears(theirs: str, ours: str = "") -> tuple[Rule, ...]:
 
 def unchanged(names: Iterable[str]) -> Layout:
     """A layout that keeps all names."""
-    return Layout(same(*{_template(name)[0] for name in names}))
+    return Layout(same(*{template_of(name)[0] for name in names}))
 
 
 def same(*names: str) -> tuple[Rule, ...]:

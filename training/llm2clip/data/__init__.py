@@ -4,7 +4,6 @@ from llm2clip.data.captioned_images import (
     CaptionImageDataset,
     OnError,
     SkippedSample,
-    StreamingCaptionImageDataset,
     caption_id,
 )
 from llm2clip.data.captions import caption_batches, distinct_captions
@@ -15,5 +14,6 @@ from llm2clip.data.sampling import SampleIndex, SampleIndexBatchSampler
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.sources import CaptionSource, load_source
 from llm2clip.data.stage2_collator import Stage2Collator
+from llm2clip.data.streams import StreamingCaptionImageDataset
 from llm2clip.data.transforms import EvalTransform, ImageBackend, TrainTransform
 from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS, DamagedImageError, SampleError, decode_image

@@ -1,40 +1,39 @@
-"""Captioned images: the captions of a row and their ids, its sample, and the data sets of samples for stage 2."""
+"""Captioned images: the captions of a row and their ids, its sample, and the data set of samples for stage 2."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import hashlib
 import itertools
 import os
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import datasets
 import numpy as np
-from torch import Tensor
 
-from llm2clip.data.opened_table import OpenedTable
-from llm2clip.data.sampling import CaptionRows, SampleIndex, stable_seed
+from llm2clip.data.opened_table import SourceError
+from llm2clip.data.sampling import ConcatenatedTables, SampleIndex, stable_seed
 from llm2clip.data.sources import (
     CaptionSource,
     Columns,
     Table,
     column_value,
     keep_encoded,
+    load_source,
     row_batches,
     source_columns,
     top_level,
     used_columns,
 )
-from llm2clip.data.stream_order import BLOCK, Lanes, RowsBefore, SourceOrder
-from llm2clip.data.streams import ReadChunk, StreamedRows
+from llm2clip.data.table_identity import rows_digest, sampled_keys
 from llm2clip.data.transforms import EvalTransform, TrainTransform
 from llm2clip.store import EmbeddingCache, MissingCaptionError
 from llm2clip.utils.files import digest_json
+from llm2clip.utils.library_errors import wrap_read_errors
 from llm2clip.utils.settings import check_choices
 from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS, SampleError
 from modeling_llm2clip.tokenization_llm2clip import SURROGATE
@@ -76,40 +75,21 @@ def caption_id(text: str) -> int:
     Captions with equal ids are positives of each other's images, never negatives. The id is 63 bits of the BLAKE2b
     hash of the case-folded text with collapsed white space: non-negative and the same on every machine.
     """
-    return int.from_bytes(_id_bytes(text), "big") >> 1
-
-
-def caption_ids(texts: Iterable[str]) -> np.ndarray:
-    """Compute the [`caption_id`] of many texts, (texts,) int64."""
-    return (np.frombuffer(b"".join(map(_id_bytes, texts)), dtype=">u8") >> 1).astype(np.int64)
-
-
-def _id_bytes(text: str) -> bytes:
     normal = " ".join(unicodedata.normalize("NFC", text).casefold().split())
-    return hashlib.blake2b(normal.encode(), digest_size=8).digest()
-
-
-def value_texts(value: Any) -> list[str]:
-    """Return the non-empty texts of a text or a list of texts.
-
-    Raises:
-        TypeError: If the value is, or the list contains, something else than text.
-    """
-    # Texts first: they are most values, and the test for sequences is slow.
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        text = clean_caption(value)
-        return [] if text is None else [text]
-    return [text for text in map(clean_caption, value) if text is not None]
+    return int.from_bytes(hashlib.blake2b(normal.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def column_texts(row: Mapping[str, Any], column: str) -> list[str]:
-    """Return the [`value_texts`] of a column.
+    """Return the non-empty texts of a column, which has a text or a list of texts.
 
     Raises:
         TypeError: If the column contains something else than text; the message names it.
     """
+    value = column_value(row, column)
     try:
-        return value_texts(column_value(row, column))
+        # Texts first: they are most values, and the test for sequences is slow.
+        values = value if not isinstance(value, str) and isinstance(value, Sequence) else [value]
+        return [text for text in map(clean_caption, values) if text is not None]
     except TypeError as error:
         raise TypeError(f"column {column!r}: {error}") from None
 
@@ -152,10 +132,6 @@ class RowCaptions(NamedTuple):
         return self.texts[int(np.searchsorted(bounds / bounds[-1], point, side="right"))]
 
 
-# The captions of a row, the one of its sample, and the stored embedding of that, if there are any.
-DrawnCaption = tuple[RowCaptions, str, Tensor | None]
-
-
 @dataclass
 class SampleMaker:
     """Makes samples of rows; see [`CaptionImageDataset`] for the fields and the samples."""
@@ -176,19 +152,14 @@ class SampleMaker:
         key: str,
         columns: Columns,
         salt: tuple[int | str, ...] | None,
-        drawn: DrawnCaption | Exception | None = None,
     ) -> dict[str, Any] | SkippedSample:
         """Make the sample of a row, or a `SkippedSample` if it cannot be used and `on_error` is `skip`.
 
         Seed and `salt` determine caption and crop; None takes the first caption and the evaluation transform.
-
-        Args:
-            drawn: What [`SampleMaker.draw`] returned or raised, if it was called before.
         """
         try:
-            if isinstance(drawn, Exception):
-                raise drawn
-            captions, caption, embedding = drawn or self.draw(row, key, columns, salt, self.cache)
+            captions = RowCaptions.of(row, key, columns.captions, columns.weights)
+            caption = captions.texts[0] if salt is None else captions.draw(stable_seed(self.seed, "caption", *salt))
             ids = list(map(caption_id, captions.texts))
             sample: dict[str, Any] = {
                 "key": key,
@@ -196,8 +167,8 @@ class SampleMaker:
                 "caption_id": ids[captions.texts.index(caption)],
                 "image_caption_ids": list(dict.fromkeys(ids)),
             }
-            if embedding is not None:
-                sample["llm_embeds"] = embedding
+            if self.cache is not None:
+                sample["llm_embeds"] = self.cache.lookup([caption], dtype=None)[0]
             if columns.image is not None and self.eval_transform is not None:
                 image = self.eval_transform.decode(row[columns.image], key, self.max_pixels)
                 if salt is None or self.train_transform is None:
@@ -205,34 +176,15 @@ class SampleMaker:
                 else:
                     sample["pixel_values"] = self.train_transform(image, stable_seed(self.seed, "crop", *salt))
         except (SampleError, MissingCaptionError) as error:
-            if self.on_error == "raise":
+            if self.on_error == "skip":
+                return SkippedSample(key, str(error.reason) if isinstance(error, SampleError) else NO_EMBEDDING)
+            if isinstance(error, SampleError):
                 raise
-            return SkippedSample(key, str(error.reason) if isinstance(error, SampleError) else NO_EMBEDDING)
+            raise MissingCaptionError(f"{key}: {NO_EMBEDDING}. {error}") from None
         return sample
 
-    def draw(
-        self,
-        row: Mapping[str, Any],
-        key: str,
-        columns: Columns,
-        salt: tuple[int | str, ...] | None,
-        cache: EmbeddingCache | None = None,
-    ) -> DrawnCaption:
-        """Draw the caption of a row, and look up its embedding.
 
-        Raises:
-            CaptionError: No caption can be drawn, or one is not text.
-            MissingCaptionError: The cache lacks it.
-        """
-        captions = RowCaptions.of(row, key, columns.captions, columns.weights)
-        caption = captions.texts[0] if salt is None else captions.draw(stable_seed(self.seed, "caption", *salt))
-        try:
-            return captions, caption, None if cache is None else cache.lookup([caption], dtype=None)[0]
-        except MissingCaptionError as error:
-            raise MissingCaptionError(f"{key}: {NO_EMBEDDING}. {error}") from None
-
-
-class CaptionImageDataset(CaptionRows):
+class CaptionImageDataset(ConcatenatedTables):
     """Map-style data set of captioned images.
 
     `dataset[SampleIndex(epoch, index)]` is a training sample: a caption, drawn by the weights of the source, and a
@@ -253,10 +205,8 @@ class CaptionImageDataset(CaptionRows):
 
     Raises:
         FileNotFoundError, SourceError: If a source cannot be read.
-        ValueError: If a source is set to streaming or `on_error` is invalid.
+        ValueError: If there is no source, one is set to streaming, or `on_error` is invalid.
     """
-
-    make_sample: SampleMaker
 
     def __init__(
         self,
@@ -269,8 +219,18 @@ class CaptionImageDataset(CaptionRows):
         cache: EmbeddingCache | None = None,
         tables: Sequence[Table] | None = None,
     ) -> None:
-        maker = SampleMaker(eval_transform, train_transform, seed, on_error, max_pixels, cache)
-        super().__init__(sources, maker, eval_transform is not None, tables)
+        self.sources = [sources] if isinstance(sources, CaptionSource) else list(sources)
+        if not self.sources:
+            raise ValueError("CaptionImageDataset needs at least one source.")
+        for source in self.sources:
+            if source.streaming:
+                raise ValueError(f"{source.path} is set to streaming; use StreamingCaptionImageDataset.")
+        self.make_sample = SampleMaker(eval_transform, train_transform, seed, on_error, max_pixels, cache)
+        # Whether row numbers name the rows of several data sets.
+        self.is_one_of_several = False
+        with_images = eval_transform is not None
+        super().__init__(tables or [load_source(source, with_images) for source in self.sources])
+        self.columns = [source_columns(*pair, with_images) for pair in zip(self.sources, self.tables, strict=True)]
 
     @classmethod
     def of_table(
@@ -296,6 +256,29 @@ class CaptionImageDataset(CaptionRows):
         used = used_columns(source_columns(source, table), table)
         encoded = keep_encoded(table.select_columns(used), image_column, [os.getcwd()], source.path)
         return cls(source, eval_transform, train_transform, tables=[encoded], **options)
+
+    def content_digest(self) -> str:
+        """See [`EpochDataset.content_digest`]. Of images, some are hashed."""
+        found: list[Any] = []
+        for table, columns in zip(self.tables, self.columns, strict=True):
+            texts = table.select_columns(list(dict.fromkeys(top_level(table, name) for name in columns.captions)))
+            images = [] if columns.image is None else sampled_keys(table, columns.image)
+            found.append([rows_digest(texts), images])
+        return digest_json(found)
+
+    def _key(self, number: int, position: int, row: Mapping[str, Any]) -> str:
+        column = self.columns[number].key
+        if column is not None and row[column] is not None:
+            return str(row[column])
+        alone = len(self.sources) == 1 and not self.is_one_of_several
+        return str(position) if alone else f"{self.sources[number].path}:{position}"
+
+    def __getitem__(self, index: SampleIndex | int) -> dict[str, Any] | SkippedSample:
+        epoch, position, number, offset = self.locate(index)
+        with wrap_read_errors(self.sources[number].path, SourceError):
+            row = self.tables[number][offset]
+        salt = None if epoch is None else (epoch, position)
+        return self.make_sample(row, self._key(number, offset, row), self.columns[number], salt)
 
     def without_images(self) -> CaptionImageDataset:
         """Return a data set of the same rows that reads no images."""
@@ -325,119 +308,3 @@ class CaptionImageDataset(CaptionRows):
                     if self.make_sample.on_error == "raise":
                         raise
                     yield SkippedSample(key, str(error.reason))
-
-
-class StreamingCaptionImageDataset(StreamedRows):
-    """Iterable data set of captioned images, read as a shuffled stream.
-
-    Samples are those of [`CaptionImageDataset`]; caption and crop are functions of seed, epoch and key. If the rows of
-    the files are counted, by `row_counts` or the manifests of `embeddings`, their order is the same for any number of
-    ranks and DataLoader workers; see [`SampleStream`]. Otherwise the files are distributed over them, and with
-    `max_samples` everyone reads the first rows and keeps its share. Since the data set shards itself, accelerate must
-    not shard or dispatch its loader. Without a key column, the key of a row is its number in its file, preceded by the
-    number of the file and `-` if there are several. See [`CaptionImageDataset`] for the other arguments.
-
-    Args:
-        training: Draw captions and crops; False takes first captions and the evaluation transform, in order.
-        seed: Seed of order, drawn captions and crops.
-        shuffle_block: Rows that are shuffled together; 0 keeps rows and files in order.
-        repeat: Start the next epoch at the end of the data, so that no rank runs out before another; for training by
-            number of steps.
-        embeddings: Instead of a cache: opens the embeddings of the captions of a file by its number, as
-            [`SourceSidecars.open`](llm2clip.data.sidecars.SourceSidecars.open) does.
-        row_counts: Rows of each file, if they are known, those beyond `max_samples` not among them.
-        opened: The table of the source, if it is open.
-
-    Raises:
-        FileNotFoundError, SourceError: If the source cannot be read, or (when iterating) its rows are not counted and
-            it has fewer files than readers.
-        ValueError: If the source is not set to streaming, or `rank` or `on_error` is invalid.
-    """
-
-    make_sample: SampleMaker
-
-    def __init__(
-        self,
-        source: CaptionSource,
-        eval_transform: EvalTransform | None,
-        train_transform: TrainTransform | None = None,
-        training: bool = True,
-        seed: int = 0,
-        shuffle_block: int = BLOCK,
-        rank: int = 0,
-        world_size: int = 1,
-        repeat: bool = False,
-        on_error: OnError = "raise",
-        max_pixels: int = DEFAULT_MAX_PIXELS,
-        cache: EmbeddingCache | None = None,
-        embeddings: Callable[[int], EmbeddingCache] | None = None,
-        row_counts: Sequence[int] | None = None,
-        opened: OpenedTable | None = None,
-    ) -> None:
-        maker = SampleMaker(eval_transform, train_transform, seed, on_error, max_pixels, cache)
-        with_images, order = eval_transform is not None, (training, seed, shuffle_block)
-        super().__init__(source, maker, with_images, *order, rank, world_size, repeat, row_counts, opened)
-        if embeddings is not None and source.max_samples is not None:
-            raise ValueError(f"max_samples of {source.path} cannot be combined with embeddings beside its files.")
-        self.embeddings = embeddings
-
-    def _rows(self, epoch: int, file: int, rows: Iterable[tuple[int, dict[str, Any]]]) -> Iterator[Callable[[], Any]]:
-        if self.embeddings is None:
-            yield from super()._rows(epoch, file, rows)
-            return
-        stored = self.embeddings(file)
-        for number, values in rows:
-            key = self._key(file, number, values)
-            salt = self._salt(epoch, key)
-            drawn: DrawnCaption | Exception
-            try:
-                drawn = self.make_sample.draw(values, key, self.columns, salt, stored)
-            except (SampleError, MissingCaptionError) as error:
-                drawn = error  # raised when the sample is made, or it is skipped
-            yield functools.partial(self.make_sample, values, key, self.columns, salt, drawn)
-
-
-class TableSource:
-    """A map-style source as one of the sources of a stream: its rows are permuted in each epoch.
-
-    Args:
-        dataset: A data set of one source.
-        seed: Seed of the order.
-    """
-
-    def __init__(self, dataset: CaptionRows, seed: int) -> None:
-        self.dataset, self.seed, self.name = dataset, seed, dataset.sources[0].path
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.dataset)
-
-    def fingerprint(self) -> str:
-        return digest_json(len(self.dataset))
-
-    def files_digest(self) -> str:
-        return self.dataset.content_digest()
-
-    def join(self, number: int) -> None:
-        self.dataset.is_one_of_several, self.seed = True, stable_seed(self.seed, "source", number)
-
-    def require_readers(self, num_readers: int, world_size: int) -> None:
-        """Any number of readers can share a table."""
-
-    def open(
-        self, lanes: Lanes, before: RowsBefore, epoch: int, place: tuple[int, int], start: int, repeat: bool
-    ) -> ReadChunk:
-        """Open the source as [`StreamedRows.open`] does."""
-        order = SourceOrder(len(self.dataset), lanes, before)
-
-        @functools.lru_cache(maxsize=2)
-        def rows(epoch: int) -> np.ndarray:
-            return np.random.default_rng(stable_seed(self.seed, "table", epoch)).permutation(len(self.dataset))
-
-        def read(chunk: int, first: int, last: int) -> Iterator[Any]:
-            begin = order.count(chunk)
-            for row in range(begin + first, begin + last):
-                passed, number = divmod(row, len(self.dataset))
-                yield self.dataset[SampleIndex(epoch + passed, int(rows(epoch + passed)[number]))]
-
-        return read

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import itertools
 import logging
-from array import array
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-import datasets
-import numpy as np
 from datasets.distributed import split_dataset_by_node
 
 from llm2clip.data.captioned_images import column_texts
 from llm2clip.data.opened_table import SourceError
-from llm2clip.data.sources import CaptionSource, open_source, row_batches, select_source, top_level
-from llm2clip.data.tars import refuse_damaged_tars
-from llm2clip.store.store import caption_keys
+from llm2clip.data.shard_rows import open_shards
+from llm2clip.data.sources import CaptionSource, open_source, row_batches, select_source
 from llm2clip.utils.library_errors import wrap_read_errors
 from llm2clip.utils.progress import ProgressBar
 
@@ -27,24 +24,24 @@ def caption_batches(
 ) -> Iterator[list[str]]:
     """Yield the captions of this rank's share of a source by row, column and list entry, a thousand rows at a time."""
     opened = open_source(source)
-    if source.streaming and opened.is_webdataset and rank == 0:
-        refuse_damaged_tars(opened.files)
-    table = select_source(source, opened, with_images=False)
-    table = table.select_columns(list(dict.fromkeys(top_level(table, name) for name in source.caption_columns)))
-    if world_size > 1:
-        if isinstance(table, datasets.Dataset) and rank >= len(table):
-            return  # an empty part is an error of datasets
-        table = split_dataset_by_node(table, rank, world_size)
-    total = len(table) if isinstance(table, datasets.Dataset) else None
+    total = None
+    if source.streaming:
+        _, shards = open_shards(source, opened, with_images=False)
+        rows = (row for file in range(shards.num_files) for _, row in shards.read(file))
+        share = itertools.islice(itertools.islice(rows, source.max_samples), rank, None, world_size)
+        batches = iter(lambda: list(itertools.islice(share, 1000)), [])
+    else:
+        table: Any = select_source(source, opened, with_images=False)
+        if world_size > 1:
+            if rank >= len(table):
+                return  # an empty part is an error of datasets
+            table = split_dataset_by_node(table, rank, world_size)
+        batches, total = row_batches(table), len(table)
     num_empty = 0
-    with ProgressBar(f"Captions of {source.path}", total, "row", show_progress and rank == 0) as bar:
-        batches = row_batches(table)
-        while True:
-            with wrap_read_errors(source.path, SourceError):
-                rows = next(batches, None)
-                if rows is None:
-                    break
-                texts = [[text for name in source.caption_columns for text in column_texts(row, name)] for row in rows]
+    bar = ProgressBar(f"Captions of {source.path}", total, "row", show_progress and rank == 0)
+    with bar, wrap_read_errors(source.path, SourceError):
+        for batch in batches:
+            texts = [[text for name in source.caption_columns for text in column_texts(row, name)] for row in batch]
             num_empty += texts.count([])
             yield list(itertools.chain.from_iterable(texts))
             bar.update(len(texts))
@@ -63,33 +60,3 @@ def distinct_captions(sources: CaptionSource | Sequence[CaptionSource], show_pro
         for texts in caption_batches(source, show_progress=show_progress):
             captions.update(dict.fromkeys(texts))
     return list(captions)
-
-
-def caption_hashes(sources: Sequence[CaptionSource]) -> np.ndarray:
-    """Hash all captions of sources, (captions,) int64, in the order of [`caption_batches`]."""
-    hashes = array("q")
-    for source in sources:
-        for texts in caption_batches(source):
-            hashes.frombytes(caption_keys(texts)[:, 0].tobytes())
-    return np.frombuffer(hashes, dtype=np.int64)
-
-
-def distinct_caption_batches(
-    sources: Sequence[CaptionSource], hashes: np.ndarray | None = None
-) -> Iterator[list[str]]:
-    """Yield the captions of [`distinct_captions`] in batches, with 8 bytes per caption in memory instead of the texts.
-
-    The sources are read twice: for the hashes of all captions, and for those that appear for the first time.
-
-    Args:
-        hashes: The [`caption_hashes`] of the sources, if these are known.
-    """
-    if hashes is None:
-        hashes = caption_hashes(sources)
-    is_first = np.zeros(len(hashes), dtype=bool)
-    is_first[np.unique(hashes, return_index=True)[1]] = True
-    start = 0
-    for source in sources:
-        for texts in caption_batches(source, show_progress=False):
-            yield list(itertools.compress(texts, is_first[start : start + len(texts)]))
-            start += len(texts)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,7 +12,6 @@ from typing import Any, TypeAlias
 import datasets
 from datasets.packaged_modules.csv.csv import Csv
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-from datasets.packaged_modules.json.json import Json
 from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
@@ -51,7 +49,6 @@ class OpenedTable:
         files: The data files of the split, in the order of the rows; none of a table that `save_to_disk` wrote.
         hint: Advice for the error message if a column does not exist.
         arguments: Arguments of `datasets.load_dataset_builder`, for streamed parquet.
-        is_webdataset: Whether the files are webdataset shards.
     """
 
     table: Table
@@ -59,7 +56,6 @@ class OpenedTable:
     hint: str = ""
     arguments: dict[str, Any] | None = None
     split: str = "train"
-    is_webdataset: bool = False
 
     @property
     def folders(self) -> list[str]:
@@ -96,8 +92,6 @@ def open_table(path: str, name: str | None, split: str, revision: str | None, st
         missing = [part for part in split_names(split) if part not in known and part != "all"]
         if known and missing:
             raise SourceError(f"{path} has no split {missing[0]!r}; it has {', '.join(map(str, known))}.")
-        if isinstance(builder, Json):
-            _refuse_null(file for part in split_names(split) for file in files.get(part, []))
         if streaming:
             table: Table = builder.as_streaming_dataset(split)
         else:
@@ -126,17 +120,7 @@ def open_table(path: str, name: str | None, split: str, revision: str | None, st
         hint=IMAGE_FOLDER_HINT if isinstance(builder, ImageFolder) else "",
         arguments=arguments if streaming and isinstance(builder, Parquet) else None,
         split=split,
-        is_webdataset=isinstance(builder, WebDataset),
     )
-
-
-def _refuse_null(files: Iterable[str]) -> None:
-    """Refuse JSON lines that begin with a row that is null, over which pyarrow ends the process (SIGSEGV)."""
-    for path in files:
-        if os.path.isfile(path):
-            with open(path, "rb") as file:
-                if file.readline(16).strip() == b"null":
-                    raise SourceError(f"{path} begins with a row that is null, and not an object.")
 
 
 def split_names(split: str) -> list[str]:

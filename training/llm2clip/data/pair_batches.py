@@ -8,18 +8,12 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from safetensors.numpy import save_file
-from safetensors.torch import load_file
 
 from llm2clip.data.pairs import PairDataset, PairTable
 from llm2clip.data.sampling import EpochBatchSampler, stable_seed
-from llm2clip.utils.shared_files import shared_file
 
 logger = logging.getLogger(__name__)
 PLAN_ATTEMPTS = 4
-KEYS_AT_A_TIME = 1 << 20
-# Raise it when `repeated_keys` computes something else.
-CONFLICT_VERSION = 1
 
 
 class PairBatchSampler(EpochBatchSampler):
@@ -77,7 +71,7 @@ class PairBatchSampler(EpochBatchSampler):
         _, rows, batches = self._plan
         for source, number in batches:
             own = rows[source][number * self.global_batch_size : (number + 1) * self.global_batch_size]
-            yield own.astype(np.int64) + self.dataset.starts[source]
+            yield own + self.dataset.starts[source]
 
     def _make_plan(self, epoch: int) -> EpochPlan:
         rows: list[np.ndarray] = []
@@ -98,7 +92,7 @@ class PairBatchSampler(EpochBatchSampler):
 
 
 class EpochPlan(NamedTuple):
-    """The batches of an epoch, in 4 bytes a row.
+    """The batches of an epoch.
 
     Attributes:
         rows: Of each source, the rows of all batches, one batch after another.
@@ -125,12 +119,9 @@ class BatchPlanner:
         self.batch_size = batch_size
         self.drop_last = drop_last
         self.seed = seed
-        identity = {"version": CONFLICT_VERSION, "keys": table.keys_path.name}
-        path = shared_file("conflicts", identity, lambda path: save_file(repeated_keys(table), path))
-        # Views of the file, in memory that all processes share, and which Python indexes faster than arrays.
-        views = {name: tensor.numpy().data for name, tensor in load_file(path).items()}
-        self._own, self._own_starts = views["own"], views["own_starts"]
-        self._negative, self._negative_starts = views["negative"], views["negative_starts"]
+        # Python indexes views of the memory faster than arrays.
+        self._own, self._own_starts = table.own_keys.data, table.own_starts.data
+        self._negative, self._negative_starts = table.negative_keys.data, table.negative_starts.data
         self.num_batches = self.count(self._attempt(0, 0))
         if self.num_batches == 0:
             raise ValueError(
@@ -153,7 +144,7 @@ class BatchPlanner:
 
     def _attempt(self, epoch: int, attempt: int) -> np.ndarray:
         generator = np.random.default_rng(stable_seed(self.seed, epoch, attempt))
-        shuffled = _compact(generator.permutation(len(self.table)))
+        shuffled = generator.permutation(len(self.table))
         order = shuffled.data
         placed = np.empty_like(shuffled)
         waiting: dict[int, deque[int]] = {}
@@ -196,35 +187,3 @@ class BatchPlanner:
         batch.append(row)
         own.update(own_keys)
         negative.update(negative_keys)
-
-
-def repeated_keys(table: PairTable) -> dict[str, np.ndarray]:
-    """Renumber the keys of a table without those that appear once, which cannot conflict.
-
-    Returns:
-        `own`, `own_starts`, `negative` and `negative_starts`, as in [`PairTable`], of the smallest type that fits.
-    """
-    ordered = np.concatenate([table.own_keys, table.negative_keys])
-    ordered.sort()
-    repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
-    del ordered
-    result: dict[str, np.ndarray] = {}
-    for name, keys, starts in (
-        ("own", table.own_keys, table.own_starts),
-        ("negative", table.negative_keys, table.negative_starts),
-    ):
-        kept = np.zeros(len(keys), dtype=bool)
-        numbers: list[np.ndarray] = []
-        for start in range(0, len(keys), KEYS_AT_A_TIME):
-            part = keys[start : start + KEYS_AT_A_TIME]
-            found = np.searchsorted(repeated, part)
-            kept[start : start + len(part)] = np.searchsorted(repeated, part, side="right") > found
-            numbers.append(_compact(found[kept[start : start + len(part)]]))
-        result[name] = np.concatenate(numbers or [np.zeros(0, dtype=np.int32)])
-        result[f"{name}_starts"] = _compact(np.concatenate([[0], np.cumsum(kept)])[starts])
-    return result
-
-
-def _compact(numbers: np.ndarray) -> np.ndarray:
-    """Copy non-negative numbers to 4 bytes each if that is enough."""
-    return numbers.astype(np.int32 if numbers.max(initial=0) < 2**31 else np.int64)

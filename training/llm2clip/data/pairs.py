@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 import random
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -16,10 +17,18 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
 from llm2clip.data.captioned_images import caption_id, column_texts
-from llm2clip.data.opened_table import open_table
-from llm2clip.data.pair_keys import KeyColumns, pair_keys
+from llm2clip.data.opened_table import SourceError, open_table
 from llm2clip.data.sampling import ConcatenatedTables, SampleIndex, stable_seed
-from llm2clip.data.sources import Source, first_rows, require_columns, require_weight, table_columns, top_level
+from llm2clip.data.sources import (
+    Source,
+    column_value,
+    first_rows,
+    require_columns,
+    require_weight,
+    row_batches,
+    table_columns,
+    top_level,
+)
 from llm2clip.data.table_identity import rows_digest, table_identity
 from llm2clip.utils.files import digest_json
 from llm2clip.utils.shared_files import shared_file
@@ -163,7 +172,6 @@ class PairTable:
         rows: (n,) positions of the usable rows in the table.
         own_keys, own_starts: The own keys of row i are `own_keys[own_starts[i]:own_starts[i + 1]]`.
         negative_keys, negative_starts: The same for the hard negatives.
-        keys_path: The file of the keys.
         num_dropped: Number of rows without two different texts, or without the hard negative that the source requires.
     """
 
@@ -173,9 +181,9 @@ class PairTable:
         self.table = table
         settings = {name: getattr(source, name) for name in KEY_SETTINGS}
         identity = {"version": KEY_VERSION, "table": table_identity(table), **settings}
-        self.keys_path = shared_file("pairs", identity, lambda path: save_file(self._build(), path))
+        keys = shared_file("pairs", identity, lambda path: save_file(self._build(), path))
         # Views of the file, in memory that all processes share.
-        arrays = {name: tensor.numpy() for name, tensor in load_file(self.keys_path).items()}
+        arrays = {name: tensor.numpy() for name, tensor in load_file(keys).items()}
         self.rows = arrays["rows"]
         self.num_dropped = len(table) - len(self.rows)
         self.own_keys, self.own_starts = arrays["own_keys"], arrays["own_starts"]
@@ -193,13 +201,32 @@ class PairTable:
         return len(self.rows)
 
     def _build(self) -> dict[str, np.ndarray]:
+        """Find the usable rows and their sorted keys: the [`caption_id`] of each text, and a hash of the group.
+
+        Raises:
+            SourceError: A column of texts contains something else; the message names the first such row.
+        """
         source = self.source
-        if source.caption_columns:
-            columns = KeyColumns(source.caption_columns, False, group=source.group_column)
-        else:
-            both = [str(source.anchor_column), str(source.positive_column)]
-            columns = KeyColumns(both, True, source.negative_column, source.group_column)
-        return pair_keys(self.table, columns, source.path)
+        # Arrays grow in place, and the results are views of them.
+        found = {name: array("q") for name in ("rows", "own_keys", "own_starts", "negative_keys", "negative_starts")}
+        found["own_starts"].append(0)
+        found["negative_starts"].append(0)
+        for position, row in enumerate(itertools.chain.from_iterable(row_batches(self.table))):
+            try:
+                texts = self._texts(row)
+            except TypeError as error:
+                raise SourceError(f"Row {position} of {source.path}: {error}.") from None
+            has_pair = len(texts.own_ids) > 1 and texts.anchors and texts.positives
+            if not has_pair or (source.negative_column and not texts.negatives):
+                continue
+            group = column_value(row, source.group_column) if source.group_column else None
+            groups = set() if group is None else {stable_seed("group", str(group))}
+            found["rows"].append(position)
+            found["own_keys"].extend(sorted(texts.own_ids | groups))
+            found["own_starts"].append(len(found["own_keys"]))
+            found["negative_keys"].extend(sorted(set(map(caption_id, texts.negatives))))
+            found["negative_starts"].append(len(found["negative_keys"]))
+        return {name: np.frombuffer(values, dtype=np.int64) for name, values in found.items()}
 
     def _texts(self, row: Mapping[str, Any]) -> RowTexts:
         source = self.source

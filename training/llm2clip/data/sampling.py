@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 from torch.utils.data import Dataset, Sampler
-
-from llm2clip.data.opened_table import SourceError
-from llm2clip.data.sources import CaptionSource, load_source, source_columns, top_level
-from llm2clip.data.table_identity import rows_digest, sampled_keys
-from llm2clip.utils.files import digest_json
-from llm2clip.utils.library_errors import wrap_read_errors
 
 
 class SampleIndex(NamedTuple):
@@ -80,65 +74,6 @@ class ConcatenatedTables(EpochDataset):
             raise IndexError(f"Index {position} is out of range for {len(self)} samples.")
         number = int(np.searchsorted(self.starts, position, side="right")) - 1
         return epoch, position, number, position - int(self.starts[number])
-
-
-class CaptionRows(ConcatenatedTables):
-    """Map-style data set of what `make_sample` makes of the rows of sources.
-
-    `dataset[SampleIndex(epoch, index)]` passes epoch and index to it, `dataset[index]` passes None.
-
-    Args:
-        make_sample: Makes a sample of a row, its key, the columns of its source, and what the random parts depend on
-            besides the seed (None: nothing is random); called in the worker processes too.
-        with_images: Read the images.
-        tables: The tables of the sources, if they are open.
-
-    Raises:
-        FileNotFoundError, SourceError: If a source cannot be read.
-        ValueError: If there is no source, or one is set to streaming.
-    """
-
-    def __init__(
-        self,
-        sources: CaptionSource | Sequence[CaptionSource],
-        make_sample: Callable[..., Any],
-        with_images: bool,
-        tables: Sequence[Any] | None = None,
-    ) -> None:
-        self.sources = [sources] if isinstance(sources, CaptionSource) else list(sources)
-        if not self.sources:
-            raise ValueError(f"{type(self).__name__} needs at least one source.")
-        for source in self.sources:
-            if source.streaming:
-                raise ValueError(f"{source.path} is set to streaming; use StreamingCaptionImageDataset.")
-        self.make_sample = make_sample
-        # Whether row numbers name the rows of several data sets.
-        self.is_one_of_several = False
-        super().__init__(tables or [load_source(source, with_images) for source in self.sources])
-        self.columns = [source_columns(*pair, with_images) for pair in zip(self.sources, self.tables, strict=True)]
-
-    def content_digest(self) -> str:
-        """See [`EpochDataset.content_digest`]. Of images, some are hashed."""
-        found: list[Any] = []
-        for table, columns in zip(self.tables, self.columns, strict=True):
-            texts = table.select_columns(list(dict.fromkeys(top_level(table, name) for name in columns.captions)))
-            images = [] if columns.image is None else sampled_keys(table, columns.image)
-            found.append([rows_digest(texts), images])
-        return digest_json(found)
-
-    def _key(self, number: int, position: int, row: Mapping[str, Any]) -> str:
-        column = self.columns[number].key
-        if column is not None and row[column] is not None:
-            return str(row[column])
-        alone = len(self.sources) == 1 and not self.is_one_of_several
-        return str(position) if alone else f"{self.sources[number].path}:{position}"
-
-    def __getitem__(self, index: SampleIndex | int) -> Any:
-        epoch, position, number, offset = self.locate(index)
-        with wrap_read_errors(self.sources[number].path, SourceError):
-            row = self.tables[number][offset]
-        salt = None if epoch is None else (epoch, position)
-        return self.make_sample(row, self._key(number, offset, row), self.columns[number], salt)
 
 
 class EpochBatchSampler(Sampler[list[SampleIndex]]):

@@ -6,7 +6,9 @@ import functools
 import itertools
 import logging
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import datasets
 import fsspec
@@ -14,14 +16,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llm2clip.data.opened_table import SourceError, file_format
-from llm2clip.data.sources import column_value
+from llm2clip.data.opened_table import OpenedTable, SourceError, file_format
+from llm2clip.data.sources import CaptionSource, Columns, row_batches, select_source, source_columns, used_columns
 from llm2clip.data.tars import count_tar_rows, fewer_rows, tar_rows
 from llm2clip.utils.library_errors import wrap_read_errors
+from llm2clip.utils.shared_files import shared_file
 
 logger = logging.getLogger(__name__)
-# Rows of a parquet file that are decoded at once, and bytes of each column that are read at once.
+# Rows of a file that are decoded at once, and bytes of each column of parquet that are read at once.
 BATCH, BUFFER = 64, 2**20
+# What file systems say by which a file that has changed differs.
+FILE_STATE = ("size", "mtime", "ino", "ETag", "etag", "md5", "LastModified")
 
 
 class RowRange(NamedTuple):
@@ -49,19 +54,18 @@ class ShardRows:
         table: The stream, with the columns to read.
         columns: Their names.
         files: Path or URL of each file; unknown files are read through `datasets`, from their beginning.
-        captions: The columns of captions, where `a.b` is field `b` of record `a`.
     """
 
     def __init__(
         self,
         table: datasets.IterableDataset,
-        columns: Sequence[str] = (),
-        files: Sequence[str] = (),
-        captions: Sequence[str] = (),
+        columns: Sequence[str],
+        files: Sequence[str],
     ) -> None:
-        self.table, self.columns, self.captions = table, list(columns), list(captions)
+        self.table, self.columns = table, list(columns)
         self.num_files: int = table.num_shards
         self.files = list(files) if len(files) == self.num_files else []
+        self._is_announced = False
 
     def read(self, file: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield rows of a file with their numbers: from `start` to `stop`, excluded, or to the end.
@@ -85,8 +89,7 @@ class ShardRows:
 
     def _read(self, file: int, path: str, start: int, stop: int | None) -> Iterator[tuple[int, dict[str, Any]]]:
         if self.files and file_format(path) == ".tar":
-            for number, row in tar_rows(path, self.columns, start, stop):
-                yield number, self.declared(row)
+            yield from tar_rows(path, self.columns, start, stop)
         elif self.files and is_plain(path, ".parquet") and not self._contains_paths:
             yield from parquet_rows(path, self.columns, start, stop)
         else:
@@ -101,14 +104,9 @@ class ShardRows:
         return bool(self.files) and "://" in self.files[file]
 
     @functools.cached_property
-    def _features(self) -> datasets.Features | None:
-        # `datasets` copies them for each reader of the attribute.
-        return self.table.features
-
-    @functools.cached_property
     def _contains_paths(self) -> bool:
         """Whether the images of parquet files are paths, which `keep_encoded` completes."""
-        images = [name for name, feature in (self._features or {}).items() if isinstance(feature, datasets.Image)]
+        images = [name for name, feature in (self.table.features or {}).items() if isinstance(feature, datasets.Image)]
         if not images:
             return False
         with fsspec.open(self.files[0], "rb") as file:
@@ -116,27 +114,59 @@ class ShardRows:
         kinds = [schema.field(name).type for name in images]
         return any(pa.types.is_string(kind) or pa.types.is_large_string(kind) for kind in kinds)
 
-    def declared(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Return a row of a tar as `datasets` does, which makes texts of numbers where the first rows have texts."""
-        if self._features is None or all(_is_text(column_value(row, name)) for name in self.captions):
-            return row
-        return self._features.encode_example(row)
-
-    def read_all(self, file: int | None) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield all rows of a file through `datasets`, with their numbers; None stands for all files."""
-        whole = file is None or self.num_files == 1
-        table = self.table if whole else self.table.shard(self.num_files, file)
+    def read_all(self, file: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield all rows of a file through `datasets`, with their numbers."""
+        table = self.table if self.num_files == 1 else self.table.shard(self.num_files, file)
         # Unlike the iterator of the table, its method does not split the rows by DataLoader worker once more.
-        name = self.files[file] if file is not None and self.files else "a file of the stream"
-        with wrap_read_errors(name, SourceError):
-            for number, batch in enumerate(table.iter(1)):
-                yield number, {name: values[0] for name, values in batch.items()}
+        with wrap_read_errors(self.files[file] if self.files else "a file of the stream", SourceError):
+            yield from enumerate(itertools.chain.from_iterable(row_batches(table, BATCH)))
+
+    def count(self, file: int) -> int:
+        """Count the rows of a file: of parquet in its footer, of a tar in its headers, of others by reading them.
+
+        What has to be read is read once per machine.
+
+        Raises:
+            SourceError: The file is damaged.
+        """
+        path = self.files[file] if self.files else ""
+        if is_plain(path, ".parquet"):
+            with wrap_read_errors(path, SourceError), fsspec.open(path, "rb") as opened:
+                return int(pq.ParquetFile(opened).metadata.num_rows)
+        is_tar = file_format(path) == ".tar"
+        if not path or (is_tar and not self.is_remote(file)):
+            return count_tar_rows(path) if is_tar else sum(1 for _ in self.read_all(file))
+
+        def write(counted: Path) -> None:
+            if self.is_remote(file):
+                self._announce_reading()
+            counted.write_text(str(count_tar_rows(path) if is_tar else sum(1 for _ in self.read_all(file))))
+
+        with wrap_read_errors(path, SourceError):
+            files, name = fsspec.core.url_to_fs(path)
+            state = {key: str(value) for key, value in files.info(name).items() if key in FILE_STATE}
+        return int(shared_file("row-count", {"path": path, **state}, write).read_text())
+
+    def _announce_reading(self) -> None:
+        """Say before the first one that remote files are read whole, which may take as long as an epoch."""
+        if self._is_announced:
+            return
+        self._is_announced = True
+        read = [path for path in self.files if "://" in path and not is_plain(path, ".parquet")]
+        logger.info(
+            "counting the rows of %d remote files, %s and so on: they are read whole, once on this machine. You avoid "
+            "it with sidecars, which llm2clip embed writes.",
+            len(read),
+            read[0].split("?")[0],  # a signature may follow
+        )
 
 
-def _is_text(value: Any) -> bool:
-    if isinstance(value, list):
-        return all(isinstance(entry, str) for entry in value)
-    return value is None or isinstance(value, str)
+def open_shards(source: CaptionSource, opened: OpenedTable, with_images: bool) -> tuple[Columns, ShardRows]:
+    """Return the columns of a streamed source, and the reader of its files, with all their rows."""
+    table = cast(datasets.IterableDataset, select_source(replace(source, max_samples=None), opened, with_images))
+    columns = source_columns(source, table, with_images)
+    names = used_columns(columns, opened.table)
+    return columns, ShardRows(table, names, opened.files)
 
 
 def is_plain(path: str, ending: str) -> bool:
@@ -194,20 +224,3 @@ def cut_parquet(path: str, rows: int) -> list[RowRange]:
             cuts.append(start)
     cuts.append(metadata.num_rows)
     return [RowRange(start, stop, cuts[-1]) for start, stop in itertools.pairwise(cuts)] if len(cuts) > 2 else []
-
-
-def can_count(path: str) -> bool:
-    """Tell whether the rows of a file can be counted without reading all of it: of a local tar, and of parquet."""
-    return is_plain(path, ".parquet") or (is_plain(path, ".tar") and "://" not in path)
-
-
-def count_rows(path: str) -> int:
-    """Count the rows of a file for which [`can_count`] is true.
-
-    Raises:
-        SourceError: The file is damaged.
-    """
-    if is_plain(path, ".tar"):
-        return count_tar_rows(path)
-    with wrap_read_errors(path, SourceError), fsspec.open(path, "rb") as file:
-        return int(pq.ParquetFile(file).metadata.num_rows)

@@ -2,56 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import posixpath
 import re
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import datasets
 import fsspec
 
 from llm2clip.data.captioned_images import column_texts
-from llm2clip.data.opened_table import SourceError, file_format
-from llm2clip.data.shard_rows import RowRange, ShardRows, cut_parquet
-from llm2clip.data.sources import CaptionSource, open_source, select_captions
-from llm2clip.data.tars import tar_rows
-from llm2clip.utils.files import READ_SIZE
+from llm2clip.data.opened_table import SourceError
+from llm2clip.data.shard_rows import RowRange, cut_parquet, open_shards
+from llm2clip.data.sources import CaptionSource, open_source
 from llm2clip.utils.library_errors import wrap_read_errors
-from llm2clip.utils.remote_path import open_once, protocols
+from llm2clip.utils.remote_path import protocols
 from llm2clip.utils.shared_files import stored_sha256
 
 # Footers of parquet files that are read at the same time.
 FOOTERS_AT_ONCE = 16
 MAGIC = re.compile(r"[*?\[]")
-
-
-class HashedReader:
-    """Reads a file to its end, and computes the SHA-256 of its bytes.
-
-    Attributes:
-        size: Number of bytes that were read.
-    """
-
-    def __init__(self, file: Any) -> None:
-        self._file, self._digest, self.size = file, hashlib.sha256(), 0
-
-    def read(self, size: int) -> bytes:
-        """Read at most `size` bytes."""
-        block: bytes = self._file.read(size)
-        self._digest.update(block)
-        self.size += len(block)
-        return block
-
-    def checksum(self) -> str:
-        """Read the rest, and return the SHA-256 of the file in hexadecimal digits."""
-        while self.read(READ_SIZE):
-            pass
-        return self._digest.hexdigest()
 
 
 class SourceShard(NamedTuple):
@@ -105,15 +76,14 @@ class ShardedSource:
         if not source.streaming or source.max_samples is not None:
             raise SourceError(f"{source.path} is read by shard: set streaming: true, and leave max_samples unset.")
         opened = open_source(source)
-        table = select_captions(source, opened)
-        assert isinstance(table, datasets.IterableDataset)
-        if not opened.files or table.num_shards != len(opened.files):
+        _, rows = open_shards(source, opened, with_images=False)
+        if not rows.files:
             raise SourceError(
                 f"{source.path} (split {source.split}) is not a list of files, which embeddings could lie beside. Use "
                 "webdataset tars or parquet, json or csv files, and one split; or embed into a cache (store: cache)."
             )
         self.opened, self.source = opened, source
-        self._rows = ShardRows(table, list(table.features or ()), opened.files, source.caption_columns)
+        self._rows = rows
         self.shards = name_shards(source.path, opened.files)
 
     def cut(self, part_rows: int) -> list[list[SourceShard]]:
@@ -138,27 +108,12 @@ class ShardedSource:
         text = ShardText(list(self.source.caption_columns))
         start, stop = (0, None) if shard.part is None else shard.part[:2]
         with wrap_read_errors(shard.path, SourceError):
-            if "://" in shard.path and file_format(shard.path) == ".tar":
-                self._read_remote_tar(shard, text)
-            else:
-                text.size, text.checksum = source_size(shard.path), source_checksum(shard.path)
-                self._add(self._rows.read(shard.number, start, stop), text)
+            text.size, text.checksum = source_size(shard.path), source_checksum(shard.path)
+            for _, row in self._rows.read(shard.number, start, stop):
+                found = [caption for column in text.columns for caption in column_texts(row, column)]
+                text.captions.update(dict.fromkeys(found))
+                text.rows += 1
         return text
-
-    def _read_remote_tar(self, shard: SourceShard, text: ShardText) -> None:
-        """Read a tar at a URL once, with its checksum."""
-        with open_once(shard.path) as file:
-            hashed = HashedReader(file)
-            rows = tar_rows(shard.path, self._rows.columns, file=hashed)
-            self._add(((number, self._rows.declared(row)) for number, row in rows), text)
-            text.checksum = f"sha256:{hashed.checksum()}"
-        text.size = hashed.size
-
-    def _add(self, rows: Iterable[tuple[int, dict[str, Any]]], text: ShardText) -> None:
-        for _, row in rows:
-            found = [caption for column in text.columns for caption in column_texts(row, column)]
-            text.captions.update(dict.fromkeys(found))
-            text.rows += 1
 
 
 def source_size(path: str) -> int:

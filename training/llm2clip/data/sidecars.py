@@ -7,11 +7,12 @@ list of all captions exists anywhere.
 
 from __future__ import annotations
 
+import functools
 import glob
 import posixpath
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import replace
@@ -36,8 +37,9 @@ from llm2clip.store.manifest import (
 )
 from llm2clip.store.shards import ShardFile, keys_tensor, write_shard
 from llm2clip.store.store import BESIDE, EmbeddingCache
-from llm2clip.utils.files import require_writable
+from llm2clip.utils.files import require_writable, sha256
 from llm2clip.utils.locks import file_lock
+from llm2clip.utils.manifests import Fault, Verified
 from llm2clip.utils.remote_path import READ_ONLY, AnyPath, local_copy, open_path
 
 # Sidecars that are kept open besides those that are being read.
@@ -144,10 +146,14 @@ class SidecarFolder:
                 f"{path} was made by {manifest.encoder} with {name} {old!r}, but this run has {name} {new!r} "
                 f"({encoder.encoder}). Choose another output_dir, or delete the sidecars to start again."
             )
-        if row_range(manifest) != shard.part or not self._is_of(shard, manifest):
-            self._refuse_another(shard, source)
-            return False
-        return whole and set(columns) <= set(source.columns)
+        if self._is_of(shard, manifest):
+            return whole and set(columns) <= set(source.columns)
+        if source.path not in (None, self._elsewhere(shard)):
+            raise StoreMismatchError(
+                f"{path} belongs to {source.path}, and {shard.path} would have the same. Set another output_dir, or "
+                "delete that manifest if the other is an earlier version of this data."
+            )
+        return False
 
     def _elsewhere(self, shard: SourceShard) -> str | None:
         """Return the path of a shard in another folder than its sidecar."""
@@ -159,42 +165,20 @@ class SidecarFolder:
     def _is_of(self, shard: SourceShard, manifest: StoreManifest) -> bool:
         """Tell whether a shard is what was embedded: tars with other captions often have the same size.
 
-        A local one that has changed since its manifest was written, or is in another place, is read for that, once if
-        the manifest can be written.
+        A local one that has changed since its manifest was written, or is in another place, is read for that.
         """
-        path, place = self.manifest_path(shard), self._elsewhere(shard)
-        source, file = source_of(manifest, path), open_path(shard.path)
+        path, file = self.manifest_path(shard), open_path(shard.path)
+        source = source_of(manifest, path)
         if source.bytes != source_size(shard.path):
             return False
-        is_moved = source.path is not None and source.path != place
-        if not isinstance(file, Path):
-            stated = source_checksum(shard.path) if is_moved else source.checksum
-            return stated == source.checksum
-        status = file.stat()
-        # `ctime` changes with the content also where the time of the content is kept.
-        changed = max(status.st_mtime_ns, status.st_ctime_ns)
-        if not is_moved and not (isinstance(path, Path) and changed > path.stat().st_mtime_ns):
-            return True
-        if source_checksum(shard.path) != source.checksum:
-            return False
-        with suppress(OSError):
-            replace(manifest, source=replace(source, path=place)).write(path)
-        return True
-
-    def _refuse_another(self, shard: SourceShard, source: SourceFile) -> None:
-        """Raise StoreMismatchError if the sidecar belongs to a shard of the same name that is there too."""
-        other = source.path
-        if other is None or other == self._elsewhere(shard):
-            return
-        try:
-            is_there = source_size(other) == source.bytes
-        except (OSError, ValueError):
-            is_there = False
-        if is_there:
-            raise StoreMismatchError(
-                f"{self.manifest_path(shard)} belongs to {other}, and {shard.path} would have the same. Set another "
-                "output_dir, or delete that manifest if the other is an earlier version of this data."
-            )
+        if source.path in (None, self._elsewhere(shard)):
+            if not isinstance(file, Path):
+                return True
+            # `ctime` changes with the content also where the time of the content is kept.
+            changed = max(file.stat().st_mtime_ns, file.stat().st_ctime_ns)
+            if isinstance(path, Path) and changed <= path.stat().st_mtime_ns:
+                return True
+        return source_checksum(shard.path) == source.checksum
 
 
 class CheckedSidecars(NamedTuple):
@@ -238,8 +222,9 @@ class SourceSidecars:
             described = list(pool.map(self.folder.manifests, self.shards))
         for shard, found in zip(self.shards, described, strict=True):
             manifests = {self.folder.manifest_path(part): manifest for part, manifest in found.items()}
-            faults = [fault for path, one in manifests.items() if (fault := _misfit(path, one, shard, columns))]
-            missing += (faults or gaps(shard.name, [row_range(one) for one in found.values()]))[:1]
+            faults = [_misfit(path, one, shard, columns) for path, one in manifests.items()]
+            faults.append(_gap(shard.name, [row_range(one) for one in found.values()]))
+            missing += list(filter(None, faults))[:1]
             row_counts.append(sum(source_of(one, path).rows for path, one in manifests.items()))
             for path, manifest in manifests.items():
                 first = first or manifest
@@ -258,7 +243,7 @@ class SourceSidecars:
         return CheckedSidecars(first, row_counts)
 
     def open(self, number: int) -> EmbeddingCache:
-        """Open the sidecar of a shard, or those of its parts; the last ones stay open.
+        """Open the sidecar of a shard, or those of its parts; the last ones stay open, for the other lanes.
 
         Raises:
             FileNotFoundError: There is none.
@@ -305,21 +290,18 @@ def shard_stem(name: str) -> str:
     return posixpath.splitext(stem)[0] if suffix in COMPRESSIONS else stem
 
 
-def gaps(name: str, parts: Sequence[RowRange | None]) -> list[str]:
-    """Name what no sidecar of a file covers, in words; `parts` are in their order."""
+def _gap(name: str, parts: Sequence[RowRange | None]) -> str | None:
+    """Return what no sidecar of a file covers, in words; `parts` are in their order."""
     if not parts:
-        return [f"{name} has none"]
-    faults, end, total = [], 0, 0
+        return f"{name} has none"
+    end = total = 0
     for part in parts:
         if part is None:
-            return []
+            return None
         if part.start != end:
-            kind = "lacks" if part.start > end else "has more than one sidecar for"
-            faults.append(f"{name} {kind} rows {min(end, part.start)} to {max(end, part.start) - 1}")
+            return f"{name} lacks rows {end} to {part.start - 1}"
         end, total = part.stop, part.total
-    if end != total:
-        faults.append(f"{name} lacks rows {end} to {total - 1}")
-    return faults
+    return None if end == total else f"{name} lacks rows {end} to {total - 1}"
 
 
 def _misfit(path: AnyPath, manifest: StoreManifest, shard: SourceShard, columns: Sequence[str]) -> str | None:
@@ -333,6 +315,23 @@ def _misfit(path: AnyPath, manifest: StoreManifest, shard: SourceShard, columns:
     return f"that of {shard.name} lacks the column {absent[0]}" if absent else None
 
 
-def unfinished_files(folder: AnyPath) -> Iterator[AnyPath]:
-    """Yield what runs below a folder have not finished."""
-    return iter(folder.rglob(f".*{BESIDE}.*.tmp"))
+def verify_sources(folder: AnyPath, manifests: Mapping[AnyPath, StoreManifest], contents: bool = True) -> Verified:
+    """Compare local shards, wherever they are, with the manifests of the sidecars below a folder.
+
+    Args:
+        folder: Local, or a URL.
+        manifests: All manifests below it.
+        contents: Read the shards.
+    """
+    found, checksum = Verified(), functools.lru_cache(sha256)  # the parts of a file are of one
+    for path, manifest in manifests.items() if contents else ():
+        source = manifest.source
+        if source is None or source.checksum is None:
+            continue
+        place = path.with_name(source.name) if source.path is None else open_path(source.path)
+        if isinstance(place, Path) and place.is_file() and f"sha256:{checksum(place)}" != source.checksum:
+            fix = f"restore that shard, or delete {path} and run `llm2clip embed` on the source again"
+            found.faults.append(Fault(f"the shard {place} has changed since it was embedded", fix))
+    for unfinished in sorted(map(str, folder.rglob(f".*{BESIDE}.*.tmp"))):
+        found.remarks.append(f"{unfinished} is what a run has not finished: it still writes it, or was killed.")
+    return found

@@ -163,17 +163,6 @@ def used_columns(columns: Columns, table: Table) -> list[str]:
     return list(dict.fromkeys(used))
 
 
-def select_captions(source: CaptionSource, opened: OpenedTable) -> Table:
-    """Return the columns of an opened table that contain the captions of a source.
-
-    Raises:
-        SourceError: If one does not exist.
-    """
-    with wrap_read_errors(source.path, SourceError):
-        columns = source_columns(source, opened.table, False, opened.hint).captions
-    return opened.select(list(dict.fromkeys(top_level(opened.table, column) for column in columns)))
-
-
 def first_rows(table: Table, count: int | None) -> Table:
     """Return the first rows of a table; None returns all."""
     if count is None:
@@ -231,9 +220,9 @@ def column_value(row: Mapping[str, Any], column: str) -> Any:
     return value
 
 
-def row_batches(table: Table) -> Iterator[list[dict[str, Any]]]:
-    """Yield the rows of a table, a thousand at a time."""
-    for batch in table.iter(1000):
+def row_batches(table: Table, size: int = 1000) -> Iterator[list[dict[str, Any]]]:
+    """Yield the rows of a table, some at a time."""
+    for batch in table.iter(size):
         yield [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
 
 

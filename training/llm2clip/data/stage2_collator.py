@@ -165,10 +165,6 @@ class Stage2Collator:
             return SkippedSample(error.key, error.reason or str(error))
         return row
 
-    @property
-    def _refuses_prepared(self) -> bool:
-        return self.crop_scale is not None and tuple(self.crop_scale) != DEFAULT_CROP
-
     def _prepared(self, image: Any, key: str) -> Tensor:
         evaluation, training = self._transforms
         decoded = evaluation.decode(image, key, self.max_pixels)
@@ -183,7 +179,8 @@ class Stage2Collator:
     def _images(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         for name in ("pixel_values", "vision_states"):
             if name in rows[0]:
-                if self._refuses_prepared and not rows[0].get("_prepared"):
+                crops = self.crop_scale is not None and tuple(self.crop_scale) != DEFAULT_CROP
+                if crops and not rows[0].get("_prepared"):
                     raise ValueError(
                         f"crop_scale is {list(self.crop_scale or ())}, but the rows have {name}, which are cropped "
                         "already; leave it unset, or give rows with an image."

@@ -164,33 +164,6 @@ class SourceOrder:
         return rows
 
 
-class FileOrder:
-    """The files of an epoch, one after another.
-
-    Args:
-        row_counts: Rows of each file.
-        seed: Seed of their order; None keeps it.
-    """
-
-    def __init__(self, row_counts: Sequence[int], seed: int | None) -> None:
-        order = np.arange(len(row_counts))
-        self.files = order if seed is None else np.random.default_rng(seed).permutation(order)
-        self.ends = np.cumsum(np.asarray(row_counts)[self.files])
-
-    def files_of(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
-        """Yield the file, first and last row of each part of the rows `first` to `last`, excluded, of the epoch."""
-        position = int(np.searchsorted(self.ends, first, side="right"))
-        for number in itertools.count(position):
-            if first >= last:
-                return
-            end = int(self.ends[number])
-            begin = int(self.ends[number - 1]) if number else 0
-            stop = min(last, end)
-            if first < stop:
-                yield int(self.files[number]), first - begin, stop - begin
-            first = stop
-
-
 class RowReader:
     """Reads the rows of a source in its order, where the number of rows of each file is known.
 
@@ -237,8 +210,12 @@ class _LaneReader:
     def __init__(self, source: RowReader, epoch: int, lane: int, start: int, stop: int) -> None:
         self.source, self.epoch, self.lane, self.start, self.stop = source, epoch, lane, start, stop
         self._block, self._rows = -1, list[Any]()
-        seed = stable_seed(source.seed, "files", epoch) if source.block else None
-        self._files = FileOrder(source.row_counts, seed)
+        # The files of an epoch, one after another, and where each of them ends.
+        self._files = np.arange(len(source.row_counts))
+        if source.block:
+            seed = stable_seed(source.seed, "files", epoch)
+            self._files = np.random.default_rng(seed).permutation(self._files)
+        self._ends = np.cumsum(np.asarray(source.row_counts)[self._files])
         # The file and row at which the rows of the open file go on.
         self._place, self._open = (-1, 0), iter(list[Any]())
 
@@ -263,13 +240,16 @@ class _LaneReader:
     def in_order(self, first: int, last: int) -> list[Any]:
         """Return the rows from the `first` to the `last` one of the epoch, excluded."""
         found: list[Any] = []
-        for file, start, stop in self._files.files_of(first, last):
+        while first < last:
+            position = int(np.searchsorted(self._ends, first, side="right"))
+            file, end = int(self._files[position]), int(self._ends[position])
+            start, stop = first - end + self.source.row_counts[file], min(last, end)
             if self._place != (file, start):
                 # Up to the end of the lane, since the next part mostly begins where this one ends.
-                end = min(self.source.row_counts[file], start + self.stop - first)
-                self._open = self.source.read_file(self.epoch, file, start, end)
-            found += itertools.islice(self._open, stop - start)
-            self._place, first = (file, stop), first + stop - start
+                until = min(self.source.row_counts[file], start + self.stop - first)
+                self._open = self.source.read_file(self.epoch, file, start, until)
+            found += itertools.islice(self._open, stop - first)
+            self._place, first = (file, start + stop - first), stop
         return found
 
 

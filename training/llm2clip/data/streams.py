@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any, TypeVar
+from functools import lru_cache, partial
+from typing import Any
 
 import fsspec.asyn
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from llm2clip.data.captioned_images import CaptionImageDataset, OnError, SampleMaker
 from llm2clip.data.opened_table import OpenedTable, SourceError
-from llm2clip.data.sampling import stable_seed
-from llm2clip.data.shard_rows import ShardRows
-from llm2clip.data.sources import CaptionSource, open_source, select_source, source_columns, used_columns
+from llm2clip.data.sampling import SampleIndex, stable_seed
+from llm2clip.data.shard_rows import ShardRows, open_shards
+from llm2clip.data.sources import CaptionSource, open_source
 from llm2clip.data.stream_order import (
     BLOCK,
     EvenMixture,
@@ -30,10 +32,10 @@ from llm2clip.data.stream_order import (
     checked_weights,
 )
 from llm2clip.data.table_identity import sampled_files_digest
+from llm2clip.data.transforms import EvalTransform, TrainTransform
+from llm2clip.store import EmbeddingCache
 from llm2clip.utils.files import digest_json
-
-T = TypeVar("T")
-
+from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS
 
 # Yields the samples of a source in a chunk of the stream, from its `first` to its `last` one, excluded.
 ReadChunk = Callable[[int, int, int], Iterator[Any]]
@@ -51,7 +53,7 @@ class SampleStream(IterableDataset):
     proportion to the sizes.
 
     Args:
-        sources: [`StreamedRows`], or [`TableSource`](llm2clip.data.captioned_images.TableSource).
+        sources: [`StreamingCaptionImageDataset`], or [`TableSource`].
         seed: Seed of the order.
         rank, world_size: The process, and the number of processes.
         repeat: Start the next epoch at the end of the data, so that no rank runs out before another.
@@ -66,7 +68,6 @@ class SampleStream(IterableDataset):
 
     Raises:
         ValueError: `rank` is invalid, or weights do not fit `mixing`, or are not given for every source.
-        SourceError: A number of rows is unknown that `mixing` needs.
     """
 
     def __init__(
@@ -91,18 +92,9 @@ class SampleStream(IterableDataset):
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self.weights: list[float] | None = None
         if len(sources) > 1:
-            self._join(weights)
-
-    def _join(self, weights: Sequence[float | None]) -> None:
-        self.weights = checked_weights([source.name for source in self.sources], self.mixing, weights)
-        unknown = [source.name for source in self.sources if source.num_rows is None]
-        if unknown and (self.mixing == "proportional" or self.weights is None):
-            raise SourceError(
-                f"mixing: {self.mixing} needs the number of rows of every source, but that of {unknown[0]} is "
-                "unknown. Embed it, which counts its rows, or give every source a weight and set mixing: weights."
-            )
-        for number, source in enumerate(self.sources):
-            source.join(number)
+            self.weights = checked_weights([source.name for source in sources], mixing, weights)
+            for number, source in enumerate(sources):
+                source.join(number)
 
     @property
     def epoch(self) -> int:
@@ -114,22 +106,12 @@ class SampleStream(IterableDataset):
         self._epoch.fill_(epoch)
 
     @property
-    def num_rows(self) -> int | None:
-        """Rows of all sources, or None if unknown."""
-        counts = [source.num_rows for source in self.sources]
-        return None if None in counts else sum(filter(None, counts))
+    def num_rows(self) -> int:
+        """Rows of all sources."""
+        return sum(source.num_rows for source in self.sources)
 
-    def require_files(self, num_workers: int) -> None:
-        """Check before training that every DataLoader worker of every process has something to read.
-
-        Raises:
-            SourceError: The rows are not counted, and there are fewer files than workers.
-        """
-        for source in self.sources:
-            source.require_readers(self.world_size * max(1, num_workers), self.world_size)
-
-    def fingerprints(self) -> list[tuple[str, str | None]]:
-        """Return the name of each source, and a hash of its files and numbers of rows if these are known."""
+    def fingerprints(self) -> list[tuple[str, str]]:
+        """Return the name of each source, and a hash of its files and numbers of rows."""
         return [(source.name, source.fingerprint()) for source in self.sources]
 
     def order_settings(self) -> dict[str, Any]:
@@ -146,7 +128,7 @@ class SampleStream(IterableDataset):
         return self.lanes or Lanes.choose(self.batch_size, self.world_size, max(1, num_workers))
 
     def _mixture(self, lanes: Lanes) -> EvenMixture | StepMixture:
-        weights = self.weights or [float(source.num_rows or 0) for source in self.sources]
+        weights = self.weights or [float(source.num_rows) for source in self.sources]
         if self.mixing == "one_source_per_step":
             return StepMixture(weights, lanes.batch)
         return EvenMixture(weights, self.num_rows if self.mixing == "proportional" else None)
@@ -154,30 +136,22 @@ class SampleStream(IterableDataset):
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        self.require_files(workers)
         if worker is not None:
             fsspec.asyn.reset_lock()  # a forked process inherits a lock that nobody releases
         lanes, start = self.choose_lanes(workers), self.start or 0
         mixture = self._mixture(lanes)
-        # Ranks first, so that the readers with a file more are on different ranks.
-        place = number * self.world_size + self.rank, workers * self.world_size
         epoch = self.epoch if self.start is None else 0
         opened = []
         for index, source in enumerate(self.sources):
             before = partial(mixture.before, index)
-            opened.append((before, source.open(lanes, before, epoch, place, start, self.repeat)))
+            opened.append((before, source.open(lanes, before, epoch)))
         end = None if self.repeat else self.num_rows
         for batch in itertools.count(number, workers):
             first = start + (batch * self.world_size + self.rank) * self.batch_size
             last = first + self.batch_size if end is None else min(first + self.batch_size, end)
             if first >= last:
                 return
-            yielded = 0
-            for sample in self._samples(first, last, lanes.chunk, opened):
-                yield sample
-                yielded += 1
-            if yielded < last - first:
-                return
+            yield from self._samples(first, last, lanes.chunk, opened)
 
     def _samples(
         self, first: int, last: int, size: int, opened: Sequence[tuple[RowsBefore, ReadChunk]]
@@ -192,68 +166,78 @@ class SampleStream(IterableDataset):
                 begin, end = max(0, begin - count), max(0, end - count)
 
 
-class StreamedRows(SampleStream):
-    """Iterable data set of what `make_sample` makes of the rows of a stream; see [`StreamingCaptionImageDataset`].
+class StreamingCaptionImageDataset(SampleStream):
+    """Iterable data set of captioned images, read as a shuffled stream.
+
+    Samples are those of [`CaptionImageDataset`]; caption and crop are functions of seed, epoch and key. The order of
+    the rows is the same for any number of ranks and DataLoader workers; see [`SampleStream`]. Since the data set
+    shards itself, accelerate must not shard or dispatch its loader. Without a key column, the key of a row is its
+    number in its file, preceded by the number of the file and `-` if there are several. See [`CaptionImageDataset`]
+    for the other arguments.
 
     Args:
-        make_sample: The function, called in the worker processes too.
-        with_images: Read the images.
+        training: Draw captions and crops; False takes first captions and the evaluation transform, in order.
+        seed: Seed of order, drawn captions and crops.
+        shuffle_block: Rows that are shuffled together; 0 keeps rows and files in order.
+        repeat: Start the next epoch at the end of the data, so that no rank runs out before another; for training by
+            number of steps.
+        embeddings: Instead of a cache: opens the embeddings of the captions of a file by its number, as
+            [`SourceSidecars.open`](llm2clip.data.sidecars.SourceSidecars.open) does.
+        row_counts: Rows of each file, without those beyond `max_samples`; by default they are counted.
         opened: The table of the source, if it is open.
 
     Raises:
-        FileNotFoundError, SourceError: If the source cannot be read, or (when iterating) its rows are not counted and
-            it has fewer files than readers.
-        ValueError: If the source is not set to streaming, or `rank` is invalid.
+        FileNotFoundError, SourceError: If the source cannot be read, or has no rows.
+        ValueError: If the source is not set to streaming, or `rank` or `on_error` is invalid.
     """
 
     def __init__(
         self,
         source: CaptionSource,
-        make_sample: Callable[..., Any],
-        with_images: bool,
+        eval_transform: EvalTransform | None,
+        train_transform: TrainTransform | None = None,
         training: bool = True,
         seed: int = 0,
         shuffle_block: int = BLOCK,
         rank: int = 0,
         world_size: int = 1,
         repeat: bool = False,
+        on_error: OnError = "raise",
+        max_pixels: int = DEFAULT_MAX_PIXELS,
+        cache: EmbeddingCache | None = None,
+        embeddings: Callable[[int], EmbeddingCache] | None = None,
         row_counts: Sequence[int] | None = None,
         opened: OpenedTable | None = None,
     ) -> None:
         if not source.streaming:
             raise ValueError(f"{source.path} is not set to streaming; use CaptionImageDataset or streaming: true.")
-        self.source, self.name = source, source.path
+        if embeddings is not None and source.max_samples is not None:
+            raise ValueError(f"max_samples of {source.path} cannot be combined with embeddings beside its files.")
+        self.name = source.path
         super().__init__([self], seed, rank, world_size, repeat)
+        self.make_sample = SampleMaker(eval_transform, train_transform, seed, on_error, max_pixels, cache)
         self.training, self.shuffle_block = training, shuffle_block if training else 0
-        self.make_sample = make_sample
-        opened = opened or open_source(source)
-        self.row_counts = None if row_counts is None else list(row_counts)
-        # If rows are not counted, all readers read the first ones, and keep a share: of which file a row is, decide
-        # the files before it.
-        self.is_cut = source.max_samples is not None and row_counts is None
-        whole = source if self.is_cut else replace(source, max_samples=None)
-        self.table = select_source(whole, opened, with_images)
-        self.columns = source_columns(source, self.table, with_images)
-        columns = used_columns(self.columns, opened.table)
-        self.shards = ShardRows(self.table, columns, opened.files, source.caption_columns)
-        if self.row_counts is not None and len(self.row_counts) != self.shards.num_files:
+        self.embeddings = embeddings
+        self.columns, self.shards = open_shards(source, opened or open_source(source), eval_transform is not None)
+        self.row_counts = list(first_counts(self.shards, source.max_samples) if row_counts is None else row_counts)
+        if len(self.row_counts) != self.shards.num_files:
             raise ValueError(f"row_counts has {len(self.row_counts)} entries for {self.shards.num_files} files.")
+        if not self.num_rows:
+            raise SourceError(f"the stream {self.name} has no rows.")
         # Whether row numbers name the rows of several sources.
         self.is_one_of_several = False
 
     @property
-    def num_rows(self) -> int | None:
-        return None if self.row_counts is None else sum(self.row_counts)
+    def num_rows(self) -> int:
+        return sum(self.row_counts)
 
     def choose_lanes(self, num_workers: int) -> Lanes:
         # In order, all rows are of one lane.
         found = super().choose_lanes(num_workers)
         return found if self.shuffle_block or self.lanes else Lanes(found.batch, 1, found.batch)
 
-    def fingerprint(self) -> str | None:
-        """Return a hash of its files and their numbers of rows, if these are known."""
-        if self.row_counts is None:
-            return None
+    def fingerprint(self) -> str:
+        """Return a hash of its files and their numbers of rows."""
         return digest_json([[*map(os.path.basename, self.shards.files)], self.row_counts])
 
     def files_digest(self) -> str:
@@ -264,56 +248,33 @@ class StreamedRows(SampleStream):
         """Make it one of several sources of a stream, with its number among them."""
         self.is_one_of_several, self.seed = True, stable_seed(self.seed, "source", number)
 
-    def require_readers(self, num_readers: int, world_size: int) -> None:
-        """Raise a [`SourceError`] if there is nothing to read for some of the readers."""
-        if self.num_rows == 0:
-            raise SourceError(f"the stream {self.name} has no rows.")
-        if self.is_cut and (rows := self.source.max_samples or 0) < num_readers:
-            raise SourceError(f"the stream {self.name} has {rows} rows, fewer than {num_readers} readers.")
-        if self.num_rows is None and not self.is_cut and self.shards.num_files < num_readers:
-            workers = num_readers // world_size
-            each = f" with {workers} DataLoader workers each" if workers > 1 else ""
-            raise SourceError(
-                f"the stream {self.name} has {self.shards.num_files} files, which is fewer than {num_readers} readers "
-                f"({world_size} processes{each}). Split the data into more files, lower dataloader_num_workers, or "
-                "set streaming: false."
-            )
-
     def _rows(self, epoch: int, file: int, rows: Iterable[tuple[int, dict[str, Any]]]) -> Iterator[Callable[[], Any]]:
         """Yield for each numbered row of a file what makes its sample; images are decoded when it is called."""
+        make_sample = self.make_sample
+        if self.embeddings is not None:
+            make_sample = replace(make_sample, cache=self.embeddings(file))
         for number, values in rows:
             key = self._key(file, number, values)
-            yield partial(self.make_sample, values, key, self.columns, self._salt(epoch, key))
-
-    def _salt(self, epoch: int, key: str) -> tuple[int | str, ...] | None:
-        """Return what the random parts of a sample depend on besides the seed; None if nothing is random."""
-        return (epoch, key) if self.training else None
+            # What the random parts of a sample depend on besides the seed.
+            salt = (epoch, key) if self.training else None
+            yield partial(make_sample, values, key, self.columns, salt)
 
     def _key(self, file: int, number: int, values: Mapping[str, Any]) -> str:
         """Return the key of a row: the same in every order and split."""
         key = None if self.columns.key is None else values[self.columns.key]
         if key is not None:
             return str(key)
-        several = self.shards.num_files > 1 and not self.is_cut
-        row = f"{file}-{number}" if several else str(number)
+        row = f"{file}-{number}" if self.shards.num_files > 1 else str(number)
         return f"{self.name}:{row}" if self.is_one_of_several else row
 
-    def open(
-        self, lanes: Lanes, before: RowsBefore, epoch: int, place: tuple[int, int], start: int, repeat: bool
-    ) -> ReadChunk:
+    def open(self, lanes: Lanes, before: RowsBefore, epoch: int) -> ReadChunk:
         """Open the source for a DataLoader worker of a process.
 
         Args:
             lanes: How the stream is cut.
             before: How many rows of the source come before a place of the stream.
             epoch: The epoch at the first place of the stream.
-            place: Which of all workers it is, and how many there are.
-            start: The place of the stream from which all go on.
-            repeat: Begin the next epoch at the end of the data.
         """
-        if self.row_counts is None:
-            uncounted = self._uncounted(place, epoch + start, repeat)
-            return lambda chunk, first, last: itertools.islice(uncounted, last - first)
         rows = RowReader(
             lambda epoch, file, start, stop: self._rows(epoch, file, self.shards.read(file, start, stop)),
             self.row_counts,
@@ -324,51 +285,52 @@ class StreamedRows(SampleStream):
         )
         return lambda *part: (make() for make in rows.read(*part))
 
-    def _uncounted(self, place: tuple[int, int], first_epoch: int, repeat: bool) -> Iterator[Any]:
-        """Yield the samples of a worker's share of the files; one that goes on begins a new epoch of them."""
-        for epoch in itertools.count(first_epoch):
-            empty = True
-            seed = stable_seed(self.seed, "rows", epoch, place[0])
-            for make in shuffled(self._share(place, epoch), self.shuffle_block, seed):
-                empty = False
-                yield make()
-            if not repeat:
-                return
-            if empty:
-                # Without an error this rank would end its training, and the others would wait for it.
-                raise SourceError(
-                    f"reader {place[0] + 1} of {place[1]} finds no row in the stream {self.name}; use fewer processes "
-                    "or DataLoader workers, or more data."
-                )
 
-    def _share(self, place: tuple[int, int], epoch: int) -> Iterator[Callable[[], Any]]:
-        """Yield the rows of a worker's files; of the first rows of a source, every so many."""
-        number, total = place
-        if self.is_cut:
-            yield from itertools.islice(self._rows(epoch, 0, self.shards.read_all(None)), number, None, total)
-            return
-        order = np.arange(self.shards.num_files)
-        if self.shuffle_block:
-            order = np.random.default_rng(stable_seed(self.seed, "files", epoch)).permutation(order)
-        for file in order[share_of_files(len(order), total, number, epoch)].tolist():
-            yield from self._rows(epoch, file, self.shards.read_all(file))
+def first_counts(shards: ShardRows, limit: int | None) -> Iterator[int]:
+    """Count the rows of each file; only the first `limit` rows of a stream, so that later files may have none."""
+    left = math.inf if limit is None else limit
+    for file in range(shards.num_files):
+        count = int(min(left, shards.count(file))) if left else 0
+        left -= count
+        yield count
 
 
-def share_of_files(num_files: int, num_readers: int, reader: int, epoch: int = 0) -> range:
-    """Return the positions of the files that a reader reads in an epoch, where their rows are not counted.
+class TableSource:
+    """A map-style source as one of the sources of a stream: its rows are permuted in each epoch.
 
-    The readers' shares are disjoint and complete. If the numbers do not divide, some readers have one file more than
-    the others, in each epoch other ones, so that no file is read more often than another in the long run.
+    Args:
+        dataset: A data set of one source.
+        seed: Seed of the order.
     """
-    first = (reader + epoch * (num_files % num_readers)) % num_readers
-    return range(first, num_files, num_readers)
 
+    def __init__(self, dataset: CaptionImageDataset, seed: int) -> None:
+        self.dataset, self.seed, self.name = dataset, seed, dataset.sources[0].path
 
-def shuffled(items: Iterable[T], block: int, seed: int) -> Iterator[T]:
-    """Yield each item once, in blocks that are shuffled; 0 keeps the order."""
-    if not block:
-        yield from items
-        return
-    generator, items = np.random.default_rng(seed), iter(items)
-    while found := list(itertools.islice(items, block)):
-        yield from (found[place] for place in generator.permutation(len(found)))
+    @property
+    def num_rows(self) -> int:
+        return len(self.dataset)
+
+    def fingerprint(self) -> str:
+        return digest_json(len(self.dataset))
+
+    def files_digest(self) -> str:
+        return self.dataset.content_digest()
+
+    def join(self, number: int) -> None:
+        self.dataset.is_one_of_several, self.seed = True, stable_seed(self.seed, "source", number)
+
+    def open(self, lanes: Lanes, before: RowsBefore, epoch: int) -> ReadChunk:
+        """Open the source as [`StreamingCaptionImageDataset.open`] does."""
+        order = SourceOrder(len(self.dataset), lanes, before)
+
+        @lru_cache(maxsize=2)
+        def rows(epoch: int) -> np.ndarray:
+            return np.random.default_rng(stable_seed(self.seed, "table", epoch)).permutation(len(self.dataset))
+
+        def read(chunk: int, first: int, last: int) -> Iterator[Any]:
+            begin = order.count(chunk)
+            for row in range(begin + first, begin + last):
+                passed, number = divmod(row, len(self.dataset))
+                yield self.dataset[SampleIndex(epoch + passed, int(rows(epoch + passed)[number]))]
+
+        return read

@@ -25,9 +25,8 @@ logger = logging.getLogger(__name__)
 BATCH = 1000
 # Of the function that hashes rows.
 DIGEST_VERSION = 1
-# Of a stream, whose files may be many and large.
-SAMPLED_FILES, SAMPLED_BYTES = 64, 2**16
-EDGE = 65_536
+# Files of a stream that are hashed, which may be many and large; bytes of both ends.
+SAMPLED_FILES, EDGE = 64, 2**16
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # Of the function that makes a key.
 KEY_VERSION = 1
@@ -56,13 +55,10 @@ def rows_digest(table: datasets.Dataset) -> str:
 
 def sampled_files_digest(files: Sequence[str]) -> str:
     """Hash the sizes of local files in their order, and of some of them both ends; those of URLs are not read."""
-    local = [file for file in files if os.path.isfile(file)]
-    digest = hashlib.sha256(json.dumps([os.path.getsize(file) for file in local]).encode())
+    local = [Path(file) for file in files if os.path.isfile(file)]
+    digest = hashlib.sha256(json.dumps([file.stat().st_size for file in local]).encode())
     for position in sorted({int(place) for place in np.linspace(0, len(local) - 1, SAMPLED_FILES)} if local else ()):
-        with open(local[position], "rb") as file:
-            digest.update(file.read(SAMPLED_BYTES))
-            file.seek(-min(SAMPLED_BYTES, os.path.getsize(local[position])), os.SEEK_END)
-            digest.update(file.read())
+        _add_ends(digest, local[position])
     return digest.hexdigest()[:16]
 
 
@@ -99,13 +95,16 @@ def data_revision(source: str | Mapping[str, Any]) -> str | None:
 def _checksum(folder: Path, files: list[Path]) -> str:
     digest = hashlib.sha256()
     for path in sorted(file for file in files if file.is_file()):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(EDGE))
-            file.seek(max(EDGE, size - EDGE))
-            digest.update(file.read())
+        digest.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}\n".encode())
+        _add_ends(digest, path)
     return digest.hexdigest()[:16]
+
+
+def _add_ends(digest: Any, path: Path) -> None:
+    with open(path, "rb") as file:
+        digest.update(file.read(EDGE))
+        file.seek(max(EDGE, path.stat().st_size - EDGE))
+        digest.update(file.read())
 
 
 def image_keys(table: datasets.Dataset, column: str) -> np.ndarray:

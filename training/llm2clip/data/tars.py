@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import io
 import os
@@ -23,8 +22,6 @@ from llm2clip.utils.remote_path import open_once
 
 # What reading a damaged tar raises.
 DAMAGED = (tarfile.TarError, EOFError, OSError, zlib.error, LZMAError)
-# What tarfile says where a file in a tar is cut.
-UNEXPECTED_END = "unexpected end of data"
 
 
 class FilePart(NamedTuple):
@@ -53,10 +50,6 @@ class FilePart(NamedTuple):
         return content
 
 
-class CutShortError(tarfile.ReadError):
-    """A tar ends without the block of zeros that marks its end."""
-
-
 class _Entry(tarfile.TarInfo):
     """An entry of a tar. Only zeros are its end: `tarfile` takes a damaged or missing header for it too."""
 
@@ -70,7 +63,7 @@ class _Entry(tarfile.TarInfo):
                     raise tarfile.ReadError("a block of zeros ends it, but more follows") from None
             raise
         except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]
-            raise CutShortError("it ends without the mark of its end") from error
+            raise tarfile.ReadError("it ends without the mark of its end") from error
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"a header is damaged ({error})") from error
 
@@ -83,14 +76,8 @@ def _fault(path: str | Path, kind: str, last: str | None, error: Exception) -> S
     """Return the error of a tar that cannot be read to its end; `last` is the last member that was found."""
     # Where it tries several compressions, tarfile has a line for each.
     reason = str(error).partition("\n")[0].rstrip(":") or type(error).__name__
-    if last is None:
-        return SourceError(f"{path} is not {kind}, or is damaged at its beginning: {reason}.")
-    if isinstance(error, (CutShortError, EOFError)):
-        return SourceError(f"{path} is cut short after {last}.")
-    if reason == UNEXPECTED_END:
-        return SourceError(f"{path} is cut short in {last}.")
-    fault = "cannot be read" if isinstance(error, OSError) else "is damaged"
-    return SourceError(f"{path} {fault} after {last}: {reason}.")
+    place = "at its beginning" if last is None else f"after {last}"
+    return SourceError(f"{path} is not {kind}, or is damaged or cut short {place}: {reason}.")
 
 
 def list_tar(path: Path) -> Iterator[tuple[str, FilePart]]:
@@ -111,7 +98,7 @@ def list_tar(path: Path) -> Iterator[tuple[str, FilePart]]:
 
 
 def tar_rows(
-    path: str, columns: Collection[str], start: int = 0, stop: int | None = None, file: Any = None
+    path: str, columns: Collection[str], start: int = 0, stop: int | None = None
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield rows of a webdataset tar, of any compression that `tarfile` knows, with their numbers.
 
@@ -122,7 +109,6 @@ def tar_rows(
         path: Path or URL.
         columns: The columns to read.
         start, stop: The first row, and the one after the last; by default all rows.
-        file: The tar, if it is open, which is read to its end.
 
     Raises:
         SourceError: It is not a tar, is damaged or cut short, has fewer rows, or a value is not of the form of its
@@ -134,12 +120,12 @@ def tar_rows(
         places = _row_places(path, state.st_size, state.st_mtime_ns)
         if places is not None and start < len(places):
             first, place = start, int(places[start])
-    with _opened(path) if file is None else contextlib.nullcontext(file) as opened:
-        mode = _mode(opened) if file is None else "r|*"
+    with _opened(path) as file:
+        mode = _mode(file)
         if place:
-            opened.seek(place)
+            file.seek(place)
             mode = "r:"
-        for number, row in enumerate(_grouped(path, opened, mode, columns, start - first), first):
+        for number, row in enumerate(_grouped(path, file, mode, columns, start - first), first):
             if number >= start:
                 yield number, _decoded(path, row, columns)
             if number + 1 == stop:
@@ -162,7 +148,7 @@ def _row_places(path: str, size: int, time: int) -> np.ndarray | None:
     """
     try:
         with _opened(path) as file:
-            return np.array([row.place for row in _grouped(path, file, "r:", (), alone=True)])
+            return np.array([row.place for row in _grouped(path, file, "r:", ())])
     except SourceError:  # it is compressed, or reading it says what is wrong
         return None
 
@@ -211,14 +197,8 @@ class _Row(NamedTuple):
     members: list[tuple[str, bytes]]
 
 
-def _grouped(
-    path: str, file: IO[bytes], mode: str, columns: Collection[str], unread: int = 0, alone: bool = False
-) -> Iterator[_Row]:
-    """Yield the rows of a tar; `members` are those in `columns`, none of the first `unread` rows.
-
-    Args:
-        alone: Raise SourceError if members have headers that stand before other members.
-    """
+def _grouped(path: str, file: IO[bytes], mode: str, columns: Collection[str], unread: int = 0) -> Iterator[_Row]:
+    """Yield the rows of a tar; `members` are those in `columns`, none of the first `unread` rows."""
     row, current, last = -1, None, None
     try:
         with _open_tar(file, mode) as archive:
@@ -237,8 +217,6 @@ def _grouped(
                     row, current = row + 1, _Row(key, member.offset, [])
                 if field in columns and row >= unread:
                     current.members.append((member.name, _content(archive, member)))
-            if alone and archive.pax_headers:
-                raise tarfile.ReadError("it has headers for all members")
     except DAMAGED as error:
         raise _fault(path, "a tar", last, error) from error
     if current is not None:
@@ -253,7 +231,7 @@ def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     file.seek(member.offset_data)
     content = cast(bytes, file.read(member.size))
     if len(content) < member.size:
-        raise tarfile.ReadError(UNEXPECTED_END)
+        raise tarfile.ReadError("unexpected end of data")
     return content
 
 

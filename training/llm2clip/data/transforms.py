@@ -151,7 +151,8 @@ class TrainTransform:
             torch.default_generator.manual_seed(seed)
             box = RandomResizedCrop.get_params(image, self.scale, self.ratio)
         crop = F.resized_crop(image, *box, list(self.size), InterpolationMode.BICUBIC)
-        return scaled(_as_tensor(crop), self.gain, self.offset)
+        pixels = _as_tensor(crop).to(torch.float32, memory_format=torch.contiguous_format)
+        return torch.addcmul(self.offset, pixels, self.gain)
 
 
 def gain_and_offset(settings: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -161,11 +162,6 @@ def gain_and_offset(settings: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Te
         mean, std = torch.tensor(settings["image_mean"]), torch.tensor(settings["image_std"])
     factor = settings["rescale_factor"] if settings.get("do_rescale", True) else 1.0
     return (factor / std)[:, None, None], (-mean / std)[:, None, None]
-
-
-def scaled(pixels: torch.Tensor, gain: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    """Rescale and normalize pixels, (3, H, W), in one pass; see [`gain_and_offset`]."""
-    return torch.addcmul(offset, pixels.to(torch.float32, memory_format=torch.contiguous_format), gain)
 
 
 def _as_tensor(image: Image.Image | torch.Tensor) -> torch.Tensor:

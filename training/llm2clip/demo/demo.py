@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, Literal
 
 from llm2clip.search.search import check_places
-from llm2clip.utils.logs import printable, quiet_libraries
-from llm2clip.utils.model_places import is_repo, require_model_place
+from llm2clip.utils.logs import quiet_libraries
+from llm2clip.utils.model_places import require_model_place
 from llm2clip.utils.settings import setting
 
 if TYPE_CHECKING:
@@ -104,23 +103,9 @@ def run(config: DemoConfig) -> dict[str, Any]:
 
     open_store(config.cache_dir)
     quiet_libraries()
-    for name in names:
-        _require_both_sides(name)
-    # What visitors send can be quoted in a traceback.
-    with _temporary_files() as examples, _printable_streams():
+    with _temporary_files() as examples:
         _serve(_open_galleries(config, model), config, examples)
     return {}
-
-
-def _require_both_sides(name: str) -> None:
-    """Raise ValueError for a repository of which the config says that it does not embed both images and texts."""
-    from llm2clip.demo.space import WHOLE_MODEL
-    from llm2clip.utils.repos import RepoKind, inspect_repo
-
-    if is_repo(name):
-        repo = inspect_repo(name)
-        if repo.kind is RepoKind.VISION_HALF or not {"vision_config", "text_config"} <= set(repo.config):
-            repo.require(RepoKind.JOINT, hint=WHOLE_MODEL)
 
 
 def _open_galleries(config: DemoConfig, model: str) -> list[Gallery]:
@@ -138,26 +123,6 @@ def _open_galleries(config: DemoConfig, model: str) -> list[Gallery]:
     if config.compare:
         galleries.append(Gallery.open(config.compare, images, cache_dir, config.text_encoder))
     return galleries
-
-
-class _PrintableStream:
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        self._stream.write(printable(text))
-        return len(text)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-@contextlib.contextmanager
-def _printable_streams() -> Iterator[None]:
-    """Let nothing that libraries print, tracebacks that quote strangers too, steer the terminal."""
-    streams: list[Any] = [_PrintableStream(sys.stdout), _PrintableStream(sys.stderr)]
-    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
-        yield
 
 
 def _serve(galleries: list[Gallery], config: DemoConfig, examples: Path) -> None:

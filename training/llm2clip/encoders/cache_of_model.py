@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 from collections.abc import Sequence
 from functools import partial
@@ -17,18 +16,13 @@ from llm2clip.data.sidecars import SourceSidecars
 from llm2clip.store import EmbeddingCache, PairedCache, StoreManifest, StoreMismatchError
 from llm2clip.store.manifest import refuse_other_encoder
 from llm2clip.store.store import stored_manifest
-from llm2clip.utils.files import read_json, write_json
 from llm2clip.utils.processes import on_main_process
 from llm2clip.utils.repos import OUR_MODELS, inspect_repo
-from llm2clip.utils.shared_files import shared_file
 from llm2clip.utils.text_identity import read_fingerprint, tokenizer_fingerprint
 from llm2clip.utils.towers import describe_text_tower, each_of_pair, pair_description
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig
 
 logger = logging.getLogger(__name__)
-
-# Of the fingerprints that are kept.
-VERSION = 2
 
 
 def open_cache_of_model(
@@ -42,9 +36,7 @@ def open_cache_of_model(
     """Open the embedding cache of a model, whose config records the fingerprint of its text tower.
 
     The record is compared first. Where it differs and the adapter is not trained, one process reads the weights of the
-    tower: an adapter on weights of another dtype may have recorded another one. The config is updated. Where it fits,
-    the weights of a local tower are read once per machine, as long as its files stay the same: they may have been
-    replaced since the record.
+    tower: an adapter on weights of another dtype may have recorded another one. The config is updated.
 
     Args:
         path: The folder; of two text encoders those of both, in their order.
@@ -122,20 +114,11 @@ def check_encoder(path: str | Path, manifest: StoreManifest, config: LLM2CLIPCon
     """Return the fingerprint that embeddings must have for a model, or None if they fit; see `open_cache_of_model`.
 
     Raises:
-        StoreMismatchError: They fit the record of the text tower, but its weights are others, or there was an
-            instruction before the captions.
+        StoreMismatchError: There was an instruction before the captions.
     """
     made_by = manifest.fingerprint
     recorded = config.text_model_fingerprint
     fits = recorded in (None, made_by)
-    if fits and recorded is not None:
-        found = on_main_process(partial(_read_once, config))
-        if found not in (None, recorded):
-            raise StoreMismatchError(
-                f"{config.text_model_name_or_path} has other weights than its config.json records (fingerprint "
-                f"{found}, recorded {recorded}), and {path} was made by the recorded ones: restore them, or "
-                "embed the captions with these."
-            )
     if not fits and not is_trained:
         present = on_main_process(partial(_read, config))
         config.text_model_fingerprint = recorded = present or recorded
@@ -182,22 +165,6 @@ def describe_text_tower_of_cache(
         return described
     logger.info("Prompt of %s, from the embedding cache: %r caption %r.", name, *prompt.values())
     return own
-
-
-def _read_once(config: LLM2CLIPConfig) -> str | None:
-    """Read the fingerprint of a local text tower, or the one that was read of the same files before; see `_read`.
-
-    An adapter is left out: its fingerprint depends on the dtype that it was merged in.
-    """
-    name = config.text_model_name_or_path
-    if not isinstance(name, str) or not Path(name).is_dir() or inspect_repo(name).is_adapter:
-        return None
-    files = sorted(path for path in Path(name).resolve().iterdir() if path.suffix in (".safetensors", ".json"))
-    states = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    described = json.loads(json.dumps(config.text_config.to_dict(), default=str))
-    identity = {"version": VERSION, "files": states, "config": described}
-    found = shared_file("text-fingerprint", identity, lambda path: write_json(path, {"found": _read(config)}))
-    return read_json(found)["found"]
 
 
 def _read(config: LLM2CLIPConfig) -> str | None:

@@ -13,7 +13,6 @@ from accelerate import PartialState
 
 from llm2clip.data import CaptionSource, distinct_captions
 from llm2clip.encoders.embed_shards import (
-    PART_ROWS,
     ShardCounts,
     ShardEmbedder,
     ShardJob,
@@ -34,7 +33,7 @@ from llm2clip.utils.towers import open_text_tower
 REQUIRED = ["text_model_name_or_path", "sources"]
 # Settings that a run has no use for, if it writes the other kind of store or has another engine.
 FOR_CACHES = ("shard_size",)
-FOR_SIDECARS = ("shard_slice", "reuse_cache", "engine", "part_rows")
+FOR_SIDECARS = ("shard_slice", "reuse_cache", "engine")
 FOR_RAY = ("ray_address", "ray_actors", "ray_gpus_per_actor")
 
 
@@ -61,11 +60,6 @@ class EmbedConfig:
     )
     shard_slice: str | None = setting(
         None, "Embed only the i-th of n parts of the shards: i/n, such as 0/8, for the jobs of an array. For sidecars."
-    )
-    part_rows: int = setting(
-        PART_ROWS,
-        "Rows of a parquet file that are embedded as one shard: a file with more is embedded in parts of whole row "
-        "groups, each with a sidecar. For sidecars.",
     )
     engine: Literal["processes", "ray"] = setting(
         "processes",
@@ -118,9 +112,8 @@ class EmbedConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        for name in ("ray_actors", "part_rows"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.ray_actors is not None and self.ray_actors < 1:
+            raise ValueError(f"ray_actors must be at least 1, not {self.ray_actors}.")
 
     @property
     def writes_sidecars(self) -> bool:
@@ -175,7 +168,7 @@ def _embed_into_cache(config: EmbedConfig) -> dict[str, Any]:
 def _embed_into_sidecars(config: EmbedConfig) -> dict[str, Any]:
     require(config, REQUIRED, output_dir=False)
     sources = [CaptionSource.from_dict(source) for source in config.sources]
-    jobs = list_jobs(sources, config.output_dir or None, parse_part(config.shard_slice), config.part_rows)
+    jobs = list_jobs(sources, config.output_dir or None, parse_part(config.shard_slice))
     counts = _embed_on_ray(config, jobs) if config.engine == "ray" else _embed_in_processes(config, jobs)
     # All processes have ended before one of them reports.
     total = sum_over_processes(

@@ -118,8 +118,8 @@ def _as_embedded(parts: list[SourceShard], target: SidecarFolder) -> list[Source
         return [whole]
     if others := [shard for shard in target.manifests(whole) if shard not in parts]:
         raise ValueError(
-            f"{target.manifest_path(others[0])} is of a part that {others[0].path} is not cut into now. Set part_rows "
-            "as it was, or delete the sidecars of that file to start again."
+            f"{target.manifest_path(others[0])} is of a part that {others[0].path} is not cut into now. Delete "
+            "the sidecars of that file to start again."
         )
     return parts
 

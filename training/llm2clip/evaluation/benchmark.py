@@ -1,20 +1,32 @@
-"""What a benchmark is: where its files lie, its published counts, its reader and the protocol that measures it."""
+"""What a benchmark is: files, published counts, a reader, a protocol; and what the protocol finds."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from llm2clip.evaluation.contracts import BenchmarkProtocol
+from torch import Tensor
+
 from llm2clip.utils.logs import shortened
+
+if TYPE_CHECKING:
+    from llm2clip.evaluation.session import Session
 
 GROUPS = ("short", "long", "languages", "classification", "composition", "dense", "paper")
 
 
 class BenchmarkError(ValueError):
     """The files of a benchmark are not what was published: other counts, a row without its image, a broken row."""
+
+
+class BenchmarkProtocol(Protocol):
+    """How a benchmark is measured."""
+
+    def measure(self, session: Session, data: Any) -> Measurement:
+        """Measure a model on the data of a benchmark."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +99,80 @@ class Benchmark:
         is_own = folder.resolve().name == Path(self.folder).name
         return [form.removeprefix("./") for form in forms if is_own or not form.startswith("./")]
 
+    def load(self, folder: Path) -> Any:
+        """Read the files below a folder.
+
+        Raises:
+            BenchmarkError: One is missing or damaged, or has not the form in which the set was published.
+        """
+        try:
+            return self.read(folder)
+        except Exception as error:
+            # These say all themselves; those of formats and of rows name no file.
+            if isinstance(error, BenchmarkError | ImportError | MemoryError) or getattr(error, "filename", None):
+                raise
+            raise BenchmarkError(
+                f"{self.title}: a file in {folder} is damaged, or has another form than the published one "
+                f"({type(error).__name__}: {error})."
+            ) from error
+
+    def differences(self, counts: Mapping[str, int]) -> list[str]:
+        """Say in words which counts differ from the published ones."""
+        return [
+            f"{counts.get(name, 0):,} {name} instead of {count:,}"
+            for name, count in self.counts.items()
+            if counts.get(name, 0) != count
+        ]
+
     def describe(self, folder: Path) -> dict[str, Any]:
         """Return what a result says of the data that was found in a folder, besides its checksum."""
         return {"folder": str(folder)}
+
+
+@dataclass
+class SummedCounts:
+    """Scores that are ratios of sums over images, such as a mean IoU, for bootstrap intervals.
+
+    Attributes:
+        counts: Of each image, `(images, columns)` int64.
+        scores: Computes the scores by name, `(...)` float64, from sums of counts `(..., columns)` float64; NaN where
+            there is nothing to measure.
+    """
+
+    counts: Tensor
+    scores: Callable[[Tensor], dict[str, Tensor]]
+
+
+@dataclass
+class Measurement:
+    """What a protocol found.
+
+    Attributes:
+        protocol: Name and options of the protocol. Scores of two results may be compared if these are equal.
+        scores: The scores, 0 to 1, in the order in which they are printed; by default the means of `values`.
+        compared: Those that reports compare, in the order of papers; by default the first.
+        values: The value of each query, `(queries,)`, whose mean is the score of that name, for bootstrap intervals.
+        strata: The part that each value belongs to, `(queries,)` int64, if the score is the mean over parts of their
+            means, as over languages or classes.
+        clusters: The image that each value belongs to, `(queries,)` int64, if images have several queries; see
+            [`bootstrap_interval`].
+        summed: What the scores without `values` are computed from, if they are ratios of sums.
+        ranks: Mean and median ranks, from 1.
+        counts: Numbers of images, texts, queries, tied queries, truncated texts and the like.
+        groups: Scores of parts by kind and part, such as `{"language": {"de": {"text_to_image_recall@1": 0.5}}}`.
+    """
+
+    protocol: dict[str, Any]
+    scores: dict[str, float] = field(default_factory=dict)
+    compared: tuple[str, ...] = ()
+    values: dict[str, Tensor] = field(default_factory=dict)
+    strata: dict[str, Tensor] = field(default_factory=dict)
+    clusters: dict[str, Tensor] = field(default_factory=dict)
+    summed: SummedCounts | None = None
+    ranks: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    groups: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.scores = self.scores or {name: values.mean().item() for name, values in self.values.items()}
+        self.compared = self.compared or tuple(self.scores)[:1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from llm2clip.checks.row_checks import (
 from llm2clip.checks.token_check import CountingTokenizer, TokenCheck
 from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks import choose_benchmarks
-from llm2clip.evaluation.benchmarks.counts import check_counts, describe_rows
+from llm2clip.evaluation.benchmarks.unusual_rows import unusual_rows
 from llm2clip.evaluation.data import BenchmarkData, DataPart
 from llm2clip.utils.files import write_json
 from llm2clip.utils.processes import worker_count
@@ -124,13 +124,13 @@ def check_benchmark(
     if folder is None:
         return report | {"stops": [benchmark.lacking(data)]}
     try:
-        content = benchmark.read(folder)
+        content = benchmark.load(folder)
     except (OSError, ValueError) as error:
         return report | {"stops": [str(error)]}
     report |= {"folder": str(folder), "counts": content.counts()}
-    differences = check_counts(benchmark, folder, content, allow=True)
+    differences = benchmark.differences(content.counts())
     if differences:
-        rows = describe_rows(benchmark, folder, content)
+        rows = unusual_rows(benchmark.counts, content, folder)
         report["stops"] = [f"there are {', '.join(differences)}.", *([rows] if rows else [])]
     report |= _contents(content, tokenizers, with_images, max_pixels, worker_count(num_workers))
     unusable = report["rows"] - report["usable_rows"]
@@ -167,16 +167,13 @@ class InspectedImages(Dataset):
 
     def __getitem__(self, row: int) -> tuple[str, ImageFacts]:
         key = self.images.key(row)
-        facts: ImageFacts = self.images.decode(row, self._inspect)
+        facts: ImageFacts = self.images.decode(row, lambda value, key, _: inspect_image(value, key, self.max_pixels))
         if self.label_map is not None and facts.fault is None:
             try:
                 self.label_map(row)
             except (BenchmarkError, DamagedImageError) as error:
                 return key, ImageFacts(fault=BROKEN, reason=f"label map: {error}")
         return key, facts
-
-    def _inspect(self, value: Any, key: str, _: int) -> ImageFacts:
-        return inspect_image(value, key, self.max_pixels)
 
 
 def _contents(
@@ -187,17 +184,23 @@ def _contents(
     num_workers: int,
 ) -> dict[str, Any]:
     """Check the texts and images of what a reader returned."""
-    texts = texts_of(content)
-    sets = [InspectedImages(part, max_pixels) for part in images_of(content)]
-    of_texts: list[Check] = [CaptionCheck(list(texts)), EmptyCheck(), TextFaultCheck(), TokenCheck(tokenizers)]
-    for column, rows in texts.items():
-        for key, text in rows:
+    parts = content.parts()
+    columns = list(dict.fromkeys(column for part in parts for column in part.columns))
+    of_texts: list[Check] = [CaptionCheck(columns), EmptyCheck(), TextFaultCheck(), TokenCheck(tokenizers)]
+    for part in parts:
+        for number, (key, *texts) in enumerate(part.rows):
+            of_row = {column: [text] for column, text in zip(part.columns, texts, strict=True)}
             for check in of_texts:
-                check.add(RowFacts(key, {column: [text]}))
-    image_check = ImageCheck()
+                check.add(RowFacts(key or str(number), of_row))
+    # Parts may share their images.
+    with_images_of = {id(part.images): part for part in parts if part.images is not None}.values()
+    sets, image_check = [InspectedImages(part, max_pixels) for part in with_images_of], ImageCheck()
     for images in sets if with_images else ():
-        for key, facts in _inspected(images, num_workers):
-            image_check.add(RowFacts(key, {}, image=facts))
+        with ProgressBar("Checking images", len(images), "image") as bar:
+            for batch in DataLoader(images, check_data.BATCH, num_workers=num_workers, collate_fn=list):
+                for key, found in batch:
+                    image_check.add(RowFacts(key, {}, image=found))
+                bar.update(len(batch))
     checks = [*of_texts, *([image_check] if with_images else [])]
     report: dict[str, Any] = {"images": None}
     for check in checks:
@@ -208,29 +211,6 @@ def _contents(
         "usable_rows": image_check.widths.total() if with_images else rows_found,
         "findings": {name: vars(finding) for check in checks for name, finding in check.findings.items()},
     }
-
-
-def _inspected(images: InspectedImages, num_workers: int) -> Iterator[tuple[str, ImageFacts]]:
-    loader = DataLoader(images, check_data.BATCH, num_workers=num_workers, collate_fn=list)
-    with ProgressBar("Checking images", len(images), "image") as bar:
-        for batch in loader:
-            yield from batch
-            bar.update(len(batch))
-
-
-def texts_of(data: BenchmarkData) -> dict[str, list[tuple[str, str]]]:
-    """Return the texts of data by kind or language, with the key of their image or class, or the number of the row."""
-    texts: dict[str, list[tuple[str, str]]] = {}
-    for part in data.parts():
-        for number, (key, *of_row) in enumerate(part.rows):
-            for column, text in zip(part.columns, of_row, strict=True):
-                texts.setdefault(column, []).append((key or str(number), text))
-    return texts
-
-
-def images_of(data: BenchmarkData) -> list[DataPart]:
-    """Return the parts of data that have images, one for each set of images."""
-    return list({id(part.images): part for part in data.parts() if part.images is not None}.values())
 
 
 def print_report(report: dict[str, Any]) -> None:

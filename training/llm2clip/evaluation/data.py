@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
 import datasets
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -28,8 +29,14 @@ from llm2clip.encoders.batches import ChosenImages, ContentSet, ImageList, Table
 from llm2clip.evaluation.benchmark import BenchmarkError
 from llm2clip.evaluation.prompts import prompts
 from llm2clip.utils.logs import shortened
+from modeling_llm2clip.image_decoding_llm2clip import decoding_errors, open_image
 
 Positives = Literal["distinct", "rows"]
+# The class of pixels that do not count, and of values that are no class at all.
+IGNORED = 255
+REFUSED = -1
+# Grey levels, or a palette, whose indices are the labels and whose colours mean nothing.
+LABEL_MODES = ("L", "P")
 
 
 class BenchmarkImages(ImageList):
@@ -49,29 +56,19 @@ class BenchmarkImages(ImageList):
 
 @dataclass
 class DataPart:
-    """Rows of some data, as messages name them and `llm2clip check-data` counts them.
+    """Rows of some data, which `llm2clip check-data` checks.
 
     Attributes:
-        name: What the rows are, such as `captions`, or their language.
         rows: Of each row the key of its image, or another name of what it belongs to, and its texts.
-        columns: Names of the texts of a row.
-        count: The published count of these rows, such as `texts`.
-        per: The published counts of what the rows are spread over, such as `images`.
-        owners: Names of all to which the first part of a row may belong, to find those with too few rows.
+        columns: Names of the texts of a row, such as their language.
         images: The images of these rows; parts may share them.
         label_map: Reads the label map of an image of `images`, or raises.
-        absent: What should be there and is not, in words.
     """
 
-    name: str
     rows: Sequence[tuple[str, ...]] = ()
     columns: tuple[str, ...] = ()
-    count: str = ""
-    per: tuple[str, ...] = ()
-    owners: Sequence[str] = ()
     images: ContentSet | None = None
     label_map: Callable[[int], Tensor] | None = None
-    absent: Sequence[str] = ()
 
 
 class BenchmarkData(Protocol):
@@ -82,7 +79,7 @@ class BenchmarkData(Protocol):
         ...
 
     def parts(self) -> list[DataPart]:
-        """Return the rows and images, to describe and to check them."""
+        """Return the rows and images, to check them."""
         ...
 
 
@@ -187,22 +184,13 @@ class RetrievalData:
 
     def parts(self) -> list[DataPart]:
         """The captions, by image."""
-        keys = _keys(self.images)
-        rows = [(keys[owner], text) for owner, text in zip(self.owners.tolist(), self.texts, strict=True)]
-        return [DataPart("captions", rows, ("captions",), "texts", ("images",), keys, self.images)]
+        keys = [self.images.key(owner) for owner in self.owners.tolist()]
+        rows = list(zip(keys, self.texts, strict=True))
+        return [DataPart(rows, ("captions",), self.images)]
 
 
 class MultilingualData(dict[str, RetrievalData]):
-    """The captions of images by language.
-
-    Args:
-        by_language: Images and captions of each language that has some.
-        absent: Languages of the set that have none.
-    """
-
-    def __init__(self, by_language: Mapping[str, RetrievalData], absent: Sequence[str] = ()) -> None:
-        super().__init__(by_language)
-        self.absent = tuple(absent)
+    """The captions of images by language, of the languages that have some."""
 
     def counts(self) -> dict[str, int]:
         """Numbers of languages, of the texts of all, and of the images of the language that has most of them."""
@@ -213,12 +201,8 @@ class MultilingualData(dict[str, RetrievalData]):
         }
 
     def parts(self) -> list[DataPart]:
-        """The captions of each language, by image, and the languages that have none."""
-        parts = [DataPart("languages without a caption", absent=self.absent)]
-        for language, data in self.items():
-            for part in data.parts():
-                parts.append(replace(part, name=language, columns=(language,), per=("images", "languages")))
-        return parts
+        """The captions of each language, by image."""
+        return [replace(part, columns=(name,)) for name, data in self.items() for part in data.parts()]
 
 
 @dataclass
@@ -247,22 +231,11 @@ class ClassificationData:
         return {"images": len(self.images), "classes": len(self.labels.unique())}
 
     def parts(self) -> list[DataPart]:
-        """The images by class, the prompts by class, and the images for a probe."""
-        shared = {name for name, times in Counter(self.classnames).items() if times > 1}
-        classes = [f"{name} ({label})" if name in shared else name for label, name in enumerate(self.classnames)]
-        # Images of other kinds are read from archives one by one.
-        files = self.images.images if isinstance(self.images.images, (list, tuple)) else []
-        for label, image in zip(self.labels.tolist(), files, strict=False):
-            if isinstance(image, Path):
-                classes[label] = f"{self.classnames[label]} in {image.parent.name}"
-        rows = [(classes[label],) for label in self.labels.tolist()]
+        """The prompts by class, the images, and those for a probe."""
         places = [name for name in self.classnames for _ in self.templates]
         texts = list(zip(places, prompts(self.classnames, self.templates), strict=True))
-        return [
-            DataPart("images", rows, count="images", per=("classes",), owners=classes, images=self.images),
-            DataPart("prompts", texts, ("prompts",)),
-            *(DataPart("train images", images=part.images) for part in (self.train, self.validation) if part),
-        ]
+        sets = (self, self.train, self.validation)
+        return [DataPart(texts, ("prompts",)), *(DataPart(images=one.images) for one in sets if one is not None)]
 
 
 class SeveralSets(dict[str, ClassificationData]):
@@ -276,12 +249,8 @@ class SeveralSets(dict[str, ClassificationData]):
         return counts
 
     def parts(self) -> list[DataPart]:
-        """The parts of each set, whose own benchmark describes which of its classes are unusual."""
-        return [
-            replace(part, name=f"{name} {part.name}", count="", owners=())
-            for name, data in self.items()
-            for part in data.parts()
-        ]
+        """The parts of each set."""
+        return [part for data in self.values() for part in data.parts()]
 
 
 @dataclass
@@ -318,7 +287,7 @@ class CaptionPairData:
     def parts(self) -> list[DataPart]:
         """The pairs."""
         rows = [("", *texts) for texts in zip(self.queries, self.targets, strict=True)]
-        return [DataPart("pairs", rows, ("queries", "targets"), "pairs")]
+        return [DataPart(rows, ("queries", "targets"))]
 
 
 @dataclass
@@ -341,8 +310,9 @@ class PairData:
 
     def parts(self) -> list[DataPart]:
         """The pairs, by their first image."""
-        rows = list(zip(_keys(self.images)[::2], self.texts[::2], self.texts[1::2], strict=True))
-        return [DataPart("pairs", rows, ("first", "second"), "pairs", images=self.images)]
+        keys = [self.images.key(row) for row in range(0, len(self.images), 2)]
+        rows = list(zip(keys, self.texts[::2], self.texts[1::2], strict=True))
+        return [DataPart(rows, ("first", "second"), self.images)]
 
 
 @dataclass
@@ -367,14 +337,9 @@ class HardNegativeData:
         return dict(Counter(self.kinds))
 
     def parts(self) -> list[DataPart]:
-        """The choices of each kind, by image."""
-        rows: dict[str, list[tuple[str, ...]]] = {kind: [] for kind in self.kinds}
-        keys = _keys(self.images)
-        for kind, owner, *texts in zip(self.kinds, self.owners.tolist(), self.right, self.wrong, strict=True):
-            rows[kind].append((keys[owner], *texts))
-        return [
-            DataPart(f"{kind} rows", some, ("right", "wrong"), kind, images=self.images) for kind, some in rows.items()
-        ]
+        """The choices, by image."""
+        keys = [self.images.key(owner) for owner in self.owners.tolist()]
+        return [DataPart(list(zip(keys, self.right, self.wrong, strict=True)), ("right", "wrong"), self.images)]
 
 
 @dataclass
@@ -402,13 +367,53 @@ class GradedData(RetrievalData):
             "outside": len(self.outside),
         }
 
+
+@dataclass
+class SegmentationData:
+    """Images whose every pixel has a class.
+
+    Attributes:
+        title: Name of the set in messages.
+        label_maps: PNG file of each image, of its size.
+        classes: Names of each class in prompts, by the name of the class, in the order of the classes. A class of
+            several names, such as a background, is as similar as the most similar of them.
+        class_of: `(256,)` int64, the class of each value in a file, `IGNORED`, or `REFUSED` for a wrong one.
+    """
+
+    title: str
+    images: BenchmarkImages
+    label_maps: list[Path]
+    classes: dict[str, tuple[str, ...]]
+    class_of: Tensor
+
+    def counts(self) -> dict[str, int]:
+        """Numbers of images and classes."""
+        return {"images": len(self.images), "classes": len(self.classes)}
+
     def parts(self) -> list[DataPart]:
-        """The captions, by image, and the judged pairs that are outside."""
-        return [DataPart("judged pairs of what is not there", absent=self.outside), *super().parts()]
+        """The images, with their label maps."""
+        return [DataPart(images=self.images, label_map=self.labels)]
 
+    def labels(self, row: int) -> Tensor:
+        """Read the classes of the pixels of an image, `(height, width)` int64, with `IGNORED` for none.
 
-def _keys(images: ContentSet) -> list[str]:
-    return [images.key(row) for row in range(len(images))]
+        Raises:
+            BenchmarkError: The file is no label map, or a value in it is no class.
+            DamagedImageError: The file cannot be decoded.
+        """
+        path = self.label_maps[row]
+        with decoding_errors(path, str(path)):
+            picture = open_image(path)
+            values = torch.from_numpy(np.array(picture))
+        if picture.mode not in LABEL_MODES:
+            raise BenchmarkError(f"{path} is no label map: it has colours (mode {picture.mode}) instead of labels.")
+        classes = self.class_of[values.long()]
+        wrong = values[classes == REFUSED].unique().tolist()
+        if wrong:
+            raise BenchmarkError(
+                f"{path} has the labels {shortened([str(value) for value in wrong])}, which are none of {self.title}."
+            )
+        return classes
 
 
 def _distinct(texts: Sequence[str]) -> tuple[list[str], list[int]]:

@@ -19,16 +19,14 @@ from llm2clip.data.sources import Source
 from llm2clip.encoders import Encoder, OurEncoder
 from llm2clip.encoders.load import load_encoder
 from llm2clip.encoders.stored import open_stored_encoder
-from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
+from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError, BenchmarkProtocol
 from llm2clip.evaluation.benchmarks import all_benchmarks, choose_benchmarks
 from llm2clip.evaluation.benchmarks.checksum import data_checksum
-from llm2clip.evaluation.benchmarks.counts import check_counts
 from llm2clip.evaluation.benchmarks.listing import list_benchmarks, overview
-from llm2clip.evaluation.benchmarks.variants import with_prompts
-from llm2clip.evaluation.contracts import BenchmarkProtocol
+from llm2clip.evaluation.benchmarks.unusual_rows import unusual_rows
 from llm2clip.evaluation.evaluate_config import OF_OWN_DATA, EvaluateConfig
 from llm2clip.evaluation.own_data import OwnData, is_own_data, own_benchmark
-from llm2clip.evaluation.plots import write_length_plot
+from llm2clip.evaluation.prompts import with_prompts
 from llm2clip.evaluation.protocols import open_protocol
 from llm2clip.evaluation.results import Result, intervals_of, print_results, read_result, require_same, result_path
 from llm2clip.evaluation.session import Session
@@ -174,7 +172,9 @@ def _measure(config: EvaluateConfig, models: Sequence[Any], benchmarks: Sequence
     is_main = process_state().is_main_process
     texts_alone = all(one.protocol_id == "caption-retrieval" for one in loaded)
     for model in models:
-        encoder = _open_encoder(config, model, texts_alone) if isinstance(model, str) else model
+        encoder = model
+        if isinstance(model, str):
+            encoder = _open_encoder(config, model, texts_alone).truncate(config.truncate_dim, config.precision)
         session = Session(encoder, store, config.batch_size, worker_count(config.num_workers), config.on_error)
         cut = {name: str(value) for name, value in encoder.cut.items()}
         described = {"given": encoder.name, **encoder.identity(), "fingerprint": encoder.fingerprint(), **cut}
@@ -209,8 +209,6 @@ def _measure(config: EvaluateConfig, models: Sequence[Any], benchmarks: Sequence
                 processes=process_state().num_processes,
             )
             if path is not None and is_main:
-                # The result comes last: it is the mark of what is finished.
-                write_length_plot(path.with_suffix(".png"), result)
                 result.write(path)
             yield result
         del encoder, session  # the next model may need their memory
@@ -227,8 +225,6 @@ def _finished(path: Path, model: Mapping[str, str], checksum: str, setup: Mappin
     except ValueError as error:
         raise ValueError(f"{error} --overwrite measures again and replaces it.") from error
     require_same(path, finished, model, checksum, setup)
-    if process_state().is_main_process:
-        write_length_plot(path.with_suffix(".png"), finished)  # which has no checksum
     logger.info("    %s is finished", path)
     return finished
 
@@ -278,8 +274,16 @@ def load_benchmarks(config: EvaluateConfig, benchmarks: Sequence[Benchmark]) -> 
     loaded = []
     for benchmark, folder in found:
         start = time.monotonic()
-        data = benchmark.read(folder)
-        differences = check_counts(benchmark, folder, data, config.allow_counts)
+        data = benchmark.load(folder)
+        differences = benchmark.differences(data.counts())
+        if differences and not config.allow_counts:
+            sentences = [
+                f"{benchmark.title} in {folder} has {', '.join(differences)}: its numbers could not be compared with "
+                "published ones.",
+                unusual_rows(benchmark.counts, data, folder),
+                "With --allow-counts it is measured all the same, and the result says so.",
+            ]
+            raise BenchmarkError(" ".join(filter(None, sentences)))
         formatted = format_captions(data, config.text_format)
         text_format = RAW if formatted is data else config.text_format
         protocol, checksum = open_protocol(benchmark.protocol, benchmark.options), data_checksum(data)
@@ -332,10 +336,6 @@ def _require_places(
 
 
 def _open_encoder(config: EvaluateConfig, name: str, texts_alone: bool) -> Encoder:
-    return _load(config, name, texts_alone).truncate(config.truncate_dim, config.precision)
-
-
-def _load(config: EvaluateConfig, name: str, texts_alone: bool) -> Encoder:
     device = process_state().device
     if texts_alone and not name.startswith(OPEN_CLIP) and ".py:" not in name:
         repo = inspect_repo(name, config.revision)

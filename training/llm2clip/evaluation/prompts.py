@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from llm2clip.evaluation.benchmark import BenchmarkError
+from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
 from llm2clip.evaluation.reading import read_lines
 from llm2clip.utils.files import digest_json
 
 PLACE = "{c}"
+ZERO_SHOT = "zero-shot-classification"
 # OpenAI's 80 templates for ImageNet, the seven that it found to be nearly as good, the one of LLM2CLIP's paper,
 # and OpenAI's for CIFAR. The names and templates are identical in the code of OpenAI, open_clip, CLIP_benchmark and
 # LLM2CLIP, slips such as "a origami {c}." included.
@@ -45,9 +47,29 @@ def template_set(name: str) -> list[str]:
     return list(class_data("imagenet")["templates"][name])
 
 
-def scene_templates() -> list[str]:
-    """Return the five templates that MaskCLIP adds to OpenAI's 80."""
-    return list(class_data("segmentation")["templates"])
+def with_prompts(
+    benchmarks: Sequence[Benchmark], templates: str | None = None, classnames: str | None = None
+) -> list[Benchmark]:
+    """Set the templates and names of the benchmarks of zero-shot classification; others stay as they are.
+
+    Args:
+        templates: A name of `TEMPLATE_SETS`, or a file with one template a line.
+        classnames: A file with one name a line, in the order of the labels.
+
+    Raises:
+        BenchmarkError: No benchmark is one of zero-shot classification, or a file is broken.
+    """
+    given: dict[str, Any] = {}
+    if templates is not None:
+        given["templates"] = tuple(choose_templates(templates))
+    if classnames is not None:
+        given["classnames"] = tuple(read_names(Path(classnames)))
+    if given and not any(benchmark.protocol == ZERO_SHOT for benchmark in benchmarks):
+        raise BenchmarkError("--templates and --classnames are for benchmarks of zero-shot classification.")
+    return [
+        replace(benchmark, options={**benchmark.options, **given}) if benchmark.protocol == ZERO_SHOT else benchmark
+        for benchmark in benchmarks
+    ]
 
 
 def choose_templates(name: str) -> list[str]:

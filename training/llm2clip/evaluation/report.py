@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import json
 import logging
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What a title says even if no other column of the same set differs in it: each of these has no usual value.
-NAMED_OPTIONS = ("templates",)
 # Parts of results that a page does not show: plots show lengths, and classes are too many.
 LEFT_OUT = ("length", "class")
 CHECKSUM = re.compile("[0-9a-f]{16,}")
@@ -210,11 +207,7 @@ class Report:
         return json.dumps({"columns": columns, "rows": rows}, indent=2, ensure_ascii=False) + "\n"
 
     def to_markdown(self, baseline: Row | None = None, plots: Sequence[str] = ()) -> str:
-        """Write a page: the table of models, the differences, plots, and all scores of each column.
-
-        Args:
-            plots: Paths of pictures, relative to the page.
-        """
+        """Write a page: the table of models, the differences, plots beside the page, all scores of each column."""
         parts = ["# Results", "Scores in percent.", markdown_table(*self.table())]
         if baseline is not None:
             parts += [f"## Difference from {baseline.label}", "In percentage points."]
@@ -292,8 +285,7 @@ def run(config: ReportConfig) -> dict[str, Any]:
         return {"written": path}
     from llm2clip.evaluation.plots import write_plots  # matplotlib starts slowly
 
-    plots = write_plots(path, report)
-    write_text(path, report.to_markdown(baseline, [os.path.relpath(plot, path.parent) for plot in plots]))
+    write_text(path, report.to_markdown(baseline, [plot.name for plot in write_plots(path, report)]))
     return {"written": path}
 
 
@@ -332,7 +324,7 @@ def told_apart(entries: Sequence[tuple[str, Mapping[str, str]]]) -> list[str]:
 
 def notes_on(result: Result) -> list[str]:
     """What is unusual about a result, or has no usual value: its templates, its text format, other data."""
-    notes = [str(result.protocol[name]) for name in NAMED_OPTIONS if name in result.protocol]
+    notes = [str(result.protocol["templates"])] if "templates" in result.protocol else []
     text_format = result.protocol.get("text_format", RAW)
     if text_format != RAW:
         notes.append(f"text format {text_format}")

@@ -17,8 +17,8 @@ import torch
 import transformers
 from rich.console import Console
 
+from llm2clip.evaluation.benchmark import Measurement
 from llm2clip.evaluation.bootstrap import bootstrap_interval, bootstrap_ratios
-from llm2clip.evaluation.contracts import Measurement
 from llm2clip.utils.files import write_json
 from llm2clip.utils.manifests import read_checked, with_checksum
 from llm2clip.utils.tables import in_percent, print_table, score_columns
@@ -171,7 +171,6 @@ class PublishedRow:
         scores: 0 to 1.
         protocol: Options that a result's protocol has to have, to be compared.
         source: Paper and version.
-        table: Table of it, or empty.
         unstated: What the source does not say, though numbers depend on it; empty if nothing.
     """
 
@@ -180,7 +179,6 @@ class PublishedRow:
     scores: Mapping[str, float]
     protocol: Mapping[str, Any]
     source: str
-    table: str = ""
     unstated: str = ""
 
     def fits(self, benchmark: str, protocol: Mapping[str, Any]) -> bool:
@@ -204,7 +202,7 @@ def read_published(table: Mapping[str, Any]) -> Iterator[PublishedRow]:
         ValueError: A row has another number of cells than there are sets, or a cell another number of scores.
     """
     sets = [tuple(name.strip() for name in names.split("|")) for names in table["sets"]]
-    facts = {name: str(table.get(name, "")) for name in ("source", "table", "unstated")}
+    facts = {name: str(table.get(name, "")) for name in ("source", "unstated")}
     for model, row in table["rows"].items():
         cells = str(row).split()
         if len(cells) != len(sets):

@@ -34,6 +34,8 @@ IMAGE_BATCH = 64
 TEXTS = 1024
 # Images in which something is counted (a second or more each) between two writes.
 COUNTED = 32
+# Computes the rows at some positions, and advances the bar.
+Compute = Callable[[list[int], ProgressBar], ComputedRows]
 
 
 class Session:
@@ -95,29 +97,25 @@ class Session:
         forward = encoder.forward_images
         if kind != IMAGES:
             forward = partial(encoder.forward_features, projected=kind == "projected")
-        title = "Embedding images" if kind == IMAGES else "Features of images"
+
+        def compute(rows: list[int], bar: ProgressBar) -> ComputedRows:
+            parts = []
+            for part in encoder.encode_image_parts(
+                images, rows, batch_size=size, num_workers=self.num_workers, part_size=size,
+                on_error=self.on_error, on_not_finite="raise", forward=forward,
+            ):  # fmt: skip
+                parts.append(part)
+                bar.update(len(part.rows))
+            reasons = [reason for part in parts for reason in part.reasons]
+            skipped = [(place, images.key(rows[place]), reason) for place, reason in enumerate(reasons) if reason]
+            return ComputedRows(torch.cat([part.embeds for part in parts]), skipped=skipped)
+
         with self.timed("images"):
             if self.store is None:
                 return self._images_in_memory(images, forward, size)
             keys = images.content_keys()
-            new = self._new(kind, keys)
-            with self._build(kind, keys[new], title, SHARD_SIZE) as build:
-                for number, positions in build:
-                    rows = new[positions].tolist()
-                    parts = []
-                    for part in encoder.encode_image_parts(
-                        images, rows, batch_size=size, num_workers=self.num_workers, part_size=size,
-                        on_error=self.on_error, on_not_finite="raise", forward=forward,
-                    ):  # fmt: skip
-                        parts.append(part)
-                        build.bar.update(len(part.rows))
-                    reasons = [reason for part in parts for reason in part.reasons]
-                    skipped = [
-                        (place, images.key(rows[place]), reason) for place, reason in enumerate(reasons) if reason
-                    ]
-                    found = ComputedRows(torch.cat([part.embeds for part in parts]), skipped=skipped)
-                    build.write(number, positions, found)
-            return self._read_images(kind, keys, build.store)
+            title = "Embedding images" if kind == IMAGES else "Features of images"
+            return self._read_images(kind, keys, self._stored(kind, keys, title, SHARD_SIZE, compute))
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Embed texts: unit rows, float32 `(texts, width)` on the CPU, repeats included.
@@ -125,20 +123,24 @@ class Session:
         Raises:
             NonFiniteError: Embeddings are NaN or infinite; the message names the texts.
         """
-        keys = caption_keys(texts)
+
+        def compute(rows: list[int], bar: ProgressBar) -> ComputedRows:
+            parts = [torch.empty(0, self.encoder.width)]
+            for start in range(0, len(rows), TEXTS):
+                chosen = [texts[row] for row in rows[start : start + TEXTS]]
+                parts.append(self.encoder.encode_text(chosen, self.batch_size))
+                bar.update(len(chosen))
+            return ComputedRows(torch.cat(parts))
+
+        keys, title = caption_keys(texts), "Embedding texts"
         with self.timed("texts"):
-            if self.store is None:
-                return self._texts_in_memory(texts, keys)
-            new = self._new("texts", keys)
-            with self._build("texts", keys[new], "Embedding texts", SHARD_SIZE) as build:
-                for number, positions in build:
-                    parts = []
-                    for start in range(0, len(positions), TEXTS):
-                        chosen = [texts[row] for row in new[positions[start : start + TEXTS]]]
-                        parts.append(self.encoder.encode_text(chosen, self.batch_size))
-                        build.bar.update(len(chosen))
-                    build.write(number, positions, ComputedRows(torch.cat(parts)))
-            return build.store.read(build.store.find(keys))
+            if self.store is not None:
+                store = self._stored("texts", keys, title, SHARD_SIZE, compute)
+                return store.read(store.find(keys))
+            _, first, numbers = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+            order = np.argsort(first)  # as they stand in the data
+            rows = self._in_memory(first[order].tolist(), title, "text", compute)
+            return rows[torch.from_numpy(np.argsort(order)[numbers.reshape(-1)])]
 
     def text_lengths(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Tokens of each text, `(texts,)` int64, and whether it is cut, `(texts,)` bool."""
@@ -165,32 +167,38 @@ class Session:
             count: Yields the counts of images at some positions, `(width,)` int64 below 2**31, one after the other.
             title: Title of the progress bar.
         """
+
+        def compute(rows: list[int], bar: ProgressBar) -> ComputedRows:
+            counted = [torch.empty(0, width, dtype=torch.int32)]
+            for row in count(rows):
+                counted.append(row.to(torch.int32)[None])
+                bar.update()
+            # A float32 is exact up to 2**24 only, but it has the 32 bits of an integer.
+            return ComputedRows(torch.cat(counted).view(torch.float32))
+
         with self.timed("images"):
             if self.store is None:
+                rows = self._in_memory(list(range(len(keys))), title, "image", compute)
+            else:
+                store = self._stored(kind, keys, title, COUNTED, compute)
+                rows = store.read(store.find(keys))
+            return rows.view(torch.int32).long()
 
-                def encode(part: range) -> Tensor:
-                    return torch.stack([*count(part)]) if part else torch.empty(0, width, dtype=torch.int64)
+    def _in_memory(self, rows: list[int], title: str, unit: str, compute: Compute) -> Tensor:
+        """Compute rows, of which each process has a part."""
 
-                return encode_sharded(len(keys), encode, self.encoder.device)
-            new = self._new(kind, keys)
-            with self._build(kind, keys[new], title, COUNTED) as build:
-                for number, positions in build:
-                    rows = []
-                    for row in count(new[positions].tolist()):
-                        rows.append(row.to(torch.int32))
-                        build.bar.update()
-                    # A float32 is exact up to 2**24 only, but it has the 32 bits of an integer.
-                    build.write(number, positions, ComputedRows(torch.stack(rows).view(torch.float32)))
-            return build.store.read(build.store.find(keys)).view(torch.int32).long()
+        def encode(part: range) -> Tensor:
+            with ProgressBar(title, len(part), unit, self.show_progress_bar) as bar:
+                return compute(rows[part.start : part.stop], bar).rows
 
-    def _new(self, kind: str, keys: np.ndarray) -> np.ndarray:
-        """Return the positions of the keys that this session has not seen, each once."""
-        first = np.sort(np.unique(keys, axis=0, return_index=True)[1])
-        return first if kind not in self._opened else first[self._opened[kind].find(keys[first]) < 0]
+        return encode_sharded(len(rows), encode, self.encoder.device)
 
-    @contextmanager
-    def _build(self, kind: str, keys: np.ndarray, title: str, shard_size: int) -> Iterator[StoreBuild[Store]]:
-        """Open the store of a kind of rows to add those of some keys."""
+    def _stored(self, kind: str, keys: np.ndarray, title: str, shard_size: int, compute: Compute) -> Store:
+        """Return the store of a kind of rows; what it lacks of some keys is computed and added to it."""
+        # Those that this session has not seen, each once.
+        new = np.sort(np.unique(keys, axis=0, return_index=True)[1])
+        if kind in self._opened:
+            new = new[self._opened[kind].find(keys[new]) < 0]
         assert self.store is not None
         encoder, state = self.encoder, process_state()
         dtype, fingerprint = encoder.identity()["dtype"], encoder.fingerprint()
@@ -204,19 +212,21 @@ class Session:
         build: StoreBuild[Store]
         with build_store(
             self.store / digest_json([fingerprint, dtype]) / kind,
-            keys,
+            keys[new],
             manifest,
             title=title,
             # Processes share the work by shards.
-            shard_size=min(shard_size, max(1, math.ceil(len(keys) / state.num_processes))),
+            shard_size=min(shard_size, max(1, math.ceil(len(new) / state.num_processes))),
             wait_for_others=True,
             show_progress_bar=self.show_progress_bar,
             rank=state.process_index,
             world_size=state.num_processes,
             barrier=state.wait_for_everyone,
         ) as build:
-            yield build
+            for number, positions in build:
+                build.write(number, positions, compute(new[positions].tolist(), build.bar))
         self._opened[kind] = build.store
+        return build.store
 
     def _read_images(self, kind: str, keys: np.ndarray, store: Store) -> Tensor:
         places = store.find(keys)
@@ -244,20 +254,3 @@ class Session:
         read = (~rows.isnan().any(dim=1)).nonzero()[:, 0]
         require_finite_rows(rows[read], lambda place: images.key(int(read[place])), "images")
         return rows
-
-    def _texts_in_memory(self, texts: Sequence[str], keys: np.ndarray) -> Tensor:
-        _, first, numbers = np.unique(keys, axis=0, return_index=True, return_inverse=True)
-        order = np.argsort(first)  # as they stand in the data
-        distinct = [texts[row] for row in first[order]]
-
-        def encode(part: range) -> Tensor:
-            with ProgressBar("Embedding texts", len(part), "text", self.show_progress_bar) as bar:
-                rows = [torch.empty(0, self.encoder.width)]
-                for start in range(part.start, part.stop, TEXTS):
-                    chosen = distinct[start : min(start + TEXTS, part.stop)]
-                    rows.append(self.encoder.encode_text(chosen, self.batch_size))
-                    bar.update(len(chosen))
-                return torch.cat(rows)
-
-        rows = encode_sharded(len(distinct), encode, self.encoder.device)
-        return rows[torch.from_numpy(np.argsort(order)[numbers.reshape(-1)])]

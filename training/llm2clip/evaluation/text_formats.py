@@ -22,8 +22,7 @@ def format_captions(data: Any, name: TextFormat) -> Any:
         A copy of the data, or the data itself if it has no caption.
     """
     if isinstance(data, MultilingualData):
-        parts = {language: format_captions(part, name) for language, part in data.items()}
-        return MultilingualData(parts, data.absent)
+        return MultilingualData({language: format_captions(part, name) for language, part in data.items()})
     change = TEXT_FORMATS[name]
     found = {field: getattr(data, field) for field in CAPTIONS if hasattr(data, field)}
     return replace(data, **{field: list(map(change, texts)) for field, texts in found.items()}) if found else data

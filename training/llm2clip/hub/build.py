@@ -13,10 +13,10 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from llm2clip.data import decode_image
-from llm2clip.hub.base_licenses import bases_of, license_model, write_license_files
 from llm2clip.hub.build_card import copy_curves, read_results, source_card, source_folder, write_built_card
 from llm2clip.hub.cards.card import LICENSE_FIELDS
 from llm2clip.hub.cards.facts import EXAMPLE, Evaluation
+from llm2clip.hub.licenses import bases_of, license_model, write_license_files
 from llm2clip.hub.source_model import SourceModel
 from llm2clip.hub.upload_files import PICTURES, model_files
 from llm2clip.utils.files import write_json
@@ -107,8 +107,8 @@ def build_folder(model: str | Path, destination: str | Path, **settings: Any) ->
     Raises:
         FileExistsError: The destination exists and `overwrite` is off, or it holds what a build did not write.
         RuntimeError: The folder does not load in the new process, or its outputs differ; nothing is written.
-        ValueError: A setting is wrong, or `model` is not a model of this package, or is damaged; or the license or the
-            name is not one that the models that it was made from allow.
+        ValueError: A setting is wrong, or `model` is not a model of this package, or is damaged; or the license is
+            not one that the models that it was made from allow.
     """
     return run(build_config(BuildConfig, {"model": model, "destination": destination, **settings}, "BuildConfig"))
 
@@ -132,10 +132,9 @@ def run(config: BuildConfig, evaluations: list[Evaluation] | None = None) -> dic
         refuse_damaged(llm)
     folder_of_source = source_folder(config)
     config, data, text = source_card(config, folder_of_source)
-    bases = bases_of(config.model, config.revision, [*llms, *config.base_models])
+    bases = bases_of(folder_of_source, [*llms, *config.base_models])
     given = {name: value for name in LICENSE_FIELDS if (value := getattr(config, name))}
-    names = [config.name or destination.name, *filter(None, [config.repo_id])]
-    licensing = license_model(given, data, bases, names)
+    license = license_model(given, data, bases)
     example = decode_image(path, path) if (path := config.example_image) is not None else None
     source = SourceModel.load(repo, config.text_model, config.bundle_text_model, config.merge_adapter)
     with atomic_folder(destination, "build", config.overwrite) as folder:
@@ -146,10 +145,10 @@ def run(config: BuildConfig, evaluations: list[Evaluation] | None = None) -> dic
         if example is not None:
             example.save(folder / EXAMPLE)
         has_curves = copy_curves(folder_of_source, folder)
-        write_built_card(config, source, data, text, results, has_curves, folder, licensing)
+        write_built_card(config, source, data, text, results, has_curves, folder, license, bases)
         if config.code_repo is not None:
             _refer_to_code(folder, config.code_repo)
-        write_license_files(folder, folder_of_source, licensing)
+        write_license_files(folder, folder_of_source, license, bases)
         # Which pictures are uploaded depends on the card, which people edit.
         uploaded = model_files(folder).uploaded
         write_model_manifest(folder, [name for name in uploaded if Path(name).suffix.lower() not in PICTURES])

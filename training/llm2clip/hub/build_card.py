@@ -14,7 +14,6 @@ from huggingface_hub import snapshot_download
 from llm2clip.data.table_identity import data_revision
 from llm2clip.evaluation.report import notes_on
 from llm2clip.evaluation.results import Result, protocol_words, read_result
-from llm2clip.hub.base_licenses import Licensing
 from llm2clip.hub.cards.card import CARD, LICENSE_FIELDS, as_list, read_card, render
 from llm2clip.hub.cards.curves import write_curves
 from llm2clip.hub.cards.facts import (
@@ -27,6 +26,7 @@ from llm2clip.hub.cards.facts import (
     base_models,
     summary,
 )
+from llm2clip.hub.licenses import Base, terms_of
 from llm2clip.hub.source_model import SourceModel
 from llm2clip.utils.files import read_json, write_text
 from llm2clip.utils.repos import hub_ids
@@ -159,14 +159,15 @@ def write_built_card(
     results: list[Evaluation],
     has_curves: bool,
     folder: Path,
-    licensing: Licensing,
+    license: Mapping[str, Any],
+    bases: Sequence[Base],
 ) -> None:
     """Write the card of a built folder; `data` and `text` are those of [`source_card`].
 
     Raises:
         ValueError: People wrote the card, and it does not show what a license demands.
     """
-    shown = list(dict.fromkeys(terms.shown for terms in licensing.terms if terms.shown))
+    shown = list(dict.fromkeys(terms.shown for terms in terms_of(bases) if terms.shown))
     facts = CardFacts(
         name=config.name or Path(config.destination).name,
         task=source.task,
@@ -180,8 +181,8 @@ def write_built_card(
         has_example=config.example_image is not None,
         has_curves=has_curves,
         is_adapter=getattr(source.model, "has_adapter", False),
-        **licensing.stated,
-        base_licenses=[str(base) for base in licensing.bases],
+        **license,
+        base_licenses=[str(base) for base in bases],
         shown=shown,
     )
     # The section on training was written by the Trainer, which knew the settings.

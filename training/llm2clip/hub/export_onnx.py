@@ -12,8 +12,7 @@ import torch
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from llm2clip.data.transforms import output_size
-from llm2clip.encoders.ours import OurEncoder
-from llm2clip.encoders.query_text import QueryTextEncoder, TextEncoder, has_query_encoder
+from llm2clip.encoders.query_text import TextEncoder, has_query_encoder
 from llm2clip.hub.onnx_graphs import Graph, VisionGraph
 from llm2clip.hub.onnx_layouts import (
     TEMPORARY,
@@ -24,7 +23,6 @@ from llm2clip.hub.onnx_layouts import (
     write_immich,
     write_transformers_js,
 )
-from llm2clip.hub.onnx_recall import compare_recall
 from llm2clip.hub.onnx_writing import Dtype, write_graph
 from llm2clip.utils.attention_probe import verify_text_tower
 from llm2clip.utils.folders import atomic_folder, refuse_existing
@@ -34,7 +32,6 @@ from llm2clip.utils.settings import setting
 from modeling_llm2clip import (
     LLM2CLIPModel,
     LLM2CLIPPairTokenizer,
-    LLM2CLIPProcessor,
     LLM2CLIPVisionModelWithProjection,
 )
 from modeling_llm2clip.query_encoder_llm2clip import query_encoder_of
@@ -69,11 +66,6 @@ class ExportOnnxConfig:
         "Precision of the weights. float16 halves the files; int8 makes them a quarter, and multiplies in 8 bits. In "
         "the layout transformers.js the graphs in float32 are there too.",
     )
-    eval_sources: dict[str, Any] = setting(
-        {},
-        "Images and queries: a mapping from a name to CaptionSource fields, of which each caption column, such as a "
-        "language, is a set. The recall of torch and of what was exported is printed.",
-    )
     revision: str | None = setting(None, "Branch, tag or commit of the model on the Hub.")
     overwrite: bool = setting(
         False, "Replace an output folder that an earlier export wrote and that holds nothing else."
@@ -83,9 +75,8 @@ class ExportOnnxConfig:
         unknown = [part for part in self.parts or () if part not in PARTS]
         if unknown or self.parts == []:
             raise ValueError(f"parts is {self.parts}; choose vision, text or both.")
-        needs_both = "Immich needs" if self.layout == "immich" else "eval_sources need" if self.eval_sources else ""
-        if needs_both and self.parts is not None and set(self.parts) != set(PARTS):
-            raise ValueError(f"parts is {self.parts}, but {needs_both} both graphs: leave it out.")
+        if self.layout == "immich" and self.parts is not None and set(self.parts) != set(PARTS):
+            raise ValueError(f"parts is {self.parts}, but Immich needs both graphs: leave it out.")
 
 
 def run(config: ExportOnnxConfig) -> dict[str, Any]:
@@ -93,7 +84,7 @@ def run(config: ExportOnnxConfig) -> dict[str, Any]:
 
     Returns:
         `written`, the output folder; for each graph the largest difference from torch, over batches whose size and
-        length differ from those of the trace, of int8 the mean cosine; with `eval_sources` the recalls.
+        length differ from those of the trace, of int8 the mean cosine.
 
     Raises:
         FileExistsError: The output folder exists and `overwrite` is off.
@@ -113,7 +104,7 @@ def run(config: ExportOnnxConfig) -> dict[str, Any]:
     refuse_damaged(config.model)
     repo = inspect_repo(config.model, config.revision).require(RepoKind.JOINT, RepoKind.VISION_HALF)
     available = PARTS[:1] if repo.kind is RepoKind.VISION_HALF else PARTS
-    needed = PARTS if config.layout == "immich" or config.eval_sources else config.parts or ()
+    needed = PARTS if config.layout == "immich" else config.parts or ()
     if not set(needed) <= set(available):
         raise ValueError(f"{config.model} is a {repo.kind.value} and has no text graph.")
     parts = [part for part in available if config.parts is None or part in config.parts]
@@ -191,11 +182,6 @@ def _write_folder(
             f"{', '.join(large)} has more than the 2 GB of one file, which this layout cannot hold. For texts, make a "
             "query encoder: llm2clip distill-text."
         )
-    if text is not None and config.eval_sources:
-        kind = QueryTextEncoder if text_encoder == "query" else OurEncoder
-        encoder = kind(model, LLM2CLIPProcessor(image_processor, tokenizer))
-        exported = {part: files[part][config.dtype] for part in PARTS}
-        result |= compare_recall(encoder, exported, text.tokenize, config.eval_sources)
     return result
 
 
@@ -203,7 +189,7 @@ def _image_processor(config: ExportOnnxConfig) -> Any:
     try:
         return AutoImageProcessor.from_pretrained(config.model, revision=config.revision)
     except OSError:
-        if config.layout != "plain" or config.eval_sources:
+        if config.layout != "plain":
             raise
         return None
 

@@ -20,11 +20,11 @@ from llm2clip.evaluation.data import CaptionPairData, RetrievalData
 from llm2clip.evaluation.protocols.caption_retrieval import caption_pair_metrics
 from llm2clip.evaluation.protocols.retrieval import image_text_metrics
 from llm2clip.evaluation.session import Session
-from llm2clip.hub.base_licenses import code_license
 from llm2clip.hub.build_card import own_evaluation
 from llm2clip.hub.cards.card import as_list, license_of, read_card, write_card
 from llm2clip.hub.cards.curves import write_merge_curve
 from llm2clip.hub.cards.facts import MERGE_CURVE, TEXT_TASK, CardFacts, summary
+from llm2clip.hub.licenses import code_license
 from llm2clip.hub.mixture import Mixture, mix_joint, mix_text_towers, mix_vision
 from llm2clip.hub.source_model import SourceModel
 from llm2clip.utils.files import write_text

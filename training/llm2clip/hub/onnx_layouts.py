@@ -7,7 +7,6 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -61,21 +60,12 @@ class TextSide:
         self.tokenizer, self.length = plain_tokenizer(tokenizer, not is_static), tokenizer.model_max_length
         graph = TextGraph(model)
         self.graph: Graph = graph
-        self.is_padded = layout == "immich"
-        if self.is_padded:
+        if layout == "immich":
             self.length = min(CONTEXT_LENGTH, self.length)
             replacement = self.tokenizer.pad_token_id
             self.tokenizer.add_special_tokens({"pad_token": IMMICH_PADDING})
             self.tokenizer.padding_side = "right"
             self.graph = PaddedText(graph, self.length, self.tokenizer.pad_token_id, replacement, zeros)
-
-    def tokenize(self, text: str) -> list[np.ndarray]:
-        """Return the inputs of the graph for a text."""
-        padding = "max_length" if self.is_padded else False
-        options: dict[str, Any] = {"truncation": True, "max_length": self.length, "return_tensors": "np"}
-        tokens = self.tokenizer([text.strip()], padding=padding, **options)
-        ids, mask = tokens["input_ids"], tokens["attention_mask"]
-        return [ids.astype(np.int32)] if self.is_padded else [ids, mask]
 
 
 def graph_files(folder: Path, layout: Layout, part: str, dtype: Dtype) -> dict[Dtype, Path]:

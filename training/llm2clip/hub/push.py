@@ -12,11 +12,10 @@ from huggingface_hub import HfApi
 from rich.console import Console
 
 from llm2clip.hub.cards.card import validate_card
-from llm2clip.hub.license_terms import check_terms
-from llm2clip.hub.secrets import read_small
+from llm2clip.hub.licenses import check_terms
 from llm2clip.hub.source_model import validate_folder
 from llm2clip.hub.upload import Uploader
-from llm2clip.hub.upload_files import added_files, code_targets, model_files
+from llm2clip.hub.upload_files import added_files, code_targets, model_files, refuse_secrets
 from llm2clip.utils.logs import shortened
 from llm2clip.utils.manifests import FOLDER_MANIFEST, MODEL_MANIFEST, refuse_damaged
 from llm2clip.utils.repos import OUR_MODELS, RepoKind, inspect_repo, is_hub_id, needed_llms
@@ -94,16 +93,16 @@ def run(config: PushConfig, api: HfApi | None = None) -> dict[str, Any]:
         )
     uploader = Uploader(config.repo_id, revision=config.revision, create_pr=config.create_pr, api=api)
     uploaded, others = model_files(folder, config.include)
-    contents = read_small(folder, uploaded, uploader.api.token)
+    refuse_secrets(folder, uploaded, uploader.api.token)
     if others and not config.dry_run:
         logger.warning("not uploaded, as no model needs them: %s; --include PATTERN uploads them", shortened(others))
     if config.check and any("--" in target for target in code_targets(folder)):
         logger.info("the code of %s is in another repo, so the folder is not loaded before the upload", folder)
     elif config.check:
         logger.info("loading %s here and in a new process, which runs the code in it (--no-check: not)", folder)
-        before = _stamps(contents)
+        before = _stamps(uploaded)
         validate_folder(folder)
-        if _stamps(contents) != before:
+        if _stamps(uploaded) != before:
             raise ValueError(
                 f"{folder} has changed while it was checked; nothing was committed. Wait until nothing writes there, "
                 "and push again; if the code in the folder does it, do not trust it."
@@ -112,13 +111,12 @@ def run(config: PushConfig, api: HfApi | None = None) -> dict[str, Any]:
         return _show_upload(folder, config.repo_id, uploaded, others)
     # None leaves the visibility of a new repo to the default of its owner.
     url = uploader.create_repo(private=config.private or None)
-    return {"repo": str(url), **uploader.upload(folder, config.commit_message, contents)}
+    return {"repo": str(url), **uploader.upload(folder, config.commit_message, uploaded)}
 
 
-def _stamps(contents: Mapping[str, bytes | Path]) -> list[tuple[int, ...]]:
-    """What changes with every change of a large file, which is read when it is uploaded."""
-    found = [path.stat() for path in contents.values() if isinstance(path, Path)]
-    # Unlike its other times, that of the last change of its status cannot be set.
+def _stamps(uploaded: Mapping[str, Path]) -> list[tuple[int, ...]]:
+    """What changes with every change of a file: unlike its other times, that of its status cannot be set."""
+    found = [path.stat() for path in uploaded.values()]
     return [(status.st_ino, status.st_size, status.st_ctime_ns) for status in found]
 
 

@@ -8,18 +8,28 @@ from __future__ import annotations
 import glob
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, RepoUrl
+import huggingface_hub
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    RepoUrl,
+    constants,
+    get_session,
+)
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RevisionNotFoundError
 
 from llm2clip.hub.cards.card import CARD, merge_cards, split_card, with_repo
 from llm2clip.hub.cards.facts import EXAMPLE
-from llm2clip.hub.hub_errors import explained, http_status
-from llm2clip.hub.secrets import read_small
-from llm2clip.hub.upload_files import model_files, refuse_links
+from llm2clip.hub.upload_files import model_files, refuse_links, refuse_secrets
 from llm2clip.utils.files import read_json
 from llm2clip.utils.library_errors import wrap_read_errors
 from llm2clip.utils.logs import shortened
@@ -28,6 +38,17 @@ from llm2clip.utils.repos import inspect_repo
 
 logger = logging.getLogger(__name__)
 
+# The Hub client lets the connection errors of its HTTP library through and has no public class for them: httpx in
+# huggingface_hub 1, httpx2 in huggingface_hub 2.
+HTTPError: Any = import_module("httpx" if huggingface_hub.__version__.startswith("1.") else "httpx2").HTTPError
+# Seconds to connect, to wait for an answer, to send a piece, and to wait for a free connection. The Hub may take
+# minutes over a commit of many files, but by default its client waits for ever.
+PATIENCE = (30.0, 600.0, 600.0, 600.0)
+NEXT_STEPS = {
+    401: "log in with `hf auth login`, or set HF_TOKEN",
+    403: "the token needs write access to the repo and its organization",
+    412: "the repo changed during this push: push again",
+}
 # How many commits are tried while others commit to the same branch.
 ATTEMPTS = 4
 # Files that this package and its Trainers write. Those of an earlier push are deleted: they would be loaded instead of
@@ -40,6 +61,40 @@ REPLACED = re.compile(
 FRESH = {".gitattributes", CARD, "LICENSE"}
 # Fields of a card that are merged with those on the Hub, or that differ in an address only.
 RENEWED = ("tags", "base_model", "datasets", "model-index", "widget")
+
+
+@contextmanager
+def explained(repo_id: str) -> Iterator[None]:
+    """Raise errors of the Hub and of the connection as a ValueError in one line; others pass through.
+
+    A Hub that does not answer is such an error after some minutes.
+    """
+    client = get_session()
+    if client.timeout.read is None:
+        client.timeout = PATIENCE
+    try:
+        yield
+    except Exception as error:
+        if message := explanation(error, repo_id):
+            raise ValueError(message) from error
+        raise
+
+
+def explanation(error: BaseException, repo_id: str) -> str | None:
+    """Describe an error of the Hub or of the connection in one line; None for any other error."""
+    # The upload threads of the client wrap their errors.
+    while isinstance(error, RuntimeError) and error.__cause__ is not None:
+        error = error.__cause__
+    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    if isinstance(error, HfHubHTTPError) and error.response is not None:
+        step = NEXT_STEPS.get(error.response.status_code)
+        return f"{repo_id}: {reason}{f'; {step}' if step else ''}."
+    if isinstance(error, (HTTPError, ConnectionError)):
+        return f"{repo_id}: the connection broke ({reason}); push again: files that were uploaded are not sent twice."
+    if isinstance(error, JSONDecodeError):
+        # The page of a hotel's network, or that of another address.
+        return f"{repo_id}: {constants.ENDPOINT} does not answer as a Hub does ({reason}): correct HF_ENDPOINT."
+    return None
 
 
 class Snapshot(NamedTuple):
@@ -112,13 +167,13 @@ class Uploader:
         with explained(self.repo_id):
             return self._read_card(self._snapshot())
 
-    def upload(self, folder: Path, message: str, contents: Mapping[str, bytes | Path] | None = None) -> dict[str, Any]:
+    def upload(self, folder: Path, message: str, files: Mapping[str, Path] | None = None) -> dict[str, Any]:
         """Upload the files of a saved model, with its card, in one commit. The repo has to exist.
 
         Args:
             folder: The model.
             message: That of the commit.
-            contents: The files as [`read_small`] has read them; by default those of the model, read now.
+            files: The files by name; by default those of the model, which are checked for secrets.
 
         Returns:
             `commit`, `files`, `megabytes`, and `pull_request` if one was opened.
@@ -127,14 +182,14 @@ class Uploader:
             ValueError: The repo contains another type of model, or files but no model; or a file is a link out of the
                 folder, or holds an access token.
         """
-        if contents is None:
-            contents = read_small(folder, model_files(folder).uploaded, self.api.token)
-        sizes = [len(file) if isinstance(file, bytes) else file.stat().st_size for file in contents.values()]
-        megabytes = round(sum(sizes) / 1e6, 1)
-        logger.info("uploading %d files, %.1f MB, to %s", len(sizes), megabytes, self.repo_id)
+        if files is None:
+            files = model_files(folder).uploaded
+            refuse_secrets(folder, files, self.api.token)
+        megabytes = round(sum(file.stat().st_size for file in files.values()) / 1e6, 1)
+        logger.info("uploading %d files, %.1f MB, to %s", len(files), megabytes, self.repo_id)
         with explained(self.repo_id):
-            commit = self._commit(folder, contents, message)
-        result = {"commit": commit.oid, "files": len(sizes), "megabytes": megabytes}
+            commit = self._commit(folder, files, message)
+        result = {"commit": commit.oid, "files": len(files), "megabytes": megabytes}
         return {**result, "pull_request": commit.pr_url} if commit.pr_url else result
 
     def upload_checkpoint(self, folder: Path, name: str, message: str) -> None:
@@ -156,34 +211,31 @@ class Uploader:
                 revision=self.revision,
             )
 
-    def _commit(self, folder: Path, contents: Mapping[str, bytes | Path], message: str) -> CommitInfo:
-        model_type = str(inspect_repo(folder).model_type)
-        for attempt in range(1, ATTEMPTS + 1):
-            snapshot = self._open_branch(model_type)
-            card = contents[CARD]
-            text = card.decode() if isinstance(card, bytes) else card.read_text(encoding="utf-8")
-            files = {**contents, CARD: self._merged_card(text, snapshot).encode()}
-            stale = [name for name in snapshot.files if REPLACED.fullmatch(name) and name not in files]
-            try:
-                # Not upload_folder: where a commit fails, it commits the files in parts, so that others load the new
-                # config with the old weights; and it reads the card from the folder.
-                return self.api.create_commit(
-                    self.repo_id,
-                    [
-                        *(CommitOperationAdd(name, path_or_fileobj=content) for name, content in files.items()),
-                        *(CommitOperationDelete(name) for name in stale),
-                    ],
-                    commit_message=message,
-                    revision=self.revision,
-                    create_pr=self.create_pr,
-                    # With it the Hub refuses the commit if the card was edited after it was read.
-                    parent_commit=snapshot.commit,
-                )
-            except HfHubHTTPError as error:
-                if http_status(error) != 412 or attempt == ATTEMPTS:
-                    raise
-                logger.info("%s changed during the upload; repeating the commit on top of the change", self.repo_id)
-        raise AssertionError("the last attempt returns or raises")
+    def _commit(self, folder: Path, files: Mapping[str, Path], message: str, attempt: int = 1) -> CommitInfo:
+        snapshot = self._open_branch(str(inspect_repo(folder).model_type))
+        card = self._merged_card(files[CARD].read_text(encoding="utf-8"), snapshot).encode()
+        contents: dict[str, Path | bytes] = {**files, CARD: card}
+        stale = [name for name in snapshot.files if REPLACED.fullmatch(name) and name not in files]
+        # Not upload_folder: where a commit fails, it commits the files in parts, so that others load the new config
+        # with the old weights; and it reads the card from the folder.
+        try:
+            return self.api.create_commit(
+                self.repo_id,
+                [
+                    *(CommitOperationAdd(name, path_or_fileobj=content) for name, content in contents.items()),
+                    *(CommitOperationDelete(name) for name in stale),
+                ],
+                commit_message=message,
+                revision=self.revision,
+                create_pr=self.create_pr,
+                # With it the Hub refuses the commit if the card was edited after it was read.
+                parent_commit=snapshot.commit,
+            )
+        except HfHubHTTPError as error:
+            if error.response is None or error.response.status_code != 412 or attempt == ATTEMPTS:
+                raise
+        logger.info("%s changed during the upload; repeating the commit on top of the change", self.repo_id)
+        return self._commit(folder, files, message, attempt + 1)
 
     def _snapshot(self) -> Snapshot:
         is_new = False

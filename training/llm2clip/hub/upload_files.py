@@ -1,12 +1,15 @@
-"""Which files of a folder belong to a model, and are uploaded."""
+"""Which files of a folder belong to a model and are uploaded, and which of them nobody should publish."""
 
 from __future__ import annotations
 
 import fnmatch
 import glob
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
+
+from huggingface_hub import get_token
 
 import modeling_llm2clip
 from llm2clip.hub.cards.card import CARD, as_list
@@ -30,13 +33,22 @@ ALLOWED = (
 # Files of a training run, which are left out without a word.
 RUN = (
     *("checkpoint-*", ".*", "_*", "*.bin", "*.pt", "*.pth", "skipped-*.jsonl", "trainer_state.json", "runs"),
-    *("log.txt", "error.log", "settings.json", "warm_start", "teacher", "vision_features", "ema.safetensors"),
+    *("log.txt", "settings.json", "warm_start", "teacher", "vision_features", "ema.safetensors"),
 )
 PICTURES = {".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg"}
 # Commands that list every file of a model.
 WRITE_MODELS = ("build", "convert", "merge")
 # What is added to a listed model afterwards, by people or by us, and changes nothing that it computes.
 ADDED_LATER = (*EDITED, "LICENSE*", "NOTICE*", MODEL_MANIFEST, MODEL_SIGNATURE, "onnx/*", f"{FOLDER}/*")
+# Access tokens of the Hub, GitHub, AWS, OpenAI and Anthropic, Google, Slack; and private keys.
+SECRET = re.compile(
+    rb"hf_[A-Za-z0-9]{34,}|github_pat_\w{22,}|gh[pousr]_[A-Za-z0-9]{36,}|(?<![A-Z0-9])AKIA[A-Z0-9]{16}(?![A-Z0-9])|"
+    rb"sk-[a-z]+-[\w-]{32,}|AIza[\w-]{35}|xox[abpr]-[\w-]{20,}|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+)
+# Characters of a token that a message shows; and the least that an own one has, since a shorter one may be a word.
+SHOWN, SHORTEST = 6, 8
+# Bytes; larger files are weights, and are not searched.
+SMALL = 1 << 24
 
 
 class ModelFiles(NamedTuple):
@@ -136,3 +148,22 @@ def added_files(folder: Path) -> list[str]:
         if name not in known and path.suffix.lower() not in PICTURES
         if not any(fnmatch.fnmatch(name, pattern) for pattern in ADDED_LATER)
     ]
+
+
+def refuse_secrets(folder: Path, uploaded: Mapping[str, Path], token: str | bool | None = None) -> None:
+    """Raise a ValueError if a small file contains an access token or a private key.
+
+    Args:
+        folder: Where the files are, for the message.
+        uploaded: The files by name.
+        token: A token besides the one that the user is logged in with; both are searched for too.
+    """
+    own = [one.encode() for one in (token, get_token()) if isinstance(one, str) and len(one) >= SHORTEST]
+    pattern = re.compile(b"|".join([SECRET.pattern, *map(re.escape, own)]))
+    for name, path in uploaded.items():
+        if path.stat().st_size < SMALL and (found := pattern.search(path.read_bytes())):
+            start = found[0][:SHOWN].decode(errors="replace")
+            raise ValueError(
+                f"{folder / name} contains what looks like an access token or private key ({start}...), which "
+                "everybody could read; remove it there, and revoke it if others may have seen it."
+            )

@@ -1,4 +1,4 @@
-"""The report of the quickstart: one self-contained HTML page."""
+"""The report of the quickstart: one self-contained HTML page of queries, and the pictures that they find."""
 
 from __future__ import annotations
 
@@ -10,39 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from matplotlib.figure import Figure
-from torch.nn import functional as F
 
-from llm2clip.data import EvalTransform
 from llm2clip.evaluation.data import RetrievalData
-from llm2clip.evaluation.heat_map import draw_heat_map, patch_similarity, seen_part
 from llm2clip.quickstart.config import Arm
 from llm2clip.quickstart.data import QUERY, SHOWN_LANGUAGES
-from llm2clip.quickstart.image_steps import BEST_BY, FinalModel
-from llm2clip.quickstart.results import all_tables
+from llm2clip.quickstart.final_model import FinalModel
 from llm2clip.quickstart.run_context import RunContext
 from llm2clip.search.top_k import top_k
-from llm2clip.store import EmbeddingCache
 from llm2clip.utils.files import write_text
 
-NUM_TYPED, NUM_QUERIES, NUM_FOUND, NUM_MAPS, THUMBNAIL, MAP_WIDTH = 4, 12, 6, 6, 96, 224
-CURVES = (
-    ("stage2", "frozen", "Stage 2, frozen towers"),
-    ("stage2", "unfrozen", "Stage 2, vision layers"),
-    ("transfer", "frozen", "Without a domain"),
-)
+NUM_TYPED, NUM_QUERIES, NUM_FOUND, THUMBNAIL = 4, 12, 6, 96
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1d2430; }
 h1 { font-size: 1.7rem; } h2 { font-size: 1.25rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; width: 100%; } th, td { padding: .35rem .6rem; text-align: right; }
-th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #8792a5; font-weight: 600; }
-tbody tr { border-bottom: 1px solid #dde2ea; } td:first-child { white-space: pre; }
 .found { display: flex; flex-wrap: wrap; gap: .4rem; align-items: center; margin: .3rem 0 .9rem; }
 .found img { width: 96px; height: 96px; border: 3px solid #d9dee6; border-radius: 6px; }
 .found img.right { border-color: #2e9e4f; } .query { font-weight: 600; }
-.note { color: #5a6678; font-size: .9rem; } .plot { max-width: 100%; }
+.note { color: #5a6678; font-size: .9rem; }
 """
 
 
@@ -53,9 +38,7 @@ def write_report(path: Path, results: dict[str, Any], run: RunContext, best: Arm
         results: Content of `results.json`.
         best: The text encoder of the final model.
     """
-    cache = EmbeddingCache.open(run.cache(best.name))
     settings, machine = results["settings"], results["machine"]
-    tables = [part for title, table in all_tables(results) for part in (f"<h2>{_text(title)}</h2>", _table(*table))]
     minutes = sum(results["seconds"].values()) / 60
     parts = [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>LLM2CLIP quickstart</title>",
@@ -63,17 +46,9 @@ def write_report(path: Path, results: dict[str, Any], run: RunContext, best: Arm
         f"<p>The model finds pictures by text. Its text encoder is {_text(best.title)}, the best on the validation "
         f"set; it searches {len(final.rows)} pictures, whose names are captions of no picture of the training.</p>",
         *_typed(results["typed_queries"], final),
-        *tables,
-        *(f"<p>{_text(sentence)}</p>" for sentence in results["reading"]),
         *(f"<p class='note'>{_text(sentence)}</p>" for sentence in results["protocol"].values()),
-        "<h2>Training</h2>",
-        _plot(draw_curves(results["runs"], run.arms), "curves"),
         "<h2>Retrieved images</h2>",
-        _queries(run, best, cache, final),
-        "<h2>Similarity of captions and image patches</h2>",
-        "<p class='note'>Cosine similarity between the caption and every patch of its image, from blue (low) to red "
-        "(high). Where the vision tower was frozen, no patch was trained to match captions: it says little.</p>",
-        _patch_maps(run, cache, final),
+        _queries(run, best, final),
         f"<p class='note'>Profile {_text(settings['profile'])}, seed {_text(settings['seed'])}. "
         f"LLM: {_text(settings['llm'])}. Vision tower: {_text(settings['vision_model'])}. "
         f"Data: {_text(settings['data'])}. {minutes:.1f} minutes on {_text(machine['threads'])} threads of "
@@ -102,19 +77,6 @@ def _text(value: Any) -> str:
     return html.escape(str(value))
 
 
-def _table(columns: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f"<th>{_text(column)}</th>" for column in columns).replace("\n", "<br>")
-    body = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _plot(figure: Figure, text: str) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f"<img class='plot' alt='{text}' src='data:image/png;base64,{data}'>"
-
-
 def _sample(count: int, total: int, seed: int) -> list[int]:
     return sorted(np.random.default_rng(seed).choice(total, size=min(count, total), replace=False).tolist())
 
@@ -132,7 +94,7 @@ def _found(query: str, pictures: Sequence[tuple[int, bool, str]], final: FinalMo
     return f"<div class='query'>{_text(query)}</div><div class='found'>{''.join(shown)}</div>"
 
 
-def _queries(run: RunContext, best: Arm, cache: EmbeddingCache, final: FinalModel) -> str:
+def _queries(run: RunContext, best: Arm, final: FinalModel) -> str:
     """Show what captions of each language find."""
     columns, rows = run.data.queries(best.kind), final.rows
     names = [name for name in (QUERY, *SHOWN_LANGUAGES) if name in columns]
@@ -154,60 +116,3 @@ def _queries(run: RunContext, best: Arm, cache: EmbeddingCache, final: FinalMode
             ]
             parts.append(_found(query, pictures, final))
     return "".join(parts)
-
-
-@torch.no_grad()
-def _patch_maps(run: RunContext, cache: EmbeddingCache, final: FinalModel) -> str:
-    model, processor, retrieval = final.model, final.processor, final.retrieval
-    rows = _sample(4 * NUM_MAPS, len(retrieval.images), run.config.seed + 1)
-    chosen = [row for row in rows if retrieval.captions_of(row)][:NUM_MAPS]
-    images = [retrieval.image(row) for row in chosen]
-    pixels = torch.stack([*map(EvalTransform(processor.image_processor), images)])
-    captions = [retrieval.captions_of(row)[0] for row in chosen]
-    features = model.get_text_features(llm_embeds=cache.lookup(captions)).pooler_output
-    assert features is not None
-    maps = patch_similarity(model, pixels, F.normalize(features.float(), dim=-1))
-    figure = Figure(figsize=(2 * len(chosen), 4.3), layout="constrained")
-    axes = figure.subplots(2, len(chosen), squeeze=False)
-    for column, (image, caption, heat) in enumerate(zip(images, captions, maps, strict=True)):
-        picture = seen_part(image, processor.image_processor)
-        axes[0, column].imshow(picture)
-        axes[0, column].set_title(caption[:22], fontsize=9, parse_math=False)
-        axes[1, column].imshow(draw_heat_map(picture, heat, MAP_WIDTH))
-    for axis in axes.flat:
-        axis.axis("off")
-    return _plot(figure, "patch similarity")
-
-
-def draw_curves(runs: dict[str, Any], arms: Sequence[Arm]) -> Figure:
-    """Draw the loss of every run (first seed) above its R@10 on the validation set.
-
-    Args:
-        runs: The results of stage 1, and of stage 2 with all arms.
-    """
-    shown = [part for part in CURVES if any(part[1] in runs.get(f"{part[0]}-{arm.name}", {}) for arm in arms)]
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    axes = figure.subplots(2, 1 + len(shown), squeeze=False)
-    for (kind, part, title), (upper, lower) in zip(shown, axes.T[1:], strict=True):
-        for arm in arms:
-            log = runs.get(f"{kind}-{arm.name}", {}).get(part, {}).get("history", [])
-            _line(upper, log, "loss", arm.title)
-            _line(lower, log, BEST_BY, arm.title, 100)
-        upper.set(title=f"{title}: loss")
-        lower.set(title="R@10 on validation, %")
-    _line(axes[0, 0], runs.get("stage1", {}).get("history", []), "loss", "stage 1")
-    axes[0, 0].set(title="Stage 1: loss")
-    for axis in axes.flat:
-        axis.set(xlabel="step")
-        axis.grid(alpha=0.3)
-    axes[1, 0].axis("off")
-    handles = axes[0, 1].get_legend_handles_labels() if shown else ([], [])
-    axes[1, 0].legend(*handles, loc="center", fontsize=8)
-    return figure
-
-
-def _line(axis: Any, log: Sequence[dict[str, float]], key: str, label: str, factor: float = 1) -> None:
-    # The first value of each step: after the last one, the best model is measured again.
-    points = {entry["step"]: factor * entry[key] for entry in reversed(log) if key in entry}
-    if points:
-        axis.plot(*zip(*sorted(points.items()), strict=True), label=label, marker="." if len(points) < 30 else None)

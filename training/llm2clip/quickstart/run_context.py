@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,6 @@ import torch
 
 from llm2clip.quickstart.config import Arm, QuickstartConfig, choose_arms, is_plain
 from llm2clip.quickstart.data import QuickstartData
-from llm2clip.quickstart.domains import missing_for_split, without_domain
-
-logger = logging.getLogger(__name__)
 
 # As Linux names what multiplies bfloat16: of AMD and Intel, and of Intel's AMX.
 BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16")
@@ -30,7 +26,6 @@ class RunContext:
 
     Attributes:
         profile: The settings of the training; see `PARTS`.
-        transfer_data: The data without a domain, if the profile trains on it, and the data has domains.
         arms: The text encoders.
         is_plain: Whether the LLM is a plain one, which becomes a text encoder first.
         weights: Folders or Hub ids of `llm`, `vision_model` and, if it is compared, `embedding_model`; filled by the
@@ -47,13 +42,7 @@ class RunContext:
             if part.get(name) == "auto":
                 part[name] = fast if name == "bf16" else "bfloat16" if fast else "float32"
         self.data = QuickstartData.find(config.data, config.caption_columns, config.image_column)
-        self.transfer_data: QuickstartData | None = None
-        if self.profile["transfer"]:
-            if missing := missing_for_split(self.data, config.domain_column, config.held_out_domain):
-                logger.info("%s: no transfer table.", missing)
-            else:
-                self.transfer_data = without_domain(self.data, self.folder / "transfer-data")
-        self.arms = choose_arms(config, self.profile["text_encoders"])
+        self.arms = choose_arms(config)
         self.is_plain = is_plain(config)
         self.weights: dict[str, str] = {}
 

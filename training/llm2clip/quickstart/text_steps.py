@@ -32,20 +32,17 @@ SHARD = 1024
 
 def text_steps(run: RunContext) -> list[Step]:
     """List the steps that make the text encoders of a run and their embeddings of all captions."""
-    config, names = run.config, {arm.name for arm in run.arms}
+    config = run.config
     weights = {name: getattr(config, name) for name in ("llm", "vision_model", "embedding_model")}
     steps = [Step("weights", "Weights of the towers", weights, partial(_weights, run))]
-    if run.is_plain and any(arm.made_by != "weights" for arm in run.arms):
+    if run.is_plain:
         prompt, folder = {"prompt": run.prompt()}, run.folder / "raw"
         steps.append(Step("raw", "The LLM as a text encoder", prompt, partial(_raw, run), ("weights",), folder))
-    if "raw-causal" in names:
         title, folder = "The LLM with causal attention", run.folder / "raw-causal"
         steps.append(Step("raw-causal", title, {}, partial(_causal, run), ("raw",), folder))
-    if "stage1" in names:
         settings = {**run.profile["stage1"], **run.data.settings(), "seed": config.seed}
-        after, folder = ("raw" if run.is_plain else "weights",), run.folder / "stage1"
-        title = "Stage 1: caption contrastive fine-tuning"
-        steps.append(Step("stage1", title, settings, partial(_stage1, run), after, folder))
+        title, folder = "Stage 1: caption contrastive fine-tuning", run.folder / "stage1"
+        steps.append(Step("stage1", title, settings, partial(_stage1, run), ("raw",), folder))
     for arm in run.arms:
         settings = {**run.data.settings(), "kind": arm.kind, "dtype": _dtype(run, arm)}
         title, work = f"Embedding captions: {arm.title}", partial(_embed, run, arm)
@@ -81,11 +78,8 @@ def _causal(run: RunContext, resume: bool) -> dict[str, Any]:
 def _stage1(run: RunContext, resume: bool) -> dict[str, Any]:
     folder = run.folder / "stage1"
     recipe = {key: value for key, value in run.profile["stage1"].items() if key not in run.prompt()}
-    if not run.is_plain:
-        # Embedding models are of architectures with other names of layers than the default ones.
-        recipe.setdefault("lora_target_modules", ["all-linear"])
     recipe |= {
-        "model_name_or_path": str(run.folder / "raw") if run.is_plain else run.weights["llm"],
+        "model_name_or_path": str(run.folder / "raw"),
         "output_dir": str(folder),
         "sources": [asdict(source) for source in run.data.pair_sources()],
         "seed": run.config.seed,

@@ -127,11 +127,11 @@ class FolderImages(Items):
         self._excluded = {path.resolve() for path in exclude}
 
     def __len__(self) -> int:
-        return sum(map(len, self._files))
+        return len(self._files)
 
     def batches(self) -> Iterator[pa.Table]:
-        for files in self._files:
-            keys, sizes, mtimes = (column.to_pylist() for column in files.columns)
+        for start in range(0, len(self._files), ROWS_AT_ONCE):
+            keys, sizes, mtimes = zip(*self._files[start : start + ROWS_AT_ONCE], strict=True)
             paths = [PurePosixPath(key) for key in keys]
             folders = [path.parent.as_posix() for path in paths]
             extensions = [path.suffix[1:].lower() for path in paths]
@@ -143,17 +143,9 @@ class FolderImages(Items):
         return FolderFiles([self.folder / key for key in keys], keys, self.max_pixels)
 
     @cached_property
-    def _files(self) -> list[pa.Table]:
-        """Path, size and modification time of each file: 20 bytes and those of its path."""
-        found: list[pa.Table] = []
-        rows: list[tuple[str, int, int]] = []
-        for path in self._walk():
-            if (row := self._describe(path)) is not None:
-                rows.append(row)
-            if len(rows) == ROWS_AT_ONCE:
-                found.append(pa.table(list(zip(*rows, strict=True)), [KEY, "size", "mtime_ns"]))
-                rows = []
-        return [*found, pa.table(list(zip(*rows, strict=True)), [KEY, "size", "mtime_ns"])] if rows else found
+    def _files(self) -> list[tuple[str, int, int]]:
+        """Path, size and modification time of each file."""
+        return [row for row in map(self._describe, self._walk()) if row is not None]
 
     def _walk(self) -> Iterator[Path]:
         for parent, folders, files in os.walk(self.folder, onerror=self._add_unreadable_folder):

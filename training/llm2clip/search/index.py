@@ -73,14 +73,11 @@ class IndexConfig(IndexSettings):
     image_column: str | None = setting(
         None, "Data set: column of the images; by default image, or jpg, png, ... of webdataset shards."
     )
-    caption_column: str | None = setting(
-        None, "Data set: column of the text shown with a result; by default caption, txt or text, if any."
-    )
     caption_columns: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "With --embed caption: columns of the captions, texts or lists of texts; a.b is field b of record "
-            "a. By default caption_column."
+            "help": "Data set: column of the text shown with a result; with --embed caption: columns of the captions, "
+            "texts or lists of texts; a.b is field b of record a. By default caption, txt or text, if any."
         },
     )
     metadata_columns: list[str] = field(
@@ -106,10 +103,10 @@ class IndexConfig(IndexSettings):
         self._check_captions()
 
     def _check_captions(self) -> None:
-        if self.embed == "image" and self.caption_columns:
+        if self.embed == "image" and len(self.caption_columns) > 1:
             raise ValueError(
-                f"caption_columns is {', '.join(self.caption_columns)}, but images are embedded: add --embed caption, "
-                "or name one column that is shown with them by --caption-column."
+                f"caption_columns is {', '.join(self.caption_columns)}, but one text is shown with an image: name one "
+                "column, or add --embed caption."
             )
         if self.embed == "caption" and self.kind == "folder":
             raise ValueError(
@@ -118,8 +115,6 @@ class IndexConfig(IndexSettings):
             )
         if self.embed == "caption" and self.image_backend != "exact":
             raise ValueError(f"image_backend is {self.image_backend}, but captions are embedded: leave it out.")
-        if self.caption_column and self.caption_columns:
-            raise ValueError("caption_column and caption_columns are both given: leave out caption_column.")
 
     def _check_place(self) -> None:
         if self.postgres is None and self.table is not None:
@@ -206,8 +201,7 @@ def _open_items(config: IndexConfig, exclude: tuple[Path, ...]) -> Items:
     items = open_items(
         config.folder, exclude, config.kind, config.embed, config.max_pixels,
         name=config.name, split=config.split, revision=config.revision, image_column=config.image_column,
-        caption_columns=config.caption_columns or list(filter(None, [config.caption_column])),
-        metadata_columns=config.metadata_columns,
+        caption_columns=config.caption_columns, metadata_columns=config.metadata_columns,
     )  # fmt: skip
     is_folder = isinstance(items, FolderImages)
     if is_folder and config.metadata_columns:

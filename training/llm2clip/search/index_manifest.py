@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 
 from llm2clip.data import DEFAULT_MAX_PIXELS
 from llm2clip.encoders import Encoder
-from llm2clip.search.index_settings import PARAMETERS, parameters_of
+from llm2clip.search.index_settings import PARAMETERS
 from llm2clip.utils.settings import build_config
 from modeling_llm2clip import __version__
 
@@ -80,8 +80,7 @@ class IndexManifest:
             kind = manifest.index.get("type")
             if kind not in PARAMETERS:
                 raise ValueError(f"its index is of the type {kind}")
-            needed = parameters_of(kind, manifest.index.get("precision"))
-            if missing := [name for name in needed if name not in manifest.index]:
+            if missing := [name for name in PARAMETERS[kind] if name not in manifest.index]:
                 raise ValueError(f"its index lacks {', '.join(missing)}")
             return manifest
         except ValueError as error:

@@ -17,23 +17,15 @@ EXACT_IMAGES = 100_000
 # The codes of ivf_rq are made of groups of as many values.
 RQ_GROUP = 8
 # Largest widths that hnsw of pgvector takes.
-HNSW_WIDTHS = {"float16": 4000, "float32": 2000, "binary": 64_000}
+HNSW_WIDTHS = {"float16": 4000, "float32": 2000}
 PARAMETERS: dict[str, tuple[str, ...]] = {
     "flat": (),
     "ivf_rq": ("precision", "cells", "probes", "refine"),
     "faiss": ("precision", "cells", "probes", "refine"),
-    "hnsw": ("precision", "refine", "m", "ef_construction", "ef_search"),
+    "hnsw": ("m", "ef_construction", "ef_search"),
 }
-# What `precision` may be; pgvector has no vectors of 8 bits.
-PRECISIONS = {"flat": (), "ivf_rq": ("int8", "binary"), "faiss": ("int8", "binary"), "hnsw": ("binary",)}
 # Candidates per result that are compared by their embeddings; the order of one bit per value is coarse.
 REFINE = {None: 5, "int8": 5, "binary": 20}
-
-
-def parameters_of(kind: str, precision: str | None) -> list[str]:
-    """Name the parameters of a type; hnsw compares candidates again only if it has found them by binary codes."""
-    is_coarse = kind != "hnsw" or precision == "binary"
-    return [name for name in PARAMETERS[kind] if name != "refine" or is_coarse]
 
 
 @dataclass
@@ -50,9 +42,9 @@ class IndexSettings:
     )
     precision: Literal["int8", "binary"] | None = setting(
         None,
-        "Form of the embeddings by which ivf_rq, faiss and hnsw choose the candidates that are then compared by the "
-        "embeddings themselves (dtype): int8 (8 bits per value) or binary (1 bit); by default 4 bits for ivf_rq, int8 "
-        "for faiss, and dtype for hnsw, which has no int8. With it, auto is ivf_rq or hnsw for any number of images.",
+        "Form of the embeddings by which ivf_rq and faiss choose the candidates that are then compared by the "
+        "embeddings themselves (dtype): int8 (8 bits per value) or binary (1 bit); by default 4 bits for ivf_rq, and "
+        "int8 for faiss. With it, auto is ivf_rq for any number of images.",
     )
     cells: int | None = setting(
         None,
@@ -61,8 +53,8 @@ class IndexSettings:
     probes: int = setting(16, "ivf_rq and faiss: clusters searched per query; raise it for higher recall.")
     refine: int | None = setting(
         None,
-        "ivf_rq, faiss and binary hnsw: candidates per result that are compared by their embeddings, by default 5, of "
-        "binary 20; raise it for recall.",
+        "ivf_rq and faiss: candidates per result that are compared by their embeddings, by default 5, of binary 20; "
+        "raise it for recall.",
     )
     m: int = setting(16, "hnsw: neighbors of an image in the graph.")
     ef_construction: int = setting(64, "hnsw: candidates for the neighbors of an image; raise it for recall.")
@@ -112,30 +104,16 @@ class IndexSettings:
             width: That of the embeddings, if it is known.
 
         Raises:
-            ValueError: It has no index of the chosen precision or for this width, or does not use a setting.
+            ValueError: It has no index for this width, or does not use a setting.
         """
         kind = types[1] if self.index_type == "auto" and self.precision else self.index_type
         most = types[1] if kind == "auto" else kind  # what uses the most settings
-        if self.precision and self.precision not in (has := PRECISIONS[most]):
-            others = f"has only {' and '.join(has)}" if has else "compares the embeddings themselves"
-            raise ValueError(f"precision is {self.precision}, but an index of the type {kind} {others}: leave it out.")
-        defaults, used = IndexSettings(), parameters_of(most, self.precision)
-        for name in {name for names in PARAMETERS.values() for name in names if name not in used}:
+        defaults = IndexSettings()
+        for name in {name for names in PARAMETERS.values() for name in names if name not in PARAMETERS[most]}:
             if (value := getattr(self, name)) != getattr(defaults, name):
                 raise ValueError(f"{name} is {value}, but an index of the type {most} does not use it: leave it out.")
-        if width is None or kind == "auto":
-            return kind
-        if kind == "ivf_rq" and not self._fits(kind, width):
-            raise ValueError(
-                f"ivf_rq needs embeddings whose width is a multiple of {RQ_GROUP}, but it is {width}; use the "
-                "index_type flat or faiss, or the precision int8."
-            )
-        if not self._fits(kind, width):
-            form = self.precision or self.dtype
-            raise ValueError(
-                f"hnsw takes embeddings of up to {HNSW_WIDTHS[form]:,} values of {form}, but the width is {width:,}"
-                f"; use the index_type flat{', or the dtype float16' if width <= HNSW_WIDTHS['float16'] else ''}."
-            )
+        if width is not None and (limit := self._limit(kind, width)):
+            raise ValueError(f"{kind} takes {limit}, but the width is {width:,}; use the index_type flat.")
         return kind
 
     def index_of(self, images: int, width: int, types: tuple[str, ...]) -> dict[str, Any]:
@@ -146,19 +124,22 @@ class IndexSettings:
         """
         kind = self.type_of(types, width)
         if kind == "auto":
-            many, fits = types[1], self._fits(types[1], width)
-            kind = many if images > EXACT_IMAGES and fits else "flat"
-            if images > EXACT_IMAGES and not fits:
-                logger.warning("%s cannot index %d values of %s: a search compares all.", many, width, self.dtype)
+            kind = "flat" if images <= EXACT_IMAGES else types[1]
+            if limit := self._limit(kind, width):
+                logger.warning("%s takes %s, not %d: a search compares all.", kind, limit, width)
+                kind = "flat"
         if "cells" in PARAMETERS[kind] and self.cells is not None and self.cells > images:
             raise ValueError(
                 f"an index of {self.cells} cells needs at least {self.cells} images, but there are {images}; lower "
                 "cells, or use the index_type flat."
             )
         values = {**asdict(self), "refine": self.refine or REFINE[self.precision]}
-        return {"type": kind, **{name: values[name] for name in parameters_of(kind, self.precision)}}
+        return {"type": kind, **{name: values[name] for name in PARAMETERS[kind]}}
 
-    def _fits(self, kind: str, width: int) -> bool:
-        if kind == "ivf_rq":
-            return self.precision == "int8" or width % RQ_GROUP == 0
-        return kind != "hnsw" or width <= HNSW_WIDTHS[self.precision or self.dtype]
+    def _limit(self, kind: str, width: int) -> str:
+        """Say which embeddings a type takes; empty if it takes those of a width."""
+        if kind == "ivf_rq" and self.precision != "int8" and width % RQ_GROUP:
+            return f"widths that are multiples of {RQ_GROUP}"
+        if kind == "hnsw" and width > HNSW_WIDTHS[self.dtype]:
+            return f"up to {HNSW_WIDTHS[self.dtype]:,} values of {self.dtype}"
+        return ""

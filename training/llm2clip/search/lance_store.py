@@ -27,10 +27,13 @@ from llm2clip.search.lance_rows import LanceRows, readable, reason
 from llm2clip.search.store import INTERNAL, KEY, NUMBER, REASON, VECTOR, Base, is_changed
 from llm2clip.utils.files import remove_unfinished, write_json
 from llm2clip.utils.library_errors import SYSTEM
-from llm2clip.utils.locks import LOCK, OWNER, folder_lock
+from llm2clip.utils.locks import LOCK, folder_lock
 from llm2clip.utils.manifests import (
     FOLDER_MANIFEST,
+    Fault,
+    Verified,
     faults,
+    listed_files,
     own_files,
     read_checked,
     stated_files,
@@ -60,6 +63,8 @@ GROWTH, MAX_PIECES = 0.2, 8
 # Columns with up to as many distinct values get a bitmap index.
 BITMAP_VALUES = 1000
 DELETE_AT_ONCE, MAX_OPTIMIZE = 10_000, 8
+# By how much the length of an embedding may differ from 1, as it is rounded to 16 bits.
+TOLERANCE = 1e-2
 # How LanceDB says that the system could not write a file.
 DISK = re.compile(r"LanceError\(IO\)|\(os error \d+\)")
 
@@ -103,7 +108,7 @@ class LanceStore:
             if self.folder.is_file():
                 raise NotADirectoryError(f"{self.folder} is a file; give the folder of the index: --output-dir FOLDER")
             there = {path.name for path in self.folder.glob("*")}
-        if there - {LOCK, OWNER} and own_files(self.folder, COMMAND) is None:
+        if there - {LOCK} and own_files(self.folder, COMMAND) is None:
             raise FileExistsError(
                 f"{self.folder} is not replaced, because llm2clip {COMMAND} did not write it (no {FOLDER_MANIFEST} "
                 "that says so); choose another --output-dir, or delete the folder yourself."
@@ -263,7 +268,7 @@ class LanceStore:
             without: Files that are about to be replaced, so that the list would be of others.
             rewritten: Files of an earlier list that this run has written. LanceDB writes each of its own once.
         """
-        unlisted = {*without, HINT, LOCK, OWNER}
+        unlisted = {*without, HINT, LOCK}
         write_manifest(self.folder, COMMAND, unlisted=unlisted, rewritten={MANIFEST, FAILURES, *rewritten})
 
     def faults(self) -> Iterator[str]:
@@ -407,3 +412,36 @@ class LanceStore:
                     f"the index {self.folder} cannot be written ({found[-1] if found else reason(error)}); what it "
                     "had stays. When the disk is well, run the same llm2clip index again."
                 ) from error
+
+
+def verify_index(folder: Path) -> Verified:
+    """Compare the files of an index with their checksums, and read all rows of the version that its manifest names.
+
+    Raises:
+        ImportError: LanceDB is not installed.
+    """
+    fix = f"build it again: llm2clip index IMAGES --model MODEL --output-dir {folder} --overwrite"
+    store = LanceStore(folder)
+    found = Verified()
+    try:
+        listed = listed_files(folder)
+        if not any(file.checksum for file in listed.values()):
+            found.remarks.append(f"{folder} has no checksums of its files, since it was written at a URL.")
+        found.faults = [Fault(f"{folder / fault}", fix) for fault in store.faults()]
+        found.counts["num_files"] = len(listed)
+        if found.faults:
+            # LanceDB may panic over a damaged table, or wait for ever.
+            return found
+        manifest = store.metadata()
+        if manifest is None:
+            raise FileNotFoundError(f"the index {folder} is not finished")
+        for batch in store.keys([VECTOR]):
+            embeds = batch[VECTOR].flatten().to_numpy().astype(np.float32).reshape(len(batch), manifest.width)
+            lengths = np.linalg.norm(embeds, axis=1)
+            found.counts["num_images"] += len(batch)
+            if bad := int((~(np.abs(lengths - 1) <= TOLERANCE)).sum()):
+                found.faults.append(Fault(f"{bad} embeddings of the index {folder} are no unit vectors", fix))
+                break
+    except (FileNotFoundError, ValueError) as error:
+        found.faults.append(Fault(str(error), fix))
+    return found

@@ -9,7 +9,7 @@ from typing import Any
 
 import psycopg
 from pgvector.psycopg import register_vector
-from psycopg import errors, sql
+from psycopg import errors
 from psycopg.conninfo import conninfo_to_dict
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,6 @@ LEAST_PGVECTOR = (0, 8)
 TIMEOUT = "60s"
 SETTINGS = {
     "timezone": "UTC",
-    "standard_conforming_strings": "on",
     # Compiling a query takes longer than running it.
     "jit": "off",
     # A server that builds an index for a killed process stops, and releases its locks.
@@ -70,16 +69,13 @@ class PostgresDatabase:
                 "database, user and password in --postgres."
             ) from None
         with self.readable():
-            schema = _require_pgvector(connection, self.name)
+            _require_pgvector(connection, self.name)
             set_session(connection, SETTINGS)
             # Unless the URL sets another one.
             connection.execute(
                 "SELECT set_config('statement_timeout', %s, false) WHERE current_setting('statement_timeout') = '0'",
                 (TIMEOUT,),
             )
-            path = sql.SQL("SELECT set_config('search_path', concat_ws(', ', nullif({path}, ''), {schema}), false)")
-            current = sql.SQL("current_setting('search_path')")
-            connection.execute(path.format(path=current, schema=sql.Literal(sql.Identifier(schema).as_string())))
             register_vector(connection)
         connection.add_notice_handler(_log_notice)
         return connection
@@ -156,13 +152,12 @@ def _parsed(url: str) -> dict[str, Any]:
     )
 
 
-def _require_pgvector(connection: psycopg.Connection[Any], name: str) -> str:
-    """Return the schema of pgvector; raise ValueError, with what to do, unless the database has a recent version."""
+def _require_pgvector(connection: psycopg.Connection[Any], name: str) -> None:
+    """Raise ValueError, with what to do, unless the database has a recent version of pgvector."""
     least = ".".join(map(str, LEAST_PGVECTOR))
-    query = "SELECT extversion, nspname FROM pg_extension JOIN pg_namespace n ON n.oid = extnamespace"
-    found = connection.execute(f"{query} WHERE extname = 'vector'").fetchone()
+    found = connection.execute("SELECT extversion FROM pg_extension WHERE extname = 'vector'").fetchone()
     if found is not None and tuple(map(int, found[0].split(".")[:2])) >= LEAST_PGVECTOR:
-        return str(found[1])
+        return
     state, command = (
         ("lacks the extension", "CREATE EXTENSION vector")
         if found is None

@@ -43,8 +43,6 @@ UNINDEXED = {"caption", "hash", "mtime_ns", "row", "size", *INTERNAL}
 OWN = {NUMBER: "bigint", GENERATION: "integer"}
 COMMITTED, BEGUN = "committed", "begun"
 SCAN_ROWS = 8192
-# Rows that fulfil a condition, up to which comparing all of them costs less than searching the graph for them.
-EXACT_MATCHES = 20_000
 # pgvector's own limit; it continues in steps of as many until it has `k` rows.
 MAX_EF_SEARCH = 1000
 # What a row must agree on with the index that was opened.
@@ -230,14 +228,12 @@ class PostgresStore:
         graphs = {name: definition for name, definition in built.items() if "USING hnsw" in definition}
         if index["type"] != "hnsw":
             return list(graphs)
-        kind, is_binary = self._types[VECTOR], index["precision"] == "binary"
-        operators = "bit_hamming_ops" if is_binary else f"{kind.partition('(')[0]}_ip_ops"
+        operators = f"{self._types[VECTOR].partition('(')[0]}_ip_ops"
         options = f"{operators}) WITH (m='{index['m']}', ef_construction='{index['ef_construction']}')"
         same = [name for name, definition in graphs.items() if definition.endswith(options)]
         if not same:
             logger.info("indexing the embeddings.")
-            indexed = f"({_bits(kind)})" if is_binary else VECTOR
-            self._execute(f"CREATE INDEX ON {self.table} USING hnsw ({indexed} {options}")
+            self._execute(f"CREATE INDEX ON {self.table} USING hnsw ({VECTOR} {options}")
         return [name for name in graphs if name not in same[:1]]
 
     def search(self, queries: np.ndarray, k: int, where: str | None = None) -> list[pa.Table]:
@@ -245,53 +241,25 @@ class PostgresStore:
             condition, values = self._condition(where, types)
             assert self._opened is not None
             index = self._opened.index
-            is_binary = index.get("precision") == "binary"
-            candidates = min(k, self._opened.images) * index["refine"] if is_binary else k + MORE
-            effort = self._effort(connection, f"{visible} AND ({condition})", values, candidates, where)
+            if index["type"] == "hnsw":
+                effort = min(max(index["ef_search"], k + MORE), MAX_EF_SEARCH)
+                for name, value in (("iterative_scan", "strict_order"), ("ef_search", str(effort))):
+                    connection.execute("SELECT set_config(%s, %s, true)", (f"hnsw.{name}", value))
             names = [*_shown(types), VECTOR]
             make = VECTORS[types[VECTOR].partition("(")[0]][0]
             distance = f"{VECTOR} <#> %(query)s"
-            in_graph = f"{_bits(types[VECTOR])} <~> binary_quantize(%(query)s)" if is_binary else distance
             query = f"SELECT {_list(names)} FROM {self.table} WHERE {visible} AND ({condition}) ORDER BY "
+            in_graph, exact = (sql.SQL(f"{query}{order} LIMIT %(k)s") for order in (distance, f"({distance}) + 0"))
             found = []
             for row in queries:
-                values |= {"query": make(row), "candidates": candidates, "k": k + MORE}
-                rows: list[Any] = []
+                values |= {"query": make(row), "k": k + MORE}
                 cursor = connection.cursor(binary=True)
-                if effort is not None:
-                    for name, value in (("iterative_scan", "strict_order"), ("ef_search", str(effort))):
-                        connection.execute("SELECT set_config(%s, %s, true)", (f"hnsw.{name}", value))
-                    rows = cursor.execute(sql.SQL(f"{query}{in_graph} LIMIT %(candidates)s"), values).fetchall()
-                # The graph gives up where a condition rejects nearly all rows; comparing all finds the rest.
+                rows = cursor.execute(in_graph, values).fetchall() if index["type"] == "hnsw" else []
+                # The graph gives up where a condition rejects nearly all rows; no index has the order of a sum.
                 if len(rows) < k:
-                    # No index has the order of a sum.
-                    exact = sql.SQL(f"{query}({distance}) + 0 LIMIT %(k)s")
                     rows = cursor.execute(exact, values).fetchall()
                 found.append(pa.Table.from_batches([arrow_batch(rows, names, types)]))
             return found
-
-    def _effort(
-        self,
-        connection: psycopg.Connection[Any],
-        condition: str,
-        values: dict[str, Any],
-        candidates: int,
-        where: str | None,
-    ) -> int | None:
-        """Return how many candidates a search of the graph compares at a time; None if it is left out."""
-        assert self._opened is not None
-        if self._opened.index["type"] == "flat":
-            return None
-        effort = max(self._opened.index["ef_search"], candidates)
-        if where:
-            query = sql.SQL(f"EXPLAIN (FORMAT JSON) SELECT FROM {self.table} WHERE {condition}")
-            ((plan,),) = connection.execute(query, values).fetchall()
-            matches = max(1, plan[0]["Plan"]["Plan Rows"])  # as the server estimates
-            if matches <= EXACT_MATCHES:
-                return None
-            # The fewer rows fulfil a condition, the more candidates it rejects.
-            effort = max(effort, effort * self._opened.images // matches)
-        return min(effort, MAX_EF_SEARCH)
 
     @contextlib.contextmanager
     def _reading(self, written: bool) -> Iterator[tuple[psycopg.Connection[Any], dict[str, str], str]]:
@@ -382,11 +350,6 @@ class _BoundConditions(Conditions):
 
 def _shown(types: dict[str, str]) -> list[str]:
     return [name for name in types if name not in INTERNAL]
-
-
-def _bits(kind: str) -> str:
-    """The signs of embeddings of a type, as SQL has it; an index on it and a search that uses that say it alike."""
-    return f"binary_quantize({VECTOR})::bit{kind[kind.index('(') :]}"
 
 
 def _quoted(name: str) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -121,7 +120,7 @@ def run(config: SearchConfig) -> None:
 
 
 def check_places(index: str, model: str | None, postgres: str | None = None) -> None:
-    """Check that a local index and the model that searches it can exist, without the libraries of either.
+    """Check that a local index and the model that is given for it can exist, without the libraries of either.
 
     Raises:
         FileNotFoundError: One of them does not exist.
@@ -130,14 +129,8 @@ def check_places(index: str, model: str | None, postgres: str | None = None) -> 
         require_model_place(model)
     if postgres is not None or "://" in index:
         return
-    try:
-        fields = json.loads((Path(index) / MANIFEST).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(_no_index(Path(index))) from None
-    except ValueError:
-        return  # the store says what to do with a damaged one
-    if not model and isinstance(fields, dict):
-        require_recorded(index, str(fields.get("model")))
+    if not (Path(index) / MANIFEST).is_file():
+        raise FileNotFoundError(_no_index(Path(index)))
 
 
 def _no_index(folder: Path) -> str:
@@ -151,16 +144,6 @@ def _no_index(folder: Path) -> str:
         f"there is no index in {folder} (no {MANIFEST}){meant or '.'} {advice}. If a run was stopped, run the same "
         "llm2clip index again."
     )
-
-
-def require_recorded(index: str, model: str) -> None:
-    """Raise FileNotFoundError if the model that made an index was a folder or a file that does not exist any more."""
-    path = Path(re.sub(r"(?<=\.py):\w+$", "", model))
-    if path.is_absolute() and not path.exists():
-        raise FileNotFoundError(
-            f"the index {index} was made by the model in {model}, which no longer exists; give its new place: "
-            "--model FOLDER"
-        )
 
 
 def _columns(results: Sequence[SearchResult], embed: str) -> dict[str, list[str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -26,8 +25,6 @@ INTERNAL = (ID, VECTOR, REASON, NUMBER, "_generation")
 MORE = 4
 # Kinds of URL that LanceDB and fsspec open.
 OBJECT_STORES = ("s3", "gs", "az")
-# Other stores, by the kind of URL of a location: "MODULE:CLASS", called with the URL.
-STORES: dict[str, str] = {}
 
 Base = Literal["nothing", "commit", "unfinished"]
 
@@ -123,7 +120,7 @@ def open_store(location: str | Path, postgres: str | None = None) -> IndexStore:
     """Open the location of an index.
 
     Args:
-        location: A folder or a URL of `OBJECT_STORES` or `STORES`; in PostgreSQL, a table: `NAME` or `SCHEMA.NAME`.
+        location: A folder or a URL of `OBJECT_STORES`; in PostgreSQL, a table: `NAME` or `SCHEMA.NAME`.
         postgres: URL of the database.
 
     Raises:
@@ -132,25 +129,23 @@ def open_store(location: str | Path, postgres: str | None = None) -> IndexStore:
         ValueError: The URL or the name of the table is none.
     """
     scheme, separator, rest = str(location).partition("://")
-    if postgres is not None:
-        name, arguments = "llm2clip.search.postgres_store:PostgresStore", [postgres, str(location)]
-    elif separator and scheme in STORES:
-        name, arguments = STORES[scheme], [str(location)]
-    elif not separator or scheme in OBJECT_STORES:
-        name, arguments = "llm2clip.search.lance_store:LanceStore", [str(location)]
-    else:
+    if postgres is None and separator and scheme not in OBJECT_STORES:
         shown = f"{scheme}://..." if {"@", "?"} & set(rest) else location  # there may be a password in it
-        kinds = ", ".join(f"{kind}://" for kind in (*OBJECT_STORES, *STORES))
+        kinds = ", ".join(f"{kind}://" for kind in OBJECT_STORES)
         raise ValueError(
             f"an index is a folder or a URL ({kinds}), not {shown}; one in PostgreSQL is a TABLE with --postgres URL."
         )
-    module, _, class_name = name.partition(":")
     try:
-        made: IndexStore = getattr(importlib.import_module(module), class_name)(*arguments)
+        if postgres is not None:
+            from llm2clip.search.postgres_store import PostgresStore
+
+            return PostgresStore(postgres, str(location))
+        from llm2clip.search.lance_store import LanceStore
+
+        return LanceStore(location)
     except ImportError as error:
         extra = "search" if postgres is None else "postgres"
         raise ImportError(f"{error}; install it with: pip install 'llm2clip[{extra}]'") from error
-    return made
 
 
 def is_changed(

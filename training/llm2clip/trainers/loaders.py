@@ -45,17 +45,16 @@ def stream_loader(stream: SampleStream, batch_size: int, options: dict[str, Any]
         options: Further arguments of the loader.
 
     Raises:
-        SourceError: There is nothing to read for some of the workers, or the stream has fewer rows than one batch of
-            all processes, in which rows would be each other's negatives.
+        SourceError: The stream has fewer rows than one batch of all processes, in which rows would be each other's
+            negatives.
     """
     stream.batch_size, rows = batch_size, stream.num_rows
-    if rows is not None and rows < batch_size * stream.world_size:
+    if rows < batch_size * stream.world_size:
         names = " + ".join(source.name for source in stream.sources)
         raise SourceError(
             f"the stream {names} has {rows} rows, fewer than one batch of {batch_size * stream.world_size} "
             f"({batch_size} on each of {stream.world_size} processes). Lower per_device_train_batch_size, or add data."
         )
-    stream.require_files(options["num_workers"])
     # A resumed run draws as many random numbers of torch's own generator as an unbroken one: none here.
     return DataLoader(stream, batch_size, drop_last=True, generator=torch.Generator(), **options)
 

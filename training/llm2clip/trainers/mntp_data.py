@@ -13,9 +13,10 @@ import torch
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
 from llm2clip.data import CaptionSource, SampleIndex, load_source
-from llm2clip.data.captions import caption_hashes, distinct_caption_batches
+from llm2clip.data.captions import distinct_captions
 from llm2clip.data.sampling import EpochDataset, stable_seed
 from llm2clip.data.table_identity import table_identity
+from llm2clip.store.store import caption_keys
 from llm2clip.trainers.mntp_config import MNTPConfig
 from llm2clip.utils.shared_files import shared_file
 
@@ -54,17 +55,18 @@ def source_tokens(sources: Sequence[CaptionSource], tokenizer: PreTrainedTokeniz
 
     Returns:
         `(tokens,)` int32: a file that all processes and later runs share. Streams, which have no fingerprint, are
-        identified by their captions: every process reads them once, and one of them a second time. With a tokenizer
-        that is not of the `tokenizers` library, and so cannot be identified, the tokens are in memory.
+        identified by their captions, which every process reads. With a tokenizer that is not of the `tokenizers`
+        library, and so cannot be identified, the tokens are in memory.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return np.concatenate(list(token_batches(sources, tokenizer)) or [np.zeros(0, dtype=np.int32)])
+        parts = list(token_batches(distinct_captions(sources), tokenizer))
+        return np.concatenate(parts or [np.zeros(0, dtype=np.int32)])
     identity: dict[str, Any] = {"version": TOKEN_VERSION, "tokenizer": backend.to_str()}
-    hashes: np.ndarray | None = None
+    captions: list[str] | None = None
     if any(source.streaming for source in sources):
-        hashes = caption_hashes(sources)
-        identity["captions"] = hashlib.sha256(hashes.data).hexdigest()
+        captions = distinct_captions(sources)
+        identity["captions"] = hashlib.sha256(caption_keys(captions).data).hexdigest()
     else:
         opened = [load_source(one, with_images=False) for one in sources]
         columns = [one.caption_columns for one in sources]
@@ -72,24 +74,18 @@ def source_tokens(sources: Sequence[CaptionSource], tokenizer: PreTrainedTokeniz
 
     def write(path: Path) -> None:
         with path.open("wb") as file:
-            for tokens in token_batches(sources, tokenizer, hashes):
+            for tokens in token_batches(distinct_captions(sources) if captions is None else captions, tokenizer):
                 file.write(tokens.tobytes())
 
     path = shared_file("tokens", identity, write)
     return np.memmap(path, dtype=np.int32, mode="r") if path.stat().st_size else np.zeros(0, dtype=np.int32)
 
 
-def token_batches(
-    sources: Sequence[CaptionSource], tokenizer: PreTrainedTokenizerBase, hashes: np.ndarray | None = None
-) -> Iterator[np.ndarray]:
-    """Yield the tokens of the distinct captions of sources, with special tokens, some captions at a time.
-
-    Args:
-        hashes: The [`caption_hashes`] of the sources, if these are known.
-    """
-    for texts in distinct_caption_batches(sources, hashes):
-        if texts:
-            yield np.array(list(chain.from_iterable(tokenizer(texts, verbose=False)["input_ids"])), dtype=np.int32)
+def token_batches(captions: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
+    """Yield the tokens of captions, with special tokens, a thousand captions at a time."""
+    for start in range(0, len(captions), 1000):
+        ids = tokenizer(list(captions[start : start + 1000]), verbose=False)["input_ids"]
+        yield np.array(list(chain.from_iterable(ids)), dtype=np.int32)
 
 
 class MaskCollator:

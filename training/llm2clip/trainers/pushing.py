@@ -14,9 +14,8 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
 
-from llm2clip.hub.base_licenses import code_license
-from llm2clip.hub.hub_errors import explanation
-from llm2clip.hub.upload import Uploader
+from llm2clip.hub.licenses import code_license
+from llm2clip.hub.upload import Uploader, explanation
 from llm2clip.trainers.base_config import StageConfig
 from llm2clip.trainers.checkpoints import SETTINGS
 from llm2clip.trainers.run_state import RUN_STATE

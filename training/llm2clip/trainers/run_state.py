@@ -78,9 +78,7 @@ class RunState(TrainerCallback):
         self.totals.end_step()
         if self.stream is not None:
             # The Trainer counts the batches since the resume, of an epoch of max_steps.
-            rows = self.stream.stream.num_rows
-            done = self.stream.rows(state.global_step)
-            state.epoch = state.global_step / state.max_steps if rows is None else done / rows
+            state.epoch = self.stream.rows(state.global_step) / self.stream.stream.num_rows
 
     def gather(self) -> None:
         """Gather what all processes count, before [`save`]; called in all of them."""
@@ -245,10 +243,6 @@ class StreamPosition:
             raise ValueError(
                 f"{checkpoint} is of batches of {lanes.batch} rows on all processes, now there are {batch}: with "
                 "mixing: one_source_per_step a run continues with the same batches."
-            )
-        if self.stream.num_rows is None:
-            logger.warning(
-                "the rows of the stream are not counted: a new epoch begins, so that rows of the last one come again."
             )
         return int(stored["rows"])
 

@@ -15,11 +15,10 @@ from llm2clip.data import (
     StreamingCaptionImageDataset,
     TrainTransform,
 )
-from llm2clip.data.captioned_images import TableSource
 from llm2clip.data.opened_table import SourceError
-from llm2clip.data.shard_rows import can_count, count_rows
+from llm2clip.data.shard_rows import ShardRows, open_shards
 from llm2clip.data.sources import open_source
-from llm2clip.data.streams import SampleStream
+from llm2clip.data.streams import SampleStream, TableSource, first_counts
 from llm2clip.trainers.stage2_captions import SourceCaptions, Stage2Captions
 from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.progress import ProgressBar
@@ -73,14 +72,12 @@ def _stream(
             streamed.append(TableSource(table, config.sampling_seed))
             continue
         opened = found.opened or open_source(source)
-        row_counts: Sequence[int] | None
-        if found.sidecars is None:
-            row_counts = count_stream(
-                source.path, opened.files, config.process_index, config.world_size, source.max_samples
-            )
-        else:
-            row_counts = found.sidecars.row_counts
-        beside = None if found.sidecars is None else found.sidecars.open
+        beside = row_counts = None
+        if found.sidecars is not None:
+            beside, row_counts = found.sidecars.open, found.sidecars.row_counts
+        if row_counts is None:
+            _, shards = open_shards(source, opened, with_images=False)
+            row_counts = count_stream(shards, source, config.process_index, config.world_size)
         more: dict[str, Any] = {"cache": found.lookup, "embeddings": beside}
         more |= {"row_counts": row_counts, "opened": opened}
         more |= {"repeat": True, "shuffle_block": config.shuffle_block, **place}
@@ -91,44 +88,31 @@ def _stream(
     return SampleStream(streamed, config.sampling_seed, mixing=config.mixing, weights=weights, **place)
 
 
-def _require_steps(config: Stage2Recipe, num_rows: int | None) -> None:
-    """Raise an error, with the number of steps if it can be computed, unless they are set: a stream has no length."""
+def _require_steps(config: Stage2Recipe, num_rows: int) -> None:
+    """Raise an error with the number of steps unless they are set: a stream has no length."""
     if config.max_steps > 0:
         return
-    advice = "set it"
-    if num_rows is not None:
-        batch = config.per_device_train_batch_size * config.world_size * config.gradient_accumulation_steps
-        steps = math.ceil(config.num_train_epochs * num_rows / batch)
-        advice = f"{config.num_train_epochs:g} epochs of {num_rows} rows are max_steps: {steps}"
-    raise ValueError(f"a stream is trained for a number of steps, but max_steps is {config.max_steps}: {advice}.")
+    batch = config.per_device_train_batch_size * config.world_size * config.gradient_accumulation_steps
+    steps = math.ceil(config.num_train_epochs * num_rows / batch)
+    raise ValueError(
+        f"a stream is trained for a number of steps, but max_steps is {config.max_steps}: "
+        f"{config.num_train_epochs:g} epochs of {num_rows} rows are max_steps: {steps}."
+    )
 
 
-def count_stream(
-    name: str, files: Sequence[str], rank: int, world_size: int, limit: int | None = None
-) -> list[int] | None:
-    """Count the rows of the files of a stream, a share of them in every process; None if that would read them whole.
-
-    Args:
-        name: Path of the source, for messages.
-        files: Path or URL of each file.
-        limit: Count the first rows alone: the files after them have none.
+def count_stream(shards: ShardRows, source: CaptionSource, rank: int, world_size: int) -> list[int]:
+    """Count the rows of the files of a stream, a share of them in every process; the first ones with `max_samples`.
 
     Raises:
         SourceError: A file is damaged; in every process.
     """
-    if not files or not all(map(can_count, files)):
-        return None
-    if limit is not None:
-        found_rows: list[int] = []
-        for file in files:
-            left = limit - sum(found_rows)
-            found_rows.append(min(left, count_rows(file)) if left else 0)
-        return found_rows
-    share, counts, fault = files[rank::world_size], [], None
-    with ProgressBar(f"Rows of {name}", len(share), "file", rank == 0) as bar:
+    if source.max_samples is not None:
+        return list(first_counts(shards, source.max_samples))
+    share, counts, fault = range(rank, shards.num_files, world_size), [], None
+    with ProgressBar(f"Rows of {source.path}", len(share), "file", rank == 0) as bar:
         for file in share:
             try:
-                counts.append(count_rows(file))
+                counts.append(shards.count(file))
             except SourceError as error:  # the other processes must not wait
                 fault = str(error)
                 break
@@ -137,4 +121,4 @@ def count_stream(
     for _, message in found:
         if message is not None:
             raise SourceError(message)
-    return [found[number % world_size][0][number // world_size] for number in range(len(files))]
+    return [found[number % world_size][0][number // world_size] for number in range(shards.num_files)]

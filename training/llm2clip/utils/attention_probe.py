@@ -314,7 +314,7 @@ def _refusal(config: Any, fault: str, own_attention: bool) -> str:
         eager = "" if attention == "eager" else "attn_implementation='eager', or "
         return (
             f"{config.model_type} with {attention} attention cannot be a text tower: {fault}. Use {eager}another text "
-            "model, such as bert, xlm-roberta, modernbert or t5; docs/models.md lists all types."
+            "model, such as bert, xlm-roberta, modernbert or t5; docs/models.md lists what is refused."
         )
     named = next((value for name in LAYER_FIELDS if (value := getattr(config, name, None))), None)
     layers = f" (layers: {', '.join(dict.fromkeys(map(str, named)))})" if named is not None else ""
@@ -323,5 +323,5 @@ def _refusal(config: Any, fault: str, own_attention: bool) -> str:
         f"{config.model_type}{layers} with {attention} attention cannot be a text tower: {fault}. A text tower needs "
         "a decoder whose layers are all attention and follow the mask that they are given; recurrent, convolutional "
         f"and linear-attention layers carry states from token to token. Use {other}another LLM, such as {WORKING}; "
-        "docs/models.md lists all types."
+        "docs/models.md lists what is refused."
     )

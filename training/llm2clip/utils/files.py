@@ -23,8 +23,6 @@ READ_SIZE = 1 << 22
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<host>[A-Za-z0-9-]*)\.(?P<process>\d+)\.tmp")
 # The name of a file that safetensors has not finished.
 UNFINISHED_TENSORS = re.compile(r"\.tmp\w{6}")
-# Seconds by which the start of a process may be wrong against the time of a file: Linux rounds that of its own start.
-CLOCK_ERROR = 2.0
 
 
 @contextmanager
@@ -85,17 +83,14 @@ def leftovers(paths: Iterable[Path], alive: bool = False) -> Iterator[Path]:
         for path in folder.glob(".*.tmp"):
             part = LEFTOVER.fullmatch(path.name)
             is_ours = part and part["name"] in written and part["host"] == _host()
-            if part and is_ours and _is_written(path, int(part["process"])) == alive:
+            if part and is_ours and _is_alive(int(part["process"])) == alive:
                 yield path
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what killed processes of this machine left in a folder that nobody else writes into now."""
-    found = list(folder.glob(".*tmp*"))
-    names = (part["name"] for path in found if (part := LEFTOVER.fullmatch(path.name)))
-    remove_leftovers([folder / name for name in names])
-    for path in found:
-        if UNFINISHED_TENSORS.fullmatch(path.name):
+    """Remove what killed processes left in a folder that nobody else writes into now."""
+    for path in folder.glob(".*tmp*"):
+        if path.is_file() and (LEFTOVER.fullmatch(path.name) or UNFINISHED_TENSORS.fullmatch(path.name)):
             path.unlink(missing_ok=True)
 
 
@@ -103,18 +98,13 @@ def _host() -> str:
     return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
 
 
-def _is_written(path: Path, process: int) -> bool:
-    """Tell whether the process that began a temporary file lives; another may have its number, as in containers."""
+def _is_alive(process: int) -> bool:
     import psutil  # comes with accelerate
 
     try:
-        writer, status = psutil.Process(process), path.stat()
         # One that has ended keeps its number until its parent asks how.
-        if writer.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
-            return False
-        # `ctime`, since a copy keeps the time of the content.
-        return writer.create_time() <= max(status.st_mtime, status.st_ctime) + CLOCK_ERROR
-    except (psutil.NoSuchProcess, FileNotFoundError):
+        return psutil.Process(process).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
         return False
     except psutil.AccessDenied:
         return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import shutil
@@ -35,10 +34,8 @@ def atomic_folder(destination: Path, command: str, overwrite: bool = False) -> I
 
     Raises:
         FileExistsError: See [`refuse_existing`].
-        OSError: The folder cannot get its name. An existing one is back in its place, or where the message says, and
-            the new one is kept too.
     """
-    destination = resolved(destination)
+    destination = destination.resolve()
     _recover(destination)
     refuse_existing(destination, command, overwrite)
     scratch = temporary_name(destination)
@@ -53,10 +50,10 @@ def atomic_folder(destination: Path, command: str, overwrite: bool = False) -> I
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-    _swap(folder, destination, scratch / REPLACED)
+    if destination.exists():
+        destination.rename(scratch / REPLACED)
+    folder.rename(destination)
     shutil.rmtree(scratch, ignore_errors=True)
-    if scratch.exists():
-        logger.warning("%s, which was replaced, could not be deleted; it can be deleted by hand.", scratch)
 
 
 def _recover(destination: Path) -> None:
@@ -69,31 +66,12 @@ def _recover(destination: Path) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _swap(folder: Path, destination: Path, replaced: Path) -> None:
-    """Rename `folder` to `destination`, and what is there to `replaced`; an error deletes neither."""
-    try:
-        if destination.exists():
-            destination.rename(replaced)
-        folder.rename(destination)
-    except OSError as error:
-        place = destination
-        if replaced.exists():
-            try:
-                replaced.rename(destination)
-            except OSError:
-                place = replaced
-        kept = f", and the existing one is kept as {place}" if place.exists() else ""
-        raise OSError(
-            f"{destination} cannot be written ({error}). The new folder is complete and kept as {folder}{kept}."
-        ) from error
-
-
 def refuse_existing(destination: Path, command: str, overwrite: bool) -> None:
     """Raise FileExistsError if `destination` exists and must not be replaced.
 
     With `overwrite`, a folder is replaced if it is empty, or if `command` wrote it and it holds nothing else.
     """
-    if not resolved(destination).exists():
+    if not destination.exists():
         return
     if not overwrite:
         raise FileExistsError(f"{destination} exists; add --overwrite to replace it, or choose another destination.")
@@ -120,30 +98,11 @@ def refuse_existing(destination: Path, command: str, overwrite: bool) -> None:
 
 
 def refuse_nested(source: str | Path, destination: Path) -> None:
-    """Raise ValueError if a local source and a destination are the same, or one of them is inside the other.
-
-    Also where the two have different paths, as with links and bind mounts.
-    """
+    """Raise ValueError if a local source and a destination are the same, or one of them is inside the other."""
     if not Path(source).exists():
         return
-    inner, outer = Path(source).resolve(), resolved(destination)
-    if any(_is_same(outer, parent) for parent in (inner, *inner.parents)):
+    inner, outer = Path(source).resolve(), destination.resolve()
+    if inner.is_relative_to(outer):
         raise ValueError(f"{destination} contains the source {source}; choose a destination outside of it.")
-    if any(_is_same(inner, parent) for parent in outer.parents):
+    if outer.is_relative_to(inner):
         raise ValueError(f"{destination} is inside the source {source}; choose a destination outside of it.")
-
-
-def resolved(path: Path) -> Path:
-    """Follow the links of a path.
-
-    Raises:
-        OSError: A link leads to itself.
-    """
-    try:
-        return path.resolve()
-    except RuntimeError as error:  # before Python 3.13
-        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from error
-
-
-def _is_same(one: Path, other: Path) -> bool:
-    return one == other or (one.exists() and other.exists() and one.samefile(other))

@@ -3,36 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import logging
-import os
-import socket
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from filelock import FileLock, Timeout
 
-from llm2clip.utils.files import read_json, write_json
 from llm2clip.utils.progress import is_main_process
 
 logger = logging.getLogger(__name__)
 RunT = TypeVar("RunT", bound=Callable[..., Any])
 
 LOCK = ".lock"
-OWNER = ".lock-owner.json"
 # Seconds to wait for the DataLoader workers of a killed run, which notice its end after a few seconds.
 PATIENCE = 15.0
-HOUR = 3600.0
 # Seconds to wait for another run that computes what this one needs: a week, or 20 minutes with several processes, of
 # which the others wait in a collective operation, which ends after 30 minutes by default.
-WAIT, WAIT_OF_SEVERAL = 7 * 24 * HOUR, 20 * 60.0
-# Folders that the present thread has locked: a command holds that of its run before its trainer does.
-_held: ContextVar[frozenset[Path]] = ContextVar("_held", default=frozenset())
-# Errors of network file systems that have no locks.
-UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+WAIT, WAIT_OF_SEVERAL = 7 * 24 * 3600.0, 20 * 60.0
 
 
 @contextlib.contextmanager
@@ -40,8 +29,7 @@ def folder_lock(folder: str | Path, patience: float | None = None) -> Iterator[N
     """Keep other runs out of a folder, which is created. In the thread that holds the lock, it may be entered again.
 
     The lock is one of the operating system (`flock`, which Linux also keeps on NFS): it ends with the process,
-    however that dies. Where the file system has no locks, filelock uses a file that names host and process; if that
-    fails too, a warning says so.
+    however that dies. Where the file system has no locks, filelock uses a file.
 
     Args:
         patience: Seconds to wait for another run to end; by default `PATIENCE`.
@@ -50,17 +38,8 @@ def folder_lock(folder: str | Path, patience: float | None = None) -> Iterator[N
         ValueError: Another run is using the folder.
     """
     folder = Path(folder)
-    if folder.resolve() in _held.get():
+    with _lock(folder.resolve() / LOCK, folder, PATIENCE if patience is None else patience):
         yield
-        return
-    with _lock(folder / LOCK, folder, PATIENCE if patience is None else patience):
-        token = _held.set(_held.get() | {folder.resolve()})
-        try:
-            write_json(folder / OWNER, {"host": socket.gethostname(), "process": os.getpid()})
-            yield
-        finally:
-            _held.reset(token)
-            (folder / OWNER).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -105,37 +84,18 @@ def exclusive(run: RunT) -> RunT:
 @contextlib.contextmanager
 def _lock(path: Path, used: Path, patience: float) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
+    # One object for a path: a command holds the lock of its run before its trainer does.
+    lock = FileLock(path, is_singleton=True)
     try:
         try:
             lock.acquire(timeout=0)
         except Timeout:
             if patience > 0:
-                limit = f"{patience:.0f} seconds" if patience < HOUR else f"{patience / HOUR:.0f} hours"
-                logger.info("another run is using %s%s; waiting for its end, at most %s.", used, _owner(used), limit)
+                logger.info("another run is using %s; waiting for its end.", used)
             lock.acquire(timeout=max(patience, 0))
     except Timeout:
-        raise ValueError(
-            f"another run is using {used}{_owner(used)}; wait until it has ended, or choose another folder."
-        ) from None
-    except OSError as error:
-        if error.errno not in UNSUPPORTED:
-            raise
-        _warn_of_no_locks(path.parent, str(error))
+        raise ValueError(f"another run is using {used}; wait until it has ended, or choose another folder.") from None
     try:
         yield
     finally:
         lock.release()
-
-
-@functools.cache
-def _warn_of_no_locks(folder: Path, error: str) -> None:
-    logger.warning("%s has no file locks (%s): make sure that no other run uses it.", folder, error)
-
-
-def _owner(folder: Path) -> str:
-    try:
-        owner = read_json(folder / OWNER)
-    except (OSError, ValueError):
-        return ""
-    return f" (process {owner.get('process')} on {owner.get('host')})"

@@ -10,16 +10,13 @@ import logging
 import os
 import re
 import sys
-import time
-import traceback
 from collections.abc import Iterator, Sequence
-from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
-from llm2clip.utils.progress import ProgressBar, close_bars, is_main_process, launcher_rank
+from llm2clip.utils.progress import ProgressBar, close_bars, is_main_process
 
-LOG_FILE, ERROR_FILE = "log.txt", "error.log"
+LOG_FILE = "log.txt"
 OUR_LOGGERS = ("llm2clip", "modeling_llm2clip", "transformers_modules")
 # Warnings of these categories concern the developers of a library and not its users.
 DEVELOPER_WARNINGS = ("FutureWarning:", "DeprecationWarning:")
@@ -58,65 +55,6 @@ class _Formatter(logging.Formatter):
         return printable(super().format(record))
 
 
-class LogFile(MemoryHandler):
-    """All records of a run, in `log.txt` in its output folder.
-
-    The folder is known only after the libraries are imported. Until `open` or `discard`, records are kept.
-
-    Attributes:
-        error_folder: Where `error.log` is written; None for a command without an output folder.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(capacity=1, flushOnClose=False)
-        self.error_folder: Path | None = None
-
-    def open(self, folder: str | Path) -> Path:
-        """Append all records, also the earlier ones, to `log.txt` in `folder`; returns its path."""
-        path = Path(folder) / LOG_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = _File(path, encoding="utf-8")
-        file.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        self.setTarget(file)
-        self.flush()
-        return path
-
-    def discard(self) -> None:
-        """Drop all records: the run has no output folder."""
-        self.setTarget(logging.NullHandler())
-        self.flush()
-
-    def write_error(self, command: str, error: BaseException) -> Path | None:
-        """Append the traceback of an error to `error.log` in `error_folder`; returns its path.
-
-        Returns None if there is no folder, or if it cannot be written, perhaps because the error is a full disk.
-        """
-        if self.error_folder is None:
-            return None
-        process = f"process {launcher_rank()}, id {os.getpid()}"
-        head = f"{time.strftime('%Y-%m-%d %H:%M:%S')} llm2clip {command} ({process})\n"
-        try:
-            self.error_folder.mkdir(parents=True, exist_ok=True)
-            # In one write, since all processes of a run append to this file.
-            with (self.error_folder / ERROR_FILE).open("a", encoding="utf-8") as file:
-                file.write(printable("".join([head, *traceback.format_exception(error), "\n"])))
-        except OSError:
-            return None
-        return self.error_folder / ERROR_FILE
-
-    def remove_errors(self) -> None:
-        """Remove the `error.log` of earlier tries, after a success; their tracebacks are in `log.txt` too."""
-        if self.error_folder is not None and is_main_process():
-            with contextlib.suppress(OSError):
-                (self.error_folder / ERROR_FILE).unlink()
-
-    def close(self) -> None:
-        if self.target is not None:
-            with contextlib.suppress(OSError):  # of what has not been written
-                self.target.close()
-        super().close()
-
-
 class _File(logging.FileHandler):
     """A log that ends where the disk is full, with one warning: the command goes on."""
 
@@ -132,21 +70,38 @@ class _File(logging.FileHandler):
 class TerminalHandler(logging.StreamHandler):
     """Our messages on standard error, above the progress bars, and errors of libraries.
 
-    Warnings of libraries appear only where there is no log file for them. Processes other than the first of their
-    launcher write warnings alone.
+    Processes other than the first of their launcher write warnings alone.
+
+    Attributes:
+        log: `log.txt` of the run, which receives everything; None if there is none.
+        shows_warnings: Whether warnings of libraries appear too, because no log file receives them.
     """
 
-    def __init__(self, file: LogFile) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._log_file = file
+        self.log: Path | None = None
+        self.shows_warnings = False
         self.setFormatter(_Formatter())
         self.addFilter(self._shows)
+
+    def open_log(self, folder: str | Path) -> Path:
+        """Append all records from now on to `log.txt` in `folder`; returns its path.
+
+        Processes other than the first append only errors with their tracebacks.
+        """
+        self.log = Path(folder) / LOG_FILE
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        file = _File(self.log, encoding="utf-8", delay=not is_main_process())
+        if not is_main_process():
+            file.addFilter(lambda record: bool(record.exc_info))
+        file.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logging.getLogger().addHandler(file)
+        return self.log
 
     def _shows(self, record: logging.LogRecord) -> bool:
         if record.name.partition(".")[0] in OUR_LOGGERS:
             return record.levelno >= (logging.INFO if is_main_process() else logging.WARNING)
-        has_no_file = isinstance(self._log_file.target, logging.NullHandler)
-        if record.levelno != logging.WARNING or not has_no_file or not is_main_process():
+        if record.levelno != logging.WARNING or not self.shows_warnings or not is_main_process():
             return record.levelno >= logging.ERROR
         return record.name != "py.warnings" or not any(name in record.getMessage() for name in DEVELOPER_WARNINGS)
 
@@ -157,29 +112,28 @@ class TerminalHandler(logging.StreamHandler):
 
 
 @contextlib.contextmanager
-def command_logs() -> Iterator[LogFile]:
-    """Direct the logs of all libraries and Python's warnings to the terminal and to the log file that is yielded.
+def command_logs() -> Iterator[TerminalHandler]:
+    """Direct the logs of all libraries and Python's warnings to the terminal, and to a log file if one is opened.
 
     When the block ends, also by an error, no progress bar is left on the terminal and logging is as before.
     """
-    root, ours, file = logging.getLogger(), logging.getLogger("llm2clip"), LogFile()
-    handlers = (TerminalHandler(file), file)
-    levels = root.level, ours.level
+    root, ours, terminal = logging.getLogger(), logging.getLogger("llm2clip"), TerminalHandler()
+    levels, handlers = (root.level, ours.level), [*root.handlers]
     root.setLevel(logging.INFO)
     ours.setLevel(logging.DEBUG)
-    for handler in handlers:
-        root.addHandler(handler)
+    root.addHandler(terminal)
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.captureWarnings(True)
     try:
-        yield file
+        yield terminal
     finally:
         close_bars()
         logging.captureWarnings(False)
-        for handler in handlers:
+        for handler in [one for one in root.handlers if one not in handlers]:
             root.removeHandler(handler)
-            handler.close()
+            with contextlib.suppress(OSError):  # of what has not been written
+                handler.close()
         root.setLevel(levels[0])
         ours.setLevel(levels[1])
 

@@ -26,14 +26,10 @@ DONE = "{desc}: {n_fmt} {items} in {elapsed}, {rate_fmt}{postfix}"
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 
-def launcher_rank() -> str:
-    """Return the number of this process among those of its launcher, `0` without one."""
-    return next((value for name in RANKS if (value := os.environ.get(name)) is not None), "0")
-
-
 def is_main_process() -> bool:
     """Whether this process reports progress: the first of its launcher's processes, and no DataLoader worker."""
-    return launcher_rank() == "0" and not multiprocessing.current_process().daemon
+    rank = next((value for name in RANKS if (value := os.environ.get(name)) is not None), "0")
+    return rank == "0" and not multiprocessing.current_process().daemon
 
 
 class ProgressBar(tqdm):

@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from huggingface_hub import constants
 
 from llm2clip.utils.files import atomic_path, digest_json, sha256
+from llm2clip.utils.locks import file_lock
 
 logger = logging.getLogger(__name__)
 
@@ -29,20 +29,13 @@ def shared_file(kind: str, identity: Mapping[str, Any], write: Callable[[Path], 
         identity: Everything that its content depends on, as JSON; also a version of the code that computes it.
         write: Writes the file at a path.
     """
-    folder = _folder()
-    path = folder / f"{kind}-{digest_json(identity)}"
-    lock = Path(f"{path}.lock")
+    path = _folder() / f"{kind}-{digest_json(identity)}"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock):
+        with file_lock(Path(f"{path}.lock")):
             if not path.exists():
                 with atomic_path(path) as temporary:
                     write(temporary)
                 logger.debug("%s are written to %s.", kind, path)
-    # Now that the file exists, the lock excludes nobody: whoever still waits for it, or for a removed one, finds the
-    # file. Where a lock file cannot be removed (Windows while others wait, a read-only cache), it does no harm.
-    with contextlib.suppress(OSError):
-        lock.unlink(missing_ok=True)
     return path
 
 

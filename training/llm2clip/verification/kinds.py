@@ -12,7 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llm2clip.hub.upload_files import added_files
 from llm2clip.search.lance_store import COMMAND as INDEX
-from llm2clip.search.verify_index import verify_index
+from llm2clip.search.lance_store import verify_index
 from llm2clip.trainers.checkpoints import COMMAND as TRAINING
 from llm2clip.utils.files import read_json
 from llm2clip.utils.manifests import (
@@ -62,8 +62,7 @@ def verify_listed(folder: Path) -> Verified:
             fix = f"delete {folder}; --resume takes an older checkpoint, as it does if you leave it"
     found.faults = [Fault(f"{folder}: {fault}", fix) for fault in faults(folder)]
     try:
-        listed = listed_files(folder)
-        added = added_files(folder)
+        listed, added = listed_files(folder), added_files(folder)
     except ValueError as error:
         # One of a list is a fault already.
         if not found.faults:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm2clip.data.verify_sidecars import verify_sources
+from llm2clip.data.sidecars import verify_sources
 from llm2clip.store.manifest import MANIFEST_SUFFIX
 from llm2clip.store.verify import verify_store
 from llm2clip.utils.manifests import Verified

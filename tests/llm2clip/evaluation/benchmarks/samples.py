@@ -17,7 +17,7 @@ def read(name: str, data: Path) -> Any:
     (benchmark,) = choose_benchmarks([name], data)
     folder = benchmark.find(data)
     assert folder is not None
-    return benchmark.read(folder)
+    return benchmark.load(folder)
 
 
 def write(path: Path, content: str | bytes | Any = b"image") -> Path:

@@ -10,10 +10,7 @@ import pytest
 from llm2clip.evaluation import reading
 from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks.files import find_images
-from llm2clip.evaluation.reading import (
-    read_json,
-    stream_json_objects,
-)
+from llm2clip.evaluation.reading import first_json_objects, read_json
 
 
 def write(path: Path, content: bytes = b"image") -> Path:
@@ -23,23 +20,14 @@ def write(path: Path, content: bytes = b"image") -> Path:
 
 
 @pytest.mark.parametrize("block", [8, 1 << 16])
-def test_objects_of_an_array_are_read_one_by_one(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_array_is_read_no_further_than_needed(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "BLOCK", block)
     rows = [{"caption": 'a, [b] {c} \\ " é'}, {"n": [1, {"m": 2}]}, {}]
-    path = write(tmp_path / "a.json", b"\xef\xbb\xbf \n" + json.dumps(rows, indent=1, ensure_ascii=False).encode())
-    assert list(stream_json_objects(path)) == rows
-
-
-def test_an_array_is_read_no_further_than_needed(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.json", b'[{"a": 1}, {"a": 2}, {"a"')
-    rows = stream_json_objects(path)
-    assert [next(rows), next(rows)] == [{"a": 1}, {"a": 2}]
-    with pytest.raises(BenchmarkError, match=r"item 2 of .* is cut short"):
-        next(rows)
-    with pytest.raises(BenchmarkError, match="is not a JSON array"):
-        next(stream_json_objects(write(tmp_path / "b.json", b'{"a": 1}')))
-    with pytest.raises(BenchmarkError, match=r"item 0 of .* is not a JSON object"):
-        next(stream_json_objects(write(tmp_path / "c.json", b"[1]")))
+    content = b"\xef\xbb\xbf \n" + json.dumps(rows, indent=1, ensure_ascii=False).encode()
+    path = write(tmp_path / "a.json", content.rstrip(b"]") + b', {"cut')
+    assert first_json_objects(path, 3) == rows
+    with pytest.raises(BenchmarkError, match=r"item 3 of .* is cut short"):
+        first_json_objects(path, 4)
 
 
 def test_images_are_found_at_their_path_in_a_place_and_by_name(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from PIL import Image
 
 from llm2clip.evaluation.benchmark import BenchmarkError
 from llm2clip.evaluation.benchmarks import all_benchmarks
-from llm2clip.evaluation.benchmarks.segmentation import segmentation_classes
-from llm2clip.evaluation.label_maps import IGNORED, SegmentationData
+from llm2clip.evaluation.data import IGNORED, SegmentationData
+from llm2clip.evaluation.prompts import class_data
 from modeling_llm2clip.image_decoding_llm2clip import DamagedImageError
 
 
@@ -113,7 +113,7 @@ def test_labels_are_the_classes_of_the_set(name: str, tmp_path: Path) -> None:
     assert data.counts() == {"images": len(layout.read), "classes": benchmark.counts["classes"]}
     assert max(data.class_of[data.class_of != IGNORED].tolist()) + 1 == benchmark.counts["classes"]
     names, count = layout.classes
-    assert len(set(segmentation_classes(names))) == count
+    assert len(set(class_data("segmentation")["classes"][names])) == count
 
 
 @every_set
@@ -132,7 +132,7 @@ def test_missing_files_are_named(lost: str, name: str, tmp_path: Path) -> None:
     root = layout.write(tmp_path)
     path = root / getattr(layout, lost).format((layout.order or tuple(layout.written))[-1])
     path.unlink()
-    with pytest.raises(BenchmarkError, match="lacks 1 images or label maps") as error:
+    with pytest.raises(BenchmarkError, match="lacks 1 of") as error:
         all_benchmarks()[name].read(root)
     assert str(path) in str(error.value)
 

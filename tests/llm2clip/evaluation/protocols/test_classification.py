@@ -10,8 +10,7 @@ from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from llm2clip.evaluation.benchmark import BenchmarkError
-from llm2clip.evaluation.contracts import Measurement
+from llm2clip.evaluation.benchmark import BenchmarkError, Measurement
 from llm2clip.evaluation.data import BenchmarkImages, ClassificationData
 from llm2clip.evaluation.metrics import ROUNDING
 from llm2clip.evaluation.prompts import prompts

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llm2clip.evaluation.benchmarks import all_benchmarks, choose_benchmarks
-from llm2clip.evaluation.benchmarks.variants import PROBES
+from llm2clip.evaluation.benchmarks import PROBES, all_benchmarks, choose_benchmarks
 from llm2clip.evaluation.protocols import PROTOCOLS, open_protocol
 
 

@@ -18,9 +18,8 @@ from llm2clip.encoders.patches import patch_embeddings
 from llm2clip.evaluation.benchmark import BenchmarkError
 from llm2clip.evaluation.benchmarks import all_benchmarks
 from llm2clip.evaluation.benchmarks.segmentation import class_table
-from llm2clip.evaluation.data import BenchmarkImages
+from llm2clip.evaluation.data import IGNORED, BenchmarkImages, SegmentationData
 from llm2clip.evaluation.evaluate import evaluate
-from llm2clip.evaluation.label_maps import IGNORED, SegmentationData
 from llm2clip.evaluation.prompts import template_set
 from llm2clip.evaluation.protocols import segmentation
 from llm2clip.evaluation.protocols.segmentation import (

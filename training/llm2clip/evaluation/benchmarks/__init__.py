@@ -6,17 +6,19 @@ import importlib
 import importlib.util
 import logging
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from llm2clip.evaluation.benchmark import GROUPS, Benchmark
-from llm2clip.evaluation.benchmarks.variants import probe_by_name
 from llm2clip.utils.logs import shortened
 from llm2clip.utils.settings import nearest
 
 ALL_FOUND = "all-found"
+# The last part of a name such as `cifar10-probe-sgd`, and of the id of the protocol.
+PROBES = ("sgd", "lbfgs", "openai")
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +68,34 @@ def choose_benchmarks(names: Iterable[str], data: Path, missing_too: bool = Fals
             )
         chosen |= {benchmark.name: benchmark for benchmark in some}
     return list(chosen.values())
+
+
+def probe_by_name(name: str, benchmarks: Mapping[str, Benchmark]) -> Benchmark | None:
+    """Return the linear probe of a benchmark, such as `cifar10-probe-sgd`; None if that is not what `name` is.
+
+    Raises:
+        ValueError: There is no such benchmark or probe, or the benchmark has no train images.
+    """
+    of, separator, recipe = name.rpartition("-probe-")
+    if not separator:
+        return None
+    benchmark = benchmarks.get(of)
+    if benchmark is None or benchmark.read_train is None or recipe not in PROBES:
+        known = ", ".join(known.name for known in benchmarks.values() if known.read_train is not None)
+        raise ValueError(f"there is no {name!r}: linear probes are NAME-probe-{'|'.join(PROBES)}, of {known}.")
+    probe = f"linear-probe-{recipe}"
+    is_mean = benchmark.protocol == "mean-of-sets"
+    return replace(
+        benchmark,
+        name=name,
+        title=f"{benchmark.title}, {recipe} probe",
+        groups=(),
+        read=benchmark.read_train,
+        protocol=benchmark.protocol if is_mean else probe,
+        options={"each": probe} if is_mean else {},
+        needs=(*benchmark.needs, *benchmark.train_needs),
+        read_train=None,
+    )
 
 
 def _family(name: str) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
+from llm2clip.evaluation.benchmark import Benchmark
 from llm2clip.evaluation.benchmarks.encoded_images import PixelImages
 from llm2clip.evaluation.benchmarks.image_folder import labelled
 from llm2clip.evaluation.data import ClassificationData
@@ -27,9 +27,6 @@ def read_cifar(
         names: File with a name a line; underscores become blanks, as in OpenAI's prompts.
         label_bytes: Labels before the pixels, of which the last, the finest, counts.
         test, train: Files of rows.
-
-    Raises:
-        BenchmarkError: A file is no whole number of rows.
     """
     classnames = [name.replace("_", " ") for name in read_names(folder / names)]
     data = _read_rows([folder / name for name in test], label_bytes, classnames)
@@ -39,13 +36,7 @@ def read_cifar(
 
 
 def _read_rows(paths: Sequence[Path], label_bytes: int, classnames: Sequence[str]) -> ClassificationData:
-    parts = []
-    for path in paths:
-        content = np.fromfile(path, dtype=np.uint8)
-        if len(content) % (label_bytes + PIXELS) or not len(content):
-            raise BenchmarkError(f"{path} has {len(content):,} bytes, no multiple of {label_bytes + PIXELS:,}.")
-        parts.append(content.reshape(-1, label_bytes + PIXELS))
-    rows = np.concatenate(parts)
+    rows = np.concatenate([np.fromfile(path, dtype=np.uint8).reshape(-1, label_bytes + PIXELS) for path in paths])
     pixels = rows[:, label_bytes:].reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)
     data = labelled(PixelImages(pixels), rows[:, label_bytes - 1].tolist(), classnames)
     data.templates = template_set("openai-cifar")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
+from llm2clip.evaluation.benchmark import Benchmark
 from llm2clip.evaluation.benchmarks.caption_files import (
     IMAGES,
     TEXTS,
@@ -19,7 +19,6 @@ from llm2clip.evaluation.benchmarks.caption_files import (
 from llm2clip.evaluation.benchmarks.files import captions_data, first_file
 from llm2clip.evaluation.data import CaptionPairData, RetrievalData
 from llm2clip.evaluation.reading import read_lines
-from llm2clip.utils.logs import shortened
 
 FOLDER = "coco"
 LICENSE = "CC BY 4.0 (captions), terms of Flickr (images)"
@@ -49,33 +48,19 @@ CN_LICENSE = f"for research, on request (captions); {LICENSE}"
 
 
 def read_coco_cn(folder: Path) -> RetrievalData:
-    """Read the written captions from the unpacked archive of Chinese-CLIP, or else from that of the authors.
-
-    Raises:
-        BenchmarkError: A row is broken, or captions or images are missing.
-    """
+    """Read the written captions from the unpacked archive of Chinese-CLIP, or else from that of the authors."""
     file = first_file(folder, (TEXTS, f"{CN}/{TEXTS}", CN_WRITTEN, f"{CN_VERSION}/{CN_WRITTEN}"))
     if file.name == TEXTS:
-        return read_chinese_clip(CN, file.parent)
+        return read_chinese_clip(file.parent)
     written = dict(key_lines(file))
     names = [f"{name.strip()}.jpg" for name in read_lines(file.with_name(CN_SPLIT)) if name.strip()]
-    without = [name for name in names if name not in written]
-    if without:
-        raise BenchmarkError(f"{file} has no caption of images of {CN_SPLIT}: {shortened(without)}.")
     return captions_data(CN, folder, [(name, written[name]) for name in names], COCO_2014_FOLDERS)
 
 
 def read_caption_pairs(folder: Path) -> CaptionPairData:
-    """Read two captions of each image from the file of Salesforce, or else of Karpathy; images are not needed.
-
-    Raises:
-        BenchmarkError: A row is broken, or an image has one caption.
-    """
+    """Read two captions of each image from the file of Salesforce, or else of Karpathy; images are not needed."""
     file = first_file(folder, (*SALESFORCE_FILES[:2], *KARPATHY_FILES, *SALESFORCE_FILES[2:]))
     captions = karpathy(file) if file.name == KARPATHY_FILES[0] else salesforce(file)
-    single = [image for image, texts in captions if len(texts) < 2]
-    if single:
-        raise BenchmarkError(f"CRA needs two captions of each image; {single[0]} of {file} has fewer.")
     return CaptionPairData([texts[0] for _, texts in captions], [texts[1] for _, texts in captions])
 
 

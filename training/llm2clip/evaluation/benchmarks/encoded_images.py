@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from llm2clip.data import decode_image, tars
-from llm2clip.data.opened_table import SourceError
+from llm2clip.data import decode_image
 from llm2clip.data.tars import FilePart
-from llm2clip.evaluation.benchmark import BenchmarkError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 
@@ -31,14 +29,6 @@ class EncodedImages(Sequence[bytes]):
             size: How many of its first bytes count, where reading all takes long.
         """
         return bytes(self[row])
-
-
-def list_tar(path: Path) -> Iterator[tuple[str, FilePart]]:
-    """List the files of a tar, see [`llm2clip.data.tars.list_tar`]; its errors are a `BenchmarkError`."""
-    try:
-        yield from tars.list_tar(path)
-    except SourceError as error:
-        raise BenchmarkError(str(error)) from error
 
 
 class ArchivedImages(EncodedImages):

@@ -40,7 +40,7 @@ CNA_IMAGE_FOLDERS = (*IMAGE_FOLDERS, *(f"../{FOLDER}/{place}" for place in ("", 
 
 def read_cn(folder: Path) -> RetrievalData:
     """Read the unpacked archive of Chinese-CLIP."""
-    return read_chinese_clip(CN, first_file(folder, (TEXTS, f"{CN}/{TEXTS}")).parent)
+    return read_chinese_clip(first_file(folder, (TEXTS, f"{CN}/{TEXTS}")).parent)
 
 
 def read_cna(folder: Path) -> RetrievalData:

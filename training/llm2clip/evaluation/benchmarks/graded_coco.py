@@ -6,7 +6,7 @@ import csv
 import importlib.util
 import io
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,58 +21,53 @@ from llm2clip.evaluation.data import GradedData
 from llm2clip.evaluation.reading import read_json, read_text
 from llm2clip.utils.logs import shortened
 
-PACKAGE = "eccv_caption"
-GALLERY = "original_image_to_caption.json"
+PACKAGE, GALLERY = "eccv_caption", "original_image_to_caption.json"
 RATINGS = "cxc/sits_test.csv"
 POSITIVE = 3.0
 
 Pairs = Iterable[tuple[int, int]]
 
 
-def find_eccv_files(folder: Path) -> Path | None:
-    """Return the folder of the json files of ECCV Caption: `eccv_caption` below a folder, or that of the package.
-
-    The package is not imported.
-    """
-    places = [folder / PACKAGE, folder / PACKAGE / "data"]
+def find_gallery(folder: Path) -> Path | None:
+    """Find the json files of ECCV Caption below a folder, or in the installed package, which is not imported."""
     spec = importlib.util.find_spec(PACKAGE)
-    places += [Path(place) / "data" for place in (spec.submodule_search_locations or [] if spec else [])]
-    return next((place for place in places if (place / GALLERY).is_file()), None)
+    installed = [Path(place) / "data" for place in (spec.submodule_search_locations or [] if spec else [])]
+    places = [folder / PACKAGE, folder / PACKAGE / "data", *installed]
+    return next((place / GALLERY for place in places if (place / GALLERY).is_file()), None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EccvBenchmark(Benchmark):
     """A benchmark whose judgements may lie in the installed package `eccv_caption`."""
 
-    def find(self, data: Path) -> Path | None:
-        """As that of [`Benchmark`]; None also if the json files are neither there nor in the package."""
-        folder = super().find(data)
-        return folder if folder is not None and find_eccv_files(folder) is not None else None
+    def located(self, folder: Path) -> list[Path | None]:
+        """As that of [`Benchmark`], and the judgements where they are found."""
+        captions, _ = super().located(folder)
+        return [captions, find_gallery(folder)]
 
 
 def read_eccv(title: str, prefix: str, folder: Path) -> GradedData:
     """Read `PREFIX_caption_to_image.json` and `PREFIX_image_to_caption.json` of ECCV Caption.
 
     The gallery is that of `original_image_to_caption.json`: five captions of each image.
-
-    Raises:
-        BenchmarkError: Files or images are missing, or the gallery is not that of the Karpathy test split.
     """
-    place = find_eccv_files(folder)
-    if place is None:
+    file = find_gallery(folder)
+    if file is None:
         raise BenchmarkError(f"{title} needs the json files of the package {PACKAGE}, below {folder / PACKAGE}.")
-    gallery = _judgements(place / GALLERY)
-    images = read_karpathy(first_file(folder, KARPATHY_FILES))
-    kept = [
-        KarpathyImage(image.file, *_kept(image, set(gallery.get(_id(image), []))), image.image_id) for image in images
-    ]
-    missing = {caption for captions in gallery.values() for caption in captions} - {
-        caption for image in kept for caption in image.caption_ids
-    }
+    gallery = _judgements(file)
+    kept = []
+    for image in read_karpathy(first_file(folder, KARPATHY_FILES)):
+        pairs = zip(image.captions, image.caption_ids, strict=True)
+        five = [(text, caption) for text, caption in pairs if caption in gallery.get(image.image_id, [])]
+        kept.append(replace(image, captions=[text for text, _ in five], caption_ids=[caption for _, caption in five]))
+    there = {caption for image in kept for caption in image.caption_ids}
+    missing = [str(caption) for captions in gallery.values() for caption in captions if caption not in there]
     if missing:
-        raise BenchmarkError(f"{title}: the Karpathy test split lacks captions {shortened(list(map(str, missing)))}.")
-    texts = _judgements(place / f"{prefix}_caption_to_image.json")
-    of_images = _judgements(place / f"{prefix}_image_to_caption.json")
+        raise BenchmarkError(f"{title}: the Karpathy test split lacks captions {shortened(missing)}.")
+    texts, of_images = (
+        _judgements(file.with_name(f"{prefix}_{direction}.json"))
+        for direction in ("caption_to_image", "image_to_caption")
+    )
     return _graded(title, folder, kept, _pairs(texts), _pairs(of_images))
 
 
@@ -80,28 +75,19 @@ def read_cxc(title: str, folder: Path) -> GradedData:
     """Read the ratings of captions and images: right are those of 3 and more of 5, and the captions' own images.
 
     The gallery has all captions, which are all queries.
-
-    Raises:
-        BenchmarkError: A row is broken, or images are missing.
     """
     images = read_karpathy(first_file(folder, KARPATHY_FILES))
-    right = {(caption, _id(image)) for image in images for caption in image.caption_ids}
-    rows = csv.DictReader(io.StringIO(read_text(folder / RATINGS), newline=""))
-    for number, row in enumerate(rows, start=2):
-        try:
-            caption, score = int(row["caption"].rsplit(":", 1)[1]), float(row["agg_score"])
-            image = int(Path(row["image"]).stem.rsplit("_", 1)[1])
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise BenchmarkError(f"line {number} of {RATINGS} is not a rating of a caption and an image.") from error
-        if score >= POSITIVE:
-            right.add((caption, image))
+    right = {(caption, image.image_id) for image in images for caption in image.caption_ids}
+    for row in csv.DictReader(io.StringIO(read_text(folder / RATINGS), newline="")):
+        if float(row["agg_score"]) >= POSITIVE:
+            right.add((int(row["caption"].rsplit(":", 1)[1]), int(Path(row["image"]).stem.rsplit("_", 1)[1])))
     return _graded(title, folder, images, right, ((image, caption) for caption, image in right))
 
 
 def _graded(title: str, folder: Path, images: list[KarpathyImage], texts: Pairs, of_images: Pairs) -> GradedData:
     """Replace ids by positions; `texts` are pairs of caption and image, `of_images` of image and caption."""
     data = captions_data(title, folder, [(image.file, image.captions) for image in images], IMAGE_FOLDERS)
-    image_rows = {_id(image): row for row, image in enumerate(images)}
+    image_rows = {image.image_id: row for row, image in enumerate(images)}
     ids = [caption for image in images for caption in image.caption_ids]
     text_rows = {caption: row for row, caption in enumerate(ids)}
     matches, outside = _positions(texts, text_rows, image_rows)
@@ -120,26 +106,11 @@ def _positions(pairs: Pairs, first: dict[int, int], second: dict[int, int]) -> t
 
 
 def _judgements(path: Path) -> dict[int, list[int]]:
-    content = read_json(path) if path.is_file() else None
-    if not isinstance(content, dict) or not all(isinstance(others, list) for others in content.values()):
-        raise BenchmarkError(f"there is no file {path} with lists by id.")
-    return {int(one): [int(other) for other in others] for one, others in content.items()}
+    return {int(one): [int(other) for other in others] for one, others in read_json(path).items()}
 
 
 def _pairs(judgements: dict[int, list[int]]) -> Pairs:
     return ((one, other) for one, others in judgements.items() for other in others)
-
-
-def _kept(image: KarpathyImage, gallery: set[int]) -> tuple[list[str], list[int]]:
-    pairs = zip(image.captions, image.caption_ids, strict=True)
-    kept = [(text, caption) for text, caption in pairs if caption in gallery]
-    return [text for text, _ in kept], [caption for _, caption in kept]
-
-
-def _id(image: KarpathyImage) -> int:
-    if image.image_id is None:
-        raise BenchmarkError(f"the image {image.file} has no cocoid.")
-    return image.image_id
 
 
 _JUDGED = "val2014; the json files of eccv_caption in eccv_caption, unless that package is installed"
@@ -147,7 +118,7 @@ _eccv = partial(
     EccvBenchmark,
     groups=("short",),
     folder=FOLDER,
-    needs=(KARPATHY_FILES,),
+    needs=(KARPATHY_FILES, f"{PACKAGE}/{GALLERY}"),
     source="The package eccv_caption; otherwise as coco-karpathy.",
 )
 BENCHMARKS = [

@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
+from llm2clip.evaluation.benchmark import Benchmark
 from llm2clip.evaluation.benchmarks.coco import COCO_2014_FOLDERS
 from llm2clip.evaluation.benchmarks.files import find_images, first_file
 from llm2clip.evaluation.data import BenchmarkImages, MultilingualData, RetrievalData
-from llm2clip.evaluation.reading import read_json_lines, read_lines, text_field, texts_field
+from llm2clip.evaluation.reading import read_json_lines, read_lines
 
 XM3600 = "XM3600"
 XM3600_FILE = "captions.jsonl"
@@ -30,48 +30,33 @@ def read_xm3600(first: int | None, folder: Path) -> MultilingualData:
 
     Args:
         first: Captions of each image that are taken; None for all.
-
-    Raises:
-        BenchmarkError: A row is broken, or images are missing.
     """
-    file = folder / XM3600_FILE
-    rows = [(row, f"row {number} of {file}") for number, row in enumerate(read_json_lines(file), 1)]
-    images = find_images(XM3600, folder, [f"images/{text_field(row, 'image/key', place)}.jpg" for row, place in rows])
-    captions = {name: [_captions(row, name, place)[:first] for row, place in rows] for name in XM3600_LANGUAGES}
+    rows = read_json_lines(folder / XM3600_FILE)
+    images = find_images(XM3600, folder, [f"images/{row['image/key']}.jpg" for row in rows])
+    captions = {
+        language: [row[language]["caption"][:first] if language in row else [] for row in rows]
+        for language in XM3600_LANGUAGES
+    }
     return _by_language(images, captions)
 
 
-def _captions(row: dict[str, object], language: str, place: str) -> list[str]:
-    fields = row.get(language)
-    if fields is None:
-        return []
-    if not isinstance(fields, dict):
-        raise BenchmarkError(f"{place} has no captions in {language!r}, but {fields!r:.80}.")
-    return texts_field(fields, "caption", f"{place}, {language}")
-
-
 def read_xtd10(folder: Path) -> MultilingualData:
-    """Read line i of each language's file as the caption of line i of the names, also if it is empty.
-
-    Raises:
-        BenchmarkError: A file has more or fewer lines than there are names, or images are missing.
-    """
+    """Read line i of each language's file as the caption of line i of the names, also if it is empty."""
     names = read_lines(first_file(folder, XTD10_NAMES))
     captions: dict[str, list[list[str]]] = {}
     for language in XTD10_LANGUAGES:
         files = [folder / part / f"test_1kcaptions_{language}.txt" for part in XTD10_FOLDERS]
         file = next((file for file in files if file.is_file()), None)
-        lines = [] if file is None else read_lines(file)
-        if file is not None and len(lines) != len(names):
-            raise BenchmarkError(f"{file} has {len(lines):,} lines for {len(names):,} images.")
-        captions[language] = [[line] for line in lines]
+        if file is not None:
+            captions[language] = [[line] for _, line in zip(names, read_lines(file), strict=True)]
     return _by_language(find_images(XTD10, folder, names, ("images", *COCO_2014_FOLDERS)), captions)
 
 
 def _by_language(images: BenchmarkImages, captions: dict[str, list[list[str]]]) -> MultilingualData:
     """Make data of the captions of each image, by language; the images are the same ones in all."""
-    found = {name: RetrievalData.from_captions(images, texts) for name, texts in captions.items() if any(texts)}
-    return MultilingualData(found, [name for name in captions if name not in found])
+    return MultilingualData(
+        {name: RetrievalData.from_captions(images, texts) for name, texts in captions.items() if any(texts)}
+    )
 
 
 _xm3600 = partial(

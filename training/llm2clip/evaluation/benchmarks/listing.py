@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from llm2clip.evaluation.benchmark import GROUPS, Benchmark
-from llm2clip.evaluation.benchmarks.variants import PROBES
+from llm2clip.evaluation.benchmarks import PROBES
 
 # Of sets with more counts, the details have the others.
 COUNTS = 2

@@ -1,18 +1,17 @@
-"""Long captions, one of each image: ShareGPT4V-1k, Urban1k, DOCCI, IIW, and the Chinese sets of FG-CLIP 2."""
+"""Long captions, one of each image: ShareGPT4V-1k, Urban1k, DOCCI, DCI, IIW, and the Chinese sets of FG-CLIP 2."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
+from llm2clip.evaluation.benchmark import Benchmark
 from llm2clip.evaluation.benchmarks.caption_files import captions_benchmark, tab_lines
 from llm2clip.evaluation.benchmarks.files import captions_data
 from llm2clip.evaluation.data import BenchmarkImages, RetrievalData
-from llm2clip.evaluation.reading import read_json_lines, read_json_rows, read_text, stream_json_objects, text_field
-from llm2clip.utils.logs import shortened
+from llm2clip.evaluation.reading import first_json_objects, read_json, read_json_lines, read_text
 
 SHAREGPT4V = "share-captioner_coco_lcs_sam_1246k_1107.json"
 # What LLM2CLIP derives from it.
@@ -21,6 +20,9 @@ SHAREGPT4V_ROWS = 1000
 # `sam/images/sa_1.jpg` in the file; the archives of SA-1B have no folder of their own.
 SHAREGPT4V_PLACES = ("sam", "sam/images", "images", ".")
 DOCCI = "docci_descriptions.jsonlines"
+UNUSABLE, LOW_QUALITY = 2, 1
+PARTS = "The following can also be seen in the image:"
+Row = Mapping[str, Any]
 # Set of descriptions of IIW and folder of its images, in the order of LoTLIP's reader.
 IIW_SETS = {"DOCCI_Test": "docci", "IIW-400": "docci_aar", "DCI_Test": "dci"}
 
@@ -29,85 +31,75 @@ def read_sharegpt4v(folder: Path) -> RetrievalData:
     """Read the rows in the order of the file, which is that of the test set; of the whole file only the first 1,000.
 
     Images may lie at their paths, without the folders `images` or `sam`, or anywhere below the folder.
-
-    Raises:
-        BenchmarkError: A row is broken, or images are missing.
     """
-    is_whole = (folder / SHAREGPT4V).is_file()
-    if is_whole:
-        rows = list(islice(stream_json_objects(folder / SHAREGPT4V), SHAREGPT4V_ROWS))
+    if (folder / SHAREGPT4V).is_file():
+        rows = first_json_objects(folder / SHAREGPT4V, SHAREGPT4V_ROWS)
+        captions = [(row["image"], [row["conversations"][1]["value"]]) for row in rows]
     else:
-        rows = read_json_rows(folder / SHAREGPT4V_DERIVED)
-    captions = []
-    for number, row in enumerate(rows, 1):
-        place = f"row {number} of {SHAREGPT4V if is_whole else SHAREGPT4V_DERIVED}"
-        caption = _answer(row, place) if is_whole else text_field(row, "caption", place)
-        captions.append((text_field(row, "image", place), [caption]))
+        captions = [(row["image"], [row["caption"]]) for row in read_json(folder / SHAREGPT4V_DERIVED)]
     return captions_data("ShareGPT4V-1k", folder, captions, SHAREGPT4V_PLACES)
 
 
-def _answer(row: dict, place: str) -> str:
-    turns = row.get("conversations")
-    if not isinstance(turns, list) or len(turns) < 2:
-        raise BenchmarkError(f"{place} has no second turn in 'conversations'.")
-    return text_field(turns[1], "value", f"the second turn of {place}")
-
-
 def read_urban1k(folder: Path) -> RetrievalData:
-    """Pair `caption/i.txt` with `image/i.jpg`; a caption is the first line of its file, also if it is empty.
-
-    Raises:
-        BenchmarkError: A caption has no image, an image no caption, or a file has another name.
-    """
-    captions, pictures = _by_number(folder / "caption", ".txt"), _by_number(folder / "image", ".jpg")
-    without = [f"{number}.txt" for number in sorted(pictures.keys() - captions.keys())]
-    if without:
-        raise BenchmarkError(f"Urban1k lacks captions of images: {shortened(without)}.")
-    rows = [
-        (folder / "image" / f"{number}.jpg", read_text(captions[number]).split("\n")[0]) for number in sorted(captions)
-    ]
+    """Pair `caption/i.txt` with `image/i.jpg`; a caption is the first line of its file, also if it is empty."""
+    captions = {int(path.stem): read_text(path).split("\n")[0] for path in (folder / "caption").glob("[!.]*.txt")}
+    rows = [(folder / "image" / f"{number}.jpg", caption) for number, caption in sorted(captions.items())]
     return _one_caption("Urban1k", rows)
 
 
-def _by_number(folder: Path, suffix: str) -> dict[int, Path]:
-    files = [path for path in folder.iterdir() if path.suffix == suffix and not path.name.startswith(".")]
-    odd = sorted(path.name for path in files if not path.stem.isdecimal())
-    if odd:
-        raise BenchmarkError(f"the files in {folder} are numbered, but there are {shortened(odd)}.")
-    return {int(path.stem): path for path in files}
-
-
 def read_docci(folder: Path) -> RetrievalData:
-    """Read the rows of the split `test`, in the order of the file.
-
-    Raises:
-        BenchmarkError: A row is broken, or images are missing.
-    """
-    rows = []
-    for number, row in enumerate(read_json_lines(folder / DOCCI), 1):
-        place = f"row {number} of {DOCCI}"
-        if text_field(row, "split", place) == "test":
-            image, caption = (text_field(row, name, place) for name in ("image_file", "description"))
-            rows.append((folder / "images" / image, caption))
-    return _one_caption("DOCCI", rows)
+    """Read the rows of the split `test`, in the order of the file."""
+    rows = [row for row in read_json_lines(folder / DOCCI) if row["split"] == "test"]
+    return _one_caption("DOCCI", [(folder / "images" / row["image_file"], row["description"]) for row in rows])
 
 
 def read_iiw(folder: Path) -> RetrievalData:
     """Read the three sets that people described, one after another, in the order of their files.
 
     An image has the name of the field `image` or `image/key`, with or without `.jpg`.
-
-    Raises:
-        BenchmarkError: A row is broken, or images are missing.
     """
     rows = []
     for name, place in IIW_SETS.items():
-        for number, row in enumerate(read_json_lines(folder / name / "data.jsonl"), 1):
-            where = f"row {number} of {name}"
-            image = text_field(row, "image" if "image" in row else "image/key", where)
-            path = folder / place / (image if image.endswith(".jpg") else f"{image}.jpg")
-            rows.append((path, text_field(row, "IIW", where)))
+        for row in read_json_lines(folder / name / "data.jsonl"):
+            image = row["image"] if "image" in row else row["image/key"]
+            rows.append((folder / place / f"{image.removesuffix('.jpg')}.jpg", row["IIW"]))
     return _one_caption("IIW", rows)
+
+
+# The captions of DCI: there is no agreement on what the caption of an image is, so each form has a name.
+def dci_short(row: Row) -> str:
+    """The short caption."""
+    return row["short_caption"]
+
+
+def dci_extra(row: Row) -> str:
+    """The description alone, as in FG-CLIP 2."""
+    return row["extra_caption"]
+
+
+def dci_extended(row: Row) -> str:
+    """Both, one per line, as in FLAIR, FLAME and LoTLIP, and `get_extended_caption` of DCI."""
+    return f"{row['short_caption']}\n{row['extra_caption']}"
+
+
+def dci_complete(row: Row) -> str:
+    """Both and all parts, one per line, as in `get_formatted_complete_description` of DCI.
+
+    Of a part of low quality the label alone is taken, of an unusable one nothing.
+    """
+    lines = [
+        mask["label"] if mask["mask_quality"] == LOW_QUALITY else f"{mask['label']}: {mask['caption']}"
+        for mask in row["mask_data"].values()
+        if mask["mask_quality"] != UNUSABLE
+    ]
+    return "\n".join([dci_extended(row), *([PARTS, *lines] if lines else [])])
+
+
+def read_dci(caption: Callable[[Row], str], folder: Path) -> RetrievalData:
+    """Read the images of all splits, in the order of `splits.json`; `caption` makes the caption of a row."""
+    names = [name for split in read_json(folder / "splits.json").values() for name in split]
+    rows = [read_json(folder / "annotations" / name) for name in names]
+    return _one_caption("DCI", [(folder / "photos" / row["image"], caption(row)) for row in rows])
 
 
 def _one_caption(title: str, rows: Sequence[tuple[Path, str]]) -> RetrievalData:
@@ -116,6 +108,16 @@ def _one_caption(title: str, rows: Sequence[tuple[Path, str]]) -> RetrievalData:
 
 
 _long = partial(Benchmark, protocol="retrieval")
+
+
+def _dci(name: str, title: str, caption: Callable[[Row], str], note: str) -> Benchmark:
+    return Benchmark(
+        name=name, title=title, groups=("long",), folder="densely_captioned_images",
+        needs=("splits.json", "annotations"), files="splits.json, annotations/NAME.json, photos/sa_N.jpg",
+        counts={"images": 7805, "texts": 7805}, license="CC BY-NC 4.0 (captions), SA-1B research license (images)",
+        source="The archive dci.tar.gz of DCI; the images are in sa_000138.tar of SA-1B.",
+        read=partial(read_dci, caption), protocol="retrieval", note=note,
+    )  # fmt: skip
 
 
 def _of_fg_clip2(title: str, file: str, images: str) -> Benchmark:
@@ -161,6 +163,10 @@ BENCHMARKS = [
         source="The descriptions are in the repository imageinwords of Google, the images in DOCCI and DCI.",
         read=read_iiw,
     ),
+    _dci("dci", "DCI", dci_extended, "Short caption, newline, description: the form of FLAIR, FLAME and LoTLIP."),
+    _dci("dci-extra", "DCI (description)", dci_extra, "The description alone: the form of FG-CLIP 2."),
+    _dci("dci-short", "DCI (short)", dci_short, "The short caption alone."),
+    _dci("dci-complete", "DCI (all parts)", dci_complete, "Both captions and those of all parts of the image."),
     _of_fg_clip2("LIT-CN", "image_caption_long_cn.txt", "its images, at the paths in the file"),
     _of_fg_clip2("DCI-CN", "image_caption_trans.txt", "the images of DCI, in images or at the paths in the file"),
     _of_fg_clip2("DOCCI-CN", "image_caption_trans.txt", "the images of DOCCI, in images or at the paths in the file"),

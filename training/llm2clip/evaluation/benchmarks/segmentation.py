@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
-from llm2clip.evaluation.benchmarks.variants import sliding
-from llm2clip.evaluation.data import BenchmarkImages
-from llm2clip.evaluation.label_maps import IGNORED, REFUSED, SegmentationData
+from llm2clip.evaluation.benchmark import Benchmark
+from llm2clip.evaluation.data import IGNORED, REFUSED, BenchmarkImages, SegmentationData
 from llm2clip.evaluation.prompts import class_data
 from llm2clip.evaluation.reading import read_lines
-from llm2clip.utils.logs import shortened
 
 BACKGROUND = "background"
 # Ids of COCO minus 1, from 0 to 181, for which there is no annotation.
@@ -45,19 +43,11 @@ def read_label_maps(
     Raises:
         BenchmarkError: An image has no label map or the reverse; the message names the files.
     """
-    found = pairs(folder)
-    lacking = [str(path) for pair in found for path in pair if not path.is_file()]
-    if lacking:
-        raise BenchmarkError(f"{title} lacks {len(lacking):,} images or label maps: {shortened(lacking)}.")
+    images, label_maps = zip(*pairs(folder), strict=True)
+    BenchmarkImages(label_maps).require_files(f"{title} (label maps)")
     names = {BACKGROUND: tuple(class_data("segmentation")[BACKGROUND])} if background else {}
-    names |= segmentation_classes(classes)
-    images = BenchmarkImages([image for image, _ in found])
-    return SegmentationData(title, images, [label for _, label in found], names, table)
-
-
-def segmentation_classes(name: str) -> dict[str, tuple[str, ...]]:
-    """Return MaskCLIP's name of each class of a set, in the order of its labels, as `SegmentationData.classes`."""
-    return {name: (name,) for name in class_data("segmentation")["classes"][name]}
+    names |= {name: (name,) for name in class_data("segmentation")["classes"][classes]}
+    return SegmentationData(title, BenchmarkImages(list(images)).require_files(title), list(label_maps), names, table)
 
 
 def class_table(values: Sequence[int], ignored: Sequence[int] = (IGNORED,)) -> Tensor:
@@ -123,7 +113,16 @@ def _set(
         read=partial(read_label_maps, title, pairs, classes, table, background=background),
         protocol="maskclip-segmentation", **fields,
     )  # fmt: skip
-    return [whole, sliding(whole)]
+    # SAIL's protocol (CVPR 2025), as GroupViT's and TCL's before.
+    sliding = replace(
+        whole,
+        name=f"{name}-sliding",
+        title=f"{title}, windows",
+        groups=("dense",),
+        options={"scale": (2048, 448), "crop": 448, "stride": 224},
+        note="SAIL's protocol: shorter side 448 pixels, windows of 448 every 224",
+    )
+    return [whole, sliding]
 
 
 _voc2012 = partial(

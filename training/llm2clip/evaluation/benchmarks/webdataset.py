@@ -14,8 +14,10 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TypeVar
 
+from llm2clip.data import tars
+from llm2clip.data.tars import FilePart
 from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
-from llm2clip.evaluation.benchmarks.encoded_images import ArchivedImages, FilePart, list_tar
+from llm2clip.evaluation.benchmarks.encoded_images import ArchivedImages
 from llm2clip.evaluation.benchmarks.image_folder import labelled
 from llm2clip.evaluation.data import BenchmarkImages, ClassificationData, RetrievalData
 from llm2clip.evaluation.prompts import read_names, read_templates
@@ -29,18 +31,8 @@ T = TypeVar("T")
 
 
 def read_classification(folder: Path, with_train: bool = False, mean_per_class: bool = False) -> ClassificationData:
-    """Read the test images with their labels and, for a probe, the train images.
-
-    Raises:
-        BenchmarkError: It is a set of captions or of several labels an image, has no names of classes, or is broken.
-    """
-    kind = _kind(folder)
-    if kind == "multilabel":
-        raise BenchmarkError(f"{folder} has several labels an image, for which there is no protocol here.")
-    if kind == "retrieval":
-        raise BenchmarkError(f"{folder} has captions, not labels: use webdataset-retrieval.")
-    if not (folder / CLASSNAMES).is_file():
-        raise BenchmarkError(f"{folder} has no {CLASSNAMES}: without names of the classes there are no prompts.")
+    """Read the test images with their labels and, for a probe, the train images."""
+    _require_kind(folder, "classification")
     data = _read_split(folder, "test")
     data.mean_per_class = mean_per_class
     if with_train:
@@ -61,12 +53,8 @@ def read_retrieval(folder: Path) -> RetrievalData:
     r"""Read images with their captions.
 
     CLIP_benchmark leaves `\n` in captions as it stands; here it is the end of a line again, which it was written for.
-
-    Raises:
-        BenchmarkError: It is a set of labels, or is broken.
     """
-    if _kind(folder) != "retrieval":
-        raise BenchmarkError(f"{folder} has labels, not captions: use webdataset.")
+    _require_kind(folder, "retrieval")
     images, keys, captions = _read_samples(folder / "test", "txt", _captions)
     return RetrievalData.from_captions(BenchmarkImages(images, keys), captions)
 
@@ -75,39 +63,37 @@ def _captions(content: bytes) -> list[str]:
     return [line.replace(r"\n", "\n") for line in content.decode("utf-8").split("\n")]
 
 
-def _kind(folder: Path) -> str:
-    return read_text(folder / TYPE).strip().lower() if (folder / TYPE).is_file() else "classification"
+def _require_kind(folder: Path, kind: str) -> None:
+    found = read_text(folder / TYPE).strip().lower() if (folder / TYPE).is_file() else "classification"
+    # Other words for classification do not matter.
+    if (found if found in ("retrieval", "multilabel") else "classification") != kind:
+        raise BenchmarkError(
+            f"{folder} is a set of {found}, not of {kind}: webdataset reads sets of classification, "
+            "webdataset-retrieval those of retrieval; those of several labels an image have no protocol here."
+        )
 
 
 def _read_samples(folder: Path, answer: str, parse: Callable[[bytes], T]) -> tuple[ArchivedImages, list[str], list[T]]:
     """Read the answers of all samples, and where their images are, in the order of the tars."""
-    shards = read_text(folder / "nshards.txt").strip()
-    if not shards.isdecimal():
-        raise BenchmarkError(f"{folder / 'nshards.txt'} has no number: {shards!r:.40}.")
     images, keys, answers = [], [], []
-    for number in range(int(shards)):
+    for number in range(int(read_text(folder / "nshards.txt"))):
         path = folder / f"{number}.tar"
-        if not path.is_file():
-            raise BenchmarkError(f"{folder} has {shards} tars by nshards.txt, but no {path.name}.")
         for key, files in _samples(path):
-            image = next((files[suffix] for suffix in IMAGES if suffix in files), None)
-            if image is None or answer not in files:
+            suffixes = [suffix for suffix in IMAGES if suffix in files]
+            if not suffixes or answer not in files:
                 raise BenchmarkError(
                     f"sample {key} of {path} needs an image ({', '.join(IMAGES)}) and a .{answer}, "
                     f"but has {', '.join(f'.{suffix}' for suffix in files)}."
                 )
-            try:
-                answers.append(parse(files[answer].read()))
-            except ValueError as error:
-                raise BenchmarkError(f"{key}.{answer} of {path} is broken: {error}.") from error
-            images.append(image)
+            answers.append(parse(files[answer].read()))
+            images.append(files[suffixes[0]])
             keys.append(f"{path.name}/{key}")
     return ArchivedImages(images), keys, answers
 
 
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, FilePart]]]:
     """Group the files of a tar by key, the name up to the first dot; files of a key follow each other."""
-    parts = ((FILE.fullmatch(name), part) for name, part in list_tar(path))
+    parts = ((FILE.fullmatch(name), part) for name, part in tars.list_tar(path))
     named = ((found["key"], found["suffix"].lower(), part) for found, part in parts if found is not None)
     for key, files in groupby(named, itemgetter(0)):
         yield key, {suffix: part for _, suffix, part in files}

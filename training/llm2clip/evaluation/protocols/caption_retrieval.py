@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llm2clip.evaluation.benchmark import BenchmarkError
-from llm2clip.evaluation.contracts import Measurement
+from llm2clip.evaluation.benchmark import BenchmarkError, Measurement
 from llm2clip.evaluation.data import CaptionPairData
 from llm2clip.evaluation.metrics import caption_retrieval_metrics, retrieval_ranks
 from llm2clip.evaluation.session import Session

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from llm2clip.evaluation.benchmark import BenchmarkError
-from llm2clip.evaluation.contracts import Measurement
+from llm2clip.evaluation.benchmark import BenchmarkError, Measurement
 from llm2clip.evaluation.data import ClassificationData
 from llm2clip.evaluation.metrics import ROUNDING, QueryRanks
 from llm2clip.evaluation.prompts import TEMPLATE_SETS, name_of_templates, prompts

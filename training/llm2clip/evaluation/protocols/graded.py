@@ -9,8 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llm2clip.evaluation.benchmark import BenchmarkError
-from llm2clip.evaluation.contracts import Measurement
+from llm2clip.evaluation.benchmark import BenchmarkError, Measurement
 from llm2clip.evaluation.data import GradedData
 from llm2clip.evaluation.metrics import DEFAULT_TILE_SIZE, ROUNDING, retrieval_ranks
 from llm2clip.evaluation.session import Session
@@ -30,8 +29,7 @@ class GradedRecall:
         Raises:
             BenchmarkError: There is no right pair.
         """
-        images, texts = session.embed_images(data.images), session.embed_texts(data.texts)
-        return _measured(session, data, images, texts, "any right one", "recall@1", _recalls)
+        return _measured(session, data, _recalls, "any right one", "recall@1")
 
 
 @dataclass(frozen=True)
@@ -48,8 +46,7 @@ class GradedPrecision:
         Raises:
             BenchmarkError: There is no right pair.
         """
-        images, texts = session.embed_images(data.images), session.embed_texts(data.texts)
-        return _measured(session, data, images, texts, "all right ones", "map@r", _precisions)
+        return _measured(session, data, _precisions, "all right ones", "map@r")
 
 
 def _recalls(queries: Tensor, candidates: Tensor, matches: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -134,16 +131,15 @@ def _ties(scores: Tensor, right: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def _measured(
     session: Session,
     data: GradedData,
-    images: Tensor,
-    texts: Tensor,
+    measure: Callable[[Tensor, Tensor, Tensor], tuple[dict[str, Tensor], Tensor]],
     hit: str,
     compared: str,
-    measure: Callable[[Tensor, Tensor, Tensor], tuple[dict[str, Tensor], Tensor]],
 ) -> Measurement:
     """Measure both directions; `measure` returns the values of queries by name, and which of them are tied."""
     assert data.matches is not None
     if not len(data.matches) or not len(data.image_matches):
         raise BenchmarkError("there is no right pair of an image and a caption.")
+    images, texts = session.embed_images(data.images), session.embed_texts(data.texts)
     of_texts, tied_texts = measure(texts, images, data.matches)
     of_images, tied_images = measure(images, texts, data.image_matches)
     found = {f"text_to_image_{name}": values for name, values in of_texts.items()}

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm2clip.evaluation.benchmark import BenchmarkError
-from llm2clip.evaluation.contracts import Measurement
+from llm2clip.evaluation.benchmark import BenchmarkError, Measurement
 from llm2clip.evaluation.data import ClassificationData
 from llm2clip.evaluation.protocols.classification import label_ranks, measured_ranks
 from llm2clip.evaluation.session import Session
@@ -40,9 +39,7 @@ class SGDProbe:
 
     def measure(self, session: Session, data: ClassificationData) -> Measurement:
         """Train on `data.train`, and on `data.validation` if there is one; measure on `data`."""
-        train = _with_validation(data)
-        features = torch.cat([session.embed_images(part.images, "features") for part in train])
-        labels = torch.cat([part.labels for part in train])
+        features, labels = _train_rows(session, data, "features")
         classify = self._fit(features, labels, len(data.classnames), session)
         logits = classify(session.embed_images(data.images, "features"))
         protocol: dict[str, Any] = {
@@ -84,11 +81,11 @@ class LBFGSProbe:
 
     def measure(self, session: Session, data: ClassificationData) -> Measurement:
         """Choose the strength, train and measure."""
-        train = _with_validation(data)
-        labels = torch.cat([part.labels for part in train])
-        features = torch.cat([session.embed_images(part.images, "features") for part in train])
-        is_own = data.validation is not None
-        held_out = torch.arange(len(labels)) >= len(train[0].labels) if is_own else _every_nth_of_class(labels)
+        features, labels = _train_rows(session, data, "features")
+        if data.validation is None:
+            held_out = _every_nth_of_class(labels)
+        else:
+            held_out = torch.arange(len(labels)) >= len(labels) - len(data.validation.labels)
         chosen = self.choose(features[~held_out], labels[~held_out], features[held_out], labels[held_out])
         logits = _logistic_regression(
             features, labels, session.embed_images(data.images, "features"), len(data.classnames), STRENGTHS[chosen],
@@ -97,7 +94,7 @@ class LBFGSProbe:
         protocol = {
             "name": "linear probe, L-BFGS of CLIP", "features": "before projection", "iterations": self.max_iterations,
             "strengths": "97 from 1e-6 to 1e6, by bisection",
-            "validation": "of the set" if is_own else "every 5th train image of a class",
+            "validation": "every 5th train image of a class" if data.validation is None else "of the set",
         }  # fmt: skip
         counts = {"train_images": len(labels), "validation_images": int(held_out.sum()), "strength_step": chosen}
         return measured_ranks(label_ranks(logits, data.labels), data, protocol, counts)
@@ -135,9 +132,7 @@ class FixedLBFGSProbe:
 
     def measure(self, session: Session, data: ClassificationData) -> Measurement:
         """Train and measure."""
-        train = _with_validation(data)
-        labels = torch.cat([part.labels for part in train])
-        features = torch.cat([session.embed_images(part.images, "projected") for part in train])
+        features, labels = _train_rows(session, data, "projected")
         images, classes = session.embed_images(data.images, "projected"), len(data.classnames)
         logits = _logistic_regression(features, labels, images, classes, self.strength, self.max_iterations)
         protocol = {
@@ -147,15 +142,17 @@ class FixedLBFGSProbe:
         return measured_ranks(label_ranks(logits, data.labels), data, protocol, {"train_images": len(labels)})
 
 
-def _with_validation(data: ClassificationData) -> list[ClassificationData]:
-    """Return the train part, and the validation part if there is one.
+def _train_rows(session: Session, data: ClassificationData, kind: str) -> tuple[Tensor, Tensor]:
+    """Return the features and labels of the train images, and then of the validation images if there are some.
 
     Raises:
         BenchmarkError: There are no train images, or only of one class.
     """
     if data.train is None or len(data.train.labels.unique()) < 2:
         raise BenchmarkError("a linear probe needs train images of at least two classes.")
-    return [data.train] if data.validation is None else [data.train, data.validation]
+    parts = [part for part in (data.train, data.validation) if part is not None]
+    features = torch.cat([session.embed_images(part.images, kind) for part in parts])
+    return features, torch.cat([part.labels for part in parts])
 
 
 def _every_nth_of_class(labels: Tensor) -> Tensor:

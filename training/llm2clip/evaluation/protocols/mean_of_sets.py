@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llm2clip.evaluation.benchmark import BenchmarkError
-from llm2clip.evaluation.contracts import Measurement
+from llm2clip.evaluation.benchmark import BenchmarkError, Measurement
 from llm2clip.evaluation.data import ClassificationData
 from llm2clip.evaluation.protocols import open_protocol
 from llm2clip.evaluation.session import Session

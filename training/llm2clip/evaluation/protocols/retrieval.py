@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from llm2clip.evaluation.benchmark import BenchmarkError
-from llm2clip.evaluation.contracts import Measurement
+from llm2clip.evaluation.benchmark import BenchmarkError, Measurement
 from llm2clip.evaluation.data import RetrievalData
 from llm2clip.evaluation.metrics import retrieval_metrics, retrieval_ranks
 from llm2clip.evaluation.session import Session

@@ -17,10 +17,9 @@ from torchvision.transforms.v2 import functional as V
 
 from llm2clip.data.table_identity import content_keys
 from llm2clip.encoders import Encoder
-from llm2clip.evaluation.benchmark import BenchmarkError
-from llm2clip.evaluation.contracts import Measurement, SummedCounts
-from llm2clip.evaluation.label_maps import IGNORED, SegmentationData
-from llm2clip.evaluation.prompts import name_of_templates, prompts, scene_templates, template_set
+from llm2clip.evaluation.benchmark import BenchmarkError, Measurement, SummedCounts
+from llm2clip.evaluation.data import IGNORED, SegmentationData
+from llm2clip.evaluation.prompts import class_data, name_of_templates, prompts, template_set
 from llm2clip.evaluation.protocols.classification import mean_of_prompts, prompt_parts
 from llm2clip.evaluation.session import Session
 from llm2clip.utils.embeddings import require_finite_rows
@@ -124,7 +123,7 @@ def pair_keys(data: SegmentationData) -> np.ndarray:
 
 def maskclip_templates() -> list[str]:
     """Return OpenAI's 80 templates and the five of MaskCLIP."""
-    return [*template_set("openai-80"), *scene_templates()]
+    return [*template_set("openai-80"), *class_data("segmentation")["templates"]]
 
 
 def resized_size(height: int, width: int, scale: tuple[int, int]) -> tuple[int, int]:
