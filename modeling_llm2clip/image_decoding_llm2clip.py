@@ -31,7 +31,7 @@ ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 # Formats that Pillow gives to Ghostscript, a program that runs them.
 PROGRAMS = ("EPS",)
 # Endings by which sentence-transformers does not know a picture.
-PICTURE_ENDINGS = (".tif", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".jfif", ".ppm", ".tga", ".ico")
+PICTURE_ENDINGS = (".avif", ".heic", ".heif", ".hif", ".jxl")
 
 
 class SampleError(ValueError):
@@ -125,7 +125,9 @@ def refuse_picture(caption: str) -> None:
 
     It knows a path by its ending, and not all endings.
     """
-    if caption.lower().endswith(PICTURE_ENDINGS) and os.path.isfile(caption):
+    ending = os.path.splitext(caption)[1].lower()
+    is_picture = ending in PICTURE_ENDINGS or ending in Image.registered_extensions()
+    if ending and is_picture and os.path.isfile(caption):
         raise ValueError(
             f"{caption!r} is a picture, but would be embedded as a caption; pass Image.open({caption!r})."
         )

@@ -21,7 +21,7 @@ from llm2clip.losses import sigmoid_loss
 from llm2clip.store import EmbeddingCache, MissingCaptionError, StoreMismatchError
 from llm2clip.trainers import run_stage2
 from llm2clip.trainers.bundling import bundle_text_model
-from llm2clip.trainers.stage2_config import Stage2Recipe
+from llm2clip.trainers.stage2_config import Stage2Config, Stage2Recipe
 from llm2clip.trainers.stage2_data import build_dataset
 from llm2clip.trainers.stage2_trainer import Stage2Trainer
 from llm2clip.utils.settings import build_config
@@ -313,6 +313,16 @@ def test_a_cache_of_another_encoder_is_refused(inputs: Inputs, tmp_path: Path) -
     finished = {"model_name_or_path": str(tmp_path / "first"), "projection_dim": None, "embedding_cache": cache}
     with pytest.raises(StoreMismatchError, match=str(other.fingerprint())):
         run("stage2", tmp_path / "out", inputs, **finished)
+
+
+def test_a_trainer_refuses_a_cache_of_captions_after_an_instruction(inputs: Inputs, tmp_path: Path) -> None:
+    run("stage2", tmp_path / "first", inputs, **QUICK)
+    model: Any = AutoModel.from_pretrained(tmp_path / "first", text_model=False)
+    cache, sources = str(tmp_path / "cache"), [small_runs.concepts(max_samples=20)]
+    embed.run(embed.EmbedConfig(inputs.text, output_dir=cache, sources=sources, instruction="Describe: "))
+    args = Stage2Config(output_dir=str(tmp_path / "out"), report_to="none", use_cpu=True)
+    with pytest.raises(StoreMismatchError, match=r"embedded after .*Describe"):
+        Stage2Trainer(model, args, train_dataset=[], cache=EmbeddingCache.open(cache))
 
 
 def test_a_plain_llm_is_a_text_tower_without_prompt(inputs: Inputs, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from llm2clip.utils.manifests import (
     write_manifest,
     write_model_manifest,
 )
-from tests.builders import tiny
+from tests.builders import students, tiny
 from tests.damage import flip
 
 
@@ -63,6 +63,21 @@ def test_a_changed_model_is_not_loaded(tmp_path: Path, monkeypatch: pytest.Monke
     OurEncoder.load(str(tmp_path))
     monkeypatch.setattr("llm2clip.utils.shared_files.sha256", None)  # each file is read once
     OurEncoder.load(str(tmp_path))
+
+
+def test_a_changed_llm_or_query_encoder_is_not_loaded(tmp_path: Path) -> None:
+    tiny.save_apart(tmp_path)
+    write_manifest(tmp_path / "llm", "stage1")
+    OurEncoder.load(str(tmp_path / "clip"))
+    refused = pytest.raises(ValueError, match=r"llm is not what was written \(model.safetensors has changed")
+    with flip(tmp_path / "llm" / "model.safetensors"), refused:
+        OurEncoder.load(str(tmp_path / "clip"))
+    tiny.save(tmp_path / "whole")
+    students.add_query_encoder(tmp_path / "whole")
+    write_manifest(tmp_path / "whole", "build")
+    refused = pytest.raises(ValueError, match=r"\(query_encoder/model.safetensors has changed")
+    with flip(tmp_path / "whole" / "query_encoder" / "model.safetensors"), refused:
+        OurEncoder.load(str(tmp_path / "whole"))
 
 
 def test_a_list_that_was_written_at_a_url_has_sizes_alone(tmp_path: Path) -> None:

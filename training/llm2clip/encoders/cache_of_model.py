@@ -123,14 +123,20 @@ def check_encoder(path: str | Path, manifest: StoreManifest, config: LLM2CLIPCon
         present = on_main_process(partial(_read, config))
         config.text_model_fingerprint = recorded = present or recorded
         fits = made_by == present
-    prompt = config.text_config.prompt_prefix
-    if fits and manifest.identity["prompt_prefix"] != prompt:
-        raise StoreMismatchError(
-            f"the captions of {path} were embedded after {manifest.identity['prompt_prefix']!r}, but the model reads "
-            f"them after {prompt!r}: its encode_text would give other vectors. Embed them without --instruction; a "
-            "plain LLM or embedding model can have the instruction as --prompt-prefix, which the model keeps."
-        )
+    if fits:
+        refuse_other_prompt(path, manifest, config)
     return None if fits else recorded
+
+
+def refuse_other_prompt(path: str | Path, manifest: StoreManifest, config: LLM2CLIPConfig) -> None:
+    """Raise a `StoreMismatchError` if captions were embedded after another prompt than the model reads them after."""
+    made_with, prompt = manifest.identity["prompt_prefix"], config.text_config.prompt_prefix
+    if made_with != prompt:
+        raise StoreMismatchError(
+            f"the captions of {path} were embedded after {made_with!r}, but the model reads them after {prompt!r}: "
+            "its encode_text would give other vectors. Embed them without --instruction; a plain LLM or embedding "
+            "model can have the instruction as --prompt-prefix, which the model keeps."
+        )
 
 
 def describe_text_tower_of_cache(

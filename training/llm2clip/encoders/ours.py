@@ -18,7 +18,7 @@ from llm2clip.utils.files import digest_json
 from llm2clip.utils.manifests import refuse_changed_model
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.progress import ProgressBar
-from llm2clip.utils.repos import RepoKind, hub_commit, inspect_repo
+from llm2clip.utils.repos import RepoKind, hub_commit, inspect_repo, names_of
 from llm2clip.utils.text_identity import tokenizer_fingerprint
 from llm2clip.utils.towers import open_text_tower
 from llm2clip.utils.vision_identity import vision_fingerprint, weights_checksum
@@ -128,6 +128,8 @@ class OurEncoder(Encoder):
             kind: Any = LLM2CLIPVisionModelWithProjection if half else LLM2CLIPModel
             model = kind.from_pretrained(name, revision=revision, **options)
             if getattr(model, "text_model", None) is not None:
+                for llm in names_of(model.config.text_model_name_or_path):
+                    refuse_changed_model(llm)
                 verify_text_tower(model.text_model)
             saved = None if processor is not None else cls._saved_processor(name, half, needs, where)
         device = device or process_state().device

@@ -22,6 +22,7 @@ from llm2clip.trainers.stage2_config import NEW_MODEL_FIELDS, Stage2Recipe
 from llm2clip.trainers.stage2_data import build_dataset
 from llm2clip.trainers.stage2_trainer import Stage2Trainer
 from llm2clip.utils.attention_probe import probe_from_disk, verify_on_main_process
+from llm2clip.utils.manifests import refuse_changed_model
 from llm2clip.utils.processes import on_main_process
 from llm2clip.utils.settings import require
 from llm2clip.utils.text_identity import read_fingerprint
@@ -57,6 +58,7 @@ def load_model(config: Stage2Recipe, with_llm: bool | None = None) -> tuple[LLM2
         if fields:
             raise ValueError(f"{config.model_name_or_path} is already trained; leave {', '.join(fields)} unset.")
         image_processor_name = config.model_name_or_path
+        refuse_changed_model(image_processor_name)
         model = LLM2CLIPModel.from_pretrained(config.model_name_or_path, text_model=False, **options)
         if (model.logit_bias is not None) != (config.loss == "sigmoid"):
             raise ValueError(
@@ -67,6 +69,7 @@ def load_model(config: Stage2Recipe, with_llm: bool | None = None) -> tuple[LLM2
     else:
         require(config, ["vision_model_name_or_path", "text_model_name_or_path"])
         image_processor_name = config.vision_model_name_or_path
+        refuse_changed_model(image_processor_name)
         text_config, tokenizer = describe_text_tower_of_cache(
             config.text_model_name_or_path, config.text_model_revision, next(iter(config.caches), None)
         )

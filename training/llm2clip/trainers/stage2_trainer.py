@@ -37,6 +37,7 @@ from llm2clip.data import SkipLog, Stage2Collator
 from llm2clip.data.sampling import EpochBatchSampler, EpochDataset, OneSourceBatchSampler
 from llm2clip.data.streams import SampleStream
 from llm2clip.data.transforms import output_size
+from llm2clip.encoders.cache_of_model import refuse_other_prompt
 from llm2clip.encoders.stored import StoredEncoder
 from llm2clip.evaluation.data import RetrievalData
 from llm2clip.evaluation.metrics import retrieval_metrics
@@ -232,6 +233,8 @@ class Stage2Trainer(StageTrainer):
         if self.cache is not None:
             fingerprint = own.config.text_model_fingerprint
             refuse_other_encoder(self.cache.path, self.cache.manifest, fingerprint, None)
+            if fingerprint is not None:
+                refuse_other_prompt(self.cache.path, self.cache.manifest, own.config)
         if name := self.args.distill_from or self.args.warm_start.get("distill_from"):
             if processor is None:
                 raise ValueError("distill_from needs a processing_class with an image processor.")

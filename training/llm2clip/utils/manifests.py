@@ -31,6 +31,8 @@ MODEL_FORMAT, MODEL_FORMAT_VERSION = "llm2clip-model", 1
 EDITED = frozenset({"README.md", "LICENSE"})
 # Endings of what a model is loaded from.
 LOADED = frozenset({".safetensors", ".json", ".py", ".txt", ".model", ".jinja"})
+# `FOLDER` of modeling_llm2clip/query_encoder_llm2clip.py, which imports torch.
+QUERY_ENCODER = "query_encoder"
 # Of manifests that no other file lists: the checksum of their other fields.
 MANIFEST_CHECKSUM = "manifest_checksum"
 
@@ -232,7 +234,8 @@ def refuse_changed_model(folder: str | Path) -> None:
     folder = Path(folder)
     for name, listed in listed_files(folder).items() if folder.is_dir() else ():
         path = folder / name
-        is_loaded = path.suffix in LOADED and path.parent == folder and path.is_file()
+        in_place = path.parent == folder or folder / QUERY_ENCODER in path.parents
+        is_loaded = path.suffix in LOADED and in_place and path.is_file()
         if is_loaded and listed.checksum is not None and stored_sha256(path) != listed.checksum:
             raise _changed(folder, f"{name} has changed: its checksum is not that in {listed.manifest}")
 

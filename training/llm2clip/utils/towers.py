@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from llm2clip.utils.attention_probe import verify_text_tower
 from llm2clip.utils.embedding_models import embedding_fields, read_embedding_model, with_lower_case
+from llm2clip.utils.manifests import refuse_changed_model
 from llm2clip.utils.repos import OUR_MODELS, inspect_repo
 from modeling_llm2clip import (
     LLM2CLIPConfig,
@@ -75,14 +76,15 @@ def open_text_tower(
     Raises:
         ValueError: `prompt` is given for a text tower, whose config already defines the prompt; a probe with a few
             tokens found that captions would not be read in both directions, or not apart from padding and neighbours
-            (the config records its result; see [`verify_text_tower`]); or the files of an embedding model describe
-            something that a text tower cannot do.
+            (the config records its result; see [`verify_text_tower`]); the files of an embedding model describe
+            something that a text tower cannot do; or a file of a local folder is not the one that was written.
     """
     if not isinstance(name, str):
         loading: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation, **prompt}
         towers = [open_text_tower(one, revision=own, **loading) for one, own in each_of_pair(name, revision)]
         (first, own), (second, other) = towers
         return LLM2CLIPTextModel.pair(first, second), LLM2CLIPPairTokenizer.of(cast(Any, own), cast(Any, other))
+    refuse_changed_model(name)
     options = loading_options(dtype, attn_implementation, revision)
     tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision)
     prompt = {key: value for key, value in prompt.items() if value is not None}
