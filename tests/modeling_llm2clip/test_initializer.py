@@ -75,12 +75,12 @@ def test_pretrained_towers_keep_their_values(tmp_path: Path) -> None:
     assert 0 < model.visual_projection.weight.std().item() < 1e-4
 
 
-def save_clip(folder: Path, family: str = "clip") -> Path:
-    """A CLIP or SigLIP of transformers, both towers in one checkpoint, whose logit scale is 3.21."""
+def save_clip(folder: Path, family: str = "clip", scale: float = 3.21) -> Path:
+    """A CLIP or SigLIP of transformers, both towers in one checkpoint."""
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision, text = {**sizes, "image_size": 28, "patch_size": 14}, {**sizes, "vocab_size": 40}
     model = AutoModel.from_config(AutoConfig.for_model(family, vision_config=vision, text_config=text))
-    model.logit_scale.data.fill_(3.21)
+    model.logit_scale.data.fill_(scale)
     model.save_pretrained(folder)
     return folder
 
@@ -96,6 +96,11 @@ def test_a_new_model_starts_with_the_scale_of_the_clip_checkpoint_unless_set(fam
         model = LLM2CLIPModel.from_vision_text_pretrained(folder, tiny.text_model(), **asked)
         assert model.logit_scale.item() == pytest.approx(scale)
         assert model.config.logit_scale_init_value == pytest.approx(scale)
+
+
+def test_a_stored_scale_of_zero_is_a_scale(tmp_path: Path) -> None:
+    model = LLM2CLIPModel.from_vision_text_pretrained(save_clip(tmp_path, scale=0.0), tiny.text_model())
+    assert model.logit_scale.item() == 0
 
 
 def test_a_tower_without_a_scale_starts_at_14_or_is_refused(tmp_path: Path) -> None:

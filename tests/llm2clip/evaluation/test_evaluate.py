@@ -1,4 +1,4 @@
-"""`llm2clip evaluate`: benchmarks on small stand-ins, lists, errors, and the calls from the command to the model."""
+"""`llm2clip evaluate`: benchmarks on small stand-ins, lists and errors."""
 
 from __future__ import annotations
 

@@ -104,6 +104,25 @@ def test_sets_share_images_and_texts_by_content_and_later_runs_find_them(tmp_pat
     assert fake(tmp_path).embed_images(pictures(0, 1)).equal(one[:2])
 
 
+@pytest.mark.parametrize("stored", [True, False])
+def test_the_batch_size_is_that_of_texts_too(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: bool
+) -> None:
+    texts = [f"a dog {number}" for number in range(7)]
+    for batch_size, expected in ((3, [1, 3, 3]), (None, [7])):
+        found, batches = session(model, tmp_path / str(batch_size) if stored else None, batch_size=batch_size), []
+        encoder: Any = found.encoder
+        features = encoder.text_features
+
+        def text_features(tokens: list[Any], features: Any = features, batches: list[int] = batches) -> Tensor:
+            batches.append(len(tokens))
+            return features(tokens)
+
+        monkeypatch.setattr(encoder, "text_features", text_features)
+        found.embed_texts(texts)
+        assert sorted(batches) == expected
+
+
 def test_counts_are_exact_and_stored(tmp_path: Path) -> None:
     images = pictures(*range(5))
     expected = torch.tensor([[row, LARGE + row] for row in range(5)])

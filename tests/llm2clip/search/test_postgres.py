@@ -80,7 +80,7 @@ def test_hnsw_finds_what_comparing_all_finds_also_where_a_condition_rejects_near
     place.index(pictures, model[0])
     assert place.index(pictures, model[0], **settings) == (0, 12, 0, 0, 12)
     before = sql(url, GRAPHS)
-    assert "USING hnsw (vector halfvec_ip_ops) WITH (m='4', ef_construction='32')" in before[0][1]
+    assert "USING hnsw (vector halfvec_cosine_ops) WITH (m='4', ef_construction='32')" in before[0][1]
     # The planner has to take the graph, in which a search gives up after the first rows that it finds.
     options = "hnsw.max_scan_tuples=1", "enable_seqscan=off", "enable_bitmapscan=off", "enable_sort=off"
     short = f"{url}?options={quote(' '.join(f'-c {option}' for option in options))}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import runpy
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,8 @@ def encoder_of(library: str, model: Model, folder: Path) -> Encoder:
     return load_encoder(str(folder / "clip"))
 
 
-@pytest.mark.parametrize(
-    ("library", "dtype"), [("ours", "float16"), ("transformers", "float32"), ("open_clip", "float32")]
-)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("library", ["ours", "transformers", "open_clip"])
 def test_all_stores_give_equal_answers_with_any_model(
     library: str,
     dtype: str,
@@ -70,8 +70,12 @@ def test_all_stores_give_equal_answers_with_any_model(
         ("folder = 'a' AND size > 0", lambda key: key.startswith("a/")),
         ("key LIKE '%1.png'", lambda key: key.endswith("1.png")),
     ):
-        for index in indexes:
-            for row, found in zip(rows, index.search(queries, 10, where), strict=True):
+        answers = [index.search(queries, 10, where) for index in indexes]
+        for answer in answers:
+            assert [[one.key for one in found] for found in answer] == [
+                [one.key for one in found] for found in answers[0]
+            ]
+            for row, found in zip(rows, answer, strict=True):
                 cosines = dict(zip(files, (embeds @ row).tolist(), strict=True))
                 best = sorted((cosine for key, cosine in cosines.items() if is_right(key)), reverse=True)[:10]
                 assert [one.score for one in found] == pytest.approx(best, abs=tolerance)
@@ -81,6 +85,15 @@ def test_all_stores_give_equal_answers_with_any_model(
     assert as_json(capsys, tmp_path / "lance", TEXTS[0])
     if library != "ours":
         assert "width 24" in error(capsys, "search", tmp_path / "lance", TEXTS[0], "--model", model[0])
+
+
+def test_a_folder_is_walked_through_once(
+    pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walk, walked = os.walk, []
+    monkeypatch.setattr(os, "walk", lambda *places, **options: walked.append(places) or walk(*places, **options))
+    SearchIndex.build(str(model[0]), pictures, tmp_path / "index")
+    assert walked.count((pictures,)) == 1
 
 
 def test_an_index_is_built_searched_and_updated_in_five_lines(pictures: Path, model: Model, tmp_path: Path) -> None:

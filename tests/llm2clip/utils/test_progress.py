@@ -85,10 +85,11 @@ def test_the_rate_of_a_resumed_run_does_not_count_what_was_done_before(
     ]
 
 
+@pytest.mark.parametrize("variable", ["RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"])
 def test_only_the_first_process_of_a_launcher_reports(
-    terminal: Terminal, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    variable: str, terminal: Terminal, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv(variable, "1")
     with caplog.at_level(logging.DEBUG):
         assert list(track(range(2), "Work")) == [0, 1]
     assert not caplog.messages

@@ -73,7 +73,7 @@ class LanceRows:
             k = min(k, matches)
             if not matches:
                 return [self.table.schema.empty_table().select([*self.columns, VECTOR]) for _ in queries]
-            if self._faiss is None or (condition and matches <= EXACT_MATCHES):
+            if self._faiss is None or matches <= EXACT_MATCHES:
                 return [self._nearest(query, k, condition, matches) for query in queries]
         fits = self._numbers(where) if where else None
         found = self._faiss.search(queries, k * self.manifest.index["refine"], fits)

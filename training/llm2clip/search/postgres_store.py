@@ -228,7 +228,7 @@ class PostgresStore:
         graphs = {name: definition for name, definition in built.items() if "USING hnsw" in definition}
         if index["type"] != "hnsw":
             return list(graphs)
-        operators = f"{self._types[VECTOR].partition('(')[0]}_ip_ops"
+        operators = f"{self._types[VECTOR].partition('(')[0]}_cosine_ops"
         options = f"{operators}) WITH (m='{index['m']}', ef_construction='{index['ef_construction']}')"
         same = [name for name, definition in graphs.items() if definition.endswith(options)]
         if not same:
@@ -247,7 +247,8 @@ class PostgresStore:
                     connection.execute("SELECT set_config(%s, %s, true)", (f"hnsw.{name}", value))
             names = [*_shown(types), VECTOR]
             make = VECTORS[types[VECTOR].partition("(")[0]][0]
-            distance = f"{VECTOR} <#> %(query)s"
+            # Not the inner product: in 16 bits, rows have not quite unit length.
+            distance = f"{VECTOR} <=> %(query)s"
             query = f"SELECT {_list(names)} FROM {self.table} WHERE {visible} AND ({condition}) ORDER BY "
             in_graph, exact = (sql.SQL(f"{query}{order} LIMIT %(k)s") for order in (distance, f"({distance}) + 0"))
             found = []

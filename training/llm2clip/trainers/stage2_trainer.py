@@ -234,7 +234,7 @@ class Stage2Trainer(StageTrainer):
             fingerprint = own.config.text_model_fingerprint
             refuse_other_encoder(self.cache.path, self.cache.manifest, fingerprint, None)
             if fingerprint is not None:
-                refuse_other_prompt(self.cache.path, self.cache.manifest, own.config)
+                refuse_other_prompt(self.cache.path, self.cache.manifest, cast(LLM2CLIPConfig, own.config))
         if name := self.args.distill_from or self.args.warm_start.get("distill_from"):
             if processor is None:
                 raise ValueError("distill_from needs a processing_class with an image processor.")

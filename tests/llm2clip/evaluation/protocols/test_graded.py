@@ -104,6 +104,7 @@ def test_eccv_caption_metrics_in_both_directions() -> None:
     assert data.matches is not None
     found = GradedPrecision().measure(session, data)
     assert next(iter(found.scores)) == "text_to_image_map@r"
+    assert found.compared == ("image_to_text_map@r", "text_to_image_map@r")
     for side, scores, matches in (
         ("text_to_image", similar, data.matches),
         ("image_to_text", similar.T, data.image_matches),
