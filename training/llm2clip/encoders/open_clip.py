@@ -51,9 +51,13 @@ class OpenClipEncoder(ClipEncoder):
         self.normalises = len(steps) > 1 and isinstance(steps[-1], Normalize) and isinstance(steps[-2], ToTensor)
         self.transform = Compose(steps[:-2]) if self.normalises else transform
         self.normalisation = Normalize(steps[-1].mean, steps[-1].std, inplace=True) if self.normalises else None
+        self._values: Tensor | None = None
         self.input_dtype = getattr(torch, dtype)
         with torch.no_grad():
             self.width = self.full_width = self.text_features(list(self.tokenize(["a"])[0])).shape[-1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_values": None}
 
     @classmethod
     def load(cls, spec: str, dtype: str, device: torch.device, batch_size: int | None = None) -> OpenClipEncoder:
@@ -99,7 +103,14 @@ class OpenClipEncoder(ClipEncoder):
     def _pixel_values(self, inputs: dict[str, Tensor]) -> Tensor:
         if self.normalisation is None:
             return inputs["pixel_values"].to(self.device, self.input_dtype)
-        values = self.normalisation(inputs["pixels"].to(self.device).float().div_(255))
+        pixels = inputs["pixels"].to(self.device)
+        if self._values is None or self._values.shape[1:] != pixels.shape[1:] or len(self._values) < len(pixels):
+            self._values = torch.empty(pixels.shape, device=self.device)
+        values = self._values[: len(pixels)]
+        # On a CPU image by image in its caches, and in memory that is kept: fresh memory costs more than arithmetic.
+        size = 1 if self.device.type == "cpu" else len(pixels)
+        for part, source in zip(values.split(size), pixels.split(size), strict=True):
+            self.normalisation(part.copy_(source).div_(255))
         return values.to(self.input_dtype)
 
     def image_features(self, inputs: dict[str, Tensor]) -> Tensor:
