@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
+from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .compatibility_llm2clip import with_version_4_rope, without_version_4_rope
@@ -51,6 +52,15 @@ def _as_config(config: PretrainedConfig | dict[str, Any] | None, default_type: s
             "use the config.json of a transformers model, or upgrade transformers."
         )
     return CONFIG_MAPPING[model_type](**fields)
+
+
+def _dense_layer(layer: dict[str, Any]) -> dict[str, Any]:
+    """Check a linear layer after pooling."""
+    if set(layer) != {"out_features", "bias", "activation"}:
+        raise ValueError(f"dense layer {layer} must have the fields out_features, bias and activation.")
+    if layer["activation"] not in ACT2FN:
+        raise ValueError(f"dense activation {layer['activation']!r} is unknown; choose one of {', '.join(ACT2FN)}.")
+    return dict(layer)
 
 
 class EVA02VisionConfig(PretrainedConfig):
@@ -126,7 +136,18 @@ class EVA02VisionConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
 
-class LLM2CLIPTextConfig(PretrainedConfig):
+class _AbsoluteNames:
+    """Makes names of local folders absolute when they are set, so that the form alone tells a Hub id later."""
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        if key == "_name_or_path":
+            value = _absolute_name(value)
+        elif isinstance(value, PretrainedConfig):
+            value._name_or_path = _absolute_name(value._name_or_path)
+        super().__setattr__(key, value)
+
+
+class LLM2CLIPTextConfig(_AbsoluteNames, PretrainedConfig):
     """Configuration of [`LLM2CLIPTextModel`]: the text model's config, the prompt, the pooling and what follows it.
 
     Args:
@@ -193,7 +214,7 @@ class LLM2CLIPTextConfig(PretrainedConfig):
         self.bidirectional = bidirectional
         self.verified_attention = verified_attention
         self.pool_prompt = pool_prompt
-        self.dense = [dict(layer) for layer in dense or ()]
+        self.dense = [_dense_layer(layer) for layer in dense or ()]
         self.normalize = normalize
         self.second_config = None if second_config is None else _as_config(second_config, self.model_type)
         super().__init__(**kwargs)
@@ -220,7 +241,7 @@ class LLM2CLIPTextConfig(PretrainedConfig):
         return _without_local_names(output)
 
 
-class LLM2CLIPConfig(PretrainedConfig):
+class LLM2CLIPConfig(_AbsoluteNames, PretrainedConfig):
     """Configuration of [`LLM2CLIPModel`].
 
     Args:
@@ -293,6 +314,10 @@ class LLM2CLIPConfig(PretrainedConfig):
             raise ValueError(
                 f"visual_head {visual_head!r} is a visual projection; do not set visual_projection to False."
             )
+        if visual_head_expansion < 1:
+            raise ValueError(f"visual_head_expansion must be at least 1, not {visual_head_expansion}.")
+        if not 0 <= feature_dropout < 1:
+            raise ValueError(f"feature_dropout must be at least 0 and below 1, not {feature_dropout}.")
         # Sub-configs are set before super().__init__(), which passes attn_implementation and dtype on to them.
         self.vision_config = _as_config(vision_config, EVA02VisionConfig.model_type)
         self.text_config = _as_config(text_config, LLM2CLIPTextConfig.model_type)
@@ -345,10 +370,10 @@ def _without_local_names(fields: dict[str, Any]) -> dict[str, Any]:
     for key, value in fields.items():
         if isinstance(value, dict):
             kept[key] = _without_local_names(value)
-        elif key != "_name_or_path" or _is_hub_id(value or ""):
+        elif key != "_name_or_path" or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value or ""):
             kept[key] = value
     return kept
 
 
-def _is_hub_id(name: str) -> bool:
-    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not os.path.exists(name)
+def _absolute_name(name: str | None) -> str:
+    return os.path.abspath(name) if name and os.path.exists(name) else name or ""

@@ -126,8 +126,9 @@ def refuse_picture(caption: str) -> None:
     It knows a path by its ending, and not all endings.
     """
     ending = os.path.splitext(caption)[1].lower()
-    is_picture = ending in PICTURE_ENDINGS or ending in Image.registered_extensions()
-    if ending and is_picture and os.path.isfile(caption):
+    # The file first: asked for its endings, Pillow loads all of its formats.
+    is_file = ending != "" and os.path.isfile(caption)
+    if is_file and (ending in PICTURE_ENDINGS or ending in Image.registered_extensions()):
         raise ValueError(
             f"{caption!r} is a picture, but would be embedded as a caption; pass Image.open({caption!r})."
         )

@@ -253,6 +253,26 @@ def init_like_the_original(linear: nn.Linear, tower: PretrainedConfig | None) ->
         nn.init.uniform_(linear.bias, -bound, bound)
 
 
+def checked_statistics(name: str, values: Any, width: int) -> Tensor:
+    """Return a vector of statistics in float32.
+
+    Raises:
+        ValueError: It has another shape than `(width,)`, or a value is not finite.
+    """
+    vector = torch.as_tensor(values).detach().float()
+    if tuple(vector.shape) != (width,):
+        raise ValueError(f"{name} has shape {tuple(vector.shape)}; this model takes ({width},).")
+    if not vector.isfinite().all():
+        raise ValueError(f"{name} has {int((~vector.isfinite()).sum())} values that are not finite.")
+    return vector
+
+
 def positive_deviation(mean: Tensor, std: Tensor) -> Tensor:
-    """Replace the standard deviation of constant features, which is zero up to rounding, by 1."""
+    """Replace the standard deviation of constant features, which is zero up to rounding, by 1.
+
+    Raises:
+        ValueError: A standard deviation is negative.
+    """
+    if (std < 0).any():
+        raise ValueError(f"std has {int((std < 0).sum())} negative values.")
     return torch.where(std <= CONSTANT * mean.abs().clamp(min=1), torch.ones_like(std), std)

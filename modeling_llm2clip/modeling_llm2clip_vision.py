@@ -23,6 +23,7 @@ from .modeling_llm2clip_heads import (
     LLM2CLIPResidualHead,
     LLM2CLIPStandardization,
     build_visual_head,
+    checked_statistics,
     init_like_the_original,
     positive_deviation,
 )
@@ -164,11 +165,14 @@ class LLM2CLIPPreTrainedModel(AttentionBackends, PreTrainedModel):
                 up to rounding (1e-6 of the mean or of 1) becomes 1.
 
         Raises:
-            ValueError: The model does not standardise.
+            ValueError: The model does not standardise, or the values are not finite, negative or of another width.
         """
         if self.visual_standardization is None:
             raise ValueError("this model does not standardise its vision features; set standardize_vision=True.")
-        mean, std = mean.detach().float(), std.detach().float()
+        mean, std = (
+            checked_statistics(name, values, self.config.vision_width)
+            for name, values in (("mean", mean), ("std", std))
+        )
         self.visual_standardization.mean.copy_(mean)
         self.visual_standardization.std.copy_(positive_deviation(mean, std))
 

@@ -57,6 +57,8 @@ TABLES = (
     Wrong("a.csv.gz", "a.csv.gz", gzip.compress(b"caption\na dog\n", mtime=0)[:2] + b"\0" * 20),
     Wrong("a.csv", "a.csv", b"caption\n\xff\xfe\n"),
     Wrong("a.jsonl", "a.jsonl", b'{"caption": "a dog"}\n{"caption": "a'),
+    # It ended the process.
+    Wrong("a.jsonl", "a.jsonl", b'null\n{"caption": "a dog"}\n'),
     Wrong("a.json", "a.json", b'[{"caption" "a dog"}]'),
     Wrong("a.arrow", "a.arrow", b"ARROW1"),
     *(Wrong("saved", "state.json", content) for content in (b"[]", b'{"_data_files": 1}', b"{")),

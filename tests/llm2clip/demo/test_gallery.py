@@ -173,6 +173,21 @@ def test_a_second_start_embeds_nothing_and_another_model_or_preprocessing_all(
     assert len(list(tmp_path.iterdir())) == 3
 
 
+@pytest.mark.parametrize("damage", ["manifest.json", "*.lance"])
+def test_a_damaged_cache_is_built_again(
+    damage: str, model_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = Gallery.open(str(model_folder), bundled_images(8), tmp_path)
+    expected = [shown.score for shown in first.search("a camera", top=8)]
+    (folder,) = tmp_path.glob("index-*")
+    for path in folder.rglob(damage):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    again = Gallery.open(str(model_folder), bundled_images(8), tmp_path)
+    assert [shown.score for shown in again.search("a camera", top=8)] == pytest.approx(expected)
+    assert f"the index {folder} cannot be used and is built again: " in caplog.text
+
+
 def test_what_a_visitor_sends_is_limited(gallery: Gallery) -> None:
     for message, ask in {
         r"The caption has 10,001 characters; write at most 10,000\.": lambda: gallery.search("a" * 10_001),

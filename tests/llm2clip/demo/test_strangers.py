@@ -15,8 +15,10 @@ import httpx
 import pytest
 
 from llm2clip import cli
+from llm2clip.utils.logs import OBEYED
 from tests.llm2clip.demo.conftest import bundled_images
 
+ESCAPES = "/\x1b]0;title\x07\x1b[31m"
 Visit = Callable[[str], None]
 
 
@@ -54,8 +56,8 @@ def serve(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return serve
 
 
-def test_no_file_or_address_is_read(
-    serve: Callable[[Visit], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_no_file_or_address_is_read_and_no_escape_is_printed(
+    serve: Callable[[Visit], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     fetched, answers = [], []
 
@@ -73,7 +75,7 @@ def test_no_file_or_address_is_read(
             answers.append(ask(address, "search", file(url)))
         answers.append(ask(address, "heat_map", {**file(None), "url": "http://127.0.0.1:9/a.png"}, "a"))
         assert ["addresses are not fetched" in answer for answer in answers] == [True] * 9
-        for path in (secret, f"file://{secret}", os.path.relpath(secret), "/etc/passwd", "/no/such"):
+        for path in (secret, f"file://{secret}", os.path.relpath(secret), "/etc/passwd", ESCAPES, "/no/such"):
             answers.append(ask(address, "heat_map", file(path), "a"))
             answers.append(ask(address, "search", file(path)))
             assert httpx.get(f"{address}gradio_api/file={quote(path)}").status_code in (403, 404)
@@ -84,6 +86,9 @@ def test_no_file_or_address_is_read(
     serve(visit)
     assert fetched == []
     assert [answer for answer in answers if not answer.startswith("event: error")] == []
+    shown = "".join(capfd.readouterr())
+    assert "\\u001b]0;title" in shown, "the traceback that quotes it"
+    assert not OBEYED.search(shown)
 
 
 def test_what_visitors_upload_is_private_and_ends_with_the_demo(

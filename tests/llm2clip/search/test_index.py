@@ -156,8 +156,9 @@ def test_metadata_columns_that_cannot_be_stored_are_refused(pictures: Path, mode
         index(path, model[0], tmp_path / "index", metadata_columns=["row"])
     with pytest.raises(ValueError, match="licence"):
         index(path, model[0], tmp_path / "index", metadata_columns=["licence"])
-    with pytest.raises(ValueError, match=r"metadata_columns is licence, but .* is a folder of image files"):
-        index(pictures, model[0], tmp_path / "index", metadata_columns=["licence"])
+    for name in ("metadata_columns", "caption_columns"):
+        with pytest.raises(ValueError, match=rf"{name} is licence, but .* is a folder of image files"):
+            index(pictures, model[0], tmp_path / "index", **{name: ["licence"]})
 
 
 def test_a_model_with_broken_embeddings_ends_with_one_error_and_skips_nothing(

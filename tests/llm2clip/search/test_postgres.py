@@ -227,3 +227,13 @@ def test_a_name_that_is_no_table_and_a_missing_library_are_refused(monkeypatch: 
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ImportError, match=r"pip install 'llm2clip\[postgres\]'"):
         open_store("a", "postgresql:///images")
+
+
+def test_pgvector_may_be_in_a_schema_of_its_own(pictures: Path, model: Model, url: str) -> None:
+    sql(url, "DROP DATABASE IF EXISTS tidy")
+    sql(url, "CREATE DATABASE tidy")
+    tidy = url.rpartition("/")[0] + "/tidy"
+    sql(tidy, 'CREATE SCHEMA "my Types"; CREATE EXTENSION vector SCHEMA "my Types"; CREATE SCHEMA mine')
+    settings = {"postgres": tidy, "table": "mine.images", "index_type": "hnsw"}
+    assert index_in_folder(pictures, model[0], None, **settings) == (12, 0, 0, 0, 12)
+    assert len(SearchIndex.open("mine.images", tidy).search(np.ones((1, 24), np.float32), 3)[0]) == 3

@@ -13,13 +13,13 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from PIL import Image
 
 from llm2clip import create_app, load_encoder
 from llm2clip.encoders import Encoder
 from llm2clip.serving.limits import Limits
-from llm2clip.serving.serve import listen, server_config
+from llm2clip.serving.serve import listen
+from llm2clip.serving.server import Server
 
 Serve = Callable[..., httpx.Client]
 
@@ -29,7 +29,7 @@ def serving(encoder: Encoder, index: Any = None, limits: Limits | None = None, *
     """Serve a model in a thread of this process; yields the address."""
     limits = limits or Limits()
     with listen("127.0.0.1", 0) as listener:
-        server = uvicorn.Server(server_config(create_app(encoder, index, limits=limits, **options), limits))
+        server = Server(create_app(encoder, index, limits=limits, **options), limits)
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         try:

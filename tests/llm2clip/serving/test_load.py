@@ -121,6 +121,13 @@ def test_200_clients_at_the_same_time_get_their_own_embeddings(serve: Serve, enc
     assert batches < 2 * CLIENTS, "requests share batches"
 
 
+def test_batches_may_wait_for_more_requests(serve: Serve, encoder: Encoder) -> None:
+    with gated(serve, encoder, max_wait_ms=1000) as (_, gate, send):
+        gate.opened.set()
+        assert [answer.result().status_code for answer in [*map(send, "abc")]] == [200] * 3
+    assert [sorted(batch) for batch in gate.batches] == [["a", "b", "c"]]
+
+
 def test_a_long_request_delays_a_short_one_by_one_batch(serve: Serve, encoder: Encoder) -> None:
     with gated(serve, encoder) as (client, gate, send):
         long = send(LONG)
@@ -286,14 +293,33 @@ def raw(client: httpx.Client, content: bytes) -> socket.socket:
 HEAD = b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
-def test_a_slow_client_is_told_and_does_not_stay(serve: Serve, encoder: Encoder) -> None:
+@pytest.mark.parametrize("content", [b"", b"POST /v1", HEAD, HEAD + b"Content-Length: 100\r\n\r\n{"])
+def test_slow_client_is_told_and_does_not_stay(content: bytes, serve: Serve, encoder: Encoder) -> None:
     client = serve(encoder, limits=Limits(read_timeout=1))
-    slow = [raw(client, HEAD + b"Content-Length: 100\r\n\r\n{") for _ in range(20)]
+    slow = [raw(client, content) for _ in range(20)]
     assert embed(client, "a").status_code == 200, "others need not wait for it"
     for connection in slow:
         with connection:
             answer = b"".join(iter(partial(connection.recv, 65536), b""))
             assert answer.startswith(b"HTTP/1.1 408 ")
+
+
+def test_client_that_does_not_read_its_answer_does_not_stay(serve: Serve, encoder: Encoder) -> None:
+    client = serve(encoder, limits=Limits(read_timeout=1))
+    body = b'{"input": [' + b",".join([b'"a"'] * 2048) + b"]}"
+    request = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    # Pipelined, so that the answers exceed what the system itself keeps.
+    assert embed(client, "a").status_code == 200
+
+    def accepted() -> int:
+        found = psutil.Process().net_connections("tcp")
+        return sum(one.laddr.port == client.base_url.port and one.status != psutil.CONN_LISTEN for one in found)
+
+    before = accepted()
+    with raw(client, request * 60):
+        until(lambda: accepted() == before + 1)
+        until(lambda: accepted() == before)
+        assert embed(client, "a").status_code == 200
 
 
 def memory_after(client: httpx.Client, requests: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from llm2clip.encoders import embed
 from llm2clip.quickstart import pipeline
@@ -62,3 +65,14 @@ def test_every_stage_refuses_a_folder_that_another_run_uses(
     monkeypatch.setattr(locks, "PATIENCE", 0.0)
     with another_run(tmp_path), pytest.raises(ValueError, match="another run is using"):
         run(config(output_dir=str(tmp_path), **fields))
+
+
+def test_a_file_system_without_locks_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(self: FileLock, timeout: float) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    with folder_lock(tmp_path):
+        assert "has no file locks" in caplog.text

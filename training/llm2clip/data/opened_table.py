@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -12,6 +13,7 @@ from typing import Any, TypeAlias
 import datasets
 from datasets.packaged_modules.csv.csv import Csv
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from datasets.packaged_modules.json.json import Json
 from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
@@ -92,6 +94,8 @@ def open_table(path: str, name: str | None, split: str, revision: str | None, st
         missing = [part for part in split_names(split) if part not in known and part != "all"]
         if known and missing:
             raise SourceError(f"{path} has no split {missing[0]!r}; it has {', '.join(map(str, known))}.")
+        if isinstance(builder, Json):
+            _refuse_null(file for part in split_names(split) for file in files.get(part, []))
         if streaming:
             table: Table = builder.as_streaming_dataset(split)
         else:
@@ -121,6 +125,15 @@ def open_table(path: str, name: str | None, split: str, revision: str | None, st
         arguments=arguments if streaming and isinstance(builder, Parquet) else None,
         split=split,
     )
+
+
+def _refuse_null(files: Iterable[str]) -> None:
+    """Refuse JSON lines that begin with a row that is null, over which pyarrow ends the process (SIGSEGV)."""
+    for path in files:
+        if os.path.isfile(path):
+            with open(path, "rb") as file:
+                if file.readline(16).strip() == b"null":
+                    raise SourceError(f"{path} begins with a row that is null, and not an object.")
 
 
 def split_names(split: str) -> list[str]:

@@ -121,10 +121,13 @@ class ShardRows:
         with wrap_read_errors(self.files[file] if self.files else "a file of the stream", SourceError):
             yield from enumerate(itertools.chain.from_iterable(row_batches(table, BATCH)))
 
-    def count(self, file: int) -> int:
+    def count(self, file: int, limit: int | None = None) -> int:
         """Count the rows of a file: of parquet in its footer, of a tar in its headers, of others by reading them.
 
         What has to be read is read once per machine.
+
+        Args:
+            limit: Rows that are wanted, at which the reading stops.
 
         Raises:
             SourceError: The file is damaged.
@@ -134,8 +137,12 @@ class ShardRows:
             with wrap_read_errors(path, SourceError), fsspec.open(path, "rb") as opened:
                 return int(pq.ParquetFile(opened).metadata.num_rows)
         is_tar = file_format(path) == ".tar"
-        if not path or (is_tar and not self.is_remote(file)):
-            return count_tar_rows(path) if is_tar else sum(1 for _ in self.read_all(file))
+        if not path:
+            return sum(1 for _ in itertools.islice(self.read_all(file), limit))
+        if is_plain(path, ".tar") and not self.is_remote(file):
+            return count_tar_rows(path)
+        if limit is not None:
+            return sum(1 for _ in itertools.islice(self.read(file), limit))
 
         def write(counted: Path) -> None:
             if self.is_remote(file):

@@ -298,7 +298,9 @@ def _gap(name: str, parts: Sequence[RowRange | None]) -> str | None:
     for part in parts:
         if part is None:
             return None
-        if part.start != end:
+        if part.start < end:
+            return f"{name} has rows {part.start} to {min(end, part.stop) - 1} twice"
+        if part.start > end:
             return f"{name} lacks rows {end} to {part.start - 1}"
         end, total = part.stop, part.total
     return None if end == total else f"{name} lacks rows {end} to {total - 1}"
@@ -328,10 +330,15 @@ def verify_sources(folder: AnyPath, manifests: Mapping[AnyPath, StoreManifest], 
         source = manifest.source
         if source is None or source.checksum is None:
             continue
-        place = path.with_name(source.name) if source.path is None else open_path(source.path)
-        if isinstance(place, Path) and place.is_file() and f"sha256:{checksum(place)}" != source.checksum:
-            fix = f"restore that shard, or delete {path} and run `llm2clip embed` on the source again"
-            found.faults.append(Fault(f"the shard {place} has changed since it was embedded", fix))
+        if source.path is not None and "://" in source.path:
+            continue
+        place = path.with_name(source.name) if source.path is None else Path(source.path)
+        fix = f"restore that shard, or delete {path} and run `llm2clip embed` on the source again"
+        try:
+            if isinstance(place, Path) and place.is_file() and f"sha256:{checksum(place)}" != source.checksum:
+                found.faults.append(Fault(f"the shard {place} has changed since it was embedded", fix))
+        except OSError as error:
+            found.faults.append(Fault(f"the shard {place} cannot be read ({error.strerror})", fix))
     for unfinished in sorted(map(str, folder.rglob(f".*{BESIDE}.*.tmp"))):
         found.remarks.append(f"{unfinished} is what a run has not finished: it still writes it, or was killed.")
     return found

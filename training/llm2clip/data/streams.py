@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -288,10 +287,12 @@ class StreamingCaptionImageDataset(SampleStream):
 
 def first_counts(shards: ShardRows, limit: int | None) -> Iterator[int]:
     """Count the rows of each file; only the first `limit` rows of a stream, so that later files may have none."""
-    left = math.inf if limit is None else limit
+    left = limit
     for file in range(shards.num_files):
-        count = int(min(left, shards.count(file))) if left else 0
-        left -= count
+        count = 0 if left == 0 else shards.count(file, left)
+        if left is not None:
+            count = min(left, count)
+            left -= count
         yield count
 
 

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from llm2clip.search.search import check_places
-from llm2clip.utils.logs import quiet_libraries
+from llm2clip.utils.logs import printable, quiet_libraries
 from llm2clip.utils.model_places import require_model_place
 from llm2clip.utils.settings import setting
 
@@ -103,7 +104,8 @@ def run(config: DemoConfig) -> dict[str, Any]:
 
     open_store(config.cache_dir)
     quiet_libraries()
-    with _temporary_files() as examples:
+    # What visitors send can be quoted in a traceback.
+    with _temporary_files() as examples, _printable_streams():
         _serve(_open_galleries(config, model), config, examples)
     return {}
 
@@ -173,3 +175,23 @@ def open_images(config: DemoConfig) -> Items:
     kind = "dataset" if any(place.glob("metadata.*")) or any(place.glob("*/metadata.*")) else "auto"
     captions = [] if config.caption_column is None else [config.caption_column]
     return open_items(path, [Path(config.cache_dir)], kind, split=config.split, caption_columns=captions)
+
+
+class _PrintableStream:
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(printable(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _printable_streams() -> Iterator[None]:
+    """Let nothing that libraries print, tracebacks that quote strangers too, steer the terminal."""
+    streams: list[Any] = [_PrintableStream(sys.stdout), _PrintableStream(sys.stderr)]
+    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+        yield

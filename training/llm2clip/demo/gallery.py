@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,9 @@ from llm2clip.evaluation.heat_map import draw_heat_map, patch_similarity, seen_p
 from llm2clip.search.folder_items import Items
 from llm2clip.search.results import ResultImages
 from llm2clip.search.search_index import SearchIndex
+from llm2clip.utils.embeddings import NonFiniteError
+
+logger = logging.getLogger(__name__)
 
 MAP_WIDTH = 448
 # Of what a visitor may send: each label is a pass through the LLM.
@@ -71,8 +75,7 @@ class Gallery:
         """
         parts = [images.source, encoder.image_fingerprint()]
         key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
-        settings: dict[str, Any] = {"dtype": "float32", "allow_removals": True}
-        index = SearchIndex.build(encoder, images, cache_dir / f"index-{key}", **settings)
+        index = _updated_index(cache_dir / f"index-{key}", images, encoder)
         return cls(encoder, index, ResultImages(index.manifest, images))
 
     @classmethod
@@ -173,6 +176,20 @@ class Gallery:
                 raise ValueError("There is no caption yet: describe what the picture should show.")
             return self.encoder.encode_text(_short(query))[0]
         return self.encoder.encode_image(query, names=[QUERY])[0]
+
+
+def _updated_index(folder: Path, images: Items, encoder: Encoder) -> SearchIndex:
+    """Bring an index up to date; one that cannot be read is built again, because all of it can be."""
+    settings: dict[str, Any] = {"dtype": "float32", "allow_removals": True}
+    try:
+        return SearchIndex.build(encoder, images, folder, **settings)
+    except NonFiniteError:
+        raise
+    except (OSError, ValueError) as error:
+        if not folder.exists():
+            raise
+        logger.warning("the index %s cannot be used and is built again: %s", folder, error)
+    return SearchIndex.build(encoder, images, folder, **settings, overwrite=True)
 
 
 def _short(caption: str) -> str:

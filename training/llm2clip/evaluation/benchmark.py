@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import tarfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +17,11 @@ from llm2clip.utils.logs import shortened
 if TYPE_CHECKING:
     from llm2clip.evaluation.session import Session
 
+# What broken content raises. A bug in a reader is an error of another kind, in most cases.
+DAMAGED: tuple[type[Exception], ...] = (
+    *(ArithmeticError, AttributeError, EOFError, LookupError, OSError, TypeError, ValueError),
+    *(csv.Error, tarfile.TarError, zlib.error),
+)
 GROUPS = ("short", "long", "languages", "classification", "composition", "dense", "paper")
 
 
@@ -106,15 +114,19 @@ class Benchmark:
             BenchmarkError: One is missing or damaged, or has not the form in which the set was published.
         """
         try:
-            return self.read(folder)
-        except Exception as error:
-            # These say all themselves; those of formats and of rows name no file.
-            if isinstance(error, BenchmarkError | ImportError | MemoryError) or getattr(error, "filename", None):
+            data = self.read(folder)
+        except DAMAGED as error:
+            # These say all themselves.
+            if isinstance(error, BenchmarkError) or getattr(error, "filename", None):
                 raise
             raise BenchmarkError(
                 f"{self.title}: a file in {folder} is damaged, or has another form than the published one "
                 f"({type(error).__name__}: {error})."
             ) from error
+        for row in (row for part in data.parts() for row in part.rows):
+            if other := [text for text in row[1:] if not isinstance(text, str)]:
+                raise BenchmarkError(f"{self.title}: {row[0]} has {other[0]!r:.80} in place of a text, in {folder}.")
+        return data
 
     def differences(self, counts: Mapping[str, int]) -> list[str]:
         """Say in words which counts differ from the published ones."""

@@ -14,6 +14,7 @@ from huggingface_hub import snapshot_download
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from llm2clip.hub.cards.card import CARD, as_list, license_fields, read_card
+from llm2clip.hub.upload import explained
 from llm2clip.utils.files import read_json, write_text
 from llm2clip.utils.repos import hub_ids, names_of
 from modeling_llm2clip.modeling_llm2clip_utils import find_text_model
@@ -21,6 +22,7 @@ from modeling_llm2clip.modeling_llm2clip_utils import find_text_model
 logger = logging.getLogger(__name__)
 
 LICENSE, CODE_LICENSE_FILE, NOTICE = "LICENSE", "LICENSE-CODE", "NOTICE"
+LICENSE_NAMES = (LICENSE, f"{LICENSE}.txt", f"{LICENSE}.md")
 CODE_LICENSE = "apache-2.0"
 UNKNOWN = "unknown"  # an id of the Hub too
 # A model made from such models may have any license; the last ask for the most.
@@ -121,7 +123,7 @@ def license_model(given: Mapping[str, str], card: Mapping[str, Any], bases: Sequ
     Raises:
         ValueError: The license does not keep those of the bases, or several of these ask for their own.
     """
-    stated = dict(given) or license_fields(card) or _strictest(bases)
+    stated = dict(given) or (license_fields(card) if card.get("license") else {}) or _strictest(bases)
     own = stated.get("license")
     for base in bases:
         if own in (base.stated.get("license"), base.license, "other", None):
@@ -168,7 +170,7 @@ def bases_of(source: Path, others: Iterable[str] = ()) -> list[Base]:
     Raises:
         ValueError: A card or config in a folder is damaged.
     """
-    found: dict[str, Base] = {}
+    found: dict[str, list[Base]] = {}
     waiting = [str(source), *others]
     while waiting:
         name = waiting.pop(0)
@@ -178,12 +180,13 @@ def bases_of(source: Path, others: Iterable[str] = ()) -> list[Base]:
             continue
         folder = Path(name) if is_folder else _card_on_hub(name)
         card = {} if folder is None else read_card(folder)[0]
-        stated = license_fields(card) or {"license": license_of_name(name) or UNKNOWN}
+        licenses = [str(one) for one in as_list(card.get("license"))] or [license_of_name(name) or UNKNOWN]
         parents = [*as_list(card.get("base_model")), *_references(Path(name))] if is_folder else []
-        found[key] = Base(name, folder, stated, bool(parents))
+        found[key] = [Base(name, folder, {**license_fields(card), "license": one}, bool(parents)) for one in licenses]
         waiting += parents
-    own, *bases = found.values()
-    own_terms = [own] if own.license in TERMS else []
+    own, *others_found = found.values()
+    own_terms = [base for base in own if base.license in TERMS]
+    bases = [base for of_one in others_found for base in of_one]
     # A run whose card states nothing is under the licenses of what it was trained from.
     return own_terms + [base for base in bases if base.license != UNKNOWN or not base.has_parents]
 
@@ -199,7 +202,8 @@ def _card_on_hub(name: str) -> Path | None:
     if not hub_ids(name):
         return None
     try:
-        return Path(snapshot_download(name, allow_patterns=[CARD, f"{LICENSE}*"]))
+        with explained(name):
+            return Path(snapshot_download(name, allow_patterns=[CARD, f"{LICENSE}*"]))
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         logger.warning("the card of %s, which states its license, cannot be read (%s)", name, reason)
@@ -232,9 +236,12 @@ def write_license_files(folder: Path, source: Path, stated: Mapping[str, str], b
     holders = [Base(str(source), source, license_fields(read_card(source)[0])), *bases]
     for license in {one.license for one in terms} | ({own} - {UNKNOWN, CODE_LICENSE}):
         places = [source / f"{LICENSE}-{license}"]
-        places += [base.folder / LICENSE for base in holders if base.folder is not None and base.license == license]
+        folders = [base.folder for base in holders if base.folder is not None and base.license == license]
+        places += [place / file for place in folders for file in LICENSE_NAMES]
         name = LICENSE if license == own else f"{LICENSE}-{license}"
-        if text := next((place.read_text(encoding="utf-8") for place in places if place.is_file()), None):
+        if text := next(
+            (place.read_text(encoding="utf-8", errors="replace") for place in places if place.is_file()), None
+        ):
             write_text(folder / name, text)
         elif license in TERMS:
             logger.warning(

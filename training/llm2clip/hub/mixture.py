@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +13,13 @@ from transformers import AutoProcessor, AutoTokenizer, PretrainedConfig
 
 from llm2clip.hub.cards.facts import JOINT_TASK, TEXT_TASK
 from llm2clip.utils.repos import Repo, RepoKind
-from llm2clip.utils.text_identity import tokenizer_fingerprint
+from llm2clip.utils.text_identity import read_fingerprint, tokenizer_fingerprint
 from llm2clip.utils.towers import open_text_tower
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
+from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPTextModel
 from modeling_llm2clip.identity_llm2clip import FIELDS, OPTIONAL_FIELDS, decoder_identity
 from modeling_llm2clip.modeling_llm2clip_vision import load_vision_tower
+
+logger = logging.getLogger(__name__)
 
 MAX_NAMED = 4
 HEAD_FIELDS = (
@@ -133,11 +136,10 @@ def mix_joint(first: Repo, second: Repo, with_llm: bool) -> Mixture:
     heads = [{name: getattr(config, name) for name in HEAD_FIELDS} for config in configs]
     for fields, side in zip(heads, (other, model), strict=True):
         fields["loss"] = "softmax" if side.logit_bias is None else "sigmoid"
-    # Of a bundled LLM, the fingerprint is in its own config; that of a published one may not be recorded.
-    llms = [
-        config.text_model_fingerprint or config.text_config.fingerprint or config.text_model_name_or_path
-        for config in configs
-    ]
+    llms: list[str | None] = [config.text_model_fingerprint for config in configs]
+    if None in llms or llms[0] != llms[1]:
+        # Of the same LLM, a model may have recorded none, or that of an adapter merged in another dtype.
+        llms = [_read_fingerprint(repo, config) for repo, config in zip((first, second), configs, strict=True)]
     try:
         _refuse_differences("heads", names, *heads)
         _refuse_differences("LLMs", names, *({"fingerprint": llm} for llm in llms))
@@ -183,3 +185,13 @@ def _load_joint(repo: Repo, with_llm: bool) -> tuple[LLM2CLIPModel, Any]:
     options: dict[str, Any] = {"text_model": bundled or with_llm, "dtype": "auto"}
     model = LLM2CLIPModel.from_pretrained(repo.name, revision=repo.revision, **options)
     return model.eval(), AutoProcessor.from_pretrained(repo.name, revision=repo.revision)
+
+
+def _read_fingerprint(repo: Repo, config: LLM2CLIPConfig) -> str | None:
+    elsewhere = repo.config.get("text_model_name_or_path")
+    revision: Any = repo.revision if elsewhere is None else repo.config.get("text_model_revision")
+    try:
+        return read_fingerprint(elsewhere or repo.name, revision, config.text_config)
+    except OSError as error:
+        logger.warning("the LLM of %s cannot be read to compare it: %s", repo.name, error)
+        return config.text_model_fingerprint

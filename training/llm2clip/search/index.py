@@ -204,11 +204,12 @@ def _open_items(config: IndexConfig, exclude: tuple[Path, ...]) -> Items:
         caption_columns=config.caption_columns, metadata_columns=config.metadata_columns,
     )  # fmt: skip
     is_folder = isinstance(items, FolderImages)
-    if is_folder and config.metadata_columns:
-        raise ValueError(
-            f"metadata_columns is {', '.join(config.metadata_columns)}, but {config.folder} is a folder of image "
-            "files, whose index has the columns key, folder, extension, size and mtime_ns."
-        )
+    for name in ("metadata_columns", "caption_columns"):
+        if is_folder and (columns := getattr(config, name)):
+            raise ValueError(
+                f"{name} is {', '.join(columns)}, but {config.folder} is a folder of image files, whose index has the "
+                "columns key, folder, extension, size and mtime_ns."
+            )
     if not len(items) and not (is_folder and items.failures):
         what = "files" if is_folder else "rows"
         split = "" if is_folder else f" (split {config.split})"

@@ -9,7 +9,7 @@ from typing import Any
 
 import psycopg
 from pgvector.psycopg import register_vector
-from psycopg import errors
+from psycopg import errors, sql
 from psycopg.conninfo import conninfo_to_dict
 
 logger = logging.getLogger(__name__)
@@ -69,13 +69,16 @@ class PostgresDatabase:
                 "database, user and password in --postgres."
             ) from None
         with self.readable():
-            _require_pgvector(connection, self.name)
+            schema = _require_pgvector(connection, self.name)
             set_session(connection, SETTINGS)
             # Unless the URL sets another one.
             connection.execute(
                 "SELECT set_config('statement_timeout', %s, false) WHERE current_setting('statement_timeout') = '0'",
                 (TIMEOUT,),
             )
+            path = sql.SQL("SELECT set_config('search_path', concat_ws(', ', nullif({path}, ''), {schema}), false)")
+            current = sql.SQL("current_setting('search_path')")
+            connection.execute(path.format(path=current, schema=sql.Literal(sql.Identifier(schema).as_string())))
             register_vector(connection)
         connection.add_notice_handler(_log_notice)
         return connection
@@ -152,12 +155,13 @@ def _parsed(url: str) -> dict[str, Any]:
     )
 
 
-def _require_pgvector(connection: psycopg.Connection[Any], name: str) -> None:
-    """Raise ValueError, with what to do, unless the database has a recent version of pgvector."""
+def _require_pgvector(connection: psycopg.Connection[Any], name: str) -> str:
+    """Return the schema of pgvector; raise ValueError, with what to do, unless the database has a recent version."""
     least = ".".join(map(str, LEAST_PGVECTOR))
-    found = connection.execute("SELECT extversion FROM pg_extension WHERE extname = 'vector'").fetchone()
+    query = "SELECT extversion, nspname FROM pg_extension JOIN pg_namespace n ON n.oid = extnamespace"
+    found = connection.execute(f"{query} WHERE extname = 'vector'").fetchone()
     if found is not None and tuple(map(int, found[0].split(".")[:2])) >= LEAST_PGVECTOR:
-        return
+        return str(found[1])
     state, command = (
         ("lacks the extension", "CREATE EXTENSION vector")
         if found is None

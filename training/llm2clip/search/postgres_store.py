@@ -43,6 +43,8 @@ UNINDEXED = {"caption", "hash", "mtime_ns", "row", "size", *INTERNAL}
 OWN = {NUMBER: "bigint", GENERATION: "integer"}
 COMMITTED, BEGUN = "committed", "begun"
 SCAN_ROWS = 8192
+# Rows that fulfil a condition, up to which comparing all of them costs less than searching the graph for them.
+EXACT_MATCHES = 20_000
 # pgvector's own limit; it continues in steps of as many until it has `k` rows.
 MAX_EF_SEARCH = 1000
 # What a row must agree on with the index that was opened.
@@ -239,10 +241,8 @@ class PostgresStore:
     def search(self, queries: np.ndarray, k: int, where: str | None = None) -> list[pa.Table]:
         with self._reading(False) as (connection, types, visible):
             condition, values = self._condition(where, types)
-            assert self._opened is not None
-            index = self._opened.index
-            if index["type"] == "hnsw":
-                effort = min(max(index["ef_search"], k + MORE), MAX_EF_SEARCH)
+            effort = self._effort(connection, f"{visible} AND ({condition})", values, k + MORE, where)
+            if effort is not None:
                 for name, value in (("iterative_scan", "strict_order"), ("ef_search", str(effort))):
                     connection.execute("SELECT set_config(%s, %s, true)", (f"hnsw.{name}", value))
             names = [*_shown(types), VECTOR]
@@ -255,12 +255,35 @@ class PostgresStore:
             for row in queries:
                 values |= {"query": make(row), "k": k + MORE}
                 cursor = connection.cursor(binary=True)
-                rows = cursor.execute(in_graph, values).fetchall() if index["type"] == "hnsw" else []
+                rows = cursor.execute(in_graph, values).fetchall() if effort is not None else []
                 # The graph gives up where a condition rejects nearly all rows; no index has the order of a sum.
                 if len(rows) < k:
                     rows = cursor.execute(exact, values).fetchall()
                 found.append(pa.Table.from_batches([arrow_batch(rows, names, types)]))
             return found
+
+    def _effort(
+        self,
+        connection: psycopg.Connection[Any],
+        condition: str,
+        values: dict[str, Any],
+        candidates: int,
+        where: str | None,
+    ) -> int | None:
+        """Return how many candidates a search of the graph compares at a time; None if it is left out."""
+        assert self._opened is not None
+        if self._opened.index["type"] == "flat":
+            return None
+        effort = max(self._opened.index["ef_search"], candidates)
+        if where:
+            query = sql.SQL(f"EXPLAIN (FORMAT JSON) SELECT FROM {self.table} WHERE {condition}")
+            ((plan,),) = connection.execute(query, values).fetchall()
+            matches = max(1, plan[0]["Plan"]["Plan Rows"])  # as the server estimates
+            if matches <= EXACT_MATCHES:
+                return None
+            # The fewer rows fulfil a condition, the more candidates it rejects.
+            effort = max(effort, effort * self._opened.images // matches)
+        return min(effort, MAX_EF_SEARCH)
 
     @contextlib.contextmanager
     def _reading(self, written: bool) -> Iterator[tuple[psycopg.Connection[Any], dict[str, str], str]]:

@@ -26,8 +26,9 @@ from llm2clip.encoders import Encoder
 from llm2clip.search.search_index import SearchIndex
 from llm2clip.serving.guard import Guard
 from llm2clip.serving.limits import Limits
+from llm2clip.serving.metrics import Metrics
 from llm2clip.serving.requests import ApiError, Inputs, parse_inputs, parse_messages, prepare_image
-from llm2clip.serving.worker import BatchWorker, Metrics
+from llm2clip.serving.worker import BatchWorker
 from llm2clip.utils.embeddings import NonFiniteError
 from modeling_llm2clip.modeling_llm2clip_utils import shorten
 

@@ -11,9 +11,12 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llm2clip.serving.limits import Limits
-from llm2clip.serving.requests import ApiError, busy
-from llm2clip.serving.worker import Metrics, log_error
+from llm2clip.serving.metrics import Metrics
+from llm2clip.serving.requests import ApiError
+from llm2clip.serving.worker import log_error
 
+# Bodies in memory at the same time, in largest bodies.
+MAX_BODIES = 8
 CLIENT_GONE = 499
 OPEN_PATHS = ("/health",)
 PATHS = ("/v1/embeddings", "/v1/models", "/search", "/health", "/metrics")
@@ -40,13 +43,14 @@ class Guard:
         self.app, self.limits, self.metrics, self.hosts = app, limits, metrics, hosts
         self._token = None if token is None else token.encode()
         self._max_body = int(limits.max_body_mb * 1e6)
-        self._open_requests = 0
+        self._open_requests, self._open_bytes = 0, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         start, status = time.monotonic(), CLIENT_GONE
+        body = bytearray()
 
         async def counted(message: Message) -> None:
             nonlocal status
@@ -57,9 +61,8 @@ class Guard:
         self._open_requests += 1
         try:
             self._check(scope)
-            body = await self._read(receive)
-            if body is not None:
-                await self._answer(scope, receive, counted, body)
+            if await self._read(receive, body):
+                await self._answer(scope, receive, counted, bytes(body))
         except ApiError as error:
             if status == CLIENT_GONE:
                 await error.response()(scope, receive, counted)
@@ -69,6 +72,7 @@ class Guard:
                 await ApiError(500, "The server failed.", "internal_error").response()(scope, receive, counted)
         finally:
             self._open_requests -= 1
+            self._open_bytes -= len(body)
             path = scope["path"] if scope["path"] in PATHS else "other"
             self.metrics.requests.labels(path, status).inc()
             self.metrics.seconds.labels(path).observe(time.monotonic() - start)
@@ -86,32 +90,36 @@ class Guard:
                 message = "The token is missing or wrong; send it as `Authorization: Bearer TOKEN`."
                 raise ApiError(401, message, "invalid_api_key", headers=challenge)
         if self._open_requests > self.limits.max_connections:
-            raise busy("The server has too many requests at the same time.", "overloaded")
+            raise _busy("The server has too many requests at the same time.")
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length[:20]) > self._max_body:
             raise self._too_large()
 
-    async def _read(self, receive: Receive) -> bytes | None:
-        """Read the whole request, so that its end and its size are known; None if the client has gone.
+    async def _read(self, receive: Receive, body: bytearray) -> bool:
+        """Read the whole request, so that its end and its size are known; returns whether the client is still there.
 
         Raises:
-            ApiError: It is too slow (408) or too large (413).
+            ApiError: It is too slow (408) or too large (413), or there are too many (503).
         """
-        body, more = bytearray(), True
         try:
             async with asyncio.timeout(self.limits.read_timeout):
+                more = True
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        return None
-                    body += message.get("body", b"")
+                        return False
+                    part = message.get("body", b"")
+                    body += part
+                    self._open_bytes += len(part)
                     if len(body) > self._max_body:
                         raise self._too_large()
+                    if self._open_bytes > MAX_BODIES * self._max_body:
+                        raise _busy("The server has too much to read at the same time.")
                     more = message.get("more_body", False)
         except TimeoutError:
             text = f"The request took more than {self.limits.read_timeout:g} seconds to arrive."
             raise ApiError(408, text, "too_slow", headers={"Connection": "close"}) from None
-        return bytes(body)
+        return True
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, body: bytes) -> None:
         """Call the endpoint, as long as the client waits and the time limit allows.
@@ -141,3 +149,7 @@ class Guard:
     def _too_large(self) -> ApiError:
         message = f"The request has more than {self.limits.max_body_mb:g} MB; send fewer inputs."
         return ApiError(413, message, "too_large", headers={"Connection": "close"})
+
+
+def _busy(message: str) -> ApiError:
+    return ApiError(503, f"{message} Try again later.", "overloaded", headers={"Retry-After": "1"})

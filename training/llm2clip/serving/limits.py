@@ -20,13 +20,16 @@ class Limits:
     max_pixels: int = setting(40_000_000, "Largest image, width x height.")
     max_waiting: int = setting(8192, f"Most texts that wait for the model; an image counts as {IMAGE_WEIGHT}.")
     max_connections: int = setting(1024, "Most requests at the same time, and those that are not finished.")
+    max_wait_ms: float = setting(
+        0.0, "Milliseconds that a batch waits for more requests; the next batch collects while one is computed."
+    )
     timeout: float = setting(60.0, "Seconds that a request may take, from when it is read.")
-    read_timeout: float = setting(30.0, "Seconds in which a client has to send the body of its request.")
+    read_timeout: float = setting(30.0, "Seconds in which a client has to send its request.")
     decode_threads: int = setting(4, "Threads that decode images.")
 
     def __post_init__(self) -> None:
         for name in (field.name for field in fields(Limits)):
-            if getattr(self, name) < 1:
+            if getattr(self, name) < (0 if name == "max_wait_ms" else 1):
                 raise ValueError(f"{name} is {getattr(self, name)}, which is too small.")
         if self.max_waiting < self.max_inputs:
             raise ValueError(

@@ -50,11 +50,6 @@ class ApiError(Exception):
         return JSONResponse({"error": error}, self.status, self.headers)
 
 
-def busy(message: str, code: str) -> ApiError:
-    """Build the answer to a request that is one too many at the moment."""
-    return ApiError(503, f"{message} Try again later.", code, headers={"Retry-After": "1"})
-
-
 @dataclass
 class Inputs:
     """The texts and images of a request.

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import gc
 import ipaddress
-import math
+import logging
 import os
-import signal
 import socket
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +15,7 @@ from llm2clip.encoders import load_encoder
 from llm2clip.serving.limits import Limits
 from llm2clip.utils.settings import check_choices, setting
 
-# Longer than clients and load balancers keep an idle connection: they would send into one that is being closed.
-KEEP_ALIVE_SECONDS = 75
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -60,9 +57,8 @@ def run(config: ServeConfig) -> dict[str, Any]:
         ValueError: Others could use the server without a token, the token is empty, or another model made the index.
     """
     # Here, so that missing libraries are reported before a large model is loaded, which takes minutes.
-    import uvicorn
-
     from llm2clip.serving.app import create_app
+    from llm2clip.serving.server import Server
 
     token = read_token(config)
     is_private = is_loopback(config.host)
@@ -88,22 +84,8 @@ def run(config: ServeConfig) -> dict[str, Any]:
         gc.freeze()
         host, port = listener.getsockname()[:2]
         print(f"Listening on http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends it)", flush=True)
-        # uvicorn finishes what it has accepted, and then sends the signal again: its end is no error.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: sys.exit(0))
-        uvicorn.Server(server_config(app, config)).run([listener])
+        Server(app, config).run([listener])
     return {}
-
-
-def server_config(app: Any, limits: Limits) -> Any:
-    """Return the settings of uvicorn: no log of requests, which quote what clients send, and time to finish them."""
-    import uvicorn
-
-    return uvicorn.Config(
-        app, http="h11", lifespan="on", ws="none", access_log=False, log_config=None, log_level="error",
-        server_header=False, proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=math.ceil(limits.timeout + limits.read_timeout),
-    )  # fmt: skip
 
 
 def read_token(config: ServeConfig) -> str | None:

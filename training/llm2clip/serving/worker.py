@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import threading
 import time
 import traceback
@@ -13,13 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from llm2clip.data import SampleError
 from llm2clip.encoders import Encoder
 from llm2clip.encoders.batches import stack_inputs
 from llm2clip.serving.limits import Limits
-from llm2clip.serving.requests import ApiError, busy
+from llm2clip.serving.metrics import Metrics
+from llm2clip.serving.requests import ApiError
 from llm2clip.utils.embeddings import NonFiniteError, require_finite_rows
 from modeling_llm2clip.modeling_llm2clip_utils import ACCELERATOR_BATCH_TOKENS, CPU_BATCH_TOKENS
 
@@ -28,35 +29,7 @@ logger = logging.getLogger(__name__)
 Kind = Literal["text", "image"]
 # Values of prepared images in a batch: 20 images of 224 pixels on a CPU, 160 elsewhere.
 CPU_BATCH_VALUES, ACCELERATOR_BATCH_VALUES = 3 * 2**20, 3 * 2**23
-# Limits of the classes of the histograms.
-SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-
-
-class Metrics:
-    """What a server counts, for Prometheus; no counter has a label that a client chooses."""
-
-    def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry()
-        ProcessCollector(registry=registry)
-        self.requests = Counter("llm2clip_requests", "Requests.", ["path", "status"], registry=registry)
-        self.seconds = Histogram(
-            "llm2clip_request_seconds", "Time of a request.", ["path"], buckets=SECONDS, registry=registry
-        )
-        self.inputs = Counter("llm2clip_inputs", "Embedded texts and images.", ["kind"], registry=registry)
-        self.tokens = Counter("llm2clip_tokens", "Tokens of embedded texts, before truncation.", registry=registry)
-        self.truncated = Counter("llm2clip_truncated_texts", "Texts longer than the model reads.", registry=registry)
-        self.waiting = Gauge("llm2clip_waiting", "Texts that wait; an image counts as several.", registry=registry)
-        self.batches = Histogram(
-            "llm2clip_batch_size", "Inputs of a batch.", ["kind"], buckets=SIZES, registry=registry
-        )
-        self.batch_seconds = Histogram(
-            "llm2clip_batch_seconds", "Time of a batch.", ["kind"], buckets=SECONDS, registry=registry
-        )
-
-    def text(self) -> bytes:
-        """Write all in the text format of Prometheus."""
-        return generate_latest(self.registry)
+MAX_RETRY_SECONDS = 60
 
 
 class Work:
@@ -115,6 +88,7 @@ class BatchWorker:
         }
         self.is_healthy = True
         self._reserved = 0
+        self._seconds_each = 0.01
         self._changed = threading.Condition()
         self._arrived: list[Work] = []
         self._waiting: deque[Work] = deque()
@@ -143,14 +117,22 @@ class BatchWorker:
             ApiError: The queue is full (503).
         """
         if self._reserved + weight > self.limits.max_waiting:
-            raise busy("The server has more to do than it accepts.", "queue_full")
-        self._reserved += weight
-        self.metrics.waiting.inc(weight)
+            seconds = math.ceil(self._reserved * self._seconds_each)
+            raise ApiError(
+                503,
+                "The server has more to do than it accepts. Try again later.",
+                "queue_full",
+                headers={"Retry-After": str(min(max(1, seconds), MAX_RETRY_SECONDS))},
+            )
+        self._reserve(weight)
         try:
             yield
         finally:
-            self._reserved -= weight
-            self.metrics.waiting.dec(weight)
+            self._reserve(-weight)
+
+    def _reserve(self, weight: int) -> None:
+        self._reserved += weight
+        self.metrics.waiting.set(self._reserved)
 
     async def embed(self, kind: Kind, inputs: Sequence[Any]) -> tuple[np.ndarray, int]:
         """Embed texts, or images that are prepared.
@@ -174,6 +156,8 @@ class BatchWorker:
                 self._changed.wait_for(lambda: self._arrived or self._waiting or self._is_stopping)
                 if not (self._arrived or self._waiting):
                     return
+            if self.limits.max_wait_ms and not self._waiting:
+                time.sleep(self.limits.max_wait_ms / 1000)
             with self._changed:
                 arrived, self._arrived = self._arrived, []
             texts = [work for work in arrived if work.kind == "text" and not work.is_over]
@@ -253,6 +237,7 @@ class BatchWorker:
         self.metrics.inputs.labels(kind).inc(count)
         self.metrics.batches.labels(kind).observe(count)
         self.metrics.batch_seconds.labels(kind).observe(seconds)
+        self._seconds_each += 0.1 * (seconds / count - self._seconds_each)
 
     def _settle(self, works: list[Work], error: ApiError | None) -> None:
         def settle() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import logging
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ logger = logging.getLogger(__name__)
 RunT = TypeVar("RunT", bound=Callable[..., Any])
 
 LOCK = ".lock"
+# Errors of network file systems that have no locks.
+UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 # Seconds to wait for the DataLoader workers of a killed run, which notice its end after a few seconds.
 PATIENCE = 15.0
 # Seconds to wait for another run that computes what this one needs: a week, or 20 minutes with several processes, of
@@ -29,7 +32,7 @@ def folder_lock(folder: str | Path, patience: float | None = None) -> Iterator[N
     """Keep other runs out of a folder, which is created. In the thread that holds the lock, it may be entered again.
 
     The lock is one of the operating system (`flock`, which Linux also keeps on NFS): it ends with the process,
-    however that dies. Where the file system has no locks, filelock uses a file.
+    however that dies. Where the file system has no locks, a warning says so.
 
     Args:
         patience: Seconds to wait for another run to end; by default `PATIENCE`.
@@ -95,7 +98,16 @@ def _lock(path: Path, used: Path, patience: float) -> Iterator[None]:
             lock.acquire(timeout=max(patience, 0))
     except Timeout:
         raise ValueError(f"another run is using {used}; wait until it has ended, or choose another folder.") from None
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        _warn_of_no_locks(path.parent, str(error))
     try:
         yield
     finally:
         lock.release()
+
+
+@functools.cache
+def _warn_of_no_locks(folder: Path, error: str) -> None:
+    logger.warning("%s has no file locks (%s): make sure that no other run uses it.", folder, error)

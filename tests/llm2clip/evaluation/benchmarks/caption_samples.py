@@ -244,8 +244,13 @@ def chinese_clip(image: str, **text: Any) -> dict[str, str]:
 BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("flickr30k", {"flickr30k_test.json": b'[{"image": "1.jpg", "cap'}, r"test\.json is not valid JSON, or is cut"),
     ("flickr30k", {"flickr30k_test.json": [{"caption": ["a"]}]}, r"Flickr30k: a file in .* \(KeyError: 'image'\)"),
+    ("flickr30k", {"flickr30k_test.json": [{"image": "1.jpg", "caption": "a dog"}]}, "is 'a dog', and no list"),
+    ("flickr30k", {"flickr30k_test.json": [{"image": "1.jpg", "caption": ["a", None]}], "flickr30k-images/1.jpg": ""},
+     r"1\.jpg has None in place of a text"),
     ("coco-karpathy", {"dataset_coco.json": {"images": KARPATHY[:1]}}, "the file of captions below .* is empty"),
     ("coco-val2017", {"captions_val2017.json": {**VAL2017, "annotations": ANNOTATIONS}}, r"\(KeyError: 1\)"),
+    ("coco-val2017", {"captions_val2017.json": {**VAL2017, "images": 2 * VAL2017["images"]}}, "the same id"),
+    ("flickr30k-whole", {"results_20130124.token": "1.jpg#0\ta\n1.jpg b\n"}, r"has the line '1\.jpg b'"),
     ("flickr30k-clip-benchmark", {"flickr30k_test_karpathy.txt": "image,caption\n2.png,b\n"}, "not enough values"),
     ("flickr30k-whole", {"results_20130124.token": ""}, "is empty"),
     ("coco-cn", {"imageid.human-written-caption.txt": CN_WRITTEN, "coco-cn_test.txt": f"{CN_ONE}\nCOCO_val2014_7\n"},

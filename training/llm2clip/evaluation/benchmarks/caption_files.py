@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llm2clip.evaluation.benchmark import Benchmark
+from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks.files import captions_data, first_file
 from llm2clip.evaluation.data import BenchmarkImages, RetrievalData
 from llm2clip.evaluation.reading import read_json, read_json_lines, read_lines
@@ -52,7 +52,13 @@ def captions_benchmark(
 
 def salesforce(file: Path) -> Captions:
     """Read a file of Salesforce (ALBEF, BLIP), as LLM2CLIP does: `[{"image": path, "caption": [texts]}]`."""
-    return [(row["image"], row["caption"]) for row in read_json(file)]
+    rows = read_json(file)
+    for row in rows:
+        if not isinstance(row["caption"], list):
+            raise BenchmarkError(
+                f"{file}: the caption of {row['image']} is {row['caption']!r:.80}, and no list of texts."
+            )
+    return [(row["image"], row["caption"]) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,8 @@ def coco_annotations(file: Path) -> Captions:
     """Read the annotations of COCO, `captions_val2017.json`."""
     content = read_json(file)
     found: dict[int, tuple[str, list[str]]] = {row["id"]: (row["file_name"], []) for row in content["images"]}
+    if len(found) < len(content["images"]):
+        raise BenchmarkError(f"{file} has images with the same id.")
     for row in content["annotations"]:
         found[row["image_id"]][1].append(row["caption"])
     return list(found.values())
@@ -116,8 +124,10 @@ def key_lines(file: Path, kind: str = "") -> Captions:
         kind: How the number has to begin, such as `zhm#`; other lines are left out.
     """
     rows = []
-    for match in map(KEY.fullmatch, read_lines(file)):
-        if match is not None and match["number"].startswith(kind):
+    for line in filter(str.strip, read_lines(file)):
+        if (match := KEY.fullmatch(line)) is None:
+            raise BenchmarkError(f"{file} has the line {line[:100]!r}, which is not NAME#number, a tab and a caption.")
+        if match["number"].startswith(kind):
             rows.append((match["image"] if "." in match["image"] else f"{match['image']}.jpg", match["caption"]))
     return _by_image(rows)
 
