@@ -101,8 +101,9 @@ def recipe(line: str) -> str:
         AssertionError: The target does not exist, or does not use one of the variables.
     """
     _, target, *variables = shlex.split(line)
-    # If make runs the tests, its MAKEFLAGS would change the output of this make.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    # If make runs the tests, its MAKEFLAGS and ARGS would change the output of this make.
+    hidden = ("MAKE", "MFLAGS", "ARGS")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
     command = ["make", "-n", target, *variables]
     asked = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert asked.returncode == 0, asked.stderr

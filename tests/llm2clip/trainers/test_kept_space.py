@@ -100,6 +100,17 @@ def test_the_adapter_learns_a_former_text_tower_without_an_image(
     assert last < 0.7 * first
 
 
+def test_captions_without_stored_embedding_are_skipped_where_that_is_set(
+    inputs: Inputs, clip: str, tmp_path: Path
+) -> None:
+    sources = [small_runs.concepts(caption_columns=["caption", "caption_de"])]
+    trainer = run_stage2.build_trainer(settings(tmp_path, inputs, clip, sources=sources, on_error="skip"))
+    trainer.store_rows()
+    texts = trainer.train_dataset.texts
+    assert len(texts) > BATCH
+    assert EmbeddingCache.open(inputs.cache).contains(texts).all()
+
+
 def test_the_loss_of_texts_is_that_of_proclip(inputs: Inputs, clip: str, tmp_path: Path) -> None:
     trainer = run_stage2.build_trainer(settings(tmp_path, inputs, clip, structure_weight=7.0, relational_weight=3.0))
     trainer.store_rows()

@@ -240,6 +240,31 @@ def test_damaged_images_are_refused_or_skipped_and_listed(
     assert history(tmp_path / "skip")[-1]["skipped_samples"] == 2
 
 
+@pytest.mark.parametrize("changes", [{}, FROZEN], ids=["trained", "frozen"])
+def test_a_row_without_stored_embedding_is_refused_or_skipped(
+    changes: dict[str, Any], inputs: Inputs, tmp_path: Path
+) -> None:
+    """Row 3 has another caption, which is stored; row 40 has none."""
+    source = damaged_source(tmp_path)
+    table = datasets.Dataset.from_parquet(source["path"])
+    new = {"caption": (3, 40), "keywords": (40,)}
+    texts = {
+        column: [f"new {column}" if row in rows else text for row, text in enumerate(table[column])]
+        for column, rows in new.items()
+    }
+    changed = table.map(lambda _, row: {column: texts[column][row] for column in new}, with_indices=True)
+    changed.to_parquet(source["path"])
+    shared = {"sources": [source], "eval_sources": {}, **changes}
+    with pytest.raises(MissingCaptionError, match="lacks 3 captions of the training set"):
+        run("stage2", tmp_path / "raise", inputs, **shared)
+    run("stage2", tmp_path / "skip", inputs, **shared, on_error="skip", save_strategy="no")
+    listed = [json.loads(line) for line in (tmp_path / "skip" / "skipped-0.jsonl").read_text().splitlines()]
+    reasons = {entry["key"]: entry["reason"] for entry in listed}
+    other, none = table["key"][3], table["key"][40]
+    assert reasons[none] == "its caption has no stored embedding"
+    assert set(reasons) <= ({none} if changes else {other, none}), "row 3 is skipped where its new caption is drawn"
+
+
 def test_a_resumed_run_counts_the_skipped_samples_of_its_own_steps(inputs: Inputs, tmp_path: Path) -> None:
     """Those of another run, and of the steps after the checkpoint, are in the file that a run finds."""
     folder, log = tmp_path / "run", tmp_path / "run" / "skipped-0.jsonl"

@@ -95,10 +95,11 @@ def column_texts(row: Mapping[str, Any], column: str) -> list[str]:
 
 
 class RowCaptions(NamedTuple):
-    """All captions of a row, in column order, and the sampling weight of each."""
+    """All captions of a row, in column order, the sampling weight of each, and the key of the row."""
 
     texts: list[str]
     weights: list[float]
+    key: str
 
     @classmethod
     def of(
@@ -120,7 +121,7 @@ class RowCaptions(NamedTuple):
             shares += [weight / max(1, len(entries))] * len(entries)
         if not sum(shares):
             raise CaptionError(key, f"it has no text in {', '.join(columns)}")
-        return cls(texts, shares)
+        return cls(texts, shares, key)
 
     def draw(self, seed: int) -> str:
         """Draw a caption by weight, as a function of `seed`."""

@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 from torch import Tensor
@@ -202,10 +203,15 @@ class SourceSidecars:
     ) -> None:
         self.folder, self.shards, self.row_counts = SidecarFolder(folder), list(shards), row_counts
         self._open: OrderedDict[int, EmbeddingCache] = OrderedDict()
+        # Also those that a lane still reads: a remote one is not downloaded for each lane.
+        self._in_use: WeakValueDictionary[int, EmbeddingCache] = WeakValueDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker process maps the files itself.
-        return {**self.__dict__, "_open": OrderedDict()}
+        return {**self.__dict__, "_open": OrderedDict(), "_in_use": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({**state, "_in_use": WeakValueDictionary()})
 
     def check(self, columns: Sequence[str]) -> CheckedSidecars:
         """Check that all shards have sidecars of one encoder with the captions of these columns.
@@ -249,11 +255,14 @@ class SourceSidecars:
             FileNotFoundError: There is none.
             StoreDamagedError: A file is not the one that its manifest describes.
         """
-        found = self._open.pop(number, None)
-        self._open[number] = self._map(self.shards[number]) if found is None else found
+        cache = self._in_use.get(number)
+        if cache is None:
+            cache = self._in_use[number] = self._map(self.shards[number])
+        self._open.pop(number, None)
+        self._open[number] = cache
         if len(self._open) > KEPT_OPEN:
             self._open.popitem(last=False)
-        return self._open[number]
+        return cache
 
     def _map(self, shard: SourceShard) -> EmbeddingCache:
         manifests = self.folder.manifests(shard)

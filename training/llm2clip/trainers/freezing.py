@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Iterable
@@ -120,12 +121,14 @@ def taught_captions(
     """Make a data set of the captions of another one, each once, with the rows of a teacher; no image is read.
 
     Raises:
-        MissingCaptionError: The cache lacks a caption.
+        MissingCaptionError: The cache lacks a caption, and `on_error` is `raise`.
         ValueError: There are too few captions for a batch or the warm-up.
     """
-    rows = (found for found in dataset.without_images().captions() if not isinstance(found, SkippedSample))
+    rows = (row for row in dataset.without_images().captions() if not isinstance(row, SkippedSample))
     drawn = (text for row in rows for text, weight in zip(row.texts, row.weights, strict=True) if weight)
     texts = list(dict.fromkeys(drawn))
+    if args.on_error == "skip":
+        texts = list(itertools.compress(texts, cache.contains(texts)))
     args.check_length(len(texts))
     return TaughtCaptions(texts, teacher.texts(texts), cache)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +21,8 @@ from llm2clip.store import EmbeddingCache, MissingCaptionError, StoreManifest
 from llm2clip.store.store import lies_beside_shards
 from llm2clip.trainers.stage2_config import Folder, Stage2Recipe, as_folder
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -185,7 +188,7 @@ def _verify(config: Stage2Recipe, cache: EmbeddingCache, sources: Sequence[Capti
     cache.require_unchanged(config.process_index, config.world_size)
     for source in sources:
         if not source.streaming:
-            _refuse_missing_captions(cache, source, config.process_index, config.world_size)
+            _count_missing_captions(config, cache, source)
 
 
 def _refuse_other_width(path: Folder, manifest: StoreManifest, model: LLM2CLIPModel) -> None:
@@ -205,15 +208,19 @@ def _drawn(source: CaptionSource) -> CaptionSource:
     return replace(source, caption_columns=drawn, caption_weights=None)
 
 
-def _refuse_missing_captions(cache: EmbeddingCache, source: CaptionSource, rank: int, world_size: int) -> None:
-    """Raise an error before training if the cache lacks captions of this rank's part of the training set."""
-    batches = caption_batches(_drawn(source), rank, world_size)
+def _count_missing_captions(config: Stage2Recipe, cache: EmbeddingCache, source: CaptionSource) -> None:
+    """Raise an error before training if the cache lacks captions of this rank's part of the training set.
+
+    With `on_error: skip` it is a warning.
+    """
+    batches = caption_batches(_drawn(source), config.process_index, config.world_size)
     missing = sum(int((~cache.contains(texts)).sum()) for texts in batches)
-    if missing:
-        raise MissingCaptionError(
-            f"the cache {cache.path} lacks {missing} captions of the training set {source.path}; run `llm2clip embed` "
-            "on it."
-        )
+    if not missing:
+        return
+    message = f"the cache {cache.path} lacks {missing} captions of the training set {source.path}"
+    if config.on_error == "raise":
+        raise MissingCaptionError(f"{message}; run `llm2clip embed` on it.")
+    logger.warning("%s; skipping these.", message)
 
 
 def _no_retrieval(captions: list[str]) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llm2clip.data import CaptionImageDataset, SampleIndex, SkippedSample
-from llm2clip.data.captioned_images import caption_id
+from llm2clip.data.captioned_images import NO_EMBEDDING, RowCaptions, caption_id
 from llm2clip.data.sampling import EpochDataset, stable_seed
 from llm2clip.encoders.batches import TableImages
 from llm2clip.encoders.image_features import ImageFeatures
@@ -35,7 +36,7 @@ class StoredPairsDataset(EpochDataset):
         seed: Seed of the draws.
 
     Raises:
-        MissingCaptionError: The cache lacks a caption.
+        MissingCaptionError: The cache lacks a caption, and the data set does not skip it.
         CaptionError: A row has no caption, and the data set does not skip it.
     """
 
@@ -56,12 +57,15 @@ class StoredPairsDataset(EpochDataset):
         }
         texts: list[str] = []
         ends, shares = [0], []
-        for row, found in enumerate(captions.captions()):
-            if isinstance(found, SkippedSample):
-                self.skipped.setdefault(row, found)
+        rows_captions: Iterable[RowCaptions | SkippedSample] = captions.captions()
+        if captions.make_sample.on_error == "skip":
+            rows_captions = _with_embeddings(list(rows_captions), cache)
+        for row, sample in enumerate(rows_captions):
+            if isinstance(sample, SkippedSample):
+                self.skipped.setdefault(row, sample)
             else:
-                texts += found.texts
-                shares.append(np.cumsum(found.weights) / sum(found.weights))
+                texts += sample.texts
+                shares.append(np.cumsum(sample.weights) / sum(sample.weights))
             ends.append(len(texts))
         self._ends = np.array(ends)
         self._caption_rows = cache.rows(texts)
@@ -129,6 +133,27 @@ class StoredPairsDataset(EpochDataset):
         for shift, factor in STEPS:
             number = (number ^ (number >> np.uint64(shift))) * np.uint64(factor)
         return (number >> np.uint64(11)) * 2.0**-53
+
+
+def _with_embeddings(
+    samples: Sequence[RowCaptions | SkippedSample], cache: EmbeddingCache
+) -> Iterator[RowCaptions | SkippedSample]:
+    """Yield the captions of each row that a cache has; a row of which none can be drawn is skipped."""
+    has_embedding = iter(cache.contains([text for sample in samples for text in _texts(sample)]).tolist())
+    for sample in samples:
+        known = [next(has_embedding) for _ in _texts(sample)]
+        if isinstance(sample, SkippedSample) or all(known):
+            yield sample
+            continue
+        weights = list(itertools.compress(sample.weights, known))
+        if sum(weights):
+            yield RowCaptions(list(itertools.compress(sample.texts, known)), weights, sample.key)
+        else:
+            yield SkippedSample(sample.key, NO_EMBEDDING)
+
+
+def _texts(sample: RowCaptions | SkippedSample) -> list[str]:
+    return [] if isinstance(sample, SkippedSample) else sample.texts
 
 
 class FrozenStatesDataset(EpochDataset):
