@@ -18,7 +18,7 @@ from llm2clip.encoders.patches import patch_embeddings
 from llm2clip.evaluation.benchmark import BenchmarkError
 from llm2clip.evaluation.benchmarks import all_benchmarks
 from llm2clip.evaluation.benchmarks.segmentation import class_table
-from llm2clip.evaluation.data import IGNORED, BenchmarkImages, SegmentationData
+from llm2clip.evaluation.data import BenchmarkImages
 from llm2clip.evaluation.evaluate import evaluate
 from llm2clip.evaluation.prompts import template_set
 from llm2clip.evaluation.protocols import segmentation
@@ -31,6 +31,7 @@ from llm2clip.evaluation.protocols.segmentation import (
     resized_size,
     whole_or_windows,
 )
+from llm2clip.evaluation.segmentation_data import IGNORED, SegmentationData
 from llm2clip.utils.embeddings import NonFiniteError
 from tests.llm2clip.encoders.models import save_transformers
 from tests.llm2clip.evaluation.fake_session import FakeSession

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from llm2clip.evaluation.benchmark import Benchmark
-from llm2clip.evaluation.data import IGNORED, REFUSED, BenchmarkImages, SegmentationData
+from llm2clip.evaluation.data import BenchmarkImages
 from llm2clip.evaluation.prompts import class_data
 from llm2clip.evaluation.reading import read_lines
+from llm2clip.evaluation.segmentation_data import IGNORED, REFUSED, SegmentationData
 
 BACKGROUND = "background"
 # Ids of COCO minus 1, from 0 to 181, for which there is no annotation.

@@ -18,9 +18,9 @@ from torchvision.transforms.v2 import functional as V
 from llm2clip.data.table_identity import content_keys
 from llm2clip.encoders import Encoder
 from llm2clip.evaluation.benchmark import BenchmarkError, Measurement, SummedCounts
-from llm2clip.evaluation.data import IGNORED, SegmentationData
 from llm2clip.evaluation.prompts import class_data, name_of_templates, prompts, template_set
 from llm2clip.evaluation.protocols.classification import mean_of_prompts, prompt_parts
+from llm2clip.evaluation.segmentation_data import IGNORED, SegmentationData
 from llm2clip.evaluation.session import Session
 from llm2clip.utils.embeddings import require_finite_rows
 from llm2clip.utils.files import digest_json
