@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +14,15 @@ from rich.console import Console
 
 from llm2clip.evaluation.benchmark import GROUPS
 from llm2clip.evaluation.benchmarks import all_benchmarks
-from llm2clip.evaluation.results import PublishedRow, Result, protocol_words, published_rows, read_result
-from llm2clip.evaluation.text_formats import RAW
+from llm2clip.evaluation.results import (
+    PublishedRow,
+    Result,
+    notes_on,
+    protocol_words,
+    published_rows,
+    read_results,
+    require_equal,
+)
 from llm2clip.utils.files import require_writable, write_text
 from llm2clip.utils.settings import nearest, setting
 from llm2clip.utils.tables import SHORT, markdown_table, print_table, short_name
@@ -233,7 +239,7 @@ def compare_results(results: Sequence[str | Path | Result], paper: bool = False)
     """
     found: list[tuple[str, Result]] = []
     for one in results:
-        found += [(one.title, one)] if isinstance(one, Result) else _read_results(str(one))
+        found += [(one.title, one)] if isinstance(one, Result) else read_results(str(one))
     # A file that is named twice is one result.
     if all(isinstance(one, str | Path) for one in results):
         found = list(dict(found).items())
@@ -243,7 +249,7 @@ def compare_results(results: Sequence[str | Path | Result], paper: bool = False)
     cells: dict[tuple[int, int], tuple[str, Result]] = {}
     for name, result in entries:
         place = rows[_row_key(result)], columns[_column_key(result)]
-        _require_equal(cells.setdefault(place, (name, result)), (name, result))
+        require_equal(cells.setdefault(place, (name, result)), (name, result))
     firsts = {column: result for (_, column), (_, result) in reversed(cells.items())}
     models = {row: result.model for (row, _), (_, result) in cells.items()}
     titles = told_apart([(firsts[number].title, _column_facts(firsts[number])) for number in range(len(columns))])
@@ -322,26 +328,6 @@ def told_apart(entries: Sequence[tuple[str, Mapping[str, str]]]) -> list[str]:
     return labels
 
 
-def notes_on(result: Result) -> list[str]:
-    """What is unusual about a result, or has no usual value: its templates, its text format, other data."""
-    notes = [str(result.protocol["templates"])] if "templates" in result.protocol else []
-    text_format = result.protocol.get("text_format", RAW)
-    if text_format != RAW:
-        notes.append(f"text format {text_format}")
-    return notes + ([f"not the published set: {', '.join(result.differences)}"] if result.differences else [])
-
-
-def _read_results(name: str) -> Iterator[tuple[str, Result]]:
-    """Read a result file, those of a pattern, or all in a folder."""
-    pattern = str(Path(glob.escape(name), "*.json")) if Path(name).is_dir() else name
-    # A shell that does not expand patterns hands them on.
-    found = [name] if Path(name).is_file() else sorted(glob.glob(pattern))
-    if not found:
-        raise FileNotFoundError(f"there is no result file {pattern}.")
-    for path in found:
-        yield path, read_result(Path(path))
-
-
 def _order(entry: tuple[str, Result]) -> tuple[int, str]:
     """Order results by the groups of benchmarks; those of strangers come last."""
     benchmark = all_benchmarks().get(entry[1].benchmark)
@@ -373,18 +359,6 @@ def _with_note(title: str, first: Result) -> str:
     """Add to a title what is unusual about a column, unless it is there."""
     notes = [note for note in notes_on(first) if note not in title]
     return f"{title} ({', '.join(notes)})" if notes else title
-
-
-def _require_equal(known: tuple[str, Result], other: tuple[str, Result]) -> None:
-    """Raise ValueError if two results of the same measurement have other scores."""
-    (name, first), (second_name, second) = known, other
-    for score, value in first.scores.items():
-        if value != second.scores.get(score):
-            raise ValueError(
-                f"{name} and {second_name} are of the same model, set and protocol ({first.model['given']}, "
-                f"{first.title}), but differ: {score} is {value} and {second.scores.get(score)}. Leave one of "
-                "them out."
-            )
 
 
 def _parts(width: int, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[list[int]]:
