@@ -144,13 +144,13 @@ def _provenance(ordered: list[tuple[tuple[str, str, str], Record]]) -> list[str]
     """List machine, date, commit and versions, with the rows that were measured there."""
     groups: dict[str, list[str]] = {}
     for (row, _, _), entry in ordered:
-        place = f"{entry['machine']}, {entry['date']}, commit {entry['commit']}; {_listed(entry['versions'])}"
+        origin = f"{entry['machine']}, {entry['date']}, commit {entry['commit']}; {_listed(entry['versions'])}"
         for peer, versions in entry.get("peers", {}).items():
-            place += f"; {peer} in an environment with {_listed(versions)}"
-        rows = groups.setdefault(place, [])
+            origin += f"; {peer} in an environment with {_listed(versions)}"
+        rows = groups.setdefault(origin, [])
         if row not in rows:
             rows.append(row)
-    return [f"- {', '.join(rows)}: {place}." for place, rows in groups.items()]
+    return [f"- {', '.join(rows)}: {origin}." for origin, rows in groups.items()]
 
 
 def _listed(versions: dict[str, str]) -> str:

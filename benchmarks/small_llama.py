@@ -30,11 +30,11 @@ def captions(number: int, seed: int = 0) -> list[str]:
         seed: Random seed.
     """
     rng, vocabulary = random.Random(seed), WORDS.split()
-    found: dict[str, None] = {}
-    while len(found) < number:
+    texts: dict[str, None] = {}
+    while len(texts) < number:
         words = min(200, max(3, round(rng.lognormvariate(1.75, 1.05))))
-        found[" ".join(rng.choice(vocabulary) for _ in range(words))] = None
-    return list(found)
+        texts[" ".join(rng.choice(vocabulary) for _ in range(words))] = None
+    return list(texts)
 
 
 def new_folder() -> Path:

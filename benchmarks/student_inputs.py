@@ -67,9 +67,9 @@ def queries(count: int, tokens: int) -> list[str]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    rng, found = random.Random(0), set[str]()
-    while len(found) < count:
+    rng, texts = random.Random(0), set[str]()
+    while len(texts) < count:
         text = " ".join(rng.choices(WORDS.split(), k=rng.randint(2, tokens)))
         if len(tokenizer(text)["input_ids"]) == tokens:
-            found.add(text)
-    return sorted(found)
+            texts.add(text)
+    return sorted(texts)

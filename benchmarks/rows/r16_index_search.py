@@ -47,9 +47,9 @@ class _Inputs:
         values, metrics = {}, {}
         for name, best in self.best.items():
             start = time.process_time()
-            found = [search(query[None], name) for query in self.queries]
-            metrics[f"ms/query{name}"] = (time.process_time() - start) / len(found) * 1000
-            scores, numbers = (np.concatenate(parts) for parts in zip(*found, strict=True))
+            answers = [search(query[None], name) for query in self.queries]
+            metrics[f"ms/query{name}"] = (time.process_time() - start) / len(answers) * 1000
+            scores, numbers = (np.concatenate(parts) for parts in zip(*answers, strict=True))
             metrics[f"missed{name}"] = 1 - recall(numbers, best)
             values[f"score{name}"] = scores.mean()
         return Outcome(values, metrics)
@@ -67,8 +67,8 @@ def _ours(count: int = COUNT) -> Work:
     conditions = {name: value and f"source = '{value}'" for name, value in CONDITIONS.items()}
 
     def search(query: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
-        found = index.search(query, TOP, conditions[name])[0]
-        return np.array([[one.score for one in found]]), np.array([[int(one.key) for one in found]])
+        hits = index.search(query, TOP, conditions[name])[0]
+        return np.array([[hit.score for hit in hits]]), np.array([[int(hit.key) for hit in hits]])
 
     return lambda: inputs.measure(search)
 

@@ -198,8 +198,8 @@ def _contents(
     for images in sets if with_images else ():
         with ProgressBar("Checking images", len(images), "image") as bar:
             for batch in DataLoader(images, check_data.BATCH, num_workers=num_workers, collate_fn=list):
-                for key, found in batch:
-                    image_check.add(RowFacts(key, {}, image=found))
+                for key, facts in batch:
+                    image_check.add(RowFacts(key, {}, image=facts))
                 bar.update(len(batch))
     checks = [*of_texts, *([image_check] if with_images else [])]
     report: dict[str, Any] = {"images": None}

@@ -135,9 +135,9 @@ class RetrievalData:
             for text in texts:
                 owners.setdefault(caption_id(text), {})[image] = None
         distinct = list(dict.fromkeys(text for texts in captions for text in texts))
-        found = [list(owners[caption_id(text)]) for text in distinct]
-        pairs = [(number, image) for number, matching in enumerate(found) for image in matching]
-        return cls(images, distinct, torch.tensor([matching[0] for matching in found]), torch.tensor(pairs))
+        matching_images = [list(owners[caption_id(text)]) for text in distinct]
+        pairs = [(number, image) for number, matching in enumerate(matching_images) for image in matching]
+        return cls(images, distinct, torch.tensor([matching[0] for matching in matching_images]), torch.tensor(pairs))
 
     @property
     def pairs(self) -> Tensor:
@@ -160,9 +160,9 @@ class RetrievalData:
         Args:
             images: Their positions, ascending.
         """
-        places = torch.full((len(self.images),), -1)
-        places[torch.as_tensor(images, dtype=torch.int64)] = torch.arange(len(images))
-        pairs = torch.stack([self.pairs[:, 0], places[self.pairs[:, 1]]], dim=1)
+        positions = torch.full((len(self.images),), -1)
+        positions[torch.as_tensor(images, dtype=torch.int64)] = torch.arange(len(images))
+        pairs = torch.stack([self.pairs[:, 0], positions[self.pairs[:, 1]]], dim=1)
         pairs = pairs[pairs[:, 1] >= 0]
         texts, pairs[:, 0] = pairs[:, 0].unique(return_inverse=True)
         owners = torch.full((len(texts),), len(images)).scatter_reduce_(0, pairs[:, 0], pairs[:, 1], "amin")
@@ -225,10 +225,10 @@ class ClassificationData:
 
     def parts(self) -> list[DataPart]:
         """The prompts by class, the images, and those for a probe."""
-        places = [name for name in self.classnames for _ in self.templates]
-        texts = list(zip(places, prompts(self.classnames, self.templates), strict=True))
+        names = [name for name in self.classnames for _ in self.templates]
+        texts = list(zip(names, prompts(self.classnames, self.templates), strict=True))
         sets = (self, self.train, self.validation)
-        return [DataPart(texts, ("prompts",)), *(DataPart(images=one.images) for one in sets if one is not None)]
+        return [DataPart(texts, ("prompts",)), *(DataPart(images=part.images) for part in sets if part is not None)]
 
 
 class SeveralSets(dict[str, ClassificationData]):

@@ -117,13 +117,13 @@ class Report:
         Raises:
             ValueError: No row has it, or several published ones have.
         """
-        found = [row for row in self.rows if row.label == name]
-        if not found:
+        rows = [row for row in self.rows if row.label == name]
+        if not rows:
             raise ValueError(f"no model is called {name!r}{nearest(name, [row.label for row in self.rows])}")
-        if len(found) > 1:
-            sources = "; ".join(row.source or "a result" for row in found)
+        if len(rows) > 1:
+            sources = "; ".join(row.source or "a result" for row in rows)
             raise ValueError(f"several rows are called {name!r} ({sources}), so that it is no baseline.")
-        return found[0]
+        return rows[0]
 
     def table(self, baseline: Row | None = None) -> Table:
         """Return titles and rows of the scores that are compared, in percent; or of their differences from a row."""
@@ -152,12 +152,12 @@ class Report:
         ]
 
     def _sources(self) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
+        sources: dict[str, list[str]] = {}
         for row in self.rows:
             if row.source:
-                known = found.setdefault(row.source, [])
+                known = sources.setdefault(row.source, [])
                 known += [part for part in row.unstated if part not in known]
-        return found
+        return sources
 
     def add_published(self, published: Iterable[PublishedRow]) -> int:
         """Add the published rows that fit a column; none fits a column of data that is not the published set.
@@ -206,7 +206,7 @@ class Report:
                 "model": row.label,
                 "source": row.source,
                 "scores": {self.columns[number].title: cell for number, cell in row.cells.items()},
-                "intervals": {self.columns[number].title: found.intervals for number, found in row.results.items()},
+                "intervals": {self.columns[number].title: result.intervals for number, result in row.results.items()},
             }
             for row in self.rows
         ]
@@ -221,8 +221,8 @@ class Report:
         parts += ["\n".join(f"- {line}" for line in self.sources())] if self.sources() else []
         parts += [f"![{plot.removesuffix('.png')}]({plot.replace(' ', '%20')})" for plot in plots]
         for number, column in enumerate(self.columns):
-            found = [(row.label, row.results[number]) for row in self.rows if number in row.results]
-            parts += _details(column, found)
+            results = [(row.label, row.results[number]) for row in self.rows if number in row.results]
+            parts += _details(column, results)
         return "\n\n".join(parts) + "\n"
 
 
@@ -237,19 +237,19 @@ def compare_results(results: Sequence[str | Path | Result], paper: bool = False)
         FileNotFoundError: A file or folder does not exist.
         ValueError: A file is no result, or two results are of the same model, set, protocol and data, but differ.
     """
-    found: list[tuple[str, Result]] = []
-    for one in results:
-        found += [(one.title, one)] if isinstance(one, Result) else read_results(str(one))
+    named: list[tuple[str, Result]] = []
+    for given in results:
+        named += [(given.title, given)] if isinstance(given, Result) else read_results(str(given))
     # A file that is named twice is one result.
-    if all(isinstance(one, str | Path) for one in results):
-        found = list(dict(found).items())
-    rows = _numbered(_row_key(result) for _, result in found)
-    entries = sorted(found, key=_order)
+    if all(isinstance(given, str | Path) for given in results):
+        named = list(dict(named).items())
+    rows = _numbered(_row_key(result) for _, result in named)
+    entries = sorted(named, key=_order)
     columns = _numbered(_column_key(result) for _, result in entries)
     cells: dict[tuple[int, int], tuple[str, Result]] = {}
     for name, result in entries:
-        place = rows[_row_key(result)], columns[_column_key(result)]
-        require_equal(cells.setdefault(place, (name, result)), (name, result))
+        cell = rows[_row_key(result)], columns[_column_key(result)]
+        require_equal(cells.setdefault(cell, (name, result)), (name, result))
     firsts = {column: result for (_, column), (_, result) in reversed(cells.items())}
     models = {row: result.model for (row, _), (_, result) in cells.items()}
     titles = told_apart([(firsts[number].title, _column_facts(firsts[number])) for number in range(len(columns))])
@@ -410,8 +410,8 @@ def _groups(kind: str, column: Column, results: Sequence[tuple[str, Result]]) ->
     ]
     rows = []
     for part in parts:
-        found = (groups.get(part, {}) for _, groups in known)
-        cells = ({name: scores[name] for name in names if name in scores} for scores in found)
+        scores_of_part = (groups.get(part, {}) for _, groups in known)
+        cells = ({name: scores[name] for name in names if name in scores} for scores in scores_of_part)
         rows.append([part, *(_cell(cell, "{:.1f}") for cell in cells)])
     return [f"{kind}, {' / '.join(map(short_name, names))}", *(label for label, _ in known)], rows
 

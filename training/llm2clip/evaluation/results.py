@@ -154,22 +154,24 @@ def intervals_of(measurement: Measurement) -> dict[str, list[float]]:
 def _mean(values: torch.Tensor, strata: torch.Tensor | None) -> float:
     if strata is None:
         return values.double().mean().item()
-    parts, places = strata.unique(return_inverse=True)
-    sums = values.new_zeros(len(parts), dtype=torch.float64).index_add_(0, places, values.double())
-    return (sums / torch.bincount(places)).mean().item()
+    parts, numbers = strata.unique(return_inverse=True)
+    sums = values.new_zeros(len(parts), dtype=torch.float64).index_add_(0, numbers, values.double())
+    return (sums / torch.bincount(numbers)).mean().item()
 
 
-def require_same(path: Path, found: Result, model: Mapping[str, str], checksum: str, setup: Mapping[str, Any]) -> None:
+def require_same(
+    path: Path, finished: Result, model: Mapping[str, str], checksum: str, setup: Mapping[str, Any]
+) -> None:
     """Check that a finished result is of the weights, the data and the protocol that are to be measured.
 
     Raises:
         ValueError: It is not; the message names the parts that differ.
     """
     known = {
-        "weights or preprocessing of the model": (found.model.get("fingerprint"), model["fingerprint"]),
-        "dtype": (found.model.get("dtype"), model["dtype"]),
-        "data": (found.data.get("checksum"), checksum),
-        "options of the protocol": (found.setup, json.loads(json.dumps(setup))),
+        "weights or preprocessing of the model": (finished.model.get("fingerprint"), model["fingerprint"]),
+        "dtype": (finished.model.get("dtype"), model["dtype"]),
+        "data": (finished.data.get("checksum"), checksum),
+        "options of the protocol": (finished.setup, json.loads(json.dumps(setup))),
     }
     changed = [part for part, (old, new) in known.items() if old != new]
     if changed:
@@ -287,7 +289,7 @@ def remarks_on(result: Result) -> list[str]:
         (empty, "empty text", "empty texts"),
         (skipped, "image skipped", "images skipped"),
     ]
-    remarks += [f"{count:,} {one if count == 1 else several}" for count, one, several in counted if count]
+    remarks += [f"{count:,} {singular if count == 1 else plural}" for count, singular, plural in counted if count]
     if result.differences:
         remarks.append(f"not the published set, {', '.join(result.differences)}")
     return remarks

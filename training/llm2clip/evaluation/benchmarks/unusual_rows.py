@@ -55,7 +55,7 @@ def _facts(published: Mapping[str, int], data: Any) -> Iterator[str]:
         yield from _of_parts({name: _facts(counts[name], part) for name, part in data.items()})
     elif isinstance(data, HardNegativeData):
         rows = {
-            kind: [row for row, own in zip(parts[0].rows, data.kinds, strict=True) if own == kind]
+            kind: [row for row, kind_of_row in zip(parts[0].rows, data.kinds, strict=True) if kind_of_row == kind]
             for kind in published
         }
         yield from _of_parts({kind: [_repeated_or_last(rows[kind], count)] for kind, count in published.items()})

@@ -151,11 +151,11 @@ def _counts(session: Session, texts: Sequence[str], margins: Tensor) -> dict[str
 
 def _by_kind(values: dict[str, Tensor], kinds: Sequence[str]) -> dict[str, dict[str, float]]:
     """Average values over the rows of each kind, in order of appearance."""
-    found = {}
+    means = {}
     for kind in dict.fromkeys(kinds):
         rows = [row for row, other in enumerate(kinds) if other == kind]
-        found[kind] = {name: value[rows].mean().item() for name, value in values.items()} | {"queries": len(rows)}
-    return found
+        means[kind] = {name: value[rows].mean().item() for name, value in values.items()} | {"queries": len(rows)}
+    return means
 
 
 def _mean(kinds: dict[str, dict[str, float]]) -> float:

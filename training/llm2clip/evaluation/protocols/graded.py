@@ -56,9 +56,9 @@ def _recalls(queries: Tensor, candidates: Tensor, matches: Tensor) -> tuple[dict
 
 
 def _precisions(queries: Tensor, candidates: Tensor, matches: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    found = precision_at_r(queries, candidates, matches)
-    values = {"map@r": found.map_at_r, "r_precision": found.r_precision, "recall@1": found.recall_at_1}
-    return values, found.is_tied
+    precision = precision_at_r(queries, candidates, matches)
+    values = {"map@r": precision.map_at_r, "r_precision": precision.r_precision, "recall@1": precision.recall_at_1}
+    return values, precision.is_tied
 
 
 class PrecisionAtR(NamedTuple):
@@ -119,12 +119,12 @@ def _ties(scores: Tensor, right: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     taken = min(count + MARGIN, len(scores))
     while True:
-        best, places = scores.topk(taken)
+        best, positions = scores.topk(taken)
         starts = (best[:-1] - best[1:]) > ROUNDING
         tie = torch.cat([starts.new_zeros(1, dtype=torch.int64), starts.cumsum(0)])
         complete = len(scores) if taken == len(scores) else int((tie < tie[-1]).sum())
         if complete >= count:
-            return tie[:complete], right[places[:complete]]
+            return tie[:complete], right[positions[:complete]]
         taken = min(2 * taken, len(scores))
 
 
@@ -142,14 +142,14 @@ def _measured(
     images, texts = session.embed_images(data.images), session.embed_texts(data.texts)
     of_texts, tied_texts = measure(texts, images, data.matches)
     of_images, tied_images = measure(images, texts, data.image_matches)
-    found = {f"text_to_image_{name}": values for name, values in of_texts.items()}
+    text_values = {f"text_to_image_{name}": values for name, values in of_texts.items()}
     owners = data.owners[data.matches[:, 0].unique()]
     return Measurement(
         protocol={"name": "graded retrieval", "positives": "judged", "hit": hit, "ties": "expected value"},
-        values=found | {f"image_to_text_{name}": values for name, values in of_images.items()},
+        values=text_values | {f"image_to_text_{name}": values for name, values in of_images.items()},
         compared=(f"image_to_text_{compared}", f"text_to_image_{compared}"),
         # The captions of an image are found or missed together.
-        clusters=dict.fromkeys(found, owners),
+        clusters=dict.fromkeys(text_values, owners),
         counts={
             **data.counts(),
             "truncated_texts": session.count_cut(data.texts),
