@@ -128,7 +128,6 @@ def table(records: dict[tuple[str, str, str], Record], shortfalls: dict[str, str
 
 
 def _line(entry: Record, goal: dict[str, Any]) -> str:
-    """Return the line of a goal of a contest."""
     against, metric = goal["against"], goal["metric"]
     mark = "🟢" if goal["ratio"] <= goal["at_most"] else "🟡"
     mine, theirs = entry["figures"][OURS][metric], entry["figures"][against][metric]

@@ -22,14 +22,9 @@ WORDS = (
 )
 
 
-def captions(number: int, seed: int = 0) -> list[str]:
-    """Generate distinct captions: many short ones, and a few long descriptions of up to 450 tokens.
-
-    Args:
-        number: Number of captions.
-        seed: Random seed.
-    """
-    rng, vocabulary = random.Random(seed), WORDS.split()
+def captions(number: int) -> list[str]:
+    """Generate distinct captions: many short ones, and a few long descriptions of up to 450 tokens."""
+    rng, vocabulary = random.Random(0), WORDS.split()
     texts: dict[str, None] = {}
     while len(texts) < number:
         words = min(200, max(3, round(rng.lognormvariate(1.75, 1.05))))
@@ -45,13 +40,10 @@ def new_folder() -> Path:
 
 
 def write_llm(path: Path, hidden: int = HIDDEN, mlp: int = MLP, layers: int = LAYERS) -> Path:
-    """Write the LLM and its tokenizer in a form that transformers 4 and 5 read.
+    """Write the LLM and its tokenizer into a folder, in a form that transformers 4 and 5 read.
 
     Args:
-        path: The folder.
-        hidden: Hidden size.
         mlp: Intermediate size of the MLPs.
-        layers: Number of layers.
     """
     import torch
     from safetensors.torch import save_file

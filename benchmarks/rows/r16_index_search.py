@@ -20,13 +20,13 @@ EXACT = "faiss IndexFlatIP"
 class _Inputs:
     """Vectors, queries of the same kind, and the ten best for each condition."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self) -> None:
         import faiss
         import numpy as np
 
         from benchmarks.search_inputs import TOP, Mixture, build_exact_index, selection
 
-        self.mixture = Mixture(count)
+        self.mixture = Mixture(COUNT)
         self.queries = Mixture(QUERIES, seed=1000).vectors.astype(np.float32)
         sources = self.mixture.sources
         self.allowed = {name: None if value is None else sources == value for name, value in CONDITIONS.items()}
@@ -55,13 +55,13 @@ class _Inputs:
         return Outcome(values, metrics)
 
 
-def _ours(count: int = COUNT) -> Work:
+def _ours() -> Work:
     import numpy as np
 
     from benchmarks.search_inputs import TOP, build_index
     from benchmarks.small_llama import new_folder
 
-    inputs = _Inputs(count)
+    inputs = _Inputs()
     index = build_index(new_folder() / "index", inputs.mixture, index_type="ivf_rq", probes=PROBES)
     del inputs.mixture  # a gigabyte
     conditions = {name: value and f"source = '{value}'" for name, value in CONDITIONS.items()}
@@ -73,12 +73,12 @@ def _ours(count: int = COUNT) -> Work:
     return lambda: inputs.measure(search)
 
 
-def _faiss(kind: str, count: int = COUNT) -> Work:
+def _faiss(kind: str) -> Work:
     import faiss
 
     from benchmarks.search_inputs import TOP, build_exact_index, build_faiss_index, selection
 
-    inputs = _Inputs(count)
+    inputs = _Inputs()
     exact = kind == EXACT
     index = build_exact_index(inputs.mixture) if exact else build_faiss_index(inputs.mixture, CELLS)
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -42,14 +41,6 @@ def questions(row: Mapping[str, Any]) -> list[dict[str, str]]:
         }[kind]
         asked.append({"question": question, "answer": answer, "kind": kind})
     return asked
-
-
-def most_frequent(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Measure by kind how often the most frequent answer is right: what can be known without question and picture."""
-    answers: dict[str, Counter[str]] = {}
-    for row in rows:
-        answers.setdefault(row["kind"], Counter())[row["answer"]] += 1
-    return {kind: max(counted.values()) / counted.total() for kind, counted in answers.items()}
 
 
 def write(path: Path, pictures: Path) -> None:

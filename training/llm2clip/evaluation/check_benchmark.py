@@ -183,7 +183,6 @@ def _contents(
     max_pixels: int,
     num_workers: int,
 ) -> dict[str, Any]:
-    """Check the texts and images of what a reader returned."""
     parts = content.parts()
     columns = list(dict.fromkeys(column for part in parts for column in part.columns))
     of_texts: list[Check] = [CaptionCheck(columns), EmptyCheck(), TextFaultCheck(), TokenCheck(tokenizers)]

@@ -78,9 +78,11 @@ class LoadedBenchmark:
 
     @property
     def setup(self) -> dict[str, Any]:
-        """The protocol by its id, its options and the text format."""
+        """The protocol by its id, its options and the text format, as JSON values."""
         options = dict(sorted(getattr(self.protocol, "__dict__", {}).items()))
-        return {"protocol": self.protocol_id, "options": options, "text_format": self.text_format}
+        return json.loads(
+            json.dumps({"protocol": self.protocol_id, "options": options, "text_format": self.text_format})
+        )
 
     def path(self, output: Path, model: str) -> Path:
         """Return the file of the result of a model."""
@@ -132,7 +134,13 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         BenchmarkError, OSError, ValueError: See [`evaluate`].
     """
     if config.list:
-        print(describe_list(config))
+        data = Path(config.data)
+        # What reads the lines of a file or a pipe gets them whole.
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        if config.benchmark:
+            print(list_benchmarks(choose_benchmarks(config.benchmark, data, missing_too=True), data))
+        else:
+            print(overview(all_benchmarks().values(), data, width))
         return {}
     if not config.model or not config.benchmark:
         raise ValueError(
@@ -143,20 +151,6 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     if process_state().is_main_process:
         print_results(Console(), results)
     return {"results": config.output} if config.output else {}
-
-
-def describe_list(config: EvaluateConfig) -> str:
-    """Describe the chosen benchmarks in detail, or all in a line each.
-
-    Raises:
-        ValueError: A benchmark is unknown.
-    """
-    data = Path(config.data)
-    if config.benchmark:
-        return list_benchmarks(choose_benchmarks(config.benchmark, data, missing_too=True), data)
-    # What reads the lines of a file or a pipe gets them whole.
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    return overview(all_benchmarks().values(), data, width)
 
 
 def _measure(config: EvaluateConfig, models: Sequence[Any], benchmarks: Sequence[Any]) -> Iterator[Result]:
@@ -206,7 +200,7 @@ def _measure(config: EvaluateConfig, models: Sequence[Any], benchmarks: Sequence
                 groups=measured.groups,
                 ranks=measured.ranks,
                 data={**entry.benchmark.describe(entry.folder), "checksum": entry.checksum},
-                setup=json.loads(json.dumps(entry.setup)),
+                setup=entry.setup,
                 seconds=session.seconds,
                 processes=process_state().num_processes,
             )
@@ -217,11 +211,6 @@ def _measure(config: EvaluateConfig, models: Sequence[Any], benchmarks: Sequence
 
 
 def _finished(path: Path, model: Mapping[str, str], checksum: str, setup: Mapping[str, Any]) -> Result:
-    """Read the result of an earlier run.
-
-    Raises:
-        ValueError: The file is damaged, of another version, or of something else.
-    """
     try:
         finished = read_result(path)
     except ValueError as error:
@@ -232,7 +221,6 @@ def _finished(path: Path, model: Mapping[str, str], checksum: str, setup: Mappin
 
 
 def _choose(config: EvaluateConfig, given: Sequence[Any]) -> list[Benchmark]:
-    """Turn names, sources and benchmarks into benchmarks."""
     settings = {name: getattr(config, name) for name in OF_OWN_DATA}
     chosen: dict[str, Benchmark] = {}
     by_path = False

@@ -240,9 +240,6 @@ def compare_results(results: Sequence[str | Path | Result], paper: bool = False)
     named: list[tuple[str, Result]] = []
     for given in results:
         named += [(given.title, given)] if isinstance(given, Result) else read_results(str(given))
-    # A file that is named twice is one result.
-    if all(isinstance(given, str | Path) for given in results):
-        named = list(dict(named).items())
     rows = _numbered(_row_key(result) for _, result in named)
     entries = sorted(named, key=_order)
     columns = _numbered(_column_key(result) for _, result in entries)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -171,7 +170,7 @@ def require_same(
         "weights or preprocessing of the model": (finished.model.get("fingerprint"), model["fingerprint"]),
         "dtype": (finished.model.get("dtype"), model["dtype"]),
         "data": (finished.data.get("checksum"), checksum),
-        "options of the protocol": (finished.setup, json.loads(json.dumps(setup))),
+        "options of the protocol": (finished.setup, setup),
     }
     changed = [part for part, (old, new) in known.items() if old != new]
     if changed:

@@ -14,11 +14,7 @@ from llm2clip.evaluation.benchmark import BenchmarkError, Measurement
 from llm2clip.evaluation.data import BenchmarkImages, ClassificationData
 from llm2clip.evaluation.metrics import ROUNDING
 from llm2clip.evaluation.prompts import prompts
-from llm2clip.evaluation.protocols.classification import (
-    ZeroShotClassification,
-    label_ranks,
-    mean_of_prompts,
-)
+from llm2clip.evaluation.protocols.classification import ZeroShotClassification, class_embeddings, label_ranks
 from tests.golden import load_golden
 from tests.llm2clip.evaluation.fake_session import FakeSession
 
@@ -64,12 +60,12 @@ def test_prompts_are_scaled_averaged_and_scaled_again() -> None:
 def test_classifier_logits_and_accuracies_equal_the_original_code() -> None:
     golden = load_golden("zero_shot_a")
     texts = golden["in/class_template_embeddings"] @ golden["in/text_projection"]
-    classes = normalize(mean_of_prompts(normalize(texts, dim=-1).flatten(0, 1), texts.shape[1]), dim=-1)
+    names, templates = [f"class {row}" for row in range(len(texts))], [f"{{c}} {row}" for row in range(texts.shape[1])]
+    session = FakeSession(golden["in/images"], table_of(names, templates, texts))
+    classes = class_embeddings(session, prompts(names, templates), len(templates))
     golden.close(classes.T, "out/classifier")
     golden.close(100 * normalize(golden["in/images"], dim=-1) @ classes.T, "out/logits")
-    names, templates = [f"class {row}" for row in range(len(texts))], [f"{{c}} {row}" for row in range(texts.shape[1])]
-    data = data_of(golden["in/target"], names, templates=templates)
-    found = measure(golden["in/images"], data, table_of(names, templates, texts))
+    found = ZeroShotClassification().measure(session, data_of(golden["in/target"], names, templates=templates))
     assert {name: found.scores[name] for name in ("top1", "top5")} == golden.meta["metrics"]
 
 

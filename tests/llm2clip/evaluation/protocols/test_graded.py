@@ -53,17 +53,17 @@ def test_precision_is_the_mean_over_the_orders_of_ties(scores: list[float], righ
     # A candidate of cosine s to the query (1, 0).
     candidates = torch.tensor([[score, (1 - score**2) ** 0.5] for score in scores])
     matches = torch.tensor([[0, place] for place in sorted(right)])
-    found = precision_at_r(torch.tensor([[1.0, 0.0]]), candidates, matches)
-    assert [value.item() for value in found[:3]] == pytest.approx(metrics(scores, right))
+    found, _ = precision_at_r(torch.tensor([[1.0, 0.0]]), candidates, matches)
+    assert [value.item() for value in found.values()] == pytest.approx(metrics(scores, right))
 
 
 @pytest.mark.parametrize("margin", [1, 64])
 def test_a_tie_that_ends_far_behind_is_taken_whole(margin: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graded, "MARGIN", margin)
     candidates = torch.tensor([[1.0, 0.0]] * 200 + [[0.0, 1.0]] * 50)
-    found = precision_at_r(torch.tensor([[1.0, 0.0]]), candidates, torch.tensor([[0, 3], [0, 249]]))
-    assert (found.r_precision.item(), found.recall_at_1.item()) == pytest.approx((1 / 200, 1 / 200))
-    assert found.is_tied.tolist() == [True]
+    found, is_tied = precision_at_r(torch.tensor([[1.0, 0.0]]), candidates, torch.tensor([[0, 3], [0, 249]]))
+    assert (found["r_precision"].item(), found["recall@1"].item()) == pytest.approx((1 / 200, 1 / 200))
+    assert is_tied.tolist() == [True]
 
 
 def judged() -> tuple[GradedData, FakeSession, Tensor]:

@@ -48,13 +48,12 @@ def choose_benchmarks(names: Iterable[str], data: Path, missing_too: bool = Fals
     Raises:
         ValueError: A name is unknown, or nothing of a group was found.
     """
-
     known, chosen = all_benchmarks(), dict[str, Benchmark]()
     for name in names:
         if name in known:
             named = [known[name]]
         elif name in GROUPS or name == ALL_FOUND:
-            named = _members(name) if missing_too and name != ALL_FOUND else _found(name, data)
+            named = _members(name) if missing_too and name != ALL_FOUND else _present(name, data)
         elif (probe := probe_by_name(name, known)) is not None:
             named = [probe]
         elif name.endswith(".py"):
@@ -112,8 +111,7 @@ def _members(group: str) -> list[Benchmark]:
     return [benchmark for benchmark in all_benchmarks().values() if group in (*benchmark.groups, ALL_FOUND)]
 
 
-def _found(group: str, data: Path) -> list[Benchmark]:
-    """Return the benchmarks of a group whose files are below a folder."""
+def _present(group: str, data: Path) -> list[Benchmark]:
     members = _members(group)
     present = [benchmark for benchmark in members if benchmark.find(data) is not None]
     if not present:

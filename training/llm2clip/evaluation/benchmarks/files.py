@@ -80,7 +80,6 @@ def _at_a_path(folder: Path, name: str, folders: Sequence[str]) -> Path | None:
 
 
 def _files_by_name(folder: Path, wanted: set[str]) -> dict[str, list[Path]]:
-    """Return the files below a folder that have one of the names."""
     paths: dict[str, list[Path]] = {}
     for root, folders, names in os.walk(folder):
         folders.sort()

@@ -19,7 +19,7 @@ from llm2clip.data.table_identity import content_keys
 from llm2clip.encoders import Encoder
 from llm2clip.evaluation.benchmark import BenchmarkError, Measurement, SummedCounts
 from llm2clip.evaluation.prompts import class_data, name_of_templates, prompts, template_set
-from llm2clip.evaluation.protocols.classification import mean_of_prompts, prompt_parts
+from llm2clip.evaluation.protocols.classification import class_embeddings
 from llm2clip.evaluation.segmentation_data import IGNORED, SegmentationData
 from llm2clip.evaluation.session import Session
 from llm2clip.utils.embeddings import require_finite_rows
@@ -68,10 +68,7 @@ class MaskCLIPSegmentation:
         templates = list(self.templates or maskclip_templates())
         names = [name for several in data.classes.values() for name in several]
         texts = prompts(names, templates)
-        means = []
-        for part in prompt_parts(texts, len(templates)):
-            means.append(mean_of_prompts(session.embed_texts(part), len(templates)))
-        embeds = F.normalize(torch.cat(means), dim=-1)
+        embeds = class_embeddings(session, texts, len(templates))
         kind, count = self._counter(session, data, texts, embeds)
         width, title = 3 * len(data.classes), f"Segmenting {data.title}"
         counted = session.count_in_images(kind, pair_keys(data), count, width, title)
