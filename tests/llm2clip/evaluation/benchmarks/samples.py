@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,9 @@ def write(path: Path, content: str | bytes | Any = b"image") -> Path:
     return path
 
 
-def write_lines(path: Path, rows: Iterable[Any]) -> Path:
-    """Write one JSON value per line."""
-    return write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def lines(*rows: Any) -> str:
+    """One JSON value per line."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def karpathy_row(name: str, split: str, captions: list[str], first_id: int, **more: object) -> dict[str, object]:
