@@ -12,12 +12,7 @@ import torch
 
 from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError, Measurement
 from llm2clip.evaluation.benchmarks.checksum import data_checksum
-from llm2clip.evaluation.data import (
-    BenchmarkImages,
-    ClassificationData,
-    PairData,
-    RetrievalData,
-)
+from llm2clip.evaluation.data import BenchmarkImages, ClassificationData, RetrievalData
 from llm2clip.evaluation.evaluate import evaluate, find_benchmarks
 from llm2clip.evaluation.results import Result, read_result
 from tests.llm2clip.evaluation.fake_session import FakeEncoder
@@ -153,31 +148,15 @@ def test_missing_files_are_named_with_their_place(data: Path) -> None:
         find_benchmarks([several], data)
 
 
-NAMES = [f"Text {row}" for row in range(12)]
-ROWS = torch.randn(24, 3, generator=torch.Generator().manual_seed(2))
+def test_a_text_format_does_not_change_prompts_of_classes(data: Path) -> None:
+    def classes(folder: Path) -> ClassificationData:
+        return ClassificationData(read(folder).images, torch.tensor([0, 1]), ["A dog", "A bird"], ["{c}"])
 
-
-def pictures(count: int) -> BenchmarkImages:
-    return BenchmarkImages([f"image {row}".encode() for row in range(count)])
-
-
-def paired() -> PairData:
-    return PairData(pictures(12), list(NAMES), ["a", "a", "b", "a", "b", "c"])
-
-
-def classes() -> ClassificationData:
-    return ClassificationData(pictures(4), torch.tensor([0, 1, 1, 0]), NAMES[:2], ["{c}"])
-
-
-def test_a_text_format_does_not_change_prompts_of_classes(tmp_path: Path) -> None:
-    fields = {"name": "classes", "title": "Classes", "read": lambda _: classes()}
-    benchmark = Benchmark(**fields, protocol="zero-shot-classification")
-    captions = replace(benchmark, name="pairs", protocol="pair-scores", read=lambda _: paired())
-    texts = {form: row for name, row in zip(NAMES, ROWS, strict=False) for form in (name, name.lower())}
-    model = FakeEncoder({f"image {row}".encode(): ROWS[12 + row] for row in range(12)}, texts)
-    alone = run(tmp_path, None, model, benchmark=benchmark)
+    benchmark = replace(BENCHMARK, name="classes", counts={}, read=classes, protocol="zero-shot-classification")
+    model = FakeEncoder([[1.0, 0.0], [0.0, 1.0]], {**TEXTS, "A dog": [1.0, 0.0], "A bird": [0.0, 1.0]})
+    alone = run(data, None, model, benchmark=benchmark)
     with pytest.raises(ValueError, match="text_format is lower, but classes has no captions: leave it out"):
-        run(tmp_path, None, model, benchmark=benchmark, text_format="lower")
-    found = evaluate(model, [benchmark, captions], data=str(tmp_path), text_format="lower")
+        run(data, None, model, benchmark=benchmark, text_format="lower")
+    found = evaluate(model, [benchmark, BENCHMARK], data=str(data), text_format="lower")
     assert [one.setup["text_format"] for one in found] == ["raw", "lower"]
     assert replace(found[0], seconds=alone.seconds) == alone
