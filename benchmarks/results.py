@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -70,19 +69,11 @@ def commit() -> str:
         return "unknown"
 
 
-def read(lines: Iterable[str]) -> dict[tuple[str, str, str], Record]:
+def read() -> dict[tuple[str, str, str], Record]:
     """Return the newest record of each contest, by row, contest and device."""
-    newest = {}
-    for line in lines:
-        if line.strip():
-            entry = json.loads(line)
-            newest[entry["row"], entry["contest"], entry["device"]] = entry
-    return newest
-
-
-def lines() -> list[str]:
-    """Return the lines of results.jsonl."""
-    return RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.is_file() else []
+    lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.is_file() else []
+    entries = map(json.loads, filter(str.strip, lines))
+    return {(entry["row"], entry["contest"], entry["device"]): entry for entry in entries}
 
 
 def append(entry: Record) -> None:

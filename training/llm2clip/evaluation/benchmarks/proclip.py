@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from llm2clip.evaluation.benchmark import Benchmark
@@ -17,15 +18,10 @@ _KNOWN = {member.name: member for member in (*cifar.BENCHMARKS, *imagenet.BENCHM
 SETS = tuple(_KNOWN[name] for name in NAMES)
 
 
-def read(folder: Path) -> SeveralSets:
-    """Read the test images of all sets, each in its folder."""
-    return SeveralSets({member.name: member.read(folder / member.folder) for member in SETS})
-
-
-def read_train(folder: Path) -> SeveralSets:
-    """Read the train images too."""
+def read(folder: Path, with_train: bool = False) -> SeveralSets:
+    """Read the test images of all sets, each in its folder, and for probes the train images."""
     readers: dict[str, Callable[[Path], ClassificationData]] = {
-        member.name: member.read_train or member.read for member in SETS
+        member.name: member.read_train if with_train and member.read_train else member.read for member in SETS
     }
     return SeveralSets({member.name: readers[member.name](folder / member.folder) for member in SETS})
 
@@ -50,7 +46,7 @@ BENCHMARKS = [
         read=read,
         protocol="mean-of-sets",
         note="ProCLIP's mean: top-1, of Aircraft, Pets, Caltech and Flowers the mean per class.",
-        read_train=read_train,
+        read_train=partial(read, with_train=True),
         train_needs=tuple(need for member in SETS for need in _in_folder(member, member.train_needs)),
     )
 ]
