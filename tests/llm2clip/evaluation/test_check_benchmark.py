@@ -11,46 +11,21 @@ import pytest
 from llm2clip import cli
 from tests.llm2clip.checks.tokenizers import save_tokenizer
 from tests.llm2clip.data.conftest import png
+from tests.llm2clip.evaluation import captioned_set
 
-# A set of a stranger: an image for each list of captions.
-MODULE = """
-import json
-from llm2clip.evaluation.benchmark import Benchmark
-from llm2clip.evaluation.data import BenchmarkImages, RetrievalData
-
-
-def read(folder):
-    rows = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
-    images = BenchmarkImages([folder / name for name in rows]).require_files("Tiny")
-    return RetrievalData.from_captions(images, list(rows.values()))
-
-
-BENCHMARKS = [
-    Benchmark(
-        name="tiny", title="Tiny", groups=("short",), folder="tiny", needs=("captions.json",), files="captions.json",
-        counts={"images": 3, "texts": 5}, license="MIT", source="Here.", read=read, protocol="retrieval",
-    )
-]
-"""
 CAPTIONS = {"a.png": ["a dog", "a dog", "一只狗"], "b.png": [""], "c.png": ["one two three four five"]}
 
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
-    """Write a whole set; returns the folder of sets, with the module beside it."""
-    (tmp_path / "tiny.py").write_text(MODULE)
-    folder = tmp_path / "sets" / "tiny"
-    folder.mkdir(parents=True)
-    (folder / "captions.json").write_text(json.dumps(CAPTIONS, ensure_ascii=False), encoding="utf-8")
-    for shade, name in enumerate(CAPTIONS):
-        (folder / name).write_bytes(png(shade))
-    return folder.parent
+    """Write a whole set; returns the folder of sets."""
+    return captioned_set.write_set(tmp_path / "sets", CAPTIONS).parent
 
 
 def check(tiny: Path, *options: str) -> tuple[int, dict[str, Any]]:
     """Run the command; returns its status and the report of the set."""
     output = tiny.parent / "report.json"
-    arguments = ["--benchmark", str(tiny.parent / "tiny.py"), "--data", str(tiny), "--output", str(output)]
+    arguments = ["--benchmark", captioned_set.__file__, "--data", str(tiny), "--output", str(output)]
     status = cli.main(["check-data", *arguments, *(options or ("--num-workers", "0"))])
     return status, json.loads(output.read_text())["benchmarks"]["tiny"]
 
@@ -84,7 +59,7 @@ def test_a_whole_set(tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 
 
 def test_other_counts_stop_a_run(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tiny / "tiny" / "captions.json").write_text(json.dumps({"a.png": ["a dog"] * 5}))
+    captioned_set.write_set(tiny, {"a.png": ["a dog"] * 5})
     status, report = check(tiny)
     rows = "What stands out: the last image is number 1, a.png."
     assert (status, report["stops"]) == (1, ["there are 1 images instead of 3.", rows])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -47,46 +46,29 @@ def noisy_captions(images: int, per_image: int, width: int = 8) -> tuple[Tensor,
     return image, text, matches[torch.randperm(len(matches))]
 
 
-@dataclass
-class OriginalCase:
-    """Projected embeddings and pairs of a fixture. Fixtures that end in b contain equal vectors."""
-
-    meta: dict[str, Any]
-    image: Tensor
-    text: Tensor
-    matches: Tensor
-
-    @classmethod
-    def load(cls, name: str) -> OriginalCase:
-        golden = load_golden(name)
-        image, text = (golden[f"in/{key}"] @ golden["in/projection"] for key in ("images", "texts"))
-        text = text.reshape(-1, text.shape[-1])
-        texts = torch.arange(len(text))
-        matches = torch.stack([texts, texts // (len(text) // len(image))], dim=1)
-        return cls(golden.meta, image, text, matches)
-
-    def tolerance(self, queries: int) -> float:
-        """Two queries where scores are equal, whose order is torch.topk's in the original (the fixture says so)."""
-        return 2 / queries + 1e-6 if self.meta["has_ties"] else 1e-6
-
-
 @pytest.mark.parametrize(
     "name", ["retrieval_global_a", "retrieval_global_b", "retrieval_multi_a", "retrieval_multi_b"]
 )
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_recalls_and_ranks_equal_the_original(name: str, direction: str) -> None:
-    case = OriginalCase.load(name)
-    tolerance = case.tolerance(len(case.text if direction == "text_to_image" else case.image))
+    golden = load_golden(name)
+    image, text = (golden[f"in/{key}"] @ golden["in/projection"] for key in ("images", "texts"))
+    text = text.reshape(-1, text.shape[-1])
+    texts = torch.arange(len(text))
+    matches = torch.stack([texts, texts // (len(text) // len(image))], dim=1)
+    # Two queries where scores are equal, whose order is torch.topk's in the original (the fixture says so).
+    queries = len(text if direction == "text_to_image" else image)
+    tolerance = 1e-6 + (2 / queries if golden.meta["has_ties"] else 0)
     recalls = {
         int(key.rpartition("@")[2]): value
-        for key, value in case.meta["metrics"].items()
+        for key, value in golden.meta["metrics"].items()
         if key.startswith(f"{DIRECTIONS[direction]}_recall@")
     }
-    ours = retrieval_metrics(case.image, case.text, case.matches, sorted(recalls))
+    ours = retrieval_metrics(image, text, matches, sorted(recalls))
     for k, original in recalls.items():
         assert ours[f"{direction}_recall@{k}"] == pytest.approx(original, abs=tolerance)
     if "global" in name:
-        ranks = case.meta["get_metrics"]
+        ranks = golden.meta["get_metrics"]
         assert ours[f"{direction}_mean_rank"] == pytest.approx(ranks[f"{direction}_mean_rank"], abs=tolerance)
         assert ours[f"{direction}_median_rank"] == ranks[f"{direction}_median_rank"]
 
