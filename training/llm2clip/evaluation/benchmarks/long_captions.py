@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +67,8 @@ def read_iiw(folder: Path) -> RetrievalData:
     return _one_caption("IIW", rows)
 
 
-# The captions of DCI: there is no agreement on what the caption of an image is, so each form has a name.
-def dci_short(row: Row) -> str:
-    """The short caption."""
-    return row["short_caption"]
-
-
-def dci_extra(row: Row) -> str:
-    """The description alone, as in FG-CLIP 2."""
-    return row["extra_caption"]
+# There is no agreement on what the caption of an image of DCI is, so each form has a name.
+dci_short, dci_extra = itemgetter("short_caption"), itemgetter("extra_caption")
 
 
 def dci_extended(row: Row) -> str:
