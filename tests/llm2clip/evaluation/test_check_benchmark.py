@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llm2clip import cli
+from llm2clip import Benchmark, BenchmarkImages, DataPart, cli
+from llm2clip.evaluation.benchmarks.checksum import data_checksum
+from llm2clip.evaluation.check_benchmark import check_benchmark
 from tests.llm2clip.checks.tokenizers import save_tokenizer
 from tests.llm2clip.data.conftest import png
 from tests.llm2clip.evaluation import captioned_set
@@ -102,3 +105,47 @@ def test_settings_that_contradict_each_other(
 ) -> None:
     assert cli.main(["check-data", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@dataclass
+class Rated:
+    """Images, each with a text and how well it fits."""
+
+    images: BenchmarkImages
+    texts: list[str]
+    ratings: list[float]
+
+    def counts(self) -> dict[str, int]:
+        return {"ratings": len(self.ratings)}
+
+    def parts(self) -> list[DataPart]:
+        keys = [self.images.key(row) for row in range(len(self.images))]
+        rows = list(zip(keys, self.texts, strict=True))
+        return [DataPart(rows, ("texts",), self.images)]
+
+
+def read_rated(folder: Path) -> Rated:
+    return Rated(BenchmarkImages([folder / "a.png", folder / "b.png"]), ["a dog", "a dog"], [1.0, 0.5])
+
+
+RATED = Benchmark(
+    name="rated", title="Rated", groups=(), folder="rated", needs=("a.png",), files="a.png, b.png",
+    counts={"ratings": 2}, license="yours", source="here", read=read_rated, protocol="none of these",
+)  # fmt: skip
+
+
+def test_data_of_a_strangers_class_are_counted_checked_and_identified(tmp_path: Path) -> None:
+    """Counts and parts are all that messages, checksums and check-data ask for."""
+    folder = tmp_path / "rated"
+    folder.mkdir()
+    for name in ("a.png", "b.png"):
+        (folder / name).write_bytes(png(1))
+    data = read_rated(folder)
+    assert RATED.differences(data.counts()) == []
+    assert replace(RATED, counts={"ratings": 3}).differences(data.counts()) == ["2 ratings instead of 3"]
+    assert (
+        data_checksum(data) == data_checksum(read_rated(folder)) != data_checksum(replace(data, ratings=[1.0, 0.25]))
+    )
+    report = check_benchmark(RATED, tmp_path, num_workers=0)
+    assert (report["stops"], report["counts"], report["rows"], report["usable_rows"]) == ([], {"ratings": 2}, 2, 2)
+    assert report["findings"]["repeated captions"]["count"] == 1

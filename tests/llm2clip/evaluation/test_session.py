@@ -18,7 +18,7 @@ from llm2clip.evaluation.data import BenchmarkImages
 from llm2clip.evaluation.session import Session
 from llm2clip.utils.embeddings import NonFiniteError
 from tests.llm2clip.encoders.models import save_transformers
-from tests.llm2clip.evaluation.benchmarks.pictures import picture
+from tests.llm2clip.evaluation.benchmarks.samples import picture
 from tests.llm2clip.evaluation.fake_session import FakeSession
 from tests.llm2clip.trainers.stages import interrupt
 
@@ -28,7 +28,7 @@ LARGE = 2**24 + 1
 
 
 def pictures(*numbers: int) -> BenchmarkImages:
-    return BenchmarkImages([picture(number) for number in numbers], [f"picture {number}" for number in numbers])
+    return BenchmarkImages([picture(8 * number) for number in numbers], [f"picture {number}" for number in numbers])
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def session(model: Path, store: Path | None, **options: Any) -> Session:
 def fake(store: Path | None, seed: int = 0) -> FakeSession:
     """A session of made rows, whose `embedded` says what was computed."""
     rows = torch.randn(3, 40, 8, generator=torch.Generator().manual_seed(seed))
-    images, features = ({picture(number): row for number, row in enumerate(part[:30])} for part in rows[:2])
+    images, features = ({picture(8 * number): row for number, row in enumerate(part[:30])} for part in rows[:2])
     texts = dict(zip([*TEXTS, "new"], rows[2], strict=False))
     wide = {content: torch.cat([row, row]) for content, row in features.items()}
     return FakeSession(images, texts, store, features=wide, name=f"fake {seed}")

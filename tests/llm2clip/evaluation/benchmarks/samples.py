@@ -1,4 +1,4 @@
-"""Writing samples of benchmarks in their file formats, and reading them."""
+"""Writing samples of benchmarks in their file formats, with small pictures, and reading them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from llm2clip.evaluation.benchmarks import choose_benchmarks
+from llm2clip.evaluation.data import BenchmarkImages
+from modeling_llm2clip.image_decoding_llm2clip import decode_image
+from tests.pictures import encode
 
 BOM = "\ufeff"
 
@@ -26,6 +31,17 @@ def write(path: Path, content: str | bytes | Any = b"image") -> Path:
         content = json.dumps(content, ensure_ascii=False)
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
+
+
+def picture(shade: int, kind: str = "png") -> bytes:
+    """Encode a picture of one colour, `(shade, 0, 255 - shade)`."""
+    options = {"lossless": True} if kind == "webp" else {}
+    return encode(Image.new("RGB", (3, 2), (shade, 0, 255 - shade)), kind, **options)
+
+
+def shades(images: BenchmarkImages) -> list[int]:
+    """Decode images as an evaluation does, and return the shades by which they were made."""
+    return [images.decode(row, decode_image).getpixel((0, 0))[0] for row in range(len(images))]
 
 
 def lines(*rows: Any) -> str:

@@ -23,11 +23,6 @@ from tests.llm2clip.evaluation.fake_session import FakeSession
 CLASSES, WIDTH = 4, 6
 
 
-def part(name: str, labels: Tensor) -> ClassificationData:
-    images = BenchmarkImages([f"{name} {row}".encode() for row in range(len(labels))])
-    return ClassificationData(images, labels, [f"class {label}" for label in range(CLASSES)])
-
-
 def make(**sizes: int) -> tuple[Any, dict[str, Tensor], FakeSession]:
     """A set of parts of some sizes, their features, and a session that knows them; projected ones are others."""
     generator = torch.Generator().manual_seed(0)
@@ -36,8 +31,10 @@ def make(**sizes: int) -> tuple[Any, dict[str, Tensor], FakeSession]:
     for name, size in sizes.items():
         labels = torch.arange(size) % CLASSES
         features = 3 * (centres[labels] + torch.randn(size, WIDTH, generator=generator))
-        parts[name], rows[name] = part(name, labels), features
-        for content, row in zip(parts[name].images.images, features, strict=True):
+        images = BenchmarkImages([f"{name} {row}".encode() for row in range(size)])
+        parts[name] = ClassificationData(images, labels, [f"class {label}" for label in range(CLASSES)])
+        rows[name] = features
+        for content, row in zip(images.images, features, strict=True):
             tables[0][content], tables[1][content] = row, row[:4].flip(0)
     data = replace(parts["test"], train=parts.get("train"), validation=parts.get("validation"))
     return data, rows, FakeSession(tables[1], {"": [1.0]}, features=tables[0])

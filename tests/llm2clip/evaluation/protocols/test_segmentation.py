@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -223,24 +224,13 @@ def test_a_model_is_evaluated(num_workers: int, tmp_path: Path) -> None:
     assert result.counts["truncated_texts"] == 0
 
 
-def stored_session(place: Path) -> tuple[FakeSession, list[int]]:
-    """A session with a store, and a list that gets an element for each image that it segments."""
-    segmented: list[int] = []
-
-    def patches(inputs: dict[str, Tensor]) -> Tensor:
-        segmented.append(1)
-        return colours(inputs)
-
-    return FakeSession([], TEXTS, place, patches=patches), segmented
-
-
 def test_counts_are_not_found_again_by_other_images_labels_texts_or_options(tmp_path: Path) -> None:
     data = folder_of(tmp_path, [(21, 30), (40, 17)])
 
     def segmented_by(changed: MaskCLIPSegmentation) -> int:
-        session, segmented = stored_session(tmp_path / "store")
-        changed.measure(session, data)
-        return len(segmented)
+        patches = Mock(side_effect=colours)
+        changed.measure(FakeSession([], TEXTS, tmp_path / "store", patches=patches), data)
+        return patches.call_count
 
     assert segmented_by(protocol()) == 2
     assert segmented_by(protocol(scale=(60, 24))) == 2

@@ -127,10 +127,10 @@ def _margins(images: Tensor, captions: Tensor, data: PairData) -> tuple[Tensor, 
         raise BenchmarkError("there is no pair.")
     images, captions = (rows.double().view(len(data.kinds), 2, -1) for rows in (images, captions))
     scores = captions @ images.transpose(1, 2)
-    own = scores.diagonal(dim1=1, dim2=2)
+    own_scores = scores.diagonal(dim1=1, dim2=2)
     other_caption = torch.stack([scores[:, 1, 0], scores[:, 0, 1]], dim=1)
     other_image = torch.stack([scores[:, 0, 1], scores[:, 1, 0]], dim=1)
-    return own - other_caption, own - other_image
+    return own_scores - other_caption, own_scores - other_image
 
 
 def _all_won(margins: Tensor) -> Tensor:
