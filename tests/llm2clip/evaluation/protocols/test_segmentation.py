@@ -26,7 +26,6 @@ from llm2clip.evaluation.protocols import segmentation
 from llm2clip.evaluation.protocols.segmentation import (
     MaskCLIPSegmentation,
     maskclip_templates,
-    predict,
     whole_or_windows,
 )
 from llm2clip.evaluation.segmentation_data import IGNORED, SegmentationData
@@ -95,29 +94,41 @@ def by_loops(data: SegmentationData, maps: list[Tensor]) -> tuple[dict[str, floa
     }, iou
 
 
-def whole(image: Path, scale: tuple[int, int]) -> Tensor:
-    """Resize the scores of all classes to the image, then to the label map, and take the highest."""
+def by_interpolation(image: Path, scale: tuple[int, int], windows: tuple[int, int] | None) -> Tensor:
+    """Resize the scores of all classes to the image, then to the label map, and take the highest.
+
+    Those of windows, of a side and a stride, are averaged where they overlap.
+    """
     picture = Image.open(image)
     factor = min(scale[0] / max(picture.size), scale[1] / min(picture.size))
     size = [int(side * factor + 0.5) for side in (picture.height, picture.width)]
     pixels = torch.tensor(np.array(picture)).permute(2, 0, 1)[None].float()
     resized = F.interpolate(pixels, size, mode="bilinear").round()
-    patches = F.normalize(colours({"pixel_values": resized}), dim=-1)
-    scores = torch.einsum("irce,ke->ikrc", patches, F.normalize(torch.stack([*TEXTS.values()]), dim=1))
-    scores = F.interpolate(F.interpolate(scores, size, mode="bilinear"), pixels.shape[2:], mode="bilinear")
-    return scores[0].argmax(dim=0)
+    total, count = torch.zeros(1, len(TEXTS), *size), torch.zeros(size)
+    for top, left, height, width in whole_or_windows(*size, *(windows or (None, None))):
+        part = resized[..., top : top + height, left : left + width]
+        patches = F.normalize(colours({"pixel_values": part}), dim=-1)
+        scores = torch.einsum("irce,ke->ikrc", patches, F.normalize(torch.stack([*TEXTS.values()]), dim=1))
+        scores = F.interpolate(scores, part.shape[2:], mode="bilinear")
+        total[..., top : top + height, left : left + width] += scores
+        count[top : top + height, left : left + width] += 1
+    return F.interpolate(total / count, pixels.shape[2:], mode="bilinear")[0].argmax(dim=0)
 
 
 def protocol(**fields: Any) -> MaskCLIPSegmentation:
     return MaskCLIPSegmentation(**{"scale": (64, 24), "templates": ("{c}",), **fields})
 
 
+@pytest.mark.parametrize("windows", [None, (16, 6)])
 @pytest.mark.parametrize("chunk", [1, 2**24], ids=["class by class", "all classes at once"])
-def test_mean_iou_is_that_of_loops_over_pixels(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mean_iou_is_that_of_loops_over_pixels(
+    chunk: int, windows: tuple[int, int] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(segmentation, "CHUNK", chunk)
     data = folder_of(tmp_path, [(21, 30), (50, 61), (40, 17), (24, 24)])
-    found = protocol().measure(FakeSession([], TEXTS, patches=colours), data)
-    scores, iou = by_loops(data, [whole(image, (64, 24)) for image in data.images.images])
+    options = {"crop": windows[0], "stride": windows[1]} if windows else {}
+    found = protocol(**options).measure(FakeSession([], TEXTS, patches=colours), data)
+    scores, iou = by_loops(data, [by_interpolation(image, (64, 24), windows) for image in data.images.images])
     assert found.scores == pytest.approx(scores, abs=1e-12)
     assert {name: row["iou"] for name, row in found.groups["class"].items()} == pytest.approx(iou, abs=1e-12)
     assert next(iter(found.scores)) == "miou"
@@ -133,24 +144,6 @@ def test_windows_overlap_and_end_at_the_edges() -> None:
     assert whole_or_windows(448, 448, 448, 224) == [(0, 0, 448, 448)]
     assert whole_or_windows(400, 672, 448, 224) == [(0, 0, 400, 448), (0, 224, 400, 448)]
     assert whole_or_windows(448, 700, None, None) == [(0, 0, 448, 700)]
-
-
-@pytest.mark.parametrize("label_size", [(12, 20), (9, 33)], ids=["size of the image", "another size"])
-def test_scores_of_windows_are_averaged_where_they_overlap(label_size: tuple[int, int]) -> None:
-    windows = whole_or_windows(12, 20, 8, 4)
-    scores = torch.randn(len(windows), 3, 2, 2, generator=GENERATOR)
-    pixels = F.interpolate(scores, (8, 8), mode="bilinear")
-    average = torch.zeros(1, 3, 12, 20)
-    for y in range(12):
-        for x in range(20):
-            inside = [
-                part[:, y - top, x - left]
-                for part, (top, left, *_) in zip(pixels, windows, strict=True)
-                if 0 <= y - top < 8 and 0 <= x - left < 8
-            ]
-            average[0, :, y, x] = torch.stack(inside).mean(dim=0)
-    expected = F.interpolate(average, label_size, mode="bilinear")[0].argmax(dim=0)
-    assert predict(scores, windows, (12, 20), label_size).equal(expected)
 
 
 @pytest.mark.parametrize("chunk", [1, 2**24], ids=["class by class", "all classes at once"])
