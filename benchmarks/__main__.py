@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     current = {
         (row.id, contest.title, device) for row in rows for device in row.devices for contest in row.contests(device)
     }
-    newest = {key: entry for key, entry in results.read(results.lines()).items() if key in current}
+    newest = {key: entry for key, entry in results.read().items() if key in current}
     shortfalls = {row.id: row.shortfall for row in rows}
     results.TABLE.write_text(results.table(newest, shortfalls), encoding="utf-8")
     print(f"wrote {results.TABLE} from {results.RESULTS}", file=sys.stderr)

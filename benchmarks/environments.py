@@ -62,6 +62,6 @@ def versions_of(environment: str | None) -> dict[str, str]:
     command = [python_of(environment), "-m", "pip", "list", "--format", "json", "--disable-pip-version-check"]
     listed = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     installed = {canonicalize_name(entry["name"]): entry["version"] for entry in listed}
-    found = {name: installed.get(canonicalize_name(name)) for name in LIBRARIES}
+    versions = {name: installed.get(canonicalize_name(name)) for name in LIBRARIES}
     # All environments use the Python version of this process.
-    return {"python": platform.python_version(), **{name: version for name, version in found.items() if version}}
+    return {"python": platform.python_version(), **{name: version for name, version in versions.items() if version}}

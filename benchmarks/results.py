@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -70,19 +69,11 @@ def commit() -> str:
         return "unknown"
 
 
-def read(lines: Iterable[str]) -> dict[tuple[str, str, str], Record]:
+def read() -> dict[tuple[str, str, str], Record]:
     """Return the newest record of each contest, by row, contest and device."""
-    newest = {}
-    for line in lines:
-        if line.strip():
-            entry = json.loads(line)
-            newest[entry["row"], entry["contest"], entry["device"]] = entry
-    return newest
-
-
-def lines() -> list[str]:
-    """Return the lines of results.jsonl."""
-    return RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.is_file() else []
+    lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.is_file() else []
+    entries = map(json.loads, filter(str.strip, lines))
+    return {(entry["row"], entry["contest"], entry["device"]): entry for entry in entries}
 
 
 def append(entry: Record) -> None:
@@ -128,7 +119,6 @@ def table(records: dict[tuple[str, str, str], Record], shortfalls: dict[str, str
 
 
 def _line(entry: Record, goal: dict[str, Any]) -> str:
-    """Return the line of a goal of a contest."""
     against, metric = goal["against"], goal["metric"]
     mark = "🟢" if goal["ratio"] <= goal["at_most"] else "🟡"
     mine, theirs = entry["figures"][OURS][metric], entry["figures"][against][metric]
@@ -144,13 +134,13 @@ def _provenance(ordered: list[tuple[tuple[str, str, str], Record]]) -> list[str]
     """List machine, date, commit and versions, with the rows that were measured there."""
     groups: dict[str, list[str]] = {}
     for (row, _, _), entry in ordered:
-        place = f"{entry['machine']}, {entry['date']}, commit {entry['commit']}; {_listed(entry['versions'])}"
+        origin = f"{entry['machine']}, {entry['date']}, commit {entry['commit']}; {_listed(entry['versions'])}"
         for peer, versions in entry.get("peers", {}).items():
-            place += f"; {peer} in an environment with {_listed(versions)}"
-        rows = groups.setdefault(place, [])
+            origin += f"; {peer} in an environment with {_listed(versions)}"
+        rows = groups.setdefault(origin, [])
         if row not in rows:
             rows.append(row)
-    return [f"- {', '.join(rows)}: {place}." for place, rows in groups.items()]
+    return [f"- {', '.join(rows)}: {origin}." for origin, rows in groups.items()]
 
 
 def _listed(versions: dict[str, str]) -> str:

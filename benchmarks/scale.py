@@ -73,8 +73,8 @@ def embed(
     # Between the first and the last shard of each run, without the start-up.
     ends = sorted(path.stat().st_mtime for path in sidecars.glob(MANIFESTS))
     spans = [[end for end in ends if run.start <= end <= run.end] for run in runs]
-    span = sum(own[-1] - own[0] for own in spans if own)
-    between = sum(len(own) - 1 for own in spans if own) * CAPTIONS_PER_TAR
+    span = sum(ends_of_run[-1] - ends_of_run[0] for ends_of_run in spans if ends_of_run)
+    between = sum(len(ends_of_run) - 1 for ends_of_run in spans if ends_of_run) * CAPTIONS_PER_TAR
     return {
         "captions": captions,
         "processes": processes,
@@ -127,18 +127,18 @@ def read(folder: Path, captions: int, processes: int = 2, workers: int = 0) -> d
     (folder / "read.json").write_text(json.dumps(settings), encoding="utf-8")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     watched = run_watched([*launcher, "-m", "benchmarks.scale", "--reader", "--folder", str(folder)], log)
-    found = [json.loads((folder / f"read-{rank}.json").read_text()) for rank in range(processes)]
+    readers = [json.loads((folder / f"read-{rank}.json").read_text()) for rank in range(processes)]
     return {
         "captions": captions,
         "processes": processes,
         "workers": workers,
-        "rows": sum(figures["rows"] for figures in found),
-        "rows_per_second": round(sum(figures["rows"] / figures["seconds"] for figures in found), 1),
+        "rows": sum(figures["rows"] for figures in readers),
+        "rows_per_second": round(sum(figures["rows"] / figures["seconds"] for figures in readers), 1),
         "peak_bytes": max(watched.peaks.values()),
-        "lanes": found[0]["lanes"],
-        "first_seconds": round(max(figures["first_seconds"] for figures in found), 2),
-        "resumed_at": found[0]["resumed_at"],
-        "resume_seconds": round(max(figures["resume_seconds"] for figures in found), 2),
+        "lanes": readers[0]["lanes"],
+        "first_seconds": round(max(figures["first_seconds"] for figures in readers), 2),
+        "resumed_at": readers[0]["resumed_at"],
+        "resume_seconds": round(max(figures["resume_seconds"] for figures in readers), 2),
         "seconds": round(watched.end - watched.start, 1),
     }
 
@@ -159,9 +159,9 @@ def _reader(folder: Path) -> None:
     times, keys = [time.perf_counter()], set[str]()
     batches = iter(trainer.get_train_dataloader())
     for _ in range(number + 1):
-        found = next(batches)
-        assert found["llm_embeds"].shape[0] == BATCH
-        keys |= set(found["keys"])
+        batch = next(batches)
+        assert batch["llm_embeds"].shape[0] == BATCH
+        keys |= set(batch["keys"])
         times.append(time.perf_counter())
     if len(keys) != (number + 1) * BATCH:
         raise RuntimeError(f"{len(keys)} rows were read in {(number + 1) * BATCH}.")
@@ -212,7 +212,7 @@ def tables(lines: Iterable[str]) -> str:
     from llm2clip.utils.tables import markdown_table
 
     runs = list(map(json.loads, filter(str.strip, lines)))
-    found = []
+    parts = []
     for step, (title, columns) in TABLES.items():
         newest = {tuple(run.get(part, 0) for part in KEY): run for run in runs if run["step"] == step}
         if newest:
@@ -223,8 +223,8 @@ def tables(lines: Iterable[str]) -> str:
             cells = [
                 [f"{run['captions']:,}", *(_shown(name, run[name]) for name in columns.values())] for run in ordered
             ]
-            found.append(markdown_table([f"{title} ({machines}, {days}), rows", *columns], cells))
-    return "\n\n".join(found)
+            parts.append(markdown_table([f"{title} ({machines}, {days}), rows", *columns], cells))
+    return "\n\n".join(parts)
 
 
 def fill(page: str, made: str) -> str:

@@ -15,11 +15,11 @@ CAPTIONS_PER_TAR, WIDTH, VOCABULARY, WORDS = 5_000, 512, 10_000, 8
 REPEATED, REPEATED_SHARE = [f"w{number} w{number + 1}" for number in range(100)], 0.05
 
 
-def write_tars(folder: Path, captions: int, processes: int = 2) -> None:
+def write_tars(folder: Path, captions: int) -> None:
     """Write the tars of a data set that do not exist yet."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{number:05}.tar" for number in range(-(-captions // CAPTIONS_PER_TAR))]
-    with ProcessPoolExecutor(processes) as pool:
+    with ProcessPoolExecutor(2) as pool:
         list(pool.map(_write_tar, [path for path in paths if not path.exists()], chunksize=8))
 
 
@@ -47,7 +47,7 @@ def captions_of(tar: int) -> Iterator[str]:
             yield " ".join(f"w{choose.randrange(VOCABULARY)}" for _ in range(WORDS))
 
 
-def write_text_tower(folder: Path) -> Path:
+def write_text_tower(folder: Path) -> None:
     """Write a text tower without layers, of random weights: a caption's embedding is the mean of its words' rows."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -71,7 +71,6 @@ def write_text_tower(folder: Path) -> Path:
     )
     LLM2CLIPTextModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return folder
 
 
 def write_vision_tower(folder: Path) -> None:

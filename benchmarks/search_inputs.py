@@ -102,9 +102,9 @@ def selection(allowed: np.ndarray | None) -> dict[str, Any]:
     return {} if allowed is None else {"sel": faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))}
 
 
-def recall(found: np.ndarray, best: np.ndarray) -> float:
-    """Return the share of the best numbers that are among the found, both `(n, 10)`."""
-    return float((found[:, :, None] == best[:, None, :]).any(axis=1).mean())
+def recall(retrieved: np.ndarray, best: np.ndarray) -> float:
+    """Return the share of the best numbers that are among the retrieved, both `(n, 10)`."""
+    return float((retrieved[:, :, None] == best[:, None, :]).any(axis=1).mean())
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

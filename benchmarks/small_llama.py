@@ -22,19 +22,14 @@ WORDS = (
 )
 
 
-def captions(number: int, seed: int = 0) -> list[str]:
-    """Generate distinct captions: many short ones, and a few long descriptions of up to 450 tokens.
-
-    Args:
-        number: Number of captions.
-        seed: Random seed.
-    """
-    rng, vocabulary = random.Random(seed), WORDS.split()
-    found: dict[str, None] = {}
-    while len(found) < number:
+def captions(number: int) -> list[str]:
+    """Generate distinct captions: many short ones, and a few long descriptions of up to 450 tokens."""
+    rng, vocabulary = random.Random(0), WORDS.split()
+    texts: dict[str, None] = {}
+    while len(texts) < number:
         words = min(200, max(3, round(rng.lognormvariate(1.75, 1.05))))
-        found[" ".join(rng.choice(vocabulary) for _ in range(words))] = None
-    return list(found)
+        texts[" ".join(rng.choice(vocabulary) for _ in range(words))] = None
+    return list(texts)
 
 
 def new_folder() -> Path:
@@ -45,13 +40,10 @@ def new_folder() -> Path:
 
 
 def write_llm(path: Path, hidden: int = HIDDEN, mlp: int = MLP, layers: int = LAYERS) -> Path:
-    """Write the LLM and its tokenizer in a form that transformers 4 and 5 read.
+    """Write the LLM and its tokenizer into a folder, in a form that transformers 4 and 5 read.
 
     Args:
-        path: The folder.
-        hidden: Hidden size.
         mlp: Intermediate size of the MLPs.
-        layers: Number of layers.
     """
     import torch
     from safetensors.torch import save_file

@@ -13,7 +13,7 @@ WIDTH, MAX_LENGTH = 512, 128
 INPUTS = ("input_ids", "attention_mask")
 
 
-def write_student(folder: Path, layers: int = 6) -> Path:
+def write_student(folder: Path) -> Path:
     """Write the folder of a student, whose tokenizer is that of the small Llama; return it."""
     import torch
     from transformers import AutoTokenizer, BertConfig, BertModel
@@ -24,7 +24,7 @@ def write_student(folder: Path, layers: int = 6) -> Path:
     tokenizer.model_max_length, tokenizer.pad_token = MAX_LENGTH, tokenizer.eos_token
     config = BertConfig(
         hidden_size=384,
-        num_hidden_layers=layers,
+        num_hidden_layers=6,
         num_attention_heads=12,
         intermediate_size=1536,
         pad_token_id=tokenizer.pad_token_id,
@@ -67,9 +67,9 @@ def queries(count: int, tokens: int) -> list[str]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    rng, found = random.Random(0), set[str]()
-    while len(found) < count:
+    rng, texts = random.Random(0), set[str]()
+    while len(texts) < count:
         text = " ".join(rng.choices(WORDS.split(), k=rng.randint(2, tokens)))
         if len(tokenizer(text)["input_ids"]) == tokens:
-            found.add(text)
-    return sorted(found)
+            texts.add(text)
+    return sorted(texts)

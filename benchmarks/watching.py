@@ -59,14 +59,17 @@ def run_watched(
             start_new_session=True,
         )  # fmt: skip
         while process.poll() is None:
-            for one in family(process):
+            for member in family(process):
                 with contextlib.suppress(psutil.Error, OSError):
-                    seconds[one.pid] = sum(one.cpu_times()[:2])
+                    seconds[member.pid] = sum(member.cpu_times()[:2])
                     # A process that has just ended has no memory any more.
-                    watched.peaks[one.pid] = max(watched.peaks.get(one.pid, 0), resident("VmHWM", one.pid))
+                    watched.peaks[member.pid] = max(watched.peaks.get(member.pid, 0), resident("VmHWM", member.pid))
             watched.looks.append((sum(seconds.values()), count()))
             if killed := kill_at is not None and watched.looks[-1][1] >= kill_at:
-                kill(process)
+                # They may have sessions of their own.
+                for member in family(process):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        member.kill()
                 break
             time.sleep(0.2)
     status, watched.end = process.wait(), time.time()
@@ -81,12 +84,3 @@ def family(process: psutil.Process) -> list[psutil.Process]:
     with contextlib.suppress(psutil.NoSuchProcess):
         return [process, *process.children(recursive=True)]
     return []
-
-
-def kill(process: psutil.Process) -> int:
-    """Kill a process and those that it started, which may have sessions of their own; return how many these were."""
-    found = family(process)
-    for one in found:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            one.kill()
-    return len(found)

@@ -93,7 +93,7 @@ def _tower(ours: bool, tower: str, batch: int, training: bool, device: str) -> W
 
 
 def contests(device: str) -> list[Contest]:
-    found = []
+    contests_of_row = []
     sizes = {"B/16-224": (4, 0.97), "L/14-336, 4 layers": (2, 1.00)}
     if device != "cpu":
         sizes = {tower: (128, goal) for tower, (_, goal) in sizes.items()}
@@ -110,8 +110,8 @@ def contests(device: str) -> list[Contest]:
                 tolerance = dict.fromkeys(tolerance, 3e-2)
             work = "forward and backward" if training else "forward"
             rounds = 3 if training else 5
-            found.append(Contest(f"{tower}, batch {batch}, {work}", contestants, goals, tolerance, rounds))
-    return found
+            contests_of_row.append(Contest(f"{tower}, batch {batch}, {work}", contestants, goals, tolerance, rounds))
+    return contests_of_row
 
 
 SHORTFALL = (

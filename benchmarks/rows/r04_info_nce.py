@@ -54,7 +54,7 @@ def _transformers() -> Callable:
 
 
 def contests(device: str) -> list[Contest]:
-    found = []
+    contests_of_row = []
     sizes = {8192: 0.18, 16384: 0.10} if device == "cpu" else {32768: 0.10}
     for batch, memory in sizes.items():
         sized = {"batch": batch, "device": device, "noise": 8, "scale": SCALE}
@@ -69,8 +69,8 @@ def contests(device: str) -> list[Contest]:
         tolerance = {"loss": 1e-5, **dict.fromkeys(("image_gradient", "text_gradient", "scale_gradient"), 1e-4)}
         rounds = 5 if batch < 10_000 else 3
         note = "" if device == "cpu" else INF_CL
-        found.append(Contest(f"batch {batch:,}", contestants, tuple(goals), tolerance, rounds, note=note))
-    return found
+        contests_of_row.append(Contest(f"batch {batch:,}", contestants, tuple(goals), tolerance, rounds, note=note))
+    return contests_of_row
 
 
 ROW = Row("R4", "InfoNCE forward and backward, width 512", contests, ("cpu", "cuda"))

@@ -74,10 +74,10 @@ def _clip_benchmark() -> Callable:
         positive_pairs = torch.zeros_like(scores, dtype=torch.bool)
         positive_pairs[torch.arange(len(scores)), owner] = True
         hits = []
-        for one, other in ((scores, positive_pairs), (scores.T, positive_pairs.T)):
+        for of_queries, pairs in ((scores, positive_pairs), (scores.T, positive_pairs.T)):
             for k in KS:
-                recall = (batchify(recall_at_k, one, other, BATCH, "cpu", k=k) > 0).float().mean().item()
-                hits.append(round(recall * len(one), 2))
+                recall = (batchify(recall_at_k, of_queries, pairs, BATCH, "cpu", k=k) > 0).float().mean().item()
+                hits.append(round(recall * len(of_queries), 2))
         return hits
 
     return measure
@@ -88,7 +88,7 @@ def contests(device: str) -> list[Contest]:
         "Equal scores are among right texts (repeated captions) and among wrong images (pictures without a caption "
         "that stand twice), so that the hits do not depend on how a sort orders them; they are compared as integers."
     )
-    found = []
+    contests_of_row = []
     for images, time, rounds in ((1000, 0.1, 3), (5000, 0.033, 3)):
         contestants = {
             "ours": Contestant(partial(_contestant, _ours, images)),
@@ -96,8 +96,8 @@ def contests(device: str) -> list[Contest]:
         }
         goals = (Goal("CLIP_benchmark", "cpu", time), Goal("CLIP_benchmark", "memory", 0.1))
         title = f"{images:,} images x {images * CAPTIONS:,} texts"
-        found.append(Contest(title, contestants, goals, {"hits": 0.0}, rounds, note=note))
-    return found
+        contests_of_row.append(Contest(title, contestants, goals, {"hits": 0.0}, rounds, note=note))
+    return contests_of_row
 
 
 ROW = Row("R7", "recall@1, 5, 10 in both directions, width 512, with equal scores", contests)

@@ -64,8 +64,8 @@ def _cache() -> Work:
         for start in range(0, IMAGES, BATCH):
             images = order[start : start + BATCH]
             # As the collator calls it.
-            found = cache.lookup([texts[2 * image + drawn[image]] for image in images], dtype=None)
-            yield [f"{image:05}" for image in images], found
+            embeddings = cache.lookup([texts[2 * image + drawn[image]] for image in images], dtype=None)
+            yield [f"{image:05}" for image in images], embeddings
 
     return lambda: _consume(batches(), _size(folder))
 

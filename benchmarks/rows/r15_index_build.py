@@ -8,12 +8,12 @@ COUNT, CELLS = 1_000_000, 1024
 FAISS = f"faiss IVF{CELLS},SQ8"
 
 
-def _ours(count: int = COUNT) -> Work:
+def _ours() -> Work:
     import llm2clip.search.search_index  # noqa: F401  # imports are not measured
     from benchmarks.search_inputs import Mixture, build_index
     from benchmarks.small_llama import new_folder
 
-    folder, mixture = new_folder(), Mixture(count)
+    folder, mixture = new_folder(), Mixture(COUNT)
 
     def work() -> Outcome:
         index = build_index(folder / "index", mixture, index_type="ivf_rq")
@@ -22,13 +22,13 @@ def _ours(count: int = COUNT) -> Work:
     return work
 
 
-def _faiss(count: int = COUNT) -> Work:
+def _faiss() -> Work:
     import faiss
 
     from benchmarks.search_inputs import Mixture, build_faiss_index
     from benchmarks.small_llama import new_folder
 
-    folder, mixture = new_folder(), Mixture(count)
+    folder, mixture = new_folder(), Mixture(COUNT)
 
     def work() -> Outcome:
         index = build_faiss_index(mixture, CELLS)

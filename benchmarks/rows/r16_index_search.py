@@ -20,13 +20,13 @@ EXACT = "faiss IndexFlatIP"
 class _Inputs:
     """Vectors, queries of the same kind, and the ten best for each condition."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self) -> None:
         import faiss
         import numpy as np
 
         from benchmarks.search_inputs import TOP, Mixture, build_exact_index, selection
 
-        self.mixture = Mixture(count)
+        self.mixture = Mixture(COUNT)
         self.queries = Mixture(QUERIES, seed=1000).vectors.astype(np.float32)
         sources = self.mixture.sources
         self.allowed = {name: None if value is None else sources == value for name, value in CONDITIONS.items()}
@@ -47,38 +47,38 @@ class _Inputs:
         values, metrics = {}, {}
         for name, best in self.best.items():
             start = time.process_time()
-            found = [search(query[None], name) for query in self.queries]
-            metrics[f"ms/query{name}"] = (time.process_time() - start) / len(found) * 1000
-            scores, numbers = (np.concatenate(parts) for parts in zip(*found, strict=True))
+            answers = [search(query[None], name) for query in self.queries]
+            metrics[f"ms/query{name}"] = (time.process_time() - start) / len(answers) * 1000
+            scores, numbers = (np.concatenate(parts) for parts in zip(*answers, strict=True))
             metrics[f"missed{name}"] = 1 - recall(numbers, best)
             values[f"score{name}"] = scores.mean()
         return Outcome(values, metrics)
 
 
-def _ours(count: int = COUNT) -> Work:
+def _ours() -> Work:
     import numpy as np
 
     from benchmarks.search_inputs import TOP, build_index
     from benchmarks.small_llama import new_folder
 
-    inputs = _Inputs(count)
+    inputs = _Inputs()
     index = build_index(new_folder() / "index", inputs.mixture, index_type="ivf_rq", probes=PROBES)
     del inputs.mixture  # a gigabyte
     conditions = {name: value and f"source = '{value}'" for name, value in CONDITIONS.items()}
 
     def search(query: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
-        found = index.search(query, TOP, conditions[name])[0]
-        return np.array([[one.score for one in found]]), np.array([[int(one.key) for one in found]])
+        hits = index.search(query, TOP, conditions[name])[0]
+        return np.array([[hit.score for hit in hits]]), np.array([[int(hit.key) for hit in hits]])
 
     return lambda: inputs.measure(search)
 
 
-def _faiss(kind: str, count: int = COUNT) -> Work:
+def _faiss(kind: str) -> Work:
     import faiss
 
     from benchmarks.search_inputs import TOP, build_exact_index, build_faiss_index, selection
 
-    inputs = _Inputs(count)
+    inputs = _Inputs()
     exact = kind == EXACT
     index = build_exact_index(inputs.mixture) if exact else build_faiss_index(inputs.mixture, CELLS)
 

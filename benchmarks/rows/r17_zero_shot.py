@@ -45,9 +45,9 @@ def _inputs(count: int) -> tuple[Path, str]:
 
     folder = new_folder()
     for number, (pixels, label) in enumerate(zip(*_pictures(count), strict=True)):
-        place = folder / "images" / "test" / str(label)
-        place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(place / f"{number:05}.png")
+        folder_of_class = folder / "images" / "test" / str(label)
+        folder_of_class.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder_of_class / f"{number:05}.png")
     (folder / "images" / "classnames.txt").write_text("".join(f"thing {label}\n" for label in range(CLASSES)))
     (folder / f"{NAME}.json").write_text(json.dumps(ARCHITECTURE))
     open_clip.add_model_config(folder / f"{NAME}.json")

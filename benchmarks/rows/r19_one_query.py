@@ -11,7 +11,7 @@ from benchmarks.row import Contest, Contestant, Goal, Outcome, Row, Work
 if TYPE_CHECKING:
     from torch import Tensor
 
-QUERIES, TOKENS, LAYERS = 50, 12, 6
+QUERIES, TOKENS = 50, 12
 # SmolLM2-135M, the LLM of the quickstart, except for its vocabulary.
 TEACHER = {"hidden": 576, "mlp": 1536, "layers": 30}
 MS = "ms/query"
@@ -37,18 +37,18 @@ def _one_by_one(encode: Callable[[str], Tensor]) -> Work:
     return work
 
 
-def _torch(dtype: str = "float32", layers: int = LAYERS) -> Work:
+def _torch(dtype: str = "float32") -> Work:
     import torch
 
     from benchmarks.small_llama import new_folder
     from benchmarks.student_inputs import write_student
     from modeling_llm2clip.query_encoder_llm2clip import QueryEncoder
 
-    folder = write_student(new_folder(), layers)
+    folder = write_student(new_folder())
     return _one_by_one(QueryEncoder.from_pretrained(folder, dtype=getattr(torch, dtype)).encode)
 
 
-def _int8(layers: int = LAYERS) -> Work:
+def _int8() -> Work:
     import numpy as np
     import onnxruntime
     import torch
@@ -58,7 +58,7 @@ def _int8(layers: int = LAYERS) -> Work:
     from benchmarks.small_llama import new_folder
     from benchmarks.student_inputs import INPUTS, export_graph, write_student
 
-    folder = write_student(new_folder(), layers)
+    folder = write_student(new_folder())
     quantize_dynamic(export_graph(folder), folder / "int8.onnx", per_channel=True)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1

@@ -45,9 +45,8 @@ def _post(connection: HTTPConnection, path: str, text: str) -> bytes:
 def _served(
     server: Callable[[Path, int], tuple[list[str], str]],
     tokens: int | None,
-    requests: int = REQUESTS,
-    layers: int = 6,
-    clients: int = 32,
+    requests: int,
+    clients: int,
 ) -> Work:
     """Start a server, and send it requests of one text each, of so many tokens or of many lengths."""
     import numpy as np
@@ -60,7 +59,7 @@ def _served(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     folder = new_folder()
-    command, path = server(write_student(folder / "student", layers), port)
+    command, path = server(write_student(folder / "student"), port)
     # Otherwise infinity reports to its makers.
     environment = {**os.environ, "DO_NOT_TRACK": "1", "INFINITY_ANONYMOUS_USAGE_STATS": "0"}
     process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL)

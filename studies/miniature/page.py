@@ -25,9 +25,10 @@ def collect(folder: Path, tables: Iterable[str]) -> None:
     """Copy the results of some tables from a folder beside this file, one file a table."""
     RESULTS.mkdir(exist_ok=True)
     for table in tables:
-        found = [(run, path) for run in runs_of(table) if (path := result_path(folder, run)).is_file()]
+        finished = [(run, path) for run in runs_of(table) if (path := result_path(folder, run)).is_file()]
         rows = [
-            {"arm": run.arm, "seed": run.seed, **json.loads(path.read_text(encoding="utf-8"))} for run, path in found
+            {"arm": run.arm, "seed": run.seed, **json.loads(path.read_text(encoding="utf-8"))}
+            for run, path in finished
         ]
         if rows:
             (RESULTS / f"{table}.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
@@ -60,17 +61,17 @@ def columns_of(fields: dict[str, Any]) -> dict[str, tuple[str, ...]]:
     """Return the scores of each column of a table, whose mean is shown."""
     if "columns" in fields:
         return {title: (key,) for key, title in fields["columns"].items()}
-    found: dict[str, tuple[str, ...]] = {}
+    columns: dict[str, tuple[str, ...]] = {}
     names = {**NAMES, **fields.get("names", {})}
     for test in fields.get("shown", tests_of(fields)):
         if test in NEGATIVES:
-            found[test.replace("_", " ")] = (test,)
+            columns[test.replace("_", " ")] = (test,)
             continue
         split, _, language = test.partition("_")
         title = test if test in DESCRIPTIONS else language or names[split]
         ranks = (1, 10) if title in names.values() else (10,)
-        found |= {f"{title}, R@{rank}": tuple(f"{test}/{way}_recall@{rank}" for way in WAYS) for rank in ranks}
-    return found
+        columns |= {f"{title}, R@{rank}": tuple(f"{test}/{way}_recall@{rank}" for way in WAYS) for rank in ranks}
+    return columns
 
 
 def value(row: dict[str, Any], keys: Sequence[str]) -> float:
@@ -97,10 +98,10 @@ def draw(name: str) -> None:
     arms = [arm for arm in fields["arms"] if any(row["arm"] == arm for row in rows)]
     figure, axes = panels(len(titles), 1 + 0.26 * len(arms))
     for axis, title in zip(axes, titles, strict=True):
-        for place, arm in enumerate(arms):
+        for position, arm in enumerate(arms):
             values = [100 * value(row, columns[title]) for row in rows if row["arm"] == arm]
             error = stdev(values) if len(values) > 1 else 0
-            axis.errorbar(mean(values), place, xerr=error, fmt="o", capsize=3, color="tab:blue")
+            axis.errorbar(mean(values), position, xerr=error, fmt="o", capsize=3, color="tab:blue")
         axis.set(title=f"{title}, %", yticks=range(len(arms)), yticklabels=arms if axis is axes[0] else [])
         axis.invert_yaxis()
         axis.set_xlim(left=0)

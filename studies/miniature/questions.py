@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -29,36 +28,28 @@ def questions(row: Mapping[str, Any]) -> list[dict[str, str]]:
     things = json.loads(row["objects"])
     # A third of the scenes has two of one thing and a third three, so that the numbers come equally often.
     several = [thing for thing in things if thing["count"] > 1]
-    found = []
+    asked = []
     for kind in random.sample(KINDS, A_SCENE):
         thing = random.choice(several if several and kind == "how many" else things)
-        name, one = thing["caption"], thing["count"] == 1
+        name, is_single = thing["caption"], thing["count"] == 1
         names = plural(name)
         question, answer = {
             "what": (f"What is {IN_A[thing['place']]}?", name),
-            "where": (f"Where is the {name}?" if one else f"Where are the {names}?", thing["place"]),
+            "where": (f"Where is the {name}?" if is_single else f"Where are the {names}?", thing["place"]),
             "how many": (f"How many {names} are there?", NUMBERS[thing["count"]]),
             "how large": (f"How large is what is {IN_A[thing['place']]}?", thing["size"]),
         }[kind]
-        found.append({"question": question, "answer": answer, "kind": kind})
-    return found
-
-
-def most_frequent(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Measure by kind how often the most frequent answer is right: what can be known without question and picture."""
-    answers: dict[str, Counter[str]] = {}
-    for row in rows:
-        answers.setdefault(row["kind"], Counter())[row["answer"]] += 1
-    return {kind: max(found.values()) / found.total() for kind, found in answers.items()}
+        asked.append({"question": question, "answer": answer, "kind": kind})
+    return asked
 
 
 def write(path: Path, pictures: Path) -> None:
     """Write the questions about a file of `scenes.write`, with their pictures."""
     rows = pq.read_table(pictures, columns=["key", "objects", "image"]).to_pylist()
-    found = [{**asked, "image": row["image"]} for row in rows for asked in questions(row)]
-    features = {column: datasets.Value("string") for column in found[0]} | {"image": datasets.Image()}
+    content = [{**asked, "image": row["image"]} for row in rows for asked in questions(row)]
+    features = {column: datasets.Value("string") for column in content[0]} | {"image": datasets.Image()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    datasets.Dataset.from_list(found, features=datasets.Features(features)).to_parquet(path)
+    datasets.Dataset.from_list(content, features=datasets.Features(features)).to_parquet(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

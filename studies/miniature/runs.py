@@ -97,8 +97,8 @@ class Run:
 
 def read_table(name: str) -> dict[str, Any]:
     """Read a table's file."""
-    found: dict[str, Any] = yaml.safe_load((TABLES / f"{name}.yaml").read_text(encoding="utf-8"))
-    return found
+    table: dict[str, Any] = yaml.safe_load((TABLES / f"{name}.yaml").read_text(encoding="utf-8"))
+    return table
 
 
 def runs_of(name: str) -> list[Run]:
@@ -111,10 +111,10 @@ def _arms_of(name: str, table: Mapping[str, Any], seed: int) -> dict[str, Run]:
     """Build the runs of a seed; an arm stands below those whose model it takes."""
     data, arms = table.get("data", "concepts"), table["arms"]
     taken = {parent for fields in arms.values() for role, parent in fields.items() if role in ROLES}
-    found: dict[str, Run] = {}
+    runs: dict[str, Run] = {}
     for arm, fields in arms.items():
         encoders = fields.get("encoders", arm)
-        found[arm] = Run(
+        runs[arm] = Run(
             table=name,
             arm=arm,
             seed=seed,
@@ -127,11 +127,11 @@ def _arms_of(name: str, table: Mapping[str, Any], seed: int) -> dict[str, Run]:
             rows=fields.get("rows", table.get("rows", data)),
             pictures=fields.get("pictures", "train"),
             validation=fields.get("validation", "validation"),
-            parents={role: found[fields[role]] for role in ROLES if role in fields},
+            parents={role: runs[fields[role]] for role in ROLES if role in fields},
             share=fields.get("share"),
             is_kept=arm in taken,
         )
-    return found
+    return runs
 
 
 def settings_of(given: str | dict[str, Any] | list[Any]) -> dict[str, Any]:
@@ -190,14 +190,14 @@ def execute_one(run: Run, folder: Path) -> float:
     models = {role: _trained(parent, material) for role, parent in run.parents.items()}
     begin_cpu = time.process_time()
     if run.kind == CAPTIONS:
-        found = _captions(caches[0])
+        result = _captions(caches[0])
     else:
         measure = _questions if run.kind == QUESTIONS else _stage2
-        found = measure(run, material, caches, models)
-    found = {**found, "cpu_seconds": round(time.process_time() - begin_cpu, 1)}
+        result = measure(run, material, caches, models)
+    result = {**result, "cpu_seconds": round(time.process_time() - begin_cpu, 1)}
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    unfinished.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    unfinished.write_text(json.dumps(result, indent=1), encoding="utf-8")
     unfinished.replace(path)
     return time.monotonic() - begin
 
@@ -205,7 +205,7 @@ def execute_one(run: Run, folder: Path) -> float:
 def _captions(cache_folder: Path) -> dict[str, Any]:
     """Measure retrieval between texts about one thing."""
     lookup = EmbeddingCache.open(cache_folder).lookup
-    found: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
     sources = {
         "lemma_to_gloss": PairSource(
             str(DATA / "glosses"), split="test", anchor_column="lemmas", positive_column="gloss"
@@ -217,18 +217,18 @@ def _captions(cache_folder: Path) -> dict[str, Any]:
     for name, source in sources.items():
         pairs = CaptionPairData.from_source(source)
         scores = caption_retrieval_metrics(lookup(pairs.queries), lookup(pairs.targets), pairs.matches)
-        found |= {f"{name}/{key}": value for key, value in scores.items()}
-    return found
+        measured |= {f"{name}/{key}": value for key, value in scores.items()}
+    return measured
 
 
 def _stage2(run: Run, material: Material, caches: list[Path], models: Mapping[str, Path]) -> dict[str, Any]:
     output = _trained(run, material, caches, models)
     state = output / "trainer_state.json"
     epoch = _best_epoch(json.loads(state.read_text(encoding="utf-8"))) if state.is_file() else None
-    found = {"epoch": epoch, **_measure(run, material, output, caches)}
+    result = {"epoch": epoch, **_measure(run, material, output, caches)}
     if not run.is_kept:
         shutil.rmtree(output)
-    return found
+    return result
 
 
 def _trained(
@@ -271,9 +271,9 @@ def _questions(run: Run, material: Material, caches: list[Path], models: Mapping
     }
     words = [f"--{name}={value}" for name, value in options.items()]
     main(words + ["--bf16"] * has_fast_bfloat16())
-    found: dict[str, Any] = json.loads((output / "scores.json").read_text(encoding="utf-8"))
+    scores: dict[str, Any] = json.loads((output / "scores.json").read_text(encoding="utf-8"))
     shutil.rmtree(output)
-    return found
+    return scores
 
 
 def recipe_of(run: Run, material: Material, caches: list[Path], models: Mapping[str, Path]) -> dict[str, Any]:
@@ -344,13 +344,13 @@ def _measure(run: Run, material: Material, folder: Path, caches: list[Path]) -> 
     if "lora_rank" in run.settings:  # the stored rows of texts are those of the LLM before
         encoder = load_encoder(str(folder))
     session = Session(encoder, show_progress_bar=False)
-    found: dict[str, float] = {}
+    scores: dict[str, float] = {}
     for name, data in sets.items():
         if name in NEGATIVES:
-            found[name] = _accuracy(session, sets["long_a"], data)
+            scores[name] = _accuracy(session, sets["long_a"], data)
         else:
-            found |= {f"{name}/{key}": value for key, value in image_text_metrics(session, data).items()}
-    return found
+            scores |= {f"{name}/{key}": value for key, value in image_text_metrics(session, data).items()}
+    return scores
 
 
 def _accuracy(session: Session, right: RetrievalData, wrong: RetrievalData) -> float:
@@ -367,9 +367,9 @@ def _tests(run: Run, material: Material) -> dict[str, CaptionSource]:
     if run.data == "scenes":
         path = str(material.data("scenes/test"))
         return {name: CaptionSource(path, caption_columns=[name]) for name in run.tests}
-    found = {}
+    sources = {}
     for name in ("validation", *run.tests):
         split, _, language = name.partition("_")
         column = f"caption_{language}" if language else "caption"
-        found[name] = CaptionSource(str(material.data(split)), caption_columns=[column])
-    return found
+        sources[name] = CaptionSource(str(material.data(split)), caption_columns=[column])
+    return sources

@@ -90,14 +90,14 @@ class Thing:
 
 def related(things: Sequence[Thing]) -> list[tuple[int, int, list[bool]]]:
     """List the pairs of which the first is left of the second or above it: two numbers, and which of the two holds."""
-    found: list[tuple[int, int, list[bool]]] = []
+    pairs: list[tuple[int, int, list[bool]]] = []
     for one, other in combinations(range(len(things)), 2):
         for first, second in ((one, other), (other, one)):
             holds = [things[first].precedes(things[second], axis) for axis in (0, 1)]
             # Of two things, either can be the first where one is left of the other and below it.
-            if any(holds) and (not found or found[-1][:2] != (second, first)):
-                found.append((first, second, holds))
-    return found
+            if any(holds) and (not pairs or pairs[-1][:2] != (second, first)):
+                pairs.append((first, second, holds))
+    return pairs
 
 
 def plural(name: str) -> str:
@@ -138,8 +138,8 @@ def named(thing: Thing, sizes: bool = True) -> str:
     return f"{article(phrase) if thing.count == 1 else NUMBERS[thing.count]} {phrase}"
 
 
-def named_a(thing: Thing, one: str) -> str:
-    return f"{one if thing.count == 1 else NUMBERS[thing.count]} {thing.size} {noun(thing)}"
+def named_a(thing: Thing, single: str) -> str:
+    return f"{single if thing.count == 1 else NUMBERS[thing.count]} {thing.size} {noun(thing)}"
 
 
 def named_b(thing: Thing) -> str:
@@ -163,8 +163,8 @@ def relation_b(one: Thing, other: Thing, holds: Sequence[bool]) -> str:
     return f"the {noun(other)} {be(other)} {' and '.join(parts)} than the {noun(one)}"
 
 
-def sentence_a(thing: Thing, one: str, random: Random) -> str:
-    name, at, verb = named_a(thing, one), IN_A[thing.place], be(thing)
+def sentence_a(thing: Thing, single: str, random: Random) -> str:
+    name, at, verb = named_a(thing, single), IN_A[thing.place], be(thing)
     return random.choice((f"there {verb} {name} {at}", f"{at} there {verb} {name}", f"{name} {verb} {at}"))
 
 
@@ -177,8 +177,8 @@ def long_a(things: Sequence[Thing], random: Random, told: Sequence[Thing] = ()) 
     """Describe a scene in a sentence per thing; `told` are the same things after one change, for a negative."""
     told = told or things
     kinds = len(things)
-    one = random.choice(ONE)
-    said = [sentence_a(told[number], one, random) for number in random.sample(range(kinds), kinds)]
+    single = random.choice(ONE)
+    said = [sentence_a(told[number], single, random) for number in random.sample(range(kinds), kinds)]
     opening = random.choice(
         (
             f"the picture shows {NUMBERS[kinds]} kinds of things on white paper",

@@ -71,15 +71,15 @@ def nouns(split: str) -> list[Noun]:
     by_name: dict[str, list[dict[str, Any]]] = {}
     for row in rows.to_pylist():
         by_name.setdefault(row["caption"].lower(), []).append(row)
-    found = []
+    chosen = []
     for name in (COMMITTED / "nouns.txt").read_text().splitlines():
         named = by_name.get(name.lower(), [])
         named = [row for row in named if row["source"] != "openclipart"] or named
         kept = [row for row in named if clear_of_edges(Image.open(io.BytesIO(row["image"]["bytes"])))]
         if kept:
             keywords = frozenset(re.findall("[a-z]+", " ".join(row["keywords"] or "" for row in kept).lower()))
-            found.append(Noun(name, tuple(sorted(row["key"] for row in kept)), keywords))
-    return found
+            chosen.append(Noun(name, tuple(sorted(row["key"] for row in kept)), keywords))
+    return chosen
 
 
 def put(random: Random, thing: Thing) -> Thing | None:

@@ -19,6 +19,7 @@ from torch.nn.functional import normalize
 
 from llm2clip.encoders import Encoder
 from llm2clip.encoders.encoder import EncodedRows
+from llm2clip.evaluation.data import BenchmarkImages
 from llm2clip.evaluation.session import Session
 
 Table = Sequence[Sequence[float]] | Tensor | Mapping[Any, Sequence[float] | Tensor]
@@ -109,6 +110,11 @@ class FakeSession(Session):
     @property
     def embedded(self) -> list[list[str] | int]:
         return self.encoder.embedded
+
+
+def numbered_images(count: int) -> BenchmarkImages:
+    """Images of the contents `0`, `1` and so on."""
+    return BenchmarkImages([str(number).encode() for number in range(count)])
 
 
 def _find(table: Table, images: Any, rows: Sequence[int]) -> Tensor:

@@ -3,54 +3,32 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llm2clip import cli
+from llm2clip import Benchmark, BenchmarkImages, DataPart, cli
+from llm2clip.evaluation.benchmarks.checksum import data_checksum
+from llm2clip.evaluation.check_benchmark import check_benchmark
 from tests.llm2clip.checks.tokenizers import save_tokenizer
 from tests.llm2clip.data.conftest import png
+from tests.llm2clip.evaluation import captioned_set
 
-# A set of a stranger: an image for each list of captions.
-MODULE = """
-import json
-from llm2clip.evaluation.benchmark import Benchmark
-from llm2clip.evaluation.data import BenchmarkImages, RetrievalData
-
-
-def read(folder):
-    rows = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
-    images = BenchmarkImages([folder / name for name in rows]).require_files("Tiny")
-    return RetrievalData.from_captions(images, list(rows.values()))
-
-
-BENCHMARKS = [
-    Benchmark(
-        name="tiny", title="Tiny", groups=("short",), folder="tiny", needs=("captions.json",), files="captions.json",
-        counts={"images": 3, "texts": 5}, license="MIT", source="Here.", read=read, protocol="retrieval",
-    )
-]
-"""
 CAPTIONS = {"a.png": ["a dog", "a dog", "一只狗"], "b.png": [""], "c.png": ["one two three four five"]}
 
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
-    """Write a whole set; returns the folder of sets, with the module beside it."""
-    (tmp_path / "tiny.py").write_text(MODULE)
-    folder = tmp_path / "sets" / "tiny"
-    folder.mkdir(parents=True)
-    (folder / "captions.json").write_text(json.dumps(CAPTIONS, ensure_ascii=False), encoding="utf-8")
-    for shade, name in enumerate(CAPTIONS):
-        (folder / name).write_bytes(png(shade))
-    return folder.parent
+    """Write a whole set; returns the folder of sets."""
+    return captioned_set.write_set(tmp_path / "sets", CAPTIONS).parent
 
 
 def check(tiny: Path, *options: str) -> tuple[int, dict[str, Any]]:
     """Run the command; returns its status and the report of the set."""
     output = tiny.parent / "report.json"
-    arguments = ["--benchmark", str(tiny.parent / "tiny.py"), "--data", str(tiny), "--output", str(output)]
+    arguments = ["--benchmark", captioned_set.__file__, "--data", str(tiny), "--output", str(output)]
     status = cli.main(["check-data", *arguments, *(options or ("--num-workers", "0"))])
     return status, json.loads(output.read_text())["benchmarks"]["tiny"]
 
@@ -84,7 +62,7 @@ def test_a_whole_set(tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 
 
 def test_other_counts_stop_a_run(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tiny / "tiny" / "captions.json").write_text(json.dumps({"a.png": ["a dog"] * 5}))
+    captioned_set.write_set(tiny, {"a.png": ["a dog"] * 5})
     status, report = check(tiny)
     rows = "What stands out: the last image is number 1, a.png."
     assert (status, report["stops"]) == (1, ["there are 1 images instead of 3.", rows])
@@ -127,3 +105,47 @@ def test_settings_that_contradict_each_other(
 ) -> None:
     assert cli.main(["check-data", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@dataclass
+class Rated:
+    """Images, each with a text and how well it fits."""
+
+    images: BenchmarkImages
+    texts: list[str]
+    ratings: list[float]
+
+    def counts(self) -> dict[str, int]:
+        return {"ratings": len(self.ratings)}
+
+    def parts(self) -> list[DataPart]:
+        keys = [self.images.key(row) for row in range(len(self.images))]
+        rows = list(zip(keys, self.texts, strict=True))
+        return [DataPart(rows, ("texts",), self.images)]
+
+
+def read_rated(folder: Path) -> Rated:
+    return Rated(BenchmarkImages([folder / "a.png", folder / "b.png"]), ["a dog", "a dog"], [1.0, 0.5])
+
+
+RATED = Benchmark(
+    name="rated", title="Rated", groups=(), folder="rated", needs=("a.png",), files="a.png, b.png",
+    counts={"ratings": 2}, license="yours", source="here", read=read_rated, protocol="none of these",
+)  # fmt: skip
+
+
+def test_data_of_a_strangers_class_are_counted_checked_and_identified(tmp_path: Path) -> None:
+    """Counts and parts are all that messages, checksums and check-data ask for."""
+    folder = tmp_path / "rated"
+    folder.mkdir()
+    for name in ("a.png", "b.png"):
+        (folder / name).write_bytes(png(1))
+    data = read_rated(folder)
+    assert RATED.differences(data.counts()) == []
+    assert replace(RATED, counts={"ratings": 3}).differences(data.counts()) == ["2 ratings instead of 3"]
+    assert (
+        data_checksum(data) == data_checksum(read_rated(folder)) != data_checksum(replace(data, ratings=[1.0, 0.25]))
+    )
+    report = check_benchmark(RATED, tmp_path, num_workers=0)
+    assert (report["stops"], report["counts"], report["rows"], report["usable_rows"]) == ([], {"ratings": 2}, 2, 2)
+    assert report["findings"]["repeated captions"]["count"] == 1

@@ -17,8 +17,10 @@ from llm2clip.evaluation.benchmarks import all_benchmarks, choose_benchmarks
 from llm2clip.evaluation.evaluate_config import OF_OWN_DATA
 from llm2clip.evaluation.metrics import retrieval_metrics
 from llm2clip.evaluation.session import Session
+from llm2clip.utils.stopping import INTERRUPTED
 from tests.builders import tiny
 from tests.llm2clip.evaluation.strange import STRANGE
+from tests.llm2clip.trainers.stages import interrupt
 from tests.processes import run_ranks
 
 
@@ -75,22 +77,13 @@ def test_a_strangers_benchmark_is_measured_printed_and_found_again(
     assert_equal(result_of(tmp_path), result)
 
 
-class Killed(BaseException):
-    """What nothing catches."""
-
-
 def test_a_killed_evaluation_goes_on_with_the_same_numbers(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = command(place, tmp_path / "killed")
-
-    def killed(*_: object) -> None:
-        raise Killed
-
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "embed_texts", killed)
-        with pytest.raises(Killed):
-            cli.main(arguments)
+        patch.setattr(Session, "embed_texts", interrupt)
+        assert cli.main(arguments) == INTERRUPTED
     assert not list((tmp_path / "killed").glob("*.json"))
     stored = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").rglob("*.safetensors")}
     assert stored

@@ -10,47 +10,24 @@ from typing import Any
 import pytest
 import torch
 
-from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError, Measurement
+from llm2clip.evaluation.benchmark import BenchmarkError, Measurement
 from llm2clip.evaluation.benchmarks.checksum import data_checksum
-from llm2clip.evaluation.data import (
-    BenchmarkImages,
-    ClassificationData,
-    PairData,
-    RetrievalData,
-)
+from llm2clip.evaluation.data import ClassificationData
 from llm2clip.evaluation.evaluate import evaluate, find_benchmarks
 from llm2clip.evaluation.results import Result, read_result
+from tests.llm2clip.evaluation.captioned_set import BENCHMARKS, read, write_set
 from tests.llm2clip.evaluation.fake_session import FakeEncoder
 
 TEXTS = {"a dog": [1.0, 0.0], "a red cat that sleeps": [0.0, 1.0], "a bird": [1.0, 0.2], "": [0.0, 1.0]}
 FILE = "models--tiny--one.tiny.raw.json"
 
 
-def read(folder: Path) -> RetrievalData:
-    rows = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
-    images = BenchmarkImages([folder / row["image"] for row in rows])
-    return RetrievalData.from_captions(images, [row["captions"] for row in rows])
-
-
-BENCHMARK = Benchmark(
-    name="tiny", title="Tiny set", groups=("short", "paper"), folder="Tiny", needs=("captions.json", "images"),
-    files="captions.json, images", counts={"images": 2, "texts": 3}, license="MIT", source="This test.",
-    read=read, protocol="retrieval", note="A trap.",
-)  # fmt: skip
+BENCHMARK = replace(BENCHMARKS[0], counts={"images": 2, "texts": 3})
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    folder = tmp_path / "data" / "Tiny"
-    (folder / "images").mkdir(parents=True)
-    rows = [
-        {"image": "images/0.png", "captions": ["a dog", "a bird"]},
-        {"image": "images/1.png", "captions": ["a red cat that sleeps"]},
-    ]
-    for row in rows:
-        (folder / str(row["image"])).write_bytes(str(row["image"]).encode())
-    (folder / "captions.json").write_text(json.dumps(rows))
-    return tmp_path / "data"
+    return write_set(tmp_path / "data", {"0.png": ["a dog", "a bird"], "1.png": ["a red cat that sleeps"]}).parent
 
 
 def encoder(**options: Any) -> FakeEncoder:
@@ -80,7 +57,7 @@ def test_a_result_says_all_that_is_needed_to_compare_it_and_is_found_again(data:
     assert (found["counts"]["texts"], found["counts"]["truncated_texts"]) == (3, 1)
     assert found["ranks"]["text_to_image_mean_rank"] == 1.0
     assert found["groups"]["length"]["0-16"]["texts"] == 3
-    assert found["data"] == {"folder": str(data / "Tiny"), "checksum": data_checksum(read(data / "Tiny"))}
+    assert found["data"] == {"folder": str(data / "tiny"), "checksum": data_checksum(read(data / "tiny"))}
     assert set(found["seconds"]) == {"read", "images", "texts", "measure", "intervals"}
     assert (found["processes"], found["differences"]) == (1, [])
     assert read_result(tmp_path / "out" / FILE) == result
@@ -110,7 +87,7 @@ def test_a_result_of_something_else_is_not_taken_for_this_one(data: Path, tmp_pa
     words = r"tiny\.raw\.json is a finished .* change of the weights or preprocessing of the model and of the dtype"
     with pytest.raises(ValueError, match=words):
         run(data, tmp_path / "out", other)
-    (data / "Tiny" / "images" / "0.png").write_bytes(b"another image")
+    (data / "tiny" / "0.png").write_bytes(b"another image")
     with pytest.raises(ValueError, match=r"change of the data\. --overwrite replaces it; another --output keeps both"):
         run(data, tmp_path / "out")
     with pytest.raises(ValueError, match="change of the data and of the options of the protocol"):
@@ -127,11 +104,10 @@ def test_a_damaged_result_says_how_it_is_replaced(data: Path, tmp_path: Path) ->
 
 
 def test_counts_that_differ_are_refused_or_told(data: Path, tmp_path: Path) -> None:
-    rows = [{"image": "images/0.png", "captions": ["a dog", "", "a bird", "a dog"]}]
-    (data / "Tiny" / "captions.json").write_text(json.dumps(rows))
+    write_set(data, {"0.png": ["a dog", "", "a bird", "a dog"]})
     with pytest.raises(
         BenchmarkError,
-        match=r"Tiny set in .* has 1 images instead of 2, 4 texts instead of 3: its numbers .* With --allow-counts",
+        match=r"Tiny in .* has 1 images instead of 2, 4 texts instead of 3: its numbers .* With --allow-counts",
     ):
         run(data, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -141,9 +117,9 @@ def test_counts_that_differ_are_refused_or_told(data: Path, tmp_path: Path) -> N
 
 
 def test_missing_files_are_named_with_their_place(data: Path) -> None:
-    assert find_benchmarks([BENCHMARK], data / "Tiny") == [(BENCHMARK, data / "Tiny")]
-    (data / "Tiny" / "images").rename(data / "Tiny" / "pictures")
-    with pytest.raises(BenchmarkError, match=r"tiny lacks images in .*/data/Tiny\. \(Source: This test\.\)"):
+    assert find_benchmarks([BENCHMARK], data / "tiny") == [(BENCHMARK, data / "tiny")]
+    (data / "tiny" / "captions.json").unlink()
+    with pytest.raises(BenchmarkError, match=r"tiny lacks captions\.json in .*/data/tiny\. \(Source: This test\.\)"):
         find_benchmarks([BENCHMARK], data)
     several = replace(BENCHMARK, name="other", folder="Other", needs=(("a.txt", "b*.txt", "./test.json"), "images"))
     with pytest.raises(BenchmarkError, match=r"tiny lacks .* other lacks a\.txt or b\*\.txt, images in .*/data\. "):
@@ -153,31 +129,15 @@ def test_missing_files_are_named_with_their_place(data: Path) -> None:
         find_benchmarks([several], data)
 
 
-NAMES = [f"Text {row}" for row in range(12)]
-ROWS = torch.randn(24, 3, generator=torch.Generator().manual_seed(2))
+def test_a_text_format_does_not_change_prompts_of_classes(data: Path) -> None:
+    def classes(folder: Path) -> ClassificationData:
+        return ClassificationData(read(folder).images, torch.tensor([0, 1]), ["A dog", "A bird"], ["{c}"])
 
-
-def pictures(count: int) -> BenchmarkImages:
-    return BenchmarkImages([f"image {row}".encode() for row in range(count)])
-
-
-def paired() -> PairData:
-    return PairData(pictures(12), list(NAMES), ["a", "a", "b", "a", "b", "c"])
-
-
-def classes() -> ClassificationData:
-    return ClassificationData(pictures(4), torch.tensor([0, 1, 1, 0]), NAMES[:2], ["{c}"])
-
-
-def test_a_text_format_does_not_change_prompts_of_classes(tmp_path: Path) -> None:
-    fields = {"name": "classes", "title": "Classes", "read": lambda _: classes()}
-    benchmark = Benchmark(**fields, protocol="zero-shot-classification")
-    captions = replace(benchmark, name="pairs", protocol="pair-scores", read=lambda _: paired())
-    texts = {form: row for name, row in zip(NAMES, ROWS, strict=False) for form in (name, name.lower())}
-    model = FakeEncoder({f"image {row}".encode(): ROWS[12 + row] for row in range(12)}, texts)
-    alone = run(tmp_path, None, model, benchmark=benchmark)
+    benchmark = replace(BENCHMARK, name="classes", counts={}, read=classes, protocol="zero-shot-classification")
+    model = FakeEncoder([[1.0, 0.0], [0.0, 1.0]], {**TEXTS, "A dog": [1.0, 0.0], "A bird": [0.0, 1.0]})
+    alone = run(data, None, model, benchmark=benchmark)
     with pytest.raises(ValueError, match="text_format is lower, but classes has no captions: leave it out"):
-        run(tmp_path, None, model, benchmark=benchmark, text_format="lower")
-    found = evaluate(model, [benchmark, captions], data=str(tmp_path), text_format="lower")
+        run(data, None, model, benchmark=benchmark, text_format="lower")
+    found = evaluate(model, [benchmark, BENCHMARK], data=str(data), text_format="lower")
     assert [one.setup["text_format"] for one in found] == ["raw", "lower"]
     assert replace(found[0], seconds=alone.seconds) == alone

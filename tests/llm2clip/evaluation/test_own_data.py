@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from pathlib import Path
@@ -26,6 +25,7 @@ from llm2clip.store import Store
 from llm2clip.utils.embeddings import NonFiniteError
 from tests.builders import tiny
 from tests.llm2clip.encoders.models import save_transformers
+from tests.pictures import encode
 
 # Of six images; two share a caption, one has one twice in other case, one has an empty one, and one has none.
 CAPTIONS = [["a dog", "a cat"], ["a dog"], ["a bus", "a bus", "A Bus", ""], ["a red park"], [], ["two trees, old"]]
@@ -37,9 +37,8 @@ def write_table(path: Path, broken: int | None = None) -> str:
     """Write the images, of which one may be broken, with keys and captions."""
     rows: dict[str, list[Any]] = {"key": [f"k{number}" for number in range(6)], "image": [], "caption": CAPTIONS}
     for number in range(6):
-        stream = io.BytesIO()
-        tiny.IMAGES[number % 2].rotate(10 * number).save(stream, "PNG")
-        rows["image"].append(b"no image" if number == broken else stream.getvalue())
+        picture = encode(tiny.IMAGES[number % 2].rotate(10 * number))
+        rows["image"].append(b"no image" if number == broken else picture)
     datasets.Dataset.from_dict(rows).to_parquet(path)
     return str(path)
 

@@ -18,7 +18,6 @@ from llm2clip.evaluation.prompts import (
     imagenet_classes,
     imagenet_subset,
     name_of_templates,
-    prompts,
     read_names,
     template_set,
 )
@@ -62,15 +61,6 @@ def test_templates_equal_those_of_open_clip_and_clip_benchmark() -> None:
     assert template_set("paper") == ["a photo of the {c}"]
     assert [len(template_set(name)) for name in TEMPLATE_SETS] == [80, 7, 1, 18]
     assert [name_of_templates(template_set(name)) for name in TEMPLATE_SETS] == list(TEMPLATE_SETS)
-
-
-def test_prompts_stand_class_by_class_and_names_are_put_in_as_they_are() -> None:
-    assert prompts(["a{c}b", "dog"], ["x {c}", "{c}, {c} {d}"]) == [
-        "x a{c}b",
-        "a{c}b, a{c}b {d}",
-        "x dog",
-        "dog, dog {d}",
-    ]
 
 
 def test_files_of_names_and_templates_are_read_by_line(tmp_path: Path) -> None:

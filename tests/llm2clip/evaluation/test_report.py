@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from llm2clip import cli
+from llm2clip.evaluation.plots import draw_lengths, draw_models
 from llm2clip.evaluation.report import Report, compare_results
 from llm2clip.evaluation.results import PublishedRow, Result
 from tests.llm2clip.evaluation.made_results import RETRIEVAL, classification, retrieval, written
@@ -179,3 +180,44 @@ def test_mistakes_end_in_one_error(two_models: list[str], tmp_path: Path, capsys
         error = capsys.readouterr().err
         assert message in error
         assert "Traceback" not in error
+
+
+def test_bars_and_lines_show_the_scores() -> None:
+    results = [retrieval("a", t2i=0.5), retrieval("b", t2i=0.6), retrieval("b", "docci", t2i=0.7), classification("a")]
+    report = compare_results(results)
+    _, text_to_image, top1 = draw_models(report).axes
+    bars = {bars.get_label(): [round(bar.get_height(), 6) for bar in bars] for bars in text_to_image.containers[1::2]}
+    assert bars == {"a": [50.0], "b": [70.0, 60.0]}
+    (first,), (_, second) = text_to_image.containers[1::2]
+    assert first.get_x() + first.get_width() == pytest.approx(second.get_x()), "beside each other"
+    (whisker,) = text_to_image.containers[0].lines[2][0].get_segments()
+    assert whisker[:, 1].tolist() == pytest.approx([47.0, 52.0])
+    assert [label.get_text() for label in text_to_image.get_xticklabels()] == ["DOCCI", "Urban1k"]
+    assert [label.get_text() for label in top1.get_xticklabels()] == ["ImageNet-1k (openai-80)"]
+    figure = draw_lengths(report)
+    assert figure is not None
+    docci, urban = figure.axes
+    assert [label.get_text() for label in urban.get_xticklabels()] == ["17-32", "129-256", "513-"]
+    lines = {line.get_label(): [round(float(value), 6) for value in line.get_ydata()] for line in urban.get_lines()}
+    assert lines == {"a": [50.0, 60.0, 70.0], "b": [60.0, 70.0, 80.0]}
+    assert docci.get_title() == "DOCCI"
+
+
+def test_long_titles_stay_inside_the_figures_and_do_not_overlap() -> None:
+    differences = ["20 images instead of 1,000", "100 texts instead of 5,000"]
+    results = [retrieval("a", name, title=name, differences=differences) for name in ("docci", "urban1k", "iiw")]
+    results += [classification("a", differences=differences), retrieval("b")]
+    report = compare_results(results)
+    for figure in (draw_models(report), draw_lengths(report)):
+        assert figure is not None
+        figure.canvas.draw()
+        renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+        titles = [axis.title.get_window_extent(renderer) for axis in figure.axes]
+        labels = [label.get_window_extent(renderer) for axis in figure.axes for label in axis.get_xticklabels()]
+        for box in (*titles, *labels):
+            assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+            assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1
+        legend = figure.legends[0].get_window_extent(renderer)
+        assert not any(legend.overlaps(box) for box in labels)
+        assert not any(one.overlaps(other) for one in titles for other in titles if one is not other)
+        assert all(axis.bbox.height > 100 for axis in figure.axes)

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import functools
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
+from llm2clip.data import decode_image
 from llm2clip.encoders.load import load_encoder
 from llm2clip.evaluation import session as evaluation_session
 from llm2clip.evaluation.data import BenchmarkImages
 from llm2clip.evaluation.session import Session
 from llm2clip.utils.embeddings import NonFiniteError
 from tests.llm2clip.encoders.models import save_transformers
+from tests.llm2clip.evaluation.benchmarks.samples import picture
 from tests.llm2clip.evaluation.fake_session import FakeSession
 from tests.llm2clip.trainers.stages import interrupt
 
@@ -28,15 +27,8 @@ TEXTS = ["a small dog", "", "a red bus", "a small dog", "two children"]
 LARGE = 2**24 + 1
 
 
-def picture(number: int) -> bytes:
-    pixels = np.random.default_rng(number).integers(0, 255, (20, 24 + number, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def pictures(*numbers: int) -> BenchmarkImages:
-    return BenchmarkImages([picture(number) for number in numbers], [f"picture {number}" for number in numbers])
+    return BenchmarkImages([picture(8 * number) for number in numbers], [f"picture {number}" for number in numbers])
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +45,7 @@ def session(model: Path, store: Path | None, **options: Any) -> Session:
 def fake(store: Path | None, seed: int = 0) -> FakeSession:
     """A session of made rows, whose `embedded` says what was computed."""
     rows = torch.randn(3, 40, 8, generator=torch.Generator().manual_seed(seed))
-    images, features = ({picture(number): row for number, row in enumerate(part[:30])} for part in rows[:2])
+    images, features = ({picture(8 * number): row for number, row in enumerate(part[:30])} for part in rows[:2])
     texts = dict(zip([*TEXTS, "new"], rows[2], strict=False))
     wide = {content: torch.cat([row, row]) for content, row in features.items()}
     return FakeSession(images, texts, store, features=wide, name=f"fake {seed}")
@@ -73,7 +65,7 @@ def counts_of(one: Session, images: BenchmarkImages) -> Tensor:
 def test_rows_are_those_of_the_encoder_stored_or_not(model: Path, tmp_path: Path, num_workers: int) -> None:
     images = pictures(0, 1, 2, 1, 3)
     encoder = load_encoder(str(model))
-    prepared = [encoder.prepare(Image.open(io.BytesIO(content)), "image") for content in images.images]
+    prepared = [encoder.prepare(images.decode(row, decode_image), "image") for row in range(5)]
     inputs = {"pixel_values": torch.stack([one["pixel_values"] for one in prepared])}
     for store in (None, tmp_path, tmp_path):
         found = session(model, store, num_workers=num_workers)

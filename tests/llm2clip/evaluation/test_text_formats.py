@@ -15,8 +15,8 @@ from llm2clip.evaluation.data import (
     MultilingualData,
     PairData,
     RetrievalData,
-    SegmentationData,
 )
+from llm2clip.evaluation.segmentation_data import SegmentationData
 from llm2clip.evaluation.text_formats import TEXT_FORMATS, format_captions
 
 CAPTION = '  A T-shirt, "red".\nWho?  It\'s (a) <person>... and/or Über. '

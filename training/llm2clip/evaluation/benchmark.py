@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from torch import Tensor
 
@@ -22,7 +22,8 @@ DAMAGED: tuple[type[Exception], ...] = (
     *(ArithmeticError, AttributeError, EOFError, LookupError, OSError, TypeError, ValueError),
     *(csv.Error, tarfile.TarError, zlib.error),
 )
-GROUPS = ("short", "long", "languages", "classification", "composition", "dense", "paper")
+Group = Literal["short", "long", "languages", "classification", "composition", "dense", "paper"]
+GROUPS: tuple[Group, ...] = get_args(Group)
 
 
 class BenchmarkError(ValueError):
@@ -65,7 +66,7 @@ class Benchmark:
 
     name: str
     title: str
-    groups: tuple[Literal["short", "long", "languages", "classification", "composition", "dense", "paper"], ...] = ()
+    groups: tuple[Group, ...] = ()
     folder: str = ""
     needs: tuple[str | tuple[str, ...], ...] = ()
     files: str = ""

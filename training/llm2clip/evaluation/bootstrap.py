@@ -32,8 +32,8 @@ def bootstrap_interval(values: Tensor, strata: Tensor | None = None, clusters: T
     parts = torch.zeros(len(values), dtype=torch.int64) if strata is None else strata.unique(return_inverse=True)[1]
     if clusters is not None:
         return _ends(_resampled_ratios(*_sums(values, parts, clusters), generator))
-    own = [values[parts == number][:, None] for number in range(int(parts.max()) + 1)]
-    drawn = [_resampled_ratios(part, torch.ones_like(part, dtype=torch.int64), generator) for part in own]
+    of_parts = [values[parts == number][:, None] for number in range(int(parts.max()) + 1)]
+    drawn = [_resampled_ratios(part, torch.ones_like(part, dtype=torch.int64), generator) for part in of_parts]
     return _ends(np.mean(drawn, axis=0))
 
 
@@ -58,9 +58,9 @@ def _sums(values: Tensor, parts: Tensor, clusters: Tensor) -> tuple[Tensor, Tens
     """Return the sum of values and the number of queries of each image in each part, `(images, parts)` each."""
     images, owners = clusters.unique(return_inverse=True)
     shape = len(images), int(parts.max()) + 1
-    places = owners * shape[1] + parts
-    sums = torch.zeros(shape[0] * shape[1], dtype=torch.float64).index_add_(0, places, values.double())
-    return sums.view(shape), torch.bincount(places, minlength=len(sums)).view(shape)
+    cells = owners * shape[1] + parts
+    sums = torch.zeros(shape[0] * shape[1], dtype=torch.float64).index_add_(0, cells, values.double())
+    return sums.view(shape), torch.bincount(cells, minlength=len(sums)).view(shape)
 
 
 def _resampled_ratios(sums: Tensor, counts: Tensor, generator: np.random.Generator) -> np.ndarray:

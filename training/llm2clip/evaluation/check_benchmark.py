@@ -139,22 +139,6 @@ def check_benchmark(
     return report
 
 
-class EmptyCheck:
-    """Finds empty captions, which published sets contain and which stay queries."""
-
-    def __init__(self) -> None:
-        self.findings = {"empty captions": Finding()}
-
-    def add(self, row: RowFacts) -> None:
-        for column, texts in row.texts.items():
-            for text in texts:
-                if not text.strip():
-                    self.findings["empty captions"].add(row.key, column)
-
-    def summary(self) -> dict[str, Any]:
-        return {}
-
-
 class InspectedImages(Dataset):
     """What is known about each image of a part of some data, with its key; label maps are read too."""
 
@@ -183,23 +167,28 @@ def _contents(
     max_pixels: int,
     num_workers: int,
 ) -> dict[str, Any]:
-    """Check the texts and images of what a reader returned."""
     parts = content.parts()
     columns = list(dict.fromkeys(column for part in parts for column in part.columns))
-    of_texts: list[Check] = [CaptionCheck(columns), EmptyCheck(), TextFaultCheck(), TokenCheck(tokenizers)]
+    captions = CaptionCheck(columns)
+    # Published sets contain empty captions, which stay queries.
+    captions.findings["empty captions"] = empty = Finding()
+    of_texts: list[Check] = [captions, TextFaultCheck(), TokenCheck(tokenizers)]
     for part in parts:
         for number, (key, *texts) in enumerate(part.rows):
-            of_row = {column: [text] for column, text in zip(part.columns, texts, strict=True)}
+            row = RowFacts(key or str(number), {name: [text] for name, text in zip(part.columns, texts, strict=True)})
             for check in of_texts:
-                check.add(RowFacts(key or str(number), of_row))
+                check.add(row)
+            for column, text in zip(part.columns, texts, strict=True):
+                if not text.strip():
+                    empty.add(row.key, column)
     # Parts may share their images.
     with_images_of = {id(part.images): part for part in parts if part.images is not None}.values()
     sets, image_check = [InspectedImages(part, max_pixels) for part in with_images_of], ImageCheck()
     for images in sets if with_images else ():
         with ProgressBar("Checking images", len(images), "image") as bar:
             for batch in DataLoader(images, check_data.BATCH, num_workers=num_workers, collate_fn=list):
-                for key, found in batch:
-                    image_check.add(RowFacts(key, {}, image=found))
+                for key, facts in batch:
+                    image_check.add(RowFacts(key, {}, image=facts))
                 bar.update(len(batch))
     checks = [*of_texts, *([image_check] if with_images else [])]
     report: dict[str, Any] = {"images": None}

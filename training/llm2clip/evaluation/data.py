@@ -1,4 +1,4 @@
-"""What the readers of benchmarks return: images with captions, labels, label maps, or choices between them."""
+"""What the readers of benchmarks return: images with captions, labels, or choices between them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import datasets
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -29,14 +28,8 @@ from llm2clip.encoders.batches import ChosenImages, ContentSet, ImageList, Table
 from llm2clip.evaluation.benchmark import BenchmarkError
 from llm2clip.evaluation.prompts import prompts
 from llm2clip.utils.logs import shortened
-from modeling_llm2clip.image_decoding_llm2clip import decoding_errors, open_image
 
 Positives = Literal["distinct", "rows"]
-# The class of pixels that do not count, and of values that are no class at all.
-IGNORED = 255
-REFUSED = -1
-# Grey levels, or a palette, whose indices are the labels and whose colours mean nothing.
-LABEL_MODES = ("L", "P")
 
 
 class BenchmarkImages(ImageList):
@@ -142,9 +135,9 @@ class RetrievalData:
             for text in texts:
                 owners.setdefault(caption_id(text), {})[image] = None
         distinct = list(dict.fromkeys(text for texts in captions for text in texts))
-        found = [list(owners[caption_id(text)]) for text in distinct]
-        pairs = [(number, image) for number, matching in enumerate(found) for image in matching]
-        return cls(images, distinct, torch.tensor([matching[0] for matching in found]), torch.tensor(pairs))
+        matching_images = [list(owners[caption_id(text)]) for text in distinct]
+        pairs = [(number, image) for number, matching in enumerate(matching_images) for image in matching]
+        return cls(images, distinct, torch.tensor([matching[0] for matching in matching_images]), torch.tensor(pairs))
 
     @property
     def pairs(self) -> Tensor:
@@ -167,9 +160,9 @@ class RetrievalData:
         Args:
             images: Their positions, ascending.
         """
-        places = torch.full((len(self.images),), -1)
-        places[torch.as_tensor(images, dtype=torch.int64)] = torch.arange(len(images))
-        pairs = torch.stack([self.pairs[:, 0], places[self.pairs[:, 1]]], dim=1)
+        positions = torch.full((len(self.images),), -1)
+        positions[torch.as_tensor(images, dtype=torch.int64)] = torch.arange(len(images))
+        pairs = torch.stack([self.pairs[:, 0], positions[self.pairs[:, 1]]], dim=1)
         pairs = pairs[pairs[:, 1] >= 0]
         texts, pairs[:, 0] = pairs[:, 0].unique(return_inverse=True)
         owners = torch.full((len(texts),), len(images)).scatter_reduce_(0, pairs[:, 0], pairs[:, 1], "amin")
@@ -232,10 +225,10 @@ class ClassificationData:
 
     def parts(self) -> list[DataPart]:
         """The prompts by class, the images, and those for a probe."""
-        places = [name for name in self.classnames for _ in self.templates]
-        texts = list(zip(places, prompts(self.classnames, self.templates), strict=True))
+        names = [name for name in self.classnames for _ in self.templates]
+        texts = list(zip(names, prompts(self.classnames, self.templates), strict=True))
         sets = (self, self.train, self.validation)
-        return [DataPart(texts, ("prompts",)), *(DataPart(images=one.images) for one in sets if one is not None)]
+        return [DataPart(texts, ("prompts",)), *(DataPart(images=part.images) for part in sets if part is not None)]
 
 
 class SeveralSets(dict[str, ClassificationData]):
@@ -366,54 +359,6 @@ class GradedData(RetrievalData):
             "right_texts": len(self.image_matches),
             "outside": len(self.outside),
         }
-
-
-@dataclass
-class SegmentationData:
-    """Images whose every pixel has a class.
-
-    Attributes:
-        title: Name of the set in messages.
-        label_maps: PNG file of each image, of its size.
-        classes: Names of each class in prompts, by the name of the class, in the order of the classes. A class of
-            several names, such as a background, is as similar as the most similar of them.
-        class_of: `(256,)` int64, the class of each value in a file, `IGNORED`, or `REFUSED` for a wrong one.
-    """
-
-    title: str
-    images: BenchmarkImages
-    label_maps: list[Path]
-    classes: dict[str, tuple[str, ...]]
-    class_of: Tensor
-
-    def counts(self) -> dict[str, int]:
-        """Numbers of images and classes."""
-        return {"images": len(self.images), "classes": len(self.classes)}
-
-    def parts(self) -> list[DataPart]:
-        """The images, with their label maps."""
-        return [DataPart(images=self.images, label_map=self.labels)]
-
-    def labels(self, row: int) -> Tensor:
-        """Read the classes of the pixels of an image, `(height, width)` int64, with `IGNORED` for none.
-
-        Raises:
-            BenchmarkError: The file is no label map, or a value in it is no class.
-            DamagedImageError: The file cannot be decoded.
-        """
-        path = self.label_maps[row]
-        with decoding_errors(path, str(path)):
-            picture = open_image(path)
-            values = torch.from_numpy(np.array(picture))
-        if picture.mode not in LABEL_MODES:
-            raise BenchmarkError(f"{path} is no label map: it has colours (mode {picture.mode}) instead of labels.")
-        classes = self.class_of[values.long()]
-        wrong = values[classes == REFUSED].unique().tolist()
-        if wrong:
-            raise BenchmarkError(
-                f"{path} has the labels {shortened([str(value) for value in wrong])}, which are none of {self.title}."
-            )
-        return classes
 
 
 def _distinct(texts: Sequence[str]) -> tuple[list[str], list[int]]:

@@ -78,9 +78,11 @@ class LoadedBenchmark:
 
     @property
     def setup(self) -> dict[str, Any]:
-        """The protocol by its id, its options and the text format."""
+        """The protocol by its id, its options and the text format, as JSON values."""
         options = dict(sorted(getattr(self.protocol, "__dict__", {}).items()))
-        return {"protocol": self.protocol_id, "options": options, "text_format": self.text_format}
+        return json.loads(
+            json.dumps({"protocol": self.protocol_id, "options": options, "text_format": self.text_format})
+        )
 
     def path(self, output: Path, model: str) -> Path:
         """Return the file of the result of a model."""
@@ -114,10 +116,12 @@ def evaluate(
     """
     models: Sequence[Any] = [model] if isinstance(model, str | Path | Encoder) else model
     chosen: Sequence[Any] = [benchmark] if isinstance(benchmark, str | Path | Benchmark | Source) else benchmark
-    models, chosen = ([str(one) if isinstance(one, Path) else one for one in some] for some in (models, chosen))
-    names = [one if isinstance(one, str) else one.name for one in models]
+    models, chosen = (
+        [str(entry) if isinstance(entry, Path) else entry for entry in entries] for entries in (models, chosen)
+    )
+    names = [entry if isinstance(entry, str) else entry.name for entry in models]
     given = [name for name in OF_MODELS_BY_NAME if settings.get(name) is not None]
-    if given and not all(isinstance(one, str) for one in models):
+    if given and not all(isinstance(entry, str) for entry in models):
         raise ValueError(f"{given[0]} is for models by name; load_encoder has opened yours with settings of its own.")
     fields = {"model": names, "output": output, **settings}
     return list(_measure(build_config(EvaluateConfig, fields, "evaluate"), models, chosen))
@@ -130,7 +134,13 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         BenchmarkError, OSError, ValueError: See [`evaluate`].
     """
     if config.list:
-        print(describe_list(config))
+        data = Path(config.data)
+        # What reads the lines of a file or a pipe gets them whole.
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        if config.benchmark:
+            print(list_benchmarks(choose_benchmarks(config.benchmark, data, missing_too=True), data))
+        else:
+            print(overview(all_benchmarks().values(), data, width))
         return {}
     if not config.model or not config.benchmark:
         raise ValueError(
@@ -141,20 +151,6 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     if process_state().is_main_process:
         print_results(Console(), results)
     return {"results": config.output} if config.output else {}
-
-
-def describe_list(config: EvaluateConfig) -> str:
-    """Describe the chosen benchmarks in detail, or all in a line each.
-
-    Raises:
-        ValueError: A benchmark is unknown.
-    """
-    data = Path(config.data)
-    if config.benchmark:
-        return list_benchmarks(choose_benchmarks(config.benchmark, data, missing_too=True), data)
-    # What reads the lines of a file or a pipe gets them whole.
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    return overview(all_benchmarks().values(), data, width)
 
 
 def _measure(config: EvaluateConfig, models: Sequence[Any], benchmarks: Sequence[Any]) -> Iterator[Result]:
@@ -168,9 +164,9 @@ def _measure(config: EvaluateConfig, models: Sequence[Any], benchmarks: Sequence
     loaded = load_benchmarks(config, _choose(config, benchmarks))  # before a model is loaded and hours are spent
     output = None if config.output is None else Path(config.output)
     store = Path(config.embeddings) if config.embeddings else output and output / "embeddings"
-    _require_places(config, output, store, loaded)
+    _require_writable_folders(config, output, store, loaded)
     is_main = process_state().is_main_process
-    texts_alone = all(one.protocol_id == "caption-retrieval" for one in loaded)
+    texts_alone = all(entry.protocol_id == "caption-retrieval" for entry in loaded)
     for model in models:
         encoder = model
         if isinstance(model, str):
@@ -178,33 +174,33 @@ def _measure(config: EvaluateConfig, models: Sequence[Any], benchmarks: Sequence
         session = Session(encoder, store, config.batch_size, worker_count(config.num_workers), config.on_error)
         cut = {name: str(value) for name, value in encoder.cut.items()}
         described = {"given": encoder.name, **encoder.identity(), "fingerprint": encoder.fingerprint(), **cut}
-        for number, one in enumerate(loaded, 1):
-            path = None if output is None else one.path(output, encoder.name)
-            session.seconds = {"read": one.seconds}
-            with section(f"{one.benchmark.title} ({number} of {len(loaded)})"):
+        for number, entry in enumerate(loaded, 1):
+            path = None if output is None else entry.path(output, encoder.name)
+            session.seconds = {"read": entry.seconds}
+            with section(f"{entry.benchmark.title} ({number} of {len(loaded)})"):
                 if path is not None and on_main_process(path.is_file) and not config.overwrite:
-                    yield _finished(path, described, one.checksum, one.setup)
+                    yield _finished(path, described, entry.checksum, entry.setup)
                     continue
                 with session.timed("measure"):
-                    measured = one.protocol.measure(session, one.data)
+                    measured = entry.protocol.measure(session, entry.data)
                 with session.timed("intervals"):
                     intervals = intervals_of(measured)
             skipped = measured.counts.get("skipped_images", 0)
-            unread = [f"{skipped:,} images cannot be read"] if skipped and one.benchmark.counts else []
+            unread = [f"{skipped:,} images cannot be read"] if skipped and entry.benchmark.counts else []
             result = Result(
-                benchmark=one.benchmark.name,
-                title=one.benchmark.title,
+                benchmark=entry.benchmark.name,
+                title=entry.benchmark.title,
                 model=described,
-                protocol={"id": one.protocol_id, **measured.protocol, "text_format": one.text_format},
+                protocol={"id": entry.protocol_id, **measured.protocol, "text_format": entry.text_format},
                 scores=measured.scores,
                 compared=list(measured.compared),
                 intervals=intervals,
-                counts={**one.data.counts(), **measured.counts},
-                differences=one.differences + unread,
+                counts={**entry.data.counts(), **measured.counts},
+                differences=entry.differences + unread,
                 groups=measured.groups,
                 ranks=measured.ranks,
-                data={**one.benchmark.describe(one.folder), "checksum": one.checksum},
-                setup=json.loads(json.dumps(one.setup)),
+                data={**entry.benchmark.describe(entry.folder), "checksum": entry.checksum},
+                setup=entry.setup,
                 seconds=session.seconds,
                 processes=process_state().num_processes,
             )
@@ -215,11 +211,6 @@ def _measure(config: EvaluateConfig, models: Sequence[Any], benchmarks: Sequence
 
 
 def _finished(path: Path, model: Mapping[str, str], checksum: str, setup: Mapping[str, Any]) -> Result:
-    """Read the result of an earlier run.
-
-    Raises:
-        ValueError: The file is damaged, of another version, or of something else.
-    """
     try:
         finished = read_result(path)
     except ValueError as error:
@@ -230,32 +221,31 @@ def _finished(path: Path, model: Mapping[str, str], checksum: str, setup: Mappin
 
 
 def _choose(config: EvaluateConfig, given: Sequence[Any]) -> list[Benchmark]:
-    """Turn names, sources and benchmarks into benchmarks."""
-    own = {name: getattr(config, name) for name in OF_OWN_DATA}
+    settings = {name: getattr(config, name) for name in OF_OWN_DATA}
     chosen: dict[str, Benchmark] = {}
     by_path = False
-    for one in given:
-        if isinstance(one, Benchmark):
-            found = [one]
-        elif isinstance(one, CaptionSource | PairSource):
-            task = "retrieval" if isinstance(one, CaptionSource) else "caption_retrieval"
-            found = [own_benchmark(vars(one), task, config.positives)]
-        elif one not in all_benchmarks() and is_own_data(one):
+    for entry in given:
+        if isinstance(entry, Benchmark):
+            benchmarks = [entry]
+        elif isinstance(entry, CaptionSource | PairSource):
+            task = "retrieval" if isinstance(entry, CaptionSource) else "caption_retrieval"
+            benchmarks = [own_benchmark(vars(entry), task, config.positives)]
+        elif entry not in all_benchmarks() and is_own_data(entry):
             by_path = True
-            anchors = {"anchor_column": own["query_column"], "positive_column": own["target_column"]}
-            fields = {name: own[name] for name in ("split", "image_column", "caption_columns")}
-            source = json.loads(one) if one.startswith("{") else one
-            found = [own_benchmark(source, config.task, config.positives, **fields, **anchors)]
+            anchors = {"anchor_column": settings["query_column"], "positive_column": settings["target_column"]}
+            fields = {name: settings[name] for name in ("split", "image_column", "caption_columns")}
+            source = json.loads(entry) if entry.startswith("{") else entry
+            benchmarks = [own_benchmark(source, config.task, config.positives, **fields, **anchors)]
         else:
-            found = choose_benchmarks([one], Path(config.data))
-        for benchmark in found:
+            benchmarks = choose_benchmarks([entry], Path(config.data))
+        for benchmark in benchmarks:
             known = chosen.setdefault(benchmark.name, benchmark)
             if isinstance(benchmark, OwnData) and isinstance(known, OwnData) and benchmark.fields != known.fields:
                 raise ValueError(f"two sources are called {benchmark.name}, as their results would be: use two calls.")
     # A source has all but the rule of what is right.
-    followed = OF_OWN_DATA if by_path else ("positives",)[: any(isinstance(one, CaptionSource) for one in given)]
+    followed = OF_OWN_DATA if by_path else ("positives",)[: any(isinstance(entry, CaptionSource) for entry in given)]
     defaults = EvaluateConfig()
-    changed = [name for name in OF_OWN_DATA if own[name] != getattr(defaults, name) and name not in followed]
+    changed = [name for name in OF_OWN_DATA if settings[name] != getattr(defaults, name) and name not in followed]
     if changed:
         option = changed[0].replace("_", "-")
         raise ValueError(f"--{option} is for your own data by path, but none of {', '.join(chosen)} is: leave it out.")
@@ -270,9 +260,9 @@ def load_benchmarks(config: EvaluateConfig, benchmarks: Sequence[Benchmark]) -> 
             published.
         ValueError: A setting does nothing for these benchmarks.
     """
-    found = find_benchmarks(benchmarks, Path(config.data))
+    located = find_benchmarks(benchmarks, Path(config.data))
     loaded = []
-    for benchmark, folder in found:
+    for benchmark, folder in located:
         start = time.monotonic()
         data = benchmark.load(folder)
         differences = benchmark.differences(data.counts())
@@ -292,13 +282,13 @@ def load_benchmarks(config: EvaluateConfig, benchmarks: Sequence[Benchmark]) -> 
             LoadedBenchmark(benchmark, protocol, folder, formatted, checksum, text_format, differences, seconds)
         )
     names = ", ".join(benchmark.name for benchmark in benchmarks)
-    if config.text_format != RAW and all(one.text_format == RAW for one in loaded):
+    if config.text_format != RAW and all(entry.text_format == RAW for entry in loaded):
         raise ValueError(f"text_format is {config.text_format}, but {names} has no captions: leave it out.")
-    others = [one.benchmark.name for one in loaded if one.protocol_id != "retrieval"]
+    others = [entry.benchmark.name for entry in loaded if entry.protocol_id != "retrieval"]
     without = [
-        one.benchmark.name
-        for one in loaded
-        if getattr(one.protocol, "each", one.protocol_id).startswith(WITHOUT_EMBEDDINGS)
+        entry.benchmark.name
+        for entry in loaded
+        if getattr(entry.protocol, "each", entry.protocol_id).startswith(WITHOUT_EMBEDDINGS)
     ]
     if without and (config.truncate_dim is not None or config.precision != "float32"):
         raise ValueError(f"{', '.join(without)} compares no embeddings: leave out truncate_dim and precision.")
@@ -312,16 +302,16 @@ def find_benchmarks(benchmarks: Sequence[Benchmark], data: Path) -> list[tuple[B
     published = [benchmark for benchmark in benchmarks if not isinstance(benchmark, OwnData)]
     if published and not data.is_dir():
         raise BenchmarkError(f"--data {data} is no folder.")
-    found = [(benchmark, benchmark.find(data)) for benchmark in benchmarks]
-    missing = [benchmark.lacking(data) for benchmark, folder in found if folder is None]
+    located = [(benchmark, benchmark.find(data)) for benchmark in benchmarks]
+    missing = [benchmark.lacking(data) for benchmark, folder in located if folder is None]
     if missing:
-        names = " ".join(benchmark.name for benchmark, folder in found if folder is None)
+        names = " ".join(benchmark.name for benchmark, folder in located if folder is None)
         needs = f"`llm2clip evaluate --list --benchmark {names}` shows what is needed."
         raise BenchmarkError(" ".join([*missing, needs]))
-    return [(benchmark, folder) for benchmark, folder in found if folder is not None]
+    return [(benchmark, folder) for benchmark, folder in located if folder is not None]
 
 
-def _require_places(
+def _require_writable_folders(
     config: EvaluateConfig, output: Path | None, store: Path | None, loaded: Sequence[LoadedBenchmark]
 ) -> None:
     """Check that results can be written; finished ones are also shown from a folder that is read-only."""
@@ -329,7 +319,7 @@ def _require_places(
         return
     if output.is_file():
         raise ValueError(f"output is the file {output}, but results are written to a folder, a file for each.")
-    paths = [one.path(output, str(model)) for one in loaded for model in config.model]
+    paths = [entry.path(output, str(model)) for entry in loaded for model in config.model]
     if config.overwrite or not all(path.is_file() for path in paths):
         for folder in filter(None, (output, store)):
             require_writable(folder)

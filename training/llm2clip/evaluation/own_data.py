@@ -97,7 +97,7 @@ def retrieval_sets(sources: Mapping[str, Any]) -> dict[str, RetrievalData]:
     Returns:
         The sets by name, with that of the column behind it if a source has several.
     """
-    found = {}
+    sets = {}
     for name, fields in sources.items():
         source = CaptionSource.from_dict(fields)
         columns = source.caption_columns
@@ -105,6 +105,6 @@ def retrieval_sets(sources: Mapping[str, Any]) -> dict[str, RetrievalData]:
             RetrievalData.from_source(replace(source, caption_columns=[column], caption_weights=None))
             for column in columns
         ]
-        for column, one in zip(columns, data, strict=True):
-            found[f"{name}_{column}" if len(columns) > 1 else name] = replace(one, images=data[0].images)
-    return found
+        for column, part in zip(columns, data, strict=True):
+            sets[f"{name}_{column}" if len(columns) > 1 else name] = replace(part, images=data[0].images)
+    return sets

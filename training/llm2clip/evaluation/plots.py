@@ -41,11 +41,11 @@ def draw_models(report: Report) -> Figure:
     width = 0.8 / len(report.rows)
     for name, axis in zip(names, axes, strict=True):
         numbers = [number for number, column in enumerate(report.columns) if name in column.scores]
-        for place, row in enumerate(report.rows):
-            found = [(at, number) for at, number in enumerate(numbers) if name in row.cells.get(number, {})]
-            positions = [at + (place - (len(report.rows) - 1) / 2) * width for at, _ in found]
-            values = [100 * row.cells[number][name] for _, number in found]
-            errors = [_errors(row, number, name) for _, number in found]
+        for position, row in enumerate(report.rows):
+            scored = [(at, number) for at, number in enumerate(numbers) if name in row.cells.get(number, {})]
+            positions = [at + (position - (len(report.rows) - 1) / 2) * width for at, _ in scored]
+            values = [100 * row.cells[number][name] for _, number in scored]
+            errors = [_errors(row, number, name) for _, number in scored]
             axis.bar(positions, values, width, yerr=list(zip(*errors, strict=True)) or None, label=row.label)
         titles = [textwrap.fill(report.columns[number].title, LABEL_WIDTH) for number in numbers]
         axis.set_xticks(range(len(numbers)), titles, fontsize="small", rotation=30, ha="right")
@@ -79,9 +79,9 @@ def draw_lengths(report: Report) -> Figure | None:
         lines = {row.label: _by_length(row.results[number].groups) for row in report.rows if number in row.results}
         buckets = sorted({bucket for line in lines.values() for bucket in line}, key=_first_length)
         for label, line in lines.items():
-            found = [bucket for bucket in buckets if bucket in line]
-            positions = [buckets.index(bucket) for bucket in found]
-            axis.plot(positions, [100 * line[bucket] for bucket in found], marker=".", label=label)
+            drawn = [bucket for bucket in buckets if bucket in line]
+            positions = [buckets.index(bucket) for bucket in drawn]
+            axis.plot(positions, [100 * line[bucket] for bucket in drawn], marker=".", label=label)
         axis.set_xticks(range(len(buckets)), buckets, fontsize="small", rotation=30)
         axis.set_title(textwrap.fill(report.columns[number].title, TITLE_WIDTH), fontsize="medium")
         axis.set(xlabel="tokens", ylabel=short_name(BY_LENGTH), ylim=(0, 100))

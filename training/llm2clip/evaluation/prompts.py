@@ -14,7 +14,7 @@ from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
 from llm2clip.evaluation.reading import read_lines
 from llm2clip.utils.files import digest_json
 
-PLACE = "{c}"
+PLACEHOLDER = "{c}"
 ZERO_SHOT = "zero-shot-classification"
 # OpenAI's 80 templates for ImageNet, the seven that it found to be nearly as good, the one of LLM2CLIP's paper,
 # and OpenAI's for CIFAR. The names and templates are identical in the code of OpenAI, open_clip, CLIP_benchmark and
@@ -96,8 +96,10 @@ def read_templates(path: Path) -> list[str]:
     """
     templates = read_names(path)
     for number, template in enumerate(templates, 1):
-        if PLACE not in template:
-            raise BenchmarkError(f"line {number} of {path} has no {PLACE}, the place of the class: {template!r}.")
+        if PLACEHOLDER not in template:
+            raise BenchmarkError(
+                f"line {number} of {path} has no {PLACEHOLDER}, the place of the class: {template!r}."
+            )
     return templates
 
 
@@ -125,4 +127,4 @@ def name_of_templates(templates: Sequence[str]) -> str:
 
 def prompts(classnames: Sequence[str], templates: Sequence[str]) -> list[str]:
     """Put every name into every template: the texts of the first class, then those of the next."""
-    return [template.replace(PLACE, name) for name in classnames for template in templates]
+    return [template.replace(PLACEHOLDER, name) for name in classnames for template in templates]

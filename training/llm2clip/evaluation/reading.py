@@ -51,11 +51,11 @@ def read_json_lines(path: Path) -> list[Any]:
     return [_parsed(line, f"line {number:,} of {path}") for number, line in lines if line.strip()]
 
 
-def _parsed(text: str, place: str | Path) -> Any:
+def _parsed(text: str, where: str | Path) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise BenchmarkError(f"{place} is not valid JSON, or is cut short: {error}.") from error
+        raise BenchmarkError(f"{where} is not valid JSON, or is cut short: {error}.") from error
 
 
 def first_json_objects(path: Path, count: int) -> list[Any]:
@@ -64,18 +64,18 @@ def first_json_objects(path: Path, count: int) -> list[Any]:
     Raises:
         BenchmarkError: The file is cut short or broken before their end.
     """
-    decoder, found = json.JSONDecoder(), list[Any]()
+    decoder, objects = json.JSONDecoder(), list[Any]()
     with path.open(encoding="utf-8-sig") as file:
         rest = file.read(BLOCK).lstrip().removeprefix("[")
-        while len(found) < count:
+        while len(objects) < count:
             rest = rest.lstrip(" \t\r\n,")
             try:
                 item, end = decoder.raw_decode(rest)
             except json.JSONDecodeError as error:
                 if not (block := file.read(BLOCK)):
-                    raise BenchmarkError(f"item {len(found)} of {path} is cut short or broken: {error}.") from error
+                    raise BenchmarkError(f"item {len(objects)} of {path} is cut short or broken: {error}.") from error
                 rest += block
             else:
-                found.append(item)
+                objects.append(item)
                 rest = rest[end:]
-    return found
+    return objects

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +14,15 @@ from rich.console import Console
 
 from llm2clip.evaluation.benchmark import GROUPS
 from llm2clip.evaluation.benchmarks import all_benchmarks
-from llm2clip.evaluation.results import PublishedRow, Result, protocol_words, published_rows, read_result
-from llm2clip.evaluation.text_formats import RAW
+from llm2clip.evaluation.results import (
+    PublishedRow,
+    Result,
+    notes_on,
+    protocol_words,
+    published_rows,
+    read_results,
+    require_equal,
+)
 from llm2clip.utils.files import require_writable, write_text
 from llm2clip.utils.settings import nearest, setting
 from llm2clip.utils.tables import SHORT, markdown_table, print_table, short_name
@@ -111,13 +117,13 @@ class Report:
         Raises:
             ValueError: No row has it, or several published ones have.
         """
-        found = [row for row in self.rows if row.label == name]
-        if not found:
+        rows = [row for row in self.rows if row.label == name]
+        if not rows:
             raise ValueError(f"no model is called {name!r}{nearest(name, [row.label for row in self.rows])}")
-        if len(found) > 1:
-            sources = "; ".join(row.source or "a result" for row in found)
+        if len(rows) > 1:
+            sources = "; ".join(row.source or "a result" for row in rows)
             raise ValueError(f"several rows are called {name!r} ({sources}), so that it is no baseline.")
-        return found[0]
+        return rows[0]
 
     def table(self, baseline: Row | None = None) -> Table:
         """Return titles and rows of the scores that are compared, in percent; or of their differences from a row."""
@@ -146,12 +152,12 @@ class Report:
         ]
 
     def _sources(self) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
+        sources: dict[str, list[str]] = {}
         for row in self.rows:
             if row.source:
-                known = found.setdefault(row.source, [])
+                known = sources.setdefault(row.source, [])
                 known += [part for part in row.unstated if part not in known]
-        return found
+        return sources
 
     def add_published(self, published: Iterable[PublishedRow]) -> int:
         """Add the published rows that fit a column; none fits a column of data that is not the published set.
@@ -200,7 +206,7 @@ class Report:
                 "model": row.label,
                 "source": row.source,
                 "scores": {self.columns[number].title: cell for number, cell in row.cells.items()},
-                "intervals": {self.columns[number].title: found.intervals for number, found in row.results.items()},
+                "intervals": {self.columns[number].title: result.intervals for number, result in row.results.items()},
             }
             for row in self.rows
         ]
@@ -215,8 +221,8 @@ class Report:
         parts += ["\n".join(f"- {line}" for line in self.sources())] if self.sources() else []
         parts += [f"![{plot.removesuffix('.png')}]({plot.replace(' ', '%20')})" for plot in plots]
         for number, column in enumerate(self.columns):
-            found = [(row.label, row.results[number]) for row in self.rows if number in row.results]
-            parts += _details(column, found)
+            results = [(row.label, row.results[number]) for row in self.rows if number in row.results]
+            parts += _details(column, results)
         return "\n\n".join(parts) + "\n"
 
 
@@ -231,19 +237,16 @@ def compare_results(results: Sequence[str | Path | Result], paper: bool = False)
         FileNotFoundError: A file or folder does not exist.
         ValueError: A file is no result, or two results are of the same model, set, protocol and data, but differ.
     """
-    found: list[tuple[str, Result]] = []
-    for one in results:
-        found += [(one.title, one)] if isinstance(one, Result) else _read_results(str(one))
-    # A file that is named twice is one result.
-    if all(isinstance(one, str | Path) for one in results):
-        found = list(dict(found).items())
-    rows = _numbered(_row_key(result) for _, result in found)
-    entries = sorted(found, key=_order)
+    named: list[tuple[str, Result]] = []
+    for given in results:
+        named += [(given.title, given)] if isinstance(given, Result) else read_results(str(given))
+    rows = _numbered(_row_key(result) for _, result in named)
+    entries = sorted(named, key=_order)
     columns = _numbered(_column_key(result) for _, result in entries)
     cells: dict[tuple[int, int], tuple[str, Result]] = {}
     for name, result in entries:
-        place = rows[_row_key(result)], columns[_column_key(result)]
-        _require_equal(cells.setdefault(place, (name, result)), (name, result))
+        cell = rows[_row_key(result)], columns[_column_key(result)]
+        require_equal(cells.setdefault(cell, (name, result)), (name, result))
     firsts = {column: result for (_, column), (_, result) in reversed(cells.items())}
     models = {row: result.model for (row, _), (_, result) in cells.items()}
     titles = told_apart([(firsts[number].title, _column_facts(firsts[number])) for number in range(len(columns))])
@@ -322,26 +325,6 @@ def told_apart(entries: Sequence[tuple[str, Mapping[str, str]]]) -> list[str]:
     return labels
 
 
-def notes_on(result: Result) -> list[str]:
-    """What is unusual about a result, or has no usual value: its templates, its text format, other data."""
-    notes = [str(result.protocol["templates"])] if "templates" in result.protocol else []
-    text_format = result.protocol.get("text_format", RAW)
-    if text_format != RAW:
-        notes.append(f"text format {text_format}")
-    return notes + ([f"not the published set: {', '.join(result.differences)}"] if result.differences else [])
-
-
-def _read_results(name: str) -> Iterator[tuple[str, Result]]:
-    """Read a result file, those of a pattern, or all in a folder."""
-    pattern = str(Path(glob.escape(name), "*.json")) if Path(name).is_dir() else name
-    # A shell that does not expand patterns hands them on.
-    found = [name] if Path(name).is_file() else sorted(glob.glob(pattern))
-    if not found:
-        raise FileNotFoundError(f"there is no result file {pattern}.")
-    for path in found:
-        yield path, read_result(Path(path))
-
-
 def _order(entry: tuple[str, Result]) -> tuple[int, str]:
     """Order results by the groups of benchmarks; those of strangers come last."""
     benchmark = all_benchmarks().get(entry[1].benchmark)
@@ -373,18 +356,6 @@ def _with_note(title: str, first: Result) -> str:
     """Add to a title what is unusual about a column, unless it is there."""
     notes = [note for note in notes_on(first) if note not in title]
     return f"{title} ({', '.join(notes)})" if notes else title
-
-
-def _require_equal(known: tuple[str, Result], other: tuple[str, Result]) -> None:
-    """Raise ValueError if two results of the same measurement have other scores."""
-    (name, first), (second_name, second) = known, other
-    for score, value in first.scores.items():
-        if value != second.scores.get(score):
-            raise ValueError(
-                f"{name} and {second_name} are of the same model, set and protocol ({first.model['given']}, "
-                f"{first.title}), but differ: {score} is {value} and {second.scores.get(score)}. Leave one of "
-                "them out."
-            )
 
 
 def _parts(width: int, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[list[int]]:
@@ -436,8 +407,8 @@ def _groups(kind: str, column: Column, results: Sequence[tuple[str, Result]]) ->
     ]
     rows = []
     for part in parts:
-        found = (groups.get(part, {}) for _, groups in known)
-        cells = ({name: scores[name] for name in names if name in scores} for scores in found)
+        scores_of_part = (groups.get(part, {}) for _, groups in known)
+        cells = ({name: scores[name] for name in names if name in scores} for scores in scores_of_part)
         rows.append([part, *(_cell(cell, "{:.1f}") for cell in cells)])
     return [f"{kind}, {' / '.join(map(short_name, names))}", *(label for label, _ in known)], rows
 

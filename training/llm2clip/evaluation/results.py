@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import glob
 import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +19,7 @@ from rich.console import Console
 
 from llm2clip.evaluation.benchmark import Measurement
 from llm2clip.evaluation.bootstrap import bootstrap_interval, bootstrap_ratios
+from llm2clip.evaluation.text_formats import RAW
 from llm2clip.utils.files import write_json
 from llm2clip.utils.manifests import read_checked, with_checksum
 from llm2clip.utils.tables import in_percent, print_table, score_columns
@@ -94,6 +95,22 @@ def read_result(path: Path) -> Result:
         raise ValueError(f"{path} is not a result of schema version {SCHEMA_VERSION}: {error}.") from error
 
 
+def read_results(name: str) -> Iterator[tuple[str, Result]]:
+    """Read a result file, those of a pattern, or all in a folder, with their paths.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: See [`read_result`].
+    """
+    pattern = str(Path(glob.escape(name), "*.json")) if Path(name).is_dir() else name
+    # A shell that does not expand patterns hands them on.
+    paths = [name] if Path(name).is_file() else sorted(glob.glob(pattern))
+    if not paths:
+        raise FileNotFoundError(f"there is no result file {pattern}.")
+    for path in paths:
+        yield path, read_result(Path(path))
+
+
 def result_path(output: Path, model: str, benchmark: str, text_format: str, variant: str = "") -> Path:
     """Return the file of a result in a folder, such as `openai--clip-vit-large-patch14.urban1k.raw.json`.
 
@@ -136,22 +153,24 @@ def intervals_of(measurement: Measurement) -> dict[str, list[float]]:
 def _mean(values: torch.Tensor, strata: torch.Tensor | None) -> float:
     if strata is None:
         return values.double().mean().item()
-    parts, places = strata.unique(return_inverse=True)
-    sums = values.new_zeros(len(parts), dtype=torch.float64).index_add_(0, places, values.double())
-    return (sums / torch.bincount(places)).mean().item()
+    parts, numbers = strata.unique(return_inverse=True)
+    sums = values.new_zeros(len(parts), dtype=torch.float64).index_add_(0, numbers, values.double())
+    return (sums / torch.bincount(numbers)).mean().item()
 
 
-def require_same(path: Path, found: Result, model: Mapping[str, str], checksum: str, setup: Mapping[str, Any]) -> None:
+def require_same(
+    path: Path, finished: Result, model: Mapping[str, str], checksum: str, setup: Mapping[str, Any]
+) -> None:
     """Check that a finished result is of the weights, the data and the protocol that are to be measured.
 
     Raises:
         ValueError: It is not; the message names the parts that differ.
     """
     known = {
-        "weights or preprocessing of the model": (found.model.get("fingerprint"), model["fingerprint"]),
-        "dtype": (found.model.get("dtype"), model["dtype"]),
-        "data": (found.data.get("checksum"), checksum),
-        "options of the protocol": (found.setup, json.loads(json.dumps(setup))),
+        "weights or preprocessing of the model": (finished.model.get("fingerprint"), model["fingerprint"]),
+        "dtype": (finished.model.get("dtype"), model["dtype"]),
+        "data": (finished.data.get("checksum"), checksum),
+        "options of the protocol": (finished.setup, setup),
     }
     changed = [part for part, (old, new) in known.items() if old != new]
     if changed:
@@ -159,6 +178,18 @@ def require_same(path: Path, found: Result, model: Mapping[str, str], checksum: 
             f"{path} is a finished result, but since then there is a change of the {' and of the '.join(changed)}. "
             "--overwrite replaces it; another --output keeps both."
         )
+
+
+def require_equal(known: tuple[str, Result], other: tuple[str, Result]) -> None:
+    """Raise ValueError if two results of the same measurement have other scores."""
+    (name, first), (second_name, second) = known, other
+    for score, value in first.scores.items():
+        if value != second.scores.get(score):
+            raise ValueError(
+                f"{name} and {second_name} are of the same model, set and protocol ({first.model['given']}, "
+                f"{first.title}), but differ: {score} is {value} and {second.scores.get(score)}. Leave one of "
+                "them out."
+            )
 
 
 @dataclass(frozen=True)
@@ -257,10 +288,19 @@ def remarks_on(result: Result) -> list[str]:
         (empty, "empty text", "empty texts"),
         (skipped, "image skipped", "images skipped"),
     ]
-    remarks += [f"{count:,} {one if count == 1 else several}" for count, one, several in counted if count]
+    remarks += [f"{count:,} {singular if count == 1 else plural}" for count, singular, plural in counted if count]
     if result.differences:
         remarks.append(f"not the published set, {', '.join(result.differences)}")
     return remarks
+
+
+def notes_on(result: Result) -> list[str]:
+    """What is unusual about a result, or has no usual value: its templates, its text format, other data."""
+    notes = [str(result.protocol["templates"])] if "templates" in result.protocol else []
+    text_format = result.protocol.get("text_format", RAW)
+    if text_format != RAW:
+        notes.append(f"text format {text_format}")
+    return notes + ([f"not the published set: {', '.join(result.differences)}"] if result.differences else [])
 
 
 def protocol_words(result: Result) -> str:

@@ -107,7 +107,9 @@ class Session:
                 parts.append(part)
                 bar.update(len(part.rows))
             reasons = [reason for part in parts for reason in part.reasons]
-            skipped = [(place, images.key(rows[place]), reason) for place, reason in enumerate(reasons) if reason]
+            skipped = [
+                (position, images.key(rows[position]), reason) for position, reason in enumerate(reasons) if reason
+            ]
             return ComputedRows(torch.cat([part.embeds for part in parts]), skipped=skipped)
 
         with self.timed("images"):
@@ -229,28 +231,28 @@ class Session:
         return build.store
 
     def _read_images(self, kind: str, keys: np.ndarray, store: Store) -> Tensor:
-        places = store.find(keys)
-        rows = store.read(places)
+        stored_rows = store.find(keys)
+        rows = store.read(stored_rows)
         skipped = {row: (key, reason) for row, key, reason in store.manifest.skipped}
-        for position in np.flatnonzero(np.isin(places, list(skipped))).tolist() if skipped else ():
+        for position in np.flatnonzero(np.isin(stored_rows, list(skipped))).tolist() if skipped else ():
             if self.on_error == "raise":
-                raise DamagedImageError(*skipped[int(places[position])])
+                raise DamagedImageError(*skipped[int(stored_rows[position])])
             rows[position] = torch.nan
         return rows
 
     def _images_in_memory(self, images: ImageSet, forward: Callable[[dict[str, Tensor]], Tensor], size: int) -> Tensor:
         def encode(part: range) -> Tensor:
-            found = self.encoder.encode_image_rows(
+            encoded = self.encoder.encode_image_rows(
                 images, part, batch_size=size, num_workers=self.num_workers, on_error=self.on_error,
                 on_not_finite="skip", show_progress_bar=self.show_progress_bar, forward=forward,
             )  # fmt: skip
             # Both keep their rows, so that every process learns of them: NaN for an image that cannot be read,
             # infinity for a broken embedding.
-            found.embeds[[reason is not None for reason in found.reasons]] = torch.nan
-            found.embeds[[reason == NOT_FINITE for reason in found.reasons]] = torch.inf
-            return found.embeds
+            encoded.embeds[[reason is not None for reason in encoded.reasons]] = torch.nan
+            encoded.embeds[[reason == NOT_FINITE for reason in encoded.reasons]] = torch.inf
+            return encoded.embeds
 
         rows = encode_sharded(len(images), encode, self.encoder.device)  # type: ignore[arg-type]
         read = (~rows.isnan().any(dim=1)).nonzero()[:, 0]
-        require_finite_rows(rows[read], lambda place: images.key(int(read[place])), "images")
+        require_finite_rows(rows[read], lambda row: images.key(int(read[row])), "images")
         return rows

@@ -24,8 +24,10 @@ def format_captions(data: Any, name: TextFormat) -> Any:
     if isinstance(data, MultilingualData):
         return MultilingualData({language: format_captions(part, name) for language, part in data.items()})
     change = TEXT_FORMATS[name]
-    found = {field: getattr(data, field) for field in CAPTIONS if hasattr(data, field)}
-    return replace(data, **{field: list(map(change, texts)) for field, texts in found.items()}) if found else data
+    captions = {field: getattr(data, field) for field in CAPTIONS if hasattr(data, field)}
+    return (
+        replace(data, **{field: list(map(change, texts)) for field, texts in captions.items()}) if captions else data
+    )
 
 
 def newlines_to_spaces(text: str) -> str:

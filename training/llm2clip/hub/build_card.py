@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import snapshot_download
 
 from llm2clip.data.table_identity import data_revision
-from llm2clip.evaluation.report import notes_on
-from llm2clip.evaluation.results import Result, protocol_words, read_result
+from llm2clip.evaluation.results import Result, notes_on, protocol_words, read_result
 from llm2clip.hub.cards.card import CARD, LICENSE_FIELDS, as_list, read_card, render
 from llm2clip.hub.cards.curves import write_curves
 from llm2clip.hub.cards.facts import (

@@ -7,16 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from llm2clip.evaluation.benchmarks.long_captions import SHAREGPT4V
-from tests.llm2clip.evaluation.benchmarks.samples import BOM, karpathy_row
+from tests.llm2clip.evaluation.benchmarks.samples import BOM, karpathy_row, lines
 
 # Captions of one image: blanks, newlines, repeats and empty ones stay as they are.
 SEVEN = [" Zwei Hunde.", "two dogs\n", "Two dogs", "TWO DOGS", "two dogs", "", "dogs, again"]
 PHOTOS, IMAGES = "flickr30k/flickr30k-images", "flickr30k/images"
-
-
-def lines(*rows: Any) -> str:
-    """One JSON value per line."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def salesforce(captions: Mapping[str, list[str]]) -> list[dict[str, Any]]:

@@ -14,8 +14,8 @@ from scipy.io import savemat
 
 from llm2clip.evaluation.benchmarks.imagenet import DEVKIT, TAR, TRUTH
 from llm2clip.evaluation.prompts import imagenet_classes, imagenet_subset
-from tests.llm2clip.evaluation.benchmarks.pictures import picture
-from tests.llm2clip.evaluation.benchmarks.samples import write
+from tests.llm2clip.evaluation.benchmarks.samples import picture, write
+from tests.pictures import encode
 
 Files = dict[str, Any]
 WNIDS = list(imagenet_classes())
@@ -112,9 +112,7 @@ def bordered(shade: int) -> bytes:
     """A picture of ObjectNet: a red border of two pixels."""
     image = Image.new("RGB", (9, 7), (255, 0, 0))
     image.paste((shade, shade, shade), (2, 2, 7, 5))
-    stream = io.BytesIO()
-    image.save(stream, "PNG")
-    return stream.getvalue()
+    return encode(image)
 
 
 def webdataset(*tars: dict[str, bytes], split: str = "test") -> Files:

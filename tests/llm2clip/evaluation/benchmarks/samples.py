@@ -1,13 +1,17 @@
-"""Writing samples of benchmarks in their file formats, and reading them."""
+"""Writing samples of benchmarks in their file formats, with small pictures, and reading them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from llm2clip.evaluation.benchmarks import choose_benchmarks
+from llm2clip.evaluation.data import BenchmarkImages
+from modeling_llm2clip.image_decoding_llm2clip import decode_image
+from tests.pictures import encode
 
 BOM = "\ufeff"
 
@@ -29,9 +33,20 @@ def write(path: Path, content: str | bytes | Any = b"image") -> Path:
     return path
 
 
-def write_lines(path: Path, rows: Iterable[Any]) -> Path:
-    """Write one JSON value per line."""
-    return write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def picture(shade: int, kind: str = "png") -> bytes:
+    """Encode a picture of one colour, `(shade, 0, 255 - shade)`."""
+    options = {"lossless": True} if kind == "webp" else {}
+    return encode(Image.new("RGB", (3, 2), (shade, 0, 255 - shade)), kind, **options)
+
+
+def shades(images: BenchmarkImages) -> list[int]:
+    """Decode images as an evaluation does, and return the shades by which they were made."""
+    return [images.decode(row, decode_image).getpixel((0, 0))[0] for row in range(len(images))]
+
+
+def lines(*rows: Any) -> str:
+    """One JSON value per line."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def karpathy_row(name: str, split: str, captions: list[str], first_id: int, **more: object) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,8 @@ import pytest
 from llm2clip.evaluation.benchmark import BenchmarkError
 from llm2clip.evaluation.benchmarks import long_captions
 from llm2clip.evaluation.data import RetrievalData
-from tests.llm2clip.evaluation.benchmarks.caption_samples import (
-    BROKEN,
-    SAMPLES,
-    lines,
-    salesforce,
-)
-from tests.llm2clip.evaluation.benchmarks.samples import BOM, karpathy_row, read, write, xm3600_row
+from tests.llm2clip.evaluation.benchmarks.caption_samples import BROKEN, SAMPLES, salesforce
+from tests.llm2clip.evaluation.benchmarks.samples import BOM, karpathy_row, lines, read, write, xm3600_row
 
 
 def write_sample(data: Path, files: Mapping[str, Any], images: Iterable[str]) -> None:
@@ -128,3 +124,35 @@ def test_xtd10_pairs_lines_with_names(tmp_path: Path) -> None:
     assert by_language(read("xtd10", tmp_path), tmp_path) == {
         name: list(zip(images, texts, strict=True)) for name, texts in captions.items()
     }
+
+
+# Encoded, they contain both characters in which the alphabet for URLs differs.
+FIRST, SECOND = b"\xfb\xff\xbe one", b"\xff\xef two"
+
+
+def write_chinese_clip(folder: Path, texts: list[dict[str, Any]]) -> None:
+    write(folder / "test_texts.jsonl", lines(*texts))
+    images = f"1001\t{base64.urlsafe_b64encode(FIRST).decode()}\n7\t{base64.b64encode(SECOND).decode()}\n"
+    write(folder / "test_imgs.tsv", images)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("flickr30k-cn", "Flickr30k-CN"), ("flickr30k-cn", "Flickr30k-CN/Flickr30k-CN"), ("coco-cn", "COCO-CN")],
+)
+def test_archives_of_chinese_clip_hold_texts_and_encoded_images(name: str, folder: str, tmp_path: Path) -> None:
+    texts = [
+        {"text_id": 3, "text": "两只狗 ", "image_ids": [7]},
+        {"text_id": 1, "text": "两只狗 ", "image_ids": [1001]},
+        {"text_id": 2, "text": "", "image_ids": [7]},
+    ]
+    write_chinese_clip(tmp_path / folder, texts)
+    data = read(name, tmp_path)
+    assert data.images.images == [FIRST, SECOND]
+    assert [data.images.key(row) for row in range(2)] == ["1001", "7"]
+    assert data.texts == ["两只狗 ", "两只狗 ", ""]
+    assert data.owners.tolist() == [1, 0, 1]
+    assert data.matches is None
+    # Every image of a text is right.
+    write_chinese_clip(tmp_path / folder, [texts[0] | {"image_ids": [7, 1001]}, texts[1]])
+    assert read(name, tmp_path).matches.tolist() == [[0, 1], [0, 0], [1, 0]]

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from llm2clip.evaluation.benchmarks.checksum import data_checksum
+from llm2clip.evaluation.benchmarks.checksum import HEAD, data_checksum
+from llm2clip.evaluation.benchmarks.encoded_images import ArchivedImages, FilePart
 from llm2clip.evaluation.data import BenchmarkImages, ClassificationData, RetrievalData
 
 
@@ -47,3 +48,16 @@ def test_encoded_images_labels_and_training_images_count() -> None:
     ]  # fmt: skip
     sums = {data_checksum(data), *(data_checksum(replace(data, **change)) for change in changes)}
     assert len(sums) == len(changes) + 1
+
+
+def test_the_head_of_an_archived_image_counts_and_the_rest_does_not(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+
+    def checksum(content: bytes) -> str:
+        path.write_bytes(content)
+        return data_checksum(BenchmarkImages(ArchivedImages([FilePart(path, 1, len(content) - 1)]), ["x"]))
+
+    content = bytes(2 * HEAD)
+    expected = checksum(content)
+    assert checksum(content[:-1] + b"1") == checksum(b"1" + content[1:]) == expected
+    assert len({expected, checksum(content + b"0"), checksum(b"11" + content[2:])}) == 3

@@ -1,4 +1,4 @@
-"""Which benchmarks a command stands for."""
+"""Which benchmarks a command stands for, and by which protocol each is measured."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from llm2clip.evaluation.benchmarks import ALL_FOUND, choose_benchmarks
-from llm2clip.evaluation.protocols import open_protocol
+from llm2clip.evaluation.benchmarks import ALL_FOUND, PROBES, all_benchmarks, choose_benchmarks
+from llm2clip.evaluation.benchmarks.languages import WITHOUT_ENGLISH
+from llm2clip.evaluation.protocols import PROTOCOLS, open_protocol
 from tests.llm2clip.evaluation.benchmarks.samples import write
 
 
@@ -62,13 +63,26 @@ def test_a_group_of_which_nothing_is_there_is_an_error(name: str, tmp_path: Path
     ("name", "options"),
     [
         ("imagenet-1k-single", {"templates": ("a photo of the {c}",)}),
+        ("xm3600-without-english", {"mean_over": WITHOUT_ENGLISH}),
         ("ade20k", {"scale": (2048, 512)}),
         ("ade20k-sliding", {"scale": (2048, 448), "crop": 448, "stride": 224}),
     ],
 )
-def test_a_name_stands_for_the_settings_of_its_published_numbers(
-    name: str, options: dict[str, Any], tmp_path: Path
-) -> None:
-    [benchmark] = choose_benchmarks([name], tmp_path)
-    protocol = open_protocol(benchmark.protocol, benchmark.options)
-    assert {field: getattr(protocol, field) for field in options} == options
+def test_a_name_stands_for_the_settings_of_its_published_numbers(name: str, options: dict[str, Any]) -> None:
+    benchmark = all_benchmarks()[name]
+    assert vars(open_protocol(benchmark.protocol, benchmark.options)).items() >= options.items()
+
+
+def test_every_benchmark_has_a_protocol_that_takes_its_options() -> None:
+    benchmarks = [*all_benchmarks().values(), *choose_benchmarks([f"cifar10-probe-{name}" for name in PROBES], Path())]
+    for benchmark in benchmarks:
+        protocol = open_protocol(benchmark.protocol, benchmark.options)
+        assert vars(protocol).items() >= dict(benchmark.options).items(), benchmark.name
+    assert {benchmark.protocol for benchmark in benchmarks} == set(PROTOCOLS)
+
+
+def test_an_unknown_protocol_names_the_nearest_and_an_own_one_is_taken_as_it_is() -> None:
+    with pytest.raises(ValueError, match=r"there is no protocol 'retrival'.*retrieval"):
+        open_protocol("retrival", {})
+    own = open_protocol("retrieval", {})
+    assert open_protocol(own, {"what": "ever"}) is own

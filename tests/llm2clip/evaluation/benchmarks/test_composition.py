@@ -10,7 +10,7 @@ import pytest
 
 from llm2clip.evaluation.benchmark import BenchmarkError
 from llm2clip.evaluation.benchmarks.composition import SUGAR_CREPE_COUNTS as COUNTS
-from tests.llm2clip.evaluation.benchmarks.samples import BOM, read, write, write_lines
+from tests.llm2clip.evaluation.benchmarks.samples import BOM, lines, read, write
 
 
 def example(number: int, tag: str) -> dict[str, Any]:
@@ -25,7 +25,7 @@ TEXTS = ["a café 0", " 0 café a", "a café 1", " 1 café a"]
 @pytest.mark.parametrize("place", ["", "data"])
 def test_winoground_is_read_from_its_examples_and_images(place: str, tmp_path: Path) -> None:
     folder = tmp_path / "winoground" / place
-    write_lines(folder / "examples.jsonl", [example(0, "Object"), example(1, "Relation")])
+    write(folder / "examples.jsonl", lines(example(0, "Object"), example(1, "Relation")))
     names = ["ex_0_img_0.png", "ex_0_img_1.png", "ex_1_img_0.png", "ex_1_img_1.png"]
     for name in names:
         write(folder / "images" / name)

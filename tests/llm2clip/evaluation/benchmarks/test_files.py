@@ -11,12 +11,7 @@ from llm2clip.evaluation import reading
 from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks.files import find_images
 from llm2clip.evaluation.reading import first_json_objects, read_json
-
-
-def write(path: Path, content: bytes = b"image") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    return path
+from tests.llm2clip.evaluation.benchmarks.samples import write
 
 
 @pytest.mark.parametrize("block", [8, 1 << 16])

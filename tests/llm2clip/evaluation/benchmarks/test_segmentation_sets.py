@@ -11,8 +11,8 @@ from PIL import Image
 
 from llm2clip.evaluation.benchmark import BenchmarkError
 from llm2clip.evaluation.benchmarks import all_benchmarks
-from llm2clip.evaluation.data import IGNORED, SegmentationData
 from llm2clip.evaluation.prompts import class_data
+from llm2clip.evaluation.segmentation_data import IGNORED, SegmentationData
 from modeling_llm2clip.image_decoding_llm2clip import DamagedImageError
 
 

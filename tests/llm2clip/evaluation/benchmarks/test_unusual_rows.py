@@ -13,15 +13,24 @@ from llm2clip.evaluation.data import (
     BenchmarkImages,
     CaptionPairData,
     ClassificationData,
+    HardNegativeData,
     MultilingualData,
     PairData,
     RetrievalData,
+    SeveralSets,
 )
+from llm2clip.evaluation.segmentation_data import SegmentationData
 
 FIVE = BenchmarkImages([b"1", b"2", b"3", b"4", b"5"], ["a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg"])
 NUMBERED = BenchmarkImages([b"1", b"2", b"3"], ["image/1.jpg", "image/2.jpg", "image/4.jpg"])
 COCO = BenchmarkImages([b"1", b"2"], ["COCO_val2014_000000000042.jpg", "COCO_val2014_000000000139.jpg"])
 CAPTIONS = [["x"] * 2, ["x"], ["x"] * 2, ["y"] * 3, ["z"] * 2]
+THREE = BenchmarkImages([b"1", b"2", b"3"], ["a.jpg", "b.jpg", "c.jpg"])
+
+
+def captions(*texts: str) -> RetrievalData:
+    """A caption of each of the first of three images."""
+    return RetrievalData.from_captions(THREE, [*([text] for text in texts), *[[]] * (3 - len(texts))])
 
 
 @pytest.mark.parametrize(
@@ -43,7 +52,25 @@ CAPTIONS = [["x"] * 2, ["x"], ["x"] * 2, ["y"] * 3, ["z"] * 2]
         (PairData(COCO, ["left", "right"], ["all"]), {"pairs": 4},
          "the last row is number 1, COCO_val2014_000000000042.jpg 'left' 'right'"),
         (CaptionPairData(["a", "b"], ["c", "d"]), {"pairs": 3}, "the last row is number 2, 'b' 'd'"),
-        (MultilingualData({"de": RetrievalData.from_captions(FIVE, CAPTIONS)}), {"languages": 2}, ""),
+        # XTD10: an image with an empty list, a language whose file ends early; a fact of both is said once.
+        (MultilingualData({"de": captions("a", "b", "c"), "jp": captions("a", "b")}),
+         {"images": 4, "languages": 3, "texts": 12},
+         "the languages with captions are de, jp; de, jp: the last image is number 3, c.jpg; "
+         "de: the last row is number 3, c.jpg 'c'; jp: images with another number of captions: c.jpg (0); "
+         "jp: the last row is number 2, b.jpg 'b'"),
+        # XM3600: the numbers of captions differ, so that only images without any stand out.
+        (MultilingualData({"de": captions("a", "b", "c"), "quz": captions("a", "b")}),
+         {"images": 3, "languages": 2, "texts": 7},
+         "quz: images with another number of captions: c.jpg (0)"),
+        # SugarCrepe: a file a kind.
+        (HardNegativeData(COCO, torch.tensor([0, 1, 0, 0]), ["x", "y", "z", "z"], ["a", "b", "c", "c"],
+                          ["add_att", "add_att", "swap_obj", "swap_obj"]), {"add_att": 3, "swap_obj": 1},
+         "add_att: the last row is number 2, COCO_val2014_000000000139.jpg 'y' 'b'; "
+         "swap_obj: repeated rows: COCO_val2014_000000000042.jpg 'z' 'c'"),
+        (SeveralSets({"one": ClassificationData(FIVE, torch.tensor([0, 0, 1, 1, 2]), ["dog", "cat", "bus"])}),
+         {"sets": 1, "one images": 6, "one classes": 3}, "one: classes with another number of images: bus (1)"),
+        (SegmentationData("Maps", NUMBERED, [], {}, torch.zeros(256)), {"images": 4, "classes": 0},
+         "numbers without an image: 3"),
         (RetrievalData.from_captions(BenchmarkImages([]), []), {"images": 2, "texts": 2}, ""),
     ],
 )  # fmt: skip

@@ -18,8 +18,7 @@ from llm2clip.evaluation.benchmarks import all_benchmarks
 from llm2clip.evaluation.benchmarks.encoded_images import ArchivedImages
 from llm2clip.evaluation.benchmarks.webdataset import SETS, read_classification, read_retrieval
 from tests.llm2clip.evaluation.benchmarks.classification_samples import SAMPLES, webdataset, write_files
-from tests.llm2clip.evaluation.benchmarks.pictures import picture, shades
-from tests.llm2clip.evaluation.benchmarks.samples import read
+from tests.llm2clip.evaluation.benchmarks.samples import picture, read, shades
 
 
 @pytest.fixture

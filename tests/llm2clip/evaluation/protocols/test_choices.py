@@ -7,19 +7,15 @@ import torch
 from torch import Tensor
 
 from llm2clip.evaluation.benchmark import BenchmarkError
-from llm2clip.evaluation.data import BenchmarkImages, HardNegativeData, PairData
+from llm2clip.evaluation.data import HardNegativeData, PairData
 from llm2clip.evaluation.protocols.choices import CaptionChoice, ImageChoice, PairScores
-from tests.llm2clip.evaluation.fake_session import FakeSession
+from tests.llm2clip.evaluation.fake_session import FakeSession, numbered_images
 
 PAIRS = 40
 
 
 def unit(rows: Tensor) -> Tensor:
     return torch.nn.functional.normalize(rows, dim=1)
-
-
-def pictures(count: int) -> BenchmarkImages:
-    return BenchmarkImages([b"image"] * count)
 
 
 def random_pairs() -> tuple[PairData, FakeSession, list[list[list[float]]]]:
@@ -30,7 +26,9 @@ def random_pairs() -> tuple[PairData, FakeSession, list[list[list[float]]]]:
     texts[1] = texts[0]
     images[5] = images[4]
     data = PairData(
-        pictures(2 * PAIRS), [f"text {row}" for row in range(2 * PAIRS)], [f"kind {row // 15}" for row in range(PAIRS)]
+        numbered_images(2 * PAIRS),
+        [f"text {row}" for row in range(2 * PAIRS)],
+        [f"kind {row // 15}" for row in range(PAIRS)],
     )
     session = FakeSession(images=images, texts={**dict(zip(data.texts, texts, strict=True))}, max_words=1)
     similar = [
@@ -62,7 +60,7 @@ def test_pair_scores_are_those_of_winoground() -> None:
     }
     assert found.groups["kind"]["kind 2"]["queries"] == 10
     with pytest.raises(BenchmarkError, match="no pair"):
-        PairScores().measure(session, PairData(pictures(0), [], []))
+        PairScores().measure(session, PairData(numbered_images(0), [], []))
 
 
 def test_image_choice_averages_the_kinds() -> None:
@@ -86,7 +84,11 @@ def test_image_choice_averages_the_kinds() -> None:
 def test_caption_choice_averages_the_files_of_each_kind() -> None:
     kinds = ["add_att"] * 3 + ["add_obj"] + ["swap_obj"] * 2
     data = HardNegativeData(
-        pictures(2), torch.tensor([0, 0, 1, 1, 0, 1]), [f"r{row}" for row in range(6)], ["near", "far"] * 3, kinds
+        numbered_images(2),
+        torch.tensor([0, 0, 1, 1, 0, 1]),
+        [f"r{row}" for row in range(6)],
+        ["near", "far"] * 3,
+        kinds,
     )
     rows = {"r0": [1, 1], "r1": [1, 1], "r2": [0.2, 1], "r3": [0, 1], "r4": [3, 1], "r5": [1, 0]}
     session = FakeSession(images=[[1, 0], [0, 1]], texts={**rows, "near": [2, 2], "far": [-1, 0]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,23 +12,18 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from llm2clip.evaluation.benchmark import BenchmarkError, Measurement
-from llm2clip.evaluation.data import BenchmarkImages, ClassificationData
+from llm2clip.evaluation.data import ClassificationData
 from llm2clip.evaluation.metrics import ROUNDING
 from llm2clip.evaluation.prompts import prompts
-from llm2clip.evaluation.protocols.classification import (
-    ZeroShotClassification,
-    label_ranks,
-    mean_of_prompts,
-)
+from llm2clip.evaluation.protocols.classification import ZeroShotClassification, class_embeddings, label_ranks
 from tests.golden import load_golden
-from tests.llm2clip.evaluation.fake_session import FakeSession
+from tests.llm2clip.evaluation.fake_session import FakeSession, numbered_images
 
 TEMPLATES = ["a {c}.", "the {c}", "{c}: a {c}"]
 
 
 def data_of(labels: list[int] | Tensor, classnames: list[str], **fields: Any) -> ClassificationData:
-    images = BenchmarkImages([str(row).encode() for row in range(len(labels))])
-    return ClassificationData(images, torch.as_tensor(labels), classnames, **fields)
+    return ClassificationData(numbered_images(len(labels)), torch.as_tensor(labels), classnames, **fields)
 
 
 def table_of(classnames: list[str], templates: list[str], embeds: Tensor) -> dict[str, Tensor]:
@@ -64,12 +60,12 @@ def test_prompts_are_scaled_averaged_and_scaled_again() -> None:
 def test_classifier_logits_and_accuracies_equal_the_original_code() -> None:
     golden = load_golden("zero_shot_a")
     texts = golden["in/class_template_embeddings"] @ golden["in/text_projection"]
-    classes = normalize(mean_of_prompts(normalize(texts, dim=-1).flatten(0, 1), texts.shape[1]), dim=-1)
+    names, templates = [f"class {row}" for row in range(len(texts))], [f"{{c}} {row}" for row in range(texts.shape[1])]
+    session = FakeSession(golden["in/images"], table_of(names, templates, texts))
+    classes = class_embeddings(session, prompts(names, templates), len(templates))
     golden.close(classes.T, "out/classifier")
     golden.close(100 * normalize(golden["in/images"], dim=-1) @ classes.T, "out/logits")
-    names, templates = [f"class {row}" for row in range(len(texts))], [f"{{c}} {row}" for row in range(texts.shape[1])]
-    data = data_of(golden["in/target"], names, templates=templates)
-    found = measure(golden["in/images"], data, table_of(names, templates, texts))
+    found = ZeroShotClassification().measure(session, data_of(golden["in/target"], names, templates=templates))
     assert {name: found.scores[name] for name in ("top1", "top5")} == golden.meta["metrics"]
 
 
@@ -92,6 +88,11 @@ def test_scores_equal_scikit_learn() -> None:
     parts, values = found.strata["mean_per_class"], found.values["mean_per_class"]
     means = [values[parts == part].mean().item() for part in parts.unique()]
     assert sum(means) / len(means) == pytest.approx(found.scores["mean_per_class"])
+    # The score that is compared comes first and is part of the protocol.
+    per_class = measure(images, replace(data, mean_per_class=True), table)
+    assert per_class.scores == found.scores
+    for measured, first in ((found, "top1"), (per_class, "mean_per_class")):
+        assert next(iter(measured.scores)) == measured.protocol["compared"] == first
 
 
 def test_classes_that_score_the_same_count_with_their_expected_value() -> None:
@@ -109,16 +110,6 @@ def test_classes_that_score_the_same_count_with_their_expected_value() -> None:
     near = label_ranks(torch.tensor([[0.5, 0.5 + 1e-7, 0.5 - 1e-7, 0.4]]), torch.tensor([0]), ROUNDING)
     assert (near.ahead.item(), near.tied_wrong.item()) == (0, 2)
     assert label_ranks(torch.tensor([[0.5, 0.5 + 1e-7]]), torch.tensor([0])).ahead.item() == 1
-
-
-def test_the_compared_score_comes_first_and_is_part_of_the_protocol() -> None:
-    images, data, table, _ = random_set()
-    plain = measure(images, data, table)
-    data.mean_per_class = True
-    found = measure(images, data, table)
-    assert next(iter(plain.scores)) == plain.protocol["compared"] == "top1"
-    assert next(iter(found.scores)) == found.protocol["compared"] == "mean_per_class"
-    assert found.scores == plain.scores
 
 
 def test_broken_labels_scores_and_names_are_refused() -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise, permutations
 
 import pytest
 import torch
 from torch import Tensor
 
-from llm2clip.evaluation.data import BenchmarkImages, GradedData
+from llm2clip.evaluation.data import GradedData
 from llm2clip.evaluation.protocols import graded
 from llm2clip.evaluation.protocols.graded import GradedPrecision, GradedRecall, precision_at_r
-from tests.llm2clip.evaluation.fake_session import FakeSession
+from tests.llm2clip.evaluation.fake_session import FakeSession, numbered_images
 
 IMAGES, TEXTS = 30, 150
 
@@ -53,17 +54,17 @@ def test_precision_is_the_mean_over_the_orders_of_ties(scores: list[float], righ
     # A candidate of cosine s to the query (1, 0).
     candidates = torch.tensor([[score, (1 - score**2) ** 0.5] for score in scores])
     matches = torch.tensor([[0, place] for place in sorted(right)])
-    found = precision_at_r(torch.tensor([[1.0, 0.0]]), candidates, matches)
-    assert [value.item() for value in found[:3]] == pytest.approx(metrics(scores, right))
+    found, _ = precision_at_r(torch.tensor([[1.0, 0.0]]), candidates, matches)
+    assert [value.item() for value in found.values()] == pytest.approx(metrics(scores, right))
 
 
 @pytest.mark.parametrize("margin", [1, 64])
 def test_a_tie_that_ends_far_behind_is_taken_whole(margin: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graded, "MARGIN", margin)
     candidates = torch.tensor([[1.0, 0.0]] * 200 + [[0.0, 1.0]] * 50)
-    found = precision_at_r(torch.tensor([[1.0, 0.0]]), candidates, torch.tensor([[0, 3], [0, 249]]))
-    assert (found.r_precision.item(), found.recall_at_1.item()) == pytest.approx((1 / 200, 1 / 200))
-    assert found.is_tied.tolist() == [True]
+    found, is_tied = precision_at_r(torch.tensor([[1.0, 0.0]]), candidates, torch.tensor([[0, 3], [0, 249]]))
+    assert (found["r_precision"].item(), found["recall@1"].item()) == pytest.approx((1 / 200, 1 / 200))
+    assert is_tied.tolist() == [True]
 
 
 def judged() -> tuple[GradedData, FakeSession, Tensor]:
@@ -78,7 +79,7 @@ def judged() -> tuple[GradedData, FakeSession, Tensor]:
     of_images = {(image, (image * 11 + 13 * step) % TEXTS) for image in range(1, IMAGES, 2) for step in range(9)}
     of_images |= {(image, 5 * image + step) for image in range(1, IMAGES, 2) for step in range(5)}
     data = GradedData(
-        BenchmarkImages([b"image"] * IMAGES),
+        numbered_images(IMAGES),
         [f"caption {row}" for row in range(TEXTS)],
         owners,
         torch.tensor(sorted(of_texts)),
@@ -88,55 +89,39 @@ def judged() -> tuple[GradedData, FakeSession, Tensor]:
     return data, session, texts @ images.T
 
 
-def rankings(similar: Tensor, matches: Tensor) -> list[tuple[list[int], set[int]]]:
-    """Order of the candidates and right ones of each query."""
-    right: dict[int, set[int]] = {}
-    for query, candidate in matches.tolist():
-        right.setdefault(query, set()).add(candidate)
-    return [
-        (sorted(range(similar.shape[1]), key=lambda place: -float(similar[query, place])), right[query])
-        for query in sorted(right)
-    ]
+def rankings(data: GradedData, similar: Tensor) -> Iterator[tuple[str, list[tuple[list[int], set[int]]]]]:
+    """Order of the candidates and right ones of each query, in both directions."""
+    for side, scores, matches in (
+        ("text_to_image", similar, data.matches),
+        ("image_to_text", similar.T, data.image_matches),
+    ):
+        assert matches is not None
+        right: dict[int, set[int]] = {}
+        for query, candidate in matches.tolist():
+            right.setdefault(query, set()).add(candidate)
+        yield side, [(scores[query].argsort(descending=True).tolist(), right[query]) for query in sorted(right)]
 
 
 def test_eccv_caption_metrics_in_both_directions() -> None:
     data, session, similar = judged()
-    assert data.matches is not None
     found = GradedPrecision().measure(session, data)
     assert next(iter(found.scores)) == "text_to_image_map@r"
     assert found.compared == ("image_to_text_map@r", "text_to_image_map@r")
-    for side, scores, matches in (
-        ("text_to_image", similar, data.matches),
-        ("image_to_text", similar.T, data.image_matches),
-    ):
-        expected = [metrics_of_order(order, right) for order, right in rankings(scores, matches)]
+    for side, queries in rankings(data, similar):
+        expected = [metrics_of_order(order, right) for order, right in queries]
         for name, values in zip(("map@r", "r_precision", "recall@1"), zip(*expected, strict=True), strict=True):
             assert found.values[f"{side}_{name}"].tolist() == pytest.approx(list(values))
             assert found.scores[f"{side}_{name}"] == pytest.approx(sum(values) / len(values))
-    assert found.counts == {
-        "images": IMAGES,
-        "texts": TEXTS,
-        "text_queries": 50,
-        "image_queries": 15,
-        "right_images": len(data.matches),
-        "right_texts": len(data.image_matches),
-        "outside": 0,
-        "truncated_texts": TEXTS,
-        "tied_text_queries": 0,
-        "tied_image_queries": 0,
-    }
+    ties = {"tied_text_queries": 0, "tied_image_queries": 0}
+    assert found.counts == {**data.counts(), "truncated_texts": TEXTS, **ties}
 
 
 def test_cxc_recall_in_both_directions() -> None:
     data, session, similar = judged()
-    assert data.matches is not None
     found = GradedRecall().measure(session, data)
-    for side, scores, matches in (
-        ("text_to_image", similar, data.matches),
-        ("image_to_text", similar.T, data.image_matches),
-    ):
+    for side, queries in rankings(data, similar):
         for k in (1, 5, 10):
-            hits = [any(item in right for item in order[:k]) for order, right in rankings(scores, matches)]
+            hits = [any(item in right for item in order[:k]) for order, right in queries]
             assert found.scores[f"{side}_recall@{k}"] == pytest.approx(sum(hits) / len(hits))
             assert found.values[f"{side}_recall@{k}"].tolist() == hits
     assert 0 < found.scores["text_to_image_recall@1"] < found.scores["text_to_image_recall@5"] < 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +17,27 @@ from llm2clip.evaluation.benchmarks import all_benchmarks, choose_benchmarks
 from llm2clip.evaluation.benchmarks.listing import list_benchmarks
 from llm2clip.evaluation.data import BenchmarkImages, ClassificationData
 from llm2clip.evaluation.protocols import linear_probe
-from llm2clip.evaluation.protocols.linear_probe import (
-    STRENGTHS,
-    FixedLBFGSProbe,
-    LBFGSProbe,
-    SGDProbe,
-)
+from llm2clip.evaluation.protocols.linear_probe import STRENGTHS, FixedLBFGSProbe, LBFGSProbe, SGDProbe
 from tests.llm2clip.evaluation.fake_session import FakeSession
 
 CLASSES, WIDTH = 4, 6
 
 
-def part(name: str, labels: Tensor) -> ClassificationData:
-    images = BenchmarkImages([f"{name} {row}".encode() for row in range(len(labels))])
-    return ClassificationData(images, labels, [f"class {label}" for label in range(CLASSES)])
-
-
-def make(sizes: dict[str, int], seed: int = 0) -> tuple[dict[str, ClassificationData], dict[str, Tensor], FakeSession]:
-    """Parts of a set, their features, and a session that knows them; projected features are other ones."""
-    generator = torch.Generator().manual_seed(seed)
+def make(**sizes: int) -> tuple[Any, dict[str, Tensor], FakeSession]:
+    """A set of parts of some sizes, their features, and a session that knows them; projected ones are others."""
+    generator = torch.Generator().manual_seed(0)
     centres = torch.randn(CLASSES, WIDTH, generator=generator)
     parts, rows, tables = {}, {}, ({}, {})
     for name, size in sizes.items():
         labels = torch.arange(size) % CLASSES
         features = 3 * (centres[labels] + torch.randn(size, WIDTH, generator=generator))
-        parts[name], rows[name] = part(name, labels), features
-        for content, row in zip(parts[name].images.images, features, strict=True):
+        images = BenchmarkImages([f"{name} {row}".encode() for row in range(size)])
+        parts[name] = ClassificationData(images, labels, [f"class {label}" for label in range(CLASSES)])
+        rows[name] = features
+        for content, row in zip(images.images, features, strict=True):
             tables[0][content], tables[1][content] = row, row[:4].flip(0)
-    session = FakeSession(tables[1], {"": [1.0]}, features=tables[0])
-    return parts, rows, session
+    data = replace(parts["test"], train=parts.get("train"), validation=parts.get("validation"))
+    return data, rows, FakeSession(tables[1], {"": [1.0]}, features=tables[0])
 
 
 def hits_of(model: Any, rows: Tensor, labels: Tensor) -> list[bool]:
@@ -53,9 +46,7 @@ def hits_of(model: Any, rows: Tensor, labels: Tensor) -> list[bool]:
 
 def test_sgd_is_that_of_the_paper() -> None:
     """A direct loop: batches of 1,024 of 1,500 images, constant rate 0.1, momentum 0.9, 50 epochs, raw features."""
-    parts, rows, session = make({"test": 200, "train": 1500})
-    data = parts["test"]
-    data.train = parts["train"]
+    data, rows, session = make(test=200, train=1500)
     found = SGDProbe().measure(session, data)
     weight, bias = torch.zeros(CLASSES, WIDTH, requires_grad=True), torch.zeros(CLASSES, requires_grad=True)
     velocity = [torch.zeros_like(weight), torch.zeros_like(bias)]
@@ -78,9 +69,7 @@ def test_sgd_is_that_of_the_paper() -> None:
 
 
 def test_openai_readme_is_scikit_learn_with_its_constant_on_projected_features() -> None:
-    parts, rows, session = make({"test": 100, "train": 200})
-    data = parts["test"]
-    data.train = parts["train"]
+    data, rows, session = make(test=100, train=200)
     found = FixedLBFGSProbe().measure(session, data)
     train, test = (rows[name][:, :4].flip(1) for name in ("train", "test"))
     model = LogisticRegression(random_state=0, C=0.316, max_iter=1000).fit(train.numpy(), data.train.labels.numpy())
@@ -90,22 +79,20 @@ def test_openai_readme_is_scikit_learn_with_its_constant_on_projected_features()
 
 
 def test_lbfgs_chooses_by_the_validation_part_and_trains_on_both() -> None:
-    parts, rows, session = make({"test": 120, "train": 80, "val": 60})
-    data = parts["test"]
-    data.train, data.validation = parts["train"], parts["val"]
+    data, rows, session = make(test=120, train=80, validation=60)
     found = LBFGSProbe().measure(session, data)
     chosen = STRENGTHS[found.counts["strength_step"]]
 
     def fit(strength: float, names: list[str]) -> Any:
         features = torch.cat([rows[name] for name in names]).numpy()
-        labels = torch.cat([parts[name].labels for name in names]).numpy()
+        labels = torch.cat([getattr(data, name).labels for name in names]).numpy()
         return LogisticRegression(C=strength, max_iter=1000, random_state=0).fit(features, labels)
 
-    model = fit(chosen, ["train", "val"])
+    model = fit(chosen, ["train", "validation"])
     assert found.values["top1"].tolist() == [float(hit) for hit in hits_of(model, rows["test"], data.labels)]
     # No other strength of the first round is better on the validation part.
     accuracies = {
-        strength: np.mean(hits_of(fit(strength, ["train"]), rows["val"], parts["val"].labels))
+        strength: np.mean(hits_of(fit(strength, ["train"]), rows["validation"], data.validation.labels))
         for strength in [*STRENGTHS[::16], chosen]
     }
     assert accuracies[chosen] == max(accuracies.values())
@@ -131,9 +118,7 @@ def test_strengths_are_clips_and_the_peak_is_found_by_bisection(monkeypatch: pyt
 
 
 def test_without_a_validation_part_every_fifth_image_of_a_class_is_held_out() -> None:
-    parts, _, session = make({"test": 40, "train": 60})
-    data = parts["test"]
-    data.train = parts["train"]
+    data, _, session = make(test=40, train=60)
     found = LBFGSProbe().measure(session, data)
     assert (found.counts["train_images"], found.counts["validation_images"]) == (60, 12)
     assert found.protocol["validation"] == "every 5th train image of a class"
@@ -144,11 +129,9 @@ def test_without_a_validation_part_every_fifth_image_of_a_class_is_held_out() ->
 
 
 def test_a_set_without_train_images_and_a_diverged_probe_are_refused() -> None:
-    parts, _, session = make({"test": 8, "train": 8})
-    data = parts["test"]
+    data, _, session = make(test=8, train=8)
     with pytest.raises(BenchmarkError, match="needs train images of at least two classes"):
-        SGDProbe().measure(session, data)
-    data.train = parts["train"]
+        SGDProbe().measure(session, replace(data, train=None))
     table = session.encoder.features
     session.encoder.features = {content: torch.as_tensor(row) * 1e30 for content, row in table.items()}
     with pytest.raises(BenchmarkError, match="has diverged"):

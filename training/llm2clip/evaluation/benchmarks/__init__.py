@@ -26,13 +26,13 @@ logger = logging.getLogger(__name__)
 @cache
 def all_benchmarks() -> dict[str, Benchmark]:
     """Return the benchmarks of this package by name, from the list `BENCHMARKS` of each module."""
-    found: dict[str, Benchmark] = {}
+    benchmarks: dict[str, Benchmark] = {}
     for module in sorted(pkgutil.iter_modules(__path__), key=lambda info: info.name):
         for benchmark in getattr(importlib.import_module(f"{__name__}.{module.name}"), "BENCHMARKS", []):
-            if benchmark.name in found:
+            if benchmark.name in benchmarks:
                 raise ValueError(f"two benchmarks have the name {benchmark.name!r}.")
-            found[benchmark.name] = benchmark
-    return found
+            benchmarks[benchmark.name] = benchmark
+    return benchmarks
 
 
 def choose_benchmarks(names: Iterable[str], data: Path, missing_too: bool = False) -> list[Benchmark]:
@@ -48,17 +48,16 @@ def choose_benchmarks(names: Iterable[str], data: Path, missing_too: bool = Fals
     Raises:
         ValueError: A name is unknown, or nothing of a group was found.
     """
-
     known, chosen = all_benchmarks(), dict[str, Benchmark]()
     for name in names:
         if name in known:
-            some = [known[name]]
+            named = [known[name]]
         elif name in GROUPS or name == ALL_FOUND:
-            some = _members(name) if missing_too and name != ALL_FOUND else _found(name, data)
+            named = _members(name) if missing_too and name != ALL_FOUND else _present(name, data)
         elif (probe := probe_by_name(name, known)) is not None:
-            some = [probe]
+            named = [probe]
         elif name.endswith(".py"):
-            some = list(_from_file(Path(name)).BENCHMARKS)
+            named = list(_from_file(Path(name)).BENCHMARKS)
         else:
             family = _family(name)
             meant = f"; you may mean {shortened(family)}." if family else nearest(name, [*known, *GROUPS])
@@ -66,7 +65,7 @@ def choose_benchmarks(names: Iterable[str], data: Path, missing_too: bool = Fals
                 f"there is no benchmark {name!r}{meant} `llm2clip evaluate --list` shows all. "
                 f"Groups: {', '.join(GROUPS)}, {ALL_FOUND}."
             )
-        chosen |= {benchmark.name: benchmark for benchmark in some}
+        chosen |= {benchmark.name: benchmark for benchmark in named}
     return list(chosen.values())
 
 
@@ -112,19 +111,18 @@ def _members(group: str) -> list[Benchmark]:
     return [benchmark for benchmark in all_benchmarks().values() if group in (*benchmark.groups, ALL_FOUND)]
 
 
-def _found(group: str, data: Path) -> list[Benchmark]:
-    """Return the benchmarks of a group whose files are below a folder."""
+def _present(group: str, data: Path) -> list[Benchmark]:
     members = _members(group)
-    found = [benchmark for benchmark in members if benchmark.find(data) is not None]
-    if not found:
+    present = [benchmark for benchmark in members if benchmark.find(data) is not None]
+    if not present:
         raise ValueError(
             f"no files of a benchmark of {group} were found below {data}; `llm2clip evaluate --list"
             f"{'' if group == ALL_FOUND else f' --benchmark {group}'}` shows what each set needs."
         )
-    without = [benchmark.name for benchmark in members if benchmark not in found]
+    without = [benchmark.name for benchmark in members if benchmark not in present]
     if group != ALL_FOUND and without:
         logger.info("%s without %s, whose files are not below %s", group, ", ".join(without), data)
-    return found
+    return present
 
 
 def _from_file(path: Path) -> Any:

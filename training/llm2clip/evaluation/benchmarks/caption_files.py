@@ -30,7 +30,7 @@ def captions_benchmark(
     title: str,
     names: tuple[str, ...],
     read: Callable[[Path], Captions],
-    places: Sequence[str],
+    folders: Sequence[str],
     first: int | None = None,
     **fields: Any,
 ) -> Benchmark:
@@ -40,12 +40,12 @@ def captions_benchmark(
         title: The set, also in messages.
         names: Names of the file, of which the first that is there is read.
         read: Reads the format of the file.
-        places, first: See [`captions_data`].
+        folders, first: See [`captions_data`].
         fields: The other fields of [`Benchmark`].
     """
 
     def read_set(folder: Path) -> RetrievalData:
-        return captions_data(title, folder, read(first_file(folder, names)), places, first)
+        return captions_data(title, folder, read(first_file(folder, names)), folders, first)
 
     return Benchmark(title=title, needs=(names,), read=read_set, protocol="retrieval", **fields)
 
@@ -100,12 +100,12 @@ def karpathy(file: Path) -> Captions:
 def coco_annotations(file: Path) -> Captions:
     """Read the annotations of COCO, `captions_val2017.json`."""
     content = read_json(file)
-    found: dict[int, tuple[str, list[str]]] = {row["id"]: (row["file_name"], []) for row in content["images"]}
-    if len(found) < len(content["images"]):
+    captions: dict[int, tuple[str, list[str]]] = {row["id"]: (row["file_name"], []) for row in content["images"]}
+    if len(captions) < len(content["images"]):
         raise BenchmarkError(f"{file} has images with the same id.")
     for row in content["annotations"]:
-        found[row["image_id"]][1].append(row["caption"])
-    return list(found.values())
+        captions[row["image_id"]][1].append(row["caption"])
+    return list(captions.values())
 
 
 def comma_lines(file: Path) -> Captions:

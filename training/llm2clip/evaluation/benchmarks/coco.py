@@ -64,7 +64,7 @@ def read_caption_pairs(folder: Path) -> CaptionPairData:
     return CaptionPairData([texts[0] for _, texts in captions], [texts[1] for _, texts in captions])
 
 
-_coco = partial(captions_benchmark, folder=FOLDER, license=LICENSE, places=IMAGE_FOLDERS)
+_coco = partial(captions_benchmark, folder=FOLDER, license=LICENSE, folders=IMAGE_FOLDERS)
 _salesforce = partial(
     _coco,
     names=SALESFORCE_FILES,
@@ -93,7 +93,7 @@ BENCHMARKS = [
     _coco(
         name="coco-val2017", title="COCO val2017", groups=("short",),
         names=("annotations/captions_val2017.json", "captions_val2017.json"), read=coco_annotations,
-        places=VAL2017_FOLDERS, first=CAPTIONS, files="annotations/captions_val2017.json; val2017", counts=_FIVE,
+        folders=VAL2017_FOLDERS, first=CAPTIONS, files="annotations/captions_val2017.json; val2017", counts=_FIVE,
         source="annotations_trainval2017.zip and val2017.zip from the COCO site.",
         note="What Long-CLIP, FG-CLIP and FLAIR call COCO: 593 of its images are in the Karpathy test split.",
     ),
@@ -109,7 +109,7 @@ BENCHMARKS = [
     captions_benchmark(
         name="coco-cn-translated", title=f"{CN}, translated", groups=("languages",), folder=CN,
         names=(CN_TRANSLATED, f"{CN_VERSION}/{CN_TRANSLATED}"), read=partial(key_lines, kind="zhm#"),
-        places=COCO_2014_FOLDERS, first=CAPTIONS, files=f"{CN_TRANSLATED}; {CN_IMAGES}",
+        folders=COCO_2014_FOLDERS, first=CAPTIONS, files=f"{CN_TRANSLATED}; {CN_IMAGES}",
         counts={"images": 1000, "texts": 5000}, license=CN_LICENSE,
         source="The authors' archive, on request; train2014.zip and val2014.zip from the COCO site.",
         note="Manual translations of five English captions each: FG-CLIP 2 reports this set as COCO-CN.",

@@ -18,10 +18,6 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".g
 class EncodedImages(Sequence[bytes]):
     """A sequence of encoded images; [`BenchmarkImages`] takes it like a list of bytes."""
 
-    def __getitem__(self, row: Any) -> Any:
-        """Make the bytes of one image."""
-        raise NotImplementedError
-
     def head(self, row: int, size: int) -> bytes:
         """Return what tells an image from others without all of its bytes, for checksums of large sets.
 

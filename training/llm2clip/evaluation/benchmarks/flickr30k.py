@@ -35,7 +35,7 @@ CNA_FILES = (
     "flickr30k_cna/flickr30k_cna_test.txt",
 )
 # The images are those of Flickr30k, whose folder may lie beside this one.
-CNA_IMAGE_FOLDERS = (*IMAGE_FOLDERS, *(f"../{FOLDER}/{place}" for place in ("", *IMAGE_FOLDERS)))
+CNA_IMAGE_FOLDERS = (*IMAGE_FOLDERS, *(f"../{FOLDER}/{subfolder}" for subfolder in ("", *IMAGE_FOLDERS)))
 
 
 def read_cn(folder: Path) -> RetrievalData:
@@ -50,7 +50,7 @@ def read_cna(folder: Path) -> RetrievalData:
     return captions_data(CNA, home, key_lines(file), CNA_IMAGE_FOLDERS)
 
 
-_flickr30k = partial(captions_benchmark, folder=FOLDER, license=LICENSE, places=IMAGE_FOLDERS)
+_flickr30k = partial(captions_benchmark, folder=FOLDER, license=LICENSE, folders=IMAGE_FOLDERS)
 _SPLIT = {"images": 1000, "texts": 5000}
 
 BENCHMARKS = [
@@ -89,7 +89,7 @@ BENCHMARKS = [
     ),
     captions_benchmark(
         name="flickr30k-cn-clip-benchmark", title=CN, groups=("languages",), folder=FOLDER,
-        names=("flickr30k_test_zh.txt",), read=comma_lines, places=IMAGE_FOLDERS,
+        names=("flickr30k_test_zh.txt",), read=comma_lines, folders=IMAGE_FOLDERS,
         files=f"flickr30k_test_zh.txt; {IN_PLACES}", counts=_SPLIT, license=CHINESE_LICENSE,
         source="The release 1.0.0 of retrieval_annotations by mehdidc on GitHub; the images as for flickr30k.",
         note="The captions of flickr30k-cn, in another file.",

@@ -31,9 +31,9 @@ Pairs = Iterable[tuple[int, int]]
 def find_gallery(folder: Path) -> Path | None:
     """Find the json files of ECCV Caption below a folder, or in the installed package, which is not imported."""
     spec = importlib.util.find_spec(PACKAGE)
-    installed = [Path(place) / "data" for place in (spec.submodule_search_locations or [] if spec else [])]
-    places = [folder / PACKAGE, folder / PACKAGE / "data", *installed]
-    return next((place / GALLERY for place in places if (place / GALLERY).is_file()), None)
+    installed = [Path(path) / "data" for path in (spec.submodule_search_locations or [] if spec else [])]
+    folders = [folder / PACKAGE, folder / PACKAGE / "data", *installed]
+    return next((path / GALLERY for path in folders if (path / GALLERY).is_file()), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,25 +92,29 @@ def _graded(title: str, folder: Path, images: list[KarpathyImage], texts: Pairs,
     text_rows = {caption: row for row, caption in enumerate(ids)}
     matches, outside = _positions(texts, text_rows, image_rows)
     image_matches, more = _positions(of_images, image_rows, text_rows)
-    words = [f"caption {one}, image {other}" for one, other in outside]
-    words += [f"image {one}, caption {other}" for one, other in more]
+    words = [f"caption {query}, image {candidate}" for query, candidate in outside]
+    words += [f"image {query}, caption {candidate}" for query, candidate in more]
     return GradedData(data.images, data.texts, data.owners, matches, image_matches, words)
 
 
 def _positions(pairs: Pairs, first: dict[int, int], second: dict[int, int]) -> tuple[Tensor, list[tuple[int, int]]]:
     """Return the positions of the pairs of ids, `(pairs, 2)` sorted, and the pairs with an unknown id, sorted."""
     distinct = set(pairs)
-    known = sorted((first[one], second[other]) for one, other in distinct if one in first and other in second)
-    unknown = sorted((one, other) for one, other in distinct if one not in first or other not in second)
+    known = sorted(
+        (first[query], second[candidate]) for query, candidate in distinct if query in first and candidate in second
+    )
+    unknown = sorted(
+        (query, candidate) for query, candidate in distinct if query not in first or candidate not in second
+    )
     return torch.tensor(known, dtype=torch.int64).reshape(-1, 2), unknown
 
 
 def _judgements(path: Path) -> dict[int, list[int]]:
-    return {int(one): [int(other) for other in others] for one, others in read_json(path).items()}
+    return {int(query): [int(candidate) for candidate in candidates] for query, candidates in read_json(path).items()}
 
 
 def _pairs(judgements: dict[int, list[int]]) -> Pairs:
-    return ((one, other) for one, others in judgements.items() for other in others)
+    return ((query, candidate) for query, candidates in judgements.items() for candidate in candidates)
 
 
 _JUDGED = "val2014; the json files of eccv_caption in eccv_caption, unless that package is installed"

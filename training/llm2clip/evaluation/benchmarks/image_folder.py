@@ -47,11 +47,11 @@ def read_class_folders(
     Raises:
         BenchmarkError: A folder is no class, or there is no image; the message names the folders.
     """
-    found = set(subfolders(folder))
-    unknown = sorted(found.difference(classes, ignored))
+    folders = set(subfolders(folder))
+    unknown = sorted(folders.difference(classes, ignored))
     if unknown:
         raise BenchmarkError(f"{title}: {folder} has {len(unknown)} folders of no class: {shortened(unknown)}.")
-    files = {name: image_files(folder / name) if name in found else [] for name in classes}
+    files = {name: image_files(folder / name) if name in folders else [] for name in classes}
     empty = [name for name, paths in files.items() if not paths]
     if len(empty) == len(files):
         raise BenchmarkError(f"{title}: {folder} has no image in folders such as {shortened(empty[:3])}.")

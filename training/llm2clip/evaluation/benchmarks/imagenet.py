@@ -84,14 +84,14 @@ def _wnids_of_devkit(folder: Path) -> list[str]:
     return [wnids[int(number)] for number in truth.split()]
 
 
-def _ranks(found: Sequence[str], images: int) -> list[int]:
-    if len(found) != images:
-        raise BenchmarkError(f"{TRUTH} has {len(found):,} labels for {images:,} images.")
+def _ranks(wnids: Sequence[str], images: int) -> list[int]:
+    if len(wnids) != images:
+        raise BenchmarkError(f"{TRUTH} has {len(wnids):,} labels for {images:,} images.")
     ranks = {wnid: rank for rank, wnid in enumerate(imagenet_classes())}
-    unknown = sorted(set(found).difference(ranks))
+    unknown = sorted(set(wnids).difference(ranks))
     if unknown:
         raise BenchmarkError(f"labels that are no class of ImageNet-1k: {', '.join(unknown[:5])}.")
-    return [ranks[wnid] for wnid in found]
+    return [ranks[wnid] for wnid in wnids]
 
 
 def read_v2(folder: Path) -> ClassificationData:
@@ -119,8 +119,8 @@ def read_objectnet(folder: Path, border: int = 0) -> ClassificationData:
         read_json(mappings / name) for name in ("folder_to_objectnet_label.json", "objectnet_to_imagenet_1k.json")
     )
     classes = sorted(name for name, label in labels.items() if label in shared)
-    paths, found = read_class_folders("ObjectNet", folder / "images", classes, ignored=labels)
-    data = labelled(paths, found, [labels[name].lower() for name in classes])
+    paths, numbers = read_class_folders("ObjectNet", folder / "images", classes, ignored=labels)
+    data = labelled(paths, numbers, [labels[name].lower() for name in classes])
     if border:
         data.images = BenchmarkImages(
             CroppedFiles(paths, border), [f"{path.parent.name}/{path.name}" for path in paths]

@@ -25,9 +25,9 @@ def overview(benchmarks: Iterable[Benchmark], data: Path, width: int | None = No
     rows: list[Sequence[str]] = [COLUMNS]
     for benchmark in members:
         counts = [*_counts(benchmark)[:COUNTS], *(["..."] if len(benchmark.counts) > COUNTS else [])]
-        found = "no" if benchmark.find(data) is None else "yes"
+        is_there = "no" if benchmark.find(data) is None else "yes"
         groups = ", ".join(benchmark.groups)
-        rows.append((benchmark.name, found, groups, ", ".join(counts) or "not published", benchmark.license))
+        rows.append((benchmark.name, is_there, groups, ", ".join(counts) or "not published", benchmark.license))
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
     lines = ["  ".join(f"{text:<{size}}" for text, size in zip(row, widths, strict=True)).rstrip() for row in rows]
     if width is not None:

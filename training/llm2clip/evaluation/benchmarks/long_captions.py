@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -59,22 +60,15 @@ def read_iiw(folder: Path) -> RetrievalData:
     An image has the name of the field `image` or `image/key`, with or without `.jpg`.
     """
     rows = []
-    for name, place in IIW_SETS.items():
+    for name, images in IIW_SETS.items():
         for row in read_json_lines(folder / name / "data.jsonl"):
             image = row["image"] if "image" in row else row["image/key"]
-            rows.append((folder / place / f"{image.removesuffix('.jpg')}.jpg", row["IIW"]))
+            rows.append((folder / images / f"{image.removesuffix('.jpg')}.jpg", row["IIW"]))
     return _one_caption("IIW", rows)
 
 
-# The captions of DCI: there is no agreement on what the caption of an image is, so each form has a name.
-def dci_short(row: Row) -> str:
-    """The short caption."""
-    return row["short_caption"]
-
-
-def dci_extra(row: Row) -> str:
-    """The description alone, as in FG-CLIP 2."""
-    return row["extra_caption"]
+# There is no agreement on what the caption of an image of DCI is, so each form has a name.
+dci_short, dci_extra = itemgetter("short_caption"), itemgetter("extra_caption")
 
 
 def dci_extended(row: Row) -> str:
@@ -123,7 +117,7 @@ def _dci(name: str, title: str, caption: Callable[[Row], str], note: str) -> Ben
 def _of_fg_clip2(title: str, file: str, images: str) -> Benchmark:
     return captions_benchmark(
         name=title.lower(), title=title, groups=("long", "languages"), folder=title, names=(file,), read=tab_lines,
-        places=("images",), files=f"{file}; {images}", counts={},
+        folders=("images",), files=f"{file}; {images}", counts={},
         license="Apache 2.0 as stated by FG-CLIP 2 (captions); of the images see their source",
         source=f"The data set {title} of FG-CLIP 2 on the Hub.",
         note="No published counts are checked: its paper gives none for the files.",

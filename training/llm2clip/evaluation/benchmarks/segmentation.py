@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from llm2clip.evaluation.benchmark import Benchmark
-from llm2clip.evaluation.data import IGNORED, REFUSED, BenchmarkImages, SegmentationData
+from llm2clip.evaluation.data import BenchmarkImages
 from llm2clip.evaluation.prompts import class_data
 from llm2clip.evaluation.reading import read_lines
+from llm2clip.evaluation.segmentation_data import IGNORED, REFUSED, SegmentationData
 
 BACKGROUND = "background"
 # Ids of COCO minus 1, from 0 to 181, for which there is no annotation.
@@ -75,9 +76,9 @@ def paired_files(images: str, labels: str, ends: tuple[str, str], other: str, fo
         The pairs in the order of the paths; one of the two files may not be there.
     """
     names: set[str] = set()
-    for place, end in zip((images, labels), ends, strict=True):
-        paths = [path for path in (folder / place).rglob(f"*{end}") if not (other and path.name.endswith(other))]
-        names |= {path.relative_to(folder / place).as_posix().removesuffix(end) for path in paths}
+    for subfolder, end in zip((images, labels), ends, strict=True):
+        paths = [path for path in (folder / subfolder).rglob(f"*{end}") if not (other and path.name.endswith(other))]
+        names |= {path.relative_to(folder / subfolder).as_posix().removesuffix(end) for path in paths}
     return [(folder / images / f"{name}{ends[0]}", folder / labels / f"{name}{ends[1]}") for name in sorted(names)]
 
 

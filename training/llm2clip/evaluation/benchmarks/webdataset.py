@@ -64,11 +64,11 @@ def _captions(content: bytes) -> list[str]:
 
 
 def _require_kind(folder: Path, kind: str) -> None:
-    found = read_text(folder / TYPE).strip().lower() if (folder / TYPE).is_file() else "classification"
+    declared = read_text(folder / TYPE).strip().lower() if (folder / TYPE).is_file() else "classification"
     # Other words for classification do not matter.
-    if (found if found in ("retrieval", "multilabel") else "classification") != kind:
+    if (declared if declared in ("retrieval", "multilabel") else "classification") != kind:
         raise BenchmarkError(
-            f"{folder} is a set of {found}, not of {kind}: webdataset reads sets of classification, "
+            f"{folder} is a set of {declared}, not of {kind}: webdataset reads sets of classification, "
             "webdataset-retrieval those of retrieval; those of several labels an image have no protocol here."
         )
 
@@ -94,7 +94,7 @@ def _read_samples(folder: Path, answer: str, parse: Callable[[bytes], T]) -> tup
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, FilePart]]]:
     """Group the files of a tar by key, the name up to the first dot; files of a key follow each other."""
     parts = ((FILE.fullmatch(name), part) for name, part in tars.list_tar(path))
-    named = ((found["key"], found["suffix"].lower(), part) for found, part in parts if found is not None)
+    named = ((match["key"], match["suffix"].lower(), part) for match, part in parts if match is not None)
     for key, files in groupby(named, itemgetter(0)):
         yield key, {suffix: part for _, suffix, part in files}
 

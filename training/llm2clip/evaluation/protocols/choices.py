@@ -97,23 +97,20 @@ class CaptionChoice:
         right, wrong = session.embed_texts(texts).double().chunk(2)
         margins = ((images * right).sum(dim=1) - (images * wrong).sum(dim=1))[:, None]
         won = _all_won(margins)
-        kinds = _by_kind({"accuracy": won}, data.kinds)
-        values, strata, scores = {"accuracy": won}, {"accuracy": _parts(data.kinds)}, {"accuracy": _mean(kinds)}
-        clusters = {"accuracy": data.owners}
-        for word in dict.fromkeys(kind.split("_")[0] for kind in data.kinds):
-            rows = [row for row, kind in enumerate(data.kinds) if kind.split("_")[0] == word]
-            values[f"{word}_accuracy"] = won[rows]
-            strata[f"{word}_accuracy"] = _parts([data.kinds[row] for row in rows])
-            clusters[f"{word}_accuracy"] = data.owners[rows]
-            scores[f"{word}_accuracy"] = _mean({kind: kinds[kind] for kind in kinds if kind.split("_")[0] == word})
+        rows_of = {"accuracy": list(range(len(data.kinds)))}
+        for row, kind in enumerate(data.kinds):
+            rows_of.setdefault(f"{kind.split('_')[0]}_accuracy", []).append(row)
+        kinds_of = {name: [data.kinds[row] for row in rows] for name, rows in rows_of.items()}
+        values = {name: won[rows] for name, rows in rows_of.items()}
+        kinds = {name: _by_kind({"accuracy": values[name]}, kinds_of[name]) for name in rows_of}
         return Measurement(
             protocol={"name": "caption choice", "ties": TIES, "mean": "of kinds"},
-            scores=scores,
+            scores={name: _mean(kinds[name]) for name in rows_of},
             values=values,
-            strata=strata,
-            clusters=clusters,
+            strata={name: _parts(kinds_of[name]) for name in rows_of},
+            clusters={name: data.owners[rows] for name, rows in rows_of.items()},
             counts=_counts(session, texts, margins) | {"images": len(data.images), "choices": len(data.kinds)},
-            groups={"kind": kinds},
+            groups={"kind": kinds["accuracy"]},
         )
 
 
@@ -130,10 +127,10 @@ def _margins(images: Tensor, captions: Tensor, data: PairData) -> tuple[Tensor, 
         raise BenchmarkError("there is no pair.")
     images, captions = (rows.double().view(len(data.kinds), 2, -1) for rows in (images, captions))
     scores = captions @ images.transpose(1, 2)
-    own = scores.diagonal(dim1=1, dim2=2)
+    own_scores = scores.diagonal(dim1=1, dim2=2)
     other_caption = torch.stack([scores[:, 1, 0], scores[:, 0, 1]], dim=1)
     other_image = torch.stack([scores[:, 0, 1], scores[:, 1, 0]], dim=1)
-    return own - other_caption, own - other_image
+    return own_scores - other_caption, own_scores - other_image
 
 
 def _all_won(margins: Tensor) -> Tensor:
@@ -151,11 +148,11 @@ def _counts(session: Session, texts: Sequence[str], margins: Tensor) -> dict[str
 
 def _by_kind(values: dict[str, Tensor], kinds: Sequence[str]) -> dict[str, dict[str, float]]:
     """Average values over the rows of each kind, in order of appearance."""
-    found = {}
+    means = {}
     for kind in dict.fromkeys(kinds):
         rows = [row for row, other in enumerate(kinds) if other == kind]
-        found[kind] = {name: value[rows].mean().item() for name, value in values.items()} | {"queries": len(rows)}
-    return found
+        means[kind] = {name: value[rows].mean().item() for name, value in values.items()} | {"queries": len(rows)}
+    return means
 
 
 def _mean(kinds: dict[str, dict[str, float]]) -> float:

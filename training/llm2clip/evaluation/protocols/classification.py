@@ -58,10 +58,7 @@ class ZeroShotClassification:
         if len(classnames) != len(data.classnames):
             raise BenchmarkError(f"{len(classnames):,} names are given for {len(data.classnames):,} classes.")
         texts = prompts(classnames, templates)
-        means = []
-        for part in prompt_parts(texts, len(templates)):
-            means.append(mean_of_prompts(session.embed_texts(part), len(templates)))
-        classes = normalize(torch.cat(means), dim=-1)
+        classes = class_embeddings(session, texts, len(templates))
         images = session.embed_images(data.images)
         parts = [
             label_ranks(tile @ classes.T, labels, ROUNDING)
@@ -78,15 +75,21 @@ class ZeroShotClassification:
         return measured_ranks(ranks, replace(data, classnames=classnames), protocol, counts)
 
 
-def prompt_parts(texts: Sequence[str], templates: int) -> list[Sequence[str]]:
-    """Cut prompts into parts of whole classes, of which the embeddings of one are in memory at a time."""
+def class_embeddings(session: Session, texts: Sequence[str], templates: int) -> Tensor:
+    """Average the unit rows of the prompts of each class, and scale the means to unit length.
+
+    Args:
+        texts: The prompts, `templates` of each class one after another.
+
+    Returns:
+        `(classes, width)`.
+    """
     size = templates * max(1, PROMPTS // templates)
-    return [texts[start : start + size] for start in range(0, len(texts), size)]
-
-
-def mean_of_prompts(embeds: Tensor, templates: int) -> Tensor:
-    """Average the unit rows of the prompts of each class, `(classes * templates, width)`: `(classes, width)`."""
-    return embeds.view(-1, templates, embeds.shape[-1]).mean(dim=1)
+    means = []
+    for start in range(0, len(texts), size):
+        embeds = session.embed_texts(texts[start : start + size])
+        means.append(embeds.view(-1, templates, embeds.shape[-1]).mean(dim=1))
+    return normalize(torch.cat(means), dim=-1)
 
 
 def label_ranks(scores: Tensor, labels: Tensor, rounding: float = 0.0) -> QueryRanks:

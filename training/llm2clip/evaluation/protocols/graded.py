@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,7 +45,7 @@ class GradedPrecision:
         Raises:
             BenchmarkError: There is no right pair.
         """
-        return _measured(session, data, _precisions, "all right ones", "map@r")
+        return _measured(session, data, precision_at_r, "all right ones", "map@r")
 
 
 def _recalls(queries: Tensor, candidates: Tensor, matches: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -55,22 +54,7 @@ def _recalls(queries: Tensor, candidates: Tensor, matches: Tensor) -> tuple[dict
     return ranks.recalls(), ranks.is_tied
 
 
-def _precisions(queries: Tensor, candidates: Tensor, matches: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    found = precision_at_r(queries, candidates, matches)
-    values = {"map@r": found.map_at_r, "r_precision": found.r_precision, "recall@1": found.recall_at_1}
-    return values, found.is_tied
-
-
-class PrecisionAtR(NamedTuple):
-    """What [`precision_at_r`] finds, `(queries,)` float64 each, and whether ties matter, `(queries,)` bool."""
-
-    map_at_r: Tensor
-    r_precision: Tensor
-    recall_at_1: Tensor
-    is_tied: Tensor
-
-
-def precision_at_r(queries: Tensor, candidates: Tensor, matches: Tensor) -> PrecisionAtR:
+def precision_at_r(queries: Tensor, candidates: Tensor, matches: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """Compute the expected metrics of the first R ranks of each query, R being its number of right candidates.
 
     Args:
@@ -79,7 +63,8 @@ def precision_at_r(queries: Tensor, candidates: Tensor, matches: Tensor) -> Prec
         matches: `(pairs, 2)` int64, query and right candidate. Queries without one are left out.
 
     Returns:
-        The values of the queries in `matches`, ascending.
+        Of the queries in `matches`, ascending: `map@r`, `r_precision` and `recall@1`, `(queries,)` float64 each, and
+        whether ties matter, `(queries,)` bool.
     """
     asking, local = matches[:, 0].unique(return_inverse=True)
     right = torch.zeros(len(asking), len(candidates), dtype=torch.bool)
@@ -88,8 +73,8 @@ def precision_at_r(queries: Tensor, candidates: Tensor, matches: Tensor) -> Prec
     for tile in torch.arange(len(asking)).split(DEFAULT_TILE_SIZE):
         scores = inner_products(queries[asking[tile]], candidates, candidates.new_empty(len(tile), len(candidates)))
         rows += [_first_ranks(similar, right[row]) for row, similar in zip(tile.tolist(), scores, strict=True)]
-    columns = torch.tensor(rows, dtype=torch.float64).reshape(-1, 4)
-    return PrecisionAtR(columns[:, 0], columns[:, 1], columns[:, 2], columns[:, 3].bool())
+    *values, is_tied = torch.tensor(rows, dtype=torch.float64).reshape(-1, 4).unbind(1)
+    return dict(zip(("map@r", "r_precision", "recall@1"), values, strict=True)), is_tied.bool()
 
 
 def _first_ranks(scores: Tensor, right: Tensor) -> tuple[float, float, float, bool]:
@@ -119,12 +104,12 @@ def _ties(scores: Tensor, right: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     taken = min(count + MARGIN, len(scores))
     while True:
-        best, places = scores.topk(taken)
+        best, positions = scores.topk(taken)
         starts = (best[:-1] - best[1:]) > ROUNDING
         tie = torch.cat([starts.new_zeros(1, dtype=torch.int64), starts.cumsum(0)])
         complete = len(scores) if taken == len(scores) else int((tie < tie[-1]).sum())
         if complete >= count:
-            return tie[:complete], right[places[:complete]]
+            return tie[:complete], right[positions[:complete]]
         taken = min(2 * taken, len(scores))
 
 
@@ -142,14 +127,14 @@ def _measured(
     images, texts = session.embed_images(data.images), session.embed_texts(data.texts)
     of_texts, tied_texts = measure(texts, images, data.matches)
     of_images, tied_images = measure(images, texts, data.image_matches)
-    found = {f"text_to_image_{name}": values for name, values in of_texts.items()}
+    text_values = {f"text_to_image_{name}": values for name, values in of_texts.items()}
     owners = data.owners[data.matches[:, 0].unique()]
     return Measurement(
         protocol={"name": "graded retrieval", "positives": "judged", "hit": hit, "ties": "expected value"},
-        values=found | {f"image_to_text_{name}": values for name, values in of_images.items()},
+        values=text_values | {f"image_to_text_{name}": values for name, values in of_images.items()},
         compared=(f"image_to_text_{compared}", f"text_to_image_{compared}"),
         # The captions of an image are found or missed together.
-        clusters=dict.fromkeys(found, owners),
+        clusters=dict.fromkeys(text_values, owners),
         counts={
             **data.counts(),
             "truncated_texts": session.count_cut(data.texts),

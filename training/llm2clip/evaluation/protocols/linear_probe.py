@@ -183,9 +183,9 @@ def _logistic_regression(
         # The recipe ends after its iterations, converged or not.
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(features.numpy(), labels.numpy())
-    found = torch.from_numpy(model.decision_function(images.numpy())).float()
-    if found.ndim == 1:  # of two classes, the logit of the second
-        found = torch.stack([torch.zeros_like(found), found], dim=1)
+    decisions = torch.from_numpy(model.decision_function(images.numpy())).float()
+    if decisions.ndim == 1:  # of two classes, the logit of the second
+        decisions = torch.stack([torch.zeros_like(decisions), decisions], dim=1)
     logits = torch.full((len(images), classes), -torch.inf)
-    logits[:, torch.from_numpy(model.classes_)] = found
+    logits[:, torch.from_numpy(model.classes_)] = decisions
     return logits

@@ -32,27 +32,29 @@ class MeanOfSets:
         if not data:
             raise BenchmarkError("there is no set to average.")
         protocol = open_protocol(self.each, {})
-        found = {name: protocol.measure(session, one) for name, one in data.items()}
-        compared = [one.scores[one.compared[0]] for one in found.values()]
-        values = [one.values["top1"] for one in found.values()]
+        measured = {name: protocol.measure(session, part) for name, part in data.items()}
+        compared = [part.scores[part.compared[0]] for part in measured.values()]
+        values = [part.values["top1"] for part in measured.values()]
         sizes = torch.tensor([len(rows) for rows in values])
         counts = ("images", "texts", "truncated_texts", "tied_images", "train_images")
         return Measurement(
             protocol={
                 "name": "mean of sets",
-                "each": next(iter(found.values())).protocol["name"],
-                "sets": {name: one.compared[0] for name, one in found.items()},
+                "each": next(iter(measured.values())).protocol["name"],
+                "sets": {name: part.compared[0] for name, part in measured.items()},
             },
             scores={
                 "mean": sum(compared) / len(compared),
-                "top1": sum(one.scores["top1"] for one in found.values()) / len(found),
+                "top1": sum(part.scores["top1"] for part in measured.values()) / len(measured),
             },
             values={"top1": torch.cat(values)},
-            strata={"top1": torch.arange(len(found)).repeat_interleave(sizes)},
+            strata={"top1": torch.arange(len(measured)).repeat_interleave(sizes)},
             counts={
-                name: sum(one.counts[name] for one in found.values())
+                name: sum(part.counts[name] for part in measured.values())
                 for name in counts
-                if all(name in one.counts for one in found.values())
+                if all(name in part.counts for part in measured.values())
             },
-            groups={"set": {name: one.scores | {"images": len(data[name].labels)} for name, one in found.items()}},
+            groups={
+                "set": {name: part.scores | {"images": len(data[name].labels)} for name, part in measured.items()}
+            },
         )

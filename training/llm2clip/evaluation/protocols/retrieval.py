@@ -51,10 +51,14 @@ class RetrievalProtocol:
         """
         images = session.embed_images(data.images)
         images, data, skipped = without_unreadable(images, data)
-        found = measure_rows(session, images, session.embed_texts(data.texts), data)
+        measured = measure_rows(session, images, session.embed_texts(data.texts), data)
         if skipped:
-            found.counts["skipped_images"] = skipped
-        return found if self.positives is None else replace(found, protocol={**PROTOCOL, "positives": self.positives})
+            measured.counts["skipped_images"] = skipped
+        return (
+            measured
+            if self.positives is None
+            else replace(measured, protocol={**PROTOCOL, "positives": self.positives})
+        )
 
 
 @dataclass(frozen=True)
@@ -77,12 +81,14 @@ class MultilingualRetrieval:
         if not languages:
             raise BenchmarkError(f"there is no language to average: the data has {', '.join(data) or 'none'}.")
         embedded: dict[int, Tensor] = {}
-        found: dict[str, Measurement] = {}
+        measured: dict[str, Measurement] = {}
         for language, rows in track(data.items(), "Measuring languages", "language"):
             if id(rows.images) not in embedded:
                 embedded[id(rows.images)] = session.embed_images(rows.images)
-            found[language] = measure_rows(session, embedded[id(rows.images)], session.embed_texts(rows.texts), rows)
-        averaged = [found[language] for language in languages]
+            measured[language] = measure_rows(
+                session, embedded[id(rows.images)], session.embed_texts(rows.texts), rows
+            )
+        averaged = [measured[language] for language in languages]
         names = averaged[0].scores
         sizes = {name: torch.tensor([len(part.values[name]) for part in averaged]) for name in names}
         # Languages that share their images are drawn together.
@@ -100,11 +106,11 @@ class MultilingualRetrieval:
                 for name in names
             },
             counts={
-                **{name: sum(part.counts[name] for part in found.values()) for name in averaged[0].counts},
-                "images": max(part.counts["images"] for part in found.values()),
-                "languages": len(found),
+                **{name: sum(part.counts[name] for part in measured.values()) for name in averaged[0].counts},
+                "images": max(part.counts["images"] for part in measured.values()),
+                "languages": len(measured),
             },
-            groups={"language": {name: {**part.scores, **_queries(part.counts)} for name, part in found.items()}},
+            groups={"language": {name: {**part.scores, **_queries(part.counts)} for name, part in measured.items()}},
         )
 
 
@@ -157,11 +163,11 @@ def by_length(hits: Mapping[str, Tensor], owners: Tensor, lengths: Tensor) -> di
     buckets = torch.bucketize(lengths, torch.tensor(LENGTH_BUCKETS))
     has_one_caption = len(owners.unique()) == len(owners)
     of_images = buckets[owners.argsort()]
-    found = {}
+    means = {}
     for bucket in buckets.unique().tolist():
         chosen = {"text_to_image": buckets == bucket, "image_to_text": of_images == bucket}
         sides = [side for side in chosen if side == "text_to_image" or has_one_caption]
-        found[_bucket_name(bucket)] = {
+        means[_bucket_name(bucket)] = {
             "texts": int(chosen["text_to_image"].sum()),
             **{
                 name: hits[name][chosen[side]].mean().item()
@@ -170,7 +176,7 @@ def by_length(hits: Mapping[str, Tensor], owners: Tensor, lengths: Tensor) -> di
                 if name.startswith(side)
             },
         }
-    return found
+    return means
 
 
 def _bucket_name(bucket: int) -> str:

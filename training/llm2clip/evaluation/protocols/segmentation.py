@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,9 @@ from torchvision.transforms.v2 import functional as V
 from llm2clip.data.table_identity import content_keys
 from llm2clip.encoders import Encoder
 from llm2clip.evaluation.benchmark import BenchmarkError, Measurement, SummedCounts
-from llm2clip.evaluation.data import IGNORED, SegmentationData
 from llm2clip.evaluation.prompts import class_data, name_of_templates, prompts, template_set
-from llm2clip.evaluation.protocols.classification import mean_of_prompts, prompt_parts
+from llm2clip.evaluation.protocols.classification import class_embeddings
+from llm2clip.evaluation.segmentation_data import IGNORED, SegmentationData
 from llm2clip.evaluation.session import Session
 from llm2clip.utils.embeddings import require_finite_rows
 from llm2clip.utils.files import digest_json
@@ -68,10 +68,7 @@ class MaskCLIPSegmentation:
         templates = list(self.templates or maskclip_templates())
         names = [name for several in data.classes.values() for name in several]
         texts = prompts(names, templates)
-        means = []
-        for part in prompt_parts(texts, len(templates)):
-            means.append(mean_of_prompts(session.embed_texts(part), len(templates)))
-        embeds = F.normalize(torch.cat(means), dim=-1)
+        embeds = class_embeddings(session, texts, len(templates))
         kind, count = self._counter(session, data, texts, embeds)
         width, title = 3 * len(data.classes), f"Segmenting {data.title}"
         counted = session.count_in_images(kind, pair_keys(data), count, width, title)
@@ -83,10 +80,8 @@ class MaskCLIPSegmentation:
             "scale": list(self.scale),
             "templates": TEMPLATES if self.templates is None else name_of_templates(templates),
         }
-        measurement = measured_counts(counted, list(data.classes))
-        counts = {"images": len(data.images), **measurement.counts}
-        counts |= {"texts": len(texts), "truncated_texts": session.count_cut(texts)}
-        return replace(measurement, protocol=protocol, counts=counts)
+        counts = {"texts": len(texts), "truncated_texts": session.count_cut(texts)}
+        return measured_counts(counted, list(data.classes), protocol, counts)
 
     def _counter(
         self, session: Session, data: SegmentationData, texts: list[str], embeds: Tensor
@@ -207,13 +202,15 @@ def segmentation_scores(counts: Tensor) -> dict[str, Tensor]:
     }
 
 
-def measured_counts(counts: Tensor, names: Sequence[str]) -> Measurement:
+def measured_counts(
+    pixels: Tensor, names: Sequence[str], protocol: dict[str, Any], counts: Mapping[str, int]
+) -> Measurement:
     """Summarise the pixels of images, `(images, 3 * classes)` int64 of [`pixel_counts`].
 
     A class that occurs neither in labels nor in predictions has no IoU, and is not part of the mean; one that occurs
     in predictions alone has 0. The mean accuracy is over the classes that occur in labels.
     """
-    total = counts.sum(dim=0)
+    total = pixels.sum(dim=0)
     right, labelled, predicted = total.double().view(3, -1)
     union = labelled + predicted - right
     by_class = {
@@ -222,13 +219,15 @@ def measured_counts(counts: Tensor, names: Sequence[str]) -> Measurement:
         if union[number] > 0
     }
     return Measurement(
-        protocol={},
+        protocol=protocol,
         scores={name: score.item() for name, score in segmentation_scores(total.double()).items()},
-        summed=SummedCounts(counts, segmentation_scores),
+        summed=SummedCounts(pixels, segmentation_scores),
         counts={
+            "images": len(pixels),
             "classes": len(names),
             "classes_in_mean": int((union > 0).sum()),
             "pixels": int(labelled.sum()),
+            **counts,
         },
         groups={"class": by_class},
     )
