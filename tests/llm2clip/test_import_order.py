@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,14 @@ def test_a_room_imports_only_from_rooms_above(room: str) -> None:
         names = imported(path) if room_of(path) == room else []
         own = [name.split(".")[1:2] for name in names if name.split(".")[0] == "llm2clip"]
         assert [name for name in own if not set(name) & set(allowed)] == [], path
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    """Neither at the top of a file nor inside a function."""
+    dotted = {path: ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in FILES}
+    modules = {name.removesuffix(".__init__"): path for path, name in dotted.items()}
+    graph = {module: [name for name in imported(path) if name in modules] for module, path in modules.items()}
+    assert len(tuple(TopologicalSorter(graph).static_order())) == len(modules) > 200
 
 
 def test_model_package_does_not_import_the_toolbox() -> None:

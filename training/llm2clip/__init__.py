@@ -48,7 +48,7 @@ MODULES = {
     "llm2clip.evaluation.data": ["BenchmarkImages", "CaptionPairData", "DataPart", "RetrievalData"],
     "llm2clip.evaluation.evaluate": ["evaluate"],
     "llm2clip.evaluation.heat_map": ["patch_similarity"],
-    "llm2clip.evaluation.report": ["compare_results"],
+    "llm2clip.evaluation.comparison": ["compare_results"],
     "llm2clip.search.search_index": ["SearchIndex"],
     "llm2clip.search.top_k": ["top_k"],
     "llm2clip.serving.app": ["create_app"],

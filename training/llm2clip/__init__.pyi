@@ -13,13 +13,13 @@ from llm2clip.evaluation import metric_path as metric_path
 from llm2clip.evaluation import retrieval_metrics as retrieval_metrics
 from llm2clip.evaluation.benchmark import Benchmark as Benchmark
 from llm2clip.evaluation.benchmark import BenchmarkError as BenchmarkError
+from llm2clip.evaluation.comparison import compare_results as compare_results
 from llm2clip.evaluation.data import BenchmarkImages as BenchmarkImages
 from llm2clip.evaluation.data import CaptionPairData as CaptionPairData
 from llm2clip.evaluation.data import DataPart as DataPart
 from llm2clip.evaluation.data import RetrievalData as RetrievalData
 from llm2clip.evaluation.evaluate import evaluate as evaluate
 from llm2clip.evaluation.heat_map import patch_similarity as patch_similarity
-from llm2clip.evaluation.report import compare_results as compare_results
 from llm2clip.hub.build import build_folder as build_folder
 from llm2clip.hub.merge import merge_models as merge_models
 from llm2clip.hub.push import push_folder as push_folder

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from llm2clip import cli
+from llm2clip.evaluation.comparison import Report, compare_results
 from llm2clip.evaluation.plots import draw_lengths, draw_models
-from llm2clip.evaluation.report import Report, compare_results
 from llm2clip.evaluation.results import PublishedRow, Result
 from tests.llm2clip.evaluation.made_results import RETRIEVAL, classification, retrieval, written
 

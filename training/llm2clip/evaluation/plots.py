@@ -5,15 +5,13 @@ from __future__ import annotations
 import textwrap
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from matplotlib.figure import Figure
 
+from llm2clip.evaluation.comparison import Report, Row
 from llm2clip.utils.figures import panels, write_figure
 from llm2clip.utils.tables import short_name
-
-if TYPE_CHECKING:
-    from llm2clip.evaluation.report import Report, Row
 
 BY_LENGTH = "text_to_image_recall@1"
 # Of more models than this, those that were measured are drawn without the published ones.

@@ -1,41 +1,18 @@
-"""The `llm2clip report` command: results side by side, a row for each model and a column for what may be compared."""
+"""The command `llm2clip report`: results side by side, on the terminal and in a file."""
 
 from __future__ import annotations
 
-import json
-import logging
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
-from llm2clip.evaluation.benchmark import GROUPS
-from llm2clip.evaluation.benchmarks import all_benchmarks
-from llm2clip.evaluation.results import (
-    PublishedRow,
-    Result,
-    notes_on,
-    protocol_words,
-    published_rows,
-    read_results,
-    require_equal,
-)
+from llm2clip.evaluation.comparison import Report, Row, compare_results
 from llm2clip.utils.files import require_writable, write_text
-from llm2clip.utils.settings import nearest, setting
-from llm2clip.utils.tables import SHORT, markdown_table, print_table, short_name
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
-
-logger = logging.getLogger(__name__)
-
-# Parts of results that a page does not show: plots show lengths, and classes are too many.
-LEFT_OUT = ("length", "class")
-CHECKSUM = re.compile("[0-9a-f]{16,}")
-Table = tuple[list[str], list[list[str]]]
+from llm2clip.utils.settings import setting
+from llm2clip.utils.tables import print_table
 
 
 @dataclass
@@ -58,212 +35,6 @@ class ReportConfig:
             raise ValueError(
                 f"output is {self.output}, but a report is Markdown or JSON: its name ends in .md or .json."
             )
-
-
-@dataclass
-class Column:
-    """Results that may be compared: of one benchmark, by one protocol, on the same data.
-
-    Attributes:
-        title: Name of the benchmark, and what sets the column apart from others of that name.
-        scores: Names of the scores that are compared.
-        first: One of the results, for what is the same in all.
-    """
-
-    title: str
-    scores: tuple[str, ...]
-    first: Result
-
-    @property
-    def heading(self) -> str:
-        """The title, and the scores, such as `I2T / T2I R@1`, on lines of their own for narrow columns."""
-        names = [short_name(name) for name in self.scores]
-        ends = {name.partition(" ")[2] for name in names}
-        words = " / ".join(names)
-        if len(names) > 1 and len(ends) == 1 and all(name.startswith(tuple(SHORT)) for name in self.scores):
-            words = f"{' / '.join(name.partition(' ')[0] for name in names)} {ends.pop()}"
-        return f"{self.title.replace(' (', chr(10) + '(', 1)}\n{words}"
-
-
-@dataclass
-class Row:
-    """The scores of a model in some columns.
-
-    Attributes:
-        label: Name of the model, and what sets the row apart from others of that name.
-        cells: Scores by number of the column.
-        results: Results by number of the column; none of a published row.
-        source: Of a published row: the paper.
-        unstated: What it does not say, though numbers depend on it.
-    """
-
-    label: str
-    cells: dict[int, dict[str, float]] = field(default_factory=dict)
-    results: dict[int, Result] = field(default_factory=dict)
-    source: str = ""
-    unstated: list[str] = field(default_factory=list)
-
-
-@dataclass
-class Report:
-    """Models x columns, from [`compare_results`]."""
-
-    columns: list[Column]
-    rows: list[Row]
-
-    def baseline(self, name: str) -> Row:
-        """Find the row of a label.
-
-        Raises:
-            ValueError: No row has it, or several published ones have.
-        """
-        rows = [row for row in self.rows if row.label == name]
-        if not rows:
-            raise ValueError(f"no model is called {name!r}{nearest(name, [row.label for row in self.rows])}")
-        if len(rows) > 1:
-            sources = "; ".join(row.source or "a result" for row in rows)
-            raise ValueError(f"several rows are called {name!r} ({sources}), so that it is no baseline.")
-        return rows[0]
-
-    def table(self, baseline: Row | None = None) -> Table:
-        """Return titles and rows of the scores that are compared, in percent; or of their differences from a row."""
-        numbers = {source: number for number, source in enumerate(self._sources(), 1)}
-        lines = []
-        for row in self.rows:
-            cells = row.cells
-            if baseline is not None:
-                cells = {
-                    number: {name: value - baseline.cells[number][name] for name, value in scores.items()}
-                    for number, scores in cells.items()
-                    if number in baseline.cells
-                }
-            if baseline is not None and (row is baseline or not cells):
-                continue
-            label = f"{row.label} [{numbers[row.source]}]" if row.source else row.label
-            style = "{:.1f}" if baseline is None else "{:+.1f}"
-            lines.append([label, *(_cell(cells.get(number), style) for number in range(len(self.columns)))])
-        return ["model", *(column.heading for column in self.columns)], lines
-
-    def sources(self) -> list[str]:
-        """Name the sources of published rows, by the numbers in the tables, and what they do not say."""
-        return [
-            f"[{number}] {source}" + "".join(f"; does not state {unstated}" for unstated in parts)
-            for number, (source, parts) in enumerate(self._sources().items(), 1)
-        ]
-
-    def _sources(self) -> dict[str, list[str]]:
-        sources: dict[str, list[str]] = {}
-        for row in self.rows:
-            if row.source:
-                known = sources.setdefault(row.source, [])
-                known += [part for part in row.unstated if part not in known]
-        return sources
-
-    def add_published(self, published: Iterable[PublishedRow]) -> int:
-        """Add the published rows that fit a column; none fits a column of data that is not the published set.
-
-        Returns:
-            How many rows were added.
-        """
-        rows: dict[tuple[str, str], Row] = {}
-        for line in published:
-            for number, column in enumerate(self.columns):
-                first = column.first
-                has_scores = all(name in line.scores for name in column.scores)
-                if first.differences or not has_scores or not line.fits(first.benchmark, first.protocol):
-                    continue
-                row = rows.setdefault((line.model, line.source), Row(line.model, source=line.source))
-                row.cells[number] = {name: line.scores[name] for name in column.scores}
-                row.unstated += filter(None, [line.unstated])
-        sources = _numbered(row.source for row in rows.values())
-        self.rows += sorted(rows.values(), key=lambda row: sources[row.source])
-        return len(rows)
-
-    def to_pandas(self) -> DataFrame:
-        """Return the scores that are compared, 0 to 1: an index of models, and columns of benchmark and score."""
-        import pandas
-
-        names = [(column.title, name) for column in self.columns for name in column.scores]
-        values = [
-            [
-                row.cells.get(number, {}).get(name)
-                for number, column in enumerate(self.columns)
-                for name in column.scores
-            ]
-            for row in self.rows
-        ]
-        index = pandas.Index([row.label for row in self.rows], name="model")
-        return pandas.DataFrame(values, index, pandas.MultiIndex.from_tuples(names, names=["benchmark", "score"]))
-
-    def to_json(self) -> str:
-        """Return the scores that are compared, 0 to 1, with the intervals and the whole protocol of each column."""
-        columns = [
-            {"title": column.title, "benchmark": column.first.benchmark, "protocol": column.first.protocol}
-            for column in self.columns
-        ]
-        rows = [
-            {
-                "model": row.label,
-                "source": row.source,
-                "scores": {self.columns[number].title: cell for number, cell in row.cells.items()},
-                "intervals": {self.columns[number].title: result.intervals for number, result in row.results.items()},
-            }
-            for row in self.rows
-        ]
-        return json.dumps({"columns": columns, "rows": rows}, indent=2, ensure_ascii=False) + "\n"
-
-    def to_markdown(self, baseline: Row | None = None, plots: Sequence[str] = ()) -> str:
-        """Write a page: the table of models, the differences, plots beside the page, all scores of each column."""
-        parts = ["# Results", "Scores in percent.", markdown_table(*self.table())]
-        if baseline is not None:
-            parts += [f"## Difference from {baseline.label}", "In percentage points."]
-            parts.append(markdown_table(*self.table(baseline)))
-        parts += ["\n".join(f"- {line}" for line in self.sources())] if self.sources() else []
-        parts += [f"![{plot.removesuffix('.png')}]({plot.replace(' ', '%20')})" for plot in plots]
-        for number, column in enumerate(self.columns):
-            results = [(row.label, row.results[number]) for row in self.rows if number in row.results]
-            parts += _details(column, results)
-        return "\n\n".join(parts) + "\n"
-
-
-def compare_results(results: Sequence[str | Path | Result], paper: bool = False) -> Report:
-    """Arrange results side by side: models in the order given. Those that differ in protocol or data share no column.
-
-    Args:
-        results: Results of [`evaluate`], or their files, patterns of files and folders.
-        paper: Add published scores of the same sets and protocols.
-
-    Raises:
-        FileNotFoundError: A file or folder does not exist.
-        ValueError: A file is no result, or two results are of the same model, set, protocol and data, but differ.
-    """
-    named: list[tuple[str, Result]] = []
-    for given in results:
-        named += [(given.title, given)] if isinstance(given, Result) else read_results(str(given))
-    rows = _numbered(_row_key(result) for _, result in named)
-    entries = sorted(named, key=_order)
-    columns = _numbered(_column_key(result) for _, result in entries)
-    cells: dict[tuple[int, int], tuple[str, Result]] = {}
-    for name, result in entries:
-        cell = rows[_row_key(result)], columns[_column_key(result)]
-        require_equal(cells.setdefault(cell, (name, result)), (name, result))
-    firsts = {column: result for (_, column), (_, result) in reversed(cells.items())}
-    models = {row: result.model for (row, _), (_, result) in cells.items()}
-    titles = told_apart([(firsts[number].title, _column_facts(firsts[number])) for number in range(len(columns))])
-    labels = told_apart([(models[number]["given"], models[number]) for number in range(len(rows))])
-    report = Report(
-        [
-            Column(_with_note(title, firsts[number]), tuple(firsts[number].compared), firsts[number])
-            for number, title in enumerate(titles)
-        ],
-        [Row(label) for label in labels],
-    )
-    for (row, column), (_, result) in cells.items():
-        report.rows[row].cells[column] = {name: result.scores[name] for name in result.compared}
-        report.rows[row].results[column] = result
-    if paper and not report.add_published(published_rows()):
-        logger.warning("no published scores are of these sets and protocols.")
-    return report
 
 
 def run(config: ReportConfig) -> dict[str, Any]:
@@ -308,56 +79,6 @@ def print_report(report: Report, baseline: Row | None) -> None:
         console.print(line, soft_wrap=True)
 
 
-def told_apart(entries: Sequence[tuple[str, Mapping[str, str]]]) -> list[str]:
-    """Make labels different: those that are equal get the facts in which they differ, such as `CLIP (dtype float16)`.
-
-    Args:
-        entries: Label and facts of each entry.
-    """
-    labels = []
-    for label, facts in entries:
-        others = [other for name, other in entries if name == label]
-        names = [name for name in facts if any(other.get(name) != facts[name] for other in others)]
-        # A commit or checksum is long.
-        shown = {name: facts[name][:8] if CHECKSUM.fullmatch(facts[name]) else facts[name] for name in names}
-        words = ", ".join(f"{name.replace('_', ' ')} {fact}" for name, fact in shown.items())
-        labels.append(f"{label} ({words})" if words else label)
-    return labels
-
-
-def _order(entry: tuple[str, Result]) -> tuple[int, str]:
-    """Order results by the groups of benchmarks; those of strangers come last."""
-    benchmark = all_benchmarks().get(entry[1].benchmark)
-    groups = () if benchmark is None else benchmark.groups
-    return (GROUPS.index(groups[0]) if groups else len(GROUPS), entry[1].benchmark)
-
-
-def _numbered(keys: Iterable[str]) -> dict[str, int]:
-    """Number keys in order of first appearance."""
-    return {key: number for number, key in enumerate(dict.fromkeys(keys))}
-
-
-def _column_key(result: Result) -> str:
-    parts = (result.benchmark, result.protocol, result.differences, result.data.get("checksum"), result.compared)
-    return json.dumps(parts, sort_keys=True)
-
-
-def _row_key(result: Result) -> str:
-    return json.dumps(result.model, sort_keys=True)
-
-
-def _column_facts(result: Result) -> dict[str, str]:
-    """What may differ between two columns, as words."""
-    options = {name: str(value) for name, value in result.protocol.items()}
-    return {"set": result.benchmark, **options, "data": str(result.data.get("checksum", ""))}
-
-
-def _with_note(title: str, first: Result) -> str:
-    """Add to a title what is unusual about a column, unless it is there."""
-    notes = [note for note in notes_on(first) if note not in title]
-    return f"{title} ({', '.join(notes)})" if notes else title
-
-
 def _parts(width: int, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[list[int]]:
     """Divide the columns of a table among tables of a width; each begins with the first column."""
     widths = [
@@ -370,51 +91,3 @@ def _parts(width: int, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
             parts.append([0])
         parts[-1].append(number)
     return parts
-
-
-def _cell(scores: Mapping[str, float] | None, style: str) -> str:
-    return "" if scores is None else " / ".join(style.format(100 * value) for value in scores.values())
-
-
-def _details(column: Column, results: Sequence[tuple[str, Result]]) -> list[str]:
-    """Write all that was measured in a column: scores with their intervals, counts, and scores of parts."""
-    names, counts, ranks = (
-        list(dict.fromkeys(name for _, result in results for name in getattr(result, kind)))
-        for kind in ("scores", "counts", "ranks")
-    )
-    titles = ["model", *map(short_name, names), *(name.replace("_", " ") for name in [*ranks, *counts])]
-    rows = [
-        [
-            label,
-            *(_with_interval(result, name) for name in names),
-            *(f"{result.ranks[name]:,.4g}" if name in result.ranks else "" for name in ranks),
-            *(f"{result.counts[name]:,}" if name in result.counts else "" for name in counts),
-        ]
-        for label, result in results
-    ]
-    parts = [f"## {column.title}", f"Protocol: {protocol_words(column.first)}.", markdown_table(titles, rows)]
-    for kind in dict.fromkeys(kind for _, result in results for kind in result.groups if kind not in LEFT_OUT):
-        parts += [f"### By {kind}", markdown_table(*_groups(kind, column, results))]
-    return parts
-
-
-def _groups(kind: str, column: Column, results: Sequence[tuple[str, Result]]) -> Table:
-    """Return the compared scores of the parts of results, a row for each part."""
-    known = [(label, result.groups[kind]) for label, result in results if kind in result.groups]
-    parts = dict.fromkeys(part for _, groups in known for part in groups)
-    names = [
-        name for name in column.scores if any(name in scores for _, groups in known for scores in groups.values())
-    ]
-    rows = []
-    for part in parts:
-        scores_of_part = (groups.get(part, {}) for _, groups in known)
-        cells = ({name: scores[name] for name in names if name in scores} for scores in scores_of_part)
-        rows.append([part, *(_cell(cell, "{:.1f}") for cell in cells)])
-    return [f"{kind}, {' / '.join(map(short_name, names))}", *(label for label, _ in known)], rows
-
-
-def _with_interval(result: Result, name: str) -> str:
-    if name not in result.scores:
-        return ""
-    score, interval = f"{100 * result.scores[name]:.1f}", result.intervals.get(name)
-    return score if interval is None else f"{score} ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
