@@ -153,8 +153,7 @@ def load_plain(name: str, options: dict[str, Any]) -> tuple[PreTrainedModel, dic
 
 def embedding_modules(name: str, **hub: Any) -> list[dict[str, Any]]:
     """Read `modules.json`, by which sentence-transformers describes an embedding model; empty if there is none."""
-    path = find_file(name, "modules.json", **hub)
-    modules: list[dict[str, Any]] = [] if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    modules: list[dict[str, Any]] = read_json_file(name, "modules.json", **hub) or []
     return modules if any(module["type"].endswith("Pooling") for module in modules) else []
 
 
@@ -163,6 +162,12 @@ def find_file(name: str, file: str, **hub: Any) -> str | None:
     absent = ("missing_entries", "connection_errors", "gated_repo")
     quiet: dict[str, Any] = {f"_raise_exceptions_for_{what}": False for what in absent}
     return cached_file(name, file, **quiet, **hub)
+
+
+def read_json_file(name: str, file: str, **hub: Any) -> Any:
+    """Read a JSON file of a repository or folder; None if there is none."""
+    path = find_file(name, file, **hub)
+    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 class DenseLayers(nn.ModuleList):

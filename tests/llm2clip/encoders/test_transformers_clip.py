@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,19 @@ def test_the_fingerprint_depends_on_weights_and_preprocessing(tmp_path: Path) ->
     model.save_pretrained(tmp_path)
     changed = load_encoder(str(tmp_path))
     assert len({encoder.fingerprint(), other.fingerprint(), changed.fingerprint()}) == 3
+
+
+@pytest.mark.parametrize("subfolder", ["0_CLIPModel", ""])
+def test_a_clip_of_sentence_transformers_is_that_of_transformers_in_its_subfolder(
+    subfolder: str, tmp_path: Path
+) -> None:
+    save_transformers("clip", tmp_path / "st" / subfolder)
+    modules = [{"idx": 0, "name": "0", "path": subfolder, "type": "sentence_transformers.models.CLIPModel"}]
+    (tmp_path / "st" / "modules.json").write_text(json.dumps(modules))
+    encoder, expected = load_encoder(str(tmp_path / "st")), load_encoder(str(tmp_path / "st" / subfolder))
+    assert encoder.encode_text(TEXTS).equal(expected.encode_text(TEXTS))
+    assert encoder.encode_image(IMAGES).equal(expected.encode_image(IMAGES))
+    assert encoder.fingerprint() == expected.fingerprint()
 
 
 def test_values_that_are_not_finite_are_refused_by_text(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from llm2clip.encoders.encoder import Encoder
 from llm2clip.encoders.open_clip import OpenClipEncoder
 from llm2clip.encoders.ours import OurEncoder
 from llm2clip.encoders.query_text import QueryTextEncoder, TextEncoder, has_query_encoder
-from llm2clip.encoders.transformers_clip import TransformersEncoder
+from llm2clip.encoders.transformers_clip import TransformersEncoder, clip_subfolder
 from llm2clip.utils.embeddings import require_finite_rows
 from llm2clip.utils.model_places import OPEN_CLIP
 from llm2clip.utils.processes import process_state
@@ -43,7 +43,8 @@ def load_encoder(
     """Load a model of images and texts, of any library.
 
     Args:
-        spec: Hub id or folder of an LLM2CLIP model, or of a CLIP, SigLIP, SigLIP 2 or CLIP-like model of transformers.
+        spec: Hub id or folder of an LLM2CLIP model, or of a CLIP, SigLIP, SigLIP 2 or CLIP-like model of transformers,
+            also as sentence-transformers saved it (`sentence-transformers/clip-ViT-B-32`).
             `open_clip:MODEL/PRETRAINED` is a model of open_clip, where PRETRAINED is a tag, or the path of a
             checkpoint (`open_clip:ViT-B-32//path/to.pt`). `PATH.py:FUNCTION` calls a function of yours, which returns
             `(model, preprocess, tokenizer)` as open_clip and CLIP_benchmark have them. The vision half of an LLM2CLIP
@@ -83,15 +84,25 @@ def load_encoder(
             raise ValueError(f"{spec} is a function, which has no revision ({revision!r}).")
         encoder = CustomEncoder.load(spec, without_own, device, batch_size)
     else:
-        repo = inspect_repo(spec, revision)
-        has_both = {"vision_config", "text_config"} <= set(repo.config)
-        if repo.kind in OUR_MODELS or (repo.kind is RepoKind.EMBEDDING_MODEL and not has_both):
-            hint = BOTH_SIDES if {"image", "text"} <= set(needs) else None
-            options: dict[str, Any] = {"device": device, "batch_size": batch_size, "hint": hint, "dtype": dtype}
-            encoder = OurEncoder.load(spec, revision, needs, **options)
-        else:
-            encoder = TransformersEncoder.load(spec, revision, dtype, device, batch_size)
+        encoder = _load_repo(spec, revision, dtype, device, batch_size, needs)
     return encoder.truncate(truncate_dim)
+
+
+def _load_repo(
+    name: str, revision: str | None, dtype: str, device: torch.device, batch_size: int | None, needs: Sequence[str]
+) -> Encoder:
+    try:
+        repo = inspect_repo(name, revision)
+    except OSError:
+        if (subfolder := clip_subfolder(name, revision)) is None:
+            raise
+        return TransformersEncoder.load(name, revision, dtype, device, batch_size, subfolder)
+    has_both = {"vision_config", "text_config"} <= set(repo.config)
+    if repo.kind in OUR_MODELS or (repo.kind is RepoKind.EMBEDDING_MODEL and not has_both):
+        hint = BOTH_SIDES if {"image", "text"} <= set(needs) else None
+        options: dict[str, Any] = {"device": device, "batch_size": batch_size, "hint": hint, "dtype": dtype}
+        return OurEncoder.load(name, revision, needs, **options)
+    return TransformersEncoder.load(name, revision, dtype, device, batch_size)
 
 
 def embed_captions(

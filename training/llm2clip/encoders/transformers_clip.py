@@ -19,6 +19,7 @@ from llm2clip.utils.towers import loading_options
 from llm2clip.utils.vision_identity import preprocessing
 from modeling_llm2clip import with_pillow
 from modeling_llm2clip.identity_llm2clip import decoder_identity
+from modeling_llm2clip.modeling_llm2clip_decoder import read_json_file
 from modeling_llm2clip.modeling_llm2clip_utils import load_complete
 
 # Models that were trained with texts padded to their full length, whose repositories do not always say so.
@@ -106,19 +107,30 @@ class TransformersEncoder(ClipEncoder):
 
     @classmethod
     def load(
-        cls, name: str, revision: str | None, dtype: str, device: torch.device, batch_size: int | None = None
+        cls,
+        name: str,
+        revision: str | None,
+        dtype: str,
+        device: torch.device,
+        batch_size: int | None = None,
+        subfolder: str = "",
     ) -> TransformersEncoder:
         """Load a model with its processor.
+
+        Args:
+            name, revision, dtype, device, batch_size: See [`load_encoder`](llm2clip.encoders.load.load_encoder).
+            subfolder: Where it is in its folder or repository.
 
         Raises:
             OSError: There is no such model.
             ValueError: It does not embed images and texts, or a weight would be random.
         """
-        config = AutoConfig.from_pretrained(name, revision=revision)
+        where: dict[str, Any] = {"revision": revision, "subfolder": subfolder}
+        config = AutoConfig.from_pretrained(name, **where)
         load = _model_class(name, config).from_pretrained
-        model, _ = load_complete(load, name, **loading_options(dtype, revision=revision))
+        model, _ = load_complete(load, name, **loading_options(dtype), **where)
         without_slow_float16(model, dtype, device)
-        processor = AutoProcessor.from_pretrained(name, revision=revision)
+        processor = AutoProcessor.from_pretrained(name, **where)
         dtype = str(model.dtype).removeprefix("torch.")
         commit = hub_commit(name, revision)
         encoder = cls(name, model.to(device).eval(), processor, device, dtype, commit, batch_size)
@@ -181,6 +193,13 @@ class TransformersEncoder(ClipEncoder):
         """Tokens of each text before truncation, start and end included, and whether it is cut."""
         ids = self.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"] if texts else []
         return compared_lengths([len(row) for row in ids], self.max_length)
+
+
+def clip_subfolder(name: str, revision: str | None) -> str | None:
+    """Return where the model is in a CLIP of sentence-transformers; None if a folder or repository is no such CLIP."""
+    modules = read_json_file(name, "modules.json", revision=revision) or [{"type": ""}]
+    kinds = [module["type"].rpartition(".")[2] for module in modules]
+    return modules[0]["path"] if kinds == ["CLIPModel"] else None
 
 
 def _model_class(name: str, config: Any) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError
 from transformers import PretrainedConfig
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, find_adapter_config_file
 
@@ -154,8 +155,12 @@ def hub_commit(name: str, revision: str | None = None) -> str | None:
     """Return the commit of a model on the Hub, from its config, which is downloaded; None for a local folder."""
     if Path(name).is_dir():
         return None
+    try:
+        path = hf_hub_download(name, CONFIG_NAME, revision=revision)
+    except EntryNotFoundError:  # a CLIP of sentence-transformers, which is in a subfolder
+        path = hf_hub_download(name, "modules.json", revision=revision)
     # The folder of a download is named after its commit.
-    return Path(hf_hub_download(name, CONFIG_NAME, revision=revision)).parent.name
+    return Path(path).parent.name
 
 
 def is_hub_id(name: str) -> bool:
