@@ -78,9 +78,9 @@ def text_model_class(config: PretrainedConfig) -> tuple[Any, dict[str, Any]]:
             "alone; use a decoder, an encoder such as BERT, or T5."
         )
     auto: Any = AutoModelForTextEncoding if is_encoder_half(config) else AutoModel
-    found: Any = auto._model_mapping.get(type(config), None)
-    found = found[0] if isinstance(found, tuple) else found
-    has_pooler = found is not None and "add_pooling_layer" in inspect.signature(found.__init__).parameters
+    model_class: Any = auto._model_mapping.get(type(config), None)
+    model_class = model_class[0] if isinstance(model_class, tuple) else model_class
+    has_pooler = model_class is not None and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
     return auto, {"add_pooling_layer": False} if has_pooler else {}
 
 
@@ -106,7 +106,8 @@ def argument_names(text_model: Any, only_declared: bool) -> tuple[str, ...]:
     """
     inner = text_model.get_base_model() if hasattr(text_model, "get_base_model") else text_model  # inside of PEFT
     parameters = inspect.signature(type(inner).forward).parameters
-    anything = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()) and not only_declared
+    kinds = {parameter.kind for parameter in parameters.values()}
+    anything = inspect.Parameter.VAR_KEYWORD in kinds and not only_declared
     return tuple(name for name in ("position_ids", "use_cache") if anything or name in parameters)
 
 
@@ -136,8 +137,8 @@ def load_plain(name: str, options: dict[str, Any]) -> tuple[PreTrainedModel, dic
         half, _ = load_complete(CLIPTextModel.from_pretrained, name, **options)
         half.config.projection_dim = config.projection_dim
         config.text_config.projection_dim = config.projection_dim  # which is the only one that CLIPModel reads
-        projected_class, own = CLIPTextModelWithProjection.from_pretrained, {**options, "config": config.text_config}
-        projected, _ = load_complete(projected_class, name, **own)
+        load_projected = CLIPTextModelWithProjection.from_pretrained
+        projected, _ = load_complete(load_projected, name, **{**options, "config": config.text_config})
         return half, {"0.weight": projected.text_projection.weight.detach()}
     auto, own_options = text_model_class(config)
     model, _ = load_complete(auto.from_pretrained, name, **own_options, **options)
@@ -256,9 +257,9 @@ def assign_rows(lengths: Sequence[int], capacity: int) -> tuple[list[int], list[
     free: list[tuple[int, int]] = []  # (tokens left, row), ascending
     num_rows = 0
     for caption in sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True):
-        found = bisect_left(free, (lengths[caption], 0))
-        if found < len(free):
-            left, row = free.pop(found)
+        fitting = bisect_left(free, (lengths[caption], 0))
+        if fitting < len(free):
+            left, row = free.pop(fitting)
         else:
             left, row = capacity, num_rows
             num_rows += 1
@@ -288,12 +289,12 @@ class PackedBatch:
             rows, starts, self.num_rows = assign_rows(lengths, self.width)
         self.longest = max(lengths, default=0)
         self.shape = attention_mask.shape
-        real, places = attention_mask.bool(), order - 1
+        real, positions = attention_mask.bool(), order - 1
         self.source = real.flatten().nonzero().squeeze(1)
         first = [row * self.width + start for row, start in zip(rows, starts, strict=True)]
-        self.target = (torch.tensor(first, dtype=torch.long, device=order.device)[:, None] + places)[real]
+        self.target = (torch.tensor(first, dtype=torch.long, device=order.device)[:, None] + positions)[real]
         captions = torch.arange(1, len(lengths) + 1, device=order.device)[:, None].expand_as(order)
-        self.position_ids = self._rows(places[real])
+        self.position_ids = self._rows(positions[real])
         # 0 where a row is not full: such positions attend only to each other.
         self.caption_ids = self._rows(captions[real])
 

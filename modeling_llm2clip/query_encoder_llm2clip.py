@@ -145,8 +145,8 @@ def query_encoder_of(model: Any) -> QueryEncoder:
     Raises:
         ValueError: There is none, or it was taught the space of another model.
     """
-    found: QueryEncoder | None = model.__dict__.get("_query_encoder")
-    if found is None:
+    encoder: QueryEncoder | None = model.__dict__.get("_query_encoder")
+    if encoder is None:
         name, options = model.config.name_or_path, dict(getattr(model, "hub_arguments", {}))
         options["subfolder"] = "/".join(part for part in (options.pop("subfolder", ""), FOLDER) if part)
         if not name or read_json_file(name, "modules.json", **options) is None:
@@ -154,17 +154,17 @@ def query_encoder_of(model: Any) -> QueryEncoder:
                 f"{name or 'this model'} has no {FOLDER}/; `llm2clip distill-text {name or 'MODEL'} --into ...` "
                 "makes one."
             )
-        found = QueryEncoder.from_pretrained(name, **options)
-        own = space_identity(model)
-        if found.space != own:
+        encoder = QueryEncoder.from_pretrained(name, **options)
+        space = space_identity(model)
+        if encoder.space != space:
             raise ValueError(
-                f"the query encoder in {name}/{FOLDER} was taught the space {found.space} of another model, but this "
-                f"model has {own}: their vectors cannot be compared. Distill one from this model."
+                f"the query encoder in {name}/{FOLDER} was taught the space {encoder.space} of another model, but "
+                f"this model has {space}: their vectors cannot be compared. Distill one from this model."
             )
-        model.__dict__["_query_encoder"] = found
+        model.__dict__["_query_encoder"] = encoder
     # `to` goes through all modules, which takes a twentieth of the time of a short query.
     device = execution_device(model.text_adapter)
-    return found if found.dense.weight.device == device else found.to(device)
+    return encoder if encoder.dense.weight.device == device else encoder.to(device)
 
 
 def _find(name: str, file: str, options: dict[str, Any]) -> str:

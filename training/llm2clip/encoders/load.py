@@ -180,7 +180,7 @@ def embed_images(
     """
     encoder = _open(model, getattr(processor, "image_processor", processor), device, "image")
     listed = image_list(images)
-    found = encoder.encode_image_rows(
+    encoded = encoder.encode_image_rows(
         listed,
         range(len(listed)),
         batch_size=batch_size,
@@ -188,13 +188,13 @@ def embed_images(
         on_error=on_error,
         show_progress_bar=show_progress_bar is not False,
     )
-    skipped = [row for row, reason in enumerate(found.reasons) if reason is not None]
+    skipped = [row for row, reason in enumerate(encoded.reasons) if reason is not None]
     for row in skipped[:MAX_NAMED]:
-        logger.warning("Skipping image %s: %s", listed.key(row), found.reasons[row])
+        logger.warning("Skipping image %s: %s", listed.key(row), encoded.reasons[row])
     if len(skipped) > MAX_NAMED:
         logger.warning("Skipping %d more images.", len(skipped) - MAX_NAMED)
-    found.embeds[skipped] = float("nan")
-    return found.embeds
+    encoded.embeds[skipped] = float("nan")
+    return encoded.embeds
 
 
 def _open(model: Any, processor: Any, device: torch.device | str | None, need: str) -> OurEncoder:
