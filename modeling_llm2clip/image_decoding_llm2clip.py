@@ -212,7 +212,6 @@ def _open(value: Any, timeout: float | None) -> Image.Image:
 
 
 def _read(name: str, timeout: float | None) -> bytes:
-    """Read a file or a URL."""
     if name.startswith("data:"):
         return base64.b64decode(name.partition(",")[2])
     if name.startswith(("http://", "https://")):

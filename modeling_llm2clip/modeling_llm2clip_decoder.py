@@ -316,12 +316,6 @@ class PackedBatch:
         """Return the boolean mask `(rows, 1, width, width)` of the token pairs in the same caption."""
         return (self.caption_ids[:, :, None] == self.caption_ids[:, None, :])[:, None]
 
-    def sequence_arguments(self) -> dict[str, Any]:
-        """Return flash attention's arguments for the caption boundaries in a single row."""
-        ends = torch.tensor(self.ends, dtype=torch.int32, device=self.caption_ids.device)
-        lengths = {"max_length_q": self.longest, "max_length_k": self.longest}
-        return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, **lengths}
-
 
 def avoid_sdpa_without_softcap(config: PretrainedConfig) -> None:
     """Select eager attention for Gemma 2: sdpa cannot cap the logits, which older transformers versions ignore."""
@@ -364,4 +358,7 @@ def packed_mask(decoder: Any, packed: PackedBatch) -> dict[str, Any]:
     """Return the decoder's arguments that separate the captions of a row."""
     if takes_additive_mask(decoder):
         return {"attention_mask": additive_mask(decoder, packed.visible())}
-    return {"attention_mask": None, **packed.sequence_arguments()}
+    # Flash attention knows the captions of a single row by their boundaries.
+    ends = torch.tensor(packed.ends, dtype=torch.int32, device=packed.caption_ids.device)
+    lengths = {"max_length_q": packed.longest, "max_length_k": packed.longest}
+    return {"attention_mask": None, "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, **lengths}

@@ -133,7 +133,6 @@ class LLM2CLIPPreTrainedModel(AttentionBackends, PreTrainedModel):
 
     @classmethod
     def _load(cls, name: str | os.PathLike[str], *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        """Load a checkpoint, and raise an error if weights are missing."""
         kwargs = {**loading_arguments(name, hub_arguments(kwargs)), **kwargs}
         return load_complete(super().from_pretrained, name, *args, **kwargs)
 

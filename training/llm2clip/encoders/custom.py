@@ -42,8 +42,7 @@ class CustomEncoder(ClipEncoder):
     ) -> None:
         super().__init__(name, model.to(device, getattr(torch, dtype)).eval(), 0, device, dtype, None, batch_size)
         self.preprocess, self.tokenizer, self.code = preprocess, tokenizer, code
-        with torch.no_grad():
-            self.width = self.full_width = self.text_features(list(self.tokenize(["a"])[0])).shape[-1]
+        self.measure_width()
 
     @classmethod
     def load(cls, spec: str, dtype: str, device: torch.device, batch_size: int | None = None) -> CustomEncoder:

@@ -168,7 +168,7 @@ class ShardEmbedder:
     def embed_job(self, job: ShardJob) -> ShardCounts:
         """Embed a shard if it has no valid sidecar; see [`ShardEmbedder.run`]. Another run may do it meanwhile."""
         with job.target.lock(job.shard):
-            if self._is_done(job):
+            if job.target.is_embedded(job.shard, self.encoder, job.opened.source.caption_columns):
                 return ShardCounts(1, done_before=1)
             try:
                 counts = self.embed_shard(*job)
@@ -204,9 +204,6 @@ class ShardEmbedder:
         counts = {"truncated": truncated, "reused": len(known)}
         target.write(shard, keys, rows, text, replace(self.encoder, counts=counts))
         return {"captions": len(captions), **counts}
-
-    def _is_done(self, job: ShardJob) -> bool:
-        return job.target.is_embedded(job.shard, self.encoder, job.opened.source.caption_columns)
 
 
 def parse_part(text: str | None) -> tuple[int, int]:

@@ -298,6 +298,11 @@ class Encoder(ABC):
 class ClipEncoder(Encoder):
     """A model of another library, with a text tower of its own."""
 
+    @torch.no_grad()
+    def measure_width(self) -> None:
+        """Set the width, which is 0 before, to that of the embedding of a text."""
+        self.width = self.full_width = self.text_features(list(self.tokenize(["a"])[0])).shape[-1]
+
     @abstractmethod
     def tokenize(self, texts: list[str]) -> tuple[Sequence[Any], list[int]]:
         """Tokenise texts, cut and, where the model reads padding, padded; return the tokens and lengths of each."""

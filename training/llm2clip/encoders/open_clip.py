@@ -53,8 +53,7 @@ class OpenClipEncoder(ClipEncoder):
         self.normalisation = Normalize(steps[-1].mean, steps[-1].std, inplace=True) if self.normalises else None
         self._values: Tensor | None = None
         self.input_dtype = getattr(torch, dtype)
-        with torch.no_grad():
-            self.width = self.full_width = self.text_features(list(self.tokenize(["a"])[0])).shape[-1]
+        self.measure_width()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_values": None}

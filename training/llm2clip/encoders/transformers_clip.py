@@ -102,8 +102,7 @@ class TransformersEncoder(ClipEncoder):
             or "attention_mask" not in self.tokenizer.model_input_names
             or model.config.model_type in FULL_LENGTH
         )
-        with torch.no_grad():
-            self.width = self.full_width = self.text_features(list(self.tokenize(["a"])[0])).shape[-1]
+        self.measure_width()
 
     @classmethod
     def load(
