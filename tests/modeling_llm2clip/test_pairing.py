@@ -9,7 +9,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel
 
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextConfig, LLM2CLIPTextModel
+from modeling_llm2clip import (
+    LLM2CLIPModel,
+    LLM2CLIPTextConfig,
+    LLM2CLIPTextModel,
+    LLM2CLIPVisionModelWithProjection,
+)
 from tests.builders import tiny
 from tests.builders.tiny import CAPTIONS, IMAGES
 
@@ -111,7 +116,7 @@ def test_llm_has_the_dtype_that_is_asked_for_or_that_it_was_saved_in(tmp_path: P
     assert loaded.text_model.dtype == torch.bfloat16
 
 
-def test_incomplete_towers_are_rejected(tmp_path: Path) -> None:
+def test_incomplete_checkpoints_are_rejected(tmp_path: Path) -> None:
     tiny.save_apart(tmp_path)
     with pytest.raises(ValueError, match="does not take images"):
         LLM2CLIPModel.from_vision_text_pretrained(tmp_path / "llm", tmp_path / "llm")
@@ -120,6 +125,9 @@ def test_incomplete_towers_are_rejected(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path / "llm")
     with pytest.raises(ValueError, match=r"not contain all weights of LLM2CLIPTextModel: decoder\.layers\.2"):
         LLM2CLIPTextModel.from_pretrained(tmp_path / "llm")
+    LLM2CLIPVisionModelWithProjection(tiny.joint_config()).save_pretrained(tmp_path / "half")
+    with pytest.raises(ValueError, match=r"not contain all weights .*logit_scale, text_adapter"):
+        LLM2CLIPModel.from_pretrained(tmp_path / "half", text_model=False)
 
 
 def test_saving_without_an_llm_is_rejected(tmp_path: Path) -> None:

@@ -200,11 +200,11 @@ CASES: dict[str, Case] = {
 }
 
 
-@pytest.mark.parametrize("size", [(28, 28), (21, 42)], ids=["its own size", "another"])
-@pytest.mark.parametrize("case", CASES)
-def test_a_patch_takes_its_own_value_in_the_last_attention(case: str, size: tuple[int, int]) -> None:
-    build, formula = CASES[case]
-    model, pixels = build(), torch.randn(2, 3, *size)
+SIZES = pytest.mark.parametrize("size", [(28, 28), (21, 42)], ids=["its own size", "another"])
+
+
+def compare(model: Any, formula: Callable[[Any, Tensor], Tensor], size: tuple[int, int]) -> None:
+    pixels = torch.randn(2, 3, *size)
     with torch.no_grad():
         expected = F.normalize(formula(model, pixels), dim=-1)
     found = patch_embeddings(model, pixels, values_only=True)
@@ -213,6 +213,13 @@ def test_a_patch_takes_its_own_value_in_the_last_attention(case: str, size: tupl
     torch.testing.assert_close(found, expected.unflatten(1, grid), atol=1e-5, rtol=0)
     # Without it, the same patches attend to all others.
     assert not torch.allclose(patch_embeddings(model, pixels), found, atol=0.05)
+
+
+@SIZES
+@pytest.mark.parametrize("case", CASES)
+def test_a_patch_takes_its_own_value_in_the_last_attention(case: str, size: tuple[int, int]) -> None:
+    build, formula = CASES[case]
+    compare(build(), formula, size)
 
 
 @pytest.mark.parametrize("build", [lambda: joint("eva02"), lambda: of_transformers("clip"), of_open_clip])

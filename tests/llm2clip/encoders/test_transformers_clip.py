@@ -1,4 +1,4 @@
-"""Models of transformers embed as a direct call does, whatever their rules of padding and preprocessing."""
+"""Models of transformers: features, lengths, identity, and what is refused; test_families.py has their embeddings."""
 
 from __future__ import annotations
 
@@ -20,34 +20,16 @@ from modeling_llm2clip import with_pillow
 
 from .models import IMAGES, LENGTH, TEXTS, save_transformers, stacked
 
-FULL_LENGTH = {"siglip": True, "siglip2": True, "clip": False, "chinese_clip": False}
-
-
 Opened = tuple[Any, Any, TransformersEncoder]
 
 
-@pytest.fixture(scope="module", params=sorted(FULL_LENGTH))
+@pytest.fixture(scope="module", params=["chinese_clip", "clip", "siglip", "siglip2"])
 def opened(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Opened:
     folder = tmp_path_factory.mktemp(request.param)
     model = save_transformers(request.param, folder)
     encoder = load_encoder(str(folder))
     assert isinstance(encoder, TransformersEncoder)
     return model, AutoProcessor.from_pretrained(folder), encoder
-
-
-@torch.no_grad()
-def test_texts_are_those_of_a_direct_call(opened: Opened) -> None:
-    model, processor, encoder = opened
-    padding = "max_length" if FULL_LENGTH[model.config.model_type] else "longest"
-    inputs = processor.tokenizer(TEXTS, padding=padding, truncation=True, max_length=LENGTH, return_tensors="pt")
-    expected = normalize(model.get_text_features(**inputs).pooler_output, dim=-1)
-    found = encoder.encode_text(TEXTS)
-    assert found.dtype == torch.float32
-    assert encoder.width == found.shape[1]
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
-    # Each alone, so that padding to the longest text of a batch would be another one.
-    torch.testing.assert_close(torch.cat([encoder.encode_text([text]) for text in TEXTS]), expected, atol=1e-6, rtol=0)
-    assert encoder.encode_text([]).shape == (0, encoder.width)
 
 
 @torch.no_grad()
