@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from torch.nn.functional import normalize
 from transformers import AutoProcessor, BertConfig, BertModel
 
@@ -16,6 +17,7 @@ from llm2clip.data import decode_image
 from llm2clip.encoders.load import TransformersEncoder, load_encoder
 from llm2clip.encoders.patches import patch_embeddings
 from modeling_llm2clip import with_pillow
+from tests.loopback_hub import TOKEN, LoopbackHub
 
 from .models import IMAGES, LENGTH, TEXTS, save_transformers, stacked
 
@@ -83,7 +85,7 @@ def test_the_fingerprint_depends_on_weights_and_preprocessing(tmp_path: Path) ->
 
 @pytest.mark.parametrize("subfolder", ["0_CLIPModel", ""])
 def test_a_clip_of_sentence_transformers_is_that_of_transformers_in_its_subfolder(
-    subfolder: str, tmp_path: Path
+    subfolder: str, tmp_path: Path, hub: LoopbackHub
 ) -> None:
     save_transformers("clip", tmp_path / "st" / subfolder)
     modules = [{"idx": 0, "name": "0", "path": subfolder, "type": "sentence_transformers.models.CLIPModel"}]
@@ -92,6 +94,12 @@ def test_a_clip_of_sentence_transformers_is_that_of_transformers_in_its_subfolde
     assert encoder.encode_text(TEXTS).equal(expected.encode_text(TEXTS))
     assert encoder.encode_image(IMAGES).equal(expected.encode_image(IMAGES))
     assert encoder.fingerprint() == expected.fingerprint()
+    api = HfApi(token=TOKEN)
+    api.create_repo("tester/st")
+    api.upload_folder(repo_id="tester/st", folder_path=tmp_path / "st")
+    published = load_encoder("tester/st")
+    assert published.encode_text(TEXTS).equal(expected.encode_text(TEXTS))
+    assert published.commit == api.model_info("tester/st").sha
 
 
 def test_other_models_and_random_weights_are_refused(tmp_path: Path) -> None:

@@ -203,7 +203,7 @@ def open_shard_embedder(config: EmbedConfig) -> ShardEmbedder:
     """
     encoder = _open_encoder(config)
     return ShardEmbedder(
-        partial(_embed_and_count, encoder, config),
+        partial(encoder.embed_and_count, batch_size=config.batch_size, instruction=config.instruction),
         describe_encoder(encoder, config.text_model_name_or_path, config),
         None if config.reuse_cache is None else EmbeddingCache.open(config.reuse_cache),
     )
@@ -250,17 +250,13 @@ def embed_into_cache(
     return build_embedding_cache(
         folder,
         captions,
-        partial(_embed_and_count, encoder, config),
+        partial(encoder.embed_and_count, batch_size=config.batch_size, instruction=config.instruction),
         describe_encoder(encoder, name, config),
         shard_size=config.shard_size,
         rank=state.process_index,
         world_size=state.num_processes,
         barrier=state.wait_for_everyone,
     )
-
-
-def _embed_and_count(encoder: OurEncoder, config: EmbedConfig, texts: list[str]) -> tuple[torch.Tensor, int]:
-    return encoder.embed_and_count(texts, config.batch_size, show_progress_bar=False, instruction=config.instruction)
 
 
 def describe_encoder(encoder: OurEncoder, name: str, config: EmbedConfig) -> StoreManifest:
