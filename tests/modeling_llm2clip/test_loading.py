@@ -46,6 +46,20 @@ def test_every_part_of_a_frozen_tower_model_can_be_offloaded_to_disk(tmp_path: P
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_llm_can_be_left_out_and_loaded_later(layout: str, tmp_path: Path) -> None:
+    folder, inputs, expected = saved(layout, tmp_path)
+    light = AutoModel.from_pretrained(folder, text_model=False)
+    assert light(pixel_values=inputs["pixel_values"]).pooler_output.shape == (2, 24)
+    with pytest.raises(ValueError, match="loaded without its LLM"):
+        light(**inputs)
+    light.save_pretrained(tmp_path / "light")
+    again = AutoModel.from_pretrained(tmp_path / "light", text_model=False)
+    for without in (light, again):
+        without.load_text_model()
+        assert without(**inputs).logits_per_image.equal(expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("device_map", ["auto", {"": "cpu", "text_model": "disk"}], ids=["auto", "disk"])
 def test_device_map_places_the_parts_and_keeps_the_logits(device_map: Any, layout: str, tmp_path: Path) -> None:
     folder, inputs, expected = saved(layout, tmp_path)

@@ -16,20 +16,6 @@ from modeling_llm2clip import (
     LLM2CLIPVisionModelWithProjection,
 )
 from tests.builders import tiny
-from tests.builders.tiny import CAPTIONS, IMAGES
-
-
-def test_external_llm_is_attached_after_loading(tmp_path: Path) -> None:
-    model = tiny.save_apart(tmp_path)
-    inputs = tiny.processor()(text=CAPTIONS, images=IMAGES, return_tensors="pt")
-    expected = model(**inputs).logits_per_image
-    assert AutoModel.from_pretrained(tmp_path / "clip")(**inputs).logits_per_image.equal(expected)
-    without = AutoModel.from_pretrained(tmp_path / "clip", text_model=False)
-    assert without(pixel_values=inputs["pixel_values"]).pooler_output.shape == (2, 24)
-    with pytest.raises(ValueError, match="loaded without its LLM"):
-        without(**inputs)
-    without.load_text_model()
-    assert without(**inputs).logits_per_image.equal(expected)
 
 
 def test_external_llm_stays_out_of_the_checkpoint_unless_asked_for(tmp_path: Path) -> None:
@@ -42,17 +28,6 @@ def test_external_llm_stays_out_of_the_checkpoint_unless_asked_for(tmp_path: Pat
     half, info = LLM2CLIPTextModel.from_pretrained(tmp_path / "all", output_loading_info=True)
     assert not any(info.values())
     assert bundled.text_model.fingerprint() == half.fingerprint() == model.text_model.fingerprint()
-
-
-def test_bundled_llm_can_be_left_out_and_loaded_later(tmp_path: Path) -> None:
-    model = tiny.save(tmp_path / "all")
-    inputs = tiny.processor()(text=CAPTIONS, images=IMAGES, return_tensors="pt")
-    light = LLM2CLIPModel.from_pretrained(tmp_path / "all", text_model=False)
-    assert light.text_model is None
-    light.save_pretrained(tmp_path / "light")
-    again = LLM2CLIPModel.from_pretrained(tmp_path / "light", text_model=False)
-    again.load_text_model()
-    assert again(**inputs).logits_per_image.equal(model(**inputs).logits_per_image)
 
 
 @pytest.mark.parametrize("of_tower", [False, True], ids=["llm", "tower"])
