@@ -18,7 +18,7 @@ from llm2clip.encoders.encoder import Encoder
 from llm2clip.encoders.open_clip import OpenClipEncoder
 from llm2clip.encoders.ours import OurEncoder
 from llm2clip.encoders.query_text import QueryTextEncoder, TextEncoder, has_query_encoder
-from llm2clip.encoders.transformers_clip import TransformersEncoder, clip_subfolder
+from llm2clip.encoders.transformers_clip import TransformersEncoder
 from llm2clip.utils.embeddings import require_finite_rows
 from llm2clip.utils.model_places import OPEN_CLIP
 from llm2clip.utils.processes import process_state
@@ -84,25 +84,15 @@ def load_encoder(
             raise ValueError(f"{spec} is a function, which has no revision ({revision!r}).")
         encoder = CustomEncoder.load(spec, without_own, device, batch_size)
     else:
-        encoder = _load_repo(spec, revision, dtype, device, batch_size, needs)
+        repo = inspect_repo(spec, revision)
+        has_both = {"vision_config", "text_config"} <= set(repo.config)
+        if repo.kind in OUR_MODELS or (repo.kind is RepoKind.EMBEDDING_MODEL and not has_both):
+            hint = BOTH_SIDES if {"image", "text"} <= set(needs) else None
+            options: dict[str, Any] = {"device": device, "batch_size": batch_size, "hint": hint, "dtype": dtype}
+            encoder = OurEncoder.load(spec, revision, needs, **options)
+        else:
+            encoder = TransformersEncoder.load(spec, revision, dtype, device, batch_size, repo.subfolder)
     return encoder.truncate(truncate_dim)
-
-
-def _load_repo(
-    name: str, revision: str | None, dtype: str, device: torch.device, batch_size: int | None, needs: Sequence[str]
-) -> Encoder:
-    try:
-        repo = inspect_repo(name, revision)
-    except OSError:
-        if (subfolder := clip_subfolder(name, revision)) is None:
-            raise
-        return TransformersEncoder.load(name, revision, dtype, device, batch_size, subfolder)
-    has_both = {"vision_config", "text_config"} <= set(repo.config)
-    if repo.kind in OUR_MODELS or (repo.kind is RepoKind.EMBEDDING_MODEL and not has_both):
-        hint = BOTH_SIDES if {"image", "text"} <= set(needs) else None
-        options: dict[str, Any] = {"device": device, "batch_size": batch_size, "hint": hint, "dtype": dtype}
-        return OurEncoder.load(name, revision, needs, **options)
-    return TransformersEncoder.load(name, revision, dtype, device, batch_size)
 
 
 def embed_captions(

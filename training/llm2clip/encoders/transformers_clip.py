@@ -19,7 +19,6 @@ from llm2clip.utils.towers import loading_options
 from llm2clip.utils.vision_identity import preprocessing
 from modeling_llm2clip import with_pillow
 from modeling_llm2clip.identity_llm2clip import decoder_identity
-from modeling_llm2clip.modeling_llm2clip_decoder import read_json_file
 from modeling_llm2clip.modeling_llm2clip_utils import load_complete
 
 # Models that were trained with texts padded to their full length, whose repositories do not always say so.
@@ -192,13 +191,6 @@ class TransformersEncoder(ClipEncoder):
         """Tokens of each text before truncation, start and end included, and whether it is cut."""
         ids = self.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"] if texts else []
         return compared_lengths([len(row) for row in ids], self.max_length)
-
-
-def clip_subfolder(name: str, revision: str | None) -> str | None:
-    """Return where the model is in a CLIP of sentence-transformers; None if a folder or repository is no such CLIP."""
-    modules = read_json_file(name, "modules.json", revision=revision) or [{"type": ""}]
-    kinds = [module["type"].rpartition(".")[2] for module in modules]
-    return modules[0]["path"] if kinds == ["CLIPModel"] else None
 
 
 def _model_class(name: str, config: Any) -> Any:

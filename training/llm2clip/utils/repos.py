@@ -15,7 +15,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, find_adapter_co
 
 from llm2clip.utils.files import read_json
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig, LLM2CLIPVisionModelWithProjection
-from modeling_llm2clip.modeling_llm2clip_decoder import embedding_modules
+from modeling_llm2clip.modeling_llm2clip_decoder import embedding_modules, read_json_file
 from modeling_llm2clip.modeling_llm2clip_utils import OWN_TEXT_MODEL, find_text_model
 
 
@@ -46,6 +46,7 @@ class Repo:
         is_adapter: Whether the weights are a PEFT adapter.
         config: The fields of config.json, in which an LLM in the repository itself has its whole name; empty if there
             is none.
+        subfolder: Where the model is in a CLIP of sentence-transformers, such as `0_CLIPModel`; otherwise empty.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Repo:
     kind: RepoKind
     is_adapter: bool
     config: dict[str, Any]
+    subfolder: str = ""
 
     @property
     def model_type(self) -> str | None:
@@ -92,6 +94,9 @@ def inspect_repo(name: str | Path, revision: str | None = None, **hub_arguments:
                 raise
             raise OSError(f"there is no model {name} here, nor can it be read from the Hub: {error}") from error
         config = {}
+    subfolder = "" if config or is_adapter else _clip_subfolder(place, **options)
+    if subfolder:
+        config = PretrainedConfig.get_config_dict(place, **{**options, "subfolder": subfolder})[0]
     if not config and not is_adapter:
         raise FileNotFoundError(f"{name} contains neither config.json nor adapter_config.json.")
     kind = _kind(config, is_adapter)
@@ -99,7 +104,13 @@ def inspect_repo(name: str | Path, revision: str | None = None, **hub_arguments:
         kind = RepoKind.EMBEDDING_MODEL
     if LLM in config:
         config = {**config, LLM: find_text_model(config[LLM], place, **options)[0]}
-    return Repo(name, revision, kind, is_adapter, config)
+    return Repo(name, revision, kind, is_adapter, config, subfolder)
+
+
+def _clip_subfolder(name: str, **hub: Any) -> str:
+    modules: list[dict[str, str]] = read_json_file(name, "modules.json", **hub) or []
+    kinds = [module["type"].rpartition(".")[2] for module in modules]
+    return modules[0]["path"] if kinds == ["CLIPModel"] else ""
 
 
 def _kind(config: dict[str, Any], is_adapter: bool) -> RepoKind:
