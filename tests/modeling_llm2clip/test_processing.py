@@ -36,6 +36,10 @@ def test_tokenizer_and_processor_give_equal_ids_before_and_after_saving(tmp_path
     assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == expected
     assert processor(text=[text], return_tensors="pt")["input_ids"][0].tolist() == expected
     assert AutoProcessor.from_pretrained(tmp_path)(text=[text])["input_ids"][0] == expected
+    # Special tokens in captions are plain text; that of the prompt remains special.
+    for tokenizer in (processor.tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        ids = tokenizer("hi <|eot_id|> there")["input_ids"]
+        assert (ids.count(424), ids[-1]) == (1, 424)
 
 
 def test_truncation_shortens_only_the_caption() -> None:
@@ -44,13 +48,6 @@ def test_truncation_shortens_only_the_caption() -> None:
     assert tokenizer(LONG, truncation=True)["input_ids"] == [*whole[:19], whole[-1]]
     with pytest.raises(ValueError, match="max_length 6 leaves none for captions"):
         with_prompt(tiny.plain_tokenizer(), tiny.PREFIX, tiny.SUFFIX, max_length=6)
-
-
-def test_special_tokens_in_captions_are_plain_text(tmp_path: Path) -> None:
-    tiny.processor().save_pretrained(tmp_path)
-    for tokenizer in (tiny.processor().tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
-        ids = tokenizer("hi <|eot_id|> there")["input_ids"]
-        assert (ids.count(424), ids[-1]) == (1, 424), "that of the prompt remains special"
 
 
 def test_truncated_captions_are_counted_in_a_warning(

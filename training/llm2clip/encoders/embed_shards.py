@@ -173,7 +173,8 @@ class ShardEmbedder:
             try:
                 counts = self.embed_shard(*job)
             except ValueError as error:  # of this shard; a full disk ends the run
-                return ShardCounts(1, failed=[_with_path(job.shard.path, error)])
+                reason = str(error)
+                return ShardCounts(1, failed=[reason if job.shard.path in reason else f"{job.shard.path}: {reason}"])
         return ShardCounts(1, 0, counts["captions"], counts["truncated"], counts["reused"])
 
     def embed_shard(self, opened: ShardedSource, shard: SourceShard, target: SidecarFolder) -> dict[str, int]:
@@ -226,10 +227,6 @@ def _folder_of(shard: SourceShard, folder: str | None) -> SidecarFolder:
     if "://" in shard.path:
         raise ValueError(f"{shard.path} is remote; set output_dir to the folder of its embeddings.")
     return SidecarFolder(shard.path.removesuffix(shard.name) or ".")
-
-
-def _with_path(path: str, error: ValueError) -> str:
-    return str(error) if path in str(error) else f"{path}: {error}"
 
 
 def _refuse_equal_names(paths: list[AnyPath]) -> None:
