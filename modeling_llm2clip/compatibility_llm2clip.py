@@ -1,4 +1,4 @@
-"""What exists for transformers before 5.6 alone, 4.57 above all, and the attention flags of the models.
+"""What exists for transformers before 5.6 alone, 4.57 above all, and how the models use its attention.
 
 One saved folder gives equal results in 4.57.6 and in every release from 5.2 on.
 """
@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import transformers
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 # Whether decoders respect `is_causal` of their config; flash attention and FlexAttention are causal before.
@@ -30,6 +32,27 @@ class AttentionBackends:
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # transformers would look for its version's call in the module of the class.
+        return True
+
+
+def attention_function(implementation: str, eager: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function of an attention implementation; that of `eager` is the model's own."""
+    if VERSION >= (5, 0):
+        return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+    return eager if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
+
+
+class ProcessorParts:
+    """Mixin of the processor: the parts that version 4 loads. Version 5 reads them in the signature."""
+
+    if VERSION < (5, 0):  # version 5 warns about these
+        attributes = ["image_processor", "tokenizer"]
+        image_processor_class = "AutoImageProcessor"
+        tokenizer_class = "AutoTokenizer"
 
 
 def loading_arguments(name: str | os.PathLike[str], hub: dict[str, Any]) -> dict[str, Any]:

@@ -43,9 +43,9 @@ def _as_config(config: PretrainedConfig | dict[str, Any] | None, default_type: s
         return config
     fields = dict(without_version_4_rope({"model_type": default_type, **(config or {})}))
     model_type = fields.pop("model_type")
-    for own in (EVA02VisionConfig, LLM2CLIPTextConfig):
-        if model_type == own.model_type:
-            return own(**fields)
+    for config_class in (EVA02VisionConfig, LLM2CLIPTextConfig):
+        if model_type == config_class.model_type:
+            return config_class(**fields)
     if model_type not in CONFIG_MAPPING:
         raise ValueError(
             f"model_type {model_type!r} is not an architecture that this transformers version supports; "
@@ -222,8 +222,8 @@ class LLM2CLIPTextConfig(_AbsoluteNames, PretrainedConfig):
     @property
     def hidden_size(self) -> int:
         """Width of a caption embedding."""
-        own = self.dense[-1]["out_features"] if self.dense else self.decoder_config.hidden_size
-        return own + (0 if self.second_config is None else self.second_config.hidden_size)
+        width = self.dense[-1]["out_features"] if self.dense else self.decoder_config.hidden_size
+        return width + (0 if self.second_config is None else self.second_config.hidden_size)
 
     def halves(self) -> list[LLM2CLIPTextConfig]:
         """Return the configs of both text encoders, or of the only one."""

@@ -76,8 +76,8 @@ def text_fingerprint(config: PretrainedConfig, weights: Iterable[tuple[str, Tens
             return None
         digests[name] = digest_weight(weight)
     second = {name.removeprefix("second."): value for name, value in digests.items() if name.startswith("second.")}
-    own = {name: value for name, value in digests.items() if not name.startswith("second.")}
-    fingerprint = _of_digests(config, own)
+    first = {name: value for name, value in digests.items() if not name.startswith("second.")}
+    fingerprint = _of_digests(config, first)
     return pair_fingerprint([fingerprint, _of_digests(config.second_config, second)]) if second else fingerprint
 
 
@@ -247,11 +247,11 @@ def merged_weights(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[tu
     layers = adapter_layers(model)
     for layer_name, layer in layers.items():
         prefix = f"{layer_name}."
-        own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        if not all(is_readable(value) for value in own.values()):
-            yield next((name, value) for name, value in own.items() if not is_readable(value))
+        layer_state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        if not all(is_readable(value) for value in layer_state.values()):
+            yield next((name, value) for name, value in layer_state.items() if not is_readable(value))
             return
-        for name, value in _merged_state(layer, own).items():
+        for name, value in _merged_state(layer, layer_state).items():
             yield _plain_name(prefix + name), value
     for name, value in state.items():
         if not any(name.startswith(f"{layer}.") for layer in layers) and ".original_module." not in name:

@@ -72,7 +72,7 @@ def decode_image(
     Args:
         value: Encoded bytes, a path, a URL (http, https, data, or one that fsspec knows), the
             `{"bytes", "path"}` record of `datasets`, a file opened in binary mode (read only as far as necessary), a
-            PIL image, or a uint8 array or tensor with channels first or last.
+            PIL image, or a uint8 array or tensor with channels first or last, or without channels (grey).
         key: Name of the image in error messages.
         max_pixels: Largest width x height, checked against the file's header before anything is decoded.
         timeout: Seconds to wait for each answer of an http server; None waits indefinitely.
@@ -93,14 +93,18 @@ def is_list(value: Any) -> bool:
 
 
 def decode_images(images: Any, key: str = "image") -> Any:
-    """Decode one image or nested lists of them with [`decode_image`]; arrays and tensors stay as they are.
+    """Decode one image or nested lists of them with [`decode_image`].
+
+    Arrays and tensors stay as they are, except grey pictures of whole numbers, `(height, width)`, which image
+    processors do not take.
 
     Raises:
         DamagedImageError: If an image cannot be decoded; the message names its position.
     """
     if is_list(images):
         return [decode_images(image, f"{key} {index}") for index, image in enumerate(images)]
-    if images is None or isinstance(images, (np.ndarray, torch.Tensor)):
+    is_array = isinstance(images, (np.ndarray, torch.Tensor))
+    if images is None or (is_array and (images.ndim != 2 or "float" in str(images.dtype))):
         return images
     return decode_image(images, key)
 
@@ -208,7 +212,6 @@ def _open(value: Any, timeout: float | None) -> Image.Image:
 
 
 def _read(name: str, timeout: float | None) -> bytes:
-    """Read a file or a URL."""
     if name.startswith("data:"):
         return base64.b64decode(name.partition(",")[2])
     if name.startswith(("http://", "https://")):

@@ -13,9 +13,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .compatibility_llm2clip import VERSION, AttentionBackends
+from .compatibility_llm2clip import AttentionBackends, attention_function
 from .configuration_llm2clip import EVA02VisionConfig
 
 ROPE_BASE = 10000.0
@@ -124,12 +123,7 @@ class EVA02Attention(nn.Module):
         if rotary is not None:
             query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
         value = self.v_proj(hidden_states).view(shape)
-        # transformers looks for its version's call in this file: without it, `set_attn_implementation` has no effect.
-        attend: Any = eager_attention_forward
-        if VERSION >= (5, 0):
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        elif self.config._attn_implementation != "eager":
-            attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        attend = attention_function(self.config._attn_implementation, eager_attention_forward)
         output, weights = attend(
             self,
             query.transpose(1, 2),

@@ -185,32 +185,32 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
             ValueError: Weights are missing, or the adapter was trained with another LLM.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        own, different = split_arguments(kwargs)
-        if not text_model and "quantization_config" in different:
+        model_kwargs, llm_kwargs = split_arguments(kwargs)
+        if not text_model and "quantization_config" in llm_kwargs:
             raise ValueError(
                 "quantization_config applies to the LLM, which text_model=False does not load; drop one of the two."
             )
-        different.update(text_model_kwargs or {})
-        attention = text_attention(own)
-        together = text_model and not different
-        model, info = cls._load(pretrained_model_name_or_path, *args, text_model=together, **own)
+        llm_kwargs.update(text_model_kwargs or {})
+        attention = text_attention(model_kwargs)
+        together = text_model and not llm_kwargs
+        model, info = cls._load(pretrained_model_name_or_path, *args, text_model=together, **model_kwargs)
         # For the processor. A token is left out, since a model may be pickled.
-        model.hub_arguments = {name: value for name, value in hub_arguments(own).items() if name != "token"}
+        model.hub_arguments = {name: value for name, value in hub_arguments(model_kwargs).items() if name != "token"}
         named = model.config.text_model_name_or_path
         bundled = named is None
         if named == OWN_TEXT_MODEL:
             # Of the model in memory, which may be saved elsewhere.
-            place = find_text_model(named, pretrained_model_name_or_path, **hub_arguments(own))[0]
-            model.config.text_model_name_or_path, model.config.text_model_revision = place, own.get("revision")
+            name = find_text_model(named, pretrained_model_name_or_path, **hub_arguments(model_kwargs))[0]
+            model.config.text_model_name_or_path, model.config.text_model_revision = name, model_kwargs.get("revision")
         if text_model and model.text_model is None:
             if attention is not None:
-                different.setdefault("attn_implementation", attention)
+                llm_kwargs.setdefault("attn_implementation", attention)
             if bundled:
-                shared = {key: value for key, value in own.items() if key != "attn_implementation"}
+                shared = {key: value for key, value in model_kwargs.items() if key != "attn_implementation"}
                 shared |= {"name_or_path": pretrained_model_name_or_path, "config": model.config.text_config}
             else:
-                shared = {key: own[key] for key in SHARED_ARGUMENTS if own.get(key) is not None}
-            model.load_text_model(**{**shared, **different})
+                shared = {key: model_kwargs[key] for key in SHARED_ARGUMENTS if model_kwargs.get(key) is not None}
+            model.load_text_model(**{**shared, **llm_kwargs})
         weights_stay = not text_model or not model.text_model.has_readable_weights
         if bundled and weights_stay:
             # Record their location for load_text_model() and for the next save_pretrained().

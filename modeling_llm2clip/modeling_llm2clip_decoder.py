@@ -78,9 +78,9 @@ def text_model_class(config: PretrainedConfig) -> tuple[Any, dict[str, Any]]:
             "alone; use a decoder, an encoder such as BERT, or T5."
         )
     auto: Any = AutoModelForTextEncoding if is_encoder_half(config) else AutoModel
-    found: Any = auto._model_mapping.get(type(config), None)
-    found = found[0] if isinstance(found, tuple) else found
-    has_pooler = found is not None and "add_pooling_layer" in inspect.signature(found.__init__).parameters
+    model_class: Any = auto._model_mapping.get(type(config), None)
+    model_class = model_class[0] if isinstance(model_class, tuple) else model_class
+    has_pooler = model_class is not None and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
     return auto, {"add_pooling_layer": False} if has_pooler else {}
 
 
@@ -106,7 +106,8 @@ def argument_names(text_model: Any, only_declared: bool) -> tuple[str, ...]:
     """
     inner = text_model.get_base_model() if hasattr(text_model, "get_base_model") else text_model  # inside of PEFT
     parameters = inspect.signature(type(inner).forward).parameters
-    anything = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()) and not only_declared
+    kinds = {parameter.kind for parameter in parameters.values()}
+    anything = inspect.Parameter.VAR_KEYWORD in kinds and not only_declared
     return tuple(name for name in ("position_ids", "use_cache") if anything or name in parameters)
 
 
@@ -136,8 +137,8 @@ def load_plain(name: str, options: dict[str, Any]) -> tuple[PreTrainedModel, dic
         half, _ = load_complete(CLIPTextModel.from_pretrained, name, **options)
         half.config.projection_dim = config.projection_dim
         config.text_config.projection_dim = config.projection_dim  # which is the only one that CLIPModel reads
-        projected_class, own = CLIPTextModelWithProjection.from_pretrained, {**options, "config": config.text_config}
-        projected, _ = load_complete(projected_class, name, **own)
+        load_projected = CLIPTextModelWithProjection.from_pretrained
+        projected, _ = load_complete(load_projected, name, **{**options, "config": config.text_config})
         return half, {"0.weight": projected.text_projection.weight.detach()}
     auto, own_options = text_model_class(config)
     model, _ = load_complete(auto.from_pretrained, name, **own_options, **options)
@@ -153,8 +154,7 @@ def load_plain(name: str, options: dict[str, Any]) -> tuple[PreTrainedModel, dic
 
 def embedding_modules(name: str, **hub: Any) -> list[dict[str, Any]]:
     """Read `modules.json`, by which sentence-transformers describes an embedding model; empty if there is none."""
-    path = find_file(name, "modules.json", **hub)
-    modules: list[dict[str, Any]] = [] if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    modules: list[dict[str, Any]] = read_json_file(name, "modules.json", **hub) or []
     return modules if any(module["type"].endswith("Pooling") for module in modules) else []
 
 
@@ -163,6 +163,12 @@ def find_file(name: str, file: str, **hub: Any) -> str | None:
     absent = ("missing_entries", "connection_errors", "gated_repo")
     quiet: dict[str, Any] = {f"_raise_exceptions_for_{what}": False for what in absent}
     return cached_file(name, file, **quiet, **hub)
+
+
+def read_json_file(name: str, file: str, **hub: Any) -> Any:
+    """Read a JSON file of a repository or folder; None if there is none."""
+    path = find_file(name, file, **hub)
+    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 class DenseLayers(nn.ModuleList):
@@ -251,9 +257,9 @@ def assign_rows(lengths: Sequence[int], capacity: int) -> tuple[list[int], list[
     free: list[tuple[int, int]] = []  # (tokens left, row), ascending
     num_rows = 0
     for caption in sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True):
-        found = bisect_left(free, (lengths[caption], 0))
-        if found < len(free):
-            left, row = free.pop(found)
+        fitting = bisect_left(free, (lengths[caption], 0))
+        if fitting < len(free):
+            left, row = free.pop(fitting)
         else:
             left, row = capacity, num_rows
             num_rows += 1
@@ -283,12 +289,12 @@ class PackedBatch:
             rows, starts, self.num_rows = assign_rows(lengths, self.width)
         self.longest = max(lengths, default=0)
         self.shape = attention_mask.shape
-        real, places = attention_mask.bool(), order - 1
+        real, positions = attention_mask.bool(), order - 1
         self.source = real.flatten().nonzero().squeeze(1)
         first = [row * self.width + start for row, start in zip(rows, starts, strict=True)]
-        self.target = (torch.tensor(first, dtype=torch.long, device=order.device)[:, None] + places)[real]
+        self.target = (torch.tensor(first, dtype=torch.long, device=order.device)[:, None] + positions)[real]
         captions = torch.arange(1, len(lengths) + 1, device=order.device)[:, None].expand_as(order)
-        self.position_ids = self._rows(places[real])
+        self.position_ids = self._rows(positions[real])
         # 0 where a row is not full: such positions attend only to each other.
         self.caption_ids = self._rows(captions[real])
 
@@ -309,12 +315,6 @@ class PackedBatch:
     def visible(self) -> Tensor:
         """Return the boolean mask `(rows, 1, width, width)` of the token pairs in the same caption."""
         return (self.caption_ids[:, :, None] == self.caption_ids[:, None, :])[:, None]
-
-    def sequence_arguments(self) -> dict[str, Any]:
-        """Return flash attention's arguments for the caption boundaries in a single row."""
-        ends = torch.tensor(self.ends, dtype=torch.int32, device=self.caption_ids.device)
-        lengths = {"max_length_q": self.longest, "max_length_k": self.longest}
-        return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, **lengths}
 
 
 def avoid_sdpa_without_softcap(config: PretrainedConfig) -> None:
@@ -358,4 +358,7 @@ def packed_mask(decoder: Any, packed: PackedBatch) -> dict[str, Any]:
     """Return the decoder's arguments that separate the captions of a row."""
     if takes_additive_mask(decoder):
         return {"attention_mask": additive_mask(decoder, packed.visible())}
-    return {"attention_mask": None, **packed.sequence_arguments()}
+    # Flash attention knows the captions of a single row by their boundaries.
+    ends = torch.tensor(packed.ends, dtype=torch.int32, device=packed.caption_ids.device)
+    lengths = {"max_length_q": packed.longest, "max_length_k": packed.longest}
+    return {"attention_mask": None, "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, **lengths}

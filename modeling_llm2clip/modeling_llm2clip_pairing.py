@@ -21,23 +21,23 @@ SHARED_ARGUMENTS = {
 
 def split_arguments(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split arguments of `from_pretrained` into those of the model without its LLM and the LLM's that differ."""
-    own, text = dict(kwargs), {}
+    model_kwargs, llm_kwargs = dict(kwargs), {}
     # A vision tower is small and loses more accuracy, and no published checkpoint was trained with a quantised one.
-    if own.get("quantization_config") is not None:
-        text["quantization_config"] = own.pop("quantization_config")
+    if model_kwargs.get("quantization_config") is not None:
+        llm_kwargs["quantization_config"] = model_kwargs.pop("quantization_config")
     # AutoModel moves it to the config in transformers 5.3 to 5.11.
-    given = (own.get("dtype"), own.get("torch_dtype"), getattr(own.get("config"), "dtype", None))
+    given = (kwargs.get("dtype"), kwargs.get("torch_dtype"), getattr(kwargs.get("config"), "dtype", None))
     if any(isinstance(dtype, dict) for dtype in given):
         raise ValueError("dtype is one for all parts; give the LLM its own by text_model_kwargs={'dtype': ...}.")
-    places = own.get("device_map")
-    if isinstance(places, dict):
-        inside = {key: place for key, place in places.items() if f"{key}.".startswith("text_model.")}
+    device_map = model_kwargs.get("device_map")
+    if isinstance(device_map, dict):
+        inside = {key: device for key, device in device_map.items() if f"{key}.".startswith("text_model.")}
         if inside:
-            own["device_map"] = {key: place for key, place in places.items() if key not in inside}
-            text["device_map"] = {key[len("text_model.") :]: place for key, place in inside.items()}
-        elif "" in places and len(places) > 1:
-            text["device_map"] = {"": places[""]}
-    return own, text
+            model_kwargs["device_map"] = {key: device for key, device in device_map.items() if key not in inside}
+            llm_kwargs["device_map"] = {key[len("text_model.") :]: device for key, device in inside.items()}
+        elif "" in device_map and len(device_map) > 1:
+            llm_kwargs["device_map"] = {"": device_map[""]}
+    return model_kwargs, llm_kwargs
 
 
 def text_attention(kwargs: dict[str, Any]) -> str | None:
@@ -64,11 +64,11 @@ def match_text_model(config: Any, text_model: Any, source: str | None) -> None:
             f"{type(text_model).__name__} is not a text tower; wrap it: LLM2CLIPTextModel.from_decoder(model)."
         )
     source = source or text_model.name_or_path or type(text_model.decoder).__name__
-    ours = config.text_model_name_or_path or "an unnamed LLM"
+    known = config.text_model_name_or_path or "an unnamed LLM"
     width, expected_width = text_model.config.hidden_size, config.text_config.hidden_size
     if width != expected_width:
         raise ValueError(
-            f"the adapter takes embeddings of width {expected_width} (it was trained with {ours}), but {source} "
+            f"the adapter takes embeddings of width {expected_width} (it was trained with {known}), but {source} "
             f"gives {width}; load the LLM that belongs to this checkpoint."
         )
     expected, actual = config.text_model_fingerprint, text_model.identity()
@@ -79,7 +79,7 @@ def match_text_model(config: Any, text_model: Any, source: str | None) -> None:
             config.text_model_name_or_path = absolute_path(text_model.name_or_path or "") or None
             config.text_model_revision = None
     elif actual is None:
-        logger.warning(f"the weights of {source} (quantised, offloaded or rounded) cannot be compared with {ours}.")
+        logger.warning(f"the weights of {source} (quantised, offloaded or rounded) cannot be compared with {known}.")
     elif actual != expected:
         exact = ""
         if text_model.has_rounded_base:
@@ -88,7 +88,7 @@ def match_text_model(config: Any, text_model: Any, source: str | None) -> None:
                 "dtype of its files, with text_model_kwargs={'dtype': 'auto'}."
             )
         raise ValueError(
-            f"the adapter was trained with {ours} (fingerprint {expected}), but {source} has fingerprint "
+            f"the adapter was trained with {known} (fingerprint {expected}), but {source} has fingerprint "
             f"{actual}: other weights, prompt or pooling, or other settings of the decoder. Load the LLM that "
             f"belongs to this checkpoint, or train an adapter for this one (stage 2).{exact}"
         )

@@ -234,8 +234,8 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         is_tower = model_type == cls.config_class.model_type
         elsewhere = fields.get("text_model_name_or_path")
         if is_adapter:
-            own = cls.config_class.from_dict(fields) if is_tower else None
-            model = cls._from_adapter(name, own, config or own or default_config, kwargs)
+            saved = cls.config_class.from_dict(fields) if is_tower else None
+            model = cls._from_adapter(name, saved, config or saved or default_config, kwargs)
         elif model_type == COMPOSITE_TYPE and elsewhere is not None:
             default_config = default_config or cls.config_class.from_dict(fields["text_config"])
             if elsewhere != OWN_TEXT_MODEL:
@@ -271,11 +271,11 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
 
     @classmethod
     def _from_adapter(
-        cls, name: str, own: LLM2CLIPTextConfig | None, config: LLM2CLIPTextConfig | None, kwargs: dict[str, Any]
+        cls, name: str, saved: LLM2CLIPTextConfig | None, config: LLM2CLIPTextConfig | None, kwargs: dict[str, Any]
     ) -> LLM2CLIPTextModel:
-        """Load an adapter; only `own`, the config in its repository, has the record of its LLM."""
+        """Load an adapter; only `saved`, the config in its repository, has the record of its LLM."""
         hub = hub_arguments(kwargs)
-        if own is None and embedding_modules(name, **hub):
+        if saved is None and embedding_modules(name, **hub):
             raise ValueError(f"{name} is a sentence-transformers model and an adapter; merge and save it there.")
         # Not an import statement: transformers would require peft of everyone who loads this code from the Hub.
         try:
@@ -293,12 +293,12 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         model.config.verified_attention = model.config.verified_attention or base.config.verified_attention
         stored = None
         with suppress(OSError):  # an adapter without a config
-            _, place, inside = find_text_model(adapter.base_model_name_or_path)
-            fields, _ = PretrainedConfig.get_config_dict(place, **hub_arguments(base_kwargs), **inside)
+            _, repo, inside = find_text_model(adapter.base_model_name_or_path)
+            fields, _ = PretrainedConfig.get_config_dict(repo, **hub_arguments(base_kwargs), **inside)
             stored = fields.get("dtype") or fields.get("torch_dtype")
         model.has_rounded_base = base.has_rounded_base or str(base.dtype) not in ("torch.float32", f"torch.{stored}")
         model.decoder = peft.PeftModel.from_pretrained(base.decoder, name, **hub)
-        model.config.fingerprint = own.fingerprint if own is not None else None
+        model.config.fingerprint = saved.fingerprint if saved is not None else None
         return model
 
     def save_pretrained(  # type: ignore[override]

@@ -41,7 +41,7 @@ def absolute_path(name: Any) -> Any:
     Of a list, those of each.
     """
     if isinstance(name, (list, tuple)):
-        return [absolute_path(one) for one in name]
+        return [absolute_path(part) for part in name]
     return os.fspath(Path(name).resolve()) if name and Path(name).exists() else os.fspath(name)
 
 
@@ -128,10 +128,10 @@ def own_part(model: PreTrainedModel, processor: Any, name: str) -> Any:
         load, known = (LLM2CLIPPairTokenizer, {}) if is_pair else (AutoTokenizer, {"config": model.config})
     try:
         # Without False, it would ask on the terminal whether to run code.
-        found = load.from_pretrained(origin, **getattr(model, "hub_arguments", {}), **known, trust_remote_code=False)
+        part = load.from_pretrained(origin, **getattr(model, "hub_arguments", {}), **known, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"no {words} can be loaded from {origin}; pass processor=.") from error
-    parts[name] = with_pillow(found) if name == "image_processor" else found
+    parts[name] = with_pillow(part) if name == "image_processor" else part
     return parts[name]
 
 
@@ -233,9 +233,9 @@ def encode_tokens(
     Returns:
         float32 `(len(tokens.ids), width)` on the CPU, in the order of the input.
     """
-    places: dict[tuple[int, ...], int] = {}
-    rows = [places.setdefault(tuple(ids), len(places)) for ids in tokens.ids]
-    distinct = list(places)
+    row_of: dict[tuple[int, ...], int] = {}
+    rows = [row_of.setdefault(tuple(ids), len(row_of)) for ids in tokens.ids]
+    distinct = list(row_of)
     starts = None if tokens.starts is None else dict(zip(rows, tokens.starts, strict=True))
     budget = ACCELERATOR_BATCH_TOKENS
     if device.type == "cpu":

@@ -133,7 +133,6 @@ class LLM2CLIPPreTrainedModel(AttentionBackends, PreTrainedModel):
 
     @classmethod
     def _load(cls, name: str | os.PathLike[str], *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        """Load a checkpoint, and raise an error if weights are missing."""
         kwargs = {**loading_arguments(name, hub_arguments(kwargs)), **kwargs}
         return load_complete(super().from_pretrained, name, *args, **kwargs)
 
@@ -244,8 +243,8 @@ class LLM2CLIPPreTrainedModel(AttentionBackends, PreTrainedModel):
         if self.config.vision_pooling == "cls":
             patches = pool_alone(self.vision_model, patches)
         elif self.config.vision_pooling == "cls_mean":
-            own = features[:, None, : -patches.shape[-1]].expand(-1, patches.shape[1], -1)
-            patches = torch.cat([own, patches], dim=-1)
+            pooled = features[:, None, : -patches.shape[-1]].expand(-1, patches.shape[1], -1)
+            patches = torch.cat([pooled, patches], dim=-1)
         return self._project(patches)
 
     def _tower_features(
@@ -256,15 +255,15 @@ class LLM2CLIPPreTrainedModel(AttentionBackends, PreTrainedModel):
             kwargs["interpolate_pos_encoding"] = interpolate_pos_encoding
         tower, pooling = self.vision_model, self.config.vision_pooling
         output = tower(pixel_values=pixel_values, **kwargs)
-        own = output.get("pooler_output")
+        pooled = output.get("pooler_output")
         if pooling != "mean":
-            if own is None:
+            if pooled is None:
                 raise ValueError(f"{type(tower).__name__} has no pooled output; use vision_pooling 'mean'.")
-            own = own.flatten(1)
+            pooled = pooled.flatten(1)
         if pooling == "cls":
-            return output, own
+            return output, pooled
         mean = patch_tokens(tower, output, pixel_values).float().mean(dim=1)
-        return output, mean if pooling == "mean" else torch.cat([own.float(), mean], dim=-1)
+        return output, mean if pooling == "mean" else torch.cat([pooled.float(), mean], dim=-1)
 
     def _project(self, features: Tensor) -> Tensor:
         if self.visual_standardization is not None:
@@ -352,16 +351,16 @@ def new_logit_scale(
     """
     if asked is not None and asked != "checkpoint":
         return float(asked)
-    found = None if source is tower else read_logit_scale(source, kwargs)
-    if found is None:
+    scale = None if source is tower else read_logit_scale(source, kwargs)
+    if scale is None:
         # `llm2clip convert` keeps the scale there, because a tower has no such weight.
-        found = getattr(tower.config, "logit_scale_init_value", None)
-    if found is None and asked is not None:
+        scale = getattr(tower.config, "logit_scale_init_value", None)
+    if scale is None and asked is not None:
         raise ValueError(
             f"{tower.name_or_path or type(tower).__name__} has no logit scale; set logit_scale_init_value to a "
             "number, or leave it unset for ln(1 / 0.07)."
         )
-    return found
+    return scale
 
 
 def load_vision_tower(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> PreTrainedModel:

@@ -8,24 +8,19 @@ from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
-from .compatibility_llm2clip import VERSION, make_readable_by_version_4
+from .compatibility_llm2clip import ProcessorParts, make_readable_by_version_4
 from .image_decoding_llm2clip import decode_images, is_list, refuse_picture, require_file, with_pillow
 from .tokenization_llm2clip import clean_captions, count_cut_captions
 
 logger = logging.get_logger(__name__)
 
 
-class LLM2CLIPProcessor(ProcessorMixin):
+class LLM2CLIPProcessor(ProcessorParts, ProcessorMixin):
     """Image processor and caption tokenizer.
 
     Images are resized with Pillow where possible, see [`with_pillow`]. By default captions are padded to the longest
     and truncated at the tokenizer's maximum length; the number of truncated captions is logged.
     """
-
-    if VERSION < (5, 0):  # version 5 reads its parts in the signature, and warns about these
-        attributes = ["image_processor", "tokenizer"]
-        image_processor_class = "AutoImageProcessor"
-        tokenizer_class = "AutoTokenizer"
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any) -> None:
         super().__init__(with_pillow(image_processor), tokenizer, **kwargs)

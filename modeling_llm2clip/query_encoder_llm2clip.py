@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
@@ -19,7 +18,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
 from .identity_llm2clip import RULE, digest_weight
-from .modeling_llm2clip_decoder import find_file, padded_mask, text_model_class
+from .modeling_llm2clip_decoder import find_file, padded_mask, read_json_file, text_model_class
 from .modeling_llm2clip_utils import encode_tokens, execution_device, pool
 from .tokenization_llm2clip import CaptionTokens, clean_captions
 
@@ -111,7 +110,7 @@ class QueryEncoder(nn.Module):
         name, dtype = os.fspath(name), options.pop("dtype", None)
         # Without False, transformers would ask on the terminal whether to run code of the folder.
         loading = {**options, "trust_remote_code": False}
-        modules = _read(name, "modules.json", options) or []
+        modules = read_json_file(name, "modules.json", **options) or []
         kinds = {str(module["type"]).rpartition(".")[2]: module["path"] for module in modules}
         if "Dense" not in kinds or not {"Transformer", "StaticEmbedding"} & set(kinds):
             raise ValueError(f"{name} is not a query encoder: its modules are {', '.join(kinds) or 'unknown'}.")
@@ -124,7 +123,7 @@ class QueryEncoder(nn.Module):
             auto, _ = text_model_class(AutoConfig.from_pretrained(name, **loading))
             backbone = auto.from_pretrained(name, **loading)
             tokenizer = AutoTokenizer.from_pretrained(name, **loading)
-        encoder = cls(backbone, tokenizer, len(head), (_read(name, SPACE_FILE, options) or {}).get("space"))
+        encoder = cls(backbone, tokenizer, len(head), (read_json_file(name, SPACE_FILE, **options) or {}).get("space"))
         encoder.dense.weight.data = head
         return encoder.to(dtype).eval()
 
@@ -146,26 +145,26 @@ def query_encoder_of(model: Any) -> QueryEncoder:
     Raises:
         ValueError: There is none, or it was taught the space of another model.
     """
-    found: QueryEncoder | None = model.__dict__.get("_query_encoder")
-    if found is None:
+    encoder: QueryEncoder | None = model.__dict__.get("_query_encoder")
+    if encoder is None:
         name, options = model.config.name_or_path, dict(getattr(model, "hub_arguments", {}))
         options["subfolder"] = "/".join(part for part in (options.pop("subfolder", ""), FOLDER) if part)
-        if not name or _read(name, "modules.json", options) is None:
+        if not name or read_json_file(name, "modules.json", **options) is None:
             raise ValueError(
                 f"{name or 'this model'} has no {FOLDER}/; `llm2clip distill-text {name or 'MODEL'} --into ...` "
                 "makes one."
             )
-        found = QueryEncoder.from_pretrained(name, **options)
-        own = space_identity(model)
-        if found.space != own:
+        encoder = QueryEncoder.from_pretrained(name, **options)
+        space = space_identity(model)
+        if encoder.space != space:
             raise ValueError(
-                f"the query encoder in {name}/{FOLDER} was taught the space {found.space} of another model, but this "
-                f"model has {own}: their vectors cannot be compared. Distill one from this model."
+                f"the query encoder in {name}/{FOLDER} was taught the space {encoder.space} of another model, but "
+                f"this model has {space}: their vectors cannot be compared. Distill one from this model."
             )
-        model.__dict__["_query_encoder"] = found
+        model.__dict__["_query_encoder"] = encoder
     # `to` goes through all modules, which takes a twentieth of the time of a short query.
     device = execution_device(model.text_adapter)
-    return found if found.dense.weight.device == device else found.to(device)
+    return encoder if encoder.dense.weight.device == device else encoder.to(device)
 
 
 def _find(name: str, file: str, options: dict[str, Any]) -> str:
@@ -173,8 +172,3 @@ def _find(name: str, file: str, options: dict[str, Any]) -> str:
     if path is None:
         raise ValueError(f"{name} is not a whole query encoder: it has no {file}.")
     return path
-
-
-def _read(name: str, file: str, options: dict[str, Any]) -> Any:
-    path = find_file(name, file, **options)
-    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))

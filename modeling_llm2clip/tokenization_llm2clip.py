@@ -153,8 +153,8 @@ def tokenize_with_instructions(
     room = limit - len(prompt)
     texts = [lead + caption for lead, caption in zip(leads, captions, strict=True)]
     whole = _tokens(tokenizer, texts, add_special_tokens=False)
-    own = _tokens(tokenizer_without_lead(tokenizer) or tokenizer, captions, add_special_tokens=False)
-    starts = [max(0, len(before) + len(text) - len(caption)) for text, caption in zip(whole, own, strict=True)]
+    alone = _tokens(tokenizer_without_lead(tokenizer) or tokenizer, captions, add_special_tokens=False)
+    starts = [max(0, len(before) + len(text) - len(caption)) for text, caption in zip(whole, alone, strict=True)]
     for lead, start in zip(leads, starts, strict=True):
         if start >= len(before) + room:
             raise ValueError(f"The instruction {lead[:80]!r} leaves no room for its caption within {limit} tokens.")
@@ -202,8 +202,8 @@ def pooling_mask(attention_mask: Tensor, starts: Sequence[int]) -> Tensor:
 
 
 def _settings(tokenizer: Any) -> dict[str, Any]:
-    found = {name: getattr(tokenizer, name, None) for name in SETTINGS}
-    return {name: value for name, value in found.items() if value is not None}
+    settings = {name: getattr(tokenizer, name, None) for name in SETTINGS}
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 class LLM2CLIPPairTokenizer(PreTrainedTokenizerFast):
@@ -279,12 +279,12 @@ class LLM2CLIPPairTokenizer(PreTrainedTokenizerFast):
                 options |= {"truncation": True, "max_length": min(limit, max_length or limit)}
             for row, ids in zip(rows, tokenize(texts, **options)["input_ids"], strict=True):
                 row += [token + offset for token in ids]
-        found = {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
+        encoded = {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
         if isinstance(text, str) and return_tensors is None and not padding:
-            return BatchEncoding({name: values[0] for name, values in found.items()})
+            return BatchEncoding({name: values[0] for name, values in encoded.items()})
         if padding in (False, None, "do_not_pad"):
-            return BatchEncoding(found, tensor_type=return_tensors)
-        return self.pad(found, padding=padding, return_tensors=return_tensors)
+            return BatchEncoding(encoded, tensor_type=return_tensors)
+        return self.pad(encoded, padding=padding, return_tensors=return_tensors)
 
     def _save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> tuple[str, ...]:
         files = super()._save_pretrained(save_directory, *args, **kwargs)
@@ -307,11 +307,12 @@ def split_tokens(input_ids: Tensor, attention_mask: Tensor | None, limits: Seque
     """
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     is_second = input_ids >= SECOND
-    found = []
-    for own, limit in zip((real & ~is_second, real & is_second), limits, strict=True):
+    width = input_ids.shape[1]
+    parts = []
+    for selected, limit in zip((real & ~is_second, real & is_second), limits, strict=True):
         # By numbers of their own, since ONNX has no stable order.
-        order = (own.long() * own.shape[1] + torch.arange(own.shape[1], device=own.device)).argsort(dim=1)
-        mask = own.gather(1, order).long()
+        order = (selected.long() * width + torch.arange(width, device=selected.device)).argsort(dim=1)
+        mask = selected.gather(1, order).long()
         ids = torch.where(mask.bool(), (input_ids % SECOND).gather(1, order), 0)
         # The shape of a graph cannot depend on its values.
         if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
@@ -323,5 +324,5 @@ def split_tokens(input_ids: Tensor, attention_mask: Tensor | None, limits: Seque
                 )
             limit = min(limit, int(lengths.max()))
         ids, mask = ids[:, -limit:], mask[:, -limit:]
-        found.append({"input_ids": ids, "attention_mask": mask})
-    return found
+        parts.append({"input_ids": ids, "attention_mask": mask})
+    return parts

@@ -19,7 +19,6 @@ from modeling_llm2clip.identity_llm2clip import (
 )
 from tests.builders import tiny
 
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
 
 
@@ -137,6 +136,7 @@ def test_an_adapter_on_a_rounded_base_is_still_the_llm_of_its_model(base_dtype: 
 
 
 def test_an_adapter_on_a_rounded_base_that_does_not_fit_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    """Without a record of its LLM it cannot be compared."""
     save_adapter(tmp_path, torch.float32)
     model = tiny.joint_model(text_model_name_or_path=str(tmp_path / "adapter"), text_model_fingerprint="2-" + 32 * "0")
     model.save_pretrained(tmp_path / "joint", save_text_model=False)
@@ -144,10 +144,6 @@ def test_an_adapter_on_a_rounded_base_that_does_not_fit_is_refused_with_a_way_ou
         LLM2CLIPModel.from_pretrained(tmp_path / "joint", dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"2-0+\)(?!.*'auto')"):
         LLM2CLIPModel.from_pretrained(tmp_path / "joint")
-
-
-def test_an_adapter_without_a_record_cannot_be_compared_on_a_rounded_base(tmp_path: Path) -> None:
-    save_adapter(tmp_path, torch.float32)
     (tmp_path / "adapter" / "config.json").unlink()
     options = {"default_config": tiny.text_config(fingerprint="2-of another LLM"), "dtype": torch.bfloat16}
     assert LLM2CLIPTextModel.from_pretrained(tmp_path / "adapter", **options).identity() is None
@@ -178,22 +174,22 @@ def test_windows_of_encoders_that_versions_write_differently_do_not_count(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Gemma 3 halves its window whenever an early version 5 loads it; version 4 has no layer types of ModernBERT."""
-    gemma = Gemma3TextConfig(**SIZES, head_dim=8, use_bidirectional_attention=True, sliding_window=8)
-    halved = Gemma3TextConfig(**SIZES, head_dim=8, use_bidirectional_attention=True, sliding_window=5)
+    gemma = Gemma3TextConfig(**tiny.SIZES, head_dim=8, use_bidirectional_attention=True, sliding_window=8)
+    halved = Gemma3TextConfig(**tiny.SIZES, head_dim=8, use_bidirectional_attention=True, sliding_window=5)
     assert decoder_identity(gemma, None) == decoder_identity(halved, None)
-    modern = ModernBertConfig(**SIZES)
+    modern = ModernBertConfig(**tiny.SIZES)
     expected = decoder_identity(modern, None)
     fields = {key: value for key, value in modern.to_dict().items() if key not in ("layer_types", "rope_parameters")}
     bases = {"global_rope_theta": 160000.0, "local_rope_theta": 10000.0}
     monkeypatch.setattr(modern, "to_dict", lambda: {**fields, **bases, "global_attn_every_n_layers": 3})
     assert decoder_identity(modern, None) == expected
-    assert decoder_identity(ModernBertConfig(**SIZES, local_attention=8), None) != expected
+    assert decoder_identity(ModernBertConfig(**tiny.SIZES, local_attention=8), None) != expected
 
 
 def test_what_follows_the_text_model_counts() -> None:
     dense = [{"out_features": 4, "bias": True, "activation": "tanh"}]
     changes = ({}, {"normalize": True}, {"pool_prompt": True}, {"dense": dense}, {"bidirectional": None})
-    configs = [LLM2CLIPTextConfig(decoder_config=BertConfig(**SIZES), **fields) for fields in changes]
+    configs = [LLM2CLIPTextConfig(decoder_config=BertConfig(**tiny.SIZES), **fields) for fields in changes]
     weights = [("decoder.weight", torch.ones(2))]
     assert len({text_fingerprint(config, weights) for config in configs}) == len(changes)
 

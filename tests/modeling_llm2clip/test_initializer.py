@@ -10,7 +10,6 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel
-from modeling_llm2clip.modeling_llm2clip_vision import load_vision_tower
 from tests.builders import tiny
 
 WIDTH = 192
@@ -44,20 +43,15 @@ def test_new_projection_starts_as_in_the_original(model_type: str, std: float, b
     assert projection.bias.abs().max().item() == pytest.approx(bias, rel=0.05)
 
 
-def test_new_gated_head_starts_as_a_linear_of_torch() -> None:
-    head = new_model("eva02_vision_model", visual_head="gated", visual_head_expansion=2).visual_projection
-    for name, width in (("f1", WIDTH), ("f2", WIDTH), ("g", 2 * WIDTH)):
-        for values in head.get_submodule(name).parameters():
-            assert 0.9 * width**-0.5 < values.abs().max().item() <= width**-0.5, name
-
-
-def test_new_adapter_starts_as_a_linear_of_torch() -> None:
-    for name, values in new_model("eva02_vision_model").text_adapter.named_parameters():
-        if "norm" in name:
-            assert values.unique().tolist() == [float("weight" in name)]
-            continue
-        bound = (2 * tiny.HIDDEN if "fc2" in name else tiny.HIDDEN) ** -0.5
-        assert 0.9 * bound < values.abs().max().item() <= bound, name
+def test_new_gated_head_and_adapter_start_as_linears_of_torch() -> None:
+    model = new_model("eva02_vision_model", visual_head="gated", visual_head_expansion=2)
+    for part, width, second in ((model.visual_projection, WIDTH, "g"), (model.text_adapter, tiny.HIDDEN, "fc2")):
+        for name, values in part.named_parameters():
+            if "norm" in name:
+                assert values.unique().tolist() == [float("weight" in name)]
+                continue
+            bound = (2 * width if second in name.split(".") else width) ** -0.5
+            assert 0.9 * bound < values.abs().max().item() <= bound, name
 
 
 def test_normal_draws_all_new_weights_from_one_distribution() -> None:
@@ -67,15 +61,7 @@ def test_normal_draws_all_new_weights_from_one_distribution() -> None:
         assert not module.bias.any()
 
 
-def test_pretrained_towers_keep_their_values(tmp_path: Path) -> None:
-    tower = load_vision_tower(tiny.save_vision(tmp_path / "vision"), {})
-    expected = {name: values.clone() for name, values in tower.state_dict().items()}
-    model = LLM2CLIPModel.from_vision_text_pretrained(tower, tiny.text_model(), projection_dim=24)
-    assert all(values.equal(expected[name]) for name, values in model.vision_model.state_dict().items())
-    assert 0 < model.visual_projection.weight.std().item() < 1e-4
-
-
-def save_clip(folder: Path, family: str = "clip", scale: float = 3.21) -> Path:
+def save_clip(folder: Path, family: str, scale: float) -> Path:
     """A CLIP or SigLIP of transformers, both towers in one checkpoint."""
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision, text = {**sizes, "image_size": 28, "patch_size": 14}, {**sizes, "vocab_size": 40}
@@ -85,36 +71,25 @@ def save_clip(folder: Path, family: str = "clip", scale: float = 3.21) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("family", ["clip", "siglip"])
-def test_a_new_model_starts_with_the_scale_of_the_clip_checkpoint_unless_set(family: str, tmp_path: Path) -> None:
-    folder = save_clip(tmp_path, family)
-    for asked, scale in (
-        ({}, 3.21),
-        ({"logit_scale_init_value": "checkpoint"}, 3.21),
-        ({"logit_scale_init_value": 2.5}, 2.5),
-    ):
-        model = LLM2CLIPModel.from_vision_text_pretrained(folder, tiny.text_model(), **asked)
+@pytest.mark.parametrize(("family", "stored"), [("clip", 3.21), ("siglip", 3.21), ("clip", 0.0)])
+def test_a_new_model_starts_with_the_scale_of_the_clip_checkpoint_unless_set(
+    family: str, stored: float, tmp_path: Path
+) -> None:
+    folder = save_clip(tmp_path, family, stored)
+    for asked, scale in ((None, stored), ("checkpoint", stored), (2.5, 2.5)):
+        model = LLM2CLIPModel.from_vision_text_pretrained(folder, tiny.text_model(), logit_scale_init_value=asked)
         assert model.logit_scale.item() == pytest.approx(scale)
         assert model.config.logit_scale_init_value == pytest.approx(scale)
 
 
-def test_a_stored_scale_of_zero_is_a_scale(tmp_path: Path) -> None:
-    model = LLM2CLIPModel.from_vision_text_pretrained(save_clip(tmp_path, scale=0.0), tiny.text_model())
-    assert model.logit_scale.item() == 0
-
-
-def test_a_tower_without_a_scale_starts_at_14_or_is_refused(tmp_path: Path) -> None:
+def test_a_tower_starts_with_the_scale_in_its_config_at_14_or_is_refused(tmp_path: Path) -> None:
+    """`llm2clip convert` records it there, since a bare tower has no such weight."""
     folder = tiny.save_vision(tmp_path / "vision")
     model = LLM2CLIPModel.from_vision_text_pretrained(folder, tiny.text_model(), projection_dim=24)
     assert model.logit_scale.exp().item() == pytest.approx(1 / 0.07)
     with pytest.raises(ValueError, match="vision has no logit scale"):
         LLM2CLIPModel.from_vision_text_pretrained(folder, tiny.text_model(), logit_scale_init_value="checkpoint")
-
-
-def test_logit_scale_in_the_config_of_a_converted_tower_is_kept(tmp_path: Path) -> None:
-    """`llm2clip convert` records it there, since a bare tower has no such weight."""
-    tower = load_vision_tower(tiny.save_vision(tmp_path / "vision"), {})
-    tower.config.logit_scale_init_value = 3.5
-    tower.save_pretrained(tmp_path / "converted")
-    model = LLM2CLIPModel.from_vision_text_pretrained(tmp_path / "converted", tiny.text_model(), projection_dim=24)
+    model.vision_model.config.logit_scale_init_value = 3.5
+    model.vision_model.save_pretrained(folder)
+    model = LLM2CLIPModel.from_vision_text_pretrained(folder, tiny.text_model(), projection_dim=24)
     assert model.logit_scale.item() == 3.5

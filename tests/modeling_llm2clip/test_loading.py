@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, BitsAndBytesConfig, TorchAoConfig
 
-from modeling_llm2clip import LLM2CLIPModel
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from tests.builders import tiny
 from tests.builders.tiny import CAPTIONS, IMAGES
 
@@ -43,6 +43,20 @@ def test_every_part_of_a_frozen_tower_model_can_be_offloaded_to_disk(tmp_path: P
         (loaded.encode_image, model.encode_image, IMAGES),
     ):
         torch.testing.assert_close(encode(inputs, processor), expected(inputs, processor))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_llm_can_be_left_out_and_loaded_later(layout: str, tmp_path: Path) -> None:
+    folder, inputs, expected = saved(layout, tmp_path)
+    light = AutoModel.from_pretrained(folder, text_model=False)
+    assert light(pixel_values=inputs["pixel_values"]).pooler_output.shape == (2, 24)
+    with pytest.raises(ValueError, match="loaded without its LLM"):
+        light(**inputs)
+    light.save_pretrained(tmp_path / "light")
+    again = AutoModel.from_pretrained(tmp_path / "light", text_model=False)
+    for without in (light, again):
+        without.load_text_model()
+        assert without(**inputs).logits_per_image.equal(expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -83,6 +97,12 @@ def test_the_llm_can_have_a_dtype_of_its_own(layout: str, tmp_path: Path) -> Non
     torch.testing.assert_close(loaded(**inputs).logits_per_image, expected, atol=0.5, rtol=0)
     with pytest.raises(ValueError, match="give the LLM its own by text_model_kwargs"):
         AutoModel.from_pretrained(folder, dtype={"text_config": torch.bfloat16})
+    half = AutoModel.from_pretrained(folder, dtype=torch.float16)
+    assert half.text_model.dtype == half.dtype == torch.float16
+    if layout == "apart":  # otherwise as it was saved
+        LLM2CLIPTextModel.from_pretrained(tmp_path / "llm").bfloat16().save_pretrained(tmp_path / "llm")
+        loaded = AutoModel.from_pretrained(folder)
+        assert (loaded.dtype, loaded.text_model.dtype) == (torch.float32, torch.bfloat16)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

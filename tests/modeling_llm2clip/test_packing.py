@@ -61,18 +61,6 @@ def test_a_batch_with_little_padding_is_not_packed(lengths: list[int]) -> None:
     assert tokens_of_decoder(tiny.text_model(), inputs)[1] == inputs["input_ids"].numel()
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_captions_in_one_row_do_not_attend_to_each_other(attention: str) -> None:
-    model, inputs = tiny.text_model(attn_implementation=attention), batch("left")
-    changed = inputs["input_ids"].clone()
-    changed[1] = (changed[1] + 7) % 400
-    with torch.no_grad():
-        before, after = (model(**{**inputs, "input_ids": ids}).pooler_output for ids in (inputs["input_ids"], changed))
-    others = [row for row in range(len(LENGTHS)) if row != 1]
-    assert after[others].equal(before[others])
-    assert not torch.allclose(after[1], before[1])
-
-
 def with_flash(model_type: str = "llama", **fields: Any) -> Any:
     model = tiny.text_model(model_type, num_prefix_tokens=0, **fields)
     # The way that does not ask for the package.

@@ -10,9 +10,9 @@ import datasets
 import pytest
 import torch
 from PIL import Image
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken
 from torchvision.transforms import v2
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from modeling_llm2clip import LLM2CLIPProcessor, with_pillow, with_prompt
@@ -36,6 +36,10 @@ def test_tokenizer_and_processor_give_equal_ids_before_and_after_saving(tmp_path
     assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == expected
     assert processor(text=[text], return_tensors="pt")["input_ids"][0].tolist() == expected
     assert AutoProcessor.from_pretrained(tmp_path)(text=[text])["input_ids"][0] == expected
+    # Special tokens in captions are plain text; that of the prompt remains special.
+    for tokenizer in (processor.tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        ids = tokenizer("hi <|eot_id|> there")["input_ids"]
+        assert (ids.count(424), ids[-1]) == (1, 424)
 
 
 def test_truncation_shortens_only_the_caption() -> None:
@@ -44,13 +48,6 @@ def test_truncation_shortens_only_the_caption() -> None:
     assert tokenizer(LONG, truncation=True)["input_ids"] == [*whole[:19], whole[-1]]
     with pytest.raises(ValueError, match="max_length 6 leaves none for captions"):
         with_prompt(tiny.plain_tokenizer(), tiny.PREFIX, tiny.SUFFIX, max_length=6)
-
-
-def test_special_tokens_in_captions_are_plain_text(tmp_path: Path) -> None:
-    tiny.processor().save_pretrained(tmp_path)
-    for tokenizer in (tiny.processor().tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
-        ids = tokenizer("hi <|eot_id|> there")["input_ids"]
-        assert (ids.count(424), ids[-1]) == (1, 424), "that of the prompt remains special"
 
 
 def test_truncated_captions_are_counted_in_a_warning(
@@ -112,22 +109,6 @@ def test_outer_white_space_of_captions_never_reaches_the_model(tmp_path: Path) -
         for tokenizer in (processor.tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
             for space in [spaces, *spaces]:
                 assert tokenizer(f"{space}{text}{space}")["input_ids"] == expected, repr(space)
-
-
-@pytest.mark.parametrize("metaspace", [False, True])
-def test_outer_white_space_is_stripped_before_sentencepiece_adds_its_own(metaspace: bool) -> None:
-    words = {"<unk>": 0, "</s>": 1, "\u2581a": 2, "\u2581dog": 3, "\u2581": 4}
-    backend = Tokenizer(models.WordLevel(words, "<unk>"))
-    if metaspace:
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    else:
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-        backend.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")
-    plain = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
-    prompted, _ = with_prompt(plain)
-    assert plain("a dog")["input_ids"] == [2, 3]
-    assert plain(" a dog ")["input_ids"] != [2, 3]
-    assert prompted(" a dog\n")["input_ids"] == prompted("a dog")["input_ids"] == [2, 3]
 
 
 def test_tokenizers_with_white_space_tokens_leave_stripping_to_the_processor() -> None:

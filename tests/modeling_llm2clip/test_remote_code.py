@@ -136,6 +136,11 @@ ENTRIES = ("configuration_llm2clip", "modeling_eva02", "modeling_llm2clip", "mod
 ENTRIES += ("modeling_llm2clip_vision", "pipeline_llm2clip", "processing_llm2clip")
 
 
+def test_one_module_knows_the_versions_of_transformers() -> None:
+    folder = Path(modeling_llm2clip.__file__).parent
+    assert [path.stem for path in folder.glob("*.py") if "VERSION" in path.read_text()] == ["compatibility_llm2clip"]
+
+
 def _named(module: str) -> set[str]:
     source = Path(modeling_llm2clip.__file__).with_name(f"{module}.py").read_text()
     return set(re.findall(r"^\s*from \.(\w+) import", source, flags=re.MULTILINE))

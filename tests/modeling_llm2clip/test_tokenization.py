@@ -102,6 +102,15 @@ def test_ids_equal_the_whole_text_for_sentencepiece(scheme: str, prompt: tuple[s
             assert caption_tokenizer(caption)["input_ids"] == whole, caption
 
 
+@pytest.mark.parametrize("scheme", ["normalizer", "always"])
+def test_outer_white_space_is_stripped_before_sentencepiece_adds_its_own(scheme: str) -> None:
+    tokenizer = sentencepiece(scheme)
+    prompted, _ = with_prompt(tokenizer)
+    expected = tokenizer("a row")["input_ids"]
+    assert tokenizer(" a row ")["input_ids"] != expected
+    assert prompted(" a row\n")["input_ids"] == prompted("a row")["input_ids"] == expected
+
+
 def test_an_inseparable_prompt_is_reported(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging.get_logger("modeling_llm2clip"), "propagate", True)
     tokenizer = sentencepiece("always")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, BertTokenizer, CLIPTokenizer, XLMRobertaTokenizer
@@ -146,14 +143,3 @@ def unequal() -> Built:
     model, processor = align()
     model.config.projection_dim = 24
     return transformers.AlignModel(model.config), processor
-
-
-def save(build: Callable[[], Built], folder: Path) -> Any:
-    """Save a random model with its processor; return the model."""
-    torch.manual_seed(0)
-    model, processor = build()
-    for weight in model.parameters():
-        weight.data.normal_(std=0.2)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return model.eval()

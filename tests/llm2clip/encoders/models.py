@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,49 +63,40 @@ def stacked(encoder: Any, images: list[Any]) -> dict[str, torch.Tensor]:
     return {name: torch.stack([one[name] for one in inputs]) for name in inputs[0]}
 
 
-def save_transformers(model_type: str, folder: Path, **vision: Any) -> Any:
-    """Save a random `clip`, `siglip`, `siglip2`, `chinese_clip` or `altclip` with its processor; return the model."""
+def save_transformers(model_type: str, folder: Path) -> Any:
+    """Save a random `clip`, `siglip`, `siglip2` or `chinese_clip` with its processor; return the model."""
+    return save(lambda: _build(model_type), folder)
+
+
+def save(build: Callable[[], tuple[Any, Any]], folder: Path) -> Any:
+    """Save a random model with its processor; return the model."""
     torch.manual_seed(0)
-    fields, processor = PARTS[model_type]()
-    text = {**TOWER, "vocab_size": 260, "max_position_embeddings": LENGTH, "bos_token_id": 258, "eos_token_id": 259}
-    config = AutoConfig.for_model(
-        model_type,
-        text_config={**text, **fields.pop("text", {})},
-        vision_config={**TOWER, "image_size": SIZE, "patch_size": PATCH, **fields.pop("vision", {}), **vision},
-        **fields,
-    )
-    model = AutoModel.from_config(config).eval()
+    model, processor = build()
     for weight in model.parameters():
         weight.data.normal_(std=0.2)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    return model
+    return model.eval()
 
 
-def _clip() -> tuple[dict[str, Any], Any]:
-    pixels = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
-    return {"projection_dim": 24}, CLIPProcessor(pixels, tokenizer(True, model_max_length=LENGTH))
-
-
-def _siglip() -> tuple[dict[str, Any], Any]:
-    text = {"projection_size": TOWER["hidden_size"]}
-    pixels = SiglipImageProcessorPil(size={"height": SIZE, "width": SIZE})
-    return {"text": text}, SiglipProcessor(pixels, tokenizer(False, model_max_length=LENGTH))
-
-
-def _siglip2() -> tuple[dict[str, Any], Any]:
-    fields = {"text": {"projection_size": TOWER["hidden_size"]}, "vision": {"num_patches": 16}}
-    pixels = Siglip2ImageProcessorPil(patch_size=PATCH, max_num_patches=16)
-    # A tokenizer without a length, as that of the published models.
-    return fields, Siglip2Processor(pixels, tokenizer(False))
-
-
-def _chinese_clip() -> tuple[dict[str, Any], Any]:
-    fields, processor = _clip()
-    return {**fields, "text": {"pad_token_id": 0}}, processor
-
-
-PARTS = {"clip": _clip, "siglip": _siglip, "siglip2": _siglip2, "chinese_clip": _chinese_clip}
+def _build(model_type: str) -> tuple[Any, Any]:
+    text = {**TOWER, "vocab_size": 260, "max_position_embeddings": LENGTH, "bos_token_id": 258, "eos_token_id": 259}
+    vision, fields, square = {**TOWER, "image_size": SIZE, "patch_size": PATCH}, {}, {"height": SIZE, "width": SIZE}
+    processor: Any
+    if model_type == "siglip":
+        text["projection_size"] = TOWER["hidden_size"]
+        processor = SiglipProcessor(SiglipImageProcessorPil(size=square), tokenizer(False, model_max_length=LENGTH))
+    elif model_type == "siglip2":
+        text["projection_size"], vision["num_patches"] = TOWER["hidden_size"], 16
+        # A tokenizer without a length, as that of the published models.
+        pixels = Siglip2ImageProcessorPil(patch_size=PATCH, max_num_patches=16)
+        processor = Siglip2Processor(pixels, tokenizer(False))
+    else:
+        text["pad_token_id"], fields["projection_dim"] = 0 if model_type == "chinese_clip" else 1, 24
+        pixels = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=square)
+        processor = CLIPProcessor(pixels, tokenizer(True, model_max_length=LENGTH))
+    config = AutoConfig.for_model(model_type, text_config=text, vision_config=vision, **fields)
+    return AutoModel.from_config(config), processor
 
 
 def register_open_clip(folder: Path, name: str = "tiny-open-clip", **vision: Any) -> tuple[str, Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,17 @@ def test_images_may_be_arrays_files_bytes_and_records(saved_model: Path, tmp_pat
     for single in (image, array, torch.from_numpy(array.copy())):
         torch.testing.assert_close(embed_images(single, saved_model), rows[:1], **CLOSE)
     assert embed_images(np.stack([array] * 2), saved_model).shape == (2, 24)
+
+
+def test_a_grey_array_is_the_picture_that_pillow_makes_of_it_at_every_door(saved_model: Path) -> None:
+    array = np.asarray(pictures(1)[0].convert("L"))
+    model, encoder = LLM2CLIPModel.from_pretrained(saved_model), llm2clip.load_encoder(str(saved_model))
+    expected = model.encode_image(Image.fromarray(array))
+    for encode in (model.encode_image, encoder.encode_image, partial(embed_images, model=saved_model)):
+        for images in (array, torch.from_numpy(array.copy()), [array], [pictures(1)[0], array]):
+            torch.testing.assert_close(encode(images)[-1:], expected, **CLOSE)
+        with pytest.raises(ValueError):  # noqa: PT011 - it is for the image processor, or has no white point
+            encode(array / 255)
 
 
 def test_a_text_tower_gives_its_own_embeddings(tmp_path: Path) -> None:

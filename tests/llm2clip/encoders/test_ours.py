@@ -18,18 +18,10 @@ from tests.builders import tiny
 from .models import IMAGES, stacked
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("joint")
-    tiny.save(folder)
-    return folder
-
-
-def test_features_are_those_of_the_tower(folder: Path) -> None:
-    encoder = load_encoder(str(folder))
+def test_features_are_those_of_the_tower(saved_model: Path) -> None:
+    encoder = load_encoder(str(saved_model))
     inputs = stacked(pickle.loads(pickle.dumps(encoder)), IMAGES)
-    expected = embed_images(IMAGES, str(folder), show_progress_bar=False)
+    expected = embed_images(IMAGES, str(saved_model), show_progress_bar=False)
     torch.testing.assert_close(encoder.forward_images(inputs), expected, atol=1e-6, rtol=0)
     with torch.no_grad():
         features = encoder.model.get_vision_features(inputs["pixel_values"])
@@ -38,8 +30,8 @@ def test_features_are_those_of_the_tower(folder: Path) -> None:
     torch.testing.assert_close(normalize(projected, dim=-1), expected)
 
 
-def test_an_empty_text_is_the_pooled_suffix(folder: Path) -> None:
-    encoder = load_encoder(str(folder))
+def test_an_empty_text_is_the_pooled_suffix(saved_model: Path) -> None:
+    encoder = load_encoder(str(saved_model))
     tokenizer, model = tiny.processor().tokenizer, encoder.model
     ids = torch.tensor([tokenizer("")["input_ids"]])
     assert ids[0, -1] == tokenizer.convert_tokens_to_ids(tiny.SUFFIX)
@@ -64,18 +56,18 @@ def test_an_empty_text_without_suffix_is_what_remains(prefix: str) -> None:
     torch.testing.assert_close(found, normalize(expected, dim=-1), atol=1e-6, rtol=0)
 
 
-def test_lengths_count_the_prompt(folder: Path) -> None:
-    lengths, cut = load_encoder(str(folder)).text_lengths(["a red bus", "", "word " * 100])
+def test_lengths_count_the_prompt(saved_model: Path) -> None:
+    lengths, cut = load_encoder(str(saved_model)).text_lengths(["a red bus", "", "word " * 100])
     tokenizer = tiny.processor().tokenizer
     assert lengths[:2].tolist() == [len(tokenizer(text)["input_ids"]) for text in ("a red bus", "")]
     assert lengths[2] > tokenizer.model_max_length == 64
     assert cut.tolist() == [False, False, True]
 
 
-def test_the_fingerprint_depends_on_every_part(folder: Path, tmp_path: Path) -> None:
-    prints = {load_encoder(str(folder)).fingerprint() for _ in range(2)}
+def test_the_fingerprint_depends_on_every_part(saved_model: Path, tmp_path: Path) -> None:
+    prints = {load_encoder(str(saved_model)).fingerprint() for _ in range(2)}
     for name in ("visual_projection.weight", "text_adapter.proj.weight", "text_model.decoder.norm.weight"):
-        model: Any = LLM2CLIPModel.from_pretrained(folder)
+        model: Any = LLM2CLIPModel.from_pretrained(saved_model)
         model.get_parameter(name).data.view(-1)[3] += 1
         model.config.fingerprint = model.config.text_model_fingerprint = None
         model.save_pretrained(tmp_path / name)

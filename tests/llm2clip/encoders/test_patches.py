@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -83,9 +84,9 @@ def clip_states(tower: Any, pixels: Tensor) -> Tensor:
     return inner(tower).post_layernorm(values)
 
 
-def siglip_pooled(tower: Any, states: Tensor) -> Tensor:
+def siglip_states(tower: Any, pixels: Tensor, naflex: bool = False) -> Tensor:
     """Pool every token alone: its value in place of the mean of values."""
-    head = inner(tower).head
+    head, states = inner(tower).head, naflex_states(inner(tower), pixels) if naflex else clip_states(tower, pixels)
     width = states.shape[-1]
     weight, bias = head.attention.in_proj_weight, head.attention.in_proj_bias
     values = head.attention.out_proj(F.linear(states, weight[2 * width :], bias[2 * width :]))
@@ -106,7 +107,8 @@ def dinov2_states(tower: Any, pixels: Tensor) -> Tensor:
     return tower.layernorm(values)
 
 
-def open_clip_states(visual: Any, pixels: Tensor) -> Tensor:
+def open_clip_patches(model: Any, pixels: Tensor) -> Tensor:
+    visual = model.visual
     grid = (pixels.shape[2] // 7, pixels.shape[3] // 7)
     table = visual.positional_embedding[1:].T.reshape(1, 32, 4, 4)
     table = F.interpolate(table, grid, mode="bicubic")[0].flatten(1).T
@@ -120,11 +122,17 @@ def open_clip_states(visual: Any, pixels: Tensor) -> Tensor:
     values = block.attn.out_proj(F.linear(block.ln_1(states), weight[64:], bias[64:]))
     values = states + block.ls_1(values)
     values = values + block.ls_2(block.mlp(block.ln_2(values)))
-    return visual.ln_post(values) @ visual.proj
+    return visual.ln_post(values)[:, 1:] @ visual.proj
 
 
-def eva02_head(model: Any, pixels: Tensor) -> Tensor:
-    return model.visual_projection(eva02_states(model.vision_model, pixels)[:, 1:])
+def patches_of(states: Callable[[Any, Tensor], Tensor], first: int = 1) -> Callable[[Any, Tensor], Tensor]:
+    """The formula of a model: the states of its tower without the first tokens, through its projection, if any."""
+
+    def formula(model: Any, pixels: Tensor) -> Tensor:
+        patches = states(model.vision_model, pixels)[:, first:]
+        return model.visual_projection(patches) if hasattr(model, "visual_projection") else patches
+
+    return formula
 
 
 def eva02_standardised(model: Any, pixels: Tensor) -> Tensor:
@@ -135,18 +143,6 @@ def eva02_standardised(model: Any, pixels: Tensor) -> Tensor:
     both = (both - model.visual_standardization.mean) / model.visual_standardization.std
     head = model.visual_projection
     return head.g(F.relu6(head.f1(both)) * head.f2(both))
-
-
-def clip_projected(model: Any, pixels: Tensor) -> Tensor:
-    return model.visual_projection(clip_states(model.vision_model, pixels)[:, 1:])
-
-
-def siglip(model: Any, pixels: Tensor) -> Tensor:
-    return siglip_pooled(model.vision_model, clip_states(model.vision_model, pixels))
-
-
-def projected(formula: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
-    return lambda model, pixels: model.visual_projection(formula(model, pixels))
 
 
 def naflex_states(tower: Any, pixels: Tensor) -> Tensor:
@@ -167,44 +163,32 @@ def naflex_states(tower: Any, pixels: Tensor) -> Tensor:
     return tower.post_layernorm(values + layer.mlp(layer.layer_norm2(values)))
 
 
-def siglip2(model: Any, pixels: Tensor) -> Tensor:
-    return siglip_pooled(model.vision_model, naflex_states(inner(model.vision_model), pixels))
-
-
-def dinov2_mean(model: Any, pixels: Tensor) -> Tensor:
-    first = 3 if "registers" in model.vision_model.config.model_type else 1
-    return model.visual_projection(dinov2_states(model.vision_model, pixels)[:, first:])
-
-
-def open_clip_projected(model: Any, pixels: Tensor) -> Tensor:
-    return open_clip_states(model.visual, pixels)[:, 1:]
-
-
+SIGLIP, SIGLIP_2 = patches_of(siglip_states, first=0), patches_of(partial(siglip_states, naflex=True), first=0)
 Case = tuple[Callable[[], Any], Callable[[Any, Tensor], Tensor]]
 CASES: dict[str, Case] = {
-    "eva02": (lambda: joint("eva02"), eva02_head),
+    "eva02": (lambda: joint("eva02"), patches_of(eva02_states)),
     "eva02, standardised": (lambda: joint("eva02", **tiny.FROZEN_TOWER), eva02_standardised),
-    "joint clip": (lambda: joint("clip_vision_model"), clip_projected),
-    "joint siglip": (lambda: joint("siglip_vision_model"), projected(siglip)),
-    "joint siglip 2": (lambda: joint("siglip2_vision_model"), projected(siglip2)),
-    "joint dinov2": (lambda: joint("dinov2", vision_pooling="mean"), dinov2_mean),
-    "joint dinov2 with registers": (lambda: joint("dinov2_with_registers"), dinov2_mean),
+    "joint clip": (lambda: joint("clip_vision_model"), patches_of(clip_states)),
+    "joint siglip": (lambda: joint("siglip_vision_model"), SIGLIP),
+    "joint siglip 2": (lambda: joint("siglip2_vision_model"), SIGLIP_2),
+    "joint dinov2": (lambda: joint("dinov2", vision_pooling="mean"), patches_of(dinov2_states)),
+    "joint dinov2 with registers": (lambda: joint("dinov2_with_registers"), patches_of(dinov2_states, first=3)),
     **{
-        kind: (lambda kind=kind: of_transformers(kind), clip_projected)
+        kind: (lambda kind=kind: of_transformers(kind), patches_of(clip_states))
         for kind in ("clip", "metaclip_2", "chinese_clip", "altclip", "clipseg")
     },
-    "siglip": (lambda: of_transformers("siglip"), siglip),
-    "siglip 2": (lambda: of_transformers("siglip2"), siglip2),
-    "open_clip": (of_open_clip, open_clip_projected),
-    "open_clip, layer scale": (lambda: of_open_clip(ls_init_value=0.1), open_clip_projected),
+    "siglip": (lambda: of_transformers("siglip"), SIGLIP),
+    "siglip 2": (lambda: of_transformers("siglip2"), SIGLIP_2),
+    "open_clip": (of_open_clip, open_clip_patches),
+    "open_clip, layer scale": (lambda: of_open_clip(ls_init_value=0.1), open_clip_patches),
 }
 
 
-@pytest.mark.parametrize("size", [(28, 28), (21, 42)], ids=["its own size", "another"])
-@pytest.mark.parametrize("case", CASES)
-def test_a_patch_takes_its_own_value_in_the_last_attention(case: str, size: tuple[int, int]) -> None:
-    build, formula = CASES[case]
-    model, pixels = build(), torch.randn(2, 3, *size)
+SIZES = pytest.mark.parametrize("size", [(28, 28), (21, 42)], ids=["its own size", "another"])
+
+
+def compare(model: Any, formula: Callable[[Any, Tensor], Tensor], size: tuple[int, int]) -> None:
+    pixels = torch.randn(2, 3, *size)
     with torch.no_grad():
         expected = F.normalize(formula(model, pixels), dim=-1)
     found = patch_embeddings(model, pixels, values_only=True)
@@ -213,6 +197,13 @@ def test_a_patch_takes_its_own_value_in_the_last_attention(case: str, size: tupl
     torch.testing.assert_close(found, expected.unflatten(1, grid), atol=1e-5, rtol=0)
     # Without it, the same patches attend to all others.
     assert not torch.allclose(patch_embeddings(model, pixels), found, atol=0.05)
+
+
+@SIZES
+@pytest.mark.parametrize("case", CASES)
+def test_a_patch_takes_its_own_value_in_the_last_attention(case: str, size: tuple[int, int]) -> None:
+    build, formula = CASES[case]
+    compare(build(), formula, size)
 
 
 @pytest.mark.parametrize("build", [lambda: joint("eva02"), lambda: of_transformers("clip"), of_open_clip])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import open_clip
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from llm2clip.encoders.patches import patch_embeddings
 
-from .test_patches import randomised
+from .test_patches import SIZES, compare, randomised
 
 SMALL = {"img_size": 28, "patch_size": 7, "embed_dim": 32, "depth": 3, "num_heads": 4}
 
@@ -104,18 +105,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("size", [(28, 28), (21, 42)], ids=["its own size", "another size"])
+@SIZES
 @pytest.mark.parametrize("case", CASES)
 def test_a_patch_takes_its_own_value_in_the_last_attention(case: str, size: tuple[int, int]) -> None:
     name, pool, proj, values_of = CASES[case]
-    model, pixels = of_timm(name, pool, proj), torch.randn(2, 3, *size)
-    with torch.no_grad():
-        expected = F.normalize(formula(model, pixels, values_of), dim=-1)
-    grid = (size[0] // 7, size[1] // 7)
-    found = patch_embeddings(model, pixels, values_only=True)
-    assert found.shape == (2, *grid, 32)
-    torch.testing.assert_close(found, expected.unflatten(1, grid), atol=1e-5, rtol=0)
-    assert not torch.allclose(patch_embeddings(model, pixels), found, atol=0.05)
+    compare(of_timm(name, pool, proj), partial(formula, values_of=values_of), size)
 
 
 @pytest.mark.parametrize("name", ["ResNet", "SwinTransformer"])

@@ -1,52 +1,36 @@
-"""Models of transformers embed as a direct call does, whatever their rules of padding and preprocessing."""
+"""Models of transformers: features, lengths, identity, and what is refused; test_families.py has their embeddings."""
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from torch.nn.functional import normalize
 from transformers import AutoProcessor, BertConfig, BertModel
 
 from llm2clip.data import decode_image
 from llm2clip.encoders.load import TransformersEncoder, load_encoder
 from llm2clip.encoders.patches import patch_embeddings
-from llm2clip.utils.embeddings import NonFiniteError
 from modeling_llm2clip import with_pillow
+from tests.loopback_hub import TOKEN, LoopbackHub
 
 from .models import IMAGES, LENGTH, TEXTS, save_transformers, stacked
-
-FULL_LENGTH = {"siglip": True, "siglip2": True, "clip": False, "chinese_clip": False}
-
 
 Opened = tuple[Any, Any, TransformersEncoder]
 
 
-@pytest.fixture(scope="module", params=sorted(FULL_LENGTH))
+@pytest.fixture(scope="module", params=["chinese_clip", "clip", "siglip", "siglip2"])
 def opened(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Opened:
     folder = tmp_path_factory.mktemp(request.param)
     model = save_transformers(request.param, folder)
     encoder = load_encoder(str(folder))
     assert isinstance(encoder, TransformersEncoder)
     return model, AutoProcessor.from_pretrained(folder), encoder
-
-
-@torch.no_grad()
-def test_texts_are_those_of_a_direct_call(opened: Opened) -> None:
-    model, processor, encoder = opened
-    padding = "max_length" if FULL_LENGTH[model.config.model_type] else "longest"
-    inputs = processor.tokenizer(TEXTS, padding=padding, truncation=True, max_length=LENGTH, return_tensors="pt")
-    expected = normalize(model.get_text_features(**inputs).pooler_output, dim=-1)
-    found = encoder.encode_text(TEXTS)
-    assert found.dtype == torch.float32
-    assert encoder.width == found.shape[1]
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
-    # Each alone, so that padding to the longest text of a batch would be another one.
-    torch.testing.assert_close(torch.cat([encoder.encode_text([text]) for text in TEXTS]), expected, atol=1e-6, rtol=0)
-    assert encoder.encode_text([]).shape == (0, encoder.width)
 
 
 @torch.no_grad()
@@ -99,12 +83,23 @@ def test_the_fingerprint_depends_on_weights_and_preprocessing(tmp_path: Path) ->
     assert len({encoder.fingerprint(), other.fingerprint(), changed.fingerprint()}) == 3
 
 
-def test_values_that_are_not_finite_are_refused_by_text(tmp_path: Path) -> None:
-    model = save_transformers("clip", tmp_path)
-    model.text_projection.weight.data[:] = float("nan")
-    model.save_pretrained(tmp_path)
-    with pytest.raises(NonFiniteError, match="of 4 of 4 texts are NaN or infinite: a Small dog"):
-        load_encoder(str(tmp_path)).encode_text(TEXTS)
+@pytest.mark.parametrize("subfolder", ["0_CLIPModel", ""])
+def test_a_clip_of_sentence_transformers_is_that_of_transformers_in_its_subfolder(
+    subfolder: str, tmp_path: Path, hub: LoopbackHub
+) -> None:
+    save_transformers("clip", tmp_path / "st" / subfolder)
+    modules = [{"idx": 0, "name": "0", "path": subfolder, "type": "sentence_transformers.models.CLIPModel"}]
+    (tmp_path / "st" / "modules.json").write_text(json.dumps(modules))
+    encoder, expected = load_encoder(str(tmp_path / "st")), load_encoder(str(tmp_path / "st" / subfolder))
+    assert encoder.encode_text(TEXTS).equal(expected.encode_text(TEXTS))
+    assert encoder.encode_image(IMAGES).equal(expected.encode_image(IMAGES))
+    assert encoder.fingerprint() == expected.fingerprint()
+    api = HfApi(token=TOKEN)
+    api.create_repo("tester/st")
+    api.upload_folder(repo_id="tester/st", folder_path=tmp_path / "st")
+    published = load_encoder("tester/st")
+    assert published.encode_text(TEXTS).equal(expected.encode_text(TEXTS))
+    assert published.commit == api.model_info("tester/st").sha
 
 
 def test_other_models_and_random_weights_are_refused(tmp_path: Path) -> None:

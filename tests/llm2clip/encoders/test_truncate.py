@@ -78,6 +78,8 @@ def test_values_that_are_not_finite_are_not_rounded_away(folder: Path) -> None:
         encoder.truncate(None, precision)
         with pytest.raises(NonFiniteError):
             encoder.encode_image(tiny.IMAGES)
+        with pytest.raises(NonFiniteError, match="of 3 of 3 texts are NaN or infinite: a red bus"):
+            encoder.encode_text(TEXTS)
     with pytest.raises(ValueError, match="1 of 1 rows are NaN or infinite"):
         llm2clip.quantize_embeddings(torch.tensor([[1.0, torch.nan]]), "binary")
     with pytest.raises(ValueError, match=r"'int4', but it has to be one of"):

@@ -11,17 +11,6 @@ from torch.nn import functional as F
 from llm2clip.losses.distillation import cosine_distance, instance_distance, similarity_distance, structure_distance
 
 
-def test_the_terms_are_their_formulas() -> None:
-    generator = torch.Generator().manual_seed(0)
-    student, teacher = (F.normalize(torch.randn(6, 5, generator=generator).double(), dim=1) for _ in range(2))
-    cosines = [float(one @ other) for one, other in zip(student, teacher, strict=True)]
-    assert float(cosine_distance(student, teacher)) == pytest.approx(1 - sum(cosines) / 6)
-    squares = [
-        float(student[i] @ student[j] - teacher[i] @ teacher[j]) ** 2 for i in range(6) for j in range(6) if i != j
-    ]
-    assert float(similarity_distance(student, teacher)) == pytest.approx(sum(squares) / 30)
-
-
 @pytest.mark.parametrize("term", [similarity_distance, structure_distance, instance_distance, cosine_distance])
 def test_gradients_are_those_of_the_formulas(term: Any) -> None:
     generator = torch.Generator().manual_seed(1)
@@ -30,17 +19,21 @@ def test_gradients_are_those_of_the_formulas(term: Any) -> None:
     torch.autograd.gradcheck(lambda rows: term(F.normalize(rows, dim=1), teacher), student)
 
 
-def test_the_terms_of_proclip_are_its_sums_times_what_the_docs_say() -> None:
-    """Its code adds up squared distances of rows, and smooth L1 over the pairs i < j."""
+def test_the_terms_are_their_formulas() -> None:
+    """Those of ProCLIP times what the docs say: its code adds up squares of rows, and smooth L1 over pairs i < j."""
     generator = torch.Generator().manual_seed(0)
     rows = 7
     student, teacher = (F.normalize(torch.randn(rows, 5, generator=generator).double(), dim=1) for _ in range(2))
+    cosines = sum(float(one @ other) for one, other in zip(student, teacher, strict=True))
+    assert float(cosine_distance(student, teacher)) == pytest.approx(1 - cosines / rows)
     instances = sum(float((one - other).norm() ** 2) for one, other in zip(student, teacher, strict=True))
-    structure = 0.0
+    structure = squares = 0.0
     for i in range(rows):
         for j in range(i + 1, rows):
             difference = abs(float((student[i] - student[j]).norm() - (teacher[i] - teacher[j]).norm()))
             structure += 0.5 * difference**2 if difference < 1 else difference - 0.5
+            squares += float(student[i] @ student[j] - teacher[i] @ teacher[j]) ** 2
+    assert float(similarity_distance(student, teacher)) == pytest.approx(squares / (rows * (rows - 1) / 2))
     assert float(instance_distance(student, teacher)) == pytest.approx(instances / rows)
     assert float(structure_distance(student, teacher)) == pytest.approx(structure / (rows * (rows - 1) / 2))
     means = instance_distance(student, teacher) + (rows - 1) / 2 * structure_distance(student, teacher)

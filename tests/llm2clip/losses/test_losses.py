@@ -22,6 +22,20 @@ def leaves(*tensors: Tensor) -> list[Tensor]:
     return [tensor.clone().requires_grad_() for tensor in tensors]
 
 
+def compare(
+    actual: Tensor, inputs: list[Tensor], expected: Tensor, expected_inputs: list[Tensor], atol: float = 1e-5
+) -> None:
+    """Compare losses and gradients, with an upstream factor, which backward has to apply to the stored gradients."""
+    (3 * actual).backward()
+    (3 * expected).backward()
+    torch.testing.assert_close(actual.to(expected.dtype), expected, atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(inputs, expected_inputs, strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        scale = max(1.0, float(theirs.grad.abs().max()))
+        torch.testing.assert_close(ours.grad.to(theirs.dtype), theirs.grad, atol=atol * scale, rtol=1e-4)
+
+
 def dense_info_nce(q: Tensor, k: Tensor, s: Tensor | float, mask: Tensor, smoothing: float = 0.0) -> Tensor:
     target = (1 - smoothing) * mask / mask.sum(1, keepdim=True) + smoothing / mask.shape[1]
     return -(target * (s * q @ k.T).log_softmax(1)).sum(1).mean()
@@ -79,12 +93,7 @@ def test_several_positives_equal_a_dense_reference_for_any_tile_size(tile_size: 
     expected_inputs, actual_inputs = leaves(*inputs), leaves(*inputs)
     expected = dense_info_nce(*expected_inputs, mask, smoothing)
     actual = info_nce(*actual_inputs, lambda start, stop: mask[start:stop], smoothing, tile_size)
-    # The upstream factor tests that backward scales the stored gradients.
-    (3 * expected).backward()
-    (3 * actual).backward()
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
-    for ours, theirs in zip(actual_inputs, expected_inputs, strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-5)
+    compare(actual, actual_inputs, expected, expected_inputs)
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (0, 2)])
@@ -139,11 +148,7 @@ def test_shared_captions_are_positives_in_both_directions() -> None:
     actual = clip_loss(*actual_inputs, sampled, owned, tile_size=4)
     image, text, scale = expected_inputs
     expected = (dense_info_nce(image, text, scale, mask) + dense_info_nce(text, image, scale, mask.T)) / 2
-    actual.backward()
-    expected.backward()
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
-    for ours, theirs in zip(actual_inputs, expected_inputs, strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4)
+    compare(actual, actual_inputs, expected, expected_inputs)
 
 
 @pytest.mark.parametrize("kept_logits", [0, 60, 2**20])
@@ -153,10 +158,9 @@ def test_both_directions_equal_float64_for_any_scale_and_number_of_kept_logits(
 ) -> None:
     monkeypatch.setattr(tiles, "KEPT_LOGITS", kept_logits)
     inputs = unit(11, 3), unit(11, 3), torch.tensor(scale)
-    image, text, factor = (x.double().requires_grad_() for x in inputs)
+    image, text, factor = expected_inputs = leaves(*(x.double() for x in inputs))
     eye = torch.eye(11)
     expected = (dense_info_nce(image, text, factor, eye) + dense_info_nce(text, image, factor, eye)) / 2
-    expected.backward()
     spread = (factor * image @ text.T).amax(dim=0)
     assert (spread.max() - spread.min() > tiles.SHARED_EXPONENTIALS) == (scale == 1000.0), (
         "both branches must be tested"
@@ -164,13 +168,8 @@ def test_both_directions_equal_float64_for_any_scale_and_number_of_kept_logits(
     actual_inputs = leaves(*inputs)
     actual = clip_loss(*actual_inputs, tile_size=3)
     # Twice: backward must not change the kept logits.
-    actual.backward(retain_graph=True)
-    actual.backward()
-    torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-5)
-    for ours, theirs in zip(actual_inputs, (image, text, factor), strict=True):
-        torch.testing.assert_close(
-            ours.grad.double(), 2 * theirs.grad, atol=1e-4 * float(theirs.grad.abs().max()), rtol=1e-4
-        )
+    torch.autograd.grad(actual, actual_inputs, retain_graph=True)
+    compare(actual, actual_inputs, expected, expected_inputs, atol=1e-4)
 
 
 class Operators(TorchDispatchMode):
@@ -216,14 +215,7 @@ def test_sigmoid_loss_equals_a_dense_reference(scale: float, bias: float, with_i
     inputs = unit(14, 6), unit(14, 6), torch.tensor(scale), torch.tensor(bias)
     actual_inputs, expected_inputs = leaves(*inputs), leaves(*(x.double() for x in inputs))
     actual = sigmoid_loss(*actual_inputs, *ids, tile_size=4)
-    expected = dense_sigmoid(*expected_inputs, mask)
-    (3 * actual).backward()
-    (3 * expected).backward()
-    torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-5)
-    for ours, theirs in zip(actual_inputs, expected_inputs, strict=True):
-        torch.testing.assert_close(
-            ours.grad.double(), theirs.grad, atol=1e-5 * float(theirs.grad.abs().max()), rtol=1e-4
-        )
+    compare(actual, actual_inputs, dense_sigmoid(*expected_inputs, mask), expected_inputs)
 
 
 def test_sigmoid_loss_equals_open_clip() -> None:
@@ -231,12 +223,7 @@ def test_sigmoid_loss_equals_open_clip() -> None:
     inputs = unit(9, 6), unit(9, 6), torch.tensor(10.0), torch.tensor(-10.0)
     actual_inputs, expected_inputs = leaves(*inputs), leaves(*inputs)
     actual = sigmoid_loss(*actual_inputs, tile_size=4)
-    expected = open_clip.SigLipLoss()(*expected_inputs)
-    actual.backward()
-    expected.backward()
-    torch.testing.assert_close(actual, expected)
-    for ours, theirs in zip(actual_inputs, expected_inputs, strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad)
+    compare(actual, actual_inputs, open_clip.SigLipLoss()(*expected_inputs), expected_inputs, atol=1e-6)
 
 
 def test_sigmoid_loss_is_float32_under_autocast_and_allocates_only_tiles() -> None:

@@ -163,7 +163,6 @@ def forward_images(
     forward: Callable[[dict[str, Tensor]], Tensor],
     batch_size: int,
     num_workers: int = 0,
-    description: str = "Embedding images",
     show: bool = True,
 ) -> Iterator[ForwardedBatch]:
     """Run a model over prepared images, batch by batch and in order.
@@ -172,10 +171,10 @@ def forward_images(
         dataset: Samples: mappings with model inputs, or `SkippedSample`.
         forward: The model, called with the stacked tensors of a batch, on the CPU.
         batch_size, num_workers: Images per forward pass, and worker processes that prepare images (0 for none).
-        description, show: Title of the progress bar, and whether there is one.
+        show: Show a progress bar.
     """
     start = 0
-    with ProgressBar(description, len(dataset), "image", show) as bar:  # type: ignore[arg-type]
+    with ProgressBar("Embedding images", len(dataset), "image", show) as bar:  # type: ignore[arg-type]
         for inputs, skipped in _prepared_batches(dataset, batch_size, num_workers):
             output = forward(inputs) if inputs else None
             bar.update(len(skipped))

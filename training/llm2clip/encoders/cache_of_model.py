@@ -50,8 +50,8 @@ def open_cache_of_model(
         halves = _halves(config, tokenizer)
         _require_as_many(path, len(halves))
         first, second = (
-            open_cache_of_model(own, half, part, is_trained=is_trained, verify=verify)
-            for own, (half, part) in zip(path, halves, strict=True)
+            open_cache_of_model(folder, half, half_tokenizer, is_trained=is_trained, verify=verify)
+            for folder, (half, half_tokenizer) in zip(path, halves, strict=True)
         )
         cache: EmbeddingCache = PairedCache(first, second)
         refuse_other_encoder(cache.path, cache.manifest, config.text_model_fingerprint, None)
@@ -78,13 +78,13 @@ def _halves(config: LLM2CLIPConfig, tokenizer: Any) -> list[tuple[LLM2CLIPConfig
     towers: list[Any] = [(name, None)] * len(text_configs)
     if name is not None and not isinstance(name, str):
         towers = each_of_pair(name, config.text_model_revision)
-    found = []
+    configs = []
     for text_config, tower in zip(text_configs, towers, strict=True):
         half = copy.copy(config)
         half.text_config, half.text_model_fingerprint = text_config, text_config.fingerprint
         half.text_model_name_or_path, half.text_model_revision = tower
-        found.append(half)
-    return list(zip(found, getattr(tokenizer, "parts", [tokenizer]), strict=True))
+        configs.append(half)
+    return list(zip(configs, getattr(tokenizer, "parts", [tokenizer]), strict=True))
 
 
 def open_sidecars_of_model(
@@ -154,7 +154,7 @@ def describe_text_tower_of_cache(
         if path is not None and not isinstance(path, str | Path):
             paths = list(path)
             _require_as_many(paths, len(towers))
-        halves = [describe_text_tower_of_cache(*tower, own) for tower, own in zip(towers, paths, strict=True)]
+        halves = [describe_text_tower_of_cache(*tower, cache) for tower, cache in zip(towers, paths, strict=True)]
         return pair_description(*halves)
     if path is not None and not isinstance(path, str | Path):
         _require_as_many(path, 1)
@@ -166,11 +166,11 @@ def describe_text_tower_of_cache(
     if made_by["tokenizer_fingerprint"] in (None, tokenizer_fingerprint(described[1])):
         return described
     prompt = {name: made_by[name] for name in ("prompt_prefix", "prompt_suffix")}
-    own = describe_text_tower(name, revision, **prompt)
-    if tokenizer_fingerprint(own[1]) != made_by["tokenizer_fingerprint"]:
+    prompted = describe_text_tower(name, revision, **prompt)
+    if tokenizer_fingerprint(prompted[1]) != made_by["tokenizer_fingerprint"]:
         return described
     logger.info("Prompt of %s, from the embedding cache: %r caption %r.", name, *prompt.values())
-    return own
+    return prompted
 
 
 def _read(config: LLM2CLIPConfig) -> str | None:

@@ -42,8 +42,7 @@ class CustomEncoder(ClipEncoder):
     ) -> None:
         super().__init__(name, model.to(device, getattr(torch, dtype)).eval(), 0, device, dtype, None, batch_size)
         self.preprocess, self.tokenizer, self.code = preprocess, tokenizer, code
-        with torch.no_grad():
-            self.width = self.full_width = self.text_features(list(self.tokenize(["a"])[0])).shape[-1]
+        self.measure_width()
 
     @classmethod
     def load(cls, spec: str, dtype: str, device: torch.device, batch_size: int | None = None) -> CustomEncoder:
@@ -56,11 +55,11 @@ class CustomEncoder(ClipEncoder):
         path, _, name = spec.rpartition(":")
         if not Path(path).is_file():
             raise FileNotFoundError(f"{spec}: the file {path} does not exist.")
-        found = importlib.util.spec_from_file_location(Path(path).stem, path)
-        assert found is not None
-        assert found.loader is not None
-        module = importlib.util.module_from_spec(found)
-        found.loader.exec_module(module)
+        module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        assert module_spec is not None
+        assert module_spec.loader is not None
+        module = importlib.util.module_from_spec(module_spec)
+        module_spec.loader.exec_module(module)
         function = getattr(module, name, None)
         if not callable(function):
             raise ValueError(f"{path} has no function {name!r}.")
@@ -86,11 +85,11 @@ class CustomEncoder(ClipEncoder):
         raise ValueError(f"{self.name} does not say what its features are before the projection.")
 
     def tokenize(self, texts: list[str]) -> tuple[Sequence[Any], list[int]]:
-        found = self.tokenizer(texts)
-        if isinstance(found, Mapping):
-            rows: list[Any] = [{name: values[row] for name, values in found.items()} for row in range(len(texts))]
+        tokens = self.tokenizer(texts)
+        if isinstance(tokens, Mapping):
+            rows: list[Any] = [{name: values[row] for name, values in tokens.items()} for row in range(len(texts))]
             return rows, [len(next(iter(row.values()))) for row in rows]
-        return found, [found.shape[1]] * len(found)
+        return tokens, [tokens.shape[1]] * len(tokens)
 
     def text_features(self, tokens: list[Any]) -> Tensor:
         if isinstance(tokens[0], dict):

@@ -159,9 +159,9 @@ def _refuse_ignored(config: EmbedConfig, names: Sequence[str]) -> None:
 @exclusive
 def _embed_into_cache(config: EmbedConfig) -> dict[str, Any]:
     require(config, REQUIRED)
-    encoder, name, state = _open_encoder(config)
+    encoder, name = _open_encoder(config), config.text_model_name_or_path
     captions = distinct_captions([CaptionSource.from_dict(source) for source in config.sources])
-    manifest = embed_into_cache(captions, encoder, config.output_dir, name, config, state)
+    manifest = embed_into_cache(captions, encoder, config.output_dir, name, config, _long_lived_processes())
     return {"num_captions": manifest.rows, "num_truncated": manifest.counts["truncated"]}
 
 
@@ -201,10 +201,10 @@ def open_shard_embedder(config: EmbedConfig) -> ShardEmbedder:
     Raises:
         StoreMismatchError: Another encoder made these.
     """
-    encoder, name, _ = _open_encoder(config)
+    encoder = _open_encoder(config)
     return ShardEmbedder(
-        partial(_embed_and_count, encoder, config),
-        describe_encoder(encoder, name, config),
+        partial(encoder.embed_and_count, batch_size=config.batch_size, instruction=config.instruction),
+        describe_encoder(encoder, config.text_model_name_or_path, config),
         None if config.reuse_cache is None else EmbeddingCache.open(config.reuse_cache),
     )
 
@@ -214,8 +214,8 @@ def _long_lived_processes() -> PartialState:
     return process_state(timeout=timedelta(days=7))
 
 
-def _open_encoder(config: EmbedConfig) -> tuple[OurEncoder, str, PartialState]:
-    state = _long_lived_processes()
+def _open_encoder(config: EmbedConfig) -> OurEncoder:
+    device = _long_lived_processes().device
     model: Any
     in_float16 = config.dtype == "float16"
     model, tokenizer = open_text_tower(
@@ -230,8 +230,7 @@ def _open_encoder(config: EmbedConfig) -> tuple[OurEncoder, str, PartialState]:
         # The fingerprint is not defined for weights that were rounded to float16.
         model.config.fingerprint = model.fingerprint()
         model.half()
-    model.to(state.device).eval()
-    return OurEncoder(model, tokenizer), config.text_model_name_or_path, state
+    return OurEncoder(model.to(device).eval(), tokenizer)
 
 
 def embed_into_cache(
@@ -251,17 +250,13 @@ def embed_into_cache(
     return build_embedding_cache(
         folder,
         captions,
-        partial(_embed_and_count, encoder, config),
+        partial(encoder.embed_and_count, batch_size=config.batch_size, instruction=config.instruction),
         describe_encoder(encoder, name, config),
         shard_size=config.shard_size,
         rank=state.process_index,
         world_size=state.num_processes,
         barrier=state.wait_for_everyone,
     )
-
-
-def _embed_and_count(encoder: OurEncoder, config: EmbedConfig, texts: list[str]) -> tuple[torch.Tensor, int]:
-    return encoder.embed_and_count(texts, config.batch_size, show_progress_bar=False, instruction=config.instruction)
 
 
 def describe_encoder(encoder: OurEncoder, name: str, config: EmbedConfig) -> StoreManifest:

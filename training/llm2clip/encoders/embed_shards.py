@@ -60,16 +60,16 @@ class ShardCounts:
     failed: list[str] = field(default_factory=list)
 
     def __add__(self, other: ShardCounts) -> ShardCounts:
-        return ShardCounts(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
+        return ShardCounts(*(getattr(self, count.name) + getattr(other, count.name) for count in fields(self)))
 
 
 def count_shards(done: Iterable[ShardCounts], total: int, show_progress_bar: bool = True) -> ShardCounts:
     """Count what is done of shards while it happens, with a progress bar; log why a shard could not be embedded."""
     counts, start = ShardCounts(), time.monotonic()
     with ProgressBar("Embedding shards", total, "shard", show_progress_bar) as bar:
-        for one in done:
-            counts += one
-            for failure in one.failed:
+        for outcome in done:
+            counts += outcome
+            for failure in outcome.failed:
                 logger.error("Cannot embed %s", failure)
             if counts.captions:
                 rate = counts.captions / max(time.monotonic() - start, 1e-9)
@@ -103,8 +103,8 @@ def list_jobs(
         for target in [_folder_of(parts[0], folder)]
         for shard in _as_embedded(parts, target)
     ]
-    for place in {job.target.folder: job.target for job in jobs}.values():
-        place.require_writable()
+    for target in {job.target.folder: job.target for job in jobs}.values():
+        target.require_writable()
     _refuse_equal_names([job.target.rows_path(job.shard) for job in jobs])
     return jobs[part[0] :: part[1]]
 
@@ -129,7 +129,7 @@ def remove_leftovers_of(jobs: Sequence[ShardJob], patience: float = 0.0) -> None
     for path in filter(None, (job.target.lock_path(job.shard) for job in jobs)):
         remove_stale_lock(path)
     rows = (job.target.rows_path(job.shard) for job in jobs)
-    written = [own for path in rows for own in (path, manifest_path(path)) if isinstance(own, Path)]
+    written = [file for path in rows for file in (path, manifest_path(path)) if isinstance(file, Path)]
     if removed := remove_leftovers(written, patience):
         logger.info("Removed %d unfinished files of killed runs, such as %s.", len(removed), removed[0])
 
@@ -149,10 +149,10 @@ class ShardEmbedder:
     def __init__(self, embed: Embed, encoder: StoreManifest, reused: EmbeddingCache | None = None) -> None:
         self.embed, self.encoder, self.reused = embed, encoder, reused
         if reused is not None and (difference := reused.manifest.difference(encoder)) is not None:
-            name, other, own = difference
+            name, stored, wanted = difference
             raise StoreMismatchError(
-                f"{reused.path} has {name} {other!r}, but this run has {own!r}; reuse one of the same text encoder "
-                "and format."
+                f"{reused.path} has {name} {stored!r}, but this run has {wanted!r}; reuse one of the same text "
+                "encoder and format."
             )
 
     def run(self, jobs: Sequence[ShardJob], show_progress_bar: bool = True) -> ShardCounts:
@@ -168,12 +168,13 @@ class ShardEmbedder:
     def embed_job(self, job: ShardJob) -> ShardCounts:
         """Embed a shard if it has no valid sidecar; see [`ShardEmbedder.run`]. Another run may do it meanwhile."""
         with job.target.lock(job.shard):
-            if self._is_done(job):
+            if job.target.is_embedded(job.shard, self.encoder, job.opened.source.caption_columns):
                 return ShardCounts(1, done_before=1)
             try:
                 counts = self.embed_shard(*job)
             except ValueError as error:  # of this shard; a full disk ends the run
-                return ShardCounts(1, failed=[_with_path(job.shard.path, error)])
+                reason = str(error)
+                return ShardCounts(1, failed=[reason if job.shard.path in reason else f"{job.shard.path}: {reason}"])
         return ShardCounts(1, 0, counts["captions"], counts["truncated"], counts["reused"])
 
     def embed_shard(self, opened: ShardedSource, shard: SourceShard, target: SidecarFolder) -> dict[str, int]:
@@ -190,10 +191,10 @@ class ShardEmbedder:
         captions = list(text.captions)
         keys = caption_keys(captions)
         rows = torch.empty((len(captions), self.encoder.width), dtype=getattr(torch, self.encoder.dtype))
-        found = np.full(len(captions), -1) if self.reused is None else self.reused.find(keys)
-        known, missing = np.flatnonzero(found >= 0), np.flatnonzero(found < 0)
+        reused_rows = np.full(len(captions), -1) if self.reused is None else self.reused.find(keys)
+        known, missing = np.flatnonzero(reused_rows >= 0), np.flatnonzero(reused_rows < 0)
         if self.reused is not None and len(known):
-            rows[torch.from_numpy(known)] = self.reused.read(found[known])
+            rows[torch.from_numpy(known)] = self.reused.read(reused_rows[known])
         truncated = 0
         for start in range(0, len(missing), EMBED_SIZE):
             chosen = missing[start : start + EMBED_SIZE]
@@ -204,9 +205,6 @@ class ShardEmbedder:
         counts = {"truncated": truncated, "reused": len(known)}
         target.write(shard, keys, rows, text, replace(self.encoder, counts=counts))
         return {"captions": len(captions), **counts}
-
-    def _is_done(self, job: ShardJob) -> bool:
-        return job.target.is_embedded(job.shard, self.encoder, job.opened.source.caption_columns)
 
 
 def parse_part(text: str | None) -> tuple[int, int]:
@@ -229,10 +227,6 @@ def _folder_of(shard: SourceShard, folder: str | None) -> SidecarFolder:
     if "://" in shard.path:
         raise ValueError(f"{shard.path} is remote; set output_dir to the folder of its embeddings.")
     return SidecarFolder(shard.path.removesuffix(shard.name) or ".")
-
-
-def _with_path(path: str, error: ValueError) -> str:
-    return str(error) if path in str(error) else f"{path}: {error}"
 
 
 def _refuse_equal_names(paths: list[AnyPath]) -> None:

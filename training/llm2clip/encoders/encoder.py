@@ -102,8 +102,8 @@ class Encoder(ABC):
     @property
     def cut(self) -> dict[str, int | str]:
         """What identifies truncated and rounded embeddings beside the model."""
-        found: dict[str, int | str] = {"truncate_dim": self.width} if self.width < self.full_width else {}
-        return found if self.precision == "float32" else {**found, "precision": self.precision}
+        identity: dict[str, int | str] = {"truncate_dim": self.width} if self.width < self.full_width else {}
+        return identity if self.precision == "float32" else {**identity, "precision": self.precision}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "model": None}
@@ -226,16 +226,16 @@ class Encoder(ABC):
         )
         for start, output, skipped in batches:
             good = [index for index, sample in enumerate(skipped) if sample is None]
-            found = torch.zeros(len(skipped), self.width if output is None else output.shape[1])
+            vectors = torch.zeros(len(skipped), self.width if output is None else output.shape[1])
             reasons += [None if sample is None else sample.reason for sample in skipped]
             if output is not None:
-                found[good] = output
+                vectors[good] = output
                 if (on_not_finite or on_error) == "raise":
                     keys = [images.key(rows[start + position]) for position in good]
                     require_finite_rows(output, keys.__getitem__, "images")
-                for position in (~found.isfinite().all(dim=1)).nonzero()[:, 0].tolist():
+                for position in (~vectors.isfinite().all(dim=1)).nonzero()[:, 0].tolist():
                     reasons[start + position - first] = NOT_FINITE
-            embeds.append(found)
+            embeds.append(vectors)
             done = start + len(skipped)
             if done == len(rows) or (part_size and done % part_size == 0):
                 yield EncodedRows(list(rows[first:done]), torch.cat(embeds), reasons)
@@ -297,6 +297,11 @@ class Encoder(ABC):
 
 class ClipEncoder(Encoder):
     """A model of another library, with a text tower of its own."""
+
+    @torch.no_grad()
+    def measure_width(self) -> None:
+        """Set the width, which is 0 before, to that of the embedding of a text."""
+        self.width = self.full_width = self.text_features(list(self.tokenize(["a"])[0])).shape[-1]
 
     @abstractmethod
     def tokenize(self, texts: list[str]) -> tuple[Sequence[Any], list[int]]:

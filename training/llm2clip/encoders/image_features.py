@@ -107,26 +107,26 @@ class _Views(Dataset):
     def __init__(
         self,
         sets: Sequence[ContentSet],
-        places: Sequence[tuple[int, int]],
+        locations: Sequence[tuple[int, int]],
         seeds: Sequence[int],
         evaluation: EvalTransform,
         training: TrainTransform | None,
         views: int,
         on_error: OnError,
     ) -> None:
-        self.sets, self.places, self.seeds = sets, places, seeds
+        self.sets, self.locations, self.seeds = sets, locations, seeds
         self.evaluation, self.training, self.views, self.on_error = evaluation, training, views, on_error
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.locations)
 
     def key(self, index: int) -> str:
         """Key of an image in messages."""
-        number, row = self.places[index]
+        number, row = self.locations[index]
         return self.sets[number].key(row)
 
     def __getitem__(self, index: int) -> dict[str, Tensor] | SkippedSample:
-        number, row = self.places[index]
+        number, row = self.locations[index]
         images = self.sets[number]
         try:
             image = images.decode(row, self.evaluation.decode)
@@ -185,7 +185,7 @@ def store_features(
     first = np.sort(np.unique(all_keys, axis=0, return_index=True)[1])
     bounds = np.cumsum([0, *map(len, sets)])
     numbers = np.searchsorted(bounds, first, side="right") - 1
-    places = list(zip(numbers.tolist(), (first - bounds[numbers]).tolist(), strict=True))
+    locations = list(zip(numbers.tolist(), (first - bounds[numbers]).tolist(), strict=True))
     keys = all_keys[first]
 
     state = process_state()
@@ -204,13 +204,13 @@ def store_features(
         for number, positions in build:
             # Of the key, so that the crops of an image do not depend on its place in the data.
             seeds = [stable_seed(identity.get("seed", 0), "view", *keys[position].tolist()) for position in positions]
-            chosen = [places[position] for position in positions]
+            chosen = [locations[position] for position in positions]
             views = _Views(sets, chosen, seeds, evaluation, training, num_views, on_error)
             rows = torch.zeros(len(positions), manifest.width, dtype=getattr(torch, manifest.dtype))
             unreadable: list[tuple[int, str, str]] = []
             for batch in forward_images(views, forward, batch_size, num_workers, show=False):
                 unreadable += [
-                    (row, *found) for row, found in enumerate(batch.skipped, batch.start) if found is not None
+                    (row, *sample) for row, sample in enumerate(batch.skipped, batch.start) if sample is not None
                 ]
                 if batch.output is not None:
                     good = [row for row, sample in enumerate(batch.skipped, batch.start) if sample is None]

@@ -43,7 +43,8 @@ def load_encoder(
     """Load a model of images and texts, of any library.
 
     Args:
-        spec: Hub id or folder of an LLM2CLIP model, or of a CLIP, SigLIP, SigLIP 2 or CLIP-like model of transformers.
+        spec: Hub id or folder of an LLM2CLIP model, or of a CLIP, SigLIP, SigLIP 2 or CLIP-like model of transformers,
+            also as sentence-transformers saved it (`sentence-transformers/clip-ViT-B-32`).
             `open_clip:MODEL/PRETRAINED` is a model of open_clip, where PRETRAINED is a tag, or the path of a
             checkpoint (`open_clip:ViT-B-32//path/to.pt`). `PATH.py:FUNCTION` calls a function of yours, which returns
             `(model, preprocess, tokenizer)` as open_clip and CLIP_benchmark have them. The vision half of an LLM2CLIP
@@ -90,7 +91,7 @@ def load_encoder(
             options: dict[str, Any] = {"device": device, "batch_size": batch_size, "hint": hint, "dtype": dtype}
             encoder = OurEncoder.load(spec, revision, needs, **options)
         else:
-            encoder = TransformersEncoder.load(spec, revision, dtype, device, batch_size)
+            encoder = TransformersEncoder.load(spec, revision, dtype, device, batch_size, repo.subfolder)
     return encoder.truncate(truncate_dim)
 
 
@@ -169,7 +170,7 @@ def embed_images(
     """
     encoder = _open(model, getattr(processor, "image_processor", processor), device, "image")
     listed = image_list(images)
-    found = encoder.encode_image_rows(
+    encoded = encoder.encode_image_rows(
         listed,
         range(len(listed)),
         batch_size=batch_size,
@@ -177,13 +178,13 @@ def embed_images(
         on_error=on_error,
         show_progress_bar=show_progress_bar is not False,
     )
-    skipped = [row for row, reason in enumerate(found.reasons) if reason is not None]
+    skipped = [row for row, reason in enumerate(encoded.reasons) if reason is not None]
     for row in skipped[:MAX_NAMED]:
-        logger.warning("Skipping image %s: %s", listed.key(row), found.reasons[row])
+        logger.warning("Skipping image %s: %s", listed.key(row), encoded.reasons[row])
     if len(skipped) > MAX_NAMED:
         logger.warning("Skipping %d more images.", len(skipped) - MAX_NAMED)
-    found.embeds[skipped] = float("nan")
-    return found.embeds
+    encoded.embeds[skipped] = float("nan")
+    return encoded.embeds
 
 
 def _open(model: Any, processor: Any, device: torch.device | str | None, need: str) -> OurEncoder:

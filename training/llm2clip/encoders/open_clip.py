@@ -53,8 +53,7 @@ class OpenClipEncoder(ClipEncoder):
         self.normalisation = Normalize(steps[-1].mean, steps[-1].std, inplace=True) if self.normalises else None
         self._values: Tensor | None = None
         self.input_dtype = getattr(torch, dtype)
-        with torch.no_grad():
-            self.width = self.full_width = self.text_features(list(self.tokenize(["a"])[0])).shape[-1]
+        self.measure_width()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_values": None}
@@ -163,6 +162,6 @@ def _parts(spec: str, open_clip: Any) -> tuple[str, str | None]:
         raise ValueError(f"open_clip has no model {model!r}; open_clip.list_models() shows all.")
     tags = open_clip.list_pretrained_tags_by_model(model)
     if not (pretrained in tags or Path(pretrained).is_file()):
-        found = f"{pretrained!r} is neither a file nor" if pretrained else "it does not name"
-        raise ValueError(f"{spec}: {found} pretrained weights of {model}. Its tags: {', '.join(tags) or 'none'}.")
+        fault = f"{pretrained!r} is neither a file nor" if pretrained else "it does not name"
+        raise ValueError(f"{spec}: {fault} pretrained weights of {model}. Its tags: {', '.join(tags) or 'none'}.")
     return model, pretrained

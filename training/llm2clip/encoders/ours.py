@@ -156,10 +156,10 @@ class OurEncoder(Encoder):
         return super().identity()
 
     def settings(self) -> dict[str, Any]:
-        found = {} if self.transform is None else {"vision": self.image_fingerprint()}
+        settings = {} if self.transform is None else {"vision": self.image_fingerprint()}
         if self.image_backend != "exact":
-            found["image_backend"] = self.image_backend
-        return found if self.tokenizer is None else found | self._text_settings()
+            settings["image_backend"] = self.image_backend
+        return settings if self.tokenizer is None else settings | self._text_settings()
 
     def fingerprint(self) -> str:
         """Hash the fingerprints of vision half, LLM and tokenizer, and the weights of the adapter.
@@ -181,14 +181,14 @@ class OurEncoder(Encoder):
 
     def _text_settings(self) -> dict[str, Any]:
         tower = self.model.text_model if self.is_joint else self.model
-        found = {"text": tower.identity(), "tokenizer": tokenizer_fingerprint(self.tokenizer)}
-        if found["text"] is None:
+        settings = {"text": tower.identity(), "tokenizer": tokenizer_fingerprint(self.tokenizer)}
+        if settings["text"] is None:
             name = self.model.name_or_path
             raise ValueError(f"the LLM of {name} cannot be identified: it is quantised, offloaded or float16.")
         if self.is_joint:
             adapter = [weights_checksum(self.model.text_adapter), self.model.config.adapter_normalize]
-            return {**found, "adapter": adapter}
-        return found
+            return {**settings, "adapter": adapter}
+        return settings
 
     @property
     def pixel_statistics(self) -> tuple[Sequence[float], Sequence[float]]:
@@ -300,10 +300,10 @@ class OurEncoder(Encoder):
         prompt = list(self._texts()("")["input_ids"]) or [self.tokenizer.pad_token_id]
         prefix = self.text_config.num_prefix_tokens
         ids, starts = [prompt] * count, [prefix if len(prompt) > prefix else 0] * count
-        for place, row in enumerate(kept):
-            ids[row] = tokens.ids[place]
+        for index, row in enumerate(kept):
+            ids[row] = tokens.ids[index]
             if tokens.starts is not None:
-                starts[row] = tokens.starts[place]
+                starts[row] = tokens.starts[index]
         return CaptionTokens(ids, None if self.text_config.pool_prompt else starts, tokens.num_cut)
 
     def text_lengths(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -143,15 +143,15 @@ def _to_themselves(attention: nn.Module, patches: int) -> Iterator[None]:
 
         def alone(value: Any, part: Tensor) -> Any:
             # A layer may get its states as query, key and value; other tensors are positions and masks of the tokens.
-            own = isinstance(value, Tensor) and value.shape == states.shape
-            return part if own else None if isinstance(value, Tensor) else value
+            is_states = isinstance(value, Tensor) and value.shape == states.shape
+            return part if is_states else None if isinstance(value, Tensor) else value
 
-        found = []
+        patch_values = []
         for part in states[:, -patches:].flatten(0, 1)[:, None].split(ATTENTION_ROWS):
             options = {name: alone(value, part) for name, value in kwargs.items()}
             values = module.forward(*(alone(value, part) for value in args), **options)
-            found.append((values[0] if isinstance(values, tuple) else values)[:, 0])
-        own_values = torch.cat(found).unflatten(0, (len(states), patches))
+            patch_values.append((values[0] if isinstance(values, tuple) else values)[:, 0])
+        own_values = torch.cat(patch_values).unflatten(0, (len(states), patches))
         mixed = torch.cat([attended[:, :-patches], own_values], dim=1)
         return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
 

@@ -75,10 +75,10 @@ class StoredEncoder(OurEncoder):
         if self.features is None:
             yield from super().encode_image_parts(images, rows, *args, **options)
             return
-        places = self.features.find(images.content_keys()[np.asarray(rows, dtype=np.int64)])
+        stored_rows = self.features.find(images.content_keys()[np.asarray(rows, dtype=np.int64)])
         reasons = [
-            self.features.skipped[place].reason if place in self.features.skipped else None
-            for place in places.tolist()
+            self.features.skipped[stored_row].reason if stored_row in self.features.skipped else None
+            for stored_row in stored_rows.tolist()
         ]
         if any(reasons) and options.get("on_error", "raise") == "raise":
             raise DamagedImageError(
@@ -87,7 +87,7 @@ class StoredEncoder(OurEncoder):
         with torch.inference_mode():
             parts = [
                 unit_features(self.model.get_image_features(vision_features=self.features.read_views(part))).cpu()
-                for part in np.split(places, range(BATCH, len(places), BATCH))
+                for part in np.split(stored_rows, range(BATCH, len(stored_rows), BATCH))
             ]
         yield EncodedRows(list(rows), self.compact(torch.cat(parts)), reasons)
 

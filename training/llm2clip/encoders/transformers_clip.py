@@ -101,24 +101,34 @@ class TransformersEncoder(ClipEncoder):
             or "attention_mask" not in self.tokenizer.model_input_names
             or model.config.model_type in FULL_LENGTH
         )
-        with torch.no_grad():
-            self.width = self.full_width = self.text_features(list(self.tokenize(["a"])[0])).shape[-1]
+        self.measure_width()
 
     @classmethod
     def load(
-        cls, name: str, revision: str | None, dtype: str, device: torch.device, batch_size: int | None = None
+        cls,
+        name: str,
+        revision: str | None,
+        dtype: str,
+        device: torch.device,
+        batch_size: int | None = None,
+        subfolder: str = "",
     ) -> TransformersEncoder:
         """Load a model with its processor.
+
+        Args:
+            name, revision, dtype, device, batch_size: See [`load_encoder`](llm2clip.encoders.load.load_encoder).
+            subfolder: Where it is in its folder or repository.
 
         Raises:
             OSError: There is no such model.
             ValueError: It does not embed images and texts, or a weight would be random.
         """
-        config = AutoConfig.from_pretrained(name, revision=revision)
+        where: dict[str, Any] = {"revision": revision, "subfolder": subfolder}
+        config = AutoConfig.from_pretrained(name, **where)
         load = _model_class(name, config).from_pretrained
-        model, _ = load_complete(load, name, **loading_options(dtype, revision=revision))
+        model, _ = load_complete(load, name, **loading_options(dtype), **where)
         without_slow_float16(model, dtype, device)
-        processor = AutoProcessor.from_pretrained(name, revision=revision)
+        processor = AutoProcessor.from_pretrained(name, **where)
         dtype = str(model.dtype).removeprefix("torch.")
         commit = hub_commit(name, revision)
         encoder = cls(name, model.to(device).eval(), processor, device, dtype, commit, batch_size)

@@ -67,8 +67,8 @@ def _mean_over_pairs(difference: Callable[..., Tensor], student: Tensor, teacher
     students, teachers = gather_rows(student), gather_rows(teacher).rows
 
     def tile(rows: Tensor, wanted: Tensor, start: int) -> Tensor:
-        own = students.offset + start + torch.arange(len(rows), device=rows.device)
-        return difference(rows, students.rows, wanted, teachers).scatter(1, own[:, None], 0.0).sum()
+        own_columns = students.offset + start + torch.arange(len(rows), device=rows.device)
+        return difference(rows, students.rows, wanted, teachers).scatter(1, own_columns[:, None], 0.0).sum()
 
     # With an empty tile, the loss of a process without rows has a gradient too.
     starts = range(0, max(len(student), 1), tile_size)

@@ -77,9 +77,9 @@ def _positives_of_ids(caption_ids: Tensor, image_caption_ids: Tensor) -> Positiv
         ids = wanted[start:stop].flatten()
         first = torch.searchsorted(sorted_ids, ids)
         counts = torch.searchsorted(sorted_ids, ids, right=True) - first
-        place = torch.arange(len(ids), device=ids.device).repeat_interleave(counts)
-        within = torch.arange(len(place), device=ids.device) - (counts.cumsum(0) - counts)[place]
-        return place // wanted.shape[1], order[first[place] + within]
+        index = torch.arange(len(ids), device=ids.device).repeat_interleave(counts)
+        within = torch.arange(len(index), device=ids.device) - (counts.cumsum(0) - counts)[index]
+        return index // wanted.shape[1], order[first[index] + within]
 
     return pairs
 

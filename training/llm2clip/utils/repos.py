@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError
 from transformers import PretrainedConfig
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, find_adapter_config_file
 
 from llm2clip.utils.files import read_json
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig, LLM2CLIPVisionModelWithProjection
-from modeling_llm2clip.modeling_llm2clip_decoder import embedding_modules
+from modeling_llm2clip.modeling_llm2clip_decoder import embedding_modules, read_json_file
 from modeling_llm2clip.modeling_llm2clip_utils import OWN_TEXT_MODEL, find_text_model
 
 
@@ -45,6 +46,7 @@ class Repo:
         is_adapter: Whether the weights are a PEFT adapter.
         config: The fields of config.json, in which an LLM in the repository itself has its whole name; empty if there
             is none.
+        subfolder: Where the model is in a CLIP of sentence-transformers, such as `0_CLIPModel`; otherwise empty.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Repo:
     kind: RepoKind
     is_adapter: bool
     config: dict[str, Any]
+    subfolder: str = ""
 
     @property
     def model_type(self) -> str | None:
@@ -91,6 +94,9 @@ def inspect_repo(name: str | Path, revision: str | None = None, **hub_arguments:
                 raise
             raise OSError(f"there is no model {name} here, nor can it be read from the Hub: {error}") from error
         config = {}
+    subfolder = "" if config or is_adapter else _clip_subfolder(place, **options)
+    if subfolder:
+        config = PretrainedConfig.get_config_dict(place, **{**options, "subfolder": subfolder})[0]
     if not config and not is_adapter:
         raise FileNotFoundError(f"{name} contains neither config.json nor adapter_config.json.")
     kind = _kind(config, is_adapter)
@@ -98,7 +104,13 @@ def inspect_repo(name: str | Path, revision: str | None = None, **hub_arguments:
         kind = RepoKind.EMBEDDING_MODEL
     if LLM in config:
         config = {**config, LLM: find_text_model(config[LLM], place, **options)[0]}
-    return Repo(name, revision, kind, is_adapter, config)
+    return Repo(name, revision, kind, is_adapter, config, subfolder)
+
+
+def _clip_subfolder(name: str, **hub: Any) -> str:
+    modules: list[dict[str, str]] = read_json_file(name, "modules.json", **hub) or []
+    kinds = [module["type"].rpartition(".")[2] for module in modules]
+    return modules[0]["path"] if kinds == ["CLIPModel"] else ""
 
 
 def _kind(config: dict[str, Any], is_adapter: bool) -> RepoKind:
@@ -154,8 +166,12 @@ def hub_commit(name: str, revision: str | None = None) -> str | None:
     """Return the commit of a model on the Hub, from its config, which is downloaded; None for a local folder."""
     if Path(name).is_dir():
         return None
+    try:
+        path = hf_hub_download(name, CONFIG_NAME, revision=revision)
+    except EntryNotFoundError:  # a CLIP of sentence-transformers, which is in a subfolder
+        path = hf_hub_download(name, "modules.json", revision=revision)
     # The folder of a download is named after its commit.
-    return Path(hf_hub_download(name, CONFIG_NAME, revision=revision)).parent.name
+    return Path(path).parent.name
 
 
 def is_hub_id(name: str) -> bool:
