@@ -43,8 +43,9 @@ def with_prompt(
     there is no padding token.
 
     White space around a caption is removed by a normalizer, as `str.strip` does. Tokenizers with tokens of their own
-    for white space (Gemma) split texts at them before any normalizer runs; for these the processor and `encode_text`
-    strip captions, a bare tokenizer does not.
+    for white space (Gemma) split texts at them before any normalizer runs, and without a prompt those with a Metaspace
+    of `prepend_scheme="first"` look at the caption as it came; for these the processor and `encode_text` strip
+    captions, a bare tokenizer does not.
 
     Args:
         tokenizer: A fast tokenizer; it is not modified.
