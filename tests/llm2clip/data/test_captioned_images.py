@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from llm2clip.data.captioned_images import CaptionError
 
 from .conftest import CONCEPTS, ROWS, png
 from .conftest import captions as made_captions
+from .streams import every_caption, write_tars
 
 Transforms = tuple[EvalTransform, TrainTransform]
 
@@ -211,6 +214,17 @@ def test_ranks_read_disjoint_parts_of_the_captions() -> None:
     assert abs(len(parts[0]) - len(parts[1])) <= 1
     source.max_samples = 2
     assert [len(read(rank, 4)) for rank in range(4)] == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize(("world", "limit"), [(2, None), (8, None), (2, 7)])
+def test_ranks_read_files_of_their_own_in_a_stream_if_each_has_one(
+    world: int, limit: int | None, tmp_path: Path
+) -> None:
+    source = dataclasses.replace(write_tars(tmp_path, 5), max_samples=limit)
+    parts = [list(itertools.chain(*caption_batches(source, rank, world))) for rank in range(world)]
+    assert sorted(itertools.chain(*parts)) == every_caption(5)[:limit]
+    files = [{caption.split()[1] for caption in part} for part in parts]
+    assert files[0].isdisjoint(files[1]) == ((world, limit) == (2, None))
 
 
 def test_rows_without_a_caption_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -183,13 +182,7 @@ class StreamedFiles(IterableDataset):
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         if worker is not None:
             fsspec.asyn.reset_lock()  # a forked process inherits a lock that nobody releases
-        files = range(self.shards.num_files)
-        if self.max_samples is None:
-            files = files[number::workers]
-        rows: Iterator[Any] = ((file, *row) for file in files for row in self.shards.read(file))
-        if self.max_samples is not None:  # which file has the last of them is not known
-            rows = itertools.islice(rows, number, self.max_samples, workers)
-        for file, row, values in rows:
+        for file, row, values in self.shards.share(number, workers, self.max_samples):
             key = None if self.columns.key is None else values[self.columns.key]
             place = f"{file}-{row}" if self.shards.num_files > 1 else str(row)
             yield self.reader(values, place if key is None else str(key), self.columns)

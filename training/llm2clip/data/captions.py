@@ -27,9 +27,8 @@ def caption_batches(
     total = None
     if source.streaming:
         _, shards = open_shards(source, opened, with_images=False)
-        rows = (row for file in range(shards.num_files) for _, row in shards.read(file))
-        share = itertools.islice(itertools.islice(rows, source.max_samples), rank, None, world_size)
-        batches = iter(lambda: list(itertools.islice(share, 1000)), [])
+        rows = (row for _, _, row in shards.share(rank, world_size, source.max_samples))
+        batches = iter(lambda: list(itertools.islice(rows, 1000)), [])
     else:
         table: Any = select_source(source, opened, with_images=False)
         if world_size > 1:

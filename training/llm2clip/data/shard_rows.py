@@ -87,6 +87,16 @@ class ShardRows:
             logger.warning("Opening %s again at row %d: %s", path, place, error)
         yield from self.read(file, place, stop)
 
+    def share(self, reader: int, readers: int, limit: int | None) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        """Yield file, number and values of one reader's part of the rows, or of the first `limit` ones.
+
+        With a file for each reader and no limit it reads files of its own; otherwise all read the same files.
+        """
+        own_files = limit is None and readers <= self.num_files
+        files = range(self.num_files)[reader::readers] if own_files else range(self.num_files)
+        rows = ((file, *row) for file in files for row in self.read(file))
+        return rows if own_files else itertools.islice(rows, reader, limit, readers)
+
     def _read(self, file: int, path: str, start: int, stop: int | None) -> Iterator[tuple[int, dict[str, Any]]]:
         if self.files and file_format(path) == ".tar":
             yield from tar_rows(path, self.columns, start, stop)
