@@ -24,9 +24,9 @@ REPLACED = "replaced"
 def atomic_folder(destination: Path, command: str, overwrite: bool = False) -> Iterator[Path]:
     """Create a folder that becomes `destination` when the block ends, and is removed when the block raises.
 
-    Its files reach the disk before an existing folder is replaced, which keeps its name if that fails. A destination that is a link stays one: the folder
-    that it leads to is created or replaced. What a killed process has left is removed, and a folder that it was about
-    to replace gets its name back.
+    Its files reach the disk before an existing folder is replaced, which keeps its name if that fails. A destination
+    that is a link stays one: the folder that it leads to is created or replaced. What a killed process has left is
+    removed, and a folder that it was about to replace gets its name back.
 
     Args:
         command: The command that writes it, which the manifest of the folder names.
