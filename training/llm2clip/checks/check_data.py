@@ -184,8 +184,8 @@ class StreamedFiles(IterableDataset):
             fsspec.asyn.reset_lock()  # a forked process inherits a lock that nobody releases
         for file, row, values in self.shards.share(number, workers, self.max_samples):
             key = None if self.columns.key is None else values[self.columns.key]
-            place = f"{file}-{row}" if self.shards.num_files > 1 else str(row)
-            yield self.reader(values, place if key is None else str(key), self.columns)
+            name = f"{file}-{row}" if self.shards.num_files > 1 else str(row)
+            yield self.reader(values, name if key is None else str(key), self.columns)
 
 
 class TableRows(Dataset):
@@ -263,13 +263,13 @@ def print_tables(report: dict[str, Any], title: str) -> None:
     if images is not None:
         sizes = [(side, *_numbers(images[side])) for side in ("width", "height")]
         print_table(console, "Images, size in pixels", ("", *titles), sizes)
-    found = [
+    findings = [
         (name, f"{finding['count']:,}", "yes" if finding["stops"] else "", _examples(finding["examples"]))
         for name, finding in report["findings"].items()
         if finding["count"]
     ]
     print_table(
-        console, "Findings", ("", "number", "stops a run", "first rows"), found or [("nothing", "", "", "")], (0, 3)
+        console, "Findings", ("", "number", "stops a run", "first rows"), findings or [("nothing", "", "", "")], (0, 3)
     )
 
 

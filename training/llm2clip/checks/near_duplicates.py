@@ -45,10 +45,10 @@ def near_duplicates(copies: HashCheck, originals: HashCheck, near: int = NEAR) -
     Args:
         near: Largest number of bits that may differ.
     """
-    found, known = Finding(), np.array(originals.hashes, dtype=np.uint64)
+    finding, known = Finding(), np.array(originals.hashes, dtype=np.uint64)
     for key, number in zip(copies.keys, copies.hashes, strict=True) if len(known) else ():
         distances = np.bitwise_count(known ^ np.uint64(number))
         nearest = int(distances.argmin())
         if distances[nearest] <= near:
-            found.add(key, f"{originals.keys[nearest]} differs in {distances[nearest]} of {HASH_BITS} bits")
-    return found
+            finding.add(key, f"{originals.keys[nearest]} differs in {distances[nearest]} of {HASH_BITS} bits")
+    return finding

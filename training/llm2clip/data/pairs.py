@@ -279,10 +279,10 @@ class PairTable:
 
     def _random_negative(self, index: int, seed: int, swapped: bool) -> str:
         generator = random.Random(seed)
-        own = set(self._own(index))
+        own_keys = set(self._own_keys(index))
         for _ in range(NEGATIVE_ATTEMPTS):
             other = generator.randrange(len(self))
-            if own.isdisjoint(self._own(other)):
+            if own_keys.isdisjoint(self._own_keys(other)):
                 texts = self._texts(self.table[int(self.rows[other])])
                 return generator.choice(texts.anchors if swapped else texts.positives)
         raise ValueError(
@@ -290,7 +290,7 @@ class PairTable:
             "off."
         )
 
-    def _own(self, index: int) -> list[int]:
+    def _own_keys(self, index: int) -> list[int]:
         return self.own_keys[self.own_starts[index] : self.own_starts[index + 1]].tolist()
 
 

@@ -73,19 +73,19 @@ class ShardRows:
         Raises:
             SourceError: The file cannot be read, or has fewer rows.
         """
-        path, place = self.files[file] if self.files else f"file {file} of the stream", start
+        path, next_row = self.files[file] if self.files else f"file {file} of the stream", start
         try:
             with wrap_read_errors(path, SourceError):
                 for number, row in self._read(file, path, start, stop):
                     yield number, row
-                    place = number + 1
+                    next_row = number + 1
             return
         except SourceError as error:
             # A server may have ended the connection while other files were read.
-            if place == start or not self.is_remote(file):
+            if next_row == start or not self.is_remote(file):
                 raise
-            logger.warning("Opening %s again at row %d: %s", path, place, error)
-        yield from self.read(file, place, stop)
+            logger.warning("Opening %s again at row %d: %s", path, next_row, error)
+        yield from self.read(file, next_row, stop)
 
     def share(self, reader: int, readers: int, limit: int | None) -> Iterator[tuple[int, int, dict[str, Any]]]:
         """Yield file, number and values of one reader's part of the rows, or of the first `limit` ones.

@@ -232,8 +232,8 @@ class StreamingCaptionImageDataset(SampleStream):
 
     def choose_lanes(self, num_workers: int) -> Lanes:
         # In order, all rows are of one lane.
-        found = super().choose_lanes(num_workers)
-        return found if self.shuffle_block or self.lanes else Lanes(found.batch, 1, found.batch)
+        lanes = super().choose_lanes(num_workers)
+        return lanes if self.shuffle_block or self.lanes else Lanes(lanes.batch, 1, lanes.batch)
 
     def fingerprint(self) -> str:
         """Return a hash of its files and their numbers of rows."""
@@ -255,8 +255,8 @@ class StreamingCaptionImageDataset(SampleStream):
         for number, values in rows:
             key = self._key(file, number, values)
             # What the random parts of a sample depend on besides the seed.
-            salt = (epoch, key) if self.training else None
-            yield partial(make_sample, values, key, self.columns, salt)
+            seed_parts = (epoch, key) if self.training else None
+            yield partial(make_sample, values, key, self.columns, seed_parts)
 
     def _key(self, file: int, number: int, values: Mapping[str, Any]) -> str:
         """Return the key of a row: the same in every order and split."""

@@ -140,9 +140,9 @@ class StoreManifest:
             values = read_json(path)
         except ValueError as error:
             raise StoreDamagedError(f"{str(error).rstrip('.')}; {advice}.") from error
-        if (found := (values.get("format"), values.get("format_version"))) != (FORMAT, FORMAT_VERSION):
+        if (stated := (values.get("format"), values.get("format_version"))) != (FORMAT, FORMAT_VERSION):
             raise StoreError(
-                f"{path} has format {found[0]!r}, version {found[1]!r}, but this version of llm2clip reads "
+                f"{path} has format {stated[0]!r}, version {stated[1]!r}, but this version of llm2clip reads "
                 f"{FORMAT!r}, version {FORMAT_VERSION}; compute it again, into another folder."
             )
         if not fits_checksum(values) or values.get("kind") not in KINDS:
@@ -155,7 +155,8 @@ class StoreManifest:
 
     def difference(self, other: StoreManifest) -> tuple[str, Any, Any] | None:
         """Return the first thing that rows depend on in which another manifest differs: its name and both values."""
-        own, others = ({"kind": one.kind, **one.identity, "dtype": one.dtype} for one in (self, other))
+        own = {"kind": self.kind, **self.identity, "dtype": self.dtype}
+        others = {"kind": other.kind, **other.identity, "dtype": other.dtype}
         if self.width and other.width:
             own["width"], others["width"] = self.width, other.width
         for name in dict.fromkeys([*own, *others]):

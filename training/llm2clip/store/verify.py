@@ -33,7 +33,7 @@ def verify_store(folder: AnyPath) -> tuple[Verified, dict[AnyPath, StoreManifest
     Returns:
         What was found, and the manifests that can be read.
     """
-    found, read = Verified(), dict[AnyPath, StoreManifest]()
+    verified, read = Verified(), dict[AnyPath, StoreManifest]()
     paths = sorted(manifest_paths(folder), key=str)
     with ProgressBar("Verifying shards", len(paths), "shard") as bar:
         for path in paths:
@@ -46,15 +46,15 @@ def verify_store(folder: AnyPath) -> tuple[Verified, dict[AnyPath, StoreManifest
                     ShardFile.of(local, read[path], rows).require_unchanged(always=True)
             except (StoreError, OSError) as error:
                 what = str(error).partition("; ")[0] if isinstance(error, StoreError) else f"{rows}: {error}"
-                found.faults.append(Fault(what, f"delete {path} and {again}"))
+                verified.faults.append(Fault(what, f"delete {path} and {again}"))
             bar.update()
     for parent in sorted({path.parent for path in [*paths, *_unlisted(folder)]}, key=str):
-        found.faults += _incomplete(parent, read)
+        verified.faults += _incomplete(parent, read)
     shards = [manifest for path, manifest in read.items() if path.name != INDEX]
-    found.counts = Counter({"num_shards": len(shards)} if paths else {})
+    verified.counts = Counter({"num_shards": len(shards)} if paths else {})
     for manifest in shards:
-        found.counts[f"num_{manifest.about.unit}s"] += manifest.rows
-    return found, read
+        verified.counts[f"num_{manifest.about.unit}s"] += manifest.rows
+    return verified, read
 
 
 def _unlisted(folder: AnyPath) -> Iterator[AnyPath]:

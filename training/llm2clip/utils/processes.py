@@ -93,7 +93,7 @@ def on_any_process(flag: Tensor) -> bool:
     Args:
         flag: A bool of no dimension, on the device on which the process group exchanges tensors.
     """
-    found = flag.to(torch.int32)
+    is_set = flag.to(torch.int32)
     if world_size() > 1:
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return bool(found)
+        dist.all_reduce(is_set, op=dist.ReduceOp.MAX)
+    return bool(is_set)
