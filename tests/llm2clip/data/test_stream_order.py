@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,25 +21,17 @@ def rows_of(order: SourceOrder, chunk: int) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("trial", range(20))
-def test_every_row_comes_once_in_its_epoch(trial: int) -> None:
+def test_every_row_comes_once_in_its_epoch_and_any_chunk_is_known_without_those_before_it(trial: int) -> None:
     draw = np.random.default_rng(trial)
     rows, chunk, number = (int(draw.integers(1, top)) for top in (400, 30, 40))
     order = SourceOrder(rows, Lanes(chunk, number))
-    found = list(itertools.chain.from_iterable(rows_of(order, at) for at in range(-(-3 * rows // chunk))))
+    read = list(itertools.chain.from_iterable(rows_of(order, at) for at in range(-(-3 * rows // chunk))))
     for epoch in range(3):
-        part = found[epoch * rows : (epoch + 1) * rows]
-        assert sorted(part) == [(epoch, row) for row in range(rows)]
-
-
-@pytest.mark.parametrize("trial", range(20))
-def test_any_chunk_is_known_without_those_before_it(trial: int) -> None:
-    draw = np.random.default_rng(trial)
-    rows, chunk, number = (int(draw.integers(1, top)) for top in (400, 30, 40))
+        assert sorted(read[epoch * rows : (epoch + 1) * rows]) == [(epoch, row) for row in range(rows)]
     mixture = EvenMixture([rows, 77], rows + 77)
-    one = SourceOrder(rows, Lanes(chunk, number), lambda places: mixture.before(0, places))
-    for at in draw.integers(0, 3 * rows // chunk + 2, 10).tolist():
-        fresh = SourceOrder(rows, Lanes(chunk, number), lambda places: mixture.before(0, places))
-        assert rows_of(one, at) == rows_of(fresh, at)
+    one, *fresh = (SourceOrder(rows, Lanes(chunk, number), partial(mixture.before, 0)) for _ in range(11))
+    for at, other in zip(draw.integers(0, 3 * rows // chunk + 2, 10).tolist(), fresh, strict=True):
+        assert rows_of(one, at) == rows_of(other, at)
 
 
 @pytest.mark.parametrize(("batch", "world", "workers"), [(32, 1, 1), (32, 4, 2), (10, 3, 4), (7, 2, 6), (64, 64, 8)])
