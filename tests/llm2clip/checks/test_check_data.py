@@ -12,6 +12,7 @@ import pytest
 from llm2clip import cli
 from llm2clip.checks.check_data import check_data
 from llm2clip.data import CaptionSource
+from tests.builders.tables import write_table
 from tests.llm2clip.data.conftest import CONCEPTS, png
 from tests.tars import write_tar
 
@@ -72,11 +73,9 @@ def check(report: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def parquet(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("awkward") / "rows.parquet"
     keys, images, captions = zip(*ROWS, strict=True)
-    table = datasets.Dataset.from_dict({"key": keys, "image": images, "caption": captions})
-    table.to_parquet(path)
-    return str(path)
+    columns = {"key": keys, "image": images, "caption": captions}
+    return write_table(tmp_path_factory.mktemp("awkward") / "rows.parquet", columns)
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +169,7 @@ def test_options_replace_the_fields_of_the_mapping(capsys: pytest.CaptureFixture
 def test_rows_that_are_not_text_and_data_without_a_usable_row(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = str(tmp_path / "numbers.parquet")
-    datasets.Dataset.from_dict({"caption": [1, 2]}).to_parquet(path)
+    path = write_table(tmp_path / "numbers.parquet", {"caption": [1, 2]})
     assert cli.main(["check-data", path, "--no-images", "--on-error", "skip"]) == 1
     assert "2 of 2 rows cannot be used" in capsys.readouterr().err
     report = check_data(CaptionSource(path), with_images=False, num_workers=0)

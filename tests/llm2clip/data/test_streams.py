@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,6 +20,7 @@ from llm2clip.data.opened_table import SourceError
 from llm2clip.data.shard_rows import ShardRows
 from llm2clip.data.stream_order import Lanes
 from llm2clip.trainers.stage2_data import count_stream
+from tests.builders.tables import write_table
 from tests.llm2clip.data.streams import BATCH, PER_TAR, TARS, batches, every_caption, opened, steps_of, write_tars
 from tests.tars import write_tar
 
@@ -160,7 +160,7 @@ def test_keys_do_not_depend_on_order_epoch_and_number_of_readers(
     assert keys == {f"caption {shard} {row}": f"{shard}-{row}" for shard in range(4) for row in range(PER_TAR)}
 
 
-@pytest.mark.parametrize("kind", ["tar", "tar.gz", "jsonl", "parquet", "saved", "remote"])
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "json", "parquet", "saved", "remote"])
 @pytest.mark.parametrize("limit", [None, 4])
 def test_rows_are_counted_in_files_of_every_kind(kind: str, limit: int | None, tmp_path: Path) -> None:
     rows, columns = [2, 3, 1], ["caption"]
@@ -171,10 +171,8 @@ def test_rows_are_counted_in_files_of_every_kind(kind: str, limit: int | None, t
             ending = "tar" if kind == "remote" else kind
             write_tar(tmp_path / f"{number}.{ending}", files, "w:gz" if kind == "tar.gz" else "w")
             columns = ["txt"]
-        elif kind == "jsonl":
-            (tmp_path / f"{number}.jsonl").write_text("\n".join(json.dumps({"caption": text}) for text in texts))
-        elif kind == "parquet":
-            datasets.Dataset.from_dict({"caption": texts}).to_parquet(tmp_path / f"{number}.parquet")
+        elif kind != "saved":
+            write_table(tmp_path / f"{number}.{kind}", {"caption": texts})
     path = str(tmp_path if kind == "saved" else tmp_path / f"*.{kind}")
     if kind == "saved":
         datasets.Dataset.from_dict({"caption": [f"0 {row}" for row in range(6)]}).save_to_disk(path)
