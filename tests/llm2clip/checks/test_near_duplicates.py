@@ -24,11 +24,12 @@ def check_of(hashes: dict[str, int]) -> HashCheck:
     return check
 
 
-def test_distances_are_those_of_the_bits() -> None:
+def test_distances_are_those_of_the_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm2clip.checks.near_duplicates.NEAR", 64)
     generator = random.Random(0)
     numbers = {str(row): generator.getrandbits(64) for row in range(40)}
     others = {str(row): generator.getrandbits(64) for row in range(30)}
-    found = near_duplicates(check_of(numbers), check_of(others), near=64)
+    found = near_duplicates(check_of(numbers), check_of(others))
     for example in found.examples:
         distances = {key: (numbers[example["key"]] ^ number).bit_count() for key, number in others.items()}
         original = min(distances, key=lambda key: distances[key])

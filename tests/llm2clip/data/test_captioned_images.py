@@ -26,6 +26,7 @@ from llm2clip.data import (
 )
 from llm2clip.data.captioned_images import CaptionError
 from tests.builders.tables import write_table
+from tests.processes import run_ranks
 
 from .conftest import CONCEPTS, ROWS, png
 from .conftest import captions as made_captions
@@ -187,14 +188,45 @@ def test_ranks_read_disjoint_parts_of_the_captions() -> None:
 
 
 @pytest.mark.parametrize(("world", "limit"), [(2, None), (8, None), (2, 7)])
-def test_ranks_read_files_of_their_own_in_a_stream_if_each_has_one(
-    world: int, limit: int | None, tmp_path: Path
-) -> None:
+def test_ranks_read_files_of_their_own_in_a_stream(world: int, limit: int | None, tmp_path: Path) -> None:
     source = dataclasses.replace(write_tars(tmp_path, 5), max_samples=limit)
     parts = [list(itertools.chain(*caption_batches(source, rank, world))) for rank in range(world)]
     assert sorted(itertools.chain(*parts)) == every_caption(5)[:limit]
     files = [{caption.split()[1] for caption in part} for part in parts]
-    assert files[0].isdisjoint(files[1]) == ((world, limit) == (2, None))
+    assert files[0].isdisjoint(files[1]) == (limit is None)
+
+
+SHARE_FILES = """
+import sys
+from pathlib import Path
+from llm2clip.data import CaptionSource, distinct_captions, shard_rows
+from llm2clip.utils.processes import leave_process_group, process_state
+
+folder, read, tar_rows = sys.argv[1], [], shard_rows.tar_rows
+shard_rows.tar_rows = lambda path, *part: (read.append(Path(path).stem[-1]), tar_rows(path, *part))[1]
+state = process_state()
+texts = distinct_captions(CaptionSource(folder, caption_columns=["txt"], streaming=True), False, in_all_processes=True)
+seen = ["".join(read), *texts]
+state.wait_for_everyone()
+Path(folder, "00003.tar").write_bytes(b"torn")
+state.wait_for_everyone()
+try:
+    distinct_captions(CaptionSource(folder, caption_columns=["txt"], streaming=True), False, in_all_processes=True)
+except ValueError as error:
+    seen.append(str(error))
+Path(folder, f"seen-{state.process_index}").write_text("\\n".join(seen))
+leave_process_group()
+"""
+
+
+def test_processes_share_the_files_of_a_stream_and_know_all_captions_or_the_error(tmp_path: Path) -> None:
+    expected = distinct_captions(write_tars(tmp_path / "tars", 5), False)
+    (tmp_path / "script.py").write_text(SHARE_FILES)
+    run_ranks([str(tmp_path / "script.py"), str(tmp_path / "tars")], 2)
+    for rank, files in enumerate(("024", "13")):
+        read, *captions, error = (tmp_path / "tars" / f"seen-{rank}").read_text().splitlines()
+        assert (read, captions) == (files, expected)
+        assert "00003.tar" in error
 
 
 def test_rows_without_a_caption_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

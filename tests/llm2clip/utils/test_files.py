@@ -62,7 +62,7 @@ def test_what_killed_processes_left_in_a_folder_is_removed(tmp_path: Path) -> No
         (tmp_path / name).touch()
     os.utime(reused, (1, 1))
     written = [tmp_path / name for name in ("config.json", "other.json")]
-    assert set(files.remove_leftovers(written)) == {tmp_path / dead, reused}
+    assert set(files.remove_leftovers(written, patience=0)) == {tmp_path / dead, reused}
     files.remove_unfinished(tmp_path)
     assert sorted(os.listdir(tmp_path)) == sorted(kept)
 

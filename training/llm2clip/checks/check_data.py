@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import fsspec.asyn
 from rich.console import Console
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from llm2clip.checks.near_duplicates import HashCheck, near_duplicates, perceptual_hash
 from llm2clip.checks.row_checks import (
@@ -24,7 +23,7 @@ from llm2clip.checks.row_checks import (
 from llm2clip.checks.token_check import CountingTokenizer, TokenCheck
 from llm2clip.data.captioned_images import OnError
 from llm2clip.data.opened_table import SourceError
-from llm2clip.data.shard_rows import open_shards
+from llm2clip.data.shard_rows import data_worker, open_shards
 from llm2clip.data.sources import CaptionSource, load_source, open_source, source_columns
 from llm2clip.data.table_identity import data_revision
 from llm2clip.utils.files import write_json
@@ -178,11 +177,7 @@ class StreamedFiles(IterableDataset):
         self.reader, self.max_samples = reader, source.max_samples
 
     def __iter__(self) -> Iterator[RowFacts]:
-        worker = get_worker_info()
-        number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        if worker is not None:
-            fsspec.asyn.reset_lock()  # a forked process inherits a lock that nobody releases
-        for file, row, values in self.shards.share(number, workers, self.max_samples):
+        for file, row, values in self.shards.share(*data_worker(), self.max_samples):
             key = None if self.columns.key is None else values[self.columns.key]
             name = f"{file}-{row}" if self.shards.num_files > 1 else str(row)
             yield self.reader(values, name if key is None else str(key), self.columns)

@@ -9,15 +9,14 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
-import fsspec.asyn
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset
 
 from llm2clip.data.captioned_images import CaptionImageDataset, OnError, SampleMaker
 from llm2clip.data.opened_table import OpenedTable, SourceError
 from llm2clip.data.sampling import SampleIndex, stable_seed
-from llm2clip.data.shard_rows import ShardRows, open_shards
+from llm2clip.data.shard_rows import ShardRows, data_worker, open_shards
 from llm2clip.data.sources import CaptionSource, open_source
 from llm2clip.data.stream_order import (
     BLOCK,
@@ -133,10 +132,7 @@ class SampleStream(IterableDataset):
         return EvenMixture(weights, self.num_rows if self.mixing == "proportional" else None)
 
     def __iter__(self) -> Iterator[Any]:
-        worker = get_worker_info()
-        number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        if worker is not None:
-            fsspec.asyn.reset_lock()  # a forked process inherits a lock that nobody releases
+        number, workers = data_worker()
         lanes, start = self.choose_lanes(workers), self.start or 0
         mixture = self._mixture(lanes)
         epoch = self.epoch if self.start is None else 0

@@ -160,7 +160,8 @@ def _refuse_ignored(config: EmbedConfig, names: Sequence[str]) -> None:
 def _embed_into_cache(config: EmbedConfig) -> dict[str, Any]:
     require(config, REQUIRED)
     encoder, name, state = _open_encoder(config)
-    captions = distinct_captions([CaptionSource.from_dict(source) for source in config.sources])
+    sources = [CaptionSource.from_dict(source) for source in config.sources]
+    captions = distinct_captions(sources, in_all_processes=True)
     manifest = embed_into_cache(captions, encoder, config.output_dir, name, config, state)
     return {"num_captions": manifest.rows, "num_truncated": manifest.counts["truncated"]}
 

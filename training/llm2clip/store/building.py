@@ -22,6 +22,7 @@ from llm2clip.store.manifest import (
     StoreIncompleteError,
     StoreManifest,
     StoreMismatchError,
+    manifest_path,
     rows_path,
 )
 from llm2clip.store.shards import ShardFile, keys_tensor, write_shard
@@ -229,7 +230,7 @@ def _drop_damaged(folder: Path, number: int, stored: StoreManifest | None, new: 
     except StoreDamagedError as error:
         logger.warning("%s It is computed again.", str(error).partition(";")[0].rstrip(".") + ".")
         (folder / INDEX).unlink(missing_ok=True)
-        path.with_name(path.name.removesuffix(ROWS_SUFFIX) + MANIFEST_SUFFIX).unlink(missing_ok=True)
+        manifest_path(path).unlink(missing_ok=True)
 
 
 def _files(folder: Path, manifests: dict[int, Any]) -> list[ShardFile]:
@@ -263,10 +264,7 @@ def _write_index(folder: Path, keys: np.ndarray) -> None:
         first += shard.rows
     manifest = replace(next(iter(manifests.values())), shards=shards, skipped=skipped, counts=counts)
     write_shard(rows_path(folder / INDEX), index.columns(), manifest)
-    for leftover in folder.glob(".*.tmp"):  # of any machine: nobody else writes here now
-        if not leftover.is_dir():
-            leftover.unlink()
-    remove_unfinished(folder)
+    remove_unfinished(folder)  # of any machine: nobody else writes here now
 
 
 def build_embedding_cache(

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import transformers
 
 from llm2clip.utils.files import read_json, write_json
 from llm2clip.utils.manifests import fits_checksum, with_checksum
-from llm2clip.utils.remote_path import AnyPath
+from llm2clip.utils.remote_path import AnyPath, RemotePath
 
 FORMAT, FORMAT_VERSION = "llm2clip-store", 1
 ROWS_SUFFIX, MANIFEST_SUFFIX = ".safetensors", ".manifest"
+PathT = TypeVar("PathT", Path, RemotePath, AnyPath)
 StoredDtype = Literal["float16", "bfloat16", "float32"]
 
 
@@ -170,7 +171,7 @@ def manifest_path(rows: AnyPath) -> AnyPath:
     return rows.with_name(rows.name.removesuffix(ROWS_SUFFIX) + MANIFEST_SUFFIX)
 
 
-def rows_path(manifest: Path) -> Path:
+def rows_path(manifest: PathT) -> PathT:
     """Return the path of the rows of `NAME.manifest`."""
     return manifest.with_name(manifest.name.removesuffix(MANIFEST_SUFFIX) + ROWS_SUFFIX)
 

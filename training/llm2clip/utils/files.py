@@ -56,7 +56,7 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
 
 
-def remove_leftovers(paths: Sequence[Path], patience: float = 0.0) -> list[Path]:
+def remove_leftovers(paths: Sequence[Path], patience: float) -> list[Path]:
     """Remove the files that killed processes left while they wrote `paths`, and return them; see [`leftovers`].
 
     Args:

@@ -87,6 +87,26 @@ def on_main_process(compute: Callable[[], T]) -> T:
     return outcome[0]
 
 
+def gather_results(compute: Callable[[], T]) -> list[T]:
+    """Call a function in all processes; each returns the results of all, or raises the error of one."""
+    if world_size() == 1:
+        return [compute()]
+    outcomes: list[Any] = [None] * world_size()
+    outcome: Any
+    try:
+        outcome = compute(), None
+    except Exception as error:  # the other processes must not wait for a result
+        outcome = None, error
+    # gloo, since results may be larger than what is left of the memory of a GPU.
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    dist.all_gather_object(outcomes, outcome, group=group)
+    dist.destroy_process_group(group)
+    for _, error in outcomes:
+        if error is not None:
+            raise error
+    return [result for result, _ in outcomes]
+
+
 def on_any_process(flag: Tensor) -> bool:
     """Whether a flag is set on any process; all of them have to call it, and get the same answer.
 
