@@ -79,8 +79,9 @@ def parquet(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def tars(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("awkward_tars")
+def forms(parquet: str) -> dict[str, str]:
+    """The data in a table, in tars and in a table of paths."""
+    folder = Path(parquet).parent
     # `datasets` refuses tars that lack a file in one of the first five rows.
     for shard, rows in enumerate((ROWS[:6], ROWS[6:])):
         files = []
@@ -88,30 +89,24 @@ def tars(tmp_path_factory: pytest.TempPathFactory) -> str:
             record = json.dumps({"captions": captions}).encode()
             contents = {"png": image, "json": record}
             files += [(f"{key}.{suffix}", data) for suffix, data in contents.items() if data is not None]
-        write_tar(folder / f"{shard}.tar", files)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def table_of_paths(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("awkward_paths")
+        write_tar(folder / "tars" / f"{shard}.tar", files)
     for key, image, _ in ROWS:
         if image is not None:
             (folder / f"{key}.png").write_bytes(image)
-    lines = [json.dumps({"key": key, "image": f"{key}.png", "caption": captions}) for key, _, captions in ROWS]
-    (folder / "rows.jsonl").write_text("\n".join(lines))
-    return str(folder / "rows.jsonl")
+    keys, _, texts = zip(*ROWS, strict=True)
+    columns = {"key": keys, "image": [f"{key}.png" for key in keys], "caption": texts}
+    return {"parquet": parquet, "tars": f"{folder}/tars", "paths": write_table(folder / "rows.json", columns)}
 
 
 @pytest.mark.parametrize(
     ("form", "streaming", "num_workers"),
-    [("parquet", False, 0), ("parquet", True, 2), ("tars", False, 2), ("tars", True, 0), ("table_of_paths", True, 0)],
+    [("parquet", False, 0), ("parquet", True, 2), ("tars", False, 2), ("tars", True, 0), ("paths", True, 0)],
 )
 def test_every_fault_is_found_in_every_form(
-    form: str, streaming: bool, num_workers: int, request: pytest.FixtureRequest
+    form: str, streaming: bool, num_workers: int, forms: dict[str, str]
 ) -> None:
     column = "json.captions" if form == "tars" else "caption"
-    source = CaptionSource(request.getfixturevalue(form), caption_columns=[column], streaming=streaming)
+    source = CaptionSource(forms[form], caption_columns=[column], streaming=streaming)
     report = check_data(source, max_pixels=MAX_PIXELS, num_workers=num_workers)
     check(report)
     assert report["captions"]["columns"] == {

@@ -206,27 +206,17 @@ folder, read, tar_rows = sys.argv[1], [], shard_rows.tar_rows
 shard_rows.tar_rows = lambda path, *part: (read.append(Path(path).stem[-1]), tar_rows(path, *part))[1]
 state = process_state()
 texts = distinct_captions(CaptionSource(folder, caption_columns=["txt"], streaming=True), False, in_all_processes=True)
-seen = ["".join(read), *texts]
-state.wait_for_everyone()
-Path(folder, "00003.tar").write_bytes(b"torn")
-state.wait_for_everyone()
-try:
-    distinct_captions(CaptionSource(folder, caption_columns=["txt"], streaming=True), False, in_all_processes=True)
-except ValueError as error:
-    seen.append(str(error))
-Path(folder, f"seen-{state.process_index}").write_text("\\n".join(seen))
+Path(folder, f"seen-{state.process_index}").write_text("\\n".join(["".join(read), *texts]))
 leave_process_group()
 """
 
 
-def test_processes_share_the_files_of_a_stream_and_know_all_captions_or_the_error(tmp_path: Path) -> None:
+def test_processes_share_the_files_of_a_stream_and_know_all_captions(tmp_path: Path) -> None:
     expected = distinct_captions(write_tars(tmp_path / "tars", 5), False)
     (tmp_path / "script.py").write_text(SHARE_FILES)
     run_ranks([str(tmp_path / "script.py"), str(tmp_path / "tars")], 2)
     for rank, files in enumerate(("024", "13")):
-        read, *captions, error = (tmp_path / "tars" / f"seen-{rank}").read_text().splitlines()
-        assert (read, captions) == (files, expected)
-        assert "00003.tar" in error
+        assert (tmp_path / "tars" / f"seen-{rank}").read_text().splitlines() == [files, *expected]
 
 
 def test_rows_without_a_caption_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

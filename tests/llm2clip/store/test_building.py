@@ -199,10 +199,10 @@ def test_float16_overflow_is_an_error(tmp_path: Path) -> None:
         return embed(texts).clamp(-1, 1) + 65504
 
     with pytest.raises(ValueError, match="'caption number 0' exceeds the range of float16; use bfloat16 or normalize"):
-        build(tmp_path / "a", TEXTS, large)
-    build(tmp_path / "b", TEXTS, large, dtype="bfloat16")
-    build(tmp_path / "c", TEXTS, large, normalize=True)
-    lengths = EmbeddingCache.open(tmp_path / "c").lookup(TEXTS).norm(dim=1)
+        build(tmp_path, TEXTS, large)
+    build(tmp_path / "bfloat16", TEXTS, large, dtype="bfloat16")
+    build(tmp_path / "unit", TEXTS, large, normalize=True)
+    lengths = EmbeddingCache.open(tmp_path / "unit").lookup(TEXTS).norm(dim=1)
     torch.testing.assert_close(lengths, torch.ones(37), atol=2e-3, rtol=0)
 
 

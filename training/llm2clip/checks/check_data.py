@@ -178,9 +178,8 @@ class StreamedFiles(IterableDataset):
 
     def __iter__(self) -> Iterator[RowFacts]:
         for file, row, values in self.shards.share(*data_worker(), self.max_samples):
-            key = None if self.columns.key is None else values[self.columns.key]
-            name = f"{file}-{row}" if self.shards.num_files > 1 else str(row)
-            yield self.reader(values, name if key is None else str(key), self.columns)
+            number = f"{file}-{row}" if self.shards.num_files > 1 else str(row)
+            yield self.reader(values, self.columns.row_key(values, number), self.columns)
 
 
 class TableRows(Dataset):
@@ -197,8 +196,7 @@ class TableRows(Dataset):
     def __getitem__(self, number: int) -> RowFacts:
         with wrap_read_errors(self.path, SourceError):
             values = self.table[number]
-        key = None if self.columns.key is None else values[self.columns.key]
-        return self.reader(values, str(number) if key is None else str(key), self.columns)
+        return self.reader(values, self.columns.row_key(values, str(number)), self.columns)
 
 
 def open_rows(source: CaptionSource, reader: RowReader, with_images: bool) -> TableRows | StreamedFiles:

@@ -270,11 +270,9 @@ class CaptionImageDataset(ConcatenatedTables):
         return digest_json(digests)
 
     def _key(self, number: int, position: int, row: Mapping[str, Any]) -> str:
-        column = self.columns[number].key
-        if column is not None and row[column] is not None:
-            return str(row[column])
         alone = len(self.sources) == 1 and not self.is_one_of_several
-        return str(position) if alone else f"{self.sources[number].path}:{position}"
+        default = str(position) if alone else f"{self.sources[number].path}:{position}"
+        return self.columns[number].row_key(row, default)
 
     def __getitem__(self, index: SampleIndex | int) -> dict[str, Any] | SkippedSample:
         epoch, position, number, offset = self.locate(index)

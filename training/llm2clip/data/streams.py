@@ -256,11 +256,8 @@ class StreamingCaptionImageDataset(SampleStream):
 
     def _key(self, file: int, number: int, values: Mapping[str, Any]) -> str:
         """Return the key of a row: the same in every order and split."""
-        key = None if self.columns.key is None else values[self.columns.key]
-        if key is not None:
-            return str(key)
         row = f"{file}-{number}" if self.shards.num_files > 1 else str(number)
-        return f"{self.name}:{row}" if self.is_one_of_several else row
+        return self.columns.row_key(values, f"{self.name}:{row}" if self.is_one_of_several else row)
 
     def open(self, lanes: Lanes, before: RowsBefore, epoch: int) -> ReadChunk:
         """Open the source for a DataLoader worker of a process.

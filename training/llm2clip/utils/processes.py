@@ -75,16 +75,20 @@ def on_main_process(compute: Callable[[], T]) -> T:
     state = process_state()
     if state.num_processes == 1:
         return compute()
-    outcome: list[Any] = [None, None]
-    if state.is_main_process:
-        try:
-            outcome[0] = compute()
-        except Exception as error:  # the other processes must not wait for a result
-            outcome[1] = error
+    outcome: list[Any] = [_attempt(compute) if state.is_main_process else None]
     broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
+    result, error = outcome[0]
+    if error is not None:
+        raise error
+    return result
+
+
+def _attempt(compute: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """Return the result of a function, or its error, so that other processes do not wait for the result."""
+    try:
+        return compute(), None
+    except Exception as error:
+        return None, error
 
 
 def gather_results(compute: Callable[[], T]) -> list[T]:
@@ -92,11 +96,7 @@ def gather_results(compute: Callable[[], T]) -> list[T]:
     if world_size() == 1:
         return [compute()]
     outcomes: list[Any] = [None] * world_size()
-    outcome: Any
-    try:
-        outcome = compute(), None
-    except Exception as error:  # the other processes must not wait for a result
-        outcome = None, error
+    outcome = _attempt(compute)
     # gloo, since results may be larger than what is left of the memory of a GPU.
     group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     dist.all_gather_object(outcomes, outcome, group=group)
