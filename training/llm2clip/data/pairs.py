@@ -153,7 +153,7 @@ class PairSource(Source):
 
 
 class RowTexts(NamedTuple):
-    """The candidate texts of a row, and the caption ids of anchors and positives, which no negative shares."""
+    """The candidate texts of a row, and the caption ids of its pair, which no negative shares, and of the negatives."""
 
     anchors: list[str]
     positives: list[str]
@@ -209,8 +209,9 @@ class PairTable:
         """
         source = self.source
         # Arrays grow in place, and the results are views of them.
-        rows, own_keys, negative_keys = array("q"), array("q"), array("q")
-        own_starts, negative_starts = array("q", [0]), array("q", [0])
+        arrays = {name: array("q") for name in ("rows", "own_keys", "own_starts", "negative_keys", "negative_starts")}
+        arrays["own_starts"].append(0)
+        arrays["negative_starts"].append(0)
         for position, row in enumerate(itertools.chain.from_iterable(row_batches(self.table))):
             try:
                 texts = self._texts(row)
@@ -221,15 +222,11 @@ class PairTable:
                 continue
             group = column_value(row, source.group_column) if source.group_column else None
             groups = set() if group is None else {stable_seed("group", str(group))}
-            rows.append(position)
-            own_keys.extend(sorted(texts.pair_ids | groups))
-            own_starts.append(len(own_keys))
-            negative_keys.extend(sorted(texts.negative_ids))
-            negative_starts.append(len(negative_keys))
-        arrays = {
-            "rows": rows, "own_keys": own_keys, "own_starts": own_starts, "negative_keys": negative_keys,
-            "negative_starts": negative_starts,
-        }  # fmt: skip
+            arrays["rows"].append(position)
+            arrays["own_keys"].extend(sorted(texts.pair_ids | groups))
+            arrays["own_starts"].append(len(arrays["own_keys"]))
+            arrays["negative_keys"].extend(sorted(texts.negative_ids))
+            arrays["negative_starts"].append(len(arrays["negative_keys"]))
         return {name: np.frombuffer(values, dtype=np.int64) for name, values in arrays.items()}
 
     def _texts(self, row: Mapping[str, Any]) -> RowTexts:

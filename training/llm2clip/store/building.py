@@ -143,11 +143,11 @@ def build_store(
         for number, earlier in stored[rank::world_size]:
             _drop_damaged(folder, number, earlier, manifest)
         wait()
-        there = _manifests(folder)
-        indexed = _open_indexed(folder, there)
-        known = index_of(_files(folder, there)) if indexed is None else indexed
+        kept = _manifests(folder)
+        indexed = _open_indexed(folder, kept)
+        known = index_of(_files(folder, kept)) if indexed is None else indexed
         missing = np.flatnonzero(known.find(keys) < 0)
-        numbers = (number for number in itertools.count() if number not in there)
+        numbers = (number for number in itertools.count() if number not in kept)
         parts = [missing[start : start + shard_size] for start in range(0, len(missing), shard_size)]
         work = list(zip(numbers, parts, strict=False))
         wait()  # every rank has read the folder before it changes

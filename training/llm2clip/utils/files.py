@@ -124,11 +124,11 @@ def require_writable(folder: Path) -> None:
         NotADirectoryError: A file is in its place, or in that of a folder above it.
         PermissionError: It is read-only.
     """
-    there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    if not there.is_dir():
-        raise NotADirectoryError(f"{folder} cannot be a folder, because {there} is a file.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(f"{there} is read-only, so that nothing can be written to {folder}.")
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{folder} cannot be a folder, because {existing} is a file.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"{existing} is read-only, so that nothing can be written to {folder}.")
 
 
 def flush_file(path: Path) -> None:
