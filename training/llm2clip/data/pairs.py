@@ -153,7 +153,7 @@ class PairSource(Source):
 
 
 class RowTexts(NamedTuple):
-    """The candidate texts of a row, the caption ids of its pair, which no negative shares, and those of the negatives."""
+    """The candidate texts of a row, the caption ids of its pair, and of the negatives, which share none of these."""
 
     anchors: list[str]
     positives: list[str]
