@@ -12,6 +12,7 @@ import pytest
 from llm2clip import cli
 from llm2clip.checks.check_data import check_data
 from llm2clip.data import CaptionSource
+from tests.builders.tables import write_table
 from tests.llm2clip.data.conftest import CONCEPTS, png
 from tests.tars import write_tar
 
@@ -72,16 +73,15 @@ def check(report: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def parquet(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("awkward") / "rows.parquet"
     keys, images, captions = zip(*ROWS, strict=True)
-    table = datasets.Dataset.from_dict({"key": keys, "image": images, "caption": captions})
-    table.to_parquet(path)
-    return str(path)
+    columns = {"key": keys, "image": images, "caption": captions}
+    return write_table(tmp_path_factory.mktemp("awkward") / "rows.parquet", columns)
 
 
 @pytest.fixture(scope="module")
-def tars(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("awkward_tars")
+def forms(parquet: str) -> dict[str, str]:
+    """The data in a table, in tars and in a table of paths."""
+    folder = Path(parquet).parent
     # `datasets` refuses tars that lack a file in one of the first five rows.
     for shard, rows in enumerate((ROWS[:6], ROWS[6:])):
         files = []
@@ -89,30 +89,24 @@ def tars(tmp_path_factory: pytest.TempPathFactory) -> str:
             record = json.dumps({"captions": captions}).encode()
             contents = {"png": image, "json": record}
             files += [(f"{key}.{suffix}", data) for suffix, data in contents.items() if data is not None]
-        write_tar(folder / f"{shard}.tar", files)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def table_of_paths(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("awkward_paths")
+        write_tar(folder / "tars" / f"{shard}.tar", files)
     for key, image, _ in ROWS:
         if image is not None:
             (folder / f"{key}.png").write_bytes(image)
-    lines = [json.dumps({"key": key, "image": f"{key}.png", "caption": captions}) for key, _, captions in ROWS]
-    (folder / "rows.jsonl").write_text("\n".join(lines))
-    return str(folder / "rows.jsonl")
+    keys, _, texts = zip(*ROWS, strict=True)
+    columns = {"key": keys, "image": [f"{key}.png" for key in keys], "caption": texts}
+    return {"parquet": parquet, "tars": f"{folder}/tars", "paths": write_table(folder / "rows.json", columns)}
 
 
 @pytest.mark.parametrize(
     ("form", "streaming", "num_workers"),
-    [("parquet", False, 0), ("parquet", True, 2), ("tars", False, 2), ("tars", True, 0), ("table_of_paths", True, 0)],
+    [("parquet", False, 0), ("parquet", True, 2), ("tars", False, 2), ("tars", True, 0), ("paths", True, 0)],
 )
 def test_every_fault_is_found_in_every_form(
-    form: str, streaming: bool, num_workers: int, request: pytest.FixtureRequest
+    form: str, streaming: bool, num_workers: int, forms: dict[str, str]
 ) -> None:
     column = "json.captions" if form == "tars" else "caption"
-    source = CaptionSource(request.getfixturevalue(form), caption_columns=[column], streaming=streaming)
+    source = CaptionSource(forms[form], caption_columns=[column], streaming=streaming)
     report = check_data(source, max_pixels=MAX_PIXELS, num_workers=num_workers)
     check(report)
     assert report["captions"]["columns"] == {
@@ -170,8 +164,7 @@ def test_options_replace_the_fields_of_the_mapping(capsys: pytest.CaptureFixture
 def test_rows_that_are_not_text_and_data_without_a_usable_row(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = str(tmp_path / "numbers.parquet")
-    datasets.Dataset.from_dict({"caption": [1, 2]}).to_parquet(path)
+    path = write_table(tmp_path / "numbers.parquet", {"caption": [1, 2]})
     assert cli.main(["check-data", path, "--no-images", "--on-error", "skip"]) == 1
     assert "2 of 2 rows cannot be used" in capsys.readouterr().err
     report = check_data(CaptionSource(path), with_images=False, num_workers=0)

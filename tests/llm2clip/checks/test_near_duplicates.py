@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import json
 import random
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
 from llm2clip import cli
-from llm2clip.checks.check_data import check_data
 from llm2clip.checks.near_duplicates import HashCheck, near_duplicates
 from llm2clip.checks.row_checks import ImageFacts, RowFacts
-from llm2clip.data import CaptionSource
+from tests.builders.tables import write_table
+from tests.pictures import encode
 
 
 def check_of(hashes: dict[str, int]) -> HashCheck:
@@ -26,11 +24,12 @@ def check_of(hashes: dict[str, int]) -> HashCheck:
     return check
 
 
-def test_distances_are_those_of_the_bits() -> None:
+def test_distances_are_those_of_the_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm2clip.checks.near_duplicates.NEAR", 64)
     generator = random.Random(0)
     numbers = {str(row): generator.getrandbits(64) for row in range(40)}
     others = {str(row): generator.getrandbits(64) for row in range(30)}
-    found = near_duplicates(check_of(numbers), check_of(others), near=64)
+    found = near_duplicates(check_of(numbers), check_of(others))
     for example in found.examples:
         distances = {key: (numbers[example["key"]] ^ number).bit_count() for key, number in others.items()}
         original = min(distances, key=lambda key: distances[key])
@@ -48,45 +47,32 @@ def drawing(seed: int, size: int = 96) -> Image.Image:
     return image
 
 
-def encoded(image: Image.Image, kind: str = "PNG", **options: int) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
 @pytest.fixture
 def splits(tmp_path: Path) -> str:
     """Training images 0 to 5; of the test images, two are training images in another size and format."""
-    train = [encoded(drawing(seed)) for seed in range(6)]
-    copies = [encoded(drawing(1).resize((70, 70)), "JPEG", quality=80), encoded(drawing(4, 192))]
-    for split, images in {"train": train, "test": [encoded(drawing(50)), *copies, b"broken"]}.items():
+    train = [encode(drawing(seed)) for seed in range(6)]
+    copies = [encode(drawing(1).resize((70, 70)), "JPEG", quality=80), encode(drawing(4, 192))]
+    for split, images in {"train": train, "test": [encode(drawing(50)), *copies, b"broken"]}.items():
         fields = {"key": [f"{split}{row}" for row in range(len(images))], "image": images}
-        table = datasets.Dataset.from_dict(fields | {"caption": ["a drawing"] * len(images)})
-        table.to_parquet(tmp_path / f"{split}.parquet")
+        write_table(tmp_path / f"{split}.parquet", fields | {"caption": ["a drawing"] * len(images)})
     return str(tmp_path)
 
 
-@pytest.mark.parametrize("streaming", [False, True], ids=["prepared", "stream"])
-def test_training_images_that_are_in_the_test_split(splits: str, streaming: bool) -> None:
-    pytest.importorskip("imagehash", reason="imagehash is not installed")
-    source = CaptionSource(splits, split="train", streaming=streaming)
-    report = check_data(source, num_workers=0, other_splits=["test"])
-    finding = report["findings"]["images that are also in test"]
-    assert [example["key"] for example in finding["examples"]] == ["train1", "train4"]
-    assert [example["detail"].split()[0] for example in finding["examples"]] == ["test1", "test2"]
-    assert (finding["count"], finding["stops"]) == (2, False)
-    assert report["usable_rows"] == 6
-
-
-def test_the_command_compares_splits(
-    splits: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("streaming", ["false", "true"], ids=["prepared", "stream"])
+def test_training_images_that_are_in_the_test_split(
+    streaming: str, workers: str, splits: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("imagehash", reason="imagehash is not installed")
     monkeypatch.setenv("COLUMNS", "200")  # nothing is wrapped
-    output = str(tmp_path / "report.json")
-    arguments = ["check-data", splits, "--split", "train", "--num-workers", "2"]
-    assert cli.main([*arguments, "--other-splits", "test", "--output", output]) == 0
-    assert json.loads(Path(output).read_text())["findings"]["images that are also in test"]["count"] == 2
+    output = Path(splits, "report.json")
+    arguments = ["check-data", splits, "--split", "train", "--num-workers", workers, "--streaming", streaming]
+    assert cli.main([*arguments, "--other-splits", "test", "--output", str(output)]) == 0
+    report = json.loads(output.read_text())
+    finding = report["findings"]["images that are also in test"]
+    assert [example["key"] for example in finding["examples"]] == ["train1", "train4"]
+    assert [example["detail"].split()[0] for example in finding["examples"]] == ["test1", "test2"]
+    assert (finding["count"], finding["stops"], report["usable_rows"]) == (2, False, 6)
     assert "images that are also in test" in capsys.readouterr().out
     assert cli.main([*arguments, "--other-splits", "test", "--no-images"]) == 2
     assert "drop one of them" in capsys.readouterr().err

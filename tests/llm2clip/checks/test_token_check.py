@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import datasets
 import pytest
 
 from llm2clip import cli
 from llm2clip.checks.check_data import check_data
 from llm2clip.data import CaptionSource
+from tests.builders.tables import write_table
 from tests.llm2clip.checks.tokenizers import save_tokenizer
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> str:
-    path = str(tmp_path / "captions.parquet")
     captions = [["one two three"], ["one two three four", "a"], ["one two three four five six"]]
-    datasets.Dataset.from_dict({"caption": captions, "key": ["a", "b", "c"]}).to_parquet(path)
-    return path
+    return write_table(tmp_path / "captions.parquet", {"caption": captions, "key": ["a", "b", "c"]})
 
 
 def test_captions_are_counted_by_each_tokenizer(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import datasets
-
 from llm2clip.data import PairSource
+from tests.builders.tables import write_table
 
 from .conftest import CONCEPTS, GLOSSES
 
@@ -21,9 +20,7 @@ def concepts(**fields: Any) -> PairSource:
 
 
 def table_source(folder: Path, columns: dict[str, list[Any]], name: str = "pairs", **fields: Any) -> PairSource:
-    path = folder / f"{name}.parquet"
-    datasets.Dataset.from_dict(columns).to_parquet(str(path))
-    return PairSource(str(path), **fields)
+    return PairSource(write_table(folder / f"{name}.parquet", columns), **fields)
 
 
 def plain_source(folder: Path, columns: dict[str, list[Any]], **fields: Any) -> PairSource:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,6 @@ from llm2clip.data import (
     DamagedImageError,
     EvalTransform,
     SampleIndex,
-    SampleIndexBatchSampler,
     SkippedSample,
     StreamingCaptionImageDataset,
     TrainTransform,
@@ -24,9 +25,12 @@ from llm2clip.data import (
     distinct_captions,
 )
 from llm2clip.data.captioned_images import CaptionError
+from tests.builders.tables import write_table
+from tests.processes import run_ranks
 
 from .conftest import CONCEPTS, ROWS, png
 from .conftest import captions as made_captions
+from .streams import every_caption, write_tars
 
 Transforms = tuple[EvalTransform, TrainTransform]
 
@@ -38,10 +42,6 @@ def transforms(image_processor: CLIPImageProcessorPil) -> Transforms:
 
 def _concepts(split: str = "validation", **fields: Any) -> CaptionSource:
     return CaptionSource(CONCEPTS, split=split, **{"caption_columns": ["caption", "keywords"], **fields})
-
-
-def _batches(loader: DataLoader) -> list[list[tuple[str, str, float]]]:
-    return [[(s["key"], s["caption"], float(s["pixel_values"].double().sum())) for s in batch] for batch in loader]
 
 
 def test_sample_has_image_caption_and_ids_of_its_row(transforms: Transforms) -> None:
@@ -70,20 +70,6 @@ def test_caption_and_crop_depend_only_on_seed_epoch_and_index(transforms: Transf
     assert len({dataset[SampleIndex(epoch, 3)]["caption"] for epoch in range(12)}) == 2
 
 
-def test_batches_do_not_depend_on_the_number_of_workers(transforms: Transforms) -> None:
-    dataset = CaptionImageDataset(_concepts(max_samples=24), *transforms, seed=4)
-    runs = []
-    for workers in (0, 2):
-        sampler = SampleIndexBatchSampler(dataset, 4, seed=4)
-        loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=list, num_workers=workers)
-        runs.append([])
-        for epoch in range(2):
-            dataset.set_epoch(epoch)
-            runs[-1].append(_batches(loader))
-    assert runs[0] == runs[1]
-    assert runs[0][0] != runs[0][1]
-
-
 def test_several_sources_are_concatenated(made: Path) -> None:
     first = CaptionSource(str(made / "bytes.parquet"))
     second = CaptionSource(str(made / "csv" / "data.csv"), key_column="id")
@@ -106,8 +92,7 @@ REASONS = {
 def _damaged_source(tmp_path: Path) -> CaptionSource:
     images = [png(1), None, png(2), png(3)[:40], png(1, (1, 140_000))]
     columns = {"key": DAMAGED, "image": images, "caption": ["a", "b", "  ", "d", "e"]}
-    datasets.Dataset.from_dict(columns).to_parquet(str(tmp_path / "damaged.parquet"))
-    return CaptionSource(str(tmp_path / "damaged.parquet"))
+    return CaptionSource(write_table(tmp_path / "damaged.parquet", columns))
 
 
 def test_unusable_rows_raise_with_their_key_or_are_skipped(tmp_path: Path, transforms: Transforms) -> None:
@@ -147,25 +132,14 @@ def test_stream_order_and_samples_depend_only_on_seed_and_epoch(transforms: Tran
         stream = StreamingCaptionImageDataset(source, *transforms, seed=seed, shuffle_block=30)
         stream.set_epoch(epoch)
         torch.manual_seed(seed + 10 * epoch)
-        rows = [batch[0] for batch in _batches(DataLoader(stream, batch_size=1, collate_fn=list))]
-        return [key for key, _, _ in rows], {key: pixels for key, _, pixels in rows}
+        pixels = {sample["key"]: float(sample["pixel_values"].double().sum()) for sample in stream}
+        return list(pixels), pixels
 
     base, other = run(0, 0), run(0, 1)
     assert base == run(0, 0)
     assert sorted(base[0]) == sorted(other[0])
     assert base[0] not in (other[0], run(1, 0)[0])
     assert base[1] != other[1]
-
-
-@pytest.mark.parametrize(("form", "world", "workers"), [("bytes.parquet", 1, 1), ("saved", 2, 2)])
-def test_ranks_and_workers_read_disjoint_parts_of_a_stream(made: Path, form: str, world: int, workers: int) -> None:
-    source = CaptionSource(str(made / form), streaming=True)
-    samples = []
-    for rank in range(world):
-        stream = StreamingCaptionImageDataset(source, None, rank=rank, world_size=world, shuffle_block=2)
-        samples += list(DataLoader(stream, batch_size=None, num_workers=workers))
-    assert sorted(sample["caption"].split()[-1] for sample in samples) == [str(row) for row in range(ROWS)]
-    assert len({sample["key"] for sample in samples}) == ROWS
 
 
 def test_persistent_workers_read_the_new_epoch(made: Path) -> None:
@@ -213,10 +187,41 @@ def test_ranks_read_disjoint_parts_of_the_captions() -> None:
     assert [len(read(rank, 4)) for rank in range(4)] == [1, 1, 0, 0]
 
 
+@pytest.mark.parametrize(("world", "limit"), [(2, None), (8, None), (2, 7)])
+def test_ranks_read_files_of_their_own_in_a_stream(world: int, limit: int | None, tmp_path: Path) -> None:
+    source = dataclasses.replace(write_tars(tmp_path, 5), max_samples=limit)
+    parts = [list(itertools.chain(*caption_batches(source, rank, world))) for rank in range(world)]
+    assert sorted(itertools.chain(*parts)) == every_caption(5)[:limit]
+    files = [{caption.split()[1] for caption in part} for part in parts]
+    assert files[0].isdisjoint(files[1]) == (limit is None)
+
+
+SHARE_FILES = """
+import sys
+from pathlib import Path
+from llm2clip.data import CaptionSource, distinct_captions, shard_rows
+from llm2clip.utils.processes import leave_process_group, process_state
+
+folder, read, tar_rows = sys.argv[1], [], shard_rows.tar_rows
+shard_rows.tar_rows = lambda path, *part: (read.append(Path(path).stem[-1]), tar_rows(path, *part))[1]
+state = process_state()
+texts = distinct_captions(CaptionSource(folder, caption_columns=["txt"], streaming=True), False, in_all_processes=True)
+Path(folder, f"seen-{state.process_index}").write_text("\\n".join(["".join(read), *texts]))
+leave_process_group()
+"""
+
+
+def test_processes_share_the_files_of_a_stream_and_know_all_captions(tmp_path: Path) -> None:
+    expected = distinct_captions(write_tars(tmp_path / "tars", 5), False)
+    (tmp_path / "script.py").write_text(SHARE_FILES)
+    run_ranks([str(tmp_path / "script.py"), str(tmp_path / "tars")], 2)
+    for rank, files in enumerate(("024", "13")):
+        assert (tmp_path / "tars" / f"seen-{rank}").read_text().splitlines() == [files, *expected]
+
+
 def test_rows_without_a_caption_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    rows = datasets.Dataset.from_dict({"caption": ["a", None, " ", "b"], "long": ["c", None, "d", None]})
-    rows.to_parquet(tmp_path / "rows.parquet")
-    source = CaptionSource(str(tmp_path / "rows.parquet"), caption_columns=["caption", "long"])
+    columns = {"caption": ["a", None, " ", "b"], "long": ["c", None, "d", None]}
+    source = CaptionSource(write_table(tmp_path / "rows.parquet", columns), caption_columns=[*columns])
     assert distinct_captions(source) == ["a", "c", "d", "b"]
     assert f"1 rows of {source.path} have no caption" in caplog.text
 

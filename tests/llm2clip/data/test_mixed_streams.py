@@ -7,13 +7,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 
 from llm2clip.data import CaptionImageDataset, CaptionSource
 from llm2clip.data.opened_table import SourceError
 from llm2clip.data.stream_order import Lanes, Mixing
 from llm2clip.data.streams import SampleStream, TableSource
+from tests.builders.tables import write_table
 from tests.llm2clip.data.streams import BATCH, PER_TAR, batches, opened, steps_of, write_tars
 
 MIXED_TARS, TABLE_ROWS = (9, 17), 22
@@ -26,8 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = tmp_path_factory.mktemp("sources")
     for number, tars in enumerate(MIXED_TARS):
         write_tars(folder / str(number), tars, name=f"{number} caption")
-    table = datasets.Dataset.from_dict({"caption": [f"2 row {row}" for row in range(TABLE_ROWS)]})
-    table.to_parquet(folder / "table.parquet")
+    write_table(folder / "table.parquet", {"caption": [f"2 row {row}" for row in range(TABLE_ROWS)]})
     return folder
 
 

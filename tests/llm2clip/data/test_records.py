@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from llm2clip.data import caption_id
-from llm2clip.data.captioned_images import CaptionError, RowCaptions, clean_caption, column_texts
+from llm2clip.data.captioned_images import CaptionError, RowCaptions, column_texts
 
 
 def test_caption_id_ignores_only_case_white_space_and_unicode_composition() -> None:
@@ -17,20 +17,14 @@ def test_caption_id_ignores_only_case_white_space_and_unicode_composition() -> N
     assert caption_id("a red squirrel") == 6556511861023502500
 
 
-def test_clean_caption_strips_white_space_and_rejects_other_types() -> None:
-    assert clean_caption("  a cat\n") == "a cat"
-    assert all(clean_caption(text) is None for text in (None, "", " \n", float("nan")))
-    with pytest.raises(TypeError, match="must be text, not int"):
-        clean_caption(3)
-
-
 def test_columns_may_contain_texts_lists_or_records() -> None:
-    row = {"a": " x ", "b": ["y", None, " ", "z"], "c": {"d": {"e": "w"}}, "f.g": "v", "n": None}
+    row = {"a": " x\n", "b": ["y", None, " ", "z"], "c": {"d": {"e": "w"}}, "f.g": "v", "n": float("nan"), "i": 3}
     assert [column_texts(row, name) for name in ("a", "b", "c.d.e", "f.g", "n", "c.q", "n.q")] == [
         ["x"], ["y", "z"], ["w"], ["v"], [], [], []
     ]  # fmt: skip
-    with pytest.raises(TypeError, match="column 'c': a caption must be text, not dict"):
-        column_texts(row, "c")
+    for column, kind in (("c", "dict"), ("i", "int")):
+        with pytest.raises(TypeError, match=f"column '{column}': a caption must be text, not {kind}"):
+            column_texts(row, column)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import fsspec
@@ -11,12 +13,12 @@ import pytest
 from llm2clip import cli
 from llm2clip.data import CaptionSource
 from llm2clip.data.shards import ShardedSource
-from llm2clip.data.sidecars import SourceSidecars
+from llm2clip.data.sidecars import KEPT_OPEN, SourceSidecars
 from llm2clip.encoders.embed import EmbedConfig, run
 from llm2clip.encoders.embed_shards import ShardEmbedder, list_jobs
 from llm2clip.store import StoreManifest
 from llm2clip.store.store import stored_manifest
-from llm2clip.utils.remote_path import open_path
+from llm2clip.utils.remote_path import AnyPath, local_copy, open_path
 from llm2clip.verification import verify
 from tests.llm2clip.data.streams import write_tars
 from tests.llm2clip.encoders.shards import Counting, description, embed, write_groups, write_shards
@@ -61,6 +63,27 @@ def test_remote_sidecars_are_those_of_a_folder(bucket: str, tmp_path: Path) -> N
     assert remote.check(["caption"]) == local.check(["caption"])
     texts = ["everywhere", "a long dog 2"]
     assert remote.open(2).lookup(texts).equal(local.open(2).lookup(texts))
+
+
+def test_a_sidecar_that_is_still_read_is_not_downloaded_again(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, copied = write_shards(tmp_path / "data", KEPT_OPEN + 2), Counter[str]()
+    embed_at(source, bucket)
+
+    def counted(path: AnyPath) -> AbstractContextManager[Path]:
+        copied[path.name] += 1
+        return local_copy(path)
+
+    monkeypatch.setattr("llm2clip.data.sidecars.local_copy", counted)
+    sidecars = SourceSidecars(bucket, ShardedSource(source).shards)
+    first = sidecars.open(0)
+    for number in range(1, KEPT_OPEN + 2):
+        sidecars.open(number)
+    assert sidecars.open(0) is first
+    assert set(copied.values()) == {1}
+    sidecars.open(1)  # which nobody reads any more
+    assert Counter(copied.values()) == {1: KEPT_OPEN + 1, 2: 1}
 
 
 def test_a_manifest_appears_after_its_sidecar(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

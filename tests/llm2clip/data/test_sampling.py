@@ -14,13 +14,13 @@ from llm2clip.data.sampling import EpochDataset, OneSourceBatchSampler, stable_s
 
 
 class Echo(EpochDataset):
-    """Returns the requested index."""
+    """Returns the requested index of sources of the given sizes."""
 
-    def __init__(self, length: int) -> None:
-        self.length = length
+    def __init__(self, *sizes: int) -> None:
+        self.starts = np.cumsum([0, *sizes])
 
     def __len__(self) -> int:
-        return self.length
+        return int(self.starts[-1])
 
     def __getitem__(self, index: SampleIndex) -> tuple[int, int]:
         return tuple(index)
@@ -49,7 +49,7 @@ def test_each_epoch_has_every_sample_once_in_a_new_order() -> None:
 @pytest.mark.parametrize("one_source", [False, True], ids=["all", "one source"])
 def test_one_and_two_ranks_have_the_same_global_batches(one_source: bool) -> None:
     kind: Any = OneSourceBatchSampler if one_source else SampleIndexBatchSampler
-    one, two = kind(Sources(41, 20), 8), kind(Sources(41, 20), 4, num_replicas=2)
+    one, two = kind(Echo(41, 20), 8), kind(Echo(41, 20), 4, num_replicas=2)
     halves = list(two)
     assert len(one) == len(list(one)) == 7
     assert [halves[i] + halves[i + 1] for i in range(0, len(two), 2)] == list(one)
@@ -59,9 +59,9 @@ def test_fewer_samples_than_a_global_batch_raise() -> None:
     with pytest.raises(ValueError, match=r"7 samples, fewer than one global batch of 8 \(4 on each of 2 ranks\)"):
         SampleIndexBatchSampler(Echo(7), 4, num_replicas=2)
     with pytest.raises(ValueError, match=r"Source 2 of 2 has 7 rows, .* of 8, .* Use mixing: proportional"):
-        OneSourceBatchSampler(Sources(41, 7), 4, num_replicas=2)
+        OneSourceBatchSampler(Echo(41, 7), 4, num_replicas=2)
     with pytest.raises(ValueError, match="needs a single rank"):
-        OneSourceBatchSampler(Sources(41, 7), 4, num_replicas=2, drop_last=False)
+        OneSourceBatchSampler(Echo(41, 7), 4, num_replicas=2, drop_last=False)
 
 
 def _ranks(epoch_calls: list[int], skip: int, world: int, workers: int) -> Iterator[list[list[tuple[int, int]]]]:
@@ -94,16 +94,8 @@ def test_accelerate_passes_on_the_epoch_when_it_skips_batches(world: int, worker
     assert len(set(samples)) == len(samples) == 40
 
 
-class Sources(Echo):
-    """Returns the requested index of sources of the given sizes."""
-
-    def __init__(self, *sizes: int) -> None:
-        super().__init__(sum(sizes))
-        self.starts = np.cumsum([0, *sizes])
-
-
 def test_batches_of_one_source_are_in_proportion_to_its_size() -> None:
-    sampler = OneSourceBatchSampler(Sources(41, 20, 83), 4, seed=3)
+    sampler = OneSourceBatchSampler(Echo(41, 20, 83), 4, seed=3)
     orders = []
     for epoch in (0, 1, 0):
         sampler.set_epoch(epoch)
@@ -116,6 +108,6 @@ def test_batches_of_one_source_are_in_proportion_to_its_size() -> None:
         orders.append((samples, sources))
     assert orders[0] == orders[2]
     assert orders[0][1] != orders[1][1] != sorted(orders[1][1], key=min)
-    whole = OneSourceBatchSampler(Sources(9, 8), 4, drop_last=False)
+    whole = OneSourceBatchSampler(Echo(9, 8), 4, drop_last=False)
     assert sorted(index.index for batch in whole for index in batch) == list(range(17))
     assert len(list(whole)) == len(whole) == 5

@@ -13,6 +13,7 @@ from llm2clip.data import CaptionSource
 from llm2clip.data.opened_table import SourceError
 from llm2clip.data.shard_rows import ShardRows
 from llm2clip.data.sources import open_source, select_source, source_columns, used_columns
+from tests.builders.tables import write_table
 
 
 def opened(source: CaptionSource) -> tuple[ShardRows, str | None]:
@@ -57,8 +58,6 @@ def test_parquet_with_paths_and_row_groups(tmp_path: Path, made: Path) -> None:
     every = plain(shards.read_all(0), image)
     for start, stop in itertools.combinations_with_replacement(range(len(every) + 1), 2):
         assert plain(shards.read(0, start, stop), image) == every[start:stop]
-    (tmp_path / "pictures").mkdir()
-    paths = {"image": ["0.png"], "caption": ["a"]}
-    datasets.Dataset.from_dict(paths).to_parquet(tmp_path / "pictures" / "paths.parquet")
-    shards, _ = opened(CaptionSource(str(tmp_path / "pictures" / "paths.parquet"), streaming=True))
+    path = write_table(tmp_path / "pictures" / "paths.parquet", {"image": ["0.png"], "caption": ["a"]})
+    shards, _ = opened(CaptionSource(path, streaming=True))
     assert list(shards.read(0, 0, 1)) == [(0, {"image": str(tmp_path / "pictures" / "0.png"), "caption": "a"})]

@@ -20,6 +20,7 @@ from llm2clip.encoders.embed_shards import ShardCounts, ShardEmbedder, list_jobs
 from llm2clip.store import MissingCaptionError, StoreDamagedError, StoreManifest, StoreMismatchError
 from llm2clip.store.store import lies_beside_shards
 from llm2clip.utils.files import sha256, temporary_name
+from tests.builders.tables import write_table
 from tests.damage import flip
 from tests.llm2clip.encoders.shards import Counting, description, embed, write_shards
 from tests.llm2clip.store import encoder
@@ -83,8 +84,7 @@ def test_damage_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["parquet", "json"])
 def test_sidecars_in_the_folder_of_a_source_are_not_its_data(kind: str, tmp_path: Path) -> None:
     for number in range(2):
-        rows = datasets.Dataset.from_dict({"caption": [f"dog {number}"]})
-        getattr(rows, f"to_{kind}")(tmp_path / f"{number}.{kind}")
+        write_table(tmp_path / f"{number}.{kind}", {"caption": [f"dog {number}"]})
     source = CaptionSource(str(tmp_path), streaming=True)
     assert embed(source, None).done_before == 0
     assert embed(source, None) == ShardCounts(2, 2, 0, 0, 0, [])

@@ -13,6 +13,7 @@ import pytest
 
 from llm2clip.data import CaptionSource, load_source, table_identity
 from llm2clip.data.table_identity import data_revision
+from tests.builders.tables import write_table
 from tests.loopback_hub import File, LoopbackHub, Repo
 
 
@@ -69,9 +70,8 @@ def test_unknown_data_sets_keep_the_given_revision(caplog: pytest.LogCaptureFixt
 
 
 def keys_of(folder: Path, images: list[Any]) -> list[list[int]]:
-    captions = [f"text {row}" for row in range(len(images))]
-    datasets.Dataset.from_dict({"image": images, "caption": captions}).to_parquet(folder / "rows.parquet")
-    table = load_source(CaptionSource(str(folder / "rows.parquet")))
+    path = write_table(folder / "rows.parquet", {"image": images, "caption": ["a dog"] * len(images)})
+    table = load_source(CaptionSource(path))
     return table_identity.image_keys(table, "image").tolist()
 
 

@@ -190,14 +190,8 @@ def test_two_builds_do_not_share_a_folder(tmp_path: Path, monkeypatch: pytest.Mo
         build(tmp_path, TEXTS)
 
 
-def test_error_about_a_non_finite_embedding_names_the_caption(tmp_path: Path) -> None:
-    def broken(texts: list[str]) -> torch.Tensor:
-        vectors = embed(texts)
-        vectors[[text == TEXTS[14] for text in texts]] = torch.nan
-        return vectors
-
-    with pytest.raises(ValueError, match="'caption number 14' is not finite"):
-        build(tmp_path, TEXTS, broken)
+def not_finite(texts: list[str]) -> torch.Tensor:
+    return torch.where(torch.tensor([[text == TEXTS[14]] for text in texts]), torch.nan, embed(texts))
 
 
 def test_float16_overflow_is_an_error(tmp_path: Path) -> None:
@@ -205,25 +199,26 @@ def test_float16_overflow_is_an_error(tmp_path: Path) -> None:
         return embed(texts).clamp(-1, 1) + 65504
 
     with pytest.raises(ValueError, match="'caption number 0' exceeds the range of float16; use bfloat16 or normalize"):
-        build(tmp_path / "a", TEXTS, large)
-    build(tmp_path / "b", TEXTS, large, dtype="bfloat16")
-    build(tmp_path / "c", TEXTS, large, normalize=True)
-    lengths = EmbeddingCache.open(tmp_path / "c").lookup(TEXTS).norm(dim=1)
+        build(tmp_path, TEXTS, large)
+    build(tmp_path / "bfloat16", TEXTS, large, dtype="bfloat16")
+    build(tmp_path / "unit", TEXTS, large, normalize=True)
+    lengths = EmbeddingCache.open(tmp_path / "unit").lookup(TEXTS).norm(dim=1)
     torch.testing.assert_close(lengths, torch.ones(37), atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize(
     ("texts", "options", "message"),
     [
+        (TEXTS, {"encoder": not_finite}, "'caption number 14' is not finite"),
         (TEXTS, {"encoder": lambda texts: embed(texts)[:, :7]}, r"shape \(4, 7\) instead of \(4, 8\)"),
         (["a", "b", "b", "b"], {}, "2 captions repeat an earlier one, such as 'b'"),
         ([], {}, "no captions"),
         (TEXTS, {"encoder": lambda texts: torch.zeros(len(texts), 8), "normalize": True}, "no direction"),
         (TEXTS, {"dtype": "float64"}, "not 'float64'"),
     ],
-    ids=["width", "repeated", "none", "zero", "dtype"],
+    ids=["finite", "width", "repeated", "none", "zero", "dtype"],
 )
-def test_invalid_captions_shapes_and_dtypes_are_refused(
+def test_captions_and_embeddings_that_cannot_be_stored_are_refused(
     texts: Any, options: Any, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):

@@ -14,6 +14,7 @@ from llm2clip.data.sidecars import SourceSidecars
 from llm2clip.encoders.embed_shards import ShardEmbedder, list_jobs
 from llm2clip.store.manifest import StoreMismatchError
 from llm2clip.store.store import EmbeddingCache, caption_keys
+from tests.builders.tables import write_table
 from tests.llm2clip.encoders.shards import Counting, description, embed, write_shards
 from tests.llm2clip.store import encoder
 
@@ -63,11 +64,10 @@ def test_sidecars_of_two_encoders_are_no_cache(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [0, 1, 5000])
 def test_keys_on_disk_are_found_as_in_memory(count: int, tmp_path: Path) -> None:
     folder = tmp_path / "data"
-    folder.mkdir()
     texts = [f"text {number}" for number in range(count)]
     for number in range(2):
         part = texts[number * count // 2 : (number + 1) * count // 2]
-        datasets.Dataset.from_dict({"caption": [*part, ""]}).to_parquet(folder / f"{number}.parquet")
+        write_table(folder / f"{number}.parquet", {"caption": [*part, ""]})
     embed(CaptionSource(str(folder), streaming=True), None)
     store = EmbeddingCache.open(folder)
     assert store.find(caption_keys([*texts, "unknown"])).tolist() == [*range(count), -1]

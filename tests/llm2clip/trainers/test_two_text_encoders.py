@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
@@ -24,6 +23,8 @@ from llm2clip.hub.export_onnx import ExportOnnxConfig
 from llm2clip.hub.upload_files import model_files
 from llm2clip.losses import clip_loss
 from llm2clip.store import PairedCache, StoreMismatchError
+from llm2clip.store.shards import ShardFile
+from llm2clip.store.store import caption_keys
 from llm2clip.trainers import run_stage2
 from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.settings import build_config
@@ -107,7 +108,8 @@ def test_a_pair_gives_the_rows_of_both_and_has_their_identity(pair: Pair, tmp_pa
     assert tokenizer_fingerprint(saved) == tokenizer_fingerprint(tokenizer)
 
 
-def test_the_rows_of_two_caches_side_by_side(pair: Pair) -> None:
+def test_the_rows_of_two_caches_side_by_side(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ShardFile, "keys", None)  # those of all rows are not read
     first, second = map(EmbeddingCache.open, pair.caches)
     both = PairedCache(first, second)
     captions = distinct_captions(CaptionSource.from_dict(small_runs.concepts()))[:5]
@@ -115,6 +117,8 @@ def test_the_rows_of_two_caches_side_by_side(pair: Pair) -> None:
     torch.testing.assert_close(both.lookup(captions), expected, atol=1e-3, rtol=0)
     assert pickle.loads(pickle.dumps(both)).lookup(captions).equal(both.lookup(captions))
     assert both.contains([*captions, "no caption of this data"]).tolist() == [*[True] * 5, False]
+    with pytest.raises(KeyError, match="1 of 6 keys have no row"):
+        both.read(both.find(caption_keys([*captions, "no caption of this data"])))
     with pytest.raises(KeyError, match="lacks 1 of 1 captions"):
         both.rows(["no caption of this data"])
 
@@ -170,7 +174,8 @@ def test_another_pair_is_refused(pair: Pair, trained: Path, tmp_path: Path) -> N
 def test_the_losses_of_each_and_of_both(
     losses: str, chunk: int | None, pair: Pair, trained: Path, tmp_path: Path
 ) -> None:
-    stored = PairedCache(*map(EmbeddingCache.open, pair.caches)).read(np.arange(8), torch.float32)
+    captions = distinct_captions(CaptionSource.from_dict(small_runs.concepts()))[:8]
+    stored = PairedCache(*map(EmbeddingCache.open, pair.caches)).lookup(captions)
     inputs = {"pixel_values": torch.randn(8, 3, 28, 28), "llm_embeds": stored}
     args = Stage2Config(**settings(tmp_path, text_losses=losses, tower_chunk_size=chunk))
     trainer = Stage2Trainer(LLM2CLIPModel.from_pretrained(trained, text_model=False), args, train_dataset=[{}])

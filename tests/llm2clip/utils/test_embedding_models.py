@@ -22,11 +22,20 @@ from tests.builders import embedding_models, tiny
 from tests.builders.embedding_models import FAMILIES, TEXTS
 
 
+def opened(folder: Path, family: str, **fields: Any) -> tuple[SentenceTransformer, LLM2CLIPTextModel, Any]:
+    """Save an embedding model, and open it as a text tower."""
+    reference = embedding_models.save(folder, family)
+    return reference, *open_text_tower(str(folder), **fields)
+
+
+def edit(path: Path, **fields: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_and_embeddings_equal_sentence_transformers(family: str, tmp_path: Path) -> None:
     folder = str(tmp_path / family)
-    reference = embedding_models.save(tmp_path / family, family)
-    model, tokenizer = open_text_tower(folder)
+    reference, model, tokenizer = opened(tmp_path / family, family)
     model.eval()
     prompt = reference.prompts.get(reference.default_prompt_name) or ""
     for text in TEXTS:
@@ -55,8 +64,7 @@ def test_tokens_and_embeddings_equal_sentence_transformers(family: str, tmp_path
 
 @pytest.mark.parametrize(("family", "packs"), [("bert", True), ("t5", True), ("mpnet", True), ("qwen3", False)])
 def test_short_texts_share_rows_only_where_that_is_exact(family: str, packs: bool, tmp_path: Path) -> None:
-    embedding_models.save(tmp_path / family, family)
-    model, tokenizer = open_text_tower(str(tmp_path / family))
+    _, model, tokenizer = opened(tmp_path, family)
     rows: list[int] = []
     model.decoder.register_forward_pre_hook(
         lambda _, __, inputs: rows.append(len(inputs["input_ids"])), with_kwargs=True
@@ -72,8 +80,7 @@ def test_short_texts_share_rows_only_where_that_is_exact(family: str, packs: boo
 
 def test_a_window_is_never_replaced_by_a_shared_row(tmp_path: Path) -> None:
     """ModernBERT here sees 4 tokens to each side; the mask of a shared row would let it see whole texts."""
-    embedding_models.save(tmp_path / "text", "modernbert")
-    model, tokenizer = open_text_tower(str(tmp_path / "text"))
+    _, model, tokenizer = opened(tmp_path, "modernbert")
     model.exact_packing = {model.decoder.config._attn_implementation: True}
     found = model.encode(TEXTS, tokenizer)
     alone = torch.cat([model.encode(text, tokenizer) for text in TEXTS])
@@ -82,14 +89,13 @@ def test_a_window_is_never_replaced_by_a_shared_row(tmp_path: Path) -> None:
 
 def test_given_settings_take_precedence_over_the_files(tmp_path: Path) -> None:
     """As E5 needs it, whose files have prompts but no default one."""
-    reference = embedding_models.save(tmp_path / "text", "xlm-roberta")
-    model, tokenizer = open_text_tower(str(tmp_path / "text"), prompt_prefix="query: ", max_text_length=20)
+    reference, model, tokenizer = opened(tmp_path, "xlm-roberta", prompt_prefix="query: ", max_text_length=20)
     assert tokenizer("a dog")["input_ids"] == reference.tokenizer("query: a dog")["input_ids"]
     expected = reference.encode(["a dog"], prompt_name="query", convert_to_tensor=True)
     torch.testing.assert_close(model.encode("a dog", tokenizer), expected, atol=1e-5, rtol=1e-5)
     assert model.config.pool_prompt
     assert model.config.max_text_length == tokenizer.model_max_length == 20
-    unit, _ = open_text_tower(str(tmp_path / "text"), normalize=True, pooling="last_token")
+    unit, _ = open_text_tower(str(tmp_path), normalize=True, pooling="last_token")
     assert (unit.config.pooling, unit.config.normalize) == ("last_token", True)
 
 
@@ -104,8 +110,7 @@ def test_texts_are_put_in_lower_case_where_the_files_say_so(tmp_path: Path) -> N
 
 
 def test_instructions_are_pooled_with_the_prompt(tmp_path: Path) -> None:
-    reference = embedding_models.save(tmp_path / "text", "bert")
-    model, tokenizer = open_text_tower(str(tmp_path / "text"))
+    reference, model, tokenizer = opened(tmp_path, "bert")
     found = model.encode("a dog", tokenizer, instruction="an instruction:")
     expected = reference.encode(["an instruction: a dog"], convert_to_tensor=True)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
@@ -113,8 +118,7 @@ def test_instructions_are_pooled_with_the_prompt(tmp_path: Path) -> None:
 
 def test_a_model_reads_the_weights_of_an_embedding_model_by_its_own_config(tmp_path: Path) -> None:
     """As of a model that names the LLM's repository; its Dense layers are in that repository."""
-    embedding_models.save(tmp_path / "text", "gemma3_text")
-    expected, tokenizer = open_text_tower(str(tmp_path / "text"))
+    _, expected, tokenizer = opened(tmp_path / "text", "gemma3_text")
     fields = {"text": copy.deepcopy(expected.config), "text_model_name_or_path": str(tmp_path / "text")}
     fields["text_model_fingerprint"] = expected.fingerprint()
     tiny.joint_model(**fields).save_pretrained(tmp_path / "joint")
@@ -124,10 +128,6 @@ def test_a_model_reads_the_weights_of_an_embedding_model_by_its_own_config(tmp_p
         model.encode(TEXTS, AutoTokenizer.from_pretrained(tmp_path / "text"))
     with pytest.raises(ValueError, match=r"is an embedding model .*llm2clip\.open_text_tower"):
         LLM2CLIPTextModel.from_pretrained(tmp_path / "text")
-
-
-def edit(path: Path, **fields: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
 @pytest.mark.parametrize(

@@ -56,10 +56,13 @@ def test_what_killed_processes_left_in_a_folder_is_removed(tmp_path: Path) -> No
     ended.wait()
     mine = files.temporary_name(tmp_path / "config.json").name
     dead = mine.replace(f".{os.getpid()}.", f".{ended.pid}.")
+    reused = files.temporary_name(tmp_path / "other.json")  # older than the process that has this number now
     kept = [".tmp", ".tmp-notes", "model.safetensors"]
-    for name in (".config.json.elsewhere.1.tmp", mine, dead, ".tmpA1b2C3", *kept):
+    for name in (".config.json.elsewhere.1.tmp", mine, dead, reused.name, ".tmpA1b2C3", *kept):
         (tmp_path / name).touch()
-    assert files.remove_leftovers([tmp_path / "config.json"]) == [tmp_path / dead]
+    os.utime(reused, (1, 1))
+    written = [tmp_path / name for name in ("config.json", "other.json")]
+    assert set(files.remove_leftovers(written, patience=0)) == {tmp_path / dead, reused}
     files.remove_unfinished(tmp_path)
     assert sorted(os.listdir(tmp_path)) == sorted(kept)
 

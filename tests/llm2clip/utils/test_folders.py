@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from llm2clip.utils.files import temporary_name
 from llm2clip.utils.folders import atomic_folder, refuse_nested
+from llm2clip.utils.library_errors import explain
 from llm2clip.utils.manifests import FOLDER_MANIFEST
 
 
@@ -89,6 +90,34 @@ def test_file_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match=r"notes\.txt"):
         build()
     assert (tmp_path / "model" / "notes.txt").read_text() == "mine"
+
+
+def test_a_folder_gets_its_name_back_if_the_new_one_cannot_have_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "model", "old")
+    rename = Path.rename
+
+    def refuse_new(path: Path, target: Path) -> Path:
+        if path.name == "model" and path.parent != tmp_path:
+            raise OSError("refused")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse_new)
+    with pytest.raises(OSError, match="refused"):
+        write(tmp_path / "model", "new")
+    assert content(tmp_path / "model") == "old"
+    assert os.listdir(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("place", ["self", "self/model"])
+def test_a_link_that_leads_to_itself_is_named(place: str, tmp_path: Path) -> None:
+    (tmp_path / "self").symlink_to("self")
+    with pytest.raises((RuntimeError, OSError)) as raised:
+        write(tmp_path / place, "new")
+    # An error of the system, which names it, from Python 3.13 on.
+    message = explain(raised.value) if isinstance(raised.value, RuntimeError) else raised.value
+    assert str(tmp_path / "self") in str(message)
 
 
 @pytest.mark.parametrize("exists", [True, False])

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from llm2clip.utils.processes import (
+    gather_results,
     leave_process_group,
     on_main_process,
     process_state,
@@ -25,6 +26,11 @@ try:
     on_main_process(lambda: open(f"nothing-{rank}"))
 except FileNotFoundError as error:
     seen.append(error.filename)
+seen += gather_results(lambda: f"{rank}")
+try:
+    gather_results(lambda: 1 // rank)
+except ZeroDivisionError:
+    seen.append("error")
 seen.append(str(sum_over_processes(torch.tensor([10**15, rank + 1])).tolist()))
 Path(sys.argv[1], f"seen-{rank}").write_text(" ".join(seen))
 leave_process_group()
@@ -37,4 +43,4 @@ def test_result_and_error_of_the_main_process_and_sums_reach_all(tmp_path: Path)
     run_ranks([str(script), str(tmp_path)], 2)
     # A file per process: what two processes print into one pipe may mix within a line.
     for rank in range(2):
-        assert (tmp_path / f"seen-{rank}").read_text() == "result of 0 nothing-0 [2000000000000000, 3]"
+        assert (tmp_path / f"seen-{rank}").read_text() == "result of 0 nothing-0 0 1 error [2000000000000000, 3]"

@@ -91,6 +91,6 @@ def test_only_the_first_process_of_a_launcher_reports(
 ) -> None:
     monkeypatch.setenv(variable, "1")
     with caplog.at_level(logging.DEBUG):
-        assert list(track(range(2), "Work")) == [0, 1]
+        assert list(track(range(2), "Work", "step")) == [0, 1]
     assert not caplog.messages
     assert not terminal.getvalue()

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import fsspec.asyn
 from rich.console import Console
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from llm2clip.checks.near_duplicates import HashCheck, near_duplicates, perceptual_hash
 from llm2clip.checks.row_checks import (
@@ -25,7 +23,7 @@ from llm2clip.checks.row_checks import (
 from llm2clip.checks.token_check import CountingTokenizer, TokenCheck
 from llm2clip.data.captioned_images import OnError
 from llm2clip.data.opened_table import SourceError
-from llm2clip.data.shard_rows import open_shards
+from llm2clip.data.shard_rows import data_worker, open_shards
 from llm2clip.data.sources import CaptionSource, load_source, open_source, source_columns
 from llm2clip.data.table_identity import data_revision
 from llm2clip.utils.files import write_json
@@ -179,20 +177,9 @@ class StreamedFiles(IterableDataset):
         self.reader, self.max_samples = reader, source.max_samples
 
     def __iter__(self) -> Iterator[RowFacts]:
-        worker = get_worker_info()
-        number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        if worker is not None:
-            fsspec.asyn.reset_lock()  # a forked process inherits a lock that nobody releases
-        files = range(self.shards.num_files)
-        if self.max_samples is None:
-            files = files[number::workers]
-        rows: Iterator[Any] = ((file, *row) for file in files for row in self.shards.read(file))
-        if self.max_samples is not None:  # which file has the last of them is not known
-            rows = itertools.islice(rows, number, self.max_samples, workers)
-        for file, row, values in rows:
-            key = None if self.columns.key is None else values[self.columns.key]
-            place = f"{file}-{row}" if self.shards.num_files > 1 else str(row)
-            yield self.reader(values, place if key is None else str(key), self.columns)
+        for file, row, values in self.shards.share(*data_worker(), self.max_samples):
+            number = f"{file}-{row}" if self.shards.num_files > 1 else str(row)
+            yield self.reader(values, self.columns.row_key(values, number), self.columns)
 
 
 class TableRows(Dataset):
@@ -209,8 +196,7 @@ class TableRows(Dataset):
     def __getitem__(self, number: int) -> RowFacts:
         with wrap_read_errors(self.path, SourceError):
             values = self.table[number]
-        key = None if self.columns.key is None else values[self.columns.key]
-        return self.reader(values, str(number) if key is None else str(key), self.columns)
+        return self.reader(values, self.columns.row_key(values, str(number)), self.columns)
 
 
 def open_rows(source: CaptionSource, reader: RowReader, with_images: bool) -> TableRows | StreamedFiles:
@@ -270,13 +256,13 @@ def print_tables(report: dict[str, Any], title: str) -> None:
     if images is not None:
         sizes = [(side, *_numbers(images[side])) for side in ("width", "height")]
         print_table(console, "Images, size in pixels", ("", *titles), sizes)
-    found = [
+    findings = [
         (name, f"{finding['count']:,}", "yes" if finding["stops"] else "", _examples(finding["examples"]))
         for name, finding in report["findings"].items()
         if finding["count"]
     ]
     print_table(
-        console, "Findings", ("", "number", "stops a run", "first rows"), found or [("nothing", "", "", "")], (0, 3)
+        console, "Findings", ("", "number", "stops a run", "first rows"), findings or [("nothing", "", "", "")], (0, 3)
     )
 
 

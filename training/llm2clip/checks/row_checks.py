@@ -292,10 +292,10 @@ def distribution(counts: Counter[int]) -> dict[str, int] | None:
         return None
     numbers = sorted(counts)
     wanted = {"min": 0.0, "median": 0.5, "p95": 0.95, "max": 1.0}
-    found, below = {}, 0
+    summary, below = {}, 0
     for number in numbers:
         below += counts[number]
         for name, share in wanted.items():
-            if name not in found and below >= share * counts.total():
-                found[name] = number
-    return {name: found[name] for name in wanted}
+            if name not in summary and below >= share * counts.total():
+                summary[name] = number
+    return {name: summary[name] for name in wanted}

@@ -28,10 +28,10 @@ class CountingTokenizer:
     """
 
     def __init__(self, name: str) -> None:
-        place, _, length = name.rpartition(":")
-        has_length = bool(place) and length.isdecimal()
+        repo, _, length = name.rpartition(":")
+        has_length = bool(repo) and length.isdecimal()
         self.name = name
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place if has_length else name)
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(repo if has_length else name)
         self.limit = int(length) if has_length else self.tokenizer.model_max_length
         if self.limit > UNLIMITED:
             raise ValueError(f"the tokenizer {name} states no longest text; give one, as in --tokenizer {name}:512")

@@ -152,15 +152,17 @@ class SampleMaker:
         row: Mapping[str, Any],
         key: str,
         columns: Columns,
-        salt: tuple[int | str, ...] | None,
+        seed_parts: tuple[int | str, ...] | None,
     ) -> dict[str, Any] | SkippedSample:
         """Make the sample of a row, or a `SkippedSample` if it cannot be used and `on_error` is `skip`.
 
-        Seed and `salt` determine caption and crop; None takes the first caption and the evaluation transform.
+        Seed and `seed_parts` determine caption and crop; None takes the first caption and the evaluation transform.
         """
         try:
             captions = RowCaptions.of(row, key, columns.captions, columns.weights)
-            caption = captions.texts[0] if salt is None else captions.draw(stable_seed(self.seed, "caption", *salt))
+            caption = captions.texts[0]
+            if seed_parts is not None:
+                caption = captions.draw(stable_seed(self.seed, "caption", *seed_parts))
             ids = list(map(caption_id, captions.texts))
             sample: dict[str, Any] = {
                 "key": key,
@@ -172,10 +174,10 @@ class SampleMaker:
                 sample["llm_embeds"] = self.cache.lookup([caption], dtype=None)[0]
             if columns.image is not None and self.eval_transform is not None:
                 image = self.eval_transform.decode(row[columns.image], key, self.max_pixels)
-                if salt is None or self.train_transform is None:
+                if seed_parts is None or self.train_transform is None:
                     sample["pixel_values"] = self.eval_transform(image, key)
                 else:
-                    sample["pixel_values"] = self.train_transform(image, stable_seed(self.seed, "crop", *salt))
+                    sample["pixel_values"] = self.train_transform(image, stable_seed(self.seed, "crop", *seed_parts))
         except (SampleError, MissingCaptionError) as error:
             if self.on_error == "skip":
                 return SkippedSample(key, str(error.reason) if isinstance(error, SampleError) else NO_EMBEDDING)
@@ -260,26 +262,24 @@ class CaptionImageDataset(ConcatenatedTables):
 
     def content_digest(self) -> str:
         """See [`EpochDataset.content_digest`]. Of images, some are hashed."""
-        found: list[Any] = []
+        digests: list[Any] = []
         for table, columns in zip(self.tables, self.columns, strict=True):
             texts = table.select_columns(list(dict.fromkeys(top_level(table, name) for name in columns.captions)))
             images = [] if columns.image is None else sampled_keys(table, columns.image)
-            found.append([rows_digest(texts), images])
-        return digest_json(found)
+            digests.append([rows_digest(texts), images])
+        return digest_json(digests)
 
     def _key(self, number: int, position: int, row: Mapping[str, Any]) -> str:
-        column = self.columns[number].key
-        if column is not None and row[column] is not None:
-            return str(row[column])
         alone = len(self.sources) == 1 and not self.is_one_of_several
-        return str(position) if alone else f"{self.sources[number].path}:{position}"
+        default = str(position) if alone else f"{self.sources[number].path}:{position}"
+        return self.columns[number].row_key(row, default)
 
     def __getitem__(self, index: SampleIndex | int) -> dict[str, Any] | SkippedSample:
         epoch, position, number, offset = self.locate(index)
         with wrap_read_errors(self.sources[number].path, SourceError):
             row = self.tables[number][offset]
-        salt = None if epoch is None else (epoch, position)
-        return self.make_sample(row, self._key(number, offset, row), self.columns[number], salt)
+        seed_parts = None if epoch is None else (epoch, position)
+        return self.make_sample(row, self._key(number, offset, row), self.columns[number], seed_parts)
 
     def without_images(self) -> CaptionImageDataset:
         """Return a data set of the same rows that reads no images."""

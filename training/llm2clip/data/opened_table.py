@@ -79,10 +79,10 @@ def open_table(path: str, name: str | None, split: str, revision: str | None, st
         FileNotFoundError: If the path does not exist.
         SourceError: If the split does not exist or the data cannot be read.
     """
-    place = Path(path).expanduser()
-    if (place / "dataset_info.json").is_file() or (place / "dataset_dict.json").is_file():
-        return _from_disk(place, split, streaming)
-    arguments = _builder_arguments(path, place, split)
+    local = Path(path).expanduser()
+    if (local / "dataset_info.json").is_file() or (local / "dataset_dict.json").is_file():
+        return _from_disk(local, split, streaming)
+    arguments = _builder_arguments(path, local, split)
     arguments |= {key: value for key, value in (("name", name), ("revision", revision)) if value is not None}
     try:
         builder = datasets.load_dataset_builder(**arguments)
@@ -141,19 +141,19 @@ def split_names(split: str) -> list[str]:
     return [re.split(r"[\[(]", part.strip())[0] for part in split.split("+")]
 
 
-def _builder_arguments(path: str, place: Path, split: str) -> dict[str, Any]:
-    if place.is_dir():
-        if glob.has_magic(str(place)):
+def _builder_arguments(path: str, local: Path, split: str) -> dict[str, Any]:
+    if local.is_dir():
+        if glob.has_magic(str(local)):
             # `datasets` would read other folders that the name fits as a pattern, such as "2 a" for "[2] a".
             raise SourceError(
                 f"the folder {path} has one of *?[ in its name, which `datasets` takes for a pattern; rename it, or "
                 "give its files: 'FOLDER/*.parquet', with each such character in brackets of its own, as [[]."
             )
-        return {"path": str(place)}
-    if "://" in path or place.is_file():
-        files = [path if "://" in path else str(place)]
+        return {"path": str(local)}
+    if "://" in path or local.is_file():
+        files = [path if "://" in path else str(local)]
     elif glob.has_magic(path):
-        files = sorted(file for file in glob.glob(str(place), recursive=True) if os.path.isfile(file))
+        files = sorted(file for file in glob.glob(str(local), recursive=True) if os.path.isfile(file))
         if not files:
             raise FileNotFoundError(f"No file matches {path!r} (in {os.getcwd()}).")
     elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) and file_format(path) not in FORMATS:

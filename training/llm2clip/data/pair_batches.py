@@ -70,19 +70,19 @@ class PairBatchSampler(EpochBatchSampler):
             self._plan = self._make_plan(epoch)
         _, rows, batches = self._plan
         for source, number in batches:
-            own = rows[source][number * self.global_batch_size : (number + 1) * self.global_batch_size]
-            yield own + self.dataset.starts[source]
+            batch = rows[source][number * self.global_batch_size : (number + 1) * self.global_batch_size]
+            yield batch + self.dataset.starts[source]
 
     def _make_plan(self, epoch: int) -> EpochPlan:
         rows: list[np.ndarray] = []
         batches: list[np.ndarray] = []
         for source, (planner, quota) in enumerate(zip(self._planners, self._quotas, strict=True)):
-            own = planner.plan(epoch)
-            rows.append(own)
-            num_batches = planner.count(own)
+            planned = planner.plan(epoch)
+            rows.append(planned)
+            num_batches = planner.count(planned)
             chosen = np.random.default_rng(stable_seed(planner.seed, "choice", epoch)).permutation(num_batches)[:quota]
             batches.append(np.stack([np.full_like(chosen, source), chosen], axis=1))
-            left_out, label = len(planner.table) - len(own), planner.table.label
+            left_out, label = len(planner.table) - len(planned), planner.table.label
             if left_out:
                 message = "Epoch %d leaves out %d of %d rows of %s, which do not fit into any batch."
                 logger.info(message, epoch, left_out, len(planner.table), label)
@@ -151,17 +151,17 @@ class BatchPlanner:
         taken = count = 0
         while taken < len(order) or waiting:
             batch: list[int] = []
-            own: set[int] = set()
-            negative: set[int] = set()
+            keys: set[int] = set()
+            negatives: set[int] = set()
             for key in list(waiting):
                 if len(batch) == self.batch_size:
                     break
                 row = waiting[key].popleft()
                 if not waiting[key]:
                     del waiting[key]
-                self._place(row, batch, own, negative, waiting)
+                self._place(row, batch, keys, negatives, waiting)
             while len(batch) < self.batch_size and taken < len(order):
-                self._place(order[taken], batch, own, negative, waiting)
+                self._place(order[taken], batch, keys, negatives, waiting)
                 taken += 1
             is_short = len(batch) < self.batch_size
             if not (is_short and self.drop_last):
@@ -172,18 +172,18 @@ class BatchPlanner:
         return placed[:count]
 
     def _place(
-        self, row: int, batch: list[int], own: set[int], negative: set[int], waiting: dict[int, deque[int]]
+        self, row: int, batch: list[int], keys: set[int], negatives: set[int], waiting: dict[int, deque[int]]
     ) -> None:
         own_keys = self._own[self._own_starts[row] : self._own_starts[row + 1]].tolist()
         negative_keys = self._negative[self._negative_starts[row] : self._negative_starts[row + 1]].tolist()
         for key in own_keys:
-            if key in own or key in negative:
+            if key in keys or key in negatives:
                 waiting.setdefault(key, deque()).append(row)
                 return
         for key in negative_keys:
-            if key in own:
+            if key in keys:
                 waiting.setdefault(key, deque()).append(row)
                 return
         batch.append(row)
-        own.update(own_keys)
-        negative.update(negative_keys)
+        keys.update(own_keys)
+        negatives.update(negative_keys)

@@ -153,12 +153,13 @@ class PairSource(Source):
 
 
 class RowTexts(NamedTuple):
-    """The candidate texts of a row, and the caption ids of anchors and positives, which no negative shares."""
+    """The candidate texts of a row, the caption ids of its pair, and of the negatives, which share none of these."""
 
     anchors: list[str]
     positives: list[str]
+    pair_ids: set[int]
     negatives: list[str]
-    own_ids: set[int]
+    negative_ids: set[int]
 
 
 class PairTable:
@@ -208,25 +209,25 @@ class PairTable:
         """
         source = self.source
         # Arrays grow in place, and the results are views of them.
-        found = {name: array("q") for name in ("rows", "own_keys", "own_starts", "negative_keys", "negative_starts")}
-        found["own_starts"].append(0)
-        found["negative_starts"].append(0)
+        arrays = {name: array("q") for name in ("rows", "own_keys", "own_starts", "negative_keys", "negative_starts")}
+        arrays["own_starts"].append(0)
+        arrays["negative_starts"].append(0)
         for position, row in enumerate(itertools.chain.from_iterable(row_batches(self.table))):
             try:
                 texts = self._texts(row)
             except TypeError as error:
                 raise SourceError(f"Row {position} of {source.path}: {error}.") from None
-            has_pair = len(texts.own_ids) > 1 and texts.anchors and texts.positives
+            has_pair = len(texts.pair_ids) > 1 and texts.anchors and texts.positives
             if not has_pair or (source.negative_column and not texts.negatives):
                 continue
             group = column_value(row, source.group_column) if source.group_column else None
             groups = set() if group is None else {stable_seed("group", str(group))}
-            found["rows"].append(position)
-            found["own_keys"].extend(sorted(texts.own_ids | groups))
-            found["own_starts"].append(len(found["own_keys"]))
-            found["negative_keys"].extend(sorted(set(map(caption_id, texts.negatives))))
-            found["negative_starts"].append(len(found["negative_keys"]))
-        return {name: np.frombuffer(values, dtype=np.int64) for name, values in found.items()}
+            arrays["rows"].append(position)
+            arrays["own_keys"].extend(sorted(texts.pair_ids | groups))
+            arrays["own_starts"].append(len(arrays["own_keys"]))
+            arrays["negative_keys"].extend(sorted(texts.negative_ids))
+            arrays["negative_starts"].append(len(arrays["negative_keys"]))
+        return {name: np.frombuffer(values, dtype=np.int64) for name, values in arrays.items()}
 
     def _texts(self, row: Mapping[str, Any]) -> RowTexts:
         source = self.source
@@ -234,13 +235,15 @@ class PairTable:
             captions = [text for column in source.caption_columns for text in column_texts(row, column)]
             by_id = {caption_id(text): text for text in reversed(captions)}
             distinct = list(by_id.values())[::-1]
-            return RowTexts(distinct, distinct, [], set(by_id))
+            return RowTexts(distinct, distinct, set(by_id), [], set())
         anchors, positives, negatives = (
             column_texts(row, column) if column else []
             for column in (source.anchor_column, source.positive_column, source.negative_column)
         )
-        own_ids = set(map(caption_id, (*anchors, *positives)))
-        return RowTexts(anchors, positives, [text for text in negatives if caption_id(text) not in own_ids], own_ids)
+        pair_ids = set(map(caption_id, (*anchors, *positives)))
+        ids = list(map(caption_id, negatives))
+        hard = [text for text, number in zip(negatives, ids, strict=True) if number not in pair_ids]
+        return RowTexts(anchors, positives, pair_ids, hard, set(ids) - pair_ids)
 
     def draw(self, index: int, seed: int | None) -> dict[str, Any]:
         """Draw the pair of usable row `index` by `seed`; None takes the first texts."""
@@ -273,10 +276,10 @@ class PairTable:
 
     def _random_negative(self, index: int, seed: int, swapped: bool) -> str:
         generator = random.Random(seed)
-        own = set(self._own(index))
+        own_keys = set(self._own_keys(index))
         for _ in range(NEGATIVE_ATTEMPTS):
             other = generator.randrange(len(self))
-            if own.isdisjoint(self._own(other)):
+            if own_keys.isdisjoint(self._own_keys(other)):
                 texts = self._texts(self.table[int(self.rows[other])])
                 return generator.choice(texts.anchors if swapped else texts.positives)
         raise ValueError(
@@ -284,7 +287,7 @@ class PairTable:
             "off."
         )
 
-    def _own(self, index: int) -> list[int]:
+    def _own_keys(self, index: int) -> list[int]:
         return self.own_keys[self.own_starts[index] : self.own_starts[index + 1]].tolist()
 
 

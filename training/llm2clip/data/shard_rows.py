@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import datasets
-import fsspec
+import fsspec.asyn
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from torch.utils.data import get_worker_info
 
 from llm2clip.data.opened_table import OpenedTable, SourceError, file_format
 from llm2clip.data.sources import CaptionSource, Columns, row_batches, select_source, source_columns, used_columns
@@ -73,19 +74,28 @@ class ShardRows:
         Raises:
             SourceError: The file cannot be read, or has fewer rows.
         """
-        path, place = self.files[file] if self.files else f"file {file} of the stream", start
+        path, next_row = self.files[file] if self.files else f"file {file} of the stream", start
         try:
             with wrap_read_errors(path, SourceError):
                 for number, row in self._read(file, path, start, stop):
                     yield number, row
-                    place = number + 1
+                    next_row = number + 1
             return
         except SourceError as error:
             # A server may have ended the connection while other files were read.
-            if place == start or not self.is_remote(file):
+            if next_row == start or not self.is_remote(file):
                 raise
-            logger.warning("Opening %s again at row %d: %s", path, place, error)
-        yield from self.read(file, place, stop)
+            logger.warning("Opening %s again at row %d: %s", path, next_row, error)
+        yield from self.read(file, next_row, stop)
+
+    def share(self, reader: int, readers: int, limit: int | None) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        """Yield file, number and values of one reader's part of the rows: those of its files.
+
+        Of the first `limit` rows, whose last file is not known, each reader takes some, and reads them all.
+        """
+        files = range(self.num_files) if limit is not None else range(self.num_files)[reader::readers]
+        rows = ((file, *row) for file in files for row in self.read(file))
+        return rows if limit is None else itertools.islice(rows, reader, limit, readers)
 
     def _read(self, file: int, path: str, start: int, stop: int | None) -> Iterator[tuple[int, dict[str, Any]]]:
         if self.files and file_format(path) == ".tar":
@@ -166,6 +176,15 @@ class ShardRows:
             len(read),
             read[0].split("?")[0],  # a signature may follow
         )
+
+
+def data_worker() -> tuple[int, int]:
+    """Return the number of this DataLoader worker, and how many there are; 0 and 1 where there are none."""
+    worker = get_worker_info()
+    if worker is None:
+        return 0, 1
+    fsspec.asyn.reset_lock()  # a forked process inherits a lock that nobody releases
+    return worker.id, worker.num_workers
 
 
 def open_shards(source: CaptionSource, opened: OpenedTable, with_images: bool) -> tuple[Columns, ShardRows]:

@@ -93,8 +93,8 @@ class ShardedSource:
         """
 
         def parts(shard: SourceShard) -> list[SourceShard]:
-            found = cut_parquet(shard.path, part_rows) if shard.path.endswith(".parquet") else []
-            return [shard._replace(part=part) for part in found] or [shard]
+            ranges = cut_parquet(shard.path, part_rows) if shard.path.endswith(".parquet") else []
+            return [shard._replace(part=part) for part in ranges] or [shard]
 
         with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
             return list(pool.map(parts, self.shards))
@@ -110,8 +110,8 @@ class ShardedSource:
         with wrap_read_errors(shard.path, SourceError):
             text.size, text.checksum = source_size(shard.path), source_checksum(shard.path)
             for _, row in self._rows.read(shard.number, start, stop):
-                found = [caption for column in text.columns for caption in column_texts(row, column)]
-                text.captions.update(dict.fromkeys(found))
+                captions = [caption for column in text.columns for caption in column_texts(row, column)]
+                text.captions.update(dict.fromkeys(captions))
                 text.rows += 1
         return text
 

@@ -93,8 +93,8 @@ class SidecarFolder:
         stem, ending = posixpath.basename(shard_stem(shard.name)), f"{BESIDE}{MANIFEST_SUFFIX}"
         paths = self.manifest_path(whole).parent.glob(f"{glob.escape(stem)}.*-*{ending}")
         names = re.compile(rf"{re.escape(stem)}\.\d+-\d+{re.escape(ending)}")
-        found = [StoreManifest.read(path) for path in paths if names.fullmatch(path.name)]
-        parts = {part: manifest for manifest in found if (part := row_range(manifest))}
+        manifests = [StoreManifest.read(path) for path in paths if names.fullmatch(path.name)]
+        parts = {part: manifest for manifest in manifests if (part := row_range(manifest))}
         return {whole._replace(part=part): parts[part] for part in sorted(parts)}
 
     def lock(self, shard: SourceShard) -> AbstractContextManager[None]:
@@ -225,20 +225,20 @@ class SourceSidecars:
         missing: list[str] = []
         row_counts = []
         with ThreadPoolExecutor(MANIFESTS_AT_ONCE) as pool:
-            described = list(pool.map(self.folder.manifests, self.shards))
-        for shard, found in zip(self.shards, described, strict=True):
-            manifests = {self.folder.manifest_path(part): manifest for part, manifest in found.items()}
-            faults = [_misfit(path, one, shard, columns) for path, one in manifests.items()]
-            faults.append(_gap(shard.name, [row_range(one) for one in found.values()]))
+            by_part = list(pool.map(self.folder.manifests, self.shards))
+        for shard, parts in zip(self.shards, by_part, strict=True):
+            manifests = {self.folder.manifest_path(part): manifest for part, manifest in parts.items()}
+            faults = [_misfit(path, manifest, shard, columns) for path, manifest in manifests.items()]
+            faults.append(_gap(shard.name, [row_range(manifest) for manifest in manifests.values()]))
             missing += list(filter(None, faults))[:1]
-            row_counts.append(sum(source_of(one, path).rows for path, one in manifests.items()))
+            row_counts.append(sum(source_of(manifest, path).rows for path, manifest in manifests.items()))
             for path, manifest in manifests.items():
                 first = first or manifest
                 if (difference := first.difference(manifest)) is not None:
-                    name, one, other = difference
+                    name, expected, other = difference
                     raise StoreMismatchError(
-                        f"{path} has {name} {other!r}, but the sidecar of {source_of(first, path).name} has {one!r}. "
-                        "Embed the source again, into one folder."
+                        f"{path} has {name} {other!r}, but the sidecar of {source_of(first, path).name} has "
+                        f"{expected!r}. Embed the source again, into one folder."
                     )
         if missing or first is None:
             shown = "; ".join(missing[:3]) or "there are no shards"
@@ -289,8 +289,8 @@ def source_of(manifest: StoreManifest, path: AnyPath) -> SourceFile:
 
 def row_range(manifest: StoreManifest) -> RowRange | None:
     """Return the part of a parquet file that a sidecar belongs to, or None for a whole file."""
-    found = None if manifest.source is None else manifest.source.part
-    return None if found is None else RowRange(**found)
+    part = None if manifest.source is None else manifest.source.part
+    return None if part is None else RowRange(**part)
 
 
 def shard_stem(name: str) -> str:
@@ -334,20 +334,20 @@ def verify_sources(folder: AnyPath, manifests: Mapping[AnyPath, StoreManifest], 
         manifests: All manifests below it.
         contents: Read the shards.
     """
-    found, checksum = Verified(), functools.lru_cache(sha256)  # the parts of a file are of one
+    verified, checksum = Verified(), functools.lru_cache(sha256)  # the parts of a file are of one
     for path, manifest in manifests.items() if contents else ():
         source = manifest.source
         if source is None or source.checksum is None:
             continue
         if source.path is not None and "://" in source.path:
             continue
-        place = path.with_name(source.name) if source.path is None else Path(source.path)
+        file = path.with_name(source.name) if source.path is None else Path(source.path)
         fix = f"restore that shard, or delete {path} and run `llm2clip embed` on the source again"
         try:
-            if isinstance(place, Path) and place.is_file() and f"sha256:{checksum(place)}" != source.checksum:
-                found.faults.append(Fault(f"the shard {place} has changed since it was embedded", fix))
+            if isinstance(file, Path) and file.is_file() and f"sha256:{checksum(file)}" != source.checksum:
+                verified.faults.append(Fault(f"the shard {file} has changed since it was embedded", fix))
         except OSError as error:
-            found.faults.append(Fault(f"the shard {place} cannot be read ({error.strerror})", fix))
+            verified.faults.append(Fault(f"the shard {file} cannot be read ({error.strerror})", fix))
     for unfinished in sorted(map(str, folder.rglob(f".*{BESIDE}.*.tmp"))):
-        found.remarks.append(f"{unfinished} is what a run has not finished: it still writes it, or was killed.")
-    return found
+        verified.remarks.append(f"{unfinished} is what a run has not finished: it still writes it, or was killed.")
+    return verified

@@ -127,6 +127,11 @@ class Columns(NamedTuple):
     captions: list[str]
     weights: list[float] | None
 
+    def row_key(self, row: Mapping[str, Any], default: str) -> str:
+        """Return the key of a row, or `default` if it has none."""
+        value = None if self.key is None else row[self.key]
+        return default if value is None else str(value)
+
 
 def load_source(source: CaptionSource, with_images: bool = True) -> Table:
     """Open the table of a source. It has the columns that the source uses (see [`source_columns`]) and encoded images.

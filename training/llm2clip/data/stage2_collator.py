@@ -115,17 +115,17 @@ class Stage2Collator:
             return dict(samples)
         rows, skipped = list[dict[str, Any]](), list[SkippedSample]()
         for number, sample in enumerate(samples):
-            found = sample if isinstance(sample, SkippedSample) else self._checked(sample, number)
-            if isinstance(found, SkippedSample):
-                skipped.append(found)
+            checked = sample if isinstance(sample, SkippedSample) else self._checked(sample, number)
+            if isinstance(checked, SkippedSample):
+                skipped.append(checked)
             else:
-                rows.append(found)
+                rows.append(checked)
         stored: np.ndarray | None = None
         if self.cache is not None and self.on_error == "skip" and _any_has(rows, "caption"):
             stored = self.cache.find(caption_keys(_column(rows, "caption")))
-            lacking = [rows[place] for place in np.flatnonzero(stored < 0)]
+            lacking = [rows[index] for index in np.flatnonzero(stored < 0)]
             skipped += [SkippedSample(str(row.get("key", row["caption"])), NO_EMBEDDING) for row in lacking]
-            rows, stored = [rows[place] for place in np.flatnonzero(stored >= 0)], stored[stored >= 0]
+            rows, stored = [rows[index] for index in np.flatnonzero(stored >= 0)], stored[stored >= 0]
         if not rows and self.on_error == "skip":
             return {"is_empty": True, "skipped": [tuple(sample) for sample in skipped]}
         if not rows:
@@ -137,9 +137,9 @@ class Stage2Collator:
         if _any_has(rows, "caption_id"):
             ids = _column(rows, "caption_id")
             known = _any_has(rows, "image_caption_ids")
-            all_ids = _column(rows, "image_caption_ids") if known else [[one] for one in ids]
+            ids_of_images = _column(rows, "image_caption_ids") if known else [[number] for number in ids]
             batch["caption_ids"] = torch.tensor(ids, dtype=torch.int64)
-            batch["image_caption_ids"] = _pad([torch.as_tensor(some, dtype=torch.int64) for some in all_ids], -1)
+            batch["image_caption_ids"] = _pad([torch.as_tensor(own, dtype=torch.int64) for own in ids_of_images], -1)
         elif _any_has(rows, "image_caption_ids"):
             raise ValueError("Rows with image_caption_ids need a caption_id as well.")
         if _any_has(rows, "key"):
@@ -202,8 +202,8 @@ class Stage2Collator:
             raise ValueError(f"A row needs llm_embeds, input_ids or caption{self._lacks(rows[0])}.")
         captions = _column(rows, "caption")
         if self.cache is not None:
-            found = self.cache.lookup(captions, dtype=None) if stored is None else self.cache.read(stored)
-            return {"llm_embeds": found}
+            embeds = self.cache.lookup(captions, dtype=None) if stored is None else self.cache.read(stored)
+            return {"llm_embeds": embeds}
         if self.tokenize is None:
             raise ValueError(
                 "Rows with a caption need Stage2Collator(cache=...) or Stage2Collator(processor=...) with the "
@@ -219,8 +219,8 @@ def _name(row: dict[str, Any], number: int) -> str:
     image = row.get("image")
     if isinstance(image, bytes):
         return f"image {hashlib.sha256(image).hexdigest()[:12]}"
-    found = image if isinstance(image, str | os.PathLike) else row.get("caption")
-    return str(found) if isinstance(found, str | os.PathLike) else f"row {number} of its batch"
+    name = image if isinstance(image, str | os.PathLike) else row.get("caption")
+    return str(name) if isinstance(name, str | os.PathLike) else f"row {number} of its batch"
 
 
 def _any_has(rows: Sequence[dict[str, Any]], name: str) -> bool:

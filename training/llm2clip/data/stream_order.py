@@ -103,7 +103,7 @@ class SourceOrder:
         before: How many of the source's rows come before a place of the stream; by default all of the stream is its.
     """
 
-    def __init__(self, num_rows: int, lanes: Lanes, before: RowsBefore = lambda places: places) -> None:
+    def __init__(self, num_rows: int, lanes: Lanes, before: RowsBefore = lambda positions: positions) -> None:
         self.num_rows, self.lanes, self.before = num_rows, lanes, before
         self.cut = functools.lru_cache(maxsize=2)(self._cut)
         # Of each lane: the epoch, the next chunk, and the rows of the lane before it.
@@ -217,11 +217,11 @@ class _LaneReader:
             self._files = np.random.default_rng(seed).permutation(self._files)
         self._ends = np.cumsum(np.asarray(source.row_counts)[self._files])
         # The file and row at which the rows of the open file go on.
-        self._place, self._open = (-1, 0), iter(list[Any]())
+        self._position, self._open = (-1, 0), iter(list[Any]())
 
     def read(self, first: int, last: int) -> list[Any]:
         """Return the rows from the `first` to the `last` one of the lane, excluded."""
-        size, found = self.source.block, list[Any]()
+        size, result = self.source.block, list[Any]()
         if not size:
             return self.in_order(self.start + first, self.start + last)
         while first < last:
@@ -232,25 +232,25 @@ class _LaneReader:
                 rows = self.in_order(begin, min(self.stop, begin + size))
                 seed = stable_seed(self.source.seed, "block", self.epoch, self.lane, block)
                 order = np.random.default_rng(seed).permutation(len(rows))
-                self._block, self._rows = block, [rows[place] for place in order]
-            found += self._rows[at : at + last - first]
+                self._block, self._rows = block, [rows[number] for number in order]
+            result += self._rows[at : at + last - first]
             first = min(last, (block + 1) * size)
-        return found
+        return result
 
     def in_order(self, first: int, last: int) -> list[Any]:
         """Return the rows from the `first` to the `last` one of the epoch, excluded."""
-        found: list[Any] = []
+        rows: list[Any] = []
         while first < last:
             position = int(np.searchsorted(self._ends, first, side="right"))
             file, end = int(self._files[position]), int(self._ends[position])
             start, stop = first - end + self.source.row_counts[file], min(last, end)
-            if self._place != (file, start):
+            if self._position != (file, start):
                 # Up to the end of the lane, since the next part mostly begins where this one ends.
                 until = min(self.source.row_counts[file], start + self.stop - first)
                 self._open = self.source.read_file(self.epoch, file, start, until)
-            found += itertools.islice(self._open, stop - first)
-            self._place, first = (file, start + stop - first), stop
-        return found
+            rows += itertools.islice(self._open, stop - first)
+            self._position, first = (file, start + stop - first), stop
+        return rows
 
 
 class EvenMixture:
@@ -264,8 +264,8 @@ class EvenMixture:
     def __init__(self, weights: Sequence[float], period: int | None = None) -> None:
         self.weights, self.period = weights, period
 
-    def before(self, source: int, places: np.ndarray) -> np.ndarray:
-        epochs, left = (0, places) if self.period is None else np.divmod(places, self.period)
+    def before(self, source: int, positions: np.ndarray) -> np.ndarray:
+        epochs, left = (0, positions) if self.period is None else np.divmod(positions, self.period)
         # Each source takes its share of what those before it leave: so the rows of all sources are the places.
         for number, weight in enumerate(self.weights):
             rest = sum(self.weights[number:])
@@ -275,10 +275,10 @@ class EvenMixture:
             left = left - taken
         raise IndexError(source)
 
-    def _share(self, places: np.ndarray, weight: float, rest: float) -> np.ndarray:
+    def _share(self, positions: np.ndarray, weight: float, rest: float) -> np.ndarray:
         if self.period is not None and max(weight, rest) < 2**31:
-            return places * int(weight) // max(1, int(rest))
-        return np.floor(places * (weight / rest)).astype(np.int64)
+            return positions * int(weight) // max(1, int(rest))
+        return np.floor(positions * (weight / rest)).astype(np.int64)
 
 
 class StepMixture:
@@ -294,8 +294,8 @@ class StepMixture:
         # (steps + 1, sources) how many steps of each source come before a step.
         self._steps = np.zeros((1, len(weights)), dtype=np.int64)
 
-    def before(self, source: int, places: np.ndarray) -> np.ndarray:
-        steps, rest = np.divmod(places, self.batch)
+    def before(self, source: int, positions: np.ndarray) -> np.ndarray:
+        steps, rest = np.divmod(positions, self.batch)
         known = self._known(int(steps.max(initial=0)) + 1)[:, source]
         return known[steps] * self.batch + (known[steps + 1] - known[steps]) * rest
 

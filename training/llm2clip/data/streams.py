@@ -9,15 +9,14 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
-import fsspec.asyn
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset
 
 from llm2clip.data.captioned_images import CaptionImageDataset, OnError, SampleMaker
 from llm2clip.data.opened_table import OpenedTable, SourceError
 from llm2clip.data.sampling import SampleIndex, stable_seed
-from llm2clip.data.shard_rows import ShardRows, open_shards
+from llm2clip.data.shard_rows import ShardRows, data_worker, open_shards
 from llm2clip.data.sources import CaptionSource, open_source
 from llm2clip.data.stream_order import (
     BLOCK,
@@ -133,10 +132,7 @@ class SampleStream(IterableDataset):
         return EvenMixture(weights, self.num_rows if self.mixing == "proportional" else None)
 
     def __iter__(self) -> Iterator[Any]:
-        worker = get_worker_info()
-        number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        if worker is not None:
-            fsspec.asyn.reset_lock()  # a forked process inherits a lock that nobody releases
+        number, workers = data_worker()
         lanes, start = self.choose_lanes(workers), self.start or 0
         mixture = self._mixture(lanes)
         epoch = self.epoch if self.start is None else 0
@@ -232,8 +228,8 @@ class StreamingCaptionImageDataset(SampleStream):
 
     def choose_lanes(self, num_workers: int) -> Lanes:
         # In order, all rows are of one lane.
-        found = super().choose_lanes(num_workers)
-        return found if self.shuffle_block or self.lanes else Lanes(found.batch, 1, found.batch)
+        lanes = super().choose_lanes(num_workers)
+        return lanes if self.shuffle_block or self.lanes else Lanes(lanes.batch, 1, lanes.batch)
 
     def fingerprint(self) -> str:
         """Return a hash of its files and their numbers of rows."""
@@ -255,16 +251,13 @@ class StreamingCaptionImageDataset(SampleStream):
         for number, values in rows:
             key = self._key(file, number, values)
             # What the random parts of a sample depend on besides the seed.
-            salt = (epoch, key) if self.training else None
-            yield partial(make_sample, values, key, self.columns, salt)
+            seed_parts = (epoch, key) if self.training else None
+            yield partial(make_sample, values, key, self.columns, seed_parts)
 
     def _key(self, file: int, number: int, values: Mapping[str, Any]) -> str:
         """Return the key of a row: the same in every order and split."""
-        key = None if self.columns.key is None else values[self.columns.key]
-        if key is not None:
-            return str(key)
         row = f"{file}-{number}" if self.shards.num_files > 1 else str(number)
-        return f"{self.name}:{row}" if self.is_one_of_several else row
+        return self.columns.row_key(values, f"{self.name}:{row}" if self.is_one_of_several else row)
 
     def open(self, lanes: Lanes, before: RowsBefore, epoch: int) -> ReadChunk:
         """Open the source for a DataLoader worker of a process.

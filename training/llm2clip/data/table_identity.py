@@ -57,7 +57,7 @@ def sampled_files_digest(files: Sequence[str]) -> str:
     """Hash the sizes of local files in their order, and of some of them both ends; those of URLs are not read."""
     local = [Path(file) for file in files if os.path.isfile(file)]
     digest = hashlib.sha256(json.dumps([file.stat().st_size for file in local]).encode())
-    for position in sorted({int(place) for place in np.linspace(0, len(local) - 1, SAMPLED_FILES)} if local else ()):
+    for position in np.unique(np.linspace(0, len(local) - 1, SAMPLED_FILES).astype(int)) if local else ():
         _add_ends(digest, local[position])
     return digest.hexdigest()[:16]
 
@@ -75,13 +75,13 @@ def data_revision(source: str | Mapping[str, Any]) -> str | None:
     """
     fields = {"path": source} if isinstance(source, str) else source
     path, revision = fields["path"], fields.get("revision")
-    place = Path(path).expanduser()
-    if place.is_dir():
-        names = (file.relative_to(place) for file in place.rglob("*"))
-        return _checksum(place, [place / name for name in names if not any(part[0] == "." for part in name.parts)])
+    local = Path(path).expanduser()
+    if local.is_dir():
+        names = (file.relative_to(local) for file in local.rglob("*"))
+        return _checksum(local, [local / name for name in names if not any(part[0] == "." for part in name.parts)])
     if "://" in path:
         return revision
-    files = [place] if place.is_file() else [Path(file) for file in glob.glob(str(place), recursive=True)]
+    files = [local] if local.is_file() else [Path(file) for file in glob.glob(str(local), recursive=True)]
     if files:
         return _checksum(Path(os.path.commonpath([file.parent for file in files])), files)
     try:
@@ -155,14 +155,16 @@ def _digest(record: Mapping[str, Any]) -> bytes:
 
 def _files(images: datasets.Dataset, column: str) -> str:
     """Hash the paths, sizes and times of the files of a table, as far as images are files; reads no image."""
-    found: list[list[Any]] = []
+    states: list[list[Any]] = []
     for batch in images.with_format("arrow").iter(IMAGE_BATCH):
         records = batch.column(column).combine_chunks()
         is_file = pc.is_null(pc.struct_field(records, "bytes"))
         for path in pc.struct_field(records, "path").filter(is_file).to_pylist():
             state = os.stat(path) if path is not None and os.path.exists(path) else None
-            found.append([path, *((state.st_size, state.st_mtime_ns, state.st_ctime_ns) if state is not None else ())])
-    return digest_json(found)
+            states.append(
+                [path, *((state.st_size, state.st_mtime_ns, state.st_ctime_ns) if state is not None else ())]
+            )
+    return digest_json(states)
 
 
 def _content(record: Mapping[str, Any]) -> bytes:

@@ -76,8 +76,8 @@ def _fault(path: str | Path, kind: str, last: str | None, error: Exception) -> S
     """Return the error of a tar that cannot be read to its end; `last` is the last member that was found."""
     # Where it tries several compressions, tarfile has a line for each.
     reason = str(error).partition("\n")[0].rstrip(":") or type(error).__name__
-    place = "at its beginning" if last is None else f"after {last}"
-    return SourceError(f"{path} is not {kind}, or is damaged or cut short {place}: {reason}.")
+    where = "at its beginning" if last is None else f"after {last}"
+    return SourceError(f"{path} is not {kind}, or is damaged or cut short {where}: {reason}.")
 
 
 def list_tar(path: Path) -> Iterator[tuple[str, FilePart]]:
@@ -103,7 +103,7 @@ def tar_rows(
     """Yield rows of a webdataset tar, of any compression that `tarfile` knows, with their numbers.
 
     They are those that `datasets` makes of it, with `columns` alone; one that a row lacks is None. Of a local file,
-    the bytes of the rows before are not even read: its headers are read once, for the places of its rows.
+    the bytes of the rows before are not even read: its headers are read once, for the offsets of its rows.
 
     Args:
         path: Path or URL.
@@ -114,16 +114,16 @@ def tar_rows(
         SourceError: It is not a tar, is damaged or cut short, has fewer rows, or a value is not of the form of its
             column.
     """
-    first = place = 0
+    first = offset = 0
     if start and "://" not in path:
         state = os.stat(path)
-        places = _row_places(path, state.st_size, state.st_mtime_ns)
-        if places is not None and start < len(places):
-            first, place = start, int(places[start])
+        offsets = _row_offsets(path, state.st_size, state.st_mtime_ns)
+        if offsets is not None and start < len(offsets):
+            first, offset = start, int(offsets[start])
     with _opened(path) as file:
         mode = _mode(file)
-        if place:
-            file.seek(place)
+        if offset:
+            file.seek(offset)
             mode = "r:"
         for number, row in enumerate(_grouped(path, file, mode, columns, start - first), first):
             if number >= start:
@@ -140,7 +140,7 @@ def fewer_rows(path: str, stop: int) -> SourceError:
 
 
 @functools.lru_cache(maxsize=256)
-def _row_places(path: str, size: int, time: int) -> np.ndarray | None:
+def _row_offsets(path: str, size: int, time: int) -> np.ndarray | None:
     """Return the first byte of each row of a local tar, (rows,) int64; None if it cannot be entered there.
 
     Args:
@@ -148,7 +148,7 @@ def _row_places(path: str, size: int, time: int) -> np.ndarray | None:
     """
     try:
         with _opened(path) as file:
-            return np.array([row.place for row in _grouped(path, file, "r:", ())])
+            return np.array([row.offset for row in _grouped(path, file, "r:", ())])
     except SourceError:  # it is compressed, or reading it says what is wrong
         return None
 
@@ -193,7 +193,7 @@ class _Row(NamedTuple):
     """The key of a row, its first byte in the tar, and names and contents of its members."""
 
     key: str
-    place: int
+    offset: int
     members: list[tuple[str, bytes]]
 
 

@@ -159,9 +159,11 @@ def _refuse_ignored(config: EmbedConfig, names: Sequence[str]) -> None:
 @exclusive
 def _embed_into_cache(config: EmbedConfig) -> dict[str, Any]:
     require(config, REQUIRED)
-    encoder, name = _open_encoder(config), config.text_model_name_or_path
-    captions = distinct_captions([CaptionSource.from_dict(source) for source in config.sources])
-    manifest = embed_into_cache(captions, encoder, config.output_dir, name, config, _long_lived_processes())
+    state, encoder = _long_lived_processes(), _open_encoder(config)
+    sources = [CaptionSource.from_dict(source) for source in config.sources]
+    captions = distinct_captions(sources, in_all_processes=True)
+    name = config.text_model_name_or_path
+    manifest = embed_into_cache(captions, encoder, config.output_dir, name, config, state)
     return {"num_captions": manifest.rows, "num_truncated": manifest.counts["truncated"]}
 
 

@@ -22,6 +22,7 @@ from llm2clip.store.manifest import (
     StoreIncompleteError,
     StoreManifest,
     StoreMismatchError,
+    manifest_path,
     rows_path,
 )
 from llm2clip.store.shards import ShardFile, keys_tensor, write_shard
@@ -75,11 +76,11 @@ class StoreBuild(Generic[StoreT]):
         """Yield the number of each shard, and the positions of its keys."""
         return iter(self.shards)
 
-    def write(self, number: int, positions: np.ndarray, found: ComputedRows) -> None:
+    def write(self, number: int, positions: np.ndarray, computed: ComputedRows) -> None:
         """Write a shard."""
-        tensors = {"rows": found.rows, "keys": keys_tensor(self.keys[positions])}
-        own = replace(self.manifest, counts=found.counts, skipped=found.skipped)
-        write_shard(self.folder / shard_name(number), tensors, own)
+        tensors = {"rows": computed.rows, "keys": keys_tensor(self.keys[positions])}
+        manifest = replace(self.manifest, counts=computed.counts, skipped=computed.skipped)
+        write_shard(self.folder / shard_name(number), tensors, manifest)
 
 
 @contextlib.contextmanager
@@ -139,14 +140,14 @@ def build_store(
         wait()  # no rank reads the folder before rank 0 has it to itself
         stored = list(_manifests(folder).items())
         wait()  # all ranks have read them before one is deleted
-        for number, one in stored[rank::world_size]:
-            _drop_damaged(folder, number, one, manifest)
+        for number, earlier in stored[rank::world_size]:
+            _drop_damaged(folder, number, earlier, manifest)
         wait()
-        there = _manifests(folder)
-        indexed = _open_indexed(folder, there)
-        known = index_of(_files(folder, there)) if indexed is None else indexed
+        kept = _manifests(folder)
+        indexed = _open_indexed(folder, kept)
+        known = index_of(_files(folder, kept)) if indexed is None else indexed
         missing = np.flatnonzero(known.find(keys) < 0)
-        numbers = (number for number in itertools.count() if number not in there)
+        numbers = (number for number in itertools.count() if number not in kept)
         parts = [missing[start : start + shard_size] for start in range(0, len(missing), shard_size)]
         work = list(zip(numbers, parts, strict=False))
         wait()  # every rank has read the folder before it changes
@@ -199,74 +200,71 @@ def refuse_rows(bad: Tensor, name: Callable[[int], str], fault: str) -> None:
 
 def _manifests(folder: Path) -> dict[int, StoreManifest | None]:
     """Return the manifests of the shards of a folder by their numbers; None for one that is damaged."""
-    found: dict[int, StoreManifest | None] = {}
+    manifests: dict[int, StoreManifest | None] = {}
     for path in folder.glob(f"shard-*{MANIFEST_SUFFIX}"):
         number = int(path.name.removeprefix("shard-").removesuffix(MANIFEST_SUFFIX))
         try:
-            found[number] = StoreManifest.read(path)
+            manifests[number] = StoreManifest.read(path)
         except StoreDamagedError:
-            found[number] = None
-    return dict(sorted(found.items()))
+            manifests[number] = None
+    return dict(sorted(manifests.items()))
 
 
-def _drop_damaged(folder: Path, number: int, found: StoreManifest | None, new: StoreManifest) -> None:
+def _drop_damaged(folder: Path, number: int, stored: StoreManifest | None, new: StoreManifest) -> None:
     """Delete the manifest of a shard that is not whole, so that it is computed again.
 
     Raises:
         StoreMismatchError: Another encoder made it.
     """
     path = folder / shard_name(number)
-    if found is not None and (difference := found.difference(new)) is not None:
-        name, old, own = difference
+    if stored is not None and (difference := stored.difference(new)) is not None:
+        name, old, wanted = difference
         raise StoreMismatchError(
-            f"The {new.about.name} {folder} was made by {found.encoder} with {name} {old!r}, but this build has "
-            f"{name} {own!r} ({new.encoder}). Choose another folder, or delete this one to start again."
+            f"The {new.about.name} {folder} was made by {stored.encoder} with {name} {old!r}, but this build has "
+            f"{name} {wanted!r} ({new.encoder}). Choose another folder, or delete this one to start again."
         )
     try:
-        if found is None:
+        if stored is None:
             raise StoreDamagedError(f"The manifest of {path} is damaged.")
-        ShardFile.of(path, found).require_unchanged()
+        ShardFile.of(path, stored).require_unchanged()
     except StoreDamagedError as error:
         logger.warning("%s It is computed again.", str(error).partition(";")[0].rstrip(".") + ".")
         (folder / INDEX).unlink(missing_ok=True)
-        path.with_name(path.name.removesuffix(ROWS_SUFFIX) + MANIFEST_SUFFIX).unlink(missing_ok=True)
+        manifest_path(path).unlink(missing_ok=True)
 
 
-def _files(folder: Path, found: dict[int, Any]) -> list[ShardFile]:
-    return [ShardFile.of(folder / shard_name(number), manifest) for number, manifest in found.items()]
+def _files(folder: Path, manifests: dict[int, Any]) -> list[ShardFile]:
+    return [ShardFile.of(folder / shard_name(number), manifest) for number, manifest in manifests.items()]
 
 
-def _open_indexed(folder: Path, found: dict[int, Any]) -> Store | None:
+def _open_indexed(folder: Path, manifests: dict[int, Any]) -> Store | None:
     """Open a store whose index is whole and has all its shards: a run may be killed before it adds some."""
     try:
         opened = Store.open(folder, verify=False)
     except (FileNotFoundError, StoreDamagedError, StoreIncompleteError):
         return None
-    return opened if {shard.path.name for shard in opened.shards} == set(map(shard_name, found)) else None
+    return opened if {shard.path.name for shard in opened.shards} == set(map(shard_name, manifests)) else None
 
 
 def _write_index(folder: Path, keys: np.ndarray) -> None:
     """Write the index of a complete store, without which it counts as incomplete; `keys` have to be in it."""
-    found: dict[int, Any] = _manifests(folder)
-    index = index_of(_files(folder, found))
+    manifests: dict[int, Any] = _manifests(folder)
+    index = index_of(_files(folder, manifests))
     if lacking := int((index.find(keys) < 0).sum()):
         raise StoreMismatchError(
             f"{folder} lacks {lacking} of {len(keys)} rows after they were computed: the processes were given "
             "different data."
         )
     shards, skipped, counts, first = {}, [], dict[str, int](), 0
-    for number, one in found.items():
-        shards[shard_name(number)] = [one.rows, one.bytes, one.checksum]
-        skipped += [(first + row, key, reason) for row, key, reason in one.skipped]
-        for name, count in one.counts.items():
+    for number, shard in manifests.items():
+        shards[shard_name(number)] = [shard.rows, shard.bytes, shard.checksum]
+        skipped += [(first + row, key, reason) for row, key, reason in shard.skipped]
+        for name, count in shard.counts.items():
             counts[name] = counts.get(name, 0) + count
-        first += one.rows
-    manifest = replace(next(iter(found.values())), shards=shards, skipped=skipped, counts=counts)
+        first += shard.rows
+    manifest = replace(next(iter(manifests.values())), shards=shards, skipped=skipped, counts=counts)
     write_shard(rows_path(folder / INDEX), index.columns(), manifest)
-    for leftover in folder.glob(".*.tmp"):  # of any machine: nobody else writes here now
-        if not leftover.is_dir():
-            leftover.unlink()
-    remove_unfinished(folder)
+    remove_unfinished(folder)  # of any machine: nobody else writes here now
 
 
 def build_embedding_cache(

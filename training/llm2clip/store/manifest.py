@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import transformers
 
 from llm2clip.utils.files import read_json, write_json
 from llm2clip.utils.manifests import fits_checksum, with_checksum
-from llm2clip.utils.remote_path import AnyPath
+from llm2clip.utils.remote_path import AnyPath, RemotePath
 
 FORMAT, FORMAT_VERSION = "llm2clip-store", 1
 ROWS_SUFFIX, MANIFEST_SUFFIX = ".safetensors", ".manifest"
+PathT = TypeVar("PathT", Path, RemotePath, AnyPath)
 StoredDtype = Literal["float16", "bfloat16", "float32"]
 
 
@@ -140,9 +141,9 @@ class StoreManifest:
             values = read_json(path)
         except ValueError as error:
             raise StoreDamagedError(f"{str(error).rstrip('.')}; {advice}.") from error
-        if (found := (values.get("format"), values.get("format_version"))) != (FORMAT, FORMAT_VERSION):
+        if (stated := (values.get("format"), values.get("format_version"))) != (FORMAT, FORMAT_VERSION):
             raise StoreError(
-                f"{path} has format {found[0]!r}, version {found[1]!r}, but this version of llm2clip reads "
+                f"{path} has format {stated[0]!r}, version {stated[1]!r}, but this version of llm2clip reads "
                 f"{FORMAT!r}, version {FORMAT_VERSION}; compute it again, into another folder."
             )
         if not fits_checksum(values) or values.get("kind") not in KINDS:
@@ -155,7 +156,8 @@ class StoreManifest:
 
     def difference(self, other: StoreManifest) -> tuple[str, Any, Any] | None:
         """Return the first thing that rows depend on in which another manifest differs: its name and both values."""
-        own, others = ({"kind": one.kind, **one.identity, "dtype": one.dtype} for one in (self, other))
+        own = {"kind": self.kind, **self.identity, "dtype": self.dtype}
+        others = {"kind": other.kind, **other.identity, "dtype": other.dtype}
         if self.width and other.width:
             own["width"], others["width"] = self.width, other.width
         for name in dict.fromkeys([*own, *others]):
@@ -169,7 +171,7 @@ def manifest_path(rows: AnyPath) -> AnyPath:
     return rows.with_name(rows.name.removesuffix(ROWS_SUFFIX) + MANIFEST_SUFFIX)
 
 
-def rows_path(manifest: Path) -> Path:
+def rows_path(manifest: PathT) -> PathT:
     """Return the path of the rows of `NAME.manifest`."""
     return manifest.with_name(manifest.name.removesuffix(MANIFEST_SUFFIX) + ROWS_SUFFIX)
 

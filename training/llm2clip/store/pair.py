@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from modeling_llm2clip.identity_llm2clip import pair_fingerprint
 class PairedCache(EmbeddingCache):
     """The rows of the captions that two caches have, each of unit length, side by side (paper, table 8).
 
-    A row has the number that it has in the first cache.
+    The number of a row is made of those that it has in both caches.
 
     Args:
         first, second: The caches of both text encoders of a model, in its order.
@@ -33,7 +33,7 @@ class PairedCache(EmbeddingCache):
             identity[name] = pair_fingerprint(manifest.identity[name] for manifest in manifests)
         manifest = replace(
             first.manifest,
-            encoder=" and ".join(one.encoder for one in manifests),
+            encoder=" and ".join(manifest.encoder for manifest in manifests),
             identity=identity,
             width=first.width + second.width,
         )
@@ -42,29 +42,21 @@ class PairedCache(EmbeddingCache):
     def __reduce__(self) -> tuple[Any, ...]:
         return PairedCache, self.halves
 
-    @cached_property
-    def _second_rows(self) -> np.ndarray:
-        """The row in the second cache of each row of the first; -1 if it has none."""
-        keys = [np.empty((0, 2), np.int64), *(shard.keys() for shard in self.shards)]
-        return self.halves[1].find(np.concatenate(keys))
-
     def find(self, keys: np.ndarray) -> np.ndarray:
         """Return the numbers of the rows with the given keys, (n,) int64; -1 for a key that one of both lacks."""
-        rows = self.halves[0].find(keys)
-        return np.where((rows >= 0) & (self._second_rows[rows] >= 0), rows, -1)
+        first, second = (half.find(keys) for half in self.halves)
+        return np.where((first >= 0) & (second >= 0), first * len(self.halves[1]) + second, -1)
 
-    def rows(self, captions: Any) -> np.ndarray:
-        for half in self.halves:  # whose error names the cache that lacks a caption
-            half.rows(captions)
-        return self.halves[0].rows(captions)
+    def rows(self, captions: Sequence[str]) -> np.ndarray:
+        first, second = (half.rows(captions) for half in self.halves)  # whose error names the cache that lacks one
+        return first * len(self.halves[1]) + second
 
     def read(self, rows: np.ndarray, dtype: torch.dtype | None = None) -> Tensor:
         """Return rows by their numbers, (n, width); by default in the dtype of the first cache."""
-        first, second = self.halves
-        own = np.where(rows < 0, -1, self._second_rows[rows])
-        parts = first.read(rows, torch.float32), second.read(own, torch.float32)
+        numbers = np.divmod(rows, len(self.halves[1]))
+        parts = [half.read(own, torch.float32) for half, own in zip(self.halves, numbers, strict=True)]
         result = torch.cat([F.normalize(part, dim=-1) for part in parts], dim=-1)
-        return result.to(dtype or first._dtype)
+        return result.to(dtype or self._dtype)
 
     def require_unchanged(self, rank: int = 0, world_size: int = 1) -> None:
         for half in self.halves:
@@ -73,4 +65,3 @@ class PairedCache(EmbeddingCache):
     def map(self) -> None:
         for half in self.halves:
             half.map()
-        assert len(self._second_rows) == len(self)

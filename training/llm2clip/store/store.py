@@ -142,8 +142,8 @@ class Store:
         folder = Path(path)
         opened = cls._of_index(folder) if (folder / INDEX).is_file() else cls._of_shards(folder)
         if cls.KIND not in (None, opened.manifest.kind):
-            wanted, found = KINDS[str(cls.KIND)].name, opened.manifest.about.name
-            raise StoreMismatchError(f"{folder} is of another kind: {found}, not {wanted}.")
+            wanted, actual = KINDS[str(cls.KIND)].name, opened.manifest.about.name
+            raise StoreMismatchError(f"{folder} is of another kind: {actual}, not {wanted}.")
         if verify:
             opened.require_unchanged()
         return opened
@@ -151,27 +151,26 @@ class Store:
     @classmethod
     def _of_index(cls: type[StoreT], folder: Path) -> StoreT:
         manifest = StoreManifest.read(folder / INDEX)
-        index = ShardFile.of(rows_path(folder / INDEX), manifest)
-        index.require_unchanged()
-        found = KeyIndex(*(index.open(name).numpy() for name in COLUMNS))
+        file = ShardFile.of(rows_path(folder / INDEX), manifest)
+        file.require_unchanged()
         shards = [
             ShardFile(folder / name, rows, size, checksum, manifest.about)
             for name, (rows, size, checksum) in manifest.shards.items()
         ]
         for shard in shards:
             shard.require_size()
-        return cls(folder, manifest, shards, found)
+        return cls(folder, manifest, shards, KeyIndex(*(file.open(name).numpy() for name in COLUMNS)))
 
     @classmethod
     def _of_shards(cls: type[StoreT], folder: Path) -> StoreT:
-        found = sorted(folder.rglob(BESIDE_SHARDS))
-        if not found:
+        paths = sorted(folder.rglob(BESIDE_SHARDS))
+        if not paths:
             raise _no_store(folder)
-        manifests = [StoreManifest.read(path) for path in found]
-        for path, manifest in zip(found, manifests, strict=True):
+        manifests = [StoreManifest.read(path) for path in paths]
+        for path, manifest in zip(paths, manifests, strict=True):
             if manifests[0].difference(manifest) is not None:
-                raise StoreMismatchError(f"{found[0]} and {path} are of different encoders; reuse those of one.")
-        shards = [ShardFile.of(rows_path(path), manifest) for path, manifest in zip(found, manifests, strict=True)]
+                raise StoreMismatchError(f"{paths[0]} and {path} are of different encoders; reuse those of one.")
+        shards = [ShardFile.of(rows_path(path), manifest) for path, manifest in zip(paths, manifests, strict=True)]
 
         def write(path: Path) -> None:
             path.write_bytes(save(index_of(shards).columns()))
@@ -219,8 +218,8 @@ class Store:
             bits = torch.empty((len(rows), self.width), dtype=INTEGERS[self._dtype.itemsize]).numpy()
             numbers = np.searchsorted(self._starts, rows, side="right") - 1
             for number in np.unique(numbers):
-                places = np.flatnonzero(numbers == number)
-                bits[places] = self._shard(int(number))[rows[places] - self._starts[number]]
+                positions = np.flatnonzero(numbers == number)
+                bits[positions] = self._shard(int(number))[rows[positions] - self._starts[number]]
         result = torch.from_numpy(bits).view(self._dtype)
         if bits.size and (bits & self._exponent).max() == self._exponent:
             self._refuse_not_finite(result, rows)
@@ -248,9 +247,9 @@ class Store:
             self._bits[number] = bits
         return bits
 
-    def _refuse_not_finite(self, found: Tensor, rows: np.ndarray) -> None:
+    def _refuse_not_finite(self, values: Tensor, rows: np.ndarray) -> None:
         """Raise an error that names the shard of the first of `rows` whose values are not finite."""
-        bad = (~torch.isfinite(found).all(dim=1)).nonzero()
+        bad = (~torch.isfinite(values).all(dim=1)).nonzero()
         if len(bad):
             row = int(rows[int(bad[0])])
             number = int(np.searchsorted(self._starts, row, side="right")) - 1
@@ -367,11 +366,11 @@ def stored_manifest(folder: str | Path) -> StoreManifest:
         FileNotFoundError: There are none.
         StoreError: The manifest is damaged or of another version.
     """
-    place = open_path(folder)
-    found: Iterator[AnyPath] = iter(place.rglob(BESIDE_SHARDS))
-    path = place / INDEX if (place / INDEX).is_file() else next(found, None)
+    root = open_path(folder)
+    sidecars: Iterator[AnyPath] = iter(root.rglob(BESIDE_SHARDS))
+    path = root / INDEX if (root / INDEX).is_file() else next(sidecars, None)
     if path is None:
-        raise _no_store(place)
+        raise _no_store(root)
     return StoreManifest.read(path)
 
 
@@ -387,5 +386,5 @@ def _no_store(folder: AnyPath) -> Exception:
 
 def lies_beside_shards(folder: str | Path) -> bool:
     """Tell whether a folder contains shards that lie beside others, at any depth, and no index of its own."""
-    place = open_path(folder)
-    return not (place / INDEX).is_file() and next(iter(place.rglob(BESIDE_SHARDS)), None) is not None
+    root = open_path(folder)
+    return not (root / INDEX).is_file() and next(iter(root.rglob(BESIDE_SHARDS)), None) is not None

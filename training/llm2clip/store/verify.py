@@ -6,7 +6,14 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from llm2clip.store.manifest import MANIFEST_SUFFIX, ROWS_SUFFIX, StoreError, StoreManifest
+from llm2clip.store.manifest import (
+    MANIFEST_SUFFIX,
+    ROWS_SUFFIX,
+    StoreError,
+    StoreManifest,
+    manifest_path,
+    rows_path,
+)
 from llm2clip.store.shards import ShardFile
 from llm2clip.store.store import BESIDE, INDEX
 from llm2clip.utils.manifests import Fault, Verified
@@ -33,11 +40,11 @@ def verify_store(folder: AnyPath) -> tuple[Verified, dict[AnyPath, StoreManifest
     Returns:
         What was found, and the manifests that can be read.
     """
-    found, read = Verified(), dict[AnyPath, StoreManifest]()
+    verified, read = Verified(), dict[AnyPath, StoreManifest]()
     paths = sorted(manifest_paths(folder), key=str)
     with ProgressBar("Verifying shards", len(paths), "shard") as bar:
         for path in paths:
-            rows = path.with_name(path.name.removesuffix(MANIFEST_SUFFIX) + ROWS_SUFFIX)
+            rows = rows_path(path)
             again = "run the command that wrote it again, which only computes what is missing"
             try:
                 read[path] = StoreManifest.read(path)
@@ -46,19 +53,16 @@ def verify_store(folder: AnyPath) -> tuple[Verified, dict[AnyPath, StoreManifest
                     ShardFile.of(local, read[path], rows).require_unchanged(always=True)
             except (StoreError, OSError) as error:
                 what = str(error).partition("; ")[0] if isinstance(error, StoreError) else f"{rows}: {error}"
-                found.faults.append(Fault(what, f"delete {path} and {again}"))
+                verified.faults.append(Fault(what, f"delete {path} and {again}"))
             bar.update()
-    for parent in sorted({path.parent for path in [*paths, *_unlisted(folder)]}, key=str):
-        found.faults += _incomplete(parent, read)
+    unlisted = (path for path in folder.rglob(f"shard-*{ROWS_SUFFIX}") if ROWS.fullmatch(path.name))
+    for parent in sorted({path.parent for path in [*paths, *unlisted]}, key=str):
+        verified.faults += _incomplete(parent, read)
     shards = [manifest for path, manifest in read.items() if path.name != INDEX]
-    found.counts = Counter({"num_shards": len(shards)} if paths else {})
+    verified.counts = Counter({"num_shards": len(shards)} if paths else {})
     for manifest in shards:
-        found.counts[f"num_{manifest.about.unit}s"] += manifest.rows
-    return found, read
-
-
-def _unlisted(folder: AnyPath) -> Iterator[AnyPath]:
-    return (path for path in folder.rglob(f"shard-*{ROWS_SUFFIX}") if ROWS.fullmatch(path.name))
+        verified.counts[f"num_{manifest.about.unit}s"] += manifest.rows
+    return verified, read
 
 
 def _incomplete(folder: AnyPath, read: dict[AnyPath, StoreManifest]) -> Iterator[Fault]:
@@ -66,10 +70,10 @@ def _incomplete(folder: AnyPath, read: dict[AnyPath, StoreManifest]) -> Iterator
     inside: list[AnyPath] = sorted(folder.iterdir(), key=str)
     names = {path.name for path in inside}
     for path in inside:
-        if ROWS.fullmatch(path.name) and path.name.removesuffix(ROWS_SUFFIX) + MANIFEST_SUFFIX not in names:
+        if ROWS.fullmatch(path.name) and manifest_path(path).name not in names:
             yield Fault(f"{path} has no manifest: it was not finished", "run the command that writes it again")
     shards = {
-        path.name.removesuffix(MANIFEST_SUFFIX) + ROWS_SUFFIX: manifest
+        rows_path(path).name: manifest
         for path, manifest in read.items()
         if path.parent == folder and path.name.startswith("shard-")
     }

@@ -91,10 +91,10 @@ def probe_attention(tower: LLM2CLIPTextModel) -> list[str] | None:
     used = decoder.config._attn_implementation
     here = "eager" if kind == "mask" and not takes_additive_mask(decoder) else used
     with _undisturbed(tower), _attention(decoder, here):
-        found = _fault(tower)
-    if found is None:
+        outcome = _fault(tower)
+    if outcome is None:
         return config.verified_attention
-    fault, error = found
+    fault, error = outcome
     if fault:
         raise ValueError(_refusal(decoder.config, fault, config.bidirectional is None)) from error
     config.verified_attention = [*recorded, kind]
@@ -106,14 +106,14 @@ def probe_attention(tower: LLM2CLIPTextModel) -> list[str] | None:
 
 def _passes_with_mask(tower: LLM2CLIPTextModel) -> bool:
     with _undisturbed(tower), _attention(tower.decoder, "eager"):
-        found = _fault(tower)
-    return found is not None and not found[0]
+        outcome = _fault(tower)
+    return outcome is not None and not outcome[0]
 
 
 def verify_on_main_process(tower: LLM2CLIPTextModel) -> None:
     """Probe a tower in one process, as others may have no weights; see [`verify_text_tower`]. All know the result."""
-    found = on_main_process(lambda: (verify_text_tower(tower), tower.exact_packing))
-    tower.config.verified_attention, tower.exact_packing = found
+    verified = on_main_process(lambda: (verify_text_tower(tower), tower.exact_packing))
+    tower.config.verified_attention, tower.exact_packing = verified
 
 
 def probe_from_disk(
@@ -150,14 +150,14 @@ def packs_exactly(tower: Any) -> bool:
                 alone = _states_alone(tower, caption)
                 # Two rows, the caption behind a neighbour.
                 with _packing(tower, True):
-                    found = [_states(tower, _row(tokens, caption)) for tokens in (neighbours, neighbours.flip(0))]
+                    packed = [_states(tower, _row(tokens, caption)) for tokens in (neighbours, neighbours.flip(0))]
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
                 logger.info(f"{tower.decoder.config.model_type} does not read several captions in a row: {error}")
-                found = []
+                packed = []
         precision = _precision(tower.get_input_embeddings().weight.dtype)
-        known[kind] = bool(found) and max(_apart(states, alone) for states in found) <= TOLERANCES[precision]
+        known[kind] = bool(packed) and max(_apart(states, alone) for states in packed) <= TOLERANCES[precision]
     return known[kind]
 
 
@@ -178,8 +178,8 @@ def _states_alone(tower: Any, caption: Tensor) -> Tensor:
     return output.last_hidden_state[0].double().cpu()
 
 
-def _apart(found: Tensor, expected: Tensor) -> float:
-    return 1 - float(F.cosine_similarity(found.flatten(), expected.flatten(), dim=0))
+def _apart(states: Tensor, expected: Tensor) -> float:
+    return 1 - float(F.cosine_similarity(states.flatten(), expected.flatten(), dim=0))
 
 
 def _row(neighbours: Tensor, caption: Tensor) -> list[Tensor]:
@@ -240,38 +240,44 @@ def _attention(decoder: Any, implementation: str) -> Iterator[None]:
 
 def _fault(tower: Any) -> tuple[str, Exception | None] | None:
     """Return what is wrong, "" if nothing is, or None if the weights say nothing (all zero, as on some FSDP ranks)."""
-    own = tower.config.bidirectional is None
+    has_own = tower.config.bidirectional is None
     caption, changed, neighbours = _texts(tower)
-    found: dict[str, list[Tensor]] = {"its neighbour in a row": [], "padding": [], "the attention implementation": []}
+    variants: dict[str, list[Tensor]] = {
+        "its neighbour in a row": [],
+        "padding": [],
+        "the attention implementation": [],
+    }
     try:
-        alone, other = (_states_alone(tower, x) if own else _states(tower, [x]) for x in (caption, changed))
+        alone, other = (_states_alone(tower, x) if has_own else _states(tower, [x]) for x in (caption, changed))
         if not alone.isfinite().all() or not _change(other[-1:], alone[-1:]) > REACTION:
             return None
-        reaction = _change(other, alone) if own else _change(other[:-1], alone[:-1])
+        reaction = _change(other, alone) if has_own else _change(other[:-1], alone[:-1])
         if reaction <= REACTION:
-            return None if own else ("a caption's first tokens do not see its last one", None)
+            return None if has_own else ("a caption's first tokens do not see its last one", None)
         with _packing(tower, False):
-            if own:
-                found["padding"].append(_states(tower, [caption]))
+            if has_own:
+                variants["padding"].append(_states(tower, [caption]))
             for tokens in (neighbours, neighbours.flip(0)):
-                if not own:
-                    found["its neighbour in a row"].append(_states(tower, _row(tokens, caption)))
+                if not has_own:
+                    variants["its neighbour in a row"].append(_states(tower, _row(tokens, caption)))
                 # Two captions of similar length are padded.
                 pair = [tokens[: CAPTION_TOKENS + 2], caption]
-                found["padding"] += [_states(tower, pair, padding=tokens[0], side=side) for side in ("left", "right")]
+                variants["padding"] += [
+                    _states(tower, pair, padding=tokens[0], side=side) for side in ("left", "right")
+                ]
             # Flash attention, for instance, leaves out the attention sinks that some decoders have.
-            if not own and not takes_additive_mask(tower.decoder):
+            if not has_own and not takes_additive_mask(tower.decoder):
                 with _attention(tower.decoder, "eager"):
-                    found["the attention implementation"].append(_states(tower, [caption]))
+                    variants["the attention implementation"].append(_states(tower, [caption]))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         shown = f"{type(error).__name__}: {error}".partition("\n")[0]
         return f"it cannot run with a mask of captions ({shown})", error
     dtype = _precision(tower.get_input_embeddings().weight.dtype)
-    for what, states in found.items():
-        leak = max((_change(one, states[0]) / reaction for one in states), default=0.0)
-        apart = max((_apart(one, alone) for one in states), default=0.0)
+    for what, states in variants.items():
+        leak = max((_change(variant, states[0]) / reaction for variant in states), default=0.0)
+        apart = max((_apart(variant, alone) for variant in states), default=0.0)
         if not (leak <= LEAKS[dtype] and apart <= TOLERANCES[dtype]):
             return f"a caption's states depend on {what} (by 1 - cosine = {apart:.2g})", None
     return "", None
@@ -282,24 +288,24 @@ def _texts(tower: Any) -> tuple[Tensor, Tensor, Tensor]:
     config, count = tower.config.decoder_config, 4 * CAPTION_TOKENS + 1
     special = {getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     usual = [index for index in range(tower.get_input_embeddings().weight.shape[0]) if index not in special]
-    ids = torch.tensor([usual[(7 + 13 * place) % len(usual)] for place in range(count)])
+    ids = torch.tensor([usual[(7 + 13 * index) % len(usual)] for index in range(count)])
     changed = torch.cat([ids[: CAPTION_TOKENS - 1], ids[-1:]])
     return ids[:CAPTION_TOKENS], changed, ids[CAPTION_TOKENS:-1]
 
 
 def _states(tower: Any, captions: list[Tensor], padding: Tensor | None = None, side: str = "left") -> Tensor:
     """Return the float64 states of the last caption's tokens on the CPU, from one pass for all."""
-    places = torch.arange(max(map(len, captions)))
+    positions = torch.arange(max(map(len, captions)))
     lengths = torch.tensor([len(tokens) for tokens in captions])
-    mask = (places.flip(0) if side == "left" else places) < lengths[:, None]
+    mask = (positions.flip(0) if side == "left" else positions) < lengths[:, None]
     ids = torch.full(mask.shape, 0 if padding is None else int(padding)).masked_scatter(mask, torch.cat(captions))
     device = execution_device(tower)
     states = tower(input_ids=ids.to(device), attention_mask=mask.long().to(device)).last_hidden_state
     return states[-1].double().cpu()[mask[-1]]
 
 
-def _change(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
+def _change(states: Tensor, expected: Tensor) -> float:
+    return float((states - expected).norm() / expected.norm())
 
 
 def _precision(dtype: torch.dtype) -> torch.dtype:

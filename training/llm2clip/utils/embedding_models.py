@@ -76,7 +76,7 @@ def read_embedding_model(name: str, config: PretrainedConfig, **hub: Any) -> Emb
             name, f"its modules are {', '.join(kinds)}; supported are Transformer, Pooling, Dense, Normalize"
         )
     transformer: dict[str, Any] = next(
-        (found for file in TRANSFORMER_FILES if (found := _read(name, file, hub)) is not None), {}
+        (content for file in TRANSFORMER_FILES if (content := _read(name, file, hub)) is not None), {}
     )
     settings = _read(name, "config_sentence_transformers.json", hub) or {}
     _check_transformer(name, transformer)
@@ -96,7 +96,7 @@ def read_embedding_model(name: str, config: PretrainedConfig, **hub: Any) -> Emb
     return EmbeddingModel(fields, bool(transformer.get("do_lower_case")))
 
 
-def embedding_fields(name: str, found: EmbeddingModel, given: dict[str, Any]) -> dict[str, Any]:
+def embedding_fields(name: str, model: EmbeddingModel, given: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of the text config of an embedding model.
 
     Args:
@@ -106,7 +106,7 @@ def embedding_fields(name: str, found: EmbeddingModel, given: dict[str, Any]) ->
     Raises:
         ValueError: The pooling leaves out the prompt in a way that a text tower cannot.
     """
-    fields = {**found.fields, **given}
+    fields = {**model.fields, **given}
     # As in sentence-transformers, where only a prompt's presence leaves out what precedes the text.
     fields["pool_prompt"] = fields["pool_prompt"] or not fields["prompt_prefix"]
     if not fields["pool_prompt"] and fields["pooling"] in ("bos_token", "weighted_mean"):
@@ -182,5 +182,5 @@ def _max_length(transformer: dict[str, Any], tokenizer: dict[str, Any], config: 
     if length is not None:
         return int(length)
     limits = [tokenizer.get("model_max_length"), getattr(config, "max_position_embeddings", None)]
-    found = [int(limit) for limit in limits if limit is not None and 0 < limit < LONGEST_LIMIT]
-    return min(found, default=None)
+    lengths = [int(limit) for limit in limits if limit is not None and 0 < limit < LONGEST_LIMIT]
+    return min(lengths, default=None)

@@ -56,8 +56,8 @@ def inner_products(rows: Tensor, columns: Tensor, out: Tensor) -> Tensor:
         out: (n, m); it is also returned.
     """
     at_once = CPU_COLUMNS if out.device.type == "cpu" else max(1, len(columns))
-    for part, some in zip(out.split(at_once, dim=1), columns.split(at_once), strict=True):
-        torch.mm(rows, some.to(out.dtype).T, out=part)
+    for part, block in zip(out.split(at_once, dim=1), columns.split(at_once), strict=True):
+        torch.mm(rows, block.to(out.dtype).T, out=part)
     return out
 
 

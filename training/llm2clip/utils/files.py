@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 READ_SIZE = 1 << 22
 # The name of a temporary file.
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<host>[A-Za-z0-9-]*)\.(?P<process>\d+)\.tmp")
+# Seconds by which the clock of a file server may differ from that of the machine that writes there.
+CLOCKS_APART = 3600.0
 # The name of a file that safetensors has not finished.
 UNFINISHED_TENSORS = re.compile(r"\.tmp\w{6}")
 
@@ -54,7 +56,7 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
 
 
-def remove_leftovers(paths: Sequence[Path], patience: float = 0.0) -> list[Path]:
+def remove_leftovers(paths: Sequence[Path], patience: float) -> list[Path]:
     """Remove the files that killed processes left while they wrote `paths`, and return them; see [`leftovers`].
 
     Args:
@@ -73,6 +75,8 @@ def remove_leftovers(paths: Sequence[Path], patience: float = 0.0) -> list[Path]
 def leftovers(paths: Iterable[Path], alive: bool = False) -> Iterator[Path]:
     """Find what killed processes of this machine left while they wrote `paths`, by its temporary name.
 
+    Another process may have got the number of a killed one since: what is older than that process was left too.
+
     Args:
         alive: Find what processes that live are writing instead.
     """
@@ -83,7 +87,7 @@ def leftovers(paths: Iterable[Path], alive: bool = False) -> Iterator[Path]:
         for path in folder.glob(".*.tmp"):
             part = LEFTOVER.fullmatch(path.name)
             is_ours = part and part["name"] in written and part["host"] == _host()
-            if part and is_ours and _is_alive(int(part["process"])) == alive:
+            if part and is_ours and _is_written(path, int(part["process"])) == alive:
                 yield path
 
 
@@ -98,15 +102,18 @@ def _host() -> str:
     return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
 
 
-def _is_alive(process: int) -> bool:
+def _is_written(path: Path, number: int) -> bool:
+    """Tell whether the process with this number lives and may be writing a file: it is not younger than that."""
     import psutil  # comes with accelerate
 
     try:
+        process = psutil.Process(number)
         # One that has ended keeps its number until its parent asks how.
-        return psutil.Process(process).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        is_alive = process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        return is_alive and process.create_time() < path.stat().st_mtime + CLOCKS_APART
     except psutil.NoSuchProcess:
         return False
-    except psutil.AccessDenied:
+    except (psutil.AccessDenied, FileNotFoundError):  # it has got its own name meanwhile
         return True
 
 
@@ -117,11 +124,11 @@ def require_writable(folder: Path) -> None:
         NotADirectoryError: A file is in its place, or in that of a folder above it.
         PermissionError: It is read-only.
     """
-    there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    if not there.is_dir():
-        raise NotADirectoryError(f"{folder} cannot be a folder, because {there} is a file.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(f"{there} is read-only, so that nothing can be written to {folder}.")
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{folder} cannot be a folder, because {existing} is a file.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"{existing} is read-only, so that nothing can be written to {folder}.")
 
 
 def flush_file(path: Path) -> None:

@@ -24,9 +24,9 @@ REPLACED = "replaced"
 def atomic_folder(destination: Path, command: str, overwrite: bool = False) -> Iterator[Path]:
     """Create a folder that becomes `destination` when the block ends, and is removed when the block raises.
 
-    Its files reach the disk before an existing folder is replaced. A destination that is a link stays one: the folder
-    that it leads to is created or replaced. What a killed process has left is removed, and a folder that it was about
-    to replace gets its name back.
+    Its files reach the disk before an existing folder is replaced, which keeps its name if that fails. A destination
+    that is a link stays one: the folder that it leads to is created or replaced. What a killed process has left is
+    removed, and a folder that it was about to replace gets its name back.
 
     Args:
         command: The command that writes it, which the manifest of the folder names.
@@ -36,7 +36,10 @@ def atomic_folder(destination: Path, command: str, overwrite: bool = False) -> I
         FileExistsError: See [`refuse_existing`].
     """
     destination = destination.resolve()
-    _recover(destination)
+    # In a container, a killed process may have had the number of this one.
+    for left in (*leftovers([destination]), temporary_name(destination)):
+        if _remove(left, destination):
+            logger.warning("%s is back, which a killed run was about to replace.", destination)
     refuse_existing(destination, command, overwrite)
     scratch = temporary_name(destination)
     folder = scratch / destination.name
@@ -47,23 +50,20 @@ def atomic_folder(destination: Path, command: str, overwrite: bool = False) -> I
             write_manifest(folder, command)
         # Another process may have created it meanwhile.
         refuse_existing(destination, command, overwrite)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    if destination.exists():
-        destination.rename(scratch / REPLACED)
-    folder.rename(destination)
+        if destination.exists():
+            destination.rename(scratch / REPLACED)
+        folder.rename(destination)
+    finally:
+        _remove(scratch, destination)
+
+
+def _remove(scratch: Path, destination: Path) -> bool:
+    """Remove a temporary folder; returns whether the folder that it was about to replace has got its name back."""
+    is_needed = (scratch / REPLACED).exists() and not destination.exists()
+    if is_needed:
+        (scratch / REPLACED).rename(destination)
     shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _recover(destination: Path) -> None:
-    """Remove what killed processes have left; the folder that one was about to replace gets its name back."""
-    # In a container, one of them may have had the number of this process.
-    for scratch in (*leftovers([destination]), temporary_name(destination)):
-        if (scratch / REPLACED).exists() and not destination.exists():
-            (scratch / REPLACED).rename(destination)
-            logger.warning("%s is back, which a killed run was about to replace.", destination)
-        shutil.rmtree(scratch, ignore_errors=True)
+    return is_needed
 
 
 def refuse_existing(destination: Path, command: str, overwrite: bool) -> None:

@@ -21,6 +21,8 @@ PEER = re.compile(
 )
 PEER_ENDED = "another process of this run has ended; its own message says why"
 WORKER = re.compile(r"DataLoader worker .*?(exited unexpectedly|killed by signal: (?P<signal>[^.]*))", re.DOTALL)
+# What `Path.resolve` raises before Python 3.13.
+LINK_LOOP = re.compile(r"Symlink loop from ['\"](?P<path>.*)['\"]")
 # How libraries in Rust word an error of the system.
 SYSTEM = re.compile(r"[A-Z][\w /-]+ \(os error \d+\)")
 # Errors of writing to an open file, which say nothing of which.
@@ -63,6 +65,10 @@ def explain(error: BaseException) -> str | None:
         return f"{OUT_OF_MEMORY}. ({text.splitlines()[0]})"
     if isinstance(error, MemoryError):
         return "the memory of the machine is full."
+    if isinstance(error, RuntimeError) and (loop := LINK_LOOP.fullmatch(text)) is not None:
+        path = Path(loop["path"])
+        link = next((part for part in (path, *path.parents) if part.is_symlink()), path)
+        return f"{link} is a symbolic link that leads back to itself; correct or delete it."
     if isinstance(error, RuntimeError) and PEER.search(text) and _comes_through(error, "distributed"):
         return f"{PEER_ENDED}. This one cannot go on alone."
     return None

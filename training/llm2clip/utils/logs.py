@@ -32,7 +32,7 @@ OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud80
 
 def printable(text: str) -> str:
     """Write out the characters that a terminal would obey, such as `\\u001b`; JSON stays the same JSON."""
-    return OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return OBEYED.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def print_whole(text: str) -> None:
@@ -130,7 +130,7 @@ def command_logs() -> Iterator[TerminalHandler]:
     finally:
         close_bars()
         logging.captureWarnings(False)
-        for handler in [one for one in root.handlers if one not in handlers]:
+        for handler in [handler for handler in root.handlers if handler not in handlers]:
             root.removeHandler(handler)
             with contextlib.suppress(OSError):  # of what has not been written
                 handler.close()

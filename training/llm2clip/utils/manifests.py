@@ -120,8 +120,8 @@ def write_manifest(
         rewritten: Files that may have changed since an earlier list; by default all. Others keep what that says.
     """
     if not isinstance(folder, Path):
-        found = {name: size for name, size in folder.sizes().items() if name not in {*unlisted, FOLDER_MANIFEST}}
-        write_json(folder / FOLDER_MANIFEST, with_checksum({"written_by": f"llm2clip {command}", "files": found}))
+        listed = {name: size for name, size in folder.sizes().items() if name not in {*unlisted, FOLDER_MANIFEST}}
+        write_json(folder / FOLDER_MANIFEST, with_checksum({"written_by": f"llm2clip {command}", "files": listed}))
         return
     chosen = folder_files(folder) if names is None else names
     paths = [folder / name for name in chosen if name not in unlisted]
@@ -207,8 +207,8 @@ def faults(folder: Path, contents: bool = True) -> Iterator[str]:
             continue
         if not path.is_file():
             yield f"{name} is missing"
-        elif listed.size is not None and (found := path.stat().st_size) != listed.size:
-            yield f"{name} has {found} bytes instead of {listed.size}"
+        elif listed.size is not None and (size := path.stat().st_size) != listed.size:
+            yield f"{name} has {size} bytes instead of {listed.size}"
         elif contents and listed.checksum is not None and sha256(path) != listed.checksum:
             yield f"{name} has changed: its checksum is not that in {listed.manifest}"
 
@@ -241,10 +241,10 @@ def refuse_changed_model(folder: str | Path) -> None:
 
 
 def _changed(folder: Path, fault: str) -> ValueError:
-    found = [name for name in (MODEL_MANIFEST, FOLDER_MANIFEST) if (folder / name).is_file()]
+    names = [name for name in (MODEL_MANIFEST, FOLDER_MANIFEST) if (folder / name).is_file()]
     return ValueError(
         f"{folder} is not what was written ({fault}). Write or copy it again, or, if you changed it yourself, delete "
-        f"{' and '.join(found)} in it."
+        f"{' and '.join(names)} in it."
     )
 
 
@@ -258,11 +258,11 @@ def folder_files(folder: Path) -> list[str]:
     def refuse(error: OSError) -> None:
         raise error
 
-    found = []
+    paths = []
     for parent, folders, names in os.walk(folder, onerror=refuse):
         links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
-        found += [os.path.relpath(os.path.join(parent, name), folder) for name in [*names, *links]]
-    return sorted(Path(name).as_posix() for name in found if name != FOLDER_MANIFEST)
+        paths += [os.path.relpath(os.path.join(parent, name), folder) for name in [*names, *links]]
+    return sorted(Path(name).as_posix() for name in paths if name != FOLDER_MANIFEST)
 
 
 def stated_files(folder: AnyPath) -> dict[str, ListedFile]:

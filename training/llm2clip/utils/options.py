@@ -75,10 +75,10 @@ def unknown_option(argument: str, config_classes: Sequence[type]) -> str:
         return f"the argument {argument!r} is one too many; put quotes around a text of several words."
     fields = [field.name for config_class in config_classes for field in dataclasses.fields(config_class)]
     given = argument.split("=")[0]
-    found = nearest_field(given, fields)
-    if found and option(found) == given:
-        return f"there is no option {given}: give its value without it, where `--help` shows {found.upper()}."
-    return f"there is no option {given}" + (f"; did you mean {option(found)}?" if found else ".")
+    meant = nearest_field(given, fields)
+    if meant and option(meant) == given:
+        return f"there is no option {given}: give its value without it, where `--help` shows {meant.upper()}."
+    return f"there is no option {given}" + (f"; did you mean {option(meant)}?" if meant else ".")
 
 
 def _complete(arguments: Sequence[str], fields: dict[str, Any]) -> list[str]:
@@ -133,8 +133,8 @@ def option_groups(config_class: type, skip: Sequence[str], everything: bool) -> 
     # Those of a class before those of its bases.
     declared = [name for base in config_class.__mro__ for name in inspect.get_annotations(base)]
     if not trainer:
-        own = [fields[name] for name in dict.fromkeys(declared) if name in fields]
-        return {"options": _rows(config_class, own, whole=True)}
+        ordered = [fields[name] for name in dict.fromkeys(declared) if name in fields]
+        return {"options": _rows(config_class, ordered, whole=True)}
     groups = {
         "most used": MOST_USED,
         "other settings of this command": [name for name in declared if name not in trainer],
@@ -143,8 +143,8 @@ def option_groups(config_class: type, skip: Sequence[str], everything: bool) -> 
     }
     shown = {}
     for title, names in groups.items():
-        found = [fields.pop(name) for name in dict.fromkeys(names) if name in fields]
-        shown[title] = _rows(config_class, found, whole=everything)
+        grouped = [fields.pop(name) for name in dict.fromkeys(names) if name in fields]
+        shown[title] = _rows(config_class, grouped, whole=everything)
     return shown
 
 

@@ -75,16 +75,36 @@ def on_main_process(compute: Callable[[], T]) -> T:
     state = process_state()
     if state.num_processes == 1:
         return compute()
-    outcome: list[Any] = [None, None]
-    if state.is_main_process:
-        try:
-            outcome[0] = compute()
-        except Exception as error:  # the other processes must not wait for a result
-            outcome[1] = error
+    outcome: list[Any] = [_attempt(compute) if state.is_main_process else None]
     broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
+    result, error = outcome[0]
+    if error is not None:
+        raise error
+    return result
+
+
+def _attempt(compute: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """Return the result of a function, or its error, so that other processes do not wait for the result."""
+    try:
+        return compute(), None
+    except Exception as error:
+        return None, error
+
+
+def gather_results(compute: Callable[[], T]) -> list[T]:
+    """Call a function in all processes; each returns the results of all, or raises the error of one."""
+    if world_size() == 1:
+        return [compute()]
+    outcomes: list[Any] = [None] * world_size()
+    outcome = _attempt(compute)
+    # gloo, since results may be larger than what is left of the memory of a GPU.
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    dist.all_gather_object(outcomes, outcome, group=group)
+    dist.destroy_process_group(group)
+    for _, error in outcomes:
+        if error is not None:
+            raise error
+    return [result for result, _ in outcomes]
 
 
 def on_any_process(flag: Tensor) -> bool:
@@ -93,7 +113,7 @@ def on_any_process(flag: Tensor) -> bool:
     Args:
         flag: A bool of no dimension, on the device on which the process group exchanges tensors.
     """
-    found = flag.to(torch.int32)
+    is_set = flag.to(torch.int32)
     if world_size() > 1:
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return bool(found)
+        dist.all_reduce(is_set, op=dist.ReduceOp.MAX)
+    return bool(is_set)

@@ -108,9 +108,9 @@ def close_bars() -> None:
         bar.close()
 
 
-def track(items: Iterable[ItemT], description: str, unit: str = "it", show: bool | None = True) -> Iterator[ItemT]:
+def track(items: Iterable[ItemT], description: str, unit: str) -> Iterator[ItemT]:
     """Iterate with a [`ProgressBar`] that advances by one for each item."""
-    with ProgressBar(description, len(items) if isinstance(items, Sized) else None, unit, show) as bar:
+    with ProgressBar(description, len(items) if isinstance(items, Sized) else None, unit) as bar:
         for item in items:
             yield item
             bar.update()

@@ -51,10 +51,10 @@ class RemotePath(ProxyUPath):
     def sizes(self) -> dict[str, int]:
         """Return the sizes in bytes of the files below the folder by their paths in it."""
         try:
-            found = self.fs.find(self.path, detail=True)
+            entries = self.fs.find(self.path, detail=True)
         except FileNotFoundError:
             return {}
-        return {path.removeprefix(f"{self.path}/"): int(entry["size"]) for path, entry in found.items()}
+        return {path.removeprefix(f"{self.path}/"): int(entry["size"]) for path, entry in entries.items()}
 
 
 AnyPath: TypeAlias = Path | RemotePath
@@ -133,8 +133,8 @@ def remove_tree(path: AnyPath) -> None:
     if isinstance(path, Path):
         shutil.rmtree(path, ignore_errors=True)
         return
-    if found := path.sizes():
-        path.fs.rm([f"{path.path}/{name}" for name in found])
+    if names := path.sizes():
+        path.fs.rm([f"{path.path}/{name}" for name in names])
 
 
 @contextmanager

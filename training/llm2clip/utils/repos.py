@@ -67,8 +67,8 @@ class Repo:
             return self
         *others, last = [f"{'an' if kind.value[0] in 'aeiouAEIOUL' else 'a'} {kind.value}" for kind in kinds]
         wanted = f"{', '.join(others)} or {last}" if others else last
-        found = f"model_type {self.model_type!r}" if self.kind is RepoKind.OTHER else f"a {self.kind.value}"
-        raise ValueError(f"{self.name} is not {wanted}: it contains {found}. {hint}")
+        contents = f"model_type {self.model_type!r}" if self.kind is RepoKind.OTHER else f"a {self.kind.value}"
+        raise ValueError(f"{self.name} is not {wanted}: it contains {contents}. {hint}")
 
 
 def inspect_repo(name: str | Path, revision: str | None = None, **hub_arguments: Any) -> Repo:
@@ -83,27 +83,27 @@ def inspect_repo(name: str | Path, revision: str | None = None, **hub_arguments:
         OSError: There is no such repository, or it contains neither config.json nor adapter_config.json.
     """
     name = str(name)
-    _, place, inside = find_text_model(name)
+    _, root, inside = find_text_model(name)
     options = {"revision": revision, **inside, **hub_arguments}
-    is_adapter = find_adapter_config_file(place, **options) is not None
+    is_adapter = find_adapter_config_file(root, **options) is not None
     try:
-        config = PretrainedConfig.get_config_dict(place, **options)[0]
+        config = PretrainedConfig.get_config_dict(root, **options)[0]
     except OSError as error:
         if not is_adapter:
             if name in str(error):
                 raise
             raise OSError(f"there is no model {name} here, nor can it be read from the Hub: {error}") from error
         config = {}
-    subfolder = "" if config or is_adapter else _clip_subfolder(place, **options)
+    subfolder = "" if config or is_adapter else _clip_subfolder(root, **options)
     if subfolder:
-        config = PretrainedConfig.get_config_dict(place, **{**options, "subfolder": subfolder})[0]
+        config = PretrainedConfig.get_config_dict(root, **{**options, "subfolder": subfolder})[0]
     if not config and not is_adapter:
         raise FileNotFoundError(f"{name} contains neither config.json nor adapter_config.json.")
     kind = _kind(config, is_adapter)
-    if kind is RepoKind.OTHER and embedding_modules(place, **options):
+    if kind is RepoKind.OTHER and embedding_modules(root, **options):
         kind = RepoKind.EMBEDDING_MODEL
     if LLM in config:
-        config = {**config, LLM: find_text_model(config[LLM], place, **options)[0]}
+        config = {**config, LLM: find_text_model(config[LLM], root, **options)[0]}
     return Repo(name, revision, kind, is_adapter, config, subfolder)
 
 
@@ -128,25 +128,25 @@ def referred_folders(name: str | Path) -> list[Path]:
     Raises:
         ValueError: A config file is damaged.
     """
-    found: list[Path] = []
+    referred: list[Path] = []
     waiting = [Path(name)]
     while waiting:
         folder = waiting.pop()
         for file, key in ((CONFIG_NAME, LLM), (ADAPTER_CONFIG_NAME, "base_model_name_or_path")):
-            other = read_json(folder / file).get(key) if (folder / file).is_file() else None
-            for one in map(Path, names_of(find_text_model(other, folder)[0])):
-                if one.is_dir() and one not in found:
-                    found.append(one)
-                    waiting.append(one)
-    return found
+            model = read_json(folder / file).get(key) if (folder / file).is_file() else None
+            for path in map(Path, names_of(find_text_model(model, folder)[0])):
+                if path.is_dir() and path not in referred:
+                    referred.append(path)
+                    waiting.append(path)
+    return referred
 
 
 def needed_llms(repo: Repo) -> list[str]:
     """Return the LLMs that a joint model in a folder needs beside that; of an adapter in it, what that is for."""
     name = repo.config.get(LLM)
-    own = Path(find_text_model(OWN_TEXT_MODEL, repo.name)[0])
-    if isinstance(name, str) and Path(name) == own and own.is_dir():
-        name = read_json(own / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
+    folder = Path(find_text_model(OWN_TEXT_MODEL, repo.name)[0])
+    if isinstance(name, str) and Path(name) == folder and folder.is_dir():
+        name = read_json(folder / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
     return names_of(name)
 
 

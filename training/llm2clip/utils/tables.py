@@ -64,8 +64,8 @@ def score_columns(names: Sequence[str]) -> dict[str, list[str]]:
     for name in names:
         kinds.setdefault(name.partition("@")[0], []).append(name)
     return {
-        short_name(some[0]) + "".join(f" / {name.partition('@')[2]}" for name in some[1:]): some
-        for some in kinds.values()
+        short_name(group[0]) + "".join(f" / {name.partition('@')[2]}" for name in group[1:]): group
+        for group in kinds.values()
     }
 
 
@@ -84,8 +84,8 @@ def split_recalls(values: Mapping[str, Any]) -> tuple[dict[str, dict[str, float]
     recalls: dict[str, dict[str, float]] = {}
     others = {}
     for name, value in values.items():
-        if found := RECALL.fullmatch(name):
-            recalls.setdefault((found[1] or "").replace("eval_", ""), {})[found[2]] = value
+        if match := RECALL.fullmatch(name):
+            recalls.setdefault((match[1] or "").replace("eval_", ""), {})[match[2]] = value
         else:
             others[name] = value
     return recalls, others

@@ -43,14 +43,14 @@ def read_fingerprint(name: Any, revision: Any, config: LLM2CLIPTextConfig) -> st
     if not isinstance(name, str):
         revisions = revision if isinstance(revision, list) else [revision] * len(name)
         return pair_fingerprint(map(read_fingerprint, name, revisions, config.halves()))
-    found = _config_of_weights(name, revision, config)
-    files = None if found is None else _find_weights(name, revision, found)
-    if found is None or files is None:
+    stored = _config_of_weights(name, revision, config)
+    files = None if stored is None else _find_weights(name, revision, stored)
+    if stored is None or files is None:
         tower = LLM2CLIPTextModel.from_pretrained(name, revision=revision, default_config=config, dtype="auto")
         tower.merge_adapter()
         return tower.fingerprint()
     logger.info("Reading the weights of %s for its fingerprint.", name)
-    return text_fingerprint(found, _read(files))
+    return text_fingerprint(stored, _read(files))
 
 
 def _config_of_weights(name: str, revision: str | None, config: LLM2CLIPTextConfig) -> LLM2CLIPTextConfig | None:
@@ -71,22 +71,22 @@ def _config_of_weights(name: str, revision: str | None, config: LLM2CLIPTextConf
 def _find_weights(name: str, revision: str | None, config: LLM2CLIPTextConfig) -> dict[str, tuple[str, str]] | None:
     """Return the file and the name there of each weight of a tower, or None if names or shapes are not the model's."""
     files = _safetensors_files(name, revision)
-    shapes, places = {}, {}
+    shapes, paths = {}, {}
     for path in files:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118
-                shapes[key], places[key] = tuple(file.get_slice(key).get_shape()), path
+                shapes[key], paths[key] = tuple(file.get_slice(key).get_shape()), path
     with torch.device("meta"):
         skeleton = LLM2CLIPTextModel(copy.deepcopy(config))
-    found = {}
+    located = {}
     for weight, tensor in skeleton.state_dict().items():
         inner = weight.removeprefix("decoder.")
         names = (weight, f"text_model.{weight}", inner, f"{skeleton.decoder.base_model_prefix}.{inner}")
-        key = next((key for key in names if key in places), None)
+        key = next((key for key in names if key in paths), None)
         if key is None or shapes[key] != tuple(tensor.shape):
             return None
-        found[weight] = places[key], key
-    return found
+        located[weight] = paths[key], key
+    return located
 
 
 def _safetensors_files(name: str, revision: str | None) -> list[str]:

@@ -81,9 +81,10 @@ def open_text_tower(
     """
     if not isinstance(name, str):
         loading: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation, **prompt}
-        towers = [open_text_tower(one, revision=own, **loading) for one, own in each_of_pair(name, revision)]
-        (first, own), (second, other) = towers
-        return LLM2CLIPTextModel.pair(first, second), LLM2CLIPPairTokenizer.of(cast(Any, own), cast(Any, other))
+        halves = [open_text_tower(half, revision=commit, **loading) for half, commit in each_of_pair(name, revision)]
+        (first, first_tokenizer), (second, second_tokenizer) = halves
+        tokenizers = cast(Any, first_tokenizer), cast(Any, second_tokenizer)
+        return LLM2CLIPTextModel.pair(first, second), LLM2CLIPPairTokenizer.of(*tokenizers)
     refuse_changed_model(name)
     options = loading_options(dtype, attn_implementation, revision)
     tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision)
@@ -139,7 +140,7 @@ def describe_text_tower(
     `prompt` is for a plain LLM; a text tower keeps its own.
     """
     if not isinstance(name, str):
-        return pair_description(*(describe_text_tower(*one, **prompt) for one in each_of_pair(name, revision)))
+        return pair_description(*(describe_text_tower(*half, **prompt) for half in each_of_pair(name, revision)))
     tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision)
     config = AutoConfig.from_pretrained(name, revision=revision)
     if config.model_type in (LLM2CLIPConfig.model_type, LLM2CLIPTextConfig.model_type):
@@ -162,12 +163,12 @@ def _plain(
     name: str, revision: str | None, config: Any, tokenizer: PreTrainedTokenizerBase, given: dict[str, Any]
 ) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
     """Return the caption tokenizer of a plain text model, and the fields of its text config, `given` first."""
-    found = read_embedding_model(name, config, revision=revision)
-    if found is None:
+    described = read_embedding_model(name, config, revision=revision)
+    if described is None:
         return prompted(tokenizer, _with_original_prompt({**encoder_fields(config), **given}, config, name))
-    if found.lower_case:
+    if described.lower_case:
         tokenizer = with_lower_case(tokenizer)
-    return prompted(tokenizer, embedding_fields(name, found, given))
+    return prompted(tokenizer, embedding_fields(name, described, given))
 
 
 def _with_original_prompt(prompt: dict[str, Any], config: Any, name: str) -> dict[str, Any]:
