@@ -69,21 +69,27 @@ def test_a_token_in_a_file_is_not_published(name: str, secret: str, hub: Loopbac
     assert not hub.repos
 
 
-@pytest.mark.parametrize("name", ["config.json", "README.md", "model.safetensors"])
+@pytest.mark.parametrize(
+    ("name", "after", "check"),
+    [
+        *((name, "validate_folder", True) for name in ("config.json", "README.md", "model.safetensors")),
+        *(("README.md", "refuse_secrets", check) for check in (True, False)),
+    ],
+)
 def test_nothing_is_uploaded_of_a_folder_that_changes_while_it_is_checked(
-    name: str, hub: LoopbackHub, model: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, after: str, check: bool, hub: LoopbackHub, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the code in the folder could do, or a run that writes there."""
+    """As the code in the folder could do, or a run that writes there; also after the search for secrets."""
 
-    def spoil(folder: Path) -> float:
+    def spoil(folder: Path, *_: object) -> None:
         path, times = folder / name, (folder / name).stat()
         path.write_bytes(path.read_bytes()[:-1] + b"?")
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-        return 0.0
 
-    monkeypatch.setattr("llm2clip.hub.push.validate_folder", spoil)
+    monkeypatch.setattr("llm2clip.hub.push.validate_folder", lambda folder: 0.0)
+    monkeypatch.setattr(f"llm2clip.hub.push.{after}", spoil)
     with pytest.raises(ValueError, match="has changed while it was checked; nothing was committed"):
-        upload(hub, model, check=True)
+        upload(hub, model, check=check)
     assert not hub.repos
 
 
