@@ -156,7 +156,7 @@ def run(config: BuildConfig, evaluations: list[Evaluation] | None = None) -> dic
     return {"written": str(destination), "megabytes": round(size / 1e6, 1), "difference": f"{difference:.1e}"}
 
 
-def count_parameters(model: str, revision: str | None = None) -> dict[str, Any]:
+def count_parameters(model: str, revision: str | None) -> dict[str, Any]:
     """Instantiate a config without weights; returns the number of parameters of each part and of the whole."""
     repo = inspect_repo(model, revision).require(*OUR_MODELS)
     is_text = repo.kind is RepoKind.TEXT_TOWER

@@ -128,15 +128,16 @@ def source_card(config: BuildConfig, source: Path) -> tuple[BuildConfig, dict[st
     data, text = read_card(source)
     widget = as_list(data.get("widget"))
     # A pushed card has the URL of the image.
-    own = [entry for entry in widget if isinstance(entry, dict) and str(entry.get("src")).split("/")[-1] == EXAMPLE]
-    if config.example_image is None and own and (source / EXAMPLE).is_file():
-        labels = str(own[0].get("candidate_labels") or "")
+    names = [str(entry.get("src")).split("/")[-1] if isinstance(entry, dict) else "" for entry in widget]
+    examples = [entry for entry, name in zip(widget, names, strict=True) if name == EXAMPLE]
+    if config.example_image is None and examples and (source / EXAMPLE).is_file():
+        labels = str(examples[0].get("candidate_labels") or "")
         captions = config.example_captions or [label for label in labels.split(", ") if label.strip()]
         config = replace(config, example_image=str(source / EXAMPLE), example_captions=captions)
     replaced = [
         *(LICENSE_FIELDS if config.license else ()),
         *(["language"] if config.languages else []),
-        *(["widget"] if config.example_image is not None and own == widget else []),
+        *(["widget"] if config.example_image is not None and examples == widget else []),
     ]
     return config, {key: value for key, value in data.items() if key not in replaced}, text
 

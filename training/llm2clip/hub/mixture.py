@@ -101,8 +101,8 @@ def mix_text_towers(first: Repo, second: Repo) -> Mixture:
         fields |= {name: getattr(config, name) for name in (*FIELDS, *OPTIONAL_FIELDS)}
     if first.kind is RepoKind.TEXT_TOWER:
         tokenizers = AutoTokenizer.from_pretrained(first.name, revision=first.revision), tokenizer
-        for found, fields in zip(tokenizers, settings, strict=True):
-            fields["tokenizer"] = tokenizer_fingerprint(found)
+        for fingerprint, fields in zip(map(tokenizer_fingerprint, tokenizers), settings, strict=True):
+            fields["tokenizer"] = fingerprint
     _refuse_differences("settings", names, *settings)
     return Mixture(tower.eval(), tokenizer, TEXT_TASK, names, _weights(other), _weights(tower))
 

@@ -180,10 +180,10 @@ def immich_preprocessing(image_processor: Any) -> dict[str, Any]:
 
 def immich_width(width: int) -> int:
     """Return the width of vectors in Immich; a `ValueError` says that they are too wide."""
-    found = next((known for known in IMMICH_WIDTHS if known >= width), None)
-    if found is None:
+    wide_enough = [known for known in IMMICH_WIDTHS if known >= width]
+    if not wide_enough:
         raise ValueError(f"the vectors of this model have {width} values, and those in Immich at most 1536.")
-    return found
+    return wide_enough[0]
 
 
 def write_immich(folder: Path, text: TextSide, image_processor: Any, width: int) -> None:

@@ -259,8 +259,8 @@ class Uploader:
                 f"{self.repo_id} contains {shortened(others)}, but no config.json, so it is not an earlier push of "
                 "this model; push to another repo."
             )
-        if config is not None and (found := _model_type(config)) != model_type:
-            kind = "something else" if found is None else f"a model of type {found!r}"
+        if config is not None and (existing := _model_type(config)) != model_type:
+            kind = "something else" if existing is None else f"a model of type {existing!r}"
             raise ValueError(
                 f"{self.repo_id} contains {kind}, and this model has type {model_type!r}; push to another repo."
             )

@@ -45,7 +45,7 @@ SECRET = re.compile(
     rb"hf_[A-Za-z0-9]{34,}|github_pat_\w{22,}|gh[pousr]_[A-Za-z0-9]{36,}|(?<![A-Z0-9])AKIA[A-Z0-9]{16}(?![A-Z0-9])|"
     rb"sk-[a-z]+-[\w-]{32,}|AIza[\w-]{35}|xox[abpr]-[\w-]{20,}|-----BEGIN [A-Z ]*PRIVATE KEY-----"
 )
-# Characters of a token that a message shows; and the least that an own one has, since a shorter one may be a word.
+# Characters of a token that a message shows; and the least that the user's has, since a shorter one may be a word.
 SHOWN, SHORTEST = 6, 8
 # Bytes; larger files are weights, and are not searched.
 SMALL = 1 << 24
@@ -112,7 +112,7 @@ def code_targets(folder: Path) -> list[str]:
     path = folder / "config.json"
     config = read_json(path) if path.is_file() else {}
     with wrap_read_errors(path):
-        targets = [one for target in config.get("auto_map", {}).values() for one in as_list(target)]
+        targets = [target for value in config.get("auto_map", {}).values() for target in as_list(value)]
         targets += [pipeline["impl"] for pipeline in config.get("custom_pipelines", {}).values()]
         # Of a tokenizer there may be one class and null.
         return [str(target) for target in targets if target is not None]
@@ -150,7 +150,7 @@ def added_files(folder: Path) -> list[str]:
     ]
 
 
-def refuse_secrets(folder: Path, uploaded: Mapping[str, Path], token: str | bool | None = None) -> None:
+def refuse_secrets(folder: Path, uploaded: Mapping[str, Path], token: str | bool | None) -> None:
     """Raise a ValueError if a small file contains an access token or a private key.
 
     Args:
@@ -158,11 +158,11 @@ def refuse_secrets(folder: Path, uploaded: Mapping[str, Path], token: str | bool
         uploaded: The files by name.
         token: A token besides the one that the user is logged in with; both are searched for too.
     """
-    own = [one.encode() for one in (token, get_token()) if isinstance(one, str) and len(one) >= SHORTEST]
-    pattern = re.compile(b"|".join([SECRET.pattern, *map(re.escape, own)]))
+    tokens = [known.encode() for known in (token, get_token()) if isinstance(known, str) and len(known) >= SHORTEST]
+    pattern = re.compile(b"|".join([SECRET.pattern, *map(re.escape, tokens)]))
     for name, path in uploaded.items():
-        if path.stat().st_size < SMALL and (found := pattern.search(path.read_bytes())):
-            start = found[0][:SHOWN].decode(errors="replace")
+        if path.stat().st_size < SMALL and (secret := pattern.search(path.read_bytes())):
+            start = secret[0][:SHOWN].decode(errors="replace")
             raise ValueError(
                 f"{folder / name} contains what looks like an access token or private key ({start}...), which "
                 "everybody could read; remove it there, and revoke it if others may have seen it."

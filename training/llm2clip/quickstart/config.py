@@ -60,11 +60,11 @@ class QuickstartConfig:
             ValueError: It has a key that is none of these.
         """
         name = "quickstart_default" if self.profile == "default" else self.profile
-        found = load_recipe(find_recipe(name))
-        for part in found:
+        profile = load_recipe(find_recipe(name))
+        for part in profile:
             if part not in PARTS:
                 raise ValueError(f"the profile {self.profile} has no part {part!r}{nearest(part, PARTS)}")
-        return {**PARTS, **found}
+        return {**PARTS, **profile}
 
 
 @dataclass(frozen=True)

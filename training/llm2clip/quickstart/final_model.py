@@ -109,17 +109,17 @@ def search_typed(final: FinalModel) -> dict[str, Any]:
         The number of `queries`; those whose `first` picture is right, and those with a right one `found` among the
         first `shown`; and of each query the rows that it finds, and whether they are right, as `results`.
     """
-    asked = json.loads(TYPED_QUERIES.read_text(encoding="utf-8"))
-    embeds = final.model.encode_text([one["query"] for one in asked], final.processor)
+    typed = json.loads(TYPED_QUERIES.read_text(encoding="utf-8"))
+    embeds = final.model.encode_text([entry["query"] for entry in typed], final.processor)
     results = []
-    for one, found in zip(asked, top_k(embeds, final.image_embeds, SHOWN)[1].tolist(), strict=True):
-        rows = [final.rows[image] for image in found]
-        right = [bool(set(final.retrieval.captions_of(row)) & set(one["captions"])) for row in rows]
-        results.append({"query": one["query"], "rows": rows, "right": right})
+    for entry, images in zip(typed, top_k(embeds, final.image_embeds, SHOWN)[1].tolist(), strict=True):
+        rows = [final.rows[image] for image in images]
+        right = [bool(set(final.retrieval.captions_of(row)) & set(entry["captions"])) for row in rows]
+        results.append({"query": entry["query"], "rows": rows, "right": right})
     return {
         "queries": len(results),
-        "first": sum(one["right"][0] for one in results),
-        "found": sum(any(one["right"]) for one in results),
+        "first": sum(result["right"][0] for result in results),
+        "found": sum(any(result["right"]) for result in results),
         "shown": SHOWN,
         "results": results,
     }

@@ -107,4 +107,4 @@ def _measure(run: RunContext, config: Stage2Recipe, arm: Arm, test: Mapping[str,
     features = open_features(config, model, processor.image_processor, [next(iter(sets.values())).images])
     encoder = StoredEncoder(model, processor, EmbeddingCache.open(run.cache(arm.name)).lookup, features)
     session = Session(encoder, show_progress_bar=False)
-    return {name: image_text_metrics(session, one) for name, one in sets.items()}
+    return {name: image_text_metrics(session, retrieval) for name, retrieval in sets.items()}
