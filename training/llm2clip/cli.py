@@ -257,7 +257,6 @@ def _repeats(command: Command, config_class: Any, positional: str) -> str | None
 
 
 def _help(name: str, config_class: Any, everything: bool) -> str:
-    """The help of a command."""
     command = COMMANDS[name]
     positional: list[Row] = [("RECIPE", "YAML file of settings, or name of a packaged recipe; options override it.")]
     usage = f"llm2clip {name} [RECIPE]"
@@ -279,7 +278,6 @@ def _help(name: str, config_class: Any, everything: bool) -> str:
 
 
 def _overview() -> str:
-    """The help of the program."""
     commands = [(name, _sentence(command.help)) for name, command in COMMANDS.items()]
     switches = [("--version", "Show the versions of llm2clip, torch and transformers."), ("--help", "Show this.")]
     return format_help(

@@ -24,6 +24,7 @@ from llm2clip.hub.cards.facts import (
     CardFacts,
     Evaluation,
     base_models,
+    public_name,
     summary,
 )
 from llm2clip.hub.licenses import Base, terms_of
@@ -80,9 +81,7 @@ def own_evaluation(task: str, source: Mapping[str, Any], metrics: Mapping[str, A
 def _of_source(
     title: str, source: Mapping[str, Any], revision: str | None, metrics: Mapping[str, Any], protocol: str = ""
 ) -> Evaluation:
-    # Only the name of a local folder: its path means nothing to others.
-    dataset = str(source["path"]) if hub_ids(str(source["path"])) else Path(source["path"]).name
-    note = ", ".join(source.get("caption_columns") or ())
+    dataset, note = public_name(str(source["path"])), ", ".join(source.get("caption_columns") or ())
     return Evaluation(title, dataset, str(source.get("split")), revision, dict(metrics), note, protocol)
 
 

@@ -14,6 +14,7 @@ from huggingface_hub import snapshot_download
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from llm2clip.hub.cards.card import CARD, as_list, license_fields, read_card
+from llm2clip.hub.cards.facts import public_name
 from llm2clip.hub.upload import explained
 from llm2clip.utils.files import read_json, write_text
 from llm2clip.utils.repos import hub_ids, names_of
@@ -104,9 +105,8 @@ class Base(NamedTuple):
         return self.stated.get("license_name") or self.stated.get("license", UNKNOWN)
 
     def __str__(self) -> str:
-        """Its name, without the path on this machine, which may be private, and its license."""
-        name = self.name if hub_ids(self.name) else Path(self.name).name
-        return f"{name} ({'license not known' if self.license == UNKNOWN else self.license})"
+        license = "license not known" if self.license == UNKNOWN else self.license
+        return f"{public_name(self.name)} ({license})"
 
 
 def license_model(given: Mapping[str, str], card: Mapping[str, Any], bases: Sequence[Base]) -> dict[str, Any]:

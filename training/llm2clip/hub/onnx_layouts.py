@@ -76,7 +76,7 @@ def graph_files(folder: Path, layout: Layout, part: str, dtype: Dtype) -> dict[D
     return {**({"float32": path.with_name(TEMPORARY)} if dtype == "int8" else {}), dtype: path}
 
 
-def plain_tokenizer(tokenizer: Any, adds_special_tokens: bool = True) -> PreTrainedTokenizerFast:
+def plain_tokenizer(tokenizer: Any, adds_special_tokens: bool) -> PreTrainedTokenizerFast:
     """Copy a tokenizer without what ties it to a class: all that it does is in its `tokenizer.json`.
 
     Args:

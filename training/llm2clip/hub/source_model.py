@@ -144,10 +144,9 @@ def _is_merged(tower: LLM2CLIPTextModel, merge_adapter: bool | None) -> bool:
     return merge_adapter is not False
 
 
-def validate_folder(folder: Path) -> float:
+def validate_folder(folder: Path) -> None:
     """Load a built folder and compare the outputs with those in a new process; see [`SourceModel.compare`]."""
-    source = SourceModel.load(inspect_repo(folder).require(*OUR_MODELS), merge_adapter=False)
-    return source.compare(folder)
+    SourceModel.load(inspect_repo(folder).require(*OUR_MODELS), merge_adapter=False).compare(folder)
 
 
 def sample_picture() -> Image.Image:

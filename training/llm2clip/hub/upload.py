@@ -269,7 +269,6 @@ class Uploader:
         return snapshot
 
     def _download(self, snapshot: Snapshot, name: str) -> Path | None:
-        """Download a file; None if the repo does not contain it."""
         if name not in snapshot.files:
             return None
         try:

@@ -15,7 +15,7 @@ from llm2clip.encoders.stored import StoredEncoder
 from llm2clip.evaluation.data import RetrievalData
 from llm2clip.evaluation.session import Session
 from llm2clip.hub import build
-from llm2clip.hub.cards.facts import Evaluation
+from llm2clip.hub.cards.facts import Evaluation, public_name
 from llm2clip.quickstart.config import Arm
 from llm2clip.quickstart.data import BUNDLED
 from llm2clip.quickstart.image_steps import stage2_config, step_name
@@ -23,7 +23,6 @@ from llm2clip.quickstart.run_context import RunContext
 from llm2clip.search.top_k import top_k
 from llm2clip.store import EmbeddingCache
 from llm2clip.trainers.freezing import open_features
-from llm2clip.utils.repos import hub_ids
 from modeling_llm2clip import LLM2CLIPModel
 
 NAME = "llm2clip-quickstart"
@@ -56,10 +55,9 @@ def build_final(run: RunContext, arm: Arm, test: dict[str, Any], folder: Path, r
         test: The metrics of each kind of queries.
     """
     data, trained = run.data, run.folder / step_name(arm)
-    dataset = data.path if hub_ids(data.path) else Path(data.path).name
     revision, columns = data_revision(data.path), data.queries(arm.kind)
     evaluations = [
-        Evaluation("image-text retrieval", dataset, data.test, revision, metrics, note=columns[name])
+        Evaluation("image-text retrieval", public_name(data.path), data.test, revision, metrics, note=columns[name])
         for name, metrics in test.items()
     ]
     retrieval = RetrievalData.from_source(data.test_source())

@@ -29,10 +29,6 @@ PROTOCOL = {
 }
 
 CAPTION_SETS = {"lemma_to_gloss": "lemma → gloss", "name_to_keywords": "name → keywords"}
-TITLES = {
-    "caption": "Caption retrieval, R@1 / 5 / 10 in %",
-    "image": "Image retrieval on unseen concepts, R@1 / 5 / 10 in %",
-}
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -121,7 +117,7 @@ def all_tables(results: dict[str, Any]) -> list[tuple[str, Table]]:
         for name in sets
     ]
     rows = [[row, *(recalls_in_percent(metrics[name]) for name in sets)] for row, metrics in captions.items()]
-    tables = [(TITLES["caption"], (["text encoder", *columns], rows))]
+    caption_table = ["text encoder", *columns], rows
     columns = ["text encoder", "text → image", "image → text", "captions\n× images"]
     rows = [
         [
@@ -131,8 +127,10 @@ def all_tables(results: dict[str, Any]) -> list[tuple[str, Table]]:
         ]
         for row, metrics in results["image_retrieval"].items()
     ]
-    tables.append((TITLES["image"], (columns, rows)))
-    return tables
+    return [
+        ("Caption retrieval, R@1 / 5 / 10 in %", caption_table),
+        ("Image retrieval on unseen concepts, R@1 / 5 / 10 in %", (columns, rows)),
+    ]
 
 
 def _label(row: str, arms: Sequence[str]) -> str:
