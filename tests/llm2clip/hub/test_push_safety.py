@@ -13,7 +13,7 @@ from llm2clip import cli
 from llm2clip.hub import new_process
 from llm2clip.hub.upload_files import model_files
 from llm2clip.utils.manifests import FOLDER_MANIFEST, MODEL_MANIFEST
-from tests.llm2clip.hub.conftest import REPO, Refused, upload
+from tests.llm2clip.hub.conftest import REPO, upload
 from tests.loopback_hub import LoopbackHub
 
 
@@ -120,23 +120,14 @@ def test_the_code_of_a_folder_has_no_network_and_no_token(
     code = folder / "modeling_llm2clip.py"
     before, line, after = code.read_text().partition("\nimport torch")
     code.write_text(before + PROBE % str(tmp_path / "found.json") + line + after)
+    assert cli.main(["push", str(folder), REPO, "--no-check", "--dry-run"]) == 0
+    assert not (tmp_path / "found.json").exists()
     with caplog.at_level(logging.INFO):
         upload(hub, folder, check=True)
     assert "in a new process, which runs the code in it (--no-check: not)" in caplog.text
-    found = json.loads((tmp_path / "found.json").read_text())
-    variables = found.pop("variables")
-    assert found == dict.fromkeys(("connection", "name", "program", "system"), "refused")
+    tried = json.loads((tmp_path / "found.json").read_text())
+    variables = tried.pop("variables")
+    assert tried == dict.fromkeys(("connection", "name", "program", "system"), "refused")
     ours = {"HF_HUB_DISABLE_IMPLICIT_TOKEN", "HF_TOKEN_PATH"}
     assert {name for name in variables if new_process.SECRET.search(name)} == ours
     assert "PATH" in variables
-
-
-def test_the_code_of_a_folder_is_not_run_with_no_check(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
-) -> None:
-    checks: list[bool] = []
-    monkeypatch.setattr("llm2clip.hub.push.run", lambda config: checks.append(config.check))
-    for options in ([], ["--no-check"], ["--check", "false"]):
-        assert cli.main(["push", str(folder), REPO, *options]) == 0
-    assert checks == [True, False, False]
-    refused("there is no option --no-include", "push", folder, REPO, "--no-include")
