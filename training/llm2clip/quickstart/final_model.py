@@ -18,11 +18,9 @@ from llm2clip.hub import build
 from llm2clip.hub.cards.facts import Evaluation, public_name
 from llm2clip.quickstart.config import Arm
 from llm2clip.quickstart.data import BUNDLED
-from llm2clip.quickstart.image_steps import stage2_config, step_name
+from llm2clip.quickstart.image_steps import step_name, stored_encoder
 from llm2clip.quickstart.run_context import RunContext
 from llm2clip.search.top_k import top_k
-from llm2clip.store import EmbeddingCache
-from llm2clip.trainers.freezing import open_features
 from modeling_llm2clip import LLM2CLIPModel
 
 NAME = "llm2clip-quickstart"
@@ -78,11 +76,10 @@ def build_final(run: RunContext, arm: Arm, test: dict[str, Any], folder: Path, r
 
 def open_final(run: RunContext, arm: Arm, folder: Path) -> FinalModel:
     """Open the model at the end; its images come from their stored features."""
+    retrieval = RetrievalData.from_source(run.data.test_source())
     model: Any = LLM2CLIPModel.from_pretrained(folder).eval()
     processor = AutoProcessor.from_pretrained(folder)
-    retrieval = RetrievalData.from_source(run.data.test_source())
-    features = open_features(stage2_config(run, arm), model, processor.image_processor, [retrieval.images])
-    encoder = StoredEncoder(model, processor, EmbeddingCache.open(run.cache(arm.name)).lookup, features)
+    encoder = stored_encoder(run, arm, model, processor, retrieval.images)
     embeds = Session(encoder, on_error="skip", show_progress_bar=False).embed_images(retrieval.images)
     rows = (~embeds.isnan().any(dim=1)).nonzero()[:, 0]
     return FinalModel(model, processor, encoder, retrieval, embeds[rows], rows.tolist())

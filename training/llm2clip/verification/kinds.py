@@ -30,7 +30,7 @@ KINDS = ("search index", "unfinished checkpoint", "checkpoint, model, or another
 # One of these is in every folder of ours with such a manifest.
 OUR_FILES = ("modeling_llm2clip*.py", "config.json")
 # How folders are written again that are not replaced with --overwrite.
-AGAIN = {
+REWRITE_HINTS = {
     "distill-text": "put the student there again (attach_query_encoder)",
     "quickstart": "delete {folder}; the next quickstart fetches it again",
     None: "write it again, or copy it from where it came",
@@ -41,7 +41,7 @@ def verify_listed(folder: Path) -> Verified:
     """Compare the files of a checkpoint, a saved model or another result of a command with their list."""
     command = written_by(folder)
     again = f"write it again: the same llm2clip {command} with --overwrite"
-    fix = AGAIN[command].format(folder=folder) if command in AGAIN else again
+    fix = REWRITE_HINTS[command].format(folder=folder) if command in REWRITE_HINTS else again
     if command == TRAINING:
         fix = "the same command with --resume, which trains again from a whole checkpoint"
         if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
