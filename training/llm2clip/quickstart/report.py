@@ -77,10 +77,6 @@ def _text(value: Any) -> str:
     return html.escape(str(value))
 
 
-def _sample(count: int, total: int, seed: int) -> list[int]:
-    return sorted(np.random.default_rng(seed).choice(total, size=min(count, total), replace=False).tolist())
-
-
 def _pictures(query: str, pictures: Sequence[tuple[int, bool, str]], final: FinalModel) -> str:
     """Show a query and its pictures: rows of the test set, whether they are right, and a note on each."""
     shown = []
@@ -106,7 +102,9 @@ def _queries(run: RunContext, best: Arm, final: FinalModel) -> str:
         retrieval = RetrievalData.from_source(run.data.test_source(columns[name])).select(rows)
         text_embeds = final.encoder.encode_text(retrieval.texts)
         right = {(int(text), int(image)) for text, image in retrieval.pairs}
-        chosen = _sample(NUM_QUERIES // len(names), len(retrieval.texts), run.config.seed)
+        total = len(retrieval.texts)
+        generator, count = np.random.default_rng(run.config.seed), min(NUM_QUERIES // len(names), total)
+        chosen = sorted(generator.choice(total, count, replace=False).tolist())
         nearest = top_k(text_embeds[chosen], final.image_embeds, NUM_FOUND)
         for text, scores, images in zip(chosen, *(column.tolist() for column in nearest), strict=True):
             query = retrieval.texts[text] + ("" if name == QUERY else f" ({name})")
