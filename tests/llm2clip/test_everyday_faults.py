@@ -41,7 +41,7 @@ def cut(folder: Path, name: str = "model.safetensors") -> Path:
 
 def arguments_of(command: str, joint: Path, text: Path, new: Path) -> list[str | Path]:
     """The arguments of a command with a joint model, a text tower and a folder of the user."""
-    concepts = small_runs.concepts()
+    concepts, pairs = small_runs.concepts(), json.dumps(small_runs.pair_sources())
     return {
         "evaluate": [joint, "--benchmark", json.dumps(concepts)],
         "build": [joint, new],
@@ -50,14 +50,7 @@ def arguments_of(command: str, joint: Path, text: Path, new: Path) -> list[str |
         "export-onnx": [joint, "--output-dir", new],
         "demo": ["--model", joint, "--cache-dir", new],
         "embed": ["--text-model-name-or-path", text, "--output-dir", new, "--sources", json.dumps([concepts])],
-        "stage1": [
-            "--model-name-or-path",
-            text,
-            "--output-dir",
-            new,
-            "--sources",
-            json.dumps(small_runs.pair_sources()),
-        ],
+        "stage1": ["--model-name-or-path", text, "--output-dir", new, "--sources", pairs],
     }[command]
 
 

@@ -186,8 +186,8 @@ def _run(name: str, arguments: list[str], terminal: TerminalHandler) -> dict[str
         if is_main_process():
             logger.info("llm2clip %s: %s\nLog: %s", name, command.help, log)
     terminal.shows_warnings = not writes_log
-    given = [one for value in vars(config).values() for one in (value if isinstance(value, list) else [value])]
-    with wrap_weight_errors(one for one in given if isinstance(one, str)):
+    given = [entry for value in vars(config).values() for entry in (value if isinstance(value, list) else [value])]
+    with wrap_weight_errors(entry for entry in given if isinstance(entry, str)):
         return (module.run(config, resume=resume) if command.resumes else module.run(config)) or {}
 
 
@@ -229,8 +229,8 @@ def _way_on(name: str, log: Path | None) -> str:
     if command.resumes and log is not None:
         from llm2clip.trainers.checkpoints import last_checkpoint
 
-        found = last_checkpoint(log.parent) or last_checkpoint(log.parent / "warm_start")
-        return "it has no checkpoint yet." if found is None else f"add --resume to go on from {found}."
+        checkpoint = last_checkpoint(log.parent) or last_checkpoint(log.parent / "warm_start")
+        return "it has no checkpoint yet." if checkpoint is None else f"add --resume to go on from {checkpoint}."
     return f"the same command {'continues where it was' if command.goes_on else 'starts it again'}."
 
 
@@ -257,7 +257,6 @@ def _repeats(command: Command, config_class: Any, positional: str) -> str | None
 
 
 def _help(name: str, config_class: Any, everything: bool) -> str:
-    """The help of a command."""
     command = COMMANDS[name]
     positional: list[Row] = [("RECIPE", "YAML file of settings, or name of a packaged recipe; options override it.")]
     usage = f"llm2clip {name} [RECIPE]"
@@ -279,7 +278,6 @@ def _help(name: str, config_class: Any, everything: bool) -> str:
 
 
 def _overview() -> str:
-    """The help of the program."""
     commands = [(name, _sentence(command.help)) for name, command in COMMANDS.items()]
     switches = [("--version", "Show the versions of llm2clip, torch and transformers."), ("--help", "Show this.")]
     return format_help(
@@ -296,8 +294,8 @@ def _sentence(text: str) -> str:
 
 def _versions() -> str:
     """Versions of what runs, without importing it, which takes seconds."""
-    own, torch, transformers = map(importlib.metadata.version, ("llm2clip", "torch", "transformers"))
-    return f"llm2clip {own} (torch {torch}, transformers {transformers}, Python {platform.python_version()})"
+    llm2clip, torch, transformers = map(importlib.metadata.version, ("llm2clip", "torch", "transformers"))
+    return f"llm2clip {llm2clip} (torch {torch}, transformers {transformers}, Python {platform.python_version()})"
 
 
 def _message(error: Exception, name: str) -> str:

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
+from llm2clip import cli
 from llm2clip.convert.original import joint_config
 from tests.builders import tiny
 from tests.golden import Golden, load_golden
@@ -25,6 +26,10 @@ BACK = {
     "text_adapter.norm.": "text_adapter.adaptor.4.",
     "text_adapter.proj.": "text_adapter.adaptor.5.",
 }
+
+
+def convert(source: str | Path, destination: Path, *options: str) -> None:
+    assert cli.main(["convert", str(source), str(destination), *options]) == 0
 
 
 def llm_folder(folder: Path, width: int, **kwargs: Any) -> str:
@@ -69,16 +74,12 @@ def microsoft_openai_folder(folder: Path) -> str:
     """Save a golden model in the layout of microsoft/LLM2CLIP-Openai-*."""
     folder.mkdir()
     vision_config = {**joint_config(OPENAI.meta["config"]).vision_config.to_dict(), "hidden_act": "quick_gelu"}
-    write_microsoft_openai(folder, ours(OPENAI), vision_config)
-    return str(folder)
-
-
-def write_microsoft_openai(folder: Path, tensors: dict[str, Tensor], vision_config: dict[str, Any]) -> None:
-    tensors = {name: tensor.clone() for name, tensor in microsoft_openai_names(tensors).items()}
+    tensors = {name: tensor.clone() for name, tensor in microsoft_openai_names(ours(OPENAI)).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     fields = {"model_type": "clip", "architectures": ["LLM2CLIPModel"], "projection_dim": 1280}
     (folder / "config.json").write_text(json.dumps({**fields, "vision_config": vision_config, "text_config": {}}))
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\nA model.\n")
+    return str(folder)
 
 
 def microsoft_openai_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -12,18 +12,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor, CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
 import llm2clip
-from llm2clip import cli
 from llm2clip.convert.joint_plan import STATISTICS
 from llm2clip.convert.original import to_original
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
 from tests.builders import tiny
 from tests.golden import Golden, load_golden
 from tests.llm2clip.convert import checkpoints
-from tests.llm2clip.convert.checkpoints import EVA, OPENAI
-
-
-def convert(source: str | Path, destination: Path, *options: str) -> None:
-    assert cli.main(["convert", str(source), str(destination), *options]) == 0
+from tests.llm2clip.convert.checkpoints import EVA, OPENAI, convert
 
 
 def loaded(folder: Path) -> LLM2CLIPModel:
@@ -183,8 +178,8 @@ def test_plain_clip_of_transformers_keeps_its_tower_outputs(
     convert(tmp_path / "plain", tmp_path / "out", "--text-model", llm, "--projection-dim", "24")
     model, images = loaded(tmp_path / "out"), torch.randn(2, 3, 28, 28)
     with torch.no_grad():
-        found, expected = (one.vision_model(images).pooler_output for one in (model, plain))
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+        actual, expected = (side.vision_model(images).pooler_output for side in (model, plain))
+    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(model.logit_scale, plain.logit_scale.reshape(()))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,23 +17,7 @@ from tests.builders import tiny
 from tests.damage import flip
 from tests.llm2clip.convert import checkpoints
 from tests.llm2clip.convert.checkpoints import EVA
-
-Refused = Callable[..., None]
-
-
-@pytest.fixture
-def refused(capfd: pytest.CaptureFixture[str]) -> Refused:
-    """Check that a conversion is refused with a message that fits a pattern, however its lines break."""
-
-    def check(pattern: str, *arguments: str | Path) -> None:
-        capfd.readouterr()
-        assert cli.main(["convert", *map(str, arguments)]) == 2
-        printed = capfd.readouterr()
-        assert re.search(pattern, " ".join(printed.err.split())), printed.err
-        assert "Traceback" not in printed.err
-        assert "code ran" not in printed.out
-
-    return check
+from tests.llm2clip.convert.conftest import Refused
 
 
 class Bomb:

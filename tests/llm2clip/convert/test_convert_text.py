@@ -14,10 +14,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from llm2clip import cli
 from llm2clip.utils.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPTextModel
 from tests.builders import tiny
+from tests.llm2clip.convert.checkpoints import convert
+from tests.llm2clip.convert.conftest import Refused
 
 NAME = "meta-llama/Meta-Llama-3-8B-Instruct"
 
@@ -30,10 +31,6 @@ def llm_folder(folder: Path, model_type: str = "llama", **options: Any) -> str:
     model.save_pretrained(folder, **options)
     tiny.plain_tokenizer().save_pretrained(folder)
     return str(folder)
-
-
-def convert(source: str, destination: Path, *options: str) -> None:
-    assert cli.main(["convert", source, str(destination), *options]) == 0
 
 
 @pytest.mark.parametrize("shard", ["5GB", "20KB"])
@@ -76,13 +73,12 @@ def test_name_in_the_config_selects_the_prompt(tmp_path: Path) -> None:
     ],
     ids=["missing", "shape", "nan"],
 )
-def test_damaged_llms_are_refused(name: str, value: Any, message: str, tmp_path: Path, capsys: Any) -> None:
+def test_damaged_llms_are_refused(name: str, value: Any, message: str, tmp_path: Path, refused: Refused) -> None:
     source = llm_folder(tmp_path / "llm")
     path = Path(source) / "model.safetensors"
     state = {**load_file(path), name: value}
     save_file({key: weight for key, weight in state.items() if weight is not None}, path, metadata={"format": "pt"})
-    assert cli.main(["convert", source, str(tmp_path / "out")]) == 2
-    assert message in capsys.readouterr().err
+    refused(message, source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -112,22 +108,22 @@ def test_several_adapters_are_merged_in_order(tmp_path: Path) -> None:
     torch.testing.assert_close(tower.decoder.layers[0].self_attn.q_proj.weight, weight, atol=1e-5, rtol=1e-5)
 
 
-def test_adapter_with_other_layer_names_is_refused(tmp_path: Path, capsys: Any) -> None:
+def test_adapter_with_other_layer_names_is_refused(tmp_path: Path, refused: Refused) -> None:
     source = llm_folder(tmp_path / "llm")
     path = Path(lora(source, tmp_path / "adapter", 1)) / "adapter_model.safetensors"
     state = load_file(path).items()
     save_file({name.replace("model.model.", "model.model.lm."): value for name, value in state}, path)
-    assert cli.main(["convert", source, str(tmp_path / "out"), "--adapters", str(path.parent)]) == 2
-    assert "has no weights for 12 of the layers in its config" in capsys.readouterr().err
+    message = "has no weights for 12 of the layers in its config"
+    refused(message, source, tmp_path / "out", "--adapters", path.parent)
     assert not (tmp_path / "out").exists()
 
 
-def test_an_llm_that_cannot_be_a_text_tower_is_not_converted(tmp_path: Path, capsys: Any) -> None:
+def test_an_llm_that_cannot_be_a_text_tower_is_not_converted(tmp_path: Path, refused: Refused) -> None:
     config = AutoConfig.for_model("lfm2", **tiny.DECODER, layer_types=["conv", "full_attention"])
     AutoModel.from_config(config).save_pretrained(tmp_path / "llm")
     tiny.plain_tokenizer().save_pretrained(tmp_path / "llm")
-    assert cli.main(["convert", str(tmp_path / "llm"), str(tmp_path / "out")]) == 2
-    assert "lfm2 (layers: conv, full_attention) with sdpa attention cannot be a text" in capsys.readouterr().err
+    message = r"lfm2 \(layers: conv, full_attention\) with sdpa attention cannot be a text"
+    refused(message, tmp_path / "llm", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

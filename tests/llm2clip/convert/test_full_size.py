@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModel, CLIPVisionModelWithProjection
 
-from llm2clip import cli
 from llm2clip.convert.original import to_original
 from llm2clip.convert.published import published_models
 from modeling_llm2clip import LLM2CLIPModel
+from tests.llm2clip.convert.checkpoints import convert
 
 pytestmark = pytest.mark.slow
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
 def randomised(model: Any) -> Any:
@@ -25,25 +26,17 @@ def randomised(model: Any) -> Any:
     return model.eval()
 
 
-def convert(checkpoint: Path) -> Path:
-    """Convert a checkpoint whose config is found by its sizes."""
-    assert cli.main(["convert", str(checkpoint), str(checkpoint.parent / "out")]) == 0
-    return checkpoint.parent / "out"
-
-
-def compare(features: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
-
-
 @torch.no_grad()
 def test_eva02_base_gives_the_outputs_of_timm(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     oracle = randomised(timm.create_model("eva02_base_patch16_clip_224", num_classes=8))
     images = torch.randn(2, 3, 224, 224)
     save_file(oracle.state_dict(), tmp_path / "checkpoint.safetensors")
-    found = AutoModel.from_pretrained(convert(tmp_path / "checkpoint.safetensors")).eval()(images).pooler_output
+    convert(tmp_path / "checkpoint.safetensors", tmp_path / "out")  # whose config is found by its sizes
+    features = AutoModel.from_pretrained(tmp_path / "out").eval()(images).pooler_output
     # The head of CLIP itself is dropped; stage 2 starts with a new one.
-    compare(found, oracle.forward_head(oracle.forward_features(images), pre_logits=True))
+    expected = oracle.forward_head(oracle.forward_features(images), pre_logits=True)
+    torch.testing.assert_close(features, expected, **CLOSE)
 
 
 @torch.no_grad()
@@ -53,7 +46,10 @@ def test_openai_base_gives_the_outputs_of_transformers(tmp_path: Path) -> None:
     ours = dict(LLM2CLIPModel(config, text_model=False).state_dict())
     ours |= {name: tensor for name, tensor in oracle.state_dict().items() if name in ours}
     torch.save({"state_dict": to_original(config, ours)}, tmp_path / "checkpoint.pt")
-    model = LLM2CLIPModel.from_pretrained(convert(tmp_path / "checkpoint.pt"), text_model=False).eval()
+    convert(tmp_path / "checkpoint.pt", tmp_path / "out")
+    model = LLM2CLIPModel.from_pretrained(tmp_path / "out", text_model=False).eval()
     images = torch.randn(2, 3, 224, 224)
-    compare(model.vision_model(images).pooler_output, oracle.vision_model(images).pooler_output)
-    compare(model.get_image_features(images).pooler_output, oracle(images).image_embeds)
+    pooled, expected = model.vision_model(images).pooler_output, oracle.vision_model(images).pooler_output
+    torch.testing.assert_close(pooled, expected, **CLOSE)
+    features = model.get_image_features(images).pooler_output
+    torch.testing.assert_close(features, oracle(images).image_embeds, **CLOSE)

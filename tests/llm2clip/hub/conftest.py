@@ -7,12 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 from huggingface_hub import HfApi
 
 from llm2clip import cli
 from llm2clip.hub import build, push
 from llm2clip.hub.source_model import SourceModel
+from llm2clip.utils.towers import save_text_tower
+from modeling_llm2clip import LLM2CLIPTextModel
 from tests.builders import tiny
 from tests.builders.tiny import IMAGES
 from tests.loopback_hub import TOKEN, LoopbackHub
@@ -37,6 +40,15 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(built: Path, tmp_path: Path) -> Path:
     """A copy of the built folder, which a test may change."""
     return Path(shutil.copytree(built, tmp_path / "model"))
+
+
+def save_adapter(folder: Path, llm: Path, name: str) -> None:
+    """Save a text tower that is a LoRA adapter of the tower in another folder, which others know by a name."""
+    tower = LLM2CLIPTextModel.from_pretrained(llm).eval()
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    tower.decoder = peft.get_peft_model(tower.decoder, lora)
+    tower.decoder.peft_config["default"].base_model_name_or_path = name
+    save_text_tower(tower, tiny.processor().tokenizer, folder)
 
 
 @pytest.fixture

@@ -16,14 +16,20 @@ from tests.builders import embedding_models
 
 CLOSE = {"atol": 1e-3, "rtol": 0}
 TEXTS = ["a dog", "Two children  play football\nin a green park", "a red bus, seen from above", "x"]
-# What Immich's machine-learning server does, by the files that it reads.
-IMMICH = """
+BEGINNING = """
 import json, sys
 import numpy, onnxruntime
 from pathlib import Path
 from PIL import Image
 from tokenizers import Tokenizer
 folder, pictures, texts = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
+"""
+END = """
+assert "torch" not in sys.modules
+print(json.dumps([text, image]))
+"""
+# What Immich's machine-learning server does, by the files that it reads.
+IMMICH = """
 config = json.loads((folder / "visual" / "preprocess_cfg.json").read_text())
 size = config["size"][0] if isinstance(config["size"], list) else config["size"]
 kind = Image.Resampling[config["interpolation"].upper()]
@@ -55,17 +61,9 @@ session = onnxruntime.InferenceSession(str(folder / "textual" / "model.onnx"))
 text = [session.run(None, {"text": numpy.array([ids], dtype=numpy.int32)})[0][0].tolist() for ids in tokens]
 session = onnxruntime.InferenceSession(str(folder / "visual" / "model.onnx"))
 image = [session.run(None, {"image": pixels(path)})[0][0].tolist() for path in pictures]
-assert "torch" not in sys.modules
-print(json.dumps([text, image]))
 """
 # What transformers.js does, by the files that it reads, with Pillow's resizing.
 TRANSFORMERS_JS = """
-import json, sys
-import numpy, onnxruntime
-from pathlib import Path
-from PIL import Image
-from tokenizers import Tokenizer
-folder, pictures, texts = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
 config = json.loads((folder / "preprocessor_config.json").read_text())
 assert config["image_processor_type"] == "CLIPImageProcessor" and config["do_resize"] and config["do_rescale"]
 crop = config["crop_size"]
@@ -94,8 +92,6 @@ for line in texts:
     text.append(session.run(["text_embeds"], {name: numpy.array([row]) for name, row in feed.items()})[0][0].tolist())
 session = onnxruntime.InferenceSession(str(folder / "onnx" / "vision_model.onnx"))
 image = [session.run(["image_embeds"], {"pixel_values": pixels(path)})[0][0].tolist() for path in pictures]
-assert "torch" not in sys.modules
-print(json.dumps([text, image]))
 """
 READERS = {"immich": IMMICH, "transformers.js": TRANSFORMERS_JS}
 
@@ -120,9 +116,8 @@ def export(model: Path, layout: str, *options: str) -> Path:
 
 def read(layout: str, folder: Path, pictures: list[str], texts: list[str]) -> list[Tensor]:
     """The embeddings that a program makes of texts and pictures, without torch."""
-    arguments = (folder, json.dumps(pictures), json.dumps(texts))
-    answer = stranger.answer(READERS[layout], *arguments, home=folder.parent, is_forked=False)
-    found = list(map(torch.tensor, answer))
+    code, arguments = BEGINNING + READERS[layout] + END, (folder, json.dumps(pictures), json.dumps(texts))
+    embeds = list(map(torch.tensor, stranger.answer(code, *arguments, home=folder.parent, is_forked=False)))
     if layout == "immich":  # which knows no model of this width
-        assert all(rows.shape[1] == 512 and not rows[:, 24:].any() for rows in found)
-    return [rows[:, :24] for rows in found]
+        assert all(rows.shape[1] == 512 and not rows[:, 24:].any() for rows in embeds)
+    return [rows[:, :24] for rows in embeds]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,6 @@ from transformers import AutoModel, AutoProcessor
 import llm2clip
 from llm2clip import cli
 from llm2clip.convert.published import FOLDER, published_models
-from llm2clip.hub import new_process
 from llm2clip.hub.build_card import read_results
 from llm2clip.hub.cards.card import CARD, read_card
 from llm2clip.hub.source_model import SourceModel
@@ -26,7 +27,7 @@ from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from tests.builders import tiny
 from tests.builders.tiny import CAPTIONS, IMAGES
 from tests.llm2clip.evaluation.made_results import retrieval, written
-from tests.llm2clip.hub.conftest import REPO, Refused, upload
+from tests.llm2clip.hub.conftest import REPO, Refused, save_adapter, upload
 from tests.loopback_hub import LoopbackHub
 
 MINE = {"given": "runs/mine", "library": "llm2clip 0.1.0", "fingerprint": "1", "dtype": "float32"}
@@ -147,14 +148,9 @@ def test_llm_on_the_hub_is_referred_to_and_not_bundled(tmp_path: Path) -> None:
 
 
 def test_adapter_of_a_text_tower_is_merged(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
     tokenizer = tiny.processor().tokenizer
     save_text_tower(tiny.text_model(), tokenizer, tmp_path / "llm")
-    tower = LLM2CLIPTextModel.from_pretrained(tmp_path / "llm").eval()
-    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-    tower.decoder = peft.get_peft_model(tower.decoder, lora)
-    tower.decoder.peft_config["default"].base_model_name_or_path = str(tmp_path / "llm")
-    save_text_tower(tower, tokenizer, tmp_path / "adapter")
+    save_adapter(tmp_path / "adapter", tmp_path / "llm", str(tmp_path / "llm"))
     run(tmp_path / "adapter", tmp_path / "out")
     built = LLM2CLIPTextModel.from_pretrained(tmp_path / "out")
     assert not built.has_adapter
@@ -173,28 +169,34 @@ def test_code_repo_replaces_the_code_in_the_folder(tmp_path: Path) -> None:
         assert all(target.startswith("someone/code--") for target in targets), name
 
 
-def test_nothing_is_written_if_outputs_differ_in_a_new_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda model, folder: model.text_adapter.proj.weight.data.mul_(1.01),
+            r"the text outputs of .* in a new process differ by",
+        ),
+        (
+            lambda model, folder: (folder / "modeling_llm2clip_decoder.py").unlink(),
+            "does not load in a new process without this package",
+        ),
+    ],
+    ids=["outputs", "code"],
+)
+def test_nothing_is_written_that_is_not_the_model_in_a_new_process(
+    spoil: Callable[[Any, Path], object], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny.save(tmp_path / "model")
     save = SourceModel.save
 
-    def save_and_change_the_model(self: SourceModel, folder: Path) -> None:
+    def save_and_spoil(self: SourceModel, folder: Path) -> None:
         save(self, folder)
-        with torch.no_grad():
-            self.model.text_adapter.proj.weight.mul_(1.01)
+        spoil(self.model, folder)
 
-    monkeypatch.setattr(SourceModel, "save", save_and_change_the_model)
-    with pytest.raises(RuntimeError, match=r"the text outputs of .* in a new process differ by"):
+    monkeypatch.setattr(SourceModel, "save", save_and_spoil)
+    with pytest.raises(RuntimeError, match=message):
         llm2clip.build_folder(tmp_path / "model", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_folder_without_its_code_does_not_load_in_a_new_process(tmp_path: Path) -> None:
-    tiny.save(tmp_path / "model")
-    (tmp_path / "model" / "modeling_llm2clip_decoder.py").unlink()
-    with pytest.raises(RuntimeError, match="does not load in a new process without this package"):
-        new_process.outputs_of_new_process(tmp_path / "model", (True, True), IMAGES[0], CAPTIONS)
 
 
 def test_wrong_settings_are_refused_before_anything_is_written(tmp_path: Path, refused: Refused) -> None:

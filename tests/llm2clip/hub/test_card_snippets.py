@@ -14,10 +14,10 @@ from huggingface_hub import HfApi
 import llm2clip
 from llm2clip.hub.cards.card import CARD, read_card
 from llm2clip.utils.towers import save_text_tower
-from modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection
+from modeling_llm2clip import LLM2CLIPVisionModelWithProjection
 from tests.builders import tiny
 from tests.builders.tiny import IMAGES
-from tests.llm2clip.hub.conftest import REPO, upload
+from tests.llm2clip.hub.conftest import REPO, save_adapter, upload
 from tests.loopback_hub import TOKEN, LoopbackHub
 from tests.stranger import answer
 
@@ -82,16 +82,11 @@ def test_examples_of_a_text_tower(read: Read, tmp_path: Path) -> None:
 
 
 def test_example_of_an_adapter_whose_llm_is_on_the_hub(read: Read, hub: LoopbackHub, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
-    tokenizer = tiny.processor().tokenizer
-    save_text_tower(tiny.text_model(), tokenizer, tmp_path / "llm")
+    save_text_tower(tiny.text_model(), tiny.processor().tokenizer, tmp_path / "llm")
     api = HfApi(endpoint=hub.url, token=TOKEN)
     api.create_repo("tester/llm")
     api.upload_folder(repo_id="tester/llm", folder_path=tmp_path / "llm")
-    tower = LLM2CLIPTextModel.from_pretrained(tmp_path / "llm").eval()
-    tower.decoder = peft.get_peft_model(tower.decoder, peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    tower.decoder.peft_config["default"].base_model_name_or_path = "tester/llm"
-    save_text_tower(tower, tokenizer, tmp_path / "adapter")
+    save_adapter(tmp_path / "adapter", tmp_path / "llm", "tester/llm")
     llm2clip.build_folder(tmp_path / "adapter", tmp_path / "out", merge_adapter=False)
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     assert read(tmp_path / "out") == ["torch.Size([2, 32])\n"]

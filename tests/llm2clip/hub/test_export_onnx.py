@@ -140,11 +140,23 @@ def test_models_and_settings_that_cannot_be_exported_are_refused(tmp_path: Path,
     refused("onnx exists; add --overwrite to replace it", "export-onnx", clip)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "spoil", "message"),
+    [
+        ("float32", lambda rows: rows + 1e-3, "vision_model.onnx differs from torch by 1.0e-03"),
+        ("int8", lambda rows: rows.flip(1), "vision_model.onnx has a cosine of"),
+    ],
+)
 def test_graph_that_differs_from_torch_is_not_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
+    dtype: str, spoil: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
 ) -> None:
     tiny.save(tmp_path)
     run = onnx_writing.graph_rows
-    monkeypatch.setattr(onnx_writing, "graph_rows", lambda *inputs: run(*inputs) + 1e-3)
-    refused("vision_model.onnx differs from torch by 1.0e-03", "export-onnx", tmp_path, "--parts", "vision")
+
+    def spoilt(path: Path, inputs: Any) -> Tensor:
+        rows = run(path, inputs)
+        return rows if path.name == "float32.onnx" else spoil(rows)  # of which int8 is made
+
+    monkeypatch.setattr(onnx_writing, "graph_rows", spoilt)
+    refused(message, "export-onnx", tmp_path, "--parts", "vision", "--dtype", dtype)
     assert not [path for path in tmp_path.iterdir() if "onnx" in path.name]

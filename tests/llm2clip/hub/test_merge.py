@@ -296,12 +296,9 @@ def test_kinds_and_settings_that_do_not_fit_are_refused_by_name(
     refused("parts and embedding_cache are for LLM2CLIP models", llm, tower, tmp_path, parts="vision")
     refused(r"alpha is \[1\.5\], but every share of B has to be from 0 \(A\) to 1", first, second, tmp_path, alpha=1.5)
     refused("several alphas need eval_source", first, second, tmp_path, alpha=[0, 1])
-
-
-def test_text_towers_that_do_not_fit_are_refused_by_name(towers: tuple[str, Path], tmp_path: Path) -> None:
     save_text_tower(tiny.text_model(pooling="last_token"), tiny.processor().tokenizer, tmp_path / "other")
     message = r"other and .*tower cannot be merged: their settings differ \(pooling: last_token and mean\)"
-    refused(message, tmp_path / "other", towers[1], tmp_path)
+    refused(message, tmp_path / "other", tower, tmp_path)
 
 
 def test_only_an_earlier_merge_is_replaced(pair: tuple[Path, Path], tmp_path: Path) -> None:

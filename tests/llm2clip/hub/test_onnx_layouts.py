@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 from transformers import CLIPImageProcessor, SiglipImageProcessor
 
 from llm2clip import load_encoder
@@ -142,38 +141,10 @@ def test_int8_keeps_the_vectors_nearly(layout: str, model: Path, pictures: list[
         assert 0.97 < (found * rows).sum(dim=1).min() < 0.999999
 
 
-def test_a_graph_that_8_bits_have_spoilt_is_not_kept(
-    model: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
-) -> None:
-    teach(model, "static")
-    rows = onnx_writing.graph_rows
-
-    def spoilt(path: Path, inputs: Any) -> Tensor:
-        found = rows(path, inputs)
-        return found if path.name == "float32.onnx" else found.flip(1)
-
-    monkeypatch.setattr(onnx_writing, "graph_rows", spoilt)
-    refused("text_model.onnx has a cosine of", "export-onnx", model, "--dtype", "int8", "--parts", "text")
-    assert not (model / "onnx").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["immich", "--parts", "vision"], "parts is ['vision'], but Immich needs both graphs"),
-        (["immich", "--text-encoder", "query"], "has no query_encoder/; `llm2clip distill-text"),
-    ],
-    ids=["one graph", "no query encoder"],
-)
-def test_what_a_layout_cannot_hold_is_refused(
-    options: list[str], message: str, model: Path, tmp_path: Path, refused: Refused
-) -> None:
-    refused(message, "export-onnx", model, "--output-dir", tmp_path / "out", "--layout", *options)
-    assert not (tmp_path / "out").exists()
-
-
-def test_preprocessing_that_immich_cannot_do_is_refused(model: Path, tmp_path: Path, refused: Refused) -> None:
+def test_what_immich_cannot_hold_or_do_is_refused(model: Path, tmp_path: Path, refused: Refused) -> None:
     command = ("export-onnx", model, "--layout", "immich", "--output-dir", tmp_path / "out")
+    refused("parts is ['vision'], but Immich needs both graphs", *command, "--parts", "vision")
+    refused("has no query_encoder/; `llm2clip distill-text", *command, "--text-encoder", "query")
     with_image_processor(model, CLIPImageProcessor(size={"height": 28, "width": 42}, do_center_crop=False))
     refused("images of this model have 28 x 42 pixels", *command)
     with_image_processor(model, CLIPImageProcessor(do_resize=False))

@@ -171,4 +171,5 @@ def test_a_dry_run_makes_the_checks_of_a_push(hub: LoopbackHub, model: Path, ref
     refused("looks like an access token", *command)
     (model / "model.safetensors").unlink()
     refused("lacks *.safetensors", *command)
+    refused("there is no option --no-include", *command, "--no-include")
     assert not hub.requests

@@ -13,7 +13,7 @@ from llm2clip import cli
 from llm2clip.hub import new_process
 from llm2clip.hub.upload_files import model_files
 from llm2clip.utils.manifests import FOLDER_MANIFEST, MODEL_MANIFEST
-from tests.llm2clip.hub.conftest import REPO, Refused, upload
+from tests.llm2clip.hub.conftest import REPO, upload
 from tests.loopback_hub import LoopbackHub
 
 
@@ -69,21 +69,27 @@ def test_a_token_in_a_file_is_not_published(name: str, secret: str, hub: Loopbac
     assert not hub.repos
 
 
-@pytest.mark.parametrize("name", ["config.json", "README.md", "model.safetensors"])
+@pytest.mark.parametrize(
+    ("name", "after", "check"),
+    [
+        *((name, "validate_folder", True) for name in ("config.json", "README.md", "model.safetensors")),
+        *(("README.md", "refuse_secrets", check) for check in (True, False)),
+    ],
+)
 def test_nothing_is_uploaded_of_a_folder_that_changes_while_it_is_checked(
-    name: str, hub: LoopbackHub, model: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, after: str, check: bool, hub: LoopbackHub, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the code in the folder could do, or a run that writes there."""
+    """As the code in the folder could do, or a run that writes there; also after the search for secrets."""
 
-    def spoil(folder: Path) -> float:
+    def spoil(folder: Path, *_: object) -> None:
         path, times = folder / name, (folder / name).stat()
         path.write_bytes(path.read_bytes()[:-1] + b"?")
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-        return 0.0
 
-    monkeypatch.setattr("llm2clip.hub.push.validate_folder", spoil)
+    monkeypatch.setattr("llm2clip.hub.push.validate_folder", lambda folder: 0.0)
+    monkeypatch.setattr(f"llm2clip.hub.push.{after}", spoil)
     with pytest.raises(ValueError, match="has changed while it was checked; nothing was committed"):
-        upload(hub, model, check=True)
+        upload(hub, model, check=check)
     assert not hub.repos
 
 
@@ -114,23 +120,14 @@ def test_the_code_of_a_folder_has_no_network_and_no_token(
     code = folder / "modeling_llm2clip.py"
     before, line, after = code.read_text().partition("\nimport torch")
     code.write_text(before + PROBE % str(tmp_path / "found.json") + line + after)
+    assert cli.main(["push", str(folder), REPO, "--no-check", "--dry-run"]) == 0
+    assert not (tmp_path / "found.json").exists()
     with caplog.at_level(logging.INFO):
         upload(hub, folder, check=True)
     assert "in a new process, which runs the code in it (--no-check: not)" in caplog.text
-    found = json.loads((tmp_path / "found.json").read_text())
-    variables = found.pop("variables")
-    assert found == dict.fromkeys(("connection", "name", "program", "system"), "refused")
+    tried = json.loads((tmp_path / "found.json").read_text())
+    variables = tried.pop("variables")
+    assert tried == dict.fromkeys(("connection", "name", "program", "system"), "refused")
     ours = {"HF_HUB_DISABLE_IMPLICIT_TOKEN", "HF_TOKEN_PATH"}
     assert {name for name in variables if new_process.SECRET.search(name)} == ours
     assert "PATH" in variables
-
-
-def test_the_code_of_a_folder_is_not_run_with_no_check(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
-) -> None:
-    checks: list[bool] = []
-    monkeypatch.setattr("llm2clip.hub.push.run", lambda config: checks.append(config.check))
-    for options in ([], ["--no-check"], ["--check", "false"]):
-        assert cli.main(["push", str(folder), REPO, *options]) == 0
-    assert checks == [True, False, False]
-    refused("there is no option --no-include", "push", folder, REPO, "--no-include")

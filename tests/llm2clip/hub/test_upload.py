@@ -170,7 +170,7 @@ def test_push_fails_if_the_card_on_the_hub_cannot_be_read(hub: LoopbackHub, buil
 @pytest.fixture
 def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A client of the Hub of its own, with patience for a fraction of a second."""
-    monkeypatch.setattr(hub_upload, "PATIENCE", (5.0, 0.2, 5.0, 5.0))
+    monkeypatch.setattr(hub_upload, "TIMEOUTS", (5.0, 0.2, 5.0, 5.0))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     close_session()
     yield

@@ -103,30 +103,25 @@ def test_make_and_the_error_install_the_wheels_that_are_read_by_their_hashes() -
     assert all(option in makefile for option in options)
 
 
-def test_an_existing_folder_is_reused_without_the_wheel(
-    cache_dir: Path, vit_small: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    missing = WeightWheel("x==1", "no_such_package", "weights", "--vision-model")
-    monkeypatch.setattr(weights, "VIT_SMALL_WHEEL", missing)
-    assert weights_folder("vision_model", cache_dir) == vit_small
-
-
-def test_an_interrupted_conversion_leaves_no_folder_and_the_next_call_converts(
+def test_an_interrupted_conversion_leaves_no_folder_and_a_whole_one_is_reused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    interrupts = [KeyboardInterrupt()]
+    calls: list[Path] = []
 
     def write(folder: Path) -> None:
         (folder / "config.json").write_text("{}")
-        if interrupts:
-            raise interrupts.pop()
+        calls.append(folder)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
 
     monkeypatch.setitem(weights.TOWERS, "llm", ("model", write))
     with pytest.raises(KeyboardInterrupt):
         weights_folder("llm", tmp_path)
     assert list(tmp_path.iterdir()) == []
-    assert weights_folder("llm", tmp_path) == tmp_path / "model"
-    assert (tmp_path / "model" / "config.json").read_text() == "{}"
+    for _ in range(2):
+        assert weights_folder("llm", tmp_path) == tmp_path / "model"
+        assert (tmp_path / "model" / "config.json").read_text() == "{}"
+    assert len(calls) == 2
 
 
 def test_the_conversion_prints_nothing_and_does_not_import_the_packages(

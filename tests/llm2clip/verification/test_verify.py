@@ -49,8 +49,8 @@ def test_whole_sidecars_and_caches_pass(tmp_path: Path) -> None:
 
 
 def assert_every_flip_is_found(path: Path, step: int) -> None:
-    for place in range(0, path.stat().st_size, step):
-        with flip(path, place), pytest.raises(DamagedError, match="1 faults in "):
+    for position in range(0, path.stat().st_size, step):
+        with flip(path, position), pytest.raises(DamagedError, match="1 faults in "):
             verify(path.parent)
 
 

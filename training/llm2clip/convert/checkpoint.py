@@ -116,21 +116,22 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     )
 
 
-def compare_tensors(recognized: str, expected: Shapes, found: Shapes, new: tuple[str, ...] = ()) -> None:
+def compare_tensors(recognized: str, expected: Shapes, actual: Shapes, new: tuple[str, ...] = ()) -> None:
     """Compare the shapes of tensors, by name, with those of the model that they are for.
 
     Args:
         recognized: What the checkpoint was recognized as, for messages.
         expected: Shapes in the model.
-        found: Shapes of the tensors.
+        actual: Shapes of the tensors.
         new: Beginnings of the names of tensors that may be missing.
 
     Raises:
         ValueError: Tensors are missing, do not belong to the model, or have other shapes.
     """
-    missing = [f"{name} {shape}" for name, shape in expected.items() if name not in found and not name.startswith(new)]
-    unknown = [f"{name} {shape}" for name, shape in found.items() if name not in expected]
-    both = [(name, shape) for name, shape in found.items() if name in expected]
+    absent = [name for name in expected if name not in actual and not name.startswith(new)]
+    missing = [f"{name} {expected[name]}" for name in absent]
+    unknown = [f"{name} {shape}" for name, shape in actual.items() if name not in expected]
+    both = [(name, shape) for name, shape in actual.items() if name in expected]
     wrong = [f"{name} is {shape}, not {expected[name]}" for name, shape in both if shape != expected[name]]
     for names, problem, cause in (
         (missing, "are missing", "The checkpoint is incomplete."),

@@ -43,7 +43,7 @@ def _prefix(checkpoint: Checkpoint) -> str | None:
 
 
 def convert_text_tower(
-    checkpoint: Checkpoint, folder: Path, source: str, adapters: Sequence[str] = (), prompt_name: str | None = None
+    checkpoint: Checkpoint, folder: Path, source: str, adapters: Sequence[str], prompt_name: str | None
 ) -> dict[str, Any]:
     """Write an LLM as the folder of an [`LLM2CLIPTextModel`], with the prompt that the original code uses for it.
 

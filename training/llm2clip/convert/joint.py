@@ -79,13 +79,13 @@ def _read_model_config(path: str | None) -> LLM2CLIPConfig | None:
 
 
 def _foreign_plan(checkpoint: Checkpoint, settings: ConvertConfig, known: LLM2CLIPConfig | None) -> JointPlan:
-    found = find_tower(checkpoint.shapes)
-    if found is None:
+    tower = find_tower(checkpoint.shapes)
+    if tower is None:
         shown = ", ".join(list(checkpoint.shapes)[:5])
         raise ValueError(
             f"{checkpoint.path} contains no vision tower or LLM in a known layout; its first tensors are {shown}."
         )
-    kind, prefix = found
+    kind, prefix = tower
     renamed = _joint_layout(kind, prefix, checkpoint).rename(checkpoint)
     if renamed.unknown:
         raise ValueError(
@@ -136,9 +136,9 @@ def _as_llm2clip(plan: JointPlan, known: LLM2CLIPConfig | None, settings: Conver
         visual_projection_bias="visual_projection.bias" in plan.tensors,
         adapter_normalize=published.adapter_normalize if published is not None else not siglip,
     )
-    if (found := plan.config.text_config.hidden_size) != width:
+    if (llm_width := plan.config.text_config.hidden_size) != width:
         raise ValueError(
-            f"the text adapter expects embeddings of width {width}, but {text_model} has width {found}: it is the "
+            f"the text adapter expects embeddings of width {width}, but {text_model} has width {llm_width}: it is the "
             "adapter of another LLM. Give that one with --text-model."
         )
 

@@ -127,11 +127,11 @@ class JointPlan:
         if self.model_class is AutoModel:
             with torch.device("meta"):
                 self.model_class = type(AutoModel.from_config(self.config))
-        expected, found = (
+        expected, actual = (
             {name: tuple(tensor.shape) for name, tensor in state.items()}
             for state in (self.skeleton().state_dict(), self.tensors)
         )
-        compare_tensors(self.recognized, expected, found, tuple(part for part, _ in self.new))
+        compare_tensors(self.recognized, expected, actual, tuple(part for part, _ in self.new))
         if bad := [name for name, tensor in self.tensors.items() if not tensor.isfinite().all()]:
             shown = ", ".join(bad[:4])
             raise ValueError(f"{len(bad)} tensors contain NaN or infinity: {shown}. The checkpoint is damaged.")

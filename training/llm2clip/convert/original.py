@@ -34,21 +34,16 @@ def original_layout(vision_config: PretrainedConfig) -> Layout:
     return tower + head + ADAPTER.under("text.text_adaptor.", "text_adapter.") + SCALE
 
 
-def joint_config(
-    model_config: Mapping[str, Any], text_config: PretrainedConfig | dict[str, Any] | None = None
-) -> LLM2CLIPConfig:
+def joint_config(model_config: Mapping[str, Any]) -> LLM2CLIPConfig:
     """The config of an LLM2CLIP model, from an original model_configs JSON.
 
-    Args:
-        model_config: That JSON.
-        text_config: Config of the LLM that the adapter was trained with; by default only its width is set: the one in
-            the JSON, or that of the tower where the JSON has no `text_cfg`.
+    Of its LLM only the width is set: the one in the JSON, or that of the tower where the JSON has no `text_cfg`.
     """
     vision = config_of_original(model_config["vision_cfg"], model_config.get("quick_gelu", False))
     text = model_config.get("text_cfg", {"llm_embedding_dim": vision.hidden_size})
     return LLM2CLIPConfig(
         vision_config=vision,
-        text_config=text_config or _width_only(text.get("llm_embedding_dim", DEFAULT_LLM_WIDTH)),
+        text_config=_width_only(text.get("llm_embedding_dim", DEFAULT_LLM_WIDTH)),
         projection_dim=model_config["embed_dim"],
         # The timm towers of the original have no projection after their attention pooling.
         visual_projection="timm_model_name" not in model_config["vision_cfg"],

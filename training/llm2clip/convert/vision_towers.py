@@ -117,13 +117,13 @@ TOWER_PREFIXES = ("visual.trunk.", "visual.", "trunk.", "vision_model.", "")
 
 def find_tower(shapes: Shapes) -> tuple[TowerKind, str] | None:
     """Find the kind of vision tower in a checkpoint and the prefix of its names; None if there is no tower."""
-    found = (
+    matches = (
         (kind, prefix)
         for prefix in TOWER_PREFIXES
         for kind in TOWER_KINDS
         if all(prefix + mark in shapes for mark in kind.marks)
     )
-    return next(found, None)
+    return next(matches, None)
 
 
 def config_of_shapes(kind: TowerKind, shapes: Shapes, given: Mapping[str, Any] | None = None) -> PretrainedConfig:
@@ -150,7 +150,7 @@ def config_of_shapes(kind: TowerKind, shapes: Shapes, given: Mapping[str, Any] |
     )
 
 
-def config_of_original(vision: Mapping[str, Any], quick_gelu: bool = False) -> PretrainedConfig:
+def config_of_original(vision: Mapping[str, Any], quick_gelu: bool) -> PretrainedConfig:
     """Convert the `vision_cfg` of an original model_configs JSON.
 
     `quick_gelu` is that of the JSON and applies to OpenAI towers.

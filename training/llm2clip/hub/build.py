@@ -131,10 +131,10 @@ def run(config: BuildConfig, evaluations: list[Evaluation] | None = None) -> dic
     for llm in llms if config.text_model is None else ():
         refuse_damaged(llm)
     folder_of_source = source_folder(config)
-    config, data, text = source_card(config, folder_of_source)
+    config, card = source_card(config, folder_of_source)
     bases = bases_of(folder_of_source, [*llms, *config.base_models])
     given = {name: value for name in LICENSE_FIELDS if (value := getattr(config, name))}
-    license = license_model(given, data, bases)
+    license = license_model(given, card[0], bases)
     example = decode_image(path, path) if (path := config.example_image) is not None else None
     source = SourceModel.load(repo, config.text_model, config.bundle_text_model, config.merge_adapter)
     with atomic_folder(destination, "build", config.overwrite) as folder:
@@ -144,8 +144,8 @@ def run(config: BuildConfig, evaluations: list[Evaluation] | None = None) -> dic
         difference = source.compare(folder, example, config.example_captions)
         if example is not None:
             example.save(folder / EXAMPLE)
-        has_curves = copy_curves(folder_of_source, folder)
-        write_built_card(config, source, data, text, results, has_curves, folder, license, bases)
+        copy_curves(folder_of_source, folder)
+        write_built_card(config, source, card, results, folder, license, bases)
         if config.code_repo is not None:
             _refer_to_code(folder, config.code_repo)
         write_license_files(folder, folder_of_source, license, bases)
@@ -156,7 +156,7 @@ def run(config: BuildConfig, evaluations: list[Evaluation] | None = None) -> dic
     return {"written": str(destination), "megabytes": round(size / 1e6, 1), "difference": f"{difference:.1e}"}
 
 
-def count_parameters(model: str, revision: str | None = None) -> dict[str, Any]:
+def count_parameters(model: str, revision: str | None) -> dict[str, Any]:
     """Instantiate a config without weights; returns the number of parameters of each part and of the whole."""
     repo = inspect_repo(model, revision).require(*OUR_MODELS)
     is_text = repo.kind is RepoKind.TEXT_TOWER

@@ -23,6 +23,7 @@ from llm2clip.hub.cards.facts import (
     CardFacts,
     Evaluation,
     base_models,
+    public_name,
     summary,
 )
 from llm2clip.hub.licenses import Base, terms_of
@@ -79,9 +80,7 @@ def own_evaluation(task: str, source: Mapping[str, Any], metrics: Mapping[str, A
 def _of_source(
     title: str, source: Mapping[str, Any], revision: str | None, metrics: Mapping[str, Any], protocol: str = ""
 ) -> Evaluation:
-    # Only the name of a local folder: its path means nothing to others.
-    dataset = str(source["path"]) if hub_ids(str(source["path"])) else Path(source["path"]).name
-    note = ", ".join(source.get("caption_columns") or ())
+    dataset, note = public_name(str(source["path"])), ", ".join(source.get("caption_columns") or ())
     return Evaluation(title, dataset, str(source.get("split")), revision, dict(metrics), note, protocol)
 
 
@@ -113,7 +112,7 @@ def source_folder(config: BuildConfig) -> Path:
     return folder
 
 
-def source_card(config: BuildConfig, source: Path) -> tuple[BuildConfig, dict[str, Any], str]:
+def source_card(config: BuildConfig, source: Path) -> tuple[BuildConfig, tuple[dict[str, Any], str]]:
     """Read the source's card, for that of the built folder.
 
     Args:
@@ -121,47 +120,46 @@ def source_card(config: BuildConfig, source: Path) -> tuple[BuildConfig, dict[st
         source: Folder of that card.
 
     Returns:
-        The settings, with the example image of the source and its captions unless they name an image; front matter
-        of the card, without the fields that the settings replace or that only show this example; and its text.
+        The settings, with the example image of the source and its captions unless they name an image; and the front
+        matter of the card, without the fields that the settings replace or that only show this example, and its text.
     """
     data, text = read_card(source)
     widget = as_list(data.get("widget"))
     # A pushed card has the URL of the image.
-    own = [entry for entry in widget if isinstance(entry, dict) and str(entry.get("src")).split("/")[-1] == EXAMPLE]
-    if config.example_image is None and own and (source / EXAMPLE).is_file():
-        labels = str(own[0].get("candidate_labels") or "")
+    names = [str(entry.get("src")).split("/")[-1] if isinstance(entry, dict) else "" for entry in widget]
+    examples = [entry for entry, name in zip(widget, names, strict=True) if name == EXAMPLE]
+    if config.example_image is None and examples and (source / EXAMPLE).is_file():
+        labels = str(examples[0].get("candidate_labels") or "")
         captions = config.example_captions or [label for label in labels.split(", ") if label.strip()]
         config = replace(config, example_image=str(source / EXAMPLE), example_captions=captions)
     replaced = [
         *(LICENSE_FIELDS if config.license else ()),
         *(["language"] if config.languages else []),
-        *(["widget"] if config.example_image is not None and own == widget else []),
+        *(["widget"] if config.example_image is not None and examples == widget else []),
     ]
-    return config, {key: value for key, value in data.items() if key not in replaced}, text
+    return config, ({key: value for key, value in data.items() if key not in replaced}, text)
 
 
-def copy_curves(source: Path, folder: Path) -> bool:
-    """Copy the source's curves, or draw those of training from its history; returns whether it had either."""
+def copy_curves(source: Path, folder: Path) -> None:
+    """Copy the source's curves, or draw those of training from its history, if it has either."""
     if (source / MERGE_CURVE).is_file():
         shutil.copy(source / MERGE_CURVE, folder / MERGE_CURVE)
     if (source / CURVES).is_file():
         shutil.copy(source / CURVES, folder / CURVES)
-        return True
-    return (source / HISTORY).is_file() and write_curves(folder, read_json(source / HISTORY)["log_history"])
+    elif (source / HISTORY).is_file():
+        write_curves(folder, read_json(source / HISTORY)["log_history"])
 
 
 def write_built_card(
     config: BuildConfig,
     source: SourceModel,
-    data: dict[str, Any],
-    text: str,
+    card: tuple[dict[str, Any], str],
     results: list[Evaluation],
-    has_curves: bool,
     folder: Path,
     license: Mapping[str, Any],
     bases: Sequence[Base],
 ) -> None:
-    """Write the card of a built folder; `data` and `text` are those of [`source_card`].
+    """Write the card of a built folder, which has its pictures already; `card` is that of [`source_card`].
 
     Raises:
         ValueError: People wrote the card, and it does not show what a license demands.
@@ -178,14 +176,14 @@ def write_built_card(
         evaluations=results,
         captions=config.example_captions,
         has_example=config.example_image is not None,
-        has_curves=has_curves,
+        has_curves=(folder / CURVES).is_file(),
         is_adapter=getattr(source.model, "has_adapter", False),
         **license,
         base_licenses=[str(base) for base in bases],
         shown=shown,
     )
     # The section on training was written by the Trainer, which knew the settings.
-    written = render(facts, data, text, keep=["training"])
+    written = render(facts, *card, keep=["training"])
     if missing := [words for words in shown if words not in written]:
         raise ValueError(
             f"the card of {config.model} was edited and does not show {missing[0]!r}, which the license of a model "

@@ -173,8 +173,8 @@ def _write_folder(
     result: dict[str, Any] = {}
     files = {part: graph_files(folder, layout, part, config.dtype) for part in graphs}
     for part, graph in graphs.items():
-        found = write_graph(graph, files[part], metadata)
-        result |= {f"{part}_{name}": value for name, value in found.items()}
+        measured = write_graph(graph, files[part], metadata)
+        result |= {f"{part}_{name}": value for name, value in measured.items()}
     for file in folder.rglob(f"{TEMPORARY}*"):
         file.unlink()
     if layout == "transformers.js" and (large := [file.stem for file in folder.rglob("*.onnx.data")]):

@@ -14,6 +14,7 @@ from huggingface_hub import snapshot_download
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from llm2clip.hub.cards.card import CARD, as_list, license_fields, read_card
+from llm2clip.hub.cards.facts import public_name
 from llm2clip.hub.upload import explained
 from llm2clip.utils.files import read_json, write_text
 from llm2clip.utils.repos import hub_ids, names_of
@@ -104,9 +105,8 @@ class Base(NamedTuple):
         return self.stated.get("license_name") or self.stated.get("license", UNKNOWN)
 
     def __str__(self) -> str:
-        """Its name, without the path on this machine, which may be private, and its license."""
-        name = self.name if hub_ids(self.name) else Path(self.name).name
-        return f"{name} ({'license not known' if self.license == UNKNOWN else self.license})"
+        license = "license not known" if self.license == UNKNOWN else self.license
+        return f"{public_name(self.name)} ({license})"
 
 
 def license_model(given: Mapping[str, str], card: Mapping[str, Any], bases: Sequence[Base]) -> dict[str, Any]:
@@ -124,12 +124,12 @@ def license_model(given: Mapping[str, str], card: Mapping[str, Any], bases: Sequ
         ValueError: The license does not keep those of the bases, or several of these ask for their own.
     """
     stated = dict(given) or (license_fields(card) if card.get("license") else {}) or _strictest(bases)
-    own = stated.get("license")
+    license = stated.get("license")
     for base in bases:
-        if own in (base.stated.get("license"), base.license, "other", None):
+        if license in (base.stated.get("license"), base.license, "other", None):
             continue
-        if base.license in TERMS or (own in PERMISSIVE and base.license not in (UNKNOWN, *PERMISSIVE)):
-            where = f"--license {own}" if given else f"license: {own} on its card"
+        if base.license in TERMS or (license in PERMISSIVE and base.license not in (UNKNOWN, *PERMISSIVE)):
+            where = f"--license {license}" if given else f"license: {license} on its card"
             raise ValueError(
                 f"{where} does not keep the license of {base}, which the model was made from: give --license "
                 f"{base.stated['license']}, or {OTHER}."
@@ -164,29 +164,31 @@ def bases_of(source: Path, others: Iterable[str] = ()) -> list[Base]:
     models that they name in turn; of a model on the Hub, its own card counts, or its name if that says what it is.
 
     Args:
-        source: Folder of the model, or of its card. It is among the found only if that has a license of `TERMS`.
+        source: Folder of the model, or of its card. It is among the result only if that has a license of `TERMS`.
         others: Further models that it was made from.
 
     Raises:
         ValueError: A card or config in a folder is damaged.
     """
-    found: dict[str, list[Base]] = {}
+    bases_of_model: dict[str, list[Base]] = {}
     waiting = [str(source), *others]
     while waiting:
         name = waiting.pop(0)
         is_folder = Path(name).is_dir()
         key = str(Path(name).resolve()) if is_folder else name
-        if key in found:
+        if key in bases_of_model:
             continue
         folder = Path(name) if is_folder else _card_on_hub(name)
         card = {} if folder is None else read_card(folder)[0]
-        licenses = [str(one) for one in as_list(card.get("license"))] or [license_of_name(name) or UNKNOWN]
+        licenses = list(map(str, as_list(card.get("license")))) or [license_of_name(name) or UNKNOWN]
         parents = [*as_list(card.get("base_model")), *_references(Path(name))] if is_folder else []
-        found[key] = [Base(name, folder, {**license_fields(card), "license": one}, bool(parents)) for one in licenses]
+        bases_of_model[key] = [
+            Base(name, folder, {**license_fields(card), "license": license}, bool(parents)) for license in licenses
+        ]
         waiting += parents
-    own, *others_found = found.values()
-    own_terms = [base for base in own if base.license in TERMS]
-    bases = [base for of_one in others_found for base in of_one]
+    of_source, *of_others = bases_of_model.values()
+    own_terms = [base for base in of_source if base.license in TERMS]
+    bases = [base for of_model in of_others for base in of_model]
     # A run whose card states nothing is under the licenses of what it was trained from.
     return own_terms + [base for base in bases if base.license != UNKNOWN or not base.has_parents]
 
@@ -213,8 +215,8 @@ def _card_on_hub(name: str) -> Path | None:
 def _references(folder: Path) -> Iterator[str]:
     for file, names in REFERENCES.items():
         fields = read_json(folder / file) if (folder / file).is_file() else {}
-        found = (one for name in names for one in names_of(fields.get(name)))
-        yield from (find_text_model(name, folder)[0] for name in found)
+        models = (model for name in names for model in names_of(fields.get(name)))
+        yield from (find_text_model(model, folder)[0] for model in models)
 
 
 def write_license_files(folder: Path, source: Path, stated: Mapping[str, str], bases: Sequence[Base]) -> None:
@@ -228,20 +230,19 @@ def write_license_files(folder: Path, source: Path, stated: Mapping[str, str], b
         stated: Its license, see [`license_model`].
         bases: The models that it was made from.
     """
-    own, terms = Base(str(folder), None, stated).license, terms_of(bases)
-    if own == CODE_LICENSE:
+    license_of_model, terms = Base(str(folder), None, stated).license, terms_of(bases)
+    if license_of_model == CODE_LICENSE:
         write_text(folder / LICENSE, code_license())
     elif any(folder.glob("*.py")):
         write_text(folder / CODE_LICENSE_FILE, code_license())
     holders = [Base(str(source), source, license_fields(read_card(source)[0])), *bases]
-    for license in {one.license for one in terms} | ({own} - {UNKNOWN, CODE_LICENSE}):
-        places = [source / f"{LICENSE}-{license}"]
+    for license in {demanded.license for demanded in terms} | ({license_of_model} - {UNKNOWN, CODE_LICENSE}):
+        paths = [source / f"{LICENSE}-{license}"]
         folders = [base.folder for base in holders if base.folder is not None and base.license == license]
-        places += [place / file for place in folders for file in LICENSE_NAMES]
-        name = LICENSE if license == own else f"{LICENSE}-{license}"
-        if text := next(
-            (place.read_text(encoding="utf-8", errors="replace") for place in places if place.is_file()), None
-        ):
+        paths += [holder / file for holder in folders for file in LICENSE_NAMES]
+        name = LICENSE if license == license_of_model else f"{LICENSE}-{license}"
+        texts = (path.read_text(encoding="utf-8", errors="replace") for path in paths if path.is_file())
+        if text := next(texts, None):
             write_text(folder / name, text)
         elif license in TERMS:
             logger.warning(
@@ -251,7 +252,7 @@ def write_license_files(folder: Path, source: Path, stated: Mapping[str, str], b
                 name,
             )
     notice = read_notice(source)
-    if notice := notice + "".join(f"{one.notice}\n" for one in terms if one.notice not in notice):
+    if notice := notice + "".join(f"{demanded.notice}\n" for demanded in terms if demanded.notice not in notice):
         write_text(folder / NOTICE, notice)
 
 
@@ -261,10 +262,10 @@ def code_license() -> str:
     Raises:
         FileNotFoundError: This installation lacks it.
     """
-    found = [path for path in distribution_files("llm2clip") or [] if path.name == "LICENSE"]
-    if not found:
+    licenses = [path for path in distribution_files("llm2clip") or [] if path.name == "LICENSE"]
+    if not licenses:
         raise FileNotFoundError("this installation of llm2clip has no LICENSE file; install it again.")
-    return found[0].read_text(encoding="utf-8")
+    return licenses[0].read_text(encoding="utf-8")
 
 
 def check_terms(folder: Path, repo_id: str) -> None:
@@ -279,15 +280,15 @@ def check_terms(folder: Path, repo_id: str) -> None:
     for terms in TERMS.values():
         if terms.license not in stated and terms.notice not in notice:
             continue
-        problems = {
+        demands = {
             f"README.md has to state license: {terms.license}, or other with its name and link": stated[0]
             in (terms.license, "other"),
             f"the name of the repo has to begin with {terms.beginning!r}, unlike {repo_id}": terms.fits_name(repo_id),
             f"README.md has to show {terms.shown!r}": terms.shown in text,
             f"{NOTICE} has to contain the line {terms.notice!r}": terms.notice in notice,
         }
-        if found := [problem for problem, is_kept in problems.items() if not is_kept]:
-            raise ValueError(f"{folder} is under {terms.license}, which demands more: {'; '.join(found)}.")
+        if broken := [demand for demand, is_kept in demands.items() if not is_kept]:
+            raise ValueError(f"{folder} is under {terms.license}, which demands more: {'; '.join(broken)}.")
 
 
 def read_notice(folder: Path) -> str:

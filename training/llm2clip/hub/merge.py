@@ -23,7 +23,7 @@ from llm2clip.evaluation.session import Session
 from llm2clip.hub.build_card import own_evaluation
 from llm2clip.hub.cards.card import as_list, license_of, read_card, write_card
 from llm2clip.hub.cards.curves import write_merge_curve
-from llm2clip.hub.cards.facts import MERGE_CURVE, TEXT_TASK, CardFacts, summary
+from llm2clip.hub.cards.facts import MERGE_CURVE, TEXT_TASK, CardFacts, public_name, summary
 from llm2clip.hub.licenses import code_license
 from llm2clip.hub.mixture import Mixture, mix_joint, mix_text_towers, mix_vision
 from llm2clip.hub.source_model import SourceModel
@@ -219,11 +219,7 @@ def _print_curve(curve: dict[float, dict[str, Any]], chosen: float, data: str) -
 
 
 def _write(
-    config: MergeConfig,
-    mixture: Mixture,
-    folder: Path,
-    chosen: float,
-    curve: dict[float, dict[str, Any]],
+    config: MergeConfig, mixture: Mixture, folder: Path, chosen: float, curve: dict[float, dict[str, Any]]
 ) -> None:
     SourceModel(mixture.model, mixture.processor, mixture.task, False).save(folder)
     if len(curve) > 1:
@@ -249,11 +245,9 @@ def _write(
 
 
 def _in_words(config: MergeConfig, mixture: Mixture, chosen: float, alphas: list[float]) -> str:
-    # Only the name of a local folder: its path means nothing to others.
-    first, second = (name if hub_ids(name) else Path(name).name for name in (config.first, config.second))
     words = [
         f"Merged, not trained: the weights are {1 - chosen:g} × A + {chosen:g} × B (WiSE-FT, arXiv 2109.01903), where "
-        f"A is {first} and B is {second}."
+        f"A is {public_name(config.first)} and B is {public_name(config.second)}."
     ]
     if mixture.task != TEXT_TASK:
         is_whole = any(name.startswith("text_adapter.") for name in mixture.first)

@@ -28,7 +28,7 @@ HEAD_FIELDS = (
     "text_head",
 )  # fmt: skip
 # Fields of the config of a vision tower that are about the heads of its model.
-OF_HEADS = ("projection_dim", "logit_scale_init_value")
+TOWER_HEAD_FIELDS = ("projection_dim", "logit_scale_init_value")
 # Beginnings of the names of weights.
 TRUNK = "vision_model."
 HEADS = ("visual_standardization.", "visual_projection.", "text_adapter.", "logit_scale", "logit_bias")
@@ -101,8 +101,8 @@ def mix_text_towers(first: Repo, second: Repo) -> Mixture:
         fields |= {name: getattr(config, name) for name in (*FIELDS, *OPTIONAL_FIELDS)}
     if first.kind is RepoKind.TEXT_TOWER:
         tokenizers = AutoTokenizer.from_pretrained(first.name, revision=first.revision), tokenizer
-        for found, fields in zip(tokenizers, settings, strict=True):
-            fields["tokenizer"] = tokenizer_fingerprint(found)
+        for fingerprint, fields in zip(map(tokenizer_fingerprint, tokenizers), settings, strict=True):
+            fields["tokenizer"] = fingerprint
     _refuse_differences("settings", names, *settings)
     return Mixture(tower.eval(), tokenizer, TEXT_TASK, names, _weights(other), _weights(tower))
 
@@ -169,7 +169,7 @@ def _refuse_differences(
 def _architectures(*configs: PretrainedConfig, bidirectional: bool | None = False) -> list[dict[str, Any]]:
     """Of two towers, the settings that change their states and that differ."""
     identities = [decoder_identity(config, bidirectional) for config in configs]
-    names = [name for name in {**identities[0], **identities[1]} if name not in OF_HEADS]
+    names = [name for name in {**identities[0], **identities[1]} if name not in TOWER_HEAD_FIELDS]
     differing = [name for name in names if identities[0].get(name) != identities[1].get(name)]
     # An identity leaves out defaults, and the config shows them, unless it has another name for the setting.
     shown = [{name: getattr(config, name, None) for name in differing} for config in configs]

@@ -38,23 +38,23 @@ def outputs_of(
     Returns:
         `image` `(1, width)` and `text` `(captions, width)`, not normalized, and `logits` if there are both; float32.
     """
-    found: dict[str, Any] = {}
+    outputs: dict[str, Any] = {}
     with torch.inference_mode():
         if image_processor is not None:
             pixels = image_processor(images=[image], return_tensors="pt")
-            found["image"] = model(**pixels.to(model.dtype)).pooler_output
+            outputs["image"] = model(**pixels.to(model.dtype)).pooler_output
         if tokenizer is not None:
-            found["text"] = model(
+            outputs["text"] = model(
                 **tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
             ).pooler_output
         elif hasattr(model, "text_adapter"):
             width = model.config.text_config.hidden_size
             embeds = torch.arange(2 * width).reshape(2, width) * 7 % 251 / 125 - 1
-            found["text"] = model.get_text_features(llm_embeds=embeds).pooler_output
+            outputs["text"] = model.get_text_features(llm_embeds=embeds).pooler_output
         if image_processor is not None and tokenizer is not None:
             inputs = processor(text=captions, images=[image], return_tensors="pt")
-            found["logits"] = model(**inputs.to(model.dtype)).logits_per_image
-    return {name: rows.float().contiguous() for name, rows in found.items()}
+            outputs["logits"] = model(**inputs.to(model.dtype)).logits_per_image
+    return {name: rows.float().contiguous() for name, rows in outputs.items()}
 
 
 # The new process cannot import this package, although it is installed on the machine that builds the folder.

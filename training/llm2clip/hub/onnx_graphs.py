@@ -52,7 +52,7 @@ class VisionGraph(Graph):
 
     output = "image_embeds"
 
-    def __init__(self, model: Any, image_size: tuple[int, int], name: str = "pixel_values", zeros: int = 0) -> None:
+    def __init__(self, model: Any, image_size: tuple[int, int], name: str, zeros: int) -> None:
         super().__init__(model, zeros)
         self.image_size, self.inputs = image_size, {name: {0: BATCH}}
 

@@ -76,7 +76,7 @@ def graph_files(folder: Path, layout: Layout, part: str, dtype: Dtype) -> dict[D
     return {**({"float32": path.with_name(TEMPORARY)} if dtype == "int8" else {}), dtype: path}
 
 
-def plain_tokenizer(tokenizer: Any, adds_special_tokens: bool = True) -> PreTrainedTokenizerFast:
+def plain_tokenizer(tokenizer: Any, adds_special_tokens: bool) -> PreTrainedTokenizerFast:
     """Copy a tokenizer without what ties it to a class: all that it does is in its `tokenizer.json`.
 
     Args:
@@ -180,10 +180,10 @@ def immich_preprocessing(image_processor: Any) -> dict[str, Any]:
 
 def immich_width(width: int) -> int:
     """Return the width of vectors in Immich; a `ValueError` says that they are too wide."""
-    found = next((known for known in IMMICH_WIDTHS if known >= width), None)
-    if found is None:
+    wide_enough = [known for known in IMMICH_WIDTHS if known >= width]
+    if not wide_enough:
         raise ValueError(f"the vectors of this model have {width} values, and those in Immich at most 1536.")
-    return found
+    return wide_enough[0]
 
 
 def write_immich(folder: Path, text: TextSide, image_processor: Any, width: int) -> None:

@@ -48,7 +48,7 @@ def write_graph(graph: Graph, files: Mapping[Dtype, Path], metadata: Mapping[str
         traced, others = graph.example(2), [graph.example(batch) for batch in (1, 5)]
     with torch.inference_mode():
         expected = torch.cat([graph(*inputs) for inputs in others])
-    found: dict[str, str] = {}
+    measured: dict[str, str] = {}
     for dtype, path in files.items():
         logger.info("%s: %s", path.name, "quantising" if dtype == "int8" else "tracing")
         with _quiet():
@@ -60,16 +60,16 @@ def write_graph(graph: Graph, files: Mapping[Dtype, Path], metadata: Mapping[str
         if dtype == "int8":
             cosine = F.cosine_similarity(rows, expected).mean().item()
             said, limit, is_close = f"has a cosine of {cosine:.4f} with torch", LEAST_COSINE, cosine >= LEAST_COSINE
-            found["int8_cosine"] = f"{cosine:.4f}"
+            measured["int8_cosine"] = f"{cosine:.4f}"
         else:
             difference = (rows - expected).abs().max().item()
             said, limit = f"differs from torch by {difference:.1e}", TOLERANCE[dtype]
             is_close = difference <= limit  # not `>`, which is false for NaN
-            found["difference"] = f"{difference:.1e}"
+            measured["difference"] = f"{difference:.1e}"
         if not is_close:
             raise ValueError(f"{path.name} {said}; the limit for {dtype} is {limit}.")
         logger.info("%s: %.0f MB, %s", path.name, _size(path) / 1e6, said)
-    return found
+    return measured
 
 
 def graph_rows(path: Path, inputs: Iterable[Iterable[np.ndarray]]) -> Tensor:

@@ -93,6 +93,8 @@ def run(config: PushConfig, api: HfApi | None = None) -> dict[str, Any]:
         )
     uploader = Uploader(config.repo_id, revision=config.revision, create_pr=config.create_pr, api=api)
     uploaded, others = model_files(folder, config.include)
+    # Before they are searched: what is changed later was not.
+    stamps = _stamps(uploaded)
     refuse_secrets(folder, uploaded, uploader.api.token)
     if others and not config.dry_run:
         logger.warning("not uploaded, as no model needs them: %s; --include PATTERN uploads them", shortened(others))
@@ -100,13 +102,12 @@ def run(config: PushConfig, api: HfApi | None = None) -> dict[str, Any]:
         logger.info("the code of %s is in another repo, so the folder is not loaded before the upload", folder)
     elif config.check:
         logger.info("loading %s here and in a new process, which runs the code in it (--no-check: not)", folder)
-        before = _stamps(uploaded)
         validate_folder(folder)
-        if _stamps(uploaded) != before:
-            raise ValueError(
-                f"{folder} has changed while it was checked; nothing was committed. Wait until nothing writes there, "
-                "and push again; if the code in the folder does it, do not trust it."
-            )
+    if _stamps(uploaded) != stamps:
+        raise ValueError(
+            f"{folder} has changed while it was checked; nothing was committed. Wait until nothing writes there, "
+            "and push again; if the code in the folder does it, do not trust it."
+        )
     if config.dry_run:
         return _show_upload(folder, config.repo_id, uploaded, others)
     # None leaves the visibility of a new repo to the default of its owner.
@@ -116,8 +117,8 @@ def run(config: PushConfig, api: HfApi | None = None) -> dict[str, Any]:
 
 def _stamps(uploaded: Mapping[str, Path]) -> list[tuple[int, ...]]:
     """What changes with every change of a file: unlike its other times, that of its status cannot be set."""
-    found = [path.stat() for path in uploaded.values()]
-    return [(status.st_ino, status.st_size, status.st_ctime_ns) for status in found]
+    statuses = [path.stat() for path in uploaded.values()]
+    return [(status.st_ino, status.st_size, status.st_ctime_ns) for status in statuses]
 
 
 def _show_upload(folder: Path, repo_id: str, uploaded: Mapping[str, Path], others: Sequence[str]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ NORMALIZE_FOLDER = "1_Normalize"
 FORWARD = {"method": "forward", "method_output_name": "pooler_output"}
 
 
-def write_sentence_transformers_files(folder: str | Path) -> list[Path]:
+def write_sentence_transformers_files(folder: str | Path) -> None:
     """Make a saved model folder load as `SentenceTransformer(folder, trust_remote_code=True)`.
 
     A joint model embeds captions and images as unit vectors, like its `encode_text` and `encode_image`. A text tower
@@ -25,9 +25,6 @@ def write_sentence_transformers_files(folder: str | Path) -> list[Path]:
 
     Args:
         folder: A model and its processor or tokenizer, written by `save_pretrained`.
-
-    Returns:
-        The files that were written.
 
     Raises:
         ValueError: The folder contains another kind of model.
@@ -57,4 +54,3 @@ def write_sentence_transformers_files(folder: str | Path) -> list[Path]:
         files[f"{NORMALIZE_FOLDER}/config.json"] = names
     for name, content in files.items():
         write_json(folder / name, content)
-    return [folder / name for name in files]

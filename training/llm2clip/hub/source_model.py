@@ -124,9 +124,9 @@ class SourceModel:
             require_finite_rows(rows, [f"{name} {row}" for row in range(len(rows))].__getitem__, "samples")
         self.model.to("meta")
         loading: dict[str, Any] = {"text_model": False} if self.task == JOINT_TASK and not self.with_captions else {}
-        found, worst = outputs_of_new_process(folder, parts, *inputs, **loading), 0.0
-        for name, wanted in expected.items():
-            difference = ((found[name] - wanted).abs().max() / wanted.abs().max().clamp(min=1)).item()
+        outputs, worst = outputs_of_new_process(folder, parts, *inputs, **loading), 0.0
+        for name, rows in expected.items():
+            difference = ((outputs[name] - rows).abs().max() / rows.abs().max().clamp(min=1)).item()
             worst = max(worst, difference)
             # Not `>`, which is false for NaN.
             if not difference <= TOLERANCE:
@@ -144,13 +144,12 @@ def _is_merged(tower: LLM2CLIPTextModel, merge_adapter: bool | None) -> bool:
     return merge_adapter is not False
 
 
-def validate_folder(folder: Path) -> float:
+def validate_folder(folder: Path) -> None:
     """Load a built folder and compare the outputs with those in a new process; see [`SourceModel.compare`]."""
-    source = SourceModel.load(inspect_repo(folder).require(*OUR_MODELS), merge_adapter=False)
-    return source.compare(folder)
+    SourceModel.load(inspect_repo(folder).require(*OUR_MODELS), merge_adapter=False).compare(folder)
 
 
-def sample_picture(size: int = 96) -> Image.Image:
+def sample_picture() -> Image.Image:
     """An image with edges and colors."""
-    ramp = torch.arange(size * size * 3).reshape(size, size, 3)
+    ramp = torch.arange(96 * 96 * 3).reshape(96, 96, 3)
     return Image.fromarray((ramp * 7 % 251).to(torch.uint8).numpy())

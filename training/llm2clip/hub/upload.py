@@ -43,24 +43,24 @@ logger = logging.getLogger(__name__)
 HTTPError: Any = import_module("httpx" if huggingface_hub.__version__.startswith("1.") else "httpx2").HTTPError
 # Seconds to connect, to wait for an answer, to send a piece, and to wait for a free connection. The Hub may take
 # minutes over a commit of many files, but by default its client waits for ever.
-PATIENCE = (30.0, 600.0, 600.0, 600.0)
+TIMEOUTS = (30.0, 600.0, 600.0, 600.0)
 NEXT_STEPS = {
     401: "log in with `hf auth login`, or set HF_TOKEN",
     403: "the token needs write access to the repo and its organization",
     412: "the repo changed during this push: push again",
 }
 # How many commits are tried while others commit to the same branch.
-ATTEMPTS = 4
+MAX_ATTEMPTS = 4
 # Files that this package and its Trainers write. Those of an earlier push are deleted: they would be loaded instead of
 # the new weights, or together with them, or list other weights.
-REPLACED = re.compile(
+WEIGHT_FILES = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|adapter_config\.json|"
     r"adapter_model\.safetensors|training_args\.bin|manifest\.json|model\.sig"
 )
 # Files that a repo may contain before the first push.
-FRESH = {".gitattributes", CARD, "LICENSE"}
+INITIAL_FILES = {".gitattributes", CARD, "LICENSE"}
 # Fields of a card that are merged with those on the Hub, or that differ in an address only.
-RENEWED = ("tags", "base_model", "datasets", "model-index", "widget")
+MERGED_FIELDS = ("tags", "base_model", "datasets", "model-index", "widget")
 
 
 @contextmanager
@@ -71,7 +71,7 @@ def explained(repo_id: str) -> Iterator[None]:
     """
     client = get_session()
     if client.timeout.read is None:
-        client.timeout = PATIENCE
+        client.timeout = TIMEOUTS
     try:
         yield
     except Exception as error:
@@ -215,7 +215,7 @@ class Uploader:
         snapshot = self._open_branch(str(inspect_repo(folder).model_type))
         card = self._merged_card(files[CARD].read_text(encoding="utf-8"), snapshot).encode()
         contents: dict[str, Path | bytes] = {**files, CARD: card}
-        stale = [name for name in snapshot.files if REPLACED.fullmatch(name) and name not in files]
+        stale = [name for name in snapshot.files if WEIGHT_FILES.fullmatch(name) and name not in files]
         # Not upload_folder: where a commit fails, it commits the files in parts, so that others load the new config
         # with the old weights; and it reads the card from the folder.
         try:
@@ -232,7 +232,7 @@ class Uploader:
                 parent_commit=snapshot.commit,
             )
         except HfHubHTTPError as error:
-            if error.response is None or error.response.status_code != 412 or attempt == ATTEMPTS:
+            if error.response is None or error.response.status_code != 412 or attempt == MAX_ATTEMPTS:
                 raise
         logger.info("%s changed during the upload; repeating the commit on top of the change", self.repo_id)
         return self._commit(folder, files, message, attempt + 1)
@@ -253,14 +253,14 @@ class Uploader:
         """Read the branch, which is created if it does not exist, unless the repo contains something else."""
         snapshot = self._snapshot()
         config = self._download(snapshot, "config.json")
-        others = [name for name in snapshot.files if name not in FRESH]
+        others = [name for name in snapshot.files if name not in INITIAL_FILES]
         if config is None and others:
             raise ValueError(
                 f"{self.repo_id} contains {shortened(others)}, but no config.json, so it is not an earlier push of "
                 "this model; push to another repo."
             )
-        if config is not None and (found := _model_type(config)) != model_type:
-            kind = "something else" if found is None else f"a model of type {found!r}"
+        if config is not None and (existing := _model_type(config)) != model_type:
+            kind = "something else" if existing is None else f"a model of type {existing!r}"
             raise ValueError(
                 f"{self.repo_id} contains {kind}, and this model has type {model_type!r}; push to another repo."
             )
@@ -269,7 +269,6 @@ class Uploader:
         return snapshot
 
     def _download(self, snapshot: Snapshot, name: str) -> Path | None:
-        """Download a file; None if the repo does not contain it."""
         if name not in snapshot.files:
             return None
         try:
@@ -296,7 +295,7 @@ class Uploader:
             return local
         merged = merge_cards(theirs, local)
         ours, result = split_card(local)[0], split_card(merged)[0]
-        if kept := [key for key, value in ours.items() if result[key] != value and key not in RENEWED]:
+        if kept := [key for key, value in ours.items() if result[key] != value and key not in MERGED_FIELDS]:
             logger.warning("the card on the Hub keeps its own %s; change it there", ", ".join(kept))
         return merged
 

@@ -20,7 +20,7 @@ from modeling_llm2clip.modeling_llm2clip_utils import TEXT_MODEL
 from modeling_llm2clip.query_encoder_llm2clip import FOLDER, SPACE_FILE
 
 # What a model folder holds, beside its code and the pictures of its card.
-ALLOWED = (
+MODEL_FILES = (
     *(CARD, "LICENSE*", "NOTICE*", MODEL_MANIFEST, "config.json", "generation_config.json", "processor_config.json"),
     *("preprocessor_config.json", "modules.json", "config_sentence_transformers.json", "sentence_*_config.json"),
     *("model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "adapter_config.json"),
@@ -31,7 +31,7 @@ ALLOWED = (
     *(MODEL_SIGNATURE, SPACE_FILE, f"{FOLDER}/*", f"{FOLDER}/[0-9]_*/*", f"{TEXT_MODEL}/*"),
 )
 # Files of a training run, which are left out without a word.
-RUN = (
+RUN_FILES = (
     *("checkpoint-*", ".*", "_*", "*.bin", "*.pt", "*.pth", "skipped-*.jsonl", "trainer_state.json", "runs"),
     *("log.txt", "settings.json", "warm_start", "teacher", "vision_features", "ema.safetensors"),
 )
@@ -45,10 +45,10 @@ SECRET = re.compile(
     rb"hf_[A-Za-z0-9]{34,}|github_pat_\w{22,}|gh[pousr]_[A-Za-z0-9]{36,}|(?<![A-Z0-9])AKIA[A-Z0-9]{16}(?![A-Z0-9])|"
     rb"sk-[a-z]+-[\w-]{32,}|AIza[\w-]{35}|xox[abpr]-[\w-]{20,}|-----BEGIN [A-Z ]*PRIVATE KEY-----"
 )
-# Characters of a token that a message shows; and the least that an own one has, since a shorter one may be a word.
-SHOWN, SHORTEST = 6, 8
+# Characters of a token that a message shows; and the least that the user's has, since a shorter one may be a word.
+SHOWN_CHARACTERS, MIN_TOKEN_LENGTH = 6, 8
 # Bytes; larger files are weights, and are not searched.
-SMALL = 1 << 24
+SEARCHED_BYTES = 1 << 24
 
 
 class ModelFiles(NamedTuple):
@@ -79,10 +79,10 @@ def model_files(folder: Path, include: Sequence[str] = (), check_links: bool = T
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     if missing := [pattern for pattern in include if not files.keys() & _fitting(folder, [pattern])]:
         raise ValueError(f"--include {missing[0]} fits no file in {folder}.")
-    included, of_model = _fitting(folder, include), _code(folder) | _fitting(folder, ALLOWED)
+    included, of_model = _fitting(folder, include), _code(folder) | _fitting(folder, MODEL_FILES)
     uploaded, others = {}, []
     for name, path in files.items():
-        of_run = any(fnmatch.fnmatch(part, pattern) for part in PurePosixPath(name).parts for pattern in RUN)
+        of_run = any(fnmatch.fnmatch(part, pattern) for part in PurePosixPath(name).parts for pattern in RUN_FILES)
         shown = path.suffix.lower() in PICTURES and name in card
         if name in included or (not of_run and (name in of_model or shown)):
             uploaded[name] = path
@@ -112,7 +112,7 @@ def code_targets(folder: Path) -> list[str]:
     path = folder / "config.json"
     config = read_json(path) if path.is_file() else {}
     with wrap_read_errors(path):
-        targets = [one for target in config.get("auto_map", {}).values() for one in as_list(target)]
+        targets = [target for value in config.get("auto_map", {}).values() for target in as_list(value)]
         targets += [pipeline["impl"] for pipeline in config.get("custom_pipelines", {}).values()]
         # Of a tokenizer there may be one class and null.
         return [str(target) for target in targets if target is not None]
@@ -150,7 +150,7 @@ def added_files(folder: Path) -> list[str]:
     ]
 
 
-def refuse_secrets(folder: Path, uploaded: Mapping[str, Path], token: str | bool | None = None) -> None:
+def refuse_secrets(folder: Path, uploaded: Mapping[str, Path], token: str | bool | None) -> None:
     """Raise a ValueError if a small file contains an access token or a private key.
 
     Args:
@@ -158,11 +158,11 @@ def refuse_secrets(folder: Path, uploaded: Mapping[str, Path], token: str | bool
         uploaded: The files by name.
         token: A token besides the one that the user is logged in with; both are searched for too.
     """
-    own = [one.encode() for one in (token, get_token()) if isinstance(one, str) and len(one) >= SHORTEST]
-    pattern = re.compile(b"|".join([SECRET.pattern, *map(re.escape, own)]))
+    tokens = [known for known in (token, get_token()) if isinstance(known, str) and len(known) >= MIN_TOKEN_LENGTH]
+    pattern = re.compile(b"|".join([SECRET.pattern, *(re.escape(known.encode()) for known in tokens)]))
     for name, path in uploaded.items():
-        if path.stat().st_size < SMALL and (found := pattern.search(path.read_bytes())):
-            start = found[0][:SHOWN].decode(errors="replace")
+        if path.stat().st_size < SEARCHED_BYTES and (secret := pattern.search(path.read_bytes())):
+            start = secret[0][:SHOWN_CHARACTERS].decode(errors="replace")
             raise ValueError(
                 f"{folder / name} contains what looks like an access token or private key ({start}...), which "
                 "everybody could read; remove it there, and revoke it if others may have seen it."

@@ -60,11 +60,11 @@ class QuickstartConfig:
             ValueError: It has a key that is none of these.
         """
         name = "quickstart_default" if self.profile == "default" else self.profile
-        found = load_recipe(find_recipe(name))
-        for part in found:
+        profile = load_recipe(find_recipe(name))
+        for part in profile:
             if part not in PARTS:
                 raise ValueError(f"the profile {self.profile} has no part {part!r}{nearest(part, PARTS)}")
-        return {**PARTS, **found}
+        return {**PARTS, **profile}
 
 
 @dataclass(frozen=True)
@@ -87,22 +87,17 @@ class Arm:
         return "weights" if self.kind == "ready" else self.name
 
 
-def is_plain(config: QuickstartConfig) -> bool:
-    """Whether the LLM is a plain one: no text tower, and no embedding model."""
-    return config.llm is None or inspect_repo(config.llm).kind not in (*OUR_MODELS, RepoKind.EMBEDDING_MODEL)
-
-
 def choose_arms(config: QuickstartConfig) -> list[Arm]:
     """Choose the text encoders by the kind of the LLM; the one that stage 1 starts from comes before its result.
 
     Raises:
         ValueError: `embedding_model` is given beside a text encoder that needs no stage 1.
     """
-    if config.llm is not None and not is_plain(config):
-        kind = inspect_repo(config.llm).kind.value
+    kind = RepoKind.OTHER if config.llm is None else inspect_repo(config.llm).kind
+    if config.llm is not None and kind in (*OUR_MODELS, RepoKind.EMBEDDING_MODEL):
         if config.embedding_model not in (None, NO_MODEL):
-            raise ValueError(f"{config.llm} is a {kind}; embedding_model is for a comparison with a plain LLM.")
-        logger.info("%s is a %s: it needs no stage 1.", config.llm, kind)
+            raise ValueError(f"{config.llm} is a {kind.value}; embedding_model is for a comparison with a plain LLM.")
+        logger.info("%s is a %s: it needs no stage 1.", config.llm, kind.value)
         return [Arm("ready", Path(config.llm).name, "ready")]
     arms = [Arm("raw-causal", "raw LLM, causal", "raw"), Arm("stage1", "LLM after stage 1", "tuned")]
     if config.embedding_model != NO_MODEL:

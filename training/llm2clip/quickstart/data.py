@@ -49,16 +49,16 @@ class QuickstartData:
         Missing validation and test splits are replaced by held-out parts of `train`.
         """
         path = path or str(BUNDLED / "concepts")
-        found = []
+        held_out = []
         for split in ("validation", "test"):
             try:
                 load_source(CaptionSource(path, split=split, caption_columns=caption_columns[:1]), with_images=False)
-                found.append(split)
+                held_out.append(split)
             except SourceError as error:
                 logger.info("%s", error)
         splits = {"train": "train", "validation": "train[80%:90%]", "test": "train[90%:]"}
-        if found:
-            splits |= {"validation": found[0], "test": found[-1]}
+        if held_out:
+            splits |= {"validation": held_out[0], "test": held_out[-1]}
         else:
             splits["train"] = "train[:80%]"
             logger.info("%s has no validation and test split: the last fifth of its rows is held out for them.", path)
@@ -106,15 +106,15 @@ class QuickstartData:
     @cached_property
     def translations(self) -> dict[str, str]:
         """The columns with translations of the query caption, by language."""
-        found = {}
+        columns = {}
         for code, name in (LANGUAGES | OTHER_LANGUAGES).items():
             column = f"{self.query_column}_{code}"
             try:
                 load_source(self.test_source(column), with_images=False)
-                found[name] = column
+                columns[name] = column
             except SourceError:
                 logger.info("%s has no column %s: no row for %s captions.", self.path, column, name)
-        return found
+        return columns
 
     def queries(self, kind: str) -> dict[str, str]:
         """Return the columns that query the test images with a text encoder of a kind, by what they are.

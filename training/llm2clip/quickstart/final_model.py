@@ -15,15 +15,12 @@ from llm2clip.encoders.stored import StoredEncoder
 from llm2clip.evaluation.data import RetrievalData
 from llm2clip.evaluation.session import Session
 from llm2clip.hub import build
-from llm2clip.hub.cards.facts import Evaluation
+from llm2clip.hub.cards.facts import Evaluation, public_name
 from llm2clip.quickstart.config import Arm
 from llm2clip.quickstart.data import BUNDLED
-from llm2clip.quickstart.image_steps import stage2_config, step_name
+from llm2clip.quickstart.image_steps import step_name, stored_encoder
 from llm2clip.quickstart.run_context import RunContext
 from llm2clip.search.top_k import top_k
-from llm2clip.store import EmbeddingCache
-from llm2clip.trainers.freezing import open_features
-from llm2clip.utils.repos import hub_ids
 from modeling_llm2clip import LLM2CLIPModel
 
 NAME = "llm2clip-quickstart"
@@ -56,10 +53,9 @@ def build_final(run: RunContext, arm: Arm, test: dict[str, Any], folder: Path, r
         test: The metrics of each kind of queries.
     """
     data, trained = run.data, run.folder / step_name(arm)
-    dataset = data.path if hub_ids(data.path) else Path(data.path).name
     revision, columns = data_revision(data.path), data.queries(arm.kind)
     evaluations = [
-        Evaluation("image-text retrieval", dataset, data.test, revision, metrics, note=columns[name])
+        Evaluation("image-text retrieval", public_name(data.path), data.test, revision, metrics, note=columns[name])
         for name, metrics in test.items()
     ]
     retrieval = RetrievalData.from_source(data.test_source())
@@ -80,11 +76,10 @@ def build_final(run: RunContext, arm: Arm, test: dict[str, Any], folder: Path, r
 
 def open_final(run: RunContext, arm: Arm, folder: Path) -> FinalModel:
     """Open the model at the end; its images come from their stored features."""
+    retrieval = RetrievalData.from_source(run.data.test_source())
     model: Any = LLM2CLIPModel.from_pretrained(folder).eval()
     processor = AutoProcessor.from_pretrained(folder)
-    retrieval = RetrievalData.from_source(run.data.test_source())
-    features = open_features(stage2_config(run, arm), model, processor.image_processor, [retrieval.images])
-    encoder = StoredEncoder(model, processor, EmbeddingCache.open(run.cache(arm.name)).lookup, features)
+    encoder = stored_encoder(run, arm, model, processor, retrieval.images)
     embeds = Session(encoder, on_error="skip", show_progress_bar=False).embed_images(retrieval.images)
     rows = (~embeds.isnan().any(dim=1)).nonzero()[:, 0]
     return FinalModel(model, processor, encoder, retrieval, embeds[rows], rows.tolist())
@@ -109,17 +104,17 @@ def search_typed(final: FinalModel) -> dict[str, Any]:
         The number of `queries`; those whose `first` picture is right, and those with a right one `found` among the
         first `shown`; and of each query the rows that it finds, and whether they are right, as `results`.
     """
-    asked = json.loads(TYPED_QUERIES.read_text(encoding="utf-8"))
-    embeds = final.model.encode_text([one["query"] for one in asked], final.processor)
+    typed = json.loads(TYPED_QUERIES.read_text(encoding="utf-8"))
+    embeds = final.model.encode_text([entry["query"] for entry in typed], final.processor)
     results = []
-    for one, found in zip(asked, top_k(embeds, final.image_embeds, SHOWN)[1].tolist(), strict=True):
-        rows = [final.rows[image] for image in found]
-        right = [bool(set(final.retrieval.captions_of(row)) & set(one["captions"])) for row in rows]
-        results.append({"query": one["query"], "rows": rows, "right": right})
+    for entry, images in zip(typed, top_k(embeds, final.image_embeds, SHOWN)[1].tolist(), strict=True):
+        rows = [final.rows[image] for image in images]
+        right = [bool(set(final.retrieval.captions_of(row)) & set(entry["captions"])) for row in rows]
+        results.append({"query": entry["query"], "rows": rows, "right": right})
     return {
         "queries": len(results),
-        "first": sum(one["right"][0] for one in results),
-        "found": sum(any(one["right"]) for one in results),
+        "first": sum(result["right"][0] for result in results),
+        "found": sum(any(result["right"]) for result in results),
         "shown": SHOWN,
         "results": results,
     }

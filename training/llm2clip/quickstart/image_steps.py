@@ -87,24 +87,26 @@ def _features(run: RunContext, resume: bool) -> dict[str, Any]:
 
 def _align(run: RunContext, arm: Arm, resume: bool) -> dict[str, Any]:
     """Train, and measure the test set with the queries of the text encoder."""
-    config = stage2_config(run, arm)
-    metrics = run_stage2.run(config, resume=resume)
+    metrics, folder = run_stage2.run(stage2_config(run, arm), resume=resume), run.folder / step_name(arm)
     columns = run.data.queries(arm.kind)
-    test = _measure(run, config, arm, {name: run.data.test_source(column) for name, column in columns.items()})
-    folder = Path(str(config.output_dir))
+    test = _measure(run, arm, folder, {name: run.data.test_source(column) for name, column in columns.items()})
     remove_checkpoints(folder)
     history = read_json(folder / "trainer_state.json")["log_history"]
     return {"test": test, "validation": metrics[BEST_BY], "history": history}
 
 
-def _measure(run: RunContext, config: Stage2Recipe, arm: Arm, test: Mapping[str, CaptionSource]) -> dict[str, Any]:
-    """Measure a model on test sets, which have the same images, from their stored features."""
-    folder = Path(str(config.output_dir))
+def stored_encoder(run: RunContext, arm: Arm, model: Any, processor: Any, images: Any) -> StoredEncoder:
+    """Let a model of a text encoder read its captions' embeddings, and the images' features, from the run's caches."""
+    features = open_features(stage2_config(run, arm), model, processor.image_processor, [images])
+    return StoredEncoder(model, processor, EmbeddingCache.open(run.cache(arm.name)).lookup, features)
+
+
+def _measure(run: RunContext, arm: Arm, folder: Path, test: Mapping[str, CaptionSource]) -> dict[str, Any]:
+    """Measure a model on test sets, which have the same images."""
     model: Any = LLM2CLIPModel.from_pretrained(folder, text_model=False)
     model.to(process_state().device).eval()
-    processor = AutoProcessor.from_pretrained(folder)
     sets = {name: RetrievalData.from_source(source) for name, source in test.items()}
-    features = open_features(config, model, processor.image_processor, [next(iter(sets.values())).images])
-    encoder = StoredEncoder(model, processor, EmbeddingCache.open(run.cache(arm.name)).lookup, features)
+    processor = AutoProcessor.from_pretrained(folder)
+    encoder = stored_encoder(run, arm, model, processor, next(iter(sets.values())).images)
     session = Session(encoder, show_progress_bar=False)
-    return {name: image_text_metrics(session, one) for name, one in sets.items()}
+    return {name: image_text_metrics(session, retrieval) for name, retrieval in sets.items()}

@@ -6,8 +6,8 @@
   block (int32);
 - number of pieces, ids of bos, eos, pad and unk (int32), bytes of all pieces (uint64); pieces + 1 offsets (uint32),
   scores of the pieces (float32), the pieces in UTF-8;
-- the table of the normalization: characters, bytes (uint32); of each the code point (uint32), number of replacement
-  characters (uint8) and these (uint32);
+- the table of the normalization: characters, bytes of their entries (uint32), and these, which nobody needs: they are
+  SentencePiece's `nmt_nfkc` without its composed characters;
 - number of tensors (int32); of each the length of its name (uint16), name, 0 for float32 or 1 for 4 bits (uint8),
   number of weights (uint32), offset in the file and bytes (uint64).
 
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import itertools
 import struct
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +31,8 @@ from transformers import BertConfig, BertModel
 from llm2clip.utils.files import write_json
 
 NAME = "e5-small-q4.bin"
+# A character for private use, which no text has.
+PRIVATE = "\U0010fffd"
 BLOCK = np.dtype([("scale", "<f2"), ("halves", "u1", 16)])
 OUTER = {
     "emb.word": "embeddings.word_embeddings.weight",
@@ -76,7 +77,9 @@ def convert(content: bytes, origin: str, folder: Path) -> None:
     fields = dict(zip(SIZES, sizes, strict=True))
     fields["layer_norm_eps"] = round(fields["layer_norm_eps"], 15)
     vocabulary = read_vocabulary(file)
-    build_tokenizer(vocabulary, read_normalization(file)).save(str(folder / "tokenizer.json"))
+    _, length = file.take("2I")
+    file.position += length
+    build_tokenizer(vocabulary).save(str(folder / "tokenizer.json"))
     special = {name: getattr(vocabulary, name) for name in ("pad", "bos", "eos")}
     config = BertConfig(
         **fields,
@@ -129,22 +132,14 @@ def read_vocabulary(file: FileReader) -> Vocabulary:
     return Vocabulary(pieces, scores, *ids)
 
 
-def read_normalization(file: FileReader) -> dict[str, str]:
-    """Read the characters that are replaced before the text is tokenized."""
-    count, _ = file.take("2I")
-    table = {}
-    for _ in range(count):
-        character, length = file.take("IB")
-        table[chr(character)] = "".join(map(chr, file.array("<u4", length)))
-    return table
-
-
-def build_tokenizer(vocabulary: Vocabulary, table: Mapping[str, str]) -> Tokenizer:
+def build_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
     """Build the tokenizer: SentencePiece's unigram model, `<s>` before and `</s>` after each text."""
     pieces, scores, *special = vocabulary
     tokenizer = Tokenizer(models.Unigram(list(zip(pieces, scores, strict=True)), vocabulary.unk, byte_fallback=False))
+    # Unlike NFKC, SentencePiece keeps the full-width tilde.
+    hide, show = normalizers.Replace("\uff5e", PRIVATE), normalizers.Replace(PRIVATE, "\uff5e")
     spaces = normalizers.Replace(Regex(" {2,}"), " ")
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Precompiled(character_map(table)), spaces])
+    tokenizer.normalizer = normalizers.Sequence([hide, normalizers.Nmt(), normalizers.NFKC(), show, spaces])
     words: dict[str, Any] = {"replacement": "▁", "prepend_scheme": "always"}
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(**words), decoders.Metaspace(**words)
     first, last = pieces[vocabulary.bos], pieces[vocabulary.eos]
@@ -155,50 +150,6 @@ def build_tokenizer(vocabulary: Vocabulary, table: Mapping[str, str]) -> Tokeniz
     )
     tokenizer.add_special_tokens([*(pieces[number] for number in special), AddedToken("<mask>", lstrip=True)])
     return tokenizer
-
-
-def character_map(table: Mapping[str, str]) -> bytes:
-    """Write replacements of characters in the form of SentencePiece's precompiled map.
-
-    It consists of the bytes of a trie (uint32), the trie of the characters' UTF-8 as a double array, and the
-    replacements, each ended by a zero byte. A unit of the double array contains the label of its parent's edge, and
-    the exclusive or of its position and that of its children; a leaf contains the offset of a replacement.
-    """
-    texts, offsets = bytearray(), {}
-    root: dict[int, Any] = {}
-    for character, text in table.items():
-        if text not in offsets:
-            offsets[text] = len(texts)
-            texts += text.encode() + b"\0"
-        node = root
-        for byte in character.encode():
-            node = node.setdefault(byte, {})
-        node[0] = offsets[text]  # no character contains a zero byte
-    trie = _double_array(root)
-    return struct.pack("<I", trie.nbytes) + trie.tobytes() + bytes(texts)
-
-
-def _double_array(root: dict[int, Any]) -> np.ndarray:
-    """Lay out a trie as the units of a double array, (units,) uint32."""
-    units, bases, first_free = {0: 0}, set[int](), 1
-    waiting = [(root, 0)]
-    for node, position in waiting:  # grows: breadth first
-        while first_free in units:
-            first_free += 1
-        base = first_free
-        while base in bases or any(base ^ label in units for label in node):
-            base += 1
-        bases.add(base)
-        units[position] |= (position ^ base) << 10 | (0 in node) << 8
-        for label, child in node.items():
-            units[base ^ label] = label if label else child | 1 << 31
-            if label:
-                waiting.append((child, base ^ label))
-    # A lookup never leaves the 256 units of its base.
-    size = (max(units) // 256 + 1) * 256
-    if size >= 1 << 21:
-        raise ValueError(f"the normalization table needs {size} units, more than offsets of 21 bits can reach.")
-    return np.array([units.get(number, 0) for number in range(size)], "<u4")
 
 
 def read_weights(file: FileReader, config: BertConfig) -> dict[str, torch.Tensor]:

@@ -31,23 +31,23 @@ def run(config: QuickstartConfig) -> None:
     start, context = time.monotonic(), RunContext(config)
     ledger, folder = Ledger(context.folder), context.folder
     steps = [*text_steps(context), *image_steps(context)]
-    found: dict[str, Any] = {}
+    outcomes: dict[str, Any] = {}
     for number, step in enumerate(steps, 1):
-        found[step.name] = ledger.run(step, f"{number}/{len(steps) + 1}")
+        outcomes[step.name] = ledger.run(step, f"{number}/{len(steps) + 1}")
         if step.name == "weights":
-            context.weights = found[step.name]
-    best, final = best_arm(found, context.arms), folder / "llm2clip"
+            context.weights = outcomes[step.name]
+    best, final = best_arm(outcomes, context.arms), folder / "llm2clip"
 
     trained = step_name(best)
-    finish = partial(build_final, context, best, found[trained]["test"], final)
+    finish = partial(build_final, context, best, outcomes[trained]["test"], final)
     last = Step("final", "The Hub-ready folder", {}, finish, (trained,), final)
-    found["final"] = ledger.run(last, f"{len(steps) + 1}/{len(steps) + 1}")
+    outcomes["final"] = ledger.run(last, f"{len(steps) + 1}/{len(steps) + 1}")
     with section("The report"):
         opened = open_final(context, best, final)
-        results = _collect(context, best, found, final)
+        results = _collect(context, best, outcomes, final)
         results["model_sample"] = sample_logits(opened)
         results["typed_queries"] = {} if config.data else search_typed(opened)
-        results["seconds"] = {"this run": 0.0, **{name: ledger.steps[name]["seconds"] for name in found}}
+        results["seconds"] = {"this run": 0.0, **{name: ledger.steps[name]["seconds"] for name in outcomes}}
         results["reused_steps"] = ledger.reused
         write_report(folder / "report.html", results, context, best, opened)
     results["seconds"]["this run"] = round(time.monotonic() - start, 1)
@@ -55,17 +55,17 @@ def run(config: QuickstartConfig) -> None:
     print_tables(results)
 
 
-def _collect(context: RunContext, best: Arm, found: dict[str, Any], final: Path) -> dict[str, Any]:
-    """Collect the content of `results.json` from the results of the steps."""
+def _collect(context: RunContext, best: Arm, outcomes: dict[str, Any], final: Path) -> dict[str, Any]:
+    """The content of `results.json`, from the results of the steps."""
     arms = context.arms
     return {
         "settings": {**asdict(context.config), **context.profile, **context.data.settings(), **context.weights},
         "protocol": protocol(context.data),
         "text_encoders": [arm.title for arm in arms],
         "best_text_encoder": best.title,
-        "caption_retrieval": {arm.title: found[f"embed-{arm.name}"]["caption_retrieval"] for arm in arms},
-        "image_retrieval": image_rows(found, arms),
-        "runs": {name: result for name, result in found.items() if name.startswith(("stage1", "stage2"))},
+        "caption_retrieval": {arm.title: outcomes[f"embed-{arm.name}"]["caption_retrieval"] for arm in arms},
+        "image_retrieval": image_rows(outcomes, arms),
+        "runs": {name: result for name, result in outcomes.items() if name.startswith(("stage1", "stage2"))},
         "model": str(final),
         "machine": machine(),
     }

@@ -62,10 +62,10 @@ def _typed(typed: dict[str, Any], final: FinalModel) -> list[str]:
     """Show what typed queries find: the first ones, which are easy, and how many of all are right."""
     if not typed:
         return []
-    shown = [
-        _found(one["query"], [(row, right, "") for row, right in zip(one["rows"], one["right"], strict=True)], final)
-        for one in typed["results"][:NUM_TYPED]
-    ]
+    shown = []
+    for entry in typed["results"][:NUM_TYPED]:
+        pictures = [(row, right, "") for row, right in zip(entry["rows"], entry["right"], strict=True)]
+        shown.append(_pictures(entry["query"], pictures, final))
     note = (
         f"<p>Of {typed['queries']} queries as somebody would type them, the first picture is right for "
         f"{typed['first']}, and one of the first {typed['shown']} for {typed['found']}.</p>"
@@ -77,11 +77,7 @@ def _text(value: Any) -> str:
     return html.escape(str(value))
 
 
-def _sample(count: int, total: int, seed: int) -> list[int]:
-    return sorted(np.random.default_rng(seed).choice(total, size=min(count, total), replace=False).tolist())
-
-
-def _found(query: str, pictures: Sequence[tuple[int, bool, str]], final: FinalModel) -> str:
+def _pictures(query: str, pictures: Sequence[tuple[int, bool, str]], final: FinalModel) -> str:
     """Show a query and its pictures: rows of the test set, whether they are right, and a note on each."""
     shown = []
     for row, right, note in pictures:
@@ -106,13 +102,15 @@ def _queries(run: RunContext, best: Arm, final: FinalModel) -> str:
         retrieval = RetrievalData.from_source(run.data.test_source(columns[name])).select(rows)
         text_embeds = final.encoder.encode_text(retrieval.texts)
         right = {(int(text), int(image)) for text, image in retrieval.pairs}
-        chosen = _sample(NUM_QUERIES // len(names), len(retrieval.texts), run.config.seed)
-        found = top_k(text_embeds[chosen], final.image_embeds, NUM_FOUND)
-        for text, scores, images in zip(chosen, *(column.tolist() for column in found), strict=True):
+        total = len(retrieval.texts)
+        generator, count = np.random.default_rng(run.config.seed), min(NUM_QUERIES // len(names), total)
+        chosen = sorted(generator.choice(total, count, replace=False).tolist())
+        nearest = top_k(text_embeds[chosen], final.image_embeds, NUM_FOUND)
+        for text, scores, images in zip(chosen, *(column.tolist() for column in nearest), strict=True):
             query = retrieval.texts[text] + ("" if name == QUERY else f" ({name})")
             pictures = [
                 (rows[image], (text, image) in right, f"cosine {score:.2f}")
                 for score, image in zip(scores, images, strict=True)
             ]
-            parts.append(_found(query, pictures, final))
+            parts.append(_pictures(query, pictures, final))
     return "".join(parts)

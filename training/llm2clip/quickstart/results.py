@@ -29,10 +29,6 @@ PROTOCOL = {
 }
 
 CAPTION_SETS = {"lemma_to_gloss": "lemma → gloss", "name_to_keywords": "name → keywords"}
-TITLES = {
-    "caption": "Caption retrieval, R@1 / 5 / 10 in %",
-    "image": "Image retrieval on unseen concepts, R@1 / 5 / 10 in %",
-}
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -60,7 +56,7 @@ def image_rows(steps: dict[str, Any], arms: Sequence[Arm]) -> dict[str, Any]:
 def _mean(sets: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Average the metrics of several sets of queries; counts are those of the first."""
     keys = [key for key in sets[0] if any(part in key for part in AVERAGED)]
-    return {**sets[0], **{key: statistics.fmean(one[key] for one in sets) for key in keys}}
+    return {**sets[0], **{key: statistics.fmean(metrics[key] for metrics in sets) for key in keys}}
 
 
 def best_arm(steps: dict[str, Any], arms: Sequence[Arm]) -> Arm:
@@ -72,12 +68,12 @@ def best_arm(steps: dict[str, Any], arms: Sequence[Arm]) -> Arm:
 def machine() -> dict[str, Any]:
     """Describe the processor and the versions of the packages."""
     info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)", info.read_text(), re.MULTILINE) if info.is_file() else None
+    name = re.search(r"^model name\s*:\s*(.+)", info.read_text(), re.MULTILINE) if info.is_file() else None
     return {
-        "processor": found[1].strip() if found else platform.processor() or platform.machine(),
+        "processor": name[1].strip() if name else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in VERSIONS},
+        **{package: importlib.metadata.version(package) for package in VERSIONS},
     }
 
 
@@ -120,8 +116,8 @@ def all_tables(results: dict[str, Any]) -> list[tuple[str, Table]]:
         f"{CAPTION_SETS[name]}\n{sizes[name]['num_queries']} queries, {sizes[name]['num_targets']} targets"
         for name in sets
     ]
-    rows = [[row, *(recalls_in_percent(found[name]) for name in sets)] for row, found in captions.items()]
-    tables = [(TITLES["caption"], (["text encoder", *columns], rows))]
+    rows = [[row, *(recalls_in_percent(metrics[name]) for name in sets)] for row, metrics in captions.items()]
+    caption_table = ["text encoder", *columns], rows
     columns = ["text encoder", "text → image", "image → text", "captions\n× images"]
     rows = [
         [
@@ -131,8 +127,10 @@ def all_tables(results: dict[str, Any]) -> list[tuple[str, Table]]:
         ]
         for row, metrics in results["image_retrieval"].items()
     ]
-    tables.append((TITLES["image"], (columns, rows)))
-    return tables
+    return [
+        ("Caption retrieval, R@1 / 5 / 10 in %", caption_table),
+        ("Image retrieval on unseen concepts, R@1 / 5 / 10 in %", (columns, rows)),
+    ]
 
 
 def _label(row: str, arms: Sequence[str]) -> str:

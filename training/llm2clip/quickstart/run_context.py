@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from llm2clip.quickstart.config import Arm, QuickstartConfig, choose_arms, is_plain
+from llm2clip.quickstart.config import Arm, QuickstartConfig, choose_arms
 from llm2clip.quickstart.data import QuickstartData
 
 # As Linux names what multiplies bfloat16: of AMD and Intel, and of Intel's AMX.
@@ -43,7 +43,7 @@ class RunContext:
                 part[name] = fast if name == "bf16" else "bfloat16" if fast else "float32"
         self.data = QuickstartData.find(config.data, config.caption_columns, config.image_column)
         self.arms = choose_arms(config)
-        self.is_plain = is_plain(config)
+        self.is_plain = self.arms[0].kind == "raw"
         self.weights: dict[str, str] = {}
 
     def tower(self, arm: Arm) -> str:

@@ -55,27 +55,26 @@ def run(config: VerifyConfig) -> dict[str, Any]:
             status is 2.
     """
     folder = open_path(config.folder)
-    found, manifests = verify_store(folder)
-    found.add(verify_sources(folder, manifests, config.sources))
+    verified, manifests = verify_store(folder)
+    verified.add(verify_sources(folder, manifests, config.sources))
     if isinstance(folder, Path):
-        for local in _folders(folder, found):
-            found.add(verify_folder(local))
-    for remark in found.remarks:
+        for local in _folders(folder, verified):
+            verified.add(verify_folder(local))
+    for remark in verified.remarks:
         logger.warning(remark)
-    for fault in found.faults[:SHOWN]:
+    for fault in verified.faults[:SHOWN]:
         logger.error("%s", fault)
-    if found.faults:
-        more = f", the first {SHOWN} of which are above" if len(found.faults) > SHOWN else ""
-        raise DamagedError(f"{len(found.faults)} faults in {folder}{more}; each says how to fix it.")
-    if not found.counts:
-        names = ", ".join(kind.name for kind in KINDS)
+    if verified.faults:
+        more = f", the first {SHOWN} of which are above" if len(verified.faults) > SHOWN else ""
+        raise DamagedError(f"{len(verified.faults)} faults in {folder}{more}; each says how to fix it.")
+    if not verified.counts:
         raise FileNotFoundError(
-            f"{folder} contains nothing that can be verified: stored rows (*{MANIFEST_SUFFIX}), {names}."
+            f"{folder} contains nothing that can be verified: stored rows (*{MANIFEST_SUFFIX}), {', '.join(KINDS)}."
         )
-    return dict(found.counts)
+    return dict(verified.counts)
 
 
-def _folders(folder: Path, found: Verified) -> Iterator[Path]:
+def _folders(folder: Path, verified: Verified) -> Iterator[Path]:
     """Yield a folder and those below it, without hidden ones, which are unfinished; links to others are remarks.
 
     Raises:
@@ -89,5 +88,5 @@ def _folders(folder: Path, found: Verified) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in folders:
             if (link := Path(parent) / name).is_symlink():
-                found.remarks.append(f"{link} is a link to a folder, whose content was not checked.")
+                verified.remarks.append(f"{link} is a link to a folder, whose content was not checked.")
         yield Path(parent)

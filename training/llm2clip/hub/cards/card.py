@@ -25,10 +25,12 @@ CARD = "README.md"
 PEFT_TEMPLATE = "# Model Card for Model ID"
 SECTION = re.compile(r"<!-- llm2clip:(\w+) ([0-9a-f]{12}) -->\n(.*?)\n?<!-- /llm2clip:\1 -->", re.DOTALL)
 # The repo or folder in the code examples.
-LOADED = re.compile(r'((?:from_pretrained\(|SentenceTransformer\(|snapshot_download\(|cached_file\(|model=)")[^"]*(")')
+LOADED_REPO = re.compile(
+    r'((?:from_pretrained\(|SentenceTransformer\(|snapshot_download\(|cached_file\(|model=)")[^"]*(")'
+)
 LICENSE_FIELDS = ("license", "license_name", "license_link")
 # Lists that are united with those of the earlier card.
-UNITED = ("tags", "base_model", "datasets")
+MERGED_LISTS = ("tags", "base_model", "datasets")
 
 
 def license_of(folder: Path | None) -> dict[str, Any]:
@@ -150,7 +152,7 @@ def _eval_results(evaluation: Evaluation, pipeline_tag: str) -> list[EvalResult]
 
 def _merge_data(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     merged = {**new, **old}
-    for key in UNITED:
+    for key in MERGED_LISTS:
         if values := [*as_list(old.get(key)), *as_list(new.get(key))]:
             merged[key] = list(dict.fromkeys(values))
     if "model-index" in new:
@@ -196,7 +198,7 @@ def with_repo(card: str, repo: str, example: str) -> str:
             entry["src"] = example
 
     def renewed(name: str, content: str) -> str | None:
-        return LOADED.sub(rf"\g<1>{repo}\g<2>", content) if name == "use" else None
+        return LOADED_REPO.sub(rf"\g<1>{repo}\g<2>", content) if name == "use" else None
 
     return _assemble(data, _renew_sections(text, renewed))
 

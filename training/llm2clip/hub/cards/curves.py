@@ -36,7 +36,6 @@ def write_curves(folder: Path, history: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _recalls(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
-    """Return the recall of each name by step."""
     curves: dict[str, dict[int, float]] = {}
     results: dict[str, dict[int, float]] = {}
     trains = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from llm2clip.utils.repos import hub_ids, names_of
@@ -131,6 +132,11 @@ class CardFacts:
     has_example: bool = False
     has_curves: bool = False
     is_adapter: bool = False
+
+
+def public_name(name: str) -> str:
+    """Return a Hub id, or only the name of a local folder: its path means nothing to others, and may be private."""
+    return name if hub_ids(name) else Path(name).name
 
 
 def summary(model: Any, processor: Any = None) -> str:
