@@ -66,10 +66,7 @@ def run_watched(
                     watched.peaks[member.pid] = max(watched.peaks.get(member.pid, 0), resident("VmHWM", member.pid))
             watched.looks.append((sum(seconds.values()), count()))
             if killed := kill_at is not None and watched.looks[-1][1] >= kill_at:
-                # They may have sessions of their own.
-                for member in family(process):
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        member.kill()
+                kill(process)
                 break
             time.sleep(0.2)
     status, watched.end = process.wait(), time.time()
@@ -84,3 +81,12 @@ def family(process: psutil.Process) -> list[psutil.Process]:
     with contextlib.suppress(psutil.NoSuchProcess):
         return [process, *process.children(recursive=True)]
     return []
+
+
+def kill(process: psutil.Process) -> int:
+    """Kill a process and those that it started, which may have sessions of their own; return how many these were."""
+    members = family(process)
+    for member in members:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    return len(members)
