@@ -43,6 +43,7 @@ def test_nine_tars_have_one_order_for_any_number_of_readers(world: int, workers:
     assert read[:27] != read[27:54]
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize(
     ("tars", "rows", "world", "workers", "size"),
     [(7, 150, 1, 4, 10), (3, 50, 2, 3, 7), (1, 40, 4, 2, 3), (5, 9, 2, 2, 8)],
