@@ -26,7 +26,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("damaged")
     paths = ["--json", str(folder / "found.json"), "--failures", str(folder / "failures")]
     done = run_ranks(["-m", "tests.damaged", "--draws", str(DRAWS), *paths], check=False)
-    assert (folder / "found.json").is_file(), done.errors[-4000:]
+    assert (folder / "found.json").is_file(), done.stderr[-4000:]
     return json.loads((folder / "found.json").read_text())
 
 

@@ -27,26 +27,21 @@ from transformers import (
 from llm2clip.convert.original import to_original
 from llm2clip.convert.published import published_models
 from llm2clip.recipes import find_recipe, load_recipe
-from modeling_llm2clip import EVA02VisionModel
 from tests.builders import embedding_models, small_runs, tiny
 from tests.documents.reading import ROOT, blocks
 from tests.golden import FOLDER as GOLDEN
 from tests.llm2clip.convert.checkpoints import microsoft_openai_names, with_text_tower
 
 Builder = Callable[[Path], Any]
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 DREAMLIP = [f"{length}{llm}_captions" for length in ("short", "long") for llm in ("IB", "SV", "LLA")]
 
 
 @cache
 def rows(count: int = 24) -> list[dict[str, Any]]:
     """Return some of the bundled images, each with a short and a long caption."""
-    bundled = datasets.load_dataset(
-        "parquet", data_files=f"{small_runs.CONCEPTS}/test.parquet", split=f"train[:{count}]"
-    )
     return [
         {"image": row["image"], "caption": row["caption"], "long": f"{row['caption']}: {row['keywords']}"}
-        for row in bundled
+        for row in small_runs.rows_of_concepts(f":{count}")
     ]
 
 
@@ -59,9 +54,9 @@ def llm(golden: str, folder: Path) -> None:
 
 def clip(folder: Path) -> None:
     """Save a CLIP model in OpenAI's layout, with its image processor and its tokenizer."""
-    sizes = {**SIZES, "image_size": 28, "patch_size": 7}
+    sizes = {**tiny.SIZES, "image_size": 28, "patch_size": 7}
     tokenizer = embedding_models.byte_pairs()
-    text = {**SIZES, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    text = {**tiny.SIZES, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
     CLIPModel(CLIPConfig(vision_config=sizes, text_config=text)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     tiny.processor().image_processor.save_pretrained(folder)
@@ -91,13 +86,6 @@ def eva_clip(path: Path) -> None:
     zero = torch.zeros((), dtype=torch.float16)
     names = with_text_tower(to_original(model.config, model.build().state_dict()))
     torch.save({name: zero.expand(tensor.shape) for name, tensor in names.items()}, path)
-
-
-def eva_tower(folder: Path) -> None:
-    """Save a small EVA02 tower, as `convert` writes it: with the logit scale of its CLIP, and an image processor."""
-    torch.manual_seed(0)
-    EVA02VisionModel(tiny.vision_config(logit_scale_init_value=4.6)).save_pretrained(folder)
-    tiny.processor().image_processor.save_pretrained(folder)
 
 
 def wide_llm(width: int, folder: Path) -> None:
@@ -243,7 +231,7 @@ FOLDERS: dict[str, Builder] = {
     MODEL: tiny.save,
     "LLM2CLIP-Llama3.2-1B-EVA02-L-14-336": tiny.save,
     "LLM2CLIP-Openai-L-14-336": tiny.save,
-    "EVA02-CLIP-L-14": eva_tower,
+    "EVA02-CLIP-L-14": partial(small_runs.save_vision_tower, logit_scale_init_value=4.6),
     "runs/quickstart/weights/smollm2-135m-instruct": partial(llm, SMOL),
     "my_images": partial(
         table,
