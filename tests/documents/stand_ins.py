@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tarfile
 from collections.abc import Callable
 from functools import cache, partial
 from io import BytesIO
@@ -31,6 +30,7 @@ from tests.builders import embedding_models, small_runs, tiny
 from tests.documents.reading import ROOT, blocks
 from tests.golden import FOLDER as GOLDEN
 from tests.llm2clip.convert.checkpoints import microsoft_openai_names, with_text_tower
+from tests.tars import write_tar
 
 Builder = Callable[[Path], Any]
 DREAMLIP = [f"{length}{llm}_captions" for length in ("short", "long") for llm in ("IB", "SV", "LLA")]
@@ -63,10 +63,7 @@ def clip(folder: Path) -> None:
 
 
 def published(name: str, folder: Path) -> None:
-    """Save a checkpoint with the tensor names and shapes of a published one.
-
-    Every tensor is one zero, repeated. A pickle keeps the one, so that gigabytes are a file of some kilobytes.
-    """
+    """Save a checkpoint with the tensor names and shapes of a published one."""
     model = published_models()[name]
     tensors = model.build().state_dict()
     config = {"model_type": "clip", "projection_dim": model.config.projection_dim}
@@ -75,17 +72,20 @@ def published(name: str, folder: Path) -> None:
         config["vision_config"] = model.config.vision_config.to_dict()
     else:
         tensors, file = to_original(model.config, tensors), f"{name}.pt"
-    zero = torch.zeros((), dtype=torch.float16)
-    torch.save({key: zero.expand(tensor.shape) for key, tensor in tensors.items()}, folder / file)
+    save_zeros(tensors, folder / file)
     (folder / "config.json").write_text(json.dumps(config))
 
 
 def eva_clip(path: Path) -> None:
-    """Save a checkpoint with the tensor names and shapes of EVA02-CLIP-L-14, as small as those of `published`."""
+    """Save a checkpoint with the tensor names and shapes of EVA02-CLIP-L-14."""
     model = published_models()["LLM2CLIP-EVA02-L-14-224"]
+    save_zeros(with_text_tower(to_original(model.config, model.build().state_dict())), path)
+
+
+def save_zeros(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Save one zero, repeated for every tensor; a pickle keeps the one, so that gigabytes are some kilobytes."""
     zero = torch.zeros((), dtype=torch.float16)
-    names = with_text_tower(to_original(model.config, model.build().state_dict()))
-    torch.save({name: zero.expand(tensor.shape) for name, tensor in names.items()}, path)
+    torch.save({name: zero.expand(tensor.shape) for name, tensor in tensors.items()}, path)
 
 
 def wide_llm(width: int, folder: Path) -> None:
@@ -138,16 +138,14 @@ def text_pairs(folder: Path) -> None:
 def shards(folder: Path) -> None:
     """Write two webdataset shards with the captions of DreamLIP."""
     for shard in range(2):
-        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
-            for number, row in enumerate(rows()[shard::2]):
-                jpeg = BytesIO()
-                row["image"].convert("RGB").save(jpeg, "jpeg")
-                fields = {"raw_caption": row["caption"]}
-                fields |= {"shortSV_captions": row["caption"], "longSV_captions": row["long"]}
-                for suffix, content in (("jpg", jpeg.getvalue()), ("json", json.dumps(fields).encode())):
-                    entry = tarfile.TarInfo(f"{shard}-{number:03d}.{suffix}")
-                    entry.size = len(content)
-                    tar.addfile(entry, BytesIO(content))
+        files = []
+        for number, row in enumerate(rows()[shard::2]):
+            jpeg = BytesIO()
+            row["image"].convert("RGB").save(jpeg, "jpeg")
+            captions = dict.fromkeys(("raw_caption", "shortSV_captions"), row["caption"])
+            fields = json.dumps({**captions, "longSV_captions": row["long"]}).encode()
+            files += [(f"{shard}-{number:03d}.jpg", jpeg.getvalue()), (f"{shard}-{number:03d}.json", fields)]
+        write_tar(folder / f"{shard}.tar", files)
 
 
 def questions(folder: Path) -> None:

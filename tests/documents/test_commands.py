@@ -27,7 +27,7 @@ from llm2clip.utils.settings import build_config
 from tests import node
 from tests.documents.cases import CASES, Case, by_rules, read_marker
 from tests.documents.reader import Reader
-from tests.documents.reading import DOCUMENTS, ROOT, blocks, code_spans, kind
+from tests.documents.reading import DOCUMENTS, ROOT, blocks, kind, parts
 from tests.documents.rules import MEANT, RULES
 from tests.documents.stand_ins import STAND_INS
 
@@ -178,7 +178,7 @@ def options() -> set[str]:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_option_in_the_text_exists(document: str, options: set[str]) -> None:
-    spans = [span.split()[0] for span in code_spans(document) if span.startswith("--")]
+    spans = [span.split()[0] for part in parts(document) for span in part.code_spans if span.startswith("--")]
     assert set(spans) - options - OTHER_OPTIONS == set()
 
 
