@@ -16,8 +16,9 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, PreTrainedTokenizerFast
 
-WIDTH, LIMIT = 32, 128
-SHAPE = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+from tests.builders import tiny
+
+WIDTH, LIMIT, SHAPE = tiny.HIDDEN, 128, tiny.SIZES
 DECODER = {**SHAPE, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128}
 CORPUS = [
     "a small dog", "two children play football in a green park near a river", "a red bus, seen from above",

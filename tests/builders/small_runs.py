@@ -8,7 +8,7 @@ from typing import Any
 
 import datasets
 import torch
-from transformers import AutoModelForCausalLM, CLIPImageProcessor, Dinov2Config, Dinov2Model
+from transformers import AutoModel, AutoModelForCausalLM
 
 from modeling_llm2clip import EVA02VisionModel
 from tests.builders import tiny
@@ -16,6 +16,11 @@ from tests.builders import tiny
 DATA = Path(str(resources.files("llm2clip.example_data")))
 CONCEPTS = str(DATA / "concepts")
 GLOSSES = str(DATA / "glosses")
+# Settings of both stages.
+SMALL: dict[str, Any] = {
+    "warmup_steps": 0, "max_steps": 6, "logging_steps": 1, "save_steps": 3, "report_to": "none", "use_cpu": True,
+    "seed": 7,
+}  # fmt: skip
 
 
 def save_llm(folder: Path) -> str:
@@ -36,13 +41,12 @@ def save_vision_tower(folder: Path, **fields: Any) -> str:
 def save_dinov2_tower(folder: Path) -> str:
     """A DINOv2 tower with its image processor, whose weights have other names in files than in transformers 5.23."""
     torch.manual_seed(0)
-    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    Dinov2Model(Dinov2Config(**size, image_size=28, patch_size=7)).save_pretrained(folder)
+    AutoModel.from_config(tiny.other_vision_config("dinov2")).save_pretrained(folder)
     return _with_image_processor(folder)
 
 
 def _with_image_processor(folder: Path) -> str:
-    CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
+    tiny.processor().image_processor.save_pretrained(folder)
     return str(folder)
 
 
@@ -59,6 +63,11 @@ def write_text_pairs(path: Path, rows: int) -> str:
 def concepts(split: str = "train", **fields: Any) -> dict[str, Any]:
     """A source of captioned images."""
     return {"path": CONCEPTS, "split": split, "caption_columns": ["caption", "keywords"], "max_samples": 96, **fields}
+
+
+def rows_of_concepts(rows: str = "", split: str = "test") -> datasets.Dataset:
+    """The captioned images themselves; `rows` is a slice of them, as `:24`."""
+    return datasets.load_dataset("parquet", data_files=f"{CONCEPTS}/{split}.parquet", split=f"train[{rows or ':'}]")
 
 
 def pair_sources() -> list[dict[str, Any]]:
@@ -80,14 +89,8 @@ def stage1_fields(folder: Path, llm: str) -> dict[str, Any]:
         "max_text_length": 64,
         "lora_rank": 4,
         "learning_rate": 5e-3,
-        "warmup_steps": 0,
-        "max_steps": 6,
         "per_device_train_batch_size": 8,
-        "logging_steps": 1,
-        "save_steps": 3,
-        "report_to": "none",
-        "use_cpu": True,
-        "seed": 7,
+        **SMALL,
     }
 
 
@@ -102,12 +105,6 @@ def stage2_fields(folder: Path, vision: str, text: str, cache: str) -> dict[str,
         "eval_sources": {"validation": concepts("validation", caption_columns=["caption"], max_samples=40)},
         "projection_dim": 24,
         "learning_rate": 1e-3,
-        "warmup_steps": 0,
-        "max_steps": 6,
         "per_device_train_batch_size": 16,
-        "logging_steps": 1,
-        "save_steps": 3,
-        "report_to": "none",
-        "use_cpu": True,
-        "seed": 7,
+        **SMALL,
     }

@@ -17,8 +17,7 @@ def save_student(folder: Path, space: str | None = None) -> Student:
     """Save a random query encoder of the width of the tiny model."""
     torch.manual_seed(0)
     tokenizer = tiny.plain_tokenizer()
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = AutoConfig.for_model("bert", **sizes, vocab_size=len(tokenizer), max_position_embeddings=64)
+    config = AutoConfig.for_model("bert", **tiny.SIZES, vocab_size=len(tokenizer), max_position_embeddings=64)
     tokenizer.pad_token, tokenizer.padding_side, tokenizer.model_max_length = tokenizer.eos_token, "right", 64
     student = Student(AutoModel.from_config(config), tokenizer, 24, space).eval()
     student.save_pretrained(folder)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import BertConfig, CLIPVisionConfig, Dinov2Config, SiglipVisionConfig, XLMRobertaConfig
+from transformers import BertConfig, XLMRobertaConfig
 
 from llm2clip.utils.attention_probe import verify_text_tower
 from modeling_llm2clip import LLM2CLIPModel
@@ -30,8 +30,6 @@ COMPANIONS = {
     "5.24.0": [],
 }
 ENVIRONMENTS = Path(__file__).resolve().parents[2] / "build" / "compat"
-SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-DINO = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA_3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -44,20 +42,19 @@ LLAMA_3 = {
 
 def write_cases(folder: Path) -> None:
     """Write one case for each vision tower and LLM: a saved model, its inputs and its outputs."""
-    size = {"image_size": 28, "patch_size": 7}
     cases: dict[str, tuple[Any, Any]] = {
         "EVA02 + Llama 3": (tiny.vision_config(), tiny.text_config("llama")),
-        "CLIP + Qwen2": (CLIPVisionConfig(**SMALL, **size), tiny.text_config("qwen2")),
-        "DINOv2 + Llama": (Dinov2Config(**DINO, **size), tiny.text_config("llama")),
-        "SigLIP + Gemma 3": (SiglipVisionConfig(**SMALL, **size), tiny.text_config("gemma3_text")),
+        "CLIP + Qwen2": (tiny.other_vision_config("clip_vision_model"), tiny.text_config("qwen2")),
+        "DINOv2 + Llama": (tiny.other_vision_config("dinov2"), tiny.text_config("llama")),
+        "SigLIP + Gemma 3": (tiny.other_vision_config("siglip_vision_model"), tiny.text_config("gemma3_text")),
     }
     # As the files of embedding models say.
     own: dict[str, Any] = {"bidirectional": None, "pool_prompt": True, "normalize": True}
     # As the quickstart's model: features of class token and patches, standardized, before an encoder like E5.
-    e5 = BertConfig(**SMALL, vocab_size=430, max_position_embeddings=130)
-    cases["frozen DINOv2 + E5"] = (Dinov2Config(**DINO, **size), tiny.text_config(decoder_config=e5, **own))
+    e5 = BertConfig(**tiny.SIZES, vocab_size=430, max_position_embeddings=130)
+    cases["frozen DINOv2 + E5"] = (tiny.other_vision_config("dinov2"), tiny.text_config(decoder_config=e5, **own))
     own["dense"] = [{"out_features": 24, "bias": True, "activation": "tanh"}]
-    encoder = XLMRobertaConfig(**SMALL, vocab_size=430, max_position_embeddings=130)
+    encoder = XLMRobertaConfig(**tiny.SIZES, vocab_size=430, max_position_embeddings=130)
     cases["EVA02 + XLM-R"] = (tiny.vision_config(), tiny.text_config(decoder_config=encoder, **own))
     cases["EVA02 + two encoders"] = (tiny.vision_config(), tiny.pair_config())
     cases["frozen EVA02 + Qwen2"] = (tiny.vision_config(), tiny.text_config("qwen2"))

@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from llm2clip.data import CaptionSource, distinct_captions
-from llm2clip.data.captioned_images import CaptionError, RowCaptions, clean_caption
+from llm2clip.data.captioned_images import CaptionError, RowCaptions
 from llm2clip.encoders import embed_captions
 from llm2clip.store import EmbeddingCache
-from llm2clip.store.store import caption_key, caption_keys
 from llm2clip.utils.logs import OBEYED
 from modeling_llm2clip.tokenization_llm2clip import tokenize_captions
 from tests.builders import tiny
@@ -39,13 +38,6 @@ CLEAN = [text.strip() for text in TEXTS]
 MODEL, PROCESSOR = tiny.joint_model().eval(), tiny.processor()
 
 
-def test_texts_are_captions() -> None:
-    assert [RowCaptions.of({"caption": text}, "row 7", ["caption"], None).texts for text in TEXTS] == [
-        [text] for text in CLEAN
-    ]
-    assert [clean_caption(text) for text in CLEAN] == CLEAN
-
-
 @pytest.mark.parametrize("value", [*EMPTY, *NO_TEXT, *HALVES], ids=lambda value: ascii(value)[:12])
 def test_what_is_no_text_is_refused_by_its_place(value: object) -> None:
     with pytest.raises(CaptionError, match="row 7") as error:
@@ -57,11 +49,6 @@ def test_what_is_no_text_is_refused_by_its_place(value: object) -> None:
             door(["a dog", value], PROCESSOR.tokenizer)
 
 
-@pytest.mark.parametrize("value", EMPTY, ids=lambda value: ascii(value)[:12])
-def test_an_empty_value_is_a_row_without_a_caption(value: object) -> None:
-    assert clean_caption(value) is None
-
-
 def test_a_caption_has_the_same_embedding_alone_and_in_a_batch() -> None:
     together = MODEL.encode_text(TEXTS, PROCESSOR)
     torch.testing.assert_close(together, embed_captions(CLEAN, MODEL, PROCESSOR, show_progress_bar=False))
@@ -71,11 +58,6 @@ def test_a_caption_has_the_same_embedding_alone_and_in_a_batch() -> None:
     ids = tokenize_captions(TEXTS, PROCESSOR.tokenizer, MODEL.config.text_config).ids
     differ = torch.tensor([other != ids[0] for other in ids])
     assert ((together - together[:1]).abs().amax(dim=1) > 0).equal(differ)
-
-
-def test_keys_are_those_of_each_text() -> None:
-    assert caption_keys(CLEAN).tolist() == [list(caption_key(text)) for text in CLEAN]
-    assert len(set(map(caption_key, CLEAN))) == len(set(CLEAN))
 
 
 def test_they_go_through_tables_and_caches(tmp_path: Path) -> None:

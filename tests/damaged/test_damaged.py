@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +15,7 @@ import pytest
 from tests.damaged import run as harness
 from tests.damaged.cases import Door
 from tests.damaged.doors import DOORS
-from tests.documents.reading import ROOT
-from tests.processes import ENVIRONMENT
+from tests.processes import run_ranks
 
 DRAWS = 40
 
@@ -27,10 +24,8 @@ DRAWS = 40
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the command finds, in a process of its own, in which no library has started threads."""
     folder = tmp_path_factory.mktemp("damaged")
-    command = [sys.executable, "-m", "tests.damaged", "--draws", str(DRAWS), "--json", str(folder / "found.json")]
-    environment = {**ENVIRONMENT, "PYTHONPATH": f"{ROOT}:{ROOT / 'training'}"}
-    more: dict[str, Any] = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
-    done = subprocess.run([*command, "--failures", str(folder / "failures")], **more)
+    paths = ["--json", str(folder / "found.json"), "--failures", str(folder / "failures")]
+    done = run_ranks(["-m", "tests.damaged", "--draws", str(DRAWS), *paths], check=False)
     assert (folder / "found.json").is_file(), done.stderr[-4000:]
     return json.loads((folder / "found.json").read_text())
 

@@ -14,6 +14,7 @@ import pytest
 
 from tests.builders import tiny
 from tests.damaged.watch import picture, run
+from tests.tars import write_tar
 
 SECRET = "SECRET-OF-THE-MACHINE"
 IN_PROCESS = ("--num-workers", "0")
@@ -31,18 +32,14 @@ class Touch:
 
 def hostile_tar(path: Path, secret: Path, touched: Path | None = None) -> None:
     """A tar whose members would leave the folder, are links to a file, or carry pickles that make a folder."""
-    path.parent.mkdir(parents=True)
     files = {"png": picture(), "txt": b"a dog"}
     if touched is not None:
         pickled = io.BytesIO()
         np.save(pickled, np.array([Touch(touched)], dtype=object), allow_pickle=True)
         files["npy"] = pickled.getvalue()
-    with tarfile.open(path, "w") as archive:
-        for key in ("../../out", "/tmp/../absolute", "plain", "a/../../b"):
-            for name, content in files.items():
-                member = tarfile.TarInfo(f"{key}.{name}")
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
+    keys = ("../../out", "/tmp/../absolute", "plain", "a/../../b")
+    write_tar(path, [(f"{key}.{name}", content) for key in keys for name, content in files.items()])
+    with tarfile.open(path, "a") as archive:
         for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
             for name in ("link.png", "link.txt"):
                 member = tarfile.TarInfo(f"{kind.decode()}{name}")

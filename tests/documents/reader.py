@@ -10,7 +10,7 @@ import pytest
 from tests.documents.cases import CASES, Case
 from tests.documents.shell import Result, Shell
 from tests.documents.stand_ins import DATASETS, FILES, FOLDERS, HUB
-from tests.examples.server import serving
+from tests.examples.server import served
 from tests.loopback_hub import LFS_SUFFIXES, File, LoopbackHub, Repo
 
 # Commands whose outcome other commands need.
@@ -60,9 +60,9 @@ class Reader:
         for name in case.stand_ins:
             self._provide(name, folder)
         result = self._serve(case.command, folder) if case.how.serves else self.shell.run(case.command, folder)
-        shown = f"$ {case.command}\n{result.output[-3000:]}\n{result.errors[-3000:]}"
-        assert result.code == 0, f"exit status {result.code}\n{shown}"
-        printed = "\n".join(line.rstrip() for line in result.output.splitlines())
+        shown = f"$ {case.command}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
+        assert result.returncode == 0, f"exit status {result.returncode}\n{shown}"
+        printed = "\n".join(line.rstrip() for line in result.stdout.splitlines())
         assert case.how.prints in printed, f"{case.how.prints!r} is not printed\n{shown}"
         missing = [path for path in case.makes if not (folder / path).exists()]
         assert not missing, f"{', '.join(missing)}: not made\n{shown}"
@@ -70,8 +70,8 @@ class Reader:
     def _serve(self, command: str, folder: Path) -> Result:
         """Start a command that serves a page, request the page, and stop the command."""
         _, *arguments = self.shell.command(command)
-        with serving(*arguments, folder=folder):
-            return Result(0, (folder / "server.log").read_text(), "")
+        with served(*arguments, folder=folder):
+            return Result(arguments, 0, (folder / "server.log").read_text(), "")
 
     def _provide(self, name: str, folder: Path) -> None:
         """Create a stand-in where it is not there yet: in a folder, or on the Hub."""

@@ -33,11 +33,17 @@ class Part:
     markers: tuple[str, ...]
 
     @property
+    def code_spans(self) -> list[str]:
+        """The inline code of a text; a span may continue on the next line."""
+        if self.language is not None:
+            return []
+        return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", self.content)]
+
+    @property
     def commands(self) -> list[str]:
         """The commands of a block, or of the code spans of a text, without trailing comments."""
         if self.language is None:
-            spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", self.content)]
-            return [bare(span) for span in spans if is_command(span)]
+            return [bare(span) for span in self.code_spans if is_command(span)]
         if kind(self.language, self.content, self.markers) != "shell":
             return []
         return [bare(line) for line in self.content.replace("\\\n", " ").splitlines()]
@@ -78,12 +84,6 @@ def kind(language: str, content: str, markers: tuple[str, ...] = ()) -> str:
     if language in ("", "bash", "shell") and lines and all(map(is_command, lines)):
         return "shell"
     raise ValueError(f"this block is neither Python nor known commands nor a marked output:\n{content}")
-
-
-def code_spans(document: str) -> list[str]:
-    """Return the inline code of a document; a span may continue on the next line."""
-    texts = [part.content for part in parts(document) if part.language is None]
-    return [" ".join(span.split()) for text in texts for span in re.findall(r"`([^`]+)`", text)]
 
 
 def commands(document: str) -> list[str]:

@@ -78,7 +78,7 @@ RULES = {
     r"stage2 stage2_small_gpu": How(small="--freeze-vision-layers 1"),
     r"llm2clip stage1 stage1_paper --model-name-or-path": How(
         not_run="it runs with its config",
-        run_by="tests/documents/test_hub_configs.py::test_stage_1_gives_the_text_tower_of_the_config",
+        run_by="tests/documents/test_commands.py::test_stage_1_gives_the_text_tower_of_the_config",
     ),
     r"llm2clip quickstart": How(
         needs=("default.yaml",), small="--profile default.yaml --embedding-model none", makes=(MODEL,), slow=True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tarfile
 from collections.abc import Callable
 from functools import cache, partial
 from io import BytesIO
@@ -27,26 +26,22 @@ from transformers import (
 from llm2clip.convert.original import to_original
 from llm2clip.convert.published import published_models
 from llm2clip.recipes import find_recipe, load_recipe
-from modeling_llm2clip import EVA02VisionModel
 from tests.builders import embedding_models, small_runs, tiny
 from tests.documents.reading import ROOT, blocks
 from tests.golden import FOLDER as GOLDEN
 from tests.llm2clip.convert.checkpoints import microsoft_openai_names, with_text_tower
+from tests.tars import write_tar
 
 Builder = Callable[[Path], Any]
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 DREAMLIP = [f"{length}{llm}_captions" for length in ("short", "long") for llm in ("IB", "SV", "LLA")]
 
 
 @cache
 def rows(count: int = 24) -> list[dict[str, Any]]:
     """Return some of the bundled images, each with a short and a long caption."""
-    bundled = datasets.load_dataset(
-        "parquet", data_files=f"{small_runs.CONCEPTS}/test.parquet", split=f"train[:{count}]"
-    )
     return [
         {"image": row["image"], "caption": row["caption"], "long": f"{row['caption']}: {row['keywords']}"}
-        for row in bundled
+        for row in small_runs.rows_of_concepts(f":{count}")
     ]
 
 
@@ -59,19 +54,16 @@ def llm(golden: str, folder: Path) -> None:
 
 def clip(folder: Path) -> None:
     """Save a CLIP model in OpenAI's layout, with its image processor and its tokenizer."""
-    sizes = {**SIZES, "image_size": 28, "patch_size": 7}
+    sizes = {**tiny.SIZES, "image_size": 28, "patch_size": 7}
     tokenizer = embedding_models.byte_pairs()
-    text = {**SIZES, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    text = {**tiny.SIZES, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
     CLIPModel(CLIPConfig(vision_config=sizes, text_config=text)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     tiny.processor().image_processor.save_pretrained(folder)
 
 
 def published(name: str, folder: Path) -> None:
-    """Save a checkpoint with the tensor names and shapes of a published one.
-
-    Every tensor is one zero, repeated. A pickle keeps the one, so that gigabytes are a file of some kilobytes.
-    """
+    """Save a checkpoint with the tensor names and shapes of a published one."""
     model = published_models()[name]
     tensors = model.build().state_dict()
     config = {"model_type": "clip", "projection_dim": model.config.projection_dim}
@@ -80,24 +72,20 @@ def published(name: str, folder: Path) -> None:
         config["vision_config"] = model.config.vision_config.to_dict()
     else:
         tensors, file = to_original(model.config, tensors), f"{name}.pt"
-    zero = torch.zeros((), dtype=torch.float16)
-    torch.save({key: zero.expand(tensor.shape) for key, tensor in tensors.items()}, folder / file)
+    save_zeros(tensors, folder / file)
     (folder / "config.json").write_text(json.dumps(config))
 
 
 def eva_clip(path: Path) -> None:
-    """Save a checkpoint with the tensor names and shapes of EVA02-CLIP-L-14, as small as those of `published`."""
+    """Save a checkpoint with the tensor names and shapes of EVA02-CLIP-L-14."""
     model = published_models()["LLM2CLIP-EVA02-L-14-224"]
+    save_zeros(with_text_tower(to_original(model.config, model.build().state_dict())), path)
+
+
+def save_zeros(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Save one zero, repeated for every tensor; a pickle keeps the one, so that gigabytes are some kilobytes."""
     zero = torch.zeros((), dtype=torch.float16)
-    names = with_text_tower(to_original(model.config, model.build().state_dict()))
-    torch.save({name: zero.expand(tensor.shape) for name, tensor in names.items()}, path)
-
-
-def eva_tower(folder: Path) -> None:
-    """Save a small EVA02 tower, as `convert` writes it: with the logit scale of its CLIP, and an image processor."""
-    torch.manual_seed(0)
-    EVA02VisionModel(tiny.vision_config(logit_scale_init_value=4.6)).save_pretrained(folder)
-    tiny.processor().image_processor.save_pretrained(folder)
+    torch.save({name: zero.expand(tensor.shape) for name, tensor in tensors.items()}, path)
 
 
 def wide_llm(width: int, folder: Path) -> None:
@@ -150,16 +138,14 @@ def text_pairs(folder: Path) -> None:
 def shards(folder: Path) -> None:
     """Write two webdataset shards with the captions of DreamLIP."""
     for shard in range(2):
-        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
-            for number, row in enumerate(rows()[shard::2]):
-                jpeg = BytesIO()
-                row["image"].convert("RGB").save(jpeg, "jpeg")
-                fields = {"raw_caption": row["caption"]}
-                fields |= {"shortSV_captions": row["caption"], "longSV_captions": row["long"]}
-                for suffix, content in (("jpg", jpeg.getvalue()), ("json", json.dumps(fields).encode())):
-                    entry = tarfile.TarInfo(f"{shard}-{number:03d}.{suffix}")
-                    entry.size = len(content)
-                    tar.addfile(entry, BytesIO(content))
+        files = []
+        for number, row in enumerate(rows()[shard::2]):
+            jpeg = BytesIO()
+            row["image"].convert("RGB").save(jpeg, "jpeg")
+            captions = dict.fromkeys(("raw_caption", "shortSV_captions"), row["caption"])
+            fields = json.dumps({**captions, "longSV_captions": row["long"]}).encode()
+            files += [(f"{shard}-{number:03d}.jpg", jpeg.getvalue()), (f"{shard}-{number:03d}.json", fields)]
+        write_tar(folder / f"{shard}.tar", files)
 
 
 def questions(folder: Path) -> None:
@@ -243,7 +229,7 @@ FOLDERS: dict[str, Builder] = {
     MODEL: tiny.save,
     "LLM2CLIP-Llama3.2-1B-EVA02-L-14-336": tiny.save,
     "LLM2CLIP-Openai-L-14-336": tiny.save,
-    "EVA02-CLIP-L-14": eva_tower,
+    "EVA02-CLIP-L-14": partial(small_runs.save_vision_tower, logit_scale_init_value=4.6),
     "runs/quickstart/weights/smollm2-135m-instruct": partial(llm, SMOL),
     "my_images": partial(
         table,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import importlib.util
 import itertools
+import json
 import os
 import re
 import shlex
@@ -26,13 +27,17 @@ from llm2clip.utils.settings import build_config
 from tests import node
 from tests.documents.cases import CASES, Case, by_rules, read_marker
 from tests.documents.reader import Reader
-from tests.documents.reading import DOCUMENTS, ROOT, blocks, code_spans, kind
+from tests.documents.reading import DOCUMENTS, ROOT, blocks, kind, parts
 from tests.documents.rules import MEANT, RULES
 from tests.documents.stand_ins import STAND_INS
 
 RUN = [case for case in CASES.values() if not case.how.not_run]
 # What the default tests do not run is at least read by its program.
 ONLY_READ = [case for case in CASES.values() if case.how.not_run or case.how.slow]
+# The configs of hub_configs, and the commands that train their text towers.
+TRAINED = re.findall(
+    r"^\| \[([^]]+)\].*`(llm2clip stage1 [^`]+)`", (ROOT / "hub_configs/README.md").read_text(), re.MULTILINE
+)
 OTHER_PACKAGES = {"flash-attn", "img2dataset"}
 # Code spans that stand for any option, and options of accelerate, torchrun and srun.
 OTHER_OPTIONS = {
@@ -48,6 +53,15 @@ OTHER_OPTIONS = {
 @pytest.mark.parametrize("case", [pytest.param(c, id=c.line, marks=[pytest.mark.slow] * c.how.slow) for c in RUN])
 def test_command_runs(case: Case, reader: Reader, tmp_path: Path) -> None:
     reader.run(case, tmp_path)
+
+
+@pytest.mark.parametrize(("name", "line"), TRAINED)
+def test_stage_1_gives_the_text_tower_of_the_config(name: str, line: str, reader: Reader, tmp_path: Path) -> None:
+    reader.run(CASES[line], tmp_path)
+    folders = (tmp_path / "runs/stage1", ROOT / "hub_configs" / name)
+    trained, documented = (json.loads((folder / "config.json").read_text()) for folder in folders)
+    for key in ("prompt_prefix", "prompt_suffix", "pooling", "max_text_length", "bidirectional"):
+        assert trained[key] == documented[key], key
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.line) for case in ONLY_READ])
@@ -164,7 +178,7 @@ def options() -> set[str]:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_option_in_the_text_exists(document: str, options: set[str]) -> None:
-    spans = [span.split()[0] for span in code_spans(document) if span.startswith("--")]
+    spans = [span.split()[0] for part in parts(document) for span in part.code_spans if span.startswith("--")]
     assert set(spans) - options - OTHER_OPTIONS == set()
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import datasets
 import pytest
 import torch
 from torch.nn import functional as F
@@ -16,7 +15,7 @@ from transformers import CLIPImageProcessor
 
 from modeling_llm2clip import LLM2CLIPProcessor, with_prompt
 from tests.builders import tiny
-from tests.builders.small_runs import CONCEPTS
+from tests.builders.small_runs import rows_of_concepts
 
 if TYPE_CHECKING:
     from tests.examples.browser import Browser
@@ -43,7 +42,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = tiny.joint_model(text=tiny.text_config(max_text_length=400))
     ids = tokenizer(LONG_CAPTION, add_special_tokens=False)["input_ids"]
     pairs = FITTED | {0: tokenizer.decode(ids[:77])}
-    rows = datasets.load_dataset("parquet", data_files=f"{CONCEPTS}/test.parquet", split="train")
+    rows = rows_of_concepts()
     others = [row for row, source in enumerate(rows["source"]) if source == "emoji-google" and row not in pairs]
     images = rows.select([*pairs, *others])["image"][:]
     pixels = processor(images=images, return_tensors="pt")["pixel_values"]

@@ -20,13 +20,6 @@ START_SECONDS = 240
 
 
 @contextmanager
-def serving(script: Path | str, *arguments: str | Path, folder: Path, path: Path | None = None) -> Iterator[str]:
-    """As [`served`], but yields the page's address alone."""
-    with served(script, *arguments, folder=folder, path=path) as (address, _):
-        yield address
-
-
-@contextmanager
 def served(
     script: Path | str, *arguments: str | Path, folder: Path, path: Path | None = None
 ) -> Iterator[tuple[str, int]]:

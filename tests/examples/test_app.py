@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import datasets
 import pytest
 import torch
 from transformers import AutoProcessor
@@ -14,9 +13,9 @@ from transformers import AutoProcessor
 from llm2clip.demo.demo import DemoConfig, open_images
 from llm2clip.demo.gallery import Gallery
 from modeling_llm2clip import LLM2CLIPModel
-from tests.builders.small_runs import CONCEPTS
+from tests.builders.small_runs import rows_of_concepts
 from tests.examples.conftest import FITTED
-from tests.examples.server import serving
+from tests.examples.server import served
 
 if TYPE_CHECKING:
     from tests.examples.browser import Browser
@@ -41,7 +40,7 @@ def opposite(fitted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def address(fitted: Path, opposite: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("run")
-    with serving("-m", "llm2clip", "demo", "--model", fitted, "--compare", opposite, folder=folder) as address:
+    with served("-m", "llm2clip", "demo", "--model", fitted, "--compare", opposite, folder=folder) as (address, _):
         yield address
 
 
@@ -56,9 +55,8 @@ def page(browser: Browser, address: str) -> Iterator[Browser]:
 
 @pytest.fixture
 def picture(tmp_path: Path) -> Path:
-    rows = datasets.load_dataset("parquet", data_files=f"{CONCEPTS}/test.parquet", split="train")
     path = tmp_path / "picture.png"
-    rows[ROW]["image"].convert("RGB").save(path)
+    rows_of_concepts()[ROW]["image"].convert("RGB").save(path)
     return path
 
 

@@ -149,9 +149,7 @@ print("ANSWERS", json.dumps([text.strip() for text in processor.batch_decode(mad
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four drawings, each with a question of one of two kinds."""
-    rows = datasets.load_dataset("parquet", data_files=f"{small_runs.CONCEPTS}/test.parquet", split="train").select(
-        [19, 54]
-    )
+    rows = small_runs.rows_of_concepts().select([19, 54])
     asked = [
         {"image": image, "question": question, "answer": answer, "kind": kind}
         for image, name in zip(rows["image"], ("leaf", "crocodile"), strict=True)

@@ -52,6 +52,7 @@ def pairs() -> list[tuple[Image.Image, list[str]]]:
     ]
 
 
+@pytest.mark.filterwarnings("ignore:y_pred contains classes")
 def test_classification_by_its_functions_has_our_logits_and_integers(
     model: str, pairs: list[Any], tmp_path: Path
 ) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import datasets
 import pytest
 import torch
 
@@ -20,8 +19,8 @@ from llm2clip.quickstart.data import QuickstartData
 from llm2clip.quickstart.final_model import FinalModel
 from modeling_llm2clip import LLM2CLIPModel
 from tests.builders import tiny
-from tests.builders.small_runs import CONCEPTS
-from tests.examples.server import serving
+from tests.builders.small_runs import rows_of_concepts
+from tests.examples.server import served
 
 if TYPE_CHECKING:
     from tests.examples.browser import Browser
@@ -56,8 +55,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Bundled pictures with payloads as captions, as the splits of a data set."""
     folder = tmp_path_factory.mktemp("table")
-    pictures = datasets.load_dataset("parquet", data_files=f"{CONCEPTS}/test.parquet", split="train")
-    rows = pictures.select_columns("image").select(range(len(PAYLOADS))).add_column("caption", PAYLOADS)
+    pictures = rows_of_concepts(f":{len(PAYLOADS)}")
+    rows = pictures.select_columns("image").add_column("caption", PAYLOADS)
     for split in ("train", "validation", "test"):
         rows.to_parquet(folder / f"{split}.parquet")
     return folder
@@ -77,10 +76,6 @@ def open_page(browser: Browser, path: Path) -> None:
     assert_nothing_ran(browser)
 
 
-def bundled_picture() -> Any:
-    return datasets.load_dataset("parquet", data_files=f"{CONCEPTS}/test.parquet", split="train")[0]["image"]
-
-
 def test_this_browser_runs_such_scripts(browser: Browser, tmp_path: Path) -> None:
     for number, payload in enumerate(PAYLOADS[:3]):
         (tmp_path / f"{number}.html").write_text(f"<p>{payload}")
@@ -93,7 +88,7 @@ def test_the_page_of_a_search(browser: Browser, model: Path, table: Path, tmp_pa
     pictures.mkdir()
     for payload in PAYLOADS:
         if "/" not in payload:
-            bundled_picture().save(pictures / f"{payload}.png")
+            rows_of_concepts(":1")[0]["image"].save(pictures / f"{payload}.png")
     for folder, options in ((table, ["--split", "test"]), (pictures, [])):
         index = str(tmp_path / f"index-{folder.name}")
         made = ["index", str(folder), "--model", str(model), "--output-dir", index, "--num-workers", "0", *options]
@@ -134,9 +129,9 @@ def test_the_report_of_a_quickstart(
 def test_the_demo(browser: Browser, model: Path, table: Path, tmp_path: Path) -> None:
     broken, good = tmp_path / f"{NAME}.png", tmp_path / "good.png"
     broken.write_bytes(b"no picture")
-    bundled_picture().save(good)
+    rows_of_concepts(":1")[0]["image"].save(good)
     options = ["--model", model, "--data", table, "--compare", model]
-    with serving("-m", "llm2clip", "demo", *options, folder=tmp_path) as address:
+    with served("-m", "llm2clip", "demo", *options, folder=tmp_path) as (address, _):
         browser.driver.get(address)
         browser.wait(lambda: browser.find("#search_button"))
         browser.type("query", PAYLOADS[1])

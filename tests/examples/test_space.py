@@ -13,7 +13,7 @@ from gradio_client.exceptions import AppError
 
 from llm2clip.demo.space import write_space
 from tests.builders import tiny
-from tests.examples.server import open_page, serving
+from tests.examples.server import open_page, served
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -28,7 +28,7 @@ def test_space_serves_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         env={**os.environ, "PYTHONPATH": str(space)}, cwd=space, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert where.stdout.startswith(str(space))
-    with serving(space / "app.py", folder=space, path=space) as address:
+    with served(space / "app.py", folder=space, path=space) as (address, _):
         client = open_page(address, tmp_path, monkeypatch)
         found = client.predict("a camera", api_name="/search")["value"]
         assert len(found) == 12

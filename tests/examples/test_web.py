@@ -11,14 +11,13 @@ from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING
 
-import datasets
 import pytest
 import torch
 
 from llm2clip import load_encoder
 from llm2clip.hub import export_onnx
 from tests import node
-from tests.builders.small_runs import CONCEPTS
+from tests.builders.small_runs import rows_of_concepts
 from tests.examples.conftest import Run
 from tests.llm2clip.hub.onnx_programs import teach
 
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 QUERIES = ("a penguin", "  a train ")
-COUNT = 60
 
 
 @contextmanager
@@ -48,7 +46,7 @@ def test_the_page_finds_what_torch_finds(fitted: Path, browser: Browser, run: Ru
     export_onnx.run(
         export_onnx.ExportOnnxConfig(str(model), str(site / "model"), "transformers.js", ["text"], dtype="int8")
     )
-    rows = datasets.load_dataset("parquet", data_files=f"{CONCEPTS}/test.parquet", split=f"train[:{COUNT}]")
+    rows = rows_of_concepts(":60")
     (tmp_path / "pictures").mkdir()
     rows.to_parquet(tmp_path / "pictures" / "train.parquet")
     run("web/make_site.py", tmp_path / "pictures", "--model", model, "--output-dir", site)

@@ -79,7 +79,7 @@ class Bench:
             (folder / WORK).mkdir(parents=True)
             plan = Plan(str(folder / WORK), str(folder / LOG), mode="count")
             result = self.run(shell, command, folder, plan)
-            assert result.code == 0, f"{command} fails without a fault: {result.errors[-2000:]}"
+            assert result.returncode == 0, f"{command} fails without a fault: {result.stderr[-2000:]}"
             found.append(self.content(command, folder))
             if len(found) == 1:
                 sizes = [path.stat().st_size for path in (folder / WORK).rglob("*") if path.is_file()]
@@ -99,14 +99,14 @@ def repo(folder: Path) -> str:
 
 def is_clear(result: Result) -> bool:
     """Whether a command has failed with one message and without a traceback."""
-    return result.code in (1, 2) and bool(MESSAGE.search(result.errors)) and "Traceback" not in result.errors
+    return result.returncode in (1, 2) and bool(MESSAGE.search(result.stderr)) and "Traceback" not in result.stderr
 
 
 def last_words(result: Result) -> str:
     """The end of what a command has written, for messages."""
-    lines = [line for line in result.errors.splitlines() if line.strip()]
-    found = MESSAGE.search(result.errors)
-    return f"exit {result.code}: {found[0] if found else ' | '.join(lines[-3:])}"[:400]
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    found = MESSAGE.search(result.stderr)
+    return f"exit {result.returncode}: {found[0] if found else ' | '.join(lines[-3:])}"[:400]
 
 
 def can_mount(folder: Path) -> bool:

@@ -11,7 +11,7 @@ from tests.documents import stand_ins
 from tests.faults.commands import OUT, WORK
 from tests.golden import load_golden
 from tests.llm2clip.convert import checkpoints
-from tests.llm2clip.evaluation.strange import STRANGE
+from tests.llm2clip.evaluation.strange import write_strange
 from tests.llm2clip.quickstart.tiny_run import PROFILE, save_data
 
 GOLDEN = "customclip_a"
@@ -62,8 +62,4 @@ def _write_data(folder: Path) -> None:
     tiny.save(folder / "model")
     embedding_models.save(folder / "bert", "bert")
     save_data(folder / "captioned", {"train": 32, "validation": 16, "test": 16})
-    (folder / "strange.py").write_text(STRANGE)
-    images = folder / "benchmarks/Strange"
-    images.mkdir(parents=True)
-    for number in range(11):
-        tiny.IMAGES[number % 2].rotate(33 * number, expand=True).save(images / f"{number}.png")
+    write_strange(folder)

@@ -55,20 +55,20 @@ def _strike(bench: Bench, shell: Shell, trial: Trial, baseline: Baseline, folder
     if trial.kind == "small disk":
         enlarge(folder / WORK)
     found = bench.content(trial.command, folder)
-    if first.code == 0:
+    if first.returncode == 0:
         # It was not met, since threads may write in another order; or what failed does not matter.
         wrong = _differing(found, baseline)
         return lost(f"exit 0, but {_some(wrong)}") if wrong else Verdict(str(trial), "equal")
-    if first.code != KILLED and not is_clear(first):
+    if first.returncode != KILLED and not is_clear(first):
         return lost(f"no clear message: {last_words(first)}")
-    if (first.code == KILLED) != (trial.kind == "kill"):
+    if (first.returncode == KILLED) != (trial.kind == "kill"):
         return lost(last_words(first))
     halves = _halves(trial.command, folder, found, baseline)
     if halves:
         return lost(f"a reader takes for whole what is not: {_some(halves)}")
     second = bench.run(shell, trial.command, folder, again=True)
     wrong = _differing(bench.content(trial.command, folder), baseline)
-    if second.code == 0 and not wrong:
+    if second.returncode == 0 and not wrong:
         return Verdict(str(trial), "equal", "" if trial.kind == "kill" else last_words(first))
     # With its whole result there, a command has reason to refuse a second run.
     if is_clear(second) and not wrong and ATTACKED[trial.command].is_whole(folder / OUT):
@@ -80,8 +80,8 @@ def _damage(bench: Bench, shell: Shell, damage: Damage, baseline: Baseline, fold
     """Damage a file and look at the folder with `llm2clip verify` and with the command that made it."""
     damage.strike(folder)
     checked = shell.run(f"llm2clip verify {folder / damage.checked}", folder)
-    said = checked.errors + checked.output
-    if checked.code and Path(damage.path).name in said and "Traceback" not in said:
+    said = checked.stderr + checked.stdout
+    if checked.returncode and Path(damage.path).name in said and "Traceback" not in said:
         return Verdict(str(damage), "refused", last_words(checked))
     reason = f"verify: {last_words(checked)}"
     found = _differing(bench.content(damage.command, folder), baseline)
@@ -90,7 +90,7 @@ def _damage(bench: Bench, shell: Shell, damage: Damage, baseline: Baseline, fold
         if is_clear(again):
             return Verdict(str(damage), "refused", last_words(again))
         reason += f"; the command again: {last_words(again)}"
-        found = _differing(bench.content(damage.command, folder), baseline) if again.code == 0 else found
+        found = _differing(bench.content(damage.command, folder), baseline) if again.returncode == 0 else found
     return Verdict(str(damage), "lost", f"{reason}; {_some(found)}") if found else Verdict(str(damage), "equal")
 
 

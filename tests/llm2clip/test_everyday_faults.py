@@ -162,10 +162,10 @@ def test_a_killed_worker_is_one_line(tmp_path: Path) -> None:
     """In a process of its own: torch says it once more when it hears of the death."""
     (tmp_path / "script.py").write_text(KILLED)
     result = run_ranks([str(tmp_path / "script.py")], check=False)
-    assert result.code == 2
+    assert result.returncode == 2
     # What is noticed first differs: the signal, or that the connection to the process has ended.
-    assert re.search(r"a process that reads data (was killed \(signal: Killed\)|has ended)", result.errors)
-    assert "lower dataloader_num_workers" in result.errors
+    assert re.search(r"a process that reads data (was killed \(signal: Killed\)|has ended)", result.stderr)
+    assert "lower dataloader_num_workers" in result.stderr
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is full")

@@ -135,6 +135,7 @@ def test_other_image_sizes_need_interpolate_pos_encoding() -> None:
         model.get_image_features(torch.randn(1, 3, 30, 30), interpolate_pos_encoding=True)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")
 def test_gradient_checkpointing_reaches_both_towers() -> None:
     model, calls = tiny.joint_model().train(), []
     model.gradient_checkpointing_enable()

@@ -32,6 +32,7 @@ def int8() -> TorchAoConfig:
     return TorchAoConfig(quantization.Int8WeightOnlyConfig())
 
 
+@pytest.mark.filterwarnings("ignore:The following device_map keys")
 def test_every_part_of_a_frozen_tower_model_can_be_offloaded_to_disk(tmp_path: Path) -> None:
     model, processor = tiny.save(tmp_path / "all", **tiny.FROZEN_TOWER), tiny.processor()
     names = ("vision_model", "text_model", "text_adapter", "visual_standardization")
@@ -70,6 +71,8 @@ def test_device_map_places_the_parts_and_keeps_the_logits(device_map: Any, layou
     assert loaded(**inputs).logits_per_image.equal(expected)
 
 
+@pytest.mark.filterwarnings("ignore:The following device_map keys")
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("save_text_model", [None, True])
 def test_an_offloaded_model_can_be_saved(save_text_model: bool | None, layout: str, tmp_path: Path) -> None:

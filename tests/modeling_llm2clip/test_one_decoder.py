@@ -132,6 +132,7 @@ def test_every_door_decodes_to_the_same_pixels(
         torch.testing.assert_close(pixels, expected, atol=1e-6, rtol=0, msg=lambda text, at=file.name: f"{at}: {text}")
 
 
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 def test_awkward_files_need_the_decoder(files: list[Path]) -> None:
     """transformers' own conversion to RGB drops transparency and clips 16-bit images."""
     different = {file.name for file in files if decode_image(file).tobytes() != load_image(str(file)).tobytes()}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
 from functools import cache
 from pathlib import Path
 
-from tests.documents.shell import Result, Shell
+from llm2clip import cli
+from tests.forks import ForkServer
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
@@ -50,20 +50,19 @@ def run_python(
     return subprocess.CompletedProcess(arguments, process.returncode, output, errors)
 
 
-def run_ranks(arguments: list[str], ranks: int = 1, check: bool = True) -> Result:
+def run_ranks(arguments: list[str], ranks: int = 1, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run python with `-m MODULE` or a script on ranks that find the libraries imported, as torchrun would.
 
     For what ranks compute. What becomes of ranks that are killed, hang or fail is for `run_python`, whose torchrun
     is part of that.
     """
     with tempfile.TemporaryDirectory() as folder:
-        result = _shell().run(shlex.join(["python", *arguments]), Path(folder), ranks)
-    assert not check or result.code == 0, result.errors[-4000:]
+        result = _stages().run(arguments, folder, ranks=ranks)
+    assert not check or result.returncode == 0, result.stderr[-4000:]
     return result
 
 
 @cache
-def _shell() -> Shell:
-    """The process that forks them; it ends with this one, since its orders do."""
-    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)}
-    return Shell(environment, ["stage1", "stage2", "mntp", "embed", "evaluate"]).__enter__()
+def _stages() -> ForkServer:
+    modules = [cli.COMMANDS[name].module for name in ("stage1", "stage2", "mntp", "embed", "evaluate")]
+    return ForkServer(modules, {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)})

@@ -19,7 +19,7 @@ from tests.faults.commands import ATTACKED
 from tests.faults.content import Content, content
 from tests.faults.injection import preloaded
 from tests.llm2clip.conftest import Inputs
-from tests.llm2clip.evaluation.strange import STRANGE
+from tests.llm2clip.evaluation.strange import write_strange
 from tests.llm2clip.trainers.stages import TARS, embedded, source, write_tars
 from tests.processes import run_python
 from tests.processes.strike import Strike, with_strikes
@@ -50,11 +50,7 @@ class Jobs:
     def __post_init__(self) -> None:
         tars = write_tars(self.folder / "tars")
         embedded(self.inputs, Path(), source(tars), output_dir="")
-        (self.folder / "strange.py").write_text(STRANGE)
-        images = self.folder / "benchmarks/Strange"
-        images.mkdir(parents=True)
-        for number in range(11):
-            tiny.IMAGES[number % 2].rotate(33 * number, expand=True).save(images / f"{number}.png")
+        write_strange(self.folder)
         tiny.save(self.folder / "model")
         self._write_damaged()
         for name, fields in self._recipes(tars).items():
@@ -84,9 +80,7 @@ class Jobs:
 
     def _write_damaged(self) -> None:
         """Write the rows of stage 2, of which one in the second half has a damaged image."""
-        table = datasets.load_dataset(
-            "parquet", data_files=f"{small_runs.CONCEPTS}/train.parquet", split=f"train[:{ROWS}]"
-        )
+        table = small_runs.rows_of_concepts(f":{ROWS}", "train")
         rows = table.cast_column("image", datasets.Image(decode=False)).to_list()
         rows[DAMAGED] |= {"image": {"bytes": b"no image", "path": None}, "key": "damaged-one"}
         datasets.Dataset.from_list(rows).to_parquet(self.folder / "damaged.parquet")

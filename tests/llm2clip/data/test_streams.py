@@ -30,6 +30,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> CaptionSource:
     return write_tars(tmp_path_factory.mktemp("tars"), TARS)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize(
     ("tars", "rows", "world", "workers", "size"),
     [

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from tests.builders import tiny
+
 # A stranger's benchmark: eleven images, thirteen captions of which three are equal and one is empty.
 STRANGE = """
 from llm2clip import Benchmark, BenchmarkImages, RetrievalData
@@ -24,3 +28,12 @@ BENCHMARKS = [
     )
 ]
 """
+
+
+def write_strange(folder: Path) -> None:
+    """Write `strange.py` and, in `benchmarks`, the data of its benchmark."""
+    (folder / "strange.py").write_text(STRANGE)
+    images = folder / "benchmarks/Strange"
+    images.mkdir(parents=True)
+    for number in range(11):
+        tiny.IMAGES[number % 2].rotate(33 * number, expand=True).save(images / f"{number}.png")

@@ -76,6 +76,7 @@ def test_an_index_with_a_flipped_bit_is_not_searched(pictures: Path, model: Mode
     assert len(SearchIndex.open(output).search(QUERY, 20)[0]) == 12
 
 
+@pytest.mark.filterwarnings("ignore:optimize\\(cleanup_older_than=0\\)")
 def test_versions_are_deleted_when_no_reader_can_have_them_open(
     pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -158,6 +158,7 @@ def test_other_paths_methods_and_content_types_are_errors_in_the_same_form(clien
     assert all(set(answer.json()["error"]) == {"message", "type", "param", "code"} for answer in answers)
 
 
+@pytest.mark.filterwarnings("ignore:::PIL.TiffImagePlugin")
 def test_broken_and_hostile_images_are_refused_and_good_ones_embedded(
     serve: Serve, encoder: Encoder, tmp_path: Path
 ) -> None:

@@ -87,8 +87,8 @@ def test_the_batch_is_lowered_until_it_fits(inputs: Inputs, tmp_path: Path, monk
         return step(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(Stage2Trainer, "training_step", limited)
-    stage2(inputs, tmp_path, auto_find_batch_size=True, per_device_train_batch_size=16).train()
-    assert sizes[0] == 16
+    stage2(inputs, tmp_path, auto_find_batch_size=True, per_device_train_batch_size=6).train()
+    assert sizes[0] == 6
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-4] > 4 >= sizes[-3] == sizes[-1]
 

@@ -216,6 +216,6 @@ def test_an_error_in_a_worker_process_is_one_line(inputs: Inputs, tmp_path: Path
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(fields))
     result = run_ranks([*CLI, "stage2", str(recipe)], check=False)
-    assert result.code == 2
-    assert "Traceback" not in result.errors
-    assert "llm2clip stage2: error: The embedding cache" in result.errors
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert "llm2clip stage2: error: The embedding cache" in result.stderr

@@ -137,7 +137,7 @@ def test_two_processes_skip_the_same_steps(tmp_path: Path) -> None:
     found = [(entry["step"], entry["skipped_steps"]) for entry in entries if "skipped_steps" in entry]
     assert found == [(1, 1), (2, 2)]
     assert {entry["skipped_samples"] for entry in entries} == {1}, "a row counts once"
-    assert re.search(r"step 3: the loss is nan\. The samples of this step are k32, .* k47\.", result.errors)
+    assert re.search(r"step 3: the loss is nan\. The samples of this step are k32, .* k47\.", result.stderr)
 
 
 if __name__ == "__main__":

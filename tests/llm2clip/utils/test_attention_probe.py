@@ -117,6 +117,7 @@ def test_a_causal_baseline_is_not_probed() -> None:
     tower(IDS)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_another_attention_implementation_has_its_own_record() -> None:
     tower = probed(small_model("olmo2"))
     tower.set_attn_implementation("flex_attention")

@@ -24,6 +24,9 @@ from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor
 
 logger = logging.getLogger(__name__)
 
+# With more captions missing than this share, a cache is of other data, which nobody means to skip.
+SKIPPED_SHARE = 0.1
+
 
 @dataclass(frozen=True)
 class SourceCaptions:
@@ -211,14 +214,16 @@ def _drawn(source: CaptionSource) -> CaptionSource:
 def _count_missing_captions(config: Stage2Recipe, cache: EmbeddingCache, source: CaptionSource) -> None:
     """Raise an error before training if the cache lacks captions of this rank's part of the training set.
 
-    With `on_error: skip` it is a warning.
+    With `on_error: skip` it may lack some, but not so many that it is the cache of other data.
     """
-    batches = caption_batches(_drawn(source), config.process_index, config.world_size)
-    missing = sum(int((~cache.contains(texts)).sum()) for texts in batches)
+    known = [
+        cache.contains(texts) for texts in caption_batches(_drawn(source), config.process_index, config.world_size)
+    ]
+    total, missing = sum(map(len, known)), sum(int((~has_row).sum()) for has_row in known)
     if not missing:
         return
-    message = f"the cache {cache.path} lacks {missing} captions of the training set {source.path}"
-    if config.on_error == "raise":
+    message = f"the cache {cache.path} lacks {missing} of the {total} captions of the training set {source.path}"
+    if config.on_error == "raise" or missing > SKIPPED_SHARE * total:
         raise MissingCaptionError(f"{message}; run `llm2clip embed` on it.")
     logger.warning("%s; skipping these.", message)
 

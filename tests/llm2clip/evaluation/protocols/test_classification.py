@@ -69,6 +69,7 @@ def test_classifier_logits_and_accuracies_equal_the_original_code() -> None:
     assert {name: found.scores[name] for name in ("top1", "top5")} == golden.meta["metrics"]
 
 
+@pytest.mark.filterwarnings("ignore:y_pred contains classes")
 def test_scores_equal_scikit_learn() -> None:
     images, data, table, embeds = random_set()
     found = measure(images, data, table)
