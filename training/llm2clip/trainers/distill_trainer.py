@@ -67,7 +67,7 @@ class DistillTrainer(StageTrainer):
     def loss_and_outputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         rows = model(inputs["input_ids"], inputs["attention_mask"])
         embeds = {"student": rows, "teacher": inputs["embeddings"]}
-        return self.loss_of_prefixes(self.args.matryoshka_dims, self.without_repeats(embeds), None, None, {}), embeds
+        return self.loss_of(self.without_repeats(embeds), None, None, {}, self.args.matryoshka_dims), embeds
 
     def contrastive_loss(
         self,

@@ -150,6 +150,12 @@ def _recipe(args: StageConfig) -> dict[str, Any]:
     return json.loads(json.dumps(recipe, default=str))
 
 
+def continued(earlier: Sequence[dict[str, Any]], log: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Join the log of a run to that of an earlier part of it, whose steps come first."""
+    before = max((entry["step"] for entry in earlier), default=0)
+    return [*earlier, *({**entry, "step": before + entry["step"]} for entry in log)]
+
+
 def latest_evaluations(
     names: Sequence[str],
     history: Sequence[dict[str, Any]],

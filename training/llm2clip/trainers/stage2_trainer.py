@@ -33,7 +33,7 @@ from transformers import (
     set_seed,
 )
 
-from llm2clip.data import SkipLog, Stage2Collator
+from llm2clip.data import Stage2Collator
 from llm2clip.data.sampling import EpochBatchSampler, EpochDataset, OneSourceBatchSampler
 from llm2clip.data.streams import SampleStream
 from llm2clip.data.transforms import output_size
@@ -53,7 +53,7 @@ from llm2clip.store import EmbeddingCache
 from llm2clip.store.manifest import refuse_other_encoder
 from llm2clip.trainers.alignment import align, freeze_maps, set_heads, take_space
 from llm2clip.trainers.base_config import defaults_of, refuse_unfollowed, require_prefixes
-from llm2clip.trainers.base_trainer import StageTrainer, load_weights
+from llm2clip.trainers.base_trainer import StageTrainer
 from llm2clip.trainers.bundling import bundle_text_model
 from llm2clip.trainers.freezing import (
     WARM_START_RESULT,
@@ -70,6 +70,7 @@ from llm2clip.trainers.grad_cache import embed_captions, in_chunks
 from llm2clip.trainers.lora import add_lora
 from llm2clip.trainers.optimizer import clamp_logit_scale, parameter_groups, warmup_cosine_schedule
 from llm2clip.trainers.run_context import RunContext
+from llm2clip.trainers.saving import load_weights
 from llm2clip.trainers.sharding import give_scalars_a_dimension, is_divided, is_sharded, undivided_building, value_of
 from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.trainers.stage2_rows import COLLATED, open_rows, refuse_useless, usable_processor, with_images
@@ -394,15 +395,10 @@ class Stage2Trainer(StageTrainer):
         collator.image_column, collator.caption_column = self.args.image_column, self.args.caption_column
         return collator
 
-    def skip_log(self) -> SkipLog | None:
-        path = Path(str(self.args.output_dir)) / f"skipped-{self.args.process_index}.jsonl"
-        return SkipLog(path) if self.args.on_error == "skip" else None
-
-    def batch_sampler(self) -> EpochBatchSampler:
+    def sampler_class(self) -> Callable[..., EpochBatchSampler]:
         several = len(getattr(self.train_dataset, "starts", ())) > 2
-        if several and self.train_dataset.mixing == "one_source_per_step":
-            return self.make_sampler(OneSourceBatchSampler)
-        return super().batch_sampler()
+        one_source = several and self.train_dataset.mixing == "one_source_per_step"
+        return OneSourceBatchSampler if one_source else super().sampler_class()
 
     def frozen_inputs(self) -> dict[str, str | None]:
         model = cast(LLM2CLIPModel, self.model)
@@ -535,8 +531,7 @@ class Stage2Trainer(StageTrainer):
             for text_embeds in several:
                 rows = self.without_repeats({**embeds, "text_embeds": text_embeds, **ids})
                 kept, known = {name: rows[name] for name in embeds}, {name: rows[name] for name in ids}
-                options = scale, bias[0] if bias else None, known
-                losses.append(self.loss_of_prefixes(self.args.matryoshka_dims, kept, *options))
+                losses.append(self.loss_of(kept, scale, bias[0] if bias else None, known, self.args.matryoshka_dims))
             loss = torch.stack(losses).mean() if len(losses) > 1 else losses[0]
         except NoPairsError:
             # A step without gradient, of which every parameter has one that is zero.
