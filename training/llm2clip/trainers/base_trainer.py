@@ -374,13 +374,14 @@ class StageTrainer(Trainer):
         Args:
             dims: The loss is the mean over the embeddings and their first `dims` values, of unit length (Matryoshka).
         """
-        loss, options = self.contrastive_loss, (logit_scale, logit_bias, ids)
-        if (given := self.compute_loss_func) is not None:
-            scalars = {"logit_scale": logit_scale, "logit_bias": logit_bias}
-            loss = lambda part, *_: given({**part, **scalars}, dict(ids) or None, num_items_in_batch=None)  # noqa: E731
         # The whole embeddings are last, as what a loss keeps of its last call is logged.
         parts = [*({name: shorten(rows, dim) for name, rows in embeds.items()} for dim in dims), embeds]
-        return torch.stack([loss(part, *options) for part in parts]).mean()
+        if (given := self.compute_loss_func) is None:
+            losses = [self.contrastive_loss(part, cast(Tensor, logit_scale), logit_bias, ids) for part in parts]
+        else:
+            scalars = {"logit_scale": logit_scale, "logit_bias": logit_bias}
+            losses = [given({**part, **scalars}, dict(ids) or None, num_items_in_batch=None) for part in parts]
+        return torch.stack(losses).mean()
 
     def _observed(self, loss: Tensor, outputs: dict[str, Tensor], inputs: dict[str, Any]) -> Observed:
         # Without embeddings, the outputs are states, of which those of padding may be anything.

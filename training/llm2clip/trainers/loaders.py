@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, IterableDataset
 
 from llm2clip.data.opened_table import SourceError
-from llm2clip.data.sampling import EpochBatchSampler, EpochDataset
+from llm2clip.data.sampling import EpochDataset
 from llm2clip.data.streams import SampleStream
 from llm2clip.trainers.base_config import StageConfig, require_batch
 from llm2clip.utils.stopping import worker_init
@@ -57,15 +57,17 @@ def loader_options(args: StageConfig, collator: Callable[..., Any], persistent: 
     }
 
 
-def epoch_loader(
-    dataset: EpochDataset, sampler: EpochBatchSampler, accelerator: Accelerator, options: dict[str, Any]
-) -> DataLoader:
+def epoch_loader(dataset: EpochDataset, sampler: Any, accelerator: Accelerator, options: dict[str, Any]) -> DataLoader:
     """Make the loader of one of this package's map-style data sets, of which accelerate gives each process its share.
+
+    Args:
+        sampler: An [`EpochBatchSampler`] of the data set.
+        options: Further arguments of the loader.
 
     Raises:
         ValueError: The sampler has no batch.
     """
-    loader = accelerator.prepare(DataLoader(dataset, batch_sampler=cast(Any, sampler), **options))
+    loader = accelerator.prepare(DataLoader(dataset, batch_sampler=sampler, **options))
     require_batch(len(sampler), sampler.global_batch_size)
     return loader
 
