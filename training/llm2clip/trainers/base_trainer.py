@@ -115,9 +115,9 @@ class StageTrainer(Trainer):
             )
         if isinstance(train_dataset, datasets.DatasetDict | datasets.IterableDatasetDict):
             raise ValueError(f"train_dataset has the splits {', '.join(train_dataset)}; give one of them.")
-        for name, one in (retrieval or {}).items():
-            if not isinstance(one, self.retrieval_class):
-                wanted, given = self.retrieval_class.__name__, type(one).__name__
+        for name, rows in (retrieval or {}).items():
+            if not isinstance(rows, self.retrieval_class):
+                wanted, given = self.retrieval_class.__name__, type(rows).__name__
                 raise ValueError(f"retrieval[{name!r}] is a {given}, not a {wanted}; rows are eval_dataset.")
         self.args, self.retrieval, self.processing_class = args, retrieval or {}, processing_class
         self._has_eval_rows, self._has_own_collator = eval_dataset is not None, data_collator is not None

@@ -93,12 +93,12 @@ class FrozenLayers:
 
     @contextlib.contextmanager
     def _replaced(self, layers: nn.ModuleList) -> Iterator[None]:
-        own = self.layers
+        replaced = self.layers
         setattr(*self._place, layers)
         try:
             yield
         finally:
-            setattr(*self._place, own)
+            setattr(*self._place, replaced)
 
     def _placeholder(self, batch: int) -> Tensor:
         parameter = next(self.tower.parameters())

@@ -89,7 +89,7 @@ def write_model_card(
     folder = Path(str(args.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
     sources = [str(source["path"]) for source in getattr(args, "sources", []) if source.get("path")]
-    towers = [one for name in TOWER_SETTINGS for one in names_of(getattr(args, name, None))]
+    towers = [tower for name in TOWER_SETTINGS for tower in names_of(getattr(args, name, None))]
     former = _former_text_tower(args)
     towers += names_of(former)
     description = summary(model, processing_class)
@@ -120,17 +120,17 @@ def _former_text_tower(args: StageConfig) -> str | None:
 
 def _methods(args: StageConfig, former: str | None) -> list[str]:
     """Describe the distillations of a run, with the papers that they are from."""
-    found = []
+    methods = []
     if former:
         name = next(iter(hub_ids(former)), "a former text tower")
-        found.append(
+        methods.append(
             f"The adapter learned the text embeddings of {name} without images (ProCLIP, stage I, {PROCLIP})."
         )
     if getattr(args, "distill_weight", 0):
-        found.append(f"Image embeddings followed those of the averaged weights (ProCLIP, stage II, {PROCLIP}).")
+        methods.append(f"Image embeddings followed those of the averaged weights (ProCLIP, stage II, {PROCLIP}).")
     if getattr(args, "relational_weight", 0):
-        found.append(f"The similarities of texts followed those of the LLM's embeddings ({RELATIONS}).")
-    return found
+        methods.append(f"The similarities of texts followed those of the LLM's embeddings ({RELATIONS}).")
+    return methods
 
 
 def _recipe(args: StageConfig) -> dict[str, Any]:
@@ -145,8 +145,9 @@ def _recipe(args: StageConfig) -> dict[str, Any]:
         public = not entry.name.startswith(PRIVATE_SETTINGS) and entry.name not in ("sources", "eval_sources")
         plain = isinstance(value, (bool, int, float, str, list, dict))
         if entry.init and public and plain and value != defaults[entry.name] and not is_local(value):
-            inner = value.items() if isinstance(value, dict) else ()
-            recipe[entry.name] = {name: one for name, one in inner if not is_local(one)} if inner else value
+            if isinstance(value, dict):
+                value = {name: inner for name, inner in value.items() if not is_local(inner)}
+            recipe[entry.name] = value
     return json.loads(json.dumps(recipe, default=str))
 
 
@@ -171,7 +172,7 @@ def latest_evaluations(
         title: Of the table.
         revisions: Their revisions, if they are known.
     """
-    found = []
+    evaluations = []
     for name in names:
         prefix = f"eval_{name}_"
         others = tuple(f"eval_{other}_" for other in names if other.startswith(f"{name}_"))
@@ -188,5 +189,5 @@ def latest_evaluations(
         path = str(source.get("path") or name)
         dataset = path if hub_ids(path) else Path(path).name
         split, revision = str(source.get("split") or name), None if revisions is None else revisions.get(name)
-        found.append(Evaluation(title, dataset, split, revision, metrics))
-    return found
+        evaluations.append(Evaluation(title, dataset, split, revision, metrics))
+    return evaluations

@@ -79,8 +79,8 @@ def undivided(model: nn.Module) -> Any:
     """Return a view of a model, with all its parts, whose class is that from before FSDP: the class to save."""
     if not isinstance(model, FSDPModule):
         return model
-    own: Any = type(model).__bases__[1]
-    view = own.__new__(own)
+    class_before: Any = type(model).__bases__[1]
+    view = class_before.__new__(class_before)
     view.__dict__.update(model.__dict__)
     return view
 

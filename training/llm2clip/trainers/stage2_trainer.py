@@ -24,7 +24,6 @@ from transformers import (
     BaseImageProcessor,
     EvalPrediction,
     SchedulerType,
-    TrainerCallback,
     set_seed,
 )
 
@@ -52,7 +51,7 @@ from llm2clip.trainers.freezing import image_size, prepare_joint_model, store_tr
 from llm2clip.trainers.frozen_layers import FrozenLayers
 from llm2clip.trainers.grad_cache import embed_captions, in_chunks
 from llm2clip.trainers.lora import add_lora, load_with_adapter, lora_source, write_adapter
-from llm2clip.trainers.optimizer import clamp_logit_scale, parameter_groups, warmup_cosine_schedule
+from llm2clip.trainers.optimizer import GROUP_SETTINGS, ClampLogitScale, parameter_groups, warmup_cosine_schedule
 from llm2clip.trainers.run_context import RunContext
 from llm2clip.trainers.sharding import give_scalars_a_dimension, is_divided, is_sharded, undivided_building, value_of
 from llm2clip.trainers.stage2_config import Stage2Config
@@ -86,19 +85,6 @@ from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.modeling_llm2clip_utils import OWN_TEXT_MODEL, TEXT_MODEL, unit_features
 
 logger = logging.getLogger(__name__)
-
-# Settings of the optimizer's parameter groups.
-GROUP_SETTINGS = (
-    *("learning_rate", "vision_learning_rate", "text_learning_rate"),
-    *("weight_decay", "vision_weight_decay", "text_weight_decay", "vision_layer_decay"),
-)
-
-
-class ClampLogitScale(TrainerCallback):
-    """Clamps the logit scale to 1 to 100 after every optimizer step."""
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        clamp_logit_scale(model)
 
 
 class Stage2Trainer(StageTrainer):

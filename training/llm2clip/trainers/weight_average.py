@@ -93,13 +93,13 @@ class WeightAverage(TrainerCallback):
         if self.in_model or not self._average:
             yield
             return
-        own = {name: weight.clone() for name, weight in self._trained().items()}
+        before = {name: weight.clone() for name, weight in self._trained().items()}
         self._write(self._average)
         self.in_model = True
         try:
             yield
         finally:
-            self._write(own)
+            self._write(before)
             self.in_model = False
 
     def save(self, checkpoint: Path, step: int) -> None:
