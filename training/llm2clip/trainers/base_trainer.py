@@ -83,6 +83,8 @@ class StageTrainer(Trainer):
     card_task: ClassVar[str] = ""
     evaluation_title: ClassVar[str] = ""
     title: ClassVar[str] = "Training"
+    # Batch sampler of this package's map-style data sets.
+    sampler_class: ClassVar[Callable[..., EpochBatchSampler]] = SampleIndexBatchSampler
     # Evaluation of `eval_dataset` gives the loss alone, without metrics from the outputs.
     loss_only: ClassVar[bool] = False
     config_class: ClassVar[type] = StageConfig
@@ -185,10 +187,6 @@ class StageTrainer(Trainer):
     def evaluation_collator(self, dataset: Any) -> Callable[..., Any]:
         """Return the collator of a data set that is evaluated."""
         return self.data_collator
-
-    def sampler_class(self) -> Callable[..., EpochBatchSampler]:
-        """Return the class of the batch sampler of this package's map-style data sets."""
-        return SampleIndexBatchSampler
 
     def measure(self, model: Any, retrieval: Any) -> dict[str, float | int]:
         """Compute the metrics of one of the retrieval sets."""
@@ -319,20 +317,27 @@ class StageTrainer(Trainer):
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         return TrainOutput(self.state.global_step, 0.0, metrics)
 
+    def batch_sampler(self) -> EpochBatchSampler:
+        """Make the batch sampler of this package's map-style data sets, for all processes."""
+        return self.make_sampler(type(self).sampler_class)
+
+    def make_sampler(self, sampler_class: Callable[..., EpochBatchSampler]) -> EpochBatchSampler:
+        """Make a batch sampler of a class, for all processes."""
+        return sampler_class(
+            self.train_dataset,
+            self._train_batch_size,
+            num_replicas=self.accelerator.num_processes,
+            seed=self.args.sampling_seed,
+            drop_last=self.args.dataloader_drop_last,
+        )
+
     def get_train_dataloader(self) -> DataLoader:
         dataset: Any = self.train_dataset
         options = loader_options(self.args, self.data_collator, self.args.dataloader_persistent_workers)
         if isinstance(dataset, SampleStream):
             return stream_loader(dataset, self._train_batch_size, options)
         if isinstance(dataset, EpochDataset):
-            sampler = self.sampler_class()(
-                dataset,
-                self._train_batch_size,
-                num_replicas=self.accelerator.num_processes,
-                seed=self.args.sampling_seed,
-                drop_last=self.args.dataloader_drop_last,
-            )
-            return epoch_loader(dataset, sampler, self.accelerator, options)
+            return epoch_loader(dataset, self.batch_sampler(), self.accelerator, options)
         loader = super().get_train_dataloader()
         batch_size = self._train_batch_size * self.args.world_size
         require_batch(len(loader) if hasattr(dataset, "__len__") else 1, batch_size)

@@ -298,10 +298,11 @@ class Stage2Trainer(StageTrainer):
         collator.image_column, collator.caption_column = self.args.image_column, self.args.caption_column
         return collator
 
-    def sampler_class(self) -> Callable[..., EpochBatchSampler]:
+    def batch_sampler(self) -> EpochBatchSampler:
         several = len(getattr(self.train_dataset, "starts", ())) > 2
-        one_source = several and self.train_dataset.mixing == "one_source_per_step"
-        return OneSourceBatchSampler if one_source else super().sampler_class()
+        if several and self.train_dataset.mixing == "one_source_per_step":
+            return self.make_sampler(OneSourceBatchSampler)
+        return super().batch_sampler()
 
     def frozen_inputs(self) -> dict[str, str | None]:
         model = cast(LLM2CLIPModel, self.model)
