@@ -18,15 +18,15 @@ from llm2clip.trainers.weight_average import AVERAGE_FILE
 from llm2clip.utils.embeddings import NonFiniteError
 from llm2clip.utils.manifests import damage
 from llm2clip.utils.processes import leave_process_group
-from modeling_llm2clip import LLM2CLIPModel
 from tests.llm2clip.trainers.rows import BATCH, averages, in_order, keyed_rows
+from tests.llm2clip.trainers.stages import load
 from tests.processes import run_ranks
 
 HALF_LIFE = 2.0
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    return LLM2CLIPModel.from_pretrained(folder, text_model=False).state_dict()
+    return load(folder).state_dict()
 
 
 def trained_of(trainer: Any) -> dict[str, Tensor]:

@@ -44,12 +44,16 @@ class TaughtTexts(EpochDataset):
     def __len__(self) -> int:
         return len(self.texts)
 
+    def _read(self, indices: Sequence[SampleIndex | int]) -> tuple[np.ndarray, Tensor]:
+        """Return the numbers of samples, and their rows of the teacher."""
+        numbers = np.array([index.index if isinstance(index, SampleIndex) else index for index in indices])
+        return numbers, self.store.read(self.rows[numbers], torch.float32)
+
     def __getitem__(self, index: SampleIndex) -> dict[str, Any]:
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[SampleIndex]) -> Any:
-        numbers = np.array([index.index if isinstance(index, SampleIndex) else index for index in indices])
-        rows = self.store.read(self.rows[numbers], torch.float32)
+        numbers, rows = self._read(indices)
         return [
             {"text": self.texts[number], "embedding": row, "index": index}
             for number, row, index in zip(numbers.tolist(), rows, indices, strict=True)
@@ -75,8 +79,7 @@ class TaughtCaptions(TaughtTexts):
         return self.__getitems__([index])
 
     def __getitems__(self, indices: Sequence[SampleIndex]) -> dict[str, Any]:
-        numbers = np.array([index.index if isinstance(index, SampleIndex) else index for index in indices])
-        rows = self.store.read(self.rows[numbers], torch.float32)
+        numbers, rows = self._read(indices)
         return {
             "llm_embeds": self.cache.read(self.cache_rows[numbers]),
             "teacher_embeds": torch.nn.functional.normalize(rows, dim=-1),

@@ -38,7 +38,7 @@ class DataRevisions:
     """
 
     def __init__(self, sources: Mapping[str, Any]) -> None:
-        self._found: dict[str, Future[str | None]] = {name: Future() for name in sources}
+        self._revisions: dict[str, Future[str | None]] = {name: Future() for name in sources}
         local = {name: source for name, source in sources.items() if not hub_ids(_path(source))}
         # Before training, since a data set on the Hub may change meanwhile.
         self._read({name: source for name, source in sources.items() if name not in local})
@@ -48,16 +48,16 @@ class DataRevisions:
     def _read(self, sources: Mapping[str, Any]) -> None:
         for name, source in sources.items():
             try:
-                self._found[name].set_result(data_revision(source))
+                self._revisions[name].set_result(data_revision(source))
             except OSError as error:
                 logger.warning("the revision of %s is unknown: %s", _path(source), error)
-                self._found[name].set_result(None)
+                self._revisions[name].set_result(None)
             except Exception as error:  # raised where the revision is asked for
-                self._found[name].set_exception(error)
+                self._revisions[name].set_exception(error)
 
     def get(self, name: str) -> str | None:
         """Return the revision of a source, waiting for it if necessary; None if it is unknown."""
-        return self._found[name].result() if name in self._found else None
+        return self._revisions[name].result() if name in self._revisions else None
 
 
 def _path(source: Any) -> str:

@@ -54,16 +54,6 @@ class Stage2Captions:
     sources: Sequence[SourceCaptions]
     cache: EmbeddingCache | None = None
 
-    def require_cache(self) -> EmbeddingCache:
-        """Return the cache.
-
-        Raises:
-            ValueError: The embeddings are in sidecars, or in several caches.
-        """
-        if self.cache is None:
-            raise ValueError("frozen towers read one random-access cache; embed the captions with store: cache.")
-        return self.cache
-
 
 def open_captions(
     config: Stage2Recipe,

@@ -42,8 +42,8 @@ def build_dataset(config: Stage2Recipe, image_processor: Any, captions: Stage2Ca
     stored = config.freeze_vision == "all" or config.warm_start
     if stored and any(source.streaming for source in sources):
         raise ValueError("freeze_vision: all reads stored features at random, so that no source can be a stream.")
-    if stored and captions is not None:
-        captions.require_cache()
+    if stored and captions is not None and captions.cache is None:
+        raise ValueError("frozen towers read one random-access cache; embed the captions with store: cache.")
     if config.streams:
         if config.frozen_states_dir:
             raise ValueError("frozen_states_dir is for sources that are read in random order: no streams or weights.")
