@@ -127,6 +127,17 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return {f"{path.relative_to(folder)} {name}": value for path in paths for name, value in load_file(path).items()}
 
 
+def load(folder: Path) -> Any:
+    """A trained model without its LLM."""
+    return LLM2CLIPModel.from_pretrained(folder, text_model=False).eval()
+
+
+def train(config: Stage2Recipe, resume: bool = False) -> Any:
+    """Run stage 2; returns the trained model without its LLM."""
+    run_stage2.run(config, resume=resume)
+    return load(Path(config.output_dir))
+
+
 def assert_equal(one: Path, two: Path, atol: float = 0.0) -> None:
     """Two runs have the same weights."""
     expected, found = weights(one), weights(two)

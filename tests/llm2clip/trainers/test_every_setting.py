@@ -221,6 +221,15 @@ def test_settings_that_an_own_collator_does_not_follow_are_refused(inputs: Input
         ({"remove_unused_columns": True}, "leave remove_unused_columns off"),
         ({"label_names": ["labels"]}, "leave label_names empty"),
         ({"loss": "hinge"}, "loss is 'hinge', but it has to be one of softmax, sigmoid"),
+        ({"distill_weight": 0.2}, "distill_weight needs ema_half_life"),
+        ({"distill_weight": -1.0}, "distill_weight must be at least 0"),
+        ({"relational_weight": -1.0}, "relational_weight must be at least 0"),
+        ({"structure_weight": 3.0}, "structure_weight is for distill_from and distill_weight"),
+        ({"distill_from": "clip"}, "distill_from needs frozen towers"),
+        ({"freeze_vision": "all", "distill_from": "clip", "feature_cache": "x"}, "unset feature_cache"),
+        ({"freeze_vision": "all", "distill_from": "clip", "feature_dropout": 0.1}, "unset feature_dropout"),
+        ({"warm_start": {"distill_from": "clip"}, "standardize_features": True}, "unset standardize_features"),
+        ({"warm_start": {"distill_from": "clip", "alignment": "closed_form"}}, "unset alignment"),
     ],
 )
 def test_settings_that_would_change_nothing_are_refused(

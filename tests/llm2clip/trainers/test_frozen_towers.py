@@ -31,7 +31,7 @@ from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from tests.builders import small_runs
 from tests.llm2clip.conftest import Inputs
-from tests.llm2clip.trainers.stages import TRAINING, assert_equal_weights, history
+from tests.llm2clip.trainers.stages import TRAINING, assert_equal_weights, history, load, train
 
 FROZEN = {"freeze_vision": "all", "vision_pooling": "cls_mean", "standardize_features": True, "visual_head": "linear"}
 WARM = {"freeze_vision": "none", "freeze_vision_layers": -1, "warm_start": {"max_steps": 6, "save_steps": 3}}
@@ -45,15 +45,6 @@ def settings(folder: Path, inputs: Inputs, **changes: Any) -> Stage2Recipe:
     if changes.get("alignment") == "closed_form":
         fields = {name: value for name, value in fields.items() if name not in TRAINING}
     return build_config(Stage2Recipe, {**fields, **changes})
-
-
-def load(folder: Path) -> Any:
-    return LLM2CLIPModel.from_pretrained(folder, text_model=False).eval()
-
-
-def train(config: Stage2Recipe, resume: bool = False) -> Any:
-    run_stage2.run(config, resume=resume)
-    return load(Path(config.output_dir))
 
 
 def stored(config: Stage2Recipe) -> tuple[Any, Any]:

@@ -34,7 +34,7 @@ from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.encoders.models import save_transformers
 from tests.llm2clip.trainers.rows import BATCH, averages, in_order, keyed_rows, logged
 from tests.llm2clip.trainers.rows import settings as trainer_settings
-from tests.llm2clip.trainers.stages import assert_equal_weights, joint_model
+from tests.llm2clip.trainers.stages import assert_equal_weights, joint_model, load, train
 
 TERMS = {"loss_distill_instance", "loss_distill_structure"}
 AVERAGED = {"distill_weight": 0.5, "structure_weight": 20.0, "ema_half_life": 2.0}
@@ -54,15 +54,6 @@ def settings(folder: Path, inputs: Inputs, clip: str, **changes: Any) -> Stage2R
     frozen = {"freeze_vision": "all", "distill_from": clip}
     first = {"warm_start": {"distill_from": clip, "max_steps": 4}} if "warm_start" in changes else frozen
     return build_config(Stage2Recipe, {**fields, **changes, **first})
-
-
-def load(folder: Path) -> Any:
-    return LLM2CLIPModel.from_pretrained(folder, text_model=False).eval()
-
-
-def train(config: Stage2Recipe, resume: bool = False) -> Any:
-    run_stage2.run(config, resume=resume)
-    return load(Path(config.output_dir))
 
 
 def distances(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -267,23 +258,3 @@ def test_the_trainer_alone_keeps_a_space(inputs: Inputs, clip: str, tmp_path: Pa
         Stage2Trainer(model, alone, train_dataset=[{}], processing_class=processor)
     with pytest.raises(ValueError, match="distill_from needs a processing_class with an image processor"):
         Stage2Trainer(model, args, train_dataset=[{}])
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"distill_weight": 0.2}, "distill_weight needs ema_half_life"),
-        ({"distill_weight": -1.0}, "distill_weight must be at least 0"),
-        ({"relational_weight": -1.0}, "relational_weight must be at least 0"),
-        ({"structure_weight": 3.0}, "structure_weight is for distill_from and distill_weight"),
-        ({"distill_from": "clip"}, "distill_from needs frozen towers"),
-        ({"freeze_vision": "all", "distill_from": "clip", "feature_cache": "x"}, "unset feature_cache"),
-        ({"freeze_vision": "all", "distill_from": "clip", "feature_dropout": 0.1}, "unset feature_dropout"),
-        ({"warm_start": {"distill_from": "clip"}, "standardize_features": True}, "unset standardize_features"),
-        ({"warm_start": {"distill_from": "clip", "alignment": "closed_form"}}, "unset alignment"),
-    ],
-)
-def test_settings_that_do_not_fit(changes: dict[str, Any], message: str, inputs: Inputs, tmp_path: Path) -> None:
-    fields = small_runs.stage2_fields(tmp_path, inputs.vision, inputs.text, inputs.cache)
-    with pytest.raises(ValueError, match=message):
-        run_stage2.build_trainer(build_config(Stage2Recipe, {**fields, **changes}))

@@ -26,15 +26,12 @@ from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from tests.builders import small_runs
 from tests.llm2clip.conftest import Inputs
-from tests.llm2clip.trainers.stages import assert_equal, broken_after, fields_of, history, losses, run
+from tests.llm2clip.trainers.stages import assert_equal, broken_after, fields_of, history, losses, run, weights
 from tests.processes import run_ranks
 
 QUICK: dict[str, Any] = {"max_steps": 1, "save_strategy": "no", "eval_sources": {}}
+PROJECTION = "model.safetensors text_adapter.proj.weight"
 FINISHED: dict[str, Any] = {"vision_model_name_or_path": "", "text_model_name_or_path": "", "projection_dim": None}
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return LLM2CLIPModel.from_pretrained(folder, text_model=False).state_dict()
 
 
 FROZEN = {"freeze_vision": "all", "vision_pooling": "cls_mean"}
@@ -178,7 +175,7 @@ def test_training_continues_from_an_llm2clip_model(inputs: Inputs, tmp_path: Pat
     run("stage2", tmp_path / "second", inputs, projection_dim=None, **more)
     first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
     assert first.keys() == second.keys()
-    assert 0 < (second["text_adapter.proj.weight"] - first["text_adapter.proj.weight"]).abs().max() < 0.01
+    assert 0 < (second[PROJECTION] - first[PROJECTION]).abs().max() < 0.01
 
 
 def test_online_llm_gives_the_same_losses_as_the_cache(inputs: Inputs, tmp_path: Path) -> None:

@@ -139,12 +139,13 @@ def test_masks_depend_only_on_seed_and_sample(inputs: Inputs, tmp_path: Path) ->
 
 
 def only_once(monkeypatch: pytest.MonkeyPatch) -> Callable[..., np.ndarray]:
-    """From now on, tokens that are computed are an error."""
+    """From now on, tokens that are computed are an error, and so are captions that are held for it."""
 
     def forbidden(*_: Any) -> Any:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(mntp_data, "token_batches", forbidden)
+    for name in ("token_batches", "distinct_captions"):
+        monkeypatch.setattr(mntp_data, name, forbidden)
     return source_tokens
 
 

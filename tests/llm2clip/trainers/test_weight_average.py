@@ -13,20 +13,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
-from llm2clip.trainers import base_trainer
+from llm2clip.trainers import weight_average
 from llm2clip.trainers.weight_average import AVERAGE_FILE
 from llm2clip.utils.embeddings import NonFiniteError
 from llm2clip.utils.manifests import damage
 from llm2clip.utils.processes import leave_process_group
-from modeling_llm2clip import LLM2CLIPModel
 from tests.llm2clip.trainers.rows import BATCH, averages, in_order, keyed_rows
+from tests.llm2clip.trainers.stages import load
 from tests.processes import run_ranks
 
 HALF_LIFE = 2.0
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    return LLM2CLIPModel.from_pretrained(folder, text_model=False).state_dict()
+    return load(folder).state_dict()
 
 
 def trained_of(trainer: Any) -> dict[str, Tensor]:
@@ -162,7 +162,7 @@ def test_a_checkpoint_without_this_average_is_refused(tmp_path: Path) -> None:
 
 
 def test_sharded_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base_trainer, "is_sharded", lambda accelerator: True)
+    monkeypatch.setattr(weight_average, "is_sharded", lambda accelerator: True)
     with pytest.raises(ValueError, match=r"ema_half_life does not work with FSDP or DeepSpeed.*train with DDP"):
         in_order(tmp_path, keyed_rows(BATCH), ema_half_life=HALF_LIFE)
 

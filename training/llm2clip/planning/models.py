@@ -43,9 +43,9 @@ def read_config(name: str | None, setting: str, revision: str | None = None) -> 
     if not name:
         raise ValueError(f"the plan needs {setting}: a Hub id, or a folder with a config.json.")
     packaged = FOLDER / name
-    place = str(packaged) if "/" not in name and packaged.is_dir() and not Path(name).is_dir() else name
+    folder = str(packaged) if "/" not in name and packaged.is_dir() and not Path(name).is_dir() else name
     try:
-        return AutoConfig.from_pretrained(place, revision=revision)
+        return AutoConfig.from_pretrained(folder, revision=revision)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"the config of {name} cannot be read ({str(error).strip().splitlines()[0]}). Give --{setting} a folder "
@@ -60,7 +60,10 @@ def text_config_of(name: Any, setting: str, revision: Any, **fields: Any) -> LLM
     Lists of two give that of two text encoders.
     """
     if isinstance(name, list):
-        first, *others = (text_config_of(one, setting, own, **fields) for one, own in each_of_pair(name, revision))
+        first, *others = (
+            text_config_of(tower_name, setting, tower_revision, **fields)
+            for tower_name, tower_revision in each_of_pair(name, revision)
+        )
         first = copy.deepcopy(first)
         first.second_config = others[0] if others else None
         return first

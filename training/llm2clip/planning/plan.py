@@ -122,10 +122,10 @@ def make_plan(config: PlanConfig, stage: Stage, settings: StageConfig | EmbedCon
         batch = _batch(settings, config.gpus)
         of, disk = _steps(config, settings, step, batch["rows_per_step"])
         use, units = config.training_use, of["rows"]
-    for name, found in strategies.items():
+    for name, needed in strategies.items():
         # GradCache refuses it.
         refused = step.in_chunks and name == "ZeRO-3"
-        found["fits"] = "refused" if refused else "yes" if found["total"] <= limit else "no"
+        needed["fits"] = "refused" if refused else "yes" if needed["total"] <= limit else "no"
     models = ("model_name_or_path", "vision_model_name_or_path", "text_model_name_or_path")
     return {
         "stage": stage,
@@ -181,9 +181,10 @@ def _steps(
     if steps <= 0:
         epochs = 1.0 if config.rows is None else settings.num_train_epochs
         steps = max(1, int((config.rows or MILLION) * epochs / rows_per_step))
-    own, result = step.trained_bytes, step.trained_bytes + step.frozen_bytes
+    trained, result = step.trained_bytes, step.trained_bytes + step.frozen_bytes
     average = 4 * step.trained if settings.ema_half_life is not None else 0
-    checkpoint = (own if getattr(settings, "lora_rank", 0) > 0 else result) + average + own / 4 * state_bytes(settings)
+    weights = trained if getattr(settings, "lora_rank", 0) > 0 else result
+    checkpoint = weights + average + trained / 4 * state_bytes(settings)
     kept: int | None = 0
     strategy = getattr(settings.save_strategy, "value", settings.save_strategy)
     if strategy != "no":
@@ -198,7 +199,7 @@ def _steps(
         "checkpoint": checkpoint,
         "checkpoints_kept": kept,
         "checkpoints": None if kept is None else kept * checkpoint,
-        "result": own if getattr(settings, "save_format", "merged") == "adapter" else result,
+        "result": trained if getattr(settings, "save_format", "merged") == "adapter" else result,
         "frozen_states": 2 * step.state_values * (config.rows or MILLION),
     }
     return {"rows": steps * rows_per_step, "steps": steps, "whole_run": whole}, disk

@@ -18,13 +18,14 @@ def print_plan(plan: dict[str, Any]) -> None:
     console = Console(markup=False, emoji=False, highlight=False)
     strategies = plan["strategies"]
     rows = [
-        [name, *(f"{found[part] / GIB:,.1f}" for part in PARTS), found["fits"]] for name, found in strategies.items()
+        [name, *(f"{needed[part] / GIB:,.1f}" for part in PARTS), needed["fits"]]
+        for name, needed in strategies.items()
     ]
     usable, memory = plan["usable_bytes"] / GIB, plan["gpu_memory_gib"]
     title = f"{plan['stage']}: memory of each of {plan['gpus']} GPUs, {usable:,.0f} of {memory:,.0f} GiB usable"
     print_table(console, title, COLUMNS, rows, text_columns=(0, len(COLUMNS) - 1))
     lines = [f"models: {plan['model']}"]
-    if any(found["fits"] == "refused" for found in strategies.values()):
+    if any(needed["fits"] == "refused" for needed in strategies.values()):
         lines.insert(0, "refused: tower_chunk_size does not work with ZeRO-3")
     trained, frozen = plan["parameters"]["trained"], plan["parameters"]["frozen"]
     lines.append(f"parameters: {trained / 1e6:,.1f}M trained, {frozen / 1e6:,.1f}M frozen")

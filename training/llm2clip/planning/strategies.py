@@ -29,24 +29,24 @@ def memory(
         half: The run uses bf16 or fp16.
         averaged: The run averages its weights (EMA).
     """
-    count, own, frozen = step.trained, step.trained_bytes, step.frozen_bytes
+    count, trained, frozen = step.trained, step.trained_bytes, step.frozen_bytes
     average = FLOAT * count if averaged else 0
     weights: float
     gradients: float
     buffers: float
     activations = step.activations if strategy == "DDP" else step.activations - step.casts
     # Of float32 weights, 16-bit copies are gathered.
-    gathered = (GATHERED_BLOCKS * step.largest_block + step.outside) * (0.5 if half and own > frozen else 1.0)
+    gathered = (GATHERED_BLOCKS * step.largest_block + step.outside) * (0.5 if half and trained > frozen else 1.0)
     # Chunks of a batch sum their gradients beside those of the parameters, on every GPU in full.
     if strategy == "DDP":
         # DDP reduces gradients in buckets, which together are as large as the gradients.
-        weights, gradients, states = own + frozen, own, own / FLOAT * state_bytes + average
-        buffers = own * ((gpus > 1) + step.in_chunks)
+        weights, gradients, states = trained + frozen, trained, trained / FLOAT * state_bytes + average
+        buffers = trained * ((gpus > 1) + step.in_chunks)
     elif strategy == "FSDP2":
         # Accelerate trains float32 weights under mixed precision.
-        own = max(own, FLOAT * count) if half else own
-        states = own / FLOAT * state_bytes + average
-        weights, gradients, states = (own + frozen) / gpus, own / gpus, states / gpus
+        trained = max(trained, FLOAT * count) if half else trained
+        states = trained / FLOAT * state_bytes + average
+        weights, gradients, states = (trained + frozen) / gpus, trained / gpus, states / gpus
         buffers = gathered + FLOAT * (step.largest_trained_block + count * step.in_chunks)
     else:
         # DeepSpeed computes in 16 bits throughout and keeps float32 weights in its optimizer.

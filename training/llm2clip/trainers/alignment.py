@@ -96,8 +96,8 @@ def align(
     set_heads(model, HEADS[alignment], width)
     install(model, solved[ridge].cut(width))
     logger.info("Closed form: ridge %g, width %d.", ridge, width)
-    found = {"closed_form_ridge": ridge, "closed_form_width": float(width)}
-    return found if measure is None else {**found, "closed_form_mean_recall": scores[best]}
+    metrics = {"closed_form_ridge": ridge, "closed_form_width": float(width)}
+    return metrics if measure is None else {**metrics, "closed_form_mean_recall": scores[best]}
 
 
 def head_fields(kind: str, width: int) -> dict[str, Any]:
@@ -151,10 +151,10 @@ def take_space(model: LLM2CLIPModel, image_processor: Any, name: str) -> None:
     shape = (size, size, 3) if isinstance(size, int) else (*size, 3)
     noise = [np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8) for seed in range(2)]
     images = [Image.fromarray(values) for values in noise]
-    wanted, own = encoder.encode_image(images), OurEncoder(model.eval(), image_processor)
+    wanted, ours = encoder.encode_image(images), OurEncoder(model.eval(), image_processor)
 
     def is_same() -> bool:
-        return bool((own.encode_image(images) * wanted).sum(dim=1).min() > SAME)
+        return bool((ours.encode_image(images) * wanted).sum(dim=1).min() > SAME)
 
     if is_same():
         return

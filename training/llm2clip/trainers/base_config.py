@@ -108,12 +108,12 @@ class StageConfig(TrainingArguments):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self._read_accelerator_config()
         super().__post_init__()
-        if (found := self.n_gpu) > 1:
+        if (count := self.n_gpu) > 1:
             logger.warning(
                 "training on 1 of %d GPUs; start `torchrun --nproc_per_node %d -m llm2clip ...` (or your script) to "
                 "use all of them.",
-                found,
-                found,
+                count,
+                count,
             )
             # Otherwise the Trainer uses nn.DataParallel, with which parts of a batch would be compared.
             self._n_gpu = 1

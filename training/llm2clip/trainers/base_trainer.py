@@ -17,27 +17,33 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import EvalPrediction, PreTrainedModel, ProgressCallback, Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from llm2clip.data import SampleIndexBatchSampler, SkipLog
+from llm2clip.data import SampleIndexBatchSampler
 from llm2clip.data.sampling import EpochBatchSampler, EpochDataset
 from llm2clip.data.streams import SampleStream
 from llm2clip.evaluation.data import CaptionPairData
 from llm2clip.hub.cards.facts import Evaluation
-from llm2clip.hub.upload import Uploader
 from llm2clip.trainers.base_config import StageConfig, require_batch
 from llm2clip.trainers.checkpoints import begin_checkpoint, finish_checkpoint, unlist_result
-from llm2clip.trainers.loaders import loader_options, rows_that_count, stream_loader
-from llm2clip.trainers.model_card import DataRevisions, latest_evaluations, write_model_card
+from llm2clip.trainers.loaders import (
+    data_inputs,
+    epoch_loader,
+    loader_options,
+    refuse_unused_by_loader,
+    rows_that_count,
+    stream_loader,
+)
+from llm2clip.trainers.model_card import DataRevisions, continued, latest_evaluations, write_model_card
 from llm2clip.trainers.optimizer import SCHEDULE_SETTINGS, OptimizerSettings
 from llm2clip.trainers.progress import TrainingProgress
-from llm2clip.trainers.pushing import PushCallback, open_repo, publish_model, push_error, uploader_of
+from llm2clip.trainers.pushing import PushCallback, open_repo, publish_model, uploader_of
 from llm2clip.trainers.run_context import RunContext
-from llm2clip.trainers.run_state import NoStepsLeft, RunState, StreamPosition
-from llm2clip.trainers.sharding import gathered, is_sharded, undivided, whole_weights
-from llm2clip.trainers.step_guard import Observed, StepGuard, describe, require_finite
-from llm2clip.trainers.weight_average import WeightAverage
+from llm2clip.trainers.run_state import NoStepsLeft, RunState, StreamPosition, open_skip_log
+from llm2clip.trainers.saving import callback_states, finite_weights, load_weights
+from llm2clip.trainers.sharding import gathered, is_sharded, undivided
+from llm2clip.trainers.step_guard import Observed, StepGuard, describe
+from llm2clip.trainers.weight_average import average_of
 from llm2clip.utils.embeddings import BROKEN_MODEL, NonFiniteError
 from llm2clip.utils.library_errors import explain, wrap_write_errors
 from llm2clip.utils.processes import on_any_process
@@ -111,9 +117,9 @@ class StageTrainer(Trainer):
             )
         if isinstance(train_dataset, datasets.DatasetDict | datasets.IterableDatasetDict):
             raise ValueError(f"train_dataset has the splits {', '.join(train_dataset)}; give one of them.")
-        for name, one in (retrieval or {}).items():
-            if not isinstance(one, self.retrieval_class):
-                wanted, given = self.retrieval_class.__name__, type(one).__name__
+        for name, rows in (retrieval or {}).items():
+            if not isinstance(rows, self.retrieval_class):
+                wanted, given = self.retrieval_class.__name__, type(rows).__name__
                 raise ValueError(f"retrieval[{name!r}] is a {given}, not a {wanted}; rows are eval_dataset.")
         self.args, self.retrieval, self.processing_class = args, retrieval or {}, processing_class
         self._has_eval_rows, self._has_own_collator = eval_dataset is not None, data_collator is not None
@@ -139,12 +145,12 @@ class StageTrainer(Trainer):
         self._revisions: DataRevisions | None = None
         self.guard = StepGuard(args.skip_bad_steps, args.grace_seconds, str(args.output_dir), self.log)
         is_endless = isinstance(train_dataset, SampleStream) and train_dataset.repeat
-        self.run_state = RunState(self.skip_log(), StreamPosition(train_dataset, args) if is_endless else None)
+        self.run_state = RunState(open_skip_log(args), StreamPosition(train_dataset, args) if is_endless else None)
         self.progress = TrainingProgress(self.title)
-        self.pushing = PushCallback(self.publish, self.uploader)
+        self.pushing = PushCallback(self.publish, lambda *given: uploader_of(args, str(self.hub_model_id), *given))
         # Before the guard, whose end of a run after SIGTERM would leave the checkpoint on this machine.
         self.add_callback(self.pushing)
-        self.average = self._average()
+        self.average = average_of(args, self.accelerator, self.unwrapped)
         for callback in (self.guard, self.average, self.run_state):
             if callback is not None:
                 self.add_callback(callback)
@@ -181,10 +187,6 @@ class StageTrainer(Trainer):
     def evaluation_collator(self, dataset: Any) -> Callable[..., Any]:
         """Return the collator of a data set that is evaluated."""
         return self.data_collator
-
-    def skip_log(self) -> SkipLog | None:
-        """Open the list of the samples that this process skips."""
-        return None
 
     def measure(self, model: Any, retrieval: Any) -> dict[str, float | int]:
         """Compute the metrics of one of the retrieval sets."""
@@ -240,28 +242,13 @@ class StageTrainer(Trainer):
         """Return the model without wrappers."""
         return self.accelerator.unwrap_model(self.model)
 
-    def _average(self) -> WeightAverage | None:
-        args = self.args
-        if args.skip_bad_steps and self.is_deepspeed_enabled:
+    def _refuse_unused(self) -> None:
+        """Refuse settings that the data set or the engine would make useless."""
+        refuse_unused_by_loader(self.args, self.train_dataset)
+        if self.args.skip_bad_steps and self.is_deepspeed_enabled:
             raise ValueError(
                 "skip_bad_steps does not work with DeepSpeed, which updates weights in backward; set it to 0."
             )
-        if args.ema_half_life is None:
-            return None
-        if is_sharded(self.accelerator):
-            raise ValueError(
-                "ema_half_life does not work with FSDP or DeepSpeed, which give no process the whole weights; train "
-                "with DDP, or leave it unset."
-            )
-        return WeightAverage(self.unwrapped, args.ema_half_life, args.resume_anyway)
-
-    def _refuse_unused(self) -> None:
-        """Refuse settings that the data set would make useless."""
-        own = isinstance(self.train_dataset, EpochDataset | SampleStream)
-        if own and getattr(self.args, "train_sampling_strategy", "random") != "random":
-            raise ValueError("train_sampling_strategy is not for this package's data sets, which bring their order.")
-        if self.args.auto_find_batch_size and isinstance(self.train_dataset, SampleStream):
-            raise ValueError("auto_find_batch_size does not work with streams, whose order depends on the batch.")
 
     def _hp_search_setup(self, trial: Any) -> None:
         """Also prepare a new model of `model_init`, which the Trainer has made just before."""
@@ -298,13 +285,13 @@ class StageTrainer(Trainer):
         unlist_result(self.args)
         checkpoint = None if run.checkpoint is None else str(run.checkpoint)
         try:
-            found: dict[str, float] = self.prepare_training(run) if self.model_init is None else {}
+            prepared: dict[str, float] = self.prepare_training(run) if self.model_init is None else {}
             with self.run_state.resumed(run.checkpoint), self.guard.on_sigterm():
                 if self.model_init is None:
-                    self._begin(run, found)
+                    self._begin(run, prepared)
                 if not self.has_steps:
-                    self.log(dict(self.run_state.found))
-                    return TrainOutput(0, 0.0, dict(self.run_state.found))
+                    self.log(dict(self.run_state.initial))
+                    return TrainOutput(0, 0.0, dict(self.run_state.initial))
                 try:
                     output = super().train(checkpoint, trial, ignore_keys_for_eval)
                 except NoStepsLeft:
@@ -313,22 +300,13 @@ class StageTrainer(Trainer):
                     raise ValueError(f"{checkpoint}: {explain(error)}") from error
         finally:
             self.progress.close()
-        metrics = {**output.metrics, **self.run_state.found}
+        metrics = {**output.metrics, **self.run_state.initial}
         return TrainOutput(output.global_step, metrics["train_loss"], metrics)
 
-    def _begin(self, run: RunContext, found: dict[str, float]) -> None:
+    def _begin(self, run: RunContext, prepared: dict[str, float]) -> None:
         """Compare what the run reads, and compute its initial weights, when model and data are prepared."""
-        self.run_state.inputs = run.compare_inputs(self._inputs)
-        self.run_state.found = {**found, **(self.initialize_weights() if run.checkpoint is None else {})}
-
-    def _inputs(self) -> dict[str, Any]:
-        data: Any = self.train_dataset
-        values: dict[str, Any] = {}
-        if hasattr(data, "__len__") and not isinstance(data, IterableDataset):
-            values["rows of the training data"] = len(data)
-        if isinstance(data, EpochDataset | SampleStream):
-            values["content of the training data"] = data.content_digest()
-        return values | self.frozen_inputs()
+        self.run_state.inputs = run.compare_inputs(lambda: data_inputs(self.train_dataset) | self.frozen_inputs())
+        self.run_state.initial = {**prepared, **(self.initialize_weights() if run.checkpoint is None else {})}
 
     def _end_without_steps(self) -> TrainOutput:
         metrics = {"total_flos": self.state.total_flos, "train_loss": 0.0}
@@ -359,14 +337,10 @@ class StageTrainer(Trainer):
         if isinstance(dataset, SampleStream):
             return stream_loader(dataset, self._train_batch_size, options)
         if isinstance(dataset, EpochDataset):
-            sampler: Any = self.batch_sampler()
-            num_batches, batch_size = len(sampler), sampler.global_batch_size
-            loader = self.accelerator.prepare(DataLoader(dataset, batch_sampler=sampler, **options))
-        else:
-            loader = super().get_train_dataloader()
-            num_batches = len(loader) if hasattr(dataset, "__len__") else 1
-            batch_size = self._train_batch_size * self.args.world_size
-        require_batch(num_batches, batch_size)
+            return epoch_loader(dataset, self.batch_sampler(), self.accelerator, options)
+        loader = super().get_train_dataloader()
+        batch_size = self._train_batch_size * self.args.world_size
+        require_batch(len(loader) if hasattr(dataset, "__len__") else 1, batch_size)
         return loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -392,19 +366,27 @@ class StageTrainer(Trainer):
                 loss = loss / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
-    def loss_of(self, *batch: Any) -> Tensor:
-        """Compute the loss of a batch by `compute_loss_func`, if that was given, or by [`contrastive_loss`]."""
-        if self.compute_loss_func is None:
-            return self.contrastive_loss(*batch)
-        embeds, logit_scale, logit_bias, ids = batch
-        outputs = {**embeds, "logit_scale": logit_scale, "logit_bias": logit_bias}
-        return self.compute_loss_func(outputs, dict(ids) or None, num_items_in_batch=None)
+    def loss_of(
+        self,
+        embeds: Mapping[str, Tensor],
+        logit_scale: Tensor | None,
+        logit_bias: Tensor | None,
+        ids: Mapping[str, Tensor | None],
+        dims: Sequence[int] = (),
+    ) -> Tensor:
+        """Compute the loss of a batch by `compute_loss_func`, if that was given, or by [`contrastive_loss`].
 
-    def loss_of_prefixes(self, dims: Sequence[int], embeds: Mapping[str, Tensor], *others: Any) -> Tensor:
-        """Average the losses of embeddings and of their first `dims` values, of unit length each (Matryoshka)."""
+        Args:
+            dims: The loss is the mean over the embeddings and their first `dims` values, of unit length (Matryoshka).
+        """
         # The whole embeddings are last, as what a loss keeps of its last call is logged.
         parts = [*({name: shorten(rows, dim) for name, rows in embeds.items()} for dim in dims), embeds]
-        return torch.stack([self.loss_of(part, *others) for part in parts]).mean()
+        if (given := self.compute_loss_func) is None:
+            losses = [self.contrastive_loss(part, cast(Tensor, logit_scale), logit_bias, ids) for part in parts]
+        else:
+            scalars = {"logit_scale": logit_scale, "logit_bias": logit_bias}
+            losses = [given({**part, **scalars}, dict(ids) or None, num_items_in_batch=None) for part in parts]
+        return torch.stack(losses).mean()
 
     def _observed(self, loss: Tensor, outputs: dict[str, Tensor], inputs: dict[str, Any]) -> Observed:
         # Without embeddings, the outputs are states, of which those of padding may be anything.
@@ -448,6 +430,8 @@ class StageTrainer(Trainer):
             self.store_flos()
         self.run_state.gather()
         with wrap_write_errors(folder):
+            if self.args.should_save:
+                begin_checkpoint(folder)
             self.save_model(str(folder), _internal_call=True)
             self.accelerator.wait_for_everyone()
             best = folder.with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
@@ -458,25 +442,18 @@ class StageTrainer(Trainer):
                 self._save_scaler(str(folder))
                 self._save_rng_state(str(folder))
             if self.args.should_save:
-                self._save_states(folder)
+                self.state.stateful_callbacks = cast(
+                    Any, callback_states([*self.callback_handler.callbacks, self.control])
+                )
+                self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+                if self.average is not None:
+                    self.average.save(folder, self.state.global_step)
+                self.run_state.save(folder, self.state.global_step)
+                cast(RunContext, self.run).save(folder)
         # The other processes have written their states of random numbers.
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             finish_checkpoint(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
-
-    def _save_states(self, folder: Path) -> None:
-        states: dict[str, list[Any]] = {}
-        for callback in [*self.callback_handler.callbacks, self.control]:
-            if isinstance(callback, ExportableState):
-                states.setdefault(type(callback).__name__, []).append(callback.state())
-        self.state.stateful_callbacks = cast(
-            Any, {name: some if len(some) > 1 else some[0] for name, some in states.items()}
-        )
-        self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-        if self.average is not None:
-            self.average.save(folder, self.state.global_step)
-        self.run_state.save(folder, self.state.global_step)
-        cast(RunContext, self.run).save(folder)
 
     # transformers (5.6 to 5.23) has no public method for loading a checkpoint's weights: it reads the files by the
     # names of the parameters, which `from_pretrained` and `save_pretrained` may change.
@@ -487,9 +464,8 @@ class StageTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         target: Any = self.accelerator.unwrap_model(model or self.model)
-        load_weights(
-            target, type(target).from_pretrained(resume_from_checkpoint, **self.load_options), resume_from_checkpoint
-        )
+        saved = type(target).from_pretrained(resume_from_checkpoint, **self.load_options)
+        load_weights(target, saved, resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         changed = cast(RunContext, self.run).changed & SCHEDULE_SETTINGS if checkpoint is not None else set()
@@ -511,15 +487,18 @@ class StageTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model: in a checkpoint as it trains, and where you call it as the result, as the settings say."""
         folder = output_dir or str(self.args.output_dir)
-        if self.args.should_save:
-            begin_checkpoint(Path(folder))
         if _internal_call:
             self.save_weights(folder)
             return
+        self._save_whole(folder)
+        if self.args.push_to_hub:
+            self._upload(folder, "Model save")
+
+    def _save_whole(self, folder: str) -> None:
+        if self.args.should_save:
+            begin_checkpoint(Path(folder))
         self.save_result(folder)
         self.complete_result(folder)
-        if self.args.push_to_hub:
-            self._upload(Path(folder), "Model save")
 
     def save_weights(self, folder: str | Path) -> None:
         """Save the model as it trains, with its processor; called in all processes.
@@ -528,11 +507,7 @@ class StageTrainer(Trainer):
             NonFiniteError: A trained weight is NaN or infinite; in all processes.
         """
         model = undivided(self.unwrapped())
-        sharded = is_sharded(self.accelerator)
-        weights = whole_weights(self.accelerator, self.model_wrapped) if sharded else None
-        checked = dict(model.named_parameters()) if weights is None else weights
-        trained = {name: weight for name, weight in checked.items() if sharded or weight.requires_grad}
-        require_finite(trained, self.state.global_step, sharded)
+        weights = finite_weights(self.accelerator, model, self.model_wrapped, self.state.global_step)
         if self.args.should_save:
             self.write_model(model, folder, weights)
 
@@ -577,13 +552,7 @@ class StageTrainer(Trainer):
         return loss, embeds, self.eval_labels(inputs, len(embeds[0]))
 
     def without_repeats(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Drop the rows with which accelerate fills the last batch of an evaluation on several processes.
-
-        They are those that `gather_for_metrics` drops. A data set without a length keeps them, as it does there.
-
-        Args:
-            batch: Tensors of this process, (rows, ...) each, or None; returned as they are in training.
-        """
+        """Drop the rows that only fill the last batch of an evaluation; see [`rows_that_count`]."""
         is_training = cast(nn.Module, self.model).training
         return batch if is_training else rows_that_count(batch, self.accelerator)
 
@@ -609,14 +578,14 @@ class StageTrainer(Trainer):
         if self.accelerator.mixed_precision != "no":
             logger.info("Measuring retrieval sets in %s, as the model trains.", self.accelerator.mixed_precision)
         with gathered(self.accelerator, self.model_wrapped), self.accelerator.autocast():
-            found = {
+            metrics: dict[str, float] = {
                 f"{prefix}_{name}_{key}": value
                 for name, retrieval in self.retrieval.items()
                 for key, value in self.measure(model, retrieval).items()
             }
-        self.log(found)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
-        return found
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     # The whole work of a command.
 
@@ -647,21 +616,25 @@ class StageTrainer(Trainer):
             self.create_model_card()
             self.complete_result(str(self.args.output_dir))
         if self.args.push_to_hub:
-            self._upload(Path(str(self.args.output_dir)), "End of training")
+            self._upload(str(self.args.output_dir), "End of training")
         return metrics
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write this package's model card into `output_dir`; text that people added to the existing card stays."""
         if not self.is_world_process_zero():
             return
-        before = max((entry["step"] for entry in self.earlier_history), default=0)
-        log = self.state.log_history
-        history = [*self.earlier_history, *({**entry, "step": before + entry["step"]} for entry in log)]
-        sources = getattr(self.args, "eval_sources", {})
-        found = latest_evaluations([*self.retrieval], log, sources, self.evaluation_title, self._revisions)
-        card: dict[str, Any] = {"task": self.card_task, "evaluations": found, "history": history}
-        card["comparison"] = self.comparison(found)
-        write_model_card(self.args, self.unwrapped(), self.processing_class, **card, repo=self.hub_model_id)
+        log, sources = self.state.log_history, getattr(self.args, "eval_sources", {})
+        evaluations = latest_evaluations([*self.retrieval], log, sources, self.evaluation_title, self._revisions)
+        write_model_card(
+            self.args,
+            self.unwrapped(),
+            self.processing_class,
+            task=self.card_task,
+            evaluations=evaluations,
+            history=continued(self.earlier_history, log),
+            comparison=self.comparison(evaluations),
+            repo=self.hub_model_id,
+        )
 
     # Pushing, through [`Uploader`] as `llm2clip push` does, and only to a repo that contains no other model.
 
@@ -677,10 +650,6 @@ class StageTrainer(Trainer):
             # Any, since the Trainer declares them as None.
             repo: Any = open_repo(self.args, self.unwrapped().config.model_type, token, private)
             self.hub_model_id, self.push_in_progress = repo, None
-
-    def uploader(self, token: str | None = None, revision: str | None = None) -> Uploader:
-        """Make the connection to the repo of this run."""
-        return uploader_of(self.args, str(self.hub_model_id), token, revision)
 
     def publish(self, checkpoint: Path) -> None:
         """Copy the model of a checkpoint to `output_dir`, which is uploaded, and write its card."""
@@ -708,43 +677,13 @@ class StageTrainer(Trainer):
         """
         if self.hub_model_id is None:
             self.init_hf_repo(token, private)
-        folder = Path(str(self.args.output_dir))
-        if self.args.should_save:
-            begin_checkpoint(folder)
-        self.save_result(folder)
-        self.complete_result(folder)
-        return self._upload(folder, str(commit_message), blocking, token, revision)
+        self._save_whole(str(self.args.output_dir))
+        return self._upload(str(self.args.output_dir), str(commit_message), blocking, token, revision)
 
-    def _upload(
-        self, folder: Path, message: str, blocking: bool = True, token: str | None = None, revision: str | None = None
-    ) -> Any:
-        """Upload a folder as it is, with its card, after the uploads that run; called in all processes.
-
-        Raises:
-            ValueError: The Hub refuses, or the connection broke; the message names the command that pushes the folder.
-        """
+    def _upload(self, folder: str, message: str, *options: Any) -> Any:
+        """Upload a folder as it is, with its card; called in all processes. See [`PushCallback.upload`]."""
         if not self.is_world_process_zero():
             return None
         self.create_model_card()
         self.control = self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        self.pushing.finish()
-        uploader = self.uploader(token, revision)
-        if not blocking:
-            return uploader.api.run_as_future(uploader.upload, folder, message)
-        with push_error(folder, str(self.hub_model_id), revision or self.args.hub_revision):
-            return uploader.upload(folder, message)
-
-
-def load_weights(model: Any, saved: Any, folder: str | Path) -> None:
-    """Copy the weights of a saved model into another one; the frozen LLM is loaded already.
-
-    Raises:
-        ValueError: They are not those of the model.
-    """
-    missing, unexpected = model.load_state_dict(saved.state_dict(), strict=False)
-    missing = [name for name in missing if not name.startswith("text_model.")]
-    if missing or unexpected:
-        raise ValueError(
-            f"{folder} does not fit: missing {missing[:5]}, unexpected {unexpected[:5]}; resume with the settings of "
-            "the original run."
-        )
+        return self.pushing.upload(Path(folder), message, *options)

@@ -28,8 +28,8 @@ RESULT_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_mo
 def _by_step(output_dir: str | Path) -> dict[int, Path]:
     """Find the checkpoints of a run, whole or not, from the newest to the oldest step."""
     prefix = f"{PREFIX_CHECKPOINT_DIR}-"
-    found = {path.name.removeprefix(prefix): path for path in Path(output_dir).glob(f"{prefix}*")}
-    return {int(step): found[step] for step in sorted(filter(str.isdecimal, found), key=int, reverse=True)}
+    by_step = {path.name.removeprefix(prefix): path for path in Path(output_dir).glob(f"{prefix}*")}
+    return {int(step): by_step[step] for step in sorted(filter(str.isdecimal, by_step), key=int, reverse=True)}
 
 
 def last_checkpoint(output_dir: str | Path, contents: bool = True) -> Path | None:
@@ -75,20 +75,20 @@ def choose_checkpoint(args: StageConfig, resume: str | bool | None, is_command: 
         if is_command:
             _refuse_run(args)
         return None
-    found = last_checkpoint(args.output_dir)
-    if found is None and not is_command:
+    newest = last_checkpoint(args.output_dir)
+    if newest is None and not is_command:
         raise ValueError(f"there is no whole checkpoint to resume from in {args.output_dir}.")
-    if found is None:
+    if newest is None:
         logger.info("no checkpoint to resume from in %s: starting from the beginning.", args.output_dir)
-    return found
+    return newest
 
 
 def _refuse_run(args: StageConfig) -> None:
-    found = last_checkpoint(args.output_dir, contents=False)
+    newest = last_checkpoint(args.output_dir, contents=False)
     results = [name for name in RESULT_FILES if Path(args.output_dir, name).exists()]
-    if found is not None or results:
+    if newest is not None or results:
         raise FileExistsError(
-            f"{args.output_dir} already contains a run ({found.name if found else results[0]}); add --resume to "
+            f"{args.output_dir} already contains a run ({newest.name if newest else results[0]}); add --resume to "
             "continue it, or choose another output_dir."
         )
 

@@ -44,15 +44,19 @@ class TaughtTexts(EpochDataset):
     def __len__(self) -> int:
         return len(self.texts)
 
+    def _read(self, indices: Sequence[SampleIndex | int]) -> tuple[np.ndarray, Tensor]:
+        """Return the numbers of samples, and their rows of the teacher."""
+        numbers = np.array([index.index if isinstance(index, SampleIndex) else index for index in indices])
+        return numbers, self.store.read(self.rows[numbers], torch.float32)
+
     def __getitem__(self, index: SampleIndex) -> dict[str, Any]:
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[SampleIndex]) -> Any:
-        places = np.array([index.index if isinstance(index, SampleIndex) else index for index in indices])
-        rows = self.store.read(self.rows[places], torch.float32)
+        numbers, rows = self._read(indices)
         return [
-            {"text": self.texts[place], "embedding": row, "index": index}
-            for place, row, index in zip(places.tolist(), rows, indices, strict=True)
+            {"text": self.texts[number], "embedding": row, "index": index}
+            for number, row, index in zip(numbers.tolist(), rows, indices, strict=True)
         ]
 
 
@@ -75,10 +79,9 @@ class TaughtCaptions(TaughtTexts):
         return self.__getitems__([index])
 
     def __getitems__(self, indices: Sequence[SampleIndex]) -> dict[str, Any]:
-        places = np.array([index.index if isinstance(index, SampleIndex) else index for index in indices])
-        rows = self.store.read(self.rows[places], torch.float32)
+        numbers, rows = self._read(indices)
         return {
-            "llm_embeds": self.cache.read(self.cache_rows[places]),
+            "llm_embeds": self.cache.read(self.cache_rows[numbers]),
             "teacher_embeds": torch.nn.functional.normalize(rows, dim=-1),
         }
 
@@ -142,21 +145,22 @@ class TaughtQueries:
             `text_to_image_recall@K` of the student, with `_of_teacher` that of the teacher and with `_ratio` their
             quotient, also by length in tokens (`_ratio_of_5-8_tokens`); counts, and the mean `cosine` of both rows.
         """
-        (own, *_), (wanted, *_) = (retrieval_ranks(self.images, rows, self.pairs) for rows in (student, self.teacher))
-        found: dict[str, float | int] = {}
+        of_student, *_ = retrieval_ranks(self.images, student, self.pairs)
+        of_teacher, *_ = retrieval_ranks(self.images, self.teacher, self.pairs)
+        metrics: dict[str, float | int] = {}
         for k in KS:
-            mine, theirs = own.hit_probability(k), wanted.hit_probability(k)
+            mine, theirs = of_student.hit_probability(k), of_teacher.hit_probability(k)
             name = f"{RECALL}{k}"
-            found |= {name: mine.mean().item(), f"{name}_of_teacher": theirs.mean().item()}
-            found[f"{name}_ratio"] = _ratio(mine, theirs)
+            metrics |= {name: mine.mean().item(), f"{name}_of_teacher": theirs.mean().item()}
+            metrics[f"{name}_ratio"] = _ratio(mine, theirs)
         buckets = torch.bucketize(lengths, torch.tensor(LENGTHS))
         for bucket in buckets.unique().tolist():
             chosen, first = buckets == bucket, 1 if bucket == 0 else LENGTHS[bucket - 1] + 1
             words = f"{first}-{LENGTHS[bucket] if bucket < len(LENGTHS) else ''}_tokens"
-            hits = (ranks.hit_probability(10)[chosen] for ranks in (own, wanted))
-            found |= {f"{RECALL}10_ratio_of_{words}": _ratio(*hits), f"num_texts_of_{words}": int(chosen.sum())}
+            hits = (ranks.hit_probability(10)[chosen] for ranks in (of_student, of_teacher))
+            metrics |= {f"{RECALL}10_ratio_of_{words}": _ratio(*hits), f"num_texts_of_{words}": int(chosen.sum())}
         cosine = (student * self.teacher).sum(dim=1).mean().item()
-        return {**found, "num_texts": len(self.texts), "num_images": len(self.images), "cosine": cosine}
+        return {**metrics, "num_texts": len(self.texts), "num_images": len(self.images), "cosine": cosine}
 
 
 def _ratio(mine: Tensor, theirs: Tensor) -> float:

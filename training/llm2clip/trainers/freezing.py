@@ -1,4 +1,4 @@
-"""What stage 2 freezes: the vision tower, or its lower layers, in the whole run or its first part."""
+"""What stage 2 freezes, the vision tower or its lower layers, and the rows that are stored of it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import itertools
 import json
 import logging
 from collections.abc import Iterable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,32 +19,26 @@ from llm2clip.encoders.image_features import ImageFeatures, feature_manifest, po
 from llm2clip.evaluation.data import RetrievalData
 from llm2clip.store import EmbeddingCache, StoreManifest
 from llm2clip.trainers.alignment import standardize
-from llm2clip.trainers.base_config import defaults_of
 from llm2clip.trainers.distill_data import TaughtCaptions
 from llm2clip.trainers.frozen_layers import FrozenLayers, freeze_unused
-from llm2clip.trainers.stage2_config import NOT_OF_TEXTS, TRAINING_FIELDS, Stage2Config
+from llm2clip.trainers.sharding import undivided_building
+from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.trainers.stored_rows import FrozenStatesDataset, StoredPairsDataset
 from llm2clip.trainers.teacher import Teacher
-from llm2clip.trainers.text_tower_config import LoraSettings
-from llm2clip.utils.files import read_json
-from llm2clip.utils.settings import change_config
 from llm2clip.utils.vision_identity import preprocessing, vision_fingerprint
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel
 
 logger = logging.getLogger(__name__)
 
 FEATURES = "vision_features"
+# In the folder of a run: the rows of the text tower that it learns from.
+TEACHER = "teacher"
 # Rows that are read at once for the mean of the captions.
 PART = 4096
 # Fields of a tower's config that say where it is from and how it trains, not what it computes in evaluation.
 NOT_COMPUTED = ("_name_or_path", "transformers_version", "patch_dropout", "initializer_range")
 # Bytes of a shard, since a row has the states of all tokens.
 SHARD_BYTES = 64 * 2**20
-WARM_START = "warm_start"
-# In its folder, written last: what the first part measured, and its curves.
-WARM_START_RESULT = "warm_start.json"
-# Of the learning rate of the run, if its first part has none of its own.
-WARM_START_RATE = 10.0
 
 
 def prepare_joint_model(model: LLM2CLIPModel, args: Stage2Config, size: tuple[int, int]) -> FrozenLayers | None:
@@ -88,6 +81,39 @@ def image_size(model: LLM2CLIPModel) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
+def store_training_set(
+    args: Stage2Config,
+    model: LLM2CLIPModel,
+    frozen: FrozenLayers | None,
+    image_processor: Any,
+    images: CaptionImageDataset,
+    cache: EmbeddingCache | None,
+    retrieval: Iterable[RetrievalData],
+) -> StoredPairsDataset | TaughtCaptions | FrozenStatesDataset:
+    """Store what the frozen towers or layers of a run make of a training set, and make one that reads that.
+
+    Args:
+        frozen: The frozen layers, with `frozen_states_dir`.
+        cache: The embeddings of the captions, with `freeze_vision: all`.
+        retrieval: Sets whose images are stored too.
+
+    Raises:
+        ValueError: There is no cache; or see [`store_pairs`], [`taught_captions`] and [`store_states`].
+    """
+    if args.frozen_states_dir:
+        assert frozen is not None
+        return store_states(args, frozen, image_processor, images)
+    if cache is None:
+        raise ValueError(
+            "freeze_vision: all stores the outputs of both towers; give the embeddings of the captions as "
+            "cache=EmbeddingCache.open(...)."
+        )
+    if not args.distill_from:
+        return store_pairs(args, model, image_processor, images, cache, retrieval)
+    with undivided_building(args):
+        return taught_captions(args, Teacher(args.distill_from, Path(args.output_dir) / TEACHER), images, cache)
+
+
 def store_pairs(
     args: Stage2Config,
     model: LLM2CLIPModel,
@@ -107,7 +133,7 @@ def store_pairs(
         args.check_length(len(dataset))
     model.vision_model.to(args.device)
     training: list[ContentSet] = [*tables_of(dataset)]
-    features = open_features(args, model, image_processor, [*training, *(one.images for one in retrieval)])
+    features = open_features(args, model, image_processor, [*training, *(data.images for data in retrieval)])
     rows = features.find(np.concatenate([images.content_keys() for images in training]))
     pairs = StoredPairsDataset(dataset.without_images(), features, rows, cache, args.sampling_seed)
     if args.standardize_features and args.alignment == "train":
@@ -244,53 +270,3 @@ def _states_manifest(images: CaptionImageDataset, frozen: FrozenLayers, image_pr
         identity=json.loads(json.dumps(identity, default=str)),
         width=tokens * width,
     )
-
-
-def first_part(config: Stage2Config) -> Stage2Config:
-    """Return the settings of the first part of a run with `warm_start`, in which both towers are frozen (LP-FT).
-
-    Kumar et al. (arXiv 2202.10054) train the new head first, since a random one sends large gradients through a
-    pretrained tower and distorts it; in ProCLIP (arXiv 2510.18795) most of the ability that LLM2CLIP loses is kept in
-    this way.
-
-    Raises:
-        ValueError: `warm_start` has a field that the config does not have, or a value that does not fit.
-    """
-    fixed = {
-        "output_dir": str(Path(config.output_dir) / WARM_START),
-        "freeze_vision": "all",
-        "freeze_vision_layers": 0,
-        "frozen_states_dir": None,
-        "tower_chunk_size": None,
-        "push_to_hub": False,
-        "bundle_text_model": False,
-        "warm_start": {},
-    }
-    rates: dict[str, Any] = {
-        "learning_rate": WARM_START_RATE * config.learning_rate,
-        "vision_learning_rate": None,
-        "text_learning_rate": None,
-    }
-    own = {name: value for name, value in config.warm_start.items() if name not in fixed}
-    if "num_train_epochs" in own:
-        rates |= {"max_steps": -1}
-    # What is for a tower that trains, and an LLM that does.
-    lora = ("lora_rank", *(field.name for field in fields(LoraSettings)))
-    rates |= {"patch_dropout": None, **{name: defaults_of(config)[name] for name in lora}}
-    if own.get("feature_views", config.feature_views) == 1:
-        rates |= {"crop_scale": defaults_of(config)["crop_scale"]}
-    # What keeps the vision side near itself is for the second part.
-    unused: tuple[str, ...] = ("distill_weight", "structure_weight")
-    if own.get("alignment") == "closed_form":
-        # Which settings of training do not concern.
-        unused = TRAINING_FIELDS
-    elif own.get("distill_from"):
-        unused = NOT_OF_TEXTS
-    rates |= {name: value for name, value in defaults_of(config).items() if name in unused}
-    return change_config(config, {**rates, **own, **fixed}, "warm_start")
-
-
-def warm_start_result(config: Stage2Config) -> dict[str, Any] | None:
-    """Read the `metrics` of a finished first part and its log, `history`; None if there is none."""
-    path = Path(config.output_dir) / WARM_START / WARM_START_RESULT
-    return read_json(path) if path.is_file() else None

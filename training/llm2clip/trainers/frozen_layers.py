@@ -71,7 +71,7 @@ class FrozenLayers:
     def __init__(self, tower: nn.Module, num_layers: int, image_size: tuple[int, int]) -> None:
         self.tower = tower
         self.image_size = image_size
-        self._place = _find_layers(tower)
+        self._parent_and_name = _find_layers(tower)
         count = len(self.layers)
         self.num_layers = num_layers if num_layers >= 0 else count + num_layers
         if not 0 < self.num_layers <= count:
@@ -89,16 +89,16 @@ class FrozenLayers:
     @property
     def layers(self) -> nn.ModuleList:
         """All transformer layers of the tower."""
-        return getattr(*self._place)
+        return getattr(*self._parent_and_name)
 
     @contextlib.contextmanager
     def _replaced(self, layers: nn.ModuleList) -> Iterator[None]:
-        own = self.layers
-        setattr(*self._place, layers)
+        replaced = self.layers
+        setattr(*self._parent_and_name, layers)
         try:
             yield
         finally:
-            setattr(*self._place, own)
+            setattr(*self._parent_and_name, replaced)
 
     def _placeholder(self, batch: int) -> Tensor:
         parameter = next(self.tower.parameters())

@@ -7,15 +7,35 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from llm2clip.data.opened_table import SourceError
+from llm2clip.data.sampling import EpochDataset
 from llm2clip.data.streams import SampleStream
-from llm2clip.trainers.base_config import StageConfig
+from llm2clip.trainers.base_config import StageConfig, require_batch
 from llm2clip.utils.stopping import worker_init
 
 # Arguments of a DataLoader that transformers 5.6 has no settings for.
 NEWER = {"multiprocessing_context": "dataloader_multiprocessing_context", "in_order": "dataloader_in_order"}
+
+
+def refuse_unused_by_loader(args: StageConfig, dataset: Any) -> None:
+    """Raise a ValueError if a setting would have no effect on how a data set is read."""
+    is_ours = isinstance(dataset, EpochDataset | SampleStream)
+    if is_ours and getattr(args, "train_sampling_strategy", "random") != "random":
+        raise ValueError("train_sampling_strategy is not for this package's data sets, which bring their order.")
+    if args.auto_find_batch_size and isinstance(dataset, SampleStream):
+        raise ValueError("auto_find_batch_size does not work with streams, whose order depends on the batch.")
+
+
+def data_inputs(dataset: Any) -> dict[str, Any]:
+    """Identify the rows that a run reads, by name in words, as far as they can be; see [`RunContext`]."""
+    values: dict[str, Any] = {}
+    if hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset):
+        values["rows of the training data"] = len(dataset)
+    if isinstance(dataset, EpochDataset | SampleStream):
+        values["content of the training data"] = dataset.content_digest()
+    return values
 
 
 def loader_options(args: StageConfig, collator: Callable[..., Any], persistent: bool = False) -> dict[str, Any]:
@@ -35,6 +55,21 @@ def loader_options(args: StageConfig, collator: Callable[..., Any], persistent: 
         "prefetch_factor": args.dataloader_prefetch_factor if workers > 0 else None,
         **newer,
     }
+
+
+def epoch_loader(dataset: EpochDataset, sampler: Any, accelerator: Accelerator, options: dict[str, Any]) -> DataLoader:
+    """Make the loader of one of this package's map-style data sets, of which accelerate gives each process its share.
+
+    Args:
+        sampler: An [`EpochBatchSampler`] of the data set.
+        options: Further arguments of the loader.
+
+    Raises:
+        ValueError: The sampler has no batch.
+    """
+    loader = accelerator.prepare(DataLoader(dataset, batch_sampler=sampler, **options))
+    require_batch(len(sampler), sampler.global_batch_size)
+    return loader
 
 
 def stream_loader(stream: SampleStream, batch_size: int, options: dict[str, Any]) -> DataLoader:

@@ -76,7 +76,7 @@ class MNTPTrainer(TextTowerTrainer):
         if not self.model.training:
             # In training, every process has the same weight, as in the original code.
             counts = exchange_counts([int((rows["labels"][:, 1:] != IGNORED).sum())], labels.device)
-            count = sum(own for (own,) in counts) / len(counts)
+            count = sum(scored for (scored,) in counts) / len(counts)
         outputs = {"last_hidden_state": states}
         if self.compute_loss_func is not None:
             return self.compute_loss_func(outputs, labels, num_items_in_batch=None), outputs

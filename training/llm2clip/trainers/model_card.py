@@ -38,7 +38,7 @@ class DataRevisions:
     """
 
     def __init__(self, sources: Mapping[str, Any]) -> None:
-        self._found: dict[str, Future[str | None]] = {name: Future() for name in sources}
+        self._revisions: dict[str, Future[str | None]] = {name: Future() for name in sources}
         local = {name: source for name, source in sources.items() if not hub_ids(_path(source))}
         # Before training, since a data set on the Hub may change meanwhile.
         self._read({name: source for name, source in sources.items() if name not in local})
@@ -48,16 +48,16 @@ class DataRevisions:
     def _read(self, sources: Mapping[str, Any]) -> None:
         for name, source in sources.items():
             try:
-                self._found[name].set_result(data_revision(source))
+                self._revisions[name].set_result(data_revision(source))
             except OSError as error:
                 logger.warning("the revision of %s is unknown: %s", _path(source), error)
-                self._found[name].set_result(None)
+                self._revisions[name].set_result(None)
             except Exception as error:  # raised where the revision is asked for
-                self._found[name].set_exception(error)
+                self._revisions[name].set_exception(error)
 
     def get(self, name: str) -> str | None:
         """Return the revision of a source, waiting for it if necessary; None if it is unknown."""
-        return self._found[name].result() if name in self._found else None
+        return self._revisions[name].result() if name in self._revisions else None
 
 
 def _path(source: Any) -> str:
@@ -89,7 +89,7 @@ def write_model_card(
     folder = Path(str(args.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
     sources = [str(source["path"]) for source in getattr(args, "sources", []) if source.get("path")]
-    towers = [one for name in TOWER_SETTINGS for one in names_of(getattr(args, name, None))]
+    towers = [tower for name in TOWER_SETTINGS for tower in names_of(getattr(args, name, None))]
     former = _former_text_tower(args)
     towers += names_of(former)
     description = summary(model, processing_class)
@@ -120,17 +120,17 @@ def _former_text_tower(args: StageConfig) -> str | None:
 
 def _methods(args: StageConfig, former: str | None) -> list[str]:
     """Describe the distillations of a run, with the papers that they are from."""
-    found = []
+    methods = []
     if former:
         name = next(iter(hub_ids(former)), "a former text tower")
-        found.append(
+        methods.append(
             f"The adapter learned the text embeddings of {name} without images (ProCLIP, stage I, {PROCLIP})."
         )
     if getattr(args, "distill_weight", 0):
-        found.append(f"Image embeddings followed those of the averaged weights (ProCLIP, stage II, {PROCLIP}).")
+        methods.append(f"Image embeddings followed those of the averaged weights (ProCLIP, stage II, {PROCLIP}).")
     if getattr(args, "relational_weight", 0):
-        found.append(f"The similarities of texts followed those of the LLM's embeddings ({RELATIONS}).")
-    return found
+        methods.append(f"The similarities of texts followed those of the LLM's embeddings ({RELATIONS}).")
+    return methods
 
 
 def _recipe(args: StageConfig) -> dict[str, Any]:
@@ -145,9 +145,16 @@ def _recipe(args: StageConfig) -> dict[str, Any]:
         public = not entry.name.startswith(PRIVATE_SETTINGS) and entry.name not in ("sources", "eval_sources")
         plain = isinstance(value, (bool, int, float, str, list, dict))
         if entry.init and public and plain and value != defaults[entry.name] and not is_local(value):
-            inner = value.items() if isinstance(value, dict) else ()
-            recipe[entry.name] = {name: one for name, one in inner if not is_local(one)} if inner else value
+            if isinstance(value, dict):
+                value = {name: inner for name, inner in value.items() if not is_local(inner)}
+            recipe[entry.name] = value
     return json.loads(json.dumps(recipe, default=str))
+
+
+def continued(earlier: Sequence[dict[str, Any]], log: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Join the log of a run to that of an earlier part of it, whose steps come first."""
+    before = max((entry["step"] for entry in earlier), default=0)
+    return [*earlier, *({**entry, "step": before + entry["step"]} for entry in log)]
 
 
 def latest_evaluations(
@@ -165,7 +172,7 @@ def latest_evaluations(
         title: Of the table.
         revisions: Their revisions, if they are known.
     """
-    found = []
+    evaluations = []
     for name in names:
         prefix = f"eval_{name}_"
         others = tuple(f"eval_{other}_" for other in names if other.startswith(f"{name}_"))
@@ -182,5 +189,5 @@ def latest_evaluations(
         path = str(source.get("path") or name)
         dataset = path if hub_ids(path) else Path(path).name
         split, revision = str(source.get("split") or name), None if revisions is None else revisions.get(name)
-        found.append(Evaluation(title, dataset, split, revision, metrics))
-    return found
+        evaluations.append(Evaluation(title, dataset, split, revision, metrics))
+    return evaluations

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback
 
 MAX_LOGIT_SCALE = math.log(100)
 
@@ -20,11 +21,16 @@ TOWER_OF_CHILD = {
 BACKBONES = {"vision": "vision_model", "text": "text_model"}
 
 NUMBERED_LAYER = re.compile(r"(?:^|\.)(?:blocks|layers?|stages)\.(\d+)(?=\.)")
+# Settings of the optimizer's parameter groups.
+GROUP_SETTINGS = (
+    *("learning_rate", "vision_learning_rate", "text_learning_rate"),
+    *("weight_decay", "vision_weight_decay", "text_weight_decay", "vision_layer_decay"),
+)
 # Settings of the optimizer and its schedule, which a checkpoint brings too.
 SCHEDULE_SETTINGS = {
-    *("learning_rate", "vision_learning_rate", "text_learning_rate", "weight_decay", "vision_weight_decay"),
-    *("text_weight_decay", "vision_layer_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "warmup_steps"),
-    *("warmup_ratio", "lr_scheduler_type", "lr_scheduler_kwargs", "max_steps", "num_train_epochs"),
+    *GROUP_SETTINGS,
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "warmup_steps", "warmup_ratio"),
+    *("lr_scheduler_type", "lr_scheduler_kwargs", "max_steps", "num_train_epochs"),
 }
 # Modules before the first layer. CLIP's `class_embedding` and `pre_layrnorm` are missing on purpose: the original code
 # has such a list of names without these two, and so trained them at the full rate.
@@ -145,7 +151,9 @@ class OptimizerSettings(NamedTuple):
                 f"other settings of the optimizer or its schedule do not take effect in a resumed run with {kind}; "
                 "resume with those of the original run."
             )
-        groups = [{name: value for name, value in one.items() if name != "params"} for one in optimizer.param_groups]
+        groups = [
+            {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
+        ]
         return cls(groups, [float(rate) for rate in schedule.base_lrs])
 
     def apply(self, optimizer: Any, schedule: Any) -> None:
@@ -182,6 +190,13 @@ def clamp_logit_scale(model: nn.Module) -> None:
 
         safe_set_full_fp32_param(scale, safe_get_full_fp32_param(scale).clamp(0.0, MAX_LOGIT_SCALE))
     scale.clamp_(0.0, MAX_LOGIT_SCALE)
+
+
+class ClampLogitScale(TrainerCallback):
+    """Clamps the logit scale to 1 to 100 after every optimizer step."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        clamp_logit_scale(model)
 
 
 def _by_tower(what: str, vision: float | None, text: float | None, other: float) -> dict[str, float]:

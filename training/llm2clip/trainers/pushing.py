@@ -40,10 +40,10 @@ class PushCallback(TrainerCallback):
 
     Args:
         publish: Copies the model of a checkpoint, and writes the card, into `output_dir`.
-        uploader: Makes the connection to the repo of the run.
+        uploader: Makes the connection to the repo of the run, with another token or revision if they are given.
     """
 
-    def __init__(self, publish: Callable[[Path], None], uploader: Callable[[], Uploader]) -> None:
+    def __init__(self, publish: Callable[[Path], None], uploader: Callable[..., Uploader]) -> None:
         self.publish, self.uploader = publish, uploader
         self.jobs: list[tuple[Uploader, Future[Any]]] = []
 
@@ -67,6 +67,24 @@ class PushCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.finish()
+
+    def upload(
+        self, folder: Path, message: str, blocking: bool = True, token: str | None = None, revision: str | None = None
+    ) -> Any:
+        """Upload a folder after the uploads that run.
+
+        Returns:
+            See [`Uploader.upload`]; its `Future` unless `blocking`.
+
+        Raises:
+            ValueError: The Hub refuses, or the connection broke; the message names the command that pushes the folder.
+        """
+        self.finish()
+        uploader = self.uploader(token, revision)
+        if not blocking:
+            return uploader.api.run_as_future(uploader.upload, folder, message)
+        with push_error(folder, uploader.repo_id, uploader.revision):
+            return uploader.upload(folder, message)
 
     def finish(self, wait: bool = True) -> None:
         """Wait for the uploads, unless `wait` is off, and warn about those that failed."""

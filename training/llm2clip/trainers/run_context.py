@@ -38,7 +38,7 @@ FREE = {
     *("torch_empty_cache_steps", "jit_mode_eval", "skip_bad_steps"),
 }
 # Where something is: what it is, is compared as an input of the run, or by the store that is opened.
-PLACES = {
+LOCATIONS = {
     *("model", "student", "student_revision"),
     *("model_name_or_path", "vision_model_name_or_path", "text_model_name_or_path", "image_processor_name_or_path"),
     *("model_revision", "vision_model_revision", "text_model_revision"),
@@ -149,7 +149,7 @@ class RunContext:
         for line in lines.values():
             logger.info("changed since the run was started: %s", line)
         self.changed = {name for name, (before, now) in changed.items() if _compared(before) != _compared(now)}
-        free = (FREE | PLACES) - (set() if self.elastic else ORDERING) | (FOLLOWING if continued else set())
+        free = (FREE | LOCATIONS) - (set() if self.elastic else ORDERING) | (FOLLOWING if continued else set())
         breaking = [
             line for name, line in lines.items()
             if name in self.changed and name not in free and not name.startswith(FREE_PREFIXES)
@@ -261,7 +261,7 @@ def _as_json(args: StageConfig) -> dict[str, Any]:
 def _compared(value: Any) -> Any:
     """Return what of a setting is compared: of sources and a first part, all but where their files are."""
     if isinstance(value, dict):
-        return {name: entry for name, entry in value.items() if name not in PLACES}
+        return {name: entry for name, entry in value.items() if name not in LOCATIONS}
     return [_compared(entry) for entry in value] if isinstance(value, list) else value
 
 

@@ -147,9 +147,9 @@ def require_space(model: str | Path, space: str | None) -> None:
     if not Path(model).is_dir():
         raise ValueError(f"there is no folder {model}, into which the query encoder could be put.")
     inspect_repo(model).require(RepoKind.JOINT, hint="A query encoder belongs to a whole model.")
-    own = space_identity(LLM2CLIPModel.from_pretrained(str(model), text_model=False))
-    if own != space:
+    present = space_identity(LLM2CLIPModel.from_pretrained(str(model), text_model=False))
+    if present != space:
         raise ValueError(
-            f"the query encoder was taught the space {space}, but {model} has {own}: their vectors cannot be "
+            f"the query encoder was taught the space {space}, but {model} has {present}: their vectors cannot be "
             "compared. Give the model that was the teacher, or distill from this one."
         )

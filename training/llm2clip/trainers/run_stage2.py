@@ -13,7 +13,6 @@ from llm2clip.data import CaptionSource
 from llm2clip.encoders.cache_of_model import describe_text_tower_of_cache
 from llm2clip.evaluation.data import RetrievalData
 from llm2clip.trainers.closed_form import DEFAULT_WIDTH
-from llm2clip.trainers.freezing import first_part
 from llm2clip.trainers.pushing import check_pushing
 from llm2clip.trainers.run_context import RunContext, stage_command
 from llm2clip.trainers.sharding import undivided_building
@@ -21,6 +20,7 @@ from llm2clip.trainers.stage2_captions import open_captions
 from llm2clip.trainers.stage2_config import NEW_MODEL_FIELDS, Stage2Recipe
 from llm2clip.trainers.stage2_data import build_dataset
 from llm2clip.trainers.stage2_trainer import Stage2Trainer
+from llm2clip.trainers.warm_start import first_part
 from llm2clip.utils.attention_probe import probe_from_disk, verify_on_main_process
 from llm2clip.utils.manifests import refuse_changed_model
 from llm2clip.utils.processes import on_main_process

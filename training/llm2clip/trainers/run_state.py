@@ -37,19 +37,26 @@ def read_run_state(checkpoint: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
+def open_skip_log(args: StageConfig) -> SkipLog | None:
+    """Open the list of the samples that this process skips, if `on_error` says so."""
+    if getattr(args, "on_error", "raise") == "raise":
+        return None
+    return SkipLog(Path(str(args.output_dir)) / f"skipped-{args.process_index}.jsonl")
+
+
 class RunState(TrainerCallback):
     """Counts the losses, the cut captions and the skipped samples of a run, and the rows of its stream.
 
     Attributes:
         totals, skipped, stream: What is counted; `stream` is None for data sets with random access.
         inputs: What the run reads, by name in words; see [`RunContext.compare_inputs`].
-        found: What was found before the first step, with which the log begins.
+        initial: What was measured before the first step, with which the log begins.
     """
 
     def __init__(self, skip_log: SkipLog | None, stream: StreamPosition | None) -> None:
         self.totals, self.skipped, self.stream = Totals(), SkippedSamples(skip_log), stream
         self.inputs: Mapping[str, Any] = {}
-        self.found: Mapping[str, Any] = {}
+        self.initial: Mapping[str, Any] = {}
         self._stored: dict[str, Any] = {}
 
     @contextmanager
@@ -67,8 +74,8 @@ class RunState(TrainerCallback):
         state.compute_steps(args, state.max_steps)
         self.totals.begin(self._stored.get(TOTALS, {}), args.device)
         self.skipped.begin(self._stored.get(SKIPPED, []), args.process_index)
-        if self.found and not state.global_step:
-            state.log_history.append({**self.found, "step": 0})
+        if self.initial and not state.global_step:
+            state.log_history.append({**self.initial, "step": 0})
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps > 0:

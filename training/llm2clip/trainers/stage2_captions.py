@@ -57,16 +57,6 @@ class Stage2Captions:
     sources: Sequence[SourceCaptions]
     cache: EmbeddingCache | None = None
 
-    def require_cache(self) -> EmbeddingCache:
-        """Return the cache.
-
-        Raises:
-            ValueError: The embeddings are in sidecars, or in several caches.
-        """
-        if self.cache is None:
-            raise ValueError("frozen towers read one random-access cache; embed the captions with store: cache.")
-        return self.cache
-
 
 def open_captions(
     config: Stage2Recipe,
@@ -103,9 +93,9 @@ def open_captions(
     embed = _open_measured(config, caches, model, processor, retrieval)
     if config.verify_cache:
         for folder, cache in caches.items():
-            used = [source for source, own in zip(sources, folders, strict=True) if own == folder]
+            used = [source for number, source in enumerate(sources) if folders[number] == folder]
             _verify(config, cache, used)
-    if len(caches) == 1 and not any(found.sidecars for found in stored):
+    if len(caches) == 1 and not any(captions.sidecars for captions in stored):
         # One look-up for a whole batch is faster.
         return Stage2Captions(embed, [SourceCaptions() for _ in sources], next(iter(caches.values())))
     return Stage2Captions(embed, stored)
@@ -175,10 +165,10 @@ def _open_sidecars(
 def _refuse_other_dtypes(folders: Sequence[Folder], stored: Sequence[SourceCaptions]) -> None:
     """Raise an error if the embeddings of a batch would have several dtypes."""
     dtypes: dict[str, Folder] = {}
-    for folder, found in zip(folders, stored, strict=True):
-        manifest = found.lookup.manifest if found.lookup is not None else None
-        if found.sidecars is not None:
-            manifest = found.sidecars.open(0).manifest
+    for folder, captions in zip(folders, stored, strict=True):
+        manifest = captions.lookup.manifest if captions.lookup is not None else None
+        if captions.sidecars is not None:
+            manifest = captions.sidecars.open(0).manifest
         assert manifest is not None
         dtypes[manifest.dtype] = folder
     if len(dtypes) > 1:

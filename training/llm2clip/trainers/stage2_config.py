@@ -379,8 +379,8 @@ class Stage2Recipe(Stage2Config):
     @property
     def caches(self) -> list[Folder | None]:
         """The folder of each source's embeddings, or two of them; empty if there are none."""
-        found = [as_folder(source.get("embedding_cache") or self.embedding_cache) for source in self.sources]
-        return found if any(found) else []
+        folders = [as_folder(source.get("embedding_cache") or self.embedding_cache) for source in self.sources]
+        return folders if any(folders) else []
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -42,8 +42,8 @@ def build_dataset(config: Stage2Recipe, image_processor: Any, captions: Stage2Ca
     stored = config.freeze_vision == "all" or config.warm_start
     if stored and any(source.streaming for source in sources):
         raise ValueError("freeze_vision: all reads stored features at random, so that no source can be a stream.")
-    if stored and captions is not None:
-        captions.require_cache()
+    if stored and captions is not None and captions.cache is None:
+        raise ValueError("frozen towers read one random-access cache; embed the captions with store: cache.")
     if config.streams:
         if config.frozen_states_dir:
             raise ValueError("frozen_states_dir is for sources that are read in random order: no streams or weights.")
@@ -64,28 +64,28 @@ def _stream(
     options: dict[str, Any],
 ) -> SampleStream:
     """Build one stream of all sources."""
-    place = {"rank": config.process_index, "world_size": config.world_size}
+    process = {"rank": config.process_index, "world_size": config.world_size}
     streamed: list[Any] = []
-    for source, found in zip(sources, embeddings, strict=True):
+    for source, stored in zip(sources, embeddings, strict=True):
         if not source.streaming:
-            table = CaptionImageDataset(source, *transforms, **options, cache=found.lookup)
+            table = CaptionImageDataset(source, *transforms, **options, cache=stored.lookup)
             streamed.append(TableSource(table, config.sampling_seed))
             continue
-        opened = found.opened or open_source(source)
+        opened = stored.opened or open_source(source)
         beside = row_counts = None
-        if found.sidecars is not None:
-            beside, row_counts = found.sidecars.open, found.sidecars.row_counts
+        if stored.sidecars is not None:
+            beside, row_counts = stored.sidecars.open, stored.sidecars.row_counts
         if row_counts is None:
             _, shards = open_shards(source, opened, with_images=False)
             row_counts = count_stream(shards, source, config.process_index, config.world_size)
-        more: dict[str, Any] = {"cache": found.lookup, "embeddings": beside}
+        more: dict[str, Any] = {"cache": stored.lookup, "embeddings": beside}
         more |= {"row_counts": row_counts, "opened": opened}
-        more |= {"repeat": True, "shuffle_block": config.shuffle_block, **place}
+        more |= {"repeat": True, "shuffle_block": config.shuffle_block, **process}
         streamed.append(StreamingCaptionImageDataset(source, *transforms, **{**options, **more}))
     if len(streamed) == 1 and isinstance(streamed[0], SampleStream):
         return streamed[0]
     weights = [source.weight for source in sources]
-    return SampleStream(streamed, config.sampling_seed, mixing=config.mixing, weights=weights, **place)
+    return SampleStream(streamed, config.sampling_seed, mixing=config.mixing, weights=weights, **process)
 
 
 def _require_steps(config: Stage2Recipe, num_rows: int) -> None:
@@ -117,8 +117,8 @@ def count_stream(shards: ShardRows, source: CaptionSource, rank: int, world_size
                 fault = str(error)
                 break
             bar.update()
-    found = gather_object([(counts, fault)])
-    for _, message in found:
+    counted = gather_object([(counts, fault)])
+    for _, message in counted:
         if message is not None:
             raise SourceError(message)
-    return [found[number % world_size][0][number // world_size] for number in range(shards.num_files)]
+    return [counted[number % world_size][0][number // world_size] for number in range(shards.num_files)]

@@ -1,4 +1,4 @@
-"""The rows that stage 2 trains on: which data sets and processors it takes, and which settings they make useless."""
+"""The rows of stage 2: the data sets, processors and settings that it takes, and the metrics of rows."""
 
 from __future__ import annotations
 
@@ -6,16 +6,22 @@ import logging
 from typing import Any, cast
 
 import datasets
-from transformers import AutoTokenizer, BaseImageProcessor, PreTrainedTokenizerBase
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, BaseImageProcessor, EvalPrediction, PreTrainedTokenizerBase
 
 from llm2clip.data import CaptionImageDataset, EvalTransform, TrainTransform
-from llm2clip.trainers.base_config import defaults_of
+from llm2clip.evaluation.metrics import retrieval_metrics
+from llm2clip.trainers.base_config import defaults_of, require_prefixes
 from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.trainers.stored_rows import StoredPairsDataset
-from modeling_llm2clip import LLM2CLIPProcessor
+from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPProcessor
+from modeling_llm2clip.modeling_llm2clip_heads import LLM2CLIPTextAdapter
 
 logger = logging.getLogger(__name__)
 
+CAPTION_INPUTS = ("input_ids", "attention_mask", "pooling_mask")
 # Columns of rows that are prepared already.
 PREPARED = {"pixel_values", "vision_states", "llm_embeds", "input_ids"}
 # Settings that the collator of stage 2 follows for plain rows; this package's data sets follow all but the first.
@@ -88,12 +94,16 @@ def refuse_useless(args: Stage2Config, dataset: Any) -> None:
     maker = getattr(dataset, "make_sample", None)
     if maker is not None and maker.eval_transform is not None:
         crops = maker.train_transform
-        own: dict[str, Any] = {"on_error": maker.on_error, "max_pixels": maker.max_pixels}
-        own |= {"image_backend": maker.eval_transform.backend}
-        own |= {"crop_scale": [1.0, 1.0] if crops is None else list(crops.scale)}
         columns = dataset.columns[0] if isinstance(dataset.columns, list) else dataset.columns
-        own |= {"image_column": columns.image, "caption_column": columns.captions[0]}
-        for name, value in own.items():
+        made_with: dict[str, Any] = {
+            "on_error": maker.on_error,
+            "max_pixels": maker.max_pixels,
+            "image_backend": maker.eval_transform.backend,
+            "crop_scale": [1.0, 1.0] if crops is None else list(crops.scale),
+            "image_column": columns.image,
+            "caption_column": columns.captions[0],
+        }
+        for name, value in made_with.items():
             if (given := getattr(args, name)) not in (defaults[name], value):
                 raise ValueError(
                     f"{name} is {given}, but train_dataset was made with {value}; give it to the data set instead."
@@ -109,3 +119,79 @@ def refuse_useless(args: Stage2Config, dataset: Any) -> None:
                 f"{name} needs a train_dataset whose images can be stored: a datasets.Dataset with the columns "
                 f"{args.image_column} and {args.caption_column}, or a CaptionImageDataset."
             )
+
+
+def refuse_unfit(args: Stage2Config, config: LLM2CLIPConfig, has_bias: bool, has_own_loss: bool) -> None:
+    """Raise a ValueError if a setting does not fit the model that is trained.
+
+    Args:
+        config: The model's.
+        has_bias: It has a logit bias.
+        has_own_loss: The loss is computed by `compute_loss_func`.
+    """
+    width = config.projection_dim
+    require_prefixes(args.matryoshka_dims, width)
+    if args.text_losses != "both" and len(config.text_config.halves()) == 1:
+        raise ValueError(f"text_losses is {args.text_losses}, but the model has one text encoder; leave it unset.")
+    closed = "alignment" in args.warm_start or args.alignment != "train"
+    if args.projection_dim not in (None, width) and not closed:
+        raise ValueError(
+            f"projection_dim is {args.projection_dim}, but the model has {width}: it is a setting of a new model."
+        )
+    if has_own_loss and args.loss != "softmax":
+        raise ValueError(f"loss is {args.loss}, but compute_loss_func computes it; leave one of them unset.")
+    if has_bias != (args.loss == "sigmoid") and not has_own_loss:
+        raise ValueError(
+            f"loss is {args.loss}, but the model has {'a' if has_bias else 'no'} logit bias; give "
+            "logit_bias_init_value to a new model."
+        )
+
+
+def retrieval_scores(prediction: EvalPrediction) -> dict[str, float | int]:
+    """Compute retrieval metrics from the embeddings of the images and captions of rows, and from their ids if any.
+
+    Rows with equal captions are one query, for which every image with that caption is right.
+    """
+    images, texts = (torch.as_tensor(embeds) for embeds in prediction.predictions)
+    if not isinstance(prediction.label_ids, tuple):
+        return retrieval_metrics(images, texts, torch.arange(len(texts))[:, None].expand(-1, 2))
+    caption_ids, image_caption_ids = (ids.tolist() for ids in prediction.label_ids)
+    queries = {identity: row for row, identity in reversed(list(enumerate(caption_ids)))}
+    positions = {identity: position for position, identity in enumerate(queries)}
+    matches = [
+        (positions[identity], image)
+        for image, identities in enumerate(image_caption_ids)
+        for identity in dict.fromkeys(identities)
+        if identity in positions
+    ]
+    return retrieval_metrics(images, texts[list(queries.values())], torch.tensor(matches))
+
+
+def blank_row(config: LLM2CLIPConfig, size: tuple[int, int], dataset: Any, with_tokens: bool) -> dict[str, Tensor]:
+    """Make a row in place of a first batch whose samples are all skipped, which no tower takes.
+
+    Args:
+        size: Height and width of the images in pixels.
+        dataset: The training set, which may have stored features in place of images.
+        with_tokens: The LLM runs on the captions.
+    """
+    row = {"llm_embeds": torch.ones(1, config.text_config.hidden_size)}
+    if with_tokens:
+        row = {name: torch.ones(1, 1, dtype=torch.long) for name in CAPTION_INPUTS}
+    if isinstance(dataset, StoredPairsDataset):
+        return {**row, "vision_features": dataset.features.read_views(np.zeros(1, dtype=np.int64))}
+    return {**row, "pixel_values": torch.zeros(1, 3, *size)}
+
+
+def with_halves(
+    inputs: dict[str, Tensor], adapter: LLM2CLIPTextAdapter, with_both: bool
+) -> tuple[dict[str, Tensor], int]:
+    """Replace the rows of two text encoders by those of each alone; also return how many rows a caption then has.
+
+    Args:
+        with_both: Keep the rows of both, in front.
+    """
+    embeds = inputs["llm_embeds"]
+    alone = [adapter.of_half(rows, number) for number, rows in enumerate(embeds.split(adapter.widths, dim=-1))]
+    rows = [*([embeds] if with_both else []), *alone]
+    return {**inputs, "llm_embeds": torch.cat(rows)}, len(rows)

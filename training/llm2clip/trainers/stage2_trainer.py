@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import logging
 import math
 import shutil
@@ -17,93 +16,75 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar, cast
 
-import numpy as np
 import torch
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import (
     BaseImageProcessor,
     EvalPrediction,
-    PreTrainedTokenizerBase,
     SchedulerType,
-    TrainerCallback,
     set_seed,
 )
 
-from llm2clip.data import SkipLog, Stage2Collator
+from llm2clip.data import Stage2Collator
 from llm2clip.data.sampling import EpochBatchSampler, EpochDataset, OneSourceBatchSampler
 from llm2clip.data.streams import SampleStream
 from llm2clip.data.transforms import output_size
 from llm2clip.encoders.cache_of_model import refuse_other_prompt
 from llm2clip.encoders.stored import StoredEncoder
 from llm2clip.evaluation.data import RetrievalData
-from llm2clip.evaluation.metrics import retrieval_metrics
 from llm2clip.evaluation.protocols.retrieval import image_text_metrics
 from llm2clip.evaluation.session import Session
-from llm2clip.hub.cards.card import CARD
 from llm2clip.hub.cards.facts import JOINT_TASK
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.losses import clip_loss, sigmoid_loss
-from llm2clip.losses.distillation import instance_distance, similarity_distance, structure_distance
 from llm2clip.losses.matches import NoPairsError
 from llm2clip.store import EmbeddingCache
 from llm2clip.store.manifest import refuse_other_encoder
 from llm2clip.trainers.alignment import align, freeze_maps, set_heads, take_space
-from llm2clip.trainers.base_config import defaults_of, refuse_unfollowed, require_prefixes
-from llm2clip.trainers.base_trainer import StageTrainer, load_weights
+from llm2clip.trainers.base_config import defaults_of, refuse_unfollowed
+from llm2clip.trainers.base_trainer import StageTrainer
 from llm2clip.trainers.bundling import bundle_text_model
-from llm2clip.trainers.freezing import (
-    WARM_START_RESULT,
-    first_part,
-    image_size,
-    prepare_joint_model,
-    store_pairs,
-    store_states,
-    taught_captions,
-    warm_start_result,
-)
+from llm2clip.trainers.distillation_terms import Terms, proclip_terms, relational_terms
+from llm2clip.trainers.freezing import image_size, prepare_joint_model, store_training_set
 from llm2clip.trainers.frozen_layers import FrozenLayers
 from llm2clip.trainers.grad_cache import embed_captions, in_chunks
-from llm2clip.trainers.lora import add_lora
-from llm2clip.trainers.optimizer import clamp_logit_scale, parameter_groups, warmup_cosine_schedule
+from llm2clip.trainers.lora import add_lora, load_with_adapter, lora_source, write_adapter
+from llm2clip.trainers.optimizer import GROUP_SETTINGS, ClampLogitScale, parameter_groups, warmup_cosine_schedule
 from llm2clip.trainers.run_context import RunContext
 from llm2clip.trainers.sharding import give_scalars_a_dimension, is_divided, is_sharded, undivided_building, value_of
 from llm2clip.trainers.stage2_config import Stage2Config
-from llm2clip.trainers.stage2_rows import COLLATED, open_rows, refuse_useless, usable_processor, with_images
+from llm2clip.trainers.stage2_rows import (
+    CAPTION_INPUTS,
+    COLLATED,
+    blank_row,
+    open_rows,
+    refuse_unfit,
+    refuse_useless,
+    retrieval_scores,
+    usable_processor,
+    with_halves,
+    with_images,
+)
 from llm2clip.trainers.stored_rows import StoredPairsDataset
-from llm2clip.trainers.teacher import Teacher
 from llm2clip.trainers.text_tower_trainer import sampled_digest
+from llm2clip.trainers.warm_start import (
+    arguments_by_name,
+    continue_with,
+    first_part,
+    run_first_part,
+    warm_start_result,
+)
 from llm2clip.trainers.weight_average import WeightAverage
 from llm2clip.utils.attention_probe import verify_on_main_process
-from llm2clip.utils.files import digest_json, write_json
+from llm2clip.utils.files import digest_json
 from llm2clip.utils.processes import run_while_others_wait
-from llm2clip.utils.towers import save_text_tower
 from llm2clip.utils.vision_identity import preprocessing
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.modeling_llm2clip_utils import OWN_TEXT_MODEL, TEXT_MODEL, unit_features
 
 logger = logging.getLogger(__name__)
-
-CAPTION_INPUTS = ("input_ids", "attention_mask", "pooling_mask")
-# In the folder of a run: the rows of the text tower that it learns from.
-TEACHER = "teacher"
-# Settings of the optimizer's parameter groups.
-GROUP_SETTINGS = (
-    *("learning_rate", "vision_learning_rate", "text_learning_rate"),
-    *("weight_decay", "vision_weight_decay", "text_weight_decay", "vision_layer_decay"),
-)
-# The terms of a loss by their names in the log, each with its weight.
-Terms = dict[str, tuple[float, Tensor]]
-
-
-class ClampLogitScale(TrainerCallback):
-    """Clamps the logit scale to 1 to 100 after every optimizer step."""
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        clamp_logit_scale(model)
 
 
 class Stage2Trainer(StageTrainer):
@@ -200,93 +181,52 @@ class Stage2Trainer(StageTrainer):
         refuse_useless(args, self.train_dataset)
         is_ours = isinstance(self.train_dataset, EpochDataset | SampleStream)
         refuse_unfollowed(args, self.data_collator, COLLATED[:1] if is_ours else COLLATED)
-        width = cast(LLM2CLIPConfig, self.unwrapped().config).projection_dim
-        require_prefixes(args.matryoshka_dims, width)
-        if args.text_losses != "both" and len(self.unwrapped().config.text_config.halves()) == 1:
-            raise ValueError(f"text_losses is {args.text_losses}, but the model has one text encoder; leave it unset.")
-        closed = "alignment" in args.warm_start or args.alignment != "train"
-        if args.projection_dim not in (None, width) and not closed:
-            raise ValueError(
-                f"projection_dim is {args.projection_dim}, but the model has {width}: it is a setting of a new model."
-            )
-        if self.compute_loss_func is not None and args.loss != "softmax":
-            raise ValueError(f"loss is {args.loss}, but compute_loss_func computes it; leave one of them unset.")
+        model = self.unwrapped()
+        refuse_unfit(args, model.config, model.logit_bias is not None, self.compute_loss_func is not None)
         groups = [name for name in GROUP_SETTINGS if getattr(args, name) != defaults_of(args)[name]]
         if self.optimizer is not None and groups:
             raise ValueError(f"{', '.join(groups)} are not for an optimizer that you have made (optimizers=).")
-        bias = getattr(self.unwrapped(), "logit_bias", None)
-        if (bias is not None) != (args.loss == "sigmoid") and self.compute_loss_func is None:
-            has = "no logit bias" if bias is None else "a logit bias"
-            raise ValueError(
-                f"loss is {args.loss}, but the model has {has}; give logit_bias_init_value to a new model."
-            )
 
     def prepare_model(self, model: nn.Module) -> None:
         processor = self.image_processor
         if not isinstance(model, LLM2CLIPModel):
             raise ValueError(f"model is a {type(model).__name__}, but stage 2 trains an LLM2CLIPModel.")
-        own = model
         if self.args.lora_rank:
-            if own.text_model is None:
-                own.load_text_model()
-            self._lora_source(own)
+            if model.text_model is None:
+                model.load_text_model()
+            lora_source(model, self.args.output_dir, self._merged)
         if self.cache is not None:
-            fingerprint = own.config.text_model_fingerprint
+            fingerprint = model.config.text_model_fingerprint
             refuse_other_encoder(self.cache.path, self.cache.manifest, fingerprint, None)
             if fingerprint is not None:
-                refuse_other_prompt(self.cache.path, self.cache.manifest, cast(LLM2CLIPConfig, own.config))
+                refuse_other_prompt(self.cache.path, self.cache.manifest, cast(LLM2CLIPConfig, model.config))
         if name := self.args.distill_from or self.args.warm_start.get("distill_from"):
             if processor is None:
                 raise ValueError("distill_from needs a processing_class with an image processor.")
             with undivided_building(self.args):
-                take_space(own, processor, name)
-        self._size = image_size(own) if processor is None else output_size(processor)
-        self.frozen = prepare_joint_model(own, self.args, self._size)
+                take_space(model, processor, name)
+        self._size = image_size(model) if processor is None else output_size(processor)
+        self.frozen = prepare_joint_model(model, self.args, self._size)
 
     def prepare_training(self, run: RunContext) -> dict[str, float]:
-        found = {} if self._first is None else self._warm_start(run, self._first)
+        metrics = {} if self._first is None else self._warm_start(run, self._first)
         if self.args.lora_rank:
             self._add_lora()
         if is_sharded(self.accelerator):
             give_scalars_a_dimension(cast(nn.Module, self.model))
         self.store_rows()
-        return found
-
-    def _lora_source(self, own: LLM2CLIPModel) -> tuple[str, str | None]:
-        """Return the folder or repository of the LLM, to which LoRA layers refer, and its revision.
-
-        Raises:
-            ValueError: It has none, or one that the run writes into, or weights that cannot be read or are merged.
-        """
-        config = cast(LLM2CLIPConfig, own.config)
-        if config.text_config.second_config is not None:
-            raise ValueError("lora_rank trains one LLM, but the model has two text encoders; leave it unset.")
-        source: Any = config.text_model_name_or_path
-        revision: Any = config.text_model_revision
-        if source is None:
-            source, revision = own.name_or_path, getattr(own, "hub_arguments", {}).get("revision")
-        place, output = Path(source or ""), Path(str(self.args.output_dir)).resolve()
-        inside = place.exists() and place.resolve().is_relative_to(output)
-        if self._merged or not source or inside:
-            where = "merged with its LoRA layers" if self._merged else source or "in memory alone"
-            raise ValueError(
-                f"the LLM is {where}; lora_rank needs one in a folder outside output_dir, or on the Hub, to which its "
-                "LoRA layers refer: save the model, and load it."
-            )
-        if not own.text_model.has_readable_weights:
-            raise ValueError("the LLM is quantised or offloaded; lora_rank of stage 2 needs it whole.")
-        return source, revision
+        return metrics
 
     def _add_lora(self) -> None:
         """Add LoRA layers to the LLM; the config then names no repository, as none has these weights."""
-        own = cast(LLM2CLIPModel, self.model)
+        model = cast(LLM2CLIPModel, self.model)
         if self.saves_adapter():  # of an earlier `train`
             return
-        source, revision = self._lora_source(own)
-        own.text_model.merge_adapter()
-        add_lora(own.text_model, self.args, source, revision)
-        verify_on_main_process(own.text_model)
-        own.config.text_model_name_or_path = own.config.text_model_revision = None
+        source, revision = lora_source(model, self.args.output_dir, self._merged)
+        model.text_model.merge_adapter()
+        add_lora(model.text_model, self.args, source, revision)
+        verify_on_main_process(model.text_model)
+        model.config.text_model_name_or_path = model.config.text_model_revision = None
 
     def saves_adapter(self) -> bool:
         text_model = self.unwrapped().text_model
@@ -294,82 +234,46 @@ class Stage2Trainer(StageTrainer):
 
     def store_rows(self) -> None:
         """Store what frozen towers or layers make of the training set, and read that instead of its images."""
-        args, model, images = self.args, cast(LLM2CLIPModel, self.model), with_images(self.train_dataset)
+        args, images = self.args, with_images(self.train_dataset)
         if images is None or not (args.freeze_vision == "all" or args.frozen_states_dir):
             return
-        if args.frozen_states_dir:
-            assert self.frozen is not None
-            self.train_dataset: Any = store_states(args, self.frozen, self.image_processor, images)
-        else:
-            cache = images.make_sample.cache or self.cache
-            if cache is None:
-                raise ValueError(
-                    "freeze_vision: all stores the outputs of both towers; give the embeddings of the captions as "
-                    "cache=EmbeddingCache.open(...)."
-                )
-            if args.distill_from:
-                with undivided_building(args):
-                    teacher = Teacher(args.distill_from, Path(str(args.output_dir)) / TEACHER)
-                    self.train_dataset = taught_captions(args, teacher, images, cache)
-            else:
-                retrieval = self.retrieval.values()
-                self.train_dataset = store_pairs(args, model, self.image_processor, images, cache, retrieval)
+        model, cache = cast(LLM2CLIPModel, self.model), images.make_sample.cache or self.cache
+        sources = (images, cache, self.retrieval.values())
+        self.train_dataset: Any = store_training_set(args, model, self.frozen, self.image_processor, *sources)
         self.train_dataset.mixing = images.mixing
         # Storing draws random numbers, and is not repeated.
         set_seed(args.seed)
 
     def _warm_start(self, run: RunContext, first: Stage2Config) -> dict[str, float]:
         """Take the weights of a first part with frozen towers, which is run unless it is finished."""
-        args = self.args
-        found = warm_start_result(args) if run.resume else None
-        if found is not None:
+        result = warm_start_result(self.args) if run.resume else None
+        if result is not None:
             RunContext(first).compare_settings(Path(first.output_dir))
         elif run.checkpoint is not None:
             return {}
         else:
-            found = self._run_first(run, first)
+            result = self._run_first(run, first)
         self.accelerator.wait_for_everyone()
         if run.checkpoint is None:
-            logger.info("Continuing with the warm start in %s.", first.output_dir)
-            own = cast(LLM2CLIPModel, self.model)
-            saved = LLM2CLIPModel.from_pretrained(first.output_dir, text_model=False)
-            if first.alignment != "train":
-                set_heads(own, saved.config.visual_head, saved.config.projection_dim)
-            load_weights(own, saved, first.output_dir)
-            if args.feature_dropout is None:
-                cast(LLM2CLIPConfig, own.config).feature_dropout = saved.config.feature_dropout
-        if args.should_save:
-            self.earlier_history = found["history"]
-        return {f"warm_start_{name}": value for name, value in found["metrics"].items()}
+            continue_with(cast(LLM2CLIPModel, self.model), first, self.args.feature_dropout)
+        if self.args.should_save:
+            self.earlier_history = result["history"]
+        return {f"warm_start_{name}": value for name, value in result["metrics"].items()}
 
     def _run_first(self, run: RunContext, first: Stage2Config) -> dict[str, Any]:
         """Run the first part with a Trainer of this class, and the arguments of this one; return what it measured."""
-        what = "the adapter, from texts alone" if first.distill_from else "projection and adapter, with frozen towers"
-        logger.info("Warm start: %s.", what)
-        own = cast(LLM2CLIPModel, self.model)
+        model = cast(LLM2CLIPModel, self.model)
         # The LLM, if there is one, is not copied, and not there if it trains later: FSDP would divide it twice.
-        model = copy.deepcopy(own, {id(own.text_model): None if self.args.lora_rank else own.text_model})
+        copied = copy.deepcopy(model, {id(model.text_model): None if self.args.lora_rank else model.text_model})
         if self.args.lora_rank:
-            model.config.text_model_name_or_path = self._lora_source(own)[0]
-        positional, named = self._given
-        parameters = inspect.signature(type(self).__init__).parameters.values()
-        if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
-            parameters = inspect.signature(Stage2Trainer.__init__).parameters.values()
-        given = dict(zip([parameter.name for parameter in parameters][1:], positional, strict=False))
-        # Both parts may have a precision of their own, which accelerate keeps for the whole process.
-        AcceleratorState._reset_state()
-        trainer = type(self)(**{**given, **named, "model": model, "args": first})
+            copied.config.text_model_name_or_path, _ = lora_source(model, self.args.output_dir, self._merged)
+        given = arguments_by_name(type(self), Stage2Trainer, *self._given) | {"model": copied, "args": first}
         # A command refuses the folder of another run; in Python, a part that was stopped is resumed.
-        resume = run.resume if run.is_command else True
-        with RunContext(first, resume or None, is_command=True) as part:
-            found = {"metrics": trainer.fit(part), "history": trainer.state.log_history}
-            if first.should_save:
-                write_json(Path(first.output_dir) / WARM_START_RESULT, found)
+        result = run_first_part(lambda: type(self)(**given), first, bool(run.resume) if run.is_command else True)
         # As after the construction of this trainer.
-        AcceleratorState._reset_state()
         self.create_accelerator_and_postprocess()
         set_seed(self.args.seed)
-        return found
+        return result
 
     def default_collator(self) -> Stage2Collator:
         args, is_ours = self.args, isinstance(self.train_dataset, EpochDataset | SampleStream)
@@ -394,10 +298,6 @@ class Stage2Trainer(StageTrainer):
         collator.image_column, collator.caption_column = self.args.image_column, self.args.caption_column
         return collator
 
-    def skip_log(self) -> SkipLog | None:
-        path = Path(str(self.args.output_dir)) / f"skipped-{self.args.process_index}.jsonl"
-        return SkipLog(path) if self.args.on_error == "skip" else None
-
     def batch_sampler(self) -> EpochBatchSampler:
         several = len(getattr(self.train_dataset, "starts", ())) > 2
         if several and self.train_dataset.mixing == "one_source_per_step":
@@ -406,13 +306,13 @@ class Stage2Trainer(StageTrainer):
 
     def frozen_inputs(self) -> dict[str, str | None]:
         model = cast(LLM2CLIPModel, self.model)
-        found = {"text encoder": model.config.text_model_fingerprint}
+        inputs = {"text encoder": model.config.text_model_fingerprint}
         if self.args.lora_rank:  # with which that changes
             frozen = (pair for pair in model.text_model.named_parameters() if not pair[1].requires_grad)
-            found = {"weights of the LLM": sampled_digest(frozen)}
+            inputs = {"weights of the LLM": sampled_digest(frozen)}
         if self.image_processor is not None:
-            found["image processor"] = digest_json(preprocessing(self.image_processor))
-        return found
+            inputs["image processor"] = digest_json(preprocessing(self.image_processor))
+        return inputs
 
     @property
     def has_steps(self) -> bool:
@@ -424,36 +324,28 @@ class Stage2Trainer(StageTrainer):
         model = cast(LLM2CLIPModel, self.model)
         measure = self._mean_recall if self.retrieval else None
         wanted = self.args.ridge, self.args.projection_dim
-        found = align(model, cast(StoredPairsDataset, self.train_dataset), self.args.alignment, *wanted, measure)
+        metrics = align(model, cast(StoredPairsDataset, self.train_dataset), self.args.alignment, *wanted, measure)
         if self.has_steps:
             freeze_maps(model)
-        return found
+        return metrics
 
     def _mean_recall(self) -> float:
         """Mean of R@1, 5 and 10 in both directions over the retrieval sets."""
         model = cast(LLM2CLIPModel, self.model).eval()
-        found = [self.measure(model, retrieval) for retrieval in self.retrieval.values()]
-        return fmean(value for metrics in found for name, value in metrics.items() if "recall@" in name)
+        of_sets = [self.measure(model, retrieval) for retrieval in self.retrieval.values()]
+        return fmean(value for metrics in of_sets for name, value in metrics.items() if "recall@" in name)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.args.alignment != "train" or self.args.warm_start.get("alignment", "train") != "train":
-            own, saved = cast(LLM2CLIPModel, self.model), LLM2CLIPConfig.from_pretrained(resume_from_checkpoint)
-            set_heads(own, saved.visual_head, saved.projection_dim)
+            trained, saved = cast(LLM2CLIPModel, self.model), LLM2CLIPConfig.from_pretrained(resume_from_checkpoint)
+            set_heads(trained, saved.visual_head, saved.projection_dim)
             if self.args.alignment != "train":
-                freeze_maps(own)
+                freeze_maps(trained)
         if not self.args.lora_rank:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        target: Any = self.accelerator.unwrap_model(model or self.model)
-        saved_model = LLM2CLIPModel.from_pretrained(resume_from_checkpoint, text_model=False)
-        if self.is_fsdp_enabled:
-            give_scalars_a_dimension(saved_model)
-            options = StateDictOptions(full_state_dict=True, strict=False)
-            set_model_state_dict(target, saved_model.state_dict(), options=options)
-        else:
-            load_weights(target, saved_model, resume_from_checkpoint)
-        decoder, adapter = target.text_model.decoder, Path(resume_from_checkpoint, TEXT_MODEL)
-        decoder.load_adapter(str(adapter), decoder.active_adapter, is_trainable=True)
+        whole = self.accelerator.unwrap_model(model or self.model)
+        load_with_adapter(whole, resume_from_checkpoint, self.is_fsdp_enabled)
 
     def eval_labels(self, inputs: dict[str, Any], num_rows: int) -> Any:
         if inputs.get("is_empty") and (self._example is None or "caption_ids" in self._example):
@@ -464,20 +356,7 @@ class Stage2Trainer(StageTrainer):
 
     @staticmethod
     def retrieval_scores(prediction: EvalPrediction) -> dict[str, float | int]:
-        images, texts = (torch.as_tensor(embeds) for embeds in prediction.predictions)
-        if not isinstance(prediction.label_ids, tuple):
-            return retrieval_metrics(images, texts, torch.arange(len(texts))[:, None].expand(-1, 2))
-        caption_ids, image_caption_ids = (ids.tolist() for ids in prediction.label_ids)
-        # Rows with equal captions are one query.
-        queries = {identity: row for row, identity in reversed(list(enumerate(caption_ids)))}
-        positions = {identity: position for position, identity in enumerate(queries)}
-        matches = [
-            (positions[identity], image)
-            for image, identities in enumerate(image_caption_ids)
-            for identity in dict.fromkeys(identities)
-            if identity in positions
-        ]
-        return retrieval_metrics(images, texts[list(queries.values())], torch.tensor(matches))
+        return retrieval_scores(prediction)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         if self.optimizer is None:
@@ -489,34 +368,35 @@ class Stage2Trainer(StageTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         if self.lr_scheduler is None and self.args.lr_scheduler_type == SchedulerType.COSINE:
-            own = cast(Optimizer, optimizer or self.optimizer)
+            scheduled = cast(Optimizer, optimizer or self.optimizer)
             warmup_steps = self.args.get_warmup_steps(num_training_steps)
-            self.lr_scheduler = warmup_cosine_schedule(own, warmup_steps, num_training_steps)
+            self.lr_scheduler = warmup_cosine_schedule(scheduled, warmup_steps, num_training_steps)
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
     def loss_and_outputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        inputs = dict(inputs)
+        inputs, plain = dict(inputs), self.unwrapped()
         self.run_state.skipped.add(inputs.pop("skipped", []))
         if is_empty := inputs.pop("is_empty", False):
-            inputs = dict(self._example or self._blank_row())
+            with_tokens = self.args.lora_rank > 0
+            blank = self._example or blank_row(plain.config, self._size, self.train_dataset, with_tokens)
+            inputs = {name: value.to(self.args.device) for name, value in blank.items()}
         elif self._example is None and self.args.on_error == "skip":
             self._example = {name: value[:1].clone() for name, value in inputs.items() if isinstance(value, Tensor)}
         ids = {name: inputs.pop(name, None) for name in ("caption_ids", "image_caption_ids")}
         if self.args.shared_captions == "separate":
             ids = {}
-        own = self.unwrapped()
         if "teacher_embeds" in inputs:
             return self._taught(model, inputs)
         if self.args.freeze_vision == "all":
-            own.vision_model.eval()
+            plain.vision_model.eval()
         if self.args.lora_rank:
             if "llm_embeds" in inputs:
                 raise ValueError("lora_rank trains the LLM, so that llm_embeds are stale; give rows with a caption.")
-        elif own.text_model is not None:
-            own.text_model.eval()
+        elif plain.text_model is not None:
+            plain.text_model.eval()
             if "llm_embeds" not in inputs:
-                inputs = self._with_llm_embeds(own.text_model, inputs)
+                inputs = self._with_llm_embeds(plain.text_model, inputs)
         # The loss of an evaluation is the contrastive one alone, whatever the run was trained with.
         is_training = cast(nn.Module, self.model).training
         followed = self._by_average(inputs) if is_training and self.args.distill_weight else None
@@ -526,7 +406,7 @@ class Stage2Trainer(StageTrainer):
             images, texts = images[:0], texts[:0]
             followed = None if followed is None else followed[:0]
             ids = {name: None if rows is None else rows[:0] for name, rows in ids.items()}
-        several = texts.split(own.config.projection_dim, dim=-1)
+        several = texts.split(plain.config.projection_dim, dim=-1)
         embeds = {"image_embeds": images, "text_embeds": several[0]}
         # One value per row, all equal; those of the last chunk are not recomputed.
         scale, *bias = [number[-1] for number in numbers]
@@ -535,8 +415,7 @@ class Stage2Trainer(StageTrainer):
             for text_embeds in several:
                 rows = self.without_repeats({**embeds, "text_embeds": text_embeds, **ids})
                 kept, known = {name: rows[name] for name in embeds}, {name: rows[name] for name in ids}
-                options = scale, bias[0] if bias else None, known
-                losses.append(self.loss_of_prefixes(self.args.matryoshka_dims, kept, *options))
+                losses.append(self.loss_of(kept, scale, bias[0] if bias else None, known, self.args.matryoshka_dims))
             loss = torch.stack(losses).mean() if len(losses) > 1 else losses[0]
         except NoPairsError:
             # A step without gradient, of which every parameter has one that is zero.
@@ -545,7 +424,7 @@ class Stage2Trainer(StageTrainer):
                 loss = loss + 0 * number.sum()
         terms: Terms = {"loss_contrastive": (1.0, loss)}
         if followed is not None:
-            terms |= self._distances(images, followed, self.args.distill_weight)
+            terms |= proclip_terms(self.args, images, followed, self.args.distill_weight)
         if is_training:
             terms |= self._relations(several[0], inputs)
         return self._sum(terms), embeds
@@ -553,7 +432,7 @@ class Stage2Trainer(StageTrainer):
     def _taught(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Compare captions with the rows of another text tower, of unit length, instead of with images."""
         texts = unit_features(model(llm_embeds=inputs["llm_embeds"]))
-        terms = self._distances(texts, inputs["teacher_embeds"], 1.0)
+        terms = proclip_terms(self.args, texts, inputs["teacher_embeds"], 1.0)
         return self._sum(terms | self._relations(texts, inputs)), {"text_embeds": texts}
 
     def _by_average(self, inputs: dict[str, Tensor]) -> Tensor:
@@ -569,26 +448,13 @@ class Stage2Trainer(StageTrainer):
             (embeds,) = in_chunks(run, self.unwrapped(), images, self.args.tower_chunk_size)
         return embeds
 
-    def _distances(self, student: Tensor, teacher: Tensor, weight: float) -> Terms:
-        """The terms of ProCLIP (arXiv 2510.18795), whose code has sums over the `b` rows of a process.
-
-        In the means here, the weights do not depend on the batch. Its sums with a factor of 1 are `b` times these
-        terms with `structure_weight` `(b - 1) / 2`.
-        """
-        terms: Terms = {"loss_distill_instance": (weight, instance_distance(student, teacher))}
-        if factor := weight * self.args.structure_weight:
-            terms["loss_distill_structure"] = factor, structure_distance(student, teacher, self.args.loss_chunk_size)
-        return terms
-
     def _relations(self, texts: Tensor, inputs: dict[str, Tensor]) -> Terms:
-        """The term by which the similarities of texts follow those of the embeddings that the adapter gets."""
         if not self.args.relational_weight:
             return {}
         with torch.no_grad():
             rows = inputs["llm_embeds"][: len(texts)].to(texts.device).float()
             rows = self.unwrapped().text_adapter.prepare(rows)
-        distance = similarity_distance(texts, nn.functional.normalize(rows, dim=-1), self.args.loss_chunk_size)
-        return {"loss_relational": (self.args.relational_weight, distance)}
+        return relational_terms(self.args, texts, rows)
 
     def _sum(self, terms: Terms) -> Tensor:
         """Add up the terms of a loss with their weights; the log has each without its weight, if there are several."""
@@ -620,35 +486,17 @@ class Stage2Trainer(StageTrainer):
             return sigmoid_loss(**options, logit_bias=cast(Tensor, logit_bias))
         return clip_loss(**options, label_smoothing=self.args.label_smoothing_factor)
 
-    def _blank_row(self) -> dict[str, Tensor]:
-        """Return a row in place of a first batch whose samples are all skipped, which no tower takes."""
-        model = cast(LLM2CLIPModel, self.model)
-        row = {"llm_embeds": torch.ones(1, model.config.text_config.hidden_size)}
-        if self.args.lora_rank:
-            row = {name: torch.ones(1, 1, dtype=torch.long) for name in CAPTION_INPUTS}
-        if isinstance(self.train_dataset, StoredPairsDataset):
-            row["vision_features"] = self.train_dataset.features.read_views(np.zeros(1, dtype=np.int64))
-        else:
-            row["pixel_values"] = torch.zeros(1, 3, *self._size)
-        return {name: value.to(self.args.device) for name, value in row.items()}
-
     def _embed(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         with self._with_pixels(inputs) as inputs:
-            inputs, count = self._with_halves(inputs)
+            count = 1
+            if self.args.text_losses != "both" and self.unwrapped().training:
+                adapter = self.unwrapped().text_adapter
+                inputs, count = with_halves(inputs, adapter, with_both=self.args.text_losses == "all")
             output = model(**inputs, return_logits=False)
         numbers = [number for number in (output.logit_scale, output.logit_bias) if number is not None]
         rows = len(output.image_embeds)
         texts = torch.cat(output.text_embeds.split(rows), dim=-1) if count > 1 else output.text_embeds
         return output.image_embeds, texts, *(number.expand(rows) for number in numbers)
-
-    def _with_halves(self, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
-        """Add rows of each of two text encoders alone, as `text_losses` says; also return the rows of a caption."""
-        if self.args.text_losses == "both" or not self.unwrapped().training:
-            return inputs, 1
-        embeds, adapter = inputs["llm_embeds"], self.unwrapped().text_adapter
-        alone = [adapter.of_half(rows, number) for number, rows in enumerate(embeds.split(adapter.widths, dim=-1))]
-        rows = [*([embeds] if self.args.text_losses == "all" else []), *alone]
-        return {**inputs, "llm_embeds": torch.cat(rows)}, len(rows)
 
     @contextlib.contextmanager
     def _with_pixels(self, inputs: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
@@ -701,16 +549,8 @@ class Stage2Trainer(StageTrainer):
         if not self.saves_adapter():
             super().write_model(model, folder, weights)
             return
-        target, prefix, state = Path(folder, TEXT_MODEL), f"{TEXT_MODEL}.", None
-        if weights is not None:
-            state = {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
-        if isinstance(tokenizer, PreTrainedTokenizerBase):
-            save_text_tower(model.text_model, tokenizer, target, state)
-        else:
-            model.text_model.save_pretrained(target, state_dict=state)
-        # An unfilled card of PEFT.
-        (target / CARD).unlink(missing_ok=True)
+        write_adapter(model, tokenizer, Path(folder, TEXT_MODEL), weights)
         config = model.config
         config.text_model_fingerprint, config.text_model_name_or_path = config.text_config.fingerprint, OWN_TEXT_MODEL
         try:

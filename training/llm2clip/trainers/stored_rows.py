@@ -122,8 +122,8 @@ class StoredPairsDataset(EpochDataset):
     def _all_ids(self, rows: np.ndarray) -> Tensor:
         counts = self._ends[rows + 1] - self._ends[rows]
         columns = np.arange(counts.max())
-        places = np.minimum(self._ends[rows][:, None] + columns, len(self._caption_ids) - 1)
-        return torch.from_numpy(np.where(columns < counts[:, None], self._caption_ids[places], -1))
+        caption_numbers = np.minimum(self._ends[rows][:, None] + columns, len(self._caption_ids) - 1)
+        return torch.from_numpy(np.where(columns < counts[:, None], self._caption_ids[caption_numbers], -1))
 
     def _uniform(self, purpose: str, epoch: int, rows: np.ndarray) -> np.ndarray:
         """Numbers in [0, 1) that are functions of seed, purpose, epoch and row."""

@@ -217,11 +217,11 @@ def _text_model_of(encoder: Encoder, spec: str) -> tuple[Any, Any]:
     if tower.config.bidirectional:
         backbone.config.is_causal = False
     # Without what ties it to the model and its code.
-    own = encoder.tokenizer
+    tokenizer = encoder.tokenizer
     plain = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(own.backend_tokenizer.to_str()),
-        model_max_length=own.model_max_length,
-        **{name: str(token) for name, token in own.special_tokens_map.items()},
+        tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()),
+        model_max_length=tokenizer.model_max_length,
+        **{name: str(token) for name, token in tokenizer.special_tokens_map.items()},
     )
     return backbone, plain
 
@@ -241,7 +241,7 @@ def _cut(backbone: Any, spec: str) -> None:
         raise ValueError(f"the layers of a {config.model_type} are not found; name a text encoder as the student.")
     last = int(count) // 3
     kept = [*range(int(count) - last), *range(there - last, there)]
-    layers = [lists[0][place] for place in kept]
+    layers = [lists[0][number] for number in kept]
     del lists[0][:]
     lists[0].extend(layers)
     for number, layer in enumerate(layers):
@@ -250,4 +250,4 @@ def _cut(backbone: Any, spec: str) -> None:
                 module.layer_idx = number
     config.num_hidden_layers = int(count)
     if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[place] for place in kept]
+        config.layer_types = [config.layer_types[number] for number in kept]

@@ -161,7 +161,7 @@ def _states(name: str) -> list[list[Any]]:
     """Describe the files of a model that are here, by name, size and time; none if it is not."""
     script = Path(name.rpartition(":")[0])
     folders = local_folders(name) if Path(name).is_dir() or hub_ids(name) else []
-    found = [path for folder in folders for path in sorted(folder.iterdir())]
-    files = [path for path in found if path.suffix in (".safetensors", ".json")]
+    paths = [path for folder in folders for path in sorted(folder.iterdir())]
+    files = [path for path in paths if path.suffix in (".safetensors", ".json")]
     files += [script] if script.suffix == ".py" and script.is_file() else []
     return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]

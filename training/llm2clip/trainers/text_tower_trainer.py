@@ -75,14 +75,14 @@ class TextTowerTrainer(StageTrainer):
                 raise ValueError(f"{name} is {given}, but the model has an adapter with {value}; leave it unset.")
 
     def frozen_inputs(self) -> dict[str, str | None]:
-        found: dict[str, str | None] = {}
+        inputs: dict[str, str | None] = {}
         backend = getattr(self.processing_class, "backend_tokenizer", None)
         if backend is not None:
-            found["tokenizer"] = hashlib.sha256(backend.to_str().encode()).hexdigest()[:16]
+            inputs["tokenizer"] = hashlib.sha256(backend.to_str().encode()).hexdigest()[:16]
         if self.model.has_adapter:
             frozen = [(name, weight) for name, weight in self.model.named_parameters() if not weight.requires_grad]
-            found["frozen weights"] = sampled_digest(frozen)
-        return found
+            inputs["frozen weights"] = sampled_digest(frozen)
+        return inputs
 
     def measure(self, model: LLM2CLIPTextModel, retrieval: CaptionPairData) -> dict[str, float | int]:
         batch_size = self.args.per_device_eval_batch_size
@@ -139,7 +139,7 @@ def sampled_digest(weights: Iterable[tuple[str, Tensor]]) -> str:
         values = weight.detach().flatten()
         # In whole numbers: float32 has no place for the last of 28 million values.
         count = min(SAMPLED, len(values))
-        places = torch.arange(count, device=values.device) * (len(values) - 1) // max(1, count - 1)
+        positions = torch.arange(count, device=values.device) * (len(values) - 1) // max(1, count - 1)
         digest.update(f"{name} {tuple(weight.shape)}".encode())
-        digest.update(values[places].float().cpu().numpy().tobytes())
+        digest.update(values[positions].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import TrainerCallback
 
+from llm2clip.trainers.base_config import StageConfig
+from llm2clip.trainers.sharding import is_sharded
 from llm2clip.trainers.step_guard import require_finite
 from modeling_llm2clip.modeling_llm2clip_utils import apply_umask
 
@@ -90,13 +93,13 @@ class WeightAverage(TrainerCallback):
         if self.in_model or not self._average:
             yield
             return
-        own = {name: weight.clone() for name, weight in self._trained().items()}
+        before = {name: weight.clone() for name, weight in self._trained().items()}
         self._write(self._average)
         self.in_model = True
         try:
             yield
         finally:
-            self._write(own)
+            self._write(before)
             self.in_model = False
 
     def save(self, checkpoint: Path, step: int) -> None:
@@ -126,7 +129,7 @@ class WeightAverage(TrainerCallback):
             logger.warning("%s has no %s: the average begins with its weights.", checkpoint, AVERAGE_FILE)
             return
         saved = load_file(path)
-        shapes, expected = ({name: x.shape for name, x in found.items()} for found in (saved, self._average))
+        shapes, expected = ({name: x.shape for name, x in weights.items()} for weights in (saved, self._average))
         if shapes != expected:
             differing = sorted(name for name in shapes | expected if shapes.get(name) != expected.get(name))
             raise ValueError(
@@ -146,3 +149,19 @@ class WeightAverage(TrainerCallback):
     def _write(self, values: Mapping[str, Tensor]) -> None:
         for name, weight in self._trained().items():
             weight.copy_(values[name])
+
+
+def average_of(args: StageConfig, accelerator: Accelerator, model: Callable[[], nn.Module]) -> WeightAverage | None:
+    """Make the average that the settings ask for, if any; see [`WeightAverage`].
+
+    Raises:
+        ValueError: The model is divided over processes.
+    """
+    if args.ema_half_life is None:
+        return None
+    if is_sharded(accelerator):
+        raise ValueError(
+            "ema_half_life does not work with FSDP or DeepSpeed, which give no process the whole weights; train "
+            "with DDP, or leave it unset."
+        )
+    return WeightAverage(model, args.ema_half_life, args.resume_anyway)
