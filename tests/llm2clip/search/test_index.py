@@ -204,6 +204,8 @@ def test_other_models_sources_and_settings_are_refused(pictures: Path, model: Mo
 
 def test_mistakes_in_names_are_found_before_anything_large_is_imported(tmp_path: Path, indexed: Path) -> None:
     (tmp_path / "folder").mkdir()
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "moved" / "manifest.json").write_text('{"model": "/no/mine.py:load"}')
     mistakes = {
         "no file or folder nowhere": ["index", "nowhere", "--model", "a/b"],
         "no model ./no/model": ["index", "folder", "--model", "./no/model"],
@@ -214,6 +216,7 @@ def test_mistakes_in_names_are_found_before_anything_large_is_imported(tmp_path:
         "the query is missing": ["search", "index"],
         "there is no image file no.png": ["search", "index", "--image", "no.png"],
         "there is no model ./no/such": ["search", "index", "a dog", "--model", "./no/such"],
+        "the model in /no/mine.py:load, which no longer exists; give its new place": ["search", "moved", "a dog"],
         "top must be at least 1": ["search", "index", "a dog", "--top", "0"],
     }
     script = f"""

@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,16 @@ def with_random_embeddings(described: pa.Table, width: int, generator: np.random
     embeds = generator.standard_normal((len(described), width), dtype=np.float32).astype(np.float16)
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeds.reshape(-1)), width)
     return described.append_column(VECTOR, vectors).append_column(REASON, pa.nulls(len(described), pa.string()))
+
+
+def test_the_list_of_a_folder_holds_200_bytes_and_the_path_of_each_file(tmp_path: Path) -> None:
+    images = FolderImages(save_pictures(tmp_path / "pictures", 2000))
+    tracemalloc.start()
+    try:
+        count, (held, _) = len(images), tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert 150 < held / count - len("000/picture-000000.png") < 200
 
 
 @pytest.mark.slow

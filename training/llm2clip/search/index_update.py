@@ -32,8 +32,8 @@ def update_index(store: IndexStore, items: Items, encoder: Encoder, settings: In
 
     Embeddings are stored in parts, which searches do not see. If the run is killed, the next one continues with them,
     and its result equals that of an uninterrupted run. The new index replaces the old one in one step at the end. The
-    memory holds 50 bytes for each image that the index has at the start, the paths of a folder, and descriptions of at
-    most 16 parts.
+    memory holds 50 bytes for each image that the index has at the start, 200 and the path for each file of a folder,
+    and descriptions of at most 16 parts.
 
     Args:
         items: The images or captions.

@@ -5,14 +5,17 @@ Its mistakes are found before the libraries of models and of the index are impor
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llm2clip.utils.files import read_json
 from llm2clip.utils.logs import print_whole, printable, quiet_libraries
 from llm2clip.utils.model_places import require_model_place
 from llm2clip.utils.settings import nearest, setting
@@ -120,7 +123,10 @@ def run(config: SearchConfig) -> None:
 
 
 def check_places(index: str, model: str | None, postgres: str | None = None) -> None:
-    """Check that a local index and the model that is given for it can exist, without the libraries of either.
+    """Check that a local index and its model can exist, without the libraries of either.
+
+    Args:
+        model: The model that is given for the index; None for the one that made it.
 
     Raises:
         FileNotFoundError: One of them does not exist.
@@ -129,8 +135,26 @@ def check_places(index: str, model: str | None, postgres: str | None = None) -> 
         require_model_place(model)
     if postgres is not None or "://" in index:
         return
-    if not (Path(index) / MANIFEST).is_file():
+    manifest = Path(index) / MANIFEST
+    if not manifest.is_file():
         raise FileNotFoundError(_no_index(Path(index)))
+    if not model:
+        with contextlib.suppress(ValueError):  # opening a damaged index says so
+            require_recorded_model(index, str(read_json(manifest).get("model")))
+
+
+def require_recorded_model(index: str, name: str) -> None:
+    """Check that the model that made an index can exist still, if it was a local one.
+
+    Raises:
+        FileNotFoundError: Its folder, or the file of its function, does not exist.
+    """
+    path = Path(re.sub(r"(?<=\.py):\w+$", "", name))
+    if path.is_absolute() and not path.exists():
+        raise FileNotFoundError(
+            f"the index {index} was made by the model in {name}, which no longer exists; give its new place: --model "
+            "FOLDER"
+        )
 
 
 def _no_index(folder: Path) -> str:

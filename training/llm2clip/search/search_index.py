@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from llm2clip.search.index_manifest import IndexManifest
 from llm2clip.search.index_settings import IndexSettings
 from llm2clip.search.index_update import update_index
 from llm2clip.search.results import SearchResult
+from llm2clip.search.search import require_recorded_model
 from llm2clip.search.store import VECTOR, IndexStore, open_store
 from llm2clip.search.table_items import as_items, items_of
 
@@ -236,12 +236,7 @@ class SearchIndex:
             name, revision = self._model, self._revision
             if name is None:
                 name, revision = self.manifest.model, self.manifest.revision
-                path = Path(re.sub(r"(?<=\.py):\w+$", "", name))
-                if path.is_absolute() and not path.exists():
-                    raise FileNotFoundError(
-                        f"the index {self.location} was made by the model in {name}, which no longer exists; give its "
-                        "new place: --model FOLDER"
-                    )
+                require_recorded_model(self.location, name)
             text_encoder = self._text_encoder if "text" in self._loaded else "llm"
             options: dict[str, Any] = {"needs": sorted(self._loaded), "text_encoder": text_encoder}
             self._encoder = load_encoder(name, revision, "auto", **options)
