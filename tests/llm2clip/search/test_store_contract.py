@@ -17,9 +17,9 @@ import pytest
 from llm2clip.search.folder_items import BINARY, digest
 from llm2clip.search.index_manifest import IndexManifest
 from llm2clip.search.index_settings import IndexSettings
-from llm2clip.search.lance_store import verify_index
 from llm2clip.search.search_index import SearchIndex
 from llm2clip.search.store import ID, KEY, REASON, VECTOR, IndexStore
+from llm2clip.search.verify_index import verify_index
 from tests.builders import tiny
 
 from .conftest import Forwards

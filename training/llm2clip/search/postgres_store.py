@@ -24,7 +24,7 @@ from psycopg import errors, sql
 from llm2clip.search.index_manifest import IndexManifest
 from llm2clip.search.postgres_database import PostgresDatabase, set_session
 from llm2clip.search.postgres_types import ARROW, VECTORS, arrow_batch, sql_type, sql_values, without_zeros
-from llm2clip.search.store import INTERNAL, MORE, NUMBER, REASON, VECTOR, Base, is_changed
+from llm2clip.search.store import INTERNAL, MORE, NUMBER, REASON, UNINDEXED, VECTOR, Base, is_changed, rows_in_order
 from llm2clip.search.where import Conditions, parse_where
 from llm2clip.utils.locks import PATIENCE
 
@@ -38,10 +38,8 @@ UNLIMITED = {"statement_timeout": "0", "idle_session_timeout": "0"}
 # The comment on each of our tables, by which they are known.
 MARK = "written by llm2clip index"
 GENERATION = "_generation"
-# Columns that conditions rarely name; the others get an index.
-UNINDEXED = {"caption", "hash", "mtime_ns", "row", "size", *INTERNAL}
-OWN = {NUMBER: "bigint", GENERATION: "integer"}
-COMMITTED, BEGUN = "committed", "begun"
+ADDED = {NUMBER: "bigint", GENERATION: "integer"}
+COMMITTED, UNFINISHED = "committed", "begun"
 SCAN_ROWS = 8192
 # Rows that fulfil a condition, up to which comparing all of them costs less than searching the graph for them.
 EXACT_MATCHES = 20_000
@@ -66,13 +64,13 @@ class PostgresStore:
 
     def __init__(self, url: str, table: str) -> None:
         self.database = PostgresDatabase(url)
-        found = TABLE_NAME.fullmatch(table)
-        if found is None:
+        match = TABLE_NAME.fullmatch(table)
+        if match is None:
             raise ValueError(
                 f"table is {table!r}, but it has to be NAME or SCHEMA.NAME, of lower-case letters, digits and _, and "
                 "NAME of at most 48; the schema is llm2clip if it is left out."
             )
-        self.schema, self.name = found[1] or SCHEMA, found[2]
+        self.schema, self.name = match[1] or SCHEMA, match[2]
         self.location = f"{self.schema}.{self.name} in {self.database.name}"
         self.table, self.state = (f'"{self.schema}"."{self.name}{suffix}"' for suffix in ("", "_llm2clip"))
         self._opened: IndexManifest | None = None
@@ -104,19 +102,16 @@ class PostgresStore:
         finally:
             # What a lost connection leaves is found by the next run.
             with contextlib.suppress(ValueError, OSError), self.database.readable():
-                is_begun = self._state(COMMITTED) is None and self._comment(self.name)
-                if is_begun and not self._query(f"SELECT FROM {self.table} LIMIT 1"):
+                is_unfinished = self._state(COMMITTED) is None and self._comment(self.name)
+                if is_unfinished and not self._query(f"SELECT FROM {self.table} LIMIT 1"):
                     self._execute(f"DROP TABLE {self.table}, {self.state}")
             self.database.close()  # with the lock, in whichever state an error has left the connection
 
     def metadata(self, unfinished: bool = False) -> IndexManifest | None:
         with self.database.readable():
-            found = self._state(BEGUN if unfinished else COMMITTED)
-            if found is None:
-                return None
-            manifest = IndexManifest.from_fields(self.location, found[0])
-            if not unfinished:
-                self._opened = manifest
+            manifest = self._manifest(UNFINISHED if unfinished else COMMITTED)
+        if not unfinished:
+            self._opened = manifest
         return manifest
 
     def begin(self, manifest: IndexManifest, schema: pa.Schema, base: Base) -> None:
@@ -124,27 +119,27 @@ class PostgresStore:
         self._gone, self._is_changed = np.empty(0, np.int64), base != "commit"
         with self.database.readable(), self.database.connection.transaction():
             self._create()
-            committed, begun = (self._state(name) for name in (COMMITTED, BEGUN))
+            committed, unfinished = (self._state(name) for name in (COMMITTED, UNFINISHED))
             self._generation = 1 + (committed[0]["stored"]["generation"] if committed else 0)
             if base == "unfinished":
-                assert begun is not None
-                self._first = begun[0]["stored"]["generation"]
+                assert unfinished is not None
+                self._first = unfinished[0]["stored"]["generation"]
                 return
             self._execute(f"DELETE FROM {self.table} WHERE {GENERATION} >= {self._generation}")
             # Which rows the new index will consist of.
             self._first = self._generation if base == "nothing" else 0
             manifest.stored = {"columns": self._types, "generation": self._first}
-            if base == "nothing" and self._columns() != {**OWN, **self._types}:
+            if base == "nothing" and self._columns() != {**ADDED, **self._types}:
                 self._replace_columns()
-            self._write_state(BEGUN, manifest, [])
+            self._write_state(UNFINISHED, manifest, [])
 
     def _create(self) -> None:
         """Create the tables that do not exist; for use in a transaction."""
         if not self._query("SELECT FROM pg_namespace WHERE nspname = %s", self.schema):
             self._execute(f"CREATE SCHEMA {_quoted(self.schema)}")
         state = "state text PRIMARY KEY, manifest json, failures json"
-        own = [f"{NUMBER} bigserial PRIMARY KEY", f"{GENERATION} integer NOT NULL"]
-        rows = ", ".join([*own, *(f"{_quoted(name)} {kind}" for name, kind in self._types.items())])
+        added = [f"{NUMBER} bigserial PRIMARY KEY", f"{GENERATION} integer NOT NULL"]
+        rows = ", ".join([*added, *(f"{_quoted(name)} {kind}" for name, kind in self._types.items())])
         for table, name, columns in ((self.state, f"{self.name}_llm2clip", state), (self.table, self.name, rows)):
             if self._comment(name) is None:
                 self._execute(f"CREATE TABLE {table} ({columns})")
@@ -154,7 +149,7 @@ class PostgresStore:
         """Empty the table, and give it the columns of this run; rights on it stay. For use in a transaction."""
         self._execute(f"DELETE FROM {self.state}")
         self._execute(f"TRUNCATE {self.table}")
-        changes = [f"DROP COLUMN {_quoted(name)} CASCADE" for name in self._columns() if name not in OWN]
+        changes = [f"DROP COLUMN {_quoted(name)} CASCADE" for name in self._columns() if name not in ADDED]
         changes += [f"ADD COLUMN {_quoted(name)} {kind}" for name, kind in self._types.items()]
         self._execute(f"ALTER TABLE {self.table} {', '.join(changes)}")
 
@@ -168,13 +163,11 @@ class PostgresStore:
                     yield arrow_batch(rows, names, types)
 
     def vectors(self, numbers: np.ndarray) -> pa.Table:
-        wanted, places = np.unique(numbers, return_inverse=True)
         names = [VECTOR, REASON, NUMBER]
         with self._reading(True) as (connection, types, _), connection.cursor(binary=True) as cursor:
             query = f"SELECT {_list(names)} FROM {self.table} WHERE {NUMBER} = ANY(%s)"
-            rows = cursor.execute(sql.SQL(query), (wanted.tolist(),)).fetchall()
-        found = pa.Table.from_batches([arrow_batch(rows, names, types)])
-        return found.take(pa.array(np.argsort(found[NUMBER].to_numpy())[places])).drop_columns([NUMBER])
+            rows = cursor.execute(sql.SQL(query), (np.unique(numbers).tolist(),)).fetchall()
+        return rows_in_order(pa.Table.from_batches([arrow_batch(rows, names, types)]), numbers)
 
     def upsert(self, rows: pa.Table) -> None:
         self._is_changed = True
@@ -192,15 +185,14 @@ class PostgresStore:
 
     def commit(self, manifest: IndexManifest, failures: list[dict[str, Any]]) -> None:
         with self.database.readable():
-            found = self._state(COMMITTED)
-            committed = IndexManifest.from_fields(self.location, found[0]) if found else None
-            if self._is_changed or is_changed(manifest, failures, committed, found and found[1]):
+            _, listed = self._state(COMMITTED) or (None, None)
+            if self._is_changed or is_changed(manifest, failures, self._manifest(COMMITTED), listed):
                 version = self.database.connection.info.parameter_status("server_version")
                 manifest.record_versions(postgresql=str(version))
                 manifest.stored = {"columns": self._types, "generation": self._generation}
                 self._finish(manifest, failures, self._index(manifest.index))
             else:
-                self._execute(f"DELETE FROM {self.state} WHERE state = %s", [BEGUN])
+                self._execute(f"DELETE FROM {self.state} WHERE state = %s", [UNFINISHED])
 
     def _finish(self, manifest: IndexManifest, failures: list[dict[str, Any]], replaced: list[str]) -> None:
         """Let searches see the rows of this run, in one transaction."""
@@ -251,7 +243,7 @@ class PostgresStore:
             distance = f"{VECTOR} <=> %(query)s"
             query = f"SELECT {_list(names)} FROM {self.table} WHERE {visible} AND ({condition}) ORDER BY "
             in_graph, exact = (sql.SQL(f"{query}{order} LIMIT %(k)s") for order in (distance, f"({distance}) + 0"))
-            found = []
+            nearest = []
             for row in queries:
                 values |= {"query": make(row), "k": k + MORE}
                 cursor = connection.cursor(binary=True)
@@ -259,8 +251,8 @@ class PostgresStore:
                 # The graph gives up where a condition rejects nearly all rows; no index has the order of a sum.
                 if len(rows) < k:
                     rows = cursor.execute(exact, values).fetchall()
-                found.append(pa.Table.from_batches([arrow_batch(rows, names, types)]))
-            return found
+                nearest.append(pa.Table.from_batches([arrow_batch(rows, names, types)]))
+            return nearest
 
     def _effort(
         self,
@@ -295,8 +287,7 @@ class PostgresStore:
                 return
             # The name and the rows of the table have to be those of the manifest that is read next.
             self._execute(f"LOCK TABLE {self.table} IN ACCESS SHARE MODE")
-            found = self._state(COMMITTED)
-            now = IndexManifest.from_fields(self.location, found[0]) if found else None
+            now = self._manifest(COMMITTED)
             if now is None or any(getattr(now, name) != getattr(self._opened, name) for name in SAME):
                 raise ValueError(f"the index {self.location} was replaced since it was opened; search again.")
             self._opened = now
@@ -321,14 +312,18 @@ class PostgresStore:
             "SELECT coalesce(obj_description(c.oid, 'pg_class'), ''), relkind FROM pg_class c JOIN pg_namespace n ON "
             "n.oid = relnamespace WHERE nspname = %s AND relname = %s"
         )
-        found = self._query(query, self.schema, name)
-        return (str(found[0][0]) if found[0][1] == "r" else "") if found else None
+        tables = self._query(query, self.schema, name)
+        return (str(tables[0][0]) if tables[0][1] == "r" else "") if tables else None
 
     def _state(self, state: str) -> tuple[dict[str, Any], Any] | None:
         """Return a manifest and its failures."""
         if self._comment(f"{self.name}_llm2clip") != MARK:
             return None
         return self._execute(f"SELECT manifest, failures FROM {self.state} WHERE state = %s", [state]).fetchone()
+
+    def _manifest(self, state: str) -> IndexManifest | None:
+        stored = self._state(state)
+        return None if stored is None else IndexManifest.from_fields(self.location, stored[0])
 
     def _write_state(self, state: str, manifest: IndexManifest, failures: list[dict[str, Any]]) -> None:
         self._execute(f"DELETE FROM {self.state} WHERE state = %s", [state])

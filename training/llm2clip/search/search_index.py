@@ -23,7 +23,7 @@ from llm2clip.search.store import VECTOR, IndexStore, open_store
 from llm2clip.search.table_items import as_items, items_of
 
 # The largest number that databases take.
-MOST_FOUND = 2**62
+MAX_K = 2**62
 Query = str | Path | Image.Image
 
 
@@ -58,8 +58,8 @@ class SearchIndex:
     def _read(self) -> None:
         manifest = self.store.metadata()
         if manifest is None:
-            is_begun = self.store.metadata(unfinished=True) is not None
-            state = "is not finished; run the same llm2clip index again" if is_begun else "does not exist"
+            is_unfinished = self.store.metadata(unfinished=True) is not None
+            state = "is not finished; run the same llm2clip index again" if is_unfinished else "does not exist"
             raise FileNotFoundError(
                 f"there is no index in {self.location}: it {state}. To create one: llm2clip index FOLDER --model MODEL"
             )
@@ -188,8 +188,8 @@ class SearchIndex:
             raise ValueError(f"k must be at least 1, not {k}.")
         is_single = isinstance(query, (str, Path, Image.Image))
         rows = self.embed([query] if is_single else query)  # type: ignore[list-item,arg-type]
-        found = self.store.search(rows, min(k, MOST_FOUND), where)
-        results = [self._ranked(row, near, k) for row, near in zip(rows, found, strict=True)]
+        nearest = self.store.search(rows, min(k, MAX_K), where)
+        results = [self._ranked(row, near, k) for row, near in zip(rows, nearest, strict=True)]
         return results[0] if is_single else results
 
     def embed(self, queries: Sequence[Query] | np.ndarray) -> np.ndarray:
@@ -217,8 +217,9 @@ class SearchIndex:
         # Unlike a matrix product, this is the same wherever a row is among the others.
         scores = (embeds * query).sum(axis=1) / np.linalg.norm(embeds, axis=1).clip(min=1e-12)
         rows = near.drop_columns([VECTOR]).to_pylist()
-        found = [SearchResult.from_row(*pair, self.manifest) for pair in zip(rows, scores.tolist(), strict=True)]
-        return sorted(found, key=lambda one: (-one.score, one.key, str(one.row), str(one.caption)))[:k]
+        results = [SearchResult.from_row(*pair, self.manifest) for pair in zip(rows, scores.tolist(), strict=True)]
+        results.sort(key=lambda result: (-result.score, result.key, str(result.row), str(result.caption)))
+        return results[:k]
 
     def encoder(self, needs: Sequence[str] = ("image", "text")) -> Encoder:
         """Return the model of the index, which is loaded when it is first needed.
