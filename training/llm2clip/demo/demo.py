@@ -170,9 +170,9 @@ def open_images(config: DemoConfig) -> Items:
     from llm2clip.search.table_items import open_items
 
     path = config.data or str(resources.files("llm2clip.example_data") / "concepts" / "test.parquet")
-    place = Path(path).expanduser()
+    root = Path(path).expanduser()
     # Metadata files contain the captions of a folder of images, which `datasets` reads.
-    kind = "dataset" if any(place.glob("metadata.*")) or any(place.glob("*/metadata.*")) else "auto"
+    kind = "dataset" if any(root.glob("metadata.*")) or any(root.glob("*/metadata.*")) else "auto"
     captions = [] if config.caption_column is None else [config.caption_column]
     return open_items(path, [Path(config.cache_dir)], kind, split=config.split, caption_columns=captions)
 
