@@ -19,12 +19,14 @@ from PIL import Image
 from llm2clip import cli
 from llm2clip.data import decode_image
 from llm2clip.encoders import load_encoder
+from llm2clip.search.search_index import SearchIndex
+from llm2clip.utils.embeddings import NonFiniteError
 from llm2clip.utils.logs import OBEYED
 from modeling_llm2clip import LLM2CLIPTextModel
 from tests.builders import tiny
 from tests.builders.students import add_query_encoder
 
-from .helpers import Model, as_json, error, index, save_broken, save_table, save_vision_half
+from .helpers import Model, as_json, error, index, picture, save_broken, save_table, save_vision_half
 
 TEXT = "two children play football"
 
@@ -212,5 +214,8 @@ def test_a_query_with_a_broken_embedding_ends_the_search(
 ) -> None:
     monkeypatch.setattr("llm2clip.search.search_index.IndexManifest.require_model", lambda *_: None)
     queries = [query, pictures / "00.png"] if query == "--image" else [query]
-    message = error(capsys, "search", indexed, *queries, "--model", save_broken(tmp_path / "broken", part))
-    assert f"NaN or infinite: {queries[-1]}. " in message
+    broken = save_broken(tmp_path / "broken", part)
+    assert f"NaN or infinite: {queries[-1]}. " in error(capsys, "search", indexed, *queries, "--model", broken)
+    if query == "--image":
+        with pytest.raises(NonFiniteError, match=r"NaN or infinite: query\. "):
+            SearchIndex.open(indexed, encoder=str(broken)).search(picture(1))

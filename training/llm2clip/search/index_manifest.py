@@ -90,11 +90,6 @@ class IndexManifest:
         """Write down the versions of this package, of the libraries, and of `databases`."""
         self.versions = {"llm2clip": __version__, **databases, **{library: version(library) for library in LIBRARIES}}
 
-    @property
-    def has_images(self) -> bool:
-        """Whether the rows have images: all but captions of a source without."""
-        return self.source["kind"] == "folder" or self.source.get("image_column") is not None
-
     def content(self) -> dict[str, Any]:
         """Everything but what changes whenever an index is written."""
         return asdict(self) | {"versions": None, "stored": None, "identity": None}

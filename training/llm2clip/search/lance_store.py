@@ -219,12 +219,13 @@ class LanceStore:
 
     def _commit(self, manifest: IndexManifest, failures: list[dict[str, Any]]) -> None:
         self._require_version(self._version)
-        previous = self._previous()
+        previous = None
+        with contextlib.suppress(ValueError):  # a damaged index is replaced
+            previous = self._manifest()
         if previous is not None and previous.stored.get("version") == self._version:
             with contextlib.suppress(OSError, ValueError):
-                if not is_changed(
-                    manifest, failures, previous, json.loads((self.folder / FAILURES).read_text("utf-8"))
-                ):
+                listed = json.loads((self.folder / FAILURES).read_text("utf-8"))
+                if not is_changed(manifest, failures, previous, listed):
                     return
         if self._written.count_rows(f"{REASON} IS NOT NULL"):
             self._written.delete(f"{REASON} IS NOT NULL")
@@ -314,12 +315,6 @@ class LanceStore:
             f"another run writes to the index {self.location}, and this one has stopped; nothing that is stored is "
             "lost. When the other has ended, run the same llm2clip index again."
         )
-
-    def _previous(self) -> IndexManifest | None:
-        """Return the manifest of the index that this one replaces, unless that is damaged."""
-        with contextlib.suppress(ValueError):
-            return self._manifest()
-        return None
 
     def _optimize(self) -> None:
         """Join the many small parts, and add new rows to the indexes, until nothing is left to do.

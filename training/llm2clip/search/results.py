@@ -115,13 +115,13 @@ class ResultImages:
         table: The indexed data set, if it is already open.
 
     Attributes:
-        exist: Whether the rows have images.
+        exist: Whether the rows have images: all but captions of a source without.
     """
 
     def __init__(self, manifest: IndexManifest, table: Items | None = None) -> None:
         self.max_pixels = manifest.max_pixels
-        self.exist = manifest.has_images
         is_folder = manifest.source["kind"] == "folder"
+        self.exist = is_folder or manifest.source.get("image_column") is not None
         self.table: Any = None if is_folder else table or items_of(manifest)
 
     def load(self, result: SearchResult) -> Image.Image | None:

@@ -91,8 +91,7 @@ class SearchIndex:
             ImportError: The library of the object store is not installed.
             ValueError: The index is damaged.
         """
-        store = open_store(location, postgres) if isinstance(location, (str, Path)) else location
-        return cls(store, encoder, revision, text_encoder)
+        return cls(open_store(location, postgres), encoder, revision, text_encoder)
 
     @classmethod
     def build(
@@ -121,8 +120,8 @@ class SearchIndex:
             NonFiniteError: The model's embedding of an image is NaN or infinite.
             ValueError: The existing index belongs to another model or source, or no image can be embedded.
         """
-        store = open_store(location, postgres) if isinstance(location, (str, Path)) else location
-        items = images if isinstance(images, Items) else as_items(images, [Path(store.location)])
+        store = open_store(location, postgres)
+        items = as_items(images, [Path(store.location)])
         loaded = encoder
         with store.lock():
             if isinstance(loaded, str):
@@ -149,11 +148,7 @@ class SearchIndex:
             FileNotFoundError, NonFiniteError, ValueError: See [`SearchIndex.build`].
         """
         manifest, exclude = self.manifest, [Path(self.location)]
-        items = images
-        if images is None:
-            items = items_of(manifest, exclude)
-        elif not isinstance(images, Items):
-            items = as_items(images, exclude)
+        items = items_of(manifest, exclude) if images is None else as_items(images, exclude)
         kind = {name: value for name, value in manifest.index.items() if name != "type"}
         kept = {"index_type": manifest.index["type"], "dtype": manifest.dtype, **kind}
         with self.store.lock():
@@ -204,7 +199,8 @@ class SearchIndex:
             if texts:
                 rows[is_text] = encoder.encode_text(texts).numpy()
             if images:
-                names = [str(getattr(image, "filename", image) or "query") for image in images]
+                paths = (image if isinstance(image, Path) else getattr(image, "filename", "") for image in images)
+                names = [str(path or "query") for path in paths]
                 rows[~is_text] = encoder.encode_image(images, names=names).numpy()
         rows = np.asarray(rows, np.float32)
         if rows.ndim != 2 or rows.shape[1] != self.manifest.width:

@@ -118,11 +118,12 @@ class IndexStore(Protocol):
         ...
 
 
-def open_store(location: str | Path, postgres: str | None = None) -> IndexStore:
+def open_store(location: str | Path | IndexStore, postgres: str | None = None) -> IndexStore:
     """Open the location of an index.
 
     Args:
-        location: A folder or a URL of `OBJECT_STORES`; in PostgreSQL, a table: `NAME` or `SCHEMA.NAME`.
+        location: A folder or a URL of `OBJECT_STORES`; in PostgreSQL, a table: `NAME` or `SCHEMA.NAME`; or a store of
+            the user, which is returned.
         postgres: URL of the database.
 
     Raises:
@@ -130,6 +131,8 @@ def open_store(location: str | Path, postgres: str | None = None) -> IndexStore:
             installs them.
         ValueError: The URL or the name of the table is none.
     """
+    if not isinstance(location, (str, Path)):
+        return location
     scheme, separator, rest = str(location).partition("://")
     if postgres is None and separator and scheme not in OBJECT_STORES:
         shown = f"{scheme}://..." if {"@", "?"} & set(rest) else location  # there may be a password in it

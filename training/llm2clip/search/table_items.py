@@ -253,7 +253,12 @@ def open_items(
 
 
 def as_items(images: Any, exclude: Sequence[Path] = ()) -> Items:
-    """Return images as items: a folder, a data set by its path or Hub id or open, a list of paths and PIL images."""
+    """Return images as items: a folder, a data set by its path or Hub id or open, a list of paths and PIL images.
+
+    Items are returned as they are.
+    """
+    if isinstance(images, Items):
+        return images
     if isinstance(images, (str, Path)):
         return open_items(str(images), exclude)
     if not isinstance(images, datasets.Dataset):
