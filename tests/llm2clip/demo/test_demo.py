@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import gradio as gr
@@ -16,6 +14,7 @@ from llm2clip.search.index import IndexConfig
 from llm2clip.search.index import run as run_index
 from modeling_llm2clip import LLM2CLIPVisionModelWithProjection
 from tests.builders import tiny
+from tests.builders.early_errors import assert_found_early
 from tests.llm2clip.demo.conftest import bundled_images
 from tests.llm2clip.encoders import models
 
@@ -88,14 +87,5 @@ def test_mistakes_are_found_before_libraries_are_imported(tmp_path: Path) -> Non
         "compare is a, but a Space has one model": ["--write-space", "space", "--compare", "a"],
         "max_upload_mb must be at least 1": ["--max-upload-mb", "0"],
     }
-    script = f"""
-import sys
-from llm2clip import cli
-assert [cli.main(["demo", *mistake]) for mistake in {list(mistakes.values())}] == [2] * {len(mistakes)}
-print(sorted({{"torch", "transformers", "lancedb", "gradio"}} & set(sys.modules)))
-"""
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
-    errors = [line for line in done.stderr.splitlines() if "error: " in line]
-    for message, shown in zip(mistakes, errors, strict=True):
-        assert message in shown
+    commands = {message: ["demo", *options] for message, options in mistakes.items()}
+    assert_found_early(commands, tmp_path)

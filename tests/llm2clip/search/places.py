@@ -14,7 +14,7 @@ from llm2clip.search.store import IndexStore, open_store
 from llm2clip.utils.remote_path import open_path
 from tests.object_store import KIND
 
-from .helpers import index
+from .helpers import index, stored_rows
 
 
 class Place:
@@ -140,11 +140,7 @@ def content(folder: Path) -> dict[str, Any]:
 
 def rows_of(index: SearchIndex) -> list[dict[str, Any]]:
     """The rows of an open index with their embeddings; PostgreSQL stores no zeros in texts."""
-    found = [
-        [row for batch in index.store.keys(columns) for row in batch.drop_columns(["_rowid"]).to_pylist()]
-        for columns in (None, ("_id", "vector"))
-    ]
-    rows = [{**row, **internal} for row, internal in zip(*found, strict=True)]
+    rows = stored_rows(index, "_id", "vector")
     for row in rows:
         if row.get("caption"):
             row["caption"] = row["caption"].replace("\0", "\N{REPLACEMENT CHARACTER}")

@@ -20,11 +20,10 @@ from llm2clip.encoders.ours import OurEncoder
 from llm2clip.search.folder_items import FolderImages
 from llm2clip.search.index_manifest import IndexManifest
 from llm2clip.search.lance_store import LanceStore
-from llm2clip.search.store import REASON, VECTOR
 from tests.builders import tiny
 
 from .helpers import encoded, picture
-from .updates import kill_updates
+from .updates import kill_updates, with_embeddings
 
 WIDTH = 1280
 PART = 1024
@@ -41,10 +40,14 @@ def save_pictures(folder: Path, count: int) -> Path:
     return folder
 
 
+def index_command(folder: Path, model: Path, output: Path, *options: str) -> list[str]:
+    command = [sys.executable, "-m", "llm2clip", "index", str(folder), "--model", str(model)]
+    return [*command, "--num-workers", "2", "--output-dir", str(output), *options]
+
+
 def peak_memory(folder: Path, model: Path, output: Path) -> int:
     """Measure the peak memory of indexing a folder with two workers, counting shared pages once."""
-    command = [sys.executable, "-m", "llm2clip", "index", str(folder), "--model", str(model)]
-    command += ["--num-workers", "2", "--part-size", str(PART), "--output-dir", str(output)]
+    command = index_command(folder, model, output, "--part-size", str(PART))
     peak = 0
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None:
@@ -66,21 +69,14 @@ def pretend_embedded(folder: Path, model: Path, output: Path, count: int) -> Non
     images, encoder = FolderImages(folder), OurEncoder.load(str(model), needs=["image"])
     fields = (encoder.image_fingerprint(), encoder.width, "float16", images.source, {})
     store, generator = LanceStore(output), np.random.default_rng(0)
-    kind = pa.list_(pa.float16(), encoder.width)
-    schema = pa.schema([*images.columns.items(), (REASON, pa.string()), (VECTOR, kind)])
+    described = pa.concat_tables(images.batches())[:count]
     with store.lock():
-        store.begin(IndexManifest(str(model), None, *fields), schema, "nothing")
-        for batch in images.batches():
-            described = batch[: max(0, count)]
-            count -= len(described)
-            if len(described):
-                store.upsert(with_random_embeddings(described, encoder.width, generator))
-
-
-def with_random_embeddings(described: pa.Table, width: int, generator: np.random.Generator) -> pa.Table:
-    embeds = generator.standard_normal((len(described), width), dtype=np.float32).astype(np.float16)
-    vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeds.reshape(-1)), width)
-    return described.append_column(VECTOR, vectors).append_column(REASON, pa.nulls(len(described), pa.string()))
+        for start in range(0, count, PART):
+            embeds = generator.standard_normal((PART, encoder.width), dtype=np.float32)
+            rows = with_embeddings(described[start : start + PART], embeds)
+            if start == 0:
+                store.begin(IndexManifest(str(model), None, *fields), rows.schema, "nothing")
+            store.upsert(rows)
 
 
 def test_the_list_of_a_folder_holds_200_bytes_and_the_path_of_each_file(tmp_path: Path) -> None:
@@ -97,10 +93,8 @@ def test_the_list_of_a_folder_holds_200_bytes_and_the_path_of_each_file(tmp_path
 def test_large_batches_stay_below_128_open_files(tmp_path: Path) -> None:
     tiny.save(tmp_path / "model")
     folder = save_pictures(tmp_path / "pictures", 600)
-    command = [sys.executable, "-m", "llm2clip", "index", str(folder), "--model", str(tmp_path / "model")]
-    command += ["--num-workers", "2", "--batch-size", "256", "--output-dir", str(tmp_path / "index")]
     result = subprocess.run(
-        command,
+        index_command(folder, tmp_path / "model", tmp_path / "index", "--batch-size", "256"),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128)),
         capture_output=True,
         text=True,

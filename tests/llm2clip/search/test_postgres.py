@@ -192,21 +192,6 @@ def test_a_table_has_the_name_of_the_folder_in_letters_of_sql(pictures: Path, mo
     assert SearchIndex.open("_2024_ausfl_ge_meer", url).manifest.images == 12
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"output_dir": "index"}, "output_dir is index"),
-        ({"index_type": "ivf_rq"}, "one of auto, flat, hnsw"),
-        ({"precision": "int8"}, "precision is int8, but an index of the type hnsw does not use it"),
-        ({"refine": 3}, "refine is 3, but an index of the type hnsw does not use it"),
-        ({"ef_search": 1001}, "ef_search up to 1000"),
-    ],
-)
-def test_settings_that_postgres_does_not_have_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        IndexConfig(folder="pictures", model="model", postgres="postgresql:///images", **settings)
-
-
 def test_hnsw_is_refused_or_left_out_where_embeddings_are_too_wide_for_it() -> None:
     def config(**settings: Any) -> IndexConfig:
         return IndexConfig(folder="pictures", model="model", postgres="postgresql:///images", **settings)
