@@ -40,9 +40,13 @@ class Place:
     def open(self, name: str = "index") -> SearchIndex:
         return SearchIndex.open(self.location(name), self.postgres)
 
+    def settings(self, name: str) -> dict[str, Any]:
+        """What `llm2clip index` is told of where an index is."""
+        return {"output_dir": self.location(name)}
+
     def index(self, source: Path | str, model: Path, name: str = "index", **settings: Any) -> tuple[int, ...]:
         """Run `llm2clip index`; return its counts."""
-        return index(source, model, self.location(name), **settings)
+        return index(source, model, None, **self.settings(name), **settings)
 
     def content(self, name: str = "index") -> dict[str, Any]:
         """All that an index says, apart from versions, in the order of the keys."""
@@ -104,8 +108,8 @@ class Tables(Place):
     def location(self, name: str) -> str:
         return name
 
-    def index(self, source: Path | str, model: Path, name: str = "index", **settings: Any) -> tuple[int, ...]:
-        return index(source, model, None, postgres=self.postgres, table=name, **settings)
+    def settings(self, name: str) -> dict[str, Any]:
+        return {"postgres": self.postgres, "table": name}
 
     def sql(self, statement: str) -> list[tuple[Any, ...]]:
         return sql(str(self.postgres), statement)

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import lancedb
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -44,14 +42,6 @@ def test_a_folder_is_indexed_as_unit_embeddings_by_relative_path(pictures: Path,
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
     manifest = json.loads((tmp_path / "index" / "manifest.json").read_text())
     assert (manifest["model"], manifest["width"], manifest["images"]) == (str(model[0]), 24, 12)
-
-
-def test_the_index_is_a_lancedb_table(pictures: Path, model: Model, tmp_path: Path) -> None:
-    index(pictures, model[0], tmp_path / "index")
-    table = lancedb.connect(str(tmp_path / "index")).open_table("images")
-    assert table.schema.field("vector").type == pa.list_(pa.float16(), 24)
-    found = table.search().where("key = 'a/07.png'").to_list()[0]
-    assert table.search(np.asarray(found["vector"], np.float32)).limit(1).to_list()[0]["key"] == "a/07.png"
 
 
 def test_worker_processes_do_not_change_the_index_and_are_no_forks_of_lancedb(
@@ -173,9 +163,9 @@ def test_a_model_with_broken_embeddings_ends_with_one_error_and_skips_nothing(
     assert not (tmp_path / "index").exists()
 
 
-def test_other_models_sources_and_settings_are_refused(pictures: Path, model: Model, tmp_path: Path) -> None:
-    output = tmp_path / "index"
-    index(pictures, model[0], output)
+def test_other_models_sources_and_settings_are_refused(
+    indexed: Path, pictures: Path, model: Model, tmp_path: Path
+) -> None:
     changed = LLM2CLIPModel.from_pretrained(model[0])
     with torch.no_grad():
         weight = changed.vision_model.blocks[0].mlp.w1.weight
@@ -188,17 +178,17 @@ def test_other_models_sources_and_settings_are_refused(pictures: Path, model: Mo
     processor.save_pretrained(tmp_path / "processor")
     for name in ("weight", "processor"):
         with pytest.raises(ValueError, match=rf"{tmp_path / name} .*other weights"):
-            index(pictures, tmp_path / name, output)
+            index(pictures, tmp_path / name, indexed)
     tiny.save(tmp_path / "wide", projection_dim=40)
     with pytest.raises(ValueError, match=r"\(width 24, .*\(width 40, "):
-        index(pictures, tmp_path / "wide", output)
+        index(pictures, tmp_path / "wide", indexed)
     with pytest.raises(ValueError, match="was built with source kind folder"):
-        index(pictures / "a", model[0], output)
+        index(pictures / "a", model[0], indexed)
     with pytest.raises(ValueError, match="was built with dtype float16, not float32"):
-        index(pictures, model[0], output, dtype="float32")
+        index(pictures, model[0], indexed, dtype="float32")
     with pytest.raises(ValueError, match="99 cells needs at least 99 images, but there are 12"):
-        index(pictures, model[0], output, index_type="ivf_rq", cells=99)
-    assert index(pictures, tmp_path / "weight", output, overwrite=True)[0] == 12
+        index(pictures, model[0], indexed, index_type="ivf_rq", cells=99)
+    assert index(pictures, tmp_path / "weight", indexed, overwrite=True)[0] == 12
 
 
 def test_mistakes_in_names_are_found_before_anything_large_is_imported(tmp_path: Path, indexed: Path) -> None:

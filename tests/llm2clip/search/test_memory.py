@@ -1,4 +1,4 @@
-"""Memory and open files of indexing, and killed updates; each in a separate process."""
+"""Memory and open files of indexing, mostly in a separate process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from llm2clip.search.lance_store import LanceStore
 from tests.builders import tiny
 
 from .helpers import encoded, picture
-from .updates import kill_updates, with_embeddings
+from .updates import with_embeddings
 
 WIDTH = 1280
 PART = 1024
@@ -129,9 +129,3 @@ def test_embeddings_are_not_all_held_in_memory(tmp_path: Path) -> None:
     print(f"{base / 2**20:.0f} MiB with {few} images, {more / 2**20:.0f} with {many}: {per_image:.0f} bytes per image")
     # An embedding has twice as many bytes as values, and as float32 four times as many; peaks differ by 70 MiB.
     assert per_image < 4 * WIDTH
-
-
-@pytest.mark.slow
-def test_an_update_killed_at_any_moment_leaves_the_old_index(tmp_path: Path) -> None:
-    # The last ones may come too late.
-    assert kill_updates(tmp_path / "index", (0, 0.02, 0.05, 0.1, 0.3)) >= 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -47,6 +48,22 @@ def test_a_second_run_is_noticed_by_what_it_writes(
     count = 24 if has_index else 12
     assert place.index(pictures, model[0]) == (0, count, 0, 0, count)
     assert len(set(keys(place))) == len(keys(place)) == count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["bucket"], indirect=True)
+def test_of_two_runs_at_once_in_s3_one_stops_and_nothing_is_mixed(place: Place, pictures: Path, model: Model) -> None:
+    for number in range(80):
+        (pictures / f"new {number:04}.png").write_bytes(encoded(picture(1000 + number)))
+    run = [sys.executable, "-m", "llm2clip", "index", str(pictures), "--model", str(model[0])]
+    run += ["--output-dir", place.location("index"), "--num-workers", "0", "--batch-size", "4", "--part-size", "4"]
+    running = [subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [process.communicate()[1] for process in running]
+    failed = [shown for process, shown in zip(running, errors, strict=True) if process.returncode]
+    assert failed
+    assert all("another run writes to the index s3://bucket/index" in shown for shown in failed), failed
+    assert place.index(pictures, model[0])[-1] == 92
+    assert len(set(keys(place))) == len(keys(place)) == 92
 
 
 def other_rows(own: LanceStore) -> None:

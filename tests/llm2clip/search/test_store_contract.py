@@ -24,7 +24,7 @@ from tests.builders import tiny
 from .conftest import Forwards
 from .helpers import QUERY, Model, encoded, picture, save_table
 from .places import Place
-from .updates import build, with_embeddings
+from .updates import build, kill_updates, run_until_killed, with_embeddings
 
 IN_S3 = pytest.param("bucket", marks=pytest.mark.slow)
 ALL = pytest.mark.parametrize("place", ["folder", "local_url", "postgres", IN_S3], indirect=True)
@@ -88,6 +88,37 @@ def test_a_killed_run_is_resumed_with_an_equal_result(
     assert place.index(pictures, model[0], part_size=4) == (12, 0, 0, 1, 12)
     assert sum(forwards.sizes) == 12, "nothing that is stored is embedded again"
     assert place.content() == place.content("whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["folder", "postgres", "bucket"], indirect=True)
+def test_a_run_killed_by_a_signal_leaves_the_old_index_and_is_resumed(
+    place: Place, pictures: Path, model: Model, forwards: Forwards
+) -> None:
+    for name in ("index", "whole"):
+        place.index(pictures, model[0], name)
+    before, opened = place.content(), place.open()
+    found = opened.search(QUERY, 20)
+    for number in range(12):
+        (pictures / f"new {number:02}.png").write_bytes(encoded(picture(50 + number)))
+    (pictures / "00.png").unlink()
+    place.index(pictures, model[0], "whole", part_size=4)
+    run_until_killed(folder=str(pictures), model=str(model[0]), **place.settings("index"))
+    assert place.content() == before
+    assert opened.search(QUERY, 20) == place.open().search(QUERY, 20) == found
+    del forwards.sizes[:]
+    assert place.index(pictures, model[0], part_size=4) == (12, 11, 1, 0, 23)
+    assert forwards.sizes == [4], "two of three parts were stored"
+    assert place.content() == place.content("whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("place", "delays"), [("folder", (0, 0.02, 0.05, 0.1, 0.3)), ("bucket", (0, 0.3, 1.0))], indirect=["place"]
+)
+def test_an_update_killed_at_any_moment_leaves_the_old_index(place: Place, delays: tuple[float, ...]) -> None:
+    # The last ones may come too late.
+    assert kill_updates(place.location("index"), delays) >= 2
 
 
 @ALL

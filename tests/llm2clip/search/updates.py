@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +21,30 @@ from llm2clip.search.index_settings import IndexSettings
 from llm2clip.search.lance_store import LanceStore
 from llm2clip.search.search_index import SearchIndex
 from llm2clip.search.store import ID, KEY, REASON, VECTOR, IndexStore
+from tests.processes import run_python
+
+# Ends itself when the model is to embed its third batch.
+KILLED = """
+import json, os, signal, sys
+from llm2clip.encoders.ours import OurEncoder
+from llm2clip.search.index import IndexConfig, run
+
+forward, calls = OurEncoder.forward_images, []
+def killed(self, inputs):
+    calls.append(None)
+    if len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return forward(self, inputs)
+OurEncoder.forward_images = killed
+run(IndexConfig(num_workers=0, batch_size=4, part_size=4, **json.loads(sys.argv[1])))
+"""
+
+
+def run_until_killed(**settings: Any) -> None:
+    """Run `llm2clip index` in a process that is killed when two parts of four images are stored."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    killed = run_python(["-c", KILLED, json.dumps(settings)], check=False, **environment)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
 
 
 def new_rows(seed: int, count: int) -> pa.Table:
