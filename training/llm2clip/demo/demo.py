@@ -90,8 +90,7 @@ def run(config: DemoConfig) -> dict[str, Any]:
             f"there is no model in {QUICKSTART_MODEL}: run `make quickstart`, or give --model a folder or Hub id"
         )
     model = config.model or ("" if config.index else QUICKSTART_MODEL)  # the index knows its own
-    names = [name for name in (model, config.compare) if name]
-    for name in names:
+    for name in filter(None, (model, config.compare)):
         require_model_place(name)
     if config.write_space:
         from llm2clip.demo.space import write_space

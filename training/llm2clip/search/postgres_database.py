@@ -90,11 +90,11 @@ class PostgresDatabase:
             self._connection = None
 
     @contextlib.contextmanager
-    def snapshot(self) -> Iterator[psycopg.Connection[Any]]:
+    def snapshot(self) -> Iterator[None]:
         """Begin a transaction that sees the database as it is at its first query, and cannot change it."""
         with self.connection.transaction():
             self.connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
-            yield self.connection
+            yield
 
     @contextlib.contextmanager
     def readable(self) -> Iterator[None]:

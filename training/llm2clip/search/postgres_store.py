@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -154,19 +154,19 @@ class PostgresStore:
         self._execute(f"ALTER TABLE {self.table} {', '.join(changes)}")
 
     def keys(self, columns: Sequence[str] | None, written: bool = False) -> Iterator[pa.RecordBatch]:
-        with self._reading(written) as (connection, types, visible):
+        with self._reading(written) as (types, visible):
             names = [*(_shown(types) if columns is None else columns), NUMBER]
             query = f"SELECT {_list(names)} FROM {self.table} WHERE {visible} ORDER BY {NUMBER}"
-            with connection.cursor("scan", binary=True) as cursor:
+            with self.database.connection.cursor("scan", binary=True) as cursor:
                 cursor.execute(sql.SQL(query), {"gone": self._gone.tolist()})
                 while rows := cursor.fetchmany(SCAN_ROWS):
                     yield arrow_batch(rows, names, types)
 
     def vectors(self, numbers: np.ndarray) -> pa.Table:
         names = [VECTOR, REASON, NUMBER]
-        with self._reading(True) as (connection, types, _), connection.cursor(binary=True) as cursor:
+        with self._reading(True) as (types, _):
             query = f"SELECT {_list(names)} FROM {self.table} WHERE {NUMBER} = ANY(%s)"
-            rows = cursor.execute(sql.SQL(query), (np.unique(numbers).tolist(),)).fetchall()
+            rows = self._execute(query, [np.unique(numbers).tolist()], binary=True).fetchall()
         return rows_in_order(pa.Table.from_batches([arrow_batch(rows, names, types)]), numbers)
 
     def upsert(self, rows: pa.Table) -> None:
@@ -231,45 +231,37 @@ class PostgresStore:
         return [name for name in graphs if name not in same[:1]]
 
     def search(self, queries: np.ndarray, k: int, where: str | None = None) -> list[pa.Table]:
-        with self._reading(False) as (connection, types, visible):
+        with self._reading(False) as (types, visible):
             condition, values = self._condition(where, types)
-            effort = self._effort(connection, f"{visible} AND ({condition})", values, k + MORE, where)
+            condition = f"{visible} AND ({condition})"
+            effort = self._effort(condition if where else None, values, k + MORE)
             if effort is not None:
                 for name, value in (("iterative_scan", "strict_order"), ("ef_search", str(effort))):
-                    connection.execute("SELECT set_config(%s, %s, true)", (f"hnsw.{name}", value))
+                    self._execute("SELECT set_config(%s, %s, true)", [f"hnsw.{name}", value])
             names = [*_shown(types), VECTOR]
             make = VECTORS[types[VECTOR].partition("(")[0]][0]
             # Not the inner product: in 16 bits, rows have not quite unit length.
             distance = f"{VECTOR} <=> %(query)s"
-            query = f"SELECT {_list(names)} FROM {self.table} WHERE {visible} AND ({condition}) ORDER BY "
-            in_graph, exact = (sql.SQL(f"{query}{order} LIMIT %(k)s") for order in (distance, f"({distance}) + 0"))
+            query = f"SELECT {_list(names)} FROM {self.table} WHERE {condition} ORDER BY "
+            in_graph, exact = (f"{query}{order} LIMIT %(k)s" for order in (distance, f"({distance}) + 0"))
             nearest = []
             for row in queries:
                 values |= {"query": make(row), "k": k + MORE}
-                cursor = connection.cursor(binary=True)
-                rows = cursor.execute(in_graph, values).fetchall() if effort is not None else []
+                rows = self._execute(in_graph, values, binary=True).fetchall() if effort is not None else []
                 # The graph gives up where a condition rejects nearly all rows; no index has the order of a sum.
                 if len(rows) < k:
-                    rows = cursor.execute(exact, values).fetchall()
+                    rows = self._execute(exact, values, binary=True).fetchall()
                 nearest.append(pa.Table.from_batches([arrow_batch(rows, names, types)]))
             return nearest
 
-    def _effort(
-        self,
-        connection: psycopg.Connection[Any],
-        condition: str,
-        values: dict[str, Any],
-        candidates: int,
-        where: str | None,
-    ) -> int | None:
+    def _effort(self, condition: str | None, values: dict[str, Any], candidates: int) -> int | None:
         """Return how many candidates a search of the graph compares at a time; None if it is left out."""
         assert self._opened is not None
         if self._opened.index["type"] == "flat":
             return None
         effort = max(self._opened.index["ef_search"], candidates)
-        if where:
-            query = sql.SQL(f"EXPLAIN (FORMAT JSON) SELECT FROM {self.table} WHERE {condition}")
-            ((plan,),) = connection.execute(query, values).fetchall()
+        if condition is not None:
+            ((plan,),) = self._execute(f"EXPLAIN (FORMAT JSON) SELECT FROM {self.table} WHERE {condition}", values)
             matches = max(1, plan[0]["Plan"]["Plan Rows"])  # as the server estimates
             if matches <= EXACT_MATCHES:
                 return None
@@ -278,12 +270,12 @@ class PostgresStore:
         return min(effort, MAX_EF_SEARCH)
 
     @contextlib.contextmanager
-    def _reading(self, written: bool) -> Iterator[tuple[psycopg.Connection[Any], dict[str, str], str]]:
-        """Yield a connection in a transaction that cannot write, the types of the columns, and which rows are seen."""
-        with self.database.readable(), self.database.snapshot() as connection:
+    def _reading(self, written: bool) -> Iterator[tuple[dict[str, str], str]]:
+        """Begin a transaction that cannot write; yield the types of the columns, and which rows are seen."""
+        with self.database.readable(), self.database.snapshot():
             if written:
                 visible = f"{GENERATION} >= {self._first} AND NOT {NUMBER} = ANY(%(gone)s::bigint[])"
-                yield connection, self._types, visible
+                yield self._types, visible
                 return
             # The name and the rows of the table have to be those of the manifest that is read next.
             self._execute(f"LOCK TABLE {self.table} IN ACCESS SHARE MODE")
@@ -291,7 +283,7 @@ class PostgresStore:
             if now is None or any(getattr(now, name) != getattr(self._opened, name) for name in SAME):
                 raise ValueError(f"the index {self.location} was replaced since it was opened; search again.")
             self._opened = now
-            yield connection, now.stored["columns"], f"{GENERATION} <= {now.stored['generation']}"
+            yield now.stored["columns"], f"{GENERATION} <= {now.stored['generation']}"
 
     def _condition(self, where: str | None, types: dict[str, str]) -> tuple[str, dict[str, Any]]:
         """Return a condition with the values that are bound in it."""
@@ -300,8 +292,10 @@ class PostgresStore:
         bound, columns = _BoundConditions(), {name: ARROW[types[name]] for name in _shown(types)}
         return parse_where(where, columns, bound), bound.values
 
-    def _execute(self, statement: str, values: Sequence[Any] = ()) -> psycopg.Cursor[Any]:
-        return self.database.connection.execute(sql.SQL(statement), values)
+    def _execute(
+        self, statement: str, values: Sequence[Any] | Mapping[str, Any] = (), binary: bool = False
+    ) -> psycopg.Cursor[Any]:
+        return self.database.connection.execute(sql.SQL(statement), values, binary=binary)
 
     def _query(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         return self._execute(query, values).fetchall()
