@@ -26,13 +26,6 @@ def keys(place: Place) -> list[str]:
 
 
 @AT_URL
-def test_search_reads_a_url(place: Place, pictures: Path, model: Model, capsys: pytest.CaptureFixture[str]) -> None:
-    place.index(pictures, model[0])
-    (found,) = as_json(capsys, place.location("index"), "--image", pictures / "a" / "07.png", "--top", "3")
-    assert found["results"][0]["key"] == "a/07.png"
-
-
-@AT_URL
 @pytest.mark.parametrize("has_index", [False, True], ids=["new", "update"])
 def test_a_second_run_is_noticed_by_what_it_writes(
     has_index: bool, place: Place, pictures: Path, model: Model, forwards: Forwards
@@ -129,7 +122,7 @@ def test_what_cannot_be_read_is_not_deleted_since_it_may_be_the_connection(
 
 
 @AT_URL
-def test_a_store_that_does_not_answer_ends_in_one_line(
+def test_search_reads_a_url_and_a_store_that_does_not_answer_ends_in_one_line(
     place: Place, pictures: Path, model: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class UnreachableError(Exception):
@@ -138,9 +131,12 @@ def test_a_store_that_does_not_answer_ends_in_one_line(
     def fails(*arguments: Any, **options: Any) -> None:
         raise UnreachableError("no credentials")
 
+    there = place.location("index")
+    place.index(pictures, model[0])
+    (found,) = as_json(capsys, there, "--image", pictures / "a" / "07.png", "--top", "3")
+    assert found["results"][0]["key"] == "a/07.png"
     for name in ("ls", "cat_file"):
         monkeypatch.setattr(LocalFileSystem, name, fails)
-    there = place.location("index")
     for command in (["index", pictures, "--model", model[0], "--output-dir", there], ["search", there, "a text"]):
         message = error(capsys, *command)
         assert there in message

@@ -38,6 +38,7 @@ UNLIMITED = {"statement_timeout": "0", "idle_session_timeout": "0"}
 # The comment on each of our tables, by which they are known.
 MARK = "written by llm2clip index"
 GENERATION = "_generation"
+# Columns beside those of the schema that a run gives.
 ADDED = {NUMBER: "bigint", GENERATION: "integer"}
 COMMITTED, UNFINISHED = "committed", "begun"
 SCAN_ROWS = 8192
@@ -110,7 +111,7 @@ class PostgresStore:
     def metadata(self, unfinished: bool = False) -> IndexManifest | None:
         with self.database.readable():
             manifest = self._manifest(UNFINISHED if unfinished else COMMITTED)
-        if not unfinished:
+        if manifest is not None and not unfinished:
             self._opened = manifest
         return manifest
 
