@@ -6,7 +6,7 @@ import gc
 import os
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -85,15 +85,6 @@ class Soak:
             for name, limit in limits.items()
             if self.growth(name) > limit
         ]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what `from_json` reads."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> Soak:
-        """Read what another process has measured."""
-        return cls(fields["calls"], [Level(**level) for level in fields["levels"]])
 
 
 def _resident(root: Path) -> int:

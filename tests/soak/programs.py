@@ -6,6 +6,7 @@ import json
 import random
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -88,4 +89,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     programs = {program.__name__: program for program in (encode_text, encode_image, search, loader)}
     name, *arguments = sys.argv[1:]
-    print(json.dumps(programs[name](*arguments).to_json()))
+    print(json.dumps(asdict(programs[name](*arguments))))

@@ -18,7 +18,7 @@ from tests.examples.server import open_page, served
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers.stages import embedded, source, write_tars
 from tests.processes import run_python
-from tests.soak.measure import Soak
+from tests.soak.measure import Level, Soak
 
 pytestmark = pytest.mark.slow
 CAPTIONS = [f"picture {number} of a dog" for number in range(7)]
@@ -28,7 +28,8 @@ def soaked(name: str, *arguments: Path | str) -> Soak:
     """Run a program in a process of its own, so that nothing else is measured."""
     command = ["-m", "tests.soak.programs", name, *map(str, arguments)]
     output = run_python(command, PYTHONPATH=os.pathsep.join(sys.path)).stdout
-    return Soak.from_json(json.loads(output.splitlines()[-1]))
+    measured = json.loads(output.splitlines()[-1])
+    return Soak(measured["calls"], [Level(**level) for level in measured["levels"]])
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,10 @@ from llm2clip.data import DamagedImageError
 from llm2clip.demo.gallery import Gallery
 from llm2clip.demo.interface import _head, build_interface, find_examples
 from llm2clip.search.folder_items import FolderImages
-from llm2clip.search.index import IndexConfig, run
 from modeling_llm2clip import LLM2CLIPModel
 from tests.builders import tiny
 from tests.builders.students import add_query_encoder
-from tests.llm2clip.demo.conftest import NUM_IMAGES, bundled_images
+from tests.llm2clip.demo.conftest import NUM_IMAGES, bundled_images, index_bundled
 from tests.llm2clip.encoders import models
 
 IMAGES = [bundled_images().decode(row) for row in range(NUM_IMAGES)]
@@ -43,8 +42,8 @@ def test_text_search_ranks_images_by_the_models_cosine(gallery: Gallery) -> None
     assert found[0].name
 
 
-def test_the_query_encoder_of_a_model_is_asked_where_there_is_one(model_folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(model_folder, tmp_path / "model")
+def test_the_query_encoder_of_a_model_is_asked_where_there_is_one(saved_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved_model, tmp_path / "model")
     student = add_query_encoder(tmp_path / "model")
     name, images, cache = str(tmp_path / "model"), bundled_images(9), tmp_path / "cache"
     fast, slow = (Gallery.open(name, images, cache, text_encoder=kind) for kind in ("auto", "llm"))
@@ -99,24 +98,20 @@ def test_a_folder_of_images_is_searched_and_updated(gallery: Gallery, tmp_path: 
 
 
 def test_an_index_is_opened_with_its_model_and_embeds_nothing(
-    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = str(bundled_images(6).source["path"])
-    index = {"output_dir": str(tmp_path / "index"), "model": str(model_folder), "num_workers": 0, "split": "test[:6]"}
-    run(IndexConfig(folder=data, **index))
+    index = index_bundled(tmp_path / "index", saved_model)
     monkeypatch.setattr("llm2clip.search.search_index.update_index", None)
-    opened = Gallery.of_index(str(tmp_path / "index"))
-    assert (len(opened), opened.has_captions, opened.encoder.name) == (6, True, str(model_folder))
+    opened = Gallery.of_index(index)
+    assert (len(opened), opened.has_captions, opened.encoder.name) == (6, True, str(saved_model))
     found = opened.search(IMAGES[3], top=1)[0]
     assert (found.image.tobytes(), found.score) == (IMAGES[3].tobytes(), pytest.approx(1, abs=2e-3))
     torch.manual_seed(1)
     tiny.save(tmp_path / "other")
-    with pytest.raises(ValueError, match=f"made by {model_folder}"):
-        Gallery.of_index(str(tmp_path / "index"), str(tmp_path / "other"))
-    captions = {**index, "output_dir": str(tmp_path / "captions"), "embed": "caption"}
-    run(IndexConfig(folder=data, **captions))
+    with pytest.raises(ValueError, match=f"made by {saved_model}"):
+        Gallery.of_index(index, str(tmp_path / "other"))
     with pytest.raises(ValueError, match=r"captions is of captions; the demo shows images\."):
-        Gallery.of_index(str(tmp_path / "captions"))
+        Gallery.of_index(index_bundled(tmp_path / "captions", saved_model, embed="caption"))
 
 
 def test_an_index_without_its_images_is_named(gallery: Gallery, tmp_path: Path) -> None:
@@ -156,12 +151,12 @@ def test_models_of_other_libraries_are_shown(kind: str, has_maps: bool, tmp_path
 
 
 def test_a_second_start_embeds_nothing_and_another_model_or_preprocessing_all(
-    model_folder: Path, gallery: Gallery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    saved_model: Path, gallery: Gallery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = Gallery.open(str(model_folder), bundled_images(5), tmp_path)
+    first = Gallery.open(str(saved_model), bundled_images(5), tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(LLM2CLIPModel, "get_image_features", None)
-        assert stored(Gallery.open(str(model_folder), bundled_images(5), tmp_path)) == stored(first)
+        assert stored(Gallery.open(str(saved_model), bundled_images(5), tmp_path)) == stored(first)
     processor: Any = gallery.encoder.transform.image_processor  # type: ignore[attr-defined]
     weight = gallery.encoder.model.visual_projection.weight
     with monkeypatch.context() as patch:
@@ -175,15 +170,15 @@ def test_a_second_start_embeds_nothing_and_another_model_or_preprocessing_all(
 
 @pytest.mark.parametrize("damage", ["manifest.json", "*.lance"])
 def test_a_damaged_cache_is_built_again(
-    damage: str, model_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    damage: str, saved_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = Gallery.open(str(model_folder), bundled_images(8), tmp_path)
+    first = Gallery.open(str(saved_model), bundled_images(8), tmp_path)
     expected = [shown.score for shown in first.search("a camera", top=8)]
     (folder,) = tmp_path.glob("index-*")
     for path in folder.rglob(damage):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    again = Gallery.open(str(model_folder), bundled_images(8), tmp_path)
+    again = Gallery.open(str(saved_model), bundled_images(8), tmp_path)
     assert [shown.score for shown in again.search("a camera", top=8)] == pytest.approx(expected)
     assert f"the index {folder} cannot be used and is built again: " in caplog.text
 

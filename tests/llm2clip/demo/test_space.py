@@ -14,9 +14,9 @@ from llm2clip.convert.published import FOLDER
 from tests.builders import tiny
 
 
-def test_a_space_contains_card_entry_point_packages_data_and_model(model_folder: Path, tmp_path: Path) -> None:
+def test_a_space_contains_card_entry_point_packages_data_and_model(saved_model: Path, tmp_path: Path) -> None:
     space = tmp_path / "space"
-    assert cli.main(["demo", "--model", str(model_folder), "--write-space", str(space)]) == 0
+    assert cli.main(["demo", "--model", str(saved_model), "--write-space", str(space)]) == 0
     assert {path.name for path in space.iterdir()} == {
         ".llm2clip.json", "README.md", "requirements.txt", "app.py", "modeling_llm2clip", "llm2clip", "model",
     }  # fmt: skip
@@ -30,9 +30,9 @@ def test_a_space_contains_card_entry_point_packages_data_and_model(model_folder:
 
 
 def test_a_space_takes_nothing_but_the_model(
-    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    saved_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    model = Path(shutil.copytree(saved_model, tmp_path / "model"))
     for name in ("id_rsa", ".env", ".git/config", "checkpoint-3/optimizer.pt", "data/train.csv"):
         (model / name).parent.mkdir(exist_ok=True)
         (model / name).write_text("mine")
@@ -42,7 +42,7 @@ def test_a_space_takes_nothing_but_the_model(
     assert "not copied, as no model needs them: data/train.csv, id_rsa" in capsys.readouterr().err
     space = tmp_path / "space" / "model"
     copied = {path.relative_to(space).as_posix() for path in space.rglob("*")}
-    assert copied == {path.relative_to(model_folder).as_posix() for path in model_folder.rglob("*")}
+    assert copied == {path.relative_to(saved_model).as_posix() for path in saved_model.rglob("*")}
     (tmp_path / "secret").write_text("secret")
     (model / "LICENSE").unlink(missing_ok=True)
     (model / "LICENSE").symlink_to(tmp_path / "secret")
@@ -62,7 +62,7 @@ def test_a_space_refers_to_a_model_on_the_hub(tmp_path: Path, capsys: pytest.Cap
     assert cli.main([*arguments, "--overwrite"]) == 0
 
 
-def test_a_space_requires_the_llm_inside_the_model_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_space_requires_the_llm_inside_the_saved_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny.save_apart(tmp_path)
     arguments = ["demo", "--model", str(tmp_path / "clip"), "--write-space", str(tmp_path / "space")]
     assert cli.main(arguments) == 2

@@ -5,21 +5,17 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import gradio as gr
 import httpx
 import pytest
 
-from llm2clip import cli
 from llm2clip.utils.logs import OBEYED
-from tests.llm2clip.demo.conftest import bundled_images
+from tests.llm2clip.demo.conftest import Serve, bundled_images
 
 ESCAPES = "/\x1b]0;title\x07\x1b[31m"
-Visit = Callable[[str], None]
 
 
 def file(path: str | None) -> dict[str, Any]:
@@ -40,24 +36,17 @@ def upload(address: str, name: str, content: bytes) -> str:
 
 
 @pytest.fixture
-def serve(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Visit], None]:
-    """Serves a demo while a function visits it."""
+def serve_picture(serve: Serve, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Serve:
+    """Serve a demo of one picture, beside whose folder there is another one."""
     monkeypatch.delenv("GRADIO_TEMP_DIR", raising=False)
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    bundled_images(1).decode(0).save(pictures / "a.png")
-    bundled_images(1).decode(0).save(tmp_path / "secret.png")
-
-    def serve(visit: Visit) -> None:
-        monkeypatch.setattr(gr.Blocks, "block_thread", lambda page: visit(page.local_url))
-        options = ["--data", str(pictures), "--cache-dir", str(tmp_path / "cache")]
-        assert cli.main(["demo", "--model", str(model_folder), *options]) == 0
-
-    return serve
+    (tmp_path / "pictures").mkdir()
+    for path in ("pictures/a.png", "secret.png"):
+        bundled_images(1).decode(0).save(tmp_path / path)
+    return lambda visit: serve(visit, "--model", str(saved_model), "--data", str(tmp_path / "pictures"))
 
 
 def test_no_file_or_address_is_read_and_no_escape_is_printed(
-    serve: Callable[[Visit], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    serve_picture: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     fetched, answers = [], []
 
@@ -83,7 +72,7 @@ def test_no_file_or_address_is_read_and_no_escape_is_printed(
         assert "complete" in ask(address, "heat_map", file(traversal), "a"), "an upload is what the others are not"
         answers.append(ask(address, "heat_map", file(f"{Path(traversal).parent}/../../{Path(secret).name}"), "a"))
 
-    serve(visit)
+    serve_picture(visit)
     assert fetched == []
     assert [answer for answer in answers if not answer.startswith("event: error")] == []
     shown = "".join(capfd.readouterr())
@@ -91,9 +80,7 @@ def test_no_file_or_address_is_read_and_no_escape_is_printed(
     assert not OBEYED.search(shown)
 
 
-def test_what_visitors_upload_is_private_and_ends_with_the_demo(
-    serve: Callable[[Visit], None], tmp_path: Path
-) -> None:
+def test_what_visitors_upload_is_private_and_ends_with_the_demo(serve_picture: Serve, tmp_path: Path) -> None:
     places: list[Path] = []
 
     def visit(address: str) -> None:
@@ -104,6 +91,6 @@ def test_what_visitors_upload_is_private_and_ends_with_the_demo(
         (folder,) = {path.parents[1] for path in places}
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
-    serve(visit)
+    serve_picture(visit)
     assert [path for path in places if path.exists()] == []
     assert "GRADIO_TEMP_DIR" not in os.environ

@@ -13,7 +13,6 @@ import torch
 from llm2clip.encoders.ours import OurEncoder
 from llm2clip.search import store as stores
 from modeling_llm2clip import LLM2CLIPModel
-from tests.builders import tiny
 from tests.object_store import KIND, LocalObjects, s3_server
 from tests.postgres import postgres_server
 
@@ -22,11 +21,9 @@ from .places import Bucket, LocalUrl, Place, Tables, sql
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LLM2CLIPModel]:
+def model(saved_model: Path) -> tuple[Path, LLM2CLIPModel]:
     """The folder of a tiny model, and the model."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model")
-    return folder, tiny.save(folder)
+    return saved_model, LLM2CLIPModel.from_pretrained(saved_model).eval()
 
 
 @pytest.fixture

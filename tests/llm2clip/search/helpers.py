@@ -16,7 +16,7 @@ from PIL import Image
 from llm2clip import cli
 from llm2clip.search.index import IndexConfig, run
 from llm2clip.search.search_index import SearchIndex
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection
 from tests.builders import tiny
 
 Model = tuple[Path, LLM2CLIPModel]
@@ -48,12 +48,16 @@ def index(source: Path | str, model: Path | str, output: Path | str | None, **se
 
 def rows(folder: Path | str) -> list[dict[str, Any]]:
     """The rows of an index with their embeddings, in the order of the table."""
-    store = SearchIndex.open(folder).store
-    found = [
-        [row for batch in store.keys(columns) for row in batch.drop_columns(["_rowid"]).to_pylist()]
-        for columns in (None, ["vector"])
-    ]
-    return [{**described, **vector} for described, vector in zip(*found, strict=True)]
+    return stored_rows(SearchIndex.open(folder), "vector")
+
+
+def stored_rows(index: SearchIndex, *internal: str) -> list[dict[str, Any]]:
+    """The rows of an open index, with some of the columns that a search does not show."""
+    described, added = (
+        [row for batch in index.store.keys(columns) for row in batch.drop_columns(["_rowid"]).to_pylist()]
+        for columns in (None, internal)
+    )
+    return [{**row, **more} for row, more in zip(described, added, strict=True)]
 
 
 def embeddings(output: Path) -> dict[str, np.ndarray]:
@@ -73,6 +77,15 @@ def error(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
     capsys.readouterr()
     assert cli.main([*map(str, arguments)]) == 2
     return capsys.readouterr().err
+
+
+def refuse_llm(patch: pytest.MonkeyPatch) -> None:
+    """Let no LLM be built from now on."""
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("the LLM was built")
+
+    patch.setattr(LLM2CLIPTextModel, "__init__", refuse)
 
 
 def save_table(path: Path, seeds: list[int], **columns: list[Any]) -> Path:

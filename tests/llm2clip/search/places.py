@@ -14,7 +14,7 @@ from llm2clip.search.store import IndexStore, open_store
 from llm2clip.utils.remote_path import open_path
 from tests.object_store import KIND
 
-from .helpers import index
+from .helpers import index, stored_rows
 
 
 class Place:
@@ -40,9 +40,13 @@ class Place:
     def open(self, name: str = "index") -> SearchIndex:
         return SearchIndex.open(self.location(name), self.postgres)
 
+    def settings(self, name: str) -> dict[str, Any]:
+        """What `llm2clip index` is told of where an index is."""
+        return {"output_dir": self.location(name)}
+
     def index(self, source: Path | str, model: Path, name: str = "index", **settings: Any) -> tuple[int, ...]:
         """Run `llm2clip index`; return its counts."""
-        return index(source, model, self.location(name), **settings)
+        return index(source, model, None, **self.settings(name), **settings)
 
     def content(self, name: str = "index") -> dict[str, Any]:
         """All that an index says, apart from versions, in the order of the keys."""
@@ -104,8 +108,8 @@ class Tables(Place):
     def location(self, name: str) -> str:
         return name
 
-    def index(self, source: Path | str, model: Path, name: str = "index", **settings: Any) -> tuple[int, ...]:
-        return index(source, model, None, postgres=self.postgres, table=name, **settings)
+    def settings(self, name: str) -> dict[str, Any]:
+        return {"postgres": self.postgres, "table": name}
 
     def sql(self, statement: str) -> list[tuple[Any, ...]]:
         return sql(str(self.postgres), statement)
@@ -140,11 +144,7 @@ def content(folder: Path) -> dict[str, Any]:
 
 def rows_of(index: SearchIndex) -> list[dict[str, Any]]:
     """The rows of an open index with their embeddings; PostgreSQL stores no zeros in texts."""
-    found = [
-        [row for batch in index.store.keys(columns) for row in batch.drop_columns(["_rowid"]).to_pylist()]
-        for columns in (None, ("_id", "vector"))
-    ]
-    rows = [{**row, **internal} for row, internal in zip(*found, strict=True)]
+    rows = stored_rows(index, "_id", "vector")
     for row in rows:
         if row.get("caption"):
             row["caption"] = row["caption"].replace("\0", "\N{REPLACEMENT CHARACTER}")

@@ -13,13 +13,22 @@ import torch
 
 from llm2clip import cli
 from llm2clip.encoders.ours import OurEncoder
-from llm2clip.search.index import IndexConfig
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
+from modeling_llm2clip import LLM2CLIPModel
 from tests.builders import embedding_models, tiny
 from tests.tars import write_tar
 
 from . import helpers
-from .helpers import Model, as_json, encoded, error, picture, rows, save_broken, save_table, save_vision_half
+from .helpers import (
+    Model,
+    as_json,
+    encoded,
+    error,
+    picture,
+    rows,
+    save_broken,
+    save_table,
+    save_vision_half,
+)
 from .places import content
 
 index = partial(helpers.index, embed="caption")
@@ -140,11 +149,8 @@ def test_an_image_finds_captions_without_the_llm(
     captions: Path, pictures: Path, model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    def refuse(*arguments: Any, **options: Any) -> None:
-        raise AssertionError("the LLM was built")
-
     half = save_vision_half(model[0], tmp_path / "half")
-    monkeypatch.setattr(LLM2CLIPTextModel, "__init__", refuse)
+    helpers.refuse_llm(monkeypatch)
     query = "--image", pictures / "00.png"
     (found,), (others,) = as_json(capsys, captions, *query), as_json(capsys, captions, *query, "--model", half)
     for one, other in zip(found["results"], others["results"], strict=True):
@@ -207,20 +213,6 @@ def test_captions_are_shown_with_their_images_unless_those_were_replaced(
     assert cli.main(command) == 0
     assert page.read_text().count("<img") == 2
     assert page.read_text().count("no longer available") == 5
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"caption_columns": ["caption", "long"]}, "add --embed caption"),
-        ({"embed": "caption", "kind": "folder"}, "kind is folder"),
-        ({"embed": "caption", "image_backend": "fast"}, "image_backend is fast"),
-        ({"embed": "text"}, "one of image, caption"),
-    ],
-)
-def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        IndexConfig(folder="data", model="model", **settings)
 
 
 def test_captions_with_broken_embeddings_end_with_one_error_and_leave_nothing(

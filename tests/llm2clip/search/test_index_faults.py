@@ -67,13 +67,11 @@ def test_an_index_of_an_earlier_format_is_refused_and_replaced(pictures: Path, m
     assert not (output / "index.faiss").exists()
 
 
-def test_an_index_with_a_flipped_bit_is_not_searched(pictures: Path, model: Model, tmp_path: Path) -> None:
-    output = tmp_path / "index"
-    index(pictures, model[0], output)
-    (rows,) = (output / "images.lance" / "data").iterdir()
+def test_an_index_with_a_flipped_bit_is_not_searched(indexed: Path) -> None:
+    (rows,) = (indexed / "images.lance" / "data").iterdir()
     with flip(rows), pytest.raises(ValueError, match=rf"is damaged: images\.lance/data/{rows.name} has changed"):
-        SearchIndex.open(output)
-    assert len(SearchIndex.open(output).search(QUERY, 20)[0]) == 12
+        SearchIndex.open(indexed)
+    assert len(SearchIndex.open(indexed).search(QUERY, 20)[0]) == 12
 
 
 @pytest.mark.filterwarnings("ignore:optimize\\(cleanup_older_than=0\\)")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,8 @@ from .helpers import Model, embeddings, encoded, index, picture, rows, save_tabl
 from .places import content
 
 
-def test_only_new_and_changed_images_are_embedded(pictures: Path, model: Model, tmp_path: Path) -> None:
-    output = tmp_path / "index"
-    index(pictures, model[0], output)
-    before = embeddings(output)
+def test_only_new_and_changed_images_are_embedded(indexed: Path, pictures: Path, model: Model, tmp_path: Path) -> None:
+    output, before = indexed, embeddings(indexed)
     assert index(pictures, model[0], output) == (0, 12, 0, 0, 12)
     (pictures / "new.png").write_bytes(encoded(picture(50)))
     assert index(pictures, model[0], output) == (1, 12, 0, 0, 13)
@@ -34,12 +31,10 @@ def test_only_new_and_changed_images_are_embedded(pictures: Path, model: Model, 
     after = embeddings(output)
     assert set(after) == (set(before) | {"new.png"}) - {"00.png"}
     assert all((after[key] == before[key]).all() for key in after if key != "new.png")
-    shutil.rmtree(tmp_path / "fresh", ignore_errors=True)
     index(pictures, model[0], tmp_path / "fresh")
     np.testing.assert_allclose(after["new.png"], embeddings(tmp_path / "fresh")["new.png"], atol=1e-3)
-    opened = SearchIndex.open(output)
-    found = opened.search(after["new.png"][None].astype(np.float32), 1)
-    assert found[0][0].key == "new.png"
+    query = after["new.png"][None].astype(np.float32)
+    assert SearchIndex.open(output).search(query, 1)[0][0].key == "new.png"
 
 
 def test_rows_of_a_data_set_are_identified_by_content(model: Model, tmp_path: Path) -> None:
@@ -109,11 +104,11 @@ def test_equal_images_of_a_data_set_are_embedded_once(model: Model, tmp_path: Pa
     assert (vectors["0"] != vectors["1"]).any()
 
 
-def test_an_index_of_which_most_images_are_gone_stays_as_it_is(pictures: Path, model: Model, tmp_path: Path) -> None:
+def test_an_index_of_which_most_images_are_gone_stays_as_it_is(
+    indexed: Path, pictures: Path, model: Model, tmp_path: Path
+) -> None:
     """As when a disk is not mounted: the folder is there, and almost nothing in it."""
-    output = tmp_path / "index"
-    index(pictures, model[0], output)
-    before = content(output)
+    output, before = indexed, content(indexed)
     files = sorted(pictures.rglob("[0-9]*.png"))
     for file in files[:7]:
         file.rename(tmp_path / file.name)

@@ -16,7 +16,6 @@ from llm2clip.search.index import IndexConfig
 from llm2clip.search.search import SearchConfig
 from llm2clip.search.search_index import SearchIndex
 from llm2clip.search.store import open_store
-from tests.processes import run_python
 
 from .conftest import Forwards
 from .helpers import Model, as_json, encoded, error, picture
@@ -27,36 +26,6 @@ pytest.importorskip("psycopg", reason="psycopg is not installed")
 TEXT = "two children play football"
 IN_POSTGRES = pytest.mark.parametrize("place", ["postgres"], indirect=True)
 GRAPHS = "SELECT indexname, indexdef FROM pg_indexes WHERE tablename = 'index' AND indexdef LIKE '%hnsw%'"
-
-KILLED = """
-import os, signal, sys
-from llm2clip.encoders.ours import OurEncoder
-from llm2clip.search.index import IndexConfig, run
-
-forward, calls = OurEncoder.forward_images, []
-def killed(self, inputs):
-    calls.append(None)
-    if len(calls) == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return forward(self, inputs)
-OurEncoder.forward_images = killed
-folder, model, url = sys.argv[1:]
-run(IndexConfig(folder=folder, model=model, postgres=url, table="index", num_workers=0, batch_size=4, part_size=4))
-"""
-
-
-@IN_POSTGRES
-@pytest.mark.slow
-def test_a_run_killed_by_a_signal_is_resumed(
-    place: Place, url: str, pictures: Path, model: Model, forwards: Forwards
-) -> None:
-    place.index(pictures, model[0], "whole", part_size=4)
-    killed = run_python(["-c", KILLED, str(pictures), str(model[0]), url], check=False, PYTHONPATH=":".join(sys.path))
-    assert killed.returncode == -9, killed.stderr
-    del forwards.sizes[:]
-    assert place.index(pictures, model[0], part_size=4) == (12, 0, 0, 0, 12)
-    assert forwards.sizes == [4], "two of three parts were stored"
-    assert place.content() == place.content("whole")
 
 
 def test_a_lost_connection_is_one_error_and_the_run_is_resumed(
@@ -190,21 +159,6 @@ def test_a_table_has_the_name_of_the_folder_in_letters_of_sql(pictures: Path, mo
     folder = pictures.rename(pictures.parent / "2024 Ausflüge, Meer")
     index_in_folder(folder, model[0], None, postgres=url)
     assert SearchIndex.open("_2024_ausfl_ge_meer", url).manifest.images == 12
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"output_dir": "index"}, "output_dir is index"),
-        ({"index_type": "ivf_rq"}, "one of auto, flat, hnsw"),
-        ({"precision": "int8"}, "precision is int8, but an index of the type hnsw does not use it"),
-        ({"refine": 3}, "refine is 3, but an index of the type hnsw does not use it"),
-        ({"ef_search": 1001}, "ef_search up to 1000"),
-    ],
-)
-def test_settings_that_postgres_does_not_have_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        IndexConfig(folder="pictures", model="model", postgres="postgresql:///images", **settings)
 
 
 def test_hnsw_is_refused_or_left_out_where_embeddings_are_too_wide_for_it() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -25,13 +26,6 @@ def keys(place: Place) -> list[str]:
 
 
 @AT_URL
-def test_search_reads_a_url(place: Place, pictures: Path, model: Model, capsys: pytest.CaptureFixture[str]) -> None:
-    place.index(pictures, model[0])
-    (found,) = as_json(capsys, place.location("index"), "--image", pictures / "a" / "07.png", "--top", "3")
-    assert found["results"][0]["key"] == "a/07.png"
-
-
-@AT_URL
 @pytest.mark.parametrize("has_index", [False, True], ids=["new", "update"])
 def test_a_second_run_is_noticed_by_what_it_writes(
     has_index: bool, place: Place, pictures: Path, model: Model, forwards: Forwards
@@ -47,6 +41,22 @@ def test_a_second_run_is_noticed_by_what_it_writes(
     count = 24 if has_index else 12
     assert place.index(pictures, model[0]) == (0, count, 0, 0, count)
     assert len(set(keys(place))) == len(keys(place)) == count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["bucket"], indirect=True)
+def test_of_two_runs_at_once_in_s3_one_stops_and_nothing_is_mixed(place: Place, pictures: Path, model: Model) -> None:
+    for number in range(80):
+        (pictures / f"new {number:04}.png").write_bytes(encoded(picture(1000 + number)))
+    run = [sys.executable, "-m", "llm2clip", "index", str(pictures), "--model", str(model[0])]
+    run += ["--output-dir", place.location("index"), "--num-workers", "0", "--batch-size", "4", "--part-size", "4"]
+    running = [subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [process.communicate()[1] for process in running]
+    failed = [shown for process, shown in zip(running, errors, strict=True) if process.returncode]
+    assert failed
+    assert all("another run writes to the index s3://bucket/index" in shown for shown in failed), failed
+    assert place.index(pictures, model[0])[-1] == 92
+    assert len(set(keys(place))) == len(keys(place)) == 92
 
 
 def other_rows(own: LanceStore) -> None:
@@ -112,7 +122,7 @@ def test_what_cannot_be_read_is_not_deleted_since_it_may_be_the_connection(
 
 
 @AT_URL
-def test_a_store_that_does_not_answer_ends_in_one_line(
+def test_search_reads_a_url_and_a_store_that_does_not_answer_ends_in_one_line(
     place: Place, pictures: Path, model: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class UnreachableError(Exception):
@@ -121,9 +131,12 @@ def test_a_store_that_does_not_answer_ends_in_one_line(
     def fails(*arguments: Any, **options: Any) -> None:
         raise UnreachableError("no credentials")
 
+    there = place.location("index")
+    place.index(pictures, model[0])
+    (found,) = as_json(capsys, there, "--image", pictures / "a" / "07.png", "--top", "3")
+    assert found["results"][0]["key"] == "a/07.png"
     for name in ("ls", "cat_file"):
         monkeypatch.setattr(LocalFileSystem, name, fails)
-    there = place.location("index")
     for command in (["index", pictures, "--model", model[0], "--output-dir", there], ["search", there, "a text"]):
         message = error(capsys, *command)
         assert there in message

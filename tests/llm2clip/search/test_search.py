@@ -19,12 +19,13 @@ from PIL import Image
 from llm2clip import cli
 from llm2clip.data import decode_image
 from llm2clip.encoders import load_encoder
+from llm2clip.search.search_index import SearchIndex
+from llm2clip.utils.embeddings import NonFiniteError
 from llm2clip.utils.logs import OBEYED
-from modeling_llm2clip import LLM2CLIPTextModel
 from tests.builders import tiny
 from tests.builders.students import add_query_encoder
 
-from .helpers import Model, as_json, error, index, save_broken, save_table, save_vision_half
+from .helpers import Model, as_json, error, index, picture, refuse_llm, save_broken, save_table, save_vision_half
 
 TEXT = "two children play football"
 
@@ -47,11 +48,8 @@ def test_text_queries_rank_images_by_the_models_cosine(
 def test_an_image_query_finds_its_image_without_loading_the_llm(
     indexed: Path, pictures: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*arguments: Any, **options: Any) -> None:
-        raise AssertionError("the LLM was built")
-
     opened, image_open = [], Image.open
-    monkeypatch.setattr(LLM2CLIPTextModel, "__init__", refuse)
+    refuse_llm(monkeypatch)
     monkeypatch.setattr(
         Image, "open", lambda file, *more, **options: (opened.append(file), image_open(file, *more, **options))[1]
     )
@@ -71,11 +69,7 @@ def test_a_fast_search_asks_the_query_encoder_and_loads_no_llm(
     assert "has no query_encoder/; `llm2clip distill-text" in error(capsys, "search", folder, TEXT, "--fast")
     (row,) = add_query_encoder(own).encode([TEXT]).numpy()
     embeds = load_encoder(str(own)).encode_image([decode_image(path, path) for path in sorted(pictures.rglob("*.*"))])
-
-    def refuse(*args: Any, **options: Any) -> None:
-        raise AssertionError("the LLM was loaded")
-
-    monkeypatch.setattr(LLM2CLIPTextModel, "from_pretrained", refuse)
+    refuse_llm(monkeypatch)
     (found,) = as_json(capsys, folder, TEXT, "--fast", "--top", "3")
     expected = np.sort(embeds.numpy() @ row)[::-1][:3]
     np.testing.assert_allclose([result["score"] for result in found["results"]], expected, atol=2e-3)
@@ -212,5 +206,8 @@ def test_a_query_with_a_broken_embedding_ends_the_search(
 ) -> None:
     monkeypatch.setattr("llm2clip.search.search_index.IndexManifest.require_model", lambda *_: None)
     queries = [query, pictures / "00.png"] if query == "--image" else [query]
-    message = error(capsys, "search", indexed, *queries, "--model", save_broken(tmp_path / "broken", part))
-    assert f"NaN or infinite: {queries[-1]}. " in message
+    broken = save_broken(tmp_path / "broken", part)
+    assert f"NaN or infinite: {queries[-1]}. " in error(capsys, "search", indexed, *queries, "--model", broken)
+    if query == "--image":
+        with pytest.raises(NonFiniteError, match=r"NaN or infinite: query\. "):
+            SearchIndex.open(indexed, encoder=str(broken)).search(picture(1))

@@ -164,12 +164,10 @@ class OwnStore(LanceStore):
     """A store of the user."""
 
 
-def test_an_index_is_in_a_store_of_the_user_or_a_known_place(pictures: Path, model: Model, tmp_path: Path) -> None:
+def test_an_index_is_in_a_store_of_the_user(pictures: Path, model: Model, tmp_path: Path) -> None:
     built = SearchIndex.build(str(model[0]), pictures, OwnStore(tmp_path / "index"))
     opened = SearchIndex.open(OwnStore(tmp_path / "index"))
     assert opened.search(picture(7), 1) == built.search(picture(7), 1)
-    with pytest.raises(ValueError, match=r"a folder or a URL \(s3://, gs://, az://\), not other://x"):
-        SearchIndex.open("other://x")
 
 
 def test_the_store_that_the_documents_sketch_has_the_methods_of_one(tmp_path: Path) -> None:
@@ -191,7 +189,7 @@ def test_the_store_that_the_documents_sketch_has_the_methods_of_one(tmp_path: Pa
         ("faiss", "binary", 32, 880),
         ("ivf_rq", "int8", 80, 990),
         ("ivf_rq", None, 60, 990),
-        ("ivf_rq", "binary", 40, 880),
+        ("ivf_rq", "binary", 40, 840),  # 873 to 920 in 28 runs, since LanceDB draws a rotation
     ],
 )
 def test_an_index_of_few_images_misses_nothing_and_shows_exact_scores(

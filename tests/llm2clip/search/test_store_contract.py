@@ -15,16 +15,16 @@ import pyarrow as pa
 import pytest
 
 from llm2clip.search.folder_items import BINARY, digest
-from llm2clip.search.index_manifest import IndexManifest
 from llm2clip.search.index_settings import IndexSettings
-from llm2clip.search.lance_store import verify_index
 from llm2clip.search.search_index import SearchIndex
-from llm2clip.search.store import ID, KEY, REASON, VECTOR, IndexStore
+from llm2clip.search.store import ID, KEY, IndexStore
+from llm2clip.search.verify_index import verify_index
 from tests.builders import tiny
 
 from .conftest import Forwards
-from .helpers import QUERY, Model, encoded, index, picture, save_table
-from .places import Place, content
+from .helpers import QUERY, Model, encoded, picture, save_table
+from .places import Place
+from .updates import build, kill_updates, run_until_killed, with_embeddings
 
 IN_S3 = pytest.param("bucket", marks=pytest.mark.slow)
 ALL = pytest.mark.parametrize("place", ["folder", "local_url", "postgres", IN_S3], indirect=True)
@@ -44,15 +44,17 @@ def change(pictures: Path) -> None:
 def test_an_index_is_that_of_a_folder_after_each_update(
     is_approximate: bool, place: Place, pictures: Path, model: Model, tmp_path: Path
 ) -> None:
+    folder = Place(tmp_path)
+
     def both(**settings: Any) -> tuple[int, ...]:
+        counts = folder.index(pictures, model[0], **settings)
         if is_approximate:
             settings["index_type"] = place.approximate
-        counts = place.index(pictures, model[0], **settings)
-        assert index(pictures, model[0], tmp_path / "index", overwrite="overwrite" in settings) == counts
-        assert place.content()["rows"] == content(tmp_path / "index")["rows"]
-        assert place.content()["failures"] == content(tmp_path / "index")["failures"]
-        found, expected = place.open().search(QUERY, 20), SearchIndex.open(tmp_path / "index").search(QUERY, 20)
-        assert [(one.key, one.score) for one in found[0]] == [(one.key, one.score) for one in expected[0]]
+        assert place.index(pictures, model[0], **settings) == counts
+        for name in ("rows", "failures"):
+            assert place.content()[name] == folder.content()[name]
+        found, expected = (each.open().search(QUERY, 20)[0] for each in (place, folder))
+        assert [(result.key, result.score) for result in found] == [(result.key, result.score) for result in expected]
         return counts
 
     assert both() == (12, 0, 0, 0, 12)
@@ -86,6 +88,37 @@ def test_a_killed_run_is_resumed_with_an_equal_result(
     assert place.index(pictures, model[0], part_size=4) == (12, 0, 0, 1, 12)
     assert sum(forwards.sizes) == 12, "nothing that is stored is embedded again"
     assert place.content() == place.content("whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["folder", "postgres", "bucket"], indirect=True)
+def test_a_run_killed_by_a_signal_leaves_the_old_index_and_is_resumed(
+    place: Place, pictures: Path, model: Model, forwards: Forwards
+) -> None:
+    for name in ("index", "whole"):
+        place.index(pictures, model[0], name)
+    before, opened = place.content(), place.open()
+    found = opened.search(QUERY, 20)
+    for number in range(12):
+        (pictures / f"new {number:02}.png").write_bytes(encoded(picture(50 + number)))
+    (pictures / "00.png").unlink()
+    place.index(pictures, model[0], "whole", part_size=4)
+    run_until_killed(folder=str(pictures), model=str(model[0]), **place.settings("index"))
+    assert place.content() == before
+    assert opened.search(QUERY, 20) == place.open().search(QUERY, 20) == found
+    del forwards.sizes[:]
+    assert place.index(pictures, model[0], part_size=4) == (12, 11, 1, 0, 23)
+    assert forwards.sizes == [4], "two of three parts were stored"
+    assert place.content() == place.content("whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("place", "delays"), [("folder", (0, 0.02, 0.05, 0.1, 0.3)), ("bucket", (0, 0.3, 1.0))], indirect=["place"]
+)
+def test_an_update_killed_at_any_moment_leaves_the_old_index(place: Place, delays: tuple[float, ...]) -> None:
+    # The last ones may come too late.
+    assert kill_updates(place.location("index"), delays) >= 2
 
 
 @ALL
@@ -237,28 +270,26 @@ def test_columns_of_all_types_are_those_of_a_folder(place: Place, model: Model, 
     features = datasets.Features.from_arrow_schema(table.schema) | {"image": datasets.Image()}
     stored = datasets.Dataset(table.append_column("image", images)).cast(datasets.Features(features))
     stored.to_parquet(tmp_path / "data.parquet")
-    place.index(tmp_path / "data.parquet", model[0], metadata_columns=list(columns))
-    index(tmp_path / "data.parquet", model[0], tmp_path / "index", metadata_columns=list(columns))
-    assert place.content() == content(tmp_path / "index")
     where = "big = 9223372036854775809 AND day = '2024-10-04' AND zone > '2001-09-09' AND tiny < 0 AND double = 0.1"
-    for opened in (place.open(), SearchIndex.open(tmp_path / "index")):
-        assert [found.key for found in opened.search(QUERY, 9, where)[0]] == ["0"]
+    folder = Place(tmp_path)
+    for each in (place, folder):
+        each.index(tmp_path / "data.parquet", model[0], metadata_columns=list(columns))
+        assert [found.key for found in each.open().search(QUERY, 9, where)[0]] == ["0"]
+    assert place.content() == folder.content()
 
 
 @OTHERS
 def test_captions_are_those_of_a_folder_after_each_update(place: Place, model: Model, tmp_path: Path) -> None:
-    data = tmp_path / "data.parquet"
+    data, folder = tmp_path / "data.parquet", Place(tmp_path)
 
     def both(captions: list[str | None], long: list[Any], **settings: Any) -> tuple[int, ...]:
         save_table(data, [0, 1, 2, 3], caption=captions, long=long, key=list("abcd"))
         settings |= {"embed": "caption", "caption_columns": ["caption", "long"]}
         counts = place.index(data, model[0], **settings)
-        assert index(data, model[0], tmp_path / "index", **settings) == counts
-        assert place.content() == content(tmp_path / "index")
-        where = "caption_column = 'caption'"
-        opened = (place.open(), SearchIndex.open(tmp_path / "index"))
-        found, expected = (one.search(QUERY, 5, where)[0] for one in opened)
-        assert [one.key for one in found] == [one.key for one in expected]
+        assert folder.index(data, model[0], **settings) == counts
+        assert place.content() == folder.content()
+        found, expected = (each.open().search(QUERY, 5, "caption_column = 'caption'")[0] for each in (place, folder))
+        assert [result.key for result in found] == [result.key for result in expected]
         return counts
 
     long = [["two children play", " football in a park "], [], ["", "a red bus"], None]
@@ -313,15 +344,9 @@ FOUND = {
 @ALL
 def test_a_condition_has_the_answer_of_sql(place: Place) -> None:
     columns = {name: pa.array(values, kind) for name, (kind, values) in COLUMNS.items()}
-    vectors = pa.FixedSizeListArray.from_arrays(pa.array(np.eye(5, 24, dtype=np.float16).reshape(-1)), 24)
-    columns |= {ID: pa.array([digest(key) for key in "abcde"], BINARY), REASON: pa.nulls(5, pa.string())}
-    rows, store = pa.table({**columns, VECTOR: vectors}), place.store()
-    manifest = IndexManifest("model", None, "none", 24, "float16", {"kind": "folder", "path": "none"}, {}, images=5)
-    with store.lock():
-        store.begin(manifest, rows.schema, "nothing")
-        store.upsert(rows)
-        manifest.index = IndexSettings("flat").index_of(5, 24, store.index_types)
-        store.commit(manifest, [])
+    columns[ID] = pa.array([digest(key) for key in "abcde"], BINARY)
+    store = place.store()
+    build(store, [with_embeddings(pa.table(columns), np.eye(5, 24))], IndexSettings("flat"))
     opened = SearchIndex.open(store)
     found = {where: "".join(sorted(one.key for one in opened.search(QUERY, 9, where)[0])) for where in FOUND}
     assert found == FOUND

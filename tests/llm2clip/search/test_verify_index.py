@@ -11,7 +11,8 @@ import pytest
 
 from llm2clip import cli
 from llm2clip.encoders.ours import OurEncoder
-from llm2clip.search.lance_store import HINT, verify_index
+from llm2clip.search.lance_store import HINT
+from llm2clip.search.verify_index import verify_index
 from llm2clip.utils.manifests import FOLDER_MANIFEST, MANIFEST_CHECKSUM, with_checksum
 from tests.damage import flip
 
@@ -48,21 +49,19 @@ def test_a_flip_in_every_file_of_an_index_is_found(
 
 
 def test_the_copy_of_an_index_at_a_url_is_read_and_its_list_is_not_trusted(
-    pictures: Path, model: Model, tmp_path: Path
+    indexed: Path, pictures: Path, model: Model
 ) -> None:
-    output = tmp_path / "index"
-    index(pictures, model[0], output)
-    fields = json.loads((output / FOLDER_MANIFEST).read_text())
+    fields = json.loads((indexed / FOLDER_MANIFEST).read_text())
     del fields["sha256"], fields[MANIFEST_CHECKSUM]
     fields["files"]["manifest.json"] += 7
-    (output / FOLDER_MANIFEST).write_text(json.dumps(with_checksum(fields)))
-    found = verify_index(output)
+    (indexed / FOLDER_MANIFEST).write_text(json.dumps(with_checksum(fields)))
+    found = verify_index(indexed)
     assert found.faults == []
-    assert found.remarks == [f"{output} has no checksums of its files, since it was written at a URL."]
+    assert found.remarks == [f"{indexed} has no checksums of its files, since it was written at a URL."]
     assert found.counts["num_images"] == 12
     (pictures / "new.png").write_bytes(encoded(picture(99)))
-    index(pictures, model[0], output)
-    assert verify_index(output).remarks == []
+    index(pictures, model[0], indexed)
+    assert verify_index(indexed).remarks == []
 
 
 def test_embeddings_that_are_no_unit_vectors_are_a_fault(

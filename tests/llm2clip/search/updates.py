@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +20,31 @@ from llm2clip.search.index_manifest import IndexManifest
 from llm2clip.search.index_settings import IndexSettings
 from llm2clip.search.lance_store import LanceStore
 from llm2clip.search.search_index import SearchIndex
-from llm2clip.search.store import ID, KEY, REASON, VECTOR
+from llm2clip.search.store import ID, KEY, REASON, VECTOR, IndexStore
+from tests.processes import run_python
+
+# Ends itself when the model is to embed its third batch.
+KILLED = """
+import json, os, signal, sys
+from llm2clip.encoders.ours import OurEncoder
+from llm2clip.search.index import IndexConfig, run
+
+forward, calls = OurEncoder.forward_images, []
+def killed(self, inputs):
+    calls.append(None)
+    if len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return forward(self, inputs)
+OurEncoder.forward_images = killed
+run(IndexConfig(num_workers=0, batch_size=4, part_size=4, **json.loads(sys.argv[1])))
+"""
+
+
+def run_until_killed(**settings: Any) -> None:
+    """Run `llm2clip index` in a process that is killed when two parts of four images are stored."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    killed = run_python(["-c", KILLED, json.dumps(settings)], check=False, **environment)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
 
 
 def new_rows(seed: int, count: int) -> pa.Table:
@@ -26,22 +52,25 @@ def new_rows(seed: int, count: int) -> pa.Table:
     generator = np.random.default_rng(seed)
     keys = [f"{seed}-{number}" for number in range(count)]
     embeds = generator.standard_normal((count, 64), dtype=np.float32)
-    embeds = (embeds / np.linalg.norm(embeds, axis=1, keepdims=True)).astype(np.float16)
-    vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeds.reshape(-1)), 64)
-    ids = pa.array(map(digest, keys), BINARY)
-    columns = [pa.array(keys), ids, pa.nulls(count, pa.string()), vectors]
-    return pa.table(columns, [KEY, ID, REASON, VECTOR])
+    embeds /= np.linalg.norm(embeds, axis=1, keepdims=True)
+    return with_embeddings(pa.table({KEY: keys, ID: pa.array(map(digest, keys), BINARY)}), embeds)
 
 
-def build(store: LanceStore, parts: Sequence[pa.Table], settings: IndexSettings) -> None:
+def with_embeddings(rows: pa.Table, embeds: np.ndarray) -> pa.Table:
+    """Add what a store adds to rows, with embeddings in 16 bits."""
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeds.astype(np.float16).reshape(-1)), embeds.shape[1])
+    return rows.append_column(REASON, pa.nulls(len(rows), pa.string())).append_column(VECTOR, vectors)
+
+
+def build(store: IndexStore, parts: Sequence[pa.Table], settings: IndexSettings) -> None:
     """Build an index of rows."""
-    count = sum(map(len, parts))
-    manifest = IndexManifest("model", None, "none", 64, "float16", {"kind": "folder", "path": "none"}, {})
+    count, width = sum(map(len, parts)), parts[0].schema.field(VECTOR).type.list_size
+    manifest = IndexManifest("model", None, "none", width, "float16", {"kind": "folder", "path": "none"}, {})
     with store.lock():
         store.begin(manifest, parts[0].schema, "nothing")
         for rows in parts:
             store.upsert(rows)
-        manifest.images, manifest.index = count, settings.index_of(count, 64, store.index_types)
+        manifest.images, manifest.index = count, settings.index_of(count, width, store.index_types)
         store.commit(manifest, [])
 
 

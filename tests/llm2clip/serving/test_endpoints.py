@@ -54,13 +54,6 @@ def test_openais_client_gets_the_embeddings_of_the_encoder(
     assert answer.model == "tiny"
 
 
-def test_texts_that_are_cut_are_counted(serve: Serve, encoder: Encoder) -> None:
-    client, long = serve(encoder), "a dog " * 100
-    answer = client.post("/v1/embeddings", json={"input": ["a dog", long]})
-    np.testing.assert_allclose(embeddings(answer), encoder.encode_text(["a dog", long]), **CLOSE)
-    assert "llm2clip_truncated_texts_total 1.0" in client.get("/metrics").text
-
-
 def test_dimensions_cut_the_embeddings_which_have_length_1_again(official: openai.OpenAI, encoder: Encoder) -> None:
     answer = official.embeddings.create(model="tiny", input="a dog", dimensions=5, encoding_format="float")
     row = encoder.encode_text("a dog")[0, :5].numpy()
@@ -243,12 +236,17 @@ def test_truncated_embeddings_are_served_and_want_an_index_of_their_width(
         open_index(index, encoder)
 
 
-def test_metrics_count_requests_inputs_and_tokens_without_labels_of_clients(client: httpx.Client) -> None:
+def test_metrics_count_requests_inputs_tokens_and_cut_texts_without_labels_of_clients(
+    serve: Serve, encoder: Encoder
+) -> None:
+    client, texts = serve(encoder), ["a small dog", "a dog " * 100]
     client.get("/what/a/client/chose")
-    client.post("/v1/embeddings", json={"input": ["a small dog"]})
+    answer = client.post("/v1/embeddings", json={"input": texts})
+    np.testing.assert_allclose(embeddings(answer), encoder.encode_text(texts), **CLOSE)
     page = client.get("/metrics").text
     assert 'llm2clip_requests_total{path="other",status="404"}' in page
     assert "a/client/chose" not in page
-    assert float(re.findall(r'llm2clip_inputs_total{kind="text"} (\S+)', page)[0]) >= 1
-    assert float(re.findall(r"^llm2clip_tokens_total (\S+)", page, re.MULTILINE)[0]) >= 3
+    assert 'llm2clip_inputs_total{kind="text"} 2.0' in page
+    assert f"llm2clip_tokens_total {encoder.text_lengths(texts)[0].sum():.1f}" in page
+    assert "llm2clip_truncated_texts_total 1.0" in page
     assert "llm2clip_waiting 0.0" in page

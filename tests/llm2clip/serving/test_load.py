@@ -71,6 +71,11 @@ def embed(client: httpx.Client, texts: Any, **options: Any) -> httpx.Response:
     return client.post("/v1/embeddings", json={"input": texts}, **options)
 
 
+def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the server has logged."""
+    return [record.getMessage() for record in caplog.records if record.name.startswith(("llm2clip", "uvicorn"))]
+
+
 def waiting(client: httpx.Client) -> int:
     return int(float(re.findall(r"^llm2clip_waiting (\S+)", client.get("/metrics").text, re.MULTILINE)[0]))
 
@@ -225,9 +230,9 @@ def test_failure_of_the_model_quotes_no_client_and_is_seen_by_health(
         assert client.get("/health").status_code == 503
         assert embed(client, "another").status_code == 200
         assert client.get("/health").status_code == 200
-    ours = [record.getMessage() for record in caplog.records if record.name.startswith(("llm2clip", "uvicorn"))]
-    assert any("RuntimeError" in line and "encode_text" in line for line in ours)
-    assert SECRET not in "".join(ours)
+    lines = logged(caplog)
+    assert any("RuntimeError" in line and "encode_text" in line for line in lines)
+    assert SECRET not in "".join(lines)
 
 
 def test_successful_requests_leave_no_line_in_the_log(
@@ -239,8 +244,7 @@ def test_successful_requests_leave_no_line_in_the_log(
         assert embed(client, SECRET, headers=headers).status_code == 200
         assert embed(client, {"image": SECRET}, headers=headers).status_code == 400
         assert client.get(f"/{SECRET}", headers=headers).status_code == 404
-    lines = [record.getMessage() for record in caplog.records if record.name.startswith(("llm2clip", "uvicorn"))]
-    assert not [line for line in lines if SECRET in line or "my-token" in line]
+    assert not [line for line in logged(caplog) if SECRET in line or "my-token" in line]
 
 
 @pytest.mark.parametrize("given", [None, "Bearer wrong", "Basic my-token", "Bearer my-token2"])

@@ -90,8 +90,7 @@ def run(config: DemoConfig) -> dict[str, Any]:
             f"there is no model in {QUICKSTART_MODEL}: run `make quickstart`, or give --model a folder or Hub id"
         )
     model = config.model or ("" if config.index else QUICKSTART_MODEL)  # the index knows its own
-    names = [name for name in (model, config.compare) if name]
-    for name in names:
+    for name in filter(None, (model, config.compare)):
         require_model_place(name)
     if config.write_space:
         from llm2clip.demo.space import write_space
@@ -170,9 +169,9 @@ def open_images(config: DemoConfig) -> Items:
     from llm2clip.search.table_items import open_items
 
     path = config.data or str(resources.files("llm2clip.example_data") / "concepts" / "test.parquet")
-    place = Path(path).expanduser()
+    root = Path(path).expanduser()
     # Metadata files contain the captions of a folder of images, which `datasets` reads.
-    kind = "dataset" if any(place.glob("metadata.*")) or any(place.glob("*/metadata.*")) else "auto"
+    kind = "dataset" if any(root.glob("metadata.*")) or any(root.glob("*/metadata.*")) else "auto"
     captions = [] if config.caption_column is None else [config.caption_column]
     return open_items(path, [Path(config.cache_dir)], kind, split=config.split, caption_columns=captions)
 

@@ -79,19 +79,21 @@ class Gallery:
         return cls(encoder, index, ResultImages(index.manifest, images))
 
     @classmethod
-    def of_index(cls, place: str, model: str | None = None, text_encoder: TextEncoder = "auto") -> Gallery:
+    def of_index(cls, location: str, model: str | None = None, text_encoder: TextEncoder = "auto") -> Gallery:
         """Open an index that `llm2clip index` wrote, with the model that made it, or a copy of it.
 
         Raises:
             FileNotFoundError: Its images are no longer there.
             ValueError: It is an index of captions.
         """
-        index = SearchIndex.open(place, encoder=model, text_encoder=text_encoder)
+        index = SearchIndex.open(location, encoder=model, text_encoder=text_encoder)
         source = index.manifest.source
         if source["kind"] == "folder" and not Path(source["path"]).is_dir():
-            raise FileNotFoundError(f"the images of the index {place} were in {source['path']}, which does not exist.")
+            raise FileNotFoundError(
+                f"the images of the index {location} were in {source['path']}, which does not exist."
+            )
         if index.manifest.embed != "image":
-            raise ValueError(f"the index {place} is of captions; the demo shows images.")
+            raise ValueError(f"the index {location} is of captions; the demo shows images.")
         return cls(index.encoder(SIDES), index, ResultImages(index.manifest))
 
     def __len__(self) -> int:
@@ -110,13 +112,13 @@ class Gallery:
         Raises:
             ValueError: The caption is empty, or the image is too narrow to be resized.
         """
-        found = []
+        shown = []
         for result in self.index.search(self._embed(query)[None].numpy(), top)[0]:
             image = self.images.load(result)
             if image is not None:
                 name = result.caption if result.path is None else result.key
-                found.append(ShownImage(image, name or "", result.score))
-        return found
+                shown.append(ShownImage(image, name or "", result.score))
+        return shown
 
     def classify(self, image: Image.Image, labels: Sequence[str], template: str = "{}") -> dict[str, float]:
         """Classify an image without training (zero-shot): probabilities of the labels, which sum to one.

@@ -111,8 +111,8 @@ def find_examples(gallery: Gallery, is_bundled: bool, folder: Path) -> Examples:
     for number, (image, caption) in enumerate(list(chosen.values())[:MAX_EXAMPLE_PICTURES]):
         image.save(folder / f"{number}.png")
         pictures.append((str(folder / f"{number}.png"), labels, caption))
-    own = {"Captions of these pictures": captions} if gallery.has_captions and captions else {"Examples": ANYTHING}
-    return Examples(QUERIES if is_bundled else own, pictures)
+    queries = {"Captions of these pictures": captions} if gallery.has_captions and captions else {"Examples": ANYTHING}
+    return Examples(QUERIES if is_bundled else queries, pictures)
 
 
 def _take_only_uploads(page: gr.Blocks) -> None:
@@ -122,10 +122,10 @@ def _take_only_uploads(page: gr.Blocks) -> None:
             setattr(block, FETCH, functools.partial(_only_upload, getattr(block, FETCH)))
 
 
-async def _only_upload(move: Callable[[Any], Awaitable[str | None]], place: Any) -> str | None:
-    if is_http_url_like(str(place)):
+async def _only_upload(move: Callable[[Any], Awaitable[str | None]], path: Any) -> str | None:
+    if is_http_url_like(str(path)):
         raise gr.Error(ONLY_UPLOADS, title="", print_exception=False)
-    return await move(place)
+    return await move(path)
 
 
 def _head(gallery: Gallery) -> str:
@@ -156,8 +156,8 @@ def _search_tab(galleries: Sequence[Gallery], examples: Examples) -> tuple[Calla
     """Build the tab; returns the search function with its input and output components."""
 
     def search(query: str | Image.Image) -> Any:
-        found = [_results(gallery.search(query)) for gallery in galleries]
-        return found if len(found) > 1 else found[0]
+        results = [_results(gallery.search(query)) for gallery in galleries]
+        return results if len(results) > 1 else results[0]
 
     def by_image(picture: Picture) -> Any:
         return search(_decode(picture)) if picture else gr.skip()
@@ -173,7 +173,7 @@ def _search_tab(galleries: Sequence[Gallery], examples: Examples) -> tuple[Calla
             examples_at = gr.Column()
         with gr.Column(scale=5, min_width=480):
             with gr.Row():
-                outputs = [_found(gallery, number, len(galleries)) for number, gallery in enumerate(galleries)]
+                outputs = [_results_field(gallery, number, len(galleries)) for number, gallery in enumerate(galleries)]
             gr.Markdown(
                 "The number below a picture is its cosine similarity with the query; compare numbers only within one "
                 "search of one model. Names are displayed but not searched. The language model determines which "
@@ -192,7 +192,7 @@ def _search_tab(galleries: Sequence[Gallery], examples: Examples) -> tuple[Calla
     return shown, query, outputs
 
 
-def _found(gallery: Gallery, number: int, count: int) -> gr.Gallery:
+def _results_field(gallery: Gallery, number: int, count: int) -> gr.Gallery:
     """Build the field of what one of `count` models finds."""
     with gr.Column(min_width=240):
         if count > 1:
@@ -285,8 +285,8 @@ def _example_pictures(pictures: list[ExamplePicture]) -> gr.Dataset:
     )  # fmt: skip
 
 
-def _results(found: Sequence[ShownImage]) -> Any:
-    pairs = [(image, f"{score:.2f} · {name}" if name else f"{score:.2f}") for image, name, score in found]
+def _results(images: Sequence[ShownImage]) -> Any:
+    pairs = [(image, f"{score:.2f} · {name}" if name else f"{score:.2f}") for image, name, score in images]
     return gr.update(value=pairs, selected_index=None)
 
 

@@ -85,5 +85,5 @@ class FaissRows:
             selector = faiss.IDSelectorBitmap(packed)
             options = {"params": faiss.SearchParametersIVF(nprobe=self.built.nprobe, sel=selector)}
         queries = np.ascontiguousarray(queries, dtype=np.float32)
-        _, found = self.built.search(queries, min(k, len(self.numbers)), **options)
-        return [self.numbers[places[places >= 0]] for places in found]
+        _, nearest = self.built.search(queries, min(k, len(self.numbers)), **options)
+        return [self.numbers[rows[rows >= 0]] for rows in nearest]

@@ -148,16 +148,16 @@ class FolderImages(Items):
         return [row for row in map(self._describe, self._walk()) if row is not None]
 
     def _walk(self) -> Iterator[Path]:
-        for parent, folders, files in os.walk(self.folder, onerror=self._add_unreadable_folder):
-            place = Path(parent)
+        for name, folders, files in os.walk(self.folder, onerror=self._add_unreadable_folder):
+            parent = Path(name)
             folders[:] = sorted(
-                name for name in folders if not name.startswith(".") and place / name not in self._excluded
+                name for name in folders if not name.startswith(".") and parent / name not in self._excluded
             )
-            for name in filter(lambda name: (place / name).is_symlink(), folders):
-                self.failures[self._printable(place / name)] = LINK
+            for name in filter(lambda name: (parent / name).is_symlink(), folders):
+                self.failures[self._printable(parent / name)] = LINK
             for name in sorted(files):
                 if not name.startswith(".") and name not in METADATA_FILES:
-                    yield place / name
+                    yield parent / name
 
     def _add_unreadable_folder(self, error: OSError) -> None:
         self.failures[self._printable(error.filename)] = f"the folder cannot be read: {error.strerror}"

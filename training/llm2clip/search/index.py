@@ -99,7 +99,7 @@ class IndexConfig(IndexSettings):
         for name, folder in (("folder", "FOLDER"), ("model", self.folder)):
             if not getattr(self, name):
                 raise ValueError(f"the {name} is missing: llm2clip index {folder} --model MODEL")
-        self._check_place()
+        self._check_location()
         self._check_captions()
 
     def _check_captions(self) -> None:
@@ -116,7 +116,7 @@ class IndexConfig(IndexSettings):
         if self.embed == "caption" and self.image_backend != "exact":
             raise ValueError(f"image_backend is {self.image_backend}, but captions are embedded: leave it out.")
 
-    def _check_place(self) -> None:
+    def _check_location(self) -> None:
         if self.postgres is None and self.table is not None:
             raise ValueError(f"table is {self.table}, but no database is given: add --postgres URL")
         if self.postgres is not None and self.output_dir is not None:
@@ -126,9 +126,9 @@ class IndexConfig(IndexSettings):
             )
         types = ("flat", "hnsw") if self.postgres is not None else ("flat", "ivf_rq", "faiss")
         if self.index_type not in ("auto", *types):
-            place = "PostgreSQL" if self.postgres is not None else "a folder"
+            location = "PostgreSQL" if self.postgres is not None else "a folder"
             raise ValueError(
-                f"index_type is {self.index_type}, but an index in {place} has one of auto, {', '.join(types)}."
+                f"index_type is {self.index_type}, but an index in {location} has one of auto, {', '.join(types)}."
             )
         self.type_of(types)
 
@@ -138,17 +138,17 @@ def run(config: IndexConfig) -> dict[str, Any]:
 
     Raises:
         ConnectionError: The database or object store cannot be reached.
-        FileExistsError: The place of the index contains something else.
+        FileExistsError: The location of the index contains something else.
         FileNotFoundError: The folder, data set or model does not exist, or there are no images or rows.
         NonFiniteError: The model's embedding of an image or caption is NaN or infinite.
         ValueError: The existing index belongs to another model or source, or no image or caption can be embedded.
     """
-    place = _place(config)
+    location = _location(config)
     require_model_place(config.model)
     require_data(config.folder)
     from llm2clip.search.store import open_store
 
-    store = open_store(place, config.postgres)
+    store = open_store(location, config.postgres)
     from llm2clip.encoders.load import load_encoder
     from llm2clip.encoders.ours import OurEncoder
     from llm2clip.search.index_update import update_index
@@ -158,8 +158,8 @@ def run(config: IndexConfig) -> dict[str, Any]:
 
         require_faiss()
     with store.lock():
-        is_folder = config.postgres is None and "://" not in place
-        items = _open_items(config, (Path(place),) if is_folder else ())
+        is_folder = config.postgres is None and "://" not in location
+        items = _open_items(config, (Path(location),) if is_folder else ())
         needs = ["image"] if config.embed == "image" else []
         if config.image_backend == "exact":
             encoder = load_encoder(config.model, config.model_revision, "auto", needs=needs)
@@ -170,16 +170,15 @@ def run(config: IndexConfig) -> dict[str, Any]:
 
 def require_data(path: str) -> None:
     """Raise FileNotFoundError for a path at which there is no data; a Hub id may be one."""
-    place = Path(path).expanduser()
     is_other = "://" in path or glob.has_magic(path) or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) is not None
-    if not place.exists() and not is_other:
+    if not is_other and not Path(path).expanduser().exists():
         raise FileNotFoundError(
             f"there is no file or folder {path} (in {Path.cwd()}), and it is not the id of a data set on the Hub, "
             "which has the form owner/name."
         )
 
 
-def _place(config: IndexConfig) -> str:
+def _location(config: IndexConfig) -> str:
     """Return the folder or the table of the index."""
     in_database = config.postgres is not None
     given = config.table if in_database else config.output_dir

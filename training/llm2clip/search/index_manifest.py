@@ -63,11 +63,11 @@ class IndexManifest:
     format_version: int = FORMAT_VERSION
 
     @classmethod
-    def from_fields(cls, place: str, fields: dict[str, Any]) -> IndexManifest:
+    def from_fields(cls, location: str, fields: dict[str, Any]) -> IndexManifest:
         """Build a manifest from JSON.
 
         Raises:
-            ValueError: It has another format; the message names `place`.
+            ValueError: It has another format; the message names `location`.
         """
         try:
             if fields.get("format_version") != FORMAT_VERSION:
@@ -84,26 +84,21 @@ class IndexManifest:
                 raise ValueError(f"its index lacks {', '.join(missing)}")
             return manifest
         except ValueError as error:
-            raise ValueError(f"{place} is not the manifest of an index ({error}); {REBUILD}") from error
+            raise ValueError(f"{location} is not the manifest of an index ({error}); {REBUILD}") from error
 
-    def record_versions(self, **own: str) -> None:
-        """Write down the versions of this package, of the libraries, and of those in `own`."""
-        self.versions = {"llm2clip": __version__, **own, **{library: version(library) for library in LIBRARIES}}
-
-    @property
-    def has_images(self) -> bool:
-        """Whether the rows have images: all but captions of a source without."""
-        return self.source["kind"] == "folder" or self.source.get("image_column") is not None
+    def record_versions(self, **databases: str) -> None:
+        """Write down the versions of this package, of the libraries, and of `databases`."""
+        self.versions = {"llm2clip": __version__, **databases, **{library: version(library) for library in LIBRARIES}}
 
     def content(self) -> dict[str, Any]:
         """Everything but what changes whenever an index is written."""
         return asdict(self) | {"versions": None, "stored": None, "identity": None}
 
-    def require_model(self, place: str, encoder: Encoder, needs: Collection[str]) -> None:
+    def require_model(self, location: str, encoder: Encoder, needs: Collection[str]) -> None:
         """Raise ValueError, with both models in the message, unless this is the model that wrote the index.
 
         Args:
-            place: Name of the index in the message.
+            location: Name of the index in the message.
             needs: What the model is asked to embed: `image`, `text` or both. Texts are compared in an index of
                 captions, and what the index does not know is not.
         """
@@ -113,25 +108,25 @@ class IndexManifest:
         }
         for need in sorted(needs):
             recorded, fingerprint = sides[need]
-            if recorded is None or (recorded, self.width) == (found := fingerprint(), encoder.width):
+            if recorded is None or (recorded, self.width) == (given := fingerprint(), encoder.width):
                 continue
             parts = "other settings of the vision tower or another preprocessing"
             raise ValueError(
-                f"the index {place} was made by {self.model} (width {self.width}, fingerprint {recorded}), but the "
-                f"model is {encoder.name} (width {encoder.full_width}, fingerprint {found}): other weights, "
+                f"the index {location} was made by {self.model} (width {self.width}, fingerprint {recorded}), but the "
+                f"model is {encoder.name} (width {encoder.full_width}, fingerprint {given}): other weights, "
                 f"{parts if need == 'image' else 'another LLM, tokenizer or adapter'}, and embeddings of different "
                 f"models cannot be compared. Use {self.model} as it was, or make an index with {encoder.name}: "
                 f"llm2clip index {self.source['path']} --model {encoder.name} --output-dir OTHER_FOLDER (or --table "
                 "OTHER)."
             )
 
-    def require_same(self, place: str, other: IndexManifest) -> None:
+    def require_same(self, location: str, other: IndexManifest) -> None:
         """Raise ValueError if the source, the data type, the decoding or the columns of another manifest differ."""
         for name in SAME:
             there, here = getattr(self, name), getattr(other, name)
             if there != here:
                 raise ValueError(
-                    f"the index {place} was built with {name} {_printable(there)}, not {_printable(here)}; choose "
+                    f"the index {location} was built with {name} {_printable(there)}, not {_printable(here)}; choose "
                     "another --output-dir or --table, or add --overwrite to build it again."
                 )
 

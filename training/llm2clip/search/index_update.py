@@ -32,8 +32,8 @@ def update_index(store: IndexStore, items: Items, encoder: Encoder, settings: In
 
     Embeddings are stored in parts, which searches do not see. If the run is killed, the next one continues with them,
     and its result equals that of an uninterrupted run. The new index replaces the old one in one step at the end. The
-    memory holds 50 bytes for each image that the index has at the start, the paths of a folder, and descriptions of at
-    most 16 parts.
+    memory holds 50 bytes for each image that the index has at the start, 200 and the path for each file of a folder,
+    and descriptions of at most 16 parts.
 
     Args:
         items: The images or captions.
@@ -73,10 +73,10 @@ class _Digests:
         numbers = np.full(len(digests), -1, dtype=np.int64)
         if not len(self._digests):
             return numbers
-        places = np.searchsorted(self._digests, digests).clip(max=len(self._digests) - 1)
-        found = self._digests[places] == digests
-        numbers[found] = self._numbers[places[found]]
-        self._seen[places[found]] = True
+        positions = np.searchsorted(self._digests, digests).clip(max=len(self._digests) - 1)
+        is_known = self._digests[positions] == digests
+        numbers[is_known] = self._numbers[positions[is_known]]
+        self._seen[positions[is_known]] = True
         return numbers
 
     def unseen(self) -> np.ndarray:
@@ -174,10 +174,10 @@ class _Update:
         again = base
         if self.complete is not None:
             self._require_same(self.complete)
-        begun = None if self.settings.overwrite else self.store.metadata(unfinished=True)
-        if begun is not None:
+        unfinished = None if self.settings.overwrite else self.store.metadata(unfinished=True)
+        if unfinished is not None:
             try:
-                self._require_same(begun)
+                self._require_same(unfinished)
                 base = "unfinished"
             except ValueError:
                 if self.complete is None:
@@ -246,13 +246,13 @@ class _Update:
             _, firsts, numbers = np.unique(self.items.contents(todo), return_index=True, return_inverse=True)
             owners = firsts[numbers]
         for part in self._parts(todo, np.unique(owners).tolist()):
-            places = np.flatnonzero(np.isin(owners, part.rows))
-            sources = np.searchsorted(part.rows, owners[places])
+            rows = np.flatnonzero(np.isin(owners, part.rows))
+            sources = np.searchsorted(part.rows, owners[rows])
             embeds = part.embeds.numpy()[sources].astype(self.settings.dtype)
             vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeds.reshape(-1)), embeds.shape[1])
             reasons = pa.array([part.reasons[source] for source in sources], pa.string())
-            self.store.upsert(_with_columns(todo.take(pa.array(places)), pa.table({VECTOR: vectors, REASON: reasons})))
-            bar.update(len(places))
+            self.store.upsert(_with_columns(todo.take(pa.array(rows)), pa.table({VECTOR: vectors, REASON: reasons})))
+            bar.update(len(rows))
 
     def _parts(self, todo: pa.Table, chosen: list[int]) -> Iterator[EncodedRows]:
         items: Any = self.items.choose(todo)
@@ -311,16 +311,12 @@ class _Update:
             logger.warning("  and %d more; the index lists all", len(failures) - MAX_NAMED)
 
 
-def _identity(encoder: Encoder, images: str | None) -> dict[str, str]:
-    """Identify a model; an LLM2CLIP model for images by that side alone, since its LLM may be large or quantised.
-
-    Args:
-        images: The fingerprint of the image side; None if texts are embedded.
-    """
-    if images is None or not isinstance(encoder, OurEncoder):
+def _identity(encoder: Encoder, image_fingerprint: str | None) -> dict[str, str]:
+    """Identify a model; an LLM2CLIP model for images by that side alone, since its LLM may be large or quantised."""
+    if image_fingerprint is None or not isinstance(encoder, OurEncoder):
         return encoder.identity()
     commit = hub_commit(encoder.name, encoder.revision) if encoder.name else None
-    source = {"fingerprint": images} if commit is None else {"commit": commit}
+    source = {"fingerprint": image_fingerprint} if commit is None else {"commit": commit}
     return {"library": encoder.library, "name": encoder.name, **source, "dtype": encoder.dtype}
 
 
@@ -331,9 +327,4 @@ def _with_columns(rows: pa.Table, others: pa.Table) -> pa.Table:
 
 
 def _id_array(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
-    """Convert a column of digests to `(n,)` bytes."""
-    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
-    parts = [
-        np.frombuffer(chunk.buffers()[1], DIGESTS)[chunk.offset :][: len(chunk)] for chunk in chunks if len(chunk)
-    ]
-    return np.concatenate(parts) if parts else np.empty(0, DIGESTS)
+    return np.array(column.to_pylist(), DIGESTS)

@@ -1,4 +1,4 @@
-"""The rows of an index in one version of a LanceDB table: reading, and searching."""
+"""The rows of an index in one version of a LanceDB table: reading, searching, and errors of LanceDB."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,10 @@ import pyarrow as pa
 
 from llm2clip.search.faiss_vectors import FaissRows
 from llm2clip.search.index_manifest import REBUILD, IndexManifest
-from llm2clip.search.store import INTERNAL, MORE, NUMBER, VECTOR
+from llm2clip.search.store import INTERNAL, MORE, NUMBER, VECTOR, rows_in_order
 from llm2clip.search.where import Conditions, parse_where
-from llm2clip.utils.remote_path import AnyPath, RemotePath
+from llm2clip.utils.library_errors import SYSTEM
+from llm2clip.utils.remote_path import AnyPath, RemotePath, wrap_connection_errors
 
 DISTANCE = "_distance"
 SCAN_ROWS = 8192
@@ -25,6 +27,8 @@ EXACT_MATCHES = 1_000
 MATCHES_FOR_PROBES = 40_000
 # Where in the source of LanceDB an error was raised.
 ORIGIN = re.compile(r",? /\S+\.rs:\d+:\d+")
+# How LanceDB says that the system could not write a file.
+DISK = re.compile(r"LanceError\(IO\)|\(os error \d+\)")
 UNITS = {"s": "Second", "ms": "Millisecond", "us": "Microsecond", "ns": "Nanosecond"}
 
 
@@ -58,11 +62,10 @@ class LanceRows:
 
     def take(self, numbers: np.ndarray, columns: Sequence[str]) -> pa.Table:
         """Read the rows with these numbers, in their order."""
-        wanted, places = np.unique(numbers, return_inverse=True)
         with readable(self.folder):
-            found = self.table.take_row_ids(wanted.tolist()).select(list(columns)).with_row_id().to_arrow()
-        order = np.argsort(found[NUMBER].to_numpy())
-        return found.take(pa.array(order[places])).drop_columns([NUMBER])
+            query = self.table.take_row_ids(np.unique(numbers).tolist()).select(list(columns))
+            rows = query.with_row_id().to_arrow()
+        return rows_in_order(rows, numbers)
 
     def search(self, queries: np.ndarray, k: int, where: str | None = None) -> list[pa.Table]:
         """Find the nearest rows; see `IndexStore.search`."""
@@ -76,8 +79,8 @@ class LanceRows:
             if self._faiss is None or matches <= EXACT_MATCHES:
                 return [self._nearest(query, k, condition, matches) for query in queries]
         fits = self._numbers(where) if where else None
-        found = self._faiss.search(queries, k * self.manifest.index["refine"], fits)
-        return [self.take(numbers, [*self.columns, VECTOR]) for numbers in found]
+        nearest = self._faiss.search(queries, k * self.manifest.index["refine"], fits)
+        return [self.take(numbers, [*self.columns, VECTOR]) for numbers in nearest]
 
     def _nearest(self, query: np.ndarray, k: int, condition: str | None, matches: int) -> pa.Table:
         assert self.manifest is not None
@@ -114,13 +117,29 @@ def readable(folder: AnyPath) -> Iterator[None]:
             raise
         if isinstance(folder, RemotePath):
             raise ConnectionError(
-                f"the index {folder} cannot be read ({reason(error)}). If that is no matter of the connection, it is "
+                f"the index {folder} cannot be read ({_reason(error)}). If that is no matter of the connection, it is "
                 "damaged: delete it and build it again."
             ) from error
-        raise ValueError(f"the index {folder} is damaged ({reason(error)}); {REBUILD}") from error
+        raise ValueError(f"the index {folder} is damaged ({_reason(error)}); {REBUILD}") from error
 
 
-def reason(error: Exception) -> str:
+@contextlib.contextmanager
+def writable(folder: AnyPath) -> Iterator[None]:
+    """Turn errors of LanceDB when it writes: those of a disk into OSError, those of a URL into ConnectionError."""
+    with wrap_connection_errors(folder):
+        try:
+            yield
+        except (RuntimeError, OSError) as error:
+            if not isinstance(folder, Path) or not DISK.search(str(error)):
+                raise
+            reasons = SYSTEM.findall(str(error)) or [_reason(error)]
+            raise OSError(
+                f"the index {folder} cannot be written ({reasons[-1]}); what it had stays. When the disk is well, run "
+                "the same llm2clip index again."
+            ) from error
+
+
+def _reason(error: Exception) -> str:
     """Return the first line of a message of LanceDB; the rest is where in its source."""
     text = ORIGIN.sub("", str(error))
     return text.splitlines()[0] if text else type(error).__name__
@@ -131,16 +150,16 @@ class LanceConditions(Conditions):
         return f"`{name.replace('`', '``')}`"
 
     def value(self, value: pa.Scalar) -> str:
-        kind, found = value.type, value.as_py()
+        kind, content = value.type, value.as_py()
         if pa.types.is_timestamp(kind):
             zone = "None" if kind.tz is None else f'Some("{kind.tz}")'
             text = value.cast(pa.timestamp("us", kind.tz)).as_py().isoformat()
             return f"arrow_cast('{text}', 'Timestamp({UNITS[kind.unit]}, {zone})')"
         if pa.types.is_date(kind):
-            return f"date '{found}'"
-        if isinstance(found, str):
-            return "'" + found.replace("'", "''") + "'"
-        return str(found).lower()
+            return f"date '{content}'"
+        if isinstance(content, str):
+            return "'" + content.replace("'", "''") + "'"
+        return str(content).lower()
 
     def like(self, column: str, negation: str, pattern: str) -> str:
         escaped = pattern.replace("\\", "\\\\").replace("'", "''")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import timedelta
@@ -23,17 +22,13 @@ from lancedb.index import Bitmap, BTree, IvfRq, IvfSq
 
 from llm2clip.search.faiss_vectors import build_faiss
 from llm2clip.search.index_manifest import REBUILD, IndexManifest
-from llm2clip.search.lance_rows import LanceRows, readable, reason
-from llm2clip.search.store import INTERNAL, KEY, NUMBER, REASON, VECTOR, Base, is_changed
+from llm2clip.search.lance_rows import LanceRows, readable, writable
+from llm2clip.search.store import KEY, NUMBER, REASON, UNINDEXED, VECTOR, Base, is_changed
 from llm2clip.utils.files import remove_unfinished, write_json
-from llm2clip.utils.library_errors import SYSTEM
 from llm2clip.utils.locks import LOCK, folder_lock
 from llm2clip.utils.manifests import (
     FOLDER_MANIFEST,
-    Fault,
-    Verified,
     faults,
-    listed_files,
     own_files,
     read_checked,
     stated_files,
@@ -50,9 +45,7 @@ MANIFEST, FAILURES, TABLE = "manifest.json", "failures.json", "images"
 HINT = f"{TABLE}.lance/_versions/latest_version_hint.json"
 COMMAND = "index"
 # In the schema of the table: the manifest with which a run began.
-BEGUN = b"llm2clip"
-# Columns that conditions rarely name; the others get an index.
-UNINDEXED = {KEY, "caption", "hash", "mtime_ns", "row", "size"}
+RUN_MANIFEST = b"llm2clip"
 # Versions stay for readers that have them open, and so do files that no version names.
 KEPT = timedelta(days=7)
 VECTOR_INDEX = f"{VECTOR}_idx"
@@ -63,10 +56,6 @@ GROWTH, MAX_PIECES = 0.2, 8
 # Columns with up to as many distinct values get a bitmap index.
 BITMAP_VALUES = 1000
 DELETE_AT_ONCE, MAX_OPTIMIZE = 10_000, 8
-# By how much the length of an embedding may differ from 1, as it is rounded to 16 bits.
-TOLERANCE = 1e-2
-# How LanceDB says that the system could not write a file.
-DISK = re.compile(r"LanceError\(IO\)|\(os error \d+\)")
 
 
 class LanceStore:
@@ -82,7 +71,7 @@ class LanceStore:
         self.folder = open_path(folder)
         self.location = str(folder)
         # Whether no other run has been noticed.
-        self.is_alone = True
+        self._is_alone = True
         # The rows of the last commit, and the table that a run writes, with its first and last version.
         self._committed: LanceRows | None = None
         self._written: Any = None
@@ -115,14 +104,14 @@ class LanceStore:
             )
 
     def _remove_empty(self) -> None:
-        if not self.is_alone or (self.folder / MANIFEST).is_file():
+        if not self._is_alone or (self.folder / MANIFEST).is_file():
             return
         if not self._has_table() or (self._written is not None and not self._written.count_rows()):
             remove_tree(self.folder)
 
     def metadata(self, unfinished: bool = False) -> IndexManifest | None:
         if unfinished:
-            return self._begun()
+            return self._unfinished()
         manifest = self._manifest()
         if manifest is not None:
             self._require_unchanged()
@@ -140,7 +129,7 @@ class LanceStore:
             raise ValueError(f"{error}; {REBUILD}") from error
         return IndexManifest.from_fields(str(path), fields)
 
-    def _begun(self) -> IndexManifest | None:
+    def _unfinished(self) -> IndexManifest | None:
         if not self._has_table():
             return None
         committed = self._manifest()
@@ -153,7 +142,7 @@ class LanceStore:
             return None
         if committed is not None and committed.stored.get("version") == table.version:
             return None
-        fields = json.loads((table.schema.metadata or {}).get(BEGUN, b"{}"))
+        fields = json.loads((table.schema.metadata or {}).get(RUN_MANIFEST, b"{}"))
         return IndexManifest.from_fields(self.location, fields)
 
     def _open_rows(self, manifest: IndexManifest) -> None:
@@ -187,17 +176,17 @@ class LanceStore:
             self._clear_unreadable()
             if own_files(self.folder, COMMAND) is None:
                 write_manifest(self.folder, COMMAND)  # from here on the folder is known to be ours
-            schema = schema.with_metadata({BEGUN: json.dumps(asdict(manifest)).encode()})
+            schema = schema.with_metadata({RUN_MANIFEST: json.dumps(asdict(manifest)).encode()})
             # A new version of the table, so that readers of the old ones go on.
             mode = "overwrite" if self._has_table() else "create"
-            with self._writing():
+            with writable(self.folder):
                 self._written = self._database.create_table(TABLE, schema=schema, mode=mode)
         else:
             self._written = self._open(None)
             committed = self._manifest()
             if base == "commit" and committed is not None and committed.stored["version"] != self._written.version:
                 self._written.checkout(committed.stored["version"])
-                with self._writing():
+                with writable(self.folder):
                     self._written.restore()  # as a new version
         self._first = self._version = self._written.version
 
@@ -225,17 +214,18 @@ class LanceStore:
         return self._committed.search(queries, k, where)
 
     def commit(self, manifest: IndexManifest, failures: list[dict[str, Any]]) -> None:
-        with self._writing():
+        with writable(self.folder):
             self._commit(manifest, failures)
 
     def _commit(self, manifest: IndexManifest, failures: list[dict[str, Any]]) -> None:
         self._require_version(self._version)
-        previous = self._previous()
+        previous = None
+        with contextlib.suppress(ValueError):  # a damaged index is replaced
+            previous = self._manifest()
         if previous is not None and previous.stored.get("version") == self._version:
             with contextlib.suppress(OSError, ValueError):
-                if not is_changed(
-                    manifest, failures, previous, json.loads((self.folder / FAILURES).read_text("utf-8"))
-                ):
+                listed = json.loads((self.folder / FAILURES).read_text("utf-8"))
+                if not is_changed(manifest, failures, previous, listed):
                     return
         if self._written.count_rows(f"{REASON} IS NOT NULL"):
             self._written.delete(f"{REASON} IS NOT NULL")
@@ -307,7 +297,7 @@ class LanceStore:
     def _alone(self) -> Iterator[None]:
         """Raise ValueError unless the block makes the only version since the last one of this run."""
         self._require_version(self._version)
-        with self._writing():
+        with writable(self.folder):
             yield
         if self._written.version > self._version + 1:
             self._stop()
@@ -320,17 +310,11 @@ class LanceStore:
             self._stop()
 
     def _stop(self) -> NoReturn:
-        self.is_alone = False
+        self._is_alone = False
         raise ValueError(
             f"another run writes to the index {self.location}, and this one has stopped; nothing that is stored is "
             "lost. When the other has ended, run the same llm2clip index again."
         )
-
-    def _previous(self) -> IndexManifest | None:
-        """Return the manifest of the index that this one replaces, unless that is damaged."""
-        with contextlib.suppress(ValueError):
-            return self._manifest()
-        return None
 
     def _optimize(self) -> None:
         """Join the many small parts, and add new rows to the indexes, until nothing is left to do.
@@ -348,7 +332,7 @@ class LanceStore:
 
     def _index_columns(self) -> None:
         have = {name for index in self._written.list_indices() for name in index.columns}
-        for name in set(self._written.schema.names) - {*have, *UNINDEXED, *INTERNAL}:
+        for name in set(self._written.schema.names) - {*have, *UNINDEXED, KEY}:
             kind = self._written.schema.field(name).type
             has_bitmap = pa.types.is_string(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)
             self._written.create_index(name, config=Bitmap() if has_bitmap and self._has_few_values(name) else BTree())
@@ -392,56 +376,8 @@ class LanceStore:
 
     def _clean(self, manifest: IndexManifest, previous: IndexManifest | None) -> None:
         """Delete versions that no reader can have open any more."""
-        kept = {one.stored.get("faiss") for one in (manifest, previous) if one}
+        kept = {entry.stored.get("faiss") for entry in (manifest, previous) if entry}
         for path in self.folder.glob("vectors-*.faiss"):
             if path.name not in kept:
                 path.unlink()
         self._written.optimize(cleanup_older_than=KEPT)
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Turn errors of LanceDB when it writes: those of a disk into OSError, those of a URL into ConnectionError."""
-        with wrap_connection_errors(self.folder):
-            try:
-                yield
-            except (RuntimeError, OSError) as error:
-                if not isinstance(self.folder, Path) or not DISK.search(str(error)):
-                    raise
-                found = SYSTEM.findall(str(error))
-                raise OSError(
-                    f"the index {self.folder} cannot be written ({found[-1] if found else reason(error)}); what it "
-                    "had stays. When the disk is well, run the same llm2clip index again."
-                ) from error
-
-
-def verify_index(folder: Path) -> Verified:
-    """Compare the files of an index with their checksums, and read all rows of the version that its manifest names.
-
-    Raises:
-        ImportError: LanceDB is not installed.
-    """
-    fix = f"build it again: llm2clip index IMAGES --model MODEL --output-dir {folder} --overwrite"
-    store = LanceStore(folder)
-    found = Verified()
-    try:
-        listed = listed_files(folder)
-        if not any(file.checksum for file in listed.values()):
-            found.remarks.append(f"{folder} has no checksums of its files, since it was written at a URL.")
-        found.faults = [Fault(f"{folder / fault}", fix) for fault in store.faults()]
-        found.counts["num_files"] = len(listed)
-        if found.faults:
-            # LanceDB may panic over a damaged table, or wait for ever.
-            return found
-        manifest = store.metadata()
-        if manifest is None:
-            raise FileNotFoundError(f"the index {folder} is not finished")
-        for batch in store.keys([VECTOR]):
-            embeds = batch[VECTOR].flatten().to_numpy().astype(np.float32).reshape(len(batch), manifest.width)
-            lengths = np.linalg.norm(embeds, axis=1)
-            found.counts["num_images"] += len(batch)
-            if bad := int((~(np.abs(lengths - 1) <= TOLERANCE)).sum()):
-                found.faults.append(Fault(f"{bad} embeddings of the index {folder} are no unit vectors", fix))
-                break
-    except (FileNotFoundError, ValueError) as error:
-        found.faults.append(Fault(str(error), fix))
-    return found

@@ -90,11 +90,11 @@ class PostgresDatabase:
             self._connection = None
 
     @contextlib.contextmanager
-    def snapshot(self) -> Iterator[psycopg.Connection[Any]]:
+    def snapshot(self) -> Iterator[None]:
         """Begin a transaction that sees the database as it is at its first query, and cannot change it."""
         with self.connection.transaction():
             self.connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
-            yield self.connection
+            yield
 
     @contextlib.contextmanager
     def readable(self) -> Iterator[None]:
@@ -159,13 +159,13 @@ def _require_pgvector(connection: psycopg.Connection[Any], name: str) -> str:
     """Return the schema of pgvector; raise ValueError, with what to do, unless the database has a recent version."""
     least = ".".join(map(str, LEAST_PGVECTOR))
     query = "SELECT extversion, nspname FROM pg_extension JOIN pg_namespace n ON n.oid = extnamespace"
-    found = connection.execute(f"{query} WHERE extname = 'vector'").fetchone()
-    if found is not None and tuple(map(int, found[0].split(".")[:2])) >= LEAST_PGVECTOR:
-        return str(found[1])
+    extension = connection.execute(f"{query} WHERE extname = 'vector'").fetchone()
+    if extension is not None and tuple(map(int, extension[0].split(".")[:2])) >= LEAST_PGVECTOR:
+        return str(extension[1])
     state, command = (
         ("lacks the extension", "CREATE EXTENSION vector")
-        if found is None
-        else (f"has {found[0]} of the extension", "ALTER EXTENSION vector UPDATE")
+        if extension is None
+        else (f"has {extension[0]} of the extension", "ALTER EXTENSION vector UPDATE")
     )
     raise ValueError(
         f"{name} {state} pgvector, and an index needs {least} or newer; let its owner run: {command}; it has to be "

@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -24,7 +24,7 @@ from psycopg import errors, sql
 from llm2clip.search.index_manifest import IndexManifest
 from llm2clip.search.postgres_database import PostgresDatabase, set_session
 from llm2clip.search.postgres_types import ARROW, VECTORS, arrow_batch, sql_type, sql_values, without_zeros
-from llm2clip.search.store import INTERNAL, MORE, NUMBER, REASON, VECTOR, Base, is_changed
+from llm2clip.search.store import INTERNAL, MORE, NUMBER, REASON, UNINDEXED, VECTOR, Base, is_changed, rows_in_order
 from llm2clip.search.where import Conditions, parse_where
 from llm2clip.utils.locks import PATIENCE
 
@@ -38,10 +38,9 @@ UNLIMITED = {"statement_timeout": "0", "idle_session_timeout": "0"}
 # The comment on each of our tables, by which they are known.
 MARK = "written by llm2clip index"
 GENERATION = "_generation"
-# Columns that conditions rarely name; the others get an index.
-UNINDEXED = {"caption", "hash", "mtime_ns", "row", "size", *INTERNAL}
-OWN = {NUMBER: "bigint", GENERATION: "integer"}
-COMMITTED, BEGUN = "committed", "begun"
+# Columns beside those of the schema that a run gives.
+ADDED = {NUMBER: "bigint", GENERATION: "integer"}
+COMMITTED, UNFINISHED = "committed", "begun"
 SCAN_ROWS = 8192
 # Rows that fulfil a condition, up to which comparing all of them costs less than searching the graph for them.
 EXACT_MATCHES = 20_000
@@ -66,13 +65,13 @@ class PostgresStore:
 
     def __init__(self, url: str, table: str) -> None:
         self.database = PostgresDatabase(url)
-        found = TABLE_NAME.fullmatch(table)
-        if found is None:
+        match = TABLE_NAME.fullmatch(table)
+        if match is None:
             raise ValueError(
                 f"table is {table!r}, but it has to be NAME or SCHEMA.NAME, of lower-case letters, digits and _, and "
                 "NAME of at most 48; the schema is llm2clip if it is left out."
             )
-        self.schema, self.name = found[1] or SCHEMA, found[2]
+        self.schema, self.name = match[1] or SCHEMA, match[2]
         self.location = f"{self.schema}.{self.name} in {self.database.name}"
         self.table, self.state = (f'"{self.schema}"."{self.name}{suffix}"' for suffix in ("", "_llm2clip"))
         self._opened: IndexManifest | None = None
@@ -104,19 +103,16 @@ class PostgresStore:
         finally:
             # What a lost connection leaves is found by the next run.
             with contextlib.suppress(ValueError, OSError), self.database.readable():
-                is_begun = self._state(COMMITTED) is None and self._comment(self.name)
-                if is_begun and not self._query(f"SELECT FROM {self.table} LIMIT 1"):
+                is_unfinished = self._state(COMMITTED) is None and self._comment(self.name)
+                if is_unfinished and not self._query(f"SELECT FROM {self.table} LIMIT 1"):
                     self._execute(f"DROP TABLE {self.table}, {self.state}")
             self.database.close()  # with the lock, in whichever state an error has left the connection
 
     def metadata(self, unfinished: bool = False) -> IndexManifest | None:
         with self.database.readable():
-            found = self._state(BEGUN if unfinished else COMMITTED)
-            if found is None:
-                return None
-            manifest = IndexManifest.from_fields(self.location, found[0])
-            if not unfinished:
-                self._opened = manifest
+            manifest = self._manifest(UNFINISHED if unfinished else COMMITTED)
+        if manifest is not None and not unfinished:
+            self._opened = manifest
         return manifest
 
     def begin(self, manifest: IndexManifest, schema: pa.Schema, base: Base) -> None:
@@ -124,27 +120,27 @@ class PostgresStore:
         self._gone, self._is_changed = np.empty(0, np.int64), base != "commit"
         with self.database.readable(), self.database.connection.transaction():
             self._create()
-            committed, begun = (self._state(name) for name in (COMMITTED, BEGUN))
+            committed, unfinished = (self._state(name) for name in (COMMITTED, UNFINISHED))
             self._generation = 1 + (committed[0]["stored"]["generation"] if committed else 0)
             if base == "unfinished":
-                assert begun is not None
-                self._first = begun[0]["stored"]["generation"]
+                assert unfinished is not None
+                self._first = unfinished[0]["stored"]["generation"]
                 return
             self._execute(f"DELETE FROM {self.table} WHERE {GENERATION} >= {self._generation}")
             # Which rows the new index will consist of.
             self._first = self._generation if base == "nothing" else 0
             manifest.stored = {"columns": self._types, "generation": self._first}
-            if base == "nothing" and self._columns() != {**OWN, **self._types}:
+            if base == "nothing" and self._columns() != {**ADDED, **self._types}:
                 self._replace_columns()
-            self._write_state(BEGUN, manifest, [])
+            self._write_state(UNFINISHED, manifest, [])
 
     def _create(self) -> None:
         """Create the tables that do not exist; for use in a transaction."""
         if not self._query("SELECT FROM pg_namespace WHERE nspname = %s", self.schema):
             self._execute(f"CREATE SCHEMA {_quoted(self.schema)}")
         state = "state text PRIMARY KEY, manifest json, failures json"
-        own = [f"{NUMBER} bigserial PRIMARY KEY", f"{GENERATION} integer NOT NULL"]
-        rows = ", ".join([*own, *(f"{_quoted(name)} {kind}" for name, kind in self._types.items())])
+        added = [f"{NUMBER} bigserial PRIMARY KEY", f"{GENERATION} integer NOT NULL"]
+        rows = ", ".join([*added, *(f"{_quoted(name)} {kind}" for name, kind in self._types.items())])
         for table, name, columns in ((self.state, f"{self.name}_llm2clip", state), (self.table, self.name, rows)):
             if self._comment(name) is None:
                 self._execute(f"CREATE TABLE {table} ({columns})")
@@ -154,27 +150,25 @@ class PostgresStore:
         """Empty the table, and give it the columns of this run; rights on it stay. For use in a transaction."""
         self._execute(f"DELETE FROM {self.state}")
         self._execute(f"TRUNCATE {self.table}")
-        changes = [f"DROP COLUMN {_quoted(name)} CASCADE" for name in self._columns() if name not in OWN]
+        changes = [f"DROP COLUMN {_quoted(name)} CASCADE" for name in self._columns() if name not in ADDED]
         changes += [f"ADD COLUMN {_quoted(name)} {kind}" for name, kind in self._types.items()]
         self._execute(f"ALTER TABLE {self.table} {', '.join(changes)}")
 
     def keys(self, columns: Sequence[str] | None, written: bool = False) -> Iterator[pa.RecordBatch]:
-        with self._reading(written) as (connection, types, visible):
+        with self._reading(written) as (types, visible):
             names = [*(_shown(types) if columns is None else columns), NUMBER]
             query = f"SELECT {_list(names)} FROM {self.table} WHERE {visible} ORDER BY {NUMBER}"
-            with connection.cursor("scan", binary=True) as cursor:
+            with self.database.connection.cursor("scan", binary=True) as cursor:
                 cursor.execute(sql.SQL(query), {"gone": self._gone.tolist()})
                 while rows := cursor.fetchmany(SCAN_ROWS):
                     yield arrow_batch(rows, names, types)
 
     def vectors(self, numbers: np.ndarray) -> pa.Table:
-        wanted, places = np.unique(numbers, return_inverse=True)
         names = [VECTOR, REASON, NUMBER]
-        with self._reading(True) as (connection, types, _), connection.cursor(binary=True) as cursor:
+        with self._reading(True) as (types, _):
             query = f"SELECT {_list(names)} FROM {self.table} WHERE {NUMBER} = ANY(%s)"
-            rows = cursor.execute(sql.SQL(query), (wanted.tolist(),)).fetchall()
-        found = pa.Table.from_batches([arrow_batch(rows, names, types)])
-        return found.take(pa.array(np.argsort(found[NUMBER].to_numpy())[places])).drop_columns([NUMBER])
+            rows = self._execute(query, [np.unique(numbers).tolist()], binary=True).fetchall()
+        return rows_in_order(pa.Table.from_batches([arrow_batch(rows, names, types)]), numbers)
 
     def upsert(self, rows: pa.Table) -> None:
         self._is_changed = True
@@ -192,15 +186,14 @@ class PostgresStore:
 
     def commit(self, manifest: IndexManifest, failures: list[dict[str, Any]]) -> None:
         with self.database.readable():
-            found = self._state(COMMITTED)
-            committed = IndexManifest.from_fields(self.location, found[0]) if found else None
-            if self._is_changed or is_changed(manifest, failures, committed, found and found[1]):
+            _, listed = self._state(COMMITTED) or (None, None)
+            if self._is_changed or is_changed(manifest, failures, self._manifest(COMMITTED), listed):
                 version = self.database.connection.info.parameter_status("server_version")
                 manifest.record_versions(postgresql=str(version))
                 manifest.stored = {"columns": self._types, "generation": self._generation}
                 self._finish(manifest, failures, self._index(manifest.index))
             else:
-                self._execute(f"DELETE FROM {self.state} WHERE state = %s", [BEGUN])
+                self._execute(f"DELETE FROM {self.state} WHERE state = %s", [UNFINISHED])
 
     def _finish(self, manifest: IndexManifest, failures: list[dict[str, Any]], replaced: list[str]) -> None:
         """Let searches see the rows of this run, in one transaction."""
@@ -239,45 +232,37 @@ class PostgresStore:
         return [name for name in graphs if name not in same[:1]]
 
     def search(self, queries: np.ndarray, k: int, where: str | None = None) -> list[pa.Table]:
-        with self._reading(False) as (connection, types, visible):
+        with self._reading(False) as (types, visible):
             condition, values = self._condition(where, types)
-            effort = self._effort(connection, f"{visible} AND ({condition})", values, k + MORE, where)
+            condition = f"{visible} AND ({condition})"
+            effort = self._effort(condition if where else None, values, k + MORE)
             if effort is not None:
                 for name, value in (("iterative_scan", "strict_order"), ("ef_search", str(effort))):
-                    connection.execute("SELECT set_config(%s, %s, true)", (f"hnsw.{name}", value))
+                    self._execute("SELECT set_config(%s, %s, true)", [f"hnsw.{name}", value])
             names = [*_shown(types), VECTOR]
             make = VECTORS[types[VECTOR].partition("(")[0]][0]
             # Not the inner product: in 16 bits, rows have not quite unit length.
             distance = f"{VECTOR} <=> %(query)s"
-            query = f"SELECT {_list(names)} FROM {self.table} WHERE {visible} AND ({condition}) ORDER BY "
-            in_graph, exact = (sql.SQL(f"{query}{order} LIMIT %(k)s") for order in (distance, f"({distance}) + 0"))
-            found = []
+            query = f"SELECT {_list(names)} FROM {self.table} WHERE {condition} ORDER BY "
+            in_graph, exact = (f"{query}{order} LIMIT %(k)s" for order in (distance, f"({distance}) + 0"))
+            nearest = []
             for row in queries:
                 values |= {"query": make(row), "k": k + MORE}
-                cursor = connection.cursor(binary=True)
-                rows = cursor.execute(in_graph, values).fetchall() if effort is not None else []
+                rows = self._execute(in_graph, values, binary=True).fetchall() if effort is not None else []
                 # The graph gives up where a condition rejects nearly all rows; no index has the order of a sum.
                 if len(rows) < k:
-                    rows = cursor.execute(exact, values).fetchall()
-                found.append(pa.Table.from_batches([arrow_batch(rows, names, types)]))
-            return found
+                    rows = self._execute(exact, values, binary=True).fetchall()
+                nearest.append(pa.Table.from_batches([arrow_batch(rows, names, types)]))
+            return nearest
 
-    def _effort(
-        self,
-        connection: psycopg.Connection[Any],
-        condition: str,
-        values: dict[str, Any],
-        candidates: int,
-        where: str | None,
-    ) -> int | None:
+    def _effort(self, condition: str | None, values: dict[str, Any], candidates: int) -> int | None:
         """Return how many candidates a search of the graph compares at a time; None if it is left out."""
         assert self._opened is not None
         if self._opened.index["type"] == "flat":
             return None
         effort = max(self._opened.index["ef_search"], candidates)
-        if where:
-            query = sql.SQL(f"EXPLAIN (FORMAT JSON) SELECT FROM {self.table} WHERE {condition}")
-            ((plan,),) = connection.execute(query, values).fetchall()
+        if condition is not None:
+            ((plan,),) = self._execute(f"EXPLAIN (FORMAT JSON) SELECT FROM {self.table} WHERE {condition}", values)
             matches = max(1, plan[0]["Plan"]["Plan Rows"])  # as the server estimates
             if matches <= EXACT_MATCHES:
                 return None
@@ -286,21 +271,20 @@ class PostgresStore:
         return min(effort, MAX_EF_SEARCH)
 
     @contextlib.contextmanager
-    def _reading(self, written: bool) -> Iterator[tuple[psycopg.Connection[Any], dict[str, str], str]]:
-        """Yield a connection in a transaction that cannot write, the types of the columns, and which rows are seen."""
-        with self.database.readable(), self.database.snapshot() as connection:
+    def _reading(self, written: bool) -> Iterator[tuple[dict[str, str], str]]:
+        """Begin a transaction that cannot write; yield the types of the columns, and which rows are seen."""
+        with self.database.readable(), self.database.snapshot():
             if written:
                 visible = f"{GENERATION} >= {self._first} AND NOT {NUMBER} = ANY(%(gone)s::bigint[])"
-                yield connection, self._types, visible
+                yield self._types, visible
                 return
             # The name and the rows of the table have to be those of the manifest that is read next.
             self._execute(f"LOCK TABLE {self.table} IN ACCESS SHARE MODE")
-            found = self._state(COMMITTED)
-            now = IndexManifest.from_fields(self.location, found[0]) if found else None
+            now = self._manifest(COMMITTED)
             if now is None or any(getattr(now, name) != getattr(self._opened, name) for name in SAME):
                 raise ValueError(f"the index {self.location} was replaced since it was opened; search again.")
             self._opened = now
-            yield connection, now.stored["columns"], f"{GENERATION} <= {now.stored['generation']}"
+            yield now.stored["columns"], f"{GENERATION} <= {now.stored['generation']}"
 
     def _condition(self, where: str | None, types: dict[str, str]) -> tuple[str, dict[str, Any]]:
         """Return a condition with the values that are bound in it."""
@@ -309,8 +293,10 @@ class PostgresStore:
         bound, columns = _BoundConditions(), {name: ARROW[types[name]] for name in _shown(types)}
         return parse_where(where, columns, bound), bound.values
 
-    def _execute(self, statement: str, values: Sequence[Any] = ()) -> psycopg.Cursor[Any]:
-        return self.database.connection.execute(sql.SQL(statement), values)
+    def _execute(
+        self, statement: str, values: Sequence[Any] | Mapping[str, Any] = (), binary: bool = False
+    ) -> psycopg.Cursor[Any]:
+        return self.database.connection.execute(sql.SQL(statement), values, binary=binary)
 
     def _query(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         return self._execute(query, values).fetchall()
@@ -321,14 +307,18 @@ class PostgresStore:
             "SELECT coalesce(obj_description(c.oid, 'pg_class'), ''), relkind FROM pg_class c JOIN pg_namespace n ON "
             "n.oid = relnamespace WHERE nspname = %s AND relname = %s"
         )
-        found = self._query(query, self.schema, name)
-        return (str(found[0][0]) if found[0][1] == "r" else "") if found else None
+        tables = self._query(query, self.schema, name)
+        return (str(tables[0][0]) if tables[0][1] == "r" else "") if tables else None
 
     def _state(self, state: str) -> tuple[dict[str, Any], Any] | None:
         """Return a manifest and its failures."""
         if self._comment(f"{self.name}_llm2clip") != MARK:
             return None
         return self._execute(f"SELECT manifest, failures FROM {self.state} WHERE state = %s", [state]).fetchone()
+
+    def _manifest(self, state: str) -> IndexManifest | None:
+        stored = self._state(state)
+        return None if stored is None else IndexManifest.from_fields(self.location, stored[0])
 
     def _write_state(self, state: str, manifest: IndexManifest, failures: list[dict[str, Any]]) -> None:
         self._execute(f"DELETE FROM {self.state} WHERE state = %s", [state])

@@ -51,7 +51,7 @@ class SearchResult:
         row: Its row when the data set was indexed, in an index of a data set.
         hash: Hash of its bytes in the data set, or of the caption.
         caption: The caption that was found, or that of the image.
-        caption_column, caption_number: In an index of captions, its column, and its place in a list there.
+        caption_column, caption_number: In an index of captions, its column, and its number in a list there.
     """
 
     score: float
@@ -115,13 +115,13 @@ class ResultImages:
         table: The indexed data set, if it is already open.
 
     Attributes:
-        exist: Whether the rows have images.
+        exist: Whether the rows have images: all but captions of a source without.
     """
 
     def __init__(self, manifest: IndexManifest, table: Items | None = None) -> None:
         self.max_pixels = manifest.max_pixels
-        self.exist = manifest.has_images
         is_folder = manifest.source["kind"] == "folder"
+        self.exist = is_folder or manifest.source.get("image_column") is not None
         self.table: Any = None if is_folder else table or items_of(manifest)
 
     def load(self, result: SearchResult) -> Image.Image | None:
@@ -134,18 +134,18 @@ class ResultImages:
         return None
 
 
-def write_page(path: Path, found: list[QueryResults], images: ResultImages) -> None:
+def write_page(path: Path, queries: list[QueryResults], images: ResultImages) -> None:
     """Write the results of queries to one self-contained HTML file, with thumbnails."""
-    title = html.escape(", ".join(entry.title for entry in found))
+    title = html.escape(", ".join(query.title for query in queries))
     parts = [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
         "<meta name='viewport' content='width=device-width, initial-scale=1'>",
         f"<title>{title}</title><style>{STYLE}</style></head><body>",
     ]
-    for entry in found:
-        shown = "" if entry.image is None else _thumbnail(entry.image, "the query")
-        parts.append(f"<h1>{shown}{html.escape(entry.title)}</h1><ol>")
-        parts += [_item(rank, result, images) for rank, result in enumerate(entry.results, 1)]
+    for query in queries:
+        shown = "" if query.image is None else _thumbnail(query.image, "the query")
+        parts.append(f"<h1>{shown}{html.escape(query.title)}</h1><ol>")
+        parts += [_item(rank, result, images) for rank, result in enumerate(query.results, 1)]
         parts.append("</ol>")
     write_text(path, "\n".join([*parts, "</body></html>"]))
 

@@ -5,14 +5,17 @@ Its mistakes are found before the libraries of models and of the index are impor
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llm2clip.utils.files import read_json
 from llm2clip.utils.logs import print_whole, printable, quiet_libraries
 from llm2clip.utils.model_places import require_model_place
 from llm2clip.utils.settings import nearest, setting
@@ -99,28 +102,31 @@ def run(config: SearchConfig) -> None:
     index = SearchIndex.open(config.index, config.postgres, config.model, config.model_revision, text_encoder)
     image = decode_image(config.image, config.image) if config.image else None
     encoder = index.encoder([*["text"] * bool(config.query), *["image"] * bool(config.image)])
-    queries = [(text, None) for text in config.query] + ([(config.image, image)] if config.image else [])
+    given = [(text, None) for text in config.query] + ([(config.image, image)] if config.image else [])
     embeds = [encoder.encode_text(config.query)] if config.query else []
     if config.image:
         embeds.append(encoder.encode_image(image, names=[config.image]))
     results = index.search(torch.cat(embeds).numpy(), config.top, config.where)
-    found = [QueryResults(*query, rows) for query, rows in zip(queries, results, strict=True)]
-    if config.where and not any(entry.results for entry in found):
+    queries = [QueryResults(*query, rows) for query, rows in zip(given, results, strict=True)]
+    if config.where and not any(results):
         logger.warning("no row of the index fulfils --where %s", config.where)
     if config.json:
-        result = {"index": config.index, "model": encoder.name, "queries": [entry.as_dict() for entry in found]}
+        result = {"index": config.index, "model": encoder.name, "queries": [query.as_dict() for query in queries]}
         print_whole(printable(json.dumps(result, indent=2, ensure_ascii=False)))
     elif sys.stdout.isatty():
-        _print_tables(found, index.manifest.embed)
-    elif lines := _lines(found, index.manifest.embed):
+        _print_tables(queries, index.manifest.embed)
+    elif lines := _lines(queries, index.manifest.embed):
         print_whole("\n".join(lines))
     if config.html:
-        write_page(Path(config.html), found, ResultImages(index.manifest))
+        write_page(Path(config.html), queries, ResultImages(index.manifest))
         logger.info("wrote %s", config.html)
 
 
 def check_places(index: str, model: str | None, postgres: str | None = None) -> None:
-    """Check that a local index and the model that is given for it can exist, without the libraries of either.
+    """Check that a local index and its model can exist, without the libraries of either.
+
+    Args:
+        model: The model that is given for the index; None for the one that made it.
 
     Raises:
         FileNotFoundError: One of them does not exist.
@@ -129,8 +135,26 @@ def check_places(index: str, model: str | None, postgres: str | None = None) -> 
         require_model_place(model)
     if postgres is not None or "://" in index:
         return
-    if not (Path(index) / MANIFEST).is_file():
+    manifest = Path(index) / MANIFEST
+    if not manifest.is_file():
         raise FileNotFoundError(_no_index(Path(index)))
+    if not model:
+        with contextlib.suppress(ValueError):  # opening a damaged index says so
+            require_recorded_model(index, str(read_json(manifest).get("model")))
+
+
+def require_recorded_model(index: str, name: str) -> None:
+    """Check that the model that made an index can exist still, if it was a local one.
+
+    Raises:
+        FileNotFoundError: Its folder, or the file of its function, does not exist.
+    """
+    path = Path(re.sub(r"(?<=\.py):\w+$", "", name))
+    if path.is_absolute() and not path.exists():
+        raise FileNotFoundError(
+            f"the index {index} was made by the model in {name}, which no longer exists; give its new place: --model "
+            "FOLDER"
+        )
 
 
 def _no_index(folder: Path) -> str:
@@ -147,37 +171,37 @@ def _no_index(folder: Path) -> str:
 
 
 def _columns(results: Sequence[SearchResult], embed: str) -> dict[str, list[str]]:
-    """Return the columns that describe results: what was found comes first."""
-    places, captions = [result.place for result in results], [result.caption or "" for result in results]
+    """Return the columns that describe results: the images or captions themselves come first."""
+    names, captions = [result.place for result in results], [result.caption or "" for result in results]
     if embed == "caption":
-        return {"caption": captions, "row": places}
-    return {"image": places, **({"caption": captions} if any(captions) else {})}
+        return {"caption": captions, "row": names}
+    return {"image": names, **({"caption": captions} if any(captions) else {})}
 
 
-def _lines(found: list[QueryResults], embed: str) -> list[str]:
+def _lines(queries: list[QueryResults], embed: str) -> list[str]:
     lines = []
-    for entry in found:
-        first, *others = _columns(entry.results, embed).values()
-        scores = [f"{result.score:.4f}" for result in entry.results]
-        queries = [[entry.text] * len(scores)] if len(found) > 1 else []
-        for cells in zip(*queries, first, scores, *others, strict=True):
+    for query in queries:
+        first, *others = _columns(query.results, embed).values()
+        scores = [f"{result.score:.4f}" for result in query.results]
+        texts = [[query.text] * len(scores)] if len(queries) > 1 else []
+        for cells in zip(*texts, first, scores, *others, strict=True):
             lines.append("\t".join(printable(cell).replace("\t", "\\t").replace("\n", "\\n") for cell in cells))
     return lines
 
 
-def _print_tables(found: list[QueryResults], embed: str) -> None:
+def _print_tables(queries: list[QueryResults], embed: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
     # Queries and captions are not markup: "[bold]" and ":dog:" are printed as they are.
     console = Console(markup=False, emoji=False)
-    for entry in found:
-        table = Table(title=printable(entry.title), title_justify="left", title_style="bold")
+    for query in queries:
+        table = Table(title=printable(query.title), title_justify="left", title_style="bold")
         table.add_column("rank", justify="right")
         table.add_column("score", justify="right")
-        columns = _columns(entry.results, embed)
+        columns = _columns(query.results, embed)
         for name in columns:
             table.add_column(name, overflow="ellipsis" if name == "caption" else "fold")
-        for rank, (result, *cells) in enumerate(zip(entry.results, *columns.values(), strict=True), 1):
+        for rank, (result, *cells) in enumerate(zip(query.results, *columns.values(), strict=True), 1):
             table.add_row(str(rank), f"{result.score:.3f}", *map(printable, cells))
         console.print(table)

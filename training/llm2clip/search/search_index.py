@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,12 @@ from llm2clip.search.index_manifest import IndexManifest
 from llm2clip.search.index_settings import IndexSettings
 from llm2clip.search.index_update import update_index
 from llm2clip.search.results import SearchResult
+from llm2clip.search.search import require_recorded_model
 from llm2clip.search.store import VECTOR, IndexStore, open_store
 from llm2clip.search.table_items import as_items, items_of
 
 # The largest number that databases take.
-MOST_FOUND = 2**62
+MAX_K = 2**62
 Query = str | Path | Image.Image
 
 
@@ -58,8 +58,8 @@ class SearchIndex:
     def _read(self) -> None:
         manifest = self.store.metadata()
         if manifest is None:
-            is_begun = self.store.metadata(unfinished=True) is not None
-            state = "is not finished; run the same llm2clip index again" if is_begun else "does not exist"
+            is_unfinished = self.store.metadata(unfinished=True) is not None
+            state = "is not finished; run the same llm2clip index again" if is_unfinished else "does not exist"
             raise FileNotFoundError(
                 f"there is no index in {self.location}: it {state}. To create one: llm2clip index FOLDER --model MODEL"
             )
@@ -91,8 +91,7 @@ class SearchIndex:
             ImportError: The library of the object store is not installed.
             ValueError: The index is damaged.
         """
-        store = open_store(location, postgres) if isinstance(location, (str, Path)) else location
-        return cls(store, encoder, revision, text_encoder)
+        return cls(open_store(location, postgres), encoder, revision, text_encoder)
 
     @classmethod
     def build(
@@ -121,8 +120,8 @@ class SearchIndex:
             NonFiniteError: The model's embedding of an image is NaN or infinite.
             ValueError: The existing index belongs to another model or source, or no image can be embedded.
         """
-        store = open_store(location, postgres) if isinstance(location, (str, Path)) else location
-        items = images if isinstance(images, Items) else as_items(images, [Path(store.location)])
+        store = open_store(location, postgres)
+        items = as_items(images, [Path(store.location)])
         loaded = encoder
         with store.lock():
             if isinstance(loaded, str):
@@ -149,11 +148,7 @@ class SearchIndex:
             FileNotFoundError, NonFiniteError, ValueError: See [`SearchIndex.build`].
         """
         manifest, exclude = self.manifest, [Path(self.location)]
-        items = images
-        if images is None:
-            items = items_of(manifest, exclude)
-        elif not isinstance(images, Items):
-            items = as_items(images, exclude)
+        items = items_of(manifest, exclude) if images is None else as_items(images, exclude)
         kind = {name: value for name, value in manifest.index.items() if name != "type"}
         kept = {"index_type": manifest.index["type"], "dtype": manifest.dtype, **kind}
         with self.store.lock():
@@ -188,8 +183,8 @@ class SearchIndex:
             raise ValueError(f"k must be at least 1, not {k}.")
         is_single = isinstance(query, (str, Path, Image.Image))
         rows = self.embed([query] if is_single else query)  # type: ignore[list-item,arg-type]
-        found = self.store.search(rows, min(k, MOST_FOUND), where)
-        results = [self._ranked(row, near, k) for row, near in zip(rows, found, strict=True)]
+        nearest = self.store.search(rows, min(k, MAX_K), where)
+        results = [self._ranked(row, near, k) for row, near in zip(rows, nearest, strict=True)]
         return results[0] if is_single else results
 
     def embed(self, queries: Sequence[Query] | np.ndarray) -> np.ndarray:
@@ -204,7 +199,8 @@ class SearchIndex:
             if texts:
                 rows[is_text] = encoder.encode_text(texts).numpy()
             if images:
-                names = [str(getattr(image, "filename", image) or "query") for image in images]
+                paths = (image if isinstance(image, Path) else getattr(image, "filename", "") for image in images)
+                names = [str(path or "query") for path in paths]
                 rows[~is_text] = encoder.encode_image(images, names=names).numpy()
         rows = np.asarray(rows, np.float32)
         if rows.ndim != 2 or rows.shape[1] != self.manifest.width:
@@ -217,8 +213,9 @@ class SearchIndex:
         # Unlike a matrix product, this is the same wherever a row is among the others.
         scores = (embeds * query).sum(axis=1) / np.linalg.norm(embeds, axis=1).clip(min=1e-12)
         rows = near.drop_columns([VECTOR]).to_pylist()
-        found = [SearchResult.from_row(*pair, self.manifest) for pair in zip(rows, scores.tolist(), strict=True)]
-        return sorted(found, key=lambda one: (-one.score, one.key, str(one.row), str(one.caption)))[:k]
+        results = [SearchResult.from_row(*pair, self.manifest) for pair in zip(rows, scores.tolist(), strict=True)]
+        results.sort(key=lambda result: (-result.score, result.key, str(result.row), str(result.caption)))
+        return results[:k]
 
     def encoder(self, needs: Sequence[str] = ("image", "text")) -> Encoder:
         """Return the model of the index, which is loaded when it is first needed.
@@ -236,12 +233,7 @@ class SearchIndex:
             name, revision = self._model, self._revision
             if name is None:
                 name, revision = self.manifest.model, self.manifest.revision
-                path = Path(re.sub(r"(?<=\.py):\w+$", "", name))
-                if path.is_absolute() and not path.exists():
-                    raise FileNotFoundError(
-                        f"the index {self.location} was made by the model in {name}, which no longer exists; give its "
-                        "new place: --model FOLDER"
-                    )
+                require_recorded_model(self.location, name)
             text_encoder = self._text_encoder if "text" in self._loaded else "llm"
             options: dict[str, Any] = {"needs": sorted(self._loaded), "text_encoder": text_encoder}
             self._encoder = load_encoder(name, revision, "auto", **options)

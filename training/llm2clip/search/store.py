@@ -1,4 +1,4 @@
-"""The interface of a store of indexes, and where one is found by the location of an index."""
+"""The interface of a store of indexes, which one a location is of, and what the stores share."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ REASON = "_reason"
 # Number of a row, by which a store finds it; it may change with a commit.
 NUMBER = "_rowid"
 INTERNAL = (ID, VECTOR, REASON, NUMBER, "_generation")
+# Columns that conditions rarely name; the others get an index.
+UNINDEXED = {"caption", "hash", "mtime_ns", "row", "size", *INTERNAL}
 # Stores compare with a query that is rounded to 16 bits; so many more than asked for are compared exactly afterwards.
 MORE = 4
 # Kinds of URL that LanceDB and fsspec open.
@@ -116,11 +118,12 @@ class IndexStore(Protocol):
         ...
 
 
-def open_store(location: str | Path, postgres: str | None = None) -> IndexStore:
+def open_store(location: str | Path | IndexStore, postgres: str | None = None) -> IndexStore:
     """Open the location of an index.
 
     Args:
-        location: A folder or a URL of `OBJECT_STORES`; in PostgreSQL, a table: `NAME` or `SCHEMA.NAME`.
+        location: A folder or a URL of `OBJECT_STORES`; in PostgreSQL, a table: `NAME` or `SCHEMA.NAME`; or a store of
+            the user, which is returned.
         postgres: URL of the database.
 
     Raises:
@@ -128,6 +131,8 @@ def open_store(location: str | Path, postgres: str | None = None) -> IndexStore:
             installs them.
         ValueError: The URL or the name of the table is none.
     """
+    if not isinstance(location, (str, Path)):
+        return location
     scheme, separator, rest = str(location).partition("://")
     if postgres is None and separator and scheme not in OBJECT_STORES:
         shown = f"{scheme}://..." if {"@", "?"} & set(rest) else location  # there may be a password in it
@@ -146,6 +151,13 @@ def open_store(location: str | Path, postgres: str | None = None) -> IndexStore:
     except ImportError as error:
         extra = "search" if postgres is None else "postgres"
         raise ImportError(f"{error}; install it with: pip install 'llm2clip[{extra}]'") from error
+
+
+def rows_in_order(rows: pa.Table, numbers: np.ndarray) -> pa.Table:
+    """Return the rows with these `numbers`, in their order and as often as they are there, without `NUMBER`."""
+    have = rows[NUMBER].to_numpy()
+    order = np.argsort(have)
+    return rows.take(pa.array(order[np.searchsorted(have, numbers, sorter=order)])).drop_columns([NUMBER])
 
 
 def is_changed(

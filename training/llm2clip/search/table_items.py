@@ -79,8 +79,8 @@ class _Table(Items):
         path = data if isinstance(data, str) else IN_MEMORY
         opened = open_table(data, name, split, revision) if isinstance(data, str) else OpenedTable(data)
         have = table_columns(opened.table)
-        found = next((column for column in IMAGE_COLUMNS if column in have), "image" if self.needs_image else None)
-        self.image_column = image_column or found
+        usual_image = next((name for name in IMAGE_COLUMNS if name in have), "image" if self.needs_image else None)
+        self.image_column = image_column or usual_image
         usual = [column for column in CAPTION_COLUMNS if column in have][:1]
         self.captions = list(dict.fromkeys(caption_columns)) or usual or list(CAPTION_COLUMNS[: not self.needs_image])
         self.key_column = next((column for column in AUTOMATIC_KEY_COLUMNS if column in have), None)
@@ -107,7 +107,7 @@ class _Table(Items):
 
     def _stored_types(self, path: str) -> dict[str, pa.DataType]:
         """Return the types of the metadata columns, as they are stored."""
-        found = {}
+        types = {}
         for name in self.metadata_columns:
             kind = self.described.data.schema.field(name).type
             if name in self._own_columns() or name in INTERNAL:
@@ -119,8 +119,8 @@ class _Table(Items):
                     f"the metadata column {name} of {path} holds {kind}, but an index stores strings, numbers, truth "
                     "values and dates."
                 )
-            found[name] = TEXT if pa.types.is_large_string(kind) else kind
-        return found
+            types[name] = TEXT if pa.types.is_large_string(kind) else kind
+        return types
 
     def __len__(self) -> int:
         return len(self.described if self.images is None else self.images)
@@ -201,20 +201,20 @@ class TableCaptions(_Table):
             key, metadata = self._key_of(row, values), [values[name] for name in self.metadata_columns]
             for column, number, text in self._texts_of(key, values):
                 described = [key, row, column, number, text, digest(text).hex(), *metadata]
-                for place, value in zip(columns.values(), described, strict=True):
-                    place.append(value)
+                for cells, value in zip(columns.values(), described, strict=True):
+                    cells.append(value)
         return columns
 
     def _texts_of(self, key: str, row: Mapping[str, Any]) -> list[tuple[str, int, str]]:
-        """Return column, place in it and text of each caption of a row; none, and a failure, if it has no caption."""
+        """Return column, number in it and text of each caption of a row; none, and a failure, if it has no caption."""
         try:
-            found = list(_texts(row, self.captions))
+            texts = list(_texts(row, self.captions))
         except TypeError as error:
             self.failures[key] = str(error)
             return []
-        if not found:
+        if not texts:
             self.failures[key] = f"it has no text in {', '.join(self.captions)}"
-        return found
+        return texts
 
     def choose(self, rows: pa.Table) -> list[str]:
         return rows[CAPTION].to_pylist()
@@ -253,7 +253,12 @@ def open_items(
 
 
 def as_items(images: Any, exclude: Sequence[Path] = ()) -> Items:
-    """Return images as items: a folder, a data set by its path or Hub id or open, a list of paths and PIL images."""
+    """Return images as items: a folder, a data set by its path or Hub id or open, a list of paths and PIL images.
+
+    Items are returned as they are.
+    """
+    if isinstance(images, Items):
+        return images
     if isinstance(images, (str, Path)):
         return open_items(str(images), exclude)
     if not isinstance(images, datasets.Dataset):
@@ -282,10 +287,10 @@ def is_dataset(path: str) -> bool:
     A folder is data if `save_to_disk` wrote it, or if it (or its subfolder `data`) contains parquet files, webdataset
     shards or arrow files, and no images.
     """
-    place = Path(path).expanduser()
-    if not place.is_dir() or any((place / name).is_file() for name in SAVED_DATASETS):
+    root = Path(path).expanduser()
+    if not root.is_dir() or any((root / name).is_file() for name in SAVED_DATASETS):
         return True
-    files = [file for folder in (place, place / "data") if folder.is_dir() for file in folder.iterdir()]
+    files = [file for folder in (root, root / "data") if folder.is_dir() for file in folder.iterdir()]
     suffixes = {file.suffix.lower() for file in files if file.is_file()}
     return bool(suffixes & DATA_SUFFIXES) and not suffixes & set(Image.registered_extensions())
 
@@ -306,7 +311,7 @@ def _text(value: Any) -> str | None:
 
 
 def _texts(row: Mapping[str, Any], columns: Sequence[str]) -> Iterator[tuple[str, int, str]]:
-    """Yield column, place in it and text of each caption of a row.
+    """Yield column, number in it and text of each caption of a row.
 
     Raises:
         TypeError: One is not text; the message names the column.

@@ -89,30 +89,34 @@ class _Parser:
     def __init__(self, text: str, columns: Mapping[str, pa.DataType], conditions: Conditions) -> None:
         self.columns, self.conditions = columns, conditions
         self.tokens: list[tuple[str, str]] = []
-        self.place = self.values = 0
-        start = 0
+        self.position = self.values = start = 0
         while rest := text[start:].lstrip():
             start = len(text) - len(rest)
-            found = TOKEN.match(text, start)
-            if found is None or found.lastgroup is None:
+            match = TOKEN.match(text, start)
+            if match is None or match.lastgroup is None:
                 raise ValueError(f"{rest[:20]!r} is no column, value or comparison")
-            kind, token, start = found.lastgroup, found[found.lastgroup], found.end()
+            kind, token, start = match.lastgroup, match[match.lastgroup], match.end()
             if kind == "word" and token.upper() in KEYWORDS:
                 kind, token = "keyword", token.upper()
             self.tokens.append((kind, token))
         self.tokens.append(("end", "its end"))
 
+    @property
+    def _token(self) -> tuple[str, str]:
+        """Kind and text of the token that is read next."""
+        return self.tokens[self.position]
+
     def parse(self) -> Any:
-        found = self._any_of(False, 0)
-        if self.tokens[self.place][0] != "end":
+        condition = self._any_of(False, 0)
+        if self._token[0] != "end":
             self._fail("AND, OR or its end")
-        return found
+        return condition
 
     def _any_of(self, is_negated: bool, depth: int) -> Any:
         if depth > MAX_DEPTH:
             raise ValueError(f"parentheses and NOT are nested more than {MAX_DEPTH} deep")
-        one = partial(self._one, is_negated, depth)
-        return self._joined("OR", partial(self._joined, "AND", one, is_negated), is_negated)
+        operand = partial(self._operand, is_negated, depth)
+        return self._joined("OR", partial(self._joined, "AND", operand, is_negated), is_negated)
 
     def _joined(self, operator: str, read: Callable[[], Any], is_negated: bool) -> Any:
         parts = [read()]
@@ -121,14 +125,14 @@ class _Parser:
         written = operator if not is_negated else "AND" if operator == "OR" else "OR"
         return parts[0] if len(parts) == 1 else self.conditions.all_or_one(written, parts)
 
-    def _one(self, is_negated: bool, depth: int) -> Any:
+    def _operand(self, is_negated: bool, depth: int) -> Any:
         while self._accept("NOT"):
             is_negated = not is_negated
         if not self._accept("("):
             return self._comparison(is_negated)
-        found = self._any_of(is_negated, depth + 1)
+        condition = self._any_of(is_negated, depth + 1)
         self._require(")")
-        return found
+        return condition
 
     def _comparison(self, is_negated: bool) -> Any:
         column = self._column()
@@ -138,7 +142,7 @@ class _Parser:
             return self.conditions.is_null(column, NOT[is_negated])
         if self._accept("NOT"):
             is_negated = not is_negated
-            if self.tokens[self.place][1] not in ("IN", "LIKE"):
+            if self._token[1] not in ("IN", "LIKE"):
                 self._fail("IN or LIKE")
         if self._accept("IN"):
             self._require("(")
@@ -154,23 +158,23 @@ class _Parser:
         return self._compared(column, is_negated)
 
     def _compared(self, column: str, is_negated: bool) -> Any:
-        kind, sign = self.tokens[self.place]
+        kind, sign = self._token
         is_truth = self._family(column) == "true and false"
         if kind != "sign" or sign in "(),":
             if not is_truth:
                 self._fail("a comparison, such as =")
             return self.conditions.compared(column, "=", pa.scalar(not is_negated))
-        self.place += 1
+        self.position += 1
         sign = "<>" if sign == "!=" else sign
         if is_truth and sign not in ("=", "<>"):
             raise ValueError(f"{column} holds true and false, which have no order")
         return self.conditions.compared(column, NEGATED[sign] if is_negated else sign, self._value(column))
 
     def _column(self) -> str:
-        kind, name = self.tokens[self.place]
+        kind, name = self._token
         if kind not in ("word", "quoted"):
             self._fail("a column")
-        self.place += 1
+        self.position += 1
         name = name.replace('""', '"')
         if name not in self.columns:
             raise ValueError(f"there is no column {name}")
@@ -178,7 +182,7 @@ class _Parser:
 
     def _value(self, column: str) -> pa.Scalar:
         """Read a value, as one of the type of a column."""
-        kind, token = self.tokens[self.place]
+        kind, token = self._token
         type_, family = self.columns[column], self._family(column)
         fits = {"string": ("strings", "dates", "times"), "number": ("numbers",)}.get(kind, ("true and false",))
         if kind not in ("string", "number") and token not in ("TRUE", "FALSE"):
@@ -186,7 +190,7 @@ class _Parser:
             self._fail(f"a value{is_null}")
         if family not in fits:
             raise ValueError(f"{column} holds {family}, and {token} is none")
-        self.place += 1
+        self.position += 1
         self.values += 1
         if self.values > MAX_VALUES:
             raise ValueError(f"it has more than {MAX_VALUES} values")
@@ -208,9 +212,9 @@ class _Parser:
         return next(name for name, tests in FAMILIES if any(test(self.columns[column]) for test in tests))
 
     def _accept(self, token: str) -> bool:
-        kind, found = self.tokens[self.place]
-        is_there = kind in ("keyword", "sign") and found == token
-        self.place += is_there
+        kind, text = self._token
+        is_there = kind in ("keyword", "sign") and text == token
+        self.position += is_there
         return is_there
 
     def _require(self, token: str) -> None:
@@ -218,7 +222,7 @@ class _Parser:
             self._fail(token)
 
     def _fail(self, expected: str) -> NoReturn:
-        raise ValueError(f"{expected} is missing before {self.tokens[self.place][1][:40]}")
+        raise ValueError(f"{expected} is missing before {self._token[1][:40]}")
 
 
 def _number(token: str, kind: pa.DataType) -> pa.Scalar:

@@ -32,7 +32,7 @@ from llm2clip.serving.worker import BatchWorker
 from llm2clip.utils.embeddings import NonFiniteError
 from modeling_llm2clip.modeling_llm2clip_utils import shorten
 
-MAX_FOUND = 1000
+MAX_RESULTS = 1000
 
 
 class EmbeddingsRequest(BaseModel):
@@ -54,7 +54,7 @@ class SearchRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     query: Any = Field(description='A text or {"image": "data:image/...;base64,..."}.')
-    k: int = Field(10, ge=1, le=MAX_FOUND)
+    k: int = Field(10, ge=1, le=MAX_RESULTS)
     where: str | None = Field(None, max_length=10_000, description="A condition on the columns of the index.")
     model: str | None = None
 
@@ -132,7 +132,7 @@ class Endpoints:
         shown: list[Any] = list(rows)
         if request.encoding_format == "base64":
             shown = [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in rows]
-        data = [{"object": "embedding", "index": place, "embedding": row} for place, row in enumerate(shown)]
+        data = [{"object": "embedding", "index": number, "embedding": row} for number, row in enumerate(shown)]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return _json({"object": "list", "data": data, "model": self.name, "usage": usage})
 
@@ -145,8 +145,8 @@ class Endpoints:
             raise ApiError(400, "query has to be one text or one image.", "invalid_value", "query")
         rows, _ = await self.embed(parse_inputs(request.query, self.limits, "query"), "query")
         loop = asyncio.get_running_loop()
-        found = await loop.run_in_executor(self._searcher, self._find, rows, request.k, request.where)
-        return _json({"model": self.name, "results": found})
+        results = await loop.run_in_executor(self._searcher, self._find, rows, request.k, request.where)
+        return _json({"model": self.name, "results": results})
 
     def _find(self, rows: np.ndarray, k: int, where: str | None) -> list[dict[str, Any]]:
         assert self.index is not None
@@ -255,11 +255,11 @@ def embedded_kinds(encoder: Encoder) -> list[str]:
     return kinds
 
 
-def model_name(place: str) -> str:
+def model_name(name: str) -> str:
     """Return a model's name for clients, without the folders that it is in."""
-    if Path(place).exists() or ".py:" in place:
-        return Path(place).absolute().name
-    return place.partition("//")[0]  # a checkpoint of open_clip has its path there
+    if Path(name).exists() or ".py:" in name:
+        return Path(name).absolute().name
+    return name.partition("//")[0]  # a checkpoint of open_clip has its path there
 
 
 async def _all_of(tasks: list[asyncio.Future[Any]]) -> list[Any]:

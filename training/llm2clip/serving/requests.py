@@ -57,7 +57,7 @@ class Inputs:
     Attributes:
         texts: The texts.
         images: The images, in base64.
-        text_rows, image_rows: Their places among all inputs of the request.
+        text_rows, image_rows: Their numbers among all inputs of the request.
     """
 
     texts: list[str] = field(default_factory=list)
@@ -89,13 +89,13 @@ def parse_inputs(value: Any, limits: Limits, param: str = "input") -> Inputs:
         _refuse("is empty; send at least one text or image", param)
     if len(items) > limits.max_inputs:
         _refuse(f"has {len(items)} items, but at most {limits.max_inputs} are allowed", param, "too_many_inputs")
-    found = Inputs()
+    inputs = Inputs()
     for row, item in enumerate(items):
         name = f"{param}[{row}]" if isinstance(value, list) else param
         kind, content = _parse_item(item, name)
         if kind == "image":
-            found.images.append(_base64_of(content, name))
-            found.image_rows.append(row)
+            inputs.images.append(_base64_of(content, name))
+            inputs.image_rows.append(row)
             continue
         if len(content) > limits.max_characters:
             most = limits.max_characters
@@ -104,12 +104,12 @@ def parse_inputs(value: Any, limits: Limits, param: str = "input") -> Inputs:
             content.encode()
         except UnicodeEncodeError:  # JSON can say half a character
             _refuse("is not valid Unicode", name)
-        found.texts.append(content)
-        found.text_rows.append(row)
-    if found.weight > limits.max_inputs:
+        inputs.texts.append(content)
+        inputs.text_rows.append(row)
+    if inputs.weight > limits.max_inputs:
         most = limits.max_inputs // IMAGE_WEIGHT
-        _refuse(f"has {len(found.images)} images, but at most {most} are allowed", param, "too_many_inputs")
-    return found
+        _refuse(f"has {len(inputs.images)} images, but at most {most} are allowed", param, "too_many_inputs")
+    return inputs
 
 
 def parse_messages(messages: Any, limits: Limits) -> Inputs:

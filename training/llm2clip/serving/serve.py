@@ -96,13 +96,13 @@ def read_token(config: ServeConfig) -> str | None:
         ValueError: The token is empty, or has characters that no header has.
     """
     if config.token_file:
-        token, place = Path(config.token_file).read_text(encoding="utf-8").strip(), config.token_file
+        token, source = Path(config.token_file).read_text(encoding="utf-8").strip(), config.token_file
     elif config.token_env:
-        token, place = os.environ.get(config.token_env, "").strip(), f"the environment variable {config.token_env}"
+        token, source = os.environ.get(config.token_env, "").strip(), f"the environment variable {config.token_env}"
     else:
         return None
     if not token or not (token.isascii() and token.isprintable()) or " " in token:
-        raise ValueError(f"{place} has no token: letters, digits and signs, without spaces.")
+        raise ValueError(f"{source} has no token: letters, digits and signs, without spaces.")
     return token
 
 
@@ -135,7 +135,7 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def open_index(place: str, encoder: Any) -> Any:
+def open_index(location: str, encoder: Any) -> Any:
     """Open an index.
 
     Raises:
@@ -144,10 +144,10 @@ def open_index(place: str, encoder: Any) -> Any:
     """
     from llm2clip.search.search_index import SearchIndex
 
-    index = SearchIndex.open(place, encoder=encoder)
+    index = SearchIndex.open(location, encoder=encoder)
     if encoder.width != index.manifest.width:
         raise ValueError(
-            f"embeddings of {encoder.name} have {encoder.width} values, and those of the index {place} have "
+            f"embeddings of {encoder.name} have {encoder.width} values, and those of the index {location} have "
             f"{index.manifest.width}; if they are of the same model, add --truncate-dim {index.manifest.width}."
         )
     index.encoder()  # compares it with the one that made the index

@@ -45,7 +45,7 @@ class Work:
 
     def __init__(self, kind: Kind, inputs: Sequence[Any], width: int) -> None:
         self.kind, self.inputs = kind, inputs
-        self.costs = [sum(value.numel() for value in one.values()) for one in inputs] if kind == "image" else []
+        self.costs = [sum(value.numel() for value in image.values()) for image in inputs] if kind == "image" else []
         self.rows = np.empty((len(inputs), width), np.float32)
         self.loop = asyncio.get_running_loop()
         self.future: asyncio.Future[None] = self.loop.create_future()
@@ -222,14 +222,14 @@ class BatchWorker:
         self.metrics.truncated.inc(int(is_cut.sum()))
 
     def _embed(self, parts: list[Part]) -> None:
-        inputs = [one for part in parts for one in part.inputs]
+        inputs = [entry for part in parts for entry in part.inputs]
         if parts[0].work.kind == "text":
             rows = self.encoder.encode_text(inputs)
         else:
             rows = self.encoder.forward_images(stack_inputs(inputs)[0])
             require_finite_rows(rows, lambda row: f"image {row} of the request", "images")
-        for part, found in zip(parts, rows.split([len(part.rows) for part in parts]), strict=True):
-            part.work.rows[part.rows.start : part.rows.stop] = found.numpy()
+        for part, embeds in zip(parts, rows.split([len(part.rows) for part in parts]), strict=True):
+            part.work.rows[part.rows.start : part.rows.stop] = embeds.numpy()
         self.is_healthy = True
 
     def _measure(self, parts: list[Part], seconds: float) -> None:
