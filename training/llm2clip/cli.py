@@ -10,7 +10,7 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,9 +186,17 @@ def _run(name: str, arguments: list[str], terminal: TerminalHandler) -> dict[str
         if is_main_process():
             logger.info("llm2clip %s: %s\nLog: %s", name, command.help, log)
     terminal.shows_warnings = not writes_log
-    given = [entry for value in vars(config).values() for entry in (value if isinstance(value, list) else [value])]
-    with wrap_weight_errors(entry for entry in given if isinstance(entry, str)):
+    with wrap_weight_errors(lambda: _model_folders(config)):
         return (module.run(config, resume=resume) if command.resumes else module.run(config)) or {}
+
+
+def _model_folders(config: Any) -> Iterator[Path]:
+    """Yield the folders of the models that settings may name."""
+    from llm2clip.utils.repos import local_folders  # which imports torch
+
+    for value in vars(config).values():
+        for entry in value if isinstance(value, list) else [value]:
+            yield from local_folders(entry) if isinstance(entry, str) else ()
 
 
 def _failed(name: str, error: Exception, log: Path | None, raises: bool) -> int:

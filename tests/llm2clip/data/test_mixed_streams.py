@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from llm2clip.data import CaptionImageDataset, CaptionSource
-from llm2clip.data.opened_table import SourceError
+from llm2clip.data.formats import SourceError
 from llm2clip.data.stream_order import Lanes, Mixing
 from llm2clip.data.streams import SampleStream, TableSource
 from tests.builders.tables import write_table

@@ -11,7 +11,7 @@ import pytest
 
 from llm2clip.data import PairDataset, PairSource, SampleIndex, caption_id
 from llm2clip.data.captioned_images import column_texts
-from llm2clip.data.opened_table import SourceError
+from llm2clip.data.formats import SourceError
 from llm2clip.data.sampling import stable_seed
 from llm2clip.data.sources import column_value
 

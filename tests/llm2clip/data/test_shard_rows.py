@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 from llm2clip.data import CaptionSource
-from llm2clip.data.opened_table import SourceError
+from llm2clip.data.formats import SourceError
 from llm2clip.data.shard_rows import ShardRows
 from llm2clip.data.sources import open_source, select_source, source_columns, used_columns
 from tests.builders.tables import write_table

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from llm2clip.data import CaptionSource, StreamingCaptionImageDataset
 from llm2clip.data import tars as tar_reader
-from llm2clip.data.opened_table import SourceError
+from llm2clip.data.formats import SourceError
 from llm2clip.data.shard_rows import ShardRows
 from llm2clip.data.stream_order import Lanes
 from llm2clip.trainers.stage2_data import count_stream

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from llm2clip.data.opened_table import SourceError
+from llm2clip.data.formats import SourceError
 from llm2clip.data.tars import count_tar_rows, list_tar, tar_rows
 from tests.tars import write_tar
 

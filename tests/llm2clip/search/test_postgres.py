@@ -13,9 +13,9 @@ import pytest
 
 from llm2clip import cli
 from llm2clip.search.index import IndexConfig
+from llm2clip.search.location import open_store
 from llm2clip.search.search import SearchConfig
 from llm2clip.search.search_index import SearchIndex
-from llm2clip.search.store import open_store
 
 from .conftest import Forwards
 from .helpers import Model, as_json, encoded, error, picture

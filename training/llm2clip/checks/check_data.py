@@ -22,7 +22,7 @@ from llm2clip.checks.row_checks import (
 )
 from llm2clip.checks.token_check import CountingTokenizer, TokenCheck
 from llm2clip.data.captioned_images import OnError
-from llm2clip.data.opened_table import SourceError
+from llm2clip.data.formats import SourceError
 from llm2clip.data.shard_rows import data_worker, open_shards
 from llm2clip.data.sources import CaptionSource, load_source, open_source, source_columns
 from llm2clip.data.table_identity import data_revision

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import CLIPImageProcessor
 
 from llm2clip.convert.checkpoint import Checkpoint, is_torch_file, open_checkpoint
+from llm2clip.convert.convert_config import ConvertConfig
 from llm2clip.convert.convert_text import contains_decoder, convert_text_tower
 from llm2clip.convert.joint import plan_joint
 from llm2clip.convert.joint_plan import JointPlan, print_report
@@ -22,48 +22,11 @@ from llm2clip.utils.folders import atomic_folder, refuse_existing, refuse_nested
 from llm2clip.utils.library_errors import wrap_read_errors
 from llm2clip.utils.manifests import refuse_damaged
 from llm2clip.utils.repos import RepoKind, hub_ids, inspect_repo
-from llm2clip.utils.settings import build_config, setting
+from llm2clip.utils.settings import build_config
 from llm2clip.utils.towers import describe_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class ConvertConfig:
-    """Settings of `llm2clip convert`."""
-
-    source: str = setting("", "Checkpoint to convert: file, folder or Hub id.")
-    destination: str = setting("", "Folder to write; a .pt file with --to original.")
-    to: Literal["transformers", "original"] = setting(
-        "transformers", "Format to write: transformers, or original for a .pt file of the original code."
-    )
-    model_config: str | None = setting(
-        None, "model_configs JSON of the original code; needed if no published model has these sizes."
-    )
-    text_model: str | None = setting(
-        None, "LLM of the adapter: Hub id or folder. Default: that of the published model."
-    )
-    text_model_revision: str | None = setting(None, "Branch, tag or commit of that LLM on the Hub.")
-    adapters: list[str] = setting([], "PEFT adapters to merge into an LLM, in this order: Hub ids or folders.")
-    prompt_name: str | None = setting(
-        None, "Name of the LLM that selects its prompt as in the original code. Default: from its config."
-    )
-    image_size: int | None = setting(None, "Resize the position embeddings to this image size in pixels.")
-    projection_dim: int = setting(1280, "Width of the new projection of a plain CLIP tower.")
-    quick_gelu: bool | None = setting(
-        None, "Use QuickGELU in an OpenAI tower. Default: from --model-config, otherwise true."
-    )
-    reset_heads: bool = setting(
-        False, "Replace trained projection and adapter with new ones, like --pretrained of the original."
-    )
-    initializer: Literal["original", "normal"] = setting(
-        "original", "Initial values of new weights: as the original code, or normal for N(0, 0.02²)."
-    )
-    seed: int = setting(42, "Random seed of new weights.")
-    overwrite: bool = setting(
-        False, "Replace a destination that an earlier conversion wrote and that holds nothing else."
-    )
 
 
 def convert_checkpoint(source: str | Path, destination: str | Path, **settings: Any) -> dict[str, Any]:

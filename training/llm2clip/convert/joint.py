@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from llm2clip.convert.checkpoint import Checkpoint
+from llm2clip.convert.convert_config import ConvertConfig
 from llm2clip.convert.joint_plan import ADAPTER_PART, HEAD, SCALE_PART, TOWER, JointPlan
 from llm2clip.convert.layouts import ADAPTER, HUB_EVA02, SCALE
 from llm2clip.convert.original import joint_config
@@ -26,9 +27,6 @@ from modeling_llm2clip import (
     LLM2CLIPVisionModelWithProjection,
 )
 from modeling_llm2clip.modeling_llm2clip_utils import absolute_path
-
-if TYPE_CHECKING:
-    from llm2clip.convert.conversion import ConvertConfig
 
 SIZES = ("model_type", "hidden_size", "num_hidden_layers", "patch_size")
 CLIP_TEXT = "the text tower of CLIP, which the LLM replaces"

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import datasets
 import numpy as np
 
-from llm2clip.data.opened_table import SourceError
+from llm2clip.data.formats import SourceError
 from llm2clip.data.sampling import ConcatenatedTables, SampleIndex, stable_seed
 from llm2clip.data.sources import (
     CaptionSource,

@@ -17,30 +17,16 @@ from datasets.packaged_modules.json.json import Json
 from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
+from llm2clip.data.formats import FORMATS, SourceError, file_format
+from llm2clip.data.tars import refuse_damaged_tars
 from llm2clip.utils.library_errors import wrap_read_errors
 
 Table: TypeAlias = datasets.Dataset | datasets.IterableDataset
-FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".parquet": ("parquet", {}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".ndjson": ("json", {}),
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
-    ".tar": ("webdataset", {}),
-    ".arrow": ("arrow", {}),
-    ".txt": ("text", {}),
-}
-COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 # By default, pandas reads "nan", "None" and "NA" as missing cells, but these can be captions ("nan" is a bread).
 CSV_OPTIONS = {"keep_default_na": False, "na_values": [""]}
 # Parts of a table on disk that is read as a stream, one or more for each reader.
 STREAM_SHARDS = 1024
 IMAGE_FOLDER_HINT = " In an image folder, metadata.jsonl, .csv or .parquet must contain the captions, by file_name."
-
-
-class SourceError(ValueError):
-    """A source that cannot be read as described."""
 
 
 @dataclass
@@ -100,8 +86,6 @@ def open_table(path: str, name: str | None, split: str, revision: str | None, st
             table: Table = builder.as_streaming_dataset(split)
         else:
             if isinstance(builder, WebDataset):
-                from llm2clip.data.tars import refuse_damaged_tars  # which imports this module
-
                 refuse_damaged_tars(file for part in split_names(split) for file in files.get(part, []))
             builder.download_and_prepare()
             table = builder.as_dataset(split)
@@ -171,12 +155,6 @@ def _builder_arguments(path: str, local: Path, split: str) -> dict[str, Any]:
     if "://" not in path:  # these are names, which `datasets` takes for patterns
         files = list(map(glob.escape, files))
     return {"path": builder, "data_files": dict.fromkeys(split_names(split), files), **options}
-
-
-def file_format(file: str) -> str:
-    """Return the ending of a file's name that says its format, without that of a compression."""
-    stem, suffix = os.path.splitext(file.split("?")[0].lower())
-    return os.path.splitext(stem)[1] if suffix in COMPRESSIONS else suffix
 
 
 def _from_disk(folder: Path, split: str, streaming: bool) -> OpenedTable:

@@ -17,7 +17,8 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
 from llm2clip.data.captioned_images import caption_id, column_texts
-from llm2clip.data.opened_table import SourceError, open_table
+from llm2clip.data.formats import SourceError
+from llm2clip.data.opened_table import open_table
 from llm2clip.data.sampling import ConcatenatedTables, SampleIndex, stable_seed
 from llm2clip.data.sources import (
     Source,

@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch.utils.data import get_worker_info
 
-from llm2clip.data.opened_table import OpenedTable, SourceError, file_format
+from llm2clip.data.formats import SourceError, file_format
+from llm2clip.data.opened_table import OpenedTable
 from llm2clip.data.sources import CaptionSource, Columns, row_batches, select_source, source_columns, used_columns
 from llm2clip.data.tars import count_tar_rows, fewer_rows, tar_rows
 from llm2clip.utils.library_errors import wrap_read_errors

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import fsspec
 
 from llm2clip.data.captioned_images import column_texts
-from llm2clip.data.opened_table import SourceError
+from llm2clip.data.formats import SourceError
 from llm2clip.data.shard_rows import RowRange, cut_parquet, open_shards
 from llm2clip.data.sources import CaptionSource, open_source
 from llm2clip.utils.library_errors import wrap_read_errors

@@ -23,7 +23,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 from torch import Tensor
 
-from llm2clip.data.opened_table import COMPRESSIONS
+from llm2clip.data.formats import COMPRESSIONS
 from llm2clip.data.shard_rows import RowRange
 from llm2clip.data.shards import ShardText, SourceShard, source_checksum, source_size
 from llm2clip.store.manifest import (

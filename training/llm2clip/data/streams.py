@@ -14,7 +14,8 @@ import torch
 from torch.utils.data import IterableDataset
 
 from llm2clip.data.captioned_images import CaptionImageDataset, OnError, SampleMaker
-from llm2clip.data.opened_table import OpenedTable, SourceError
+from llm2clip.data.formats import SourceError
+from llm2clip.data.opened_table import OpenedTable
 from llm2clip.data.sampling import SampleIndex, stable_seed
 from llm2clip.data.shard_rows import ShardRows, data_worker, open_shards
 from llm2clip.data.sources import CaptionSource, open_source

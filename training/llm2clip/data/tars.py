@@ -16,7 +16,7 @@ from typing import IO, Any, NamedTuple, cast
 import numpy as np
 from datasets.packaged_modules.webdataset.webdataset import WebDataset, base_plus_ext
 
-from llm2clip.data.opened_table import SourceError, file_format
+from llm2clip.data.formats import SourceError, file_format
 from llm2clip.utils.files import READ_SIZE
 from llm2clip.utils.remote_path import open_once
 

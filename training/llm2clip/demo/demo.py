@@ -99,7 +99,7 @@ def run(config: DemoConfig) -> dict[str, Any]:
         return {"space": config.write_space}
     # Before a large model is loaded, which takes minutes.
     import llm2clip.demo.interface  # noqa: F401
-    from llm2clip.search.store import open_store
+    from llm2clip.search.location import open_store
 
     open_store(config.cache_dir)
     quiet_libraries()

@@ -7,12 +7,13 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import snapshot_download
 
 from llm2clip.data.table_identity import data_revision
 from llm2clip.evaluation.results import Result, notes_on, protocol_words, read_result
+from llm2clip.hub.build_config import BuildConfig
 from llm2clip.hub.cards.card import CARD, LICENSE_FIELDS, as_list, read_card, render
 from llm2clip.hub.cards.curves import write_curves
 from llm2clip.hub.cards.facts import (
@@ -31,9 +32,6 @@ from llm2clip.hub.source_model import SourceModel
 from llm2clip.utils.files import read_json, write_text
 from llm2clip.utils.repos import hub_ids
 from modeling_llm2clip.query_encoder_llm2clip import FOLDER as QUERY_ENCODER
-
-if TYPE_CHECKING:
-    from llm2clip.hub.build import BuildConfig
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.data import CaptionSource, PairSource, caption_id, distinct_captions, load_source
-from llm2clip.data.opened_table import SourceError
+from llm2clip.data.formats import SourceError
 from llm2clip.data.table_identity import data_revision
 from llm2clip.evaluation.data import CaptionPairData
 

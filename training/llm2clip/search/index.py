@@ -146,7 +146,7 @@ def run(config: IndexConfig) -> dict[str, Any]:
     location = _location(config)
     require_model_place(config.model)
     require_data(config.folder)
-    from llm2clip.search.store import open_store
+    from llm2clip.search.location import open_store
 
     store = open_store(location, config.postgres)
     from llm2clip.encoders.load import load_encoder

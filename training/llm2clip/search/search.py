@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from llm2clip.utils.files import read_json
 from llm2clip.utils.logs import print_whole, printable, quiet_libraries
-from llm2clip.utils.model_places import require_model_place
+from llm2clip.utils.model_places import require_model_place, require_recorded_model
 from llm2clip.utils.settings import nearest, setting
 
 if TYPE_CHECKING:
@@ -141,20 +140,6 @@ def check_places(index: str, model: str | None, postgres: str | None = None) -> 
     if not model:
         with contextlib.suppress(ValueError):  # opening a damaged index says so
             require_recorded_model(index, str(read_json(manifest).get("model")))
-
-
-def require_recorded_model(index: str, name: str) -> None:
-    """Check that the model that made an index can exist still, if it was a local one.
-
-    Raises:
-        FileNotFoundError: Its folder, or the file of its function, does not exist.
-    """
-    path = Path(re.sub(r"(?<=\.py):\w+$", "", name))
-    if path.is_absolute() and not path.exists():
-        raise FileNotFoundError(
-            f"the index {index} was made by the model in {name}, which no longer exists; give its new place: --model "
-            "FOLDER"
-        )
 
 
 def _no_index(folder: Path) -> str:

@@ -17,10 +17,11 @@ from llm2clip.search.folder_items import Items
 from llm2clip.search.index_manifest import IndexManifest
 from llm2clip.search.index_settings import IndexSettings
 from llm2clip.search.index_update import update_index
+from llm2clip.search.location import open_store
 from llm2clip.search.results import SearchResult
-from llm2clip.search.search import require_recorded_model
-from llm2clip.search.store import VECTOR, IndexStore, open_store
+from llm2clip.search.store import VECTOR, IndexStore
 from llm2clip.search.table_items import as_items, items_of
+from llm2clip.utils.model_places import require_recorded_model
 
 # The largest number that databases take.
 MAX_K = 2**62

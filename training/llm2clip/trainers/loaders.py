@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, IterableDataset
 
-from llm2clip.data.opened_table import SourceError
+from llm2clip.data.formats import SourceError
 from llm2clip.data.sampling import EpochDataset
 from llm2clip.data.streams import SampleStream
 from llm2clip.trainers.base_config import StageConfig, require_batch

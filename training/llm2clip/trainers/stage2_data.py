@@ -15,7 +15,7 @@ from llm2clip.data import (
     StreamingCaptionImageDataset,
     TrainTransform,
 )
-from llm2clip.data.opened_table import SourceError
+from llm2clip.data.formats import SourceError
 from llm2clip.data.shard_rows import ShardRows, open_shards
 from llm2clip.data.sources import open_source
 from llm2clip.data.streams import SampleStream, TableSource, first_counts

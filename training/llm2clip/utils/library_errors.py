@@ -6,7 +6,7 @@ import errno
 import os
 import re
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -120,25 +120,22 @@ def wrap_write_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def wrap_weight_errors(names: Iterable[str]) -> Iterator[None]:
+def wrap_weight_errors(folders: Callable[[], Iterable[Path]]) -> Iterator[None]:
     """Let an error of damaged weights in the block, which does not say where they are, name their file.
 
     Args:
-        names: What the block may load: folders, Hub ids, anything else.
+        folders: Finds the folders of models that the block may load; called after such an error.
     """
     try:
         yield
     except SafetensorError as error:
-        if (path := _damaged_weights(names)) is None:
+        if (path := _damaged_weights(folders())) is None:
             raise
         raise ValueError(f"{path} is damaged or cut short ({error}); copy, download or build it again.") from error
 
 
-def _damaged_weights(names: Iterable[str]) -> Path | None:
-    # Imported here, because it imports torch, which --help must not wait for.
-    from llm2clip.utils.repos import local_folders
-
-    for folder in (folder for name in names for folder in local_folders(name)):
+def _damaged_weights(folders: Iterable[Path]) -> Path | None:
+    for folder in folders:
         for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")]):
             try:
                 with safe_open(path, framework="pt"):

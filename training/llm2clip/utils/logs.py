@@ -6,13 +6,13 @@ Messages quote captions, file names and errors that others wrote, so that they a
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from llm2clip.utils.progress import ProgressBar, close_bars, is_main_process
 
@@ -148,8 +148,7 @@ def quiet_libraries() -> None:
         logger.handlers.clear()
         logger.propagate = True
         # Not imported here: a command that does without one of them must not require it.
-        library: Any = sys.modules.get(name)
-        if library is not None and name == "transformers":
-            library.utils.logging.disable_progress_bar()
-        elif library is not None:
-            library.utils.disable_progress_bars()
+        if name in sys.modules:
+            utils = importlib.import_module(f"{name}.utils")
+            turn_off = utils.logging.disable_progress_bar if name == "transformers" else utils.disable_progress_bars
+            turn_off()

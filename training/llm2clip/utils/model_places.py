@@ -33,3 +33,17 @@ def require_model_place(name: str) -> None:
             logger.warning("there is no folder %s; looking for a model of this name on the Hub", name)
     elif not name.startswith(OPEN_CLIP) and not Path(file := name.rpartition(":")[0]).is_file():
         raise FileNotFoundError(f"{name}: the file {file} does not exist.")
+
+
+def require_recorded_model(index: str, name: str) -> None:
+    """Check that the model that made an index can exist still, if it was a local one.
+
+    Raises:
+        FileNotFoundError: Its folder, or the file of its function, does not exist.
+    """
+    path = Path(re.sub(r"(?<=\.py):\w+$", "", name))
+    if path.is_absolute() and not path.exists():
+        raise FileNotFoundError(
+            f"the index {index} was made by the model in {name}, which no longer exists; give its new place: --model "
+            "FOLDER"
+        )

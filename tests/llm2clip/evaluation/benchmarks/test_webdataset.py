@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from llm2clip.data.opened_table import SourceError
+from llm2clip.data.formats import SourceError
 from llm2clip.evaluation.benchmark import BenchmarkError
 from llm2clip.evaluation.benchmarks import all_benchmarks
 from llm2clip.evaluation.benchmarks.encoded_images import ArchivedImages
