@@ -10,7 +10,7 @@ import pytest
 
 from llm2clip import cli
 from llm2clip.hub.cards.card import CARD, read_card
-from llm2clip.hub.licenses import META, TERMS, bases_of, code_license, license_model, license_of_name
+from llm2clip.hub.licenses import META, TERMS, bases_of, check_terms, code_license, license_model, license_of_name
 from tests.builders import tiny
 from tests.llm2clip.hub.conftest import Refused, upload
 from tests.loopback_hub import File, LoopbackHub, Repo
@@ -73,6 +73,9 @@ def test_gemma_needs_its_notice_and_no_name(run: Path, caplog: pytest.LogCapture
     assert read_card(folder)[0]["license"] == "gemma"
     assert "Gemma Terms of Use found at ai.google.dev/gemma/terms" in (folder / "NOTICE").read_text()
     assert "put it into the built folder as LICENSE" in caplog.text
+    caplog.clear()
+    check_terms(folder, "me/mine")
+    assert f"which {folder} does not have: put it there as LICENSE" in caplog.text
 
 
 def test_the_strictest_license_is_the_default_and_none_is_invented(run: Path) -> None:

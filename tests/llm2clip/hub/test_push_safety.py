@@ -124,7 +124,7 @@ def test_the_code_of_a_folder_has_no_network_and_no_token(
     assert not (tmp_path / "found.json").exists()
     with caplog.at_level(logging.INFO):
         upload(hub, folder, check=True)
-    assert "in a new process, which runs the code in it (--no-check: not)" in caplog.text
+    assert "in a new process, which runs the code in it (skip with --no-check)" in caplog.text
     tried = json.loads((tmp_path / "found.json").read_text())
     variables = tried.pop("variables")
     assert tried == dict.fromkeys(("connection", "name", "program", "system"), "refused")

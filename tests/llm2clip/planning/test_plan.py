@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -158,11 +159,18 @@ def test_embedding_takes_disk_for_each_caption_column(plan: Plan) -> None:
     assert list(found["strategies"]) == ["DDP"]
 
 
+def test_a_small_run_is_shown_in_minutes_and_megabytes(plan: Plan) -> None:
+    shown = plan.command("stage2_paper", "--gpus", "1", "--max_steps", "4", "--warm_start", "{max_steps: 2}")[1]
+    assert re.search(r"memory of the GPU, .*minutes: below 0.1 for 4 steps of 2,048 rows.* MB", shown, re.DOTALL)
+    assert "ZeRO" not in shown
+    assert "warm start: a first part with frozen towers comes before it, which is not counted" in shown
+
+
 def test_a_batch_that_does_not_fit_is_said_to(plan: Plan) -> None:
     code, shown, _ = plan.command("stage2_paper", "--gpu-memory", "0.05")
     assert code == 0
     assert "no" in shown.split("DDP")[1].splitlines()[0]
-    assert "hours:" in shown
+    assert "minutes: below 0.1 for 2,804 steps" in shown
     assert "512 per GPU, 4,096 in the loss" in shown
 
 
@@ -178,13 +186,15 @@ def test_chunks_under_zero3_are_shown_as_refused(plan: Plan) -> None:
             ("--model_name_or_path", "meta-llama/Llama-3.1-8B-Instruct"),
             [
                 "the config of meta-llama/Llama-3.1-8B-Instruct cannot be read",
-                "Give --model_name_or_path a folder that contains its config.json",
+                "Give --model-name-or-path a folder that contains its config.json",
                 "LLM2CLIP-Llama-3.1-8B-Instruct-CC",
             ],
         ),
         (("--lora_rnak", "4"), ["there is no option --lora_rnak; did you mean --lora-rank?"]),
         (("--gpus_memory", "4"), ["there is no option --gpus_memory; did you mean --gpu-memory?"]),
         (("--gpus", "0"), ["gpus must be above 0, but is 0"]),
+        (("--gpu", "A10"), ["the peak of gpu A10 is not known, only of A100, H100; give peak_tflops"]),
+        (("--rows", "1000", "--gpus", "1024"), ["1,000 rows are fewer than one batch of"]),
         (("--optim", "adafactor"), ["the plan does not know the states of optim adafactor"]),
     ],
 )

@@ -64,7 +64,7 @@ def convert_text_tower(
     prefix, suffix = original_prompt(fields["model_type"], str(name))
     files = len(checkpoint.files)
     print(f"recognized: an LLM of type {fields['model_type']}, {len(checkpoint)} tensors, {files} file(s)")
-    print(f"prompt of {name!r}: " + (f"{prefix!r} caption {suffix!r}" if prefix or suffix else "none"))
+    print(f"prompt of {name!r}: " + (f"{prefix!r}, the caption, {suffix!r}" if prefix or suffix else "no prompt"))
     fields.pop("auto_map", None)
     with wrap_read_errors(checkpoint.folder / "config.json"):
         decoder_config = CONFIG_MAPPING[fields.pop("model_type")].from_dict(fields)

@@ -106,7 +106,7 @@ def run(config: ExportOnnxConfig) -> dict[str, Any]:
     available = PARTS[:1] if repo.kind is RepoKind.VISION_HALF else PARTS
     needed = PARTS if config.layout == "immich" else config.parts or ()
     if not set(needed) <= set(available):
-        raise ValueError(f"{config.model} is a {repo.kind.value} and has no text graph.")
+        raise ValueError(f"{config.model} is {repo.kind.with_article} and has no text graph.")
     parts = [part for part in available if config.parts is None or part in config.parts]
     text_encoder = None if "text" not in parts else config.text_encoder
     if text_encoder == "auto":

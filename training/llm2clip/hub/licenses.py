@@ -289,6 +289,12 @@ def check_terms(folder: Path, repo_id: str) -> None:
         }
         if broken := [demand for demand, is_kept in demands.items() if not is_kept]:
             raise ValueError(f"{folder} is under {terms.license}, which demands more: {'; '.join(broken)}.")
+        names = LICENSE_NAMES if terms.license in stated else (f"{LICENSE}-{terms.license}",)
+        if not any((folder / name).is_file() for name in names):
+            logger.warning(
+                "the license %s asks for a copy of its text, which %s does not have: put it there as %s",
+                *(terms.license, folder, names[0]),
+            )
 
 
 def read_notice(folder: Path) -> str:

@@ -101,7 +101,7 @@ def run(config: PushConfig, api: HfApi | None = None) -> dict[str, Any]:
     if config.check and any("--" in target for target in code_targets(folder)):
         logger.info("the code of %s is in another repo, so the folder is not loaded before the upload", folder)
     elif config.check:
-        logger.info("loading %s here and in a new process, which runs the code in it (--no-check: not)", folder)
+        logger.info("loading %s here and in a new process, which runs the code in it (skip with --no-check)", folder)
         validate_folder(folder)
     if _stamps(uploaded) != stamps:
         raise ValueError(

@@ -48,9 +48,10 @@ def read_config(name: str | None, setting: str, revision: str | None = None) -> 
         return AutoConfig.from_pretrained(folder, revision=revision)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"the config of {name} cannot be read ({str(error).strip().splitlines()[0]}). Give --{setting} a folder "
-            "that contains its config.json (no weights are needed), or the name of a packaged config of the same "
-            f"shape: {', '.join(sorted(path.parent.name for path in FOLDER.glob('*/config.json')))}."
+            f"the config of {name} cannot be read ({str(error).strip().splitlines()[0]}). Give "
+            f"--{setting.replace('_', '-')} a folder that contains its config.json (no weights are needed), or the "
+            "name of a packaged config of the same shape: "
+            f"{', '.join(sorted(path.parent.name for path in FOLDER.glob('*/config.json')))}."
         ) from None
 
 

@@ -47,7 +47,7 @@ class PlanConfig:
     gpus: int = setting(8, "Number of GPUs.")
     gpu_memory: float = setting(80.0, "Memory of a GPU in GiB.")
     reserve: float = setting(0.1, "Share of that memory for the driver, communication and fragmentation.")
-    gpu: Literal["A100", "H100"] = setting("H100", "Card, for its published peak: 312 or 989 TFLOP/s in 16 bits.")
+    gpu: str = setting("H100", "Card, A100 or H100, for its published peak: 312 or 989 TFLOP/s in 16 bits.")
     peak_tflops: float | None = setting(None, "Peak of another card in TFLOP/s.")
     training_use: float = setting(TRAINING_USE, "Share of the peak that training reaches.")
     encoding_use: float = setting(ENCODING_USE, "Share of the peak that embedding reaches.")
@@ -66,6 +66,8 @@ class PlanConfig:
         for name in ("gpus", "gpu_memory", "training_use", "encoding_use", "tokens"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, but is {getattr(self, name)}.")
+        if self.peak_tflops is None and self.gpu not in PEAK:
+            raise ValueError(f"the peak of gpu {self.gpu} is not known, only of {', '.join(PEAK)}; give peak_tflops.")
         if not 0 <= self.reserve < 1:
             raise ValueError(f"reserve must be at least 0 and below 1, but is {self.reserve}.")
 
@@ -118,7 +120,9 @@ def make_plan(config: PlanConfig, stage: Stage, settings: StageConfig | EmbedCon
     else:
         half, averaged = settings.bf16 or settings.fp16, settings.ema_half_life is not None
         states = state_bytes(settings)
-        strategies = {name: memory(name, step, config.gpus, states, half, averaged) for name in STRATEGIES}
+        # The others divide what one GPU has alone.
+        names = STRATEGIES if config.gpus > 1 else STRATEGIES[:1]
+        strategies = {name: memory(name, step, config.gpus, states, half, averaged) for name in names}
         batch = _batch(settings, config.gpus)
         of, disk = _steps(config, settings, step, batch["rows_per_step"])
         use, units = config.training_use, of["rows"]
@@ -176,6 +180,11 @@ def _steps(
     config: PlanConfig, settings: StageConfig, step: Step, rows_per_step: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return how long the training is, or a part of a million rows, and the bytes of checkpoints and result."""
+    if config.rows is not None and config.rows < (batch := settings.per_device_train_batch_size * config.gpus):
+        raise ValueError(
+            f"{config.rows:,} rows are fewer than one batch of {batch:,} ({settings.per_device_train_batch_size:,} on "
+            f"each of {config.gpus} GPUs). Use a smaller batch size."
+        )
     whole = settings.max_steps > 0 or config.rows is not None
     steps = settings.max_steps
     if steps <= 0:
@@ -202,4 +211,7 @@ def _steps(
         "result": trained if getattr(settings, "save_format", "merged") == "adapter" else result,
         "frozen_states": 2 * step.state_values * (config.rows or MILLION),
     }
-    return {"rows": steps * rows_per_step, "steps": steps, "whole_run": whole}, disk
+    of: dict[str, Any] = {"rows": steps * rows_per_step, "steps": steps, "whole_run": whole}
+    if getattr(settings, "warm_start", None):
+        of["warm_start"] = True
+    return of, disk

@@ -96,8 +96,10 @@ def choose_arms(config: QuickstartConfig) -> list[Arm]:
     kind = RepoKind.OTHER if config.llm is None else inspect_repo(config.llm).kind
     if config.llm is not None and kind in (*OUR_MODELS, RepoKind.EMBEDDING_MODEL):
         if config.embedding_model not in (None, NO_MODEL):
-            raise ValueError(f"{config.llm} is a {kind.value}; embedding_model is for a comparison with a plain LLM.")
-        logger.info("%s is a %s: it needs no stage 1.", config.llm, kind.value)
+            raise ValueError(
+                f"{config.llm} is {kind.with_article}; embedding_model is for a comparison with a plain LLM."
+            )
+        logger.info("%s is %s: it needs no stage 1.", config.llm, kind.with_article)
         return [Arm("ready", Path(config.llm).name, "ready")]
     arms = [Arm("raw-causal", "raw LLM, causal", "raw"), Arm("stage1", "LLM after stage 1", "tuned")]
     if config.embedding_model != NO_MODEL:

@@ -42,7 +42,7 @@ def verify_store(folder: AnyPath) -> tuple[Verified, dict[AnyPath, StoreManifest
     """
     verified, read = Verified(), dict[AnyPath, StoreManifest]()
     paths = sorted(manifest_paths(folder), key=str)
-    with ProgressBar("Verifying shards", len(paths), "shard") as bar:
+    with ProgressBar("Verifying shards", len(paths), "shard", show=bool(paths)) as bar:
         for path in paths:
             rows = rows_path(path)
             again = "run the command that wrote it again, which only computes what is missing"

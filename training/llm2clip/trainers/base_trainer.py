@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import pickle
 from collections.abc import Callable, Mapping, Sequence
@@ -123,6 +124,7 @@ class StageTrainer(Trainer):
                 raise ValueError(f"retrieval[{name!r}] is a {given}, not a {wanted}; rows are eval_dataset.")
         self.args, self.retrieval, self.processing_class = args, retrieval or {}, processing_class
         self._has_eval_rows, self._has_own_collator = eval_dataset is not None, data_collator is not None
+        self._has_said_precision = False
         self.run: RunContext | None = None
         # The terms of the last loss in training by the names in the log, if it has several.
         self.terms: dict[str, Tensor] = {}
@@ -575,8 +577,9 @@ class StageTrainer(Trainer):
 
     def _measure_retrieval(self, prefix: str) -> dict[str, float]:
         model = self.unwrapped().eval()
-        if self.accelerator.mixed_precision != "no":
+        if self.accelerator.mixed_precision != "no" and not self._has_said_precision:
             logger.info("Measuring retrieval sets in %s, as the model trains.", self.accelerator.mixed_precision)
+            self._has_said_precision = True
         with gathered(self.accelerator, self.model_wrapped), self.accelerator.autocast():
             metrics: dict[str, float] = {
                 f"{prefix}_{name}_{key}": value
@@ -687,3 +690,8 @@ class StageTrainer(Trainer):
         self.create_model_card()
         self.control = self.callback_handler.on_push_begin(self.args, self.state, self.control)
         return self.pushing.upload(Path(folder), message, *options)
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.info(message)

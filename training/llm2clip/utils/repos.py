@@ -29,6 +29,11 @@ class RepoKind(StrEnum):
     EMBEDDING_MODEL = "embedding model of sentence-transformers"
     OTHER = "other model"
 
+    @property
+    def with_article(self) -> str:
+        """Its name in a sentence, such as `an LLM2CLIP model`."""
+        return f"{'an' if self.value[0] in 'aeioL' else 'a'} {self.value}"
+
 
 LLM = "text_model_name_or_path"
 OUR_MODELS = (RepoKind.JOINT, RepoKind.VISION_HALF, RepoKind.TEXT_TOWER)
@@ -65,9 +70,9 @@ class Repo:
         """Raise ValueError unless the repository is one of `kinds`; returns it. `hint` ends the message."""
         if self.kind in kinds:
             return self
-        *others, last = [f"{'an' if kind.value[0] in 'aeiouAEIOUL' else 'a'} {kind.value}" for kind in kinds]
+        *others, last = [kind.with_article for kind in kinds]
         wanted = f"{', '.join(others)} or {last}" if others else last
-        contents = f"model_type {self.model_type!r}" if self.kind is RepoKind.OTHER else f"a {self.kind.value}"
+        contents = f"model_type {self.model_type!r}" if self.kind is RepoKind.OTHER else self.kind.with_article
         raise ValueError(f"{self.name} is not {wanted}: it contains {contents}. {hint}")
 
 

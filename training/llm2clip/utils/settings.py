@@ -154,6 +154,8 @@ def _convert_union(value: Any, options: Sequence[Any]) -> Any:
 
 
 def _convert_collection(value: Any, hint: Any, kind: Any) -> Any:
+    if kind is dict and value in (None, "null"):
+        return {}
     if isinstance(value, str):
         value = [value] if hint == list[str] else load_yaml(value)
         value = [value] if kind is list and not isinstance(value, list) else value

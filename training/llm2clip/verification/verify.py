@@ -71,6 +71,7 @@ def run(config: VerifyConfig) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{folder} contains nothing that can be verified: stored rows (*{MANIFEST_SUFFIX}), {', '.join(KINDS)}."
         )
+    logger.info("All of it is as it was written.")
     return dict(verified.counts)
 
 
