@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llm2clip.encoders.ours import OurEncoder
-from llm2clip.search import store as stores
+from llm2clip.search import location
 from modeling_llm2clip import LLM2CLIPModel
 from tests.object_store import KIND, LocalObjects, s3_server
 from tests.postgres import postgres_server
@@ -95,7 +95,7 @@ def url(server: str) -> str:
 def local_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The URL of tmp_path / "store", which is read and written as an object store."""
     fsspec.register_implementation(KIND, LocalObjects, clobber=True)
-    monkeypatch.setattr(stores, "OBJECT_STORES", (KIND,))
+    monkeypatch.setattr(location, "OBJECT_STORES", (KIND,))
     return f"{KIND}://{tmp_path}/store"
 
 

@@ -160,7 +160,9 @@ class Stage2Config(LoraSettings, ContrastiveConfig, StageConfig):
         "augmentation. Needs freeze_vision_layers.",
     )
     on_error: OnError = setting(
-        "raise", "What to do with damaged images, rows without a caption, and captions without stored embedding."
+        "raise",
+        "What to do with damaged images, rows without a caption, and captions without stored embedding (of a cache, "
+        "at most a tenth: more are refused).",
     )
     max_pixels: int = setting(DEFAULT_MAX_PIXELS, "Pixels of the largest image; larger ones are damaged.")
     lora_rank: int = setting(
