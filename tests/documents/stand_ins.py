@@ -176,6 +176,16 @@ def small_profile(path: Path) -> None:
     path.write_text(yaml.safe_dump(profile))
 
 
+def pairs_csv(path: Path) -> None:
+    """Write a CSV of captions and of the paths of pictures in a folder beside it."""
+    (path.parent / "images").mkdir(parents=True)
+    lines = ["photo,title"]
+    for number, row in enumerate(rows()):
+        row["image"].save(path.parent / "images" / f"{number}.png")
+        lines.append(f'images/{number}.png,"{row["caption"]}"')
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+
 def museum(folder: Path) -> None:
     """Write the files of the documented benchmark."""
     images = folder / "images"
@@ -251,6 +261,7 @@ FILES: dict[str, Builder] = {
     "examples": lambda path: path.symlink_to(ROOT / "examples"),
     "training": lambda path: path.symlink_to(ROOT / "training"),
     "museum.py": documented_benchmark,
+    "data/pairs.csv": pairs_csv,
     "photo.jpg": photo,
     "EVA02_CLIP_L_psz14_s4B.pt": eva_clip,
     "default.yaml": small_profile,

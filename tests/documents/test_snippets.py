@@ -25,7 +25,10 @@ def test_python_code_of_the_document_runs(
     FOLDERS[MODEL](tmp_path / MODEL)
     (tmp_path / E5).mkdir(parents=True)
     HUB[E5](tmp_path / E5)
-    (tmp_path / "LLM2CLIP-Openai-L-14-336").symlink_to(MODEL)  # a converted checkpoint
+    for name in ("LLM2CLIP-Openai-L-14-336", "LLM2CLIP-Llama3.2-1B-EVA02-L-14-336"):  # converted checkpoints
+        (tmp_path / name).symlink_to(MODEL)
+    (tmp_path / "my_photos").mkdir()
+    FOLDERS["my_photos"](tmp_path / "my_photos")
     for name in ("examples", "photo.jpg"):
         FILES[name](tmp_path / name)
     monkeypatch.chdir(tmp_path)
