@@ -49,7 +49,9 @@ class EvaluateConfig:
         "Own data: what is right. distinct: equal captions are one query, right for all images that have it. rows: "
         "each caption of each row is a query, and its own image alone is right, as on published sets.",
     )
-    split: str | None = setting(None, "Own data: split; by default test. A single file has none.")
+    split: str | None = setting(
+        None, "Own data: split; by default test. A single file is taken whole, or a slice of it: train[90%:]."
+    )
     image_column: str | None = setting(None, "Own data: column of the images; by default image, or jpg, png, ...")
     caption_columns: Names | None = setting(
         None, "Own data: columns of the captions; by default caption, txt or text."
