@@ -231,7 +231,8 @@ def _from_array(array: np.ndarray) -> Image.Image:
     """Make an image of an array with channels first or last; as in transformers, first where both are possible."""
     if array.ndim == 3 and array.shape[0] in (1, 3, 4):
         array = array.transpose(1, 2, 0)
-    if array.dtype != np.uint8 and array.ndim != 2:
+    is_grey = array.ndim == 2 and array.dtype in (np.uint16, np.bool_)
+    if array.dtype != np.uint8 and not is_grey:
         raise _UnusableError(
             f"an array of {array.dtype} is not an image; pass uint8, or preprocess it into pixel_values"
         )

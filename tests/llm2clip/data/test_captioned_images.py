@@ -199,10 +199,10 @@ def test_ranks_read_files_of_their_own_in_a_stream(world: int, limit: int | None
 SHARE_FILES = """
 import sys
 from pathlib import Path
-from llm2clip.data import CaptionSource, distinct_captions, shard_rows
+from llm2clip.data import CaptionSource, captions, distinct_captions, shard_rows
 from llm2clip.utils.processes import leave_process_group, process_state
 
-folder, read, tar_rows = sys.argv[1], [], shard_rows.tar_rows
+folder, read, tar_rows, captions.FILES_AT_ONCE = sys.argv[1], [], shard_rows.tar_rows, 1
 shard_rows.tar_rows = lambda path, *part: (read.append(Path(path).stem[-1]), tar_rows(path, *part))[1]
 state = process_state()
 texts = distinct_captions(CaptionSource(folder, caption_columns=["txt"], streaming=True), False, in_all_processes=True)

@@ -24,7 +24,7 @@ from llm2clip.data.transforms import EvalTransform
 from llm2clip.encoders import OurEncoder
 from llm2clip.losses import clip_loss
 from llm2clip.store import MissingCaptionError
-from llm2clip.trainers import run_stage2, stage2_captions
+from llm2clip.trainers import run_stage2, stored_rows
 from llm2clip.trainers.alignment import take_space
 from llm2clip.trainers.optimizer import parameter_groups
 from llm2clip.trainers.stage2_config import Stage2Recipe
@@ -100,7 +100,7 @@ def test_captions_without_stored_embedding_are_skipped_where_that_is_set(
     config = settings(tmp_path, inputs, clip, sources=sources, on_error="skip")
     with pytest.raises(MissingCaptionError, match="llm2clip embed"):
         run_stage2.build_trainer(config)
-    monkeypatch.setattr(stage2_captions, "SKIPPED_SHARE", 1)
+    monkeypatch.setattr(stored_rows, "SKIPPED_SHARE", 1)
     trainer = run_stage2.build_trainer(config)
     trainer.store_rows()
     texts = trainer.train_dataset.texts

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -86,6 +87,18 @@ def test_embed_and_stage2_on_several_processes_equal_one(processes: int, inputs:
     name = "eval_validation_text_to_image_mean_rank"
     assert metric(two, name) == pytest.approx(metric(one, name), abs=0.1)
     assert_equal(one, two, atol=1e-4)
+
+
+def test_processes_agree_on_how_many_captions_may_lack_an_embedding(inputs: Inputs, tmp_path: Path) -> None:
+    """Those of the second process are more than a tenth of its own, but not of all."""
+    table = datasets.Dataset.from_parquet(f"{small_runs.CONCEPTS}/train.parquet").select(range(64))
+    captions = [*table["caption"][:54], *(f"new {row}" for row in range(10))]
+    table.map(lambda _, row: {"caption": captions[row]}, with_indices=True).to_parquet(tmp_path / "rows.parquet")
+    source = {"path": str(tmp_path / "rows.parquet"), "caption_columns": ["caption", "keywords"]}
+    changes = {"sources": [source], "on_error": "skip", "eval_sources": {}, "max_steps": 1, "save_strategy": "no"}
+    fields = fields_of("stage2", tmp_path / "run", inputs, **changes)
+    llm2clip("stage2", {**fields, "per_device_train_batch_size": 8}, 2)
+    assert (tmp_path / "run" / "config.json").is_file()
 
 
 @pytest.mark.slow

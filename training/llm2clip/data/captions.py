@@ -21,6 +21,9 @@ from llm2clip.utils.progress import ProgressBar
 
 logger = logging.getLogger(__name__)
 
+# Files of each process whose captions all processes exchange at once.
+FILES_AT_ONCE = 16
+
 
 def caption_batches(
     source: CaptionSource, rank: int = 0, world_size: int = 1, show_progress: bool = True
@@ -77,19 +80,27 @@ def distinct_captions(
     captions: dict[str, None] = {}
     for source in [sources] if isinstance(sources, CaptionSource) else sources:
         if in_all_processes and source.streaming and source.max_samples is None:
-            parts = gather_results(partial(_captions_by_file, source, show_progress))
-            for file in sorted(itertools.chain.from_iterable(parts)):
-                captions.update(parts[file % len(parts)][file])
+            read = _captions_by_file(source, show_progress)
+            while True:
+                parts = gather_results(partial(next, read, None))
+                if all(part is None for part in parts):
+                    break
+                for file in sorted(itertools.chain.from_iterable(filter(None, parts))):
+                    captions.update(parts[file % len(parts)][file])
         else:
             for texts in caption_batches(source, show_progress=show_progress):
                 captions.update(dict.fromkeys(texts))
     return list(captions)
 
 
-def _captions_by_file(source: CaptionSource, show_progress: bool) -> dict[int, dict[str, None]]:
-    """Read the distinct captions of this process's files of a stream."""
-    captions: dict[int, dict[str, None]] = {}
+def _captions_by_file(source: CaptionSource, show_progress: bool) -> Iterator[Any]:
+    """Yield the distinct captions of this process's files of a stream by their numbers, some files at a time."""
     state = process_state()
+    captions: dict[int, dict[str, None]] = {}
+    end = step = FILES_AT_ONCE * state.num_processes
     for file, texts in _numbered_batches(source, state.process_index, state.num_processes, show_progress):
+        while file >= end:
+            yield captions
+            captions, end = {}, end + step
         captions.setdefault(file, {}).update(dict.fromkeys(texts))
-    return captions
+    yield captions

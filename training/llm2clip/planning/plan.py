@@ -180,7 +180,8 @@ def _steps(
     config: PlanConfig, settings: StageConfig, step: Step, rows_per_step: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return how long the training is, or a part of a million rows, and the bytes of checkpoints and result."""
-    if config.rows is not None and config.rows < (batch := settings.per_device_train_batch_size * config.gpus):
+    batch = settings.per_device_train_batch_size * config.gpus
+    if config.rows is not None and config.rows < batch and settings.dataloader_drop_last:
         raise ValueError(
             f"{config.rows:,} rows are fewer than one batch of {batch:,} ({settings.per_device_train_batch_size:,} on "
             f"each of {config.gpus} GPUs). Use a smaller batch size."

@@ -61,4 +61,4 @@ def _duration(hours: float) -> str:
 
 
 def _size(size: float) -> str:
-    return f"{size / GB:,.1f} GB" if size >= GB / 10 or not size else f"{size / MB:,.2g} MB"
+    return f"{size / GB:,.1f} GB" if size >= GB / 10 or not size else f"{size / MB:,.1f} MB"

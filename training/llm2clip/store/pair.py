@@ -21,6 +21,8 @@ class PairedCache(EmbeddingCache):
 
     The number of a row is made of those that it has in both caches.
 
+    The number of a row combines those of both caches, so that it may exceed their numbers of rows.
+
     Args:
         first, second: The caches of both text encoders of a model, in its order.
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import pickle
 from collections.abc import Callable, Mapping, Sequence
@@ -690,8 +689,3 @@ class StageTrainer(Trainer):
         self.create_model_card()
         self.control = self.callback_handler.on_push_begin(self.args, self.state, self.control)
         return self.pushing.upload(Path(folder), message, *options)
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    logger.info(message)

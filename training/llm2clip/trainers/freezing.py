@@ -23,7 +23,7 @@ from llm2clip.trainers.distill_data import TaughtCaptions
 from llm2clip.trainers.frozen_layers import FrozenLayers, freeze_unused
 from llm2clip.trainers.sharding import undivided_building
 from llm2clip.trainers.stage2_config import Stage2Config
-from llm2clip.trainers.stored_rows import FrozenStatesDataset, StoredPairsDataset
+from llm2clip.trainers.stored_rows import FrozenStatesDataset, StoredPairsDataset, require_captions
 from llm2clip.trainers.teacher import Teacher
 from llm2clip.utils.vision_identity import preprocessing, vision_fingerprint
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel
@@ -154,7 +154,9 @@ def taught_captions(
     drawn = (text for row in rows for text, weight in zip(row.texts, row.weights, strict=True) if weight)
     texts = list(dict.fromkeys(drawn))
     if args.on_error == "skip":
-        texts = list(itertools.compress(texts, cache.contains(texts)))
+        stored = cache.contains(texts)
+        require_captions(int((~stored).sum()), len(stored), cache, "skip", "the training set")
+        texts = list(itertools.compress(texts, stored))
     args.check_length(len(texts))
     return TaughtCaptions(texts, teacher.texts(texts), cache)
 

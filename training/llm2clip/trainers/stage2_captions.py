@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from llm2clip.data import CaptionSource, caption_batches
@@ -20,12 +20,9 @@ from llm2clip.evaluation.data import RetrievalData
 from llm2clip.store import EmbeddingCache, MissingCaptionError, StoreManifest
 from llm2clip.store.store import lies_beside_shards
 from llm2clip.trainers.stage2_config import Folder, Stage2Recipe, as_folder
+from llm2clip.trainers.stored_rows import require_captions
+from llm2clip.utils.processes import sum_over_processes
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor
-
-logger = logging.getLogger(__name__)
-
-# With more captions missing than this share, a cache is of other data, which nobody means to skip.
-SKIPPED_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -181,7 +178,7 @@ def _verify(config: Stage2Recipe, cache: EmbeddingCache, sources: Sequence[Capti
     cache.require_unchanged(config.process_index, config.world_size)
     for source in sources:
         if not source.streaming:
-            _count_missing_captions(config, cache, source)
+            _require_captions_of(config, cache, source)
 
 
 def _refuse_other_width(path: Folder, manifest: StoreManifest, model: LLM2CLIPModel) -> None:
@@ -201,21 +198,14 @@ def _drawn(source: CaptionSource) -> CaptionSource:
     return replace(source, caption_columns=drawn, caption_weights=None)
 
 
-def _count_missing_captions(config: Stage2Recipe, cache: EmbeddingCache, source: CaptionSource) -> None:
-    """Raise an error before training if the cache lacks captions of this rank's part of the training set.
-
-    With `on_error: skip` it may lack some, but not so many that it is the cache of other data.
-    """
-    known = [
-        cache.contains(texts) for texts in caption_batches(_drawn(source), config.process_index, config.world_size)
-    ]
-    total, missing = sum(map(len, known)), sum(int((~has_row).sum()) for has_row in known)
-    if not missing:
-        return
-    message = f"the cache {cache.path} lacks {missing} of the {total} captions of the training set {source.path}"
-    if config.on_error == "raise" or missing > SKIPPED_SHARE * total:
-        raise MissingCaptionError(f"{message}; run `llm2clip embed` on it.")
-    logger.warning("%s; skipping these.", message)
+def _require_captions_of(config: Stage2Recipe, cache: EmbeddingCache, source: CaptionSource) -> None:
+    """Raise an error before training if the cache lacks captions of the training set; see [`require_captions`]."""
+    batches = caption_batches(_drawn(source), config.process_index, config.world_size)
+    known = [cache.contains(texts) for texts in batches]
+    # Of all processes, so that all of them or none raise the error.
+    counted = [sum(map(len, known)), sum(int((~has_row).sum()) for has_row in known)]
+    total, missing = sum_over_processes(torch.tensor(counted)).tolist()
+    require_captions(missing, total, cache, config.on_error, f"the training set {source.path}")
 
 
 def _no_retrieval(captions: list[str]) -> Tensor:

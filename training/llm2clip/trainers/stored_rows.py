@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -11,13 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm2clip.data import CaptionImageDataset, SampleIndex, SkippedSample
+from llm2clip.data import CaptionImageDataset, OnError, SampleIndex, SkippedSample
 from llm2clip.data.captioned_images import NO_EMBEDDING, RowCaptions, caption_id
 from llm2clip.data.sampling import EpochDataset, stable_seed
 from llm2clip.encoders.batches import TableImages
 from llm2clip.encoders.image_features import ImageFeatures
-from llm2clip.store import EmbeddingCache
+from llm2clip.store import EmbeddingCache, MissingCaptionError
+from llm2clip.utils.processes import process_state
 
+logger = logging.getLogger(__name__)
+
+# With more captions missing than this share, a cache is of other data, which nobody means to skip.
+SKIPPED_SHARE = 0.1
 # The finaliser of splitmix64.
 STEPS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
 
@@ -139,7 +145,9 @@ def _with_embeddings(
     samples: Sequence[RowCaptions | SkippedSample], cache: EmbeddingCache
 ) -> Iterator[RowCaptions | SkippedSample]:
     """Yield the captions of each row that a cache has; a row of which none can be drawn is skipped."""
-    has_embedding = iter(cache.contains([text for sample in samples for text in _texts(sample)]).tolist())
+    stored = cache.contains([text for sample in samples for text in _texts(sample)])
+    require_captions(int((~stored).sum()), len(stored), cache, "skip", "the training set")
+    has_embedding = iter(stored.tolist())
     for sample in samples:
         known = [next(has_embedding) for _ in _texts(sample)]
         if isinstance(sample, SkippedSample) or all(known):
@@ -150,6 +158,23 @@ def _with_embeddings(
             yield RowCaptions(list(itertools.compress(sample.texts, known)), weights, sample.key)
         else:
             yield SkippedSample(sample.key, NO_EMBEDDING)
+
+
+def require_captions(missing: int, total: int, cache: EmbeddingCache, on_error: OnError, what: str) -> None:
+    """Raise an error, or with `skip` a warning, if a cache lacks some of all captions of `what`.
+
+    With more than `SKIPPED_SHARE` missing it is an error in any case.
+
+    Raises:
+        MissingCaptionError: The cache lacks captions that are not skipped.
+    """
+    if not missing:
+        return
+    message = f"the cache {cache.path} lacks {missing} of the {total} captions of {what}"
+    if on_error == "raise" or missing > SKIPPED_SHARE * total:
+        raise MissingCaptionError(f"{message}; run `llm2clip embed` on it.")
+    if process_state().is_main_process:
+        logger.warning("%s; skipping these.", message)
 
 
 def _texts(sample: RowCaptions | SkippedSample) -> list[str]:

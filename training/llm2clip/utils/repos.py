@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import PretrainedConfig
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, find_adapter_config_file
 
@@ -173,6 +173,8 @@ def hub_commit(name: str, revision: str | None = None) -> str | None:
         return None
     try:
         path = hf_hub_download(name, CONFIG_NAME, revision=revision)
+    except LocalEntryNotFoundError:
+        raise
     except EntryNotFoundError:  # a CLIP of sentence-transformers, which is in a subfolder
         path = hf_hub_download(name, "modules.json", revision=revision)
     # The folder of a download is named after its commit.
