@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 # transformers 4.57 takes from a local folder only the modules that this one itself names.
 from .compatibility_llm2clip import with_version_4_rope  # noqa: F401
-from .configuration_llm2clip import LLM2CLIPConfig
+from .configuration_llm2clip import LLM2CLIPConfig, refuse_unknown
 from .identity_llm2clip import text_fingerprint  # noqa: F401
 from .image_decoding_llm2clip import decode_images, is_list, require_file
 from .modeling_eva02 import EVA02VisionModel  # noqa: F401
@@ -138,8 +138,9 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
             config_fields: Fields of [`LLM2CLIPConfig`], such as `projection_dim`.
 
         Raises:
-            ValueError: The checkpoint has no logit scale, but `"checkpoint"` asks for it.
+            ValueError: The checkpoint has no logit scale, but `"checkpoint"` asks for it; or there is no such field.
         """
+        refuse_unknown(cls.config_class, config_fields)
         source, vision_kwargs = vision_model, vision_model_kwargs or {}
         if not isinstance(vision_model, PreTrainedModel):
             vision_model = load_vision_tower(vision_model, vision_kwargs)
@@ -186,9 +187,10 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         """
         wants_info = kwargs.pop("output_loading_info", False)
         model_kwargs, llm_kwargs = split_arguments(kwargs)
-        if not text_model and "quantization_config" in llm_kwargs:
+        if not text_model and ("quantization_config" in llm_kwargs or text_model_kwargs):
             raise ValueError(
-                "quantization_config applies to the LLM, which text_model=False does not load; drop one of the two."
+                "quantization_config and text_model_kwargs apply to the LLM, which text_model=False does not load; "
+                "drop one of the two."
             )
         llm_kwargs.update(text_model_kwargs or {})
         attention = text_attention(model_kwargs)
@@ -322,9 +324,11 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
             `pooler_output` `(batch, projection_dim)`, not normalised.
 
         Raises:
-            ValueError: Tokens are passed to a model without its LLM, or the embeddings have the wrong width.
+            ValueError: Tokens are passed to a model without its LLM or beside embeddings, or these have another width.
         """
         states = None
+        if llm_embeds is not None and input_ids is not None:
+            raise ValueError("pass either input_ids or llm_embeds, cached embeddings of the captions.")
         if llm_embeds is None:
             if self.text_model is None:
                 raise ValueError(

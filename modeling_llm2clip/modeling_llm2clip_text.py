@@ -24,7 +24,7 @@ from transformers.utils import find_adapter_config_file
 
 # transformers 4.57 takes from a local folder only the modules that this one itself names.
 from .compatibility_llm2clip import IS_CAUSAL_COUNTS, AttentionBackends
-from .configuration_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig, disable_sliding_window
+from .configuration_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig, disable_sliding_window, refuse_unknown
 from .identity_llm2clip import is_readable, merge_layers, merged_weights, pair_fingerprint, text_fingerprint
 from .image_decoding_llm2clip import decode_image  # noqa: F401
 from .modeling_llm2clip_decoder import (
@@ -140,9 +140,10 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
             config_fields: Fields of [`LLM2CLIPTextConfig`].
 
         Raises:
-            ValueError: The model cannot be a text tower, or is an embedding model of sentence-transformers, whose
-                files `llm2clip.open_text_tower` reads.
+            ValueError: A field does not exist; or the model cannot be a text tower, or is an embedding model of
+                sentence-transformers, whose files `llm2clip.open_text_tower` reads.
         """
+        refuse_unknown(cls.config_class, config_fields)
         dense: dict[str, Tensor] = {}
         if not isinstance(decoder, PreTrainedModel):
             name, options = os.fspath(decoder), decoder_kwargs or {}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection
 from tests.builders import tiny
 from tests.builders.tiny import CAPTIONS, IMAGES
 
@@ -39,6 +39,19 @@ def test_forward_with_one_modality_equals_get_features() -> None:
     torch.testing.assert_close(model.get_text_features(llm_embeds=llm_embeds).pooler_output, features)
     with pytest.raises(ValueError, match="pass pixel_values"):
         model()
+
+
+def test_what_would_be_ignored_is_refused(tmp_path: Path) -> None:
+    model = tiny.joint_model()
+    with pytest.raises(ValueError, match="pass either input_ids or llm_embeds"):
+        model.get_text_features(torch.ones(1, 3, dtype=torch.long), llm_embeds=torch.ones(1, tiny.HIDDEN))
+    with pytest.raises(ValueError, match="LLM2CLIPConfig has no field 'projecton_dim'"):
+        LLM2CLIPModel.from_vision_text_pretrained(model.vision_model, model.text_model, projecton_dim=8)
+    with pytest.raises(ValueError, match="LLM2CLIPTextConfig has no field 'prompt_prefx'"):
+        LLM2CLIPTextModel.from_decoder(model.text_model.decoder, prompt_prefx="a ")
+    tiny.save(tmp_path)
+    with pytest.raises(ValueError, match="text_model=False does not load"):
+        LLM2CLIPModel.from_pretrained(tmp_path, text_model=False, text_model_kwargs={"dtype": "bfloat16"})
 
 
 def test_encode_returns_unit_vectors_in_input_order() -> None:
