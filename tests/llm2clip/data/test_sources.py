@@ -151,6 +151,16 @@ def test_captions_that_pandas_reads_as_missing_are_kept(tmp_path: Path) -> None:
         assert [row["caption"] for row in rows] == ["nan", "None", None]
 
 
+def test_what_only_the_hub_has_is_refused_here(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"caption": ["a", "b"]}).save_to_disk(tmp_path / "saved")
+    (tmp_path / "a.txt").write_text("a")
+    for path, name in (("saved", "revision"), ("saved", "name"), ("a.txt", "name")):
+        with pytest.raises(SourceError, match=f"{name} is v2, but .*{path} is no data set of the Hub"):
+            load_source(CaptionSource(str(tmp_path / path), **{name: "v2"}), with_images=False)
+    with pytest.raises(SourceError, match="no slice is read"):
+        load_source(CaptionSource(str(tmp_path / "saved"), split="train[:1]"), with_images=False)
+
+
 def test_error_for_an_unknown_field_suggests_the_nearest_one() -> None:
     with pytest.raises(ValueError, match="no field 'caption_colums'; did you mean 'caption_columns'"):
         CaptionSource.from_dict({"path": "x", "caption_colums": ["a"]})

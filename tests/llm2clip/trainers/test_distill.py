@@ -308,6 +308,8 @@ def test_the_card_has_the_table_of_each_caption_column(
         ({"per_device_train_batch_size": 100}, "fewer rows than one batch of 100"),
         ({"into": "nowhere"}, "there is no folder nowhere"),
         ({"freeze_embeddings": True}, "leaves a static student nothing to learn"),
+        ({"student_revision": "v2"}, "student static is made of the teacher; leave the revision v2 of it out"),
+        ({"max_text_length": 10**6}, "the length 1000000 is given, but the student static reads"),
     ],
 )
 def test_settings_that_do_not_fit(

@@ -202,11 +202,11 @@ def test_settings_that_an_own_collator_does_not_follow_are_refused(inputs: Input
     changes = {"crop_scale": [0.5, 1.0], "max_pixels": 9, "image_backend": "fast", "on_error": "skip"}
     for name, value in changes.items():
         args = Stage2Config(**settings(tmp_path, **{name: value}))
-        with pytest.raises(ValueError, match=f"{name} is .*, which the given data_collator does not follow"):
+        with pytest.raises(ValueError, match=f"{name} is .*, but the given data_collator does not follow it"):
             Stage2Trainer(model, args, data_collator=list, train_dataset=rows)
     language_model: Any = AutoModelForCausalLM.from_pretrained(inputs.llm)
     tower, head = LLM2CLIPTextModel.from_decoder(language_model.base_model), language_model.get_output_embeddings()
-    with pytest.raises(ValueError, match=r"mlm_probability is 0\.5, which the given data_collator does not follow"):
+    with pytest.raises(ValueError, match=r"mlm_probability is 0\.5, but the given data_collator does not follow"):
         MNTPTrainer(tower, MNTPConfig(**settings(tmp_path, mlm_probability=0.5)), list, head=head)
 
 
@@ -214,22 +214,46 @@ def test_settings_that_an_own_collator_does_not_follow_are_refused(inputs: Input
     ("changes", "message"),
     [
         ({"freeze_vision": "all", "crop_scale": [0.5, 1.0]}, "images are stored without crops"),
-        ({"freeze_vision": "all", "patch_dropout": 0.5}, "patch_dropout is for a vision tower that trains"),
+        (
+            {"freeze_vision": "all", "patch_dropout": 0.5},
+            "patch_dropout is 0.5, but freeze_vision: all trains no layer",
+        ),
         ({"lr_scheduler_kwargs": {"num_cycles": 3}}, "has no lr_scheduler_kwargs"),
-        ({"bf16_full_eval": True}, "leave bf16_full_eval and fp16_full_eval off"),
+        ({"bf16_full_eval": True}, "bf16_full_eval is True, but evaluation"),
         ({"eval_do_concat_batches": False}, "recalls are over all rows"),
-        ({"remove_unused_columns": True}, "leave remove_unused_columns off"),
-        ({"label_names": ["labels"]}, "leave label_names empty"),
+        ({"remove_unused_columns": True}, "remove_unused_columns is True, but"),
+        ({"label_names": ["labels"]}, "label_names is .*, but the losses"),
         ({"loss": "hinge"}, "loss is 'hinge', but it has to be one of softmax, sigmoid"),
-        ({"distill_weight": 0.2}, "distill_weight needs ema_half_life"),
+        ({"distill_weight": 0.2}, "distill_weight is 0.2, but it needs ema_half_life"),
         ({"distill_weight": -1.0}, "distill_weight must be at least 0"),
         ({"relational_weight": -1.0}, "relational_weight must be at least 0"),
-        ({"structure_weight": 3.0}, "structure_weight is for distill_from and distill_weight"),
+        ({"structure_weight": 3.0}, "it is for distill_from and distill_weight"),
         ({"distill_from": "clip"}, "distill_from needs frozen towers"),
-        ({"freeze_vision": "all", "distill_from": "clip", "feature_cache": "x"}, "unset feature_cache"),
-        ({"freeze_vision": "all", "distill_from": "clip", "feature_dropout": 0.1}, "unset feature_dropout"),
-        ({"warm_start": {"distill_from": "clip"}, "standardize_features": True}, "unset standardize_features"),
-        ({"warm_start": {"distill_from": "clip", "alignment": "closed_form"}}, "unset alignment"),
+        (
+            {"freeze_vision": "all", "distill_from": "clip", "feature_cache": "x"},
+            "feature_cache is x, but distill_from",
+        ),
+        (
+            {"freeze_vision": "all", "distill_from": "clip", "feature_dropout": 0.1},
+            "feature_dropout is .*, but distill_from",
+        ),
+        (
+            {"warm_start": {"distill_from": "clip"}, "standardize_features": True},
+            "standardize_features is True, but distill_from",
+        ),
+        ({"warm_start": {"distill_from": "clip", "alignment": "closed_form"}}, "alignment is .*, but distill_from"),
+        ({"warm_start": {"freeze_vision": "none"}}, "warm_start has freeze_vision, but takes that from the run"),
+        (
+            {"freeze_vision": "all", "vision_layer_decay": 0.5},
+            "vision_layer_decay is 0.5, but freeze_vision: all trains no layer",
+        ),
+        ({"neftune_noise_alpha": 5.0}, "only lora_rank trains on tokens"),
+        ({"eval_steps": 2}, "eval_steps is 2, but it is for eval_strategy: steps"),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 2}, "constant has no warm-up, but warmup_steps is 2"),
+        ({"fsdp_config": {"version": 2}}, "fsdp is unset"),
+        ({"use_liger_kernel": True}, "it has no kernels for these models"),
+        ({"do_predict": True}, "there is nothing to predict"),
+        ({"dataloader_persistent_workers": True}, "dataloader_num_workers is 0"),
     ],
 )
 def test_settings_that_would_change_nothing_are_refused(
@@ -239,6 +263,33 @@ def test_settings_that_would_change_nothing_are_refused(
         stage2(inputs, tmp_path, **changes)
 
 
+@pytest.mark.parametrize(
+    ("make", "name", "value"),
+    [(stage2, "label_smoothing_factor", 0.1), (stage1, "symmetric_loss", True), (distill, "similarity_weight", 2.0)],
+)
+def test_settings_of_a_loss_are_refused_with_a_loss_of_ones_own(
+    make: Any, name: str, value: Any, inputs: Inputs, tmp_path: Path
+) -> None:
+    trainer = make(inputs, tmp_path, **{name: value})
+    trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch: 0
+    with pytest.raises(ValueError, match=f"{name} is {value}, but compute_loss_func computes the loss"):
+        trainer._refuse_unused()
+
+
+def test_rows_have_to_say_which_of_them_share_a_caption(inputs: Inputs, tmp_path: Path) -> None:
+    trainer = stage2(inputs, tmp_path, image_rows(tiny.HIDDEN), shared_captions="positive")
+    with pytest.raises(ValueError, match="shared_captions is positive, but the rows have no caption_id"):
+        trainer.train()
+    with pytest.raises(ValueError, match="image_backend is fast, but the rows have pixel_values"):
+        stage2(inputs, tmp_path / "fast", image_rows(tiny.HIDDEN), image_backend="fast").train()
+
+
+def test_a_stage_that_measures_its_loss_alone_takes_no_metrics(inputs: Inputs, tmp_path: Path) -> None:
+    trainer = mntp(inputs, tmp_path)
+    with pytest.raises(ValueError, match="this stage measures its loss alone"):
+        MNTPTrainer(trainer.model, trainer.args, head=trainer.head, compute_metrics=lambda prediction: {})
+
+
 def test_stage1_has_no_label_smoothing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="have no label smoothing"):
+    with pytest.raises(ValueError, match=r"label_smoothing_factor is 0\.1, but the losses of this stage have none"):
         Stage1Config(output_dir=str(tmp_path), use_cpu=True, label_smoothing_factor=0.1)

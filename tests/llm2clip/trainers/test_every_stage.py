@@ -239,7 +239,7 @@ def test_training_in_16_bit_is_near_float32(
         (Stage1Recipe, {"max_steps": 0}, "max_steps is 0"),
         (Stage1Recipe, {"grace_seconds": 0}, "grace_seconds must be"),
         (Stage1Recipe, {"grace_seconds": 1e300}, "grace_seconds must be"),
-        (Stage1Recipe, {"enable_jit_checkpoint": True}, "leave enable_jit_checkpoint off"),
+        (Stage1Recipe, {"enable_jit_checkpoint": True}, "enable_jit_checkpoint is True, but SIGTERM"),
         (Stage1Recipe, {"skip_bad_steps": -1}, "skip_bad_steps must be at least 0"),
         (Stage1Recipe, {"ema_half_life": 0}, "ema_half_life must be"),
         (Stage1Recipe, {"tower_chunk_size": 0}, "tower_chunk_size must be at least 1"),

@@ -161,6 +161,7 @@ def test_a_warm_start_comes_before_the_run(inputs: Inputs, tmp_path: Path) -> No
     assert_equal_weights(load(first), train(settings(tmp_path / "first", inputs, learning_rate=1e-2)))
     changes = {"freeze_vision": "none", "standardize_features": None, "vision_pooling": None, "visual_head": None}
     changes |= {"freeze_vision_layers": -1, "projection_dim": None, "model_name_or_path": str(first)}
+    changes |= {"vision_model_name_or_path": "", "text_model_name_or_path": ""}
     # Weights that are mapped from a file are aligned otherwise in memory, and so summed in another order.
     assert_equal_weights(load(tmp_path / "run"), train(settings(tmp_path / "second", inputs, **changes)), atol=1e-6)
     assert {"train_loss", "warm_start_train_loss"} <= set(metrics)
@@ -245,18 +246,25 @@ def test_a_warm_start_in_closed_form_continues_with_its_heads(inputs: Inputs, tm
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"freeze_vision_layers": 1}, "freezes all layers"),
-        ({"online_text_model": True, "embedding_cache": None}, "needs embedding_cache"),
+        ({"freeze_vision_layers": 1}, "freeze_vision_layers is 1, but freeze_vision: all"),
+        ({"online_text_model": True, "embedding_cache": None}, "online_text_model is True, but frozen towers"),
         ({"sources": [small_runs.concepts(streaming=True)]}, "no source can be a stream"),
         ({"feature_views": 0}, "feature_views must be at least 1"),
-        ({"freeze_vision": "none", "feature_views": 2}, "need freeze_vision: all, or warm_start"),
-        ({"freeze_vision": "none"}, "standardize_features needs freeze_vision: all, or warm_start"),
-        ({"warm_start": {"num_train_epochs": 1}}, "warm_start is for a run that trains the vision tower"),
+        ({"freeze_vision": "none", "feature_views": 2}, "it needs freeze_vision: all, or warm_start"),
+        ({"freeze_vision": "none"}, "standardize_features is True, but it needs"),
+        ({"warm_start": {"num_train_epochs": 1}}, "warm_start is .*, but freeze_vision: all"),
         ({"alignment": "closed_form", "freeze_vision": "none"}, "needs frozen towers"),
-        ({"alignment": "closed_form", "learning_rate": 1e-3, "max_steps": 3}, "unset learning_rate, max_steps"),
+        (
+            {"alignment": "closed_form", "learning_rate": 1e-3, "max_steps": 3},
+            "learning_rate is 0.001 and max_steps is 3, but",
+        ),
+        (
+            {"alignment": "closed_form", "learning_rate": 1e-5, "max_steps": -1, "feature_views": 2},
+            "feature_views is 2, but",
+        ),
         ({"alignment": "closed_form_then_train", "visual_head": "gated"}, "unset visual_head, which is gated"),
         ({"alignment": "closed_form_then_train", "model_name_or_path": "m"}, "m has its own. Give two towers"),
-        ({"alignment": "train", "ridge": 0.1}, "ridge is for alignment"),
+        ({"alignment": "train", "ridge": 0.1}, "ridge is 0.1, but it is for alignment"),
         ({"alignment": "closed_form", "ridge": -0.1}, "ridge must be at least 0"),
     ],
 )

@@ -162,17 +162,17 @@ def test_new_parts_start_as_in_the_original_unless_set(inputs: Inputs, tmp_path:
     assert model.config.center_text
     model.save_pretrained(tmp_path / "model")
     AutoImageProcessor.from_pretrained(inputs.vision).save_pretrained(tmp_path / "model")
-    trained = {"projection_dim": None, "model_name_or_path": str(tmp_path / "model"), "freeze_vision": "all"}
-    with pytest.raises(ValueError, match="already trained; leave visual_head, standardize_features unset"):
+    trained = {**FINISHED, "model_name_or_path": str(tmp_path / "model"), "freeze_vision": "all"}
+    with pytest.raises(ValueError, match=r"standardize_features is True, but .* is already trained"):
         new_model(**trained, **asked)
 
 
 def test_training_continues_from_an_llm2clip_model(inputs: Inputs, tmp_path: Path) -> None:
     run("stage2", tmp_path / "first", inputs, **QUICK)
-    more = {"model_name_or_path": str(tmp_path / "first"), **QUICK}
-    with pytest.raises(ValueError, match="is already trained; leave projection_dim unset"):
-        run("stage2", tmp_path / "second", inputs, **more)
-    run("stage2", tmp_path / "second", inputs, projection_dim=None, **more)
+    more = {**FINISHED, "model_name_or_path": str(tmp_path / "first"), **QUICK}
+    with pytest.raises(ValueError, match=r"projection_dim is 24, but .* is already trained"):
+        run("stage2", tmp_path / "second", inputs, **{**more, "projection_dim": 24})
+    run("stage2", tmp_path / "second", inputs, **more)
     first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
     assert first.keys() == second.keys()
     assert 0 < (second[PROJECTION] - first[PROJECTION]).abs().max() < 0.01
@@ -308,6 +308,19 @@ def test_a_first_batch_whose_samples_are_all_skipped_does_not_end_the_run(inputs
         ({"image_backend": "quick"}, ValueError, "image_backend is 'quick', but it has to be one of exact, fast"),
         ({"text_model_name_or_path": ""}, ValueError, "needs text_model_name_or_path"),
         ({"logit_bias_init_value": -5.0}, ValueError, "loss"),
+        ({"text_model_dtype": "bfloat16"}, ValueError, "text_model_dtype is bfloat16, but no LLM runs"),
+        ({"shuffle_block": 0}, ValueError, "shuffle_block is 0, but no source is a stream"),
+        ({"image_column": "photo"}, ValueError, "image_column is photo, but a source has"),
+        ({"eval_sources": {}, "eval_embedding_cache": "x"}, ValueError, "there are no eval_sources"),
+        ({"model_name_or_path": "m"}, ValueError, "but m is already trained"),
+        ({"vision_model_revision": "v2"}, ValueError, "revision v2 is given, but .* is a folder"),
+        ({"hub_model_id": "me/mine"}, ValueError, "hub_model_id is me/mine, but push_to_hub is off"),
+        ({"warm_start": {"sources": []}}, ValueError, "warm_start has sources, but takes that from the run"),
+        (
+            {"eval_sources": {"v": small_runs.concepts(embedding_cache="x")}},
+            ValueError,
+            "embedding_cache is x, but .* is read without it here",
+        ),
         ({"loss": "sigmoid", "label_smoothing_factor": 0.1}, ValueError, "loss"),
     ],
 )
@@ -329,7 +342,7 @@ def test_a_cache_of_another_encoder_is_refused(inputs: Inputs, tmp_path: Path) -
     run("stage2", tmp_path / "first", inputs, **QUICK)
     cache, sources = str(tmp_path / "cache"), [small_runs.concepts(max_samples=20)]
     embed.run(embed.EmbedConfig(str(tmp_path / "other"), output_dir=cache, sources=sources))
-    finished = {"model_name_or_path": str(tmp_path / "first"), "projection_dim": None, "embedding_cache": cache}
+    finished = {**FINISHED, "model_name_or_path": str(tmp_path / "first"), "embedding_cache": cache}
     with pytest.raises(StoreMismatchError, match=str(other.fingerprint())):
         run("stage2", tmp_path / "out", inputs, **finished)
 

@@ -19,6 +19,7 @@ from llm2clip.data import tars as tar_reader
 from llm2clip.data.captioned_images import SampleMaker
 from llm2clip.data.shards import ShardedSource
 from llm2clip.data.sidecars import SourceSidecars
+from llm2clip.data.stream_order import BLOCK
 from llm2clip.store import EmbeddingCache, MissingCaptionError, StoreManifest, StoreMismatchError
 from llm2clip.store.manifest import manifest_path
 from llm2clip.store.shards import write_shard
@@ -127,7 +128,11 @@ def test_sidecars_that_do_not_fit_are_refused_before_training(inputs: Inputs, ta
     cases: list[tuple[Path, dict[str, Any], str]] = [
         (part, {}, r"do not fit 1 of 3 shards: 1\.tar has none"),
         (one, {}, r"that of 0\.tar lacks the column json\.keywords"),
-        (one, {"sources": [small_runs.concepts()]}, "which only a source with streaming: true reads"),
+        (
+            one,
+            {"sources": [small_runs.concepts()], "shuffle_block": BLOCK},
+            "which only a source with streaming: true reads",
+        ),
     ]
     for cache, changes, message in cases:
         with pytest.raises((MissingCaptionError, ValueError), match=message):
@@ -239,7 +244,7 @@ def test_weights_mix_tables_but_not_stored_states(inputs: Inputs, tmp_path: Path
         small_runs.concepts(max_samples=48, weight=3),
         small_runs.concepts("validation", max_samples=40, weight=1),
     ]
-    changes: dict[str, Any] = {"sources": sources, "mixing": "weights", "max_steps": 2}
+    changes: dict[str, Any] = {"sources": sources, "mixing": "weights", "max_steps": 2, "shuffle_block": BLOCK}
     on_stream(tmp_path / "run", inputs, Path(inputs.cache), "", **changes)
     states = {"freeze_vision_layers": 1, "frozen_states_dir": str(tmp_path / "states")}
     with pytest.raises(ValueError, match="no streams or weights"):
@@ -305,7 +310,11 @@ def train_noting_keys(path: Path) -> None:
 def test_one_process_goes_on_where_two_were(streaming: bool, inputs: Inputs, tars: str, tmp_path: Path) -> None:
     """With the batches of the two, of a stream and of a table."""
     data: dict[str, Any] = {"sources": [source(tars)] if streaming else [small_runs.concepts(max_samples=64)]}
-    data |= {"embedding_cache": tars if streaming else inputs.cache, "eval_sources": {}, "shuffle_block": 8}
+    data |= {
+        "embedding_cache": tars if streaming else inputs.cache,
+        "eval_sources": {},
+        "shuffle_block": 8 if streaming else BLOCK,
+    }
     steps = {"per_device_train_batch_size": 8, "max_steps": 4, "save_steps": 2}
     fields = fields_of("stage2", tmp_path / "run", inputs, **data, **steps)
     recipe = tmp_path / "fields.json"

@@ -66,7 +66,12 @@ def open_table(path: str, name: str | None, split: str, revision: str | None, st
         SourceError: If the split does not exist or the data cannot be read.
     """
     local = Path(path).expanduser()
-    if (local / "dataset_info.json").is_file() or (local / "dataset_dict.json").is_file():
+    is_saved = (local / "dataset_info.json").is_file() or (local / "dataset_dict.json").is_file()
+    # The README of a folder may name configurations.
+    for field_name, given in (("revision", revision), ("name", None if local.is_dir() and not is_saved else name)):
+        if given is not None and (local.exists() or "://" in path or glob.has_magic(path)):
+            raise SourceError(f"{field_name} is {given}, but {path} is no data set of the Hub; leave it out.")
+    if is_saved:
         return _from_disk(local, split, streaming)
     arguments = _builder_arguments(path, local, split)
     arguments |= {key: value for key, value in (("name", name), ("revision", revision)) if value is not None}
@@ -164,6 +169,8 @@ def _from_disk(folder: Path, split: str, streaming: bool) -> OpenedTable:
         if split not in loaded:
             raise SourceError(f"{folder} has no split {split!r}; it has {', '.join(map(str, loaded))}.")
         loaded = loaded[split]
+    elif "[" in split:
+        raise SourceError(f"split is {split}, but of {folder}, which save_to_disk wrote, no slice is read.")
     if streaming:
         loaded = loaded.to_iterable_dataset(num_shards=max(1, min(STREAM_SHARDS, len(loaded))))
     return OpenedTable(loaded)

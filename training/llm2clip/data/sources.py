@@ -15,7 +15,7 @@ from llm2clip.data.formats import SourceError
 from llm2clip.data.opened_table import OpenedTable, Table, open_table
 from llm2clip.utils.library_errors import wrap_read_errors
 from llm2clip.utils.remote_path import refuse_pipe
-from llm2clip.utils.settings import build_config
+from llm2clip.utils.settings import build_config, refuse
 
 SourceT = TypeVar("SourceT", bound="Source")
 
@@ -24,6 +24,8 @@ WEBDATASET_IMAGE_COLUMNS = ("jpg", "jpeg", "png", "webp")
 CAPTION_COLUMNS = ("caption", "txt", "text")
 AUTOMATIC_KEY_COLUMNS = ("key", "__key__")
 PATH_TYPES = ("string", "large_string")
+# Fields by which stage 2 draws rows and finds their embeddings.
+OF_TRAINING = ("caption_weights", "weight", "embedding_cache")
 
 
 @dataclass
@@ -61,6 +63,11 @@ class Source:
             names = ", ".join(fields) or "none"
             raise ValueError(f"A {cls.__name__} needs a path, but has only these fields: {names}.")
         return build_config(cls, fields, cls.__name__)
+
+    def without(self: SourceT, names: Sequence[str]) -> SourceT:
+        """Return the source; raise ValueError if one of these fields is set, which have no use where it is read."""
+        refuse(self, names, f"{self.path} is read without it here")
+        return self
 
 
 @dataclass

@@ -179,12 +179,14 @@ class Stage2Collator:
     def _images(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         for name in ("pixel_values", "vision_states"):
             if name in rows[0]:
-                crops = self.crop_scale is not None and tuple(self.crop_scale) != DEFAULT_CROP
-                if crops and not rows[0].get("_prepared"):
-                    raise ValueError(
-                        f"crop_scale is {list(self.crop_scale or ())}, but the rows have {name}, which are cropped "
-                        "already; leave it unset, or give rows with an image."
-                    )
+                # Without a crop_scale, the data set may have prepared the image by the other settings.
+                given = {"crop_scale": self.crop_scale and list(self.crop_scale), "image_backend": self.image_backend}
+                for setting, default in (("crop_scale", list(DEFAULT_CROP)), ("image_backend", "exact")):
+                    if self.crop_scale and given[setting] != default and not rows[0].get("_prepared"):
+                        raise ValueError(
+                            f"{setting} is {given[setting]}, but the rows have {name}, which are prepared already; "
+                            "leave it unset, or give rows with an image."
+                        )
                 return {name: torch.stack([torch.as_tensor(values) for values in _column(rows, name)])}
         if "image" not in rows[0]:
             raise ValueError(f"A row needs pixel_values, vision_states or image{self._lacks(rows[0])}.")

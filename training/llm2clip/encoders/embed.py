@@ -26,7 +26,7 @@ from llm2clip.store import EmbeddingCache, StoreManifest, build_embedding_cache,
 from llm2clip.store.manifest import StoredDtype
 from llm2clip.utils.locks import exclusive
 from llm2clip.utils.processes import process_state, sum_over_processes
-from llm2clip.utils.settings import check_choices, require, setting
+from llm2clip.utils.settings import check_choices, refuse, require, setting
 from llm2clip.utils.text_identity import tokenizer_fingerprint
 from llm2clip.utils.towers import open_text_tower
 
@@ -50,7 +50,9 @@ class EmbedConfig:
         "Folder of the cache, or of the sidecars: a URL, such as s3://bucket/folder, or beside their shards if unset.",
     )
     sources: list[dict[str, Any]] = setting(
-        [], "Data sets whose captions are embedded: mappings with the fields of CaptionSource."
+        [],
+        "Data sets whose captions are embedded: mappings with the fields of CaptionSource. Their weights and "
+        "caption_weights, by which stage 2 draws, make no difference here.",
     )
     store: Literal["auto", "cache", "sidecars"] = setting(
         "auto",
@@ -146,14 +148,8 @@ def run(config: EmbedConfig) -> dict[str, Any]:
 
 def _refuse_ignored(config: EmbedConfig, names: Sequence[str]) -> None:
     """Raise ValueError if one of these settings, which this run does not use, is given."""
-    defaults = EmbedConfig()
-    given = [name for name in names if getattr(config, name) != getattr(defaults, name)]
-    if given:
-        kind = f"sidecars (engine: {config.engine})" if config.writes_sidecars else "a cache"
-        raise ValueError(
-            f"{given[0]} is {getattr(config, given[0])}, but a run that writes {kind} does not use it; leave it "
-            "unset, or change store or engine."
-        )
+    kind = f"sidecars (engine: {config.engine})" if config.writes_sidecars else "a cache"
+    refuse(config, names, f"a run that writes {kind} does not use it: change store or engine")
 
 
 @exclusive

@@ -46,6 +46,12 @@ class RunContext:
         self.is_plain = self.arms[0].kind == "raw"
         self.weights: dict[str, str] = {}
 
+    def settings(self, part: str, fixed: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings of a stage: those of the profile, and `fixed` ones, which no profile sets."""
+        if taken := sorted(self.profile[part].keys() & fixed.keys()):
+            raise ValueError(f"{part} of the profile sets {taken[0]}, which the quickstart sets itself: leave it out.")
+        return {**self.profile[part], **fixed}
+
     def tower(self, arm: Arm) -> str:
         """Return the folder or Hub id of a text encoder."""
         if arm.made_by != "weights":

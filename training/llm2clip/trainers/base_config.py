@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -15,9 +15,23 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from llm2clip.losses import DEFAULT_TILE_SIZE
 from llm2clip.trainers.optimizer import check_warmup
-from llm2clip.utils.settings import check_choices, setting
+from llm2clip.utils.settings import check_choices, refuse, setting
 
 logger = logging.getLogger(__name__)
+
+
+# Settings of transformers' Trainer that no stage follows, and why.
+NOT_FOLLOWED = {
+    "enable_jit_checkpoint": "SIGTERM saves a checkpoint, see grace_seconds",
+    "remove_unused_columns": "the collators read columns that the model does not",
+    **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), "evaluation computes as training, see bf16"),
+    **dict.fromkeys(("batch_eval_metrics", "eval_do_concat_batches"), "recalls are over all rows"),
+    "parallelism_config": "models are divided by FSDP2 or DeepSpeed here",
+    "label_names": "the losses need no labels",
+    "use_liger_kernel": "it has no kernels for these models",
+    "do_predict": "there is nothing to predict; llm2clip evaluate measures a model",
+}
+WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 
 
 @dataclass
@@ -85,21 +99,19 @@ class StageConfig(TrainingArguments):
             raise ValueError(f"ema_half_life must be a number of steps above 0, but is {self.ema_half_life}.")
         if not 0 < self.grace_seconds <= threading.TIMEOUT_MAX:
             raise ValueError(f"grace_seconds must be a number of seconds above 0, but is {self.grace_seconds}.")
-        # transformers 5.6 may not have it.
-        if getattr(self, "enable_jit_checkpoint", False):
-            raise ValueError("leave enable_jit_checkpoint off: SIGTERM saves a checkpoint, see grace_seconds.")
         if self.skip_bad_steps < 0:
             raise ValueError(f"skip_bad_steps must be at least 0, but is {self.skip_bad_steps}.")
-        if self.remove_unused_columns:
-            raise ValueError("leave remove_unused_columns off: the collators read columns that the model does not.")
-        if self.bf16_full_eval or self.fp16_full_eval:
-            raise ValueError("leave bf16_full_eval and fp16_full_eval off: evaluation computes as training, see bf16.")
-        if self.batch_eval_metrics or not self.eval_do_concat_batches:
-            raise ValueError("leave batch_eval_metrics off and eval_do_concat_batches on: recalls are over all rows.")
-        if getattr(self, "parallelism_config", None) is not None:
-            raise ValueError("leave parallelism_config unset: models are divided by FSDP2 or DeepSpeed here.")
-        if self.label_names:
-            raise ValueError(f"leave label_names empty: the losses need no labels, so {self.label_names} has no use.")
+        for name, why in NOT_FOLLOWED.items():
+            refuse(self, [name], why)
+        if not self.fsdp:
+            refuse(self, ["fsdp_config"], "fsdp is unset")
+        if self.eval_strategy != "steps":
+            refuse(self, ["eval_steps"], "it is for eval_strategy: steps")
+        if self.lr_scheduler_type in WITHOUT_WARMUP and self.warmup_steps:
+            raise ValueError(
+                f"lr_scheduler_type {SchedulerType(self.lr_scheduler_type).value} has no warm-up, but warmup_steps is "
+                f"{self.warmup_steps:g}; set constant_with_warmup, or warmup_steps: 0."
+            )
         # transformers 5.6 has only gradient_checkpointing, which later versions rename and warn about.
         if self.activation_checkpointing is None:
             self.activation_checkpointing = bool(self.gradient_checkpointing)
@@ -182,24 +194,11 @@ def require_batch(num_batches: int, batch_size: int) -> None:
         )
 
 
-def defaults_of(args: StageConfig) -> dict[str, Any]:
-    """Return the default of each setting."""
-    return {
-        field.name: field.default if field.default_factory is MISSING else field.default_factory()
-        for field in fields(args)
-    }
-
-
 def refuse_unfollowed(args: StageConfig, collator: Any, names: Sequence[str]) -> None:
     """Raise a ValueError if a setting has another value than its default, and a collator of the caller's not that one.
 
     Args:
         names: The settings that the collator of the stage follows.
     """
-    defaults = defaults_of(args)
-    for name in names:
-        given = getattr(args, name)
-        if given not in (defaults[name], getattr(collator, name, defaults[name])):
-            raise ValueError(
-                f"{name} is {given}, which the given data_collator does not follow; give it to that, or unset it."
-            )
+    others = [name for name in names if getattr(args, name) != getattr(collator, name, None)]
+    refuse(args, others, "the given data_collator does not follow it: give it to that")

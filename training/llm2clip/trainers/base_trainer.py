@@ -47,6 +47,7 @@ from llm2clip.trainers.weight_average import average_of
 from llm2clip.utils.embeddings import BROKEN_MODEL, NonFiniteError
 from llm2clip.utils.library_errors import explain, wrap_write_errors
 from llm2clip.utils.processes import on_any_process
+from llm2clip.utils.settings import refuse
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
 from modeling_llm2clip.modeling_llm2clip_utils import keep_freed_memory, shorten
 
@@ -57,6 +58,9 @@ AT_CONSTRUCTION = (
     *("ema_half_life", "skip_bad_steps", "grace_seconds", "output_dir", "on_error", "max_pixels", "image_backend"),
     *("image_column", "caption_column", "crop_scale", "data_seed"),
 )
+
+# Settings of the losses that `compute_loss_func` replaces.
+OF_THE_LOSS = ("label_smoothing_factor", "loss", "loss_chunk_size", "symmetric_loss", "similarity_weight")
 
 
 class StageTrainer(Trainer):
@@ -121,6 +125,8 @@ class StageTrainer(Trainer):
             if not isinstance(rows, self.retrieval_class):
                 wanted, given = self.retrieval_class.__name__, type(rows).__name__
                 raise ValueError(f"retrieval[{name!r}] is a {given}, not a {wanted}; rows are eval_dataset.")
+        if compute_metrics is not None and self.loss_only:
+            raise ValueError("compute_metrics is given, but this stage measures its loss alone; leave it out.")
         self.args, self.retrieval, self.processing_class = args, retrieval or {}, processing_class
         self._has_eval_rows, self._has_own_collator = eval_dataset is not None, data_collator is not None
         self._has_said_precision = False
@@ -246,10 +252,10 @@ class StageTrainer(Trainer):
     def _refuse_unused(self) -> None:
         """Refuse settings that the data set or the engine would make useless."""
         refuse_unused_by_loader(self.args, self.train_dataset)
-        if self.args.skip_bad_steps and self.is_deepspeed_enabled:
-            raise ValueError(
-                "skip_bad_steps does not work with DeepSpeed, which updates weights in backward; set it to 0."
-            )
+        if self.compute_loss_func is not None:
+            refuse(self.args, OF_THE_LOSS, "compute_loss_func computes the loss")
+        if self.is_deepspeed_enabled:
+            refuse(self.args, ["skip_bad_steps"], "DeepSpeed updates weights in backward")
 
     def _hp_search_setup(self, trial: Any) -> None:
         """Also prepare a new model of `model_init`, which the Trainer has made just before."""
@@ -549,7 +555,7 @@ class StageTrainer(Trainer):
         loss = cast(Tensor, self.accelerator.reduce(loss, "mean"))
         if prediction_loss_only or self.loss_only:
             return loss, None, None
-        embeds = tuple(outputs.values())
+        embeds = tuple(rows for name, rows in outputs.items() if name not in (ignore_keys or ()))
         return loss, embeds, self.eval_labels(inputs, len(embeds[0]))
 
     def without_repeats(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -621,7 +627,7 @@ class StageTrainer(Trainer):
             self._upload(str(self.args.output_dir), "End of training")
         return metrics
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+    def create_model_card(self) -> None:  # type: ignore[override]
         """Write this package's model card into `output_dir`; text that people added to the existing card stays."""
         if not self.is_world_process_zero():
             return
@@ -663,14 +669,13 @@ class StageTrainer(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Leave pushing to [`PushCallback`]: transformers 5.6 to 5.23 has no setting that turns its own push off."""
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override]
         self,
         commit_message: str | None = "End of training",
         blocking: bool = True,
         token: str | None = None,
         revision: str | None = None,
         private: bool | None = None,
-        **kwargs: Any,
     ) -> Any:
         """Save the result into `output_dir`, write the card, and upload both; see `transformers.Trainer`.
 

@@ -15,10 +15,11 @@ from llm2clip.data.table_identity import data_revision
 from llm2clip.hub.cards.card import CARD, read_card, render
 from llm2clip.hub.cards.curves import write_curves
 from llm2clip.hub.cards.facts import CardFacts, Evaluation, base_models, summary
-from llm2clip.trainers.base_config import StageConfig, defaults_of
+from llm2clip.trainers.base_config import StageConfig
 from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.utils.files import write_text
 from llm2clip.utils.repos import hub_ids, names_of
+from llm2clip.utils.settings import defaults_of
 
 logger = logging.getLogger(__name__)
 

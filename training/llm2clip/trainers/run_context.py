@@ -20,7 +20,7 @@ from llm2clip.trainers.sharding import refuse_unsharded
 from llm2clip.utils.files import read_json, remove_unfinished, write_json
 from llm2clip.utils.locks import run_lock
 from llm2clip.utils.processes import on_main_process
-from llm2clip.utils.settings import require
+from llm2clip.utils.settings import refuse, require
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +39,15 @@ FREE = {
 }
 # Where something is: what it is, is compared as an input of the run, or by the store that is opened.
 LOCATIONS = {
-    *("model", "student", "student_revision"),
-    *("model_name_or_path", "vision_model_name_or_path", "text_model_name_or_path", "image_processor_name_or_path"),
+    *("model", "model_name_or_path", "vision_model_name_or_path", "text_model_name_or_path"),
+    "image_processor_name_or_path",
     *("model_revision", "vision_model_revision", "text_model_revision"),
     *("feature_cache", "embedding_cache", "eval_embedding_cache"),
 }
 # What a checkpoint's state of the optimizer belongs to.
 FIXED = {"optim", "optim_args", "optim_target_modules"}
+# What says where and how to push.
+OF_PUSHING = ("hub_model_id", "hub_strategy", "hub_private_repo", "hub_revision", "hub_always_push")
 FREE_PREFIXES = ("log_", "logging_", "hub_", "save_", "eval_", "do_", "include_", "trackio_")
 # In an iterable data set of others, it decides which worker yields which row.
 ORDERING = {"dataloader_num_workers"}
@@ -208,6 +210,8 @@ def stage_command(*required: str) -> Callable[[Callable[[Any, RunContext], Any]]
         @functools.wraps(work)
         def run(config: StageConfig, resume: bool = False) -> Any:
             require(config, required)
+            if not config.push_to_hub:
+                refuse(config, OF_PUSHING, "push_to_hub is off")
             with RunContext(config, config.resume_from_checkpoint or resume, is_command=True) as context:
                 return work(config, context)
 

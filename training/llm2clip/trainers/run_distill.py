@@ -14,6 +14,7 @@ from transformers import set_seed
 
 from llm2clip.data import CaptionSource
 from llm2clip.data.captions import distinct_captions
+from llm2clip.data.sources import OF_TRAINING
 from llm2clip.evaluation.own_data import retrieval_sets
 from llm2clip.hub.upload_files import model_files
 from llm2clip.trainers.distill_config import DistillRecipe
@@ -81,7 +82,8 @@ def run(config: DistillRecipe, context: RunContext) -> dict[str, Any]:
     teacher = Teacher(config.model, folder, config.model_revision, config.dtype)
     if config.into is not None:
         require_space(config.into, teacher.space)
-    texts = distinct_captions([CaptionSource.from_dict(source) for source in config.sources])
+    sources = [CaptionSource.from_dict(source).without(OF_TRAINING) for source in config.sources]
+    texts = distinct_captions(sources)
     texts = [text for text in texts if text.strip()]
     config.check_length(len(texts))
     dataset = TaughtTexts(texts, teacher.texts(texts))

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm2clip.data import CaptionSource
+from llm2clip.data.sources import OF_TRAINING
 from llm2clip.trainers.mntp_config import MNTPRecipe
 from llm2clip.trainers.mntp_data import MaskCollator, TokenBlocks, source_tokens
 from llm2clip.trainers.mntp_trainer import MNTPTrainer
@@ -38,7 +39,8 @@ def run(config: MNTPRecipe, context: RunContext) -> dict[str, Any]:
     if is_encoder(language_model.config):
         raise ValueError(f"{name} is an encoder ({language_model.config.model_type}); this stage is for decoders.")
     plain_tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    tokens = source_tokens([CaptionSource.from_dict(source) for source in config.sources], plain_tokenizer)
+    sources = [CaptionSource.from_dict(source).without(OF_TRAINING) for source in config.sources]
+    tokens = source_tokens(sources, plain_tokenizer)
     dataset = TokenBlocks(tokens, config.block_size)
     model, tokenizer = load_text_tower(config, decoder=language_model.base_model)
     head = language_model.get_output_embeddings()

@@ -24,6 +24,7 @@ from llm2clip.trainers.warm_start import first_part
 from llm2clip.utils.attention_probe import probe_from_disk, verify_on_main_process
 from llm2clip.utils.manifests import refuse_changed_model
 from llm2clip.utils.processes import on_main_process
+from llm2clip.utils.repos import refuse_revision
 from llm2clip.utils.settings import require
 from llm2clip.utils.text_identity import read_fingerprint
 from llm2clip.utils.towers import each_of_pair, loading_options
@@ -37,14 +38,14 @@ CONFIG_FIELDS = {"standardize_features": ("standardize_vision", "center_text")}
 SIGMOID_BIAS = -10.0
 
 
-def load_model(config: Stage2Recipe, with_llm: bool | None = None) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
+def load_model(config: Stage2Recipe, run: Stage2Recipe | None = None) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
     """Load the model of a run, with its trained parts in float32, and its processor; the LLM only if it runs.
 
     Args:
-        with_llm: Whether it does; by default as the settings say.
+        run: The settings that say whether it does, and in which dtype; by default the same.
 
     Raises:
-        ValueError: Settings of a new model are given for a trained one.
+        ValueError: A trained model was trained with another loss, or a revision is given for a local folder.
     """
     options = loading_options("float32", config.attn_implementation)
     fields = {name: getattr(config, name) for name in NEW_MODEL_FIELDS if getattr(config, name) is not None}
@@ -55,8 +56,6 @@ def load_model(config: Stage2Recipe, with_llm: bool | None = None) -> tuple[LLM2
     if config.loss == "sigmoid" and config.model_name_or_path is None:
         fields = {"logit_scale_init_value": math.log(10), "logit_bias_init_value": SIGMOID_BIAS, **fields}
     if config.model_name_or_path is not None:
-        if fields:
-            raise ValueError(f"{config.model_name_or_path} is already trained; leave {', '.join(fields)} unset.")
         image_processor_name = config.model_name_or_path
         refuse_changed_model(image_processor_name)
         model = LLM2CLIPModel.from_pretrained(config.model_name_or_path, text_model=False, **options)
@@ -68,6 +67,7 @@ def load_model(config: Stage2Recipe, with_llm: bool | None = None) -> tuple[LLM2
         tokenizer: Any = AutoTokenizer.from_pretrained(config.model_name_or_path)
     else:
         require(config, ["vision_model_name_or_path", "text_model_name_or_path"])
+        refuse_revision(config.vision_model_name_or_path, config.vision_model_revision)
         image_processor_name = config.vision_model_name_or_path
         refuse_changed_model(image_processor_name)
         text_config, tokenizer = describe_text_tower_of_cache(
@@ -81,8 +81,8 @@ def load_model(config: Stage2Recipe, with_llm: bool | None = None) -> tuple[LLM2
             vision_model_kwargs={**options, "revision": config.vision_model_revision},
             **{name: value for key, value in fields.items() for name in CONFIG_FIELDS.get(key, (key,))},
         )
-    if config.runs_text_model if with_llm is None else with_llm:
-        model.load_text_model(**loading_options(config.text_model_dtype))
+    if (run or config).runs_text_model:
+        model.load_text_model(**loading_options((run or config).text_model_dtype))
         verify_on_main_process(model.text_model)
     elif model.config.text_model_name_or_path is not None:
         text = model.config.text_model_name_or_path, model.config.text_model_revision, model.config.text_config
@@ -126,7 +126,7 @@ def build_trainer(config: Stage2Recipe) -> Stage2Trainer:
     # A first part brings the fields of a new model.
     new = cast(Stage2Recipe, first_part(config)) if config.warm_start else config
     with undivided_building(config):
-        model, processor = load_model(new, config.runs_text_model)
+        model, processor = load_model(new, config)
     # A model that was trained before names its LLM in its config.
     _check_pushing(config, model.config.text_model_name_or_path)
     image_processor = processor.image_processor

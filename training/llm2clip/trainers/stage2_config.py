@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from transformers import SchedulerType
 
 from llm2clip.data import DEFAULT_MAX_PIXELS, ImageBackend, OnError
 from llm2clip.data.stream_order import BLOCK, Mixing
-from llm2clip.trainers.base_config import ContrastiveConfig, StageConfig, defaults_of
-from llm2clip.trainers.text_tower_config import LoraSettings
-from llm2clip.utils.settings import setting
+from llm2clip.trainers.base_config import ContrastiveConfig, StageConfig
+from llm2clip.trainers.text_tower_config import LoraSettings, require_lora
+from llm2clip.utils.settings import refuse, setting
 
 # Settings of a new model; a trained model brings its own.
 NEW_MODEL_FIELDS = (
@@ -32,13 +32,13 @@ TRAINING_FIELDS = (
     *("matryoshka_dims", "text_losses"),
     *("distill_weight", "structure_weight", "relational_weight"),
     *("feature_dropout", "ema_half_life", "label_smoothing_factor", "adapter_num_layers", "adapter_expansion"),
-    *("eval_strategy", "save_strategy", "load_best_model_at_end"),
+    *("eval_strategy", "eval_steps", "save_strategy", "load_best_model_at_end", "initializer"),
 )
 
 # Settings of training that the distillation from a text tower does not use, since it contrasts nothing.
 NOT_OF_TEXTS = (
     *("feature_dropout", "shared_captions", "matryoshka_dims", "label_smoothing_factor", "distill_weight"),
-    "text_losses",
+    *("text_losses", "tower_chunk_size", "loss_chunk_size"),
     *("vision_learning_rate", "vision_weight_decay", "vision_layer_decay"),
 )
 # What it has no use for at all, since it reads no images and takes the vision side as it is.
@@ -188,22 +188,18 @@ class Stage2Config(LoraSettings, ContrastiveConfig, StageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.crop_scale = [*self.crop_scale]
-        if self.freeze_vision == "all" and (self.freeze_vision_layers or self.frozen_states_dir):
-            raise ValueError(
-                "freeze_vision: all freezes all layers; unset freeze_vision_layers and frozen_states_dir."
-            )
-        if self.warm_start and self.freeze_vision == "all":
-            raise ValueError("warm_start is for a run that trains the vision tower; unset freeze_vision: all.")
-        stored = self.freeze_vision == "all" or self.warm_start
-        if not stored and (self.feature_cache or self.feature_views > 1 or self.feature_dtype != "float32"):
-            raise ValueError("feature_cache, feature_dtype and feature_views need freeze_vision: all, or warm_start.")
-        if self.standardize_features and not stored:
-            raise ValueError("standardize_features needs freeze_vision: all, or warm_start, to compute them.")
+        if self.freeze_vision == "all":
+            names = ["freeze_vision_layers", "frozen_states_dir", "warm_start", "patch_dropout"]
+            names += ["vision_layer_decay"] * (self.vision_layer_decay < 1)
+            refuse(self, names, "freeze_vision: all trains no layer of the tower")
+        elif not self.warm_start:
+            names = ["feature_cache", "feature_dtype", "feature_views", "standardize_features"]
+            refuse(self, names, "it needs freeze_vision: all, or warm_start")
         self._check_alignment()
         self._check_lora()
         self._check_distillation()
-        if self.frozen_states_dir and not self.freeze_vision_layers:
-            raise ValueError("frozen_states_dir needs freeze_vision_layers.")
+        if not self.freeze_vision_layers:
+            refuse(self, ["frozen_states_dir"], "it needs freeze_vision_layers")
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(
                 f"crop_scale must be [minimum, maximum] with 0 < minimum <= maximum <= 1, not {self.crop_scale}."
@@ -216,32 +212,28 @@ class Stage2Config(LoraSettings, ContrastiveConfig, StageConfig):
                 raise ValueError(f"{name} must be at least 1, but is {size}.")
         if self.lr_scheduler_kwargs and self.lr_scheduler_type == SchedulerType.COSINE:
             raise ValueError("the cosine schedule of stage 2 has no lr_scheduler_kwargs; leave it unset.")
-        if self.freeze_vision == "all" and self.patch_dropout:
-            raise ValueError("patch_dropout is for a vision tower that trains; unset it, or freeze_vision: all.")
-        if self.loss == "sigmoid" and self.label_smoothing_factor:
-            raise ValueError("the sigmoid loss has no label smoothing; leave label_smoothing_factor unset.")
+        if self.loss == "sigmoid":
+            refuse(self, ["label_smoothing_factor"], "the sigmoid loss has none")
 
     def _check_lora(self) -> None:
         """Refuse settings of LoRA without it, and those that do not go with it."""
-        defaults = defaults_of(self)
-        names = [field.name for field in fields(LoraSettings) if getattr(self, field.name) != defaults[field.name]]
-        if self.lora_rank < 0 or (self.lora_rank == 0 and names):
-            raise ValueError(f"{', '.join(names) or 'LoRA'} needs lora_rank above 0, but it is {self.lora_rank}.")
-        if self.lora_rank and self.freeze_vision == "all":
+        require_lora(self)
+        if not self.lora_rank:
+            refuse(self, ["neftune_noise_alpha"], "only lora_rank trains on tokens")
+            return
+        refuse(self, ["bundle_text_model"], "with lora_rank, save_format says how the LLM is saved")
+        if self.freeze_vision == "all":
             raise ValueError(
                 "freeze_vision: all reads stored embeddings of the LLM, which lora_rank trains; unset one of them. A "
                 "first part with frozen towers is a warm_start."
             )
-        if self.lora_rank and self.bundle_text_model:
-            raise ValueError("with lora_rank, save_format says how the LLM is saved; leave bundle_text_model unset.")
 
     def _check_alignment(self) -> None:
         """Refuse settings that a closed form would not use."""
         if self.ridge is not None and not 0 <= self.ridge < math.inf:
             raise ValueError(f"ridge must be at least 0, but is {self.ridge}.")
         if self.alignment == "train":
-            if self.ridge is not None:
-                raise ValueError("ridge is for alignment: closed_form, or closed_form_then_train.")
+            refuse(self, ["ridge"], "it is for alignment: closed_form, or closed_form_then_train")
             return
         if self.freeze_vision != "all":
             raise ValueError(
@@ -251,42 +243,27 @@ class Stage2Config(LoraSettings, ContrastiveConfig, StageConfig):
             if (value := getattr(self, name, None)) not in (None, True):
                 raise ValueError(f"alignment: {self.alignment} has its own heads; unset {name}, which is {value}.")
         if self.alignment == "closed_form":
-            defaults = defaults_of(self)
-            known = [name for name in TRAINING_FIELDS if name in defaults]
-            changed = [name for name in known if getattr(self, name) != defaults[name]]
-            if changed:
-                raise ValueError(f"alignment: closed_form trains nothing; unset {', '.join(changed)}.")
+            refuse(self, (*TRAINING_FIELDS, "feature_views"), "alignment: closed_form trains nothing")
 
     def _check_distillation(self) -> None:
         """Refuse distillations that have no teacher, and settings that they would not use."""
-        defaults = defaults_of(self)
         for name in ("distill_weight", "structure_weight", "relational_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, but is {getattr(self, name)}.")
-        if self.distill_weight and self.ema_half_life is None:
-            raise ValueError(
-                "distill_weight needs ema_half_life, since the averaged weights are the teacher; ProCLIP's half-life "
-                "is a quarter of the steps."
-            )
-        if self.relational_weight and (self.lora_rank or self.text_losses == "each"):
-            raise ValueError(
-                "relational_weight compares captions with the LLM's stored rows: unset it, or lora_rank and "
-                "text_losses: each."
-            )
+        if self.ema_half_life is None:
+            why = "it needs ema_half_life, whose averaged weights are the teacher (ProCLIP: a quarter of the steps)"
+            refuse(self, ["distill_weight"], why)
+        if self.lora_rank or self.text_losses == "each":
+            refuse(self, ["relational_weight"], "it needs stored rows of captions: no lora_rank, no text_losses: each")
         distills = self.distill_from or self.distill_weight or self.warm_start.get("distill_from")
-        if self.structure_weight != defaults["structure_weight"] and not distills:
-            raise ValueError("structure_weight is for distill_from and distill_weight; unset it.")
+        if not distills:
+            refuse(self, ["structure_weight"], "it is for distill_from and distill_weight")
         if self.distill_from is None:
             return
         if self.freeze_vision != "all":
             raise ValueError("distill_from needs frozen towers; set freeze_vision: all, or give it in warm_start.")
-        known = [name for name in (*NOT_OF_TEXTS, *NOT_OF_A_KEPT_SPACE) if name in defaults]
-        changed = [name for name in known if getattr(self, name) not in (defaults[name], False)]
-        if changed:
-            raise ValueError(
-                f"distill_from trains the adapter on texts alone, in the space of {self.distill_from}; unset "
-                f"{', '.join(changed)}."
-            )
+        names = (*NOT_OF_TEXTS, *NOT_OF_A_KEPT_SPACE)
+        refuse(self, names, f"distill_from trains the adapter on texts alone, in the space of {self.distill_from}")
 
 
 def as_folder(folder: Any) -> Folder | None:
@@ -388,24 +365,32 @@ class Stage2Recipe(Stage2Config):
         super().__post_init__()
         if not isinstance(names := self.text_model_name_or_path, str) and len(names) > 2:
             raise ValueError(f"text_model_name_or_path has {len(names)} text towers; give one or two.")
-        if self.freeze_vision == "all" and self.online_text_model:
-            raise ValueError("freeze_vision: all needs embedding_cache, so that both towers are computed once.")
-        if self.warm_start and self.online_text_model:
-            raise ValueError("warm_start is for a run that trains the vision tower with an embedding_cache.")
+        stored = self.freeze_vision == "all" or self.warm_start
+        if stored:
+            refuse(self, ["online_text_model"], "frozen towers (freeze_vision, warm_start) need an embedding_cache")
         if self.lora_rank and not self.warm_start and (self.caches or self.eval_embedding_cache):
             raise ValueError(
                 "lora_rank trains the LLM, so that stored embeddings would be stale; leave embedding_cache (of the "
                 "sources too) and eval_embedding_cache unset. A first part that reads them is a warm_start."
             )
-        stored = self.freeze_vision == "all" or self.warm_start
         if stored and len(self.sources) > 1 and any(source.get("weight") is not None for source in self.sources):
             raise ValueError("freeze_vision: all, and warm_start, mix sources without weights; remove them.")
         if self.shuffle_block < 0:
             raise ValueError(f"shuffle_block must be at least 0, but is {self.shuffle_block}.")
-        if self.loss == "softmax" and self.logit_bias_init_value is not None:
-            raise ValueError("logit_bias_init_value is for the sigmoid loss only; set loss: sigmoid.")
+        if self.loss == "softmax":
+            refuse(self, ["logit_bias_init_value"], "it is for loss: sigmoid")
+        refuse(self, ["image_column", "caption_column"], "a source has image_column and caption_columns of its own")
+        if not self.runs_text_model:
+            refuse(self, ["text_model_dtype"], "no LLM runs (online_text_model, lora_rank)")
+        if not any(source.get("streaming") for source in self.sources):
+            refuse(self, ["shuffle_block"], "no source is a stream (streaming: true)")
+        if not self.eval_sources or not self.caches:
+            refuse(self, ["eval_embedding_cache"], "there are no eval_sources, or no caption embeddings are stored")
         if self.alignment != "train" and self.model_name_or_path is not None:
             raise ValueError(
                 f"alignment: {self.alignment} makes new heads; {self.model_name_or_path} has its own. Give two towers "
                 "instead of it, or unset alignment."
             )
+        if self.model_name_or_path is not None:
+            names = [f"{tower}_model_{what}" for tower in ("vision", "text") for what in ("name_or_path", "revision")]
+            refuse(self, [*names, *NEW_MODEL_FIELDS], f"{self.model_name_or_path} is already trained")

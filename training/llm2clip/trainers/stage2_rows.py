@@ -13,9 +13,10 @@ from transformers import AutoTokenizer, BaseImageProcessor, EvalPrediction, PreT
 
 from llm2clip.data import CaptionImageDataset, EvalTransform, TrainTransform
 from llm2clip.evaluation.metrics import retrieval_metrics
-from llm2clip.trainers.base_config import defaults_of, require_prefixes
+from llm2clip.trainers.base_config import require_prefixes
 from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.trainers.stored_rows import StoredPairsDataset
+from llm2clip.utils.settings import refuse
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPProcessor
 from modeling_llm2clip.modeling_llm2clip_heads import LLM2CLIPTextAdapter
 
@@ -90,7 +91,6 @@ def with_images(dataset: Any) -> CaptionImageDataset | None:
 
 def refuse_useless(args: Stage2Config, dataset: Any) -> None:
     """Raise a ValueError if a setting would change nothing with a data set."""
-    defaults = defaults_of(args)
     maker = getattr(dataset, "make_sample", None)
     if maker is not None and maker.eval_transform is not None:
         crops = maker.train_transform
@@ -104,43 +104,27 @@ def refuse_useless(args: Stage2Config, dataset: Any) -> None:
             "caption_column": columns.captions[0],
         }
         for name, value in made_with.items():
-            if (given := getattr(args, name)) not in (defaults[name], value):
-                raise ValueError(
-                    f"{name} is {given}, but train_dataset was made with {value}; give it to the data set instead."
-                )
+            if getattr(args, name) != value:
+                refuse(args, [name], f"train_dataset was made with {value}: give it to the data set")
     stored = (args.freeze_vision == "all" and args.feature_views == 1) or args.frozen_states_dir
-    if stored and with_images(dataset) is not None and args.crop_scale not in (defaults["crop_scale"], [1.0, 1.0]):
-        raise ValueError(f"crop_scale is {args.crop_scale}, but images are stored without crops; see feature_views.")
+    if stored and with_images(dataset) is not None and args.crop_scale != [1.0, 1.0]:
+        refuse(args, ["crop_scale"], "images are stored without crops, see feature_views")
     if dataset is None or with_images(dataset) is not None or isinstance(dataset, StoredPairsDataset):
         return
-    for name in STORING:
-        if getattr(args, name) not in (defaults[name], False):
-            raise ValueError(
-                f"{name} needs a train_dataset whose images can be stored: a datasets.Dataset with the columns "
-                f"{args.image_column} and {args.caption_column}, or a CaptionImageDataset."
-            )
+    columns = f"{args.image_column} and {args.caption_column}"
+    what = f"images of a datasets.Dataset with the columns {columns}, or a CaptionImageDataset"
+    refuse(args, STORING, f"only the {what} as train_dataset can be stored")
 
 
-def refuse_unfit(args: Stage2Config, config: LLM2CLIPConfig, has_bias: bool, has_own_loss: bool) -> None:
-    """Raise a ValueError if a setting does not fit the model that is trained.
-
-    Args:
-        config: The model's.
-        has_bias: It has a logit bias.
-        has_own_loss: The loss is computed by `compute_loss_func`.
-    """
+def refuse_unfit(args: Stage2Config, config: LLM2CLIPConfig, has_bias: bool) -> None:
+    """Raise a ValueError if a setting does not fit the model that is trained, of this config, with a logit bias."""
     width = config.projection_dim
     require_prefixes(args.matryoshka_dims, width)
-    if args.text_losses != "both" and len(config.text_config.halves()) == 1:
-        raise ValueError(f"text_losses is {args.text_losses}, but the model has one text encoder; leave it unset.")
-    closed = "alignment" in args.warm_start or args.alignment != "train"
-    if args.projection_dim not in (None, width) and not closed:
-        raise ValueError(
-            f"projection_dim is {args.projection_dim}, but the model has {width}: it is a setting of a new model."
-        )
-    if has_own_loss and args.loss != "softmax":
-        raise ValueError(f"loss is {args.loss}, but compute_loss_func computes it; leave one of them unset.")
-    if has_bias != (args.loss == "sigmoid") and not has_own_loss:
+    if len(config.text_config.halves()) == 1:
+        refuse(args, ["text_losses"], "the model has one text encoder")
+    if args.projection_dim != width and "alignment" not in args.warm_start and args.alignment == "train":
+        refuse(args, ["projection_dim"], f"the model has {width}: it is a setting of a new model")
+    if has_bias != (args.loss == "sigmoid"):
         raise ValueError(
             f"loss is {args.loss}, but the model has {'a' if has_bias else 'no'} logit bias; give "
             "logit_bias_init_value to a new model."

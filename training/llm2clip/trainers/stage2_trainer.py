@@ -43,7 +43,7 @@ from llm2clip.losses.matches import NoPairsError
 from llm2clip.store import EmbeddingCache
 from llm2clip.store.manifest import refuse_other_encoder
 from llm2clip.trainers.alignment import align, freeze_maps, set_heads, take_space
-from llm2clip.trainers.base_config import defaults_of, refuse_unfollowed
+from llm2clip.trainers.base_config import refuse_unfollowed
 from llm2clip.trainers.base_trainer import StageTrainer
 from llm2clip.trainers.bundling import bundle_text_model
 from llm2clip.trainers.distillation_terms import Terms, proclip_terms, relational_terms
@@ -80,6 +80,7 @@ from llm2clip.trainers.weight_average import WeightAverage
 from llm2clip.utils.attention_probe import verify_on_main_process
 from llm2clip.utils.files import digest_json
 from llm2clip.utils.processes import run_while_others_wait
+from llm2clip.utils.settings import refuse
 from llm2clip.utils.vision_identity import preprocessing
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.modeling_llm2clip_utils import OWN_TEXT_MODEL, TEXT_MODEL, unit_features
@@ -182,10 +183,10 @@ class Stage2Trainer(StageTrainer):
         is_ours = isinstance(self.train_dataset, EpochDataset | SampleStream)
         refuse_unfollowed(args, self.data_collator, COLLATED[:1] if is_ours else COLLATED)
         model = self.unwrapped()
-        refuse_unfit(args, model.config, model.logit_bias is not None, self.compute_loss_func is not None)
-        groups = [name for name in GROUP_SETTINGS if getattr(args, name) != defaults_of(args)[name]]
-        if self.optimizer is not None and groups:
-            raise ValueError(f"{', '.join(groups)} are not for an optimizer that you have made (optimizers=).")
+        # A loss of the caller's may have a bias, or none.
+        refuse_unfit(args, model.config, self.compute_loss_func is None and model.logit_bias is not None)
+        if self.optimizer is not None:
+            refuse(args, GROUP_SETTINGS, "you have made the optimizer (optimizers=)")
 
     def prepare_model(self, model: nn.Module) -> None:
         processor = self.image_processor
@@ -386,6 +387,8 @@ class Stage2Trainer(StageTrainer):
         ids = {name: inputs.pop(name, None) for name in ("caption_ids", "image_caption_ids")}
         if self.args.shared_captions == "separate":
             ids = {}
+        elif ids["caption_ids"] is None and not is_empty:
+            raise ValueError("shared_captions is positive, but the rows have no caption_id to say which share one.")
         if "teacher_embeds" in inputs:
             return self._taught(model, inputs)
         if self.args.freeze_vision == "all":

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from llm2clip.trainers.base_config import StageConfig
-from llm2clip.utils.settings import setting
+from llm2clip.utils.settings import refuse, setting
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -61,6 +61,14 @@ class LoraSettings:
     )
 
 
+def require_lora(config: Any) -> None:
+    """Raise ValueError if settings of LoRA are given without it, or the rank is negative."""
+    if config.lora_rank < 0:
+        raise ValueError(f"lora_rank must be at least 0, but is {config.lora_rank}.")
+    if config.lora_rank == 0:
+        refuse(config, [field.name for field in fields(LoraSettings)], "it needs lora_rank above 0")
+
+
 @dataclass
 class TextTowerConfig(LoraSettings, StageConfig):
     """Settings of the Trainers that train a text tower with LoRA.
@@ -74,7 +82,5 @@ class TextTowerConfig(LoraSettings, StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.save_format == "adapter" and self.lora_rank == 0:
-            raise ValueError("save_format adapter needs LoRA, but lora_rank is 0.")
-        if self.label_smoothing_factor:
-            raise ValueError("the losses of this stage have no label smoothing; leave label_smoothing_factor unset.")
+        require_lora(self)
+        refuse(self, ["label_smoothing_factor"], "the losses of this stage have none")

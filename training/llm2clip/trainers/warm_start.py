@@ -5,21 +5,19 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
 from accelerate.state import AcceleratorState
 
 from llm2clip.trainers.alignment import set_heads
-from llm2clip.trainers.base_config import defaults_of
 from llm2clip.trainers.base_trainer import StageTrainer
 from llm2clip.trainers.run_context import RunContext
 from llm2clip.trainers.saving import load_weights
-from llm2clip.trainers.stage2_config import NOT_OF_TEXTS, TRAINING_FIELDS, Stage2Config
+from llm2clip.trainers.stage2_config import NEW_MODEL_FIELDS, NOT_OF_TEXTS, TRAINING_FIELDS, Stage2Config
 from llm2clip.trainers.text_tower_config import LoraSettings
 from llm2clip.utils.files import read_json, write_json
-from llm2clip.utils.settings import change_config
+from llm2clip.utils.settings import change_config, defaults_of
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel
 
 logger = logging.getLogger(__name__)
@@ -39,7 +37,8 @@ def first_part(config: Stage2Config) -> Stage2Config:
     this way.
 
     Raises:
-        ValueError: `warm_start` has a field that the config does not have, or a value that does not fit.
+        ValueError: `warm_start` has a field that the config does not have, or that is one of the whole run, or a value
+            that does not fit.
     """
     fixed = {
         "output_dir": str(Path(config.output_dir) / WARM_START),
@@ -55,23 +54,28 @@ def first_part(config: Stage2Config) -> Stage2Config:
         "learning_rate": WARM_START_RATE * config.learning_rate,
         "vision_learning_rate": None,
         "text_learning_rate": None,
+        "vision_layer_decay": 1.0,  # no layer trains
     }
-    given = {name: value for name, value in config.warm_start.items() if name not in fixed}
+    given, defaults = config.warm_start, defaults_of(config)
+    # Data and towers are opened once, for both parts.
+    shared = {*fixed, *(defaults.keys() - defaults_of(Stage2Config).keys() - {*NEW_MODEL_FIELDS})}
+    if whole := [name for name in given if name in shared]:
+        raise ValueError(f"warm_start has {whole[0]}, but takes that from the run, or has one value; leave it out.")
     if "num_train_epochs" in given:
         rates |= {"max_steps": -1}
-    # What is for a tower that trains, and an LLM that does.
-    lora = ("lora_rank", *(field.name for field in fields(LoraSettings)))
-    rates |= {"patch_dropout": None, **{name: defaults_of(config)[name] for name in lora}}
+    if "eval_strategy" in given:
+        rates |= {"eval_steps": None}
+    # What is for a tower that trains, and an LLM that does; and what keeps the vision side near itself.
+    unused = {"patch_dropout", "lora_rank", *defaults_of(LoraSettings), "text_model_dtype", "neftune_noise_alpha"}
+    unused |= {"distill_weight", "structure_weight"}
     if given.get("feature_views", config.feature_views) == 1:
-        rates |= {"crop_scale": defaults_of(config)["crop_scale"]}
-    # What keeps the vision side near itself is for the second part.
-    unused: tuple[str, ...] = ("distill_weight", "structure_weight")
+        unused |= {"crop_scale"}
     if given.get("alignment") == "closed_form":
         # Which settings of training do not concern.
-        unused = TRAINING_FIELDS
+        unused |= {*TRAINING_FIELDS}
     elif given.get("distill_from"):
-        unused = NOT_OF_TEXTS
-    rates |= {name: value for name, value in defaults_of(config).items() if name in unused}
+        unused |= {*NOT_OF_TEXTS}
+    rates |= {name: value for name, value in defaults.items() if name in unused}
     return change_config(config, {**rates, **given, **fixed}, "warm_start")
 
 

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from llm2clip.trainers.base_config import StageConfig
 from llm2clip.trainers.sharding import is_sharded
 from llm2clip.trainers.step_guard import require_finite
+from llm2clip.utils.settings import refuse
 from modeling_llm2clip.modeling_llm2clip_utils import apply_umask
 
 logger = logging.getLogger(__name__)
@@ -160,8 +161,5 @@ def average_of(args: StageConfig, accelerator: Accelerator, model: Callable[[], 
     if args.ema_half_life is None:
         return None
     if is_sharded(accelerator):
-        raise ValueError(
-            "ema_half_life does not work with FSDP or DeepSpeed, which give no process the whole weights; train "
-            "with DDP, or leave it unset."
-        )
+        refuse(args, ["ema_half_life"], "FSDP and DeepSpeed give no process the whole weights, as DDP does")
     return WeightAverage(model, args.ema_half_life, args.resume_anyway)

@@ -76,6 +76,12 @@ class Repo:
         raise ValueError(f"{self.name} is not {wanted}: it contains {contents}. {hint}")
 
 
+def refuse_revision(name: str | Path, revision: Any) -> None:
+    """Raise ValueError if a revision is given for a folder, which has none."""
+    if revision is not None and Path(name).is_dir():
+        raise ValueError(f"revision {revision} is given, but {name} is a folder, not a Hub id; leave it out.")
+
+
 def inspect_repo(name: str | Path, revision: str | None = None, **hub_arguments: Any) -> Repo:
     """Read the config files of a repository or folder.
 
@@ -86,7 +92,9 @@ def inspect_repo(name: str | Path, revision: str | None = None, **hub_arguments:
 
     Raises:
         OSError: There is no such repository, or it contains neither config.json nor adapter_config.json.
+        ValueError: A revision of a folder is given.
     """
+    refuse_revision(name, revision)
     name = str(name)
     _, root, inside = find_text_model(name)
     options = {"revision": revision, **inside, **hub_arguments}

@@ -205,6 +205,24 @@ def require(config: Any, names: Sequence[str], output_dir: bool = True) -> None:
         raise ValueError(f"{type(config).__name__} needs {', '.join(missing)}; set them in the recipe or as options.")
 
 
+def defaults_of(config: Any) -> dict[str, Any]:
+    """Return the default of each setting of a dataclass."""
+    return {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(config)
+    }
+
+
+def refuse(config: Any, names: Iterable[str], why: str) -> None:
+    """Raise ValueError if one of these settings of a dataclass is given, of which `why` says that it has no use."""
+    defaults = defaults_of(config)
+    values = {name: getattr(config, name) for name in names if name in defaults}
+    given = [name for name, value in values.items() if value is not None and value != defaults[name]]
+    if given:
+        shown = " and ".join(f"{name} is {str(values[name])[:MAX_SHOWN]}" for name in given)
+        raise ValueError(f"{shown}, but {why}; leave {'it' if len(given) == 1 else 'them'} unset.")
+
+
 def check_choices(config: Any) -> None:
     """Raise ValueError if a `Literal` field of a settings dataclass has another value; for its `__post_init__`."""
     for name, hint in typing.get_type_hints(type(config)).items():

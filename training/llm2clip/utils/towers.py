@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from llm2clip.utils.attention_probe import verify_text_tower
 from llm2clip.utils.embedding_models import embedding_fields, read_embedding_model, with_lower_case
 from llm2clip.utils.manifests import refuse_changed_model
-from llm2clip.utils.repos import OUR_MODELS, inspect_repo
+from llm2clip.utils.repos import OUR_MODELS, inspect_repo, refuse_revision
 from modeling_llm2clip import (
     LLM2CLIPConfig,
     LLM2CLIPPairTokenizer,
@@ -141,6 +141,7 @@ def describe_text_tower(
     """
     if not isinstance(name, str):
         return pair_description(*(describe_text_tower(*half, **prompt) for half in each_of_pair(name, revision)))
+    refuse_revision(name, revision)
     tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision)
     config = AutoConfig.from_pretrained(name, revision=revision)
     if config.model_type in (LLM2CLIPConfig.model_type, LLM2CLIPTextConfig.model_type):
