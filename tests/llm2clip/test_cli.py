@@ -115,6 +115,7 @@ def test_top_level_help_lists_the_commands(capsys: Capsys) -> None:
         (["evaluate", "x", "--task", "guessing", "--benchmark", "y"], "one of retrieval, caption_retrieval"),
         (["evaluate", "/no/such/folder", "--benchmark", small_runs.CONCEPTS], "there is no such folder"),
         (["embed"], "EmbedConfig needs output_dir, text_model_name_or_path, sources"),
+        (["evaluate", "x", "--benchmark", "docci", "--benchmark", "coco"], "--benchmark is given twice"),
         (["convert", "a", "b", "two words"], "the argument 'two words' is one too many"),
     ],
 )

@@ -26,6 +26,15 @@ MAX_COLUMN = 38
 MIN_WIDTH, MAX_WIDTH = 40, 120
 
 
+class _Once(argparse.Action):
+    """Several values after one option; the option again would replace them."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if self.dest in namespace:
+            parser.error(f"{option_string} is given twice; give all values after one: {option_string} A B.")
+        setattr(namespace, self.dest, values)
+
+
 class OptionParser(argparse.ArgumentParser):
     """A parser that has one option per field, and raises `ValueError` for a mistake.
 
@@ -39,7 +48,7 @@ class OptionParser(argparse.ArgumentParser):
             if field.init and field.name not in skip:
                 hint = self.fields[field.name]
                 nargs: dict[str, Any] = {"nargs": "?", "const": "true"} if allows(hint, bool) else {}
-                nargs = {"nargs": "+"} if allows(hint, list) else nargs
+                nargs = {"nargs": "+", "action": _Once} if allows(hint, list) else nargs
                 self.add_argument(option(field.name), dest=field.name, default=argparse.SUPPRESS, **nargs)
 
     def error(self, message: str) -> NoReturn:
