@@ -108,7 +108,7 @@ def test_microsoft_eva_folder_prefers_the_pt_file_with_the_adapter(tmp_path: Pat
     folder.mkdir()
     save_file(checkpoints.microsoft_eva_names(checkpoints.ours(EVA)), folder / "model.safetensors")
     write_config(folder / "config.json", {"model_type": "clip", "projection_dim": 32})
-    convert(folder, tmp_path / "vision", *eva_options)
+    convert(folder, tmp_path / "vision", *eva_options[:2])
     model = LLM2CLIPVisionModelWithProjection.from_pretrained(tmp_path / "vision").eval()
     with torch.no_grad():
         embeds = torch.nn.functional.normalize(model(EVA["in/pixel_values"]).pooler_output, dim=-1)

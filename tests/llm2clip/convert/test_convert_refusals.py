@@ -97,8 +97,13 @@ def test_what_does_not_fit_a_checkpoint_is_refused(tmp_path: Path, eva_options: 
         ("give their LLM with --text-model", *config),
         (f"expects embeddings of width 24, but {narrow} has width 32", *config, "--text-model", str(narrow)),
         ("have shapes that differ from its config", "--model-config", str(tmp_path / "c.json"), *eva_options[2:]),
+        ("projection_dim is 8, but .* has a projection", *eva_options, "--projection-dim", "8"),
+        ("prompt_name is x, but .* is no LLM", *eva_options, "--prompt-name", "x"),
+        ("text_model_revision is v2, but it is that of a text_model", *config, "--text-model-revision", "v2"),
+        ("image_size is 56, but the original format", "--to", "original", "--image-size", "56"),
     ):
         refused(message, source, tmp_path / "out", *options)
+    refused("reset_heads is True, but .* is an LLM", str(narrow), tmp_path / "out", "--reset-heads")
     assert not (tmp_path / "out").exists()
 
 

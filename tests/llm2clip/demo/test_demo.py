@@ -75,6 +75,9 @@ def test_mistakes_are_found_before_libraries_are_imported(tmp_path: Path) -> Non
         "there is no index in /no/such": ["demo", "--index", "/no/such"],
         "index is a and data is b": ["demo", "--index", "a", "--data", "b"],
         "compare is a, but a Space has one model": ["demo", "--write-space", "space", "--compare", "a"],
+        "host is 0.0.0.0, but a Space has": ["demo", "--write-space", "space", "--host", "0.0.0.0"],
+        "overwrite is True, but only --write-space": ["demo", "--overwrite"],
+        "split is train, but it is for --data": ["demo", "--split", "train"],
         "max_upload_mb must be at least 1": ["demo", "--max-upload-mb", "0"],
     }
     assert_found_early(mistakes, tmp_path)

@@ -97,7 +97,8 @@ def test_a_broken_or_missing_file_stops_a_run(tiny: Path) -> None:
         (["--benchmark", "urban1k"], "benchmark needs data, the folder of the files: --data ./data"),
         (["--data", "somewhere"], "name them with --benchmark"),
         (["mine", "--benchmark", "urban1k", "--data", "."], "not both"),
-        (["--benchmark", "urban1k", "--data", ".", "--split", "test"], "split is for a SOURCE"),
+        (["--benchmark", "urban1k", "--data", ".", "--split", "test"], "split is test, but it is for a SOURCE"),
+        (["--benchmark", "urban1k", "--data", ".", "--on-error", "skip"], "on_error is skip, but it is for a SOURCE"),
     ],
 )
 def test_settings_that_contradict_each_other(

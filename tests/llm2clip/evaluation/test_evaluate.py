@@ -152,7 +152,7 @@ def errors(place: Path) -> dict[str, tuple[list[str], str]]:
         "nothing": ([model, *data], "evaluate needs a model and what to measure"),
         "format": ([*whole, "--text-format", "upper"], "has to be one of raw, lower, albef, blip, flair, long-clip"),
         "batch": ([*whole, "--batch-size", "0"], "batch_size must be at least 1, not 0"),
-        **{name: ([*whole, f"--{name}", value], f"--{name} is for your own data by path, but none of strange is")
+        **{name: ([*whole, f"--{name}", value], "but none of strange is your own data by path")
            for name, value in of_own.items()},
         "one column": ([*captions, "--query-column", "a"], "query_column and target_column go together"),
         "rows": ([*captions, "--positives", "rows"], "in caption_retrieval equal texts are one query, and one target"),

@@ -135,8 +135,17 @@ def test_sources_are_measured_as_paths_are(place: Path, tmp_path: Path) -> None:
     assert by_pairs.protocol["id"] == "caption-retrieval"
     with pytest.raises(ValueError, match=r"two sources are called .*, as their results would be: use two calls"):
         evaluate(model, [source(own), sources[0]])
-    with pytest.raises(ValueError, match="--split is for your own data by path, but none of"):
+    with pytest.raises(ValueError, match="split is test, but none of"):
         evaluate(model, sources, split="test")
+
+
+def test_fields_that_only_training_follows_are_refused(place: Path) -> None:
+    path = str(place / "own.parquet")
+    with pytest.raises(ValueError, match=r"caption_weights is .*, but .* is read without it here"):
+        RetrievalData.from_source(CaptionSource(path, caption_weights=[1.0]))
+    source = PairSource(path, anchor_column="a", positive_column="b", instruction="Find it: ")
+    with pytest.raises(ValueError, match="instruction is Find it: , but"):
+        CaptionPairData.from_source(source)
 
 
 def test_images_that_cannot_be_read_end_a_run_or_are_skipped_and_counted(

@@ -206,9 +206,12 @@ def test_wrong_settings_are_refused_before_anything_is_written(tmp_path: Path, r
     (tmp_path / "results.json").write_text("{}")
     refused("give a model and a destination", *command[:2])
     refused("it contains model_type 'eva02_vision_model'", "build", tmp_path / "vision", out)
+    refused("bundle_text_model is True, but", "build", tmp_path / "llm", out, "--bundle-text-model", "true")
+    refused("llm has no adapter", "build", tmp_path / "llm", out, "--merge-adapter", "false")
+    refused("revision v2 is given, but", *command, "--revision", "v2")
     for words, *options in (
         ("which others cannot load; bundle it", "--bundle-text-model", "false"),
-        ("drop one", "--bundle-text-model", "true", "--text-model", "someone/llm"),
+        ("text_model leaves the LLM out", "--bundle-text-model", "true", "--text-model", "someone/llm"),
         ("text_model './llm' is not a Hub id (OWNER/NAME)", "--text-model", "./llm"),
         ("The image 'nowhere.jpg' cannot be used", "--example-image", "nowhere.jpg"),
         ("is not a result of schema version 1", "--results", tmp_path / "results.json"),

@@ -129,6 +129,7 @@ def test_models_and_settings_that_cannot_be_exported_are_refused(tmp_path: Path,
         ("someone/model is not a folder; give a folder to write: --output-dir FOLDER", "someone/model"),
         ("dtype is 'int4', but it has to be one of float32, float16, int8", clip, "--dtype", "int4"),
         ("parts is ['audio']; choose vision, text or both", clip, "--parts", "audio"),
+        ("text_encoder is query, but no text graph", clip, "--parts", "vision", "--text-encoder", "query"),
         ("the layout immich has a folder of its own", clip, "--layout", "immich"),
         ("llm2clip export-onnx did not write it", clip, "--output_dir", clip, "--overwrite"),
     ):

@@ -293,8 +293,10 @@ def test_kinds_and_settings_that_do_not_fit_are_refused_by_name(
     refused(f"{tower} is not an LLM2CLIP model.*{second} is an LLM2CLIP model", tower, second, tmp_path)
     refused(f"{llm} is not an LLM2CLIP model or a text tower.*B gives the result", first, llm, tmp_path)
     refused("vision has no text adapter", tmp_path / "vision", second, tmp_path, parts="all")
-    refused("parts and embedding_cache are for LLM2CLIP models", llm, tower, tmp_path, parts="vision")
+    refused("parts is vision, but .* is a text tower", llm, tower, tmp_path, parts="vision")
     refused(r"alpha is \[1\.5\], but every share of B has to be from 0 \(A\) to 1", first, second, tmp_path, alpha=1.5)
+    refused("batch_size is 3, but without eval_source nothing is measured", first, second, tmp_path, batch_size=3)
+    refused("query_column and target_column go together", llm, tower, tmp_path, eval_source="x", query_column="a")
     refused("several alphas need eval_source", first, second, tmp_path, alpha=[0, 1])
     save_text_tower(tiny.text_model(pooling="last_token"), tiny.processor().tokenizer, tmp_path / "other")
     message = r"other and .*tower cannot be merged: their settings differ \(pooling: last_token and mean\)"

@@ -21,8 +21,10 @@ from llm2clip.evaluation.protocols.caption_retrieval import caption_pair_metrics
 from llm2clip.evaluation.session import Session
 from llm2clip.hub.cards.card import read_card, validate_card
 from llm2clip.quickstart import text_steps
+from llm2clip.quickstart.config import QuickstartConfig
 from llm2clip.quickstart.data import LANGUAGES, OTHER_LANGUAGES, QuickstartData
-from llm2clip.quickstart.image_steps import BEST_BY
+from llm2clip.quickstart.image_steps import BEST_BY, stage2_config
+from llm2clip.quickstart.run_context import RunContext
 from llm2clip.trainers.text_tower_trainer import TextTowerTrainer
 from modeling_llm2clip import LLM2CLIPTextModel
 from tests.builders import embedding_models, small_runs
@@ -188,6 +190,15 @@ def test_an_embedding_model_needs_no_stage_1(options: dict[str, Any], tmp_path: 
     assert "stage1" not in results["seconds"]
     assert list(results["image_retrieval"])[:2] == ["bert", "  German, bert"]
     assert (folder / "report.html").is_file()
+
+
+@pytest.mark.parametrize(("part", "name"), [("stage1", "output_dir"), ("stage2", "freeze_vision")])
+def test_a_profile_sets_nothing_that_the_quickstart_sets(part: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({part: {name: "none"}}))
+    run = RunContext(QuickstartConfig(str(tmp_path), profile=str(tmp_path / "own.yaml")))
+    run.weights = dict.fromkeys(("vision_model", "embedding_model"), str(tmp_path))
+    with pytest.raises(ValueError, match=f"{part} of the profile sets {name}, which the quickstart sets itself"):
+        stage2_config(run, run.arms[-1]) if part == "stage2" else text_steps._stage1(run, False)
 
 
 def test_missing_splits_are_held_out_and_a_single_caption_column_gives_no_pairs(tmp_path: Path) -> None:

@@ -136,8 +136,10 @@ def test_metadata_columns_that_cannot_be_stored_are_refused(pictures: Path, mode
         with pytest.raises(ValueError, match=f"{column}.*{reason}"):
             index(path, model[0], tmp_path / "index", metadata_columns=[column])
     for name in ("metadata_columns", "caption_columns"):
-        with pytest.raises(ValueError, match=rf"{name} is licence, but .* is a folder of image files"):
+        with pytest.raises(ValueError, match=rf"{name} is .*licence.*, but .* is a folder of image files"):
             index(pictures, model[0], tmp_path / "index", **{name: ["licence"]})
+    with pytest.raises(ValueError, match=r"split is test, but .* is a folder of image files"):
+        index(pictures, model[0], tmp_path / "index", split="test")
 
 
 def test_a_model_with_broken_embeddings_ends_with_one_error_and_skips_nothing(
@@ -232,7 +234,7 @@ POSTGRES = {"postgres": "postgresql:///images"}
     ("settings", "message"),
     [
         ({"table": "index"}, "no database is given: add --postgres URL"),
-        ({"index_type": "hnsw"}, "an index in a folder has one of auto, flat, ivf_rq, faiss"),
+        ({"index_type": "hnsw"}, "such an index has one of auto, flat, ivf_rq, faiss"),
         ({"index_type": "flat", "precision": "binary"}, "precision is binary, .* flat does not use it"),
         ({"index_type": "flat", "cells": 7}, "an index of the type flat does not use it"),
         ({"ef_search": 50}, "an index of the type ivf_rq does not use it"),

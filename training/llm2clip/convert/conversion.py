@@ -22,11 +22,18 @@ from llm2clip.utils.folders import atomic_folder, refuse_existing, refuse_nested
 from llm2clip.utils.library_errors import wrap_read_errors
 from llm2clip.utils.manifests import refuse_damaged
 from llm2clip.utils.repos import RepoKind, hub_ids, inspect_repo
-from llm2clip.utils.settings import build_config
+from llm2clip.utils.settings import build_config, refuse
 from llm2clip.utils.towers import describe_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 
 logger = logging.getLogger(__name__)
+
+# Settings by what is converted.
+OF_LLMS = ("adapters", "prompt_name")
+OF_TOWERS = (
+    *("model_config", "text_model", "image_size", "projection_dim", "quick_gelu"),
+    *("reset_heads", "initializer", "seed"),
+)
 
 
 def convert_checkpoint(source: str | Path, destination: str | Path, **settings: Any) -> dict[str, Any]:
@@ -54,7 +61,10 @@ def run(config: ConvertConfig) -> dict[str, Any]:
     if not config.source or not config.destination:
         raise ValueError("give a source and a destination: llm2clip convert SOURCE DESTINATION")
     destination = Path(config.destination)
+    if config.text_model is None:
+        refuse(config, ["text_model_revision"], "it is that of a text_model")
     if config.to == "original":
+        refuse(config, [*OF_LLMS, *OF_TOWERS], "the original format is written of the model as it is")
         return _to_original(config, destination)
     for needed in (config.source, config.text_model, config.model_config, *config.adapters):
         if needed is not None:
@@ -63,9 +73,11 @@ def run(config: ConvertConfig) -> dict[str, Any]:
     checkpoint = open_checkpoint(config.source)
     with atomic_folder(destination, "convert", config.overwrite) as folder:
         if contains_decoder(checkpoint):
+            refuse(config, OF_TOWERS, f"{config.source} is an LLM")
             result = convert_text_tower(checkpoint, folder, config.source, config.adapters, config.prompt_name)
             task, made_from = TEXT_TASK, config.adapters
         else:
+            refuse(config, OF_LLMS, f"{config.source} is no LLM")
             plan = _convert_joint(checkpoint, folder, config)
             result = {"recognized": plan.recognized, "tensors": len(plan.tensors)}
             task = JOINT_TASK if plan.model_class is LLM2CLIPModel else VISION_TASK

@@ -17,6 +17,7 @@ from llm2clip.convert.renaming import Layout, Rule, linears, unchanged
 from llm2clip.convert.vision_towers import TowerKind, config_of_shapes, find_tower
 from llm2clip.utils.files import read_json
 from llm2clip.utils.library_errors import wrap_read_errors
+from llm2clip.utils.settings import refuse
 from llm2clip.utils.towers import describe_text_tower
 from modeling_llm2clip import (
     EVA02VisionConfig,
@@ -53,6 +54,8 @@ def plan_joint(checkpoint: Checkpoint, settings: ConvertConfig) -> JointPlan:
             config, renames = LLM2CLIPConfig.from_dict(checkpoint.config), [(name, name) for name in checkpoint]
             recognized = "an LLM2CLIP model of this package"
             plan = JointPlan(recognized, config, LLM2CLIPModel, dict(checkpoint), renames, [])
+            names = ("model_config", "text_model", "projection_dim", "quick_gelu")
+            refuse(settings, names, f"{checkpoint.path} is {recognized}")
         else:
             plan = _foreign_plan(checkpoint, settings, known)
         if isinstance(plan.config, LLM2CLIPConfig):
@@ -99,15 +102,19 @@ def _foreign_plan(checkpoint: Checkpoint, settings: ConvertConfig, known: LLM2CL
     plan = JointPlan("", config, model_class, renamed.tensors, renamed.renames, renamed.dropped)
     if any(name.startswith(ADAPTER_PART) for name in plan.tensors):
         plan.recognized = f"an LLM2CLIP model: {kind.name}, text adapter"
+        refuse(settings, ["projection_dim"], f"{checkpoint.path} has a projection")
         _as_llm2clip(plan, known, settings)
     elif kind.layout is HUB_EVA02:
         plan.recognized = f"the vision half of an LLM2CLIP model: {kind.name}, without text adapter"
+        refuse(settings, ["text_model", "projection_dim"], f"{checkpoint.path} is {plan.recognized}")
         _as_vision_half(plan)
     elif settings.text_model is not None:
         plan.recognized = f"a plain CLIP: {kind.name}, the initial model of stage 2"
         _as_start(plan, settings.text_model, settings)
     else:
         plan.recognized = f"a plain vision tower: {kind.name}"
+        names = ("projection_dim", "reset_heads", "initializer", "seed")
+        refuse(settings, names, "without text_model there is no head")
         _as_tower(plan)
     return plan
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 from llm2clip.search.search import check_places
 from llm2clip.utils.logs import printable, quiet_libraries
 from llm2clip.utils.model_places import require_model_place
-from llm2clip.utils.settings import setting
+from llm2clip.utils.settings import defaults_of, refuse, setting
 
 if TYPE_CHECKING:
     from llm2clip.demo.gallery import Gallery
@@ -68,9 +68,13 @@ class DemoConfig:
             raise ValueError(f"max_upload_mb must be at least 1, not {self.max_upload_mb}.")
         if self.index and self.data:
             raise ValueError(f"index is {self.index} and data is {self.data}: an index has its images, so give one.")
-        for name in ("index", "data", "compare"):
-            if self.write_space and getattr(self, name):
-                raise ValueError(f"{name} is {getattr(self, name)}, but a Space has one model and the bundled images.")
+        if self.write_space:
+            others = defaults_of(self).keys() - {"model", "write_space", "overwrite"}
+            refuse(self, sorted(others), "a Space has one model, the bundled images and an address of its own")
+        else:
+            refuse(self, ["overwrite"], "only --write-space writes a folder")
+        if not self.data:
+            refuse(self, ["split", "caption_column"], "it is for --data")
 
 
 def run(config: DemoConfig) -> dict[str, Any]:
@@ -166,14 +170,17 @@ def _temporary_files() -> Iterator[Path]:
 
 def open_images(config: DemoConfig) -> Items:
     """Open the images that the settings select."""
-    from llm2clip.search.table_items import open_items
+    from llm2clip.search.table_items import FolderImages, open_items
 
     path = config.data or str(resources.files("llm2clip.example_data") / "concepts" / "test.parquet")
     root = Path(path).expanduser()
     # Metadata files contain the captions of a folder of images, which `datasets` reads.
     kind = "dataset" if any(root.glob("metadata.*")) or any(root.glob("*/metadata.*")) else "auto"
     captions = [] if config.caption_column is None else [config.caption_column]
-    return open_items(path, [Path(config.cache_dir)], kind, split=config.split, caption_columns=captions)
+    items = open_items(path, [Path(config.cache_dir)], kind, split=config.split, caption_columns=captions)
+    if isinstance(items, FolderImages):
+        refuse(config, ["split", "caption_column"], f"{path} is a folder of image files without metadata")
+    return items
 
 
 class _PrintableStream:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,14 @@ from llm2clip.evaluation.data import BenchmarkData, DataPart
 from llm2clip.utils.files import write_json
 from llm2clip.utils.processes import worker_count
 from llm2clip.utils.progress import ProgressBar
-from llm2clip.utils.settings import check_choices, setting
+from llm2clip.utils.settings import check_choices, refuse, setting
 from llm2clip.utils.tables import print_table
 from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS, DamagedImageError
 
 # Settings of a source that mean nothing for a published set.
 OF_SOURCES = (
     "name", "split", "revision", "image_column", "caption_columns", "key_column", "streaming", "max_samples",
-    "other_splits",
+    "other_splits", "on_error",
 )  # fmt: skip
 
 
@@ -52,8 +52,7 @@ class CheckConfig(check_data.CheckDataConfig):
 
     def __post_init__(self) -> None:
         if not self.benchmark:
-            if self.data is not None:
-                raise ValueError("data is the folder of published sets; name them with --benchmark.")
+            refuse(self, ["data"], "it is the folder of published sets: name them with --benchmark")
             super().__post_init__()
             return
         check_choices(self)
@@ -61,10 +60,7 @@ class CheckConfig(check_data.CheckDataConfig):
             raise ValueError("give either SOURCE or benchmark, not both.")
         if self.data is None:
             raise ValueError("benchmark needs data, the folder of the files: --data ./data")
-        defaults = {field.name: field.default for field in fields(check_data.CheckDataConfig)}
-        given = [name for name in OF_SOURCES if getattr(self, name) not in (defaults[name], [])]
-        if given:
-            raise ValueError(f"{', '.join(given)} is for a SOURCE; a published set is read as it was published.")
+        refuse(self, OF_SOURCES, "it is for a SOURCE: a published set is read as it was published")
 
 
 def run(config: CheckConfig) -> None:

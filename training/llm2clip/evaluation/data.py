@@ -23,12 +23,17 @@ from llm2clip.data import (
     load_source,
 )
 from llm2clip.data.captioned_images import column_texts
-from llm2clip.data.sources import source_columns
+from llm2clip.data.sources import OF_TRAINING, source_columns
 from llm2clip.encoders.batches import ChosenImages, ContentSet, ImageList, TableImages
 from llm2clip.evaluation.benchmark import BenchmarkError
 from llm2clip.evaluation.prompts import prompts
 from llm2clip.utils.logs import shortened
 
+# Fields of sources by which training draws rows and texts.
+PAIRS_OF_TRAINING = (
+    *("negative_column", "group_column", "instruction", "instruction_table", "positive_instruction"),
+    *("random_negative", "symmetric"),
+)
 Positives = Literal["distinct", "rows"]
 
 
@@ -119,7 +124,7 @@ class RetrievalData:
             SourceError: The source cannot be read, or lacks a column.
             ValueError: No row has a caption.
         """
-        source = replace(source, streaming=False)
+        source = replace(source.without(OF_TRAINING), streaming=False)
         table = load_source(source)
         assert isinstance(table, datasets.Dataset)
         columns = source_columns(source, table)
@@ -265,7 +270,7 @@ class CaptionPairData:
 
         Equal texts, in whatever case and white space, are one query or one target.
         """
-        dataset = PairDataset(source)
+        dataset = PairDataset(source.without(PAIRS_OF_TRAINING))
         rows = [dataset[index] for index in range(len(dataset))]
         (queries, query_of), (targets, target_of) = (
             _distinct([row[name] for row in rows]) for name in ("anchor", "positive")

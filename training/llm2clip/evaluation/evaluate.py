@@ -36,7 +36,7 @@ from llm2clip.utils.model_places import OPEN_CLIP
 from llm2clip.utils.processes import on_main_process, process_state, worker_count
 from llm2clip.utils.progress import section
 from llm2clip.utils.repos import RepoKind, inspect_repo
-from llm2clip.utils.settings import build_config
+from llm2clip.utils.settings import build_config, refuse
 from llm2clip.utils.towers import open_text_tower
 
 logger = logging.getLogger(__name__)
@@ -244,11 +244,8 @@ def _choose(config: EvaluateConfig, given: Sequence[Any]) -> list[Benchmark]:
                 raise ValueError(f"two sources are called {benchmark.name}, as their results would be: use two calls.")
     # A source has all but the rule of what is right.
     followed = OF_OWN_DATA if by_path else ("positives",)[: any(isinstance(entry, CaptionSource) for entry in given)]
-    defaults = EvaluateConfig()
-    changed = [name for name in OF_OWN_DATA if settings[name] != getattr(defaults, name) and name not in followed]
-    if changed:
-        option = changed[0].replace("_", "-")
-        raise ValueError(f"--{option} is for your own data by path, but none of {', '.join(chosen)} is: leave it out.")
+    names = [name for name in OF_OWN_DATA if name not in followed]
+    refuse(config, names, f"none of {', '.join(chosen)} is your own data by path")
     return with_prompts(list(chosen.values()), config.templates, config.classnames)
 
 
@@ -327,12 +324,12 @@ def _require_writable_folders(
 
 def _open_encoder(config: EvaluateConfig, name: str, texts_alone: bool) -> Encoder:
     device = process_state().device
+    if config.embedding_cache is not None:
+        return open_stored_encoder(name, config.embedding_cache, config.revision, config.dtype, device)
     if texts_alone and not name.startswith(OPEN_CLIP) and ".py:" not in name:
         repo = inspect_repo(name, config.revision)
         if repo.kind in (RepoKind.OTHER, RepoKind.ADAPTER) and "vision_config" not in repo.config:
             llm: Any
             llm, tokenizer = open_text_tower(name, revision=config.revision, dtype=config.dtype)  # a plain LLM
             return OurEncoder(llm.to(device).eval(), tokenizer, name, config.revision)
-    if config.embedding_cache is not None:
-        return open_stored_encoder(name, config.embedding_cache, config.revision, config.dtype, device)
     return load_encoder(name, config.revision, config.dtype, device)

@@ -21,7 +21,7 @@ from llm2clip.utils.files import write_json
 from llm2clip.utils.folders import atomic_folder, refuse_existing, refuse_nested
 from llm2clip.utils.manifests import refuse_damaged, write_model_manifest
 from llm2clip.utils.repos import OUR_MODELS, RepoKind, inspect_repo, names_of, referred_folders
-from llm2clip.utils.settings import build_config
+from llm2clip.utils.settings import build_config, refuse
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPTextConfig, LLM2CLIPTextModel
 from modeling_llm2clip.query_encoder_llm2clip import FOLDER as QUERY_ENCODER
 
@@ -60,6 +60,10 @@ def run(config: BuildConfig, evaluations: list[Evaluation] | None = None) -> dic
     results = [*(evaluations or []), *read_results([Path(path) for path in config.results])]
     refuse_damaged(config.model)
     repo = inspect_repo(config.model, config.revision).require(*OUR_MODELS)
+    if repo.kind is not RepoKind.JOINT:
+        refuse(config, ["text_model", "bundle_text_model"], f"{config.model} is {repo.kind.with_article}")
+        if not repo.is_adapter:
+            refuse(config, ["merge_adapter"], f"{config.model} has no adapter")
     for needed in referred_folders(config.model):
         refuse_nested(needed, destination)
     llms = names_of(config.text_model or repo.config.get("text_model_name_or_path"))

@@ -8,7 +8,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from llm2clip.utils.repos import is_hub_id
-from llm2clip.utils.settings import setting
+from llm2clip.utils.settings import refuse, setting
 
 
 @dataclass
@@ -53,10 +53,8 @@ class BuildConfig:
     overwrite: bool = setting(False, "Replace a destination that an earlier build wrote and that holds nothing else.")
 
     def __post_init__(self) -> None:
-        if self.text_model is not None and self.bundle_text_model:
-            raise ValueError(
-                "text_model excludes the LLM from the folder, and bundle_text_model includes it; drop one."
-            )
+        if self.text_model is not None:
+            refuse(self, ["bundle_text_model"], "text_model leaves the LLM out of the folder")
         for name in ("text_model", "code_repo", "repo_id"):
             value = getattr(self, name)
             if value is not None and not is_hub_id(value):

@@ -28,7 +28,7 @@ from llm2clip.utils.attention_probe import verify_text_tower
 from llm2clip.utils.folders import atomic_folder, refuse_existing
 from llm2clip.utils.manifests import refuse_damaged
 from llm2clip.utils.repos import RepoKind, inspect_repo
-from llm2clip.utils.settings import setting
+from llm2clip.utils.settings import refuse, setting
 from modeling_llm2clip import (
     LLM2CLIPModel,
     LLM2CLIPPairTokenizer,
@@ -108,6 +108,8 @@ def run(config: ExportOnnxConfig) -> dict[str, Any]:
     if not set(needed) <= set(available):
         raise ValueError(f"{config.model} is {repo.kind.with_article} and has no text graph.")
     parts = [part for part in available if config.parts is None or part in config.parts]
+    if "text" not in parts:
+        refuse(config, ["text_encoder"], "no text graph is written")
     text_encoder = None if "text" not in parts else config.text_encoder
     if text_encoder == "auto":
         text_encoder = "query" if has_query_encoder(config.model, config.revision) else "llm"

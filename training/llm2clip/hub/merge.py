@@ -32,12 +32,14 @@ from llm2clip.utils.folders import atomic_folder, refuse_existing, refuse_nested
 from llm2clip.utils.manifests import refuse_damaged
 from llm2clip.utils.processes import on_main_process, process_state
 from llm2clip.utils.repos import RepoKind, hub_ids, inspect_repo, referred_folders
-from llm2clip.utils.settings import build_config, check_choices, setting
+from llm2clip.utils.settings import build_config, check_choices, refuse, setting
 from llm2clip.utils.tables import print_table, recalls_in_percent
 
 logger = logging.getLogger(__name__)
 
 DIRECTIONS = {"text_to_image_": "text → image", "image_to_text_": "image → text", "": "query → target"}
+# Settings of the evaluation that are about images.
+OF_IMAGES = ("num_workers", "on_error")
 
 
 @dataclass
@@ -85,8 +87,13 @@ class MergeConfig:
         self.alpha = sorted(set(self.alpha))
         if not self.alpha or not all(0 <= alpha <= 1 for alpha in self.alpha):
             raise ValueError(f"alpha is {self.alpha}, but every share of B has to be from 0 (A) to 1 (B).")
-        if len(self.alpha) > 1 and not self.eval_source:
-            raise ValueError("several alphas need eval_source, the validation data on which the best one is chosen.")
+        if not self.eval_source:
+            if len(self.alpha) > 1:
+                raise ValueError("several alphas need eval_source, the validation data on which the best is chosen.")
+            names = ("split", "caption_columns", "query_column", "target_column", "embedding_cache", *OF_IMAGES)
+            refuse(self, [*names, "batch_size"], "without eval_source nothing is measured")
+        if bool(self.query_column) != bool(self.target_column):
+            raise ValueError("query_column and target_column go together: give both, or caption_columns.")
 
 
 def merge_models(
@@ -162,8 +169,7 @@ def _open(config: MergeConfig) -> Mixture:
     )
     first = inspect_repo(config.first, config.first_revision)
     if second.kind is RepoKind.TEXT_TOWER:
-        if config.parts is not None or config.embedding_cache is not None:
-            raise ValueError(f"parts and embedding_cache are for LLM2CLIP models, but {second.name} is a text tower.")
+        refuse(config, ["parts", "embedding_cache", *OF_IMAGES], f"{second.name} is a text tower")
         return mix_text_towers(first, second)
     with_llm = bool(config.eval_source) and config.embedding_cache is None
     is_joint = first.kind is RepoKind.JOINT
@@ -179,7 +185,7 @@ def _source_fields(config: MergeConfig) -> dict[str, Any]:
     fields.setdefault("split", config.split)
     if config.caption_columns is not None:
         fields["caption_columns"] = config.caption_columns
-    if config.query_column and config.target_column:
+    if config.query_column:
         fields |= {"anchor_column": config.query_column, "positive_column": config.target_column}
     return fields
 

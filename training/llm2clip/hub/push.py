@@ -19,7 +19,7 @@ from llm2clip.hub.upload_files import added_files, code_targets, model_files, re
 from llm2clip.utils.logs import shortened
 from llm2clip.utils.manifests import FOLDER_MANIFEST, MODEL_MANIFEST, refuse_damaged
 from llm2clip.utils.repos import OUR_MODELS, RepoKind, inspect_repo, is_hub_id, needed_llms
-from llm2clip.utils.settings import build_config, setting
+from llm2clip.utils.settings import build_config, refuse, setting
 from llm2clip.utils.tables import print_table
 
 logger = logging.getLogger(__name__)
@@ -87,10 +87,8 @@ def run(config: PushConfig, api: HfApi | None = None) -> dict[str, Any]:
             f"{config.repo_id!r} is not a repo name: write OWNER/NAME with letters, digits, '-', '_' and '.'."
         )
     check_terms(folder, config.repo_id)
-    if config.create_pr and config.revision not in (None, "main"):
-        raise ValueError(
-            f"--create-pr opens a pull request against main; omit --revision {config.revision}, or --create-pr."
-        )
+    if config.create_pr and config.revision != "main":
+        refuse(config, ["revision"], "--create-pr opens a pull request against main")
     uploader = Uploader(config.repo_id, revision=config.revision, create_pr=config.create_pr, api=api)
     uploaded, others = model_files(folder, config.include)
     # Before they are searched: what is changed later was not.

@@ -51,11 +51,10 @@ def step_name(arm: Arm) -> str:
 
 def stage2_config(run: RunContext, arm: Arm) -> Stage2Recipe:
     """Build the settings of stage 2 with a text encoder."""
-    data, recipe = run.data, dict(run.profile["stage2"])
+    data = run.data
     train = data.source(data.train, data.caption_columns)
-    if (weights := recipe.pop("caption_weights", None)) is not None:
-        train.caption_weights = weights
-    recipe |= {
+    train.caption_weights = run.profile["stage2"].get("caption_weights")
+    fixed = {
         "vision_model_name_or_path": run.weights["vision_model"],
         "freeze_vision": "all",
         "text_model_name_or_path": run.tower(arm),
@@ -66,8 +65,9 @@ def stage2_config(run: RunContext, arm: Arm) -> Stage2Recipe:
         "eval_sources": {"validation": asdict(data.source(data.validation, [data.query_column]))},
         "seed": run.config.seed,
         "resume_anyway": run.config.resume_anyway,
-        "report_to": "none",
     }
+    recipe = run.settings("stage2", fixed)
+    recipe.pop("caption_weights", None)
     return build_config(Stage2Recipe, recipe, f"stage2 of the profile {run.config.profile}")
 
 

@@ -77,14 +77,14 @@ def _causal(run: RunContext, resume: bool) -> dict[str, Any]:
 
 def _stage1(run: RunContext, resume: bool) -> dict[str, Any]:
     folder = run.folder / "stage1"
-    recipe = {key: value for key, value in run.profile["stage1"].items() if key not in run.prompt()}
-    recipe |= {
+    fixed = {
         "model_name_or_path": str(run.folder / "raw"),
         "output_dir": str(folder),
         "sources": [asdict(source) for source in run.data.pair_sources()],
         "seed": run.config.seed,
         "resume_anyway": run.config.resume_anyway,
     }
+    recipe = {key: value for key, value in run.settings("stage1", fixed).items() if key not in run.prompt()}
     config = build_config(Stage1Recipe, recipe, f"stage1 of the profile {run.config.profile}")
     metrics = run_stage1.run(config, resume=resume)
     remove_checkpoints(folder)

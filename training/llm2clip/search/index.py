@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llm2clip.search.index_settings import IndexSettings
 from llm2clip.utils.model_places import require_model_place
-from llm2clip.utils.settings import setting
+from llm2clip.utils.settings import refuse, setting
 
 if TYPE_CHECKING:  # which take a minute to import, and mistakes in names are found without
     from llm2clip.search.folder_items import Items
 
+OF_DATASETS = ("metadata_columns", "caption_columns", "image_column", "name", "split", "revision")
 # Characters of the name of a table.
 MAX_NAME = 48
 
@@ -113,24 +114,15 @@ class IndexConfig(IndexSettings):
                 "kind is folder, but captions are those of a data set: leave it out. The captions of an image folder "
                 "are read from its metadata.jsonl, .csv or .parquet."
             )
-        if self.embed == "caption" and self.image_backend != "exact":
-            raise ValueError(f"image_backend is {self.image_backend}, but captions are embedded: leave it out.")
+        if self.embed == "caption":
+            refuse(self, ["image_backend"], "captions are embedded")
 
     def _check_location(self) -> None:
-        if self.postgres is None and self.table is not None:
-            raise ValueError(f"table is {self.table}, but no database is given: add --postgres URL")
-        if self.postgres is not None and self.output_dir is not None:
-            raise ValueError(
-                f"output_dir is {self.output_dir}, but an index in PostgreSQL has a table instead: leave it out, or "
-                "leave out --postgres."
-            )
-        types = ("flat", "hnsw") if self.postgres is not None else ("flat", "ivf_rq", "faiss")
-        if self.index_type not in ("auto", *types):
-            location = "PostgreSQL" if self.postgres is not None else "a folder"
-            raise ValueError(
-                f"index_type is {self.index_type}, but an index in {location} has one of auto, {', '.join(types)}."
-            )
-        self.type_of(types)
+        if self.postgres is None:
+            refuse(self, ["table"], "no database is given: add --postgres URL")
+        else:
+            refuse(self, ["output_dir"], "an index in PostgreSQL (--postgres) has a table")
+        self.type_of(("flat", "hnsw") if self.postgres is not None else ("flat", "ivf_rq", "faiss"))
 
 
 def run(config: IndexConfig) -> dict[str, Any]:
@@ -203,12 +195,8 @@ def _open_items(config: IndexConfig, exclude: tuple[Path, ...]) -> Items:
         caption_columns=config.caption_columns, metadata_columns=config.metadata_columns,
     )  # fmt: skip
     is_folder = isinstance(items, FolderImages)
-    for name in ("metadata_columns", "caption_columns"):
-        if is_folder and (columns := getattr(config, name)):
-            raise ValueError(
-                f"{name} is {', '.join(columns)}, but {config.folder} is a folder of image files, whose index has the "
-                "columns key, folder, extension, size and mtime_ns."
-            )
+    if is_folder:
+        refuse(config, OF_DATASETS, f"{config.folder} is a folder of image files (columns: key, folder, size, ...)")
     if not len(items) and not (is_folder and items.failures):
         what = "files" if is_folder else "rows"
         split = "" if is_folder else f" (split {config.split})"

@@ -6,7 +6,7 @@ import logging
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from llm2clip.utils.settings import check_choices, setting
+from llm2clip.utils.settings import check_choices, refuse, setting
 
 logger = logging.getLogger(__name__)
 
@@ -107,11 +107,11 @@ class IndexSettings:
             ValueError: It has no index for this width, or does not use a setting.
         """
         kind = types[1] if self.index_type == "auto" and self.precision else self.index_type
+        if kind not in ("auto", *types):
+            raise ValueError(f"index_type is {kind}, but such an index has one of auto, {', '.join(types)}.")
         most = types[1] if kind == "auto" else kind  # what uses the most settings
-        defaults = IndexSettings()
-        for name in {name for names in PARAMETERS.values() for name in names if name not in PARAMETERS[most]}:
-            if (value := getattr(self, name)) != getattr(defaults, name):
-                raise ValueError(f"{name} is {value}, but an index of the type {most} does not use it: leave it out.")
+        others = {name for names in PARAMETERS.values() for name in names} - {*PARAMETERS[most]}
+        refuse(self, sorted(others), f"an index of the type {most} does not use it")
         if width is not None and (limit := self._limit(kind, width)):
             raise ValueError(f"{kind} takes {limit}, but the width is {width:,}; use the index_type flat.")
         return kind

@@ -48,6 +48,9 @@ class SearchIndex:
         revision: str | None = None,
         text_encoder: TextEncoder = "llm",
     ) -> None:
+        if not isinstance(encoder, str) and (revision or (encoder is not None and text_encoder != "llm")):
+            given = f"revision is {revision}" if revision else f"text_encoder is {text_encoder}"
+            raise ValueError(f"{given}, which is for a model by name: name it (encoder, or --model).")
         self.store, self.location = store, store.location
         self._model = encoder if isinstance(encoder, str) else None
         self._encoder = encoder if isinstance(encoder, Encoder) else None
