@@ -217,7 +217,9 @@ class _Update:
         """Add what has no row; return how many rows of all have not changed since `before`."""
         kept, todo, count = 0, [], 0
         limit = PARTS_AT_ONCE * self.settings.rows_per_part
-        with ProgressBar(f"Indexing {self.items.embed}s", self.items.total(), self.items.embed) as bar:
+        kind = self.items.embed
+        total = None if kind == "caption" else len(self.items)  # a row may have several captions
+        with ProgressBar(f"Indexing {kind}s", total, kind) as bar:
             for batch in self.items.batches():
                 kept += before.count_kept(batch)
                 missing = batch.filter(pa.array(known.ids.find(_id_array(batch[ID])) < 0))

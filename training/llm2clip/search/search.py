@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llm2clip.utils.files import read_json
 from llm2clip.utils.logs import print_whole, printable, quiet_libraries
@@ -93,9 +93,6 @@ def run(config: SearchConfig) -> None:
         raise IsADirectoryError(f"html is the folder {config.html}; give a file in it: --html {config.html}/page.html")
     check_places(config.index, config.model, config.postgres)
 
-    import numpy as np
-    import torch
-
     from llm2clip.data import decode_image
     from llm2clip.search.results import QueryResults, ResultImages, write_page
     from llm2clip.search.search_index import SearchIndex
@@ -105,20 +102,18 @@ def run(config: SearchConfig) -> None:
     index = SearchIndex.open(
         config.index, config.postgres, config.model, config.model_revision, text_encoder, config.dtype
     )
-    if config.where:  # before a large model is loaded, which takes minutes
-        index.search(np.empty((0, index.manifest.width)), 1, config.where)
-    image = decode_image(config.image, config.image) if config.image else None
-    encoder = index.encoder([*["text"] * bool(config.query), *["image"] * bool(config.image)])
-    given = [(text, None) for text in config.query] + ([(config.image, image)] if config.image else [])
-    embeds = [encoder.encode_text(config.query)] if config.query else []
+    given: list[tuple[str, Any]] = [(text, None) for text in config.query]
     if config.image:
-        embeds.append(encoder.encode_image(image, names=[config.image]))
-    results = index.search(torch.cat(embeds).numpy(), config.top, config.where)
+        image: Any = decode_image(config.image, config.image)
+        image.filename = config.image  # for messages
+        given.append((config.image, image))
+    results = index.search([image or text for text, image in given], config.top, config.where)
     queries = [QueryResults(*query, rows) for query, rows in zip(given, results, strict=True)]
     if config.where and not any(results):
         logger.warning("no row of the index fulfils --where %s", config.where)
     if config.json:
-        result = {"index": config.index, "model": encoder.name, "queries": [query.as_dict() for query in queries]}
+        shown = [query.as_dict() for query in queries]
+        result = {"index": config.index, "model": index.encoder([]).name, "queries": shown}
         print_whole(printable(json.dumps(result, indent=2, ensure_ascii=False)))
     elif sys.stdout.isatty():
         _print_tables(queries, index.manifest.embed)

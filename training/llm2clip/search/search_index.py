@@ -186,6 +186,8 @@ class SearchIndex:
         if k < 1:
             raise ValueError(f"k must be at least 1, not {k}.")
         is_single = isinstance(query, (str, Path, Image.Image))
+        if where is not None and self._encoder is None:  # before it is loaded, which takes minutes
+            self.store.search(np.empty((0, self.manifest.width), np.float32), 1, where)
         rows = self.embed([query] if is_single else query)  # type: ignore[list-item,arg-type]
         nearest = self.store.search(rows, min(k, MAX_K), where)
         results = [self._ranked(row, near, k) for row, near in zip(rows, nearest, strict=True)]
