@@ -21,6 +21,7 @@ SHORT = {
     "image_to_text_map@r": "I2T mAP@R",
     "text_to_image_r_precision": "T2I R-precision",
     "image_to_text_r_precision": "I2T R-precision",
+    "miou": "mIoU",
 }
 # A recall, possibly of a set: `text_to_image_recall@1`, `eval_validation_text_to_image_recall@1`.
 RECALL = re.compile(r"(?:(.*?)_)??((?:text_to_image_|image_to_text_)?recall@\d+)")
