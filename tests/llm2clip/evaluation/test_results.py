@@ -71,6 +71,8 @@ def test_protocols_have_tables_of_their_own() -> None:
     assert "47.0-52.0" in found
     # Several models share a table, of which each row names one.
     both = shown(raw, retrieval("b"), classification("b"))
+    assert "Urban1k (" not in both
+    assert "Urban1k (urban1k-again)" in shown(raw, replace(raw, benchmark="urban1k-again"))
     assert both.count("model") == 2
     assert "Protocol: zero-shot classification, templates openai-80, text format raw." in both
 
