@@ -22,7 +22,7 @@ from llm2clip.evaluation.results import (
     require_equal,
 )
 from llm2clip.utils.settings import nearest
-from llm2clip.utils.tables import SHORT, markdown_table, short_name
+from llm2clip.utils.tables import markdown_table, short_name
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -55,7 +55,7 @@ class Column:
         names = [short_name(name) for name in self.scores]
         ends = {name.partition(" ")[2] for name in names}
         words = " / ".join(names)
-        if len(names) > 1 and len(ends) == 1 and all(name.startswith(tuple(SHORT)) for name in self.scores):
+        if len(names) > 1 and len(ends) == 1 and all(name.startswith(("I2T ", "T2I ")) for name in names):
             words = f"{' / '.join(name.partition(' ')[0] for name in names)} {ends.pop()}"
         return f"{self.title.replace(' (', chr(10) + '(', 1)}\n{words}"
 
@@ -306,7 +306,7 @@ def _details(column: Column, results: Sequence[tuple[str, Result]]) -> list[str]
         list(dict.fromkeys(name for _, result in results for name in getattr(result, kind)))
         for kind in ("scores", "counts", "ranks")
     )
-    titles = ["model", *map(short_name, names), *(name.replace("_", " ") for name in [*ranks, *counts])]
+    titles = ["model", *map(short_name, [*names, *ranks, *counts])]
     rows = [
         [
             label,

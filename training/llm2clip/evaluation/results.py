@@ -22,7 +22,7 @@ from llm2clip.evaluation.bootstrap import bootstrap_interval, bootstrap_ratios
 from llm2clip.evaluation.text_formats import RAW
 from llm2clip.utils.files import write_json
 from llm2clip.utils.manifests import read_checked, with_checksum
-from llm2clip.utils.tables import in_percent, print_table, score_columns
+from llm2clip.utils.tables import in_percent, print_table, score_columns, short_name
 from llm2clip.utils.yaml_text import load_yaml
 from modeling_llm2clip import __version__
 
@@ -277,7 +277,7 @@ def print_results(console: Console, results: Sequence[Result]) -> None:
 
 def remarks_on(result: Result) -> list[str]:
     """What to know of the numbers of a result: ranks, ties, cut and empty texts, counts unlike the published."""
-    remarks = [f"{name.replace('_', ' ')} {value:,.4g}" for name, value in result.ranks.items()]
+    remarks = [f"{short_name(name)} {value:,.4g}" for name, value in result.ranks.items()]
     ties = sum(count for name, count in result.counts.items() if name.startswith("tied_"))
     cut, empty, skipped = (result.counts.get(name, 0) for name in ("truncated_texts", "empty_texts", "skipped_images"))
     counted = [
