@@ -48,19 +48,17 @@ class CheckConfig(check_data.CheckDataConfig):
     benchmark: list[str] = setting(
         [], "Published sets to check instead of SOURCE: names or groups of `llm2clip evaluate --list`, or all-found."
     )
-    data: str | None = setting(None, "Folder below which the files of published sets lie.")
+    data: str = setting("data", "Folder of the published sets.")
 
     def __post_init__(self) -> None:
         if not self.benchmark:
-            if self.data is not None:
+            if self.data != "data":
                 raise ValueError("data is the folder of published sets; name them with --benchmark.")
             super().__post_init__()
             return
         check_choices(self)
         if self.source:
             raise ValueError("give either SOURCE or benchmark, not both.")
-        if self.data is None:
-            raise ValueError("benchmark needs data, the folder of the files: --data ./data")
         defaults = {field.name: field.default for field in fields(check_data.CheckDataConfig)}
         given = [name for name in OF_SOURCES if getattr(self, name) not in (defaults[name], [])]
         if given:
@@ -78,7 +76,6 @@ def run(config: CheckConfig) -> None:
     if not config.benchmark:
         check_data.run(config)
         return
-    assert config.data is not None
     folder = Path(config.data)
     if not folder.is_dir():
         raise ValueError(f"--data {folder} is no folder.")
