@@ -34,10 +34,10 @@ class IndexSettings:
 
     index_type: Literal["auto", "flat", "ivf_rq", "faiss", "hnsw"] = setting(
         "auto",
-        "flat compares a query with every embedding, on disk: exact, 50 ms for 100,000 images of width 512. ivf_rq "
+        "flat compares a query with every embedding, on disk: exact, 0.1 s for 100,000 images of width 512. ivf_rq "
         "reads codes of 4 bits per value of the nearest cells and compares the best again by their embeddings: on "
         "disk too, 7 ms for a million. auto is flat up to 100,000 images, and ivf_rq above. faiss is its IVF,SQ8: "
-        "1 ms for a million, but every search first reads the whole index into memory (8 bits per value). "
+        "5 ms for a million, but what opens the index first reads all of it into memory (8 bits per value). "
         "In PostgreSQL, auto is flat up to 100,000 images, and hnsw above: a graph that pgvector keeps up to date.",
     )
     precision: Literal["int8", "binary"] | None = setting(

@@ -12,7 +12,6 @@ logger = logging.getLogger(__name__)
 # OWNER/NAME, or the name alone of the oldest models there.
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 OPEN_CLIP = "open_clip:"
-# What a model computes in; auto is the type of its files, except that float32 replaces float16 on a CPU.
 ModelDtype = Literal["float32", "bfloat16", "float16", "auto"]
 DTYPE = "Data type that the model computes in; auto: that of its files, but float32 in place of float16 on a CPU."
 
