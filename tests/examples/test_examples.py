@@ -86,7 +86,7 @@ def test_fine_tuning_on_a_folder_measures_before_and_after(
     folder, output = tmp_path / "my, pictures", tmp_path / "runs/fine_tuned"
     runpy.run_path(str(EXAMPLES / "fine_tune_on_a_folder.py"))["write_sample"](folder)
     shown = run("fine_tune_on_a_folder.py", "--model", fitted, "--data", folder)
-    before, after = (float(rank) for rank in re.findall(r"text to image mean rank ([\d.]+)", shown))
+    before, after = (float(rank) for rank in re.findall(r"T2I mean rank ([\d.]+)", shown))
     assert before != after
     trained = losses((output / "llm2clip/log.txt").read_text())
     assert trained[-1] < trained[0], trained

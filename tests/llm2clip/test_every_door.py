@@ -127,7 +127,7 @@ def test_evaluate_measures_them(known: Known, tmp_path: Path) -> None:
 
 def test_an_index_is_searched_by_them(known: Known, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     index, folder = str(tmp_path / "index"), str(known.pictures[0].parent)
-    fields = ["--model", str(known.folder), "--output-dir", index, "--dtype", "float32", "--num-workers", "0"]
+    fields = ["--model", str(known.folder), "--output-dir", index, "--stored-dtype", "float32", "--num-workers", "0"]
     assert cli.main(["index", folder, *fields]) == 0
     capsys.readouterr()
     assert cli.main(["search", index, *CAPTIONS, "--json"]) == 0

@@ -39,7 +39,7 @@ MODULES = {
     "llm2clip.hub.merge": ["merge_models"],
     "llm2clip.hub.push": ["push_folder"],
     "llm2clip.losses": ["clip_loss", "hard_negative_info_nce", "info_nce", "sigmoid_loss"],
-    "llm2clip.data": ["CaptionSource", "Stage2Collator", "load_source"],
+    "llm2clip.data": ["CaptionSource", "PairSource", "Stage2Collator", "load_source"],
     "llm2clip.checks.check_data": ["check_data"],
     "llm2clip.encoders": ["embed_captions", "embed_images", "load_encoder"],
     "llm2clip.store": ["EmbeddingCache", "PairedCache", "StoreManifest", "build_embedding_cache", "caption_manifest"],

@@ -3,6 +3,7 @@ from llm2clip.checks.check_data import check_data as check_data
 from llm2clip.cli import main as main
 from llm2clip.convert.conversion import convert_checkpoint as convert_checkpoint
 from llm2clip.data import CaptionSource as CaptionSource
+from llm2clip.data import PairSource as PairSource
 from llm2clip.data import Stage2Collator as Stage2Collator
 from llm2clip.data import load_source as load_source
 from llm2clip.encoders import embed_captions as embed_captions

@@ -51,9 +51,10 @@ def test_uploads_are_limited(serve: Serve, saved_model: Path, tmp_path: Path) ->
 
 
 def test_an_index_is_served_beside_a_model_that_embeds_its_images(
-    serve: Serve, saved_model: Path, tmp_path: Path
+    serve: Serve, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[list[str]] = []
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # the client makes a folder in it for each picture
 
     def visit(address: str) -> None:
         client = Client(address, download_files=tmp_path / "downloads", verbose=False)

@@ -157,6 +157,8 @@ def test_a_second_start_embeds_nothing_and_another_model_or_preprocessing_all(
     with monkeypatch.context() as patch:
         patch.setattr(LLM2CLIPModel, "get_image_features", None)
         assert stored(Gallery.open(str(saved_model), bundled_images(5), tmp_path)) == stored(first)
+    rounded = Gallery.open(str(saved_model), bundled_images(5), tmp_path, dtype="bfloat16")
+    assert stored(rounded) != stored(first)
     processor: Any = gallery.encoder.transform.image_processor  # type: ignore[attr-defined]
     weight = gallery.encoder.model.visual_projection.weight
     with monkeypatch.context() as patch:
@@ -165,7 +167,7 @@ def test_a_second_start_embeds_nothing_and_another_model_or_preprocessing_all(
     with monkeypatch.context() as patch:
         patch.setattr(weight, "data", weight.detach() + 1)
         assert stored(Gallery.embed(gallery.encoder, bundled_images(5), tmp_path)) != stored(first)
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 @pytest.mark.parametrize("damage", ["manifest.json", "*.lance"])

@@ -94,7 +94,7 @@ def test_a_broken_or_missing_file_stops_a_run(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--benchmark", "urban1k"], "benchmark needs data, the folder of the files: --data ./data"),
+        (["--benchmark", "urban1k"], "--data data is no folder"),
         (["--data", "somewhere"], "name them with --benchmark"),
         (["mine", "--benchmark", "urban1k", "--data", "."], "not both"),
         (["--benchmark", "urban1k", "--data", ".", "--split", "test"], "split is test, but it is for a SOURCE"),

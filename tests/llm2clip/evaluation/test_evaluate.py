@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tiny.IMAGES[number % 2].rotate(33 * number, expand=True).save(images / f"{number}.png")
     tiny.save(folder / "model")
     (folder / "pairs.csv").write_text("a,b\na dog,one dog\na cat,one cat\n")
+    (folder / "lost.csv").write_text("image,caption\n1.png,a dog\n2.png,a cat\n1.png,a pet\n")
+    (folder / "empty").mkdir()
+    shutil.copy(folder / "model" / "config.json", folder / "empty")
     return folder
 
 
@@ -136,6 +140,7 @@ def test_the_list_is_short_and_has_details_of_what_is_chosen(place: Path, capsys
 def errors(place: Path) -> dict[str, tuple[list[str], str]]:
     strange, model, data = str(place / "strange.py"), str(place / "model"), ["--data", str(place / "data")]
     pairs, whole = str(place / "pairs.csv"), [model, "--benchmark", strange, *data]
+    empty = str(place / "empty")
     of_own = {
         "task": "caption_retrieval", "positives": "rows", "split": "train", "image-column": "png",
         "caption-columns": "text",
@@ -146,9 +151,13 @@ def errors(place: Path) -> dict[str, tuple[list[str], str]]:
         "unknown": ([model, "--benchmark", "urban2k", *data], "'urban2k'; did you mean 'urban1k'"),
         "missing": ([model, "--benchmark", "urban1k", *data], "urban1k lacks caption/1.txt, image in"),
         "folder": ([model, "--benchmark", "urban1k", "--data", "nowhere"], "--data nowhere is no folder"),
-        # A folder that is no model: counts are checked before a model is loaded.
-        "counts": ([str(place), "--benchmark", str(place / "odd.py"), *data], "has 11 images instead of 12"),
-        "output": ([str(place), *whole[1:], "--output", strange], "strange.py, but results are written to a folder"),
+        # Names are looked up before data are read, also of the last model.
+        "model": ([model, "no-model", "--benchmark", "urban1k", *data], "there is no model no-model here"),
+        "function": ([model, "no.py:load", "--benchmark", "urban1k", *data], "the file no.py does not exist"),
+        # A folder without weights: counts and files are checked before a model is loaded.
+        "counts": ([empty, "--benchmark", str(place / "odd.py"), *data], "has 11 images instead of 12"),
+        "output": ([empty, *whole[1:], "--output", strange], "strange.py cannot be a folder"),
+        "images": ([empty, "--benchmark", str(place / "lost.csv")], "lost.csv lacks 2 images that it names: "),
         "nothing": ([model, *data], "evaluate needs a model and what to measure"),
         "format": ([*whole, "--text-format", "upper"], "has to be one of raw, lower, albef, blip, flair, long-clip"),
         "batch": ([*whole, "--batch-size", "0"], "batch_size must be at least 1, not 0"),
@@ -160,6 +169,15 @@ def errors(place: Path) -> dict[str, tuple[list[str], str]]:
         "split": ([model, "--benchmark", pairs, "--split", "validation"], "is a file without splits: leave it out"),
         "skip": ([*captions, "--caption-columns", "a", "b", "--on-error", "skip"], "pairs.csv needs every image"),
     }  # fmt: skip
+
+
+def test_a_group_is_that_whatever_folders_there_are(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "long").mkdir()
+    assert cli.main(["evaluate", str(place / "model"), "--benchmark", "long", "--data", str(place / "data")]) == 2
+    assert "no files of a benchmark of long were found" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", errors(Path()))

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from llm2clip.evaluation import metric_path, retrieval_metrics
-from llm2clip.evaluation.evaluate_modules import METRICS
 
 
 def load(name: str, cache: Path) -> Any:
@@ -44,9 +43,3 @@ def test_rows_with_equal_ids_are_one_image_or_text(names: Sequence[int | str], t
     found = metric.compute(text_ids=pairs[:, 0] + 100, image_ids=[names[image] for image in pairs[:, 1]], ks=[1, 2])
     assert found == without({"num_images_with_text"}, retrieval_metrics(images, texts, pairs, ks=(1, 2)))
     assert (found["num_texts"], found["num_images"]) == (12, 5)
-
-
-def test_unknown_metric_names_are_refused() -> None:
-    assert all((Path(metric_path(name)) / f"{name}.py").is_file() for name in METRICS)
-    with pytest.raises(ValueError, match="no metric 'recall'; choose one of retrieval_recall"):
-        metric_path("recall")

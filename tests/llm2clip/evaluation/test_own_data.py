@@ -17,6 +17,7 @@ from llm2clip.encoders import embed, load_encoder
 from llm2clip.encoders.ours import OurEncoder
 from llm2clip.encoders.stored import StoredEncoder
 from llm2clip.evaluation import caption_retrieval_metrics, retrieval_metrics
+from llm2clip.evaluation.comparison import compare_results
 from llm2clip.evaluation.data import CaptionPairData, RetrievalData
 from llm2clip.evaluation.evaluate import evaluate
 from llm2clip.evaluation.protocols.retrieval import image_text_metrics
@@ -88,6 +89,34 @@ def test_rows_are_queries_with_one_right_image_and_equal_captions_one_with_all(p
     assert distinct.pairs.tolist() == [[0, 0], [0, 1], [1, 0], [2, 2], [3, 2], [4, 3], [5, 5]]
     with pytest.raises(ValueError, match=r"no row of .* has a caption in caption"):
         RetrievalData.from_source(CaptionSource(own.path, split="train[4:5]"))
+
+
+def test_rows_that_name_one_file_are_one_image(place: Path, tmp_path: Path) -> None:
+    for number in range(2):
+        tiny.IMAGES[number].save(tmp_path / f"{number}.png")
+    lines = ["image,caption", "1.png,a dog", "0.png,a cat", "1.png,a pet", "0.png,a dog"]
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    own = source(str(tmp_path / "rows.csv"))
+    rows, distinct = RetrievalData.from_source(own, "rows"), RetrievalData.from_source(own)
+    assert rows.texts == ["a dog", "a pet", "a cat", "a dog"]
+    assert (rows.owners.tolist(), len(rows.images)) == ([0, 0, 1, 1], 2)
+    assert (distinct.texts, distinct.pairs.tolist()) == (["a dog", "a pet", "a cat"], [[0, 0], [0, 1], [1, 0], [2, 1]])
+    [result] = evaluate(place / "clip", own, num_workers=0)
+    assert result.counts["tied_text_queries"] == 0
+
+
+def test_each_name_has_one_file_and_each_slice_and_precision_its_own(place: Path, tmp_path: Path) -> None:
+    own, clip = f"{place}/./own.parquet", f"{place / 'clip'}/"
+    options = [["--split", "train[:3]"], ["--split", "train[3:]"], ["--truncate-dim", "4", "--precision", "int8"], []]
+    for some in options:
+        assert command(place, tmp_path, clip, "--benchmark", own, *some) == 0
+    results = results_of(tmp_path)
+    assert len(results) == len(options)
+    assert {one["model"]["given"] for one in results} == {str(place / "clip")}
+    names = [f"{place}/own.parquet{part}" for part in ("", "", " [train[3:]]", " [train[:3]]")]
+    assert sorted(one["benchmark"] for one in results) == names
+    labels = [row.label for row in compare_results([tmp_path]).rows]
+    assert sorted(labels) == [clip[:-1], f"{clip[:-1]} (truncate dim 4, precision int8)"]
 
 
 def test_models_of_two_libraries_on_own_data_and_a_published_set_in_one_run(

@@ -59,8 +59,9 @@ def test_models_are_rows_and_sets_are_columns() -> None:
             ["", "(not the published set: 999 images instead of 1,000, 999 texts instead of 1,000)"],
         ),
         ({"compared": [SIDES[1]]}, ["", ""]),
+        ({"protocol": {**RETRIEVAL, "id": "other", "name": "other"}}, ["(protocol retrieval)", "(protocol other)"]),
     ],
-    ids=["text format", "positives", "data", "set", "counts", "scores"],
+    ids=["text format", "positives", "data", "set", "counts", "scores", "protocol"],
 )
 def test_results_that_differ_in_protocol_or_data_share_no_column(changed: dict, notes: list[str]) -> None:
     found = compared(retrieval("a"), retrieval("b", **{"title": "Urban1k", **changed}))
@@ -157,9 +158,12 @@ def test_the_page_and_its_plots(two_models: list[str], tmp_path: Path) -> None:
         assert f"({plot.replace(' ', '%20')})" in page
         assert Image.open(output.parent / plot).width > 100
     assert sorted(path.name for path in output.parent.iterdir() if path.suffix != ".png") == ["my table.md"]
-    table = output.with_suffix(".json")
-    assert cli.main(["report", *two_models, "--output", str(table)]) == 0
+    table, lines = output.with_suffix(".json"), output.with_suffix(".csv")
+    for path in (table, lines):
+        assert cli.main(["report", *two_models, "--output", str(path)]) == 0
     assert [row["model"] for row in json.loads(table.read_text())["rows"]] == ["openai/clip", "runs/mine", "a|b"]
+    assert "benchmark,score,model,value\n" in lines.read_text()
+    assert "ImageNet-1k (openai-80),top1,openai/clip,0.755\n" in lines.read_text()
 
 
 def test_mistakes_end_in_one_error(two_models: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -171,7 +175,7 @@ def test_mistakes_end_in_one_error(two_models: list[str], tmp_path: Path, capsys
         ([str(tmp_path / "none.json")], f"no result file {tmp_path / 'none.json'}"),
         ([str(tmp_path / "empty")], "no result file"),
         ([*two_models, "--baseline", "openai/clap"], "did you mean 'openai/clip'"),
-        ([*two_models, "--output", str(tmp_path / "table.html")], "ends in .md"),
+        ([*two_models, "--output", str(tmp_path / "table.html")], "ends in .md, .json or .csv"),
         ([*two_models, "--output", str(tmp_path / "file" / "table.md")], "cannot be a folder"),
         ([*two_models, *twice], "but differ"),
         ([str(tmp_path / "file")], "is not valid JSON"),

@@ -71,6 +71,8 @@ def test_protocols_have_tables_of_their_own() -> None:
     assert "47.0-52.0" in found
     # Several models share a table, of which each row names one.
     both = shown(raw, retrieval("b"), classification("b"))
+    assert "Urban1k (" not in both
+    assert "Urban1k (urban1k-again)" in shown(raw, replace(raw, benchmark="urban1k-again"))
     assert both.count("model") == 2
     assert "Protocol: zero-shot classification, templates openai-80, text format raw." in both
 
@@ -81,7 +83,7 @@ def test_what_to_know_of_a_result_is_said_below_the_tables() -> None:
     differences = ["1 images instead of 2", "4 texts instead of 3"]
     result = retrieval("a", counts={**counts, "empty_texts": 1}, ranks=ranks, differences=differences)
     words = (
-        "text to image median rank 3; text to image mean rank 1,234; 3 tied queries; 1 text cut at its end; "
+        "T2I median rank 3; T2I mean rank 1,234; 3 tied queries; 1 text cut at its end; "
         "1 empty text; 2 images skipped; not the published set, 1 images instead of 2, 4 texts instead of 3."
     )
     assert f"Urban1k: {words}" in shown(result)

@@ -50,6 +50,16 @@ CAPTIONS: list[tuple[Any, tuple[str, ...]]] = [
 ]
 
 
+class Strangers:
+    """Data of a stranger, which are no dataclass."""
+
+    def __init__(self) -> None:
+        self.texts, self.ratings = ["A-b"], [1.0]
+
+
+CAPTIONS.append((Strangers(), ("texts",)))
+
+
 @pytest.mark.parametrize(("data", "fields"), CAPTIONS, ids=lambda value: type(value).__name__)
 def test_captions_of_all_kinds_of_data_are_formatted_and_nothing_else(data: Any, fields: tuple[str, ...]) -> None:
     changed = format_captions(data, "albef")

@@ -14,19 +14,20 @@ import torch
 from PIL import Image
 
 from llm2clip.search.index import IndexConfig, run
+from llm2clip.search.index_manifest import IndexManifest
 from llm2clip.search.search_index import SearchIndex
 from modeling_llm2clip import LLM2CLIPModel
 from tests.builders import tiny
 from tests.builders.early_errors import assert_found_early
 from tests.tars import write_tar
 
-from .helpers import QUERY, Model, encoded, error, index, picture, rows, save_broken, save_table
+from .helpers import QUERY, Model, as_json, encoded, error, index, picture, rows, save_broken, save_table
 from .places import content
 
 
 def test_a_folder_is_indexed_as_unit_embeddings_by_relative_path(pictures: Path, model: Model, tmp_path: Path) -> None:
     (pictures / ".hidden.png").write_bytes(encoded(picture(1)))
-    assert index(pictures, model[0], tmp_path / "index", dtype="float32") == (12, 0, 0, 0, 12)
+    assert index(pictures, model[0], tmp_path / "index", stored_dtype="float32") == (12, 0, 0, 0, 12)
     found = rows(tmp_path / "index")
     files = [pictures / row["key"] for row in found]
     assert sorted(files) == sorted(pictures.rglob("[0-9]*.png"))
@@ -59,6 +60,29 @@ def test_the_fast_image_backend_decodes_to_tensors_and_is_recorded(
     assert decoded_to_tensors
     with pytest.raises(ValueError, match="was built with image_backend fast, not exact"):
         index(pictures, model[0], tmp_path / "fast")
+    assert SearchIndex.open(tmp_path / "fast").update()["kept"] == 12
+
+
+def test_the_model_computes_in_the_type_that_is_asked_for(
+    pictures: Path, model: Model, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: Any, monkeypatch: Any
+) -> None:
+    shutil.copytree(model[0], tmp_path / "half")
+    LLM2CLIPModel.from_pretrained(model[0]).half().save_pretrained(tmp_path / "half")
+    used = {}
+    for dtype, backend in (("auto", "exact"), ("auto", "fast"), ("bfloat16", "exact")):
+        folder = tmp_path / f"{dtype}_{backend}"
+        index(pictures, tmp_path / "half", folder, dtype=dtype, image_backend=backend)
+        used[folder.name] = SearchIndex.open(folder).manifest.identity["dtype"]
+    # float16, the type of the files, is slow on a CPU.
+    assert used == {"auto_exact": "float32", "auto_fast": "float32", "bfloat16_exact": "bfloat16"}
+    with caplog.at_level("WARNING"):
+        assert index(pictures, tmp_path / "half", tmp_path / "bfloat16_exact") == (0, 12, 0, 0, 12)
+    assert "was computed in bfloat16, and new rows are in float32" in caplog.text
+    opened: list[str] = []
+    require = IndexManifest.require_model
+    monkeypatch.setattr(IndexManifest, "require_model", lambda *call: opened.append(call[2].dtype) or require(*call))
+    assert as_json(capsys, tmp_path / "auto_fast", "a dog", "--dtype", "bfloat16")
+    assert opened == ["bfloat16"]
 
 
 def test_unusable_files_are_skipped_and_listed_with_the_reason(
@@ -171,12 +195,12 @@ def test_other_models_sources_and_settings_are_refused(
         with pytest.raises(ValueError, match=rf"{tmp_path / name} .*other weights"):
             index(pictures, tmp_path / name, indexed)
     tiny.save(tmp_path / "wide", projection_dim=40)
-    with pytest.raises(ValueError, match=r"\(width 24, .*\(width 40, "):
+    with pytest.raises(ValueError, match=r"wide have 40 values, .* add --truncate-dim 24"):
         index(pictures, tmp_path / "wide", indexed)
     with pytest.raises(ValueError, match="was built with source kind folder"):
         index(pictures / "a", model[0], indexed)
-    with pytest.raises(ValueError, match="was built with dtype float16, not float32"):
-        index(pictures, model[0], indexed, dtype="float32")
+    with pytest.raises(ValueError, match="was built with stored_dtype float16, not float32"):
+        index(pictures, model[0], indexed, stored_dtype="float32")
     with pytest.raises(ValueError, match="99 cells needs at least 99 images, but there are 12"):
         index(pictures, model[0], indexed, index_type="ivf_rq", cells=99)
     assert index(pictures, tmp_path / "weight", indexed, overwrite=True)[0] == 12
@@ -197,6 +221,7 @@ def test_mistakes_in_names_are_found_before_anything_large_is_imported(tmp_path:
         "there is no image file no.png": ["search", "index", "--image", "no.png"],
         "there is no model ./no/such": ["search", "index", "a dog", "--model", "./no/such"],
         "the model in /no/mine.py:load, which no longer exists; give its new place": ["search", "moved", "a dog"],
+        "html is the folder folder; give a file in it": ["search", "index", "a dog", "--html", "folder"],
         "top must be at least 1": ["search", "index", "a dog", "--top", "0"],
     }
     assert_found_early(mistakes, tmp_path, "numpy", "rich")

@@ -167,10 +167,10 @@ def test_hnsw_is_refused_or_left_out_where_embeddings_are_too_wide_for_it() -> N
 
     types = ("flat", "hnsw")
     with pytest.raises(ValueError, match=r"hnsw takes up to 2,000 values of float32, but the width is 4,000"):
-        config(index_type="hnsw", dtype="float32").type_of(types, 4000)
+        config(index_type="hnsw", stored_dtype="float32").type_of(types, 4000)
     config(index_type="hnsw").type_of(types, 4000)
     assert config().index_of(10**6, 4000, types)["type"] == "hnsw"
-    assert config(dtype="float32").index_of(10**6, 4000, types)["type"] == "flat"
+    assert config(stored_dtype="float32").index_of(10**6, 4000, types)["type"] == "flat"
 
 
 def test_a_name_that_is_no_table_and_a_missing_library_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

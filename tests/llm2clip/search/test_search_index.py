@@ -53,10 +53,10 @@ def test_all_stores_give_equal_answers_with_any_model(
 ) -> None:
     encoder = encoder_of(library, model, tmp_path)
     indexes = [
-        SearchIndex.build(encoder, pictures, tmp_path / "lance", dtype=dtype),
-        SearchIndex.build(encoder, pictures, tmp_path / "codes", dtype=dtype, index_type="ivf_rq"),
-        SearchIndex.build(encoder, pictures, tmp_path / "faiss", dtype=dtype, index_type="faiss"),
-        SearchIndex.build(encoder, pictures, "pictures", postgres=url, dtype=dtype),
+        SearchIndex.build(encoder, pictures, tmp_path / "lance", stored_dtype=dtype),
+        SearchIndex.build(encoder, pictures, tmp_path / "codes", stored_dtype=dtype, index_type="ivf_rq"),
+        SearchIndex.build(encoder, pictures, tmp_path / "faiss", stored_dtype=dtype, index_type="faiss"),
+        SearchIndex.build(encoder, pictures, "pictures", postgres=url, stored_dtype=dtype),
     ]
     queries: list[Any] = [*TEXTS, *(picture(1000 + number) for number in range(5)), pictures / "a" / "07.png"]
     # Embeddings of two runs may differ by a rounding to 16 bits.
@@ -218,7 +218,7 @@ def test_an_index_of_few_images_misses_nothing_and_shows_exact_scores(
 
 @pytest.mark.parametrize("library", ["ours", "transformers"])
 def test_an_index_of_truncated_embeddings_opens_its_model_with_their_width(
-    library: str, model: Model, tmp_path: Path
+    library: str, model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = encoder_of(library, model, tmp_path).name
     pictures = tmp_path / "pictures"
@@ -231,3 +231,7 @@ def test_an_index_of_truncated_embeddings_opens_its_model_with_their_width(
     assert index.manifest.width == 7
     assert index.search(picture(2), k=1)[0].key == "2.png"
     assert len(index.search("a red bus", k=3)) == 3
+    whole = [*arguments[:2], *arguments[4:]]
+    message = error(capsys, "index", pictures, *whole)
+    assert "have 24 values" in message
+    assert "have 7; if that is the same model, add --truncate-dim 7." in message

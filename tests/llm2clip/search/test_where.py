@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from llm2clip.search.lance_rows import LanceConditions
+from llm2clip.search.search_index import SearchIndex
 from llm2clip.search.where import parse_where
 
 from .helpers import error
@@ -31,7 +32,8 @@ COLUMNS = {"text": pa.string(), "size": pa.int64(), "is_new": pa.bool_(), "day":
         ("size = 'x'", "size holds numbers, and 'x' is none"),
         ("size = 1.5", "1.5 is no value of size, which is int64"),
         ("size = 99999999999999999999", "is no value of size"),
-        ("size = NULL", "for missing values, write IS NULL"),
+        ("size = NULL", "is missing before NULL (for missing values, write IS NULL)"),
+        ('text = "x"', "a value is missing before x (strings are in single quotes)"),
         ("size LIKE '1'", "size holds numbers, and LIKE compares strings"),
         ("day = 'today'", "'today' is no value of day, which is date32"),
         ("is_new > false", "is_new holds true and false, which have no order"),
@@ -48,7 +50,10 @@ def test_all_else_is_refused_with_the_columns_that_there_are(where: str, reason:
     assert reason in str(refused.value)
 
 
-def test_the_command_refuses_them_too(indexed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_refuses_them_before_it_loads_the_model(
+    indexed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SearchIndex, "encoder", lambda *_: pytest.fail("it was loaded"))
     for where in ("source = 'noto'", "folder = 'a' ORDER BY size", "1 / 0 = 1", "cast(folder AS int) = 1"):
         message = error(capsys, "search", indexed, "a dog", "--where", where)
         assert f"where is {where!r}, which is no condition on the columns key, folder, extension, size" in message

@@ -20,9 +20,9 @@ import pytest
 
 from llm2clip import cli
 from llm2clip.encoders import load_encoder
-from llm2clip.serving import serve
 from llm2clip.serving.app import model_name
 from llm2clip.serving.serve import ServeConfig, is_loopback, read_token
+from tests.builders.early_errors import assert_found_early
 from tests.documents.reading import ROOT, blocks
 
 # A model of another library that takes its time for every batch.
@@ -133,7 +133,6 @@ def test_the_page_of_the_documents_runs_against_the_command(
         (["MODEL", "--port", "70000"], "port must be from 0 to 65535"),
         (["MODEL", "--timeout", "0"], "timeout is 0.0, which is too small"),
         (["MODEL", "--max-waiting", "5"], "max_waiting (5) has to be at least max_inputs"),
-        (["MODEL", "--index", "nowhere"], "nowhere"),
     ],
 )
 def test_what_cannot_be_served_is_one_line(
@@ -151,10 +150,18 @@ def test_what_cannot_be_served_is_one_line(
     assert "Traceback" not in error
 
 
+def test_mistakes_in_names_are_found_before_anything_large_is_imported(tmp_path: Path) -> None:
+    mistakes = {
+        "there is no model ./no/such": ["serve", "./no/such"],
+        "there is no index in nowhere": ["serve", str(tmp_path), "--index", "nowhere"],
+    }
+    assert_found_early(mistakes, tmp_path, "numpy", "fastapi")
+
+
 def test_taken_port_is_found_before_the_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(serve, "load_encoder", lambda *arguments: pytest.fail("it was loaded"))
+    monkeypatch.setattr("llm2clip.encoders.load_encoder", lambda *arguments: pytest.fail("it was loaded"))
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,17 +153,29 @@ def _digest(record: Mapping[str, Any]) -> bytes:
     return hashlib.blake2b(_content(record), digest_size=16).digest()
 
 
-def _files(images: datasets.Dataset, column: str) -> str:
-    """Hash the paths, sizes and times of the files of a table, as far as images are files; reads no image."""
-    states: list[list[Any]] = []
-    for batch in images.with_format("arrow").iter(IMAGE_BATCH):
+def file_paths(images: datasets.Dataset, column: str) -> Iterator[str | None]:
+    """Yield the path of each image of a column of `Image(decode=False)` that is a file, and None of others."""
+    for batch in images.select_columns([column]).with_format("arrow").iter(IMAGE_BATCH):
         records = batch.column(column).combine_chunks()
         is_file = pc.is_null(pc.struct_field(records, "bytes"))
-        for path in pc.struct_field(records, "path").filter(is_file).to_pylist():
-            state = os.stat(path) if path is not None and os.path.exists(path) else None
-            states.append(
-                [path, *((state.st_size, state.st_mtime_ns, state.st_ctime_ns) if state is not None else ())]
-            )
+        yield from pc.if_else(is_file, pc.struct_field(records, "path"), None).to_pylist()
+
+
+def distinct(ids: Sequence[Hashable]) -> tuple[list[int], list[int]]:
+    """Return where each distinct id stands first, and the number of each id among the distinct ones."""
+    first: dict[Hashable, int] = {}
+    for position, identity in enumerate(ids):
+        first.setdefault(identity, position)
+    numbers = {identity: number for number, identity in enumerate(first)}
+    return list(first.values()), [numbers[identity] for identity in ids]
+
+
+def _files(images: datasets.Dataset, column: str) -> str:
+    """Hash the paths, sizes and times of the files of a table; reads no image."""
+    states: list[list[Any]] = []
+    for path in filter(None, file_paths(images, column)):
+        state = os.stat(path) if os.path.exists(path) else None
+        states.append([path, *((state.st_size, state.st_mtime_ns, state.st_ctime_ns) if state is not None else ())])
     return digest_json(states)
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from llm2clip.search.search import check_places
 from llm2clip.utils.logs import printable, quiet_libraries
-from llm2clip.utils.model_places import require_model_place
+from llm2clip.utils.model_places import DTYPE, ModelDtype, require_model_place
 from llm2clip.utils.settings import defaults_of, refuse, setting
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class DemoConfig:
         "auto",
         "What embeds texts: the LLM, or the query encoder of llm2clip distill-text; auto: that if there is one.",
     )
+    dtype: ModelDtype = setting("auto", DTYPE)
     index: str | None = setting(
         None, "Folder or URL of an index of images, written by llm2clip index: nothing is embedded again."
     )
@@ -87,15 +88,14 @@ def run(config: DemoConfig) -> dict[str, Any]:
         OSError: The model does not exist.
         ValueError: There are no images, or a model does not embed both images and texts.
     """
-    if config.index:
-        check_places(config.index, config.model)
-    elif config.model is None and not Path(QUICKSTART_MODEL).is_dir():
+    if not config.index and config.model is None and not Path(QUICKSTART_MODEL).is_dir():
         raise FileNotFoundError(
             f"there is no model in {QUICKSTART_MODEL}: run `make quickstart`, or give --model a folder or Hub id"
         )
     model = config.model or ("" if config.index else QUICKSTART_MODEL)  # the index knows its own
-    for name in filter(None, (model, config.compare)):
-        require_model_place(name)
+    check_places(config.index, model)
+    if config.compare:
+        require_model_place(config.compare)
     if config.write_space:
         from llm2clip.demo.space import write_space
 
@@ -117,16 +117,16 @@ def _open_galleries(config: DemoConfig, model: str) -> list[Gallery]:
     from llm2clip.demo.gallery import Gallery
     from llm2clip.search.folder_items import FolderImages
 
-    cache_dir = Path(config.cache_dir)
+    cache_dir, how = Path(config.cache_dir), (config.text_encoder, config.dtype)
     if config.index:
-        galleries = [Gallery.of_index(config.index, model or None, config.text_encoder)]
+        galleries = [Gallery.of_index(config.index, model or None, *how)]
         opened: Any = galleries[0].images.table
         images = opened or FolderImages(galleries[0].index.manifest.source["path"], exclude=[cache_dir])
     else:
         images = open_images(config)
-        galleries = [Gallery.open(model, images, cache_dir, config.text_encoder)]
+        galleries = [Gallery.open(model, images, cache_dir, *how)]
     if config.compare:
-        galleries.append(Gallery.open(config.compare, images, cache_dir, config.text_encoder))
+        galleries.append(Gallery.open(config.compare, images, cache_dir, *how))
     return galleries
 
 

@@ -58,35 +58,39 @@ class Gallery:
         self._processor = transform.image_processor if isinstance(transform, EvalTransform) else None
 
     @classmethod
-    def open(cls, name: str, images: Items, cache_dir: Path, text_encoder: TextEncoder = "auto") -> Gallery:
+    def open(
+        cls, name: str, images: Items, cache_dir: Path, text_encoder: TextEncoder = "auto", dtype: str = "auto"
+    ) -> Gallery:
         """Load a model, and update its index of the images; see [`load_encoder`] and [`Gallery.embed`]."""
-        encoder = load_encoder(name, dtype="auto", needs=SIDES, text_encoder=text_encoder)
+        encoder = load_encoder(name, dtype=dtype, needs=SIDES, text_encoder=text_encoder)
         return cls.embed(encoder, images, cache_dir)
 
     @classmethod
     def embed(cls, encoder: Encoder, images: Items, cache_dir: Path) -> Gallery:
         """Embed the images that are new or changed since the last start.
 
-        The index has a folder of its own below `cache_dir` for each combination of weights, preprocessing and images,
-        so that models do not replace each other's index.
+        The index has a folder of its own below `cache_dir` for each combination of weights, data type, preprocessing
+        and images, so that models do not replace each other's index.
 
         Raises:
             ValueError: No image can be read.
         """
-        parts = [images.source, encoder.image_fingerprint()]
+        parts = [images.source, encoder.image_fingerprint(), encoder.dtype]
         key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
         index = _updated_index(cache_dir / f"index-{key}", images, encoder)
         return cls(encoder, index, ResultImages(index.manifest, images))
 
     @classmethod
-    def of_index(cls, location: str, model: str | None = None, text_encoder: TextEncoder = "auto") -> Gallery:
+    def of_index(
+        cls, location: str, model: str | None = None, text_encoder: TextEncoder = "auto", dtype: str = "auto"
+    ) -> Gallery:
         """Open an index that `llm2clip index` wrote, with the model that made it, or a copy of it.
 
         Raises:
             FileNotFoundError: Its images are no longer there.
             ValueError: It is an index of captions.
         """
-        index = SearchIndex.open(location, encoder=model, text_encoder=text_encoder)
+        index = SearchIndex.open(location, encoder=model, text_encoder=text_encoder, dtype=dtype)
         source = index.manifest.source
         if source["kind"] == "folder" and not Path(source["path"]).is_dir():
             raise FileNotFoundError(
@@ -182,7 +186,7 @@ class Gallery:
 
 def _updated_index(folder: Path, images: Items, encoder: Encoder) -> SearchIndex:
     """Bring an index up to date; one that cannot be read is built again, because all of it can be."""
-    settings: dict[str, Any] = {"dtype": "float32", "allow_removals": True}
+    settings: dict[str, Any] = {"stored_dtype": "float32", "allow_removals": True}
     try:
         return SearchIndex.build(encoder, images, folder, **settings)
     except NonFiniteError:

@@ -16,6 +16,14 @@ from llm2clip.utils.files import sha256
 RETURNS = "(model, preprocess, tokenizer), as open_clip and CLIP_benchmark have them"
 
 
+def module_of(path: Path) -> Any:
+    """Run a Python file of the user, and return it as a module."""
+    spec: Any = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 class CustomEncoder(ClipEncoder):
     """A model by the conventions of open_clip and CLIP_benchmark.
 
@@ -55,12 +63,7 @@ class CustomEncoder(ClipEncoder):
         path, _, name = spec.rpartition(":")
         if not Path(path).is_file():
             raise FileNotFoundError(f"{spec}: the file {path} does not exist.")
-        module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-        assert module_spec is not None
-        assert module_spec.loader is not None
-        module = importlib.util.module_from_spec(module_spec)
-        module_spec.loader.exec_module(module)
-        function = getattr(module, name, None)
+        function = getattr(module_of(Path(path)), name, None)
         if not callable(function):
             raise ValueError(f"{path} has no function {name!r}.")
         made = function()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm2clip.data import OnError
+from llm2clip.data import ImageBackend, OnError
 from llm2clip.encoders.batches import image_list
 from llm2clip.encoders.custom import CustomEncoder
 from llm2clip.encoders.encoder import Encoder
@@ -39,6 +39,7 @@ def load_encoder(
     needs: Sequence[str] = (),
     truncate_dim: int | None = None,
     text_encoder: TextEncoder = "llm",
+    image_backend: ImageBackend = "exact",
 ) -> Encoder:
     """Load a model of images and texts, of any library.
 
@@ -60,6 +61,8 @@ def load_encoder(
         truncate_dim: Number of values that are kept of each embedding, scaled to unit length again; by default all.
         text_encoder: `query` embeds texts with the small encoder in `query_encoder/` of an LLM2CLIP model, without its
             LLM; `auto` does so where there is one.
+        image_backend: `fast`, for an LLM2CLIP model, decodes JPEGs to tensors, with pixel values that differ by up to
+            2 of 255 from those of its image processor.
 
     Returns:
         An encoder: `encode_text(texts)` and `encode_image(images)` return unit rows; `width`; `identity()`.
@@ -67,14 +70,15 @@ def load_encoder(
     Raises:
         OSError: There is no such model.
         ImportError: open_clip is not installed.
-        ValueError: The model is of another kind, lacks a side that is needed, would have random weights, or has no
-            query encoder of its own.
+        ValueError: The model is of another kind, lacks a side that is needed, would have random weights, has no query
+            encoder of its own, or no such backend.
     """
     device = torch.device(device or process_state().device)
     without_own = "float32" if dtype == "auto" else dtype
+    options: dict[str, Any] = {"device": device, "batch_size": batch_size, "dtype": dtype}
     encoder: Encoder
     if text_encoder == "query" or (text_encoder == "auto" and has_query_encoder(spec, revision)):
-        encoder = QueryTextEncoder.load(spec, revision, device=device, batch_size=batch_size, dtype=dtype)
+        encoder = QueryTextEncoder.load(spec, revision, image_backend=image_backend, **options)
     elif spec.startswith(OPEN_CLIP):
         if revision is not None:
             raise ValueError(f"{spec} is a model of open_clip, which has no revision ({revision!r}).")
@@ -88,10 +92,11 @@ def load_encoder(
         has_both = {"vision_config", "text_config"} <= set(repo.config)
         if repo.kind in OUR_MODELS or (repo.kind is RepoKind.EMBEDDING_MODEL and not has_both):
             hint = BOTH_SIDES if {"image", "text"} <= set(needs) else None
-            options: dict[str, Any] = {"device": device, "batch_size": batch_size, "hint": hint, "dtype": dtype}
-            encoder = OurEncoder.load(spec, revision, needs, **options)
+            encoder = OurEncoder.load(spec, revision, needs, hint=hint, image_backend=image_backend, **options)
         else:
             encoder = TransformersEncoder.load(spec, revision, dtype, device, batch_size, repo.subfolder)
+    if encoder.image_backend != image_backend:
+        raise ValueError(f"image_backend is {image_backend}, but {spec} is no LLM2CLIP model: leave it out.")
     return encoder.truncate(truncate_dim)
 
 

@@ -89,7 +89,10 @@ class StoredEncoder(OurEncoder):
                 unit_features(self.model.get_image_features(vision_features=self.features.read_views(part))).cpu()
                 for part in np.split(stored_rows, range(BATCH, len(stored_rows), BATCH))
             ]
-        yield EncodedRows(list(rows), self.compact(torch.cat(parts)), reasons)
+        embeds = self.compact(torch.cat(parts))
+        read = [row for row, reason in enumerate(reasons) if reason is None]
+        require_finite_rows(embeds[read], lambda row: images.key(rows[read[row]]), "images")
+        yield EncodedRows(list(rows), embeds, reasons)
 
 
 def open_stored_encoder(

@@ -48,7 +48,7 @@ class CheckConfig(check_data.CheckDataConfig):
     benchmark: list[str] = setting(
         [], "Published sets to check instead of SOURCE: names or groups of `llm2clip evaluate --list`, or all-found."
     )
-    data: str | None = setting(None, "Folder below which the files of published sets lie.")
+    data: str = setting("data", "Folder of the published sets.")
 
     def __post_init__(self) -> None:
         if not self.benchmark:
@@ -58,8 +58,6 @@ class CheckConfig(check_data.CheckDataConfig):
         check_choices(self)
         if self.source:
             raise ValueError("give either SOURCE or benchmark, not both.")
-        if self.data is None:
-            raise ValueError("benchmark needs data, the folder of the files: --data ./data")
         refuse(self, OF_SOURCES, "it is for a SOURCE: a published set is read as it was published")
 
 
@@ -74,7 +72,6 @@ def run(config: CheckConfig) -> None:
     if not config.benchmark:
         check_data.run(config)
         return
-    assert config.data is not None
     folder = Path(config.data)
     if not folder.is_dir():
         raise ValueError(f"--data {folder} is no folder.")

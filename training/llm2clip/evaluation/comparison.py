@@ -22,7 +22,7 @@ from llm2clip.evaluation.results import (
     require_equal,
 )
 from llm2clip.utils.settings import nearest
-from llm2clip.utils.tables import SHORT, markdown_table, short_name
+from llm2clip.utils.tables import markdown_table, short_name
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 # Parts of results that a page does not show: plots show lengths, and classes are too many.
 LEFT_OUT = ("length", "class")
-CHECKSUM = re.compile("[0-9a-f]{16,}")
+CHECKSUM = re.compile(r"(\d-)?[0-9a-f]{16,}")
 Table = tuple[list[str], list[list[str]]]
 
 
@@ -55,7 +55,7 @@ class Column:
         names = [short_name(name) for name in self.scores]
         ends = {name.partition(" ")[2] for name in names}
         words = " / ".join(names)
-        if len(names) > 1 and len(ends) == 1 and all(name.startswith(tuple(SHORT)) for name in self.scores):
+        if len(names) > 1 and len(ends) == 1 and all(name.startswith(("I2T ", "T2I ")) for name in names):
             words = f"{' / '.join(name.partition(' ')[0] for name in names)} {ends.pop()}"
         return f"{self.title.replace(' (', chr(10) + '(', 1)}\n{words}"
 
@@ -225,7 +225,11 @@ def compare_results(results: Sequence[str | Path | Result], paper: bool = False)
     firsts = {column: result for (_, column), (_, result) in reversed(cells.items())}
     models = {row: result.model for (row, _), (_, result) in cells.items()}
     titles = told_apart([(firsts[number].title, _column_facts(firsts[number])) for number in range(len(columns))])
-    labels = told_apart([(models[number]["given"], models[number]) for number in range(len(rows))])
+    entries_of_rows = [(models[number]["given"], models[number]) for number in range(len(rows))]
+    # Embeddings that are cut or rounded have another fingerprint, which says no more.
+    labels = told_apart([(label, {**facts, "fingerprint": ""}) for label, facts in entries_of_rows])
+    if len(set(labels)) < len(labels):
+        labels = told_apart(entries_of_rows)
     report = Report(
         [
             Column(_with_note(title, firsts[number]), tuple(firsts[number].compared), firsts[number])
@@ -280,8 +284,9 @@ def _row_key(result: Result) -> str:
 
 
 def _column_facts(result: Result) -> dict[str, str]:
-    """What may differ between two columns, as words."""
-    options = {name: str(value) for name, value in result.protocol.items()}
+    """What may differ between two columns, as words; the name of a protocol stands for its id."""
+    options = {{"name": "protocol"}.get(name, name): str(value) for name, value in result.protocol.items()}
+    del options["id"]
     return {"set": result.benchmark, **options, "data": str(result.data.get("checksum", ""))}
 
 
@@ -301,7 +306,7 @@ def _details(column: Column, results: Sequence[tuple[str, Result]]) -> list[str]
         list(dict.fromkeys(name for _, result in results for name in getattr(result, kind)))
         for kind in ("scores", "counts", "ranks")
     )
-    titles = ["model", *map(short_name, names), *(name.replace("_", " ") for name in [*ranks, *counts])]
+    titles = ["model", *map(short_name, [*names, *ranks, *counts])]
     rows = [
         [
             label,

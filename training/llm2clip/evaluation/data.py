@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,8 @@ from llm2clip.data import (
     load_source,
 )
 from llm2clip.data.captioned_images import column_texts
-from llm2clip.data.sources import OF_TRAINING, source_columns
+from llm2clip.data.sources import OF_TRAINING, SourceError, source_columns
+from llm2clip.data.table_identity import distinct, file_paths
 from llm2clip.encoders.batches import ChosenImages, ContentSet, ImageList, TableImages
 from llm2clip.evaluation.benchmark import BenchmarkError
 from llm2clip.evaluation.prompts import prompts
@@ -107,30 +109,43 @@ class RetrievalData:
 
     @classmethod
     def from_source(
-        cls, source: CaptionSource, positives: Positives = "distinct", max_pixels: int = DEFAULT_MAX_PIXELS
+        cls,
+        source: CaptionSource,
+        positives: Positives = "distinct",
+        max_pixels: int = DEFAULT_MAX_PIXELS,
+        require_files: bool = False,
     ) -> RetrievalData:
         """Read the images and captions of a source.
 
-        An image may have several captions. An image whose caption columns are all empty is a candidate that is never
-        right.
+        An image may have several captions, and rows that name the same file are one image. An image whose caption
+        columns are all empty is a candidate that is never right.
 
         Args:
             positives: `distinct`: equal captions are one query, which is right for all images that have it, in
                 whatever case and white space. `rows`, the rule of published benchmarks: each caption of each row is a
                 query, repeats included, and the image of its row alone is right.
             max_pixels: Largest width x height of an image that is decoded.
+            require_files: Files that are not there are an error.
 
         Raises:
-            SourceError: The source cannot be read, or lacks a column.
+            SourceError: The source cannot be read, or lacks a column or files of images.
             ValueError: No row has a caption.
         """
         source = replace(source.without(OF_TRAINING), streaming=False)
         table = load_source(source)
         assert isinstance(table, datasets.Dataset)
         columns = source_columns(source, table)
-        images = TableImages(table, columns, max_pixels)
+        assert columns.image is not None
+        files = list(file_paths(table, columns.image))
+        missing = [file for file in dict.fromkeys(files) if file and "://" not in file and not os.path.exists(file)]
+        if missing and require_files:
+            raise SourceError(f"{source.path} lacks {len(missing):,} images that it names: {shortened(missing)}.")
+        first, image_of = distinct([file or row for row, file in enumerate(files)])
+        images = ChosenImages(TableImages(table, columns, max_pixels), first)
         rows = table.remove_columns([name for name in (columns.image, columns.key) if name is not None])
-        captions = [[text for column in columns.captions for text in column_texts(row, column)] for row in rows]
+        captions: list[list[str]] = [[] for _ in first]
+        for image, row in zip(image_of, rows, strict=True):
+            captions[image] += [text for column in columns.captions for text in column_texts(row, column)]
         if not any(captions):
             raise ValueError(f"no row of {source.path} has a caption in {', '.join(source.caption_columns)}.")
         if positives == "rows":
@@ -139,10 +154,10 @@ class RetrievalData:
         for image, texts in enumerate(captions):
             for text in texts:
                 owners.setdefault(caption_id(text), {})[image] = None
-        distinct = list(dict.fromkeys(text for texts in captions for text in texts))
-        matching_images = [list(owners[caption_id(text)]) for text in distinct]
+        queries = list(dict.fromkeys(text for texts in captions for text in texts))
+        matching_images = [list(owners[caption_id(text)]) for text in queries]
         pairs = [(number, image) for number, matching in enumerate(matching_images) for image in matching]
-        return cls(images, distinct, torch.tensor([matching[0] for matching in matching_images]), torch.tensor(pairs))
+        return cls(images, queries, torch.tensor([matching[0] for matching in matching_images]), torch.tensor(pairs))
 
     @property
     def pairs(self) -> Tensor:
@@ -272,10 +287,10 @@ class CaptionPairData:
         """
         dataset = PairDataset(source.without(PAIRS_OF_TRAINING))
         rows = [dataset[index] for index in range(len(dataset))]
-        (queries, query_of), (targets, target_of) = (
-            _distinct([row[name] for row in rows]) for name in ("anchor", "positive")
-        )
-        pairs = sorted(set(zip(query_of, target_of, strict=True)))
+        sides = [[row[name] for row in rows] for name in ("anchor", "positive")]
+        firsts, numbers = zip(*(distinct([caption_id(text) for text in side]) for side in sides), strict=True)
+        pairs = sorted(set(zip(*numbers, strict=True)))
+        queries, targets = ([side[row] for row in first] for side, first in zip(sides, firsts, strict=True))
         return cls(queries, targets, torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2))
 
     def counts(self) -> dict[str, int]:
@@ -364,11 +379,3 @@ class GradedData(RetrievalData):
             "right_texts": len(self.image_matches),
             "outside": len(self.outside),
         }
-
-
-def _distinct(texts: Sequence[str]) -> tuple[list[str], list[int]]:
-    """Return the distinct texts, and the position of each text among them."""
-    ids = [caption_id(text) for text in texts]
-    first = dict(zip(reversed(ids), reversed(texts), strict=True))
-    positions = {identity: position for position, identity in enumerate(dict.fromkeys(ids))}
-    return [first[identity] for identity in positions], [positions[identity] for identity in ids]

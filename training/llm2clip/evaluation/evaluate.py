@@ -7,7 +7,7 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,20 +19,21 @@ from llm2clip.data.sources import Source
 from llm2clip.encoders import Encoder, OurEncoder
 from llm2clip.encoders.load import load_encoder
 from llm2clip.encoders.stored import open_stored_encoder
-from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError, BenchmarkProtocol
-from llm2clip.evaluation.benchmarks import all_benchmarks, choose_benchmarks
+from llm2clip.evaluation.benchmark import GROUPS, Benchmark, BenchmarkError, BenchmarkProtocol
+from llm2clip.evaluation.benchmarks import ALL_FOUND, all_benchmarks, choose_benchmarks
 from llm2clip.evaluation.benchmarks.checksum import data_checksum
 from llm2clip.evaluation.benchmarks.listing import list_benchmarks, overview
 from llm2clip.evaluation.benchmarks.unusual_rows import unusual_rows
 from llm2clip.evaluation.evaluate_config import OF_OWN_DATA, EvaluateConfig
-from llm2clip.evaluation.own_data import OwnData, is_own_data, own_benchmark
+from llm2clip.evaluation.own_data import OwnData, is_own_data, own_benchmark, plain_path
 from llm2clip.evaluation.prompts import with_prompts
 from llm2clip.evaluation.protocols import open_protocol
 from llm2clip.evaluation.results import Result, intervals_of, print_results, read_result, require_same, result_path
 from llm2clip.evaluation.session import Session
 from llm2clip.evaluation.text_formats import RAW, format_captions
 from llm2clip.utils.files import require_writable
-from llm2clip.utils.model_places import OPEN_CLIP
+from llm2clip.utils.logs import print_whole
+from llm2clip.utils.model_places import OPEN_CLIP, is_repo, require_model_place
 from llm2clip.utils.processes import on_main_process, process_state, worker_count
 from llm2clip.utils.progress import section
 from llm2clip.utils.repos import RepoKind, inspect_repo
@@ -84,10 +85,10 @@ class LoadedBenchmark:
             json.dumps({"protocol": self.protocol_id, "options": options, "text_format": self.text_format})
         )
 
-    def path(self, output: Path, model: str) -> Path:
-        """Return the file of the result of a model."""
-        variant = getattr(self.protocol, "variant", "")
-        return result_path(output, model, self.benchmark.name, self.text_format, variant)
+    def path(self, output: Path, model: str, cut: Iterable[Any]) -> Path:
+        """Return the file of the result of a model, whose embeddings may be cut (the values of [`Encoder.cut`])."""
+        variants = *map(str, cut), getattr(self.protocol, "variant", "")
+        return result_path(output, model, self.benchmark.name, self.text_format, *variants)
 
 
 def evaluate(
@@ -138,9 +139,9 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         # What reads the lines of a file or a pipe gets them whole.
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
         if config.benchmark:
-            print(list_benchmarks(choose_benchmarks(config.benchmark, data, missing_too=True), data))
+            print_whole(list_benchmarks(choose_benchmarks(config.benchmark, data, missing_too=True), data))
         else:
-            print(overview(all_benchmarks().values(), data, width))
+            print_whole(overview(all_benchmarks().values(), data, width))
         return {}
     if not config.model or not config.benchmark:
         raise ValueError(
@@ -161,10 +162,23 @@ def _measure(config: EvaluateConfig, models: Sequence[Any], benchmarks: Sequence
     """
     if config.revision is not None and len(models) > 1:
         raise ValueError(f"revision is {config.revision}, but there are {len(models)} models: give one.")
-    loaded = load_benchmarks(config, _choose(config, benchmarks))  # before a model is loaded and hours are spent
+    # Names first, then data, before a model is loaded and hours are spent. `runs/a/` is `runs/a`.
+    models = [plain_path(model) if isinstance(model, str) else model for model in models]
+    chosen = _choose(config, benchmarks)
+    for model in models:
+        if isinstance(model, str):
+            inspect_repo(model, config.revision) if is_repo(model) else require_model_place(model)
+    loaded = load_benchmarks(config, chosen)
     output = None if config.output is None else Path(config.output)
     store = Path(config.embeddings) if config.embeddings else output and output / "embeddings"
-    _require_writable_folders(config, output, store, loaded)
+    if output is not None and store is not None:
+        kept: Any = [value for value in (config.truncate_dim, config.precision) if value not in (None, "float32")]
+        names = [(model, kept) if isinstance(model, str) else (model.name, model.cut.values()) for model in models]
+        paths = [entry.path(output, name, values) for entry in loaded for name, values in names]
+        # What is finished is shown from folders that are read-only too.
+        if config.overwrite or not all(path.is_file() for path in paths):
+            require_writable(output)
+            require_writable(store)
     is_main = process_state().is_main_process
     texts_alone = all(entry.protocol_id == "caption-retrieval" for entry in loaded)
     for model in models:
@@ -175,7 +189,7 @@ def _measure(config: EvaluateConfig, models: Sequence[Any], benchmarks: Sequence
         cut = {name: str(value) for name, value in encoder.cut.items()}
         described = {"given": encoder.name, **encoder.identity(), "fingerprint": encoder.fingerprint(), **cut}
         for number, entry in enumerate(loaded, 1):
-            path = None if output is None else entry.path(output, encoder.name)
+            path = None if output is None else entry.path(output, encoder.name, cut.values())
             session.seconds = {"read": entry.seconds}
             with section(f"{entry.benchmark.title} ({number} of {len(loaded)})"):
                 if path is not None and on_main_process(path.is_file) and not config.overwrite:
@@ -229,13 +243,14 @@ def _choose(config: EvaluateConfig, given: Sequence[Any]) -> list[Benchmark]:
             benchmarks = [entry]
         elif isinstance(entry, CaptionSource | PairSource):
             task = "retrieval" if isinstance(entry, CaptionSource) else "caption_retrieval"
-            benchmarks = [own_benchmark(vars(entry), task, config.positives)]
-        elif entry not in all_benchmarks() and is_own_data(entry):
+            benchmarks = [own_benchmark(vars(entry), task, config.positives, config.on_error == "raise")]
+        elif entry not in (*all_benchmarks(), *GROUPS, ALL_FOUND) and is_own_data(entry):
             by_path = True
             anchors = {"anchor_column": settings["query_column"], "positive_column": settings["target_column"]}
             fields = {name: settings[name] for name in ("split", "image_column", "caption_columns")}
             source = json.loads(entry) if entry.startswith("{") else entry
-            benchmarks = [own_benchmark(source, config.task, config.positives, **fields, **anchors)]
+            whole = config.on_error == "raise"
+            benchmarks = [own_benchmark(source, config.task, config.positives, whole, **fields, **anchors)]
         else:
             benchmarks = choose_benchmarks([entry], Path(config.data))
         for benchmark in benchmarks:
@@ -306,20 +321,6 @@ def find_benchmarks(benchmarks: Sequence[Benchmark], data: Path) -> list[tuple[B
         needs = f"`llm2clip evaluate --list --benchmark {names}` shows what is needed."
         raise BenchmarkError(" ".join([*missing, needs]))
     return [(benchmark, folder) for benchmark, folder in located if folder is not None]
-
-
-def _require_writable_folders(
-    config: EvaluateConfig, output: Path | None, store: Path | None, loaded: Sequence[LoadedBenchmark]
-) -> None:
-    """Check that results can be written; finished ones are also shown from a folder that is read-only."""
-    if output is None:
-        return
-    if output.is_file():
-        raise ValueError(f"output is the file {output}, but results are written to a folder, a file for each.")
-    paths = [entry.path(output, str(model)) for entry in loaded for model in config.model]
-    if config.overwrite or not all(path.is_file() for path in paths):
-        for folder in filter(None, (output, store)):
-            require_writable(folder)
 
 
 def _open_encoder(config: EvaluateConfig, name: str, texts_alone: bool) -> Encoder:

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from llm2clip.utils.embeddings import inner_products
+from llm2clip.utils.logs import shortened
 
 # Queries per tile: the two buffers take less memory than the candidates for any width above 512, and the matrix
 # products run at full speed.
-DEFAULT_TILE_SIZE = 256
+TILE_SIZE = 256
 KS = (1, 5, 10)
-MAX_NAMED_ROWS = 10
 # Cosines closer than this are equal: float32 products of unit vectors are exact to some 2e-7.
 ROUNDING = 1e-6
 
@@ -33,7 +33,6 @@ def retrieval_metrics(
     text_embeds: Tensor,
     matches: Tensor,
     ks: Sequence[int] = KS,
-    tile_size: int = DEFAULT_TILE_SIZE,
 ) -> dict[str, float | int]:
     """Compute retrieval metrics in both directions, as on Flickr30k and COCO.
 
@@ -46,7 +45,6 @@ def retrieval_metrics(
         matches: (p, 2) int64, pairs of a text index and an image index. Every text needs one; an image without any is
             a wrong candidate for every text, and is not a query.
         ks: Values of k. A k above the number of candidates gives a recall of 1.
-        tile_size: Number of texts per tile; a tile contains float32 scores of all images.
 
     Returns:
         `recall@K` (0 to 1), `mean_rank` and `median_rank` (from 1; the mean of two middle ranks is rounded down, as in
@@ -57,13 +55,13 @@ def retrieval_metrics(
         ValueError: A text has no match, an index is out of range, an embedding is not finite, or the shapes do not
             match.
     """
-    text_to_image, image_to_text, asking = retrieval_ranks(image_embeds, text_embeds, matches, tile_size)
+    text_to_image, image_to_text, asking = retrieval_ranks(image_embeds, text_embeds, matches)
     counts = {"num_texts": len(text_embeds), "num_images": len(image_embeds), "num_images_with_text": len(asking)}
     return {**_summary(text_to_image, ks, "text_to_image_"), **_summary(image_to_text, ks, "image_to_text_"), **counts}
 
 
 def retrieval_ranks(
-    image_embeds: Tensor, text_embeds: Tensor, matches: Tensor, tile_size: int = DEFAULT_TILE_SIZE
+    image_embeds: Tensor, text_embeds: Tensor, matches: Tensor
 ) -> tuple[QueryRanks, QueryRanks, Tensor]:
     """Compute what [`retrieval_metrics`] averages: the ranks of every query, with its arguments and errors.
 
@@ -71,7 +69,7 @@ def retrieval_ranks(
         Ranks of the texts among the images; ranks of the images among the texts, without the images that have no text;
         the rows of those images, `(queries,)`, ascending.
     """
-    text_to_image, image_to_text = _ranks(text_embeds, image_embeds, matches, tile_size, ("text", "image"))
+    text_to_image, image_to_text = _ranks(text_embeds, image_embeds, matches, ("text", "image"))
     asking = matches[:, 1].unique().cpu()
     return text_to_image, QueryRanks(*(column[asking] for column in image_to_text)), asking
 
@@ -106,7 +104,7 @@ def caption_retrieval_metrics(
                 f"{len(target_embeds)} targets. Give the pairs as matches."
             )
         matches = torch.arange(len(query_embeds))[:, None].expand(-1, 2)
-    ranks, _ = _ranks(query_embeds, target_embeds, matches, DEFAULT_TILE_SIZE, ("query", "target"))
+    ranks, _ = _ranks(query_embeds, target_embeds, matches, ("query", "target"))
     return {**_summary(ranks, ks), "num_queries": len(query_embeds), "num_targets": len(target_embeds)}
 
 
@@ -168,7 +166,7 @@ def _summary(ranks: QueryRanks, ks: Sequence[int], prefix: str = "") -> dict[str
 
 @torch.no_grad()
 def _ranks(
-    queries: Tensor, candidates: Tensor, matches: Tensor, tile_size: int, names: tuple[str, str]
+    queries: Tensor, candidates: Tensor, matches: Tensor, names: tuple[str, str]
 ) -> tuple[QueryRanks, QueryRanks]:
     """Compute the ranks of both directions from one matrix product, tile by tile.
 
@@ -187,8 +185,6 @@ def _ranks(
             f"{query_name} and {candidate_name} embeddings must be matrices of one width, but are "
             f"{tuple(queries.shape)} and {tuple(candidates.shape)}."
         )
-    if tile_size < 1:
-        raise ValueError(f"tile_size must be at least 1, but is {tile_size}.")
     device = candidates.device
     matches = _checked_matches(matches, len(queries), len(candidates), names)
     units = candidates.float() / _norms(candidates, candidate_name)
@@ -200,18 +196,18 @@ def _ranks(
     matches = matches.to(device)
     parts = [
         (unit_queries(chunk[:, 0].to(queries.device)) * units[chunk[:, 1]]).sum(dim=1)
-        for chunk in matches.split(tile_size)
+        for chunk in matches.split(TILE_SIZE)
     ]
     correct = torch.cat(parts)
     sides = (_Side(len(queries), matches[:, 0], correct), _Side(len(candidates), matches[:, 1], correct))
     # For each tile, the slice of `matches` (sorted by query) that belongs to it.
-    starts = range(0, len(queries), tile_size)
+    starts = range(0, len(queries), TILE_SIZE)
     cuts = torch.tensor([*starts, len(queries)], device=device)
     bounds = torch.searchsorted(matches[:, 0].contiguous(), cuts).tolist()
-    buffers = units.new_empty(2, min(tile_size, len(queries)), len(candidates))
+    buffers = units.new_empty(2, min(TILE_SIZE, len(queries)), len(candidates))
     with torch.autocast(device.type, enabled=False):
         for start, first, last in zip(starts, bounds, bounds[1:], strict=False):
-            tile = slice(start, start + tile_size)
+            tile = slice(start, start + TILE_SIZE)
             scores, flags = buffers[:, : len(norms[tile])]
             inner_products(unit_queries(tile), units, scores)
             # Only wrong candidates are counted: rounding must not rank a correct candidate above itself.
@@ -266,11 +262,10 @@ def _checked_matches(matches: Tensor, num_queries: int, num_candidates: int, nam
             )
     if num_queries == 0:
         raise ValueError(f"There are no {names[0]} embeddings to evaluate.")
-    unmatched = (torch.bincount(matches[:, 0], minlength=num_queries) == 0).nonzero()[:, 0]
-    if len(unmatched):
-        raise ValueError(
-            f"Every {names[0]} needs a correct {names[1]} in matches; {_named(unmatched)} of {num_queries} have none."
-        )
+    unmatched = _rows(torch.bincount(matches[:, 0], minlength=num_queries) == 0)
+    if unmatched:
+        rows = f"{shortened(unmatched)} of {num_queries}"
+        raise ValueError(f"Every {names[0]} needs a correct {names[1]} in matches; {rows} have none.")
     numbers = (matches[:, 0] * num_candidates + matches[:, 1]).unique()
     return torch.stack([numbers // num_candidates, numbers % num_candidates], dim=1)
 
@@ -278,12 +273,11 @@ def _checked_matches(matches: Tensor, num_queries: int, num_candidates: int, nam
 def _norms(embeds: Tensor, name: str) -> Tensor:
     """Return the norms of the rows, (n, 1) float32, not zero."""
     norms = embeds.float().norm(dim=1, keepdim=True)
-    broken = (~norms[:, 0].isfinite()).nonzero()[:, 0]
-    if len(broken):
-        raise ValueError(f"Non-finite {name} embeddings in rows {_named(broken)}.")
+    broken = _rows(~norms[:, 0].isfinite())
+    if broken:
+        raise ValueError(f"Non-finite {name} embeddings in rows {shortened(broken)}.")
     return norms.clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def _named(rows: Tensor) -> str:
-    shown = ", ".join(map(str, rows[:MAX_NAMED_ROWS].tolist()))
-    return shown if len(rows) <= MAX_NAMED_ROWS else f"{shown}, ... ({len(rows)} rows)"
+def _rows(chosen: Tensor) -> list[str]:
+    return [str(row) for row in chosen.nonzero()[:, 0].tolist()]

@@ -46,13 +46,20 @@ def is_own_data(name: str) -> bool:
     )
 
 
-def own_benchmark(path: str | Mapping[str, Any], task: str, positives: Positives, **fields: Any) -> OwnData:
+def plain_path(name: str) -> str:
+    """Write a path without `./` and a slash at its end, so that results have one name for it; others stay."""
+    return str(Path(name)) if Path(name).exists() else name
+
+
+def own_benchmark(
+    path: str | Mapping[str, Any], task: str, positives: Positives, require_files: bool = False, **fields: Any
+) -> OwnData:
     """Make a benchmark of your own data.
 
     Args:
         path: A path, URL or Hub id; or a mapping with the fields of [`CaptionSource`] or [`PairSource`].
         task: `retrieval` between images and captions, or `caption_retrieval` between two captions of one image.
-        positives: What is right; see [`RetrievalData.from_source`].
+        positives, require_files: See [`RetrievalData.from_source`].
         fields: Fields of the source, those that are not None.
 
     Raises:
@@ -60,6 +67,7 @@ def own_benchmark(path: str | Mapping[str, Any], task: str, positives: Positives
     """
     given: dict[str, Any] = {"path": path} if isinstance(path, str) else dict(path)
     given = {name: value for name, value in {**given, **fields}.items() if value is not None}
+    given["path"] = plain_path(given["path"])
     split, is_file = given.get("split"), Path(given["path"]).is_file() or glob.has_magic(given["path"])
     if split is not None and is_file and "[" not in split and isinstance(path, str):
         raise ValueError(
@@ -81,7 +89,9 @@ def own_benchmark(path: str | Mapping[str, Any], task: str, positives: Positives
         name=name,
         title=name,
         read=lambda _: (
-            RetrievalData.from_source(source, positives) if is_retrieval else CaptionPairData.from_source(pairs)
+            RetrievalData.from_source(source, positives, require_files=require_files)
+            if is_retrieval
+            else CaptionPairData.from_source(pairs)
         ),
         protocol="retrieval" if is_retrieval else "caption-retrieval",
         options=options,

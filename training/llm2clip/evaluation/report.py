@@ -25,16 +25,16 @@ class ReportConfig:
     baseline: str | None = setting(None, "Model, as the table names it, from which differences are shown.")
     paper: bool = setting(False, "Show published scores of the same sets and protocols below the results.")
     output: str | None = setting(
-        None, "File for all scores: .md (with their intervals; its plots are written beside it) or .json."
+        None,
+        "File: .md (all scores with their intervals; plots are written beside it), .json, or .csv, whose lines are "
+        "the compared scores, 0 to 1.",
     )
 
     def __post_init__(self) -> None:
         if not self.results:
             raise ValueError("there is no result to report: llm2clip report results/*.json")
-        if self.output is not None and Path(self.output).suffix.lower() not in (".md", ".json"):
-            raise ValueError(
-                f"output is {self.output}, but a report is Markdown or JSON: its name ends in .md or .json."
-            )
+        if self.output is not None and Path(self.output).suffix.lower() not in (".md", ".json", ".csv"):
+            raise ValueError(f"output is {self.output}, but the name of a report ends in .md, .json or .csv.")
 
 
 def run(config: ReportConfig) -> dict[str, Any]:
@@ -48,18 +48,20 @@ def run(config: ReportConfig) -> dict[str, Any]:
     """
     report = compare_results(config.results, config.paper)
     baseline = None if config.baseline is None else report.baseline(config.baseline)
-    if config.output is not None:
-        require_writable(Path(config.output).parent)
-    print_report(report, baseline)
     if config.output is None:
+        print_report(report, baseline)
         return {}
     path = Path(config.output)
+    require_writable(path.parent)
     if path.suffix.lower() == ".json":
         write_text(path, report.to_json())
-        return {"written": path}
-    from llm2clip.evaluation.plots import write_plots  # matplotlib starts slowly
+    elif path.suffix.lower() == ".csv":
+        write_text(path, report.to_pandas().unstack().dropna().rename("value").to_csv())
+    else:
+        from llm2clip.evaluation.plots import write_plots  # matplotlib starts slowly
 
-    write_text(path, report.to_markdown(baseline, [plot.name for plot in write_plots(path, report)]))
+        write_text(path, report.to_markdown(baseline, [plot.name for plot in write_plots(path, report)]))
+    print_report(report, baseline)
     return {"written": path}
 
 

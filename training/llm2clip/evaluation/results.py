@@ -22,7 +22,7 @@ from llm2clip.evaluation.bootstrap import bootstrap_interval, bootstrap_ratios
 from llm2clip.evaluation.text_formats import RAW
 from llm2clip.utils.files import write_json
 from llm2clip.utils.manifests import read_checked, with_checksum
-from llm2clip.utils.tables import in_percent, print_table, score_columns
+from llm2clip.utils.tables import in_percent, print_table, score_columns, short_name
 from llm2clip.utils.yaml_text import load_yaml
 from modeling_llm2clip import __version__
 
@@ -111,14 +111,15 @@ def read_results(name: str) -> Iterator[tuple[str, Result]]:
         yield path, read_result(Path(path))
 
 
-def result_path(output: Path, model: str, benchmark: str, text_format: str, variant: str = "") -> Path:
+def result_path(output: Path, model: str, benchmark: str, text_format: str, *variants: str) -> Path:
     """Return the file of a result in a folder, such as `openai--clip-vit-large-patch14.urban1k.raw.json`.
 
     Args:
-        variant: What the user chose instead of what the benchmark has, such as `paper`, a set of templates.
+        variants: What the user chose instead of what model and benchmark have, such as `paper`, a set of templates.
     """
+    benchmark = re.sub(r"(\[\d*%?):", r"\1to", benchmark)  # the slices [:10] and [10:] of a split
     name, of = (re.sub(r"[^\w.-]+", "--", part).strip("-.") for part in (model, benchmark))
-    return output / ".".join([name, of, *filter(None, [variant]), text_format, "json"])
+    return output / ".".join([name, of, *filter(None, variants), text_format, "json"])
 
 
 def package_versions() -> dict[str, str]:
@@ -227,25 +228,15 @@ def published_rows() -> tuple[PublishedRow, ...]:
 
 
 def read_published(table: Mapping[str, Any]) -> Iterator[PublishedRow]:
-    """Read the rows of one table of the file.
-
-    Raises:
-        ValueError: A row has another number of cells than there are sets, or a cell another number of scores.
-    """
+    """Read the rows of one table of the file: a cell for each set, with a number for each score."""
     sets = [tuple(name.strip() for name in names.split("|")) for names in table["sets"]]
     facts = {name: str(table.get(name, "")) for name in ("source", "unstated")}
     for model, row in table["rows"].items():
-        cells = str(row).split()
-        if len(cells) != len(sets):
-            raise ValueError(f"the row of {model} in {PUBLISHED} has {len(cells)} cells for {len(sets)} sets.")
-        for names, cell in zip(sets, cells, strict=True):
-            if cell == "-":
-                continue
-            values = [float(value) / 100 for value in cell.split("/")]
-            if len(values) != len(table["scores"]):
-                raise ValueError(f"the cell {cell} of {model} in {PUBLISHED} has no {len(table['scores'])} scores.")
-            scores = dict(zip(table["scores"], values, strict=True))
-            yield PublishedRow(str(model), names, scores, table.get("protocol") or {}, **facts)
+        for names, cell in zip(sets, str(row).split(), strict=True):
+            if cell != "-":
+                values = [float(value) / 100 for value in cell.split("/")]
+                scores = dict(zip(table["scores"], values, strict=True))
+                yield PublishedRow(str(model), names, scores, table.get("protocol") or {}, **facts)
 
 
 def print_results(console: Console, results: Sequence[Result]) -> None:
@@ -257,6 +248,13 @@ def print_results(console: Console, results: Sequence[Result]) -> None:
     for result in results:
         tables.setdefault(f"{protocol_words(result)}|{list(result.scores)}", []).append(result)
     several = len({result.model["given"] for result in results}) > 1
+    names = {(result.title, result.benchmark) for result in results}
+
+    def title_of(result: Result) -> str:
+        """The title, and the name where several sets have it (the files of COCO)."""
+        is_one = sum(title == result.title for title, _ in names) == 1
+        return result.title if is_one else f"{result.title} ({result.benchmark})"
+
     for rows in tables.values():
         columns = score_columns(list(rows[0].scores))
         first, *others = columns
@@ -264,7 +262,7 @@ def print_results(console: Console, results: Sequence[Result]) -> None:
         for result in rows:
             cells, interval = in_percent(result.scores, columns), result.intervals.get(next(iter(result.scores)))
             ends = "" if interval is None else f"{100 * interval[0]:.1f}-{100 * interval[1]:.1f}"
-            lines.append([*[result.model["given"]] * several, result.title, cells[0], ends, *cells[1:]])
+            lines.append([*[result.model["given"]] * several, title_of(result), cells[0], ends, *cells[1:]])
         title = "In %" if several else f"{rows[0].model['given']}, in %"
         heads = [*["model"] * several, "benchmark", first, "95%", *others]
         print_table(console, title, heads, lines, range(1 + several))
@@ -273,13 +271,13 @@ def print_results(console: Console, results: Sequence[Result]) -> None:
     for result in results:
         remarks = "; ".join(remarks_on(result))
         if remarks:
-            name = f"{result.model['given']}, {result.title}" if several else result.title
+            name = f"{result.model['given']}, {title_of(result)}" if several else title_of(result)
             console.print(f"{name}: {remarks}.", markup=False, soft_wrap=True)
 
 
 def remarks_on(result: Result) -> list[str]:
     """What to know of the numbers of a result: ranks, ties, cut and empty texts, counts unlike the published."""
-    remarks = [f"{name.replace('_', ' ')} {value:,.4g}" for name, value in result.ranks.items()]
+    remarks = [f"{short_name(name)} {value:,.4g}" for name, value in result.ranks.items()]
     ties = sum(count for name, count in result.counts.items() if name.startswith("tied_"))
     cut, empty, skipped = (result.counts.get(name, 0) for name in ("truncated_texts", "empty_texts", "skipped_images"))
     counted = [

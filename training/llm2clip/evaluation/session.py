@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from llm2clip.data import OnError
+from llm2clip.data.table_identity import distinct
 from llm2clip.encoders import Encoder
-from llm2clip.encoders.batches import ContentSet, ImageSet, encode_sharded
-from llm2clip.encoders.encoder import NOT_FINITE
+from llm2clip.encoders.batches import ContentSet, encode_sharded
 from llm2clip.encoders.image_features import SHARD_SIZE
 from llm2clip.store import Store, StoreManifest, build_store
 from llm2clip.store.building import ComputedRows, StoreBuild
 from llm2clip.store.store import caption_keys
-from llm2clip.utils.embeddings import require_finite_rows
 from llm2clip.utils.files import digest_json
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.progress import ProgressBar
@@ -110,13 +109,14 @@ class Session:
             skipped = [
                 (position, images.key(rows[position]), reason) for position, reason in enumerate(reasons) if reason
             ]
-            return ComputedRows(torch.cat([part.embeds for part in parts]), skipped=skipped)
+            embeds = [part.embeds for part in parts] or [torch.empty(0, encoder.width)]
+            return ComputedRows(torch.cat(embeds), skipped=skipped)
 
+        title = "Embedding images" if kind == IMAGES else "Features of images"
         with self.timed("images"):
             if self.store is None:
-                return self._images_in_memory(images, forward, size)
+                return self._in_memory(list(range(len(images))), title, "image", compute)
             keys = images.content_keys()
-            title = "Embedding images" if kind == IMAGES else "Features of images"
             return self._read_images(kind, keys, self._stored(kind, keys, title, SHARD_SIZE, compute))
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
@@ -134,15 +134,14 @@ class Session:
                 bar.update(len(chosen))
             return ComputedRows(torch.cat(parts))
 
-        keys, title = caption_keys(texts), "Embedding texts"
+        title = "Embedding texts"
         with self.timed("texts"):
             if self.store is not None:
+                keys = caption_keys(texts)
                 store = self._stored("texts", keys, title, SHARD_SIZE, compute)
                 return store.read(store.find(keys))
-            _, first, numbers = np.unique(keys, axis=0, return_index=True, return_inverse=True)
-            order = np.argsort(first)  # as they stand in the data
-            rows = self._in_memory(first[order].tolist(), title, "text", compute)
-            return rows[torch.from_numpy(np.argsort(order)[numbers.reshape(-1)])]
+            first, numbers = distinct(texts)
+            return self._in_memory(first, title, "text", compute)[numbers]
 
     def text_lengths(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Tokens of each text, `(texts,)` int64, and whether it is cut, `(texts,)` bool."""
@@ -187,11 +186,13 @@ class Session:
             return rows.view(torch.int32).long()
 
     def _in_memory(self, rows: list[int], title: str, unit: str, compute: Compute) -> Tensor:
-        """Compute rows, of which each process has a part."""
+        """Compute rows, of which each process has a part; those that are skipped are NaN."""
 
         def encode(part: range) -> Tensor:
             with ProgressBar(title, len(part), unit, self.show_progress_bar) as bar:
-                return compute(rows[part.start : part.stop], bar).rows
+                computed = compute(rows[part.start : part.stop], bar)
+            computed.rows[[position for position, *_ in computed.skipped]] = torch.nan
+            return computed.rows
 
         return encode_sharded(len(rows), encode, self.encoder.device)
 
@@ -238,21 +239,4 @@ class Session:
             if self.on_error == "raise":
                 raise DamagedImageError(*skipped[int(stored_rows[position])])
             rows[position] = torch.nan
-        return rows
-
-    def _images_in_memory(self, images: ImageSet, forward: Callable[[dict[str, Tensor]], Tensor], size: int) -> Tensor:
-        def encode(part: range) -> Tensor:
-            encoded = self.encoder.encode_image_rows(
-                images, part, batch_size=size, num_workers=self.num_workers, on_error=self.on_error,
-                on_not_finite="skip", show_progress_bar=self.show_progress_bar, forward=forward,
-            )  # fmt: skip
-            # Both keep their rows, so that every process learns of them: NaN for an image that cannot be read,
-            # infinity for a broken embedding.
-            encoded.embeds[[reason is not None for reason in encoded.reasons]] = torch.nan
-            encoded.embeds[[reason == NOT_FINITE for reason in encoded.reasons]] = torch.inf
-            return encoded.embeds
-
-        rows = encode_sharded(len(images), encode, self.encoder.device)  # type: ignore[arg-type]
-        read = (~rows.isnan().any(dim=1)).nonzero()[:, 0]
-        require_finite_rows(rows[read], lambda row: images.key(int(read[row])), "images")
         return rows

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Literal
 
 from llm2clip.evaluation.data import MultilingualData
@@ -23,16 +23,13 @@ def format_captions(data: Any, name: TextFormat) -> Any:
     """
     if isinstance(data, MultilingualData):
         return MultilingualData({language: format_captions(part, name) for language, part in data.items()})
-    change = TEXT_FORMATS[name]
-    captions = {field: getattr(data, field) for field in CAPTIONS if hasattr(data, field)}
-    return (
-        replace(data, **{field: list(map(change, texts)) for field, texts in captions.items()}) if captions else data
-    )
-
-
-def newlines_to_spaces(text: str) -> str:
-    """A space for each newline, as Long-CLIP."""
-    return text.replace("\n", " ")
+    fields = [field for field in CAPTIONS if hasattr(data, field)]
+    if not fields:
+        return data
+    changed = copy.copy(data)  # which may be of a stranger's class
+    for field in fields:
+        setattr(changed, field, list(map(TEXT_FORMATS[name], getattr(data, field))))
+    return changed
 
 
 def joined_sentences(text: str) -> str:
@@ -62,5 +59,5 @@ TEXT_FORMATS: dict[TextFormat, Callable[[str], str]] = {
     "albef": albef,
     "blip": blip,
     "flair": joined_sentences,
-    "long-clip": newlines_to_spaces,
+    "long-clip": lambda text: text.replace("\n", " "),
 }

@@ -67,10 +67,6 @@ class Items:
         """Count what can be read: files, or rows of a data set."""
         raise NotImplementedError
 
-    def total(self) -> int | None:
-        """Count the rows of the index, if that is known before they are read."""
-        return len(self)
-
     def batches(self) -> Iterator[pa.Table]:
         """Return the columns that describe the rows in a fixed order, some at a time."""
         raise NotImplementedError

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llm2clip.search.index_settings import IndexSettings
-from llm2clip.utils.model_places import require_model_place
+from llm2clip.utils.model_places import DTYPE, ModelDtype, require_model_place
 from llm2clip.utils.settings import refuse, setting
 
 if TYPE_CHECKING:  # which take a minute to import, and mistakes in names are found without
@@ -36,6 +36,7 @@ class IndexConfig(IndexSettings):
         "Captions may be embedded by a text model of sentence-transformers too.",
     )
     model_revision: str | None = setting(None, "Branch, tag or commit of the model on the Hub.")
+    dtype: ModelDtype = setting("auto", DTYPE)
     truncate_dim: int | None = setting(
         None,
         "Number of values that are kept of each embedding, scaled to unit length again; by default all. It suits a "
@@ -142,7 +143,6 @@ def run(config: IndexConfig) -> dict[str, Any]:
 
     store = open_store(location, config.postgres)
     from llm2clip.encoders.load import load_encoder
-    from llm2clip.encoders.ours import OurEncoder
     from llm2clip.search.index_update import update_index
 
     if config.index_type == "faiss":
@@ -153,11 +153,11 @@ def run(config: IndexConfig) -> dict[str, Any]:
         is_folder = config.postgres is None and "://" not in location
         items = _open_items(config, (Path(location),) if is_folder else ())
         needs = ["image"] if config.embed == "image" else []
-        if config.image_backend == "exact":
-            encoder = load_encoder(config.model, config.model_revision, "auto", needs=needs)
-        else:
-            encoder = OurEncoder.load(config.model, config.model_revision, needs, image_backend=config.image_backend)
-        return update_index(store, items, encoder.truncate(config.truncate_dim), config)
+        encoder = load_encoder(
+            config.model, config.model_revision, config.dtype,
+            needs=needs, truncate_dim=config.truncate_dim, image_backend=config.image_backend,
+        )  # fmt: skip
+        return update_index(store, items, encoder, config)
 
 
 def require_data(path: str) -> None:

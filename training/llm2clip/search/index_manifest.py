@@ -9,7 +9,6 @@ from typing import Any, Literal, TypeAlias
 
 from llm2clip.data import DEFAULT_MAX_PIXELS
 from llm2clip.encoders import Encoder
-from llm2clip.search.index_settings import PARAMETERS
 from llm2clip.utils.settings import build_config
 from modeling_llm2clip import __version__
 
@@ -74,15 +73,7 @@ class IndexManifest:
                 raise ValueError(
                     f"its format is {fields.get('format_version')}, and this version reads {FORMAT_VERSION}"
                 )
-            manifest = build_config(cls, fields, "it")
-            if not manifest.index:  # of a run that is not finished
-                return manifest
-            kind = manifest.index.get("type")
-            if kind not in PARAMETERS:
-                raise ValueError(f"its index is of the type {kind}")
-            if missing := [name for name in PARAMETERS[kind] if name not in manifest.index]:
-                raise ValueError(f"its index lacks {', '.join(missing)}")
-            return manifest
+            return build_config(cls, fields, "it")
         except ValueError as error:
             raise ValueError(f"{location} is not the manifest of an index ({error}); {REBUILD}") from error
 
@@ -106,18 +97,22 @@ class IndexManifest:
             "image": (self.image_fingerprint, encoder.image_fingerprint),
             "text": (self.text_fingerprint, encoder.text_fingerprint),
         }
+        if encoder.width != self.width:
+            raise ValueError(
+                f"embeddings of {encoder.name} have {encoder.width} values, and those of the index {location}, which "
+                f"{self.model} made, have {self.width}; if that is the same model, add --truncate-dim {self.width}."
+            )
         for need in sorted(needs):
             recorded, fingerprint = sides[need]
-            if recorded is None or (recorded, self.width) == (given := fingerprint(), encoder.width):
+            if recorded is None or recorded == (given := fingerprint()):
                 continue
             parts = "other settings of the vision tower or another preprocessing"
             raise ValueError(
                 f"the index {location} was made by {self.model} (width {self.width}, fingerprint {recorded}), but the "
                 f"model is {encoder.name} (width {encoder.full_width}, fingerprint {given}): other weights, "
                 f"{parts if need == 'image' else 'another LLM, tokenizer or adapter'}, and embeddings of different "
-                f"models cannot be compared. Use {self.model} as it was, or make an index with {encoder.name}: "
-                f"llm2clip index {self.source['path']} --model {encoder.name} --output-dir OTHER_FOLDER (or --table "
-                "OTHER)."
+                f"models cannot be compared. Use {self.model} as it was, or run llm2clip index with --model "
+                f"{encoder.name} and another --output-dir or --table."
             )
 
     def require_same(self, location: str, other: IndexManifest) -> None:
@@ -125,9 +120,10 @@ class IndexManifest:
         for name in SAME:
             there, here = getattr(self, name), getattr(other, name)
             if there != here:
+                setting = "stored_dtype" if name == "dtype" else name
                 raise ValueError(
-                    f"the index {location} was built with {name} {_printable(there)}, not {_printable(here)}; choose "
-                    "another --output-dir or --table, or add --overwrite to build it again."
+                    f"the index {location} was built with {setting} {_printable(there)}, not {_printable(here)}; "
+                    "choose another --output-dir or --table, or add --overwrite to build it again."
                 )
 
 

@@ -34,16 +34,16 @@ class IndexSettings:
 
     index_type: Literal["auto", "flat", "ivf_rq", "faiss", "hnsw"] = setting(
         "auto",
-        "flat compares a query with every embedding, on disk: exact, 50 ms for 100,000 images of width 512. ivf_rq "
+        "flat compares a query with every embedding, on disk: exact, 0.1 s for 100,000 images of width 512. ivf_rq "
         "reads codes of 4 bits per value of the nearest cells and compares the best again by their embeddings: on "
         "disk too, 7 ms for a million. auto is flat up to 100,000 images, and ivf_rq above. faiss is its IVF,SQ8: "
-        "1 ms for a million, but every search first reads the whole index into memory (8 bits per value). "
+        "5 ms for a million, but what opens the index first reads all of it into memory (8 bits per value). "
         "In PostgreSQL, auto is flat up to 100,000 images, and hnsw above: a graph that pgvector keeps up to date.",
     )
     precision: Literal["int8", "binary"] | None = setting(
         None,
         "Form of the embeddings by which ivf_rq and faiss choose the candidates that are then compared by the "
-        "embeddings themselves (dtype): int8 (8 bits per value) or binary (1 bit); by default 4 bits for ivf_rq, and "
+        "stored embeddings themselves: int8 (8 bits per value) or binary (1 bit); by default 4 bits for ivf_rq, and "
         "int8 for faiss. With it, auto is ivf_rq for any number of images.",
     )
     cells: int | None = setting(
@@ -59,7 +59,7 @@ class IndexSettings:
     m: int = setting(16, "hnsw: neighbors of an image in the graph.")
     ef_construction: int = setting(64, "hnsw: candidates for the neighbors of an image; raise it for recall.")
     ef_search: int = setting(100, "hnsw: candidates compared per query, at most 1000; raise it for higher recall.")
-    dtype: Literal["float16", "float32"] = setting("float16", "Data type of the stored embeddings.")
+    stored_dtype: Literal["float16", "float32"] = setting("float16", "Data type of the stored embeddings.")
     batch_size: int | None = setting(
         None,
         "Images per forward pass, by default 64; captions, which are grouped by length, by default as many as 512 "
@@ -140,6 +140,6 @@ class IndexSettings:
         """Say which embeddings a type takes; empty if it takes those of a width."""
         if kind == "ivf_rq" and self.precision != "int8" and width % RQ_GROUP:
             return f"widths that are multiples of {RQ_GROUP}"
-        if kind == "hnsw" and width > HNSW_WIDTHS[self.dtype]:
-            return f"up to {HNSW_WIDTHS[self.dtype]:,} values of {self.dtype}"
+        if kind == "hnsw" and width > HNSW_WIDTHS[self.stored_dtype]:
+            return f"up to {HNSW_WIDTHS[self.stored_dtype]:,} values of {self.stored_dtype}"
         return ""

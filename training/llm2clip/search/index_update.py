@@ -128,7 +128,7 @@ class _Update:
             revision=identity.get("commit"),
             image_fingerprint=fingerprint,
             width=encoder.width,
-            dtype=settings.dtype,
+            dtype=settings.stored_dtype,
             source=items.source,
             index={},
             metadata_columns=items.metadata_columns,
@@ -138,7 +138,7 @@ class _Update:
             text_fingerprint=encoder.text_fingerprint() if is_caption else None,
             identity=identity,
         )
-        kind = pa.list_(pa.type_for_alias(settings.dtype), encoder.width)
+        kind = pa.list_(pa.type_for_alias(settings.stored_dtype), encoder.width)
         self.schema = pa.schema([*items.columns.items(), (REASON, pa.string()), (VECTOR, kind)])
         self.complete = None if settings.overwrite else store.metadata()
 
@@ -203,18 +203,23 @@ class _Update:
         return _Known(self.items, self.store.keys(columns, written=written) if is_there else iter(()))
 
     def _require_same(self, manifest: IndexManifest) -> None:
-        """Raise ValueError if the model, the source, the data type or the decoding differs from the index."""
+        """Raise ValueError if the model, the source, the stored type or the decoding differs from the index."""
         needs = ["image", "text"] if self.items.embed == manifest.embed == "caption" else ["image"]
         if self.manifest.image_fingerprint is None:
             needs.remove("image")
         manifest.require_model(self.store.location, self.encoder, needs)
         manifest.require_same(self.store.location, self.manifest)
+        before, now = (made.identity.get("dtype") for made in (manifest, self.manifest))
+        if before != now:
+            logger.warning("the index was computed in %s, and new rows are in %s: --dtype chooses.", before, now)
 
     def _add_missing(self, known: _Known, before: _Known) -> int:
         """Add what has no row; return how many rows of all have not changed since `before`."""
         kept, todo, count = 0, [], 0
         limit = PARTS_AT_ONCE * self.settings.rows_per_part
-        with ProgressBar(f"Indexing {self.items.embed}s", self.items.total(), self.items.embed) as bar:
+        kind = self.items.embed
+        total = None if kind == "caption" else len(self.items)  # a row may have several captions
+        with ProgressBar(f"Indexing {kind}s", total, kind) as bar:
             for batch in self.items.batches():
                 kept += before.count_kept(batch)
                 missing = batch.filter(pa.array(known.ids.find(_id_array(batch[ID])) < 0))
@@ -248,7 +253,7 @@ class _Update:
         for part in self._parts(todo, np.unique(owners).tolist()):
             rows = np.flatnonzero(np.isin(owners, part.rows))
             sources = np.searchsorted(part.rows, owners[rows])
-            embeds = part.embeds.numpy()[sources].astype(self.settings.dtype)
+            embeds = part.embeds.numpy()[sources].astype(self.settings.stored_dtype)
             vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeds.reshape(-1)), embeds.shape[1])
             reasons = pa.array([part.reasons[source] for source in sources], pa.string())
             self.store.upsert(_with_columns(todo.take(pa.array(rows)), pa.table({VECTOR: vectors, REASON: reasons})))

@@ -12,11 +12,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llm2clip.utils.files import read_json
 from llm2clip.utils.logs import print_whole, printable, quiet_libraries
-from llm2clip.utils.model_places import require_model_place, require_recorded_model
+from llm2clip.utils.model_places import DTYPE, ModelDtype, require_model_place, require_recorded_model
 from llm2clip.utils.settings import nearest, setting
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class SearchConfig:
     top: int = setting(10, "Number of images or captions shown per query.")
     model: str | None = setting(None, "Hub id or folder of the model; by default the model that made the index.")
     model_revision: str | None = setting(None, "Branch, tag or commit of the model on the Hub.")
+    dtype: ModelDtype = setting("auto", DTYPE)
     fast: bool = setting(
         False, "Embed texts with the model's query encoder (llm2clip distill-text) in milliseconds, without its LLM."
     )
@@ -88,9 +89,9 @@ def run(config: SearchConfig) -> None:
     """
     if config.image and not Path(config.image).is_file():
         raise FileNotFoundError(f"there is no image file {config.image}.")
+    if config.html and Path(config.html).is_dir():
+        raise IsADirectoryError(f"html is the folder {config.html}; give a file in it: --html {config.html}/page.html")
     check_places(config.index, config.model, config.postgres)
-
-    import torch
 
     from llm2clip.data import decode_image
     from llm2clip.search.results import QueryResults, ResultImages, write_page
@@ -98,19 +99,21 @@ def run(config: SearchConfig) -> None:
 
     quiet_libraries()
     text_encoder: TextEncoder = "query" if config.fast else "llm"
-    index = SearchIndex.open(config.index, config.postgres, config.model, config.model_revision, text_encoder)
-    image = decode_image(config.image, config.image) if config.image else None
-    encoder = index.encoder([*["text"] * bool(config.query), *["image"] * bool(config.image)])
-    given = [(text, None) for text in config.query] + ([(config.image, image)] if config.image else [])
-    embeds = [encoder.encode_text(config.query)] if config.query else []
+    index = SearchIndex.open(
+        config.index, config.postgres, config.model, config.model_revision, text_encoder, config.dtype
+    )
+    given: list[tuple[str, Any]] = [(text, None) for text in config.query]
     if config.image:
-        embeds.append(encoder.encode_image(image, names=[config.image]))
-    results = index.search(torch.cat(embeds).numpy(), config.top, config.where)
+        image: Any = decode_image(config.image, config.image)
+        image.filename = config.image  # for messages
+        given.append((config.image, image))
+    results = index.search([image or text for text, image in given], config.top, config.where)
     queries = [QueryResults(*query, rows) for query, rows in zip(given, results, strict=True)]
     if config.where and not any(results):
         logger.warning("no row of the index fulfils --where %s", config.where)
     if config.json:
-        result = {"index": config.index, "model": encoder.name, "queries": [query.as_dict() for query in queries]}
+        shown = [query.as_dict() for query in queries]
+        result = {"index": config.index, "model": index.encoder([]).name, "queries": shown}
         print_whole(printable(json.dumps(result, indent=2, ensure_ascii=False)))
     elif sys.stdout.isatty():
         _print_tables(queries, index.manifest.embed)
@@ -121,8 +124,8 @@ def run(config: SearchConfig) -> None:
         logger.info("wrote %s", config.html)
 
 
-def check_places(index: str, model: str | None, postgres: str | None = None) -> None:
-    """Check that a local index and its model can exist, without the libraries of either.
+def check_places(index: str | None, model: str | None, postgres: str | None = None) -> None:
+    """Check that a local index, if there is one, and a model can exist, without the libraries of either.
 
     Args:
         model: The model that is given for the index; None for the one that made it.
@@ -132,7 +135,7 @@ def check_places(index: str, model: str | None, postgres: str | None = None) -> 
     """
     if model:
         require_model_place(model)
-    if postgres is not None or "://" in index:
+    if not index or postgres is not None or "://" in index:
         return
     manifest = Path(index) / MANIFEST
     if not manifest.is_file():

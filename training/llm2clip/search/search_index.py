@@ -34,7 +34,7 @@ class SearchIndex:
     Searches see the index as it is when it is opened: open it again to see updates of other processes.
 
     Args:
-        store, encoder, revision, text_encoder: See [`SearchIndex.open`].
+        store, encoder, revision, text_encoder, dtype: See [`SearchIndex.open`].
 
     Attributes:
         manifest: What it consists of, and who made it of what.
@@ -47,6 +47,7 @@ class SearchIndex:
         encoder: Encoder | str | None = None,
         revision: str | None = None,
         text_encoder: TextEncoder = "llm",
+        dtype: str = "auto",
     ) -> None:
         if not isinstance(encoder, str) and (revision or (encoder is not None and text_encoder != "llm")):
             given = f"revision is {revision}" if revision else f"text_encoder is {text_encoder}"
@@ -54,7 +55,7 @@ class SearchIndex:
         self.store, self.location = store, store.location
         self._model = encoder if isinstance(encoder, str) else None
         self._encoder = encoder if isinstance(encoder, Encoder) else None
-        self._revision, self._text_encoder = revision, text_encoder
+        self._revision, self._text_encoder, self._dtype = revision, text_encoder, dtype
         self._loaded, self._checked = {"image", "text"}, set[str]()
         self.counts: dict[str, Any] = {}
         self._read()
@@ -77,6 +78,7 @@ class SearchIndex:
         encoder: Encoder | str | None = None,
         revision: str | None = None,
         text_encoder: TextEncoder = "llm",
+        dtype: str = "auto",
     ) -> SearchIndex:
         """Open an index.
 
@@ -88,6 +90,7 @@ class SearchIndex:
             revision: Branch, tag or commit of the model on the Hub.
             text_encoder: `query` for the small encoder in `query_encoder/` of the model in place of its LLM; `auto`
                 for that where there is one.
+            dtype: What a model by name computes in; see [`load_encoder`].
 
         Raises:
             ConnectionError: The database or object store cannot be reached.
@@ -95,7 +98,7 @@ class SearchIndex:
             ImportError: The library of the object store is not installed.
             ValueError: The index is damaged.
         """
-        return cls(open_store(location, postgres), encoder, revision, text_encoder)
+        return cls(open_store(location, postgres), encoder, revision, text_encoder, dtype)
 
     @classmethod
     def build(
@@ -154,7 +157,7 @@ class SearchIndex:
         manifest, exclude = self.manifest, [Path(self.location)]
         items = items_of(manifest, exclude) if images is None else as_items(images, exclude)
         kind = {name: value for name, value in manifest.index.items() if name != "type"}
-        kept = {"index_type": manifest.index["type"], "dtype": manifest.dtype, **kind}
+        kept = {"index_type": manifest.index["type"], "stored_dtype": manifest.dtype, **kind}
         with self.store.lock():
             encoder = self.encoder(["text" if manifest.embed == "caption" else "image"])
             self.counts = update_index(self.store, items, encoder, IndexSettings(**{**kept, **settings}))
@@ -186,6 +189,8 @@ class SearchIndex:
         if k < 1:
             raise ValueError(f"k must be at least 1, not {k}.")
         is_single = isinstance(query, (str, Path, Image.Image))
+        if where is not None and self._encoder is None:  # before it is loaded, which takes minutes
+            self.store.search(np.empty((0, self.manifest.width), np.float32), 1, where)
         rows = self.embed([query] if is_single else query)  # type: ignore[list-item,arg-type]
         nearest = self.store.search(rows, min(k, MAX_K), where)
         results = [self._ranked(row, near, k) for row, near in zip(rows, nearest, strict=True)]
@@ -240,7 +245,8 @@ class SearchIndex:
                 require_recorded_model(self.location, name)
             text_encoder = self._text_encoder if "text" in self._loaded else "llm"
             options: dict[str, Any] = {"needs": sorted(self._loaded), "text_encoder": text_encoder}
-            self._encoder = load_encoder(name, revision, "auto", **options)
+            options["image_backend"] = self.manifest.image_backend
+            self._encoder = load_encoder(name, revision, self._dtype, **options)
             if self._encoder.width > self.manifest.width:
                 self._encoder.truncate(self.manifest.width)
             # A query encoder is bound to its model: it was taught the space of its captions.

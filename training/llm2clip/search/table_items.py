@@ -192,9 +192,6 @@ class TableCaptions(_Table):
     def _own_columns(self) -> dict[str, pa.DataType]:
         return {KEY: TEXT, ROW: NUMBER, "caption_column": TEXT, "caption_number": NUMBER, CAPTION: TEXT, HASH: TEXT}
 
-    def total(self) -> None:
-        """Return None: the number of captions is not known before they are read."""
-
     def _columns_of(self, rows: range, read: list[dict[str, Any]]) -> dict[str, list[Any]]:
         columns: dict[str, list[Any]] = {name: [] for name in [*self._own_columns(), *self.metadata_columns]}
         for row, values in zip(rows, read, strict=True):

@@ -186,8 +186,8 @@ class _Parser:
         type_, family = self.columns[column], self._family(column)
         fits = {"string": ("strings", "dates", "times"), "number": ("numbers",)}.get(kind, ("true and false",))
         if kind not in ("string", "number") and token not in ("TRUE", "FALSE"):
-            is_null = "; for missing values, write IS NULL" if token == "NULL" else ""
-            self._fail(f"a value{is_null}")
+            quotes = " (strings are in single quotes)" if kind in ("word", "quoted") else ""
+            self._fail("a value", " (for missing values, write IS NULL)" if token == "NULL" else quotes)
         if family not in fits:
             raise ValueError(f"{column} holds {family}, and {token} is none")
         self.position += 1
@@ -221,8 +221,8 @@ class _Parser:
         if not self._accept(token):
             self._fail(token)
 
-    def _fail(self, expected: str) -> NoReturn:
-        raise ValueError(f"{expected} is missing before {self._token[1][:40]}")
+    def _fail(self, expected: str, advice: str = "") -> NoReturn:
+        raise ValueError(f"{expected} is missing before {self._token[1][:40]}{advice}")
 
 
 def _number(token: str, kind: pa.DataType) -> pa.Scalar:

@@ -9,10 +9,11 @@ import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from llm2clip.encoders import load_encoder
+from llm2clip.search.search import check_places
 from llm2clip.serving.limits import Limits
+from llm2clip.utils.model_places import DTYPE, ModelDtype
 from llm2clip.utils.settings import check_choices, setting
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ class ServeConfig(Limits):
     served_model_name: str | None = setting(
         None, "Name of the model for clients; by default its Hub id, or the name of its folder."
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "Data type that the model computes in.")
+    dtype: ModelDtype = setting("float32", DTYPE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,12 +52,14 @@ def run(config: ServeConfig) -> dict[str, Any]:
     """Serve until SIGTERM or Ctrl-C, and finish what has been accepted.
 
     Raises:
-        FileNotFoundError: The file of the token, or the index, does not exist.
+        FileNotFoundError: The file of the token, the index or the model does not exist.
         ImportError: FastAPI or another library of the server is not installed.
         OSError: The model does not exist, or the address is taken.
         ValueError: Others could use the server without a token, the token is empty, or another model made the index.
     """
+    check_places(config.index, config.model)
     # Here, so that missing libraries are reported before a large model is loaded, which takes minutes.
+    from llm2clip.encoders import load_encoder
     from llm2clip.serving.app import create_app
     from llm2clip.serving.server import Server
 
@@ -145,10 +148,5 @@ def open_index(location: str, encoder: Any) -> Any:
     from llm2clip.search.search_index import SearchIndex
 
     index = SearchIndex.open(location, encoder=encoder)
-    if encoder.width != index.manifest.width:
-        raise ValueError(
-            f"embeddings of {encoder.name} have {encoder.width} values, and those of the index {location} have "
-            f"{index.manifest.width}; if they are of the same model, add --truncate-dim {index.manifest.width}."
-        )
     index.encoder()  # compares it with the one that made the index
     return index

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
+from typing import Literal
 
 logger = logging.getLogger(__name__)
 
 # OWNER/NAME, or the name alone of the oldest models there.
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 OPEN_CLIP = "open_clip:"
+ModelDtype = Literal["float32", "bfloat16", "float16", "auto"]
+DTYPE = "Data type that the model computes in; auto: that of its files, but float32 in place of float16 on a CPU."
 
 
 def is_repo(name: str) -> bool:

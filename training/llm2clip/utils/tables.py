@@ -14,14 +14,9 @@ from llm2clip.utils.logs import printable
 
 RECALLS = ("recall@1", "recall@5", "recall@10")
 SHORT = {
-    "text_to_image_recall@": "T2I R@",
-    "image_to_text_recall@": "I2T R@",
-    "recall@": "R@",
-    "text_to_image_map@r": "T2I mAP@R",
-    "image_to_text_map@r": "I2T mAP@R",
-    "text_to_image_r_precision": "T2I R-precision",
-    "image_to_text_r_precision": "I2T R-precision",
-}
+    "text_to_image_": "T2I ", "image_to_text_": "I2T ", "recall@": "R@", "map@r": "mAP@R", "miou": "mIoU",
+    "r_precision": "R-precision",
+}  # fmt: skip
 # A recall, possibly of a set: `text_to_image_recall@1`, `eval_validation_text_to_image_recall@1`.
 RECALL = re.compile(r"(?:(.*?)_)??((?:text_to_image_|image_to_text_)?recall@\d+)")
 
@@ -49,8 +44,7 @@ def print_table(
 def short_name(score: str) -> str:
     """Shorten the name of a score for the head of a column, such as `T2I R@1`."""
     for long, short in SHORT.items():
-        if score.startswith(long):
-            return short + score.removeprefix(long)
+        score = score.replace(long, short)
     return score.replace("_", " ")
 
 

@@ -20,7 +20,7 @@ def names(chosen: list[str], data: Path) -> list[str]:
 
 def test_a_name_is_taken_whether_or_not_its_files_are_there(tmp_path: Path) -> None:
     assert names(["urban1k", "flickr30k", "urban1k"], tmp_path) == ["urban1k", "flickr30k"]
-    with pytest.raises(ValueError, match="there is no benchmark 'urban'"):
+    with pytest.raises(ValueError, match="there is no benchmark, file or folder 'urban'"):
         names(["urban"], tmp_path)
 
 
@@ -34,7 +34,7 @@ def test_a_name_is_taken_whether_or_not_its_files_are_there(tmp_path: Path) -> N
     ],
 )
 def test_a_part_of_a_name_lists_the_benchmarks_that_may_be_meant(part: str, meant: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"there is no benchmark '{part}'; you may mean {meant}"):
+    with pytest.raises(ValueError, match=f"there is no benchmark, file or folder '{part}'; you may mean {meant}"):
         names([part], tmp_path)
 
 

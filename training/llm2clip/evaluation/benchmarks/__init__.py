@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import logging
 import pkgutil
 from collections.abc import Iterable, Mapping
@@ -12,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from llm2clip.encoders.custom import module_of
 from llm2clip.evaluation.benchmark import GROUPS, Benchmark
 from llm2clip.utils.logs import shortened
 from llm2clip.utils.settings import nearest
@@ -62,7 +62,7 @@ def choose_benchmarks(names: Iterable[str], data: Path, missing_too: bool = Fals
             family = _family(name)
             meant = f"; you may mean {shortened(family)}." if family else nearest(name, [*known, *GROUPS])
             raise ValueError(
-                f"there is no benchmark {name!r}{meant} `llm2clip evaluate --list` shows all. "
+                f"there is no benchmark, file or folder {name!r}{meant} `llm2clip evaluate --list` shows all. "
                 f"Groups: {', '.join(GROUPS)}, {ALL_FOUND}."
             )
         chosen |= {benchmark.name: benchmark for benchmark in named}
@@ -126,11 +126,9 @@ def _present(group: str, data: Path) -> list[Benchmark]:
 
 
 def _from_file(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None or not path.is_file():
+    if not path.is_file():
         raise ValueError(f"there is no file {path} with a benchmark.")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = module_of(path)
     if not getattr(module, "BENCHMARKS", None):
         raise ValueError(f"{path} has no list BENCHMARKS.")
     return module

@@ -102,12 +102,10 @@ BENCHMARKS = [
     Benchmark(
         name="imagefolder",
         title="ImageFolder",
-        groups=(),
         folder="imagefolder",
         needs=("test/*/*",),
         files="test/CLASS/*.jpg (or .png, .webp, ...), train/CLASS/* and val/CLASS/* for probes; classnames.txt and "
         "templates.txt if wanted.",
-        counts={},
         license="yours",
         source="own data",
         read=read_image_folder,

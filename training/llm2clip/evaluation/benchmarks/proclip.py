@@ -35,7 +35,6 @@ BENCHMARKS = [
     Benchmark(
         name="proclip-11",
         title="Mean of 11 sets",
-        groups=(),
         folder=".",
         needs=tuple(need for member in SETS for need in _in_folder(member, member.needs)),
         files=f"the files of {', '.join(NAMES)}, each in its folder.",

@@ -126,9 +126,7 @@ def _set(folder: str, title: str, classes: int, images: int | None, mean_per_cla
     )  # fmt: skip
 
 
-_webdataset = partial(
-    Benchmark, title="webdataset", groups=(), folder="webdataset", counts={}, license="see its page",
-)  # fmt: skip
+_webdataset = partial(Benchmark, title="webdataset", folder="webdataset", license="see its page")
 BENCHMARKS = [
     _webdataset(
         name="webdataset",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llm2clip.evaluation.benchmark import BenchmarkError, Measurement
 from llm2clip.evaluation.data import GradedData
-from llm2clip.evaluation.metrics import DEFAULT_TILE_SIZE, ROUNDING, retrieval_ranks
+from llm2clip.evaluation.metrics import ROUNDING, TILE_SIZE, retrieval_ranks
 from llm2clip.evaluation.session import Session
 from llm2clip.utils.embeddings import inner_products
 
@@ -70,7 +70,7 @@ def precision_at_r(queries: Tensor, candidates: Tensor, matches: Tensor) -> tupl
     right = torch.zeros(len(asking), len(candidates), dtype=torch.bool)
     right[local, matches[:, 1]] = True
     rows = []
-    for tile in torch.arange(len(asking)).split(DEFAULT_TILE_SIZE):
+    for tile in torch.arange(len(asking)).split(TILE_SIZE):
         scores = inner_products(queries[asking[tile]], candidates, candidates.new_empty(len(tile), len(candidates)))
         rows += [_first_ranks(similar, right[row]) for row, similar in zip(tile.tolist(), scores, strict=True)]
     *values, is_tied = torch.tensor(rows, dtype=torch.float64).reshape(-1, 4).unbind(1)
