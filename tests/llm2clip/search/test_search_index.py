@@ -113,7 +113,10 @@ def test_an_index_is_built_searched_and_updated_in_five_lines(pictures: Path, mo
     assert again.manifest.identity["name"] == str(model[0])
     with pytest.raises(ValueError, match=r"queries have to be rows of width 24, and are \(1, 3\)"):
         again.search(np.ones((1, 3), np.float32))
-    for given in ({"revision": "v2"}, {"encoder": index.encoder(), "text_encoder": "query"}):
+    for given in (
+        {"revision": "v2"},
+        *({"encoder": index.encoder(), name: "query"} for name in ("text_encoder", "dtype")),
+    ):
         with pytest.raises(ValueError, match="which is for a model by name"):
             llm2clip.SearchIndex.open(tmp_path / "index", **given)
     with pytest.raises(ValueError, match="index_type is hnsw, but such an index has one of auto, flat, ivf_rq, faiss"):

@@ -49,9 +49,12 @@ class SearchIndex:
         text_encoder: TextEncoder = "llm",
         dtype: str = "auto",
     ) -> None:
-        if not isinstance(encoder, str) and (revision or (encoder is not None and text_encoder != "llm")):
-            given = f"revision is {revision}" if revision else f"text_encoder is {text_encoder}"
-            raise ValueError(f"{given}, which is for a model by name: name it (encoder, or --model).")
+        of_loading = {"revision": (revision, None), "text_encoder": (text_encoder, "llm"), "dtype": (dtype, "auto")}
+        for name, (given, default) in of_loading.items():
+            # The model that the index names has a revision of its own.
+            is_unused = encoder is None and name == "revision" or isinstance(encoder, Encoder)
+            if is_unused and given != default:
+                raise ValueError(f"{name} is {given}, which is for a model by name: name it (encoder, or --model).")
         self.store, self.location = store, store.location
         self._model = encoder if isinstance(encoder, str) else None
         self._encoder = encoder if isinstance(encoder, Encoder) else None
