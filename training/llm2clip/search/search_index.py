@@ -52,7 +52,7 @@ class SearchIndex:
         of_loading = {"revision": (revision, None), "text_encoder": (text_encoder, "llm"), "dtype": (dtype, "auto")}
         for name, (given, default) in of_loading.items():
             # The model that the index names has a revision of its own.
-            is_unused = encoder is None and name == "revision" or isinstance(encoder, Encoder)
+            is_unused = (encoder is None and name == "revision") or isinstance(encoder, Encoder)
             if is_unused and given != default:
                 raise ValueError(f"{name} is {given}, which is for a model by name: name it (encoder, or --model).")
         self.store, self.location = store, store.location
