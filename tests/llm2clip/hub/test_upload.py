@@ -78,7 +78,7 @@ def test_push_to_a_branch_or_pull_request_leaves_main_unchanged(hub: LoopbackHub
     assert data["widget"][0]["src"] == f"{hub.url}/{REPO}/resolve/main/example.png"
     with pytest.raises(ValueError, match=rf"{REPO} has no refs/pr/2; --create-pr opens a new pull request"):
         upload(hub, built, revision="refs/pr/2")
-    with pytest.raises(ValueError, match="omit --revision experiment, or --create-pr"):
+    with pytest.raises(ValueError, match="revision is experiment, but --create-pr opens a pull request against main"):
         upload(hub, built, revision="experiment", create_pr=True)
     assert list(repo.branches) == ["main", "experiment", "refs/pr/1"]
 
