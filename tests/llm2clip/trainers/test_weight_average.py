@@ -163,9 +163,7 @@ def test_a_checkpoint_without_this_average_is_refused(tmp_path: Path) -> None:
 
 def test_sharded_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weight_average, "is_sharded", lambda accelerator: True)
-    with pytest.raises(
-        ValueError, match="ema_half_life is 2.0, but FSDP and DeepSpeed give no process the whole weights"
-    ):
+    with pytest.raises(ValueError, match="but FSDP and DeepSpeed give no process the whole weights"):
         in_order(tmp_path, keyed_rows(BATCH), ema_half_life=HALF_LIFE)
 
 
