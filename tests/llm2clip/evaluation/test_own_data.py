@@ -170,8 +170,10 @@ def test_sources_are_measured_as_paths_are(place: Path, tmp_path: Path) -> None:
 
 def test_fields_that_only_training_follows_are_refused(place: Path) -> None:
     path = str(place / "own.parquet")
-    with pytest.raises(ValueError, match=r"caption_weights is .*, but .* is read without it here"):
-        RetrievalData.from_source(CaptionSource(path, caption_weights=[1.0]))
+    with pytest.raises(ValueError, match=r"embedding_cache is x, but .* is read without it here; .* unset, or null\."):
+        RetrievalData.from_source(CaptionSource(path, embedding_cache="x"))
+    # The source of a training, whose draws have no meaning here.
+    assert RetrievalData.from_source(CaptionSource(path, caption_weights=[1.0], weight=2.0)).texts
     source = PairSource(path, anchor_column="a", positive_column="b", instruction="Find it: ")
     with pytest.raises(ValueError, match="instruction is Find it: , but"):
         CaptionPairData.from_source(source)

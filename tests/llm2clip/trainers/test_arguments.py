@@ -43,6 +43,8 @@ def test_training_alone_writes_nothing(stage: str, inputs: Inputs, tmp_path: Pat
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert "model.safetensors" in written
     assert not written & {"README.md", "training_curves.png", "settings.json", "training_args.bin"}
+    trainer.create_model_card(finetuned_from="x", tasks="y")  # as the scripts of transformers end
+    assert (tmp_path / "out" / "README.md").is_file()
 
 
 OUTPUTS = {

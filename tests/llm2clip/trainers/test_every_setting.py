@@ -249,7 +249,10 @@ def test_settings_that_an_own_collator_does_not_follow_are_refused(inputs: Input
         ),
         ({"neftune_noise_alpha": 5.0}, "only lora_rank trains on tokens"),
         ({"eval_steps": 2}, "eval_steps is 2, but it is for eval_strategy: steps"),
-        ({"lr_scheduler_type": "constant", "warmup_steps": 2}, "constant has no warm-up, but warmup_steps is 2"),
+        (
+            {"lr_scheduler_type": "constant", "warmup_steps": 2},
+            "warmup_steps is 2, but this lr_scheduler_type has no",
+        ),
         ({"fsdp_config": {"version": 2}}, "fsdp is unset"),
         ({"use_liger_kernel": True}, "it has no kernels for these models"),
         ({"do_predict": True}, "there is nothing to predict"),
@@ -261,6 +264,20 @@ def test_settings_that_would_change_nothing_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         stage2(inputs, tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("config", "fields"),
+    [
+        # What transformers 5.6 writes into the settings, which a warm start copies.
+        (Stage2Config, {"fsdp_config": {"min_num_params": 0, "xla": False, "xla_fsdp_v2": False}}),
+        (Stage1Config, {"lora_rank": 0, "lora_dropout": 0.05, "lora_alpha": 8, "lora_target_modules": ["q_proj"]}),
+        (DistillConfig, {"lr_scheduler_type": "constant"}),  # whose default is a warm-up
+    ],
+)
+def test_settings_that_nobody_means_to_count_are_taken(config: Any, fields: dict[str, Any], tmp_path: Path) -> None:
+    made = config(output_dir=str(tmp_path), use_cpu=True, **fields)
+    assert dataclasses.replace(made, seed=1).seed == 1
 
 
 @pytest.mark.parametrize(

@@ -314,7 +314,6 @@ def test_a_first_batch_whose_samples_are_all_skipped_does_not_end_the_run(inputs
         ({"eval_sources": {}, "eval_embedding_cache": "x"}, ValueError, "there are no eval_sources"),
         ({"model_name_or_path": "m"}, ValueError, "but m is already trained"),
         ({"vision_model_revision": "v2"}, ValueError, "revision v2 is given, but .* is a folder"),
-        ({"hub_model_id": "me/mine"}, ValueError, "hub_model_id is me/mine, but push_to_hub is off"),
         ({"warm_start": {"sources": []}}, ValueError, "warm_start has sources, but takes that from the run"),
         (
             {"eval_sources": {"v": small_runs.concepts(embedding_cache="x")}},

@@ -89,7 +89,6 @@ def test_hard_negatives_and_instructions_reach_the_loss(inputs: Inputs, tmp_path
             {"lora_rank": 0, "save_format": "adapter"},
             "save_format is adapter, but it needs lora_rank above 0",
         ),
-        ("stage1", {"lora_rank": 0, "lora_alpha": 8}, "lora_alpha is 8, but it needs lora_rank above 0"),
         ("stage1", {"lora_rank": -1}, "lora_rank must be at least 0"),
         ("mntp", {"sources": [small_runs.concepts(weight=2)]}, "weight is 2.0, but .* is read without it here"),
         (

@@ -24,7 +24,7 @@ from llm2clip.data import (
     load_source,
 )
 from llm2clip.data.captioned_images import column_texts
-from llm2clip.data.sources import OF_TRAINING, SourceError, source_columns
+from llm2clip.data.sources import SourceError, source_columns
 from llm2clip.data.table_identity import distinct, file_paths
 from llm2clip.encoders.batches import ChosenImages, ContentSet, ImageList, TableImages
 from llm2clip.evaluation.benchmark import BenchmarkError
@@ -131,7 +131,7 @@ class RetrievalData:
             SourceError: The source cannot be read, or lacks a column or files of images.
             ValueError: No row has a caption.
         """
-        source = replace(source.without(OF_TRAINING), streaming=False)
+        source = replace(source.without(["embedding_cache"]), streaming=False)
         table = load_source(source)
         assert isinstance(table, datasets.Dataset)
         columns = source_columns(source, table)

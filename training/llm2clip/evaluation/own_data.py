@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.data import CaptionSource, PairSource
-from llm2clip.data.sources import OF_TRAINING
 from llm2clip.data.table_identity import data_revision
 from llm2clip.evaluation.benchmark import Benchmark
 from llm2clip.evaluation.data import CaptionPairData, Positives, RetrievalData
@@ -110,9 +109,10 @@ def retrieval_sets(sources: Mapping[str, Any]) -> dict[str, RetrievalData]:
     """
     sets = {}
     for name, fields in sources.items():
-        source = CaptionSource.from_dict(fields).without(OF_TRAINING)
+        source = CaptionSource.from_dict(fields)
         columns = source.caption_columns
-        data = [RetrievalData.from_source(replace(source, caption_columns=[column])) for column in columns]
+        alone = [replace(source, caption_columns=[column], caption_weights=None) for column in columns]
+        data = [RetrievalData.from_source(source) for source in alone]
         for column, part in zip(columns, data, strict=True):
             sets[f"{name}_{column}" if len(columns) > 1 else name] = replace(part, images=data[0].images)
     return sets

@@ -19,7 +19,6 @@ from llm2clip.utils.settings import check_choices, refuse, setting
 
 logger = logging.getLogger(__name__)
 
-
 # Settings of transformers' Trainer that no stage follows, and why.
 NOT_FOLLOWED = {
     "enable_jit_checkpoint": "SIGTERM saves a checkpoint, see grace_seconds",
@@ -103,15 +102,13 @@ class StageConfig(TrainingArguments):
             raise ValueError(f"skip_bad_steps must be at least 0, but is {self.skip_bad_steps}.")
         for name, why in NOT_FOLLOWED.items():
             refuse(self, [name], why)
-        if not self.fsdp:
+        # transformers 5.6 fills it with values that are 0 or false, which a copy of the settings has.
+        if not self.fsdp and (isinstance(self.fsdp_config, str) or any((self.fsdp_config or {}).values())):
             refuse(self, ["fsdp_config"], "fsdp is unset")
         if self.eval_strategy != "steps":
             refuse(self, ["eval_steps"], "it is for eval_strategy: steps")
         if self.lr_scheduler_type in WITHOUT_WARMUP and self.warmup_steps:
-            raise ValueError(
-                f"lr_scheduler_type {SchedulerType(self.lr_scheduler_type).value} has no warm-up, but warmup_steps is "
-                f"{self.warmup_steps:g}; set constant_with_warmup, or warmup_steps: 0."
-            )
+            refuse(self, ["warmup_steps"], "this lr_scheduler_type has no warm-up (constant_with_warmup has)")
         # transformers 5.6 has only gradient_checkpointing, which later versions rename and warn about.
         if self.activation_checkpointing is None:
             self.activation_checkpointing = bool(self.gradient_checkpointing)

@@ -627,10 +627,12 @@ class StageTrainer(Trainer):
             self._upload(str(self.args.output_dir), "End of training")
         return metrics
 
-    def create_model_card(self) -> None:  # type: ignore[override]
+    def create_model_card(self, **kwargs: Any) -> None:  # type: ignore[override]
         """Write this package's model card into `output_dir`; text that people added to the existing card stays."""
         if not self.is_world_process_zero():
             return
+        if kwargs:  # as scripts for the card of transformers end; an error would come after the training
+            logger.warning("the model card says what the run knows, without %s.", ", ".join(kwargs))
         log, sources = self.state.log_history, getattr(self.args, "eval_sources", {})
         evaluations = latest_evaluations([*self.retrieval], log, sources, self.evaluation_title, self._revisions)
         write_model_card(
@@ -669,13 +671,14 @@ class StageTrainer(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Leave pushing to [`PushCallback`]: transformers 5.6 to 5.23 has no setting that turns its own push off."""
 
-    def push_to_hub(  # type: ignore[override]
+    def push_to_hub(
         self,
         commit_message: str | None = "End of training",
         blocking: bool = True,
         token: str | None = None,
         revision: str | None = None,
         private: bool | None = None,
+        **kwargs: Any,
     ) -> Any:
         """Save the result into `output_dir`, write the card, and upload both; see `transformers.Trainer`.
 
@@ -685,6 +688,7 @@ class StageTrainer(Trainer):
         if self.hub_model_id is None:
             self.init_hf_repo(token, private)
         self._save_whole(str(self.args.output_dir))
+        self.create_model_card(**kwargs)
         return self._upload(str(self.args.output_dir), str(commit_message), blocking, token, revision)
 
     def _upload(self, folder: str, message: str, *options: Any) -> Any:

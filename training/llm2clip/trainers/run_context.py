@@ -20,7 +20,7 @@ from llm2clip.trainers.sharding import refuse_unsharded
 from llm2clip.utils.files import read_json, remove_unfinished, write_json
 from llm2clip.utils.locks import run_lock
 from llm2clip.utils.processes import on_main_process
-from llm2clip.utils.settings import refuse, require
+from llm2clip.utils.settings import require
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +46,6 @@ LOCATIONS = {
 }
 # What a checkpoint's state of the optimizer belongs to.
 FIXED = {"optim", "optim_args", "optim_target_modules"}
-# What says where and how to push.
-OF_PUSHING = ("hub_model_id", "hub_strategy", "hub_private_repo", "hub_revision", "hub_always_push")
 FREE_PREFIXES = ("log_", "logging_", "hub_", "save_", "eval_", "do_", "include_", "trackio_")
 # In an iterable data set of others, it decides which worker yields which row.
 ORDERING = {"dataloader_num_workers"}
@@ -210,8 +208,6 @@ def stage_command(*required: str) -> Callable[[Callable[[Any, RunContext], Any]]
         @functools.wraps(work)
         def run(config: StageConfig, resume: bool = False) -> Any:
             require(config, required)
-            if not config.push_to_hub:
-                refuse(config, OF_PUSHING, "push_to_hub is off")
             with RunContext(config, config.resume_from_checkpoint or resume, is_command=True) as context:
                 return work(config, context)
 

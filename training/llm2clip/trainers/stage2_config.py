@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from transformers import SchedulerType
@@ -217,7 +217,7 @@ class Stage2Config(LoraSettings, ContrastiveConfig, StageConfig):
 
     def _check_lora(self) -> None:
         """Refuse settings of LoRA without it, and those that do not go with it."""
-        require_lora(self)
+        require_lora(self, [field.name for field in fields(LoraSettings)])
         if not self.lora_rank:
             refuse(self, ["neftune_noise_alpha"], "only lora_rank trains on tokens")
             return

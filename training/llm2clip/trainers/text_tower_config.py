@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from llm2clip.trainers.base_config import StageConfig
@@ -61,12 +62,12 @@ class LoraSettings:
     )
 
 
-def require_lora(config: Any) -> None:
-    """Raise ValueError if settings of LoRA are given without it, or the rank is negative."""
+def require_lora(config: Any, names: Iterable[str]) -> None:
+    """Raise ValueError if one of these settings of LoRA is given without it, or the rank is negative."""
     if config.lora_rank < 0:
         raise ValueError(f"lora_rank must be at least 0, but is {config.lora_rank}.")
     if config.lora_rank == 0:
-        refuse(config, [field.name for field in fields(LoraSettings)], "it needs lora_rank above 0")
+        refuse(config, names, "it needs lora_rank above 0")
 
 
 @dataclass
@@ -82,5 +83,6 @@ class TextTowerConfig(LoraSettings, StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_lora(self)
+        # A rank of 0, which is not the default, says that the others of a recipe do not count.
+        require_lora(self, ["save_format"])
         refuse(self, ["label_smoothing_factor"], "the losses of this stage have none")

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import json
 import re
 import types
 import typing
@@ -220,7 +221,8 @@ def refuse(config: Any, names: Iterable[str], why: str) -> None:
     given = [name for name, value in values.items() if value is not None and value != defaults[name]]
     if given:
         shown = " and ".join(f"{name} is {str(values[name])[:MAX_SHOWN]}" for name in given)
-        raise ValueError(f"{shown}, but {why}; leave {'it' if len(given) == 1 else 'them'} unset.")
+        unset = " and ".join(json.dumps(defaults[name], default=str) for name in given)  # where a recipe sets it
+        raise ValueError(f"{shown}, but {why}; leave {'it' if len(given) == 1 else 'them'} unset, or {unset}.")
 
 
 def check_choices(config: Any) -> None:
