@@ -222,7 +222,8 @@ def refuse(config: Any, names: Iterable[str], why: str) -> None:
     if given:
         shown = " and ".join(f"{name} is {str(values[name])[:MAX_SHOWN]}" for name in given)
         unset = " and ".join(json.dumps(defaults[name], default=str) for name in given)  # where a recipe sets it
-        raise ValueError(f"{shown}, but {why}; leave {'it' if len(given) == 1 else 'them'} unset, or {unset}.")
+        them = "it" if len(given) == 1 else "them"
+        raise ValueError(f"{shown}, but {why}; leave {them} unset, or set {them} to {unset}.")
 
 
 def check_choices(config: Any) -> None:
