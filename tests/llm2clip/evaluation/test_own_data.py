@@ -170,7 +170,9 @@ def test_sources_are_measured_as_paths_are(place: Path, tmp_path: Path) -> None:
 
 def test_fields_that_only_training_follows_are_refused(place: Path) -> None:
     path = str(place / "own.parquet")
-    with pytest.raises(ValueError, match=r"embedding_cache is x, but .* is read without it here; .* unset, or set it to null\."):
+    with pytest.raises(
+        ValueError, match=r"embedding_cache is x, but .* is read without it here; .* unset, or set it to null\."
+    ):
         RetrievalData.from_source(CaptionSource(path, embedding_cache="x"))
     # The source of a training, whose draws have no meaning here.
     assert RetrievalData.from_source(CaptionSource(path, caption_weights=[1.0], weight=2.0)).texts
