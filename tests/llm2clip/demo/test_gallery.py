@@ -111,7 +111,7 @@ def test_an_index_is_opened_with_its_model_and_embeds_nothing(
     with pytest.raises(ValueError, match=f"made by {saved_model}"):
         Gallery.of_index(index, str(tmp_path / "other"))
     with pytest.raises(ValueError, match=r"captions is of captions; the demo shows images\."):
-        Gallery.of_index(index_bundled(tmp_path / "captions", saved_model, embed="caption"))
+        Gallery.of_index(index_bundled(tmp_path / "captions", saved_model, embed="caption", num_workers=None))
 
 
 def test_an_index_without_its_images_is_named(gallery: Gallery, tmp_path: Path) -> None:

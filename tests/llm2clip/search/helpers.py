@@ -41,7 +41,8 @@ def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
 def index(source: Path | str, model: Path | str, output: Path | str | None, **settings: Any) -> tuple[int, ...]:
     """Run `llm2clip index`; return its counts."""
     place = {} if output is None else {"output_dir": str(output)}
-    settings = {"num_workers": 0, "batch_size": 4, **place, **settings}
+    reads = {} if settings.get("embed") == "caption" else {"num_workers": 0}
+    settings = {**reads, "batch_size": 4, **place, **settings}
     result = run(IndexConfig(folder=str(source), model=str(model), **settings))
     return (*(result[name] for name in COUNTS), result["captions" if "captions" in result else "images"])
 

@@ -271,6 +271,7 @@ POSTGRES = {"postgres": "postgresql:///images"}
         ({"caption_columns": ["caption", "long"]}, "add --embed caption"),
         ({"embed": "caption", "kind": "folder"}, "kind is folder"),
         ({"embed": "caption", "image_backend": "fast"}, "image_backend is fast"),
+        ({"embed": "caption", "num_workers": 2}, "num_workers is 2"),
         ({"embed": "text"}, "one of image, caption"),
     ],
 )

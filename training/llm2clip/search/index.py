@@ -116,7 +116,7 @@ class IndexConfig(IndexSettings):
                 "are read from its metadata.jsonl, .csv or .parquet."
             )
         if self.embed == "caption":
-            refuse(self, ["image_backend"], "captions are embedded")
+            refuse(self, ["image_backend", "num_workers"], "captions are embedded, and no image is decoded")
 
     def _check_location(self) -> None:
         if self.postgres is None:
