@@ -64,7 +64,7 @@ class Source:
             raise ValueError(f"A {cls.__name__} needs a path, but has only these fields: {names}.")
         return build_config(cls, fields, cls.__name__)
 
-    def without(self: SourceT, names: Sequence[str]) -> SourceT:
+    def require_unset(self: SourceT, names: Sequence[str]) -> SourceT:
         """Return the source; raise ValueError if one of these fields is set, which have no use where it is read."""
         refuse(self, names, f"{self.path} is read without it here")
         return self

@@ -131,14 +131,14 @@ class RetrievalData:
             SourceError: The source cannot be read, or lacks a column or files of images.
             ValueError: No row has a caption.
         """
-        source = replace(source.without(["embedding_cache"]), streaming=False)
+        source = replace(source.require_unset(["embedding_cache"]), streaming=False)
         table = load_source(source)
         assert isinstance(table, datasets.Dataset)
         columns = source_columns(source, table)
         assert columns.image is not None
         files = list(file_paths(table, columns.image))
-        missing = [file for file in dict.fromkeys(files) if file and "://" not in file and not os.path.exists(file)]
-        if missing and require_files:
+        named = [file for file in dict.fromkeys(files) if file and "://" not in file] if require_files else []
+        if missing := [file for file in named if not os.path.exists(file)]:
             raise SourceError(f"{source.path} lacks {len(missing):,} images that it names: {shortened(missing)}.")
         first, image_of = distinct([file or row for row, file in enumerate(files)])
         images = ChosenImages(TableImages(table, columns, max_pixels), first)
@@ -285,7 +285,7 @@ class CaptionPairData:
 
         Equal texts, in whatever case and white space, are one query or one target.
         """
-        dataset = PairDataset(source.without(PAIRS_OF_TRAINING))
+        dataset = PairDataset(source.require_unset(PAIRS_OF_TRAINING))
         rows = [dataset[index] for index in range(len(dataset))]
         sides = [[row[name] for row in rows] for name in ("anchor", "positive")]
         firsts, numbers = zip(*(distinct([caption_id(text) for text in side]) for side in sides), strict=True)

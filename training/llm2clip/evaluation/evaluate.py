@@ -237,20 +237,19 @@ def _finished(path: Path, model: Mapping[str, str], checksum: str, setup: Mappin
 def _choose(config: EvaluateConfig, given: Sequence[Any]) -> list[Benchmark]:
     settings = {name: getattr(config, name) for name in OF_OWN_DATA}
     chosen: dict[str, Benchmark] = {}
-    by_path = False
+    by_path, require_files = False, config.on_error == "raise"
     for entry in given:
         if isinstance(entry, Benchmark):
             benchmarks = [entry]
         elif isinstance(entry, CaptionSource | PairSource):
             task = "retrieval" if isinstance(entry, CaptionSource) else "caption_retrieval"
-            benchmarks = [own_benchmark(vars(entry), task, config.positives, config.on_error == "raise")]
+            benchmarks = [own_benchmark(vars(entry), task, config.positives, require_files)]
         elif entry not in (*all_benchmarks(), *GROUPS, ALL_FOUND) and is_own_data(entry):
             by_path = True
             anchors = {"anchor_column": settings["query_column"], "positive_column": settings["target_column"]}
             fields = {name: settings[name] for name in ("split", "image_column", "caption_columns")}
             source = json.loads(entry) if entry.startswith("{") else entry
-            whole = config.on_error == "raise"
-            benchmarks = [own_benchmark(source, config.task, config.positives, whole, **fields, **anchors)]
+            benchmarks = [own_benchmark(source, config.task, config.positives, require_files, **fields, **anchors)]
         else:
             benchmarks = choose_benchmarks([entry], Path(config.data))
         for benchmark in benchmarks:

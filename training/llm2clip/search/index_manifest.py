@@ -16,7 +16,7 @@ FORMAT_VERSION = 2
 REBUILD = "build it again: add --overwrite to llm2clip index."
 LIBRARIES = ("torch", "transformers", "datasets", "pillow")
 # What must be equal for a run to continue an index.
-SAME = ("embed", "source", "dtype", "image_backend", "metadata_columns")
+SAME = ("embed", "source", "stored_dtype", "image_backend", "metadata_columns")
 
 Embed: TypeAlias = Literal["image", "caption"]
 
@@ -46,7 +46,7 @@ class IndexManifest:
     revision: str | None
     image_fingerprint: str | None
     width: int
-    dtype: str
+    stored_dtype: str
     source: dict[str, Any]
     index: dict[str, Any]
     metadata_columns: list[str] = field(default_factory=list)
@@ -120,9 +120,8 @@ class IndexManifest:
         for name in SAME:
             there, here = getattr(self, name), getattr(other, name)
             if there != here:
-                setting = "stored_dtype" if name == "dtype" else name
                 raise ValueError(
-                    f"the index {location} was built with {setting} {_printable(there)}, not {_printable(here)}; "
+                    f"the index {location} was built with {name} {_printable(there)}, not {_printable(here)}; "
                     "choose another --output-dir or --table, or add --overwrite to build it again."
                 )
 

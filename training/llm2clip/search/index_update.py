@@ -128,7 +128,7 @@ class _Update:
             revision=identity.get("commit"),
             image_fingerprint=fingerprint,
             width=encoder.width,
-            dtype=settings.stored_dtype,
+            stored_dtype=settings.stored_dtype,
             source=items.source,
             index={},
             metadata_columns=items.metadata_columns,

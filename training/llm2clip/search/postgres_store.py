@@ -47,7 +47,7 @@ EXACT_MATCHES = 20_000
 # pgvector's own limit; it continues in steps of as many until it has `k` rows.
 MAX_EF_SEARCH = 1000
 # What a row must agree on with the index that was opened.
-SAME = ("image_fingerprint", "text_fingerprint", "width", "dtype", "source")
+SAME = ("image_fingerprint", "text_fingerprint", "width", "stored_dtype", "source")
 
 
 class PostgresStore:

@@ -160,7 +160,7 @@ class SearchIndex:
         manifest, exclude = self.manifest, [Path(self.location)]
         items = items_of(manifest, exclude) if images is None else as_items(images, exclude)
         kind = {name: value for name, value in manifest.index.items() if name != "type"}
-        kept = {"index_type": manifest.index["type"], "stored_dtype": manifest.dtype, **kind}
+        kept = {"index_type": manifest.index["type"], "stored_dtype": manifest.stored_dtype, **kind}
         with self.store.lock():
             encoder = self.encoder(["text" if manifest.embed == "caption" else "image"])
             self.counts = update_index(self.store, items, encoder, IndexSettings(**{**kept, **settings}))

@@ -632,7 +632,7 @@ class StageTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         if kwargs:  # as scripts for the card of transformers end; an error would come after the training
-            logger.warning("the model card says what the run knows, without %s.", ", ".join(kwargs))
+            logger.warning("Ignoring %s: the model card is written from what the run knows.", ", ".join(kwargs))
         log, sources = self.state.log_history, getattr(self.args, "eval_sources", {})
         evaluations = latest_evaluations([*self.retrieval], log, sources, self.evaluation_title, self._revisions)
         write_model_card(
@@ -688,7 +688,8 @@ class StageTrainer(Trainer):
         if self.hub_model_id is None:
             self.init_hf_repo(token, private)
         self._save_whole(str(self.args.output_dir))
-        self.create_model_card(**kwargs)
+        if kwargs:  # else `_upload` writes the card
+            self.create_model_card(**kwargs)
         return self._upload(str(self.args.output_dir), str(commit_message), blocking, token, revision)
 
     def _upload(self, folder: str, message: str, *options: Any) -> Any:
