@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,10 @@ import lancedb
 import pytest
 from lancedb.table import LanceTable
 
+from llm2clip.search.lance_store import HINT
 from llm2clip.search.search_index import SearchIndex
+from llm2clip.search.verify_index import verify_index
+from llm2clip.utils.files import write_json
 from llm2clip.utils.manifests import write_manifest
 from tests.damage import flip
 
@@ -74,22 +76,81 @@ def test_an_index_with_a_flipped_bit_is_not_searched(indexed: Path) -> None:
     assert len(SearchIndex.open(indexed).search(QUERY, 20)[0]) == 12
 
 
-@pytest.mark.filterwarnings("ignore:optimize\\(cleanup_older_than=0\\)")
-def test_versions_are_deleted_when_no_reader_can_have_them_open(
+def make_older(folder: Path, days: int) -> None:
+    """Let all versions of the table of an index have been made so many days earlier, as if the clock had moved."""
+
+    def varint(number: int) -> bytes:
+        return b"" if not number else bytes([number & 127 | (128 if number > 127 else 0)]) + varint(number >> 7)
+
+    times = lancedb.connect(str(folder)).open_table("images").list_versions()
+    seconds = {int(version["timestamp"].timestamp()) for version in times}
+    for path in (folder / "images.lance" / "_versions").glob("*.manifest"):
+        written = path.read_bytes()
+        for second in seconds:
+            written = written.replace(varint(second), varint(second - days * 24 * 60 * 60))
+        path.write_bytes(written)
+    names = {path.relative_to(folder).as_posix() for path in folder.glob("images.lance/_versions/*")}
+    write_manifest(folder, "index", unlisted={HINT}, rewritten=names)
+
+
+def test_versions_are_deleted_when_no_reader_can_have_them_open(pictures: Path, model: Model, tmp_path: Path) -> None:
+    output = tmp_path / "index"
+    for number in range(2):
+        (pictures / "new.png").write_bytes(encoded(picture(50 + number)))
+        index(pictures, model[0], output)
+        make_older(output, days=8)
+    table = lancedb.connect(str(output)).open_table("images")
+    before = {version["version"] for version in table.list_versions()}
+    replaced = SearchIndex.open(output)
+    found = replaced.search(QUERY, 20)
+    (pictures / "new.png").write_bytes(encoded(picture(99)))
+    index(pictures, model[0], output)
+    kept = before & {version["version"] for version in table.list_versions()}
+    assert len(kept) < len(before)
+    assert replaced.manifest.stored["version"] in kept, "a reader may have opened it just now"
+    assert replaced.search(QUERY, 20) == found
+    assert SearchIndex.open(output).search(QUERY, 20) != found
+    assert verify_index(output).faults == []
+
+
+def test_an_old_index_is_found_at_each_moment_of_an_update_and_after_one_that_was_stopped(
     pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "index"
-    for number in range(3):
-        (pictures / "new.png").write_bytes(encoded(picture(50 + number)))
-        index(pictures, model[0], output)
-    table = lancedb.connect(str(output)).open_table("images")
-    many = len(table.list_versions())
-    assert many > 3
-    monkeypatch.setattr("llm2clip.search.lance_store.KEPT", timedelta(0))
-    (pictures / "new.png").write_bytes(encoded(picture(99)))
     index(pictures, model[0], output)
-    assert len(table.list_versions()) == 1
-    assert len(SearchIndex.open(output).search(QUERY, 20)[0]) == 13
+    make_older(output, days=8)
+    before, seen = content(output), []
+    (pictures / "new.png").write_bytes(encoded(picture(50)))
+    (pictures / "00.png").unlink()
+
+    def watched(name: str) -> Any:
+        original = getattr(LanceTable, name)
+
+        def call(self: LanceTable, *arguments: Any, **options: Any) -> Any:
+            result = original(self, *arguments, **options)
+            seen.append(name)
+            assert content(output) == before, f"after {seen}"
+            return result
+
+        return call
+
+    def stopped(path: Path, fields: Any) -> None:
+        if path.name == "manifest.json":
+            raise KeyboardInterrupt
+        write_json(path, fields)
+
+    with monkeypatch.context() as patch:
+        for name in ("add", "delete", "create_index", "optimize"):
+            patch.setattr(LanceTable, name, watched(name))
+        patch.setattr("llm2clip.search.lance_store.write_json", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            index(pictures, model[0], output, index_type="ivf_rq")
+    assert set(seen) == {"add", "delete", "create_index", "optimize"}
+    assert content(output) == before
+    assert verify_index(output).faults == []
+    index(pictures, model[0], output, index_type="ivf_rq")
+    index(pictures, model[0], tmp_path / "whole", index_type="ivf_rq")
+    assert content(output) == content(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("files", ["data/*", "_versions/*.manifest"])

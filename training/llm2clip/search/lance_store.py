@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -48,6 +48,10 @@ COMMAND = "index"
 RUN_MANIFEST = b"llm2clip"
 # Versions stay for readers that have them open, and so do files that no version names.
 KEPT = timedelta(days=7)
+# Until the manifest names a new version, none is deleted: the one that it names may be of any age.
+FOR_EVER = timedelta(days=365_000)
+# Time that cleaning takes at most.
+CLEANING = timedelta(hours=1)
 VECTOR_INDEX = f"{VECTOR}_idx"
 # Bits per value of the codes of RaBitQ; those of int8 are LanceDB's IVF_SQ, which is built ten times faster.
 RQ_BITS = {None: 4, "binary": 1}
@@ -323,7 +327,7 @@ class LanceStore:
         """
         for _ in range(MAX_OPTIMIZE):
             version = self._written.version
-            self._written.optimize()
+            self._written.optimize(cleanup_older_than=FOR_EVER)
             if self._written.version == version:
                 return
 
@@ -380,4 +384,8 @@ class LanceStore:
         for path in self.folder.glob("vectors-*.faiss"):
             if path.name not in kept:
                 path.unlink()
-        self._written.optimize(cleanup_older_than=KEPT)
+        replaced = 0 if previous is None else previous.stored["version"]
+        # However old it is, a reader may have opened it just now.
+        made = [each["timestamp"] for each in self._written.list_versions() if each["version"] == replaced]
+        ages = [datetime.now().astimezone() - time.astimezone() + CLEANING for time in made]
+        self._written.optimize(cleanup_older_than=max([KEPT, *ages]))
