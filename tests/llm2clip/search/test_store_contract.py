@@ -154,7 +154,7 @@ STEPS: dict[str, dict[str, tuple[int, str, dict[str, Any]]]] = {
         "delete": (1, "old", {}),
         "commit": (1, "old", {}),
         "_index": (1, "old", {"index_type": "hnsw"}),
-        "_finish": (1, "old", {"overwrite": True}),
+        "_finish": (1, "old", {"overwrite": True, "stored_dtype": "float32"}),
         "_write_state": (2, "old", {"index_type": "hnsw"}),
     },
 }
@@ -222,6 +222,34 @@ def test_searches_see_the_old_index_until_an_update_is_done(
     else:
         with pytest.raises(ValueError, match="replaced since it was opened"):
             opened.search(QUERY, 20)
+
+
+@ALL
+def test_the_old_index_is_found_until_one_of_another_width_that_overwrites_it_is_whole(
+    place: Place, pictures: Path, model: Model, tmp_path: Path, forwards: Forwards
+) -> None:
+    tiny.save(tmp_path / "wide", projection_dim=40)
+    place.index(pictures, model[0], index_type=place.approximate)
+    before, opened = place.content(), place.open()
+    found = opened.search(QUERY, 20)
+    settings = {"overwrite": True, "stored_dtype": "float32", "index_type": place.approximate}
+    for batches in (1, 2):
+        forwards.limit = len(forwards.sizes) + batches
+        with pytest.raises(KeyboardInterrupt):
+            place.index(pictures, tmp_path / "wide", part_size=4, **settings)
+        assert place.content() == before
+        assert opened.search(QUERY, 20) == place.open().search(QUERY, 20) == found
+    forwards.limit = None
+    (pictures / "00.png").unlink()
+    assert place.index(pictures, model[0], index_type=place.approximate) == (0, 11, 1, 0, 11), "it is updated"
+    for name in ("index", "whole"):
+        place.index(pictures, tmp_path / "wide", name, **settings)
+    assert place.content() == place.content("whole")
+    wide = np.ones((1, 40), np.float32)
+    assert place.open().search(wide, 20) == place.open("whole").search(wide, 20)
+    (pictures / "new.png").write_bytes(encoded(picture(50)))
+    settings.pop("overwrite")
+    assert place.index(pictures, tmp_path / "wide", **settings) == (1, 11, 0, 0, 12)
 
 
 # Runs at a URL know no lock; see test_remote_index.py.

@@ -2,13 +2,14 @@
 
 Each row has the number of the commit from which on it is found, and searches leave out rows of later ones. So what a
 run adds is stored part by part, each in a transaction of its own, and becomes visible with the manifest, in the last
-one, which also deletes what is gone.
+one, which also deletes what is gone. An index that replaces one with other columns has its own beside them until then.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import re
@@ -38,8 +39,6 @@ UNLIMITED = {"statement_timeout": "0", "idle_session_timeout": "0"}
 # The comment on each of our tables, by which they are known.
 MARK = "written by llm2clip index"
 GENERATION = "_generation"
-# Columns beside those of the schema that a run gives.
-ADDED = {NUMBER: "bigint", GENERATION: "integer"}
 COMMITTED, UNFINISHED = "committed", "begun"
 SCAN_ROWS = 8192
 # Rows that fulfil a condition, up to which comparing all of them costs less than searching the graph for them.
@@ -75,8 +74,10 @@ class PostgresStore:
         self.location = f"{self.schema}.{self.name} in {self.database.name}"
         self.table, self.state = (f'"{self.schema}"."{self.name}{suffix}"' for suffix in ("", "_llm2clip"))
         self._opened: IndexManifest | None = None
-        # Of a run: types of its columns, the generations that it consists of, and the rows that it deletes.
+        # Of a run: types of its columns, what they are called until its end, the generations that it consists of, and
+        # the rows that it deletes.
         self._types: dict[str, str] = {}
+        self._names: dict[str, str] = {}
         self._first = self._generation = 0
         self._gone = np.empty(0, np.int64)
         self._is_changed = False
@@ -124,14 +125,16 @@ class PostgresStore:
             self._generation = 1 + (committed[0]["stored"]["generation"] if committed else 0)
             if base == "unfinished":
                 assert unfinished is not None
-                self._first = unfinished[0]["stored"]["generation"]
+                self._first, self._names = (unfinished[0]["stored"][name] for name in ("generation", "names"))
                 return
             self._execute(f"DELETE FROM {self.table} WHERE {GENERATION} >= {self._generation}")
             # Which rows the new index will consist of.
             self._first = self._generation if base == "nothing" else 0
-            manifest.stored = {"columns": self._types, "generation": self._first}
-            if base == "nothing" and self._columns() != {**ADDED, **self._types}:
-                self._replace_columns()
+            kept, added = committed[0]["stored"]["columns"] if committed else {}, set[str]()
+            if unfinished is not None:
+                added = set(unfinished[0]["stored"]["names"].values()) - set(kept)
+            self._change_columns(kept, self._types if base == "nothing" else kept, dropped=added)
+            manifest.stored = {"columns": self._types, "generation": self._first, "names": self._names}
             self._write_state(UNFINISHED, manifest, [])
 
     def _create(self) -> None:
@@ -139,25 +142,32 @@ class PostgresStore:
         if not self._query("SELECT FROM pg_namespace WHERE nspname = %s", self.schema):
             self._execute(f"CREATE SCHEMA {_quoted(self.schema)}")
         state = "state text PRIMARY KEY, manifest json, failures json"
-        added = [f"{NUMBER} bigserial PRIMARY KEY", f"{GENERATION} integer NOT NULL"]
-        rows = ", ".join([*added, *(f"{_quoted(name)} {kind}" for name, kind in self._types.items())])
+        rows = f"{NUMBER} bigserial PRIMARY KEY, {GENERATION} integer NOT NULL"
         for table, name, columns in ((self.state, f"{self.name}_llm2clip", state), (self.table, self.name, rows)):
             if self._comment(name) is None:
                 self._execute(f"CREATE TABLE {table} ({columns})")
                 self._execute(f"COMMENT ON TABLE {table} IS '{MARK}'")
 
-    def _replace_columns(self) -> None:
-        """Empty the table, and give it the columns of this run; rights on it stay. For use in a transaction."""
-        self._execute(f"DELETE FROM {self.state}")
-        self._execute(f"TRUNCATE {self.table}")
-        changes = [f"DROP COLUMN {_quoted(name)} CASCADE" for name in self._columns() if name not in ADDED]
-        changes += [f"ADD COLUMN {_quoted(name)} {kind}" for name, kind in self._types.items()]
-        self._execute(f"ALTER TABLE {self.table} {', '.join(changes)}")
+    def _change_columns(self, kept: dict[str, str], types: dict[str, str], dropped: set[str]) -> None:
+        """Give the table columns beside those of the last commit; rights on it stay. For use in a transaction."""
+        free = (name for name in map("_new{}".format, itertools.count()) if name not in {*kept, *types})
+        self._names = {name: name if kept.get(name, kind) == kind else next(free) for name, kind in types.items()}
+        changes = [f"DROP COLUMN {_quoted(name)} CASCADE" for name in dropped]
+        for name, kind in types.items():
+            if self._names[name] not in kept:
+                changes.append(f"ADD COLUMN {_quoted(self._names[name])} {kind}")
+        if changes:
+            self._execute(f"ALTER TABLE {self.table} {', '.join(changes)}")
+
+    def _written(self, names: Sequence[str]) -> list[str]:
+        """Return what columns of this run are called until its end."""
+        return [self._names.get(name, name) for name in names]
 
     def keys(self, columns: Sequence[str] | None, written: bool = False) -> Iterator[pa.RecordBatch]:
         with self._reading(written) as (types, visible):
             names = [*(_shown(types) if columns is None else columns), NUMBER]
-            query = f"SELECT {_list(names)} FROM {self.table} WHERE {visible} ORDER BY {NUMBER}"
+            columns = self._written(names) if written else names
+            query = f"SELECT {_list(columns)} FROM {self.table} WHERE {visible} ORDER BY {NUMBER}"
             with self.database.connection.cursor("scan", binary=True) as cursor:
                 cursor.execute(sql.SQL(query), {"gone": self._gone.tolist()})
                 while rows := cursor.fetchmany(SCAN_ROWS):
@@ -166,14 +176,14 @@ class PostgresStore:
     def vectors(self, numbers: np.ndarray) -> pa.Table:
         names = [VECTOR, REASON, NUMBER]
         with self._reading(True) as (types, _):
-            query = f"SELECT {_list(names)} FROM {self.table} WHERE {NUMBER} = ANY(%s)"
+            query = f"SELECT {_list(self._written(names))} FROM {self.table} WHERE {NUMBER} = ANY(%s)"
             rows = self._execute(query, [np.unique(numbers).tolist()], binary=True).fetchall()
         return rows_in_order(pa.Table.from_batches([arrow_batch(rows, names, types)]), numbers)
 
     def upsert(self, rows: pa.Table) -> None:
         self._is_changed = True
         columns = [sql_values(rows[name], kind) for name, kind in self._types.items()]
-        names = ", ".join(map(_quoted, [GENERATION, *self._types])).replace("%%", "%")  # without parameters
+        names = _list([GENERATION, *self._written(list(self._types))]).replace("%%", "%")  # without parameters
         statement = f"COPY {self.table} ({names}) FROM STDIN WITH (FORMAT BINARY)"
         with self.database.readable(), self.database.connection.cursor().copy(sql.SQL(statement)) as copy:
             copy.set_types(["integer", *(kind.partition("(")[0] for kind in self._types.values())])
@@ -202,6 +212,12 @@ class PostgresStore:
             self._execute(f"DELETE FROM {self.table} WHERE {gone}", [self._gone.tolist()])
             for name in replaced:
                 self._execute(f"DROP INDEX {_quoted(self.schema)}.{_quoted(name)}")
+            committed = self._state(COMMITTED)
+            for name in set(committed[0]["stored"]["columns"] if committed else ()) - set(self._names.values()):
+                self._execute(f"ALTER TABLE {self.table} DROP COLUMN {_quoted(name)} CASCADE")
+            for name, now in self._names.items():
+                if now != name:
+                    self._execute(f"ALTER TABLE {self.table} RENAME COLUMN {_quoted(now)} TO {_quoted(name)}")
             self._execute(f"DELETE FROM {self.state}")
             self._write_state(COMMITTED, manifest, failures)
         self._execute(f"ANALYZE {self.table}")
@@ -213,22 +229,23 @@ class PostgresStore:
         """
         have = "SELECT indexname, indexdef FROM pg_indexes WHERE schemaname = %s AND tablename = %s"
         built = {str(name): str(definition) for name, definition in self._query(have, self.schema, self.name)}
-        for column in set(self._types) - UNINDEXED:
+        for column in self._written(sorted(set(self._types) - UNINDEXED)):
             if any(definition.endswith((f"({_quoted(column)})", f"({column})")) for definition in built.values()):
                 continue
             try:
                 self._execute(f"CREATE INDEX ON {self.table} ({_quoted(column)})")
             except errors.ProgramLimitExceeded:
                 logger.info("the column %s gets no index: its values are too long.", column)
-        graphs = {name: definition for name, definition in built.items() if "USING hnsw" in definition}
+        graphs = {name: known for name, known in built.items() if "USING hnsw" in known}
         if index["type"] != "hnsw":
             return list(graphs)
         operators = f"{self._types[VECTOR].partition('(')[0]}_cosine_ops"
-        options = f"{operators}) WITH (m='{index['m']}', ef_construction='{index['ef_construction']}')"
-        same = [name for name, definition in graphs.items() if definition.endswith(options)]
+        options = f"WITH (m='{index['m']}', ef_construction='{index['ef_construction']}')"
+        definition = f"USING hnsw ({self._names[VECTOR]} {operators}) {options}"
+        same = [name for name, known in graphs.items() if known.endswith(definition)]
         if not same:
             logger.info("indexing the embeddings.")
-            self._execute(f"CREATE INDEX ON {self.table} USING hnsw ({VECTOR} {options}")
+            self._execute(f"CREATE INDEX ON {self.table} {definition}")
         return [name for name in graphs if name not in same[:1]]
 
     def search(self, queries: np.ndarray, k: int, where: str | None = None) -> list[pa.Table]:
@@ -324,14 +341,6 @@ class PostgresStore:
         self._execute(f"DELETE FROM {self.state} WHERE state = %s", [state])
         values = [state, json.dumps(asdict(manifest)), json.dumps(failures)]
         self._execute(f"INSERT INTO {self.state} VALUES (%s, %s, %s)", values)
-
-    def _columns(self) -> dict[str, str]:
-        query = (
-            "SELECT attname, format_type(atttypid, atttypmod) FROM pg_attribute JOIN pg_class c ON c.oid = attrelid "
-            "JOIN pg_namespace n ON n.oid = relnamespace WHERE nspname = %s AND relname = %s AND attnum > 0 AND NOT "
-            "attisdropped"
-        )
-        return dict(self._query(query, self.schema, self.name))
 
 
 class _BoundConditions(Conditions):
