@@ -22,7 +22,7 @@ from llm2clip.search.store import VECTOR, IndexStore
 from tests.documents.reading import blocks
 from tests.llm2clip.encoders import models
 
-from .helpers import Model, as_json, encoded, error, picture
+from .helpers import QUERY, Model, as_json, encoded, error, picture
 from .helpers import index as run_index
 from .updates import build, new_rows
 
@@ -166,6 +166,34 @@ def test_a_list_of_paths_and_images_and_an_open_data_set_are_indexed(
     table = datasets.Dataset.from_dict({"image": [picture(1), picture(2)], "caption": ["one", "two"]})
     found = SearchIndex.build(encoder, table, tmp_path / "table").search(picture(2), 1)[0]
     assert (found.key, found.caption) == ("1", "two")
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30, 1e300])
+def test_the_length_of_a_query_does_not_matter(scale: float, indexed: Path) -> None:
+    opened, row = SearchIndex.open(indexed), np.random.default_rng(0).normal(size=(1, 24))
+    (found,), (expected,) = opened.search(row * scale, 12), opened.search(row, 12)
+    assert len(found) == 12
+    assert [one.key for one in found] == [one.key for one in expected]
+    assert [one.score for one in found] == pytest.approx([one.score for one in expected], abs=1e-6)
+
+
+@pytest.mark.parametrize("value", [0, np.nan, np.inf])
+def test_a_query_without_a_direction_is_named(value: float, indexed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = np.ones((3, 24), np.float32)
+    rows[1] *= value
+    with pytest.raises(ValueError, match=r"of 1 of 3 queries are zero, NaN or infinite: 1\. "):
+        SearchIndex.open(indexed).search(rows)
+    opened = SearchIndex.open(indexed)
+    monkeypatch.setattr(type(opened.encoder()), "encode_text", lambda *_: torch.full((2, 24), float(value)))
+    with pytest.raises(ValueError, match=r"of 2 of 2 queries are zero, NaN or infinite: a dog, a cat\. "):
+        opened.search(["a dog", "a cat"])
+
+
+@pytest.mark.parametrize("k", [2.5, 0, -1, "3", True])
+def test_the_number_of_results_is_a_whole_number(k: Any, indexed: Path) -> None:
+    with pytest.raises(ValueError, match=f"k must be a whole number of at least 1, not {k!r}"):
+        SearchIndex.open(indexed).search(QUERY, k)
+    assert len(SearchIndex.open(indexed).search(QUERY, np.int64(2))[0]) == 2
 
 
 class OwnStore(LanceStore):

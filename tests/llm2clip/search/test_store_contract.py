@@ -335,6 +335,7 @@ COLUMNS: dict[str, tuple[pa.DataType, list[Any]]] = {
     "is_new": (pa.bool_(), [True, False, True, False, None]),
     "day": (pa.date32(), [DAY, date(2025, 1, 1), DAY, date(1960, 2, 29), None]),
     "time": (pa.timestamp("us", "UTC"), [TIME, TIME, datetime(2000, 1, 1, tzinfo=UTC), TIME, None]),
+    "zone": (pa.timestamp("us", "Europe/Berlin"), [TIME, TIME, TIME, TIME, None]),
     "Odd \"name\" %": (pa.int64(), [1, 2, 3, 4, None]),
 }  # fmt: skip
 FOUND = {
@@ -364,6 +365,9 @@ FOUND = {
     "time = '2026-01-02T03:04:05'": "abd",
     "time = '2026-01-02 04:04:05+01:00' and is_new": "a",
     '"Odd ""name"" %" <= 2': "ab",
+    "size > -9223372036854775808": "abcd",
+    "size = 9223372036854775807": "",
+    "zone > '0001-01-01'": "abcd",
     "text = 'none\0'": "",
     "text = '; LIMIT 1 -- \0)' OR size < 0": "c",
 }

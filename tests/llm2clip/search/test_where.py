@@ -11,9 +11,9 @@ from llm2clip.search.lance_rows import LanceConditions
 from llm2clip.search.search_index import SearchIndex
 from llm2clip.search.where import parse_where
 
-from .helpers import error
+from .helpers import QUERY, error
 
-COLUMNS = {"text": pa.string(), "size": pa.int64(), "is_new": pa.bool_(), "day": pa.date32()}
+COLUMNS = {"text": pa.string(), "size": pa.int64(), "is_new": pa.bool_(), "day": pa.date32(), "share": pa.float32()}
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,8 @@ COLUMNS = {"text": pa.string(), "size": pa.int64(), "is_new": pa.bool_(), "day":
         ("size = 'x'", "size holds numbers, and 'x' is none"),
         ("size = 1.5", "1.5 is no value of size, which is int64"),
         ("size = 99999999999999999999", "is no value of size"),
+        ("share < 1e39", "1e39 is no value of share, which is float"),
+        ("share IN (0, -1e400)", "-1e400 is no value of share, which is float"),
         ("size = NULL", "is missing before NULL (for missing values, write IS NULL)"),
         ('text = "x"', "a value is missing before x (strings are in single quotes)"),
         ("size LIKE '1'", "size holds numbers, and LIKE compares strings"),
@@ -58,3 +60,10 @@ def test_the_command_refuses_them_before_it_loads_the_model(
         message = error(capsys, "search", indexed, "a dog", "--where", where)
         assert f"where is {where!r}, which is no condition on the columns key, folder, extension, size" in message
     assert "where is empty" in error(capsys, "search", indexed, "a dog", "--where", "")
+
+
+def test_what_the_database_cannot_answer_is_no_damage(indexed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LanceConditions, "value", lambda *_: "nonsense(1)")
+    with pytest.raises(ValueError, match=r"where is 'size > 1', which LanceDB does not take: .*nonsense") as refused:
+        SearchIndex.open(indexed).search(QUERY, 3, "size > 1")
+    assert "damaged" not in str(refused.value)

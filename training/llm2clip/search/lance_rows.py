@@ -29,6 +29,8 @@ MATCHES_FOR_PROBES = 40_000
 ORIGIN = re.compile(r",? /\S+\.rs:\d+:\d+")
 # How LanceDB says that the system could not write a file.
 DISK = re.compile(r"LanceError\(IO\)|\(os error \d+\)")
+# The only whole number that its parser takes for another.
+LEAST = -(2**63)
 UNITS = {"s": "Second", "ms": "Millisecond", "us": "Microsecond", "ns": "Nanosecond"}
 
 
@@ -71,8 +73,8 @@ class LanceRows:
         """Find the nearest rows; see `IndexStore.search`."""
         assert self.manifest is not None
         condition = self._condition(where)
+        matches = self._matches(where, condition) if condition else self.manifest.images
         with readable(self.folder):
-            matches = self._count(condition) if condition else self.manifest.images
             k = min(k, matches)
             if not matches:
                 return [self.table.schema.empty_table().select([*self.columns, VECTOR]) for _ in queries]
@@ -81,6 +83,18 @@ class LanceRows:
         fits = self._numbers(where) if where else None
         nearest = self._faiss.search(queries, k * self.manifest.index["refine"], fits)
         return [self.take(numbers, [*self.columns, VECTOR]) for numbers in nearest]
+
+    def _matches(self, where: str | None, condition: str) -> int:
+        """Count the rows that fulfil a condition; ValueError if LanceDB does not take it, which is no damage."""
+        try:
+            with readable(self.folder):
+                return self._count(condition)
+        except (ValueError, ConnectionError):
+            try:
+                self.table.search().where(condition).explain_plan()  # reads no rows
+            except (RuntimeError, ValueError) as error:
+                raise ValueError(f"where is {where!r}, which LanceDB does not take: {_reason(error)}") from error
+            raise
 
     def _nearest(self, query: np.ndarray, k: int, condition: str | None, matches: int) -> pa.Table:
         assert self.manifest is not None
@@ -153,12 +167,15 @@ class LanceConditions(Conditions):
         kind, content = value.type, value.as_py()
         if pa.types.is_timestamp(kind):
             zone = "None" if kind.tz is None else f'Some("{kind.tz}")'
-            text = value.cast(pa.timestamp("us", kind.tz)).as_py().isoformat()
+            # In UTC, since old times of a zone have seconds in their offset.
+            text = value.cast(pa.timestamp("us", kind.tz and "UTC")).as_py().isoformat()
             return f"arrow_cast('{text}', 'Timestamp({UNITS[kind.unit]}, {zone})')"
         if pa.types.is_date(kind):
             return f"date '{content}'"
         if isinstance(content, str):
             return "'" + content.replace("'", "''") + "'"
+        if content == LEAST:
+            return f"arrow_cast('{LEAST}', 'Int64')"
         return str(content).lower()
 
     def like(self, column: str, negation: str, pattern: str) -> str:

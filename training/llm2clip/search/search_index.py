@@ -21,6 +21,7 @@ from llm2clip.search.location import open_store
 from llm2clip.search.results import SearchResult
 from llm2clip.search.store import VECTOR, IndexStore
 from llm2clip.search.table_items import as_items, items_of
+from llm2clip.utils.logs import shortened
 from llm2clip.utils.model_places import require_recorded_model
 
 # The largest number that databases take.
@@ -187,10 +188,11 @@ class SearchIndex:
             ConnectionError: The database or object store cannot be reached.
             FileNotFoundError: The model that made the index does not exist any more.
             NonFiniteError: The model's embedding of a query is NaN or infinite.
-            ValueError: `k` is less than 1, `where` is no condition on the columns, or another model made the index.
+            ValueError: `k` is no whole number or less than 1, an embedding is zero or not finite, `where` is no
+                condition on the columns, or another model made the index.
         """
-        if k < 1:
-            raise ValueError(f"k must be at least 1, not {k}.")
+        if not isinstance(k, (int, np.integer)) or isinstance(k, bool) or k < 1:
+            raise ValueError(f"k must be a whole number of at least 1, not {k!r}.")
         is_single = isinstance(query, (str, Path, Image.Image))
         if where is not None and self._encoder is None:  # before it is loaded, which takes minutes
             self.store.search(np.empty((0, self.manifest.width), np.float32), 1, where)
@@ -200,8 +202,12 @@ class SearchIndex:
         return results[0] if is_single else results
 
     def embed(self, queries: Sequence[Query] | np.ndarray) -> np.ndarray:
-        """Return unit rows `(n, width)`, float32, of texts, images or embeddings."""
-        rows = queries
+        """Return unit rows `(n, width)`, float32, of texts, images or embeddings.
+
+        Raises:
+            ValueError: An embedding is zero, NaN or infinite, or of another width; see [`SearchIndex.search`] too.
+        """
+        rows, names = queries, [str(number) for number in range(len(queries))]
         if not hasattr(queries, "dtype"):
             texts = [query for query in queries if isinstance(query, str)]
             images = [query for query in queries if not isinstance(query, str)]
@@ -210,14 +216,20 @@ class SearchIndex:
             is_text = np.array([isinstance(query, str) for query in queries], dtype=bool)
             if texts:
                 rows[is_text] = encoder.encode_text(texts).numpy()
+            names = [_name(query) for query in queries]
             if images:
-                paths = (image if isinstance(image, Path) else getattr(image, "filename", "") for image in images)
-                names = [str(path or "query") for path in paths]
-                rows[~is_text] = encoder.encode_image(images, names=names).numpy()
-        rows = np.asarray(rows, np.float32)
+                rows[~is_text] = encoder.encode_image(images, names=list(map(_name, images))).numpy()
+        rows = np.asarray(rows, np.float64)
         if rows.ndim != 2 or rows.shape[1] != self.manifest.width:
             raise ValueError(f"queries have to be rows of width {self.manifest.width}, and are {rows.shape}.")
-        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        largest = np.abs(rows).max(axis=1, keepdims=True)
+        if broken := np.flatnonzero(~((largest > 0) & np.isfinite(largest))).tolist():
+            raise ValueError(
+                f"the embeddings of {len(broken)} of {len(rows)} queries are zero, NaN or infinite: "
+                f"{shortened([names[number] for number in broken])}. They have no direction, so that nothing is near."
+            )
+        rows = rows / largest  # whose squares are no infinities
+        return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
     def _ranked(self, query: np.ndarray, near: pa.Table, k: int) -> list[SearchResult]:
         """Compare a query with stored embeddings exactly, so that all stores give equal scores."""
@@ -258,3 +270,10 @@ class SearchIndex:
             self.manifest.require_model(self.location, self._encoder, unchecked)
             self._checked |= unchecked
         return self._encoder
+
+
+def _name(query: Query) -> str:
+    """Name a query in messages."""
+    if isinstance(query, Image.Image):
+        return str(getattr(query, "filename", "") or "query")
+    return str(query)

@@ -8,6 +8,7 @@ nor false. `LIKE` minds upper and lower case, and `%` and `_` cannot be escaped.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -227,7 +228,10 @@ class _Parser:
 
 def _number(token: str, kind: pa.DataType) -> pa.Scalar:
     if pa.types.is_floating(kind):
-        return pa.scalar(float(token)).cast(kind)
+        number = pa.scalar(float(token)).cast(kind)
+        if not math.isfinite(number.as_py()):
+            raise ValueError
+        return number
     value = float(token) if re.search("[.eE]", token) else int(token)
     if value != int(value):
         raise ValueError
