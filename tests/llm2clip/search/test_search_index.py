@@ -16,6 +16,7 @@ import torch
 import llm2clip
 from llm2clip.encoders import Encoder, load_encoder
 from llm2clip.search.index_settings import IndexSettings
+from llm2clip.search.lance_rows import LanceRows
 from llm2clip.search.lance_store import LanceStore
 from llm2clip.search.search_index import SearchIndex
 from llm2clip.search.store import VECTOR, IndexStore
@@ -166,6 +167,24 @@ def test_a_list_of_paths_and_images_and_an_open_data_set_are_indexed(
     table = datasets.Dataset.from_dict({"image": [picture(1), picture(2)], "caption": ["one", "two"]})
     found = SearchIndex.build(encoder, table, tmp_path / "table").search(picture(2), 1)[0]
     assert (found.key, found.caption) == ("1", "two")
+
+
+@pytest.mark.parametrize("index_type", ["flat", "ivf_rq"])
+def test_many_queries_read_the_rows_once_and_find_what_each_finds_alone(
+    index_type: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, rows = LanceStore(tmp_path / "index"), new_rows(0, 20_000 if index_type == "flat" else 900)
+    build(store, [rows, rows.slice(0, 50)], IndexSettings(index_type))  # some are there twice
+    queries = np.array(new_rows(1, 40)[VECTOR].to_pylist(), np.float32)
+    opened, read = SearchIndex.open(store), LanceRows.scan
+    expected = [opened.search(queries[[number]], 10)[0] for number in range(40)]
+    scans: list[Any] = []
+    monkeypatch.setattr(LanceRows, "scan", lambda *given: scans.append(given) or read(*given))
+    monkeypatch.setattr(LanceRows, "_nearest", lambda *_: pytest.fail("a query was searched alone"))
+    assert opened.search(queries, 10) == expected
+    assert len(scans) == 1
+    assert [len(found) for found in opened.search(queries, 10, "key LIKE '0-1_'")] == [10] * 40
+    assert opened.search(queries, 10, "key = 'none'") == [[]] * 40
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30, 1e300])

@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from llm2clip.search.faiss_vectors import FaissRows
 from llm2clip.search.index_manifest import REBUILD, IndexManifest
 from llm2clip.search.store import INTERNAL, MORE, NUMBER, VECTOR, rows_in_order
+from llm2clip.search.top_k import top_k
 from llm2clip.search.where import Conditions, parse_where
 from llm2clip.utils.library_errors import SYSTEM
 from llm2clip.utils.remote_path import AnyPath, RemotePath, wrap_connection_errors
@@ -78,10 +80,15 @@ class LanceRows:
             k = min(k, matches)
             if not matches:
                 return [self.table.schema.empty_table().select([*self.columns, VECTOR]) for _ in queries]
-            if self._faiss is None or matches <= EXACT_MATCHES:
-                return [self._nearest(query, k, condition, matches) for query in queries]
+            index = self.manifest.index
+            is_exact = index["type"] == "flat" or matches <= EXACT_MATCHES
+            if is_exact and len(queries) > 1:
+                return self._nearest_of_many(queries, k + MORE, where)
+            if self._faiss is None or is_exact:
+                probes = None if is_exact else index["probes"] * max(1, MATCHES_FOR_PROBES // matches)
+                return [self._nearest(query, k, condition, probes) for query in queries]
         fits = self._numbers(where) if where else None
-        nearest = self._faiss.search(queries, k * self.manifest.index["refine"], fits)
+        nearest = self._faiss.search(queries, k * index["refine"], fits)
         return [self.take(numbers, [*self.columns, VECTOR]) for numbers in nearest]
 
     def _matches(self, where: str | None, condition: str) -> int:
@@ -96,17 +103,29 @@ class LanceRows:
                 raise ValueError(f"where is {where!r}, which LanceDB does not take: {_reason(error)}") from error
             raise
 
-    def _nearest(self, query: np.ndarray, k: int, condition: str | None, matches: int) -> pa.Table:
+    def _nearest_of_many(self, queries: np.ndarray, k: int, where: str | None) -> list[pa.Table]:
+        """Compare all rows with all queries, a block at a time; LanceDB would read them for each query."""
+        best, numbers = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
+        for batch in self.scan([VECTOR], where):
+            embeds = batch[VECTOR].flatten().to_numpy().astype(np.float32).reshape(len(batch), -1)
+            units = torch.nn.functional.normalize(torch.from_numpy(embeds))  # of 16 bits, not quite
+            scores, rows = top_k(torch.from_numpy(queries), units, k)
+            found = torch.from_numpy(batch[NUMBER].to_numpy().astype(np.int64))[rows]
+            best, order = torch.cat([best, scores], dim=1).topk(min(k, best.shape[1] + scores.shape[1]), dim=1)
+            numbers = torch.cat([numbers, found], dim=1).gather(1, order)
+        rows_of_all = self.take(numbers.flatten().numpy(), [*self.columns, VECTOR])
+        return [rows_of_all.slice(start, numbers.shape[1]) for start in range(0, numbers.numel(), numbers.shape[1])]
+
+    def _nearest(self, query: np.ndarray, k: int, condition: str | None, probes: int | None) -> pa.Table:
+        """Search so many cells, or compare all rows."""
         assert self.manifest is not None
-        index = self.manifest.index
         search = self.table.search(np.asarray(query, dtype=np.float32), vector_column_name=VECTOR)
         search = search.distance_type("cosine").select([*self.columns, VECTOR, DISTANCE])
         search = search.where(condition, prefilter=True) if condition else search
-        if index["type"] != "ivf_rq" or matches <= EXACT_MATCHES:
+        if probes is None:
             search = search.bypass_vector_index().limit(k + MORE)
         else:
-            probes = index["probes"] * max(1, MATCHES_FOR_PROBES // matches)
-            search = search.nprobes(probes).refine_factor(index["refine"]).limit(k)
+            search = search.nprobes(probes).refine_factor(self.manifest.index["refine"]).limit(k)
         return search.to_arrow().drop_columns([DISTANCE])
 
     def _numbers(self, where: str | None = None) -> np.ndarray:
