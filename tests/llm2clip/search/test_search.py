@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,38 @@ def test_the_page_embeds_thumbnails_escapes_texts_and_marks_what_is_gone(model: 
     assert cli.main(command) == 0
     page = (tmp_path / "page.html").read_text()
     assert (page.count("no longer available"), page.count("<img")) == (2, 2)
+
+
+def test_metadata_columns_are_shown_with_each_result(
+    model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    days, license_of = [date(2026, 1, 2), None, date(2025, 1, 1)], ["CC0", "<MIT>", None]
+    times = [datetime(2026, 1, 2, 3, 4, 5)] * 3
+    columns: dict[str, list[Any]] = {"size": [1, 2, 3], "license": license_of, "day": days, "time": times}
+    data = save_table(tmp_path / "data.parquet", [0, 1, 2], caption=["one", "two", "three"], **columns)
+    shown = {
+        "0": {"day": "2026-01-02", "license": "CC0", "size": 1, "time": "2026-01-02T03:04:05"},
+        "1": {"day": None, "license": "<MIT>", "size": 2, "time": "2026-01-02T03:04:05"},
+        "2": {"day": "2025-01-01", "license": None, "size": 3, "time": "2026-01-02T03:04:05"},
+    }
+    for embed in ("image", "caption"):
+        folder = tmp_path / embed
+        index(data, model[0], folder, embed=embed, metadata_columns=["day", "license", "size", "time"])
+        found = SearchIndex.open(folder).search(TEXT, where="day = '2026-01-02' OR size > 1")
+        assert {one.key: one.metadata for one in found} == shown
+        (query,) = as_json(capsys, folder, TEXT, "--html", tmp_path / "page.html")
+        assert {one["key"]: one["metadata"] for one in query["results"]} == shown
+        page = (tmp_path / "page.html").read_text()
+        assert page.count("day: 2026-01-02; license: CC0; size: 1; time: 2026-01-02T03:04:05</div>") == 1
+        assert page.count("license: &lt;MIT&gt;; size: 2") == 1
+        assert cli.main(["search", str(folder), TEXT]) == 0
+        lines = [line.split("\t")[3:] for line in capsys.readouterr().out.splitlines()]
+        assert sorted(lines)[1] == ["2025-01-01", "", "3", "2026-01-02T03:04:05"]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.main(["search", str(folder), TEXT]) == 0
+    assert re.search(r"rank .* score .* caption .* row .* day .* license .* size .* time ", capsys.readouterr().out)
 
 
 def test_another_model_is_refused_with_both_names_and_a_copy_is_not(

@@ -7,6 +7,7 @@ import contextlib
 import html
 import io
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class SearchResult:
         hash: Hash of its bytes in the data set, or of the caption.
         caption: The caption that was found, or that of the image.
         caption_column, caption_number: In an index of captions, its column, and its number in a list there.
+        metadata: The metadata columns of the index by name, if it has any; dates and times as strings, as in `where`.
     """
 
     score: float
@@ -62,6 +64,7 @@ class SearchResult:
     caption: str | None = None
     caption_column: str | None = None
     caption_number: int | None = None
+    metadata: dict[str, Any] | None = None
 
     @classmethod
     def from_row(cls, row: dict[str, Any], score: float, manifest: IndexManifest) -> SearchResult:
@@ -70,7 +73,11 @@ class SearchResult:
         names = ["row", "hash", "caption"]
         if manifest.embed == "caption":  # an index of images may have metadata of these names
             names += ["caption_column", "caption_number"]
-        return cls(score, row["key"], path, **{name: row.get(name) for name in names})
+        metadata = {
+            name: row[name].isoformat() if isinstance(row[name], date) else row[name]
+            for name in manifest.metadata_columns
+        }
+        return cls(score, row["key"], path, metadata=metadata or None, **{name: row.get(name) for name in names})
 
     @property
     def place(self) -> str:
@@ -155,10 +162,12 @@ def _item(rank: int, result: SearchResult, images: ResultImages) -> str:
     shown = "no longer available" if image is None else _thumbnail(image, result.caption or result.key)
     frame = f"<div class='frame'>{shown}</div>" if images.exist else ""
     caption = f"<div class='caption'>{html.escape(result.caption)}</div>" if result.caption else ""
+    facts = "; ".join(f"{name}: {value}" for name, value in (result.metadata or {}).items() if value is not None)
+    metadata = f"<div class='place'>{html.escape(facts)}</div>" if facts else ""
     return (
         f"<li>{frame}<div class='text'>"
         f"<div class='line'><span>{rank}</span><span class='score'>{result.score:.3f}</span></div>{caption}"
-        f"<div class='place'>{html.escape(result.place)}</div></div></li>"
+        f"<div class='place'>{html.escape(result.place)}</div>{metadata}</div></li>"
     )
 
 

@@ -80,7 +80,8 @@ def run(config: SearchConfig) -> None:
     """Search, print the results, and write the page.
 
     On a terminal the results are tables. Elsewhere each is a line `IMAGE<TAB>SCORE`, with its caption as third column
-    if it has one; of captions `CAPTION<TAB>SCORE<TAB>KEY`. With several queries the query is a column before these.
+    if it has one; of captions `CAPTION<TAB>SCORE<TAB>KEY`. Metadata columns follow. With several queries the
+    query is a column before these.
 
     Raises:
         FileNotFoundError: The index, model or image file does not exist.
@@ -158,18 +159,22 @@ def _no_index(folder: Path) -> str:
     )
 
 
-def _columns(results: Sequence[SearchResult], embed: str) -> dict[str, list[str]]:
-    """Return the columns that describe results: the images or captions themselves come first."""
+def _columns(results: Sequence[SearchResult], embed: str) -> list[tuple[str, list[str]]]:
+    """Return the columns that describe results, with their titles: the images or captions themselves come first."""
     names, captions = [result.place for result in results], [result.caption or "" for result in results]
+    columns = [("image", names), *[("caption", captions)] * any(captions)]
     if embed == "caption":
-        return {"caption": captions, "row": names}
-    return {"image": names, **({"caption": captions} if any(captions) else {})}
+        columns = [("caption", captions), ("row", names)]
+    facts = [result.metadata or {} for result in results]
+    for name in facts[0] if facts else ():
+        columns.append((name, ["" if row[name] is None else str(row[name]) for row in facts]))
+    return columns
 
 
 def _lines(queries: list[QueryResults], embed: str) -> list[str]:
     lines = []
     for query in queries:
-        first, *others = _columns(query.results, embed).values()
+        first, *others = (cells for _, cells in _columns(query.results, embed))
         scores = [f"{result.score:.4f}" for result in query.results]
         texts = [[query.text] * len(scores)] if len(queries) > 1 else []
         for cells in zip(*texts, first, scores, *others, strict=True):
@@ -188,8 +193,8 @@ def _print_tables(queries: list[QueryResults], embed: str) -> None:
         table.add_column("rank", justify="right")
         table.add_column("score", justify="right")
         columns = _columns(query.results, embed)
-        for name in columns:
+        for name, _ in columns:
             table.add_column(name, overflow="ellipsis" if name == "caption" else "fold")
-        for rank, (result, *cells) in enumerate(zip(query.results, *columns.values(), strict=True), 1):
+        for rank, (result, *cells) in enumerate(zip(query.results, *(cells for _, cells in columns), strict=True), 1):
             table.add_row(str(rank), f"{result.score:.3f}", *map(printable, cells))
         console.print(table)
