@@ -59,7 +59,7 @@ def _parsed(text: str, where: str | Path) -> Any:
 
 
 def first_json_objects(path: Path, count: int) -> list[Any]:
-    """Read the first objects of a JSON array that is too large to be read whole.
+    """Read the first objects of a JSON array that is too large to be read whole, or all if it has fewer.
 
     Raises:
         BenchmarkError: The file is cut short or broken before their end.
@@ -69,6 +69,8 @@ def first_json_objects(path: Path, count: int) -> list[Any]:
         rest = file.read(BLOCK).lstrip().removeprefix("[")
         while len(objects) < count:
             rest = rest.lstrip(" \t\r\n,")
+            if rest.startswith("]"):
+                break
             try:
                 item, end = decoder.raw_decode(rest)
             except json.JSONDecodeError as error:

@@ -23,6 +23,9 @@ def test_an_array_is_read_no_further_than_needed(block: int, tmp_path: Path, mon
     assert first_json_objects(path, 3) == rows
     with pytest.raises(BenchmarkError, match=r"item 3 of .* is cut short"):
         first_json_objects(path, 4)
+    # A sample of a published file, which `--allow-counts` measures, ends earlier.
+    for sample in (rows, []):
+        assert first_json_objects(write(path, json.dumps(sample, indent=1).encode()), 4) == sample
 
 
 def test_images_are_found_at_their_path_in_a_place_and_by_name(tmp_path: Path) -> None:
