@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 from torch import Tensor
 
 from llm2clip.evaluation.bootstrap import bootstrap_interval, bootstrap_ratios
@@ -45,6 +46,27 @@ def test_parts_are_drawn_apart() -> None:
     values, strata = torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.tensor([7, 2, 2, 2])
     assert bootstrap_interval(values, strata) == [0.5, 0.5]
     assert bootstrap_interval(values)[1] > 0.5
+
+
+@pytest.mark.parametrize("hit", [0.0, 1.0])
+@pytest.mark.parametrize(("queries", "images"), [(1000, None), (50, None), (1000, 200)])
+def test_where_all_hit_or_all_miss_the_interval_is_wilsons(hit: float, queries: int, images: int | None) -> None:
+    """Resamples of equal values are equal, which says nothing of the next query."""
+    clusters = None if images is None else torch.arange(queries) % images
+    count = images or queries
+    expected = binomtest(int(hit * count), count).proportion_ci(0.95, method="wilson")
+    found = bootstrap_interval(torch.full((queries,), hit), clusters=clusters)
+    assert found == pytest.approx([expected.low, expected.high], abs=1e-9)
+    assert hit in found
+
+
+def test_a_small_part_of_only_hits_makes_the_interval_of_a_mean_of_parts_wide() -> None:
+    hits, small = torch.ones(1010), torch.tensor([0] * 10 + [1] * 1000)
+    (low, high), (alone, _), (large, _) = (
+        bootstrap_interval(hits, small), bootstrap_interval(hits[:10]), bootstrap_interval(hits)
+    )  # fmt: skip
+    assert high == 1
+    assert alone < low < large
 
 
 def naive_clusters(values: Tensor, strata: Tensor, clusters: Tensor) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -16,7 +17,9 @@ BLOCK = 1 << 22
 
 
 def bootstrap_interval(values: Tensor, strata: Tensor | None = None, clusters: Tensor | None = None) -> list[float]:
-    """Compute the 95% percentile bootstrap interval of a mean.
+    """Compute the 95% percentile bootstrap interval of a mean; where all values are 0 or all are 1, Wilson's.
+
+    Resamples of equal values are equal, as if nothing else could be drawn.
 
     Args:
         values: `(queries,)`.
@@ -30,6 +33,10 @@ def bootstrap_interval(values: Tensor, strata: Tensor | None = None, clusters: T
     """
     generator = np.random.default_rng(SEED)
     parts = torch.zeros(len(values), dtype=torch.int64) if strata is None else strata.unique(return_inverse=True)[1]
+    if bool((values == values[0]).all()) and values[0] in (0, 1):
+        # As many as would give a mean of parts its variance; with clusters, these are drawn.
+        drawn_queries = len(parts.unique()) ** 2 / (1 / torch.bincount(parts).double()).sum().item()
+        return _wilson_at_edge(drawn_queries if clusters is None else len(clusters.unique()), int(values[0]))
     if clusters is not None:
         return _ends(_resampled_ratios(*_sums(values, parts, clusters), generator))
     of_parts = [values[parts == number][:, None] for number in range(int(parts.max()) + 1)]
@@ -52,6 +59,13 @@ def bootstrap_ratios(counts: Tensor, scores: Callable[[Tensor], Mapping[str, Ten
     generator, summands = np.random.default_rng(SEED), counts.double()
     blocks = [scores(drawn @ summands) for drawn in _draws(np.ones(len(counts)), max(counts.shape), generator)]
     return {name: _ends(torch.cat([block[name] for block in blocks]).numpy()) for name in blocks[0]}
+
+
+def _wilson_at_edge(count: float, hit: int) -> list[float]:
+    """Wilson's interval of a share of which all draws are misses (0) or hits (1)."""
+    squared = NormalDist().inv_cdf((1 + LEVEL) / 2) ** 2
+    reach = squared / (count + squared)
+    return [1 - reach, 1.0] if hit else [0.0, reach]
 
 
 def _sums(values: Tensor, parts: Tensor, clusters: Tensor) -> tuple[Tensor, Tensor]:

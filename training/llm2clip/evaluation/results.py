@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,9 +27,13 @@ from llm2clip.utils.tables import in_percent, print_table, score_columns, short_
 from llm2clip.utils.yaml_text import load_yaml
 from modeling_llm2clip import __version__
 
+logger = logging.getLogger(__name__)
+
 SCHEMA_VERSION = 1
 # A score may differ by this from the mean of its values, which are float32.
 ROUNDING = 1e-5
+# Scores of one model on one set that may differ by the device: a query whose best two are as near flips.
+SAME_SCORE = 5e-3
 PUBLISHED = "published.yaml"
 
 
@@ -43,7 +48,7 @@ class Result:
         protocol: Its `id` and options; columns of a report are of one protocol.
         scores: 0 to 1.
         compared: Names of those that reports compare.
-        intervals: 95% bootstrap interval of scores, `[low, high]`.
+        intervals: 95% interval of scores, `[low, high]`; see [`bootstrap_interval`].
         counts: Images, texts, queries, ties, truncated texts.
         data: `checksum` of the data, see `data_checksum`, and where it lies: `folder`, or the fields of a source.
         setup: What was asked for: protocol, its options and the text format. A finished result is compared by it.
@@ -182,15 +187,21 @@ def require_same(
 
 
 def require_equal(known: tuple[str, Result], other: tuple[str, Result]) -> None:
-    """Raise ValueError if two results of the same measurement have other scores."""
+    """Raise ValueError if scores of two results of the same measurement differ by more than `SAME_SCORE`."""
     (name, first), (second_name, second) = known, other
-    for score, value in first.scores.items():
-        if value != second.scores.get(score):
+    differences = {score: abs(value - second.scores.get(score, torch.nan)) for score, value in first.scores.items()}
+    for score, difference in differences.items():
+        if not difference <= SAME_SCORE:
             raise ValueError(
                 f"{name} and {second_name} are of the same model, set and protocol ({first.model['given']}, "
-                f"{first.title}), but differ: {score} is {value} and {second.scores.get(score)}. Leave one of "
-                "them out."
+                f"{first.title}), but differ by more than {SAME_SCORE}: {score} is {first.scores[score]} and "
+                f"{second.scores.get(score)}. Leave one of them out."
             )
+    if largest := max(differences.values(), default=0):
+        logger.warning(
+            "%s and %s of one model on one set differ by up to %.2g: %s; those of the first are shown.",
+            name, second_name, largest, first.benchmark,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
