@@ -11,14 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm2clip.data import decode_image
+from llm2clip.data import decode_image, table_identity
+from llm2clip.data.tars import FilePart
+from llm2clip.encoders.batches import ImageList
 from llm2clip.encoders.load import load_encoder
 from llm2clip.evaluation import session as evaluation_session
+from llm2clip.evaluation.benchmarks.encoded_images import ArchivedImages, CroppedFiles
 from llm2clip.evaluation.data import BenchmarkImages
 from llm2clip.evaluation.session import Session
 from llm2clip.utils.embeddings import NonFiniteError
 from tests.llm2clip.encoders.models import save_transformers
-from tests.llm2clip.evaluation.benchmarks.samples import picture
+from tests.llm2clip.evaluation.benchmarks.samples import picture, write
 from tests.llm2clip.evaluation.fake_session import FakeSession
 from tests.llm2clip.trainers.stages import interrupt
 
@@ -144,6 +147,36 @@ def test_killed_counts_go_on_whatever_was_counted_since(tmp_path: Path, monkeypa
     counted.clear()
     assert measure(images).equal(counts_of(fake(None), images))
     assert len(counted) == 6, "four of ten were stored"
+
+
+@pytest.mark.parametrize("kind", ["files", "archive", "cropped"])
+def test_images_whose_rows_are_stored_are_not_read_again_while_their_files_stay(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of ImageNet that would be 140 GB in each process of each run."""
+    paths = [write(tmp_path / f"{number}.bin", picture(8 * number)) for number in range(3)]
+    sizes = [path.stat().st_size for path in paths]
+    archive = write(tmp_path / "archive.bin", b"".join(path.read_bytes() for path in paths))
+
+    def images() -> BenchmarkImages:
+        if kind == "archive":
+            return BenchmarkImages(
+                ArchivedImages([FilePart(archive, sum(sizes[:row]), sizes[row]) for row in range(3)])
+            )
+        return BenchmarkImages(CroppedFiles(paths, 0) if kind == "cropped" else paths)
+
+    hashed: list[Any] = []
+    digest = table_identity._digest
+    monkeypatch.setattr(table_identity, "_digest", lambda record: hashed.append(record) or digest(record))
+    keys = images().content_keys()
+    assert keys.tolist() == ImageList(images().images).content_keys().tolist()
+    hashed.clear()
+    assert images().content_keys().tolist() == keys.tolist()
+    assert not hashed
+    changed = archive if kind == "archive" else paths[0]
+    content = archive.read_bytes() if kind == "archive" else b""
+    changed.write_bytes(picture(80)[: sizes[0]].ljust(sizes[0]) + content[sizes[0] :])
+    assert (images().content_keys() != keys).any(axis=1).tolist() == [True, False, False]
 
 
 @pytest.mark.parametrize("on_error", ["raise", "skip"])

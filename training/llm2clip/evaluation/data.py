@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import datasets
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -25,11 +26,14 @@ from llm2clip.data import (
 )
 from llm2clip.data.captioned_images import column_texts
 from llm2clip.data.sources import SourceError, source_columns
-from llm2clip.data.table_identity import distinct, file_paths
+from llm2clip.data.table_identity import KEY_VERSION, content_keys, distinct, file_paths
 from llm2clip.encoders.batches import ChosenImages, ContentSet, ImageList, TableImages
 from llm2clip.evaluation.benchmark import BenchmarkError
+from llm2clip.evaluation.benchmarks.encoded_images import EncodedImages, files_origin
 from llm2clip.evaluation.prompts import prompts
 from llm2clip.utils.logs import shortened
+from llm2clip.utils.progress import track
+from llm2clip.utils.shared_files import shared_file
 
 # Fields of sources by which training draws rows and texts.
 PAIRS_OF_TRAINING = (
@@ -41,6 +45,22 @@ Positives = Literal["distinct", "rows"]
 
 class BenchmarkImages(ImageList):
     """The images of a benchmark: paths of files, or encoded bytes, decoded on demand."""
+
+    def content_keys(self) -> np.ndarray:
+        """Hash the encoded images, `(images, 2)` int64: those of files once on this machine, while the files stay."""
+        images, origin = self.images, None
+        if isinstance(images, EncodedImages):
+            origin = images.origin()
+        elif images and all(isinstance(image, Path) for image in images):
+            origin = files_origin(images)
+        if origin is None:
+            return super().content_keys()
+
+        def write(path: Path) -> None:
+            path.write_bytes(content_keys(track(images, "Hashing images", "image")).astype("<i8").tobytes())
+
+        path = shared_file("benchmark-keys", {"version": KEY_VERSION, "images": origin}, write)
+        return np.memmap(path, dtype="<i8", mode="r", shape=(len(images), 2))
 
     def require_files(self, title: str) -> BenchmarkImages:
         """Return self if all files exist.

@@ -117,6 +117,33 @@ def test_strengths_are_clips_and_the_peak_is_found_by_bisection(monkeypatch: pyt
     assert tried == [*range(0, 97, 16), 24, 40, 36, 44, 34, 38, 35, 37]
 
 
+def test_days_of_scikit_learn_are_said_before_images_are_embedded(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def embedded(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    data, _, session = make(test=20, train=40)
+    for probe in (SGDProbe(), LBFGSProbe(), FixedLBFGSProbe()):
+        probe.measure(session, data)
+    assert "hours" not in caplog.text
+    assert data.train is not None
+    labels = torch.arange(1_281_167) % 1000
+    large = replace(data, train=replace(data.train, labels=labels), classnames=[f"{name}" for name in range(1000)])
+    session.encoder.width = 768
+    monkeypatch.setattr(FakeSession, "embed_images", embedded)
+    for probe, words in (
+        (SGDProbe(), ""),
+        (FixedLBFGSProbe(), "fits 1,281,167 images of 1,000 classes with scikit-learn on the CPU: up to 11 hours"),
+        (LBFGSProbe(), "up to 175 hours"),
+    ):
+        caplog.clear()
+        with pytest.raises(KeyboardInterrupt):
+            probe.measure(session, large)
+        assert words in caplog.text
+        assert bool(words) == bool(caplog.text)
+
+
 def test_without_a_validation_part_every_fifth_image_of_a_class_is_held_out() -> None:
     data, _, session = make(test=40, train=60)
     found = LBFGSProbe().measure(session, data)

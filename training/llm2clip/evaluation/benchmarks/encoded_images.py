@@ -10,7 +10,9 @@ import numpy as np
 from PIL import Image
 
 from llm2clip.data import decode_image
+from llm2clip.data.table_identity import distinct
 from llm2clip.data.tars import FilePart
+from llm2clip.utils.files import digest_json
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 
@@ -25,6 +27,10 @@ class EncodedImages(Sequence[bytes]):
             size: How many of its first bytes count, where reading all takes long.
         """
         return bytes(self[row])
+
+    def origin(self) -> str | None:
+        """Identify the images without reading them, by the files that they are made of; None of those in memory."""
+        return None
 
 
 class ArchivedImages(EncodedImages):
@@ -42,6 +48,11 @@ class ArchivedImages(EncodedImages):
     def head(self, row: int, size: int) -> bytes:
         path, start, whole = self.parts[row]
         return b"%d " % whole + FilePart(path, start, min(size, whole)).read()
+
+    def origin(self) -> str | None:
+        archives, numbers = distinct([part.path for part in self.parts])
+        places = [(number, part.start, part.size) for number, part in zip(numbers, self.parts, strict=True)]
+        return digest_json([files_origin([self.parts[row].path for row in archives]), places])
 
 
 class PixelImages(EncodedImages):
@@ -71,10 +82,22 @@ class CroppedFiles(EncodedImages):
         whole = self.paths[row].stat().st_size
         return b"%d %d " % (self.border, whole) + FilePart(self.paths[row], 0, min(size, whole)).read()
 
+    def origin(self) -> str | None:
+        return digest_json([self.border, files_origin(self.paths)])
+
     def __getitem__(self, row: Any) -> Any:
         image: Image.Image = decode_image(self.paths[row], str(self.paths[row]))
         width, height = image.size
         return as_pnm(np.asarray(image.crop((self.border, self.border, width - self.border, height - self.border))))
+
+
+def files_origin(paths: Sequence[Path]) -> str:
+    """Identify the content of files by their paths, sizes and times; reads none."""
+    states: list[Any] = []
+    for path in paths:
+        state = path.stat() if path.is_file() else None
+        states.append([str(path.absolute()), state and [state.st_size, state.st_mtime_ns, state.st_ctime_ns]])
+    return digest_json(states)
 
 
 def as_pnm(pixels: Any) -> bytes:

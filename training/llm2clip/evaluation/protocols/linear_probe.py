@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,12 @@ STRENGTHS = [10 ** (-6 + step / 8) for step in range(97)]
 # A peak is looked for among every 16th, then at half the distance on both sides, down to neighbours.
 FIRST_STEP = 16
 HELD_OUT = 5
+# Fits of scikit-learn that choose a strength by bisection, with the last one.
+FITS = 16
+# What it computes in a second on a CPU of some cores, and from how many hours on this is said.
+FLOPS, HOURS = 1e11, 3
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,7 @@ class LBFGSProbe:
 
     def measure(self, session: Session, data: ClassificationData) -> Measurement:
         """Choose the strength, train and measure."""
+        _warn_of_hours(session, data, self.max_iterations * FITS)
         features, labels = _train_rows(session, data, "features")
         if data.validation is None:
             held_out = _every_nth_of_class(labels)
@@ -132,6 +140,7 @@ class FixedLBFGSProbe:
 
     def measure(self, session: Session, data: ClassificationData) -> Measurement:
         """Train and measure."""
+        _warn_of_hours(session, data, self.max_iterations)
         features, labels = _train_rows(session, data, "projected")
         images, classes = session.embed_images(data.images, "projected"), len(data.classnames)
         logits = _logistic_regression(features, labels, images, classes, self.strength, self.max_iterations)
@@ -140,6 +149,20 @@ class FixedLBFGSProbe:
             "iterations": self.max_iterations,
         }  # fmt: skip
         return measured_ranks(label_ranks(logits, data.labels), data, protocol, {"train_images": len(labels)})
+
+
+def _warn_of_hours(session: Session, data: ClassificationData, iterations: int) -> None:
+    """Say how long scikit-learn may take, before images are embedded for it."""
+    images = sum(len(part.labels) for part in (data.train, data.validation) if part is not None)
+    classes = len(data.classnames)
+    # Logits and their gradient, each a multiplication and an addition for each value.
+    hours = 4 * iterations * images * classes * session.encoder.width / FLOPS / 3600
+    if hours > HOURS:
+        logger.warning(
+            "this linear probe fits %s images of %s classes with scikit-learn on the CPU: up to %s hours. The probe "
+            "by SGD (-probe-sgd) takes minutes, on any device.",
+            f"{images:,}", f"{classes:,}", f"{hours:,.0f}",
+        )  # fmt: skip
 
 
 def _train_rows(session: Session, data: ClassificationData, kind: str) -> tuple[Tensor, Tensor]:

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as V
 
-from llm2clip.data.table_identity import content_keys
 from llm2clip.encoders import Encoder
 from llm2clip.evaluation.benchmark import BenchmarkError, Measurement, SummedCounts
+from llm2clip.evaluation.data import BenchmarkImages
 from llm2clip.evaluation.prompts import class_data, name_of_templates, prompts, template_set
 from llm2clip.evaluation.protocols.classification import class_embeddings
 from llm2clip.evaluation.segmentation_data import IGNORED, SegmentationData
@@ -111,7 +111,8 @@ class MaskCLIPSegmentation:
 
 def pair_keys(data: SegmentationData) -> np.ndarray:
     """Identify images with their label maps by the bytes of both files, `(images, 2)` int64."""
-    pairs = np.concatenate([data.images.content_keys(), content_keys(data.label_maps)], axis=1)
+    keys = [images.content_keys() for images in (data.images, BenchmarkImages(data.label_maps))]
+    pairs = np.concatenate(keys, axis=1)
     digests = b"".join(hashlib.blake2b(pair.astype("<i8").tobytes(), digest_size=16).digest() for pair in pairs)
     return np.frombuffer(digests, dtype="<i8").reshape(-1, 2).astype(np.int64, copy=False)
 
