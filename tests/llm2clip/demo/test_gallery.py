@@ -187,9 +187,13 @@ def test_a_damaged_cache_is_built_again(
 
 def test_what_a_visitor_sends_is_limited(gallery: Gallery) -> None:
     for message, ask in {
-        r"The caption has 10,001 characters; write at most 10,000\.": lambda: gallery.search("a" * 10_001),
+        r"The texts have 20,001 characters together; send at most 20,000\.": lambda: gallery.search("a" * 20_001),
+        "The texts have 20,002": lambda: gallery.heat_map(IMAGES[0], "a" * 20_002),
+        "The texts have 20,160": lambda: gallery.classify(
+            IMAGES[0], [f"{n:010}" for n in range(960)], "a photo of {}"
+        ),
+        "The texts have 4,000,000": lambda: gallery.classify(IMAGES[0], ["a" * 10**3, "b" * 10**3], "{}" * 2 * 10**3),
         r"These are 1,001 labels; give at most 1,000\.": lambda: gallery.classify(IMAGES[0], [*map(str, range(1001))]),
-        "The caption has": lambda: gallery.classify(IMAGES[0], LABELS, "{}" + "a" * 10_000),
         "two different": lambda: gallery.classify(IMAGES[0], ["one", "one "]),
         "needs {}": lambda: gallery.classify(IMAGES[0], LABELS, "a thing"),
         "1 x 100000 pixels are too narrow": lambda: gallery.search(Image.new("RGB", (1, 100_000))),

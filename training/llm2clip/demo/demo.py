@@ -134,7 +134,7 @@ def _serve(galleries: list[Gallery], config: DemoConfig, examples: Path) -> None
     from llm2clip.demo.interface import CSS, THEME, build_interface
 
     page = build_interface(galleries, not (config.index or config.data), examples)
-    page.queue(max_size=MAX_WAITING)
+    page.queue(max_size=MAX_WAITING, api_open=False)
     _, address, _ = page.launch(
         max_file_size=config.max_upload_mb * 10**6,
         server_name=config.host, server_port=config.port, share=False, theme=THEME, css=CSS, footer_links=[],
