@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from llm2clip.data import DamagedImageError
-from llm2clip.demo.gallery import Gallery
+from llm2clip.demo.gallery import Gallery, ShownImage
 from llm2clip.demo.interface import _head, build_interface, find_examples
 from llm2clip.search.folder_items import FolderImages
 from modeling_llm2clip import LLM2CLIPModel
@@ -112,6 +113,17 @@ def test_an_index_is_opened_with_its_model_and_embeds_nothing(
         Gallery.of_index(index, str(tmp_path / "other"))
     with pytest.raises(ValueError, match=r"captions is of captions; the demo shows images\."):
         Gallery.of_index(index_bundled(tmp_path / "captions", saved_model, embed="caption", num_workers=None))
+
+
+def test_examples_contain_no_addresses_of_people(
+    gallery: Gallery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = itertools.cycle(["a leaf, by jane.doe@mail.example", "a tree"])
+    monkeypatch.setattr(gallery, "search", lambda *_: [ShownImage(IMAGES[0].copy(), next(names), 0.5)])
+    monkeypatch.setattr(Image.Image, "tobytes", lambda image: id(image))  # so that no two are the same
+    queries, pictures = find_examples(gallery, False, tmp_path)
+    assert "a tree" in queries["Captions of these pictures"]
+    assert "@" not in f"{queries} {pictures}"
 
 
 def test_an_index_without_its_images_is_named(gallery: Gallery, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import functools
 import html
 import itertools
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeAlias
@@ -18,6 +19,7 @@ from llm2clip.data import decode_image
 from llm2clip.demo.gallery import Gallery, ShownImage
 from llm2clip.encoders import Encoder, OurEncoder
 from llm2clip.encoders.query_text import QueryTextEncoder
+from llm2clip.utils.model_places import model_name
 
 TITLE = "LLM2CLIP"
 # The pictures of visitors are deleted after a day; seconds between two looks, and their age.
@@ -34,6 +36,7 @@ QUERIES = {
 }
 # Of images that nothing is known of.
 ANYTHING = ["a person", "an animal", "a building", "food", "a vehicle", "a landscape"]
+E_MAIL = re.compile(r"\S@\S")
 MAX_EXAMPLE_PICTURES, MAX_EXAMPLE_CHARACTERS = 4, 200
 CREDITS = (
     "Pictures: Noto Emoji (Apache-2.0), Twemoji by Twitter, Inc. and other contributors (CC-BY-4.0), Fluent Emoji "
@@ -45,9 +48,13 @@ CSS = """
 #head p { margin: .1rem 0; } #head .facts { opacity: .7; font-size: .85rem; }
 .note, .note p { font-size: .85rem !important; opacity: .85; }
 .found .grid-wrap { max-height: none !important; overflow: visible !important; }
-.found .thumbnail-item { background: #fff; } .found .thumbnail-item img { padding: 8px 8px 38px; }
+.found .grid-wrap { padding-top: 2.4rem; }
+.found > label { max-width: 100%; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.found .thumbnail-lg { background: #fff; } .found .thumbnail-lg img { padding: 8px 8px 38px; }
 .found .caption-label { left: 0; right: 0; bottom: 0; max-width: none; border: 0; font-size: .75rem; }
 .found .caption-label { text-align: center; white-space: normal; line-height: 1.2; min-height: 2.6rem; }
+@media (width < 640px) { .found .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
+[data-testid="status-tracker"]:has(.error) { display: none; }
 .picture img { width: 100%; height: 100%; object-fit: contain; }
 """
 # With the fonts of the visitor's system.
@@ -124,7 +131,8 @@ def find_examples(gallery: Gallery, is_bundled: bool, folder: Path) -> Examples:
     for text in texts:
         for image, name, _ in gallery.search(text, 1):
             caption = " ".join(name.split()) if gallery.has_captions else ""
-            caption = caption if 0 < len(caption) <= MAX_EXAMPLE_CHARACTERS else text
+            usable = 0 < len(caption) <= MAX_EXAMPLE_CHARACTERS and not E_MAIL.search(caption)
+            caption = caption if usable else text
             chosen.setdefault(image.tobytes(), (image, caption))
     captions = list(dict.fromkeys(caption for _, caption in chosen.values()))
     labels = "\n".join(captions if len(captions) > 1 else ANYTHING)
@@ -142,7 +150,7 @@ def _head(gallery: Gallery) -> str:
     reader = "A large language model" if isinstance(encoder, OurEncoder) else "A text tower"
     if isinstance(encoder, QueryTextEncoder):
         reader = "A small text model, taught by a large language model,"
-    facts = [encoder.name, *_facts(encoder), f"{len(gallery):,} images"]
+    facts = [model_name(encoder.name), *_facts(encoder), f"{len(gallery):,} images"]
     return (
         f"<h1>{TITLE}</h1><p>{reader} encodes the caption and a vision tower the picture, both into the same "
         f"embedding space.</p><p class='facts'>{html.escape(' · '.join(facts))}</p>"
@@ -165,7 +173,8 @@ def _search_tab(galleries: Sequence[Gallery], examples: Examples) -> tuple[Calla
     """Build the tab; returns the search function with its input and output components."""
 
     def search(query: str | Image.Image) -> Any:
-        results = [_results(gallery.search(query)) for gallery in galleries]
+        title = f"Found for: {query}" if isinstance(query, str) else "Similar to your picture"
+        results = [_results(gallery.search(query), title) for gallery in galleries]
         return results if len(results) > 1 else results[0]
 
     def by_image(picture: Picture) -> Any:
@@ -208,10 +217,10 @@ def _results_field(gallery: Gallery, number: int, count: int) -> gr.Gallery:
     """Build the field of what one of `count` models finds."""
     with gr.Column(min_width=240):
         if count > 1:
-            gr.Markdown(f"**{gallery.encoder.name}**  \n{' · '.join(_facts(gallery.encoder))}")
+            gr.Markdown(f"**{model_name(gallery.encoder.name)}**  \n{' · '.join(_facts(gallery.encoder))}")
         return gr.Gallery(
-            label="Found", show_label=False, columns=5 - count, height="auto", object_fit="contain", interactive=False,
-            elem_id=f"found_{number}", elem_classes="found", buttons=[],
+            label="Found", columns=5 - count, height="auto", object_fit="contain", interactive=False,
+            elem_id=f"found_{number}", elem_classes="found", buttons=["download", "fullscreen"],
         )  # fmt: skip
 
 
@@ -304,9 +313,9 @@ def _chooser(field: gr.components.Component, values: list[str], label: str) -> g
     )
 
 
-def _results(images: Sequence[ShownImage]) -> Any:
+def _results(images: Sequence[ShownImage], title: str) -> Any:
     pairs = [(image, f"{score:.2f} · {name}" if name else f"{score:.2f}") for image, name, score in images]
-    return gr.update(value=pairs, selected_index=None)
+    return gr.update(value=pairs, label=title, selected_index=None)
 
 
 def _decode(picture: Picture) -> Image.Image:
