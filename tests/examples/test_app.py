@@ -74,6 +74,47 @@ def test_a_typed_caption_and_an_uploaded_picture_find_the_right_picture_first(pa
     page.wait(lambda: page.labels("found_0")[:1] == [f"1.00 · {NAME}"])
 
 
+def test_results_say_what_they_are_and_open_their_pictures(page: Browser) -> None:
+    title = page.run("return document.querySelector('#found_0 > label').textContent")
+    assert "someone riding a bicycle up a hill" in title
+    page.click("#found_0 .thumbnail-item")
+    assert page.wait(lambda: page.find("#found_0 button[title=Fullscreen], #found_0 button[title=Download]"))
+    page.wait(lambda: len(page.pictures("#found_0 .thumbnails")) >= 3)
+    heights = page.run("""return [...document.querySelectorAll('#found_0 .thumbnails img')].map(picture =>
+        picture.clientHeight - 2 * parseFloat(getComputedStyle(picture).paddingBottom))""")
+    assert min(heights) > 20
+
+
+def test_an_error_leaves_the_results(page: Browser) -> None:
+    before = page.labels("found_0")
+    page.type("query", " ")
+    page.click("#search_button")
+    page.wait(lambda: "There is no caption yet" in page.text())
+    assert page.labels("found_0") == before
+    (first, *_) = page.find("#found_0 .thumbnail-item")
+    page.wait(
+        lambda: page.run(
+            """const place = arguments[0].getBoundingClientRect();
+        return arguments[0].contains(document.elementFromPoint(place.x + 40, place.y + 40))""",
+            first,
+        )
+    )
+
+
+def test_the_page_fits_a_phone_and_hides_where_models_are(page: Browser, fitted: Path, opposite: Path) -> None:
+    assert [folder.name in page.text() for folder in (fitted, opposite)] == [True] * 2
+    assert [str(folder) in page.text() for folder in (fitted, opposite)] == [False] * 2
+    phone = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": False}
+    page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    for name in ("Search", "Classify", "Heat map"):
+        page.open_tab(name)
+        if name == "Heat map":
+            page.wait(lambda: page.pictures(".gallery-item"))[0].click()
+            page.wait(lambda: page.pictures("#heat_map"))
+        assert page.run("return document.documentElement.scrollWidth") <= 390
+        page.shoot(f"demo_phone_{name.replace(' ', '_').lower()}")
+
+
 def test_an_uploaded_picture_is_classified(page: Browser, picture: Path) -> None:
     page.open_tab("Classify")
     page.click("#classify_button")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import httpx
@@ -69,6 +70,8 @@ def test_an_index_is_served_beside_a_model_that_embeds_its_images(
 
 
 def test_mistakes_are_found_before_libraries_are_imported(tmp_path: Path) -> None:
+    taken = socket.create_server(("127.0.0.1", 0))
+    port = str(taken.getsockname()[1])
     mistakes = {
         "there is no model in runs/quickstart/llm2clip": ["demo"],
         "there is no model ./no/such": ["demo", "--model", "./no/such"],
@@ -80,5 +83,8 @@ def test_mistakes_are_found_before_libraries_are_imported(tmp_path: Path) -> Non
         "overwrite is True, but only --write-space": ["demo", "--overwrite"],
         "split is train, but it is for --data": ["demo", "--split", "train"],
         "max_upload_mb must be at least 1": ["demo", "--max-upload-mb", "0"],
+        "port must be from 1 to 65535, not 99999": ["demo", "--port", "99999"],
+        f"port {port}: Address already in use; choose another": ["demo", "--model", str(tmp_path), "--port", port],
     }
-    assert_found_early(mistakes, tmp_path)
+    with taken:
+        assert_found_early(mistakes, tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from llm2clip.data import DamagedImageError
-from llm2clip.demo.gallery import Gallery
+from llm2clip.demo.gallery import Gallery, ShownImage
 from llm2clip.demo.interface import _head, build_interface, find_examples
 from llm2clip.search.folder_items import FolderImages
 from modeling_llm2clip import LLM2CLIPModel
@@ -114,6 +115,17 @@ def test_an_index_is_opened_with_its_model_and_embeds_nothing(
         Gallery.of_index(index_bundled(tmp_path / "captions", saved_model, embed="caption", num_workers=None))
 
 
+def test_examples_contain_no_addresses_of_people(
+    gallery: Gallery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = itertools.cycle(["a leaf, by jane.doe@mail.example", "a tree"])
+    monkeypatch.setattr(gallery, "search", lambda *_: [ShownImage(IMAGES[0].copy(), next(names), 0.5)])
+    monkeypatch.setattr(Image.Image, "tobytes", lambda image: id(image))  # so that no two are the same
+    queries, pictures = find_examples(gallery, False, tmp_path)
+    assert "a tree" in queries["Captions of these pictures"]
+    assert "@" not in f"{queries} {pictures}"
+
+
 def test_an_index_without_its_images_is_named(gallery: Gallery, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     IMAGES[0].save(tmp_path / "images" / "0.png")
@@ -187,9 +199,13 @@ def test_a_damaged_cache_is_built_again(
 
 def test_what_a_visitor_sends_is_limited(gallery: Gallery) -> None:
     for message, ask in {
-        r"The caption has 10,001 characters; write at most 10,000\.": lambda: gallery.search("a" * 10_001),
+        r"The texts have 20,001 characters together; send at most 20,000\.": lambda: gallery.search("a" * 20_001),
+        "The texts have 20,002": lambda: gallery.heat_map(IMAGES[0], "a" * 20_002),
+        "The texts have 20,160": lambda: gallery.classify(
+            IMAGES[0], [f"{n:010}" for n in range(960)], "a photo of {}"
+        ),
+        "The texts have 4,000,000": lambda: gallery.classify(IMAGES[0], ["a" * 10**3, "b" * 10**3], "{}" * 2 * 10**3),
         r"These are 1,001 labels; give at most 1,000\.": lambda: gallery.classify(IMAGES[0], [*map(str, range(1001))]),
-        "The caption has": lambda: gallery.classify(IMAGES[0], LABELS, "{}" + "a" * 10_000),
         "two different": lambda: gallery.classify(IMAGES[0], ["one", "one "]),
         "needs {}": lambda: gallery.classify(IMAGES[0], LABELS, "a thing"),
         "1 x 100000 pixels are too narrow": lambda: gallery.search(Image.new("RGB", (1, 100_000))),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from llm2clip.search.search import check_places
+from llm2clip.serving.serve import listen
 from llm2clip.utils.logs import printable, quiet_libraries
 from llm2clip.utils.model_places import DTYPE, ModelDtype, require_model_place
 from llm2clip.utils.settings import defaults_of, refuse, setting
@@ -67,6 +68,8 @@ class DemoConfig:
     def __post_init__(self) -> None:
         if self.max_upload_mb < 1:
             raise ValueError(f"max_upload_mb must be at least 1, not {self.max_upload_mb}.")
+        if self.port is not None and not 0 < self.port < 65536:
+            raise ValueError(f"port must be from 1 to 65535, not {self.port}.")
         if self.index and self.data:
             raise ValueError(f"index is {self.index} and data is {self.data}: an index has its images, so give one.")
         if self.write_space:
@@ -85,7 +88,7 @@ def run(config: DemoConfig) -> dict[str, Any]:
         FileExistsError: The folder of the Space exists.
         FileNotFoundError: No model was given, and the quickstart has not produced one yet; or there is no such index.
         ImportError: gradio or LanceDB is not installed.
-        OSError: The model does not exist.
+        OSError: The model does not exist, or the port is taken.
         ValueError: There are no images, or a model does not embed both images and texts.
     """
     if not config.index and config.model is None and not Path(QUICKSTART_MODEL).is_dir():
@@ -102,6 +105,8 @@ def run(config: DemoConfig) -> dict[str, Any]:
         write_space(Path(config.write_space), model, config.overwrite)
         return {"space": config.write_space}
     # Before a large model is loaded, which takes minutes.
+    if config.port is not None:
+        listen((config.host or "127.0.0.1").strip("[]"), config.port).close()
     import llm2clip.demo.interface  # noqa: F401
     from llm2clip.search.location import open_store
 
@@ -134,7 +139,7 @@ def _serve(galleries: list[Gallery], config: DemoConfig, examples: Path) -> None
     from llm2clip.demo.interface import CSS, THEME, build_interface
 
     page = build_interface(galleries, not (config.index or config.data), examples)
-    page.queue(max_size=MAX_WAITING)
+    page.queue(max_size=MAX_WAITING, api_open=False)
     _, address, _ = page.launch(
         max_file_size=config.max_upload_mb * 10**6,
         server_name=config.host, server_port=config.port, share=False, theme=THEME, css=CSS, footer_links=[],

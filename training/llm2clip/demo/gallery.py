@@ -26,8 +26,8 @@ from llm2clip.utils.embeddings import NonFiniteError
 logger = logging.getLogger(__name__)
 
 MAP_WIDTH = 448
-# Of what a visitor may send: each label is a pass through the LLM.
-MAX_CHARACTERS, MAX_LABELS = 10_000, 1_000
+# Of the texts of a request, labels in their captions together. Each label is a pass through the LLM.
+MAX_CHARACTERS, MAX_LABELS = 20_000, 1_000
 # Name of an uploaded picture in error messages.
 QUERY = "query"
 SIDES = ("image", "text")
@@ -140,9 +140,11 @@ class Gallery:
             raise ValueError("Give at least two different labels: their probabilities are relative to each other.")
         if len(names) > MAX_LABELS:
             raise ValueError(f"These are {len(names):,} labels; give at most {MAX_LABELS:,}.")
-        if "{}" not in template:
+        places = template.count("{}")
+        _check_length(len(names) * (len(template) - 2 * places) + places * sum(map(len, names)))
+        if places == 0:
             raise ValueError(f"The template {template!r} needs {{}} in place of the label.")
-        captions = [_short(template.replace("{}", name)) for name in names]
+        captions = [template.replace("{}", name) for name in names]
         cosines = self.encoder.encode_text(captions) @ self._embed(image)
         learned = getattr(self.encoder.model, "logit_scale", None)
         scale = LOGIT_SCALE if learned is None else learned.detach().float().exp().item()
@@ -177,11 +179,12 @@ class Gallery:
         return True
 
     def _embed(self, query: str | Image.Image) -> Tensor:
-        if isinstance(query, str):
-            if not query.strip():
-                raise ValueError("There is no caption yet: describe what the picture should show.")
-            return self.encoder.encode_text(_short(query))[0]
-        return self.encoder.encode_image(query, names=[QUERY])[0]
+        if isinstance(query, Image.Image):
+            return self.encoder.encode_image(query, names=[QUERY])[0]
+        if not query.strip():
+            raise ValueError("There is no caption yet: describe what the picture should show.")
+        _check_length(len(query))
+        return self.encoder.encode_text(query)[0]
 
 
 def _updated_index(folder: Path, images: Items, encoder: Encoder) -> SearchIndex:
@@ -198,8 +201,7 @@ def _updated_index(folder: Path, images: Items, encoder: Encoder) -> SearchIndex
     return SearchIndex.build(encoder, images, folder, **settings, overwrite=True)
 
 
-def _short(caption: str) -> str:
-    """Return a caption; raise ValueError if tokenizing it would keep other visitors waiting."""
-    if len(caption) > MAX_CHARACTERS:
-        raise ValueError(f"The caption has {len(caption):,} characters; write at most {MAX_CHARACTERS:,}.")
-    return caption
+def _check_length(characters: int) -> None:
+    """Raise ValueError if embedding texts would keep other visitors waiting."""
+    if characters > MAX_CHARACTERS:
+        raise ValueError(f"The texts have {characters:,} characters together; send at most {MAX_CHARACTERS:,}.")

@@ -5,25 +5,29 @@ from __future__ import annotations
 import functools
 import html
 import itertools
-from collections.abc import Awaitable, Callable, Sequence
+import os
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import gradio as gr
-from gradio_client.utils import is_http_url_like
+from gradio.utils import get_upload_folder
 from PIL import Image
 
 from llm2clip.data import decode_image
 from llm2clip.demo.gallery import Gallery, ShownImage
 from llm2clip.encoders import Encoder, OurEncoder
 from llm2clip.encoders.query_text import QueryTextEncoder
+from llm2clip.utils.model_places import model_name
 
 TITLE = "LLM2CLIP"
 # The pictures of visitors are deleted after a day; seconds between two looks, and their age.
 DELETE_EVERY_AFTER = (3600, 86400)
-ONLY_UPLOADS = "Upload the picture itself: addresses are not fetched."
-# The method by which a component of gradio gets a file that it was sent the path or address of.
-FETCH = "async_move_resource_to_block_cache"
+# The same whatever was sent, so that it does not say which files and addresses exist.
+ONLY_UPLOADS = "Upload the picture itself: nothing but an uploaded picture is opened."
+# The model answers one visitor after another.
+ONE_QUEUE: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
 # Of the bundled images.
 QUERIES = {
     "English": ["someone riding a bicycle up a hill", "a monkey covering its mouth", "a woman in a police uniform"],
@@ -32,6 +36,7 @@ QUERIES = {
 }
 # Of images that nothing is known of.
 ANYTHING = ["a person", "an animal", "a building", "food", "a vehicle", "a landscape"]
+E_MAIL = re.compile(r"\S@\S")
 MAX_EXAMPLE_PICTURES, MAX_EXAMPLE_CHARACTERS = 4, 200
 CREDITS = (
     "Pictures: Noto Emoji (Apache-2.0), Twemoji by Twitter, Inc. and other contributors (CC-BY-4.0), Fluent Emoji "
@@ -43,9 +48,13 @@ CSS = """
 #head p { margin: .1rem 0; } #head .facts { opacity: .7; font-size: .85rem; }
 .note, .note p { font-size: .85rem !important; opacity: .85; }
 .found .grid-wrap { max-height: none !important; overflow: visible !important; }
-.found .thumbnail-item { background: #fff; } .found .thumbnail-item img { padding: 8px 8px 38px; }
+.found .grid-wrap { padding-top: 2.4rem; }
+.found > label { max-width: 100%; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.found .thumbnail-lg { background: #fff; } .found .thumbnail-lg img { padding: 8px 8px 38px; }
 .found .caption-label { left: 0; right: 0; bottom: 0; max-width: none; border: 0; font-size: .75rem; }
 .found .caption-label { text-align: center; white-space: normal; line-height: 1.2; min-height: 2.6rem; }
+@media (width < 640px) { .found .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
+[data-testid="status-tracker"]:has(.error) { display: none; }
 .picture img { width: 100%; height: 100%; object-fit: contain; }
 """
 # With the fonts of the visitor's system.
@@ -55,9 +64,9 @@ THEME = gr.themes.Base(
 )  # fmt: skip
 
 # The path of an example, or what gradio passes for an uploaded file with `preprocess=False`.
-Picture: TypeAlias = str | dict[str, Any] | None
+Picture: TypeAlias = Path | dict[str, Any] | None
 # Path of an example picture, labels for it (one per line), and its caption.
-ExamplePicture: TypeAlias = tuple[str, str, str]
+ExamplePicture: TypeAlias = tuple[Path, str, str]
 
 
 class Examples(NamedTuple):
@@ -65,6 +74,27 @@ class Examples(NamedTuple):
 
     queries: dict[str, list[str]]
     pictures: list[ExamplePicture]
+
+
+class Page(gr.Blocks):
+    """A page whose fields take what they show, whatever a program sends for them."""
+
+    async def preprocess_data(self, block_fn: Any, inputs: list[Any], *arguments: Any, **options: Any) -> list[Any]:
+        """Check the values of all fields before gradio, which fetches addresses and says which files exist."""
+        taken = [_taken(field, value) for field, value in zip(block_fn.inputs, inputs, strict=False)]
+        return await super().preprocess_data(block_fn, taken, *arguments, **options)
+
+
+def _taken(field: gr.components.Component, value: Any) -> Any:
+    if isinstance(field, gr.Image):
+        # Without `meta`, by which gradio knows a file that it would fetch.
+        return {"path": _uploaded(value)} if value is not None else None
+    if isinstance(field, gr.Dataset):
+        if type(value) is not int or not 0 <= value < len(field.samples):
+            _refuse(f"There is no such example: send a number from 0 to {len(field.samples) - 1}.")
+    elif not isinstance(value, str):
+        _refuse(f"{field.label} has to be a text.")
+    return value
 
 
 def build_interface(galleries: Sequence[Gallery], is_bundled: bool, example_dir: Path) -> gr.Blocks:
@@ -77,7 +107,7 @@ def build_interface(galleries: Sequence[Gallery], is_bundled: bool, example_dir:
     """
     gallery = galleries[0]
     examples = find_examples(gallery, is_bundled, example_dir)
-    with gr.Blocks(
+    with Page(
         title=f"{TITLE} demo", analytics_enabled=False, fill_width=True, delete_cache=DELETE_EVERY_AFTER
     ) as page:
         gr.HTML(_head(gallery), elem_id="head")
@@ -90,8 +120,7 @@ def build_interface(galleries: Sequence[Gallery], is_bundled: bool, example_dir:
                 _heat_map_tab(gallery, examples)
         if is_bundled:
             gr.Markdown(CREDITS, elem_classes="note")
-        page.load(*start, api_visibility="private")
-    _take_only_uploads(page)
+        page.load(*start, api_visibility="private", **ONE_QUEUE)
     return page
 
 
@@ -102,7 +131,8 @@ def find_examples(gallery: Gallery, is_bundled: bool, folder: Path) -> Examples:
     for text in texts:
         for image, name, _ in gallery.search(text, 1):
             caption = " ".join(name.split()) if gallery.has_captions else ""
-            caption = caption if 0 < len(caption) <= MAX_EXAMPLE_CHARACTERS else text
+            usable = 0 < len(caption) <= MAX_EXAMPLE_CHARACTERS and not E_MAIL.search(caption)
+            caption = caption if usable else text
             chosen.setdefault(image.tobytes(), (image, caption))
     captions = list(dict.fromkeys(caption for _, caption in chosen.values()))
     labels = "\n".join(captions if len(captions) > 1 else ANYTHING)
@@ -110,22 +140,9 @@ def find_examples(gallery: Gallery, is_bundled: bool, folder: Path) -> Examples:
     pictures = []
     for number, (image, caption) in enumerate(list(chosen.values())[:MAX_EXAMPLE_PICTURES]):
         image.save(folder / f"{number}.png")
-        pictures.append((str(folder / f"{number}.png"), labels, caption))
+        pictures.append((folder / f"{number}.png", labels, caption))
     queries = {"Captions of these pictures": captions} if gallery.has_captions and captions else {"Examples": ANYTHING}
     return Examples(QUERIES if is_bundled else queries, pictures)
-
-
-def _take_only_uploads(page: gr.Blocks) -> None:
-    """Let no field take the address of a file, which gradio would fetch for any visitor, however large it is."""
-    for block in page.blocks.values():
-        if isinstance(block, gr.components.Component):
-            setattr(block, FETCH, functools.partial(_only_upload, getattr(block, FETCH)))
-
-
-async def _only_upload(move: Callable[[Any], Awaitable[str | None]], path: Any) -> str | None:
-    if is_http_url_like(str(path)):
-        raise gr.Error(ONLY_UPLOADS, title="", print_exception=False)
-    return await move(path)
 
 
 def _head(gallery: Gallery) -> str:
@@ -133,7 +150,7 @@ def _head(gallery: Gallery) -> str:
     reader = "A large language model" if isinstance(encoder, OurEncoder) else "A text tower"
     if isinstance(encoder, QueryTextEncoder):
         reader = "A small text model, taught by a large language model,"
-    facts = [encoder.name, *_facts(encoder), f"{len(gallery):,} images"]
+    facts = [model_name(encoder.name), *_facts(encoder), f"{len(gallery):,} images"]
     return (
         f"<h1>{TITLE}</h1><p>{reader} encodes the caption and a vision tower the picture, both into the same "
         f"embedding space.</p><p class='facts'>{html.escape(' · '.join(facts))}</p>"
@@ -156,11 +173,16 @@ def _search_tab(galleries: Sequence[Gallery], examples: Examples) -> tuple[Calla
     """Build the tab; returns the search function with its input and output components."""
 
     def search(query: str | Image.Image) -> Any:
-        results = [_results(gallery.search(query)) for gallery in galleries]
+        title = f"Found for: {query}" if isinstance(query, str) else "Similar to your picture"
+        results = [_results(gallery.search(query), title) for gallery in galleries]
         return results if len(results) > 1 else results[0]
 
     def by_image(picture: Picture) -> Any:
         return search(_decode(picture)) if picture else gr.skip()
+
+    def by_example(queries: list[str], index: int) -> tuple[Any, ...]:
+        found = search(queries[index])
+        return queries[index], *(found if len(galleries) > 1 else [found])
 
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
@@ -181,14 +203,13 @@ def _search_tab(galleries: Sequence[Gallery], examples: Examples) -> tuple[Calla
                 elem_classes="note",
             )
     shown: Any = _shown(search)
-    gr.on([button.click, query.submit], shown, query, outputs, api_name="search")
-    image.input(_shown(by_image), image, outputs, api_name="search_by_image", preprocess=False)
+    gr.on([button.click, query.submit], shown, query, outputs, api_name="search", **ONE_QUEUE)
+    image.input(_shown(by_image), image, outputs, api_name="search_by_image", preprocess=False, **ONE_QUEUE)
     with examples_at:
         for heading, queries in examples.queries.items():
-            gr.Examples(
-                queries, query, outputs, shown, run_on_click=True, cache_examples=False, label=heading,
-                api_visibility="private",
-            )  # fmt: skip
+            chooser = _chooser(gr.Textbox(visible=False), queries, heading)
+            search_example = _shown(functools.partial(by_example, queries))
+            chooser.click(search_example, chooser, [query, *outputs], api_visibility="private", **ONE_QUEUE)
     return shown, query, outputs
 
 
@@ -196,10 +217,10 @@ def _results_field(gallery: Gallery, number: int, count: int) -> gr.Gallery:
     """Build the field of what one of `count` models finds."""
     with gr.Column(min_width=240):
         if count > 1:
-            gr.Markdown(f"**{gallery.encoder.name}**  \n{' · '.join(_facts(gallery.encoder))}")
+            gr.Markdown(f"**{model_name(gallery.encoder.name)}**  \n{' · '.join(_facts(gallery.encoder))}")
         return gr.Gallery(
-            label="Found", show_label=False, columns=5 - count, height="auto", object_fit="contain", interactive=False,
-            elem_id=f"found_{number}", elem_classes="found", buttons=[],
+            label="Found", columns=5 - count, height="auto", object_fit="contain", interactive=False,
+            elem_id=f"found_{number}", elem_classes="found", buttons=["download", "fullscreen"],
         )  # fmt: skip
 
 
@@ -210,7 +231,7 @@ def _classify_tab(gallery: Gallery, examples: Examples) -> None:
     with gr.Row():
         with gr.Column(scale=3, min_width=300):
             image = _picture_field("classify_image")
-            chooser = _example_pictures(examples.pictures)
+            chooser = _picture_chooser(examples.pictures)
         with gr.Column(scale=4, min_width=360):
             labels = gr.Textbox(label="Labels, one per line", lines=5, elem_id="labels")
             template = gr.Textbox("{}", label="Caption for a label", info="{} stands for the label.")
@@ -222,13 +243,14 @@ def _classify_tab(gallery: Gallery, examples: Examples) -> None:
                 elem_classes="note",
             )
     inputs = [image, labels, template]
-    button.click(_shown(classify), inputs, probabilities, api_name="classify", preprocess=False)
+    button.click(_shown(classify), inputs, probabilities, api_name="classify", preprocess=False, **ONE_QUEUE)
 
     def classify_example(index: int) -> tuple[Any, ...]:
         path, labels, _ = examples.pictures[index]
         return path, labels, "{}", classify(path, labels, "{}")
 
-    chooser.click(_shown(classify_example), chooser, [*inputs, probabilities], api_visibility="private")
+    shown = [*inputs, probabilities]
+    chooser.click(_shown(classify_example), chooser, shown, api_visibility="private", **ONE_QUEUE)
 
 
 def _heat_map_tab(gallery: Gallery, examples: Examples) -> None:
@@ -245,7 +267,7 @@ def _heat_map_tab(gallery: Gallery, examples: Examples) -> None:
     with gr.Row():
         with gr.Column(scale=3, min_width=260):
             image = _picture_field("map_image")
-            chooser = _example_pictures(examples.pictures)
+            chooser = _picture_chooser(examples.pictures)
             caption = gr.Textbox(label="Caption", elem_id="map_caption")
             button = gr.Button("Show heat map", variant="primary", elem_id="map_button")
         with gr.Column(scale=5, min_width=480):
@@ -257,13 +279,16 @@ def _heat_map_tab(gallery: Gallery, examples: Examples) -> None:
                 )  # fmt: skip
             note = gr.Markdown(elem_classes="note")
     inputs, outputs = [image, caption], [seen, drawn, note]
-    gr.on([button.click, caption.submit], _shown(heat_map), inputs, outputs, api_name="heat_map", preprocess=False)
+    gr.on(
+        [button.click, caption.submit], _shown(heat_map), inputs, outputs, api_name="heat_map", preprocess=False,
+        **ONE_QUEUE,
+    )  # fmt: skip
 
     def map_example(index: int) -> tuple[Any, ...]:
         path, _, caption = examples.pictures[index]
         return path, caption, *heat_map(path, caption)
 
-    chooser.click(_shown(map_example), chooser, [*inputs, *outputs], api_visibility="private")
+    chooser.click(_shown(map_example), chooser, [*inputs, *outputs], api_visibility="private", **ONE_QUEUE)
 
 
 def _picture_field(identity: str, label: str = "Picture", height: int = 300) -> gr.Image:
@@ -278,25 +303,42 @@ def _picture_field(identity: str, label: str = "Picture", height: int = 300) -> 
     )  # fmt: skip
 
 
-def _example_pictures(pictures: list[ExamplePicture]) -> gr.Dataset:
+def _picture_chooser(pictures: list[ExamplePicture]) -> gr.Dataset:
+    return _chooser(gr.Image(visible=False, type="filepath"), [str(path) for path, _, _ in pictures], "Examples")
+
+
+def _chooser(field: gr.components.Component, values: list[str], label: str) -> gr.Dataset:
     return gr.Dataset(
-        components=[gr.Image(visible=False, type="filepath")], samples=[[path] for path, _, _ in pictures],
-        type="index", label="Examples", elem_classes="examples",
-    )  # fmt: skip
+        components=[field], samples=[[value] for value in values], type="index", label=label, elem_classes="examples"
+    )
 
 
-def _results(images: Sequence[ShownImage]) -> Any:
+def _results(images: Sequence[ShownImage], title: str) -> Any:
     pairs = [(image, f"{score:.2f} · {name}" if name else f"{score:.2f}") for image, name, score in images]
-    return gr.update(value=pairs, selected_index=None)
+    return gr.update(value=pairs, label=title, selected_index=None)
 
 
 def _decode(picture: Picture) -> Image.Image:
     if picture is None:
         raise ValueError("There is no picture yet: upload one, or choose an example.")
-    path = picture if isinstance(picture, str) else picture.get("path")
-    if path is None:
-        raise ValueError(ONLY_UPLOADS)
-    return decode_image(path, Path(path).name)
+    path = picture if isinstance(picture, Path) else Path(_uploaded(picture))
+    # Its bytes: `decode_image` would open whatever a path says.
+    return decode_image(path.read_bytes(), path.name)
+
+
+def _uploaded(picture: Any) -> str:
+    """Return the real path of a file that a visitor uploaded, or was shown."""
+    try:
+        path = os.path.realpath(picture["path"])
+    except (TypeError, KeyError, ValueError):  # it is no path
+        _refuse(ONLY_UPLOADS)
+    if not (Path(path).is_relative_to(os.path.realpath(get_upload_folder())) and os.path.isfile(path)):
+        _refuse(ONLY_UPLOADS)
+    return path
+
+
+def _refuse(message: str) -> NoReturn:
+    raise gr.Error(message, title="", print_exception=False)
 
 
 def _shown(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -307,6 +349,6 @@ def _shown(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*arguments)
         except ValueError as error:
-            raise gr.Error(str(error), title="", print_exception=False) from error
+            _refuse(str(error))
 
     return wrapped

@@ -21,6 +21,13 @@ def is_repo(name: str) -> bool:
     return not name.startswith(OPEN_CLIP) and not name.rpartition(":")[0].endswith(".py")
 
 
+def model_name(name: str) -> str:
+    """Return a model's name for strangers, without the folders that it is in."""
+    if Path(name).exists() or ".py:" in name:
+        return Path(name).absolute().name
+    return name.partition("//")[0]  # a checkpoint of open_clip has its path there
+
+
 def require_model_place(name: str) -> None:
     """Check that a model can exist; see [`load_encoder`] for its names. The Hub is not asked.
 
