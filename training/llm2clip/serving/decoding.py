@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -22,17 +20,14 @@ LARGE_PART = 1 / 8
 class Decoders:
     """Threads that decode images, a few of each request at a time, so that those of others come in between.
 
-    Large images have threads of their own, which small ones need not wait for, and are decoded at the same time as
-    long as all of them together have no more pixels than one image may have: that bounds the memory.
+    Large images, which take a dozen bytes a pixel, are decoded one after the other, and small ones need not wait for
+    them.
     """
 
     def __init__(self, encoder: Encoder, limits: Limits) -> None:
         self.encoder, self.limits = encoder, limits
-        self._small, self._large = (
-            ThreadPoolExecutor(limits.decode_threads, f"llm2clip-{name}") for name in ("images", "large-images")
-        )
-        self._free_pixels = limits.max_pixels
-        self._turn, self._freed = threading.Lock(), threading.Condition()
+        self._small = ThreadPoolExecutor(limits.decode_threads, "llm2clip-images")
+        self._large = ThreadPoolExecutor(1, "llm2clip-large-image")
 
     def shutdown(self) -> None:
         """Begin no more images."""
@@ -52,9 +47,9 @@ class Decoders:
 
         async def prepare_one_after_the_other() -> None:
             for place, image in remaining:
-                is_large = image.pixels > LARGE_PART * self.limits.max_pixels
-                pool = self._large if is_large else self._small
-                prepared[place] = await loop.run_in_executor(pool, self._prepare, image, is_large)
+                max_pixels = self.limits.max_pixels
+                pool = self._large if image.pixels > LARGE_PART * max_pixels else self._small
+                prepared[place] = await loop.run_in_executor(pool, prepare_image, self.encoder, image, max_pixels)
 
         count = min(self.limits.decode_threads, len(images))
         tasks = [asyncio.ensure_future(prepare_one_after_the_other()) for _ in range(count)]
@@ -64,20 +59,3 @@ class Decoders:
             for task in tasks:
                 task.cancel()
         return prepared
-
-    def _prepare(self, image: EncodedImage, is_large: bool) -> dict[str, Tensor]:
-        with self._reserved(image.pixels if is_large else 0):
-            return prepare_image(self.encoder, image, self.limits.max_pixels)
-
-    @contextmanager
-    def _reserved(self, pixels: int) -> Iterator[None]:
-        if pixels:
-            with self._turn, self._freed:  # in order, so that the largest are not overtaken for ever
-                self._freed.wait_for(lambda: pixels <= self._free_pixels)
-                self._free_pixels -= pixels
-        try:
-            yield
-        finally:
-            with self._freed:
-                self._free_pixels += pixels
-                self._freed.notify_all()
