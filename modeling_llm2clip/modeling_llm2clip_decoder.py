@@ -166,9 +166,12 @@ def find_file(name: str, file: str, **hub: Any) -> str | None:
 
 
 def read_json_file(name: str, file: str, **hub: Any) -> Any:
-    """Read a JSON file of a repository or folder; None if there is none."""
+    """Read a JSON file of a repository or folder; None if there is none, ValueError if it is damaged."""
     path = find_file(name, file, **hub)
-    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); copy or download it again.") from None
 
 
 class DenseLayers(nn.ModuleList):

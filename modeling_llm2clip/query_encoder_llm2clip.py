@@ -1,7 +1,8 @@
 """The query encoder of a model: a small text model that was taught to answer in its space (`llm2clip distill-text`).
 
 Its folder is that of a plain SentenceTransformer: a text model or a table of token vectors, mean pooling, a linear
-layer without bias, unit length. One more file says which space it was taught.
+layer without bias, unit length. One more file says which space it was taught, and has the SHA-256 of the files that
+are read here.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
@@ -25,6 +27,12 @@ from .tokenization_llm2clip import CaptionTokens, clean_captions
 # In the folder of a model.
 FOLDER = "query_encoder"
 SPACE_FILE = "llm2clip_space.json"
+HEAD = "2_Dense/model.safetensors"
+# Files that are read here, as far as there are any: patterns of their names.
+READ = (
+    *("modules.json", "config.json", "model*.safetensors", "model.safetensors.index.json", HEAD),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+)
 # What places images and captions in the space of a model.
 SPACE_PARTS = ("visual_standardization", "visual_projection", "text_adapter")
 
@@ -105,9 +113,10 @@ class QueryEncoder(nn.Module):
             options: Arguments of `from_pretrained` that locate it, such as `subfolder` and `revision`, and `dtype`.
 
         Raises:
-            ValueError: It is not a query encoder.
+            ValueError: It is not a query encoder, or a file is not the one that was saved.
         """
         name, dtype = os.fspath(name), options.pop("dtype", None)
+        record = _checked_record(name, options)
         # Without False, transformers would ask on the terminal whether to run code of the folder.
         loading = {**options, "trust_remote_code": False}
         modules = read_json_file(name, "modules.json", **options) or []
@@ -123,7 +132,7 @@ class QueryEncoder(nn.Module):
             auto, _ = text_model_class(AutoConfig.from_pretrained(name, **loading))
             backbone = auto.from_pretrained(name, **loading)
             tokenizer = AutoTokenizer.from_pretrained(name, **loading)
-        encoder = cls(backbone, tokenizer, len(head), (read_json_file(name, SPACE_FILE, **options) or {}).get("space"))
+        encoder = cls(backbone, tokenizer, len(head), record.get("space"))
         encoder.dense.weight.data = head
         return encoder.to(dtype).eval()
 
@@ -165,6 +174,30 @@ def query_encoder_of(model: Any) -> QueryEncoder:
     # `to` goes through all modules, which takes a twentieth of the time of a short query.
     device = execution_device(model.text_adapter)
     return encoder if encoder.dense.weight.device == device else encoder.to(device)
+
+
+def record_of_files(folder: Path, space: str | None) -> dict[str, Any]:
+    """Return what the saved folder of a query encoder records: its space, and the SHA-256 of the files read here."""
+    names = {path.relative_to(folder).as_posix() for pattern in READ for path in folder.glob(pattern)}
+    return {"space": space, "files": {name: _sha256(folder / name) for name in sorted(names)}}
+
+
+def _checked_record(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Read what is recorded of a query encoder; raises ValueError if its files are others."""
+    record = read_json_file(name, SPACE_FILE, **options) or {}
+    for file, recorded in record.get("files", {}).items():
+        path = _find(name, file, options)
+        if _sha256(path) != recorded:
+            raise ValueError(
+                f"{path} is not the file that was saved with this query encoder: it is damaged, or of another one. "
+                f"Copy or download it again; if you changed it yourself, delete `files` in {SPACE_FILE}."
+            )
+    return record
+
+
+def _sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _find(name: str, file: str, options: dict[str, Any]) -> str:

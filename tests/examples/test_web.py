@@ -71,3 +71,9 @@ def test_the_page_finds_what_torch_finds(fitted: Path, browser: Browser, run: Ru
         browser.wait(lambda: browser.pictures("#results"))
         browser.shoot("web")
         assert browser.other_addresses(address) == set()
+
+        vectors = site / "index" / "vectors.bin"
+        vectors.write_bytes(vectors.read_bytes()[:-1])
+        browser.driver.refresh()
+        browser.wait(lambda: "vectors.bin has" in browser.find("#status")[0].text)
+        assert not browser.find("#query")[0].is_enabled()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from llm2clip.trainers.student import Student
 from modeling_llm2clip import LLM2CLIPModel
-from modeling_llm2clip.query_encoder_llm2clip import FOLDER, QueryEncoder, space_identity
+from modeling_llm2clip.query_encoder_llm2clip import FOLDER, HEAD, SPACE_FILE, QueryEncoder, space_identity
 from tests.builders import tiny
 from tests.builders.students import add_query_encoder, save_student
 
@@ -74,7 +76,6 @@ def test_the_space_is_that_of_projection_and_adapter(model: Path) -> None:
         ("none", "has no query_encoder/"),
         ("another", "of another model"),
         ("unknown", "of another model"),
-        ("no head", "no 2_Dense/model.safetensors"),
         ("no modules", "its modules are Transformer, Pooling"),
     ],
 )
@@ -84,10 +85,34 @@ def test_what_does_not_belong_to_the_model_is_refused(fault: str, message: str, 
         shutil.rmtree(model / FOLDER)
     elif fault in ("another", "unknown"):
         save_student(model / FOLDER, "2-0" if fault == "another" else None)
-    elif fault == "no head":
-        (model / FOLDER / "2_Dense" / "model.safetensors").unlink()
     else:
+        (model / FOLDER / SPACE_FILE).unlink()  # which has the digest of the next file
         modules.write_text(json.dumps(json.loads(modules.read_text())[:2]))
     loaded = LLM2CLIPModel.from_pretrained(model, text_model=False)
     with pytest.raises(ValueError, match=message):
         loaded.encode_text(TEXTS, encoder="query")
+
+
+@pytest.mark.parametrize("is_static", [False, True])
+def test_every_damaged_or_missing_file_that_changes_vectors_is_named(is_static: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "student"
+    student = save_student(folder)
+    if is_static:
+        table = torch.nn.Embedding.from_pretrained(student.backbone.embeddings.word_embeddings.weight.data)
+        Student(table, student.tokenizer, 24).save_pretrained(folder := tmp_path / "static")
+    read = {HEAD, SPACE_FILE, "config.json", "model.safetensors", "modules.json"}
+    read |= {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
+    for name in read:
+        path = folder / name
+        content = path.read_bytes()
+        middle = len(content) // 2
+        for damaged in (None, content[:middle], content[:-1] + bytes([content[-1] ^ 64])):
+            if damaged is None:
+                path.unlink()
+            else:
+                path.write_bytes(damaged)
+            if (name, damaged) != (SPACE_FILE, None):  # without it, the encoder is of no model
+                with pytest.raises(ValueError, match=re.escape(name)):
+                    QueryEncoder.from_pretrained(folder)
+            path.write_bytes(content)
+    assert QueryEncoder.from_pretrained(folder).encode(TEXTS).shape == (4, 24)

@@ -99,7 +99,7 @@ READERS = {"immich": IMMICH, "transformers.js": TRANSFORMERS_JS}
 def teach(model: Path, spec: str) -> None:
     """Give a model a query encoder with a random head."""
     torch.manual_seed(1)
-    if spec in ("bert", "xlm-roberta", "t5"):
+    if spec in embedding_models.FAMILIES:
         embedding_models.save(model.parent / spec, spec)
         spec = str(model.parent / spec)
     space = space_identity(LLM2CLIPModel.from_pretrained(model, text_model=False))

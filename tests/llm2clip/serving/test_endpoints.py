@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import openai
 import pytest
 import torch
+from PIL import Image
 
 from llm2clip.encoders import Encoder, load_encoder
 from llm2clip.search.index import IndexConfig, run
@@ -24,7 +26,7 @@ from tests.damaged.images import BadImage, write
 from tests.llm2clip.serving.conftest import Serve, data_url, png, serving
 from tests.modeling_llm2clip.awkward_images import picture
 
-TEXTS = ["a small dog", "", "zwei Kinder spielen Fußball", "a red bus " * 40, "<|eot_id|> \x00\n"]
+TEXTS = ["a small dog", "zwei Kinder spielen Fußball", "a red bus " * 40, "<|eot_id|> \x00\n"]
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
 
@@ -91,7 +93,7 @@ def test_images_of_every_form_are_mixed_with_texts_in_their_order(client: httpx.
 
 TWO_PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
 BAD = {
-    "no JSON": (b"{", "JSON decode error"),
+    "no JSON": (b"{nope", "The body is not JSON: expecting property name .*, at character 1"),
     "deep": (b"[" * 200_000, "parsing the body"),
     "long number": (b'{"input": "a", "dimensions": ' + b"9" * 5000 + b"}", "parsing the body"),
     "half a character": (b'{"input": "\\ud800"}', "not valid Unicode"),
@@ -103,7 +105,11 @@ BAD = {
     "image as text": ({"input": "data:image/png;base64,AAAA"}, "send it as"),
     "long text": ({"input": "x" * 101}, "101 characters, but at most 100"),
     "many texts": ({"input": ["x"] * 65}, "65 items, but at most 64"),
-    "many images": ({"input": [{"image": "AAAA"}] * 3}, "3 images, but at most 2"),
+    "many images": ({"input": [{"image": "AAAA"}] * 3}, "counts as 96 texts, but at most 64"),
+    "empty": ({"input": ""}, "input is empty"),
+    "white space": ({"input": ["a cat", " \n"]}, r"input\[1\] is empty"),
+    "empty message": ({"messages": [{"content": ""}]}, r"messages\[0\].content is empty"),
+    "dimensions true": ({"input": "a", "dimensions": True}, "dimensions: Input should be a valid integer"),
     "message of two parts": ({"messages": [{"content": TWO_PARTS}]}, "one message"),
     "URL": ({"input": {"image": "http://127.0.0.1:1/a.png"}}, "URLs are not fetched"),
     "file URL": ({"input": {"image": "file:///etc/passwd"}}, "URLs are not fetched"),
@@ -215,6 +221,36 @@ def test_bad_search_is_refused_with_the_reason(
 ) -> None:
     answer = serve(encoder, open_index(index, encoder)).post("/search", json=body)
     assert (answer.status_code, reason in answer.json()["error"]["message"]) == (400, True), answer.text
+
+
+def test_an_index_that_is_moved_while_it_is_served_is_no_mistake_of_the_client_who_learns_no_path(
+    serve: Serve, encoder: Encoder, index: str, tmp_path: Path
+) -> None:
+    copied = Path(shutil.copytree(index, tmp_path / "index"))
+    client = serve(encoder, open_index(str(copied), encoder))
+    copied.rename(tmp_path / "moved")
+    answer = client.post("/search", json={"query": "a", "where": "key = '3.png'"})
+    assert (answer.status_code, answer.json()["error"]["message"]) == (500, "The server failed.")
+    assert client.get("/health").status_code == 200
+
+
+def test_inputs_count_by_their_characters_and_pixels(serve: Serve, encoder: Encoder) -> None:
+    client = serve(encoder, limits=Limits(max_inputs=64))
+    wide, wider = ({"image": data_url(png(Image.new("1", (width, 4000))))} for width in (1000, 2001))
+    for inputs, message in {
+        "too many characters": (["a " * 256, "a " * (63 * 256) + "a"], "input counts as 65 texts, but at most 64"),
+        "too many pixels": (
+            wider,
+            "input counts as 96 texts, but at most 64 are allowed: .* 32 texts for each 4 mega",
+        ),
+        "both": ([wide, "b", "a " * (31 * 256)], None),
+    }.values():
+        answer = client.post("/v1/embeddings", json={"input": inputs})
+        if message is None:
+            np.testing.assert_allclose(embeddings(answer)[1:2], encoder.encode_text("b"), **CLOSE)
+        else:
+            assert answer.status_code == 400
+            assert re.search(message, answer.json()["error"]["message"])
 
 
 def test_index_of_another_model_is_refused(index: str, tmp_path: Path) -> None:

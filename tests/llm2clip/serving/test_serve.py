@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import re
 import signal
@@ -13,17 +15,23 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 import pytest
+from PIL import Image
 
 from llm2clip import cli
 from llm2clip.encoders import load_encoder
 from llm2clip.serving.app import model_name
-from llm2clip.serving.serve import ServeConfig, is_loopback, read_token
+from llm2clip.serving.serve import ServeConfig, is_loopback, listen, read_token
 from tests.builders.early_errors import assert_found_early
 from tests.documents.reading import ROOT, blocks
+from tests.llm2clip.serving.conftest import data_url, png
+
+JSON = {"Content-Type": "application/json"}
 
 # A model of another library that takes its time for every batch.
 SLOW_MODEL = """
@@ -106,6 +114,62 @@ def test_sigterm_finishes_what_was_accepted_and_ends_without_an_error(tmp_path: 
     assert "my-token" not in (tmp_path / "server.log").read_text()
 
 
+LARGEST = {
+    "texts": ["a red bus " * 3276 + "12345678"] * 32,
+    "images": [{"image": data_url(png(Image.new("L", (5000, 5000))))}] * 9,
+    "body": ["a red bus" * 3633] * 970,  # refused, when it is read
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_200_clients_are_answered_beside_the_largest_requests_of_three_others(
+    tmp_path: Path, saved_model: Path
+) -> None:
+    async def ask(address: str, process: psutil.Process) -> tuple[int, int]:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=address, timeout=300, limits=limits) as client:
+            image = data_url(png(Image.new("RGB", (300, 200), "red")))
+
+            async def small(number: int) -> list[int]:
+                found = []
+                for turn in range(5):
+                    inputs: Any = f"client {number}, text {turn}" if number % 10 or turn else {"image": image}
+                    found.append((await client.post("/v1/embeddings", json={"input": inputs})).status_code)
+                return found
+
+            async def large() -> list[int]:
+                return [
+                    (await client.post("/v1/embeddings", content=body, headers=JSON)).status_code for body in bodies
+                ]
+
+            health: set[int] = set()
+            peak, is_over = 0, False
+
+            async def watch() -> None:
+                nonlocal peak
+                while not is_over:
+                    peak = max(peak, process.memory_info().rss)
+                    health.add((await client.get("/health")).status_code)
+                    await asyncio.sleep(0.05)
+
+            await asyncio.gather(*map(small, range(20)))
+            idle, bodies = process.memory_info().rss, [json.dumps({"input": one}) for one in LARGEST.values()]
+            watching = asyncio.create_task(watch())
+            found = await asyncio.gather(*(large() for _ in range(3)), *map(small, range(200)))
+            is_over = True
+            await watching
+            assert health == {200}
+            assert found[:3] == [[200, 200, 400]] * 3
+            assert {status for several in found[3:] for status in several} == {200}
+            return idle, peak
+
+    # Other programs may run on this machine: what counts is that all is answered.
+    with command(tmp_path, str(saved_model), "--timeout", "300") as (process, address):
+        idle, peak = asyncio.run(ask(address, psutil.Process(process.pid)))
+    assert peak < 2 * idle
+
+
 def test_the_page_of_the_documents_runs_against_the_command(
     tmp_path: Path, saved_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,6 +232,13 @@ def test_taken_port_is_found_before_the_model_is_loaded(
         port = other.getsockname()[1]
         assert cli.main(["serve", "no-model", "--port", str(port)]) == 2
     assert f"cannot listen on 127.0.0.1, port {port}: Address already in use" in capsys.readouterr().err
+
+
+def test_two_servers_that_start_at_once_cannot_have_one_port() -> None:
+    with listen("127.0.0.1", 0) as first:  # which has not begun to accept connections
+        port = first.getsockname()[1]
+        with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1, port {port}: Address already in use"):
+            listen("127.0.0.1", port)
 
 
 def test_token_is_read_without_the_line_that_it_stands_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,15 @@ CONTEXT_LENGTH = 77
 IMMICH_WIDTHS = (512, 640, 768, 1024, 1152, 1536)
 # Immich's server gives no mask, and the padding of some tokenizers is their end of text, or an unknown word.
 IMMICH_PADDING = "<|immich_padding|>"
+# What the normalizer Nmt removes, and what it makes a space; as two patterns that Rust and JavaScript read alike.
+REMOVED = (*range(0x01, 0x09), 0x0B, *range(0x0E, 0x20), 0x7F, 0x8F, 0x9F)
+MADE_SPACES = (0x09, 0x0A, 0x0C, 0x0D, 0x1680, *range(0x200B, 0x2010), 0x2028, 0x2029, 0x2581, 0xFEFF, 0xFFFD)
+NMT = [
+    {"type": "Replace", "pattern": {"Regex": f"[{''.join(map(chr, characters))}]"}, "content": content}
+    for characters, content in ((REMOVED, ""), (MADE_SPACES, " "))
+]
+# Steps of a tokenizer for which transformers.js has no code.
+NOT_IN_JAVASCRIPT = {"normalizer": ("ByteLevel",), "pre_tokenizer": ("CharDelimiterSplit", "UnicodeScripts")}
 # Steps of an image processor that are not known to other programs.
 UNKNOWN_STEPS = ("do_pad", "do_flip_channel_order", "do_reduce_labels", "do_image_splitting")
 
@@ -83,7 +92,7 @@ def plain_tokenizer(tokenizer: Any, adds_special_tokens: bool) -> PreTrainedToke
         adds_special_tokens: Whether texts get what the tokenizer puts around them.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state |= {"truncation": None, "padding": None}
+    state |= {"truncation": None, "padding": None, "normalizer": _without_nmt(state["normalizer"])}
     state["post_processor"] = _spelled_out(state["post_processor"]) if adds_special_tokens else None
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(state)),
@@ -91,6 +100,29 @@ def plain_tokenizer(tokenizer: Any, adds_special_tokens: bool) -> PreTrainedToke
         padding_side=tokenizer.padding_side,
         **{name: str(token) for name, token in tokenizer.special_tokens_map.items()},
     )
+
+
+def _without_nmt(normalizer: Any) -> Any:
+    """Write the step Nmt, which transformers.js does not know, as two that it knows."""
+    if normalizer is None or normalizer["type"] not in ("Nmt", "Sequence"):
+        return normalizer
+    steps = normalizer.get("normalizers", [normalizer])
+    known = [part for step in steps for part in (NMT if step["type"] == "Nmt" else [_without_nmt(step)])]
+    return {"type": "Sequence", "normalizers": known}
+
+
+def refuse_unknown_steps(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raise a `ValueError` if transformers.js cannot open a tokenizer."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    for part, unknown in NOT_IN_JAVASCRIPT.items():
+        steps = [state[part]] if state[part] is not None else []
+        for step in steps:
+            steps += step.get("normalizers", step.get("pretokenizers", []))
+            if step["type"] in unknown:
+                raise ValueError(
+                    f"transformers.js has no {part} {step['type']}, which the tokenizer of this model uses; make a "
+                    "query encoder of another text encoder (llm2clip distill-text), or export --parts vision."
+                )
 
 
 def _spelled_out(post_processor: Any) -> Any:
@@ -206,6 +238,7 @@ def write_transformers_js(folder: Path, text: TextSide | None, image_processor: 
     (folder / "onnx").mkdir()
     config: dict[str, Any] = {"model_type": "clip", "projection_dim": width}
     if text is not None:
+        refuse_unknown_steps(text.tokenizer)
         text.tokenizer.save_pretrained(folder)
         make_readable_by_version_4(folder)
         config["text_config"] = {"model_type": "clip_text_model", "max_position_embeddings": text.length}

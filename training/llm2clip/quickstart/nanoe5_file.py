@@ -136,10 +136,7 @@ def build_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
     """Build the tokenizer: SentencePiece's unigram model, `<s>` before and `</s>` after each text."""
     pieces, scores, *special = vocabulary
     tokenizer = Tokenizer(models.Unigram(list(zip(pieces, scores, strict=True)), vocabulary.unk, byte_fallback=False))
-    # Unlike NFKC, SentencePiece keeps the full-width tilde.
-    hide, show = normalizers.Replace("\uff5e", PRIVATE), normalizers.Replace(PRIVATE, "\uff5e")
-    spaces = normalizers.Replace(Regex(" {2,}"), " ")
-    tokenizer.normalizer = normalizers.Sequence([hide, normalizers.Nmt(), normalizers.NFKC(), show, spaces])
+    tokenizer.normalizer = build_normalizer()
     words: dict[str, Any] = {"replacement": "▁", "prepend_scheme": "always"}
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(**words), decoders.Metaspace(**words)
     first, last = pieces[vocabulary.bos], pieces[vocabulary.eos]
@@ -150,6 +147,14 @@ def build_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
     )
     tokenizer.add_special_tokens([*(pieces[number] for number in special), AddedToken("<mask>", lstrip=True)])
     return tokenizer
+
+
+def build_normalizer() -> normalizers.Normalizer:
+    """Build SentencePiece's `nmt_nfkc`."""
+    # Unlike NFKC, SentencePiece keeps the full-width tilde.
+    hide, show = normalizers.Replace("\uff5e", PRIVATE), normalizers.Replace(PRIVATE, "\uff5e")
+    spaces = normalizers.Replace(Regex(" {2,}"), " ")
+    return normalizers.Sequence([hide, normalizers.Nmt(), normalizers.NFKC(), show, spaces])
 
 
 def read_weights(file: FileReader, config: BertConfig) -> dict[str, torch.Tensor]:

@@ -34,6 +34,10 @@ FAMILIES = (
 )
 
 
+class WhereError(ValueError):
+    """A text is no condition on the columns of an index."""
+
+
 def parse_where(text: str, columns: Mapping[str, pa.DataType], conditions: Conditions) -> Any:
     """Parse a condition.
 
@@ -42,13 +46,13 @@ def parse_where(text: str, columns: Mapping[str, pa.DataType], conditions: Condi
         conditions: Makes what a store needs of its parts.
 
     Raises:
-        ValueError: It is no condition on these columns; the message says why, and lists them.
+        WhereError: It is no condition on these columns; the message says why, and lists them.
     """
     try:
         return _Parser(text, columns, conditions).parse()
     except ValueError as error:
         names = ", ".join(columns)
-        raise ValueError(f"where is {text!r}, which is no condition on the columns {names}: {error}.") from None
+        raise WhereError(f"where is {text!r}, which is no condition on the columns {names}: {error}.") from None
 
 
 class Conditions:

@@ -16,7 +16,6 @@ import orjson
 import torch
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
@@ -24,12 +23,13 @@ from starlette.types import ASGIApp
 from llm2clip.data import SampleError
 from llm2clip.encoders import Encoder
 from llm2clip.search.search_index import SearchIndex
+from llm2clip.search.where import WhereError
+from llm2clip.serving.decoding import Decoders
 from llm2clip.serving.guard import Guard
 from llm2clip.serving.limits import Limits
 from llm2clip.serving.metrics import Metrics
-from llm2clip.serving.requests import ApiError, Inputs, parse_inputs, parse_messages, prepare_image
+from llm2clip.serving.requests import ApiError, Inputs, parse_inputs, parse_messages, require_weight
 from llm2clip.serving.worker import BatchWorker
-from llm2clip.utils.embeddings import NonFiniteError
 from modeling_llm2clip.modeling_llm2clip_utils import shorten
 
 MAX_RESULTS = 1000
@@ -44,7 +44,9 @@ class EmbeddingsRequest(BaseModel):
     messages: Any = Field(None, description="One chat message with one text or one image.")
     model: str | None = None
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = Field(None, ge=1, description="Length of the embeddings: they are cut and normalised.")
+    dimensions: int | None = Field(
+        None, ge=1, strict=True, description="Length of the embeddings: they are cut and normalised."
+    )
     user: str | None = Field(None, description="Ignored.")
 
 
@@ -54,7 +56,7 @@ class SearchRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     query: Any = Field(description='A text or {"image": "data:image/...;base64,..."}.')
-    k: int = Field(10, ge=1, le=MAX_RESULTS)
+    k: int = Field(10, ge=1, le=MAX_RESULTS, strict=True)
     where: str | None = Field(None, max_length=10_000, description="A condition on the columns of the index.")
     model: str | None = None
 
@@ -70,9 +72,8 @@ class Endpoints:
         self.encoder, self.index, self.name, self.limits = encoder, index, name, limits
         self.metrics = Metrics()
         self.worker = BatchWorker(encoder, limits, self.metrics)
-        self.kinds = embedded_kinds(encoder)
         self.created = int(time.time())
-        self._decoders = ThreadPoolExecutor(limits.decode_threads, "llm2clip-images")
+        self.decoders = Decoders(encoder, limits)
         self._searcher = ThreadPoolExecutor(1, "llm2clip-search")
 
     @asynccontextmanager
@@ -83,29 +84,27 @@ class Endpoints:
             yield
         finally:
             await asyncio.to_thread(self.worker.stop)
-            for pool in (self._decoders, self._searcher):
-                pool.shutdown(wait=False, cancel_futures=True)
+            self.decoders.shutdown()
+            self._searcher.shutdown(wait=False, cancel_futures=True)
 
     async def embed(self, inputs: Inputs, param: str) -> tuple[np.ndarray, int]:
         """Embed the inputs of a request: unit rows `(inputs, width)`, in their order, and their tokens."""
         for kind, given in (("text", inputs.texts), ("image", inputs.images)):
-            if given and kind not in self.kinds:
+            if given and kind not in self.worker.kinds:
                 raise ApiError(400, f"{self.name} does not embed {kind}s.", "unsupported_input", param)
         rows, tokens = np.empty((len(inputs), self.encoder.width), np.float32), 0
-        with self.worker.room(inputs.weight):
+        images = await self.decoders.open(inputs) if inputs.images else []
+        weight = inputs.text_weight + sum(image.weight for image in images)
+        require_weight(weight, self.limits, param)
+        with self.worker.room(weight):
             if inputs.texts:
-                rows[inputs.text_rows], tokens = await self.worker.embed("text", inputs.texts)
-            if inputs.images:
-                loop, max_pixels = asyncio.get_running_loop(), self.limits.max_pixels
-                prepared = await _all_of(
-                    [
-                        loop.run_in_executor(
-                            self._decoders, prepare_image, self.encoder, image, f"{param}[{row}]", max_pixels
-                        )
-                        for row, image in zip(inputs.image_rows, inputs.images, strict=True)
-                    ]
+                names = [inputs.names[row] for row in inputs.text_rows]
+                rows[inputs.text_rows], tokens = await self.worker.embed("text", inputs.texts, names)
+            if images:
+                prepared = await self.decoders.prepare(images)
+                rows[inputs.image_rows], _ = await self.worker.embed(
+                    "image", prepared, [image.name for image in images]
                 )
-                rows[inputs.image_rows], _ = await self.worker.embed("image", prepared)
         return rows, tokens
 
     def check_model(self, name: str | None) -> None:
@@ -152,7 +151,7 @@ class Endpoints:
         assert self.index is not None
         try:
             (near,) = self.index.search(rows, k, where)
-        except ValueError as error:
+        except WhereError as error:  # others, such as of an index that was moved, may show its path
             raise ApiError(400, str(error), "invalid_value", "where") from None
         # Where the files are is nobody's business.
         entries = [{**vars(result), "path": None} for result in near]
@@ -169,12 +168,12 @@ class Endpoints:
         """Answer `GET /v1/models/MODEL`."""
         self.check_model(model)
         entry = {"id": self.name, "object": "model", "created": self.created, "owned_by": "llm2clip"}
-        return {**entry, "dimensions": self.encoder.width, "inputs": self.kinds}
+        return {**entry, "dimensions": self.encoder.width, "inputs": self.worker.kinds}
 
     async def health(self) -> dict[str, str]:
         """Answer `GET /health`."""
         if not self.worker.is_healthy:
-            raise ApiError(503, "The model failed on the last batch; see the log of the server.", "unhealthy")
+            raise ApiError(503, "The model fails; see the log of the server.", "unhealthy")
         return {"status": "ok"}
 
     async def metrics_text(self) -> Response:
@@ -230,45 +229,11 @@ def create_app(
     return Guard(app, limits, endpoints.metrics, token, hosts)
 
 
-def embedded_kinds(encoder: Encoder) -> list[str]:
-    """Embed a text and an image, so that the first request need not wait; return which of the two the model takes.
-
-    Raises:
-        NonFiniteError: The embeddings are NaN or infinite.
-        ValueError: It takes neither.
-    """
-    kinds, reasons = [], []
-    for kind, call in (
-        ("text", lambda: encoder.encode_text(["a"])),
-        ("image", lambda: encoder.encode_image([Image.new("RGB", (64, 64), "white")])),
-    ):
-        try:
-            call()
-        except NonFiniteError:
-            raise
-        except ValueError as error:
-            reasons.append(str(error))
-        else:
-            kinds.append(kind)
-    if not kinds:
-        raise ValueError(f"{encoder.name} embeds neither texts nor images: {'; '.join(reasons)}")
-    return kinds
-
-
 def model_name(name: str) -> str:
     """Return a model's name for clients, without the folders that it is in."""
     if Path(name).exists() or ".py:" in name:
         return Path(name).absolute().name
     return name.partition("//")[0]  # a checkpoint of open_clip has its path there
-
-
-async def _all_of(tasks: list[asyncio.Future[Any]]) -> list[Any]:
-    """Wait for all; after an error, those that have not begun do not begin."""
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
 
 
 def _json(content: Any) -> Response:
@@ -277,6 +242,9 @@ def _json(content: Any) -> Response:
 
 def _invalid_request(error: RequestValidationError) -> ApiError:
     first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        reason, place = first["ctx"]["error"].lower(), first["loc"][-1]
+        return ApiError(400, f"The body is not JSON: {reason}, at character {place}.", "invalid_value")
     param = ".".join(str(part) for part in first["loc"] if part != "body")
     return ApiError(400, f"{param or 'The body'}: {first['msg']}.", "invalid_value", param or None)
 

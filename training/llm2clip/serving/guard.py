@@ -28,8 +28,8 @@ class Guard:
     Args:
         app: The endpoints.
         token: What clients have to send as `Authorization: Bearer TOKEN`; None for nothing.
-        hosts: Names of this server that requests may have as `Host`; None for any. A page in a browser can give its
-            own name this machine's address, and would then read what only this machine may.
+        hosts: Names of this server that requests may have as `Host`, in lower case; None for any. A page in a browser
+            can give its own name this machine's address, and would then read what only this machine may.
     """
 
     def __init__(
@@ -50,7 +50,9 @@ class Guard:
             await self.app(scope, receive, send)
             return
         start, status = time.monotonic(), CLIENT_GONE
-        body = bytearray()
+        body, size = bytearray(), 0
+        # A server that has enough to do is alive.
+        is_counted = scope["path"] not in OPEN_PATHS
 
         async def counted(message: Message) -> None:
             nonlocal status
@@ -58,11 +60,13 @@ class Guard:
                 status = message["status"]
             await send(message)
 
-        self._open_requests += 1
+        self._open_requests += is_counted
         try:
-            self._check(scope)
+            self._check(scope, is_counted)
             if await self._read(receive, body):
-                await self._answer(scope, receive, counted, bytes(body))
+                content, size = bytes(body), len(body)
+                body.clear()
+                await self._answer(scope, receive, counted, content)
         except ApiError as error:
             if status == CLIENT_GONE:
                 await error.response()(scope, receive, counted)
@@ -71,16 +75,16 @@ class Guard:
             if status == CLIENT_GONE:
                 await ApiError(500, "The server failed.", "internal_error").response()(scope, receive, counted)
         finally:
-            self._open_requests -= 1
-            self._open_bytes -= len(body)
+            self._open_requests -= is_counted
+            self._open_bytes -= size + len(body)
             path = scope["path"] if scope["path"] in PATHS else "other"
             self.metrics.requests.labels(path, status).inc()
             self.metrics.seconds.labels(path).observe(time.monotonic() - start)
 
-    def _check(self, scope: Scope) -> None:
+    def _check(self, scope: Scope, is_counted: bool) -> None:
         headers: dict[bytes, bytes] = dict(scope["headers"])
         if self.hosts is not None:
-            host = headers.get(b"host", b"").decode("latin-1").rsplit(":", 1)
+            host = headers.get(b"host", b"").decode("latin-1").lower().rsplit(":", 1)
             if (":".join(host) if host[-1].endswith("]") else host[0]) not in self.hosts:
                 raise ApiError(403, "The Host of the request is not this server.", "wrong_host")
         if self._token is not None and scope["path"] not in OPEN_PATHS:
@@ -89,7 +93,7 @@ class Guard:
                 challenge = {"WWW-Authenticate": "Bearer"}
                 message = "The token is missing or wrong; send it as `Authorization: Bearer TOKEN`."
                 raise ApiError(401, message, "invalid_api_key", headers=challenge)
-        if self._open_requests > self.limits.max_connections:
+        if is_counted and self._open_requests > self.limits.max_connections:
             raise _busy("The server has too many requests at the same time.")
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length[:20]) > self._max_body:

@@ -6,8 +6,14 @@ from dataclasses import dataclass, fields
 
 from llm2clip.utils.settings import setting
 
-# An image takes about as long, and as much memory, as this many texts.
-IMAGE_WEIGHT = 32
+# What counts as one text: so many characters, about 128 tokens.
+TEXT_CHARACTERS = 512
+# An image takes about as long, and as much memory, as so many texts, for each so many pixels that it has.
+IMAGE_WEIGHT, IMAGE_PIXELS = 32, 4_000_000
+COUNTED = (
+    f"a text counts once for each {TEXT_CHARACTERS} characters, an image as {IMAGE_WEIGHT} texts for each "
+    f"{IMAGE_PIXELS // 1_000_000} megapixels"
+)
 
 
 @dataclass
@@ -15,17 +21,19 @@ class Limits:
     """What a request may take."""
 
     max_body_mb: float = setting(32.0, "Largest body of a request, in megabytes.")
-    max_inputs: int = setting(2048, f"Most texts of a request; an image counts as {IMAGE_WEIGHT}.")
+    max_inputs: int = setting(2048, f"Most texts of a request: {COUNTED}.")
     max_characters: int = setting(32768, "Longest text; the model cuts what exceeds its own tokens.")
-    max_pixels: int = setting(40_000_000, "Largest image, width x height.")
-    max_waiting: int = setting(8192, f"Most texts that wait for the model; an image counts as {IMAGE_WEIGHT}.")
-    max_connections: int = setting(1024, "Most requests at the same time, and those that are not finished.")
+    max_pixels: int = setting(25_000_000, "Largest image, width x height.")
+    max_waiting: int = setting(8192, f"Most texts that wait for the model: {COUNTED}.")
+    max_connections: int = setting(1024, "Most requests at the same time; those of /health do not count.")
     max_wait_ms: float = setting(
         0.0, "Milliseconds that a batch waits for more requests; the next batch collects while one is computed."
     )
     timeout: float = setting(60.0, "Seconds that a request may take, from when it is read.")
     read_timeout: float = setting(30.0, "Seconds in which a client has to send its request.")
-    decode_threads: int = setting(4, "Threads that decode images.")
+    decode_threads: int = setting(
+        4, "Threads that decode images; those of more than an eighth of max_pixels are decoded by one more."
+    )
 
     def __post_init__(self) -> None:
         for name in (field.name for field in fields(Limits)):

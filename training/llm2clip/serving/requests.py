@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import base64
+import math
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from starlette.responses import JSONResponse
 from torch import Tensor
 
 from llm2clip.encoders import Encoder
-from llm2clip.serving.limits import IMAGE_WEIGHT, Limits
+from llm2clip.serving.limits import COUNTED, IMAGE_PIXELS, IMAGE_WEIGHT, TEXT_CHARACTERS, Limits
+from modeling_llm2clip.image_decoding_llm2clip import decoding_errors, open_image
 
 # Sides of an image: resizing its shorter side makes a narrower one larger than memory.
 MAX_ASPECT = 200
@@ -50,6 +52,19 @@ class ApiError(Exception):
         return JSONResponse({"error": error}, self.status, self.headers)
 
 
+class EncodedImage(NamedTuple):
+    """An image of a request that is not decoded yet: its name in errors, its file, and its number of pixels."""
+
+    name: str
+    content: bytes
+    pixels: int
+
+    @property
+    def weight(self) -> int:
+        """How much of the limits it uses, in texts."""
+        return IMAGE_WEIGHT * math.ceil(self.pixels / IMAGE_PIXELS)
+
+
 @dataclass
 class Inputs:
     """The texts and images of a request.
@@ -58,20 +73,32 @@ class Inputs:
         texts: The texts.
         images: The images, in base64.
         text_rows, image_rows: Their numbers among all inputs of the request.
+        names: The names of all inputs in errors.
     """
 
     texts: list[str] = field(default_factory=list)
     images: list[str] = field(default_factory=list)
     text_rows: list[int] = field(default_factory=list)
     image_rows: list[int] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.texts) + len(self.images)
 
     @property
-    def weight(self) -> int:
-        """How much of the limits the inputs use, in texts."""
-        return len(self.texts) + IMAGE_WEIGHT * len(self.images)
+    def text_weight(self) -> int:
+        """How much of the limits the texts use."""
+        return sum(math.ceil(len(text) / TEXT_CHARACTERS) for text in self.texts)
+
+    def open_images(self, max_pixels: int) -> list[EncodedImage]:
+        """Read the heads of the images.
+
+        Raises:
+            ApiError: One is not base64, or too narrow.
+            DamagedImageError: One is no image, or too large.
+        """
+        names = (self.names[row] for row in self.image_rows)
+        return [_open(content, name, max_pixels) for content, name in zip(self.images, names, strict=True)]
 
 
 def parse_inputs(value: Any, limits: Limits, param: str = "input") -> Inputs:
@@ -92,6 +119,7 @@ def parse_inputs(value: Any, limits: Limits, param: str = "input") -> Inputs:
     inputs = Inputs()
     for row, item in enumerate(items):
         name = f"{param}[{row}]" if isinstance(value, list) else param
+        inputs.names.append(name)
         kind, content = _parse_item(item, name)
         if kind == "image":
             inputs.images.append(_base64_of(content, name))
@@ -100,16 +128,23 @@ def parse_inputs(value: Any, limits: Limits, param: str = "input") -> Inputs:
         if len(content) > limits.max_characters:
             most = limits.max_characters
             _refuse(f"has {len(content)} characters, but at most {most} are allowed", name, "too_long")
+        if not content.strip():
+            _refuse("is empty; leave it out", name)
         try:
             content.encode()
         except UnicodeEncodeError:  # JSON can say half a character
             _refuse("is not valid Unicode", name)
         inputs.texts.append(content)
         inputs.text_rows.append(row)
-    if inputs.weight > limits.max_inputs:
-        most = limits.max_inputs // IMAGE_WEIGHT
-        _refuse(f"has {len(inputs.images)} images, but at most {most} are allowed", param, "too_many_inputs")
+    require_weight(inputs.text_weight + IMAGE_WEIGHT * len(inputs.images), limits, param)
     return inputs
+
+
+def require_weight(weight: int, limits: Limits, param: str) -> None:
+    """Raise ApiError if the inputs of a request are too much."""
+    if weight > limits.max_inputs:
+        most = f"but at most {limits.max_inputs} are allowed: {COUNTED}"
+        _refuse(f"counts as {weight} texts, {most}", param, "too_many_inputs")
 
 
 def parse_messages(messages: Any, limits: Limits) -> Inputs:
@@ -124,21 +159,25 @@ def parse_messages(messages: Any, limits: Limits) -> Inputs:
     return parse_inputs(content, limits, "messages[0].content")
 
 
-def prepare_image(encoder: Encoder, content: str, name: str, max_pixels: int) -> dict[str, Tensor]:
-    """Decode an image in base64, and prepare it for the model.
+def prepare_image(encoder: Encoder, image: EncodedImage, max_pixels: int) -> dict[str, Tensor]:
+    """Decode an image, and prepare it for the model.
 
     Raises:
-        ApiError: It is not base64.
-        DamagedImageError: It cannot be decoded, or is too large.
+        DamagedImageError: It cannot be decoded.
     """
+    return encoder.prepare(encoder.decode(image.content, image.name, max_pixels), image.name)
+
+
+def _open(content: str, name: str, max_pixels: int) -> EncodedImage:
     try:
         encoded = base64.b64decode(content, validate=True)
     except ValueError:
         _refuse("is not base64", name, "invalid_image")
-    image = encoder.decode(encoded, name, max_pixels)
-    if max(image.size) > MAX_ASPECT * min(image.size):
-        _refuse(f"is too narrow: {image.size[0]} x {image.size[1]} pixels", name, "invalid_image")
-    return encoder.prepare(image, name)
+    with decoding_errors(encoded, name):
+        width, height = open_image(encoded, max_pixels).size
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        _refuse(f"is too narrow: {width} x {height} pixels", name, "invalid_image")
+    return EncodedImage(name, encoded, width * height)
 
 
 def _is_list_of_one(value: Any) -> bool:

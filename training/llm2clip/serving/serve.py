@@ -79,7 +79,7 @@ def run(config: ServeConfig) -> dict[str, Any]:
             truncate_dim=config.truncate_dim,
         )
         index = None if config.index is None else open_index(config.index, encoder)
-        hosts = {"localhost", "127.0.0.1", "[::1]", config.host} if is_private and token is None else None
+        hosts = {"localhost", "127.0.0.1", "[::1]", config.host.lower()} if is_private and token is None else None
         app = create_app(encoder, index, name=config.served_model_name, token=token, limits=config, hosts=hosts)
         # Otherwise all clients wait for half a second, every few thousand requests, while Python looks for garbage in
         # the modules of the libraries.
@@ -118,7 +118,7 @@ def is_loopback(host: str) -> bool:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Take an address, before a large model is loaded; clients are refused until the server starts.
+    """Take an address, before a large model is loaded; clients that connect meanwhile wait until the server starts.
 
     Raises:
         OSError: It is taken, or not this machine's.
@@ -130,6 +130,7 @@ def listen(host: str, port: int) -> socket.socket:
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
+            listener.listen()  # two that are only bound can have the same port
         except OSError:
             listener.close()
             raise
