@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from .identity_llm2clip import RULE, digest_weight
 from .modeling_llm2clip_decoder import find_file, padded_mask, read_json_file, text_model_class
 from .modeling_llm2clip_utils import encode_tokens, execution_device, pool
-from .tokenization_llm2clip import CaptionTokens, clean_captions
+from .tokenization_llm2clip import CaptionTokens, clean_captions, tokenize_and_cut
 
 # In the folder of a model.
 FOLDER = "query_encoder"
@@ -72,7 +72,7 @@ class QueryEncoder(nn.Module):
     def tokenize(self, texts: Sequence[str], truncation: bool = True) -> list[list[int]]:
         """Return the tokens of each text; a text without any has the padding token."""
         options: dict[str, Any] = {"truncation": truncation, "add_special_tokens": not self.is_static}
-        ids = self.tokenizer(list(texts), **options, verbose=False)["input_ids"] if texts else []
+        ids = tokenize_and_cut(self.tokenizer, texts, **options)[0]["input_ids"] if texts else []
         return [row or [self.tokenizer.pad_token_id] for row in ids]
 
     def encode(
