@@ -480,7 +480,7 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         show_progress_bar: bool = False,
         instruction: str | None = None,
     ) -> Tensor:
-        """Embed captions of any length.
+        """Embed captions of any length, in evaluation mode.
 
         Args:
             tokenizer: The tokenizer that was saved with this model.
@@ -495,6 +495,7 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
             tokenize_captions(texts, tokenizer, self.config, instruction),
             tokenizer,
             lambda batch: self(**batch).pooler_output,
+            model=self,
             device=execution_device(self),
             width=self.config.hidden_size,
             batch_size=batch_size,

@@ -91,6 +91,7 @@ class QueryEncoder(nn.Module):
             CaptionTokens(self.tokenize(texts), None, 0),
             self.tokenizer,
             lambda batch: self(batch["input_ids"], batch["attention_mask"]),
+            model=self,
             device=execution_device(self),
             width=self.width,
             batch_size=batch_size,

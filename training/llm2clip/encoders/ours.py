@@ -272,6 +272,7 @@ class OurEncoder(Encoder):
                 return unit_features(output) if self.is_joint else output.pooler_output
 
             options: dict[str, Any] = {"device": device, "width": self.full_width, "batch_size": batch_size}
+            options["model"] = self.model
             # The callers name the captions of embeddings that are not finite.
             return encode_tokens(tokens, self.tokenizer, forward, **options, finite=False)
 
