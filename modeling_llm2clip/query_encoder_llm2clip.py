@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
+from .configuration_llm2clip import output_width
 from .identity_llm2clip import RULE, digest_weight
 from .modeling_llm2clip_decoder import find_file, padded_mask, read_json_file, text_model_class
 from .modeling_llm2clip_utils import encode_tokens, execution_device, pool
@@ -51,7 +52,7 @@ class QueryEncoder(nn.Module):
         self.config = config
         if getattr(backbone, "pooler", None) is not None:
             self.backbone.pooler.requires_grad_(False)
-        self.dense = nn.Linear(config.hidden_size, width, bias=False)
+        self.dense = nn.Linear(output_width(config), width, bias=False)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Embed texts, given their tokens `(texts, tokens)`: unit rows, float32 `(texts, width)`."""
