@@ -359,7 +359,7 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         self.decoder.set_input_embeddings(value)
 
     def fingerprint(self, state_dict: Mapping[str, Tensor] | None = None) -> str | None:
-        """Hash the weights, prompt, pooling and decoder settings; see [`text_fingerprint`].
+        """Hash the weights, prompt and pooling; see [`text_fingerprint`].
 
         The weights are those after [`merge_adapter`], in float32 or bfloat16.
 
