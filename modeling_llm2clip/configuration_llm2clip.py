@@ -22,6 +22,8 @@ INITIALIZERS = ("original", "normal")
 VISION_POOLINGS = ("cls", "mean", "cls_mean")
 VISUAL_HEADS = ("linear", "gated", "residual")
 TEXT_HEADS = ("adapter", "linear", "residual")
+# Fields of text models that project their last states to another width (OPT, EmbeddingGemma 2).
+OUTPUT_WIDTHS = ("word_embed_proj_dim", "embedding_dim")
 POOLING_MODES = ("mean", "weighted_mean", "last_token", "eos_token", "bos_token")
 
 
@@ -43,6 +45,12 @@ def disable_sliding_window(holder: Any) -> None:
         window = vars(holder).get(name)
         if isinstance(window, int) and window > 0:
             setattr(holder, name, WHOLE_CAPTION)
+
+
+def output_width(config: Any) -> int:
+    """Return the width of the last hidden states that a text model returns."""
+    projected = (getattr(config, name, None) for name in OUTPUT_WIDTHS)
+    return next((width for width in projected if width is not None), config.hidden_size)
 
 
 def _as_config(config: PretrainedConfig | dict[str, Any] | None, default_type: str | None = None) -> Any:
@@ -230,7 +238,7 @@ class LLM2CLIPTextConfig(_AbsoluteNames, PretrainedConfig):
     @property
     def hidden_size(self) -> int:
         """Width of a caption embedding."""
-        width = self.dense[-1]["out_features"] if self.dense else self.decoder_config.hidden_size
+        width = self.dense[-1]["out_features"] if self.dense else output_width(self.decoder_config)
         return width + (0 if self.second_config is None else self.second_config.hidden_size)
 
     def halves(self) -> list[LLM2CLIPTextConfig]:

@@ -1,4 +1,7 @@
-"""The identity of a text tower: a hash of everything that its caption embeddings depend on, except the tokenizer.
+"""The identity of a text tower: a hash of its weights, prompt and pooling.
+
+The settings of the decoder are compared one by one (`changed_settings`), and another one is a warning: releases of
+transformers change the defaults of settings, and add some.
 
 The identity is that of the merged weights, so PEFT adapters are merged here, with a result that does not depend on the
 device or the number of threads: products are computed in float64 and rounded once to float32, then to the dtype of
@@ -25,7 +28,7 @@ from .compatibility_llm2clip import with_version_4_rope
 from .configuration_llm2clip import WINDOW_FIELDS
 
 # The rule that a fingerprint was made by.
-RULE = "2-"
+RULE = "3-"
 FIELDS = (
     "pooling", "prompt_prefix", "prompt_suffix", "num_prefix_tokens", "max_text_length", "bidirectional",
 )  # fmt: skip
@@ -58,7 +61,7 @@ SAVED = re.compile(r"\.modules_to_save\.[^.]+\.")
 
 
 def text_fingerprint(config: PretrainedConfig, weights: Iterable[tuple[str, Tensor]]) -> str | None:
-    """Hash the weights, prompt, pooling and decoder settings of a text tower.
+    """Hash the weights, prompt and pooling of a text tower.
 
     Weights are rounded to bfloat16, so that a tower in float32 and its copy in bfloat16 have the same fingerprint. The
     order of the weights and their distribution over files do not matter.
@@ -68,7 +71,7 @@ def text_fingerprint(config: PretrainedConfig, weights: Iterable[tuple[str, Tens
         weights: All weights with their names in the tower, without an adapter.
 
     Returns:
-        `2-` and 32 hexadecimal digits, or `None` if a weight cannot be read because it is quantised or offloaded.
+        `3-` and 32 hexadecimal digits, or `None` if a weight cannot be read because it is quantised or offloaded.
     """
     digests = {}
     for name, weight in weights:
@@ -82,11 +85,10 @@ def text_fingerprint(config: PretrainedConfig, weights: Iterable[tuple[str, Tens
 
 
 def _of_digests(config: Any, digests: Mapping[str, str]) -> str:
-    bidirectional = getattr(config, "bidirectional", True)
     set_fields = {name: getattr(config, name) for name in OPTIONAL_FIELDS if getattr(config, name)}
     content = {
         "tower": {name: getattr(config, name) for name in FIELDS} | set_fields,
-        "decoder": decoder_identity(config.decoder_config, bidirectional),
+        "decoder": config.decoder_config.model_type,
         "weights": {name.removeprefix("decoder."): value for name, value in digests.items()},
     }
     return RULE + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
@@ -148,19 +150,40 @@ def _factors(device: torch.device) -> Tensor:
     return number | 1
 
 
-def decoder_identity(config: PretrainedConfig, bidirectional: bool | None = True) -> dict[str, Any]:
+def decoder_settings(config: PretrainedConfig, bidirectional: bool | None = True) -> dict[str, Any]:
     """Select the settings of a decoder that change its states, in a form that versions of transformers agree on.
-
-    Settings at the default of their class are left out, because a later version may add settings.
 
     Args:
         bidirectional: Whether every token attends to the whole caption: windows are lifted then.
     """
-    fields = _canonical(config.to_dict(), bidirectional)
-    default = {} if getattr(config, "has_no_defaults_at_init", False) else type(config)().to_dict()
-    usual = _canonical(default, bidirectional)
+    return _canonical(config.to_dict(), bidirectional)
+
+
+def changed_settings(
+    recorded: Mapping[str, Any], config: PretrainedConfig, bidirectional: bool | None = True
+) -> list[str]:
+    """Compare a decoder with its [`decoder_settings`] of earlier, maybe by another version of transformers.
+
+    Returns:
+        For each setting that differs, its name and both values. One that is new counts unless it is at its default.
+    """
+    now, usual = decoder_settings(config, bidirectional), _defaults(config, bidirectional)
+    added = {name for name, value in now.items() if name not in recorded and usual.get(name) == value}
+    names = [name for name in {**recorded, **now} if name not in added and recorded.get(name) != now.get(name)]
+    return [f"{name} {now.get(name)} instead of {recorded.get(name)}" for name in names]
+
+
+def decoder_identity(config: PretrainedConfig, bidirectional: bool | None = True) -> dict[str, Any]:
+    """Return the [`decoder_settings`] that are not at the default of their class."""
+    usual = _defaults(config, bidirectional)
+    fields = decoder_settings(config, bidirectional)
     kept = {name: value for name, value in fields.items() if name not in usual or usual[name] != value}
     return {"model_type": config.model_type, **kept}
+
+
+def _defaults(config: PretrainedConfig, bidirectional: bool | None) -> dict[str, Any]:
+    default = {} if getattr(config, "has_no_defaults_at_init", False) else type(config)().to_dict()
+    return _canonical(default, bidirectional)
 
 
 def _canonical(fields: dict[str, Any], bidirectional: bool | None) -> dict[str, Any]:

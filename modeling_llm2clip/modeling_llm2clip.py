@@ -357,7 +357,7 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         precision: Precision = "float32",
         encoder: Literal["llm", "query", "first", "second"] = "llm",
     ) -> Tensor:
-        """Embed captions of any length.
+        """Embed captions of any length, in evaluation mode.
 
         Args:
             processor: This model's processor, or its tokenizer; by default it is loaded from where the model was.
@@ -396,6 +396,7 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
             tokenize_captions(texts, tokenizer, text_config, instruction),
             tokenizer,
             lambda batch: unit_features(forward(**batch)),
+            model=self,
             device=execution_device(self if self.text_model is None else self.text_model),
             width=self.config.projection_dim,
             batch_size=batch_size,
@@ -418,7 +419,7 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         truncate_dim: int | None = None,
         precision: Precision = "float32",
     ) -> Tensor:
-        """Embed images.
+        """Embed images, in evaluation mode.
 
         Args:
             images: Images of any kind that [`decode_image`] reads (PIL images, paths, URLs, bytes), arrays or tensors,

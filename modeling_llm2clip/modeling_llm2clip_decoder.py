@@ -10,11 +10,14 @@ import inspect
 import json
 from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
@@ -31,11 +34,16 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
 )
-from transformers.utils.hub import cached_file
 
 from .compatibility_llm2clip import IS_CAUSAL_COUNTS
 from .configuration_llm2clip import WINDOW_FIELDS
 from .modeling_llm2clip_utils import hub_arguments, load_complete
+
+try:
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+except ImportError:  # before version 2
+    get_cached_repo_tree = None  # type: ignore[assignment]
 
 # Attention implementations for sequences without padding, which need the lengths of the captions.
 VARIABLE_LENGTHS = ("flash_attention_2", "flash_attention_3")
@@ -159,14 +167,49 @@ def embedding_modules(name: str, **hub: Any) -> list[dict[str, Any]]:
 
 
 def find_file(name: str, file: str, **hub: Any) -> str | None:
-    """Return the path of a file of a repository or folder, downloaded if necessary; None if there is none."""
-    absent = ("missing_entries", "connection_errors", "gated_repo")
-    quiet: dict[str, Any] = {f"_raise_exceptions_for_{what}": False for what in absent}
-    return cached_file(name, file, **quiet, **hub)
+    """Return the path of a file of a repository or folder, downloaded if necessary; None if there is none.
+
+    Raises:
+        OSError: The Hub cannot be asked whether there is one, and its cache does not know; or there is no repository.
+    """
+    path = "/".join(filter(None, (hub.pop("subfolder", None), file)))
+    if Path(name).is_dir():
+        return str(Path(name, path)) if Path(name, path).is_file() else None
+    try:
+        return hf_hub_download(name, path, **hub)
+    except LocalEntryNotFoundError as error:
+        place = {key: hub.get(key) for key in ("cache_dir", "revision")}
+        if _is_known_to_lack(name, path, **place):
+            return None
+        revision = "" if place["revision"] is None else f" --revision {place['revision']}"
+        raise OSError(
+            f"the Hub cannot be asked whether {name} has {path} (offline, or no connection), and the cache does not "
+            f"have it. Go online once, or download all of it where there is a network: hf download {name}{revision}"
+        ) from error
+    except EntryNotFoundError:
+        return None
+    except HFValidationError as error:
+        raise OSError(f"{name} is neither a folder here nor the id of a repository on the Hub: {error}") from error
+
+
+def _is_known_to_lack(name: str, path: str, **place: Any) -> bool:
+    """Whether the cache says that a repository has no such file: it was asked before, or is here as a whole."""
+    if try_to_load_from_cache(name, path, **place) is _CACHED_NO_EXIST:
+        return True
+    if get_cached_repo_tree is not None:  # the list of files that such a download keeps
+        with suppress(CachedRepoTreeNotFoundError):
+            return path not in {entry.path for entry in get_cached_repo_tree(name, **place)}
+    # Of an earlier version: a file of every repository, which only such a download brings.
+    return isinstance(try_to_load_from_cache(name, ".gitattributes", **place), str)
 
 
 def read_json_file(name: str, file: str, **hub: Any) -> Any:
-    """Read a JSON file of a repository or folder; None if there is none, ValueError if it is damaged."""
+    """Read a JSON file of a repository or folder; None if there is none.
+
+    Raises:
+        ValueError: It is damaged.
+        OSError: See [`find_file`].
+    """
     path = find_file(name, file, **hub)
     try:
         return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))

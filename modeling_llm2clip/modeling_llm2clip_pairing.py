@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .configuration_llm2clip import LLM2CLIPTextConfig
+from .identity_llm2clip import changed_settings, decoder_settings
 from .modeling_llm2clip_utils import HUB_ARGUMENTS, absolute_path
 
 logger = logging.get_logger(__name__)
@@ -89,9 +90,17 @@ def match_text_model(config: Any, text_model: Any, source: str | None) -> None:
             )
         raise ValueError(
             f"the adapter was trained with {known} (fingerprint {expected}), but {source} has fingerprint "
-            f"{actual}: other weights, prompt or pooling, or other settings of the decoder. Load the LLM that "
-            f"belongs to this checkpoint, or train an adapter for this one (stage 2).{exact}"
+            f"{actual}: other weights, prompt or pooling. Load the LLM that belongs to this checkpoint, or train an "
+            f"adapter for this one (stage 2).{exact}"
         )
+    if expected is not None:
+        for ours, theirs in zip(config.text_config.halves(), text_model.config.halves(), strict=True):
+            trained_with = decoder_settings(ours.decoder_config, theirs.bidirectional)
+            if changed := changed_settings(trained_with, theirs.decoder_config, theirs.bidirectional):
+                logger.warning(
+                    f"{source} has the weights that the adapter was trained with, but other settings: "
+                    f"{', '.join(changed)}."
+                )
 
 
 def weights_to_save(

@@ -24,7 +24,13 @@ from transformers.utils import find_adapter_config_file
 
 # transformers 4.57 takes from a local folder only the modules that this one itself names.
 from .compatibility_llm2clip import IS_CAUSAL_COUNTS, AttentionBackends
-from .configuration_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig, disable_sliding_window, refuse_unknown
+from .configuration_llm2clip import (
+    LLM2CLIPConfig,
+    LLM2CLIPTextConfig,
+    disable_sliding_window,
+    output_width,
+    refuse_unknown,
+)
 from .identity_llm2clip import is_readable, merge_layers, merged_weights, pair_fingerprint, text_fingerprint
 from .image_decoding_llm2clip import decode_image  # noqa: F401
 from .modeling_llm2clip_decoder import (
@@ -94,7 +100,7 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
             avoid_sdpa_without_softcap(config.decoder_config)
             auto, options = text_model_class(config.decoder_config)
             self.decoder = auto.from_config(config.decoder_config, **options)
-        self.dense = DenseLayers(config.decoder_config.hidden_size, config.dense)
+        self.dense = DenseLayers(output_width(config.decoder_config), config.dense)
         self.second: Any = None
         if second is None and config.second_config is not None:
             # Not one of the `sub_configs`, of which transformers 4.57 expects that none is None.
@@ -353,7 +359,7 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         self.decoder.set_input_embeddings(value)
 
     def fingerprint(self, state_dict: Mapping[str, Tensor] | None = None) -> str | None:
-        """Hash the weights, prompt, pooling and decoder settings; see [`text_fingerprint`].
+        """Hash the weights, prompt and pooling; see [`text_fingerprint`].
 
         The weights are those after [`merge_adapter`], in float32 or bfloat16.
 
@@ -438,6 +444,11 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         options = {"position_ids": positions + self._first_position, "use_cache": False}
         output = self.decoder(**inputs, **{name: options[name] for name in self._arguments}, **kwargs)
         states = output.last_hidden_state
+        if states.shape[-1] != (width := output_width(self.config.decoder_config)):
+            raise ValueError(
+                f"{self.config.decoder_config.model_type} returns states of width {states.shape[-1]}, but its config "
+                f"has the width {width}: it cannot be a text tower."
+            )
         if packed is not None:
             states = packed.unpack(states)
         masks = attention_mask.to(states.device), pooling_mask.to(states.device)
@@ -480,7 +491,7 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         show_progress_bar: bool = False,
         instruction: str | None = None,
     ) -> Tensor:
-        """Embed captions of any length.
+        """Embed captions of any length, in evaluation mode.
 
         Args:
             tokenizer: The tokenizer that was saved with this model.
@@ -495,6 +506,7 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
             tokenize_captions(texts, tokenizer, self.config, instruction),
             tokenizer,
             lambda batch: self(**batch).pooler_output,
+            model=self,
             device=execution_device(self),
             width=self.config.hidden_size,
             batch_size=batch_size,

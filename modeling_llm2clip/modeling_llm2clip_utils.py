@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -210,11 +211,25 @@ def keep_freed_memory() -> None:
     torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode; after that each of its modules is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def encode_tokens(
     tokens: CaptionTokens,
     tokenizer: PreTrainedTokenizerBase,
     encode: Callable[[Any], Tensor],
     *,
+    model: nn.Module,
     device: torch.device,
     width: int,
     batch_size: int | None = None,
@@ -226,6 +241,7 @@ def encode_tokens(
     Args:
         tokens: From [`tokenize_captions`].
         encode: Maps a batch on the device to `(batch, width)`.
+        model: What `encode` calls; it is in evaluation mode meanwhile.
         device: Device of the model; it determines the size of the batches.
         batch_size: Largest number of captions in a batch; None for as many as their tokens allow.
         finite: Check the result; see [`require_finite`].
@@ -247,7 +263,7 @@ def encode_tokens(
         inputs = tokenizer.pad({"input_ids": [list(distinct[row]) for row in batch]}, return_tensors="pt")
         if starts is not None:
             inputs["pooling_mask"] = pooling_mask(inputs["attention_mask"], [starts[row] for row in batch])
-        with torch.inference_mode():
+        with evaluating(model), torch.inference_mode():
             result[batch] = encode(inputs.to(device)).float().cpu()
     result = result if len(distinct) == len(rows) else result[rows]
     return require_finite(result, "captions") if finite else result
@@ -316,6 +332,7 @@ def encode_pixels(model: Any, batches: Iterable[Tensor | Mapping[str, Tensor]]) 
     """Embed batches of images with an LLM2CLIP model or its vision half.
 
     Args:
+        model: It is in evaluation mode while it computes.
         batches: Pixel values `(batch, channels, height, width)`, or the complete output of an image processor.
 
     Yields:
@@ -325,6 +342,6 @@ def encode_pixels(model: Any, batches: Iterable[Tensor | Mapping[str, Tensor]]) 
     for batch in batches:
         inputs: Any = {"pixel_values": batch} if isinstance(batch, Tensor) else batch
         inputs = BatchFeature(inputs).to(device, model.dtype)
-        with torch.inference_mode():
+        with evaluating(model), torch.inference_mode():
             rows = unit_features(model.get_image_features(**inputs)).cpu()
         yield rows

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
-from transformers.utils import logging
 
 from .compatibility_llm2clip import ProcessorParts, make_readable_by_version_4
 from .image_decoding_llm2clip import decode_images, is_list, refuse_picture, require_file, with_pillow
-from .tokenization_llm2clip import clean_captions, count_cut_captions
-
-logger = logging.get_logger(__name__)
+from .tokenization_llm2clip import CuttingTokenizer, clean_captions
 
 
 class LLM2CLIPProcessor(ProcessorParts, ProcessorMixin):
@@ -59,12 +57,7 @@ class LLM2CLIPProcessor(ProcessorParts, ProcessorMixin):
             raise ValueError("the list of captions is empty.")
         options = {"padding": True, "truncation": True, **kwargs.get("text_kwargs", kwargs)}
         kwargs = {**kwargs, "text_kwargs": options} if "text_kwargs" in kwargs else options
-        features = super().__call__(images=images, text=texts if several else texts[0], **kwargs)
-        if options["truncation"] in (False, None, "do_not_truncate"):
-            return features
-        rows = features["input_ids"]
-        lengths = [len(rows)] if isinstance(rows[0], int) else [len(row) for row in rows]
-        limit = options.get("max_length") or self.tokenizer.model_max_length
-        if count := count_cut_captions(self.tokenizer, texts, lengths, limit):
-            logger.warning(f"{count} of {len(texts)} captions were cut at {limit} tokens.")
-        return features
+        # Whose tokenizer is not changed, since other threads use it too.
+        once = copy.copy(self)
+        once.tokenizer = CuttingTokenizer(self.tokenizer)
+        return super(LLM2CLIPProcessor, once).__call__(images=images, text=texts if several else texts[0], **kwargs)

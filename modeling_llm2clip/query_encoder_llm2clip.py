@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
+from .configuration_llm2clip import output_width
 from .identity_llm2clip import RULE, digest_weight
 from .modeling_llm2clip_decoder import find_file, padded_mask, read_json_file, text_model_class
 from .modeling_llm2clip_utils import encode_tokens, execution_device, pool
-from .tokenization_llm2clip import CaptionTokens, clean_captions
+from .tokenization_llm2clip import CaptionTokens, clean_captions, tokenize_and_cut
 
 # In the folder of a model.
 FOLDER = "query_encoder"
@@ -59,7 +60,7 @@ class QueryEncoder(nn.Module):
         self.config = config
         if getattr(backbone, "pooler", None) is not None:
             self.backbone.pooler.requires_grad_(False)
-        self.dense = nn.Linear(config.hidden_size, width, bias=False)
+        self.dense = nn.Linear(output_width(config), width, bias=False)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Embed texts, given their tokens `(texts, tokens)`: unit rows, float32 `(texts, width)`."""
@@ -80,7 +81,7 @@ class QueryEncoder(nn.Module):
     def tokenize(self, texts: Sequence[str], truncation: bool = True) -> list[list[int]]:
         """Return the tokens of each text; a text without any has the padding token."""
         options: dict[str, Any] = {"truncation": truncation, "add_special_tokens": not self.is_static}
-        ids = self.tokenizer(list(texts), **options, verbose=False)["input_ids"] if texts else []
+        ids = tokenize_and_cut(self.tokenizer, texts, **options)[0]["input_ids"] if texts else []
         return [row or [self.tokenizer.pad_token_id] for row in ids]
 
     def encode(
@@ -99,6 +100,7 @@ class QueryEncoder(nn.Module):
             CaptionTokens(self.tokenize(texts), None, 0),
             self.tokenizer,
             lambda batch: self(batch["input_ids"], batch["attention_mask"]),
+            model=self,
             device=execution_device(self),
             width=self.width,
             batch_size=batch_size,

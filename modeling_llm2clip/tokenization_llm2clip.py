@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -26,11 +27,13 @@ SETTINGS = (
     *("bos_token", "eos_token", "unk_token", "pad_token", "padding_side", "truncation_side", "model_max_length"),
     *("model_input_names", "clean_up_tokenization_spaces", "split_special_tokens"),
 )
-# Arguments of a tokenizer that would change the tokens, or that need those of one tokenizer.
-NOT_OF_A_PAIR = (
-    *("text_pair", "text_target", "stride", "is_split_into_words", "pad_to_multiple_of"),
-    *("return_overflowing_tokens", "return_offsets_mapping", "return_special_tokens_mask"),
+# Arguments of a tokenizer that would change the tokens, or that its own truncation and padding have to follow.
+NOT_OF_A_CAPTION = (
+    *("text_pair", "text_target", "stride", "is_split_into_words"),
+    *("return_overflowing_tokens", "return_offsets_mapping", "return_length"),
 )
+# And those that need the tokens of one tokenizer.
+NOT_OF_A_PAIR = (*NOT_OF_A_CAPTION, "return_special_tokens_mask")
 # Half a character, which no encoding has: of bytes that were not UTF-8, or of a pair that was cut.
 SURROGATE = re.compile("[\\ud800-\\udfff]")
 
@@ -50,22 +53,102 @@ def clean_captions(texts: Sequence[Any]) -> list[str]:
     return [text.strip() for text in texts]
 
 
-def count_cut_captions(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], lengths: Sequence[int], limit: int | None = None
-) -> int:
-    """Count truncated captions, given the lengths after truncation at `limit` (by default the tokenizer's)."""
-    if isinstance(parts := getattr(tokenizer, "parts", None), list):  # of two text encoders
-        cut = [[len(ids) > part.model_max_length for ids in _tokens(part, texts)] for part in parts]
-        return sum(map(max, zip(*cut, strict=True)))
-    limit = limit or tokenizer.model_max_length
-    suspects = [text for text, length in zip(texts, lengths, strict=True) if length >= limit]
-    if not suspects:
-        return 0
-    return sum(len(ids) > limit for ids in _tokens(tokenizer, suspects))
+def tokenize_and_cut(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    max_length: int | None = None,
+    truncation: bool = True,
+    **options: Any,
+) -> tuple[dict[str, list[list[int]]], list[bool]]:
+    """Tokenize texts, and cut each that is too long at its own end, as truncation does; the prompt stays whole.
+
+    A fast tokenizer keeps the truncation and padding of a call until the next one, which may be that of another
+    thread. Here it has neither, so that threads can share it.
+
+    Args:
+        max_length: Largest number of tokens, with the prompt; by default the tokenizer's own, which that of two text
+            encoders has for each, and which `max_length` does not exceed then.
+        truncation: False cuts nothing.
+        options: Other arguments of the tokenizer, without those of padding.
+
+    Returns:
+        What the tokenizer returns, each a list of rows of any length, and whether each text was cut.
+
+    Raises:
+        ValueError: `max_length` leaves no room for a text.
+    """
+    if isinstance(parts := getattr(tokenizer, "parts", None), list):
+        limits = [min(part.model_max_length, max_length or part.model_max_length) for part in parts]
+        halves = [
+            tokenize_and_cut(part, texts, limit, truncation, **options)
+            for part, limit in zip(parts, limits, strict=True)
+        ]
+        (first, second), flags = ([half[number] for half in halves] for number in range(2))
+        pairs = zip(first["input_ids"], second["input_ids"], strict=True)
+        rows = [[*row, *(token + SECOND for token in other)] for row, other in pairs]
+        masks = [[1] * len(row) for row in rows]
+        return {"input_ids": rows, "attention_mask": masks}, [*map(any, zip(*flags, strict=True))]
+    limit = (max_length or tokenizer.model_max_length) if truncation else math.inf
+    wants_mask = options.pop("return_special_tokens_mask", False)
+    encoded = dict(tokenizer(list(texts), return_special_tokens_mask=True, **{**options, "verbose": False}))
+    masks = encoded["special_tokens_mask"] if wants_mask else encoded.pop("special_tokens_mask")
+    is_cut = [len(mask) > limit for mask in masks]
+    for row in [row for row, cut in enumerate(is_cut) if cut]:
+        own = [place for place, is_prompt in enumerate(masks[row]) if not is_prompt]
+        excess = len(masks[row]) - int(limit)
+        if excess >= len(own):
+            used = len(masks[row]) - len(own)
+            raise ValueError(f"max_length {limit} leaves no room for a caption beside the prompt's {used} tokens.")
+        start = own[0] if tokenizer.truncation_side == "left" else own[-1] + 1 - excess
+        for values in encoded.values():
+            values[row] = values[row][:start] + values[row][start + excess :]
+    return encoded, is_cut
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options: Any) -> list[list[int]]:
-    return tokenizer(list(texts), truncation=False, verbose=False, **options)["input_ids"]
+class CuttingTokenizer:
+    """A tokenizer as a processor calls it, which truncates and pads without a change to the tokenizer in it."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(
+        self,
+        text: str | list[str],
+        *,
+        padding: Any = False,
+        truncation: Any = None,
+        max_length: int | None = None,
+        return_tensors: Any = None,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        **options: Any,
+    ) -> BatchEncoding:
+        tokenizer = self._tokenizer
+        is_pair = isinstance(getattr(tokenizer, "parts", None), list)
+        if refused := [name for name in (NOT_OF_A_PAIR if is_pair else NOT_OF_A_CAPTION) if options.get(name)]:
+            kind = "the tokenizer of two text encoders" if is_pair else "a processor of captions"
+            raise ValueError(f"{kind} does not take {', '.join(refused)}.")
+        texts = [text] if isinstance(text, str) else list(text)
+        truncates = truncation not in (False, None, "do_not_truncate")
+        encoded, is_cut = tokenize_and_cut(tokenizer, texts, max_length, truncates, **options)
+        if any(is_cut):
+            limit = max_length or tokenizer.model_max_length
+            logger.warning(f"{sum(is_cut)} of {len(texts)} captions were cut at {limit} tokens.")
+        if padding not in (False, None, "do_not_pad"):
+            encoded = tokenizer.pad(
+                encoded,
+                padding=padding,
+                max_length=max_length if padding == "max_length" else None,
+                pad_to_multiple_of=pad_to_multiple_of,
+                padding_side=padding_side,
+                return_attention_mask=options.get("return_attention_mask"),
+            )
+        if isinstance(text, str) and return_tensors is None:
+            encoded = {name: values[0] for name, values in encoded.items()}
+        return BatchEncoding(dict(encoded), tensor_type=return_tensors)
 
 
 class CaptionTokens(NamedTuple):
@@ -146,14 +229,16 @@ def tokenize_with_instructions(
     limit = max_length or tokenizer.model_max_length
     leads = [f"{text} " if text and not text[-1].isspace() else text or "" for text in instructions]
     if not any(leads):
-        ids = tokenizer(list(captions), truncation=True, max_length=limit)["input_ids"]
-        return CaptionTokens(ids, None, count_cut_captions(tokenizer, captions, [len(row) for row in ids], limit))
+        encoded, is_cut = tokenize_and_cut(tokenizer, captions, max_length)
+        return CaptionTokens(encoded["input_ids"], None, sum(is_cut))
     prompt = list(tokenizer("")["input_ids"])
     before, after = prompt[:num_prefix_tokens], prompt[num_prefix_tokens:]
     room = limit - len(prompt)
     texts = [lead + caption for lead, caption in zip(leads, captions, strict=True)]
-    whole = _tokens(tokenizer, texts, add_special_tokens=False)
-    alone = _tokens(tokenizer_without_lead(tokenizer) or tokenizer, captions, add_special_tokens=False)
+    whole, alone = (
+        tokenize_and_cut(reader, read, truncation=False, add_special_tokens=False)[0]["input_ids"]
+        for reader, read in ((tokenizer, texts), (tokenizer_without_lead(tokenizer) or tokenizer, captions))
+    )
     starts = [max(0, len(before) + len(text) - len(caption)) for text, caption in zip(whole, alone, strict=True)]
     for lead, start in zip(leads, starts, strict=True):
         if start >= len(before) + room:
@@ -176,11 +261,12 @@ def tokenizer_without_lead(tokenizer: PreTrainedTokenizerBase) -> PreTrainedToke
     if tokenizer not in _WITHOUT_LEAD:
         normalizer = tokenizer.backend_tokenizer.normalizer if tokenizer.is_fast else None
         steps = json.loads(normalizer.__getstate__()).get("normalizers", []) if normalizer is not None else []
-        _WITHOUT_LEAD[tokenizer] = None
+        copied = None
         if any(step["type"] == "Prepend" and step["prepend"].isspace() for step in steps):
             copied = copy.deepcopy(tokenizer)
             copied.backend_tokenizer.normalizer = without_prepend(normalizer, only_white_space=True)
-            _WITHOUT_LEAD[tokenizer] = copied
+        # Whole, since other threads find it as soon as it is there.
+        _WITHOUT_LEAD[tokenizer] = copied
     return _WITHOUT_LEAD[tokenizer]
 
 
@@ -220,6 +306,7 @@ class LLM2CLIPPairTokenizer(PreTrainedTokenizerFast):
     vocab_files_names = {**PreTrainedTokenizerFast.vocab_files_names, "second_tokenizer_file": SECOND_FILE}
 
     # Without an `__init__`, since transformers 5 would make the first one anew for a class that has one.
+    _first: PreTrainedTokenizerFast | None = None
     _second: PreTrainedTokenizerFast | None = None
 
     @property
@@ -250,41 +337,14 @@ class LLM2CLIPPairTokenizer(PreTrainedTokenizerFast):
     @property
     def parts(self) -> list[PreTrainedTokenizerFast]:
         """The tokenizers of both encoders."""
-        first = PreTrainedTokenizerFast(tokenizer_object=copy.deepcopy(self.backend_tokenizer), **_settings(self))
-        return [first, self.second]
+        if self._first is None:
+            backend = copy.deepcopy(self.backend_tokenizer)
+            self._first = PreTrainedTokenizerFast(tokenizer_object=backend, **_settings(self))
+        return [self._first, self.second]
 
-    def __call__(
-        self,
-        text: Any = None,
-        *,
-        padding: Any = False,
-        truncation: Any = None,
-        max_length: int | None = None,
-        return_tensors: Any = None,
-        add_special_tokens: bool = True,
-        verbose: bool = True,
-        **kwargs: Any,
-    ) -> BatchEncoding:
+    def __call__(self, text: Any = None, **options: Any) -> BatchEncoding:
         """Tokenize a caption, or a list of them; `max_length` holds for each of both tokenizers."""
-        if refused := [name for name in NOT_OF_A_PAIR if kwargs.get(name)]:
-            raise ValueError(f"the tokenizer of two text encoders does not take {', '.join(refused)}.")
-        texts = [text] if isinstance(text, str) else list(text)
-        rows: list[list[int]] = [[] for _ in texts]
-        for offset, limit, tokenize in (
-            (0, self.model_max_length, super().__call__),
-            (SECOND, self.second.model_max_length, self.second),
-        ):
-            options: dict[str, Any] = {"add_special_tokens": add_special_tokens, "verbose": verbose}
-            if truncation:
-                options |= {"truncation": True, "max_length": min(limit, max_length or limit)}
-            for row, ids in zip(rows, tokenize(texts, **options)["input_ids"], strict=True):
-                row += [token + offset for token in ids]
-        encoded = {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
-        if isinstance(text, str) and return_tensors is None and not padding:
-            return BatchEncoding({name: values[0] for name, values in encoded.items()})
-        if padding in (False, None, "do_not_pad"):
-            return BatchEncoding(encoded, tensor_type=return_tensors)
-        return self.pad(encoded, padding=padding, return_tensors=return_tensors)
+        return CuttingTokenizer(self)(text, **options)
 
     def _save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> tuple[str, ...]:
         files = super()._save_pretrained(save_directory, *args, **kwargs)

@@ -11,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoTokenizer,
     CLIPImageProcessor,
+    LlamaConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
     Siglip2ImageProcessor,
@@ -74,6 +75,17 @@ def plain_tokenizer() -> PreTrainedTokenizerFast:
 
 def decoder_config(model_type: str = "llama") -> Any:
     return AutoConfig.for_model(model_type, **{**DECODER, **DECODERS[model_type]})
+
+
+def next_release(monkeypatch: Any) -> None:
+    """Change a default of Llama, and add a setting, as a release of transformers does."""
+    made = LlamaConfig.__init__
+
+    def init(self: Any, *args: Any, rms_norm_eps: float = 1e-3, new_setting: float = 1.5, **fields: Any) -> None:
+        made(self, *args, rms_norm_eps=rms_norm_eps, **fields)
+        self.new_setting = new_setting
+
+    monkeypatch.setattr(LlamaConfig, "__init__", init)
 
 
 def text_config(model_type: str = "llama", **fields: Any) -> LLM2CLIPTextConfig:

@@ -10,7 +10,9 @@ import torch
 from transformers import AutoTokenizer
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection
+from modeling_llm2clip.modeling_llm2clip_utils import evaluating
 from tests.builders import tiny
+from tests.builders.students import save_student
 from tests.builders.tiny import CAPTIONS, IMAGES
 
 
@@ -64,6 +66,31 @@ def test_encode_returns_unit_vectors_in_input_order() -> None:
         torch.testing.assert_close(encode(inputs, processor, batch_size=1), rows, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(encode(inputs[1], processor), rows[1:2], atol=1e-5, rtol=1e-4)
         assert encode([], processor).shape == (0, 24)
+
+
+@pytest.mark.parametrize("door", ["encode_text", "encode_image", "tower", "query"])
+def test_encoding_is_that_of_evaluation_and_keeps_every_mode(door: str, tmp_path: Path) -> None:
+    vision = tiny.vision_config(drop_path_rate=0.5, patch_dropout=0.5)
+    model, processor = tiny.joint_model(vision=vision, feature_dropout=0.5), tiny.processor()
+    model.text_model.decoder.layers[0].mlp.act_fn = torch.nn.Dropout()
+    owner: Any = {"tower": model.text_model, "query": save_student(tmp_path)}.get(door, model)
+
+    def encode() -> torch.Tensor:
+        if door == "encode_image":
+            return model.encode_image(IMAGES, processor)
+        if door == "encode_text":
+            return model.encode_text(CAPTIONS, processor)
+        return owner.encode(CAPTIONS, *([processor.tokenizer] if door == "tower" else []))
+
+    expected = encode()
+    for number, module in enumerate(owner.modules()):
+        module.training = number % 3 != 1  # as frozen parts of a training run
+    modes = [module.training for module in owner.modules()]
+    assert encode().equal(expected)
+    assert [module.training for module in owner.modules()] == modes
+    with pytest.raises(KeyError), evaluating(owner):
+        raise KeyError
+    assert [module.training for module in owner.modules()] == modes
 
 
 def test_a_loaded_model_encodes_without_a_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel
+from transformers.utils import logging
 
 from modeling_llm2clip import (
     LLM2CLIPModel,
@@ -74,6 +76,40 @@ def test_error_for_a_wrong_llm_names_both_llms(tmp_path: Path) -> None:
         model.set_text_model(wide)
     with pytest.raises(TypeError, match="LlamaModel is not a text tower"):
         model.set_text_model(other.decoder)
+
+
+@pytest.fixture
+def warnings(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    monkeypatch.setattr(logging.get_logger("modeling_llm2clip"), "propagate", True)
+    return caplog
+
+
+def test_a_release_that_changes_a_default_loads_what_was_saved_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: pytest.LogCaptureFixture
+) -> None:
+    model, processor = tiny.save_apart(tmp_path), tiny.processor()
+    tiny.next_release(monkeypatch)
+    loaded = LLM2CLIPModel.from_pretrained(tmp_path / "clip")
+    assert loaded.text_model.config.decoder_config.new_setting == 1.5
+    rows = [each.encode_text(tiny.CAPTIONS, processor) for each in (model, loaded)]
+    torch.testing.assert_close(*rows)
+    assert "other settings" not in warnings.text
+    with torch.no_grad():
+        loaded.text_model.decoder.norm.weight[3] += 1
+    with pytest.raises(ValueError, match="other weights, prompt or pooling"):
+        loaded.set_text_model(loaded.text_model)
+
+
+def test_a_config_that_was_edited_by_hand_is_a_warning(tmp_path: Path, warnings: pytest.LogCaptureFixture) -> None:
+    tiny.save_apart(tmp_path)
+    path = tmp_path / "llm" / "config.json"
+    fields = json.loads(path.read_text())
+    fields["decoder_config"] |= {"rms_norm_eps": 0.5, "hidden_act": "gelu"}
+    path.write_text(json.dumps(fields))
+    loaded = LLM2CLIPModel.from_pretrained(tmp_path / "clip")
+    assert loaded.config.text_config.decoder_config.rms_norm_eps == 0.5
+    expected = "the weights that the adapter was trained with, but other settings"
+    assert f"{expected}: hidden_act gelu instead of silu, rms_norm_eps 0.5 instead of 1e-06" in warnings.text
 
 
 def test_incomplete_checkpoints_are_rejected(tmp_path: Path) -> None:

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llm2clip.encoders import embed_captions
-from modeling_llm2clip import with_prompt
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, with_prompt
 from modeling_llm2clip.modeling_llm2clip_utils import CPU_BATCH_TOKENS
+from modeling_llm2clip.query_encoder_llm2clip import QueryEncoder
 from tests.builders import tiny
 from tests.golden import load_golden
 from tests.modeling_llm2clip.llm2vec import FIXTURES, load_text_model
@@ -44,6 +47,43 @@ def test_pooling_equals_llm2vec(name: str, pooling: str, tmp_path: Path) -> None
         with torch.no_grad():
             pooled = model(inputs["input_ids"], inputs["attention_mask"], pooling_mask).pooler_output
         golden.close(pooled, key)
+
+
+PROJECTED = {
+    "embedding_gemma2_text": {
+        "embedding_dim": 24, "global_head_dim": 8, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "opt": {"word_embed_proj_dim": 24, "ffn_dim": 48},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", list(PROJECTED))
+def test_the_width_of_an_embedding_is_what_the_text_model_returns(model_type: str, tmp_path: Path) -> None:
+    """Their last layer projects the states of width 32 to 24."""
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip("this version of transformers does not have it")
+    decoder = AutoModel.from_config(AutoConfig.for_model(model_type, **{**tiny.DECODER, **PROJECTED[model_type]}))
+    tower, processor = LLM2CLIPTextModel.from_decoder(decoder.eval(), bidirectional=None), tiny.processor()
+    tower.config.verified_attention = ["mask"]
+    assert tower.encode(CAPTIONS, processor.tokenizer).shape == (3, tower.config.hidden_size) == (3, 24)
+    vision = tiny.joint_model().vision_model
+    model = LLM2CLIPModel.from_vision_text_pretrained(vision, tower, projection_dim=16).eval()
+    model.save_pretrained(tmp_path)
+    loaded = LLM2CLIPModel.from_pretrained(tmp_path)
+    rows = [each.encode_text(CAPTIONS, processor) for each in (model, loaded)]
+    torch.testing.assert_close(*rows)
+    student = QueryEncoder(decoder, processor.tokenizer, 8)
+    assert student.encode(CAPTIONS).shape == (3, 8)
+
+
+def test_a_text_model_of_unknown_width_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modeling_llm2clip.configuration_llm2clip.OUTPUT_WIDTHS", ())
+    config = AutoConfig.for_model("opt", **{**tiny.DECODER, **PROJECTED["opt"]})
+    tower = LLM2CLIPTextModel.from_decoder(AutoModel.from_config(config), bidirectional=None)
+    tower.config.verified_attention = ["mask"]
+    with pytest.raises(ValueError, match="opt returns states of width 24, but its config has the width 32"):
+        tower(torch.ones(1, 3, dtype=torch.long))
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +19,12 @@ from transformers.utils import logging
 from llm2clip.data import PairCollator
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.utils.towers import original_prompt
-from modeling_llm2clip import LLM2CLIPProcessor, with_prompt
+from modeling_llm2clip import LLM2CLIPPairTokenizer, LLM2CLIPProcessor, with_prompt
 from modeling_llm2clip.modeling_llm2clip_text import LLM2CLIPTextModel
+from modeling_llm2clip.tokenization_llm2clip import SECOND, tokenize_and_cut
 from tests.builders import tiny
+from tests.builders.embedding_models import sentence_pieces, word_pieces
+from tests.builders.students import save_student
 from tests.golden import FOLDER, Golden, load_golden
 from tests.modeling_llm2clip.llm2vec import FIXTURES, load_text_model
 
@@ -187,3 +195,69 @@ def test_stage_1_reads_the_texts_of_the_original_step() -> None:
         assert batch["attention_mask"].equal(golden[f"in/{side}/attention_mask"])
         assert batch["pooling_mask"].equal(golden[f"in/{side}/embed_mask"].long())
         assert batch["input_ids"][real].equal(golden[f"in/{side}/input_ids"][real])
+
+
+@pytest.mark.parametrize("scheme", ["bytes", "words", "pieces", "first", "always", "normalizer", "left", "two"])
+def test_a_cut_caption_has_the_tokens_of_truncation(scheme: str) -> None:
+    """Also where a normalizer puts a space before a text, and without a prompt."""
+    makers = {"bytes": tiny.plain_tokenizer, "words": word_pieces, "pieces": sentence_pieces}
+    plain = makers.get(scheme, lambda: sentencepiece(scheme))() if scheme not in ("left", "two") else word_pieces()
+    texts = [" ".join(CAPTIONS * count).strip() for count in (1, 2, 9)] + [*CAPTIONS, "e\u0301 " * 40, "x" * 90]
+    for prompt in (("", ""), ("query: ", ""), ("an image of ", "!")):
+        tokenizer, _ = with_prompt(plain, *prompt, max_length=40)
+        if scheme == "left":
+            tokenizer.truncation_side = "left"
+        first = tokenizer
+        if scheme == "two":
+            tokenizer = LLM2CLIPPairTokenizer.of(first, with_prompt(tiny.plain_tokenizer(), max_length=30)[0])
+        for limit in (None, 21):
+            ids, is_cut = tokenize_and_cut(tokenizer, texts, limit)
+            expected = first(texts, truncation=True, max_length=limit)["input_ids"]
+            whole = [len(row) > (limit or 40) for row in first(texts)["input_ids"]]
+            if scheme == "two":
+                second = tokenizer.second(texts, truncation=True, max_length=limit)["input_ids"]
+                whole = [
+                    a or len(b) > (limit or 30)
+                    for a, b in zip(whole, tokenizer.second(texts)["input_ids"], strict=True)
+                ]
+                expected = [[*a, *(token + SECOND for token in b)] for a, b in zip(expected, second, strict=True)]
+            assert any(whole)
+            assert (ids["input_ids"], is_cut) == (expected, whole)
+    with pytest.raises(ValueError, match="max_length 2 leaves no room for a caption"):
+        tokenize_and_cut(tokenizer, texts, 2)
+
+
+def in_threads(work: Callable[[int], Any], calls: int) -> list[Any]:
+    """The results of calls in eight threads that change places as often as possible."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            return list(pool.map(work, range(calls)))
+    finally:
+        sys.setswitchinterval(interval)
+
+
+@pytest.mark.parametrize("door", ["encode_text", "processor", "pair", "query"])
+def test_threads_can_share_a_tokenizer(door: str, tmp_path: Path) -> None:
+    """Short and over-long captions get what one thread gives them."""
+    long = "several boats are tied to a wooden pier while the sun sets behind them " * 8
+    inputs = [["a dog", "two cats"], [f"{long} x"], [long, "a bird"]]
+    processor = tiny.processor(of_pair=door == "pair")
+    if door == "query":
+        student = save_student(tmp_path / "student")
+        student.tokenizer.model_max_length = 20
+
+        def run(texts: list[str]) -> Any:
+            # As the server does, which counts the tokens of a request before it is embedded.
+            return student.tokenize(texts, truncation=len(texts) > 1)
+    elif door == "encode_text":
+        run = partial(tiny.joint_model().encode_text, processor=processor)
+    else:
+
+        def run(texts: list[str]) -> Any:
+            return processor(text=texts, return_tensors="pt")["input_ids"]
+
+    expected = [run(texts) for texts in inputs]
+    for call, result in enumerate(in_threads(lambda call: run(inputs[call % 3]), 300)):
+        torch.testing.assert_close(result, expected[call % 3])

@@ -20,7 +20,7 @@ from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.settings import build_config
 from llm2clip.utils.towers import describe_text_tower, open_text_tower
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel
-from tests.builders import small_runs
+from tests.builders import small_runs, tiny
 from tests.llm2clip.conftest import Inputs
 
 
@@ -81,6 +81,20 @@ def test_a_stale_record_is_corrected_unless_it_is_of_a_trained_model(inputs: Inp
         open_cache_of_model(inputs.cache, config, tokenizer, is_trained=True)
     assert len(open_cache_of_model(inputs.cache, config, tokenizer, is_trained=False))
     assert config.text_model_fingerprint == expected
+
+
+def test_other_settings_of_the_text_model_are_a_warning_and_other_defaults_are_none(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, (_, tokenizer) = config_of(inputs.text), describe_text_tower(inputs.text)
+    tiny.next_release(monkeypatch)
+    newer = config_of(inputs.text)
+    assert len(open_cache_of_model(inputs.cache, newer, tokenizer, is_trained=True))
+    assert newer.text_config.decoder_config.rms_norm_eps == config.text_config.decoder_config.rms_norm_eps
+    assert "other settings" not in caplog.text
+    newer.text_config.decoder_config.rms_norm_eps = 0.5
+    assert len(open_cache_of_model(inputs.cache, newer, tokenizer, is_trained=True))
+    assert "was made by a text model with other settings; this one has rms_norm_eps 0.5 instead of" in caplog.text
 
 
 def test_a_cache_of_another_tokenizer_is_refused(inputs: Inputs, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def _contents(folder: Path) -> dict[str, bytes]:
 def test_manifest_records_encoder_shards_and_truncated_captions(tmp_path: Path) -> None:
     build(tmp_path, TEXTS, count_truncated=lambda texts: sum(text.endswith("7") for text in texts))
     manifest = json.loads((tmp_path / "index.manifest").read_text())
-    assert (manifest["format_version"], manifest["kind"], manifest["encoder"]) == (1, "captions", "tiny-encoder")
+    assert (manifest["format_version"], manifest["kind"], manifest["encoder"]) == (2, "captions", "tiny-encoder")
     assert [rows for rows, *_ in manifest["shards"].values()] == [10, 10, 10, 7]
     assert (manifest["width"], manifest["dtype"], manifest["counts"]) == (8, "float16", {"truncated": 3})
     assert manifest["identity"].items() >= {"fingerprint": "finger-a", "pooling": "mean", "max_length": 64}.items()

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import HfApi, constants, snapshot_download
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer, FNetConfig, FNetModel
 
@@ -18,8 +22,10 @@ from llm2clip.utils.repos import RepoKind, inspect_repo
 from llm2clip.utils.text_identity import read_fingerprint
 from llm2clip.utils.towers import describe_text_tower, open_text_tower, save_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
+from modeling_llm2clip.modeling_llm2clip_decoder import find_file
 from tests.builders import embedding_models, tiny
 from tests.builders.embedding_models import FAMILIES, TEXTS
+from tests.loopback_hub import TOKEN, LoopbackHub
 
 
 def opened(folder: Path, family: str, **fields: Any) -> tuple[SentenceTransformer, LLM2CLIPTextModel, Any]:
@@ -174,3 +180,64 @@ def test_a_model_that_mixes_padding_into_texts_is_refused() -> None:
         verify_text_tower(tower)
     with pytest.raises(ValueError, match="fnet with eager attention is not known to be a text tower"):
         tower(torch.arange(2, 9)[None])
+
+
+@pytest.fixture
+def on_hub(hub: LoopbackHub, tmp_path: Path) -> tuple[str, torch.Tensor]:
+    """An embedding model that pools its first token, on the Hub, and its embeddings."""
+    reference = embedding_models.save(tmp_path / "bert", "bert", pooling_mode="cls")
+    api = HfApi(hub.url, token=TOKEN)
+    api.create_repo("tester/bert")
+    (tmp_path / "bert" / ".gitattributes").write_text("*.safetensors filter=lfs")
+    api.upload_folder(repo_id="tester/bert", folder_path=tmp_path / "bert")
+    return "tester/bert", reference.encode(TEXTS, convert_to_tensor=True)
+
+
+def embed(name: str) -> torch.Tensor:
+    model, tokenizer = open_text_tower(name)
+    return model.eval().encode(TEXTS, tokenizer)
+
+
+def test_what_the_hub_cannot_be_asked_for_is_not_taken_as_absent(
+    on_hub: tuple[str, torch.Tensor], hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without modules.json, the model would pool the mean of all tokens."""
+    name, expected = on_hub
+    AutoModel.from_pretrained(name)
+    AutoTokenizer.from_pretrained(name)
+    message = f"cannot be asked whether {name} has modules.json.*: hf download {name}"
+    hub.fail_next("HEAD", r".*/modules\.json", 503, times=20)
+    with monkeypatch.context() as hurried:
+        hurried.setattr(time, "sleep", lambda seconds: None)  # between the attempts of the client
+        with pytest.raises(OSError, match=message):
+            embed(name)
+    hub.failures.clear()
+    with monkeypatch.context() as offline:
+        offline.setattr(constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(OSError, match=message):
+            embed(name)
+        with pytest.raises(OSError, match=f"hf download {name} --revision v1"):
+            find_file(name, "modules.json", revision="v1")
+    torch.testing.assert_close(embed(name), expected, atol=1e-5, rtol=1e-5)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    torch.testing.assert_close(embed(name), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("download", ["listed", "earlier version", "in part"])
+def test_a_whole_download_says_which_files_there_are(
+    download: str, on_hub: tuple[str, torch.Tensor], hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, _ = on_hub
+    ignored = [".gitattributes", "modules.json"] if download == "in part" else []
+    folder = Path(snapshot_download(name, ignore_patterns=ignored))
+    if download != "listed":
+        shutil.rmtree(folder.parents[1] / "trees")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub._tree_cache, "_IN_MEMORY_TREE_CACHE", {})
+    assert find_file(name, "config.json", subfolder="1_Pooling") == str(folder / "1_Pooling" / "config.json")
+    if download == "in part":
+        for file in ("modules.json", "no.json"):
+            with pytest.raises(OSError, match=f"cannot be asked whether {name} has {file}"):
+                find_file(name, file)
+    else:
+        assert find_file(name, "no.json") is None

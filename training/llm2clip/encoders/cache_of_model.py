@@ -21,6 +21,7 @@ from llm2clip.utils.repos import OUR_MODELS, inspect_repo
 from llm2clip.utils.text_identity import read_fingerprint, tokenizer_fingerprint
 from llm2clip.utils.towers import describe_text_tower, each_of_pair, pair_description
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig
+from modeling_llm2clip.identity_llm2clip import changed_settings
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +126,16 @@ def check_encoder(path: str | Path, manifest: StoreManifest, config: LLM2CLIPCon
         fits = made_by == present
     if fits:
         refuse_other_prompt(path, manifest, config)
+        warn_of_settings(path, manifest, config.text_config)
     return None if fits else recorded
+
+
+def warn_of_settings(path: str | Path, manifest: StoreManifest, config: LLM2CLIPTextConfig) -> None:
+    """Warn if the text model that made embeddings had the weights of this one, but other settings."""
+    if manifest.settings and (
+        changed := changed_settings(manifest.settings, config.decoder_config, config.bidirectional)
+    ):
+        logger.warning("%s was made by a text model with other settings; this one has %s.", path, ", ".join(changed))
 
 
 def refuse_other_prompt(path: str | Path, manifest: StoreManifest, config: LLM2CLIPConfig) -> None:

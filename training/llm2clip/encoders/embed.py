@@ -29,6 +29,7 @@ from llm2clip.utils.processes import process_state, sum_over_processes
 from llm2clip.utils.settings import check_choices, refuse, require, setting
 from llm2clip.utils.text_identity import tokenizer_fingerprint
 from llm2clip.utils.towers import open_text_tower
+from modeling_llm2clip.identity_llm2clip import decoder_settings
 
 REQUIRED = ["text_model_name_or_path", "sources"]
 # Settings that a run has no use for, if it writes the other kind of store or has another engine.
@@ -282,4 +283,5 @@ def describe_encoder(encoder: OurEncoder, name: str, config: EmbedConfig) -> Sto
         text_model_dtype=str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
         dtype=config.cache_dtype,
         normalize=config.normalize,
+        settings=decoder_settings(text.decoder_config, text.bidirectional),
     )

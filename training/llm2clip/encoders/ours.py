@@ -31,7 +31,7 @@ from modeling_llm2clip import (
     __version__,
     with_pillow,
 )
-from modeling_llm2clip.identity_llm2clip import RULE
+from modeling_llm2clip.identity_llm2clip import RULE, decoder_identity
 from modeling_llm2clip.modeling_llm2clip_utils import (
     encode_pixels,
     encode_tokens,
@@ -181,7 +181,9 @@ class OurEncoder(Encoder):
 
     def _text_settings(self) -> dict[str, Any]:
         tower = self.model.text_model if self.is_joint else self.model
-        settings = {"text": tower.identity(), "tokenizer": tokenizer_fingerprint(self.tokenizer)}
+        settings: dict[str, Any] = {"text": tower.identity(), "tokenizer": tokenizer_fingerprint(self.tokenizer)}
+        halves = tower.config.halves()
+        settings["decoder"] = [decoder_identity(half.decoder_config, half.bidirectional) for half in halves]
         if settings["text"] is None:
             name = self.model.name_or_path
             raise ValueError(f"the LLM of {name} cannot be identified: it is quantised, offloaded or float16.")
@@ -272,6 +274,7 @@ class OurEncoder(Encoder):
                 return unit_features(output) if self.is_joint else output.pooler_output
 
             options: dict[str, Any] = {"device": device, "width": self.full_width, "batch_size": batch_size}
+            options["model"] = self.model
             # The callers name the captions of embeddings that are not finite.
             return encode_tokens(tokens, self.tokenizer, forward, **options, finite=False)
 

@@ -25,7 +25,9 @@ TextEncoder = Literal["llm", "query", "auto"]
 
 def has_query_encoder(name: str, revision: str | None = None) -> bool:
     """Whether a folder or Hub repository is a model with a query encoder."""
-    return is_repo(name) and find_file(name, f"{FOLDER}/modules.json", revision=revision) is not None
+    if not is_repo(name) or inspect_repo(name, revision).kind is not RepoKind.JOINT:
+        return False
+    return find_file(name, f"{FOLDER}/modules.json", revision=revision) is not None
 
 
 class QueryTextEncoder(OurEncoder):

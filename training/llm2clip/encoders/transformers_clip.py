@@ -20,6 +20,7 @@ from llm2clip.utils.vision_identity import preprocessing
 from modeling_llm2clip import with_pillow
 from modeling_llm2clip.identity_llm2clip import decoder_identity
 from modeling_llm2clip.modeling_llm2clip_utils import load_complete
+from modeling_llm2clip.tokenization_llm2clip import tokenize_and_cut
 
 # Models that were trained with texts padded to their full length, whose repositories do not always say so.
 FULL_LENGTH = ("siglip", "siglip2")
@@ -178,13 +179,13 @@ class TransformersEncoder(ClipEncoder):
         return features
 
     def tokenize(self, texts: list[str]) -> tuple[Sequence[Any], list[int]]:
-        padding = "max_length" if self.full_length else False
-        encoded = self.tokenizer(texts, padding=padding, truncation=True, max_length=self.max_length)
+        encoded, _ = tokenize_and_cut(self.tokenizer, texts, self.max_length)
         rows = [{name: values[row] for name, values in encoded.items()} for row in range(len(texts))]
-        return rows, [len(row["input_ids"]) for row in rows]
+        return rows, [self.max_length if self.full_length else len(row["input_ids"]) for row in rows]
 
     def text_features(self, tokens: list[Any]) -> Tensor:
-        padded = self.tokenizer.pad(tokens, return_tensors="pt")
+        options = {"padding": "max_length", "max_length": self.max_length} if self.full_length else {}
+        padded = self.tokenizer.pad(tokens, return_tensors="pt", **options)
         return self._vectors(self.model.get_text_features(**padded.to(self.device)), "texts")
 
     def text_lengths(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:

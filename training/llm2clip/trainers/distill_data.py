@@ -18,6 +18,7 @@ from llm2clip.evaluation.metrics import KS, retrieval_ranks
 from llm2clip.store import EmbeddingCache, Store
 from llm2clip.store.store import caption_keys
 from llm2clip.trainers.teacher import Teacher
+from modeling_llm2clip.tokenization_llm2clip import tokenize_and_cut
 
 # Upper ends of the buckets of length, in tokens of the student.
 LENGTHS = (4, 8, 16, 32, 64, 128)
@@ -99,7 +100,7 @@ class TextCollator:
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         texts = [sample["text"].strip() for sample in samples]
-        ids = self.tokenizer(texts, truncation=True, **self.options, verbose=False)["input_ids"]
+        ids = tokenize_and_cut(self.tokenizer, texts, **self.options)[0]["input_ids"]
         ids = [row or [self.tokenizer.pad_token_id] for row in ids]
         batch = dict(self.tokenizer.pad({"input_ids": ids}, return_tensors="pt"))
         rows = torch.stack([torch.as_tensor(sample["embedding"], dtype=torch.float32) for sample in samples])

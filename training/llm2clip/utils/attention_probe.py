@@ -30,7 +30,7 @@ from modeling_llm2clip.modeling_llm2clip_decoder import (
     takes_additive_mask,
     window_reach,
 )
-from modeling_llm2clip.modeling_llm2clip_utils import execution_device
+from modeling_llm2clip.modeling_llm2clip_utils import evaluating, execution_device
 
 logger = logging.getLogger(__name__)
 
@@ -211,21 +211,18 @@ def _undisturbed(tower: LLM2CLIPTextModel) -> Iterator[None]:
     The tower runs as if its config recorded its attention.
     """
     device, recorded = execution_device(tower), tower.config.verified_attention
-    training = [module for module in tower.modules() if module.training]
     with ExitStack() as stack:
+        stack.enter_context(evaluating(tower))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         # FlexAttention would be compiled for a few tokens.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        tower.eval()
         tower.config.verified_attention = ["mask", attention_kind(tower.decoder)]
         try:
             yield
         finally:
             tower.config.verified_attention = recorded
-            for module in training:
-                module.training = True
 
 
 @contextmanager

@@ -46,7 +46,7 @@ def vision_fingerprint(model: Any, image_processor: Any, *, with_projection: boo
             the tower do not depend on.
 
     Returns:
-        `2-` and 32 hexadecimal digits.
+        `3-` and 32 hexadecimal digits.
 
     Raises:
         ValueError: A weight is offloaded or quantised.
@@ -71,7 +71,7 @@ def weights_checksum(model: nn.Module) -> str:
     """Hash every weight of a model, rounded to bfloat16, so that a model and its copy in bfloat16 are equal.
 
     Returns:
-        `2-` and 32 hexadecimal digits.
+        `3-` and 32 hexadecimal digits.
 
     Raises:
         ValueError: A weight is offloaded or quantised.
