@@ -106,10 +106,10 @@ class ShardedSource:
             SourceError: The file cannot be read, is cut short, or a caption is not text.
         """
         text = ShardText(list(self.source.caption_columns))
-        start, stop = (0, None) if shard.part is None else shard.part[:2]
+        part = None if shard.part is None else range(*shard.part[:2])
         with wrap_read_errors(shard.path, SourceError):
             text.size, text.checksum = source_size(shard.path), source_checksum(shard.path)
-            for _, row in self._rows.read(shard.number, start, stop):
+            for _, row in self._rows.read(shard.number, part):
                 captions = [caption for column in text.columns for caption in column_texts(row, column)]
                 text.captions.update(dict.fromkeys(captions))
                 text.rows += 1
