@@ -88,7 +88,9 @@ def test_rows_of_a_plain_torch_dataset_with_embeddings() -> None:
     assert (batch["caption_ids"].tolist(), batch["image_caption_ids"].tolist()) == ([7, 7, 7], [[7], [7], [7]])
 
 
-def test_one_of_several_captions_is_drawn_for_training_and_the_first_taken_in_evaluation(cache: EmbeddingCache) -> None:
+def test_one_of_several_captions_is_drawn_for_training_and_the_first_taken_in_evaluation(
+    cache: EmbeddingCache,
+) -> None:
     """As `CaptionImageDataset` draws them, one that stands in the list twice twice as often."""
     rows = [{"pixel_values": torch.zeros(3, 2, 2), "caption": ["a", " ", "bb", "ccc", "bb"]}] * 400
     expected = cache.lookup(["a", "bb", "ccc"], dtype=None)

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, cast
 
 import datasets
 import fsspec.asyn
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from torch.utils.data import get_worker_info
@@ -258,21 +257,40 @@ def parquet_rows(
             raise fewer_rows(path, wanted + 1)
 
 
-def cut_parquet(path: str, rows: int) -> list[RowRange]:
-    """Cut a parquet file into ranges of at most `rows` rows, or of one row group where that has more.
+def cut_parquet(path: str, columns: Sequence[str], captions: int) -> list[RowRange]:
+    """Cut a parquet file into ranges of rows with about `captions` captions at most, at its row groups or within one.
+
+    Args:
+        path: Path or URL.
+        columns: The columns of captions, texts or lists of texts, of which the footer has the number of texts.
+        captions: Captions of a range.
 
     Returns:
-        The ranges; none of a file that has no more rows than that, or a single row group, or that cannot be read.
+        The ranges; none of a file that has no more captions than that, or that cannot be read.
     """
     try:
         with fsspec.open(path, "rb") as file:
             metadata = pq.ParquetFile(file).metadata
     except (OSError, pa.ArrowException):
         return []  # the error of reading it names it
-    ends = np.cumsum([0, *(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))]).tolist()
-    cuts = [0]
-    for start, end in itertools.pairwise(ends):
-        if end - cuts[-1] > rows and start > cuts[-1]:
+    cuts, held, end = [0], 0, 0
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        start, end = end, end + group.num_rows
+        parts = [group.column(column) for column in range(group.num_columns)]
+        texts = sum(part.num_values for part in parts if _is_of(part.path_in_schema, columns))
+        texts = max(texts, group.num_rows)
+        if held and held + texts > captions:
             cuts.append(start)
+            held = 0
+        if texts > captions:
+            cuts += range(start, end, max(1, group.num_rows * captions // texts))[1:]
+            texts = captions
+        held += texts
     cuts.append(metadata.num_rows)
     return [RowRange(start, stop, cuts[-1]) for start, stop in itertools.pairwise(cuts)] if len(cuts) > 2 else []
+
+
+def _is_of(path: str, columns: Sequence[str]) -> bool:
+    """Tell whether a column of a parquet file is one of these, or of the texts in its lists."""
+    return any(path == column or path.startswith(f"{column}.") for column in columns)

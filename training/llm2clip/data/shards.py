@@ -86,14 +86,12 @@ class ShardedSource:
         self._rows = rows
         self.shards = name_shards(source.path, opened.files)
 
-    def cut(self, part_rows: int) -> list[list[SourceShard]]:
-        """Return the shards, and of each parquet file with more than `part_rows` rows its parts.
-
-        A file with a single row group stays whole.
-        """
+    def cut(self, captions: int) -> list[list[SourceShard]]:
+        """Return the shards, and of each parquet file with more captions than so many its parts."""
+        columns = self.source.caption_columns
 
         def parts(shard: SourceShard) -> list[SourceShard]:
-            ranges = cut_parquet(shard.path, part_rows) if shard.path.endswith(".parquet") else []
+            ranges = cut_parquet(shard.path, columns, captions) if shard.path.endswith(".parquet") else []
             return [shard._replace(part=part) for part in ranges] or [shard]
 
         with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
