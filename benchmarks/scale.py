@@ -154,7 +154,7 @@ def _reader(folder: Path) -> None:
     trainer: Any = build_trainer(config)
     stream = trainer.train_dataset
     stream.batch_size, stream.start = BATCH, 0
-    stream.lanes = lanes = stream.choose_lanes(config.dataloader_num_workers)
+    stream.lanes = lanes = stream.choose_lanes()
     number = min(ROWS_PER_READER, stream.num_rows // (2 * config.world_size)) // BATCH
     times, keys = [time.perf_counter()], set[str]()
     batches = iter(trainer.get_train_dataloader())

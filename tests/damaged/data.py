@@ -107,9 +107,14 @@ def make_tars(folder: Path) -> None:
 def read_tar(folder: Path) -> Readers:
     path = _only_file(folder)
     columns = ("png", "txt", "json")
+
+    def second_half() -> list[Any]:
+        count = count_tar_rows(str(path))
+        return list(tar_rows(str(path), columns, range(count // 2, count)))
+
     return (
         lambda: list(tar_rows(str(path), columns)),
-        lambda: list(tar_rows(str(path), columns, count_tar_rows(str(path)) // 2)),
+        second_half,
         lambda: [part.read() for _, part in list_tar(path)],
     )
 

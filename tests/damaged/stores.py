@@ -117,7 +117,7 @@ def make_sidecars(folder: Path) -> None:
     shards.embed(shards.write_shards(folder / "files", 2), None)
     shards.write_groups(folder / "parts/a.parquet", [4] * 4)
     source = shards.CaptionSource(str(folder / "parts/*.parquet"), streaming=True)
-    shards.embed(source, None, part_rows=8)
+    shards.embed(source, None, part_captions=8)
 
 
 def read_sidecars(folder: Path) -> Readers:

@@ -47,7 +47,7 @@ def mixed(folder: Path, mixing: Mixing, rank: int = 0, world: int = 1, **options
 def test_a_mixture_has_one_order_for_any_number_of_readers(
     mixing: Mixing, world: int, workers: int, folder: Path
 ) -> None:
-    lanes = Lanes.choose(4, 1, 1)
+    lanes = Lanes.choose(4, 4)
     expected = list(itertools.islice(steps_of([mixed(folder, mixing)], 0, lanes, size=4), 60))
     streams = [mixed(folder, mixing, rank, world) for rank in range(world)]
     for step in (0, 55):
@@ -79,7 +79,7 @@ def test_weighted_sources_start_over_alone(folder: Path) -> None:
 def test_all_ranks_have_the_same_source_in_a_step(weights: tuple[int, ...], folder: Path) -> None:
     streams = [mixed(folder, "one_source_per_step", rank, 2, weights=weights) for rank in range(2)]
     shares: Counter[str] = Counter()
-    for step in itertools.islice(steps_of(streams, 2, Lanes.choose(BATCH, 2, 2)), 100):
+    for step in itertools.islice(steps_of(streams, 2, Lanes.choose(2 * BATCH)), 100):
         (source,) = {caption.split()[0] for caption in step}
         shares[source] += 1
     expected = [PER_TAR * tars / TOTAL for tars in MIXED_TARS] if not weights else [0.1, 0.1]

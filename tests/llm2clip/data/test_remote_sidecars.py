@@ -32,9 +32,9 @@ def bucket() -> Iterator[str]:
     files.rm("/bucket", recursive=True)
 
 
-def embed_at(source: CaptionSource, folder: str, calls: Counting | None = None, part_rows: int = 100) -> int:
+def embed_at(source: CaptionSource, folder: str, calls: Counting | None = None, part_captions: int = 100) -> int:
     """Embed a source; return how many shards were done before."""
-    jobs = list_jobs([source], folder, part_rows=part_rows)
+    jobs = list_jobs([source], folder, part_captions=part_captions)
     return ShardEmbedder(calls or Counting(), description()).run(jobs, show_progress_bar=False).done_before
 
 
@@ -117,12 +117,12 @@ def test_remote_shards_are_embedded_and_resumed(
         CaptionSource(f"{place}/{name}", caption_columns=[column], streaming=True)
         for place in (f"{bucket}/data", data)
     )
-    assert embed_at(remote, str(out), part_rows=3) == 0
-    embed_at(local, str(tmp_path / "local"), part_rows=3)
+    assert embed_at(remote, str(out), part_captions=3) == 0
+    embed_at(local, str(tmp_path / "local"), part_captions=3)
     rows = [path for path in contents(out) if path.endswith(".safetensors")]
     assert len(rows) == count
     assert [contents(out)[path] for path in rows] == [contents(tmp_path / "local")[path] for path in rows]
-    assert embed_at(remote, str(out), part_rows=3) == count
+    assert embed_at(remote, str(out), part_captions=3) == count
     assert verify.run(verify.VerifyConfig(folder=str(out)))["num_shards"] == count
     manifest = StoreManifest.read(next(out.glob("*.manifest")))
     assert manifest.source is not None

@@ -88,6 +88,26 @@ def test_rows_of_a_plain_torch_dataset_with_embeddings() -> None:
     assert (batch["caption_ids"].tolist(), batch["image_caption_ids"].tolist()) == ([7, 7, 7], [[7], [7], [7]])
 
 
+def test_one_of_several_captions_is_drawn_for_training_and_the_first_taken_in_evaluation(
+    cache: EmbeddingCache,
+) -> None:
+    """As `CaptionImageDataset` draws them, one that stands in the list twice twice as often."""
+    rows = [{"pixel_values": torch.zeros(3, 2, 2), "caption": ["a", " ", "bb", "ccc", "bb"]}] * 400
+    expected = cache.lookup(["a", "bb", "ccc"], dtype=None)
+
+    def drawn(collator: Stage2Collator, seed: int) -> list[int]:
+        torch.manual_seed(seed)
+        return [int((expected == row).all(dim=1).nonzero()) for row in collator(rows)["llm_embeds"]]
+
+    collator = Stage2Collator(cache)
+    first = drawn(collator, 0)
+    assert [first.count(number) / 400 for number in range(3)] == pytest.approx([0.25, 0.5, 0.25], abs=0.08)
+    assert first == drawn(collator, 0) != drawn(collator, 1)
+    assert set(drawn(collator.for_evaluation(), 0)) == {0}
+    batches = DataLoader(rows, batch_size=100, num_workers=2, collate_fn=collator)
+    assert len({tuple(map(tuple, batch["llm_embeds"].tolist())) for batch in batches}) == 4
+
+
 def test_token_rows_of_unequal_length_are_padded_on_the_left() -> None:
     pixels = torch.zeros(3, 2, 2)
     rows = [

@@ -40,7 +40,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> CaptionSource:
             (3, 50, 2, 3, 7),
             (1, 40, 4, 2, 3),
             (5, 9, 2, 2, 8),
-            (2, 3, 2, 2, 5),
+            (2, 23, 2, 3, 5),
             (3, 400, 1, 1, 29),
         ),
     ],
@@ -50,12 +50,11 @@ def test_all_numbers_of_readers_have_one_order_with_every_row_once_in_an_epoch(
 ) -> None:
     """Three epochs, also where the share of a reader is no multiple of the batch."""
     counts = [rows // tars + (shard < rows % tars) for shard in range(tars)]
-    source, lanes = write_tars(tmp_path, tars, counts), Lanes.choose(size, world, max(1, workers))
+    source, lanes = write_tars(tmp_path, tars, counts), Lanes.choose(size * world, 4)
     alone = steps_of([opened(source, row_counts=counts)], 0, lanes, size=size * world)
     together = [opened(source, rank, world, row_counts=counts) for rank in range(world)]
     expected = list(itertools.islice(alone, -(-3 * rows // (size * world))))
-    for step, other in zip(expected, steps_of(together, workers, lanes, size=size), strict=False):
-        assert other == step
+    assert list(itertools.islice(steps_of(together, workers, lanes, size=size), len(expected))) == expected
     read = list(itertools.chain(*expected))
     epochs = [read[epoch * rows : (epoch + 1) * rows] for epoch in range(3)]
     assert {len(set(epoch)) for epoch in epochs} == {rows}
@@ -75,7 +74,7 @@ def test_one_pass_ends_with_the_last_row(world: int, workers: int, source: Capti
 @pytest.mark.parametrize(("workers", "block"), [(0, 4), (1, 0), (2, 4)])
 def test_a_resumed_stream_goes_on_where_it_was(workers: int, block: int, source: CaptionSource) -> None:
     """In the first epoch, at its end, and in the second one; with other numbers of processes and workers too."""
-    lanes = Lanes.choose(BATCH, 2, 1)
+    lanes = Lanes.choose(2 * BATCH, block)
     streams = [opened(source, rank, 2, shuffle_block=block) for rank in range(2)]
     unbroken = list(itertools.islice(steps_of(streams, workers, lanes), 16))
     for step in (1, 6, 7, 14):
@@ -92,7 +91,7 @@ def test_a_resume_reads_no_more_than_a_block_of_each_lane(
     decoded = tar_reader._decoded
     monkeypatch.setattr(tar_reader, "_decoded", lambda path, key, *a: (read.append(key), decoded(path, key, *a))[1])
     next(batches(opened(source, shuffle_block=3), 0, Lanes(1, 4, BATCH), 10))  # lanes of 6 or 7 rows
-    assert len(read) == 2 * 3
+    assert 2 <= len(read) <= 2 * 3
 
 
 def test_counted_first_rows_are_a_stream_of_their_own(source: CaptionSource) -> None:
@@ -100,7 +99,7 @@ def test_counted_first_rows_are_a_stream_of_their_own(source: CaptionSource) -> 
     counts = count_stream(opened(source).shards, first, 0, 1)
     assert counts == [3, 3, 1, 0, 0, 0, 0, 0, 0]
     streams = [opened(first, rank, 2, row_counts=counts) for rank in range(2)]
-    read = list(itertools.chain(*itertools.islice(steps_of(streams, 2, Lanes.choose(1, 2), size=1), 7)))
+    read = list(itertools.chain(*itertools.islice(steps_of(streams, 2, Lanes.choose(2), size=1), 7)))
     assert sorted(read[:7]) == sorted(read[7:]) == every_caption(TARS)[:7]
 
 
@@ -114,8 +113,8 @@ def test_files_are_read_in_order_without_a_shuffle(source: CaptionSource) -> Non
 def test_batches_have_rows_of_different_files(tmp_path: Path) -> None:
     counts = [40] * 20
     stream = opened(write_tars(tmp_path, 20, counts), row_counts=counts, shuffle_block=16)
-    for batch in itertools.islice(batches(stream, 0, Lanes.choose(32), size=32), 20):
-        assert len({caption.split()[1] for caption in batch}) >= 6
+    for batch in itertools.islice(batches(stream, 0, Lanes.choose(32, 16), size=32), 20):
+        assert len({caption.split()[1] for caption in batch}) >= 10
 
 
 def test_shards_that_lack_rows_are_named(tmp_path: Path) -> None:
@@ -132,9 +131,9 @@ def test_a_connection_that_ends_while_other_files_are_read_is_made_again(
 
     expected, read, opens = rows(), tar_reader.tar_rows, Counter[str]()
 
-    def interrupted(path: str, columns: Any, *place: Any) -> Iterator[Any]:
+    def interrupted(path: str, columns: Any, rows: Any) -> Iterator[Any]:
         opens[path] += 1
-        for number, row in enumerate(read(path, columns, *place)):
+        for number, row in enumerate(read(path, columns, rows)):
             if number == 1 and opens[path] == 1:
                 raise RuntimeError("Response payload is not completed")  # what a client for HTTP may raise
             yield row
@@ -196,6 +195,7 @@ def test_the_log_says_once_and_beforehand_that_remote_files_are_read_to_be_count
     message, said_before = "2 remote files, memory:///announced/00000.tar and so on: they are read whole", []
 
     def counted(path: str) -> int:
+        assert "://" in path, "local tars are counted by their headers"
         said_before.append(message in caplog.text)
         return PER_TAR
 
@@ -205,8 +205,8 @@ def test_the_log_says_once_and_beforehand_that_remote_files_are_read_to_be_count
     remote = replace(local, path="memory://announced/*.tar")
     with caplog.at_level("INFO", "llm2clip"):
         assert opened(local, row_counts=None).row_counts == [PER_TAR] * 2
-        assert said_before == [False] * 2, "local tars are counted by their headers"
+        assert not caplog.text
         for _ in range(2):
             assert opened(remote, row_counts=None).row_counts == [PER_TAR] * 2
-    assert said_before[2:] == [True] * 2, "the counts of a machine are kept"
+    assert said_before == [True] * 2, "the counts of a machine are kept"
     assert caplog.text.count("sidecars, which llm2clip embed writes") == 1

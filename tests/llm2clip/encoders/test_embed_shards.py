@@ -6,15 +6,21 @@ import itertools
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save
 
 from llm2clip.data import CaptionSource
 from llm2clip.data.shards import ShardedSource
 from llm2clip.data.sidecars import SourceSidecars
+from llm2clip.encoders import embed_shards
 from llm2clip.encoders.embed_shards import ShardEmbedder, list_jobs, parse_part
+from llm2clip.store import StoreManifest
 from llm2clip.store.manifest import MissingCaptionError, StoreMismatchError
 from llm2clip.verification import verify
+from tests.builders.tables import write_table
 from tests.damage import flip
 from tests.llm2clip.encoders.shards import Counting, description, embed, write_groups, write_shards
 from tests.llm2clip.store import encoder
@@ -110,16 +116,17 @@ def test_a_large_parquet_file_is_embedded_in_parts(tmp_path: Path) -> None:
     write_groups(data / "small.parquet", [2, 2])
     write_groups(data / "single.parquet", [9])
     source = CaptionSource(str(data), streaming=True)
-    embed(source, out, part_rows=6)
-    starts = (0, 6, 9, 18, 20)
+    embed(source, out, part_captions=6)
+    starts = (0, 6, 9, 15, 18, 20)
     parts = [f"large.{start:08}-{stop:08}" for start, stop in itertools.pairwise(starts)]
+    single = [f"single.{start:08}-{stop:08}" for start, stop in ((0, 6), (6, 9))]
     names = sorted(path.name.removesuffix(".emb.manifest") for path in out.glob("*.manifest"))
-    assert names == [*parts, "single", "small"]
-    assert embed(source, out, part_rows=6).done_before == 6
+    assert names == [*parts, *single, "small"]
+    assert embed(source, out, part_captions=6).done_before == 8
     shards = ShardedSource(source).shards
     sidecars = SourceSidecars(out, shards)
     assert sidecars.check(["caption"]).row_counts == [20, 9, 4]
-    embed(source, tmp_path / "whole", part_rows=100)
+    embed(source, tmp_path / "whole", part_captions=100)
     opened, whole = sidecars.open(0), SourceSidecars(tmp_path / "whole", shards).open(0)
     assert opened.lookup(captions).equal(whole.lookup(captions))
     with pytest.raises(MissingCaptionError, match="'none'"):
@@ -129,17 +136,60 @@ def test_a_large_parquet_file_is_embedded_in_parts(tmp_path: Path) -> None:
     with pytest.raises(MissingCaptionError, match=r"large\.parquet lacks rows 6 to 8"):
         sidecars.check(["caption"])
     calls = Counting()
-    assert embed(source, out, calls, part_rows=6).done_before == 5
+    assert embed(source, out, calls, part_captions=6).done_before == 7
     assert calls.texts == list(dict.fromkeys(captions[6:9]))
     with pytest.raises(ValueError, match=r"large.00000000-00000006.* is not cut into now"):
-        embed(source, out, part_rows=9)
+        embed(source, out, part_captions=9)
     # What was embedded whole stays whole.
-    assert embed(source, tmp_path / "whole", part_rows=6).done_before == 3
+    assert embed(source, tmp_path / "whole", part_captions=6).done_before == 3
+
+
+def test_parts_are_bounded_in_captions_of_lists_and_columns(tmp_path: Path) -> None:
+    """By what the footer says of each row group: here 5 texts of a row, or 2, in a list and in a field."""
+    rows = [{"caption": [f"{row} {text}" for text in range(4 if row < 40 else 1)], "record": {"long": f"long {row}"}}
+            for row in range(60)]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=40)
+    source = CaptionSource(str(tmp_path / "a.parquet"), caption_columns=["caption", "record.long"], streaming=True)
+    out = tmp_path / "out"
+    counts = embed(source, out, part_captions=50)
+    assert counts.captions == 40 * 5 + 20 * 2
+    manifests = [StoreManifest.read(path) for path in sorted(out.glob("*.manifest"))]
+    assert [manifest.rows for manifest in manifests] == [50] * 4 + [40]
+    assert SourceSidecars(out, ShardedSource(source).shards).check(source.caption_columns).row_counts == [60]
+
+
+def test_rows_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also among those that are copied; the file is that of safetensors itself."""
+    monkeypatch.setattr(embed_shards, "EMBED_SIZE", 1000)
+    monkeypatch.setattr(embed_shards, "COPY_SIZE", 3000)
+    texts, out = [f"text {row}" for row in range(10_000)], tmp_path / "out"
+    source = CaptionSource(write_table(tmp_path / "a.parquet", {"caption": texts}), streaming=True)
+    written: list[int] = []
+
+    class Watching(Counting):
+        def __call__(self, texts: list[str]) -> tuple[torch.Tensor, int]:
+            written.extend(path.stat().st_size for path in out.glob(".*.tmp"))
+            return super().__call__(texts)
+
+    embed(source, out, Watching())
+    size = (out / "a.emb.safetensors").stat().st_size
+    assert len(written) == 10
+    assert all(done >= size * (call - 1) / 10 for call, done in enumerate(written))
+    stored = load_file(out / "a.emb.safetensors")
+    assert (out / "a.emb.safetensors").read_bytes() == save(stored)
+    half = {"caption": [f"text {row}" if row % 3 else f"new {row}" for row in range(10_000)]}
+    other = CaptionSource(write_table(tmp_path / "b.parquet", half), streaming=True)
+    reused = SourceSidecars(out, ShardedSource(source).shards).open(0)
+    calls = Counting()
+    counts = embed(other, tmp_path / "other", calls, reused=reused)
+    assert (counts.reused, len(calls.texts)) == (6666, 3334)
+    rows = SourceSidecars(tmp_path / "other", ShardedSource(other).shards).open(0).lookup(half["caption"])
+    assert torch.allclose(rows.float(), encoder.embed(half["caption"]), atol=2e-3)
 
 
 def test_verify_knows_the_parts_of_a_file(tmp_path: Path) -> None:
     write_groups(tmp_path / "large.parquet", [3, 3, 3])
-    embed(CaptionSource(str(tmp_path), streaming=True), None, part_rows=3)
+    embed(CaptionSource(str(tmp_path), streaming=True), None, part_captions=3)
     assert verify.run(verify.VerifyConfig(folder=str(tmp_path))) == {"num_shards": 3, "num_captions": 9}
     (tmp_path / "large.00000003-00000006.emb.manifest").unlink()
     with flip(tmp_path / "large.parquet", 10), pytest.raises(verify.DamagedError, match="3 faults in "):

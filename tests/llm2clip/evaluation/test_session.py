@@ -179,6 +179,21 @@ def test_images_whose_rows_are_stored_are_not_read_again_while_their_files_stay(
     assert (images().content_keys() != keys).any(axis=1).tolist() == [True, False, False]
 
 
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("kind", ["images", "features"])
+@pytest.mark.parametrize("damaged", [{0, 1}, {2, 3}, {0, 1, 2, 3}])
+def test_a_batch_of_damaged_images_is_skipped(
+    damaged: set[int], kind: str, stored: bool, model: Path, tmp_path: Path
+) -> None:
+    """Features before the projection are of another width than embeddings."""
+    torn = [b"torn %d" % number if number in damaged else picture(number) for number in range(4)]
+    images = BenchmarkImages(torn, [str(number) for number in range(4)])
+    found = session(model, tmp_path if stored else None, on_error="skip")
+    embeds = found.embed_images(images, kind)
+    assert embeds.shape[1] == found.embed_images(pictures(1), kind).shape[1]
+    assert {number for number in range(4) if embeds[number].isnan().all()} == damaged
+
+
 @pytest.mark.parametrize("on_error", ["raise", "skip"])
 @pytest.mark.parametrize("stored", [False, True])
 def test_broken_embeddings_are_named_and_never_skipped(

@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import datasets
 import fsspec.asyn
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from torch.utils.data import get_worker_info
@@ -20,7 +19,7 @@ from torch.utils.data import get_worker_info
 from llm2clip.data.formats import SourceError, file_format
 from llm2clip.data.opened_table import OpenedTable
 from llm2clip.data.sources import CaptionSource, Columns, row_batches, select_source, source_columns, used_columns
-from llm2clip.data.tars import count_tar_rows, fewer_rows, tar_rows
+from llm2clip.data.tars import count_tar_rows, fewer_rows, row_offsets, tar_rows
 from llm2clip.utils.library_errors import wrap_read_errors
 from llm2clip.utils.shared_files import shared_file
 
@@ -69,25 +68,39 @@ class ShardRows:
         self.files = list(files) if len(files) == self.num_files else []
         self._is_announced = False
 
-    def read(self, file: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield rows of a file with their numbers: from `start` to `stop`, excluded, or to the end.
+    def read(self, file: int, rows: Iterable[int] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield rows of a file with their numbers.
+
+        Args:
+            file: Its number.
+            rows: Numbers of the rows, ascending; the next one is asked for when the one before has been used. By
+                default all rows.
 
         Raises:
             SourceError: The file cannot be read, or has fewer rows.
         """
-        path, next_row = self.files[file] if self.files else f"file {file} of the stream", start
+        path, next_row = self.files[file] if self.files else f"file {file} of the stream", 0
+        numbers, sought, is_new = None if rows is None else iter(rows), list[int](), True
+
+        def asked(numbers: Iterator[int]) -> Iterator[int]:
+            for number in numbers:
+                sought[:] = [number]
+                yield number
+
         try:
             with wrap_read_errors(path, SourceError):
-                for number, row in self._read(file, path, start, stop):
+                for number, row in self._read(file, path, None if numbers is None else asked(numbers)):
+                    sought.clear()
                     yield number, row
-                    next_row = number + 1
+                    next_row, is_new = number + 1, False
             return
         except SourceError as error:
             # A server may have ended the connection while other files were read.
-            if next_row == start or not self.is_remote(file):
+            if is_new or not self.is_remote(file):
                 raise
             logger.warning("Opening %s again at row %d: %s", path, next_row, error)
-        yield from self.read(file, next_row, stop)
+        left = None if numbers is None else itertools.chain(sought, numbers)
+        yield from (found for found in self.read(file, left) if found[0] >= next_row)
 
     def share(self, reader: int, readers: int, limit: int | None) -> Iterator[tuple[int, int, dict[str, Any]]]:
         """Yield file, number and values of one reader's part of the rows: those of its files.
@@ -98,17 +111,22 @@ class ShardRows:
         rows = ((file, *row) for file in files for row in self.read(file))
         return rows if limit is None else itertools.islice(rows, reader, limit, readers)
 
-    def _read(self, file: int, path: str, start: int, stop: int | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _read(self, file: int, path: str, rows: Iterator[int] | None) -> Iterator[tuple[int, dict[str, Any]]]:
         if self.files and file_format(path) == ".tar":
-            yield from tar_rows(path, self.columns, start, stop)
+            yield from tar_rows(path, self.columns, rows)
         elif self.files and is_plain(path, ".parquet") and not self._contains_paths:
-            yield from parquet_rows(path, self.columns, start, stop)
+            yield from parquet_rows(path, self.columns, rows)
+        elif rows is None:
+            yield from self.read_all(file)
         else:
-            number = start - 1
-            for number, row in itertools.islice(self.read_all(file), start, stop):
-                yield number, row
-            if stop is not None and number + 1 < stop:
-                raise fewer_rows(path, stop)
+            every = self.read_all(file)
+            for wanted in rows:
+                for number, row in every:
+                    if number == wanted:
+                        yield number, row
+                        break
+                else:
+                    raise fewer_rows(path, wanted + 1)
 
     def is_remote(self, file: int) -> bool:
         """Tell whether a file is at a URL."""
@@ -150,8 +168,8 @@ class ShardRows:
         is_tar = file_format(path) == ".tar"
         if not path:
             return sum(1 for _ in itertools.islice(self.read_all(file), limit))
-        if is_plain(path, ".tar") and not self.is_remote(file):
-            return count_tar_rows(path)
+        if is_plain(path, ".tar") and not self.is_remote(file) and (offsets := row_offsets(path)) is not None:
+            return len(offsets)
         if limit is not None:
             return sum(1 for _ in itertools.islice(self.read(file), limit))
 
@@ -202,14 +220,15 @@ def is_plain(path: str, ending: str) -> bool:
 
 
 def parquet_rows(
-    path: str, columns: Collection[str], start: int = 0, stop: int | None = None
+    path: str, columns: Collection[str], rows: Iterable[int] | None = None
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield rows of a parquet file with their numbers; row groups without one of them are not read.
 
     Args:
         path: Path or URL.
         columns: The columns to read.
-        start, stop: The first row, and the one after the last; by default all rows.
+        rows: Numbers of the rows, ascending; the next one is asked for when the one before has been used. By default
+            all rows.
 
     Raises:
         SourceError: The file cannot be read, or has fewer rows.
@@ -217,37 +236,61 @@ def parquet_rows(
     with wrap_read_errors(path, SourceError), fsspec.open(path, "rb") as file:
         # Many files are open at a time: without a buffer, each would hold a whole row group.
         parquet = pq.ParquetFile(file, buffer_size=BUFFER)
-        if stop is not None and parquet.metadata.num_rows < stop:
-            raise fewer_rows(path, stop)
-        last = parquet.metadata.num_rows if stop is None else stop
-        ends = np.cumsum([parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)])
-        first_group, end_group = np.searchsorted(ends, start, side="right"), np.searchsorted(ends, last)
-        groups = list(range(int(first_group), min(int(end_group) + 1, len(ends))))
-        number = int(ends[first_group - 1]) if first_group else 0
+        numbers = iter(range(parquet.metadata.num_rows) if rows is None else rows)
+        wanted, end = next(numbers, None), 0
         # A forked process has none of the threads of Arrow.
         options: dict[str, Any] = {"batch_size": BATCH, "columns": list(columns), "use_threads": False}
-        for batch in parquet.iter_batches(row_groups=groups, **options) if start < last else ():
-            skipped = min(max(0, start - number), len(batch))
-            wanted = batch.slice(skipped, max(0, last - number - skipped))
-            yield from enumerate(wanted.to_pylist(), number + skipped)
-            number += len(batch)
+        for group in range(parquet.num_row_groups):
+            start, end = end, end + parquet.metadata.row_group(group).num_rows
+            if wanted is None or wanted >= end:
+                continue
+            for batch in parquet.iter_batches(row_groups=[group], **options):
+                values: list[dict[str, Any]] | None = None
+                while wanted is not None and wanted < start + len(batch):
+                    values = batch.to_pylist() if values is None else values
+                    yield wanted, values[wanted - start]
+                    wanted = next(numbers, None)
+                start += len(batch)
+                if wanted is None or wanted >= end:
+                    break
+        if wanted is not None:
+            raise fewer_rows(path, wanted + 1)
 
 
-def cut_parquet(path: str, rows: int) -> list[RowRange]:
-    """Cut a parquet file into ranges of at most `rows` rows, or of one row group where that has more.
+def cut_parquet(path: str, columns: Sequence[str], captions: int) -> list[RowRange]:
+    """Cut a parquet file into ranges of rows with about `captions` captions at most, at its row groups or within one.
+
+    Args:
+        path: Path or URL.
+        columns: The columns of captions, texts or lists of texts, of which the footer has the number of texts.
+        captions: Captions of a range.
 
     Returns:
-        The ranges; none of a file that has no more rows than that, or a single row group, or that cannot be read.
+        The ranges; none of a file that has no more captions than that, or that cannot be read.
     """
     try:
         with fsspec.open(path, "rb") as file:
             metadata = pq.ParquetFile(file).metadata
     except (OSError, pa.ArrowException):
         return []  # the error of reading it names it
-    ends = np.cumsum([0, *(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))]).tolist()
-    cuts = [0]
-    for start, end in itertools.pairwise(ends):
-        if end - cuts[-1] > rows and start > cuts[-1]:
+    cuts, held, end = [0], 0, 0
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        start, end = end, end + group.num_rows
+        parts = [group.column(column) for column in range(group.num_columns)]
+        texts = sum(part.num_values for part in parts if _is_of(part.path_in_schema, columns))
+        texts = max(texts, group.num_rows)
+        if held and held + texts > captions:
             cuts.append(start)
+            held = 0
+        if texts > captions:
+            cuts += range(start, end, max(1, group.num_rows * captions // texts))[1:]
+            texts = captions
+        held += texts
     cuts.append(metadata.num_rows)
     return [RowRange(start, stop, cuts[-1]) for start, stop in itertools.pairwise(cuts)] if len(cuts) > 2 else []
+
+
+def _is_of(path: str, columns: Sequence[str]) -> bool:
+    """Tell whether a column of a parquet file is one of these, or of the texts in its lists."""
+    return any(path == column or path.startswith(f"{column}.") for column in columns)

@@ -86,14 +86,12 @@ class ShardedSource:
         self._rows = rows
         self.shards = name_shards(source.path, opened.files)
 
-    def cut(self, part_rows: int) -> list[list[SourceShard]]:
-        """Return the shards, and of each parquet file with more than `part_rows` rows its parts.
-
-        A file with a single row group stays whole.
-        """
+    def cut(self, captions: int) -> list[list[SourceShard]]:
+        """Return the shards, and of each parquet file with more captions than so many its parts."""
+        columns = self.source.caption_columns
 
         def parts(shard: SourceShard) -> list[SourceShard]:
-            ranges = cut_parquet(shard.path, part_rows) if shard.path.endswith(".parquet") else []
+            ranges = cut_parquet(shard.path, columns, captions) if shard.path.endswith(".parquet") else []
             return [shard._replace(part=part) for part in ranges] or [shard]
 
         with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
@@ -106,10 +104,10 @@ class ShardedSource:
             SourceError: The file cannot be read, is cut short, or a caption is not text.
         """
         text = ShardText(list(self.source.caption_columns))
-        start, stop = (0, None) if shard.part is None else shard.part[:2]
+        part = None if shard.part is None else range(*shard.part[:2])
         with wrap_read_errors(shard.path, SourceError):
             text.size, text.checksum = source_size(shard.path), source_checksum(shard.path)
-            for _, row in self._rows.read(shard.number, start, stop):
+            for _, row in self._rows.read(shard.number, part):
                 captions = [caption for column in text.columns for caption in column_texts(row, column)]
                 text.captions.update(dict.fromkeys(captions))
                 text.rows += 1

@@ -12,7 +12,7 @@ import glob
 import posixpath
 import re
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import replace
@@ -36,7 +36,7 @@ from llm2clip.store.manifest import (
     StoreMismatchError,
     manifest_path,
 )
-from llm2clip.store.shards import ShardFile, keys_tensor, write_shard
+from llm2clip.store.shards import ShardFile, write_rows
 from llm2clip.store.store import BESIDE, EmbeddingCache
 from llm2clip.utils.files import require_writable, sha256
 from llm2clip.utils.locks import file_lock
@@ -108,12 +108,12 @@ class SidecarFolder:
         return rows.with_name(f".{rows.name.removesuffix(ROWS_SUFFIX)}.lock") if isinstance(rows, Path) else None
 
     def write(
-        self, shard: SourceShard, keys: np.ndarray, rows: Tensor, text: ShardText, manifest: StoreManifest
+        self, shard: SourceShard, keys: np.ndarray, rows: Iterable[Tensor], text: ShardText, manifest: StoreManifest
     ) -> StoreManifest:
         """Write the sidecar of a shard.
 
         Args:
-            keys, rows: Of its distinct captions.
+            keys, rows: Of its distinct captions; see [`write_rows`](llm2clip.store.shards.write_rows).
             text: What was read of the shard.
             manifest: The encoder, the format and the counts.
         """
@@ -121,8 +121,7 @@ class SidecarFolder:
             posixpath.basename(shard.name), text.size, text.checksum, text.rows, text.columns,
             None if shard.part is None else shard.part._asdict(), self._elsewhere(shard),
         )  # fmt: skip
-        tensors = {"rows": rows, "keys": keys_tensor(keys)}
-        return write_shard(self.rows_path(shard), tensors, replace(manifest, source=source))
+        return write_rows(self.rows_path(shard), keys, rows, replace(manifest, source=source))
 
     def is_embedded(self, shard: SourceShard, encoder: StoreManifest, columns: Sequence[str]) -> bool:
         """Tell whether a shard, as it is now, has a whole sidecar with the captions of these columns.

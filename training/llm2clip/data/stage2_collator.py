@@ -34,7 +34,8 @@ class Stage2Collator:
     - the image as `pixel_values` (3, H, W), as `vision_states` (tokens, width) that frozen layers made of it, or as
       `image`: a PIL image, encoded bytes or a path, prepared by the processor as in evaluation, or cropped at random;
     - its caption as `llm_embeds` (hidden_size,), as `input_ids` (L,) with optional `attention_mask` and
-      `pooling_mask`, where L may differ between rows, or as `caption`: a text for the cache or else the processor;
+      `pooling_mask`, where L may differ between rows, or as `caption`: a text for the cache or else the processor, or
+      a list of texts, one of which is drawn by torch's random numbers, as crops are;
     - optionally `caption_id`, an int64 >= 0 that equal captions share, and `image_caption_ids`, the ids of all
       captions of the image (by default `caption_id` alone). Without ids, a caption matches the image of its own row
       only; [`caption_id`] makes them from texts.
@@ -78,14 +79,15 @@ class Stage2Collator:
         self.cache, self.on_error, self.max_pixels = cache, on_error, max_pixels
         self.image_column, self.caption_column = image_column, caption_column
         self.crop_scale, self.image_backend = crop_scale, image_backend
+        self.draws_captions = True
         is_image_processor = isinstance(processor, BaseImageProcessor)
         self.image_processor: Any = processor if is_image_processor else getattr(processor, "image_processor", None)
         self.tokenize = None if is_image_processor else processor
 
     def for_evaluation(self) -> Stage2Collator:
-        """Return a collator that does not crop."""
+        """Return a collator that does not crop, and takes the first caption of a list."""
         other = copy.copy(self)
-        other.crop_scale = None
+        other.crop_scale, other.draws_captions = None, False
         other.__dict__.pop("_transforms", None)
         return other
 
@@ -158,7 +160,9 @@ class Stage2Collator:
             if self.image_processor is not None and "image" in row and not is_prepared:
                 row["pixel_values"], row["_prepared"] = self._prepared(row.pop("image"), key), True
             if "caption" in row and not {"llm_embeds", "input_ids"} & set(row):
-                row["caption"] = RowCaptions.of(row, key, ["caption"], None).texts[0]
+                captions = RowCaptions.of(row, key, ["caption"], None)
+                is_drawn = self.draws_captions and len(captions.texts) > 1
+                row["caption"] = captions.draw(_random_seed()) if is_drawn else captions.texts[0]
         except SampleError as error:
             if self.on_error == "raise":
                 raise
@@ -170,7 +174,7 @@ class Stage2Collator:
         decoded = evaluation.decode(image, key, self.max_pixels)
         if training is None:
             return evaluation(decoded, key)
-        return training(decoded, int(torch.randint(2**62, ())))
+        return training(decoded, _random_seed())
 
     def _lacks(self, row: dict[str, Any]) -> str:
         columns = f"image_column is {self.image_column!r}, and caption_column {self.caption_column!r}"
@@ -214,6 +218,10 @@ class Stage2Collator:
         tokens = self.tokenize(text=captions, padding=True, truncation=True, return_tensors="pt")
         # Some tokenizers return more, such as token_type_ids.
         return {name: tokens[name] for name in TOKEN_FIELDS if name in tokens}
+
+
+def _random_seed() -> int:
+    return int(torch.randint(2**62, ()))
 
 
 def _name(row: dict[str, Any], number: int) -> str:

@@ -1,8 +1,15 @@
 """Which row of which source has which place in a stream: arithmetic with numbers of rows, without reading.
 
 The places of a stream are cut into chunks, and chunk `c` of an epoch comes from lane `c % lanes`. A lane is a range of
-the epoch's rows, whose files are shuffled; blocks of it are read in sequence and shuffled. Nothing depends on how many
-processes and workers read: if their number divides that of the lanes, each has lanes of its own.
+the epoch's rows, whose files are shuffled; blocks of it are read in sequence and shuffled. A batch of all processes
+has a chunk of every lane, so that it is drawn from all of the data. A chunk is at most a quarter of a block, so that
+most neighbours in a file are in different batches: at least four batches of encoded rows are in memory for that.
+
+The share of a process in a batch is consecutive chunks, so that processes have lanes of their own. The DataLoader
+workers of a process share its lanes, since each makes whole batches: a worker keeps its own rows of a block and skips
+the others. In a local tar that costs nothing, since rows are found by their offset; of a remote one, every worker
+receives all bytes. Lanes of their own for up to 8 workers would need 8 times the memory for the same shuffle, in every
+run, since nothing may depend on how many processes and workers read.
 """
 
 from __future__ import annotations
@@ -10,17 +17,19 @@ from __future__ import annotations
 import bisect
 import functools
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from llm2clip.data.sampling import stable_seed
 
-# Lanes in a batch of all processes, and batches until a lane comes again, which is one of another worker's meanwhile.
-LANES_PER_BATCH, CYCLE = 8, 8
-# Rows of a lane that are shuffled together.
-BLOCK = 256
+# Lanes of a batch of all processes; more for large batches of small blocks, up to a number of files that can be open.
+LANES, MOST_LANES = 64, 512
+# Rows of a lane that are shuffled together, and in how many batches they are at least.
+BLOCK, BATCHES_OF_BLOCK = 256, 4
 
 # The fractional parts of its multiples are spread as evenly as those of any number.
 GOLDEN_RATIO = (5**0.5 - 1) / 2
@@ -28,6 +37,8 @@ GOLDEN_RATIO = (5**0.5 - 1) / 2
 Mixing = Literal["one_source_per_step", "proportional", "weights"]
 # Of places in a stream, (n,) int64: how many rows of a source come before each.
 RowsBefore = Callable[[np.ndarray], np.ndarray]
+# Of places in a stream, (n,) int64: whether a reader yields their rows, (n,) bool.
+IsOwn = Callable[[np.ndarray], np.ndarray]
 
 
 class Lanes(NamedTuple):
@@ -40,29 +51,25 @@ class Lanes(NamedTuple):
     """
 
     chunk: int = 1
-    number: int = LANES_PER_BATCH * CYCLE
+    number: int = LANES
     batch: int = 1
 
     @classmethod
-    def choose(cls, batch_size: int, world_size: int = 1, workers: int = 1) -> Lanes:
-        """Choose lanes for a run; the same ones for up to 8 processes with up to 8 workers, if these are powers of 2.
+    def choose(cls, batch: int, block: int = BLOCK) -> Lanes:
+        """Choose lanes for a run.
 
         Args:
-            batch_size: Rows in a batch of a process.
-            world_size: Number of processes.
-            workers: DataLoader workers of each, at least 1.
+            batch: Rows in a batch of all processes.
+            block: Rows of a lane that are shuffled together; 0 keeps all rows in order, in one lane.
         """
-        rows = batch_size * world_size
-        in_batch = _divisor(rows, LANES_PER_BATCH)
-        if in_batch % world_size:
-            in_batch = world_size * _divisor(batch_size, LANES_PER_BATCH // world_size)
-        cycle = CYCLE if CYCLE % workers == 0 else workers
-        return cls(rows // in_batch, in_batch * cycle, rows)
-
-
-def _divisor(number: int, limit: int) -> int:
-    """Return the largest divisor of a number up to a limit."""
-    return next(divisor for divisor in range(max(1, min(number, limit)), 0, -1) if number % divisor == 0)
+        if not block:
+            return cls(batch, 1, batch)
+        least = min(max(LANES, -(-BATCHES_OF_BLOCK * batch // block)), MOST_LANES)
+        if batch <= least:
+            return cls(1, -(-least // batch) * batch, batch)
+        chunk = next(size for size in range(batch // least, 0, -1) if batch % size == 0)
+        # A process keeps its lanes from batch to batch where all batches have the same chunks of them.
+        return cls(chunk, batch // chunk if batch // chunk < 2 * least else least, batch)
 
 
 class Piece(NamedTuple):
@@ -101,10 +108,22 @@ class SourceOrder:
         num_rows: Number of its rows.
         lanes: How the stream is cut.
         before: How many of the source's rows come before a place of the stream; by default all of the stream is its.
+        ahead: How many rows of the sources whose rows come first in a chunk come before a place; by default none.
+        seed: Seed of the order.
+        first_epoch: Number of the first epoch.
     """
 
-    def __init__(self, num_rows: int, lanes: Lanes, before: RowsBefore = lambda positions: positions) -> None:
-        self.num_rows, self.lanes, self.before = num_rows, lanes, before
+    def __init__(
+        self,
+        num_rows: int,
+        lanes: Lanes,
+        before: RowsBefore = lambda positions: positions,
+        ahead: RowsBefore = np.zeros_like,
+        seed: int = 0,
+        first_epoch: int = 0,
+    ) -> None:
+        self.num_rows, self.lanes, self.before, self.ahead = num_rows, lanes, before, ahead
+        self.seed, self.first_epoch = seed, first_epoch
         self.cut = functools.lru_cache(maxsize=2)(self._cut)
         # Of each lane: the epoch, the next chunk, and the rows of the lane before it.
         self._reached: dict[int, tuple[int, int, int]] = {}
@@ -122,8 +141,7 @@ class SourceOrder:
         sizes = np.diff(self.before(np.arange(first, last + 1) * self.lanes.chunk))
         numbers = np.arange(self.lanes.number)
         rows = np.bincount(np.arange(first, last) % len(numbers), weights=sizes, minlength=len(numbers))
-        # The lanes of a batch follow one another; their rows are in different parts of the epoch.
-        order = np.argsort(numbers * GOLDEN_RATIO % 1)
+        order = np.random.default_rng(stable_seed(self.seed, "lanes", self.first_epoch + epoch)).permutation(numbers)
         stops = np.empty_like(numbers)
         stops[order] = min(self.count(first), last_row) - first_row + np.cumsum(rows[order].astype(np.int64))
         return EpochCut(range(first, last), stops - rows.astype(np.int64), stops)
@@ -163,45 +181,60 @@ class SourceOrder:
         self._reached[lane] = epoch, chunk, rows
         return rows
 
+    def places(self, epoch: int, chunk: int, rows: int) -> np.ndarray:
+        """Return the places of rows of a chunk's lane, from the chunk's first one on, (n,) int64.
+
+        There are at least `rows` of them, or all up to the end of the lane in the epoch.
+        """
+        size, chunks = self.lanes.chunk, range(chunk, self.cut(epoch).chunks.stop, self.lanes.number)
+        number = -(-rows // size)
+        while True:
+            starts = np.array(chunks[:number], dtype=np.int64) * size
+            counts = self.before(starts + size) - self.before(starts)
+            if number >= len(chunks) or counts.sum() >= rows:
+                break
+            number *= 2
+        firsts = starts + self.ahead(starts + size) - self.ahead(starts)
+        return np.repeat(firsts - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+
 
 class RowReader:
     """Reads the rows of a source in its order, where the number of rows of each file is known.
 
     Args:
-        read: Reads rows of a file, given the epoch, the number of the file, the first row and the one after the last.
+        read: Reads rows of a file, given the epoch, the number of the file and those of the rows, ascending, of which
+            it asks for the next one only when the one before has been used.
         row_counts: Rows of each file.
         order: Order of the rows.
         block: Rows of a lane that are shuffled together; 0 keeps rows and files in order.
-        seed: Seed of the order.
-        first_epoch: Number of the first epoch.
+        is_own: Tells which places it is asked for; by default all.
     """
 
     def __init__(
         self,
-        read: Callable[[int, int, int, int], Iterator[Any]],
+        read: Callable[[int, int, Iterator[int]], Iterator[Any]],
         row_counts: Sequence[int],
         order: SourceOrder,
         block: int,
-        seed: int,
-        first_epoch: int,
+        is_own: IsOwn = lambda places: np.ones(len(places), dtype=bool),
     ) -> None:
         self.read_file, self.row_counts, self.order = read, row_counts, order
-        self.block, self.seed, self.first_epoch = block, seed, first_epoch
+        self.block, self.is_own = block, is_own
         self._lanes: dict[int, _LaneReader] = {}
 
     def read(self, chunk: int, first: int, last: int) -> Iterator[Any]:
         """Yield the rows of a chunk, from its `first` to its `last` one, excluded."""
         for piece in self.order.pieces(chunk, first, last):
-            epoch = self.first_epoch + piece.epoch
+            epoch = self.order.first_epoch + piece.epoch
             if piece.lane is None:
-                yield from _LaneReader(self, epoch, -1, 0, piece.last).in_order(piece.first, piece.last)
+                yield from _LaneReader(self, epoch, -1, 0, piece.last).in_order(range(piece.first, piece.last))
             else:
                 lane = self._lanes.get(piece.lane)
                 if lane is None or lane.epoch != epoch:
                     cut = self.order.cut(piece.epoch)
                     bounds = int(cut.starts[piece.lane]), int(cut.stops[piece.lane])
                     lane = self._lanes[piece.lane] = _LaneReader(self, epoch, piece.lane, *bounds)
-                yield from lane.read(piece.first, piece.last)
+                yield from lane.read(piece.first, piece.last, chunk, piece.first - first)
 
 
 class _LaneReader:
@@ -209,48 +242,59 @@ class _LaneReader:
 
     def __init__(self, source: RowReader, epoch: int, lane: int, start: int, stop: int) -> None:
         self.source, self.epoch, self.lane, self.start, self.stop = source, epoch, lane, start, stop
-        self._block, self._rows = -1, list[Any]()
+        # The blocks of the lanes end one after another, not all in one batch.
+        self._shift = int(source.block * (lane * GOLDEN_RATIO % 1))
+        # The rows of the block that have not been yielded, by their place in the lane.
+        self._block, self._rows = -1, dict[int, Any]()
         # The files of an epoch, one after another, and where each of them ends.
         self._files = np.arange(len(source.row_counts))
         if source.block:
-            seed = stable_seed(source.seed, "files", epoch)
+            seed = stable_seed(source.order.seed, "files", epoch)
             self._files = np.random.default_rng(seed).permutation(self._files)
         self._ends = np.cumsum(np.asarray(source.row_counts)[self._files])
-        # The file and row at which the rows of the open file go on.
-        self._position, self._open = (-1, 0), iter(list[Any]())
+        # The place of the open file, the numbers of the rows to read of it next, and its rows.
+        self._position, self._wanted, self._open = -1, deque[int](), iter(list[Any]())
 
-    def read(self, first: int, last: int) -> list[Any]:
-        """Return the rows from the `first` to the `last` one of the lane, excluded."""
-        size, result = self.source.block, list[Any]()
+    def read(self, first: int, last: int, chunk: int, at: int) -> Iterator[Any]:
+        """Yield the rows from the `first` to the `last` one of the lane, excluded; `at` is that of its chunk."""
+        size = self.source.block
         if not size:
-            return self.in_order(self.start + first, self.start + last)
-        while first < last:
-            block, at = divmod(first, size)
+            yield from self.in_order(range(self.start + first, self.start + last))
+            return
+        for number in range(first, last):
+            block = (number + self._shift) // size
             if block != self._block:
-                begin = self.start + block * size
-                self._rows = []  # before the next ones are read
-                rows = self.in_order(begin, min(self.stop, begin + size))
-                seed = stable_seed(self.source.seed, "block", self.epoch, self.lane, block)
-                order = np.random.default_rng(seed).permutation(len(rows))
-                self._block, self._rows = block, [rows[number] for number in order]
-            result += self._rows[at : at + last - first]
-            first = min(last, (block + 1) * size)
-        return result
+                self._rows.clear()  # before the next ones are read
+                self._block, self._rows = block, self._read_block(block, number, chunk, at)
+            yield self._rows.pop(number)
 
-    def in_order(self, first: int, last: int) -> list[Any]:
-        """Return the rows from the `first` to the `last` one of the epoch, excluded."""
-        rows: list[Any] = []
-        while first < last:
-            position = int(np.searchsorted(self._ends, first, side="right"))
-            file, end = int(self._files[position]), int(self._ends[position])
-            start, stop = first - end + self.source.row_counts[file], min(last, end)
-            if self._position != (file, start):
-                # Up to the end of the lane, since the next part mostly begins where this one ends.
-                until = min(self.source.row_counts[file], start + self.stop - first)
-                self._open = self.source.read_file(self.epoch, file, start, until)
-            rows += itertools.islice(self._open, stop - first)
-            self._position, first = (file, start + stop - first), stop
-        return rows
+    def _read_block(self, block: int, first: int, chunk: int, at: int) -> dict[int, Any]:
+        """Return the rows of a block that are this reader's, from the `first` one of the lane on, by their place."""
+        size, source = self.source.block, self.source
+        begin = max(0, block * size - self._shift)
+        end = min(self.stop - self.start, (block + 1) * size - self._shift)
+        seed = stable_seed(source.order.seed, "block", self.epoch, self.lane, block)
+        order = np.random.default_rng(seed).permutation(end - begin)
+        places = source.order.places(self.epoch - source.order.first_epoch, chunk, end - at)[first - at : end - at]
+        own = first + np.flatnonzero(source.is_own(places))
+        own = own[np.argsort(order[own - begin])]
+        rows = self.in_order((self.start + begin + order[own - begin]).tolist())
+        return dict(zip(own.tolist(), rows, strict=True))
+
+    def in_order(self, rows: Sequence[int]) -> list[Any]:
+        """Return rows of the epoch, whose numbers ascend."""
+        result: list[Any] = []
+        positions = np.searchsorted(self._ends, rows, side="right").tolist()
+        for position, group in itertools.groupby(zip(positions, rows, strict=True), itemgetter(0)):
+            file = int(self._files[position])
+            begin = int(self._ends[position]) - self.source.row_counts[file]
+            if position != self._position:
+                self._position, self._wanted = position, deque()
+                # What is to be read next is not known yet when the last row of a block has been read.
+                self._open = self.source.read_file(self.epoch, file, iter(self._wanted.popleft, None))
+            self._wanted += [row - begin for _, row in group]
+            result += itertools.islice(self._open, len(self._wanted))
+        return result
 
 
 class EvenMixture:

@@ -22,6 +22,7 @@ from llm2clip.data.sources import CaptionSource, open_source
 from llm2clip.data.stream_order import (
     BLOCK,
     EvenMixture,
+    IsOwn,
     Lanes,
     Mixing,
     RowReader,
@@ -122,9 +123,10 @@ class SampleStream(IterableDataset):
         """Hash the content of the sources, of large files a sample."""
         return digest_json([source.files_digest() for source in self.sources])
 
-    def choose_lanes(self, num_workers: int) -> Lanes:
-        """Return how the stream is cut for DataLoaders of so many workers."""
-        return self.lanes or Lanes.choose(self.batch_size, self.world_size, max(1, num_workers))
+    def choose_lanes(self) -> Lanes:
+        """Return how the stream is cut."""
+        blocks = [source.shuffle_block for source in self.sources if hasattr(source, "shuffle_block")]
+        return self.lanes or Lanes.choose(self.batch_size * self.world_size, min(blocks, default=BLOCK))
 
     def _mixture(self, lanes: Lanes) -> EvenMixture | StepMixture:
         weights = self.weights or [float(source.num_rows) for source in self.sources]
@@ -134,13 +136,22 @@ class SampleStream(IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         number, workers = data_worker()
-        lanes, start = self.choose_lanes(workers), self.start or 0
+        lanes, start = self.choose_lanes(), self.start or 0
         mixture = self._mixture(lanes)
         epoch = self.epoch if self.start is None else 0
+
+        def is_own(places: np.ndarray) -> np.ndarray:
+            batches, ranks = np.divmod((places - start) // self.batch_size, self.world_size)
+            return (places >= start) & (ranks == self.rank) & (batches % workers == number)
+
+        def ahead(index: int, places: np.ndarray) -> np.ndarray:
+            return sum((mixture.before(other, places) for other in range(index)), np.zeros_like(places))
+
         opened = []
         for index, source in enumerate(self.sources):
             before = partial(mixture.before, index)
-            opened.append((before, source.open(lanes, before, epoch)))
+            order = SourceOrder(source.num_rows, lanes, before, partial(ahead, index), source.seed, epoch)
+            opened.append((before, source.open(order, is_own)))
         end = None if self.repeat else self.num_rows
         for batch in itertools.count(number, workers):
             first = start + (batch * self.world_size + self.rank) * self.batch_size
@@ -227,11 +238,6 @@ class StreamingCaptionImageDataset(SampleStream):
     def num_rows(self) -> int:
         return sum(self.row_counts)
 
-    def choose_lanes(self, num_workers: int) -> Lanes:
-        # In order, all rows are of one lane.
-        lanes = super().choose_lanes(num_workers)
-        return lanes if self.shuffle_block or self.lanes else Lanes(lanes.batch, 1, lanes.batch)
-
     def fingerprint(self) -> str:
         """Return a hash of its files and their numbers of rows."""
         return digest_json([[*map(os.path.basename, self.shards.files)], self.row_counts])
@@ -260,23 +266,19 @@ class StreamingCaptionImageDataset(SampleStream):
         row = f"{file}-{number}" if self.shards.num_files > 1 else str(number)
         return self.columns.row_key(values, f"{self.name}:{row}" if self.is_one_of_several else row)
 
-    def open(self, lanes: Lanes, before: RowsBefore, epoch: int) -> ReadChunk:
+    def open(self, order: SourceOrder, is_own: IsOwn) -> ReadChunk:
         """Open the source for a DataLoader worker of a process.
 
         Args:
-            lanes: How the stream is cut.
-            before: How many rows of the source come before a place of the stream.
-            epoch: The epoch at the first place of the stream.
+            order: The order of its rows.
+            is_own: Which places of the stream the worker yields.
         """
-        rows = RowReader(
-            lambda epoch, file, start, stop: self._rows(epoch, file, self.shards.read(file, start, stop)),
-            self.row_counts,
-            SourceOrder(sum(self.row_counts), lanes, before),
-            self.shuffle_block,
-            self.seed,
-            epoch,
-        )
-        return lambda *part: (make() for make in rows.read(*part))
+
+        def read(epoch: int, file: int, rows: Iterator[int]) -> Iterator[Callable[[], Any]]:
+            return self._rows(epoch, file, self.shards.read(file, rows))
+
+        reader = RowReader(read, self.row_counts, order, self.shuffle_block, is_own)
+        return lambda *part: (make() for make in reader.read(*part))
 
 
 def first_counts(shards: ShardRows, limit: int | None) -> Iterator[int]:
@@ -314,9 +316,8 @@ class TableSource:
     def join(self, number: int) -> None:
         self.dataset.is_one_of_several, self.seed = True, stable_seed(self.seed, "source", number)
 
-    def open(self, lanes: Lanes, before: RowsBefore, epoch: int) -> ReadChunk:
+    def open(self, order: SourceOrder, is_own: IsOwn) -> ReadChunk:
         """Open the source as [`StreamingCaptionImageDataset.open`] does."""
-        order = SourceOrder(len(self.dataset), lanes, before)
 
         @lru_cache(maxsize=2)
         def rows(epoch: int) -> np.ndarray:
@@ -326,6 +327,7 @@ class TableSource:
             begin = order.count(chunk)
             for row in range(begin + first, begin + last):
                 passed, number = divmod(row, len(self.dataset))
-                yield self.dataset[SampleIndex(epoch + passed, int(rows(epoch + passed)[number]))]
+                epoch = order.first_epoch + passed
+                yield self.dataset[SampleIndex(epoch, int(rows(epoch)[number]))]
 
         return read

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import os
 import posixpath
 import tarfile
@@ -19,6 +20,7 @@ from datasets.packaged_modules.webdataset.webdataset import WebDataset, base_plu
 from llm2clip.data.formats import SourceError, file_format
 from llm2clip.utils.files import READ_SIZE
 from llm2clip.utils.remote_path import open_once
+from llm2clip.utils.shared_files import shared_file
 
 # What reading a damaged tar raises.
 DAMAGED = (tarfile.TarError, EOFError, OSError, zlib.error, LZMAError)
@@ -98,40 +100,33 @@ def list_tar(path: Path) -> Iterator[tuple[str, FilePart]]:
 
 
 def tar_rows(
-    path: str, columns: Collection[str], start: int = 0, stop: int | None = None
+    path: str, columns: Collection[str], rows: Iterable[int] | None = None
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield rows of a webdataset tar, of any compression that `tarfile` knows, with their numbers.
 
-    They are those that `datasets` makes of it, with `columns` alone; one that a row lacks is None. Of a local file,
-    the bytes of the rows before are not even read: its headers are read once, for the offsets of its rows.
+    They are those that `datasets` makes of it, with `columns` alone; one that a row lacks is None. Of other rows, the
+    bytes are not read where the file can be entered anywhere: of a local tar, its headers are read once for that.
 
     Args:
         path: Path or URL.
         columns: The columns to read.
-        start, stop: The first row, and the one after the last; by default all rows.
+        rows: Numbers of the rows, ascending; the next one is asked for when the one before has been used. By default
+            all rows.
 
     Raises:
         SourceError: It is not a tar, is damaged or cut short, has fewer rows, or a value is not of the form of its
             column.
     """
-    first = offset = 0
-    if start and "://" not in path:
-        state = os.stat(path)
-        offsets = _row_offsets(path, state.st_size, state.st_mtime_ns)
-        if offsets is not None and start < len(offsets):
-            first, offset = start, int(offsets[start])
+    numbers = None if rows is None else iter(rows)
+    first = 0 if numbers is None else next(numbers, None)
+    if first is None:
+        return
+    if numbers is not None:
+        numbers = itertools.chain([first], numbers)
+    offsets = row_offsets(path) if first and "://" not in path else None
     with _opened(path) as file:
-        mode = _mode(file)
-        if offset:
-            file.seek(offset)
-            mode = "r:"
-        for number, row in enumerate(_grouped(path, file, mode, columns, start - first), first):
-            if number >= start:
-                yield number, _decoded(path, row, columns)
-            if number + 1 == stop:
-                return
-    if stop is not None:
-        raise fewer_rows(path, stop)
+        for number, row in _grouped(path, file, columns, numbers, offsets):
+            yield number, _decoded(path, row, columns)
 
 
 def fewer_rows(path: str, stop: int) -> SourceError:
@@ -139,16 +134,24 @@ def fewer_rows(path: str, stop: int) -> SourceError:
     return SourceError(f"{path} has no row {stop - 1}: it has fewer rows than were counted. Was it replaced?")
 
 
-@functools.lru_cache(maxsize=256)
-def _row_offsets(path: str, size: int, time: int) -> np.ndarray | None:
+def row_offsets(path: str) -> np.ndarray | None:
     """Return the first byte of each row of a local tar, (rows,) int64; None if it cannot be entered there.
 
-    Args:
-        size, time: Of the file, which may be replaced.
+    Its headers are read once on this machine, as long as the file stays as it is.
     """
+    state = os.stat(path)
+    times = state.st_mtime_ns, state.st_ctime_ns
+    return _row_offsets(os.path.abspath(path), state.st_size, state.st_ino, *times)
+
+
+@functools.lru_cache(maxsize=256)
+def _row_offsets(path: str, *state: int) -> np.ndarray | None:
+    def write(offsets: Path) -> None:
+        with _opened(path) as file, offsets.open("wb") as written:
+            np.save(written, np.array([row.offset for _, row in _grouped(path, file, (), mode="r:")], dtype=np.int64))
+
     try:
-        with _opened(path) as file:
-            return np.array([row.offset for row in _grouped(path, file, "r:", ())])
+        return cast(np.ndarray, np.load(shared_file("tar-rows", {"path": path, "state": state}, write)))
     except SourceError:  # it is compressed, or reading it says what is wrong
         return None
 
@@ -160,7 +163,7 @@ def count_tar_rows(path: str) -> int:
         SourceError: It is not a tar, or is damaged or cut short.
     """
     with _opened(path) as file:
-        return sum(1 for _ in _grouped(path, file, _mode(file), ()))
+        return sum(1 for _ in _grouped(path, file, ()))
 
 
 def refuse_damaged_tars(files: Iterable[str]) -> None:
@@ -172,6 +175,18 @@ def refuse_damaged_tars(files: Iterable[str]) -> None:
     for file in files:
         if "://" not in file and file_format(file) == ".tar":
             count_tar_rows(file)
+
+
+def without_empty(files: list[str]) -> list[str]:
+    """Return webdataset tars from the first one that has rows on: `datasets` takes the columns from the first tar.
+
+    Raises:
+        SourceError: None has rows, or one is damaged.
+    """
+    for number, file in enumerate(files):
+        if next(tar_rows(file, ()), None) is not None:
+            return files[number:]
+    raise SourceError(f"{', '.join(files[:3])}{' and so on' if files[3:] else ''}: no tar of the data has a row.")
 
 
 def _opened(path: str) -> Any:
@@ -197,14 +212,33 @@ class _Row(NamedTuple):
     members: list[tuple[str, bytes]]
 
 
-def _grouped(path: str, file: IO[bytes], mode: str, columns: Collection[str], unread: int = 0) -> Iterator[_Row]:
-    """Yield the rows of a tar; `members` are those in `columns`, none of the first `unread` rows."""
-    row, current, last = -1, None, None
+def _grouped(
+    path: str,
+    file: IO[bytes],
+    columns: Collection[str],
+    rows: Iterator[int] | None = None,
+    offsets: np.ndarray | None = None,
+    mode: str = "",
+) -> Iterator[tuple[int, _Row]]:
+    """Yield `rows` of a tar, by default all, with their numbers; `members` are those in `columns`.
+
+    Args:
+        offsets: Where the rows begin, if the tar can be entered there.
+        mode: Of `tarfile`, by default what the file allows.
+    """
+    every = itertools.count() if rows is None else rows
+    wanted = next(every, None)
+    number, current, last = -1, None, None
+    mode = mode or ("r:" if offsets is not None else _mode(file))
+    if offsets is not None and wanted and wanted < len(offsets):
+        file.seek(int(offsets[wanted]))
+        number = wanted - 1
     try:
-        with _open_tar(file, mode) as archive:
-            while (member := archive.next()) is not None:
+        with _open_tar(file, mode) as opened:
+            archive = cast(Any, opened)
+            while wanted is not None and (member := archive.next()) is not None:
                 # Otherwise tarfile keeps all of them.
-                cast(Any, archive).members.clear()
+                archive.members.clear()
                 last = member.name
                 if not member.isreg() or posixpath.basename(member.name).startswith((".", "__")):
                     continue
@@ -212,15 +246,23 @@ def _grouped(path: str, file: IO[bytes], mode: str, columns: Collection[str], un
                 if key is None:
                     continue
                 if current is None or key != current.key:
-                    if current is not None:
-                        yield current
-                    row, current = row + 1, _Row(key, member.offset, [])
-                if field in columns and row >= unread:
+                    if current is not None and number == wanted:
+                        yield number, current
+                        if (wanted := next(every, None)) is None:
+                            return
+                    number, current = number + 1, _Row(key, member.offset, [])
+                    if offsets is not None and number < wanted < len(offsets):
+                        archive.offset, number, current = int(offsets[wanted]), wanted - 1, None
+                        continue
+                if field in columns and number == wanted:
                     current.members.append((member.name, _content(archive, member)))
     except DAMAGED as error:
         raise _fault(path, "a tar", last, error) from error
-    if current is not None:
-        yield current
+    if current is not None and number == wanted:
+        yield number, current
+        wanted = next(every, None)
+    if rows is not None and wanted is not None:
+        raise fewer_rows(path, wanted + 1)
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

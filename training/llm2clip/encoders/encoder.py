@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as V
@@ -221,12 +222,17 @@ class Encoder(ABC):
         first: int = 0
         embeds: list[Tensor] = []
         reasons: list[str | None] = []
+        width: int | None = None
         batches = forward_images(
             prepared, forward or self.forward_images, batch_size, num_workers, show=show_progress_bar
         )
         for start, output, skipped in batches:
             good = [index for index, sample in enumerate(skipped) if sample is None]
-            vectors = torch.zeros(len(skipped), self.width if output is None else output.shape[1])
+            if output is not None:
+                width = output.shape[1]
+            elif width is None:
+                width = self.width if forward is None else self._width_of(forward)
+            vectors = torch.zeros(len(skipped), width)
             reasons += [None if sample is None else sample.reason for sample in skipped]
             if output is not None:
                 vectors[good] = output
@@ -240,6 +246,11 @@ class Encoder(ABC):
             if done == len(rows) or (part_size and done % part_size == 0):
                 yield EncodedRows(list(rows[first:done]), torch.cat(embeds), reasons)
                 first, embeds, reasons = done, [], []
+
+    def _width_of(self, forward: Callable[[dict[str, Tensor]], Tensor]) -> int:
+        """Return the width of what is computed of images, where none could be decoded."""
+        sample = self.prepare(Image.new("RGB", (64, 64)), "a blank image")
+        return forward({name: value[None] for name, value in sample.items()}).shape[1]
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:

@@ -7,10 +7,12 @@ row was computed from, such as a caption's exact text in UTF-8 or an image's enc
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import itertools
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +24,9 @@ from llm2clip.store.manifest import Kind, StoreDamagedError, StoreManifest, mani
 from llm2clip.utils.files import atomic_path, sha256
 from llm2clip.utils.remote_path import AnyPath, local_file
 from llm2clip.utils.shared_files import stored_sha256
+
+# What safetensors calls the dtypes of rows.
+SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 def write_shard(path: AnyPath, tensors: Mapping[str, Tensor], manifest: StoreManifest) -> StoreManifest:
@@ -41,6 +46,39 @@ def write_shard(path: AnyPath, tensors: Mapping[str, Tensor], manifest: StoreMan
         temporary.write_bytes(content)
         described.unlink(missing_ok=True)
     manifest.write(described)
+    return manifest
+
+
+def write_rows(path: AnyPath, keys: np.ndarray, rows: Iterable[Tensor], manifest: StoreManifest) -> StoreManifest:
+    """Write a shard as [`write_shard`] does, of rows that are computed meanwhile and not held in memory.
+
+    Args:
+        path: `NAME.safetensors`, local or remote.
+        keys: (n, 2) int64.
+        rows: The n rows in the dtype of the manifest, some at a time: (m, width).
+        manifest: See [`write_shard`]; its `counts` may be counted while the rows are computed.
+    """
+    size = len(keys) * manifest.width * getattr(torch, manifest.dtype).itemsize
+    described: dict[str, Any] = {
+        "keys": {"dtype": "I64", "shape": [len(keys), 2], "data_offsets": [0, keys.nbytes]},
+        "rows": {
+            "dtype": SAFETENSORS_NAMES[manifest.dtype],
+            "shape": [len(keys), manifest.width],
+            "data_offsets": [keys.nbytes, keys.nbytes + size],
+        },
+    }
+    header = json.dumps(described, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    start = [len(header).to_bytes(8, "little"), header, keys_tensor(keys).numpy().tobytes()]
+    digest, written = hashlib.sha256(), 0
+    with atomic_path(path) if isinstance(path, Path) else local_file(path) as temporary:
+        with temporary.open("wb") as file:
+            for part in itertools.chain(start, (part.contiguous().view(torch.uint8).numpy() for part in rows)):
+                written += file.write(part)
+                digest.update(part)
+        manifest_path(path).unlink(missing_ok=True)
+    manifest = replace(manifest, rows=len(keys), bytes=written, checksum=digest.hexdigest())
+    manifest.write(manifest_path(path))
     return manifest
 
 

@@ -223,7 +223,7 @@ class StreamPosition:
         """
         stream, skipped = self.stream, self.args.ignore_data_skip
         stream.batch_size = self.args.per_device_train_batch_size
-        stream.lanes = stream.choose_lanes(self.args.dataloader_num_workers)
+        stream.lanes = stream.choose_lanes()
         self._start = 0, 0
         if checkpoint is not None:
             step = int(read_json(checkpoint / TRAINER_STATE_NAME)["global_step"])
