@@ -11,11 +11,11 @@ from typing import Any
 
 
 @contextmanager
-def flip(path: Path, place: int | None = None) -> Iterator[None]:
-    """Flip the lowest bit of a byte of a file, by default in the middle; at the end it is as it was."""
+def flip(path: Path, place: int | None = None, bit: int = 0) -> Iterator[None]:
+    """Flip a bit of a byte of a file, by default the lowest one in the middle; at the end it is as it was."""
     content = path.read_bytes()
     changed = bytearray(content)
-    changed[len(content) // 2 if place is None else place] ^= 1
+    changed[len(content) // 2 if place is None else place] ^= 1 << bit
     path.write_bytes(changed)
     try:
         yield

@@ -14,7 +14,7 @@ TOKEN, READ_TOKEN, USER = "hf_write", "hf_read", "tester"
 # Status of a `Failure` that closes the connection without an answer.
 CUT = -1
 # A selection of the ids that the Hub accepts.
-LICENSES = ("apache-2.0", "gemma", "llama3.1", "mit", "other")
+LICENSES = ("apache-2.0", "cc-by-nc-4.0", "gemma", "llama3", "llama3.1", "llama3.2", "mit", "other")
 FIELDS = {"language": r"[a-z]{2,3}|code|multilingual", "datasets": r"(\w[\w.-]*/)?\w[\w.-]*"}
 FIELDS["base_model"] = FIELDS["datasets"]
 

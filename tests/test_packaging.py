@@ -163,6 +163,16 @@ def test_actions_are_pinned_by_commit(workflow: Path) -> None:
     assert [line for line in uses if not re.fullmatch(r"[\w./-]+@[0-9a-f]{40}  # v\d+\.\d+\.\d+", line)] == []
 
 
+def test_a_workflow_runs_what_has_to_pass_before_a_change_lands() -> None:
+    demanded = re.findall(r"^make ([\w-]+)", (ROOT / ".ci/run").read_text(), re.MULTILINE)
+    ci = (ROOT / ".github/workflows/ci.yml").read_text()
+    assert (
+        {"test", "test-all"}
+        <= set(demanded)
+        == set(re.findall(r"- run: make ([\w-]+) PYTHON=python$", ci, re.MULTILINE))
+    )
+
+
 def test_every_licence_of_the_bundled_data_is_named_and_has_its_text() -> None:
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")

@@ -53,7 +53,9 @@ def test_the_ratio_is_the_median_of_the_ratios_within_rounds():
 @pytest.mark.parametrize("name", list(row_modules()))
 def test_every_row_compares_its_values_and_has_goals_against_its_contestants(name):
     row = load_row(row_modules()[name])
-    for contest in (contest for device in row.devices for contest in row.contests(device)):
+    contests = [contest for device in row.devices for contest in row.contests(device)]
+    assert contests
+    for contest in contests:
         assert next(iter(contest.contestants)) == "ours"
         assert contest.goals
         assert {goal.against for goal in contest.goals} <= set(contest.contestants)

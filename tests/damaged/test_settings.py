@@ -75,10 +75,13 @@ def test_a_setting_with_any_value_has_its_type_or_is_refused(command: str) -> No
     of_each = len(VALUES) // (4 if is_stage else 2)
     draws = [(name, value) for name in own for value in generator.sample(VALUES, of_each)]
     draws += [(generator.choice(others), generator.choice(VALUES)) for _ in range(DRAWS if is_stage else 0)]
+    taken = 0
     for name, value in draws:
         # As in a recipe, as an option or argument, and one entry of a list.
         spellings = (name, f"--{name.replace('_', '-')}", f"{name.removesuffix('s')} ", name.upper())
         fields = {**NEEDED.get(command, {}), name: value}
         config = accepted(lambda fields=fields: build_config(config_class, fields), *spellings)
+        taken += config is not None
         if config is not None and name in own:
             assert fits(getattr(config, name), hints[name]), (name, value, getattr(config, name))
+    assert 0 < taken < len(draws)

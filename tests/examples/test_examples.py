@@ -32,6 +32,7 @@ def losses(output: str) -> list[float]:
 
 def test_every_script_is_one_screen_and_in_the_table() -> None:
     table = (EXAMPLES / "README.md").read_text()
+    assert SCRIPTS
     for script in SCRIPTS:
         limit = 166 if script == "multimodal_llm.py" else 60
         assert len((EXAMPLES / script).read_text().splitlines()) <= limit, script

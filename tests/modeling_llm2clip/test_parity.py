@@ -72,6 +72,7 @@ def test_timm_siglip_tower_is_transformers_siglip() -> None:
 
 def test_rotary_tables_equal_the_original() -> None:
     golden = load_golden("rope_tables_a")
+    assert golden.meta["config"]
     for case in golden.meta["config"]:
         tag, side = case["tag"], case["ft_seq_len"] or case["pt_seq_len"]
         table = rotary_table(2 * case["half_head_dim"], (side, side), case["pt_seq_len"])
@@ -88,6 +89,7 @@ def test_rotary_tables_equal_the_original() -> None:
 
 def test_position_embedding_resize_equals_the_original() -> None:
     golden = load_golden("pos_resize_a")
+    assert {case["tag"] for case in golden.meta["config"]} > {"same"}
     for case in golden.meta["config"]:
         grid = (case["new_grid"], case["new_grid"])
         resized = resize_position_embedding(golden[f"in/{case['tag']}/pos_embed"], grid)

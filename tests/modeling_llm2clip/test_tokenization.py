@@ -154,6 +154,7 @@ def test_ids_and_pooling_masks_equal_llm2vec(name: str, tmp_path: Path) -> None:
 def test_encode_equals_llm2vec_from_text_to_embedding(name: str, tmp_path: Path) -> None:
     golden = load_golden(name)
     model, tokenizer = prepare(golden, tmp_path)
+    assert golden.meta["pairs"]
     for row, (instruction, text) in enumerate(golden.meta["pairs"]):
         embedding = model.encode(text, tokenizer, instruction=instruction or None)[0]
         torch.testing.assert_close(embedding, golden["out/pairs/pooled/mean_skip1"][row], **golden.meta["tolerance"])

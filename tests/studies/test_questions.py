@@ -24,6 +24,7 @@ def asked() -> dict[str, list[tuple[list[dict[str, Any]], dict[str, str]]]]:
     for split in scenes.SPLITS:
         rows = pq.read_table(scenes.COMMITTED / f"{split}.parquet", columns=["key", "objects"]).to_pylist()
         found[split] = [(json.loads(row["objects"]), one) for row in rows for one in questions.questions(row)]
+    assert all(found.values())
     return found
 
 

@@ -36,7 +36,10 @@ REVERSE = re.compile(
 
 @pytest.fixture(scope="module")
 def rows() -> dict[str, list[dict[str, Any]]]:
-    return {split: pq.read_table(scenes.COMMITTED / f"{split}.parquet").to_pylist() for split in scenes.SPLITS}
+    found = {split: pq.read_table(scenes.COMMITTED / f"{split}.parquet").to_pylist() for split in scenes.SPLITS}
+    assert found
+    assert all(found.values())
+    return found
 
 
 @pytest.fixture(scope="module")

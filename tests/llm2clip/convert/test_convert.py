@@ -14,6 +14,8 @@ from transformers import AutoModel, AutoProcessor, CLIPConfig, CLIPModel, Siglip
 import llm2clip
 from llm2clip.convert.joint_plan import STATISTICS
 from llm2clip.convert.original import to_original
+from llm2clip.hub.cards.card import read_card
+from llm2clip.hub.license_terms import TERMS
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
 from tests.builders import tiny
 from tests.golden import Golden, load_golden
@@ -101,6 +103,18 @@ def test_microsoft_openai_folder_is_converted_with_its_license(tmp_path: Path) -
     card = (tmp_path / "out" / "README.md").read_text()
     assert "license: apache-2.0" in card
     assert source in card
+
+
+def test_a_converted_model_is_under_the_license_of_the_llama_in_its_llm(tmp_path: Path) -> None:
+    """Whatever Microsoft's card states, and without asking the Hub for that of the LLM."""
+    source = checkpoints.microsoft_openai_folder(tmp_path / "microsoft")
+    llm = checkpoints.llm_of(OPENAI, tmp_path / "LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned")
+    convert(source, tmp_path / "out", "--text-model", llm)
+    data, text = read_card(tmp_path / "out")
+    assert data["license"] == "llama3"
+    assert data["base_licenses"] == ["microsoft (apache-2.0)", f"{Path(llm).name} (llama3)"]
+    assert "**Built with Meta Llama 3**" in text
+    assert (tmp_path / "out" / "NOTICE").read_text() == TERMS["llama3"].notice + "\n"
 
 
 def test_microsoft_eva_folder_prefers_the_pt_file_with_the_adapter(tmp_path: Path, eva_options: list[str]) -> None:

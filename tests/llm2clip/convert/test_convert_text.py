@@ -51,7 +51,8 @@ def test_converted_llm_gives_the_embeddings_of_the_llm_with_the_prompt(
     assert tower.config.fingerprint == expected.fingerprint() == tower.fingerprint()
     assert tower.config.verified_attention == ["mask"]  # so that it is not probed again
     assert tower.config.num_prefix_tokens == expected.config.num_prefix_tokens > 1
-    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".json", ".md", ".py", ".safetensors"}
+    written = {path.suffix or path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"LICENSE-CODE", ".json", ".md", ".py", ".safetensors"}
     stranger = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True)
     torch.testing.assert_close(stranger.encode(captions, tokenizer), embeds, atol=1e-6, rtol=1e-5)
 

@@ -43,8 +43,10 @@ def plain(rows: Any, image: str | None) -> list[tuple[int, dict[str, Any]]]:
 )
 def test_rows_by_number_are_those_of_datasets(form: str, columns: list[str], made: Path) -> None:
     shards, image = opened(CaptionSource(str(made / form), caption_columns=columns, streaming=True))
+    assert shards.num_files
     for file in range(shards.num_files):
         every = plain(shards.read_all(file), image)
+        assert every
         assert plain(shards.read(file), image) == every
         assert plain(shards.read(file, range(len(every) - 1, len(every))), image) == every[-1:]
         with pytest.raises(SourceError, match=f"has no row {len(every)}: it has"):

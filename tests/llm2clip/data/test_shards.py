@@ -58,6 +58,7 @@ def test_captions_of_a_tar_are_those_that_training_reads(mode: str, tmp_path: Pa
     columns = ["txt", "json.caption", "alt.txt.gz"]
     source = CaptionSource(str(tmp_path / f"*.tar{ending}"), caption_columns=columns, streaming=True)
     opened, table = ShardedSource(source), load_source(source)
+    assert len(opened.shards) == 2
     for shard in opened.shards:
         rows = list(table.shard(2, shard.number))
         trained = [text for row in rows for column in columns for text in column_texts(row, column)]

@@ -118,6 +118,7 @@ def test_a_tar_is_entered_at_any_row(kind: str, tmp_path: Path) -> None:
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
     expected = list(tar_rows(str(path), ["txt", "__key__"]))
+    assert len(expected) == count
     for start in range(count):
         assert list(tar_rows(str(path), ["txt", "__key__"], range(start, count))) == expected[start:]
 

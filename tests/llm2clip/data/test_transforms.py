@@ -121,6 +121,7 @@ MOVED_CROPS = {"rgb_odd_56x59": (2, 0), "rgb_wide_211x37": (0, 132)}
 def test_pixels_equal_the_original(name: str) -> None:
     """With Pillow's resizing; where the crop is at another place, the picture around it is compared at that place."""
     golden = load_golden(name)
+    assert golden.meta["cases"]
     for case in golden.meta["cases"]:
         tag, size = case["tag"], case["size"]
         mean, std = (case.get(key, golden.meta[key]) for key in ("mean", "std"))

@@ -63,6 +63,7 @@ def test_recalls_and_ranks_equal_the_original(name: str, direction: str) -> None
         for key, value in golden.meta["metrics"].items()
         if key.startswith(f"{DIRECTIONS[direction]}_recall@")
     }
+    assert {1, 5, 10} <= set(recalls)
     ours = retrieval_metrics(image, text, matches, sorted(recalls))
     for k, original in recalls.items():
         assert ours[f"{direction}_recall@{k}"] == pytest.approx(original, abs=tolerance)

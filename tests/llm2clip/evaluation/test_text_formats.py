@@ -63,6 +63,7 @@ CAPTIONS.append((Strangers(), ("texts",)))
 @pytest.mark.parametrize(("data", "fields"), CAPTIONS, ids=lambda value: type(value).__name__)
 def test_captions_of_all_kinds_of_data_are_formatted_and_nothing_else(data: Any, fields: tuple[str, ...]) -> None:
     changed = format_captions(data, "albef")
+    assert set(fields) <= set(vars(data))
     for name, value in vars(data).items():
         if name in fields:
             assert getattr(changed, name) == [TEXT_FORMATS["albef"](text) for text in value] != value

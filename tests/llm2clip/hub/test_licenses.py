@@ -10,9 +10,10 @@ import pytest
 
 from llm2clip import cli
 from llm2clip.hub.cards.card import CARD, read_card
-from llm2clip.hub.licenses import META, TERMS, bases_of, check_terms, code_license, license_model, license_of_name
+from llm2clip.hub.license_terms import LICENSE_IDS, META, PERMISSIVE, TERMS, license_of_name
+from llm2clip.hub.licenses import bases_of, check_license, code_license, license_model
 from tests.builders import tiny
-from tests.llm2clip.hub.conftest import Refused, upload
+from tests.llm2clip.hub.conftest import REPO, Refused, upload
 from tests.loopback_hub import File, LoopbackHub, Repo
 
 NOTICE = f"Llama 3.1 is licensed under the Llama 3.1 Community License, {META}\n"
@@ -46,7 +47,7 @@ def test_a_model_made_from_llama_is_under_its_license(run: Path, refused: Refuse
     state(run.parent / "vision", "mit")
     (run.parent / "llm" / "settings.json").write_text(json.dumps({"model_name_or_path": str(base)}))
     mine = ("build", run, run.parent / "Llama-mine")
-    error = refused("give --license llama3.1, or --license other", *mine, "--license", "apache-2.0")
+    error = refused("give --license llama3.1, or give --license other", *mine, "--license", "apache-2.0")
     assert "does not keep the license of Llama-3.1-8B-Instruct (llama3.1)" in error
     folder = built(run, "Llama-first")
     data, text = read_card(folder)
@@ -72,10 +73,10 @@ def test_gemma_needs_its_notice_and_no_name(run: Path, caplog: pytest.LogCapture
         folder = built(run, "mine")
     assert read_card(folder)[0]["license"] == "gemma"
     assert "Gemma Terms of Use found at ai.google.dev/gemma/terms" in (folder / "NOTICE").read_text()
-    assert "put it into the built folder as LICENSE" in caplog.text
+    assert "put it into the model's folder as LICENSE" in caplog.text
     caplog.clear()
-    check_terms(folder, "me/mine")
-    assert f"which {folder} does not have: put it there as LICENSE" in caplog.text
+    check_license(folder, "me/mine", None)
+    assert "put it into the model's folder as LICENSE" in caplog.text
 
 
 def test_the_strictest_license_is_the_default_and_none_is_invented(run: Path) -> None:
@@ -140,11 +141,69 @@ def test_the_name_of_a_model_says_its_license() -> None:
 def test_push_demands_what_the_license_on_the_card_or_in_the_notice_demands(hub: LoopbackHub, model: Path) -> None:
     card = (model / CARD).read_text().replace("license: apache-2.0", "license: llama3.1")
     (model / CARD).write_text(card)
-    with pytest.raises(ValueError, match=r"begin with 'Llama', unlike Llama/tiny; .*'Built with Llama'; NOTICE"):
+    with pytest.raises(ValueError, match=r"under llama3\.1, which demands more: .*'Built with Llama'; NOTICE"):
         upload(hub, model, repo_id="Llama/tiny")
     (model / CARD).write_text(f"{card}\nBuilt with Llama\n")
     (model / "NOTICE").write_text(TERMS["llama3.1"].notice)
+    with pytest.raises(ValueError, match="begin with 'Llama', unlike Llama/tiny: push to another repo"):
+        upload(hub, model, repo_id="Llama/tiny")
     upload(hub, model, repo_id="tester/Llama-tiny")
     (model / CARD).write_text((model / CARD).read_text().replace("license: llama3.1", "license: mit"))
-    with pytest.raises(ValueError, match=r"is under llama3\.1, which demands more: README\.md has to state"):
+    with pytest.raises(ValueError, match=r"mit in .*README\.md does not keep the license of model \(llama3\.1\)"):
         upload(hub, model, repo_id="tester/Llama-tiny")
+
+
+@pytest.mark.parametrize("license", ["mit", "MIT", "Apache-2.0", "openrail", "unknown"])
+def test_no_spelling_and_no_door_frees_a_model_of_the_license_of_its_base(
+    license: str, run: Path, refused: Refused
+) -> None:
+    """Neither `build --license`, nor `push` of a built folder whose card was edited; the base is not beside it."""
+    state(run.parent / "vision", "cc-by-nc-4.0")
+    words = "does not keep the license of vision (cc-by-nc-4.0), which the model was made from"
+    refused(words, "build", run, run.parent / "mine", "--license", license)
+    folder = built(run, "mine")
+    card = (folder / CARD).read_text()
+    assert "license: cc-by-nc-4.0\n" in card
+    (folder / CARD).write_text(card.replace("license: cc-by-nc-4.0\n", f"license: {license}\n"))
+    push = ("push", folder, "me/mine", "--no-check", "--dry-run")
+    refused(words, *push)
+    (folder / CARD).write_text(card.replace("license: cc-by-nc-4.0\n", ""))
+    refused("README.md has to state license: cc-by-nc-4.0", *push)
+    # Nor does what is built from the built folder.
+    (folder / CARD).write_text(card)
+    refused(words, "build", folder, run.parent / "again", "--license", license)
+
+
+def test_a_license_is_an_id_of_the_hub_in_any_case(run: Path, refused: Refused) -> None:
+    mine = ("build", run, run.parent / "mine", "--license")
+    refused("--license apache2.0: the Hub has no license of this id: did you mean apache-2.0?", *mine, "apache2.0")
+    refused("--license cc-by-nc-9: the Hub has no license of this id: did you mean cc-by-nc-4.0?", *mine, "cc-by-nc-9")
+    folder = built(run, "mine", "--license", " Apache-2.0")
+    card = (folder / CARD).read_text()
+    assert read_card(folder)[0]["license"] == "apache-2.0"
+    assert (folder / "LICENSE").read_text() == code_license()
+    (folder / CARD).write_text(card.replace("license: apache-2.0", "license: apache2.0"))
+    refused("README.md: the Hub has no license of this id", "push", folder, "me/mine", "--no-check", "--dry-run")
+    assert {*PERMISSIVE, *TERMS} <= set(LICENSE_IDS)
+
+
+def test_the_license_that_a_name_says_does_not_depend_on_the_network(hub: LoopbackHub, tmp_path: Path) -> None:
+    """As of Microsoft's LLM, whose card states another license than that of the Llama that it was made from."""
+    llm = "tester/Llama-3.2-1B-Instruct-CC"
+    state(tmp_path / "clip", "apache-2.0", f"base_model: [{llm}]\n")
+    (offline,) = bases_of(tmp_path / "clip")
+    hub.repos["model", llm] = Repo(llm, "model")
+    hub.repos["model", llm].commit("main", {CARD: File(b"---\nlicense: apache-2.0\n---\n", lfs=False)}, "a model")
+    (online,) = bases_of(tmp_path / "clip")
+    assert str(offline) == str(online) == f"{llm} (llama3.2)"
+
+
+def test_a_card_on_the_hub_that_a_push_keeps_has_to_keep_the_license(hub: LoopbackHub, run: Path) -> None:
+    state(run.parent / "llm", "gemma")
+    folder = built(run, "mine")
+    upload(hub, folder)
+    repo = hub.repo(REPO)
+    edited = repo.files()[CARD].replace(b"license: gemma", b"license: mit")
+    repo.commit("main", {**repo.commits[repo.branches["main"]], CARD: File(edited, lfs=False)}, "edit")
+    with pytest.raises(ValueError, match=rf"mit in README.md of {REPO} on the Hub does not keep .* \(gemma\)"):
+        upload(hub, folder)

@@ -19,6 +19,7 @@ from llm2clip import cli
 from llm2clip.data import CaptionSource
 from llm2clip.encoders import embed
 from llm2clip.hub.cards.card import read_card
+from llm2clip.hub.license_terms import TERMS
 from llm2clip.hub.merge import mean_recall
 from llm2clip.hub.mixture import interpolated
 from llm2clip.utils.manifests import damage
@@ -194,6 +195,33 @@ def test_a_text_tower_is_merged_with_the_raw_weights_of_its_llm(
     assert (merged.config.fingerprint == trained.config.fingerprint) == (alpha == 1)
     assert merged.config.prompt_prefix == tiny.PREFIX
     assert merged.encode(tiny.CAPTIONS, tokenizer).shape == (3, tiny.HIDDEN)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_merge_has_the_license_and_the_notice_of_its_models(towers: tuple[str, Path], tmp_path: Path) -> None:
+    llm = Path(towers[0]).rename(tmp_path / "Llama-3.2-1B")
+    (towers[1] / "README.md").write_text("---\nlicense: llama3.2\n---\nA tower.\n")
+    (towers[1] / "LICENSE").write_text("LLAMA 3.2 COMMUNITY LICENSE AGREEMENT")
+    out = tmp_path / "Llama-out"
+    for folder in (out, tmp_path / "Llama-built"):  # and of what is built from it
+        if folder == out:
+            llm2clip.merge_models(llm, towers[1], out)
+        else:
+            llm2clip.build_folder(out, folder)
+        data, text = read_card(folder)
+        assert (data["license"], "**Built with Llama**" in text) == ("llama3.2", True)
+        assert (folder / "LICENSE").read_text() == "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT"
+        assert (folder / "LICENSE-CODE").read_text().lstrip().startswith("Apache License")
+        assert (folder / "NOTICE").read_text() == TERMS["llama3.2"].notice + "\n"
+    # Of models that ask for different ones, the card states none, and a build asks.
+    (towers[1] / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\nA tower.\n")
+    llm2clip.merge_models(llm, towers[1], tmp_path / "both")
+    assert "license" not in read_card(tmp_path / "both")[0]
+    assert not (tmp_path / "both" / "LICENSE").exists()
+    with pytest.raises(
+        ValueError, match=r"made from Llama-3\.2-1B \(llama3\.2\) and tower \(cc-by-nc-4\.0\), so that"
+    ):
+        llm2clip.build_folder(tmp_path / "both", tmp_path / "never")
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])

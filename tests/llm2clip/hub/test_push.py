@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import snapshot_download
+from safetensors.torch import load_file, save_file
 
 from llm2clip import cli
+from llm2clip.hub import push
 from llm2clip.hub.cards.card import CARD, split_card
 from llm2clip.utils.files import read_json
-from llm2clip.utils.manifests import FOLDER_MANIFEST, MODEL_MANIFEST
+from llm2clip.utils.manifests import FOLDER_MANIFEST, MODEL_MANIFEST, write_model_manifest
 from tests.builders import tiny
 from tests.damage import flip
 from tests.llm2clip.hub.conftest import REPO, Refused, files_of, upload
@@ -60,7 +62,7 @@ def test_push_uploads_what_belongs_to_a_model_unchanged_except_the_card(
 @pytest.mark.parametrize(
     ("token", "repo", "message"),
     [
-        (False, REPO, r"401 .*log in with `hf auth login`, or set HF_TOKEN"),
+        (False, REPO, r"there is no access token; log in with `hf auth login`, or set HF_TOKEN"),
         (READ_TOKEN, REPO, r"403 .*needs write access to the repo and its organization"),
         (TOKEN, "tester/a--b", r"Cannot have -- or \.\. in repo_id: 'tester/a--b'"),
         (TOKEN, "tiny", r"'tiny' is not a repo name: write OWNER/NAME"),
@@ -99,19 +101,19 @@ def test_incomplete_folder_is_refused_before_the_upload(
     spoil: Callable[[Path], object], message: str, model: Path, refused: Refused
 ) -> None:
     spoil(model)
-    refused(message, "push", model, REPO, "--no-check")
+    refused(message, "push", model, REPO, "--no-check", "--dry-run")
 
 
 def test_a_reference_to_a_local_llm_is_refused(tmp_path: Path, refused: Refused) -> None:
     tiny.save_apart(tmp_path)
     (tmp_path / "clip" / CARD).write_text("A model.")
-    refused("which others cannot load; `llm2clip build` bundles it", "push", tmp_path / "clip", REPO)
+    refused("which others cannot load; `llm2clip build` bundles it", "push", tmp_path / "clip", REPO, "--dry-run")
 
 
 def test_what_the_hub_says_of_the_metadata_is_passed_on(hub: LoopbackHub, model: Path) -> None:
     card = (model / CARD).read_text()
-    (model / CARD).write_text(card.replace("license: apache-2.0", "license: Apache-2.0"))
-    with pytest.raises(ValueError, match="license"):
+    (model / CARD).write_text(card.replace("license: apache-2.0", "license: other"))
+    with pytest.raises(ValueError, match='"license_name" and "license_link" are required'):
         upload(hub, model)
     assert not hub.repo(REPO).files()
 
@@ -153,7 +155,7 @@ def test_a_dry_run_lists_what_a_push_uploads_and_why_not_the_rest(
     monkeypatch.setenv("COLUMNS", "200")
     assert cli.main(["push", str(model), REPO, "--no-check", "--include", "table.csv", "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert not hub.requests
+    assert {method for method, _, _ in hub.requests} <= {"GET", "HEAD"}
     listed, left = printed.split("Would not be uploaded")
     expected = upload(hub, model, include=["table.csv"])
     assert f"files: {expected['files']}" in left
@@ -172,4 +174,40 @@ def test_a_dry_run_makes_the_checks_of_a_push(hub: LoopbackHub, model: Path, ref
     (model / "model.safetensors").unlink()
     refused("lacks *.safetensors", *command)
     refused("there is no option --no-include", *command, "--no-include")
-    assert not hub.requests
+    assert {method for method, _, _ in hub.requests} <= {"GET", "HEAD"}
+
+
+def test_a_missing_token_is_noticed_before_anything_is_read(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(push, "_check_folder", lambda folder: pytest.fail("the folder was read"))
+    with pytest.raises(ValueError, match=r"there is no access token; log in with `hf auth login`, or set HF_TOKEN"):
+        push.push_folder(built, REPO)
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_what_a_push_replaces_is_said(
+    dry_run: bool, hub: LoopbackHub, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = f"{REPO} holds other weights, which this push replaces: out (commit "
+    with caplog.at_level(logging.WARNING):
+        upload(hub, model)
+        upload(hub, model)  # the same ones
+        assert said not in caplog.text
+        weights = load_file(model / "model.safetensors")
+        weights["logit_scale"] += 1
+        save_file(weights, model / "model.safetensors", {"format": "pt"})
+        (model / FOLDER_MANIFEST).unlink()
+        write_model_manifest(model, read_json(model / MODEL_MANIFEST)["files"])
+        upload(hub, model, repo_id="tester/other", dry_run=True)
+        upload(hub, model, create_pr=True)
+        assert said not in caplog.text
+        upload(hub, model, dry_run=dry_run)
+    assert said in caplog.text
+    assert "To keep both, push to another repo; --create-pr opens a pull request instead" in caplog.text
+
+
+def test_a_dry_run_needs_no_network_and_says_what_it_did_not_check(
+    model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert cli.main(["push", str(model), REPO, "--no-check", "--dry-run"]) == 0
+    assert f"what {REPO} holds now is not checked: {REPO}: the connection broke" in caplog.text

@@ -235,6 +235,7 @@ def test_uneven_ranks_equal_one_process(
     scenario: str, tolerance: dict[str, float], ranks: Results, single: dict[str, Any]
 ) -> None:
     """The mean of scalars over ranks, and gradients of rows divided by the world size, are those of one process."""
+    assert "loss" in single[scenario]
     for name, expected in single[scenario].items():
         parts = [rank[scenario].get(name) for rank in ranks]
         present = [part for part in parts if part is not None]
@@ -243,6 +244,7 @@ def test_uneven_ranks_equal_one_process(
 
 
 def test_ids_on_some_ranks_and_no_rows_on_any_raise_on_every_rank(ranks: Results) -> None:
+    assert len(ranks) > 1
     for rank, results in enumerate(ranks):
         ids, *empty = results["errors"]
         assert ids.startswith("Other ranks gave caption ids" if rank else "This rank gave caption ids")

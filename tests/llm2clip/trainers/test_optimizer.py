@@ -173,6 +173,7 @@ def test_schedule_equals_the_original(warmup: str) -> None:
         seen.append(scheduler.get_last_lr())
         optimizer.step()
         scheduler.step()
+    assert golden["by_warmup"][warmup]
     for entry in golden["by_warmup"][warmup]:
         assert seen[entry["step"]] == pytest.approx(entry["lrs"], rel=1e-9, abs=1e-30)
 

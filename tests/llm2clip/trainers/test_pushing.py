@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +79,7 @@ def test_both_stages_push_checkpoints_and_results_that_load(hub: LoopbackHub, in
     assert data["pipeline_tag"] == "feature-extraction"
     assert "max_steps: 4" in text
     assert str(tmp_path) not in text
-    assert {"LICENSE", "training_curves.png"} <= set(llm.files())
+    assert {"LICENSE-CODE", "training_curves.png"} <= set(llm.files())
 
     api.create_repo("tester/clip")
     card = b"---\nmy_key: 1\n---\n\nEdited on the website.\n"
@@ -146,7 +148,7 @@ def test_whole_checkpoints_are_pushed_beside_a_model_that_loads(
         assert not any(TOKEN.encode() in content for content in files.values())
         assert files == {path.name: path.read_bytes() for path in (tmp_path / "text" / local).iterdir()}
     step = repo.commits[commit_of(repo, "Training in progress, step 1")]
-    assert {"model.safetensors", "modeling_llm2clip_text.py", "tokenizer.json", CARD, "LICENSE"} <= set(step)
+    assert {"model.safetensors", "modeling_llm2clip_text.py", "tokenizer.json", CARD, "LICENSE-CODE"} <= set(step)
 
 
 @pytest.mark.parametrize(
@@ -171,6 +173,40 @@ def test_a_push_that_the_hub_would_refuse_fails_before_training(
     assert message in capsys.readouterr().err
     assert all(repo.messages == ["initial commit", "theirs"] for repo in hub.repos.values())
     assert not list((tmp_path / "text").glob("*.safetensors"))
+
+
+def test_the_license_is_checked_before_training_and_pushed_with_every_checkpoint(
+    hub: LoopbackHub, inputs: Inputs, tmp_path: Path, capsys: Any, request: Any
+) -> None:
+    """That of the LLM, with its text, its NOTICE and what it demands of card and name."""
+    llm = Path(shutil.copytree(inputs.llm, tmp_path / "Llama-3.2-1B"))
+    (llm / "LICENSE").write_text("LLAMA 3.2 COMMUNITY LICENSE AGREEMENT")
+    inputs = replace(inputs, llm=str(llm))
+    assert stage1(inputs, tmp_path, hub_model_id="tester/mine") == 2
+    assert (
+        "under llama3.2, the name of the repo has to begin with 'Llama', unlike tester/mine" in capsys.readouterr().err
+    )
+    (tmp_path / "text").mkdir(exist_ok=True)
+    (tmp_path / "text" / CARD).write_text("---\nlicense: mit\n---\nMine.\n")
+    assert stage1(inputs, tmp_path, hub_model_id="tester/Llama-mine") == 2
+    assert (
+        f"license: mit in {tmp_path / 'text' / CARD} does not keep the license of Llama-3.2-1B"
+        in capsys.readouterr().err
+    )
+    assert not hub.repos
+    assert not list((tmp_path / "text").glob("checkpoint-*"))
+    (tmp_path / "text" / CARD).unlink()
+    request.getfixturevalue("waiting")
+    assert stage1(inputs, tmp_path, hub_model_id="tester/Llama-mine", hub_strategy="every_save") == 0
+    repo = hub.repo("tester/Llama-mine")
+    assert repo.messages[1:] == ["Training in progress, step 1", "Training in progress, step 2", "End of training"]
+    for message in repo.messages[1:]:
+        files = {name: file.content for name, file in repo.commits[commit_of(repo, message)].items()}
+        data, text = split_card(files[CARD].decode())
+        assert (data["license"], "**Built with Llama**" in text) == ("llama3.2", True)
+        assert files["LICENSE"] == b"LLAMA 3.2 COMMUNITY LICENSE AGREEMENT"
+        assert files["LICENSE-CODE"].strip().startswith(b"Apache License")
+        assert b"Llama 3.2 is licensed under the Llama 3.2 Community License" in files["NOTICE"]
 
 
 def test_the_push_command_uploads_a_result_whose_upload_failed(

@@ -27,7 +27,7 @@ from llm2clip.hub.cards.facts import (
     public_name,
     summary,
 )
-from llm2clip.hub.licenses import Base, terms_of
+from llm2clip.hub.licenses import Base, license_facts
 from llm2clip.hub.source_model import SourceModel
 from llm2clip.utils.files import read_json, write_text
 from llm2clip.utils.repos import hub_ids
@@ -131,6 +131,7 @@ def source_card(config: BuildConfig, source: Path) -> tuple[BuildConfig, tuple[d
         captions = config.example_captions or [label for label in labels.split(", ") if label.strip()]
         config = replace(config, example_image=str(source / EXAMPLE), example_captions=captions)
     replaced = [
+        "base_licenses",
         *(LICENSE_FIELDS if config.license else ()),
         *(["language"] if config.languages else []),
         *(["widget"] if config.example_image is not None and examples == widget else []),
@@ -162,7 +163,6 @@ def write_built_card(
     Raises:
         ValueError: People wrote the card, and it does not show what a license demands.
     """
-    shown = list(dict.fromkeys(terms.shown for terms in terms_of(bases) if terms.shown))
     facts = CardFacts(
         name=config.name or Path(config.destination).name,
         task=source.task,
@@ -176,13 +176,11 @@ def write_built_card(
         has_example=config.example_image is not None,
         has_curves=(folder / CURVES).is_file(),
         is_adapter=getattr(source.model, "has_adapter", False),
-        **license,
-        base_licenses=[str(base) for base in bases],
-        shown=shown,
+        **license_facts(license, bases),
     )
     # The section on training was written by the Trainer, which knew the settings.
     written = render(facts, *card, keep=["training"])
-    if missing := [words for words in shown if words not in written]:
+    if missing := [words for words in facts.shown if words not in written]:
         raise ValueError(
             f"the card of {config.model} was edited and does not show {missing[0]!r}, which the license of a model "
             "that it was made from demands; write it there, and build again."

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from llm2clip.hub.license_terms import license_id
 from llm2clip.utils.repos import is_hub_id
 from llm2clip.utils.settings import refuse, setting
 
@@ -36,7 +37,7 @@ class BuildConfig:
     )
     license: str | None = setting(
         None,
-        "License of the weights as the Hub spells it, such as apache-2.0; it has to keep those of the models that it "
+        "License of the weights, by its id on the Hub, such as apache-2.0; it has to keep those of the models that it "
         "was made from. Default: that on the card of the model, else the strictest of those.",
     )
     license_name: str | None = setting(None, "Name of the license, with --license other.")
@@ -61,6 +62,8 @@ class BuildConfig:
                 raise ValueError(f"{name} {value!r} is not a Hub id (OWNER/NAME).")
         if not all(caption.strip() for caption in self.example_captions):
             raise ValueError(f"an example caption is empty: {self.example_captions}.")
+        if self.license is not None:
+            self.license = license_id(self.license, "--license {}")
         named = (self.license_name, self.license_link)
         if not all(named) if self.license == "other" else any(named):
             raise ValueError("license_name and license_link require license: other, which requires both.")

@@ -21,13 +21,12 @@ from llm2clip.evaluation.protocols.caption_retrieval import caption_pair_metrics
 from llm2clip.evaluation.protocols.retrieval import image_text_metrics
 from llm2clip.evaluation.session import Session
 from llm2clip.hub.build_card import own_evaluation
-from llm2clip.hub.cards.card import as_list, license_of, read_card, write_card
+from llm2clip.hub.cards.card import as_list, read_card, write_card
 from llm2clip.hub.cards.curves import write_merge_curve
 from llm2clip.hub.cards.facts import MERGE_CURVE, TEXT_TASK, CardFacts, public_name, summary
-from llm2clip.hub.licenses import code_license
+from llm2clip.hub.licenses import bases_of, license_facts, strictest, write_license_files
 from llm2clip.hub.mixture import Mixture, mix_joint, mix_text_towers, mix_vision
 from llm2clip.hub.source_model import SourceModel
-from llm2clip.utils.files import write_text
 from llm2clip.utils.folders import atomic_folder, refuse_existing, refuse_nested
 from llm2clip.utils.manifests import refuse_damaged
 from llm2clip.utils.processes import on_main_process, process_state
@@ -232,7 +231,9 @@ def _write(
         write_merge_curve(folder / MERGE_CURVE, curve, chosen, "Between A and B")
     folders = [Path(name) for name in (config.first, config.second)]
     cards = [read_card(folder)[0] for folder in folders]
-    licenses = [license_of(folder) for folder in folders]
+    bases = bases_of(folder, [config.first, config.second])
+    # None of parents that ask for different ones: of these, people have to decide.
+    license = strictest(bases)
     facts = CardFacts(
         name=config.name or Path(config.destination).name,
         task=mixture.task,
@@ -243,11 +244,10 @@ def _write(
         languages=list(dict.fromkeys(value for card in cards for value in as_list(card.get("language")))),
         merged=_in_words(config, mixture, chosen, list(curve)),
         evaluations=[own_evaluation(mixture.task, _source_fields(config), curve[chosen])] if curve else [],
-        # Of parents with different licenses, people have to decide.
-        **(licenses[0] if licenses[0] == licenses[1] else {}),
+        **license_facts(license, bases),
     )
     write_card(folder, facts)
-    write_text(folder / "LICENSE", code_license())
+    write_license_files(folder, folder, license, bases)
 
 
 def _in_words(config: MergeConfig, mixture: Mixture, chosen: float, alphas: list[float]) -> str:

@@ -12,9 +12,9 @@ from huggingface_hub import HfApi
 from rich.console import Console
 
 from llm2clip.hub.cards.card import validate_card
-from llm2clip.hub.licenses import check_terms
+from llm2clip.hub.licenses import check_license
 from llm2clip.hub.source_model import validate_folder
-from llm2clip.hub.upload import Uploader
+from llm2clip.hub.upload import HubError, Uploader
 from llm2clip.hub.upload_files import added_files, code_targets, model_files, refuse_secrets
 from llm2clip.utils.logs import shortened
 from llm2clip.utils.manifests import FOLDER_MANIFEST, MODEL_MANIFEST, refuse_damaged
@@ -81,15 +81,17 @@ def run(config: PushConfig, api: HfApi | None = None) -> dict[str, Any]:
     if not config.folder or not config.repo_id:
         raise ValueError("give a folder and a repo: llm2clip push FOLDER OWNER/NAME")
     folder = Path(config.folder)
-    _check_folder(folder)
     if not is_hub_id(config.repo_id):
         raise ValueError(
             f"{config.repo_id!r} is not a repo name: write OWNER/NAME with letters, digits, '-', '_' and '.'."
         )
-    check_terms(folder, config.repo_id)
     if config.create_pr and config.revision != "main":
         refuse(config, ["revision"], "--create-pr opens a pull request against main")
     uploader = Uploader(config.repo_id, revision=config.revision, create_pr=config.create_pr, api=api)
+    if not config.dry_run:
+        uploader.require_token()
+    _check_folder(folder)
+    check_license(folder, config.repo_id, _card_there(uploader, folder, config.dry_run))
     uploaded, others = model_files(folder, config.include)
     # Before they are searched: what is changed later was not.
     stamps = _stamps(uploaded)
@@ -111,6 +113,28 @@ def run(config: PushConfig, api: HfApi | None = None) -> dict[str, Any]:
     # None leaves the visibility of a new repo to the default of its owner.
     url = uploader.create_repo(private=config.private or None)
     return {"repo": str(url), **uploader.upload(folder, config.commit_message, uploaded)}
+
+
+def _card_there(uploader: Uploader, folder: Path, dry_run: bool) -> str | None:
+    """Say what a push would replace in the repo, and return the card there; None if there is none.
+
+    Raises:
+        ValueError: The repo contains something else; or, unless with `dry_run`, the Hub refuses or is not reached.
+    """
+    try:
+        replaced, card = uploader.contents(folder)
+    except HubError as error:
+        if not dry_run:
+            raise
+        logger.warning("what %s holds now is not checked: %s", uploader.repo_id, error)
+        return None
+    if replaced:
+        logger.warning(
+            "%s holds other weights, which this push replaces: %s. To keep both, push to another repo; --create-pr "
+            "opens a pull request instead",
+            *(uploader.repo_id, replaced),
+        )
+    return card
 
 
 def _stamps(uploaded: Mapping[str, Path]) -> list[tuple[int, ...]]:

@@ -24,8 +24,14 @@ from huggingface_hub import (
     RepoUrl,
     constants,
     get_session,
+    get_token,
 )
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from llm2clip.hub.cards.card import CARD, merge_cards, split_card, with_repo
 from llm2clip.hub.cards.facts import EXAMPLE
@@ -33,7 +39,7 @@ from llm2clip.hub.upload_files import model_files, refuse_links, refuse_secrets
 from llm2clip.utils.files import read_json
 from llm2clip.utils.library_errors import wrap_read_errors
 from llm2clip.utils.logs import shortened
-from llm2clip.utils.manifests import FOLDER_MANIFEST, stated_files
+from llm2clip.utils.manifests import FOLDER_MANIFEST, MODEL_MANIFEST, stated_files
 from llm2clip.utils.repos import inspect_repo
 
 logger = logging.getLogger(__name__)
@@ -60,12 +66,16 @@ WEIGHT_FILES = re.compile(
 # Files that a repo may contain before the first push.
 INITIAL_FILES = {".gitattributes", CARD, "LICENSE"}
 # Fields of a card that are merged with those on the Hub, or that differ in an address only.
-MERGED_FIELDS = ("tags", "base_model", "datasets", "model-index", "widget")
+MERGED_FIELDS = ("tags", "base_model", "base_licenses", "datasets", "model-index", "widget")
+
+
+class HubError(ValueError):
+    """The Hub refuses, or cannot be reached; the message names the next step."""
 
 
 @contextmanager
 def explained(repo_id: str) -> Iterator[None]:
-    """Raise errors of the Hub and of the connection as a ValueError in one line; others pass through.
+    """Raise errors of the Hub and of the connection as a [`HubError`] in one line; others pass through.
 
     A Hub that does not answer is such an error after some minutes.
     """
@@ -76,7 +86,7 @@ def explained(repo_id: str) -> Iterator[None]:
         yield
     except Exception as error:
         if message := explanation(error, repo_id):
-            raise ValueError(message) from error
+            raise HubError(message) from error
         raise
 
 
@@ -129,6 +139,34 @@ class Uploader:
     ) -> None:
         self.repo_id, self.revision, self.create_pr = repo_id, revision, create_pr
         self.api = api or HfApi(token=token)
+
+    def require_token(self) -> None:
+        """Raise a ValueError if there is no token to push with."""
+        if not (get_token() if self.api.token in (None, True) else self.api.token):
+            raise ValueError(f"{self.repo_id}: there is no access token; {NEXT_STEPS[401]}.")
+
+    def contents(self, folder: Path) -> tuple[str | None, str | None]:
+        """Read what the repo holds; it need not exist.
+
+        Returns:
+            In words, the model whose weights the upload of `folder` would replace by others; and the card of the repo.
+
+        Raises:
+            ValueError: The repo contains something else, see [`upload`].
+        """
+        with explained(self.repo_id):
+            try:
+                snapshot = self._fitting_snapshot(str(inspect_repo(folder).model_type))
+            except RepositoryNotFoundError:
+                return None, None
+            card, manifest = self._read_card(snapshot), self._download(snapshot, MODEL_MANIFEST)
+        ours = folder / MODEL_MANIFEST
+        is_same = manifest and ours.is_file() and manifest.read_bytes() == ours.read_bytes()
+        if is_same or snapshot.is_new or self.create_pr or "config.json" not in snapshot.files:
+            return None, card
+        title = re.search(r"^# (.+)", card or "", re.MULTILINE)
+        commit = f"commit {str(snapshot.commit)[:8]}, {len(snapshot.files)} files"
+        return f"{title[1]} ({commit})" if title else commit, card
 
     def create_repo(self, private: bool | None = None) -> RepoUrl:
         """Create the repo if it does not exist; returns its address, and completes `repo_id` with the owner.
@@ -251,6 +289,12 @@ class Uploader:
 
     def _open_branch(self, model_type: str) -> Snapshot:
         """Read the branch, which is created if it does not exist, unless the repo contains something else."""
+        snapshot = self._fitting_snapshot(model_type)
+        if snapshot.is_new:
+            self.api.create_branch(self.repo_id, branch=str(self.revision), revision=snapshot.commit, exist_ok=True)
+        return snapshot
+
+    def _fitting_snapshot(self, model_type: str) -> Snapshot:
         snapshot = self._snapshot()
         config = self._download(snapshot, "config.json")
         others = [name for name in snapshot.files if name not in INITIAL_FILES]
@@ -264,8 +308,6 @@ class Uploader:
             raise ValueError(
                 f"{self.repo_id} contains {kind}, and this model has type {model_type!r}; push to another repo."
             )
-        if snapshot.is_new:
-            self.api.create_branch(self.repo_id, branch=str(self.revision), revision=snapshot.commit, exist_ok=True)
         return snapshot
 
     def _download(self, snapshot: Snapshot, name: str) -> Path | None:

@@ -24,6 +24,7 @@ from llm2clip.data.sampling import EpochBatchSampler, EpochDataset
 from llm2clip.data.streams import SampleStream
 from llm2clip.evaluation.data import CaptionPairData
 from llm2clip.hub.cards.facts import Evaluation
+from llm2clip.hub.licenses import Base
 from llm2clip.trainers.base_config import StageConfig, require_batch
 from llm2clip.trainers.checkpoints import begin_checkpoint, finish_checkpoint, unlist_result
 from llm2clip.trainers.loaders import (
@@ -130,6 +131,8 @@ class StageTrainer(Trainer):
         self.args, self.retrieval, self.processing_class = args, retrieval or {}, processing_class
         self._has_eval_rows, self._has_own_collator = eval_dataset is not None, data_collator is not None
         self._has_said_precision = False
+        # Of a run that pushes: its license, and the models that it is made from.
+        self._license: tuple[dict[str, str], list[Base]] | None = None
         self.run: RunContext | None = None
         # The terms of the last loss in training by the names in the log, if it has several.
         self.terms: dict[str, Tensor] = {}
@@ -644,21 +647,24 @@ class StageTrainer(Trainer):
             history=continued(self.earlier_history, log),
             comparison=self.comparison(evaluations),
             repo=self.hub_model_id,
+            license=self._license,
         )
 
     # Pushing, through [`Uploader`] as `llm2clip push` does, and only to a repo that contains no other model.
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Create the repo and its branch before training, and write the license that is pushed with the code.
+        """Create the repo and its branch, and check the license of what is pushed, before training.
 
         `token` and `private` are by default `hub_token` and `hub_private_repo`.
 
         Raises:
-            ValueError: The Hub refuses, or the repo contains something else; the message names the next step.
+            ValueError: The Hub refuses, the repo contains something else, or its name or a card does not keep the
+                license of a model that is trained; the message names the next step.
         """
         if self.is_world_process_zero():
             # Any, since the Trainer declares them as None.
-            repo: Any = open_repo(self.args, self.unwrapped().config.model_type, token, private)
+            repo: Any
+            repo, self._license = open_repo(self.args, self.unwrapped(), token, private)
             self.hub_model_id, self.push_in_progress = repo, None
 
     def publish(self, checkpoint: Path) -> None:

@@ -15,6 +15,7 @@ from llm2clip.data.table_identity import data_revision
 from llm2clip.hub.cards.card import CARD, read_card, render
 from llm2clip.hub.cards.curves import write_curves
 from llm2clip.hub.cards.facts import CardFacts, Evaluation, base_models, summary
+from llm2clip.hub.licenses import Base, license_facts, write_license_files
 from llm2clip.trainers.base_config import StageConfig
 from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.utils.files import write_text
@@ -75,6 +76,7 @@ def write_model_card(
     history: Sequence[dict[str, Any]],
     comparison: str = "",
     repo: str | None = None,
+    license: tuple[Mapping[str, str], Sequence[Base]] | None = None,
 ) -> None:
     """Write the card and the curves of a run into its output folder, keeping what people wrote on the card.
 
@@ -86,13 +88,12 @@ def write_model_card(
         history: The log of the run.
         comparison: A table of a student beside its teacher.
         repo: Hub id of the repo that the run pushes to.
+        license: The license of the model and the models that it is made from, of a run that pushes.
     """
     folder = Path(str(args.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
     sources = [str(source["path"]) for source in getattr(args, "sources", []) if source.get("path")]
-    towers = [tower for name in TOWER_SETTINGS for tower in names_of(getattr(args, name, None))]
     former = _former_text_tower(args)
-    towers += names_of(former)
     description = summary(model, processing_class)
     if isinstance(args, Stage2Config) and args.lora_rank:
         description += f" Stage 2 trained the LLM too (LoRA of rank {args.lora_rank}, alpha {args.lora_alpha})."
@@ -101,7 +102,7 @@ def write_model_card(
         task=task,
         repo=repo or str(args.output_dir),
         summary=description,
-        base_models=hub_ids(*towers, *base_models(model.config)),
+        base_models=hub_ids(*made_from(args, model)),
         datasets=hub_ids(*sources),
         methods=_methods(args, former),
         sources=[Path(source).name for source in sources if not hub_ids(source)],
@@ -110,8 +111,20 @@ def write_model_card(
         comparison=comparison,
         has_curves=write_curves(folder, [*history]),
         is_adapter=getattr(model, "has_adapter", False),
+        **(license_facts(*license) if license else {}),
     )
     write_text(folder / CARD, render(facts, *read_card(folder)))
+    if license:
+        write_license_files(folder, folder, *license)
+
+
+def made_from(args: StageConfig, model: Any) -> list[str]:
+    """The models that a run starts from, as Hub ids and folders."""
+    towers = [tower for name in TOWER_SETTINGS for tower in names_of(getattr(args, name, None))]
+    names = [*towers, *names_of(_former_text_tower(args)), *base_models(model.config)]
+    # `static:NAME` is a student made of the token vectors of another model, `layers:N` one of its teacher.
+    names = [name.removeprefix("static:") for name in names if name]
+    return [name for name in names if Path(name).is_dir() or hub_ids(name)]
 
 
 def _former_text_tower(args: StageConfig) -> str | None:

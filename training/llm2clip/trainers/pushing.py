@@ -14,13 +14,15 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
 
-from llm2clip.hub.licenses import code_license
+from llm2clip.hub.cards.card import CARD, read_card
+from llm2clip.hub.licenses import Base, bases_of, check_repo, license_model
 from llm2clip.hub.upload import Uploader, explanation
 from llm2clip.trainers.base_config import StageConfig
 from llm2clip.trainers.checkpoints import SETTINGS
+from llm2clip.trainers.model_card import made_from
 from llm2clip.trainers.run_state import RUN_STATE
 from llm2clip.trainers.weight_average import AVERAGE_FILE, WeightAverage
-from llm2clip.utils.files import atomic_path, write_text
+from llm2clip.utils.files import atomic_path
 from llm2clip.utils.manifests import FOLDER_MANIFEST
 from llm2clip.utils.repos import hub_ids, names_of
 
@@ -100,12 +102,27 @@ def uploader_of(args: StageConfig, repo_id: str, token: str | None = None, revis
     return Uploader(repo_id, revision=revision or args.hub_revision, token=token or args.hub_token)
 
 
-def open_repo(args: StageConfig, model_type: str, token: str | None, private: bool | None) -> str:
-    """Create the repo of a run and its branch, and write the license that is pushed with the code; returns its id."""
+def open_repo(
+    args: StageConfig, model: Any, token: str | None, private: bool | None
+) -> tuple[str, tuple[dict[str, str], list[Base]]]:
+    """Create the repo of a run and its branch, before the first step.
+
+    Returns:
+        Its id; and the license of the model with the models that it is made from.
+
+    Raises:
+        ValueError: The Hub refuses, or the repo contains something else; or the license on the card in the output
+            folder or in the repo, or the name of the repo, does not keep the license of a model that is trained.
+    """
     folder = Path(str(args.output_dir))
-    write_text(folder / "LICENSE", code_license())
+    bases = bases_of(folder, made_from(args, model))
+    stated = license_model({}, read_card(folder)[0], bases, str(folder / CARD))
     uploader = uploader_of(args, args.hub_model_id or folder.absolute().name, token)
-    return uploader.prepare(model_type, args.hub_private_repo if private is None else private).repo_id
+    check_repo(uploader.repo_id, stated, bases, None)
+    private = args.hub_private_repo if private is None else private
+    repo = uploader.prepare(model.config.model_type, private).repo_id
+    check_repo(repo, stated, bases, uploader.read_card())
+    return repo, (stated, bases)
 
 
 def publish_model(checkpoint: Path, folder: Path, write: Callable[[str], None], average: WeightAverage | None) -> None:

@@ -30,7 +30,7 @@ LOADED_REPO = re.compile(
 )
 LICENSE_FIELDS = ("license", "license_name", "license_link")
 # Lists that are united with those of the earlier card.
-MERGED_LISTS = ("tags", "base_model", "datasets")
+MERGED_LISTS = ("tags", "base_model", "base_licenses", "datasets")
 
 
 def license_of(folder: Path | None) -> dict[str, Any]:
@@ -122,6 +122,7 @@ def front_matter(facts: CardFacts) -> dict[str, Any]:
         license_link=facts.license_link,
         base_model=list(facts.base_models) or None,
         base_model_relation="merge" if facts.merged and facts.base_models else None,
+        base_licenses=list(facts.base_licenses) or None,
         datasets=list(facts.datasets) or None,
         library_name="sentence-transformers" if facts.task == QUERY_TASK else "transformers",
         pipeline_tag=facts.task,

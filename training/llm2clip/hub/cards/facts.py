@@ -93,7 +93,7 @@ class CardFacts:
         license: License of the weights as the Hub spells it.
         license_name: Name of the license, if `license` is `other`.
         license_link: URL of that license, or a file of the repo.
-        base_licenses: The models that it was made from, with their licenses, in words.
+        base_licenses: The models that it was made from, with their licenses, such as `Llama-3.1-8B (llama3.1)`.
         shown: Words that the licenses of these demand on the card.
         base_models: Hub ids of the models that this one was trained from.
         datasets: Hub ids of the training data.
