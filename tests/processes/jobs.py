@@ -69,6 +69,8 @@ class Jobs:
         frozen = {"freeze_vision_layers": 1, "frozen_states_dir": "frozen"}
         return {
             "stage2-damaged": of_damaged,
+            # A batch of one rank has the damaged image alone.
+            "stage2-skipped": of_damaged | {"on_error": "skip", "per_device_train_batch_size": 1, "max_steps": 60},
             "frozen-damaged": of_damaged | frozen,
             "stage1": stage1,
             "mntp": {**stage1, "sources": [glosses], "block_size": 32},

@@ -77,7 +77,7 @@ def test_a_full_disk_of_one_rank_ends_the_run_with_its_message(name: str, jobs: 
     assert not jobs.is_whole(name, tmp_path)
 
 
-@pytest.mark.parametrize("name", often("stage2-damaged", "frozen-damaged", "evaluate-damaged"))
+@pytest.mark.parametrize("name", often("stage2-damaged stage2-skipped", "frozen-damaged", "evaluate-damaged"))
 def test_a_damaged_image_of_one_rank_ends_the_run_with_its_key(name: str, jobs: Jobs, tmp_path: Path) -> None:
     failed = jobs.run(name, tmp_path, check=False)
     assert failed.returncode != 0

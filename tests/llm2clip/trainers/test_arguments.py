@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
+from transformers.utils import ModelOutput
 
 from llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, Stage1Config, Stage1Trainer, Stage2Config, Stage2Trainer
 from llm2clip.encoders.batches import ImageList
@@ -58,8 +59,9 @@ OUTPUTS = {
 def test_a_function_computes_the_loss(stage: str, inputs: Inputs, tmp_path: Path) -> None:
     seen: list[set[str]] = []
 
-    def constant(outputs: dict[str, Tensor], labels: Any, num_items_in_batch: Any = None) -> Tensor:
-        seen.append({name for name, value in outputs.items() if value is not None})
+    def constant(outputs: ModelOutput, labels: Any, num_items_in_batch: Any = None) -> Tensor:
+        assert isinstance(outputs, ModelOutput)
+        seen.append({name for name, value in outputs.items() if value is not None and getattr(outputs, name) is value})
         return 3.0 + 0 * sum(value.sum() for value in outputs.values() if value is not None)
 
     trainer = TRAINERS[stage](inputs, tmp_path, gradient_accumulation_steps=2)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import shutil
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,15 @@ import yaml
 from accelerate.state import AcceleratorState
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, LlamaForCausalLM
 
+from llm2clip.data import table_identity
+from llm2clip.recipes import find_recipe, load_recipe
 from llm2clip.trainers.mntp_config import MNTPRecipe
 from llm2clip.trainers.run_state import INPUTS, read_run_state
 from llm2clip.trainers.stage1_config import Stage1Recipe
 from llm2clip.trainers.stage1_trainer import Stage1Trainer
 from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.files import read_json
+from llm2clip.utils.manifests import FOLDER_MANIFEST
 from llm2clip.utils.settings import build_config
 from tests.builders import small_runs
 from tests.llm2clip.conftest import Inputs
@@ -97,8 +102,15 @@ def test_a_finished_run_is_not_overwritten_and_resumes_without_a_further_step(
         assert (steps(folder), read_json(folder / "trainer_state.json")["global_step"]) == ([1, 2], 2)
     for step in (1, 2):
         shutil.rmtree(folder / f"checkpoint-{step}")
-    with pytest.raises(FileExistsError, match=r"already contains a run \(model.safetensors\)"):
+    saved = {path: path.read_bytes() for path in folder.rglob("*.safetensors")}
+    for resume in (False, True):
+        with pytest.raises(FileExistsError, match=r"contains a finished run without checkpoints.* another output_dir"):
+            run(stage, folder, inputs, resume=resume, **changes)
+    assert {path: path.read_bytes() for path in folder.rglob("*.safetensors")} == saved
+    (folder / FOLDER_MANIFEST).unlink()  # as a run that is killed while it saves its result
+    with pytest.raises(FileExistsError, match=r"a run \(model.safetensors\); add --resume to begin it again"):
         run(stage, folder, inputs, **changes)
+    run(stage, folder, inputs, resume=True, **changes)
 
 
 def data_of(stage: str, path: Path, rows: int) -> dict[str, Any]:
@@ -259,6 +271,40 @@ def test_gradients_may_be_unlimited_and_a_share_of_the_steps_as_warm_up_leaves_o
     config = build_config(Stage2Recipe, {"use_cpu": True, "max_grad_norm": math.inf, "warmup_steps": 0.3})
     assert config.max_grad_norm == math.inf
     assert [config.get_warmup_steps(steps) for steps in (1, 2, 3, 16)] == [0, 1, 1, 5]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "constant_with_warmup", "cosine"])
+def test_a_warm_up_as_long_as_the_run_is_refused_with_every_schedule(
+    schedule: str, inputs: Inputs, tmp_path: Path
+) -> None:
+    changes = {"lr_scheduler_type": schedule, "max_steps": 4, "warmup_steps": 4}
+    for stage in ("stage1", "stage2"):
+        with pytest.raises(ValueError, match="has 4 of 4 optimizer steps; lower warmup_steps"):
+            run(stage, tmp_path / stage, inputs, **changes)
+
+
+def test_stage_1_trains_on_few_pairs_with_its_defaults() -> None:
+    config = build_config(Stage1Recipe, {"use_cpu": True})
+    config.check_length(400)
+    assert config.get_warmup_steps(6) == 1
+    assert load_recipe(find_recipe("stage1_paper"))["warmup_steps"] == 300
+
+
+def test_a_run_that_ends_with_an_error_leaves_no_thread_that_reads(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python's exit may abort the process in the middle of one."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    small_runs.rows_of_concepts(":20", "validation").to_parquet(folder / "validation.parquet")
+    for number in range(200):
+        (folder / f"{number}.note").touch()
+    monkeypatch.setattr(table_identity, "_add_ends", lambda *_: time.sleep(0.1))
+    sets = {"validation": {"path": str(folder), "split": "validation", "caption_columns": ["caption"]}}
+    frozen = {"freeze_vision": "all", "per_device_train_batch_size": 512, "alignment": "closed_form_then_train"}
+    with pytest.raises(ValueError, match="fewer rows than one batch of 512"):
+        run("stage2", tmp_path / "run", inputs, eval_sources=sets, **frozen)
+    assert [thread.name for thread in threading.enumerate() if "_read" in thread.name] == []
 
 
 @pytest.mark.parametrize(

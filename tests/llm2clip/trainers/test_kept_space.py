@@ -264,3 +264,17 @@ def test_the_trainer_alone_keeps_a_space(inputs: Inputs, clip: str, tmp_path: Pa
         Stage2Trainer(model, alone, train_dataset=[{}], processing_class=processor)
     with pytest.raises(ValueError, match="distill_from needs a processing_class with an image processor"):
         Stage2Trainer(model, args, train_dataset=[{}])
+
+
+def test_the_terms_of_the_log_add_up_to_its_loss_over_several_batches_and_in_a_resumed_run(tmp_path: Path) -> None:
+    data = keyed_rows(8 * BATCH)
+    fields = {**AVERAGED, "relational_weight": 2.0, "gradient_accumulation_steps": 2, "max_steps": 4}
+    fields |= {"logging_steps": 3, "save_steps": 2, "learning_rate": 1e-2}
+    unbroken, resumed = in_order(tmp_path, data, **fields), in_order(tmp_path, data, **fields)
+    unbroken.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    names = ("loss", "loss_contrastive", "loss_relational", *sorted(TERMS))
+    (first,) = zip(*(logged(unbroken, name) for name in names), strict=True)
+    assert first == pytest.approx([logged(resumed, name)[0] for name in names], abs=1e-5)
+    loss, contrastive, relational, instance, structure = first
+    assert loss == pytest.approx(contrastive + 0.5 * (instance + 20 * structure) + 2 * relational, abs=1e-5)

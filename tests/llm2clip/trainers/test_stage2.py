@@ -275,23 +275,17 @@ def test_a_resumed_run_counts_the_skipped_samples_of_its_own_steps(inputs: Input
     assert log.read_text() == listed
 
 
-@pytest.mark.parametrize(("loss", "kind"), [("softmax", "trained"), ("sigmoid", "trained"), ("softmax", "frozen")])
-def test_steps_of_skipped_samples_alone_change_nothing(loss: str, kind: str, inputs: Inputs, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"per_device_train_batch_size": 1, "loss": loss, "on_error": "skip", **QUICK}
-    changes |= {**(FROZEN if kind == "frozen" else {}), "max_steps": 64}
-    run("stage2", tmp_path / "run", inputs, sources=[damaged_source(tmp_path, 3, 40)], **changes)
-    entries = [entry for entry in history(tmp_path / "run") if "grad_norm" in entry]
-    assert entries[-1]["skipped_samples"] == 2
-    if loss == "sigmoid":  # a single pair has another loss of 0
-        assert [entry["grad_norm"] == entry["loss"] == 0 for entry in entries].count(True) == 2
-
-
-def test_a_first_batch_whose_samples_are_all_skipped_does_not_end_the_run(inputs: Inputs, tmp_path: Path) -> None:
-    stream = {**damaged_source(tmp_path, *range(16)), "streaming": True, "max_samples": 32}
-    run("stage2", tmp_path, inputs, sources=[stream], on_error="skip", shuffle_block=0, **{**QUICK, "max_steps": 2})
-    first, second = (entry for entry in history(tmp_path) if "grad_norm" in entry)
-    assert (first["loss"], first["grad_norm"], first["skipped_samples"]) == (0, 0, 16)
-    assert second["grad_norm"] > 0
+@pytest.mark.parametrize("changes", [{}, FROZEN, {"dataloader_num_workers": 1}], ids=["trained", "frozen", "worker"])
+def test_a_batch_of_skipped_samples_alone_is_no_step_but_an_error_that_names_them(
+    changes: dict[str, Any], inputs: Inputs, tmp_path: Path
+) -> None:
+    keys = small_runs.rows_of_concepts(":64", "train")["key"]
+    shared = {"sources": [damaged_source(tmp_path, *range(8, 64))], "on_error": "skip", "eval_sources": {}}
+    shared |= {"per_device_train_batch_size": 2, "save_steps": 1, "save_total_limit": 2, "max_steps": 64}
+    with pytest.raises(ValueError, match="none of the 2 rows of a batch can be used") as error:
+        run("stage2", tmp_path / "run", inputs, **shared, **changes)
+    assert sum(key in str(error.value) for key in keys[8:]) == 2
+    assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(

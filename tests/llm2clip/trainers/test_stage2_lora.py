@@ -211,18 +211,14 @@ def test_a_trainer_loads_the_llm_and_saves_what_it_trained(form: str, inputs: In
         trained.save_pretrained(tmp_path / "by_hand")
 
 
-def test_lora_follows_the_settings_of_the_text_side_and_an_empty_first_batch_reaches_it(
-    inputs: Inputs, tmp_path: Path
-) -> None:
-    changes = {"text_learning_rate": 0.5, "text_weight_decay": 0.25, "on_error": "skip"}
+def test_lora_follows_the_settings_of_the_text_side(inputs: Inputs, tmp_path: Path) -> None:
+    changes = {"text_learning_rate": 0.5, "text_weight_decay": 0.25}
     own = trainer(joint_model(inputs, tmp_path / "model"), tmp_path / "out", **changes)
     own._add_lora()
     groups = {name: group for group in own.create_optimizer().param_groups for name in group["param_names"]}
     lora = [name for name in groups if ".lora_" in name]
     assert len(lora) == 2 * 7 * own.model.config.text_config.decoder_config.num_hidden_layers
     assert {(groups[name]["lr"], groups[name]["weight_decay"]) for name in lora} == {(0.5, 0.25)}
-    own.loss_and_outputs(own.model.train(), {"is_empty": True, "skipped": []})[0].backward()
-    assert all(weight.grad is not None for name, weight in own.model.named_parameters() if name in lora)
 
 
 def test_a_trainer_refuses_rows_that_would_be_stale(inputs: Inputs, tmp_path: Path) -> None:

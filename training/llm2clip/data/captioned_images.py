@@ -41,6 +41,8 @@ from modeling_llm2clip.tokenization_llm2clip import SURROGATE
 # What to do with a damaged image or a row without caption.
 OnError = Literal["raise", "skip"]
 NO_EMBEDDING = "its caption has no stored embedding"
+# Rows that a message names.
+SHOWN = 20
 
 
 class CaptionError(SampleError):
@@ -52,6 +54,16 @@ class SkippedSample(NamedTuple):
 
     key: str
     reason: str
+
+
+def nothing_left(skipped: Sequence[SkippedSample]) -> ValueError:
+    """Make the error of a batch of which every row is skipped."""
+    shown = "; ".join(f"{key}: {reason}" for key, reason in skipped[:SHOWN])
+    more = f"; and {len(skipped) - SHOWN} more" if len(skipped) > SHOWN else ""
+    return ValueError(
+        f"none of the {len(skipped)} rows of a batch can be used ({shown}{more}); mend or remove these rows, or raise "
+        "the batch size."
+    )
 
 
 def clean_caption(text: Any) -> str | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BaseImageProcessor
 
-from llm2clip.data.captioned_images import NO_EMBEDDING, OnError, RowCaptions, SkippedSample
+from llm2clip.data.captioned_images import NO_EMBEDDING, OnError, RowCaptions, SkippedSample, nothing_left
 from llm2clip.data.transforms import EvalTransform, ImageBackend, TrainTransform
 from llm2clip.store.store import EmbeddingCache, caption_keys
 from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS, SampleError
@@ -48,7 +48,6 @@ class Stage2Collator:
     - `caption_ids` (n,) and `image_caption_ids` (n, K), padded with -1, if the rows have ids: caption j is a correct
       answer for image i if `caption_ids[j]` is in `image_caption_ids[i]`;
     - `keys`: the keys of the rows, if they have a `key`, for messages;
-    - `is_empty`: with `on_error="skip"`, of a batch whose samples are all skipped, which has no tensors;
     - `skipped`: (key, reason) of each [`SkippedSample`] among the samples. These are left out, so that the batches of
       two ranks can differ in size.
 
@@ -108,8 +107,7 @@ class Stage2Collator:
         """Collate rows; a batch that is whole already, as stored rows come, is returned as it is.
 
         Raises:
-            ValueError: If every sample was skipped and `on_error` is `raise`, or rows lack a key or differ in
-                their keys.
+            ValueError: If every sample is skipped, or rows lack a key or differ in their keys.
             MissingCaptionError: If the cache lacks a caption, and `on_error` is `raise`.
             SampleError: If an `image` or `caption` cannot be used, and `on_error` is `raise`.
         """
@@ -128,13 +126,8 @@ class Stage2Collator:
             lacking = [rows[index] for index in np.flatnonzero(stored < 0)]
             skipped += [SkippedSample(str(row.get("key", row["caption"])), NO_EMBEDDING) for row in lacking]
             rows, stored = [rows[index] for index in np.flatnonzero(stored >= 0)], stored[stored >= 0]
-        if not rows and self.on_error == "skip":
-            return {"is_empty": True, "skipped": [tuple(sample) for sample in skipped]}
         if not rows:
-            shown = "; ".join(f"{key}: {reason}" for key, reason in skipped[:3])
-            raise ValueError(
-                f"All {len(skipped)} samples of a batch were skipped, and on_error is 'raise'; the first: {shown}."
-            )
+            raise nothing_left(skipped)
         batch: dict[str, Any] = {**self._images(rows), **self._captions(rows, stored)}
         if _any_has(rows, "caption_id"):
             ids = _column(rows, "caption_id")

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +62,12 @@ def sampled_files_digest(files: Sequence[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def data_revision(source: str | Mapping[str, Any]) -> str | None:
+def data_revision(source: str | Mapping[str, Any], at_file: Callable[[], None] = lambda: None) -> str | None:
     """Identify the present content of a data set.
 
     Args:
         source: A path, or a mapping with fields of `CaptionSource`, of which `path`, `name` and `revision` are used.
+        at_file: Called before each local file, which may be many; its errors end the reading.
 
     Returns:
         For a data set on the Hub, its commit; offline, the commit in the cache of `datasets`. For local files, a
@@ -78,12 +79,13 @@ def data_revision(source: str | Mapping[str, Any]) -> str | None:
     local = Path(path).expanduser()
     if local.is_dir():
         names = (file.relative_to(local) for file in local.rglob("*"))
-        return _checksum(local, [local / name for name in names if not any(part[0] == "." for part in name.parts)])
+        found = (local / name for name in names if not any(part[0] == "." for part in name.parts))
+        return _checksum(local, found, at_file)
     if "://" in path:
         return revision
     files = [local] if local.is_file() else [Path(file) for file in glob.glob(str(local), recursive=True)]
     if files:
-        return _checksum(Path(os.path.commonpath([file.parent for file in files])), files)
+        return _checksum(Path(os.path.commonpath([file.parent for file in files])), files, at_file)
     try:
         commit = datasets.load_dataset_builder(path, fields.get("name"), revision=revision).hash
     except Exception as error:  # network errors have many types, and none of them may lose the results
@@ -92,9 +94,14 @@ def data_revision(source: str | Mapping[str, Any]) -> str | None:
     return commit if commit is not None and COMMIT.fullmatch(commit) else revision
 
 
-def _checksum(folder: Path, files: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(file for file in files if file.is_file()):
+def _checksum(folder: Path, files: Iterable[Path], at_file: Callable[[], None]) -> str:
+    digest, listed = hashlib.sha256(), list[Path]()
+    for file in files:
+        at_file()
+        if file.is_file():
+            listed.append(file)
+    for path in sorted(listed):
+        at_file()
         digest.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}\n".encode())
         _add_ends(digest, path)
     return digest.hexdigest()[:16]

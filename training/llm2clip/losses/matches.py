@@ -28,10 +28,6 @@ class GatheredBatch(NamedTuple):
     weight: float
 
 
-class NoPairsError(ValueError):
-    """No rank has a pair; all ranks raise it."""
-
-
 def gather_batch(
     name: str, image_embeds: Tensor, text_embeds: Tensor, caption_ids: Tensor | None, image_caption_ids: Tensor | None
 ) -> GatheredBatch:
@@ -46,7 +42,7 @@ def gather_batch(
     counts = exchange_counts([num_rows, int(caption_ids is not None)], image_embeds.device)
     rows_per_rank = [rows for rows, _ in counts]
     if not any(rows_per_rank):
-        raise NoPairsError(f"{name} needs at least one pair on some rank, but there is none.")
+        raise ValueError(f"{name} needs at least one pair on some rank, but there is none.")
     with torch.autocast(image_embeds.device.type, enabled=False):
         texts = gather_rows(text_embeds, rows_per_rank)
     if caption_ids is None or image_caption_ids is None:

@@ -18,7 +18,7 @@ from llm2clip.evaluation.session import Session
 from llm2clip.quickstart.config import Arm
 from llm2clip.quickstart.ledger import Step
 from llm2clip.quickstart.run_context import RunContext
-from llm2clip.quickstart.text_steps import remove_checkpoints
+from llm2clip.quickstart.text_steps import has_checkpoint, remove_checkpoints
 from llm2clip.store import EmbeddingCache
 from llm2clip.trainers import run_stage2
 from llm2clip.trainers.freezing import open_features
@@ -87,7 +87,8 @@ def _features(run: RunContext, resume: bool) -> dict[str, Any]:
 
 def _align(run: RunContext, arm: Arm, resume: bool) -> dict[str, Any]:
     """Train, and measure the test set with the queries of the text encoder."""
-    metrics, folder = run_stage2.run(stage2_config(run, arm), resume=resume), run.folder / step_name(arm)
+    folder = run.folder / step_name(arm)
+    metrics = run_stage2.run(stage2_config(run, arm), resume=resume and has_checkpoint(folder))
     columns = run.data.queries(arm.kind)
     test = _measure(run, arm, folder, {name: run.data.test_source(column) for name, column in columns.items()})
     remove_checkpoints(folder)

@@ -86,7 +86,7 @@ def _stage1(run: RunContext, resume: bool) -> dict[str, Any]:
     }
     recipe = {key: value for key, value in run.settings("stage1", fixed).items() if key not in run.prompt()}
     config = build_config(Stage1Recipe, recipe, f"stage1 of the profile {run.config.profile}")
-    metrics = run_stage1.run(config, resume=resume)
+    metrics = run_stage1.run(config, resume=resume and has_checkpoint(folder))
     remove_checkpoints(folder)
     return {"metrics": metrics, "history": read_json(folder / "trainer_state.json")["log_history"]}
 
@@ -114,6 +114,14 @@ def _embed(run: RunContext, arm: Arm, resume: bool) -> dict[str, Any]:
 def _dtype(run: RunContext, arm: Arm) -> str:
     """Return the precision in which a text encoder embeds; the small embedding model is fast in any."""
     return run.profile["embed_dtype"] if arm.kind != "ready" else "float32"
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run can be continued; what one without checkpoints has left is deleted."""
+    if any(folder.glob("checkpoint-*")):
+        return True
+    shutil.rmtree(folder, ignore_errors=True)
+    return False
 
 
 def remove_checkpoints(folder: Path) -> None:

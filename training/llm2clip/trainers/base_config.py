@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from transformers import SchedulerType, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from llm2clip.losses import DEFAULT_TILE_SIZE
@@ -31,6 +31,10 @@ NOT_FOLLOWED = {
     "do_predict": "there is nothing to predict; llm2clip evaluate measures a model",
 }
 WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
+# Schedules that follow a metric of the evaluations.
+BY_METRIC = WITHOUT_WARMUP[1:]
+# The mean of all recalls of the retrieval sets.
+MEAN_RECALL = "mean_recall"
 
 
 @dataclass
@@ -61,7 +65,8 @@ class StageConfig(TrainingArguments):
     """Settings of every stage.
 
     These defaults differ from `TrainingArguments`: `remove_unused_columns=False`, `dataloader_drop_last=True`,
-    `label_names=[]`, `logging_steps=10`.
+    `label_names=[]`, `logging_steps=10`; where a metric is needed, `metric_for_best_model="mean_recall"`, the mean of
+    all recalls of the retrieval sets, or the loss if there are none.
     """
 
     output_dir: str = setting("", "Folder of the checkpoints and of the trained model.")
@@ -113,6 +118,8 @@ class StageConfig(TrainingArguments):
         if self.activation_checkpointing is None:
             self.activation_checkpointing = bool(self.gradient_checkpointing)
         self.gradient_checkpointing = self.activation_checkpointing
+        if self.metric_for_best_model is None and (self.load_best_model_at_end or self.lr_scheduler_type in BY_METRIC):
+            self.metric_for_best_model = MEAN_RECALL  # transformers would take the loss, which retrieval sets lack
         # The Trainer refuses bf16 without an accelerator unless use_cpu is set.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self._read_accelerator_config()
@@ -164,7 +171,7 @@ class StageConfig(TrainingArguments):
         """Refuse what makes a run impossible with so few rows, to be called before anything is computed of them.
 
         Raises:
-            ValueError: There are fewer rows than a batch has, or a cosine schedule has fewer steps than its warm-up.
+            ValueError: There are fewer rows than a batch has, or the training has no more steps than its warm-up.
         """
         if not self.dataloader_drop_last:
             return
@@ -173,8 +180,7 @@ class StageConfig(TrainingArguments):
         steps = self.max_steps
         if steps < 0:
             steps = math.ceil(self.num_train_epochs * math.ceil(num_rows // batch / self.gradient_accumulation_steps))
-        if self.lr_scheduler_type == SchedulerType.COSINE:
-            check_warmup(self.get_warmup_steps(steps), steps)
+        check_warmup(self.get_warmup_steps(steps), steps)
 
     @property
     def sampling_seed(self) -> int:

@@ -8,16 +8,20 @@ import pickle
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, ClassVar, cast
 
 import datasets
 import torch
 from accelerate.utils import gather_object, save_fsdp_optimizer
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import EvalPrediction, PreTrainedModel, ProgressCallback, Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.utils import ModelOutput
 
 from llm2clip.data import SampleIndexBatchSampler
 from llm2clip.data.sampling import EpochBatchSampler, EpochDataset
@@ -25,7 +29,7 @@ from llm2clip.data.streams import SampleStream
 from llm2clip.evaluation.data import CaptionPairData
 from llm2clip.hub.cards.facts import Evaluation
 from llm2clip.hub.licenses import Base
-from llm2clip.trainers.base_config import StageConfig, require_batch
+from llm2clip.trainers.base_config import MEAN_RECALL, StageConfig, require_batch
 from llm2clip.trainers.checkpoints import begin_checkpoint, finish_checkpoint, unlist_result
 from llm2clip.trainers.loaders import (
     data_inputs,
@@ -36,11 +40,11 @@ from llm2clip.trainers.loaders import (
     stream_loader,
 )
 from llm2clip.trainers.model_card import DataRevisions, continued, latest_evaluations, write_model_card
-from llm2clip.trainers.optimizer import SCHEDULE_SETTINGS, OptimizerSettings
+from llm2clip.trainers.optimizer import SCHEDULE_SETTINGS, OptimizerSettings, check_warmup
 from llm2clip.trainers.progress import TrainingProgress
 from llm2clip.trainers.pushing import PushCallback, open_repo, publish_model, uploader_of
 from llm2clip.trainers.run_context import RunContext
-from llm2clip.trainers.run_state import NoStepsLeft, RunState, StreamPosition, open_skip_log
+from llm2clip.trainers.run_state import NoStepsLeft, RunState, StreamPosition, open_skip_log, recalls_before
 from llm2clip.trainers.saving import callback_states, finite_weights, load_weights
 from llm2clip.trainers.sharding import gathered, is_sharded, undivided
 from llm2clip.trainers.step_guard import Observed, StepGuard, describe
@@ -49,6 +53,7 @@ from llm2clip.utils.embeddings import BROKEN_MODEL, NonFiniteError
 from llm2clip.utils.library_errors import explain, wrap_write_errors
 from llm2clip.utils.processes import on_any_process
 from llm2clip.utils.settings import refuse
+from llm2clip.utils.tables import RECALL
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
 from modeling_llm2clip.modeling_llm2clip_utils import keep_freed_memory, shorten
 
@@ -130,11 +135,13 @@ class StageTrainer(Trainer):
             raise ValueError("compute_metrics is given, but this stage measures its loss alone; leave it out.")
         self.args, self.retrieval, self.processing_class = args, retrieval or {}, processing_class
         self._has_eval_rows, self._has_own_collator = eval_dataset is not None, data_collator is not None
+        if args.metric_for_best_model == MEAN_RECALL and not self.retrieval:
+            args.metric_for_best_model, args.greater_is_better = "loss", False
         self._has_said_precision = False
         # Of a run that pushes: its license, and the models that it is made from.
         self._license: tuple[dict[str, str], list[Base]] | None = None
         self.run: RunContext | None = None
-        # The terms of the last loss in training by the names in the log, if it has several.
+        # The terms of the loss of this batch by the names in the log, if it has several.
         self.terms: dict[str, Tensor] = {}
         if model is not None:
             self.prepare_model(model)
@@ -155,7 +162,8 @@ class StageTrainer(Trainer):
         self._revisions: DataRevisions | None = None
         self.guard = StepGuard(args.skip_bad_steps, args.grace_seconds, str(args.output_dir), self.log)
         is_endless = isinstance(train_dataset, SampleStream) and train_dataset.repeat
-        self.run_state = RunState(open_skip_log(args), StreamPosition(train_dataset, args) if is_endless else None)
+        position = StreamPosition(train_dataset, args) if is_endless else None
+        self.run_state = RunState(open_skip_log(args), position, self.measure_before)
         self.progress = TrainingProgress(self.title)
         self.pushing = PushCallback(self.publish, lambda *given: uploader_of(args, str(self.hub_model_id), *given))
         # Before the guard, whose end of a run after SIGTERM would leave the checkpoint on this machine.
@@ -310,7 +318,7 @@ class StageTrainer(Trainer):
                     raise ValueError(f"{checkpoint}: {explain(error)}") from error
         finally:
             self.progress.close()
-        metrics = {**output.metrics, **self.run_state.initial}
+        metrics = {**output.metrics, **self.run_state.initial, **recalls_before(self.state.log_history)}
         return TrainOutput(output.global_step, metrics["train_loss"], metrics)
 
     def _begin(self, run: RunContext, prepared: dict[str, float]) -> None:
@@ -366,6 +374,11 @@ class StageTrainer(Trainer):
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         return self.get_eval_dataloader(test_dataset)
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        if self.lr_scheduler is None:
+            check_warmup(self.args.get_warmup_steps(num_training_steps), num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -395,7 +408,9 @@ class StageTrainer(Trainer):
             losses = [self.contrastive_loss(part, cast(Tensor, logit_scale), logit_bias, ids) for part in parts]
         else:
             scalars = {"logit_scale": logit_scale, "logit_bias": logit_bias}
-            losses = [given({**part, **scalars}, dict(ids) or None, num_items_in_batch=None) for part in parts]
+            losses = [
+                given(ModelOutput(**part, **scalars), dict(ids) or None, num_items_in_batch=None) for part in parts
+            ]
         return torch.stack(losses).mean()
 
     def _observed(self, loss: Tensor, outputs: dict[str, Tensor], inputs: dict[str, Any]) -> Observed:
@@ -405,7 +420,9 @@ class StageTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Make a step; see [`~transformers.Trainer.training_step`]."""
         loss = super().training_step(model, inputs, *args, **kwargs)
-        self.run_state.totals.add(loss, inputs.get("num_truncated", 0), self.args.logging_nan_inf_filter)
+        # As the Trainer divides the loss.
+        terms = {name: term / self.current_gradient_accumulation_steps for name, term in self.terms.items()}
+        self.run_state.totals.add(loss, terms, inputs.get("num_truncated", 0), self.args.logging_nan_inf_filter)
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -421,8 +438,7 @@ class StageTrainer(Trainer):
             if totals.cut_captions:
                 logs["cut_captions"] = totals.cut_captions
         if "loss" in logs:
-            logs["loss"] = totals.take_loss()
-            logs |= {name: self.accelerator.reduce(term, "mean").item() for name, term in self.terms.items()}
+            logs |= totals.take()
         if "train_loss" in logs:
             logs["train_loss"] = totals.mean_loss()
         if skipped := self.run_state.skipped.count():
@@ -572,8 +588,8 @@ class StageTrainer(Trainer):
         """Evaluate `eval_dataset`, by default the one given at construction, and in that case the retrieval sets too.
 
         Returns:
-            `eval_loss` and `eval_<metric>` of the data set, `eval_<set>_<metric>` of each retrieval set; of averaged
-            weights also their half-life, `eval_ema_half_life`.
+            `eval_loss` and `eval_<metric>` of the data set, `eval_<set>_<metric>` of each retrieval set and the mean
+            of all their recalls, `eval_mean_recall`; of averaged weights also their half-life, `eval_ema_half_life`.
         """
         metrics: dict[str, float] = {}
         with contextlib.nullcontext() if self.average is None else self.average.in_place():
@@ -582,6 +598,26 @@ class StageTrainer(Trainer):
             if eval_dataset is None and self.retrieval:
                 metrics |= self._measure_retrieval(metric_key_prefix)
         return metrics
+
+    def measure_before(self) -> None:
+        """Measure the retrieval sets before the first step, in all processes; random numbers stay as they are.
+
+        Raises:
+            ValueError: `metric_for_best_model` is not among what an evaluation measures.
+        """
+        args, measured = self.args, dict[str, float]()
+        if self.retrieval and not args.eval_on_start:
+            with torch.random.fork_rng(devices=[]):
+                measured = self._measure_retrieval("eval")
+        wanted = args.metric_for_best_model
+        if not measured or self._has_eval_rows or args.eval_strategy == "no" or wanted is None:
+            return
+        if f"eval_{wanted.removeprefix('eval_')}" not in measured:
+            raise ValueError(
+                f"metric_for_best_model is {wanted}, but an evaluation measures {', '.join(measured)}; name one of "
+                "these."
+            )
+        logger.info("Evaluations are compared by %s (metric_for_best_model).", wanted)
 
     def _measure_retrieval(self, prefix: str) -> dict[str, float]:
         model = self.unwrapped().eval()
@@ -594,6 +630,9 @@ class StageTrainer(Trainer):
                 for name, retrieval in self.retrieval.items()
                 for key, value in self.measure(model, retrieval).items()
             }
+        recalls = [value for name, value in metrics.items() if RECALL.fullmatch(name)]
+        if recalls:
+            metrics[f"{prefix}_{MEAN_RECALL}"] = fmean(recalls)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -614,6 +653,7 @@ class StageTrainer(Trainer):
                 return self.fit(run)
         if self.is_world_process_zero():
             self._revisions = DataRevisions(getattr(self.args, "eval_sources", {}))
+            run.at_end(self._revisions.close)
         metrics = self.train_in(run).metrics
         # Before the evaluation, so that a failing one loses nothing.
         self.accelerator.wait_for_everyone()

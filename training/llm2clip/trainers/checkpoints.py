@@ -23,6 +23,8 @@ SETTINGS = "settings.json"
 # Of sentence-transformers, in the folder of a model.
 MODULE_FOLDERS = "[0-9]_*"
 RESULT_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+# What a checkpoint has of the optimizer: with torch and FSDP, and with DeepSpeed.
+OPTIMIZER_STATES = ("optimizer*", "global_step*")
 
 
 def _by_step(output_dir: str | Path) -> dict[int, Path]:
@@ -58,8 +60,9 @@ def choose_checkpoint(args: StageConfig, resume: str | bool | None, is_command: 
             there is no checkpoint yet; `Trainer.train` does neither.
 
     Raises:
-        FileExistsError: A command without `resume` is to write into the folder of a run.
-        ValueError: The checkpoint is damaged, or there is none.
+        FileExistsError: A command without `resume` is to write into the folder of a run, or one with it into that of
+            a finished run without checkpoints.
+        ValueError: The checkpoint is damaged or has no state of the optimizer, or there is none.
     """
     if isinstance(resume, str | Path):
         # One that another Trainer wrote has no manifest.
@@ -70,7 +73,7 @@ def choose_checkpoint(args: StageConfig, resume: str | bool | None, is_command: 
         fault = on_main_process(find) if (checkpoint / FOLDER_MANIFEST).exists() else None
         if fault is not None:
             raise ValueError(f"{resume} is damaged ({fault}); name another checkpoint, or --resume to find one.")
-        return checkpoint
+        return _with_optimizer(checkpoint)
     if not resume:
         if is_command:
             _refuse_run(args)
@@ -78,18 +81,39 @@ def choose_checkpoint(args: StageConfig, resume: str | bool | None, is_command: 
     newest = last_checkpoint(args.output_dir)
     if newest is None and not is_command:
         raise ValueError(f"there is no whole checkpoint to resume from in {args.output_dir}.")
-    if newest is None:
-        logger.info("no checkpoint to resume from in %s: starting from the beginning.", args.output_dir)
-    return newest
+    if newest is not None:
+        return _with_optimizer(newest)
+    _refuse_finished(args)
+    logger.info("no checkpoint to resume from in %s: starting from the beginning.", args.output_dir)
+    return None
+
+
+def _with_optimizer(checkpoint: Path) -> Path:
+    if not any(path for states in OPTIMIZER_STATES for path in checkpoint.glob(states)):
+        raise ValueError(
+            f"{checkpoint} has the model alone, as save_only_model saves it: optimizer and schedule would begin anew. "
+            "Name a checkpoint that has their states, or start a new run from this model in another output_dir."
+        )
+    return checkpoint
+
+
+def _refuse_finished(args: StageConfig) -> None:
+    if Path(args.output_dir, FOLDER_MANIFEST).exists():
+        raise FileExistsError(
+            f"{args.output_dir} contains a finished run without checkpoints, which there is nothing to continue from; "
+            "choose another output_dir, or delete this one to train again."
+        )
 
 
 def _refuse_run(args: StageConfig) -> None:
     newest = last_checkpoint(args.output_dir, contents=False)
     results = [name for name in RESULT_FILES if Path(args.output_dir, name).exists()]
+    if newest is None:
+        _refuse_finished(args)
     if newest is not None or results:
         raise FileExistsError(
             f"{args.output_dir} already contains a run ({newest.name if newest else results[0]}); add --resume to "
-            "continue it, or choose another output_dir."
+            f"{'continue it' if newest else 'begin it again'}, or choose another output_dir."
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.modeling_outputs import BaseModelOutput
 
 from llm2clip.losses.gather import exchange_counts
 from llm2clip.trainers.base_config import refuse_unfollowed
@@ -79,7 +80,7 @@ class MNTPTrainer(TextTowerTrainer):
             count = sum(scored for (scored,) in counts) / len(counts)
         outputs = {"last_hidden_state": states}
         if self.compute_loss_func is not None:
-            return self.compute_loss_func(outputs, labels, num_items_in_batch=None), outputs
+            return self.compute_loss_func(BaseModelOutput(**outputs), labels, num_items_in_batch=None), outputs
         softcap = getattr(self.unwrapped().config.decoder_config, "final_logit_softcapping", None)
         return masked_next_token_loss(**rows, head=self.head, softcap=softcap, count=count), outputs
 

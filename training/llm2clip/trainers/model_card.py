@@ -44,13 +44,23 @@ class DataRevisions:
         local = {name: source for name, source in sources.items() if not hub_ids(_path(source))}
         # Before training, since a data set on the Hub may change meanwhile.
         self._read({name: source for name, source in sources.items() if name not in local})
-        # A daemon, so that a run that ends with an error does not wait for it.
-        Thread(target=self._read, args=(local,), daemon=True).start()
+        self._closed = False
+        self._thread = Thread(target=self._read, args=(local,))
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop reading: what runs while Python exits may abort the process."""
+        self._closed = True
+        self._thread.join()
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise ValueError("the run has ended before the revisions of its data were read.")
 
     def _read(self, sources: Mapping[str, Any]) -> None:
         for name, source in sources.items():
             try:
-                self._revisions[name].set_result(data_revision(source))
+                self._revisions[name].set_result(data_revision(source, self._refuse_closed))
             except OSError as error:
                 logger.warning("the revision of %s is unknown: %s", _path(source), error)
                 self._revisions[name].set_result(None)

@@ -113,6 +113,10 @@ class RunContext:
             list_result(self.args)
         self._lock.close()
 
+    def at_end(self, function: Callable[[], None]) -> None:
+        """Call a function when the run ends, also with an error."""
+        self._lock.callback(function)
+
     def take_settings(self) -> None:
         """Take the settings as they are now for those of the run."""
         self.settings = {**_as_json(self.args), **self._kept}

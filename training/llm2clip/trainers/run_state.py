@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,13 @@ from llm2clip.data.streams import SampleStream
 from llm2clip.trainers.base_config import StageConfig
 from llm2clip.utils.files import read_json, write_json
 from llm2clip.utils.processes import sum_over_processes
+from llm2clip.utils.tables import BEFORE, RECALL
 
 logger = logging.getLogger(__name__)
 
 RUN_STATE = "run_state.json"
 TOTALS, SKIPPED, STREAM, INPUTS = "totals", "skipped", "stream", "inputs"
+LOSS = "loss"
 
 
 class NoStepsLeft(Exception):  # noqa: N818
@@ -50,11 +52,15 @@ class RunState(TrainerCallback):
     Attributes:
         totals, skipped, stream: What is counted; `stream` is None for data sets with random access.
         inputs: What the run reads, by name in words; see [`RunContext.compare_inputs`].
-        initial: What was measured before the first step, with which the log begins.
+        initial: What was computed before the first step, with which the log begins.
+        measure_before: Measures the model before the first step.
     """
 
-    def __init__(self, skip_log: SkipLog | None, stream: StreamPosition | None) -> None:
+    def __init__(
+        self, skip_log: SkipLog | None, stream: StreamPosition | None, measure_before: Callable[[], None]
+    ) -> None:
         self.totals, self.skipped, self.stream = Totals(), SkippedSamples(skip_log), stream
+        self.measure_before = measure_before
         self.inputs: Mapping[str, Any] = {}
         self.initial: Mapping[str, Any] = {}
         self._stored: dict[str, Any] = {}
@@ -80,6 +86,8 @@ class RunState(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps > 0:
             raise NoStepsLeft  # the Trainer would make one more
+        if not state.global_step:
+            self.measure_before()
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.totals.end_step()
@@ -100,6 +108,17 @@ class RunState(TrainerCallback):
         write_json(checkpoint / RUN_STATE, values)
 
 
+def recalls_before(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Find the recalls before the first step in the log of a run, also of a resumed one.
+
+    Returns:
+        `before_training_<set>_<recall>`, beside the `eval_<set>_<recall>` of the trained model.
+    """
+    first = {name: value for entry in history if entry["step"] == 0 for name, value in entry.items()}
+    recalls = {name: value for name, value in first.items() if name.startswith("eval_") and RECALL.fullmatch(name)}
+    return {name.replace("eval_", BEFORE, 1): value for name, value in recalls.items()}
+
+
 class Totals:
     """Sums with which a resumed run logs the numbers of an uninterrupted one.
 
@@ -114,7 +133,9 @@ class Totals:
         """Begin a run, or continue with what [`state`] returned."""
         # Sums over the steps that are logged, and the number of all steps.
         self.loss, self.steps = stored.get("loss", 0.0), stored.get("steps", 0)
-        self.unlogged_loss = torch.tensor(stored.get("unlogged_loss", 0.0), device=device)
+        # Those since the last entry of the log: of the loss, and of its terms by their names in the log.
+        unlogged = {LOSS: 0.0, **stored.get("unlogged", {})}
+        self.unlogged = {name: torch.tensor(value, device=device) for name, value in unlogged.items()}
         self.unlogged_steps = stored.get("unlogged_steps", 0)
         self.cut_captions, self._new_cut_captions = stored.get("cut_captions", 0), 0
 
@@ -123,38 +144,42 @@ class Totals:
         self.steps += 1
         self.unlogged_steps += 1
 
-    def add(self, loss: Tensor, cut_captions: int = 0, filtered: bool = True) -> None:
+    def add(self, loss: Tensor, terms: Mapping[str, Tensor], cut_captions: int = 0, filtered: bool = True) -> None:
         """Count a batch of this process: its share of the loss of a step, and its captions that were cut.
 
         Args:
+            terms: The same share of each term of the loss.
             filtered: A loss that is not finite counts as the mean of those since the last entry of the log, as with
-                `logging_nan_inf_filter` in the Trainer.
+                `logging_nan_inf_filter` in the Trainer; so do its terms.
         """
-        instead = self.unlogged_loss / (1 + self.unlogged_steps)
-        self.unlogged_loss = self.unlogged_loss + (torch.where(loss.isfinite(), loss, instead) if filtered else loss)
+        for name, value in {LOSS: loss, **terms}.items():
+            before = self.unlogged.get(name, torch.zeros_like(value))
+            instead = before / (1 + self.unlogged_steps)
+            self.unlogged[name] = before + (torch.where(loss.isfinite(), value, instead) if filtered else value)
         self._new_cut_captions += cut_captions
 
     def gather(self) -> None:
         """Replace the sums of this process by those of all processes, which all have to call this."""
-        self.unlogged_loss = gather(self.unlogged_loss[None]).mean()
+        self.unlogged = {name: gather(value[None]).mean() for name, value in self.unlogged.items()}
         self.cut_captions += int(sum_over_processes(torch.tensor(self._new_cut_captions)))
         self._new_cut_captions = 0
 
-    def take_loss(self) -> float:
-        """Return the mean loss of the steps since the last entry of the log, after [`gather`]."""
-        mean = self.unlogged_loss.item() / max(1, self.unlogged_steps)
-        self.loss += self.unlogged_loss.item()
-        self.unlogged_loss, self.unlogged_steps = torch.zeros_like(self.unlogged_loss), 0
-        return mean
+    def take(self) -> dict[str, float]:
+        """Return the mean loss of the steps since the last entry of the log, and its terms, after [`gather`]."""
+        sums = {name: value.item() for name, value in self.unlogged.items()}
+        means = {name: value / max(1, self.unlogged_steps) for name, value in sums.items()}
+        self.loss += sums[LOSS]
+        self.unlogged, self.unlogged_steps = {LOSS: torch.zeros_like(self.unlogged[LOSS])}, 0
+        return means
 
     def mean_loss(self) -> float:
         """Return the mean loss of all steps, after [`gather`]."""
-        return (self.loss + self.unlogged_loss.item()) / max(1, self.steps)
+        return (self.loss + self.unlogged[LOSS].item()) / max(1, self.steps)
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint contains, after [`gather`]."""
         values = {name: getattr(self, name) for name in ("loss", "steps", "unlogged_steps", "cut_captions")}
-        return {**values, "unlogged_loss": self.unlogged_loss.item()}
+        return {**values, "unlogged": {name: value.item() for name, value in self.unlogged.items()}}
 
 
 class SkippedSamples:

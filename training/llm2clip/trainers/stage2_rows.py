@@ -6,7 +6,6 @@ import logging
 from typing import Any, cast
 
 import datasets
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, BaseImageProcessor, EvalPrediction, PreTrainedTokenizerBase
@@ -149,22 +148,6 @@ def retrieval_scores(prediction: EvalPrediction) -> dict[str, float | int]:
         if identity in positions
     ]
     return retrieval_metrics(images, texts[list(queries.values())], torch.tensor(matches))
-
-
-def blank_row(config: LLM2CLIPConfig, size: tuple[int, int], dataset: Any, with_tokens: bool) -> dict[str, Tensor]:
-    """Make a row in place of a first batch whose samples are all skipped, which no tower takes.
-
-    Args:
-        size: Height and width of the images in pixels.
-        dataset: The training set, which may have stored features in place of images.
-        with_tokens: The LLM runs on the captions.
-    """
-    row = {"llm_embeds": torch.ones(1, config.text_config.hidden_size)}
-    if with_tokens:
-        row = {name: torch.ones(1, 1, dtype=torch.long) for name in CAPTION_INPUTS}
-    if isinstance(dataset, StoredPairsDataset):
-        return {**row, "vision_features": dataset.features.read_views(np.zeros(1, dtype=np.int64))}
-    return {**row, "pixel_values": torch.zeros(1, 3, *size)}
 
 
 def with_halves(

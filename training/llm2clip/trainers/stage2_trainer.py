@@ -39,13 +39,13 @@ from llm2clip.evaluation.session import Session
 from llm2clip.hub.cards.facts import JOINT_TASK
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.losses import clip_loss, sigmoid_loss
-from llm2clip.losses.matches import NoPairsError
 from llm2clip.store import EmbeddingCache
 from llm2clip.store.manifest import refuse_other_encoder
 from llm2clip.trainers.alignment import align, freeze_maps, set_heads, take_space
 from llm2clip.trainers.base_config import refuse_unfollowed
 from llm2clip.trainers.base_trainer import StageTrainer
 from llm2clip.trainers.bundling import bundle_text_model
+from llm2clip.trainers.checkpoints import unlist_result
 from llm2clip.trainers.distillation_terms import Terms, proclip_terms, relational_terms
 from llm2clip.trainers.freezing import image_size, prepare_joint_model, store_training_set
 from llm2clip.trainers.frozen_layers import FrozenLayers
@@ -58,7 +58,6 @@ from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.trainers.stage2_rows import (
     CAPTION_INPUTS,
     COLLATED,
-    blank_row,
     open_rows,
     refuse_unfit,
     refuse_useless,
@@ -164,8 +163,6 @@ class Stage2Trainer(StageTrainer):
         self._merged = False
         # Before the state of accelerate is made, which new settings reset.
         self._first = first_part(args) if isinstance(args, Stage2Config) and args.warm_start else None
-        # The first row of the first batch, which stands in for batches whose samples are all skipped.
-        self._example: dict[str, Any] | None = None
         processing_class = usable_processor(processing_class, model)
         image_processor = getattr(processing_class, "image_processor", processing_class)
         self.image_processor = image_processor if isinstance(image_processor, BaseImageProcessor) else None
@@ -206,8 +203,8 @@ class Stage2Trainer(StageTrainer):
                 raise ValueError("distill_from needs a processing_class with an image processor.")
             with undivided_building(self.args):
                 take_space(model, processor, name)
-        self._size = image_size(model) if processor is None else output_size(processor)
-        self.frozen = prepare_joint_model(model, self.args, self._size)
+        size = image_size(model) if processor is None else output_size(processor)
+        self.frozen = prepare_joint_model(model, self.args, size)
 
     def prepare_training(self, run: RunContext) -> dict[str, float]:
         metrics = {} if self._first is None else self._warm_start(run, self._first)
@@ -269,7 +266,10 @@ class Stage2Trainer(StageTrainer):
         if self.args.lora_rank:
             copied.config.text_model_name_or_path, _ = lora_source(model, self.args.output_dir, self._merged)
         given = arguments_by_name(type(self), Stage2Trainer, *self._given) | {"model": copied, "args": first}
-        # A command refuses the folder of another run; in Python, a part that was stopped is resumed.
+        # A command refuses the folder of another run; in Python, a part that was stopped is resumed, and one that is
+        # finished and has no checkpoints begins again.
+        if not run.is_command:
+            unlist_result(first)
         result = run_first_part(lambda: type(self)(**given), first, bool(run.resume) if run.is_command else True)
         # As after the construction of this trainer.
         self.create_accelerator_and_postprocess()
@@ -349,8 +349,6 @@ class Stage2Trainer(StageTrainer):
         load_with_adapter(whole, resume_from_checkpoint, self.is_fsdp_enabled)
 
     def eval_labels(self, inputs: dict[str, Any], num_rows: int) -> Any:
-        if inputs.get("is_empty") and (self._example is None or "caption_ids" in self._example):
-            return torch.zeros(0, dtype=torch.int64), torch.zeros(0, 1, dtype=torch.int64)
         if "caption_ids" not in inputs:
             return super().eval_labels(inputs, num_rows)
         return inputs["caption_ids"][:num_rows], inputs["image_caption_ids"][:num_rows]
@@ -378,16 +376,10 @@ class Stage2Trainer(StageTrainer):
     def loss_and_outputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         inputs, plain = dict(inputs), self.unwrapped()
         self.run_state.skipped.add(inputs.pop("skipped", []))
-        if is_empty := inputs.pop("is_empty", False):
-            with_tokens = self.args.lora_rank > 0
-            blank = self._example or blank_row(plain.config, self._size, self.train_dataset, with_tokens)
-            inputs = {name: value.to(self.args.device) for name, value in blank.items()}
-        elif self._example is None and self.args.on_error == "skip":
-            self._example = {name: value[:1].clone() for name, value in inputs.items() if isinstance(value, Tensor)}
         ids = {name: inputs.pop(name, None) for name in ("caption_ids", "image_caption_ids")}
         if self.args.shared_captions == "separate":
             ids = {}
-        elif ids["caption_ids"] is None and not is_empty:
+        elif ids["caption_ids"] is None:
             raise ValueError("shared_captions is positive, but the rows have no caption_id to say which share one.")
         if "teacher_embeds" in inputs:
             return self._taught(model, inputs)
@@ -405,26 +397,16 @@ class Stage2Trainer(StageTrainer):
         followed = self._by_average(inputs) if is_training and self.args.distill_weight else None
         # Through the wrapped model, so that DDP sees every parameter including the logit scale.
         images, texts, *numbers = in_chunks(self._embed, model, inputs, self.args.tower_chunk_size)
-        if is_empty:
-            images, texts = images[:0], texts[:0]
-            followed = None if followed is None else followed[:0]
-            ids = {name: None if rows is None else rows[:0] for name, rows in ids.items()}
         several = texts.split(plain.config.projection_dim, dim=-1)
         embeds = {"image_embeds": images, "text_embeds": several[0]}
         # One value per row, all equal; those of the last chunk are not recomputed.
         scale, *bias = [number[-1] for number in numbers]
         losses = []
-        try:
-            for text_embeds in several:
-                rows = self.without_repeats({**embeds, "text_embeds": text_embeds, **ids})
-                kept, known = {name: rows[name] for name in embeds}, {name: rows[name] for name in ids}
-                losses.append(self.loss_of(kept, scale, bias[0] if bias else None, known, self.args.matryoshka_dims))
-            loss = torch.stack(losses).mean() if len(losses) > 1 else losses[0]
-        except NoPairsError:
-            # A step without gradient, of which every parameter has one that is zero.
-            loss = 0 * images.sum()
-            for number in (texts, scale, *bias):
-                loss = loss + 0 * number.sum()
+        for text_embeds in several:
+            rows = self.without_repeats({**embeds, "text_embeds": text_embeds, **ids})
+            kept, known = {name: rows[name] for name in embeds}, {name: rows[name] for name in ids}
+            losses.append(self.loss_of(kept, scale, bias[0] if bias else None, known, self.args.matryoshka_dims))
+        loss = torch.stack(losses).mean() if len(losses) > 1 else losses[0]
         terms: Terms = {"loss_contrastive": (1.0, loss)}
         if followed is not None:
             terms |= proclip_terms(self.args, images, followed, self.args.distill_weight)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llm2clip.data import CaptionImageDataset, OnError, SampleIndex, SkippedSample
-from llm2clip.data.captioned_images import NO_EMBEDDING, RowCaptions, caption_id
+from llm2clip.data.captioned_images import NO_EMBEDDING, RowCaptions, caption_id, nothing_left
 from llm2clip.data.sampling import EpochDataset, stable_seed
 from llm2clip.encoders.batches import TableImages
 from llm2clip.encoders.image_features import ImageFeatures
@@ -109,11 +109,11 @@ class StoredPairsDataset(EpochDataset):
     def __getitems__(self, indices: Sequence[SampleIndex | int]) -> dict[str, Any]:
         epoch = next((index.epoch for index in indices if isinstance(index, SampleIndex)), 0)
         rows = np.array([index.index if isinstance(index, SampleIndex) else index for index in indices])
-        skipped = [tuple(self.skipped[row]) for row in rows.tolist() if row in self.skipped] if self.skipped else []
+        skipped = [self.skipped[row] for row in rows.tolist() if row in self.skipped] if self.skipped else []
         if skipped:
             rows = np.array([row for row in rows.tolist() if row not in self.skipped], dtype=np.int64)
             if not len(rows):
-                return {"is_empty": True, "skipped": skipped}
+                raise nothing_left(skipped)
         drawn = np.searchsorted(self._bounds, rows + self._uniform("caption", epoch, rows), side="right")
         drawn = np.clip(drawn, self._ends[rows], self._ends[rows + 1] - 1)
         views = (self._uniform("view", epoch, rows) * self.features.views).astype(np.int64)
@@ -122,7 +122,7 @@ class StoredPairsDataset(EpochDataset):
             "llm_embeds": self.cache.read(self._caption_rows[drawn]),
             "caption_ids": torch.from_numpy(self._caption_ids[drawn]),
             "image_caption_ids": self._all_ids(rows),
-            "skipped": skipped,
+            "skipped": [tuple(sample) for sample in skipped],
         }
 
     def _all_ids(self, rows: np.ndarray) -> Tensor:

@@ -17,6 +17,8 @@ SHORT = {
     "text_to_image_": "T2I ", "image_to_text_": "I2T ", "recall@": "R@", "map@r": "mAP@R", "miou": "mIoU",
     "r_precision": "R-precision",
 }  # fmt: skip
+# Of the recalls of a model before its training: `before_training_validation_text_to_image_recall@1`.
+BEFORE = "before_training_"
 # A recall, possibly of a set: `text_to_image_recall@1`, `eval_validation_text_to_image_recall@1`.
 RECALL = re.compile(r"(?:(.*?)_)??((?:text_to_image_|image_to_text_)?recall@\d+)")
 
@@ -100,7 +102,11 @@ def print_values(values: Mapping[str, Any]) -> None:
         tables.setdefault(tuple(scores), {})[name] = scores
     for names, rows in tables.items():
         columns = score_columns(names)
-        titles, heads = ([[name] for name in rows], ["set"]) if any(rows) else ([[]], [])
+        # Each set before training stands above the same set after it, which come in two groups.
+        places = [name.replace(BEFORE, "") for name in rows]
+        rows = dict(sorted(rows.items(), key=lambda row: places.index(row[0].replace(BEFORE, ""))))
+        shown = [f"{name.replace(BEFORE, '')}, before training" if BEFORE in name else name for name in rows]
+        titles, heads = ([[name] for name in shown], ["set"]) if any(rows) else ([[]], [])
         cells = [title + in_percent(scores, columns) for title, scores in zip(titles, rows.values(), strict=True)]
         print_table(console, "Recall, in %", [*heads, *columns], cells, range(len(heads)))
 
