@@ -54,7 +54,8 @@ def apply_rotary(states: Tensor, table: Tensor) -> Tensor:
         states: `(batch, tokens, heads, head_dim)`.
         table: `(tokens, head_dim / 2, 2)`, or one table per sample, `(batch, tokens, head_dim / 2, 2)`.
     """
-    table = table.to(torch.promote_types(states.dtype, table.dtype)).unsqueeze(-3)
+    # In float32 at least, also if FSDP has rounded the table: there are no complex numbers of bfloat16.
+    table = table.to(torch.promote_types(states.dtype, torch.float32)).unsqueeze(-3)
     pairs = states.to(table.dtype).unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():
         # Compilers and exporters fuse these operations; most do not support complex numbers.

@@ -60,6 +60,7 @@ from .modeling_llm2clip_utils import (
     find_text_model,
     hub_arguments,
     load_complete,
+    name_layers,
     pool,
 )
 from .tokenization_llm2clip import split_tokens, tokenize_captions
@@ -109,6 +110,7 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
             self.second = LLM2CLIPTextModel(config.second_config)
         # An existing decoder is attached after post_init(), which would initialise its weights again.
         self.post_init()
+        name_layers(self)
         if decoder is not None:
             adopt_submodel(self, "decoder", decoder)
             if "add_pooling_layer" in inspect.signature(type(decoder).__init__).parameters:
@@ -303,7 +305,9 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
             _, repo, inside = find_text_model(adapter.base_model_name_or_path)
             fields, _ = PretrainedConfig.get_config_dict(repo, **hub_arguments(base_kwargs), **inside)
             stored = fields.get("dtype") or fields.get("torch_dtype")
-        model.has_rounded_base = base.has_rounded_base or str(base.dtype) not in ("torch.float32", f"torch.{stored}")
+        # Now, or when the adapter was trained on them and the fingerprint in its config was made.
+        dtypes = [str(dtype).removeprefix("torch.") for dtype in (base.dtype, getattr(saved, "dtype", None)) if dtype]
+        model.has_rounded_base = base.has_rounded_base or any(dtype not in ("float32", stored) for dtype in dtypes)
         model.decoder = peft.PeftModel.from_pretrained(base.decoder, name, **hub)
         model.config.fingerprint = saved.fingerprint if saved is not None else None
         return model

@@ -148,11 +148,21 @@ def execution_device(module: nn.Module) -> torch.device:
 def adopt_submodel(parent: PreTrainedModel, name: str, child: PreTrainedModel) -> None:
     """Attach `child` to a finished `parent`, with the bookkeeping that `post_init` does for its children."""
     setattr(parent, name, child)
-    no_split = getattr(child, "_no_split_modules", None) or []
-    parent._no_split_modules = [*dict.fromkeys([*(parent._no_split_modules or []), *no_split])]
+    name_layers(parent)
     tied = getattr(child, "all_tied_weights_keys", None) or {}
     if hasattr(parent, "all_tied_weights_keys"):
         parent.all_tied_weights_keys.update({f"{name}.{key}": f"{name}.{value}" for key, value in tied.items()})
+
+
+def name_layers(model: PreTrainedModel) -> None:
+    """Name the classes of a model's transformer layers, which FSDP and `device_map` keep together.
+
+    They are those that its parts name. A tower also names classes of the whole CLIP that it is from, and FSDP expects
+    that a model has all that it names.
+    """
+    own = {type(module).__name__ for module in model.modules()}
+    named = [name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()]
+    model._no_split_modules = [name for name in dict.fromkeys(named) if name in own]
 
 
 def pool(hidden_states: Tensor, attention_mask: Tensor, pooling_mask: Tensor, mode: str) -> Tensor:

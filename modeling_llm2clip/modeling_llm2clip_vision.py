@@ -27,7 +27,7 @@ from .modeling_llm2clip_heads import (
     init_like_the_original,
     positive_deviation,
 )
-from .modeling_llm2clip_utils import apply_umask, execution_device, hub_arguments, load_complete
+from .modeling_llm2clip_utils import apply_umask, execution_device, hub_arguments, load_complete, name_layers
 
 # transformers 4.57 takes from a local folder only the modules that this one itself names.
 from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
@@ -91,7 +91,10 @@ class LLM2CLIPPreTrainedModel(AttentionBackends, PreTrainedModel):
 
     config_class = LLM2CLIPConfig
     base_model_prefix = ""
-    _no_split_modules = ["EVA02Block"]
+
+    def post_init(self) -> None:
+        super().post_init()
+        name_layers(self)
 
     def _build_vision_tower(self) -> None:
         config = self.config.vision_config

@@ -77,6 +77,22 @@ def test_vision_tower_adapter_and_lora_train_and_both_results_are_one_model(
 
 
 @pytest.mark.parametrize("form", ["merged", "adapter"])
+def test_what_was_trained_on_a_rounded_llm_loads(form: str, inputs: Inputs, tmp_path: Path) -> None:
+    """The files of the LLM are in float32."""
+    changes = {"text_model_dtype": "bfloat16", "save_format": form, "max_steps": 2, "save_steps": 1, "eval_sources": {}}
+    run_stage2.run(recipe(tmp_path / "run", inputs, **changes))
+    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-1"):
+        trained = LLM2CLIPModel.from_pretrained(folder, text_model_kwargs={"dtype": torch.bfloat16}).eval()
+        found = LLM2CLIPModel.from_pretrained(folder).eval()
+        recorded = read_json(folder / "config.json")["text_model_fingerprint"]
+        assert found.config.text_model_fingerprint == trained.config.text_model_fingerprint == recorded
+        torch.testing.assert_close(found.encode_text(CAPTIONS), trained.encode_text(CAPTIONS), atol=0.02, rtol=0)
+        settings = {"text_model_name_or_path": str(folder), "output_dir": str(tmp_path / f"cache-{folder.name}")}
+        embed.run(embed.EmbedConfig(**settings, sources=[small_runs.concepts("validation", max_samples=4)]))
+        assert EmbeddingCache.open(settings["output_dir"]).manifest.fingerprint == recorded
+
+
+@pytest.mark.parametrize("form", ["merged", "adapter"])
 def test_a_moved_result_loads_without_this_package(form: str, results: dict[str, Path], tmp_path: Path) -> None:
     moved = Path(shutil.copytree(results[form], tmp_path / "moved", ignore=shutil.ignore_patterns("checkpoint-*")))
     (tmp_path / "home").mkdir()

@@ -46,7 +46,7 @@ from llm2clip.trainers.pushing import PushCallback, open_repo, publish_model, up
 from llm2clip.trainers.run_context import RunContext
 from llm2clip.trainers.run_state import NoStepsLeft, RunState, StreamPosition, open_skip_log, recalls_before
 from llm2clip.trainers.saving import callback_states, finite_weights, load_weights
-from llm2clip.trainers.sharding import gathered, is_sharded, undivided
+from llm2clip.trainers.sharding import gathered, is_sharded, prepare_for_engine, undivided
 from llm2clip.trainers.step_guard import Observed, StepGuard, describe
 from llm2clip.trainers.weight_average import average_of
 from llm2clip.utils.embeddings import BROKEN_MODEL, NonFiniteError
@@ -323,6 +323,7 @@ class StageTrainer(Trainer):
 
     def _begin(self, run: RunContext, prepared: dict[str, float]) -> None:
         """Compare what the run reads, and compute its initial weights, when model and data are prepared."""
+        prepare_for_engine(self.accelerator, cast(nn.Module, self.model))
         self.run_state.inputs = run.compare_inputs(lambda: data_inputs(self.train_dataset) | self.frozen_inputs())
         self.run_state.initial = {**prepared, **(self.initialize_weights() if run.checkpoint is None else {})}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -13,10 +14,13 @@ from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
 from modeling_llm2clip.modeling_llm2clip_utils import TEXT_MODEL
 
 
-def bundle_text_model(folder: Path) -> None:
+def bundle_text_model(folder: Path, dtype: Any = "auto") -> None:
     """Add the LLM that the config of a saved model names to the model's weights.
 
     The new files are written beside the old ones and renamed, the config last.
+
+    Args:
+        dtype: Of the LLM, by default that of its files.
 
     Raises:
         ValueError: The LLM cannot be loaded or saved; the folder holds the model without it, as before.
@@ -24,7 +28,7 @@ def bundle_text_model(folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=".bundling-", dir=folder) as scratch:
         try:
             model = LLM2CLIPModel.from_pretrained(folder, text_model=False)
-            model.load_text_model()
+            model.load_text_model(dtype=dtype)
             model.text_model.merge_adapter()
             model.save_pretrained(scratch, save_text_model=True)
             make_readable_by_version_4(scratch)

@@ -49,11 +49,11 @@ from llm2clip.trainers.checkpoints import unlist_result
 from llm2clip.trainers.distillation_terms import Terms, proclip_terms, relational_terms
 from llm2clip.trainers.freezing import image_size, prepare_joint_model, store_training_set
 from llm2clip.trainers.frozen_layers import FrozenLayers
-from llm2clip.trainers.grad_cache import embed_captions, in_chunks
+from llm2clip.trainers.grad_cache import in_chunks
 from llm2clip.trainers.lora import add_lora, load_with_adapter, lora_source, write_adapter
 from llm2clip.trainers.optimizer import GROUP_SETTINGS, ClampLogitScale, parameter_groups, warmup_cosine_schedule
 from llm2clip.trainers.run_context import RunContext
-from llm2clip.trainers.sharding import give_scalars_a_dimension, is_divided, is_sharded, undivided_building, value_of
+from llm2clip.trainers.sharding import at_root, is_divided, undivided_building
 from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.trainers.stage2_rows import (
     CAPTION_INPUTS,
@@ -210,8 +210,6 @@ class Stage2Trainer(StageTrainer):
         metrics = {} if self._first is None else self._warm_start(run, self._first)
         if self.args.lora_rank:
             self._add_lora()
-        if is_sharded(self.accelerator):
-            give_scalars_a_dimension(cast(nn.Module, self.model))
         self.store_rows()
         return metrics
 
@@ -391,7 +389,7 @@ class Stage2Trainer(StageTrainer):
         elif plain.text_model is not None:
             plain.text_model.eval()
             if "llm_embeds" not in inputs:
-                inputs = self._with_llm_embeds(plain.text_model, inputs)
+                inputs = self._with_llm_embeds(plain, inputs)
         # The loss of an evaluation is the contrastive one alone, whatever the run was trained with.
         is_training = cast(nn.Module, self.model).training
         followed = self._by_average(inputs) if is_training and self.args.distill_weight else None
@@ -494,19 +492,26 @@ class Stage2Trainer(StageTrainer):
         with self.frozen.replaced_by(inputs["vision_states"]) as pixel_values:
             yield {**others, "pixel_values": pixel_values}
 
-    def _with_llm_embeds(self, text_model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _with_llm_embeds(self, model: LLM2CLIPModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Replace captions by their embeddings, so that no graph of the frozen LLM is kept or computed again."""
         captions = {name: inputs[name] for name in CAPTION_INPUTS if name in inputs}
+
+        def embed(**tokens: Tensor) -> Tensor:
+            return model.text_model(**tokens).pooler_output
+
+        def run(model: nn.Module, chunk: dict[str, Tensor]) -> tuple[Tensor]:
+            return (at_root(model, "embed_captions", embed)(**chunk),)
+
         with torch.no_grad(), self.accelerator.autocast():
-            (embeds,) = in_chunks(embed_captions, text_model, captions, self.args.tower_chunk_size)
+            (embeds,) = in_chunks(run, model, captions, self.args.tower_chunk_size)
         return {name: x for name, x in inputs.items() if name not in captions} | {"llm_embeds": embeds}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             model = self.unwrapped()
-            logs["logit_scale"] = math.exp(value_of(model.logit_scale))
+            logs["logit_scale"] = math.exp(model.logit_scale.item())
             if model.logit_bias is not None:
-                logs["logit_bias"] = value_of(model.logit_bias)
+                logs["logit_bias"] = model.logit_bias.item()
         super().log(logs, start_time)
 
     def measure(self, model: LLM2CLIPModel, retrieval: RetrievalData) -> dict[str, float | int]:
@@ -553,7 +558,9 @@ class Stage2Trainer(StageTrainer):
         folder, named = Path(output_dir), self.unwrapped().config.text_model_name_or_path is not None
         merges = self.saves_adapter() and self.args.save_format == "merged"
         if merges or (self.args.bundle_text_model and named):
-            run_while_others_wait(lambda: bundle_text_model(folder), self.args.should_save)
+            # LoRA layers are merged into weights of the dtype that they were trained on.
+            dtype = self.unwrapped().text_model.get_input_embeddings().weight.dtype if merges else "auto"
+            run_while_others_wait(lambda: bundle_text_model(folder, dtype), self.args.should_save)
         elif self._merged and self.args.should_save:
             # Of pushed checkpoints.
             shutil.rmtree(folder / TEXT_MODEL, ignore_errors=True)
