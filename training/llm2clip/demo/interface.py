@@ -36,6 +36,8 @@ QUERIES = {
 }
 # Of images that nothing is known of.
 ANYTHING = ["a person", "an animal", "a building", "food", "a vehicle", "a landscape"]
+# Of a heat map, from -1 to 1; below it, as much of the background as of the picture is red.
+CLEAR = 0.3
 E_MAIL = re.compile(r"\S@\S")
 MAX_EXAMPLE_PICTURES, MAX_EXAMPLE_CHARACTERS = 4, 200
 CREDITS = (
@@ -149,7 +151,7 @@ def _clear_examples(gallery: Gallery, pictures: Sequence[ExamplePicture]) -> lis
     """Choose the pictures whose heat maps show where the caption matches, clearest first, and the best in any case."""
     clarity = {one: gallery.map_clarity(decode_image(one[0].read_bytes()), one[2]) for one in pictures}
     ranked = sorted(pictures, key=lambda one: -clarity[one])
-    return [one for one in ranked[:MAX_EXAMPLE_PICTURES] if one == ranked[0] or clarity[one] > 0]
+    return [one for one in ranked[:MAX_EXAMPLE_PICTURES] if one == ranked[0] or clarity[one] > CLEAR]
 
 
 def _head(gallery: Gallery) -> str:
