@@ -13,7 +13,7 @@ from PIL import Image
 
 from llm2clip.data import DamagedImageError
 from llm2clip.demo.gallery import Gallery, ShownImage
-from llm2clip.demo.interface import _head, build_interface, find_examples
+from llm2clip.demo.interface import _clear_examples, _head, build_interface, find_examples
 from llm2clip.search.folder_items import FolderImages
 from modeling_llm2clip import LLM2CLIPModel
 from tests.builders import tiny
@@ -124,6 +124,22 @@ def test_examples_contain_no_addresses_of_people(
     queries, pictures = find_examples(gallery, False, tmp_path)
     assert "a tree" in queries["Captions of these pictures"]
     assert "@" not in f"{queries} {pictures}"
+
+
+def test_examples_of_heat_maps_are_those_that_show_something(
+    gallery: Gallery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = Image.new("RGB", (64, 64), "white")
+    picture.paste(IMAGES[0].resize((32, 32)), (32, 32))
+    picture.save(tmp_path / "picture.png")
+    there, elsewhere = torch.zeros(4, 4), torch.zeros(4, 4)
+    there[2:, 2:], elsewhere[:2, :2] = 1, 1
+    maps = {"there": there, "elsewhere": elsewhere, "nowhere": torch.zeros(4, 4), "nearly": there + elsewhere / 2}
+    monkeypatch.setattr(gallery, "heat_map", lambda image, caption: (image, image, maps[caption]))
+    examples = [(tmp_path / "picture.png", "", caption) for caption in maps]
+    assert [caption for _, _, caption in _clear_examples(gallery, examples)] == ["there", "nearly"]
+    assert [caption for _, _, caption in _clear_examples(gallery, examples[1:2])] == ["elsewhere"]
+    assert _clear_examples(gallery, []) == []
 
 
 def test_an_index_without_its_images_is_named(gallery: Gallery, tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ from llm2clip.demo.gallery import Gallery
 from llm2clip.utils.logs import OBEYED
 from tests.llm2clip.demo.conftest import Serve, bundled_images
 
+# Each request by `httpx` alone would read all certificates first.
+HTTP = httpx.Client(timeout=60)
 ESCAPES = "/\x1b]0;title\x07\x1b[31m"
 NOT_UPLOADED = "nothing but an uploaded picture is opened"
 TEXTS_OF: dict[str, tuple[str, ...]] = {"heat_map": ("a",), "classify": ("a\nb", "{}"), "search_by_image": ()}
@@ -34,20 +36,20 @@ def file(path: str | None) -> dict[str, Any]:
 
 def ask(address: str, name: str, *data: Any) -> str:
     """Send a request as programs do; returns what the demo answers, which is an event with JSON."""
-    begun = httpx.post(f"{address}gradio_api/call/{name}", json={"data": data}).json()
-    return httpx.get(f"{address}gradio_api/call/{name}/{begun['event_id']}", timeout=60).text
+    begun = HTTP.post(f"{address}gradio_api/call/{name}", json={"data": data}).json()
+    return HTTP.get(f"{address}gradio_api/call/{name}/{begun['event_id']}").text
 
 
 def ask_event(address: str, event: int, *data: Any) -> str:
     """Send a request as the page does, to events that have no name too; returns the stream of answers."""
     session = {"session_hash": os.urandom(8).hex()}
-    httpx.post(f"{address}gradio_api/queue/join", json={"fn_index": event, "data": data, **session})
-    return httpx.get(f"{address}gradio_api/queue/data", params=session, timeout=60).text
+    HTTP.post(f"{address}gradio_api/queue/join", json={"fn_index": event, "data": data, **session})
+    return HTTP.get(f"{address}gradio_api/queue/data", params=session).text
 
 
 def upload(address: str, name: str, content: bytes) -> str:
     """Upload a file; returns its path on the server."""
-    answer = httpx.post(f"{address}gradio_api/upload", files={"files": (name, content)})
+    answer = HTTP.post(f"{address}gradio_api/upload", files={"files": (name, content)})
     return str(answer.json()[0])
 
 
@@ -111,7 +113,7 @@ def test_only_uploaded_pictures_are_opened(
         for value in not_uploads(tmp_path, Path(place).parents[1], unvisited):
             assert NOT_UPLOADED in ask(address, "heat_map", value, "a"), value
         for path in (str(secret), os.path.relpath(secret), "/etc/passwd", "/no/such"):
-            assert httpx.get(f"{address}gradio_api/file={quote(path)}").status_code in (403, 404)
+            assert HTTP.get(f"{address}gradio_api/file={quote(path)}").status_code in (403, 404)
         ask(address, "classify", file(place), ESCAPES)  # too few
 
     serve_picture(visit)
@@ -143,7 +145,7 @@ def test_texts_are_texts_and_examples_those_of_the_page(serve_picture: Serve, tm
             }.items():  # fmt: skip
                 assert "has to be a text" in ask(address, name, *data), value
             assert "has to be a text" in ask(address, "classify", picture, "a\nb", value), value
-        events = httpx.get(f"{address}config").json()["dependencies"]
+        events = HTTP.get(f"{address}config").json()["dependencies"]
         choosers = [
             one["id"] for one in events if one["targets"][0][1] == "click" and one["api_visibility"] != "public"
         ]
@@ -171,13 +173,13 @@ def test_the_model_has_one_queue(serve_picture: Serve, tmp_path: Path, monkeypat
         picture = file(upload(address, "a.png", (tmp_path / "secret.png").read_bytes()))
         monkeypatch.setattr(Gallery, "_embed", slow_embed)
         asked = [(ask, name, picture, *texts) for name, texts in TEXTS_OF.items()] + [(ask, "search", "a")]
-        events = httpx.get(f"{address}config").json()["dependencies"]
+        events = HTTP.get(f"{address}config").json()["dependencies"]
         private = [one for one in events if one["api_visibility"] != "public"]
         asked += [(ask_event, one["id"], "a" if one["targets"][0][1] == "load" else 0) for one in private]
         with ThreadPoolExecutor() as threads:
             answers = list(threads.map(lambda request: request[0](address, *request[1:]), asked))
         assert most == [1] * len(answers)
-        direct = httpx.post(f"{address}gradio_api/run/search", json={"data": ["a"]})
+        direct = HTTP.post(f"{address}gradio_api/run/search", json={"data": ["a"]})
         assert direct.status_code == 404, "past the queue"
 
     serve_picture(visit)

@@ -169,6 +169,14 @@ class Gallery:
         drawn = draw_heat_map(seen, similarity, MAP_WIDTH)
         return seen.resize(drawn.size, Image.Resampling.LANCZOS), drawn, similarity
 
+    def map_clarity(self, image: Image.Image, caption: str) -> float:
+        """How well a heat map follows the picture: the correlation of similarity and detail over the patches."""
+        seen, _, similarity = self.heat_map(image, caption)
+        rows, columns = similarity.shape
+        pixels = torch.tensor(list(seen.convert("L").resize((8 * columns, 8 * rows)).tobytes()), dtype=torch.float32)
+        detail = pixels.view(rows, 8, columns, 8).std(dim=(1, 3))
+        return torch.stack([similarity.flatten(), detail.flatten()]).corrcoef()[0, 1].nan_to_num().item()
+
     @cached_property
     def has_heat_maps(self) -> bool:
         """Whether `heat_map` knows the patches of the model; found by trying."""

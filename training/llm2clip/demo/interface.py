@@ -36,6 +36,8 @@ QUERIES = {
 }
 # Of images that nothing is known of.
 ANYTHING = ["a person", "an animal", "a building", "food", "a vehicle", "a landscape"]
+# Of a heat map, from -1 to 1; below it, as much of the background as of the picture is red.
+CLEAR = 0.3
 E_MAIL = re.compile(r"\S@\S")
 MAX_EXAMPLE_PICTURES, MAX_EXAMPLE_CHARACTERS = 4, 200
 CREDITS = (
@@ -114,10 +116,10 @@ def build_interface(galleries: Sequence[Gallery], is_bundled: bool, example_dir:
         with gr.Tab("Search", id="search"):
             start = _search_tab(galleries, examples)
         with gr.Tab("Classify", id="classify"):
-            _classify_tab(gallery, examples)
+            _classify_tab(gallery, examples.pictures[:MAX_EXAMPLE_PICTURES])
         if gallery.has_heat_maps:
             with gr.Tab("Heat map", id="heat_map"):
-                _heat_map_tab(gallery, examples)
+                _heat_map_tab(gallery, _clear_examples(gallery, examples.pictures))
         if is_bundled:
             gr.Markdown(CREDITS, elem_classes="note")
         page.load(*start, api_visibility="private", **ONE_QUEUE)
@@ -138,11 +140,18 @@ def find_examples(gallery: Gallery, is_bundled: bool, folder: Path) -> Examples:
     labels = "\n".join(captions if len(captions) > 1 else ANYTHING)
     folder.mkdir(parents=True, exist_ok=True)
     pictures = []
-    for number, (image, caption) in enumerate(list(chosen.values())[:MAX_EXAMPLE_PICTURES]):
+    for number, (image, caption) in enumerate(chosen.values()):
         image.save(folder / f"{number}.png")
         pictures.append((folder / f"{number}.png", labels, caption))
     queries = {"Captions of these pictures": captions} if gallery.has_captions and captions else {"Examples": ANYTHING}
     return Examples(QUERIES if is_bundled else queries, pictures)
+
+
+def _clear_examples(gallery: Gallery, pictures: Sequence[ExamplePicture]) -> list[ExamplePicture]:
+    """Choose the pictures whose heat maps show where the caption matches, clearest first, and the best in any case."""
+    clarity = {one: gallery.map_clarity(decode_image(one[0].read_bytes()), one[2]) for one in pictures}
+    ranked = sorted(pictures, key=lambda one: -clarity[one])
+    return [one for one in ranked[:MAX_EXAMPLE_PICTURES] if one == ranked[0] or clarity[one] > CLEAR]
 
 
 def _head(gallery: Gallery) -> str:
@@ -224,14 +233,14 @@ def _results_field(gallery: Gallery, number: int, count: int) -> gr.Gallery:
         )  # fmt: skip
 
 
-def _classify_tab(gallery: Gallery, examples: Examples) -> None:
+def _classify_tab(gallery: Gallery, pictures: Sequence[ExamplePicture]) -> None:
     def classify(picture: Picture, labels: str, template: str) -> dict[str, float]:
         return gallery.classify(_decode(picture), labels.splitlines(), template)
 
     with gr.Row():
         with gr.Column(scale=3, min_width=300):
             image = _picture_field("classify_image")
-            chooser = _picture_chooser(examples.pictures)
+            chooser = _picture_chooser(pictures)
         with gr.Column(scale=4, min_width=360):
             labels = gr.Textbox(label="Labels, one per line", lines=5, elem_id="labels")
             template = gr.Textbox("{}", label="Caption for a label", info="{} stands for the label.")
@@ -246,14 +255,14 @@ def _classify_tab(gallery: Gallery, examples: Examples) -> None:
     button.click(_shown(classify), inputs, probabilities, api_name="classify", preprocess=False, **ONE_QUEUE)
 
     def classify_example(index: int) -> tuple[Any, ...]:
-        path, labels, _ = examples.pictures[index]
+        path, labels, _ = pictures[index]
         return path, labels, "{}", classify(path, labels, "{}")
 
     shown = [*inputs, probabilities]
     chooser.click(_shown(classify_example), chooser, shown, api_visibility="private", **ONE_QUEUE)
 
 
-def _heat_map_tab(gallery: Gallery, examples: Examples) -> None:
+def _heat_map_tab(gallery: Gallery, pictures: Sequence[ExamplePicture]) -> None:
     def heat_map(picture: Picture, caption: str) -> tuple[Image.Image, Image.Image, str]:
         seen, drawn, similarity = gallery.heat_map(_decode(picture), caption)
         rows, columns = similarity.shape
@@ -267,7 +276,7 @@ def _heat_map_tab(gallery: Gallery, examples: Examples) -> None:
     with gr.Row():
         with gr.Column(scale=3, min_width=260):
             image = _picture_field("map_image")
-            chooser = _picture_chooser(examples.pictures)
+            chooser = _picture_chooser(pictures)
             caption = gr.Textbox(label="Caption", elem_id="map_caption")
             button = gr.Button("Show heat map", variant="primary", elem_id="map_button")
         with gr.Column(scale=5, min_width=480):
@@ -285,7 +294,7 @@ def _heat_map_tab(gallery: Gallery, examples: Examples) -> None:
     )  # fmt: skip
 
     def map_example(index: int) -> tuple[Any, ...]:
-        path, _, caption = examples.pictures[index]
+        path, _, caption = pictures[index]
         return path, caption, *heat_map(path, caption)
 
     chooser.click(_shown(map_example), chooser, [*inputs, *outputs], api_visibility="private", **ONE_QUEUE)
@@ -303,7 +312,7 @@ def _picture_field(identity: str, label: str = "Picture", height: int = 300) -> 
     )  # fmt: skip
 
 
-def _picture_chooser(pictures: list[ExamplePicture]) -> gr.Dataset:
+def _picture_chooser(pictures: Sequence[ExamplePicture]) -> gr.Dataset:
     return _chooser(gr.Image(visible=False, type="filepath"), [str(path) for path, _, _ in pictures], "Examples")
 
 
