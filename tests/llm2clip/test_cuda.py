@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoProcessor
 
 from llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, Stage1Config, Stage2Config
+from llm2clip.losses import clip_loss
 from llm2clip.trainers import run_stage1, run_stage2
 from llm2clip.trainers.grad_cache import in_chunks
 from llm2clip.trainers.stage1_config import Stage1Recipe
@@ -86,6 +87,17 @@ def test_a_resumed_run_equals_an_unbroken_one(inputs: Inputs, tmp_path: Path) ->
     whole = stage2(tmp_path, inputs)
     (tmp_path / "checkpoint-6" / "trainer_state.json").unlink()
     assert stage2(tmp_path, inputs, resume=True) == pytest.approx(whole, abs=1e-4)
+
+
+def test_the_host_does_not_wait_for_the_loss() -> None:
+    image, text = (torch.randn(1024, 32, device="cuda", requires_grad=True) for _ in range(2))
+    scale = torch.tensor(2.0, device="cuda", requires_grad=True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        clip_loss(image, text, scale).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(x.grad.isfinite().all() for x in (image, text, scale))
 
 
 def test_chunks_draw_the_random_numbers_of_the_gpu_again() -> None:

@@ -233,3 +233,20 @@ def test_a_limit_of_the_text_encoder_that_other_programs_would_read_is_left_out(
     student.save_pretrained(tmp_path / "student")
     saved = json.loads((tmp_path / "student" / "tokenizer_config.json").read_text())
     assert (saved["model_max_length"], saved.get("max_length", 20)) == (20, 20)
+
+
+def test_a_batch_is_trained_on_in_as_few_parts_as_its_tokens_allow(students: dict[str, Path]) -> None:
+    """And in any parts gives the states of the whole batch, in its order."""
+    student, parts = Student.from_pretrained(students["bert"]).eval(), []
+    student.backbone.register_forward_pre_hook(
+        lambda _, given, named: parts.append(tuple(named["input_ids"].shape)), with_kwargs=True
+    )
+    lengths = torch.tensor([4, 9, 2] * 20)
+    ids, mask = torch.randint(5, 50, (60, 9)), (torch.arange(9) < lengths[:, None]).long()
+    with torch.inference_mode():
+        expected = QueryEncoder.pooled_states(student, ids, mask)
+        parts.clear()
+        found = student.pooled_states(ids, mask)
+    torch.testing.assert_close(found, expected)
+    # At most 512 tokens on a CPU.
+    assert parts == [(56, 9), (4, 2)]

@@ -106,12 +106,9 @@ def license_model(
                     f"{advice.format(base.stated['license'])}, or {other}."
                 )
         return stated
-    stated, binding = strictest(bases), [str(base) for base in bases if base.binds]
-    if binding and not stated:
-        listed = " and ".join(binding)
-        raise ValueError(
-            f"this model was made from {listed}, so that no license is right: {other}, for terms that keep all."
-        )
+    listed = " and ".join(str(base) for base in bases if base.binds)
+    if not (stated := strictest(bases)) and listed:
+        raise ValueError(f"the model was made from {listed}, so that no license is right: {other}, to keep all.")
     return stated
 
 
@@ -154,16 +151,14 @@ def bases_of(source: Path, others: Iterable[str] = ()) -> list[Base]:
         card = {} if folder is None else read_card(folder)[0]
         entries = [RECORDED.fullmatch(str(entry)) for entry in as_list(card.get("base_licenses"))]
         found = [Base(entry[1], None, {"license": entry[2]}) for entry in entries if entry and entry[2] != NOT_KNOWN]
-        known = {base.name for base in found}
         parents = [*as_list(card.get("base_model")), *_references(Path(name))] if is_folder else []
-        for base in _licensed(name, folder, card, by_name=not is_source):
-            if is_source:
-                is_base = base.license in TERMS.keys() - {base.license for base in found}
-            else:  # a run whose card states nothing is under the licenses of what it was trained from
-                is_base = base.license != UNKNOWN or not (parents or found)
-            bases += [base] if is_base else []
-        bases += found
-        waiting += [parent for parent in parents if public_name(parent) not in known]
+        own = list(_licensed(name, folder, card, by_name=not is_source))
+        if is_source:
+            own = [base for base in own if base.license in TERMS.keys() - {base.license for base in found}]
+        elif parents or found:  # a run whose card states nothing is under the licenses of what it was trained from
+            own = [base for base in own if base.license != UNKNOWN]
+        bases += own + found
+        waiting += [parent for parent in parents if public_name(parent) not in {base.name for base in found}]
     return list({str(base): base for base in reversed(bases)}.values())[::-1]
 
 

@@ -48,7 +48,9 @@ class PushConfig:
         [], "Further files to upload, as patterns such as 'results/*'; by default only what a model folder holds."
     )
     dry_run: bool = setting(
-        False, "Upload nothing: make all checks of the folder, and list what would be uploaded and what not, and why."
+        False,
+        "Upload nothing: make all checks, say what the repo holds now if it can be read, and list what would be "
+        "uploaded and what not, and why.",
     )
 
 

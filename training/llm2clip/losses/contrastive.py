@@ -177,6 +177,10 @@ def _positives_of_mask(mask_of: Callable[[int, int], Tensor], num_columns: int) 
                 f"positives({start}, {stop}) must return a bool tensor of shape {(stop - start, num_columns)}, but "
                 f"returned {mask.dtype} of shape {tuple(mask.shape)}."
             )
+        has_key = mask.any(dim=1)
+        if not has_key.all():
+            row = start + int(has_key.logical_not().nonzero()[0])
+            raise ValueError(f"Query row {row} has no correct key, so its contrastive loss is undefined.")
         rows, columns = mask.nonzero(as_tuple=True)
         return rows, columns
 

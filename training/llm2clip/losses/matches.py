@@ -52,7 +52,7 @@ def gather_batch(
     else:
         if not all(has_ids for _, has_ids in counts):
             raise ValueError(f"This rank gave caption ids to {name}, but another did not; give them on all ranks.")
-        positives = _positives_of_ids(gather_rows(caption_ids, rows_per_rank).rows, image_caption_ids)
+        positives = _positives_of_ids(caption_ids, gather_rows(caption_ids, rows_per_rank).rows, image_caption_ids)
     own_columns = slice(texts.offset, texts.offset + num_rows)
     return GatheredBatch(texts.rows, own_columns, positives, len(counts) / sum(rows_per_rank))
 
@@ -62,20 +62,35 @@ def single_positives(columns: Tensor) -> Positives:
     return lambda start, stop: (torch.arange(stop - start, device=columns.device), columns[start:stop])
 
 
-def _positives_of_ids(caption_ids: Tensor, image_caption_ids: Tensor) -> Positives:
-    """Find the captions (m,) of images (n, K) by binary search; comparing all pairs needs the memory of a tile."""
+def _positives_of_ids(own_ids: Tensor, caption_ids: Tensor, image_caption_ids: Tensor) -> Positives:
+    """Find the captions (m,) of images (n, K) by binary search; comparing all pairs needs the memory of a tile.
+
+    Raises:
+        ValueError: If the caption of an image (n,) is not among all of it.
+    """
     sorted_ids, order = caption_ids.sort()
     wanted = image_caption_ids.sort(dim=1).values
     # A caption that an image has twice counts once. The padding of -1 matches nothing, since ids are not negative.
     wanted = wanted.masked_fill(F.pad(wanted[:, 1:] == wanted[:, :-1], (1, 0)), -1)
+    first = torch.searchsorted(sorted_ids, wanted)
+    counts = torch.searchsorted(sorted_ids, wanted, right=True) - first
+    valid = (image_caption_ids == own_ids[:, None]).any(dim=1) & (own_ids >= 0)
+    # The only time that the host waits for the device: for the number of matches up to every row.
+    is_valid, *ends = torch.cat([valid.all()[None], counts.sum(dim=1).cumsum(0)]).tolist()
+    if not is_valid:
+        row = int((~valid).nonzero()[0])
+        raise ValueError(
+            f"Row {row}: caption id {int(own_ids[row])} must be >= 0 and one of its image's captions, which are "
+            f"{image_caption_ids[row].tolist()}."
+        )
+    ends.insert(0, 0)
 
     def pairs(start: int, stop: int) -> tuple[Tensor, Tensor]:
-        ids = wanted[start:stop].flatten()
-        first = torch.searchsorted(sorted_ids, ids)
-        counts = torch.searchsorted(sorted_ids, ids, right=True) - first
-        index = torch.arange(len(ids), device=ids.device).repeat_interleave(counts)
-        within = torch.arange(len(index), device=ids.device) - (counts.cumsum(0) - counts)[index]
-        return index // wanted.shape[1], order[first[index] + within]
+        number, begin = counts[start:stop].flatten(), first[start:stop].flatten()
+        index = torch.arange(len(number), device=number.device)
+        index = index.repeat_interleave(number, output_size=ends[stop] - ends[start])
+        within = torch.arange(len(index), device=number.device) - (number.cumsum(0) - number)[index]
+        return index // wanted.shape[1], order[begin[index] + within]
 
     return pairs
 
@@ -91,11 +106,4 @@ def _check_ids(caption_ids: Tensor | None, image_caption_ids: Tensor | None, num
             f"{name} needs int64 caption_ids of shape ({num_rows},) and image_caption_ids of shape ({num_rows}, K "
             f">= 1), but got {caption_ids.dtype} {tuple(caption_ids.shape)} and {image_caption_ids.dtype} "
             f"{tuple(image_caption_ids.shape)}."
-        )
-    valid = (image_caption_ids == caption_ids[:, None]).any(dim=1) & (caption_ids >= 0)
-    if not valid.all():
-        row = int((~valid).nonzero()[0])
-        raise ValueError(
-            f"Row {row}: caption id {int(caption_ids[row])} must be >= 0 and one of its image's captions, which are "
-            f"{image_caption_ids[row].tolist()}."
         )

@@ -3,7 +3,7 @@
 Forward computes the losses and normalizers of all rows and columns; backward recomputes the tiles and turns each into
 gradients. Loss and gradients in both directions take 8 n m d floating point operations, compared to 6 with one full
 logits matrix in memory and 12 with one per direction. Up to [`KEPT_LOGITS`] logits of the first tiles are kept for
-backward, so that small matrices take 6 as well.
+backward, so that small matrices take 6 as well. The host never waits for the device.
 """
 
 from __future__ import annotations
@@ -22,12 +22,9 @@ from llm2clip.utils.embeddings import inner_products
 DEFAULT_TILE_SIZE = 256
 # 128 MiB in float32: all logits of a batch of 5,792.
 KEPT_LOGITS = 2**25
-# Up to this difference between the largest logit overall and that of a column, the exponentials of the rows are reused
-# for the columns: terms that underflow are below exp(-87 + 60) of the column's maximum, and exp(60) does not overflow.
-SHARED_EXPONENTIALS = 60.0
 
-# Called with `start, stop`: the correct columns of those rows as two int64 tensors, row (counted from `start`) and
-# column of each match.
+# Called with `start, stop`: the correct columns of those rows, at least one each, as two int64 tensors, row (counted
+# from `start`) and column of each match.
 Positives = Callable[[int, int], tuple[Tensor, Tensor]]
 
 
@@ -49,7 +46,7 @@ def tiled_cross_entropy(
         keys: (m, d).
         scale: 0-d.
         both_directions: Add the cross entropies of the columns over the queries of all ranks. `keys` must be the same
-            on all ranks, and every rank must call this function.
+            on all ranks, as many as these have queries, and every rank must call this function.
         own_columns: The columns whose cross entropies are added on this rank. Gradients are those of the sum over
             ranks: in full for this rank's queries, and this rank's share for the keys and the scale.
         label_smoothing: Share of the target distribution that is spread evenly.
@@ -58,7 +55,7 @@ def tiled_cross_entropy(
         0-d sum, at least float32.
 
     Raises:
-        ValueError: If a setting is out of range or a query has no correct key.
+        ValueError: If a setting is out of range.
     """
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1), but is {label_smoothing}.")
@@ -132,45 +129,32 @@ class _Columns:
     def __init__(self, keys: Tensor) -> None:
         self.maximum = keys.new_full((len(keys),), -torch.inf)
         self.sum_of_exp, self.sum_of_logits, self.positive_logits, self.num_positives = keys.new_zeros(4, len(keys))
-        self.num_rows = 0
 
-    def add(
-        self, logits: Tensor, row_maxima: Tensor, by_rows: Tensor, columns: Tensor, positives: Tensor, smoothing: float
-    ) -> None:
-        """Add a tile: its logits, and the columns and logits of its matches.
-
-        `by_rows` is `exp(logits - row_maxima)` and may be overwritten.
-        """
-        tile_maximum, top = logits.amax(dim=0), row_maxima.max()
-        maximum = torch.maximum(self.maximum, tile_maximum)
-        if top - tile_maximum.min() < SHARED_EXPONENTIALS:
-            sum_of_exp = ((row_maxima - top).exp() @ by_rows) * (top - maximum).exp()
-        else:
-            sum_of_exp = torch.sub(logits, maximum, out=by_rows).exp_().sum(dim=0)
+    def add(self, logits: Tensor, columns: Tensor, positives: Tensor, smoothing: float, work: Tensor) -> None:
+        """Add a tile: its logits, and the columns and logits of its matches; `work` is overwritten."""
+        maximum = torch.maximum(self.maximum, logits.amax(dim=0))
+        sum_of_exp = torch.sub(logits, maximum, out=work).exp_().sum(dim=0)
         self.sum_of_exp = self.sum_of_exp * (self.maximum - maximum).exp() + sum_of_exp
         self.maximum = maximum
         self.positive_logits.index_add_(0, columns, positives)
         self.num_positives.index_add_(0, columns, torch.ones_like(positives))
         if smoothing:
             self.sum_of_logits += logits.sum(dim=0)
-        self.num_rows += len(logits)
 
     def gather(self) -> None:
         """Combine the sums with those of the other ranks."""
-        rows = self.maximum.new_full((len(self.maximum),), self.num_rows)
-        sums = (self.sum_of_exp, self.sum_of_logits, self.positive_logits, self.num_positives, rows)
+        sums = (self.sum_of_exp, self.sum_of_logits, self.positive_logits, self.num_positives)
         maxima, *parts = all_gather_equal(torch.stack([self.maximum, *sums])).unbind(dim=1)
         self.maximum = maxima.amax(dim=0)
         # A rank without rows has a maximum of -inf, which makes its factor 0.
         parts[0] = parts[0] * (maxima - self.maximum).exp()
         totals = [part.sum(dim=0) for part in parts]
-        self.sum_of_exp, self.sum_of_logits, self.positive_logits, self.num_positives = totals[:4]
-        self.num_rows = int(totals[4][0])
+        self.sum_of_exp, self.sum_of_logits, self.positive_logits, self.num_positives = totals
 
     def losses(self, smoothing: float) -> Tensor:
         target = (1 - smoothing) * self.positive_logits / self.num_positives
         if smoothing:
-            target = target + smoothing * self.sum_of_logits / self.num_rows
+            target = target + smoothing * self.sum_of_logits / len(self.maximum)
         return self.sum_of_exp.log() + (self.maximum - target)
 
 
@@ -213,14 +197,13 @@ class _TiledCrossEntropy(torch.autograd.Function):
                 row_losses[start:stop] = sum_of_exp.log() + (maximum - target)
                 row_maxima[start:stop], row_sums[start:stop] = maximum, sum_of_exp
                 if columns is not None:
-                    columns.add(logits, maximum, exponentials, cols, positive_logits, smoothing)
+                    columns.add(logits, cols, positive_logits, smoothing, exponentials)
             loss = row_losses.sum()
             column_tensors: list[Tensor | None] = [None, None, None]
             if columns is not None:
                 columns.gather()
                 loss = loss + columns.losses(smoothing)[own_columns].sum()
                 column_tensors = [columns.maximum, columns.sum_of_exp, columns.num_positives]
-                ctx.num_rows = columns.num_rows
         ctx.save_for_backward(queries, keys, scale, row_maxima, row_sums, *column_tensors, *kept)
         ctx.settings = (positives, smoothing, tile_size)
         return loss
@@ -235,11 +218,6 @@ class _TiledCrossEntropy(torch.autograd.Function):
         tiles = Tiles(queries, keys, scale, tile_size)
         gradients = Gradients(tiles, grad_output, ctx.needs_input_grad[:3])
         buffer, work = tiles.buffer(), tiles.buffer()
-        shared = False
-        if column_maxima is not None and len(row_maxima):
-            top = row_maxima.max()
-            column_factor = (top - column_maxima).exp() / column_sums
-            shared = bool(top - column_maxima.min() < SHARED_EXPONENTIALS)
         with torch.autocast(grad_output.device.type, enabled=False):
             for number, (start, stop) in enumerate(tiles.bounds()):
                 room, grad_logits = buffer[: stop - start], work[: stop - start]
@@ -252,14 +230,10 @@ class _TiledCrossEntropy(torch.autograd.Function):
                     grad_logits *= row_factor
                 else:
                     # Do not overwrite kept logits: backward may run again.
-                    if shared:
-                        torch.addcmul(row_factor, (row_maximum - top).exp(), column_factor, out=room)
-                        grad_logits *= room
-                    else:
-                        torch.sub(logits, column_maxima, out=room).exp_().div_(column_sums)
-                        grad_logits.mul_(row_factor).add_(room)
+                    torch.sub(logits, column_maxima, out=room).exp_().div_(column_sums)
+                    grad_logits.mul_(row_factor).add_(room)
                     weights = weights + num_positives[cols].reciprocal()
-                    uniform += smoothing / ctx.num_rows
+                    uniform += smoothing / len(tiles.keys)
                 grad_logits[rows, cols] -= weights * (1 - smoothing)
                 if smoothing:
                     grad_logits -= uniform
@@ -271,8 +245,6 @@ class _TiledCrossEntropy(torch.autograd.Function):
 def _tile_target(positives: Positives, start: int, stop: int, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return row in the tile, column and weight of each match; the weights of a row sum to 1."""
     rows, columns = positives(start, stop)
-    counts = rows.bincount(minlength=stop - start)
-    if (counts == 0).any():
-        missing = int((counts == 0).nonzero()[0])
-        raise ValueError(f"Query row {start + missing} has no correct key, so its contrastive loss is undefined.")
-    return rows, columns, counts.to(logits.dtype).reciprocal()[rows]
+    # Not `bincount`, for which the host would wait.
+    counts = logits.new_zeros(stop - start).index_add_(0, rows, logits.new_ones(len(rows)))
+    return rows, columns, counts.reciprocal()[rows]
