@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -11,8 +12,8 @@ import fsspec
 import pytest
 
 from llm2clip import cli
-from llm2clip.data import CaptionSource
-from llm2clip.data.shards import ShardedSource
+from llm2clip.data import CaptionSource, sidecars
+from llm2clip.data.shards import ShardedSource, source_size
 from llm2clip.data.sidecars import KEPT_OPEN, SourceSidecars
 from llm2clip.encoders.embed import EmbedConfig, run
 from llm2clip.encoders.embed_shards import ShardEmbedder, list_jobs
@@ -102,6 +103,19 @@ def test_a_manifest_appears_after_its_sidecar(bucket: str, tmp_path: Path, monke
     assert list(contents(bucket)) == ["/0.emb.safetensors"]
     assert embed_at(source, bucket) == 0
     assert verify.run(verify.VerifyConfig(folder=bucket)) == {"num_shards": 1, "num_captions": 3}
+
+
+def test_the_sizes_of_shards_are_asked_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_shards(tmp_path, 4)
+    embed(source, None)
+    together = threading.Barrier(4)
+
+    def size(path: str) -> int:
+        together.wait(10)
+        return source_size(path)
+
+    monkeypatch.setattr(sidecars, "source_size", size)
+    assert SourceSidecars(tmp_path, ShardedSource(source).shards).check(["caption"]).row_counts == [3] * 4
 
 
 @pytest.mark.parametrize(("name", "column", "count"), [("00000.tar", "txt", 1), ("large.parquet", "caption", 3)])

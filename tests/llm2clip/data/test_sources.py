@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -172,11 +173,16 @@ def test_error_for_an_unknown_field_suggests_the_nearest_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [("caption_columns", []), ("caption_weights", [0.5, 0.5]), ("caption_weights", [-1.0]), ("max_samples", 0)],
+    ("field", "value", "message"),
+    [
+        ("caption_columns", [], "caption_columns of somewhere is empty"),
+        ("caption_weights", [0.5, 0.5], "caption_weights of somewhere has 2 entries for 1 caption_columns"),
+        ("caption_weights", [-1.0], "caption_weights of somewhere must be non-negative and not all 0, but are [-1.0]"),
+        ("max_samples", 0, "max_samples of somewhere must be at least 1, not 0"),
+    ],
 )
-def test_invalid_field_values_are_rejected(field: str, value: Any) -> None:
-    with pytest.raises(ValueError, match="somewhere"):
+def test_invalid_field_values_are_rejected(field: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
         CaptionSource("somewhere", **{field: value})
 
 

@@ -14,7 +14,7 @@ import fsspec
 import pytest
 from torch.utils.data import DataLoader
 
-from llm2clip.data import CaptionSource, StreamingCaptionImageDataset
+from llm2clip.data import CaptionImageDataset, CaptionSource, StreamingCaptionImageDataset
 from llm2clip.data import tars as tar_reader
 from llm2clip.data.formats import SourceError
 from llm2clip.data.shard_rows import ShardRows
@@ -145,6 +145,35 @@ def test_a_connection_that_ends_while_other_files_are_read_is_made_again(
     monkeypatch.setattr(ShardRows, "is_remote", lambda self, file: True)
     assert rows() == expected
     assert max(opens.values()) > 1
+
+
+def test_local_tars_are_counted_once_on_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In later runs nothing of them is read, until one changes."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    shards = opened(write_tars(tmp_path / "tars", 2), row_counts=[PER_TAR] * 2).shards
+    assert [shards.count(file) for file in range(2)] == [PER_TAR] * 2
+    read: list[str] = []
+    grouped = tar_reader._grouped
+    monkeypatch.setattr(tar_reader, "_grouped", lambda path, *a, **o: (read.append(path), grouped(path, *a, **o))[1])
+    tar_reader._row_offsets.cache_clear()  # as a new process
+    assert [shards.count(file) for file in range(2)] == [PER_TAR] * 2
+    assert not read
+    write_tar(tmp_path / "tars" / "00001.tar", [(f"{row}.txt", b"new") for row in range(5)])
+    assert [shards.count(file) for file in range(2)] == [PER_TAR, 5]
+
+
+def test_first_tars_without_rows_are_no_error(tmp_path: Path) -> None:
+    source = write_tars(tmp_path / "tars", 4, [0, 0, 2, 0])
+    for streaming in (True, False):
+        dataset: Any = (
+            StreamingCaptionImageDataset(source, None)
+            if streaming
+            else CaptionImageDataset(replace(source, streaming=False), None)
+        )
+        assert sorted(sample["caption"] for sample in dataset) == ["caption 2 0", "caption 2 1"]
+    write_tars(tmp_path / "tars", 4, [0] * 4)
+    with pytest.raises(SourceError, match="no tar of the data has a row"):
+        StreamingCaptionImageDataset(source, None)
 
 
 @pytest.mark.parametrize(("world", "epoch", "block"), [(1, 0, 0), (2, 0, 6), (4, 2, 6)])

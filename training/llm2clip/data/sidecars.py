@@ -45,8 +45,8 @@ from llm2clip.utils.remote_path import READ_ONLY, AnyPath, local_copy, open_path
 
 # Sidecars that are kept open besides those that are being read.
 KEPT_OPEN = 8
-# Manifests that are read at the same time, since remote ones take a while each.
-MANIFESTS_AT_ONCE = 16
+# Shards whose manifests and sizes are read at the same time, since remote ones take a while each.
+SHARDS_AT_ONCE = 16
 REMEDY = "Run `llm2clip embed` on the source again, which only computes what is missing."
 
 
@@ -223,11 +223,16 @@ class SourceSidecars:
         first: StoreManifest | None = None
         missing: list[str] = []
         row_counts = []
-        with ThreadPoolExecutor(MANIFESTS_AT_ONCE) as pool:
-            by_part = list(pool.map(self.folder.manifests, self.shards))
-        for shard, parts in zip(self.shards, by_part, strict=True):
-            manifests = {self.folder.manifest_path(part): manifest for part, manifest in parts.items()}
-            faults = [_misfit(path, manifest, shard, columns) for path, manifest in manifests.items()]
+
+        def examined(shard: SourceShard) -> tuple[dict[AnyPath, StoreManifest], list[str | None]]:
+            parts = self.folder.manifests(shard).items()
+            manifests = {self.folder.manifest_path(part): manifest for part, manifest in parts}
+            size = source_size(shard.path) if manifests else 0
+            return manifests, [_misfit(path, manifest, shard, size, columns) for path, manifest in manifests.items()]
+
+        with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
+            by_shard = list(pool.map(examined, self.shards))
+        for shard, (manifests, faults) in zip(self.shards, by_shard, strict=True):
             faults.append(_gap(shard.name, [row_range(manifest) for manifest in manifests.values()]))
             missing += list(filter(None, faults))[:1]
             row_counts.append(sum(source_of(manifest, path).rows for path, manifest in manifests.items()))
@@ -314,12 +319,14 @@ def _gap(name: str, parts: Sequence[RowRange | None]) -> str | None:
     return None if end == total else f"{name} lacks rows {end} to {total - 1}"
 
 
-def _misfit(path: AnyPath, manifest: StoreManifest, shard: SourceShard, columns: Sequence[str]) -> str | None:
-    """Return what does not fit between a sidecar and its shard, in words."""
+def _misfit(
+    path: AnyPath, manifest: StoreManifest, shard: SourceShard, size: int, columns: Sequence[str]
+) -> str | None:
+    """Return what does not fit between a sidecar and its shard, which has `size` bytes, in words."""
     source = source_of(manifest, path)
     if source.name != posixpath.basename(shard.name):
         return f"that of {shard.name} belongs to {source.name}"
-    if source.bytes != (size := source_size(shard.path)):
+    if source.bytes != size:
         return f"{shard.name} has {size} bytes, {source.bytes} when it was embedded"
     absent = [name for name in columns if name not in source.columns]
     return f"that of {shard.name} lacks the column {absent[0]}" if absent else None

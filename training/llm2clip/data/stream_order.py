@@ -155,13 +155,13 @@ class SourceOrder:
 
     def pieces(self, chunk: int, first: int = 0, last: int | None = None) -> Iterator[Piece]:
         """Yield the source's rows in a chunk: all, or those from its `first` to its `last` one, excluded."""
-        begin, end = self.count(chunk), self.count(chunk + 1)
-        begin, end = begin + first, end if last is None else min(end, begin + last)
+        start, end = self.count(chunk), self.count(chunk + 1)
+        begin, end = start + first, end if last is None else min(end, start + last)
         while begin < end:
             epoch, row = divmod(begin, self.num_rows)
             stop = min(end, (epoch + 1) * self.num_rows)
             if chunk in self.cut(epoch).chunks:
-                at = self._rows_of_lane(epoch, chunk) + begin - self.count(chunk)
+                at = self._rows_of_lane(epoch, chunk) + begin - start
                 yield Piece(epoch, chunk % self.lanes.number, at, at + stop - begin)
             else:
                 yield Piece(epoch, None, row, row + stop - begin)

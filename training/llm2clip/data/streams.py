@@ -149,7 +149,7 @@ class SampleStream(IterableDataset):
 
         opened = []
         for index, source in enumerate(self.sources):
-            before = partial(mixture.before, index)
+            before = partial(mixture.before, index) if len(self.sources) > 1 else _all_places
             order = SourceOrder(source.num_rows, lanes, before, partial(ahead, index), source.seed, epoch)
             opened.append((before, source.open(order, is_own)))
         end = None if self.repeat else self.num_rows
@@ -171,6 +171,11 @@ class SampleStream(IterableDataset):
                 count = stop - start
                 yield from read(chunk, min(begin, count), min(end, count))
                 begin, end = max(0, begin - count), max(0, end - count)
+
+
+def _all_places(places: np.ndarray) -> np.ndarray:
+    """Return how many rows of the only source come before places."""
+    return places
 
 
 class StreamingCaptionImageDataset(SampleStream):
