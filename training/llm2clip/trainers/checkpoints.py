@@ -100,8 +100,8 @@ def _with_optimizer(checkpoint: Path) -> Path:
 def _refuse_finished(args: StageConfig) -> None:
     if Path(args.output_dir, FOLDER_MANIFEST).exists():
         raise FileExistsError(
-            f"{args.output_dir} contains a finished run without a whole checkpoint: there is nothing to continue. Choose "
-            "another output_dir, or delete this one to train again."
+            f"{args.output_dir} contains a finished run without a whole checkpoint: there is nothing to continue. "
+            "Choose another output_dir, or delete this one to train again."
         )
 
 
