@@ -70,7 +70,8 @@ class Jobs:
         return {
             "stage2-damaged": of_damaged,
             # A batch of one rank has the damaged image alone.
-            "stage2-skipped": of_damaged | {"on_error": "skip", "per_device_train_batch_size": 1, "max_steps": 60},
+            "stage2-skipped": of_damaged
+            | {"on_error": "skip", "per_device_train_batch_size": 1, "max_steps": 60, "save_strategy": "no"},
             "frozen-damaged": of_damaged | frozen,
             "stage1": stage1,
             "mntp": {**stage1, "sources": [glosses], "block_size": 32},

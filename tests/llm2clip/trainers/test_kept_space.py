@@ -28,6 +28,7 @@ from llm2clip.trainers import run_stage2, stored_rows
 from llm2clip.trainers.alignment import take_space
 from llm2clip.trainers.optimizer import parameter_groups
 from llm2clip.trainers.stage2_config import Stage2Recipe
+from llm2clip.utils.manifests import FOLDER_MANIFEST
 from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from tests.builders import small_runs
@@ -206,7 +207,8 @@ def test_a_run_of_both_parts_keeps_the_space_and_resumes_in_either(inputs: Input
         for name in lost:
             (tmp_path / "broken" / name / "trainer_state.json").unlink()
         if len(lost) > 1:
-            (tmp_path / "broken" / "warm_start" / "warm_start.json").unlink()
+            for name in ("warm_start/warm_start.json", FOLDER_MANIFEST, f"warm_start/{FOLDER_MANIFEST}"):
+                (tmp_path / "broken" / name).unlink()
         assert_equal_weights(train(config("broken"), resume=True), expected, atol=1e-6)
 
 

@@ -76,16 +76,16 @@ def test_masks_of_short_rows_may_all_miss(inputs: Inputs, tmp_path: Path) -> Non
     assert logged(trainer, "loss") == [0.0] * 3
 
 
-@pytest.mark.parametrize("with_ids", [False, True])
-def test_an_evaluation_whose_last_batch_is_one_damaged_image_counts_the_others(
-    with_ids: bool, inputs: Inputs, tmp_path: Path
+def test_an_evaluation_counts_the_rows_that_can_be_used_and_names_those_of_a_batch_without_any(
+    inputs: Inputs, tmp_path: Path
 ) -> None:
     images: list[Any] = [Image.effect_noise((30, 30), 80).convert("RGB") for _ in range(8)]
     rows: Rows = [{"image": x, "llm_embeds": y} for x, y in zip([*images, b"damaged"], torch.randn(9, WIDTH))]  # noqa: B905
-    if with_ids:
-        rows = [{**row, "caption_id": number} for number, row in enumerate(rows)]
-    trainer = stage2(inputs, tmp_path, MapRows(rows), on_error="skip", per_device_eval_batch_size=8)
+    trainer = stage2(inputs, tmp_path, MapRows(rows), on_error="skip", per_device_eval_batch_size=5)
     assert trainer.evaluate(MapRows(rows))["eval_num_texts"] == 8
+    trainer.args.per_device_eval_batch_size = 8
+    with pytest.raises(ValueError, match=r"none of the 1 rows of a batch can be used \(image .*raise the batch size"):
+        trainer.evaluate(MapRows(rows))
 
 
 def online(inputs: Inputs, folder: Path, **changes: Any) -> tuple[Stage2Trainer, MapRows]:

@@ -118,7 +118,8 @@ class StageConfig(TrainingArguments):
         if self.activation_checkpointing is None:
             self.activation_checkpointing = bool(self.gradient_checkpointing)
         self.gradient_checkpointing = self.activation_checkpointing
-        if self.metric_for_best_model is None and (self.load_best_model_at_end or self.lr_scheduler_type in BY_METRIC):
+        chooses = self.load_best_model_at_end or self.save_strategy == "best" or self.lr_scheduler_type in BY_METRIC
+        if chooses and self.metric_for_best_model is None:
             self.metric_for_best_model = MEAN_RECALL  # transformers would take the loss, which retrieval sets lack
         # The Trainer refuses bf16 without an accelerator unless use_cpu is set.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()

@@ -61,7 +61,7 @@ def choose_checkpoint(args: StageConfig, resume: str | bool | None, is_command: 
 
     Raises:
         FileExistsError: A command without `resume` is to write into the folder of a run, or one with it into that of
-            a finished run without checkpoints.
+            a finished run without a whole checkpoint.
         ValueError: The checkpoint is damaged or has no state of the optimizer, or there is none.
     """
     if isinstance(resume, str | Path):
@@ -100,8 +100,8 @@ def _with_optimizer(checkpoint: Path) -> Path:
 def _refuse_finished(args: StageConfig) -> None:
     if Path(args.output_dir, FOLDER_MANIFEST).exists():
         raise FileExistsError(
-            f"{args.output_dir} contains a finished run without checkpoints, which there is nothing to continue from; "
-            "choose another output_dir, or delete this one to train again."
+            f"{args.output_dir} contains a finished run without a whole checkpoint: there is nothing to continue. "
+            "Choose another output_dir, or delete this one to train again."
         )
 
 

@@ -162,8 +162,8 @@ class Stage2Config(LoraSettings, ContrastiveConfig, StageConfig):
     on_error: OnError = setting(
         "raise",
         "What to do with damaged images, rows without a caption, and captions without stored embedding. A cache that "
-        "lacks more than a tenth of the captions is refused in any case (verify_cache), and so is a batch of which nothing "
-        "is left.",
+        "lacks more than a tenth of the captions is refused in any case (verify_cache), and so is a batch of which "
+        "nothing is left.",
     )
     max_pixels: int = setting(DEFAULT_MAX_PIXELS, "Pixels of the largest image; larger ones are damaged.")
     lora_rank: int = setting(
