@@ -79,15 +79,14 @@ def tokenize_and_cut(
     """
     if isinstance(parts := getattr(tokenizer, "parts", None), list):
         limits = [min(part.model_max_length, max_length or part.model_max_length) for part in parts]
-        halves = [
+        (first, cut), (second, also_cut) = (
             tokenize_and_cut(part, texts, limit, truncation, **options)
             for part, limit in zip(parts, limits, strict=True)
-        ]
-        (first, second), flags = ([half[number] for half in halves] for number in range(2))
+        )
         pairs = zip(first["input_ids"], second["input_ids"], strict=True)
         rows = [[*row, *(token + SECOND for token in other)] for row, other in pairs]
         masks = [[1] * len(row) for row in rows]
-        return {"input_ids": rows, "attention_mask": masks}, [*map(any, zip(*flags, strict=True))]
+        return {"input_ids": rows, "attention_mask": masks}, [*map(any, zip(cut, also_cut, strict=True))]
     limit = (max_length or tokenizer.model_max_length) if truncation else math.inf
     wants_mask = options.pop("return_special_tokens_mask", False)
     encoded = dict(tokenizer(list(texts), return_special_tokens_mask=True, **{**options, "verbose": False}))
@@ -146,9 +145,10 @@ class CuttingTokenizer:
                 padding_side=padding_side,
                 return_attention_mask=options.get("return_attention_mask"),
             )
+        features: dict[str, Any] = dict(encoded)
         if isinstance(text, str) and return_tensors is None:
-            encoded = {name: values[0] for name, values in encoded.items()}
-        return BatchEncoding(dict(encoded), tensor_type=return_tensors)
+            features = {name: values[0] for name, values in features.items()}
+        return BatchEncoding(features, tensor_type=return_tensors)
 
 
 class CaptionTokens(NamedTuple):
