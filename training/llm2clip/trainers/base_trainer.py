@@ -46,7 +46,7 @@ from llm2clip.trainers.step_guard import Observed, StepGuard, describe
 from llm2clip.trainers.weight_average import average_of
 from llm2clip.utils.embeddings import BROKEN_MODEL, NonFiniteError
 from llm2clip.utils.library_errors import explain, wrap_write_errors
-from llm2clip.utils.processes import on_any_process
+from llm2clip.utils.processes import on_any_process, run_while_others_wait
 from llm2clip.utils.settings import refuse
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
 from modeling_llm2clip.modeling_llm2clip_utils import keep_freed_memory, shorten
@@ -622,7 +622,8 @@ class StageTrainer(Trainer):
             if self.retrieval or self._has_eval_rows:
                 metrics |= self.evaluate()
             self.save_state()
-            self.create_model_card()
+            # It waits for the revisions of data, on one process alone.
+            run_while_others_wait(self.create_model_card, self.is_world_process_zero())
             self.complete_result(str(self.args.output_dir))
         if self.args.push_to_hub:
             self._upload(str(self.args.output_dir), "End of training")
@@ -635,7 +636,8 @@ class StageTrainer(Trainer):
         if kwargs:  # as scripts for the card of transformers end; an error would come after the training
             logger.warning("Ignoring %s: the model card is written from what the run knows.", ", ".join(kwargs))
         log, sources = self.state.log_history, getattr(self.args, "eval_sources", {})
-        evaluations = latest_evaluations([*self.retrieval], log, sources, self.evaluation_title, self._revisions)
+        known = (self.evaluation_title, self._revisions, not self.is_in_train)
+        evaluations = latest_evaluations([*self.retrieval], log, sources, *known)
         write_model_card(
             self.args,
             self.unwrapped(),
