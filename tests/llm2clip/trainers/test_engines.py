@@ -1,4 +1,4 @@
-"""Engines, precisions, towers and what trains: each combination trains, saves, loads and resumes as one process does."""
+"""Engines, precisions, towers and parts that train: each combination trains, saves, loads and resumes as one process."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ GROUP_SETTINGS = (
     *("learning_rate", "vision_learning_rate", "text_learning_rate"),
     *("weight_decay", "vision_weight_decay", "text_weight_decay", "vision_layer_decay"),
 )
-# How values of `optim` begin that project gradients to a low rank, and end that update weights within the backward pass.
+# How values of `optim` begin that project gradients to a low rank, and end that update within the backward pass.
 LOW_RANK = ("galore", "apollo")
 IN_BACKWARD = ("lomo", "layerwise")
 # Settings of the optimizer and its schedule, which a checkpoint brings too.

@@ -199,8 +199,8 @@ class Stage2Config(LoraSettings, ContrastiveConfig, StageConfig):
             refuse(self, names, "it needs freeze_vision: all, or warm_start")
         if (optim := OptimizerNames(self.optim).value).endswith(IN_BACKWARD):
             raise ValueError(
-                f"optim is {optim}, which updates weights at one rate within the backward pass, but stage 2 has rates by "
-                "tower and layer; choose another, such as galore_adamw or adamw_torch_fused."
+                f"optim is {optim}, which updates weights at one rate within the backward pass, but stage 2 has rates "
+                "by tower and layer; choose another, such as galore_adamw or adamw_torch_fused."
             )
         self._check_alignment()
         self._check_lora()

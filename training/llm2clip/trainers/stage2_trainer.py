@@ -198,8 +198,8 @@ class Stage2Trainer(StageTrainer):
         kind: Any = (self.optimizer_cls_and_kwargs or (Optimizer,))[0]
         if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
             raise ValueError(
-                f"optimizer_cls_and_kwargs has {kind!r}, which would make parameter groups of its own, without the rates "
-                "of stage 2; give a subclass of torch.optim.Optimizer, or a finished optimizer (optimizers=)."
+                f"optimizer_cls_and_kwargs has {kind!r}, which would make parameter groups of its own, without the "
+                "rates of stage 2; give a subclass of torch.optim.Optimizer, or a finished optimizer (optimizers=)."
             )
         if (optim := OptimizerNames(args.optim).value).startswith(LOW_RANK) and is_sharded(self.accelerator):
             raise ValueError(f"optim is {optim}, which projects whole matrices, but FSDP or DeepSpeed divides them.")
