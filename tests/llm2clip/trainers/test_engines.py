@@ -1,4 +1,4 @@
-"""Engines, precisions, towers and parts that train: each combination trains, saves, loads and resumes as one process."""
+"""Engines, precisions, towers and parts that train: every combination trains and resumes as one process does."""
 
 from __future__ import annotations
 
