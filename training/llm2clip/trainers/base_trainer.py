@@ -636,8 +636,9 @@ class StageTrainer(Trainer):
         if kwargs:  # as scripts for the card of transformers end; an error would come after the training
             logger.warning("Ignoring %s: the model card is written from what the run knows.", ", ".join(kwargs))
         log, sources = self.state.log_history, getattr(self.args, "eval_sources", {})
-        known = (self.evaluation_title, self._revisions, not self.is_in_train)
-        evaluations = latest_evaluations([*self.retrieval], log, sources, *known)
+        evaluations = latest_evaluations(
+            [*self.retrieval], log, sources, self.evaluation_title, self._revisions, wait=not self.is_in_train
+        )
         write_model_card(
             self.args,
             self.unwrapped(),
