@@ -29,6 +29,13 @@ def test_apply_rotary_multiplies_complex_numbers_and_rounds_once(dtype: torch.dt
         )
 
 
+def test_a_table_that_was_rounded_to_bfloat16_still_rotates() -> None:
+    """FSDP2 rounds what goes into a layer, in Trainers that leave it to its defaults."""
+    states, table = torch.randn(2, 13, 3, 8).bfloat16(), rotary_table(8, (3, 4), 2)
+    rotated = apply_rotary(states, table.bfloat16())
+    torch.testing.assert_close(rotated, apply_rotary(states, table), atol=0.05, rtol=0.02)
+
+
 def test_inference_equals_the_forward_pass_with_gradients() -> None:
     model = EVA02VisionModel(vision_config()).eval()
     images = torch.randn(2, 3, 28, 28)

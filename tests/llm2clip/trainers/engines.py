@@ -110,7 +110,7 @@ def describe(folder: Path) -> dict[str, float]:
     model = LLM2CLIPModel.from_pretrained(folder)
     assert model.text_model is not None
     parts = {"scale": model.logit_scale}
-    parts |= {name: None for name in ("vision_model", "visual_projection", "text_adapter", "text_model")}
+    parts |= dict.fromkeys(("vision_model", "visual_projection", "text_adapter", "text_model"))
     return {
         name: float(sum(x.abs().sum().double() for x in getattr(model, name).parameters())) if x is None else float(x)
         for name, x in parts.items()

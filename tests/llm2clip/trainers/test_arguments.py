@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import datasets
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.utils import ModelOutput
 
@@ -28,7 +30,7 @@ EVALUATED = {"eval_strategy": "steps", "eval_steps": 3}
 def trainer_of(inputs: Inputs, folder: Path, changes: dict[str, Any] | None = None, **arguments: Any) -> Stage2Trainer:
     """A Trainer of stage 2 on plain rows, with other arguments than its settings."""
     name, rows = joint_model(inputs, folder / "model"), MapRows(image_rows(tiny.HIDDEN))
-    if "model_init" not in arguments:
+    if not {"model", "model_init"} & set(arguments):
         arguments["model"] = LLM2CLIPModel.from_pretrained(name, text_model=False)
     if "eval_strategy" in (changes or {}):
         arguments["eval_dataset"] = rows
@@ -78,6 +80,79 @@ def test_an_own_optimizer_gets_the_groups_of_the_paper(inputs: Inputs, tmp_path:
     assert isinstance(optimizer.optimizer, torch.optim.SGD)
     assert {group["momentum"] for group in optimizer.param_groups} == {0.5}
     assert {"vision/layer0/decay", "text/decay"} <= {group["name"] for group in optimizer.param_groups}
+
+
+class StandIn(torch.optim.AdamW):
+    """An optimizer of a library that is not installed, with what the Trainer passes to it."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        self.options = options
+        super().__init__(params, options["lr"])
+
+
+class EmbeddingsIn32Bits:
+    """What bitsandbytes is told of embeddings."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[Any, str, dict[str, Any]]] = []
+
+    def register_module_override(self, *override: Any) -> None:
+        self.told.append(override)
+
+
+@pytest.fixture
+def optimizers(monkeypatch: pytest.MonkeyPatch) -> EmbeddingsIn32Bits:
+    """Stand-ins for the libraries of optimizers."""
+    names = ("GaLoreAdafactor", "GaLoreAdamW", "GaLoreAdamW8bit", "APOLLOAdamW", "AdamW", "Lion", "RMSprop")
+    kinds = {name: type(name, (StandIn,), {"__module__": "bitsandbytes.optim"}) for name in names}
+    manager = EmbeddingsIn32Bits()
+    kinds["GlobalOptimManager"] = SimpleNamespace(get_instance=lambda: manager)
+    modules = {name: SimpleNamespace(**kinds) for name in ("galore_torch", "apollo_torch", "bitsandbytes.optim")}
+    modules["bitsandbytes"] = SimpleNamespace(optim=modules["bitsandbytes.optim"])
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    for name in ("galore_torch", "apollo_torch", "bitsandbytes"):
+        monkeypatch.setattr(f"transformers.trainer_optimizer.is_{name}_available", lambda: True)
+    return manager
+
+
+@pytest.mark.parametrize("optim", ["galore_adamw", "apollo_adamw"])
+@pytest.mark.usefixtures("optimizers")
+def test_low_rank_optimizers_project_their_targets_at_the_rates_of_the_paper(
+    optim: str, inputs: Inputs, tmp_path: Path
+) -> None:
+    low = {"optim": optim, "optim_target_modules": [r".*blocks.*\.w1"], "optim_args": "rank=2"}
+    plain, trainer = trainer_of(inputs, tmp_path / "plain"), trainer_of(inputs, tmp_path / "low", low)
+    expected = {x: group for group in plain.create_optimizer().param_groups for x in group["param_names"]}
+    trainer.train()
+    groups = cast(Any, trainer.optimizer).param_groups
+    assert sorted(name for group in groups for name in group["param_names"]) == sorted(expected)
+    for group in groups:
+        for name in group["param_names"]:
+            assert group["initial_lr"] == expected[name]["lr"]
+            assert group["weight_decay"] == expected[name]["weight_decay"]
+            assert group.get("rank") == (2 if name.endswith("w1.weight") else None)
+
+
+def test_8_bit_optimizers_keep_the_states_of_embeddings_in_32_bits(
+    inputs: Inputs, optimizers: EmbeddingsIn32Bits, tmp_path: Path
+) -> None:
+    model = tiny.joint_model(vision=tiny.other_vision_config("clip_vision_model"))
+    trainer = trainer_of(inputs, tmp_path, {"optim": "adamw_bnb_8bit"}, model=model)
+    optimizer = cast(Any, trainer.create_optimizer())
+    assert optimizer.options["optim_bits"] == 8
+    assert {"vision/layer0/decay", "text/decay"} <= {group["name"] for group in optimizer.param_groups}
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    assert embeddings
+    assert optimizers.told == [(module, "weight", {"optim_bits": 32}) for module in embeddings]
+
+
+@pytest.mark.parametrize("optim", ["lomo", "adalomo", "galore_adamw_layerwise"])
+def test_optimizers_without_groups_are_refused(optim: str, inputs: Inputs, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"optim is {optim}, which updates weights at one rate"):
+        Stage2Config(**settings(tmp_path, optim=optim))
+    with pytest.raises(ValueError, match="would make parameter groups of its own"):
+        trainer_of(inputs, tmp_path, optimizer_cls_and_kwargs=(lambda: torch.optim.SGD, {}))
 
 
 def test_the_batch_is_lowered_until_it_fits(inputs: Inputs, tmp_path: Path, monkeypatch: Any) -> None:

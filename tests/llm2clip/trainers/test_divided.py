@@ -7,17 +7,20 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from torch import nn
 
 from llm2clip.trainers.lora import add_lora
+from llm2clip.trainers.sharding import prepare_for_engine
 from llm2clip.trainers.stage1_config import Stage1Recipe
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection
+from tests.builders import tiny
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers import gloo_as_gpus
 from tests.llm2clip.trainers.stages import (
@@ -155,3 +158,22 @@ def test_fsdp_finds_the_layers_of_every_tower(inputs: Inputs, tmp_path: Path, mo
     assert wrapped(text) == ["LlamaDecoderLayer"] * layers
     joint = LLM2CLIPModel.from_pretrained(joint_model(inputs, tmp_path / "model"), text_model=False)
     assert wrapped(joint) == ["EVA02Block"] * joint.config.vision_config.num_hidden_layers
+    for kind, layer in [("clip_vision_model", "CLIPEncoderLayer"), ("dinov2", "Dinov2Layer")]:
+        tower = tiny.joint_model(vision=tiny.other_vision_config(kind))
+        assert {layer, "LlamaDecoderLayer"} <= {*wrapped(tower)}
+        assert "EVA02Block" not in tower._no_split_modules
+        assert {layer} <= {*wrapped(LLM2CLIPVisionModelWithProjection(tower.config))}
+
+
+@pytest.mark.parametrize(
+    ("plugin", "message"),
+    [
+        ({"fsdp_version": 1}, "fsdp_version is 1; set it to 2"),
+        ({"fsdp_version": 2, "ignored_modules": "text_adapter"}, "leave fsdp_ignored_modules unset"),
+    ],
+)
+def test_what_fsdp_would_not_train_as_ddp_does_is_refused(plugin: dict[str, Any], message: str) -> None:
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(**plugin))
+    accelerator: Any = SimpleNamespace(distributed_type=DistributedType.FSDP, state=state)
+    with pytest.raises(ValueError, match=message):
+        prepare_for_engine(accelerator, tiny.joint_model())

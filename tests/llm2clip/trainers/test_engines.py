@@ -1,4 +1,4 @@
-"""Engines, precisions, towers and what trains: each combination trains, saves, loads and resumes as one process does."""
+"""Engines, precisions, towers and parts that train: every combination trains and resumes as one process does."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModel
+from transformers.utils import is_accelerate_available
 
 from tests.builders import small_runs, tiny
 from tests.llm2clip.conftest import Inputs
@@ -69,6 +70,8 @@ def fields(precision: str, part: str, processes: int) -> dict[str, Any]:
     return {
         **PARTS[part],
         "bf16": precision == "bf16",
+        # Of files in float32.
+        **({"text_model_dtype": "bfloat16"} if precision == "bf16" and part in ("lora", "online") else {}),
         "sources": [small_runs.concepts(max_samples=2 * BATCH)],
         "eval_sources": {"validation": small_runs.concepts("validation", caption_columns=["caption"], max_samples=8)},
         "per_device_train_batch_size": BATCH // processes,
@@ -80,7 +83,7 @@ def fields(precision: str, part: str, processes: int) -> dict[str, Any]:
 def check(order: Order, engine: str, precision: str, tower: str, part: str, parts: tuple[str, ...]) -> None:
     both = [records[part] for records in order(engine, precision, tower, *parts)]
     assert not any("error" in record for record in both), next(x["error"] for x in both if "error" in x)
-    (one,), two, tolerance = ([records[part] for records in order("one", precision, tower, *parts)], both[0], 0.0)
+    (one,), two = [records[part] for records in order("one", precision, tower, *parts)], both[0]
     tolerance = PRECISIONS[precision]
     assert two["losses"] == pytest.approx(one["losses"], abs=tolerance)
     # Float32, whatever the towers compute in: the scale of 16 bits would be 0.03 off.
@@ -101,6 +104,7 @@ def test_two_processes_train_as_one(engine: str, precision: str, tower: str, par
     check(order, engine, precision, tower, part, tuple(PARTS))
 
 
+@pytest.mark.skipif(not is_accelerate_available("1.15.0"), reason="FSDP needs accelerate 1.15")
 @pytest.mark.parametrize(("tower", "part"), [("eva02", "tower"), ("clip", "online")])
 def test_fsdp_in_bf16_trains_as_one_process(tower: str, part: str, order: Order) -> None:
     check(order, "fsdp", "bf16", tower, part, (part,))

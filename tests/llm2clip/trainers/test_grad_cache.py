@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 from llm2clip.losses import clip_loss
 from llm2clip.trainers.grad_cache import in_chunks
@@ -163,10 +162,7 @@ def test_chunks_of_a_wrapped_model_have_the_gradients_of_one_process(kind: str, 
 
 
 def test_what_divides_weights_otherwise_is_refused() -> None:
-    first = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
-    nn.Module.__init__(first)
     divided = random_tower()
     divided.blocks[0].mlp.w1.weight.ds_id = 0
-    for model, message in [(first, "version 1 of FSDP.*set fsdp_version: 2"), (divided, "DeepSpeed's ZeRO-3")]:
-        with pytest.raises(ValueError, match=message):
-            in_chunks(embed, model, {"pixel_values": torch.zeros(4, 3, 28, 28)}, 2)
+    with pytest.raises(ValueError, match="DeepSpeed's ZeRO-3"):
+        in_chunks(embed, divided, {"pixel_values": torch.zeros(4, 3, 28, 28)}, 2)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -17,7 +18,10 @@ from huggingface_hub import HfApi
 from llm2clip import cli
 from llm2clip.data.table_identity import data_revision
 from llm2clip.hub.cards.card import CARD, split_card
+from llm2clip.trainers import model_card, run_stage2
 from llm2clip.trainers.pushing import PushCallback
+from llm2clip.trainers.stage2_config import Stage2Recipe
+from llm2clip.utils.settings import build_config
 from tests.builders import small_runs
 from tests.forks import run_code
 from tests.llm2clip.conftest import Inputs
@@ -248,3 +252,30 @@ def test_pushing_a_reference_to_a_local_llm_fails_before_training(inputs: Inputs
     assert "a local folder that others cannot load: push the LLM first and name its Hub id" in capsys.readouterr().err
     assert cli.main(["stage2", str(recipe), "--bundle-text-model", "true", "--hub-strategy", "every_save"]) == 2
     assert "or push the result alone (--hub-strategy end)" in capsys.readouterr().err
+
+
+def test_a_push_in_a_run_does_not_wait_for_checksums_of_data(
+    hub: LoopbackHub, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Meanwhile other processes would wait for the one that pushes, until their time is up."""
+    pushed, push = Event(), PushCallback.on_save
+
+    def push_first(self: PushCallback, *args: Any, **kwargs: Any) -> None:
+        push(self, *args, **kwargs)
+        pushed.set()
+
+    monkeypatch.setattr(PushCallback, "on_save", push_first)
+    monkeypatch.setattr(model_card, "data_revision", lambda source: "afterwards" if pushed.wait(20) else "before")
+    fields = small_runs.stage2_fields(tmp_path / "clip", inputs.vision, inputs.text, inputs.cache)
+    pushing = {"push_to_hub": True, "hub_model_id": "tester/clip", "hub_token": TOKEN, "hub_strategy": "every_save"}
+    steps = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "bundle_text_model": True}
+    monkeypatch.setattr(run_stage2, "_check_pushing", lambda *_: None)  # the LLM is in a local folder
+    run_stage2.run(build_config(Stage2Recipe, {**fields, **pushing, **steps}))
+    repo = hub.repo("tester/clip")
+
+    def revision(message: str) -> str | None:
+        data, _ = split_card(repo.commits[commit_of(repo, message)][CARD].content.decode())
+        return data["model-index"][0]["results"][0]["dataset"].get("revision")
+
+    assert revision("Training in progress, step 1") is None
+    assert revision("End of training") == "afterwards"

@@ -79,7 +79,13 @@ def test_vision_tower_adapter_and_lora_train_and_both_results_are_one_model(
 @pytest.mark.parametrize("form", ["merged", "adapter"])
 def test_what_was_trained_on_a_rounded_llm_loads(form: str, inputs: Inputs, tmp_path: Path) -> None:
     """The files of the LLM are in float32."""
-    changes = {"text_model_dtype": "bfloat16", "save_format": form, "max_steps": 2, "save_steps": 1, "eval_sources": {}}
+    changes = {
+        "text_model_dtype": "bfloat16",
+        "save_format": form,
+        "max_steps": 2,
+        "save_steps": 1,
+        "eval_sources": {},
+    }
     run_stage2.run(recipe(tmp_path / "run", inputs, **changes))
     for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-1"):
         trained = LLM2CLIPModel.from_pretrained(folder, text_model_kwargs={"dtype": torch.bfloat16}).eval()

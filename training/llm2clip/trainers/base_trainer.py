@@ -51,7 +51,7 @@ from llm2clip.trainers.step_guard import Observed, StepGuard, describe
 from llm2clip.trainers.weight_average import average_of
 from llm2clip.utils.embeddings import BROKEN_MODEL, NonFiniteError
 from llm2clip.utils.library_errors import explain, wrap_write_errors
-from llm2clip.utils.processes import on_any_process
+from llm2clip.utils.processes import on_any_process, run_while_others_wait
 from llm2clip.utils.settings import refuse
 from llm2clip.utils.tables import RECALL
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
@@ -665,7 +665,8 @@ class StageTrainer(Trainer):
             if self.retrieval or self._has_eval_rows:
                 metrics |= self.evaluate()
             self.save_state()
-            self.create_model_card()
+            # It waits for the revisions of data, on one process alone.
+            run_while_others_wait(self.create_model_card, self.is_world_process_zero())
             self.complete_result(str(self.args.output_dir))
         if self.args.push_to_hub:
             self._upload(str(self.args.output_dir), "End of training")
@@ -678,7 +679,9 @@ class StageTrainer(Trainer):
         if kwargs:  # as scripts for the card of transformers end; an error would come after the training
             logger.warning("Ignoring %s: the model card is written from what the run knows.", ", ".join(kwargs))
         log, sources = self.state.log_history, getattr(self.args, "eval_sources", {})
-        evaluations = latest_evaluations([*self.retrieval], log, sources, self.evaluation_title, self._revisions)
+        evaluations = latest_evaluations(
+            [*self.retrieval], log, sources, self.evaluation_title, self._revisions, wait=not self.is_in_train
+        )
         write_model_card(
             self.args,
             self.unwrapped(),

@@ -67,9 +67,10 @@ class DataRevisions:
             except Exception as error:  # raised where the revision is asked for
                 self._revisions[name].set_exception(error)
 
-    def get(self, name: str) -> str | None:
-        """Return the revision of a source, waiting for it if necessary; None if it is unknown."""
-        return self._revisions[name].result() if name in self._revisions else None
+    def get(self, name: str, wait: bool) -> str | None:
+        """Return the revision of a source, waiting for it if asked; None if it is unknown."""
+        known = self._revisions.get(name)
+        return known.result() if known is not None and (wait or known.done()) else None
 
 
 def _path(source: Any) -> str:
@@ -187,6 +188,7 @@ def latest_evaluations(
     sources: Mapping[str, Any],
     title: str,
     revisions: DataRevisions | None,
+    wait: bool,
 ) -> list[Evaluation]:
     """Find the latest metrics of retrieval sets in the log of a run.
 
@@ -195,6 +197,7 @@ def latest_evaluations(
         sources: Their sources by name, as far as they have one.
         title: Of the table.
         revisions: Their revisions, if they are known.
+        wait: Whether to wait for those that are not known yet; within a run, other processes would wait too.
     """
     evaluations = []
     for name in names:
@@ -212,6 +215,6 @@ def latest_evaluations(
         }
         path = str(source.get("path") or name)
         dataset = path if hub_ids(path) else Path(path).name
-        split, revision = str(source.get("split") or name), None if revisions is None else revisions.get(name)
+        split, revision = str(source.get("split") or name), None if revisions is None else revisions.get(name, wait)
         evaluations.append(Evaluation(title, dataset, split, revision, metrics))
     return evaluations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -26,6 +27,9 @@ GROUP_SETTINGS = (
     *("learning_rate", "vision_learning_rate", "text_learning_rate"),
     *("weight_decay", "vision_weight_decay", "text_weight_decay", "vision_layer_decay"),
 )
+# How values of `optim` begin that project gradients to a low rank, and end that update within the backward pass.
+LOW_RANK = ("galore", "apollo")
+IN_BACKWARD = ("lomo", "layerwise")
 # Settings of the optimizer and its schedule, which a checkpoint brings too.
 SCHEDULE_SETTINGS = {
     *GROUP_SETTINGS,
@@ -103,6 +107,26 @@ def parameter_groups(
         group["params"].append(parameter)
         group["param_names"].append(name)
     return list(groups.values())
+
+
+def with_low_rank(groups: list[dict[str, Any]], given: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Split parameter groups by what a low-rank optimizer projects (GaLore, APOLLO).
+
+    Args:
+        groups: See [`parameter_groups`].
+        given: The groups that the Trainer makes for such an optimizer; what they have beside `params` counts.
+    """
+    settings = {id(x): {k: v for k, v in group.items() if k != "params"} for group in given for x in group["params"]}
+    split: list[dict[str, Any]] = []
+    for group in groups:
+        for is_low in (False, True):
+            named = zip(group["params"], group["param_names"], strict=True)
+            pairs = [(x, name) for x, name in named if bool(settings.get(id(x))) is is_low]
+            if pairs:
+                own = {**settings[id(pairs[0][0])], "name": f"{group['name']}/low_rank"} if is_low else {}
+                params, names = map(list, zip(*pairs, strict=True))
+                split.append({**group, **own, "params": params, "param_names": names})
+    return split
 
 
 def warmup_cosine_schedule(optimizer: Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:

@@ -7,10 +7,12 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from transformers import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from llm2clip.data import DEFAULT_MAX_PIXELS, ImageBackend, OnError
 from llm2clip.data.stream_order import BLOCK, Mixing
 from llm2clip.trainers.base_config import ContrastiveConfig, StageConfig
+from llm2clip.trainers.optimizer import IN_BACKWARD
 from llm2clip.trainers.text_tower_config import LoraSettings, require_lora
 from llm2clip.utils.settings import refuse, setting
 
@@ -196,6 +198,11 @@ class Stage2Config(LoraSettings, ContrastiveConfig, StageConfig):
         elif not self.warm_start:
             names = ["feature_cache", "feature_dtype", "feature_views", "standardize_features"]
             refuse(self, names, "it needs freeze_vision: all, or warm_start")
+        if (optim := OptimizerNames(self.optim).value).endswith(IN_BACKWARD):
+            raise ValueError(
+                f"optim is {optim}, which updates weights at one rate within the backward pass, but stage 2 has rates "
+                "by tower and layer; choose another, such as galore_adamw or adamw_torch_fused."
+            )
         self._check_alignment()
         self._check_lora()
         self._check_distillation()

@@ -26,6 +26,7 @@ from transformers import (
     SchedulerType,
     set_seed,
 )
+from transformers.training_args import OptimizerNames
 
 from llm2clip.data import Stage2Collator
 from llm2clip.data.sampling import EpochBatchSampler, EpochDataset, OneSourceBatchSampler
@@ -51,9 +52,16 @@ from llm2clip.trainers.freezing import image_size, prepare_joint_model, store_tr
 from llm2clip.trainers.frozen_layers import FrozenLayers
 from llm2clip.trainers.grad_cache import in_chunks
 from llm2clip.trainers.lora import add_lora, load_with_adapter, lora_source, write_adapter
-from llm2clip.trainers.optimizer import GROUP_SETTINGS, ClampLogitScale, parameter_groups, warmup_cosine_schedule
+from llm2clip.trainers.optimizer import (
+    GROUP_SETTINGS,
+    LOW_RANK,
+    ClampLogitScale,
+    parameter_groups,
+    warmup_cosine_schedule,
+    with_low_rank,
+)
 from llm2clip.trainers.run_context import RunContext
-from llm2clip.trainers.sharding import at_root, is_divided, undivided_building
+from llm2clip.trainers.sharding import at_root, is_divided, is_sharded, undivided_building
 from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.trainers.stage2_rows import (
     CAPTION_INPUTS,
@@ -184,6 +192,14 @@ class Stage2Trainer(StageTrainer):
         refuse_unfit(args, model.config, self.compute_loss_func is None and model.logit_bias is not None)
         if self.optimizer is not None:
             refuse(args, GROUP_SETTINGS, "you have made the optimizer (optimizers=)")
+        kind: Any = (self.optimizer_cls_and_kwargs or (Optimizer,))[0]
+        if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
+            raise ValueError(
+                f"optimizer_cls_and_kwargs has {kind!r}, which would make parameter groups of its own, without the "
+                "rates of stage 2; give a subclass of torch.optim.Optimizer, or a finished optimizer (optimizers=)."
+            )
+        if (optim := OptimizerNames(args.optim).value).startswith(LOW_RANK) and is_sharded(self.accelerator):
+            raise ValueError(f"optim is {optim}, which projects whole matrices, but FSDP or DeepSpeed divides them.")
 
     def prepare_model(self, model: nn.Module) -> None:
         processor = self.image_processor
@@ -356,12 +372,19 @@ class Stage2Trainer(StageTrainer):
         return retrieval_scores(prediction)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        if self.optimizer is None:
-            model = self.model if model is None else model
-            chosen = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, cast(Any, model))
-            settings = {name: getattr(self.args, name) for name in GROUP_SETTINGS}
-            self.optimizer = chosen[0](parameter_groups(cast(nn.Module, model), **settings), **chosen[1])
-        return self.optimizer
+        if self.optimizer is not None:
+            return self.optimizer
+        trained: Any = self.model if model is None else model
+        given = self.optimizer_cls_and_kwargs
+        kind, options = given or self.get_optimizer_cls_and_kwargs(self.args, trained)
+        settings = {name: getattr(self.args, name) for name in GROUP_SETTINGS}
+        groups = with_low_rank(parameter_groups(trained, **settings), options.get("params", ()))
+        # The Trainer takes these in place of its own groups, and does what else an optimizer needs.
+        self.optimizer_cls_and_kwargs = kind, {**options, "params": groups}
+        try:
+            return super().create_optimizer(trained)
+        finally:
+            self.optimizer_cls_and_kwargs = given
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         if self.lr_scheduler is None and self.args.lr_scheduler_type == SchedulerType.COSINE:
