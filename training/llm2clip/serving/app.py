@@ -8,7 +8,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -30,6 +29,7 @@ from llm2clip.serving.limits import Limits
 from llm2clip.serving.metrics import Metrics
 from llm2clip.serving.requests import ApiError, Inputs, parse_inputs, parse_messages, require_weight
 from llm2clip.serving.worker import BatchWorker
+from llm2clip.utils.model_places import model_name
 from modeling_llm2clip.modeling_llm2clip_utils import shorten
 
 MAX_RESULTS = 1000
@@ -227,13 +227,6 @@ def create_app(
     app.get("/health")(endpoints.health)
     app.get("/metrics")(endpoints.metrics_text)
     return Guard(app, limits, endpoints.metrics, token, hosts)
-
-
-def model_name(name: str) -> str:
-    """Return a model's name for clients, without the folders that it is in."""
-    if Path(name).exists() or ".py:" in name:
-        return Path(name).absolute().name
-    return name.partition("//")[0]  # a checkpoint of open_clip has its path there
 
 
 def _json(content: Any) -> Response:
