@@ -100,7 +100,7 @@ def reading_seconds(photo: Path) -> float:
     """Measure the seconds in which one core reads and resizes a photo."""
     from transformers import CLIPImageProcessorPil
 
-    from llm2clip import decode_image
+    from llm2clip.data import decode_image
 
     processor, repeats = CLIPImageProcessorPil(), 10
     begun = time.process_time()
