@@ -1,6 +1,6 @@
-"""Write the result of a quickstart into docs/results, and its table into README.md.
+"""Write the result of a quickstart into docs/results, its table into docs/quickstart.md, and three rows into README.md.
 
-python docs/make_quickstart.py [RUN]    RUN is a finished `runs/quickstart`; without it, only the table is written.
+python docs/make_quickstart.py [RUN]    RUN is a finished `runs/quickstart`; without it, only the tables are written.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "docs" / "results" / "quickstart.json"
-README = ROOT / "README.md"
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "quickstart.md"
 TABLE = re.compile(
     r"(?<=<!-- quickstart: made by docs/make_quickstart\.py -->\n).*?(?=<!-- /quickstart -->)", re.DOTALL
 )
@@ -63,6 +63,25 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def summary(results: dict[str, Any]) -> str:
+    """Return R@10 of each text encoder, in English."""
+    rows = results["image_retrieval"]
+    lines = ["| text encoder | text → image, R@10 |", "| --- | ---: |"]
+    lines += [f"| {name} | {100 * rows[name]['text_to_image_recall@10']:.1f} |" for name in results["text_encoders"]]
+    return "\n".join(lines) + "\n"
+
+
+def pages(results: dict[str, Any]) -> dict[Path, str]:
+    """Return the pages with their tables, by their path."""
+    found = {}
+    for path, text in ((README, summary(results)), (PAGE, table(results))):
+        page = path.read_text(encoding="utf-8")
+        place = TABLE.search(page)
+        assert place, f"{path} has no place for its table"
+        found[path] = page[: place.start()] + text + page[place.end() :]
+    return found
+
+
 def main() -> None:
     """Write the files."""
     if len(sys.argv) > 1:
@@ -71,7 +90,8 @@ def main() -> None:
             sys.exit(f"{sys.argv[1]} reused {', '.join(reused)}: give a run that did all of its steps.")
         RESULT.write_text(json.dumps(reduced(results), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     results = json.loads(RESULT.read_text(encoding="utf-8"))
-    README.write_text(TABLE.sub(lambda _: table(results), README.read_text(encoding="utf-8")), encoding="utf-8")
+    for path, page in pages(results).items():
+        path.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":
