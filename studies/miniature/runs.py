@@ -320,7 +320,8 @@ def _stores_features(recipe: Mapping[str, Any]) -> bool:
 
 def _best_epoch(state: dict[str, Any]) -> float | None:
     name = "eval_validation_text_to_image_recall@10"
-    scores = [(entry[name], -entry["epoch"]) for entry in state["log_history"] if name in entry]
+    # Before the first step there is no checkpoint that could be the best.
+    scores = [(entry[name], -entry["epoch"]) for entry in state["log_history"] if name in entry and entry["step"]]
     return -max(scores)[1] if scores else None
 
 
