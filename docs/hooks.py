@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: the reference below the tables of the API page, and pages and files of the repository outside of `docs`.
+"""Hooks of mkdocs: the reference below the tables of the API page, and files of the repository outside of `docs`.
 
 What a page links to becomes part of the site, at its path in the repository: Markdown as a page, all else as a file.
 """

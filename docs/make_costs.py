@@ -159,10 +159,9 @@ def result(rows: list[dict[str, Any]], reading: float) -> dict[str, Any]:
     import torch
     import transformers
 
-    processor = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    processor = names[0] if names else platform.processor()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return {
         "command": "python docs/make_costs.py --measure",
@@ -188,8 +187,9 @@ def duration(seconds: float) -> str:
 def table(costs: dict[str, Any]) -> str:
     """Return the table, and a line that says where it is from."""
     few, many = PHOTOS
+    names = [f"{few:,} photos", f"{many:,} photos", f"{many:,} on one {GPU}, computed"]
     lines = [
-        f"| | on disk | memory: index / search | a photo | {few:,} photos | {many:,} photos | {many:,} on one {GPU}, computed |",
+        f"| | on disk | memory: index / search | a photo | {' | '.join(names)} |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in costs["rows"]:
@@ -203,8 +203,8 @@ def table(costs: dict[str, Any]) -> str:
         "",
         f"Time is that of one core ({costs['machine']['processor']}, {costs['date']}, commit {costs['commit']}), with "
         "random weights of the real shapes; all cores share it. The last column is computed from the operations of "
-        f"the model, as `llm2clip plan` does; reading each photo takes a core {1000 * costs['reading_seconds']:.0f} ms "
-        "more.",
+        "the model, as `llm2clip plan` does; reading a photo takes a core "
+        f"{1000 * costs['reading_seconds']:.0f} ms more.",
     ]
     return "\n".join(lines) + "\n"
 

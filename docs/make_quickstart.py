@@ -1,4 +1,4 @@
-"""Write the result of a quickstart into docs/results, its table into docs/quickstart.md, and three rows into README.md.
+"""Write the result of a quickstart into docs/results, its table into docs/quickstart.md, three rows into README.md.
 
 python docs/make_quickstart.py [RUN]    RUN is a finished `runs/quickstart`; without it, only the tables are written.
 """
