@@ -339,8 +339,8 @@ class Stage2Recipe(Stage2Config):
     logit_bias_init_value: float | None = setting(None, "Initial logit bias, for the sigmoid loss only; unset: -10.")
     shuffle_block: int = setting(
         BLOCK,
-        "Rows of a stream that are read in sequence and shuffled together. A batch has rows of at least 64 such blocks, "
-        "from all of the data, which a run holds in memory. 0: files and rows in order.",
+        "Rows of a stream that are read in sequence and shuffled together. A batch has rows of at least 64 such "
+        "blocks, from all of the data, which a run holds in memory. 0: files and rows in order.",
     )
 
     @property
