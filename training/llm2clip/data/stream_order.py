@@ -125,10 +125,11 @@ class SourceOrder:
         self.num_rows, self.lanes, self.before, self.ahead = num_rows, lanes, before, ahead
         self.seed, self.first_epoch = seed, first_epoch
         self.cut = functools.lru_cache(maxsize=2)(self._cut)
+        self.count = functools.lru_cache(maxsize=4 * lanes.number)(self._count)
         # Of each lane: the epoch, the next chunk, and the rows of the lane before it.
         self._reached: dict[int, tuple[int, int, int]] = {}
 
-    def count(self, chunk: int) -> int:
+    def _count(self, chunk: int) -> int:
         """Return how many of the source's rows come before a chunk."""
         return int(self.before(np.array([chunk * self.lanes.chunk]))[0])
 
@@ -174,9 +175,10 @@ class SourceOrder:
         if known != epoch or not 0 <= reached <= chunk:
             start = self.cut(epoch).chunks.start
             reached, rows = start + (lane - start) % step, 0
-        chunks = np.arange(reached, chunk, step)
-        if len(chunks):
-            size = self.lanes.chunk
+        if chunk == reached + step:
+            rows += self.count(reached + 1) - self.count(reached)
+        elif reached < chunk:
+            chunks, size = np.arange(reached, chunk, step), self.lanes.chunk
             rows += int((self.before((chunks + 1) * size) - self.before(chunks * size)).sum())
         self._reached[lane] = epoch, chunk, rows
         return rows

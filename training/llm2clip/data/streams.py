@@ -26,7 +26,6 @@ from llm2clip.data.stream_order import (
     Lanes,
     Mixing,
     RowReader,
-    RowsBefore,
     SourceOrder,
     StepMixture,
     checked_weights,
@@ -151,7 +150,7 @@ class SampleStream(IterableDataset):
         for index, source in enumerate(self.sources):
             before = partial(mixture.before, index) if len(self.sources) > 1 else _all_places
             order = SourceOrder(source.num_rows, lanes, before, partial(ahead, index), source.seed, epoch)
-            opened.append((before, source.open(order, is_own)))
+            opened.append((order, source.open(order, is_own)))
         end = None if self.repeat else self.num_rows
         for batch in itertools.count(number, workers):
             first = start + (batch * self.world_size + self.rank) * self.batch_size
@@ -161,14 +160,13 @@ class SampleStream(IterableDataset):
             yield from self._samples(first, last, lanes.chunk, opened)
 
     def _samples(
-        self, first: int, last: int, size: int, opened: Sequence[tuple[RowsBefore, ReadChunk]]
+        self, first: int, last: int, size: int, opened: Sequence[tuple[SourceOrder, ReadChunk]]
     ) -> Iterator[Any]:
         """Yield the samples from the `first` to the `last` place of the stream, excluded."""
         for chunk in range(first // size, -(-last // size)):
             begin, end = max(0, first - chunk * size), min(size, last - chunk * size)
-            for before, read in opened:
-                start, stop = before(np.array([chunk * size, (chunk + 1) * size])).tolist()
-                count = stop - start
+            for order, read in opened:
+                count = order.count(chunk + 1) - order.count(chunk)
                 yield from read(chunk, min(begin, count), min(end, count))
                 begin, end = max(0, begin - count), max(0, end - count)
 
