@@ -69,7 +69,7 @@ def write_rows(path: AnyPath, keys: np.ndarray, rows: Iterable[Tensor], manifest
     }
     header = json.dumps(described, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    start = [len(header).to_bytes(8, "little"), header, keys_tensor(keys).numpy().tobytes()]
+    start: list[Any] = [len(header).to_bytes(8, "little"), header, keys_tensor(keys).numpy().tobytes()]
     digest, written = hashlib.sha256(), 0
     with atomic_path(path) if isinstance(path, Path) else local_file(path) as temporary:
         with temporary.open("wb") as file:
