@@ -24,8 +24,8 @@ PARTS: dict[str, dict[str, Any]] = {
     "lora": {"embedding_cache": None, "lora_rank": 4},
     "online": {"embedding_cache": None, "online_text_model": True},
 }
-# How far apart losses may be.
-PRECISIONS = {"float32": 2e-5, "bf16": 0.03}
+# How far apart losses and weights may be, relatively; the loss of one process in bf16 is 0.01 from that in float32.
+PRECISIONS = {"float32": 2e-5, "bf16": 0.02}
 # Rows of all processes in a step.
 BATCH = 8
 Order = Callable[..., list[dict[str, Any]]]
@@ -85,7 +85,7 @@ def check(order: Order, engine: str, precision: str, tower: str, part: str, part
     assert not any("error" in record for record in both), next(x["error"] for x in both if "error" in x)
     (one,), two = [records[part] for records in order("one", precision, tower, *parts)], both[0]
     tolerance = PRECISIONS[precision]
-    assert two["losses"] == pytest.approx(one["losses"], abs=tolerance)
+    assert two["losses"] == pytest.approx(one["losses"], rel=tolerance)
     # Float32, whatever the towers compute in: the scale of 16 bits would be 0.03 off.
     assert two["scales"] == pytest.approx(one["scales"], abs=1e-4)
     assert two["dtypes"] == ["torch.float32"]
