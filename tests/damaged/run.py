@@ -17,6 +17,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import datasets
+
 from tests.damaged.cases import Case, Cases, write
 from tests.damaged.doors import DOORS, Door
 from tests.damaged.watch import watch
@@ -132,6 +134,7 @@ class Reading:
     def __init__(self, door: Door, work: Path) -> None:
         self.door, self.work, self.cases = door, work, Cases(door, work)
         os.environ["XDG_CACHE_HOME"] = tempfile.tempdir = str(work)
+        datasets.config.HF_DATASETS_CACHE = work / "cache"
         self.seen: list[str] = []
         self.good = {name: self._good(name) for name in self.cases.samples}
         self.seen = watch(work)

@@ -57,7 +57,6 @@ MEANT = {
     "DESTINATION": "tower",
     "RECIPE": "stage2_paper",
     "llm2clip mntp": "llm2clip mntp mntp",
-    "embed --dtype": "embed embed_paper --dtype",
     "--nproc_per_node N": "--nproc_per_node 2",
     "--nproc_per_node 8": "--nproc_per_node 2",
     "--nnodes 8": "--nnodes 1",
@@ -70,7 +69,7 @@ CPU = "--use-cpu true --max-steps 2 --per-device-train-batch-size 4"
 RULES = {
     r"^(make|pip|jupyter|npm|hf|img2dataset|\.ci/run|python -m tests\.)": How(not_run="it is not ours, or runs tests"),
     r"^(torchrun|accelerate) |--engine ray": How(slow=True),
-    r"llm2clip (stage1|mntp)": How(small=f"{CPU} --attn-implementation sdpa --lora-rank 2"),
+    r"llm2clip (stage1|mntp)": How(small=f"{CPU} --warmup-steps 0 --attn-implementation sdpa --lora-rank 2"),
     r"llm2clip mntp": How(small="--block-size 64"),
     r"llm2clip embed": How(small="--attn-implementation sdpa"),
     r"llm2clip stage2 ": How(small=f"{CPU} --dataloader-num-workers 0"),

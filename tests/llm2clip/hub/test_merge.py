@@ -301,7 +301,7 @@ DEEP = {"adapter_num_layers": 4}
         ({"vision": tiny.vision_config(num_hidden_layers=3)}, r"vision towers differ \(num_hidden_layers: 2 and 3\)"),
         ({**DEEP, "adapter_normalize": False}, r"heads differ \(adapter_normalize: True and False\)"),
         ({**DEEP, "logit_bias_init_value": -10.0}, r"heads differ \(loss: softmax and sigmoid\)"),
-        (DEEP, r"LLMs differ \(fingerprint: 2-\w+ and 2-\w+\)\. With --parts vision"),
+        (DEEP, r"LLMs differ \(fingerprint: 3-\w+ and 3-\w+\)\. With --parts vision"),
     ],
     ids=["tower", "heads", "loss", "llm"],
 )

@@ -25,7 +25,8 @@ from PIL import Image
 
 from llm2clip import cli
 from llm2clip.encoders import load_encoder
-from llm2clip.serving.serve import ServeConfig, is_loopback, listen, read_token
+from llm2clip.serving.serve import ServeConfig, read_token
+from llm2clip.utils.addresses import is_loopback, listen
 from llm2clip.utils.model_places import model_name
 from tests.builders.early_errors import assert_found_early
 from tests.documents.reading import ROOT, blocks

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from llm2clip.search.search import check_places
-from llm2clip.serving.serve import listen
+from llm2clip.utils.addresses import listen
 from llm2clip.utils.logs import printable, quiet_libraries
 from llm2clip.utils.model_places import DTYPE, ModelDtype, require_model_place
 from llm2clip.utils.settings import defaults_of, refuse, setting

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import gc
-import ipaddress
 import logging
 import os
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llm2clip.search.search import check_places
 from llm2clip.serving.limits import Limits
+from llm2clip.utils.addresses import is_loopback, listen
 from llm2clip.utils.model_places import DTYPE, ModelDtype
 from llm2clip.utils.settings import check_choices, setting
 
@@ -107,36 +106,6 @@ def read_token(config: ServeConfig) -> str | None:
     if not token or not (token.isascii() and token.isprintable()) or " " in token:
         raise ValueError(f"{source} has no token: letters, digits and signs, without spaces.")
     return token
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can connect to an address."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name, which others may know
-        return False
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Take an address, before a large model is loaded; clients that connect meanwhile wait until the server starts.
-
-    Raises:
-        OSError: It is taken, or not this machine's.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        # With its protocol: asyncio turns Nagle's algorithm off, 40 ms for each answer, only where that is TCP.
-        listener = socket.socket(family, kind, protocol)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen()  # two that are only bound can have the same port
-        except OSError:
-            listener.close()
-            raise
-    except OSError as error:
-        raise OSError(f"cannot listen on {host}, port {port}: {error.strerror}; choose another --port.") from None
-    return listener
 
 
 def open_index(location: str, encoder: Any) -> Any:
