@@ -87,9 +87,10 @@ def gpu_seconds(folder: Path) -> float:
     import torch
     from transformers import AutoConfig, AutoModel
 
+    import modeling_llm2clip  # noqa: F401  # EVA02, for AutoModel
     from llm2clip.planning.costs import ENCODING_USE, PEAK, count_flops, hours
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=True).vision_config
+    config = AutoConfig.from_pretrained(folder).vision_config
     with torch.device("meta"):
         tower = AutoModel.from_config(config)
         pixels = torch.empty(1, 3, config.image_size, config.image_size)
