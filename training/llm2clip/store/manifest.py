@@ -203,7 +203,7 @@ def caption_manifest(
         pooling, prompt_prefix, prompt_suffix, max_length: How it reads a caption; the prefix has an instruction too.
         text_model_dtype: The dtype that it computes in.
         dtype, normalize: The stored dtype, and whether embeddings have unit length.
-        settings: [`decoder_settings`](modeling_llm2clip.identity_llm2clip.decoder_settings) of its text model.
+        settings: `decoder_settings` of its text model.
     """
     identity = {
         "fingerprint": fingerprint,
