@@ -204,8 +204,8 @@ def table(costs: dict[str, Any]) -> str:
         "",
         f"Time is that of one core ({costs['machine']['processor']}, {costs['date']}, commit {costs['commit']}), with "
         "random weights of the real shapes; all cores share it. The last column is computed from the operations of "
-        "the model, as `llm2clip plan` does; reading a photo takes a core "
-        f"{1000 * costs['reading_seconds']:.0f} ms more.",
+        "the model, as `llm2clip plan` does, without the reading of photos, which takes "
+        f"{1000 * costs['reading_seconds']:.0f} ms of a core each.",
     ]
     return "\n".join(lines) + "\n"
 
