@@ -49,7 +49,7 @@ def _contents(folder: Path) -> dict[str, bytes]:
 def test_manifest_records_encoder_shards_and_truncated_captions(tmp_path: Path) -> None:
     build(tmp_path, TEXTS, count_truncated=lambda texts: sum(text.endswith("7") for text in texts))
     manifest = json.loads((tmp_path / "index.manifest").read_text())
-    assert (manifest["format_version"], manifest["kind"], manifest["encoder"]) == (2, "captions", "tiny-encoder")
+    assert (manifest["format_version"], manifest["kind"], manifest["encoder"]) == (1, "captions", "tiny-encoder")
     assert [rows for rows, *_ in manifest["shards"].values()] == [10, 10, 10, 7]
     assert (manifest["width"], manifest["dtype"], manifest["counts"]) == (8, "float16", {"truncated": 3})
     assert manifest["identity"].items() >= {"fingerprint": "finger-a", "pooling": "mean", "max_length": 64}.items()
@@ -123,12 +123,16 @@ def test_cache_of_another_encoder_is_not_extended(tmp_path: Path, field: str, va
 
 
 def test_shard_is_absent_after_a_failed_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full_disk(path: Path, content: bytes) -> None:
+    opened = Path.open
+
+    def full_disk(path: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        if mode != "wb":
+            return opened(path, mode, *arguments, **options)
         path.write_text("half a shard")
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", full_disk)
+        patch.setattr(Path, "open", full_disk)
         with pytest.raises(OSError, match="No space left"):
             build(tmp_path, TEXTS)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock"]

@@ -149,8 +149,8 @@ def test_caches_of_others_are_refused(cache_folder: Path, tmp_path: Path) -> Non
     with pytest.raises(FileNotFoundError, match="not an embedding cache"):
         EmbeddingCache.open(tmp_path / "nothing")
     for fields, error, message in (
-        ({"format_version": 1}, StoreError, r"version 1, .* reads .* version 2"),
-        ({"format_version": 2, "kind": "features"}, StoreMismatchError, "image feature cache, not embedding cache"),
+        ({"format_version": 2}, StoreError, r"version 2, .* reads .* version 1"),
+        ({"format_version": 1, "kind": "features"}, StoreMismatchError, "image feature cache, not embedding cache"),
         ({"format": "something else"}, StoreError, "has format 'something else'"),
     ):
         _edit(cache_folder, **fields)

@@ -13,7 +13,7 @@ from llm2clip.utils.files import read_json, write_json
 from llm2clip.utils.manifests import fits_checksum, with_checksum
 from llm2clip.utils.remote_path import AnyPath, RemotePath
 
-FORMAT, FORMAT_VERSION = "llm2clip-store", 2
+FORMAT, FORMAT_VERSION = "llm2clip-store", 1
 ROWS_SUFFIX, MANIFEST_SUFFIX = ".safetensors", ".manifest"
 PathT = TypeVar("PathT", Path, RemotePath, AnyPath)
 StoredDtype = Literal["float16", "bfloat16", "float32"]

@@ -37,16 +37,10 @@ def write_shard(path: AnyPath, tensors: Mapping[str, Tensor], manifest: StoreMan
         tensors: `rows` and `keys`.
         manifest: What is written beside it, except for what the file itself states.
     """
-    described = manifest_path(path)
+    rows = tensors["rows"]
+    width = rows.shape[1] if rows.ndim == 2 else manifest.width
     # Not by `save_file`, whose own temporary file would stay if it is killed.
-    content, rows = save(dict(tensors)), tensors["rows"]
-    checksum, width = hashlib.sha256(content).hexdigest(), rows.shape[1] if rows.ndim == 2 else manifest.width
-    manifest = replace(manifest, rows=len(rows), width=width, bytes=len(content), checksum=checksum)
-    with atomic_path(path) if isinstance(path, Path) else local_file(path) as temporary:
-        temporary.write_bytes(content)
-        described.unlink(missing_ok=True)
-    manifest.write(described)
-    return manifest
+    return _write(path, [save(dict(tensors))], replace(manifest, rows=len(rows), width=width))
 
 
 def write_rows(path: AnyPath, keys: np.ndarray, rows: Iterable[Tensor], manifest: StoreManifest) -> StoreManifest:
@@ -70,14 +64,20 @@ def write_rows(path: AnyPath, keys: np.ndarray, rows: Iterable[Tensor], manifest
     header = json.dumps(described, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     start: list[Any] = [len(header).to_bytes(8, "little"), header, keys_tensor(keys).numpy().tobytes()]
+    parts = itertools.chain(start, (part.contiguous().view(torch.uint8).numpy() for part in rows))
+    return _write(path, parts, replace(manifest, rows=len(keys)))
+
+
+def _write(path: AnyPath, parts: Iterable[Any], manifest: StoreManifest) -> StoreManifest:
+    """Write the parts of a file, one after another, and then its manifest."""
     digest, written = hashlib.sha256(), 0
     with atomic_path(path) if isinstance(path, Path) else local_file(path) as temporary:
         with temporary.open("wb") as file:
-            for part in itertools.chain(start, (part.contiguous().view(torch.uint8).numpy() for part in rows)):
+            for part in parts:
                 written += file.write(part)
                 digest.update(part)
         manifest_path(path).unlink(missing_ok=True)
-    manifest = replace(manifest, rows=len(keys), bytes=written, checksum=digest.hexdigest())
+    manifest = replace(manifest, bytes=written, checksum=digest.hexdigest())
     manifest.write(manifest_path(path))
     return manifest
 
