@@ -30,7 +30,7 @@ FOLDER = "query_encoder"
 SPACE_FILE = "llm2clip_space.json"
 HEAD = "2_Dense/model.safetensors"
 # Files that are read here, as far as there are any: patterns of their names.
-READ = (
+RECORDED = (
     *("modules.json", "config.json", "model*.safetensors", "model.safetensors.index.json", HEAD),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
 )
@@ -180,7 +180,7 @@ def query_encoder_of(model: Any) -> QueryEncoder:
 
 def record_of_files(folder: Path, space: str | None) -> dict[str, Any]:
     """Return what the saved folder of a query encoder records: its space, and the SHA-256 of the files read here."""
-    names = {path.relative_to(folder).as_posix() for pattern in READ for path in folder.glob(pattern)}
+    names = {path.relative_to(folder).as_posix() for pattern in RECORDED for path in folder.glob(pattern)}
     return {"space": space, "files": {name: _sha256(folder / name) for name in sorted(names)}}
 
 

@@ -28,12 +28,12 @@ SETTINGS = (
     *("model_input_names", "clean_up_tokenization_spaces", "split_special_tokens"),
 )
 # Arguments of a tokenizer that would change the tokens, or that its own truncation and padding have to follow.
-NOT_OF_A_CAPTION = (
+UNSUPPORTED_OPTIONS = (
     *("text_pair", "text_target", "stride", "is_split_into_words"),
     *("return_overflowing_tokens", "return_offsets_mapping", "return_length"),
 )
 # And those that need the tokens of one tokenizer.
-NOT_OF_A_PAIR = (*NOT_OF_A_CAPTION, "return_special_tokens_mask")
+UNSUPPORTED_BY_PAIRS = (*UNSUPPORTED_OPTIONS, "return_special_tokens_mask")
 # Half a character, which no encoding has: of bytes that were not UTF-8, or of a pair that was cut.
 SURROGATE = re.compile("[\\ud800-\\udfff]")
 
@@ -127,7 +127,9 @@ class CuttingTokenizer:
     ) -> BatchEncoding:
         tokenizer = self._tokenizer
         is_pair = isinstance(getattr(tokenizer, "parts", None), list)
-        if refused := [name for name in (NOT_OF_A_PAIR if is_pair else NOT_OF_A_CAPTION) if options.get(name)]:
+        if refused := [
+            name for name in (UNSUPPORTED_BY_PAIRS if is_pair else UNSUPPORTED_OPTIONS) if options.get(name)
+        ]:
             kind = "the tokenizer of two text encoders" if is_pair else "a processor of captions"
             raise ValueError(f"{kind} does not take {', '.join(refused)}.")
         texts = [text] if isinstance(text, str) else list(text)

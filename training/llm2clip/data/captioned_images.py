@@ -56,7 +56,7 @@ class SkippedSample(NamedTuple):
     reason: str
 
 
-def nothing_left(skipped: Sequence[SkippedSample]) -> ValueError:
+def unusable_batch_error(skipped: Sequence[SkippedSample]) -> ValueError:
     """Make the error of a batch of which every row is skipped."""
     shown = "; ".join(f"{key}: {reason}" for key, reason in skipped[:SHOWN])
     more = f"; and {len(skipped) - SHOWN} more" if len(skipped) > SHOWN else ""

@@ -18,7 +18,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
 from llm2clip.data.formats import FORMATS, SourceError, file_format
-from llm2clip.data.tars import refuse_damaged_tars, without_empty
+from llm2clip.data.tars import refuse_damaged_tars, skip_empty_tars
 from llm2clip.utils.library_errors import wrap_read_errors
 
 Table: TypeAlias = datasets.Dataset | datasets.IterableDataset
@@ -87,7 +87,7 @@ def open_table(path: str, name: str | None, split: str, revision: str | None, st
             raise SourceError(f"{path} has no split {missing[0]!r}; it has {', '.join(map(str, known))}.")
         if isinstance(builder, WebDataset):
             for part in files:
-                files[part] = without_empty(files[part])
+                files[part] = skip_empty_tars(files[part])
         if isinstance(builder, Json):
             _refuse_null(file for part in split_names(split) for file in files.get(part, []))
         if streaming:

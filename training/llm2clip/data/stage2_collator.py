@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BaseImageProcessor
 
-from llm2clip.data.captioned_images import NO_EMBEDDING, OnError, RowCaptions, SkippedSample, nothing_left
+from llm2clip.data.captioned_images import NO_EMBEDDING, OnError, RowCaptions, SkippedSample, unusable_batch_error
 from llm2clip.data.transforms import EvalTransform, ImageBackend, TrainTransform
 from llm2clip.store.store import EmbeddingCache, caption_keys
 from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS, SampleError
@@ -127,7 +127,7 @@ class Stage2Collator:
             skipped += [SkippedSample(str(row.get("key", row["caption"])), NO_EMBEDDING) for row in lacking]
             rows, stored = [rows[index] for index in np.flatnonzero(stored >= 0)], stored[stored >= 0]
         if not rows:
-            raise nothing_left(skipped)
+            raise unusable_batch_error(skipped)
         batch: dict[str, Any] = {**self._images(rows), **self._captions(rows, stored)}
         if _any_has(rows, "caption_id"):
             ids = _column(rows, "caption_id")

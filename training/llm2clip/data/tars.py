@@ -177,7 +177,7 @@ def refuse_damaged_tars(files: Iterable[str]) -> None:
             count_tar_rows(file)
 
 
-def without_empty(files: list[str]) -> list[str]:
+def skip_empty_tars(files: list[str]) -> list[str]:
     """Return webdataset tars from the first one that has rows on: `datasets` takes the columns from the first tar.
 
     Raises:

@@ -32,7 +32,7 @@ ORIGIN = re.compile(r",? /\S+\.rs:\d+:\d+")
 # How LanceDB says that the system could not write a file.
 DISK = re.compile(r"LanceError\(IO\)|\(os error \d+\)")
 # The only whole number that its parser takes for another.
-LEAST = -(2**63)
+MIN_INT64 = -(2**63)
 UNITS = {"s": "Second", "ms": "Millisecond", "us": "Microsecond", "ns": "Nanosecond"}
 
 
@@ -193,8 +193,8 @@ class LanceConditions(Conditions):
             return f"date '{content}'"
         if isinstance(content, str):
             return "'" + content.replace("'", "''") + "'"
-        if content == LEAST:
-            return f"arrow_cast('{LEAST}', 'Int64')"
+        if content == MIN_INT64:
+            return f"arrow_cast('{MIN_INT64}', 'Int64')"
         return str(content).lower()
 
     def like(self, column: str, negation: str, pattern: str) -> str:

@@ -49,7 +49,7 @@ RUN_MANIFEST = b"llm2clip"
 # Versions stay for readers that have them open, and so do files that no version names.
 KEPT = timedelta(days=7)
 # Until the manifest names a new version, none is deleted: the one that it names may be of any age.
-FOR_EVER = timedelta(days=365_000)
+NEVER = timedelta(days=365_000)
 # Time that cleaning takes at most.
 CLEANING = timedelta(hours=1)
 VECTOR_INDEX = f"{VECTOR}_idx"
@@ -327,7 +327,7 @@ class LanceStore:
         """
         for _ in range(MAX_OPTIMIZE):
             version = self._written.version
-            self._written.optimize(cleanup_older_than=FOR_EVER)
+            self._written.optimize(cleanup_older_than=NEVER)
             if self._written.version == version:
                 return
 

@@ -10,7 +10,7 @@ from llm2clip.utils.settings import setting
 TEXT_CHARACTERS = 512
 # An image takes about as long, and as much memory, as so many texts, for each so many pixels that it has.
 IMAGE_WEIGHT, IMAGE_PIXELS = 32, 4_000_000
-COUNTED = (
+WEIGHT_RULE = (
     f"a text counts once for each {TEXT_CHARACTERS} characters, an image as {IMAGE_WEIGHT} texts for each "
     f"{IMAGE_PIXELS // 1_000_000} megapixels"
 )
@@ -21,10 +21,10 @@ class Limits:
     """What a request may take."""
 
     max_body_mb: float = setting(32.0, "Largest body of a request, in megabytes.")
-    max_inputs: int = setting(2048, f"Most texts of a request: {COUNTED}.")
+    max_inputs: int = setting(2048, f"Most texts of a request: {WEIGHT_RULE}.")
     max_characters: int = setting(32768, "Longest text; the model cuts what exceeds its own tokens.")
     max_pixels: int = setting(25_000_000, "Largest image, width x height.")
-    max_waiting: int = setting(8192, f"Most texts that wait for the model: {COUNTED}.")
+    max_waiting: int = setting(8192, f"Most texts that wait for the model: {WEIGHT_RULE}.")
     max_connections: int = setting(1024, "Most requests at the same time; those of /health do not count.")
     max_wait_ms: float = setting(
         0.0, "Milliseconds that a batch waits for more requests; the next batch collects while one is computed."

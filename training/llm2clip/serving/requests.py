@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse
 from torch import Tensor
 
 from llm2clip.encoders import Encoder
-from llm2clip.serving.limits import COUNTED, IMAGE_PIXELS, IMAGE_WEIGHT, TEXT_CHARACTERS, Limits
+from llm2clip.serving.limits import IMAGE_PIXELS, IMAGE_WEIGHT, TEXT_CHARACTERS, WEIGHT_RULE, Limits
 from modeling_llm2clip.image_decoding_llm2clip import decoding_errors, open_image
 
 # Sides of an image: resizing its shorter side makes a narrower one larger than memory.
@@ -143,7 +143,7 @@ def parse_inputs(value: Any, limits: Limits, param: str = "input") -> Inputs:
 def require_weight(weight: int, limits: Limits, param: str) -> None:
     """Raise ApiError if the inputs of a request are too much."""
     if weight > limits.max_inputs:
-        most = f"but at most {limits.max_inputs} are allowed: {COUNTED}"
+        most = f"but at most {limits.max_inputs} are allowed: {WEIGHT_RULE}"
         _refuse(f"counts as {weight} texts, {most}", param, "too_many_inputs")
 
 

@@ -32,7 +32,7 @@ NOT_FOLLOWED = {
 }
 WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 # Schedules that follow a metric of the evaluations.
-BY_METRIC = WITHOUT_WARMUP[1:]
+METRIC_SCHEDULES = WITHOUT_WARMUP[1:]
 # The mean of all recalls of the retrieval sets.
 MEAN_RECALL = "mean_recall"
 
@@ -118,7 +118,9 @@ class StageConfig(TrainingArguments):
         if self.activation_checkpointing is None:
             self.activation_checkpointing = bool(self.gradient_checkpointing)
         self.gradient_checkpointing = self.activation_checkpointing
-        chooses = self.load_best_model_at_end or self.save_strategy == "best" or self.lr_scheduler_type in BY_METRIC
+        chooses = (
+            self.load_best_model_at_end or self.save_strategy == "best" or self.lr_scheduler_type in METRIC_SCHEDULES
+        )
         if chooses and self.metric_for_best_model is None:
             self.metric_for_best_model = MEAN_RECALL  # transformers would take the loss, which retrieval sets lack
         # The Trainer refuses bf16 without an accelerator unless use_cpu is set.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llm2clip.data import CaptionImageDataset, OnError, SampleIndex, SkippedSample
-from llm2clip.data.captioned_images import NO_EMBEDDING, RowCaptions, caption_id, nothing_left
+from llm2clip.data.captioned_images import NO_EMBEDDING, RowCaptions, caption_id, unusable_batch_error
 from llm2clip.data.sampling import EpochDataset, stable_seed
 from llm2clip.encoders.batches import TableImages
 from llm2clip.encoders.image_features import ImageFeatures
@@ -113,7 +113,7 @@ class StoredPairsDataset(EpochDataset):
         if skipped:
             rows = np.array([row for row in rows.tolist() if row not in self.skipped], dtype=np.int64)
             if not len(rows):
-                raise nothing_left(skipped)
+                raise unusable_batch_error(skipped)
         drawn = np.searchsorted(self._bounds, rows + self._uniform("caption", epoch, rows), side="right")
         drawn = np.clip(drawn, self._ends[rows], self._ends[rows + 1] - 1)
         views = (self._uniform("view", epoch, rows) * self.features.views).astype(np.int64)
