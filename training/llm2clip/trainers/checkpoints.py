@@ -150,11 +150,20 @@ def unlist_result(args: StageConfig) -> None:
 def list_result(args: StageConfig) -> None:
     """List the saved model of a finished run with checksums, which `llm2clip build` and `push` compare."""
     if args.should_save:
-        folder = Path(args.output_dir)
-        names = [
-            name
-            for name in model_files(folder).uploaded
-            if Path(name).parent in (Path(), Path(TEXT_MODEL)) or Path(name).parent.match(MODULE_FOLDERS)
-        ]
-        state = [name for name in (TRAINER_STATE_NAME, SETTINGS) if (folder / name).is_file()]
-        write_manifest(folder, COMMAND, [*names, *state])
+        list_model(Path(args.output_dir))
+
+
+def list_model(folder: Path) -> None:
+    """List a saved model with checksums; called in the main process."""
+    names = [
+        name
+        for name in model_files(folder).uploaded
+        if Path(name).parent in (Path(), Path(TEXT_MODEL)) or Path(name).parent.match(MODULE_FOLDERS)
+    ]
+    state = [name for name in (TRAINER_STATE_NAME, SETTINGS) if (folder / name).is_file()]
+    write_manifest(folder, COMMAND, [*names, *state])
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder has a finished and undamaged result."""
+    return (folder / FOLDER_MANIFEST).is_file() and damage(folder, contents=True) is None

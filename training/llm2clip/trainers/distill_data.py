@@ -15,7 +15,7 @@ from llm2clip.data import SampleIndex
 from llm2clip.data.sampling import EpochDataset
 from llm2clip.evaluation.data import RetrievalData
 from llm2clip.evaluation.metrics import KS, retrieval_ranks
-from llm2clip.store import EmbeddingCache, Store
+from llm2clip.store import Store
 from llm2clip.store.store import caption_keys
 from llm2clip.trainers.teacher import Teacher
 from modeling_llm2clip.tokenization_llm2clip import tokenize_and_cut
@@ -45,46 +45,16 @@ class TaughtTexts(EpochDataset):
     def __len__(self) -> int:
         return len(self.texts)
 
-    def _read(self, indices: Sequence[SampleIndex | int]) -> tuple[np.ndarray, Tensor]:
-        """Return the numbers of samples, and their rows of the teacher."""
-        numbers = np.array([index.index if isinstance(index, SampleIndex) else index for index in indices])
-        return numbers, self.store.read(self.rows[numbers], torch.float32)
-
     def __getitem__(self, index: SampleIndex) -> dict[str, Any]:
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[SampleIndex]) -> Any:
-        numbers, rows = self._read(indices)
+        numbers = np.array([index.index if isinstance(index, SampleIndex) else index for index in indices])
+        rows = self.store.read(self.rows[numbers], torch.float32)
         return [
             {"text": self.texts[number], "embedding": row, "index": index}
             for number, row, index in zip(numbers.tolist(), rows, indices, strict=True)
         ]
-
-
-class TaughtCaptions(TaughtTexts):
-    """Captions with the rows of a teacher, and with those of the LLM: a batch has `teacher_embeds` and `llm_embeds`.
-
-    Args:
-        texts, store: See [`TaughtTexts`].
-        cache: The LLM's embeddings of all of them.
-
-    Raises:
-        MissingCaptionError: The cache lacks a caption.
-    """
-
-    def __init__(self, texts: Sequence[str], store: Store, cache: EmbeddingCache) -> None:
-        super().__init__(texts, store)
-        self.cache, self.cache_rows = cache, cache.rows(texts)
-
-    def __getitem__(self, index: SampleIndex) -> dict[str, Any]:
-        return self.__getitems__([index])
-
-    def __getitems__(self, indices: Sequence[SampleIndex]) -> dict[str, Any]:
-        numbers, rows = self._read(indices)
-        return {
-            "llm_embeds": self.cache.read(self.cache_rows[numbers]),
-            "teacher_embeds": torch.nn.functional.normalize(rows, dim=-1),
-        }
 
 
 class TextCollator:

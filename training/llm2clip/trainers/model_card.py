@@ -16,8 +16,7 @@ from llm2clip.hub.cards.card import CARD, read_card, render
 from llm2clip.hub.cards.curves import write_curves
 from llm2clip.hub.cards.facts import CardFacts, Evaluation, base_models, summary
 from llm2clip.hub.licenses import Base, license_facts, write_license_files
-from llm2clip.trainers.base_config import StageConfig
-from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.files import write_text
 from llm2clip.utils.repos import hub_ids, names_of
 from llm2clip.utils.settings import defaults_of
@@ -26,8 +25,11 @@ logger = logging.getLogger(__name__)
 
 # Settings that the card leaves out: they are about the machine and the account, not about the training.
 PRIVATE_SETTINGS = ("output_dir", "hub_", "push_to_hub", "report_to", "run_name", "logging_", "use_cpu", "local_rank")
-TOWER_SETTINGS = ("model_name_or_path", "vision_model_name_or_path", "text_model_name_or_path", "model", "student")
-PROCLIP, RELATIONS = (f"[arXiv {number}](https://arxiv.org/abs/{number})" for number in ("2510.18795", "1904.05068"))
+TOWER_SETTINGS = (
+    *("model_name_or_path", "vision_model_name_or_path", "text_model_name_or_path", "keep_space_of"),
+    *("model", "student"),
+)
+PROCLIP = "[arXiv 2510.18795](https://arxiv.org/abs/2510.18795)"
 
 
 class DataRevisions:
@@ -78,7 +80,7 @@ def _path(source: Any) -> str:
 
 
 def write_model_card(
-    args: StageConfig,
+    args: Any,
     model: Any,
     processing_class: Any,
     *,
@@ -92,7 +94,7 @@ def write_model_card(
     """Write the card and the curves of a run into its output folder, keeping what people wrote on the card.
 
     Args:
-        args: The settings of the run.
+        args: The settings of the run, or of an alignment.
         model, processing_class: What the card describes, without wrappers.
         task: Its pipeline tag.
         evaluations: Results; see [`latest_evaluations`].
@@ -104,18 +106,17 @@ def write_model_card(
     folder = Path(str(args.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
     sources = [str(source["path"]) for source in getattr(args, "sources", []) if source.get("path")]
-    former = _former_text_tower(args)
     description = summary(model, processing_class)
-    if isinstance(args, Stage2Config) and args.lora_rank:
+    if isinstance(args, Stage2Recipe) and args.lora_rank:
         description += f" Stage 2 trained the LLM too (LoRA of rank {args.lora_rank}, alpha {args.lora_alpha})."
     facts = CardFacts(
-        name=(args.hub_model_id or folder.name).split("/")[-1],
+        name=(getattr(args, "hub_model_id", None) or folder.name).split("/")[-1],
         task=task,
         repo=repo or str(args.output_dir),
         summary=description,
         base_models=hub_ids(*made_from(args, model)),
         datasets=hub_ids(*sources),
-        methods=_methods(args, former),
+        methods=_methods(args),
         sources=[Path(source).name for source in sources if not hub_ids(source)],
         recipe=_recipe(args),
         evaluations=[*evaluations],
@@ -129,36 +130,24 @@ def write_model_card(
         write_license_files(folder, folder, *license)
 
 
-def made_from(args: StageConfig, model: Any) -> list[str]:
+def made_from(args: Any, model: Any) -> list[str]:
     """The models that a run starts from, as Hub ids and folders."""
     towers = [tower for name in TOWER_SETTINGS for tower in names_of(getattr(args, name, None))]
-    names = [*towers, *names_of(_former_text_tower(args)), *base_models(model.config)]
+    names = [*towers, *base_models(model.config)]
     # `static:NAME` is a student made of the token vectors of another model, `layers:N` one of its teacher.
     names = [name.removeprefix("static:") for name in names if name]
     return [name for name in names if Path(name).is_dir() or hub_ids(name)]
 
 
-def _former_text_tower(args: StageConfig) -> str | None:
-    """The model whose text embeddings an adapter learned, in the run or in its first part."""
-    return getattr(args, "distill_from", None) or getattr(args, "warm_start", {}).get("distill_from")
+def _methods(args: Any) -> list[str]:
+    """Describe what is not in the settings of a usual run, with the paper that it is from."""
+    if (former := getattr(args, "keep_space_of", None)) is None:
+        return []
+    name = next(iter(hub_ids(former)), "a former text tower")
+    return [f"Its texts are in the space of {name}, mapped from texts alone (as ProCLIP, stage I, {PROCLIP})."]
 
 
-def _methods(args: StageConfig, former: str | None) -> list[str]:
-    """Describe the distillations of a run, with the papers that they are from."""
-    methods = []
-    if former:
-        name = next(iter(hub_ids(former)), "a former text tower")
-        methods.append(
-            f"The adapter learned the text embeddings of {name} without images (ProCLIP, stage I, {PROCLIP})."
-        )
-    if getattr(args, "distill_weight", 0):
-        methods.append(f"Image embeddings followed those of the averaged weights (ProCLIP, stage II, {PROCLIP}).")
-    if getattr(args, "relational_weight", 0):
-        methods.append(f"The similarities of texts followed those of the LLM's embeddings ({RELATIONS}).")
-    return methods
-
-
-def _recipe(args: StageConfig) -> dict[str, Any]:
+def _recipe(args: Any) -> dict[str, Any]:
     """The settings that differ from the defaults and are not a path on this machine."""
     recipe, defaults = {}, defaults_of(args)
 

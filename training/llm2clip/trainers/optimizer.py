@@ -24,8 +24,7 @@ BACKBONES = {"vision": "vision_model", "text": "text_model"}
 NUMBERED_LAYER = re.compile(r"(?:^|\.)(?:blocks|layers?|stages)\.(\d+)(?=\.)")
 # Settings of the optimizer's parameter groups.
 GROUP_SETTINGS = (
-    *("learning_rate", "vision_learning_rate", "text_learning_rate"),
-    *("weight_decay", "vision_weight_decay", "text_weight_decay", "vision_layer_decay"),
+    *("learning_rate", "vision_learning_rate", "text_learning_rate", "weight_decay", "vision_layer_decay"),
 )
 # How values of `optim` begin that project gradients to a low rank, and end that update within the backward pass.
 LOW_RANK = ("galore", "apollo")
@@ -55,8 +54,6 @@ def parameter_groups(
     weight_decay: float,
     vision_learning_rate: float | None = None,
     text_learning_rate: float | None = None,
-    vision_weight_decay: float | None = None,
-    text_weight_decay: float | None = None,
     vision_layer_decay: float = 0.85,
     text_layer_decay: float = 1.0,
 ) -> list[dict[str, Any]]:
@@ -74,7 +71,8 @@ def parameter_groups(
 
     Args:
         model: An `LLM2CLIPModel`, possibly in wrappers that prefix its parameter names (DDP, PEFT, compile).
-        learning_rate, weight_decay: Values of `other`, and of towers without values of their own.
+        learning_rate: That of `other`, and of towers without a rate of their own.
+        weight_decay: That of all towers.
         vision_layer_decay, text_layer_decay: Factor on the learning rate from each layer to the layer below.
 
     Returns:
@@ -87,7 +85,8 @@ def parameter_groups(
             consecutively numbered layers.
     """
     rates = _by_tower("learning rate", vision_learning_rate, text_learning_rate, learning_rate)
-    decays = _by_tower("weight decay", vision_weight_decay, text_weight_decay, weight_decay)
+    if weight_decay < 0:
+        raise ValueError(f"weight_decay must be at least 0, but is {weight_decay}.")
     layer_decays = {"vision": vision_layer_decay, "text": text_layer_decay, "other": 1.0}
     groups: dict[str, dict[str, Any]] = {}
     num_layers = _count_layers(model, layer_decays)
@@ -102,11 +101,32 @@ def parameter_groups(
             labels.append(f"layer{layer}")
             scale = layer_decays[tower] ** (num_layers[tower] + 1 - layer)
         label = "/".join([*labels, "decay" if decayed else "no_decay"])
-        new = {"lr": rates[tower] * scale, "lr_scale": scale, "weight_decay": decays[tower] if decayed else 0.0}
+        new = {"lr": rates[tower] * scale, "lr_scale": scale, "weight_decay": weight_decay if decayed else 0.0}
         group = groups.setdefault(label, {"params": [], **new, "name": label, "param_names": []})
         group["params"].append(parameter)
         group["param_names"].append(name)
     return list(groups.values())
+
+
+def grouped_optimizer(
+    model: nn.Module, args: Any, kind: Any, options: dict[str, Any]
+) -> tuple[type[Optimizer], dict[str, Any]]:
+    """Give an optimizer the groups of [`parameter_groups`], with the settings of a run.
+
+    Args:
+        args: Settings with the fields `GROUP_SETTINGS`.
+        kind, options: The optimizer's class and arguments, as `Trainer.get_optimizer_cls_and_kwargs` returns them.
+
+    Raises:
+        ValueError: It is no class of optimizers, so that it would make groups of its own.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
+        raise ValueError(
+            f"optimizer_cls_and_kwargs has {kind!r}, which would make parameter groups of its own, without the rates "
+            "of stage 2; give a subclass of torch.optim.Optimizer, or a finished optimizer (optimizers=)."
+        )
+    groups = parameter_groups(model, **{name: getattr(args, name) for name in GROUP_SETTINGS})
+    return kind, {**options, "params": with_low_rank(groups, options.get("params", ()))}
 
 
 def with_low_rank(groups: list[dict[str, Any]], given: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

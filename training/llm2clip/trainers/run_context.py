@@ -7,7 +7,7 @@ import functools
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +199,22 @@ class RunContext:
                 f"uninterrupted one; restore them, or {ANYWAY}."
             )
         return now
+
+
+def compare_finished(part: Any, folder: Path) -> None:
+    """Compare the settings of a finished part of a recipe with those that its folder says it was run with.
+
+    Raises:
+        ValueError: A setting differs that changes its result.
+    """
+    if isinstance(part, StageConfig):
+        RunContext(part).compare_settings(folder)
+        return
+    old, new = read_json(folder / SETTINGS), json.loads(json.dumps(asdict(part)))
+    changed = [name for name in new.keys() - FREE - LOCATIONS if _compared(old.get(name)) != _compared(new[name])]
+    if changed:
+        lines = "; ".join(f"{name}: {_short(old.get(name))} -> {_short(new[name])}" for name in sorted(changed))
+        raise ValueError(f"{folder} was made with other settings ({lines}); delete it, or use another output_dir.")
 
 
 def stage_command(*required: str) -> Callable[[Callable[[Any, RunContext], Any]], Callable[..., Any]]:

@@ -31,22 +31,13 @@ def build_dataset(config: Stage2Recipe, image_processor: Any, captions: Stage2Ca
         captions: The embeddings of the sources.
 
     Raises:
-        ValueError: A stream is combined with stored features or states, or the sources cannot be mixed as set.
+        ValueError: The sources cannot be mixed as set.
     """
     sources = [CaptionSource.from_dict(source) for source in config.sources]
     evaluation = EvalTransform(image_processor, config.image_backend)
     training = TrainTransform(image_processor, scale=(config.crop_scale[0], config.crop_scale[1]))
-    options: dict[str, Any] = {
-        "seed": config.sampling_seed, "on_error": config.on_error, "max_pixels": config.max_pixels,
-    }  # fmt: skip
-    stored = config.freeze_vision == "all" or config.warm_start
-    if stored and any(source.streaming for source in sources):
-        raise ValueError("freeze_vision: all reads stored features at random, so that no source can be a stream.")
-    if stored and captions is not None and captions.cache is None:
-        raise ValueError("frozen towers read one random-access cache; embed the captions with store: cache.")
+    options: dict[str, Any] = {"seed": config.sampling_seed, "on_error": config.on_error}
     if config.streams:
-        if config.frozen_states_dir:
-            raise ValueError("frozen_states_dir is for sources that are read in random order: no streams or weights.")
         embeddings = [SourceCaptions()] * len(sources) if captions is None else captions.sources
         stream = _stream(config, sources, embeddings, (evaluation, training), options)
         _require_steps(config, stream.num_rows)

@@ -1,4 +1,4 @@
-"""Rows whose images are stored: as features of a frozen tower, or as outputs of its frozen layers."""
+"""Rows whose images are stored as features of a frozen tower."""
 
 from __future__ import annotations
 
@@ -6,22 +6,26 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from llm2clip.data import CaptionImageDataset, OnError, SampleIndex, SkippedSample
+from llm2clip.data import DEFAULT_MAX_PIXELS, CaptionImageDataset, ImageBackend, OnError, SampleIndex, SkippedSample
 from llm2clip.data.captioned_images import NO_EMBEDDING, RowCaptions, caption_id, unusable_batch_error
 from llm2clip.data.sampling import EpochDataset, stable_seed
-from llm2clip.encoders.batches import TableImages
-from llm2clip.encoders.image_features import ImageFeatures
+from llm2clip.encoders.batches import ContentSet, TableImages
+from llm2clip.encoders.image_features import ImageFeatures, feature_manifest, pooled_features, store_features
 from llm2clip.store import EmbeddingCache, MissingCaptionError
 from llm2clip.utils.processes import process_state
+from llm2clip.utils.vision_identity import vision_fingerprint
+from modeling_llm2clip import LLM2CLIPModel
 
 logger = logging.getLogger(__name__)
 
+FeatureDtype = Literal["float32", "bfloat16"]
 # With more captions missing than this share, a cache is of other data, which nobody means to skip.
 SKIPPED_SHARE = 0.1
 # The finaliser of splitmix64.
@@ -181,37 +185,118 @@ def _texts(sample: RowCaptions | SkippedSample) -> list[str]:
     return [] if isinstance(sample, SkippedSample) else sample.texts
 
 
-class FrozenStatesDataset(EpochDataset):
-    """Captioned images whose pixels are replaced by the outputs of the frozen layers of a vision tower.
+def store_pairs(
+    model: LLM2CLIPModel,
+    image_processor: Any,
+    dataset: CaptionImageDataset,
+    cache: EmbeddingCache,
+    folder: str | Path,
+    *,
+    also: Iterable[ContentSet] = (),
+    dtype: FeatureDtype = "float32",
+    views: int = 1,
+    batch_size: int = 64,
+    num_workers: int = 0,
+) -> StoredPairsDataset:
+    """Store what a frozen vision tower makes of the images of a data set, and make a data set that reads it.
+
+    The tower computes each image once; a killed call goes on where it stopped. Train on the result with
+    `freeze_vision="all"`:
+
+    ```python
+    pairs = store_pairs(model, processor.image_processor, dataset, cache, "features")
+    Stage2Trainer(model, Stage2Config(output_dir="stage2", freeze_vision="all"), train_dataset=pairs, ...).train()
+    ```
 
     Args:
-        images: The data set. Its training samples draw captions, and have no augmentation.
-        tables: Its images.
-        states: The stored outputs.
-        shape: (tokens, width) of the outputs of an image.
+        dataset: The captioned images. Seed, crops, decoder and what is done with damaged images are its own.
+        cache: The LLM's embeddings of the captions.
+        folder: Where the features are stored; several data sets can share it.
+        also: Further images to store, such as those of retrieval sets, which a Trainer then reads there.
+        dtype: Precision in which the tower computes.
+        views: Views of each image: that of evaluation, and random crops.
+
+    Raises:
+        DamagedImageError: An image cannot be read, and the data set does not skip it.
+        MissingCaptionError: The cache lacks captions; see [`require_captions`].
     """
+    sample, tables = dataset.make_sample, tables_of(dataset)
+    assert sample.eval_transform is not None
+    features = open_features(
+        model,
+        image_processor,
+        [*tables, *also],
+        folder,
+        dtype=dtype,
+        views=views,
+        crop_scale=(1.0, 1.0) if sample.train_transform is None else sample.train_transform.scale,
+        seed=sample.seed,
+        image_backend=sample.eval_transform.backend,
+        max_pixels=sample.max_pixels,
+        on_error=sample.on_error,
+        batch_size=batch_size,
+        num_workers=num_workers,
+    )
+    rows = features.find(np.concatenate([images.content_keys() for images in tables]))
+    pairs = StoredPairsDataset(dataset.without_images(), features, rows, cache, sample.seed)
+    pairs.mixing = dataset.mixing
+    return pairs
 
-    def __init__(
-        self, images: CaptionImageDataset, tables: Sequence[TableImages], states: ImageFeatures, shape: tuple[int, ...]
-    ) -> None:
-        self.images, self.captions = images, images.without_images()
-        self.states, self.folder, self._tables, self._shape = states, states.path, tables, shape
-        self.starts = images.starts
-        self.rows = states.find(np.concatenate([table.content_keys() for table in tables]))
 
-    def content_digest(self) -> str:
-        return self.images.content_digest()
+def tables_of(dataset: CaptionImageDataset) -> list[TableImages]:
+    """Return the images of a data set."""
+    pairs = zip(dataset.tables, dataset.columns, strict=True)
+    return [TableImages(table, columns, dataset.make_sample.max_pixels) for table, columns in pairs]
 
-    def __len__(self) -> int:
-        return len(self.captions)
 
-    def __getitem__(self, index: SampleIndex) -> dict[str, Any] | SkippedSample:
-        row = int(self.rows[index.index])
-        if row in self.states.skipped:
-            number = int(np.searchsorted(self.starts, index.index, side="right")) - 1
-            key = self._tables[number].key(index.index - int(self.starts[number]))
-            return SkippedSample(key, self.states.skipped[row].reason)
-        sample = self.captions[index]
-        if isinstance(sample, dict):
-            sample["vision_states"] = self.states.read(self.rows[[index.index]]).view(self._shape)
-        return sample
+def open_features(
+    model: LLM2CLIPModel,
+    image_processor: Any,
+    images: Iterable[ContentSet],
+    folder: str | Path,
+    *,
+    dtype: FeatureDtype = "float32",
+    views: int = 1,
+    crop_scale: Sequence[float] = (1.0, 1.0),
+    seed: int = 0,
+    image_backend: ImageBackend = "exact",
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    on_error: OnError = "raise",
+    batch_size: int = 64,
+    num_workers: int = 0,
+) -> ImageFeatures:
+    """Open the stored features of a vision tower, after computing those of images that have none yet.
+
+    Args:
+        model: A model with the tower, which is moved to the device of the process.
+        folder: Where the features are stored.
+        dtype, views: See [`store_pairs`].
+        crop_scale, seed: Area of the crops, and what they are drawn by, if there are several views.
+        image_backend, max_pixels: How an image is decoded.
+
+    Raises:
+        DamagedImageError: An image cannot be read, unless `on_error` is `skip`.
+    """
+    model.vision_model.to(process_state().device)
+    manifest = feature_manifest(
+        type(model.vision_model).__name__,
+        vision_fingerprint(model, image_processor, with_projection=False),
+        width=views * model.config.vision_width,
+        pooling=model.config.vision_pooling,
+        image_backend=image_backend,
+        max_pixels=max_pixels,
+        vision_model_dtype=dtype,
+        views=views,
+        crop_scale=crop_scale,
+        seed=seed,
+    )
+    return store_features(
+        folder,
+        [*images],
+        manifest,
+        pooled_features(model, dtype, views),
+        image_processor,
+        on_error=on_error,
+        batch_size=batch_size,
+        num_workers=num_workers,
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from llm2clip.trainers.base_config import StageConfig
@@ -57,9 +57,9 @@ class LoraSettings:
     lora_target_modules: list[str] = setting(
         LORA_TARGETS, "Names of the Linear layers that get LoRA; all-linear for every one of them."
     )
-    save_format: Literal["merged", "adapter"] = setting(
-        "merged", "What to save of the LLM at the end: the merged weights, or the PEFT adapter alone."
-    )
+
+
+LORA_SETTINGS = tuple(field.name for field in fields(LoraSettings))
 
 
 def require_lora(config: Any, names: Iterable[str]) -> None:
@@ -79,6 +79,9 @@ class TextTowerConfig(LoraSettings, StageConfig):
     """
 
     lora_rank: int = setting(16, "Rank of LoRA; 0 trains all weights of the LLM instead.")
+    save_format: Literal["merged", "adapter"] = setting(
+        "merged", "What to save of the LLM at the end: the merged weights, or the PEFT adapter alone."
+    )
     ddp_find_unused_parameters: bool | None = setting(False, "Keep it false: every step uses every trained parameter.")
 
     def __post_init__(self) -> None:

@@ -1,0 +1,55 @@
+"""Settings of the command `llm2clip align`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from llm2clip.trainers.joint_recipe import JointRecipe
+from llm2clip.utils.settings import check_choices, refuse, require, setting
+
+
+@dataclass
+class AlignRecipe(JointRecipe):
+    """Settings of an alignment in closed form: two frozen towers, their pairs, and what is solved for."""
+
+    output_dir: str = setting("", "Folder of the model.")
+    heads: Literal["linear", "residual"] = setting(
+        "linear",
+        "linear: the linear maps alone; residual: small heads on top of them, for a stage 2 that trains these and "
+        "leaves the maps.",
+    )
+    keep_space_of: str | None = setting(
+        None,
+        "Model with this vision tower, such as its CLIP, whose space is kept: images are embedded as by that model, "
+        "and the map of texts meets its text embeddings of the captions (ProCLIP, stage I). No image is read. Unset: "
+        "both sides get maps into a new space.",
+    )
+    ridge: float | None = setting(
+        None,
+        "Regularisation, as a share of the mean variance. Unset: the best on eval_sources, or 0.3 without them; "
+        "projection_dim likewise, or 256.",
+    )
+    seed: int = setting(42, "Seed of residual heads.")
+    per_device_eval_batch_size: int = setting(64, "Images that the vision tower takes at once.")
+    dataloader_num_workers: int = setting(0, "Processes that read images.")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        self.validate_data()
+        if self.ridge is not None and not 0 <= self.ridge < math.inf:
+            raise ValueError(f"ridge must be at least 0, but is {self.ridge}.")
+        if self.heads == "linear":
+            refuse(self, ["adapter_num_layers"], "heads: linear has no blocks")
+        if self.keep_space_of is not None:
+            names = ["heads", "projection_dim", "vision_pooling", "feature_cache", "feature_dtype"]
+            refuse(self, names, f"images are embedded as by {self.keep_space_of}")
+
+    def validate_sources(self) -> None:
+        """Raise ValueError unless there are pairs that can be read once, with stored embeddings."""
+        require(self, ["output_dir", "sources"])
+        if None in self.caches or not self.caches:
+            raise ValueError("align reads stored embeddings: give embedding_cache (from `llm2clip embed`).")
+        if self.streams:
+            raise ValueError("align reads each pair once, in tables: no source can be a stream or have a weight.")

@@ -1,0 +1,109 @@
+"""The model of two towers that a recipe names, and its measurement on retrieval sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoTokenizer
+
+from llm2clip.data import CaptionSource, OnError
+from llm2clip.encoders.cache_of_model import describe_text_tower_of_cache
+from llm2clip.encoders.image_features import ImageFeatures
+from llm2clip.encoders.stored import StoredEncoder
+from llm2clip.evaluation.data import RetrievalData
+from llm2clip.evaluation.protocols.retrieval import image_text_metrics
+from llm2clip.evaluation.session import Session
+from llm2clip.trainers.joint_recipe import JointRecipe
+from llm2clip.utils.attention_probe import probe_from_disk
+from llm2clip.utils.manifests import refuse_changed_model
+from llm2clip.utils.processes import on_main_process
+from llm2clip.utils.repos import refuse_revision
+from llm2clip.utils.settings import require
+from llm2clip.utils.text_identity import read_fingerprint
+from llm2clip.utils.towers import each_of_pair, loading_options
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
+from modeling_llm2clip.modeling_llm2clip_decoder import TESTED_TYPES
+
+
+def load_trained_model(
+    name: str, attn_implementation: str | None = None
+) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
+    """Load a model to train on, in float32 and without its LLM, and its processor."""
+    refuse_changed_model(name)
+    options = loading_options("float32", attn_implementation)
+    model = LLM2CLIPModel.from_pretrained(name, text_model=False, **options)
+    return model, LLM2CLIPProcessor(AutoImageProcessor.from_pretrained(name), AutoTokenizer.from_pretrained(name))
+
+
+def make_model(config: JointRecipe, **fields: Any) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
+    """Make a model of two towers, in float32 and without the LLM, and its processor.
+
+    Args:
+        fields: Fields of the model's config.
+
+    Raises:
+        ValueError: A tower is not named, or a revision is given for a local folder.
+    """
+    require(config, ["vision_model_name_or_path", "text_model_name_or_path"])
+    vision = config.vision_model_name_or_path
+    refuse_revision(vision, config.vision_model_revision)
+    refuse_changed_model(vision)
+    text_config, tokenizer = describe_text_tower_of_cache(
+        config.text_model_name_or_path, config.text_model_revision, next(iter(config.caches), None)
+    )
+    options = {**loading_options("float32", config.attn_implementation), "revision": config.vision_model_revision}
+    model = LLM2CLIPModel.from_vision_text_pretrained(
+        vision,
+        config.text_model_name_or_path,
+        text_config=text_config,
+        text_model_revision=config.text_model_revision,
+        vision_model_kwargs=options,
+        **fields,
+    )
+    return model, LLM2CLIPProcessor(AutoImageProcessor.from_pretrained(vision), tokenizer)
+
+
+def describe_text_model(model: LLM2CLIPModel) -> None:
+    """Let the config of a model whose LLM stays on disk say what the LLM is, and that its attention is right."""
+    if model.config.text_model_name_or_path is None:
+        return
+    text = model.config.text_model_name_or_path, model.config.text_model_revision, model.config.text_config
+    if model.config.text_model_fingerprint is None:
+        model.config.text_model_fingerprint = on_main_process(partial(read_fingerprint, *text))
+    halves = model.config.text_config.halves()
+    for text_config, tower in zip(halves, each_of_pair(*text[:2]), strict=True):
+        if text_config.decoder_config.model_type not in TESTED_TYPES and not text_config.verified_attention:
+            # For those who load the model without this package, whose code has no probe.
+            text_config.verified_attention = on_main_process(partial(probe_from_disk, *tower, text_config))
+    model.config.text_config.verified_attention = halves[0].verified_attention
+
+
+def open_retrieval(config: JointRecipe) -> dict[str, RetrievalData]:
+    """Open the retrieval sets of a recipe."""
+    sources = {name: CaptionSource.from_dict(source) for name, source in config.eval_sources.items()}
+    return {name: RetrievalData.from_source(source) for name, source in sources.items()}
+
+
+def measure_retrieval(
+    model: LLM2CLIPModel,
+    processor: Any,
+    embed: Callable[[list[str]], Tensor],
+    retrieval: RetrievalData,
+    features: ImageFeatures | None = None,
+    *,
+    batch_size: int,
+    num_workers: int,
+    on_error: OnError = "raise",
+) -> dict[str, float | int]:
+    """Measure a model on a retrieval set.
+
+    Args:
+        embed: Maps its captions to the LLM's embeddings.
+        features: Where its images are stored; by default the vision tower computes them.
+    """
+    encoder = StoredEncoder(model.eval(), processor, embed, features)
+    session = Session(encoder, None, batch_size, num_workers, on_error, show_progress_bar=False)
+    return image_text_metrics(session, retrieval)
