@@ -202,11 +202,10 @@ def test_prefixes_follow_those_of_the_teacher(encoders: Path, tmp_path: Path) ->
     settings = fields(per_device_train_batch_size=6, max_steps=2)
     args = DistillConfig(str(tmp_path), matryoshka_dims=[3, 8], **settings)
     trainer = DistillTrainer(student, args, train_dataset=table, eval_dataset=table)
-    loss, embeds = trainer.loss_and_outputs(student.eval(), trainer.data_collator(table))
+    loss, embeds = trainer.compute_loss(student.eval(), trainer.data_collator(table), return_outputs=True)
     distances = [(1 - F.cosine_similarity(embeds["student"][:, :dim], rows[:, :dim])).mean() for dim in (3, 8, 12)]
     torch.testing.assert_close(loss, torch.stack(distances).mean())
-    torch.testing.assert_close(trainer.terms["cosine_loss"], distances[2].detach())
-    assert trainer.fit()["eval_num_queries"] == len(TEXTS)
+    assert trainer.fit()["eval_loss"] > 0
     args.matryoshka_dims = [12]
     with pytest.raises(ValueError, match="matryoshka_dims has 12, but a prefix of 12 values has 1 to 11"):
         DistillTrainer(student, args, train_dataset=table)
@@ -304,7 +303,6 @@ def test_the_card_has_the_table_of_each_caption_column(
         ({"student": "layers:9"}, "student is layers:9, but the teacher's text model has 2 layers: layers:1 to 2"),
         ({"student": "layers:all"}, "student is layers:all"),
         ({"student": ""}, "DistillRecipe needs student"),
-        ({"similarity_weight": -1.0}, "similarity_weight must be at least 0"),
         ({"per_device_train_batch_size": 100}, "fewer rows than one batch of 100"),
         ({"into": "nowhere"}, "there is no folder nowhere"),
         ({"freeze_embeddings": True}, "leaves a static student nothing to learn"),
