@@ -37,7 +37,6 @@ from tests.llm2clip.trainers.stages import (
     fields_of,
     interrupt,
     launch_configuration,
-    losses,
     metric,
     run,
     send,

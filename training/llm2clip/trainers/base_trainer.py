@@ -61,7 +61,7 @@ from modeling_llm2clip.modeling_llm2clip_utils import keep_freed_memory, shorten
 logger = logging.getLogger(__name__)
 
 # Settings of the losses that `compute_loss_func` replaces.
-OF_THE_LOSS = ("label_smoothing_factor", "loss", "loss_chunk_size", "symmetric_loss", "similarity_weight")
+OF_THE_LOSS = ("label_smoothing_factor", "loss", "loss_chunk_size", "symmetric_loss")
 
 
 class EmbeddedBatch(NamedTuple):
