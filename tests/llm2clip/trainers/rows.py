@@ -137,11 +137,11 @@ class InOrder(Stage2Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
-    def loss_and_outputs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, outputs = super().loss_and_outputs(model, inputs)
+    def contrastive_loss(self, *args: Any) -> Tensor:
+        loss = super().contrastive_loss(*args)
         if self.broken_loss == (self.args.process_index, self.state.global_step):
             loss = loss + float("nan")  # the gradients stay finite
-        return loss, outputs
+        return loss
 
 
 def keyed_rows(count: int, *broken: int, value: float = float("nan")) -> Rows:

@@ -177,13 +177,13 @@ class AtStep(TrainerCallback):
 
 def at_step(step: int, action: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every Trainer do something within a step."""
-    train = StageTrainer.train_in
+    train = StageTrainer.train
 
     def with_action(self: Any, *args: Any, **kwargs: Any) -> Any:
         self.add_callback(AtStep(step, action))
         return train(self, *args, **kwargs)
 
-    monkeypatch.setattr(StageTrainer, "train_in", with_action)
+    monkeypatch.setattr(StageTrainer, "train", with_action)
 
 
 def interrupt(*_: Any, **__: Any) -> Any:

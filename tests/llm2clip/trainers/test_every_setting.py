@@ -107,7 +107,6 @@ LORA: dict[str, Any] = {
     "save_format": ("adapter", {}, FILES),
 }
 DISTILL: dict[str, Any] = {
-    "similarity_weight": (5.0, {}, WEIGHTS),
     "matryoshka_dims": ([8], {}, WEIGHTS),
     "freeze_embeddings": (True, {}, WEIGHTS),
 }
@@ -282,7 +281,7 @@ def test_settings_that_nobody_means_to_count_are_taken(config: Any, fields: dict
 
 @pytest.mark.parametrize(
     ("make", "name", "value"),
-    [(stage2, "label_smoothing_factor", 0.1), (stage1, "symmetric_loss", True), (distill, "similarity_weight", 2.0)],
+    [(stage2, "label_smoothing_factor", 0.1), (stage1, "symmetric_loss", True)],
 )
 def test_settings_of_a_loss_are_refused_with_a_loss_of_ones_own(
     make: Any, name: str, value: Any, inputs: Inputs, tmp_path: Path
@@ -301,9 +300,9 @@ def test_rows_have_to_say_which_of_them_share_a_caption(inputs: Inputs, tmp_path
         stage2(inputs, tmp_path / "fast", image_rows(tiny.HIDDEN), image_backend="fast").train()
 
 
-def test_a_stage_that_measures_its_loss_alone_takes_no_metrics(inputs: Inputs, tmp_path: Path) -> None:
+def test_rows_are_measured_by_their_loss_alone(inputs: Inputs, tmp_path: Path) -> None:
     trainer = mntp(inputs, tmp_path)
-    with pytest.raises(ValueError, match="this stage measures its loss alone"):
+    with pytest.raises(ValueError, match="compute_metrics is given, but eval_dataset has its loss alone"):
         MNTPTrainer(trainer.model, trainer.args, head=trainer.head, compute_metrics=lambda prediction: {})
 
 

@@ -5,20 +5,21 @@ from __future__ import annotations
 import contextlib
 import logging
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any, ClassVar, cast
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple, cast
 
 import datasets
 import torch
-from accelerate.utils import gather_object, save_fsdp_optimizer
+from accelerate.utils import save_fsdp_optimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import EvalPrediction, PreTrainedModel, ProgressCallback, Trainer
+from transformers import PreTrainedModel, ProgressCallback, Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import ModelOutput
@@ -44,14 +45,14 @@ from llm2clip.trainers.optimizer import SCHEDULE_SETTINGS, OptimizerSettings, ch
 from llm2clip.trainers.progress import TrainingProgress
 from llm2clip.trainers.pushing import PushCallback, open_repo, publish_model, uploader_of
 from llm2clip.trainers.run_context import RunContext
-from llm2clip.trainers.run_state import NoStepsLeft, RunState, StreamPosition, open_skip_log, recalls_before
+from llm2clip.trainers.run_state import RunState, StreamPosition, open_skip_log, recalls_before
 from llm2clip.trainers.saving import callback_states, finite_weights, load_weights
 from llm2clip.trainers.sharding import gathered, is_sharded, prepare_for_engine, undivided
-from llm2clip.trainers.step_guard import Observed, StepGuard, describe
+from llm2clip.trainers.step_guard import Observed, StepGuard
 from llm2clip.trainers.weight_average import average_of
-from llm2clip.utils.embeddings import BROKEN_MODEL, NonFiniteError
+from llm2clip.utils.files import read_json
 from llm2clip.utils.library_errors import explain, wrap_write_errors
-from llm2clip.utils.processes import on_any_process, run_while_others_wait
+from llm2clip.utils.processes import run_while_others_wait
 from llm2clip.utils.settings import refuse
 from llm2clip.utils.tables import RECALL
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
@@ -59,14 +60,23 @@ from modeling_llm2clip.modeling_llm2clip_utils import keep_freed_memory, shorten
 
 logger = logging.getLogger(__name__)
 
-# Settings that are read when a Trainer is made.
-AT_CONSTRUCTION = (
-    *("ema_half_life", "skip_bad_steps", "grace_seconds", "output_dir", "on_error", "max_pixels", "image_backend"),
-    *("image_column", "caption_column", "crop_scale", "data_seed"),
-)
-
 # Settings of the losses that `compute_loss_func` replaces.
-OF_THE_LOSS = ("label_smoothing_factor", "loss", "loss_chunk_size", "symmetric_loss", "similarity_weight")
+OF_THE_LOSS = ("label_smoothing_factor", "loss", "loss_chunk_size", "symmetric_loss")
+
+
+class EmbeddedBatch(NamedTuple):
+    """What the loss of a batch is computed from, of this process.
+
+    Attributes:
+        embeds: Embeddings by name, `(rows, width)` each, of unit length.
+        logit_scale, logit_bias: Scalars, if the model or the settings have them; the scale is not a logarithm.
+        ids: Which rows belong together, `(rows,)` each, or None.
+    """
+
+    embeds: dict[str, Tensor]
+    logit_scale: Tensor | None = None
+    logit_bias: Tensor | None = None
+    ids: Mapping[str, Tensor | None] = MappingProxyType({})
 
 
 class StageTrainer(Trainer):
@@ -76,8 +86,7 @@ class StageTrainer(Trainer):
     samplers. This package's data sets bring their samplers: several processes then see the global batches of one
     process with a larger batch, and a resumed run sees those of an uninterrupted one.
 
-    `evaluate()` measures the loss and the retrieval metrics of `eval_dataset`, whose rows are those of training, and
-    the sets of `retrieval`.
+    `evaluate()` measures the sets of `retrieval`, and the loss of `eval_dataset`, whose rows are those of training.
 
     Args:
         data_collator: By default the stage's collator with `processing_class`.
@@ -85,7 +94,6 @@ class StageTrainer(Trainer):
         eval_dataset: Rows to evaluate, or a mapping from a name to such a data set.
         processing_class: Tokenizer or processor; it is saved with the model.
         retrieval: Retrieval sets by name.
-        compute_metrics: By default retrieval metrics from the embeddings.
         kwargs: See `transformers.Trainer`.
     """
 
@@ -95,8 +103,6 @@ class StageTrainer(Trainer):
     title: ClassVar[str] = "Training"
     # Batch sampler of this package's map-style data sets.
     sampler_class: ClassVar[Callable[..., EpochBatchSampler]] = SampleIndexBatchSampler
-    # Evaluation of `eval_dataset` gives the loss alone, without metrics from the outputs.
-    loss_only: ClassVar[bool] = False
     config_class: ClassVar[type] = StageConfig
     # Of the sets of `retrieval`.
     retrieval_class: ClassVar[type] = CaptionPairData
@@ -116,7 +122,6 @@ class StageTrainer(Trainer):
         processing_class: Any = None,
         *,
         retrieval: Mapping[str, Any] | None = None,
-        compute_metrics: Callable[[EvalPrediction], dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
         if args is None:
@@ -131,8 +136,8 @@ class StageTrainer(Trainer):
             if not isinstance(rows, self.retrieval_class):
                 wanted, given = self.retrieval_class.__name__, type(rows).__name__
                 raise ValueError(f"retrieval[{name!r}] is a {given}, not a {wanted}; rows are eval_dataset.")
-        if compute_metrics is not None and self.loss_only:
-            raise ValueError("compute_metrics is given, but this stage measures its loss alone; leave it out.")
+        if kwargs.get("compute_metrics") is not None:
+            raise ValueError("compute_metrics is given, but eval_dataset has its loss alone; give sets to retrieval.")
         self.args, self.retrieval, self.processing_class = args, retrieval or {}, processing_class
         self._has_eval_rows, self._has_own_collator = eval_dataset is not None, data_collator is not None
         if args.metric_for_best_model == MEAN_RECALL and not self.retrieval:
@@ -141,8 +146,6 @@ class StageTrainer(Trainer):
         # Of a run that pushes: its license, and the models that it is made from.
         self._license: tuple[dict[str, str], list[Base]] | None = None
         self.run: RunContext | None = None
-        # The terms of the loss of this batch by the names in the log, if it has several.
-        self.terms: dict[str, Tensor] = {}
         if model is not None:
             self.prepare_model(model)
         super().__init__(
@@ -153,7 +156,6 @@ class StageTrainer(Trainer):
             # With eval_strategy the Trainer insists on a data set; the names of the retrieval sets serve as one.
             eval_dataset=eval_dataset if self._has_eval_rows else (list(self.retrieval) or None),
             processing_class=processing_class,
-            compute_metrics=compute_metrics or self.retrieval_scores,
             **kwargs,
         )
         if data_collator is None and (collator := self.default_collator()) is not None:
@@ -179,24 +181,13 @@ class StageTrainer(Trainer):
             keep_freed_memory()
         # The losses are means over the batch, so that the Trainer has to divide them by the accumulation steps.
         self.model_accepts_loss_kwargs = False
+        # Batches have a loss without labels.
+        self.can_return_loss = True
 
     # What a stage defines.
 
     def prepare_model(self, model: nn.Module) -> None:
         """Do to a model what the settings say, before it is trained: one given at construction or by `model_init`."""
-
-    def prepare_training(self, run: RunContext) -> dict[str, float]:
-        """Do what comes before the first step, in all processes; returns what to report of it."""
-        return {}
-
-    @property
-    def has_steps(self) -> bool:
-        """Whether there is anything to train after [`initialize_weights`]."""
-        return True
-
-    def initialize_weights(self) -> dict[str, float]:
-        """Compute initial weights from the training data, in all processes; returns what to report of them."""
-        return {}
 
     def default_collator(self) -> Callable[..., Any] | None:
         """Make the collator of the stage; `None` for that of transformers."""
@@ -210,21 +201,35 @@ class StageTrainer(Trainer):
         """Compute the metrics of one of the retrieval sets."""
         raise NotImplementedError
 
-    def loss_and_outputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute the loss of a batch and the outputs that the metrics of `eval_dataset` are computed from.
-
-        The mean over processes is the loss of the batch of all of them, of the rows that [`without_repeats`] keeps.
-        """
+    def embed_batch(self, model: nn.Module, inputs: dict[str, Any]) -> EmbeddedBatch:
+        """Embed a batch of this process with the (wrapped) model, in chunks."""
         raise NotImplementedError
+
+    def loss_views(self, embeds: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        """Yield what the loss compares, the whole embeddings last; the loss of the batch is the mean over these.
+
+        With `matryoshka_dims`, also the first values of the embeddings, of unit length.
+        """
+        for dim in getattr(self.args, "matryoshka_dims", ()):
+            yield {name: shorten(rows, dim) for name, rows in embeds.items()}
+        yield embeds
 
     def contrastive_loss(
         self,
         embeds: Mapping[str, Tensor],
-        logit_scale: Tensor,
+        logit_scale: Tensor | None,
         logit_bias: Tensor | None,
         ids: Mapping[str, Tensor | None],
     ) -> Tensor:
-        """Compute the loss of a batch from its embeddings; override it for a loss of your own."""
+        """Compute the loss of a batch from its embeddings; override it for a loss of your own.
+
+        Args:
+            embeds, logit_scale, logit_bias, ids: See [`EmbeddedBatch`]. The losses of [`llm2clip.losses`] gather the
+                embeddings of the other processes.
+
+        Returns:
+            A scalar whose mean over the processes is the loss of the batch of all of them.
+        """
         raise NotImplementedError
 
     def save_result(self, output_dir: str | Path) -> None:
@@ -237,11 +242,6 @@ class StageTrainer(Trainer):
     def complete_result(self, output_dir: str | Path) -> None:
         """Add to the saved model what takes long or much memory; called in all processes when all else is saved."""
 
-    @staticmethod
-    def retrieval_scores(prediction: EvalPrediction) -> dict[str, float | int]:
-        """Compute retrieval metrics from the embeddings of `eval_dataset` and their [`eval_labels`]."""
-        raise NotImplementedError
-
     def comparison(self, evaluations: list[Evaluation]) -> str:
         """Return a table for the card, in Markdown, beside that of the recalls."""
         return ""
@@ -249,10 +249,6 @@ class StageTrainer(Trainer):
     def frozen_inputs(self) -> dict[str, str | None]:
         """Identify what a run reads and its checkpoints do not contain, by name in words."""
         return {}
-
-    def eval_labels(self, inputs: dict[str, Any], num_rows: int) -> Any:
-        """Which rows of a batch belong together: labels for `compute_metrics`. By default, each with itself."""
-        return torch.zeros(num_rows, device=self.args.device)
 
     # Training.
 
@@ -268,19 +264,6 @@ class StageTrainer(Trainer):
         if self.is_deepspeed_enabled:
             refuse(self.args, ["skip_bad_steps"], "DeepSpeed updates weights in backward")
 
-    def _hp_search_setup(self, trial: Any) -> None:
-        """Also prepare a new model of `model_init`, which the Trainer has made just before."""
-        before = dict(vars(self.args))
-        super()._hp_search_setup(trial)
-        fixed = [name for name in AT_CONSTRUCTION if getattr(self.args, name, None) != before.get(name)]
-        if fixed:
-            raise ValueError(f"a search cannot vary {', '.join(fixed)}: it is read when the Trainer is made.")
-        if self.model_init is not None:
-            run = cast(RunContext, self.run)
-            run.take_settings()
-            self.prepare_model(cast(nn.Module, self.model))
-            self._begin(run, self.prepare_training(run))
-
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
     ) -> TrainOutput:
@@ -292,49 +275,33 @@ class StageTrainer(Trainer):
         """
         # The rows of an iterable data set of others depend on the number of processes.
         elastic = isinstance(self.train_dataset, SampleStream) or not isinstance(self.train_dataset, IterableDataset)
-        with RunContext(self.args, resume_from_checkpoint, elastic=elastic) as run:
-            return self.train_in(run, trial, ignore_keys_for_eval)
+        with contextlib.ExitStack() as stack:
+            if self.run is None or not self.run.is_open:
+                self.run = stack.enter_context(RunContext(self.args, resume_from_checkpoint, elastic=elastic))
+            run = self.run
+            # Another number of processes may have changed it.
+            self._train_batch_size = self.args.train_batch_size
+            unlist_result(self.args)
+            stack.callback(self.progress.close)
+            stack.enter_context(self.run_state.resumed(run.checkpoint))
+            stack.enter_context(self.guard.on_sigterm())
+            prepare_for_engine(self.accelerator, cast(nn.Module, self.model))
+            self.run_state.inputs = run.compare_inputs(lambda: data_inputs(self.train_dataset) | self.frozen_inputs())
+            try:
+                output = super().train(
+                    None if run.checkpoint is None else str(run.checkpoint), trial, ignore_keys_for_eval
+                )
+            except pickle.UnpicklingError as error:
+                raise ValueError(f"{run.checkpoint}: {explain(error)}") from error
+        return output._replace(metrics={**output.metrics, **recalls_before(self.state.log_history)})
 
-    def train_in(self, run: RunContext, trial: Any = None, ignore_keys_for_eval: Any = None) -> TrainOutput:
-        """Train in the context of a run; see [`train`]. `train_loss` is the mean over all steps of the run."""
-        self.run = run
-        # Another number of processes may have changed it.
-        self._train_batch_size = self.args.train_batch_size
-        unlist_result(self.args)
-        checkpoint = None if run.checkpoint is None else str(run.checkpoint)
-        try:
-            prepared: dict[str, float] = self.prepare_training(run) if self.model_init is None else {}
-            with self.run_state.resumed(run.checkpoint), self.guard.on_sigterm():
-                if self.model_init is None:
-                    self._begin(run, prepared)
-                if not self.has_steps:
-                    self.log(dict(self.run_state.initial))
-                    return TrainOutput(0, 0.0, dict(self.run_state.initial))
-                try:
-                    output = super().train(checkpoint, trial, ignore_keys_for_eval)
-                except NoStepsLeft:
-                    output = self._end_without_steps()
-                except pickle.UnpicklingError as error:
-                    raise ValueError(f"{checkpoint}: {explain(error)}") from error
-        finally:
-            self.progress.close()
-        metrics = {**output.metrics, **self.run_state.initial, **recalls_before(self.state.log_history)}
-        return TrainOutput(output.global_step, metrics["train_loss"], metrics)
-
-    def _begin(self, run: RunContext, prepared: dict[str, float]) -> None:
-        """Compare what the run reads, and compute its initial weights, when model and data are prepared."""
-        prepare_for_engine(self.accelerator, cast(nn.Module, self.model))
-        self.run_state.inputs = run.compare_inputs(lambda: data_inputs(self.train_dataset) | self.frozen_inputs())
-        self.run_state.initial = {**prepared, **(self.initialize_weights() if run.checkpoint is None else {})}
-
-    def _end_without_steps(self) -> TrainOutput:
-        metrics = {"total_flos": self.state.total_flos, "train_loss": 0.0}
-        self.log(metrics)
-        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
-            self._load_best_model()
-        self.is_in_train = False
-        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
-        return TrainOutput(self.state.global_step, 0.0, metrics)
+    def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
+        """Count epochs and steps: none for a run that has made all of them, where the Trainer would make one more."""
+        num_epochs, *others, max_steps = super().set_initial_training_values(*args, **kwargs)
+        checkpoint = cast(RunContext, self.run).checkpoint
+        if checkpoint is not None and read_json(checkpoint / TRAINER_STATE_NAME)["global_step"] >= max_steps:
+            num_epochs = 0
+        return num_epochs, *others, max_steps
 
     def batch_sampler(self) -> EpochBatchSampler:
         """Make the batch sampler of this package's map-style data sets, for all processes."""
@@ -383,48 +350,39 @@ class StageTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        loss, outputs = self.loss_and_outputs(model, {name: x for name, x in inputs.items() if name != "keys"})
+        """Compute the loss of a batch: embed it, and compare.
+
+        It is that of this process in training, whose mean over the processes is the loss of the batch of all of them,
+        and that mean in an evaluation, of which the Trainer makes a mean over the rows.
+        """
+        inputs = dict(inputs)
+        keys = inputs.pop("keys", None)
+        self.run_state.skipped.add(inputs.pop("skipped", []))
         if model.training:
-            self.guard.observe(self._observed(loss, outputs, inputs), self.accelerator.sync_gradients)
+            self.run_state.cut_captions.add(inputs.get("num_truncated", 0))
+        batch = self.embed_batch(model, inputs)
+        rows: dict[str, Any] = {**batch.embeds, **batch.ids}
+        if not model.training:
+            rows = rows_that_count(rows, self.accelerator)
+        ids = {name: rows[name] for name in batch.ids}
+        losses = []
+        for view in self.loss_views({name: rows[name] for name in batch.embeds}):
+            if self.compute_loss_func is None:
+                losses.append(self.contrastive_loss(view, batch.logit_scale, batch.logit_bias, ids))
+            else:
+                output = ModelOutput(**view, logit_scale=batch.logit_scale, logit_bias=batch.logit_bias)
+                losses.append(self.compute_loss_func(output, ids or None, num_items_in_batch=None))
+        loss = torch.stack(losses).mean()
+        # The states of tokens, (rows, tokens, width), may be anything where there is padding.
+        observed = Observed.of(loss, [embeds for embeds in batch.embeds.values() if embeds.dim() == 2], keys)
+        if model.training:
+            self.guard.observe(observed, self.accelerator.sync_gradients)
             if self.compute_loss_func is not None:  # whose loss the Trainer does not divide
                 loss = loss / self.current_gradient_accumulation_steps
-        return (loss, outputs) if return_outputs else loss
-
-    def loss_of(
-        self,
-        embeds: Mapping[str, Tensor],
-        logit_scale: Tensor | None,
-        logit_bias: Tensor | None,
-        ids: Mapping[str, Tensor | None],
-        dims: Sequence[int] = (),
-    ) -> Tensor:
-        """Compute the loss of a batch by `compute_loss_func`, if that was given, or by [`contrastive_loss`].
-
-        Args:
-            dims: The loss is the mean over the embeddings and their first `dims` values, of unit length (Matryoshka).
-        """
-        # The whole embeddings are last, as what a loss keeps of its last call is logged.
-        parts = [*({name: shorten(rows, dim) for name, rows in embeds.items()} for dim in dims), embeds]
-        if (given := self.compute_loss_func) is None:
-            losses = [self.contrastive_loss(part, cast(Tensor, logit_scale), logit_bias, ids) for part in parts]
         else:
-            scalars = {"logit_scale": logit_scale, "logit_bias": logit_bias}
-            losses = [
-                given(ModelOutput(**part, **scalars), dict(ids) or None, num_items_in_batch=None) for part in parts
-            ]
-        return torch.stack(losses).mean()
-
-    def _observed(self, loss: Tensor, outputs: dict[str, Tensor], inputs: dict[str, Any]) -> Observed:
-        # Without embeddings, the outputs are states, of which those of padding may be anything.
-        return Observed.of(loss, () if self.loss_only else outputs.values(), inputs.get("keys"))
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Make a step; see [`~transformers.Trainer.training_step`]."""
-        loss = super().training_step(model, inputs, *args, **kwargs)
-        # As the Trainer divides the loss.
-        terms = {name: term / self.current_gradient_accumulation_steps for name, term in self.terms.items()}
-        self.run_state.totals.add(loss, terms, inputs.get("num_truncated", 0), self.args.logging_nan_inf_filter)
-        return loss
+            observed.require_finite(f"evaluation at step {self.state.global_step}")
+            loss = cast(Tensor, self.accelerator.reduce(loss, "mean"))
+        return (loss, batch.embeds) if return_outputs else loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
@@ -432,18 +390,9 @@ class StageTrainer(Trainer):
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log; see [`~transformers.Trainer.log`]. The losses are those of an uninterrupted run."""
-        totals = self.run_state.totals
+        """Log; see [`~transformers.Trainer.log`]: also how many captions were cut and samples skipped so far."""
         if "loss" in logs or "train_loss" in logs:
-            totals.gather()
-            if totals.cut_captions:
-                logs["cut_captions"] = totals.cut_captions
-        if "loss" in logs:
-            logs |= totals.take()
-        if "train_loss" in logs:
-            logs["train_loss"] = totals.mean_loss()
-        if skipped := self.run_state.skipped.count():
-            logs["skipped_samples"] = skipped
+            logs |= self.run_state.counts()
         if self.average is not None and self.average.in_model and any(name.startswith("eval_") for name in logs):
             logs["eval_ema_half_life"] = self.average.half_life
         super().log(logs, start_time)
@@ -561,28 +510,6 @@ class StageTrainer(Trainer):
 
     # Evaluation.
 
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[Tensor, Any, Any]:
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        observed = self._observed(loss, outputs, inputs)
-        if on_any_process(observed.is_broken()):
-            what = describe(gather_object([observed.report()]))
-            raise NonFiniteError(f"evaluation at step {self.state.global_step}: {what}. {BROKEN_MODEL}")
-        # The loss of the batch of all processes, which the Trainer weights with their rows.
-        loss = cast(Tensor, self.accelerator.reduce(loss, "mean"))
-        if prediction_loss_only or self.loss_only:
-            return loss, None, None
-        embeds = tuple(rows for name, rows in outputs.items() if name not in (ignore_keys or ()))
-        return loss, embeds, self.eval_labels(inputs, len(embeds[0]))
-
-    def without_repeats(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Drop the rows that only fill the last batch of an evaluation; see [`rows_that_count`]."""
-        is_training = cast(nn.Module, self.model).training
-        return batch if is_training else rows_that_count(batch, self.accelerator)
-
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
@@ -652,10 +579,11 @@ class StageTrainer(Trainer):
         if run is None:
             with RunContext(self.args) as run:
                 return self.fit(run)
+        self.run = run
         if self.is_world_process_zero():
             self._revisions = DataRevisions(getattr(self.args, "eval_sources", {}))
             run.at_end(self._revisions.close)
-        metrics = self.train_in(run).metrics
+        metrics = self.train().metrics
         # Before the evaluation, so that a failing one loses nothing.
         self.accelerator.wait_for_everyone()
         self.merge_result()

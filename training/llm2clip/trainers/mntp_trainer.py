@@ -6,15 +6,16 @@ It adapts a decoder to bidirectional attention: tokens are masked, and the state
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.modeling_outputs import BaseModelOutput
 
 from llm2clip.losses.gather import exchange_counts
 from llm2clip.trainers.base_config import refuse_unfollowed
+from llm2clip.trainers.base_trainer import EmbeddedBatch
 from llm2clip.trainers.mntp_config import MNTPConfig
 from llm2clip.trainers.mntp_data import MaskCollator
 from llm2clip.trainers.sharding import is_divided
@@ -47,7 +48,6 @@ class MNTPTrainer(TextTowerTrainer):
     """
 
     title = "MNTP"
-    loss_only = True
     config_class: ClassVar[type] = MNTPConfig
     args: MNTPConfig
 
@@ -69,20 +69,35 @@ class MNTPTrainer(TextTowerTrainer):
         tokenizer: Any = self.processing_class
         return None if tokenizer is None else MaskCollator(copy.deepcopy(tokenizer), self.args)
 
-    def loss_and_outputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def embed_batch(self, model: nn.Module, inputs: dict[str, Any]) -> EmbeddedBatch:
         inputs = dict(inputs)
         labels = inputs.pop("labels")
-        states = model(**inputs).last_hidden_state
-        rows, count = self.without_repeats({"states": states, "labels": labels}), None
+        return EmbeddedBatch({"last_hidden_state": model(**inputs).last_hidden_state}, ids={"labels": labels})
+
+    def contrastive_loss(
+        self,
+        embeds: Mapping[str, Tensor],
+        logit_scale: Tensor | None,
+        logit_bias: Tensor | None,
+        ids: Mapping[str, Tensor | None],
+    ) -> Tensor:
+        """Compute the loss of a batch from its states; override it for a loss of your own.
+
+        Args:
+            embeds: `last_hidden_state` of this process, `(rows, tokens, hidden_size)`.
+            logit_scale, logit_bias: None.
+            ids: `labels`, `(rows, tokens)`: the original token where it was masked, and -100 elsewhere.
+
+        Returns:
+            A scalar whose mean over the processes is the loss of the batch of all of them.
+        """
+        labels, count = cast(Tensor, ids["labels"]), None
         if not self.model.training:
             # In training, every process has the same weight, as in the original code.
-            counts = exchange_counts([int((rows["labels"][:, 1:] != IGNORED).sum())], labels.device)
+            counts = exchange_counts([int((labels[:, 1:] != IGNORED).sum())], labels.device)
             count = sum(scored for (scored,) in counts) / len(counts)
-        outputs = {"last_hidden_state": states}
-        if self.compute_loss_func is not None:
-            return self.compute_loss_func(BaseModelOutput(**outputs), labels, num_items_in_batch=None), outputs
         softcap = getattr(self.unwrapped().config.decoder_config, "final_logit_softcapping", None)
-        return masked_next_token_loss(**rows, head=self.head, softcap=softcap, count=count), outputs
+        return masked_next_token_loss(embeds["last_hidden_state"], labels, self.head, softcap, count)
 
 
 def masked_next_token_loss(

@@ -72,6 +72,7 @@ class RunContext:
         checkpoint: Where the run starts; None at the beginning.
         settings: The settings of the run as JSON.
         changed: Names of the settings that differ from those of the run that is continued.
+        is_open: Whether the run has begun and not ended.
 
     Raises:
         ValueError: On entering: another run uses the folder, the checkpoint is damaged, settings differ that change
@@ -84,6 +85,7 @@ class RunContext:
     ) -> None:
         self.args, self.resume, self.is_command, self.elastic = args, resume, is_command, elastic
         self.checkpoint: Path | None = None
+        self.is_open = False
         self.changed: set[str] = set()
         self.settings: dict[str, Any] = {}
         # Of a run that goes on on other processes, which keeps its own.
@@ -106,11 +108,13 @@ class RunContext:
             if self.is_command and args.should_save:
                 self._store_settings()
             self._lock = stack.pop_all()
+        self.is_open = True
         return self
 
     def __exit__(self, *error: Any) -> None:
         if error[0] is None and self.is_command:
             list_result(self.args)
+        self.is_open = False
         self._lock.close()
 
     def at_end(self, function: Callable[[], None]) -> None:

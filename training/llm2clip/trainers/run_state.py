@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather, gather_object
-from torch import Tensor
+from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -25,12 +24,7 @@ from llm2clip.utils.tables import BEFORE, RECALL
 logger = logging.getLogger(__name__)
 
 RUN_STATE = "run_state.json"
-TOTALS, SKIPPED, STREAM, INPUTS = "totals", "skipped", "stream", "inputs"
-LOSS = "loss"
-
-
-class NoStepsLeft(Exception):  # noqa: N818
-    """All steps of a run are done before the first one of this process."""
+CUT_CAPTIONS, SKIPPED, STREAM, INPUTS = "cut_captions", "skipped", "stream", "inputs"
 
 
 def read_run_state(checkpoint: Path) -> dict[str, Any]:
@@ -47,22 +41,20 @@ def open_skip_log(args: StageConfig) -> SkipLog | None:
 
 
 class RunState(TrainerCallback):
-    """Counts the losses, the cut captions and the skipped samples of a run, and the rows of its stream.
+    """Counts the cut captions and the skipped samples of a run, and the rows of its stream.
 
     Attributes:
-        totals, skipped, stream: What is counted; `stream` is None for data sets with random access.
+        cut_captions, skipped, stream: What is counted; `stream` is None for data sets with random access.
         inputs: What the run reads, by name in words; see [`RunContext.compare_inputs`].
-        initial: What was computed before the first step, with which the log begins.
         measure_before: Measures the model before the first step.
     """
 
     def __init__(
         self, skip_log: SkipLog | None, stream: StreamPosition | None, measure_before: Callable[[], None]
     ) -> None:
-        self.totals, self.skipped, self.stream = Totals(), SkippedSamples(skip_log), stream
+        self.cut_captions, self.skipped, self.stream = CutCaptions(), SkippedSamples(skip_log), stream
         self.measure_before = measure_before
         self.inputs: Mapping[str, Any] = {}
-        self.initial: Mapping[str, Any] = {}
         self._stored: dict[str, Any] = {}
 
     @contextmanager
@@ -78,31 +70,35 @@ class RunState(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         # The Trainer would go on with the logging_steps, eval_steps, save_steps of the checkpoint.
         state.compute_steps(args, state.max_steps)
-        self.totals.begin(self._stored.get(TOTALS, {}), args.device)
+        self.cut_captions.begin(self._stored.get(CUT_CAPTIONS, 0))
         self.skipped.begin(self._stored.get(SKIPPED, []), args.process_index)
-        if self.initial and not state.global_step:
-            state.log_history.append({**self.initial, "step": 0})
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps > 0:
-            raise NoStepsLeft  # the Trainer would make one more
         if not state.global_step:
             self.measure_before()
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.totals.end_step()
         if self.stream is not None:
             # The Trainer counts the batches since the resume, of an epoch of max_steps.
             state.epoch = self.stream.rows(state.global_step) / self.stream.stream.num_rows
 
+    def counts(self) -> dict[str, int]:
+        """Count what all processes have cut and skipped, for the log; called in all of them."""
+        counts = {"cut_captions": self.cut_captions.count(), "skipped_samples": self.skipped.count()}
+        return {name: count for name, count in counts.items() if count}
+
     def gather(self) -> None:
         """Gather what all processes count, before [`save`]; called in all of them."""
-        self.totals.gather()
+        self.cut_captions.count()
         self.skipped.gather()
 
     def save(self, checkpoint: Path, step: int) -> None:
         """Write it into a checkpoint; called in the main process."""
-        values = {TOTALS: self.totals.state(), SKIPPED: self.skipped.sizes, INPUTS: dict(self.inputs)}
+        values: dict[str, Any] = {
+            CUT_CAPTIONS: self.cut_captions.total,
+            SKIPPED: self.skipped.sizes,
+            INPUTS: dict(self.inputs),
+        }
         if self.stream is not None:
             values[STREAM] = self.stream.state(step)
         write_json(checkpoint / RUN_STATE, values)
@@ -119,67 +115,24 @@ def recalls_before(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {name.replace("eval_", BEFORE, 1): value for name, value in recalls.items()}
 
 
-class Totals:
-    """Sums with which a resumed run logs the numbers of an uninterrupted one.
-
-    The Trainer's own sums start at the resume: its next logged loss leaves out the steps between the last entry of the
-    log and the checkpoint, and its mean loss is that of the last part of the run.
-    """
+class CutCaptions:
+    """Counts the captions that were cut, in all processes, from the first step of a run to the present one."""
 
     def __init__(self) -> None:
-        self.begin({}, torch.device("cpu"))
+        self.total = self._new = 0
 
-    def begin(self, stored: Mapping[str, Any], device: torch.device) -> None:
-        """Begin a run, or continue with what [`state`] returned."""
-        # Sums over the steps that are logged, and the number of all steps.
-        self.loss, self.steps = stored.get("loss", 0.0), stored.get("steps", 0)
-        # Those since the last entry of the log: of the loss, and of its terms by their names in the log.
-        unlogged = {LOSS: 0.0, **stored.get("unlogged", {})}
-        self.unlogged = {name: torch.tensor(value, device=device) for name, value in unlogged.items()}
-        self.unlogged_steps = stored.get("unlogged_steps", 0)
-        self.cut_captions, self._new_cut_captions = stored.get("cut_captions", 0), 0
+    def begin(self, stored: int) -> None:
+        """Begin a run, or continue one that had counted so many."""
+        self.total, self._new = stored, 0
 
-    def end_step(self) -> None:
-        """Count an optimizer step."""
-        self.steps += 1
-        self.unlogged_steps += 1
+    def add(self, number: int) -> None:
+        """Count those of a batch of this process."""
+        self._new += number
 
-    def add(self, loss: Tensor, terms: Mapping[str, Tensor], cut_captions: int = 0, filtered: bool = True) -> None:
-        """Count a batch of this process: its share of the loss of a step, and its captions that were cut.
-
-        Args:
-            terms: The same share of each term of the loss.
-            filtered: A loss that is not finite counts as the mean of those since the last entry of the log, as with
-                `logging_nan_inf_filter` in the Trainer; so do its terms.
-        """
-        for name, value in {LOSS: loss, **terms}.items():
-            before = self.unlogged.get(name, torch.zeros_like(value))
-            instead = before / (1 + self.unlogged_steps)
-            self.unlogged[name] = before + (torch.where(loss.isfinite(), value, instead) if filtered else value)
-        self._new_cut_captions += cut_captions
-
-    def gather(self) -> None:
-        """Replace the sums of this process by those of all processes, which all have to call this."""
-        self.unlogged = {name: gather(value[None]).mean() for name, value in self.unlogged.items()}
-        self.cut_captions += int(sum_over_processes(torch.tensor(self._new_cut_captions)))
-        self._new_cut_captions = 0
-
-    def take(self) -> dict[str, float]:
-        """Return the mean loss of the steps since the last entry of the log, and its terms, after [`gather`]."""
-        sums = {name: value.item() for name, value in self.unlogged.items()}
-        means = {name: value / max(1, self.unlogged_steps) for name, value in sums.items()}
-        self.loss += sums[LOSS]
-        self.unlogged, self.unlogged_steps = {LOSS: torch.zeros_like(self.unlogged[LOSS])}, 0
-        return means
-
-    def mean_loss(self) -> float:
-        """Return the mean loss of all steps, after [`gather`]."""
-        return (self.loss + self.unlogged[LOSS].item()) / max(1, self.steps)
-
-    def state(self) -> dict[str, Any]:
-        """Return what a checkpoint contains, after [`gather`]."""
-        values = {name: getattr(self, name) for name in ("loss", "steps", "unlogged_steps", "cut_captions")}
-        return {**values, "unlogged": {name: value.item() for name, value in self.unlogged.items()}}
+    def count(self) -> int:
+        """Count those of all processes, which all have to call this."""
+        self.total, self._new = self.total + int(sum_over_processes(torch.tensor(self._new))), 0
+        return self.total
 
 
 class SkippedSamples:
