@@ -31,8 +31,8 @@ class Stage2Collator:
     A row is a dict from any map-style or iterable data set, [`CaptionImageDataset`] being one. All rows of a batch
     need the same keys:
 
-    - the image as `pixel_values` (3, H, W), as `vision_states` (tokens, width) that frozen layers made of it, or as
-      `image`: a PIL image, encoded bytes or a path, prepared by the processor as in evaluation, or cropped at random;
+    - the image as `pixel_values` (3, H, W), or as `image`: a PIL image, encoded bytes or a path, prepared by the
+      processor as in evaluation, or cropped at random;
     - its caption as `llm_embeds` (hidden_size,), as `input_ids` (L,) with optional `attention_mask` and
       `pooling_mask`, where L may differ between rows, or as `caption`: a text for the cache or else the processor, or
       a list of texts, one of which is drawn by torch's random numbers, as crops are;
@@ -42,7 +42,7 @@ class Stage2Collator:
 
     The batch contains, for n rows:
 
-    - `pixel_values` (n, 3, H, W) or `vision_states` (n, tokens, width);
+    - `pixel_values` (n, 3, H, W);
     - `llm_embeds` (n, hidden_size) in the dtype of the cache or the rows, or `input_ids` (n, L) and `attention_mask`,
       padded on the left, with `pooling_mask` if the rows have one;
     - `caption_ids` (n,) and `image_caption_ids` (n, K), padded with -1, if the rows have ids: caption j is a correct
@@ -149,8 +149,7 @@ class Stage2Collator:
         row = {names.get(name, name): value for name, value in row.items() if name not in hidden}
         key = str(row.get("key") or _name(row, number))
         try:
-            is_prepared = bool({"pixel_values", "vision_states"} & set(row))
-            if self.image_processor is not None and "image" in row and not is_prepared:
+            if self.image_processor is not None and "image" in row and "pixel_values" not in row:
                 row["pixel_values"], row["_prepared"] = self._prepared(row.pop("image"), key), True
             if "caption" in row and not {"llm_embeds", "input_ids"} & set(row):
                 captions = RowCaptions.of(row, key, ["caption"], None)
@@ -174,19 +173,18 @@ class Stage2Collator:
         return f", but has {', '.join(name for name in row if name != '_prepared')} ({columns})"
 
     def _images(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        for name in ("pixel_values", "vision_states"):
-            if name in rows[0]:
-                # Without a crop_scale, the data set may have prepared the image by the other settings.
-                given = {"crop_scale": self.crop_scale and list(self.crop_scale), "image_backend": self.image_backend}
-                for setting, default in (("crop_scale", list(DEFAULT_CROP)), ("image_backend", "exact")):
-                    if self.crop_scale and given[setting] != default and not rows[0].get("_prepared"):
-                        raise ValueError(
-                            f"{setting} is {given[setting]}, but the rows have {name}, which are prepared already; "
-                            "leave it unset, or give rows with an image."
-                        )
-                return {name: torch.stack([torch.as_tensor(values) for values in _column(rows, name)])}
+        if "pixel_values" in rows[0]:
+            # Without a crop_scale, the data set may have prepared the image by the other settings.
+            given = {"crop_scale": self.crop_scale and list(self.crop_scale), "image_backend": self.image_backend}
+            for setting, default in (("crop_scale", list(DEFAULT_CROP)), ("image_backend", "exact")):
+                if self.crop_scale and given[setting] != default and not rows[0].get("_prepared"):
+                    raise ValueError(
+                        f"{setting} is {given[setting]}, but the rows have pixel_values, which are prepared already; "
+                        "leave it unset, or give rows with an image."
+                    )
+            return {"pixel_values": torch.stack([torch.as_tensor(x) for x in _column(rows, "pixel_values")])}
         if "image" not in rows[0]:
-            raise ValueError(f"A row needs pixel_values, vision_states or image{self._lacks(rows[0])}.")
+            raise ValueError(f"A row needs pixel_values or image{self._lacks(rows[0])}.")
         raise ValueError("Rows with an image need Stage2Collator(processor=...) with an image processor.")
 
     def _captions(self, rows: Sequence[dict[str, Any]], stored: np.ndarray | None) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 from transformers import AutoProcessor
 
 from llm2clip.data import CaptionSource
+from llm2clip.encoders.image_features import ImageFeatures
 from llm2clip.encoders.stored import StoredEncoder
 from llm2clip.evaluation.data import RetrievalData
 from llm2clip.evaluation.protocols.retrieval import image_text_metrics
@@ -20,9 +22,11 @@ from llm2clip.quickstart.ledger import Step
 from llm2clip.quickstart.run_context import RunContext
 from llm2clip.quickstart.text_steps import has_checkpoint, remove_checkpoints
 from llm2clip.store import EmbeddingCache
-from llm2clip.trainers import run_stage2
-from llm2clip.trainers.freezing import open_features
+from llm2clip.trainers import run_align, run_stage2
+from llm2clip.trainers.align_recipe import AlignRecipe
+from llm2clip.trainers.parts import plan_parts
 from llm2clip.trainers.stage2_config import Stage2Recipe
+from llm2clip.trainers.stored_rows import open_features
 from llm2clip.utils.files import read_json
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.settings import build_config
@@ -74,15 +78,20 @@ def stage2_config(run: RunContext, arm: Arm) -> Stage2Recipe:
 def _features(run: RunContext, resume: bool) -> dict[str, Any]:
     """Store the features of all images, which every run reads."""
     data = run.data
-    config = stage2_config(run, run.arms[0])
-    model, processor = run_stage2.load_model(config)
-    model.vision_model.to(process_state().device)
+    part = plan_parts(stage2_config(run, run.arms[0]))[0]
+    model, processor = run_align.open_model(part) if isinstance(part, AlignRecipe) else run_stage2.open_model(part)
     sources = [
         data.source(split, [data.query_column]) for split in dict.fromkeys((data.train, data.validation, data.test))
     ]
     tables = [RetrievalData.from_source(source).images for source in sources]
-    features = open_features(config, model, processor.image_processor, tables)
+    features = _open_features(run, model, processor, tables)
     return {"images": len(features), "width": features.width}
+
+
+def _open_features(run: RunContext, model: Any, processor: Any, images: list[Any]) -> ImageFeatures:
+    """Open the features of images, after computing those that are not stored yet."""
+    dtype = run.settings("stage2", {}).get("feature_dtype", "float32")
+    return open_features(model, processor.image_processor, images, run.cache("features"), dtype=dtype)
 
 
 def _align(run: RunContext, arm: Arm, resume: bool) -> dict[str, Any]:
@@ -92,13 +101,15 @@ def _align(run: RunContext, arm: Arm, resume: bool) -> dict[str, Any]:
     columns = run.data.queries(arm.kind)
     test = _measure(run, arm, folder, {name: run.data.test_source(column) for name, column in columns.items()})
     remove_checkpoints(folder)
+    for part in folder.glob("part[0-9]*"):
+        shutil.rmtree(part)
     history = read_json(folder / "trainer_state.json")["log_history"]
     return {"test": test, "validation": metrics[BEST_BY], "history": history}
 
 
 def stored_encoder(run: RunContext, arm: Arm, model: Any, processor: Any, images: Any) -> StoredEncoder:
     """Let a model of a text encoder read its captions' embeddings, and the images' features, from the run's caches."""
-    features = open_features(stage2_config(run, arm), model, processor.image_processor, [images])
+    features = _open_features(run, model, processor, [images])
     return StoredEncoder(model, processor, EmbeddingCache.open(run.cache(arm.name)).lookup, features)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def run_parts(config: Stage2Recipe, train: Train, resume: bool) -> dict[str, Any
         folder, is_last = Path(part.output_dir), number == len(planned)
         if len(planned) > 1:
             logger.info("Part %d of %d: %s.", number, len(planned), folder)
-        if resume and not is_last and on_main_process(lambda folder=folder: is_whole(folder)):
+        if resume and not is_last and on_main_process(partial(is_whole, folder)):
             compare_finished(part, folder)
             logger.info("It is finished.")
         else:

@@ -65,14 +65,20 @@ Measured = Callable[[], Mapping[str, Mapping[str, float | int]]]
 Solved = tuple[LLM2CLIPModel, LLM2CLIPProcessor, dict[str, Any], Measured]
 
 
-def _align_both(config: AlignRecipe, retrieval: Mapping[str, RetrievalData]) -> Solved:
-    """Solve for the maps of both towers."""
+def open_model(config: AlignRecipe) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
+    """Make the model whose maps are solved for, and its processor."""
     fields: dict[str, Any] = {"projection_dim": config.projection_dim or DEFAULT_WIDTH, "standardize_vision": True}
     fields |= {"vision_pooling": config.vision_pooling} if config.vision_pooling else {}
     fields |= {"adapter_num_layers": config.adapter_num_layers} if config.adapter_num_layers is not None else {}
     # What residual heads add to the maps begins near 0.
     model, processor = make_model(config, initializer="normal", **fields)
     describe_text_model(model)
+    return model, processor
+
+
+def _align_both(config: AlignRecipe, retrieval: Mapping[str, RetrievalData]) -> Solved:
+    """Solve for the maps of both towers."""
+    model, processor = open_model(config)
     captions, images = _open(config, model, processor, retrieval)
     pairs = store_pairs(
         model,
@@ -160,7 +166,7 @@ def _save(
     make_readable_by_version_4(folder)
     write_sentence_transformers_files(folder)
     log = [{**metrics, "step": 0}]
-    evaluations = latest_evaluations(sets, log, config.eval_sources, "image-text retrieval", None)
+    evaluations = latest_evaluations(sets, log, config.eval_sources, "image-text retrieval", None, wait=True)
     write_model_card(config, model, processor, task=JOINT_TASK, evaluations=evaluations, history=log)
     write_json(folder / SETTINGS, asdict(config))
     list_model(folder)

@@ -39,7 +39,7 @@ from llm2clip.utils.files import digest_json
 from llm2clip.utils.processes import run_while_others_wait
 from llm2clip.utils.settings import refuse
 from llm2clip.utils.vision_identity import preprocessing
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
+from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.modeling_llm2clip_utils import OWN_TEXT_MODEL, TEXT_MODEL
 
 
@@ -118,7 +118,7 @@ class Stage2Trainer(StageTrainer):
             fingerprint = model.config.text_model_fingerprint
             refuse_other_encoder(self.cache.path, self.cache.manifest, fingerprint, None)
             if fingerprint is not None:
-                refuse_other_prompt(self.cache.path, self.cache.manifest, model.config)
+                refuse_other_prompt(self.cache.path, self.cache.manifest, cast(LLM2CLIPConfig, model.config))
         if trains_lora(model.text_model):
             if self.cache is not None:
                 raise ValueError("LoRA trains the LLM, so that stored embeddings would be stale; leave cache unset.")
@@ -134,8 +134,8 @@ class Stage2Trainer(StageTrainer):
         return collator.for_evaluation() if isinstance(collator, Stage2Collator) else collator
 
     def batch_sampler(self) -> EpochBatchSampler:
-        several = len(getattr(self.train_dataset, "starts", ())) > 2
-        if several and self.train_dataset.mixing == "one_source_per_step":
+        dataset: Any = self.train_dataset
+        if len(getattr(dataset, "starts", ())) > 2 and dataset.mixing == "one_source_per_step":
             return self.make_sampler(OneSourceBatchSampler)
         return super().batch_sampler()
 
@@ -197,7 +197,7 @@ class Stage2Trainer(StageTrainer):
     def contrastive_loss(
         self,
         embeds: Mapping[str, Tensor],
-        logit_scale: Tensor,
+        logit_scale: Tensor | None,
         logit_bias: Tensor | None,
         ids: Mapping[str, Tensor | None],
     ) -> Tensor:
