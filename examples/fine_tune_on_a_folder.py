@@ -46,8 +46,7 @@ def main() -> None:
     train, test = (json.dumps({"path": data, "split": split}) for split in ("train", "test"))
     embed = ["--text-model-name-or-path", model, "--sources", f"[{train}, {test}]", "--output-dir", cache]
     stage2 = ["--model-name-or-path", model, "--sources", f"[{train}]", "--embedding-cache", cache]
-    stage2 += ["--output-dir", tuned, "--frozen-states-dir", f"{output}/vision_states"]
-    stage2 += ["--per-device-train-batch-size", str(arguments.batch_size)]
+    stage2 += ["--output-dir", tuned, "--per-device-train-batch-size", str(arguments.batch_size)]
     test = ["--benchmark", test, "--output", f"{output}/results"]
     training = [["embed", *embed], ["stage2", "stage2_folder_cpu", *stage2]]
     for command in (["evaluate", model, *test], *training, ["evaluate", tuned, *test]):

@@ -28,9 +28,7 @@ from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.modeling_llm2clip_decoder import TESTED_TYPES
 
 
-def load_trained_model(
-    name: str, attn_implementation: str | None = None
-) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
+def load_trained_model(name: str, attn_implementation: str | None = None) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
     """Load a model to train on, in float32 and without its LLM, and its processor."""
     refuse_changed_model(name)
     options = loading_options("float32", attn_implementation)

@@ -91,6 +91,8 @@ def _align_both(config: AlignRecipe, retrieval: Mapping[str, RetrievalData]) -> 
         batch_size=config.per_device_eval_batch_size,
         num_workers=config.dataloader_num_workers,
     )
+    # Storing draws random numbers, and is not repeated.
+    set_seed(config.seed)
     model.to(process_state().device)
     measured = _measurement(config, model, processor, captions, retrieval, pairs.features)
     mean_recall = _mean_recall(measured) if retrieval else None

@@ -123,9 +123,7 @@ class Stage2Recipe(JointRecipe, LoraSettings, Stage2Config):
         1, "Views of each image whose features are stored: that of evaluation, and random crops (crop_scale)."
     )
     online_text_model: bool = setting(False, "Run the frozen LLM in training instead of reading an embedding cache.")
-    lora_rank: int = setting(
-        0, "Rank of LoRA on the LLM, which then trains too, from captions. 0: the LLM is frozen."
-    )
+    lora_rank: int = setting(0, "Rank of LoRA on the LLM, which then trains too, from captions. 0: the LLM is frozen.")
     text_model_dtype: Literal["float32", "bfloat16", "float16", "auto"] = setting(
         "auto", "dtype of an LLM that runs; auto: that of its files."
     )
