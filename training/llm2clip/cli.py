@@ -77,6 +77,8 @@ COMMANDS = {
                      "llm2clip.encoders.embed", "EmbedConfig", writes_log=True, goes_on=True),
     "verify": Command("check the files of any folder that llm2clip wrote, and say how to fix it",
                       "llm2clip.verification.verify", "VerifyConfig", ("folder",)),
+    "align": Command("align two frozen towers in closed form, without training",
+                     "llm2clip.trainers.run_align", "AlignRecipe", writes_log=True, goes_on=True),
     "stage2": Command("train the vision tower and adapter on cached embeddings",
                       "llm2clip.trainers.run_stage2", "Stage2Recipe", resumes=True, writes_log=True),
     "distill-text": Command("teach a small text encoder the space of a model, for queries in milliseconds",

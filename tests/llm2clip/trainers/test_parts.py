@@ -121,12 +121,7 @@ def test_the_parts_of_a_recipe_get_what_they_share_and_what_is_their_own(inputs:
     first, last = plan_parts(settings(tmp_path, inputs, ON_TOP, adapter_num_layers=1))
     assert isinstance(first, AlignRecipe)
     assert isinstance(last, Stage2Recipe)
-    assert (first.vision_pooling, first.projection_dim, first.adapter_num_layers, first.ridge) == (
-        "cls_mean",
-        8,
-        1,
-        0.3,
-    )
+    assert (first.vision_pooling, first.projection_dim, first.adapter_num_layers) == ("cls_mean", 8, 1)
     assert (last.vision_pooling, last.projection_dim, last.adapter_num_layers) == (None, None, None)
     assert (first.output_dir, last.output_dir) == (str(tmp_path / "part1"), str(tmp_path))
     assert last.model_name_or_path == first.output_dir

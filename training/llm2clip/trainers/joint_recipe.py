@@ -1,4 +1,4 @@
-"""What the commands that align an image tower with a text tower open: towers, pairs, stored embeddings and features."""
+"""What the commands that align an image tower with a text tower open: towers, pairs, embeddings and features."""
 
 from __future__ import annotations
 

@@ -54,6 +54,8 @@ def parameter_groups(
     weight_decay: float,
     vision_learning_rate: float | None = None,
     text_learning_rate: float | None = None,
+    vision_weight_decay: float | None = None,
+    text_weight_decay: float | None = None,
     vision_layer_decay: float = 0.85,
     text_layer_decay: float = 1.0,
 ) -> list[dict[str, Any]]:
@@ -71,8 +73,7 @@ def parameter_groups(
 
     Args:
         model: An `LLM2CLIPModel`, possibly in wrappers that prefix its parameter names (DDP, PEFT, compile).
-        learning_rate: That of `other`, and of towers without a rate of their own.
-        weight_decay: That of all towers.
+        learning_rate, weight_decay: Values of `other`, and of towers without values of their own.
         vision_layer_decay, text_layer_decay: Factor on the learning rate from each layer to the layer below.
 
     Returns:
@@ -85,8 +86,7 @@ def parameter_groups(
             consecutively numbered layers.
     """
     rates = _by_tower("learning rate", vision_learning_rate, text_learning_rate, learning_rate)
-    if weight_decay < 0:
-        raise ValueError(f"weight_decay must be at least 0, but is {weight_decay}.")
+    decays = _by_tower("weight decay", vision_weight_decay, text_weight_decay, weight_decay)
     layer_decays = {"vision": vision_layer_decay, "text": text_layer_decay, "other": 1.0}
     groups: dict[str, dict[str, Any]] = {}
     num_layers = _count_layers(model, layer_decays)
@@ -101,7 +101,7 @@ def parameter_groups(
             labels.append(f"layer{layer}")
             scale = layer_decays[tower] ** (num_layers[tower] + 1 - layer)
         label = "/".join([*labels, "decay" if decayed else "no_decay"])
-        new = {"lr": rates[tower] * scale, "lr_scale": scale, "weight_decay": weight_decay if decayed else 0.0}
+        new = {"lr": rates[tower] * scale, "lr_scale": scale, "weight_decay": decays[tower] if decayed else 0.0}
         group = groups.setdefault(label, {"params": [], **new, "name": label, "param_names": []})
         group["params"].append(parameter)
         group["param_names"].append(name)

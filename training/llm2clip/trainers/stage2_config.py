@@ -187,7 +187,7 @@ class Stage2Recipe(JointRecipe, LoraSettings, Stage2Config):
             refuse(self, ["crop_scale"], "images are stored without crops, see feature_views")
         if self.streams:
             raise ValueError(
-                "freeze_vision: all reads stored features at random, so that no source can be a stream or have a weight."
+                "freeze_vision: all reads stored features at random: no source can be a stream or have a weight."
             )
         if self.runs_text_model:
             raise ValueError(
