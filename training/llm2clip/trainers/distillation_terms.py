@@ -24,7 +24,7 @@ def proclip_terms(args: Stage2Config, student: Tensor, teacher: Tensor, weight: 
     """
     terms: Terms = {"loss_distill_instance": (weight, instance_distance(student, teacher))}
     if factor := weight * args.structure_weight:
-        terms["loss_distill_structure"] = factor, structure_distance(student, teacher, args.loss_chunk_size)
+        terms["loss_distill_structure"] = factor, structure_distance(student, teacher)
     return terms
 
 
@@ -35,5 +35,5 @@ def relational_terms(args: Stage2Config, texts: Tensor, rows: Tensor) -> Terms:
         texts: `(rows, width)`, of unit length.
         rows: `(rows, any width)`.
     """
-    distance = similarity_distance(texts, F.normalize(rows, dim=-1), args.loss_chunk_size)
+    distance = similarity_distance(texts, F.normalize(rows, dim=-1))
     return {"loss_relational": (args.relational_weight, distance)}

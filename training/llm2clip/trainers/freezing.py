@@ -21,7 +21,6 @@ from llm2clip.store import EmbeddingCache, StoreManifest
 from llm2clip.trainers.alignment import standardize
 from llm2clip.trainers.distill_data import TaughtCaptions
 from llm2clip.trainers.frozen_layers import FrozenLayers, freeze_unused
-from llm2clip.trainers.sharding import undivided_building
 from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.trainers.stored_rows import FrozenStatesDataset, StoredPairsDataset, require_captions
 from llm2clip.trainers.teacher import Teacher
@@ -110,8 +109,7 @@ def store_training_set(
         )
     if not args.distill_from:
         return store_pairs(args, model, image_processor, images, cache, retrieval)
-    with undivided_building(args):
-        return taught_captions(args, Teacher(args.distill_from, Path(args.output_dir) / TEACHER), images, cache)
+    return taught_captions(args, Teacher(args.distill_from, Path(args.output_dir) / TEACHER), images, cache)
 
 
 def store_pairs(

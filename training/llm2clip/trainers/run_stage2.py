@@ -15,7 +15,6 @@ from llm2clip.evaluation.data import RetrievalData
 from llm2clip.trainers.closed_form import DEFAULT_WIDTH
 from llm2clip.trainers.pushing import check_pushing
 from llm2clip.trainers.run_context import RunContext, stage_command
-from llm2clip.trainers.sharding import undivided_building
 from llm2clip.trainers.stage2_captions import open_captions
 from llm2clip.trainers.stage2_config import NEW_MODEL_FIELDS, Stage2Recipe
 from llm2clip.trainers.stage2_data import build_dataset
@@ -125,8 +124,7 @@ def build_trainer(config: Stage2Recipe) -> Stage2Trainer:
     set_seed(config.seed)
     # A first part brings the fields of a new model.
     new = cast(Stage2Recipe, first_part(config)) if config.warm_start else config
-    with undivided_building(config):
-        model, processor = load_model(new, config)
+    model, processor = load_model(new, config)
     # A model that was trained before names its LLM in its config.
     _check_pushing(config, model.config.text_model_name_or_path)
     image_processor = processor.image_processor

@@ -33,14 +33,14 @@ TRAINING_FIELDS = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "loss", "shared_captions", "max_grad_norm"),
     *("matryoshka_dims", "text_losses"),
     *("distill_weight", "structure_weight", "relational_weight"),
-    *("feature_dropout", "ema_half_life", "label_smoothing_factor", "adapter_num_layers", "adapter_expansion"),
+    *("feature_dropout", "label_smoothing_factor", "adapter_num_layers", "adapter_expansion"),
     *("eval_strategy", "eval_steps", "save_strategy", "load_best_model_at_end", "initializer"),
 )
 
 # Settings of training that the distillation from a text tower does not use, since it contrasts nothing.
 NOT_OF_TEXTS = (
     *("feature_dropout", "shared_captions", "matryoshka_dims", "label_smoothing_factor", "distill_weight"),
-    *("text_losses", "tower_chunk_size", "loss_chunk_size"),
+    *("text_losses", "tower_chunk_size"),
     *("vision_learning_rate", "vision_weight_decay", "vision_layer_decay"),
 )
 # What it has no use for at all, since it reads no images and takes the vision side as it is.
@@ -258,9 +258,7 @@ class Stage2Config(LoraSettings, ContrastiveConfig, StageConfig):
         for name in ("distill_weight", "structure_weight", "relational_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, but is {getattr(self, name)}.")
-        if self.ema_half_life is None:
-            why = "it needs ema_half_life, whose averaged weights are the teacher (ProCLIP: a quarter of the steps)"
-            refuse(self, ["distill_weight"], why)
+        refuse(self, ["distill_weight"], "no weights are averaged")
         if self.lora_rank or self.text_losses == "each":
             refuse(self, ["relational_weight"], "it needs stored rows of captions: no lora_rank, no text_losses: each")
         distills = self.distill_from or self.distill_weight or self.warm_start.get("distill_from")

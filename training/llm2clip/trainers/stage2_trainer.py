@@ -26,6 +26,7 @@ from transformers import (
     SchedulerType,
     set_seed,
 )
+from transformers.trainer_utils import TrainOutput
 from transformers.training_args import OptimizerNames
 
 from llm2clip.data import Stage2Collator
@@ -44,10 +45,9 @@ from llm2clip.store import EmbeddingCache
 from llm2clip.store.manifest import refuse_other_encoder
 from llm2clip.trainers.alignment import align, freeze_maps, set_heads, take_space
 from llm2clip.trainers.base_config import refuse_unfollowed
-from llm2clip.trainers.base_trainer import StageTrainer
+from llm2clip.trainers.base_trainer import EmbeddedBatch, StageTrainer
 from llm2clip.trainers.bundling import bundle_text_model
 from llm2clip.trainers.checkpoints import unlist_result
-from llm2clip.trainers.distillation_terms import Terms, proclip_terms, relational_terms
 from llm2clip.trainers.freezing import image_size, prepare_joint_model, store_training_set
 from llm2clip.trainers.frozen_layers import FrozenLayers
 from llm2clip.trainers.grad_cache import in_chunks
@@ -61,7 +61,7 @@ from llm2clip.trainers.optimizer import (
     with_low_rank,
 )
 from llm2clip.trainers.run_context import RunContext
-from llm2clip.trainers.sharding import at_root, is_divided, is_sharded, undivided_building
+from llm2clip.trainers.sharding import at_root, is_sharded
 from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.trainers.stage2_rows import (
     CAPTION_INPUTS,
@@ -83,14 +83,13 @@ from llm2clip.trainers.warm_start import (
     run_first_part,
     warm_start_result,
 )
-from llm2clip.trainers.weight_average import WeightAverage
 from llm2clip.utils.attention_probe import verify_on_main_process
 from llm2clip.utils.files import digest_json
 from llm2clip.utils.processes import run_while_others_wait
 from llm2clip.utils.settings import refuse
 from llm2clip.utils.vision_identity import preprocessing
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor
-from modeling_llm2clip.modeling_llm2clip_utils import OWN_TEXT_MODEL, TEXT_MODEL, unit_features
+from modeling_llm2clip.modeling_llm2clip_utils import OWN_TEXT_MODEL, TEXT_MODEL
 
 logger = logging.getLogger(__name__)
 
@@ -217,17 +216,9 @@ class Stage2Trainer(StageTrainer):
         if name := self.args.distill_from or self.args.warm_start.get("distill_from"):
             if processor is None:
                 raise ValueError("distill_from needs a processing_class with an image processor.")
-            with undivided_building(self.args):
-                take_space(model, processor, name)
+            take_space(model, processor, name)
         size = image_size(model) if processor is None else output_size(processor)
         self.frozen = prepare_joint_model(model, self.args, size)
-
-    def prepare_training(self, run: RunContext) -> dict[str, float]:
-        metrics = {} if self._first is None else self._warm_start(run, self._first)
-        if self.args.lora_rank:
-            self._add_lora()
-        self.store_rows()
-        return metrics
 
     def _add_lora(self) -> None:
         """Add LoRA layers to the LLM; the config then names no repository, as none has these weights."""
@@ -239,6 +230,12 @@ class Stage2Trainer(StageTrainer):
         add_lora(model.text_model, self.args, source, revision)
         verify_on_main_process(model.text_model)
         model.config.text_model_name_or_path = model.config.text_model_revision = None
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        if self.args.lora_rank:
+            self._add_lora()
+        self.store_rows()
+        return super().train(*args, **kwargs)
 
     def saves_adapter(self) -> bool:
         text_model = self.unwrapped().text_model
@@ -394,80 +391,23 @@ class Stage2Trainer(StageTrainer):
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
-    def loss_and_outputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def embed_batch(self, model, inputs):
+
         inputs, plain = dict(inputs), self.unwrapped()
-        self.run_state.skipped.add(inputs.pop("skipped", []))
         ids = {name: inputs.pop(name, None) for name in ("caption_ids", "image_caption_ids")}
         if self.args.shared_captions == "separate":
             ids = {}
         elif ids["caption_ids"] is None:
             raise ValueError("shared_captions is positive, but the rows have no caption_id to say which share one.")
-        if "teacher_embeds" in inputs:
-            return self._taught(model, inputs)
         if self.args.freeze_vision == "all":
             plain.vision_model.eval()
-        if self.args.lora_rank:
-            if "llm_embeds" in inputs:
-                raise ValueError("lora_rank trains the LLM, so that llm_embeds are stale; give rows with a caption.")
-        elif plain.text_model is not None:
+        if plain.text_model is not None and not self.args.lora_rank:
             plain.text_model.eval()
             if "llm_embeds" not in inputs:
                 inputs = self._with_llm_embeds(plain, inputs)
-        # The loss of an evaluation is the contrastive one alone, whatever the run was trained with.
-        is_training = cast(nn.Module, self.model).training
-        followed = self._by_average(inputs) if is_training and self.args.distill_weight else None
-        # Through the wrapped model, so that DDP sees every parameter including the logit scale.
         images, texts, *numbers = in_chunks(self._embed, model, inputs, self.args.tower_chunk_size)
-        several = texts.split(plain.config.projection_dim, dim=-1)
-        embeds = {"image_embeds": images, "text_embeds": several[0]}
-        # One value per row, all equal; those of the last chunk are not recomputed.
         scale, *bias = [number[-1] for number in numbers]
-        losses = []
-        for text_embeds in several:
-            rows = self.without_repeats({**embeds, "text_embeds": text_embeds, **ids})
-            kept, known = {name: rows[name] for name in embeds}, {name: rows[name] for name in ids}
-            losses.append(self.loss_of(kept, scale, bias[0] if bias else None, known, self.args.matryoshka_dims))
-        loss = torch.stack(losses).mean() if len(losses) > 1 else losses[0]
-        terms: Terms = {"loss_contrastive": (1.0, loss)}
-        if followed is not None:
-            terms |= proclip_terms(self.args, images, followed, self.args.distill_weight)
-        if is_training:
-            terms |= self._relations(several[0], inputs)
-        return self._sum(terms), embeds
-
-    def _taught(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compare captions with the rows of another text tower, of unit length, instead of with images."""
-        texts = unit_features(model(llm_embeds=inputs["llm_embeds"]))
-        terms = proclip_terms(self.args, texts, inputs["teacher_embeds"], 1.0)
-        return self._sum(terms | self._relations(texts, inputs)), {"text_embeds": texts}
-
-    def _by_average(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Embed the images of a batch with the averaged weights."""
-        average = cast(WeightAverage, self.average)
-        images = {name: x for name, x in inputs.items() if name not in (*CAPTION_INPUTS, "llm_embeds")}
-
-        def run(_: nn.Module, chunk: dict[str, Tensor]) -> tuple[Tensor]:
-            with self._with_pixels(chunk) as pixels:
-                return (unit_features(average.run(**pixels)),)
-
-        with torch.no_grad(), self.accelerator.autocast():
-            (embeds,) = in_chunks(run, self.unwrapped(), images, self.args.tower_chunk_size)
-        return embeds
-
-    def _relations(self, texts: Tensor, inputs: dict[str, Tensor]) -> Terms:
-        if not self.args.relational_weight:
-            return {}
-        with torch.no_grad():
-            rows = inputs["llm_embeds"][: len(texts)].to(texts.device).float()
-            rows = self.unwrapped().text_adapter.prepare(rows)
-        return relational_terms(self.args, texts, rows)
-
-    def _sum(self, terms: Terms) -> Tensor:
-        """Add up the terms of a loss with their weights; the log has each without its weight, if there are several."""
-        if cast(nn.Module, self.model).training:
-            self.terms = {name: term.detach() for name, (_, term) in terms.items()} if len(terms) > 1 else {}
-        first, *others = (term if weight == 1 else weight * term for weight, term in terms.values())
-        return sum(others, start=first)
+        return EmbeddedBatch({"image_embeds": images, "text_embeds": texts}, scale, bias[0] if bias else None, ids)
 
     def contrastive_loss(
         self,
@@ -487,7 +427,7 @@ class Stage2Trainer(StageTrainer):
         Returns:
             A scalar whose mean over the processes is the loss of the batch of all of them.
         """
-        options: dict[str, Any] = {**embeds, **ids, "logit_scale": logit_scale, "tile_size": self.args.loss_chunk_size}
+        options: dict[str, Any] = {**embeds, **ids, "logit_scale": logit_scale}
         if self.args.loss == "sigmoid":
             return sigmoid_loss(**options, logit_bias=cast(Tensor, logit_bias))
         return clip_loss(**options, label_smoothing=self.args.label_smoothing_factor)
@@ -572,7 +512,7 @@ class Stage2Trainer(StageTrainer):
             config.text_model_name_or_path = None
 
     def merge_result(self) -> None:
-        if self.saves_adapter() and self.args.save_format == "merged" and not is_divided(self.accelerator):
+        if self.saves_adapter() and self.args.save_format == "merged" and not is_sharded(self.accelerator):
             self.unwrapped().text_model.merge_adapter()
             self.unwrapped().text_model.requires_grad_(False)
             self._merged = True
