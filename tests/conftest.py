@@ -19,7 +19,7 @@ LONGEST = [
     f"tests/{name}.py"
     for name in (
         *("llm2clip/quickstart/test_real_weights", "documents/test_commands", "llm2clip/trainers/test_every_setting"),
-        *("llm2clip/search/test_memory", "llm2clip/trainers/test_divided", "llm2clip/trainers/test_stopping"),
+        *("llm2clip/search/test_memory", "llm2clip/trainers/test_sharded", "llm2clip/trainers/test_stopping"),
         "llm2clip/trainers/test_engines",
         *("llm2clip/convert/test_full_size", "llm2clip/trainers/test_stage2", "llm2clip/trainers/test_distill"),
         *("llm2clip/trainers/test_stage2_captions", "damaged/test_damaged", "llm2clip/hub/test_card_snippets"),

@@ -8,7 +8,6 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
@@ -172,8 +171,3 @@ def in_order(folder: Path, data: Rows, callbacks: Any = None, evaluated: Rows | 
 
 def logged(trainer: Any, name: str) -> list[Any]:
     return [entry[name] for entry in trainer.state.log_history if name in entry]
-
-
-def averages(folder: Path) -> dict[str, Tensor]:
-    """The averaged weights in a checkpoint."""
-    return load_file(folder / "ema.safetensors")

@@ -172,35 +172,11 @@ def test_the_batch_is_lowered_until_it_fits(inputs: Inputs, tmp_path: Path, monk
     assert sizes[-4] > 4 >= sizes[-3] == sizes[-1]
 
 
-def test_every_model_of_a_search_is_prepared_and_what_is_read_before_is_refused(
-    inputs: Inputs, tmp_path: Path
-) -> None:
-    name = joint_model(inputs, tmp_path / "own")
-    made: list[LLM2CLIPModel] = []
-
-    def model() -> LLM2CLIPModel:
-        made.append(LLM2CLIPModel.from_pretrained(name))
-        return made[-1]
-
-    trainer = trainer_of(
-        inputs, tmp_path, {"freeze_vision_layers": 1, "feature_dropout": 0.25, **EVALUATED}, model_init=model
-    )
-    best: Any = trainer.hyperparameter_search(
-        lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-5, 1e-3)},
-        lambda metrics: metrics["eval_loss"],
-        n_trials=2,
-    )
-    assert best.hyperparameters["learning_rate"] > 0
-    assert len(made) == 3
-    for one in made[1:]:
-        assert one.config.feature_dropout == 0.25
-        assert not any(weight.requires_grad for weight in one.text_model.parameters())
-        assert not any(weight.requires_grad for weight in one.vision_model.blocks[0].parameters())
-        assert all(weight.requires_grad for weight in one.vision_model.blocks[1].parameters())
-    with pytest.raises(ValueError, match="a search cannot vary skip_bad_steps"):
-        trainer.hyperparameter_search(lambda trial: {"skip_bad_steps": trial.suggest_int("n", 1, 3)}, n_trials=1)
-    with pytest.raises(ValueError, match="do not work with model_init"):
-        trainer_of(inputs, tmp_path, {"warm_start": {"max_steps": 1}}, model_init=model)
+def test_a_search_is_refused(inputs: Inputs, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="model_init is given, but a run trains one model"):
+        trainer_of(inputs, tmp_path, model_init=tiny.joint_model)
+    with pytest.raises(ValueError, match="Stage2Trainer needs a model"):
+        trainer_of(inputs, tmp_path, model=None)
 
 
 class Rates(TrainerCallback):
@@ -262,43 +238,6 @@ def test_retrieval_sets_are_measured_in_the_precision_of_training(
     own = {"own": RetrievalData.from_captions(ImageList([]), [])}
     assert trainer_of(inputs, tmp_path, {"bf16": bf16}, retrieval=own).evaluate()["eval_own_recall@1"] == 1.0
     assert found == [bf16]
-
-
-class Halved(Stage2Trainer):
-    """A subclass with an argument of its own."""
-
-    def __init__(self, *args: Any, factor: float, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.factor = factor
-
-    def contrastive_loss(self, *args: Any) -> Tensor:
-        return self.factor * super().contrastive_loss(*args)
-
-
-def test_a_warm_start_in_python_is_that_of_the_class_and_can_be_stopped(inputs: Inputs, tmp_path: Path) -> None:
-    def make() -> Stage2Trainer:
-        made = stage2(inputs, tmp_path, warm_start={"max_steps": 4, "save_strategy": "steps", "save_steps": 2})
-        options: Any = {"processing_class": made.processing_class, "cache": made.cache, "callbacks": [seen]}
-        return Halved(made.model, made.args, None, made.train_dataset, factor=0.5, **options)
-
-    seen = Rates()
-    step = Stage2Trainer.training_step
-    with pytest.MonkeyPatch.context() as patch:
-
-        def interrupted(self: Stage2Trainer, *args: Any, **kwargs: Any) -> Tensor:
-            if self.state.global_step == 3:
-                raise KeyboardInterrupt
-            return step(self, *args, **kwargs)
-
-        patch.setattr(Stage2Trainer, "training_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            make().train()
-    assert (tmp_path / "out" / "warm_start" / "checkpoint-2").is_dir()
-    seen.seen.clear()
-    make().train()
-    assert len(seen.seen) == 2 + 3, "the rest of the first part, and the run"
-    make().train()
-    assert len(seen.seen) == 2 + 3 + 3, "the first part is finished"
 
 
 def test_an_adapter_of_the_callers_own_is_trained_as_it_is(inputs: Inputs, tmp_path: Path) -> None:

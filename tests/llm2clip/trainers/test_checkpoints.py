@@ -132,7 +132,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_a_resumed_run_replaces_bot
 def test_changed_settings_are_printed_and_refused_or_accepted(tmp_path: Path, caplog: Any) -> None:
     assert start(settings(tmp_path), resume=True) is None
     checkpoint = str(save(tmp_path, 3))
-    free = {"dataloader_num_workers": 1, "save_steps": 7, "loss_chunk_size": 4, "hub_token": "secret"}
+    free = {"dataloader_num_workers": 1, "save_steps": 7, "hub_token": "secret"}
     assert start(settings(tmp_path, **free), resume=True) == checkpoint
     stored = (tmp_path / SETTINGS).read_text()
     assert "secret" not in stored

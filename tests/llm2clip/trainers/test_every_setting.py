@@ -30,7 +30,6 @@ from tests.llm2clip.trainers.rows import distill, image_rows, mntp, settings, st
 from tests.llm2clip.trainers.stages import joint_model
 
 FROZEN = {"freeze_vision": "all"}
-AVERAGED = {"ema_half_life": 2.0}
 # What a run with other settings has to differ in: the trained weights, what it wrote, or an error, as a text in it.
 WEIGHTS, FILES = "weights", "files"
 
@@ -71,8 +70,6 @@ STAGE2: dict[str, Any] = {
     "alignment": ("closed_form_then_train", FROZEN, WEIGHTS),
     "ridge": (5.0, {**FROZEN, "alignment": "closed_form_then_train"}, WEIGHTS),
     "distill_from": ("itself", FROZEN, WEIGHTS),
-    "distill_weight": (0.5, AVERAGED, WEIGHTS),
-    "structure_weight": (1.0, {**AVERAGED, "distill_weight": 0.5}, WEIGHTS),
     "relational_weight": (5.0, {}, WEIGHTS),
     "feature_cache": ("elsewhere", FROZEN, FILES),
     "feature_dtype": ("bfloat16", FROZEN, WEIGHTS),
@@ -83,13 +80,10 @@ STAGE2: dict[str, Any] = {
     "max_pixels": (10, {}, "exceed max_pixels"),
     "bundle_text_model": (True, {}, FILES),
     "tower_chunk_size": (3, {}, None),
-    "loss_chunk_size": (3, {}, None),
 }
 STAGE1: dict[str, Any] = {
     "scale": (5.0, {}, WEIGHTS),
-    "symmetric_loss": (True, {}, WEIGHTS),
     "tower_chunk_size": (3, {}, None),
-    "loss_chunk_size": (3, {}, None),
 }
 # Of stage 2, whose LLM is frozen without a rank.
 STAGE2_LORA: dict[str, Any] = {
@@ -114,8 +108,6 @@ MNTP: dict[str, Any] = {
     "block_size": (4, {}, WEIGHTS),
     "mlm_probability": (0.7, {}, WEIGHTS),
     "mask_token": (".", {}, WEIGHTS),
-    "mask_replace_prob": (0.2, {}, WEIGHTS),
-    "random_replace_prob": (0.2, {"mask_replace_prob": 0.5}, WEIGHTS),
 }
 # Those that give the same result on purpose have tests of their own.
 ALL_CASES = [
@@ -186,13 +178,10 @@ def test_chunks_are_of_the_size_that_is_set(
     make: Any, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module: Any = stage1_trainer if make is stage1 else stage2_trainer
-    sizes, tiles = set(), set()
-    loss_name = "hard_negative_info_nce" if make is stage1 else "clip_loss"
-    in_chunks, loss = module.in_chunks, getattr(module, loss_name)
+    sizes, in_chunks = set(), module.in_chunks
     monkeypatch.setattr(module, "in_chunks", lambda *args: (sizes.add(args[-1]), in_chunks(*args))[1])
-    monkeypatch.setattr(module, loss_name, lambda *a, **k: (tiles.add(k["tile_size"]), loss(*a, **k))[1])
-    make(inputs, tmp_path, tower_chunk_size=3, loss_chunk_size=5).train()
-    assert (sizes, tiles) == ({3}, {5})
+    make(inputs, tmp_path, tower_chunk_size=3).train()
+    assert sizes == {3}
 
 
 def test_settings_that_an_own_collator_does_not_follow_are_refused(inputs: Inputs, tmp_path: Path) -> None:
@@ -223,7 +212,6 @@ def test_settings_that_an_own_collator_does_not_follow_are_refused(inputs: Input
         ({"remove_unused_columns": True}, "remove_unused_columns is True, but"),
         ({"label_names": ["labels"]}, "label_names is .*, but the losses"),
         ({"loss": "hinge"}, "loss is 'hinge', but it has to be one of softmax, sigmoid"),
-        ({"distill_weight": 0.2}, "distill_weight is 0.2, but it needs ema_half_life"),
         ({"distill_weight": -1.0}, "distill_weight must be at least 0"),
         ({"relational_weight": -1.0}, "relational_weight must be at least 0"),
         ({"structure_weight": 3.0}, "it is for distill_from and distill_weight"),
@@ -255,6 +243,7 @@ def test_settings_that_an_own_collator_does_not_follow_are_refused(inputs: Input
         ({"fsdp_config": {"version": 2}}, "fsdp is unset"),
         ({"use_liger_kernel": True}, "it has no kernels for these models"),
         ({"do_predict": True}, "there is nothing to predict"),
+        ({"deepspeed": "zero2.json"}, "models are sharded by FSDP2 here"),
         ({"dataloader_persistent_workers": True}, "dataloader_num_workers is 0"),
     ],
 )
@@ -281,7 +270,7 @@ def test_settings_that_nobody_means_to_count_are_taken(config: Any, fields: dict
 
 @pytest.mark.parametrize(
     ("make", "name", "value"),
-    [(stage2, "label_smoothing_factor", 0.1), (stage1, "symmetric_loss", True)],
+    [(stage2, "label_smoothing_factor", 0.1)],
 )
 def test_settings_of_a_loss_are_refused_with_a_loss_of_ones_own(
     make: Any, name: str, value: Any, inputs: Inputs, tmp_path: Path

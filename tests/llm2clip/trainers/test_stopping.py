@@ -13,32 +13,12 @@ from typing import Any
 import pytest
 import yaml
 
-from llm2clip.trainers import step_guard
 from llm2clip.trainers.checkpoints import last_checkpoint
 from tests.llm2clip.conftest import Inputs
-from tests.llm2clip.trainers.stages import CLI, assert_equal, at_step, fields_of, interrupt, run, send
+from tests.llm2clip.trainers.stages import CLI, assert_equal, at_step, fields_of, interrupt, run
 from tests.processes import start_python
 
 ENDLESS = {"max_steps": 100_000, "save_steps": 5, "eval_sources": {}, "save_total_limit": 2}
-
-
-def test_the_process_ends_after_the_grace_seconds_in_any_case(
-    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    ended: list[int] = []
-    monkeypatch.setattr(step_guard.os, "_exit", ended.append)
-
-    def long_step() -> None:
-        send(signal.SIGTERM)()
-        deadline = time.monotonic() + 20
-        while not ended and time.monotonic() < deadline:
-            time.sleep(0.01)
-
-    at_step(2, long_step, monkeypatch)
-    with pytest.raises(SystemExit):
-        run("stage1", tmp_path, inputs, grace_seconds=0.2)
-    assert ended == [143]
-    assert "SIGTERM came 0 seconds ago, and no checkpoint" in caplog.text
 
 
 def begin(fields: dict[str, Any], processes: int = 1) -> subprocess.Popen[str]:

@@ -113,15 +113,15 @@ def test_settings_that_do_not_fit(
         run(stage, tmp_path, inputs, **changes)
 
 
-def test_mntp_refuses_a_text_tower_and_a_trained_head_whose_embedding_is_divided(
+def test_mntp_refuses_a_text_tower_and_a_trained_head_whose_embedding_is_sharded(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ValueError, match="without the language-modelling head"):
         run("mntp", tmp_path, inputs, model_name_or_path=inputs.text)
-    monkeypatch.setattr(mntp_trainer, "is_divided", lambda trainer: True)
+    monkeypatch.setattr(mntp_trainer, "is_sharded", lambda trainer: True)
     model, args = LLM2CLIPTextModel.from_pretrained(inputs.text), MNTPRecipe(output_dir=str(tmp_path))
     head = torch.nn.Linear(model.config.hidden_size, 8, bias=False)
-    with pytest.raises(ValueError, match="divide the token embedding"):
+    with pytest.raises(ValueError, match="shards the token embedding"):
         mntp_trainer.MNTPTrainer(model=model, args=args, head=head)
     mntp_trainer.MNTPTrainer(model=model, args=args, head=head.requires_grad_(False))
 

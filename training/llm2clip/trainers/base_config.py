@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from llm2clip.losses import DEFAULT_TILE_SIZE
 from llm2clip.trainers.optimizer import check_warmup
 from llm2clip.utils.settings import check_choices, refuse, setting
 
@@ -21,11 +19,11 @@ logger = logging.getLogger(__name__)
 
 # Settings of transformers' Trainer that no stage follows, and why.
 NOT_FOLLOWED = {
-    "enable_jit_checkpoint": "SIGTERM saves a checkpoint, see grace_seconds",
+    "enable_jit_checkpoint": "SIGTERM saves a checkpoint without it",
     "remove_unused_columns": "the collators read columns that the model does not",
     **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), "evaluation computes as training, see bf16"),
     **dict.fromkeys(("batch_eval_metrics", "eval_do_concat_batches"), "recalls are over all rows"),
-    "parallelism_config": "models are divided by FSDP2 or DeepSpeed here",
+    **dict.fromkeys(("deepspeed", "parallelism_config"), "models are sharded by FSDP2 here"),
     "label_names": "the losses need no labels",
     "use_liger_kernel": "it has no kernels for these models",
     "do_predict": "there is nothing to predict; llm2clip evaluate measures a model",
@@ -39,18 +37,13 @@ MEAN_RECALL = "mean_recall"
 
 @dataclass
 class ContrastiveConfig:
-    """Settings of the contrastive stages that save memory, beside those of [`StageConfig`]."""
+    """What the contrastive stages have to save memory, beside [`StageConfig`]."""
 
     tower_chunk_size: int | None = setting(
         None,
         "Rows per forward pass of the towers (GradCache). Set it when a batch's activations do not fit into memory: "
         "the gradients stay the same, and the towers compute their forward pass twice. Unset: the whole batch at "
         "once.",
-    )
-    loss_chunk_size: int = setting(
-        DEFAULT_TILE_SIZE,
-        "Rows of the similarity matrix that the loss computes at once. Lower it if the loss of a large global batch "
-        "runs out of memory; the result stays the same.",
     )
 
 
@@ -81,30 +74,9 @@ class StageConfig(TrainingArguments):
         None, "Recompute activations in backward instead of storing them: less memory, about 20% slower."
     )
 
-    skip_bad_steps: int = setting(
-        0,
-        "How many steps with NaN or infinite embeddings, loss or gradients to leave out; the next one ends the run.",
-    )
-    grace_seconds: float = setting(
-        30.0,
-        "How long a run may take after SIGTERM to save a checkpoint; it then exits with 143. Slurm, Kubernetes and "
-        "torchrun wait 30 seconds before they kill; set it to a little less than yours.",
-    )
-    ema_half_life: float | None = setting(
-        None,
-        "Average the trained weights over the optimizer steps (EMA), with this half-life in steps; evaluation and the "
-        "result use the average. Unset: none.",
-    )
-
     def __post_init__(self) -> None:
         check_choices(self)
         self._refuse_numbers()
-        if self.ema_half_life is not None and not 0 < self.ema_half_life < math.inf:
-            raise ValueError(f"ema_half_life must be a number of steps above 0, but is {self.ema_half_life}.")
-        if not 0 < self.grace_seconds <= threading.TIMEOUT_MAX:
-            raise ValueError(f"grace_seconds must be a number of seconds above 0, but is {self.grace_seconds}.")
-        if self.skip_bad_steps < 0:
-            raise ValueError(f"skip_bad_steps must be at least 0, but is {self.skip_bad_steps}.")
         for name, why in NOT_FOLLOWED.items():
             refuse(self, [name], why)
         # transformers 5.6 fills it with values that are 0 or false, which a copy of the settings has.
@@ -148,7 +120,7 @@ class StageConfig(TrainingArguments):
             unlimited = name == "max_grad_norm" and value == math.inf
             if isinstance(value, float) and not math.isfinite(value) and not unlimited:
                 raise ValueError(f"{name} is {value}, but it has to be a finite number.")
-        for name in ("tower_chunk_size", "loss_chunk_size", "gradient_accumulation_steps"):
+        for name in ("tower_chunk_size", "gradient_accumulation_steps"):
             if (size := getattr(self, name, None)) is not None and size < 1:
                 raise ValueError(f"{name} must be at least 1, but is {size}.")
         if self.max_steps == 0:

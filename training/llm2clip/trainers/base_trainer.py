@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import PreTrainedModel, ProgressCallback, Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import ModelOutput
@@ -31,7 +31,7 @@ from llm2clip.evaluation.data import CaptionPairData
 from llm2clip.hub.cards.facts import Evaluation
 from llm2clip.hub.licenses import Base
 from llm2clip.trainers.base_config import MEAN_RECALL, StageConfig, require_batch
-from llm2clip.trainers.checkpoints import begin_checkpoint, finish_checkpoint, unlist_result
+from llm2clip.trainers.checkpoints import begin_checkpoint, finish_checkpoint, unregister_result
 from llm2clip.trainers.loaders import (
     data_inputs,
     epoch_loader,
@@ -42,14 +42,12 @@ from llm2clip.trainers.loaders import (
 )
 from llm2clip.trainers.model_card import DataRevisions, continued, latest_evaluations, write_model_card
 from llm2clip.trainers.optimizer import SCHEDULE_SETTINGS, OptimizerSettings, check_warmup
-from llm2clip.trainers.progress import TrainingProgress
 from llm2clip.trainers.pushing import PushCallback, open_repo, publish_model, uploader_of
 from llm2clip.trainers.run_context import RunContext
 from llm2clip.trainers.run_state import RunState, StreamPosition, open_skip_log, recalls_before
 from llm2clip.trainers.saving import callback_states, finite_weights, load_weights
-from llm2clip.trainers.sharding import gathered, is_sharded, prepare_for_engine, undivided
+from llm2clip.trainers.sharding import gathered, is_sharded, prepare_for_fsdp, unsharded
 from llm2clip.trainers.step_guard import Observed, StepGuard
-from llm2clip.trainers.weight_average import average_of
 from llm2clip.utils.files import read_json
 from llm2clip.utils.library_errors import explain, wrap_write_errors
 from llm2clip.utils.processes import run_while_others_wait
@@ -61,7 +59,7 @@ from modeling_llm2clip.modeling_llm2clip_utils import keep_freed_memory, shorten
 logger = logging.getLogger(__name__)
 
 # Settings of the losses that `compute_loss_func` replaces.
-OF_THE_LOSS = ("label_smoothing_factor", "loss", "loss_chunk_size", "symmetric_loss")
+OF_THE_LOSS = ("label_smoothing_factor", "loss")
 
 
 class EmbeddedBatch(NamedTuple):
@@ -136,6 +134,8 @@ class StageTrainer(Trainer):
             if not isinstance(rows, self.retrieval_class):
                 wanted, given = self.retrieval_class.__name__, type(rows).__name__
                 raise ValueError(f"retrieval[{name!r}] is a {given}, not a {wanted}; rows are eval_dataset.")
+        if kwargs.get("model_init") is not None:
+            raise ValueError("model_init is given, but a run trains one model; give it as model.")
         if kwargs.get("compute_metrics") is not None:
             raise ValueError("compute_metrics is given, but eval_dataset has its loss alone; give sets to retrieval.")
         self.args, self.retrieval, self.processing_class = args, retrieval or {}, processing_class
@@ -146,8 +146,9 @@ class StageTrainer(Trainer):
         # Of a run that pushes: its license, and the models that it is made from.
         self._license: tuple[dict[str, str], list[Base]] | None = None
         self.run: RunContext | None = None
-        if model is not None:
-            self.prepare_model(model)
+        if model is None:
+            raise ValueError(f"{type(self).__name__} needs a model.")
+        self.prepare_model(model)
         super().__init__(
             model=model,
             args=args,
@@ -162,21 +163,15 @@ class StageTrainer(Trainer):
             self.data_collator = collator
         self._refuse_unused()
         self._revisions: DataRevisions | None = None
-        self.guard = StepGuard(args.skip_bad_steps, args.grace_seconds, str(args.output_dir), self.log)
+        self.guard = StepGuard(str(args.output_dir))
         is_endless = isinstance(train_dataset, SampleStream) and train_dataset.repeat
         position = StreamPosition(train_dataset, args) if is_endless else None
         self.run_state = RunState(open_skip_log(args), position, self.measure_before)
-        self.progress = TrainingProgress(self.title)
         self.pushing = PushCallback(self.publish, lambda *given: uploader_of(args, str(self.hub_model_id), *given))
         # Before the guard, whose end of a run after SIGTERM would leave the checkpoint on this machine.
         self.add_callback(self.pushing)
-        self.average = average_of(args, self.accelerator, self.unwrapped)
-        for callback in (self.guard, self.average, self.run_state):
-            if callback is not None:
-                self.add_callback(callback)
-        if not args.disable_tqdm:
-            self.remove_callback(ProgressCallback)
-            self.add_callback(self.progress)
+        self.add_callback(self.guard)
+        self.add_callback(self.run_state)
         if args.device.type == "cpu":
             keep_freed_memory()
         # The losses are means over the batch, so that the Trainer has to divide them by the accumulation steps.
@@ -261,8 +256,6 @@ class StageTrainer(Trainer):
         refuse_unused_by_loader(self.args, self.train_dataset)
         if self.compute_loss_func is not None:
             refuse(self.args, OF_THE_LOSS, "compute_loss_func computes the loss")
-        if self.is_deepspeed_enabled:
-            refuse(self.args, ["skip_bad_steps"], "DeepSpeed updates weights in backward")
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
@@ -281,11 +274,10 @@ class StageTrainer(Trainer):
             run = self.run
             # Another number of processes may have changed it.
             self._train_batch_size = self.args.train_batch_size
-            unlist_result(self.args)
-            stack.callback(self.progress.close)
+            unregister_result(self.args)
             stack.enter_context(self.run_state.resumed(run.checkpoint))
             stack.enter_context(self.guard.on_sigterm())
-            prepare_for_engine(self.accelerator, cast(nn.Module, self.model))
+            prepare_for_fsdp(self.accelerator, cast(nn.Module, self.model))
             self.run_state.inputs = run.compare_inputs(lambda: data_inputs(self.train_dataset) | self.frozen_inputs())
             try:
                 output = super().train(
@@ -385,16 +377,13 @@ class StageTrainer(Trainer):
         return (loss, batch.embeds) if return_outputs else loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        norm = super()._clip_grad_norm(model)
-        self.guard.grad_norm = None if self.is_deepspeed_enabled else norm
-        return norm
+        self.guard.grad_norm = super()._clip_grad_norm(model)
+        return self.guard.grad_norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; see [`~transformers.Trainer.log`]: also how many captions were cut and samples skipped so far."""
         if "loss" in logs or "train_loss" in logs:
             logs |= self.run_state.counts()
-        if self.average is not None and self.average.in_model and any(name.startswith("eval_") for name in logs):
-            logs["eval_ema_half_life"] = self.average.half_life
         super().log(logs, start_time)
 
     # Checkpoints. transformers (5.6 to 5.23) deletes old ones before the new one could be marked as whole.
@@ -422,8 +411,6 @@ class StageTrainer(Trainer):
                     Any, callback_states([*self.callback_handler.callbacks, self.control])
                 )
                 self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-                if self.average is not None:
-                    self.average.save(folder, self.state.global_step)
                 self.run_state.save(folder, self.state.global_step)
                 cast(RunContext, self.run).save(folder)
         # The other processes have written their states of random numbers.
@@ -445,20 +432,16 @@ class StageTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         changed = cast(RunContext, self.run).changed & SCHEDULE_SETTINGS if checkpoint is not None else set()
-        new = OptimizerSettings.of(self.optimizer, self.lr_scheduler, self.is_deepspeed_enabled) if changed else None
+        new = OptimizerSettings.of(self.optimizer, self.lr_scheduler) if changed else None
         super()._load_optimizer_and_scheduler(checkpoint)
         if new is not None:
             new.apply(self.optimizer, self.lr_scheduler)
-        if self.average is not None and checkpoint is not None:
-            self.average.checkpoint = Path(checkpoint)
 
     def _load_best_model(self) -> None:
         if is_sharded(self.accelerator) and not self.saves_adapter():
             super()._load_best_model()
         else:
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
-        if self.average is not None:
-            self.average.restore(Path(str(self.state.best_model_checkpoint)))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model: in a checkpoint as it trains, and where you call it as the result, as the settings say."""
@@ -482,7 +465,7 @@ class StageTrainer(Trainer):
         Raises:
             NonFiniteError: A trained weight is NaN or infinite; in all processes.
         """
-        model = undivided(self.unwrapped())
+        model = unsharded(self.unwrapped())
         weights = finite_weights(self.accelerator, model, self.model_wrapped, self.state.global_step)
         if self.args.should_save:
             self.write_model(model, folder, weights)
@@ -516,15 +499,14 @@ class StageTrainer(Trainer):
         """Evaluate `eval_dataset`, by default the one given at construction, and in that case the retrieval sets too.
 
         Returns:
-            `eval_loss` and `eval_<metric>` of the data set, `eval_<set>_<metric>` of each retrieval set and the mean
-            of all their recalls, `eval_mean_recall`; of averaged weights also their half-life, `eval_ema_half_life`.
+            `eval_loss` of the data set, `eval_<set>_<metric>` of each retrieval set and the mean of
+            all their recalls, `eval_mean_recall`.
         """
         metrics: dict[str, float] = {}
-        with contextlib.nullcontext() if self.average is None else self.average.in_place():
-            if eval_dataset is not None or self._has_eval_rows:
-                metrics |= super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-            if eval_dataset is None and self.retrieval:
-                metrics |= self._measure_retrieval(metric_key_prefix)
+        if eval_dataset is not None or self._has_eval_rows:
+            metrics |= super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if eval_dataset is None and self.retrieval:
+            metrics |= self._measure_retrieval(metric_key_prefix)
         return metrics
 
     def measure_before(self) -> None:
@@ -642,7 +624,7 @@ class StageTrainer(Trainer):
     def publish(self, checkpoint: Path) -> None:
         """Copy the model of a checkpoint to `output_dir`, which is uploaded, and write its card."""
         write = partial(self.write_model, self.unwrapped())
-        publish_model(checkpoint, Path(str(self.args.output_dir)), write, self.average)
+        publish_model(checkpoint, Path(str(self.args.output_dir)), write, None)
         self.create_model_card()
         self.control = self.callback_handler.on_push_begin(self.args, self.state, self.control)
 

@@ -23,8 +23,6 @@ SETTINGS = "settings.json"
 # Of sentence-transformers, in the folder of a model.
 MODULE_FOLDERS = "[0-9]_*"
 RESULT_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
-# What a checkpoint has of the optimizer: with torch and FSDP, and with DeepSpeed.
-OPTIMIZER_STATES = ("optimizer*", "global_step*")
 
 
 def _by_step(output_dir: str | Path) -> dict[int, Path]:
@@ -89,7 +87,7 @@ def choose_checkpoint(args: StageConfig, resume: str | bool | None, is_command: 
 
 
 def _with_optimizer(checkpoint: Path) -> Path:
-    if not any(path for states in OPTIMIZER_STATES for path in checkpoint.glob(states)):
+    if not any(checkpoint.glob("optimizer*")):
         raise ValueError(
             f"{checkpoint} has the model alone, as save_only_model saves it: optimizer and schedule would begin anew. "
             "Name a checkpoint that has their states, or start a new run from this model in another output_dir."
@@ -141,7 +139,7 @@ def finish_checkpoint(checkpoint: Path, limit: int | None, best: str | None) -> 
         shutil.rmtree(old, ignore_errors=True)
 
 
-def unlist_result(args: StageConfig) -> None:
+def unregister_result(args: StageConfig) -> None:
     """Delete the list of an earlier result, which the run replaces."""
     if args.should_save:
         Path(args.output_dir, FOLDER_MANIFEST).unlink(missing_ok=True)

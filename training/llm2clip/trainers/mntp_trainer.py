@@ -18,11 +18,11 @@ from llm2clip.trainers.base_config import refuse_unfollowed
 from llm2clip.trainers.base_trainer import EmbeddedBatch
 from llm2clip.trainers.mntp_config import MNTPConfig
 from llm2clip.trainers.mntp_data import MaskCollator
-from llm2clip.trainers.sharding import is_divided
+from llm2clip.trainers.sharding import is_sharded
 from llm2clip.trainers.text_tower_trainer import TextTowerTrainer
 
 # Settings that the collator follows.
-MASKING = ("mlm_probability", "mask_token", "mask_replace_prob", "random_replace_prob")
+MASKING = ("mlm_probability", "mask_token")
 # Label of a token that is not masked.
 IGNORED = -100
 
@@ -44,7 +44,7 @@ class MNTPTrainer(TextTowerTrainer):
         kwargs: See [`StageTrainer`].
 
     Raises:
-        ValueError: The head is the trained token embedding, which FSDP or ZeRO-3 would divide.
+        ValueError: The head is the trained token embedding, which FSDP would shard.
     """
 
     title = "MNTP"
@@ -54,10 +54,10 @@ class MNTPTrainer(TextTowerTrainer):
     def __init__(self, *args: Any, head: nn.Module, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.head = head.to(self.args.device)
-        if is_divided(self.accelerator) and any(parameter.requires_grad for parameter in head.parameters()):
+        if is_sharded(self.accelerator) and any(parameter.requires_grad for parameter in head.parameters()):
             raise ValueError(
-                "FSDP and ZeRO-3 divide the token embedding, with which this LLM's head is tied and which this run "
-                "trains, so that the head would keep its first values; train with LoRA (lora_rank), or with ZeRO-2."
+                "FSDP shards the token embedding, with which this LLM's head is tied and which this run trains, so "
+                "that the head would keep its first values; train with LoRA (lora_rank)."
             )
 
     def _refuse_unused(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -183,17 +183,16 @@ class OptimizerSettings(NamedTuple):
     rates: list[float]
 
     @classmethod
-    def of(cls, optimizer: Any, schedule: Any, is_deepspeed: bool) -> OptimizerSettings:
+    def of(cls, optimizer: Any, schedule: Any) -> OptimizerSettings:
         """Read them before a checkpoint is loaded.
 
         Raises:
-            ValueError: New settings cannot take effect with this engine or this schedule.
+            ValueError: New settings cannot take effect with this schedule.
         """
-        if is_deepspeed or not isinstance(schedule, LambdaLR):
-            kind = "DeepSpeed" if is_deepspeed else f"a {type(schedule).__name__} schedule"
+        if not isinstance(schedule, LambdaLR):
             raise ValueError(
-                f"other settings of the optimizer or its schedule do not take effect in a resumed run with {kind}; "
-                "resume with those of the original run."
+                "other settings of the optimizer or its schedule do not take effect in a resumed run with a "
+                f"{type(schedule).__name__} schedule; resume with those of the original run."
             )
         groups = [
             {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
@@ -222,18 +221,7 @@ def check_warmup(warmup_steps: int, total_steps: int) -> None:
 @torch.no_grad()
 def clamp_logit_scale(model: nn.Module) -> None:
     """Clamp the log of the logit scale to [0, ln 100], to be called after each optimizer step (CLIP, section 2.5)."""
-    scale = model.get_parameter("logit_scale")
-    # The next step starts from DeepSpeed's own copy in float32, and would undo a clamp of the parameter alone.
-    if hasattr(scale, "ds_id"):  # ZeRO-3, where each process has a part
-        from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
-
-        safe_set_local_fp32_param(scale, safe_get_local_fp32_param(scale).clamp(0.0, MAX_LOGIT_SCALE))
-        cast(Any, scale).ds_tensor.clamp_(0.0, MAX_LOGIT_SCALE)
-    elif hasattr(scale, "_hp_mapping"):
-        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
-
-        safe_set_full_fp32_param(scale, safe_get_full_fp32_param(scale).clamp(0.0, MAX_LOGIT_SCALE))
-    scale.clamp_(0.0, MAX_LOGIT_SCALE)
+    model.get_parameter("logit_scale").clamp_(0.0, MAX_LOGIT_SCALE)
 
 
 class ClampLogitScale(TrainerCallback):

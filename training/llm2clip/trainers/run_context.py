@@ -14,9 +14,9 @@ from typing import Any
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llm2clip.trainers.base_config import StageConfig
-from llm2clip.trainers.checkpoints import MODULE_FOLDERS, SETTINGS, choose_checkpoint, list_result, unlist_result
+from llm2clip.trainers.checkpoints import MODULE_FOLDERS, SETTINGS, choose_checkpoint, list_result, unregister_result
 from llm2clip.trainers.run_state import INPUTS, read_run_state
-from llm2clip.trainers.sharding import refuse_unsharded
+from llm2clip.trainers.sharding import require_sharding
 from llm2clip.utils.files import read_json, remove_unfinished, write_json
 from llm2clip.utils.locks import run_lock
 from llm2clip.utils.processes import on_main_process
@@ -30,12 +30,12 @@ FREE = {
     *("output_dir", "run_name", "project", "report_to", "disable_tqdm", "push_to_hub", "verify_cache"),
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
     *("dataloader_persistent_workers", "per_device_eval_batch_size", "prediction_loss_only", "batch_eval_metrics"),
-    *("resume_from_checkpoint", "resume_anyway", "restore_callback_states_from_checkpoint", "grace_seconds"),
-    *("gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing", "loss_chunk_size"),
+    *("resume_from_checkpoint", "resume_anyway", "restore_callback_states_from_checkpoint"),
+    *("gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing"),
     "activation_checkpointing_kwargs",
     *("teacher_rows", "into"),
     *("frozen_states_dir", "bundle_text_model", "ddp_timeout", "skip_memory_metrics", "local_rank", "debug"),
-    *("torch_empty_cache_steps", "jit_mode_eval", "skip_bad_steps"),
+    *("torch_empty_cache_steps", "jit_mode_eval"),
 }
 # Where something is: what it is, is compared as an input of the run, or by the store that is opened.
 LOCATIONS = {
@@ -94,7 +94,7 @@ class RunContext:
 
     def __enter__(self) -> RunContext:
         args = self.args
-        refuse_unsharded(args)
+        require_sharding(args)
         with contextlib.ExitStack() as stack:
             stack.enter_context(run_lock(args.output_dir))
             if args.should_save:
@@ -130,7 +130,7 @@ class RunContext:
         with contextlib.suppress(OSError, ValueError):
             if read_json(path) == self.settings:
                 return
-        unlist_result(self.args)  # the list of a finished run has the checksum of its settings
+        unregister_result(self.args)  # the list of a finished run has the checksum of its settings
         write_json(path, self.settings)
 
     def save(self, checkpoint: Path) -> None:

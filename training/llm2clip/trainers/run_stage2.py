@@ -16,7 +16,6 @@ from llm2clip.trainers.lora import add_lora
 from llm2clip.trainers.parts import run_parts
 from llm2clip.trainers.pushing import check_pushing
 from llm2clip.trainers.run_context import RunContext
-from llm2clip.trainers.sharding import undivided_building
 from llm2clip.trainers.stage2_captions import Stage2Captions, open_captions
 from llm2clip.trainers.stage2_config import NEW_MODEL_FIELDS, Stage2Recipe
 from llm2clip.trainers.stage2_data import build_dataset
@@ -60,8 +59,7 @@ def build_trainer(config: Stage2Recipe) -> Stage2Trainer:
         ValueError: Settings do not fit the model or the data.
     """
     set_seed(config.seed)
-    with undivided_building(config):
-        model, processor = open_model(config)
+    model, processor = open_model(config)
     # A model that was trained before names its LLM in its config.
     _check_pushing(config, model.config.text_model_name_or_path)
     retrieval = open_retrieval(config)

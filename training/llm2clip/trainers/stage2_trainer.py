@@ -30,7 +30,7 @@ from llm2clip.trainers.grad_cache import in_chunks
 from llm2clip.trainers.joint_model import measure_retrieval
 from llm2clip.trainers.lora import load_with_adapter, require_outside, trains_lora, write_adapter
 from llm2clip.trainers.optimizer import GROUP_SETTINGS, ClampLogitScale, grouped_optimizer, warmup_cosine_schedule
-from llm2clip.trainers.sharding import at_root, is_divided
+from llm2clip.trainers.sharding import at_root, is_sharded
 from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.trainers.stage2_rows import CAPTION_INPUTS, validate_settings, with_halves
 from llm2clip.trainers.text_tower_trainer import sampled_digest
@@ -298,7 +298,7 @@ class Stage2Trainer(StageTrainer):
             config.text_model_name_or_path = None
 
     def merge_result(self) -> None:
-        if self.saves_adapter() and self.args.save_format == "merged" and not is_divided(self.accelerator):
+        if self.saves_adapter() and self.args.save_format == "merged" and not is_sharded(self.accelerator):
             self.unwrapped().text_model.merge_adapter()
             self.unwrapped().text_model.requires_grad_(False)
 
