@@ -12,6 +12,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, set_seed
 from llm2clip.data import CaptionSource
 from llm2clip.encoders.cache_of_model import describe_text_tower_of_cache
 from llm2clip.evaluation.data import RetrievalData
+from llm2clip.store import PairedCache
 from llm2clip.trainers.closed_form import DEFAULT_WIDTH
 from llm2clip.trainers.pushing import check_pushing
 from llm2clip.trainers.run_context import RunContext, stage_command
@@ -25,10 +26,10 @@ from llm2clip.utils.attention_probe import probe_from_disk, verify_on_main_proce
 from llm2clip.utils.manifests import refuse_changed_model
 from llm2clip.utils.processes import on_main_process
 from llm2clip.utils.repos import refuse_revision
-from llm2clip.utils.settings import require
+from llm2clip.utils.settings import refuse, require
 from llm2clip.utils.text_identity import read_fingerprint
-from llm2clip.utils.towers import each_of_pair, loading_options
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
+from llm2clip.utils.towers import loading_options
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor, LLM2CLIPTextConfig, with_pillow
 from modeling_llm2clip.modeling_llm2clip_decoder import TESTED_TYPES
 
 logger = logging.getLogger(__name__)
@@ -38,8 +39,10 @@ CONFIG_FIELDS = {"standardize_features": ("standardize_vision", "center_text")}
 SIGMOID_BIAS = -10.0
 
 
-def load_model(config: Stage2Recipe, run: Stage2Recipe | None = None) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
+def load_model(config: Stage2Recipe, run: Stage2Recipe | None = None) -> tuple[LLM2CLIPModel, Any]:
     """Load the model of a run, with its trained parts in float32, and its processor; the LLM only if it runs.
+
+    The processor of a model that takes `llm_embeds` alone is its image processor.
 
     Args:
         run: The settings that say whether it does, and in which dtype; by default the same.
@@ -48,7 +51,9 @@ def load_model(config: Stage2Recipe, run: Stage2Recipe | None = None) -> tuple[L
         ValueError: A trained model was trained with another loss, or a revision is given for a local folder.
     """
     options = loading_options("float32", config.attn_implementation)
-    fields = {name: getattr(config, name) for name in NEW_MODEL_FIELDS if getattr(config, name) is not None}
+    given = {name: getattr(config, name) for name in NEW_MODEL_FIELDS}
+    fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    tokenizer: Any = None
     if config.alignment != "train":
         # The bias of a linear map centres the captions; `set_heads` makes the heads when their width is chosen.
         fields.pop("standardize_features", None)
@@ -64,18 +69,27 @@ def load_model(config: Stage2Recipe, run: Stage2Recipe | None = None) -> tuple[L
                 f"{config.model_name_or_path} was trained with the "
                 f"{'softmax' if model.logit_bias is None else 'sigmoid'} loss; set loss to that."
             )
-        tokenizer: Any = AutoTokenizer.from_pretrained(config.model_name_or_path)
+        if not model.config.text_config.encoders:
+            tokenizer = AutoTokenizer.from_pretrained(config.model_name_or_path)
     else:
-        require(config, ["vision_model_name_or_path", "text_model_name_or_path"])
+        pair = next((folder for folder in config.caches if isinstance(folder, tuple)), None)
+        require(config, ["vision_model_name_or_path", *(() if pair else ["text_model_name_or_path"])])
         refuse_revision(config.vision_model_name_or_path, config.vision_model_revision)
         image_processor_name = config.vision_model_name_or_path
         refuse_changed_model(image_processor_name)
-        text_config, tokenizer = describe_text_tower_of_cache(
-            config.text_model_name_or_path, config.text_model_revision, next(iter(config.caches), None)
-        )
+        text_name: Any = config.text_model_name_or_path
+        if pair:
+            names = ["text_model_name_or_path", "text_model_revision", "bundle_text_model"]
+            refuse(config, names, "a model of two embedding caches takes llm_embeds alone")
+            cache = PairedCache.of_folders(pair, verify=False)
+            text_name, text_config = None, LLM2CLIPTextConfig(encoders=cache.encoders)
+            fields["text_model_fingerprint"] = cache.manifest.fingerprint
+        else:
+            path: Any = next(iter(config.caches), None)
+            text_config, tokenizer = describe_text_tower_of_cache(text_name, config.text_model_revision, path)
         model = LLM2CLIPModel.from_vision_text_pretrained(
             config.vision_model_name_or_path,
-            config.text_model_name_or_path,
+            text_name,
             text_config=text_config,
             text_model_revision=config.text_model_revision,
             vision_model_kwargs={**options, "revision": config.vision_model_revision},
@@ -88,13 +102,13 @@ def load_model(config: Stage2Recipe, run: Stage2Recipe | None = None) -> tuple[L
         text = model.config.text_model_name_or_path, model.config.text_model_revision, model.config.text_config
         if model.config.text_model_fingerprint is None:
             model.config.text_model_fingerprint = on_main_process(partial(read_fingerprint, *text))
-        halves = model.config.text_config.halves()
-        for text_config, tower in zip(halves, each_of_pair(*text[:2]), strict=True):
-            if text_config.decoder_config.model_type not in TESTED_TYPES and not text_config.verified_attention:
-                # For those who load the model without this package, whose code has no probe.
-                text_config.verified_attention = on_main_process(partial(probe_from_disk, *tower, text_config))
-        model.config.text_config.verified_attention = halves[0].verified_attention
+        name, revision, text_config = text
+        if text_config.decoder_config.model_type not in TESTED_TYPES and not text_config.verified_attention:
+            # For those who load the model without this package, whose code has no probe.
+            text_config.verified_attention = on_main_process(partial(probe_from_disk, name, revision, text_config))
     image_processor = AutoImageProcessor.from_pretrained(config.image_processor_name_or_path or image_processor_name)
+    if tokenizer is None:
+        return model, with_pillow(image_processor)
     return model, LLM2CLIPProcessor(image_processor, tokenizer)
 
 
@@ -129,7 +143,7 @@ def build_trainer(config: Stage2Recipe) -> Stage2Trainer:
         model, processor = load_model(new, config)
     # A model that was trained before names its LLM in its config.
     _check_pushing(config, model.config.text_model_name_or_path)
-    image_processor = processor.image_processor
+    image_processor = getattr(processor, "image_processor", processor)
     retrieval = {
         name: RetrievalData.from_source(CaptionSource.from_dict(source), max_pixels=config.max_pixels)
         for name, source in config.eval_sources.items()

@@ -23,7 +23,7 @@ NEW_MODEL_FIELDS = (
     *("vision_pooling", "visual_head", "standardize_features"),
 )
 
-# Of an embedding cache, or of those of two text towers.
+# Of an embedding cache, or of two whose rows stand side by side.
 Folder = str | tuple[str, ...]
 Alignment = Literal["train", "closed_form", "closed_form_then_train"]
 # Settings of training, which a closed form alone does not use.
@@ -76,8 +76,8 @@ class Stage2Config(LoraSettings, ContrastiveConfig, StageConfig):
     )
     text_losses: Literal["both", "each", "all"] = setting(
         "both",
-        "Losses of two text encoders (paper, table 8). both: one, of their embeddings side by side; each: one of "
-        "each, with the mean in place of the other, so that one alone can embed queries; all: these three.",
+        "Losses of two embedding caches (paper, table 8). both: one, of their rows side by side; each: one of each, "
+        "with the mean in place of the other, so that the rows of one alone can be queries; all: these three.",
     )
     matryoshka_dims: list[int] = setting(
         [], "Prefixes trained as embeddings too (Matryoshka), such as 64 256; the loss is the mean."
@@ -275,7 +275,7 @@ class Stage2Config(LoraSettings, ContrastiveConfig, StageConfig):
 
 
 def as_folder(folder: Any) -> Folder | None:
-    """Return the folder of an embedding cache, or those of two text towers, as a key."""
+    """Return the folder of an embedding cache, or those of two, as a key."""
     return tuple(folder) if isinstance(folder, list | tuple) else folder
 
 
@@ -284,14 +284,10 @@ class Stage2Recipe(Stage2Config):
     """Settings of the command `llm2clip stage2`: those of the Trainer, the towers, the data and a new model."""
 
     vision_model_name_or_path: str = setting("", "Pretrained vision tower: Hub id or folder.")
-    text_model_name_or_path: str | list[str] = setting(
-        "", "Frozen text tower, usually from stage 1: Hub id or folder. Two of them are read side by side."
-    )
+    text_model_name_or_path: str = setting("", "Frozen text tower, usually from stage 1: Hub id or folder.")
     model_name_or_path: str | None = setting(None, "LLM2CLIP model to continue training, instead of two towers.")
     vision_model_revision: str | None = setting(None, "Branch, tag or commit of the vision tower's repo; unset: main.")
-    text_model_revision: str | list[str] | None = setting(
-        None, "Branch, tag or commit of the text tower's repo; unset: main. Two for two text towers."
-    )
+    text_model_revision: str | None = setting(None, "Branch, tag or commit of the text tower's repo; unset: main.")
     image_processor_name_or_path: str | None = setting(
         None, "Image processor: Hub id or folder; unset: that of the vision tower."
     )
@@ -310,8 +306,9 @@ class Stage2Recipe(Stage2Config):
     embedding_cache: str | list[str] | None = setting(
         None,
         "Folder of precomputed caption embeddings, made by `llm2clip embed`: a cache, or the sidecars of a streamed "
-        "source (its own folder, if they lie beside its shards); a cache of each of two text towers. A source may "
-        "have its own embedding_cache.",
+        "source (its own folder, if they lie beside its shards). Of two caches the rows stand side by side, and the "
+        "model takes them (llm_embeds) alone: leave text_model_name_or_path unset. A source may have its own "
+        "embedding_cache.",
     )
     eval_embedding_cache: str | list[str] | None = setting(
         None, "Cache with the captions of eval_sources; unset: embedding_cache, unless that contains sidecars."
@@ -371,8 +368,6 @@ class Stage2Recipe(Stage2Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(names := self.text_model_name_or_path, str) and len(names) > 2:
-            raise ValueError(f"text_model_name_or_path has {len(names)} text towers; give one or two.")
         stored = self.freeze_vision == "all" or self.warm_start
         if stored:
             refuse(self, ["online_text_model"], "frozen towers (freeze_vision, warm_start) need an embedding_cache")

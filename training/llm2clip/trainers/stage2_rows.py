@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any, cast
 
 import datasets
@@ -52,6 +53,9 @@ def usable_processor(processing_class: Any, model: Any) -> Any:
             f"processing_class is a {type(processing_class).__name__}; give an LLM2CLIPProcessor, an image processor "
             "or a tokenizer."
         )
+    text_config = getattr(getattr(model, "config", None), "text_config", None)
+    if getattr(text_config, "encoders", None):
+        return image_processor
     try:
         return LLM2CLIPProcessor(image_processor, AutoTokenizer.from_pretrained(model.name_or_path))
     except (AttributeError, OSError, ValueError):
@@ -119,8 +123,10 @@ def refuse_unfit(args: Stage2Config, config: LLM2CLIPConfig, has_bias: bool) -> 
     """Raise a ValueError if a setting does not fit the model that is trained, of this config, with a logit bias."""
     width = config.projection_dim
     require_prefixes(args.matryoshka_dims, width)
-    if len(config.text_config.halves()) == 1:
+    if config.text_config.encoders is None:
         refuse(args, ["text_losses"], "the model has one text encoder")
+    else:
+        refuse(args, ["bundle_text_model", "lora_rank"], "the model takes llm_embeds alone")
     if args.projection_dim != width and "alignment" not in args.warm_start and args.alignment == "train":
         refuse(args, ["projection_dim"], f"the model has {width}: it is a setting of a new model")
     if has_bias != (args.loss == "sigmoid"):
@@ -150,15 +156,20 @@ def retrieval_scores(prediction: EvalPrediction) -> dict[str, float | int]:
     return retrieval_metrics(images, texts[list(queries.values())], torch.tensor(matches))
 
 
-def with_halves(
-    inputs: dict[str, Tensor], adapter: LLM2CLIPTextAdapter, with_both: bool
+def with_each_alone(
+    inputs: dict[str, Tensor], adapter: LLM2CLIPTextAdapter, widths: Sequence[int], with_both: bool
 ) -> tuple[dict[str, Tensor], int]:
-    """Replace the rows of two text encoders by those of each alone; also return how many rows a caption then has.
+    """Replace the rows of several text encoders by those of each alone; also return how many rows a caption then has.
+
+    In place of another's values is the mean that the adapter subtracts, 0 if it does not.
 
     Args:
-        with_both: Keep the rows of both, in front.
+        widths: Those of the encoders.
+        with_both: Keep the rows of all, in front.
     """
     embeds = inputs["llm_embeds"]
-    alone = [adapter.of_half(rows, number) for number, rows in enumerate(embeds.split(adapter.widths, dim=-1))]
+    mean = embeds.new_zeros(embeds.shape[1]) if adapter.center is None else adapter.center.to(embeds)
+    encoder = torch.arange(len(widths)).repeat_interleave(torch.tensor(widths)).to(embeds.device)
+    alone = [torch.where(encoder == number, embeds, mean) for number in range(len(widths))]
     rows = [*([embeds] if with_both else []), *alone]
     return {**inputs, "llm_embeds": torch.cat(rows)}, len(rows)

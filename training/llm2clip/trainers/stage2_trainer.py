@@ -71,7 +71,7 @@ from llm2clip.trainers.stage2_rows import (
     refuse_useless,
     retrieval_scores,
     usable_processor,
-    with_halves,
+    with_each_alone,
     with_images,
 )
 from llm2clip.trainers.stored_rows import StoredPairsDataset
@@ -496,8 +496,10 @@ class Stage2Trainer(StageTrainer):
         with self._with_pixels(inputs) as inputs:
             count = 1
             if self.args.text_losses != "both" and self.unwrapped().training:
-                adapter = self.unwrapped().text_adapter
-                inputs, count = with_halves(inputs, adapter, with_both=self.args.text_losses == "all")
+                plain = self.unwrapped()
+                widths = [encoder["width"] for encoder in plain.config.text_config.encoders]
+                with_both = self.args.text_losses == "all"
+                inputs, count = with_each_alone(inputs, plain.text_adapter, widths, with_both)
             output = model(**inputs, return_logits=False)
         numbers = [number for number in (output.logit_scale, output.logit_bias) if number is not None]
         rows = len(output.image_embeds)
