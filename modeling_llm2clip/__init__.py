@@ -6,14 +6,7 @@ require.
 
 from typing import Any
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForZeroShotImageClassification,
-    AutoProcessor,
-    AutoTokenizer,
-    PretrainedConfig,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor
 
 from .configuration_llm2clip import EVA02VisionConfig as EVA02VisionConfig
 from .configuration_llm2clip import LLM2CLIPConfig as LLM2CLIPConfig
@@ -27,7 +20,6 @@ from .modeling_llm2clip_utils import quantize_embeddings as quantize_embeddings
 from .modeling_llm2clip_vision import LLM2CLIPVisionModelWithProjection as LLM2CLIPVisionModelWithProjection
 from .processing_llm2clip import LLM2CLIPProcessor as LLM2CLIPProcessor
 from .prompting_llm2clip import with_prompt as with_prompt
-from .tokenization_llm2clip import LLM2CLIPPairTokenizer as LLM2CLIPPairTokenizer
 
 __version__ = "0.1.0"
 
@@ -43,8 +35,3 @@ LLM2CLIPVisionModelWithProjection.register_for_auto_class("AutoModel")
 AutoModelForZeroShotImageClassification.register(LLM2CLIPConfig, LLM2CLIPModel, exist_ok=True)
 AutoProcessor.register(LLM2CLIPConfig, LLM2CLIPProcessor, exist_ok=True)
 LLM2CLIPProcessor.register_for_auto_class()
-# A tokenizer is found by its name, but registered by the type of a model.
-AutoTokenizer.register(
-    type("PairConfig", (PretrainedConfig,), {}), fast_tokenizer_class=LLM2CLIPPairTokenizer, exist_ok=True
-)
-LLM2CLIPPairTokenizer.register_for_auto_class("AutoTokenizer")

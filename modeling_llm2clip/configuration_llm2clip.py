@@ -176,8 +176,8 @@ class LLM2CLIPTextConfig(_AbsoluteNames, PretrainedConfig):
         pool_prompt: Whether BOS and prefix are pooled too, as most embedding models do.
         dense: Linear layers after pooling, each with `out_features`, `bias` and `activation` (a name in `ACT2FN`).
         normalize: Whether an embedding has unit length.
-        second_config: Config of a second text encoder. An embedding is then that of both side by side, each of unit
-            length; all other fields are those of the first.
+        encoders: Of a model that takes `llm_embeds` alone, the text encoders whose embeddings they are, side by side,
+            each with its `name` and `width`; all other fields are without a meaning then.
         max_text_length: Longest input in tokens, prompt included; a longer caption is cut at its own end.
         prompt_token_ids: Tokens of an empty caption, used to verify that a tokenizer adds the prompt.
         fingerprint: Hash of the weights, prompt and pooling, written when the tower is saved.
@@ -208,7 +208,7 @@ class LLM2CLIPTextConfig(_AbsoluteNames, PretrainedConfig):
         pool_prompt: bool = False,
         dense: list[dict[str, Any]] | None = None,
         normalize: bool = False,
-        second_config: PretrainedConfig | dict[str, Any] | None = None,
+        encoders: list[dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
         _require_choice("pooling", pooling, POOLING_MODES)
@@ -232,28 +232,32 @@ class LLM2CLIPTextConfig(_AbsoluteNames, PretrainedConfig):
         self.pool_prompt = pool_prompt
         self.dense = [_dense_layer(layer) for layer in dense or ()]
         self.normalize = normalize
-        self.second_config = None if second_config is None else _as_config(second_config, self.model_type)
+        if any(set(encoder) != {"name", "width"} for encoder in encoders or ()):
+            raise ValueError(f"encoders is {encoders}; each has a name and a width, and nothing else.")
+        self.encoders = encoders
         super().__init__(**kwargs)
 
     @property
     def hidden_size(self) -> int:
         """Width of a caption embedding."""
-        width = self.dense[-1]["out_features"] if self.dense else output_width(self.decoder_config)
-        return width + (0 if self.second_config is None else self.second_config.hidden_size)
+        if self.encoders:
+            return sum(encoder["width"] for encoder in self.encoders)
+        return self.dense[-1]["out_features"] if self.dense else output_width(self.decoder_config)
 
-    def halves(self) -> list[LLM2CLIPTextConfig]:
-        """Return the configs of both text encoders, or of the only one."""
-        if self.second_config is None:
-            return [copy.copy(self)]
-        first = copy.copy(self)
-        first.second_config = first.fingerprint = None  # the recorded fingerprint is that of both together
-        return [first, self.second_config]
+    def require_text_model(self) -> None:
+        """Raise a ValueError if this is of a model that takes `llm_embeds` alone."""
+        if self.encoders:
+            parts = " and ".join(f"{encoder['name']} ({encoder['width']})" for encoder in self.encoders)
+            raise ValueError(
+                f"this model takes llm_embeds alone, rows of width {self.hidden_size}: the embeddings of {parts} side "
+                "by side, each of unit length. It contains no text encoder; llm2clip.PairedCache reads such rows."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
         output["decoder_config"] = with_version_4_rope(output["decoder_config"])
-        if output.get("second_config") is None:
-            output.pop("second_config", None)
+        if output.get("encoders") is None:
+            output.pop("encoders", None)
         return _without_local_names(output)
 
 
@@ -265,8 +269,8 @@ class LLM2CLIPConfig(_AbsoluteNames, PretrainedConfig):
         text_config: [`LLM2CLIPTextConfig`], its JSON form, or a decoder's config. Always present, even if
             the weights of the text tower are in another repository.
         text_model_name_or_path: Repository or folder with the text tower's weights (possibly a PEFT adapter);
-            `./text_model`: in that folder of this repository; `None` if they are part of this checkpoint. Of two text
-            encoders, a list of two, as `text_model_revision` then.
+            `./text_model`: in that folder of this repository; `None` if they are part of this checkpoint, or if the
+            model takes `llm_embeds` alone (`encoders` of the text config).
         text_model_fingerprint: Fingerprint of the text tower that the adapter was trained with.
         projection_dim: Width of the shared space.
         visual_projection: Whether a linear layer maps the tower's pooled output to `projection_dim`.
@@ -300,8 +304,8 @@ class LLM2CLIPConfig(_AbsoluteNames, PretrainedConfig):
         self,
         vision_config: PretrainedConfig | dict[str, Any] | None = None,
         text_config: PretrainedConfig | dict[str, Any] | None = None,
-        text_model_name_or_path: str | list[str] | None = None,
-        text_model_revision: str | list[str | None] | None = None,
+        text_model_name_or_path: str | None = None,
+        text_model_revision: str | None = None,
         text_model_fingerprint: str | None = None,
         projection_dim: int = 1280,
         visual_projection: bool = True,

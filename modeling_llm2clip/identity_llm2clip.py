@@ -78,13 +78,6 @@ def text_fingerprint(config: PretrainedConfig, weights: Iterable[tuple[str, Tens
         if not is_readable(weight):
             return None
         digests[name] = digest_weight(weight)
-    second = {name.removeprefix("second."): value for name, value in digests.items() if name.startswith("second.")}
-    first = {name: value for name, value in digests.items() if not name.startswith("second.")}
-    fingerprint = _of_digests(config, first)
-    return pair_fingerprint([fingerprint, _of_digests(config.second_config, second)]) if second else fingerprint
-
-
-def _of_digests(config: Any, digests: Mapping[str, str]) -> str:
     set_fields = {name: getattr(config, name) for name in OPTIONAL_FIELDS if getattr(config, name)}
     content = {
         "tower": {name: getattr(config, name) for name in FIELDS} | set_fields,
@@ -92,14 +85,6 @@ def _of_digests(config: Any, digests: Mapping[str, str]) -> str:
         "weights": {name.removeprefix("decoder."): value for name, value in digests.items()},
     }
     return RULE + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def pair_fingerprint(parts: Iterable[str | None]) -> str | None:
-    """Return the fingerprint of two text encoders, or of their tokenizers, from those of each; None if one is None."""
-    known = list(parts)
-    if None in known:
-        return None
-    return RULE + hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]
 
 
 def is_readable(weight: Tensor) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -62,7 +61,8 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
 
     The LLM's weights are in the checkpoint, or in the repository that `config.text_model_name_or_path` names; then the
     LLM is attached after loading. `from_pretrained(..., text_model=False)` skips it: captions are then passed as
-    `llm_embeds`, until `load_text_model()` or `set_text_model(model)` attaches an LLM.
+    `llm_embeds`, until `load_text_model()` or `set_text_model(model)` attaches an LLM. A model of the embeddings of
+    several text encoders (`encoders` of its text config) takes `llm_embeds` alone.
     """
 
     # The LLM that `text_adapter` was trained with, or None if it is not loaded.
@@ -78,7 +78,7 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         if vision_model is None:
             self._build_vision_tower()
         self._build_visual_projection(vision_model)
-        bundled = text_model and config.text_model_name_or_path is None
+        bundled = text_model and config.text_model_name_or_path is None and not config.text_config.encoders
         self.text_model: Any = LLM2CLIPTextModel(config.text_config) if bundled else None
         if not bundled:
             self._keys_to_ignore_on_load_unexpected = [r"^text_model\."]
@@ -89,6 +89,8 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         if bias is not None:
             # Set here, because transformers 4.57 rejects the name of a parameter that the model does not have.
             self._keep_in_fp32_modules_strict = ["logit_scale", "logit_bias"]
+        if config.text_config.encoders:
+            self.input_modalities = ["image"]
         self.post_init()
         self._keep_in_float32(*() if self.text_adapter.center is None else ("text_adapter.center",))
         if vision_model is not None:
@@ -130,17 +132,21 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         Args:
             vision_model: A vision model, or its repository or folder; of a CLIP-like model, the vision half is used.
             text_model: A text tower, which becomes part of the model, or the repository or folder of one, which is
-                recorded but not loaded. A list of two gives a model with two text encoders; it needs `text_config`.
-            text_config: Config of the text tower, if its repository has none (a plain LLM).
+                recorded but not loaded; None for a model that takes `llm_embeds` alone.
+            text_config: Config of the text tower, if its repository has none (a plain LLM). For a model that takes
+                `llm_embeds` alone, `LLM2CLIPTextConfig(encoders=...)`.
             logit_scale_init_value: Logarithm of the initial logit scale; `"checkpoint"`: that of the CLIP-like
                 checkpoint of the vision tower. By default the checkpoint's, as in the original code, or ln(1 / 0.07)
                 if it has none.
             config_fields: Fields of [`LLM2CLIPConfig`], such as `projection_dim`.
 
         Raises:
-            ValueError: The checkpoint has no logit scale, but `"checkpoint"` asks for it; or there is no such field.
+            ValueError: The checkpoint has no logit scale, but `"checkpoint"` asks for it; or there is no such field,
+                or neither a text tower nor `encoders`.
         """
         refuse_unknown(cls.config_class, config_fields)
+        if (text_model is None) != bool(getattr(text_config, "encoders", None)):
+            raise ValueError("give a text_model, or in its place text_config=LLM2CLIPTextConfig(encoders=...).")
         source, vision_kwargs = vision_model, vision_model_kwargs or {}
         if not isinstance(vision_model, PreTrainedModel):
             vision_model = load_vision_tower(vision_model, vision_kwargs)
@@ -149,7 +155,7 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
             config_fields["logit_scale_init_value"] = scale
         if isinstance(text_model, PreTrainedModel):
             text_config = text_model.config
-        else:
+        elif text_model is not None:
             if text_config is None:
                 text_config = AutoConfig.from_pretrained(text_model, revision=text_model_revision)
                 text_config = getattr(text_config, "text_config", text_config)
@@ -187,7 +193,8 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         """
         wants_info = kwargs.pop("output_loading_info", False)
         model_kwargs, llm_kwargs = split_arguments(kwargs)
-        if not text_model and ("quantization_config" in llm_kwargs or text_model_kwargs):
+        is_about_llm = "quantization_config" in llm_kwargs or bool(text_model_kwargs)
+        if not text_model and is_about_llm:
             raise ValueError(
                 "quantization_config and text_model_kwargs apply to the LLM, which text_model=False does not load; "
                 "drop one of the two."
@@ -199,11 +206,14 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         # For the processor. A token is left out, since a model may be pickled.
         model.hub_arguments = {name: value for name, value in hub_arguments(model_kwargs).items() if name != "token"}
         named = model.config.text_model_name_or_path
-        bundled = named is None
+        bundled = named is None and not model.config.text_config.encoders
         if named == OWN_TEXT_MODEL:
             # Of the model in memory, which may be saved elsewhere.
             name = find_text_model(named, pretrained_model_name_or_path, **hub_arguments(model_kwargs))[0]
             model.config.text_model_name_or_path, model.config.text_model_revision = name, model_kwargs.get("revision")
+        if is_about_llm:
+            model.config.text_config.require_text_model()
+        text_model = text_model and not model.config.text_config.encoders
         if text_model and model.text_model is None:
             if attention is not None:
                 llm_kwargs.setdefault("attn_implementation", attention)
@@ -230,8 +240,10 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
             kwargs: Passed to `LLM2CLIPTextModel.from_pretrained`.
 
         Raises:
-            ValueError: No repository is known, or the adapter was trained with another LLM.
+            ValueError: No repository is known, the adapter was trained with another LLM, or the model takes
+                `llm_embeds` alone.
         """
+        self.config.text_config.require_text_model()
         if name_or_path is None:
             name_or_path = self.config.text_model_name_or_path
             revision = revision or self.config.text_model_revision
@@ -331,6 +343,7 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
             raise ValueError("pass either input_ids or llm_embeds, cached embeddings of the captions.")
         if llm_embeds is None:
             if self.text_model is None:
+                self.config.text_config.require_text_model()
                 raise ValueError(
                     "this model was loaded without its LLM; call model.load_text_model(), or pass llm_embeds=, the "
                     "LLM's caption embeddings."
@@ -355,7 +368,7 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         instruction: str | None = None,
         truncate_dim: int | None = None,
         precision: Precision = "float32",
-        encoder: Literal["llm", "query", "first", "second"] = "llm",
+        encoder: Literal["llm", "query"] = "llm",
     ) -> Tensor:
         """Embed captions of any length, in evaluation mode.
 
@@ -368,34 +381,29 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
             precision: Form of the embeddings, as of [`quantize_embeddings`]: `float16`, `int8` or `binary` (one bit
                 per value, eight in an int8).
             encoder: `query` for the small encoder in `query_encoder/` of the model's folder, which needs neither the
-                LLM nor a processor, and takes no instruction. `first` or `second` for one of two text encoders alone,
-                which the model has to be trained for (`text_losses` of stage 2).
+                LLM nor a processor, and takes no instruction.
 
         Returns:
             Unit vectors, float32 `(len(texts), truncate_dim or projection_dim)` on the CPU, in input order, or their
             form of that `precision`.
 
         Raises:
-            ValueError: A caption is empty, there is no tokenizer, or no query encoder that belongs to this model.
+            ValueError: A caption is empty, there is no tokenizer, no query encoder that belongs to this model, or the
+                model takes `llm_embeds` alone.
         """
+        if encoder not in ("llm", "query"):
+            raise ValueError(f"encoder is {encoder!r}; choose llm or query.")
         if encoder == "query":
             if instruction is not None:
                 raise ValueError("the query encoder takes no instruction; leave it out, or use encoder='llm'.")
             rows = query_encoder_of(self).encode(texts, batch_size, show_progress_bar)
             return quantize_embeddings(shorten(rows, truncate_dim), precision)
-        tokenizer, text_config = own_part(self, processor, "tokenizer"), self.config.text_config
-        forward = self.get_text_features
-        if encoder != "llm":
-            halves = text_config.halves()
-            if len(halves) == 1 or encoder not in ("first", "second"):
-                raise ValueError(f"encoder is {encoder!r}, but this model has {len(halves)} text encoder(s).")
-            number = int(encoder == "second")
-            tokenizer, text_config = tokenizer.parts[number], halves[number]
-            forward = partial(self._features_of_half, number)
+        self.config.text_config.require_text_model()
+        tokenizer = own_part(self, processor, "tokenizer")
         rows = encode_tokens(
-            tokenize_captions(texts, tokenizer, text_config, instruction),
+            tokenize_captions(texts, tokenizer, self.config.text_config, instruction),
             tokenizer,
-            lambda batch: unit_features(forward(**batch)),
+            lambda batch: unit_features(self.get_text_features(**batch)),
             model=self,
             device=execution_device(self if self.text_model is None else self.text_model),
             width=self.config.projection_dim,
@@ -403,12 +411,6 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
             show_progress_bar=show_progress_bar,
         )
         return quantize_embeddings(shorten(rows, truncate_dim), precision)
-
-    def _features_of_half(self, number: int, **tokens: Tensor) -> BaseModelOutputWithPooling:
-        if self.text_model is None:
-            raise ValueError("this model was loaded without its LLM; call model.load_text_model().")
-        rows = self.text_model.embed_half(number, **tokens)
-        return self.get_text_features(llm_embeds=self.text_adapter.of_half(rows, number))
 
     def encode_image(
         self,

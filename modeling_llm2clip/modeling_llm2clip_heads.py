@@ -191,7 +191,6 @@ class LLM2CLIPTextAdapter(Float32Buffers):
     def __init__(self, config: LLM2CLIPConfig) -> None:
         super().__init__()
         width = config.text_config.hidden_size
-        self.widths = [half.hidden_size for half in config.text_config.halves()]
         self.normalize = config.adapter_normalize
         self.register_buffer("center", torch.zeros(width, dtype=torch.float32) if config.center_text else None)
         is_linear = config.text_head == "linear"
@@ -206,15 +205,6 @@ class LLM2CLIPTextAdapter(Float32Buffers):
         is_residual = config.text_head == "residual"
         self.linear = nn.Linear(width, config.projection_dim) if is_residual else None
         self.gate = nn.Parameter(torch.full((1,), GATE)) if is_residual else None
-
-    def of_half(self, rows: Tensor, number: int) -> Tensor:
-        """Complete embeddings of one of two text encoders, `(batch, its width)`, by the mean in place of the other's.
-
-        The mean is what the adapter subtracts from an embedding, 0 if it does not.
-        """
-        center = rows.new_zeros(sum(self.widths)) if self.center is None else self.center.to(rows)
-        first, second = (part.expand(len(rows), -1) for part in center.split(self.widths))
-        return torch.cat([first, rows] if number else [rows, second], dim=-1)
 
     def prepare(self, llm_embeds: Tensor) -> Tensor:
         """Centre and normalise embeddings `(batch, hidden_size)` as the config says; what the layers see."""

@@ -64,6 +64,7 @@ def match_text_model(config: Any, text_model: Any, source: str | None) -> None:
         raise TypeError(
             f"{type(text_model).__name__} is not a text tower; wrap it: LLM2CLIPTextModel.from_decoder(model)."
         )
+    config.text_config.require_text_model()
     source = source or text_model.name_or_path or type(text_model.decoder).__name__
     known = config.text_model_name_or_path or "an unnamed LLM"
     width, expected_width = text_model.config.hidden_size, config.text_config.hidden_size
@@ -94,13 +95,13 @@ def match_text_model(config: Any, text_model: Any, source: str | None) -> None:
             f"adapter for this one (stage 2).{exact}"
         )
     if expected is not None:
-        for ours, theirs in zip(config.text_config.halves(), text_model.config.halves(), strict=True):
-            trained_with = decoder_settings(ours.decoder_config, theirs.bidirectional)
-            if changed := changed_settings(trained_with, theirs.decoder_config, theirs.bidirectional):
-                logger.warning(
-                    f"{source} has the weights that the adapter was trained with, but other settings: "
-                    f"{', '.join(changed)}."
-                )
+        ours, theirs = config.text_config, text_model.config
+        trained_with = decoder_settings(ours.decoder_config, theirs.bidirectional)
+        if changed := changed_settings(trained_with, theirs.decoder_config, theirs.bidirectional):
+            logger.warning(
+                f"{source} has the weights that the adapter was trained with, but other settings: "
+                f"{', '.join(changed)}."
+            )
 
 
 def weights_to_save(
@@ -111,13 +112,15 @@ def weights_to_save(
     Raises:
         ValueError: See [`LLM2CLIPModel.save_pretrained`].
     """
-    elsewhere = model.config.text_model_name_or_path
-    bundle = elsewhere is None if save_text_model is None else save_text_model
+    elsewhere, has_none = model.config.text_model_name_or_path, bool(model.config.text_config.encoders)
+    if save_text_model:
+        model.config.text_config.require_text_model()
+    bundle = elsewhere is None and not has_none if save_text_model is None else save_text_model
     if bundle and model.text_model is None:
         raise ValueError(
             "there is no LLM to save; attach one, or set config.text_model_name_or_path to its repository."
         )
-    if not bundle and elsewhere is None:
+    if not bundle and elsewhere is None and not has_none:
         raise ValueError(
             "to save the model without its LLM, set config.text_model_name_or_path to the LLM's repository."
         )

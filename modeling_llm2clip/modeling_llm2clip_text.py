@@ -31,7 +31,7 @@ from .configuration_llm2clip import (
     output_width,
     refuse_unknown,
 )
-from .identity_llm2clip import is_readable, merge_layers, merged_weights, pair_fingerprint, text_fingerprint
+from .identity_llm2clip import is_readable, merge_layers, merged_weights, text_fingerprint
 from .image_decoding_llm2clip import decode_image  # noqa: F401
 from .modeling_llm2clip_decoder import (
     VARIABLE_LENGTHS,
@@ -63,7 +63,7 @@ from .modeling_llm2clip_utils import (
     name_layers,
     pool,
 )
-from .tokenization_llm2clip import split_tokens, tokenize_captions
+from .tokenization_llm2clip import tokenize_captions
 
 COMPOSITE_TYPE = LLM2CLIPConfig.model_type
 
@@ -72,8 +72,6 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
     """A text model (`decoder`) as caption encoder: attention, pooling, and what follows it.
 
     LLM2CLIP's stage 1 makes a decoder attend in both directions; encoders and embedding models keep their attention.
-    With `second_config` there is a `second` text tower, and an embedding is that of both side by side, each of unit
-    length (paper, table 8).
 
     `pooler_output` `(batch, hidden_size)` is the caption embedding, in float32, and of unit length only if the config
     says `normalize`. It does not depend on the other captions of the batch, the padding side or the attention
@@ -89,12 +87,8 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         r"lm_head\.", r"^(vision_model|visual_\w+|text_adapter)\.", r"^logit_(scale|bias)$",
     ]  # fmt: skip
 
-    def __init__(
-        self,
-        config: LLM2CLIPTextConfig,
-        decoder: PreTrainedModel | None = None,
-        second: LLM2CLIPTextModel | None = None,
-    ) -> None:
+    def __init__(self, config: LLM2CLIPTextConfig, decoder: PreTrainedModel | None = None) -> None:
+        config.require_text_model()
         super().__init__(config)
         self.decoder: Any = None
         if decoder is None:
@@ -102,12 +96,6 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
             auto, options = text_model_class(config.decoder_config)
             self.decoder = auto.from_config(config.decoder_config, **options)
         self.dense = DenseLayers(output_width(config.decoder_config), config.dense)
-        self.second: Any = None
-        if second is None and config.second_config is not None:
-            # Not one of the `sub_configs`, of which transformers 4.57 expects that none is None.
-            if config._attn_implementation is not None:
-                config.second_config._attn_implementation = config._attn_implementation
-            self.second = LLM2CLIPTextModel(config.second_config)
         # An existing decoder is attached after post_init(), which would initialise its weights again.
         self.post_init()
         name_layers(self)
@@ -119,8 +107,6 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
             if config.bidirectional is not None:
                 decoder.config.is_causal = not config.bidirectional
             avoid_sdpa_without_softcap(decoder.config)
-        if second is not None:
-            adopt_submodel(self, "second", second)
         config.decoder_config = self.decoder.config
         self._arguments = argument_names(self.decoder, only_declared=config.bidirectional is None)
         self._first_position = position_offset(self.decoder)
@@ -165,39 +151,6 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         return cls._of_parts(LLM2CLIPTextConfig(decoder_config=decoder.config, **fields), decoder, dense)
 
     @classmethod
-    def pair(cls, first: LLM2CLIPTextModel, second: LLM2CLIPTextModel) -> LLM2CLIPTextModel:
-        """Put two text towers side by side; they are not copied. Adapters are merged.
-
-        Raises:
-            ValueError: One of them is a pair already.
-        """
-        for tower in (first, second):
-            if tower.second is not None:
-                raise ValueError("a text tower of two text encoders takes no third.")
-            tower.merge_adapter()
-        config: Any = copy.deepcopy(first.config)
-        config.second_config = second.config
-        config.fingerprint = pair_fingerprint([first.config.fingerprint, second.config.fingerprint])
-        model = cls(config, decoder=first.decoder, second=second)
-        model.dense, model.exact_packing = first.dense, first.exact_packing
-        model.has_rounded_base = first.has_rounded_base or second.has_rounded_base
-        return model
-
-    @classmethod
-    def _pair_from_pretrained(
-        cls, names: Sequence[str], default: LLM2CLIPTextConfig | None, kwargs: dict[str, Any]
-    ) -> LLM2CLIPTextModel:
-        if len(names) != 2:
-            raise ValueError(f"{len(names)} text encoders are given, {', '.join(names)}; there can be two.")
-        defaults = [None, None] if default is None else default.halves()
-        revisions = kwargs.pop("revision", None)
-        towers = []
-        for number, (name, config) in enumerate(zip(names, defaults, strict=True)):
-            revision = revisions[number] if isinstance(revisions, (list, tuple)) else revisions
-            towers.append(cls.from_pretrained(name, default_config=config, revision=revision, **kwargs))
-        return cls.pair(*towers)
-
-    @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
         pretrained_model_name_or_path: Any,
@@ -211,19 +164,13 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         Args:
             pretrained_model_name_or_path: Folder or repository of a saved [`LLM2CLIPTextModel`]; of an LLM2CLIP model
                 that contains its LLM or names its repository; of a PEFT adapter (requires peft); or of a plain text
-                model (see [`from_decoder`]). A list of two becomes a pair, see [`pair`]; `revision` may be a list.
+                model (see [`from_decoder`]).
             config: Prompt and pooling, instead of those in the repository.
             default_config: Prompt and pooling if the repository has none (a plain text model, an adapter alone).
 
         Raises:
             ValueError: Weights of the LLM are missing, or it cannot be a text tower.
         """
-        if isinstance(pretrained_model_name_or_path, (list, tuple)):
-            if config is not None or kwargs.get("output_loading_info"):
-                raise ValueError(
-                    "config and output_loading_info are for one text encoder, but there are two; drop them."
-                )
-            return cls._pair_from_pretrained(pretrained_model_name_or_path, default_config, kwargs)
         # AutoModel replaces the name of an adapter with that of its base model, which lacks the prompt.
         adapter_kwargs = kwargs.pop("adapter_kwargs", None) or {}
         name = os.fspath(adapter_kwargs.get("_adapter_model_path") or pretrained_model_name_or_path)
@@ -353,8 +300,6 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         """Merge the decoder's PEFT adapter into its weights, in place; every device gives the same result."""
         if self.has_adapter:
             self.decoder = merge_layers(self.decoder)
-        if self.second is not None:
-            self.second.merge_adapter()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.decoder.get_input_embeddings()
@@ -384,8 +329,8 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
 
         That is so in float16, quantised, and for an adapter whose base was rounded when it was loaded.
         """
-        embeddings = [tower.get_input_embeddings() for tower in (self, self.second) if tower is not None]
-        exact = all(embedding.weight.dtype in (torch.float32, torch.bfloat16) for embedding in embeddings)
+        weight: Any = self.get_input_embeddings().weight
+        exact = weight.dtype in (torch.float32, torch.bfloat16)
         return (self.fingerprint() if exact and not self.has_rounded_base else None) or self.config.fingerprint
 
     def forward(
@@ -404,25 +349,8 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
 
         Short captions are packed into shared rows, so that padding costs little; the states at padding are then zero.
         Captions are not packed under FlexAttention, when compiling, or when hidden states or attention weights are
-        requested. Of two text encoders there is only the `pooler_output`.
+        requested.
         """
-        if self.second is not None:
-            if input_ids is None or pooling_mask is not None:
-                raise ValueError("two text encoders take the input_ids and attention_mask of their tokenizer alone.")
-            limits = [half.max_text_length for half in self.config.halves()]
-            tokens = split_tokens(input_ids, attention_mask, limits)
-            rows = [self.embed_half(number, **part, **kwargs) for number, part in enumerate(tokens)]
-            return BaseModelOutputWithPooling(pooler_output=torch.cat([row.to(rows[0].device) for row in rows], -1))
-        return self._embed(input_ids, attention_mask, pooling_mask, **kwargs)
-
-    def embed_half(self, number: int, **inputs: Any) -> Tensor:
-        """Embed captions by the first (0) or second (1) of two text encoders; unit rows, `(batch, hidden_size)`."""
-        output: Any = self.second(**inputs) if number else self._embed(**inputs)
-        return F.normalize(output.pooler_output.float(), dim=-1)
-
-    def _embed(
-        self, input_ids: Any, attention_mask: Any, pooling_mask: Any = None, **kwargs: Any
-    ) -> BaseModelOutputWithPooling:
         if input_ids is None:
             raise ValueError("pass input_ids from the tokenizer that was saved with this model.")
         if (reason := unknown_attention(self.decoder, self.config)) is not None:

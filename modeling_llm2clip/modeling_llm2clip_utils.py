@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, PreTra
 from transformers.utils import logging
 
 from .image_decoding_llm2clip import with_pillow
-from .tokenization_llm2clip import CaptionTokens, LLM2CLIPPairTokenizer, pooling_mask
+from .tokenization_llm2clip import CaptionTokens, pooling_mask
 
 logger = logging.get_logger(__name__)
 
@@ -36,13 +36,8 @@ def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
 
 
-def absolute_path(name: Any) -> Any:
-    """Return the absolute path of a folder (a relative one could be read as a repository id), or a repository id.
-
-    Of a list, those of each.
-    """
-    if isinstance(name, (list, tuple)):
-        return [absolute_path(part) for part in name]
+def absolute_path(name: str | os.PathLike[str]) -> str:
+    """Return the absolute path of a folder (a relative one could be read as a repository id), or a repository id."""
     return os.fspath(Path(name).resolve()) if name and Path(name).exists() else os.fspath(name)
 
 
@@ -53,7 +48,7 @@ def find_text_model(name: Any, origin: str | os.PathLike[str] = "", **hub: Any) 
     repository it is called `OWNER/NAME/text_model`.
 
     Args:
-        name: Folder or repository, or None if the weights are those of the model; a list of two is returned as it is.
+        name: Folder or repository, or None if the weights are those of the model.
         origin: Where the config is from.
         hub: Arguments of `from_pretrained` for that place, such as `subfolder`.
 
@@ -61,8 +56,6 @@ def find_text_model(name: Any, origin: str | os.PathLike[str] = "", **hub: Any) 
         The name with the place in it, the folder or repository of that name, and the arguments of `from_pretrained`
         for what is within a repository.
     """
-    if isinstance(name, (list, tuple)):
-        return name, "", {}
     if name == OWN_TEXT_MODEL:
         inside = [hub["subfolder"]] if hub.get("subfolder") else []
         name = "/".join([absolute_path(origin), *inside, TEXT_MODEL])
@@ -124,9 +117,7 @@ def own_part(model: PreTrainedModel, processor: Any, name: str) -> Any:
     load: Any = AutoImageProcessor
     known: dict[str, Any] = {}
     if name == "tokenizer":
-        text_config = getattr(model.config, "text_config", model.config)
-        is_pair = getattr(text_config, "second_config", None) is not None
-        load, known = (LLM2CLIPPairTokenizer, {}) if is_pair else (AutoTokenizer, {"config": model.config})
+        load, known = AutoTokenizer, {"config": model.config}
     try:
         # Without False, it would ask on the terminal whether to run code.
         part = load.from_pretrained(origin, **getattr(model, "hub_arguments", {}), **known, trust_remote_code=False)

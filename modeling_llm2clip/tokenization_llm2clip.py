@@ -1,39 +1,28 @@
-"""Captions as tokens: checks, instructions, where pooling starts, and the tokens of two text encoders."""
+"""Captions as tokens: checks, instructions, and where pooling starts."""
 
 from __future__ import annotations
 
 import copy
 import json
 import math
-import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from tokenizers import normalizers
 from torch import Tensor
-from transformers import BatchEncoding, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# Added to the tokens of the second of two text encoders; no vocabulary is as large.
-SECOND = 2**24
-SECOND_FILE = "second_tokenizer.json"
-SETTINGS = (
-    *("bos_token", "eos_token", "unk_token", "pad_token", "padding_side", "truncation_side", "model_max_length"),
-    *("model_input_names", "clean_up_tokenization_spaces", "split_special_tokens"),
-)
 # Arguments of a tokenizer that would change the tokens, or that its own truncation and padding have to follow.
 UNSUPPORTED_OPTIONS = (
     *("text_pair", "text_target", "stride", "is_split_into_words"),
     *("return_overflowing_tokens", "return_offsets_mapping", "return_length"),
 )
-# And those that need the tokens of one tokenizer.
-UNSUPPORTED_BY_PAIRS = (*UNSUPPORTED_OPTIONS, "return_special_tokens_mask")
 # Half a character, which no encoding has: of bytes that were not UTF-8, or of a pair that was cut.
 SURROGATE = re.compile("[\\ud800-\\udfff]")
 
@@ -66,8 +55,7 @@ def tokenize_and_cut(
     thread. Here it has neither, so that threads can share it.
 
     Args:
-        max_length: Largest number of tokens, with the prompt; by default the tokenizer's own, which that of two text
-            encoders has for each, and which `max_length` does not exceed then.
+        max_length: Largest number of tokens, with the prompt; by default the tokenizer's own.
         truncation: False cuts nothing.
         options: Other arguments of the tokenizer, without those of padding.
 
@@ -77,16 +65,6 @@ def tokenize_and_cut(
     Raises:
         ValueError: `max_length` leaves no room for a text.
     """
-    if isinstance(parts := getattr(tokenizer, "parts", None), list):
-        limits = [min(part.model_max_length, max_length or part.model_max_length) for part in parts]
-        (first, cut), (second, also_cut) = (
-            tokenize_and_cut(part, texts, limit, truncation, **options)
-            for part, limit in zip(parts, limits, strict=True)
-        )
-        pairs = zip(first["input_ids"], second["input_ids"], strict=True)
-        rows = [[*row, *(token + SECOND for token in other)] for row, other in pairs]
-        masks = [[1] * len(row) for row in rows]
-        return {"input_ids": rows, "attention_mask": masks}, [*map(any, zip(cut, also_cut, strict=True))]
     limit = (max_length or tokenizer.model_max_length) if truncation else math.inf
     wants_mask = options.pop("return_special_tokens_mask", False)
     encoded = dict(tokenizer(list(texts), return_special_tokens_mask=True, **{**options, "verbose": False}))
@@ -126,12 +104,8 @@ class CuttingTokenizer:
         **options: Any,
     ) -> BatchEncoding:
         tokenizer = self._tokenizer
-        is_pair = isinstance(getattr(tokenizer, "parts", None), list)
-        if refused := [
-            name for name in (UNSUPPORTED_BY_PAIRS if is_pair else UNSUPPORTED_OPTIONS) if options.get(name)
-        ]:
-            kind = "the tokenizer of two text encoders" if is_pair else "a processor of captions"
-            raise ValueError(f"{kind} does not take {', '.join(refused)}.")
+        if refused := [name for name in UNSUPPORTED_OPTIONS if options.get(name)]:
+            raise ValueError(f"a processor of captions does not take {', '.join(refused)}.")
         texts = [text] if isinstance(text, str) else list(text)
         truncates = truncation not in (False, None, "do_not_truncate")
         encoded, is_cut = tokenize_and_cut(tokenizer, texts, max_length, truncates, **options)
@@ -188,11 +162,8 @@ def tokenize_captions(
     texts = clean_captions([texts] if isinstance(texts, str) else list(texts))
     if not texts:
         return CaptionTokens([], None, 0)
-    halves = [half.prompt_token_ids for half in text_config.halves()]
-    expected = None if None in halves else [token + SECOND * half for half, ids in enumerate(halves) for token in ids]
-    if instruction and len(halves) > 1:
-        raise ValueError("two text encoders take no instruction; leave it out.")
-    if expected is not None and list(tokenizer("")["input_ids"]) != expected:
+    expected = text_config.prompt_token_ids
+    if expected is not None and list(tokenizer("")["input_ids"]) != list(expected):
         raise ValueError(
             f"the tokenizer ({tokenizer.name_or_path or 'unnamed'}) does not add the prompt that this model was "
             "trained with; load it from the model's own folder with AutoTokenizer or AutoProcessor. An embedding "
@@ -287,104 +258,3 @@ def without_prepend(normalizer: Any, only_white_space: bool = False) -> Any:
 def pooling_mask(attention_mask: Tensor, starts: Sequence[int]) -> Tensor:
     """Mark the pooled tokens of `(batch, tokens)`: the real ones after the first `starts` of each caption."""
     return attention_mask * (attention_mask.cumsum(1) > torch.tensor(starts)[:, None])
-
-
-def _settings(tokenizer: Any) -> dict[str, Any]:
-    settings = {name: getattr(tokenizer, name, None) for name in SETTINGS}
-    return {name: value for name, value in settings.items() if value is not None}
-
-
-class LLM2CLIPPairTokenizer(PreTrainedTokenizerFast):
-    """Makes one row of tokens of each caption: those of the first tokenizer, and those of the second plus `SECOND`.
-
-    Each truncates a caption at its own maximum length, and adds its own prompt. The first is this tokenizer itself.
-
-    Args:
-        second_tokenizer_file: `tokenizer.json` of the second.
-        second_settings: Its arguments.
-        kwargs: Arguments of `PreTrainedTokenizerFast` for the first.
-    """
-
-    vocab_files_names = {**PreTrainedTokenizerFast.vocab_files_names, "second_tokenizer_file": SECOND_FILE}
-
-    # Without an `__init__`, since transformers 5 would make the first one anew for a class that has one.
-    _first: PreTrainedTokenizerFast | None = None
-    _second: PreTrainedTokenizerFast | None = None
-
-    @property
-    def second(self) -> PreTrainedTokenizerFast:
-        """The tokenizer of the second encoder."""
-        if self._second is None:
-            path = self.init_kwargs.get("second_tokenizer_file")
-            if path is None:
-                raise ValueError(f"the tokenizer of the second text encoder, {SECOND_FILE}, is missing.")
-            settings = self.init_kwargs.get("second_settings") or {}
-            self._second = PreTrainedTokenizerFast(tokenizer_file=path, **settings)
-        return self._second
-
-    @classmethod
-    def _from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        tokenizer = super()._from_pretrained(*args, **kwargs)
-        assert tokenizer.second is not None
-        return tokenizer
-
-    @classmethod
-    def of(cls, first: PreTrainedTokenizerFast, second: PreTrainedTokenizerFast) -> LLM2CLIPPairTokenizer:
-        """Make one of the caption tokenizers of two text towers."""
-        copied = copy.deepcopy(first.backend_tokenizer)
-        tokenizer = cls(tokenizer_object=copied, second_settings=_settings(second), **_settings(first))
-        tokenizer._second = second
-        return tokenizer
-
-    @property
-    def parts(self) -> list[PreTrainedTokenizerFast]:
-        """The tokenizers of both encoders."""
-        if self._first is None:
-            backend = copy.deepcopy(self.backend_tokenizer)
-            self._first = PreTrainedTokenizerFast(tokenizer_object=backend, **_settings(self))
-        return [self._first, self.second]
-
-    def __call__(self, text: Any = None, **options: Any) -> BatchEncoding:
-        """Tokenize a caption, or a list of them; `max_length` holds for each of both tokenizers."""
-        return CuttingTokenizer(self)(text, **options)
-
-    def _save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> tuple[str, ...]:
-        files = super()._save_pretrained(save_directory, *args, **kwargs)
-        path = Path(save_directory, SECOND_FILE)
-        self.second.backend_tokenizer.save(str(path))
-        return *files, str(path)
-
-
-def split_tokens(input_ids: Tensor, attention_mask: Tensor | None, limits: Sequence[int]) -> list[dict[str, Tensor]]:
-    """Split `(batch, tokens)` of a [`LLM2CLIPPairTokenizer`] into those of each encoder, padded on the left.
-
-    Args:
-        limits: Largest number of tokens of each encoder.
-
-    Returns:
-        `input_ids` and `attention_mask` of the first and of the second.
-
-    Raises:
-        ValueError: A caption has no tokens of one of them: they are of another tokenizer.
-    """
-    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    is_second = input_ids >= SECOND
-    width = input_ids.shape[1]
-    parts = []
-    for selected, limit in zip((real & ~is_second, real & is_second), limits, strict=True):
-        # By numbers of their own, since ONNX has no stable order.
-        order = (selected.long() * width + torch.arange(width, device=selected.device)).argsort(dim=1)
-        mask = selected.gather(1, order).long()
-        ids = torch.where(mask.bool(), (input_ids % SECOND).gather(1, order), 0)
-        # The shape of a graph cannot depend on its values.
-        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
-            lengths = mask.sum(dim=1)
-            if not lengths.all():
-                raise ValueError(
-                    "a caption has no tokens of one of the two text encoders; load the tokenizer from the model's own "
-                    "folder, with trust_remote_code=True."
-                )
-            limit = min(limit, int(lengths.max()))
-        ids, mask = ids[:, -limit:], mask[:, -limit:]
-        parts.append({"input_ids": ids, "attention_mask": mask})
-    return parts

@@ -17,7 +17,7 @@ from statistics import mean
 from typing import Any
 
 import yaml
-from transformers import AutoProcessor
+from transformers import AutoImageProcessor, AutoProcessor
 
 from llm2clip import CaptionSource, EmbeddingCache, LLM2CLIPModel, PairedCache, load_encoder
 from llm2clip.data.pairs import PairSource
@@ -284,7 +284,6 @@ def recipe_of(run: Run, material: Material, caches: list[Path], models: Mapping[
         models: The models of its parents.
     """
     several = len(caches) > 1
-    towers = [str(material.text_encoder(name)) for name in run.encoders]
     of, column = ("scenes/", "long_a") if run.data == "scenes" else ("", "caption")
     captions = {"caption_columns": [*run.captions], "caption_weights": [*run.captions.values()]}
     recipe = {**load_recipe(HERE / "frozen.yaml"), **run.settings}
@@ -294,7 +293,7 @@ def recipe_of(run: Run, material: Material, caches: list[Path], models: Mapping[
     vision = models.get("keeps", material.weights("vit"))
     recipe |= {
         "vision_model_name_or_path": str(vision),
-        "text_model_name_or_path": towers if several else towers[0],
+        "text_model_name_or_path": None if several else str(material.text_encoder(run.encoders[0])),
         "embedding_cache": [str(path) for path in caches] if several else str(caches[0]),
         "feature_cache": str(material.folder / "features") if _stores_features(recipe) else None,
         "output_dir": str(model_path(run, material)),
@@ -327,9 +326,10 @@ def _best_epoch(state: dict[str, Any]) -> float | None:
 
 def _measure(run: Run, material: Material, folder: Path, caches: list[Path]) -> dict[str, Any]:
     model: Any = LLM2CLIPModel.from_pretrained(folder, text_model=False).eval()
-    processor = AutoProcessor.from_pretrained(folder)
-    opened = [EmbeddingCache.open(path) for path in caches]
-    lookup = (PairedCache(*opened) if len(opened) > 1 else opened[0]).lookup
+    several = len(caches) > 1
+    images = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    processor = images if several else AutoProcessor.from_pretrained(folder)
+    lookup = (PairedCache.of_folders(caches) if several else EmbeddingCache.open(caches[0])).lookup
     sets = {name: RetrievalData.from_source(source) for name, source in _tests(run, material).items()}
     # So that a picture of several sets is computed once; those of a tower that has trained go with it.
     is_frozen = "freeze_vision_layers" not in run.settings
@@ -340,7 +340,7 @@ def _measure(run: Run, material: Material, folder: Path, caches: list[Path]) -> 
         use_cpu=True,
         report_to="none",
     )
-    features = open_features(config, model, processor.image_processor, [data.images for data in sets.values()])
+    features = open_features(config, model, images, [data.images for data in sets.values()])
     encoder: Encoder = StoredEncoder(model, processor, lookup, features)
     if "lora_rank" in run.settings:  # the stored rows of texts are those of the LLM before
         encoder = load_encoder(str(folder))

@@ -21,7 +21,6 @@ from modeling_llm2clip import (
     EVA02VisionConfig,
     LLM2CLIPConfig,
     LLM2CLIPModel,
-    LLM2CLIPPairTokenizer,
     LLM2CLIPProcessor,
     LLM2CLIPTextConfig,
     LLM2CLIPTextModel,
@@ -142,19 +141,8 @@ def with_statistics(model: LLM2CLIPModel) -> LLM2CLIPModel:
     return model
 
 
-def pair_config() -> LLM2CLIPTextConfig:
-    """Two text encoders side by side, whose captions have different prompts."""
-    tokenizer, prefix_tokens = with_prompt(plain_tokenizer(), "query: ")
-    prompt = {"prompt_prefix": "query: ", "prompt_suffix": "", "num_prefix_tokens": prefix_tokens}
-    second = text_config("qwen2", **prompt, prompt_token_ids=tokenizer("")["input_ids"])
-    return text_config(second_config=second)
-
-
-def processor(image_size: int = 28, of_pair: bool = False) -> LLM2CLIPProcessor:
-    tokenizer: Any
+def processor(image_size: int = 28) -> LLM2CLIPProcessor:
     tokenizer, _ = with_prompt(plain_tokenizer(), PREFIX, SUFFIX, max_length=64)
-    if of_pair:
-        tokenizer = LLM2CLIPPairTokenizer.of(tokenizer, with_prompt(plain_tokenizer(), "query: ", max_length=64)[0])
     size = {"shortest_edge": image_size}
     image_processor = CLIPImageProcessor(size=size, crop_size={"height": image_size, "width": image_size})
     return LLM2CLIPProcessor(image_processor, tokenizer)
@@ -169,7 +157,7 @@ def save(folder: Path, **fields: Any) -> LLM2CLIPModel:
     """Save a tiny model with its processor, like a Hub repository."""
     model = with_statistics(joint_model(**fields))
     model.save_pretrained(folder)
-    processor(of_pair=model.config.text_config.second_config is not None).save_pretrained(folder)
+    processor().save_pretrained(folder)
     return model
 
 

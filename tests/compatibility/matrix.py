@@ -56,7 +56,6 @@ def write_cases(folder: Path) -> None:
     own["dense"] = [{"out_features": 24, "bias": True, "activation": "tanh"}]
     encoder = XLMRobertaConfig(**tiny.SIZES, vocab_size=430, max_position_embeddings=130)
     cases["EVA02 + XLM-R"] = (tiny.vision_config(), tiny.text_config(decoder_config=encoder, **own))
-    cases["EVA02 + two encoders"] = (tiny.vision_config(), tiny.pair_config())
     cases["frozen EVA02 + Qwen2"] = (tiny.vision_config(), tiny.text_config("qwen2"))
     cases["EVA02 + Llama 3"][1].decoder_config.rope_parameters = dict(LLAMA_3)
     for name, (vision, text) in cases.items():
@@ -72,7 +71,7 @@ def write_cases(folder: Path) -> None:
         # As the commands do; transformers 4.57 itself vouches for no encoder.
         verify_text_tower(model.text_model)
         model.save_pretrained(folder / name / "model")
-        processor = tiny.processor(of_pair=text.second_config is not None)
+        processor = tiny.processor()
         processor.save_pretrained(folder / name / "model")
         model = LLM2CLIPModel.from_pretrained(folder / name / "model", attn_implementation="sdpa").eval()
         inputs = processor(text=CAPTIONS, images=pictures(28), return_tensors="pt")

@@ -154,27 +154,6 @@ def test_an_adapter_on_a_rounded_base_that_does_not_fit_is_refused_with_a_way_ou
     assert LLM2CLIPTextModel.from_pretrained(tmp_path / "adapter", **options).identity() is None
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_two_text_encoders_with_rounded_weights_are_compared_by_their_records(
-    dtype: torch.dtype, tmp_path: Path
-) -> None:
-    """Whether the base of an adapter was rounded before the merge, or all weights are."""
-    save_adapter(tmp_path, torch.float32)
-    names = [str(tmp_path / "adapter"), str(tmp_path / "base")]
-    expected = LLM2CLIPTextModel.from_pretrained(names).identity()
-    assert expected == LLM2CLIPTextModel.from_pretrained(names).fingerprint()
-    assert LLM2CLIPTextModel.from_pretrained(names, dtype=dtype).identity() == expected
-    swapped = LLM2CLIPTextModel.from_pretrained(names[::-1], dtype=dtype)
-    assert swapped.identity() not in (None, expected)
-
-
-def test_the_first_of_two_text_encoders_has_not_the_record_of_both() -> None:
-    config: Any = tiny.pair_config()
-    config.fingerprint, config.second_config.fingerprint = "2-of both", "2-of the second"
-    assert [half.fingerprint for half in config.halves()] == [None, "2-of the second"]
-    assert config.fingerprint == "2-of both"
-
-
 def test_windows_of_encoders_that_versions_write_differently_do_not_count(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -19,9 +19,9 @@ from transformers.utils import logging
 from llm2clip.data import PairCollator
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.utils.towers import original_prompt
-from modeling_llm2clip import LLM2CLIPPairTokenizer, LLM2CLIPProcessor, with_prompt
+from modeling_llm2clip import LLM2CLIPProcessor, with_prompt
 from modeling_llm2clip.modeling_llm2clip_text import LLM2CLIPTextModel
-from modeling_llm2clip.tokenization_llm2clip import SECOND, tokenize_and_cut
+from modeling_llm2clip.tokenization_llm2clip import tokenize_and_cut
 from tests.builders import tiny
 from tests.builders.embedding_models import sentence_pieces, word_pieces
 from tests.builders.students import save_student
@@ -198,30 +198,20 @@ def test_stage_1_reads_the_texts_of_the_original_step() -> None:
         assert batch["input_ids"][real].equal(golden[f"in/{side}/input_ids"][real])
 
 
-@pytest.mark.parametrize("scheme", ["bytes", "words", "pieces", "first", "always", "normalizer", "left", "two"])
+@pytest.mark.parametrize("scheme", ["bytes", "words", "pieces", "first", "always", "normalizer", "left"])
 def test_a_cut_caption_has_the_tokens_of_truncation(scheme: str) -> None:
     """Also where a normalizer puts a space before a text, and without a prompt."""
     makers = {"bytes": tiny.plain_tokenizer, "words": word_pieces, "pieces": sentence_pieces}
-    plain = makers.get(scheme, lambda: sentencepiece(scheme))() if scheme not in ("left", "two") else word_pieces()
+    plain = makers.get(scheme, lambda: sentencepiece(scheme))() if scheme != "left" else word_pieces()
     texts = [" ".join(CAPTIONS * count).strip() for count in (1, 2, 9)] + [*CAPTIONS, "e\u0301 " * 40, "x" * 90]
     for prompt in (("", ""), ("query: ", ""), ("an image of ", "!")):
         tokenizer, _ = with_prompt(plain, *prompt, max_length=40)
         if scheme == "left":
             tokenizer.truncation_side = "left"
-        first = tokenizer
-        if scheme == "two":
-            tokenizer = LLM2CLIPPairTokenizer.of(first, with_prompt(tiny.plain_tokenizer(), max_length=30)[0])
         for limit in (None, 21):
             ids, is_cut = tokenize_and_cut(tokenizer, texts, limit)
-            expected = first(texts, truncation=True, max_length=limit)["input_ids"]
-            whole = [len(row) > (limit or 40) for row in first(texts)["input_ids"]]
-            if scheme == "two":
-                second = tokenizer.second(texts, truncation=True, max_length=limit)["input_ids"]
-                whole = [
-                    a or len(b) > (limit or 30)
-                    for a, b in zip(whole, tokenizer.second(texts)["input_ids"], strict=True)
-                ]
-                expected = [[*a, *(token + SECOND for token in b)] for a, b in zip(expected, second, strict=True)]
+            expected = tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
+            whole = [len(row) > (limit or 40) for row in tokenizer(texts)["input_ids"]]
             assert any(whole)
             assert (ids["input_ids"], is_cut) == (expected, whole)
     with pytest.raises(ValueError, match="max_length 2 leaves no room for a caption"):
@@ -239,12 +229,12 @@ def in_threads(work: Callable[[int], Any], calls: int) -> list[Any]:
         sys.setswitchinterval(interval)
 
 
-@pytest.mark.parametrize("door", ["encode_text", "processor", "pair", "query"])
+@pytest.mark.parametrize("door", ["encode_text", "processor", "query"])
 def test_threads_can_share_a_tokenizer(door: str, tmp_path: Path) -> None:
     """Short and over-long captions get what one thread gives them."""
     long = "several boats are tied to a wooden pier while the sun sets behind them " * 8
     inputs = [["a dog", "two cats"], [f"{long} x"], [long, "a bird"]]
-    processor = tiny.processor(of_pair=door == "pair")
+    processor = tiny.processor()
     if door == "query":
         student = save_student(tmp_path / "student")
         student.tokenizer.model_max_length = 20

@@ -108,10 +108,9 @@ def test_vision_graph_of_other_towers(model_type: str, pooling: str, size: int, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", [*LLMS, "two of them"])
+@pytest.mark.parametrize("model_type", LLMS)
 def test_text_graph_of_other_llms(model_type: str, tmp_path: Path) -> None:
-    text = tiny.pair_config() if model_type == "two of them" else tiny.text_config(model_type)
-    model = tiny.save(tmp_path, text=text)
+    model = tiny.save(tmp_path, text=tiny.text_config(model_type))
     export_onnx.run(export_onnx.ExportOnnxConfig(str(tmp_path), parts=["text"]))
     processor = LLM2CLIPProcessor.from_pretrained(tmp_path)
     expected = model.encode_text(CAPTIONS, processor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Sequence
 from functools import partial
@@ -19,7 +18,7 @@ from llm2clip.store.store import stored_manifest
 from llm2clip.utils.processes import on_main_process
 from llm2clip.utils.repos import OUR_MODELS, inspect_repo
 from llm2clip.utils.text_identity import read_fingerprint, tokenizer_fingerprint
-from llm2clip.utils.towers import describe_text_tower, each_of_pair, pair_description
+from llm2clip.utils.towers import describe_text_tower
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig
 from modeling_llm2clip.identity_llm2clip import changed_settings
 
@@ -29,7 +28,7 @@ logger = logging.getLogger(__name__)
 def open_cache_of_model(
     path: str | Path | Sequence[str],
     config: LLM2CLIPConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     *,
     is_trained: bool,
     verify: bool = True,
@@ -40,21 +39,22 @@ def open_cache_of_model(
     tower: an adapter on weights of another dtype may have recorded another one. The config is updated.
 
     Args:
-        path: The folder; of two text encoders those of both, in their order.
+        path: The folder; of a model of the embeddings of two text encoders those of both, in their order.
+        tokenizer: That of the text tower; such a model has none.
         is_trained: Whether the model's adapter was trained with the recorded tower, and fits no other.
 
     Raises:
         StoreError: See [`EmbeddingCache.open`]. A model that records no fingerprint takes any cache.
-        ValueError: There are not as many caches as text encoders.
+        ValueError: There are not as many caches as the model has text encoders.
     """
-    if not isinstance(path, str | Path):
-        halves = _halves(config, tokenizer)
-        _require_as_many(path, len(halves))
-        first, second = (
-            open_cache_of_model(folder, half, half_tokenizer, is_trained=is_trained, verify=verify)
-            for folder, (half, half_tokenizer) in zip(path, halves, strict=True)
+    encoders, paths = config.text_config.encoders, [path] if isinstance(path, str | Path) else [*path]
+    if len(paths) != len(encoders or [None]):
+        raise ValueError(
+            f"the model reads the embeddings of {len(encoders or [None])} text encoder(s), but the embedding caches "
+            f"are {', '.join(map(str, paths))}; give one of each, in their order."
         )
-        cache: EmbeddingCache = PairedCache(first, second)
+    if not isinstance(path, str | Path):
+        cache: EmbeddingCache = PairedCache.of_folders(path, verify)
         refuse_other_encoder(cache.path, cache.manifest, config.text_model_fingerprint, None)
         return cache
     cache = EmbeddingCache.open(path, verify=False)
@@ -63,29 +63,6 @@ def open_cache_of_model(
     if verify:
         cache.require_unchanged()
     return cache
-
-
-def _require_as_many(caches: Sequence[str], encoders: int) -> None:
-    if len(caches) != encoders:
-        raise ValueError(
-            f"{len(caches)} embedding caches are given, {', '.join(caches)}, but the model has {encoders} text "
-            "encoder(s); give one of each, in their order."
-        )
-
-
-def _halves(config: LLM2CLIPConfig, tokenizer: Any) -> list[tuple[LLM2CLIPConfig, Any]]:
-    """Return the config and the tokenizer of a model as if it had one of its text encoders."""
-    text_configs, name = config.text_config.halves(), config.text_model_name_or_path
-    towers: list[Any] = [(name, None)] * len(text_configs)
-    if name is not None and not isinstance(name, str):
-        towers = each_of_pair(name, config.text_model_revision)
-    configs = []
-    for text_config, tower in zip(text_configs, towers, strict=True):
-        half = copy.copy(config)
-        half.text_config, half.text_model_fingerprint = text_config, text_config.fingerprint
-        half.text_model_name_or_path, half.text_model_revision = tower
-        configs.append(half)
-    return list(zip(configs, getattr(tokenizer, "parts", [tokenizer]), strict=True))
 
 
 def open_sidecars_of_model(
@@ -150,7 +127,7 @@ def refuse_other_prompt(path: str | Path, manifest: StoreManifest, config: LLM2C
 
 
 def describe_text_tower_of_cache(
-    name: str | Sequence[str], revision: Any, path: str | Path | Sequence[str] | None
+    name: str, revision: str | None, path: str | Path | None
 ) -> tuple[LLM2CLIPTextConfig, PreTrainedTokenizerBase]:
     """Describe a text tower as [`describe_text_tower`] does; a plain LLM with the prompt that a cache was made with.
 
@@ -158,17 +135,6 @@ def describe_text_tower_of_cache(
         path: The cache, if there is one. Its prompt is taken only if that gives the tokenizer that the cache records,
             which an instruction or another LLM does not.
     """
-    if not isinstance(name, str):
-        towers = each_of_pair(name, revision)
-        paths: list[Any] = [None] * len(towers)
-        if path is not None and not isinstance(path, str | Path):
-            paths = list(path)
-            _require_as_many(paths, len(towers))
-        halves = [describe_text_tower_of_cache(*tower, cache) for tower, cache in zip(towers, paths, strict=True)]
-        return pair_description(*halves)
-    if path is not None and not isinstance(path, str | Path):
-        _require_as_many(path, 1)
-        (path,) = path
     described = describe_text_tower(name, revision)
     if path is None or inspect_repo(name, revision).kind in OUR_MODELS:
         return described

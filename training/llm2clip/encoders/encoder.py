@@ -303,7 +303,10 @@ class Encoder(ABC):
 
     @abstractmethod
     def text_lengths(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Tokens of each text before truncation, `(texts,)` int64, and whether it is cut, `(texts,)` bool."""
+        """Tokens of each text before truncation, `(texts,)` int64, and whether it is cut, `(texts,)` bool.
+
+        A length of -1 is not known.
+        """
 
 
 class ClipEncoder(Encoder):

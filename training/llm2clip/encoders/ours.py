@@ -127,11 +127,14 @@ class OurEncoder(Encoder):
             half = repo.kind is RepoKind.VISION_HALF or list(needs) == ["image"]
             kind: Any = LLM2CLIPVisionModelWithProjection if half else LLM2CLIPModel
             model = kind.from_pretrained(name, revision=revision, **options)
+            if "text" in needs and options.get("text_model", True):
+                model.config.text_config.require_text_model()
             if getattr(model, "text_model", None) is not None:
                 for llm in names_of(model.config.text_model_name_or_path):
                     refuse_changed_model(llm)
                 verify_text_tower(model.text_model)
-            saved = None if processor is not None else cls._saved_processor(name, half, needs, where)
+            only_images = half or bool(repo.encoders)
+            saved = None if processor is not None else cls._saved_processor(name, only_images, needs, where)
         device = device or process_state().device
         if repo.kind in IMAGE_KINDS:
             without_slow_float16(model, options.get("dtype", "float32"), device)
@@ -140,12 +143,12 @@ class OurEncoder(Encoder):
         return cls(model, processor, name, revision, image_backend, batch_size)
 
     @staticmethod
-    def _saved_processor(name: str, is_half: bool, needs: Sequence[str], where: dict[str, Any]) -> Any:
+    def _saved_processor(name: str, only_images: bool, needs: Sequence[str], where: dict[str, Any]) -> Any:
         """Load what is needed of the processor of an LLM2CLIP model."""
         if list(needs) == ["text"]:
             return AutoTokenizer.from_pretrained(name, **where)
         image_processor = AutoImageProcessor.from_pretrained(name, **where)
-        if is_half:
+        if only_images:
             return with_pillow(image_processor)
         return LLM2CLIPProcessor(image_processor, AutoTokenizer.from_pretrained(name, **where))
 
@@ -182,8 +185,7 @@ class OurEncoder(Encoder):
     def _text_settings(self) -> dict[str, Any]:
         tower = self.model.text_model if self.is_joint else self.model
         settings: dict[str, Any] = {"text": tower.identity(), "tokenizer": tokenizer_fingerprint(self.tokenizer)}
-        halves = tower.config.halves()
-        settings["decoder"] = [decoder_identity(half.decoder_config, half.bidirectional) for half in halves]
+        settings["decoder"] = decoder_identity(tower.config.decoder_config, tower.config.bidirectional)
         if settings["text"] is None:
             name = self.model.name_or_path
             raise ValueError(f"the LLM of {name} cannot be identified: it is quantised, offloaded or float16.")
@@ -260,6 +262,7 @@ class OurEncoder(Encoder):
         if self.is_joint and not hasattr(self.model, "text_adapter"):
             raise ValueError(f"{self._given} is the vision half of a model, which does not embed texts.")
         if self.tokenizer is None:
+            self.text_config.require_text_model()
             raise ValueError(f"the processor given with {self._given} has no tokenizer, which texts need.")
         return self.tokenizer
 

@@ -50,9 +50,19 @@ class StoredEncoder(OurEncoder):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "lookup": None, "features": None}
 
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | self._text_settings()
+
     def _text_settings(self) -> dict[str, Any]:
         adapter = [weights_checksum(self.model.text_adapter), self.model.config.adapter_normalize]
-        return {"text": self.made_by, "tokenizer": tokenizer_fingerprint(self.tokenizer), "adapter": adapter}
+        tokenizer = None if self.tokenizer is None else tokenizer_fingerprint(self.tokenizer)
+        return {"text": self.made_by, "tokenizer": tokenizer, "adapter": adapter}
+
+    def text_lengths(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        if self.tokenizer is not None:
+            return super().text_lengths(texts)
+        # Of two text encoders, which have read other tokens each.
+        return torch.full((len(texts),), -1), torch.zeros(len(texts), dtype=torch.bool)
 
     @torch.inference_mode()
     def encode_text(
@@ -96,13 +106,18 @@ class StoredEncoder(OurEncoder):
 
 
 def open_stored_encoder(
-    name: str, cache: str, revision: str | None = None, dtype: str = "float32", device: torch.device | None = None
+    name: str,
+    cache: str | Sequence[str],
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: torch.device | None = None,
 ) -> StoredEncoder:
     """Open an LLM2CLIP model without its LLM, whose embeddings of texts are read from a cache.
 
     Args:
         name, revision, dtype, device: See [`load_encoder`](llm2clip.encoders.load.load_encoder).
-        cache: Folder of an embedding cache, from `llm2clip embed`.
+        cache: Folder of an embedding cache, from `llm2clip embed`, or those of the two whose rows a model takes side
+            by side.
 
     Raises:
         OSError: There is no such model.
@@ -112,6 +127,8 @@ def open_stored_encoder(
     opened = OurEncoder.load(name, revision, ["image", "text"], device=device, dtype=dtype, text_model=False)
     assert opened.transform is not None
     stored = open_cache_of_model(cache, opened.model.config, opened.tokenizer, is_trained=True)
-    processor = LLM2CLIPProcessor(opened.transform.image_processor, opened.tokenizer)
+    processor: Any = opened.transform.image_processor
+    if opened.tokenizer is not None:
+        processor = LLM2CLIPProcessor(processor, opened.tokenizer)
     made_by = digest_json({"rows": stored.manifest.dtype, **stored.manifest.identity})
     return StoredEncoder(opened.model, processor, stored.lookup, made_by=made_by, name=name, revision=revision)

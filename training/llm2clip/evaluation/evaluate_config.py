@@ -58,8 +58,10 @@ class EvaluateConfig:
     )
     query_column: str | None = setting(None, "Own data, caption_retrieval: column of the queries.")
     target_column: str | None = setting(None, "Own data, caption_retrieval: column of the targets.")
-    embedding_cache: str | None = setting(
-        None, "Embedding cache of all captions, from `llm2clip embed`; the LLM of the model is not loaded then."
+    embedding_cache: str | Names | None = setting(
+        None,
+        "Embedding cache of all captions, from `llm2clip embed`; the LLM of the model is not loaded then. Two for a "
+        "model that was trained on two.",
     )
     batch_size: int | None = setting(
         None,

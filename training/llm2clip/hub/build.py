@@ -60,7 +60,10 @@ def run(config: BuildConfig, evaluations: list[Evaluation] | None = None) -> dic
     results = [*(evaluations or []), *read_results([Path(path) for path in config.results])]
     refuse_damaged(config.model)
     repo = inspect_repo(config.model, config.revision).require(*OUR_MODELS)
-    if repo.kind is not RepoKind.JOINT:
+    if repo.encoders:
+        names = ["text_model", "bundle_text_model", "merge_adapter"]
+        refuse(config, names, f"{config.model} takes llm_embeds alone")
+    elif repo.kind is not RepoKind.JOINT:
         refuse(config, ["text_model", "bundle_text_model"], f"{config.model} is {repo.kind.with_article}")
         if not repo.is_adapter:
             refuse(config, ["merge_adapter"], f"{config.model} has no adapter")

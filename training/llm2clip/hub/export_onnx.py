@@ -31,7 +31,6 @@ from llm2clip.utils.repos import RepoKind, inspect_repo
 from llm2clip.utils.settings import refuse, setting
 from modeling_llm2clip import (
     LLM2CLIPModel,
-    LLM2CLIPPairTokenizer,
     LLM2CLIPVisionModelWithProjection,
 )
 from modeling_llm2clip.query_encoder_llm2clip import query_encoder_of
@@ -103,10 +102,11 @@ def run(config: ExportOnnxConfig) -> dict[str, Any]:
         import_module(library)  # rather missing now than after the model is read
     refuse_damaged(config.model)
     repo = inspect_repo(config.model, config.revision).require(RepoKind.JOINT, RepoKind.VISION_HALF)
-    available = PARTS[:1] if repo.kind is RepoKind.VISION_HALF else PARTS
+    available = PARTS[:1] if repo.kind is RepoKind.VISION_HALF or repo.encoders else PARTS
     needed = PARTS if config.layout == "immich" else config.parts or ()
     if not set(needed) <= set(available):
-        raise ValueError(f"{config.model} is {repo.kind.with_article} and has no text graph.")
+        kind = "a model that takes llm_embeds alone" if repo.encoders else repo.kind.with_article
+        raise ValueError(f"{config.model} is {kind} and has no text graph.")
     parts = [part for part in available if config.parts is None or part in config.parts]
     if "text" not in parts:
         refuse(config, ["text_encoder"], "no text graph is written")
@@ -150,13 +150,7 @@ def _write_folder(
     if text_encoder is not None:
         query = query_encoder_of(model).float() if text_encoder == "query" else None
         tokenizer = query.tokenizer if query else AutoTokenizer.from_pretrained(config.model, revision=config.revision)
-        if layout != "plain" and isinstance(tokenizer, LLM2CLIPPairTokenizer):
-            raise ValueError(
-                f"the layout {layout} has one tokenizer, but {config.model} has two text encoders; make a query "
-                "encoder of them (llm2clip distill-text), or use --layout plain."
-            )
-        halves = [] if query else model.config.text_config.halves()
-        if any(half.decoder_config.model_type == "clip_text_model" for half in halves):
+        if not query and model.config.text_config.decoder_config.model_type == "clip_text_model":
             raise ValueError(
                 f"{config.model} has the text half of a CLIP, of which torch makes no graph for any number of texts; "
                 "make a query encoder (llm2clip distill-text), or export --parts vision."

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from modeling_llm2clip.modeling_llm2clip_utils import unit_features
 from modeling_llm2clip.query_encoder_llm2clip import QueryEncoder
-from modeling_llm2clip.tokenization_llm2clip import SECOND
 
 BATCH, LENGTH = torch.export.Dim("batch", max=2**15), torch.export.Dim("length", max=2**17)
 
@@ -82,12 +81,8 @@ class TextGraph(Graph):
             table = self.model.backbone
             vocabulary = table.num_embeddings if self.model.is_static else self.model.config.vocab_size
             return self._random(vocabulary, 0, batch)
-        parts = [
-            self._random(config.decoder_config.vocab_size, config.num_prefix_tokens, batch)
-            for config in self.model.config.text_config.halves()
-        ]
-        ids = [ids + SECOND * half for half, (ids, _) in enumerate(parts)]
-        return torch.cat(ids, dim=1), torch.cat([mask for _, mask in parts], dim=1)
+        text = self.model.config.text_config
+        return self._random(text.decoder_config.vocab_size, text.num_prefix_tokens, batch)
 
     @staticmethod
     def _random(vocabulary: int, prefix: int, batch: int) -> tuple[Tensor, Tensor]:

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
-from llm2clip.hub.cards.facts import JOINT_TASK, TEXT_TASK, VISION_TASK
+from llm2clip.hub.cards.facts import JOINT_TASK, TEXT_TASK, VISION_TASK, public_name
 from llm2clip.hub.new_process import outputs_of, outputs_of_new_process
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.utils.attention_probe import verify_text_tower
 from llm2clip.utils.embeddings import require_finite_rows
-from llm2clip.utils.repos import OUR_MODELS, Repo, RepoKind, hub_ids, inspect_repo, names_of
+from llm2clip.utils.repos import OUR_MODELS, Repo, RepoKind, hub_ids, inspect_repo
 from llm2clip.utils.towers import save_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection, with_pillow
 
@@ -70,9 +70,14 @@ class SourceModel:
             half = LLM2CLIPVisionModelWithProjection.from_pretrained(repo.name, **options).eval()
             image_processor = with_pillow(AutoImageProcessor.from_pretrained(repo.name, **options))
             return cls(half, image_processor, VISION_TASK, False)
+        if repo.encoders:
+            model = LLM2CLIPModel.from_pretrained(repo.name, **options).eval()
+            for encoder in model.config.text_config.encoders:
+                encoder["name"] = public_name(encoder["name"])
+            image_processor = with_pillow(AutoImageProcessor.from_pretrained(repo.name, **options))
+            return cls(model, image_processor, VISION_TASK, False)
         llm = text_model or repo.config.get("text_model_name_or_path")
-        names = names_of(llm)
-        is_on_hub = text_model is not None or (bool(names) and hub_ids(*names) == names)
+        is_on_hub = text_model is not None or bool(llm and hub_ids(llm))
         bundle = not is_on_hub if bundle_text_model is None else bundle_text_model
         if not bundle and not is_on_hub:
             raise ValueError(

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from llm2clip.convert.published import FOLDER
+from llm2clip.store import PairedCache
 from llm2clip.trainers.alignment import HEADS, freeze_maps, set_heads
 from llm2clip.trainers.closed_form import DEFAULT_WIDTH
 from llm2clip.trainers.freezing import image_size, prepare_joint_model
@@ -18,7 +19,6 @@ from llm2clip.trainers.mntp_config import MNTPRecipe
 from llm2clip.trainers.run_stage2 import CONFIG_FIELDS
 from llm2clip.trainers.stage1_config import Stage1Recipe
 from llm2clip.trainers.stage2_config import NEW_MODEL_FIELDS, Stage2Recipe
-from llm2clip.utils.towers import each_of_pair
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPTextConfig, LLM2CLIPTextModel
 from modeling_llm2clip.modeling_llm2clip_decoder import (
     attention_kind,
@@ -55,19 +55,8 @@ def read_config(name: str | None, setting: str, revision: str | None = None) -> 
         ) from None
 
 
-def text_config_of(name: Any, setting: str, revision: Any, **fields: Any) -> LLM2CLIPTextConfig:
-    """Read the config of a text tower, or make that of a plain text model with these fields; see `read_config`.
-
-    Lists of two give that of two text encoders.
-    """
-    if isinstance(name, list):
-        first, *others = (
-            text_config_of(tower_name, setting, tower_revision, **fields)
-            for tower_name, tower_revision in each_of_pair(name, revision)
-        )
-        first = copy.deepcopy(first)
-        first.second_config = others[0] if others else None
-        return first
+def text_config_of(name: str, setting: str, revision: str | None, **fields: Any) -> LLM2CLIPTextConfig:
+    """Read the config of a text tower, or make that of a plain text model with these fields; see `read_config`."""
     config = read_config(name, setting, revision)
     if config.model_type in OUR_TYPES:
         return getattr(config, "text_config", config)
@@ -91,8 +80,7 @@ def build_text_tower(config: LLM2CLIPTextConfig, dtype: str, attention: str | No
     auto, _ = text_model_class(config.decoder_config)
     with torch.device("meta"):
         decoder = _build(auto, config.decoder_config, stored if dtype == "auto" else getattr(torch, dtype), attention)
-        second = config.second_config and build_text_tower(config.second_config, dtype, attention)
-        tower = LLM2CLIPTextModel(copy.deepcopy(config), decoder=decoder, second=second)
+        tower = LLM2CLIPTextModel(copy.deepcopy(config), decoder=decoder)
     # The probe needs weights.
     tower.config.verified_attention = [attention_kind(decoder)]
     return tower
@@ -120,8 +108,12 @@ def trained_joint_model(config: Stage2Recipe) -> LLM2CLIPModel:
     else:
         vision_name = config.vision_model_name_or_path
         vision = read_config(vision_name, "vision_model_name_or_path", config.vision_model_revision)
-        text_name = config.text_model_name_or_path
-        text = text_config_of(text_name, "text_model_name_or_path", config.text_model_revision)
+        pair = next((folder for folder in config.caches if isinstance(folder, tuple)), None)
+        text_name = None if pair else config.text_model_name_or_path
+        if pair:
+            text = LLM2CLIPTextConfig(encoders=PairedCache.of_folders(pair, verify=False).encoders)
+        else:
+            text = text_config_of(text_name or "", "text_model_name_or_path", config.text_model_revision)
         given = {name: getattr(config, name) for name in NEW_MODEL_FIELDS if name != "logit_scale_init_value"}
         fields = {name: value for key, value in given.items() for name in CONFIG_FIELDS.get(key, (key,))}
         if config.loss == "sigmoid":

@@ -16,28 +16,34 @@ from llm2clip.encoders.stored import StoredEncoder
 from llm2clip.evaluation.data import RetrievalData
 from llm2clip.evaluation.protocols.retrieval import image_text_metrics
 from llm2clip.evaluation.session import Session
+from llm2clip.store import PairedCache
 from llm2clip.trainers.joint_recipe import JointRecipe
 from llm2clip.utils.attention_probe import probe_from_disk
 from llm2clip.utils.manifests import refuse_changed_model
 from llm2clip.utils.processes import on_main_process
 from llm2clip.utils.repos import refuse_revision
-from llm2clip.utils.settings import require
+from llm2clip.utils.settings import refuse, require
 from llm2clip.utils.text_identity import read_fingerprint
-from llm2clip.utils.towers import each_of_pair, loading_options
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
+from llm2clip.utils.towers import loading_options
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor, LLM2CLIPTextConfig, with_pillow
 from modeling_llm2clip.modeling_llm2clip_decoder import TESTED_TYPES
 
 
-def load_trained_model(name: str, attn_implementation: str | None = None) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
-    """Load a model to train on, in float32 and without its LLM, and its processor."""
+def load_trained_model(name: str, attn_implementation: str | None = None) -> tuple[LLM2CLIPModel, Any]:
+    """Load a model to train on, in float32 and without its LLM, and its processor; see [`make_model`]."""
     refuse_changed_model(name)
     options = loading_options("float32", attn_implementation)
     model = LLM2CLIPModel.from_pretrained(name, text_model=False, **options)
-    return model, LLM2CLIPProcessor(AutoImageProcessor.from_pretrained(name), AutoTokenizer.from_pretrained(name))
+    image_processor = AutoImageProcessor.from_pretrained(name)
+    if model.config.text_config.encoders:
+        return model, with_pillow(image_processor)
+    return model, LLM2CLIPProcessor(image_processor, AutoTokenizer.from_pretrained(name))
 
 
-def make_model(config: JointRecipe, **fields: Any) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
+def make_model(config: JointRecipe, **fields: Any) -> tuple[LLM2CLIPModel, Any]:
     """Make a model of two towers, in float32 and without the LLM, and its processor.
+
+    The processor of a model of two embedding caches, which takes `llm_embeds` alone, is its image processor.
 
     Args:
         fields: Fields of the model's config.
@@ -45,38 +51,45 @@ def make_model(config: JointRecipe, **fields: Any) -> tuple[LLM2CLIPModel, LLM2C
     Raises:
         ValueError: A tower is not named, or a revision is given for a local folder.
     """
-    require(config, ["vision_model_name_or_path", "text_model_name_or_path"])
-    vision = config.vision_model_name_or_path
+    pair = next((folder for folder in config.caches if isinstance(folder, tuple)), None)
+    require(config, ["vision_model_name_or_path", *(() if pair else ["text_model_name_or_path"])])
+    vision, text = config.vision_model_name_or_path, config.text_model_name_or_path or None
     refuse_revision(vision, config.vision_model_revision)
     refuse_changed_model(vision)
-    text_config, tokenizer = describe_text_tower_of_cache(
-        config.text_model_name_or_path, config.text_model_revision, next(iter(config.caches), None)
-    )
+    tokenizer: Any = None
+    if pair:
+        names = ["text_model_name_or_path", "text_model_revision"]
+        refuse(config, names, "a model of two embedding caches takes llm_embeds alone")
+        cache = PairedCache.of_folders(pair, verify=False)
+        text_config = LLM2CLIPTextConfig(encoders=cache.encoders)
+        fields["text_model_fingerprint"] = cache.manifest.fingerprint
+    else:
+        path: Any = next(iter(config.caches), None)
+        text_config, tokenizer = describe_text_tower_of_cache(str(text), config.text_model_revision, path)
     options = {**loading_options("float32", config.attn_implementation), "revision": config.vision_model_revision}
     model = LLM2CLIPModel.from_vision_text_pretrained(
         vision,
-        config.text_model_name_or_path,
+        text,
         text_config=text_config,
         text_model_revision=config.text_model_revision,
         vision_model_kwargs=options,
         **fields,
     )
-    return model, LLM2CLIPProcessor(AutoImageProcessor.from_pretrained(vision), tokenizer)
+    image_processor = AutoImageProcessor.from_pretrained(vision)
+    return model, with_pillow(image_processor) if pair else LLM2CLIPProcessor(image_processor, tokenizer)
 
 
 def describe_text_model(model: LLM2CLIPModel) -> None:
     """Let the config of a model whose LLM stays on disk say what the LLM is, and that its attention is right."""
     if model.config.text_model_name_or_path is None:
         return
-    text = model.config.text_model_name_or_path, model.config.text_model_revision, model.config.text_config
+    text_config = model.config.text_config
+    text = model.config.text_model_name_or_path, model.config.text_model_revision, text_config
     if model.config.text_model_fingerprint is None:
         model.config.text_model_fingerprint = on_main_process(partial(read_fingerprint, *text))
-    halves = model.config.text_config.halves()
-    for text_config, tower in zip(halves, each_of_pair(*text[:2]), strict=True):
-        if text_config.decoder_config.model_type not in TESTED_TYPES and not text_config.verified_attention:
-            # For those who load the model without this package, whose code has no probe.
-            text_config.verified_attention = on_main_process(partial(probe_from_disk, *tower, text_config))
-    model.config.text_config.verified_attention = halves[0].verified_attention
+    if text_config.decoder_config.model_type not in TESTED_TYPES and not text_config.verified_attention:
+        # For those who load the model without this package, whose code has no probe.
+        text_config.verified_attention = on_main_process(partial(probe_from_disk, *text))
 
 
 def open_retrieval(config: JointRecipe) -> dict[str, RetrievalData]:

@@ -12,12 +12,12 @@ from llm2clip.utils.settings import refuse, setting
 TOWERS = tuple(f"{tower}_model_{what}" for tower in ("vision", "text") for what in ("name_or_path", "revision"))
 # In the folder of a run: the pooled features of a frozen tower.
 FEATURES = "vision_features"
-# An embedding cache, or those of two text towers.
+# An embedding cache, or two whose rows stand side by side.
 Folder = str | tuple[str, ...]
 
 
 def as_folder(folder: Any) -> Folder | None:
-    """Return the folder of an embedding cache, or those of two text towers, as a key."""
+    """Return the folder of an embedding cache, or those of two, as a key."""
     return tuple(folder) if isinstance(folder, list | tuple) else folder
 
 
@@ -26,13 +26,9 @@ class JointRecipe:
     """Settings of the model and the data of `llm2clip align` and `llm2clip stage2`."""
 
     vision_model_name_or_path: str = setting("", "Pretrained vision tower: Hub id or folder.")
-    text_model_name_or_path: str | list[str] = setting(
-        "", "Frozen text tower, usually from stage 1: Hub id or folder. Two of them are read side by side."
-    )
+    text_model_name_or_path: str = setting("", "Frozen text tower, usually from stage 1: Hub id or folder.")
     vision_model_revision: str | None = setting(None, "Branch, tag or commit of the vision tower's repo; unset: main.")
-    text_model_revision: str | list[str] | None = setting(
-        None, "Branch, tag or commit of the text tower's repo; unset: main. Two for two text towers."
-    )
+    text_model_revision: str | None = setting(None, "Branch, tag or commit of the text tower's repo; unset: main.")
     sources: list[dict[str, Any]] = setting(
         [], "Training data: a list of CaptionSource mappings, streams and others together."
     )
@@ -42,8 +38,9 @@ class JointRecipe:
     embedding_cache: str | list[str] | None = setting(
         None,
         "Folder of precomputed caption embeddings, made by `llm2clip embed`: a cache, or the sidecars of a streamed "
-        "source (its own folder, if they lie beside its shards); a cache of each of two text towers. A source may "
-        "have its own embedding_cache.",
+        "source (its own folder, if they lie beside its shards). Of two caches the rows stand side by side, and the "
+        "model takes them (llm_embeds) alone: leave text_model_name_or_path unset. A source may have its own "
+        "embedding_cache.",
     )
     eval_embedding_cache: str | list[str] | None = setting(
         None, "Cache with the captions of eval_sources; unset: embedding_cache, unless that contains sidecars."
@@ -93,8 +90,6 @@ class JointRecipe:
 
     def validate_data(self) -> None:
         """Raise ValueError if these settings do not fit each other."""
-        if not isinstance(names := self.text_model_name_or_path, str) and len(names) > 2:
-            raise ValueError(f"text_model_name_or_path has {len(names)} text towers; give one or two.")
         if self.projection_dim is not None and self.projection_dim < 1:
             raise ValueError(f"projection_dim must be at least 1, but is {self.projection_dim}.")
         if not self.eval_sources or not self.caches:

@@ -14,7 +14,7 @@ from typing import Any
 from llm2clip.data.table_identity import data_revision
 from llm2clip.hub.cards.card import CARD, read_card, render
 from llm2clip.hub.cards.curves import write_curves
-from llm2clip.hub.cards.facts import CardFacts, Evaluation, base_models, summary
+from llm2clip.hub.cards.facts import VISION_TASK, CardFacts, Evaluation, base_models, summary
 from llm2clip.hub.licenses import Base, license_facts, write_license_files
 from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.files import write_text
@@ -111,7 +111,7 @@ def write_model_card(
         description += f" Stage 2 trained the LLM too (LoRA of rank {args.lora_rank}, alpha {args.lora_alpha})."
     facts = CardFacts(
         name=(getattr(args, "hub_model_id", None) or folder.name).split("/")[-1],
-        task=task,
+        task=VISION_TASK if getattr(getattr(model.config, "text_config", None), "encoders", None) else task,
         repo=repo or str(args.output_dir),
         summary=description,
         base_models=hub_ids(*made_from(args, model)),

@@ -164,7 +164,7 @@ def check_pushing(args: StageConfig, llm: Any, result_needs_llm: bool, checkpoin
 
     Args:
         args: The settings of the run.
-        llm: Hub id or folder of the LLM, or of two text encoders.
+        llm: Hub id or folder of the LLM.
         result_needs_llm, checkpoints_need_llm: Whether they refer to the LLM instead of containing its weights.
     """
     local = [name for name in names_of(llm) if not hub_ids(name)]

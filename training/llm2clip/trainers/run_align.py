@@ -62,10 +62,10 @@ def _run(config: AlignRecipe) -> dict[str, Any]:
 
 
 Measured = Callable[[], Mapping[str, Mapping[str, float | int]]]
-Solved = tuple[LLM2CLIPModel, LLM2CLIPProcessor, dict[str, Any], Measured]
+Solved = tuple[LLM2CLIPModel, Any, dict[str, Any], Measured]
 
 
-def open_model(config: AlignRecipe) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
+def open_model(config: AlignRecipe) -> tuple[LLM2CLIPModel, Any]:
     """Make the model whose maps are solved for, and its processor."""
     fields: dict[str, Any] = {"projection_dim": config.projection_dim or DEFAULT_WIDTH, "standardize_vision": True}
     fields |= {"vision_pooling": config.vision_pooling} if config.vision_pooling else {}
@@ -82,7 +82,7 @@ def _align_both(config: AlignRecipe, retrieval: Mapping[str, RetrievalData]) -> 
     captions, images = _open(config, model, processor, retrieval)
     pairs = store_pairs(
         model,
-        processor.image_processor,
+        _image_processor(processor),
         images,
         captions.cache,
         config.feature_cache or Path(config.output_dir, FEATURES),
@@ -107,7 +107,7 @@ def _keep_space(config: AlignRecipe, retrieval: Mapping[str, RetrievalData]) -> 
     model, processor = make_model(config, projection_dim=teacher.width)
     describe_text_model(model)
     model.to(process_state().device)
-    take_vision_side(model, processor.image_processor, teacher.encoder, name)
+    take_vision_side(model, _image_processor(processor), teacher.encoder, name)
     captions, images = _open(config, model, processor, retrieval)
     texts = drawn_captions(images, captions.cache, config.on_error)
     measured = _measurement(config, model, processor, captions, retrieval, None)
@@ -117,21 +117,25 @@ def _keep_space(config: AlignRecipe, retrieval: Mapping[str, RetrievalData]) -> 
 
 
 def _open(
-    config: AlignRecipe, model: LLM2CLIPModel, processor: LLM2CLIPProcessor, retrieval: Mapping[str, RetrievalData]
+    config: AlignRecipe, model: LLM2CLIPModel, processor: Any, retrieval: Mapping[str, RetrievalData]
 ) -> tuple[Any, CaptionImageDataset]:
     """Open the embeddings of the captions, and the captioned images."""
     captions = open_captions(config, model, processor, retrieval)
     if captions.cache is None:
         raise ValueError("align reads one random-access cache; embed the captions with store: cache.")
     sources = [CaptionSource.from_dict(source) for source in config.sources]
-    evaluation = EvalTransform(processor.image_processor, config.image_backend)
+    evaluation = EvalTransform(_image_processor(processor), config.image_backend)
     return captions, CaptionImageDataset(sources, evaluation, on_error=config.on_error)
+
+
+def _image_processor(processor: Any) -> Any:
+    return getattr(processor, "image_processor", processor)
 
 
 def _measurement(
     config: AlignRecipe,
     model: LLM2CLIPModel,
-    processor: LLM2CLIPProcessor,
+    processor: Any,
     captions: Stage2Captions,
     retrieval: Mapping[str, RetrievalData],
     features: ImageFeatures | None,
@@ -159,14 +163,13 @@ def _mean_recall(measured: Measured) -> Callable[[], float]:
     return lambda: fmean(value for of_set in measured().values() for key, value in of_set.items() if "recall@" in key)
 
 
-def _save(
-    config: AlignRecipe, model: LLM2CLIPModel, processor: LLM2CLIPProcessor, metrics: dict[str, Any], sets: list[str]
-) -> None:
+def _save(config: AlignRecipe, model: LLM2CLIPModel, processor: Any, metrics: dict[str, Any], sets: list[str]) -> None:
     folder = Path(config.output_dir)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     make_readable_by_version_4(folder)
-    write_sentence_transformers_files(folder)
+    if isinstance(processor, LLM2CLIPProcessor):
+        write_sentence_transformers_files(folder)
     log = [{**metrics, "step": 0}]
     evaluations = latest_evaluations(sets, log, config.eval_sources, "image-text retrieval", None, wait=True)
     write_model_card(config, model, processor, task=JOINT_TASK, evaluations=evaluations, history=log)

@@ -24,7 +24,7 @@ from llm2clip.trainers.stored_rows import store_pairs
 from llm2clip.utils.attention_probe import verify_on_main_process
 from llm2clip.utils.settings import require
 from llm2clip.utils.towers import loading_options
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
+from modeling_llm2clip import LLM2CLIPModel
 
 # Fields of a new model for the sigmoid loss (SigLIP).
 SIGMOID = {"logit_scale_init_value": math.log(10), "logit_bias_init_value": -10.0}
@@ -64,7 +64,8 @@ def build_trainer(config: Stage2Recipe) -> Stage2Trainer:
     _check_pushing(config, model.config.text_model_name_or_path)
     retrieval = open_retrieval(config)
     captions = open_captions(config, model, processor, retrieval)
-    rows = open_rows(config, model, processor.image_processor, captions, retrieval)
+    image_processor = getattr(processor, "image_processor", processor)
+    rows = open_rows(config, model, image_processor, captions, retrieval)
     if config.lora_rank:
         add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_target_modules)
     return Stage2Trainer(
@@ -79,7 +80,7 @@ def build_trainer(config: Stage2Recipe) -> Stage2Trainer:
     )
 
 
-def open_model(config: Stage2Recipe) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
+def open_model(config: Stage2Recipe) -> tuple[LLM2CLIPModel, Any]:
     """Load the model of a run, with its trained parts in float32, and its processor; the LLM only if it runs."""
     if config.model_name_or_path is not None:
         model, processor = load_trained_model(config.model_name_or_path, config.attn_implementation)

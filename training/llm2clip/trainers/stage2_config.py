@@ -37,8 +37,8 @@ class Stage2Config(ContrastiveConfig, StageConfig):
     )
     text_losses: Literal["both", "each", "all"] = setting(
         "both",
-        "Losses of two text encoders (paper, table 8). both: one, of their embeddings side by side; each: one of "
-        "each, with the mean in place of the other, so that one alone can embed queries; all: these three.",
+        "Losses of two embedding caches (paper, table 8). both: one, of their rows side by side; each: one of each, "
+        "with the mean in place of the other, so that the rows of one alone can be queries; all: these three.",
     )
     matryoshka_dims: list[int] = setting(
         [], "Prefixes trained as embeddings too (Matryoshka), such as 64 256; the loss is the mean."

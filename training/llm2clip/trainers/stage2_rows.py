@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ def validate_settings(args: Stage2Config, model: LLM2CLIPModel, has_own_loss: bo
         has_own_loss: `compute_loss_func` computes the loss.
     """
     require_prefixes(args.matryoshka_dims, model.config.projection_dim)
-    if len(model.config.text_config.halves()) == 1:
+    if model.config.text_config.encoders is None:
         refuse(args, ["text_losses"], "the model has one text encoder")
     if not trains_lora(model.text_model):
         refuse(args, ["save_format"], "the model has no LoRA layers (add_lora; in a recipe, lora_rank)")
@@ -35,15 +37,19 @@ def validate_settings(args: Stage2Config, model: LLM2CLIPModel, has_own_loss: bo
         )
 
 
-def with_halves(
-    inputs: dict[str, Tensor], adapter: LLM2CLIPTextAdapter, with_both: bool
-) -> tuple[dict[str, Tensor], int]:
-    """Replace the rows of two text encoders by those of each alone; also return how many rows a caption then has.
+def with_each_alone(
+    inputs: dict[str, Tensor], adapter: LLM2CLIPTextAdapter, widths: Sequence[int], with_both: bool
+) -> dict[str, Tensor]:
+    """Replace the rows of several text encoders by those of each alone, one after another.
+
+    In place of another's values is the mean that the adapter subtracts, 0 if it does not.
 
     Args:
-        with_both: Keep the rows of both, in front.
+        widths: Those of the encoders.
+        with_both: Keep the rows of all, in front.
     """
     embeds = inputs["llm_embeds"]
-    alone = [adapter.of_half(rows, number) for number, rows in enumerate(embeds.split(adapter.widths, dim=-1))]
-    rows = [*([embeds] if with_both else []), *alone]
-    return {**inputs, "llm_embeds": torch.cat(rows)}, len(rows)
+    mean = embeds.new_zeros(embeds.shape[1]) if adapter.center is None else adapter.center.to(embeds)
+    encoder = torch.arange(len(widths)).repeat_interleave(torch.tensor(widths)).to(embeds.device)
+    alone = [torch.where(encoder == number, embeds, mean) for number in range(len(widths))]
+    return {**inputs, "llm_embeds": torch.cat([*([embeds] if with_both else []), *alone])}

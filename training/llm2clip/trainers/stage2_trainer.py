@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PreTrainedTokenizerBase, SchedulerType
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase, SchedulerType
 
 from llm2clip.data import Stage2Collator
 from llm2clip.data.sampling import EpochBatchSampler, OneSourceBatchSampler
@@ -32,7 +32,7 @@ from llm2clip.trainers.lora import load_with_adapter, require_outside, trains_lo
 from llm2clip.trainers.optimizer import GROUP_SETTINGS, ClampLogitScale, grouped_optimizer, warmup_cosine_schedule
 from llm2clip.trainers.sharding import at_root, is_sharded
 from llm2clip.trainers.stage2_config import Stage2Config
-from llm2clip.trainers.stage2_rows import CAPTION_INPUTS, validate_settings, with_halves
+from llm2clip.trainers.stage2_rows import CAPTION_INPUTS, validate_settings, with_each_alone
 from llm2clip.trainers.text_tower_trainer import sampled_digest
 from llm2clip.utils.attention_probe import verify_on_main_process
 from llm2clip.utils.files import digest_json
@@ -61,7 +61,8 @@ class Stage2Trainer(StageTrainer):
     ```
 
     Args:
-        processing_class: An `LLM2CLIPProcessor`; for rows without `image` a tokenizer is enough.
+        processing_class: An `LLM2CLIPProcessor`; for rows without `image` a tokenizer is enough, and for rows with
+            `llm_embeds` an image processor.
         cache: The LLM's embeddings of the captions; with one, rows with a `caption` need no LLM.
         embed: Maps captions to the LLM's embeddings, for the retrieval sets; by default those of `cache`, or the
             model's LLM.
@@ -94,9 +95,9 @@ class Stage2Trainer(StageTrainer):
     ) -> None:
         if cache is not None and not isinstance(cache, EmbeddingCache):
             raise ValueError(f"cache is {cache!r:.80}; open it with EmbeddingCache.open.")
-        if not isinstance(processing_class, LLM2CLIPProcessor | PreTrainedTokenizerBase | None):
+        if not isinstance(processing_class, LLM2CLIPProcessor | BaseImageProcessor | PreTrainedTokenizerBase | None):
             kind = type(processing_class).__name__
-            raise ValueError(f"processing_class is a {kind}; give the LLM2CLIPProcessor of the model, or a tokenizer.")
+            raise ValueError(f"processing_class is a {kind}; give the LLM2CLIPProcessor of the model, or one half.")
         self.cache = cache or getattr(data_collator, "cache", None)
         if isinstance(data_collator, Stage2Collator) and data_collator.cache is None:
             data_collator = data_collator.with_cache(self.cache)
@@ -145,7 +146,8 @@ class Stage2Trainer(StageTrainer):
         if self.saves_adapter():  # the training changes it
             frozen = (pair for pair in model.text_model.named_parameters() if not pair[1].requires_grad)
             inputs = {"weights of the LLM": sampled_digest(frozen)}
-        if (image_processor := getattr(self.processing_class, "image_processor", None)) is not None:
+        image_processor = getattr(self.processing_class, "image_processor", self.processing_class)
+        if isinstance(image_processor, BaseImageProcessor):
             inputs["image processor"] = digest_json(preprocessing(image_processor))
         return inputs
 
@@ -219,8 +221,9 @@ class Stage2Trainer(StageTrainer):
 
     def _embed(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         if self.args.text_losses != "both" and self.unwrapped().training:
-            adapter = self.unwrapped().text_adapter
-            inputs, _ = with_halves(inputs, adapter, with_both=self.args.text_losses == "all")
+            plain, with_both = self.unwrapped(), self.args.text_losses == "all"
+            widths = [encoder["width"] for encoder in plain.config.text_config.encoders]
+            inputs = with_each_alone(inputs, plain.text_adapter, widths, with_both)
         output = model(**inputs, return_logits=False)
         numbers = [number for number in (output.logit_scale, output.logit_bias) if number is not None]
         rows = len(output.image_embeds)

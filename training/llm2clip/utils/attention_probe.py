@@ -57,13 +57,6 @@ def verify_text_tower(tower: LLM2CLIPTextModel) -> list[str] | None:
     Raises:
         ValueError: The text model cannot be a text tower.
     """
-    if tower.second is not None:
-        verify_text_tower(tower.second)
-        second, tower.second = tower.second, None
-        try:
-            return verify_text_tower(tower)
-        finally:
-            tower.second = second
     decoder, config = tower.decoder, tower.config
     if config.bidirectional is None and _is_probeable(decoder) and _may_pack(tower):
         packs_exactly(tower)

@@ -66,6 +66,11 @@ class Repo:
         """`model_type` of config.json."""
         return self.config.get("model_type")
 
+    @property
+    def encoders(self) -> list[str]:
+        """Of a model that takes `llm_embeds` alone, the names of the text encoders whose embeddings these are."""
+        return encoders_of(self.config)
+
     def require(self, *kinds: RepoKind, hint: str = "`llm2clip convert` converts checkpoints of other code.") -> Repo:
         """Raise ValueError unless the repository is one of `kinds`; returns it. `hint` ends the message."""
         if self.kind in kinds:
@@ -196,8 +201,13 @@ def is_hub_id(name: str) -> bool:
 
 
 def names_of(model: Any) -> list[str]:
-    """The names of a model, of two text encoders, or of none, as configs and settings give them."""
+    """The names of a model, of several, or of none, as configs and settings give them."""
     return list(model) if isinstance(model, list | tuple) else [str(model)] if model else []
+
+
+def encoders_of(config: dict[str, Any]) -> list[str]:
+    """Return the names of the text encoders whose embeddings a model takes, from its config.json; see [`Repo`]."""
+    return [encoder["name"] for encoder in (config.get("text_config") or {}).get("encoders") or ()]
 
 
 def hub_ids(*names: str | None) -> list[str]:

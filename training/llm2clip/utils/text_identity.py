@@ -18,8 +18,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from llm2clip.utils.repos import RepoKind, inspect_repo
-from modeling_llm2clip import LLM2CLIPPairTokenizer, LLM2CLIPTextConfig, LLM2CLIPTextModel
-from modeling_llm2clip.identity_llm2clip import pair_fingerprint, text_fingerprint
+from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel
+from modeling_llm2clip.identity_llm2clip import text_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -27,22 +27,19 @@ logger = logging.getLogger(__name__)
 TOKENIZER_SETTINGS = ("split_special_tokens", "truncation_side", "model_max_length")
 
 
-def read_fingerprint(name: Any, revision: Any, config: LLM2CLIPTextConfig) -> str | None:
+def read_fingerprint(name: str, revision: str | None, config: LLM2CLIPTextConfig) -> str | None:
     """Compute the fingerprint of a text tower from its weights, whatever its config has recorded.
 
     The safetensors files are read one weight at a time. Only where their names are not those of the model (adapters,
     checkpoints that transformers converts) is the model loaded, on the CPU.
 
     Args:
-        name, revision: Text tower, LLM2CLIP model with its LLM, adapter, or plain LLM; lists of two for two encoders.
+        name, revision: Text tower, LLM2CLIP model with its LLM, adapter, or plain LLM.
         config: Prompt and pooling of a plain LLM.
 
     Returns:
         See [`text_fingerprint`].
     """
-    if not isinstance(name, str):
-        revisions = revision if isinstance(revision, list) else [revision] * len(name)
-        return pair_fingerprint(map(read_fingerprint, name, revisions, config.halves()))
     stored = _config_of_weights(name, revision, config)
     files = None if stored is None else _find_weights(name, revision, stored)
     if stored is None or files is None:
@@ -112,8 +109,6 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     Returns:
         32 hexadecimal digits.
     """
-    if isinstance(tokenizer, LLM2CLIPPairTokenizer):
-        return str(pair_fingerprint(map(tokenizer_fingerprint, tokenizer.parts)))
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # in Python, with rules of its class
         content: dict[str, Any] = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}

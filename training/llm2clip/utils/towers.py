@@ -5,11 +5,9 @@ Plain text models are LLMs, encoders, and embedding models of sentence-transform
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +19,6 @@ from llm2clip.utils.manifests import refuse_changed_model
 from llm2clip.utils.repos import OUR_MODELS, inspect_repo, refuse_revision
 from modeling_llm2clip import (
     LLM2CLIPConfig,
-    LLM2CLIPPairTokenizer,
     LLM2CLIPTextConfig,
     LLM2CLIPTextModel,
     with_prompt,
@@ -51,11 +48,11 @@ def loading_options(dtype: str, attn_implementation: str | None = None, revision
 
 
 def open_text_tower(
-    name: str | Sequence[str],
+    name: str,
     *,
     dtype: str = "auto",
     attn_implementation: str | None = None,
-    revision: Any = None,
+    revision: str | None = None,
     decoder: PreTrainedModel | None = None,
     **prompt: Any,
 ) -> tuple[LLM2CLIPTextModel, PreTrainedTokenizerBase]:
@@ -63,8 +60,7 @@ def open_text_tower(
 
     Args:
         name: Hub id or folder of a text tower, an LLM2CLIP model, or a plain text model, which is wrapped as a tower;
-            of a CLIP model, the text half. A list of two becomes a pair, see [`LLM2CLIPTextModel.pair`]; `revision`
-            may be a list then.
+            of a CLIP model, the text half.
         dtype, attn_implementation, revision: See [`loading_options`].
         decoder: The plain LLM, if it is already loaded.
         prompt: Fields of [`LLM2CLIPTextConfig`] for a plain text model, such as `prompt_prefix`; None means unset.
@@ -79,12 +75,6 @@ def open_text_tower(
             (the config records its result; see [`verify_text_tower`]); the files of an embedding model describe
             something that a text tower cannot do; or a file of a local folder is not the one that was written.
     """
-    if not isinstance(name, str):
-        loading: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation, **prompt}
-        halves = [open_text_tower(half, revision=commit, **loading) for half, commit in each_of_pair(name, revision)]
-        (first, first_tokenizer), (second, second_tokenizer) = halves
-        tokenizers = cast(Any, first_tokenizer), cast(Any, second_tokenizer)
-        return LLM2CLIPTextModel.pair(first, second), LLM2CLIPPairTokenizer.of(*tokenizers)
     refuse_changed_model(name)
     options = loading_options(dtype, attn_implementation, revision)
     tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision)
@@ -107,19 +97,6 @@ def open_text_tower(
     return model, tokenizer
 
 
-def each_of_pair(names: Any, revisions: Any = None) -> list[tuple[str, str | None]]:
-    """Return the name and the revision of each of two text encoders, or of one.
-
-    Raises:
-        ValueError: There are more than two, or not as many revisions.
-    """
-    names = [names] if isinstance(names, str) else list(names)
-    revisions = list(revisions) if isinstance(revisions, list | tuple) else [revisions] * len(names)
-    if not 1 <= len(names) <= 2 or len(revisions) != len(names):
-        raise ValueError(f"give one text encoder, or two, and a revision for each, not {names} and {revisions}.")
-    return list(zip(names, revisions, strict=True))
-
-
 def save_text_tower(
     model: LLM2CLIPTextModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -133,14 +110,12 @@ def save_text_tower(
 
 
 def describe_text_tower(
-    name: str | Sequence[str], revision: Any = None, **prompt: Any
+    name: str, revision: str | None = None, **prompt: Any
 ) -> tuple[LLM2CLIPTextConfig, PreTrainedTokenizerBase]:
     """Return the config and the tokenizer of [`open_text_tower`] without loading the weights.
 
     `prompt` is for a plain LLM; a text tower keeps its own.
     """
-    if not isinstance(name, str):
-        return pair_description(*(describe_text_tower(*half, **prompt) for half in each_of_pair(name, revision)))
     refuse_revision(name, revision)
     tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision)
     config = AutoConfig.from_pretrained(name, revision=revision)
@@ -148,16 +123,6 @@ def describe_text_tower(
         return getattr(config, "text_config", config), tokenizer
     tokenizer, fields = _plain(name, revision, config, tokenizer, prompt)
     return LLM2CLIPTextConfig(decoder_config=getattr(config, "text_config", config), **fields), tokenizer
-
-
-def pair_description(*halves: tuple[LLM2CLIPTextConfig, Any]) -> tuple[LLM2CLIPTextConfig, PreTrainedTokenizerBase]:
-    """Return the config and the tokenizer of two text encoders from those of each; of one, its own."""
-    (config, tokenizer), *others = halves
-    for second, other in others:
-        config = copy.deepcopy(config)
-        config.second_config, config.fingerprint = second, None
-        tokenizer = LLM2CLIPPairTokenizer.of(tokenizer, other)
-    return config, tokenizer
 
 
 def _plain(

@@ -126,6 +126,7 @@ def measure_rows(session: Session, image_embeds: Tensor, text_embeds: Tensor, da
         raise BenchmarkError("there is no caption.")
     texts, images, asking = retrieval_ranks(image_embeds, text_embeds, data.pairs)
     lengths, is_cut = session.text_lengths(data.texts)
+    are_known = bool((lengths >= 0).all())
     text_hits = texts.recalls("text_to_image_")
     hits = text_hits | images.recalls("image_to_text_")
     return Measurement(
@@ -138,13 +139,15 @@ def measure_rows(session: Session, image_embeds: Tensor, text_embeds: Tensor, da
             "images": len(data.images),
             "texts": len(data.texts),
             "image_queries": len(asking),
-            "truncated_texts": int(is_cut.sum()),
+            **({"truncated_texts": int(is_cut.sum())} if are_known else {}),
             "empty_texts": sum(not text.strip() for text in data.texts),
             "tied_text_queries": int(texts.is_tied.sum()),
             "tied_image_queries": int(images.is_tied.sum()),
         },
         # A caption of several images is the length of none.
-        groups={"length": by_length(hits if data.matches is None else text_hits, data.owners, lengths)},
+        groups={"length": by_length(hits if data.matches is None else text_hits, data.owners, lengths)}
+        if are_known
+        else {},
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llm2clip.utils.repos import hub_ids, names_of
+from llm2clip.utils.repos import hub_ids
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig
 
 JOINT_TASK, TEXT_TASK = "zero-shot-image-classification", "feature-extraction"
@@ -157,18 +157,19 @@ def summary(model: Any, processor: Any = None) -> str:
             "dimensions. Compare its vectors with those that the model gives images."
         )
     vision = config.vision_config
-    # The path of a local folder means nothing to others and may be private.
-    halves = config.text_config.halves()
-    given = names_of(config.text_model_name_or_path) or [""] * len(halves)
-    names = [
-        name if hub_ids(name) else f"a {half.decoder_config.model_type} language model"
-        for name, half in zip(given, halves, strict=True)
-    ]
-    llm = " beside ".join(names)
+    text = config.text_config
+    if text.encoders:
+        parts = " and ".join(f"{public_name(encoder['name'])} ({encoder['width']})" for encoder in text.encoders)
+        llm = f"an adapter that takes the embeddings of {parts} side by side, each of unit length, as `llm_embeds`"
+    else:
+        # The path of a local folder means nothing to others and may be private.
+        name = config.text_model_name_or_path or ""
+        llm = name if hub_ids(name) else f"a {text.decoder_config.model_type} language model"
+        llm = f"{llm} as the caption encoder"
     size = _image_size(vision, getattr(processor, "image_processor", processor))
     return (
-        f"An LLM2CLIP model: a vision tower ({vision.model_type}{f', {size} px' if size else ''}) and {llm} as the "
-        f"caption encoder, with embeddings of {config.projection_dim} dimensions in one space."
+        f"An LLM2CLIP model: a vision tower ({vision.model_type}{f', {size} px' if size else ''}) and {llm}, "
+        f"with embeddings of {config.projection_dim} dimensions in one space."
     )
 
 
@@ -191,10 +192,8 @@ def base_models(config: Any) -> list[str]:
         return [config.decoder_config.name_or_path]
     if config.model_type != LLM2CLIPConfig.model_type:
         return [config.name_or_path]
+    text, llm = config.text_config, config.text_model_name_or_path
     return [
         config.vision_config.name_or_path,
-        *(
-            names_of(config.text_model_name_or_path)
-            or [half.decoder_config.name_or_path for half in config.text_config.halves()]
-        ),
+        *([encoder["name"] for encoder in text.encoders or ()] or [llm or text.decoder_config.name_or_path]),
     ]
