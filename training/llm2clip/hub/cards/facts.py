@@ -13,7 +13,7 @@ from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig
 
 JOINT_TASK, TEXT_TASK = "zero-shot-image-classification", "feature-extraction"
 VISION_TASK, QUERY_TASK = "image-feature-extraction", "sentence-similarity"
-EXAMPLE, CURVES, MERGE_CURVE = "example.png", "training_curves.png", "curve.png"
+EXAMPLE, CURVES = "example.png", "training_curves.png"
 
 RECALL = re.compile(r"(^|_)recall@(1|5|10)$")
 # Scores that are shares of right answers, and the names of their metrics on the Hub.
