@@ -88,8 +88,8 @@ def run(config: MergeConfig) -> dict[str, Any]:
     destination = Path(config.destination)
     for source in (config.first, config.second):
         refuse_damaged(source)
-        for folder in (source, *referred_folders(source)):
-            refuse_nested(folder, destination)
+        for needed in (Path(source), *referred_folders(source)):
+            refuse_nested(needed, destination)
     refuse_existing(destination, "merge", config.overwrite)
     second = inspect_repo(config.second, config.second_revision).require(
         RepoKind.JOINT, RepoKind.TEXT_TOWER, hint="B gives the result its projection, adapter and processor."
