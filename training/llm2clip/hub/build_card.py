@@ -61,28 +61,21 @@ def read_results(paths: Sequence[Path]) -> list[Evaluation]:
     return evaluations
 
 
-def _of_source(
-    title: str, source: Mapping[str, Any], revision: str | None, metrics: Mapping[str, Any], protocol: str = ""
-) -> Evaluation:
-    dataset, note = public_name(str(source["path"])), ", ".join(source.get("caption_columns") or ())
-    return Evaluation(title, dataset, str(source.get("split")), revision, dict(metrics), note, protocol)
-
-
 def _evaluation_of(result: Result) -> Evaluation:
-    name = str(result.protocol.get("name"))
-    title, metrics = TASK_TITLES.get(name, name), {**result.counts, **result.scores, **result.ranks}
-    if "path" in result.data:
-        return _of_source(title, result.data, result.data.get("revision"), metrics, protocol_words(result))
-    return Evaluation(
-        task=title,
-        dataset=result.benchmark,
-        split="",
-        revision=result.data.get("checksum"),
-        metrics=metrics,
-        note=", ".join(notes_on(result)),
-        protocol=protocol_words(result),
-        name=result.title,
-    )
+    name, data = str(result.protocol.get("name")), result.data
+    common: dict[str, Any] = {
+        "task": TASK_TITLES.get(name, name),
+        "metrics": {**result.counts, **result.scores, **result.ranks},
+        "protocol": protocol_words(result),
+        "intervals": result.intervals,
+    }
+    if "path" in data:
+        dataset, note = public_name(str(data["path"])), ", ".join(data.get("caption_columns") or ())
+        return Evaluation(
+            dataset=dataset, split=str(data.get("split")), revision=data.get("revision"), note=note, **common
+        )
+    note, checksum = ", ".join(notes_on(result)), data.get("checksum")
+    return Evaluation(dataset=result.benchmark, split="", revision=checksum, note=note, name=result.title, **common)
 
 
 def source_folder(config: BuildConfig) -> Path:
@@ -162,8 +155,8 @@ def write_built_card(
         is_adapter=getattr(source.model, "has_adapter", False),
         **license_facts(license, bases),
     )
-    # The section on training was written by the Trainer, which knew the settings.
-    written = render(facts, *card, keep=["training"])
+    # The Trainer, which knew the settings, wrote about the training.
+    written = render(facts, *card, keep_training=True)
     if missing := [words for words in facts.shown if words not in written]:
         raise ValueError(
             f"the card of {config.model} was edited and does not show {missing[0]!r}, which the license of a model "
