@@ -97,7 +97,7 @@ COMMANDS = {
     "convert": Command(
         "convert checkpoints of the original code, of Microsoft's repos and of CLIP to this format and back",
         "llm2clip.convert.conversion", "ConvertConfig", ("source", "destination")),
-    "merge": Command("average the weights of two models, and measure the line between them (WiSE-FT)",
+    "merge": Command("average the weights of two models (WiSE-FT)",
                      "llm2clip.hub.merge", "MergeConfig", ("first", "second", "destination")),
     "build": Command("build a self-contained folder for the Hub, with code, model card and license",
                      "llm2clip.hub.build", "BuildConfig", ("model", "destination"), optional=("destination",)),

@@ -11,7 +11,9 @@ from huggingface_hub import ModelCard, metadata_eval_result
 from PIL import Image
 
 from llm2clip.hub.cards.card import (
+    BEGIN,
     CARD,
+    END,
     merge_cards,
     read_card,
     render,
@@ -90,28 +92,63 @@ def test_text_contains_captions_settings_and_license() -> None:
     assert not any(part in render(BARE) for part in ("## Results", "## Training", "model-index"))
 
 
-def test_edited_sections_are_kept_and_the_others_replaced(tmp_path: Path) -> None:
+def test_text_outside_of_the_two_marks_stays_and_what_is_between_is_written_anew(tmp_path: Path) -> None:
     write_card(tmp_path, FACTS)
     card = (tmp_path / CARD).read_text()
-    edited = card.replace("A tiny model.", "My own words.").replace("license: mit", "license: apache-2.0\nmy_key: 1")
-    edited = edited.replace("## Citation", "## Notes\n\nBetween the sections.\n\n## Citation", 1)
-    before, _, rest = edited.partition("<!-- llm2clip:limits")
-    (tmp_path / CARD).write_text(f"{before}My own limits.{rest.partition('<!-- /llm2clip:limits -->')[2]}")
+    assert [card.count(mark) for mark in (BEGIN, END)] == [1, 1]
+    edited = card.replace("A tiny model.", "Between the marks.").replace(
+        "license: mit", "license: apache-2.0\nmine: 1"
+    )
+    (tmp_path / CARD).write_text(edited.replace(BEGIN, f"# Mine\n\n{BEGIN}") + "\n## Notes\n\nBelow \\1.\n")
     better = {name: value + 0.1 for name, value in METRICS.items()}
     new = replace(FACTS, evaluations=[replace(FACTS.evaluations[0], metrics=better)], datasets=["someone/more"])
     write_card(tmp_path, new)
     data, text = read_card(tmp_path)
-    for words in ("My own words.", "Between the sections.", "My own limits.", "| 15.0 | 35.0 | 60.0 |"):
-        assert words in text
-    for words in ("A tiny model.", "Intended use", "| 5.0 | 25.0 | 50.0 |"):
+    assert text.startswith(f"# Mine\n\n{BEGIN}\n# tiny\n")
+    assert text.endswith(f"{END}\n\n## Notes\n\nBelow \\1.\n")
+    assert "| 15.0 | 35.0 | 60.0 |" in text
+    assert "A tiny model." in text
+    for words in ("Between the marks.", "| 5.0 | 25.0 | 50.0 |"):
         assert words not in text
-    assert (data["license"], data["my_key"]) == ("apache-2.0", 1)
+    assert (data["license"], data["mine"]) == ("apache-2.0", 1)
     assert data["datasets"] == ["someone/pictures", "someone/more"]
     values = [metric["value"] for metric in data["model-index"][0]["results"][0]["metrics"]]
     assert values == list(better.values())
 
 
-def test_card_without_generated_sections_only_gains_metadata() -> None:
+def test_a_card_without_results_keeps_those_of_the_earlier_and_a_build_keeps_its_training() -> None:
+    data, text = split_card(render(FACTS))
+    again = render(replace(FACTS, evaluations=[], recipe={}), data, text)
+    assert "| 5.0 | 25.0 | 50.0 |" in again
+    assert "caption_weights" not in again
+    assert results_on(again) == results_on(render(FACTS))
+    assert "caption_weights" in render(replace(FACTS, recipe={}), data, text, keep_training=True)
+
+
+def test_interval_and_baseline_are_beside_a_score_which_is_once_in_the_index() -> None:
+    """Where the evaluation has them; a later one of the same columns replaces the number, and does not repeat it."""
+    run = replace(FACTS.evaluations[0], baseline={name: value / 2 for name, value in METRICS.items()})
+    data, text = split_card(render(replace(FACTS, evaluations=[run])))
+    assert "| text → image, before | 2.5 | 12.5 | 25.0 |" in text
+    first = data["model-index"][0]["results"][0]["metrics"][0]
+    assert first["args"] == {"baseline": METRICS["text_to_image_recall@1"] / 2}
+    measured = replace(FACTS.evaluations[0], intervals={"text_to_image_recall@1": [0.01, 0.09]})
+    known = {"intervals": {"top1": [0.4, 0.6]}, "baseline": {"top1": 0.1}}
+    scores = Evaluation("probe", "digits", "test", None, {"top1": 0.5}, **known)
+    card = render(replace(FACTS, evaluations=[measured, scores]), data, text)
+    for line in (
+        "| text → image | 5.0 (1.0-9.0) | 25.0 | 50.0 |",
+        "| probe | digits (test) | accuracy | 50.0 (40.0-60.0) |",
+        "| probe | digits (test) | accuracy, before | 10.0 |",
+    ):
+        assert line in card
+    metrics = [metric for result in results_on(card) for metric in result["metrics"]]
+    assert [metric["type"] for metric in metrics] == [*METRICS, "accuracy"]
+    assert metrics[0]["args"] == {"interval_95": [0.01, 0.09]}
+    assert metrics[-1]["args"] == {"interval_95": [0.4, 0.6], "baseline": 0.1}
+
+
+def test_card_without_marks_only_gains_metadata() -> None:
     mine = "---\nlicense: mit\n---\n\n# Mine\n\nAll of it.\n"
     data, text = split_card(merge_cards(mine, render(replace(FACTS, license="apache-2.0"))))
     assert text == "# Mine\n\nAll of it.\n"

@@ -1,34 +1,26 @@
-"""`llm2clip merge`: weights between two models, the curve over their shares, and what cannot be merged."""
+"""`llm2clip merge`: weights between two models, and what cannot be merged."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor
 
 import llm2clip
-from llm2clip import cli
-from llm2clip.data import CaptionSource
-from llm2clip.encoders import embed
 from llm2clip.hub.cards.card import read_card
 from llm2clip.hub.license_terms import TERMS
-from llm2clip.hub.merge import mean_recall
-from llm2clip.hub.mixture import interpolated
+from llm2clip.hub.merge import interpolate
 from llm2clip.utils.manifests import damage
 from llm2clip.utils.towers import open_text_tower, save_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection
 from tests.builders import small_runs as stages
 from tests.builders import tiny
-
-SOURCE = stages.concepts("validation", caption_columns=["caption"], max_samples=24)
 
 
 def changed(model: Any, seed: int = 1) -> Any:
@@ -87,10 +79,16 @@ def weight_bits(weight: Tensor) -> bytes:
     return weight.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def test_the_ends_of_the_line_are_the_models_bit_for_bit() -> None:
+def test_the_ends_of_the_line_are_the_models_bit_for_bit_and_tied_weights_are_mixed_once() -> None:
     first, second = torch.tensor([1.0, -0.0, 2.0]), torch.tensor([3.0, 0.0, float("inf")])
-    assert weight_bits(interpolated(first, second, 0.0)) == weight_bits(first)
-    assert weight_bits(interpolated(first, second, 1.0)) == weight_bits(second)
+    for alpha, end in ((0, first), (0.0, first), (1.0, second)):
+        model = torch.nn.ParameterDict({"x": second.clone()})
+        model["tied"] = model["x"]
+        interpolate(model, {"x": first, "tied": first}, alpha)
+        assert weight_bits(model["x"].data) == weight_bits(end)
+    model["x"].data = second
+    interpolate(model, {"x": first, "tied": first}, 0.25)
+    assert model["x"][0] == 1.5
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0])
@@ -134,10 +132,9 @@ def test_gated_heads_and_statistics_are_merged_and_a_bundled_llm_stays(tmp_path:
     assert LLM2CLIPModel.from_pretrained(tmp_path / "out").config.text_model_name_or_path is None
 
 
-@pytest.mark.parametrize("kind", ["tower", "half", "joint"])
+@pytest.mark.parametrize("kind", ["tower", "half"])
 def test_of_a_vision_tower_only_the_trunk_is_merged(kind: str, pair: tuple[Path, Path], tmp_path: Path) -> None:
     first, second = pair
-    options = {}
     if kind == "tower":
         first = tmp_path / "vision"  # what both were trained from
         tower = {f"vision_model.{name}": weight for name, weight in weights(first).items()}
@@ -146,15 +143,7 @@ def test_of_a_vision_tower_only_the_trunk_is_merged(kind: str, pair: tuple[Path,
     if kind == "half":
         LLM2CLIPVisionModelWithProjection.from_pretrained(first).save_pretrained(tmp_path / "half")
         first = tmp_path / "half"
-    elif kind == "joint":
-        # Its heads have other shapes, and it has another LLM.
-        model = tiny.joint_model(projection_dim=12, adapter_num_layers=4)
-        model.vision_model.load_state_dict(LLM2CLIPModel.from_pretrained(first).vision_model.state_dict())
-        first = tmp_path / "other"
-        model.save_pretrained(first)
-        refused(r"heads differ \(projection_dim: 12 and 24\)\. With --parts vision only", first, second, tmp_path)
-        options = {"parts": "vision"}
-    llm2clip.merge_models(first, second, tmp_path / "out", 0.75, **options)
+    llm2clip.merge_models(first, second, tmp_path / "out", 0.75)
     assert_between(tmp_path / "out", tower, second, 0.75, lambda name: name.startswith("vision_model."))
     assert "Beside the vision tower, everything is that of B." in read_card(tmp_path / "out")[1]
 
@@ -165,7 +154,7 @@ def test_widths_of_the_heads_of_others_are_no_difference_of_vision_towers(tmp_pa
     model = tiny.save(tmp_path / "b", vision=vision)
     model.vision_model.config.projection_dim = 16
     changed(model.vision_model).save_pretrained(tmp_path / "a")
-    llm2clip.merge_models(tmp_path / "a", tmp_path / "b", tmp_path / "out", parts="vision")
+    llm2clip.merge_models(tmp_path / "a", tmp_path / "b", tmp_path / "out")
     tower = {f"vision_model.{name}": weight for name, weight in model.vision_model.state_dict().items()}
     assert_between(tmp_path / "out", tower, tmp_path / "b", 0.5, lambda name: name.startswith("vision_model."))
 
@@ -233,59 +222,6 @@ def test_a_model_in_16_bit_and_one_in_32_are_both_ends(alpha: float, pair: tuple
     assert_same(weights(tmp_path / "out"), {name: weight.float() for name, weight in expected.items()})
 
 
-@pytest.mark.usefixtures("unchecked")
-def test_the_best_of_several_shares_is_written_with_its_curve(
-    pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out, alphas = tmp_path / "out", (0.0, 0.5, 1.0)
-    command = ["merge", *map(str, pair), "--alpha", "0", "0.5", "1", str(out), "--eval-source", json.dumps(SOURCE)]
-    assert cli.main(command) == 0
-    printed = capsys.readouterr().out
-    curve = {}
-    for alpha in alphas:
-        llm2clip.merge_models(*pair, tmp_path / f"at {alpha}", alpha)
-        (result,) = llm2clip.evaluate(str(tmp_path / f"at {alpha}"), CaptionSource.from_dict(SOURCE), num_workers=0)
-        curve[alpha] = {**result.scores, **result.ranks}
-    best = max(curve, key=lambda alpha: mean_recall(curve[alpha]))
-    assert len(set(map(mean_recall, curve.values()))) == 3
-    assert_same(weights(out), weights(tmp_path / f"at {best}"))
-    assert f"alpha: {best:.4f}" in printed
-    for alpha, metrics in curve.items():
-        mark = " *" if alpha == best else ""
-        line = next(line for line in printed.splitlines() if f"│ {alpha:g}{mark} " in line)
-        assert f"{100 * mean_recall(metrics):.2f}" in line
-    assert damage(out) is None
-    data, text = read_card(out)
-    metrics = data["model-index"][0]["results"][0]["metrics"]
-    shown = {metric["type"]: metric["value"] for metric in metrics}
-    assert shown["text_to_image_recall@10"] == curve[best]["text_to_image_recall@10"]
-    assert "chosen from 0, 0.5, 1 by the mean of all recalls" in text
-    # What `build` makes of it still has the curve.
-    llm2clip.build_folder(out, tmp_path / "built")
-    assert Image.open(tmp_path / "built" / "curve.png").tobytes() == Image.open(out / "curve.png").tobytes()
-    assert "![Recall by the share of B](curve.png)" in read_card(tmp_path / "built")[1]
-
-
-def test_captions_come_from_a_cache(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    tiny.processor().tokenizer.save_pretrained(tmp_path / "llm")
-    cache = str(tmp_path / "cache")
-    embed.run(embed.EmbedConfig(text_model_name_or_path=str(tmp_path / "llm"), output_dir=cache, sources=[SOURCE]))
-    with_llm = llm2clip.merge_models(*pair, tmp_path / "a", eval_source=SOURCE)
-    (tmp_path / "llm" / "model.safetensors").unlink()
-    cached = llm2clip.merge_models(*pair, tmp_path / "b", eval_source=SOURCE, embedding_cache=cache)
-    assert cached.keys() == with_llm.keys()
-    assert cached["text_to_image_mean_rank"] == pytest.approx(with_llm["text_to_image_mean_rank"], abs=0.2)
-
-
-def test_text_towers_are_measured_by_caption_retrieval(towers: tuple[str, Path], tmp_path: Path) -> None:
-    pairs = stages.write_text_pairs(tmp_path / "pairs.parquet", 20)
-    columns = {"query_column": "short", "target_column": "long"}
-    found = llm2clip.merge_models(*towers, tmp_path / "out", [0, 1], eval_source=pairs, split="train", **columns)
-    (result,) = llm2clip.evaluate(str(tmp_path / "out"), pairs, **columns)
-    expected = {**result.scores, **result.ranks}
-    assert {name: found[name] for name in expected} == pytest.approx(expected)
-
-
 def refused(message: str, first: Any, second: Any, folder: Path, **settings: Any) -> None:
     with pytest.raises((ValueError, FileExistsError), match=message):
         llm2clip.merge_models(first, second, folder / "out", **settings)
@@ -298,12 +234,13 @@ DEEP = {"adapter_num_layers": 4}
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({**DEEP, "projection_dim": 12}, r"heads differ \(projection_dim: 24 and 12\)"),
         ({"vision": tiny.vision_config(num_hidden_layers=3)}, r"vision towers differ \(num_hidden_layers: 2 and 3\)"),
         ({**DEEP, "adapter_normalize": False}, r"heads differ \(adapter_normalize: True and False\)"),
         ({**DEEP, "logit_bias_init_value": -10.0}, r"heads differ \(loss: softmax and sigmoid\)"),
-        (DEEP, r"LLMs differ \(fingerprint: 3-\w+ and 3-\w+\)\. With --parts vision"),
+        (DEEP, r"LLMs differ \(fingerprint: 3-\w+ and 3-\w+\)"),
     ],
-    ids=["tower", "heads", "loss", "llm"],
+    ids=["width", "tower", "heads", "loss", "llm"],
 )
 def test_models_that_do_not_fit_are_refused_by_name(
     fields: dict[str, Any], message: str, pair: tuple[Path, Path], tmp_path: Path
@@ -320,12 +257,7 @@ def test_kinds_and_settings_that_do_not_fit_are_refused_by_name(
     refused(f"{first} is not a text tower.*{tower} is a text tower", first, tower, tmp_path)
     refused(f"{tower} is not an LLM2CLIP model.*{second} is an LLM2CLIP model", tower, second, tmp_path)
     refused(f"{llm} is not an LLM2CLIP model or a text tower.*B gives the result", first, llm, tmp_path)
-    refused("vision has no text adapter", tmp_path / "vision", second, tmp_path, parts="all")
-    refused("parts is vision, but .* is a text tower", llm, tower, tmp_path, parts="vision")
-    refused(r"alpha is \[1\.5\], but every share of B has to be from 0 \(A\) to 1", first, second, tmp_path, alpha=1.5)
-    refused("batch_size is 3, but without eval_source nothing is measured", first, second, tmp_path, batch_size=3)
-    refused("query_column and target_column go together", llm, tower, tmp_path, eval_source="x", query_column="a")
-    refused("several alphas need eval_source", first, second, tmp_path, alpha=[0, 1])
+    refused(r"alpha is 1\.5, but the share of B has to be from 0 \(A\) to 1", first, second, tmp_path, alpha=1.5)
     save_text_tower(tiny.text_model(pooling="last_token"), tiny.processor().tokenizer, tmp_path / "other")
     message = r"other and .*tower cannot be merged: their settings differ \(pooling: last_token and mean\)"
     refused(message, tmp_path / "other", tower, tmp_path)

@@ -15,7 +15,7 @@ from llm2clip.convert.convert_text import contains_decoder, convert_text_tower
 from llm2clip.convert.joint import plan_joint
 from llm2clip.convert.joint_plan import JointPlan, print_report
 from llm2clip.convert.original import to_original
-from llm2clip.hub.cards.card import license_of, write_card
+from llm2clip.hub.cards.card import license_fields, read_card, write_card
 from llm2clip.hub.cards.facts import JOINT_TASK, TEXT_TASK, VISION_TASK, CardFacts
 from llm2clip.hub.licenses import bases_of, license_facts, strictest, write_license_files
 from llm2clip.utils.files import atomic_file, read_json
@@ -85,7 +85,7 @@ def run(config: ConvertConfig) -> dict[str, Any]:
             made_from = [plan.text_model] if plan.text_model else []
         is_local = checkpoint.folder is not None and not hub_ids(config.source)
         bases = bases_of(folder, [str(checkpoint.folder) if is_local else config.source, *made_from])
-        license = license_of(checkpoint.folder)
+        license = license_fields(read_card(checkpoint.folder)[0]) if checkpoint.folder else {}
         if not all(base.allows(license.get("license")) for base in bases):
             license = strictest(bases)
         facts = CardFacts(

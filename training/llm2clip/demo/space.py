@@ -32,7 +32,7 @@ def write_space(destination: Path, model: str, overwrite: bool = False) -> None:
     Raises:
         FileExistsError: The destination exists, and `overwrite` is off or it holds what this function did not write.
         ValueError: The folder does not contain an LLM2CLIP model, or its LLM is in another folder, or a file of it is
-            damaged or a link out of it.
+            damaged.
     """
     bundled = Path(model).is_dir()
     if bundled:

@@ -11,7 +11,6 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from llm2clip.data.table_identity import data_revision
 from llm2clip.evaluation.results import Result, notes_on, protocol_words, read_result
 from llm2clip.hub.build_config import BuildConfig
 from llm2clip.hub.cards.card import CARD, LICENSE_FIELDS, as_list, read_card, render
@@ -19,8 +18,6 @@ from llm2clip.hub.cards.curves import write_curves
 from llm2clip.hub.cards.facts import (
     CURVES,
     EXAMPLE,
-    MERGE_CURVE,
-    TEXT_TASK,
     CardFacts,
     Evaluation,
     base_models,
@@ -64,46 +61,28 @@ def read_results(paths: Sequence[Path]) -> list[Evaluation]:
     return evaluations
 
 
-def own_evaluation(task: str, source: Mapping[str, Any], metrics: Mapping[str, Any]) -> Evaluation:
-    """Describe what was measured on one's own data for a card.
-
-    Args:
-        task: Pipeline tag of the model.
-        source: Fields of the source.
-    """
-    title = "caption retrieval" if task == TEXT_TASK else "image-text retrieval"
-    return _of_source(title, source, data_revision(source), metrics)
-
-
-def _of_source(
-    title: str, source: Mapping[str, Any], revision: str | None, metrics: Mapping[str, Any], protocol: str = ""
-) -> Evaluation:
-    dataset, note = public_name(str(source["path"])), ", ".join(source.get("caption_columns") or ())
-    return Evaluation(title, dataset, str(source.get("split")), revision, dict(metrics), note, protocol)
-
-
 def _evaluation_of(result: Result) -> Evaluation:
-    name = str(result.protocol.get("name"))
-    title, metrics = TASK_TITLES.get(name, name), {**result.counts, **result.scores, **result.ranks}
-    if "path" in result.data:
-        return _of_source(title, result.data, result.data.get("revision"), metrics, protocol_words(result))
-    return Evaluation(
-        task=title,
-        dataset=result.benchmark,
-        split="",
-        revision=result.data.get("checksum"),
-        metrics=metrics,
-        note=", ".join(notes_on(result)),
-        protocol=protocol_words(result),
-        name=result.title,
-    )
+    name, data = str(result.protocol.get("name")), result.data
+    common: dict[str, Any] = {
+        "task": TASK_TITLES.get(name, name),
+        "metrics": {**result.counts, **result.scores, **result.ranks},
+        "protocol": protocol_words(result),
+        "intervals": result.intervals,
+    }
+    if "path" in data:
+        dataset, note = public_name(str(data["path"])), ", ".join(data.get("caption_columns") or ())
+        return Evaluation(
+            dataset=dataset, split=str(data.get("split")), revision=data.get("revision"), note=note, **common
+        )
+    note, checksum = ", ".join(notes_on(result)), data.get("checksum")
+    return Evaluation(dataset=result.benchmark, split="", revision=checksum, note=note, name=result.title, **common)
 
 
 def source_folder(config: BuildConfig) -> Path:
     """The folder of the source's card, its pictures and training history; for a Hub id, a snapshot of these files."""
     if Path(config.model).is_dir():
         return Path(config.model)
-    files = [CARD, CURVES, MERGE_CURVE, EXAMPLE, HISTORY, "LICENSE*", "NOTICE", f"{QUERY_ENCODER}/*"]
+    files = [CARD, CURVES, EXAMPLE, HISTORY, "LICENSE*", "NOTICE", f"{QUERY_ENCODER}/*"]
     folder = Path(snapshot_download(config.model, revision=config.revision, allow_patterns=files))
     if not (folder / CARD).is_file():
         logger.warning("%s has no %s, so the new card starts empty.", config.model, CARD)
@@ -140,9 +119,7 @@ def source_card(config: BuildConfig, source: Path) -> tuple[BuildConfig, tuple[d
 
 
 def copy_curves(source: Path, folder: Path) -> None:
-    """Copy the source's curves, or draw those of training from its history, if it has either."""
-    if (source / MERGE_CURVE).is_file():
-        shutil.copy(source / MERGE_CURVE, folder / MERGE_CURVE)
+    """Copy the source's curves, or draw them from its history, if it has either."""
     if (source / CURVES).is_file():
         shutil.copy(source / CURVES, folder / CURVES)
     elif (source / HISTORY).is_file():
@@ -178,8 +155,8 @@ def write_built_card(
         is_adapter=getattr(source.model, "has_adapter", False),
         **license_facts(license, bases),
     )
-    # The section on training was written by the Trainer, which knew the settings.
-    written = render(facts, *card, keep=["training"])
+    # The Trainer, which knew the settings, wrote about the training.
+    written = render(facts, *card, keep_training=True)
     if missing := [words for words in facts.shown if words not in written]:
         raise ValueError(
             f"the card of {config.model} was edited and does not show {missing[0]!r}, which the license of a model "

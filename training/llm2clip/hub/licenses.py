@@ -236,19 +236,21 @@ def code_license() -> str:
     return licenses[0].read_text(encoding="utf-8")
 
 
-def check_license(folder: Path, repo_id: str, theirs: str | None) -> None:
+def check_license(folder: Path, repo_id: str, card: str, where: str | None = None) -> None:
     """Check that a folder that is pushed keeps the licenses of what the model was made from.
 
     Args:
-        folder: The model, with its card.
-        repo_id, theirs: See [`check_repo`].
+        folder: The model.
+        repo_id: Where it is pushed to.
+        card: Its card as it will be there.
+        where: What states the license of that card; by default the card in the folder.
 
     Raises:
         ValueError: It does not; the message names all that is missing.
     """
-    data, text = read_card(folder)
+    data, text = split_card(card)
     bases, notice = bases_of(folder), read_notice(folder)
-    stated = license_model({}, data, bases, str(folder / CARD))
+    stated = license_model({}, data, bases, where or str(folder / CARD))
     binding = [str(base) for base in bases if base.binds]
     demands = {f"README.md has to state license: {stated.get('license')}": bool(data.get("license")) or not binding}
     for terms in terms_of(stated, bases):
@@ -258,31 +260,18 @@ def check_license(folder: Path, repo_id: str, theirs: str | None) -> None:
         made = f", made from {' and '.join(binding)}," if binding else ""
         license = Base("", None, stated).license
         raise ValueError(f"{folder}{made} is under {license}, which demands more: {'; '.join(broken)}.")
-    check_repo(repo_id, stated, bases, theirs)
+    check_repo_name(repo_id, stated, bases)
     _warn_of_missing_texts(folder, stated, terms_of(stated, bases))
 
 
-def check_repo(repo_id: str, stated: Mapping[str, str], bases: Sequence[Base], theirs: str | None) -> None:
-    """Check the repo that a model is pushed to.
-
-    Args:
-        repo_id: Its id, of which some licenses demand the beginning.
-        stated: The license of the model.
-        bases: The models that it was made from.
-        theirs: The card in the repo, of which an upload keeps the license.
-
-    Raises:
-        ValueError: It does not keep the license of the model, or those of its bases.
-    """
+def check_repo_name(repo_id: str, stated: Mapping[str, str], bases: Sequence[Base]) -> None:
+    """Raise a `ValueError` if a license demands another beginning of the name of the repo."""
     for terms in terms_of(stated, bases):
         if not terms.fits_name(repo_id):
             raise ValueError(
                 f"under {terms.license}, the name of the repo has to begin with {terms.beginning!r}, unlike "
                 f"{repo_id}: push to another repo."
             )
-    data = split_card(theirs)[0] if theirs else {}
-    if data.get("license"):
-        license_model({}, data, [*bases, Base("this model", None, stated)], f"README.md of {repo_id} on the Hub")
 
 
 def _warn_of_missing_texts(folder: Path, stated: Mapping[str, str], terms: Iterable[Terms]) -> None:

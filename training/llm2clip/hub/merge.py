@@ -2,43 +2,38 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from rich.console import Console
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from transformers import AutoProcessor, AutoTokenizer
 
-from llm2clip.data import CaptionSource, OnError, PairSource
-from llm2clip.encoders import OurEncoder
-from llm2clip.encoders.cache_of_model import open_cache_of_model
-from llm2clip.encoders.stored import StoredEncoder
-from llm2clip.evaluation.data import CaptionPairData, RetrievalData
-from llm2clip.evaluation.protocols.caption_retrieval import caption_pair_metrics
-from llm2clip.evaluation.protocols.retrieval import image_text_metrics
-from llm2clip.evaluation.session import Session
-from llm2clip.hub.build_card import own_evaluation
 from llm2clip.hub.cards.card import as_list, read_card, write_card
-from llm2clip.hub.cards.curves import write_merge_curve
-from llm2clip.hub.cards.facts import MERGE_CURVE, TEXT_TASK, CardFacts, public_name, summary
+from llm2clip.hub.cards.facts import JOINT_TASK, TEXT_TASK, CardFacts, public_name, summary
 from llm2clip.hub.licenses import bases_of, license_facts, strictest, write_license_files
-from llm2clip.hub.mixture import Mixture, mix_joint, mix_text_towers, mix_vision
 from llm2clip.hub.source_model import SourceModel
 from llm2clip.utils.folders import atomic_folder, refuse_existing, refuse_nested
 from llm2clip.utils.manifests import refuse_damaged
-from llm2clip.utils.processes import on_main_process, process_state
-from llm2clip.utils.repos import RepoKind, hub_ids, inspect_repo, referred_folders
-from llm2clip.utils.settings import build_config, check_choices, refuse, setting
-from llm2clip.utils.tables import print_table, recalls_in_percent
+from llm2clip.utils.repos import LLM, Repo, RepoKind, hub_ids, inspect_repo, referred_folders
+from llm2clip.utils.settings import build_config, setting
+from llm2clip.utils.text_identity import read_fingerprint, tokenizer_fingerprint
+from llm2clip.utils.towers import open_text_tower
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
+from modeling_llm2clip.identity_llm2clip import FIELDS, OPTIONAL_FIELDS, decoder_identity
+from modeling_llm2clip.modeling_llm2clip_vision import load_vision_tower
 
-logger = logging.getLogger(__name__)
-
-DIRECTIONS = {"text_to_image_": "text → image", "image_to_text_": "image → text", "": "query → target"}
-# Settings of the evaluation that are about images.
-OF_IMAGES = ("num_workers", "on_error")
+MAX_NAMED = 4
+TRUNK, HEADS = "vision_model.", ("visual_standardization.", "visual_projection.", "text_adapter.", "logit_")
+HEAD_FIELDS = (
+    "projection_dim", "visual_projection", "visual_projection_bias", "adapter_num_layers", "adapter_expansion",
+    "adapter_normalize", "vision_pooling", "standardize_vision", "center_text", "visual_head", "visual_head_expansion",
+    "text_head",
+)  # fmt: skip
+# In the config of a CLIP's vision tower, but about the heads of its model.
+TOWER_HEAD_FIELDS = ("projection_dim", "logit_scale_init_value")
 
 
 @dataclass
@@ -49,58 +44,21 @@ class MergeConfig:
         "",
         "Model A: an LLM2CLIP model or a vision tower if B is an LLM2CLIP model; a text tower or its LLM if B is one.",
     )
-    second: str = setting("", "Model B: an LLM2CLIP model, or a text tower. The result has its processor and card.")
+    second: str = setting("", "Model B: an LLM2CLIP model, or a text tower. The result has its processor.")
     destination: str = setting("", "Folder to write.")
-    alpha: list[float] = setting(
-        [0.5],
-        "Share of B, from 0 (A) to 1 (B). Of several, each is measured on eval_source, and the one with the highest "
-        "mean of all recalls is written; of equal ones the smallest.",
-    )
-    parts: Literal["all", "vision"] | None = setting(
-        None,
-        "What is merged of LLM2CLIP models. all: everything but the LLM; vision: the vision tower, while projection, "
-        "adapter and logit scale are those of B. Unset: all if A has them too, otherwise vision.",
-    )
+    alpha: float = setting(0.5, "Share of B, from 0 (A) to 1 (B).")
     first_revision: str | None = setting(None, "Branch, tag or commit of A on the Hub.")
     second_revision: str | None = setting(None, "Branch, tag or commit of B on the Hub.")
-    eval_source: dict[str, Any] | str = setting(
-        "",
-        "Validation data: a path or Hub id, or a mapping with the fields of CaptionSource (LLM2CLIP models) or "
-        "PairSource (text towers). Do not report results on it: alpha is chosen there.",
-    )
-    split: str = setting("validation", "Split of eval_source, unless the mapping names one.")
-    caption_columns: list[str] | None = setting(None, "Columns of the captions of eval_source.")
-    query_column: str | None = setting(None, "Text towers: column of the queries of eval_source.")
-    target_column: str | None = setting(None, "Text towers: column of the targets of eval_source.")
-    embedding_cache: str | None = setting(
-        None, "Embedding cache of the captions of eval_source, from `llm2clip embed`; the LLM is not needed then."
-    )
-    batch_size: int = setting(64, "Images or captions per forward pass of the evaluation.")
-    num_workers: int = setting(0, "Worker processes that read images.")
-    on_error: OnError = setting("raise", "How to treat an image that cannot be read: raise an error, or skip it.")
     name: str | None = setting(None, "Title of the card. Default: name of the folder.")
     overwrite: bool = setting(False, "Replace a destination that an earlier merge wrote and that holds nothing else.")
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        self.alpha = sorted(set(self.alpha))
-        if not self.alpha or not all(0 <= alpha <= 1 for alpha in self.alpha):
-            raise ValueError(f"alpha is {self.alpha}, but every share of B has to be from 0 (A) to 1 (B).")
-        if not self.eval_source:
-            if len(self.alpha) > 1:
-                raise ValueError("several alphas need eval_source, the validation data on which the best is chosen.")
-            names = ("split", "caption_columns", "query_column", "target_column", "embedding_cache", *OF_IMAGES)
-            refuse(self, [*names, "batch_size"], "without eval_source nothing is measured")
-        if bool(self.query_column) != bool(self.target_column):
-            raise ValueError("query_column and target_column go together: give both, or caption_columns.")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha is {self.alpha}, but the share of B has to be from 0 (A) to 1 (B).")
 
 
 def merge_models(
-    first: str | Path,
-    second: str | Path,
-    destination: str | Path,
-    alpha: float | Sequence[float] = 0.5,
-    **settings: Any,
+    first: str | Path, second: str | Path, destination: str | Path, alpha: float = 0.5, **settings: Any
 ) -> dict[str, Any]:
     """Write the model whose weights are `(1 - alpha) * A + alpha * B`, of two LLM2CLIP models or two text towers.
 
@@ -109,18 +67,17 @@ def merge_models(
             the plain LLM that one was trained from. A Hub id or folder.
         second: B, an LLM2CLIP model or a text tower, with equal architecture and LLM.
         destination: Folder to write.
-        alpha: Share of B. Of several, the best on `eval_source` is written, by the mean of all recalls.
+        alpha: Share of B, from 0 to 1.
         settings: Other fields of [`MergeConfig`].
 
     Returns:
-        `written`, the destination; `alpha`; with `eval_source` also the metrics of the written model.
+        `written`, the destination; `alpha`.
 
     Raises:
         FileExistsError: The destination exists and `overwrite` is off, or it holds what a merge did not write.
         ValueError: A setting is wrong, or the models do not fit; the message names both.
     """
-    alphas = list(alpha) if isinstance(alpha, Sequence) else [alpha]
-    fields = {"first": first, "second": second, "destination": destination, "alpha": alphas, **settings}
+    fields = {"first": first, "second": second, "destination": destination, "alpha": alpha, **settings}
     return run(build_config(MergeConfig, fields, "MergeConfig"))
 
 
@@ -130,138 +87,158 @@ def run(config: MergeConfig) -> dict[str, Any]:
         raise ValueError("give two models and a destination: llm2clip merge A B DESTINATION")
     destination = Path(config.destination)
     for source in (config.first, config.second):
-        refuse_nested(source, destination)
-        on_main_process(partial(refuse_damaged, source))
-        for needed in referred_folders(source):
+        refuse_damaged(source)
+        for needed in (Path(source), *referred_folders(source)):
             refuse_nested(needed, destination)
     refuse_existing(destination, "merge", config.overwrite)
-    mixture = _open(config)
-    curve: dict[float, dict[str, Any]] = {}
-    if config.eval_source:
-        mixture.model.to(process_state().device)
-        measure = _open_measure(config, mixture)
-        for alpha in config.alpha:
-            logger.info("alpha %g of %s", alpha, ", ".join(f"{alpha:g}" for alpha in config.alpha))
-            mixture.mix(alpha)
-            curve[alpha] = measure()
-    # The smallest of equal ones, since the alphas are sorted.
-    chosen = max(config.alpha, key=lambda alpha: mean_recall(curve[alpha]) if curve else 0)
-    mixture.mix(chosen)
-    metrics = curve.get(chosen, {})
-    if process_state().is_main_process:
-        if curve:
-            _print_curve(curve, chosen, str(config.eval_source))
-        with atomic_folder(destination, "merge", config.overwrite) as folder:
-            _write(config, mixture, folder, chosen, curve)
-    return {"written": str(destination), "alpha": chosen, **metrics}
-
-
-def mean_recall(metrics: dict[str, Any]) -> float:
-    """Compute the mean of all recalls, at every k and in every direction."""
-    recalls = [value for name, value in metrics.items() if "recall@" in name]
-    return sum(recalls) / len(recalls)
-
-
-def _open(config: MergeConfig) -> Mixture:
     second = inspect_repo(config.second, config.second_revision).require(
         RepoKind.JOINT, RepoKind.TEXT_TOWER, hint="B gives the result its projection, adapter and processor."
     )
     first = inspect_repo(config.first, config.first_revision)
-    if second.kind is RepoKind.TEXT_TOWER:
-        refuse(config, ["parts", "embedding_cache", *OF_IMAGES], f"{second.name} is a text tower")
-        return mix_text_towers(first, second)
-    with_llm = bool(config.eval_source) and config.embedding_cache is None
-    is_joint = first.kind is RepoKind.JOINT
-    if config.parts == "all" and not is_joint:
-        raise ValueError(f"{first.name} has no text adapter to merge with that of {second.name}; leave parts unset.")
-    mix = mix_joint if is_joint and config.parts != "vision" else mix_vision
-    return mix(first, second, with_llm)
+    merged, weights = _load(first, second)
+    interpolate(merged.model, weights, config.alpha)
+    with atomic_folder(destination, "merge", config.overwrite) as folder:
+        merged.save(folder)
+        _write_card(config, merged, folder, first.kind is RepoKind.JOINT)
+    return {"written": str(destination), "alpha": config.alpha}
 
 
-def _source_fields(config: MergeConfig) -> dict[str, Any]:
-    given = config.eval_source
-    fields: dict[str, Any] = dict(given) if isinstance(given, dict) else {"path": given}
-    fields.setdefault("split", config.split)
-    if config.caption_columns is not None:
-        fields["caption_columns"] = config.caption_columns
-    if config.query_column:
-        fields |= {"anchor_column": config.query_column, "positive_column": config.target_column}
-    return fields
+def interpolate(model: nn.Module, first: Mapping[str, Tensor], alpha: float) -> None:
+    """Set the weights of a model that `first` has too to `(1 - alpha) * first + alpha * weight`.
+
+    They are computed in float64 and rounded once, to a dtype that holds both; at 0 and 1 they are one of the two, bit
+    for bit.
+    """
+    for name, holder in [*model.named_parameters(), *model.named_buffers()]:
+        if (other := first.get(name)) is not None:
+            dtype = torch.promote_types(other.dtype, holder.dtype)
+            ends = {0: other, 1: holder.data}
+            mixed = ends[int(alpha)] if alpha in ends else (1 - alpha) * other.double() + alpha * holder.data.double()
+            holder.data = mixed.to(dtype)
 
 
-def _open_measure(config: MergeConfig, mixture: Mixture) -> Callable[[], dict[str, Any]]:
-    """Return a function that measures the mixture as it is then; what its LLM makes of captions is computed once."""
-    model: Any = mixture.model.eval()
-    fields, processor = _source_fields(config), mixture.processor
-    if mixture.task == TEXT_TASK:
-        pairs = CaptionPairData.from_source(PairSource.from_dict(fields))
-        return partial(caption_pair_metrics, Session(OurEncoder(model, processor), None, config.batch_size), pairs)
-    data = RetrievalData.from_source(CaptionSource.from_dict(fields))
-    if config.embedding_cache is not None:
-        cache = open_cache_of_model(config.embedding_cache, model.config, processor.tokenizer, is_trained=True)
-        lookup: Callable[[list[str]], Tensor] = cache.lookup
-    else:
-        embedded = OurEncoder(model.text_model, processor).embed(data.texts, config.batch_size, True)
-        rows = {text: row for row, text in enumerate(data.texts)}
-        lookup = lambda texts: embedded[[rows[text] for text in texts]]  # noqa: E731
-    encoder = StoredEncoder(model, processor, lookup)
-    session = Session(encoder, None, config.batch_size, config.num_workers, config.on_error)
-    return partial(image_text_metrics, session, data)
+def _load(first: Repo, second: Repo) -> tuple[SourceModel, dict[str, Tensor]]:
+    """Load B, and the weights of A that are merged with its own, by their names in B.
+
+    Raises:
+        ValueError: Architectures, settings, LLMs or tokenizers differ.
+    """
+    load = _load_text_towers if second.kind is RepoKind.TEXT_TOWER else _load_joint_models
+    merged, parts, other, settings = load(first, second)
+    for what, fields in settings.items():
+        require_equal(what, (first.name, second.name), *fields)
+    weights, own = (
+        {key: x for key, x in model.state_dict().items() if x.is_floating_point() and key.startswith(parts)}
+        for model in (other, merged.model)
+    )
+    shapes = ({key: tuple(x.shape) for key, x in side.items()} for side in (weights, own))
+    require_equal("weights", (first.name, second.name), *shapes)
+    return merged, weights
 
 
-def _print_curve(curve: dict[float, dict[str, Any]], chosen: float, data: str) -> None:
-    directions = [way for way in DIRECTIONS if f"{way}recall@1" in curve[chosen]]
-    rows = [
-        [
-            f"{alpha:g}{' *' if alpha == chosen else ''}",
-            *(recalls_in_percent(metrics, way) for way in directions),
-            f"{100 * mean_recall(metrics):.2f}",
-        ]
-        for alpha, metrics in curve.items()
+# B; the beginnings of the names of weights that are merged; A with these weights; and what has to be equal.
+Loaded = tuple[SourceModel, tuple[str, ...], nn.Module, dict[str, list[dict[str, Any]]]]
+
+
+def _load_text_towers(first: Repo, second: Repo) -> Loaded:
+    plain = RepoKind.OTHER, RepoKind.EMBEDDING_MODEL
+    first.require(RepoKind.TEXT_TOWER, RepoKind.ADAPTER, *plain, hint=f"{second.name} is a text tower.")
+    tower, tokenizer = open_text_tower(second.name, revision=second.revision)
+    if first.kind in plain:
+        types = {"model_type": first.model_type}, {"model_type": tower.config.decoder_config.model_type}
+        require_equal("settings", (first.name, second.name), *types)
+    options: dict[str, Any] = {"revision": first.revision, "dtype": "auto", "default_config": tower.config}
+    other = LLM2CLIPTextModel.from_pretrained(first.name, **options)
+    other.merge_adapter()
+    settings = [
+        decoder_identity(config.decoder_config, tower.config.bidirectional)
+        | {name: getattr(config, name) for name in (*FIELDS, *OPTIONAL_FIELDS)}
+        for config in (other.config, tower.config)
     ]
-    title = f"R@1 / 5 / 10 in % on {data}; * is written: the highest mean"
-    print_table(Console(), title, ["alpha", *(DIRECTIONS[way] for way in directions), "mean"], rows)
+    if first.kind is RepoKind.TEXT_TOWER:
+        own = AutoTokenizer.from_pretrained(first.name, revision=first.revision)
+        for fields, each in zip(settings, (own, tokenizer), strict=True):
+            fields["tokenizer"] = tokenizer_fingerprint(each)
+    return SourceModel(tower.eval(), tokenizer, TEXT_TASK, False), ("",), other, {"settings": settings}
 
 
-def _write(
-    config: MergeConfig, mixture: Mixture, folder: Path, chosen: float, curve: dict[float, dict[str, Any]]
-) -> None:
-    SourceModel(mixture.model, mixture.processor, mixture.task, False).save(folder)
-    if len(curve) > 1:
-        write_merge_curve(folder / MERGE_CURVE, curve, chosen, "Between A and B")
-    folders = [Path(name) for name in (config.first, config.second)]
-    cards = [read_card(folder)[0] for folder in folders]
-    bases = bases_of(folder, [config.first, config.second])
-    # None of parents that ask for different ones: of these, people have to decide.
-    license = strictest(bases)
+def _load_joint_models(first: Repo, second: Repo) -> Loaded:
+    """B is loaded with its LLM if that is in the model, since the result then has it too."""
+    first.require(RepoKind.JOINT, RepoKind.VISION_HALF, RepoKind.OTHER, hint=f"{second.name} is an LLM2CLIP model.")
+    options: dict[str, Any] = {"revision": second.revision, "text_model": second.config.get(LLM) is None}
+    model = LLM2CLIPModel.from_pretrained(second.name, dtype="auto", **options).eval()
+    processor = AutoProcessor.from_pretrained(second.name, revision=second.revision)
+    merged = SourceModel(model, processor, JOINT_TASK, False)
+    if first.kind is not RepoKind.JOINT:
+        tower = load_vision_tower(first.name, {"revision": first.revision, "dtype": "auto"})
+        settings = {"vision towers": [_tower_identity(x) for x in (tower.config, model.config.vision_config)]}
+        return merged, (TRUNK,), nn.ModuleDict({TRUNK.rstrip("."): tower}), settings
+    other = LLM2CLIPModel.from_pretrained(first.name, text_model=False, revision=first.revision, dtype="auto")
+    configs: Any = other.config, model.config
+    heads = [{name: getattr(config, name) for name in HEAD_FIELDS} for config in configs]
+    for fields, side in zip(heads, (other, model), strict=True):
+        fields["loss"] = "softmax" if side.logit_bias is None else "sigmoid"
+    llms = [config.text_model_fingerprint for config in configs]
+    if None in llms or llms[0] != llms[1]:
+        # Models of one LLM may have recorded none, or that of an adapter merged in another dtype.
+        llms = [_llm_fingerprint(repo, config) for repo, config in zip((first, second), configs, strict=True)]
+    return (
+        merged,
+        (TRUNK, *HEADS),
+        other,
+        {
+            "vision towers": [_tower_identity(config.vision_config) for config in configs],
+            "heads": heads,
+            "LLMs": [{"fingerprint": llm} for llm in llms],
+        },
+    )
+
+
+def _llm_fingerprint(repo: Repo, config: Any) -> str | None:
+    elsewhere = repo.config.get(LLM)
+    revision: Any = repo.revision if elsewhere is None else repo.config.get("text_model_revision")
+    return read_fingerprint(elsewhere or repo.name, revision, config.text_config)
+
+
+def _tower_identity(config: Any) -> dict[str, Any]:
+    return {name: x for name, x in decoder_identity(config, False).items() if name not in TOWER_HEAD_FIELDS}
+
+
+def require_equal(what: str, names: tuple[str, str], first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
+    """Raise a `ValueError` if two mappings differ; the message names both models and the values."""
+    differing = [name for name in {**first, **second} if first.get(name) != second.get(name)]
+    if differing:
+        # An identity has numbers of any kind as floats.
+        values = [
+            [f"{x:g}" if isinstance(x, float) else x for x in map(side.get, differing)] for side in (first, second)
+        ]
+        pairs = list(zip(differing, *values, strict=True))[:MAX_NAMED]
+        shown = "; ".join(f"{name}: {one} and {two}" for name, one, two in pairs)
+        raise ValueError(f"{names[0]} and {names[1]} cannot be merged: their {what} differ ({shown}).")
+
+
+def _write_card(config: MergeConfig, merged: SourceModel, folder: Path, is_whole: bool) -> None:
+    """Write card and license; parents that ask for different licenses leave it to whoever builds the folder."""
+    sources = config.first, config.second
+    cards = [read_card(Path(name))[0] for name in sources]
+    bases = bases_of(folder, sources)
+    license, alpha = strictest(bases), config.alpha
+    words = (
+        f"Merged, not trained: the weights are {1 - alpha:g} × A + {alpha:g} × B (WiSE-FT, arXiv 2109.01903), where A "
+        f"is {public_name(config.first)} and B is {public_name(config.second)}."
+    )
+    if merged.task == JOINT_TASK:
+        words += " Both have the same LLM." if is_whole else " Beside the vision tower, everything is that of B."
     facts = CardFacts(
         name=config.name or Path(config.destination).name,
-        task=mixture.task,
+        task=merged.task,
         repo=config.destination,
-        summary=summary(mixture.model, mixture.processor),
-        base_models=hub_ids(config.first, config.second),
+        summary=summary(merged.model, merged.processor),
+        base_models=hub_ids(*sources),
         datasets=list(dict.fromkeys(value for card in cards for value in as_list(card.get("datasets")))),
         languages=list(dict.fromkeys(value for card in cards for value in as_list(card.get("language")))),
-        merged=_in_words(config, mixture, chosen, list(curve)),
-        evaluations=[own_evaluation(mixture.task, _source_fields(config), curve[chosen])] if curve else [],
+        merged=words,
         **license_facts(license, bases),
     )
     write_card(folder, facts)
     write_license_files(folder, folder, license, bases)
-
-
-def _in_words(config: MergeConfig, mixture: Mixture, chosen: float, alphas: list[float]) -> str:
-    words = [
-        f"Merged, not trained: the weights are {1 - chosen:g} × A + {chosen:g} × B (WiSE-FT, arXiv 2109.01903), where "
-        f"A is {public_name(config.first)} and B is {public_name(config.second)}."
-    ]
-    if mixture.task != TEXT_TASK:
-        is_whole = any(name.startswith("text_adapter.") for name in mixture.first)
-        words.append("Both have the same LLM." if is_whole else "Beside the vision tower, everything is that of B.")
-    if len(alphas) > 1:
-        shares = ", ".join(f"{alpha:g}" for alpha in alphas)
-        words.append(
-            f"The share of B was chosen from {shares} by the mean of all recalls on the data of the results above, "
-            f"which are therefore not those of a test.\n\n![Recall by the share of B]({MERGE_CURVE})"
-        )
-    return " ".join(words)

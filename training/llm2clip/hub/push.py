@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,21 @@ from typing import Any
 from huggingface_hub import HfApi
 from rich.console import Console
 
-from llm2clip.hub.cards.card import validate_card
+from llm2clip.hub.cards.card import CARD, validate_card
 from llm2clip.hub.licenses import check_license
 from llm2clip.hub.source_model import validate_folder
-from llm2clip.hub.upload import HubError, Uploader
+from llm2clip.hub.upload import (
+    HubError,
+    card_for,
+    explained,
+    open_repo,
+    read_branch,
+    require_token,
+    upload_model,
+    weights_replaced,
+)
 from llm2clip.hub.upload_files import added_files, code_targets, model_files, refuse_secrets
+from llm2clip.utils.files import write_text
 from llm2clip.utils.logs import shortened
 from llm2clip.utils.manifests import FOLDER_MANIFEST, MODEL_MANIFEST, refuse_damaged
 from llm2clip.utils.repos import OUR_MODELS, RepoKind, inspect_repo, is_hub_id, needed_llms
@@ -55,10 +66,10 @@ class PushConfig:
 
 
 def push_folder(folder: str | Path, repo_id: str, **settings: Any) -> dict[str, Any]:
-    """Check a folder of [`build_folder`] and upload it to the Hub in one commit.
+    """Check a folder of [`build_folder`] and upload it to the Hub.
 
-    Edits that people made to the card on the Hub are kept. An interrupted push can be repeated; files that were
-    uploaded before are not sent again.
+    What people wrote on the card on the Hub outside of the marks of ours is kept. An interrupted push can be repeated;
+    files that were uploaded before are not sent again.
 
     Args:
         folder: The folder; it is not changed.
@@ -89,15 +100,17 @@ def run(config: PushConfig, api: HfApi | None = None) -> dict[str, Any]:
         )
     if config.create_pr and config.revision != "main":
         refuse(config, ["revision"], "--create-pr opens a pull request against main")
-    uploader = Uploader(config.repo_id, revision=config.revision, create_pr=config.create_pr, api=api)
+    api = api or HfApi()
     if not config.dry_run:
-        uploader.require_token()
+        require_token(api, config.repo_id)
     _check_folder(folder)
-    check_license(folder, config.repo_id, _card_there(uploader, folder, config.dry_run))
+    theirs = _card_there(api, config, folder)
+    card = card_for(api, config.repo_id, config.revision, (folder / CARD).read_text(encoding="utf-8"), theirs)
+    check_license(folder, config.repo_id, card, f"README.md of {config.repo_id} on the Hub" if theirs else None)
     uploaded, others = model_files(folder, config.include)
     # Before they are searched: what is changed later was not.
     stamps = _stamps(uploaded)
-    refuse_secrets(folder, uploaded, uploader.api.token)
+    refuse_secrets(folder, uploaded, api.token)
     if others and not config.dry_run:
         logger.warning("not uploaded, as no model needs them: %s; --include PATTERN uploads them", shortened(others))
     if config.check and any("--" in target for target in code_targets(folder)):
@@ -112,31 +125,49 @@ def run(config: PushConfig, api: HfApi | None = None) -> dict[str, Any]:
         )
     if config.dry_run:
         return _show_upload(folder, config.repo_id, uploaded, others)
-    # None leaves the visibility of a new repo to the default of its owner.
-    url = uploader.create_repo(private=config.private or None)
-    return {"repo": str(url), **uploader.upload(folder, config.commit_message, uploaded)}
+    return _upload(api, config, folder, uploaded)
 
 
-def _card_there(uploader: Uploader, folder: Path, dry_run: bool) -> str | None:
+def _card_there(api: HfApi, config: PushConfig, folder: Path) -> str | None:
     """Say what a push would replace in the repo, and return the card there; None if there is none.
 
     Raises:
         ValueError: The repo contains something else; or, unless with `dry_run`, the Hub refuses or is not reached.
     """
     try:
-        replaced, card = uploader.contents(folder)
+        branch = read_branch(api, config.repo_id, config.revision, str(inspect_repo(folder).model_type))
     except HubError as error:
-        if not dry_run:
+        if not config.dry_run:
             raise
-        logger.warning("what %s holds now is not checked: %s", uploader.repo_id, error)
+        logger.warning("what %s holds now is not checked: %s", config.repo_id, error)
         return None
-    if replaced:
+    if not config.create_pr and (replaced := weights_replaced(branch, folder)):
         logger.warning(
             "%s holds other weights, which this push replaces: %s. To keep both, push to another repo; --create-pr "
             "opens a pull request instead",
-            *(uploader.repo_id, replaced),
+            *(config.repo_id, replaced),
         )
-    return card
+    return None if branch is None else branch.card
+
+
+def _upload(api: HfApi, config: PushConfig, folder: Path, uploaded: Mapping[str, Path]) -> dict[str, Any]:
+    """Upload files with the card for the repo; the Hub refuses if it was changed since that was made."""
+    # None leaves the visibility of a new repo to the default of its owner.
+    model_type = str(inspect_repo(folder).model_type)
+    url, branch = open_repo(api, config.repo_id, config.revision, model_type, config.private or None)
+    megabytes = round(sum(path.stat().st_size for path in uploaded.values()) / 1e6, 1)
+    logger.info("uploading %d files, %.1f MB, to %s", len(uploaded), megabytes, url.repo_id)
+    options = {"revision": config.revision, "create_pr": config.create_pr, "parent_commit": branch.commit}
+    with tempfile.TemporaryDirectory() as links, explained(config.repo_id):
+        for name, path in uploaded.items():
+            Path(links, name).parent.mkdir(parents=True, exist_ok=True)
+            Path(links, name).symlink_to(path.resolve())
+        Path(links, CARD).unlink()
+        card = (folder / CARD).read_text(encoding="utf-8")
+        write_text(Path(links, CARD), card_for(api, config.repo_id, config.revision, card, branch.card))
+        commit = upload_model(api, url.repo_id, Path(links), uploaded, commit_message=config.commit_message, **options)
+    result = {"repo": str(url), "commit": commit.oid, "files": len(uploaded), "megabytes": megabytes}
+    return {**result, "pull_request": commit.pr_url} if commit.pr_url else result
 
 
 def _stamps(uploaded: Mapping[str, Path]) -> list[tuple[int, ...]]:

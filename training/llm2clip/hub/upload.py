@@ -1,14 +1,10 @@
-"""Uploads to the Hub in one commit; the only module of this package that writes to the Hub.
-
-An upload keeps what others store in the repo, and the edits that people made to its card, even during the upload.
-"""
+"""Uploads of models to the Hub with `HfApi.upload_folder`; the only module of this package that writes to the Hub."""
 
 from __future__ import annotations
 
 import glob
-import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from json import JSONDecodeError
@@ -16,16 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import huggingface_hub
-from huggingface_hub import (
-    CommitInfo,
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    RepoUrl,
-    constants,
-    get_session,
-    get_token,
-)
+from huggingface_hub import CommitOperationAdd, HfApi, RepoUrl, constants, get_session, get_token
 from huggingface_hub.errors import (
     HfHubHTTPError,
     LocalEntryNotFoundError,
@@ -33,16 +20,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from llm2clip.hub.cards.card import CARD, merge_cards, split_card, with_repo
+from llm2clip.hub.cards.card import CARD, merge_cards, with_repo
 from llm2clip.hub.cards.facts import EXAMPLE
-from llm2clip.hub.upload_files import model_files, refuse_links, refuse_secrets
 from llm2clip.utils.files import read_json
 from llm2clip.utils.library_errors import wrap_read_errors
 from llm2clip.utils.logs import shortened
-from llm2clip.utils.manifests import FOLDER_MANIFEST, MODEL_MANIFEST, stated_files
-from llm2clip.utils.repos import inspect_repo
-
-logger = logging.getLogger(__name__)
+from llm2clip.utils.manifests import MODEL_MANIFEST
 
 # The Hub client lets the connection errors of its HTTP library through and has no public class for them: httpx in
 # huggingface_hub 1, httpx2 in huggingface_hub 2.
@@ -55,18 +38,13 @@ NEXT_STEPS = {
     403: "the token needs write access to the repo and its organization",
     412: "the repo changed during this push: push again",
 }
-# How many commits are tried while others commit to the same branch.
-MAX_ATTEMPTS = 4
-# Files that this package and its Trainers write. Those of an earlier push are deleted: they would be loaded instead of
-# the new weights, or together with them, or list other weights.
-WEIGHT_FILES = re.compile(
-    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|adapter_config\.json|"
-    r"adapter_model\.safetensors|training_args\.bin|manifest\.json|model\.sig"
+# What an earlier push may have left that would be loaded instead of the new weights, or lists other ones.
+STALE_FILES = (
+    *("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json", "training_args.bin"),
+    *("adapter_config.json", "adapter_model.safetensors", MODEL_MANIFEST, "model.sig"),
 )
 # Files that a repo may contain before the first push.
 INITIAL_FILES = {".gitattributes", CARD, "LICENSE"}
-# Fields of a card that are merged with those on the Hub, or that differ in an address only.
-MERGED_FIELDS = ("tags", "base_model", "base_licenses", "datasets", "model-index", "widget")
 
 
 class HubError(ValueError):
@@ -107,243 +85,147 @@ def explanation(error: BaseException, repo_id: str) -> str | None:
     return None
 
 
-class Snapshot(NamedTuple):
-    """A branch at its newest commit; a branch that does not exist yet is new, and starts from that of main."""
+def require_token(api: HfApi, repo_id: str) -> None:
+    """Raise a `ValueError` if there is no token to push with."""
+    if not (get_token() if api.token in (None, True) else api.token):
+        raise ValueError(f"{repo_id}: there is no access token; {NEXT_STEPS[401]}.")
+
+
+class Branch(NamedTuple):
+    """A branch of a repo at its newest commit; one that does not exist yet starts from main.
+
+    Attributes:
+        is_new: It does not exist yet.
+        commit: Its newest commit.
+        files: Names of its files.
+        card: The text of its card.
+        manifest: The list of the files of its model.
+    """
 
     is_new: bool
     commit: str | None
     files: list[str]
+    card: str | None
+    manifest: bytes | None
 
 
-class Uploader:
-    """The connection to a Hub repo that a model is pushed to.
+def read_branch(api: HfApi, repo_id: str, revision: str | None, model_type: str) -> Branch | None:
+    """Read the branch that a model is pushed to; None if the repo does not exist.
 
-    Every method raises a ValueError with the next step if the Hub refuses or the connection breaks.
+    Raises:
+        ValueError: The repo contains another type of model, or files but no model; or the Hub refuses.
+    """
+    with explained(repo_id):
+        is_new = False
+        try:
+            info = api.model_info(repo_id, revision=revision)
+        except RepositoryNotFoundError:
+            return None
+        except RevisionNotFoundError:
+            if revision is not None and revision.startswith("refs/"):
+                raise ValueError(f"{repo_id} has no {revision}; --create-pr opens a new pull request.") from None
+            info, is_new = api.model_info(repo_id), True
+        files = [entry.rfilename for entry in info.siblings or []]
+        found = {}
+        for name in ("config.json", CARD, MODEL_MANIFEST):
+            found[name] = _download(api, repo_id, name, info.sha) if name in files else None
+    _require_ours(repo_id, files, found["config.json"], model_type)
+    card, manifest = found[CARD], found[MODEL_MANIFEST]
+    with wrap_read_errors(f"the card of {repo_id} on the Hub"):
+        text = None if card is None else card.read_text(encoding="utf-8")
+    return Branch(is_new, info.sha, files, text, None if manifest is None else manifest.read_bytes())
+
+
+def _download(api: HfApi, repo_id: str, name: str, commit: str | None) -> Path:
+    try:
+        return Path(api.hf_hub_download(repo_id, name, revision=commit))
+    except LocalEntryNotFoundError as error:
+        # Its message advises about the cache; the reason why it asks there is the connection.
+        raise error.__cause__ or error from None
+
+
+def _require_ours(repo_id: str, files: Iterable[str], config: Path | None, model_type: str) -> None:
+    others = [name for name in files if name not in INITIAL_FILES]
+    if config is None and others:
+        raise ValueError(
+            f"{repo_id} contains {shortened(others)}, but no config.json, so it is not an earlier push of this model; "
+            "push to another repo."
+        )
+    if config is not None:
+        try:
+            existing = read_json(config).get("model_type")
+        except ValueError:
+            existing = None
+        if existing != model_type:
+            kind = "something else" if existing is None else f"a model of type {existing!r}"
+            raise ValueError(
+                f"{repo_id} contains {kind}, and this model has type {model_type!r}; push to another repo."
+            )
+
+
+def open_repo(
+    api: HfApi, repo_id: str, revision: str | None, model_type: str, private: bool | None
+) -> tuple[RepoUrl, Branch]:
+    """Create the repo and the branch if they do not exist, and check write access.
 
     Args:
         repo_id: OWNER/NAME, or NAME for the owner of the token.
-        revision: Branch, created if it does not exist, or pull request (`refs/pr/N`); main by default.
-        create_pr: Open a pull request against main instead of committing.
-        token: Access token; by default the one that the user is logged in with.
-        api: Client to use instead of a new one with `token`.
+        revision: The branch; main by default.
+        model_type: That of the model that is pushed.
+        private: Whether a new repo is private; None follows the default of its owner.
+
+    Raises:
+        ValueError: `private` is true, but the repo exists and is public; or see [`read_branch`].
     """
-
-    def __init__(
-        self,
-        repo_id: str,
-        *,
-        revision: str | None = None,
-        create_pr: bool = False,
-        token: str | None = None,
-        api: HfApi | None = None,
-    ) -> None:
-        self.repo_id, self.revision, self.create_pr = repo_id, revision, create_pr
-        self.api = api or HfApi(token=token)
-
-    def require_token(self) -> None:
-        """Raise a ValueError if there is no token to push with."""
-        if not (get_token() if self.api.token in (None, True) else self.api.token):
-            raise ValueError(f"{self.repo_id}: there is no access token; {NEXT_STEPS[401]}.")
-
-    def contents(self, folder: Path) -> tuple[str | None, str | None]:
-        """Read what the repo holds; it need not exist.
-
-        Returns:
-            In words, the model whose weights the upload of `folder` would replace by others; and the card of the repo.
-
-        Raises:
-            ValueError: The repo contains something else, see [`upload`].
-        """
-        with explained(self.repo_id):
-            try:
-                snapshot = self._fitting_snapshot(str(inspect_repo(folder).model_type))
-            except RepositoryNotFoundError:
-                return None, None
-            card, manifest = self._read_card(snapshot), self._download(snapshot, MODEL_MANIFEST)
-        ours = folder / MODEL_MANIFEST
-        is_same = manifest and ours.is_file() and manifest.read_bytes() == ours.read_bytes()
-        if is_same or snapshot.is_new or self.create_pr or "config.json" not in snapshot.files:
-            return None, card
-        title = re.search(r"^# (.+)", card or "", re.MULTILINE)
-        commit = f"commit {str(snapshot.commit)[:8]}, {len(snapshot.files)} files"
-        return f"{title[1]} ({commit})" if title else commit, card
-
-    def create_repo(self, private: bool | None = None) -> RepoUrl:
-        """Create the repo if it does not exist; returns its address, and completes `repo_id` with the owner.
-
-        Args:
-            private: Whether a new repo is private; None follows the default of its owner.
-
-        Raises:
-            ValueError: `private` is true, but the repo exists and is public.
-        """
-        with explained(self.repo_id):
-            url = self.api.create_repo(self.repo_id, private=private, exist_ok=True)
-            self.repo_id = url.repo_id
-            if private and not self.api.model_info(url.repo_id).private:
-                raise ValueError(
-                    f"{url.repo_id} exists and is public: make it private in its settings, or push to another repo."
-                )
-        return url
-
-    def prepare(self, model_type: str, private: bool | None = None) -> RepoUrl:
-        """Create repo and branch and check write access, so that a long run fails at its start and not at its end.
-
-        Raises:
-            ValueError: The repo contains something else, see [`upload`].
-        """
-        url = self.create_repo(private)
-        with explained(self.repo_id):
-            self._open_branch(model_type)
-            # The first request of every upload; the Hub answers 403 to a read-only token.
-            addition = CommitOperationAdd(path_in_repo=CARD, path_or_fileobj=b"?")
-            self.api.preupload_lfs_files(self.repo_id, additions=[addition], revision=self.revision)
-        return url
-
-    def read_card(self) -> str | None:
-        """Read the card in the repo, which people may have edited; None if there is none."""
-        with explained(self.repo_id):
-            return self._read_card(self._snapshot())
-
-    def upload(self, folder: Path, message: str, files: Mapping[str, Path] | None = None) -> dict[str, Any]:
-        """Upload the files of a saved model, with its card, in one commit. The repo has to exist.
-
-        Args:
-            folder: The model.
-            message: That of the commit.
-            files: The files by name; by default those of the model, which are checked for secrets.
-
-        Returns:
-            `commit`, `files`, `megabytes`, and `pull_request` if one was opened.
-
-        Raises:
-            ValueError: The repo contains another type of model, or files but no model; or a file is a link out of the
-                folder, or holds an access token.
-        """
-        if files is None:
-            files = model_files(folder).uploaded
-            refuse_secrets(folder, files, self.api.token)
-        megabytes = round(sum(file.stat().st_size for file in files.values()) / 1e6, 1)
-        logger.info("uploading %d files, %.1f MB, to %s", len(files), megabytes, self.repo_id)
-        with explained(self.repo_id):
-            commit = self._commit(folder, files, message)
-        result = {"commit": commit.oid, "files": len(files), "megabytes": megabytes}
-        return {**result, "pull_request": commit.pr_url} if commit.pr_url else result
-
-    def upload_checkpoint(self, folder: Path, name: str, message: str) -> None:
-        """Upload a checkpoint with its training state as the folder `name`, for resuming elsewhere.
-
-        Raises:
-            ValueError: A file of it is a link out of the folder.
-        """
-        # Not what lies beside them, perhaps by mistake.
-        names = [*stated_files(folder), FOLDER_MANIFEST]
-        refuse_links(folder, {file: folder / file for file in names})
-        with explained(self.repo_id):
-            self.api.upload_folder(
-                repo_id=self.repo_id,
-                folder_path=folder,
-                path_in_repo=name,
-                allow_patterns=[glob.escape(file) for file in names],
-                commit_message=message,
-                revision=self.revision,
-            )
-
-    def _commit(self, folder: Path, files: Mapping[str, Path], message: str, attempt: int = 1) -> CommitInfo:
-        snapshot = self._open_branch(str(inspect_repo(folder).model_type))
-        card = self._merged_card(files[CARD].read_text(encoding="utf-8"), snapshot).encode()
-        contents: dict[str, Path | bytes] = {**files, CARD: card}
-        stale = [name for name in snapshot.files if WEIGHT_FILES.fullmatch(name) and name not in files]
-        # Not upload_folder: where a commit fails, it commits the files in parts, so that others load the new config
-        # with the old weights; and it reads the card from the folder.
-        try:
-            return self.api.create_commit(
-                self.repo_id,
-                [
-                    *(CommitOperationAdd(name, path_or_fileobj=content) for name, content in contents.items()),
-                    *(CommitOperationDelete(name) for name in stale),
-                ],
-                commit_message=message,
-                revision=self.revision,
-                create_pr=self.create_pr,
-                # With it the Hub refuses the commit if the card was edited after it was read.
-                parent_commit=snapshot.commit,
-            )
-        except HfHubHTTPError as error:
-            if error.response is None or error.response.status_code != 412 or attempt == MAX_ATTEMPTS:
-                raise
-        logger.info("%s changed during the upload; repeating the commit on top of the change", self.repo_id)
-        return self._commit(folder, files, message, attempt + 1)
-
-    def _snapshot(self) -> Snapshot:
-        is_new = False
-        try:
-            commit = self.api.model_info(self.repo_id, revision=self.revision).sha
-        except RevisionNotFoundError:
-            if self.revision is not None and self.revision.startswith("refs/"):
-                raise ValueError(
-                    f"{self.repo_id} has no {self.revision}; --create-pr opens a new pull request."
-                ) from None
-            commit, is_new = self.api.model_info(self.repo_id).sha, True
-        return Snapshot(is_new, commit, self.api.list_repo_files(self.repo_id, revision=commit))
-
-    def _open_branch(self, model_type: str) -> Snapshot:
-        """Read the branch, which is created if it does not exist, unless the repo contains something else."""
-        snapshot = self._fitting_snapshot(model_type)
-        if snapshot.is_new:
-            self.api.create_branch(self.repo_id, branch=str(self.revision), revision=snapshot.commit, exist_ok=True)
-        return snapshot
-
-    def _fitting_snapshot(self, model_type: str) -> Snapshot:
-        snapshot = self._snapshot()
-        config = self._download(snapshot, "config.json")
-        others = [name for name in snapshot.files if name not in INITIAL_FILES]
-        if config is None and others:
+    with explained(repo_id):
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        repo_id = url.repo_id
+        if private and not api.model_info(repo_id).private:
             raise ValueError(
-                f"{self.repo_id} contains {shortened(others)}, but no config.json, so it is not an earlier push of "
-                "this model; push to another repo."
+                f"{repo_id} exists and is public: make it private in its settings, or push to another repo."
             )
-        if config is not None and (existing := _model_type(config)) != model_type:
-            kind = "something else" if existing is None else f"a model of type {existing!r}"
-            raise ValueError(
-                f"{self.repo_id} contains {kind}, and this model has type {model_type!r}; push to another repo."
-            )
-        return snapshot
-
-    def _download(self, snapshot: Snapshot, name: str) -> Path | None:
-        if name not in snapshot.files:
-            return None
-        try:
-            return Path(self.api.hf_hub_download(self.repo_id, name, revision=snapshot.commit))
-        except LocalEntryNotFoundError as error:
-            # Its message advises about the cache; the reason why it asks there is the connection.
-            raise error.__cause__ or error from None
-
-    def _read_card(self, snapshot: Snapshot) -> str | None:
-        path = self._download(snapshot, CARD)
-        if path is None:
-            return None
-        with wrap_read_errors(f"the card of {self.repo_id} on the Hub"):
-            return path.read_text(encoding="utf-8")
-
-    def _merged_card(self, card: str, snapshot: Snapshot) -> str:
-        """The folder's card for this repo, with the edits that people made to the card on the Hub."""
-        # A pull request is meant to become main.
-        branch = "main" if self.revision is None or self.revision.startswith("refs/") else self.revision
-        example = f"{self.api.endpoint}/{self.repo_id}/resolve/{branch}/{EXAMPLE}"
-        local = with_repo(card, self.repo_id, example)
-        theirs = self._read_card(snapshot)
-        if theirs is None:
-            return local
-        merged = merge_cards(theirs, local)
-        ours, result = split_card(local)[0], split_card(merged)[0]
-        if kept := [key for key, value in ours.items() if result[key] != value and key not in MERGED_FIELDS]:
-            logger.warning("the card on the Hub keeps its own %s; change it there", ", ".join(kept))
-        return merged
+    branch = read_branch(api, repo_id, revision, model_type)
+    if branch is None:
+        raise HubError(f"{repo_id} is not there, although it was just created: push again.")
+    with explained(repo_id):
+        if branch.is_new:
+            api.create_branch(repo_id, branch=str(revision), revision=branch.commit, exist_ok=True)
+        # The first request of every upload; the Hub answers 403 to a read-only token.
+        api.preupload_lfs_files(repo_id, additions=[CommitOperationAdd(CARD, b"?")], revision=revision)
+    return url, branch
 
 
-def _model_type(config: Path) -> str | None:
-    try:
-        return read_json(config).get("model_type")
-    except ValueError:
+def card_for(api: HfApi, repo_id: str, revision: str | None, card: str, theirs: str | None) -> str:
+    """Return the card of a folder for a repo, with what people wrote on the card there, `theirs`."""
+    # A pull request is meant to become main.
+    branch = "main" if revision is None or revision.startswith("refs/") else revision
+    ours = with_repo(card, repo_id, f"{api.endpoint}/{repo_id}/resolve/{branch}/{EXAMPLE}")
+    return ours if theirs is None else merge_cards(theirs, ours)
+
+
+def upload_model(api: HfApi, repo_id: str, folder: Path, names: Iterable[str], **options: Any) -> Any:
+    """Upload files of a folder, and delete what would be loaded in place of its weights.
+
+    Args:
+        names: The files.
+        options: Other arguments of `HfApi.upload_folder`.
+    """
+    return api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        allow_patterns=[glob.escape(name) for name in names],
+        delete_patterns=list(STALE_FILES),
+        **options,
+    )
+
+
+def weights_replaced(branch: Branch | None, folder: Path) -> str | None:
+    """Describe the model in a branch whose weights the upload of a folder would replace by others; None if none."""
+    if branch is None or branch.is_new or "config.json" not in branch.files:
         return None
+    ours = folder / MODEL_MANIFEST
+    if branch.manifest is not None and ours.is_file() and branch.manifest == ours.read_bytes():
+        return None
+    title = re.search(r"^# (.+)", branch.card or "", re.MULTILINE)
+    commit = f"commit {str(branch.commit)[:8]}, {len(branch.files)} files"
+    return f"{title[1]} ({commit})" if title else commit

@@ -63,17 +63,16 @@ class ModelFiles(NamedTuple):
     others: list[str]
 
 
-def model_files(folder: Path, include: Sequence[str] = (), check_links: bool = True) -> ModelFiles:
+def model_files(folder: Path, include: Sequence[str] = ()) -> ModelFiles:
     """Divide the files of a folder into those of a model and others.
 
     Args:
         folder: A saved model with its card.
         include: Patterns of further names to upload, such as `results/*`. As in a shell, `*` fits no hidden file or
             folder: those often hold secrets, and have to be named.
-        check_links: Refuse links out of the folder.
 
     Raises:
-        ValueError: A file to upload is a link out of the folder, or a pattern fits no file.
+        ValueError: A pattern fits no file.
     """
     card = (folder / CARD).read_text(encoding="utf-8", errors="replace") if (folder / CARD).is_file() else ""
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -88,8 +87,6 @@ def model_files(folder: Path, include: Sequence[str] = (), check_links: bool = T
             uploaded[name] = path
         elif not of_run:
             others.append(name)
-    if check_links:
-        refuse_links(folder, uploaded)
     return ModelFiles(uploaded, others)
 
 
@@ -118,17 +115,6 @@ def code_targets(folder: Path) -> list[str]:
         return [str(target) for target in targets if target is not None]
 
 
-def refuse_links(folder: Path, uploaded: Mapping[str, Path]) -> None:
-    """Raise a ValueError if a file is a link out of a folder."""
-    root = folder.resolve()
-    for name, path in uploaded.items():
-        if not path.resolve().is_relative_to(root):
-            raise ValueError(
-                f"{folder / name} is a link out of the folder, to {path.resolve()}; replace it by the file if that is "
-                "meant to be public."
-            )
-
-
 def added_files(folder: Path) -> list[str]:
     """Return the files of a listed model that its lists lack, although loading the model would read them.
 
@@ -144,7 +130,7 @@ def added_files(folder: Path) -> list[str]:
         return []
     return [
         name
-        for name, path in model_files(folder, check_links=False).uploaded.items()
+        for name, path in model_files(folder).uploaded.items()
         if name not in known and path.suffix.lower() not in PICTURES
         if not any(fnmatch.fnmatch(name, pattern) for pattern in ADDED_LATER)
     ]

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from types import MappingProxyType
@@ -21,15 +20,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
-from transformers.utils import ModelOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy, TrainOutput
+from transformers.utils import ModelOutput, PushInProgress
 
 from llm2clip.data import SampleIndexBatchSampler
 from llm2clip.data.sampling import EpochBatchSampler, EpochDataset
 from llm2clip.data.streams import SampleStream
 from llm2clip.evaluation.data import CaptionPairData
 from llm2clip.hub.cards.facts import Evaluation
-from llm2clip.hub.licenses import Base
 from llm2clip.trainers.base_config import MEAN_RECALL, StageConfig, require_batch
 from llm2clip.trainers.checkpoints import begin_checkpoint, finish_checkpoint, unregister_result
 from llm2clip.trainers.loaders import (
@@ -42,7 +40,7 @@ from llm2clip.trainers.loaders import (
 )
 from llm2clip.trainers.model_card import DataRevisions, continued, latest_evaluations, write_model_card
 from llm2clip.trainers.optimizer import SCHEDULE_SETTINGS, OptimizerSettings, check_warmup
-from llm2clip.trainers.pushing import PushCallback, open_repo, publish_model, uploader_of
+from llm2clip.trainers.pushing import RunRepo, copy_model
 from llm2clip.trainers.run_context import RunContext
 from llm2clip.trainers.run_state import RunState, StreamPosition, open_skip_log, recalls_before
 from llm2clip.trainers.saving import callback_states, finite_weights, load_weights
@@ -143,8 +141,8 @@ class StageTrainer(Trainer):
         if args.metric_for_best_model == MEAN_RECALL and not self.retrieval:
             args.metric_for_best_model, args.greater_is_better = "loss", False
         self._has_said_precision = False
-        # Of a run that pushes: its license, and the models that it is made from.
-        self._license: tuple[dict[str, str], list[Base]] | None = None
+        # That which the run pushes to.
+        self.repo: RunRepo | None = None
         self.run: RunContext | None = None
         if model is None:
             raise ValueError(f"{type(self).__name__} needs a model.")
@@ -167,9 +165,6 @@ class StageTrainer(Trainer):
         is_endless = isinstance(train_dataset, SampleStream) and train_dataset.repeat
         position = StreamPosition(train_dataset, args) if is_endless else None
         self.run_state = RunState(open_skip_log(args), position, self.measure_before)
-        self.pushing = PushCallback(self.publish, lambda *given: uploader_of(args, str(self.hub_model_id), *given))
-        # Before the guard, whose end of a run after SIGTERM would leave the checkpoint on this machine.
-        self.add_callback(self.pushing)
         self.add_callback(self.guard)
         self.add_callback(self.run_state)
         if args.device.type == "cpu":
@@ -417,6 +412,8 @@ class StageTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             finish_checkpoint(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
 
     # transformers (5.6 to 5.23) has no public method for loading a checkpoint's weights: it reads the files by the
     # names of the parameters, which `from_pretrained` and `save_pretrained` may change.
@@ -601,35 +598,37 @@ class StageTrainer(Trainer):
             history=continued(self.earlier_history, log),
             comparison=self.comparison(evaluations),
             repo=self.hub_model_id,
-            license=self._license,
+            license=None if self.repo is None else self.repo.license,
         )
 
-    # Pushing, through [`Uploader`] as `llm2clip push` does, and only to a repo that contains no other model.
+    # Pushing: transformers would upload all files of the output folder, and the token in training_args.bin.
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Create the repo and its branch, and check the license of what is pushed, before training.
+        """Create the repo and its branch, and check the license of what is pushed, before training; see [`RunRepo`].
 
         `token` and `private` are by default `hub_token` and `hub_private_repo`.
-
-        Raises:
-            ValueError: The Hub refuses, the repo contains something else, or its name or a card does not keep the
-                license of a model that is trained; the message names the next step.
         """
         if self.is_world_process_zero():
-            # Any, since the Trainer declares them as None.
-            repo: Any
-            repo, self._license = open_repo(self.args, self.unwrapped(), token, private)
-            self.hub_model_id, self.push_in_progress = repo, None
-
-    def publish(self, checkpoint: Path) -> None:
-        """Copy the model of a checkpoint to `output_dir`, which is uploaded, and write its card."""
-        write = partial(self.write_model, self.unwrapped())
-        publish_model(checkpoint, Path(str(self.args.output_dir)), write, None)
-        self.create_model_card()
-        self.control = self.callback_handler.on_push_begin(self.args, self.state, self.control)
+            self.repo = RunRepo(self.args, self.unwrapped(), token, private)
+            # Any, since the Trainer declares it as None.
+            repo_id: Any = self.repo.repo_id
+            self.hub_model_id, self.push_in_progress = repo_id, None
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Leave pushing to [`PushCallback`]: transformers 5.6 to 5.23 has no setting that turns its own push off."""
+        """Push the model of a whole checkpoint with the card of the run, unless an upload runs; see `hub_strategy`."""
+        if self.repo is None or self.args.hub_strategy == HubStrategy.END:
+            return
+        running = cast(Any, self.push_in_progress)
+        if running is not None and not running.is_done() and not self.args.hub_always_push:
+            return
+        copy_model(Path(checkpoint_folder), Path(str(self.args.output_dir)))
+        self.create_model_card()
+        self.control = self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        by_steps, epoch = self.args.save_strategy == SaveStrategy.STEPS, int(self.state.epoch or 0)
+        when = f"step {self.state.global_step}" if by_steps else f"epoch {epoch}"
+        jobs = self.repo.push_checkpoint(Path(checkpoint_folder), f"Training in progress, {when}")
+        waiting: Any = [*(running.jobs if running else []), *jobs]
+        self.push_in_progress = cast(Any, PushInProgress(waiting))
 
     def push_to_hub(
         self,
@@ -643,7 +642,7 @@ class StageTrainer(Trainer):
         """Save the result into `output_dir`, write the card, and upload both; see `transformers.Trainer`.
 
         Returns:
-            See [`Uploader.upload`]; its `Future` unless `blocking`.
+            The `CommitInfo`; its `Future` unless `blocking`.
         """
         if self.hub_model_id is None:
             self.init_hf_repo(token, private)
@@ -652,10 +651,18 @@ class StageTrainer(Trainer):
             self.create_model_card(**kwargs)
         return self._upload(str(self.args.output_dir), str(commit_message), blocking, token, revision)
 
-    def _upload(self, folder: str, message: str, *options: Any) -> Any:
-        """Upload a folder as it is, with its card; called in all processes. See [`PushCallback.upload`]."""
-        if not self.is_world_process_zero():
+    def _upload(
+        self,
+        folder: str,
+        message: str,
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+    ) -> Any:
+        """Upload a folder as it is, with its card; called in all processes. See [`RunRepo.push`]."""
+        if self.repo is None:
             return None
         self.create_model_card()
         self.control = self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        return self.pushing.upload(Path(folder), message, *options)
+        self._finish_current_push()
+        return self.repo.push(Path(folder), message, blocking, token, revision)

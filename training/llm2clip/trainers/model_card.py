@@ -24,7 +24,12 @@ from llm2clip.utils.settings import defaults_of
 logger = logging.getLogger(__name__)
 
 # Settings that the card leaves out: they are about the machine and the account, not about the training.
-PRIVATE_SETTINGS = ("output_dir", "hub_", "push_to_hub", "report_to", "run_name", "logging_", "use_cpu", "local_rank")
+PRIVATE_SETTINGS = (
+    *("output_dir", "hub_", "push_to_hub", "report_to", "run_name", "logging_", "use_cpu", "local_rank", "debug"),
+    *("disable_tqdm", "dataloader_pin_memory", "gradient_checkpointing"),
+)
+# Settings that are false if they are unset.
+FILLED_IN = ("activation_checkpointing",)
 TOWER_SETTINGS = (
     *("model_name_or_path", "vision_model_name_or_path", "text_model_name_or_path", "keep_space_of"),
     *("model", "student"),
@@ -157,6 +162,7 @@ def _recipe(args: Any) -> dict[str, Any]:
     for entry in fields(args):
         value = getattr(args, entry.name)
         public = not entry.name.startswith(PRIVATE_SETTINGS) and entry.name not in ("sources", "eval_sources")
+        public = public and (value or entry.name not in FILLED_IN)
         plain = isinstance(value, (bool, int, float, str, list, dict))
         if entry.init and public and plain and value != defaults[entry.name] and not is_local(value):
             if isinstance(value, dict):
@@ -197,13 +203,15 @@ def latest_evaluations(
             continue
         source = sources.get(name, {})
         source = {"path": source} if isinstance(source, str) else source
-        metrics = {
-            key.removeprefix(prefix): value
-            for key, value in logged[-1].items()
-            if key.startswith(prefix) and not key.startswith(others)
-        }
+
+        def scores(entry: dict[str, Any], prefix: str = prefix, others: tuple[str, ...] = others) -> dict[str, Any]:
+            mine = [key for key in entry if key.startswith(prefix) and not key.startswith(others)]
+            return {key.removeprefix(prefix): entry[key] for key in mine}
+
         path = str(source.get("path") or name)
         dataset = path if hub_ids(path) else Path(path).name
         split, revision = str(source.get("split") or name), None if revisions is None else revisions.get(name, wait)
-        evaluations.append(Evaluation(title, dataset, split, revision, metrics))
+        note = ", ".join(source.get("caption_columns") or ())
+        before = scores(logged[0]) if logged[0].get("step") == 0 and len(logged) > 1 else {}
+        evaluations.append(Evaluation(title, dataset, split, revision, scores(logged[-1]), note, baseline=before))
     return evaluations

@@ -1,28 +1,27 @@
-"""Pushing to the Hub during and after training, through [`Uploader`] as `llm2clip push` does."""
+"""The pushes of a run: of its checkpoints as `hub_strategy` says, and of its result."""
 
 from __future__ import annotations
 
 import logging
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
+from huggingface_hub import HfApi
+from transformers.trainer_utils import HubStrategy
 
-from llm2clip.hub.cards.card import CARD, read_card
-from llm2clip.hub.licenses import Base, bases_of, check_repo, license_model
-from llm2clip.hub.upload import Uploader, explanation
+from llm2clip.hub.cards.card import CARD, merge_cards, read_card, split_card
+from llm2clip.hub.licenses import Base, bases_of, check_repo_name, license_model
+from llm2clip.hub.upload import explained, explanation, open_repo, upload_model
+from llm2clip.hub.upload_files import model_files, refuse_secrets
 from llm2clip.trainers.base_config import StageConfig
 from llm2clip.trainers.checkpoints import SETTINGS
 from llm2clip.trainers.model_card import made_from
 from llm2clip.trainers.run_state import RUN_STATE
-from llm2clip.trainers.weight_average import AVERAGE_FILE, WeightAverage
-from llm2clip.utils.files import atomic_path
+from llm2clip.utils.files import atomic_path, write_text
 from llm2clip.utils.manifests import FOLDER_MANIFEST
 from llm2clip.utils.repos import hub_ids, names_of
 
@@ -30,108 +29,90 @@ logger = logging.getLogger(__name__)
 
 # Files of a checkpoint that are for resuming only.
 TRAINING_STATE = (
-    *("*.pt", "*.pth", "*.bin", "trainer_state.json", "*fsdp*", "optimizer*", AVERAGE_FILE, "README.md"),
+    *("*.pt", "*.pth", "*.bin", "trainer_state.json", "*fsdp*", "optimizer*", "README.md"),
     *(FOLDER_MANIFEST, SETTINGS, RUN_STATE),
 )
 
 
-class PushCallback(TrainerCallback):
-    """Pushes checkpoints in the background as `hub_strategy` says, each with the card of the run.
+class RunRepo:
+    """The repo that a run pushes to, which is created, with its branch, before the first step.
 
-    While an upload runs, later checkpoints are not pushed, unless `hub_always_push` is set.
+    The card in the repo becomes that of the output folder: what people wrote on it stays.
 
     Args:
-        publish: Copies the model of a checkpoint, and writes the card, into `output_dir`.
-        uploader: Makes the connection to the repo of the run, with another token or revision if they are given.
-    """
+        args: The settings of the run.
+        model: The model that is trained.
+        token, private: By default `hub_token` and `hub_private_repo`.
 
-    def __init__(self, publish: Callable[[Path], None], uploader: Callable[..., Uploader]) -> None:
-        self.publish, self.uploader = publish, uploader
-        self.jobs: list[tuple[Uploader, Future[Any]]] = []
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not args.push_to_hub or not state.is_world_process_zero or args.hub_strategy == HubStrategy.END:
-            return
-        self.finish(wait=False)
-        if self.jobs and not args.hub_always_push:
-            return
-        checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        self.publish(checkpoint)
-        is_step = args.save_strategy == SaveStrategy.STEPS
-        message = f"Training in progress, {f'step {state.global_step}' if is_step else f'epoch {int(state.epoch)}'}"
-        uploader = self.uploader()
-        # The jobs of one client run one after the other.
-        self.jobs.append((uploader, uploader.api.run_as_future(uploader.upload, Path(args.output_dir), message)))
-        if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            name = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else checkpoint.name
-            job = uploader.api.run_as_future(uploader.upload_checkpoint, checkpoint, name, f"{message}, checkpoint")
-            self.jobs.append((uploader, job))
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.finish()
-
-    def upload(
-        self, folder: Path, message: str, blocking: bool = True, token: str | None = None, revision: str | None = None
-    ) -> Any:
-        """Upload a folder after the uploads that run.
-
-        Returns:
-            See [`Uploader.upload`]; its `Future` unless `blocking`.
-
-        Raises:
-            ValueError: The Hub refuses, or the connection broke; the message names the command that pushes the folder.
-        """
-        self.finish()
-        uploader = self.uploader(token, revision)
-        if not blocking:
-            return uploader.api.run_as_future(uploader.upload, folder, message)
-        with push_error(folder, uploader.repo_id, uploader.revision):
-            return uploader.upload(folder, message)
-
-    def finish(self, wait: bool = True) -> None:
-        """Wait for the uploads, unless `wait` is off, and warn about those that failed."""
-        for uploader, job in [entry for entry in self.jobs if wait or entry[1].done()]:
-            self.jobs.remove((uploader, job))
-            if (error := job.exception()) is not None:
-                reason = explanation(error, uploader.repo_id) or error
-                logger.warning("pushing a checkpoint failed, a later push will replace it: %s", reason)
-
-
-def uploader_of(args: StageConfig, repo_id: str, token: str | None = None, revision: str | None = None) -> Uploader:
-    """Make the connection to a repo, by default with the token and the branch of the settings."""
-    return Uploader(repo_id, revision=revision or args.hub_revision, token=token or args.hub_token)
-
-
-def open_repo(
-    args: StageConfig, model: Any, token: str | None, private: bool | None
-) -> tuple[str, tuple[dict[str, str], list[Base]]]:
-    """Create the repo of a run and its branch, before the first step.
-
-    Returns:
-        Its id; and the license of the model with the models that it is made from.
+    Attributes:
+        repo_id: OWNER/NAME.
+        license: The license of the model, and the models that it is made from.
 
     Raises:
         ValueError: The Hub refuses, or the repo contains something else; or the license on the card in the output
             folder or in the repo, or the name of the repo, does not keep the license of a model that is trained.
     """
-    folder = Path(str(args.output_dir))
-    bases = bases_of(folder, made_from(args, model))
-    stated = license_model({}, read_card(folder)[0], bases, str(folder / CARD))
-    uploader = uploader_of(args, args.hub_model_id or folder.absolute().name, token)
-    check_repo(uploader.repo_id, stated, bases, None)
-    private = args.hub_private_repo if private is None else private
-    repo = uploader.prepare(model.config.model_type, private).repo_id
-    check_repo(repo, stated, bases, uploader.read_card())
-    return repo, (stated, bases)
 
+    def __init__(self, args: StageConfig, model: Any, token: str | None = None, private: bool | None = None) -> None:
+        self.folder, self.revision, self.strategy = Path(str(args.output_dir)), args.hub_revision, args.hub_strategy
+        self.api = HfApi(token=token or args.hub_token)
+        repo_id = args.hub_model_id or self.folder.absolute().name
+        bases = bases_of(self.folder, made_from(args, model))
+        card = self.folder / CARD
+        stated = license_model({}, read_card(self.folder)[0], bases, str(card))
+        check_repo_name(repo_id, stated, bases)
+        private = args.hub_private_repo if private is None else private
+        url, branch = open_repo(self.api, repo_id, self.revision, model.config.model_type, private)
+        self.repo_id = url.repo_id
+        if branch.card is not None:
+            merged = merge_cards(branch.card, card.read_text(encoding="utf-8") if card.is_file() else "")
+            stated = license_model({}, split_card(merged)[0], bases, f"README.md of {self.repo_id} on the Hub")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(card, merged)
+        self.license: tuple[Mapping[str, str], Sequence[Base]] = stated, bases
 
-def publish_model(checkpoint: Path, folder: Path, write: Callable[[str], None], average: WeightAverage | None) -> None:
-    """Copy the model of a checkpoint into the folder that is uploaded; `write` writes it with averaged weights."""
-    copy_model(checkpoint, folder)
-    if average is not None:
-        with average.in_place(), tempfile.TemporaryDirectory() as scratch:
-            write(scratch)
-            copy_model(Path(scratch), folder)
+    def push_checkpoint(self, checkpoint: Path, message: str) -> list[Future[Any]]:
+        """Upload the model in the output folder in the background, and a checkpoint, if `hub_strategy` says so."""
+        jobs = [self.api.run_as_future(self._upload, self.folder, message, self.revision)]
+        if self.strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            name = "last-checkpoint" if self.strategy == HubStrategy.CHECKPOINT else checkpoint.name
+            upload = partial(self.api.upload_folder, repo_id=self.repo_id, folder_path=checkpoint, path_in_repo=name)
+            message = f"{message}, checkpoint"
+            jobs.append(self.api.run_as_future(upload, commit_message=message, revision=self.revision))
+        for job in jobs:
+            job.add_done_callback(self._warn_of_failure)
+        return jobs
+
+    def _warn_of_failure(self, job: Future[Any]) -> None:
+        if not job.cancelled() and (error := job.exception()) is not None:
+            reason = explanation(error, self.repo_id) or error
+            logger.warning("pushing a checkpoint failed, a later push will replace it: %s", reason)
+
+    def push(self, folder: Path, message: str, blocking: bool, token: str | None, revision: str | None) -> Any:
+        """Upload a saved model; returns the `CommitInfo`, or its `Future` unless `blocking`.
+
+        Raises:
+            ValueError: The Hub refuses, or the connection broke; the message names the command that pushes the folder.
+        """
+        revision = revision or self.revision
+        if not blocking:
+            return self.api.run_as_future(self._upload, folder, message, revision, token)
+        try:
+            return self._upload(folder, message, revision, token)
+        except ValueError as error:
+            branch = f" --revision {revision}" if revision else ""
+            raise ValueError(
+                f"{error} The result is in {folder}; `llm2clip push {folder} {self.repo_id}{branch}` uploads it."
+            ) from error
+
+    def _upload(self, folder: Path, message: str, revision: str | None, token: str | None = None) -> Any:
+        """Upload the files of a model and no others."""
+        files = model_files(folder).uploaded
+        refuse_secrets(folder, files, self.api.token)
+        with explained(self.repo_id):
+            return upload_model(
+                self.api, self.repo_id, folder, files, commit_message=message, revision=revision, token=token
+            )
 
 
 def copy_model(checkpoint: Path, destination: Path) -> None:
@@ -145,18 +126,6 @@ def _copy_file(source: str, destination: str) -> str:
     with atomic_path(destination) as temporary:
         shutil.copyfile(source, temporary)
     return destination
-
-
-@contextmanager
-def push_error(folder: Path, repo: str, revision: str | None) -> Iterator[None]:
-    """Within this context, the error of an upload says how to repeat it."""
-    try:
-        yield
-    except ValueError as error:
-        branch = f" --revision {revision}" if revision else ""
-        raise ValueError(
-            f"{error} The result is in {folder}; `llm2clip push {folder} {repo}{branch}` uploads it."
-        ) from error
 
 
 def check_pushing(args: StageConfig, llm: Any, result_needs_llm: bool, checkpoints_need_llm: bool) -> None:

@@ -1,29 +1,34 @@
 """Rendering, reading and merging model cards.
 
-Each generated section is enclosed in marks with its checksum. A later card replaces the sections whose checksum is
-still right, and keeps everything that people wrote, changed or deleted.
+What is generated stands between two marks, and a later card replaces it. What people write above or below stays.
 """
 
 from __future__ import annotations
 
-import hashlib
+import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, StrictUndefined
 
-from llm2clip.hub.cards.facts import EXAMPLE, QUERY_TASK, VISION_TASK, CardFacts, Evaluation
-from llm2clip.hub.cards.sections import PAPER, sections
+from llm2clip.hub.cards.facts import EXAMPLE, QUERY_TASK, RECALL, VISION_TASK, CardFacts, Evaluation
 from llm2clip.utils.files import write_text
 from llm2clip.utils.library_errors import wrap_read_errors
+from llm2clip.utils.tables import RECALLS, markdown_table
 from llm2clip.utils.yaml_text import load_yaml
 
 CARD = "README.md"
+PAPER = "2411.04997"
 PEFT_TEMPLATE = "# Model Card for Model ID"
-SECTION = re.compile(r"<!-- llm2clip:(\w+) ([0-9a-f]{12}) -->\n(.*?)\n?<!-- /llm2clip:\1 -->", re.DOTALL)
+BEGIN = "<!-- llm2clip: generated; what you write above or below these two marks stays -->"
+END = "<!-- /llm2clip -->"
+GENERATED = re.compile(f"{re.escape(BEGIN)}\n(.*?)\n{re.escape(END)}", re.DOTALL)
+# A part of what is generated, with its title.
+PART = re.compile(r"^## ([^\n]+)\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 # The repo or folder in the code examples.
 LOADED_REPO = re.compile(
     r'((?:from_pretrained\(|SentenceTransformer\(|snapshot_download\(|cached_file\(|model=)")[^"]*(")'
@@ -31,11 +36,9 @@ LOADED_REPO = re.compile(
 LICENSE_FIELDS = ("license", "license_name", "license_link")
 # Lists that are united with those of the earlier card.
 MERGED_LISTS = ("tags", "base_model", "base_licenses", "datasets")
-
-
-def license_of(folder: Path | None) -> dict[str, Any]:
-    """Read the license in a folder's card, as fields of [`CardFacts`]; empty if there is no card."""
-    return license_fields(read_card(folder)[0]) if folder else {}
+DIRECTIONS = {"text_to_image": "text → image", "image_to_text": "image → text", "": "query → target"}
+OWN_PICTURE = '"picture.jpg"  # path of an image'
+CAPTIONS = ("a photo of a dog", "a photo of a cat")
 
 
 def license_fields(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,39 +76,97 @@ def split_card(content: str) -> tuple[dict[str, Any], str]:
 
 
 def write_card(folder: Path, facts: CardFacts) -> None:
-    """Write README.md, keeping the edits in an existing one."""
+    """Write README.md; what people wrote on an existing one outside of the marks stays."""
     write_text(folder / CARD, render(facts, *read_card(folder)))
 
 
-def render(facts: CardFacts, data: dict[str, Any] | None = None, text: str = "", keep: Sequence[str] = ()) -> str:
+def render(facts: CardFacts, data: dict[str, Any] | None = None, text: str = "", keep_training: bool = False) -> str:
     """Render a card.
 
     Args:
         facts: Content of the card.
         data: Front matter of an existing card.
-        text: Text of an existing card.
-        keep: Sections that are only replaced if they are empty.
+        text: Text of an existing card. Its results stay if `facts` has none.
+        keep_training: Its description of the training stays, which was written by whoever knew the settings.
     """
-    new = "\n\n".join(_marked(name, content) for name, content in sections(facts).items())
-    return _merged(data or {}, text, front_matter(facts), new, keep)
+    found = GENERATED.search(text)
+    parts = {} if found is None else {part[1]: part[0].strip() for part in PART.finditer(found[1])}
+    body = _body(facts, parts.get("Results", ""), parts.get("Training", "") if keep_training else "")
+    return _merged(data or {}, text, front_matter(facts), f"{BEGIN}\n{body}\n{END}")
 
 
 def merge_cards(theirs: str, ours: str) -> str:
-    """Merge a new card, `ours`, into an older one that people may have edited."""
+    """Merge a new card, `ours`, into an older one: its generated text is replaced, and what people wrote stays."""
     return _merged(*split_card(theirs), *split_card(ours))
 
 
-def _merged(data: dict[str, Any], text: str, new_data: dict[str, Any], new_text: str, keep: Sequence[str] = ()) -> str:
-    new = {name: content for name, _, content in SECTION.findall(new_text)}
-
-    def renewed(name: str, content: str) -> str | None:
-        return None if name in keep and content.strip() else new.get(name)
-
-    return _assemble(_merge_data(data, new_data), _renew_sections(text, renewed) if text.strip() else new_text)
+def _merged(data: dict[str, Any], text: str, new_data: dict[str, Any], new_text: str) -> str:
+    generated = GENERATED.search(new_text)
+    if not text.strip():
+        text = new_text
+    elif generated is not None:
+        text = GENERATED.sub(lambda _: generated[0], text)
+    return _assemble(_merge_data(data, new_data), text)
 
 
 def _assemble(data: dict[str, Any], text: str) -> str:
     return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---\n\n{text.strip()}\n"
+
+
+def _body(facts: CardFacts, results: str, training: str) -> str:
+    """Fill `template.md`; `results` and `training` are parts that stay as they are."""
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    template = environment.from_string(Path(__file__).with_name("template.md").read_text(encoding="utf-8"))
+    recalls = [row for evaluation in facts.evaluations for row in _recall_rows(evaluation)]
+    shares = [row for evaluation in facts.evaluations for row in _share_rows(evaluation)]
+    intervals = ", with 95% intervals" if any(evaluation.intervals for evaluation in facts.evaluations) else ""
+    heads = ["task", "data", "direction", "R@1", "R@5", "R@10"]
+    text = template.render(
+        **vars(facts),
+        kept_results="" if facts.evaluations else results,
+        kept_training=training,
+        intervals=intervals,
+        # A list with double quotes, as formatters write them.
+        examples=json.dumps(list(facts.captions or CAPTIONS), ensure_ascii=False),
+        # `cached_file` finds the image in a folder as well as in a repo on the Hub.
+        imports="from transformers.utils import cached_file\n" if facts.has_example else "",
+        picture=f'cached_file("{facts.repo}", "{EXAMPLE}")' if facts.has_example else OWN_PICTURE,
+        recalls=markdown_table(heads, recalls, range(3)),
+        has_recalls=bool(recalls or not shares),
+        shares=shares and markdown_table(["task", "data", "score", "value"], shares, range(3)),
+        data=[*facts.datasets, *facts.sources],
+        settings=yaml.safe_dump(_plain(facts.recipe), sort_keys=True, allow_unicode=True),
+    )
+    return re.sub(r"\n{3,}", "\n\n", text).strip()
+
+
+def _recall_rows(evaluation: Evaluation) -> list[list[str]]:
+    rows = []
+    for direction, title in DIRECTIONS.items():
+        names = [f"{direction}_{recall}" if direction else recall for recall in RECALLS]
+        if all(name in evaluation.metrics for name in names):
+            rows.append([evaluation.task, evaluation.title, title, *map(evaluation.shown, names)])
+            if evaluation.baseline:
+                rows.append([evaluation.task, evaluation.title, f"{title}, before", *map(evaluation.before, names)])
+    return rows
+
+
+def _share_rows(evaluation: Evaluation) -> list[list[str]]:
+    rows = []
+    for title, name in evaluation.compared.items():
+        if not RECALL.search(name):
+            rows.append([evaluation.task, evaluation.title, title.replace("_", " "), evaluation.shown(name)])
+            if name in evaluation.baseline:
+                rows.append([*rows[-1][:2], f"{rows[-1][2]}, before", evaluation.before(name)])
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
 
 
 def front_matter(facts: CardFacts) -> dict[str, Any]:
@@ -145,9 +206,10 @@ def _eval_results(evaluation: Evaluation, pipeline_tag: str) -> list[EvalResult]
             dataset_split=evaluation.split or None,
             dataset_revision=evaluation.revision,
             metric_type=name,
-            metric_value=value,
+            metric_value=evaluation.metrics[metric],
+            metric_args=evaluation.remarks_on(metric) or None,
         )
-        for name, value in evaluation.compared.items()
+        for name, metric in evaluation.compared.items()
     ]
 
 
@@ -171,37 +233,13 @@ def _measured(result: dict[str, Any]) -> tuple[Any, ...]:
     return ((result.get("task") or {}).get("name"), *(dataset.get(key) for key in ("type", "config", "split")))
 
 
-def _marked(name: str, content: str) -> str:
-    content = content.strip()
-    return f"<!-- llm2clip:{name} {_checksum(content)} -->\n{content}\n<!-- /llm2clip:{name} -->"
-
-
-def _checksum(content: str) -> str:
-    return hashlib.sha256(content.strip().encode()).hexdigest()[:12]
-
-
-def _renew_sections(text: str, renewed: Callable[[str, str], str | None]) -> str:
-    """Replace the sections that nobody changed by `renewed(name, content)`; None or an empty text keeps a section."""
-
-    def renew(match: re.Match[str]) -> str:
-        name, checksum, content = match.groups()
-        new = renewed(name, content) if _checksum(content) == checksum else None
-        return _marked(name, new) if new else match[0]
-
-    return SECTION.sub(renew, text)
-
-
 def with_repo(card: str, repo: str, example: str) -> str:
     """Rewrite a card so that its code examples load `repo` and its widget shows the image at the URL `example`."""
     data, text = split_card(card)
     for entry in data.get("widget") or []:
         if entry.get("src") == EXAMPLE:
             entry["src"] = example
-
-    def renewed(name: str, content: str) -> str | None:
-        return LOADED_REPO.sub(rf"\g<1>{repo}\g<2>", content) if name == "use" else None
-
-    return _assemble(data, _renew_sections(text, renewed))
+    return _assemble(data, GENERATED.sub(lambda found: LOADED_REPO.sub(rf"\g<1>{repo}\g<2>", found[0]), text))
 
 
 def validate_card(folder: Path) -> None:

@@ -46,23 +46,3 @@ def _recalls(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]
             if name.startswith("eval_") and name.endswith("recall@10"):
                 (curves if trains else results).setdefault(name.removeprefix("eval_"), {})[entry["step"]] = value
     return results | curves
-
-
-def write_merge_curve(path: Path, curve: Mapping[float, Mapping[str, Any]], chosen: float, title: str) -> None:
-    """Draw the recalls over the share of the second model.
-
-    Args:
-        path: File of the image.
-        curve: Metrics of each share, from 0 to 1.
-        chosen: The share of the model that is written, which is marked.
-        title: What was measured.
-    """
-    figure, (axis,) = panels(1)
-    for name in next(iter(curve.values())):
-        if "recall@" in name:
-            points = [(alpha, metrics[name]) for alpha, metrics in sorted(curve.items())]
-            axis.plot(*zip(*points, strict=True), marker=".", label=name.replace("_", " "))
-    axis.axvline(chosen, linestyle="--", color="gray", label="written")
-    axis.set(title=title, xlabel="alpha", ylabel="recall")
-    axis.legend(fontsize="small")
-    write_figure(path, figure)

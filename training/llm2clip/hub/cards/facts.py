@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig
 
 JOINT_TASK, TEXT_TASK = "zero-shot-image-classification", "feature-extraction"
 VISION_TASK, QUERY_TASK = "image-feature-extraction", "sentence-similarity"
-EXAMPLE, CURVES, MERGE_CURVE = "example.png", "training_curves.png", "curve.png"
+EXAMPLE, CURVES = "example.png", "training_curves.png"
 
 RECALL = re.compile(r"(^|_)recall@(1|5|10)$")
 # Scores that are shares of right answers, and the names of their metrics on the Hub.
@@ -43,6 +43,8 @@ class Evaluation:
         note: Further identification of the measurement, such as the caption column.
         protocol: How it was measured, in words.
         name: Title of the data set, if it is not `dataset`.
+        intervals: 95% intervals `[low, high]` of scores, by their names.
+        baseline: What the same scores were before the training, by their names.
     """
 
     task: str
@@ -53,6 +55,8 @@ class Evaluation:
     note: str = ""
     protocol: str = ""
     name: str = ""
+    intervals: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    baseline: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -60,13 +64,28 @@ class Evaluation:
         return f"{self.name or self.dataset} ({parts})" if parts else self.name or self.dataset
 
     @property
-    def compared(self) -> dict[str, float]:
-        """The scores that the field compares, by the name of the metric on the Hub: recall at 1, 5, 10 and accuracy.
+    def compared(self) -> dict[str, str]:
+        """Names of the scores that the field compares, by their names on the Hub: recall at 1, 5, 10 and accuracy.
 
         Ranks, counts and times are not comparable, and a page that sorts models by a number must not see them.
         """
-        recalls = {name: value for name, value in self.metrics.items() if RECALL.search(name)}
-        return recalls | {type: self.metrics[name] for name, type in ACCURACIES.items() if name in self.metrics}
+        recalls = {name: name for name in self.metrics if RECALL.search(name)}
+        return recalls | {type: name for name, type in ACCURACIES.items() if name in self.metrics}
+
+    def shown(self, name: str) -> str:
+        """A score in percent, with its interval if that is known: `24.8 (21.0-28.1)`."""
+        percent = f"{100 * self.metrics[name]:.1f}"
+        ends = self.intervals.get(name)
+        return percent if ends is None else f"{percent} ({100 * ends[0]:.1f}-{100 * ends[1]:.1f})"
+
+    def before(self, name: str) -> str:
+        """The baseline of a score in percent; empty if it has none."""
+        return f"{100 * self.baseline[name]:.1f}" if name in self.baseline else ""
+
+    def remarks_on(self, name: str) -> dict[str, Any]:
+        """Interval and baseline of a score, as far as they are known, for the model index."""
+        ends = {"interval_95": [*self.intervals[name]]} if name in self.intervals else {}
+        return {**ends, "baseline": self.baseline[name]} if name in self.baseline else ends
 
     @property
     def remarks(self) -> str:
