@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
-from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
+from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 from llm2clip import (
     DistillConfig,
@@ -26,6 +26,7 @@ from llm2clip import (
     Stage2Trainer,
     Student,
 )
+from llm2clip.data import CaptionImageDataset, EvalTransform, OnError, Stage2Collator, TrainTransform
 from tests.builders import small_runs, tiny
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers.stages import joint_model
@@ -68,29 +69,38 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
     return {**shared, "logging_steps": 1, **changes}
 
 
-def stage2(inputs: Inputs, folder: Path, rows: Any = None, **changes: Any) -> Stage2Trainer:
+def captioned(inputs: Inputs, on_error: OnError = "raise") -> CaptionImageDataset:
+    """The first of the bundled images with their captions; where they are skipped, one is damaged."""
+    table = small_runs.rows_of_concepts(f":{ROWS}", "train")
+    if on_error == "skip":
+        table = table.cast_column("image", datasets.Image(decode=False))
+        broken = lambda row, number: {"image": {"bytes": b"none", "path": None}} if number == 3 else {}  # noqa: E731
+        table = table.map(broken, with_indices=True)
+    image_processor = AutoImageProcessor.from_pretrained(inputs.vision)
+    transforms = EvalTransform(image_processor), TrainTransform(image_processor)
+    return CaptionImageDataset.of_table(table, "image", "caption", *transforms, seed=7, on_error=on_error)
+
+
+def stage2(inputs: Inputs, folder: Path, rows: Any = None, on_error: OnError = "raise", **changes: Any) -> Any:
     """A Trainer of stage 2 on the bundled images with stored captions, or on rows with embeddings."""
     name = joint_model(inputs, folder / "model")
-    own: dict[str, Any] = {"train_dataset": rows}
-    if rows is None:
-        table = datasets.load_dataset(
-            "parquet", data_files=f"{small_runs.CONCEPTS}/train.parquet", split=f"train[:{ROWS}]"
-        )
-        if "on_error" in changes:
-            table = table.cast_column("image", datasets.Image(decode=False))
-            broken = lambda row, number: {"image": {"bytes": b"none", "path": None}} if number == 3 else {}  # noqa: E731
-            table = table.map(broken, with_indices=True)
-        own = {"train_dataset": table, "cache": EmbeddingCache.open(inputs.cache)}
-    own["processing_class"] = AutoProcessor.from_pretrained(name)
-    model = LLM2CLIPModel.from_pretrained(name, text_model=False)
-    return Stage2Trainer(model=model, args=Stage2Config(**settings(folder, **changes)), **own)
+    model, processor = LLM2CLIPModel.from_pretrained(name, text_model=False), AutoProcessor.from_pretrained(name)
+    cache = EmbeddingCache.open(inputs.cache) if rows is None else None
+    return Stage2Trainer(
+        model=model,
+        args=Stage2Config(**settings(folder, **changes)),
+        data_collator=Stage2Collator(cache, processor, on_error),
+        train_dataset=captioned(inputs, on_error) if rows is None else rows,
+        processing_class=processor,
+        cache=cache,
+    )
 
 
 def stage2_online(inputs: Inputs, folder: Path, **changes: Any) -> Stage2Trainer:
     """One whose LLM reads the captions in each step."""
-    rows = stage2(inputs, folder / "made").train_dataset
-    model, processor = (load.from_pretrained(folder / "made/model") for load in (LLM2CLIPModel, AutoProcessor))
-    args = Stage2Config(**settings(folder, **changes))
+    name = joint_model(inputs, folder / "model")
+    model, processor = (load.from_pretrained(name) for load in (LLM2CLIPModel, AutoProcessor))
+    args, rows = Stage2Config(**settings(folder, **changes)), captioned(inputs)
     return Stage2Trainer(model=model, args=args, train_dataset=rows, processing_class=processor)
 
 

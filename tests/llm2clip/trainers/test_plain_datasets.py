@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer, CLIPProcessor
 
-from llm2clip import LLM2CLIPModel, LLM2CLIPProcessor, LLM2CLIPTextModel, Stage2Config, Stage2Trainer
+from llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, Stage2Config, Stage2Trainer
 from tests.builders import tiny
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers.rows import (
@@ -41,10 +41,7 @@ def test_stage2_trains_on_any_torch_data_set(kind: type, inputs: Inputs, tmp_pat
     trainer = stage2(inputs, tmp_path, kind(rows), **LONGER)
     trainer.train()
     assert_loss_falls(trainer)
-    metrics = trainer.evaluate(MapRows(rows[:13]))
-    assert metrics["eval_num_texts"] == 13
-    assert metrics["eval_text_to_image_recall@1"] > 2 / 13
-    assert metrics["eval_loss"] < logged(trainer, "loss")[0]
+    assert trainer.evaluate(MapRows(rows[:13]))["eval_loss"] < logged(trainer, "loss")[0]
     trainer.save_model(str(tmp_path / "saved"))
     saved = AutoModel.from_pretrained(tmp_path / "saved", text_model=False).state_dict()
     assert all(value.equal(saved[name]) for name, value in trainer.model.state_dict().items())
@@ -56,7 +53,7 @@ def test_stage1_trains_on_any_torch_data_set(kind: type, inputs: Inputs, tmp_pat
     trainer = stage1(inputs, tmp_path, kind(rows), **LONGER)
     trainer.train()
     assert_loss_falls(trainer)
-    assert trainer.evaluate(MapRows(rows[:13]))["eval_num_targets"] == 13
+    assert trainer.evaluate(MapRows(rows[:13]))["eval_loss"] < logged(trainer, "loss")[0]
     trainer.save_model(str(tmp_path / "saved"))
     assert isinstance(AutoModel.from_pretrained(tmp_path / "saved"), LLM2CLIPTextModel)
     assert AutoTokenizer.from_pretrained(tmp_path / "saved")("a dog")["input_ids"]
@@ -76,13 +73,13 @@ def test_masks_of_short_rows_may_all_miss(inputs: Inputs, tmp_path: Path) -> Non
     assert logged(trainer, "loss") == [0.0] * 3
 
 
-def test_an_evaluation_counts_the_rows_that_can_be_used_and_names_those_of_a_batch_without_any(
+def test_an_evaluation_leaves_out_what_cannot_be_used_and_names_a_batch_without_any_row(
     inputs: Inputs, tmp_path: Path
 ) -> None:
     images: list[Any] = [Image.effect_noise((30, 30), 80).convert("RGB") for _ in range(8)]
     rows: Rows = [{"image": x, "llm_embeds": y} for x, y in zip([*images, b"damaged"], torch.randn(9, WIDTH))]  # noqa: B905
     trainer = stage2(inputs, tmp_path, MapRows(rows), on_error="skip", per_device_eval_batch_size=5)
-    assert trainer.evaluate(MapRows(rows))["eval_num_texts"] == 8
+    assert trainer.evaluate(MapRows(rows))["eval_loss"] > 0
     trainer.args.per_device_eval_batch_size = 8
     with pytest.raises(ValueError, match=r"none of the 1 rows of a batch can be used \(image .*raise the batch size"):
         trainer.evaluate(MapRows(rows))
@@ -109,8 +106,7 @@ def test_stage2_trains_with_the_llm_online_whose_graph_is_not_kept(inputs: Input
     trainer.model.text_model.register_forward_hook(lambda *_: with_gradient.append(torch.is_grad_enabled()))
     trainer.train()
     assert with_gradient == [False] * 2
-    metrics = trainer.evaluate()
-    assert (metrics["eval_own_num_texts"], metrics["eval_own_num_images"]) == (8, 16)
+    assert trainer.evaluate()["eval_own_loss"] > 0
 
 
 def test_shared_captions_are_negatives_as_in_the_original_or_positives(inputs: Inputs, tmp_path: Path) -> None:
@@ -143,13 +139,8 @@ def test_stage2_resumes_on_a_plain_data_set(inputs: Inputs, tmp_path: Path) -> N
     assert logged(resumed, "loss")[-6:] == pytest.approx(logged(whole, "loss")[-6:], abs=1e-5)
 
 
-def test_an_image_processor_gets_the_tokenizer_of_the_llm(inputs: Inputs, tmp_path: Path) -> None:
+def test_a_processor_of_another_library_is_refused(inputs: Inputs, tmp_path: Path) -> None:
     clip = CLIPProcessor(AutoImageProcessor.from_pretrained(inputs.vision), AutoTokenizer.from_pretrained(inputs.text))
     made = stage2(inputs, tmp_path, MapRows(image_rows(WIDTH)))
-    for given in (clip, clip.image_processor):
-        trainer = Stage2Trainer(made.model, made.args, None, made.train_dataset, processing_class=given)
-        trainer.save_model(str(tmp_path / "saved"))
-        processor = AutoProcessor.from_pretrained(tmp_path / "saved")
-        assert isinstance(processor, LLM2CLIPProcessor)
-        expected = AutoTokenizer.from_pretrained(inputs.text)("a dog")["input_ids"]
-        assert processor(text=["a dog"])["input_ids"][0] == expected
+    with pytest.raises(ValueError, match="processing_class is a CLIPProcessor; give the LLM2CLIPProcessor"):
+        Stage2Trainer(made.model, made.args, None, made.train_dataset, processing_class=clip)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 from pathlib import Path
@@ -13,14 +12,12 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
 
-from llm2clip.data import CaptionSource, DamagedImageError, SampleIndex, distinct_captions
+from llm2clip.data import CaptionSource, DamagedImageError, distinct_captions
 from llm2clip.encoders import embed
 from llm2clip.losses import sigmoid_loss
 from llm2clip.store import EmbeddingCache, MissingCaptionError, StoreMismatchError
 from llm2clip.trainers import run_stage2
-from llm2clip.trainers.bundling import bundle_text_model
 from llm2clip.trainers.stage2_config import Stage2Config, Stage2Recipe
-from llm2clip.trainers.stage2_data import build_dataset
 from llm2clip.trainers.stage2_trainer import Stage2Trainer
 from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
@@ -36,13 +33,10 @@ FINISHED: dict[str, Any] = {"vision_model_name_or_path": "", "text_model_name_or
 
 FROZEN = {"freeze_vision": "all", "vision_pooling": "cls_mean"}
 MODES: dict[str, dict[str, Any]] = {
-    "states": {"freeze_vision_layers": 1, "frozen_states_dir": "states"},
-    "states-dinov2": {"freeze_vision_layers": 1, "frozen_states_dir": "states", "vision_model_name_or_path": "dinov2"},
+    "layers": {"freeze_vision_layers": 1, "vision_model_name_or_path": "dinov2"},
     "stream": {"sources": [small_runs.concepts(streaming=True)], "shuffle_block": 16},
-    "frozen": {**FROZEN, "feature_views": 2, "feature_dropout": 0.2, "standardize_features": True},
-    "closed-form": {**FROZEN, "alignment": "closed_form_then_train", "projection_dim": None},
-    "warm-start": {"warm_start": {"max_steps": 2}},
-    "average": {"ema_half_life": 2.0, "distill_weight": 0.5, "relational_weight": 1.0, "patch_dropout": 0.25},
+    "frozen": {**FROZEN, "feature_views": 2, "feature_dropout": 0.2},
+    "dropout": {"patch_dropout": 0.25},
 }
 
 
@@ -58,46 +52,6 @@ def test_a_resumed_run_equals_an_unbroken_one_in_every_mode(
     assert_equal(tmp_path / "unbroken", folder, atol=1e-6)
     assert losses(folder) == pytest.approx(losses(tmp_path / "unbroken"), abs=1e-5)
     assert history(folder)[0] == history(tmp_path / "unbroken")[0]
-
-
-def test_the_llm_is_added_when_everything_else_is_saved(inputs: Inputs, tmp_path: Path, monkeypatch: Any) -> None:
-    load, found = LLM2CLIPModel.load_text_model, []
-
-    def spy(self: LLM2CLIPModel, *args: Any, **kwargs: Any) -> None:
-        found.append(({path.name for path in tmp_path.iterdir()}, {value.device.type for value in self.parameters()}))
-        assert LLM2CLIPModel.from_pretrained(tmp_path, text_model=False).config.text_model_name_or_path == inputs.text
-        load(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LLM2CLIPModel, "load_text_model", spy)
-        run("stage2", tmp_path, inputs, bundle_text_model=True, **QUICK)
-    ((files, devices),) = found
-    saved = {"config.json", "processor_config.json", "tokenizer.json", "trainer_state.json", "README.md"}
-    assert saved | {"model.safetensors"} <= files
-    assert devices == {"cpu"}
-    model = AutoModel.from_pretrained(tmp_path)
-    assert model.config.text_model_name_or_path is None
-    assert model.text_model.fingerprint() == LLM2CLIPTextModel.from_pretrained(inputs.text).fingerprint()
-    assert model.encode_text(["a dog"], AutoProcessor.from_pretrained(tmp_path)).shape == (1, 24)
-
-
-def test_an_llm_that_cannot_be_added_leaves_the_trained_model_without_it(
-    inputs: Inputs, tmp_path: Path, monkeypatch: Any
-) -> None:
-    def fail(self: LLM2CLIPModel, *args: Any, **kwargs: Any) -> None:
-        raise MemoryError("no memory left.")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LLM2CLIPModel, "load_text_model", fail)
-        with pytest.raises(ValueError, match=r"no memory left\. The model is saved in .*`llm2clip build"):
-            run("stage2", tmp_path, inputs, bundle_text_model=True, **QUICK)
-    # Several shards replace the one file.
-    assert LLM2CLIPModel.from_pretrained(tmp_path, text_model=False).config.text_model_name_or_path == inputs.text
-    sharded = functools.partialmethod(LLM2CLIPModel.save_pretrained, max_shard_size="100KB")
-    monkeypatch.setattr(LLM2CLIPModel, "save_pretrained", sharded)
-    bundle_text_model(tmp_path)
-    assert not (tmp_path / "model.safetensors").exists()
-    assert LLM2CLIPModel.from_pretrained(tmp_path).text_model.fingerprint()
 
 
 # Each collective operation of the group may wait for one second, and the work takes three.
@@ -141,30 +95,26 @@ def test_sigmoid_loss_trains_a_bias_that_the_model_keeps(inputs: Inputs, tmp_pat
     # Trained further it keeps its loss.
     finished = {**FINISHED, "model_name_or_path": str(tmp_path / "one"), **QUICK}
     run("stage2", tmp_path / "two", inputs, **finished, loss="sigmoid")
-    with pytest.raises(ValueError, match="was trained with the sigmoid loss"):
+    with pytest.raises(ValueError, match="loss is softmax, but the model has a logit bias"):
         run("stage2", tmp_path / "three", inputs, **finished)
 
 
-def test_new_parts_start_as_in_the_original_unless_set(inputs: Inputs, tmp_path: Path) -> None:
+def test_new_parts_start_as_in_the_original(inputs: Inputs, tmp_path: Path) -> None:
     def new_model(**changes: Any) -> LLM2CLIPModel:
-        return run_stage2.load_model(build_config(Stage2Recipe, fields_of("stage2", tmp_path, inputs, **changes)))[0]
+        return run_stage2.open_model(build_config(Stage2Recipe, fields_of("stage2", tmp_path, inputs, **changes)))[0]
 
     assert 0 < new_model().visual_projection.weight.std() < 1e-4
     assert new_model().logit_bias is None
-    assert new_model(initializer="normal").visual_projection.weight.std() > 0.01
     assert new_model(logit_scale_init_value="2.5").logit_scale == 2.5
+    assert new_model(loss="sigmoid").logit_bias == -10
     with pytest.raises(ValueError, match="has no logit scale; set logit_scale_init_value to a number"):
         new_model(logit_scale_init_value="checkpoint")
-    asked = {"visual_head": "gated", "standardize_features": True}
-    model = new_model(**asked, **FROZEN)
+    model = new_model(visual_head="gated", **FROZEN)
     assert (model.config.vision_pooling, model.config.visual_head) == ("cls_mean", "gated")
-    assert model.config.standardize_vision
-    assert model.config.center_text
     model.save_pretrained(tmp_path / "model")
-    AutoImageProcessor.from_pretrained(inputs.vision).save_pretrained(tmp_path / "model")
     trained = {**FINISHED, "model_name_or_path": str(tmp_path / "model"), "freeze_vision": "all"}
-    with pytest.raises(ValueError, match=r"standardize_features is True, but .* is already trained"):
-        new_model(**trained, **asked)
+    with pytest.raises(ValueError, match=r"visual_head is gated, but .* is already trained"):
+        new_model(**trained, visual_head="gated")
 
 
 def test_training_continues_from_an_llm2clip_model(inputs: Inputs, tmp_path: Path) -> None:
@@ -189,22 +139,15 @@ def test_online_llm_gives_the_same_losses_as_the_cache(inputs: Inputs, tmp_path:
 @pytest.mark.parametrize("frozen", [False, True])
 def test_the_rows_of_a_step_come_from_one_source_or_from_all(frozen: bool, inputs: Inputs, tmp_path: Path) -> None:
     found: dict[str, list[set[str]]] = {}
-    states = {"freeze_vision_layers": 1, "frozen_states_dir": str(tmp_path / "states")} if frozen else {}
+    states = {"freeze_vision": "all"} if frozen else {}
     for mixing in ("one_source_per_step", "proportional"):
         sources = [small_runs.concepts(max_samples=48), small_runs.concepts("validation", max_samples=40)]
         fields = fields_of("stage2", tmp_path / mixing, inputs, sources=sources, mixing=mixing, **states)
         config = build_config(Stage2Recipe, fields)
-        model, processor = run_stage2.load_model(config)
-        dataset: Any = build_dataset(config, processor.image_processor)
-        trainer = Stage2Trainer(model, config, list, dataset, processing_class=processor)
-        trainer.store_rows()
-        dataset = trainer.train_dataset
-        half = len(dataset.captions.tables[0]) if frozen else len(dataset.tables[0])
-        first = {dataset[SampleIndex(0, index)]["key"] for index in range(half)}
-        found[mixing] = [
-            {"first" if sample["key"] in first else "second" for sample in batch}
-            for batch in trainer.get_train_dataloader()
-        ]
+        trainer = run_stage2.build_trainer(config)
+        second: int = trainer.train_dataset.starts[1]
+        batches = [[index.index for index in batch] for batch in trainer.batch_sampler()]
+        found[mixing] = [{"second" if row >= second else "first" for row in rows} for rows in batches]
     assert sorted(map(sorted, found["one_source_per_step"])) == [["first"]] * 3 + [["second"]] * 2
     assert found["proportional"] == [{"first", "second"}] * 5
 
@@ -295,20 +238,16 @@ def test_a_batch_of_skipped_samples_alone_is_no_step_but_an_error_that_names_the
         ({"embedding_cache": "/nowhere"}, FileNotFoundError, "/nowhere is not an embedding cache"),
         ({"sources": [small_runs.concepts(caption_columns=["title"])]}, ValueError, "title.*caption_de"),
         ({"sources": [{**small_runs.concepts(), "max_samples": "many"}]}, ValueError, "max_samples is 'many'"),
-        ({"frozen_states_dir": "x"}, ValueError, "needs freeze_vision_layers"),
         ({"crop_scale": [0.9]}, ValueError, "crop_scale must be"),
         ({"patch_dropout": 1.0}, ValueError, "patch_dropout must be at least 0 and below 1"),
         ({"feature_dropout": 1.5, **FROZEN}, ValueError, "feature_dropout must be at least 0 and below 1"),
         ({"image_backend": "quick"}, ValueError, "image_backend is 'quick', but it has to be one of exact, fast"),
         ({"text_model_name_or_path": ""}, ValueError, "needs text_model_name_or_path"),
-        ({"logit_bias_init_value": -5.0}, ValueError, "loss"),
         ({"text_model_dtype": "bfloat16"}, ValueError, "text_model_dtype is bfloat16, but no LLM runs"),
         ({"shuffle_block": 0}, ValueError, "shuffle_block is 0, but no source is a stream"),
-        ({"image_column": "photo"}, ValueError, "image_column is photo, but a source has"),
         ({"eval_sources": {}, "eval_embedding_cache": "x"}, ValueError, "there are no eval_sources"),
         ({"model_name_or_path": "m"}, ValueError, "but m is already trained"),
         ({"vision_model_revision": "v2"}, ValueError, "revision v2 is given, but .* is a folder"),
-        ({"warm_start": {"sources": []}}, ValueError, "warm_start has sources, but takes that from the run"),
         (
             {"eval_sources": {"v": small_runs.concepts(embedding_cache="x")}},
             ValueError,

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from huggingface_hub import HfApi
@@ -17,6 +16,7 @@ from llm2clip.hub import push
 from llm2clip.hub.build import build_folder
 from llm2clip.store import StoreMismatchError
 from llm2clip.trainers import run_stage2
+from llm2clip.trainers.lora import add_lora
 from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.files import read_json, write_json
 from llm2clip.utils.manifests import FOLDER_MANIFEST
@@ -26,7 +26,7 @@ from modeling_llm2clip import LLM2CLIPProcessor
 from tests import stranger
 from tests.builders import small_runs
 from tests.llm2clip.conftest import Inputs
-from tests.llm2clip.trainers.rows import settings
+from tests.llm2clip.trainers.rows import captioned, settings
 from tests.llm2clip.trainers.stages import assert_equal, broken_after, joint_model, weights
 from tests.loopback_hub import TOKEN, File, LoopbackHub, Repo
 
@@ -171,15 +171,14 @@ def test_chunks_and_recomputed_activations_give_the_same_gradients(
 
 
 def test_a_first_part_reads_the_cache_and_lora_starts_from_its_heads(inputs: Inputs, tmp_path: Path) -> None:
-    warm = {"warm_start": {"max_steps": 2, "learning_rate": 1e-3}, "embedding_cache": inputs.cache}
-    config = recipe(tmp_path, inputs, **warm, max_steps=1, learning_rate=1e-12, weight_decay=0.0)
-    found = run_stage2.run(config)
-    assert "warm_start_eval_validation_text_to_image_recall@1" in found
-    first = LLM2CLIPModel.from_pretrained(tmp_path / "warm_start", text_model=False)
-    assert first.config.text_model_name_or_path == inputs.text
+    first = {"freeze_vision": "all", "embedding_cache": inputs.cache, "max_steps": 2, "lora_rank": 0}
+    config = recipe(tmp_path, inputs, parts=[first, {}], max_steps=1, learning_rate=1e-12, weight_decay=0.0)
+    run_stage2.run(config)
+    start = LLM2CLIPModel.from_pretrained(tmp_path / "part1", text_model=False)
+    assert start.config.text_model_name_or_path == inputs.text
     second = LLM2CLIPModel.from_pretrained(tmp_path)
     assert second.config.text_model_name_or_path is None
-    for name, value in first.state_dict().items():
+    for name, value in start.state_dict().items():
         torch.testing.assert_close(second.state_dict()[name], value, atol=1e-6, rtol=0)
 
 
@@ -189,9 +188,6 @@ def test_a_first_part_reads_the_cache_and_lora_starts_from_its_heads(inputs: Inp
         ({"embedding_cache": "x"}, "lora_rank trains the LLM, so that stored embeddings would be stale"),
         ({"sources": [small_runs.concepts(embedding_cache="x")]}, "stored embeddings would be stale"),
         ({"freeze_vision": "all"}, "freeze_vision: all reads stored embeddings of the LLM"),
-        ({"warm_start": {"max_steps": 1}}, "warm_start needs the first"),
-        ({"warm_start": {"lora_rank": 2}, "embedding_cache": "x"}, "unset one of them"),
-        ({"bundle_text_model": True}, "save_format says how the LLM is saved"),
         ({"lora_rank": 0, "lora_alpha": 8}, "lora_alpha is 8, but it needs lora_rank above 0"),
         ({"lora_rank": 0, "save_format": "adapter"}, "save_format is adapter, but it needs lora_rank above 0"),
         ({"lora_target_modules": ["nothing"]}, "do not fit the text model"),
@@ -205,20 +201,21 @@ def test_what_would_be_stale_or_ignored_is_refused(
         run_stage2.run(recipe(tmp_path / "run", inputs, **changes))
 
 
-def trainer(name: str, folder: Path, model: LLM2CLIPModel | None = None, **changes: Any) -> Stage2Trainer:
-    table = datasets.load_dataset("parquet", data_files=f"{small_runs.CONCEPTS}/train.parquet", split="train[:16]")
-    rows = {"train_dataset": table, "processing_class": LLM2CLIPProcessor.from_pretrained(name)}
-    rows |= {key: changes.pop(key) for key in ("cache", "embed", "train_dataset") if key in changes}
-    fields = {"lora_rank": 8, "max_steps": 2, "learning_rate": 1e-2, "output_dir": str(folder), **changes}
-    own = model or LLM2CLIPModel.from_pretrained(name, text_model=False)
-    return Stage2Trainer(own, Stage2Config(**settings(folder, **fields)), **rows)
+def trainer(inputs: Inputs, name: str, folder: Path, rank: int = 8, rows: Any = None, **changes: Any) -> Any:
+    """A Trainer on a model to which LoRA layers are added before."""
+    model, processor = LLM2CLIPModel.from_pretrained(name, text_model=False), LLM2CLIPProcessor.from_pretrained(name)
+    add_lora(model, rank)
+    given = {key: changes.pop(key) for key in ("cache",) if key in changes}
+    fields = {"max_steps": 2, "learning_rate": 1e-2, "output_dir": str(folder), **changes}
+    given |= {"train_dataset": captioned(inputs) if rows is None else rows, "processing_class": processor}
+    return Stage2Trainer(model, Stage2Config(**settings(folder, **fields)), **given)
 
 
 @pytest.mark.parametrize("form", ["merged", "adapter"])
 def test_a_trainer_loads_the_llm_and_saves_what_it_trained(form: str, inputs: Inputs, tmp_path: Path) -> None:
     name = joint_model(inputs, tmp_path / "model")
-    own = trainer(name, tmp_path / "out", save_format=form)
-    before = own.model.text_model.fingerprint()
+    own = trainer(inputs, name, tmp_path / "out", save_format=form)
+    before = LLM2CLIPTextModel.from_pretrained(inputs.text).fingerprint()
     own.train()
     own.save_model()
     trained = own.model.eval()
@@ -233,38 +230,39 @@ def test_a_trainer_loads_the_llm_and_saves_what_it_trained(form: str, inputs: In
         trained.save_pretrained(tmp_path / "by_hand")
 
 
-def test_lora_follows_the_settings_of_the_text_side(inputs: Inputs, tmp_path: Path) -> None:
-    changes = {"text_learning_rate": 0.5, "text_weight_decay": 0.25}
-    own = trainer(joint_model(inputs, tmp_path / "model"), tmp_path / "out", **changes)
-    own._add_lora()
+def test_lora_follows_the_rate_of_the_text_side(inputs: Inputs, tmp_path: Path) -> None:
+    own = trainer(inputs, joint_model(inputs, tmp_path / "model"), tmp_path / "out", text_learning_rate=0.5)
     groups = {name: group for group in own.create_optimizer().param_groups for name in group["param_names"]}
     lora = [name for name in groups if ".lora_" in name]
     assert len(lora) == 2 * 7 * own.model.config.text_config.decoder_config.num_hidden_layers
-    assert {(groups[name]["lr"], groups[name]["weight_decay"]) for name in lora} == {(0.5, 0.25)}
+    assert {groups[name]["lr"] for name in lora} == {0.5}
 
 
 def test_a_trainer_refuses_rows_that_would_be_stale(inputs: Inputs, tmp_path: Path) -> None:
     name = joint_model(inputs, tmp_path / "model")
-    for stored in ({"cache": EmbeddingCache.open(inputs.cache)}, {"embed": lambda texts: torch.ones(len(texts), 32)}):
-        with pytest.raises(ValueError, match="leave cache and embed unset"):
-            trainer(name, tmp_path / "out", **stored)
+    with pytest.raises(ValueError, match="stored embeddings would be stale; leave cache unset"):
+        trainer(inputs, name, tmp_path / "out", cache=EmbeddingCache.open(inputs.cache))
     width = LLM2CLIPModel.from_pretrained(name, text_model=False).config.text_config.hidden_size
     rows = [{"pixel_values": torch.zeros(3, 28, 28), "llm_embeds": torch.ones(width)}] * 8
     with pytest.raises(ValueError, match="llm_embeds are stale"):
-        trainer(name, tmp_path / "out", train_dataset=rows, max_steps=1).train()
+        trainer(inputs, name, tmp_path / "out", rows=rows, max_steps=1).train()
+
+
+def test_layers_refer_to_a_folder_that_the_run_leaves_as_it_is(inputs: Inputs, tmp_path: Path) -> None:
+    name = joint_model(inputs, tmp_path / "model")
     bundled = LLM2CLIPModel.from_pretrained(name)
-    bundled.text_model.merge_adapter()
     bundled.save_pretrained(tmp_path / "bundled", save_text_model=True)
     LLM2CLIPProcessor.from_pretrained(name).save_pretrained(tmp_path / "bundled")
-    with pytest.raises(ValueError, match="a folder outside output_dir"):
-        trainer(str(tmp_path / "bundled"), tmp_path / "bundled")
-    fitted = trainer(str(tmp_path / "bundled"), tmp_path / "fitted")
+    with pytest.raises(ValueError, match="which the run writes into; give the run another output_dir"):
+        trainer(inputs, str(tmp_path / "bundled"), tmp_path / "bundled")
+    fitted = trainer(inputs, str(tmp_path / "bundled"), tmp_path / "fitted")
     fitted.fit()
     found = LLM2CLIPModel.from_pretrained(tmp_path / "fitted")
     assert found.text_model.fingerprint() == found.config.text_model_fingerprint
     assert found.config.text_model_fingerprint != bundled.config.text_model_fingerprint
-    with pytest.raises(ValueError, match="merged with its LoRA layers"):
-        fitted.train()
+    bundled.config.text_model_name_or_path, bundled.name_or_path = None, ""
+    with pytest.raises(ValueError, match="in memory alone; LoRA needs one in a folder or on the Hub"):
+        add_lora(bundled)
 
 
 def test_a_pushed_adapter_is_found_in_the_repo_of_the_model(
