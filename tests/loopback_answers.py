@@ -165,7 +165,9 @@ class Answer:
                 for branch, sha in repo.branches.items()
             ]
             return self.send(200, {"branches": branches, "converts": [], "tags": []})
-        revision, _, below = rest.partition("/") if operation == "tree" else (rest or "main", "", "")
+        revision, below = rest or "main", ""
+        if operation == "tree":
+            revision, below = re.fullmatch(r"(refs/[^/]+/[^/]+|[^/]*)/?(.*)", rest).groups()  # type: ignore[union-attr]
         sha = repo.resolve(revision)
         if sha is None:
             return self.error(404, "RevisionNotFound", f"Invalid rev id: {revision}")

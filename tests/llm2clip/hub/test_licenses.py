@@ -75,7 +75,7 @@ def test_gemma_needs_its_notice_and_no_name(run: Path, caplog: pytest.LogCapture
     assert "Gemma Terms of Use found at ai.google.dev/gemma/terms" in (folder / "NOTICE").read_text()
     assert "put it into the model's folder as LICENSE" in caplog.text
     caplog.clear()
-    check_license(folder, "me/mine", None)
+    check_license(folder, "me/mine", (folder / CARD).read_text())
     assert "put it into the model's folder as LICENSE" in caplog.text
 
 

@@ -36,21 +36,6 @@ def test_hidden_files_are_uploaded_only_if_a_pattern_names_them(name: str, folde
     assert name in model_files(folder, [name]).uploaded
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "notes.txt"])
-def test_a_link_out_of_the_folder_is_refused(name: str, hub: LoopbackHub, folder: Path, tmp_path: Path) -> None:
-    outside = tmp_path / "secret"
-    (folder / name).rename(outside)
-    (folder / name).symlink_to(outside)
-    with pytest.raises(ValueError, match=rf"{name} is a link out of the folder, to {outside}"):
-        upload(hub, folder, include=["notes.txt"])
-    assert not hub.repos
-    # A link within it is a file.
-    (folder / name).unlink()
-    outside.rename(folder / "inside")
-    (folder / name).symlink_to("inside")
-    assert name in model_files(folder, ["notes.txt"]).uploaded
-
-
 @pytest.mark.parametrize(
     ("name", "secret"),
     [

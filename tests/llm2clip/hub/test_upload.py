@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -15,7 +16,7 @@ from huggingface_hub import HfApi, close_session, constants
 
 from llm2clip.hub import upload as hub_upload
 from llm2clip.hub.cards.card import CARD, split_card
-from llm2clip.hub.upload import Uploader
+from llm2clip.hub.upload import open_repo, read_branch
 from tests.llm2clip.hub.conftest import REPO, files_of, upload
 from tests.loopback_hub import CUT, TOKEN, File, LoopbackHub
 
@@ -111,7 +112,7 @@ def test_what_others_put_into_the_repo_is_kept_and_stale_weights_are_deleted(
     card = b"---\nlicense: mit\n---\n"
     hub.repo(REPO).commit("main", {".gitattributes": File(b"*", False), CARD: File(card, False)}, "website")
     upload(hub, built)
-    edited = card_of(hub).replace("An LLM2CLIP model:", "Edited on the website:")
+    edited = f"{card_of(hub)}\nEdited on the website:\n"
     api.upload_file(path_or_fileobj=edited.encode(), path_in_repo=CARD, repo_id=REPO)
     stale = {"model-00001-of-00002.safetensors", "adapter_config.json", "adapter_model.safetensors", "model.sig"}
     others = {"notes.txt", "last-checkpoint/model.safetensors", "diffusion.safetensors"}
@@ -127,36 +128,26 @@ def test_what_others_put_into_the_repo_is_kept_and_stale_weights_are_deleted(
     assert "the card on the Hub keeps its own license; change it there" in caplog.text
 
 
-@pytest.fixture
-def edits(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Lines that others write below the card on main between upload and commit, one at each attempt."""
-    send, lines = HfApi.preupload_lfs_files, list[str]()
-
-    def and_edit(*args: Any, **kwargs: Any) -> None:
-        send(*args, **kwargs)
-        if lines:
-            repo = hub.repo(REPO)
-            card = File(f"{card_of(hub)}\n{lines.pop(0)}\n".encode(), lfs=False)
-            repo.commit("main", {**repo.commits[repo.branches["main"]], CARD: card}, "edit")
-
-    monkeypatch.setattr(HfApi, "preupload_lfs_files", and_edit)
-    return lines
-
-
-def test_card_edits_during_the_upload_are_kept_until_there_are_too_many(
-    hub: LoopbackHub, built: Path, edits: list[str]
+def test_a_commit_of_others_during_the_upload_is_an_error_and_stays(
+    hub: LoopbackHub, built: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The card that is uploaded was made from the one before, so that their edits would be lost."""
     upload(hub, built)
-    sent = len(hub.uploads())
-    edits += ["Once.", "Twice."]
-    upload(hub, built, commit_message="Second")
-    assert hub.repo(REPO).messages[-3:] == ["edit", "edit", "Second"]
-    assert "\nOnce.\n\nTwice.\n" in card_of(hub)
-    assert len(hub.uploads()) == sent
-    edits += ["More."] * 10
+    sent, send = len(hub.uploads()), HfApi.upload_folder
+
+    def edit_and_send(*args: Any, **kwargs: Any) -> Any:
+        repo, card = hub.repo(REPO), File(f"{card_of(hub)}\nTheirs.\n".encode(), lfs=False)
+        repo.commit("main", {**repo.commits[repo.branches["main"]], CARD: card}, "edit")
+        return send(*args, **kwargs)
+
+    monkeypatch.setattr(HfApi, "upload_folder", edit_and_send)
     with pytest.raises(ValueError, match="the repo changed during this push: push again"):
         upload(hub, built)
-    assert len(edits) == 6
+    assert hub.repo(REPO).messages[-1] == "edit"
+    monkeypatch.setattr(HfApi, "upload_folder", send)
+    upload(hub, built)
+    assert "\nTheirs.\n" in card_of(hub)
+    assert len(hub.uploads()) == sent
 
 
 def test_push_fails_if_the_card_on_the_hub_cannot_be_read(hub: LoopbackHub, built: Path) -> None:
@@ -183,7 +174,7 @@ def test_a_hub_that_does_not_answer_is_an_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         api = HfApi(endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}", token="token")
         with pytest.raises(ValueError, match=r"tester/tiny: the connection broke .*timed out.*push again"):
-            Uploader(REPO, api=api).create_repo()
+            open_repo(api, REPO, None, "llm2clip", None)
 
 
 class HotelPage(BaseHTTPRequestHandler):
@@ -206,8 +197,8 @@ class HotelPage(BaseHTTPRequestHandler):
 def test_what_is_no_answer_of_a_hub_is_one_error() -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), HotelPage) as server:
         Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        uploader = Uploader(REPO, api=HfApi(endpoint=f"http://127.0.0.1:{server.server_port}", token="token"))
-        for request in (uploader.create_repo, uploader.read_card):
+        api = HfApi(endpoint=f"http://127.0.0.1:{server.server_port}", token="token")
+        for request in (partial(open_repo, private=None), read_branch):
             with pytest.raises(ValueError, match=r"does not answer as a Hub does .*correct HF_ENDPOINT"):
-                request()
+                request(api, REPO, None, "llm2clip")
         server.shutdown()

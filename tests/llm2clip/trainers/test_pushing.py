@@ -19,7 +19,7 @@ from llm2clip import cli
 from llm2clip.data.table_identity import data_revision
 from llm2clip.hub.cards.card import CARD, split_card
 from llm2clip.trainers import model_card, run_stage2
-from llm2clip.trainers.pushing import PushCallback
+from llm2clip.trainers.base_trainer import StageTrainer
 from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.settings import build_config
 from tests.builders import small_runs
@@ -108,13 +108,13 @@ def test_both_stages_push_checkpoints_and_results_that_load(hub: LoopbackHub, in
 @pytest.fixture
 def waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make training wait for every upload, so that no checkpoint is left out."""
-    push = PushCallback.on_save
+    push = StageTrainer._push_from_checkpoint
 
-    def and_wait(self: PushCallback, *args: Any, **kwargs: Any) -> None:
-        push(self, *args, **kwargs)
-        self.finish()
+    def and_wait(self: StageTrainer, checkpoint_folder: str) -> None:
+        push(self, checkpoint_folder)
+        self._finish_current_push()
 
-    monkeypatch.setattr(PushCallback, "on_save", and_wait)
+    monkeypatch.setattr(StageTrainer, "_push_from_checkpoint", and_wait)
 
 
 def stage1(inputs: Inputs, tmp_path: Path, **fields: Any) -> int:
@@ -258,13 +258,13 @@ def test_a_push_in_a_run_does_not_wait_for_checksums_of_data(
     hub: LoopbackHub, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Meanwhile other processes would wait for the one that pushes, until their time is up."""
-    pushed, push = Event(), PushCallback.on_save
+    pushed, push = Event(), StageTrainer._push_from_checkpoint
 
-    def push_first(self: PushCallback, *args: Any, **kwargs: Any) -> None:
-        push(self, *args, **kwargs)
+    def push_first(self: StageTrainer, checkpoint_folder: str) -> None:
+        push(self, checkpoint_folder)
         pushed.set()
 
-    monkeypatch.setattr(PushCallback, "on_save", push_first)
+    monkeypatch.setattr(StageTrainer, "_push_from_checkpoint", push_first)
     monkeypatch.setattr(model_card, "data_revision", lambda *_: "afterwards" if pushed.wait(20) else "before")
     fields = small_runs.stage2_fields(tmp_path / "clip", inputs.vision, inputs.text, inputs.cache)
     pushing = {"push_to_hub": True, "hub_model_id": "tester/clip", "hub_token": TOKEN, "hub_strategy": "every_save"}

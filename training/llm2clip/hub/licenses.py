@@ -250,7 +250,8 @@ def check_license(folder: Path, repo_id: str, card: str, where: str | None = Non
     """
     data, text = split_card(card)
     bases, notice = bases_of(folder), read_notice(folder)
-    stated = license_model({}, data, bases, where or str(folder / CARD))
+    for fields, place in ((read_card(folder)[0], str(folder / CARD)), (data, where or str(folder / CARD))):
+        stated = license_model({}, fields, bases, place)
     binding = [str(base) for base in bases if base.binds]
     demands = {f"README.md has to state license: {stated.get('license')}": bool(data.get("license")) or not binding}
     for terms in terms_of(stated, bases):

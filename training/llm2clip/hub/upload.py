@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,12 +21,14 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from llm2clip.hub.cards.card import CARD, merge_cards, with_repo
+from llm2clip.hub.cards.card import CARD, MERGED_LISTS, merge_cards, split_card, with_repo
 from llm2clip.hub.cards.facts import EXAMPLE
 from llm2clip.utils.files import read_json
 from llm2clip.utils.library_errors import wrap_read_errors
 from llm2clip.utils.logs import shortened
 from llm2clip.utils.manifests import MODEL_MANIFEST
+
+logger = logging.getLogger(__name__)
 
 # The Hub client lets the connection errors of its HTTP library through and has no public class for them: httpx in
 # huggingface_hub 1, httpx2 in huggingface_hub 2.
@@ -43,6 +46,8 @@ STALE_FILES = (
     *("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json", "training_args.bin"),
     *("adapter_config.json", "adapter_model.safetensors", MODEL_MANIFEST, "model.sig"),
 )
+# Fields of a card that are united with those on the Hub, or that differ in an address only.
+UNITED_FIELDS = (*MERGED_LISTS, "model-index", "widget")
 # Files that a repo may contain before the first push.
 INITIAL_FILES = {".gitattributes", CARD, "LICENSE"}
 
@@ -200,7 +205,13 @@ def card_for(api: HfApi, repo_id: str, revision: str | None, card: str, theirs: 
     # A pull request is meant to become main.
     branch = "main" if revision is None or revision.startswith("refs/") else revision
     ours = with_repo(card, repo_id, f"{api.endpoint}/{repo_id}/resolve/{branch}/{EXAMPLE}")
-    return ours if theirs is None else merge_cards(theirs, ours)
+    if theirs is None:
+        return ours
+    merged = merge_cards(theirs, ours)
+    mine, result = split_card(ours)[0], split_card(merged)[0]
+    if kept := [key for key, value in mine.items() if result[key] != value and key not in UNITED_FIELDS]:
+        logger.warning("the card on the Hub keeps its own %s; change it there", ", ".join(kept))
+    return merged
 
 
 def upload_model(api: HfApi, repo_id: str, folder: Path, names: Iterable[str], **options: Any) -> Any:
