@@ -11,6 +11,7 @@ import json
 from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -318,45 +319,63 @@ def assign_rows(lengths: Sequence[int], capacity: int) -> tuple[list[int], list[
 class PackedBatch:
     """The positions of a padded batch's tokens in rows as long as its longest caption, or in a single row.
 
+    What is on the device is made of the mask there, without waiting for it.
+
     Args:
         attention_mask: `(batch, tokens)`, 1 for real tokens.
         order: `(batch, tokens)`, the 1-based position of each real token in its caption.
+        lengths: Number of real tokens of each caption.
         single_row: Whether all captions share one row, in their order.
     """
 
-    def __init__(self, attention_mask: Tensor, order: Tensor, single_row: bool = False) -> None:
-        lengths = order[:, -1].tolist()
+    def __init__(
+        self, attention_mask: Tensor, order: Tensor, lengths: Sequence[int], single_row: bool = False
+    ) -> None:
         self.ends = [0, *accumulate(lengths)]
+        self.longest = max(lengths, default=0)
         if single_row:
             self.width, self.num_rows = max(1, self.ends[-1]), 1
             rows, starts = [0] * len(lengths), self.ends[:-1]
         else:
-            self.width = max([1, *lengths])
+            self.width = max(1, self.longest)
             rows, starts, self.num_rows = assign_rows(lengths, self.width)
-        self.longest = max(lengths, default=0)
-        self.shape = attention_mask.shape
-        real, positions = attention_mask.bool(), order - 1
-        self.source = real.flatten().nonzero().squeeze(1)
-        first = [row * self.width + start for row, start in zip(rows, starts, strict=True)]
-        self.target = (torch.tensor(first, dtype=torch.long, device=order.device)[:, None] + positions)[real]
-        captions = torch.arange(1, len(lengths) + 1, device=order.device)[:, None].expand_as(order)
-        self.position_ids = self._rows(positions[real])
-        # 0 where a row is not full: such positions attend only to each other.
-        self.caption_ids = self._rows(captions[real])
+        self._first = [row * self.width + start for row, start in zip(rows, starts, strict=True)]
+        self._mask, self._order = attention_mask, order
 
-    def _rows(self, values: Tensor) -> Tensor:
-        rows = values.new_zeros(self.num_rows * self.width, *values.shape[1:])
-        return rows.index_copy(0, self.target, values).unflatten(0, (self.num_rows, self.width))
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all rows, with those that are not full."""
+        return self.num_rows * self.width
+
+    @cached_property
+    def target(self) -> Tensor:
+        """The place of each token of the padded batch in the rows, `(batch * tokens,)`; that after them if padding."""
+        first = torch.tensor(self._first, dtype=torch.long).to(self._order.device, non_blocking=True)
+        return torch.where(self._mask.bool(), first[:, None] + self._order - 1, self.num_tokens).flatten()
+
+    @cached_property
+    def position_ids(self) -> Tensor:
+        """`(rows, width)`, the 0-based position of each token in its caption."""
+        return self.pack(self._order - 1)
+
+    @cached_property
+    def caption_ids(self) -> Tensor:
+        """`(rows, width)`, from 1; 0 where a row is not full: such positions attend only to each other."""
+        captions = torch.arange(1, len(self._first) + 1, device=self._order.device)
+        return self.pack(captions[:, None].expand_as(self._order))
 
     def pack(self, values: Tensor) -> Tensor:
         """Rearrange `(batch, tokens, ...)` to `(rows, width, ...)`, zero where a row is not full."""
-        return self._rows(values.flatten(0, 1)[self.source])
+        rows = values.new_zeros(self.num_tokens + 1, *values.shape[2:])
+        rows = rows.index_copy(0, self.target, values.flatten(0, 1))[:-1]
+        return rows.unflatten(0, (self.num_rows, self.width))
 
     def unpack(self, states: Tensor) -> Tensor:
         """Rearrange `(rows, width, ...)` to `(batch, tokens, ...)`, zero at the padding."""
-        batch = states.new_zeros(self.shape[0] * self.shape[1], *states.shape[2:])
-        target, source = self.target.to(states.device), self.source.to(states.device)
-        return batch.index_copy(0, source, states.flatten(0, 1)[target]).unflatten(0, self.shape)
+        target, flat = self.target.to(states.device), states.flatten(0, 1)
+        is_padding = (target == self.num_tokens).view(-1, *(1 for _ in flat.shape[1:]))
+        tokens = flat.index_select(0, target.clamp(max=self.num_tokens - 1)).masked_fill(is_padding, 0)
+        return tokens.unflatten(0, self._mask.shape)
 
     def visible(self) -> Tensor:
         """Return the boolean mask `(rows, 1, width, width)` of the token pairs in the same caption."""
@@ -405,6 +424,6 @@ def packed_mask(decoder: Any, packed: PackedBatch) -> dict[str, Any]:
     if takes_additive_mask(decoder):
         return {"attention_mask": additive_mask(decoder, packed.visible())}
     # Flash attention knows the captions of a single row by their boundaries.
-    ends = torch.tensor(packed.ends, dtype=torch.int32, device=packed.caption_ids.device)
+    ends = torch.tensor(packed.ends, dtype=torch.int32).to(packed.target.device, non_blocking=True)
     lengths = {"max_length_q": packed.longest, "max_length_k": packed.longest}
     return {"attention_mask": None, "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, **lengths}

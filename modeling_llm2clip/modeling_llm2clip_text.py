@@ -402,18 +402,17 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         single_row = config._attn_implementation in VARIABLE_LENGTHS and IS_CAUSAL_COUNTS
         if not single_row and not takes_additive_mask(decoder):
             return None
-        packed = PackedBatch(attention_mask, order, single_row)
+        if own_attention and not self.exact_packing.get(config._attn_implementation, packs_by_flags(decoder)):
+            return None
+        # The one time that a forward waits for the device.
+        packed = PackedBatch(attention_mask, order, order[:, -1].tolist(), single_row)
         # Packing must save enough to make up for its larger mask.
         limit = attention_mask.numel() - 1 if single_row else 0.9 * attention_mask.numel()
-        if packed.position_ids.numel() > limit:
+        if packed.num_tokens > limit:
             return None
-        if own_attention:
-            # A mask of captions replaces that of a window.
-            reach = window_reach(config)
-            fits = reach is None or packed.longest <= reach
-            known = self.exact_packing.get(config._attn_implementation, packs_by_flags(decoder))
-            return packed if fits and known else None
-        return packed
+        # A mask of captions replaces that of a window.
+        reach = window_reach(config) if own_attention else None
+        return packed if reach is None or packed.longest <= reach else None
 
     def encode(
         self,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModel
 
 from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel
@@ -112,3 +114,55 @@ def test_the_window_of_a_plain_llm_is_lifted(model_type: str, flash: FlashOnCPU)
     assert flash.sequences
     causal = LLM2CLIPTextConfig(decoder_config=tiny.decoder_config(model_type), bidirectional=False)
     assert causal.decoder_config.sliding_window == 4
+
+
+class Waits(TorchFunctionMode):
+    """Lists the calls of the model's code for which the host would wait for a GPU.
+
+    They read values, have an outcome whose shape depends on values, or copy a list to the device.
+    """
+
+    READ = ("tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "equal", "allclose")
+    SHAPED = ("nonzero", "argwhere", "masked_select", "unique", "bincount", "repeat_interleave")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        index = args[1:2] if name in ("__getitem__", "__setitem__") else ()
+        index = index[0] if index and isinstance(index[0], tuple) else index
+        by_mask = any(isinstance(part, Tensor) and part.dtype == torch.bool for part in index)
+        made = name in ("tensor", "as_tensor") and kwargs.get("device") is not None
+        if name in (*self.READ, *self.SHAPED) or by_mask or made:
+            frame = sys._getframe(1)
+            if frame.f_globals["__name__"].startswith("modeling_llm2clip."):
+                self.calls.append(f"{name} in line {frame.f_lineno} of {frame.f_code.co_filename}")
+        return func(*args, **kwargs)
+
+
+def waits_of(model: Any, inputs: dict[str, Tensor]) -> list[str]:
+    with Waits() as waits:
+        model(**inputs)
+    return waits.calls
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flash"])
+def test_a_packed_forward_waits_once_for_the_gpu(attention: str, flash: FlashOnCPU) -> None:
+    model = with_flash() if attention == "flash" else tiny.text_model()
+    inputs = batch("left")
+    assert tokens_of_decoder(model, inputs)[1] < inputs["input_ids"].numel()
+    assert len(waits := waits_of(model, inputs)) == 1, waits
+
+
+@pytest.mark.parametrize(
+    ("why", "waits"), [("own attention", 0), ("causal", 0), ("little padding", 1), ("no mask", 0)]
+)
+def test_a_forward_that_is_not_packed_waits_only_for_the_lengths_that_decide_it(why: str, waits: int) -> None:
+    fields = {"own attention": {"bidirectional": None}, "causal": {"bidirectional": False}}.get(why, {})
+    model, inputs = tiny.text_model(**fields), batch("left", [20] * 9 if why == "little padding" else LENGTHS)
+    if why == "no mask":
+        del inputs["attention_mask"]
+    assert tokens_of_decoder(model, inputs)[1] == inputs["input_ids"].numel()
+    assert len(found := waits_of(model, inputs)) == waits, found

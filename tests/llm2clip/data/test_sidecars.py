@@ -8,18 +8,20 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
 import torch
 
 from llm2clip.data import CaptionSource
-from llm2clip.data.shards import ShardedSource, SourceShard
+from llm2clip.data.shards import ShardedSource, ShardText, SourceShard, read_captions, source_checksum
 from llm2clip.data.sidecars import SidecarFolder, SourceSidecars
 from llm2clip.encoders.embed_shards import ShardCounts, ShardEmbedder, list_jobs
 from llm2clip.store import MissingCaptionError, StoreDamagedError, StoreManifest, StoreMismatchError
 from llm2clip.store.store import lies_beside_shards
 from llm2clip.utils.files import sha256, temporary_name
+from llm2clip.verification import verify
 from tests.builders.tables import write_table
 from tests.damage import flip
 from tests.llm2clip.encoders.shards import Counting, description, embed, write_shards
@@ -47,7 +49,8 @@ def test_a_sidecar_has_the_distinct_captions_of_its_shard(tmp_path: Path) -> Non
     assert (manifest.bytes, manifest.checksum) == (rows.stat().st_size, sha256(rows))
     file = manifest.source
     assert file is not None
-    assert (file.rows, file.bytes, file.checksum) == (3, path.stat().st_size, f"sha256:{sha256(path)}")
+    assert (file.rows, file.bytes) == (3, path.stat().st_size)
+    assert file.checksum == source_checksum(str(path), ["caption", "other"])
     assert lies_beside_shards(tmp_path)
 
 
@@ -158,3 +161,63 @@ def test_a_shard_without_rows_is_embedded(tmp_path: Path) -> None:
     assert embed(source, out).failed == []
     assert embed(source, out).done_before == 2
     assert SourceSidecars(out, ShardedSource(source).shards).check(["caption"]).row_counts == [0, 3]
+
+
+def bytes_read() -> int:
+    """What this process has read so far, of any file."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def write_pictures(path: Path, size: int, caption: str = "a dog", rows: int = 60) -> CaptionSource:
+    files = [(f"{row}.{end}", x) for row in range(rows) for end, x in (("jpg", b"x" * size), ("txt", b"cat %d" % row))]
+    write_tar(path, [*files[:-1], (files[-1][0], caption.encode())])
+    return CaptionSource(str(path), caption_columns=["txt"], streaming=True)
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="only Linux counts what is read")
+def test_the_pictures_of_a_tar_are_not_read_to_embed_its_captions(tmp_path: Path) -> None:
+    """But for those of its first rows, by which `datasets` finds the columns."""
+    embed(write_pictures(tmp_path / "warm.tar", 10), tmp_path / "out")
+    source = write_pictures(tmp_path / "data" / "0.tar", 200_000)
+    size, begin = (tmp_path / "data" / "0.tar").stat().st_size, bytes_read()
+    assert embed(source, tmp_path / "out").captions == 60
+    assert bytes_read() - begin < size / 4
+    begin = bytes_read()
+    os.utime(tmp_path / "data" / "0.tar")
+    assert embed(source, tmp_path / "out").done_before == 1
+    assert verify.run(verify.VerifyConfig(folder=str(tmp_path / "out")))["num_captions"] > 60
+    assert bytes_read() - begin < size / 2
+
+
+def test_other_pictures_are_no_reason_to_embed_captions_again(tmp_path: Path) -> None:
+    path, out, calls = tmp_path / "data" / "0.tar", tmp_path / "out", Counting()
+    source = write_pictures(path, 1000)
+    embed(source, out)
+    write_pictures(path, 5000)
+    shards = ShardedSource(source).shards
+    with pytest.raises(MissingCaptionError, match=r"0\.tar has .* bytes, .* when it was embedded.*llm2clip embed"):
+        SourceSidecars(out, shards).check(["txt"])
+    assert verify.run(verify.VerifyConfig(folder=str(out)))["num_captions"] == 60
+    assert embed(source, out, calls).done_before == 1
+    assert not calls.texts
+    assert SourceSidecars(out, shards).check(["txt"]).row_counts == [60]
+    write_pictures(path, 5000, "a cat")  # as long as before
+    with pytest.raises(verify.DamagedError, match="1 faults in "):
+        verify.run(verify.VerifyConfig(folder=str(out)))
+    assert embed(source, out, calls).done_before == 0
+    assert calls.texts.count("a cat") == 1
+
+
+def test_the_captions_of_a_file_that_has_moved_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    embed(write_pictures(tmp_path / "one" / "0.tar", 10), tmp_path / "out")
+    (tmp_path / "one").rename(tmp_path / "two")
+    source, read = CaptionSource(str(tmp_path / "two" / "0.tar"), caption_columns=["txt"], streaming=True), list[Any]()
+
+    def counted(*arguments: Any) -> ShardText:
+        read.append(arguments)
+        return read_captions(*arguments)
+
+    monkeypatch.setattr("llm2clip.data.shards.read_captions", counted)
+    for _ in range(3):
+        assert embed(source, tmp_path / "out").done_before == 1
+    assert len(read) == 1

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import posixpath
 import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +21,13 @@ from llm2clip.data.shard_rows import RowRange, cut_parquet, open_shards
 from llm2clip.data.sources import CaptionSource, open_source
 from llm2clip.utils.library_errors import wrap_read_errors
 from llm2clip.utils.remote_path import protocols
-from llm2clip.utils.shared_files import stored_sha256
+from llm2clip.utils.shared_files import shared_file
 
 # Footers of parquet files that are read at the same time.
 FOOTERS_AT_ONCE = 16
 MAGIC = re.compile(r"[*?\[]")
+# How what the captions of a local file are known by begins.
+OF_CAPTIONS = "captions:"
 
 
 class SourceShard(NamedTuple):
@@ -49,7 +54,7 @@ class ShardText:
         captions: The distinct ones, in order of first appearance by row, column and list entry.
         columns: Columns that were read.
         rows: Number of rows.
-        size, checksum: Bytes of the file, and its checksum; see [`source_checksum`].
+        size, checksum: Bytes of the file, and what its captions are known by; see [`source_checksum`].
     """
 
     columns: list[str]
@@ -103,14 +108,16 @@ class ShardedSource:
         Raises:
             SourceError: The file cannot be read, is cut short, or a caption is not text.
         """
-        text = ShardText(list(self.source.caption_columns))
+        text, digest = ShardText(list(self.source.caption_columns)), hashlib.sha256()
         part = None if shard.part is None else range(*shard.part[:2])
         with wrap_read_errors(shard.path, SourceError):
-            text.size, text.checksum = source_size(shard.path), source_checksum(shard.path)
+            text.size = source_size(shard.path)
             for _, row in self._rows.read(shard.number, part):
-                captions = [caption for column in text.columns for caption in column_texts(row, column)]
-                text.captions.update(dict.fromkeys(captions))
+                captions = [column_texts(row, column) for column in text.columns]
+                digest.update(json.dumps(captions).encode())
+                text.captions.update(dict.fromkeys(caption for texts in captions for caption in texts))
                 text.rows += 1
+            text.checksum = OF_CAPTIONS + digest.hexdigest() if _is_local(shard.path) else stated_checksum(shard.path)
         return text
 
 
@@ -120,17 +127,45 @@ def source_size(path: str) -> int:
     return int(files.size(name))
 
 
-def source_checksum(path: str) -> str | None:
-    """Return the SHA-256 of a local file, computed once on this machine as long as the file stays as it is.
+def read_captions(path: str, columns: Sequence[str], part: RowRange | None = None) -> ShardText:
+    """Read the captions of a file or a part of it, in these columns; see [`ShardedSource.read`]."""
+    source = ShardedSource(CaptionSource(path, caption_columns=list(columns), streaming=True))
+    return source.read(source.shards[0]._replace(part=part))
 
-    Of a remote file it is what its file system states without reading it, or None.
+
+def source_checksum(path: str, columns: Sequence[str], part: RowRange | None = None) -> str | None:
+    """Return what the captions of a file, or of a part of it, are known by.
+
+    Of a local file it is the SHA-256 of those in these columns, by row, which are read once on this machine as long as
+    the file stays as it is; images are not read. Of a remote file it is what its file system states without reading
+    it, or None.
+
+    Raises:
+        SourceError: The file cannot be read, or lacks a column.
     """
+    if not _is_local(path):
+        return stated_checksum(path)
+    status = os.stat(path)
+    state = status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
+    identity = {"path": os.path.abspath(path), "state": state, "columns": list(columns), "part": part}
+    kept = shared_file("captions", identity, lambda file: _write(file, read_captions(path, columns, part)))
+    return kept.read_text(encoding="utf-8")
+
+
+def _write(file: Path, text: ShardText) -> None:
+    file.write_text(str(text.checksum), encoding="utf-8")
+
+
+def stated_checksum(path: str) -> str | None:
+    """Return what the file system of a remote file states by which its content is known, or None."""
     files, name = fsspec.core.url_to_fs(path)
-    if "file" in protocols(files):
-        return f"sha256:{stored_sha256(Path(name))}"
     entry = files.info(name)
     stated = next((entry[field] for field in ("ETag", "etag", "md5", "sha256") if entry.get(field)), None)
     return None if stated is None else f"stated:{stated}"
+
+
+def _is_local(path: str) -> bool:
+    return "file" in protocols(fsspec.core.url_to_fs(path)[0])
 
 
 def name_shards(source: str, files: list[str]) -> list[SourceShard]:

@@ -7,7 +7,6 @@ list of all captions exists anywhere.
 
 from __future__ import annotations
 
-import functools
 import glob
 import posixpath
 import re
@@ -23,9 +22,9 @@ from weakref import WeakValueDictionary
 import numpy as np
 from torch import Tensor
 
-from llm2clip.data.formats import COMPRESSIONS
+from llm2clip.data.formats import COMPRESSIONS, SourceError
 from llm2clip.data.shard_rows import RowRange
-from llm2clip.data.shards import ShardText, SourceShard, source_checksum, source_size
+from llm2clip.data.shards import OF_CAPTIONS, ShardText, SourceShard, read_captions, source_checksum, source_size
 from llm2clip.store.manifest import (
     MANIFEST_SUFFIX,
     ROWS_SUFFIX,
@@ -38,7 +37,7 @@ from llm2clip.store.manifest import (
 )
 from llm2clip.store.shards import ShardFile, write_rows
 from llm2clip.store.store import BESIDE, EmbeddingCache
-from llm2clip.utils.files import require_writable, sha256
+from llm2clip.utils.files import require_writable
 from llm2clip.utils.locks import file_lock
 from llm2clip.utils.manifests import Fault, Verified
 from llm2clip.utils.remote_path import READ_ONLY, AnyPath, local_copy, open_path
@@ -126,6 +125,8 @@ class SidecarFolder:
     def is_embedded(self, shard: SourceShard, encoder: StoreManifest, columns: Sequence[str]) -> bool:
         """Tell whether a shard, as it is now, has a whole sidecar with the captions of these columns.
 
+        Where other parts of it have changed than captions, the manifest gets its new size.
+
         Raises:
             StoreMismatchError: Another encoder made it.
         """
@@ -147,6 +148,8 @@ class SidecarFolder:
                 f"({encoder.encoder}). Choose another output_dir, or delete the sidecars to start again."
             )
         if self._is_of(shard, manifest):
+            if whole and source.bytes != (size := source_size(shard.path)):
+                replace(manifest, source=replace(source, bytes=size)).write(path)
             return whole and set(columns) <= set(source.columns)
         if source.path not in (None, self._elsewhere(shard)):
             raise StoreMismatchError(
@@ -163,22 +166,27 @@ class SidecarFolder:
         return None if path.parent == self.rows_path(shard).parent else str(path)
 
     def _is_of(self, shard: SourceShard, manifest: StoreManifest) -> bool:
-        """Tell whether a shard is what was embedded: tars with other captions often have the same size.
+        """Tell whether a shard has the captions that were embedded.
 
-        A local one that has changed since its manifest was written, or is in another place, is read for that.
+        Those of a local one that has changed since its manifest was written, or is in another place, are read for
+        that.
         """
         path, file = self.manifest_path(shard), open_path(shard.path)
         source = source_of(manifest, path)
-        if source.bytes != source_size(shard.path):
-            return False
-        if source.path in (None, self._elsewhere(shard)):
+        is_here = source.path in (None, self._elsewhere(shard))
+        has_size = source.bytes == source_size(shard.path)
+        if is_here and has_size:
             if not isinstance(file, Path):
                 return True
             # `ctime` changes with the content also where the time of the content is kept.
             changed = max(file.stat().st_mtime_ns, file.stat().st_ctime_ns)
             if isinstance(path, Path) and changed <= path.stat().st_mtime_ns:
                 return True
-        return source_checksum(shard.path) == source.checksum
+        try:
+            fits = source_checksum(shard.path, source.columns, shard.part) == source.checksum
+        except SourceError:  # which the reading of the shard says
+            return False
+        return fits and (has_size or isinstance(file, Path))
 
 
 class CheckedSidecars(NamedTuple):
@@ -333,27 +341,31 @@ def _misfit(
 
 
 def verify_sources(folder: AnyPath, manifests: Mapping[AnyPath, StoreManifest], contents: bool = True) -> Verified:
-    """Compare local shards, wherever they are, with the manifests of the sidecars below a folder.
+    """Compare the captions of local shards, wherever they are, with the manifests of the sidecars below a folder.
 
     Args:
         folder: Local, or a URL.
         manifests: All manifests below it.
-        contents: Read the shards.
+        contents: Read the captions of the shards.
     """
-    verified, checksum = Verified(), functools.lru_cache(sha256)  # the parts of a file are of one
+    verified = Verified()
     for path, manifest in manifests.items() if contents else ():
         source = manifest.source
-        if source is None or source.checksum is None:
+        if source is None or not (source.checksum or "").startswith(OF_CAPTIONS):
             continue
         if source.path is not None and "://" in source.path:
             continue
         file = path.with_name(source.name) if source.path is None else Path(source.path)
         fix = f"restore that shard, or delete {path} and run `llm2clip embed` on the source again"
+        if not isinstance(file, Path) or not file.is_file():
+            continue
         try:
-            if isinstance(file, Path) and file.is_file() and f"sha256:{checksum(file)}" != source.checksum:
-                verified.faults.append(Fault(f"the shard {file} has changed since it was embedded", fix))
-        except OSError as error:
-            verified.faults.append(Fault(f"the shard {file} cannot be read ({error.strerror})", fix))
+            if read_captions(str(file), source.columns, row_range(manifest)).checksum != source.checksum:
+                verified.faults.append(
+                    Fault(f"the captions of the shard {file} have changed since they were embedded", fix)
+                )
+        except (SourceError, OSError) as error:
+            verified.faults.append(Fault(f"the captions of the shard {file} cannot be read ({error})", fix))
     for unfinished in sorted(map(str, folder.rglob(f".*{BESIDE}.*.tmp"))):
         verified.remarks.append(f"{unfinished} is what a run has not finished: it still writes it, or was killed.")
     return verified

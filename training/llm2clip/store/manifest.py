@@ -65,7 +65,8 @@ class SourceFile:
 
     Attributes:
         name: Its name.
-        bytes, checksum: Its size and SHA-256; of a remote one what its file system states, or None.
+        bytes, checksum: Its size, and the SHA-256 of its captions; of a remote one what its file system states, or
+            None.
         rows: Rows of the file, or of its part.
         columns: Columns that were read.
         part: The fields of [`RowRange`](llm2clip.data.shard_rows.RowRange) if these are the rows of a part of it.
