@@ -27,8 +27,6 @@ from modeling_llm2clip.modeling_llm2clip_utils import ACCELERATOR_BATCH_TOKENS
 FLOAT = 4
 # Tiles of logits that the loss holds at once: logits, their exponentials, their gradients.
 TILES = 3
-# What FSDP holds gathered: the layer at work and the next one.
-GATHERED_LAYERS = 2
 
 
 class Work(NamedTuple):
@@ -142,17 +140,15 @@ def _embedding(tower: Any) -> Callable[[int, int], list[Tensor]]:
 
 
 def _token_loss(config: MNTPRecipe, tower: Any) -> Callable[[int, int], list[Tensor]]:
-    decoder, dtype = tower.config.decoder_config, next(tower.decoder.parameters()).dtype
-    head = tower.get_input_embeddings()
-    if not decoder.tie_word_embeddings:
-        shape = (decoder.hidden_size, decoder.vocab_size)
-        head = nn.Linear(*shape, bias=False, dtype=dtype, device="meta").requires_grad_(False)
-        tower.add_module("head", head)
+    # The head is the token embeddings, or as large.
+    if not tower.config.decoder_config.tie_word_embeddings:
+        tower.register_buffer("head", torch.empty_like(tower.get_input_embeddings().weight))
 
     def forward(rows: int, tokens: int) -> list[Tensor]:
         states = tower(input_ids=torch.zeros(rows, config.block_size, dtype=torch.long)).last_hidden_state
         scored = max(1, int(rows * config.block_size * config.mlm_probability))
-        logits = F.linear(states.flatten(0, 1)[:scored].to(dtype), head.weight).float()
+        head = getattr(tower, "head", tower.get_input_embeddings().weight)
+        logits = F.linear(states.flatten(0, 1)[:scored].to(head.dtype), head).float()
         return [F.cross_entropy(logits, torch.zeros(scored, dtype=torch.long), reduction="sum")]
 
     return forward
@@ -202,11 +198,9 @@ def count_step(config: StageConfig | EmbedConfig, work: Work, gpus: int, tokens:
             activations += FLOAT * (2 * (columns + work.rows) * work.width + tiles)
         if work.tower is not None:
             # Without gradients, what a layer makes is gone when the next one runs.
-            frozen = KeptTensors(work.tower.requires_grad_(True).train())
-            _run_layers(work.tower, frozen.recompute)
-            frozen.count(
-                lambda: _embedding(work.tower)(max(1, ACCELERATOR_BATCH_TOKENS // work.longest), work.longest)
-            )
+            rows, frozen = max(1, ACCELERATOR_BATCH_TOKENS // work.longest), KeptTensors(work.tower)
+            _run_layers(work.tower.requires_grad_(True).train(), frozen.recompute)
+            frozen.count(lambda: _embedding(work.tower)(rows, work.longest))
             work.tower.requires_grad_(False)
             activations += frozen.largest_layer
     return activations, work.passes * flops / 2
@@ -236,34 +230,25 @@ def count_memory(
     """
     half = isinstance(config, StageConfig) and (config.bf16 or config.fp16)
     tensors, chunked = [*work.model.parameters(), *work.model.buffers()], work.chunk < work.rows
-    trained, weights = bytes_of(tensors, trained=True), bytes_of(tensors)
+    frozen, trained = (sum(x.nbytes for x in tensors if x.requires_grad is grad) for grad in (False, True))
     # DDP reduces gradients in buckets, which together are as large; the chunks of a batch sum theirs beside them.
     gradients, states = trained * (1 + (gpus > 1) + chunked), trained / FLOAT * state_bytes
-    memory = {"one GPU" if gpus == 1 else "DDP": {"weights": weights, "gradients": gradients, "states": states}}
+    parts = {"weights": frozen + trained, "gradients": gradients, "states": states}
+    memory = {"one GPU" if gpus == 1 else "DDP": parts}
     if gpus > 1 and trained:
-        # Accelerate trains float32 weights under mixed precision, and gathers them in 16 bits.
+        # Accelerate trains float32 weights under mixed precision, and gathers them in 16 bits: two layers, the one at
+        # work and the next, and what is in none.
         count = sum(x.numel() for x in tensors if x.requires_grad)
-        divided = max(trained, FLOAT * count) if half else trained
-        layers = [
-            [*layer.parameters()] for layer in work.model.modules() if isinstance(layer, GradientCheckpointingLayer)
-        ]
-        *sizes, whole = (
-            sum(x.numel() * (2 if half else x.element_size()) for x in part) for part in (*layers, tensors)
-        )
+        trained = max(trained, FLOAT * count) if half else trained
+        layers = [[*x.parameters()] for x in work.model.modules() if isinstance(x, GradientCheckpointingLayer)]
+        sizes = [sum(x.numel() * (2 if half else x.element_size()) for x in part) for part in (*layers, tensors)]
+        gathered = sizes.pop() - sum(sizes) + 2 * max(sizes, default=0)
         memory["FSDP"] = {
-            "weights": (weights - trained + divided) / gpus
-            + whole
-            - sum(sizes)
-            + GATHERED_LAYERS * max(sizes, default=0),
-            "gradients": divided / gpus + FLOAT * count * chunked,
-            "states": divided / FLOAT * state_bytes / gpus,
+            "weights": (frozen + trained) / gpus + gathered,
+            "gradients": trained / gpus + FLOAT * count * chunked,
+            "states": trained / FLOAT * state_bytes / gpus,
         }
     for needed in memory.values():
         needed["activations"] = activations
         needed["total"] = sum(needed.values())
     return memory
-
-
-def bytes_of(tensors: list[Tensor], trained: bool = False) -> int:
-    """Bytes of weights, or of those among them that are trained."""
-    return sum(x.nbytes for x in tensors if x.requires_grad or not trained)

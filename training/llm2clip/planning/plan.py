@@ -8,9 +8,10 @@ from math import ceil
 from typing import Any, Literal
 
 from rich.console import Console
+from torch import nn
 
 from llm2clip.encoders.embed import EmbedConfig
-from llm2clip.planning.counts import bytes_of, count_memory, count_step, make_work
+from llm2clip.planning.counts import count_memory, count_step, make_work
 from llm2clip.recipes import field_places, find_recipe, load_recipe
 from llm2clip.trainers.base_config import StageConfig
 from llm2clip.trainers.mntp_config import MNTPRecipe
@@ -34,7 +35,7 @@ STATES = {
     **{"adamw_bnb_8bit": 2, "adamw_8bit": 2, "paged_adamw_8bit": 2},
 }
 # A stored embedding has this key beside its values.
-KEY_BYTES, VALUE_BYTES = 16, {"float32": 4, "float16": 2, "bfloat16": 2}
+KEY_BYTES, BYTES = 16, {"float32": 4, "float16": 2, "bfloat16": 2}
 GIB, GB, MB, MILLION = 2**30, 1e9, 1e6, 1_000_000
 PARTS = {"weights": "weights", "gradients": "grads", "states": "optim", "activations": "activ", "total": "total"}
 NOT_MEASURED = (
@@ -106,36 +107,41 @@ def run(config: PlanConfig) -> dict[str, Any]:
 
 def make_plan(config: PlanConfig, settings: StageConfig | EmbedConfig) -> dict[str, Any]:
     """Compute what a run with these settings takes: numbers by name, memory and disk in bytes."""
-    work, rows = make_work(settings, config.longest), config.rows or MILLION
+    work = make_work(settings, config.longest)
     activations, flops = count_step(settings, work, config.gpus, config.tokens)
-    tensors = [*work.model.parameters(), *work.model.buffers()]
-    trained = sum(tensor.numel() for tensor in tensors if tensor.requires_grad)
     if isinstance(settings, EmbedConfig):
         states, use = 0, config.encoding_use
-        units = rows * max((len(source.get("caption_columns", [""])) for source in settings.sources), default=1)
-        size: dict[str, Any] = {"captions": units, "whole_run": config.rows is not None}
-        size["disk"] = {"embeddings": units * (VALUE_BYTES[settings.cache_dtype] * work.width + KEY_BYTES)}
+        columns = [len(source.get("caption_columns", [""])) for source in settings.sources]
+        size: dict[str, Any] = {"captions": (config.rows or MILLION) * max(columns, default=1)}
+        units = size["captions"]
+        disk: dict[str, Any] = {"embeddings": units * (BYTES[settings.cache_dtype] * work.width + KEY_BYTES)}
     else:
-        states, use = state_bytes(settings), config.training_use
+        optimizer = str(getattr(settings.optim, "value", settings.optim))
+        if optimizer not in STATES:
+            raise ValueError(f"the plan does not know the states of optim {optimizer}; it knows {', '.join(STATES)}.")
+        states, use = STATES[optimizer], config.training_use
         size = _steps(config, settings)
-        units = size["rows"]
-        size["disk"] = _disk(settings, bytes_of(tensors, trained=True), bytes_of(tensors), size, rows)
+        units, disk = size["rows"], _disk(settings, work.model, states, size, config.rows or MILLION)
     memory: dict[str, Any] = count_memory(settings, work, activations, config.gpus, states)
     usable = config.gpu_memory * (1 - config.reserve) * GIB
     for needed in memory.values():
         needed["fits"] = needed["total"] <= usable
     peak = PEAK[config.gpu] if config.peak_tflops is None else config.peak_tflops * 1e12
     names = ("model_name_or_path", "vision_model_name_or_path", "text_model_name_or_path")
+    tensors = [*work.model.parameters(), *work.model.buffers()]
+    frozen, trained = (sum(x.numel() for x in tensors if x.requires_grad is grad) for grad in (False, True))
     return {
         "models": [str(model) for name in names if (model := getattr(settings, name, None))],
         "gpus": config.gpus,
         "usable_bytes": usable,
         "measured": False,
         "memory": memory,
-        "parameters": {"trained": trained, "frozen": sum(tensor.numel() for tensor in tensors) - trained},
+        "parameters": {"trained": trained, "frozen": frozen},
+        **size,
+        "whole_run": config.rows is not None or getattr(settings, "max_steps", 0) > 0,
         "hours": hours(units * flops, use, config.gpus, peak),
         "flops_per_row": flops,
-        **size,
+        "disk": disk,
     }
 
 
@@ -144,15 +150,7 @@ def hours(flops: float, use: float, gpus: int, peak: float) -> float:
     return flops / (peak * use * gpus * (SCALING if gpus > 1 else 1)) / 3600
 
 
-def state_bytes(settings: StageConfig) -> int:
-    """Bytes of the optimizer per trained parameter of four bytes; ValueError if the optimizer is unknown."""
-    optimizer = getattr(settings.optim, "value", settings.optim)
-    if optimizer not in STATES:
-        raise ValueError(f"the plan does not know the states of optim {optimizer}; it knows {', '.join(STATES)}.")
-    return STATES[optimizer]
-
-
-def _steps(config: PlanConfig, settings: StageConfig) -> dict[str, Any]:
+def _steps(config: PlanConfig, settings: StageConfig) -> dict[str, int]:
     """Return the batch, and how long the training is, or a part of a million rows."""
     batch = settings.per_device_train_batch_size * config.gpus
     if config.rows is not None and config.rows < batch and settings.dataloader_drop_last:
@@ -164,23 +162,20 @@ def _steps(config: PlanConfig, settings: StageConfig) -> dict[str, Any]:
     if steps <= 0:
         epochs = 1.0 if config.rows is None else settings.num_train_epochs
         steps = max(1, int((config.rows or MILLION) * epochs / step))
-    whole = settings.max_steps > 0 or config.rows is not None
-    return {"batch": batch, "rows_per_step": step, "rows": steps * step, "steps": steps, "whole_run": whole}
+    return {"batch": batch, "rows_per_step": step, "rows": steps * step, "steps": steps}
 
 
-def _disk(settings: StageConfig, trained: int, weights: int, size: dict[str, Any], rows: int) -> dict[str, Any]:
+def _disk(settings: StageConfig, model: nn.Module, states: int, size: dict[str, int], rows: int) -> dict[str, Any]:
     """Return the bytes of a checkpoint, how many are kept, and the bytes of the result."""
-    strategy, every = getattr(settings.save_strategy, "value", settings.save_strategy), settings.save_steps
-    made = {
-        "no": 0,
-        "epoch": ceil(size["rows"] / rows),
-        "steps": max(1, int(size["steps"] // every if every >= 1 else 1 / every)),
-    }
-    kept = made.get(strategy, settings.save_total_limit or 1)
+    tensors = [*model.parameters(), *model.buffers()]
+    weights, trained = sum(x.nbytes for x in tensors), sum(x.nbytes for x in tensors if x.requires_grad)
+    strategy, every = str(getattr(settings.save_strategy, "value", settings.save_strategy)), settings.save_steps
+    by_steps = size["steps"] // every if every >= 1 else 1 // every
+    limit = settings.save_total_limit
+    made = {"no": 0, "epoch": ceil(size["rows"] / rows), "steps": max(1, int(by_steps))}.get(strategy, limit or 1)
     return {
-        "checkpoint": (trained if getattr(settings, "lora_rank", 0) else weights)
-        + trained / 4 * state_bytes(settings),
-        "checkpoints_kept": min(kept, settings.save_total_limit or kept),
+        "checkpoint": (trained if getattr(settings, "lora_rank", 0) else weights) + trained / 4 * states,
+        "checkpoints_kept": min(made, limit or made),
         "result": trained if getattr(settings, "save_format", "merged") == "adapter" else weights,
     }
 
