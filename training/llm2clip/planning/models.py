@@ -11,14 +11,10 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from llm2clip.convert.published import FOLDER
 from llm2clip.store import PairedCache
-from llm2clip.trainers.alignment import HEADS, freeze_maps, set_heads
-from llm2clip.trainers.closed_form import DEFAULT_WIDTH
-from llm2clip.trainers.freezing import image_size, prepare_joint_model
-from llm2clip.trainers.lora import add_lora
-from llm2clip.trainers.mntp_config import MNTPRecipe
-from llm2clip.trainers.run_stage2 import CONFIG_FIELDS
-from llm2clip.trainers.stage1_config import Stage1Recipe
-from llm2clip.trainers.stage2_config import NEW_MODEL_FIELDS, Stage2Recipe
+from llm2clip.trainers.freezing import prepare_joint_model
+from llm2clip.trainers.lora import add_lora, lora_arguments
+from llm2clip.trainers.stage2_config import Stage2Recipe
+from llm2clip.trainers.text_tower_config import TextTowerConfig
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPTextConfig, LLM2CLIPTextModel
 from modeling_llm2clip.modeling_llm2clip_decoder import (
     attention_kind,
@@ -27,23 +23,26 @@ from modeling_llm2clip.modeling_llm2clip_decoder import (
     text_model_class,
 )
 
-OUR_TYPES = (LLM2CLIPConfig.model_type, LLM2CLIPTextConfig.model_type)
+# Settings that decide the shapes of a new model, and the length of its texts.
+SHAPES = ("projection_dim", "adapter_num_layers", "vision_pooling", "visual_head")
+TEXT_FIELDS = ("pooling", "max_text_length", "bidirectional")
 
 
-def read_config(name: str | None, setting: str, revision: str | None = None) -> Any:
-    """Read the config of a model.
+def read_config(config: Any, setting: str) -> Any:
+    """Read the config of a model: of a Hub id, a folder, or the name of a folder of `hub_configs/`.
 
     Args:
-        name: Hub id, folder (its `config.json` is enough), or name of a folder of `hub_configs/`.
-        setting: The setting that gives the name, for error messages.
+        config: The settings of the recipe, of which `setting` has the name.
 
     Raises:
         ValueError: There is no such config, or it cannot be read from here.
     """
+    name = getattr(config, setting)
     if not name:
         raise ValueError(f"the plan needs {setting}: a Hub id, or a folder with a config.json.")
     packaged = FOLDER / name
     folder = str(packaged) if "/" not in name and packaged.is_dir() and not Path(name).is_dir() else name
+    revision = getattr(config, setting.replace("name_or_path", "revision"), None)
     try:
         return AutoConfig.from_pretrained(folder, revision=revision)
     except (OSError, ValueError) as error:
@@ -55,14 +54,13 @@ def read_config(name: str | None, setting: str, revision: str | None = None) -> 
         ) from None
 
 
-def text_config_of(name: str, setting: str, revision: str | None, **fields: Any) -> LLM2CLIPTextConfig:
-    """Read the config of a text tower, or make that of a plain text model with these fields; see `read_config`."""
-    config = read_config(name, setting, revision)
-    if config.model_type in OUR_TYPES:
-        return getattr(config, "text_config", config)
-    given = {key: value for key, value in fields.items() if value is not None}
-    inner = getattr(config, "text_config", config)
-    return LLM2CLIPTextConfig(decoder_config=inner, **{**encoder_fields(config), **given})
+def read_text_config(config: Any, setting: str) -> LLM2CLIPTextConfig:
+    """Read the config of a text tower, or make that of a plain text model with the recipe's fields."""
+    read = read_config(config, setting)
+    if read.model_type in (LLM2CLIPConfig.model_type, LLM2CLIPTextConfig.model_type):
+        return getattr(read, "text_config", read)
+    fields = {key: value for key in TEXT_FIELDS if (value := getattr(config, key, None)) is not None}
+    return LLM2CLIPTextConfig(decoder_config=getattr(read, "text_config", read), **{**encoder_fields(read), **fields})
 
 
 def _build(auto: Any, config: Any, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
@@ -86,46 +84,39 @@ def build_text_tower(config: LLM2CLIPTextConfig, dtype: str, attention: str | No
     return tower
 
 
-def trained_text_tower(config: Stage1Recipe | MNTPRecipe) -> LLM2CLIPTextModel:
+def build_trained_text_tower(config: TextTowerConfig) -> LLM2CLIPTextModel:
     """Build the text tower of stage 1 or MNTP with its LoRA on the meta device."""
-    prompt = {name: getattr(config, name) for name in ("pooling", "max_text_length", "bidirectional")}
-    text = text_config_of(config.model_name_or_path, "model_name_or_path", config.model_revision, **prompt)
-    model = build_text_tower(text, config.dtype, config.attn_implementation)
-    with torch.device("meta"):
-        add_lora(model, config)
+    text = read_text_config(config, "model_name_or_path")
+    model = build_text_tower(text, config.dtype, config.attn_implementation)  # type: ignore[attr-defined]
+    if config.lora_rank:
+        with torch.device("meta"):
+            add_lora(model, **lora_arguments(config))
     return model
 
 
-def trained_joint_model(config: Stage2Recipe) -> LLM2CLIPModel:
-    """Build the model of stage 2 on the meta device, without its LLM, with what is frozen in it."""
-    if config.alignment == "closed_form":
-        raise ValueError("alignment: closed_form trains nothing, so that there is nothing to plan: it takes minutes.")
-    if config.model_name_or_path is not None:
-        joint = read_config(config.model_name_or_path, "model_name_or_path")
-        with torch.device("meta"):
-            tower = _build(AutoModel, joint.vision_config, torch.float32, config.attn_implementation)
-            model = LLM2CLIPModel(joint, text_model=False, vision_model=tower)
+def build_trained_joint_model(config: Stage2Recipe) -> LLM2CLIPModel:
+    """Build the model of stage 2 on the meta device, with its LLM only if that runs, and with what is frozen in it."""
+    joint = read_config(config, "model_name_or_path") if config.model_name_or_path is not None else None
+    vision = joint or read_config(config, "vision_model_name_or_path")
+    pair = next((folder for folder in config.caches if isinstance(folder, tuple)), None)
+    if joint is not None:
+        text = joint.text_config
+    elif pair:
+        text = LLM2CLIPTextConfig(encoders=PairedCache.of_folders(pair, verify=False).encoders)
     else:
-        vision_name = config.vision_model_name_or_path
-        vision = read_config(vision_name, "vision_model_name_or_path", config.vision_model_revision)
-        pair = next((folder for folder in config.caches if isinstance(folder, tuple)), None)
-        text_name = None if pair else config.text_model_name_or_path
-        if pair:
-            text = LLM2CLIPTextConfig(encoders=PairedCache.of_folders(pair, verify=False).encoders)
-        else:
-            text = text_config_of(text_name or "", "text_model_name_or_path", config.text_model_revision)
-        given = {name: getattr(config, name) for name in NEW_MODEL_FIELDS if name != "logit_scale_init_value"}
-        fields = {name: value for key, value in given.items() for name in CONFIG_FIELDS.get(key, (key,))}
-        if config.loss == "sigmoid":
-            fields["logit_bias_init_value"] = 0.0
-        fields = {name: value for name, value in fields.items() if value is not None}
-        with torch.device("meta"):
-            vision = getattr(vision, "vision_config", vision)
-            tower = _build(AutoModel, vision, torch.float32, config.attn_implementation)
-            model = LLM2CLIPModel.from_vision_text_pretrained(tower, text_name, text_config=text, **fields)
+        text = read_text_config(config, "text_model_name_or_path")
     with torch.device("meta"):
-        prepare_joint_model(model, config, image_size(model))
-        if config.freeze_vision == "all" and config.alignment != "train":
-            set_heads(model, HEADS[config.alignment], config.projection_dim or DEFAULT_WIDTH)
-            freeze_maps(model)
+        vision = getattr(vision, "vision_config", vision)
+        tower = _build(AutoModel, vision, torch.float32, config.attn_implementation)
+        if joint is not None:
+            model = LLM2CLIPModel(joint, text_model=False, vision_model=tower)
+        else:
+            fields = {key: value for key in SHAPES if (value := getattr(config, key)) is not None}
+            name = config.text_model_name_or_path or None
+            model = LLM2CLIPModel.from_vision_text_pretrained(tower, name, text_config=text, **fields)
+        if config.runs_text_model:
+            model.text_model = build_text_tower(text, config.text_model_dtype, None)
+        prepare_joint_model(model, config)
+        if config.lora_rank:
+            add_lora(model.text_model, **lora_arguments(config))
     return model

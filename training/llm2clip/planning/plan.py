@@ -2,37 +2,46 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from math import ceil
-from pathlib import Path
 from typing import Any, Literal
 
+from rich.console import Console
+from torch import nn
+
 from llm2clip.encoders.embed import EmbedConfig
-from llm2clip.planning.costs import ENCODING_USE, PEAK, TOKENS_PER_CAPTION, TRAINING_USE, embedding_bytes, hours
-from llm2clip.planning.measure import Step, measure
-from llm2clip.planning.show import print_plan
-from llm2clip.planning.strategies import STRATEGIES, memory
+from llm2clip.planning.counts import count_memory, count_step, make_work
 from llm2clip.recipes import field_places, find_recipe, load_recipe
 from llm2clip.trainers.base_config import StageConfig
 from llm2clip.trainers.mntp_config import MNTPRecipe
 from llm2clip.trainers.stage1_config import Stage1Recipe
 from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.options import OptionParser, unknown_option
-from llm2clip.utils.repos import names_of
 from llm2clip.utils.settings import build_config, check_choices, setting
+from llm2clip.utils.tables import print_table
 
 Stage = Literal["stage1", "stage2", "embed", "mntp"]
 STAGES: dict[Stage, Any] = {"stage1": Stage1Recipe, "stage2": Stage2Recipe, "embed": EmbedConfig, "mntp": MNTPRecipe}
+# Published: dense 16-bit FLOP/s of the GPU.
+PEAK = {"A100": 312e12, "H100": 989e12}
+# Assumed: share of the peak that encoding and training reach; scaling efficiency of several GPUs.
+ENCODING_USE, TRAINING_USE, SCALING = 0.40, 0.35, 0.95
+# Assumed: mean length of a caption, including the prompt.
+TOKENS_PER_CAPTION = 60
 # Bytes of an optimizer per trained parameter of four bytes.
 STATES = {
     **{"adamw_torch_fused": 8, "adamw_torch": 8, "sgd": 0},
     **{"adamw_bnb_8bit": 2, "adamw_8bit": 2, "paged_adamw_8bit": 2},
 }
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-GIB = 2**30
-MILLION = 1_000_000
+# A stored embedding has this key beside its values.
+KEY_BYTES, BYTES = 16, {"float32": 4, "float16": 2, "bfloat16": 2}
+GIB, GB, MB, MILLION = 2**30, 1e9, 1e6, 1_000_000
+PARTS = {"weights": "weights", "gradients": "grads", "states": "optim", "activations": "activ", "total": "total"}
+NOT_MEASURED = (
+    "not measured: counted from shapes, and confirmed on no GPU; activ is what a forward pass keeps for backward, and "
+    "the loss"
+)
 
 
 @dataclass
@@ -40,13 +49,12 @@ class PlanConfig:
     """Settings of the plan; all other options are those of the recipe's stage, such as `--lora_rank 8`."""
 
     recipe: str = setting("", "YAML file of settings, or name of a packaged recipe, of a stage or embed.")
-    stage: Stage | None = setting(
-        None,
-        "Stage of the recipe; unset: by the beginning of its file name, or the one stage that has all its fields.",
-    )
+    stage: Stage | None = setting(None, "Stage of the recipe; unset: by the beginning of its file name.")
     gpus: int = setting(8, "Number of GPUs.")
     gpu_memory: float = setting(80.0, "Memory of a GPU in GiB.")
-    reserve: float = setting(0.1, "Share of that memory for the driver, communication and fragmentation.")
+    reserve: float = setting(
+        0.1, "Share of that memory for what is not counted: backward's own tensors, driver, fragmentation."
+    )
     gpu: str = setting("H100", "Card, A100 or H100, for its published peak: 312 or 989 TFLOP/s in 16 bits.")
     peak_tflops: float | None = setting(None, "Peak of another card in TFLOP/s.")
     training_use: float = setting(TRAINING_USE, "Share of the peak that training reaches.")
@@ -81,13 +89,15 @@ def run(config: PlanConfig) -> dict[str, Any]:
     if not config.recipe:
         raise ValueError("give the recipe of a stage: a YAML file, or the name of a packaged one.")
     path = find_recipe(config.recipe)
-    fields = load_recipe(path)
-    stage = config.stage or stage_of(path, fields)
+    stage = config.stage or next((stage for stage in STAGES if path.stem.startswith(stage)), None)
+    if stage is None:
+        raise ValueError(f"the name of {path} does not begin with a stage; say it: --stage {'|'.join(STAGES)}.")
     options, unknown = OptionParser(STAGES[stage]).read(config.overrides)
     if unknown:
         raise ValueError(unknown_option(unknown[0], [PlanConfig, STAGES[stage]]))
     places = {**field_places(path), **dict.fromkeys(options, "the command line")}
-    plan = make_plan(config, stage, build_config(STAGES[stage], {**fields, **options}, str(path), places))
+    settings = build_config(STAGES[stage], {**load_recipe(path), **options}, str(path), places)
+    plan = {"stage": stage, **make_plan(config, settings)}
     if config.json:
         print(json.dumps(plan, indent=2))
     else:
@@ -95,124 +105,112 @@ def run(config: PlanConfig) -> dict[str, Any]:
     return {}
 
 
-def stage_of(path: Path, fields: dict[str, Any]) -> Stage:
-    """Find the stage of a recipe: by the beginning of its name, or by its fields."""
-    for stage in STAGES:
-        if path.stem.startswith(stage):
-            return stage
-    known = {stage: {field.name for field in dataclasses.fields(config)} for stage, config in STAGES.items()}
-    fitting = [stage for stage, names in known.items() if names >= set(fields)]
-    if len(fitting) != 1:
-        which = f"{' and '.join(fitting)} have" if fitting else "no stage has"
-        raise ValueError(f"{path}: {which} all of its fields; say which stage it is for: --stage {'|'.join(STAGES)}.")
-    return fitting[0]
-
-
-def make_plan(config: PlanConfig, stage: Stage, settings: StageConfig | EmbedConfig) -> dict[str, Any]:
-    """Compute the plan of a stage: numbers by name, memory in bytes."""
-    step = measure(settings, config.gpus, config.longest, config.tokens)
-    peak = PEAK[config.gpu] if config.peak_tflops is None else config.peak_tflops * 1e12
-    limit = config.gpu_memory * (1 - config.reserve) * GIB
+def make_plan(config: PlanConfig, settings: StageConfig | EmbedConfig) -> dict[str, Any]:
+    """Compute what a run with these settings takes: numbers by name, memory and disk in bytes."""
+    work = make_work(settings, config.longest)
+    activations, flops = count_step(settings, work, config.gpus, config.tokens)
     if isinstance(settings, EmbedConfig):
-        strategies: Any = {"DDP": memory("DDP", step, config.gpus, 0, half=False, averaged=False)}
-        of, disk = _captions(config, settings, step)
-        batch, use, units = {}, config.encoding_use, of["captions"]
+        states, use = 0, config.encoding_use
+        columns = [len(source.get("caption_columns", [""])) for source in settings.sources]
+        size: dict[str, Any] = {"captions": (config.rows or MILLION) * max(columns, default=1)}
+        units = size["captions"]
+        disk: dict[str, Any] = {"embeddings": units * (BYTES[settings.cache_dtype] * work.width + KEY_BYTES)}
     else:
-        half, averaged = settings.bf16 or settings.fp16, settings.ema_half_life is not None
-        states = state_bytes(settings)
-        # The others divide what one GPU has alone.
-        names = STRATEGIES if config.gpus > 1 else STRATEGIES[:1]
-        strategies = {name: memory(name, step, config.gpus, states, half, averaged) for name in names}
-        batch = _batch(settings, config.gpus)
-        of, disk = _steps(config, settings, step, batch["rows_per_step"])
-        use, units = config.training_use, of["rows"]
-    for name, needed in strategies.items():
-        # GradCache refuses it.
-        refused = step.in_chunks and name == "ZeRO-3"
-        needed["fits"] = "refused" if refused else "yes" if needed["total"] <= limit else "no"
-    models = ("model_name_or_path", "vision_model_name_or_path", "text_model_name_or_path")
+        optimizer = str(getattr(settings.optim, "value", settings.optim))
+        if optimizer not in STATES:
+            raise ValueError(f"the plan does not know the states of optim {optimizer}; it knows {', '.join(STATES)}.")
+        states, use = STATES[optimizer], config.training_use
+        size = _steps(config, settings)
+        units, disk = size["rows"], _disk(settings, work.model, states, size, config.rows or MILLION)
+    memory: dict[str, Any] = count_memory(settings, work, activations, config.gpus, states)
+    usable = config.gpu_memory * (1 - config.reserve) * GIB
+    for needed in memory.values():
+        needed["fits"] = needed["total"] <= usable
+    peak = PEAK[config.gpu] if config.peak_tflops is None else config.peak_tflops * 1e12
+    names = ("model_name_or_path", "vision_model_name_or_path", "text_model_name_or_path")
+    tensors = [*work.model.parameters(), *work.model.buffers()]
+    frozen, trained = (sum(x.numel() for x in tensors if x.requires_grad is grad) for grad in (False, True))
     return {
-        "stage": stage,
-        "model": ", ".join(name for field in models for name in names_of(getattr(settings, field, None))),
+        "models": [str(model) for name in names if (model := getattr(settings, name, None))],
         "gpus": config.gpus,
-        "gpu_memory_gib": config.gpu_memory,
-        "usable_bytes": limit,
-        "parameters": {"trained": step.trained, "frozen": step.frozen},
-        "batch": batch,
-        "strategies": strategies,
-        "of": of,
-        "hours": hours(units * step.flops, use, config.gpus, peak),
-        "flops_per_row": step.flops,
+        "usable_bytes": usable,
+        "measured": False,
+        "memory": memory,
+        "parameters": {"trained": trained, "frozen": frozen},
+        **size,
+        "whole_run": config.rows is not None or getattr(settings, "max_steps", 0) > 0,
+        "hours": hours(units * flops, use, config.gpus, peak),
+        "flops_per_row": flops,
         "disk": disk,
     }
 
 
-def state_bytes(settings: StageConfig) -> int:
-    """Bytes of the optimizer per trained parameter of four bytes; ValueError if the optimizer is unknown."""
-    optimizer = getattr(settings.optim, "value", settings.optim)
-    if optimizer not in STATES:
-        raise ValueError(f"the plan does not know the states of optim {optimizer}; it knows {', '.join(STATES)}.")
-    return STATES[optimizer]
+def hours(flops: float, use: float, gpus: int, peak: float) -> float:
+    """Convert floating-point operations to hours, at a share `use` of the peak of a GPU in FLOP/s."""
+    return flops / (peak * use * gpus * (SCALING if gpus > 1 else 1)) / 3600
 
 
-def _batch(settings: StageConfig, gpus: int) -> dict[str, Any]:
-    rows, accumulated = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
-    return {
-        "per_device": rows,
-        "global": rows * gpus,
-        "accumulation_steps": accumulated,
-        "rows_per_step": rows * gpus * accumulated,
-        "chunk": getattr(settings, "tower_chunk_size", None),
-        "activation_checkpointing": bool(settings.activation_checkpointing),
-    }
-
-
-def _captions(config: PlanConfig, settings: EmbedConfig, step: Step) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return how much is embedded, of the data or of a million rows, and the bytes of the result."""
-    rows = config.rows or MILLION
-    columns = [len(source.get("caption_columns", ["caption"])) for source in settings.sources]
-    captions = rows * max(columns, default=1)
-    of = {"rows": rows, "captions": captions, "whole_run": config.rows is not None}
-    return of, {"embeddings": embedding_bytes(captions, step.width, BYTES[settings.cache_dtype])}
-
-
-def _steps(
-    config: PlanConfig, settings: StageConfig, step: Step, rows_per_step: int
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return how long the training is, or a part of a million rows, and the bytes of checkpoints and result."""
+def _steps(config: PlanConfig, settings: StageConfig) -> dict[str, int]:
+    """Return the batch, and how long the training is, or a part of a million rows."""
     batch = settings.per_device_train_batch_size * config.gpus
     if config.rows is not None and config.rows < batch and settings.dataloader_drop_last:
         raise ValueError(
             f"{config.rows:,} rows are fewer than one batch of {batch:,} ({settings.per_device_train_batch_size:,} on "
             f"each of {config.gpus} GPUs). Use a smaller batch size."
         )
-    whole = settings.max_steps > 0 or config.rows is not None
-    steps = settings.max_steps
+    step, steps = batch * settings.gradient_accumulation_steps, settings.max_steps
     if steps <= 0:
         epochs = 1.0 if config.rows is None else settings.num_train_epochs
-        steps = max(1, int((config.rows or MILLION) * epochs / rows_per_step))
-    trained, result = step.trained_bytes, step.trained_bytes + step.frozen_bytes
-    average = 4 * step.trained if settings.ema_half_life is not None else 0
-    weights = trained if getattr(settings, "lora_rank", 0) > 0 else result
-    checkpoint = weights + average + trained / 4 * state_bytes(settings)
-    kept: int | None = 0
-    strategy = getattr(settings.save_strategy, "value", settings.save_strategy)
-    if strategy != "no":
-        made = None
-        if strategy == "epoch" and config.rows is not None:
-            made = ceil(steps * rows_per_step / config.rows)
-        elif strategy == "steps" and whole and settings.save_steps >= 1:
-            made = max(1, int(steps // settings.save_steps))
-        limit = settings.save_total_limit
-        kept = made if limit is None else min(limit, made or limit)
-    disk = {
-        "checkpoint": checkpoint,
-        "checkpoints_kept": kept,
-        "checkpoints": None if kept is None else kept * checkpoint,
-        "result": trained if getattr(settings, "save_format", "merged") == "adapter" else result,
-        "frozen_states": 2 * step.state_values * (config.rows or MILLION),
+        steps = max(1, int((config.rows or MILLION) * epochs / step))
+    return {"batch": batch, "rows_per_step": step, "rows": steps * step, "steps": steps}
+
+
+def _disk(settings: StageConfig, model: nn.Module, states: int, size: dict[str, int], rows: int) -> dict[str, Any]:
+    """Return the bytes of a checkpoint, how many are kept, and the bytes of the result."""
+    tensors = [*model.parameters(), *model.buffers()]
+    weights, trained = sum(x.nbytes for x in tensors), sum(x.nbytes for x in tensors if x.requires_grad)
+    strategy, every = str(getattr(settings.save_strategy, "value", settings.save_strategy)), settings.save_steps
+    by_steps = size["steps"] // every if every >= 1 else 1 // every
+    limit = settings.save_total_limit
+    made = {"no": 0, "epoch": ceil(size["rows"] / rows), "steps": max(1, int(by_steps))}.get(strategy, limit or 1)
+    return {
+        "checkpoint": (trained if getattr(settings, "lora_rank", 0) else weights) + trained / 4 * states,
+        "checkpoints_kept": min(made, limit or made),
+        "result": trained if getattr(settings, "save_format", "merged") == "adapter" else weights,
     }
-    of: dict[str, Any] = {"rows": steps * rows_per_step, "steps": steps, "whole_run": whole}
-    if getattr(settings, "warm_start", None):
-        of["warm_start"] = True
-    return of, disk
+
+
+def print_plan(plan: dict[str, Any]) -> None:
+    """Print a plan: the memory of a GPU with DDP and FSDP, then parameters, batch, hours and disk."""
+    console = Console(markup=False, emoji=False, highlight=False)
+    table = [
+        [name, *(f"{needed[part] / GIB:,.1f}" for part in PARTS), "yes" if needed["fits"] else "no"]
+        for name, needed in plan["memory"].items()
+    ]
+    gpus = f"each of {plan['gpus']} GPUs" if plan["gpus"] > 1 else "the GPU"
+    columns, usable = ("GiB", *PARTS.values(), "fits"), plan["usable_bytes"] / GIB
+    title = f"{plan['stage']}: memory of {gpus}, {usable:,.0f} GiB usable"
+    print_table(console, title, columns, table, (0, len(columns) - 1))
+    trained, frozen = (plan["parameters"][name] / 1e6 for name in ("trained", "frozen"))
+    batch = f"; batch: {plan['batch']:,}, {plan['rows_per_step']:,} rows a step" if "batch" in plan else ""
+    what = f"{plan['steps']:,} steps of {plan['rows']:,} rows" if batch else f"{plan['captions']:,} captions"
+    part = "" if plan["whole_run"] else " (a part of the run: --rows N gives the whole)"
+    time, disk = plan["hours"], plan["disk"]
+    time = f"hours: {time:,.1f}" if time >= 0.1 else f"minutes: {60 * time:,.1f}"
+    if batch:
+        kept, size = disk["checkpoints_kept"], disk["checkpoint"]
+        files = f"checkpoint {_size(size)}, {kept} kept: {_size(kept * size)}; result {_size(disk['result'])}"
+    else:
+        files = f"embeddings {_size(disk['embeddings'])}"
+    for line in (
+        NOT_MEASURED,
+        f"models: {', '.join(plan['models'])}",
+        f"parameters: {trained:,.1f}M trained, {frozen:,.1f}M frozen{batch}",
+        f"{time} for {what}{part}; {plan['flops_per_row'] / 1e9:,.0f} GFLOP each",
+        f"disk: {files}",
+    ):
+        console.print(line, soft_wrap=True)
+
+
+def _size(size: float) -> str:
+    return f"{size / GB:,.1f} GB" if size >= GB / 10 or not size else f"{size / MB:,.1f} MB"

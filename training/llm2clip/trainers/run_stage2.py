@@ -12,7 +12,7 @@ from llm2clip.data import Stage2Collator
 from llm2clip.evaluation.data import RetrievalData
 from llm2clip.trainers.joint_model import describe_text_model, load_trained_model, make_model, open_retrieval
 from llm2clip.trainers.joint_recipe import FEATURES
-from llm2clip.trainers.lora import add_lora
+from llm2clip.trainers.lora import add_lora, lora_arguments
 from llm2clip.trainers.parts import run_parts
 from llm2clip.trainers.pushing import check_pushing
 from llm2clip.trainers.run_context import RunContext
@@ -67,7 +67,7 @@ def build_trainer(config: Stage2Recipe) -> Stage2Trainer:
     image_processor = getattr(processor, "image_processor", processor)
     rows = open_rows(config, model, image_processor, captions, retrieval)
     if config.lora_rank:
-        add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_target_modules)
+        add_lora(model, **lora_arguments(config))
     return Stage2Trainer(
         model=model,
         args=config,
