@@ -45,7 +45,6 @@ class RunState(TrainerCallback):
 
     Attributes:
         cut_captions, skipped, stream: What is counted; `stream` is None for data sets with random access.
-        inputs: What the run reads, by name in words; see [`RunContext.compare_inputs`].
         measure_before: Measures the model before the first step.
     """
 
@@ -54,7 +53,6 @@ class RunState(TrainerCallback):
     ) -> None:
         self.cut_captions, self.skipped, self.stream = CutCaptions(), SkippedSamples(skip_log), stream
         self.measure_before = measure_before
-        self.inputs: Mapping[str, Any] = {}
         self._stored: dict[str, Any] = {}
 
     @contextmanager
@@ -92,13 +90,9 @@ class RunState(TrainerCallback):
         self.cut_captions.count()
         self.skipped.gather()
 
-    def save(self, checkpoint: Path, step: int) -> None:
-        """Write it into a checkpoint; called in the main process."""
-        values: dict[str, Any] = {
-            CUT_CAPTIONS: self.cut_captions.total,
-            SKIPPED: self.skipped.sizes,
-            INPUTS: dict(self.inputs),
-        }
+    def save(self, checkpoint: Path, step: int, inputs: Mapping[str, Any]) -> None:
+        """Write it into a checkpoint, with [`RunContext.inputs`]; called in the main process."""
+        values: dict[str, Any] = {CUT_CAPTIONS: self.cut_captions.total, SKIPPED: self.skipped.sizes, INPUTS: inputs}
         if self.stream is not None:
             values[STREAM] = self.stream.state(step)
         write_json(checkpoint / RUN_STATE, values)
@@ -221,7 +215,7 @@ class StreamPosition:
         if stored is None:
             logger.warning("%s has no position in a stream: training continues from its first row.", checkpoint)
             return 0
-        self._refuse_changes(checkpoint, stored)
+        self._validate_order(checkpoint, stored)
         self.stream.lanes = lanes = Lanes(**stored["lanes"])
         batch = self.args.world_size * self.args.per_device_train_batch_size
         if batch != lanes.batch and len(self.stream.sources) > 1 and self.stream.mixing == "one_source_per_step":
@@ -231,7 +225,7 @@ class StreamPosition:
             )
         return int(stored["rows"])
 
-    def _refuse_changes(self, checkpoint: Path, stored: Mapping[str, Any]) -> None:
+    def _validate_order(self, checkpoint: Path, stored: Mapping[str, Any]) -> None:
         """Refuse to go on in shards that are not those of the checkpoint, or in another order."""
         old, new = stored["sources"], self.stream.fingerprints()
         if len(old) != len(new):
