@@ -329,9 +329,7 @@ class StageTrainer(Trainer):
         """
         inputs = dict(inputs)
         keys = inputs.pop("keys", None)
-        self.run_state.skipped.add(inputs.pop("skipped", []))
-        if model.training:
-            self.run_state.cut_captions.add(inputs.get("num_truncated", 0))
+        self.run_state.count_batch(inputs.pop("skipped", ()), inputs.pop("num_truncated", 0) if model.training else 0)
         batch = self.embed_batch(model, inputs)
         rows: dict[str, Any] = {**batch.embeds, **batch.ids}
         if not model.training:
@@ -371,7 +369,7 @@ class StageTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save a checkpoint with the state of the run, mark it as whole, and only then delete older ones."""
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self.run_state.gather()
+        self.run_state.counts()
         # The Trainer would delete older ones first.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
