@@ -362,6 +362,7 @@ class StageTrainer(Trainer):
         """Log; see [`~transformers.Trainer.log`]: also how many captions were cut and samples skipped so far."""
         if "loss" in logs or "train_loss" in logs:
             logs |= self.run_state.counts()
+        logger.debug("step %d: %s", self.state.global_step, ", ".join(f"{name} {x}" for name, x in logs.items()))
         super().log(logs, start_time)
 
     # Checkpoints.
