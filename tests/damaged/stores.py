@@ -17,7 +17,7 @@ from llm2clip.search.search_index import SearchIndex
 from llm2clip.store import EmbeddingCache, Store, StoreManifest, build_store
 from llm2clip.store.building import ComputedRows
 from llm2clip.store.store import caption_keys
-from llm2clip.trainers.checkpoints import finish_checkpoint, last_checkpoint
+from llm2clip.trainers.run_context import finish_checkpoint, last_checkpoint
 from llm2clip.utils.folders import refuse_existing
 from llm2clip.utils.manifests import (
     damage,

@@ -73,10 +73,10 @@ def test_patch_features_of_every_layer(run: Run, fitted: Path, tmp_path: Path) -
     assert len(picture.crop((336, 0, 672, 336)).getcolors() or []) == 16
 
 
-@pytest.mark.parametrize(("stage", "metric"), [("stage1", "eval_recall@1"), ("stage2", "eval_text_to_image_recall@1")])
-def test_stages_train_on_a_plain_data_set(stage: str, metric: str, run: Run, fitted: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_stages_train_on_a_plain_data_set(stage: str, run: Run, fitted: Path, tmp_path: Path) -> None:
     shown = run(f"train_{stage}.py", "--model", fitted, "--output-dir", "out")
-    assert f"'{metric}': " in shown
+    assert "'eval_loss': " in shown
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 

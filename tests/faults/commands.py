@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm2clip.store.store import BESIDE_SHARDS, INDEX
-from llm2clip.trainers.checkpoints import RESULT_FILES
+from llm2clip.trainers.run_context import RESULT_FILES
 
 # Below it is all that a command writes, in a folder that is there before.
 WORK = "work"

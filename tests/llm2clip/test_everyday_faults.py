@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from llm2clip import cli
-from llm2clip.trainers.checkpoints import COMMAND as TRAINING
+from llm2clip.trainers.run_context import COMMAND as TRAINING
 from llm2clip.utils.library_errors import explain, wrap_write_errors
 from llm2clip.utils.manifests import write_manifest
 from tests.builders import small_runs, tiny

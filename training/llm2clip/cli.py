@@ -237,7 +237,7 @@ def _stopped(name: str, stop: KeyboardInterrupt | StoppedError, log: Path | None
 def _way_on(name: str, log: Path | None) -> str:
     command = COMMANDS[name]
     if command.resumes and log is not None:
-        from llm2clip.trainers.checkpoints import last_checkpoint
+        from llm2clip.trainers.run_context import last_checkpoint
 
         checkpoint = last_checkpoint(log.parent) or last_checkpoint(log.parent / "warm_start")
         return "it has no checkpoint yet." if checkpoint is None else f"add --resume to go on from {checkpoint}."

@@ -23,13 +23,13 @@ def test_skip_log_lists_each_key_once(tmp_path: Path) -> None:
     assert lines == [{"key": "a", "reason": "torn"}, {"key": "ü", "reason": "leer"}, {"key": "b", "reason": "x"}]
 
 
-def test_a_log_is_rewound_to_a_size(tmp_path: Path) -> None:
+def test_a_run_continues_its_log_and_another_one_begins_anew(tmp_path: Path) -> None:
     log = SkipLog(tmp_path / "skipped.jsonl")
     log.add([("a", "torn")])
-    size = log.size
-    log.add([("b", "torn")])
-    log.rewind(size)
-    assert (log.take_new(), log.size) == (["a"], size)
+    log.open(continued=True)
+    assert log.take_new() == ["a"]
+    log.open(continued=False)
+    assert log.take_new() == []
 
 
 def test_a_damaged_log_is_named_unless_it_is_of_another_run(tmp_path: Path) -> None:
@@ -38,5 +38,5 @@ def test_a_damaged_log_is_named_unless_it_is_of_another_run(tmp_path: Path) -> N
     log = SkipLog(path)
     with pytest.raises(ValueError, match=r"skipped\.jsonl cannot be read"):
         log.take_new()
-    log.rewind(0)
+    log.open(continued=False)
     assert log.take_new() == []

@@ -173,9 +173,9 @@ def test_the_batch_is_lowered_until_it_fits(inputs: Inputs, tmp_path: Path, monk
 
 
 def test_a_search_is_refused(inputs: Inputs, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="model_init is given, but a run trains one model"):
+    with pytest.raises(ValueError, match="needs a model: a run trains one, without model_init"):
         trainer_of(inputs, tmp_path, model_init=tiny.joint_model)
-    with pytest.raises(ValueError, match="Stage2Trainer needs a model"):
+    with pytest.raises(ValueError, match="Stage2Trainer needs a model: a run trains one"):
         trainer_of(inputs, tmp_path, model=None)
 
 

@@ -22,10 +22,16 @@ from llm2clip.data import CaptionImageDataset, CaptionSource, PairDataset, PairS
 from llm2clip.data.sampling import EpochDataset
 from llm2clip.data.table_identity import sampled_files_digest
 from llm2clip.data.transforms import EvalTransform
-from llm2clip.trainers import checkpoints
-from llm2clip.trainers.checkpoints import SETTINGS, finish_checkpoint, last_checkpoint
+from llm2clip.trainers import run_context
 from llm2clip.trainers.mntp_data import TokenBlocks
-from llm2clip.trainers.run_context import RunContext, keep_global_batch, stage_command
+from llm2clip.trainers.run_context import (
+    SETTINGS,
+    RunContext,
+    finish_checkpoint,
+    keep_global_batch,
+    last_checkpoint,
+    stage_command,
+)
 from llm2clip.trainers.stage1_config import Stage1Recipe
 from llm2clip.trainers.stage1_trainer import Stage1Trainer
 from llm2clip.trainers.text_tower_trainer import sampled_digest
@@ -110,7 +116,7 @@ def test_old_checkpoints_are_deleted_only_for_whole_ones(tmp_path: Path) -> None
 def test_a_full_disk_leaves_the_checkpoint_before_and_a_resumed_run_replaces_both(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, changes = checkpoints.write_manifest, {"save_total_limit": 1, "save_steps": 1, "max_steps": 2}
+    write, changes = run_context.write_manifest, {"save_total_limit": 1, "save_steps": 1, "max_steps": 2}
 
     def full(folder: Path, command: str) -> None:
         if folder.name == "checkpoint-2":
@@ -119,7 +125,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_a_resumed_run_replaces_bot
         write(folder, command)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "write_manifest", full)
+        patch.setattr(run_context, "write_manifest", full)
         with pytest.raises(OSError, match="No space left"):
             run("stage1", tmp_path, inputs, **changes)
     assert steps(tmp_path) == [1, 2]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from pathlib import Path
 from statistics import fmean
@@ -25,7 +24,6 @@ from tests.llm2clip.trainers.stages import (
     losses,
     metric,
     run,
-    steps,
 )
 
 CONCEPTS_TEST = small_runs.concepts("validation", caption_columns=["caption"], max_samples=20)
@@ -41,13 +39,9 @@ def mean_recall(entry: dict[str, Any]) -> float:
 
 
 @pytest.mark.parametrize("stage", SETS)
-def test_the_best_checkpoint_is_that_of_the_highest_mean_recall(
-    stage: str, inputs: Inputs, tmp_path: Path, caplog: Any
-) -> None:
+def test_the_best_checkpoint_is_that_of_the_highest_mean_recall(stage: str, inputs: Inputs, tmp_path: Path) -> None:
     changes = {"eval_sources": SETS[stage], "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 3}
-    with caplog.at_level(logging.INFO):
-        run(stage, tmp_path, inputs, load_best_model_at_end=True, **changes)
-    assert "compared by mean_recall" in caplog.text
+    run(stage, tmp_path, inputs, load_best_model_at_end=True, **changes)
     evaluated = [entry for entry in history(tmp_path) if "eval_mean_recall" in entry]
     assert [entry["eval_mean_recall"] for entry in evaluated] == [pytest.approx(mean_recall(x)) for x in evaluated]
     state = read_json(tmp_path / "trainer_state.json")
@@ -66,13 +60,6 @@ def test_a_schedule_by_a_metric_follows_the_mean_recall_or_the_loss_of_rows(
     trainer = in_order(tmp_path / "rows", keyed_rows(BATCH * 3), evaluated=keyed_rows(BATCH), **steps)
     trainer.train()
     assert (trainer.args.metric_for_best_model, trainer.args.greater_is_better) == ("loss", False)
-
-
-def test_a_metric_that_is_not_measured_is_refused_before_the_first_step(inputs: Inputs, tmp_path: Path) -> None:
-    changes = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True}
-    with pytest.raises(ValueError, match="metric_for_best_model is loss, but an evaluation measures eval_validation_"):
-        run("stage2", tmp_path, inputs, metric_for_best_model="loss", **changes)
-    assert steps(tmp_path) == []
 
 
 @pytest.mark.parametrize("stage", SETS)

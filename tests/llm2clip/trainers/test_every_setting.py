@@ -278,7 +278,7 @@ def test_settings_of_a_loss_are_refused_with_a_loss_of_ones_own(
     trainer = make(inputs, tmp_path, **{name: value})
     trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch: 0
     with pytest.raises(ValueError, match=f"{name} is {value}, but compute_loss_func computes the loss"):
-        trainer._refuse_unused()
+        trainer._validate_settings()
 
 
 def test_rows_have_to_say_which_of_them_share_a_caption(inputs: Inputs, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from transformers import TrainerCallback
 
 from llm2clip.data import SkipLog
-from llm2clip.trainers.run_state import SkippedSamples
+from llm2clip.trainers.run_state import RunState
 from llm2clip.utils.embeddings import NonFiniteError
 from llm2clip.utils.processes import leave_process_group
 from tests.llm2clip.trainers.rows import BATCH, in_order, keyed_rows
@@ -90,11 +90,11 @@ def test_broken_rows_end_the_evaluation_and_are_named_by_number_without_keys(tmp
 
 
 class SkipOne(TrainerCallback):
-    def __init__(self, skipped: SkippedSamples) -> None:
-        self.skipped = skipped
+    def __init__(self, run_state: RunState) -> None:
+        self.run_state = run_state
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.skipped.add([("torn", "it is damaged")])
+        self.run_state.count_batch([("torn", "it is damaged")], 0)
 
 
 def run_in_process(folder: Path) -> None:
@@ -102,8 +102,8 @@ def run_in_process(folder: Path) -> None:
     trainer = in_order(folder, keyed_rows(64), max_steps=4)
     trainer.broken_loss = (1, 2)
     # Both processes have met this row, in different epochs.
-    trainer.run_state.skipped.log = SkipLog(folder / f"skipped-{trainer.args.process_index}.jsonl")
-    trainer.add_callback(SkipOne(trainer.run_state.skipped))
+    trainer.run_state.skip_log = SkipLog(folder / f"skipped-{trainer.args.process_index}.jsonl")
+    trainer.add_callback(SkipOne(trainer.run_state))
     with pytest.raises(NonFiniteError) as raised:
         trainer.train()
     (folder / f"{trainer.args.process_index}.txt").write_text(str(raised.value))

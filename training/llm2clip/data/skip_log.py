@@ -38,15 +38,10 @@ class SkipLog:
             self._known = set(self._unreported)
         return self._known
 
-    @property
-    def size(self) -> int:
-        """Bytes of the file."""
-        return self.path.stat().st_size if self.path.exists() else 0
-
-    def rewind(self, size: int) -> None:
-        """Forget what was added since the file had `size` bytes."""
-        if self.size > size:
-            os.truncate(self.path, size)
+    def open(self, continued: bool) -> None:
+        """Begin a run: continue the file, or delete that of another run."""
+        if not continued:
+            self.path.unlink(missing_ok=True)
         self._known, self._unreported = None, []
 
     def add(self, skipped: Iterable[tuple[str, str]]) -> None:

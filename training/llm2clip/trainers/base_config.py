@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -28,11 +29,27 @@ NOT_FOLLOWED = {
     "use_liger_kernel": "it has no kernels for these models",
     "do_predict": "there is nothing to predict; llm2clip evaluate measures a model",
 }
+# Fields of `TrainingArguments` on which no trained number depends, as patterns of `fnmatch`; settings of this package
+# say it themselves (`affects_numbers`).
+WITHOUT_EFFECT_ON_NUMBERS = (
+    *("output_dir", "run_name", "project", "report_to", "disable_tqdm", "push_to_hub", "hub_*", "trackio_*"),
+    *("log_*", "logging_*", "save_*", "eval_*", "do_*", "include_*", "per_device_eval_batch_size"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
+    *("dataloader_persistent_workers", "prediction_loss_only", "batch_eval_metrics", "resume_from_checkpoint"),
+    *("restore_callback_states_from_checkpoint", "gradient_checkpointing*", "activation_checkpointing*"),
+    *("ddp_timeout", "skip_memory_metrics", "local_rank", "debug", "torch_empty_cache_steps", "jit_mode_eval"),
+)
 WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 # Schedules that follow a metric of the evaluations.
 METRIC_SCHEDULES = WITHOUT_WARMUP[1:]
 # The mean of all recalls of the retrieval sets.
 MEAN_RECALL = "mean_recall"
+
+
+def affects_numbers(entry: Field[Any]) -> bool:
+    """Whether what a run computes depends on a setting, given as the field of its dataclass."""
+    own = entry.metadata.get("affects_numbers", True)
+    return own and not any(fnmatch(entry.name, pattern) for pattern in WITHOUT_EFFECT_ON_NUMBERS)
 
 
 @dataclass
@@ -68,7 +85,9 @@ class StageConfig(TrainingArguments):
     label_names: list[str] | None = setting([], "Keep it empty: the losses need no labels.")
     logging_steps: float = setting(10, "Optimizer steps between two log entries; below 1, a share of all steps.")
     resume_anyway: bool = setting(
-        False, "With --resume: continue although settings have changed that change the trained parameters."
+        False,
+        "With --resume: continue although settings have changed that change the trained numbers.",
+        affects_numbers=False,
     )
     activation_checkpointing: bool | None = setting(
         None, "Recompute activations in backward instead of storing them: less memory, about 20% slower."
@@ -76,7 +95,7 @@ class StageConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_choices(self)
-        self._refuse_numbers()
+        self._validate_numbers()
         for name, why in NOT_FOLLOWED.items():
             refuse(self, [name], why)
         # transformers 5.6 fills it with values that are 0 or false, which a copy of the settings has.
@@ -113,7 +132,7 @@ class StageConfig(TrainingArguments):
         if accelerator_config.dispatch_batches is None:
             accelerator_config.dispatch_batches = False
 
-    def _refuse_numbers(self) -> None:
+    def _validate_numbers(self) -> None:
         """Refuse numbers with which a run would end long after its start, or train something else without a word."""
         for name in (field.name for field in fields(self)):
             value = getattr(self, name)
@@ -172,7 +191,7 @@ def require_batch(num_batches: int, batch_size: int) -> None:
         )
 
 
-def refuse_unfollowed(args: StageConfig, collator: Any, names: Sequence[str]) -> None:
+def validate_collator_settings(args: StageConfig, collator: Any, names: Sequence[str]) -> None:
     """Raise a ValueError if a setting has another value than its default, and a collator of the caller's not that one.
 
     Args:

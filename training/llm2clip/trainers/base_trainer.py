@@ -29,35 +29,34 @@ from llm2clip.data.streams import SampleStream
 from llm2clip.evaluation.data import CaptionPairData
 from llm2clip.hub.cards.facts import Evaluation
 from llm2clip.trainers.base_config import MEAN_RECALL, StageConfig, require_batch
-from llm2clip.trainers.checkpoints import begin_checkpoint, finish_checkpoint, unregister_result
 from llm2clip.trainers.loaders import (
     data_inputs,
     epoch_loader,
     loader_options,
-    refuse_unused_by_loader,
     rows_that_count,
     stream_loader,
+    validate_loader_settings,
 )
 from llm2clip.trainers.model_card import DataRevisions, continued, latest_evaluations, write_model_card
 from llm2clip.trainers.optimizer import SCHEDULE_SETTINGS, OptimizerSettings, check_warmup
 from llm2clip.trainers.pushing import RunRepo, copy_model
-from llm2clip.trainers.run_context import RunContext
+from llm2clip.trainers.run_context import SETTINGS, RunContext, begin_checkpoint, finish_checkpoint, unregister_result
 from llm2clip.trainers.run_state import RunState, StreamPosition, open_skip_log, recalls_before
-from llm2clip.trainers.saving import callback_states, finite_weights, load_weights
+from llm2clip.trainers.saving import finite_weights, load_weights
 from llm2clip.trainers.sharding import gathered, is_sharded, prepare_for_fsdp, unsharded
 from llm2clip.trainers.step_guard import Observed, StepGuard
-from llm2clip.utils.files import read_json
+from llm2clip.utils.files import read_json, write_json
 from llm2clip.utils.library_errors import explain, wrap_write_errors
 from llm2clip.utils.processes import run_while_others_wait
 from llm2clip.utils.settings import refuse
 from llm2clip.utils.tables import RECALL
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
-from modeling_llm2clip.modeling_llm2clip_utils import keep_freed_memory, shorten
+from modeling_llm2clip.modeling_llm2clip_utils import shorten
 
 logger = logging.getLogger(__name__)
 
 # Settings of the losses that `compute_loss_func` replaces.
-OF_THE_LOSS = ("label_smoothing_factor", "loss")
+LOSS_SETTINGS = ("label_smoothing_factor", "loss")
 
 
 class EmbeddedBatch(NamedTuple):
@@ -93,14 +92,13 @@ class StageTrainer(Trainer):
         kwargs: See `transformers.Trainer`.
     """
 
-    # The pipeline tag of the card, the title of its evaluation table, and the label of the progress bar.
+    # The pipeline tag of the card, and the title of its evaluation table.
     card_task: ClassVar[str] = ""
     evaluation_title: ClassVar[str] = ""
-    title: ClassVar[str] = "Training"
     # Batch sampler of this package's map-style data sets.
     sampler_class: ClassVar[Callable[..., EpochBatchSampler]] = SampleIndexBatchSampler
     config_class: ClassVar[type] = StageConfig
-    # Of the sets of `retrieval`.
+    # Class of the sets of `retrieval`.
     retrieval_class: ClassVar[type] = CaptionPairData
     # Arguments of `from_pretrained` for a checkpoint of the model.
     load_options: ClassVar[dict[str, Any]] = {}
@@ -120,32 +118,27 @@ class StageTrainer(Trainer):
         retrieval: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if args is None:
-            raise ValueError(f"{type(self).__name__} needs args, a {self.config_class.__name__}.")
         if not isinstance(args, self.config_class):
-            raise ValueError(
-                f"{type(self).__name__} needs args of type {self.config_class.__name__}, not {type(args).__name__}."
-            )
+            wanted, given = self.config_class.__name__, "nothing" if args is None else type(args).__name__
+            raise ValueError(f"{type(self).__name__} needs args of type {wanted}, not {given}.")
+        if model is None or kwargs.get("model_init") is not None:
+            raise ValueError(f"{type(self).__name__} needs a model: a run trains one, without model_init.")
         if isinstance(train_dataset, datasets.DatasetDict | datasets.IterableDatasetDict):
             raise ValueError(f"train_dataset has the splits {', '.join(train_dataset)}; give one of them.")
         for name, rows in (retrieval or {}).items():
             if not isinstance(rows, self.retrieval_class):
                 wanted, given = self.retrieval_class.__name__, type(rows).__name__
                 raise ValueError(f"retrieval[{name!r}] is a {given}, not a {wanted}; rows are eval_dataset.")
-        if kwargs.get("model_init") is not None:
-            raise ValueError("model_init is given, but a run trains one model; give it as model.")
         if kwargs.get("compute_metrics") is not None:
             raise ValueError("compute_metrics is given, but eval_dataset has its loss alone; give sets to retrieval.")
         self.args, self.retrieval, self.processing_class = args, retrieval or {}, processing_class
-        self._has_eval_rows, self._has_own_collator = eval_dataset is not None, data_collator is not None
+        self._has_own_collator = data_collator is not None
         if args.metric_for_best_model == MEAN_RECALL and not self.retrieval:
             args.metric_for_best_model, args.greater_is_better = "loss", False
-        self._has_said_precision = False
         # That which the run pushes to.
         self.repo: RunRepo | None = None
+        self._revisions: DataRevisions | None = None
         self.run: RunContext | None = None
-        if model is None:
-            raise ValueError(f"{type(self).__name__} needs a model.")
         self.prepare_model(model)
         super().__init__(
             model=model,
@@ -153,22 +146,20 @@ class StageTrainer(Trainer):
             data_collator=data_collator,
             train_dataset=train_dataset,
             # With eval_strategy the Trainer insists on a data set; the names of the retrieval sets serve as one.
-            eval_dataset=eval_dataset if self._has_eval_rows else (list(self.retrieval) or None),
+            eval_dataset=eval_dataset if eval_dataset is not None else [*self.retrieval] or None,
             processing_class=processing_class,
             **kwargs,
         )
+        self.eval_dataset = eval_dataset
         if data_collator is None and (collator := self.default_collator()) is not None:
             self.data_collator = collator
-        self._refuse_unused()
-        self._revisions: DataRevisions | None = None
+        self._validate_settings()
         self.guard = StepGuard(str(args.output_dir))
         is_endless = isinstance(train_dataset, SampleStream) and train_dataset.repeat
         position = StreamPosition(train_dataset, args) if is_endless else None
         self.run_state = RunState(open_skip_log(args), position, self.measure_before)
         self.add_callback(self.guard)
         self.add_callback(self.run_state)
-        if args.device.type == "cpu":
-            keep_freed_memory()
         # The losses are means over the batch, so that the Trainer has to divide them by the accumulation steps.
         self.model_accepts_loss_kwargs = False
         # Batches have a loss without labels.
@@ -177,7 +168,7 @@ class StageTrainer(Trainer):
     # What a stage defines.
 
     def prepare_model(self, model: nn.Module) -> None:
-        """Do to a model what the settings say, before it is trained: one given at construction or by `model_init`."""
+        """Do to the model what the settings say, at construction."""
 
     def default_collator(self) -> Callable[..., Any] | None:
         """Make the collator of the stage; `None` for that of transformers."""
@@ -246,40 +237,36 @@ class StageTrainer(Trainer):
         """Return the model without wrappers."""
         return self.accelerator.unwrap_model(self.model)
 
-    def _refuse_unused(self) -> None:
-        """Refuse settings that the data set or the engine would make useless."""
-        refuse_unused_by_loader(self.args, self.train_dataset)
+    def _validate_settings(self) -> None:
+        """Refuse settings that cannot be followed with this model or these rows."""
+        validate_loader_settings(self.args, self.train_dataset)
         if self.compute_loss_func is not None:
-            refuse(self.args, OF_THE_LOSS, "compute_loss_func computes the loss")
+            refuse(self.args, LOSS_SETTINGS, "compute_loss_func computes the loss")
 
-    def train(
-        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
-    ) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train; see [`~transformers.Trainer.train`]. `output_dir` is locked meanwhile; see [`RunContext`] for errors.
 
         Args:
             resume_from_checkpoint: Folder of a checkpoint, or True for the newest whole one in `output_dir`.
-            trial, ignore_keys_for_eval: See [`~transformers.Trainer.train`].
+            args, kwargs: See [`~transformers.Trainer.train`].
         """
         # The rows of an iterable data set of others depend on the number of processes.
         elastic = isinstance(self.train_dataset, SampleStream) or not isinstance(self.train_dataset, IterableDataset)
         with contextlib.ExitStack() as stack:
             if self.run is None or not self.run.is_open:
                 self.run = stack.enter_context(RunContext(self.args, resume_from_checkpoint, elastic=elastic))
-            run = self.run
+            checkpoint = self.run.checkpoint
             # Another number of processes may have changed it.
             self._train_batch_size = self.args.train_batch_size
             unregister_result(self.args)
-            stack.enter_context(self.run_state.resumed(run.checkpoint))
+            stack.enter_context(self.run_state.resumed(checkpoint))
             stack.enter_context(self.guard.on_sigterm())
             prepare_for_fsdp(self.accelerator, cast(nn.Module, self.model))
-            self.run_state.inputs = run.compare_inputs(lambda: data_inputs(self.train_dataset) | self.frozen_inputs())
+            self.run.compare_inputs(lambda: data_inputs(self.train_dataset) | self.frozen_inputs())
             try:
-                output = super().train(
-                    None if run.checkpoint is None else str(run.checkpoint), trial, ignore_keys_for_eval
-                )
+                output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
             except pickle.UnpicklingError as error:
-                raise ValueError(f"{run.checkpoint}: {explain(error)}") from error
+                raise ValueError(f"{checkpoint}: {explain(error)}") from error
         return output._replace(metrics={**output.metrics, **recalls_before(self.state.log_history)})
 
     def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
@@ -321,8 +308,6 @@ class StageTrainer(Trainer):
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
             dataset = cast(Any, self.eval_dataset)[dataset]
-        if dataset is None:
-            raise ValueError("evaluation requires an eval_dataset.")
         options = loader_options(self.args, self.evaluation_collator(dataset))
         return self.accelerator.prepare(DataLoader(dataset, self.args.eval_batch_size, **options))
 
@@ -344,9 +329,7 @@ class StageTrainer(Trainer):
         """
         inputs = dict(inputs)
         keys = inputs.pop("keys", None)
-        self.run_state.skipped.add(inputs.pop("skipped", []))
-        if model.training:
-            self.run_state.cut_captions.add(inputs.get("num_truncated", 0))
+        self.run_state.count_batch(inputs.pop("skipped", ()), inputs.pop("num_truncated", 0) if model.training else 0)
         batch = self.embed_batch(model, inputs)
         rows: dict[str, Any] = {**batch.embeds, **batch.ids}
         if not model.training:
@@ -379,41 +362,33 @@ class StageTrainer(Trainer):
         """Log; see [`~transformers.Trainer.log`]: also how many captions were cut and samples skipped so far."""
         if "loss" in logs or "train_loss" in logs:
             logs |= self.run_state.counts()
+        logger.debug("step %d: %s", self.state.global_step, ", ".join(f"{name} {x}" for name, x in logs.items()))
         super().log(logs, start_time)
 
-    # Checkpoints. transformers (5.6 to 5.23) deletes old ones before the new one could be marked as whole.
+    # Checkpoints.
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save a checkpoint, mark it as whole, and only then delete older ones."""
-        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if trial is None:
-            self.store_flos()
-        self.run_state.gather()
-        with wrap_write_errors(folder):
-            if self.args.should_save:
-                begin_checkpoint(folder)
-            self.save_model(str(folder), _internal_call=True)
-            self.accelerator.wait_for_everyone()
-            best = folder.with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
-            if self.state.best_global_step and best.exists():
-                self.state.best_model_checkpoint = str(best)
-            if not self.args.save_only_model:
-                self._save_optimizer_and_scheduler(str(folder))
-                self._save_scaler(str(folder))
-                self._save_rng_state(str(folder))
-            if self.args.should_save:
-                self.state.stateful_callbacks = cast(
-                    Any, callback_states([*self.callback_handler.callbacks, self.control])
-                )
-                self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-                self.run_state.save(folder, self.state.global_step)
-                cast(RunContext, self.run).save(folder)
-        # The other processes have written their states of random numbers.
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            finish_checkpoint(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+        """Save a checkpoint with the state of the run, mark it as whole, and only then delete older ones."""
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self.run_state.counts()
+        # The Trainer would delete older ones first.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with wrap_write_errors(folder):
+                if self.args.should_save:
+                    begin_checkpoint(folder)
+                super()._save_checkpoint(model, trial)
+                # The other processes have written their states of random numbers.
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    run = cast(RunContext, self.run)
+                    self.run_state.save(folder, self.state.global_step, run.inputs)
+                    write_json(folder / SETTINGS, run.settings)
+                    finish_checkpoint(folder, limit, self.state.best_model_checkpoint)
+        finally:
+            self.args.save_total_limit = limit
         if self.args.push_to_hub:
-            self._push_from_checkpoint(str(folder))
+            self._push_checkpoint(folder)
 
     # transformers (5.6 to 5.23) has no public method for loading a checkpoint's weights: it reads the files by the
     # names of the parameters, which `from_pretrained` and `save_pretrained` may change.
@@ -500,37 +475,20 @@ class StageTrainer(Trainer):
             all their recalls, `eval_mean_recall`.
         """
         metrics: dict[str, float] = {}
-        if eval_dataset is not None or self._has_eval_rows:
+        if eval_dataset is not None or self.eval_dataset is not None:
             metrics |= super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if eval_dataset is None and self.retrieval:
             metrics |= self._measure_retrieval(metric_key_prefix)
         return metrics
 
     def measure_before(self) -> None:
-        """Measure the retrieval sets before the first step, in all processes; random numbers stay as they are.
-
-        Raises:
-            ValueError: `metric_for_best_model` is not among what an evaluation measures.
-        """
-        args, measured = self.args, dict[str, float]()
-        if self.retrieval and not args.eval_on_start:
+        """Measure the retrieval sets before the first step, in all processes; random numbers stay as they are."""
+        if self.retrieval and not self.args.eval_on_start:
             with torch.random.fork_rng(devices=[]):
-                measured = self._measure_retrieval("eval")
-        wanted = args.metric_for_best_model
-        if not measured or self._has_eval_rows or args.eval_strategy == "no" or wanted is None:
-            return
-        if f"eval_{wanted.removeprefix('eval_')}" not in measured:
-            raise ValueError(
-                f"metric_for_best_model is {wanted}, but an evaluation measures {', '.join(measured)}; name one of "
-                "these."
-            )
-        logger.info("Evaluations are compared by %s (metric_for_best_model).", wanted)
+                self._measure_retrieval("eval")
 
     def _measure_retrieval(self, prefix: str) -> dict[str, float]:
         model = self.unwrapped().eval()
-        if self.accelerator.mixed_precision != "no" and not self._has_said_precision:
-            logger.info("Measuring retrieval sets in %s, as the model trains.", self.accelerator.mixed_precision)
-            self._has_said_precision = True
         with gathered(self.accelerator, self.model_wrapped), self.accelerator.autocast():
             metrics: dict[str, float] = {
                 f"{prefix}_{name}_{key}": value
@@ -569,7 +527,7 @@ class StageTrainer(Trainer):
         with wrap_write_errors(Path(str(self.args.output_dir))):
             self.save_result(str(self.args.output_dir))
             self.accelerator.wait_for_everyone()
-            if self.retrieval or self._has_eval_rows:
+            if self.retrieval or self.eval_dataset is not None:
                 metrics |= self.evaluate()
             self.save_state()
             # It waits for the revisions of data, on one process alone.
@@ -615,18 +573,21 @@ class StageTrainer(Trainer):
             self.hub_model_id, self.push_in_progress = repo_id, None
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Leave it to [`_push_checkpoint`]: the Trainer calls this before the checkpoint is whole."""
+
+    def _push_checkpoint(self, checkpoint: Path) -> None:
         """Push the model of a whole checkpoint with the card of the run, unless an upload runs; see `hub_strategy`."""
         if self.repo is None or self.args.hub_strategy == HubStrategy.END:
             return
         running = cast(Any, self.push_in_progress)
         if running is not None and not running.is_done() and not self.args.hub_always_push:
             return
-        copy_model(Path(checkpoint_folder), Path(str(self.args.output_dir)))
+        copy_model(checkpoint, Path(str(self.args.output_dir)))
         self.create_model_card()
         self.control = self.callback_handler.on_push_begin(self.args, self.state, self.control)
         by_steps, epoch = self.args.save_strategy == SaveStrategy.STEPS, int(self.state.epoch or 0)
         when = f"step {self.state.global_step}" if by_steps else f"epoch {epoch}"
-        jobs = self.repo.push_checkpoint(Path(checkpoint_folder), f"Training in progress, {when}")
+        jobs = self.repo.push_checkpoint(checkpoint, f"Training in progress, {when}")
         waiting: Any = [*(running.jobs if running else []), *jobs]
         self.push_in_progress = cast(Any, PushInProgress(waiting))
 

@@ -25,15 +25,23 @@ def as_folder(folder: Any) -> Folder | None:
 class JointRecipe:
     """Settings of the model and the data of `llm2clip align` and `llm2clip stage2`."""
 
-    vision_model_name_or_path: str = setting("", "Pretrained vision tower: Hub id or folder.")
-    text_model_name_or_path: str = setting("", "Frozen text tower, usually from stage 1: Hub id or folder.")
-    vision_model_revision: str | None = setting(None, "Branch, tag or commit of the vision tower's repo; unset: main.")
-    text_model_revision: str | None = setting(None, "Branch, tag or commit of the text tower's repo; unset: main.")
+    vision_model_name_or_path: str = setting("", "Pretrained vision tower: Hub id or folder.", affects_numbers=False)
+    text_model_name_or_path: str = setting(
+        "", "Frozen text tower, usually from stage 1: Hub id or folder.", affects_numbers=False
+    )
+    vision_model_revision: str | None = setting(
+        None, "Branch, tag or commit of the vision tower's repo; unset: main.", affects_numbers=False
+    )
+    text_model_revision: str | None = setting(
+        None, "Branch, tag or commit of the text tower's repo; unset: main.", affects_numbers=False
+    )
     sources: list[dict[str, Any]] = setting(
         [], "Training data: a list of CaptionSource mappings, streams and others together."
     )
     eval_sources: dict[str, Any] = setting(
-        {}, "Image-text retrieval sets to evaluate: a mapping from a name to CaptionSource fields."
+        {},
+        "Image-text retrieval sets to evaluate: a mapping from a name to CaptionSource fields.",
+        affects_numbers=False,
     )
     embedding_cache: str | list[str] | None = setting(
         None,
@@ -41,11 +49,16 @@ class JointRecipe:
         "source (its own folder, if they lie beside its shards). Of two caches the rows stand side by side, and the "
         "model takes them (llm_embeds) alone: leave text_model_name_or_path unset. A source may have its own "
         "embedding_cache.",
+        affects_numbers=False,
     )
     eval_embedding_cache: str | list[str] | None = setting(
-        None, "Cache with the captions of eval_sources; unset: embedding_cache, unless that contains sidecars."
+        None,
+        "Cache with the captions of eval_sources; unset: embedding_cache, unless that contains sidecars.",
+        affects_numbers=False,
     )
-    verify_cache: bool = setting(True, "Check first that the cache is undamaged and contains every caption.")
+    verify_cache: bool = setting(
+        True, "Check first that the cache is undamaged and contains every caption.", affects_numbers=False
+    )
     attn_implementation: str | None = setting(None, "Attention implementation of the vision tower, such as sdpa.")
     projection_dim: int | None = setting(
         None, "Dimension of the shared embedding space; unset: 1280, or what `align` finds best."
@@ -60,6 +73,7 @@ class JointRecipe:
         None,
         "Folder of the pooled features of a frozen tower, which several runs can share; unset: vision_features in "
         "output_dir.",
+        affects_numbers=False,
     )
     feature_dtype: Literal["float32", "bfloat16"] = setting(
         "float32",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llm2clip.losses.gather import exchange_counts
-from llm2clip.trainers.base_config import refuse_unfollowed
+from llm2clip.trainers.base_config import validate_collator_settings
 from llm2clip.trainers.base_trainer import EmbeddedBatch
 from llm2clip.trainers.mntp_config import MNTPConfig
 from llm2clip.trainers.mntp_data import MaskCollator
@@ -47,7 +47,6 @@ class MNTPTrainer(TextTowerTrainer):
         ValueError: The head is the trained token embedding, which FSDP would shard.
     """
 
-    title = "MNTP"
     config_class: ClassVar[type] = MNTPConfig
     args: MNTPConfig
 
@@ -60,10 +59,10 @@ class MNTPTrainer(TextTowerTrainer):
                 "that the head would keep its first values; train with LoRA (lora_rank)."
             )
 
-    def _refuse_unused(self) -> None:
-        super()._refuse_unused()
+    def _validate_settings(self) -> None:
+        super()._validate_settings()
         if not isinstance(self.data_collator, MaskCollator):
-            refuse_unfollowed(self.args, self.data_collator, MASKING)
+            validate_collator_settings(self.args, self.data_collator, MASKING)
 
     def default_collator(self) -> MaskCollator | None:
         tokenizer: Any = self.processing_class

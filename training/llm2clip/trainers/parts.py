@@ -14,10 +14,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from llm2clip.trainers import run_align
 from llm2clip.trainers.align_recipe import AlignRecipe
-from llm2clip.trainers.checkpoints import is_whole
 from llm2clip.trainers.joint_recipe import TOWERS
 from llm2clip.trainers.model_card import continued
-from llm2clip.trainers.run_context import RunContext, compare_finished
+from llm2clip.trainers.run_context import RunContext, compare_finished, is_whole
 from llm2clip.trainers.stage2_config import NEW_MODEL_FIELDS, Stage2Recipe
 from llm2clip.utils.files import read_json
 from llm2clip.utils.processes import on_main_process

@@ -18,8 +18,8 @@ from llm2clip.hub.licenses import Base, bases_of, check_repo_name, license_model
 from llm2clip.hub.upload import explained, explanation, open_repo, upload_model
 from llm2clip.hub.upload_files import model_files, refuse_secrets
 from llm2clip.trainers.base_config import StageConfig
-from llm2clip.trainers.checkpoints import SETTINGS
 from llm2clip.trainers.model_card import made_from
+from llm2clip.trainers.run_context import SETTINGS
 from llm2clip.trainers.run_state import RUN_STATE
 from llm2clip.utils.files import atomic_path, write_text
 from llm2clip.utils.manifests import FOLDER_MANIFEST

@@ -17,12 +17,12 @@ from llm2clip.hub.cards.facts import JOINT_TASK
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.trainers.align_recipe import AlignRecipe
 from llm2clip.trainers.alignment import align
-from llm2clip.trainers.checkpoints import SETTINGS, list_model
 from llm2clip.trainers.closed_form import DEFAULT_WIDTH
 from llm2clip.trainers.joint_model import describe_text_model, make_model, measure_retrieval, open_retrieval
 from llm2clip.trainers.joint_recipe import FEATURES
 from llm2clip.trainers.kept_space import align_texts, drawn_captions, take_vision_side
 from llm2clip.trainers.model_card import latest_evaluations, write_model_card
+from llm2clip.trainers.run_context import SETTINGS, register_model
 from llm2clip.trainers.stage2_captions import Stage2Captions, open_captions
 from llm2clip.trainers.stored_rows import store_pairs
 from llm2clip.trainers.teacher import Teacher
@@ -174,4 +174,4 @@ def _save(config: AlignRecipe, model: LLM2CLIPModel, processor: Any, metrics: di
     evaluations = latest_evaluations(sets, log, config.eval_sources, "image-text retrieval", None, wait=True)
     write_model_card(config, model, processor, task=JOINT_TASK, evaluations=evaluations, history=log)
     write_json(folder / SETTINGS, asdict(config))
-    list_model(folder)
+    register_model(folder)

@@ -1,4 +1,4 @@
-"""The context of a run: its folder, which no other run uses meanwhile, its settings, and where it starts."""
+"""The run around a training: its folder, which no other run uses meanwhile, settings, inputs, and where it starts."""
 
 from __future__ import annotations
 
@@ -6,53 +6,37 @@ import contextlib
 import functools
 import json
 import logging
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from llm2clip.trainers.base_config import StageConfig
-from llm2clip.trainers.checkpoints import MODULE_FOLDERS, SETTINGS, choose_checkpoint, list_result, unregister_result
+from llm2clip.hub.upload_files import model_files
+from llm2clip.trainers.base_config import StageConfig, affects_numbers
 from llm2clip.trainers.run_state import INPUTS, read_run_state
 from llm2clip.trainers.sharding import require_sharding
 from llm2clip.utils.files import read_json, remove_unfinished, write_json
 from llm2clip.utils.locks import run_lock
+from llm2clip.utils.manifests import FOLDER_MANIFEST, damage, write_manifest
 from llm2clip.utils.processes import on_main_process
 from llm2clip.utils.settings import require
+from modeling_llm2clip.modeling_llm2clip_utils import TEXT_MODEL
 
 logger = logging.getLogger(__name__)
 
-# Settings that do not change the trained parameters. All others break the promise that a resumed run ends as an
-# uninterrupted one.
-FREE = {
-    *("output_dir", "run_name", "project", "report_to", "disable_tqdm", "push_to_hub", "verify_cache"),
-    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
-    *("dataloader_persistent_workers", "per_device_eval_batch_size", "prediction_loss_only", "batch_eval_metrics"),
-    *("resume_from_checkpoint", "resume_anyway", "restore_callback_states_from_checkpoint"),
-    *("gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing"),
-    "activation_checkpointing_kwargs",
-    *("teacher_rows", "into"),
-    *("frozen_states_dir", "bundle_text_model", "ddp_timeout", "skip_memory_metrics", "local_rank", "debug"),
-    *("torch_empty_cache_steps", "jit_mode_eval"),
-}
-# Where something is: what it is, is compared as an input of the run, or by the store that is opened.
-LOCATIONS = {
-    *("model", "model_name_or_path", "vision_model_name_or_path", "text_model_name_or_path"),
-    "image_processor_name_or_path",
-    *("model_revision", "vision_model_revision", "text_model_revision"),
-    *("feature_cache", "embedding_cache", "eval_embedding_cache"),
-}
-# What a checkpoint's state of the optimizer belongs to.
-FIXED = {"optim", "optim_args", "optim_target_modules"}
-FREE_PREFIXES = ("log_", "logging_", "hub_", "save_", "eval_", "do_", "include_", "trackio_")
-# In an iterable data set of others, it decides which worker yields which row.
-ORDERING = {"dataloader_num_workers"}
+COMMAND = "training"
+SETTINGS = "settings.json"
+# Folders of sentence-transformers' modules in the folder of a model.
+MODULE_FOLDERS = "[0-9]_*"
+RESULT_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 PROCESSES, BATCH_SIZE = "number of processes", "per_device_train_batch_size"
-# Settings that may differ on another number of processes: those that follow from it, and from the memory that a larger
-# batch on each needs.
-FOLLOWING = {PROCESSES, BATCH_SIZE, "tower_chunk_size"}
+# What a checkpoint's state of the optimizer belongs to.
+OPTIMIZER_KIND = {"optim", "optim_args", "optim_target_modules"}
 MAX_LENGTH = 200
 ANYWAY = "add --resume-anyway (in Python, resume_anyway=True)"
 
@@ -63,20 +47,22 @@ class RunContext:
     Args:
         args: The settings of the run. On another number of processes than before, the batch of each becomes its share
             of the batch of the run.
-        resume: See [`choose_checkpoint`].
-        is_command: The run is that of a command, which is refused in the folder of another run, and stores its
-            settings in its folder.
+        resume: The folder of a checkpoint, or True for the newest whole one in `output_dir`.
+        is_command: The run is that of a command: it is refused in the folder of another run, begins with `resume=True`
+            if there is no checkpoint yet, and stores its settings in its folder.
         elastic: Whether the data can be read by another number of processes.
 
     Attributes:
         checkpoint: Where the run starts; None at the beginning.
         settings: The settings of the run as JSON.
         changed: Names of the settings that differ from those of the run that is continued.
+        inputs: What the run reads, by name in words; see [`compare_inputs`].
         is_open: Whether the run has begun and not ended.
 
     Raises:
-        ValueError: On entering: another run uses the folder, the checkpoint is damaged, settings differ that change
-            the trained parameters (unless `resume_anyway`), or the run would not be sharded as it asks.
+        ValueError: On entering: another run uses the folder; the checkpoint is damaged, has no state of the optimizer,
+            or there is none; settings differ that change the trained numbers (unless `resume_anyway`); or the run
+            would not be sharded as it asks.
         FileExistsError: On entering: the folder contains another run.
     """
 
@@ -88,32 +74,32 @@ class RunContext:
         self.is_open = False
         self.changed: set[str] = set()
         self.settings: dict[str, Any] = {}
-        # Of a run that goes on on other processes, which keeps its own.
+        self.inputs: dict[str, Any] = {}
+        # Settings that a run keeps on another number of processes.
         self._kept: dict[str, Any] = {}
         self._lock = contextlib.ExitStack()
 
     def __enter__(self) -> RunContext:
-        args = self.args
+        args, folder = self.args, Path(self.args.output_dir)
         require_sharding(args)
         with contextlib.ExitStack() as stack:
             stack.enter_context(run_lock(args.output_dir))
             if args.should_save:
-                folder = Path(args.output_dir)
                 for written in (folder, *folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), *folder.glob(MODULE_FOLDERS)):
                     remove_unfinished(written)
-            self.checkpoint = choose_checkpoint(args, self.resume, self.is_command)
+            self.checkpoint = self._choose_checkpoint()
             if self.checkpoint is not None:
                 self.compare_settings(self.checkpoint)
-            self.take_settings()
+            self.settings = {**_as_json(args), **self._kept}
             if self.is_command and args.should_save:
-                self._store_settings()
+                self._store_settings(folder / SETTINGS)
             self._lock = stack.pop_all()
         self.is_open = True
         return self
 
     def __exit__(self, *error: Any) -> None:
         if error[0] is None and self.is_command:
-            list_result(self.args)
+            register_result(self.args)
         self.is_open = False
         self._lock.close()
 
@@ -121,27 +107,44 @@ class RunContext:
         """Call a function when the run ends, also with an error."""
         self._lock.callback(function)
 
-    def take_settings(self) -> None:
-        """Take the settings as they are now for those of the run."""
-        self.settings = {**_as_json(self.args), **self._kept}
-
-    def _store_settings(self) -> None:
-        path = Path(self.args.output_dir) / SETTINGS
+    def _store_settings(self, path: Path) -> None:
         with contextlib.suppress(OSError, ValueError):
             if read_json(path) == self.settings:
                 return
         unregister_result(self.args)  # the list of a finished run has the checksum of its settings
         write_json(path, self.settings)
 
-    def save(self, checkpoint: Path) -> None:
-        """Store the settings in a checkpoint too; called in the main process."""
-        write_json(checkpoint / SETTINGS, self.settings)
+    def _choose_checkpoint(self) -> Path | None:
+        if isinstance(self.resume, str | Path):
+            checkpoint = Path(self.resume)
+            if not checkpoint.is_dir():
+                raise ValueError(f"there is no checkpoint {checkpoint}.")
+            # One that another Trainer wrote has no manifest.
+            find = partial(damage, checkpoint, contents=True)
+            fault = on_main_process(find) if (checkpoint / FOLDER_MANIFEST).exists() else None
+            if fault is not None:
+                raise ValueError(
+                    f"{checkpoint} is damaged ({fault}); name another checkpoint, or --resume to find one."
+                )
+            return _with_optimizer(checkpoint)
+        folder = self.args.output_dir
+        if not self.resume:
+            if self.is_command:
+                _require_no_run(Path(folder))
+            return None
+        if (newest := last_checkpoint(folder)) is not None:
+            return _with_optimizer(newest)
+        if not self.is_command:
+            raise ValueError(f"there is no whole checkpoint to resume from in {folder}.")
+        _require_unfinished(Path(folder))
+        logger.info("no checkpoint to resume from in %s: starting from the beginning.", folder)
+        return None
 
     def compare_settings(self, folder: Path) -> None:
         """Compare the settings with those that are stored in a folder, and print what differs.
 
         Raises:
-            ValueError: A setting differs that changes the trained parameters, and `resume_anyway` is off; or the
+            ValueError: A setting differs that changes the trained numbers, and `resume_anyway` is off; or the
                 processes cannot share the batch of the run.
         """
         path = folder / SETTINGS
@@ -152,40 +155,37 @@ class RunContext:
         continued = self.elastic and keep_global_batch(self.args, old)
         new = _as_json(self.args)
         # Another version of transformers may have other settings.
-        changed = {name: (old[name], new[name]) for name in new if name in old and old[name] != new[name]}
-        lines = {name: f"{name}: {_short(before)} -> {_short(now)}" for name, (before, now) in changed.items()}
+        self.changed = {name for name in new if name in old and old[name] != new[name]}
+        lines = {name: f"{name}: {_short(old[name])} -> {_short(new[name])}" for name in sorted(self.changed)}
         for line in lines.values():
             logger.info("changed since the run was started: %s", line)
-        self.changed = {name for name, (before, now) in changed.items() if _compared(before) != _compared(now)}
-        free = (FREE | LOCATIONS) - (set() if self.elastic else ORDERING) | (FOLLOWING if continued else set())
-        breaking = [
-            line for name, line in lines.items()
-            if name in self.changed and name not in free and not name.startswith(FREE_PREFIXES)
-        ]  # fmt: skip
+        free = {field.name for field in fields(self.args) if not affects_numbers(field)}
+        if not self.elastic:  # it decides which worker yields which row
+            free.discard("dataloader_num_workers")
+        if continued:  # what follows from the number of processes, and from the memory that a larger batch needs
+            free |= {PROCESSES, BATCH_SIZE, "tower_chunk_size"}
+        breaking = [line for name, line in lines.items() if name not in free]
         if breaking and not self.args.resume_anyway:
             raise ValueError(
                 f"the run of {folder} was started with other settings ({'; '.join(breaking)}), so that it would not "
                 f"end as an uninterrupted one; resume with its settings, or {ANYWAY}."
             )
-        if fixed := [lines[name] for name in lines if name in FIXED]:
+        if fixed := [lines[name] for name in lines if name in OPTIMIZER_KIND]:
             raise ValueError(f"a resumed run goes on with the optimizer of {folder} ({'; '.join(fixed)}); leave it.")
         self._kept = {name: old[name] for name in (PROCESSES, BATCH_SIZE)} if continued else {}
 
-    def compare_inputs(self, read: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    def compare_inputs(self, read: Callable[[], Mapping[str, Any]]) -> None:
         """Compare what the run reads with what it read before; called in all processes.
 
         Args:
             read: Returns it by name in words; called in the main process.
 
-        Returns:
-            What `read` returned.
-
         Raises:
             ValueError: Something differs, and `resume_anyway` is off.
         """
-        return on_main_process(lambda: self._compare_inputs(dict(read())))
+        self.inputs = on_main_process(lambda: self._compared(dict(read())))
 
-    def _compare_inputs(self, now: dict[str, Any]) -> dict[str, Any]:
+    def _compared(self, now: dict[str, Any]) -> dict[str, Any]:
         if self.checkpoint is None:
             return now
         old = read_run_state(self.checkpoint).get(INPUTS)
@@ -215,9 +215,9 @@ def compare_finished(part: Any, folder: Path) -> None:
         RunContext(part).compare_settings(folder)
         return
     old, new = read_json(folder / SETTINGS), json.loads(json.dumps(asdict(part)))
-    changed = [name for name in new.keys() - FREE - LOCATIONS if _compared(old.get(name)) != _compared(new[name])]
-    if changed:
-        lines = "; ".join(f"{name}: {_short(old.get(name))} -> {_short(new[name])}" for name in sorted(changed))
+    names = [field.name for field in fields(part) if affects_numbers(field)]
+    if changed := [name for name in names if old.get(name) != new[name]]:
+        lines = "; ".join(f"{name}: {_short(old.get(name))} -> {_short(new[name])}" for name in changed)
         raise ValueError(f"{folder} was made with other settings ({lines}); delete it, or use another output_dir.")
 
 
@@ -282,13 +282,114 @@ def _as_json(args: StageConfig) -> dict[str, Any]:
     return json.loads(json.dumps({**values, PROCESSES: args.world_size}, default=str))
 
 
-def _compared(value: Any) -> Any:
-    """Return what of a setting is compared: of sources and a first part, all but where their files are."""
-    if isinstance(value, dict):
-        return {name: entry for name, entry in value.items() if name not in LOCATIONS}
-    return [_compared(entry) for entry in value] if isinstance(value, list) else value
-
-
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= MAX_LENGTH else f"{text[:MAX_LENGTH]}..."
+
+
+# Checkpoints and results. What is written last lists the files of a folder, with checksums: it is then whole.
+
+
+def begin_checkpoint(checkpoint: Path) -> None:
+    """Mark a checkpoint as incomplete while its files are written, perhaps over those of a damaged one."""
+    (checkpoint / FOLDER_MANIFEST).unlink(missing_ok=True)
+
+
+def finish_checkpoint(checkpoint: Path, limit: int | None, best: str | None) -> None:
+    """Mark a checkpoint as whole, and then delete the oldest whole ones.
+
+    Args:
+        limit: Number of whole checkpoints to keep; None or 0 keeps all.
+        best: A checkpoint that is kept in any case.
+    """
+    write_manifest(checkpoint, COMMAND)
+    if not limit or limit < 0:
+        return
+    manifests = [path / FOLDER_MANIFEST for path in _by_step(checkpoint.parent).values()]
+    # By time and not by step: a run that started again from an earlier checkpoint keeps its own.
+    written = sorted((path for path in manifests if path.is_file()), key=lambda path: path.stat().st_mtime_ns)
+    kept = {checkpoint.name, Path(best).name if best else checkpoint.name}
+    others = [path.parent for path in written if path.parent.name not in kept]
+    for old in others[: max(0, len(others) + len(kept) - limit)]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def last_checkpoint(output_dir: str | Path, contents: bool = True) -> Path | None:
+    """Find the newest whole checkpoint of a run; a damaged or half-written one is skipped with a warning.
+
+    Args:
+        contents: Compare checksums, which the main process does for all; otherwise only sizes.
+    """
+    return on_main_process(partial(_last_whole, output_dir, True)) if contents else _last_whole(output_dir, False)
+
+
+def _last_whole(output_dir: str | Path, contents: bool) -> Path | None:
+    for checkpoint in _by_step(output_dir).values():
+        if (fault := damage(checkpoint, contents=contents)) is None:
+            return checkpoint
+        logger.warning("Skipping %s: incomplete or damaged (%s).", checkpoint, fault)
+    return None
+
+
+def _by_step(output_dir: str | Path) -> dict[int, Path]:
+    """Find the checkpoints of a run, whole or not, from the newest to the oldest step."""
+    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
+    by_step = {path.name.removeprefix(prefix): path for path in Path(output_dir).glob(f"{prefix}*")}
+    return {int(step): by_step[step] for step in sorted(filter(str.isdecimal, by_step), key=int, reverse=True)}
+
+
+def _with_optimizer(checkpoint: Path) -> Path:
+    if not any(checkpoint.glob("optimizer*")):
+        raise ValueError(
+            f"{checkpoint} has the model alone, as save_only_model saves it: optimizer and schedule would begin anew. "
+            "Name a checkpoint that has their states, or start a new run from this model in another output_dir."
+        )
+    return checkpoint
+
+
+def _require_unfinished(folder: Path) -> None:
+    if (folder / FOLDER_MANIFEST).exists():
+        raise FileExistsError(
+            f"{folder} contains a finished run without a whole checkpoint: there is nothing to continue. "
+            "Choose another output_dir, or delete this one to train again."
+        )
+
+
+def _require_no_run(folder: Path) -> None:
+    newest = last_checkpoint(folder, contents=False)
+    results = [name for name in RESULT_FILES if (folder / name).exists()]
+    if newest is None:
+        _require_unfinished(folder)
+    if newest is not None or results:
+        raise FileExistsError(
+            f"{folder} already contains a run ({newest.name if newest else results[0]}); add --resume to "
+            f"{'continue it' if newest else 'begin it again'}, or choose another output_dir."
+        )
+
+
+def unregister_result(args: StageConfig) -> None:
+    """Delete the list of an earlier result, which the run replaces."""
+    if args.should_save:
+        Path(args.output_dir, FOLDER_MANIFEST).unlink(missing_ok=True)
+
+
+def register_result(args: StageConfig) -> None:
+    """List the saved model of a finished run with checksums, which `llm2clip build` and `push` compare."""
+    if args.should_save:
+        register_model(Path(args.output_dir))
+
+
+def register_model(folder: Path) -> None:
+    """List a saved model with checksums; called in the main process."""
+    names = [
+        name
+        for name in model_files(folder).uploaded
+        if Path(name).parent in (Path(), Path(TEXT_MODEL)) or Path(name).parent.match(MODULE_FOLDERS)
+    ]
+    state = [name for name in (TRAINER_STATE_NAME, SETTINGS) if (folder / name).is_file()]
+    write_manifest(folder, COMMAND, [*names, *state])
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder has a finished and undamaged result."""
+    return (folder / FOLDER_MANIFEST).is_file() and damage(folder, contents=True) is None

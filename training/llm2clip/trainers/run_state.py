@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from llm2clip.utils.tables import BEFORE, RECALL
 logger = logging.getLogger(__name__)
 
 RUN_STATE = "run_state.json"
-CUT_CAPTIONS, SKIPPED, STREAM, INPUTS = "cut_captions", "skipped", "stream", "inputs"
+CUT_CAPTIONS, STREAM, INPUTS = "cut_captions", "stream", "inputs"
 
 
 def read_run_state(checkpoint: Path) -> dict[str, Any]:
@@ -41,37 +42,38 @@ def open_skip_log(args: StageConfig) -> SkipLog | None:
 
 
 class RunState(TrainerCallback):
-    """Counts the cut captions and the skipped samples of a run, and the rows of its stream.
+    """Counts captions that were cut, samples that were skipped, and rows of a stream that were consumed.
+
+    Args:
+        skip_log: The list of the samples that this process skips, which a resumed run continues.
+        stream: The place in a stream; None for data sets with random access.
+        measure_before: Measures the model before the first step.
 
     Attributes:
-        cut_captions, skipped, stream: What is counted; `stream` is None for data sets with random access.
-        inputs: What the run reads, by name in words; see [`RunContext.compare_inputs`].
-        measure_before: Measures the model before the first step.
+        cut_captions: Captions that were cut in all processes, up to the last [`counts`].
     """
 
     def __init__(
         self, skip_log: SkipLog | None, stream: StreamPosition | None, measure_before: Callable[[], None]
     ) -> None:
-        self.cut_captions, self.skipped, self.stream = CutCaptions(), SkippedSamples(skip_log), stream
-        self.measure_before = measure_before
-        self.inputs: Mapping[str, Any] = {}
-        self._stored: dict[str, Any] = {}
+        self.skip_log, self.stream, self.measure_before = skip_log, stream, measure_before
+        self.cut_captions = self._newly_cut = 0
+        self._skipped: set[str] = set()
 
     @contextmanager
     def resumed(self, checkpoint: Path | None) -> Iterator[None]:
         """Within this context, train from a checkpoint, or from the beginning."""
-        self._stored = {} if checkpoint is None else read_run_state(checkpoint)
-        if self.stream is None:
+        stored = {} if checkpoint is None else read_run_state(checkpoint)
+        self.cut_captions, self._newly_cut = stored.get(CUT_CAPTIONS, 0), 0
+        if self.skip_log is not None:
+            self._skipped.clear()
+            self.skip_log.open(continued=checkpoint is not None)
+        with contextlib.nullcontext() if self.stream is None else self.stream.resumed(checkpoint, stored.get(STREAM)):
             yield
-        else:
-            with self.stream.resumed(checkpoint, self._stored.get(STREAM)):
-                yield
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         # The Trainer would go on with the logging_steps, eval_steps, save_steps of the checkpoint.
         state.compute_steps(args, state.max_steps)
-        self.cut_captions.begin(self._stored.get(CUT_CAPTIONS, 0))
-        self.skipped.begin(self._stored.get(SKIPPED, []), args.process_index)
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not state.global_step:
@@ -82,23 +84,24 @@ class RunState(TrainerCallback):
             # The Trainer counts the batches since the resume, of an epoch of max_steps.
             state.epoch = self.stream.rows(state.global_step) / self.stream.stream.num_rows
 
+    def count_batch(self, skipped: Sequence[tuple[str, str]], cut_captions: int) -> None:
+        """Count what is missing in a batch of this process: the keys and reasons of samples, and captions."""
+        self._newly_cut += cut_captions
+        if skipped and self.skip_log is not None:
+            self.skip_log.add(skipped)
+
     def counts(self) -> dict[str, int]:
-        """Count what all processes have cut and skipped, for the log; called in all of them."""
-        counts = {"cut_captions": self.cut_captions.count(), "skipped_samples": self.skipped.count()}
+        """Count what all processes have cut, and the distinct samples that they skipped; called in all of them."""
+        self.cut_captions += int(sum_over_processes(torch.tensor(self._newly_cut)))
+        self._newly_cut = 0
+        if self.skip_log is not None:
+            self._skipped.update(gather_object(self.skip_log.take_new()))
+        counts = {"cut_captions": self.cut_captions, "skipped_samples": len(self._skipped)}
         return {name: count for name, count in counts.items() if count}
 
-    def gather(self) -> None:
-        """Gather what all processes count, before [`save`]; called in all of them."""
-        self.cut_captions.count()
-        self.skipped.gather()
-
-    def save(self, checkpoint: Path, step: int) -> None:
-        """Write it into a checkpoint; called in the main process."""
-        values: dict[str, Any] = {
-            CUT_CAPTIONS: self.cut_captions.total,
-            SKIPPED: self.skipped.sizes,
-            INPUTS: dict(self.inputs),
-        }
+    def save(self, checkpoint: Path, step: int, inputs: Mapping[str, Any]) -> None:
+        """Write it into a checkpoint, after [`counts`], with [`RunContext.inputs`]; called in the main process."""
+        values: dict[str, Any] = {CUT_CAPTIONS: self.cut_captions, INPUTS: inputs}
         if self.stream is not None:
             values[STREAM] = self.stream.state(step)
         write_json(checkpoint / RUN_STATE, values)
@@ -113,61 +116,6 @@ def recalls_before(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     first = {name: value for entry in history if entry["step"] == 0 for name, value in entry.items()}
     recalls = {name: value for name, value in first.items() if name.startswith("eval_") and RECALL.fullmatch(name)}
     return {name.replace("eval_", BEFORE, 1): value for name, value in recalls.items()}
-
-
-class CutCaptions:
-    """Counts the captions that were cut, in all processes, from the first step of a run to the present one."""
-
-    def __init__(self) -> None:
-        self.total = self._new = 0
-
-    def begin(self, stored: int) -> None:
-        """Begin a run, or continue one that had counted so many."""
-        self.total, self._new = stored, 0
-
-    def add(self, number: int) -> None:
-        """Count those of a batch of this process."""
-        self._new += number
-
-    def count(self) -> int:
-        """Count those of all processes, which all have to call this."""
-        self.total, self._new = self.total + int(sum_over_processes(torch.tensor(self._new))), 0
-        return self.total
-
-
-class SkippedSamples:
-    """Counts the distinct samples in the skip logs of all processes, from the first step of a run to the present one.
-
-    Checkpoints contain the sizes of the logs. A resumed run cuts off what was added after its checkpoint, and one that
-    starts anew what another run has left.
-    """
-
-    def __init__(self, log: SkipLog | None) -> None:
-        self.log = log
-        self.sizes: list[int] = []
-        self._keys: set[str] = set()
-
-    def begin(self, sizes: list[int], rank: int) -> None:
-        """Begin a run, or continue one whose logs had these sizes."""
-        if self.log is not None:
-            self._keys.clear()
-            self.log.rewind(sizes[rank] if rank < len(sizes) else 0)
-
-    def add(self, skipped: list[tuple[str, str]]) -> None:
-        """List samples (key and reason) that this process has skipped."""
-        if skipped and self.log is not None:
-            self.log.add(skipped)
-
-    def count(self) -> int:
-        """Count those of all processes, which all have to call this."""
-        if self.log is None:
-            return 0
-        self._keys.update(gather_object(self.log.take_new()))
-        return len(self._keys)
-
-    def gather(self) -> None:
-        """Gather the sizes of the logs of all processes, which all have to call this."""
-        self.sizes = [] if self.log is None else gather_object([self.log.size])
 
 
 class StreamPosition:
@@ -221,7 +169,7 @@ class StreamPosition:
         if stored is None:
             logger.warning("%s has no position in a stream: training continues from its first row.", checkpoint)
             return 0
-        self._refuse_changes(checkpoint, stored)
+        self._validate_order(checkpoint, stored)
         self.stream.lanes = lanes = Lanes(**stored["lanes"])
         batch = self.args.world_size * self.args.per_device_train_batch_size
         if batch != lanes.batch and len(self.stream.sources) > 1 and self.stream.mixing == "one_source_per_step":
@@ -231,7 +179,7 @@ class StreamPosition:
             )
         return int(stored["rows"])
 
-    def _refuse_changes(self, checkpoint: Path, stored: Mapping[str, Any]) -> None:
+    def _validate_order(self, checkpoint: Path, stored: Mapping[str, Any]) -> None:
         """Refuse to go on in shards that are not those of the checkpoint, or in another order."""
         old, new = stored["sources"], self.stream.fingerprints()
         if len(old) != len(new):

@@ -106,7 +106,9 @@ class Stage2Recipe(JointRecipe, LoraSettings, Stage2Config):
         "the model of the part before; with `command: align` it solves for the heads in closed form. The last one "
         "writes into output_dir, the others into its folders part1, part2, ...",
     )
-    model_name_or_path: str | None = setting(None, "LLM2CLIP model to continue training, instead of two towers.")
+    model_name_or_path: str | None = setting(
+        None, "LLM2CLIP model to continue training, instead of two towers.", affects_numbers=False
+    )
     mixing: Mixing = setting(
         "one_source_per_step",
         "Batches of several sources. one_source_per_step: the rows of a step come from one of them, in proportion to "

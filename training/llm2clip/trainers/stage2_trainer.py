@@ -74,7 +74,6 @@ class Stage2Trainer(StageTrainer):
 
     card_task = JOINT_TASK
     evaluation_title = "image-text retrieval"
-    title = "Stage 2"
     load_options: ClassVar[dict[str, Any]] = {"text_model": False}
     config_class: ClassVar[type] = Stage2Config
     retrieval_class: ClassVar[type] = RetrievalData
@@ -105,8 +104,8 @@ class Stage2Trainer(StageTrainer):
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         self.add_callback(ClampLogitScale())
 
-    def _refuse_unused(self) -> None:
-        super()._refuse_unused()
+    def _validate_settings(self) -> None:
+        super()._validate_settings()
         # A loss of the caller's may have a bias, or none.
         validate_settings(self.args, self.unwrapped(), has_own_loss=self.compute_loss_func is not None)
         if self.optimizer is not None:

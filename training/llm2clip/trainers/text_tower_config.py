@@ -17,9 +17,13 @@ class TextTowerRecipe:
     """What the command of such a stage opens: the LLM, which becomes a text tower, and the retrieval sets."""
 
     model_name_or_path: str = setting(
-        "", "Text model to train: Hub id or folder of a plain LLM, encoder or embedding model, or of a text tower."
+        "",
+        "Text model to train: Hub id or folder of a plain LLM, encoder or embedding model, or of a text tower.",
+        affects_numbers=False,
     )
-    model_revision: str | None = setting(None, "Branch, tag or commit of the LLM's Hub repo; unset: main.")
+    model_revision: str | None = setting(
+        None, "Branch, tag or commit of the LLM's Hub repo; unset: main.", affects_numbers=False
+    )
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = setting(
         "float32", "dtype of the loaded LLM (auto: that of its files). bfloat16 halves its memory."
     )
@@ -44,7 +48,7 @@ class TextTowerRecipe:
         "an embedding model.",
     )
     eval_sources: dict[str, Any] = setting(
-        {}, "Caption retrieval sets to evaluate: a mapping from a name to PairSource fields."
+        {}, "Caption retrieval sets to evaluate: a mapping from a name to PairSource fields.", affects_numbers=False
     )
 
 

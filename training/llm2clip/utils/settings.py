@@ -36,10 +36,14 @@ MAX_SHOWN = 500  # characters of a wrong value in a message
 MISFITS = (AttributeError, KeyError, TypeError, ValueError)
 
 
-def setting(default: ValueT, help: str) -> ValueT:
-    """Declare a dataclass field with a default and the help text of its command-line option."""
+def setting(default: ValueT, help: str, affects_numbers: bool = True) -> ValueT:
+    """Declare a dataclass field with a default and the help text of its command-line option.
+
+    Args:
+        affects_numbers: Whether what a run computes depends on it, so that a resumed run needs the same value.
+    """
     value: Any = {"default_factory": default.copy} if isinstance(default, (list, dict)) else {"default": default}
-    return dataclasses.field(**value, metadata={"help": help})
+    return dataclasses.field(**value, metadata={"help": help, "affects_numbers": affects_numbers})
 
 
 def build_config(

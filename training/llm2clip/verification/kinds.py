@@ -12,7 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from llm2clip.hub.upload_files import added_files
 from llm2clip.search.lance_store import COMMAND as INDEX
 from llm2clip.search.verify_index import verify_index
-from llm2clip.trainers.checkpoints import COMMAND as TRAINING
+from llm2clip.trainers.run_context import COMMAND as TRAINING
 from llm2clip.utils.files import read_json
 from llm2clip.utils.manifests import (
     FOLDER_MANIFEST,
