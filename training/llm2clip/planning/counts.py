@@ -19,7 +19,6 @@ from llm2clip.encoders.embed import EmbedConfig
 from llm2clip.losses.tiles import DEFAULT_TILE_SIZE, KEPT_LOGITS
 from llm2clip.planning import models
 from llm2clip.trainers.base_config import ContrastiveConfig, StageConfig
-from llm2clip.trainers.freezing import image_size
 from llm2clip.trainers.mntp_config import MNTPRecipe
 from llm2clip.trainers.stage1_config import Stage1Recipe
 from modeling_llm2clip.modeling_llm2clip_utils import ACCELERATOR_BATCH_TOKENS
@@ -124,7 +123,9 @@ def make_work(config: StageConfig | EmbedConfig, longest: int | None) -> Work:
         elif model.text_model is not None:
             with torch.no_grad():
                 captions = {"llm_embeds": _embedding(model.text_model.eval())(rows, tokens)[0]}
-        images = {"pixel_values": torch.zeros(rows, 3, *image_size(model))}
+        size: Any = model.config.vision_config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        images = {"pixel_values": torch.zeros(rows, 3, height, width)}
         if config.freeze_vision == "all":
             # They are computed once, before the training.
             images = {"vision_features": torch.zeros(rows, model.config.vision_width)}

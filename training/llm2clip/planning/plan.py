@@ -13,8 +13,10 @@ from torch import nn
 from llm2clip.encoders.embed import EmbedConfig
 from llm2clip.planning.counts import count_memory, count_step, make_work
 from llm2clip.recipes import field_places, find_recipe, load_recipe
+from llm2clip.trainers.align_recipe import AlignRecipe
 from llm2clip.trainers.base_config import StageConfig
 from llm2clip.trainers.mntp_config import MNTPRecipe
+from llm2clip.trainers.parts import plan_parts
 from llm2clip.trainers.stage1_config import Stage1Recipe
 from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.options import OptionParser, unknown_option
@@ -97,11 +99,15 @@ def run(config: PlanConfig) -> dict[str, Any]:
         raise ValueError(unknown_option(unknown[0], [PlanConfig, STAGES[stage]]))
     places = {**field_places(path), **dict.fromkeys(options, "the command line")}
     settings = build_config(STAGES[stage], {**load_recipe(path), **options}, str(path), places)
-    plan = {"stage": stage, **make_plan(config, settings)}
+    parts = plan_parts(settings, chained=False) if isinstance(settings, Stage2Recipe) else [settings]
+    plans = [{"stage": stage, **make_plan(config, part)} for part in parts if not isinstance(part, AlignRecipe)]
     if config.json:
-        print(json.dumps(plan, indent=2))
-    else:
+        print(json.dumps(plans[0] if len(plans) == 1 else {"stage": stage, "parts": plans}, indent=2))
+        return {}
+    for plan in plans:
         print_plan(plan)
+    if aligned := len(parts) - len(plans):
+        print(f"{aligned} part of it is an alignment in closed form: the vision tower runs once per image.")
     return {}
 
 

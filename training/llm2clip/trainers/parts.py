@@ -29,8 +29,11 @@ Part = AlignRecipe | Stage2Recipe
 Train = Callable[[Stage2Recipe, RunContext, list[dict[str, Any]]], dict[str, Any]]
 
 
-def plan_parts(config: Stage2Recipe) -> list[Part]:
+def plan_parts(config: Stage2Recipe, chained: bool = True) -> list[Part]:
     """Make the settings of each part: its own, beside those of the recipe; of a recipe without parts, itself.
+
+    Args:
+        chained: Each continues with the model of the part before; otherwise all name the towers of the recipe.
 
     Raises:
         ValueError: A part has a setting that its command does not have, or a value that does not fit.
@@ -61,7 +64,7 @@ def plan_parts(config: Stage2Recipe) -> list[Part]:
             shared = {name: value for name, value in _given(config).items() if name in aligned}
             planned.append(build_config(AlignRecipe, {**shared, **own}, origin))
             continue
-        before = {**without, "model_name_or_path": planned[-1].output_dir} if planned else {}
+        before = {**without, "model_name_or_path": planned[-1].output_dir} if planned and chained else {}
         last = {} if number == len(config.parts) else {"push_to_hub": False}
         planned.append(change_config(config, {**before, **own, **last, "parts": []}, origin))
     return planned
