@@ -24,6 +24,7 @@ from llm2clip.demo.gallery import Gallery
 from llm2clip.encoders import embed
 from llm2clip.search.folder_items import FolderImages
 from llm2clip.trainers import run_stage2
+from llm2clip.trainers.joint_model import make_model
 from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPModel
@@ -67,9 +68,20 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Known:
     fields = {"text_model_name_or_path": text, "output_dir": cache, "prompt_prefix": "query: "}
     embed.run(build_config(embed.EmbedConfig, fields | {"sources": [small_runs.concepts()]}))
     fields = small_runs.stage2_fields(folder / "trained", small_runs.save_dinov2_tower(folder / "vision"), text, cache)
-    fields |= {"freeze_vision": "all", "vision_pooling": "cls_mean", "standardize_features": True, "eval_sources": {}}
-    fields |= {"visual_head": "gated", "feature_dropout": 0.2, "max_steps": 3, "save_strategy": "no"}
-    run_stage2.run(build_config(Stage2Recipe, fields))
+    new = {"vision_pooling": "cls_mean", "visual_head": "gated"}
+    config = build_config(Stage2Recipe, {**fields, **new, "eval_sources": {}})
+    # A model with all that an image and a caption can go through.
+    settings = {"projection_dim": 24, "standardize_vision": True, "center_text": True, **new}
+    model, processor = make_model(config, **settings)
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.rand(model.config.vision_width, generator=generator)
+    model.set_vision_statistics(spread - 0.5, spread + 0.5)
+    model.set_text_center(torch.rand(model.config.text_config.hidden_size, generator=generator) / 10)
+    model.save_pretrained(folder / "start")
+    processor.save_pretrained(folder / "start")
+    fields |= {"model_name_or_path": str(folder / "start"), "eval_sources": {}, "max_steps": 3, "save_strategy": "no"}
+    fields |= dict.fromkeys(("vision_model_name_or_path", "text_model_name_or_path"), "") | {"projection_dim": None}
+    run_stage2.run(build_config(Stage2Recipe, {**fields, "freeze_vision": "all", "feature_dropout": 0.2}))
     assert cli.main(["build", str(folder / "trained"), str(folder / "built")]) == 0
     rows = datasets.load_dataset("parquet", data_files=f"{small_runs.CONCEPTS}/test.parquet", split="train")
     rows = rows.select(range(NUM_PICTURES))

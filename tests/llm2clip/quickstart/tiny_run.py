@@ -18,7 +18,7 @@ PROFILE: dict[str, Any] = {
         "prompt_prefix": "caption: ", "logging_steps": 1,
     },
     "stage2": {
-        "projection_dim": 16, "adapter_num_layers": 1, "vision_pooling": "cls_mean", "standardize_features": True,
+        "projection_dim": 16, "adapter_num_layers": 1, "vision_pooling": "cls_mean",
         "use_cpu": True, "caption_weights": [3, 1], "logging_steps": 1, "shared_captions": "positive",
         "eval_strategy": "epoch", "save_strategy": "best", "save_total_limit": 1, "load_best_model_at_end": True,
         "metric_for_best_model": BEST_BY, "greater_is_better": True, "num_train_epochs": 2,

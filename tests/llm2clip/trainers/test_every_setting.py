@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,21 +14,19 @@ from transformers import AutoModelForCausalLM
 
 from llm2clip import (
     DistillConfig,
-    LLM2CLIPModel,
     LLM2CLIPTextModel,
     MNTPConfig,
     MNTPTrainer,
     Stage1Config,
     Stage2Config,
-    Stage2Trainer,
 )
 from llm2clip.trainers import stage1_trainer, stage2_trainer
 from llm2clip.trainers.base_config import ContrastiveConfig, StageConfig
 from llm2clip.trainers.text_tower_config import TextTowerConfig
-from tests.builders import tiny
+from tests.builders import small_runs, tiny
 from tests.llm2clip.conftest import Inputs
-from tests.llm2clip.trainers.rows import distill, image_rows, mntp, settings, stage1, stage2, stage2_online
-from tests.llm2clip.trainers.stages import joint_model
+from tests.llm2clip.trainers.rows import distill, image_rows, mntp, settings, stage1, stage2
+from tests.llm2clip.trainers.stages import run, weights
 
 FROZEN = {"freeze_vision": "all"}
 # What a run with other settings has to differ in: the trained weights, what it wrote, or an error, as a text in it.
@@ -48,10 +47,6 @@ def outcome(make: Callable[..., Any], inputs: Inputs, folder: Path, **changes: A
 
 # The changes of each setting, what else they need, and what they have to change. With several, in order.
 STAGE2: dict[str, Any] = {
-    "image_column": ("photo", {}, "A row needs pixel_values"),
-    "caption_column": ("title", {}, "A row needs llm_embeds"),
-    "projection_dim": (7, {}, "the model has 24"),
-    "standardize_features": (True, FROZEN, WEIGHTS),
     "feature_dropout": (0.5, {}, WEIGHTS),
     "loss": ("sigmoid", {}, "the model has no logit bias"),
     "text_losses": ("all", {}, "the model has one text encoder"),
@@ -59,34 +54,36 @@ STAGE2: dict[str, Any] = {
     "shared_captions": ("positive", {}, None),
     "vision_learning_rate": (1e-2, {}, WEIGHTS),
     "text_learning_rate": (1e-2, {}, WEIGHTS),
-    "vision_weight_decay": (0.5, {}, WEIGHTS),
-    "text_weight_decay": (0.5, {}, WEIGHTS),
     "vision_layer_decay": (0.5, {}, WEIGHTS),
-    "crop_scale": ([0.2, 0.4], {}, WEIGHTS),
     "patch_dropout": (0.5, {}, WEIGHTS),
-    "image_backend": ("fast", {}, WEIGHTS),
     "freeze_vision": ("all", {}, WEIGHTS),
-    "warm_start": ({"max_steps": 2}, {}, WEIGHTS),
-    "alignment": ("closed_form_then_train", FROZEN, WEIGHTS),
-    "ridge": (5.0, {**FROZEN, "alignment": "closed_form_then_train"}, WEIGHTS),
-    "distill_from": ("itself", FROZEN, WEIGHTS),
-    "relational_weight": (5.0, {}, WEIGHTS),
-    "feature_cache": ("elsewhere", FROZEN, FILES),
+    "freeze_vision_layers": (1, {}, WEIGHTS),
+    "save_format": ("adapter", {}, "the model has no LoRA layers"),
+    "tower_chunk_size": (3, {}, None),
+}
+# Those of the command alone, with which it makes model and rows.
+RECIPE: dict[str, Any] = {
+    "projection_dim": (7, {}, WEIGHTS),
+    "vision_pooling": ("mean", {}, WEIGHTS),
+    "visual_head": ("gated", {}, WEIGHTS),
+    "adapter_num_layers": (1, {}, WEIGHTS),
+    "logit_scale_init_value": (1.0, {}, WEIGHTS),
+    "crop_scale": ([0.2, 0.4], {}, WEIGHTS),
+    "image_backend": ("fast", {"sources": "jpegs"}, WEIGHTS),
     "feature_dtype": ("bfloat16", FROZEN, WEIGHTS),
     "feature_views": (2, FROZEN, WEIGHTS),
-    "freeze_vision_layers": (1, {}, WEIGHTS),
-    "frozen_states_dir": ("states", {"freeze_vision_layers": 1}, WEIGHTS),
-    "on_error": ("skip", {}, FILES),
-    "max_pixels": (10, {}, "exceed max_pixels"),
-    "bundle_text_model": (True, {}, FILES),
-    "tower_chunk_size": (3, {}, None),
+    "feature_cache": ("elsewhere", FROZEN, FILES),
+    "lora_rank": (2, {"embedding_cache": None, "online_text_model": True}, WEIGHTS),
+    "lora_alpha": (128, {"embedding_cache": None, "lora_rank": 2}, WEIGHTS),
+    "lora_dropout": (0.5, {"embedding_cache": None, "lora_rank": 2}, WEIGHTS),
+    "lora_target_modules": (["q_proj"], {"embedding_cache": None, "lora_rank": 2}, WEIGHTS),
+    "save_format": ("adapter", {"embedding_cache": None, "lora_rank": 2}, FILES),
 }
 STAGE1: dict[str, Any] = {
     "scale": (5.0, {}, WEIGHTS),
     "tower_chunk_size": (3, {}, None),
 }
-# Of stage 2, whose LLM is frozen without a rank.
-STAGE2_LORA: dict[str, Any] = {
+LORA: dict[str, Any] = {
     "lora_rank": (2, {}, WEIGHTS),
     "lora_alpha": (128, {"lora_rank": 2}, WEIGHTS),
     "lora_dropout": (0.5, {"lora_rank": 2}, WEIGHTS),
@@ -112,7 +109,6 @@ MNTP: dict[str, Any] = {
 # Those that give the same result on purpose have tests of their own.
 ALL_CASES = [
     *((stage2, name, *case) for name, case in STAGE2.items()),
-    *((stage2_online, name, *case) for name, case in STAGE2_LORA.items()),
     *((stage1, name, *case) for name, case in {**STAGE1, **LORA}.items()),
     *((mntp, name, *case) for name, case in MNTP.items()),
     *((distill, name, *case) for name, case in DISTILL.items()),
@@ -128,7 +124,7 @@ def own_fields(config: type, *bases: type) -> set[str]:
 
 def test_every_setting_is_in_the_table() -> None:
     contrastive = {field.name for field in dataclasses.fields(ContrastiveConfig)}
-    assert own_fields(Stage2Config, StageConfig) == {*STAGE2, *STAGE2_LORA}
+    assert own_fields(Stage2Config, StageConfig) == set(STAGE2)
     assert own_fields(Stage1Config, TextTowerConfig) == set(STAGE1)
     assert own_fields(TextTowerConfig, StageConfig) == set(LORA)
     assert own_fields(MNTPConfig, TextTowerConfig) == set(MNTP)
@@ -140,22 +136,52 @@ def test_every_setting_is_in_the_table() -> None:
 def test_a_setting_changes_something_or_is_refused(
     make: Any, name: str, value: Any, needs: dict[str, Any], expected: str, inputs: Inputs, tmp_path: Path
 ) -> None:
-    if value in ("elsewhere", "states", "itself"):
-        value = str(tmp_path / "with" / ("model" if value == "itself" else value))
     if expected not in (WEIGHTS, FILES):
         with pytest.raises(ValueError, match=expected):
             outcome(make, inputs, tmp_path, **needs, **{name: value})
         return
-    without = {"on_error": "skip"} if name == "on_error" else {}
-    if without:
-        with pytest.raises(ValueError, match="cannot be used"):
-            outcome(make, inputs, tmp_path / "raises", on_error="raise")
     before, old = outcome(make, inputs, tmp_path / "without", **needs)
     after, new = outcome(make, inputs, tmp_path / "with", **needs, **{name: value})
     if expected == WEIGHTS:
         assert any(after[key].shape != before[key].shape or not after[key].equal(before[key]) for key in before)
     else:
         assert old != new
+
+
+@pytest.mark.parametrize("name", RECIPE)
+def test_a_setting_of_the_command_changes_something(name: str, inputs: Inputs, tmp_path: Path) -> None:
+    value, needs, expected = RECIPE[name]
+    shared = {"max_steps": 2, "save_strategy": "no", "eval_sources": {}, **needs}
+    if needs.get("sources") == "jpegs":
+        shared["sources"] = [{"path": jpegs(tmp_path / "jpegs"), "caption_columns": ["caption"]}]
+    if value == "elsewhere":
+        value = str(tmp_path / value)
+    if name == "lora_rank":
+        run("stage2", tmp_path / "with", inputs, **{**shared, "online_text_model": False, name: value})
+    else:
+        run("stage2", tmp_path / "with", inputs, **{**shared, name: value})
+    run("stage2", tmp_path / "without", inputs, **shared)
+    if expected == FILES:
+        folders = (tmp_path / "without", tmp_path / "with")
+        old, new = ({path.relative_to(folder) for path in folder.rglob("*")} for folder in folders)
+        assert old != new
+        return
+    before, after = weights(tmp_path / "without"), weights(tmp_path / "with")
+    same = before.keys() == after.keys() and all(
+        after[key].shape == before[key].shape and after[key].equal(before[key]) for key in before
+    )
+    assert not same
+
+
+def jpegs(folder: Path) -> str:
+    """Pictures that are read otherwise by the fast decoder."""
+    folder.mkdir()
+    rows = []
+    for number, row in enumerate(small_runs.rows_of_concepts(":32", "train")):
+        row["image"].convert("RGB").save(folder / f"{number}.jpg", quality=30)
+        rows.append({"file_name": f"{number}.jpg", "caption": row["caption"]})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return str(folder)
 
 
 @pytest.mark.parametrize("kind", ["all", "layers", "rows"])
@@ -185,13 +211,6 @@ def test_chunks_are_of_the_size_that_is_set(
 
 
 def test_settings_that_an_own_collator_does_not_follow_are_refused(inputs: Inputs, tmp_path: Path) -> None:
-    rows = image_rows(4, 1)
-    model = LLM2CLIPModel.from_pretrained(joint_model(inputs, tmp_path / "model"), text_model=False)
-    changes = {"crop_scale": [0.5, 1.0], "max_pixels": 9, "image_backend": "fast", "on_error": "skip"}
-    for name, value in changes.items():
-        args = Stage2Config(**settings(tmp_path, **{name: value}))
-        with pytest.raises(ValueError, match=f"{name} is .*, but the given data_collator does not follow it"):
-            Stage2Trainer(model, args, data_collator=list, train_dataset=rows)
     language_model: Any = AutoModelForCausalLM.from_pretrained(inputs.llm)
     tower, head = LLM2CLIPTextModel.from_decoder(language_model.base_model), language_model.get_output_embeddings()
     with pytest.raises(ValueError, match=r"mlm_probability is 0\.5, but the given data_collator does not follow"):
@@ -201,7 +220,6 @@ def test_settings_that_an_own_collator_does_not_follow_are_refused(inputs: Input
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"freeze_vision": "all", "crop_scale": [0.5, 1.0]}, "images are stored without crops"),
         (
             {"freeze_vision": "all", "patch_dropout": 0.5},
             "patch_dropout is 0.5, but freeze_vision: all trains no layer",
@@ -212,29 +230,11 @@ def test_settings_that_an_own_collator_does_not_follow_are_refused(inputs: Input
         ({"remove_unused_columns": True}, "remove_unused_columns is True, but"),
         ({"label_names": ["labels"]}, "label_names is .*, but the losses"),
         ({"loss": "hinge"}, "loss is 'hinge', but it has to be one of softmax, sigmoid"),
-        ({"distill_weight": -1.0}, "distill_weight must be at least 0"),
-        ({"relational_weight": -1.0}, "relational_weight must be at least 0"),
-        ({"structure_weight": 3.0}, "it is for distill_from and distill_weight"),
-        ({"distill_from": "clip"}, "distill_from needs frozen towers"),
-        (
-            {"freeze_vision": "all", "distill_from": "clip", "feature_cache": "x"},
-            "feature_cache is x, but distill_from",
-        ),
-        (
-            {"freeze_vision": "all", "distill_from": "clip", "feature_dropout": 0.1},
-            "feature_dropout is .*, but distill_from",
-        ),
-        (
-            {"warm_start": {"distill_from": "clip"}, "standardize_features": True},
-            "standardize_features is True, but distill_from",
-        ),
-        ({"warm_start": {"distill_from": "clip", "alignment": "closed_form"}}, "alignment is .*, but distill_from"),
-        ({"warm_start": {"freeze_vision": "none"}}, "warm_start has freeze_vision, but takes that from the run"),
         (
             {"freeze_vision": "all", "vision_layer_decay": 0.5},
             "vision_layer_decay is 0.5, but freeze_vision: all trains no layer",
         ),
-        ({"neftune_noise_alpha": 5.0}, "only lora_rank trains on tokens"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha is 5.0, but the model has no LoRA layers"),
         ({"eval_steps": 2}, "eval_steps is 2, but it is for eval_strategy: steps"),
         (
             {"lr_scheduler_type": "constant", "warmup_steps": 2},
@@ -257,7 +257,7 @@ def test_settings_that_would_change_nothing_are_refused(
 @pytest.mark.parametrize(
     ("config", "fields"),
     [
-        # What transformers 5.6 writes into the settings, which a warm start copies.
+        # What transformers 5.6 writes into the settings, which a part of a recipe copies.
         (Stage2Config, {"fsdp_config": {"min_num_params": 0, "xla": False, "xla_fsdp_v2": False}}),
         (Stage1Config, {"lora_rank": 0, "lora_dropout": 0.05, "lora_alpha": 8, "lora_target_modules": ["q_proj"]}),
         (DistillConfig, {"lr_scheduler_type": "constant"}),  # whose default is a warm-up
@@ -285,8 +285,6 @@ def test_rows_have_to_say_which_of_them_share_a_caption(inputs: Inputs, tmp_path
     trainer = stage2(inputs, tmp_path, image_rows(tiny.HIDDEN), shared_captions="positive")
     with pytest.raises(ValueError, match="shared_captions is positive, but the rows have no caption_id"):
         trainer.train()
-    with pytest.raises(ValueError, match="image_backend is fast, but the rows have pixel_values"):
-        stage2(inputs, tmp_path / "fast", image_rows(tiny.HIDDEN), image_backend="fast").train()
 
 
 def test_rows_are_measured_by_their_loss_alone(inputs: Inputs, tmp_path: Path) -> None:

@@ -253,7 +253,6 @@ def test_training_in_16_bit_is_near_float32(
         (Stage1Recipe, {"enable_jit_checkpoint": True}, "enable_jit_checkpoint is True, but SIGTERM"),
         (Stage1Recipe, {"tower_chunk_size": 0}, "tower_chunk_size must be at least 1"),
         (Stage2Recipe, {"projection_dim": 0}, "projection_dim must be at least 1"),
-        (Stage2Recipe, {"adapter_expansion": 0}, "adapter_expansion must be at least 1"),
         (MNTPRecipe, {"block_size": 1}, "block_size must be at least 2"),
         (MNTPRecipe, {"mlm_probability": 0.0}, "mlm_probability must be above 0"),
     ],
@@ -297,7 +296,7 @@ def test_a_run_that_ends_with_an_error_leaves_no_thread_that_reads(
         (folder / f"{number}.note").touch()
     monkeypatch.setattr(table_identity, "_add_ends", lambda *_: time.sleep(0.1))
     sets = {"validation": {"path": str(folder), "split": "validation", "caption_columns": ["caption"]}}
-    frozen = {"freeze_vision": "all", "per_device_train_batch_size": 512, "alignment": "closed_form_then_train"}
+    frozen = {"freeze_vision": "all", "per_device_train_batch_size": 512}
     with pytest.raises(ValueError, match="fewer rows than one batch of 512"):
         run("stage2", tmp_path / "run", inputs, eval_sources=sets, **frozen)
     assert [thread.name for thread in threading.enumerate() if "_read" in thread.name] == []

@@ -71,7 +71,7 @@ def test_one_chunk_at_a_time_has_a_graph_and_the_last_one_runs_once() -> None:
 
 
 SHORT: dict[str, Any] = {"max_steps": 3, "save_strategy": "no", "max_grad_norm": 0.1, "gradient_accumulation_steps": 2}
-STATES = {"freeze_vision_layers": 1, "frozen_states_dir": "states"}
+LAYERS = {"freeze_vision_layers": 1}
 ONLINE = {"embedding_cache": None, "online_text_model": True, "text_model_dtype": "float32"}
 
 
@@ -81,7 +81,7 @@ ONLINE = {"embedding_cache": None, "online_text_model": True, "text_model_dtype"
         ("stage1", {}),
         ("stage2", {}),
         ("stage2", {"bf16": True}),
-        ("stage2", STATES),
+        ("stage2", LAYERS),
         ("stage2", ONLINE),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),

@@ -24,7 +24,6 @@ from tests.llm2clip.trainers.stages import (
     CLI,
     GLOSS_TEST,
     PROCESSES,
-    TRAINING,
     assert_equal,
     fields_of,
     launch_configuration,
@@ -101,37 +100,29 @@ def test_processes_agree_on_how_many_captions_may_lack_an_embedding(inputs: Inpu
     assert (tmp_path / "run" / "config.json").is_file()
 
 
+# Heads on frozen towers; a closed form alone, with heads on top, and in the space of another model.
+PARTS: dict[str, list[dict[str, Any]]] = {
+    "frozen": [{"freeze_vision": "all", "max_steps": 4}, {"freeze_vision_layers": -1}],
+    "closed form": [{"command": "align"}, {"freeze_vision": "all"}],
+    "on top": [{"command": "align", "heads": "residual"}, {"freeze_vision": "all"}],
+    "kept space": [{"command": "align", "keep_space_of": "clip"}, {}],
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("first", ["train", "distill"])
-def test_a_warm_start_on_two_processes_equals_one(first: str, inputs: Inputs, tmp_path: Path) -> None:
-    fields = fields_of("stage2", tmp_path / "one", inputs, **UNSAVED, vision_pooling="cls_mean")
-    if first == "train":
-        fields |= {"standardize_features": True, "freeze_vision_layers": -1, "warm_start": {"max_steps": 4}}
-    else:
+@pytest.mark.parametrize("name", PARTS)
+def test_a_recipe_in_parts_on_two_processes_equals_one(name: str, inputs: Inputs, tmp_path: Path) -> None:
+    fields = fields_of("stage2", tmp_path / "one", inputs, **UNSAVED, vision_pooling="cls_mean", projection_dim=None)
+    parts = PARTS[name]
+    if name == "kept space":
         clip = str(tmp_path / "clip")
         save_transformers("clip", tmp_path / "clip")
-        fields |= {"vision_pooling": None, "distill_weight": 0.5, "structure_weight": 20.0, "ema_half_life": 2.0}
-        fields |= {"vision_model_name_or_path": clip, "warm_start": {"distill_from": clip, "max_steps": 4}}
-    one, two = one_and_several("stage2", fields, 2)
-    assert losses(two / "warm_start") == pytest.approx(losses(one / "warm_start"), abs=1e-4)
-    if first == "distill":
-        assert metric(two, "loss_distill_instance") == pytest.approx(metric(one, "loss_distill_instance"), abs=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("alignment", ["closed_form", "closed_form_then_train"])
-def test_an_alignment_in_closed_form_on_two_processes_equals_one(
-    alignment: str, inputs: Inputs, tmp_path: Path
-) -> None:
-    changes = {"freeze_vision": "all", "vision_pooling": "cls_mean", "alignment": alignment, "save_strategy": "no"}
-    fields = fields_of("stage2", tmp_path / "one", inputs, **changes)
-    trained = alignment == "closed_form_then_train"
-    unused = {"projection_dim"} if trained else {"projection_dim", "save_strategy", *TRAINING}
-    fields = {name: value for name, value in fields.items() if name not in unused}
-    one, two = one_and_several("stage2", fields, 2)
-    for name in ("closed_form_ridge", "closed_form_width", "closed_form_mean_recall"):
-        assert metric(two, name) == metric(one, name)
-    torch.testing.assert_close(similarities(two), similarities(one), atol=1e-4 if trained else 1e-6, rtol=0)
+        fields |= {"vision_model_name_or_path": clip, "vision_pooling": None}
+        parts = [{**parts[0], "keep_space_of": clip}, parts[1]]
+    one, two = one_and_several("stage2", {**fields, "parts": parts}, 2)
+    allowed = 1e-4 if "align" not in parts[0].values() else 1e-6
+    torch.testing.assert_close(similarities(two / "part1"), similarities(one / "part1"), atol=allowed, rtol=0)
+    torch.testing.assert_close(similarities(two), similarities(one), atol=1e-4, rtol=0)
 
 
 def similarities(folder: Path) -> torch.Tensor:
@@ -148,15 +139,14 @@ def similarities(folder: Path) -> torch.Tensor:
 @pytest.mark.slow
 @pytest.mark.nightly
 def test_two_processes_train_dinov2_with_checkpointing(inputs: Inputs, tmp_path: Path) -> None:
-    """DDP must not wait for the unused mask token; both processes compute the frozen states."""
+    """DDP must not wait for the unused mask token, and not for frozen layers."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 28, "patch_size": 7}
     Dinov2Model(AutoConfig.for_model("dinov2", **sizes)).save_pretrained(tmp_path / "vision")
     AutoImageProcessor.from_pretrained(inputs.vision).save_pretrained(tmp_path / "vision")
     changes = {"vision_model_name_or_path": str(tmp_path / "vision"), "save_strategy": "no", "max_steps": 2}
     fields = fields_of("stage2", tmp_path / "whole", inputs, **changes)
     llm2clip("stage2", {**fields, "gradient_checkpointing": True}, 2)
-    frozen = {"freeze_vision_layers": 1, "frozen_states_dir": str(tmp_path / "states")}
-    one_and_several("stage2", {**fields, **frozen, "output_dir": str(tmp_path / "one")}, 2)
+    one_and_several("stage2", {**fields, "freeze_vision_layers": 1, "output_dir": str(tmp_path / "one")}, 2)
 
 
 PLAIN = """

@@ -268,7 +268,7 @@ def test_a_push_in_a_run_does_not_wait_for_checksums_of_data(
     monkeypatch.setattr(model_card, "data_revision", lambda *_: "afterwards" if pushed.wait(20) else "before")
     fields = small_runs.stage2_fields(tmp_path / "clip", inputs.vision, inputs.text, inputs.cache)
     pushing = {"push_to_hub": True, "hub_model_id": "tester/clip", "hub_token": TOKEN, "hub_strategy": "every_save"}
-    steps = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "bundle_text_model": True}
+    steps = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1}
     monkeypatch.setattr(run_stage2, "_check_pushing", lambda *_: None)  # the LLM is in a local folder
     run_stage2.run(build_config(Stage2Recipe, {**fields, **pushing, **steps}))
     repo = hub.repo("tester/clip")

@@ -17,7 +17,6 @@ from torch import nn
 
 from llm2clip.trainers.lora import add_lora
 from llm2clip.trainers.sharding import prepare_for_fsdp
-from llm2clip.trainers.stage1_config import Stage1Recipe
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection
 from tests.builders import tiny
 from tests.llm2clip.conftest import Inputs
@@ -137,7 +136,7 @@ def test_fsdp_finds_the_layers_of_every_tower(inputs: Inputs, tmp_path: Path, mo
     text = LLM2CLIPTextModel.from_pretrained(inputs.text)
     layers = text.config.decoder_config.num_hidden_layers
     assert wrapped(text) == ["LlamaDecoderLayer"] * layers
-    add_lora(text, Stage1Recipe(output_dir=str(tmp_path), model_name_or_path=inputs.text, lora_rank=4))
+    add_lora(text, rank=4)
     assert wrapped(text) == ["LlamaDecoderLayer"] * layers
     joint = LLM2CLIPModel.from_pretrained(joint_model(inputs, tmp_path / "model"), text_model=False)
     assert wrapped(joint) == ["EVA02Block"] * joint.config.vision_config.num_hidden_layers

@@ -239,16 +239,15 @@ def test_a_resumed_run_on_streams_and_a_table_equals_an_unbroken_one(
         assert losses(folder) == losses(tmp_path / "unbroken")
 
 
-def test_weights_mix_tables_but_not_stored_states(inputs: Inputs, tmp_path: Path) -> None:
+def test_weights_mix_tables_but_not_stored_features(inputs: Inputs, tmp_path: Path) -> None:
     sources = [
         small_runs.concepts(max_samples=48, weight=3),
         small_runs.concepts("validation", max_samples=40, weight=1),
     ]
     changes: dict[str, Any] = {"sources": sources, "mixing": "weights", "max_steps": 2, "shuffle_block": BLOCK}
     on_stream(tmp_path / "run", inputs, Path(inputs.cache), "", **changes)
-    states = {"freeze_vision_layers": 1, "frozen_states_dir": str(tmp_path / "states")}
-    with pytest.raises(ValueError, match="no streams or weights"):
-        on_stream(tmp_path / "no", inputs, Path(inputs.cache), "", **changes, **states)
+    with pytest.raises(ValueError, match="no source can be a stream or have a weight"):
+        on_stream(tmp_path / "no", inputs, Path(inputs.cache), "", **changes, freeze_vision="all")
 
 
 def test_steps_of_several_batches_are_resumed(inputs: Inputs, tars: str, tmp_path: Path) -> None:

@@ -156,8 +156,6 @@ def test_other_caches_are_refused(caches: Caches, trained: Path, inputs: Inputs,
         ({"embedding_cache": first, **new}, other_count),
         ({"embedding_cache": [first, second, first]}, "3 embedding caches are given"),
         ({"text_model_name_or_path": inputs.text}, "text_model_name_or_path .* takes llm_embeds alone"),
-        ({"bundle_text_model": True}, "bundle_text_model .* takes llm_embeds alone"),
-        ({"bundle_text_model": True, **new}, "bundle_text_model .* takes llm_embeds alone"),
         ({"embedding_cache": None, "online_text_model": True, **new}, ALONE),
     ):
         with pytest.raises((StoreMismatchError, ValueError), match=message):
@@ -183,7 +181,7 @@ def test_the_losses_of_each_and_of_both(
         whole.set_text_center(mean)
     trainer = Stage2Trainer(whole, args, train_dataset=[{}])
     model = trainer.model.train()
-    loss, _ = trainer.loss_and_outputs(model, dict(inputs))
+    loss = trainer.compute_loss(model, dict(inputs))
     loss.backward()
     grads = {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
     model.zero_grad()

@@ -141,14 +141,14 @@ def test_what_is_missing_of_a_cache_is_named(
     assert verify(tmp_path) == {"num_shards": 3, "num_captions": 4}
 
 
-def test_states_of_frozen_layers(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_features_of_a_frozen_tower(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fields = small_runs.stage2_fields(tmp_path / "run", inputs.vision, inputs.text, inputs.cache)
-    fields |= {"freeze_vision_layers": 1, "frozen_states_dir": str(tmp_path / "states")}
+    fields |= {"freeze_vision": "all", "feature_cache": str(tmp_path / "features")}
     run_stage2.run(build_config(Stage2Recipe, fields))
-    assert verify(tmp_path / "states")["num_images"] > 0
-    (shard,) = (tmp_path / "states").rglob("shard-00000.safetensors")
+    assert verify(tmp_path / "features")["num_images"] > 0
+    (shard,) = (tmp_path / "features").rglob("shard-00000.safetensors")
     with flip(shard):
-        message = found(tmp_path / "states", capsys)
+        message = found(tmp_path / "features", capsys)
     assert f"delete {shard.with_suffix('.manifest')} and start the training again" in message
 
 

@@ -171,9 +171,7 @@ class Stage2Recipe(JointRecipe, LoraSettings, Stage2Config):
 
     def _validate_lora(self) -> None:
         require_lora(self, [*LORA_SETTINGS, "save_format"])
-        if not self.lora_rank:
-            refuse(self, ["neftune_noise_alpha"], "only lora_rank trains on tokens")
-        elif self.caches or self.eval_embedding_cache:
+        if self.lora_rank and (self.caches or self.eval_embedding_cache):
             raise ValueError(
                 "lora_rank trains the LLM, so that stored embeddings would be stale; leave embedding_cache (of the "
                 "sources too) and eval_embedding_cache unset."

@@ -27,7 +27,8 @@ def validate_settings(args: Stage2Config, model: LLM2CLIPModel, has_own_loss: bo
     if model.config.text_config.encoders is None:
         refuse(args, ["text_losses"], "the model has one text encoder")
     if not trains_lora(model.text_model):
-        refuse(args, ["save_format"], "the model has no LoRA layers (add_lora; in a recipe, lora_rank)")
+        names = ["save_format", "neftune_noise_alpha"]
+        refuse(args, names, "the model has no LoRA layers (add_lora; in a recipe, lora_rank)")
     has_bias = model.logit_bias is not None
     if not has_own_loss and has_bias != (args.loss == "sigmoid"):
         raise ValueError(
