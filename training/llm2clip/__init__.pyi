@@ -2,6 +2,7 @@
 from llm2clip.checks.check_data import check_data as check_data
 from llm2clip.cli import main as main
 from llm2clip.convert.conversion import convert_checkpoint as convert_checkpoint
+from llm2clip.data import CaptionImageDataset as CaptionImageDataset
 from llm2clip.data import CaptionSource as CaptionSource
 from llm2clip.data import PairSource as PairSource
 from llm2clip.data import Stage2Collator as Stage2Collator
@@ -41,6 +42,7 @@ from llm2clip.trainers.closed_form import PairSums as PairSums
 from llm2clip.trainers.closed_form import closed_form_alignment as closed_form_alignment
 from llm2clip.trainers.distill_config import DistillConfig as DistillConfig
 from llm2clip.trainers.distill_trainer import DistillTrainer as DistillTrainer
+from llm2clip.trainers.lora import add_lora as add_lora
 from llm2clip.trainers.mntp_config import MNTPConfig as MNTPConfig
 from llm2clip.trainers.mntp_trainer import MNTPTrainer as MNTPTrainer
 from llm2clip.trainers.run_distill import attach_query_encoder as attach_query_encoder
@@ -49,6 +51,8 @@ from llm2clip.trainers.stage1_config import Stage1Config as Stage1Config
 from llm2clip.trainers.stage1_trainer import Stage1Trainer as Stage1Trainer
 from llm2clip.trainers.stage2_config import Stage2Config as Stage2Config
 from llm2clip.trainers.stage2_trainer import Stage2Trainer as Stage2Trainer
+from llm2clip.trainers.stored_rows import StoredPairsDataset as StoredPairsDataset
+from llm2clip.trainers.stored_rows import store_pairs as store_pairs
 from llm2clip.trainers.student import Student as Student
 from llm2clip.utils.towers import open_text_tower as open_text_tower
 from modeling_llm2clip import EVA02VisionConfig as EVA02VisionConfig
