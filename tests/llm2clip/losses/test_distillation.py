@@ -14,6 +14,6 @@ def test_the_loss_is_its_formula_and_so_are_its_gradients() -> None:
     student = torch.randn(7, 5, generator=generator).double().requires_grad_()
     teacher = F.normalize(torch.randn(7, 5, generator=generator).double(), dim=1)
     rows = F.normalize(student, dim=1)
-    cosines = sum(float(one @ other) for one, other in zip(rows, teacher, strict=True))
-    assert float(cosine_distance(rows, teacher)) == pytest.approx(1 - cosines / 7)
+    cosines = sum((one @ other).item() for one, other in zip(rows, teacher, strict=True))
+    assert cosine_distance(rows, teacher).item() == pytest.approx(1 - cosines / 7)
     torch.autograd.gradcheck(lambda given: cosine_distance(F.normalize(given, dim=1), teacher), student)

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 
 import llm2clip
-from llm2clip.trainers import stage1_trainer
+from llm2clip.trainers import stage1_trainer, stage2_trainer
 from tests.llm2clip.conftest import Inputs
-from tests.llm2clip.trainers.rows import stage1
+from tests.llm2clip.trainers.rows import stage1, stage2
 
 # By the stage: its Trainer, and where it finds the loss.
-LOSSES: dict[str, Any] = {"stage1": (stage1, stage1_trainer, "hard_negative_info_nce")}
+LOSSES: dict[str, Any] = {
+    "stage1": (stage1, stage1_trainer, "hard_negative_info_nce"),
+    "stage2": (stage2, stage2_trainer, "clip_loss"),
+}
 
 
 class InTheLossError(Exception):
