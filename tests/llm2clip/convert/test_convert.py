@@ -15,7 +15,7 @@ import llm2clip
 from llm2clip.convert.joint_plan import STATISTICS
 from llm2clip.convert.original import to_original
 from llm2clip.hub.cards.card import read_card
-from llm2clip.hub.license_terms import TERMS
+from llm2clip.hub.licenses import TERMS
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
 from tests.builders import tiny
 from tests.golden import Golden, load_golden

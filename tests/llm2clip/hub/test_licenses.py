@@ -10,12 +10,21 @@ import pytest
 
 from llm2clip import cli
 from llm2clip.hub.cards.card import CARD, read_card
-from llm2clip.hub.license_terms import LICENSE_IDS, META, PERMISSIVE, TERMS, license_of_name
-from llm2clip.hub.licenses import bases_of, check_license, code_license, license_model
+from llm2clip.hub.licenses import (
+    LICENSE_IDS,
+    PERMISSIVE,
+    TERMS,
+    bases_of,
+    check_license,
+    choose_license,
+    code_license,
+    license_of_name,
+)
 from tests.builders import tiny
 from tests.llm2clip.hub.conftest import REPO, Refused, upload
 from tests.loopback_hub import File, LoopbackHub, Repo
 
+META = "Copyright © Meta Platforms, Inc. All Rights Reserved."
 NOTICE = f"Llama 3.1 is licensed under the Llama 3.1 Community License, {META}\n"
 AGREEMENT = "LLAMA 3.1 COMMUNITY LICENSE AGREEMENT"
 
@@ -120,7 +129,7 @@ def test_bases_on_the_hub_have_the_license_of_their_card_or_name(hub: LoopbackHu
         "tester/tuned (llama3)",
         "tester/unsaid (license not known)",
     ]
-    assert license_model({}, {}, found[1:]) == {"license": "llama3"}
+    assert choose_license({}, {}, found[1:]).stated == {"license": "llama3"}
 
 
 LICENSES = {

@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoProcessor
 
 import llm2clip
 from llm2clip.hub.cards.card import read_card
-from llm2clip.hub.license_terms import TERMS
+from llm2clip.hub.licenses import TERMS
 from llm2clip.hub.merge import interpolate
 from llm2clip.utils.manifests import damage
 from llm2clip.utils.towers import open_text_tower, save_text_tower

@@ -17,7 +17,7 @@ from llm2clip.convert.joint_plan import JointPlan, print_report
 from llm2clip.convert.original import to_original
 from llm2clip.hub.cards.card import license_fields, read_card, write_card
 from llm2clip.hub.cards.facts import JOINT_TASK, TEXT_TASK, VISION_TASK, CardFacts
-from llm2clip.hub.licenses import bases_of, license_facts, strictest, write_license_files
+from llm2clip.hub.licenses import ModelLicense, bases_of, strictest
 from llm2clip.utils.files import atomic_file, read_json
 from llm2clip.utils.folders import atomic_folder, refuse_existing, refuse_nested
 from llm2clip.utils.library_errors import wrap_read_errors
@@ -85,19 +85,19 @@ def run(config: ConvertConfig) -> dict[str, Any]:
             made_from = [plan.text_model] if plan.text_model else []
         is_local = checkpoint.folder is not None and not hub_ids(config.source)
         bases = bases_of(folder, [str(checkpoint.folder) if is_local else config.source, *made_from])
-        license = license_fields(read_card(checkpoint.folder)[0]) if checkpoint.folder else {}
-        if not all(base.allows(license.get("license")) for base in bases):
-            license = strictest(bases)
+        stated = license_fields(read_card(checkpoint.folder)[0]) if checkpoint.folder else {}
+        is_kept = all(base.allows(stated.get("license")) for base in bases)
+        license = ModelLicense(stated, bases) if is_kept else strictest(bases)
         facts = CardFacts(
             name=folder.name,
             task=task,
             repo=folder.name,
             summary=f"Converted from {config.source} ({result['recognized']}) with llm2clip.",
             base_models=hub_ids(config.source, *made_from),
-            **license_facts(license, bases),
+            **license.facts(),
         )
         write_card(folder, facts)
-        write_license_files(folder, folder, license, bases)
+        license.write_files(folder, folder)
     return {**result, "written": str(destination)}
 
 

@@ -14,7 +14,7 @@ from llm2clip.hub.build_card import copy_curves, read_results, source_card, sour
 from llm2clip.hub.build_config import BuildConfig
 from llm2clip.hub.cards.card import LICENSE_FIELDS
 from llm2clip.hub.cards.facts import EXAMPLE, Evaluation
-from llm2clip.hub.licenses import bases_of, license_model, write_license_files
+from llm2clip.hub.licenses import bases_of, choose_license
 from llm2clip.hub.source_model import SourceModel
 from llm2clip.hub.upload_files import PICTURES, model_files
 from llm2clip.utils.files import write_json
@@ -76,7 +76,7 @@ def run(config: BuildConfig, evaluations: list[Evaluation] | None = None) -> dic
     config, card = source_card(config, folder_of_source)
     bases = bases_of(folder_of_source, [*llms, *config.base_models])
     given = {name: value for name in LICENSE_FIELDS if (value := getattr(config, name))}
-    license = license_model(given, card[0], bases)
+    license = choose_license(given, card[0], bases)
     example = decode_image(path, path) if (path := config.example_image) is not None else None
     source = SourceModel.load(repo, config.text_model, config.bundle_text_model, config.merge_adapter)
     with atomic_folder(destination, "build", config.overwrite) as folder:
@@ -87,10 +87,10 @@ def run(config: BuildConfig, evaluations: list[Evaluation] | None = None) -> dic
         if example is not None:
             example.save(folder / EXAMPLE)
         copy_curves(folder_of_source, folder)
-        write_built_card(config, source, card, results, folder, license, bases)
+        write_built_card(config, source, card, results, folder, license)
         if config.code_repo is not None:
             _refer_to_code(folder, config.code_repo)
-        write_license_files(folder, folder_of_source, license, bases)
+        license.write_files(folder, folder_of_source)
         # Which pictures are uploaded depends on the card, which people edit.
         uploaded = model_files(folder).uploaded
         write_model_manifest(folder, [name for name in uploaded if Path(name).suffix.lower() not in PICTURES])

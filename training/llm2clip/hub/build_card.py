@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from llm2clip.hub.cards.facts import (
     public_name,
     summary,
 )
-from llm2clip.hub.licenses import Base, license_facts
+from llm2clip.hub.licenses import ModelLicense
 from llm2clip.hub.source_model import SourceModel
 from llm2clip.utils.files import read_json, write_text
 from llm2clip.utils.repos import hub_ids
@@ -132,8 +132,7 @@ def write_built_card(
     card: tuple[dict[str, Any], str],
     results: list[Evaluation],
     folder: Path,
-    license: Mapping[str, Any],
-    bases: Sequence[Base],
+    license: ModelLicense,
 ) -> None:
     """Write the card of a built folder, which has its pictures already; `card` is that of [`source_card`].
 
@@ -153,7 +152,7 @@ def write_built_card(
         has_example=config.example_image is not None,
         has_curves=(folder / CURVES).is_file(),
         is_adapter=getattr(source.model, "has_adapter", False),
-        **license_facts(license, bases),
+        **license.facts(),
     )
     # The Trainer, which knew the settings, wrote about the training.
     written = render(facts, *card, keep_training=True)

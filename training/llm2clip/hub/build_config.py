@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from llm2clip.hub.license_terms import license_id
+from llm2clip.hub.licenses import license_id
 from llm2clip.utils.repos import is_hub_id
 from llm2clip.utils.settings import refuse, setting
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
 from importlib.metadata import files as distribution_files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,6 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from llm2clip.hub.cards.card import CARD, as_list, license_fields, read_card, split_card
 from llm2clip.hub.cards.facts import public_name
-from llm2clip.hub.license_terms import OTHER, PERMISSIVE, TERMS, UNKNOWN, Terms, license_id, license_of_name
 from llm2clip.hub.upload import explained
 from llm2clip.utils.files import read_json, write_text
 from llm2clip.utils.repos import encoders_of, hub_ids, names_of
@@ -22,18 +22,68 @@ from modeling_llm2clip.modeling_llm2clip_utils import find_text_model
 
 logger = logging.getLogger(__name__)
 
-LICENSE, CODE_LICENSE_FILE, NOTICE = "LICENSE", "LICENSE-CODE", "NOTICE"
+UNKNOWN, OTHER, CODE_LICENSE = "unknown", "other", "apache-2.0"  # ids of the Hub
+LICENSE, NOTICE = "LICENSE", "NOTICE"
 LICENSE_NAMES = (LICENSE, f"{LICENSE}.txt", f"{LICENSE}.md")
-CODE_LICENSE = "apache-2.0"
-NOT_KNOWN = "license not known"
+# https://huggingface.co/docs/hub/repositories-licenses
+IDS = (
+    "apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 "
+    "bigcode-openrail-m afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc "
+    "cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 "
+    "cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 "
+    "cdla-sharing-1.0 cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 "
+    "eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc h-research intel-research lppl-1.3c "
+    "ms-pl apple-ascl apple-amlr mpl-2.0 odc-by odbl openmdw-1.0 openmdw-1.1 openrail++ osl-3.0 postgresql "
+    "ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license fair-noncommercial-research-license llama2 "
+    "llama3 llama3.1 llama3.2 llama3.3 llama4 grok2-community gemma unknown other"
+)
+LICENSE_IDS = tuple(IDS.split())
+# A model made from such models may have any license; the last ask for the most.
+PERMISSIVE = (
+    *("unlicense", "cc0-1.0", "zlib", "isc", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "cdla-permissive-2.0"),
+    *("cc-by-4.0", "apache-2.0"),
+)
 # An entry of `base_licenses` on a card, as a `Base` is written.
-RECORDED = re.compile(r"(.+) \((.+)\)")
+RECORDED, NOT_KNOWN = re.compile(r"(.+) \((.+)\)"), "license not known"
 # What names other models; only the settings of a run have the folder of its tower.
 NAMING_FILES = (CONFIG_NAME, ADAPTER_CONFIG_NAME, "settings.json")
 NAMING_FIELDS = (
     *("model_name_or_path", "base_model_name_or_path", "vision_model_name_or_path", "text_model_name_or_path"),
     *("model", "student"),
 )
+
+
+class Terms(NamedTuple):
+    """What a license demands of every model that was made from one under it.
+
+    Attributes:
+        license: Id of the license on the Hub.
+        names: What is in the name of a model under it, as a regular expression.
+        notice: Line that the file NOTICE has to have.
+        shown: Words that the card has to show.
+        beginning: With which the name of the model has to begin; `-`, `_`, `.` and spaces do not count.
+    """
+
+    license: str
+    names: str
+    notice: str
+    shown: str = ""
+    beginning: str = ""
+
+
+def _llama(version: str, shown: str = "Built with Llama", beginning: str = "Llama", name: str = "Llama") -> Terms:
+    pattern = rf"\bLlama-?{re.escape(version)}(?![.\dBb])"
+    owner = "Copyright © Meta Platforms, Inc. All Rights Reserved."
+    notice = f"{name} {version} is licensed under the {name} {version} Community License, {owner}"
+    return Terms(f"llama{version}", pattern, notice, shown, beginning)
+
+
+GEMMA = (
+    r"\bgemma-(1\.1-|2-|3-|3n-)?E?\d+[bBm]\b",  # Gemma 4 is under Apache-2.0
+    "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
+)
+LLAMA_3 = _llama("3", "Built with Meta Llama 3", "Llama 3", "Meta Llama")
+TERMS = {terms.license: terms for terms in (LLAMA_3, *map(_llama, ("3.1", "3.2", "3.3")), Terms("gemma", *GEMMA))}
 
 
 class Base(NamedTuple):
@@ -67,18 +117,93 @@ class Base(NamedTuple):
         return f"{public_name(self.name)} ({NOT_KNOWN if self.license == UNKNOWN else self.license})"
 
 
-def strictest(bases: Sequence[Base]) -> dict[str, str]:
-    """The license of the strictest base, as fields of a card; empty if one is not known, or if several bind."""
+class ModelLicense(NamedTuple):
+    """The license of a model.
+
+    Attributes:
+        stated: Fields of its card, by the names in `LICENSE_FIELDS`; empty if no license is stated.
+        bases: The models that it was made from.
+    """
+
+    stated: Mapping[str, str]
+    bases: list[Base]
+
+    @property
+    def name(self) -> str:
+        """Name or id of the license; `unknown` if none is stated."""
+        return Base("", None, self.stated).license
+
+    @property
+    def terms(self) -> list[Terms]:
+        """What it and the licenses of the bases demand."""
+        licenses = dict.fromkeys((self.name, *(base.license for base in self.bases)))
+        return [TERMS[license] for license in licenses if license in TERMS]
+
+    def facts(self) -> dict[str, Any]:
+        """What the card says of it, as fields of [`CardFacts`]."""
+        shown = dict.fromkeys(terms.shown for terms in self.terms if terms.shown)
+        return {**self.stated, "base_licenses": [str(base) for base in self.bases], "shown": list(shown)}
+
+    def check_repo_name(self, repo_id: str) -> None:
+        """Raise a `ValueError` if a license demands another beginning of the name of the repo."""
+        for terms in self.terms:
+            bare, beginning = (re.sub(r"[-_. ]", "", x) for x in (repo_id.split("/")[-1], terms.beginning))
+            if not bare.startswith(beginning):
+                raise ValueError(
+                    f"under {terms.license}, the name of the repo has to begin with {terms.beginning!r}, unlike "
+                    f"{repo_id}: push to another repo."
+                )
+
+    def write_files(self, folder: Path, source: Path) -> None:
+        """Write the text of the license, of those whose terms bind, of that of the code, and NOTICE.
+
+        Of a license whose text no base has, the card has the name; what has to be there is missed in a warning.
+
+        Args:
+            folder: The model, with its code.
+            source: Folder of the card of the model that it was made of.
+        """
+        if self.name == CODE_LICENSE:
+            write_text(folder / LICENSE, code_license())
+        elif any(folder.glob("*.py")):
+            write_text(folder / f"{LICENSE}-CODE", code_license())
+        holders = [Base("", source, license_fields(read_card(source)[0])), *self.bases]
+        for license in {terms.license for terms in self.terms} | ({self.name} - {UNKNOWN, CODE_LICENSE}):
+            folders = [base.folder for base in holders if base.folder is not None and base.license == license]
+            paths = [source / f"{LICENSE}-{license}", *(path / name for path in folders for name in LICENSE_NAMES)]
+            if text := next((_read(path) for path in paths if path.is_file()), ""):
+                write_text(folder / (LICENSE if license == self.name else f"{LICENSE}-{license}"), text)
+        notice = _read(source / NOTICE)
+        if notice := notice + "".join(f"{terms.notice}\n" for terms in self.terms if terms.notice not in notice):
+            write_text(folder / NOTICE, notice)
+        self.warn_of_missing_texts(folder)
+
+    def warn_of_missing_texts(self, folder: Path) -> None:
+        """Name the licenses that ask for a copy of their text, which a folder lacks."""
+        for license in (terms.license for terms in self.terms):
+            names = LICENSE_NAMES if license in self.stated.values() else (f"{LICENSE}-{license}",)
+            if not any((folder / name).is_file() for name in names):
+                logger.warning(
+                    "the license %s asks for a copy of its text, which is not there: put it into the model's folder "
+                    "as %s",
+                    *(license, names[0]),
+                )
+
+
+def strictest(bases: list[Base]) -> ModelLicense:
+    """The license of the strictest base; none is stated if that of one is not known, or if several bind."""
     if binding := {base.license: base for base in bases if base.binds}:
         license, base = binding.popitem()
-        return {} if binding else {"license": license} if license in TERMS else dict(base.stated)
+        stated = {} if binding else {"license": license} if license in TERMS else dict(base.stated)
+        return ModelLicense(stated, bases)
     licenses = [base.license for base in bases]
-    return {"license": max(licenses, key=PERMISSIVE.index)} if licenses and UNKNOWN not in licenses else {}
+    is_known = bool(licenses) and UNKNOWN not in licenses
+    return ModelLicense({"license": max(licenses, key=PERMISSIVE.index)} if is_known else {}, bases)
 
 
-def license_model(
-    given: Mapping[str, str], card: Mapping[str, Any], bases: Sequence[Base], where: str = ""
-) -> dict[str, str]:
+def choose_license(
+    given: Mapping[str, str], card: Mapping[str, Any], bases: list[Base], where: str = ""
+) -> ModelLicense:
     """Return the license of a model: that which is given, else that on its card, else the strictest of its bases.
 
     Args:
@@ -86,9 +211,6 @@ def license_model(
         card: Front matter of the card of the model.
         bases: The models that it was made from.
         where: The card that has to state it, where there are no options for it.
-
-    Returns:
-        Fields of its card, by the names in `LICENSE_FIELDS`; empty if no license is stated.
 
     Raises:
         ValueError: The Hub does not know the license, it does not keep those of the bases, or several of these bind.
@@ -105,23 +227,38 @@ def license_model(
                     f"{place.format(license)} does not keep the license of {base}, which the model was made from: "
                     f"{advice.format(base.stated['license'])}, or {other}."
                 )
-        return stated
+        return ModelLicense(stated, bases)
     listed = " and ".join(str(base) for base in bases if base.binds)
-    if not (stated := strictest(bases)) and listed:
+    if not (chosen := strictest(bases)).stated and listed:
         raise ValueError(f"the model was made from {listed}, so that no license is right: {other}, to keep all.")
-    return stated
+    return chosen
 
 
-def terms_of(stated: Mapping[str, str], bases: Iterable[Base]) -> list[Terms]:
-    """Return what the license of a model, and those of the models that it was made from, demand of it."""
-    licenses = (base.license for base in (Base("", None, stated), *bases))
-    return list(dict.fromkeys(TERMS[license] for license in licenses if license in TERMS))
+def license_id(given: str, place: str) -> str:
+    """Return the id of a license on the Hub; capital letters do not count.
+
+    Args:
+        given: The id as somebody wrote it.
+        place: What states it, with `{}` for the id, for the message.
+
+    Raises:
+        ValueError: The Hub has no such id.
+    """
+    license = given.strip().lower()
+    if license not in LICENSE_IDS:
+        near = get_close_matches(license, LICENSE_IDS, n=1)
+        hint = f": did you mean {near[0]}?" if near else "."
+        raise ValueError(
+            f"{place.format(given)}: the Hub has no license of this id{hint} One without an id is {OTHER}, with its "
+            "name and link."
+        )
+    return license
 
 
-def license_facts(stated: Mapping[str, str], bases: Sequence[Base]) -> dict[str, Any]:
-    """What the card of a model says of its license, as fields of [`CardFacts`]."""
-    shown = [terms.shown for terms in terms_of(stated, bases) if terms.shown]
-    return {**stated, "base_licenses": [str(base) for base in bases], "shown": list(dict.fromkeys(shown))}
+def license_of_name(name: str) -> str | None:
+    """Return the license of a model whose name says what it is, such as `Llama-3.1-8B`; None for all others."""
+    last = re.split(r"[/\\]", name)[-1]
+    return next((terms.license for terms in TERMS.values() if re.search(terms.names, last)), None)
 
 
 def bases_of(source: Path, others: Iterable[str] = ()) -> list[Base]:
@@ -132,7 +269,7 @@ def bases_of(source: Path, others: Iterable[str] = ()) -> list[Base]:
     is said by its name too, whatever its card says, and so without network.
 
     Args:
-        source: Folder of the model, or of its card. It is among the result only if that has a license of `TERMS`.
+        source: Folder of the model, or of its card. It is among the result only if its NOTICE is that of a license.
         others: Further models that it was made from.
 
     Raises:
@@ -152,11 +289,9 @@ def bases_of(source: Path, others: Iterable[str] = ()) -> list[Base]:
         entries = [RECORDED.fullmatch(str(entry)) for entry in as_list(card.get("base_licenses"))]
         found = [Base(entry[1], None, {"license": entry[2]}) for entry in entries if entry and entry[2] != NOT_KNOWN]
         parents = [*as_list(card.get("base_model")), *_references(Path(name))] if is_folder else []
-        own = list(_licensed(name, folder, card, by_name=not is_source))
-        if is_source:
-            own = [base for base in own if base.license in TERMS.keys() - {base.license for base in found}]
-        elif parents or found:  # a run whose card states nothing is under the licenses of what it was trained from
-            own = [base for base in own if base.license != UNKNOWN]
+        own = list(_licensed(name, folder, {} if is_source else card, by_name=not is_source))
+        if is_source or parents or found:  # a run whose card states nothing is under the licenses of its bases
+            own = [base for base in own if base.license not in (UNKNOWN, *(other.license for other in found))]
         bases += own + found
         waiting += [parent for parent in parents if public_name(parent) not in {base.name for base in found}]
     return list({str(base): base for base in reversed(bases)}.values())[::-1]
@@ -164,7 +299,7 @@ def bases_of(source: Path, others: Iterable[str] = ()) -> list[Base]:
 
 def _licensed(name: str, folder: Path | None, card: Mapping[str, Any], by_name: bool) -> Iterator[Base]:
     """Yield a model once for each license of `TERMS` that its name or NOTICE says, and for each on its card."""
-    said = [terms.license for terms in TERMS.values() if folder and terms.notice in read_notice(folder)]
+    said = [terms.license for terms in TERMS.values() if folder and terms.notice in _read(folder / NOTICE)]
     if by_name and (license := license_of_name(name)):
         said.append(license)
     yield from (Base(name, folder, {"license": license}) for license in dict.fromkeys(said))
@@ -194,34 +329,33 @@ def _references(folder: Path) -> Iterator[str]:
         yield from (find_text_model(model, folder)[0] for model in models)
 
 
-def write_license_files(folder: Path, source: Path, stated: Mapping[str, str], bases: Sequence[Base]) -> None:
-    """Write the license of a model, those whose terms bind it, that of its code, and NOTICE.
-
-    Of a license without a file, the card has the name.
+def check_license(folder: Path, repo_id: str, card: str, where: str | None = None) -> None:
+    """Check that a folder that is pushed keeps the licenses of what the model was made from.
 
     Args:
-        folder: The model, with its code.
-        source: Folder of the card of the model that it was made of.
-        stated: Its license, see [`license_model`].
-        bases: The models that it was made from.
+        folder: The model.
+        repo_id: Where it is pushed to.
+        card: Its card as it will be there.
+        where: What states the license of that card; by default the card in the folder.
+
+    Raises:
+        ValueError: It does not; the message names all that is missing.
     """
-    license_of_model, terms = Base(str(folder), None, stated).license, terms_of(stated, bases)
-    if license_of_model == CODE_LICENSE:
-        write_text(folder / LICENSE, code_license())
-    elif any(folder.glob("*.py")):
-        write_text(folder / CODE_LICENSE_FILE, code_license())
-    holders = [Base(str(source), source, license_fields(read_card(source)[0])), *bases]
-    for license in {demanded.license for demanded in terms} | ({license_of_model} - {UNKNOWN, CODE_LICENSE}):
-        paths = [source / f"{LICENSE}-{license}"]
-        folders = [base.folder for base in holders if base.folder is not None and base.license == license]
-        paths += [holder / file for holder in folders for file in LICENSE_NAMES]
-        texts = (path.read_text(encoding="utf-8", errors="replace") for path in paths if path.is_file())
-        if text := next(texts, None):
-            write_text(folder / (LICENSE if license == license_of_model else f"{LICENSE}-{license}"), text)
-    notice = read_notice(source)
-    if notice := notice + "".join(f"{demanded.notice}\n" for demanded in terms if demanded.notice not in notice):
-        write_text(folder / NOTICE, notice)
-    _warn_of_missing_texts(folder, stated, terms)
+    own, (data, text) = str(folder / CARD), split_card(card)
+    bases, notice = bases_of(folder), _read(folder / NOTICE)
+    choose_license({}, read_card(folder)[0], bases, own)
+    license = choose_license({}, data, bases, where or own)
+    binding = [str(base) for base in bases if base.binds]
+    stated = f"README.md has to state license: {license.stated.get('license')}"
+    demands = {stated: bool(data.get("license")) or not binding}
+    for terms in license.terms:
+        demands[f"README.md has to show {terms.shown!r}"] = terms.shown in text
+        demands[f"{NOTICE} has to contain the line {terms.notice!r}"] = terms.notice in notice
+    if broken := [demand for demand, is_kept in demands.items() if not is_kept]:
+        made = f", made from {' and '.join(binding)}," if binding else ""
+        raise ValueError(f"{folder}{made} is under {license.name}, which demands more: {'; '.join(broken)}.")
+    license.check_repo_name(repo_id)
+    license.warn_of_missing_texts(folder)
 
 
 def code_license() -> str:
@@ -236,56 +370,6 @@ def code_license() -> str:
     return licenses[0].read_text(encoding="utf-8")
 
 
-def check_license(folder: Path, repo_id: str, card: str, where: str | None = None) -> None:
-    """Check that a folder that is pushed keeps the licenses of what the model was made from.
-
-    Args:
-        folder: The model.
-        repo_id: Where it is pushed to.
-        card: Its card as it will be there.
-        where: What states the license of that card; by default the card in the folder.
-
-    Raises:
-        ValueError: It does not; the message names all that is missing.
-    """
-    data, text = split_card(card)
-    bases, notice = bases_of(folder), read_notice(folder)
-    for fields, place in ((read_card(folder)[0], str(folder / CARD)), (data, where or str(folder / CARD))):
-        stated = license_model({}, fields, bases, place)
-    binding = [str(base) for base in bases if base.binds]
-    demands = {f"README.md has to state license: {stated.get('license')}": bool(data.get("license")) or not binding}
-    for terms in terms_of(stated, bases):
-        demands[f"README.md has to show {terms.shown!r}"] = terms.shown in text
-        demands[f"{NOTICE} has to contain the line {terms.notice!r}"] = terms.notice in notice
-    if broken := [demand for demand, is_kept in demands.items() if not is_kept]:
-        made = f", made from {' and '.join(binding)}," if binding else ""
-        license = Base("", None, stated).license
-        raise ValueError(f"{folder}{made} is under {license}, which demands more: {'; '.join(broken)}.")
-    check_repo_name(repo_id, stated, bases)
-    _warn_of_missing_texts(folder, stated, terms_of(stated, bases))
-
-
-def check_repo_name(repo_id: str, stated: Mapping[str, str], bases: Sequence[Base]) -> None:
-    """Raise a `ValueError` if a license demands another beginning of the name of the repo."""
-    for terms in terms_of(stated, bases):
-        if not terms.fits_name(repo_id):
-            raise ValueError(
-                f"under {terms.license}, the name of the repo has to begin with {terms.beginning!r}, unlike "
-                f"{repo_id}: push to another repo."
-            )
-
-
-def _warn_of_missing_texts(folder: Path, stated: Mapping[str, str], terms: Iterable[Terms]) -> None:
-    for license in (demanded.license for demanded in terms):
-        names = LICENSE_NAMES if license in stated.values() else (f"{LICENSE}-{license}",)
-        if not any((folder / name).is_file() for name in names):
-            logger.warning(
-                "the license %s asks for a copy of its text, which is not there: put it into the model's folder as %s",
-                *(license, names[0]),
-            )
-
-
-def read_notice(folder: Path) -> str:
-    """Read the file NOTICE of a folder; empty if it has none."""
-    path = folder / NOTICE
+def _read(path: Path) -> str:
+    """The text of a file; empty if there is none."""
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""

@@ -13,7 +13,7 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from llm2clip.hub.cards.card import as_list, read_card, write_card
 from llm2clip.hub.cards.facts import JOINT_TASK, TEXT_TASK, CardFacts, public_name, summary
-from llm2clip.hub.licenses import bases_of, license_facts, strictest, write_license_files
+from llm2clip.hub.licenses import bases_of, strictest
 from llm2clip.hub.source_model import SourceModel
 from llm2clip.utils.folders import atomic_folder, refuse_existing, refuse_nested
 from llm2clip.utils.manifests import refuse_damaged
@@ -221,8 +221,7 @@ def _write_card(config: MergeConfig, merged: SourceModel, folder: Path, is_whole
     """Write card and license; parents that ask for different licenses leave it to whoever builds the folder."""
     sources = config.first, config.second
     cards = [read_card(Path(name))[0] for name in sources]
-    bases = bases_of(folder, sources)
-    license, alpha = strictest(bases), config.alpha
+    license, alpha = strictest(bases_of(folder, sources)), config.alpha
     words = (
         f"Merged, not trained: the weights are {1 - alpha:g} × A + {alpha:g} × B (WiSE-FT, arXiv 2109.01903), where A "
         f"is {public_name(config.first)} and B is {public_name(config.second)}."
@@ -238,7 +237,7 @@ def _write_card(config: MergeConfig, merged: SourceModel, folder: Path, is_whole
         datasets=list(dict.fromkeys(value for card in cards for value in as_list(card.get("datasets")))),
         languages=list(dict.fromkeys(value for card in cards for value in as_list(card.get("language")))),
         merged=words,
-        **license_facts(license, bases),
+        **license.facts(),
     )
     write_card(folder, facts)
-    write_license_files(folder, folder, license, bases)
+    license.write_files(folder, folder)

@@ -15,7 +15,7 @@ from llm2clip.data.table_identity import data_revision
 from llm2clip.hub.cards.card import CARD, read_card, render
 from llm2clip.hub.cards.curves import write_curves
 from llm2clip.hub.cards.facts import VISION_TASK, CardFacts, Evaluation, base_models, summary
-from llm2clip.hub.licenses import Base, license_facts, write_license_files
+from llm2clip.hub.licenses import ModelLicense
 from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.files import write_text
 from llm2clip.utils.repos import hub_ids, names_of
@@ -94,7 +94,7 @@ def write_model_card(
     history: Sequence[dict[str, Any]],
     comparison: str = "",
     repo: str | None = None,
-    license: tuple[Mapping[str, str], Sequence[Base]] | None = None,
+    license: ModelLicense | None = None,
 ) -> None:
     """Write the card and the curves of a run into its output folder, keeping what people wrote on the card.
 
@@ -106,7 +106,7 @@ def write_model_card(
         history: The log of the run.
         comparison: A table of a student beside its teacher.
         repo: Hub id of the repo that the run pushes to.
-        license: The license of the model and the models that it is made from, of a run that pushes.
+        license: The license of the model, of a run that pushes.
     """
     folder = Path(str(args.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,11 +128,11 @@ def write_model_card(
         comparison=comparison,
         has_curves=write_curves(folder, [*history]),
         is_adapter=getattr(model, "has_adapter", False),
-        **(license_facts(*license) if license else {}),
+        **(license.facts() if license else {}),
     )
     write_text(folder / CARD, render(facts, *read_card(folder)))
     if license:
-        write_license_files(folder, folder, *license)
+        license.write_files(folder, folder)
 
 
 def made_from(args: Any, model: Any) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from huggingface_hub import HfApi
 from transformers.trainer_utils import HubStrategy
 
 from llm2clip.hub.cards.card import CARD, merge_cards, read_card, split_card
-from llm2clip.hub.licenses import Base, bases_of, check_repo_name, license_model
+from llm2clip.hub.licenses import bases_of, choose_license
 from llm2clip.hub.upload import explained, explanation, open_repo, upload_model
 from llm2clip.hub.upload_files import model_files, refuse_secrets
 from llm2clip.trainers.base_config import StageConfig
@@ -46,7 +45,7 @@ class RunRepo:
 
     Attributes:
         repo_id: OWNER/NAME.
-        license: The license of the model, and the models that it is made from.
+        license: The license of the model.
 
     Raises:
         ValueError: The Hub refuses, or the repo contains something else; or the license on the card in the output
@@ -59,17 +58,17 @@ class RunRepo:
         repo_id = args.hub_model_id or self.folder.absolute().name
         bases = bases_of(self.folder, made_from(args, model))
         card = self.folder / CARD
-        stated = license_model({}, read_card(self.folder)[0], bases, str(card))
-        check_repo_name(repo_id, stated, bases)
+        self.license = choose_license({}, read_card(self.folder)[0], bases, str(card))
+        self.license.check_repo_name(repo_id)
         private = args.hub_private_repo if private is None else private
         url, branch = open_repo(self.api, repo_id, self.revision, model.config.model_type, private)
         self.repo_id = url.repo_id
         if branch.card is not None:
             merged = merge_cards(branch.card, card.read_text(encoding="utf-8") if card.is_file() else "")
-            stated = license_model({}, split_card(merged)[0], bases, f"README.md of {self.repo_id} on the Hub")
+            where = f"README.md of {self.repo_id} on the Hub"
+            self.license = choose_license({}, split_card(merged)[0], bases, where)
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(card, merged)
-        self.license: tuple[Mapping[str, str], Sequence[Base]] = stated, bases
 
     def push_checkpoint(self, checkpoint: Path, message: str) -> list[Future[Any]]:
         """Upload the model in the output folder in the background, and a checkpoint, if `hub_strategy` says so."""
