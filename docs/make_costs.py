@@ -88,7 +88,8 @@ def gpu_seconds(folder: Path) -> float:
     from transformers import AutoConfig, AutoModel
 
     import modeling_llm2clip  # noqa: F401  # EVA02, for AutoModel
-    from llm2clip.planning.costs import ENCODING_USE, PEAK, count_flops, hours
+    from llm2clip.planning.counts import count_flops
+    from llm2clip.planning.plan import ENCODING_USE, PEAK, hours
 
     config = AutoConfig.from_pretrained(folder).vision_config
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""What is counted without data is what real tensors take: weights, states of a trainer, what a forward pass keeps."""
+"""What is counted without data is what real tensors take: weights and states of a trainer, kept activations."""
 
 from __future__ import annotations
 

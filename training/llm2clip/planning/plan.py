@@ -198,7 +198,7 @@ def print_plan(plan: dict[str, Any]) -> None:
     title = f"{plan['stage']}: memory of {gpus}, {usable:,.0f} GiB usable"
     print_table(console, title, columns, table, (0, len(columns) - 1))
     trained, frozen = (plan["parameters"][name] / 1e6 for name in ("trained", "frozen"))
-    batch = f"; batch: {plan['batch']:,}, {plan['rows_per_step']:,} rows a step" if "batch" in plan else ""
+    batch = f"; {plan['batch']:,} rows in the loss, {plan['rows_per_step']:,} a step" if "batch" in plan else ""
     what = f"{plan['steps']:,} steps of {plan['rows']:,} rows" if batch else f"{plan['captions']:,} captions"
     part = "" if plan["whole_run"] else " (a part of the run: --rows N gives the whole)"
     time, disk = plan["hours"], plan["disk"]
