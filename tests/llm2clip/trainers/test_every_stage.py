@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import signal
 import threading
 import time
 from pathlib import Path
@@ -36,49 +35,14 @@ from tests.llm2clip.trainers.stages import (
     GLOSS_TEST,
     RECIPES,
     assert_equal,
-    at_step,
     fields_of,
     interrupt,
     launch_configuration,
-    metric,
     run,
-    send,
     steps,
     weights,
 )
 from tests.processes import run_python
-
-# Of a run that draws random numbers, and of which captions are cut.
-OWN: dict[str, dict[str, Any]] = {
-    "mntp": {"lora_dropout": 0.1},
-    "stage1": {"lora_dropout": 0.1, "max_text_length": 20},
-    "stage2": {"patch_dropout": 0.25},
-    "distill": {},
-}
-
-
-@pytest.mark.parametrize("stage", RECIPES)
-def test_a_run_that_gets_sigterm_saves_its_step_and_goes_on_as_if_unbroken(
-    stage: str, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # The checkpoint is between two entries of the log.
-    changes = {"max_steps": 5, "save_steps": 4, "logging_steps": 2, **OWN[stage]}
-    unbroken, broken, handler = tmp_path / "unbroken", tmp_path / "broken", signal.getsignal(signal.SIGTERM)
-    run(stage, unbroken, inputs, **changes)
-    with monkeypatch.context() as patch:
-        # The second signal, of somebody who does not want to wait, changes nothing.
-        at_step(3, lambda: [send(signal.SIGTERM)(), send(signal.SIGTERM)()], patch)
-        with pytest.raises(SystemExit) as stop:
-            run(stage, broken, inputs, **changes)
-    assert stop.value.code == 143
-    assert signal.getsignal(signal.SIGTERM) is handler
-    assert steps(broken) == [3]
-    assert not (broken / "model.safetensors").exists()
-    run(stage, broken, inputs, resume=True, **changes)
-    assert_equal(unbroken, broken)
-    assert_equal(unbroken / "checkpoint-5", broken / "checkpoint-5")
-    if stage == "stage1":
-        assert metric(broken, "cut_captions") == metric(unbroken, "cut_captions") > 0
 
 
 @pytest.mark.parametrize("stage", RECIPES)

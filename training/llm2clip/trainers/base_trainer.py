@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, ProgressCallback, Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy, TrainOutput
 from transformers.utils import ModelOutput, PushInProgress
@@ -259,6 +259,7 @@ class StageTrainer(Trainer):
             # Another number of processes may have changed it.
             self._train_batch_size = self.args.train_batch_size
             unregister_result(self.args)
+            stack.callback(self._close_bar)
             stack.enter_context(self.run_state.resumed(checkpoint))
             stack.enter_context(self.guard.on_sigterm())
             prepare_for_fsdp(self.accelerator, cast(nn.Module, self.model))
@@ -268,6 +269,12 @@ class StageTrainer(Trainer):
             except pickle.UnpicklingError as error:
                 raise ValueError(f"{checkpoint}: {explain(error)}") from error
         return output._replace(metrics={**output.metrics, **recalls_before(self.state.log_history)})
+
+    def _close_bar(self) -> None:
+        """End the progress bar of a run that ended with an error, as nobody else does."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+                callback.training_bar.close()
 
     def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
         """Count epochs and steps: none for a run that has made all of them, where the Trainer would make one more."""

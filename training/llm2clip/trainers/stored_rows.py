@@ -127,6 +127,7 @@ class StoredPairsDataset(EpochDataset):
             "caption_ids": torch.from_numpy(self._caption_ids[drawn]),
             "image_caption_ids": self._all_ids(rows),
             "skipped": [tuple(sample) for sample in skipped],
+            "keys": [f"row {row}" for row in rows.tolist()],
         }
 
     def _all_ids(self, rows: np.ndarray) -> Tensor:
