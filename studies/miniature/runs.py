@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 from transformers import AutoImageProcessor, AutoProcessor
 
-from llm2clip import CaptionSource, EmbeddingCache, LLM2CLIPModel, PairedCache, load_encoder
+from llm2clip import CaptionSource, EmbeddingCache, LLM2CLIPModel, load_encoder
 from llm2clip.data.pairs import PairSource
 from llm2clip.encoders import Encoder
 from llm2clip.encoders.stored import StoredEncoder
@@ -30,19 +30,21 @@ from llm2clip.evaluation.session import Session
 from llm2clip.hub.merge import merge_models
 from llm2clip.quickstart.run_context import has_fast_bfloat16
 from llm2clip.recipes import load_recipe
-from llm2clip.trainers.freezing import open_features
-from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.trainers.stored_rows import open_features
 from studies.miniature.material import DATA, DESCRIPTIONS, HERE, NEGATIVES, Material, slug
 from studies.miniature.scenes import PAGE
+from studies.miniature.start import OF_A_START, open_cache, save_start
 
 TABLES, EXAMPLES = HERE / "tables", DATA.parent
 # Nine patches a side, of which 3 x 3 are a token: one for each of the nine places.
 NINE_TOKENS = 126
 RETRIEVAL, CAPTIONS, QUESTIONS = "retrieval", "captions", "questions"
+# In the folder of the study, or of a model whose tower has trained: what towers make of pictures.
+FEATURES = "features"
 # What an arm does with the models of others; see `Run.parents`.
 ROLES = ("continues", "keeps", "first", "second")
-# What a model has that is continued.
-OF_A_NEW_MODEL = ("adapter_num_layers", "initializer", "vision_pooling", "projection_dim", "standardize_features")
+# The settings that all arms of a command have.
+BASES = {"stage2": "frozen.yaml", "align": "closed_form.yaml"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Run:
 
     Attributes:
         encoders: Names of one or two text encoders; none for the ViT as it is.
-        settings: What it has besides those of `frozen.yaml`; None leaves one of these out.
+        settings: What it has besides those of `frozen.yaml`, or with `command: align` of `closed_form.yaml`; None
+            leaves one of these out.
         kind: `retrieval`: stage 2, measured on pictures; `captions`: retrieval between captions, without training;
             `questions`: the answers of a multimodal LLM, through the tower of stage 2 or the ViT as it is.
         data: `concepts` or `scenes`.
@@ -243,13 +246,24 @@ def _trained(
         if run.share is not None:
             merge_models(models["first"], models["second"], folder, run.share)
             return
-        material.command("stage2", run.name, {**recipe_of(run, material, caches, models), "output_dir": str(folder)})
+        command, recipe = recipe_of(run, material, caches, models)
+        start = start_path(run, material)
+        if recipe.get("model_name_or_path") == str(start):
+            towers = {**towers_of(run, material, caches), "sources": recipe["sources"]}
+            fields = {name: value for name, value in _settings(run).items() if name in OF_A_START}
+            save_start(start, towers, fields, caches, material.folder / FEATURES, run.seed)
+        material.command(command, run.name, {**recipe, "output_dir": str(folder)})
+        shutil.rmtree(start, ignore_errors=True)
 
     return material.made(model_path(run, material), make)
 
 
 def model_path(run: Run, material: Material) -> Path:
     return material.folder / "models" / run.name
+
+
+def start_path(run: Run, material: Material) -> Path:
+    return material.folder / "start" / run.name
 
 
 def _questions(run: Run, material: Material, caches: list[Path], models: Mapping[str, Path]) -> dict[str, Any]:
@@ -261,8 +275,8 @@ def _questions(run: Run, material: Material, caches: list[Path], models: Mapping
     shutil.rmtree(output, ignore_errors=True)  # of a run that was killed
     options = {
         **load_recipe(HERE / "multimodal.yaml"),
-        "model": _trained(run, material, caches, models) if run.encoders else material.weights("vit"),
-        "image-processor": material.image_processor(NINE_TOKENS),
+        "model": _trained(run, material, caches, models) if run.encoders else material.vision_tower(NINE_TOKENS),
+        "image-processor": material.vision_tower(NINE_TOKENS),
         "llm": material.weights("llm"),
         "train": material.data("questions/train"),
         "test": material.data("questions/test"),
@@ -276,26 +290,21 @@ def _questions(run: Run, material: Material, caches: list[Path], models: Mapping
     return scores
 
 
-def recipe_of(run: Run, material: Material, caches: list[Path], models: Mapping[str, Path]) -> dict[str, Any]:
-    """Build the recipe of `llm2clip stage2` for a run.
+def recipe_of(
+    run: Run, material: Material, caches: list[Path], models: Mapping[str, Path]
+) -> tuple[str, dict[str, Any]]:
+    """Return the command of a run, `stage2` or `align`, and its recipe.
 
     Args:
         caches: The rows of its text encoders.
         models: The models of its parents.
     """
-    several = len(caches) > 1
+    settings, towers = _settings(run), towers_of(run, material, caches)
+    command = settings.pop("command", "stage2")
+    parts = settings.pop("parts", [])
     of, column = ("scenes/", "long_a") if run.data == "scenes" else ("", "caption")
     captions = {"caption_columns": [*run.captions], "caption_weights": [*run.captions.values()]}
-    recipe = {**load_recipe(HERE / "frozen.yaml"), **run.settings}
-    if run.data == "scenes":
-        size = NINE_TOKENS if run.kind == QUESTIONS else PAGE
-        recipe["image_processor_name_or_path"] = str(material.image_processor(size))
-    vision = models.get("keeps", material.weights("vit"))
-    recipe |= {
-        "vision_model_name_or_path": str(vision),
-        "text_model_name_or_path": None if several else str(material.text_encoder(run.encoders[0])),
-        "embedding_cache": [str(path) for path in caches] if several else str(caches[0]),
-        "feature_cache": str(material.folder / "features") if _stores_features(recipe) else None,
+    recipe: dict[str, Any] = {
         "output_dir": str(model_path(run, material)),
         "sources": [{"path": str(material.data(f"{of}{run.pictures}")), **captions}],
         "eval_sources": {
@@ -303,18 +312,46 @@ def recipe_of(run: Run, material: Material, caches: list[Path], models: Mapping[
         },
         "seed": run.seed,
     }
-    if "freeze_vision_layers" in recipe:
-        recipe["frozen_states_dir"] = str(material.folder / "states")
     if "keeps" in models:
-        recipe |= {"distill_from": str(models["keeps"]), "feature_cache": None}
-    if "continues" in models:
-        recipe |= dict.fromkeys((*OF_A_NEW_MODEL, "vision_model_name_or_path", "text_model_name_or_path"))
-        recipe["model_name_or_path"] = str(models["continues"])
-    return {key: value for key, value in recipe.items() if value is not None}
+        kept = dict.fromkeys(("vision_model_name_or_path", "keep_space_of"), str(models["keeps"]))
+        return command, {**recipe, **towers, **settings, **kept}
+    first, stored = {"command": command, **next(iter(parts), {})}, {"embedding_cache": towers.pop("embedding_cache")}
+    if first["command"] == "stage2":
+        towers = {"model_name_or_path": str(models.get("continues", start_path(run, material)))}
+        settings = {name: value for name, value in settings.items() if name not in OF_A_START}
+    if "lora_rank" not in settings:  # with it, a part that trains the tower has no stored rows
+        recipe |= stored
+    stored["feature_cache"] = str(material.folder / FEATURES)
+    if _is_frozen({"command": command, **settings}):
+        recipe |= stored
+    if parts:
+        recipe["parts"] = [{**part, **(stored if _is_frozen(part) else {})} for part in parts]
+    return command, {**recipe, **towers, **settings}
 
 
-def _stores_features(recipe: Mapping[str, Any]) -> bool:
-    return recipe.get("freeze_vision") == "all" or recipe.get("warm_start") is not None
+def towers_of(run: Run, material: Material, caches: list[Path]) -> dict[str, Any]:
+    """Return the settings that name the towers of a new model, and the rows of its text encoders."""
+    vision = material.weights("vit")
+    if run.data == "scenes":
+        vision = material.vision_tower(NINE_TOKENS if run.kind == QUESTIONS else PAGE)
+    towers: dict[str, Any] = {"vision_model_name_or_path": str(vision)}
+    if len(caches) > 1:
+        return {**towers, "embedding_cache": [str(path) for path in caches]}
+    return {
+        **towers,
+        "text_model_name_or_path": str(material.text_encoder(run.encoders[0])),
+        "embedding_cache": str(caches[0]),
+    }
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """Return all settings of a run, those of its start too."""
+    settings = {**load_recipe(HERE / BASES[run.settings.get("command", "stage2")]), **run.settings}
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _is_frozen(settings: Mapping[str, Any]) -> bool:
+    return settings.get("freeze_vision") == "all" or settings.get("command") == "align"
 
 
 def _best_epoch(state: dict[str, Any]) -> float | None:
@@ -326,21 +363,14 @@ def _best_epoch(state: dict[str, Any]) -> float | None:
 
 def _measure(run: Run, material: Material, folder: Path, caches: list[Path]) -> dict[str, Any]:
     model: Any = LLM2CLIPModel.from_pretrained(folder, text_model=False).eval()
-    several = len(caches) > 1
     images = AutoImageProcessor.from_pretrained(folder, backend="pil")
-    processor = images if several else AutoProcessor.from_pretrained(folder)
-    lookup = (PairedCache.of_folders(caches) if several else EmbeddingCache.open(caches[0])).lookup
+    processor = images if len(caches) > 1 else AutoProcessor.from_pretrained(folder)
+    lookup = open_cache(caches).lookup
     sets = {name: RetrievalData.from_source(source) for name, source in _tests(run, material).items()}
     # So that a picture of several sets is computed once; those of a tower that has trained go with it.
     is_frozen = "freeze_vision_layers" not in run.settings
-    config = Stage2Config(
-        output_dir=str(folder),
-        freeze_vision="all",
-        feature_cache=str((material.folder if is_frozen else folder) / "features"),
-        use_cpu=True,
-        report_to="none",
-    )
-    features = open_features(config, model, images, [data.images for data in sets.values()])
+    store = (material.folder if is_frozen else folder) / FEATURES
+    features = open_features(model, images, [data.images for data in sets.values()], store)
     encoder: Encoder = StoredEncoder(model, processor, lookup, features)
     if "lora_rank" in run.settings:  # the stored rows of texts are those of the LLM before
         encoder = load_encoder(str(folder))

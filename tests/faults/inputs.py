@@ -8,7 +8,7 @@ from typing import Any
 
 from tests.builders import embedding_models, small_runs, tiny
 from tests.documents import stand_ins
-from tests.faults.commands import OUT, WORK
+from tests.faults.commands import OUT
 from tests.golden import load_golden
 from tests.llm2clip.convert import checkpoints
 from tests.llm2clip.evaluation.strange import write_strange
@@ -40,8 +40,7 @@ def write_inputs(folder: Path) -> None:
             **STEPS,
             "sources": [concepts[0]],
             "eval_sources": {},
-            "freeze_vision_layers": 1,
-            "frozen_states_dir": f"{WORK}/frozen",
+            "parts": [{"freeze_vision": "all"}, {"freeze_vision_layers": 1}],
         },
     }
     for name, fields in recipes.items():

@@ -66,13 +66,12 @@ class Jobs:
         glosses = {"path": small_runs.GLOSSES, "caption_columns": ["gloss"], "max_samples": 101}
         damaged = {"path": f"{self.folder}/damaged.parquet", "caption_columns": ["caption", "keywords"]}
         of_damaged = stage2 | {"sources": [damaged], "eval_sources": {}, "max_steps": 5}
-        frozen = {"freeze_vision_layers": 1, "frozen_states_dir": "frozen"}
         return {
             "stage2-damaged": of_damaged,
             # A batch of one rank has the damaged image alone.
             "stage2-skipped": of_damaged
             | {"on_error": "skip", "per_device_train_batch_size": 1, "max_steps": 60, "save_strategy": "no"},
-            "frozen-damaged": of_damaged | frozen,
+            "frozen-damaged": of_damaged | {"freeze_vision": "all"},
             "stage1": stage1,
             "mntp": {**stage1, "sources": [glosses], "block_size": 32},
             "stage2": stage2,

@@ -24,11 +24,11 @@ TOO_FEW = {
     "stage1": "fill no batch of",
     "mntp": "do not fill one block of 32",
     "stage2": "fewer than one global batch",
-    "frozen": "fewer rows than one batch of",
     "features": "fewer rows than one batch of",
+    "parts": "fewer rows than one batch of",
     "first-rows": "has 1 rows, fewer than",
 }
-TRAINED = ("stage1-odd", "mntp-odd", "stage2-odd", "frozen-odd", "features-odd", "few-eval-rows", "one-shard")
+TRAINED = ("stage1-odd", "mntp-odd", "stage2-odd", "features-odd", "parts-odd", "few-eval-rows", "one-shard")
 # What the stages measure of their own speed.
 TIMES = ("runtime", "per_second")
 
@@ -48,13 +48,13 @@ def cases(jobs: Jobs, inputs: Inputs, tar: str, folder: Path) -> dict[str, Any]:
         pairs = {"sources": [{**glosses, "anchor_column": "lemmas", "positive_column": "gloss"}]}
         texts = {"sources": [{**glosses, "caption_columns": ["gloss"]}], "block_size": 32}
         images = small_runs.concepts("validation", caption_columns=["caption"], max_samples=rows)
-        states = {"freeze_vision_layers": 1, "frozen_states_dir": str(folder / "states")}
+        parts = {"parts": [{"freeze_vision": "all"}, {"freeze_vision_layers": 1}]}
         found |= {
             f"stage1-{name}": ("stage1", stage1 | pairs),
             f"mntp-{name}": ("mntp", stage1 | texts),
             f"stage2-{name}": ("stage2", stage2 | concepts),
-            f"frozen-{name}": ("stage2", stage2 | concepts | states),
             f"features-{name}": ("stage2", stage2 | concepts | {"freeze_vision": "all"}),
+            f"parts-{name}": ("stage2", stage2 | concepts | parts),
             f"cache-{name}": ("embed", embed | concepts),
             f"evaluate-{name}": ("evaluate", {"model": str(jobs.folder / "model"), "data": images}),
         }

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from llm2clip.trainers.align_recipe import AlignRecipe
+from llm2clip.trainers.parts import plan_parts
 from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.settings import build_config
 from studies.miniature import page
@@ -21,7 +24,7 @@ FIRST = [run for name in NAMES for run in runs_of(name) if run.seed == 0]
 @pytest.fixture
 def material(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Material:
     """A folder in which nothing is made."""
-    for name in ("data", "weights", "text_encoder", "image_processor"):
+    for name in ("data", "weights", "text_encoder", "vision_tower"):
         monkeypatch.setattr(Material, name, lambda self, name, kind=name: self.folder / kind / str(name))
     return Material(tmp_path)
 
@@ -31,9 +34,13 @@ def test_every_arm_is_a_recipe_of_known_encoders(run: Run, material: Material) -
     assert set(run.encoders) <= set(material.texts)
     if run.kind == RETRIEVAL or (run.kind == QUESTIONS and run.encoders):
         models = {role: material.folder / parent.name for role, parent in run.parents.items()}
-        recipe = recipe_of(run, material, [material.folder / name for name in run.encoders], models)
-        config = build_config(Stage2Recipe, recipe, run.name)
-        assert config.sources[0]["caption_columns"] == [*run.captions]
+        command, recipe = recipe_of(run, material, [material.folder / name for name in run.encoders], models)
+        if command == "align":
+            parts: list[Any] = [build_config(AlignRecipe, recipe, run.name)]
+            parts[0].validate_sources()
+        else:
+            parts = plan_parts(build_config(Stage2Recipe, recipe, run.name))
+        assert {tuple(part.sources[0]["caption_columns"]) for part in parts} == {tuple(run.captions)}
 
 
 def test_a_table_has_mean_and_deviation_of_its_arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
