@@ -2,9 +2,12 @@
 from llm2clip.checks.check_data import check_data as check_data
 from llm2clip.cli import main as main
 from llm2clip.convert.conversion import convert_checkpoint as convert_checkpoint
+from llm2clip.data import CaptionImageDataset as CaptionImageDataset
 from llm2clip.data import CaptionSource as CaptionSource
+from llm2clip.data import EvalTransform as EvalTransform
 from llm2clip.data import PairSource as PairSource
 from llm2clip.data import Stage2Collator as Stage2Collator
+from llm2clip.data import TrainTransform as TrainTransform
 from llm2clip.data import load_source as load_source
 from llm2clip.encoders import embed_captions as embed_captions
 from llm2clip.encoders import embed_images as embed_images
@@ -36,11 +39,13 @@ from llm2clip.store import PairedCache as PairedCache
 from llm2clip.store import StoreManifest as StoreManifest
 from llm2clip.store import build_embedding_cache as build_embedding_cache
 from llm2clip.store import caption_manifest as caption_manifest
+from llm2clip.trainers.alignment import align as align
 from llm2clip.trainers.closed_form import ClosedFormAlignment as ClosedFormAlignment
 from llm2clip.trainers.closed_form import PairSums as PairSums
 from llm2clip.trainers.closed_form import closed_form_alignment as closed_form_alignment
 from llm2clip.trainers.distill_config import DistillConfig as DistillConfig
 from llm2clip.trainers.distill_trainer import DistillTrainer as DistillTrainer
+from llm2clip.trainers.lora import add_lora as add_lora
 from llm2clip.trainers.mntp_config import MNTPConfig as MNTPConfig
 from llm2clip.trainers.mntp_trainer import MNTPTrainer as MNTPTrainer
 from llm2clip.trainers.run_distill import attach_query_encoder as attach_query_encoder
@@ -49,6 +54,7 @@ from llm2clip.trainers.stage1_config import Stage1Config as Stage1Config
 from llm2clip.trainers.stage1_trainer import Stage1Trainer as Stage1Trainer
 from llm2clip.trainers.stage2_config import Stage2Config as Stage2Config
 from llm2clip.trainers.stage2_trainer import Stage2Trainer as Stage2Trainer
+from llm2clip.trainers.stored_rows import store_pairs as store_pairs
 from llm2clip.trainers.student import Student as Student
 from llm2clip.utils.towers import open_text_tower as open_text_tower
 from modeling_llm2clip import EVA02VisionConfig as EVA02VisionConfig
