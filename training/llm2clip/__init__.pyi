@@ -4,8 +4,10 @@ from llm2clip.cli import main as main
 from llm2clip.convert.conversion import convert_checkpoint as convert_checkpoint
 from llm2clip.data import CaptionImageDataset as CaptionImageDataset
 from llm2clip.data import CaptionSource as CaptionSource
+from llm2clip.data import EvalTransform as EvalTransform
 from llm2clip.data import PairSource as PairSource
 from llm2clip.data import Stage2Collator as Stage2Collator
+from llm2clip.data import TrainTransform as TrainTransform
 from llm2clip.data import load_source as load_source
 from llm2clip.encoders import embed_captions as embed_captions
 from llm2clip.encoders import embed_images as embed_images
@@ -37,6 +39,7 @@ from llm2clip.store import PairedCache as PairedCache
 from llm2clip.store import StoreManifest as StoreManifest
 from llm2clip.store import build_embedding_cache as build_embedding_cache
 from llm2clip.store import caption_manifest as caption_manifest
+from llm2clip.trainers.alignment import align as align
 from llm2clip.trainers.closed_form import ClosedFormAlignment as ClosedFormAlignment
 from llm2clip.trainers.closed_form import PairSums as PairSums
 from llm2clip.trainers.closed_form import closed_form_alignment as closed_form_alignment

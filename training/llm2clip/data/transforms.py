@@ -53,7 +53,7 @@ def decode_tensor(value: Any, key: str, max_pixels: int = DEFAULT_MAX_PIXELS) ->
 
 
 class EvalTransform:
-    """Evaluation transform: decodes an image, and calls the image processor.
+    """Decodes an image and prepares it with an image processor, as in evaluation.
 
     Args:
         backend: `exact` decodes with Pillow, and resizes with the library that the image processor uses; `fast`
@@ -112,7 +112,7 @@ class EvalTransform:
 
 
 class TrainTransform:
-    """Training transform: a random crop, resized and normalized as by the image processor.
+    """Crops an image at random, and resizes and normalizes it as an image processor does.
 
     The defaults are those of the original: RandomResizedCrop, scale 0.9 to 1, ratio 3/4 to 4/3, bicubic, no flip.
 
