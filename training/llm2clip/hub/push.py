@@ -61,7 +61,7 @@ class PushConfig:
     dry_run: bool = setting(
         False,
         "Upload nothing: make all checks, say what the repo holds now if it can be read, and list what would be "
-        "uploaded and what not, and why.",
+        "uploaded, with sizes, and what not.",
     )
 
 
@@ -108,9 +108,6 @@ def run(config: PushConfig, api: HfApi | None = None) -> dict[str, Any]:
     card = card_for(api, config.repo_id, config.revision, (folder / CARD).read_text(encoding="utf-8"), theirs)
     check_license(folder, config.repo_id, card, f"README.md of {config.repo_id} on the Hub" if theirs else None)
     uploaded, others = model_files(folder, config.include)
-    # Before they are searched: what is changed later was not.
-    stamps = _stamps(uploaded)
-    refuse_secrets(folder, uploaded, api.token)
     if others and not config.dry_run:
         logger.warning("not uploaded, as no model needs them: %s; --include PATTERN uploads them", shortened(others))
     if config.check and any("--" in target for target in code_targets(folder)):
@@ -118,13 +115,10 @@ def run(config: PushConfig, api: HfApi | None = None) -> dict[str, Any]:
     elif config.check:
         logger.info("loading %s here and in a new process, which runs the code in it (skip with --no-check)", folder)
         validate_folder(folder)
-    if _stamps(uploaded) != stamps:
-        raise ValueError(
-            f"{folder} has changed while it was checked; nothing was committed. Wait until nothing writes there, "
-            "and push again; if the code in the folder does it, do not trust it."
-        )
+        refuse_damaged(folder)  # the code in it may have changed files
+    refuse_secrets(folder, uploaded, api.token)
     if config.dry_run:
-        return _show_upload(folder, config.repo_id, uploaded, others)
+        return _show_upload(config.repo_id, uploaded, others)
     return _upload(api, config, folder, uploaded)
 
 
@@ -170,29 +164,13 @@ def _upload(api: HfApi, config: PushConfig, folder: Path, uploaded: Mapping[str,
     return {**result, "pull_request": commit.pr_url} if commit.pr_url else result
 
 
-def _stamps(uploaded: Mapping[str, Path]) -> list[tuple[int, ...]]:
-    """What changes with every change of a file: unlike its other times, that of its status cannot be set."""
-    statuses = [path.stat() for path in uploaded.values()]
-    return [(status.st_ino, status.st_size, status.st_ctime_ns) for status in statuses]
-
-
-def _show_upload(folder: Path, repo_id: str, uploaded: Mapping[str, Path], others: Sequence[str]) -> dict[str, Any]:
-    """Print the files that a push would upload and those that it would not, with their sizes, and why."""
+def _show_upload(repo_id: str, uploaded: Mapping[str, Path], others: Sequence[str]) -> dict[str, Any]:
+    """Print the files that a push would upload with their sizes, and those that it would not."""
     sizes = {name: path.stat().st_size for name, path in uploaded.items()}
     rows = [(name, f"{size:,}") for name, size in sizes.items()]
     print_table(Console(), f"Would be uploaded to {repo_id}", ["file", "bytes"], rows)
-    left: dict[str, int] = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in uploaded:
-            # A line for each checkpoint of a run, and not for each of its files.
-            shown = name if name in others or "/" not in name else f"{name.split('/')[0]}/"
-            left[shown] = left.get(shown, 0) + path.stat().st_size
-    if left:
-        why = {name: f"no model needs it; --include '{name}' uploads it" for name in others}
-        of_run = "of a training run, or hidden; --include with its name uploads it"
-        unused = [(name, f"{size:,}", why.get(name, of_run)) for name, size in left.items()]
-        print_table(Console(), "Would not be uploaded", ["file", "bytes", "why"], unused, (0, 2))
+    for name in others:
+        Console().print(f"Not uploaded: {name}, as no model needs it; --include {name!r} uploads it.", markup=False)
     return {"would_upload_to": repo_id, "files": len(sizes), "megabytes": round(sum(sizes.values()) / 1e6, 1)}
 
 
