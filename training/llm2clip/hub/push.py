@@ -25,7 +25,7 @@ from llm2clip.hub.upload import (
     upload_model,
     weights_replaced,
 )
-from llm2clip.hub.upload_files import added_files, code_targets, model_files, refuse_secrets
+from llm2clip.hub.upload_files import added_files, code_targets, model_files, require_no_secrets
 from llm2clip.utils.files import write_text
 from llm2clip.utils.logs import shortened
 from llm2clip.utils.manifests import FOLDER_MANIFEST, MODEL_MANIFEST, refuse_damaged
@@ -116,7 +116,7 @@ def run(config: PushConfig, api: HfApi | None = None) -> dict[str, Any]:
         logger.info("loading %s here and in a new process, which runs the code in it (skip with --no-check)", folder)
         validate_folder(folder)
         refuse_damaged(folder)  # the code in it may have changed files
-    refuse_secrets(folder, uploaded, api.token)
+    require_no_secrets(folder, uploaded, api.token)
     if config.dry_run:
         return _show_upload(config.repo_id, uploaded, others)
     return _upload(api, config, folder, uploaded)
