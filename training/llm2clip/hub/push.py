@@ -16,6 +16,7 @@ from llm2clip.hub.cards.card import CARD, validate_card
 from llm2clip.hub.licenses import check_license
 from llm2clip.hub.source_model import validate_folder
 from llm2clip.hub.upload import (
+    Branch,
     HubError,
     card_for,
     explained,
@@ -104,7 +105,8 @@ def run(config: PushConfig, api: HfApi | None = None) -> dict[str, Any]:
     if not config.dry_run:
         require_token(api, config.repo_id)
     _check_folder(folder)
-    theirs = _card_there(api, config, folder)
+    branch = _read_repo(api, config, folder)
+    theirs = None if branch is None else branch.card
     card = card_for(api, config.repo_id, config.revision, (folder / CARD).read_text(encoding="utf-8"), theirs)
     check_license(folder, config.repo_id, card, f"README.md of {config.repo_id} on the Hub" if theirs else None)
     uploaded, others = model_files(folder, config.include)
@@ -119,11 +121,11 @@ def run(config: PushConfig, api: HfApi | None = None) -> dict[str, Any]:
     require_no_secrets(folder, uploaded, api.token)
     if config.dry_run:
         return _show_upload(config.repo_id, uploaded, others)
-    return _upload(api, config, folder, uploaded)
+    return _upload(api, config, uploaded, card, branch)
 
 
-def _card_there(api: HfApi, config: PushConfig, folder: Path) -> str | None:
-    """Say what a push would replace in the repo, and return the card there; None if there is none.
+def _read_repo(api: HfApi, config: PushConfig, folder: Path) -> Branch | None:
+    """Say what a push would replace in the repo, and return its branch; None if it does not exist, or is not reached.
 
     Raises:
         ValueError: The repo contains something else; or, unless with `dry_run`, the Hub refuses or is not reached.
@@ -141,24 +143,25 @@ def _card_there(api: HfApi, config: PushConfig, folder: Path) -> str | None:
             "opens a pull request instead",
             *(config.repo_id, replaced),
         )
-    return None if branch is None else branch.card
+    return branch
 
 
-def _upload(api: HfApi, config: PushConfig, folder: Path, uploaded: Mapping[str, Path]) -> dict[str, Any]:
-    """Upload files with the card for the repo; the Hub refuses if it was changed since that was made."""
+def _upload(
+    api: HfApi, config: PushConfig, uploaded: Mapping[str, Path], card: str, known: Branch | None
+) -> dict[str, Any]:
+    """Upload files with the card for the repo; the Hub refuses if it was changed since it was read, as `known`."""
+    model_type = str(inspect_repo(uploaded["config.json"].parent).model_type)
     # None leaves the visibility of a new repo to the default of its owner.
-    model_type = str(inspect_repo(folder).model_type)
     url, branch = open_repo(api, config.repo_id, config.revision, model_type, config.private or None)
     megabytes = round(sum(path.stat().st_size for path in uploaded.values()) / 1e6, 1)
     logger.info("uploading %d files, %.1f MB, to %s", len(uploaded), megabytes, url.repo_id)
-    options = {"revision": config.revision, "create_pr": config.create_pr, "parent_commit": branch.commit}
+    options = {"revision": config.revision, "create_pr": config.create_pr, "parent_commit": (known or branch).commit}
     with tempfile.TemporaryDirectory() as links, explained(config.repo_id):
         for name, path in uploaded.items():
             Path(links, name).parent.mkdir(parents=True, exist_ok=True)
             Path(links, name).symlink_to(path.resolve())
         Path(links, CARD).unlink()
-        card = (folder / CARD).read_text(encoding="utf-8")
-        write_text(Path(links, CARD), card_for(api, config.repo_id, config.revision, card, branch.card))
+        write_text(Path(links, CARD), card)
         commit = upload_model(api, url.repo_id, Path(links), uploaded, commit_message=config.commit_message, **options)
     result = {"repo": str(url), "commit": commit.oid, "files": len(uploaded), "megabytes": megabytes}
     return {**result, "pull_request": commit.pr_url} if commit.pr_url else result
