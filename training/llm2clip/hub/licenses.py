@@ -284,7 +284,7 @@ def bases_of(source: Path, others: Iterable[str] = ()) -> list[Base]:
         if (key := str(Path(name).resolve()) if is_folder else name) in seen:
             continue
         seen.add(key)
-        folder = Path(name) if is_folder else _card_on_hub(name)
+        folder = folder_of_card(name)
         card = {} if folder is None else read_card(folder)[0]
         entries = [RECORDED.fullmatch(str(entry)) for entry in as_list(card.get("base_licenses"))]
         found = [Base(entry[1], None, {"license": entry[2]}) for entry in entries if entry and entry[2] != NOT_KNOWN]
@@ -309,13 +309,15 @@ def _licensed(name: str, folder: Path | None, card: Mapping[str, Any], by_name: 
             yield base
 
 
-def _card_on_hub(name: str) -> Path | None:
-    """The folder of the card and the license of a model on the Hub; None if they cannot be read."""
+def folder_of_card(name: str, revision: str | None = None) -> Path | None:
+    """The folder of the card and the license of a model, here or on the Hub; None if they cannot be read."""
+    if Path(name).is_dir():
+        return Path(name)
     if not hub_ids(name):
         return None
     try:
         with explained(name):
-            return Path(snapshot_download(name, allow_patterns=[CARD, f"{LICENSE}*"]))
+            return Path(snapshot_download(name, revision=revision, allow_patterns=[CARD, f"{LICENSE}*", NOTICE]))
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         logger.warning("the card of %s, which states its license, cannot be read (%s)", name, reason)

@@ -111,7 +111,7 @@ def _without_nmt(normalizer: Any) -> Any:
     return {"type": "Sequence", "normalizers": known}
 
 
-def refuse_unknown_steps(tokenizer: PreTrainedTokenizerFast) -> None:
+def require_known_steps(tokenizer: PreTrainedTokenizerFast) -> None:
     """Raise a `ValueError` if transformers.js cannot open a tokenizer."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     for part, unknown in NOT_IN_JAVASCRIPT.items():
@@ -238,7 +238,7 @@ def write_transformers_js(folder: Path, text: TextSide | None, image_processor: 
     (folder / "onnx").mkdir()
     config: dict[str, Any] = {"model_type": "clip", "projection_dim": width}
     if text is not None:
-        refuse_unknown_steps(text.tokenizer)
+        require_known_steps(text.tokenizer)
         text.tokenizer.save_pretrained(folder)
         make_readable_by_version_4(folder)
         config["text_config"] = {"model_type": "clip_text_model", "max_position_embeddings": text.length}

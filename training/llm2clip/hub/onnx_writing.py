@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 Dtype = Literal["float32", "float16", "int8"]
 # Allowed difference of an entry of a unit vector from torch in float32.
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2}
-# Of int8, the least mean cosine with torch.
+# The least mean cosine of int8 with torch.
 LEAST_COSINE = 0.9
 # Weights above this size are stored in a second file: protobuf limits a file, with its graph, to 2 GiB.
 LARGEST_FILE = 2**31 - 2**26

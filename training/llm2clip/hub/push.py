@@ -16,6 +16,7 @@ from llm2clip.hub.cards.card import CARD, validate_card
 from llm2clip.hub.licenses import check_license
 from llm2clip.hub.source_model import validate_folder
 from llm2clip.hub.upload import (
+    Branch,
     HubError,
     card_for,
     explained,
@@ -25,7 +26,7 @@ from llm2clip.hub.upload import (
     upload_model,
     weights_replaced,
 )
-from llm2clip.hub.upload_files import added_files, code_targets, model_files, refuse_secrets
+from llm2clip.hub.upload_files import added_files, code_targets, model_files, require_no_secrets
 from llm2clip.utils.files import write_text
 from llm2clip.utils.logs import shortened
 from llm2clip.utils.manifests import FOLDER_MANIFEST, MODEL_MANIFEST, refuse_damaged
@@ -61,7 +62,7 @@ class PushConfig:
     dry_run: bool = setting(
         False,
         "Upload nothing: make all checks, say what the repo holds now if it can be read, and list what would be "
-        "uploaded and what not, and why.",
+        "uploaded, with sizes, and what not.",
     )
 
 
@@ -104,13 +105,11 @@ def run(config: PushConfig, api: HfApi | None = None) -> dict[str, Any]:
     if not config.dry_run:
         require_token(api, config.repo_id)
     _check_folder(folder)
-    theirs = _card_there(api, config, folder)
+    branch = _read_repo(api, config, folder)
+    theirs = None if branch is None else branch.card
     card = card_for(api, config.repo_id, config.revision, (folder / CARD).read_text(encoding="utf-8"), theirs)
     check_license(folder, config.repo_id, card, f"README.md of {config.repo_id} on the Hub" if theirs else None)
     uploaded, others = model_files(folder, config.include)
-    # Before they are searched: what is changed later was not.
-    stamps = _stamps(uploaded)
-    refuse_secrets(folder, uploaded, api.token)
     if others and not config.dry_run:
         logger.warning("not uploaded, as no model needs them: %s; --include PATTERN uploads them", shortened(others))
     if config.check and any("--" in target for target in code_targets(folder)):
@@ -118,18 +117,15 @@ def run(config: PushConfig, api: HfApi | None = None) -> dict[str, Any]:
     elif config.check:
         logger.info("loading %s here and in a new process, which runs the code in it (skip with --no-check)", folder)
         validate_folder(folder)
-    if _stamps(uploaded) != stamps:
-        raise ValueError(
-            f"{folder} has changed while it was checked; nothing was committed. Wait until nothing writes there, "
-            "and push again; if the code in the folder does it, do not trust it."
-        )
+        refuse_damaged(folder)  # the code in it may have changed files
+    require_no_secrets(folder, uploaded, api.token)
     if config.dry_run:
-        return _show_upload(folder, config.repo_id, uploaded, others)
-    return _upload(api, config, folder, uploaded)
+        return _show_upload(config.repo_id, uploaded, others)
+    return _upload(api, config, uploaded, card, branch)
 
 
-def _card_there(api: HfApi, config: PushConfig, folder: Path) -> str | None:
-    """Say what a push would replace in the repo, and return the card there; None if there is none.
+def _read_repo(api: HfApi, config: PushConfig, folder: Path) -> Branch | None:
+    """Say what a push would replace in the repo, and return its branch; None if it does not exist, or is not reached.
 
     Raises:
         ValueError: The repo contains something else; or, unless with `dry_run`, the Hub refuses or is not reached.
@@ -147,52 +143,37 @@ def _card_there(api: HfApi, config: PushConfig, folder: Path) -> str | None:
             "opens a pull request instead",
             *(config.repo_id, replaced),
         )
-    return None if branch is None else branch.card
+    return branch
 
 
-def _upload(api: HfApi, config: PushConfig, folder: Path, uploaded: Mapping[str, Path]) -> dict[str, Any]:
-    """Upload files with the card for the repo; the Hub refuses if it was changed since that was made."""
+def _upload(
+    api: HfApi, config: PushConfig, uploaded: Mapping[str, Path], card: str, known: Branch | None
+) -> dict[str, Any]:
+    """Upload files with the card for the repo; the Hub refuses if it was changed since it was read, as `known`."""
+    model_type = str(inspect_repo(uploaded["config.json"].parent).model_type)
     # None leaves the visibility of a new repo to the default of its owner.
-    model_type = str(inspect_repo(folder).model_type)
     url, branch = open_repo(api, config.repo_id, config.revision, model_type, config.private or None)
     megabytes = round(sum(path.stat().st_size for path in uploaded.values()) / 1e6, 1)
     logger.info("uploading %d files, %.1f MB, to %s", len(uploaded), megabytes, url.repo_id)
-    options = {"revision": config.revision, "create_pr": config.create_pr, "parent_commit": branch.commit}
+    options = {"revision": config.revision, "create_pr": config.create_pr, "parent_commit": (known or branch).commit}
     with tempfile.TemporaryDirectory() as links, explained(config.repo_id):
         for name, path in uploaded.items():
             Path(links, name).parent.mkdir(parents=True, exist_ok=True)
             Path(links, name).symlink_to(path.resolve())
         Path(links, CARD).unlink()
-        card = (folder / CARD).read_text(encoding="utf-8")
-        write_text(Path(links, CARD), card_for(api, config.repo_id, config.revision, card, branch.card))
+        write_text(Path(links, CARD), card)
         commit = upload_model(api, url.repo_id, Path(links), uploaded, commit_message=config.commit_message, **options)
     result = {"repo": str(url), "commit": commit.oid, "files": len(uploaded), "megabytes": megabytes}
     return {**result, "pull_request": commit.pr_url} if commit.pr_url else result
 
 
-def _stamps(uploaded: Mapping[str, Path]) -> list[tuple[int, ...]]:
-    """What changes with every change of a file: unlike its other times, that of its status cannot be set."""
-    statuses = [path.stat() for path in uploaded.values()]
-    return [(status.st_ino, status.st_size, status.st_ctime_ns) for status in statuses]
-
-
-def _show_upload(folder: Path, repo_id: str, uploaded: Mapping[str, Path], others: Sequence[str]) -> dict[str, Any]:
-    """Print the files that a push would upload and those that it would not, with their sizes, and why."""
+def _show_upload(repo_id: str, uploaded: Mapping[str, Path], others: Sequence[str]) -> dict[str, Any]:
+    """Print the files that a push would upload with their sizes, and those that it would not."""
     sizes = {name: path.stat().st_size for name, path in uploaded.items()}
     rows = [(name, f"{size:,}") for name, size in sizes.items()]
     print_table(Console(), f"Would be uploaded to {repo_id}", ["file", "bytes"], rows)
-    left: dict[str, int] = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in uploaded:
-            # A line for each checkpoint of a run, and not for each of its files.
-            shown = name if name in others or "/" not in name else f"{name.split('/')[0]}/"
-            left[shown] = left.get(shown, 0) + path.stat().st_size
-    if left:
-        why = {name: f"no model needs it; --include '{name}' uploads it" for name in others}
-        of_run = "of a training run, or hidden; --include with its name uploads it"
-        unused = [(name, f"{size:,}", why.get(name, of_run)) for name, size in left.items()]
-        print_table(Console(), "Would not be uploaded", ["file", "bytes", "why"], unused, (0, 2))
+    for name in others:
+        Console().print(f"Not uploaded: {name}, as no model needs it; --include {name!r} uploads it.", markup=False)
     return {"would_upload_to": repo_id, "files": len(sizes), "megabytes": round(sum(sizes.values()) / 1e6, 1)}
 
 

@@ -111,7 +111,7 @@ def code_targets(folder: Path) -> list[str]:
     with wrap_read_errors(path):
         targets = [target for value in config.get("auto_map", {}).values() for target in as_list(value)]
         targets += [pipeline["impl"] for pipeline in config.get("custom_pipelines", {}).values()]
-        # Of a tokenizer there may be one class and null.
+        # A tokenizer may have one class and null.
         return [str(target) for target in targets if target is not None]
 
 
@@ -136,7 +136,7 @@ def added_files(folder: Path) -> list[str]:
     ]
 
 
-def refuse_secrets(folder: Path, uploaded: Mapping[str, Path], token: str | bool | None) -> None:
+def require_no_secrets(folder: Path, uploaded: Mapping[str, Path], token: str | bool | None) -> None:
     """Raise a ValueError if a small file contains an access token or a private key.
 
     Args:

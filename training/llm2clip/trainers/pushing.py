@@ -15,7 +15,7 @@ from transformers.trainer_utils import HubStrategy
 from llm2clip.hub.cards.card import CARD, merge_cards, read_card, split_card
 from llm2clip.hub.licenses import bases_of, choose_license
 from llm2clip.hub.upload import explained, explanation, open_repo, upload_model
-from llm2clip.hub.upload_files import model_files, refuse_secrets
+from llm2clip.hub.upload_files import model_files, require_no_secrets
 from llm2clip.trainers.base_config import StageConfig
 from llm2clip.trainers.model_card import made_from
 from llm2clip.trainers.run_context import SETTINGS
@@ -107,7 +107,7 @@ class RunRepo:
     def _upload(self, folder: Path, message: str, revision: str | None, token: str | None = None) -> Any:
         """Upload the files of a model and no others."""
         files = model_files(folder).uploaded
-        refuse_secrets(folder, files, self.api.token)
+        require_no_secrets(folder, files, self.api.token)
         with explained(self.repo_id):
             return upload_model(
                 self.api, self.repo_id, folder, files, commit_message=message, revision=revision, token=token
