@@ -52,7 +52,7 @@ def test_weights_gradients_and_states_are_those_of_a_trainer(stage: str, tmp_pat
     moments = [x for state in trainer.optimizer.state.values() for x in state.values() if x.ndim]
     scalars = [x for state in trainer.optimizer.state.values() for x in state.values() if not x.ndim]
     # AdamW counts the steps of each parameter beside its moments, and the scale is a scalar.
-    assert planned["states"] == pytest.approx(sum(x.nbytes for x in moments), abs=4 * len(scalars))
+    assert planned["optimizer"] == pytest.approx(sum(x.nbytes for x in moments), abs=4 * len(scalars))
 
 
 def make_trainer(stage: str, recipe: Any, folder: Path) -> Any:
@@ -121,7 +121,7 @@ def test_fsdp_divides_weights_gradients_and_states(tmp_path: Path) -> None:
     ddp, fsdp = make_plan(PlanConfig(gpus=64), recipe)["memory"].values()
     # DDP has buckets beside the gradients.
     assert fsdp["gradients"] == ddp["gradients"] / 2 / 64
-    assert fsdp["states"] == ddp["states"] / 64
+    assert fsdp["optimizer"] == ddp["optimizer"] / 64
     layer = EVA02VisionModel(EVA02VisionConfig.from_pretrained(tmp_path / "vision")).blocks[0]
     gathered = fsdp["weights"] - ddp["weights"] / 64
     # Two of the three layers of the tower, and what is in none.

@@ -76,7 +76,7 @@ def test_the_plan_of_stage2_counts_batch_memory_hours_and_disk(plan: Plan) -> No
     trained = found["parameters"]["trained"]
     ddp = found["memory"]["DDP"]
     assert ddp["weights"] == pytest.approx(4 * trained, rel=0.01)
-    assert ddp["states"] == 8 * trained
+    assert ddp["optimizer"] == 8 * trained
     assert (found["steps"], found["rows"], found["whole_run"]) == (2804, 2804 * 4096, True)
     assert found["disk"]["checkpoint"] == pytest.approx(12 * trained, rel=0.01)
     assert found["disk"]["checkpoints_kept"] == 5
@@ -99,7 +99,7 @@ def test_an_llm_that_trains_with_lora_is_planned_with_its_activations(plan: Plan
     # Two matrices of rank 8 beside each of the seven linear layers of 3 blocks.
     assert added == 3 * 8 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
     assert lora["parameters"]["frozen"] == frozen["parameters"]["frozen"]
-    assert lora["memory"]["DDP"]["states"] == 8 * lora["parameters"]["trained"]
+    assert lora["memory"]["DDP"]["optimizer"] == 8 * lora["parameters"]["trained"]
     assert lora["flops_per_row"] > 1.5 * frozen["flops_per_row"]
     # In place of the LLM, a checkpoint has LoRA.
     assert lora["disk"]["checkpoint"] == 12 * lora["parameters"]["trained"]

@@ -21,6 +21,7 @@ from llm2clip.planning import models
 from llm2clip.trainers.base_config import ContrastiveConfig, StageConfig
 from llm2clip.trainers.mntp_config import MNTPRecipe
 from llm2clip.trainers.stage1_config import Stage1Recipe
+from llm2clip.trainers.stage2_config import Stage2Recipe
 from modeling_llm2clip.modeling_llm2clip_utils import ACCELERATOR_BATCH_TOKENS
 
 FLOAT = 4
@@ -113,6 +114,7 @@ def make_work(config: StageConfig | EmbedConfig, longest: int | None) -> Work:
         roles = 3 if any(source.get("negative_column") for source in config.sources) else 2
         longest = longest or tower.config.max_text_length
         return Work(tower, _embedding(tower), rows, chunk, longest, tower.config.hidden_size, roles)
+    assert isinstance(config, Stage2Recipe)
     model: Any = models.build_trained_joint_model(config)
     text, lora = model.config.text_config, config.lora_rank
 
@@ -162,11 +164,10 @@ def count_step(config: StageConfig | EmbedConfig, work: Work, gpus: int, tokens:
         tokens: Mean tokens of a caption, for the operations.
     """
     model: Any = work.model
-    trains = isinstance(config, StageConfig)
-    half = (config.bf16 and torch.bfloat16) or (config.fp16 and torch.float16) if trains else False
+    half, recomputes = _half(config), isinstance(config, StageConfig) and config.activation_checkpointing
 
     def forward(rows: int, length: int) -> list[Tensor]:
-        with torch.autocast("cpu", half or torch.bfloat16, bool(half)):
+        with torch.autocast("cpu", half or torch.bfloat16, half is not None):
             return [output for output in work.forward(rows, length) if output.requires_grad]
 
     def step(rows: int, length: int) -> None:
@@ -177,7 +178,6 @@ def count_step(config: StageConfig | EmbedConfig, work: Work, gpus: int, tokens:
     # model is built on the meta device, because they cannot change their dtype, as LoRA layers do.
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu").train()
-        recomputes = trains and config.activation_checkpointing
         if recomputes:
             # transformers before 5.23 has only the second.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -207,6 +207,13 @@ def count_step(config: StageConfig | EmbedConfig, work: Work, gpus: int, tokens:
     return activations, work.passes * flops / 2
 
 
+def _half(config: StageConfig | EmbedConfig) -> torch.dtype | None:
+    """The type of a run's mixed precision."""
+    if not isinstance(config, StageConfig):
+        return None
+    return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
+
+
 def _run_layers(model: nn.Module, function: Callable[..., Any]) -> None:
     for module in model.modules():
         if hasattr(module, "gradient_checkpointing"):
@@ -229,25 +236,26 @@ def count_memory(
     Args:
         state_bytes: Bytes of the optimizer per trained parameter of four bytes.
     """
-    half = isinstance(config, StageConfig) and (config.bf16 or config.fp16)
+    half = _half(config)
     tensors, chunked = [*work.model.parameters(), *work.model.buffers()], work.chunk < work.rows
     frozen, trained = (sum(x.nbytes for x in tensors if x.requires_grad is grad) for grad in (False, True))
     # DDP reduces gradients in buckets, which together are as large; the chunks of a batch sum theirs beside them.
     gradients, states = trained * (1 + (gpus > 1) + chunked), trained / FLOAT * state_bytes
-    parts = {"weights": frozen + trained, "gradients": gradients, "states": states}
+    parts = {"weights": frozen + trained, "gradients": gradients, "optimizer": states}
     memory = {"one GPU" if gpus == 1 else "DDP": parts}
     if gpus > 1 and trained:
         # Accelerate trains float32 weights under mixed precision, and gathers them in 16 bits: two layers, the one at
         # work and the next, and what is in none.
         count = sum(x.numel() for x in tensors if x.requires_grad)
         trained = max(trained, FLOAT * count) if half else trained
-        layers = [[*x.parameters()] for x in work.model.modules() if isinstance(x, GradientCheckpointingLayer)]
-        sizes = [sum(x.numel() * (2 if half else x.element_size()) for x in part) for part in (*layers, tensors)]
+        groups = [[*x.parameters()] for x in work.model.modules() if isinstance(x, GradientCheckpointingLayer)]
+        groups.append(tensors)  # type: ignore[arg-type]
+        sizes = [sum(x.numel() * (2 if half else x.element_size()) for x in group) for group in groups]
         gathered = sizes.pop() - sum(sizes) + 2 * max(sizes, default=0)
         memory["FSDP"] = {
             "weights": (frozen + trained) / gpus + gathered,
             "gradients": trained / gpus + FLOAT * count * chunked,
-            "states": trained / FLOAT * state_bytes / gpus,
+            "optimizer": trained / FLOAT * state_bytes / gpus,
         }
     for needed in memory.values():
         needed["activations"] = activations

@@ -38,11 +38,10 @@ STATES = {
 }
 # A stored embedding has this key beside its values.
 KEY_BYTES, BYTES = 16, {"float32": 4, "float16": 2, "bfloat16": 2}
-GIB, GB, MB, MILLION = 2**30, 1e9, 1e6, 1_000_000
-PARTS = {"weights": "weights", "gradients": "grads", "states": "optim", "activations": "activ", "total": "total"}
+GIB, MILLION = 2**30, 1_000_000
 NOT_MEASURED = (
-    "not measured: counted from shapes, and confirmed on no GPU; activ is what a forward pass keeps for backward, and "
-    "the loss"
+    "not measured: counted from shapes, and confirmed on no GPU; activations are what a forward pass keeps for "
+    "backward, and the loss"
 )
 
 
@@ -190,11 +189,11 @@ def print_plan(plan: dict[str, Any]) -> None:
     """Print a plan: the memory of a GPU with DDP and FSDP, then parameters, batch, hours and disk."""
     console = Console(markup=False, emoji=False, highlight=False)
     table = [
-        [name, *(f"{needed[part] / GIB:,.1f}" for part in PARTS), "yes" if needed["fits"] else "no"]
-        for name, needed in plan["memory"].items()
+        [name, *(f"{size / GIB:,.1f}" for size in sizes), "yes" if fits else "no"]
+        for name, (*sizes, fits) in ((name, needed.values()) for name, needed in plan["memory"].items())
     ]
     gpus = f"each of {plan['gpus']} GPUs" if plan["gpus"] > 1 else "the GPU"
-    columns, usable = ("GiB", *PARTS.values(), "fits"), plan["usable_bytes"] / GIB
+    columns, usable = ("GiB", *next(iter(plan["memory"].values()))), plan["usable_bytes"] / GIB
     title = f"{plan['stage']}: memory of {gpus}, {usable:,.0f} GiB usable"
     print_table(console, title, columns, table, (0, len(columns) - 1))
     trained, frozen = (plan["parameters"][name] / 1e6 for name in ("trained", "frozen"))
@@ -219,4 +218,4 @@ def print_plan(plan: dict[str, Any]) -> None:
 
 
 def _size(size: float) -> str:
-    return f"{size / GB:,.1f} GB" if size >= GB / 10 or not size else f"{size / MB:,.1f} MB"
+    return f"{size / 1e9:,.1f} GB" if size >= 1e8 or not size else f"{size / 1e6:,.1f} MB"
