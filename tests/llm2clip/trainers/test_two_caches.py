@@ -17,6 +17,7 @@ from llm2clip.data import CaptionSource, distinct_captions
 from llm2clip.encoders import embed
 from llm2clip.encoders.stored import open_stored_encoder
 from llm2clip.hub.licenses import bases_of
+from llm2clip.hub.push import _check_folder
 from llm2clip.losses import clip_loss
 from llm2clip.store import StoreMismatchError
 from llm2clip.trainers import run_stage2
@@ -228,6 +229,7 @@ def test_a_built_folder_takes_rows_and_images_from_everyone(
     encoders = json.loads((out / "config.json").read_text())["text_config"]["encoders"]
     assert encoders == [{"name": "text", "width": 32}, {"name": "clip", "width": 24}]
     assert not (out / "modules.json").exists()
+    _check_folder(out)  # what a push asks for
     for option, value in (("bundle_text_model", "true"), ("text_model", "some/llm")):
         assert cli.main(["build", str(trained), str(out), "--overwrite", f"--{option}", value]) == 2
         assert f"{option} is {value}".lower() in (said := capsys.readouterr().err.lower())
