@@ -250,7 +250,8 @@ class LLM2CLIPTextConfig(_AbsoluteNames, PretrainedConfig):
             parts = " and ".join(f"{encoder['name']} ({encoder['width']})" for encoder in self.encoders)
             raise ValueError(
                 f"this model takes llm_embeds alone, rows of width {self.hidden_size}: the embeddings of {parts} side "
-                "by side, each of unit length. It contains no text encoder; llm2clip.PairedCache reads such rows."
+                "by side, each of unit length, which llm2clip.PairedCache reads (llm2clip evaluate: --embedding-cache "
+                "FIRST SECOND). It contains no text encoder."
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from llm2clip.data import CaptionSource, distinct_captions
 from llm2clip.encoders import embed
 from llm2clip.encoders.stored import open_stored_encoder
 from llm2clip.hub.licenses import bases_of
+from llm2clip.hub.push import _check_folder
 from llm2clip.losses import clip_loss
 from llm2clip.store import StoreMismatchError
 from llm2clip.trainers import run_stage2
@@ -217,15 +218,20 @@ def test_a_model_without_a_text_tower_needs_its_encoders(inputs: Inputs) -> None
 
 
 @pytest.mark.slow
-def test_a_built_folder_takes_rows_and_images_from_everyone(trained: Path, tmp_path: Path) -> None:
+def test_a_built_folder_takes_rows_and_images_from_everyone(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The build compares it with what a process without this package computes, from rows and from an image."""
     out = tmp_path / "out"
     assert cli.main(["build", str(trained), str(out)]) == 0
     encoders = json.loads((out / "config.json").read_text())["text_config"]["encoders"]
     assert encoders == [{"name": "text", "width": 32}, {"name": "clip", "width": 24}]
     assert not (out / "modules.json").exists()
-    for options, message in ((["--bundle-text-model", "true"], 1), (["--text-model", "some/llm"], 1)):
-        assert cli.main(["build", str(trained), str(out), "--overwrite", *options]) == message
+    _check_folder(out)  # what a push asks for
+    for option, value in (("bundle_text_model", "true"), ("text_model", "some/llm")):
+        assert cli.main(["build", str(trained), str(out), "--overwrite", f"--{option}", value]) == 2
+        assert f"{option} is {value}".lower() in (said := capsys.readouterr().err.lower())
+        assert "takes llm_embeds alone" in said
 
 
 @pytest.mark.slow

@@ -61,7 +61,7 @@ class StoredEncoder(OurEncoder):
     def text_lengths(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         if self.tokenizer is not None:
             return super().text_lengths(texts)
-        # Of two text encoders, which have read other tokens each.
+        # Such as of two text encoders, which have read other tokens each.
         return torch.full((len(texts),), -1), torch.zeros(len(texts), dtype=torch.bool)
 
     @torch.inference_mode()

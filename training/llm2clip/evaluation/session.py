@@ -153,9 +153,10 @@ class Session:
         lengths, is_cut = (torch.cat(column) for column in zip(*parts, strict=True))
         return lengths, is_cut
 
-    def count_cut(self, texts: Sequence[str]) -> int:
-        """Count the texts that the model reads only the beginning of."""
-        return int(self.text_lengths(texts)[1].sum())
+    def count_cut(self, texts: Sequence[str]) -> dict[str, int]:
+        """Count the `truncated_texts`, of which the model reads only the beginning; empty if that is not known."""
+        lengths, is_cut = self.text_lengths(texts)
+        return {} if (lengths < 0).any() else {"truncated_texts": int(is_cut.sum())}
 
     def count_in_images(
         self, kind: str, keys: np.ndarray, count: Callable[[Sequence[int]], Iterator[Tensor]], width: int, title: str

@@ -190,7 +190,7 @@ def _check_folder(folder: Path) -> None:
     _require(folder, "config.json")
     repo = inspect_repo(folder).require(*OUR_MODELS, hint="Build it first: llm2clip build MODEL FOLDER")
     _require(folder, "*.safetensors")
-    if repo.kind is not RepoKind.VISION_HALF:
+    if repo.kind is not RepoKind.VISION_HALF and not repo.encoders:
         _require(folder, "tokenizer.json")
     if repo.kind is not RepoKind.TEXT_TOWER:
         _require(folder, "processor_config.json", "preprocessor_config.json")

@@ -49,7 +49,7 @@ class CaptionRetrievalAccuracy:
             ranks=ranks.mean_and_median(),
             counts={
                 "pairs": len(matches),
-                "truncated_texts": session.count_cut([*data.queries, *data.targets]),
+                **session.count_cut([*data.queries, *data.targets]),
                 "tied_text_queries": int(ranks.is_tied.sum()),
             },
         )

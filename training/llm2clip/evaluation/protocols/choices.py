@@ -141,7 +141,7 @@ def _all_won(margins: Tensor) -> Tensor:
 def _counts(session: Session, texts: Sequence[str], margins: Tensor) -> dict[str, int]:
     return {
         "texts": len(texts),
-        "truncated_texts": session.count_cut(texts),
+        **session.count_cut(texts),
         "tied_queries": int((margins.abs() <= ROUNDING).any(dim=1).sum()),
     }
 

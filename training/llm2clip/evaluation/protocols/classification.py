@@ -71,7 +71,7 @@ class ZeroShotClassification:
             "classnames": f"own ({digest_json(classnames)})" if self.classnames else "of the set",
             "ties": "expected value",
         }
-        counts = {"texts": len(texts), "truncated_texts": session.count_cut(texts)}
+        counts = {"texts": len(texts), **session.count_cut(texts)}
         return measured_ranks(ranks, replace(data, classnames=classnames), protocol, counts)
 
 

@@ -137,7 +137,7 @@ def _measured(
         clusters=dict.fromkeys(text_values, owners),
         counts={
             **data.counts(),
-            "truncated_texts": session.count_cut(data.texts),
+            **session.count_cut(data.texts),
             "tied_text_queries": int(tied_texts.sum()),
             "tied_image_queries": int(tied_images.sum()),
         },

@@ -126,9 +126,11 @@ def measure_rows(session: Session, image_embeds: Tensor, text_embeds: Tensor, da
         raise BenchmarkError("there is no caption.")
     texts, images, asking = retrieval_ranks(image_embeds, text_embeds, data.pairs)
     lengths, is_cut = session.text_lengths(data.texts)
-    are_known = bool((lengths >= 0).all())
+    are_known = not (lengths < 0).any()
     text_hits = texts.recalls("text_to_image_")
     hits = text_hits | images.recalls("image_to_text_")
+    # A caption of several images is the length of none.
+    length_hits = hits if data.matches is None else text_hits
     return Measurement(
         protocol=dict(PROTOCOL) if data.matches is None else {**PROTOCOL, "positives": "pairs"},
         compared=COMPARED,
@@ -144,10 +146,7 @@ def measure_rows(session: Session, image_embeds: Tensor, text_embeds: Tensor, da
             "tied_text_queries": int(texts.is_tied.sum()),
             "tied_image_queries": int(images.is_tied.sum()),
         },
-        # A caption of several images is the length of none.
-        groups={"length": by_length(hits if data.matches is None else text_hits, data.owners, lengths)}
-        if are_known
-        else {},
+        groups={"length": by_length(length_hits, data.owners, lengths)} if are_known else {},
     )
 
 

@@ -80,7 +80,7 @@ class MaskCLIPSegmentation:
             "scale": list(self.scale),
             "templates": TEMPLATES if self.templates is None else name_of_templates(templates),
         }
-        counts = {"texts": len(texts), "truncated_texts": session.count_cut(texts)}
+        counts = {"texts": len(texts), **session.count_cut(texts)}
         return measured_counts(counted, list(data.classes), protocol, counts)
 
     def _counter(
