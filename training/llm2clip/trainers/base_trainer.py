@@ -115,7 +115,7 @@ class StageTrainer(Trainer):
         retrieval: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(args, self.config_class):
+        if args is None or not isinstance(args, self.config_class):
             wanted, given = self.config_class.__name__, "nothing" if args is None else type(args).__name__
             raise ValueError(f"{type(self).__name__} needs args of type {wanted}, not {given}.")
         if model is None or kwargs.get("model_init") is not None:
