@@ -26,7 +26,7 @@ from llm2clip.evaluation.data import RetrievalData
 from llm2clip.evaluation.metrics import retrieval_metrics
 from llm2clip.hub.upload_files import model_files
 from llm2clip.trainers import teacher as teacher_module
-from llm2clip.trainers.distill_data import TaughtQueries
+from llm2clip.trainers.distill_data import DistillQueries
 from llm2clip.trainers.student import _cut
 from llm2clip.verification.kinds import verify_folder
 from modeling_llm2clip import LLM2CLIPModel
@@ -262,7 +262,7 @@ def test_a_student_is_compared_with_its_teacher_by_retrieval() -> None:
     images, teacher, student = (F.normalize(torch.randn(12, 4, generator=generator), dim=1) for _ in range(3))
     teacher, student = F.normalize(images + 0.3 * teacher, dim=1), F.normalize(images + 0.9 * student, dim=1)
     pairs = torch.arange(12)[:, None].expand(-1, 2)
-    queries = TaughtQueries([f"text {row}" for row in range(12)], pairs, images, teacher)
+    queries = DistillQueries([f"text {row}" for row in range(12)], pairs, images, teacher)
     lengths = torch.tensor([3] * 6 + [6] * 5 + [200])
     found = queries.compare(student, lengths)
     for suffix, rows in (("", student), ("_of_teacher", teacher)):

@@ -146,7 +146,8 @@ def test_the_rows_of_a_step_come_from_one_source_or_from_all(frozen: bool, input
         config = build_config(Stage2Recipe, fields)
         trainer = run_stage2.build_trainer(config)
         second: int = trainer.train_dataset.starts[1]
-        batches = [[index.index for index in batch] for batch in trainer.batch_sampler()]
+        loader: Any = trainer.get_train_dataloader()
+        batches = [[index.index for index in batch] for batch in loader.batch_sampler]
         found[mixing] = [{"second" if row >= second else "first" for row in rows} for rows in batches]
     assert sorted(map(sorted, found["one_source_per_step"])) == [["first"]] * 3 + [["second"]] * 2
     assert found["proportional"] == [{"first", "second"}] * 5

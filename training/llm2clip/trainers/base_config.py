@@ -19,7 +19,7 @@ from llm2clip.utils.settings import check_choices, refuse, setting
 logger = logging.getLogger(__name__)
 
 # Settings of transformers' Trainer that no stage follows, and why.
-NOT_FOLLOWED = {
+SETTINGS_NOT_FOLLOWED = {
     "enable_jit_checkpoint": "SIGTERM saves a checkpoint without it",
     "remove_unused_columns": "the collators read columns that the model does not",
     **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), "evaluation computes as training, see bf16"),
@@ -96,7 +96,7 @@ class StageConfig(TrainingArguments):
     def __post_init__(self) -> None:
         check_choices(self)
         self._validate_numbers()
-        for name, why in NOT_FOLLOWED.items():
+        for name, why in SETTINGS_NOT_FOLLOWED.items():
             refuse(self, [name], why)
         # transformers 5.6 fills it with values that are 0 or false, which a copy of the settings has.
         if not self.fsdp and (isinstance(self.fsdp_config, str) or any((self.fsdp_config or {}).values())):

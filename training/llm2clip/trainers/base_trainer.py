@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import PreTrainedModel, ProgressCallback, Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy, TrainOutput
 from transformers.utils import ModelOutput, PushInProgress
 
-from llm2clip.data import SampleIndexBatchSampler
-from llm2clip.data.sampling import EpochBatchSampler, EpochDataset
+from llm2clip.data.sampling import EpochDataset
 from llm2clip.data.streams import SampleStream
 from llm2clip.evaluation.data import CaptionPairData
 from llm2clip.hub.cards.facts import Evaluation
@@ -44,7 +43,7 @@ from llm2clip.trainers.run_context import SETTINGS, RunContext, begin_checkpoint
 from llm2clip.trainers.run_state import RunState, StreamPosition, open_skip_log, recalls_before
 from llm2clip.trainers.saving import finite_weights, load_weights
 from llm2clip.trainers.sharding import gathered, is_sharded, prepare_for_fsdp, unsharded
-from llm2clip.trainers.step_guard import Observed, StepGuard
+from llm2clip.trainers.step_guard import Observed, StepGuard, close_bars
 from llm2clip.utils.files import read_json, write_json
 from llm2clip.utils.library_errors import explain, wrap_write_errors
 from llm2clip.utils.processes import run_while_others_wait
@@ -95,8 +94,6 @@ class StageTrainer(Trainer):
     # The pipeline tag of the card, and the title of its evaluation table.
     card_task: ClassVar[str] = ""
     evaluation_title: ClassVar[str] = ""
-    # Batch sampler of this package's map-style data sets.
-    sampler_class: ClassVar[Callable[..., EpochBatchSampler]] = SampleIndexBatchSampler
     config_class: ClassVar[type] = StageConfig
     # Class of the sets of `retrieval`.
     retrieval_class: ClassVar[type] = CaptionPairData
@@ -118,7 +115,7 @@ class StageTrainer(Trainer):
         retrieval: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(args, self.config_class):
+        if args is None or not isinstance(args, self.config_class):
             wanted, given = self.config_class.__name__, "nothing" if args is None else type(args).__name__
             raise ValueError(f"{type(self).__name__} needs args of type {wanted}, not {given}.")
         if model is None or kwargs.get("model_init") is not None:
@@ -259,7 +256,7 @@ class StageTrainer(Trainer):
             # Another number of processes may have changed it.
             self._train_batch_size = self.args.train_batch_size
             unregister_result(self.args)
-            stack.callback(self._close_bar)
+            stack.callback(close_bars, self.callback_handler.callbacks)
             stack.enter_context(self.run_state.resumed(checkpoint))
             stack.enter_context(self.guard.on_sigterm())
             prepare_for_fsdp(self.accelerator, cast(nn.Module, self.model))
@@ -270,12 +267,6 @@ class StageTrainer(Trainer):
                 raise ValueError(f"{checkpoint}: {explain(error)}") from error
         return output._replace(metrics={**output.metrics, **recalls_before(self.state.log_history)})
 
-    def _close_bar(self) -> None:
-        """End the progress bar of a run that ended with an error, as nobody else does."""
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
-                callback.training_bar.close()
-
     def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
         """Count epochs and steps: none for a run that has made all of them, where the Trainer would make one more."""
         num_epochs, *others, max_steps = super().set_initial_training_values(*args, **kwargs)
@@ -284,27 +275,13 @@ class StageTrainer(Trainer):
             num_epochs = 0
         return num_epochs, *others, max_steps
 
-    def batch_sampler(self) -> EpochBatchSampler:
-        """Make the batch sampler of this package's map-style data sets, for all processes."""
-        return self.make_sampler(type(self).sampler_class)
-
-    def make_sampler(self, sampler_class: Callable[..., EpochBatchSampler]) -> EpochBatchSampler:
-        """Make a batch sampler of a class, for all processes."""
-        return sampler_class(
-            self.train_dataset,
-            self._train_batch_size,
-            num_replicas=self.accelerator.num_processes,
-            seed=self.args.sampling_seed,
-            drop_last=self.args.dataloader_drop_last,
-        )
-
     def get_train_dataloader(self) -> DataLoader:
         dataset: Any = self.train_dataset
         options = loader_options(self.args, self.data_collator, self.args.dataloader_persistent_workers)
         if isinstance(dataset, SampleStream):
             return stream_loader(dataset, self._train_batch_size, options)
         if isinstance(dataset, EpochDataset):
-            return epoch_loader(dataset, self.batch_sampler(), self.accelerator, options)
+            return epoch_loader(dataset, self._train_batch_size, self.args, self.accelerator, options)
         loader = super().get_train_dataloader()
         batch_size = self._train_batch_size * self.args.world_size
         require_batch(len(loader) if hasattr(dataset, "__len__") else 1, batch_size)

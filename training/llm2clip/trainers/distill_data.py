@@ -25,7 +25,7 @@ LENGTHS = (4, 8, 16, 32, 64, 128)
 RECALL = "text_to_image_recall@"
 
 
-class TaughtTexts(EpochDataset):
+class DistillDataset(EpochDataset):
     """Texts with the rows of a teacher: a sample has `text`, `embedding`, `(width,)`, and `index`.
 
     Args:
@@ -83,7 +83,7 @@ class TextCollator:
 
 
 @dataclass
-class TaughtQueries:
+class DistillQueries:
     """Held-out queries with the images that are right for them, as the teacher sees both.
 
     Attributes:
@@ -99,7 +99,7 @@ class TaughtQueries:
     teacher: Tensor
 
     @classmethod
-    def of(cls, data: RetrievalData, teacher: Teacher) -> TaughtQueries:
+    def of(cls, data: RetrievalData, teacher: Teacher) -> DistillQueries:
         """Compute, or read, the teacher's rows of the images and captions of a retrieval set."""
         store = teacher.texts(data.texts, "float32")
         rows = store.read(store.find(caption_keys(data.texts)))

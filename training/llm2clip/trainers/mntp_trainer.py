@@ -22,9 +22,9 @@ from llm2clip.trainers.sharding import is_sharded
 from llm2clip.trainers.text_tower_trainer import TextTowerTrainer
 
 # Settings that the collator follows.
-MASKING = ("mlm_probability", "mask_token")
+MASK_SETTINGS = ("mlm_probability", "mask_token")
 # Label of a token that is not masked.
-IGNORED = -100
+NOT_MASKED = -100
 
 
 class MNTPTrainer(TextTowerTrainer):
@@ -62,7 +62,7 @@ class MNTPTrainer(TextTowerTrainer):
     def _validate_settings(self) -> None:
         super()._validate_settings()
         if not isinstance(self.data_collator, MaskCollator):
-            validate_collator_settings(self.args, self.data_collator, MASKING)
+            validate_collator_settings(self.args, self.data_collator, MASK_SETTINGS)
 
     def default_collator(self) -> MaskCollator | None:
         tokenizer: Any = self.processing_class
@@ -93,7 +93,7 @@ class MNTPTrainer(TextTowerTrainer):
         labels, count = cast(Tensor, ids["labels"]), None
         if not self.model.training:
             # In training, every process has the same weight, as in the original code.
-            counts = exchange_counts([int((labels[:, 1:] != IGNORED).sum())], labels.device)
+            counts = exchange_counts([int((labels[:, 1:] != NOT_MASKED).sum())], labels.device)
             count = sum(scored for (scored,) in counts) / len(counts)
         softcap = getattr(self.unwrapped().config.decoder_config, "final_logit_softcapping", None)
         return masked_next_token_loss(embeds["last_hidden_state"], labels, self.head, softcap, count)
@@ -113,7 +113,7 @@ def masked_next_token_loss(
         count: What the sum over the scored labels is divided by; by default their number.
     """
     targets = labels[:, 1:]
-    scored = targets != IGNORED
+    scored = targets != NOT_MASKED
     # Mixed precision ends at the model: its states are float32, whatever the head's weights are.
     dtype = next(head.parameters()).dtype
     logits = head(states[:, :-1][scored].to(dtype)).float()

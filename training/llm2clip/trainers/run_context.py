@@ -38,7 +38,7 @@ PROCESSES, BATCH_SIZE = "number of processes", "per_device_train_batch_size"
 # What a checkpoint's state of the optimizer belongs to.
 OPTIMIZER_KIND = {"optim", "optim_args", "optim_target_modules"}
 MAX_LENGTH = 200
-ANYWAY = "add --resume-anyway (in Python, resume_anyway=True)"
+HOW_TO_RESUME_ANYWAY = "add --resume-anyway (in Python, resume_anyway=True)"
 
 
 class RunContext:
@@ -168,7 +168,7 @@ class RunContext:
         if breaking and not self.args.resume_anyway:
             raise ValueError(
                 f"the run of {folder} was started with other settings ({'; '.join(breaking)}), so that it would not "
-                f"end as an uninterrupted one; resume with its settings, or {ANYWAY}."
+                f"end as an uninterrupted one; resume with its settings, or {HOW_TO_RESUME_ANYWAY}."
             )
         if fixed := [lines[name] for name in lines if name in OPTIMIZER_KIND]:
             raise ValueError(f"a resumed run goes on with the optimizer of {folder} ({'; '.join(fixed)}); leave it.")
@@ -200,7 +200,7 @@ class RunContext:
         if lines and not self.args.resume_anyway:
             raise ValueError(
                 f"the run of {self.checkpoint} had other inputs ({'; '.join(lines)}), so that it would not end as an "
-                f"uninterrupted one; restore them, or {ANYWAY}."
+                f"uninterrupted one; restore them, or {HOW_TO_RESUME_ANYWAY}."
             )
         return now
 

@@ -13,7 +13,7 @@ from llm2clip.utils.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPTextModel
 
 PROMPT_SETTINGS = ("prompt_prefix", "prompt_suffix", "pooling", "max_text_length", "bidirectional")
-REQUIRED = ("model_name_or_path", "sources")
+REQUIRED_SETTINGS = ("model_name_or_path", "sources")
 
 
 def prepare(config: Stage1Recipe | MNTPRecipe) -> dict[str, CaptionPairData]:

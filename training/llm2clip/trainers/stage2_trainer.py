@@ -14,7 +14,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase, SchedulerType
 
 from llm2clip.data import Stage2Collator
-from llm2clip.data.sampling import EpochBatchSampler, OneSourceBatchSampler
 from llm2clip.encoders.cache_of_model import refuse_other_prompt
 from llm2clip.encoders.image_features import ImageFeatures
 from llm2clip.evaluation.data import RetrievalData
@@ -132,12 +131,6 @@ class Stage2Trainer(StageTrainer):
     def evaluation_collator(self, dataset: Any) -> Callable[..., Any]:
         collator: Any = self.data_collator
         return collator.for_evaluation() if isinstance(collator, Stage2Collator) else collator
-
-    def batch_sampler(self) -> EpochBatchSampler:
-        dataset: Any = self.train_dataset
-        if len(getattr(dataset, "starts", ())) > 2 and dataset.mixing == "one_source_per_step":
-            return self.make_sampler(OneSourceBatchSampler)
-        return super().batch_sampler()
 
     def frozen_inputs(self) -> dict[str, str | None]:
         model = cast(LLM2CLIPModel, self.model)
