@@ -20,7 +20,7 @@ from tests.documents.sessions import prepare, prepare_training, python_of, run_c
 from tests.documents.stand_ins import MODEL
 from tests.llm2clip.trainers.stages import assert_equal_weights
 
-TRAINER, FROZEN = "docs/train/trainer.md", "docs/train/frozen.md"
+TRAINER, FROZEN, KEEP = (f"docs/train/{name}.md" for name in ("trainer", "frozen", "keep"))
 CHANGE = re.compile(r"^### A new ([\w ]+): (\d+) lines?\n.*?```python\n(.*?)```", re.MULTILINE | re.DOTALL)
 # What is changed -> as how many lines the page says, and the code.
 CHANGES = {
@@ -123,7 +123,9 @@ def test_a_recipe_makes_what_the_python_beside_it_makes(command: str, name: str,
     assert_equal_weights(made, expected)
 
 
-def test_a_recipe_of_parts_runs(frozen: Path) -> None:
-    assert llm2clip(["stage2", "parts.yaml"]) == 0
-    first, last = (LLM2CLIPModel.from_pretrained(f"runs/stage2{part}", text_model=False) for part in ("/part1", ""))
+@pytest.mark.parametrize(("name", "folder"), [("parts", "stage2"), ("keep", "kept")])
+def test_a_recipe_of_parts_runs(name: str, folder: str, frozen: Path) -> None:
+    write_files(KEEP, frozen)
+    assert llm2clip(["stage2", f"{name}.yaml"]) == 0
+    first, last = (LLM2CLIPModel.from_pretrained(f"runs/{folder}{part}", text_model=False) for part in ("/part1", ""))
     assert not last.visual_projection.weight.equal(first.visual_projection.weight)
