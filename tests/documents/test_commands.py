@@ -22,6 +22,8 @@ from llm2clip import cli
 from llm2clip.evaluation.benchmarks import choose_benchmarks
 from llm2clip.evaluation.own_data import is_own_data
 from llm2clip.quickstart.config import QuickstartConfig
+from llm2clip.trainers.align_recipe import AlignRecipe
+from llm2clip.trainers.parts import plan_parts
 from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.settings import build_config
 from tests import node
@@ -183,7 +185,7 @@ def test_every_option_in_the_text_exists(document: str, options: set[str]) -> No
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_recipes_in_the_text_have_fields_of_stage_2(document: str, tmp_path: Path) -> None:
+def test_recipes_in_the_text_have_fields_of_their_command(document: str, tmp_path: Path) -> None:
     for language, content in blocks(document):
         if language == "yaml":
             fields = yaml.safe_load(content)
@@ -191,4 +193,8 @@ def test_recipes_in_the_text_have_fields_of_stage_2(document: str, tmp_path: Pat
                 (tmp_path / "profile.yaml").write_text(content)
                 profile = QuickstartConfig(profile=str(tmp_path / "profile.yaml")).load_profile()
                 fields = {"freeze_vision": "all", **profile["stage2"], **profile["frozen"], "feature_dtype": "float32"}
-            build_config(Stage2Recipe, {"output_dir": str(tmp_path), "embedding_cache": "cache", **fields})
+            fields = {"output_dir": str(tmp_path), "embedding_cache": "cache", **fields}
+            if content.startswith("# llm2clip align"):
+                build_config(AlignRecipe, fields)
+            else:
+                plan_parts(build_config(Stage2Recipe, fields))

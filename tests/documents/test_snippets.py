@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import ast
-import runpy
 from pathlib import Path
 
 import pytest
 
 from tests.documents.reading import DOCUMENTS, ROOT, blocks
-from tests.documents.stand_ins import E5, FILES, FOLDERS, HUB, MODEL
+from tests.documents.sessions import prepare, python_of, run_code
 
-# What tests/llm2clip/encoders/test_ray_engine.py and tests/llm2clip/serving/test_serve.py run.
-ELSEWHERE = {"docs/scaling.md", "docs/serve.md"}
+# What tests/llm2clip/encoders/test_ray_engine.py, tests/llm2clip/serving/test_serve.py and
+# tests/documents/test_training_pages.py run.
+ELSEWHERE = {"docs/scaling.md", "docs/serve.md", "docs/train/frozen.md", "docs/train/trainer.md"}
 WITH_PYTHON = [document for document in DOCUMENTS if "```python" in (ROOT / document).read_text()]
 WITH_PYTHON = [document for document in WITH_PYTHON if document not in ELSEWHERE]
 
@@ -21,21 +21,10 @@ WITH_PYTHON = [document for document in WITH_PYTHON if document not in ELSEWHERE
 def test_python_code_of_the_document_runs(
     document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / MODEL).mkdir(parents=True)
-    FOLDERS[MODEL](tmp_path / MODEL)
-    (tmp_path / E5).mkdir(parents=True)
-    HUB[E5](tmp_path / E5)
-    for name in ("LLM2CLIP-Openai-L-14-336", "LLM2CLIP-Llama3.2-1B-EVA02-L-14-336"):  # converted checkpoints
-        (tmp_path / name).symlink_to(MODEL)
-    (tmp_path / "my_photos").mkdir()
-    FOLDERS["my_photos"](tmp_path / "my_photos")
-    for name in ("examples", "photo.jpg"):
-        FILES[name](tmp_path / name)
+    prepare(tmp_path)
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
-    session = "\n".join(content for language, content in blocks(document) if language == "python")
-    Path("session.py").write_text(session)
-    runpy.run_path("session.py")
+    run_code(python_of(document))
     printed = capsys.readouterr().out
     for _, content in blocks(document):
         if content.startswith("{"):
