@@ -67,7 +67,7 @@ def loading_arguments(name: str | os.PathLike[str], hub: dict[str, Any]) -> dict
         if fields.get("vision_config", {}).get("model_type") in NESTED_TOWERS:
             arguments["key_mapping"] = {r"^vision_model\.": f"{NEST}."}
     if VERSION < (5, 0):
-        # Of a part that is offloaded to disk, version 4 otherwise leaves the buffers at their initial values.
+        # Version 4 otherwise leaves the buffers of a part that is offloaded to disk at their initial values.
         arguments["offload_buffers"] = True
     return arguments
 

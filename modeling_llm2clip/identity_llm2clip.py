@@ -47,7 +47,7 @@ IRRELEVANT = re.compile(
     r"|bad_words_ids|num_return_sequences|remove_invalid_values|exponential_decay_length_penalty|suppress_tokens"
     r"|begin_suppress_tokens|base_model_.*_plan|partial_rotary_factor_default|scale_decoder_outputs"
 )
-# Of these kinds of rotary positions the table does not depend on the longest input.
+# Kinds of rotary positions whose table does not depend on the longest input.
 ROPE_WITHOUT_LENGTH = ("default", "linear", "llama3")
 # Words per sum of `digest_weight`; a word is four values in bfloat16.
 WORDS = 2**15

@@ -208,7 +208,7 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         named = model.config.text_model_name_or_path
         bundled = named is None and not model.config.text_config.encoders
         if named == OWN_TEXT_MODEL:
-            # Of the model in memory, which may be saved elsewhere.
+            # As the model in memory needs it, which may be saved elsewhere.
             name = find_text_model(named, pretrained_model_name_or_path, **hub_arguments(model_kwargs))[0]
             model.config.text_model_name_or_path, model.config.text_model_revision = name, model_kwargs.get("revision")
         if is_about_llm:

@@ -200,7 +200,7 @@ def _is_known_to_lack(name: str, path: str, **place: Any) -> bool:
     if get_cached_repo_tree is not None:  # the list of files that such a download keeps
         with suppress(CachedRepoTreeNotFoundError):
             return path not in {entry.path for entry in get_cached_repo_tree(name, **place)}
-    # Of an earlier version: a file of every repository, which only such a download brings.
+    # A file of every repository, which only the download of an earlier version brings.
     return isinstance(try_to_load_from_cache(name, ".gitattributes", **place), str)
 
 

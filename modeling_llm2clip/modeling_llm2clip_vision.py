@@ -371,7 +371,7 @@ def load_vision_tower(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> P
     config = AutoConfig.from_pretrained(name, **hub_arguments(kwargs))
     if config.model_type == LLM2CLIPConfig.model_type:
         return LLM2CLIPVisionModelWithProjection.from_pretrained(name, **kwargs).vision_model
-    # Of a CLIP-like repository, only the vision half is read.
+    # Only the vision half of a CLIP-like repository is read.
     config = getattr(config, "vision_config", config)
     loader: Any = EVA02VisionModel if config.model_type == EVA02VisionConfig.model_type else AutoModel
     tower, _ = load_complete(loader.from_pretrained, name, config=config, **kwargs)

@@ -35,7 +35,7 @@ SPLITS = {
     "cliparts-test": (("test",), CLIPARTS),
     "cliparts": (("train",), CLIPARTS),
 }
-# Of which the texts are stored.
+# The splits whose texts are stored.
 STORED = ("train", "validation", "test", "transfer")
 SCENES, QUESTIONS = "scenes/", "questions/"
 DESCRIPTIONS = ["short", "long_a", "long_b", "full"]

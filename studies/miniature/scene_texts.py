@@ -94,7 +94,7 @@ def related(things: Sequence[Thing]) -> list[tuple[int, int, list[bool]]]:
     for one, other in combinations(range(len(things)), 2):
         for first, second in ((one, other), (other, one)):
             holds = [things[first].precedes(things[second], axis) for axis in (0, 1)]
-            # Of two things, either can be the first where one is left of the other and below it.
+            # Either of two things can be the first where one is left of the other and below it.
             if any(holds) and (not pairs or pairs[-1][:2] != (second, first)):
                 pairs.append((first, second, holds))
     return pairs
@@ -220,7 +220,7 @@ def full(things: Sequence[Thing], random: Random) -> str:
         other = f"{named_b(thing)} can be seen {IN_B[thing.place]}"
         said.append(random.choice((sentence_a(thing, random.choice(ONE), random), other)))
     pairs = related(things)
-    # Of two things there is one relation, and its two wordings would say the same thing in a row.
+    # Two things have one relation, and its two wordings would say the same thing in a row.
     tellers = random.sample((relation_a, relation_b), min(2, len(pairs)))
     for tell, (first, second, holds) in zip(tellers, random.sample(pairs, len(tellers)), strict=True):
         said.append(tell(things[first], things[second], holds))

@@ -41,7 +41,7 @@ CLASSES: dict[str, Any] = {
 INHERITED = {field.name for field in dataclasses.fields(TrainingArguments)}
 # What starts other libraries or reaches for other machines is not tried.
 OUTSIDE = {"fsdp", "fsdp_config", "ddp_backend", "local_rank", "parallelism_config", "hub_token"}
-# Of the settings of the Trainer, whose class is slow to make.
+# Draws of the settings of the Trainer, whose class is slow to make.
 DRAWS = 60
 
 

@@ -36,7 +36,7 @@ class Bench:
 
     def __init__(self, folder: Path, hub: LoopbackHub) -> None:
         self.folder, self.hub, self.inputs = folder, hub, folder / "inputs"
-        # Of a set that is written into a file, the order depends on the seed of hashes.
+        # The order of a set that is written into a file depends on the seed of hashes.
         variables = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0"}
         self.environment = preloaded(folder, {**os.environ, **variables, **hub.environment(folder / "home")})
 

@@ -20,7 +20,7 @@ from llm2clip.utils.manifests import FOLDER_MANIFEST, MANIFEST_CHECKSUM
 
 # Files that say how a run went and not what it made.
 IGNORED = {LOCK, LOG_FILE}
-# Of these only the presence counts: pickled settings, and text for people with times in it.
+# Only the presence of these counts: pickled settings, and text for people with times in it.
 PRESENT = {".bin", ".md", ".html", ".txt"}
 TENSORS = {".pt", ".pth"}
 # A tokenizer is saved with the padding of its last call, and a run without a step makes none.

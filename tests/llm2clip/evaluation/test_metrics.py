@@ -132,7 +132,7 @@ def test_scores_within_rounding_errors_are_ties() -> None:
     candidates[torch.tensor([3, 150, 299])] = candidates[0].clone()
     candidates[7] = candidates[0] + 0.01 * torch.randn(129)
     matches = torch.tensor([[0, 0], [0, 299]])
-    # Of four equal ones two are correct: the mean number of wrong ones before the first of them.
+    # Two of four equal ones are correct: the mean number of wrong ones before the first of them.
     assert rank_of_best_match(candidates[:1] * 3, candidates, matches).tolist() == [pytest.approx(2 / 3)]
 
 

@@ -202,7 +202,7 @@ def test_a_merge_has_the_license_and_the_notice_of_its_models(towers: tuple[str,
         assert (folder / "LICENSE").read_text() == "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT"
         assert (folder / "LICENSE-CODE").read_text().lstrip().startswith("Apache License")
         assert (folder / "NOTICE").read_text() == TERMS["llama3.2"].notice + "\n"
-    # Of models that ask for different ones, the card states none, and a build asks.
+    # For models that ask for different ones, the card states none, and a build asks.
     (towers[1] / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\nA tower.\n")
     llm2clip.merge_models(llm, towers[1], tmp_path / "both")
     assert "license" not in read_card(tmp_path / "both")[0]

@@ -106,7 +106,7 @@ async def _many(address: httpx.URL, inputs: list[list[Any]]) -> list[list[np.nda
 
 def test_200_clients_at_the_same_time_get_their_own_embeddings(serve: Serve, encoder: Encoder) -> None:
     client = serve(encoder)
-    # Of different lengths, and some with an image among them.
+    # They have different lengths, and some with an image among them.
     inputs = [
         [
             [f"text {number} of client {one}" + " and more" * (one % 7) for number in range(1 + one % 4)],

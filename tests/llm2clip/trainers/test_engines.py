@@ -70,7 +70,7 @@ def fields(precision: str, part: str, processes: int) -> dict[str, Any]:
     return {
         **PARTS[part],
         "bf16": precision == "bf16",
-        # Of files in float32.
+        # The files are in float32.
         **({"text_model_dtype": "bfloat16"} if precision == "bf16" and part in ("lora", "online") else {}),
         "sources": [small_runs.concepts(max_samples=2 * BATCH)],
         "eval_sources": {"validation": small_runs.concepts("validation", caption_columns=["caption"], max_samples=8)},

@@ -25,7 +25,7 @@ def test_an_evaluation_has_the_scores_before_the_training_and_the_columns_of_its
     (found,) = latest_evaluations(["validation"], [before, {"step": 4, "loss": 1.0}, after], SETS, "title", None, True)
     assert (found.title, found.metrics) == ("pictures (validation, caption)", {"text_to_image_recall@1": 0.5})
     assert found.baseline == {"text_to_image_recall@1": 0.1}
-    # Of a run whose only measurement is that before its first step, and of one without it.
+    # A run whose only measurement is that before its first step, and one without it.
     for history in ([before], [after]):
         (alone,) = latest_evaluations(["validation"], history, SETS, "title", None, True)
         assert not alone.baseline

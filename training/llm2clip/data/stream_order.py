@@ -35,9 +35,9 @@ BLOCK, BATCHES_OF_BLOCK = 256, 4
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 Mixing = Literal["one_source_per_step", "proportional", "weights"]
-# Of places in a stream, (n,) int64: how many rows of a source come before each.
+# Maps places in a stream, (n,) int64, to how many rows of a source come before each.
 RowsBefore = Callable[[np.ndarray], np.ndarray]
-# Of places in a stream, (n,) int64: whether a reader yields their rows, (n,) bool.
+# Maps places in a stream, (n,) int64, to whether a reader yields their rows, (n,) bool.
 IsOwn = Callable[[np.ndarray], np.ndarray]
 
 
@@ -126,7 +126,7 @@ class SourceOrder:
         self.seed, self.first_epoch = seed, first_epoch
         self.cut = functools.lru_cache(maxsize=2)(self._cut)
         self.count = functools.lru_cache(maxsize=4 * lanes.number)(self._count)
-        # Of each lane: the epoch, the next chunk, and the rows of the lane before it.
+        # For each lane: the epoch, the next chunk, and the rows of the lane before it.
         self._reached: dict[int, tuple[int, int, int]] = {}
 
     def _count(self, chunk: int) -> int:

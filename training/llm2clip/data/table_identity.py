@@ -23,12 +23,12 @@ from llm2clip.utils.shared_files import shared_file
 logger = logging.getLogger(__name__)
 
 BATCH = 1000
-# Of the function that hashes rows.
+# Version of the function that hashes rows.
 DIGEST_VERSION = 1
 # Files of a stream that are hashed, which may be many and large; bytes of both ends.
 SAMPLED_FILES, EDGE = 64, 2**16
 COMMIT = re.compile(r"[0-9a-f]{40}")
-# Of the function that makes a key.
+# Version of the function that makes a key.
 KEY_VERSION = 1
 IMAGE_BATCH = 256
 NO_IMAGE: dict[str, Any] = {"bytes": None, "path": None}

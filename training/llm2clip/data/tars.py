@@ -268,7 +268,7 @@ def _grouped(
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     if member.issparse():
         return cast(IO[bytes], archive.extractfile(member)).read()
-    # Of a plain file this takes a third of the time.
+    # For a plain file, this takes a third of the time.
     file = cast(Any, archive).fileobj
     file.seek(member.offset_data)
     content = cast(bytes, file.read(member.size))

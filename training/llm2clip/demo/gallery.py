@@ -26,7 +26,7 @@ from llm2clip.utils.embeddings import NonFiniteError
 logger = logging.getLogger(__name__)
 
 MAP_WIDTH = 448
-# Of the texts of a request, labels in their captions together. Each label is a pass through the LLM.
+# What the texts of a request may have, labels in their captions together. Each label is a pass through the LLM.
 MAX_CHARACTERS, MAX_LABELS = 20_000, 1_000
 # Name of an uploaded picture in error messages.
 QUERY = "query"

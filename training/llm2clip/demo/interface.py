@@ -28,15 +28,15 @@ DELETE_EVERY_AFTER = (3600, 86400)
 ONLY_UPLOADS = "Upload the picture itself: nothing but an uploaded picture is opened."
 # The model answers one visitor after another.
 ONE_QUEUE: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
-# Of the bundled images.
+# Queries for the bundled images.
 QUERIES = {
     "English": ["someone riding a bicycle up a hill", "a monkey covering its mouth", "a woman in a police uniform"],
     "Deutsch": ["ein Surfer auf einer Welle", "Ein Mountainbiker in den Bergen", "Eine Pizza"],
     "Français": ["personne faisant du surf", "policière", "crayon pastel"],
 }
-# Of images that nothing is known of.
+# Labels for images that nothing is known about.
 ANYTHING = ["a person", "an animal", "a building", "food", "a vehicle", "a landscape"]
-# Of a heat map, from -1 to 1; below it, as much of the background as of the picture is red.
+# The least similarity that a heat map shows, from -1 to 1; below it, as much of the background as of the picture is red.
 CLEAR = 0.3
 E_MAIL = re.compile(r"\S@\S")
 MAX_EXAMPLE_PICTURES, MAX_EXAMPLE_CHARACTERS = 4, 200

@@ -202,7 +202,7 @@ def store_features(
         kind=ImageFeatures,
     ) as build:
         for number, positions in build:
-            # Of the key, so that the crops of an image do not depend on its place in the data.
+            # Seeded by the key, so that the crops of an image do not depend on its place in the data.
             seeds = [stable_seed(identity.get("seed", 0), "view", *keys[position].tolist()) for position in positions]
             chosen = [locations[position] for position in positions]
             views = _Views(sets, chosen, seeds, evaluation, training, num_views, on_error)

@@ -110,7 +110,7 @@ def _open_clip_tower(visual: Any) -> nn.Module:
 
 
 def _patch_size(tower: Any) -> tuple[int, int]:
-    # Of timm, its patch embedding knows it.
+    # In timm's towers, the patch embedding knows it.
     size = getattr(getattr(tower, "config", getattr(tower, "patch_embed", tower)), "patch_size", None)
     sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, (list, tuple)) else ()
     if len(sides) != 2:

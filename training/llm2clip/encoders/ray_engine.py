@@ -16,7 +16,7 @@ from llm2clip.encoders.embed_shards import ShardCounts, ShardEmbedder, ShardJob,
 
 logger = logging.getLogger(__name__)
 
-# Of a Ray that is started here: the results of shards, some numbers each, are all that it stores.
+# A Ray that is started here stores the results of shards alone, some numbers each.
 OBJECT_STORE_BYTES = 200 * 2**20
 # A shard whose process dies is tried again at once so often. The death of a node can take longer than that, so that
 # what is left is tried in another round; then it is given up, since it may be what kills processes.

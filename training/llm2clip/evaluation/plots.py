@@ -14,7 +14,7 @@ from llm2clip.utils.figures import panels, write_figure
 from llm2clip.utils.tables import short_name
 
 BY_LENGTH = "text_to_image_recall@1"
-# Of more models than this, those that were measured are drawn without the published ones.
+# With more models than this, a plot leaves out the published ones.
 MOST_BARS = 12
 # Titles of columns say what is unusual and may be long. Height of a row of panels in inches, widths in characters.
 HEIGHT, TITLE_WIDTH, LABEL_WIDTH = 4.5, 50, 28

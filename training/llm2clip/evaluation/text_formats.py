@@ -11,7 +11,7 @@ from llm2clip.evaluation.data import MultilingualData
 
 TextFormat = Literal["raw", "lower", "albef", "blip", "flair", "long-clip"]
 RAW: TextFormat = "raw"
-# Of the data of benchmarks.
+# Fields of the data of benchmarks that hold captions.
 CAPTIONS = ("texts", "queries", "targets", "right", "wrong")
 
 

@@ -117,7 +117,7 @@ class _Update:
         if is_caption:
             encoder.text_lengths(["a"])  # a model that embeds no texts says so
         has_images = not isinstance(encoder, OurEncoder) or encoder.is_joint
-        # Of the captions of this run: all, and those that were cut.
+        # How many captions this run has embedded, and how many of them were cut.
         self.num_captions = self.num_cut = 0
         path, colon, function = encoder.name.rpartition(".py:")
         fingerprint = encoder.image_fingerprint() if has_images or not is_caption else None

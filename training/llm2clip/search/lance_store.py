@@ -353,7 +353,7 @@ class LanceStore:
         """Train an IVF index, or keep one that has been trained on most of the rows."""
         rows, index = self._written.count_rows(), manifest.index
         trained = previous.stored.get("trained", 0) if previous else 0
-        # Of an index that an unfinished run built, the settings are not known.
+        # The settings of an index that an unfinished run built are not known.
         is_known = previous is not None and previous.stored["version"] == self._first
         same = previous and all(previous.index.get(name) == index[name] for name in ("cells", "precision"))
         if is_known and self._has_vector_index() and same:

@@ -19,7 +19,7 @@ SCHEMES = ("postgresql://", "postgres://")
 DEFAULTS = {"application_name": "llm2clip", "connect_timeout": 10, "keepalives_idle": 30}
 # The first version that continues to search while a condition rejects the rows that it found.
 LEAST_PGVECTOR = (0, 8)
-# Of a statement of a search.
+# The longest time that a search may take.
 TIMEOUT = "60s"
 SETTINGS = {
     "timezone": "UTC",

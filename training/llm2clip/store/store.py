@@ -34,15 +34,15 @@ from llm2clip.utils.shared_files import shared_file
 StoreT = TypeVar("StoreT", bound="Store")
 CacheT = TypeVar("CacheT", bound="EmbeddingCache")
 
-# Of a folder: its shards, and where each row is. Written last.
+# Names the shards of a folder, and where each row is. Written last.
 INDEX = f"index{MANIFEST_SUFFIX}"
-# Of shards that lie beside those of a data set. Neither name has the ending of one, by which `datasets` would take it
+# Shards that lie beside those of a data set. Neither name has the ending of one, by which `datasets` would take it
 # for data.
 BESIDE = ".emb"
 BESIDE_SHARDS = f"*{BESIDE}{MANIFEST_SUFFIX}"
 # The columns of an index.
 COLUMNS = ("high", "low", "rows")
-# Of the index of shards beside others, which is kept on this machine.
+# Version of the index of shards beside others, which is kept on this machine.
 VERSION = 1
 # Integers by the bytes of a stored value.
 INTEGERS = {2: torch.int16, 4: torch.int32}

@@ -32,7 +32,7 @@ def bundle_text_model(folder: Path, dtype: Any = "auto") -> None:
             model.text_model.merge_adapter()
             model.save_pretrained(scratch, save_text_model=True)
             make_readable_by_version_4(scratch)
-        # Of any kind, from memory to network, after which the user has to know what is left.
+        # Errors of any kind, from memory to network: the user has to know what is left.
         except Exception as error:
             raise ValueError(
                 f"the LLM cannot be added to the trained model: {error} The model is saved in {folder} without it; "

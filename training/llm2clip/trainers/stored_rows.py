@@ -80,7 +80,7 @@ class StoredPairsDataset(EpochDataset):
         self._ends = np.array(ends)
         self._caption_rows = cache.rows(texts)
         self._caption_ids = np.fromiter(map(caption_id, texts), np.int64, len(texts))
-        # Of all rows in one ascending sequence: row + share, so that one search draws for a whole batch.
+        # All rows in one ascending sequence, row + share, so that one search draws for a whole batch.
         rows = np.repeat(np.arange(len(self)), np.diff(self._ends))
         self._bounds = rows + (np.concatenate(shares) if shares else np.empty(0))
 

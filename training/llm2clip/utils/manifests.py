@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Its name starts with a dot, so that `llm2clip push` leaves it here.
 FOLDER_MANIFEST = ".llm2clip.json"
 MODEL_MANIFEST = "manifest.json"
-# Of sigstore's command `model_signing`, whose default name it is.
+# The default name of sigstore's command `model_signing`.
 MODEL_SIGNATURE = "model.sig"
 MODEL_FORMAT, MODEL_FORMAT_VERSION = "llm2clip-model", 1
 # Text that people edit, and `llm2clip push` too; nothing computes from it.
@@ -33,7 +33,7 @@ EDITED = frozenset({"README.md", "LICENSE"})
 LOADED = frozenset({".safetensors", ".json", ".py", ".txt", ".model", ".jinja"})
 # `FOLDER` of modeling_llm2clip/query_encoder_llm2clip.py, which imports torch.
 QUERY_ENCODER = "query_encoder"
-# Of manifests that no other file lists: the checksum of their other fields.
+# A manifest that no other file lists has the checksum of its other fields.
 MANIFEST_CHECKSUM = "manifest_checksum"
 
 

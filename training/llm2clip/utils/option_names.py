@@ -13,7 +13,7 @@ MOST_USED = (
     *("tower_chunk_size", "bf16", "activation_checkpointing", "warmup_steps", "lr_scheduler_type", "weight_decay"),
     *("lora_rank", "lora_alpha", "lora_dropout", "seed"),
 )
-# Of the more than a hundred of the Trainer, those that `--help` shows besides.
+# The options of the Trainer that `--help` shows, of more than a hundred.
 OF_THE_TRAINER = (
     *("logging_steps", "report_to", "run_name", "eval_strategy", "eval_steps", "per_device_eval_batch_size"),
     *("save_strategy", "save_steps", "save_total_limit", "load_best_model_at_end", "metric_for_best_model"),

@@ -118,7 +118,7 @@ def inspect_repo(name: str | Path, revision: str | None = None, **hub_arguments:
     if not config and not is_adapter:
         raise FileNotFoundError(f"{name} contains neither config.json nor adapter_config.json.")
     kind = _kind(config, is_adapter)
-    # Of models with images, the files of sentence-transformers are not read.
+    # The files of sentence-transformers are not read for models with images.
     if kind is RepoKind.OTHER and "vision_config" not in config and embedding_modules(root, **options):
         kind = RepoKind.EMBEDDING_MODEL
     if LLM in config:

@@ -73,7 +73,7 @@ def worker_init(workers: int) -> Callable[[int], None] | None:
     """
     if not workers:
         return None
-    # Of the functions that are called at the end, the last that was registered is the first.
+    # The function that was registered last is called first at the end.
     atexit.unregister(_kill_workers)
     atexit.register(_kill_workers)
     return outlive_sigterm

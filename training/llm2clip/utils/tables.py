@@ -17,7 +17,7 @@ SHORT = {
     "text_to_image_": "T2I ", "image_to_text_": "I2T ", "recall@": "R@", "map@r": "mAP@R", "miou": "mIoU",
     "r_precision": "R-precision",
 }  # fmt: skip
-# Of the recalls of a model before its training: `before_training_validation_text_to_image_recall@1`.
+# Before the recalls of a model before its training: `before_training_validation_text_to_image_recall@1`.
 BEFORE = "before_training_"
 # A recall, possibly of a set: `text_to_image_recall@1`, `eval_validation_text_to_image_recall@1`.
 RECALL = re.compile(r"(?:(.*?)_)??((?:text_to_image_|image_to_text_)?recall@\d+)")

@@ -23,7 +23,7 @@ from modeling_llm2clip.identity_llm2clip import text_fingerprint
 
 logger = logging.getLogger(__name__)
 
-# Of a tokenizer, settings beside its `tokenizer.json` that change the tokens of a caption.
+# Settings of a tokenizer beside its `tokenizer.json` that change the tokens of a caption.
 TOKENIZER_SETTINGS = ("split_special_tokens", "truncation_side", "model_max_length")
 
 

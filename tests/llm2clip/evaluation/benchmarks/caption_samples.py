@@ -185,7 +185,7 @@ SAMPLES: list[tuple[str, dict[str, Any], Captions]] = [
     ),
     (
         "sharegpt4v-1k",
-        # Of a large file nothing is read after the last row that is needed.
+        # Nothing of a large file is read after the last row that is needed.
         {f"sharegpt4v/{SHAREGPT4V}": BOM + json.dumps([*SHAREGPT4V_ROWS, sharegpt4v_row(1, "No.")])[:-30]},
         {
             "sharegpt4v/sam/images/sa_9.jpg": [" In a café,\n\ntwo. "], "sharegpt4v/sam/sa_3.jpg": ["Same."],

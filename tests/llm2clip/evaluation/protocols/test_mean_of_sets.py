@@ -26,7 +26,7 @@ def labelled(pictures: list[bytes], labels: list[int], **fields: Any) -> Classif
 
 
 def test_each_set_counts_once_by_the_score_that_is_compared_of_it() -> None:
-    # Of the first set 3 of 4 are right, of the second both dogs and no cat.
+    # 3 of 4 of the first set are right, and of the second both dogs and no cat.
     data = SeveralSets(
         {
             "one": labelled([b"dog", b"cat", b"cat", b"dog"], [0, 1, 1, 1]),

@@ -23,7 +23,7 @@ TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 # Which WordNet id has which number in TRUTH: `n02119789 1 kit_fox`.
 NUMBERS = ("imagenet2012_mapclsloc.txt", "map_clsloc.txt")
 WNID = re.compile(r"n\d{8}")
-# Of the images of ObjectNet: red, in pixels.
+# The images of ObjectNet have a red border, in pixels.
 BORDER = 2
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from llm2clip.evaluation.benchmark import GROUPS, Benchmark
 from llm2clip.evaluation.benchmarks import PROBES
 
-# Of sets with more counts, the details have the others.
+# Counts of a set in the list; the details have the others.
 COUNTS = 2
 COLUMNS = ("name", "found", "groups", "counts", "license")
 DETAILS = "`llm2clip evaluate --list --benchmark NAME` (or a group) shows files, source and notes."

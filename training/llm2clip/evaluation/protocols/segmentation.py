@@ -29,7 +29,7 @@ from modeling_llm2clip.image_decoding_llm2clip import decode_image
 # Scores of classes at pixels that are in memory at once: 64 MiB, and as much again while they are resized.
 CHUNK = 2**24
 TEMPLATES = "maskclip-85"
-# Of the rule by which pixels are counted: counts that an earlier rule has stored are not found again.
+# Version of the rule by which pixels are counted: counts that an earlier one has stored are not found again.
 RULE = 2
 # Top, left, height and width of a part of an image.
 Window = tuple[int, int, int, int]
