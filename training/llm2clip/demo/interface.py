@@ -36,7 +36,7 @@ QUERIES = {
 }
 # Labels for images that nothing is known about.
 ANYTHING = ["a person", "an animal", "a building", "food", "a vehicle", "a landscape"]
-# The least similarity that a heat map shows, from -1 to 1; below it, as much of the background as of the picture is red.
+# The least similarity that a heat map shows, from -1 to 1; below it, the background is as red as the picture.
 CLEAR = 0.3
 E_MAIL = re.compile(r"\S@\S")
 MAX_EXAMPLE_PICTURES, MAX_EXAMPLE_CHARACTERS = 4, 200

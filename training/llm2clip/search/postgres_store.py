@@ -74,8 +74,8 @@ class PostgresStore:
         self.location = f"{self.schema}.{self.name} in {self.database.name}"
         self.table, self.state = (f'"{self.schema}"."{self.name}{suffix}"' for suffix in ("", "_llm2clip"))
         self._opened: IndexManifest | None = None
-        # A run has the types of its columns, what they are called until its end, the generations that it consists of, and
-        # the rows that it deletes.
+        # A run has the types of its columns, what they are called until its end, the generations that it consists
+        # of, and the rows that it deletes.
         self._types: dict[str, str] = {}
         self._names: dict[str, str] = {}
         self._first = self._generation = 0
