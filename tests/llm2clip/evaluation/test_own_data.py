@@ -28,7 +28,7 @@ from tests.builders import tiny
 from tests.llm2clip.encoders.models import save_transformers
 from tests.pictures import encode
 
-# The captions of six images; two share a caption, one has one twice in other case, one has an empty one, and one has none.
+# The captions of six images: two share one, one has one twice in other case, one has an empty one, and one has none.
 CAPTIONS = [["a dog", "a cat"], ["a dog"], ["a bus", "a bus", "A Bus", ""], ["a red park"], [], ["two trees, old"]]
 ROWS = ["a dog", "a cat", "a dog", "a bus", "a bus", "A Bus", "a red park", "two trees, old"]
 DISTINCT = ["a dog", "a cat", "a bus", "A Bus", "a red park", "two trees, old"]
