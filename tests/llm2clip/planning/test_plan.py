@@ -107,7 +107,7 @@ def test_an_llm_that_trains_with_lora_is_planned_with_its_activations(plan: Plan
 
 
 def test_lora_trains_little_and_freezes_the_rest(plan: Plan) -> None:
-    lora, whole = plan("stage1_paper"), plan("stage1_paper", "--lora_rank", "0", "--rows", "40960")
+    lora, whole = plan("stage1_paper", "--lora_rank", "4"), plan("stage1_paper", "--lora_rank", "0", "--rows", "40960")
     assert 0 < lora["parameters"]["trained"] < 0.5 * lora["parameters"]["frozen"]
     assert whole["parameters"]["frozen"] < 0.01 * whole["parameters"]["trained"]
     assert not lora["whole_run"]
