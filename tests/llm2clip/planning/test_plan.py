@@ -138,6 +138,10 @@ def test_embedding_takes_disk_for_each_caption_column(plan: Plan) -> None:
     assert found["captions"] == 3000
     assert found["disk"]["embeddings"] == 3000 * (64 * 2 + 16)
     assert list(found["memory"]) == ["DDP"]
+    layer = found["memory"]["DDP"]["activations"]
+    # By default as many captions as have 16,384 tokens.
+    half = plan("embed_paper", "--batch-size", "256")["memory"]["DDP"]["activations"]
+    assert layer == pytest.approx(2 * half, rel=0.01)
 
 
 def test_mntp_keeps_the_logits_of_masked_tokens(plan: Plan) -> None:
