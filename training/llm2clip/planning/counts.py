@@ -200,6 +200,7 @@ def count_step(config: StageConfig | EmbedConfig, work: Work, gpus: int, tokens:
         if work.tower is not None:
             # Without gradients, what a layer makes is gone when the next one runs.
             rows, frozen = max(1, ACCELERATOR_BATCH_TOKENS // work.longest), KeptTensors(work.tower)
+            rows = min(rows, getattr(config, "batch_size", None) or rows)
             _run_layers(work.tower.requires_grad_(True).train(), frozen.recompute)
             frozen.count(lambda: _embedding(work.tower)(rows, work.longest))
             work.tower.requires_grad_(False)

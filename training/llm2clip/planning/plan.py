@@ -112,21 +112,23 @@ def run(config: PlanConfig) -> dict[str, Any]:
 
 def make_plan(config: PlanConfig, settings: StageConfig | EmbedConfig) -> dict[str, Any]:
     """Compute what a run with these settings takes: numbers by name, memory and disk in bytes."""
-    work = make_work(settings, config.longest)
-    activations, flops = count_step(settings, work, config.gpus, config.tokens)
     if isinstance(settings, EmbedConfig):
         states, use = 0, config.encoding_use
         columns = [len(source.get("caption_columns", [""])) for source in settings.sources]
         size: dict[str, Any] = {"captions": (config.rows or MILLION) * max(columns, default=1)}
-        units = size["captions"]
-        disk: dict[str, Any] = {"embeddings": units * (BYTES[settings.cache_dtype] * work.width + KEY_BYTES)}
     else:
         optimizer = str(getattr(settings.optim, "value", settings.optim))
         if optimizer not in STATES:
             raise ValueError(f"the plan does not know the states of optim {optimizer}; it knows {', '.join(STATES)}.")
         states, use = STATES[optimizer], config.training_use
         size = _steps(config, settings)
-        units, disk = size["rows"], _disk(settings, work.model, states, size, config.rows or MILLION)
+    units = size.get("captions") or size["rows"]
+    work = make_work(settings, config.longest)
+    activations, flops = count_step(settings, work, config.gpus, config.tokens)
+    if isinstance(settings, EmbedConfig):
+        disk: dict[str, Any] = {"embeddings": units * (BYTES[settings.cache_dtype] * work.width + KEY_BYTES)}
+    else:
+        disk = _disk(settings, work.model, states, size, config.rows or MILLION)
     memory: dict[str, Any] = count_memory(settings, work, activations, config.gpus, states)
     usable = config.gpu_memory * (1 - config.reserve) * GIB
     for needed in memory.values():
