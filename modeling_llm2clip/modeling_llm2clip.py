@@ -134,7 +134,7 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
             text_model: A text tower, which becomes part of the model, or the repository or folder of one, which is
                 recorded but not loaded; None for a model that takes `llm_embeds` alone.
             text_config: Config of the text tower, if its repository has none (a plain LLM). For a model that takes
-                `llm_embeds` alone, `LLM2CLIPTextConfig(encoders=...)`.
+                `llm_embeds` alone, `LLM2CLIPTextConfig(encoders=..., fingerprint=...)` by the cache of its rows.
             logit_scale_init_value: Logarithm of the initial logit scale; `"checkpoint"`: that of the CLIP-like
                 checkpoint of the vision tower. By default the checkpoint's, as in the original code, or ln(1 / 0.07)
                 if it has none.
@@ -155,12 +155,13 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
             config_fields["logit_scale_init_value"] = scale
         if isinstance(text_model, PreTrainedModel):
             text_config = text_model.config
-        elif text_model is not None:
+        else:
             if text_config is None:
                 text_config = AutoConfig.from_pretrained(text_model, revision=text_model_revision)
                 text_config = getattr(text_config, "text_config", text_config)
-            config_fields["text_model_name_or_path"] = absolute_path(text_model)
-            config_fields["text_model_revision"] = text_model_revision
+            if text_model is not None:
+                config_fields["text_model_name_or_path"] = absolute_path(text_model)
+                config_fields["text_model_revision"] = text_model_revision
             config_fields.setdefault("text_model_fingerprint", getattr(text_config, "fingerprint", None))
         # Copied, because a new config resets the attention implementation of its sub-configs.
         config = cls.config_class(

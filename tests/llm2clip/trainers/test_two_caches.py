@@ -174,9 +174,11 @@ def test_the_losses_of_each_and_of_both(
     _, stored = stored_rows(caches)
     inputs = {"pixel_values": torch.randn(8, 3, 28, 28), "llm_embeds": stored}
     args = Stage2Config(**settings(tmp_path, text_losses=losses, tower_chunk_size=chunk))
-    text = LLM2CLIPTextConfig(encoders=PairedCache.of_folders(caches.folders).encoders)
+    cache = PairedCache.of_folders(caches.folders)
+    text = LLM2CLIPTextConfig(encoders=cache.encoders, fingerprint=cache.manifest.fingerprint)
     fields: dict[str, Any] = {"projection_dim": 24, "center_text": center}
     whole = LLM2CLIPModel.from_vision_text_pretrained(caches.clip, None, text_config=text, **fields)
+    assert whole.config.text_model_fingerprint == cache.manifest.fingerprint
     mean = torch.rand(56) / 10 if center else torch.zeros(56)
     if center:
         whole.set_text_center(mean)
