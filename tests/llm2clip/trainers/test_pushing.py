@@ -250,7 +250,8 @@ def test_pushing_a_reference_to_a_local_llm_fails_before_training(inputs: Inputs
     recipe.write_text(yaml.safe_dump({**fields, "push_to_hub": True, "hub_model_id": "tester/clip"}))
     assert cli.main(["stage2", str(recipe)]) == 2
     assert "a local folder that others cannot load: push the LLM first and name its Hub id" in capsys.readouterr().err
-    assert cli.main(["stage2", str(recipe), "--bundle-text-model", "true", "--hub-strategy", "every_save"]) == 2
+    lora = ["--lora-rank", "4", "--embedding-cache", "null"]
+    assert cli.main(["stage2", str(recipe), *lora, "--hub-strategy", "every_save"]) == 2
     assert "or push the result alone (--hub-strategy end)" in capsys.readouterr().err
 
 
