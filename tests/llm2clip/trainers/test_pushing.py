@@ -250,7 +250,8 @@ def test_pushing_a_reference_to_a_local_llm_fails_before_training(inputs: Inputs
     recipe.write_text(yaml.safe_dump({**fields, "push_to_hub": True, "hub_model_id": "tester/clip"}))
     assert cli.main(["stage2", str(recipe)]) == 2
     assert "a local folder that others cannot load: push the LLM first and name its Hub id" in capsys.readouterr().err
-    assert cli.main(["stage2", str(recipe), "--bundle-text-model", "true", "--hub-strategy", "every_save"]) == 2
+    lora = ["--lora-rank", "4", "--embedding-cache", "null"]
+    assert cli.main(["stage2", str(recipe), *lora, "--hub-strategy", "every_save"]) == 2
     assert "or push the result alone (--hub-strategy end)" in capsys.readouterr().err
 
 
@@ -258,13 +259,13 @@ def test_a_push_in_a_run_does_not_wait_for_checksums_of_data(
     hub: LoopbackHub, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Meanwhile other processes would wait for the one that pushes, until their time is up."""
-    pushed, push = Event(), StageTrainer._push_from_checkpoint
+    pushed, push = Event(), StageTrainer._push_checkpoint
 
-    def push_first(self: StageTrainer, checkpoint_folder: str) -> None:
-        push(self, checkpoint_folder)
+    def push_first(self: StageTrainer, checkpoint: Path) -> None:
+        push(self, checkpoint)
         pushed.set()
 
-    monkeypatch.setattr(StageTrainer, "_push_from_checkpoint", push_first)
+    monkeypatch.setattr(StageTrainer, "_push_checkpoint", push_first)
     monkeypatch.setattr(model_card, "data_revision", lambda *_: "afterwards" if pushed.wait(20) else "before")
     fields = small_runs.stage2_fields(tmp_path / "clip", inputs.vision, inputs.text, inputs.cache)
     pushing = {"push_to_hub": True, "hub_model_id": "tester/clip", "hub_token": TOKEN, "hub_strategy": "every_save"}

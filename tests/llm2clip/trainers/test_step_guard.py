@@ -11,11 +11,10 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from llm2clip.data import SkipLog
 from llm2clip.trainers.run_state import RunState
 from llm2clip.utils.embeddings import NonFiniteError
 from llm2clip.utils.processes import leave_process_group
-from tests.llm2clip.trainers.rows import BATCH, in_order, keyed_rows
+from tests.llm2clip.trainers.rows import BATCH, in_order, keyed_rows, logged
 from tests.llm2clip.trainers.stages import history, steps, weights
 from tests.processes import run_ranks
 
@@ -89,6 +88,15 @@ def test_broken_rows_end_the_evaluation_and_are_named_by_number_without_keys(tmp
         in_order(tmp_path, data, max_steps=1).train()
 
 
+def test_samples_that_a_collator_skips_are_counted_once_and_listed(tmp_path: Path) -> None:
+    trainer = in_order(tmp_path, keyed_rows(2 * BATCH), max_steps=2)
+    collate = trainer.data_collator
+    trainer.data_collator = lambda rows: {**collate(rows), "skipped": [("torn", "it is damaged")]}
+    trainer.train()
+    assert set(logged(trainer, "skipped_samples")) == {1}
+    assert len((tmp_path / "skipped-0.jsonl").read_text().splitlines()) == 1
+
+
 class SkipOne(TrainerCallback):
     def __init__(self, run_state: RunState) -> None:
         self.run_state = run_state
@@ -102,7 +110,6 @@ def run_in_process(folder: Path) -> None:
     trainer = in_order(folder, keyed_rows(64), max_steps=4)
     trainer.broken_loss = (1, 2)
     # Both processes have met this row, in different epochs.
-    trainer.run_state.skip_log = SkipLog(folder / f"skipped-{trainer.args.process_index}.jsonl")
     trainer.add_callback(SkipOne(trainer.run_state))
     with pytest.raises(NonFiniteError) as raised:
         trainer.train()

@@ -23,6 +23,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy, TrainOutput
 from transformers.utils import ModelOutput, PushInProgress
 
+from llm2clip.data import SkipLog
 from llm2clip.data.sampling import EpochDataset
 from llm2clip.data.streams import SampleStream
 from llm2clip.evaluation.data import CaptionPairData
@@ -40,7 +41,7 @@ from llm2clip.trainers.model_card import DataRevisions, continued, latest_evalua
 from llm2clip.trainers.optimizer import SCHEDULE_SETTINGS, OptimizerSettings, check_warmup
 from llm2clip.trainers.pushing import RunRepo, copy_model
 from llm2clip.trainers.run_context import SETTINGS, RunContext, begin_checkpoint, finish_checkpoint, unregister_result
-from llm2clip.trainers.run_state import RunState, StreamPosition, open_skip_log, recalls_before
+from llm2clip.trainers.run_state import RunState, StreamPosition, recalls_before
 from llm2clip.trainers.saving import finite_weights, load_weights
 from llm2clip.trainers.sharding import gathered, is_sharded, prepare_for_fsdp, unsharded
 from llm2clip.trainers.step_guard import Observed, StepGuard, close_bars
@@ -154,7 +155,8 @@ class StageTrainer(Trainer):
         self.guard = StepGuard(str(args.output_dir))
         is_endless = isinstance(train_dataset, SampleStream) and train_dataset.repeat
         position = StreamPosition(train_dataset, args) if is_endless else None
-        self.run_state = RunState(open_skip_log(args), position, self.measure_before)
+        skip_log = SkipLog(Path(str(args.output_dir)) / f"skipped-{args.process_index}.jsonl")
+        self.run_state = RunState(skip_log, position, self.measure_before)
         self.add_callback(self.guard)
         self.add_callback(self.run_state)
         # The losses are means over the batch, so that the Trainer has to divide them by the accumulation steps.

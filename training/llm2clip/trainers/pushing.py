@@ -142,8 +142,8 @@ def check_pushing(args: StageConfig, llm: Any, result_needs_llm: bool, checkpoin
     if result_needs_llm:
         raise ValueError(
             f"push_to_hub with the LLM in {llm}, a local folder that others cannot load: push the LLM first and name "
-            "its Hub id, or include its weights in the result (stage 1: --save-format merged; stage 2: "
-            "--bundle-text-model true)."
+            "its Hub id, or include its weights in the result (stage 1: --save-format merged; stage 2: push what "
+            "llm2clip build makes of it with --bundle-text-model true)."
         )
     if checkpoints_need_llm and args.hub_strategy != HubStrategy.END:
         raise ValueError(

@@ -34,13 +34,6 @@ def read_run_state(checkpoint: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def open_skip_log(args: StageConfig) -> SkipLog | None:
-    """Open the list of the samples that this process skips, if `on_error` says so."""
-    if getattr(args, "on_error", "raise") == "raise":
-        return None
-    return SkipLog(Path(str(args.output_dir)) / f"skipped-{args.process_index}.jsonl")
-
-
 class RunState(TrainerCallback):
     """Counts captions that were cut, samples that were skipped, and rows of a stream that were consumed.
 
@@ -53,9 +46,7 @@ class RunState(TrainerCallback):
         cut_captions: Captions that were cut in all processes, up to the last [`counts`].
     """
 
-    def __init__(
-        self, skip_log: SkipLog | None, stream: StreamPosition | None, measure_before: Callable[[], None]
-    ) -> None:
+    def __init__(self, skip_log: SkipLog, stream: StreamPosition | None, measure_before: Callable[[], None]) -> None:
         self.skip_log, self.stream, self.measure_before = skip_log, stream, measure_before
         self.cut_captions = self._newly_cut = 0
         self._skipped: set[str] = set()
@@ -65,9 +56,8 @@ class RunState(TrainerCallback):
         """Within this context, train from a checkpoint, or from the beginning."""
         stored = {} if checkpoint is None else read_run_state(checkpoint)
         self.cut_captions, self._newly_cut = stored.get(CUT_CAPTIONS, 0), 0
-        if self.skip_log is not None:
-            self._skipped.clear()
-            self.skip_log.open(continued=checkpoint is not None)
+        self._skipped.clear()
+        self.skip_log.open(continued=checkpoint is not None)
         with contextlib.nullcontext() if self.stream is None else self.stream.resumed(checkpoint, stored.get(STREAM)):
             yield
 
@@ -87,15 +77,14 @@ class RunState(TrainerCallback):
     def count_batch(self, skipped: Sequence[tuple[str, str]], cut_captions: int) -> None:
         """Count what is missing in a batch of this process: the keys and reasons of samples, and captions."""
         self._newly_cut += cut_captions
-        if skipped and self.skip_log is not None:
+        if skipped:
             self.skip_log.add(skipped)
 
     def counts(self) -> dict[str, int]:
         """Count what all processes have cut, and the distinct samples that they skipped; called in all of them."""
         self.cut_captions += int(sum_over_processes(torch.tensor(self._newly_cut)))
         self._newly_cut = 0
-        if self.skip_log is not None:
-            self._skipped.update(gather_object(self.skip_log.take_new()))
+        self._skipped.update(gather_object(self.skip_log.take_new()))
         counts = {"cut_captions": self.cut_captions, "skipped_samples": len(self._skipped)}
         return {name: count for name, count in counts.items() if count}
 
