@@ -50,7 +50,8 @@ def test_a_start_has_the_statistics_of_the_training_set(recipe: dict[str, Any], 
     pairs = store_pairs(model, images, dataset, cache, tmp_path / "features")
     stored = pairs.features.read(np.unique(pairs.image_rows)).double()
     standardization, center = model.visual_standardization, model.text_adapter.center
-    assert standardization is not None and center is not None
+    assert standardization is not None
+    assert center is not None
     torch.testing.assert_close(standardization.mean, stored.mean(dim=0).float())
     torch.testing.assert_close(standardization.std, stored.std(dim=0, correction=0).float())
     rows = small_runs.rows_of_concepts(":12", "train")
@@ -65,5 +66,6 @@ def test_new_weights_follow_from_the_seed_and_fields_are_those_of_the_config(
     weights = [model.text_adapter.proj.weight for model in (first, again, other)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
-    assert first.visual_standardization is None and first.text_adapter.center is None
+    assert first.visual_standardization is None
+    assert first.text_adapter.center is None
     assert all(getattr(first.config, name) == value for name, value in FIELDS.items())
