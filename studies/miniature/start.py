@@ -12,8 +12,8 @@ from transformers import set_seed
 
 from llm2clip import EmbeddingCache, LLM2CLIPModel, PairedCache
 from llm2clip.data import CaptionImageDataset, CaptionSource, EvalTransform
+from llm2clip.trainers.align_recipe import AlignRecipe
 from llm2clip.trainers.joint_model import describe_text_model, make_model
-from llm2clip.trainers.joint_recipe import JointRecipe
 from llm2clip.trainers.stored_rows import store_pairs
 
 # The settings of an arm that are those of its start: fields of the model's config, and `standardize`.
@@ -34,7 +34,7 @@ def save_start(
     """Save a new model and its processor, for a stage 2 that continues it.
 
     Args:
-        recipe: Its towers, the sources of the training and their `embedding_cache`; see [`JointRecipe`].
+        recipe: Its towers, the sources of the training and their `embedding_cache`; see [`AlignRecipe`].
         fields: Of its config. With `standardize` it also standardises the features of images and centres captions,
             by the statistics of the training set.
         caches: The rows of the captions.
@@ -44,9 +44,8 @@ def save_start(
     standardize = fields.get("standardize", False)
     of_config = {name: value for name, value in fields.items() if name != "standardize"}
     set_seed(seed)
-    model, processor = make_model(
-        JointRecipe(**recipe), standardize_vision=standardize, center_text=standardize, **of_config
-    )
+    config = AlignRecipe(output_dir=str(folder), **recipe)
+    model, processor = make_model(config, standardize_vision=standardize, center_text=standardize, **of_config)
     describe_text_model(model)
     if standardize:
         _set_statistics(model, processor, recipe["sources"], caches, features)
