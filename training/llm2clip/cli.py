@@ -239,7 +239,9 @@ def _way_on(name: str, log: Path | None) -> str:
     if command.resumes and log is not None:
         from llm2clip.trainers.run_context import last_checkpoint
 
-        checkpoint = last_checkpoint(log.parent) or last_checkpoint(log.parent / "warm_start")
+        # The last part of a recipe writes into the folder itself, the others into part1, part2.
+        folders = [log.parent, *sorted(log.parent.glob("part[0-9]*"), reverse=True)]
+        checkpoint = next(filter(None, map(last_checkpoint, folders)), None)
         return "it has no checkpoint yet." if checkpoint is None else f"add --resume to go on from {checkpoint}."
     return f"the same command {'continues where it was' if command.goes_on else 'starts it again'}."
 

@@ -33,7 +33,7 @@ MODEL_FILES = (
 # Files of a training run, which are left out without a word.
 RUN_FILES = (
     *("checkpoint-*", ".*", "_*", "*.bin", "*.pt", "*.pth", "skipped-*.jsonl", "trainer_state.json", "runs"),
-    *("log.txt", "settings.json", "warm_start", "teacher", "vision_features", "ema.safetensors"),
+    *("log.txt", "settings.json", "part[0-9]*", "teacher", "vision_features"),
 )
 PICTURES = {".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg"}
 # Commands that list every file of a model.
