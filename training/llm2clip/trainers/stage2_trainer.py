@@ -49,8 +49,8 @@ class Stage2Trainer(StageTrainer):
     LLM's embedding, or `input_ids`, or `caption`); see [`Stage2Collator`]. Rows with `llm_embeds` need no LLM. Random
     crops, and an order and resumed runs that depend on the seed alone, are those of a [`CaptionImageDataset`]
     (`of_table` makes one of a table). What a frozen tower makes of the images is a data set that is made before
-    ([`store_pairs`](llm2clip.trainers.stored_rows.store_pairs)), and LoRA layers are added to the model before
-    ([`add_lora`](llm2clip.trainers.lora.add_lora)).
+    ([`store_pairs`]), and LoRA layers are added to the model before
+    ([`add_lora`]).
 
     ```python
     model = LLM2CLIPModel.from_pretrained("model", text_model=False)
