@@ -256,7 +256,8 @@ def test_layers_refer_to_a_folder_that_the_run_leaves_as_it_is(inputs: Inputs, t
     with pytest.raises(ValueError, match="which the run writes into; give the run another output_dir"):
         trainer(inputs, str(tmp_path / "bundled"), tmp_path / "bundled")
     fitted = trainer(inputs, str(tmp_path / "bundled"), tmp_path / "fitted")
-    fitted.fit()
+    fitted.train()
+    fitted.save_model()
     found = LLM2CLIPModel.from_pretrained(tmp_path / "fitted")
     assert found.text_model.fingerprint() == found.config.text_model_fingerprint
     assert found.config.text_model_fingerprint != bundled.config.text_model_fingerprint

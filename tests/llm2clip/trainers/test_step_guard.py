@@ -33,7 +33,7 @@ def test_a_broken_sample_ends_the_run_and_no_checkpoint_has_it(
 ) -> None:
     trainer = in_order(tmp_path, keyed_rows(3 * BATCH, BATCH + 2, value=value), **changes)
     with pytest.raises(NonFiniteError, match=r"step 2: embeddings are .*, those of k10\. Look at these samples"):
-        trainer.fit()
+        trainer.train()
     assert steps(tmp_path) == [1]
     assert not (tmp_path / "model.safetensors").exists()
     assert is_finite(tmp_path / "checkpoint-1")
@@ -74,8 +74,10 @@ def test_broken_weights_are_saved_neither_as_a_checkpoint_nor_as_a_result(tmp_pa
         in_order(tmp_path, keyed_rows(3 * BATCH), [Spoil("weights", 2)]).train()
     assert steps(tmp_path) == [1]
     changes = {"max_steps": 1, "save_strategy": "no"}
+    trainer = in_order(tmp_path / "end", keyed_rows(BATCH), [Spoil("weights", 1)], **changes)
+    trainer.train()
     with pytest.raises(NonFiniteError, match="after step 1"):
-        in_order(tmp_path / "end", keyed_rows(BATCH), [Spoil("weights", 1)], **changes).fit(None)
+        trainer.save_model()
     assert not (tmp_path / "end" / "model.safetensors").exists()
 
 

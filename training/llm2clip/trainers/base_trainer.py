@@ -47,7 +47,6 @@ from llm2clip.trainers.sharding import gathered, is_sharded, prepare_for_fsdp, u
 from llm2clip.trainers.step_guard import Observed, StepGuard, close_bars
 from llm2clip.utils.files import read_json, write_json
 from llm2clip.utils.library_errors import explain, wrap_write_errors
-from llm2clip.utils.processes import run_while_others_wait
 from llm2clip.utils.settings import refuse
 from llm2clip.utils.tables import RECALL
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
@@ -135,7 +134,8 @@ class StageTrainer(Trainer):
             args.metric_for_best_model, args.greater_is_better = "loss", False
         # That which the run pushes to.
         self.repo: RunRepo | None = None
-        self._revisions: DataRevisions | None = None
+        # The revisions of the retrieval sets, for the card.
+        self.revisions: DataRevisions | None = None
         self.run: RunContext | None = None
         self.prepare_model(model)
         super().__init__(
@@ -409,7 +409,7 @@ class StageTrainer(Trainer):
             return
         self._save_whole(folder)
         if self.args.push_to_hub:
-            self._upload(folder, "Model save")
+            self.upload(folder, "Model save")
 
     def _save_whole(self, folder: str) -> None:
         if self.args.should_save:
@@ -488,40 +488,7 @@ class StageTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    # The whole work of a command.
-
-    def fit(self, run: RunContext | None = None) -> dict[str, Any]:
-        """Train, save and evaluate the result, write the card, and push if set.
-
-        Args:
-            run: The context of the run; by default one of its own, from the beginning.
-
-        Returns:
-            The metrics of training and evaluation.
-        """
-        if run is None:
-            with RunContext(self.args) as run:
-                return self.fit(run)
-        self.run = run
-        if self.is_world_process_zero():
-            self._revisions = DataRevisions(getattr(self.args, "eval_sources", {}))
-            run.at_end(self._revisions.close)
-        metrics = self.train().metrics
-        # Before the evaluation, so that a failing one loses nothing.
-        self.accelerator.wait_for_everyone()
-        self.merge_result()
-        with wrap_write_errors(Path(str(self.args.output_dir))):
-            self.save_result(str(self.args.output_dir))
-            self.accelerator.wait_for_everyone()
-            if self.retrieval or self.eval_dataset is not None:
-                metrics |= self.evaluate()
-            self.save_state()
-            # It waits for the revisions of data, on one process alone.
-            run_while_others_wait(self.create_model_card, self.is_world_process_zero())
-            self.complete_result(str(self.args.output_dir))
-        if self.args.push_to_hub:
-            self._upload(str(self.args.output_dir), "End of training")
-        return metrics
+    # The card.
 
     def create_model_card(self, **kwargs: Any) -> None:  # type: ignore[override]
         """Write this package's model card into `output_dir`; text that people added to the existing card stays."""
@@ -531,7 +498,7 @@ class StageTrainer(Trainer):
             logger.warning("Ignoring %s: the model card is written from what the run knows.", ", ".join(kwargs))
         log, sources = self.state.log_history, getattr(self.args, "eval_sources", {})
         evaluations = latest_evaluations(
-            [*self.retrieval], log, sources, self.evaluation_title, self._revisions, wait=not self.is_in_train
+            [*self.retrieval], log, sources, self.evaluation_title, self.revisions, wait=not self.is_in_train
         )
         write_model_card(
             self.args,
@@ -594,11 +561,11 @@ class StageTrainer(Trainer):
         if self.hub_model_id is None:
             self.init_hf_repo(token, private)
         self._save_whole(str(self.args.output_dir))
-        if kwargs:  # else `_upload` writes the card
+        if kwargs:  # else `upload` writes the card
             self.create_model_card(**kwargs)
-        return self._upload(str(self.args.output_dir), str(commit_message), blocking, token, revision)
+        return self.upload(str(self.args.output_dir), str(commit_message), blocking, token, revision)
 
-    def _upload(
+    def upload(
         self,
         folder: str,
         message: str,

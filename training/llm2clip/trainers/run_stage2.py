@@ -16,6 +16,7 @@ from llm2clip.trainers.lora import add_lora, lora_arguments
 from llm2clip.trainers.parts import run_parts
 from llm2clip.trainers.pushing import check_pushing
 from llm2clip.trainers.run_context import RunContext
+from llm2clip.trainers.run_trainer import run_trainer
 from llm2clip.trainers.stage2_captions import Stage2Captions, open_captions
 from llm2clip.trainers.stage2_config import NEW_MODEL_FIELDS, Stage2Recipe
 from llm2clip.trainers.stage2_data import build_dataset
@@ -49,7 +50,7 @@ def _train(config: Stage2Recipe, context: RunContext, history: list[dict[str, An
     _check_pushing(config, config.text_model_name_or_path)
     trainer = build_trainer(config)
     trainer.earlier_history = history
-    return trainer.fit(context)
+    return run_trainer(trainer, context)
 
 
 def build_trainer(config: Stage2Recipe) -> Stage2Trainer:
