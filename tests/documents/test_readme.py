@@ -59,6 +59,20 @@ def test_hours_of_training_are_those_of_the_page_that_computes_them() -> None:
         assert shown[1] in (hours, f"{float(hours):.0f}")
 
 
+def test_what_another_instruction_set_changes_is_that_of_the_committed_runs() -> None:
+    here, there = (
+        json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))["caption_retrieval"]
+        for name in ("quickstart", "quickstart_avx2")
+    )
+    largest = {
+        encoder: max(abs(found[task]["recall@10"] - here[encoder][task]["recall@10"]) for task in found)
+        for encoder, found in there.items()
+    }
+    before, after = (f"{100 * largest[name]:.1f}" for name in ("raw LLM, causal", "LLM after stage 1"))
+    text = " ".join(README.split())
+    assert f"by up to {before} points before stage 1 and by up to {after} after it" in text
+
+
 def test_the_versions_are_those_that_ci_tests() -> None:
     jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))["jobs"]
     assert min(jobs["test"]["strategy"]["matrix"]["python"]) in README
