@@ -33,8 +33,7 @@ def validate_settings(args: Stage2Config, model: LLM2CLIPModel, has_own_loss: bo
     if not has_own_loss and has_bias != (args.loss == "sigmoid"):
         raise ValueError(
             f"loss is {args.loss}, but the model has {'a' if has_bias else 'no'} logit bias, as for the "
-            f"{'sigmoid' if has_bias else 'softmax'} loss; set loss to that, or give logit_bias_init_value to a new "
-            "model."
+            f"{'sigmoid' if has_bias else 'softmax'} loss; set loss to that."
         )
 
 
