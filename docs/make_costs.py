@@ -37,7 +37,7 @@ ROWS = [
     ("LLM2CLIP with the 1B LLM", LLM2CLIP, "bfloat16"),
     ("the same", LLM2CLIP, "float32"),
 ]
-GPU, PHOTOS = "H100", (1_000, 50_000)
+GPU, CORES, PHOTOS = "H100", 16, (1_000, 50_000)
 TEXT = "a dog that runs along a beach"
 
 
@@ -189,24 +189,28 @@ def duration(seconds: float) -> str:
 def table(costs: dict[str, Any]) -> str:
     """Return the table, and a line that says where it is from."""
     few, many = PHOTOS
-    names = [f"{few:,} photos", f"{many:,} photos", f"{many:,} on one {GPU}, computed"]
+    names = [f"{few:,} photos", f"{many:,} photos", f"{many:,} with an {GPU} and {CORES} cores, computed"]
+    reading = many * costs["reading_seconds"] / CORES
     lines = [
         f"| | on disk | memory: index / search | a photo | {' | '.join(names)} |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
+    gpu: list[float] = []
     for row in costs["rows"]:
         memory = " / ".join(f"{row[f'{command}_bytes'] / 1e9:.1f}" for command in ("index", "search"))
         seconds = row["photo_seconds"]
+        gpu.append(many * row["gpu_photo_seconds"])
         lines.append(
             f"| {row['name']}, {row['dtype']} | {row['disk_bytes'] / 1e9:.1f} GB | {memory} GB | {seconds:.1f} s | "
-            f"{duration(few * seconds)} | {duration(many * seconds)} | {duration(many * row['gpu_photo_seconds'])} |"
+            f"{duration(few * seconds)} | {duration(many * seconds)} | {duration(max(reading, gpu[-1]))} |"
         )
     lines += [
         "",
-        f"Time is that of one core ({costs['machine']['processor']}, {costs['date']}, commit {costs['commit']}), with "
-        "random weights of the real shapes; all cores share it. The last column is computed from the operations of "
-        "the model, as `llm2clip plan` does, without the reading of photos, which takes "
-        f"{1000 * costs['reading_seconds']:.0f} ms of a core each.",
+        f"Times are those of one core ({costs['machine']['processor']}, {costs['date']}, commit {costs['commit']}), "
+        "with random weights of the real shapes: divide them by your cores. A search in bfloat16 takes more memory, "
+        "since a copy of the LLM's float32 files is made. The last column is computed, as `llm2clip plan` does: the "
+        f"GPU would be done in {duration(gpu[0])} and {duration(gpu[-1])}, and a core reads a photo in "
+        f"{1000 * costs['reading_seconds']:.0f} ms.",
     ]
     return "\n".join(lines) + "\n"
 
