@@ -14,7 +14,7 @@ from llm2clip.utils.settings import check_choices, refuse, require, setting
 class AlignRecipe(JointRecipe):
     """Settings of an alignment in closed form: two frozen towers, their pairs, and what is solved for."""
 
-    output_dir: str = setting("", "Folder of the model.")
+    output_dir: str = setting("", "Folder of the model.", affects_numbers=False)
     heads: Literal["linear", "residual"] = setting(
         "linear",
         "linear: the linear maps alone; residual: small heads on top of them, for a stage 2 that trains these and "
@@ -32,8 +32,8 @@ class AlignRecipe(JointRecipe):
         "projection_dim likewise, or 256.",
     )
     seed: int = setting(42, "Seed of residual heads.")
-    per_device_eval_batch_size: int = setting(64, "Images that the vision tower takes at once.")
-    dataloader_num_workers: int = setting(0, "Processes that read images.")
+    per_device_eval_batch_size: int = setting(64, "Images that the vision tower takes at once.", affects_numbers=False)
+    dataloader_num_workers: int = setting(0, "Processes that read images.", affects_numbers=False)
 
     def __post_init__(self) -> None:
         check_choices(self)
