@@ -136,7 +136,7 @@ PIXELS, EMBEDS = {"pixel_values": [1.0]}, {"llm_embeds": [1.0]}
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([EMBEDS], "needs pixel_values, vision_states or image, but has llm_embeds"),
+        ([EMBEDS], "needs pixel_values or image, but has llm_embeds"),
         ([PIXELS], "needs llm_embeds, input_ids or caption, but has pixel_values"),
         ([PIXELS | {"caption": "a"}], r"with a caption need Stage2Collator\(cache=...\) or .*processor"),
         ([PIXELS | {"caption": " "}], "it has no text in caption"),

@@ -115,7 +115,8 @@ def test_lora_trains_little_and_freezes_the_rest(plan: Plan) -> None:
 
 
 def test_a_frozen_vision_tower_is_planned_with_stored_features(plan: Plan) -> None:
-    trained, frozen = (plan("stage2_paper", *frozen) for frozen in ((), ("--freeze_vision", "all")))
+    table = ("--sources", "[{path: pictures, caption_columns: [caption]}]")
+    trained, frozen = (plan("stage2_paper", *table, *frozen) for frozen in ((), ("--freeze_vision", "all")))
     vision = 1 - frozen["flops_per_row"] / trained["flops_per_row"]
     assert 0 < vision < 1
     assert 0 < frozen["parameters"]["trained"] < trained["parameters"]["trained"]

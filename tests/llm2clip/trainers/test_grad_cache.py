@@ -78,7 +78,8 @@ ONLINE = {"embedding_cache": None, "online_text_model": True, "text_model_dtype"
 @pytest.mark.parametrize(
     ("stage", "changes"),
     [
-        ("stage1", {}),
+        # Adam divides a gradient by its size, which makes the rounding of small ones visible in the losses.
+        ("stage1", {"optim": "sgd"}),
         ("stage2", {}),
         ("stage2", {"bf16": True}),
         ("stage2", LAYERS),

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, default_collate
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm2clip.data.sampling import EpochDataset, SampleIndex, SampleIndexBatchSampler
@@ -132,8 +132,10 @@ class GoldenTrainer(Stage2Trainer):
         self.losses: list[float] = []
         self.rates: list[list[float]] = []
 
-    def batch_sampler(self) -> SampleIndexBatchSampler:
-        return SampleIndexBatchSampler(self.train_dataset, self.args.per_device_train_batch_size, shuffle=False)
+    def get_train_dataloader(self) -> DataLoader:
+        dataset: Any = self.train_dataset
+        sampler = SampleIndexBatchSampler(dataset, self.args.per_device_train_batch_size, shuffle=False)
+        return DataLoader(dataset, batch_sampler=sampler, collate_fn=self.data_collator)
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().compute_loss(model, *args, **kwargs)
