@@ -33,7 +33,7 @@ from llm2clip.recipes import load_recipe
 from llm2clip.trainers.stored_rows import open_features
 from studies.miniature.material import DATA, DESCRIPTIONS, HERE, NEGATIVES, Material, slug
 from studies.miniature.scenes import PAGE
-from studies.miniature.start import OF_A_START, open_cache, save_start
+from studies.miniature.start import START_SETTINGS, open_cache, save_start
 
 TABLES, EXAMPLES = HERE / "tables", DATA.parent
 # Nine patches a side, of which 3 x 3 are a token: one for each of the nine places.
@@ -250,7 +250,7 @@ def _trained(
         start = start_path(run, material)
         if recipe.get("model_name_or_path") == str(start):
             towers = {**towers_of(run, material, caches), "sources": recipe["sources"]}
-            fields = {name: value for name, value in _settings(run).items() if name in OF_A_START}
+            fields = {name: value for name, value in _settings(run).items() if name in START_SETTINGS}
             save_start(start, towers, fields, caches, material.folder / FEATURES, run.seed)
         material.command(command, run.name, {**recipe, "output_dir": str(folder)})
         shutil.rmtree(start, ignore_errors=True)
@@ -318,7 +318,7 @@ def recipe_of(
     first, stored = {"command": command, **next(iter(parts), {})}, {"embedding_cache": towers.pop("embedding_cache")}
     if first["command"] == "stage2":
         towers = {"model_name_or_path": str(models.get("continues", start_path(run, material)))}
-        settings = {name: value for name, value in settings.items() if name not in OF_A_START}
+        settings = {name: value for name, value in settings.items() if name not in START_SETTINGS}
     if "lora_rank" not in settings:  # with it, a part that trains the tower has no stored rows
         recipe |= stored
     stored["feature_cache"] = str(material.folder / FEATURES)

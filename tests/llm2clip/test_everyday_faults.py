@@ -54,15 +54,15 @@ def arguments_of(command: str, joint: Path, text: Path, new: Path) -> list[str |
     }[command]
 
 
-OF_TEXT = ("embed", "stage1")
+TEXT_COMMANDS = ("embed", "stage1")
 
 
-@pytest.mark.parametrize("command", ["evaluate", "build", "index", "merge", "export-onnx", "demo", *OF_TEXT])
+@pytest.mark.parametrize("command", ["evaluate", "build", "index", "merge", "export-onnx", "demo", *TEXT_COMMANDS])
 def test_damaged_weights_are_named(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     joint, text = tmp_path / "joint", tmp_path / "text"
     tiny.save(joint)
     small_runs.save_llm(text)
-    path = cut(text if command in OF_TEXT else joint)
+    path = cut(text if command in TEXT_COMMANDS else joint)
     error = error_of(capsys, command, *arguments_of(command, joint, text, tmp_path / "new"))
     assert f"{path} is damaged or" in error
     assert "again" in error

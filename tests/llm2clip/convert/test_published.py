@@ -12,7 +12,7 @@ from modeling_llm2clip import EVA02VisionConfig
 from tests.golden import load_golden
 
 MANIFESTS = load_golden("state_dict_manifests_a").meta["models"]
-OF_MANIFEST = {
+MANIFEST_FIELDS = {
     "EVA02-CLIP-L-14-336": "LLM2CLIP-EVA02-L-14-336",
     "EVA02-CLIP-B-16": "LLM2CLIP-EVA02-B-16",
     "OpenaiCLIP-L-14-336": "LLM2CLIP-Openai-L-14-336",
@@ -22,7 +22,7 @@ OF_MANIFEST = {
 
 @pytest.mark.parametrize("manifest", MANIFESTS)
 def test_published_config_has_the_shapes_of_the_original(manifest: str) -> None:
-    published = published_models()[OF_MANIFEST[manifest]]
+    published = published_models()[MANIFEST_FIELDS[manifest]]
     model = published.build()
     restored = original_layout(published.config.vision_config).restore(model.state_dict())
     expected = MANIFESTS[manifest]["parameters"]

@@ -15,7 +15,7 @@ import torch
 from llm2clip import cli
 from llm2clip.encoders import load_encoder
 from llm2clip.evaluation.benchmarks import all_benchmarks, choose_benchmarks
-from llm2clip.evaluation.evaluate_config import OF_OWN_DATA
+from llm2clip.evaluation.evaluate_config import OWN_DATA
 from llm2clip.evaluation.metrics import retrieval_metrics
 from llm2clip.evaluation.session import Session
 from llm2clip.utils.stopping import INTERRUPTED
@@ -145,7 +145,7 @@ def errors(place: Path) -> dict[str, tuple[list[str], str]]:
         "task": "caption_retrieval", "positives": "rows", "split": "train", "image-column": "png",
         "caption-columns": "text",
     }  # fmt: skip
-    assert {name.replace("-", "_") for name in of_own} | {"query_column", "target_column"} == set(OF_OWN_DATA)
+    assert {name.replace("-", "_") for name in of_own} | {"query_column", "target_column"} == set(OWN_DATA)
     captions = [model, "--benchmark", pairs, "--task", "caption_retrieval"]
     return {
         "unknown": ([model, "--benchmark", "urban2k", *data], "'urban2k'; did you mean 'urban1k'"),

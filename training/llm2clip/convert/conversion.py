@@ -30,8 +30,8 @@ from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 logger = logging.getLogger(__name__)
 
 # Settings by what is converted.
-OF_LLMS = ("adapters", "prompt_name")
-OF_TOWERS = (
+LLM_SETTINGS = ("adapters", "prompt_name")
+TOWER_OPTIONS = (
     *("model_config", "text_model", "image_size", "projection_dim", "quick_gelu"),
     *("reset_heads", "initializer", "seed"),
 )
@@ -65,7 +65,7 @@ def run(config: ConvertConfig) -> dict[str, Any]:
     if config.text_model is None:
         refuse(config, ["text_model_revision"], "it is that of a text_model")
     if config.to == "original":
-        refuse(config, [*OF_LLMS, *OF_TOWERS], "the original format is written of the model as it is")
+        refuse(config, [*LLM_SETTINGS, *TOWER_OPTIONS], "the original format is written of the model as it is")
         return _to_original(config, destination)
     for needed in (config.source, config.text_model, config.model_config, *config.adapters):
         if needed is not None:
@@ -74,11 +74,11 @@ def run(config: ConvertConfig) -> dict[str, Any]:
     checkpoint = open_checkpoint(config.source)
     with atomic_folder(destination, "convert", config.overwrite) as folder:
         if contains_decoder(checkpoint):
-            refuse(config, OF_TOWERS, f"{config.source} is an LLM")
+            refuse(config, TOWER_OPTIONS, f"{config.source} is an LLM")
             result = convert_text_tower(checkpoint, folder, config.source, config.adapters, config.prompt_name)
             task, made_from = TEXT_TASK, config.adapters
         else:
-            refuse(config, OF_LLMS, f"{config.source} is no LLM")
+            refuse(config, LLM_SETTINGS, f"{config.source} is no LLM")
             plan = _convert_joint(checkpoint, folder, config)
             result = {"recognized": plan.recognized, "tensors": len(plan.tensors)}
             task = JOINT_TASK if plan.model_class is LLM2CLIPModel else VISION_TASK

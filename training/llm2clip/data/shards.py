@@ -27,7 +27,7 @@ from llm2clip.utils.shared_files import shared_file
 FOOTERS_AT_ONCE = 16
 MAGIC = re.compile(r"[*?\[]")
 # How what the captions of a local file are known by begins.
-OF_CAPTIONS = "captions:"
+BY_CAPTIONS = "captions:"
 
 
 class SourceShard(NamedTuple):
@@ -117,7 +117,7 @@ class ShardedSource:
                 digest.update(json.dumps(captions).encode())
                 text.captions.update(dict.fromkeys(caption for texts in captions for caption in texts))
                 text.rows += 1
-            text.checksum = OF_CAPTIONS + digest.hexdigest() if _is_local(shard.path) else stated_checksum(shard.path)
+            text.checksum = BY_CAPTIONS + digest.hexdigest() if _is_local(shard.path) else stated_checksum(shard.path)
         return text
 
 

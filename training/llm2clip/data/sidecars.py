@@ -24,7 +24,7 @@ from torch import Tensor
 
 from llm2clip.data.formats import COMPRESSIONS, SourceError
 from llm2clip.data.shard_rows import RowRange
-from llm2clip.data.shards import OF_CAPTIONS, ShardText, SourceShard, read_captions, source_checksum, source_size
+from llm2clip.data.shards import BY_CAPTIONS, ShardText, SourceShard, read_captions, source_checksum, source_size
 from llm2clip.store.manifest import (
     MANIFEST_SUFFIX,
     ROWS_SUFFIX,
@@ -351,7 +351,7 @@ def verify_sources(folder: AnyPath, manifests: Mapping[AnyPath, StoreManifest], 
     verified = Verified()
     for path, manifest in manifests.items() if contents else ():
         source = manifest.source
-        if source is None or not (source.checksum or "").startswith(OF_CAPTIONS):
+        if source is None or not (source.checksum or "").startswith(BY_CAPTIONS):
             continue
         if source.path is not None and "://" in source.path:
             continue

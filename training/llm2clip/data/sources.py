@@ -25,7 +25,7 @@ CAPTION_COLUMNS = ("caption", "txt", "text")
 AUTOMATIC_KEY_COLUMNS = ("key", "__key__")
 PATH_TYPES = ("string", "large_string")
 # Fields by which stage 2 draws rows and finds their embeddings.
-OF_TRAINING = ("caption_weights", "weight", "embedding_cache")
+TRAINING_FIELDS = ("caption_weights", "weight", "embedding_cache")
 
 
 @dataclass

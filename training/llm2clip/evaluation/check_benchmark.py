@@ -35,7 +35,7 @@ from llm2clip.utils.tables import print_table
 from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS, DamagedImageError
 
 # Settings of a source that mean nothing for a published set.
-OF_SOURCES = (
+SOURCE_SETTINGS = (
     "name", "split", "revision", "image_column", "caption_columns", "key_column", "streaming", "max_samples",
     "other_splits", "on_error",
 )  # fmt: skip
@@ -58,7 +58,7 @@ class CheckConfig(check_data.CheckDataConfig):
         check_choices(self)
         if self.source:
             raise ValueError("give either SOURCE or benchmark, not both.")
-        refuse(self, OF_SOURCES, "it is for a SOURCE: a published set is read as it was published")
+        refuse(self, SOURCE_SETTINGS, "it is for a SOURCE: a published set is read as it was published")
 
 
 def run(config: CheckConfig) -> None:

@@ -24,7 +24,7 @@ from llm2clip.evaluation.benchmarks import ALL_FOUND, all_benchmarks, choose_ben
 from llm2clip.evaluation.benchmarks.checksum import data_checksum
 from llm2clip.evaluation.benchmarks.listing import list_benchmarks, overview
 from llm2clip.evaluation.benchmarks.unusual_rows import unusual_rows
-from llm2clip.evaluation.evaluate_config import OF_OWN_DATA, EvaluateConfig
+from llm2clip.evaluation.evaluate_config import OWN_DATA, EvaluateConfig
 from llm2clip.evaluation.own_data import OwnData, is_own_data, own_benchmark, plain_path
 from llm2clip.evaluation.prompts import with_prompts
 from llm2clip.evaluation.protocols import open_protocol
@@ -43,7 +43,7 @@ from llm2clip.utils.towers import open_text_tower
 logger = logging.getLogger(__name__)
 
 # Settings by which a model is opened.
-OF_MODELS_BY_NAME = ("revision", "dtype", "truncate_dim", "precision", "embedding_cache")
+NAMED_MODEL_SETTINGS = ("revision", "dtype", "truncate_dim", "precision", "embedding_cache")
 # Protocols that read the vision tower before its embedding.
 WITHOUT_EMBEDDINGS = ("linear-probe", "maskclip")
 Measured = str | Path | Benchmark | CaptionSource | PairSource
@@ -121,7 +121,7 @@ def evaluate(
         [str(entry) if isinstance(entry, Path) else entry for entry in entries] for entries in (models, chosen)
     )
     names = [entry if isinstance(entry, str) else entry.name for entry in models]
-    given = [name for name in OF_MODELS_BY_NAME if settings.get(name) is not None]
+    given = [name for name in NAMED_MODEL_SETTINGS if settings.get(name) is not None]
     if given and not all(isinstance(entry, str) for entry in models):
         raise ValueError(f"{given[0]} is for models by name; load_encoder has opened yours with settings of its own.")
     fields = {"model": names, "output": output, **settings}
@@ -235,7 +235,7 @@ def _finished(path: Path, model: Mapping[str, str], checksum: str, setup: Mappin
 
 
 def _choose(config: EvaluateConfig, given: Sequence[Any]) -> list[Benchmark]:
-    settings = {name: getattr(config, name) for name in OF_OWN_DATA}
+    settings = {name: getattr(config, name) for name in OWN_DATA}
     chosen: dict[str, Benchmark] = {}
     by_path, require_files = False, config.on_error == "raise"
     for entry in given:
@@ -257,8 +257,8 @@ def _choose(config: EvaluateConfig, given: Sequence[Any]) -> list[Benchmark]:
             if isinstance(benchmark, OwnData) and isinstance(known, OwnData) and benchmark.fields != known.fields:
                 raise ValueError(f"two sources are called {benchmark.name}, as their results would be: use two calls.")
     # A source has all but the rule of what is right.
-    followed = OF_OWN_DATA if by_path else ("positives",)[: any(isinstance(entry, CaptionSource) for entry in given)]
-    names = [name for name in OF_OWN_DATA if name not in followed]
+    followed = OWN_DATA if by_path else ("positives",)[: any(isinstance(entry, CaptionSource) for entry in given)]
+    names = [name for name in OWN_DATA if name not in followed]
     refuse(config, names, f"none of {', '.join(chosen)} is your own data by path")
     return with_prompts(list(chosen.values()), config.templates, config.classnames)
 

@@ -14,7 +14,7 @@ from modeling_llm2clip.modeling_llm2clip_utils import Precision
 Names = list[str]  # the field `list` hides the type in the class
 
 # Settings that only say how own data is read.
-OF_OWN_DATA = ("task", "positives", "split", "image_column", "caption_columns", "query_column", "target_column")
+OWN_DATA = ("task", "positives", "split", "image_column", "caption_columns", "query_column", "target_column")
 
 
 @dataclass

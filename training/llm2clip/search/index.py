@@ -15,7 +15,7 @@ from llm2clip.utils.settings import refuse, setting
 if TYPE_CHECKING:  # which take a minute to import, and mistakes in names are found without
     from llm2clip.search.folder_items import Items
 
-OF_DATASETS = ("metadata_columns", "caption_columns", "image_column", "name", "split", "revision")
+TABLE_SETTINGS = ("metadata_columns", "caption_columns", "image_column", "name", "split", "revision")
 # Characters of the name of a table.
 MAX_NAME = 48
 
@@ -196,7 +196,7 @@ def _open_items(config: IndexConfig, exclude: tuple[Path, ...]) -> Items:
     )  # fmt: skip
     is_folder = isinstance(items, FolderImages)
     if is_folder:
-        refuse(config, OF_DATASETS, f"{config.folder} is a folder of image files (columns: key, folder, size, ...)")
+        refuse(config, TABLE_SETTINGS, f"{config.folder} is a folder of image files (columns: key, folder, size, ...)")
     if not len(items) and not (is_folder and items.failures):
         what = "files" if is_folder else "rows"
         split = "" if is_folder else f" (split {config.split})"

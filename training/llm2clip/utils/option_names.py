@@ -14,7 +14,7 @@ MOST_USED = (
     *("lora_rank", "lora_alpha", "lora_dropout", "seed"),
 )
 # The options of the Trainer that `--help` shows, of more than a hundred.
-OF_THE_TRAINER = (
+SHOWN_TRAINER_OPTIONS = (
     *("logging_steps", "report_to", "run_name", "eval_strategy", "eval_steps", "per_device_eval_batch_size"),
     *("save_strategy", "save_steps", "save_total_limit", "load_best_model_at_end", "metric_for_best_model"),
     *("push_to_hub", "hub_model_id", "dataloader_num_workers", "max_grad_norm", "optim", "fp16", "torch_compile"),

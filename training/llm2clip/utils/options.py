@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import Any, NoReturn
 
-from llm2clip.utils.option_names import MOST_USED, OF_THE_TRAINER, nearest_field
+from llm2clip.utils.option_names import MOST_USED, SHOWN_TRAINER_OPTIONS, nearest_field
 from llm2clip.utils.settings import TRUTH_VALUES, is_enum, options_of
 
 Row = tuple[str, str]
@@ -147,7 +147,7 @@ def option_groups(config_class: type, skip: Sequence[str], everything: bool) -> 
     groups = {
         "most used": MOST_USED,
         "other settings of this command": [name for name in declared if name not in trainer],
-        "from transformers' Trainer": OF_THE_TRAINER,
+        "from transformers' Trainer": SHOWN_TRAINER_OPTIONS,
         "all others from transformers' Trainer": tuple(fields) if everything else (),
     }
     shown = {}
