@@ -43,6 +43,7 @@ def test_compiled_tower_without_the_parts_of_eva02_gives_the_values_of_eager_mod
     compare(EVA02VisionModel(vision_config(**plain)), {"pixel_values": PIXELS}, "pooler_output", training=True)
 
 
+@pytest.mark.slow
 def test_compiled_tower_accepts_other_image_sizes_and_dropped_patches() -> None:
     model = EVA02VisionModel(vision_config(patch_dropout=0.5))
     compare(model, {"pixel_values": PIXELS}, "pooler_output", training=False)

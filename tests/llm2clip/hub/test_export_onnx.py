@@ -107,7 +107,7 @@ def test_an_export_keeps_the_license_of_what_the_model_was_made_from(tmp_path: P
 @pytest.mark.parametrize(
     ("model_type", "pooling", "size"),
     [
-        ("siglip_vision_model", "cls", 28),
+        pytest.param("siglip_vision_model", "cls", 28, marks=pytest.mark.slow),
         ("dinov2", "cls_mean", 14),  # smaller than what it was trained on: it interpolates its positions
         pytest.param("clip_vision_model", "cls_mean", 28, marks=pytest.mark.slow),
     ],

@@ -151,6 +151,7 @@ def test_rows_of_another_teacher_are_refused(encoders: Path, model: Path, texts:
         distill_text(*given, tmp_path / "second", **settings)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(encoders: Path, model: Path, texts: str, tmp_path: Path) -> None:
     student = Path(shutil.copytree(encoders / "bert", tmp_path / "bert"))
     config = json.loads((student / "config.json").read_text())

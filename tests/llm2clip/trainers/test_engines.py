@@ -105,6 +105,8 @@ def test_two_processes_train_as_one(engine: str, precision: str, tower: str, par
 
 
 @pytest.mark.skipif(not is_accelerate_available("1.15.0"), reason="FSDP needs accelerate 1.15")
-@pytest.mark.parametrize(("tower", "part"), [("eva02", "tower"), ("clip", "online")])
+@pytest.mark.parametrize(
+    ("tower", "part"), [pytest.param("eva02", "tower", marks=pytest.mark.slow), ("clip", "online")]
+)
 def test_fsdp_in_bf16_trains_as_one_process(tower: str, part: str, order: Order) -> None:
     check(order, "fsdp", "bf16", tower, part, (part,))

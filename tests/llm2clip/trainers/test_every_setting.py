@@ -148,8 +148,25 @@ def test_a_setting_changes_something_or_is_refused(
         assert old != new
 
 
+@pytest.fixture(scope="module")
+def usual(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Runs a recipe, each once."""
+    folders: dict[str, Path] = {}
+
+    def usual(fields: dict[str, Any]) -> Path:
+        key = json.dumps(fields, sort_keys=True)
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("usual") / "run"
+            run("stage2", folders[key], inputs, **fields)
+        return folders[key]
+
+    return usual
+
+
 @pytest.mark.parametrize("name", RECIPE)
-def test_a_setting_of_the_command_changes_something(name: str, inputs: Inputs, tmp_path: Path) -> None:
+def test_a_setting_of_the_command_changes_something(
+    name: str, usual: Callable[..., Path], inputs: Inputs, tmp_path: Path
+) -> None:
     value, needs, expected = RECIPE[name]
     shared = {"max_steps": 2, "save_strategy": "no", "eval_sources": {}, **needs}
     if needs.get("sources") == "jpegs":
@@ -160,13 +177,12 @@ def test_a_setting_of_the_command_changes_something(name: str, inputs: Inputs, t
         run("stage2", tmp_path / "with", inputs, **{**shared, "online_text_model": False, name: value})
     else:
         run("stage2", tmp_path / "with", inputs, **{**shared, name: value})
-    run("stage2", tmp_path / "without", inputs, **shared)
+    folders = (usual(shared), tmp_path / "with")
     if expected == FILES:
-        folders = (tmp_path / "without", tmp_path / "with")
         old, new = ({path.relative_to(folder) for path in folder.rglob("*")} for folder in folders)
         assert old != new
         return
-    before, after = weights(tmp_path / "without"), weights(tmp_path / "with")
+    before, after = (weights(folder) for folder in folders)
     same = before.keys() == after.keys() and all(
         after[key].shape == before[key].shape and after[key].equal(before[key]) for key in before
     )

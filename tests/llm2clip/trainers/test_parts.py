@@ -78,7 +78,7 @@ def test_a_closed_form_can_be_the_start_of_a_run_that_trains_the_tower(inputs: I
     assert not torch.equal(first.text_adapter.proj.weight, last.text_adapter.proj.weight)
 
 
-@pytest.mark.parametrize("parts", [TWO, ON_TOP], ids=["two", "on-top"])
+@pytest.mark.parametrize("parts", [pytest.param(TWO, marks=pytest.mark.slow), ON_TOP], ids=["two", "on-top"])
 @pytest.mark.parametrize("stop", ["in part 1", "between", "in part 2"])
 def test_a_broken_run_that_is_resumed_ends_as_an_unbroken_one(
     parts: list[dict[str, Any]], stop: str, inputs: Inputs, tmp_path: Path

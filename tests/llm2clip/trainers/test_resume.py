@@ -41,7 +41,7 @@ class Unbroken:
     again: Callable[..., Any]
 
 
-@pytest.fixture(scope="module", params=RUNS)
+@pytest.fixture(scope="module")
 def unbroken(request: pytest.FixtureRequest, inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
     stage = request.param.partition("-")[0]
     folder = tmp_path_factory.mktemp(request.param) / "unbroken"
@@ -92,9 +92,18 @@ def by_kill(unbroken: Unbroken, folder: Path, patch: pytest.MonkeyPatch) -> None
     (folder / "checkpoint-5" / "optimizer.pt").write_bytes(b"half")
 
 
-@pytest.mark.parametrize("break_run", [by_sigterm, by_ctrl_c, by_nan, by_kill])
+BREAKS = (by_sigterm, by_ctrl_c, by_nan, by_kill)
+# Each run has one break that is always tested.
+CASES = [
+    pytest.param(name, break_run, marks=[pytest.mark.slow] * ((number + place) % len(BREAKS) > 0))
+    for number, name in enumerate(RUNS)
+    for place, break_run in enumerate(BREAKS)
+]
+
+
+@pytest.mark.parametrize(("unbroken", "break_run"), CASES, indirect=["unbroken"])
 def test_a_run_goes_on_after_a_break_as_if_there_had_been_none(
-    break_run: Callable[..., None], unbroken: Unbroken, tmp_path: Path
+    unbroken: Unbroken, break_run: Callable[..., None], tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken"
     with pytest.MonkeyPatch.context() as patch:

@@ -23,36 +23,14 @@ from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from tests.builders import small_runs
 from tests.llm2clip.conftest import Inputs
-from tests.llm2clip.trainers.stages import assert_equal, broken_after, fields_of, history, losses, run, weights
+from tests.llm2clip.trainers.stages import fields_of, history, losses, run, weights
 from tests.processes import run_ranks
 
 QUICK: dict[str, Any] = {"max_steps": 1, "save_strategy": "no", "eval_sources": {}}
 PROJECTION = "model.safetensors text_adapter.proj.weight"
 FINISHED: dict[str, Any] = {"vision_model_name_or_path": "", "text_model_name_or_path": "", "projection_dim": None}
 
-
 FROZEN = {"freeze_vision": "all", "vision_pooling": "cls_mean"}
-MODES: dict[str, dict[str, Any]] = {
-    "layers": {"freeze_vision_layers": 1, "vision_model_name_or_path": "dinov2"},
-    "stream": {"sources": [small_runs.concepts(streaming=True)], "shuffle_block": 16},
-    "frozen": {**FROZEN, "feature_views": 2, "feature_dropout": 0.2},
-    "dropout": {"patch_dropout": 0.25},
-}
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_a_resumed_run_equals_an_unbroken_one_in_every_mode(
-    mode: str, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    small_runs.save_dinov2_tower(tmp_path / "dinov2")
-    run("stage2", tmp_path / "unbroken", inputs, **MODES[mode])
-    folder = broken_after(tmp_path / "unbroken", tmp_path / "broken", 3)
-    run("stage2", folder, inputs, resume=True, **MODES[mode])
-    assert_equal(tmp_path / "unbroken", folder, atol=1e-6)
-    assert losses(folder) == pytest.approx(losses(tmp_path / "unbroken"), abs=1e-5)
-    assert history(folder)[0] == history(tmp_path / "unbroken")[0]
-
 
 # Each collective operation of the group may wait for one second, and the work takes three.
 ALONE = """
