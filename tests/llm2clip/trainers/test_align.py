@@ -23,12 +23,13 @@ from llm2clip.trainers.align_recipe import AlignRecipe
 from llm2clip.trainers.closed_form import closed_form_alignment
 from llm2clip.trainers.joint_recipe import FEATURES
 from llm2clip.trainers.kept_space import take_vision_side
+from llm2clip.utils.manifests import FOLDER_MANIFEST
 from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from tests.builders import small_runs
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.encoders.models import save_transformers
-from tests.llm2clip.trainers.stages import assert_equal_weights, load, run
+from tests.llm2clip.trainers.stages import assert_equal_weights, interrupt, load, run
 
 # What a training has, and an alignment has not.
 TRAINING = (*small_runs.SMALL, "learning_rate", "per_device_train_batch_size")
@@ -83,6 +84,41 @@ def test_a_second_run_gives_the_same_model_and_computes_no_feature(
     monkeypatch.setattr(TableImages, "decode", lambda *_: pytest.fail("an image is read"))
     run_align.run(config)
     assert_equal_weights(load(tmp_path), first)
+
+
+def test_the_folder_of_another_model_or_of_other_settings_stays_as_it_is(inputs: Inputs, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    run_align.run(settings(model, inputs.vision, inputs, ridge=0.3, projection_dim=8, eval_sources={}))
+    before = {path.name: path.read_bytes() for path in model.iterdir() if path.is_file()}
+    tower = small_runs.save_vision_tower(tmp_path / "other")
+    for vision, ridge, message in (
+        (inputs.vision, 1.0, "ridge: 0.3 -> 1.0"),
+        (tower, 0.3, "vision_model_name_or_path"),
+    ):
+        with pytest.raises(ValueError, match=rf"was made with other settings \(.*{message}"):
+            run_align.run(settings(model, vision, inputs, ridge=ridge, projection_dim=8, eval_sources={}))
+    (model / "settings.json").unlink()
+    with pytest.raises(FileExistsError, match="already contains a model"):
+        run_align.run(settings(model, inputs.vision, inputs, ridge=0.3, projection_dim=8, eval_sources={}))
+    assert {name: (model / name).read_bytes() for name in before if name != "settings.json"} == {
+        name: content for name, content in before.items() if name != "settings.json"
+    }
+
+
+def test_what_was_killed_while_it_wrote_goes_on(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(tmp_path / "run", inputs.vision, inputs, ridge=0.3, projection_dim=8, eval_sources={})
+    run_align.run(config)
+    expected = load(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(run_align, "make_readable_by_version_4", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run_align.run(config)
+    assert not (tmp_path / "run" / FOLDER_MANIFEST).exists(), "it would say that the folder is whole"
+    run_align.run(config)
+    assert (tmp_path / "run" / FOLDER_MANIFEST).exists()
+    assert_equal_weights(load(tmp_path / "run"), expected)
 
 
 def test_texts_are_mapped_into_a_kept_space_without_an_image(

@@ -119,6 +119,17 @@ def test_a_finished_part_with_other_settings_is_refused(inputs: Inputs, tmp_path
         run_stage2.run(settings(tmp_path, inputs, other), resume=True)
 
 
+@pytest.mark.parametrize("parts", [TWO, ON_TOP], ids=["two", "on-top"])
+def test_a_finished_part_of_another_tower_is_refused(
+    parts: list[dict[str, Any]], inputs: Inputs, tmp_path: Path
+) -> None:
+    run_stage2.run(settings(tmp_path / "run", inputs, parts, max_steps=1, eval_sources={}))
+    tower = small_runs.save_vision_tower(tmp_path / "other")
+    other = settings(tmp_path / "run", inputs, parts, max_steps=1, eval_sources={}, vision_model_name_or_path=tower)
+    with pytest.raises(ValueError, match=r"part1 was made with other settings \(vision_model_name_or_path"):
+        run_stage2.run(other, resume=True)
+
+
 def test_the_parts_of_a_recipe_get_what_they_share_and_what_is_their_own(inputs: Inputs, tmp_path: Path) -> None:
     first, last = plan_parts(settings(tmp_path, inputs, ON_TOP, adapter_num_layers=1))
     assert isinstance(first, AlignRecipe)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from transformers import set_seed
+from transformers.utils import CONFIG_NAME
 
 from llm2clip.data import CaptionImageDataset, CaptionSource, EvalTransform
 from llm2clip.encoders.image_features import ImageFeatures
@@ -22,13 +24,14 @@ from llm2clip.trainers.joint_model import describe_text_model, make_model, measu
 from llm2clip.trainers.joint_recipe import FEATURES
 from llm2clip.trainers.kept_space import align_texts, drawn_captions, take_vision_side
 from llm2clip.trainers.model_card import latest_evaluations, write_model_card
-from llm2clip.trainers.run_context import SETTINGS, register_model
+from llm2clip.trainers.run_context import SETTINGS, compare_finished, register_model
 from llm2clip.trainers.stage2_captions import Stage2Captions, open_captions
 from llm2clip.trainers.stored_rows import store_pairs
 from llm2clip.trainers.teacher import Teacher
 from llm2clip.utils.files import write_json
 from llm2clip.utils.locks import run_lock
-from llm2clip.utils.processes import process_state
+from llm2clip.utils.manifests import FOLDER_MANIFEST
+from llm2clip.utils.processes import on_main_process, process_state
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
 
@@ -46,7 +49,24 @@ def run(config: AlignRecipe) -> dict[str, Any]:
     """
     config.validate_sources()
     with run_lock(config.output_dir):
+        on_main_process(partial(_take_folder, config))
         return _run(config)
+
+
+def _take_folder(config: AlignRecipe) -> None:
+    """Write the settings into the folder, before anything else: the same command goes on there, and no other one.
+
+    Raises:
+        ValueError: The folder was made with other settings.
+        FileExistsError: It contains another model.
+    """
+    folder = Path(config.output_dir)
+    if (folder / SETTINGS).is_file():
+        compare_finished(config, folder)
+    elif (folder / CONFIG_NAME).exists():
+        raise FileExistsError(f"{folder} already contains a model; choose another output_dir, or delete this one.")
+    (folder / FOLDER_MANIFEST).unlink(missing_ok=True)
+    write_json(folder / SETTINGS, asdict(config))
 
 
 def _run(config: AlignRecipe) -> dict[str, Any]:
@@ -173,5 +193,4 @@ def _save(config: AlignRecipe, model: LLM2CLIPModel, processor: Any, metrics: di
     log = [{**metrics, "step": 0}]
     evaluations = latest_evaluations(sets, log, config.eval_sources, "image-text retrieval", None, wait=True)
     write_model_card(config, model, processor, task=JOINT_TASK, evaluations=evaluations, history=log)
-    write_json(folder / SETTINGS, asdict(config))
     register_model(folder)

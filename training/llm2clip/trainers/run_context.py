@@ -8,7 +8,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llm2clip.hub.upload_files import model_files
 from llm2clip.trainers.base_config import StageConfig, affects_numbers
+from llm2clip.trainers.joint_recipe import TOWERS
 from llm2clip.trainers.run_state import INPUTS, read_run_state
 from llm2clip.trainers.sharding import require_sharding
 from llm2clip.utils.files import read_json, remove_unfinished, write_json
@@ -211,11 +212,15 @@ def compare_finished(part: Any, folder: Path) -> None:
     Raises:
         ValueError: A setting differs that changes its result.
     """
-    if isinstance(part, StageConfig):
+    is_training = isinstance(part, StageConfig)
+    if is_training:
         RunContext(part).compare_settings(folder)
-        return
-    old, new = read_json(folder / SETTINGS), json.loads(json.dumps(asdict(part)))
-    names = [field.name for field in fields(part) if affects_numbers(field)]
+    # The part is not run, so that nothing else compares the towers that it began with.
+    names = list(TOWERS)
+    if not is_training:
+        names += [field.name for field in fields(part) if affects_numbers(field)]
+    old, new = read_json(folder / SETTINGS), {name: getattr(part, name, None) for name in names}
+    new = json.loads(json.dumps(new))
     if changed := [name for name in names if old.get(name) != new[name]]:
         lines = "; ".join(f"{name}: {_short(old.get(name))} -> {_short(new[name])}" for name in changed)
         raise ValueError(f"{folder} was made with other settings ({lines}); delete it, or use another output_dir.")
