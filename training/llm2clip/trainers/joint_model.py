@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from llm2clip.data import CaptionSource, OnError
+from llm2clip.data import CaptionImageDataset, CaptionSource, OnError
 from llm2clip.encoders.cache_of_model import describe_text_tower_of_cache
 from llm2clip.encoders.image_features import ImageFeatures
 from llm2clip.encoders.stored import StoredEncoder
 from llm2clip.evaluation.data import RetrievalData
 from llm2clip.evaluation.protocols.retrieval import image_text_metrics
 from llm2clip.evaluation.session import Session
-from llm2clip.store import PairedCache
-from llm2clip.trainers.joint_recipe import JointRecipe
+from llm2clip.store import EmbeddingCache, PairedCache
+from llm2clip.trainers.joint_recipe import FEATURES, JointRecipe
+from llm2clip.trainers.stored_rows import StoredPairsDataset, store_pairs
 from llm2clip.utils.attention_probe import probe_from_disk
 from llm2clip.utils.manifests import refuse_changed_model
 from llm2clip.utils.processes import on_main_process
@@ -96,6 +98,41 @@ def open_retrieval(config: JointRecipe) -> dict[str, RetrievalData]:
     """Open the retrieval sets of a recipe."""
     sources = {name: CaptionSource.from_dict(source) for name, source in config.eval_sources.items()}
     return {name: RetrievalData.from_source(source) for name, source in sources.items()}
+
+
+def store_images(
+    config: Any,
+    model: LLM2CLIPModel,
+    image_processor: Any,
+    dataset: CaptionImageDataset,
+    cache: EmbeddingCache | None,
+    retrieval: Mapping[str, RetrievalData],
+    views: int = 1,
+) -> StoredPairsDataset:
+    """Store what the frozen tower of a recipe makes of its images; see [`store_pairs`].
+
+    Args:
+        config: Settings of `llm2clip align` or `llm2clip stage2`.
+        cache: The embeddings of all captions.
+        retrieval: Sets whose images are stored too.
+
+    Raises:
+        ValueError: There is no such cache.
+    """
+    if cache is None:
+        raise ValueError("frozen towers read one random-access cache; embed the captions with store: cache.")
+    return store_pairs(
+        model,
+        image_processor,
+        dataset,
+        cache,
+        config.feature_cache or Path(config.output_dir, FEATURES),
+        also=[data.images for data in retrieval.values()],
+        dtype=config.feature_dtype,
+        views=views,
+        batch_size=config.per_device_eval_batch_size,
+        num_workers=config.dataloader_num_workers,
+    )
 
 
 def measure_retrieval(

@@ -20,13 +20,17 @@ from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.trainers.align_recipe import AlignRecipe
 from llm2clip.trainers.alignment import align
 from llm2clip.trainers.closed_form import DEFAULT_WIDTH
-from llm2clip.trainers.joint_model import describe_text_model, make_model, measure_retrieval, open_retrieval
-from llm2clip.trainers.joint_recipe import FEATURES
+from llm2clip.trainers.joint_model import (
+    describe_text_model,
+    make_model,
+    measure_retrieval,
+    open_retrieval,
+    store_images,
+)
 from llm2clip.trainers.kept_space import align_texts, drawn_captions, take_vision_side
 from llm2clip.trainers.model_card import latest_evaluations, write_model_card
 from llm2clip.trainers.run_context import SETTINGS, compare_finished, register_model
 from llm2clip.trainers.stage2_captions import Stage2Captions, open_captions
-from llm2clip.trainers.stored_rows import store_pairs
 from llm2clip.trainers.teacher import Teacher
 from llm2clip.utils.files import write_json
 from llm2clip.utils.locks import run_lock
@@ -100,17 +104,7 @@ def _align_both(config: AlignRecipe, retrieval: Mapping[str, RetrievalData]) -> 
     """Solve for the maps of both towers."""
     model, processor = open_model(config)
     captions, images = _open(config, model, processor, retrieval)
-    pairs = store_pairs(
-        model,
-        _image_processor(processor),
-        images,
-        captions.cache,
-        config.feature_cache or Path(config.output_dir, FEATURES),
-        also=[data.images for data in retrieval.values()],
-        dtype=config.feature_dtype,
-        batch_size=config.per_device_eval_batch_size,
-        num_workers=config.dataloader_num_workers,
-    )
+    pairs = store_images(config, model, _image_processor(processor), images, captions.cache, retrieval)
     # Storing draws random numbers, and is not repeated.
     set_seed(config.seed)
     model.to(process_state().device)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
 
 from llm2clip.data import Stage2Collator
 from llm2clip.evaluation.data import RetrievalData
-from llm2clip.trainers.joint_model import describe_text_model, load_trained_model, make_model, open_retrieval
-from llm2clip.trainers.joint_recipe import FEATURES
+from llm2clip.trainers.joint_model import (
+    describe_text_model,
+    load_trained_model,
+    make_model,
+    open_retrieval,
+    store_images,
+)
 from llm2clip.trainers.lora import add_lora, lora_arguments
 from llm2clip.trainers.parts import run_parts
 from llm2clip.trainers.pushing import check_pushing
@@ -21,7 +25,6 @@ from llm2clip.trainers.stage2_captions import Stage2Captions, open_captions
 from llm2clip.trainers.stage2_config import NEW_MODEL_FIELDS, Stage2Recipe
 from llm2clip.trainers.stage2_data import build_dataset
 from llm2clip.trainers.stage2_trainer import Stage2Trainer
-from llm2clip.trainers.stored_rows import store_pairs
 from llm2clip.utils.attention_probe import verify_on_main_process
 from llm2clip.utils.settings import require
 from llm2clip.utils.towers import loading_options
@@ -107,21 +110,8 @@ def open_rows(
     dataset = build_dataset(config, image_processor, captions)
     if config.freeze_vision != "all":
         return dataset
-    if captions.cache is None:
-        raise ValueError("frozen towers read one random-access cache; embed the captions with store: cache.")
     config.check_length(len(dataset))
-    return store_pairs(
-        model,
-        image_processor,
-        dataset,
-        captions.cache,
-        config.feature_cache or Path(config.output_dir, FEATURES),
-        also=[data.images for data in retrieval.values()],
-        dtype=config.feature_dtype,
-        views=config.feature_views,
-        batch_size=config.per_device_eval_batch_size,
-        num_workers=config.dataloader_num_workers,
-    )
+    return store_images(config, model, image_processor, dataset, captions.cache, retrieval, config.feature_views)
 
 
 def _check_pushing(config: Stage2Recipe, llm: Any) -> None:
