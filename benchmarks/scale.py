@@ -145,10 +145,10 @@ def read(folder: Path, captions: int, processes: int = 2, workers: int = 0) -> d
 
 def _reader(folder: Path) -> None:
     """Read training rows in one process of several, and write what was measured to `read-RANK.json`."""
+    from llm2clip.command_line.processes import leave_process_group
+    from llm2clip.command_line.settings import build_config
     from llm2clip.trainers.run_stage2 import build_trainer
     from llm2clip.trainers.stage2_config import Stage2Recipe
-    from llm2clip.utils.processes import leave_process_group
-    from llm2clip.utils.settings import build_config
 
     config = build_config(Stage2Recipe, json.loads((folder / "read.json").read_text(encoding="utf-8")))
     trainer: Any = build_trainer(config)
@@ -209,7 +209,7 @@ def _shown(name: str, value: Any) -> str:
 
 def tables(lines: Iterable[str]) -> str:
     """Return the tables of docs/scaling.md, in Markdown, of the newest run of each kind."""
-    from llm2clip.utils.tables import markdown_table
+    from llm2clip.command_line.tables import markdown_table
 
     runs = list(map(json.loads, filter(str.strip, lines)))
     parts = []

@@ -78,7 +78,7 @@ def write_llm(path: Path, hidden: int = HIDDEN, mlp: int = MLP, layers: int = LA
 
 def write_text_tower(folder: Path, **sizes: int) -> Path:
     """Write such an LLM as a text tower, as stage 1 does; `sizes` are those of `write_llm`."""
-    from llm2clip.utils.towers import open_text_tower, save_text_tower
+    from llm2clip.models.towers import open_text_tower, save_text_tower
 
     save_text_tower(*open_text_tower(str(write_llm(new_folder(), **sizes)), dtype="float32", **PROMPT), folder)
     return folder

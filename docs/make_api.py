@@ -31,7 +31,7 @@ SECTIONS = {
     "llm2clip.serving": "Serve",
     "llm2clip.convert": "Convert and publish",
     "llm2clip.hub": "Convert and publish",
-    "llm2clip.utils": "Utilities",
+    "llm2clip.models": "Utilities",
     "llm2clip.cli": "Utilities",
 }
 

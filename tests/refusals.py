@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from llm2clip.cli import USER_ERRORS
-from llm2clip.utils.library_errors import explain
+from llm2clip.files.library_errors import explain
 
 
 def fault(error: BaseException, names: Iterable[str]) -> str | None:

@@ -18,7 +18,7 @@ UNPACKING = {"extract", "extractall", "unpack_archive"}
 REMOTE = "trusts remote code"
 LOADERS = {"load", "load_all", "full_load", "unsafe_load", "full_load_all", "unsafe_load_all", "safe_load_all"}
 # The one place that reads YAML of others, and the bases of its loaders.
-YAML_READER = "training/llm2clip/utils/yaml_text.py"
+YAML_READER = "training/llm2clip/command_line/yaml_text.py"
 SAFE_LOADERS, OUR_LOADERS = {"yaml.SafeLoader", "_Loader"}, {"_Loader", "_UniqueLoader"}
 
 

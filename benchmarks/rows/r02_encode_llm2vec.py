@@ -20,7 +20,7 @@ def _unit(rows: object) -> Outcome:
 
 
 def _ours(device: str) -> Work:
-    from llm2clip.utils.towers import open_text_tower
+    from llm2clip.models.towers import open_text_tower
 
     model, tokenizer = open_text_tower(
         str(write_llm(new_folder())), dtype="float32", attn_implementation="sdpa", **PROMPT

@@ -77,7 +77,7 @@ def _teacher() -> Work:
     import torch
 
     from benchmarks.small_llama import new_folder, write_text_tower
-    from llm2clip.utils.towers import open_text_tower
+    from llm2clip.models.towers import open_text_tower
 
     model, tokenizer = open_text_tower(str(write_text_tower(new_folder(), **TEACHER)), dtype="float32")
     model.eval()

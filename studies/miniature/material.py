@@ -15,10 +15,10 @@ from filelock import FileLock
 from transformers import AutoImageProcessor, AutoModel
 
 from llm2clip import cli
+from llm2clip.models.towers import open_text_tower, save_text_tower
 from llm2clip.quickstart.run_context import has_fast_bfloat16
 from llm2clip.quickstart.weights import weights_folder
 from llm2clip.recipes import load_recipe
-from llm2clip.utils.towers import open_text_tower, save_text_tower
 from studies.miniature import questions, scenes
 
 HERE = Path(__file__).resolve().parent

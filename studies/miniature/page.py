@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 
-from llm2clip.utils.figures import panels
+from llm2clip.evaluation.figures import panels
 from studies.miniature.material import DESCRIPTIONS, HERE, NEGATIVES
 from studies.miniature.runs import CAPTIONS, TABLES, read_table, result_path, runs_of, tests_of
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import BertConfig, XLMRobertaConfig
 
-from llm2clip.utils.attention_probe import verify_text_tower
+from llm2clip.models.attention_probe import verify_text_tower
 from modeling_llm2clip import LLM2CLIPModel
 from tests.builders import tiny
 from tests.compatibility.check import CAPTIONS, pictures

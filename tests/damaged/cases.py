@@ -9,8 +9,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llm2clip.files.manifests import MANIFEST_CHECKSUM, with_checksum
 from llm2clip.store.verify import NAMES
-from llm2clip.utils.manifests import MANIFEST_CHECKSUM, with_checksum
 from tests.damage import changed, mutated
 
 Files = dict[str, bytes]

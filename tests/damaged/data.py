@@ -16,6 +16,7 @@ import datasets
 import yaml
 
 from llm2clip.checks.check_data import check_data
+from llm2clip.command_line.settings import build_config
 from llm2clip.data import CaptionSource, EvalTransform, decode_image, distinct_captions
 from llm2clip.data.shard_rows import parquet_rows
 from llm2clip.data.tars import count_tar_rows, list_tar, tar_rows
@@ -25,7 +26,6 @@ from llm2clip.recipes import find_recipe, load_recipe
 from llm2clip.trainers.mntp_config import MNTPRecipe
 from llm2clip.trainers.stage1_config import Stage1Recipe
 from llm2clip.trainers.stage2_config import Stage2Recipe
-from llm2clip.utils.settings import build_config
 from modeling_llm2clip.image_decoding_llm2clip import DamagedImageError
 from tests.builders import tiny
 from tests.modeling_llm2clip import awkward_images

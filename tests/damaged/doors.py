@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llm2clip.utils.manifests import MANIFEST_CHECKSUM, with_checksum
+from llm2clip.files.manifests import MANIFEST_CHECKSUM, with_checksum
 from tests.damaged import data, models, stores
 from tests.damaged.cases import Door, Wrong
 from tests.damaged.images import hostile

@@ -12,14 +12,8 @@ from PIL import Image
 from llm2clip.data.shards import ShardedSource
 from llm2clip.data.sidecars import SourceSidecars
 from llm2clip.encoders.image_features import ImageFeatures, feature_manifest
-from llm2clip.search import index
-from llm2clip.search.search_index import SearchIndex
-from llm2clip.store import EmbeddingCache, Store, StoreManifest, build_store
-from llm2clip.store.building import ComputedRows
-from llm2clip.store.store import caption_keys
-from llm2clip.trainers.run_context import finish_checkpoint, last_checkpoint
-from llm2clip.utils.folders import refuse_existing
-from llm2clip.utils.manifests import (
+from llm2clip.files.folders import refuse_existing
+from llm2clip.files.manifests import (
     damage,
     listed_files,
     own_files,
@@ -28,6 +22,12 @@ from llm2clip.utils.manifests import (
     write_model_manifest,
     written_by,
 )
+from llm2clip.search import index
+from llm2clip.search.search_index import SearchIndex
+from llm2clip.store import EmbeddingCache, Store, StoreManifest, build_store
+from llm2clip.store.building import ComputedRows
+from llm2clip.store.store import caption_keys
+from llm2clip.trainers.run_context import finish_checkpoint, last_checkpoint
 from llm2clip.verification import verify
 from tests.builders import tiny
 from tests.damaged.data import Readers, nothing_cached

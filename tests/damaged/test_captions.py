@@ -10,11 +10,11 @@ import datasets
 import pytest
 import torch
 
+from llm2clip.command_line.logs import CONTROL_CHARACTERS
 from llm2clip.data import CaptionSource, distinct_captions
 from llm2clip.data.captioned_images import CaptionError, RowCaptions
 from llm2clip.encoders import embed_captions
 from llm2clip.store import EmbeddingCache
-from llm2clip.utils.logs import OBEYED
 from modeling_llm2clip.tokenization_llm2clip import tokenize_captions
 from tests.builders import tiny
 from tests.llm2clip.store.encoder import build, embed
@@ -43,7 +43,7 @@ def test_what_is_no_text_is_refused_by_its_place(value: object) -> None:
     with pytest.raises(CaptionError, match="row 7") as error:
         RowCaptions.of({"caption": value}, "row 7", ["caption"], None)
     assert len(str(error.value).splitlines()) == 1
-    assert not OBEYED.search(str(error.value))
+    assert not CONTROL_CHARACTERS.search(str(error.value))
     for door in (MODEL.encode_text, MODEL.text_model.encode):
         with pytest.raises((TypeError, ValueError), match="1"):
             door(["a dog", value], PROCESSOR.tokenizer)

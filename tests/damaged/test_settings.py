@@ -14,8 +14,8 @@ import pytest
 from transformers import TrainingArguments
 
 from llm2clip.cli import COMMANDS
+from llm2clip.command_line.settings import build_config
 from llm2clip.data import CaptionSource, PairSource
-from llm2clip.utils.settings import build_config
 from tests.damage import VALUES
 from tests.refusals import accepted
 

@@ -19,13 +19,13 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from llm2clip import cli
+from llm2clip.command_line.settings import build_config
 from llm2clip.evaluation.benchmarks import choose_benchmarks
 from llm2clip.evaluation.own_data import is_own_data
 from llm2clip.quickstart.config import QuickstartConfig
 from llm2clip.trainers.align_recipe import AlignRecipe
 from llm2clip.trainers.parts import plan_parts
 from llm2clip.trainers.stage2_config import Stage2Recipe
-from llm2clip.utils.settings import build_config
 from tests import node
 from tests.documents.cases import CASES, Case, by_rules, read_marker
 from tests.documents.reader import Reader

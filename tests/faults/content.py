@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+from llm2clip.command_line.logs import LOG_FILE
+from llm2clip.files.locks import LOCK
+from llm2clip.files.manifests import FOLDER_MANIFEST, MANIFEST_CHECKSUM
 from llm2clip.search.search_index import SearchIndex
-from llm2clip.utils.locks import LOCK
-from llm2clip.utils.logs import LOG_FILE
-from llm2clip.utils.manifests import FOLDER_MANIFEST, MANIFEST_CHECKSUM
 
 # Files that say how a run went and not what it made.
 IGNORED = {LOCK, LOG_FILE}

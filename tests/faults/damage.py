@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm2clip.utils.manifests import EDITED
+from llm2clip.files.manifests import EDITED
 from tests.damage import mutated
 from tests.faults.commands import ATTACKED, OUT, WORK
 from tests.faults.content import IGNORED

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from llm2clip.command_line.settings import build_config
 from llm2clip.data import transforms
 from llm2clip.data.transforms import decode_tensor
 from llm2clip.encoders import embed
 from llm2clip.hub import new_process
 from llm2clip.trainers import run_stage1
 from llm2clip.trainers.stage1_config import Stage1Recipe
-from llm2clip.utils.settings import build_config
 from tests.builders import small_runs, tiny
 from tests.forks import run_code
 from tests.loopback_hub import LoopbackHub

@@ -19,8 +19,8 @@ import pytest
 from torch import distributed as dist
 
 from llm2clip import cli
-from llm2clip.utils.library_errors import PEER_ENDED
-from llm2clip.utils.stopping import StoppedError
+from llm2clip.command_line.stopping import StoppedError
+from llm2clip.files.library_errors import PEER_ENDED
 from tests.builders import small_runs
 
 Capsys = pytest.CaptureFixture[str]

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers import AutoProcessor
 
 from llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, Stage1Config, Stage2Config
+from llm2clip.command_line.settings import build_config
 from llm2clip.losses import clip_loss
 from llm2clip.trainers import run_stage1, run_stage2
 from llm2clip.trainers.grad_cache import in_chunks
 from llm2clip.trainers.stage1_config import Stage1Recipe
 from llm2clip.trainers.stage2_config import Stage2Recipe
-from llm2clip.utils.settings import build_config
 from modeling_llm2clip import EVA02VisionModel
 from tests.builders import small_runs, tiny
 from tests.llm2clip.conftest import Inputs

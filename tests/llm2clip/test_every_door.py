@@ -20,13 +20,13 @@ from torch.nn import functional as F
 from transformers import AutoProcessor, CLIPImageProcessor
 
 from llm2clip import cli
+from llm2clip.command_line.settings import build_config
 from llm2clip.demo.gallery import Gallery
 from llm2clip.encoders import embed
 from llm2clip.search.folder_items import FolderImages
 from llm2clip.trainers import run_stage2
 from llm2clip.trainers.joint_model import make_model
 from llm2clip.trainers.stage2_config import Stage2Recipe
-from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPModel
 from tests.builders import embedding_models, small_runs
 from tests.builders.embedding_models import OTHER_LANGUAGES

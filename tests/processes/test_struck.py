@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llm2clip.utils.library_errors import PEER_ENDED
+from llm2clip.files.library_errors import PEER_ENDED
 from tests.faults.content import content, differences
 from tests.processes.jobs import OUT, STAGES, Jobs
 from tests.processes.strike import Strike

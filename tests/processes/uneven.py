@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.cli import COMMANDS
+from llm2clip.command_line.processes import leave_process_group, process_state
+from llm2clip.command_line.settings import build_config
 from llm2clip.data import CaptionSource
 from llm2clip.evaluation.evaluate import evaluate
-from llm2clip.utils.processes import leave_process_group, process_state
-from llm2clip.utils.settings import build_config
 
 # After these a case hangs.
 SECONDS = 60

@@ -16,10 +16,10 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from llm2clip import LLM2CLIPModel
+from llm2clip.command_line.settings import build_config
 from llm2clip.search.search_index import SearchIndex
 from llm2clip.trainers import run_stage2
 from llm2clip.trainers.stage2_config import Stage2Recipe
-from llm2clip.utils.settings import build_config
 from tests.soak.measure import Soak
 
 CALLS, WARM_UP = 2000, 300

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from llm2clip.command_line.settings import build_config
 from llm2clip.trainers.align_recipe import AlignRecipe
 from llm2clip.trainers.parts import plan_parts
 from llm2clip.trainers.stage2_config import Stage2Recipe
-from llm2clip.utils.settings import build_config
 from studies.miniature import page
 from studies.miniature.material import Material
 from studies.miniature.runs import QUESTIONS, RETRIEVAL, TABLES, Run, read_table, recipe_of, runs_of

@@ -63,7 +63,7 @@ MODULES = {
     "llm2clip.search.search_index": ["SearchIndex"],
     "llm2clip.search.top_k": ["top_k"],
     "llm2clip.serving.app": ["create_app"],
-    "llm2clip.utils.towers": ["open_text_tower"],
+    "llm2clip.models.towers": ["open_text_tower"],
     "llm2clip.cli": ["main"],
 }
 _MODULE_OF = {name: module for module, names in MODULES.items() for name in names}

@@ -31,6 +31,7 @@ from llm2clip.losses import clip_loss as clip_loss
 from llm2clip.losses import hard_negative_info_nce as hard_negative_info_nce
 from llm2clip.losses import info_nce as info_nce
 from llm2clip.losses import sigmoid_loss as sigmoid_loss
+from llm2clip.models.towers import open_text_tower as open_text_tower
 from llm2clip.search.search_index import SearchIndex as SearchIndex
 from llm2clip.search.top_k import top_k as top_k
 from llm2clip.serving.app import create_app as create_app
@@ -57,7 +58,6 @@ from llm2clip.trainers.stage2_trainer import Stage2Trainer as Stage2Trainer
 from llm2clip.trainers.stored_rows import StoredPairsDataset as StoredPairsDataset
 from llm2clip.trainers.stored_rows import store_pairs as store_pairs
 from llm2clip.trainers.student import Student as Student
-from llm2clip.utils.towers import open_text_tower as open_text_tower
 from modeling_llm2clip import EVA02VisionConfig as EVA02VisionConfig
 from modeling_llm2clip import EVA02VisionModel as EVA02VisionModel
 from modeling_llm2clip import LLM2CLIPConfig as LLM2CLIPConfig

@@ -15,13 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llm2clip.command_line.logs import TerminalHandler, command_logs, print_whole, printable, quiet_libraries
+from llm2clip.command_line.options import OptionParser, Row, format_help, option_groups, unknown_option
+from llm2clip.command_line.progress import close_bars, is_main_process
+from llm2clip.command_line.settings import build_config, nearest
+from llm2clip.command_line.stopping import (
+    INTERRUPTED,
+    TERMINATED,
+    StoppedError,
+    ignore_ended_workers,
+    on_sigterm,
+    stop_now,
+)
+from llm2clip.files.library_errors import PEER_ENDED, explain, wrap_weight_errors
 from llm2clip.recipes import field_places, find_recipe, load_recipe
-from llm2clip.utils.library_errors import PEER_ENDED, explain, wrap_weight_errors
-from llm2clip.utils.logs import TerminalHandler, command_logs, print_whole, printable, quiet_libraries
-from llm2clip.utils.options import OptionParser, Row, format_help, option_groups, unknown_option
-from llm2clip.utils.progress import close_bars, is_main_process
-from llm2clip.utils.settings import build_config, nearest
-from llm2clip.utils.stopping import INTERRUPTED, TERMINATED, StoppedError, expect_ended_workers, on_sigterm, stop_now
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +49,7 @@ class Command:
             any number of arguments.
         optional: The positional arguments that may be omitted.
         writes_log: Whether it writes `log.txt` in its `output_dir`.
-        goes_on: Whether the same command goes on where it was stopped.
+        resumable: Whether the same command goes on where it was stopped.
         extra: The extra of this package that installs its libraries.
         passes_on: The field that gets the arguments which are no settings of the command.
     """
@@ -54,7 +61,7 @@ class Command:
     optional: tuple[str, ...] = ()
     resumes: bool = False
     writes_log: bool = False
-    goes_on: bool = False
+    resumable: bool = False
     extra: str = "train"
     passes_on: str = ""
 
@@ -67,18 +74,18 @@ class Command:
 # fmt: off
 COMMANDS = {
     "quickstart": Command("run both stages, evaluation and export on the bundled data",
-                          "llm2clip.quickstart.pipeline", "QuickstartConfig", (), writes_log=True, goes_on=True,
+                          "llm2clip.quickstart.pipeline", "QuickstartConfig", (), writes_log=True, resumable=True,
                           extra="quickstart"),
     "mntp": Command("train masked next token prediction (optional, before stage 1)",
                     "llm2clip.trainers.run_mntp", "MNTPRecipe", resumes=True, writes_log=True),
     "stage1": Command("fine-tune the LLM on caption pairs with a contrastive loss",
                       "llm2clip.trainers.run_stage1", "Stage1Recipe", resumes=True, writes_log=True),
     "embed": Command("embed all captions with the LLM, into a cache or beside their shards (resumable)",
-                     "llm2clip.encoders.embed", "EmbedConfig", writes_log=True, goes_on=True),
+                     "llm2clip.encoders.embed", "EmbedConfig", writes_log=True, resumable=True),
     "verify": Command("check the files of any folder that llm2clip wrote, and say how to fix it",
                       "llm2clip.verification.verify", "VerifyConfig", ("folder",)),
     "align": Command("align two frozen towers in closed form, without training",
-                     "llm2clip.trainers.run_align", "AlignRecipe", writes_log=True, goes_on=True),
+                     "llm2clip.trainers.run_align", "AlignRecipe", writes_log=True, resumable=True),
     "stage2": Command("train the vision tower and adapter on cached embeddings",
                       "llm2clip.trainers.run_stage2", "Stage2Recipe", resumes=True, writes_log=True),
     "distill-text": Command("teach a small text encoder the space of a model, for queries in milliseconds",
@@ -102,11 +109,11 @@ COMMANDS = {
     "build": Command("build a self-contained folder for the Hub, with code, model card and license",
                      "llm2clip.hub.build", "BuildConfig", ("model", "destination"), optional=("destination",)),
     "push": Command("check a built folder and upload it to the Hub",
-                    "llm2clip.hub.push", "PushConfig", ("folder", "repo_id"), goes_on=True),
+                    "llm2clip.hub.push", "PushConfig", ("folder", "repo_id"), resumable=True),
     "export-onnx": Command("export the vision and text graphs to ONNX and compare them with torch",
                            "llm2clip.hub.export_onnx", "ExportOnnxConfig", ("model",), extra="onnx"),
     "index": Command("index images or captions for search; a second run embeds only what has changed",
-                     "llm2clip.search.index", "IndexConfig", ("folder",), goes_on=True, extra="search"),
+                     "llm2clip.search.index", "IndexConfig", ("folder",), resumable=True, extra="search"),
     "search": Command("search an index with a text or an image",
                       "llm2clip.search.search", "SearchConfig", ("index", "query"), extra="search"),
     "serve": Command("serve embeddings of texts and images, and searches, over HTTP (OpenAI's API)",
@@ -145,8 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with on_sigterm(lambda: None):
                 return _failed(name, error, terminal.log, "--traceback" in arguments)
     # Imported here, because it imports torch, which --help must not wait for.
-    from llm2clip.utils.processes import leave_process_group, process_state
-    from llm2clip.utils.tables import print_values
+    from llm2clip.command_line.processes import leave_process_group, process_state
+    from llm2clip.command_line.tables import print_values
 
     if process_state().is_main_process:
         print_values(result)
@@ -194,7 +201,7 @@ def _run(name: str, arguments: list[str], terminal: TerminalHandler) -> dict[str
 
 def _model_folders(config: Any) -> Iterator[Path]:
     """Yield the folders of the models that settings may name."""
-    from llm2clip.utils.repos import local_folders  # which imports torch
+    from llm2clip.models.repos import local_folders  # which imports torch
 
     for value in vars(config).values():
         for entry in value if isinstance(value, list) else [value]:
@@ -203,7 +210,7 @@ def _model_folders(config: Any) -> Iterator[Path]:
 
 def _failed(name: str, error: Exception, log: Path | None, raises: bool) -> int:
     """Report an error; returns the exit code. An error that is a bug is raised again, and with `raises` every one."""
-    expect_ended_workers()
+    ignore_ended_workers()
     logger.debug("llm2clip %s failed (process id %d)", name, os.getpid(), exc_info=error)
     known = isinstance(error, USER_ERRORS) and type(error) is not KeyError
     if raises or not (known or explain(error)):
@@ -225,7 +232,7 @@ def _stopped(name: str, stop: KeyboardInterrupt | StoppedError, log: Path | None
     if status == TERMINATED and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         cause += f" (unless you have sent it, {PEER_ENDED})"
     if is_main_process():
-        print(f"llm2clip {name}: stopped by {cause}; {_way_on(name, log)}", file=sys.stderr, flush=True)
+        print(f"llm2clip {name}: stopped by {cause}; {_resume_hint(name, log)}", file=sys.stderr, flush=True)
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         # The other processes may be in the middle of a collective operation, for which an orderly end would wait.
@@ -234,7 +241,7 @@ def _stopped(name: str, stop: KeyboardInterrupt | StoppedError, log: Path | None
     return status
 
 
-def _way_on(name: str, log: Path | None) -> str:
+def _resume_hint(name: str, log: Path | None) -> str:
     command = COMMANDS[name]
     if command.resumes and log is not None:
         from llm2clip.trainers.run_context import last_checkpoint
@@ -243,7 +250,7 @@ def _way_on(name: str, log: Path | None) -> str:
         folders = [log.parent, *sorted(log.parent.glob("part[0-9]*"), reverse=True)]
         checkpoint = next(filter(None, map(last_checkpoint, folders)), None)
         return "it has no checkpoint yet." if checkpoint is None else f"add --resume to go on from {checkpoint}."
-    return f"the same command {'continues where it was' if command.goes_on else 'starts it again'}."
+    return f"the same command {'continues where it was' if command.resumable else 'starts it again'}."
 
 
 def _parser(command: Command, config_class: Any) -> OptionParser:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from llm2clip import cli
-from llm2clip.utils.manifests import write_manifest
+from llm2clip.files.manifests import write_manifest
 from tests.builders import tiny
 from tests.damage import flip
 from tests.llm2clip.convert import checkpoints

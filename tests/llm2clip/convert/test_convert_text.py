@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from llm2clip.utils.towers import open_text_tower
+from llm2clip.models.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPTextModel
 from tests.builders import tiny
 from tests.llm2clip.convert.checkpoints import convert

@@ -200,7 +200,7 @@ SHARE_FILES = """
 import sys
 from pathlib import Path
 from llm2clip.data import CaptionSource, captions, distinct_captions, shard_rows
-from llm2clip.utils.processes import leave_process_group, process_state
+from llm2clip.command_line.processes import leave_process_group, process_state
 
 folder, read, tar_rows, captions.FILES_AT_ONCE = sys.argv[1], [], shard_rows.tar_rows, 1
 shard_rows.tar_rows = lambda path, *part: (read.append(Path(path).stem[-1]), tar_rows(path, *part))[1]

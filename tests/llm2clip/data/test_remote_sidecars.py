@@ -17,9 +17,9 @@ from llm2clip.data.shards import ShardedSource, source_size
 from llm2clip.data.sidecars import KEPT_OPEN, SourceSidecars
 from llm2clip.encoders.embed import EmbedConfig, run
 from llm2clip.encoders.embed_shards import ShardEmbedder, list_jobs
+from llm2clip.files.remote_path import AnyPath, local_copy, open_path
 from llm2clip.store import StoreManifest
 from llm2clip.store.store import stored_manifest
-from llm2clip.utils.remote_path import AnyPath, local_copy, open_path
 from llm2clip.verification import verify
 from tests.llm2clip.data.streams import write_tars
 from tests.llm2clip.encoders.shards import Counting, description, embed, write_groups, write_shards

@@ -18,9 +18,9 @@ from llm2clip.data import CaptionSource
 from llm2clip.data.shards import ShardedSource, ShardText, SourceShard, read_captions, source_checksum
 from llm2clip.data.sidecars import SidecarFolder, SourceSidecars
 from llm2clip.encoders.embed_shards import ShardCounts, ShardEmbedder, list_jobs
+from llm2clip.files.atomic import sha256, temporary_name
 from llm2clip.store import MissingCaptionError, StoreDamagedError, StoreManifest, StoreMismatchError
-from llm2clip.store.store import lies_beside_shards
-from llm2clip.utils.files import sha256, temporary_name
+from llm2clip.store.store import has_sidecars
 from llm2clip.verification import verify
 from tests.builders.tables import write_table
 from tests.damage import flip
@@ -51,7 +51,7 @@ def test_a_sidecar_has_the_distinct_captions_of_its_shard(tmp_path: Path) -> Non
     assert file is not None
     assert (file.rows, file.bytes) == (3, path.stat().st_size)
     assert file.checksum == source_checksum(str(path), ["caption", "other"])
-    assert lies_beside_shards(tmp_path)
+    assert has_sidecars(tmp_path)
 
 
 def test_sidecars_of_another_encoder_are_refused(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from urllib.parse import quote
 import httpx
 import pytest
 
+from llm2clip.command_line.logs import CONTROL_CHARACTERS
 from llm2clip.demo.gallery import Gallery
-from llm2clip.utils.logs import OBEYED
 from tests.llm2clip.demo.conftest import Serve, bundled_images
 
 # Each request by `httpx` alone would read all certificates first.
@@ -119,7 +119,7 @@ def test_only_uploaded_pictures_are_opened(
     serve_picture(visit)
     shown = "".join(capfd.readouterr())
     assert "\\u001b]0;title" in shown, "the traceback that quotes it"
-    assert not OBEYED.search(shown)
+    assert not CONTROL_CHARACTERS.search(shown)
 
 
 def test_texts_are_texts_and_examples_those_of_the_page(serve_picture: Serve, tmp_path: Path, unvisited: int) -> None:

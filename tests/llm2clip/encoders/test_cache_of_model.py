@@ -11,14 +11,14 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from llm2clip.command_line.settings import build_config
 from llm2clip.encoders import embed
 from llm2clip.encoders.cache_of_model import open_cache_of_model
+from llm2clip.models.towers import describe_text_tower, open_text_tower
 from llm2clip.store import EmbeddingCache, StoreMismatchError
 from llm2clip.trainers import run_stage1, run_stage2
 from llm2clip.trainers.stage1_config import Stage1Recipe
 from llm2clip.trainers.stage2_config import Stage2Recipe
-from llm2clip.utils.settings import build_config
-from llm2clip.utils.towers import describe_text_tower, open_text_tower
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel
 from tests.builders import small_runs, tiny
 from tests.llm2clip.conftest import Inputs

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from llm2clip.encoders.embed import EmbedConfig, run
+from llm2clip.models.towers import describe_text_tower, open_text_tower
 from llm2clip.store import EmbeddingCache, StoreMismatchError
-from llm2clip.utils.towers import describe_text_tower, open_text_tower
 from modeling_llm2clip import LLM2CLIPTextModel
 from tests.builders import tiny
 from tests.llm2clip.conftest import Inputs

@@ -17,7 +17,7 @@ from llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection, embed_cap
 from llm2clip.data import DamagedImageError
 from llm2clip.encoders.batches import ImageList
 from llm2clip.encoders.ours import OurEncoder
-from llm2clip.utils.embeddings import NonFiniteError
+from llm2clip.models.embeddings import NonFiniteError
 from tests.builders import tiny
 from tests.llm2clip.encoders import models
 

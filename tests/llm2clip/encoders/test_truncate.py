@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 import llm2clip
 from llm2clip.encoders import load_encoder
 from llm2clip.evaluation.session import Session
-from llm2clip.utils.embeddings import NonFiniteError
+from llm2clip.models.embeddings import NonFiniteError
 from modeling_llm2clip.modeling_llm2clip_utils import Precision
 from tests.builders import tiny
 from tests.llm2clip.encoders.models import save_transformers

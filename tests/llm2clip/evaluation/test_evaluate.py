@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from llm2clip import cli
+from llm2clip.command_line.stopping import INTERRUPTED
 from llm2clip.encoders import load_encoder
 from llm2clip.evaluation.benchmarks import all_benchmarks, choose_benchmarks
 from llm2clip.evaluation.evaluate_config import OWN_DATA
 from llm2clip.evaluation.metrics import retrieval_metrics
 from llm2clip.evaluation.session import Session
-from llm2clip.utils.stopping import INTERRUPTED
 from tests.builders import tiny
 from tests.llm2clip.evaluation.strange import STRANGE
 from tests.llm2clip.trainers.stages import interrupt

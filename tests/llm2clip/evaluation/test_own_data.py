@@ -22,8 +22,8 @@ from llm2clip.evaluation.data import CaptionPairData, RetrievalData
 from llm2clip.evaluation.evaluate import evaluate
 from llm2clip.evaluation.protocols.retrieval import image_text_metrics
 from llm2clip.evaluation.session import Session
+from llm2clip.models.embeddings import NonFiniteError
 from llm2clip.store import Store
-from llm2clip.utils.embeddings import NonFiniteError
 from tests.builders import tiny
 from tests.llm2clip.encoders.models import save_transformers
 from tests.pictures import encode

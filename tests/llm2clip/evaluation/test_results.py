@@ -13,8 +13,8 @@ from rich.console import Console
 
 from llm2clip.evaluation.benchmarks import all_benchmarks, probe_by_name
 from llm2clip.evaluation.results import PublishedRow, Result, print_results, published_rows, read_result
-from llm2clip.utils.files import write_json
-from llm2clip.utils.manifests import MANIFEST_CHECKSUM
+from llm2clip.files.atomic import write_json
+from llm2clip.files.manifests import MANIFEST_CHECKSUM
 from tests.llm2clip.evaluation.made_results import RETRIEVAL, classification, retrieval
 
 

@@ -19,7 +19,7 @@ from llm2clip.evaluation import session as evaluation_session
 from llm2clip.evaluation.benchmarks.encoded_images import ArchivedImages, CroppedFiles
 from llm2clip.evaluation.data import BenchmarkImages
 from llm2clip.evaluation.session import Session
-from llm2clip.utils.embeddings import NonFiniteError
+from llm2clip.models.embeddings import NonFiniteError
 from tests.llm2clip.encoders.models import save_transformers
 from tests.llm2clip.evaluation.benchmarks.samples import picture, write
 from tests.llm2clip.evaluation.fake_session import FakeSession

@@ -14,7 +14,7 @@ from huggingface_hub import HfApi
 from llm2clip import cli
 from llm2clip.hub import build, push
 from llm2clip.hub.source_model import SourceModel
-from llm2clip.utils.towers import save_text_tower
+from llm2clip.models.towers import save_text_tower
 from modeling_llm2clip import LLM2CLIPTextModel
 from tests.builders import tiny
 from tests.builders.tiny import IMAGES

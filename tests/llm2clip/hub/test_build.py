@@ -17,12 +17,12 @@ from transformers import AutoModel, AutoProcessor
 import llm2clip
 from llm2clip import cli
 from llm2clip.convert.published import FOLDER, published_models
+from llm2clip.files.atomic import read_json
+from llm2clip.files.manifests import write_manifest
 from llm2clip.hub.build_card import read_results
 from llm2clip.hub.cards.card import CARD, read_card
 from llm2clip.hub.source_model import SourceModel
-from llm2clip.utils.files import read_json
-from llm2clip.utils.manifests import write_manifest
-from llm2clip.utils.towers import save_text_tower
+from llm2clip.models.towers import save_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from tests.builders import tiny
 from tests.builders.tiny import CAPTIONS, IMAGES

@@ -13,7 +13,7 @@ from huggingface_hub import HfApi
 
 import llm2clip
 from llm2clip.hub.cards.card import CARD, read_card
-from llm2clip.utils.towers import save_text_tower
+from llm2clip.models.towers import save_text_tower
 from modeling_llm2clip import LLM2CLIPVisionModelWithProjection
 from tests.builders import tiny
 from tests.builders.tiny import IMAGES

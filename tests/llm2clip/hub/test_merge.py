@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import AutoModel, AutoProcessor
 
 import llm2clip
+from llm2clip.files.manifests import damage
 from llm2clip.hub.cards.card import read_card
 from llm2clip.hub.licenses import TERMS
 from llm2clip.hub.merge import interpolate
-from llm2clip.utils.manifests import damage
-from llm2clip.utils.towers import open_text_tower, save_text_tower
+from llm2clip.models.towers import open_text_tower, save_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection
 from tests.builders import small_runs as stages
 from tests.builders import tiny

@@ -13,10 +13,10 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 
 from llm2clip import cli
+from llm2clip.files.atomic import read_json
+from llm2clip.files.manifests import FOLDER_MANIFEST, MODEL_MANIFEST, write_model_manifest
 from llm2clip.hub import push
 from llm2clip.hub.cards.card import CARD, split_card
-from llm2clip.utils.files import read_json
-from llm2clip.utils.manifests import FOLDER_MANIFEST, MODEL_MANIFEST, write_model_manifest
 from tests.builders import tiny
 from tests.damage import flip
 from tests.llm2clip.hub.conftest import REPO, Refused, files_of, upload

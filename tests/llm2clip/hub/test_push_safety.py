@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from llm2clip import cli
+from llm2clip.files.manifests import FOLDER_MANIFEST, MODEL_MANIFEST
 from llm2clip.hub import new_process
 from llm2clip.hub.upload_files import model_files
-from llm2clip.utils.manifests import FOLDER_MANIFEST, MODEL_MANIFEST
 from tests.llm2clip.hub.conftest import REPO, upload
 from tests.loopback_hub import LoopbackHub
 

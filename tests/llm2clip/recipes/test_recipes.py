@@ -10,10 +10,10 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
 from llm2clip.cli import COMMANDS
+from llm2clip.command_line.settings import build_config
 from llm2clip.recipes import find_recipe, load_recipe
 from llm2clip.trainers.stage1_config import Stage1Recipe
 from llm2clip.trainers.stage2_config import Stage2Recipe
-from llm2clip.utils.settings import build_config
 
 RECIPES = sorted(Path(str(resources.files("llm2clip.recipes"))).glob("*.yaml"))
 LAUNCH = resources.files("llm2clip.recipes") / "accelerate"

@@ -9,10 +9,10 @@ from typing import Any
 
 import fsspec
 
+from llm2clip.files.remote_path import open_path
 from llm2clip.search.location import open_store
 from llm2clip.search.search_index import SearchIndex
 from llm2clip.search.store import IndexStore
-from llm2clip.utils.remote_path import open_path
 from tests.object_store import KIND
 
 from .helpers import index, stored_rows

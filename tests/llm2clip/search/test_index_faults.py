@@ -9,11 +9,11 @@ import lancedb
 import pytest
 from lancedb.table import LanceTable
 
+from llm2clip.files.atomic import write_json
+from llm2clip.files.manifests import write_manifest
 from llm2clip.search.lance_store import HINT
 from llm2clip.search.search_index import SearchIndex
 from llm2clip.search.verify_index import verify_index
-from llm2clip.utils.files import write_json
-from llm2clip.utils.manifests import write_manifest
 from tests.damage import flip
 
 from .conftest import Forwards

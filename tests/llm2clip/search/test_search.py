@@ -18,11 +18,11 @@ import torch
 from PIL import Image
 
 from llm2clip import cli
+from llm2clip.command_line.logs import CONTROL_CHARACTERS
 from llm2clip.data import decode_image
 from llm2clip.encoders import load_encoder
+from llm2clip.models.embeddings import NonFiniteError
 from llm2clip.search.search_index import SearchIndex
-from llm2clip.utils.embeddings import NonFiniteError
-from llm2clip.utils.logs import OBEYED
 from tests.builders import tiny
 from tests.builders.students import add_query_encoder
 
@@ -150,7 +150,7 @@ def test_escape_sequences_do_not_reach_the_terminal(
         for options in ([f"query {hostile}", "b"], [hostile, "--json"]):
             assert cli.main(["search", str(folder), *options]) == 0
             shown = capsys.readouterr()
-            assert not OBEYED.search(shown.out + shown.err)
+            assert not CONTROL_CHARACTERS.search(shown.out + shown.err)
             assert "\\u001b" in shown.out
 
 

@@ -11,9 +11,9 @@ import pytest
 
 from llm2clip import cli
 from llm2clip.encoders.ours import OurEncoder
+from llm2clip.files.manifests import FOLDER_MANIFEST, MANIFEST_CHECKSUM, with_checksum
 from llm2clip.search.lance_store import HINT
 from llm2clip.search.verify_index import verify_index
-from llm2clip.utils.manifests import FOLDER_MANIFEST, MANIFEST_CHECKSUM, with_checksum
 from tests.damage import flip
 
 from .helpers import Model, encoded, index, picture

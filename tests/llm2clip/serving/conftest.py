@@ -17,9 +17,9 @@ from PIL import Image
 
 from llm2clip import create_app, load_encoder
 from llm2clip.encoders import Encoder
+from llm2clip.serving.addresses import listen
 from llm2clip.serving.limits import Limits
 from llm2clip.serving.server import Server
-from llm2clip.utils.addresses import listen
 
 Serve = Callable[..., httpx.Client]
 

@@ -22,10 +22,10 @@ import pytest
 import torch
 
 from llm2clip.encoders import Encoder
+from llm2clip.models.embeddings import require_finite_rows
 from llm2clip.serving import server as server_module
 from llm2clip.serving.limits import Limits
 from llm2clip.serving.worker import BatchWorker
-from llm2clip.utils.embeddings import require_finite_rows
 from tests.llm2clip.serving.conftest import Serve, data_url, png
 from tests.modeling_llm2clip.awkward_images import picture
 

@@ -25,9 +25,9 @@ from PIL import Image
 
 from llm2clip import cli
 from llm2clip.encoders import load_encoder
+from llm2clip.models.places import model_name
+from llm2clip.serving.addresses import is_loopback, listen
 from llm2clip.serving.serve import ServeConfig, read_token
-from llm2clip.utils.addresses import is_loopback, listen
-from llm2clip.utils.model_places import model_name
 from tests.builders.early_errors import assert_found_early
 from tests.documents.reading import ROOT, blocks
 from tests.llm2clip.serving.conftest import data_url, png

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from llm2clip.files import locks
 from llm2clip.store import EmbeddingCache, StoreIncompleteError, StoreMismatchError, building
-from llm2clip.utils import locks
-from tests.llm2clip.utils.locks import another_run
+from tests.llm2clip.files.locks import another_run
 
 from .encoder import build, embed
 

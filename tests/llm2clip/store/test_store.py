@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm2clip.data import CaptionSource, distinct_captions
+from llm2clip.files import shared_files
+from llm2clip.files.manifests import MANIFEST_CHECKSUM, with_checksum
 from llm2clip.store import (
     EmbeddingCache,
     MissingCaptionError,
@@ -23,8 +25,6 @@ from llm2clip.store import (
     StoreMismatchError,
 )
 from llm2clip.store.store import EXPONENTS, INTEGERS, KeyIndex, caption_keys
-from llm2clip.utils import shared_files
-from llm2clip.utils.manifests import MANIFEST_CHECKSUM, with_checksum
 from tests.damage import flip
 from tests.llm2clip.data.conftest import CONCEPTS
 
@@ -126,7 +126,7 @@ def test_a_shard_is_read_for_its_checksum_once_until_it_changes(
     EmbeddingCache.open(cache_folder)
     shared_files._checksums.cache_clear()  # as in another process
     with monkeypatch.context() as patch:
-        patch.setattr("llm2clip.utils.shared_files.sha256", None)
+        patch.setattr("llm2clip.files.shared_files.sha256", None)
         EmbeddingCache.open(cache_folder)
     shard = cache_folder / "shard-00002.safetensors"
     before = shard.stat()

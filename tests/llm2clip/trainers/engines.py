@@ -22,11 +22,11 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType, prepare_multi_gpu_env
 
+from llm2clip.command_line.processes import leave_process_group
+from llm2clip.command_line.settings import build_config
 from llm2clip.trainers import run_stage2
 from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.trainers.stage2_trainer import Stage2Trainer
-from llm2clip.utils.processes import leave_process_group
-from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPModel
 from tests.llm2clip.trainers.stages import launch_configuration, losses
 

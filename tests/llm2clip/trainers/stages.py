@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback
 
+from llm2clip.command_line.settings import build_config
 from llm2clip.encoders import embed
 from llm2clip.trainers import run_distill, run_mntp, run_stage1, run_stage2
 from llm2clip.trainers.base_trainer import StageTrainer
@@ -25,7 +26,6 @@ from llm2clip.trainers.distill_config import DistillRecipe
 from llm2clip.trainers.mntp_config import MNTPRecipe
 from llm2clip.trainers.stage1_config import Stage1Recipe
 from llm2clip.trainers.stage2_config import Stage2Recipe
-from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPModel
 from tests.builders import small_runs
 from tests.llm2clip.conftest import Inputs

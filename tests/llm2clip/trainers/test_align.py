@@ -14,17 +14,17 @@ from transformers import AutoImageProcessor
 
 from llm2clip import CaptionSource, EmbeddingCache, load_encoder
 from llm2clip import main as llm2clip
+from llm2clip.command_line.settings import build_config
 from llm2clip.data.captions import distinct_captions
 from llm2clip.encoders import OurEncoder
 from llm2clip.encoders.batches import TableImages
+from llm2clip.files.manifests import FOLDER_MANIFEST
 from llm2clip.store import MissingCaptionError
 from llm2clip.trainers import run_align, stored_rows
 from llm2clip.trainers.align_recipe import AlignRecipe
 from llm2clip.trainers.closed_form import closed_form_alignment
 from llm2clip.trainers.joint_recipe import FEATURES
 from llm2clip.trainers.kept_space import take_vision_side
-from llm2clip.utils.manifests import FOLDER_MANIFEST
-from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from tests.builders import small_runs
 from tests.llm2clip.conftest import Inputs

@@ -18,10 +18,15 @@ import numpy as np
 import pytest
 import torch
 
+from llm2clip.command_line.settings import build_config
 from llm2clip.data import CaptionImageDataset, CaptionSource, PairDataset, PairSource
 from llm2clip.data.sampling import EpochDataset
 from llm2clip.data.table_identity import sampled_files_digest
 from llm2clip.data.transforms import EvalTransform
+from llm2clip.files import locks
+from llm2clip.files.atomic import read_json
+from llm2clip.files.locks import folder_lock
+from llm2clip.files.manifests import damage
 from llm2clip.trainers import run_context
 from llm2clip.trainers.mntp_data import TokenBlocks
 from llm2clip.trainers.run_context import (
@@ -35,11 +40,6 @@ from llm2clip.trainers.run_context import (
 from llm2clip.trainers.stage1_config import Stage1Recipe
 from llm2clip.trainers.stage1_trainer import Stage1Trainer
 from llm2clip.trainers.text_tower_trainer import sampled_digest
-from llm2clip.utils import locks
-from llm2clip.utils.files import read_json
-from llm2clip.utils.locks import folder_lock
-from llm2clip.utils.manifests import damage
-from llm2clip.utils.settings import build_config
 from tests.builders import small_runs, tiny
 from tests.damage import flip
 from tests.llm2clip.conftest import Inputs

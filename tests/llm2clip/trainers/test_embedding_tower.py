@@ -11,10 +11,10 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from llm2clip import cli, embed_captions
+from llm2clip.command_line.settings import build_config
 from llm2clip.encoders import embed
+from llm2clip.models.towers import open_text_tower
 from llm2clip.store import EmbeddingCache
-from llm2clip.utils.settings import build_config
-from llm2clip.utils.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor, LLM2CLIPTextModel
 from modeling_llm2clip.modeling_llm2clip_decoder import TESTED_TYPES
 from tests.builders import embedding_models, small_runs

@@ -11,8 +11,8 @@ import pytest
 
 from llm2clip.data import CaptionSource
 from llm2clip.evaluation.data import RetrievalData
+from llm2clip.files.atomic import read_json
 from llm2clip.store import EmbeddingCache
-from llm2clip.utils.files import read_json
 from tests.builders import small_runs
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers.rows import BATCH, image_rows, in_order, keyed_rows, logged, stage2

@@ -17,7 +17,10 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, LlamaForCausalLM
 
+from llm2clip.command_line.settings import build_config
 from llm2clip.data import table_identity
+from llm2clip.files.atomic import read_json
+from llm2clip.files.manifests import FOLDER_MANIFEST
 from llm2clip.recipes import find_recipe, load_recipe
 from llm2clip.trainers import sharding
 from llm2clip.trainers.mntp_config import MNTPRecipe
@@ -25,9 +28,6 @@ from llm2clip.trainers.run_state import INPUTS, read_run_state
 from llm2clip.trainers.stage1_config import Stage1Recipe
 from llm2clip.trainers.stage1_trainer import Stage1Trainer
 from llm2clip.trainers.stage2_config import Stage2Recipe
-from llm2clip.utils.files import read_json
-from llm2clip.utils.manifests import FOLDER_MANIFEST
-from llm2clip.utils.settings import build_config
 from tests.builders import small_runs
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers.stages import (

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from llm2clip.command_line.settings import build_config
 from llm2clip.data import CaptionImageDataset, CaptionSource, EvalTransform, SampleIndex, TrainTransform
 from llm2clip.encoders.stored import StoredEncoder
 from llm2clip.evaluation.data import RetrievalData
@@ -24,7 +25,6 @@ from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.trainers.stage2_data import build_dataset
 from llm2clip.trainers.stage2_trainer import Stage2Trainer
 from llm2clip.trainers.stored_rows import StoredPairsDataset, store_pairs
-from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from tests.builders import small_runs
 from tests.llm2clip.conftest import Inputs

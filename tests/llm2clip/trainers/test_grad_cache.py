@@ -111,7 +111,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from llm2clip.losses import clip_loss
 from llm2clip.trainers.grad_cache import in_chunks
-from llm2clip.utils.processes import leave_process_group
+from llm2clip.command_line.processes import leave_process_group
 from tests.llm2clip.trainers.test_grad_cache import embed, whole_batch
 
 dist.init_process_group("gloo")

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from llm2clip import cli
+from llm2clip.command_line.settings import build_config
+from llm2clip.files.manifests import FOLDER_MANIFEST
 from llm2clip.hub.cards.facts import CURVES
 from llm2clip.hub.upload_files import model_files
 from llm2clip.trainers import run_align, run_context, run_stage2
@@ -18,8 +20,6 @@ from llm2clip.trainers.alignment import linear_maps
 from llm2clip.trainers.parts import plan_parts
 from llm2clip.trainers.run_context import RunContext
 from llm2clip.trainers.stage2_config import Stage2Recipe
-from llm2clip.utils.manifests import FOLDER_MANIFEST
-from llm2clip.utils.settings import build_config
 from tests.builders import small_runs
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers.stages import assert_equal_weights, at_step, history, interrupt, load, train
@@ -174,7 +174,7 @@ def test_the_checkpoint_of_a_stopped_part_is_named(tmp_path: Path, monkeypatch: 
         (tmp_path / part).mkdir()
     stopped = {part: tmp_path / part / "checkpoint-4" for part in ("part1", "part2")}
     monkeypatch.setattr(run_context, "last_checkpoint", lambda folder: stopped.get(folder.name))
-    assert cli._way_on("stage2", tmp_path / "log.txt") == f"add --resume to go on from {stopped['part2']}."
+    assert cli._resume_hint("stage2", tmp_path / "log.txt") == f"add --resume to go on from {stopped['part2']}."
 
 
 def test_a_push_leaves_out_the_parts_of_a_run(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_two_processes_train_dinov2_with_checkpointing(inputs: Inputs, tmp_path:
 PLAIN = """
 import json, sys
 from pathlib import Path
-from llm2clip.utils.processes import leave_process_group, process_state
+from llm2clip.command_line.processes import leave_process_group, process_state
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers.test_processes import evaluated
 

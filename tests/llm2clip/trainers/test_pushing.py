@@ -16,12 +16,12 @@ import yaml
 from huggingface_hub import HfApi
 
 from llm2clip import cli
+from llm2clip.command_line.settings import build_config
 from llm2clip.data.table_identity import data_revision
 from llm2clip.hub.cards.card import CARD, split_card
 from llm2clip.trainers import model_card, run_stage2
 from llm2clip.trainers.base_trainer import StageTrainer
 from llm2clip.trainers.stage2_config import Stage2Recipe
-from llm2clip.utils.settings import build_config
 from tests.builders import small_runs
 from tests.forks import run_code
 from tests.llm2clip.conftest import Inputs

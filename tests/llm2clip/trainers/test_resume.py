@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from llm2clip import DistillTrainer, MNTPTrainer, Stage1Trainer, Stage2Trainer
-from llm2clip.utils.embeddings import NonFiniteError
+from llm2clip.models.embeddings import NonFiniteError
 from tests.builders import small_runs
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers.stages import assert_equal, at_step, history, interrupt, losses, run, send, steps

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
 
+from llm2clip.command_line.settings import build_config
 from llm2clip.data import CaptionSource, DamagedImageError, distinct_captions
 from llm2clip.encoders import embed
 from llm2clip.losses import sigmoid_loss
@@ -19,7 +20,6 @@ from llm2clip.store import EmbeddingCache, MissingCaptionError, StoreMismatchErr
 from llm2clip.trainers import run_stage2
 from llm2clip.trainers.stage2_config import Stage2Config, Stage2Recipe
 from llm2clip.trainers.stage2_trainer import Stage2Trainer
-from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from tests.builders import small_runs
 from tests.llm2clip.conftest import Inputs
@@ -37,7 +37,7 @@ ALONE = """
 import time
 from datetime import timedelta
 import torch.distributed as dist
-from llm2clip.utils.processes import run_while_others_wait
+from llm2clip.command_line.processes import run_while_others_wait
 dist.init_process_group("gloo", timeout=timedelta(seconds=1))
 start = time.monotonic()
 run_while_others_wait(lambda: time.sleep(3), here=dist.get_rank() == 0)

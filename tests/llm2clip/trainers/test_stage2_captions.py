@@ -14,21 +14,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llm2clip.command_line.processes import leave_process_group
+from llm2clip.command_line.settings import build_config
 from llm2clip.data import CaptionSource, SkippedSample, StreamingCaptionImageDataset
 from llm2clip.data import tars as tar_reader
 from llm2clip.data.captioned_images import SampleMaker
 from llm2clip.data.shards import ShardedSource
 from llm2clip.data.sidecars import SourceSidecars
 from llm2clip.data.stream_order import BLOCK
+from llm2clip.files.atomic import read_json
+from llm2clip.files.manifests import FOLDER_MANIFEST, MANIFEST_CHECKSUM, with_checksum
 from llm2clip.store import EmbeddingCache, MissingCaptionError, StoreManifest, StoreMismatchError
 from llm2clip.store.manifest import manifest_path
 from llm2clip.store.shards import write_shard
 from llm2clip.trainers import run_stage2
 from llm2clip.trainers.stage2_config import Stage2Recipe
-from llm2clip.utils.files import read_json
-from llm2clip.utils.manifests import FOLDER_MANIFEST, MANIFEST_CHECKSUM, with_checksum
-from llm2clip.utils.processes import leave_process_group
-from llm2clip.utils.settings import build_config
 from tests.builders import small_runs
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers.stages import (

@@ -11,17 +11,17 @@ import torch
 from huggingface_hub import HfApi
 
 from llm2clip import EmbeddingCache, LLM2CLIPModel, LLM2CLIPTextModel, Stage2Config, Stage2Trainer
+from llm2clip.command_line.settings import build_config
 from llm2clip.encoders import embed
+from llm2clip.files.atomic import read_json, write_json
+from llm2clip.files.manifests import FOLDER_MANIFEST
 from llm2clip.hub import push
 from llm2clip.hub.build import build_folder
+from llm2clip.models.text_identity import read_fingerprint
 from llm2clip.store import StoreMismatchError
 from llm2clip.trainers import run_stage2
 from llm2clip.trainers.lora import add_lora
 from llm2clip.trainers.stage2_config import Stage2Recipe
-from llm2clip.utils.files import read_json, write_json
-from llm2clip.utils.manifests import FOLDER_MANIFEST
-from llm2clip.utils.settings import build_config
-from llm2clip.utils.text_identity import read_fingerprint
 from modeling_llm2clip import LLM2CLIPProcessor
 from tests import stranger
 from tests.builders import small_runs

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from llm2clip.command_line.processes import leave_process_group
+from llm2clip.models.embeddings import NonFiniteError
 from llm2clip.trainers.run_state import RunState
-from llm2clip.utils.embeddings import NonFiniteError
-from llm2clip.utils.processes import leave_process_group
 from tests.llm2clip.trainers.rows import BATCH, in_order, keyed_rows, logged
 from tests.llm2clip.trainers.stages import history, steps, weights
 from tests.processes import run_ranks

@@ -12,12 +12,12 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from llm2clip.command_line.settings import build_config
 from llm2clip.data import CaptionSource, distinct_captions
 from llm2clip.data.sampling import SampleIndex
 from llm2clip.trainers import mntp_data, mntp_trainer
 from llm2clip.trainers.mntp_config import MNTPRecipe
 from llm2clip.trainers.mntp_data import MaskCollator, TokenBlocks, source_tokens
-from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPTextModel
 from tests.builders import small_runs, tiny
 from tests.llm2clip.conftest import Inputs

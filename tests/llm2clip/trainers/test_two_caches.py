@@ -13,17 +13,17 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from llm2clip import PairedCache, Stage2Config, Stage2Trainer, cli, load_encoder
+from llm2clip.command_line.settings import build_config
 from llm2clip.data import CaptionSource, distinct_captions
 from llm2clip.encoders import embed
 from llm2clip.encoders.stored import open_stored_encoder
 from llm2clip.hub.licenses import bases_of
 from llm2clip.hub.push import _check_folder
 from llm2clip.losses import clip_loss
+from llm2clip.models.towers import open_text_tower
 from llm2clip.store import StoreMismatchError
 from llm2clip.trainers import run_stage2
 from llm2clip.trainers.stage2_config import Stage2Recipe
-from llm2clip.utils.settings import build_config
-from llm2clip.utils.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextConfig, LLM2CLIPTextModel
 from tests.builders import small_runs, tiny
 from tests.llm2clip.conftest import Inputs

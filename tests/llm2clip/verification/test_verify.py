@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from llm2clip import cli
+from llm2clip.command_line.settings import build_config
 from llm2clip.hub import build
 from llm2clip.hub.source_model import SourceModel
 from llm2clip.store import building
 from llm2clip.trainers import run_stage2
 from llm2clip.trainers.stage2_config import Stage2Recipe
-from llm2clip.utils.settings import build_config
 from llm2clip.verification.verify import DamagedError, VerifyConfig, run
 from tests.builders import small_runs
 from tests.damage import flip

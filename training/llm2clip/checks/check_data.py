@@ -21,17 +21,17 @@ from llm2clip.checks.row_checks import (
     TextFaultCheck,
 )
 from llm2clip.checks.token_check import CountingTokenizer, TokenCheck
+from llm2clip.command_line.processes import worker_count
+from llm2clip.command_line.progress import ProgressBar
+from llm2clip.command_line.settings import check_choices, setting
+from llm2clip.command_line.tables import print_table
 from llm2clip.data.captioned_images import OnError
 from llm2clip.data.formats import SourceError
 from llm2clip.data.shard_rows import data_worker, open_shards
 from llm2clip.data.sources import CaptionSource, load_source, open_source, source_columns
 from llm2clip.data.table_identity import data_revision
-from llm2clip.utils.files import write_json
-from llm2clip.utils.library_errors import wrap_read_errors
-from llm2clip.utils.processes import worker_count
-from llm2clip.utils.progress import ProgressBar
-from llm2clip.utils.settings import check_choices, setting
-from llm2clip.utils.tables import print_table
+from llm2clip.files.atomic import write_json
+from llm2clip.files.library_errors import wrap_read_errors
 from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS
 
 # Rows that a worker process sends at once.

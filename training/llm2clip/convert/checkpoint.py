@@ -13,9 +13,9 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llm2clip.utils.files import read_json
-from llm2clip.utils.library_errors import wrap_read_errors
-from llm2clip.utils.repos import is_hub_id
+from llm2clip.files.atomic import read_json
+from llm2clip.files.library_errors import wrap_read_errors
+from llm2clip.models.repos import is_hub_id
 
 Shapes = Mapping[str, tuple[int, ...]]
 # Keys under which training code stores the weights in a checkpoint.

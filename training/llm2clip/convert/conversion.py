@@ -9,22 +9,22 @@ from typing import Any
 import torch
 from transformers import CLIPImageProcessor
 
+from llm2clip.command_line.settings import build_config, refuse
 from llm2clip.convert.checkpoint import Checkpoint, is_torch_file, open_checkpoint
 from llm2clip.convert.convert_config import ConvertConfig
 from llm2clip.convert.convert_text import contains_decoder, convert_text_tower
 from llm2clip.convert.joint import plan_joint
 from llm2clip.convert.joint_plan import JointPlan, print_report
 from llm2clip.convert.original import to_original
+from llm2clip.files.atomic import atomic_file, read_json
+from llm2clip.files.folders import atomic_folder, refuse_existing, refuse_nested
+from llm2clip.files.library_errors import wrap_read_errors
+from llm2clip.files.manifests import refuse_damaged
 from llm2clip.hub.cards.card import license_fields, read_card, write_card
 from llm2clip.hub.cards.facts import JOINT_TASK, TEXT_TASK, VISION_TASK, CardFacts
 from llm2clip.hub.licenses import ModelLicense, bases_of, strictest
-from llm2clip.utils.files import atomic_file, read_json
-from llm2clip.utils.folders import atomic_folder, refuse_existing, refuse_nested
-from llm2clip.utils.library_errors import wrap_read_errors
-from llm2clip.utils.manifests import refuse_damaged
-from llm2clip.utils.repos import RepoKind, hub_ids, inspect_repo
-from llm2clip.utils.settings import build_config, refuse
-from llm2clip.utils.towers import describe_text_tower
+from llm2clip.models.repos import RepoKind, hub_ids, inspect_repo
+from llm2clip.models.towers import describe_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 
 logger = logging.getLogger(__name__)

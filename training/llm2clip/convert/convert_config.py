@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from llm2clip.utils.settings import setting
+from llm2clip.command_line.settings import setting
 
 
 @dataclass

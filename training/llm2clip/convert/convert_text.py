@@ -14,12 +14,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from llm2clip.command_line.progress import track
 from llm2clip.convert.checkpoint import Checkpoint, compare_tensors, open_checkpoint
-from llm2clip.utils.attention_probe import probe_from_disk, verify_text_tower
-from llm2clip.utils.files import write_json
-from llm2clip.utils.library_errors import wrap_read_errors
-from llm2clip.utils.progress import track
-from llm2clip.utils.towers import original_prompt, prompted, save_text_tower
+from llm2clip.files.atomic import write_json
+from llm2clip.files.library_errors import wrap_read_errors
+from llm2clip.models.attention_probe import probe_from_disk, verify_text_tower
+from llm2clip.models.towers import original_prompt, prompted, save_text_tower
 from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
 from modeling_llm2clip.modeling_llm2clip_utils import apply_umask

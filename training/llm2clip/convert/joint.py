@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
+from llm2clip.command_line.settings import refuse
 from llm2clip.convert.checkpoint import Checkpoint
 from llm2clip.convert.convert_config import ConvertConfig
 from llm2clip.convert.joint_plan import ADAPTER_PART, HEAD, SCALE_PART, TOWER, JointPlan
@@ -15,10 +16,9 @@ from llm2clip.convert.original import joint_config
 from llm2clip.convert.published import published_like, published_models
 from llm2clip.convert.renaming import Layout, Rule, linears, unchanged
 from llm2clip.convert.vision_towers import TowerKind, config_of_shapes, find_tower
-from llm2clip.utils.files import read_json
-from llm2clip.utils.library_errors import wrap_read_errors
-from llm2clip.utils.settings import refuse
-from llm2clip.utils.towers import describe_text_tower
+from llm2clip.files.atomic import read_json
+from llm2clip.files.library_errors import wrap_read_errors
+from llm2clip.models.towers import describe_text_tower
 from modeling_llm2clip import (
     EVA02VisionConfig,
     EVA02VisionModel,

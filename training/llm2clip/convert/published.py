@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from llm2clip.utils.files import read_json
-from llm2clip.utils.yaml_text import load_yaml
+from llm2clip.command_line.yaml_text import load_yaml
+from llm2clip.files.atomic import read_json
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPTextConfig, LLM2CLIPTextModel
 
 FOLDER = Path(str(files("llm2clip.hub_configs"))).resolve()

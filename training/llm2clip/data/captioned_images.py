@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import datasets
 import numpy as np
 
+from llm2clip.command_line.settings import check_choices
 from llm2clip.data.formats import SourceError
 from llm2clip.data.sampling import ConcatenatedTables, SampleIndex, stable_seed
 from llm2clip.data.sources import (
@@ -31,10 +32,9 @@ from llm2clip.data.sources import (
 )
 from llm2clip.data.table_identity import rows_digest, sampled_keys
 from llm2clip.data.transforms import EvalTransform, TrainTransform
+from llm2clip.files.atomic import digest_json
+from llm2clip.files.library_errors import wrap_read_errors
 from llm2clip.store import EmbeddingCache, MissingCaptionError
-from llm2clip.utils.files import digest_json
-from llm2clip.utils.library_errors import wrap_read_errors
-from llm2clip.utils.settings import check_choices
 from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS, SampleError
 from modeling_llm2clip.tokenization_llm2clip import SURROGATE
 

@@ -11,13 +11,13 @@ from typing import Any
 
 from datasets.distributed import split_dataset_by_node
 
+from llm2clip.command_line.processes import gather_results, process_state
+from llm2clip.command_line.progress import ProgressBar
 from llm2clip.data.captioned_images import column_texts
 from llm2clip.data.formats import SourceError
 from llm2clip.data.shard_rows import open_shards
 from llm2clip.data.sources import CaptionSource, open_source, row_batches, select_source
-from llm2clip.utils.library_errors import wrap_read_errors
-from llm2clip.utils.processes import gather_results, process_state
-from llm2clip.utils.progress import ProgressBar
+from llm2clip.files.library_errors import wrap_read_errors
 
 logger = logging.getLogger(__name__)
 

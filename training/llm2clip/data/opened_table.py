@@ -19,7 +19,7 @@ from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
 from llm2clip.data.formats import FORMATS, SourceError, file_format
 from llm2clip.data.tars import refuse_damaged_tars, skip_empty_tars
-from llm2clip.utils.library_errors import wrap_read_errors
+from llm2clip.files.library_errors import wrap_read_errors
 
 Table: TypeAlias = datasets.Dataset | datasets.IterableDataset
 # By default, pandas reads "nan", "None" and "NA" as missing cells, but these can be captions ("nan" is a bread).

@@ -31,8 +31,8 @@ from llm2clip.data.sources import (
     top_level,
 )
 from llm2clip.data.table_identity import rows_digest, table_identity
-from llm2clip.utils.files import digest_json
-from llm2clip.utils.shared_files import shared_file
+from llm2clip.files.atomic import digest_json
+from llm2clip.files.shared_files import shared_file
 
 logger = logging.getLogger(__name__)
 InstructionTable = Literal["e5"]

@@ -20,8 +20,8 @@ from llm2clip.data.formats import SourceError, file_format
 from llm2clip.data.opened_table import OpenedTable
 from llm2clip.data.sources import CaptionSource, Columns, row_batches, select_source, source_columns, used_columns
 from llm2clip.data.tars import count_tar_rows, fewer_rows, row_offsets, tar_rows
-from llm2clip.utils.library_errors import wrap_read_errors
-from llm2clip.utils.shared_files import shared_file
+from llm2clip.files.library_errors import wrap_read_errors
+from llm2clip.files.shared_files import shared_file
 
 logger = logging.getLogger(__name__)
 # Rows of a file that are decoded at once, and bytes of each column of parquet that are read at once.

@@ -19,9 +19,9 @@ from llm2clip.data.captioned_images import column_texts
 from llm2clip.data.formats import SourceError
 from llm2clip.data.shard_rows import RowRange, cut_parquet, open_shards
 from llm2clip.data.sources import CaptionSource, open_source
-from llm2clip.utils.library_errors import wrap_read_errors
-from llm2clip.utils.remote_path import protocols
-from llm2clip.utils.shared_files import shared_file
+from llm2clip.files.library_errors import wrap_read_errors
+from llm2clip.files.remote_path import protocols
+from llm2clip.files.shared_files import shared_file
 
 # Footers of parquet files that are read at the same time.
 FOOTERS_AT_ONCE = 16

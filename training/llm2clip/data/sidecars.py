@@ -25,6 +25,10 @@ from torch import Tensor
 from llm2clip.data.formats import COMPRESSIONS, SourceError
 from llm2clip.data.shard_rows import RowRange
 from llm2clip.data.shards import BY_CAPTIONS, ShardText, SourceShard, read_captions, source_checksum, source_size
+from llm2clip.files.atomic import require_writable
+from llm2clip.files.locks import file_lock
+from llm2clip.files.manifests import Fault, Verified
+from llm2clip.files.remote_path import READ_ONLY, AnyPath, local_copy, open_path
 from llm2clip.store.manifest import (
     MANIFEST_SUFFIX,
     ROWS_SUFFIX,
@@ -37,10 +41,6 @@ from llm2clip.store.manifest import (
 )
 from llm2clip.store.shards import ShardFile, write_rows
 from llm2clip.store.store import BESIDE, EmbeddingCache
-from llm2clip.utils.files import require_writable
-from llm2clip.utils.locks import file_lock
-from llm2clip.utils.manifests import Fault, Verified
-from llm2clip.utils.remote_path import READ_ONLY, AnyPath, local_copy, open_path
 
 # Sidecars that are kept open besides those that are being read.
 KEPT_OPEN = 8

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from llm2clip.utils.library_errors import wrap_read_errors
+from llm2clip.files.library_errors import wrap_read_errors
 
 logger = logging.getLogger(__name__)
 

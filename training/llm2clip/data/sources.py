@@ -11,11 +11,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import datasets
 
+from llm2clip.command_line.settings import build_config, refuse
 from llm2clip.data.formats import SourceError
 from llm2clip.data.opened_table import OpenedTable, Table, open_table
-from llm2clip.utils.library_errors import wrap_read_errors
-from llm2clip.utils.remote_path import refuse_pipe
-from llm2clip.utils.settings import build_config, refuse
+from llm2clip.files.library_errors import wrap_read_errors
+from llm2clip.files.remote_path import refuse_pipe
 
 SourceT = TypeVar("SourceT", bound="Source")
 

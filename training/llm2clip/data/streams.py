@@ -32,8 +32,8 @@ from llm2clip.data.stream_order import (
 )
 from llm2clip.data.table_identity import sampled_files_digest
 from llm2clip.data.transforms import EvalTransform, TrainTransform
+from llm2clip.files.atomic import digest_json
 from llm2clip.store import EmbeddingCache
-from llm2clip.utils.files import digest_json
 from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS
 
 # Yields the samples of a source in a chunk of the stream, from its `first` to its `last` one, excluded.

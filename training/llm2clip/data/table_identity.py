@@ -16,9 +16,9 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 
-from llm2clip.utils.files import digest_json
-from llm2clip.utils.progress import ProgressBar
-from llm2clip.utils.shared_files import shared_file
+from llm2clip.command_line.progress import ProgressBar
+from llm2clip.files.atomic import digest_json
+from llm2clip.files.shared_files import shared_file
 
 logger = logging.getLogger(__name__)
 

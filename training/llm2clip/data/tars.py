@@ -18,9 +18,9 @@ import numpy as np
 from datasets.packaged_modules.webdataset.webdataset import WebDataset, base_plus_ext
 
 from llm2clip.data.formats import SourceError, file_format
-from llm2clip.utils.files import READ_SIZE
-from llm2clip.utils.remote_path import open_once
-from llm2clip.utils.shared_files import shared_file
+from llm2clip.files.atomic import READ_SIZE
+from llm2clip.files.remote_path import open_once
+from llm2clip.files.shared_files import shared_file
 
 # What reading a damaged tar raises.
 DAMAGED = (tarfile.TarError, EOFError, OSError, zlib.error, LZMAError)

@@ -15,11 +15,11 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
+from llm2clip.command_line.logs import printable, quiet_libraries
+from llm2clip.command_line.settings import defaults_of, refuse, setting
+from llm2clip.models.places import DTYPE, ModelDtype, require_model_place
 from llm2clip.search.search import check_places
-from llm2clip.utils.addresses import listen
-from llm2clip.utils.logs import printable, quiet_libraries
-from llm2clip.utils.model_places import DTYPE, ModelDtype, require_model_place
-from llm2clip.utils.settings import defaults_of, refuse, setting
+from llm2clip.serving.addresses import listen
 
 if TYPE_CHECKING:
     from llm2clip.demo.gallery import Gallery

@@ -19,7 +19,7 @@ from llm2clip.data import decode_image
 from llm2clip.demo.gallery import Gallery, ShownImage
 from llm2clip.encoders import Encoder, OurEncoder
 from llm2clip.encoders.query_text import QueryTextEncoder
-from llm2clip.utils.model_places import model_name
+from llm2clip.models.places import model_name
 
 TITLE = "LLM2CLIP"
 # The pictures of visitors are deleted after a day; seconds between two looks, and their age.

@@ -7,12 +7,12 @@ import shutil
 from importlib import resources
 from pathlib import Path
 
+from llm2clip.command_line.logs import shortened
+from llm2clip.files.atomic import write_text
+from llm2clip.files.folders import atomic_folder, refuse_nested
+from llm2clip.files.manifests import refuse_damaged
 from llm2clip.hub.upload_files import model_files
-from llm2clip.utils.files import write_text
-from llm2clip.utils.folders import atomic_folder, refuse_nested
-from llm2clip.utils.logs import shortened
-from llm2clip.utils.manifests import refuse_damaged
-from llm2clip.utils.repos import RepoKind, inspect_repo, needed_llms
+from llm2clip.models.repos import RepoKind, inspect_repo, needed_llms
 
 logger = logging.getLogger(__name__)
 

@@ -10,15 +10,15 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from llm2clip.command_line.processes import on_main_process
 from llm2clip.data.shards import SourceShard
 from llm2clip.data.sidecars import SourceSidecars
+from llm2clip.models.repos import OUR_MODELS, inspect_repo
+from llm2clip.models.text_identity import read_fingerprint, tokenizer_fingerprint
+from llm2clip.models.towers import describe_text_tower
 from llm2clip.store import EmbeddingCache, PairedCache, StoreManifest, StoreMismatchError
 from llm2clip.store.manifest import refuse_other_encoder
 from llm2clip.store.store import stored_manifest
-from llm2clip.utils.processes import on_main_process
-from llm2clip.utils.repos import OUR_MODELS, inspect_repo
-from llm2clip.utils.text_identity import read_fingerprint, tokenizer_fingerprint
-from llm2clip.utils.towers import describe_text_tower
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig
 from modeling_llm2clip.identity_llm2clip import changed_settings
 

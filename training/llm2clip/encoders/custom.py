@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llm2clip.encoders.encoder import ClipEncoder, compared_lengths
-from llm2clip.utils.files import sha256
+from llm2clip.files.atomic import sha256
 
 RETURNS = "(model, preprocess, tokenizer), as open_clip and CLIP_benchmark have them"
 

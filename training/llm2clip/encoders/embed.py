@@ -11,6 +11,8 @@ from typing import Any, Literal
 import torch
 from accelerate import PartialState
 
+from llm2clip.command_line.processes import process_state, sum_over_processes
+from llm2clip.command_line.settings import check_choices, refuse, require, setting
 from llm2clip.data import CaptionSource, distinct_captions
 from llm2clip.encoders.embed_shards import (
     ShardCounts,
@@ -22,13 +24,11 @@ from llm2clip.encoders.embed_shards import (
 )
 from llm2clip.encoders.ours import OurEncoder
 from llm2clip.encoders.ray_engine import RayOptions, embed_with_ray
+from llm2clip.files.locks import exclusive
+from llm2clip.models.text_identity import tokenizer_fingerprint
+from llm2clip.models.towers import open_text_tower
 from llm2clip.store import EmbeddingCache, StoreManifest, build_embedding_cache, caption_manifest
 from llm2clip.store.manifest import StoredDtype
-from llm2clip.utils.locks import exclusive
-from llm2clip.utils.processes import process_state, sum_over_processes
-from llm2clip.utils.settings import check_choices, refuse, require, setting
-from llm2clip.utils.text_identity import tokenizer_fingerprint
-from llm2clip.utils.towers import open_text_tower
 from modeling_llm2clip.identity_llm2clip import decoder_settings
 
 REQUIRED = ["text_model_name_or_path", "sources"]

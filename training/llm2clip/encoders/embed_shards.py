@@ -14,17 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llm2clip.command_line.progress import ProgressBar
 from llm2clip.data import CaptionSource
 from llm2clip.data.shards import ShardedSource, SourceShard
 from llm2clip.data.sidecars import SidecarFolder
+from llm2clip.files.atomic import remove_leftovers
+from llm2clip.files.locks import remove_stale_lock
+from llm2clip.files.remote_path import AnyPath
 from llm2clip.store import EmbeddingCache, StoreManifest, StoreMismatchError
 from llm2clip.store.building import Embed, check_embeddings
 from llm2clip.store.manifest import manifest_path
 from llm2clip.store.store import caption_keys
-from llm2clip.utils.files import remove_leftovers
-from llm2clip.utils.locks import remove_stale_lock
-from llm2clip.utils.progress import ProgressBar
-from llm2clip.utils.remote_path import AnyPath
 
 logger = logging.getLogger(__name__)
 

@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as V
 
+from llm2clip.command_line.progress import ProgressBar
 from llm2clip.data import ImageBackend, OnError, decode_image
 from llm2clip.data.transforms import Decoder
 from llm2clip.encoders.batches import ImageSet, PreparedImages, forward_images, image_list
 from llm2clip.encoders.patches import patch_embeddings
-from llm2clip.utils.embeddings import require_finite_rows, rounded_rows
-from llm2clip.utils.files import digest_json
-from llm2clip.utils.progress import ProgressBar
-from llm2clip.utils.vision_identity import weights_checksum
+from llm2clip.files.atomic import digest_json
+from llm2clip.models.embeddings import require_finite_rows, rounded_rows
+from llm2clip.models.vision_identity import weights_checksum
 from modeling_llm2clip.identity_llm2clip import RULE
 from modeling_llm2clip.modeling_llm2clip_utils import (
     ACCELERATOR_BATCH_TOKENS,
@@ -352,7 +352,7 @@ def compared_lengths(lengths: Sequence[int], limit: int) -> tuple[Tensor, Tensor
     return counts, counts > limit
 
 
-def without_slow_float16(model: Any, dtype: str, device: torch.device | str) -> None:
+def dtype_for_device(model: Any, dtype: str, device: torch.device | str) -> None:
     """Compute in float32 what `auto` would leave in float16 on a CPU, where few processors multiply in that type.
 
     On one core of an AMD EPYC, EVA02-L/14-336 takes 18 s for an image in float16 and 5 s in float32. The LLM of an

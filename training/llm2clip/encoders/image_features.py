@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import BaseImageProcessor
 
+from llm2clip.command_line.processes import process_state
 from llm2clip.data import EvalTransform, ImageBackend, OnError, SampleError, SkippedSample, TrainTransform
 from llm2clip.data.sampling import stable_seed
 from llm2clip.encoders.batches import ContentSet, forward_images
+from llm2clip.files.atomic import digest_json
 from llm2clip.store import Store, StoreManifest, build_store
 from llm2clip.store.building import ComputedRows, check_rows
-from llm2clip.utils.files import digest_json
-from llm2clip.utils.processes import process_state
 from modeling_llm2clip.image_decoding_llm2clip import DamagedImageError
 
 # Rows of a shard are few, because an image costs much more than a caption.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm2clip.command_line.processes import process_state
 from llm2clip.data import ImageBackend, OnError
 from llm2clip.encoders.batches import image_list
 from llm2clip.encoders.custom import CustomEncoder
@@ -19,10 +20,9 @@ from llm2clip.encoders.open_clip import OpenClipEncoder
 from llm2clip.encoders.ours import OurEncoder
 from llm2clip.encoders.query_text import QueryTextEncoder, TextEncoder, has_query_encoder
 from llm2clip.encoders.transformers_clip import TransformersEncoder
-from llm2clip.utils.embeddings import require_finite_rows
-from llm2clip.utils.model_places import OPEN_CLIP
-from llm2clip.utils.processes import process_state
-from llm2clip.utils.repos import OUR_MODELS, RepoKind, inspect_repo
+from llm2clip.models.embeddings import require_finite_rows
+from llm2clip.models.places import OPEN_CLIP
+from llm2clip.models.repos import OUR_MODELS, RepoKind, inspect_repo
 
 logger = logging.getLogger(__name__)
 

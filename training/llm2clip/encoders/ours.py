@@ -10,18 +10,18 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, ImageProcessingMixin
 
+from llm2clip.command_line.processes import process_state
+from llm2clip.command_line.progress import ProgressBar
 from llm2clip.data import EvalTransform, ImageBackend
-from llm2clip.encoders.encoder import Encoder, compared_lengths, processor_statistics, without_slow_float16
-from llm2clip.utils.attention_probe import verify_text_tower
-from llm2clip.utils.embeddings import require_finite_rows
-from llm2clip.utils.files import digest_json
-from llm2clip.utils.manifests import refuse_changed_model
-from llm2clip.utils.processes import process_state
-from llm2clip.utils.progress import ProgressBar
-from llm2clip.utils.repos import RepoKind, hub_commit, inspect_repo, names_of
-from llm2clip.utils.text_identity import tokenizer_fingerprint
-from llm2clip.utils.towers import open_text_tower
-from llm2clip.utils.vision_identity import vision_fingerprint, weights_checksum
+from llm2clip.encoders.encoder import Encoder, compared_lengths, dtype_for_device, processor_statistics
+from llm2clip.files.atomic import digest_json
+from llm2clip.files.manifests import refuse_changed_model
+from llm2clip.models.attention_probe import verify_text_tower
+from llm2clip.models.embeddings import require_finite_rows
+from llm2clip.models.repos import RepoKind, hub_commit, inspect_repo, names_of
+from llm2clip.models.text_identity import tokenizer_fingerprint
+from llm2clip.models.towers import open_text_tower
+from llm2clip.models.vision_identity import vision_fingerprint, weights_checksum
 from modeling_llm2clip import (
     LLM2CLIPConfig,
     LLM2CLIPModel,
@@ -137,7 +137,7 @@ class OurEncoder(Encoder):
             saved = None if processor is not None else cls._saved_processor(name, only_images, needs, where)
         device = device or process_state().device
         if repo.kind in IMAGE_KINDS:
-            without_slow_float16(model, options.get("dtype", "float32"), device)
+            dtype_for_device(model, options.get("dtype", "float32"), device)
         model = model.to(device).eval()
         processor = saved if processor is None else processor
         return cls(model, processor, name, revision, image_backend, batch_size)

@@ -13,10 +13,10 @@ from llm2clip.encoders.cache_of_model import open_cache_of_model
 from llm2clip.encoders.encoder import EncodedRows
 from llm2clip.encoders.image_features import ImageFeatures
 from llm2clip.encoders.ours import OurEncoder
-from llm2clip.utils.embeddings import require_finite_rows
-from llm2clip.utils.files import digest_json
-from llm2clip.utils.text_identity import tokenizer_fingerprint
-from llm2clip.utils.vision_identity import weights_checksum
+from llm2clip.files.atomic import digest_json
+from llm2clip.models.embeddings import require_finite_rows
+from llm2clip.models.text_identity import tokenizer_fingerprint
+from llm2clip.models.vision_identity import weights_checksum
 from modeling_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.image_decoding_llm2clip import DamagedImageError
 from modeling_llm2clip.modeling_llm2clip_utils import unit_features

@@ -12,11 +12,11 @@ from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoProcessor, Ba
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from llm2clip.data import EvalTransform
-from llm2clip.encoders.encoder import ClipEncoder, compared_lengths, processor_statistics, without_slow_float16
-from llm2clip.utils.repos import hub_commit
-from llm2clip.utils.text_identity import tokenizer_fingerprint
-from llm2clip.utils.towers import loading_options
-from llm2clip.utils.vision_identity import preprocessing
+from llm2clip.encoders.encoder import ClipEncoder, compared_lengths, dtype_for_device, processor_statistics
+from llm2clip.models.repos import hub_commit
+from llm2clip.models.text_identity import tokenizer_fingerprint
+from llm2clip.models.towers import loading_options
+from llm2clip.models.vision_identity import preprocessing
 from modeling_llm2clip import with_pillow
 from modeling_llm2clip.identity_llm2clip import decoder_identity
 from modeling_llm2clip.modeling_llm2clip_utils import load_complete
@@ -128,7 +128,7 @@ class TransformersEncoder(ClipEncoder):
         config = AutoConfig.from_pretrained(name, **where)
         load = _model_class(name, config).from_pretrained
         model, _ = load_complete(load, name, **loading_options(dtype), **where)
-        without_slow_float16(model, dtype, device)
+        dtype_for_device(model, dtype, device)
         processor = AutoProcessor.from_pretrained(name, **where)
         dtype = str(model.dtype).removeprefix("torch.")
         commit = hub_commit(name, revision)

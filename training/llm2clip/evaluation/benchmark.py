@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from torch import Tensor
 
-from llm2clip.utils.logs import shortened
+from llm2clip.command_line.logs import shortened
 
 if TYPE_CHECKING:
     from llm2clip.evaluation.session import Session

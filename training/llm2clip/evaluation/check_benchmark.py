@@ -23,15 +23,15 @@ from llm2clip.checks.row_checks import (
     inspect_image,
 )
 from llm2clip.checks.token_check import CountingTokenizer, TokenCheck
+from llm2clip.command_line.processes import worker_count
+from llm2clip.command_line.progress import ProgressBar
+from llm2clip.command_line.settings import check_choices, refuse, setting
+from llm2clip.command_line.tables import print_table
 from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks import choose_benchmarks
 from llm2clip.evaluation.benchmarks.unusual_rows import unusual_rows
 from llm2clip.evaluation.data import BenchmarkData, DataPart
-from llm2clip.utils.files import write_json
-from llm2clip.utils.processes import worker_count
-from llm2clip.utils.progress import ProgressBar
-from llm2clip.utils.settings import check_choices, refuse, setting
-from llm2clip.utils.tables import print_table
+from llm2clip.files.atomic import write_json
 from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS, DamagedImageError
 
 # Settings of a source that mean nothing for a published set.

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llm2clip.command_line.settings import nearest
+from llm2clip.command_line.tables import markdown_table, short_name
 from llm2clip.evaluation.benchmark import GROUPS
 from llm2clip.evaluation.benchmarks import all_benchmarks
 from llm2clip.evaluation.results import (
@@ -21,8 +23,6 @@ from llm2clip.evaluation.results import (
     read_results,
     require_equal,
 )
-from llm2clip.utils.settings import nearest
-from llm2clip.utils.tables import markdown_table, short_name
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from llm2clip.command_line.logs import shortened
+from llm2clip.command_line.progress import track
 from llm2clip.data import (
     DEFAULT_MAX_PIXELS,
     CaptionSource,
@@ -31,9 +33,7 @@ from llm2clip.encoders.batches import ChosenImages, ContentSet, ImageList, Table
 from llm2clip.evaluation.benchmark import BenchmarkError
 from llm2clip.evaluation.benchmarks.encoded_images import EncodedImages, files_origin
 from llm2clip.evaluation.prompts import prompts
-from llm2clip.utils.logs import shortened
-from llm2clip.utils.progress import track
-from llm2clip.utils.shared_files import shared_file
+from llm2clip.files.shared_files import shared_file
 
 # Fields of sources by which training draws rows and texts.
 PAIRS_OF_TRAINING = (

@@ -14,6 +14,10 @@ from typing import Any
 
 from rich.console import Console
 
+from llm2clip.command_line.logs import print_whole
+from llm2clip.command_line.processes import on_main_process, process_state, worker_count
+from llm2clip.command_line.progress import section
+from llm2clip.command_line.settings import build_config, refuse
 from llm2clip.data import CaptionSource, PairSource
 from llm2clip.data.sources import Source
 from llm2clip.encoders import Encoder, OurEncoder
@@ -31,14 +35,10 @@ from llm2clip.evaluation.protocols import open_protocol
 from llm2clip.evaluation.results import Result, intervals_of, print_results, read_result, require_same, result_path
 from llm2clip.evaluation.session import Session
 from llm2clip.evaluation.text_formats import RAW, format_captions
-from llm2clip.utils.files import require_writable
-from llm2clip.utils.logs import print_whole
-from llm2clip.utils.model_places import OPEN_CLIP, is_repo, require_model_place
-from llm2clip.utils.processes import on_main_process, process_state, worker_count
-from llm2clip.utils.progress import section
-from llm2clip.utils.repos import RepoKind, inspect_repo
-from llm2clip.utils.settings import build_config, refuse
-from llm2clip.utils.towers import open_text_tower
+from llm2clip.files.atomic import require_writable
+from llm2clip.models.places import OPEN_CLIP, is_repo, require_model_place
+from llm2clip.models.repos import RepoKind, inspect_repo
+from llm2clip.models.towers import open_text_tower
 
 logger = logging.getLogger(__name__)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from llm2clip.command_line.settings import check_choices, setting
 from llm2clip.data import OnError
 from llm2clip.evaluation.data import Positives
 from llm2clip.evaluation.text_formats import RAW, TextFormat
-from llm2clip.utils.settings import check_choices, setting
 from modeling_llm2clip.modeling_llm2clip_utils import Precision
 
 Names = list[str]  # the field `list` hides the type in the class

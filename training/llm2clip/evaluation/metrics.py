@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llm2clip.utils.embeddings import inner_products
-from llm2clip.utils.logs import shortened
+from llm2clip.command_line.logs import shortened
+from llm2clip.models.embeddings import inner_products
 
 # Queries per tile: the two buffers take less memory than the candidates for any width above 512, and the matrix
 # products run at full speed.

@@ -9,9 +9,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from llm2clip.command_line.tables import short_name
 from llm2clip.evaluation.comparison import Report, Row
-from llm2clip.utils.figures import panels, write_figure
-from llm2clip.utils.tables import short_name
+from llm2clip.evaluation.figures import panels, write_figure
 
 BY_LENGTH = "text_to_image_recall@1"
 # With more models than this, a plot leaves out the published ones.

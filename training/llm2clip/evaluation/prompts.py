@@ -12,7 +12,7 @@ from typing import Any
 
 from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
 from llm2clip.evaluation.reading import read_lines
-from llm2clip.utils.files import digest_json
+from llm2clip.files.atomic import digest_json
 
 PLACEHOLDER = "{c}"
 ZERO_SHOT = "zero-shot-classification"

@@ -9,10 +9,10 @@ from typing import Any
 
 from rich.console import Console
 
+from llm2clip.command_line.settings import setting
+from llm2clip.command_line.tables import print_table
 from llm2clip.evaluation.comparison import Report, Row, compare_results
-from llm2clip.utils.files import require_writable, write_text
-from llm2clip.utils.settings import setting
-from llm2clip.utils.tables import print_table
+from llm2clip.files.atomic import require_writable, write_text
 
 
 @dataclass

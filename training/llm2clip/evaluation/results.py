@@ -18,13 +18,13 @@ import torch
 import transformers
 from rich.console import Console
 
+from llm2clip.command_line.tables import in_percent, print_table, score_columns, short_name
+from llm2clip.command_line.yaml_text import load_yaml
 from llm2clip.evaluation.benchmark import Measurement
 from llm2clip.evaluation.bootstrap import bootstrap_interval, bootstrap_ratios
 from llm2clip.evaluation.text_formats import RAW
-from llm2clip.utils.files import write_json
-from llm2clip.utils.manifests import read_checked, with_checksum
-from llm2clip.utils.tables import in_percent, print_table, score_columns, short_name
-from llm2clip.utils.yaml_text import load_yaml
+from llm2clip.files.atomic import write_json
+from llm2clip.files.manifests import read_checked, with_checksum
 from modeling_llm2clip import __version__
 
 logger = logging.getLogger(__name__)

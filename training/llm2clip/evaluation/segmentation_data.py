@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llm2clip.command_line.logs import shortened
 from llm2clip.evaluation.benchmark import BenchmarkError
 from llm2clip.evaluation.data import BenchmarkImages, DataPart
-from llm2clip.utils.logs import shortened
 from modeling_llm2clip.image_decoding_llm2clip import decoding_errors, open_image
 
 # The class of pixels that do not count, and of values that are no class at all.

@@ -13,17 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llm2clip.command_line.processes import process_state
+from llm2clip.command_line.progress import ProgressBar
 from llm2clip.data import OnError
 from llm2clip.data.table_identity import distinct
 from llm2clip.encoders import Encoder
 from llm2clip.encoders.batches import ContentSet, encode_sharded
 from llm2clip.encoders.image_features import SHARD_SIZE
+from llm2clip.files.atomic import digest_json
 from llm2clip.store import Store, StoreManifest, build_store
 from llm2clip.store.building import ComputedRows, StoreBuild
 from llm2clip.store.store import caption_keys
-from llm2clip.utils.files import digest_json
-from llm2clip.utils.processes import process_state
-from llm2clip.utils.progress import ProgressBar
 from modeling_llm2clip.image_decoding_llm2clip import DamagedImageError
 
 IMAGES = "images"

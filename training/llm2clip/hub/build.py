@@ -9,7 +9,11 @@ from typing import Any
 
 import torch
 
+from llm2clip.command_line.settings import build_config, refuse
 from llm2clip.data import decode_image
+from llm2clip.files.atomic import write_json
+from llm2clip.files.folders import atomic_folder, refuse_existing, refuse_nested
+from llm2clip.files.manifests import refuse_damaged, write_model_manifest
 from llm2clip.hub.build_card import copy_curves, read_results, source_card, source_folder, write_built_card
 from llm2clip.hub.build_config import BuildConfig
 from llm2clip.hub.cards.card import LICENSE_FIELDS
@@ -17,11 +21,7 @@ from llm2clip.hub.cards.facts import EXAMPLE, Evaluation
 from llm2clip.hub.licenses import bases_of, choose_license
 from llm2clip.hub.source_model import SourceModel
 from llm2clip.hub.upload_files import PICTURES, model_files
-from llm2clip.utils.files import write_json
-from llm2clip.utils.folders import atomic_folder, refuse_existing, refuse_nested
-from llm2clip.utils.manifests import refuse_damaged, write_model_manifest
-from llm2clip.utils.repos import OUR_MODELS, RepoKind, inspect_repo, names_of, referred_folders
-from llm2clip.utils.settings import build_config, refuse
+from llm2clip.models.repos import OUR_MODELS, RepoKind, inspect_repo, names_of, referred_folders
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPTextConfig, LLM2CLIPTextModel
 from modeling_llm2clip.query_encoder_llm2clip import FOLDER as QUERY_ENCODER
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from llm2clip.command_line.settings import refuse, setting
 from llm2clip.hub.licenses import license_id
-from llm2clip.utils.repos import is_hub_id
-from llm2clip.utils.settings import refuse, setting
+from llm2clip.models.repos import is_hub_id
 
 
 @dataclass

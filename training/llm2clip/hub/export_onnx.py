@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from transformers import AutoImageProcessor, AutoTokenizer
 
+from llm2clip.command_line.settings import refuse, setting
 from llm2clip.data.transforms import output_size
 from llm2clip.encoders.query_text import TextEncoder, has_query_encoder
+from llm2clip.files.folders import atomic_folder, refuse_existing
+from llm2clip.files.manifests import refuse_damaged
 from llm2clip.hub.cards.card import CARD, read_card
 from llm2clip.hub.licenses import bases_of, choose_license, folder_of_card
 from llm2clip.hub.onnx_graphs import Graph, VisionGraph
@@ -26,11 +29,8 @@ from llm2clip.hub.onnx_layouts import (
     write_transformers_js,
 )
 from llm2clip.hub.onnx_writing import Dtype, write_graph
-from llm2clip.utils.attention_probe import verify_text_tower
-from llm2clip.utils.folders import atomic_folder, refuse_existing
-from llm2clip.utils.manifests import refuse_damaged
-from llm2clip.utils.repos import RepoKind, inspect_repo
-from llm2clip.utils.settings import refuse, setting
+from llm2clip.models.attention_probe import verify_text_tower
+from llm2clip.models.repos import RepoKind, inspect_repo
 from modeling_llm2clip import (
     LLM2CLIPModel,
     LLM2CLIPVisionModelWithProjection,

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 from huggingface_hub import snapshot_download
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
+from llm2clip.files.atomic import read_json, write_text
 from llm2clip.hub.cards.card import CARD, as_list, license_fields, read_card, split_card
 from llm2clip.hub.cards.facts import public_name
 from llm2clip.hub.upload import explained
-from llm2clip.utils.files import read_json, write_text
-from llm2clip.utils.repos import encoders_of, hub_ids, names_of
+from llm2clip.models.repos import encoders_of, hub_ids, names_of
 from modeling_llm2clip.modeling_llm2clip_utils import find_text_model
 
 logger = logging.getLogger(__name__)

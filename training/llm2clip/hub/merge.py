@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoProcessor, AutoTokenizer
 
+from llm2clip.command_line.settings import build_config, setting
+from llm2clip.files.folders import atomic_folder, refuse_existing, refuse_nested
+from llm2clip.files.manifests import refuse_damaged
 from llm2clip.hub.cards.card import as_list, read_card, write_card
 from llm2clip.hub.cards.facts import JOINT_TASK, TEXT_TASK, CardFacts, public_name, summary
 from llm2clip.hub.licenses import bases_of, strictest
 from llm2clip.hub.source_model import SourceModel
-from llm2clip.utils.folders import atomic_folder, refuse_existing, refuse_nested
-from llm2clip.utils.manifests import refuse_damaged
-from llm2clip.utils.repos import LLM, Repo, RepoKind, hub_ids, inspect_repo, referred_folders
-from llm2clip.utils.settings import build_config, setting
-from llm2clip.utils.text_identity import read_fingerprint, tokenizer_fingerprint
-from llm2clip.utils.towers import open_text_tower
+from llm2clip.models.repos import LLM, Repo, RepoKind, hub_ids, inspect_repo, referred_folders
+from llm2clip.models.text_identity import read_fingerprint, tokenizer_fingerprint
+from llm2clip.models.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from modeling_llm2clip.identity_llm2clip import FIELDS, OPTIONAL_FIELDS, decoder_identity
 from modeling_llm2clip.modeling_llm2clip_vision import load_vision_tower

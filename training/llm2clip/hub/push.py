@@ -12,6 +12,11 @@ from typing import Any
 from huggingface_hub import HfApi
 from rich.console import Console
 
+from llm2clip.command_line.logs import shortened
+from llm2clip.command_line.settings import build_config, refuse, setting
+from llm2clip.command_line.tables import print_table
+from llm2clip.files.atomic import write_text
+from llm2clip.files.manifests import FOLDER_MANIFEST, MODEL_MANIFEST, refuse_damaged
 from llm2clip.hub.cards.card import CARD, validate_card
 from llm2clip.hub.licenses import check_license
 from llm2clip.hub.source_model import validate_folder
@@ -27,12 +32,7 @@ from llm2clip.hub.upload import (
     weights_replaced,
 )
 from llm2clip.hub.upload_files import added_files, code_targets, model_files, require_no_secrets
-from llm2clip.utils.files import write_text
-from llm2clip.utils.logs import shortened
-from llm2clip.utils.manifests import FOLDER_MANIFEST, MODEL_MANIFEST, refuse_damaged
-from llm2clip.utils.repos import OUR_MODELS, RepoKind, inspect_repo, is_hub_id, needed_llms
-from llm2clip.utils.settings import build_config, refuse, setting
-from llm2clip.utils.tables import print_table
+from llm2clip.models.repos import OUR_MODELS, RepoKind, inspect_repo, is_hub_id, needed_llms
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llm2clip.utils.files import write_json
-from llm2clip.utils.repos import RepoKind, inspect_repo
+from llm2clip.files.atomic import write_json
+from llm2clip.models.repos import RepoKind, inspect_repo
 
 MODULES = "sentence_transformers.base.modules"
 NORMALIZE_FOLDER = "1_Normalize"

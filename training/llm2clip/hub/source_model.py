@@ -14,10 +14,10 @@ from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 from llm2clip.hub.cards.facts import JOINT_TASK, TEXT_TASK, VISION_TASK, public_name
 from llm2clip.hub.new_process import outputs_of, outputs_of_new_process
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
-from llm2clip.utils.attention_probe import verify_text_tower
-from llm2clip.utils.embeddings import require_finite_rows
-from llm2clip.utils.repos import OUR_MODELS, Repo, RepoKind, hub_ids, inspect_repo
-from llm2clip.utils.towers import save_text_tower
+from llm2clip.models.attention_probe import verify_text_tower
+from llm2clip.models.embeddings import require_finite_rows
+from llm2clip.models.repos import OUR_MODELS, Repo, RepoKind, hub_ids, inspect_repo
+from llm2clip.models.towers import save_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection, with_pillow
 
 TOLERANCE = 1e-5

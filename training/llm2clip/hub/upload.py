@@ -21,12 +21,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from llm2clip.command_line.logs import shortened
+from llm2clip.files.atomic import read_json
+from llm2clip.files.library_errors import wrap_read_errors
+from llm2clip.files.manifests import MODEL_MANIFEST
 from llm2clip.hub.cards.card import CARD, MERGED_LISTS, merge_cards, split_card, with_repo
 from llm2clip.hub.cards.facts import EXAMPLE
-from llm2clip.utils.files import read_json
-from llm2clip.utils.library_errors import wrap_read_errors
-from llm2clip.utils.logs import shortened
-from llm2clip.utils.manifests import MODEL_MANIFEST
 
 logger = logging.getLogger(__name__)
 

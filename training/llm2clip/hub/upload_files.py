@@ -12,10 +12,10 @@ from typing import NamedTuple
 from huggingface_hub import get_token
 
 import modeling_llm2clip
+from llm2clip.files.atomic import read_json
+from llm2clip.files.library_errors import wrap_read_errors
+from llm2clip.files.manifests import EDITED, MODEL_MANIFEST, MODEL_SIGNATURE, listed_files, written_by
 from llm2clip.hub.cards.card import CARD, as_list
-from llm2clip.utils.files import read_json
-from llm2clip.utils.library_errors import wrap_read_errors
-from llm2clip.utils.manifests import EDITED, MODEL_MANIFEST, MODEL_SIGNATURE, listed_files, written_by
 from modeling_llm2clip.modeling_llm2clip_utils import TEXT_MODEL
 from modeling_llm2clip.query_encoder_llm2clip import FOLDER, SPACE_FILE
 

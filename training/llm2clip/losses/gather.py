@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llm2clip.utils.processes import world_size
+from llm2clip.command_line.processes import world_size
 
 
 class GatheredRows(NamedTuple):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llm2clip.losses.gather import all_gather_equal
-from llm2clip.utils.embeddings import inner_products
+from llm2clip.models.embeddings import inner_products
 
 # A tile of this many rows takes less memory than the keys if their width is larger, for any number of keys, and is
 # large enough for matrix products at full speed.

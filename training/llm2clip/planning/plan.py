@@ -10,6 +10,9 @@ from typing import Any, Literal
 from rich.console import Console
 from torch import nn
 
+from llm2clip.command_line.options import OptionParser, unknown_option
+from llm2clip.command_line.settings import build_config, check_choices, setting
+from llm2clip.command_line.tables import print_table
 from llm2clip.encoders.embed import EmbedConfig
 from llm2clip.planning.counts import count_memory, count_step, make_work
 from llm2clip.recipes import field_places, find_recipe, load_recipe
@@ -19,9 +22,6 @@ from llm2clip.trainers.mntp_config import MNTPRecipe
 from llm2clip.trainers.parts import plan_parts
 from llm2clip.trainers.stage1_config import Stage1Recipe
 from llm2clip.trainers.stage2_config import Stage2Recipe
-from llm2clip.utils.options import OptionParser, unknown_option
-from llm2clip.utils.settings import build_config, check_choices, setting
-from llm2clip.utils.tables import print_table
 
 Stage = Literal["stage1", "stage2", "embed", "mntp"]
 STAGES: dict[Stage, Any] = {"stage1": Stage1Recipe, "stage2": Stage2Recipe, "embed": EmbedConfig, "mntp": MNTPRecipe}

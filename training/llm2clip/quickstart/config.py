@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from llm2clip.command_line.settings import nearest, setting
+from llm2clip.models.repos import OUR_MODELS, RepoKind, inspect_repo
 from llm2clip.recipes import find_recipe, load_recipe
-from llm2clip.utils.repos import OUR_MODELS, RepoKind, inspect_repo
-from llm2clip.utils.settings import nearest, setting
 
 logger = logging.getLogger(__name__)
 

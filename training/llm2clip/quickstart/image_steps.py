@@ -11,12 +11,15 @@ from typing import Any
 
 from transformers import AutoProcessor
 
+from llm2clip.command_line.processes import process_state
+from llm2clip.command_line.settings import build_config
 from llm2clip.data import CaptionSource
 from llm2clip.encoders.image_features import ImageFeatures
 from llm2clip.encoders.stored import StoredEncoder
 from llm2clip.evaluation.data import RetrievalData
 from llm2clip.evaluation.protocols.retrieval import image_text_metrics
 from llm2clip.evaluation.session import Session
+from llm2clip.files.atomic import read_json
 from llm2clip.quickstart.config import Arm
 from llm2clip.quickstart.ledger import Step
 from llm2clip.quickstart.run_context import RunContext
@@ -27,9 +30,6 @@ from llm2clip.trainers.align_recipe import AlignRecipe
 from llm2clip.trainers.parts import plan_parts
 from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.trainers.stored_rows import open_features
-from llm2clip.utils.files import read_json
-from llm2clip.utils.processes import process_state
-from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPModel
 
 # The model at the end is the best by this on the validation set.

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llm2clip.utils.files import digest_json, read_json, write_json
-from llm2clip.utils.progress import section
+from llm2clip.command_line.progress import section
+from llm2clip.files.atomic import digest_json, read_json, write_json
 
 logger = logging.getLogger(__name__)
 

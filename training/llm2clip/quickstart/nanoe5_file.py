@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel
 
-from llm2clip.utils.files import write_json
+from llm2clip.files.atomic import write_json
 
 NAME = "e5-small-q4.bin"
 # A character for private use, which no text has.

@@ -8,6 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llm2clip.command_line.progress import section
+from llm2clip.files.atomic import write_json
+from llm2clip.files.locks import exclusive
 from llm2clip.quickstart.config import Arm, QuickstartConfig
 from llm2clip.quickstart.final_model import build_final, open_final, sample_logits, search_typed
 from llm2clip.quickstart.image_steps import image_steps, step_name
@@ -16,9 +19,6 @@ from llm2clip.quickstart.report import write_report
 from llm2clip.quickstart.results import best_arm, image_rows, machine, print_tables, protocol
 from llm2clip.quickstart.run_context import RunContext
 from llm2clip.quickstart.text_steps import text_steps
-from llm2clip.utils.files import write_json
-from llm2clip.utils.locks import exclusive
-from llm2clip.utils.progress import section
 
 
 @exclusive

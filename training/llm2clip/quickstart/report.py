@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from llm2clip.evaluation.data import RetrievalData
+from llm2clip.files.atomic import write_text
 from llm2clip.quickstart.config import Arm
 from llm2clip.quickstart.data import QUERY, SHOWN_LANGUAGES
 from llm2clip.quickstart.final_model import FinalModel
 from llm2clip.quickstart.run_context import RunContext
 from llm2clip.search.top_k import top_k
-from llm2clip.utils.files import write_text
 
 NUM_TYPED, NUM_QUERIES, NUM_FOUND, THUMBNAIL = 4, 12, 6, 96
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from llm2clip.command_line.tables import print_table, recalls_in_percent
 from llm2clip.quickstart.config import Arm
 from llm2clip.quickstart.data import LANGUAGES, QUERY, SHOWN_LANGUAGES, QuickstartData
-from llm2clip.utils.tables import print_table, recalls_in_percent
 
 VERSIONS = ("torch", "transformers", "datasets", "peft", "tokenizers", "numpy")
 AVERAGED = ("recall", "mean_rank", "median_rank")

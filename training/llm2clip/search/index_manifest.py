@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any, Literal, TypeAlias
 
+from llm2clip.command_line.settings import build_config
 from llm2clip.data import DEFAULT_MAX_PIXELS
 from llm2clip.encoders import Encoder
-from llm2clip.utils.settings import build_config
 from modeling_llm2clip import __version__
 
 FORMAT_VERSION = 2

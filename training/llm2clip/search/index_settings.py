@@ -6,7 +6,7 @@ import logging
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from llm2clip.utils.settings import check_choices, refuse, setting
+from llm2clip.command_line.settings import check_choices, refuse, setting
 
 logger = logging.getLogger(__name__)
 

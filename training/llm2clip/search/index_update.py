@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from llm2clip.command_line.processes import worker_count
+from llm2clip.command_line.progress import ProgressBar
 from llm2clip.encoders.encoder import EncodedRows, Encoder
 from llm2clip.encoders.ours import OurEncoder
+from llm2clip.models.repos import hub_commit
 from llm2clip.search.folder_items import DIGESTS, Items
 from llm2clip.search.index_manifest import IndexManifest
 from llm2clip.search.index_settings import IMAGES_AT_ONCE, IndexSettings
 from llm2clip.search.store import ID, KEY, NUMBER, REASON, VECTOR, Base, IndexStore
-from llm2clip.utils.processes import worker_count
-from llm2clip.utils.progress import ProgressBar
-from llm2clip.utils.repos import hub_commit
 from modeling_llm2clip.modeling_llm2clip_utils import absolute_path
 
 logger = logging.getLogger(__name__)

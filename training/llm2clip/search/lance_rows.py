@@ -13,13 +13,13 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from llm2clip.files.library_errors import SYSTEM
+from llm2clip.files.remote_path import AnyPath, RemotePath, wrap_connection_errors
 from llm2clip.search.faiss_vectors import FaissRows
 from llm2clip.search.index_manifest import REBUILD, IndexManifest
 from llm2clip.search.store import INTERNAL, MORE, NUMBER, VECTOR, rows_in_order
 from llm2clip.search.top_k import top_k
 from llm2clip.search.where import Conditions, parse_where
-from llm2clip.utils.library_errors import SYSTEM
-from llm2clip.utils.remote_path import AnyPath, RemotePath, wrap_connection_errors
 
 DISTANCE = "_distance"
 SCAN_ROWS = 8192

@@ -20,13 +20,9 @@ import numpy as np
 import pyarrow as pa
 from lancedb.index import Bitmap, BTree, IvfRq, IvfSq
 
-from llm2clip.search.faiss_vectors import build_faiss
-from llm2clip.search.index_manifest import REBUILD, IndexManifest
-from llm2clip.search.lance_rows import LanceRows, readable, writable
-from llm2clip.search.store import KEY, NUMBER, REASON, UNINDEXED, VECTOR, Base, is_changed
-from llm2clip.utils.files import remove_unfinished, write_json
-from llm2clip.utils.locks import LOCK, folder_lock
-from llm2clip.utils.manifests import (
+from llm2clip.files.atomic import remove_unfinished, write_json
+from llm2clip.files.locks import LOCK, folder_lock
+from llm2clip.files.manifests import (
     FOLDER_MANIFEST,
     faults,
     own_files,
@@ -35,8 +31,12 @@ from llm2clip.utils.manifests import (
     with_checksum,
     write_manifest,
 )
-from llm2clip.utils.remote_path import local_file, open_path, remove_tree, wrap_connection_errors
-from llm2clip.utils.shared_files import stored_sha256
+from llm2clip.files.remote_path import local_file, open_path, remove_tree, wrap_connection_errors
+from llm2clip.files.shared_files import stored_sha256
+from llm2clip.search.faiss_vectors import build_faiss
+from llm2clip.search.index_manifest import REBUILD, IndexManifest
+from llm2clip.search.lance_rows import LanceRows, readable, writable
+from llm2clip.search.store import KEY, NUMBER, REASON, UNINDEXED, VECTOR, Base, is_changed
 
 logger = logging.getLogger(__name__)
 

@@ -22,12 +22,12 @@ import psycopg
 import pyarrow as pa
 from psycopg import errors, sql
 
+from llm2clip.files.locks import PATIENCE
 from llm2clip.search.index_manifest import IndexManifest
 from llm2clip.search.postgres_database import PostgresDatabase, set_session
 from llm2clip.search.postgres_types import ARROW, VECTORS, arrow_batch, sql_type, sql_values, without_zeros
 from llm2clip.search.store import INTERNAL, MORE, NUMBER, REASON, UNINDEXED, VECTOR, Base, is_changed, rows_in_order
 from llm2clip.search.where import Conditions, parse_where
-from llm2clip.utils.locks import PATIENCE
 
 logger = logging.getLogger(__name__)
 

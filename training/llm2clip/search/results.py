@@ -14,10 +14,10 @@ from typing import Any
 from PIL import Image
 
 from llm2clip.data import SampleError, decode_image
+from llm2clip.files.atomic import write_text
 from llm2clip.search.folder_items import Items
 from llm2clip.search.index_manifest import IndexManifest
 from llm2clip.search.table_items import items_of
-from llm2clip.utils.files import write_text
 
 THUMBNAIL = 320
 STYLE = """

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm2clip.utils.files import read_json
-from llm2clip.utils.logs import print_whole, printable, quiet_libraries
-from llm2clip.utils.model_places import DTYPE, ModelDtype, require_model_place, require_recorded_model
-from llm2clip.utils.settings import nearest, setting
+from llm2clip.command_line.logs import print_whole, printable, quiet_libraries
+from llm2clip.command_line.settings import nearest, setting
+from llm2clip.files.atomic import read_json
+from llm2clip.models.places import DTYPE, ModelDtype, require_model_place, require_recorded_model
 
 if TYPE_CHECKING:
     from llm2clip.encoders.query_text import TextEncoder

@@ -11,8 +11,10 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from llm2clip.command_line.logs import shortened
 from llm2clip.encoders import Encoder, load_encoder
 from llm2clip.encoders.query_text import QueryTextEncoder, TextEncoder
+from llm2clip.models.places import require_recorded_model
 from llm2clip.search.folder_items import Items
 from llm2clip.search.index_manifest import IndexManifest
 from llm2clip.search.index_settings import IndexSettings
@@ -21,8 +23,6 @@ from llm2clip.search.location import open_store
 from llm2clip.search.results import SearchResult
 from llm2clip.search.store import VECTOR, IndexStore
 from llm2clip.search.table_items import as_items, items_of
-from llm2clip.utils.logs import shortened
-from llm2clip.utils.model_places import require_recorded_model
 
 # The largest number that databases take.
 MAX_K = 2**62

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llm2clip.utils.embeddings import inner_products
+from llm2clip.models.embeddings import inner_products
 
 # With the default tile size, a tile of scores takes 16 MiB.
 QUERIES_AT_ONCE = 256

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from llm2clip.files.manifests import Fault, Verified, listed_files
 from llm2clip.search.lance_store import LanceStore
 from llm2clip.search.store import VECTOR
-from llm2clip.utils.manifests import Fault, Verified, listed_files
 
 # By how much the length of an embedding may differ from 1, as it is rounded to 16 bits.
 TOLERANCE = 1e-2

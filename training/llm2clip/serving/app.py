@@ -21,6 +21,7 @@ from starlette.types import ASGIApp
 
 from llm2clip.data import SampleError
 from llm2clip.encoders import Encoder
+from llm2clip.models.places import model_name
 from llm2clip.search.search_index import SearchIndex
 from llm2clip.search.where import WhereError
 from llm2clip.serving.decoding import Decoders
@@ -29,7 +30,6 @@ from llm2clip.serving.limits import Limits
 from llm2clip.serving.metrics import Metrics
 from llm2clip.serving.requests import ApiError, Inputs, parse_inputs, parse_messages, require_weight
 from llm2clip.serving.worker import BatchWorker
-from llm2clip.utils.model_places import model_name
 from modeling_llm2clip.modeling_llm2clip_utils import shorten
 
 MAX_RESULTS = 1000

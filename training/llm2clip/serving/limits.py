@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from llm2clip.utils.settings import setting
+from llm2clip.command_line.settings import setting
 
 # What counts as one text: so many characters, about 128 tokens.
 TEXT_CHARACTERS = 512

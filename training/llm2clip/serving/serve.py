@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llm2clip.command_line.settings import check_choices, setting
+from llm2clip.models.places import DTYPE, ModelDtype
 from llm2clip.search.search import check_places
+from llm2clip.serving.addresses import is_loopback, listen
 from llm2clip.serving.limits import Limits
-from llm2clip.utils.addresses import is_loopback, listen
-from llm2clip.utils.model_places import DTYPE, ModelDtype
-from llm2clip.utils.settings import check_choices, setting
 
 logger = logging.getLogger(__name__)
 

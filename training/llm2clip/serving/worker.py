@@ -20,10 +20,10 @@ from torch import Tensor
 
 from llm2clip.encoders import Encoder
 from llm2clip.encoders.batches import stack_inputs
+from llm2clip.models.embeddings import NonFiniteError
 from llm2clip.serving.limits import Limits
 from llm2clip.serving.metrics import Metrics
 from llm2clip.serving.requests import ApiError
-from llm2clip.utils.embeddings import NonFiniteError
 from modeling_llm2clip.modeling_llm2clip_utils import ACCELERATOR_BATCH_TOKENS, CPU_BATCH_TOKENS
 
 logger = logging.getLogger(__name__)

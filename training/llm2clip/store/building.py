@@ -14,6 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llm2clip.command_line.progress import ProgressBar, in_section
+from llm2clip.files.atomic import remove_unfinished
+from llm2clip.files.locks import WAIT, WAIT_OF_SEVERAL, folder_lock
 from llm2clip.store.manifest import (
     MANIFEST_SUFFIX,
     ROWS_SUFFIX,
@@ -27,9 +30,6 @@ from llm2clip.store.manifest import (
 )
 from llm2clip.store.shards import ShardFile, keys_tensor, write_shard
 from llm2clip.store.store import INDEX, Store, StoreT, caption_keys, index_of
-from llm2clip.utils.files import remove_unfinished
-from llm2clip.utils.locks import WAIT, WAIT_OF_SEVERAL, folder_lock
-from llm2clip.utils.progress import ProgressBar, in_section
 
 logger = logging.getLogger(__name__)
 

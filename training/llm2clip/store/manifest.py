@@ -9,9 +9,9 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import transformers
 
-from llm2clip.utils.files import read_json, write_json
-from llm2clip.utils.manifests import fits_checksum, with_checksum
-from llm2clip.utils.remote_path import AnyPath, RemotePath
+from llm2clip.files.atomic import read_json, write_json
+from llm2clip.files.manifests import fits_checksum, with_checksum
+from llm2clip.files.remote_path import AnyPath, RemotePath
 
 FORMAT, FORMAT_VERSION = "llm2clip-store", 1
 ROWS_SUFFIX, MANIFEST_SUFFIX = ".safetensors", ".manifest"

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from llm2clip.files.atomic import digest_json
 from llm2clip.store.store import EmbeddingCache
-from llm2clip.utils.files import digest_json
 from modeling_llm2clip.modeling_llm2clip_utils import absolute_path
 
 # By what the embeddings of an encoder are known as those of a model.

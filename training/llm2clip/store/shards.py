@@ -20,10 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from llm2clip.files.atomic import atomic_path, sha256
+from llm2clip.files.remote_path import AnyPath, local_file
+from llm2clip.files.shared_files import stored_sha256
 from llm2clip.store.manifest import Kind, StoreDamagedError, StoreManifest, manifest_path
-from llm2clip.utils.files import atomic_path, sha256
-from llm2clip.utils.remote_path import AnyPath, local_file
-from llm2clip.utils.shared_files import stored_sha256
 
 # What safetensors calls the dtypes of rows.
 SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}

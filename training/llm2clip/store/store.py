@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from llm2clip.files.remote_path import AnyPath, open_path
+from llm2clip.files.shared_files import shared_file
 from llm2clip.store.manifest import (
     KINDS,
     MANIFEST_SUFFIX,
@@ -28,8 +30,6 @@ from llm2clip.store.manifest import (
     rows_path,
 )
 from llm2clip.store.shards import ShardFile
-from llm2clip.utils.remote_path import AnyPath, open_path
-from llm2clip.utils.shared_files import shared_file
 
 StoreT = TypeVar("StoreT", bound="Store")
 CacheT = TypeVar("CacheT", bound="EmbeddingCache")
@@ -384,7 +384,7 @@ def _no_store(folder: AnyPath) -> Exception:
     return FileNotFoundError(f"{folder} is not an embedding cache (no {INDEX}); run `llm2clip embed` to make one.")
 
 
-def lies_beside_shards(folder: str | Path) -> bool:
+def has_sidecars(folder: str | Path) -> bool:
     """Tell whether a folder contains shards that lie beside others, at any depth, and no index of its own."""
     root = open_path(folder)
     return not (root / INDEX).is_file() and next(iter(root.rglob(BESIDE_SHARDS)), None) is not None

@@ -6,6 +6,9 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
+from llm2clip.command_line.progress import ProgressBar
+from llm2clip.files.manifests import Fault, Verified
+from llm2clip.files.remote_path import AnyPath, local_copy
 from llm2clip.store.manifest import (
     MANIFEST_SUFFIX,
     ROWS_SUFFIX,
@@ -16,9 +19,6 @@ from llm2clip.store.manifest import (
 )
 from llm2clip.store.shards import ShardFile
 from llm2clip.store.store import BESIDE, INDEX
-from llm2clip.utils.manifests import Fault, Verified
-from llm2clip.utils.progress import ProgressBar
-from llm2clip.utils.remote_path import AnyPath, local_copy
 
 NAMES = re.compile(rf"(index|shard-\d+|.+{re.escape(BESIDE)}){re.escape(MANIFEST_SUFFIX)}")
 ROWS = re.compile(rf"(shard-\d+|.+{re.escape(BESIDE)}){re.escape(ROWS_SUFFIX)}")

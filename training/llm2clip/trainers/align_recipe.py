@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from llm2clip.command_line.settings import check_choices, refuse, require, setting
 from llm2clip.trainers.joint_recipe import JointRecipe
-from llm2clip.utils.settings import check_choices, refuse, require, setting
 
 
 @dataclass

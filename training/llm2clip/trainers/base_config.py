@@ -13,8 +13,8 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from llm2clip.command_line.settings import check_choices, refuse, setting
 from llm2clip.trainers.optimizer import check_warmup
-from llm2clip.utils.settings import check_choices, refuse, setting
 
 logger = logging.getLogger(__name__)
 

@@ -23,10 +23,14 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy, TrainOutput
 from transformers.utils import ModelOutput, PushInProgress
 
+from llm2clip.command_line.settings import refuse
+from llm2clip.command_line.tables import RECALL
 from llm2clip.data import SkipLog
 from llm2clip.data.sampling import EpochDataset
 from llm2clip.data.streams import SampleStream
 from llm2clip.evaluation.data import CaptionPairData
+from llm2clip.files.atomic import read_json, write_json
+from llm2clip.files.library_errors import explain, wrap_write_errors
 from llm2clip.hub.cards.facts import Evaluation
 from llm2clip.trainers.base_config import MEAN_RECALL, StageConfig, require_batch
 from llm2clip.trainers.loaders import (
@@ -45,10 +49,6 @@ from llm2clip.trainers.run_state import RunState, StreamPosition, recalls_before
 from llm2clip.trainers.saving import finite_weights, load_weights
 from llm2clip.trainers.sharding import gathered, is_sharded, prepare_for_fsdp, unsharded
 from llm2clip.trainers.step_guard import Observed, StepGuard, close_bars
-from llm2clip.utils.files import read_json, write_json
-from llm2clip.utils.library_errors import explain, wrap_write_errors
-from llm2clip.utils.settings import refuse
-from llm2clip.utils.tables import RECALL
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
 from modeling_llm2clip.modeling_llm2clip_utils import shorten
 

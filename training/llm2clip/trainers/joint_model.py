@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer
 
+from llm2clip.command_line.processes import on_main_process
+from llm2clip.command_line.settings import refuse, require
 from llm2clip.data import CaptionImageDataset, CaptionSource, OnError
 from llm2clip.encoders.cache_of_model import describe_text_tower_of_cache
 from llm2clip.encoders.image_features import ImageFeatures
@@ -17,16 +19,14 @@ from llm2clip.encoders.stored import StoredEncoder
 from llm2clip.evaluation.data import RetrievalData
 from llm2clip.evaluation.protocols.retrieval import image_text_metrics
 from llm2clip.evaluation.session import Session
+from llm2clip.files.manifests import refuse_changed_model
+from llm2clip.models.attention_probe import probe_from_disk
+from llm2clip.models.repos import refuse_revision
+from llm2clip.models.text_identity import read_fingerprint
+from llm2clip.models.towers import loading_options
 from llm2clip.store import EmbeddingCache, PairedCache
 from llm2clip.trainers.joint_recipe import FEATURES, JointRecipe
 from llm2clip.trainers.stored_rows import StoredPairsDataset, store_pairs
-from llm2clip.utils.attention_probe import probe_from_disk
-from llm2clip.utils.manifests import refuse_changed_model
-from llm2clip.utils.processes import on_main_process
-from llm2clip.utils.repos import refuse_revision
-from llm2clip.utils.settings import refuse, require
-from llm2clip.utils.text_identity import read_fingerprint
-from llm2clip.utils.towers import loading_options
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor, LLM2CLIPTextConfig, with_pillow
 from modeling_llm2clip.modeling_llm2clip_decoder import TESTED_TYPES
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from llm2clip.command_line.settings import refuse, setting
 from llm2clip.data import ImageBackend, OnError
-from llm2clip.utils.settings import refuse, setting
 
 # Settings that name the towers of a new model.
 TOWERS = tuple(f"{tower}_model_{what}" for tower in ("vision", "text") for what in ("name_or_path", "revision"))

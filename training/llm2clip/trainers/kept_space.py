@@ -14,13 +14,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llm2clip.command_line.processes import on_main_process
 from llm2clip.data import CaptionImageDataset, OnError, SkippedSample
 from llm2clip.encoders import Encoder, OurEncoder
 from llm2clip.store import EmbeddingCache, Store
 from llm2clip.store.store import caption_keys
 from llm2clip.trainers.closed_form import DEFAULT_RIDGE, sum_pairs
 from llm2clip.trainers.stored_rows import require_captions
-from llm2clip.utils.processes import on_main_process
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel
 from modeling_llm2clip.modeling_llm2clip_heads import LLM2CLIPStandardization, LLM2CLIPTextAdapter
 

@@ -11,15 +11,15 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+from llm2clip.command_line.settings import defaults_of
 from llm2clip.data.table_identity import data_revision
+from llm2clip.files.atomic import write_text
 from llm2clip.hub.cards.card import CARD, read_card, render
 from llm2clip.hub.cards.curves import write_curves
 from llm2clip.hub.cards.facts import VISION_TASK, CardFacts, Evaluation, base_models, summary
 from llm2clip.hub.licenses import ModelLicense
+from llm2clip.models.repos import hub_ids, names_of
 from llm2clip.trainers.stage2_config import Stage2Recipe
-from llm2clip.utils.files import write_text
-from llm2clip.utils.repos import hub_ids, names_of
-from llm2clip.utils.settings import defaults_of
 
 logger = logging.getLogger(__name__)
 

@@ -12,15 +12,15 @@ from typing import Any
 from accelerate.state import AcceleratorState
 from transformers.trainer import TRAINER_STATE_NAME
 
+from llm2clip.command_line.processes import on_main_process
+from llm2clip.command_line.settings import build_config, change_config, defaults_of, refuse
+from llm2clip.files.atomic import read_json
 from llm2clip.trainers import run_align
 from llm2clip.trainers.align_recipe import AlignRecipe
 from llm2clip.trainers.joint_recipe import TOWERS
 from llm2clip.trainers.model_card import continued
 from llm2clip.trainers.run_context import RunContext, compare_finished, is_whole
 from llm2clip.trainers.stage2_config import NEW_MODEL_FIELDS, Stage2Recipe
-from llm2clip.utils.files import read_json
-from llm2clip.utils.processes import on_main_process
-from llm2clip.utils.settings import build_config, change_config, defaults_of, refuse
 
 logger = logging.getLogger(__name__)
 

@@ -12,17 +12,17 @@ from typing import Any
 from huggingface_hub import HfApi
 from transformers.trainer_utils import HubStrategy
 
+from llm2clip.files.atomic import atomic_path, write_text
+from llm2clip.files.manifests import FOLDER_MANIFEST
 from llm2clip.hub.cards.card import CARD, merge_cards, read_card, split_card
 from llm2clip.hub.licenses import bases_of, choose_license
 from llm2clip.hub.upload import explained, explanation, open_repo, upload_model
 from llm2clip.hub.upload_files import model_files, require_no_secrets
+from llm2clip.models.repos import hub_ids, names_of
 from llm2clip.trainers.base_config import StageConfig
 from llm2clip.trainers.model_card import made_from
 from llm2clip.trainers.run_context import SETTINGS
 from llm2clip.trainers.run_state import RUN_STATE
-from llm2clip.utils.files import atomic_path, write_text
-from llm2clip.utils.manifests import FOLDER_MANIFEST
-from llm2clip.utils.repos import hub_ids, names_of
 
 logger = logging.getLogger(__name__)
 

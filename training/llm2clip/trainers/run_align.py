@@ -12,9 +12,13 @@ from typing import Any
 from transformers import set_seed
 from transformers.utils import CONFIG_NAME
 
+from llm2clip.command_line.processes import on_main_process, process_state
 from llm2clip.data import CaptionImageDataset, CaptionSource, EvalTransform
 from llm2clip.encoders.image_features import ImageFeatures
 from llm2clip.evaluation.data import RetrievalData
+from llm2clip.files.atomic import write_json
+from llm2clip.files.locks import run_lock
+from llm2clip.files.manifests import FOLDER_MANIFEST
 from llm2clip.hub.cards.facts import JOINT_TASK
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.trainers.align_recipe import AlignRecipe
@@ -32,10 +36,6 @@ from llm2clip.trainers.model_card import latest_evaluations, write_model_card
 from llm2clip.trainers.run_context import SETTINGS, compare_finished, register_model
 from llm2clip.trainers.stage2_captions import Stage2Captions, open_captions
 from llm2clip.trainers.teacher import Teacher
-from llm2clip.utils.files import write_json
-from llm2clip.utils.locks import run_lock
-from llm2clip.utils.manifests import FOLDER_MANIFEST
-from llm2clip.utils.processes import on_main_process, process_state
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
 

@@ -16,16 +16,16 @@ from typing import Any
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from llm2clip.command_line.processes import on_main_process
+from llm2clip.command_line.settings import require
+from llm2clip.files.atomic import read_json, remove_unfinished, write_json
+from llm2clip.files.locks import run_lock
+from llm2clip.files.manifests import FOLDER_MANIFEST, damage, write_manifest
 from llm2clip.hub.upload_files import model_files
 from llm2clip.trainers.base_config import StageConfig, affects_numbers
 from llm2clip.trainers.joint_recipe import TOWERS
 from llm2clip.trainers.run_state import INPUTS, read_run_state
 from llm2clip.trainers.sharding import require_sharding
-from llm2clip.utils.files import read_json, remove_unfinished, write_json
-from llm2clip.utils.locks import run_lock
-from llm2clip.utils.manifests import FOLDER_MANIFEST, damage, write_manifest
-from llm2clip.utils.processes import on_main_process
-from llm2clip.utils.settings import require
 from modeling_llm2clip.modeling_llm2clip_utils import TEXT_MODEL
 
 logger = logging.getLogger(__name__)

@@ -7,8 +7,11 @@ from typing import Any
 
 from transformers import set_seed
 
+from llm2clip.command_line.settings import require
 from llm2clip.data import Stage2Collator
 from llm2clip.evaluation.data import RetrievalData
+from llm2clip.models.attention_probe import verify_on_main_process
+from llm2clip.models.towers import loading_options
 from llm2clip.trainers.joint_model import (
     describe_text_model,
     load_trained_model,
@@ -25,9 +28,6 @@ from llm2clip.trainers.stage2_captions import Stage2Captions, open_captions
 from llm2clip.trainers.stage2_config import NEW_MODEL_FIELDS, Stage2Recipe
 from llm2clip.trainers.stage2_data import build_dataset
 from llm2clip.trainers.stage2_trainer import Stage2Trainer
-from llm2clip.utils.attention_probe import verify_on_main_process
-from llm2clip.utils.settings import require
-from llm2clip.utils.towers import loading_options
 from modeling_llm2clip import LLM2CLIPModel
 
 # Fields of a new model for the sigmoid loss (SigLIP).

@@ -14,13 +14,13 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
+from llm2clip.command_line.processes import sum_over_processes
+from llm2clip.command_line.tables import BEFORE, RECALL
 from llm2clip.data import SkipLog
 from llm2clip.data.stream_order import Lanes
 from llm2clip.data.streams import SampleStream
+from llm2clip.files.atomic import read_json, write_json
 from llm2clip.trainers.base_config import StageConfig
-from llm2clip.utils.files import read_json, write_json
-from llm2clip.utils.processes import sum_over_processes
-from llm2clip.utils.tables import BEFORE, RECALL
 
 logger = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from llm2clip.data import PairSource
 from llm2clip.evaluation.data import CaptionPairData
+from llm2clip.models.towers import open_text_tower
 from llm2clip.trainers.mntp_config import MNTPRecipe
 from llm2clip.trainers.pushing import check_pushing
 from llm2clip.trainers.stage1_config import Stage1Recipe
-from llm2clip.utils.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPTextModel
 
 PROMPT_SETTINGS = ("prompt_prefix", "prompt_suffix", "pooling", "max_text_length", "bidirectional")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from llm2clip.command_line.processes import run_while_others_wait
+from llm2clip.files.library_errors import wrap_write_errors
 from llm2clip.trainers.base_trainer import StageTrainer
 from llm2clip.trainers.model_card import DataRevisions
 from llm2clip.trainers.run_context import RunContext
-from llm2clip.utils.library_errors import wrap_write_errors
-from llm2clip.utils.processes import run_while_others_wait
 
 
 def run_trainer(trainer: StageTrainer, run: RunContext) -> dict[str, Any]:

@@ -8,12 +8,12 @@ from typing import Any, Literal
 from transformers import SchedulerType
 from transformers.training_args import OptimizerNames
 
+from llm2clip.command_line.settings import refuse, setting
 from llm2clip.data.stream_order import BLOCK, Mixing
 from llm2clip.trainers.base_config import ContrastiveConfig, StageConfig
 from llm2clip.trainers.joint_recipe import TOWERS, JointRecipe
 from llm2clip.trainers.optimizer import IN_BACKWARD
 from llm2clip.trainers.text_tower_config import LORA_SETTINGS, LoraSettings, require_lora
-from llm2clip.utils.settings import refuse, setting
 
 # Settings of a new model; a trained model brings its own.
 NEW_MODEL_FIELDS = ("projection_dim", "vision_pooling", "adapter_num_layers", "visual_head", "logit_scale_init_value")

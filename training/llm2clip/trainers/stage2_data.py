@@ -8,6 +8,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
+from llm2clip.command_line.progress import ProgressBar
 from llm2clip.data import (
     CaptionImageDataset,
     CaptionSource,
@@ -21,7 +22,6 @@ from llm2clip.data.sources import open_source
 from llm2clip.data.streams import SampleStream, TableSource, first_counts
 from llm2clip.trainers.stage2_captions import SourceCaptions, Stage2Captions
 from llm2clip.trainers.stage2_config import Stage2Recipe
-from llm2clip.utils.progress import ProgressBar
 
 
 def build_dataset(config: Stage2Recipe, image_processor: Any, captions: Stage2Captions | None = None) -> Any:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from llm2clip.command_line.settings import refuse
 from llm2clip.trainers.base_config import require_prefixes
 from llm2clip.trainers.lora import trains_lora
 from llm2clip.trainers.stage2_config import Stage2Config
-from llm2clip.utils.settings import refuse
 from modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.modeling_llm2clip_heads import LLM2CLIPTextAdapter
 

@@ -13,13 +13,18 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase, SchedulerType
 
+from llm2clip.command_line.processes import run_while_others_wait
+from llm2clip.command_line.settings import refuse
 from llm2clip.data import Stage2Collator
 from llm2clip.encoders.cache_of_model import refuse_other_prompt
 from llm2clip.encoders.image_features import ImageFeatures
 from llm2clip.evaluation.data import RetrievalData
+from llm2clip.files.atomic import digest_json
 from llm2clip.hub.cards.facts import JOINT_TASK
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.losses import clip_loss, sigmoid_loss
+from llm2clip.models.attention_probe import verify_on_main_process
+from llm2clip.models.vision_identity import preprocessing
 from llm2clip.store import EmbeddingCache
 from llm2clip.store.manifest import refuse_other_encoder
 from llm2clip.trainers.base_trainer import EmbeddedBatch, StageTrainer
@@ -33,11 +38,6 @@ from llm2clip.trainers.sharding import at_root, is_sharded
 from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.trainers.stage2_rows import CAPTION_INPUTS, validate_settings, with_each_alone
 from llm2clip.trainers.text_tower_trainer import sampled_digest
-from llm2clip.utils.attention_probe import verify_on_main_process
-from llm2clip.utils.files import digest_json
-from llm2clip.utils.processes import run_while_others_wait
-from llm2clip.utils.settings import refuse
-from llm2clip.utils.vision_identity import preprocessing
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.modeling_llm2clip_utils import OWN_TEXT_MODEL, TEXT_MODEL
 

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llm2clip.command_line.processes import process_state
 from llm2clip.data import DEFAULT_MAX_PIXELS, CaptionImageDataset, ImageBackend, OnError, SampleIndex, SkippedSample
 from llm2clip.data.captioned_images import NO_EMBEDDING, RowCaptions, caption_id, unusable_batch_error
 from llm2clip.data.sampling import EpochDataset, stable_seed
 from llm2clip.encoders.batches import ContentSet, TableImages
 from llm2clip.encoders.image_features import ImageFeatures, feature_manifest, pooled_features, store_features
+from llm2clip.models.vision_identity import vision_fingerprint
 from llm2clip.store import EmbeddingCache, MissingCaptionError
-from llm2clip.utils.processes import process_state
-from llm2clip.utils.vision_identity import vision_fingerprint
 from modeling_llm2clip import LLM2CLIPModel
 
 logger = logging.getLogger(__name__)

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from llm2clip.command_line.settings import refuse, setting
 from llm2clip.trainers.base_config import StageConfig
-from llm2clip.utils.settings import refuse, setting
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

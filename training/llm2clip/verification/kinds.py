@@ -9,12 +9,8 @@ from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from llm2clip.hub.upload_files import added_files
-from llm2clip.search.lance_store import COMMAND as INDEX
-from llm2clip.search.verify_index import verify_index
-from llm2clip.trainers.run_context import COMMAND as TRAINING
-from llm2clip.utils.files import read_json
-from llm2clip.utils.manifests import (
+from llm2clip.files.atomic import read_json
+from llm2clip.files.manifests import (
     FOLDER_MANIFEST,
     MANIFEST_CHECKSUM,
     MODEL_FORMAT,
@@ -25,6 +21,10 @@ from llm2clip.utils.manifests import (
     listed_files,
     written_by,
 )
+from llm2clip.hub.upload_files import added_files
+from llm2clip.search.lance_store import COMMAND as INDEX
+from llm2clip.search.verify_index import verify_index
+from llm2clip.trainers.run_context import COMMAND as TRAINING
 
 KINDS = ("search index", "unfinished checkpoint", "checkpoint, model, or another result of a command")
 # One of these is in every folder of ours with such a manifest.

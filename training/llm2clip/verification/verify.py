@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llm2clip.command_line.settings import setting
 from llm2clip.data.sidecars import verify_sources
+from llm2clip.files.manifests import Verified
+from llm2clip.files.remote_path import open_path
 from llm2clip.store.manifest import MANIFEST_SUFFIX
 from llm2clip.store.verify import verify_store
-from llm2clip.utils.manifests import Verified
-from llm2clip.utils.remote_path import open_path
-from llm2clip.utils.settings import setting
 from llm2clip.verification.kinds import KINDS, verify_folder
 
 logger = logging.getLogger(__name__)

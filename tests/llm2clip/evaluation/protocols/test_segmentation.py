@@ -29,7 +29,7 @@ from llm2clip.evaluation.protocols.segmentation import (
     whole_or_windows,
 )
 from llm2clip.evaluation.segmentation_data import IGNORED, SegmentationData
-from llm2clip.utils.embeddings import NonFiniteError
+from llm2clip.models.embeddings import NonFiniteError
 from tests.llm2clip.encoders.models import save_transformers
 from tests.llm2clip.evaluation.fake_session import FakeSession
 

@@ -11,10 +11,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from llm2clip.command_line.logs import shortened
+from llm2clip.command_line.settings import nearest
 from llm2clip.encoders.custom import module_of
 from llm2clip.evaluation.benchmark import GROUPS, Benchmark
-from llm2clip.utils.logs import shortened
-from llm2clip.utils.settings import nearest
 
 ALL_FOUND = "all-found"
 # The last part of a name such as `cifar10-probe-sgd`, and of the id of the protocol.

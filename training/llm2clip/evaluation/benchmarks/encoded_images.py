@@ -12,7 +12,7 @@ from PIL import Image
 from llm2clip.data import decode_image
 from llm2clip.data.table_identity import distinct
 from llm2clip.data.tars import FilePart
-from llm2clip.utils.files import digest_json
+from llm2clip.files.atomic import digest_json
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 

@@ -6,9 +6,9 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from llm2clip.command_line.logs import shortened
 from llm2clip.evaluation.benchmark import BenchmarkError
 from llm2clip.evaluation.data import BenchmarkImages, RetrievalData
-from llm2clip.utils.logs import shortened
 
 
 def first_file(folder: Path, names: Sequence[str]) -> Path:

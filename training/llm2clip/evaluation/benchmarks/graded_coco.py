@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llm2clip.command_line.logs import shortened
 from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks.caption_files import KarpathyImage, read_karpathy
 from llm2clip.evaluation.benchmarks.coco import FOLDER, IMAGE_FOLDERS, KARPATHY_FILES
 from llm2clip.evaluation.benchmarks.files import captions_data, first_file
 from llm2clip.evaluation.data import GradedData
 from llm2clip.evaluation.reading import read_json, read_text
-from llm2clip.utils.logs import shortened
 
 PACKAGE, GALLERY = "eccv_caption", "original_image_to_caption.json"
 RATINGS = "cxc/sits_test.csv"

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
+from llm2clip.command_line.logs import shortened
 from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks.encoded_images import IMAGE_SUFFIXES
 from llm2clip.evaluation.data import BenchmarkImages, ClassificationData
 from llm2clip.evaluation.prompts import read_names, read_templates, template_set
-from llm2clip.utils.logs import shortened
 
 logger = logging.getLogger(__name__)
 

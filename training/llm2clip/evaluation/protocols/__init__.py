@@ -6,8 +6,8 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
+from llm2clip.command_line.settings import nearest
 from llm2clip.evaluation.benchmark import BenchmarkProtocol
-from llm2clip.utils.settings import nearest
 
 # Module and class of each protocol by its id, which results keep. Only what is measured is imported.
 PROTOCOLS = {

@@ -15,7 +15,7 @@ from llm2clip.evaluation.data import ClassificationData
 from llm2clip.evaluation.metrics import ROUNDING, QueryRanks
 from llm2clip.evaluation.prompts import TEMPLATE_SETS, name_of_templates, prompts
 from llm2clip.evaluation.session import Session
-from llm2clip.utils.files import digest_json
+from llm2clip.files.atomic import digest_json
 
 KS = (1, 5)
 # Images whose scores of all classes are in memory at once.

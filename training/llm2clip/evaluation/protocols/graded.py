@@ -12,7 +12,7 @@ from llm2clip.evaluation.benchmark import BenchmarkError, Measurement
 from llm2clip.evaluation.data import GradedData
 from llm2clip.evaluation.metrics import ROUNDING, TILE_SIZE, retrieval_ranks
 from llm2clip.evaluation.session import Session
-from llm2clip.utils.embeddings import inner_products
+from llm2clip.models.embeddings import inner_products
 
 # Candidates sorted beyond the number of right ones, which a tie that ends there needs.
 MARGIN = 64

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm2clip.command_line.progress import ProgressBar
 from llm2clip.evaluation.benchmark import BenchmarkError, Measurement
 from llm2clip.evaluation.data import ClassificationData
 from llm2clip.evaluation.protocols.classification import label_ranks, measured_ranks
 from llm2clip.evaluation.session import Session
-from llm2clip.utils.progress import ProgressBar
 
 # CLIP's strengths: 8 per decade between 1e-6 and 1e6.
 STRENGTHS = [10 ** (-6 + step / 8) for step in range(97)]

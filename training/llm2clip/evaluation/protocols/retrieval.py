@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from llm2clip.command_line.logs import shortened
+from llm2clip.command_line.progress import track
 from llm2clip.evaluation.benchmark import BenchmarkError, Measurement
 from llm2clip.evaluation.data import RetrievalData
 from llm2clip.evaluation.metrics import retrieval_metrics, retrieval_ranks
 from llm2clip.evaluation.session import Session
-from llm2clip.utils.logs import shortened
-from llm2clip.utils.progress import track
 
 logger = logging.getLogger(__name__)
 

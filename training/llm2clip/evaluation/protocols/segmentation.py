@@ -22,8 +22,8 @@ from llm2clip.evaluation.prompts import class_data, name_of_templates, prompts, 
 from llm2clip.evaluation.protocols.classification import class_embeddings
 from llm2clip.evaluation.segmentation_data import IGNORED, SegmentationData
 from llm2clip.evaluation.session import Session
-from llm2clip.utils.embeddings import require_finite_rows
-from llm2clip.utils.files import digest_json
+from llm2clip.files.atomic import digest_json
+from llm2clip.models.embeddings import require_finite_rows
 from modeling_llm2clip.image_decoding_llm2clip import decode_image
 
 # Scores of classes at pixels that are in memory at once: 64 MiB, and as much again while they are resized.

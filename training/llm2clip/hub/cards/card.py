@@ -15,11 +15,11 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
+from llm2clip.command_line.tables import RECALLS, markdown_table
+from llm2clip.command_line.yaml_text import load_yaml
+from llm2clip.files.atomic import write_text
+from llm2clip.files.library_errors import wrap_read_errors
 from llm2clip.hub.cards.facts import EXAMPLE, QUERY_TASK, RECALL, VISION_TASK, CardFacts, Evaluation
-from llm2clip.utils.files import write_text
-from llm2clip.utils.library_errors import wrap_read_errors
-from llm2clip.utils.tables import RECALLS, markdown_table
-from llm2clip.utils.yaml_text import load_yaml
 
 CARD = "README.md"
 PAPER = "2411.04997"

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llm2clip.evaluation.figures import panels, write_figure
 from llm2clip.hub.cards.facts import CURVES
-from llm2clip.utils.figures import panels, write_figure
 
 
 def write_curves(folder: Path, history: Sequence[Mapping[str, Any]]) -> bool:

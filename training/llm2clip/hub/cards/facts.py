@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llm2clip.utils.repos import hub_ids
+from llm2clip.models.repos import hub_ids
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig
 
 JOINT_TASK, TEXT_TASK = "zero-shot-image-classification", "feature-extraction"

@@ -1,0 +1,129 @@
+"""The lists of a folder's files: what has changed, and who has which checksum."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llm2clip.encoders import OurEncoder
+from llm2clip.files.atomic import read_json, sha256
+from llm2clip.files.manifests import (
+    FOLDER_MANIFEST,
+    MANIFEST_CHECKSUM,
+    MODEL_MANIFEST,
+    damage,
+    faults,
+    folder_files,
+    foreign_files,
+    refuse_damaged,
+    with_checksum,
+    write_manifest,
+    write_model_manifest,
+)
+from tests.builders import students, tiny
+from tests.damage import flip
+
+
+def model(folder: Path) -> Path:
+    for name in ("model.safetensors", "modeling.py", "config.json", "README.md", "LICENSE", "1_Normalize/config.json"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"content of {name}")
+    return folder
+
+
+def test_a_flipped_bit_of_any_file_is_found_and_named(tmp_path: Path) -> None:
+    assert "written last" in str(damage(model(tmp_path)))
+    write_manifest(tmp_path, "merge")
+    for name in ("model.safetensors", "modeling.py", "config.json", "1_Normalize/config.json"):
+        with flip(tmp_path / name):
+            assert damage(tmp_path) is None  # its size is the same
+            assert list(faults(tmp_path)) == [f"{name} has changed: its checksum is not that in {FOLDER_MANIFEST}"]
+            with pytest.raises(ValueError, match=f"{name} has changed.*delete .llm2clip.json"):
+                refuse_damaged(tmp_path)
+    (tmp_path / "README.md").write_text("what people write")
+    (tmp_path / "LICENSE").unlink()
+    refuse_damaged(tmp_path)
+    (tmp_path / "modeling.py").write_bytes(b"12")
+    assert damage(tmp_path) == "modeling.py has 2 bytes instead of 22"
+    (tmp_path / "modeling.py").unlink()
+    assert damage(tmp_path) == "modeling.py is missing"
+    (tmp_path / FOLDER_MANIFEST).write_bytes(b"")
+    assert "is not valid JSON" in str(damage(tmp_path))
+
+
+def test_a_changed_model_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.save(tmp_path)
+    OurEncoder.load(str(tmp_path))  # not written by a command
+    write_manifest(tmp_path, "stage2")
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        with flip(tmp_path / name), pytest.raises(ValueError, match=rf"is not what was written \({name} has changed"):
+            OurEncoder.load(str(tmp_path))
+    OurEncoder.load(str(tmp_path))
+    monkeypatch.setattr("llm2clip.files.shared_files.sha256", None)  # each file is read once
+    OurEncoder.load(str(tmp_path))
+
+
+def test_a_changed_llm_or_query_encoder_is_not_loaded(tmp_path: Path) -> None:
+    tiny.save_apart(tmp_path)
+    write_manifest(tmp_path / "llm", "stage1")
+    OurEncoder.load(str(tmp_path / "clip"))
+    refused = pytest.raises(ValueError, match=r"llm is not what was written \(model.safetensors has changed")
+    with flip(tmp_path / "llm" / "model.safetensors"), refused:
+        OurEncoder.load(str(tmp_path / "clip"))
+    tiny.save(tmp_path / "whole")
+    students.add_query_encoder(tmp_path / "whole")
+    write_manifest(tmp_path / "whole", "build")
+    refused = pytest.raises(ValueError, match=r"\(query_encoder/model.safetensors has changed")
+    with flip(tmp_path / "whole" / "query_encoder" / "model.safetensors"), refused:
+        OurEncoder.load(str(tmp_path / "whole"))
+
+
+def test_a_list_that_was_written_at_a_url_has_sizes_alone(tmp_path: Path) -> None:
+    write_manifest(model(tmp_path), "build")
+    fields = read_json(tmp_path / FOLDER_MANIFEST)
+    del fields["sha256"], fields[MANIFEST_CHECKSUM]
+    (tmp_path / FOLDER_MANIFEST).write_text(json.dumps(with_checksum(fields)))
+    with flip(tmp_path / "config.json"):
+        assert damage(tmp_path, contents=True) is None
+    (tmp_path / "config.json").write_text("cut")
+    assert damage(tmp_path, contents=True) == "config.json has 3 bytes instead of 22"
+    assert foreign_files(tmp_path, "build") == []
+
+
+def test_a_checksum_is_in_one_of_two_lists(tmp_path: Path) -> None:
+    write_model_manifest(model(tmp_path), folder_files(tmp_path))
+    write_manifest(tmp_path, "build")
+    travels, stays = (read_json(tmp_path / name) for name in (MODEL_MANIFEST, FOLDER_MANIFEST))
+    names = ("1_Normalize/config.json", "config.json", "model.safetensors", "modeling.py")
+    assert travels["files"] == {name: sha256(tmp_path / name) for name in names}
+    assert set(stays["sha256"]) == {MODEL_MANIFEST}
+    assert set(stays["files"]) == {*names, MODEL_MANIFEST, "README.md", "LICENSE"}
+    with flip(tmp_path / MODEL_MANIFEST):
+        assert list(faults(tmp_path))
+    (tmp_path / FOLDER_MANIFEST).unlink()  # as on another machine
+    assert list(faults(tmp_path)) == []
+    with flip(tmp_path / "modeling.py"):
+        assert list(faults(tmp_path)) == [f"modeling.py has changed: its checksum is not that in {MODEL_MANIFEST}"]
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "part/../../outside"])
+@pytest.mark.parametrize("manifest", [FOLDER_MANIFEST, MODEL_MANIFEST])
+def test_a_list_that_leaves_its_folder_is_refused(name: str, manifest: str, tmp_path: Path) -> None:
+    write_model_manifest(model(tmp_path), folder_files(tmp_path))
+    write_manifest(tmp_path, "build")
+    fields = read_json(tmp_path / manifest)
+    fields["files"][name] = 1
+    if fields.pop(MANIFEST_CHECKSUM, None):  # which whoever writes such a list can compute
+        fields = with_checksum(fields)
+    (tmp_path / manifest).write_text(json.dumps(fields))
+    assert "is outside of the folder" in next(faults(tmp_path))
+
+
+def test_a_changed_list_is_blamed_and_not_the_files(tmp_path: Path) -> None:
+    write_manifest(model(tmp_path), "build")
+    path = tmp_path / FOLDER_MANIFEST
+    checksum = read_json(path)["sha256"]["config.json"]
+    path.write_text(path.read_text().replace(checksum, checksum[::-1]))
+    assert list(faults(tmp_path)) == [f"{FOLDER_MANIFEST} has changed since it was written"]

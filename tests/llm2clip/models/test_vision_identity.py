@@ -1,0 +1,120 @@
+"""The identity of a vision tower: what it depends on, and what not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoImageProcessor, CLIPImageProcessor
+
+from llm2clip.models.vision_identity import vision_fingerprint
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection, with_pillow
+from tests.builders import tiny
+
+TOWERS = ("eva02", *tiny.VISION_TOWERS)
+
+
+def joint(kind: str = "eva02", **fields: Any) -> LLM2CLIPModel:
+    return tiny.joint_model(vision=None if kind == "eva02" else tiny.other_vision_config(kind), **fields)
+
+
+def processor(kind: str = "eva02") -> Any:
+    return (tiny.naflex_processor() if kind == "siglip2_vision_model" else tiny.processor()).image_processor
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_saving_halving_and_the_dtype_do_not_change_the_identity(kind: str, tmp_path: Path) -> None:
+    model = joint(kind)
+    expected = vision_fingerprint(model, processor(kind))
+    model.save_pretrained(tmp_path)
+    processor(kind).save_pretrained(tmp_path)
+    saved: Any = with_pillow(AutoImageProcessor.from_pretrained(tmp_path))
+    half = LLM2CLIPVisionModelWithProjection.from_pretrained(tmp_path)
+    assert vision_fingerprint(half, saved) == expected
+    assert vision_fingerprint(half.to(torch.bfloat16), saved) == expected
+
+
+HEAD = ("vision_model.", "visual_standardization.", "visual_projection.")
+
+
+@pytest.mark.parametrize("kind", [*TOWERS, "frozen tower"])
+def test_every_value_of_tower_and_projection_counts(kind: str) -> None:
+    fields = tiny.FROZEN_TOWER if kind == "frozen tower" else {}
+    kind = "eva02" if fields else kind
+    model = joint(kind, **fields)
+
+    def found(with_projection: bool = True) -> str:
+        return vision_fingerprint(model, processor(kind), with_projection=with_projection)
+
+    seen, tower_alone = {found()}, [found(False)]
+    for part in HEAD:
+        parts = [value for name, value in model.state_dict().items() if name.startswith(part)]
+        assert bool(parts) == (part != HEAD[1] or bool(fields))
+        for weight in parts:
+            before = len(seen)
+            weight.view(-1)[weight.numel() // 2 + 1 if weight.numel() > 2 else 0] += 1
+            seen.add(found())
+            assert len(seen) == before + 1
+        tower_alone.append(found(False))
+    assert tower_alone[0] != tower_alone[1] == tower_alone[2] == tower_alone[3]
+
+
+def test_the_llm_the_adapter_and_training_do_not_count() -> None:
+    model = joint()
+    expected = vision_fingerprint(model, processor())
+    with torch.no_grad():
+        model.text_adapter.proj.weight += 1
+        model.text_model.decoder.norm.weight += 1
+    model.vision_model.config.patch_dropout = model.vision_model.config.drop_path_rate = 0.5
+    model.set_attn_implementation("eager")
+    assert vision_fingerprint(model, processor()) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        ("eva02", "rope_grid_size", 4),
+        ("eva02", "layer_norm_eps", 1e-5),
+        ("eva02", "post_norm", True),
+        ("clip_vision_model", "hidden_act", "gelu"),
+    ],
+)
+def test_settings_of_the_tower_that_change_its_output_count(kind: str, name: str, value: Any) -> None:
+    model = joint(kind)
+    expected = vision_fingerprint(model, processor(kind))
+    setattr(model.vision_model.config, name, value)
+    assert vision_fingerprint(model, processor(kind)) != expected
+
+
+@pytest.mark.parametrize("with_projection", [True, False])
+def test_the_pooling_of_the_features_counts(with_projection: bool) -> None:
+    models = [joint(vision_pooling=pooling) for pooling in ("cls", "mean")]
+    models[1].load_state_dict(models[0].state_dict())
+    assert len({vision_fingerprint(model, processor(), with_projection=with_projection) for model in models}) == 2
+
+
+def test_preprocessing_counts_and_its_form_does_not() -> None:
+    model = joint()
+
+    def found(**changes: Any) -> str:
+        size = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+        return vision_fingerprint(model, CLIPImageProcessor(**{**size, **changes}))
+
+    expected = found()
+    same = ({"image_mean": (0.48145466, 0.4578275, 0.40821073)}, {"resample": 3}, {"do_convert_rgb": True})
+    assert {found(**changes) for changes in same} == {expected}
+    assert vision_fingerprint(model, with_pillow(CLIPImageProcessor(**processor().to_dict()))) == expected
+    different = (
+        *({"image_mean": [0.5, 0.5, 0.5]}, {"resample": 2}, {"size": {"shortest_edge": 32}}),
+        *({"do_center_crop": False}, {"do_normalize": False}, {"rescale_factor": 1.0}),
+    )
+    assert len({expected, *(found(**changes) for changes in different)}) == len(different) + 1
+    # A step that is off has no settings.
+    assert found(do_normalize=False, image_mean=[0.5, 0.5, 0.5]) == found(do_normalize=False)
+
+
+def test_weights_that_are_elsewhere_are_an_error() -> None:
+    with pytest.raises(ValueError, match=r"vision_model.* cannot be read .*offloaded or quantised"):
+        vision_fingerprint(joint().to("meta"), processor())

@@ -1,0 +1,195 @@
+"""Atomic writes: a file appears complete or not at all. Reads that name the damaged file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from llm2clip.files.library_errors import wrap_write_errors
+
+if TYPE_CHECKING:
+    from llm2clip.files.remote_path import AnyPath
+
+READ_SIZE = 1 << 22
+# The name of a temporary file.
+LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<host>[A-Za-z0-9-]*)\.(?P<process>\d+)\.tmp")
+# Seconds by which the clock of a file server may differ from that of the machine that writes there.
+CLOCKS_APART = 3600.0
+# The name of a file that safetensors has not finished.
+UNFINISHED_TENSORS = re.compile(r"\.tmp\w{6}")
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path whose file replaces `path` when the block ends, and is removed when the block raises.
+
+    The error of a full disk names the file. The content and the rename reach the disk before the call returns, so that
+    a crash leaves either the old file or the new one. A killed process leaves files `.*.tmp`; see
+    [`remove_leftovers`]. The folder of `path` is created.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    try:
+        with wrap_write_errors(path):
+            yield temporary
+            flush_file(temporary)
+            temporary.replace(path)
+            flush_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def temporary_name(path: Path) -> Path:
+    """Return the path beside `path` that this process writes before it renames it; see [`leftovers`].
+
+    Its name contains host and process: two processes that write the same file do not mix.
+    """
+    return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
+
+
+def remove_leftovers(paths: Sequence[Path], patience: float) -> list[Path]:
+    """Remove the files that killed processes left while they wrote `paths`, and return them; see [`leftovers`].
+
+    Args:
+        patience: Seconds in which processes that still live may end.
+    """
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline and list(leftovers(paths, alive=True)):
+        time.sleep(0.05)
+    # A folder is that of `atomic_folder`, which removes its own.
+    removed = [path for path in leftovers(paths) if not path.is_dir()]
+    for path in removed:
+        path.unlink(missing_ok=True)
+    return removed
+
+
+def leftovers(paths: Iterable[Path], alive: bool = False) -> Iterator[Path]:
+    """Find what killed processes of this machine left while they wrote `paths`, by its temporary name.
+
+    Another process may have got the number of a killed one since: what is older than that process was left too.
+
+    Args:
+        alive: Find what processes that live are writing instead.
+    """
+    names: dict[Path, set[str]] = {}
+    for path in paths:
+        names.setdefault(path.parent, set()).add(path.name)
+    for folder, written in names.items():
+        for path in folder.glob(".*.tmp"):
+            part = LEFTOVER.fullmatch(path.name)
+            is_ours = part and part["name"] in written and part["host"] == _host()
+            if part and is_ours and _is_written(path, int(part["process"])) == alive:
+                yield path
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes left in a folder that nobody else writes into now."""
+    for path in folder.glob(".*tmp*"):
+        if path.is_file() and (LEFTOVER.fullmatch(path.name) or UNFINISHED_TENSORS.fullmatch(path.name)):
+            path.unlink(missing_ok=True)
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
+
+
+def _is_written(path: Path, number: int) -> bool:
+    """Tell whether the process with this number lives and may be writing a file: it is not younger than that."""
+    import psutil  # comes with accelerate
+
+    try:
+        process = psutil.Process(number)
+        # One that has ended keeps its number until its parent asks how.
+        is_alive = process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        return is_alive and process.create_time() < path.stat().st_mtime + CLOCKS_APART
+    except psutil.NoSuchProcess:
+        return False
+    except (psutil.AccessDenied, FileNotFoundError):  # it has got its own name meanwhile
+        return True
+
+
+def require_writable(folder: Path) -> None:
+    """Check that a folder can be written or made, before what is to be written costs hours; nothing is made.
+
+    Raises:
+        NotADirectoryError: A file is in its place, or in that of a folder above it.
+        PermissionError: It is read-only.
+    """
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{folder} cannot be a folder, because {existing} is a file.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"{existing} is read-only, so that nothing can be written to {folder}.")
+
+
+def flush_file(path: Path) -> None:
+    """Wait until the content of a file is on the disk."""
+    # Windows flushes only what is open for writing, and elsewhere a file may be read-only.
+    with path.open("rb+" if os.name == "nt" else "rb") as file:
+        os.fsync(file.fileno())
+
+
+def flush_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk, where the system can do that."""
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def atomic_file(path: str | Path, mode: str = "wb", **options: Any) -> Iterator[IO[Any]]:
+    """[`atomic_path`] as an open file; `options` are those of `open`, such as `encoding`."""
+    with atomic_path(path) as temporary, open(temporary, mode, **options) as file:
+        yield file
+
+
+def write_text(path: str | AnyPath, text: str) -> None:
+    """Write a text file in UTF-8: see [`atomic_file`]; an object store replaces a file in one step too."""
+    if not isinstance(path, (str, Path)):
+        path.write_text(text)
+        return
+    with atomic_file(path, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def write_json(path: str | AnyPath, value: Any) -> None:
+    """Write JSON, see [`write_text`]."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | AnyPath) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: The file does not contain a JSON object; the message names the file.
+    """
+    try:
+        fields = json.loads((Path(path) if isinstance(path, str) else path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} does not contain a JSON object.")
+    return fields
+
+
+def sha256(path: Path) -> str:
+    """Compute the SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_json(value: Any) -> str:
+    """Hash a JSON value; returns 16 hexadecimal digits, which do not depend on the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

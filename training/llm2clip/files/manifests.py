@@ -1,0 +1,302 @@
+"""The list of the files that a command wrote into a folder: what belongs to it, and whether it is whole.
+
+Two lists share the work. `.llm2clip.json` stays on this machine: the command, and all files with their sizes. The
+`manifest.json` of a built model (see [`write_model_manifest`]) travels with it: the SHA-256 of what loading it reads.
+A checksum is in one of them only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from llm2clip.files.atomic import digest_json, flush_file, flush_folder, read_json, sha256, write_json
+from llm2clip.files.shared_files import stored_sha256
+
+if TYPE_CHECKING:
+    from llm2clip.files.remote_path import AnyPath
+
+# Its name starts with a dot, so that `llm2clip push` leaves it here.
+FOLDER_MANIFEST = ".llm2clip.json"
+MODEL_MANIFEST = "manifest.json"
+# The default name of sigstore's command `model_signing`.
+MODEL_SIGNATURE = "model.sig"
+MODEL_FORMAT, MODEL_FORMAT_VERSION = "llm2clip-model", 1
+# Text that people edit, and `llm2clip push` too; nothing computes from it.
+EDITED = frozenset({"README.md", "LICENSE"})
+# Endings of what a model is loaded from.
+LOADED = frozenset({".safetensors", ".json", ".py", ".txt", ".model", ".jinja"})
+# `FOLDER` of modeling_llm2clip/query_encoder_llm2clip.py, which imports torch.
+QUERY_ENCODER = "query_encoder"
+# A manifest that no other file lists has the checksum of its other fields.
+MANIFEST_CHECKSUM = "manifest_checksum"
+
+
+class Fault(NamedTuple):
+    """A damaged or missing file: its path with what is wrong, and how to fix only that."""
+
+    what: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.what.rstrip('.')}. To fix it: {self.fix}."
+
+
+@dataclass
+class Verified:
+    """What was found.
+
+    Attributes:
+        counts: What was checked, such as `num_files`.
+        faults: What is damaged or missing.
+        remarks: What could not be checked, or was not finished.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    faults: list[Fault] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+    def add(self, other: Verified) -> None:
+        """Add what was found in another folder."""
+        self.counts += other.counts
+        self.faults += other.faults
+        self.remarks += other.remarks
+
+
+class ListedFile(NamedTuple):
+    """A file of a manifest: its bytes and SHA-256, as far as they are recorded, and the manifest that has it."""
+
+    size: int | None
+    checksum: str | None
+    manifest: str
+
+
+def with_checksum(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a manifest with their checksum."""
+    return {**fields, MANIFEST_CHECKSUM: digest_json(fields)}
+
+
+def fits_checksum(fields: dict[str, Any]) -> bool:
+    """Whether the fields of a manifest fit their checksum."""
+    others = {name: value for name, value in fields.items() if name != MANIFEST_CHECKSUM}
+    return fields.get(MANIFEST_CHECKSUM) == digest_json(others)
+
+
+def read_checked(path: AnyPath) -> dict[str, Any]:
+    """Read a JSON file written [`with_checksum`], without that; who changes the file by hand deletes it.
+
+    Raises:
+        ValueError: It is damaged, or has changed since it was written.
+    """
+    fields = read_json(path)
+    if MANIFEST_CHECKSUM in fields and not fits_checksum(fields):
+        raise ValueError(
+            f"{path} has changed since it was written: its content does not fit its {MANIFEST_CHECKSUM}. Restore it, "
+            f"or write it again; if the change is meant, delete its {MANIFEST_CHECKSUM}."
+        )
+    return {name: value for name, value in fields.items() if name != MANIFEST_CHECKSUM}
+
+
+def write_manifest(
+    folder: AnyPath,
+    command: str,
+    names: Iterable[str] | None = None,
+    unlisted: Collection[str] = (),
+    rewritten: Collection[str] | None = None,
+) -> None:
+    """List the files of a folder with sizes and checksums, after they have reached the disk.
+
+    Those of a remote folder have sizes alone, since a checksum would read all of them over the network.
+
+    Args:
+        command: The command that wrote the folder, such as `build`.
+        names: The files; by default everything below the folder.
+        unlisted: Files that are left out.
+        rewritten: Files that may have changed since an earlier list; by default all. Others keep what that says.
+    """
+    if not isinstance(folder, Path):
+        listed = {name: size for name, size in folder.sizes().items() if name not in {*unlisted, FOLDER_MANIFEST}}
+        write_json(folder / FOLDER_MANIFEST, with_checksum({"written_by": f"llm2clip {command}", "files": listed}))
+        return
+    chosen = folder_files(folder) if names is None else names
+    paths = [folder / name for name in chosen if name not in unlisted]
+    for path in paths:
+        flush_file(path)
+    for parent in {path.parent for path in paths}:
+        flush_folder(parent)
+    sizes: dict[str, int] = {}
+    checksums: dict[str, str] = {}
+    earlier, elsewhere = {}, {}
+    with contextlib.suppress(OSError, ValueError):  # what is missing or damaged is written anew
+        earlier = {} if rewritten is None else stated_files(folder)
+        elsewhere = _model_checksums(folder)
+    for path in paths:
+        name = path.relative_to(folder).as_posix()
+        known = earlier.get(name) if rewritten is not None and name not in rewritten else None
+        sizes[name] = path.stat().st_size if known is None or known.size is None else known.size
+        if name not in EDITED and name not in elsewhere:
+            checksums[name] = sha256(path) if known is None or known.checksum is None else known.checksum
+    fields = {"written_by": f"llm2clip {command}", "files": sizes, "sha256": checksums}
+    write_json(folder / FOLDER_MANIFEST, with_checksum(fields))
+
+
+def write_model_manifest(folder: Path, names: Iterable[str]) -> None:
+    """Write `manifest.json` into the folder of a model: the SHA-256 of what loading it reads.
+
+    It is for whoever copies the model. The card and the license are not in it: people edit them.
+    """
+    checksums = {name: sha256(folder / name) for name in names if name not in {*EDITED, MODEL_MANIFEST}}
+    head = {"format": MODEL_FORMAT, "format_version": MODEL_FORMAT_VERSION}
+    write_json(folder / MODEL_MANIFEST, {**head, "files": checksums})
+
+
+def written_by(folder: AnyPath) -> str | None:
+    """Return the command that wrote a folder, such as `build`; None if its manifest does not say so."""
+    try:
+        command = read_json(folder / FOLDER_MANIFEST).get("written_by")
+    except (OSError, ValueError):
+        return None
+    return command.removeprefix("llm2clip ") if isinstance(command, str) else None
+
+
+def foreign_files(folder: Path, command: str) -> list[str] | None:
+    """Return the files of a folder that its manifest does not list, or None if `command` did not write the folder."""
+    known = own_files(folder, command)
+    return None if known is None else [name for name in folder_files(folder) if name not in known]
+
+
+def own_files(folder: AnyPath, command: str) -> dict[str, ListedFile] | None:
+    """Return the files that the manifest of a folder lists, or None if `command` did not write the folder."""
+    try:
+        return stated_files(folder) if written_by(folder) == command else None
+    except (OSError, ValueError):
+        return None
+
+
+def listed_files(folder: Path) -> dict[str, ListedFile]:
+    """Return the files that the manifests of a folder list; none if it has no manifest.
+
+    Raises:
+        ValueError: A manifest is damaged.
+    """
+    known = stated_files(folder) if (folder / FOLDER_MANIFEST).is_file() else {}
+    for name, checksum in _model_checksums(folder).items():
+        known[name] = ListedFile(known[name].size if name in known else None, checksum, MODEL_MANIFEST)
+    return known
+
+
+def faults(folder: Path, contents: bool = True) -> Iterator[str]:
+    """Yield what differs between a folder and its manifests, in words: the name of each file, and what is wrong.
+
+    Args:
+        contents: Compare checksums, which reads the files, and not only sizes.
+    """
+    try:
+        known = listed_files(folder)
+    except ValueError as error:
+        yield str(error).rstrip(".")
+        return
+    for name, listed in known.items():
+        path = folder / name
+        if path.name in EDITED:
+            continue
+        if not path.is_file():
+            yield f"{name} is missing"
+        elif listed.size is not None and (size := path.stat().st_size) != listed.size:
+            yield f"{name} has {size} bytes instead of {listed.size}"
+        elif contents and listed.checksum is not None and sha256(path) != listed.checksum:
+            yield f"{name} has changed: its checksum is not that in {listed.manifest}"
+
+
+def damage(folder: Path, contents: bool = False) -> str | None:
+    """Return the first difference between a folder and its manifest, or None if there is none; see [`faults`]."""
+    if not (folder / FOLDER_MANIFEST).is_file():
+        return f"no {FOLDER_MANIFEST}, which is written last"
+    return next(faults(folder, contents), None)
+
+
+def refuse_damaged(folder: str | Path) -> None:
+    """Raise a `ValueError` if a local folder differs from its manifests. One without them, or none, passes."""
+    if Path(folder).is_dir() and (fault := next(faults(Path(folder)), None)) is not None:
+        raise _changed(Path(folder), fault)
+
+
+def refuse_changed_model(folder: str | Path) -> None:
+    """Raise a `ValueError` if what a local model is loaded from are not the files that its manifests list.
+
+    Each is read for that when it is loaded first since it has changed. What is not a model of ours passes.
+    """
+    folder = Path(folder)
+    for name, listed in listed_files(folder).items() if folder.is_dir() else ():
+        path = folder / name
+        in_place = path.parent == folder or folder / QUERY_ENCODER in path.parents
+        is_loaded = path.suffix in LOADED and in_place and path.is_file()
+        if is_loaded and listed.checksum is not None and stored_sha256(path) != listed.checksum:
+            raise _changed(folder, f"{name} has changed: its checksum is not that in {listed.manifest}")
+
+
+def _changed(folder: Path, fault: str) -> ValueError:
+    names = [name for name in (MODEL_MANIFEST, FOLDER_MANIFEST) if (folder / name).is_file()]
+    return ValueError(
+        f"{folder} is not what was written ({fault}). Write or copy it again, or, if you changed it yourself, delete "
+        f"{' and '.join(names)} in it."
+    )
+
+
+def folder_files(folder: Path) -> list[str]:
+    """List everything below a folder except folders and its manifest; a link to a folder counts as a file.
+
+    Raises:
+        OSError: A folder cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    paths = []
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        paths += [os.path.relpath(os.path.join(parent, name), folder) for name in [*names, *links]]
+    return sorted(Path(name).as_posix() for name in paths if name != FOLDER_MANIFEST)
+
+
+def stated_files(folder: AnyPath) -> dict[str, ListedFile]:
+    """Return the files in `.llm2clip.json` of a folder; one that was written at a URL has no checksums.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is damaged.
+    """
+    path = folder / FOLDER_MANIFEST
+    fields = read_json(path)
+    sizes, checksums = fields.get("files"), fields.get("sha256", {})
+    if not isinstance(sizes, dict) or not isinstance(checksums, dict):
+        raise ValueError(f"no list of files in {FOLDER_MANIFEST}")
+    if not fits_checksum(fields):
+        raise ValueError(f"{FOLDER_MANIFEST} has changed since it was written")
+    _refuse_outside(path, sizes)
+    return {name: ListedFile(size, checksums.get(name), FOLDER_MANIFEST) for name, size in sizes.items()}
+
+
+def _model_checksums(folder: Path) -> dict[str, str]:
+    """Read the list that travels with a model; other folders have another file of this name, or none."""
+    path = folder / MODEL_MANIFEST
+    fields = read_json(path) if path.is_file() else {}
+    if fields.get("format") != MODEL_FORMAT:
+        return {}
+    if fields.get("format_version") != MODEL_FORMAT_VERSION or not isinstance(fields.get("files"), dict):
+        raise ValueError(f"{path} is not a list of files of version {MODEL_FORMAT_VERSION}")
+    _refuse_outside(path, fields["files"])
+    return fields["files"]
+
+
+def _refuse_outside(path: AnyPath, names: Iterable[str]) -> None:
+    """Raise a `ValueError` if a list names a file that is not below its folder."""
+    for name in names:
+        if PurePosixPath(name).is_absolute() or Path(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise ValueError(f"{path} names {name}, which is outside of the folder")

@@ -1,0 +1,188 @@
+"""Load text towers with their tokenizers from a text tower, an LLM2CLIP model or a plain text model.
+
+Plain text models are LLMs, encoders, and embedding models of sentence-transformers.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from llm2clip.files.manifests import refuse_changed_model
+from llm2clip.models.attention_probe import verify_text_tower
+from llm2clip.models.embedding_models import embedding_fields, read_embedding_model, with_lower_case
+from llm2clip.models.repos import OUR_MODELS, inspect_repo, refuse_revision
+from modeling_llm2clip import (
+    LLM2CLIPConfig,
+    LLM2CLIPTextConfig,
+    LLM2CLIPTextModel,
+    with_prompt,
+)
+from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
+from modeling_llm2clip.modeling_llm2clip_decoder import encoder_fields
+
+logger = logging.getLogger(__name__)
+
+
+def loading_options(dtype: str, attn_implementation: str | None = None, revision: str | None = None) -> dict[str, Any]:
+    """Build keyword arguments for `from_pretrained` from the settings of a run; unset values are omitted.
+
+    Args:
+        dtype: `float32`, `bfloat16` or `float16`; `auto` keeps the dtype of the checkpoint.
+        attn_implementation: Such as `sdpa`.
+        revision: Branch, tag or commit on the Hub.
+
+    Raises:
+        ValueError: `dtype` is not the name of a torch dtype.
+    """
+    torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype, None)
+    if torch_dtype != "auto" and not isinstance(torch_dtype, torch.dtype):
+        raise ValueError(f"dtype {dtype!r} is unknown; choose float32, bfloat16, float16 or auto.")
+    options = {"dtype": torch_dtype, "attn_implementation": attn_implementation, "revision": revision}
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def open_text_tower(
+    name: str,
+    *,
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    decoder: PreTrainedModel | None = None,
+    **prompt: Any,
+) -> tuple[LLM2CLIPTextModel, PreTrainedTokenizerBase]:
+    """Load a text tower and its caption tokenizer, which adds the prompt. Adapters are merged.
+
+    Args:
+        name: Hub id or folder of a text tower, an LLM2CLIP model, or a plain text model, which is wrapped as a tower;
+            of a CLIP model, the text half.
+        dtype, attn_implementation, revision: See [`loading_options`].
+        decoder: The plain LLM, if it is already loaded.
+        prompt: Fields of [`LLM2CLIPTextConfig`] for a plain text model, such as `prompt_prefix`; None means unset.
+            They take precedence over the files of an embedding model of sentence-transformers, whose default prompt,
+            pooling and length count otherwise (E5, for one, has no default prompt and needs `"query: "`). Without
+            prefix and suffix the prompt of an LLM is that which the original gives by `name` (see
+            [`original_prompt`]).
+
+    Raises:
+        ValueError: `prompt` is given for a text tower, whose config already defines the prompt; a probe with a few
+            tokens found that captions would not be read in both directions, or not apart from padding and neighbours
+            (the config records its result; see [`verify_text_tower`]); the files of an embedding model describe
+            something that a text tower cannot do; or a file of a local folder is not the one that was written.
+    """
+    refuse_changed_model(name)
+    options = loading_options(dtype, attn_implementation, revision)
+    tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision)
+    prompt = {key: value for key, value in prompt.items() if value is not None}
+    if (repo := inspect_repo(name, revision)).kind in OUR_MODELS:
+        if prompt:
+            raise ValueError(f"{name} is a text tower, whose config defines the prompt; remove {', '.join(prompt)}.")
+        if repo.is_adapter and dtype != "float32":
+            # Rounded after the merge, so that the merged weights are the same in every dtype.
+            options["dtype"] = "auto"
+        model = LLM2CLIPTextModel.from_pretrained(name, **options)
+        model.merge_adapter()
+        if repo.is_adapter and dtype not in ("float32", "auto"):
+            model.to(getattr(torch, dtype))
+    else:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        tokenizer, fields = _plain(name, revision, config, tokenizer, prompt)
+        model = LLM2CLIPTextModel.from_decoder(decoder or name, decoder_kwargs=options, **fields)
+    verify_text_tower(model)
+    return model, tokenizer
+
+
+def save_text_tower(
+    model: LLM2CLIPTextModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
+    """Save a text tower, by default with its own weights, and its tokenizer in the layout of a Hub repository."""
+    model.save_pretrained(folder, state_dict=weights)
+    tokenizer.save_pretrained(folder)
+    make_readable_by_version_4(folder)
+
+
+def describe_text_tower(
+    name: str, revision: str | None = None, **prompt: Any
+) -> tuple[LLM2CLIPTextConfig, PreTrainedTokenizerBase]:
+    """Return the config and the tokenizer of [`open_text_tower`] without loading the weights.
+
+    `prompt` is for a plain LLM; a text tower keeps its own.
+    """
+    refuse_revision(name, revision)
+    tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision)
+    config = AutoConfig.from_pretrained(name, revision=revision)
+    if config.model_type in (LLM2CLIPConfig.model_type, LLM2CLIPTextConfig.model_type):
+        return getattr(config, "text_config", config), tokenizer
+    tokenizer, fields = _plain(name, revision, config, tokenizer, prompt)
+    return LLM2CLIPTextConfig(decoder_config=getattr(config, "text_config", config), **fields), tokenizer
+
+
+def _plain(
+    name: str, revision: str | None, config: Any, tokenizer: PreTrainedTokenizerBase, given: dict[str, Any]
+) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
+    """Return the caption tokenizer of a plain text model, and the fields of its text config, `given` first."""
+    described = read_embedding_model(name, config, revision=revision)
+    if described is None:
+        return prompted(tokenizer, _with_original_prompt({**encoder_fields(config), **given}, config, name))
+    if described.lower_case:
+        tokenizer = with_lower_case(tokenizer)
+    return prompted(tokenizer, embedding_fields(name, described, given))
+
+
+def _with_original_prompt(prompt: dict[str, Any], config: Any, name: str) -> dict[str, Any]:
+    """Add the chat header that the original code gives a plain LLM by its name, unless a prompt is set."""
+    prefix, suffix = original_prompt(config.model_type, name)
+    if "prompt_prefix" in prompt or "prompt_suffix" in prompt or not (prefix or suffix):
+        return prompt
+    logger.info("Prompt of %s, by its name as in the original code: %r caption %r.", name, prefix, suffix)
+    return {**prompt, "prompt_prefix": prefix, "prompt_suffix": suffix}
+
+
+def prompted(
+    tokenizer: PreTrainedTokenizerBase, prompt: dict[str, Any]
+) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
+    """Add a prompt to the tokenizer of a plain text model; also return the fields of its text config."""
+    defaults = LLM2CLIPTextConfig()
+    prefix, suffix, length = (
+        prompt.get(key, getattr(defaults, key)) for key in ("prompt_prefix", "prompt_suffix", "max_text_length")
+    )
+    caption_tokenizer, prefix_tokens = with_prompt(tokenizer, prefix, suffix, length)
+    ids = list(caption_tokenizer("")["input_ids"])
+    return caption_tokenizer, {**prompt, "num_prefix_tokens": prefix_tokens, "prompt_token_ids": ids}
+
+
+def original_prompt(model_type: str, name_or_path: str, pooling: str = "mean") -> tuple[str, str]:
+    """The prompt around a caption in the original code, which depends on the name of the LLM.
+
+    Args:
+        model_type: `model_type` in the config of the LLM.
+        name_or_path: `_name_or_path` in the config of the LLM.
+        pooling: With `eos_token` the original appends an end-of-sequence token.
+
+    Returns:
+        `(prompt_prefix, prompt_suffix)` for [`LLM2CLIPTextConfig`].
+    """
+    prefix = suffix = ""
+    if model_type == "llama" and "Llama-3" in name_or_path and "Instruct" in name_or_path:
+        return "<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"
+    if name_or_path in ("mistralai/Mistral-7B-Instruct-v0.2", "meta-llama/Llama-2-7b-chat-hf"):
+        prefix, suffix = "[INST] ", " [/INST]"
+    elif name_or_path == "google/gemma-2-9b-it":
+        prefix, suffix = "<bos><start_of_turn>user\n", "<end_of_turn>"
+    elif name_or_path in ("Qwen/Qwen2-1.5B-Instruct", "Qwen/Qwen2-7B-Instruct"):
+        prefix, suffix = "<|im_start|>user\n", "<|im_end|>"
+    elif name_or_path == "microsoft/Phi-3.5-mini-instruct":
+        prefix, suffix = "<|user|>\n", "<|end|>\n"
+    if pooling == "eos_token":
+        ends = {"gemma": "<eos>", "qwen2": "<|endoftext|>", "phi3": "<|endoftext|>"}
+        end = "<|end_of_text|>" if name_or_path == "meta-llama/Meta-Llama-3-8B" else ends.get(model_type, " </s>")
+        suffix = suffix.rstrip() + end
+    return prefix, suffix

@@ -1,1 +1,0 @@
-"""What every room uses: files, processes, settings, and what a repository holds."""
