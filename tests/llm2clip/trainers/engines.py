@@ -59,10 +59,10 @@ class Seen:
         self.before = Stage2Trainer.contrastive_loss, getattr(dist, REDUCE)
         loss, reduce = self.before
 
-        def watched_loss(trainer: Any, embeds: Any, logit_scale: Any, logit_bias: Any, ids: Any) -> Any:
-            self.dtypes |= {str(x.dtype) for x in (*embeds.values(), logit_scale)}
-            self.scales.append(float(logit_scale))
-            return loss(trainer, embeds, logit_scale, logit_bias, ids)
+        def watched_loss(trainer: Any, batch: Any) -> Any:
+            self.dtypes |= {str(x.dtype) for x in (*batch.embeds.values(), batch.logit_scale)}
+            self.scales.append(float(batch.logit_scale))
+            return loss(trainer, batch)
 
         def watched_reduce(output: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
             self.reduced.add(str(input.dtype))

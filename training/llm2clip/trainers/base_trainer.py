@@ -194,18 +194,11 @@ class StageTrainer(Trainer):
             yield {name: shorten(rows, dim) for name, rows in embeds.items()}
         yield embeds
 
-    def contrastive_loss(
-        self,
-        embeds: Mapping[str, Tensor],
-        logit_scale: Tensor | None,
-        logit_bias: Tensor | None,
-        ids: Mapping[str, Tensor | None],
-    ) -> Tensor:
+    def contrastive_loss(self, batch: EmbeddedBatch) -> Tensor:
         """Compute the loss of a batch from its embeddings; override it for a loss of your own.
 
         Args:
-            embeds, logit_scale, logit_bias, ids: See [`EmbeddedBatch`]. The losses of [`llm2clip.losses`] gather the
-                embeddings of the other processes.
+            batch: The rows of this process. The losses of [`llm2clip.losses`] gather those of the other processes.
 
         Returns:
             A scalar whose mean over the processes is the loss of the batch of all of them.
@@ -317,17 +310,19 @@ class StageTrainer(Trainer):
         keys = inputs.pop("keys", None)
         self.run_state.count_batch(inputs.pop("skipped", ()), inputs.pop("num_truncated", 0) if model.training else 0)
         batch = self.embed_batch(model, inputs)
-        rows: dict[str, Any] = {**batch.embeds, **batch.ids}
+        compared = batch
         if not model.training:
-            rows = rows_that_count(rows, self.accelerator)
-        ids = {name: rows[name] for name in batch.ids}
+            rows = rows_that_count({**batch.embeds, **batch.ids}, self.accelerator)
+            compared = batch._replace(
+                embeds={name: rows[name] for name in batch.embeds}, ids={name: rows[name] for name in batch.ids}
+            )
         losses = []
-        for view in self.loss_views({name: rows[name] for name in batch.embeds}):
+        for view in self.loss_views(compared.embeds):
             if self.compute_loss_func is None:
-                losses.append(self.contrastive_loss(view, batch.logit_scale, batch.logit_bias, ids))
+                losses.append(self.contrastive_loss(compared._replace(embeds=view)))
             else:
                 output = ModelOutput(**view, logit_scale=batch.logit_scale, logit_bias=batch.logit_bias)
-                losses.append(self.compute_loss_func(output, ids or None, num_items_in_batch=None))
+                losses.append(self.compute_loss_func(output, compared.ids or None, num_items_in_batch=None))
         loss = torch.stack(losses).mean()
         # The states of tokens, (rows, tokens, width), may be anything where there is padding.
         observed = Observed.of(loss, [embeds for embeds in batch.embeds.values() if embeds.dim() == 2], keys)

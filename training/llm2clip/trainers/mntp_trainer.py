@@ -6,7 +6,6 @@ It adapts a decoder to bidirectional attention: tokens are masked, and the state
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 import torch
@@ -73,30 +72,23 @@ class MNTPTrainer(TextTowerTrainer):
         labels = inputs.pop("labels")
         return EmbeddedBatch({"last_hidden_state": model(**inputs).last_hidden_state}, ids={"labels": labels})
 
-    def contrastive_loss(
-        self,
-        embeds: Mapping[str, Tensor],
-        logit_scale: Tensor | None,
-        logit_bias: Tensor | None,
-        ids: Mapping[str, Tensor | None],
-    ) -> Tensor:
+    def contrastive_loss(self, batch: EmbeddedBatch) -> Tensor:
         """Compute the loss of a batch from its states; override it for a loss of your own.
 
         Args:
-            embeds: `last_hidden_state` of this process, `(rows, tokens, hidden_size)`.
-            logit_scale, logit_bias: None.
-            ids: `labels`, `(rows, tokens)`: the original token where it was masked, and -100 elsewhere.
+            batch: Its `embeds` are `last_hidden_state` of this process, `(rows, tokens, hidden_size)`, and its `ids`
+                are `labels`, `(rows, tokens)`: the original token where it was masked, and -100 elsewhere.
 
         Returns:
             A scalar whose mean over the processes is the loss of the batch of all of them.
         """
-        labels, count = cast(Tensor, ids["labels"]), None
+        labels, count = cast(Tensor, batch.ids["labels"]), None
         if not self.model.training:
             # In training, every process has the same weight, as in the original code.
             counts = exchange_counts([int((labels[:, 1:] != NOT_MASKED).sum())], labels.device)
             count = sum(scored for (scored,) in counts) / len(counts)
         softcap = getattr(self.unwrapped().config.decoder_config, "final_logit_softcapping", None)
-        return masked_next_token_loss(embeds["last_hidden_state"], labels, self.head, softcap, count)
+        return masked_next_token_loss(batch.embeds["last_hidden_state"], labels, self.head, softcap, count)
 
 
 def masked_next_token_loss(

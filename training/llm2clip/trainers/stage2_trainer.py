@@ -188,27 +188,21 @@ class Stage2Trainer(StageTrainer):
         for texts in embeds["text_embeds"].split(embeds["image_embeds"].shape[1], dim=-1):
             yield from super().loss_views({**embeds, "text_embeds": texts})
 
-    def contrastive_loss(
-        self,
-        embeds: Mapping[str, Tensor],
-        logit_scale: Tensor | None,
-        logit_bias: Tensor | None,
-        ids: Mapping[str, Tensor | None],
-    ) -> Tensor:
+    def contrastive_loss(self, batch: EmbeddedBatch) -> Tensor:
         """Compute the loss of a batch; override it for a loss of your own.
 
         Args:
-            embeds: `image_embeds` and `text_embeds` of this process, `(rows, projection_dim)` each, of unit length.
-                The losses of [`llm2clip.losses`] gather those of the other processes.
-            logit_scale, logit_bias: Scalars; the scale is not a logarithm, and there is a bias with `loss: sigmoid`.
-            ids: `caption_ids` and `image_caption_ids` if rows share captions (`shared_captions: positive`).
+            batch: Its `embeds` are `image_embeds` and `text_embeds` of this process, `(rows, projection_dim)` each, of
+                unit length. The losses of [`llm2clip.losses`] gather those of the other processes. There is a
+                `logit_bias` with `loss: sigmoid`, and `ids` has `caption_ids` and `image_caption_ids` if rows share
+                captions (`shared_captions: positive`).
 
         Returns:
             A scalar whose mean over the processes is the loss of the batch of all of them.
         """
-        options: dict[str, Any] = {**embeds, **ids, "logit_scale": logit_scale}
+        options: dict[str, Any] = {**batch.embeds, **batch.ids, "logit_scale": batch.logit_scale}
         if self.args.loss == "sigmoid":
-            return sigmoid_loss(**options, logit_bias=cast(Tensor, logit_bias))
+            return sigmoid_loss(**options, logit_bias=cast(Tensor, batch.logit_bias))
         return clip_loss(**options, label_smoothing=self.args.label_smoothing_factor)
 
     def _embed(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
