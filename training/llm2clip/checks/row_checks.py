@@ -37,7 +37,7 @@ ENTITY = re.compile(r"&(?:[A-Za-z][A-Za-z0-9]{1,31}|#[0-9]{1,7}|#[xX][0-9A-Fa-f]
 
 
 def has_entity(text: str) -> bool:
-    """Whether a text contains HTML entities, such as `&amp;` and `&#39;`."""
+    """Tell whether a text contains HTML entities, such as `&amp;` and `&#39;`."""
     return any(html.unescape(entity) != entity for entity in ENTITY.findall(text))
 
 

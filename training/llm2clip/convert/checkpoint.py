@@ -144,7 +144,7 @@ def compare_tensors(recognized: str, expected: Shapes, actual: Shapes, new: tupl
 
 
 def is_torch_file(path: Path) -> bool:
-    """Whether a file is one that `torch.save` writes, by the names in its archive."""
+    """Tell whether a file is one that `torch.save` writes, by the names in its archive."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:

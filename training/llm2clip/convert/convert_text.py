@@ -33,7 +33,7 @@ DROPPED = {
 
 
 def contains_decoder(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint is that of an LLM."""
+    """Tell whether a checkpoint is that of an LLM."""
     kind = checkpoint.config.get("model_type")
     return _prefix(checkpoint) is not None and isinstance(kind, str) and kind in CONFIG_MAPPING
 

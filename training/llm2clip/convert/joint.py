@@ -234,7 +234,7 @@ def _joint_layout(kind: TowerKind, prefix: str, checkpoint: Checkpoint) -> Layou
 
 
 def _vision_config(kind: TowerKind, prefix: str, checkpoint: Checkpoint) -> PretrainedConfig:
-    """The config of the tower, from the config of the checkpoint if it has one, and from shapes."""
+    """Return the config of the tower, from the config of the checkpoint if it has one, and from shapes."""
     shapes = {name.removeprefix(prefix): shape for name, shape in checkpoint.shapes.items() if name.startswith(prefix)}
     if kind.layout is None and checkpoint.config.get("vision_config") is not None:
         whole = AutoConfig.for_model(checkpoint.config["model_type"]).from_dict(checkpoint.config)

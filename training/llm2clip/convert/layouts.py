@@ -13,12 +13,12 @@ _CLIP_BLOCK = "layer_norm1 layer_norm2 self_attn.out_proj mlp.fc1 mlp.fc2"
 
 
 def _qkv(theirs: str, ours: str, *kinds: str) -> tuple[Rule, ...]:
-    """The rules of one matrix for queries, keys and values, which are separate in this package."""
+    """Return the rules of one matrix for queries, keys and values, which are separate in this package."""
     return tuple(Rule((theirs + kind,), tuple(f"{ours}{part}_proj.{kind}" for part in "qkv")) for kind in kinds)
 
 
 def _eva(*block: Rule) -> Layout:
-    """The layout of a tower with the names of EVA-CLIP outside its blocks."""
+    """Return the layout of a tower with the names of EVA-CLIP outside its blocks."""
     common = Layout((*same("cls_token", "pos_embed"), *linears("patch_embed.proj norm")))
     return common + Layout(block).under("blocks.{n}.", "blocks.{n}.")
 

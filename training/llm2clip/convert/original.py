@@ -20,7 +20,7 @@ FEATURE_FIELDS = ("vision_pooling", "standardize_vision", "center_text", "visual
 
 
 def original_layout(vision_config: PretrainedConfig) -> Layout:
-    """The layout of the original's state dict for a model with this vision tower."""
+    """Return the layout of the original's state dict for a model with this vision tower."""
     head = Layout(linears("visual.head", "visual_projection"))
     if vision_config.model_type == EVA02VisionConfig.model_type:
         tower = (EVA02 if vision_config.sub_layer_norm else EVA).under("visual.", "vision_model.")
@@ -35,7 +35,7 @@ def original_layout(vision_config: PretrainedConfig) -> Layout:
 
 
 def joint_config(model_config: Mapping[str, Any]) -> LLM2CLIPConfig:
-    """The config of an LLM2CLIP model, from an original model_configs JSON.
+    """Return the config of an LLM2CLIP model, from an original model_configs JSON.
 
     Of its LLM only the width is set: the one in the JSON, or that of the tower where the JSON has no `text_cfg`.
     """
@@ -54,7 +54,7 @@ def joint_config(model_config: Mapping[str, Any]) -> LLM2CLIPConfig:
 
 
 def _width_only(width: int) -> LLM2CLIPTextConfig:
-    """A text config for an LLM of which only the width is known."""
+    """Return a text config for an LLM of which only the width is known."""
     heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
     return LLM2CLIPTextConfig(decoder_config={"model_type": "llama", "hidden_size": width, **heads})
 

@@ -154,7 +154,7 @@ def template_of(name: str) -> tuple[str, str]:
 
 
 def linears(theirs: str, ours: str = "") -> tuple[Rule, ...]:
-    """The rules of modules with a weight and a bias.
+    """Return the rules of modules with a weight and a bias.
 
     Args:
         theirs: Names in the checkpoint, separated by spaces.
@@ -167,10 +167,10 @@ def linears(theirs: str, ours: str = "") -> tuple[Rule, ...]:
 
 
 def unchanged(names: Iterable[str]) -> Layout:
-    """A layout that keeps all names."""
+    """Return a layout that keeps all names."""
     return Layout(same(*{template_of(name)[0] for name in names}))
 
 
 def same(*names: str) -> tuple[Rule, ...]:
-    """The rules of tensors that keep their names."""
+    """Return the rules of tensors that keep their names."""
     return tuple(Rule((name,), (name,)) for name in names)

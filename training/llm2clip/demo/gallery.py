@@ -170,7 +170,7 @@ class Gallery:
         return seen.resize(drawn.size, Image.Resampling.LANCZOS), drawn, similarity
 
     def map_clarity(self, image: Image.Image, caption: str) -> float:
-        """How well a heat map follows the picture: the correlation of similarity and detail over the patches."""
+        """Tell how well a heat map follows the picture: the correlation of similarity and detail over the patches."""
         seen, _, similarity = self.heat_map(image, caption)
         rows, columns = similarity.shape
         pixels = torch.tensor(list(seen.convert("L").resize((8 * columns, 8 * rows)).tobytes()), dtype=torch.float32)

@@ -284,7 +284,7 @@ def _row_key(result: Result) -> str:
 
 
 def _column_facts(result: Result) -> dict[str, str]:
-    """What may differ between two columns, as words; the name of a protocol stands for its id."""
+    """Say what may differ between two columns, as words; the name of a protocol stands for its id."""
     options = {{"name": "protocol"}.get(name, name): str(value) for name, value in result.protocol.items()}
     del options["id"]
     return {"set": result.benchmark, **options, "data": str(result.data.get("checksum", ""))}

@@ -216,7 +216,7 @@ class RetrievalData:
         return {"images": len(self.images), "texts": len(self.texts)}
 
     def parts(self) -> list[DataPart]:
-        """The captions, by image."""
+        """Return the captions, by image."""
         keys = [self.images.key(owner) for owner in self.owners.tolist()]
         rows = list(zip(keys, self.texts, strict=True))
         return [DataPart(rows, ("captions",), self.images)]
@@ -234,7 +234,7 @@ class MultilingualData(dict[str, RetrievalData]):
         }
 
     def parts(self) -> list[DataPart]:
-        """The captions of each language, by image."""
+        """Return the captions of each language, by image."""
         return [replace(part, columns=(name,)) for name, data in self.items() for part in data.parts()]
 
 
@@ -264,7 +264,7 @@ class ClassificationData:
         return {"images": len(self.images), "classes": len(self.labels.unique())}
 
     def parts(self) -> list[DataPart]:
-        """The prompts by class, the images, and those for a probe."""
+        """Return the prompts by class, the images, and those for a probe."""
         names = [name for name in self.classnames for _ in self.templates]
         texts = list(zip(names, prompts(self.classnames, self.templates), strict=True))
         sets = (self, self.train, self.validation)
@@ -282,7 +282,7 @@ class SeveralSets(dict[str, ClassificationData]):
         return counts
 
     def parts(self) -> list[DataPart]:
-        """The parts of each set."""
+        """Return the parts of each set."""
         return [part for data in self.values() for part in data.parts()]
 
 
@@ -318,7 +318,7 @@ class CaptionPairData:
         return {"pairs": len(self.queries)}
 
     def parts(self) -> list[DataPart]:
-        """The pairs."""
+        """Return the pairs."""
         rows = [("", *texts) for texts in zip(self.queries, self.targets, strict=True)]
         return [DataPart(rows, ("queries", "targets"))]
 
@@ -342,7 +342,7 @@ class PairData:
         return {"pairs": len(self.kinds), "kinds": len(set(self.kinds))}
 
     def parts(self) -> list[DataPart]:
-        """The pairs, by their first image."""
+        """Return the pairs, by their first image."""
         keys = [self.images.key(row) for row in range(0, len(self.images), 2)]
         rows = list(zip(keys, self.texts[::2], self.texts[1::2], strict=True))
         return [DataPart(rows, ("first", "second"), self.images)]
@@ -370,7 +370,7 @@ class HardNegativeData:
         return dict(Counter(self.kinds))
 
     def parts(self) -> list[DataPart]:
-        """The choices, by image."""
+        """Return the choices, by image."""
         keys = [self.images.key(owner) for owner in self.owners.tolist()]
         return [DataPart(list(zip(keys, self.right, self.wrong, strict=True)), ("right", "wrong"), self.images)]
 

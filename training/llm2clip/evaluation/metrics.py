@@ -142,7 +142,7 @@ class QueryRanks(NamedTuple):
         return torch.where(self.tied_wrong == 0, (self.ahead < k).double(), 1 - miss)
 
     def recalls(self, prefix: str = "", ks: Sequence[int] = KS) -> dict[str, Tensor]:
-        """The values of each query, (q,) float64, whose means are the recalls `PREFIXrecall@K`."""
+        """Return the values of each query, (q,) float64, whose means are the recalls `PREFIXrecall@K`."""
         return {f"{prefix}recall@{k}": self.hit_probability(k) for k in ks}
 
     def mean_and_median(self, prefix: str = "") -> dict[str, float]:

@@ -38,7 +38,7 @@ class OwnData(Benchmark):
 
 
 def is_own_data(name: str) -> bool:
-    """Whether a name is the path, URL or Hub id of data, or the fields of a source in JSON, and no benchmark's."""
+    """Tell whether a name is that of no benchmark, but the path, URL or Hub id of data, or a source in JSON."""
     path = Path(name)
     return name.startswith("{") or (
         path.suffix != ".py" and ("/" in name or path.suffix != "" or path.exists() or glob.has_magic(name))

@@ -98,5 +98,5 @@ def _by_length(groups: dict[str, dict[str, dict[str, float]]]) -> dict[str, floa
 
 
 def _first_length(bucket: str) -> int:
-    """The smallest length in a bucket such as `17-32` or `513-`."""
+    """Return the smallest length in a bucket such as `17-32` or `513-`."""
     return int(bucket.partition("-")[0])

@@ -225,7 +225,7 @@ class PublishedRow:
     unstated: str = ""
 
     def fits(self, benchmark: str, protocol: Mapping[str, Any]) -> bool:
-        """Whether the row may stand beside results of a benchmark by a protocol."""
+        """Tell whether the row may stand beside results of a benchmark by a protocol."""
         return benchmark in self.benchmarks and all(
             protocol.get(name) == value for name, value in self.protocol.items()
         )
@@ -262,7 +262,7 @@ def print_results(console: Console, results: Sequence[Result]) -> None:
     names = {(result.title, result.benchmark) for result in results}
 
     def title_of(result: Result) -> str:
-        """The title, and the name where several sets have it (the files of COCO)."""
+        """Return the title, and the name where several sets have it (the files of COCO)."""
         is_one = sum(title == result.title for title, _ in names) == 1
         return result.title if is_one else f"{result.title} ({result.benchmark})"
 
@@ -287,7 +287,7 @@ def print_results(console: Console, results: Sequence[Result]) -> None:
 
 
 def remarks_on(result: Result) -> list[str]:
-    """What to know of the numbers of a result: ranks, ties, cut and empty texts, counts unlike the published."""
+    """Say what to know of the numbers of a result: ranks, ties, cut and empty texts, counts unlike the published."""
     remarks = [f"{short_name(name)} {value:,.4g}" for name, value in result.ranks.items()]
     ties = sum(count for name, count in result.counts.items() if name.startswith("tied_"))
     cut, empty, skipped = (result.counts.get(name, 0) for name in ("truncated_texts", "empty_texts", "skipped_images"))
@@ -304,7 +304,7 @@ def remarks_on(result: Result) -> list[str]:
 
 
 def notes_on(result: Result) -> list[str]:
-    """What is unusual about a result, or has no usual value: its templates, its text format, other data."""
+    """Say what is unusual about a result, or has no usual value: its templates, its text format, other data."""
     notes = [str(result.protocol["templates"])] if "templates" in result.protocol else []
     text_format = result.protocol.get("text_format", RAW)
     if text_format != RAW:

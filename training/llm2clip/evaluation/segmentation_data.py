@@ -44,7 +44,7 @@ class SegmentationData:
         return {"images": len(self.images), "classes": len(self.classes)}
 
     def parts(self) -> list[DataPart]:
-        """The images, with their label maps."""
+        """Return the images, with their label maps."""
         return [DataPart(images=self.images, label_map=self.labels)]
 
     def labels(self, row: int) -> Tensor:

@@ -79,7 +79,7 @@ def _evaluation_of(result: Result) -> Evaluation:
 
 
 def source_folder(config: BuildConfig) -> Path:
-    """The folder of the source's card, its pictures and training history; for a Hub id, a snapshot of these files."""
+    """Return the folder of the source's card, pictures and training history; for a Hub id, a snapshot of these."""
     if Path(config.model).is_dir():
         return Path(config.model)
     files = [CARD, CURVES, EXAMPLE, HISTORY, "LICENSE*", "NOTICE", f"{QUERY_ENCODER}/*"]

@@ -110,7 +110,7 @@ class Base(NamedTuple):
         return self.license not in (UNKNOWN, *PERMISSIVE)
 
     def allows(self, license: str | None) -> bool:
-        """Whether what is made from it may be under a license."""
+        """Tell whether what is made from it may be under a license."""
         return not self.binds or license in (self.stated["license"], self.license, OTHER)
 
     def __str__(self) -> str:
@@ -140,7 +140,7 @@ class ModelLicense(NamedTuple):
         return [TERMS[license] for license in licenses if license in TERMS]
 
     def facts(self) -> dict[str, Any]:
-        """What the card says of it, as fields of [`CardFacts`]."""
+        """Return what the card says of it, as fields of [`CardFacts`]."""
         shown = dict.fromkeys(terms.shown for terms in self.terms if terms.shown)
         return {**self.stated, "base_licenses": [str(base) for base in self.bases], "shown": list(shown)}
 
@@ -191,7 +191,7 @@ class ModelLicense(NamedTuple):
 
 
 def strictest(bases: list[Base]) -> ModelLicense:
-    """The license of the strictest base; none is stated if that of one is not known, or if several bind."""
+    """Return the license of the strictest base; none is stated if that of one is not known, or if several bind."""
     if binding := {base.license: base for base in bases if base.binds}:
         license, base = binding.popitem()
         stated = {} if binding else {"license": license} if license in TERMS else dict(base.stated)
@@ -310,7 +310,7 @@ def _licensed(name: str, folder: Path | None, card: Mapping[str, Any], by_name: 
 
 
 def folder_of_card(name: str, revision: str | None = None) -> Path | None:
-    """The folder of the card and the license of a model, here or on the Hub; None if they cannot be read."""
+    """Return the folder of the card and the license of a model, here or on the Hub; None if they cannot be read."""
     if Path(name).is_dir():
         return Path(name)
     if not hub_ids(name):
@@ -361,7 +361,7 @@ def check_license(folder: Path, repo_id: str, card: str, where: str | None = Non
 
 
 def code_license() -> str:
-    """The text of the license of the code.
+    """Return the text of the license of the code.
 
     Raises:
         FileNotFoundError: This installation lacks it.
@@ -373,5 +373,5 @@ def code_license() -> str:
 
 
 def _read(path: Path) -> str:
-    """The text of a file; empty if there is none."""
+    """Return the text of a file; empty if there is none."""
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""

@@ -155,6 +155,6 @@ def validate_folder(folder: Path) -> None:
 
 
 def sample_picture() -> Image.Image:
-    """An image with edges and colors."""
+    """Return an image with edges and colors."""
     ramp = torch.arange(96 * 96 * 3).reshape(96, 96, 3)
     return Image.fromarray((ramp * 7 % 251).to(torch.uint8).numpy())

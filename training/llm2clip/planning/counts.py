@@ -209,7 +209,7 @@ def count_step(config: StageConfig | EmbedConfig, work: Work, gpus: int, tokens:
 
 
 def _half(config: StageConfig | EmbedConfig) -> torch.dtype | None:
-    """The type of a run's mixed precision."""
+    """Return the type of a run's mixed precision."""
     if not isinstance(config, StageConfig):
         return None
     return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None

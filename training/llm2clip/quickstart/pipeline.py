@@ -56,7 +56,7 @@ def run(config: QuickstartConfig) -> None:
 
 
 def _collect(context: RunContext, best: Arm, outcomes: dict[str, Any], final: Path) -> dict[str, Any]:
-    """The content of `results.json`, from the results of the steps."""
+    """Return the content of `results.json`, from the results of the steps."""
     arms = context.arms
     return {
         "settings": {**asdict(context.config), **context.profile, **context.data.settings(), **context.weights},

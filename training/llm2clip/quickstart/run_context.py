@@ -15,7 +15,7 @@ BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16")
 
 
 def has_fast_bfloat16() -> bool:
-    """Whether there is a GPU, or a processor with instructions for bfloat16."""
+    """Tell whether there is a GPU, or a processor with instructions for bfloat16."""
     info = Path("/proc/cpuinfo")
     processor = info.read_text() if info.is_file() else ""
     return torch.accelerator.is_available() or any(flag in processor for flag in BFLOAT16_FLAGS)

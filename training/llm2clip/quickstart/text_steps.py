@@ -117,7 +117,7 @@ def _dtype(run: RunContext, arm: Arm) -> str:
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether a run can be continued; what one without checkpoints has left is deleted."""
+    """Tell whether a run can be continued; what one without checkpoints has left is deleted."""
     if any(folder.glob("checkpoint-*")):
         return True
     shutil.rmtree(folder, ignore_errors=True)

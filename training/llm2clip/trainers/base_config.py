@@ -47,7 +47,7 @@ MEAN_RECALL = "mean_recall"
 
 
 def affects_numbers(entry: Field[Any]) -> bool:
-    """Whether what a run computes depends on a setting, given as the field of its dataclass."""
+    """Tell whether what a run computes depends on a setting, given as the field of its dataclass."""
     own = entry.metadata.get("affects_numbers", True)
     return own and not any(fnmatch(entry.name, pattern) for pattern in WITHOUT_EFFECT_ON_NUMBERS)
 

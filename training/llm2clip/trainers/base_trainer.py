@@ -431,7 +431,7 @@ class StageTrainer(Trainer):
         make_readable_by_version_4(folder)
 
     def saves_adapter(self) -> bool:
-        """Whether checkpoints have an adapter in place of the frozen LLM."""
+        """Tell whether checkpoints have an adapter in place of the frozen LLM."""
         return getattr(self.unwrapped(), "has_adapter", False)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

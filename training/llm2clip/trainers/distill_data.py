@@ -135,6 +135,6 @@ class DistillQueries:
 
 
 def _ratio(mine: Tensor, theirs: Tensor) -> float:
-    """The quotient of two recalls; 1 where that of the teacher is 0."""
+    """Return the quotient of two recalls; 1 where that of the teacher is 0."""
     wanted = theirs.sum().item()
     return mine.sum().item() / wanted if wanted else 1.0

@@ -136,7 +136,7 @@ def write_model_card(
 
 
 def made_from(args: Any, model: Any) -> list[str]:
-    """The models that a run starts from, as Hub ids and folders."""
+    """Return the models that a run starts from, as Hub ids and folders."""
     towers = [tower for name in TOWER_SETTINGS for tower in names_of(getattr(args, name, None))]
     names = [*towers, *base_models(model.config)]
     # `static:NAME` is a student made of the token vectors of another model, `layers:N` one of its teacher.
@@ -153,7 +153,7 @@ def _methods(args: Any) -> list[str]:
 
 
 def _recipe(args: Any) -> dict[str, Any]:
-    """The settings that differ from the defaults and are not a path on this machine."""
+    """Return the settings that differ from the defaults and are not a path on this machine."""
     recipe, defaults = {}, defaults_of(args)
 
     def is_local(value: Any) -> bool:

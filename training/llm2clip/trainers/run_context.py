@@ -396,5 +396,5 @@ def register_model(folder: Path) -> None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a folder has a finished and undamaged result."""
+    """Tell whether a folder has a finished and undamaged result."""
     return (folder / FOLDER_MANIFEST).is_file() and damage(folder, contents=True) is None

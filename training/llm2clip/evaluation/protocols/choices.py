@@ -134,7 +134,7 @@ def _margins(images: Tensor, captions: Tensor, data: PairData) -> tuple[Tensor, 
 
 
 def _all_won(margins: Tensor) -> Tensor:
-    """Whether all comparisons of a row are won, `(rows,)` float64 of 0 and 1; similarities that are equal are not."""
+    """Tell whether all comparisons of a row are won, `(rows,)` float64 of 0 and 1; equal similarities are lost."""
     return (margins > ROUNDING).all(dim=1).double()
 
 

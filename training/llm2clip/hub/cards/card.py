@@ -42,7 +42,7 @@ CAPTIONS = ("a photo of a dog", "a photo of a cat")
 
 
 def license_fields(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The license in front matter, as fields of [`CardFacts`]."""
+    """Return the license in front matter, as fields of [`CardFacts`]."""
     return {name: str(data[name]) for name in LICENSE_FIELDS if data.get(name)}
 
 
@@ -256,5 +256,5 @@ def validate_card(folder: Path) -> None:
 
 
 def as_list(value: Any) -> list[Any]:
-    """The values of a field that may be a single value, a list or absent."""
+    """Return the values of a field that may be a single value, a list or absent."""
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]

@@ -73,13 +73,13 @@ class Evaluation:
         return recalls | {type: name for name, type in ACCURACIES.items() if name in self.metrics}
 
     def shown(self, name: str) -> str:
-        """A score in percent, with its interval if that is known: `24.8 (21.0-28.1)`."""
+        """Return a score in percent, with its interval if that is known: `24.8 (21.0-28.1)`."""
         percent = f"{100 * self.metrics[name]:.1f}"
         ends = self.intervals.get(name)
         return percent if ends is None else f"{percent} ({100 * ends[0]:.1f}-{100 * ends[1]:.1f})"
 
     def before(self, name: str) -> str:
-        """The baseline of a score in percent; empty if it has none."""
+        """Return the baseline of a score in percent; empty if it has none."""
         return f"{100 * self.baseline[name]:.1f}" if name in self.baseline else ""
 
     def remarks_on(self, name: str) -> dict[str, Any]:
@@ -193,7 +193,7 @@ def summary(model: Any, processor: Any = None) -> str:
 
 
 def _image_size(vision: Any, image_processor: Any) -> str | None:
-    """The size of the images that a tower sees, which may differ from the one that it was pretrained at."""
+    """Return the size of the images that a tower sees, which may differ from the one that it was pretrained at."""
     if image_processor is None:
         size = getattr(vision, "image_size", None)
         return None if size is None else str(size)
