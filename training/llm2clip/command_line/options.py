@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import inspect
 import itertools
 import re
@@ -14,10 +15,24 @@ from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import Any, NoReturn
 
-from llm2clip.command_line.option_names import MOST_USED, SHOWN_TRAINER_OPTIONS, nearest_field
-from llm2clip.command_line.settings import TRUTH_VALUES, is_enum, options_of
+from llm2clip.command_line.settings import is_enum, options_of
 
+# The first in the help of a stage.
+MOST_USED = (
+    *("vision_model_name_or_path", "text_model_name_or_path", "model_name_or_path", "student"),
+    *("sources", "embedding_cache", "eval_sources", "output_dir"),
+    *("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("tower_chunk_size", "bf16", "activation_checkpointing", "warmup_steps", "lr_scheduler_type", "weight_decay"),
+    *("lora_rank", "lora_alpha", "lora_dropout", "seed"),
+)
+# The options of the Trainer that `--help` shows, of more than a hundred.
+SHOWN_TRAINER_OPTIONS = (
+    *("logging_steps", "report_to", "run_name", "eval_strategy", "eval_steps", "per_device_eval_batch_size"),
+    *("save_strategy", "save_steps", "save_total_limit", "load_best_model_at_end", "metric_for_best_model"),
+    *("push_to_hub", "hub_model_id", "dataloader_num_workers", "max_grad_norm", "optim", "fp16", "torch_compile"),
+)
 Row = tuple[str, str]
+TRUTH_VALUES = ("true", "yes", "1", "false", "no", "0")
 PLACEHOLDERS = {int: "INT", float: "FLOAT", bool: "{true,false}", dict: "YAML"}
 PATH_ENDINGS = ("_dir", "_cache", "_name_or_path")
 MAX_CHOICES = 100  # characters of the choices beside an option; more stand in its text
@@ -84,10 +99,13 @@ def unknown_option(argument: str, config_classes: Sequence[type]) -> str:
         return f"the argument {argument!r} is one too many; put quotes around a text of several words."
     fields = [field.name for config_class in config_classes for field in dataclasses.fields(config_class)]
     given = argument.split("=")[0]
-    meant = nearest_field(given, fields)
-    if meant and option(meant) == given:
-        return f"there is no option {given}: give its value without it, where `--help` shows {meant.upper()}."
-    return f"there is no option {given}" + (f"; did you mean {option(meant)}?" if meant else ".")
+    name = given.strip("-").replace("-", "_")
+    if name in fields:
+        return f"there is no option {given}: give its value without it, where `--help` shows {name.upper()}."
+    meant = difflib.get_close_matches(name, fields, n=1)
+    return f"there is no option {given}; " + (
+        f"did you mean {option(meant[0])}?" if meant else "--help-all lists them."
+    )
 
 
 def _complete(arguments: Sequence[str], fields: dict[str, Any]) -> list[str]:
