@@ -21,6 +21,8 @@ from torch import distributed as dist
 from llm2clip import cli
 from llm2clip.command_line.stopping import StoppedError
 from llm2clip.files.library_errors import PEER_ENDED
+from llm2clip.files.manifests import write_manifest
+from llm2clip.trainers.run_context import COMMAND as TRAINING
 from tests.builders import small_runs
 
 Capsys = pytest.CaptureFixture[str]
@@ -187,6 +189,20 @@ def test_a_command_that_is_stopped_says_how_to_go_on(
     assert cli.main(["index", "pictures", "--model", "m"]) == status
     expected = f"llm2clip index: stopped by {cause}; the same command continues where it was.\n"
     assert capsys.readouterr().err == expected
+
+
+def test_a_stopped_stage_names_the_newest_checkpoint_of_its_parts(
+    ending: Ending, tmp_path: Path, capsys: Capsys
+) -> None:
+    ending("stage2", KeyboardInterrupt())
+    command = ["stage2", "--output-dir", str(tmp_path)]
+    assert cli.main(command) == 130
+    assert "no checkpoint yet" in capsys.readouterr().err
+    for name in ("part2", "part10"):
+        (tmp_path / name / "checkpoint-5").mkdir(parents=True)
+        write_manifest(tmp_path / name / "checkpoint-5", TRAINING)
+    assert cli.main(command) == 130
+    assert f"--resume to go on from {tmp_path / 'part10' / 'checkpoint-5'}" in capsys.readouterr().err
 
 
 def test_sigterm_ends_a_command_in_order(monkeypatch: pytest.MonkeyPatch, capsys: Capsys) -> None:

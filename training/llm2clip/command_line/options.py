@@ -31,7 +31,7 @@ SHOWN_TRAINER_OPTIONS = (
     *("save_strategy", "save_steps", "save_total_limit", "load_best_model_at_end", "metric_for_best_model"),
     *("push_to_hub", "hub_model_id", "dataloader_num_workers", "max_grad_norm", "optim", "fp16", "torch_compile"),
 )
-Row = tuple[str, str]
+HelpEntry = tuple[str, str]
 TRUTH_VALUES = ("true", "yes", "1", "false", "no", "0")
 PLACEHOLDERS = {int: "INT", float: "FLOAT", bool: "{true,false}", dict: "YAML"}
 PATH_ENDINGS = ("_dir", "_cache", "_name_or_path")
@@ -144,7 +144,7 @@ def allows(hint: Any, kind: type) -> bool:
     return any(kind in (choice, typing.get_origin(choice)) for choice in options_of(hint))
 
 
-def option_groups(config_class: type, skip: Sequence[str], everything: bool) -> dict[str, list[Row]]:
+def option_groups(config_class: type, skip: Sequence[str], everything: bool) -> dict[str, list[HelpEntry]]:
     """The options of a settings class with their texts, by the title of their group.
 
     Args:
@@ -161,7 +161,7 @@ def option_groups(config_class: type, skip: Sequence[str], everything: bool) -> 
     declared = [name for base in config_class.__mro__ for name in inspect.get_annotations(base)]
     if not trainer:
         ordered = [fields[name] for name in dict.fromkeys(declared) if name in fields]
-        return {"options": _rows(config_class, ordered, whole=True)}
+        return {"options": _entries(config_class, ordered, whole=True)}
     groups = {
         "most used": MOST_USED,
         "other settings of this command": [name for name in declared if name not in trainer],
@@ -171,31 +171,31 @@ def option_groups(config_class: type, skip: Sequence[str], everything: bool) -> 
     shown = {}
     for title, names in groups.items():
         grouped = [fields.pop(name) for name in dict.fromkeys(names) if name in fields]
-        shown[title] = _rows(config_class, grouped, whole=everything)
+        shown[title] = _entries(config_class, grouped, whole=everything)
     return shown
 
 
-def format_help(usage: str, description: str, groups: dict[str, list[Row]], ending: str = "") -> str:
+def format_help(usage: str, description: str, groups: dict[str, list[HelpEntry]], ending: str = "") -> str:
     """Lay out the help of a command, as wide as the terminal."""
     width = max(MIN_WIDTH, min(shutil.get_terminal_size().columns, MAX_WIDTH)) - 1
     layout = argparse.HelpFormatter("", max_help_position=min(MAX_COLUMN, width // 2), width=width)
     layout.add_usage(usage, [], [])
     layout.add_text(description)
-    for title, rows in groups.items():
+    for title, entries in groups.items():
         layout.start_section(title)
-        for invocation, text in rows:
+        for invocation, text in entries:
             layout.add_argument(argparse.Action([invocation], "", nargs=0, help=text.replace("%", "%%")))
         layout.end_section()
     layout.add_text(ending)
     return layout.format_help().rstrip().replace(UNBROKEN, " ")
 
 
-def _rows(config_class: type, fields: Iterable[dataclasses.Field[Any]], whole: bool) -> list[Row]:
+def _entries(config_class: type, fields: Iterable[dataclasses.Field[Any]], whole: bool) -> list[HelpEntry]:
     hints = typing.get_type_hints(config_class)
-    return [_row(field, hints[field.name], whole) for field in fields]
+    return [_entry(field, hints[field.name], whole) for field in fields]
 
 
-def _row(field: dataclasses.Field[Any], hint: Any, whole: bool) -> Row:
+def _entry(field: dataclasses.Field[Any], hint: Any, whole: bool) -> HelpEntry:
     # Those of transformers are written for argparse, which reads %% as %.
     text = " ".join(str(field.metadata.get("help", "")).split()).replace("%%", "%")
     value = placeholder(field, hint)

@@ -18,7 +18,6 @@ from llm2clip.files.library_errors import wrap_write_errors
 if TYPE_CHECKING:
     from llm2clip.files.remote_path import AnyPath
 
-READ_SIZE = 1 << 22
 # The name of a temporary file.
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<host>[A-Za-z0-9-]*)\.(?P<process>\d+)\.tmp")
 # Seconds by which the clock of a file server may differ from that of the machine that writes there.
