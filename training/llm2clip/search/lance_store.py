@@ -25,9 +25,9 @@ from llm2clip.files.locks import LOCK, folder_lock
 from llm2clip.files.manifests import (
     FOLDER_MANIFEST,
     faults,
+    listed_files,
     own_files,
     read_checked,
-    stated_files,
     with_checksum,
     write_manifest,
 )
@@ -168,7 +168,7 @@ class LanceStore:
         if not isinstance(self.folder, Path):
             return
         with contextlib.suppress(FileNotFoundError):
-            for name, listed in stated_files(self.folder).items():
+            for name, listed in listed_files(self.folder).items():
                 path = self.folder / name
                 # What an update writes and deletes meanwhile is no damage.
                 is_stored = name.startswith(f"{TABLE}.lance/") or path.suffix == ".faiss"
@@ -268,7 +268,7 @@ class LanceStore:
     def faults(self) -> Iterator[str]:
         """Yield what differs between the files of the index and their list, in words."""
         # That of an index at a URL, or of its copy, has sizes alone, which may be those before the last change.
-        if isinstance(self.folder, Path) and any(listed.checksum for listed in stated_files(self.folder).values()):
+        if isinstance(self.folder, Path) and any(listed.checksum for listed in listed_files(self.folder).values()):
             yield from faults(self.folder)
 
     def _has_table(self) -> bool:
