@@ -1,6 +1,6 @@
 """The list of the files that a command wrote into a folder: what belongs to it, and whether it is whole.
 
-`.llm2clip.json` has the command, and sizes and checksums (SHA-256) of the files. That of a built model is uploaded too.
+`.llm2clip.json` has the command, and sizes and checksums (SHA-256) of the files. A built model takes its own along.
 """
 
 from __future__ import annotations
