@@ -37,7 +37,7 @@ def test_a_flipped_bit_of_any_file_is_found_and_named(tmp_path: Path) -> None:
         with flip(tmp_path / name):
             assert damage(tmp_path) is None  # its size is the same
             assert list(faults(tmp_path)) == [f"{name} has changed: its checksum is not that in {FOLDER_MANIFEST}"]
-            with pytest.raises(ValueError, match=f"{name} has changed.*delete .llm2clip.json"):
+            with pytest.raises(ValueError, match=rf"{name} .*\.llm2clip\.json"):
                 refuse_damaged(tmp_path)
     (tmp_path / "README.md").write_text("what people write")
     (tmp_path / "LICENSE").unlink()
@@ -55,7 +55,7 @@ def test_a_changed_model_is_not_loaded(tmp_path: Path, monkeypatch: pytest.Monke
     OurEncoder.load(str(tmp_path))  # not written by a command
     write_manifest(tmp_path, "stage2")
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
-        with flip(tmp_path / name), pytest.raises(ValueError, match=rf"is not what was written \({name} has changed"):
+        with flip(tmp_path / name), pytest.raises(ValueError, match=rf"\({name} "):
             OurEncoder.load(str(tmp_path))
     OurEncoder.load(str(tmp_path))
     monkeypatch.setattr("llm2clip.files.shared_files.sha256", None)  # each file is read once
@@ -66,13 +66,13 @@ def test_a_changed_llm_or_query_encoder_is_not_loaded(tmp_path: Path) -> None:
     tiny.save_apart(tmp_path)
     write_manifest(tmp_path / "llm", "stage1")
     OurEncoder.load(str(tmp_path / "clip"))
-    refused = pytest.raises(ValueError, match=r"llm is not what was written \(model.safetensors has changed")
+    refused = pytest.raises(ValueError, match=r"llm .*\(model\.safetensors ")
     with flip(tmp_path / "llm" / "model.safetensors"), refused:
         OurEncoder.load(str(tmp_path / "clip"))
     tiny.save(tmp_path / "whole")
     students.add_query_encoder(tmp_path / "whole")
     write_manifest(tmp_path / "whole", "build")
-    refused = pytest.raises(ValueError, match=r"\(query_encoder/model.safetensors has changed")
+    refused = pytest.raises(ValueError, match=r"\(query_encoder/model\.safetensors ")
     with flip(tmp_path / "whole" / "query_encoder" / "model.safetensors"), refused:
         OurEncoder.load(str(tmp_path / "whole"))
 
