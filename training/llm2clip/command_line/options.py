@@ -42,7 +42,7 @@ MIN_WIDTH, MAX_WIDTH = 40, 120
 
 
 class _Once(argparse.Action):
-    """Several values after one option; the option again would replace them."""
+    """Take several values after one option; given again, it would replace them, and is refused."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if self.dest in namespace:
@@ -109,9 +109,13 @@ def unknown_option(argument: str, config_classes: Sequence[type]) -> str:
 
 
 def _complete(arguments: Sequence[str], fields: dict[str, Any]) -> list[str]:
-    """Write options of the fields, types by name, with dashes, and flags and lists of numbers with their values.
+    """Write each option of a field with dashes, and join flags and lists of numbers with their values by `=`.
 
-    So these do not consume the arguments after them. `--flag` becomes `--flag=true`, and `--no-flag` `--flag=false`.
+    Otherwise these would consume the arguments after them. `--flag` becomes `--flag=true`, and `--no-flag` becomes
+    `--flag=false`.
+
+    Args:
+        fields: Types by name.
     """
     completed, rest = [], list(arguments)
     while rest:

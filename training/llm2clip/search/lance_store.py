@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime, timedelta
@@ -31,7 +32,7 @@ from llm2clip.files.manifests import (
     with_checksum,
     write_manifest,
 )
-from llm2clip.files.remote_path import local_file, open_path, remove_tree, wrap_connection_errors
+from llm2clip.files.remote_path import AnyPath, local_file, open_path, wrap_connection_errors
 from llm2clip.files.shared_files import stored_sha256
 from llm2clip.search.faiss_vectors import build_faiss
 from llm2clip.search.index_manifest import REBUILD, IndexManifest
@@ -111,7 +112,7 @@ class LanceStore:
         if not self._is_alone or (self.folder / MANIFEST).is_file():
             return
         if not self._has_table() or (self._written is not None and not self._written.count_rows()):
-            remove_tree(self.folder)
+            _remove_tree(self.folder)
 
     def metadata(self, unfinished: bool = False) -> IndexManifest | None:
         if unfinished:
@@ -286,7 +287,7 @@ class LanceStore:
                 return
         for name in own_files(self.folder, COMMAND) or ():
             (self.folder / name).unlink(missing_ok=True)
-        remove_tree(self.folder / f"{TABLE}.lance")
+        _remove_tree(self.folder / f"{TABLE}.lance")
         self._list_files()  # the names come again, for other files
 
     def _open(self, version: int | None) -> Any:
@@ -389,3 +390,12 @@ class LanceStore:
         made = [each["timestamp"] for each in self._written.list_versions() if each["version"] == replaced]
         ages = [datetime.now().astimezone() - time.astimezone() + CLEANING for time in made]
         self._written.optimize(cleanup_older_than=max([KEPT, *ages]))
+
+
+def _remove_tree(path: AnyPath) -> None:
+    """Delete a folder, if there is one; of a remote one the files, and not the bucket that they may be in."""
+    if isinstance(path, Path):
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    if names := path.sizes():
+        path.fs.rm([f"{path.path}/{name}" for name in names])
