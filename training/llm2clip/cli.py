@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.command_line.logs import TerminalHandler, command_logs, print_whole, printable, quiet_libraries
-from llm2clip.command_line.options import OptionParser, Row, format_help, option_groups, unknown_option
+from llm2clip.command_line.options import HelpEntry, OptionParser, format_help, option_groups, unknown_option
 from llm2clip.command_line.progress import close_bars, is_main_process
 from llm2clip.command_line.settings import build_config, nearest
 from llm2clip.command_line.stopping import (
@@ -51,7 +51,7 @@ class Command:
         writes_log: Whether it writes `log.txt` in its `output_dir`.
         resumable: Whether the same command goes on where it was stopped.
         extra: The extra of this package that installs its libraries.
-        passes_on: The field that gets the arguments which are no settings of the command.
+        passes_on: The field for arguments that are no settings of the command.
     """
 
     help: str
@@ -209,7 +209,11 @@ def _model_folders(config: Any) -> Iterator[Path]:
 
 
 def _failed(name: str, error: Exception, log: Path | None, raises: bool) -> int:
-    """Report an error; returns the exit code. An error that is a bug is raised again, and with `raises` every one."""
+    """Report an error, and return the exit code.
+
+    Args:
+        raises: Raise every error again, and not only bugs.
+    """
     ignore_ended_workers()
     logger.debug("llm2clip %s failed (process id %d)", name, os.getpid(), exc_info=error)
     known = isinstance(error, USER_ERRORS) and type(error) is not KeyError
@@ -242,13 +246,16 @@ def _stopped(name: str, stop: KeyboardInterrupt | StoppedError, log: Path | None
 
 
 def _resume_hint(name: str, log: Path | None) -> str:
+    """Say in words how a stopped command is continued."""
     command = COMMANDS[name]
     if command.resumes and log is not None:
         from llm2clip.trainers.run_context import last_checkpoint
 
         # The last part of a recipe writes into the folder itself, the others into part1, part2.
-        folders = [log.parent, *sorted(log.parent.glob("part[0-9]*"), reverse=True)]
-        checkpoint = next(filter(None, map(last_checkpoint, folders)), None)
+        parts = sorted(log.parent.glob("part[0-9]*"), key=lambda folder: (len(folder.name), folder.name), reverse=True)
+        # By sizes alone: --resume reads the contents, and here the other processes may have ended.
+        found = (last_checkpoint(folder, contents=False) for folder in (log.parent, *parts))
+        checkpoint = next(filter(None, found), None)
         return "it has no checkpoint yet." if checkpoint is None else f"add --resume to go on from {checkpoint}."
     return f"the same command {'continues where it was' if command.resumable else 'starts it again'}."
 
@@ -277,7 +284,9 @@ def _repeats(command: Command, config_class: Any, positional: str) -> str | None
 
 def _help(name: str, config_class: Any, everything: bool) -> str:
     command = COMMANDS[name]
-    positional: list[Row] = [("RECIPE", "YAML file of settings, or name of a packaged recipe; options override it.")]
+    positional: list[HelpEntry] = [
+        ("RECIPE", "YAML file of settings, or a packaged recipe by name; options override it.")
+    ]
     usage = f"llm2clip {name} [RECIPE]"
     if not command.reads_recipe:
         forms = {None: "{}", "?": "[{}]", "*": "[{} ...]"}

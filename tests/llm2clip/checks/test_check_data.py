@@ -131,7 +131,7 @@ def test_the_command_prints_and_writes_the_report_and_ends_with_status_1(
     assert "10, of which 5 can be used" in shown
     assert "a [bold]b[/bold] &amp; c" in shown
     assert "\x1b" not in shown
-    assert r"a\x1b[31mcat" in shown
+    assert r"a\u001b[31mcat" in shown
     assert "5 of 10 rows cannot be used" in error
     assert "Traceback" not in error
     assert Path(parquet).read_bytes() == before

@@ -73,18 +73,6 @@ def test_a_file_gets_one_line_per_interval_and_one_at_the_end(
     assert not capsys.readouterr().err
 
 
-def test_the_rate_of_a_resumed_run_does_not_count_what_was_done_before(
-    clock: Callable[[float], None], caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.INFO), ProgressBar("Stage 2", 100, "step", initial=80) as bar:
-        clock(40.0)
-        bar.update(10)
-    assert caplog.messages == [
-        "Stage 2:  90% 90/100 [00:40<00:40,  4.00s/step]",
-        "Stage 2: 90 steps in 00:40, 4.00s/step",
-    ]
-
-
 @pytest.mark.parametrize("variable", ["RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"])
 def test_only_the_first_process_of_a_launcher_reports(
     variable: str, terminal: Terminal, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

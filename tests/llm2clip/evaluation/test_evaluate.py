@@ -159,7 +159,7 @@ def errors(place: Path) -> dict[str, tuple[list[str], str]]:
         "output": ([empty, *whole[1:], "--output", strange], "strange.py cannot be a folder"),
         "images": ([empty, "--benchmark", str(place / "lost.csv")], "lost.csv lacks 2 images that it names: "),
         "nothing": ([model, *data], "evaluate needs a model and what to measure"),
-        "format": ([*whole, "--text-format", "upper"], "has to be one of raw, lower, albef, blip, flair, long-clip"),
+        "format": ([*whole, "--text-format", "upper"], "text_format is 'upper'"),
         "batch": ([*whole, "--batch-size", "0"], "batch_size must be at least 1, not 0"),
         **{name: ([*whole, f"--{name}", value], "but none of strange is your own data by path")
            for name, value in of_own.items()},

@@ -23,7 +23,7 @@ def test_file_keeps_its_old_content_when_writing_fails(tmp_path: Path) -> None:
             file.write("half of the new con")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(OSError, match=rf"No space left on device: '{path}'"):
+    with pytest.raises(OSError, match=f"'{path}'"):
         write()
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["settings.json"]
@@ -71,10 +71,10 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: p
     atomic.require_writable(tmp_path / "new" / "folder")
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("")
-    with pytest.raises(NotADirectoryError, match=rf"{tmp_path / 'file'} is a file"):
+    with pytest.raises(NotADirectoryError, match=rf"{tmp_path / 'file'}\b"):
         atomic.require_writable(tmp_path / "file" / "new")
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
-    with pytest.raises(PermissionError, match=rf"^{tmp_path} is read-only"):
+    with pytest.raises(PermissionError, match=rf"{tmp_path}\b"):
         atomic.require_writable(tmp_path / "new")
 
 

@@ -33,7 +33,7 @@ def test_a_lock_ends_with_a_process_that_is_killed(tmp_path: Path) -> None:
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match=f"another run is using {tmp_path}; wait until it has ended"):
+        with pytest.raises(ValueError, match=f"another run .*{tmp_path}"):
             folder_lock(tmp_path, patience=0).__enter__()
     finally:
         process.send_signal(signal.SIGKILL)
@@ -45,7 +45,7 @@ def test_a_lock_ends_with_a_process_that_is_killed(tmp_path: Path) -> None:
 def test_a_lock_may_be_entered_again_and_ends_with_the_outer_block(tmp_path: Path) -> None:
     with folder_lock(tmp_path), folder_lock(tmp_path / ".." / tmp_path.name, patience=0):
         pass
-    with another_run(tmp_path), pytest.raises(ValueError, match="another run is using"):
+    with another_run(tmp_path), pytest.raises(ValueError, match="another run"):
         folder_lock(tmp_path, patience=0).__enter__()
 
 
@@ -63,7 +63,7 @@ def test_every_stage_refuses_a_folder_that_another_run_uses(
     run: Any, config: Any, fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(locks, "PATIENCE", 0.0)
-    with another_run(tmp_path), pytest.raises(ValueError, match="another run is using"):
+    with another_run(tmp_path), pytest.raises(ValueError, match="another run"):
         run(config(output_dir=str(tmp_path), **fields))
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from llm2clip import cli
 from llm2clip.files.atomic import read_json
-from llm2clip.files.manifests import FOLDER_MANIFEST, MODEL_MANIFEST, write_model_manifest
+from llm2clip.files.manifests import FOLDER_MANIFEST, write_manifest
 from llm2clip.hub import push
 from llm2clip.hub.cards.card import CARD, split_card
 from tests.builders import tiny
@@ -42,7 +42,6 @@ def test_push_uploads_what_belongs_to_a_model_unchanged_except_the_card(
     repo = hub.repo(REPO)
     assert (repo.private, repo.messages[-1]) == (True, "Hello")
     arrived, expected = repo.files(), {**files_of(built), "images/on-the-card.png": b"mine"}
-    del expected[FOLDER_MANIFEST]
     assert result["files"] == len(arrived)
     assert arrived == {**expected, CARD: arrived[CARD]}
     assert repo.commits[repo.branches["main"]]["model.safetensors"].lfs
@@ -121,16 +120,14 @@ def test_what_the_hub_says_of_the_metadata_is_passed_on(hub: LoopbackHub, model:
 def test_folder_that_is_not_what_was_built_is_refused(
     hub: LoopbackHub, built: Path, model: Path, tmp_path: Path
 ) -> None:
-    listed = read_json(built / MODEL_MANIFEST)["files"]
-    assert set(listed) == set(files_of(built)) - {CARD, "LICENSE", "example.png", MODEL_MANIFEST, FOLDER_MANIFEST}
+    listed = read_json(built / FOLDER_MANIFEST)["sha256"]
+    assert set(listed) == set(files_of(built)) - {CARD, "LICENSE", "example.png", FOLDER_MANIFEST}
     assert {"model.safetensors", "modeling_llm2clip.py", "config.json", "1_Normalize/config.json"} <= set(listed)
     (model / CARD).write_text((model / CARD).read_text() + "\nWhat its author adds.\n")
     changed = ["model.safetensors", "processing_llm2clip.py", "tokenizer_config.json"]
-    for names in ([*changed, MODEL_MANIFEST], changed):
-        for name in names:
-            with flip(model / name), pytest.raises(ValueError, match=r"is not what was written|damaged"):
-                upload(hub, model)
-        (model / FOLDER_MANIFEST).unlink(missing_ok=True)  # it stays with whoever built the folder
+    for name in (*changed, FOLDER_MANIFEST):
+        with flip(model / name), pytest.raises(ValueError, match=r"is not what was written|damaged"):
+            upload(hub, model)
     write(model, "adapter_config.json")
     with pytest.raises(ValueError, match=r"adapter_config.json, which was not built but would be loaded"):
         upload(hub, model)
@@ -143,9 +140,9 @@ def test_folder_that_is_not_what_was_built_is_refused(
     with flip(arrived / "model.safetensors"):
         assert cli.main(["verify", str(arrived)]) == 2
     # A folder without one does not leave that of other weights there.
-    (model / MODEL_MANIFEST).unlink()
+    (model / FOLDER_MANIFEST).unlink()
     upload(hub, model)
-    assert MODEL_MANIFEST not in hub.repo(REPO).files()
+    assert FOLDER_MANIFEST not in hub.repo(REPO).files()
 
 
 def test_a_dry_run_lists_what_a_push_uploads_and_what_not(
@@ -192,8 +189,7 @@ def test_what_a_push_replaces_is_said(
         weights = load_file(model / "model.safetensors")
         weights["logit_scale"] += 1
         save_file(weights, model / "model.safetensors", {"format": "pt"})
-        (model / FOLDER_MANIFEST).unlink()
-        write_model_manifest(model, read_json(model / MODEL_MANIFEST)["files"])
+        write_manifest(model, "build")
         upload(hub, model, repo_id="tester/other", dry_run=True)
         upload(hub, model, create_pr=True)
         assert said not in caplog.text

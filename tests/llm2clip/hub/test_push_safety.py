@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llm2clip import cli
-from llm2clip.files.manifests import FOLDER_MANIFEST, MODEL_MANIFEST
+from llm2clip.files.manifests import FOLDER_MANIFEST
 from llm2clip.hub import new_process
 from llm2clip.hub.upload_files import model_files
 from tests.llm2clip.hub.conftest import REPO, upload
@@ -18,9 +18,8 @@ from tests.loopback_hub import LoopbackHub
 
 @pytest.fixture
 def folder(model: Path) -> Path:
-    """A built folder without the lists of its files, as whoever changes a file can make it."""
-    for name in (FOLDER_MANIFEST, MODEL_MANIFEST):
-        (model / name).unlink()
+    """A built folder without the list of its files, as whoever changes a file can make it."""
+    (model / FOLDER_MANIFEST).unlink()
     for name in ("notes.txt", "images/private.png", ".env", ".git/config", "runs/.netrc"):
         (model / name).parent.mkdir(exist_ok=True)
         (model / name).write_text("mine")

@@ -271,10 +271,9 @@ def _numbers(values: dict[str, int] | None) -> list[str]:
 
 
 def _examples(examples: list[dict[str, str]]) -> str:
-    return "\n".join(f"{_printable(example['key'])}: {_printable(example['detail'])}" for example in examples)
+    return "\n".join(f"{_shortened(example['key'])}: {_shortened(example['detail'])}" for example in examples)
 
 
-def _printable(text: str) -> str:
-    """Shorten a text and write out what a terminal would not show, or would obey."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: DETAIL_WIDTH + 1])
-    return shown if len(text) <= DETAIL_WIDTH else f"{shown[:DETAIL_WIDTH]}…"
+def _shortened(text: str) -> str:
+    text = text.replace("\n", "\\n")
+    return text if len(text) <= DETAIL_WIDTH else f"{text[:DETAIL_WIDTH]}…"

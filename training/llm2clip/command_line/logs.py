@@ -20,13 +20,11 @@ LOG_FILE = "log.txt"
 OUR_LOGGERS = ("llm2clip", "modeling_llm2clip", "transformers_modules")
 # Warnings of these categories concern the developers of a library and not its users.
 DEVELOPER_WARNINGS = ("FutureWarning:", "DeprecationWarning:")
-# They print or warn, past our handlers or where the caller has asked for it: torch about enumerations of torchao,
-# accelerate about weights that stay on disk.
+# torch warns of enumerations of torchao, accelerate of weights that stay on disk, where the caller has asked for it.
 NOISY = ("torch.utils._pytree", "accelerate.big_modeling")
-# Names that a message has.
-MAX_NAMED = 20
-# What a terminal obeys instead of showing it (escape sequences, in 7 and 8 bits), what turns the direction of the text
-# around it, and what no encoding has. Line feed and tab are layout.
+MAX_NAMED = 20  # names in a message
+# Escape sequences of terminals in 7 and 8 bits, marks that change the direction of the text around them, and what no
+# encoding has. Line feed and tab are layout.
 CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -36,7 +34,7 @@ def printable(text: str) -> str:
 
 
 def print_whole(text: str) -> None:
-    """Print a text, of which `head` or a pager may have read enough before its end."""
+    """Print a text; its reader, such as `head` or a pager, may end before the text does."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -56,7 +54,7 @@ class _Formatter(logging.Formatter):
 
 
 class _File(logging.FileHandler):
-    """A log that ends where the disk is full, with one warning: the command goes on."""
+    """A log that ends with one warning when the disk is full; the command goes on."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         error = sys.exc_info()[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import inspect
 import itertools
 import re
@@ -14,10 +15,24 @@ from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import Any, NoReturn
 
-from llm2clip.command_line.option_names import MOST_USED, SHOWN_TRAINER_OPTIONS, nearest_field
-from llm2clip.command_line.settings import TRUTH_VALUES, is_enum, options_of
+from llm2clip.command_line.settings import is_enum, options_of
 
-Row = tuple[str, str]
+# The first in the help of a stage.
+MOST_USED = (
+    *("vision_model_name_or_path", "text_model_name_or_path", "model_name_or_path", "student"),
+    *("sources", "embedding_cache", "eval_sources", "output_dir"),
+    *("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("tower_chunk_size", "bf16", "activation_checkpointing", "warmup_steps", "lr_scheduler_type", "weight_decay"),
+    *("lora_rank", "lora_alpha", "lora_dropout", "seed"),
+)
+# The options of the Trainer that `--help` shows, of more than a hundred.
+SHOWN_TRAINER_OPTIONS = (
+    *("logging_steps", "report_to", "run_name", "eval_strategy", "eval_steps", "per_device_eval_batch_size"),
+    *("save_strategy", "save_steps", "save_total_limit", "load_best_model_at_end", "metric_for_best_model"),
+    *("push_to_hub", "hub_model_id", "dataloader_num_workers", "max_grad_norm", "optim", "fp16", "torch_compile"),
+)
+HelpEntry = tuple[str, str]
+TRUTH_VALUES = ("true", "yes", "1", "false", "no", "0")
 PLACEHOLDERS = {int: "INT", float: "FLOAT", bool: "{true,false}", dict: "YAML"}
 PATH_ENDINGS = ("_dir", "_cache", "_name_or_path")
 MAX_CHOICES = 100  # characters of the choices beside an option; more stand in its text
@@ -27,7 +42,7 @@ MIN_WIDTH, MAX_WIDTH = 40, 120
 
 
 class _Once(argparse.Action):
-    """Several values after one option; the option again would replace them."""
+    """Take several values after one option; given again, it would replace them, and is refused."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if self.dest in namespace:
@@ -84,16 +99,23 @@ def unknown_option(argument: str, config_classes: Sequence[type]) -> str:
         return f"the argument {argument!r} is one too many; put quotes around a text of several words."
     fields = [field.name for config_class in config_classes for field in dataclasses.fields(config_class)]
     given = argument.split("=")[0]
-    meant = nearest_field(given, fields)
-    if meant and option(meant) == given:
-        return f"there is no option {given}: give its value without it, where `--help` shows {meant.upper()}."
-    return f"there is no option {given}" + (f"; did you mean {option(meant)}?" if meant else ".")
+    name = given.strip("-").replace("-", "_")
+    if name in fields:
+        return f"there is no option {given}: give its value without it, where `--help` shows {name.upper()}."
+    meant = difflib.get_close_matches(name, fields, n=1)
+    return f"there is no option {given}; " + (
+        f"did you mean {option(meant[0])}?" if meant else "--help-all lists them."
+    )
 
 
 def _complete(arguments: Sequence[str], fields: dict[str, Any]) -> list[str]:
-    """Write options of the fields, types by name, with dashes, and flags and lists of numbers with their values.
+    """Write each option of a field with dashes, and join flags and lists of numbers with their values by `=`.
 
-    So these do not consume the arguments after them. `--flag` becomes `--flag=true`, and `--no-flag` `--flag=false`.
+    Otherwise these would consume the arguments after them. `--flag` becomes `--flag=true`, and `--no-flag` becomes
+    `--flag=false`.
+
+    Args:
+        fields: Types by name.
     """
     completed, rest = [], list(arguments)
     while rest:
@@ -126,7 +148,7 @@ def allows(hint: Any, kind: type) -> bool:
     return any(kind in (choice, typing.get_origin(choice)) for choice in options_of(hint))
 
 
-def option_groups(config_class: type, skip: Sequence[str], everything: bool) -> dict[str, list[Row]]:
+def option_groups(config_class: type, skip: Sequence[str], everything: bool) -> dict[str, list[HelpEntry]]:
     """The options of a settings class with their texts, by the title of their group.
 
     Args:
@@ -143,7 +165,7 @@ def option_groups(config_class: type, skip: Sequence[str], everything: bool) -> 
     declared = [name for base in config_class.__mro__ for name in inspect.get_annotations(base)]
     if not trainer:
         ordered = [fields[name] for name in dict.fromkeys(declared) if name in fields]
-        return {"options": _rows(config_class, ordered, whole=True)}
+        return {"options": _entries(config_class, ordered, whole=True)}
     groups = {
         "most used": MOST_USED,
         "other settings of this command": [name for name in declared if name not in trainer],
@@ -153,31 +175,31 @@ def option_groups(config_class: type, skip: Sequence[str], everything: bool) -> 
     shown = {}
     for title, names in groups.items():
         grouped = [fields.pop(name) for name in dict.fromkeys(names) if name in fields]
-        shown[title] = _rows(config_class, grouped, whole=everything)
+        shown[title] = _entries(config_class, grouped, whole=everything)
     return shown
 
 
-def format_help(usage: str, description: str, groups: dict[str, list[Row]], ending: str = "") -> str:
+def format_help(usage: str, description: str, groups: dict[str, list[HelpEntry]], ending: str = "") -> str:
     """Lay out the help of a command, as wide as the terminal."""
     width = max(MIN_WIDTH, min(shutil.get_terminal_size().columns, MAX_WIDTH)) - 1
     layout = argparse.HelpFormatter("", max_help_position=min(MAX_COLUMN, width // 2), width=width)
     layout.add_usage(usage, [], [])
     layout.add_text(description)
-    for title, rows in groups.items():
+    for title, entries in groups.items():
         layout.start_section(title)
-        for invocation, text in rows:
+        for invocation, text in entries:
             layout.add_argument(argparse.Action([invocation], "", nargs=0, help=text.replace("%", "%%")))
         layout.end_section()
     layout.add_text(ending)
     return layout.format_help().rstrip().replace(UNBROKEN, " ")
 
 
-def _rows(config_class: type, fields: Iterable[dataclasses.Field[Any]], whole: bool) -> list[Row]:
+def _entries(config_class: type, fields: Iterable[dataclasses.Field[Any]], whole: bool) -> list[HelpEntry]:
     hints = typing.get_type_hints(config_class)
-    return [_row(field, hints[field.name], whole) for field in fields]
+    return [_entry(field, hints[field.name], whole) for field in fields]
 
 
-def _row(field: dataclasses.Field[Any], hint: Any, whole: bool) -> Row:
+def _entry(field: dataclasses.Field[Any], hint: Any, whole: bool) -> HelpEntry:
     # Those of transformers are written for argparse, which reads %% as %.
     text = " ".join(str(field.metadata.get("help", "")).split()).replace("%%", "%")
     value = placeholder(field, hint)

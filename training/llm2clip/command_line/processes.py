@@ -105,15 +105,3 @@ def gather_results(compute: Callable[[], T]) -> list[T]:
         if error is not None:
             raise error
     return [result for result, _ in outcomes]
-
-
-def on_any_process(flag: Tensor) -> bool:
-    """Whether a flag is set on any process; all of them have to call it, and get the same answer.
-
-    Args:
-        flag: A bool of no dimension, on the device on which the process group exchanges tensors.
-    """
-    is_set = flag.to(torch.int32)
-    if world_size() > 1:
-        dist.all_reduce(is_set, op=dist.ReduceOp.MAX)
-    return bool(is_set)

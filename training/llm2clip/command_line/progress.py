@@ -35,23 +35,20 @@ def is_main_process() -> bool:
 class ProgressBar(tqdm):
     """Show the progress of a piece of work on standard error, and one line when it is done without an error.
 
-    The bar ends with the `with` block. The line of a bar inside another bar or a [`section`] is only of interest to
-    the log file.
+    The bar ends with the `with` block. The line of a bar inside another bar or a [`section`] goes to the log file
+    only.
 
     Args:
         description: What is being done, such as "Embedding captions".
         total: Number of items, if known.
         unit: Name of an item in the singular, for the rate.
         show: `False` shows nothing, `None` shows a bar on a terminal and nothing elsewhere.
-        initial: Number of items that were done before, by a run that this one resumes.
     """
 
     # No thread that draws: a DataLoader's worker that is forked meanwhile would keep its lock.
     monitor_interval = 0
 
-    def __init__(
-        self, description: str, total: int | None = None, unit: str = "it", show: bool | None = True, initial: int = 0
-    ) -> None:
+    def __init__(self, description: str, total: int | None = None, unit: str = "it", show: bool | None = True) -> None:
         self.is_drawn = sys.stderr.isatty()
         is_shown = is_main_process() and (self.is_drawn if show is None else show)
         if is_shown:
@@ -60,7 +57,6 @@ class ProgressBar(tqdm):
         super().__init__(
             *(None, description, total),
             unit=unit,
-            initial=initial,
             disable=not is_shown,
             leave=False,
             file=sys.stderr if self.is_drawn else io.StringIO(),
@@ -94,9 +90,8 @@ class ProgressBar(tqdm):
             logger.log(logging.DEBUG if _open or _sections else logging.INFO, "%s", text)
 
 
-# That of tqdm is shared with forked processes, of which a killed one keeps it.
+# tqdm's own lock is shared with forked processes: one that is killed would keep it.
 ProgressBar.set_lock(threading.RLock())
-# A bar equals others at its place, but has a hash of its own.
 _open: set[ProgressBar] = set()
 # Depth of the open sections, see `section`.
 _sections = 0
@@ -117,7 +112,7 @@ def track(items: Iterable[ItemT], description: str, unit: str) -> Iterator[ItemT
 
 
 def in_section() -> bool:
-    """Whether a [`section`] is open, so that lines about parts of its work are for the log file only."""
+    """Whether a [`section`] is open, within which lines go to the log file only."""
     return _sections > 0
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import multiprocessing
 import os
 import signal
 import threading
@@ -24,9 +22,9 @@ class StoppedError(SystemExit):
 
 @contextmanager
 def on_sigterm(action: Callable[[], None]) -> Iterator[None]:
-    """Call `action` for every SIGTERM, in place of the end of the process; forked processes end by it all the same.
+    """Call `action` for every SIGTERM instead of ending the process; forked processes still end.
 
-    Signals belong to the main thread: in another one, nothing changes.
+    Only the main thread can handle signals: in another one, nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -53,40 +51,7 @@ def stop_now() -> None:
     raise StoppedError
 
 
-def outlive_sigterm(worker: int) -> None:
-    """Let a DataLoader's worker ignore one SIGTERM; its `worker_init_fn`.
-
-    Slurm sends the signal to all processes of a job. A worker that ended by it would end the run before its checkpoint
-    is saved. By the next one, or by the end of its parent, it ends; see [`worker_init`].
-    """
-
-    def handle(number: int, frame: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    signal.signal(signal.SIGTERM, handle)
-
-
-def worker_init(workers: int) -> Callable[[int], None] | None:
-    """Return the `worker_init_fn` of a DataLoader: its workers outlive one SIGTERM, but not this process.
-
-    At its end, a process sends a SIGTERM to its workers and waits for them, so that they have to be killed before.
-    """
-    if not workers:
-        return None
-    # The function that was registered last is called first at the end.
-    atexit.unregister(_kill_workers)
-    atexit.register(_kill_workers)
-    return outlive_sigterm
-
-
 def ignore_ended_workers() -> None:
-    """Let the deaths of workers be no error any more, which torch raises wherever the main thread then is."""
+    """Ignore the end of worker processes from now on, which torch raises as an error wherever the main thread is."""
     if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-
-
-def _kill_workers() -> None:
-    ignore_ended_workers()
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()

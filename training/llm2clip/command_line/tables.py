@@ -121,8 +121,3 @@ def markdown_table(
 
 def _markdown_cell(value: object) -> str:
     return str(value).replace("|", "\\|").replace("\n", "<br>")
-
-
-def recalls_in_percent(metrics: Mapping[str, Any], prefix: str = "") -> str:
-    """Format the recalls at 1, 5 and 10 in percent, such as `12.3 / 45.6 / 78.9`."""
-    return " / ".join(f"{100 * metrics[prefix + recall]:.1f}" for recall in RECALLS)

@@ -8,18 +8,7 @@ import yaml
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses aliases (`*name`): in a few lines, they can stand for billions of values."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()
-        line = event.start_mark.line + 1
-        if isinstance(event, yaml.AliasEvent):
-            raise ValueError(f"*{event.anchor} is an alias: write the values out (line {line})")
-        return super().compose_node(parent, index)
-
-
-class _UniqueLoader(_Loader):
-    """Refuses repeated keys too, of which the last one would count."""
+    """Refuses repeated keys, of which the last one would count."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         lines: dict[str, int] = {}
@@ -33,24 +22,19 @@ class _UniqueLoader(_Loader):
         return super().construct_mapping(node, deep)
 
 
-def load_yaml(text: str, unique_keys: bool = False) -> Any:
+def load_yaml(text: str) -> Any:
     """Read a YAML document of plain values.
 
-    Args:
-        unique_keys: Refuse a key that is set twice.
-
     Raises:
-        ValueError: It is not YAML, or has other values than plain ones; the message says which, and where.
+        ValueError: It is not YAML, sets a key twice, or has other values than plain ones; the message says where.
     """
     try:
-        return yaml.load(text, Loader=_UniqueLoader if unique_keys else _Loader)
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
-    except RecursionError as error:
-        raise ValueError("it has too many levels") from error
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
-        # A tag whose value does not fit, such as `!!bool maybe`.
-        raise ValueError(f"a value does not fit its tag ({type(error).__name__}: {error})") from error
+    except (AttributeError, IndexError, KeyError, RecursionError, TypeError) as error:
+        # A tag whose value does not fit, such as `!!bool maybe`, or too many levels.
+        raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 def key_lines(text: str) -> dict[str, int]:

@@ -51,7 +51,7 @@ class Published:
 def published_models() -> dict[str, Published]:
     """Read every folder of `hub_configs/`, by name."""
     models = {}
-    for name, about in load_yaml((FOLDER / "models.yaml").read_text(encoding="utf-8"), unique_keys=True).items():
+    for name, about in load_yaml((FOLDER / "models.yaml").read_text(encoding="utf-8")).items():
         fields = read_json(FOLDER / name / "config.json")
         joint = fields["model_type"] == LLM2CLIPConfig.model_type
         models[name] = Published(name, (LLM2CLIPConfig if joint else LLM2CLIPTextConfig).from_dict(fields), **about)

@@ -18,10 +18,10 @@ import numpy as np
 from datasets.packaged_modules.webdataset.webdataset import WebDataset, base_plus_ext
 
 from llm2clip.data.formats import SourceError, file_format
-from llm2clip.files.atomic import READ_SIZE
 from llm2clip.files.remote_path import open_once
 from llm2clip.files.shared_files import shared_file
 
+READ_SIZE = 1 << 22  # bytes
 # What reading a damaged tar raises.
 DAMAGED = (tarfile.TarError, EOFError, OSError, zlib.error, LZMAError)
 

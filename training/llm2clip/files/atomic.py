@@ -18,7 +18,6 @@ from llm2clip.files.library_errors import wrap_write_errors
 if TYPE_CHECKING:
     from llm2clip.files.remote_path import AnyPath
 
-READ_SIZE = 1 << 22
 # The name of a temporary file.
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<host>[A-Za-z0-9-]*)\.(?P<process>\d+)\.tmp")
 # Seconds by which the clock of a file server may differ from that of the machine that writes there.
@@ -73,12 +72,12 @@ def remove_leftovers(paths: Sequence[Path], patience: float) -> list[Path]:
 
 
 def leftovers(paths: Iterable[Path], alive: bool = False) -> Iterator[Path]:
-    """Find what killed processes of this machine left while they wrote `paths`, by its temporary name.
+    """Find the temporary files and folders that killed processes of this machine left while they wrote `paths`.
 
-    Another process may have got the number of a killed one since: what is older than that process was left too.
+    A living process that is younger than the file has only got the number of the one that wrote it.
 
     Args:
-        alive: Find what processes that live are writing instead.
+        alive: Find what living processes are writing instead.
     """
     names: dict[Path, set[str]] = {}
     for path in paths:
@@ -103,7 +102,7 @@ def _host() -> str:
 
 
 def _is_written(path: Path, number: int) -> bool:
-    """Tell whether the process with this number lives and may be writing a file: it is not younger than that."""
+    """Whether the process with this number lives, and is older than a file, so that it may be writing that."""
     import psutil  # comes with accelerate
 
     try:

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from llm2clip.command_line.logs import shortened
 from llm2clip.files.atomic import leftovers, temporary_name
 from llm2clip.files.library_errors import wrap_write_errors
 from llm2clip.files.manifests import FOLDER_MANIFEST, foreign_files, write_manifest
 
 logger = logging.getLogger(__name__)
 
-MAX_NAMED = 3
 # In a temporary folder: the folder that the new one replaces.
 REPLACED = "replaced"
 
@@ -90,10 +90,9 @@ def refuse_existing(destination: Path, command: str, overwrite: bool) -> None:
             "says so); choose another destination, or delete the folder yourself."
         )
     if foreign:
-        more = f" and {len(foreign) - MAX_NAMED} more" if len(foreign) > MAX_NAMED else ""
         raise FileExistsError(
             f"{destination} is not replaced, because it contains other files than those that llm2clip {command} wrote "
-            f"({', '.join(foreign[:MAX_NAMED])}{more}); move them away, or choose another destination."
+            f"({shortened(foreign)}); move them away, or choose another destination."
         )
 
 

@@ -9,7 +9,6 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 
 from safetensors import SafetensorError, safe_open
 
@@ -20,55 +19,35 @@ PEER = re.compile(
     re.IGNORECASE,
 )
 PEER_ENDED = "another process of this run has ended; its own message says why"
-WORKER = re.compile(r"DataLoader worker .*?(exited unexpectedly|killed by signal: (?P<signal>[^.]*))", re.DOTALL)
-# What `Path.resolve` raises before Python 3.13.
-LINK_LOOP = re.compile(r"Symlink loop from ['\"](?P<path>.*)['\"]")
+WORKER_ENDED = (
+    "a process that reads data has ended, most often because the memory is full: lower dataloader_num_workers "
+    "(num_workers), or, where it says so, give /dev/shm more space"
+)
+OUT_OF_MEMORY = (
+    "the memory of the accelerator is full: lower the batch size, or set tower_chunk_size or activation_checkpointing"
+)
 # How libraries in Rust word an error of the system.
 SYSTEM = re.compile(r"[A-Z][\w /-]+ \(os error \d+\)")
 # Errors of writing to an open file, which say nothing of which.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 # Errors of torch.save: it cannot open or write its file.
 TORCH_WRITES = re.compile(r"PytorchStreamWriter|inline_container|cannot be opened|iostream error")
-OUT_OF_MEMORY = (
-    "the memory of the accelerator is full: lower the batch size, or set tower_chunk_size or activation_checkpointing"
-)
 
 
 def explain(error: BaseException) -> str | None:
     """Say in one line what an error of a library is about and what to do; None if it may be a bug."""
-    kind = f"{type(error).__module__}.{type(error).__qualname__}"
     text = str(error)
     if isinstance(error, SafetensorError):
-        if SYSTEM.search(text):
-            return f"a file of weights cannot be written: {text.rstrip('.')}."
-        return f"a file of weights is damaged or cut short ({error}); copy, download or build it again."
-    if isinstance(error, UnpicklingError):
-        return (
-            "a file of the checkpoint cannot be read safely: it is damaged, or contains more than tensors, and would "
-            "run code. Continue from an older checkpoint: --resume takes one if you delete this one."
-        )
-    # The first error of the worker's end is the context of the last one.
-    if (worker := WORKER.search(f"{error.__cause__ or error.__context__} {text}")) is not None:
-        how = f"was killed (signal: {worker['signal']})" if worker["signal"] else "has ended"
-        return (
-            f"a process that reads data {how}, most often because the memory is full: lower dataloader_num_workers "
-            "(num_workers), or, where it says so, give /dev/shm more space."
-        )
-    # The last is of the socket that the process had.
-    ended = (ConnectionError, EOFError, FileNotFoundError)
-    if isinstance(error, ended) and _comes_through(error, "multiprocessing/connection"):
-        return (
-            "a process that reads data has ended, most often because the memory is full: lower "
-            "dataloader_num_workers (num_workers)."
-        )
-    if kind.startswith("torch.") and "OutOfMemoryError" in kind:
-        return f"{OUT_OF_MEMORY}. ({text.splitlines()[0]})"
+        return text
     if isinstance(error, MemoryError):
         return "the memory of the machine is full."
-    if isinstance(error, RuntimeError) and (loop := LINK_LOOP.fullmatch(text)) is not None:
-        path = Path(loop["path"])
-        link = next((part for part in (path, *path.parents) if part.is_symlink()), path)
-        return f"{link} is a symbolic link that leads back to itself; correct or delete it."
+    if type(error).__name__ == "OutOfMemoryError":  # of torch
+        return f"{OUT_OF_MEMORY}. ({text.splitlines()[0]})"
+    # The first error of the worker's end is the context of the last one, or it is one of the connection to it.
+    causes = f"{error.__cause__ or error.__context__} {text}"
+    connection = isinstance(error, (ConnectionError, EOFError, FileNotFoundError))
+    if "DataLoader worker (pid" in causes or (connection and _comes_through(error, "multiprocessing/connection")):
+        return f"{WORKER_ENDED}. ({(text.splitlines() or [type(error).__name__])[0]})"
     if isinstance(error, RuntimeError) and PEER.search(text) and _comes_through(error, "distributed"):
         return f"{PEER_ENDED}. This one cannot go on alone."
     return None
@@ -76,10 +55,10 @@ def explain(error: BaseException) -> str | None:
 
 @contextmanager
 def wrap_read_errors(path: object, kind: type[ValueError] = ValueError) -> Iterator[None]:
-    """Let every error of the block be one that names what is read.
+    """Raise every error of the block as one that names what is read.
 
-    Libraries raise whatever broken bytes or wrong fields lead to, KeyError and AttributeError too. An error that names
-    the path stays as it is, as do those of the system about another file, of a missing library and of a full memory.
+    Broken bytes and wrong fields lead to errors of any class. Those that name the path already pass, as do errors of
+    the system about another file, of a missing library and of a full memory.
 
     Args:
         path: A file, folder or URL.
@@ -101,7 +80,7 @@ def wrap_read_errors(path: object, kind: type[ValueError] = ValueError) -> Itera
 
 @contextmanager
 def wrap_write_errors(path: Path) -> Iterator[None]:
-    """Let the errors of writing in the block be errors of the system that name what is written, a file or a folder.
+    """Raise errors of writing in the block as an OSError that names what is written, a file or a folder.
 
     The system does not say which file it could not write to; safetensors, torch and tokenizers hide its errors.
     """
@@ -121,7 +100,7 @@ def wrap_write_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def wrap_weight_errors(folders: Callable[[], Iterable[Path]]) -> Iterator[None]:
-    """Let an error of damaged weights in the block, which does not say where they are, name their file.
+    """Raise an error of damaged weights in the block, which does not say where they are, as one that names their file.
 
     Args:
         folders: Finds the folders of models that the block may load; called after such an error.

@@ -22,8 +22,8 @@ LOCK = ".lock"
 UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 # Seconds to wait for the DataLoader workers of a killed run, which notice its end after a few seconds.
 PATIENCE = 15.0
-# Seconds to wait for another run that computes what this one needs: a week, or 20 minutes with several processes, of
-# which the others wait in a collective operation, which ends after 30 minutes by default.
+# Seconds to wait for another run that computes what this one needs: a week; with several processes 20 minutes, since
+# the others wait in a collective operation, which fails after 30 minutes by default.
 WAIT, WAIT_OF_SEVERAL = 7 * 24 * 3600.0, 20 * 60.0
 
 

@@ -1,8 +1,6 @@
 """The list of the files that a command wrote into a folder: what belongs to it, and whether it is whole.
 
-Two lists share the work. `.llm2clip.json` stays on this machine: the command, and all files with their sizes. The
-`manifest.json` of a built model (see [`write_model_manifest`]) travels with it: the SHA-256 of what loading it reads.
-A checksum is in one of them only.
+`.llm2clip.json` has the command, and sizes and checksums (SHA-256) of the files. A built model takes its own along.
 """
 
 from __future__ import annotations
@@ -21,20 +19,19 @@ from llm2clip.files.shared_files import stored_sha256
 if TYPE_CHECKING:
     from llm2clip.files.remote_path import AnyPath
 
-# Its name starts with a dot, so that `llm2clip push` leaves it here.
 FOLDER_MANIFEST = ".llm2clip.json"
-MODEL_MANIFEST = "manifest.json"
 # The default name of sigstore's command `model_signing`.
 MODEL_SIGNATURE = "model.sig"
-MODEL_FORMAT, MODEL_FORMAT_VERSION = "llm2clip-model", 1
-# Text that people edit, and `llm2clip push` too; nothing computes from it.
+# What people edit, and `llm2clip push` too; nothing computes from it.
 EDITED = frozenset({"README.md", "LICENSE"})
+PICTURES = frozenset({".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg"})
 # Endings of what a model is loaded from.
 LOADED = frozenset({".safetensors", ".json", ".py", ".txt", ".model", ".jinja"})
 # `FOLDER` of modeling_llm2clip/query_encoder_llm2clip.py, which imports torch.
 QUERY_ENCODER = "query_encoder"
 # A manifest that no other file lists has the checksum of its other fields.
 MANIFEST_CHECKSUM = "manifest_checksum"
+CHANGED = f"{{}} has changed: its checksum is not that in {FOLDER_MANIFEST}"
 
 
 class Fault(NamedTuple):
@@ -69,11 +66,10 @@ class Verified:
 
 
 class ListedFile(NamedTuple):
-    """A file of a manifest: its bytes and SHA-256, as far as they are recorded, and the manifest that has it."""
+    """A file of a list: its bytes, and its SHA-256 if that is recorded."""
 
-    size: int | None
+    size: int
     checksum: str | None
-    manifest: str
 
 
 def with_checksum(fields: dict[str, Any]) -> dict[str, Any]:
@@ -131,28 +127,17 @@ def write_manifest(
         flush_folder(parent)
     sizes: dict[str, int] = {}
     checksums: dict[str, str] = {}
-    earlier, elsewhere = {}, {}
-    with contextlib.suppress(OSError, ValueError):  # what is missing or damaged is written anew
-        earlier = {} if rewritten is None else stated_files(folder)
-        elsewhere = _model_checksums(folder)
+    earlier: dict[str, ListedFile] = {}
+    with contextlib.suppress(OSError, ValueError):  # a damaged list is written anew
+        earlier = {} if rewritten is None else listed_files(folder)
     for path in paths:
         name = path.relative_to(folder).as_posix()
         known = earlier.get(name) if rewritten is not None and name not in rewritten else None
-        sizes[name] = path.stat().st_size if known is None or known.size is None else known.size
-        if name not in EDITED and name not in elsewhere:
+        sizes[name] = path.stat().st_size if known is None else known.size
+        if not _is_edited(name):
             checksums[name] = sha256(path) if known is None or known.checksum is None else known.checksum
     fields = {"written_by": f"llm2clip {command}", "files": sizes, "sha256": checksums}
     write_json(folder / FOLDER_MANIFEST, with_checksum(fields))
-
-
-def write_model_manifest(folder: Path, names: Iterable[str]) -> None:
-    """Write `manifest.json` into the folder of a model: the SHA-256 of what loading it reads.
-
-    It is for whoever copies the model. The card and the license are not in it: people edit them.
-    """
-    checksums = {name: sha256(folder / name) for name in names if name not in {*EDITED, MODEL_MANIFEST}}
-    head = {"format": MODEL_FORMAT, "format_version": MODEL_FORMAT_VERSION}
-    write_json(folder / MODEL_MANIFEST, {**head, "files": checksums})
 
 
 def written_by(folder: AnyPath) -> str | None:
@@ -173,25 +158,37 @@ def foreign_files(folder: Path, command: str) -> list[str] | None:
 def own_files(folder: AnyPath, command: str) -> dict[str, ListedFile] | None:
     """Return the files that the manifest of a folder lists, or None if `command` did not write the folder."""
     try:
-        return stated_files(folder) if written_by(folder) == command else None
+        return listed_files(folder) if written_by(folder) == command else None
     except (OSError, ValueError):
         return None
 
 
-def listed_files(folder: Path) -> dict[str, ListedFile]:
-    """Return the files that the manifests of a folder list; none if it has no manifest.
+def listed_files(folder: AnyPath) -> dict[str, ListedFile]:
+    """Return the files that the manifest of a folder lists; none if it has no manifest.
+
+    Those of a folder that was written at a URL have no checksums.
 
     Raises:
-        ValueError: A manifest is damaged.
+        ValueError: The manifest is damaged.
     """
-    known = stated_files(folder) if (folder / FOLDER_MANIFEST).is_file() else {}
-    for name, checksum in _model_checksums(folder).items():
-        known[name] = ListedFile(known[name].size if name in known else None, checksum, MODEL_MANIFEST)
-    return known
+    path = folder / FOLDER_MANIFEST
+    try:
+        fields = read_json(path)
+    except FileNotFoundError:
+        return {}
+    sizes, checksums = fields.get("files"), fields.get("sha256", {})
+    if not isinstance(sizes, dict) or not isinstance(checksums, dict):
+        raise ValueError(f"no list of files in {FOLDER_MANIFEST}")
+    if not fits_checksum(fields):
+        raise ValueError(f"{FOLDER_MANIFEST} has changed since it was written")
+    for name in sizes:
+        if PurePosixPath(name).is_absolute() or Path(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise ValueError(f"{path} names {name}, which is outside of the folder")
+    return {name: ListedFile(size, checksums.get(name)) for name, size in sizes.items()}
 
 
 def faults(folder: Path, contents: bool = True) -> Iterator[str]:
-    """Yield what differs between a folder and its manifests, in words: the name of each file, and what is wrong.
+    """Yield what differs between a folder and its manifest, in words: the name of each file, and what is wrong.
 
     Args:
         contents: Compare checksums, which reads the files, and not only sizes.
@@ -203,14 +200,14 @@ def faults(folder: Path, contents: bool = True) -> Iterator[str]:
         return
     for name, listed in known.items():
         path = folder / name
-        if path.name in EDITED:
+        if _is_edited(name):
             continue
         if not path.is_file():
             yield f"{name} is missing"
-        elif listed.size is not None and (size := path.stat().st_size) != listed.size:
+        elif (size := path.stat().st_size) != listed.size:
             yield f"{name} has {size} bytes instead of {listed.size}"
         elif contents and listed.checksum is not None and sha256(path) != listed.checksum:
-            yield f"{name} has changed: its checksum is not that in {listed.manifest}"
+            yield CHANGED.format(name)
 
 
 def damage(folder: Path, contents: bool = False) -> str | None:
@@ -221,13 +218,13 @@ def damage(folder: Path, contents: bool = False) -> str | None:
 
 
 def refuse_damaged(folder: str | Path) -> None:
-    """Raise a `ValueError` if a local folder differs from its manifests. One without them, or none, passes."""
+    """Raise a `ValueError` if a local folder differs from its manifest. One without it, or none, passes."""
     if Path(folder).is_dir() and (fault := next(faults(Path(folder)), None)) is not None:
         raise _changed(Path(folder), fault)
 
 
 def refuse_changed_model(folder: str | Path) -> None:
-    """Raise a `ValueError` if what a local model is loaded from are not the files that its manifests list.
+    """Raise a `ValueError` if what a local model is loaded from are not the files that its manifest lists.
 
     Each is read for that when it is loaded first since it has changed. What is not a model of ours passes.
     """
@@ -237,15 +234,18 @@ def refuse_changed_model(folder: str | Path) -> None:
         in_place = path.parent == folder or folder / QUERY_ENCODER in path.parents
         is_loaded = path.suffix in LOADED and in_place and path.is_file()
         if is_loaded and listed.checksum is not None and stored_sha256(path) != listed.checksum:
-            raise _changed(folder, f"{name} has changed: its checksum is not that in {listed.manifest}")
+            raise _changed(folder, CHANGED.format(name))
 
 
 def _changed(folder: Path, fault: str) -> ValueError:
-    names = [name for name in (MODEL_MANIFEST, FOLDER_MANIFEST) if (folder / name).is_file()]
     return ValueError(
         f"{folder} is not what was written ({fault}). Write or copy it again, or, if you changed it yourself, delete "
-        f"{' and '.join(names)} in it."
+        f"{FOLDER_MANIFEST} in it."
     )
+
+
+def _is_edited(name: str) -> bool:
+    return PurePosixPath(name).name in EDITED or PurePosixPath(name).suffix.lower() in PICTURES
 
 
 def folder_files(folder: Path) -> list[str]:
@@ -263,40 +263,3 @@ def folder_files(folder: Path) -> list[str]:
         links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
         paths += [os.path.relpath(os.path.join(parent, name), folder) for name in [*names, *links]]
     return sorted(Path(name).as_posix() for name in paths if name != FOLDER_MANIFEST)
-
-
-def stated_files(folder: AnyPath) -> dict[str, ListedFile]:
-    """Return the files in `.llm2clip.json` of a folder; one that was written at a URL has no checksums.
-
-    Raises:
-        FileNotFoundError: There is none.
-        ValueError: It is damaged.
-    """
-    path = folder / FOLDER_MANIFEST
-    fields = read_json(path)
-    sizes, checksums = fields.get("files"), fields.get("sha256", {})
-    if not isinstance(sizes, dict) or not isinstance(checksums, dict):
-        raise ValueError(f"no list of files in {FOLDER_MANIFEST}")
-    if not fits_checksum(fields):
-        raise ValueError(f"{FOLDER_MANIFEST} has changed since it was written")
-    _refuse_outside(path, sizes)
-    return {name: ListedFile(size, checksums.get(name), FOLDER_MANIFEST) for name, size in sizes.items()}
-
-
-def _model_checksums(folder: Path) -> dict[str, str]:
-    """Read the list that travels with a model; other folders have another file of this name, or none."""
-    path = folder / MODEL_MANIFEST
-    fields = read_json(path) if path.is_file() else {}
-    if fields.get("format") != MODEL_FORMAT:
-        return {}
-    if fields.get("format_version") != MODEL_FORMAT_VERSION or not isinstance(fields.get("files"), dict):
-        raise ValueError(f"{path} is not a list of files of version {MODEL_FORMAT_VERSION}")
-    _refuse_outside(path, fields["files"])
-    return fields["files"]
-
-
-def _refuse_outside(path: AnyPath, names: Iterable[str]) -> None:
-    """Raise a `ValueError` if a list names a file that is not below its folder."""
-    for name in names:
-        if PurePosixPath(name).is_absolute() or Path(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise ValueError(f"{path} names {name}, which is outside of the folder")

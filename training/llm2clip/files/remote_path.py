@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import posixpath
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -126,15 +125,6 @@ def local_file(path: AnyPath) -> Iterator[Path]:
         yield file
         path.fs.makedirs(path.parent.path, exist_ok=True)
         path.fs.put_file(str(file), path.path)
-
-
-def remove_tree(path: AnyPath) -> None:
-    """Delete a folder, if there is one; of a remote one the files, and not the bucket that they may be in."""
-    if isinstance(path, Path):
-        shutil.rmtree(path, ignore_errors=True)
-        return
-    if names := path.sizes():
-        path.fs.rm([f"{path.path}/{name}" for name in names])
 
 
 @contextmanager

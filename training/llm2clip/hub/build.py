@@ -13,14 +13,13 @@ from llm2clip.command_line.settings import build_config, refuse
 from llm2clip.data import decode_image
 from llm2clip.files.atomic import write_json
 from llm2clip.files.folders import atomic_folder, refuse_existing, refuse_nested
-from llm2clip.files.manifests import refuse_damaged, write_model_manifest
+from llm2clip.files.manifests import refuse_damaged
 from llm2clip.hub.build_card import copy_curves, read_results, source_card, source_folder, write_built_card
 from llm2clip.hub.build_config import BuildConfig
 from llm2clip.hub.cards.card import LICENSE_FIELDS
 from llm2clip.hub.cards.facts import EXAMPLE, Evaluation
 from llm2clip.hub.licenses import bases_of, choose_license
 from llm2clip.hub.source_model import SourceModel
-from llm2clip.hub.upload_files import PICTURES, model_files
 from llm2clip.models.repos import OUR_MODELS, RepoKind, inspect_repo, names_of, referred_folders
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPTextConfig, LLM2CLIPTextModel
 from modeling_llm2clip.query_encoder_llm2clip import FOLDER as QUERY_ENCODER
@@ -91,9 +90,6 @@ def run(config: BuildConfig, evaluations: list[Evaluation] | None = None) -> dic
         if config.code_repo is not None:
             _refer_to_code(folder, config.code_repo)
         license.write_files(folder, folder_of_source)
-        # Which pictures are uploaded depends on the card, which people edit.
-        uploaded = model_files(folder).uploaded
-        write_model_manifest(folder, [name for name in uploaded if Path(name).suffix.lower() not in PICTURES])
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return {"written": str(destination), "megabytes": round(size / 1e6, 1), "difference": f"{difference:.1e}"}
 

@@ -16,7 +16,7 @@ from llm2clip.command_line.logs import shortened
 from llm2clip.command_line.settings import build_config, refuse, setting
 from llm2clip.command_line.tables import print_table
 from llm2clip.files.atomic import write_text
-from llm2clip.files.manifests import FOLDER_MANIFEST, MODEL_MANIFEST, refuse_damaged
+from llm2clip.files.manifests import FOLDER_MANIFEST, refuse_damaged
 from llm2clip.hub.cards.card import CARD, validate_card
 from llm2clip.hub.licenses import check_license
 from llm2clip.hub.source_model import validate_folder
@@ -210,7 +210,7 @@ def _check_folder(folder: Path) -> None:
     if added := added_files(folder):
         raise ValueError(
             f"{folder} contains {added[0]}, which was not built but would be loaded with the model; delete it, or, if "
-            f"it belongs to the model, delete {MODEL_MANIFEST} and {FOLDER_MANIFEST}, which do not list it."
+            f"it belongs to the model, delete {FOLDER_MANIFEST}, which does not list it."
         )
 
 

@@ -6,7 +6,7 @@ import glob
 import logging
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from json import JSONDecodeError
 from pathlib import Path
@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 from llm2clip.command_line.logs import shortened
 from llm2clip.files.atomic import read_json
 from llm2clip.files.library_errors import wrap_read_errors
-from llm2clip.files.manifests import MODEL_MANIFEST
+from llm2clip.files.manifests import FOLDER_MANIFEST
 from llm2clip.hub.cards.card import CARD, MERGED_LISTS, merge_cards, split_card, with_repo
 from llm2clip.hub.cards.facts import EXAMPLE
 
@@ -44,7 +44,7 @@ NEXT_STEPS = {
 # What an earlier push may have left that would be loaded instead of the new weights, or lists other ones.
 STALE_FILES = (
     *("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json", "training_args.bin"),
-    *("adapter_config.json", "adapter_model.safetensors", MODEL_MANIFEST, "model.sig"),
+    *("adapter_config.json", "adapter_model.safetensors", FOLDER_MANIFEST, "model.sig"),
 )
 # Fields of a card that are united with those on the Hub, or that differ in an address only.
 UNITED_FIELDS = (*MERGED_LISTS, "model-index", "widget")
@@ -104,14 +104,14 @@ class Branch(NamedTuple):
         commit: Its newest commit.
         files: Names of its files.
         card: The text of its card.
-        manifest: The list of the files of its model.
+        checksums: Those of the files of its model, by name; None if it has no list of them.
     """
 
     is_new: bool
     commit: str | None
     files: list[str]
     card: str | None
-    manifest: bytes | None
+    checksums: dict[str, str] | None
 
 
 def read_branch(api: HfApi, repo_id: str, revision: str | None, model_type: str) -> Branch | None:
@@ -132,13 +132,18 @@ def read_branch(api: HfApi, repo_id: str, revision: str | None, model_type: str)
             info, is_new = api.model_info(repo_id), True
         files = [entry.rfilename for entry in info.siblings or []]
         found = {}
-        for name in ("config.json", CARD, MODEL_MANIFEST):
+        for name in ("config.json", CARD, FOLDER_MANIFEST):
             found[name] = _download(api, repo_id, name, info.sha) if name in files else None
     _require_ours(repo_id, files, found["config.json"], model_type)
-    card, manifest = found[CARD], found[MODEL_MANIFEST]
+    card, manifest = found[CARD], found[FOLDER_MANIFEST]
     with wrap_read_errors(f"the card of {repo_id} on the Hub"):
         text = None if card is None else card.read_text(encoding="utf-8")
-    return Branch(is_new, info.sha, files, text, None if manifest is None else manifest.read_bytes())
+    return Branch(is_new, info.sha, files, text, None if manifest is None else _checksums(manifest))
+
+
+def _checksums(manifest: Path) -> Any:
+    with suppress(OSError, ValueError):
+        return read_json(manifest).get("sha256")
 
 
 def _download(api: HfApi, repo_id: str, name: str, commit: str | None) -> Path:
@@ -234,8 +239,7 @@ def weights_replaced(branch: Branch | None, folder: Path) -> str | None:
     """Describe the model in a branch whose weights the upload of a folder would replace by others; None if none."""
     if branch is None or branch.is_new or "config.json" not in branch.files:
         return None
-    ours = folder / MODEL_MANIFEST
-    if branch.manifest is not None and ours.is_file() and branch.manifest == ours.read_bytes():
+    if branch.checksums is not None and branch.checksums == _checksums(folder / FOLDER_MANIFEST):
         return None
     title = re.search(r"^# (.+)", branch.card or "", re.MULTILINE)
     commit = f"commit {str(branch.commit)[:8]}, {len(branch.files)} files"

@@ -14,14 +14,14 @@ from huggingface_hub import get_token
 import modeling_llm2clip
 from llm2clip.files.atomic import read_json
 from llm2clip.files.library_errors import wrap_read_errors
-from llm2clip.files.manifests import EDITED, MODEL_MANIFEST, MODEL_SIGNATURE, listed_files, written_by
+from llm2clip.files.manifests import EDITED, FOLDER_MANIFEST, MODEL_SIGNATURE, PICTURES, listed_files, written_by
 from llm2clip.hub.cards.card import CARD, as_list
 from modeling_llm2clip.modeling_llm2clip_utils import TEXT_MODEL
 from modeling_llm2clip.query_encoder_llm2clip import FOLDER, SPACE_FILE
 
 # What a model folder holds, beside its code and the pictures of its card.
 MODEL_FILES = (
-    *(CARD, "LICENSE*", "NOTICE*", MODEL_MANIFEST, "config.json", "generation_config.json", "processor_config.json"),
+    *(CARD, "LICENSE*", "NOTICE*", "config.json", "generation_config.json", "processor_config.json"),
     *("preprocessor_config.json", "modules.json", "config_sentence_transformers.json", "sentence_*_config.json"),
     *("model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "adapter_config.json"),
     *("adapter_model*.safetensors", "tokenizer.json", "tokenizer.model", "vocab.*"),
@@ -35,11 +35,10 @@ RUN_FILES = (
     *("checkpoint-*", ".*", "_*", "*.bin", "*.pt", "*.pth", "skipped-*.jsonl", "trainer_state.json", "runs"),
     *("log.txt", "settings.json", "part[0-9]*", "teacher", "vision_features"),
 )
-PICTURES = {".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg"}
-# Commands that list every file of a model.
-WRITE_MODELS = ("build", "convert", "merge")
+# Commands that list every file of a model; and the one whose list is uploaded with it.
+WRITE_MODELS, BUILD = ("build", "convert", "merge"), "build"
 # What is added to a listed model afterwards, by people or by us, and changes nothing that it computes.
-ADDED_LATER = (*EDITED, "LICENSE*", "NOTICE*", MODEL_MANIFEST, MODEL_SIGNATURE, "onnx/*", f"{FOLDER}/*")
+ADDED_LATER = (*EDITED, "LICENSE*", "NOTICE*", FOLDER_MANIFEST, MODEL_SIGNATURE, "onnx/*", f"{FOLDER}/*")
 # Access tokens of the Hub, GitHub, AWS, OpenAI and Anthropic, Google, Slack; and private keys.
 SECRET = re.compile(
     rb"hf_[A-Za-z0-9]{34,}|github_pat_\w{22,}|gh[pousr]_[A-Za-z0-9]{36,}|(?<![A-Z0-9])AKIA[A-Z0-9]{16}(?![A-Z0-9])|"
@@ -79,6 +78,8 @@ def model_files(folder: Path, include: Sequence[str] = ()) -> ModelFiles:
     if missing := [pattern for pattern in include if not files.keys() & _fitting(folder, [pattern])]:
         raise ValueError(f"--include {missing[0]} fits no file in {folder}.")
     included, of_model = _fitting(folder, include), _code(folder) | _fitting(folder, MODEL_FILES)
+    if written_by(folder) == BUILD:
+        included.add(FOLDER_MANIFEST)
     uploaded, others = {}, []
     for name, path in files.items():
         of_run = any(fnmatch.fnmatch(part, pattern) for part in PurePosixPath(name).parts for pattern in RUN_FILES)
@@ -116,17 +117,16 @@ def code_targets(folder: Path) -> list[str]:
 
 
 def added_files(folder: Path) -> list[str]:
-    """Return the files of a listed model that its lists lack, although loading the model would read them.
+    """Return the files of a listed model that its list lacks, although loading the model would read them.
 
-    An `adapter_config.json` beside the weights, for example, makes transformers load others. Empty where no list has
+    An `adapter_config.json` beside the weights, for example, makes transformers load others. Empty without a list of
     all files of a model.
 
     Raises:
-        ValueError: A list is damaged.
+        ValueError: The list is damaged.
     """
     known = listed_files(folder)
-    has_model_list = any(listed.manifest == MODEL_MANIFEST for listed in known.values())
-    if not has_model_list and written_by(folder) not in WRITE_MODELS:
+    if written_by(folder) not in WRITE_MODELS:
         return []
     return [
         name

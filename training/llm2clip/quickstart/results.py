@@ -6,14 +6,14 @@ import importlib.metadata
 import platform
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from llm2clip.command_line.tables import print_table, recalls_in_percent
+from llm2clip.command_line.tables import RECALLS, print_table
 from llm2clip.quickstart.config import Arm
 from llm2clip.quickstart.data import LANGUAGES, QUERY, SHOWN_LANGUAGES, QuickstartData
 
@@ -51,6 +51,11 @@ def image_rows(steps: dict[str, Any], arms: Sequence[Arm]) -> dict[str, Any]:
         if len(languages) > len(SHOWN_LANGUAGES):
             rows[f"  mean of {len(languages)} languages, {arm.title}"] = _mean([test[name] for name in languages])
     return rows
+
+
+def _in_percent(metrics: Mapping[str, Any], prefix: str = "") -> str:
+    """Format the recalls at 1, 5 and 10, such as `12.3 / 45.6 / 78.9`."""
+    return " / ".join(f"{100 * metrics[prefix + recall]:.1f}" for recall in RECALLS)
 
 
 def _mean(sets: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -116,13 +121,13 @@ def all_tables(results: dict[str, Any]) -> list[tuple[str, Table]]:
         f"{CAPTION_SETS[name]}\n{sizes[name]['num_queries']} queries, {sizes[name]['num_targets']} targets"
         for name in sets
     ]
-    rows = [[row, *(recalls_in_percent(metrics[name]) for name in sets)] for row, metrics in captions.items()]
+    rows = [[row, *(_in_percent(metrics[name]) for name in sets)] for row, metrics in captions.items()]
     caption_table = ["text encoder", *columns], rows
     columns = ["text encoder", "text → image", "image → text", "captions\n× images"]
     rows = [
         [
             _label(row, results["text_encoders"]),
-            *(recalls_in_percent(metrics, way) for way in ("text_to_image_", "image_to_text_")),
+            *(_in_percent(metrics, way) for way in ("text_to_image_", "image_to_text_")),
             f"{metrics['num_texts']} × {metrics['num_images']}",
         ]
         for row, metrics in results["image_retrieval"].items()

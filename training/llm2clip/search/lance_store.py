@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime, timedelta
@@ -25,13 +26,13 @@ from llm2clip.files.locks import LOCK, folder_lock
 from llm2clip.files.manifests import (
     FOLDER_MANIFEST,
     faults,
+    listed_files,
     own_files,
     read_checked,
-    stated_files,
     with_checksum,
     write_manifest,
 )
-from llm2clip.files.remote_path import local_file, open_path, remove_tree, wrap_connection_errors
+from llm2clip.files.remote_path import AnyPath, local_file, open_path, wrap_connection_errors
 from llm2clip.files.shared_files import stored_sha256
 from llm2clip.search.faiss_vectors import build_faiss
 from llm2clip.search.index_manifest import REBUILD, IndexManifest
@@ -111,7 +112,7 @@ class LanceStore:
         if not self._is_alone or (self.folder / MANIFEST).is_file():
             return
         if not self._has_table() or (self._written is not None and not self._written.count_rows()):
-            remove_tree(self.folder)
+            _remove_tree(self.folder)
 
     def metadata(self, unfinished: bool = False) -> IndexManifest | None:
         if unfinished:
@@ -168,7 +169,7 @@ class LanceStore:
         if not isinstance(self.folder, Path):
             return
         with contextlib.suppress(FileNotFoundError):
-            for name, listed in stated_files(self.folder).items():
+            for name, listed in listed_files(self.folder).items():
                 path = self.folder / name
                 # What an update writes and deletes meanwhile is no damage.
                 is_stored = name.startswith(f"{TABLE}.lance/") or path.suffix == ".faiss"
@@ -268,7 +269,7 @@ class LanceStore:
     def faults(self) -> Iterator[str]:
         """Yield what differs between the files of the index and their list, in words."""
         # That of an index at a URL, or of its copy, has sizes alone, which may be those before the last change.
-        if isinstance(self.folder, Path) and any(listed.checksum for listed in stated_files(self.folder).values()):
+        if isinstance(self.folder, Path) and any(listed.checksum for listed in listed_files(self.folder).values()):
             yield from faults(self.folder)
 
     def _has_table(self) -> bool:
@@ -286,7 +287,7 @@ class LanceStore:
                 return
         for name in own_files(self.folder, COMMAND) or ():
             (self.folder / name).unlink(missing_ok=True)
-        remove_tree(self.folder / f"{TABLE}.lance")
+        _remove_tree(self.folder / f"{TABLE}.lance")
         self._list_files()  # the names come again, for other files
 
     def _open(self, version: int | None) -> Any:
@@ -389,3 +390,12 @@ class LanceStore:
         made = [each["timestamp"] for each in self._written.list_versions() if each["version"] == replaced]
         ages = [datetime.now().astimezone() - time.astimezone() + CLEANING for time in made]
         self._written.optimize(cleanup_older_than=max([KEPT, *ages]))
+
+
+def _remove_tree(path: AnyPath) -> None:
+    """Delete a folder, if there is one; of a remote one the files, and not the bucket that they may be in."""
+    if isinstance(path, Path):
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    if names := path.sizes():
+        path.fs.rm([f"{path.path}/{name}" for name in names])

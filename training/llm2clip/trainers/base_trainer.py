@@ -30,7 +30,7 @@ from llm2clip.data.sampling import EpochDataset
 from llm2clip.data.streams import SampleStream
 from llm2clip.evaluation.data import CaptionPairData
 from llm2clip.files.atomic import read_json, write_json
-from llm2clip.files.library_errors import explain, wrap_write_errors
+from llm2clip.files.library_errors import wrap_write_errors
 from llm2clip.hub.cards.facts import Evaluation
 from llm2clip.trainers.base_config import MEAN_RECALL, StageConfig, require_batch
 from llm2clip.trainers.loaders import (
@@ -259,7 +259,10 @@ class StageTrainer(Trainer):
             try:
                 output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
             except pickle.UnpicklingError as error:
-                raise ValueError(f"{checkpoint}: {explain(error)}") from error
+                raise ValueError(
+                    f"{checkpoint}: a file cannot be read safely: it is damaged, or contains more than tensors, and "
+                    "would run code. Continue from an older checkpoint: --resume takes one if you delete this one."
+                ) from error
         return output._replace(metrics={**output.metrics, **recalls_before(self.state.log_history)})
 
     def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -13,8 +13,6 @@ from llm2clip.files.atomic import read_json
 from llm2clip.files.manifests import (
     FOLDER_MANIFEST,
     MANIFEST_CHECKSUM,
-    MODEL_FORMAT,
-    MODEL_MANIFEST,
     Fault,
     Verified,
     faults,
@@ -23,12 +21,11 @@ from llm2clip.files.manifests import (
 )
 from llm2clip.hub.upload_files import added_files
 from llm2clip.search.lance_store import COMMAND as INDEX
+from llm2clip.search.lance_store import MANIFEST
 from llm2clip.search.verify_index import verify_index
 from llm2clip.trainers.run_context import COMMAND as TRAINING
 
 KINDS = ("search index", "unfinished checkpoint", "checkpoint, model, or another result of a command")
-# One of these is in every folder of ours with such a manifest.
-OUR_FILES = ("modeling_llm2clip*.py", "config.json")
 # How folders are written again that are not replaced with --overwrite.
 REWRITE_HINTS = {
     "distill-text": "put the student there again (attach_query_encoder)",
@@ -64,22 +61,16 @@ def verify_folder(folder: Path) -> Verified:
     Returns:
         Nothing of a folder that is of no kind.
     """
-    path, fields = folder / MODEL_MANIFEST, dict[str, Any]()
-    is_listed = (folder / FOLDER_MANIFEST).is_file()
-    try:
-        fields = read_json(path) if path.is_file() else {}
-    except ValueError as error:
-        # A list of files names it too, and others have files of this name.
-        if not is_listed and any(next(folder.glob(name), None) for name in OUR_FILES):
-            return Verified(faults=[Fault(str(error), f"delete {folder}, and write it again by the command that did")])
+    path, is_listed = folder / MANIFEST, (folder / FOLDER_MANIFEST).is_file()
     if written_by(folder) == INDEX:
         return verify_index(folder)
     if not is_listed and re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name):
         what = "was not finished, or another program wrote it; --resume takes an older checkpoint"
         return Verified(remarks=[f"{folder} has no {FOLDER_MANIFEST}, which is written last: it {what}."])
-    if is_listed or fields.get("format") == MODEL_FORMAT:
+    if is_listed:
         return verify_listed(folder)
-    if MANIFEST_CHECKSUM in fields:
-        fault = f"{path} has changed since it was written"
-        return Verified(faults=[Fault(fault, f"delete {folder}, and write it again as before")])
+    with contextlib.suppress(OSError, ValueError):  # others have files of this name
+        if MANIFEST_CHECKSUM in read_json(path):
+            fault = f"{path} has changed since it was written"
+            return Verified(faults=[Fault(fault, f"delete {folder}, and write it again as before")])
     return Verified()
