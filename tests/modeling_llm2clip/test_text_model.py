@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llm2clip.encoders import embed_captions
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, with_prompt
+from llm2clip.models.prompting import with_prompt
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from modeling_llm2clip.modeling_llm2clip_utils import CPU_BATCH_TOKENS
 from modeling_llm2clip.query_encoder_llm2clip import QueryEncoder
 from tests.builders import tiny

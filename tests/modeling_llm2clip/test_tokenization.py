@@ -18,8 +18,9 @@ from transformers.utils import logging
 
 from llm2clip.data import PairCollator
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
+from llm2clip.models.prompting import with_prompt
 from llm2clip.models.towers import original_prompt
-from modeling_llm2clip import LLM2CLIPProcessor, with_prompt
+from modeling_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.modeling_llm2clip_text import LLM2CLIPTextModel
 from modeling_llm2clip.tokenization_llm2clip import tokenize_and_cut
 from tests.builders import tiny
