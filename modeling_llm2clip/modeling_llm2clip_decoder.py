@@ -71,8 +71,8 @@ def refuse_other_layers(text_model: Any) -> None:
     if text_model._is_stateful or kinds - MASKED_LAYERS or getattr(config, "trigram_input", False):
         shown = f" (layers: {', '.join(sorted(kinds))})" if kinds else ""
         raise ValueError(
-            f"{config.model_type}{shown} cannot be a text tower, whose layers are all attention and follow the mask that "
-            f"they are given. Use another text model, such as {', '.join(TESTED_TYPES)}."
+            f"{config.model_type}{shown} cannot be a text tower, whose layers are all attention and follow the mask "
+            f"that they are given. Use another text model, such as {', '.join(TESTED_TYPES)}."
         )
 
 
@@ -258,8 +258,8 @@ def padded_mask(decoder: Any, attention_mask: Tensor, bidirectional: bool | None
     if model_type not in TESTED_TYPES:
         # Some types ignore the mask there, or leave out attention sinks.
         raise ValueError(
-            f"attn_implementation {attention!r} is not known to read captions in both directions in {model_type}, only "
-            f"in {', '.join(TESTED_TYPES)}; use 'sdpa' or 'eager'."
+            f"attn_implementation {attention!r} is not known to read captions right in {model_type}, only in "
+            f"{', '.join(TESTED_TYPES)}; use 'sdpa' or 'eager'."
         )
     return attention_mask
 

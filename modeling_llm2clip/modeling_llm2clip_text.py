@@ -9,15 +9,17 @@ import copy
 import importlib
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import find_adapter_config_file
+from transformers.utils import cached_file, find_adapter_config_file
 
 # transformers 4.57 takes from a local folder only the modules that this one itself names.
 from .compatibility_llm2clip import AttentionBackends
@@ -56,6 +58,8 @@ from .modeling_llm2clip_utils import (
 )
 from .tokenization_llm2clip import tokenize_captions
 
+# Beside an adapter: the layers after pooling.
+DENSE_FILE = "adapter_dense.safetensors"
 COMPOSITE_TYPE = LLM2CLIPConfig.model_type
 
 
@@ -132,9 +136,9 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         """Load a text tower.
 
         Args:
-            pretrained_model_name_or_path: Folder or repository of a saved [`LLM2CLIPTextModel`], whose weights may be a
-                PEFT adapter (requires peft); of an LLM2CLIP model that contains its LLM or names its repository; or,
-                with `default_config`, of a plain text model.
+            pretrained_model_name_or_path: Folder or repository of a saved [`LLM2CLIPTextModel`], which may be a PEFT
+                adapter (requires peft); of an LLM2CLIP model that contains its LLM or names its repository; or, with
+                `default_config`, of a plain text model.
             config: Prompt and pooling, instead of those in the repository.
             default_config: Prompt and pooling of a plain text model.
 
@@ -207,10 +211,13 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         if adapter.revision is not None:
             base_kwargs["revision"] = adapter.revision
         # The base model may be a text tower too, with its own weights or its own adapter.
-        base = cls.from_pretrained(adapter.base_model_name_or_path, default_config=config, **base_kwargs)
+        plain = copy.deepcopy(config)
+        plain.dense = []
+        base = cls.from_pretrained(adapter.base_model_name_or_path, default_config=plain, **base_kwargs)
         base.merge_adapter()
         model = cls(copy.deepcopy(config), decoder=base.decoder)
-        model.dense.load_state_dict(base.dense.state_dict())
+        if config.dense:
+            model.dense.load_state_dict(load_file(str(cached_file(name, DENSE_FILE, **hub))))
         model.decoder = peft.PeftModel.from_pretrained(base.decoder, name, **hub)
         return model
 
@@ -221,19 +228,26 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         state_dict: dict[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Save the model with its fingerprint; if the decoder has a PEFT adapter, only the adapter and the config."""
+        """Save the model with its fingerprint; if the decoder has a PEFT adapter, without its base's weights."""
         self.config.fingerprint = self.fingerprint(state_dict) or self.config.fingerprint
         if not self.has_adapter:
             super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
             return
         if kwargs.pop("push_to_hub", False):
             raise ValueError("an adapter is saved to a folder first; upload that folder.")
+        dense = {
+            key.removeprefix("dense."): value
+            for key, value in (self.state_dict() if state_dict is None else state_dict).items()
+            if key.startswith("dense.")
+        }
         if state_dict is not None:
             state_dict = {key.removeprefix("decoder."): value for key, value in state_dict.items()}
         # Otherwise peft may save the embeddings too: it reads the size of a base's vocabulary at one place only.
         options = {"state_dict": state_dict, "is_main_process": is_main_process, "save_embedding_layers": False}
         self.decoder.save_pretrained(os.fspath(save_directory), **options)
         if is_main_process:
+            if dense:
+                save_file(dense, Path(save_directory, DENSE_FILE), metadata={"format": "pt"})
             if self._auto_class is not None:
                 custom_object_save(self, save_directory, config=self.config)  # type: ignore[arg-type]
             self.config.architectures = [type(self).__name__]

@@ -213,7 +213,10 @@ def _find(name: str, file: str, options: dict[str, Any]) -> str:
 
 def _read_json(name: str, file: str, options: dict[str, Any]) -> Any:
     path = _path(name, file, options)
-    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); copy or download it again.") from None
 
 
 def _path(name: str, file: str, options: dict[str, Any]) -> str | None:

@@ -35,9 +35,10 @@ def probe_text_tower(tower: LLM2CLIPTextModel) -> None:
     Raises:
         ValueError: The text model cannot be a text tower.
     """
-    config, weight = tower.config, tower.get_input_embeddings().weight
+    config, embeddings = tower.config, tower.get_input_embeddings()
+    weight: Any = embeddings.weight
     # accelerate fetches offloaded weights when a layer runs.
-    is_here = weight.numel() > 0 and (not weight.is_meta or hasattr(tower.get_input_embeddings(), "_hf_hook"))
+    is_here = weight.numel() > 0 and (not weight.is_meta or hasattr(embeddings, "_hf_hook"))
     model_type = config.decoder_config.model_type
     if config.bidirectional is False or model_type in TESTED_TYPES:
         return

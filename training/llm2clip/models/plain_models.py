@@ -90,12 +90,12 @@ def wrap_plain(
     return tower
 
 
-def load_as_tower(name: str, config: LLM2CLIPTextConfig, revision: str | None = None) -> LLM2CLIPTextModel:
+def load_as_tower(name: str, config: Any, revision: str | None = None) -> LLM2CLIPTextModel:
     """Load a text tower, with its adapter merged, or a plain text model with the prompt and pooling of a config.
 
-    The weights have the dtype of their files.
+    The weights have the dtype of their files. `config` is an [`LLM2CLIPTextConfig`].
     """
-    options = {"revision": revision, "dtype": "auto"}
+    options: dict[str, Any] = {"revision": revision, "dtype": "auto"}
     if inspect_repo(name, revision).kind not in OUR_MODELS:
         return wrap_plain(config, *load_plain(name, options))
     tower = LLM2CLIPTextModel.from_pretrained(name, default_config=config, **options)

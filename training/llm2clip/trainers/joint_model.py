@@ -66,7 +66,7 @@ def make_model(config: JointRecipe, **fields: Any) -> tuple[LLM2CLIPModel, Any]:
     else:
         path: Any = next(iter(config.caches), None)
         text_config, tokenizer = describe_text_tower_of_cache(str(text), config.text_model_revision, path)
-        if text_config.dense and inspect_repo(text, config.text_model_revision).kind not in OUR_MODELS:
+        if text_config.dense and inspect_repo(str(text), config.text_model_revision).kind not in OUR_MODELS:
             raise ValueError(
                 f"text_model_name_or_path is {text}, an embedding model with Dense layers, which a model reads only "
                 "from a saved text tower: save what llm2clip.open_text_tower returns, model and tokenizer, and give "
