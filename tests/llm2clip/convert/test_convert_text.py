@@ -122,7 +122,7 @@ def test_an_llm_that_cannot_be_a_text_tower_is_not_converted(tmp_path: Path, ref
     config = AutoConfig.for_model("lfm2", **tiny.DECODER, layer_types=["conv", "full_attention"])
     AutoModel.from_config(config).save_pretrained(tmp_path / "llm")
     tiny.plain_tokenizer().save_pretrained(tmp_path / "llm")
-    message = r"lfm2 \(layers: conv, full_attention\) with sdpa attention cannot be a text"
+    message = r"lfm2 \(layers: conv, full_attention\) cannot be a text tower"
     refused(message, tmp_path / "llm", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
