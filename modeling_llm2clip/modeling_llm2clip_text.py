@@ -210,6 +210,10 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         base_kwargs = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
         if adapter.revision is not None:
             base_kwargs["revision"] = adapter.revision
+        if kwargs.get("dtype", kwargs.get("torch_dtype")) in (None, "auto") and config.dtype is not None:
+            # That in which the adapter was trained: in another one, its base would have other weights.
+            base_kwargs["dtype"] = config.dtype
+            base_kwargs.pop("torch_dtype", None)
         # The base model may be a text tower too, with its own weights or its own adapter.
         plain = copy.deepcopy(config)
         plain.dense = []
@@ -251,6 +255,7 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
             if self._auto_class is not None:
                 custom_object_save(self, save_directory, config=self.config)  # type: ignore[arg-type]
             self.config.architectures = [type(self).__name__]
+            self.config.dtype = self.dtype
             self.config.save_pretrained(save_directory)
 
     @property
@@ -294,10 +299,11 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
     def identity(self) -> str | None:
         """Return the fingerprint of the weights, or the recorded one if their dtype may have changed them.
 
-        That is so in float16, quantised, and for an adapter whose base is not in float32.
+        That is so in float16, quantised, and for an adapter whose base is not in the dtype of its training.
         """
         weight: Any = self.get_input_embeddings().weight
-        exact = weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and not self.has_adapter)
+        trained = self.config.dtype if self.has_adapter and self.config.dtype is not None else weight.dtype
+        exact = weight.dtype in (torch.float32, torch.bfloat16) and trained == weight.dtype
         return (self.fingerprint() if exact else None) or self.config.fingerprint
 
     def forward(

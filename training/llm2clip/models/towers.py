@@ -18,7 +18,7 @@ from llm2clip.models.attention_probe import probe_text_tower
 from llm2clip.models.embedding_models import embedding_fields, read_embedding_model, with_lower_case
 from llm2clip.models.plain_models import encoder_fields, load_plain, wrap_plain
 from llm2clip.models.prompting import with_prompt
-from llm2clip.models.repos import OUR_MODELS, RepoKind, inspect_repo, refuse_revision
+from llm2clip.models.repos import LLM, OUR_MODELS, Repo, RepoKind, inspect_repo, refuse_revision
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig, LLM2CLIPTextModel
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
 from modeling_llm2clip.configuration_llm2clip import refuse_unknown
@@ -84,12 +84,13 @@ def open_text_tower(
     if repo.kind in OUR_MODELS:
         if prompt:
             raise ValueError(f"{name} is a text tower, whose config defines the prompt; remove {', '.join(prompt)}.")
-        if repo.is_adapter and dtype != "float32":
-            # Rounded after the merge, so that the merged weights are the same in every dtype.
-            options["dtype"] = "auto"
-        model = LLM2CLIPTextModel.from_pretrained(name, **options)
+        is_adapter = _has_adapter(repo)
+        # Rounded before the merge as in the training, and after it: so the merged weights are the same in every dtype.
+        model = LLM2CLIPTextModel.from_pretrained(name, **{**options, **({"dtype": "auto"} if is_adapter else {})})
+        if dtype == "float32":
+            model.float()
         model.merge_adapter()
-        if repo.is_adapter and dtype not in ("float32", "auto"):
+        if dtype != "auto":
             model.to(getattr(torch, dtype))
     else:
         refuse_unknown(LLM2CLIPTextConfig, prompt)
@@ -99,6 +100,14 @@ def open_text_tower(
         model = wrap_plain(LLM2CLIPTextConfig(decoder_config=decoder.config, **fields), decoder, dense)
     probe_text_tower(model)
     return model, tokenizer
+
+
+def _has_adapter(repo: Repo) -> bool:
+    """Whether the LLM of a text tower or joint model is stored as an adapter."""
+    llm = repo.config.get(LLM)
+    return repo.is_adapter or (
+        llm is not None and inspect_repo(llm, repo.config.get("text_model_revision")).is_adapter
+    )
 
 
 def save_text_tower(
