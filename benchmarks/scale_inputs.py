@@ -53,7 +53,8 @@ def write_text_tower(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoConfig, PreTrainedTokenizerFast
 
-    from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel, with_prompt
+    from llm2clip.models.prompting import with_prompt
+    from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel
 
     words = ["<unk>", "<s>", "<pad>", *(f"w{number}" for number in range(VOCABULARY))]
     rules = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
@@ -63,12 +64,7 @@ def write_text_tower(folder: Path) -> None:
     sizes = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 0, "num_attention_heads": 8}
     tokens = {"vocab_size": len(words), "pad_token_id": tokenizer.pad_token_id}
     torch.manual_seed(0)
-    # Without layers no token sees another one, which the probe of attention would refuse.
-    config = LLM2CLIPTextConfig(
-        decoder_config=AutoConfig.for_model("llama", **sizes, **tokens),
-        max_text_length=64,
-        verified_attention=["mask"],
-    )
+    config = LLM2CLIPTextConfig(decoder_config=AutoConfig.for_model("llama", **sizes, **tokens), max_text_length=64)
     LLM2CLIPTextModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

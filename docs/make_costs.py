@@ -49,7 +49,7 @@ def make_models(folder: Path) -> None:
 
     from llm2clip import LLM2CLIPModel, LLM2CLIPProcessor, LLM2CLIPTextModel
     from llm2clip.convert.published import published_models
-    from modeling_llm2clip.prompting_llm2clip import with_prompt
+    from llm2clip.models.prompting import with_prompt
 
     words = ["<bos>", "<eos>", "<unk>", *TEXT.split()]
     backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(dict.fromkeys(words))}, "<unk>"))

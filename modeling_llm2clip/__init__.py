@@ -19,7 +19,6 @@ from .modeling_llm2clip_text import LLM2CLIPTextModel as LLM2CLIPTextModel
 from .modeling_llm2clip_utils import quantize_embeddings as quantize_embeddings
 from .modeling_llm2clip_vision import LLM2CLIPVisionModelWithProjection as LLM2CLIPVisionModelWithProjection
 from .processing_llm2clip import LLM2CLIPProcessor as LLM2CLIPProcessor
-from .prompting_llm2clip import with_prompt as with_prompt
 
 __version__ = "0.1.0"
 

@@ -183,10 +183,6 @@ class LLM2CLIPTextConfig(_AbsoluteNames, PretrainedConfig):
         fingerprint: Hash of the weights, prompt and pooling, written when the tower is saved.
         bidirectional: Whether every token attends to the whole caption; `False` for a causal baseline. `None`: as the
             text model does by itself, windows included, for encoders and embedding models.
-        verified_attention: Attention implementations (`mask` for eager and sdpa) with which a probe found that the
-            text model reads a caption in both directions and apart from its neighbours, or (`bidirectional=None`)
-            apart from padding. Without it run the types that the tests compare, and what by the flags of
-            transformers is made of attention alone.
     """
 
     model_type = "llm2clip_text_model"
@@ -204,7 +200,6 @@ class LLM2CLIPTextConfig(_AbsoluteNames, PretrainedConfig):
         prompt_token_ids: list[int] | None = None,
         fingerprint: str | None = None,
         bidirectional: bool | None = True,
-        verified_attention: list[str] | None = None,
         pool_prompt: bool = False,
         dense: list[dict[str, Any]] | None = None,
         normalize: bool = False,
@@ -228,7 +223,6 @@ class LLM2CLIPTextConfig(_AbsoluteNames, PretrainedConfig):
         self.prompt_token_ids = prompt_token_ids
         self.fingerprint = fingerprint
         self.bidirectional = bidirectional
-        self.verified_attention = verified_attention
         self.pool_prompt = pool_prompt
         self.dense = [_dense_layer(layer) for layer in dense or ()]
         self.normalize = normalize

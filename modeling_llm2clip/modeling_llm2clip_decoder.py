@@ -1,4 +1,4 @@
-"""The text model inside of a text tower: its class, loading it, what is known of its attention, masks, and packing.
+"""The text model inside of a text tower: its class, what is known of its attention, masks, and packing.
 
 Packing puts several short captions into a row of a batch, which then costs about as much as its tokens, not as its
 padding.
@@ -7,67 +7,33 @@ padding.
 from __future__ import annotations
 
 import inspect
-import json
 from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from functools import cached_property
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForTextEncoding,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModel, AutoModelForTextEncoding, PretrainedConfig
 from transformers.activations import ACT2FN
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
 
 from .compatibility_llm2clip import IS_CAUSAL_COUNTS
-from .configuration_llm2clip import WINDOW_FIELDS
-from .modeling_llm2clip_utils import hub_arguments, load_complete
-
-try:
-    from huggingface_hub import get_cached_repo_tree
-    from huggingface_hub.errors import CachedRepoTreeNotFoundError
-except ImportError:  # before version 2
-    get_cached_repo_tree = None  # type: ignore[assignment]
 
 # Attention implementations for sequences without padding, which need the lengths of the captions.
 VARIABLE_LENGTHS = ("flash_attention_2", "flash_attention_3")
-# Types whose states the tests compare with every attention implementation.
+# Decoders whose states the tests compare with every attention implementation, packed and padded.
 TESTED_TYPES = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
+# Encoders that the tests compare packed and padded; they attend in both directions by design.
+TESTED_ENCODERS = ("bert", "roberta", "xlm-roberta")
 # Kinds of layers that read no token but those that the mask shows.
 MASKED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
-# Total width of a window to both sides, in encoders.
-TWO_SIDED_WINDOW_FIELDS = ("local_attention",)
-
-# The usual limit of captions in tokens; encoders that have fewer positions get a lower one.
-LENGTH = 512
 
 
 def is_encoder_half(config: PretrainedConfig) -> bool:
     """Return whether a type has an encoder and a decoder, and transformers has a class for its encoder alone (T5)."""
     return str(MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.get(config.model_type)).endswith("EncoderModel")
-
-
-def is_encoder(config: PretrainedConfig) -> bool:
-    """Return whether a text model attends in both directions by its design: BERT and its kind, the encoder of T5."""
-    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
-    return is_encoder_half(config) or (masked and not config.is_encoder_decoder)
 
 
 def text_model_class(config: PretrainedConfig) -> tuple[Any, dict[str, Any]]:
@@ -93,18 +59,32 @@ def text_model_class(config: PretrainedConfig) -> tuple[Any, dict[str, Any]]:
     return auto, {"add_pooling_layer": False} if has_pooler else {}
 
 
-def encoder_fields(config: PretrainedConfig) -> dict[str, Any]:
-    """Return the fields of a text config by which an encoder differs from a decoder: none for a decoder."""
-    if config.model_type in ("clip", "clip_text_model"):
-        # As CLIPTextModelWithProjection: the state of the end token, projected.
-        layer = {"out_features": config.projection_dim, "bias": False, "activation": "linear"}
-        fields = {"bidirectional": None, "pool_prompt": True, "pooling": "eos_token", "dense": [layer]}
-        return {**fields, "max_text_length": getattr(config, "text_config", config).max_position_embeddings}
-    if not is_encoder(config):
-        return {}
-    fields = {"bidirectional": None, "pool_prompt": True}
-    positions = getattr(config, "max_position_embeddings", None) or LENGTH
-    return fields if positions >= LENGTH else {**fields, "max_text_length": positions}
+def refuse_other_layers(text_model: Any) -> None:
+    """Raise ValueError for a text model that by transformers' flags is not made of attention alone.
+
+    Recurrent, convolutional and linear-attention layers carry states from token to token: from the padding into a
+    caption, and never from its end to its beginning.
+    """
+    config = text_model.config
+    kinds = set(getattr(config, "layer_types", None) or ())
+    # MobileBERT reads three tokens at once, padding too.
+    if text_model._is_stateful or kinds - MASKED_LAYERS or getattr(config, "trigram_input", False):
+        shown = f" (layers: {', '.join(sorted(kinds))})" if kinds else ""
+        raise ValueError(
+            f"{config.model_type}{shown} cannot be a text tower, whose layers are all attention and follow the mask "
+            f"that they are given. Use another text model, such as {', '.join(TESTED_TYPES)}."
+        )
+
+
+def may_pack(text_model: Any, bidirectional: bool | None) -> bool:
+    """Return whether captions may share rows of a text model: of tested types, under attention that separates them."""
+    model_type, attention = text_model.config.model_type, text_model.config._attn_implementation
+    if bidirectional is None:
+        # In 4.57 encoders read no 4-D mask, and have no such flag.
+        packs = model_type in TESTED_ENCODERS and text_model._supports_attention_backend
+        return bool(packs and takes_additive_mask(text_model))
+    separates = takes_additive_mask(text_model) or (attention in VARIABLE_LENGTHS and IS_CAUSAL_COUNTS)
+    return bidirectional and model_type in TESTED_TYPES and separates
 
 
 def argument_names(text_model: Any, only_declared: bool) -> tuple[str, ...]:
@@ -129,95 +109,6 @@ def position_offset(text_model: nn.Module) -> int:
     return 0
 
 
-def load_plain(name: str, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-    """Load a plain text model: an LLM, an encoder, or an embedding model of sentence-transformers.
-
-    Args:
-        name: Repository id or folder.
-        options: Arguments of `from_pretrained`.
-
-    Returns:
-        The text model, and the weights of the Dense layers after pooling, named as in a `ModuleList`.
-    """
-    hub = hub_arguments(options)
-    trust = {key: options[key] for key in ("trust_remote_code", "code_revision") if key in options}
-    config = AutoConfig.from_pretrained(name, **hub, **trust)
-    if config.model_type == "clip":
-        half, _ = load_complete(CLIPTextModel.from_pretrained, name, **options)
-        half.config.projection_dim = config.projection_dim
-        config.text_config.projection_dim = config.projection_dim  # which is the only one that CLIPModel reads
-        load_projected = CLIPTextModelWithProjection.from_pretrained
-        projected, _ = load_complete(load_projected, name, **{**options, "config": config.text_config})
-        return half, {"0.weight": projected.text_projection.weight.detach()}
-    auto, own_options = text_model_class(config)
-    model, _ = load_complete(auto.from_pretrained, name, **own_options, **options)
-    folders = [module["path"] for module in embedding_modules(name, **hub) if module["type"].endswith("Dense")]
-    dense: dict[str, Tensor] = {}
-    for number, folder in enumerate(folders):
-        path = find_file(name, f"{folder}/model.safetensors", **hub)
-        if path is None:
-            raise ValueError(f"{folder} of {name} has no model.safetensors; save it again with sentence-transformers.")
-        dense |= {f"{number}.{key.removeprefix('linear.')}": value for key, value in load_file(path).items()}
-    return model, dense
-
-
-def embedding_modules(name: str, **hub: Any) -> list[dict[str, Any]]:
-    """Read `modules.json`, by which sentence-transformers describes an embedding model; empty if there is none."""
-    modules: list[dict[str, Any]] = read_json_file(name, "modules.json", **hub) or []
-    return modules if any(module["type"].endswith("Pooling") for module in modules) else []
-
-
-def find_file(name: str, file: str, **hub: Any) -> str | None:
-    """Return the path of a file of a repository or folder, downloaded if necessary; None if there is none.
-
-    Raises:
-        OSError: The Hub cannot be asked whether there is one, and its cache does not know; or there is no repository.
-    """
-    path = "/".join(filter(None, (hub.pop("subfolder", None), file)))
-    if Path(name).is_dir():
-        return str(Path(name, path)) if Path(name, path).is_file() else None
-    try:
-        return hf_hub_download(name, path, **hub)
-    except LocalEntryNotFoundError as error:
-        place = {key: hub.get(key) for key in ("cache_dir", "revision")}
-        if _is_known_to_lack(name, path, **place):
-            return None
-        revision = "" if place["revision"] is None else f" --revision {place['revision']}"
-        raise OSError(
-            f"the Hub cannot be asked whether {name} has {path} (offline, or no connection), and the cache does not "
-            f"have it. Go online once, or download all of it where there is a network: hf download {name}{revision}"
-        ) from error
-    except EntryNotFoundError:
-        return None
-    except HFValidationError as error:
-        raise OSError(f"{name} is neither a folder here nor the id of a repository on the Hub: {error}") from error
-
-
-def _is_known_to_lack(name: str, path: str, **place: Any) -> bool:
-    """Whether the cache says that a repository has no such file: it was asked before, or is here as a whole."""
-    if try_to_load_from_cache(name, path, **place) is _CACHED_NO_EXIST:
-        return True
-    if get_cached_repo_tree is not None:  # the list of files that such a download keeps
-        with suppress(CachedRepoTreeNotFoundError):
-            return path not in {entry.path for entry in get_cached_repo_tree(name, **place)}
-    # A file of every repository, which only the download of an earlier version brings.
-    return isinstance(try_to_load_from_cache(name, ".gitattributes", **place), str)
-
-
-def read_json_file(name: str, file: str, **hub: Any) -> Any:
-    """Read a JSON file of a repository or folder; None if there is none.
-
-    Raises:
-        ValueError: It is damaged.
-        OSError: See [`find_file`].
-    """
-    path = find_file(name, file, **hub)
-    try:
-        return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); copy or download it again.") from None
-
-
 class DenseLayers(nn.ModuleList):
     """The linear layers after pooling, each with its activation: float32 `(batch, hidden)` to float32 `(batch, out)`.
 
@@ -239,59 +130,6 @@ class DenseLayers(nn.ModuleList):
         for linear, activation in zip(self, self.activations, strict=True):
             pooled = activation(linear(pooled.to(linear.weight.dtype))).float()
         return pooled
-
-
-def attention_kind(text_model: Any) -> str:
-    """Return the name under which the config of a text tower records the attention implementation in use."""
-    return "mask" if takes_additive_mask(text_model) else text_model.config._attn_implementation
-
-
-def unknown_attention(text_model: Any, config: Any) -> str | None:
-    """Say why a text model is not known to read a caption whole, and nothing but the caption; None if it is.
-
-    Known is what `config`, the [`LLM2CLIPTextConfig`] of its tower, records, what the tests compare, and, with a mask,
-    what is made of attention alone.
-    """
-    kind, model_type = attention_kind(text_model), config.decoder_config.model_type
-    if config.bidirectional is False or kind in (config.verified_attention or ()) or model_type in TESTED_TYPES:
-        return None
-    if kind == "mask" and follows_masks(text_model):
-        return None
-    other = "" if kind == "mask" else ", or use attn_implementation='sdpa'"
-    return (
-        f"{model_type} with {text_model.config._attn_implementation} attention is not known to be a text tower, "
-        "which has to read every caption whole and apart from its neighbours, and the config has no record of it "
-        "(verified_attention). Probe it once (pip install llm2clip), and load the result: save what "
-        "llm2clip.open_text_tower(FOLDER) returns, or of a whole model the folder that `llm2clip build` "
-        f"writes{other}."
-    )
-
-
-def follows_masks(text_model: Any) -> bool:
-    """Return whether by transformers' own flags a text model is made of attention that follows a 4-D mask."""
-    # Wrappers (PEFT, FSDP) have the flags of what is inside.
-    config, layers = text_model.config, set(getattr(text_model.config, "layer_types", None) or ())
-    # MobileBERT reads three tokens at once, padding too.
-    if text_model._is_stateful or layers - MASKED_LAYERS or getattr(config, "trigram_input", False):
-        return False
-    return bool(text_model._supports_sdpa and text_model._supports_attention_backend)
-
-
-def packs_by_flags(text_model: Any) -> bool:
-    """Return whether by those flags captions may share a row of a text model with attention of its own."""
-    return takes_additive_mask(text_model) and is_encoder(text_model.config) and follows_masks(text_model)
-
-
-def window_reach(config: PretrainedConfig) -> int | None:
-    """Return how many tokens apart two tokens may be that no window separates; None if no layer has a window."""
-    fields = config.to_dict()
-    one_sided = [fields.get(name) for name in WINDOW_FIELDS]
-    two_sided = [fields.get(name) for name in TWO_SIDED_WINDOW_FIELDS]
-    reaches = [window // 2 for window in (*one_sided, *two_sided) if isinstance(window, int) and window > 0]
-    if reaches:
-        return min(reaches)
-    kinds = set(fields.get("layer_types") or ())
-    return None if kinds <= {"full_attention"} else 0
 
 
 def assign_rows(lengths: Sequence[int], capacity: int) -> tuple[list[int], list[int], int]:
@@ -405,16 +243,23 @@ def additive_mask(decoder: Any, visible: Tensor) -> Tensor:
 
 
 def padded_mask(decoder: Any, attention_mask: Tensor, bidirectional: bool | None) -> Tensor:
-    """Return the decoder's mask for a padded batch; ValueError if attention is causal in this transformers version."""
+    """Return the decoder's mask for a padded batch; ValueError if attention may be causal."""
     if not bidirectional:
         return attention_mask
     if takes_additive_mask(decoder):
         row = additive_mask(decoder, attention_mask[:, None, None, :] != 0)
         return row.expand(-1, 1, attention_mask.shape[1], -1)
+    attention, model_type = decoder.config._attn_implementation, decoder.config.model_type
     if not IS_CAUSAL_COUNTS:
         raise ValueError(
-            f"attn_implementation {decoder.config._attn_implementation!r} is causal in this transformers version; "
-            "use 'sdpa' or 'eager', or transformers >= 5.2."
+            f"attn_implementation {attention!r} is causal in this transformers version; use 'sdpa' or 'eager', or "
+            "transformers >= 5.2."
+        )
+    if model_type not in TESTED_TYPES:
+        # Some types ignore the mask there, or leave out attention sinks.
+        raise ValueError(
+            f"attn_implementation {attention!r} is not known to read captions right in {model_type}, only in "
+            f"{', '.join(TESTED_TYPES)}; use 'sdpa' or 'eager'."
         )
     return attention_mask
 

@@ -83,16 +83,10 @@ def match_text_model(config: Any, text_model: Any, source: str | None) -> None:
     elif actual is None:
         logger.warning(f"the weights of {source} (quantised, offloaded or rounded) cannot be compared with {known}.")
     elif actual != expected:
-        exact = ""
-        if text_model.has_rounded_base:
-            exact = (
-                " Or the weights under its PEFT adapter were rounded when they were loaded: load the LLM in the "
-                "dtype of its files, with text_model_kwargs={'dtype': 'auto'}."
-            )
         raise ValueError(
             f"the adapter was trained with {known} (fingerprint {expected}), but {source} has fingerprint "
             f"{actual}: other weights, prompt or pooling. Load the LLM that belongs to this checkpoint, or train an "
-            f"adapter for this one (stage 2).{exact}"
+            f"adapter for this one (stage 2)."
         )
     if expected is not None:
         ours, theirs = config.text_config, text_model.config

@@ -7,23 +7,22 @@ from __future__ import annotations
 
 import copy
 import importlib
-import inspect
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import find_adapter_config_file
+from transformers.utils import cached_file, find_adapter_config_file
 
 # transformers 4.57 takes from a local folder only the modules that this one itself names.
-from .compatibility_llm2clip import IS_CAUSAL_COUNTS, AttentionBackends
+from .compatibility_llm2clip import AttentionBackends
 from .configuration_llm2clip import (
     LLM2CLIPConfig,
     LLM2CLIPTextConfig,
@@ -34,27 +33,21 @@ from .configuration_llm2clip import (
 from .identity_llm2clip import is_readable, merge_layers, merged_weights, text_fingerprint
 from .image_decoding_llm2clip import decode_image  # noqa: F401
 from .modeling_llm2clip_decoder import (
-    VARIABLE_LENGTHS,
     DenseLayers,
     PackedBatch,
     argument_names,
     avoid_sdpa_without_softcap,
-    embedding_modules,
-    encoder_fields,
-    load_plain,
+    may_pack,
     packed_mask,
-    packs_by_flags,
     padded_mask,
     position_offset,
+    refuse_other_layers,
     takes_additive_mask,
     text_model_class,
-    unknown_attention,
-    window_reach,
 )
 from .modeling_llm2clip_utils import (
     OWN_TEXT_MODEL,
     adopt_submodel,
-    apply_umask,
     encode_tokens,
     execution_device,
     find_text_model,
@@ -65,6 +58,8 @@ from .modeling_llm2clip_utils import (
 )
 from .tokenization_llm2clip import tokenize_captions
 
+# Beside an adapter: the layers after pooling.
+DENSE_FILE = "adapter_dense.safetensors"
 COMPOSITE_TYPE = LLM2CLIPConfig.model_type
 
 
@@ -81,8 +76,6 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
     config_class = LLM2CLIPTextConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    # Whether the weights under an adapter were rounded before the merge: the sum is not that which was trained.
-    has_rounded_base = False
     _keys_to_ignore_on_load_unexpected = [
         r"lm_head\.", r"^(vision_model|visual_\w+|text_adapter)\.", r"^logit_(scale|bias)$",
     ]  # fmt: skip
@@ -101,8 +94,8 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         name_layers(self)
         if decoder is not None:
             adopt_submodel(self, "decoder", decoder)
-            if "add_pooling_layer" in inspect.signature(type(decoder).__init__).parameters:
-                self.decoder.pooler = None  # as text_model_class leaves it out
+            if text_model_class(decoder.config)[1]:
+                self.decoder.pooler = None
             self.dense.to(decoder.device, decoder.dtype)
             if config.bidirectional is not None:
                 decoder.config.is_causal = not config.bidirectional
@@ -110,45 +103,26 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         config.decoder_config = self.decoder.config
         self._arguments = argument_names(self.decoder, only_declared=config.bidirectional is None)
         self._first_position = position_offset(self.decoder)
-        # Whether captions of a row stay apart with an attention implementation, where a probe of the toolbox knows it.
-        # Not saved, since versions differ.
-        self.exact_packing: dict[str, bool] = {}
+        if config.bidirectional is not False:
+            refuse_other_layers(self.decoder)
         if decoder is not None and config.bidirectional:
             # In flash attention no mask decides it.
             for holder in (decoder.config, *decoder.modules()):
                 disable_sliding_window(holder)
 
     @classmethod
-    def from_decoder(
-        cls,
-        decoder: str | os.PathLike[str] | PreTrainedModel,
-        *,
-        decoder_kwargs: dict[str, Any] | None = None,
-        **config_fields: Any,
-    ) -> LLM2CLIPTextModel:
-        """Wrap a plain text model: an LLM or an encoder.
+    def from_decoder(cls, decoder: PreTrainedModel, **config_fields: Any) -> LLM2CLIPTextModel:
+        """Wrap a plain LLM; `llm2clip.open_text_tower` does so with its prompt, and also wraps encoders.
 
         Args:
-            decoder: Repository id, folder, or a base model (`AutoModel`, without a head; its pooler is removed).
-            decoder_kwargs: Passed to `AutoModel.from_pretrained`.
+            decoder: A base model (`AutoModel`, without a head).
             config_fields: Fields of [`LLM2CLIPTextConfig`].
 
         Raises:
-            ValueError: A field does not exist; or the model cannot be a text tower, or is an embedding model of
-                sentence-transformers, whose files `llm2clip.open_text_tower` reads.
+            ValueError: A field does not exist, or the model cannot be a text tower.
         """
         refuse_unknown(cls.config_class, config_fields)
-        dense: dict[str, Tensor] = {}
-        if not isinstance(decoder, PreTrainedModel):
-            name, options = os.fspath(decoder), decoder_kwargs or {}
-            if "pooling" not in config_fields and embedding_modules(name, **hub_arguments(options)):
-                raise ValueError(
-                    f"{name} is an embedding model of sentence-transformers; llm2clip.open_text_tower(...) reads its "
-                    "prompt, pooling and length."
-                )
-            decoder, dense = load_plain(name, options)
-        fields = {**encoder_fields(decoder.config), **config_fields}
-        return cls._of_parts(LLM2CLIPTextConfig(decoder_config=decoder.config, **fields), decoder, dense)
+        return cls(LLM2CLIPTextConfig(decoder_config=decoder.config, **config_fields), decoder=decoder)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -162,11 +136,11 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         """Load a text tower.
 
         Args:
-            pretrained_model_name_or_path: Folder or repository of a saved [`LLM2CLIPTextModel`]; of an LLM2CLIP model
-                that contains its LLM or names its repository; of a PEFT adapter (requires peft); or of a plain text
-                model (see [`from_decoder`]).
+            pretrained_model_name_or_path: Folder or repository of a saved [`LLM2CLIPTextModel`], which may be a PEFT
+                adapter (requires peft); of an LLM2CLIP model that contains its LLM or names its repository; or, with
+                `default_config`, of a plain text model.
             config: Prompt and pooling, instead of those in the repository.
-            default_config: Prompt and pooling if the repository has none (a plain text model, an adapter alone).
+            default_config: Prompt and pooling of a plain text model.
 
         Raises:
             ValueError: Weights of the LLM are missing, or it cannot be a text tower.
@@ -186,77 +160,69 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
             if not is_adapter:
                 raise
             fields = {}
-        model_type = fields.get("model_type")
-        is_tower = model_type == cls.config_class.model_type
-        elsewhere = fields.get("text_model_name_or_path")
+        model_type, elsewhere = fields.get("model_type"), fields.get("text_model_name_or_path")
+        is_tower, is_joint = model_type == cls.config_class.model_type, model_type == COMPOSITE_TYPE
+        if is_adapter and not is_tower:
+            raise ValueError(
+                f"{name} is a PEFT adapter without the config of a text tower; merge it into its LLM: "
+                f"llm2clip convert LLM OUTPUT --adapters {name}"
+            )
         if is_adapter:
-            saved = cls.config_class.from_dict(fields) if is_tower else None
-            model = cls._from_adapter(name, saved, config or saved or default_config, kwargs)
-        elif model_type == COMPOSITE_TYPE and elsewhere is not None:
+            model = cls._from_adapter(name, config or cls.config_class.from_dict(fields), kwargs)
+        elif is_joint and elsewhere is not None:
             default_config = default_config or cls.config_class.from_dict(fields["text_config"])
             if elsewhere != OWN_TEXT_MODEL:
                 kwargs["revision"] = fields.get("text_model_revision")
             elsewhere = find_text_model(elsewhere, name, **hub)[0]
             kwargs |= {"subfolder": "", "output_loading_info": wants_info}
             return cls.from_pretrained(elsewhere, config=config, default_config=default_config, **kwargs)
-        elif is_tower or model_type == COMPOSITE_TYPE:
-            if model_type == COMPOSITE_TYPE:
+        elif is_tower or is_joint:
+            if is_joint:
                 config = config or cls.config_class.from_dict(fields["text_config"])
                 kwargs["key_mapping"] = {r"^text_model\.": ""}
             model, info = load_complete(super().from_pretrained, name, *model_args, config=config, **kwargs)
-        elif (config := config or default_config) is None:
-            model = cls.from_decoder(name, decoder_kwargs=kwargs)
         else:
-            model = cls._of_parts(config, *load_plain(name, kwargs))
+            model = cls._from_plain(name, config or default_config, kwargs)
         return (model, info) if wants_info else model
 
     @classmethod
-    def _of_parts(
-        cls, config: LLM2CLIPTextConfig, decoder: PreTrainedModel, dense: Mapping[str, Tensor]
-    ) -> LLM2CLIPTextModel:
-        """Give a text model, and the weights of its Dense layers, the prompt and pooling of a config."""
-        config = copy.deepcopy(config)
-        if config.decoder_config.model_type != decoder.config.model_type:
-            config.verified_attention = None  # it is of another LLM
-        model = cls(config, decoder=decoder)
-        try:
-            model.dense.load_state_dict(dense)
-        except RuntimeError as error:
-            raise ValueError(f"{decoder.name_or_path} has other Dense layers than its config says: {error}") from error
-        return model
+    def _from_plain(cls, name: str, config: LLM2CLIPTextConfig | None, kwargs: dict[str, Any]) -> LLM2CLIPTextModel:
+        if config is None or config.dense:
+            what = "a plain text model" if config is None else "an embedding model with Dense layers"
+            raise ValueError(
+                f"{name} is {what}, not a text tower. Save what llm2clip.open_text_tower({name!r}) returns, model and "
+                "tokenizer, and load that folder."
+            )
+        trust = {key: kwargs[key] for key in ("trust_remote_code", "code_revision") if key in kwargs}
+        auto, options = text_model_class(AutoConfig.from_pretrained(name, **hub_arguments(kwargs), **trust))
+        decoder, _ = load_complete(auto.from_pretrained, name, **options, **kwargs)
+        return cls(copy.deepcopy(config), decoder=decoder)
 
     @classmethod
-    def _from_adapter(
-        cls, name: str, saved: LLM2CLIPTextConfig | None, config: LLM2CLIPTextConfig | None, kwargs: dict[str, Any]
-    ) -> LLM2CLIPTextModel:
-        """Load an adapter; only `saved`, the config in its repository, has the record of its LLM."""
-        hub = hub_arguments(kwargs)
-        if saved is None and embedding_modules(name, **hub):
-            raise ValueError(f"{name} is a sentence-transformers model and an adapter; merge and save it there.")
+    def _from_adapter(cls, name: str, config: LLM2CLIPTextConfig, kwargs: dict[str, Any]) -> LLM2CLIPTextModel:
         # Not an import statement: transformers would require peft of everyone who loads this code from the Hub.
         try:
             peft = importlib.import_module("peft")
         except ImportError as error:
             raise ImportError(f"{name} is a PEFT adapter; install peft to load it: pip install peft") from error
+        hub = hub_arguments(kwargs)
         adapter = peft.PeftConfig.from_pretrained(name, **hub)
         base_kwargs = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
         if adapter.revision is not None:
             base_kwargs["revision"] = adapter.revision
+        if kwargs.get("dtype", kwargs.get("torch_dtype")) in (None, "auto") and config.dtype is not None:
+            # That in which the adapter was trained: in another one, its base would have other weights.
+            base_kwargs["dtype"] = config.dtype
+            base_kwargs.pop("torch_dtype", None)
         # The base model may be a text tower too, with its own weights or its own adapter.
-        base = cls.from_pretrained(adapter.base_model_name_or_path, default_config=config, **base_kwargs)
+        plain = copy.deepcopy(config)
+        plain.dense = []
+        base = cls.from_pretrained(adapter.base_model_name_or_path, default_config=plain, **base_kwargs)
         base.merge_adapter()
-        model = cls._of_parts(config or base.config, base.decoder, base.dense.state_dict())
-        model.config.verified_attention = model.config.verified_attention or base.config.verified_attention
-        stored = None
-        with suppress(OSError):  # an adapter without a config
-            _, repo, inside = find_text_model(adapter.base_model_name_or_path)
-            fields, _ = PretrainedConfig.get_config_dict(repo, **hub_arguments(base_kwargs), **inside)
-            stored = fields.get("dtype") or fields.get("torch_dtype")
-        # Now, or when the adapter was trained on them and the fingerprint in its config was made.
-        dtypes = [str(dtype).removeprefix("torch.") for dtype in (base.dtype, getattr(saved, "dtype", None)) if dtype]
-        model.has_rounded_base = base.has_rounded_base or any(dtype not in ("float32", stored) for dtype in dtypes)
+        model = cls(copy.deepcopy(config), decoder=base.decoder)
+        if config.dense:
+            model.dense.load_state_dict(load_file(str(cached_file(name, DENSE_FILE, **hub))))
         model.decoder = peft.PeftModel.from_pretrained(base.decoder, name, **hub)
-        model.config.fingerprint = saved.fingerprint if saved is not None else None
         return model
 
     def save_pretrained(  # type: ignore[override]
@@ -266,24 +232,30 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         state_dict: dict[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Save the model with its fingerprint; if the decoder has a PEFT adapter, only the adapter and the config."""
+        """Save the model with its fingerprint; if the decoder has a PEFT adapter, without its base's weights."""
         self.config.fingerprint = self.fingerprint(state_dict) or self.config.fingerprint
         if not self.has_adapter:
             super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
-            apply_umask(*Path(save_directory).glob("*.safetensors"))
             return
         if kwargs.pop("push_to_hub", False):
             raise ValueError("an adapter is saved to a folder first; upload that folder.")
+        dense = {
+            key.removeprefix("dense."): value
+            for key, value in (self.state_dict() if state_dict is None else state_dict).items()
+            if key.startswith("dense.")
+        }
         if state_dict is not None:
             state_dict = {key.removeprefix("decoder."): value for key, value in state_dict.items()}
         # Otherwise peft may save the embeddings too: it reads the size of a base's vocabulary at one place only.
         options = {"state_dict": state_dict, "is_main_process": is_main_process, "save_embedding_layers": False}
         self.decoder.save_pretrained(os.fspath(save_directory), **options)
-        apply_umask(*Path(save_directory).glob("*.safetensors"))
         if is_main_process:
+            if dense:
+                save_file(dense, Path(save_directory, DENSE_FILE), metadata={"format": "pt"})
             if self._auto_class is not None:
                 custom_object_save(self, save_directory, config=self.config)  # type: ignore[arg-type]
             self.config.architectures = [type(self).__name__]
+            self.config.dtype = self.dtype
             self.config.save_pretrained(save_directory)
 
     @property
@@ -325,13 +297,14 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         return text_fingerprint(self.config, ((name, state[name]) for name in state))
 
     def identity(self) -> str | None:
-        """Return the fingerprint of the weights, or the recorded one if the dtype changes it.
+        """Return the fingerprint of the weights, or the recorded one if their dtype may have changed them.
 
-        That is so in float16, quantised, and for an adapter whose base was rounded when it was loaded.
+        That is so in float16, quantised, and for an adapter whose base is not in the dtype of its training.
         """
         weight: Any = self.get_input_embeddings().weight
-        exact = weight.dtype in (torch.float32, torch.bfloat16)
-        return (self.fingerprint() if exact and not self.has_rounded_base else None) or self.config.fingerprint
+        trained = self.config.dtype if self.has_adapter and self.config.dtype is not None else weight.dtype
+        exact = weight.dtype in (torch.float32, torch.bfloat16) and trained == weight.dtype
+        return (self.fingerprint() if exact else None) or self.config.fingerprint
 
     def forward(
         self,
@@ -348,13 +321,11 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
             pooling_mask: `(batch, tokens)`, 1 for the tokens to pool; by default all real tokens after the prefix.
 
         Short captions are packed into shared rows, so that padding costs little; the states at padding are then zero.
-        Captions are not packed under FlexAttention, when compiling, or when hidden states or attention weights are
-        requested.
+        Captions are not packed in types of text models that the tests do not compare, under FlexAttention, when
+        compiling, or when hidden states or attention weights are requested.
         """
         if input_ids is None:
             raise ValueError("pass input_ids from the tokenizer that was saved with this model.")
-        if (reason := unknown_attention(self.decoder, self.config)) is not None:
-            raise ValueError(reason)
         # Without padding there is nothing to pack.
         may_pack = attention_mask is not None
         if attention_mask is None:
@@ -395,24 +366,15 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
     def _pack(self, attention_mask: Tensor, order: Tensor, kwargs: dict[str, Any]) -> PackedBatch | None:
         """Pack a batch if attention can separate its captions and only the last states are requested."""
         decoder, options = self.decoder, ("output_hidden_states", "output_attentions")
-        config, own_attention = decoder.config, self.config.bidirectional is None
-        asked = any(kwargs.get(name, getattr(config, name, False)) for name in options)
-        if asked or self.config.bidirectional is False or torch.compiler.is_compiling():
+        asked = any(kwargs.get(name, getattr(decoder.config, name, False)) for name in options)
+        if asked or torch.compiler.is_compiling() or not may_pack(decoder, self.config.bidirectional):
             return None
-        single_row = config._attn_implementation in VARIABLE_LENGTHS and IS_CAUSAL_COUNTS
-        if not single_row and not takes_additive_mask(decoder):
-            return None
-        if own_attention and not self.exact_packing.get(config._attn_implementation, packs_by_flags(decoder)):
-            return None
+        single_row = not takes_additive_mask(decoder)
         # The one time that a forward waits for the device.
         packed = PackedBatch(attention_mask, order, order[:, -1].tolist(), single_row)
         # Packing must save enough to make up for its larger mask.
         limit = attention_mask.numel() - 1 if single_row else 0.9 * attention_mask.numel()
-        if packed.num_tokens > limit:
-            return None
-        # A mask of captions replaces that of a window.
-        reach = window_reach(config) if own_attention else None
-        return packed if reach is None or packed.longest <= reach else None
+        return packed if packed.num_tokens <= limit else None
 
     def encode(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,17 +62,6 @@ def find_text_model(name: Any, origin: str | os.PathLike[str] = "", **hub: Any) 
     if len(parts) > 2 and parts[0] and parts[-1] == TEXT_MODEL and not Path(str(name)).exists():
         return name, "/".join(parts[:2]), {"subfolder": "/".join(parts[2:])}
     return name, name or "", {}
-
-
-def apply_umask(*files: Path) -> None:
-    """Give files that only their owner may read, as the safetensors library writes them, the mode of other files."""
-    for path in files:
-        if path.stat().st_mode & 0o777 == 0o600:
-            # The umask itself cannot be asked for without changing it for other threads.
-            with tempfile.TemporaryDirectory() as folder:
-                other = Path(folder, path.name)
-                other.touch()
-                path.chmod(other.stat().st_mode & 0o777)
 
 
 def load_complete(load: Callable[..., Any], name: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from .modeling_llm2clip_heads import (
     init_like_the_original,
     positive_deviation,
 )
-from .modeling_llm2clip_utils import apply_umask, execution_device, hub_arguments, load_complete, name_layers
+from .modeling_llm2clip_utils import execution_device, hub_arguments, load_complete, name_layers
 
 # transformers 4.57 takes from a local folder only the modules that this one itself names.
 from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
@@ -150,7 +149,6 @@ class LLM2CLIPPreTrainedModel(AttentionBackends, PreTrainedModel):
 
             self.config.custom_pipelines = custom_pipelines(with_text="text" in self.input_modalities)
         super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
-        apply_umask(*Path(save_directory).glob("*.safetensors"))
         if kwargs.get("is_main_process", True):
             record_dtype(self, save_directory)
 

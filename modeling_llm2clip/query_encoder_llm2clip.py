@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,7 +23,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from .configuration_llm2clip import output_width
 from .identity_llm2clip import RULE, digest_weight
-from .modeling_llm2clip_decoder import find_file, padded_mask, read_json_file, text_model_class
+from .modeling_llm2clip_decoder import padded_mask, text_model_class
 from .modeling_llm2clip_utils import encode_tokens, execution_device, pool
 from .tokenization_llm2clip import CaptionTokens, clean_captions, tokenize_and_cut
 
@@ -121,7 +123,7 @@ class QueryEncoder(nn.Module):
         record = _checked_record(name, options)
         # Without False, transformers would ask on the terminal whether to run code of the folder.
         loading = {**options, "trust_remote_code": False}
-        modules = read_json_file(name, "modules.json", **options) or []
+        modules = _read_json(name, "modules.json", options) or []
         kinds = {str(module["type"]).rpartition(".")[2]: module["path"] for module in modules}
         if "Dense" not in kinds or not {"Transformer", "StaticEmbedding"} & set(kinds):
             raise ValueError(f"{name} is not a query encoder: its modules are {', '.join(kinds) or 'unknown'}.")
@@ -160,7 +162,7 @@ def query_encoder_of(model: Any) -> QueryEncoder:
     if encoder is None:
         name, options = model.config.name_or_path, dict(getattr(model, "hub_arguments", {}))
         options["subfolder"] = "/".join(part for part in (options.pop("subfolder", ""), FOLDER) if part)
-        if not name or read_json_file(name, "modules.json", **options) is None:
+        if not name or _read_json(name, "modules.json", options) is None:
             raise ValueError(
                 f"{name or 'this model'} has no {FOLDER}/; `llm2clip distill-text {name or 'MODEL'} --into ...` "
                 "makes one."
@@ -186,7 +188,7 @@ def record_of_files(folder: Path, space: str | None) -> dict[str, Any]:
 
 def _checked_record(name: str, options: dict[str, Any]) -> dict[str, Any]:
     """Read what is recorded of a query encoder; raises ValueError if its files are others."""
-    record = read_json_file(name, SPACE_FILE, **options) or {}
+    record = _read_json(name, SPACE_FILE, options) or {}
     for file, recorded in record.get("files", {}).items():
         path = _find(name, file, options)
         if _sha256(path) != recorded:
@@ -203,7 +205,27 @@ def _sha256(path: str | Path) -> str:
 
 
 def _find(name: str, file: str, options: dict[str, Any]) -> str:
-    path = find_file(name, file, **options)
+    path = _path(name, file, options)
     if path is None:
         raise ValueError(f"{name} is not a whole query encoder: it has no {file}.")
     return path
+
+
+def _read_json(name: str, file: str, options: dict[str, Any]) -> Any:
+    path = _path(name, file, options)
+    try:
+        return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); copy or download it again.") from None
+
+
+def _path(name: str, file: str, options: dict[str, Any]) -> str | None:
+    path = "/".join(filter(None, (options.get("subfolder"), file)))
+    if Path(name).is_dir():
+        return str(Path(name, path)) if Path(name, path).is_file() else None
+    try:
+        return hf_hub_download(name, path, **{key: value for key, value in options.items() if key != "subfolder"})
+    except LocalEntryNotFoundError:  # the Hub cannot be asked
+        raise
+    except EntryNotFoundError:
+        return None

@@ -17,6 +17,7 @@ from transformers import (
     Siglip2ImageProcessor,
 )
 
+from llm2clip.models.prompting import with_prompt
 from modeling_llm2clip import (
     EVA02VisionConfig,
     LLM2CLIPConfig,
@@ -24,7 +25,6 @@ from modeling_llm2clip import (
     LLM2CLIPProcessor,
     LLM2CLIPTextConfig,
     LLM2CLIPTextModel,
-    with_prompt,
 )
 from tests.golden import FOLDER
 

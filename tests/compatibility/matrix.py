@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import BertConfig, XLMRobertaConfig
 
-from llm2clip.models.attention_probe import verify_text_tower
+from llm2clip.models.attention_probe import probe_text_tower
 from modeling_llm2clip import LLM2CLIPModel
 from tests.builders import tiny
 from tests.compatibility.check import CAPTIONS, pictures
@@ -68,8 +68,7 @@ def write_cases(folder: Path) -> None:
             for parameter in model.parameters():
                 if parameter.ndim > 1:
                     parameter.normal_(std=0.2)
-        # As the commands do; transformers 4.57 itself vouches for no encoder.
-        verify_text_tower(model.text_model)
+        probe_text_tower(model.text_model)
         model.save_pretrained(folder / name / "model")
         processor = tiny.processor()
         processor.save_pretrained(folder / name / "model")

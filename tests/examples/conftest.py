@@ -13,7 +13,8 @@ import torch
 from torch.nn import functional as F
 from transformers import CLIPImageProcessor
 
-from modeling_llm2clip import LLM2CLIPProcessor, with_prompt
+from llm2clip.models.prompting import with_prompt
+from modeling_llm2clip import LLM2CLIPProcessor
 from tests.builders import tiny
 from tests.builders.small_runs import rows_of_concepts
 

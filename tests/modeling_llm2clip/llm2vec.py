@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from safetensors.torch import save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModel
 
 from modeling_llm2clip import LLM2CLIPTextModel
 from tests.golden import FOLDER, Golden
@@ -18,6 +18,5 @@ def load_text_model(golden: Golden, folder: Path, attention: str = "sdpa", pooli
     config.architectures = None
     config.save_pretrained(folder)
     save_file(golden.group("state"), folder / "model.safetensors", metadata={"format": "pt"})
-    return LLM2CLIPTextModel.from_decoder(
-        folder, decoder_kwargs={"attn_implementation": attention, "dtype": "float32"}, pooling=pooling
-    ).eval()
+    decoder = AutoModel.from_pretrained(folder, attn_implementation=attention, dtype="float32")
+    return LLM2CLIPTextModel.from_decoder(decoder, pooling=pooling).eval()

@@ -15,7 +15,8 @@ from torchvision.transforms import v2
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from modeling_llm2clip import LLM2CLIPProcessor, with_pillow, with_prompt
+from llm2clip.models.prompting import with_prompt
+from modeling_llm2clip import LLM2CLIPProcessor, with_pillow
 from tests.builders import tiny
 
 LONG = "several boats are tied to a wooden pier while the sun sets behind them " * 8

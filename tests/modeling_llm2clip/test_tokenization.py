@@ -14,12 +14,12 @@ import torch
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from transformers.utils import logging
 
 from llm2clip.data import PairCollator
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
+from llm2clip.models.prompting import with_prompt
 from llm2clip.models.towers import original_prompt
-from modeling_llm2clip import LLM2CLIPProcessor, with_prompt
+from modeling_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.modeling_llm2clip_text import LLM2CLIPTextModel
 from modeling_llm2clip.tokenization_llm2clip import tokenize_and_cut
 from tests.builders import tiny
@@ -119,8 +119,7 @@ def test_outer_white_space_is_stripped_before_sentencepiece_adds_its_own(scheme:
     assert prompted(" a row\n")["input_ids"] == prompted("a row")["input_ids"] == expected
 
 
-def test_an_inseparable_prompt_is_reported(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logging.get_logger("modeling_llm2clip"), "propagate", True)
+def test_an_inseparable_prompt_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = sentencepiece("always")
     prompted, _ = with_prompt(tokenizer, "c", "")
     assert "the prompt 'c', '' and the captions are tokenized separately" in caplog.text

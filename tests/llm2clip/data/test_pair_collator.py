@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from llm2clip.data import PairCollator
-from modeling_llm2clip import with_prompt
+from llm2clip.models.prompting import with_prompt
 from tests.builders.tiny import PREFIX, SUFFIX, plain_tokenizer
 
 Prompted = tuple[PreTrainedTokenizerFast, int]

@@ -17,8 +17,9 @@ from llm2clip.data import (
     Stage2Collator,
     caption_id,
 )
+from llm2clip.models.prompting import with_prompt
 from llm2clip.store import EmbeddingCache, MissingCaptionError
-from modeling_llm2clip import LLM2CLIPProcessor, with_prompt
+from modeling_llm2clip import LLM2CLIPProcessor
 from tests.builders.tiny import plain_tokenizer, processor
 from tests.llm2clip.store.encoder import build, embed
 

@@ -12,7 +12,8 @@ from torch.nn.functional import normalize
 
 from llm2clip.encoders import OurEncoder, embed_images
 from llm2clip.encoders.load import load_encoder
-from modeling_llm2clip import LLM2CLIPModel, with_prompt
+from llm2clip.models.prompting import with_prompt
+from modeling_llm2clip import LLM2CLIPModel
 from tests.builders import tiny
 
 from .models import IMAGES, stacked

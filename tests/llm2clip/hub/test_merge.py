@@ -175,7 +175,7 @@ def test_a_text_tower_is_merged_with_the_raw_weights_of_its_llm(
 ) -> None:
     llm, tower = towers
     llm2clip.merge_models(llm, tower, tmp_path / "out", alpha)
-    raw = LLM2CLIPTextModel.from_pretrained(llm).state_dict()
+    raw = open_text_tower(llm)[0].state_dict()
     trained = LLM2CLIPTextModel.from_pretrained(tower)
     merged, tokenizer = open_text_tower(str(tmp_path / "out"))
     for name, weight in merged.state_dict().items():

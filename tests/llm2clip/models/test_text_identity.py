@@ -11,9 +11,10 @@ import torch
 from tokenizers import normalizers
 from transformers import AutoModel, AutoTokenizer
 
+from llm2clip.models.prompting import with_prompt
 from llm2clip.models.text_identity import read_fingerprint, tokenizer_fingerprint
 from llm2clip.models.towers import describe_text_tower, open_text_tower, save_text_tower
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, with_prompt
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from tests.builders import tiny
 from tests.llm2clip.conftest import Inputs
 

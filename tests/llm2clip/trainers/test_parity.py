@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from llm2clip.data.sampling import EpochDataset, SampleIndex, SampleIndexBatchSampler
 from llm2clip.losses import hard_negative_info_nce
@@ -47,7 +47,8 @@ def stage1_inputs(golden: Golden) -> dict[str, dict[str, Tensor]]:
 
 def test_stage1_loss_and_gradients(tmp_path: Path) -> None:
     golden = load_golden("supervised_step_a")
-    model = LLM2CLIPTextModel.from_decoder(save_decoder(golden, tmp_path / "llm"), decoder_kwargs={"dtype": "float32"})
+    decoder = AutoModel.from_pretrained(save_decoder(golden, tmp_path / "llm"), dtype="float32")
+    model = LLM2CLIPTextModel.from_decoder(decoder)
     args = Stage1Recipe(output_dir=str(tmp_path / "out"), use_cpu=True, report_to="none", lora_rank=0)
     trainer = Stage1Trainer(model=model, args=args)
     loss, embeds = trainer.compute_loss(model, stage1_inputs(golden), return_outputs=True)
@@ -67,7 +68,8 @@ def golden_close_gradient(golden: Golden, actual: Tensor | None, name: str) -> N
 
 def test_stage1_with_lora(tmp_path: Path) -> None:
     golden = load_golden("supervised_step_a")
-    model = LLM2CLIPTextModel.from_decoder(save_decoder(golden, tmp_path / "llm"), decoder_kwargs={"dtype": "float32"})
+    decoder = AutoModel.from_pretrained(save_decoder(golden, tmp_path / "llm"), dtype="float32")
+    model = LLM2CLIPTextModel.from_decoder(decoder)
     lora = golden.meta["info"]["lora"]
     (tmp_path / "lora").mkdir()
     save_file(golden.group("adapter"), tmp_path / "lora" / "adapter_model.safetensors")

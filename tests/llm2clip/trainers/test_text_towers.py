@@ -30,7 +30,7 @@ UNSET = {"prompt_prefix": None, "prompt_suffix": None, "max_text_length": None}
 
 def changed(inputs: Inputs, folder: Path) -> set[str]:
     """The weights of the LLM that a run has trained."""
-    before = LLM2CLIPTextModel.from_decoder(inputs.llm).decoder.state_dict()
+    before = AutoModel.from_pretrained(inputs.llm).state_dict()
     after = LLM2CLIPTextModel.from_pretrained(folder).decoder.state_dict()
     return {name for name, value in after.items() if not value.equal(before[name])}
 

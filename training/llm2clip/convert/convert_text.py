@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,11 +19,11 @@ from llm2clip.command_line.progress import track
 from llm2clip.convert.checkpoint import Checkpoint, compare_tensors, open_checkpoint
 from llm2clip.files.atomic import write_json
 from llm2clip.files.library_errors import wrap_read_errors
-from llm2clip.models.attention_probe import probe_from_disk, verify_text_tower
+from llm2clip.models.attention_probe import probe_text_tower
+from llm2clip.models.plain_models import load_plain
 from llm2clip.models.towers import original_prompt, prompted, save_text_tower
 from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
-from modeling_llm2clip.modeling_llm2clip_utils import apply_umask
 
 DECODER = "decoder."
 PREFIXES = ("model.", "")
@@ -112,7 +113,6 @@ def _stream(
             total += tensor.nbytes
             dtypes.add(tensor.dtype)
         save_file(shard, folder / target, metadata={"format": "pt"})
-        apply_umask(folder / target)
         del shard
     if len(checkpoint.files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -126,9 +126,10 @@ def _stream(
     tokenizer.save_pretrained(folder)
     make_readable_by_version_4(folder)
     compare_tensors("an LLM", expected, written.shapes)
-    with wrap_read_errors(checkpoint.folder):
-        config.verified_attention = probe_from_disk(str(folder))
-    config.save_pretrained(folder)
+    with wrap_read_errors(checkpoint.folder), TemporaryDirectory() as unused:
+        # One layer at a time in memory.
+        options: dict[str, Any] = {"device_map": {"": "disk"}, "offload_folder": unused, "dtype": "auto"}
+        probe_text_tower(LLM2CLIPTextModel.from_pretrained(folder, **options))
 
 
 def _merge(
@@ -138,8 +139,7 @@ def _merge(
     adapters: Sequence[str],
     folder: Path,
 ) -> None:
-    base = LLM2CLIPTextModel.from_decoder(str(checkpoint.folder))
-    decoder: Any = base.decoder
+    decoder: Any = load_plain(str(checkpoint.folder), {})[0]
     for adapter in adapters:
         peft_config = PeftConfig.from_pretrained(adapter)
         model = PeftModel(decoder, peft_config)
@@ -154,7 +154,7 @@ def _merge(
         decoder = model.merge_and_unload()
         print(f"merged: {adapter} (rank {peft_config.r}, alpha {peft_config.lora_alpha})")
     tower = LLM2CLIPTextModel(config, decoder=decoder)
-    verify_text_tower(tower)
+    probe_text_tower(tower)
     save_text_tower(tower, tokenizer, folder)
     loaded = LLM2CLIPTextModel.from_pretrained(folder)
     if loaded.fingerprint() != tower.fingerprint():

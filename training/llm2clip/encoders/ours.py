@@ -16,7 +16,7 @@ from llm2clip.data import EvalTransform, ImageBackend
 from llm2clip.encoders.encoder import Encoder, compared_lengths, dtype_for_device, processor_statistics
 from llm2clip.files.atomic import digest_json
 from llm2clip.files.manifests import refuse_changed_model
-from llm2clip.models.attention_probe import verify_text_tower
+from llm2clip.models.attention_probe import probe_text_tower
 from llm2clip.models.embeddings import require_finite_rows
 from llm2clip.models.repos import RepoKind, hub_commit, inspect_repo, names_of
 from llm2clip.models.text_identity import tokenizer_fingerprint
@@ -132,7 +132,7 @@ class OurEncoder(Encoder):
             if getattr(model, "text_model", None) is not None:
                 for llm in names_of(model.config.text_model_name_or_path):
                     refuse_changed_model(llm)
-                verify_text_tower(model.text_model)
+                probe_text_tower(model.text_model)
             only_images = half or bool(repo.encoders)
             saved = None if processor is not None else cls._saved_processor(name, only_images, needs, where)
         device = device or process_state().device

@@ -12,11 +12,10 @@ from transformers import AutoImageProcessor
 from llm2clip.encoders.encoder import compared_lengths
 from llm2clip.encoders.ours import OurEncoder
 from llm2clip.models.places import is_repo
-from llm2clip.models.repos import RepoKind, inspect_repo
+from llm2clip.models.repos import RepoKind, find_file, inspect_repo
 from llm2clip.models.text_identity import tokenizer_fingerprint
 from llm2clip.models.vision_identity import weights_checksum
 from modeling_llm2clip.image_decoding_llm2clip import with_pillow
-from modeling_llm2clip.modeling_llm2clip_decoder import find_file
 from modeling_llm2clip.query_encoder_llm2clip import FOLDER, QueryEncoder, query_encoder_of
 
 # Which of its encoders a model embeds texts with; auto: the query encoder where there is one.

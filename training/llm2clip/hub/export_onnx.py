@@ -29,7 +29,7 @@ from llm2clip.hub.onnx_layouts import (
     write_transformers_js,
 )
 from llm2clip.hub.onnx_writing import Dtype, write_graph
-from llm2clip.models.attention_probe import verify_text_tower
+from llm2clip.models.attention_probe import probe_text_tower
 from llm2clip.models.repos import RepoKind, inspect_repo
 from modeling_llm2clip import (
     LLM2CLIPModel,
@@ -138,7 +138,7 @@ def _load(config: ExportOnnxConfig, text_encoder: TextEncoder | None) -> Any:
         model = LLM2CLIPModel.from_pretrained(config.model, **options).eval()
     except OSError as error:
         raise OSError(f"{error}\n--parts vision exports the vision graph without the LLM.") from error
-    verify_text_tower(model.text_model)
+    probe_text_tower(model.text_model)
     model.text_model.merge_adapter()
     return model
 

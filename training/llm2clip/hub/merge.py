@@ -18,10 +18,11 @@ from llm2clip.hub.cards.card import as_list, read_card, write_card
 from llm2clip.hub.cards.facts import JOINT_TASK, TEXT_TASK, CardFacts, public_name, summary
 from llm2clip.hub.licenses import bases_of, strictest
 from llm2clip.hub.source_model import SourceModel
+from llm2clip.models.plain_models import load_as_tower
 from llm2clip.models.repos import LLM, Repo, RepoKind, hub_ids, inspect_repo, referred_folders
 from llm2clip.models.text_identity import read_fingerprint, tokenizer_fingerprint
 from llm2clip.models.towers import open_text_tower
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
+from modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.identity_llm2clip import FIELDS, OPTIONAL_FIELDS, decoder_identity
 from modeling_llm2clip.modeling_llm2clip_vision import load_vision_tower
 
@@ -142,14 +143,12 @@ Loaded = tuple[SourceModel, tuple[str, ...], nn.Module, dict[str, list[dict[str,
 
 def _load_text_towers(first: Repo, second: Repo) -> Loaded:
     plain = RepoKind.OTHER, RepoKind.EMBEDDING_MODEL
-    first.require(RepoKind.TEXT_TOWER, RepoKind.ADAPTER, *plain, hint=f"{second.name} is a text tower.")
+    first.require(RepoKind.TEXT_TOWER, *plain, hint=f"{second.name} is a text tower.")
     tower, tokenizer = open_text_tower(second.name, revision=second.revision)
     if first.kind in plain:
         types = {"model_type": first.model_type}, {"model_type": tower.config.decoder_config.model_type}
         require_equal("settings", (first.name, second.name), *types)
-    options: dict[str, Any] = {"revision": first.revision, "dtype": "auto", "default_config": tower.config}
-    other = LLM2CLIPTextModel.from_pretrained(first.name, **options)
-    other.merge_adapter()
+    other = load_as_tower(first.name, tower.config, first.revision)
     settings = [
         decoder_identity(config.decoder_config, tower.config.bidirectional)
         | {name: getattr(config, name) for name in (*FIELDS, *OPTIONAL_FIELDS)}

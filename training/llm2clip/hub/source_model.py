@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 from llm2clip.hub.cards.facts import JOINT_TASK, TEXT_TASK, VISION_TASK, public_name
 from llm2clip.hub.new_process import outputs_of, outputs_of_new_process
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
-from llm2clip.models.attention_probe import verify_text_tower
+from llm2clip.models.attention_probe import probe_text_tower
 from llm2clip.models.embeddings import require_finite_rows
 from llm2clip.models.repos import OUR_MODELS, Repo, RepoKind, hub_ids, inspect_repo
 from llm2clip.models.towers import save_text_tower
@@ -64,7 +64,7 @@ class SourceModel:
             tower = LLM2CLIPTextModel.from_pretrained(repo.name, **options).eval()
             if _is_merged(tower, merge_adapter):
                 tower.merge_adapter()
-            verify_text_tower(tower)
+            probe_text_tower(tower)
             return cls(tower, AutoTokenizer.from_pretrained(repo.name, **options), TEXT_TASK, True)
         if repo.kind is RepoKind.VISION_HALF:
             half = LLM2CLIPVisionModelWithProjection.from_pretrained(repo.name, **options).eval()
@@ -88,7 +88,7 @@ class SourceModel:
         if bundle:
             if merge_adapter is not False:
                 model.text_model.merge_adapter()
-            verify_text_tower(model.text_model)
+            probe_text_tower(model.text_model)
             model.config.text_model_name_or_path = model.config.text_model_revision = None
         elif text_model is not None:
             model.config.text_model_name_or_path, model.config.text_model_revision = text_model, None

@@ -44,7 +44,7 @@ NEXT_STEPS = {
 # What an earlier push may have left that would be loaded instead of the new weights, or lists other ones.
 STALE_FILES = (
     *("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json", "training_args.bin"),
-    *("adapter_config.json", "adapter_model.safetensors", FOLDER_MANIFEST, "model.sig"),
+    *("adapter_config.json", "adapter_model.safetensors", "adapter_dense.safetensors", FOLDER_MANIFEST, "model.sig"),
 )
 # Fields of a card that are united with those on the Hub, or that differ in an address only.
 UNITED_FIELDS = (*MERGED_LISTS, "model-index", "widget")

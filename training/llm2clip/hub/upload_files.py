@@ -24,7 +24,7 @@ MODEL_FILES = (
     *(CARD, "LICENSE*", "NOTICE*", "config.json", "generation_config.json", "processor_config.json"),
     *("preprocessor_config.json", "modules.json", "config_sentence_transformers.json", "sentence_*_config.json"),
     *("model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "adapter_config.json"),
-    *("adapter_model*.safetensors", "tokenizer.json", "tokenizer.model", "vocab.*"),
+    *("adapter_*.safetensors", "tokenizer.json", "tokenizer.model", "vocab.*"),
     "tokenizer_config.json",
     *("special_tokens_map.json", "added_tokens.json", "merges.txt", "spiece.model", "sentencepiece*.model"),
     *("*.tiktoken", "chat_template*", "[0-9]_*/config.json", "[0-9]_*/model.safetensors", "onnx/*_model.onnx*"),

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenizers import normalizers
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from modeling_llm2clip.modeling_llm2clip_decoder import find_file
+from llm2clip.models.repos import read_json_file
 
 # The first one that exists counts.
 TRANSFORMER_FILES = tuple(
@@ -65,7 +63,7 @@ def read_embedding_model(name: str, config: PretrainedConfig, **hub: Any) -> Emb
     Raises:
         ValueError: The files describe something that a text tower cannot do.
     """
-    modules = _read(name, "modules.json", hub)
+    modules = read_json_file(name, "modules.json", **hub)
     if modules is None:
         return None
     kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
@@ -76,22 +74,23 @@ def read_embedding_model(name: str, config: PretrainedConfig, **hub: Any) -> Emb
             name, f"its modules are {', '.join(kinds)}; supported are Transformer, Pooling, Dense, Normalize"
         )
     transformer: dict[str, Any] = next(
-        (content for file in TRANSFORMER_FILES if (content := _read(name, file, hub)) is not None), {}
+        (content for file in TRANSFORMER_FILES if (content := read_json_file(name, file, **hub)) is not None), {}
     )
-    settings = _read(name, "config_sentence_transformers.json", hub) or {}
+    settings = read_json_file(name, "config_sentence_transformers.json", **hub) or {}
     _check_transformer(name, transformer)
-    pooling = _read(name, f"{paths[1]}/config.json", hub) or {}
+    pooling = read_json_file(name, f"{paths[1]}/config.json", **hub) or {}
     folders = [path for kind, path in zip(kinds, paths, strict=True) if kind == "Dense"]
     fields = {
         "pooling": _pooling(name, pooling),
         "pool_prompt": bool(pooling.get("include_prompt", True)),
         "prompt_prefix": _default_prompt(name, settings),
-        "dense": [_dense(name, _read(name, f"{folder}/config.json", hub) or {}) for folder in folders],
+        "dense": [_dense(name, read_json_file(name, f"{folder}/config.json", **hub) or {}) for folder in folders],
         "normalize": kinds[-1] == "Normalize",
         # As the text model itself does: an encoder in both directions, a decoder as its config says.
         "bidirectional": None,
     }
-    if (length := _max_length(transformer, _read(name, "tokenizer_config.json", hub) or {}, config)) is not None:
+    tokenizer = read_json_file(name, "tokenizer_config.json", **hub) or {}
+    if (length := _max_length(transformer, tokenizer, config)) is not None:
         fields["max_text_length"] = length
     return EmbeddingModel(fields, bool(transformer.get("do_lower_case")))
 
@@ -120,11 +119,6 @@ def with_lower_case(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBa
     steps = [normalizers.Lowercase(), *([] if backend.normalizer is None else [backend.normalizer])]
     backend.normalizer = normalizers.Sequence(steps)
     return tokenizer
-
-
-def _read(name: str, file: str, hub: dict[str, Any]) -> Any:
-    path = find_file(name, file, **hub)
-    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def refusal(name: str, fault: str) -> ValueError:

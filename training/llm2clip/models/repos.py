@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import re
+import json
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from transformers import PretrainedConfig
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, find_adapter_config_file
 
 from llm2clip.files.atomic import read_json
+from llm2clip.models.places import HUB_ID
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig, LLM2CLIPVisionModelWithProjection
-from modeling_llm2clip.modeling_llm2clip_decoder import embedding_modules, read_json_file
 from modeling_llm2clip.modeling_llm2clip_utils import OWN_TEXT_MODEL, find_text_model
+
+try:
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+except ImportError:  # before version 2
+    get_cached_repo_tree = None  # type: ignore[assignment]
 
 
 class RepoKind(StrEnum):
@@ -79,6 +86,63 @@ class Repo:
         wanted = f"{', '.join(others)} or {last}" if others else last
         contents = f"model_type {self.model_type!r}" if self.kind is RepoKind.OTHER else self.kind.with_article
         raise ValueError(f"{self.name} is not {wanted}: it contains {contents}. {hint}")
+
+
+def embedding_modules(name: str, **hub: Any) -> list[dict[str, Any]]:
+    """Read `modules.json`, by which sentence-transformers describes an embedding model; empty if there is none."""
+    modules: list[dict[str, Any]] = read_json_file(name, "modules.json", **hub) or []
+    return modules if any(module["type"].endswith("Pooling") for module in modules) else []
+
+
+def find_file(name: str, file: str, **hub: Any) -> str | None:
+    """Return the path of a file of a repository or folder, downloaded if necessary; None if there is none.
+
+    Raises:
+        OSError: The Hub cannot be asked whether there is one, and its cache does not know; or there is no repository.
+    """
+    path = "/".join(filter(None, (hub.pop("subfolder", None), file)))
+    if Path(name).is_dir():
+        return str(Path(name, path)) if Path(name, path).is_file() else None
+    try:
+        return hf_hub_download(name, path, **hub)
+    except LocalEntryNotFoundError as error:
+        place = {key: hub.get(key) for key in ("cache_dir", "revision")}
+        if _is_known_to_lack(name, path, **place):
+            return None
+        revision = "" if place["revision"] is None else f" --revision {place['revision']}"
+        raise OSError(
+            f"the Hub cannot be asked whether {name} has {path} (offline, or no connection), and the cache does not "
+            f"have it. Go online once, or download all of it where there is a network: hf download {name}{revision}"
+        ) from error
+    except EntryNotFoundError:
+        return None
+    except HFValidationError as error:
+        raise OSError(f"{name} is neither a folder here nor the id of a repository on the Hub: {error}") from error
+
+
+def _is_known_to_lack(name: str, path: str, **place: Any) -> bool:
+    """Whether the cache says that a repository has no such file: it was asked before, or is here as a whole."""
+    if try_to_load_from_cache(name, path, **place) is _CACHED_NO_EXIST:
+        return True
+    if get_cached_repo_tree is not None:  # the list of files that such a download keeps
+        with suppress(CachedRepoTreeNotFoundError):
+            return path not in {entry.path for entry in get_cached_repo_tree(name, **place)}
+    # A file of every repository, which only the download of an earlier version brings.
+    return isinstance(try_to_load_from_cache(name, ".gitattributes", **place), str)
+
+
+def read_json_file(name: str, file: str, **hub: Any) -> Any:
+    """Read a JSON file of a repository or folder; None if there is none.
+
+    Raises:
+        ValueError: It is damaged.
+        OSError: See [`find_file`].
+    """
+    path = find_file(name, file, **hub)
+    try:
+        return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); copy or download it again.") from None
 
 
 def refuse_revision(name: str | Path, revision: Any) -> None:
@@ -197,7 +261,7 @@ def hub_commit(name: str, revision: str | None = None) -> str | None:
 
 def is_hub_id(name: str) -> bool:
     """Whether a name has the form of a Hub id: OWNER/NAME."""
-    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
+    return "/" in name and HUB_ID.fullmatch(name) is not None
 
 
 def names_of(model: Any) -> list[str]:

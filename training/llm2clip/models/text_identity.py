@@ -17,6 +17,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
+from llm2clip.models.plain_models import load_as_tower
 from llm2clip.models.repos import RepoKind, inspect_repo
 from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel
 from modeling_llm2clip.identity_llm2clip import text_fingerprint
@@ -43,9 +44,7 @@ def read_fingerprint(name: str, revision: str | None, config: LLM2CLIPTextConfig
     stored = _config_of_weights(name, revision, config)
     files = None if stored is None else _find_weights(name, revision, stored)
     if stored is None or files is None:
-        tower = LLM2CLIPTextModel.from_pretrained(name, revision=revision, default_config=config, dtype="auto")
-        tower.merge_adapter()
-        return tower.fingerprint()
+        return load_as_tower(name, config, revision).fingerprint()
     logger.info("Reading the weights of %s for its fingerprint.", name)
     return text_fingerprint(stored, _read(files))
 

@@ -14,17 +14,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm2clip.files.manifests import refuse_changed_model
-from llm2clip.models.attention_probe import verify_text_tower
+from llm2clip.models.attention_probe import probe_text_tower
 from llm2clip.models.embedding_models import embedding_fields, read_embedding_model, with_lower_case
-from llm2clip.models.repos import OUR_MODELS, inspect_repo, refuse_revision
-from modeling_llm2clip import (
-    LLM2CLIPConfig,
-    LLM2CLIPTextConfig,
-    LLM2CLIPTextModel,
-    with_prompt,
-)
+from llm2clip.models.plain_models import encoder_fields, load_plain, wrap_plain
+from llm2clip.models.prompting import with_prompt
+from llm2clip.models.repos import LLM, OUR_MODELS, Repo, RepoKind, inspect_repo, refuse_revision
+from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig, LLM2CLIPTextModel
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
-from modeling_llm2clip.modeling_llm2clip_decoder import encoder_fields
+from modeling_llm2clip.configuration_llm2clip import refuse_unknown
 
 logger = logging.getLogger(__name__)
 
@@ -70,31 +67,47 @@ def open_text_tower(
             [`original_prompt`]).
 
     Raises:
-        ValueError: `prompt` is given for a text tower, whose config already defines the prompt; a probe with a few
-            tokens found that captions would not be read in both directions, or not apart from padding and neighbours
-            (the config records its result; see [`verify_text_tower`]); the files of an embedding model describe
-            something that a text tower cannot do; or a file of a local folder is not the one that was written.
+        ValueError: `prompt` is given for a text tower, whose config already defines the prompt; or the model cannot be
+            a text tower (see [`probe_text_tower`]); the files of an embedding model describe something that a text
+            tower cannot do; or a file of a local folder is not the one that was written.
     """
     refuse_changed_model(name)
     options = loading_options(dtype, attn_implementation, revision)
-    tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision)
     prompt = {key: value for key, value in prompt.items() if value is not None}
-    if (repo := inspect_repo(name, revision)).kind in OUR_MODELS:
+    repo = inspect_repo(name, revision)
+    if repo.kind is RepoKind.ADAPTER:
+        raise ValueError(
+            f"{name} is a PEFT adapter without the config of a text tower; merge it into its LLM: "
+            f"llm2clip convert LLM OUTPUT --adapters {name}"
+        )
+    tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision)
+    if repo.kind in OUR_MODELS:
         if prompt:
             raise ValueError(f"{name} is a text tower, whose config defines the prompt; remove {', '.join(prompt)}.")
-        if repo.is_adapter and dtype != "float32":
-            # Rounded after the merge, so that the merged weights are the same in every dtype.
-            options["dtype"] = "auto"
-        model = LLM2CLIPTextModel.from_pretrained(name, **options)
+        is_adapter = _has_adapter(repo)
+        # Rounded before the merge as in the training, and after it: so the merged weights are the same in every dtype.
+        model = LLM2CLIPTextModel.from_pretrained(name, **{**options, **({"dtype": "auto"} if is_adapter else {})})
+        if dtype == "float32":
+            model.float()
         model.merge_adapter()
-        if repo.is_adapter and dtype not in ("float32", "auto"):
+        if dtype != "auto":
             model.to(getattr(torch, dtype))
     else:
+        refuse_unknown(LLM2CLIPTextConfig, prompt)
         config = AutoConfig.from_pretrained(name, revision=revision)
         tokenizer, fields = _plain(name, revision, config, tokenizer, prompt)
-        model = LLM2CLIPTextModel.from_decoder(decoder or name, decoder_kwargs=options, **fields)
-    verify_text_tower(model)
+        decoder, dense = (decoder, None) if decoder is not None else load_plain(name, options)
+        model = wrap_plain(LLM2CLIPTextConfig(decoder_config=decoder.config, **fields), decoder, dense)
+    probe_text_tower(model)
     return model, tokenizer
+
+
+def _has_adapter(repo: Repo) -> bool:
+    """Whether the LLM of a text tower or joint model is stored as an adapter."""
+    llm = repo.config.get(LLM)
+    return repo.is_adapter or (
+        llm is not None and inspect_repo(llm, repo.config.get("text_model_revision")).is_adapter
+    )
 
 
 def save_text_tower(

@@ -10,18 +10,14 @@ import torch
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from llm2clip.convert.published import FOLDER
+from llm2clip.models.plain_models import encoder_fields
 from llm2clip.store import PairedCache
 from llm2clip.trainers.freezing import prepare_joint_model
 from llm2clip.trainers.lora import add_lora, lora_arguments
 from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.trainers.text_tower_config import TextTowerConfig
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPTextConfig, LLM2CLIPTextModel
-from modeling_llm2clip.modeling_llm2clip_decoder import (
-    attention_kind,
-    avoid_sdpa_without_softcap,
-    encoder_fields,
-    text_model_class,
-)
+from modeling_llm2clip.modeling_llm2clip_decoder import avoid_sdpa_without_softcap, text_model_class
 
 # Settings that decide the shapes of a new model, and the length of its texts.
 SHAPES = ("projection_dim", "adapter_num_layers", "vision_pooling", "visual_head")
@@ -78,10 +74,7 @@ def build_text_tower(config: LLM2CLIPTextConfig, dtype: str, attention: str | No
     auto, _ = text_model_class(config.decoder_config)
     with torch.device("meta"):
         decoder = _build(auto, config.decoder_config, stored if dtype == "auto" else getattr(torch, dtype), attention)
-        tower = LLM2CLIPTextModel(copy.deepcopy(config), decoder=decoder)
-    # The probe needs weights.
-    tower.config.verified_attention = [attention_kind(decoder)]
-    return tower
+        return LLM2CLIPTextModel(copy.deepcopy(config), decoder=decoder)
 
 
 def build_trained_text_tower(config: TextTowerConfig) -> LLM2CLIPTextModel:

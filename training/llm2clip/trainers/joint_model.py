@@ -20,15 +20,13 @@ from llm2clip.evaluation.data import RetrievalData
 from llm2clip.evaluation.protocols.retrieval import image_text_metrics
 from llm2clip.evaluation.session import Session
 from llm2clip.files.manifests import refuse_changed_model
-from llm2clip.models.attention_probe import probe_from_disk
-from llm2clip.models.repos import refuse_revision
+from llm2clip.models.repos import OUR_MODELS, inspect_repo, refuse_revision
 from llm2clip.models.text_identity import read_fingerprint
 from llm2clip.models.towers import loading_options
 from llm2clip.store import EmbeddingCache, PairedCache
 from llm2clip.trainers.joint_recipe import FEATURES, JointRecipe
 from llm2clip.trainers.stored_rows import StoredPairsDataset, store_pairs
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor, LLM2CLIPTextConfig, with_pillow
-from modeling_llm2clip.modeling_llm2clip_decoder import TESTED_TYPES
 
 
 def load_trained_model(name: str, attn_implementation: str | None = None) -> tuple[LLM2CLIPModel, Any]:
@@ -68,6 +66,12 @@ def make_model(config: JointRecipe, **fields: Any) -> tuple[LLM2CLIPModel, Any]:
     else:
         path: Any = next(iter(config.caches), None)
         text_config, tokenizer = describe_text_tower_of_cache(str(text), config.text_model_revision, path)
+        if text_config.dense and inspect_repo(str(text), config.text_model_revision).kind not in OUR_MODELS:
+            raise ValueError(
+                f"text_model_name_or_path is {text}, an embedding model with Dense layers, which a model reads only "
+                "from a saved text tower: save what llm2clip.open_text_tower returns, model and tokenizer, and give "
+                "that folder."
+            )
     options = {**loading_options("float32", config.attn_implementation), "revision": config.vision_model_revision}
     model = LLM2CLIPModel.from_vision_text_pretrained(
         vision,
@@ -82,16 +86,12 @@ def make_model(config: JointRecipe, **fields: Any) -> tuple[LLM2CLIPModel, Any]:
 
 
 def describe_text_model(model: LLM2CLIPModel) -> None:
-    """Let the config of a model whose LLM stays on disk say what the LLM is, and that its attention is right."""
+    """Let the config of a model whose LLM stays on disk say what the LLM is."""
     if model.config.text_model_name_or_path is None:
         return
-    text_config = model.config.text_config
-    text = model.config.text_model_name_or_path, model.config.text_model_revision, text_config
+    text = model.config.text_model_name_or_path, model.config.text_model_revision, model.config.text_config
     if model.config.text_model_fingerprint is None:
         model.config.text_model_fingerprint = on_main_process(partial(read_fingerprint, *text))
-    if text_config.decoder_config.model_type not in TESTED_TYPES and not text_config.verified_attention:
-        # For those who load the model without this package, whose code has no probe.
-        text_config.verified_attention = on_main_process(partial(probe_from_disk, *text))
 
 
 def open_retrieval(config: JointRecipe) -> dict[str, RetrievalData]:

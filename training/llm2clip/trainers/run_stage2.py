@@ -10,7 +10,7 @@ from transformers import set_seed
 from llm2clip.command_line.settings import require
 from llm2clip.data import Stage2Collator
 from llm2clip.evaluation.data import RetrievalData
-from llm2clip.models.attention_probe import verify_on_main_process
+from llm2clip.models.attention_probe import probe_on_main_process
 from llm2clip.models.towers import loading_options
 from llm2clip.trainers.joint_model import (
     describe_text_model,
@@ -93,7 +93,7 @@ def open_model(config: Stage2Recipe) -> tuple[LLM2CLIPModel, Any]:
         model, processor = make_model(config, **{**(SIGMOID if config.loss == "sigmoid" else {}), **fields})
     if config.runs_text_model:
         model.load_text_model(**loading_options(config.text_model_dtype))
-        verify_on_main_process(model.text_model)
+        probe_on_main_process(model.text_model)
     else:
         describe_text_model(model)
     return model, processor

@@ -23,7 +23,7 @@ from llm2clip.files.atomic import digest_json
 from llm2clip.hub.cards.facts import JOINT_TASK
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.losses import clip_loss, sigmoid_loss
-from llm2clip.models.attention_probe import verify_on_main_process
+from llm2clip.models.attention_probe import probe_on_main_process
 from llm2clip.models.vision_identity import preprocessing
 from llm2clip.store import EmbeddingCache
 from llm2clip.store.manifest import refuse_other_encoder
@@ -122,7 +122,7 @@ class Stage2Trainer(StageTrainer):
             if self.cache is not None:
                 raise ValueError("LoRA trains the LLM, so that stored embeddings would be stale; leave cache unset.")
             require_outside(model, self.args.output_dir)
-            verify_on_main_process(model.text_model)
+            probe_on_main_process(model.text_model)
         prepare_joint_model(model, self.args)
 
     def default_collator(self) -> Stage2Collator:

@@ -1,22 +1,19 @@
-"""Build a caption tokenizer, which has the prompt of a text tower.
-
-A saved tokenizer has it already, so no folder or Hub repository ships this module.
-"""
+"""Build a caption tokenizer, which has the prompt of a text tower; a saved one has it already."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.utils import logging
 
-from .tokenization_llm2clip import without_prepend
+from modeling_llm2clip.tokenization_llm2clip import without_prepend
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 PROMPT_PREFIX_PIECE = "<llm2clip_prefix>"
 PROMPT_SUFFIX_PIECE = "<llm2clip_suffix>"
