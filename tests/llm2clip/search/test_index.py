@@ -272,7 +272,7 @@ POSTGRES = {"postgres": "postgresql:///images"}
         ({"embed": "caption", "kind": "folder"}, "kind is folder"),
         ({"embed": "caption", "image_backend": "fast"}, "image_backend is fast"),
         ({"embed": "caption", "num_workers": 2}, "num_workers is 2"),
-        ({"embed": "text"}, "one of image, caption"),
+        ({"embed": "text"}, "embed is 'text'"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from llm2clip import cli
 from llm2clip.command_line.settings import build_config
 from llm2clip.files.manifests import FOLDER_MANIFEST
 from llm2clip.hub.cards.facts import CURVES
 from llm2clip.hub.upload_files import model_files
-from llm2clip.trainers import run_align, run_context, run_stage2
+from llm2clip.trainers import run_align, run_stage2
 from llm2clip.trainers.align_recipe import AlignRecipe
 from llm2clip.trainers.alignment import linear_maps
 from llm2clip.trainers.parts import plan_parts
@@ -167,14 +166,6 @@ def test_what_does_not_fit_is_refused_before_the_first_part(
 def test_what_an_alignment_would_not_use_is_refused(inputs: Inputs, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="visual_head is gated, but the first part aligns two towers"):
         run_stage2.run(settings(tmp_path / "run", inputs, ON_TOP, visual_head="gated"))
-
-
-def test_the_checkpoint_of_a_stopped_part_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for part in ("part1", "part2"):
-        (tmp_path / part).mkdir()
-    stopped = {part: tmp_path / part / "checkpoint-4" for part in ("part1", "part2")}
-    monkeypatch.setattr(run_context, "last_checkpoint", lambda folder: stopped.get(folder.name))
-    assert cli._resume_hint("stage2", tmp_path / "log.txt") == f"add --resume to go on from {stopped['part2']}."
 
 
 def test_a_push_leaves_out_the_parts_of_a_run(tmp_path: Path) -> None:
