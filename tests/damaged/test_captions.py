@@ -12,7 +12,7 @@ import torch
 
 from llm2clip.command_line.logs import CONTROL_CHARACTERS
 from llm2clip.data import CaptionSource, distinct_captions
-from llm2clip.data.captioned_images import CaptionError, RowCaptions
+from llm2clip.data.rows import CaptionError, RowCaptions
 from llm2clip.encoders import embed_captions
 from llm2clip.store import EmbeddingCache
 from modeling_llm2clip.tokenization_llm2clip import tokenize_captions

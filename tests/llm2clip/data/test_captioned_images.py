@@ -24,7 +24,7 @@ from llm2clip.data import (
     caption_id,
     distinct_captions,
 )
-from llm2clip.data.captioned_images import CaptionError
+from llm2clip.data.rows import CaptionError
 from tests.builders.tables import write_table
 from tests.processes import run_ranks
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from llm2clip.data import CaptionSource, load_source
-from llm2clip.data.captioned_images import column_texts
 from llm2clip.data.formats import SourceError
+from llm2clip.data.rows import column_texts
 from llm2clip.data.shards import ShardedSource, name_shards
 from tests.builders.tables import write_table
 from tests.llm2clip.data.streams import write_tars

@@ -11,8 +11,8 @@ import pytest
 
 from llm2clip.checks.check_data import check_data
 from llm2clip.data import CaptionSource, PairSource, StreamingCaptionImageDataset, distinct_captions, load_source
-from llm2clip.data.captioned_images import column_texts
 from llm2clip.data.formats import SourceError
+from llm2clip.data.rows import column_texts
 from llm2clip.data.shards import ShardedSource
 from llm2clip.data.transforms import decode_image
 from llm2clip.search.table_items import TableImages

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from llm2clip.data import caption_id
-from llm2clip.data.captioned_images import CaptionError, RowCaptions, column_texts
+from llm2clip.data.rows import CaptionError, RowCaptions, column_texts
 
 
 def test_caption_id_ignores_only_case_white_space_and_unicode_composition() -> None:
