@@ -11,15 +11,13 @@ import pytest
 
 from llm2clip.data import CaptionSource
 from llm2clip.data.formats import SourceError
-from llm2clip.data.shard_rows import ShardRows
-from llm2clip.data.sources import open_source, select_source, source_columns, used_columns
+from llm2clip.data.shards import ShardedSource
 from tests.builders.tables import write_table
 
 
-def opened(source: CaptionSource) -> tuple[ShardRows, str | None]:
-    table = open_source(source)
-    columns = source_columns(source, table.table)
-    return ShardRows(select_source(source, table), used_columns(columns, table.table), table.files), columns.image
+def opened(source: CaptionSource) -> tuple[ShardedSource, str | None]:
+    files = ShardedSource(source, with_images=True)
+    return files, files.columns.image
 
 
 def plain(rows: Any, image: str | None) -> list[tuple[int, dict[str, Any]]]:
@@ -45,21 +43,21 @@ def test_rows_by_number_are_those_of_datasets(form: str, columns: list[str], mad
     shards, image = opened(CaptionSource(str(made / form), caption_columns=columns, streaming=True))
     assert shards.num_files
     for file in range(shards.num_files):
-        every = plain(shards.read_all(file), image)
+        every = plain(shards.all_rows(file), image)
         assert every
-        assert plain(shards.read(file), image) == every
-        assert plain(shards.read(file, range(len(every) - 1, len(every))), image) == every[-1:]
+        assert plain(shards.rows(file), image) == every
+        assert plain(shards.rows(file, range(len(every) - 1, len(every))), image) == every[-1:]
         with pytest.raises(SourceError, match=f"has no row {len(every)}: it has"):
-            list(shards.read(file, range(len(every) + 1)))
+            list(shards.rows(file, range(len(every) + 1)))
 
 
 def test_parquet_with_paths_and_row_groups(tmp_path: Path, made: Path) -> None:
     table = datasets.Dataset.from_parquet(str(made / "bytes.parquet"))
     table.to_parquet(tmp_path / "groups.parquet", batch_size=4)
     shards, image = opened(CaptionSource(str(tmp_path / "groups.parquet"), streaming=True))
-    every = plain(shards.read_all(0), image)
+    every = plain(shards.all_rows(0), image)
     for start, stop in itertools.combinations_with_replacement(range(len(every) + 1), 2):
-        assert plain(shards.read(0, range(start, stop)), image) == every[start:stop]
+        assert plain(shards.rows(0, range(start, stop)), image) == every[start:stop]
     path = write_table(tmp_path / "pictures" / "paths.parquet", {"image": ["0.png"], "caption": ["a"]})
     shards, _ = opened(CaptionSource(path, streaming=True))
-    assert list(shards.read(0, [0])) == [(0, {"image": str(tmp_path / "pictures" / "0.png"), "caption": "a"})]
+    assert list(shards.rows(0, [0])) == [(0, {"image": str(tmp_path / "pictures" / "0.png"), "caption": "a"})]

@@ -90,7 +90,7 @@ def test_a_damaged_file_cannot_be_read(kind: str, tmp_path: Path) -> None:
 def test_other_sources_are_refused(tmp_path: Path) -> None:
     streamed = write_tars(tmp_path, 2)
     for source in (replace(streamed, streaming=False), replace(streamed, max_samples=1)):
-        with pytest.raises(SourceError, match="set streaming: true, and leave max_samples unset"):
-            ShardedSource(source)
+        with pytest.raises(SourceError, match=r"set streaming: true|leave max_samples unset"):
+            _ = ShardedSource(source).shards
     with pytest.raises(SourceError, match="has no column 'text'"):
         ShardedSource(replace(streamed, caption_columns=["text"]))

@@ -206,7 +206,7 @@ def read_shard(path: str) -> object:
 DOORS: dict[str, Callable[[str], object]] = {
     "table": lambda path: load_source(texts(path)),
     "captions of a stream": lambda path: distinct_captions(texts(path, streaming=True)),
-    "rows of a stream": lambda path: StreamingCaptionImageDataset(texts(path, streaming=True), None),
+    "rows of a stream": lambda path: StreamingCaptionImageDataset(texts(path, streaming=True), False),
     "shard": read_shard,
     "index": TableImages,
     "check-data": lambda path: check_data(texts(path), with_images=False),
