@@ -173,10 +173,12 @@ class Stage2Trainer(StageTrainer):
         for part in (plain.vision_model, plain.text_model):
             if part is not None and not any(weight.requires_grad for weight in part.parameters()):
                 part.eval()
-        if self.saves_adapter() and "llm_embeds" in inputs:
-            raise ValueError("LoRA trains the LLM, so that llm_embeds are stale; give rows with a caption.")
-        if plain.text_model is not None and not self.saves_adapter() and "llm_embeds" not in inputs:
-            inputs = self._with_llm_embeds(plain, inputs)
+        if plain.text_model is not None:
+            is_trained, is_stored = self.saves_adapter(), "llm_embeds" in inputs
+            if is_trained and is_stored:
+                raise ValueError("LoRA trains the LLM, so that llm_embeds are stale; give rows with a caption.")
+            if not is_trained and not is_stored:
+                inputs = self._with_llm_embeds(plain, inputs)
         # Through the wrapped model, so that DDP sees every parameter including the logit scale.
         images, texts, *numbers = in_chunks(self._embed, model, inputs, self.args.tower_chunk_size)
         # One value per row, all equal; those of the last chunk are not recomputed.
