@@ -175,8 +175,7 @@ class StreamedRows(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for file, number, values in self.files.share(*data_worker()):
-            name = f"{file}-{number}" if self.files.num_files > 1 else str(number)
-            yield captioned_row(values, self.files.columns, name)
+            yield captioned_row(values, self.files.columns, self.files.row_name(file, number))
 
 
 def open_rows(source: CaptionSource, with_images: bool) -> CaptionImageDataset | StreamedRows:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -108,27 +107,16 @@ class CaptionImageDataset(ConcatenatedTables):
             values = self.tables[number][offset]
         return self._row(number, offset, values, None if epoch is None else (self.seed, epoch, position))
 
-    def without_images(self) -> CaptionImageDataset:
-        """Return a data set of the same rows that reads no images."""
-        bare = copy.copy(self)
-        images = [columns.image for columns in self.columns]
-        bare.tables = [
-            table if image is None else table.remove_columns(top_level(table, image))
-            for table, image in zip(self.tables, images, strict=True)
-        ]
-        bare.columns = [columns._replace(image=None) for columns in self.columns]
-        return bare
-
     def captions(self, on_error: OnError) -> Iterator[RowCaptions | SkippedSample]:
         """Yield the captions of each row in order, or why it cannot be used if `on_error` is `skip`; reads no image.
 
         Raises:
             CaptionError: A row has no caption, and `on_error` is `raise`.
         """
-        bare = self.without_images()
-        for number, table in enumerate(bare.tables):
-            for offset, values in enumerate(itertools.chain.from_iterable(row_batches(table))):
-                row = bare._row(number, offset, values)
+        for number, (table, columns) in enumerate(zip(self.tables, self.columns, strict=True)):
+            texts = table if columns.image is None else table.remove_columns(columns.image)
+            for offset, values in enumerate(itertools.chain.from_iterable(row_batches(texts))):
+                row = self._row(number, offset, values)
                 try:
                     yield captions_of(row["caption"], row["key"], row["caption"], row["caption_weights"])
                 except SampleError as error:

@@ -43,7 +43,7 @@ def captioned_row(
         "caption_weights": columns.weights,
         "seed_parts": seed_parts,
     }
-    return row if columns.image is None else {**row, "image": values[columns.image]}
+    return row if columns.image is None else {**row, "image": values.get(columns.image)}
 
 
 def column_value(row: Mapping[str, Any], column: str) -> Any:

@@ -198,6 +198,10 @@ class ShardedSource:
         rows = ((file, *row) for file in files for row in self.rows(file))
         return rows if limit is None else itertools.islice(rows, reader, limit, readers)
 
+    def row_name(self, file: int, number: int) -> str:
+        """Return the key of a row that has none: its number in its file, after that of the file of several."""
+        return f"{file}-{number}" if self.num_files > 1 else str(number)
+
     def is_remote(self, file: int) -> bool:
         """Tell whether a file is at a URL."""
         return bool(self.files) and "://" in self.files[file]

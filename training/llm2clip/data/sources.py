@@ -111,6 +111,8 @@ class CaptionSource(Source):
         super().__post_init__()
         if not self.caption_columns:
             raise ValueError(f"caption_columns of {self.path} is empty; name at least one column.")
+        if len(set(self.caption_columns)) < len(self.caption_columns):
+            raise ValueError(f"caption_columns of {self.path} has a column twice: {', '.join(self.caption_columns)}.")
         weights = self.caption_weights
         if weights is not None and len(weights) != len(self.caption_columns):
             raise ValueError(

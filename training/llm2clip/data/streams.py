@@ -260,7 +260,7 @@ class StreamingCaptionImageDataset(SampleStream):
         cache = self.embeddings.open(file) if isinstance(self.embeddings, SourceSidecars) else self.embeddings
         with_cache = {} if cache is None else {"embedding_cache": cache}
         for number, values in self.files.rows(file, numbers):
-            name = f"{file}-{number}" if self.files.num_files > 1 else str(number)
+            name = self.files.row_name(file, number)
             row = captioned_row(values, self.files.columns, f"{self.name}:{name}" if self.is_one_of_several else name)
             if self.training:
                 row["seed_parts"] = self.row_seed, epoch, row["key"]

@@ -46,11 +46,10 @@ class Stage2Trainer(StageTrainer):
     """Trains the vision tower and the text adapter of an [`LLM2CLIPModel`] against its frozen LLM, or with its LoRA.
 
     The rows of its data sets are dicts of an image (`pixel_values`, or `image`) and its caption (`llm_embeds`, the
-    LLM's embedding, or `input_ids`, or `caption`); see [`Stage2Collator`]. Rows with `llm_embeds` need no LLM. Random
-    crops, and an order and resumed runs that depend on the seed alone, are those of a [`CaptionImageDataset`]
-    (`of_table` makes one of a table). What a frozen tower makes of the images is a data set that is made before
-    ([`store_pairs`]), and LoRA layers are added to the model before
-    ([`add_lora`]).
+    LLM's embedding, or `input_ids`, or `caption`); see [`Stage2Collator`], which also crops at random
+    (`crop_scale`). Rows with `llm_embeds` need no LLM. An order and resumed runs that depend on the seed alone are
+    those of a [`CaptionImageDataset`] (`of_table` makes one of a table). What a frozen tower makes of the images is a
+    data set that is made before ([`store_pairs`]), and LoRA layers are added to the model before ([`add_lora`]).
 
     ```python
     model = LLM2CLIPModel.from_pretrained("model", text_model=False)
