@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -170,6 +171,13 @@ def test_local_tars_are_counted_once_on_a_machine(tmp_path: Path, monkeypatch: p
     assert not read
     write_tar(tmp_path / "tars" / "00001.tar", [(f"{row}.txt", b"new") for row in range(5)])
     assert list(files.counts()) == [PER_TAR, 5]
+
+
+def test_files_are_counted_side_by_side(source: CaptionSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remote ones take a while each."""
+    all_at_once = threading.Barrier(TARS, timeout=30)
+    monkeypatch.setattr(ShardedSource, "_count", lambda self, file: (all_at_once.wait(), PER_TAR + file)[1])
+    assert list(ShardedSource(source).counts()) == [PER_TAR + file for file in range(TARS)]
 
 
 def test_first_tars_without_rows_are_no_error(tmp_path: Path) -> None:
