@@ -74,7 +74,7 @@ def _tar_and_sidecar() -> Work:
     """Prepare the same from a tar of captions and its sidecar, through a shuffle buffer of 1,000 rows."""
     import torch
 
-    from llm2clip.data import CaptionSource, StreamingCaptionImageDataset
+    from llm2clip.data import CaptionSource, Stage2Collator, StreamingCaptionImageDataset
     from llm2clip.data.shards import ShardedSource
     from llm2clip.data.sidecars import SourceSidecars
     from llm2clip.encoders.embed_shards import ShardEmbedder, list_jobs
@@ -92,14 +92,15 @@ def _tar_and_sidecar() -> Work:
     source = CaptionSource(str(folder / "captions.tar"), streaming=True, **columns)
     embedder = ShardEmbedder(embed, _manifest())
     embedder.run(list_jobs([source], str(folder)), show_progress_bar=False)
-    beside = SourceSidecars(folder, ShardedSource(source).shards).open
-    stream = StreamingCaptionImageDataset(source, None, embeddings=beside, row_counts=[IMAGES])
-    stream.batch_size = BATCH
+    beside = SourceSidecars(folder, ShardedSource(source).shards)
+    stream = StreamingCaptionImageDataset(source, False, embeddings=beside, row_counts=[IMAGES])
+    stream.batch_size, collator, no_pixels = BATCH, Stage2Collator(), torch.zeros(1)
 
     def batches() -> Iterator[tuple[list[str], Any]]:
-        samples: Iterator[Any] = iter(stream)
-        while batch := list(itertools.islice(samples, BATCH)):
-            yield [sample["key"] for sample in batch], torch.stack([sample["llm_embeds"] for sample in batch])
+        rows: Iterator[Any] = ({**row, "pixel_values": no_pixels} for row in stream)
+        while samples := list(itertools.islice(rows, BATCH)):
+            batch = collator(samples)
+            yield batch["keys"], batch["llm_embeds"]
 
     return lambda: _consume(batches(), _size(folder))
 

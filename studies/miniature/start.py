@@ -11,7 +11,7 @@ import torch
 from transformers import set_seed
 
 from llm2clip import EmbeddingCache, LLM2CLIPModel, PairedCache
-from llm2clip.data import CaptionImageDataset, CaptionSource, EvalTransform
+from llm2clip.data import CaptionImageDataset, CaptionSource
 from llm2clip.trainers.align_recipe import AlignRecipe
 from llm2clip.trainers.joint_model import describe_text_model, make_model
 from llm2clip.trainers.stored_rows import store_pairs
@@ -57,9 +57,7 @@ def _set_statistics(
     model: LLM2CLIPModel, processor: Any, sources: list[dict[str, Any]], caches: list[Path], features: Path
 ) -> None:
     image_processor = getattr(processor, "image_processor", processor)
-    dataset = CaptionImageDataset(
-        [CaptionSource.from_dict(source) for source in sources], EvalTransform(image_processor)
-    )
+    dataset = CaptionImageDataset([CaptionSource.from_dict(source) for source in sources])
     pairs = store_pairs(model, image_processor, dataset, open_cache(caches), features)
     samples, caption_rows, weights = pairs.pairs()
     model.set_vision_statistics(*pairs.features.statistics(pairs.image_rows[np.unique(samples)]))

@@ -18,7 +18,7 @@ import yaml
 from llm2clip.checks.check_data import check_data
 from llm2clip.command_line.settings import build_config
 from llm2clip.data import CaptionSource, EvalTransform, decode_image, distinct_captions
-from llm2clip.data.shard_rows import parquet_rows
+from llm2clip.data.parquet import parquet_rows
 from llm2clip.data.tars import count_tar_rows, list_tar, tar_rows
 from llm2clip.data.transforms import decode_tensor
 from llm2clip.encoders.embed import EmbedConfig

@@ -12,7 +12,7 @@ import torch
 
 from llm2clip.command_line.logs import CONTROL_CHARACTERS
 from llm2clip.data import CaptionSource, distinct_captions
-from llm2clip.data.captioned_images import CaptionError, RowCaptions
+from llm2clip.data.rows import CaptionError, captions_of
 from llm2clip.encoders import embed_captions
 from llm2clip.store import EmbeddingCache
 from modeling_llm2clip.tokenization_llm2clip import tokenize_captions
@@ -41,7 +41,7 @@ MODEL, PROCESSOR = tiny.joint_model().eval(), tiny.processor()
 @pytest.mark.parametrize("value", [*EMPTY, *NO_TEXT, *HALVES], ids=lambda value: ascii(value)[:12])
 def test_what_is_no_text_is_refused_by_its_place(value: object) -> None:
     with pytest.raises(CaptionError, match="row 7") as error:
-        RowCaptions.of({"caption": value}, "row 7", ["caption"], None)
+        captions_of({"caption": value}, "row 7", ["caption"], None)
     assert len(str(error.value).splitlines()) == 1
     assert not CONTROL_CHARACTERS.search(str(error.value))
     for door in (MODEL.encode_text, MODEL.text_model.encode):

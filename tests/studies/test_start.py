@@ -11,7 +11,7 @@ import torch
 from transformers import AutoImageProcessor
 
 from llm2clip import EmbeddingCache, LLM2CLIPModel
-from llm2clip.data import CaptionImageDataset, CaptionSource, EvalTransform
+from llm2clip.data import CaptionImageDataset, CaptionSource
 from llm2clip.encoders import embed
 from llm2clip.trainers.stored_rows import store_pairs
 from studies.miniature.start import save_start
@@ -46,7 +46,7 @@ def start(folder: Path, recipe: dict[str, Any], seed: int, **fields: Any) -> LLM
 def test_a_start_has_the_statistics_of_the_training_set(recipe: dict[str, Any], tmp_path: Path) -> None:
     model = start(tmp_path, recipe, 0, standardize=True)
     images, cache = AutoImageProcessor.from_pretrained(tmp_path), EmbeddingCache.open(recipe["embedding_cache"])
-    dataset = CaptionImageDataset([CaptionSource.from_dict(recipe["sources"][0])], EvalTransform(images))
+    dataset = CaptionImageDataset([CaptionSource.from_dict(recipe["sources"][0])])
     pairs = store_pairs(model, images, dataset, cache, tmp_path / "features")
     stored = pairs.features.read(np.unique(pairs.image_rows)).double()
     standardization, center = model.visual_standardization, model.text_adapter.center

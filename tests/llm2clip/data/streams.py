@@ -30,9 +30,15 @@ def every_caption(count: int) -> list[str]:
     return sorted(f"caption {shard} {row}" for shard in range(count) for row in range(PER_TAR))
 
 
+def caption(row: dict[str, Any]) -> str:
+    """The only text of a row."""
+    (text,) = row["caption"].values()
+    return text
+
+
 def opened(source: CaptionSource, rank: int = 0, world: int = 1, **options: Any) -> StreamingCaptionImageDataset:
     options = {"row_counts": [PER_TAR] * TARS, "repeat": True, "shuffle_block": 4, **options}
-    return StreamingCaptionImageDataset(source, None, rank=rank, world_size=world, **options)
+    return StreamingCaptionImageDataset(source, False, rank=rank, world_size=world, **options)
 
 
 def batches(
@@ -41,7 +47,7 @@ def batches(
     """The captions of the batches of a process, from a row of the stream on."""
     stream.batch_size, stream.lanes, stream.start = size, lanes, start
     loader = DataLoader(stream, batch_size=size, num_workers=workers, collate_fn=list)
-    return ([sample["caption"] for sample in batch] for batch in loader)
+    return (list(map(caption, batch)) for batch in loader)
 
 
 def steps_of(

@@ -17,67 +17,84 @@ from llm2clip.data import (
     DamagedImageError,
     EvalTransform,
     SampleIndex,
-    SkippedSample,
+    Stage2Collator,
     StreamingCaptionImageDataset,
-    TrainTransform,
     caption_batches,
     caption_id,
     distinct_captions,
 )
-from llm2clip.data.captioned_images import CaptionError
+from llm2clip.data.rows import CaptionError
+from llm2clip.store import EmbeddingCache
 from tests.builders.tables import write_table
+from tests.llm2clip.store.encoder import build
 from tests.processes import run_ranks
 
 from .conftest import CONCEPTS, ROWS, png
 from .conftest import captions as made_captions
 from .streams import every_caption, write_tars
 
-Transforms = tuple[EvalTransform, TrainTransform]
-
 
 @pytest.fixture(scope="module")
-def transforms(image_processor: CLIPImageProcessorPil) -> Transforms:
-    return EvalTransform(image_processor), TrainTransform(image_processor, scale=(0.3, 1.0))
+def cache(tmp_path_factory: pytest.TempPathFactory) -> EmbeddingCache:
+    """The captions of the rows that the tests read."""
+    folder = tmp_path_factory.mktemp("cache")
+    build(folder, [*distinct_captions(_concepts(), False), *"abde"])
+    return EmbeddingCache.open(folder)
+
+
+@pytest.fixture
+def collator(image_processor: CLIPImageProcessorPil, cache: EmbeddingCache) -> Stage2Collator:
+    return Stage2Collator(cache, image_processor, crop_scale=[0.3, 1.0])
 
 
 def _concepts(split: str = "validation", **fields: Any) -> CaptionSource:
     return CaptionSource(CONCEPTS, split=split, **{"caption_columns": ["caption", "keywords"], **fields})
 
 
-def test_sample_has_image_caption_and_ids_of_its_row(transforms: Transforms) -> None:
-    dataset = CaptionImageDataset(_concepts(), *transforms)
-    row = datasets.load_dataset(CONCEPTS, split="validation")[5]
-    sample = dataset[5]
-    assert (sample["key"], sample["caption"]) == (row["key"], row["caption"])
-    assert sample["caption_id"] == caption_id(row["caption"])
-    assert sample["image_caption_ids"] == [caption_id(row["caption"]), caption_id(row["keywords"])]
-    torch.testing.assert_close(sample["pixel_values"], transforms[0](row["image"].convert("RGB")))
+def test_a_row_has_what_is_stored_and_its_batch_caption_image_and_ids(collator: Stage2Collator) -> None:
+    dataset = CaptionImageDataset(_concepts())
+    stored = datasets.load_dataset(CONCEPTS, split="validation")[5]
+    row = dataset[5]
+    assert (row["key"], row["seed_parts"], row["caption_weights"]) == (stored["key"], None, None)
+    assert row["caption"] == {name: stored[name] for name in ("caption", "keywords")}
+    batch = collator([row])
+    ids = [caption_id(stored["caption"]), caption_id(stored["keywords"])]
+    assert (batch["keys"], batch["caption_ids"].tolist()) == ([stored["key"]], ids[:1])
+    assert batch["image_caption_ids"].tolist() == [ids]
+    image = EvalTransform(collator.image_processor)(stored["image"].convert("RGB"))
+    torch.testing.assert_close(batch["pixel_values"][0], image)
     assert len(dataset) == 369
     for outside in (369, -1):
         with pytest.raises(IndexError):
             dataset[outside]
 
 
-def test_caption_and_crop_depend_only_on_seed_epoch_and_index(transforms: Transforms) -> None:
-    dataset, other = (CaptionImageDataset(_concepts(), *transforms, seed=seed) for seed in (1, 2))
-    first, second = dataset[SampleIndex(0, 3)], dataset[SampleIndex(1, 3)]
+def test_caption_and_crop_depend_only_on_seed_epoch_and_index(collator: Stage2Collator) -> None:
+    dataset, other = (CaptionImageDataset(_concepts(), seed) for seed in (1, 2))
+
+    def made(dataset: CaptionImageDataset, epoch: int) -> dict[str, Any]:
+        return collator([dataset[SampleIndex(epoch, 3)]])
+
+    first, second = made(dataset, 0), made(dataset, 1)
     torch.manual_seed(99)
-    again = dataset[SampleIndex(0, 3)]
+    again = made(dataset, 0)
     assert torch.equal(first["pixel_values"], again["pixel_values"])
-    assert first["caption"] == again["caption"]
+    assert first["caption_ids"].equal(again["caption_ids"])
     assert not torch.equal(first["pixel_values"], second["pixel_values"])
-    assert not torch.equal(first["pixel_values"], other[SampleIndex(0, 3)]["pixel_values"])
-    assert len({dataset[SampleIndex(epoch, 3)]["caption"] for epoch in range(12)}) == 2
+    assert not torch.equal(first["pixel_values"], made(other, 0)["pixel_values"])
+    assert len({int(made(dataset, epoch)["caption_ids"]) for epoch in range(12)}) == 2
+    whole = collator.for_evaluation()([dataset[SampleIndex(0, 3)]])
+    assert torch.equal(whole["pixel_values"], collator([dataset[3]])["pixel_values"])
 
 
 def test_several_sources_are_concatenated(made: Path) -> None:
     first = CaptionSource(str(made / "bytes.parquet"))
     second = CaptionSource(str(made / "csv" / "data.csv"), key_column="id")
-    dataset = CaptionImageDataset([first, second], None)
+    dataset = CaptionImageDataset([first, second], with_images=False)
     assert len(dataset) == 2 * ROWS
     assert [dataset[i]["key"] for i in (0, 5, 6, 11)] == [f"{first.path}:0", f"{first.path}:5", "100", "105"]
-    assert dataset[ROWS + 2]["caption"] == made_captions(2)[0]
-    assert CaptionImageDataset(first, None)[3]["key"] == "3"
+    assert dataset[ROWS + 2]["caption"] == {"caption": made_captions(2)[0]}
+    assert CaptionImageDataset(first, with_images=False)[3]["key"] == "3"
 
 
 DAMAGED = ["fine", "no image", "no text", "torn", "strip"]
@@ -95,45 +112,47 @@ def _damaged_source(tmp_path: Path) -> CaptionSource:
     return CaptionSource(write_table(tmp_path / "damaged.parquet", columns))
 
 
-def test_unusable_rows_raise_with_their_key_or_are_skipped(tmp_path: Path, transforms: Transforms) -> None:
-    source = _damaged_source(tmp_path)
-    strict, lenient = (CaptionImageDataset(source, *transforms, on_error=do) for do in ("raise", "skip"))
-    assert isinstance(strict[0], dict)
-    for key, (error, reason) in REASONS.items():
-        with pytest.raises(error, match=f"'{key}' cannot be used"):
-            strict[DAMAGED.index(key)]
-        skipped = lenient[DAMAGED.index(key)]
-        assert isinstance(skipped, SkippedSample)
-        assert skipped.key == key
-        assert reason in skipped.reason
+@pytest.mark.parametrize("streaming", [False, True])
+def test_unusable_rows_raise_with_their_key_or_are_skipped(
+    streaming: bool, tmp_path: Path, image_processor: CLIPImageProcessorPil, cache: EmbeddingCache
+) -> None:
+    source = dataclasses.replace(_damaged_source(tmp_path), streaming=streaming)
+    dataset: Any = StreamingCaptionImageDataset(source, training=False) if streaming else CaptionImageDataset(source)
+    rows = [*dataset] if streaming else [dataset[row] for row in range(len(DAMAGED))]
+    strict = Stage2Collator(cache, image_processor)
+    assert len(strict(rows[:1])["pixel_values"]) == 1
+    for row in rows[1:]:
+        with pytest.raises(REASONS[row["key"]][0], match=f"'{row['key']}' cannot be used"):
+            strict([row])
+    batch = Stage2Collator(cache, image_processor, "skip")(rows)
+    assert batch["keys"] == DAMAGED[:1]
+    assert [key for key, _ in batch["skipped"]] == DAMAGED[1:]
+    assert all(REASONS[key][1] in reason for key, reason in batch["skipped"])
     with pytest.raises(ValueError, match="on_error is 'ignore'"):
-        CaptionImageDataset(source, *transforms, on_error="ignore")
-    source.streaming = True
-    samples = list(StreamingCaptionImageDataset(source, *transforms, on_error="skip"))
-    assert {sample.key for sample in samples if isinstance(sample, SkippedSample)} == set(DAMAGED[1:4])
-    with pytest.raises((DamagedImageError, CaptionError)):
-        list(StreamingCaptionImageDataset(source, *transforms))
+        Stage2Collator(cache, on_error="ignore")  # type: ignore[arg-type]
 
 
-def test_streaming_and_map_style_evaluation_samples_are_equal(transforms: Transforms) -> None:
-    stream = StreamingCaptionImageDataset(_concepts(streaming=True, max_samples=20), *transforms, training=False)
-    table = CaptionImageDataset(_concepts(max_samples=20), *transforms)
-    for position, sample in enumerate(stream):
+def test_streaming_and_map_style_evaluation_rows_are_equal() -> None:
+    stream = StreamingCaptionImageDataset(_concepts(streaming=True, max_samples=20), training=False)
+    table = CaptionImageDataset(_concepts(max_samples=20))
+    rows = list(stream)
+    assert len(rows) == 20
+    for position, row in enumerate(rows):
         expected = table[position]
-        assert torch.equal(sample.pop("pixel_values"), expected.pop("pixel_values"))
-        assert sample == expected
-    assert position == 19
+        assert row.pop("image")["bytes"] == expected.pop("image")["bytes"]
+        assert row == expected
 
 
-def test_stream_order_and_samples_depend_only_on_seed_and_epoch(transforms: Transforms) -> None:
+def test_stream_order_and_draws_depend_only_on_seed_and_epoch(collator: Stage2Collator) -> None:
     source = _concepts(streaming=True, max_samples=60)
 
     def run(seed: int, epoch: int) -> tuple[list[str], dict[str, float]]:
-        stream = StreamingCaptionImageDataset(source, *transforms, seed=seed, shuffle_block=30)
+        stream = StreamingCaptionImageDataset(source, seed=seed, shuffle_block=30)
         stream.set_epoch(epoch)
         torch.manual_seed(seed + 10 * epoch)
-        pixels = {sample["key"]: float(sample["pixel_values"].double().sum()) for sample in stream}
-        return list(pixels), pixels
+        batch = collator(list(stream))
+        sums = batch["pixel_values"].double().sum(dim=(1, 2, 3)).tolist()
+        return batch["keys"], dict(zip(batch["keys"], sums, strict=True))
 
     base, other = run(0, 0), run(0, 1)
     assert base == run(0, 0)
@@ -144,7 +163,7 @@ def test_stream_order_and_samples_depend_only_on_seed_and_epoch(transforms: Tran
 
 def test_persistent_workers_read_the_new_epoch(made: Path) -> None:
     source = CaptionSource(str(made / "webdataset"), caption_columns=["json.caption"], streaming=True)
-    stream = StreamingCaptionImageDataset(source, None, shuffle_block=8)
+    stream = StreamingCaptionImageDataset(source, False, shuffle_block=8)
     loader = DataLoader(stream, batch_size=None, num_workers=1, persistent_workers=True)
     orders = []
     for epoch in (0, 1, 2, 0):
@@ -157,11 +176,11 @@ def test_persistent_workers_read_the_new_epoch(made: Path) -> None:
 def test_streaming_sources_and_ranks_are_validated(made: Path) -> None:
     plain, streaming = (CaptionSource(str(made / "bytes.parquet"), streaming=on) for on in (False, True))
     with pytest.raises(ValueError, match="use StreamingCaptionImageDataset"):
-        CaptionImageDataset(streaming, None)
-    with pytest.raises(ValueError, match="use CaptionImageDataset"):
-        StreamingCaptionImageDataset(plain, None)
+        CaptionImageDataset(streaming)
+    with pytest.raises(ValueError, match="set streaming: true"):
+        StreamingCaptionImageDataset(plain)
     with pytest.raises(ValueError, match="2 of 2"):
-        StreamingCaptionImageDataset(streaming, None, rank=2, world_size=2)
+        StreamingCaptionImageDataset(streaming, rank=2, world_size=2)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -199,11 +218,11 @@ def test_ranks_read_files_of_their_own_in_a_stream(world: int, limit: int | None
 SHARE_FILES = """
 import sys
 from pathlib import Path
-from llm2clip.data import CaptionSource, captions, distinct_captions, shard_rows
+from llm2clip.data import CaptionSource, captions, distinct_captions, shards
 from llm2clip.command_line.processes import leave_process_group, process_state
 
-folder, read, tar_rows, captions.FILES_AT_ONCE = sys.argv[1], [], shard_rows.tar_rows, 1
-shard_rows.tar_rows = lambda path, *part: (read.append(Path(path).stem[-1]), tar_rows(path, *part))[1]
+folder, read, tar_rows, captions.FILES_AT_ONCE = sys.argv[1], [], shards.tar_rows, 1
+shards.tar_rows = lambda path, *part: (read.append(Path(path).stem[-1]), tar_rows(path, *part))[1]
 state = process_state()
 texts = distinct_captions(CaptionSource(folder, caption_columns=["txt"], streaming=True), False, in_all_processes=True)
 Path(folder, f"seen-{state.process_index}").write_text("\\n".join(["".join(read), *texts]))
@@ -226,8 +245,8 @@ def test_rows_without_a_caption_are_left_out(tmp_path: Path, caplog: pytest.LogC
     assert f"1 rows of {source.path} have no caption" in caplog.text
 
 
-def test_distinct_captions_contain_the_caption_of_every_sample() -> None:
+def test_distinct_captions_contain_the_captions_of_every_row() -> None:
     source = _concepts(max_samples=100)
-    known = set(distinct_captions(source))
-    dataset = CaptionImageDataset(source, None)
-    assert {dataset[SampleIndex(epoch, index)]["caption"] for epoch in range(20) for index in range(100)} == known
+    dataset = CaptionImageDataset(source, with_images=False)
+    found = {text for row in dataset.captions("raise") for text in row.texts}
+    assert found == set(distinct_captions(source))

@@ -36,7 +36,7 @@ def mixed(folder: Path, mixing: Mixing, rank: int = 0, world: int = 1, **options
     for number, tars in enumerate(MIXED_TARS):
         source = CaptionSource(str(folder / str(number)), caption_columns=["txt"], streaming=True)
         sources.append(opened(source, rank, world, row_counts=[PER_TAR] * tars))
-    table = CaptionImageDataset(CaptionSource(str(folder / "table.parquet")), None)
+    table = CaptionImageDataset(CaptionSource(str(folder / "table.parquet")), 0, False)
     sources.append(TableSource(table, 0))
     weights = {"weights": (2, 1, 1)} if mixing == "weights" else {}
     return SampleStream(sources, mixing=mixing, **{**weights, **place, **options})

@@ -10,10 +10,8 @@ import datasets
 import pytest
 
 from llm2clip.data import PairDataset, PairSource, SampleIndex, caption_id
-from llm2clip.data.captioned_images import column_texts
 from llm2clip.data.formats import SourceError
-from llm2clip.data.sampling import stable_seed
-from llm2clip.data.sources import column_value
+from llm2clip.data.rows import column_texts, column_value, stable_seed
 
 from .conftest import CONCEPTS, GLOSSES
 from .pairs import concepts, glosses, plain_source, table_source

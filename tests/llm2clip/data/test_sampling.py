@@ -10,7 +10,8 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 
 from llm2clip.data import SampleIndex, SampleIndexBatchSampler
-from llm2clip.data.sampling import EpochDataset, OneSourceBatchSampler, stable_seed
+from llm2clip.data.rows import stable_seed
+from llm2clip.data.sampling import EpochDataset, OneSourceBatchSampler
 
 
 class Echo(EpochDataset):

@@ -11,8 +11,8 @@ import pytest
 
 from llm2clip.checks.check_data import check_data
 from llm2clip.data import CaptionSource, PairSource, StreamingCaptionImageDataset, distinct_captions, load_source
-from llm2clip.data.captioned_images import column_texts
 from llm2clip.data.formats import SourceError
+from llm2clip.data.rows import column_texts
 from llm2clip.data.shards import ShardedSource
 from llm2clip.data.transforms import decode_image
 from llm2clip.search.table_items import TableImages
@@ -206,7 +206,7 @@ def read_shard(path: str) -> object:
 DOORS: dict[str, Callable[[str], object]] = {
     "table": lambda path: load_source(texts(path)),
     "captions of a stream": lambda path: distinct_captions(texts(path, streaming=True)),
-    "rows of a stream": lambda path: StreamingCaptionImageDataset(texts(path, streaming=True), None),
+    "rows of a stream": lambda path: StreamingCaptionImageDataset(texts(path, streaming=True), False),
     "shard": read_shard,
     "index": TableImages,
     "check-data": lambda path: check_data(texts(path), with_images=False),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -13,7 +14,6 @@ from transformers import CLIPImageProcessorPil
 from llm2clip.data import (
     DamagedImageError,
     EvalTransform,
-    SkippedSample,
     Stage2Collator,
     caption_id,
 )
@@ -50,14 +50,35 @@ def test_batch_with_embeddings_from_the_cache(cache: EmbeddingCache) -> None:
     assert batch["skipped"] == []
 
 
-def test_skipped_samples_are_left_out_and_reported(cache: EmbeddingCache) -> None:
-    batch = Stage2Collator(cache)([_sample("a"), SkippedSample("k1", "torn"), _sample("ccc")])
-    assert len(batch["pixel_values"]) == len(batch["caption_ids"]) == len(batch["llm_embeds"]) == 2
-    assert batch["skipped"] == [("k1", "torn")]
-    none = [SkippedSample("k1", "torn"), SkippedSample("k2", "empty")]
-    for on_error in ("raise", "skip"):
-        with pytest.raises(ValueError, match=r"none of the 2 rows of a batch can be used \(k1: torn; k2: empty\)"):
-            Stage2Collator(cache, on_error=on_error)(none)
+def test_a_batch_of_which_nothing_is_left_is_an_error(cache: EmbeddingCache) -> None:
+    rows = [{**_sample("a", key="k1"), "caption": " "}, _sample("zz", key="k2")]
+    with pytest.raises(ValueError, match=r"none of the 2 rows of a batch can be used \(k1: it has no text.*; k2: its"):
+        Stage2Collator(cache, on_error="skip")(rows)
+
+
+def test_rows_may_name_the_caches_of_their_captions(cache: EmbeddingCache, tmp_path: Path) -> None:
+    """Each of them is asked once a batch, whose rows stay in order."""
+    build(tmp_path / "other", ["a", "dddd"])
+    other = EmbeddingCache.open(tmp_path / "other")
+    texts = ["a", "dddd", "ccc", "a", "bb"]
+    rows = [_sample(text) | ({"embedding_cache": other} if number % 2 else {}) for number, text in enumerate(texts)]
+    with patch.object(EmbeddingCache, "rows", autospec=True, side_effect=EmbeddingCache.rows) as asked:
+        batch = Stage2Collator(cache)(rows)
+    assert [call.args[1] for call in asked.call_args_list] == [["a", "ccc", "bb"], ["dddd", "a"]]
+    torch.testing.assert_close(batch["llm_embeds"].float(), embed(texts), atol=2e-3, rtol=2e-3)
+    rows[2]["embedding_cache"] = other
+    batch = Stage2Collator(cache, on_error="skip")(rows)
+    torch.testing.assert_close(batch["llm_embeds"].float(), embed(["a", "dddd", "a", "bb"]), atol=2e-3, rtol=2e-3)
+    assert batch["skipped"] == [("k", "its caption has no stored embedding")]
+
+
+def test_captions_have_ids_by_their_texts_unless_rows_have_their_own(cache: EmbeddingCache) -> None:
+    row = {"pixel_values": torch.zeros(3, 2, 2), "caption": ["a", "bb"]}
+    batch = Stage2Collator(cache).for_evaluation()([row, {**row, "caption": "bb"}])
+    assert batch["caption_ids"].tolist() == [caption_id("a"), caption_id("bb")]
+    assert batch["image_caption_ids"].tolist() == [[caption_id("a"), caption_id("bb")], [caption_id("bb"), -1]]
+    batch = Stage2Collator(cache)([{**row, "caption_id": 7}])
+    assert (batch["caption_ids"].tolist(), batch["image_caption_ids"].tolist()) == ([7], [[7]])
 
 
 def test_rows_that_cannot_be_used_are_an_error_or_skipped() -> None:

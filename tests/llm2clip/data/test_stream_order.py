@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from llm2clip.data.stream_order import BLOCK, Lanes, RowReader, SourceOrder
+from llm2clip.data.stream_order import BLOCK, Lanes, SourceOrder, row_reader
 
 FILES, PER_FILE = 60, 1_000
 ROWS = FILES * PER_FILE
@@ -26,13 +26,13 @@ def batches(
     counts = counts or [PER_FILE] * FILES
     lanes, share = Lanes.choose(batch, block), batch // readers
     order = SourceOrder(sum(counts), lanes, seed=seed)
-    reading = RowReader(read_rows, counts, order, block, lambda places: places // share % readers == reader)
+    reading = row_reader(read_rows, counts, order, block, lambda places: places // share % readers == reader)
     for first in range(reader * share, sum(counts) - batch, batch):
         chunks = range(first // lanes.chunk, -(-(first + share) // lanes.chunk))
         places = [(chunk, max(first, chunk * lanes.chunk), (chunk + 1) * lanes.chunk) for chunk in chunks]
         parts = [(chunk, begin % lanes.chunk, min(end, first + share)) for chunk, begin, end in places]
         yield np.array(
-            [row for chunk, begin, end in parts for row in reading.read(chunk, begin, end - chunk * lanes.chunk)]
+            [row for chunk, begin, end in parts for row in reading(chunk, begin, end - chunk * lanes.chunk)]
         )
 
 
@@ -51,6 +51,7 @@ def test_a_batch_and_the_share_of_a_process_are_drawn_from_all_of_the_data(batch
         assert runs(rows) > 0.49 * batch, "also while the first blocks are short"
         shares = np.split(rows, processes)
         assert min(map(runs, shares)) >= 64
+        assert len({*(rows // BLOCK)}) >= 64, "places of the data"
     assert runs(found[-1]) > (0.6 if batch > ROWS // 8 else 0.75) * batch
     place = np.arange(len(found) * batch)
     at_random = (place**2 + (ROWS - place) ** 2) / (2 * ROWS)
@@ -92,13 +93,10 @@ def test_chunks_divide_every_batch(batch: int) -> None:
 def test_a_small_epoch_has_another_order_every_time() -> None:
     """Of fewer rows than lanes."""
     order = [SourceOrder(40, Lanes.choose(8), seed=seed, first_epoch=epoch) for seed in (0, 1) for epoch in (0, 1)]
-    orders = {tuple(row for chunk in range(40) for row in reader(one).read(chunk, 0, 1)) for one in order}
+    readers = [row_reader(read_rows, [40], one, BLOCK, lambda places: places >= 0) for one in order]
+    orders = {tuple(row for chunk in range(40) for row in read(chunk, 0, 1)) for read in readers}
     assert {len(set(rows)) for rows in orders} == {40}
     assert len(orders) == 4
-
-
-def reader(order: SourceOrder) -> RowReader:
-    return RowReader(read_rows, [order.num_rows], order, BLOCK)
 
 
 def test_a_place_far_on_is_found_at_once() -> None:

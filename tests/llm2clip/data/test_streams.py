@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,11 +18,21 @@ from torch.utils.data import DataLoader
 from llm2clip.data import CaptionImageDataset, CaptionSource, StreamingCaptionImageDataset
 from llm2clip.data import tars as tar_reader
 from llm2clip.data.formats import SourceError
-from llm2clip.data.shard_rows import ShardRows
+from llm2clip.data.shards import ShardedSource
 from llm2clip.data.stream_order import Lanes
 from llm2clip.trainers.stage2_data import count_stream
 from tests.builders.tables import write_table
-from tests.llm2clip.data.streams import BATCH, PER_TAR, TARS, batches, every_caption, opened, steps_of, write_tars
+from tests.llm2clip.data.streams import (
+    BATCH,
+    PER_TAR,
+    TARS,
+    batches,
+    caption,
+    every_caption,
+    opened,
+    steps_of,
+    write_tars,
+)
 from tests.tars import write_tar
 
 
@@ -67,7 +78,7 @@ def test_one_pass_ends_with_the_last_row(world: int, workers: int, source: Capti
     for rank in range(world):
         stream = opened(source, rank, world, repeat=False)
         for batch in DataLoader(stream, batch_size=BATCH, num_workers=workers, collate_fn=list):
-            found += [sample["caption"] for sample in batch]
+            found += map(caption, batch)
     assert sorted(found) == every_caption(TARS)
 
 
@@ -96,7 +107,7 @@ def test_a_resume_reads_no_more_than_a_block_of_each_lane(
 
 def test_counted_first_rows_are_a_stream_of_their_own(source: CaptionSource) -> None:
     first = replace(source, max_samples=7)
-    counts = count_stream(opened(source).shards, first, 0, 1)
+    counts = count_stream(ShardedSource(first), 0, 1)
     assert counts == [3, 3, 1, 0, 0, 0, 0, 0, 0]
     streams = [opened(first, rank, 2, row_counts=counts) for rank in range(2)]
     read = list(itertools.chain(*itertools.islice(steps_of(streams, 2, Lanes.choose(2), size=1), 7)))
@@ -107,14 +118,14 @@ def test_files_are_read_in_order_without_a_shuffle(source: CaptionSource) -> Non
     stream = opened(source, repeat=False, shuffle_block=0)
     for epoch in range(2):
         stream.set_epoch(epoch)
-        assert [sample["caption"] for sample in stream] == every_caption(TARS)
+        assert list(map(caption, stream)) == every_caption(TARS)
 
 
 def test_batches_have_rows_of_different_files(tmp_path: Path) -> None:
     counts = [40] * 20
     stream = opened(write_tars(tmp_path, 20, counts), row_counts=counts, shuffle_block=16)
     for batch in itertools.islice(batches(stream, 0, Lanes.choose(32, 16), size=32), 20):
-        assert len({caption.split()[1] for caption in batch}) >= 10
+        assert len({text.split()[1] for text in batch}) >= 10
 
 
 def test_shards_that_lack_rows_are_named(tmp_path: Path) -> None:
@@ -138,11 +149,11 @@ def test_a_connection_that_ends_while_other_files_are_read_is_made_again(
                 raise RuntimeError("Response payload is not completed")  # what a client for HTTP may raise
             yield row
 
-    monkeypatch.setattr("llm2clip.data.shard_rows.tar_rows", interrupted)
+    monkeypatch.setattr("llm2clip.data.shards.tar_rows", interrupted)
     with pytest.raises(SourceError, match=r"\.tar cannot be read: RuntimeError: Response payload is not completed"):
         rows()
     opens.clear()
-    monkeypatch.setattr(ShardRows, "is_remote", lambda self, file: True)
+    monkeypatch.setattr(ShardedSource, "is_remote", lambda self, file: True)
     assert rows() == expected
     assert max(opens.values()) > 1
 
@@ -150,30 +161,37 @@ def test_a_connection_that_ends_while_other_files_are_read_is_made_again(
 def test_local_tars_are_counted_once_on_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In later runs nothing of them is read, until one changes."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    shards = opened(write_tars(tmp_path / "tars", 2), row_counts=[PER_TAR] * 2).shards
-    assert [shards.count(file) for file in range(2)] == [PER_TAR] * 2
+    files = ShardedSource(write_tars(tmp_path / "tars", 2))
+    assert list(files.counts()) == [PER_TAR] * 2
     read: list[str] = []
     grouped = tar_reader._grouped
     monkeypatch.setattr(tar_reader, "_grouped", lambda path, *a, **o: (read.append(path), grouped(path, *a, **o))[1])
     tar_reader._row_offsets.cache_clear()  # as a new process
-    assert [shards.count(file) for file in range(2)] == [PER_TAR] * 2
+    assert list(files.counts()) == [PER_TAR] * 2
     assert not read
     write_tar(tmp_path / "tars" / "00001.tar", [(f"{row}.txt", b"new") for row in range(5)])
-    assert [shards.count(file) for file in range(2)] == [PER_TAR, 5]
+    assert list(files.counts()) == [PER_TAR, 5]
+
+
+def test_files_are_counted_side_by_side(source: CaptionSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remote ones take a while each."""
+    all_at_once = threading.Barrier(TARS, timeout=30)
+    monkeypatch.setattr(ShardedSource, "_count", lambda self, file: (all_at_once.wait(), PER_TAR + file)[1])
+    assert list(ShardedSource(source).counts()) == [PER_TAR + file for file in range(TARS)]
 
 
 def test_first_tars_without_rows_are_no_error(tmp_path: Path) -> None:
     source = write_tars(tmp_path / "tars", 4, [0, 0, 2, 0])
     for streaming in (True, False):
         dataset: Any = (
-            StreamingCaptionImageDataset(source, None)
+            StreamingCaptionImageDataset(source, False)
             if streaming
-            else CaptionImageDataset(replace(source, streaming=False), None)
+            else CaptionImageDataset(replace(source, streaming=False), 0, False)
         )
-        assert sorted(sample["caption"] for sample in dataset) == ["caption 2 0", "caption 2 1"]
+        assert sorted(map(caption, dataset)) == ["caption 2 0", "caption 2 1"]
     write_tars(tmp_path / "tars", 4, [0] * 4)
     with pytest.raises(SourceError, match="no tar of the data has a row"):
-        StreamingCaptionImageDataset(source, None)
+        StreamingCaptionImageDataset(source, False)
 
 
 @pytest.mark.parametrize(("world", "epoch", "block"), [(1, 0, 0), (2, 0, 6), (4, 2, 6)])
@@ -183,9 +201,9 @@ def test_keys_do_not_depend_on_order_epoch_and_number_of_readers(
     source, keys = write_tars(tmp_path, 4), dict[str, str]()
     for rank in range(world):
         stream = opened(source, rank, world, row_counts=[PER_TAR] * 4, repeat=False, shuffle_block=block)
-        stream.columns = stream.columns._replace(key=None)  # every tar has keys
+        stream.files.columns = stream.files.columns._replace(key=None)  # every tar has keys
         stream.set_epoch(epoch)
-        keys |= {sample["caption"]: sample["key"] for sample in stream}  # type: ignore[index, call-overload]
+        keys |= {caption(row): row["key"] for row in stream}
     assert keys == {f"caption {shard} {row}": f"{shard}-{row}" for shard in range(4) for row in range(PER_TAR)}
 
 
@@ -209,12 +227,12 @@ def test_rows_are_counted_in_files_of_every_kind(kind: str, limit: int | None, t
         fsspec.filesystem("memory").put(str(tmp_path), "/counted", recursive=True)
         path = "memory://counted/*.tar"
     source = CaptionSource(path, caption_columns=columns, streaming=True, max_samples=limit)
-    stream = StreamingCaptionImageDataset(source, None, training=False)
+    stream = StreamingCaptionImageDataset(source, False, training=False)
     expected = {"saved": [1] * 6}.get(kind, rows)
     if limit is not None:
         expected = {"saved": [1, 1, 1, 1, 0, 0]}.get(kind, [2, 2, 0])
     assert stream.row_counts == expected
-    assert len({sample["caption"] for sample in stream}) == sum(expected) == (limit or 6)
+    assert len({*map(caption, stream)}) == sum(expected) == (limit or 6)
 
 
 def test_the_log_says_once_and_beforehand_that_remote_files_are_read_to_be_counted(
@@ -228,7 +246,7 @@ def test_the_log_says_once_and_beforehand_that_remote_files_are_read_to_be_count
         said_before.append(message in caplog.text)
         return PER_TAR
 
-    monkeypatch.setattr("llm2clip.data.shard_rows.count_tar_rows", counted)
+    monkeypatch.setattr("llm2clip.data.shards.count_tar_rows", counted)
     local = write_tars(tmp_path / "tars", 2)
     fsspec.filesystem("memory").put(str(tmp_path / "tars"), "/announced", recursive=True)
     remote = replace(local, path="memory://announced/*.tar")

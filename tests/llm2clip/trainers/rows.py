@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
-from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 from llm2clip import (
     DistillConfig,
@@ -26,7 +26,8 @@ from llm2clip import (
     Stage2Trainer,
     Student,
 )
-from llm2clip.data import CaptionImageDataset, EvalTransform, OnError, Stage2Collator, TrainTransform
+from llm2clip.data import CaptionImageDataset, OnError, Stage2Collator
+from llm2clip.data.stage2_collator import DEFAULT_CROP
 from tests.builders import small_runs, tiny
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers.stages import joint_model
@@ -76,9 +77,7 @@ def captioned(inputs: Inputs, on_error: OnError = "raise") -> CaptionImageDatase
         table = table.cast_column("image", datasets.Image(decode=False))
         broken = lambda row, number: {"image": {"bytes": b"none", "path": None}} if number == 3 else {}  # noqa: E731
         table = table.map(broken, with_indices=True)
-    image_processor = AutoImageProcessor.from_pretrained(inputs.vision)
-    transforms = EvalTransform(image_processor), TrainTransform(image_processor)
-    return CaptionImageDataset.of_table(table, "image", "caption", *transforms, seed=7, on_error=on_error)
+    return CaptionImageDataset.of_table(table, "image", "caption", seed=7)
 
 
 def stage2(inputs: Inputs, folder: Path, rows: Any = None, on_error: OnError = "raise", **changes: Any) -> Any:
@@ -89,7 +88,7 @@ def stage2(inputs: Inputs, folder: Path, rows: Any = None, on_error: OnError = "
     return Stage2Trainer(
         model=model,
         args=Stage2Config(**settings(folder, **changes)),
-        data_collator=Stage2Collator(cache, processor, on_error),
+        data_collator=Stage2Collator(cache, processor, on_error, crop_scale=DEFAULT_CROP),
         train_dataset=captioned(inputs, on_error) if rows is None else rows,
         processing_class=processor,
         cache=cache,

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from llm2clip.command_line.settings import build_config
-from llm2clip.data import CaptionImageDataset, CaptionSource, EvalTransform, SampleIndex, TrainTransform
+from llm2clip.data import CaptionImageDataset, CaptionSource, SampleIndex
 from llm2clip.encoders.stored import StoredEncoder
 from llm2clip.evaluation.data import RetrievalData
 from llm2clip.evaluation.protocols.retrieval import image_text_metrics
@@ -42,9 +42,10 @@ def stored(config: Stage2Recipe) -> tuple[Any, StoredPairsDataset]:
     """The model of a run, and its rows with stored features."""
     run_stage2.set_seed(config.seed)
     model, processor = run_stage2.open_model(config)
-    images, cache = build_dataset(config, processor.image_processor), EmbeddingCache.open(config.embedding_cache)
+    images, cache = build_dataset(config), EmbeddingCache.open(config.embedding_cache)
     folder = config.feature_cache or Path(config.output_dir, "features")
     options: dict[str, Any] = {"dtype": config.feature_dtype, "views": config.feature_views}
+    options |= {"crop_scale": config.crop_scale, "on_error": config.on_error}
     return model, store_pairs(model, processor.image_processor, images, cache, folder, **options)
 
 
@@ -151,8 +152,7 @@ def test_a_script_does_what_the_command_does(inputs: Inputs, tmp_path: Path) -> 
     run_stage2.set_seed(config.seed)
     model, processor = run_stage2.open_model(config)
     image_processor, cache = processor.image_processor, EmbeddingCache.open(inputs.cache)
-    transforms = EvalTransform(image_processor), TrainTransform(image_processor)
-    images = CaptionImageDataset([CaptionSource.from_dict(config.sources[0])], *transforms, seed=config.seed)
+    images = CaptionImageDataset([CaptionSource.from_dict(config.sources[0])], seed=config.seed)
     pairs = store_pairs(model, image_processor, images, cache, tmp_path / "features")
     Stage2Trainer(model, config, train_dataset=pairs, processing_class=processor, cache=cache).train()
     assert_equal_weights(model.cpu(), expected)

@@ -11,14 +11,14 @@ from typing import Any
 import datasets
 import fsspec
 import pytest
-import torch
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+from transformers import AutoImageProcessor
 
 from llm2clip.command_line.processes import leave_process_group
 from llm2clip.command_line.settings import build_config
-from llm2clip.data import CaptionSource, SkippedSample, StreamingCaptionImageDataset
+from llm2clip.data import CaptionSource, Stage2Collator, StreamingCaptionImageDataset
 from llm2clip.data import tars as tar_reader
-from llm2clip.data.captioned_images import SampleMaker
 from llm2clip.data.shards import ShardedSource
 from llm2clip.data.sidecars import SourceSidecars
 from llm2clip.data.stream_order import BLOCK
@@ -89,15 +89,25 @@ def test_every_sample_has_the_embedding_of_its_caption_and_comes_once(
     embedded(inputs, tmp_path / "cache", source(tars), store="cache")
     cache = EmbeddingCache.open(tmp_path / "cache")
     stream = CaptionSource.from_dict(source(tars))
-    options: Any = {"embeddings": SourceSidecars(tars, ShardedSource(stream).shards).open, "shuffle_block": 8}
+    options: Any = {"embeddings": SourceSidecars(tars, ShardedSource(stream).shards), "shuffle_block": 8}
+    processor = AutoImageProcessor.from_pretrained(inputs.vision)
     keys: list[str] = []
     for rank in range(world):
         options |= {"rank": rank, "world_size": world, "row_counts": [PER_TAR] * TARS}
-        rows = StreamingCaptionImageDataset(stream, None, **options)
+        rows = StreamingCaptionImageDataset(stream, **options)
         rows.set_epoch(3)
-        for sample in torch.utils.data.DataLoader(rows, batch_size=None, num_workers=workers):
-            keys.append(sample["key"])
-            assert sample["llm_embeds"].equal(cache.lookup([sample["caption"]], dtype=None)[0])
+        rows.batch_size = 4
+
+        def collated(samples: list[dict[str, Any]]) -> tuple[Any, Any]:
+            """The batch from the sidecars, and from the cache."""
+            plain = [{name: x for name, x in row.items() if name != "embedding_cache"} for row in samples]
+            beside = Stage2Collator(processor=processor)(samples)
+            return beside, Stage2Collator(cache, processor)(plain)
+
+        for beside, expected in DataLoader(rows, 4, num_workers=workers, collate_fn=collated):
+            keys += beside["keys"]
+            assert beside["llm_embeds"].equal(expected["llm_embeds"])
+            assert beside["caption_ids"].equal(expected["caption_ids"])
     assert len(keys) == len(set(keys)) == TARS * PER_TAR
 
 
@@ -110,13 +120,14 @@ def test_a_caption_without_embedding_is_an_error_or_skipped(inputs: Inputs, tars
     stream = CaptionSource.from_dict(source(tars))
     opened = ShardedSource(stream)
     lost = next(iter(opened.read(opened.shards[1]).captions))
-    options: dict[str, Any] = {"training": False, "embeddings": SourceSidecars(tmp_path, opened.shards).open}
-    with pytest.raises(MissingCaptionError, match=r"its caption has no stored embedding\. .* Run `llm2clip embed`"):
-        list(StreamingCaptionImageDataset(stream, None, **options))
-    samples = list(StreamingCaptionImageDataset(stream, None, on_error="skip", **options))
-    plain: list[Any] = list(StreamingCaptionImageDataset(stream, None, training=False))
-    of_lost = {row["key"] for number, row in enumerate(plain) if row["caption"] == lost and number // PER_TAR == 1}
-    assert {sample.key for sample in samples if isinstance(sample, SkippedSample)} == of_lost != set()
+    sidecars = SourceSidecars(tmp_path, opened.shards)
+    rows = list(StreamingCaptionImageDataset(stream, training=False, embeddings=sidecars))
+    processor = AutoImageProcessor.from_pretrained(inputs.vision)
+    with pytest.raises(MissingCaptionError, match=r"1\.emb.* lacks .* captions.* Run `llm2clip embed`"):
+        Stage2Collator(processor=processor)(rows)
+    first = [(row["key"], row["caption"]["json.caption"]) for row in rows[PER_TAR : 2 * PER_TAR]]
+    skipped = Stage2Collator(processor=processor, on_error="skip")(rows)["skipped"]
+    assert {key for key, _ in skipped} == {key for key, text in first if text == lost} != set()
 
 
 def test_sidecars_that_do_not_fit_are_refused_before_training(inputs: Inputs, tars: str, tmp_path: Path) -> None:
@@ -181,8 +192,8 @@ def test_a_resumed_run_equals_an_unbroken_one_and_decodes_nothing_again(
     on_stream(tmp_path / "unbroken", inputs, Path(tars), tars, **changes)
     made: list[str] = []
     read: list[str] = []
-    make, decoded = SampleMaker.__call__, tar_reader._decoded
-    monkeypatch.setattr(SampleMaker, "__call__", lambda self, *a: (made.append(a[1]), make(self, *a))[1])
+    make, decoded = Stage2Collator._prepared, tar_reader._decoded
+    monkeypatch.setattr(Stage2Collator, "_prepared", lambda self, *a: (made.append(a[0]["key"]), make(self, *a))[1])
     monkeypatch.setattr(tar_reader, "_decoded", lambda path, key, *a: (read.append(key), decoded(path, key, *a))[1])
     for step, again in [(3, False), (6, False), (3, True)]:
         folder = tmp_path / str(step) if again else broken_after(tmp_path / "unbroken", tmp_path / str(step), step)

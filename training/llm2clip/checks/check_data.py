@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from llm2clip.checks.near_duplicates import HashCheck, near_duplicates, perceptual_hash
 from llm2clip.checks.row_checks import (
@@ -16,7 +16,6 @@ from llm2clip.checks.row_checks import (
     Check,
     ImageCheck,
     RowCheck,
-    RowFacts,
     RowReader,
     TextFaultCheck,
 )
@@ -25,13 +24,12 @@ from llm2clip.command_line.processes import worker_count
 from llm2clip.command_line.progress import ProgressBar
 from llm2clip.command_line.settings import check_choices, setting
 from llm2clip.command_line.tables import print_table
-from llm2clip.data.captioned_images import OnError
-from llm2clip.data.formats import SourceError
-from llm2clip.data.shard_rows import data_worker, open_shards
-from llm2clip.data.sources import CaptionSource, load_source, open_source, source_columns
+from llm2clip.data import CaptionImageDataset, CaptionSource, OnError
+from llm2clip.data.rows import captioned_row
+from llm2clip.data.shards import ShardedSource
+from llm2clip.data.streams import data_worker
 from llm2clip.data.table_identity import data_revision
 from llm2clip.files.atomic import write_json
-from llm2clip.files.library_errors import wrap_read_errors
 from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS
 
 # Rows that a worker process sends at once.
@@ -154,12 +152,12 @@ def check_data(
         importlib.import_module("imagehash")
     reader = RowReader(max_pixels, perceptual_hash if others else None)
     for split, other in others.items():
-        feed_rows(open_rows(replace(source, split=split), reader, with_images), source.path, [other], num_workers)
-    rows = open_rows(source, reader, with_images)  # says which the columns are
+        feed_rows(open_rows(replace(source, split=split), with_images), reader, source.path, [other], num_workers)
+    rows = open_rows(source, with_images)  # says which the columns are
     checks: list[Check] = [RowCheck(), CaptionCheck(source.caption_columns), TextFaultCheck(), token_check]
     if with_images:
         checks.append(ImageCheck())
-    feed_rows(rows, source.path, [*checks, hashes], num_workers)
+    feed_rows(rows, reader, source.path, [*checks, hashes], num_workers)
     report: dict[str, Any] = {"data": {**vars(source), "revision": data_revision(vars(source))}}
     for check in checks:
         report |= check.summary()
@@ -169,50 +167,37 @@ def check_data(
     return report | {"findings": {name: vars(finding) for name, finding in findings.items()}}
 
 
-class StreamedFiles(IterableDataset):
-    """The facts of the rows of a stream, whose files, or first rows, the DataLoader workers share."""
+class StreamedRows(IterableDataset):
+    """The rows of a stream, whose files, or first rows, the DataLoader workers share."""
 
-    def __init__(self, source: CaptionSource, reader: RowReader, with_images: bool) -> None:
-        self.columns, self.shards = open_shards(source, open_source(source), with_images)
-        self.reader, self.max_samples = reader, source.max_samples
+    def __init__(self, source: CaptionSource, with_images: bool) -> None:
+        self.files = ShardedSource(source, with_images=with_images)
 
-    def __iter__(self) -> Iterator[RowFacts]:
-        for file, row, values in self.shards.share(*data_worker(), self.max_samples):
-            number = f"{file}-{row}" if self.shards.num_files > 1 else str(row)
-            yield self.reader(values, self.columns.row_key(values, number), self.columns)
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for file, number, values in self.files.share(*data_worker()):
+            yield captioned_row(values, self.files.columns, self.files.row_name(file, number))
 
 
-class TableRows(Dataset):
-    """The facts of the rows of a table."""
-
-    def __init__(self, source: CaptionSource, reader: RowReader, with_images: bool) -> None:
-        self.table: Any = load_source(source, with_images)
-        self.columns = source_columns(source, self.table, with_images)
-        self.path, self.reader = source.path, reader
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, number: int) -> RowFacts:
-        with wrap_read_errors(self.path, SourceError):
-            values = self.table[number]
-        return self.reader(values, self.columns.row_key(values, str(number)), self.columns)
-
-
-def open_rows(source: CaptionSource, reader: RowReader, with_images: bool) -> TableRows | StreamedFiles:
+def open_rows(source: CaptionSource, with_images: bool) -> CaptionImageDataset | StreamedRows:
     """Open a source; see [`check_data`] for errors."""
-    return (StreamedFiles if source.streaming else TableRows)(source, reader, with_images)
+    return StreamedRows(source, with_images) if source.streaming else CaptionImageDataset(source, 0, with_images)
 
 
-def feed_rows(rows: TableRows | StreamedFiles, name: str, checks: Sequence[Check], num_workers: int | None) -> None:
+def feed_rows(
+    rows: CaptionImageDataset | StreamedRows,
+    reader: RowReader,
+    name: str,
+    checks: Sequence[Check],
+    num_workers: int | None,
+) -> None:
     """Feed all rows of a source to checks; the order of a stream depends on the number of workers."""
     workers, total = worker_count(num_workers), None
-    if isinstance(rows, TableRows):
+    if isinstance(rows, CaptionImageDataset):
         total = len(rows)
-    elif rows.max_samples is None:
-        workers = min(workers, rows.shards.num_files)
+    elif rows.files.source.max_samples is None:
+        workers = min(workers, rows.files.num_files)
     with ProgressBar(f"Checking {name}", total, "row") as bar:
-        for batch in DataLoader(rows, BATCH, num_workers=workers, collate_fn=list):
+        for batch in DataLoader(rows, BATCH, num_workers=workers, collate_fn=reader.read_all):
             for row in batch:
                 for check in checks:
                     check.add(row)

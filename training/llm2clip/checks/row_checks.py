@@ -19,8 +19,7 @@ from typing import Any, NamedTuple, Protocol
 from ftfy.badness import is_bad
 from PIL import Image
 
-from llm2clip.data.captioned_images import CaptionError, RowCaptions, caption_id, column_texts
-from llm2clip.data.sources import Columns
+from llm2clip.data.rows import CaptionError, caption_id, captions_of, column_texts
 from llm2clip.store.store import caption_keys
 from modeling_llm2clip.image_decoding_llm2clip import (
     DEFAULT_MAX_PIXELS,
@@ -108,7 +107,7 @@ class RowFacts(NamedTuple):
 
 @dataclass(frozen=True)
 class RowReader:
-    """Reads the facts of a row.
+    """Reads the facts of rows, as data sets of captioned images yield them.
 
     Args:
         hash_image: Computes the perceptual hash of each image.
@@ -117,16 +116,20 @@ class RowReader:
     max_pixels: int = DEFAULT_MAX_PIXELS
     hash_image: Callable[[Image.Image], int] | None = None
 
-    def __call__(self, row: Mapping[str, Any], key: str, columns: Columns) -> RowFacts:
-        image = (
-            None if columns.image is None else inspect_image(row[columns.image], key, self.max_pixels, self.hash_image)
-        )
+    def read_all(self, rows: Sequence[Mapping[str, Any]]) -> list[RowFacts]:
+        """Read the facts of rows."""
+        return [self._read(row) for row in rows]
+
+    def _read(self, row: Mapping[str, Any]) -> RowFacts:
+        key, columns, image = row["key"], row["caption"], None
+        if "image" in row:
+            image = inspect_image(row["image"], key, self.max_pixels, self.hash_image)
         try:
-            texts = {column: column_texts(row, column) for column in columns.captions}
+            texts = {column: column_texts(columns, column) for column in columns}
         except TypeError as error:
             return RowFacts(key, {}, NOT_TEXT, str(error), image)
         try:
-            RowCaptions.of(row, key, columns.captions, columns.weights)
+            captions_of(columns, key, columns, row["caption_weights"])
         except CaptionError as error:
             return RowFacts(key, texts, NO_CAPTION, str(error.reason), image)
         return RowFacts(key, texts, image=image)

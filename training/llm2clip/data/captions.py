@@ -13,10 +13,10 @@ from datasets.distributed import split_dataset_by_node
 
 from llm2clip.command_line.processes import gather_results, process_state
 from llm2clip.command_line.progress import ProgressBar
-from llm2clip.data.captioned_images import column_texts
 from llm2clip.data.formats import SourceError
-from llm2clip.data.shard_rows import open_shards
-from llm2clip.data.sources import CaptionSource, open_source, row_batches, select_source
+from llm2clip.data.rows import column_texts
+from llm2clip.data.shards import ShardedSource
+from llm2clip.data.sources import CaptionSource, load_source, row_batches
 from llm2clip.files.library_errors import wrap_read_errors
 
 logger = logging.getLogger(__name__)
@@ -36,15 +36,13 @@ def _numbered_batches(
     source: CaptionSource, rank: int, world_size: int, show_progress: bool
 ) -> Iterator[tuple[int, list[str]]]:
     """Yield the batches of [`caption_batches`], in a stream with the number of the file that each is of."""
-    opened = open_source(source)
     total = None
     batches: Iterator[tuple[int, list[Any]]]
     if source.streaming:
-        _, shards = open_shards(source, opened, with_images=False)
-        by_file = itertools.groupby(shards.share(rank, world_size, source.max_samples), itemgetter(0))
+        by_file = itertools.groupby(ShardedSource(source).share(rank, world_size), itemgetter(0))
         batches = ((file, batch) for file, rows in by_file for batch in _in_batches(row for _, _, row in rows))
     else:
-        table: Any = select_source(source, opened, with_images=False)
+        table: Any = load_source(source, with_images=False)
         if world_size > 1:
             if rank >= len(table):
                 return  # an empty part is an error of datasets

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from llm2clip.data.pairs import PairDataset, PairTable
-from llm2clip.data.sampling import EpochBatchSampler, stable_seed
+from llm2clip.data.rows import stable_seed
+from llm2clip.data.sampling import EpochBatchSampler
 
 logger = logging.getLogger(__name__)
 PLAN_ATTEMPTS = 4

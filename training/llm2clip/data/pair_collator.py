@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 
-from llm2clip.data.captioned_images import clean_caption
+from llm2clip.data.rows import clean_caption
 from modeling_llm2clip.tokenization_llm2clip import pooling_mask, tokenize_with_instructions
 
 

@@ -16,13 +16,12 @@ import numpy as np
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
-from llm2clip.data.captioned_images import caption_id, column_texts
 from llm2clip.data.formats import SourceError
 from llm2clip.data.opened_table import open_table
-from llm2clip.data.sampling import ConcatenatedTables, SampleIndex, stable_seed
+from llm2clip.data.rows import caption_id, column_texts, column_value, stable_seed
+from llm2clip.data.sampling import ConcatenatedTables, SampleIndex
 from llm2clip.data.sources import (
     Source,
-    column_value,
     first_rows,
     require_columns,
     require_weight,

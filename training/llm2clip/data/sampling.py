@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 from torch.utils.data import Dataset, Sampler
+
+from llm2clip.data.rows import stable_seed
 
 
 class SampleIndex(NamedTuple):
@@ -21,12 +22,6 @@ class SampleIndex(NamedTuple):
 
     epoch: int
     index: int  # type: ignore[assignment]  # overrides tuple.index
-
-
-def stable_seed(*parts: int | str) -> int:
-    """Hash `parts` to a non-negative 63-bit number that is the same on every machine and Python version."""
-    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 class EpochDataset(Dataset):

@@ -1,33 +1,52 @@
-"""The shards of a streamed source: its files, each with a name that does not depend on where the data lies."""
+"""The files of a streamed source: their names, and the rows, captions and counts of each."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import logging
 import os
 import posixpath
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
+import datasets
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from llm2clip.data.captioned_images import column_texts
-from llm2clip.data.formats import SourceError
-from llm2clip.data.shard_rows import RowRange, cut_parquet, open_shards
-from llm2clip.data.sources import CaptionSource, open_source
+from llm2clip.data.formats import SourceError, file_format
+from llm2clip.data.opened_table import OpenedTable
+from llm2clip.data.parquet import BATCH, RowRange, cut_parquet, parquet_rows
+from llm2clip.data.rows import column_texts
+from llm2clip.data.sources import (
+    CaptionSource,
+    open_source,
+    row_batches,
+    select_source,
+    source_columns,
+    used_columns,
+)
+from llm2clip.data.tars import count_tar_rows, fewer_rows, row_offsets, tar_rows
 from llm2clip.files.library_errors import wrap_read_errors
 from llm2clip.files.remote_path import protocols
 from llm2clip.files.shared_files import shared_file
 
-# Footers of parquet files that are read at the same time.
-FOOTERS_AT_ONCE = 16
+logger = logging.getLogger(__name__)
+
+# Files that are counted, and footers that are read, at the same time.
+FILES_AT_ONCE = 16
 MAGIC = re.compile(r"[*?\[]")
 # How what the captions of a local file are known by begins.
 BY_CAPTIONS = "captions:"
+# What file systems say by which a file that has changed differs.
+FILE_STATE = ("size", "mtime", "ino", "ETag", "etag", "md5", "LastModified")
 
 
 class SourceShard(NamedTuple):
@@ -65,31 +84,207 @@ class ShardText:
 
 
 class ShardedSource:
-    """A streamed source as its files, which are read one at a time.
+    """A streamed source as its files, which are read one at a time, from any row on.
 
     Args:
-        source: A source with `streaming`, of one split and without `max_samples`.
+        source: A source with `streaming`; of one with `max_samples`, all rows are read nevertheless.
+        opened: Its table with all columns, if it is open.
+        with_images: Read the images too.
 
     Attributes:
-        opened: Its table, with all columns.
+        columns: The columns that are read.
+        num_files: Number of files.
+        files: Their paths or URLs; empty if they are unknown, and read through `datasets`, from their beginning.
 
     Raises:
-        FileNotFoundError, SourceError: The source cannot be read, or is not a list of files.
+        FileNotFoundError, SourceError: The source cannot be read, lacks a column, or is not set to streaming.
     """
 
-    def __init__(self, source: CaptionSource) -> None:
-        if not source.streaming or source.max_samples is not None:
-            raise SourceError(f"{source.path} is read by shard: set streaming: true, and leave max_samples unset.")
-        opened = open_source(source)
-        _, rows = open_shards(source, opened, with_images=False)
-        if not rows.files:
+    def __init__(self, source: CaptionSource, opened: OpenedTable | None = None, with_images: bool = False) -> None:
+        if not source.streaming:
+            raise SourceError(f"{source.path} is read file by file, but is not set to streaming: set streaming: true.")
+        self.source, self.opened = source, opened or open_source(source)
+        whole = select_source(replace(source, max_samples=None), self.opened, with_images)
+        self._table = cast(datasets.IterableDataset, whole)
+        self.columns = source_columns(source, self._table, with_images)
+        self._names = used_columns(self.columns, self.opened.table)
+        self.num_files: int = self._table.num_shards
+        self.files = list(self.opened.files) if len(self.opened.files) == self.num_files else []
+        # How each file is read; None is through `datasets`.
+        self._read_by = [self._reader_of(path) for path in self.files] or [None] * self.num_files
+        self._is_announced = False
+
+    def _reader_of(self, path: str) -> Any:
+        if file_format(path) == ".tar":
+            return tar_rows
+        return parquet_rows if is_plain(path, ".parquet") and not self._contains_paths else None
+
+    @cached_property
+    def _contains_paths(self) -> bool:
+        """Whether the images of parquet files are paths, which `keep_encoded` completes."""
+        features = self._table.features or {}
+        images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+        if not images:
+            return False
+        with fsspec.open(self.files[0], "rb") as file:
+            schema = pq.read_schema(file)
+        kinds = [schema.field(name).type for name in images]
+        return any(pa.types.is_string(kind) or pa.types.is_large_string(kind) for kind in kinds)
+
+    # Rows.
+
+    def rows(self, file: int, numbers: Iterable[int] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield rows of a file with their numbers.
+
+        Args:
+            file: Its number.
+            numbers: Numbers of the rows, ascending; the next one is asked for when the one before has been used. By
+                default all rows.
+
+        Raises:
+            SourceError: The file cannot be read, or has fewer rows.
+        """
+        path, next_row = self.files[file] if self.files else f"file {file} of the stream", 0
+        wanted, sought, is_new = None if numbers is None else iter(numbers), list[int](), True
+
+        def asked(wanted: Iterator[int]) -> Iterator[int]:
+            for number in wanted:
+                sought[:] = [number]
+                yield number
+
+        try:
+            with wrap_read_errors(path, SourceError):
+                for number, row in self._rows(file, path, None if wanted is None else asked(wanted)):
+                    sought.clear()
+                    yield number, row
+                    next_row, is_new = number + 1, False
+            return
+        except SourceError as error:
+            # A server may have ended the connection while other files were read.
+            if is_new or not self.is_remote(file):
+                raise
+            logger.warning("Opening %s again at row %d: %s", path, next_row, error)
+        left = None if wanted is None else itertools.chain(sought, wanted)
+        yield from (found for found in self.rows(file, left) if found[0] >= next_row)
+
+    def _rows(self, file: int, path: str, numbers: Iterator[int] | None) -> Iterator[tuple[int, dict[str, Any]]]:
+        if (read := self._read_by[file]) is not None:
+            yield from read(path, self._names, numbers)
+            return
+        every = self.all_rows(file)
+        if numbers is None:
+            yield from every
+            return
+        for wanted in numbers:
+            found = next((row for number, row in every if number == wanted), None)
+            if found is None:
+                raise fewer_rows(path, wanted + 1)
+            yield wanted, found
+
+    def all_rows(self, file: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield all rows of a file through `datasets`, with their numbers."""
+        table = self._table if self.num_files == 1 else self._table.shard(self.num_files, file)
+        # Unlike the iterator of the table, its method does not split the rows by DataLoader worker once more.
+        with wrap_read_errors(self.files[file] if self.files else "a file of the stream", SourceError):
+            yield from enumerate(itertools.chain.from_iterable(row_batches(table, BATCH)))
+
+    def share(self, reader: int, readers: int) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        """Yield file, number and values of one reader's part of the rows: those of its files.
+
+        Of the first `max_samples` rows, whose last file is not known, each reader takes some, and reads them all.
+        """
+        limit = self.source.max_samples
+        files = range(self.num_files) if limit is not None else range(self.num_files)[reader::readers]
+        rows = ((file, *row) for file in files for row in self.rows(file))
+        return rows if limit is None else itertools.islice(rows, reader, limit, readers)
+
+    def row_name(self, file: int, number: int) -> str:
+        """Return the key of a row that has none: its number in its file, after that of the file of several."""
+        return f"{file}-{number}" if self.num_files > 1 else str(number)
+
+    def is_remote(self, file: int) -> bool:
+        """Tell whether a file is at a URL."""
+        return bool(self.files) and "://" in self.files[file]
+
+    # Counts.
+
+    def counts(self, files: Iterable[int] | None = None) -> Iterator[int]:
+        """Count the rows of files, by default of all; only the first `max_samples` rows of a stream.
+
+        They are counted side by side: of parquet in the footer, of a tar in its headers, of others by reading them.
+        What has to be read is read once per machine.
+
+        Raises:
+            SourceError: A file is damaged.
+        """
+        files, left = range(self.num_files) if files is None else files, self.source.max_samples
+        if left is None:
+            with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+                try:
+                    yield from pool.map(self._count, files)
+                finally:
+                    pool.shutdown(cancel_futures=True)
+            return
+        for file in files:
+            count = 0 if left == 0 else min(left, self._count(file, left))
+            left -= count
+            yield count
+
+    def _count(self, file: int, limit: int | None = None) -> int:
+        """Count the rows of a file; `limit` are wanted, at which the reading stops."""
+        if not self.files:
+            return sum(1 for _ in itertools.islice(self.all_rows(file), limit))
+        path = self.files[file]
+        if is_plain(path, ".parquet"):
+            with wrap_read_errors(path, SourceError), fsspec.open(path, "rb") as opened:
+                return int(pq.ParquetFile(opened).metadata.num_rows)
+        if is_plain(path, ".tar") and not self.is_remote(file) and (offsets := row_offsets(path)) is not None:
+            return len(offsets)
+        if limit is not None:
+            return sum(1 for _ in itertools.islice(self.rows(file), limit))
+
+        def write(counted: Path) -> None:
+            if self.is_remote(file):
+                self._announce_reading()
+            is_tar = file_format(path) == ".tar"
+            counted.write_text(str(count_tar_rows(path) if is_tar else sum(1 for _ in self.all_rows(file))))
+
+        with wrap_read_errors(path, SourceError):
+            files, name = fsspec.core.url_to_fs(path)
+            state = {key: str(value) for key, value in files.info(name).items() if key in FILE_STATE}
+        return int(shared_file("row-count", {"path": path, **state}, write).read_text())
+
+    def _announce_reading(self) -> None:
+        """Say before the first one that remote files are read whole, which may take as long as an epoch."""
+        if self._is_announced:
+            return
+        self._is_announced = True
+        read = [path for path in self.files if "://" in path and not is_plain(path, ".parquet")]
+        logger.info(
+            "counting the rows of %d remote files, %s and so on: they are read whole, once on this machine. You avoid "
+            "it with sidecars, which llm2clip embed writes.",
+            len(read),
+            read[0].split("?")[0],  # a signature may follow
+        )
+
+    # Captions.
+
+    @cached_property
+    def shards(self) -> list[SourceShard]:
+        """The files with their names.
+
+        Raises:
+            SourceError: The source has `max_samples`, or is not a list of files.
+        """
+        if self.source.max_samples is not None:
+            raise SourceError(f"{self.source.path} is read by shard; leave max_samples unset.")
+        if not self.files:
             raise SourceError(
-                f"{source.path} (split {source.split}) is not a list of files, which embeddings could lie beside. Use "
-                "webdataset tars or parquet, json or csv files, and one split; or embed into a cache (store: cache)."
+                f"{self.source.path} (split {self.source.split}) is not a list of files, which embeddings could lie "
+                "beside. Use webdataset tars or parquet, json or csv files, and one split; or embed into a cache "
+                "(store: cache)."
             )
-        self.opened, self.source = opened, source
-        self._rows = rows
-        self.shards = name_shards(source.path, opened.files)
+        return name_shards(self.source.path, self.files)
 
     def cut(self, captions: int) -> list[list[SourceShard]]:
         """Return the shards, and of each parquet file with more captions than so many its parts."""
@@ -99,7 +294,7 @@ class ShardedSource:
             ranges = cut_parquet(shard.path, columns, captions) if shard.path.endswith(".parquet") else []
             return [shard._replace(part=part) for part in ranges] or [shard]
 
-        with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
+        with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
             return list(pool.map(parts, self.shards))
 
     def read(self, shard: SourceShard) -> ShardText:
@@ -112,13 +307,18 @@ class ShardedSource:
         part = None if shard.part is None else range(*shard.part[:2])
         with wrap_read_errors(shard.path, SourceError):
             text.size = source_size(shard.path)
-            for _, row in self._rows.read(shard.number, part):
+            for _, row in self.rows(shard.number, part):
                 captions = [column_texts(row, column) for column in text.columns]
                 digest.update(json.dumps(captions).encode())
                 text.captions.update(dict.fromkeys(caption for texts in captions for caption in texts))
                 text.rows += 1
             text.checksum = BY_CAPTIONS + digest.hexdigest() if _is_local(shard.path) else stated_checksum(shard.path)
         return text
+
+
+def is_plain(path: str, ending: str) -> bool:
+    """Tell whether a file has this ending, and no compression."""
+    return path.split("?")[0].lower().endswith(ending)
 
 
 def source_size(path: str) -> int:

@@ -23,7 +23,7 @@ import numpy as np
 from torch import Tensor
 
 from llm2clip.data.formats import COMPRESSIONS, SourceError
-from llm2clip.data.shard_rows import RowRange
+from llm2clip.data.parquet import RowRange
 from llm2clip.data.shards import BY_CAPTIONS, ShardText, SourceShard, read_captions, source_checksum, source_size
 from llm2clip.files.atomic import require_writable
 from llm2clip.files.locks import file_lock

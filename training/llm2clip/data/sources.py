@@ -7,13 +7,14 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import datasets
 
 from llm2clip.command_line.settings import build_config, refuse
 from llm2clip.data.formats import SourceError
 from llm2clip.data.opened_table import OpenedTable, Table, open_table
+from llm2clip.data.rows import Columns
 from llm2clip.files.library_errors import wrap_read_errors
 from llm2clip.files.remote_path import refuse_pipe
 
@@ -110,6 +111,8 @@ class CaptionSource(Source):
         super().__post_init__()
         if not self.caption_columns:
             raise ValueError(f"caption_columns of {self.path} is empty; name at least one column.")
+        if len(set(self.caption_columns)) < len(self.caption_columns):
+            raise ValueError(f"caption_columns of {self.path} has a column twice: {', '.join(self.caption_columns)}.")
         weights = self.caption_weights
         if weights is not None and len(weights) != len(self.caption_columns):
             raise ValueError(
@@ -125,20 +128,6 @@ def require_weight(path: str, weight: float | None) -> None:
     """Raise ValueError if the weight of a source is given and is not positive and finite."""
     if weight is not None and not 0 < weight < math.inf:
         raise ValueError(f"The weight of {path} must be positive and finite, not {weight}.")
-
-
-class Columns(NamedTuple):
-    """The columns of a table that a `CaptionSource` uses; `key` is None if rows are identified by number."""
-
-    image: str | None
-    key: str | None
-    captions: list[str]
-    weights: list[float] | None
-
-    def row_key(self, row: Mapping[str, Any], default: str) -> str:
-        """Return the key of a row, or `default` if it has none."""
-        value = None if self.key is None else row[self.key]
-        return default if value is None else str(value)
 
 
 def load_source(source: CaptionSource, with_images: bool = True) -> Table:
@@ -220,17 +209,6 @@ def top_level(table: Table, column: str) -> str:
     """Return `column`, or for a field of a record the column of that record."""
     names = table.column_names or table_columns(table)
     return column if column in names else column.split(".")[0]
-
-
-def column_value(row: Mapping[str, Any], column: str) -> Any:
-    """Return the value of a column, where `a.b` is field `b` of the record in column `a` (None if absent)."""
-    if column in row:
-        return row[column]
-    value: Any = row
-    for part in column.split("."):
-        # Most records are dicts, and the test for mappings is slow.
-        value = value.get(part) if isinstance(value, dict) or isinstance(value, Mapping) else None  # noqa: SIM101
-    return value
 
 
 def row_batches(table: Table, size: int = 1000) -> Iterator[list[dict[str, Any]]]:

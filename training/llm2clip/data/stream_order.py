@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from llm2clip.data.sampling import stable_seed
+from llm2clip.data.rows import stable_seed
 
 # Lanes of a batch of all processes; more for large batches of small blocks, up to a number of files that can be open.
 LANES, MOST_LANES = 64, 512
@@ -39,6 +39,8 @@ Mixing = Literal["one_source_per_step", "proportional", "weights"]
 RowsBefore = Callable[[np.ndarray], np.ndarray]
 # Maps places in a stream, (n,) int64, to whether a reader yields their rows, (n,) bool.
 IsOwn = Callable[[np.ndarray], np.ndarray]
+# Yields rows of a file of a source: the epoch, the number of the file, and those of the rows.
+ReadFile = Callable[[int, int, Iterator[int]], Iterator[Any]]
 
 
 class Lanes(NamedTuple):
@@ -200,8 +202,10 @@ class SourceOrder:
         return np.repeat(firsts - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
 
 
-class RowReader:
-    """Reads the rows of a source in its order, where the number of rows of each file is known.
+def row_reader(
+    read: ReadFile, row_counts: Sequence[int], order: SourceOrder, block: int, is_own: IsOwn
+) -> Callable[[int, int, int], Iterator[Any]]:
+    """Return what reads the rows of a source in its order: those of a chunk, from its first to its last one, excluded.
 
     Args:
         read: Reads rows of a file, given the epoch, the number of the file and those of the rows, ascending, of which
@@ -209,57 +213,63 @@ class RowReader:
         row_counts: Rows of each file.
         order: Order of the rows.
         block: Rows of a lane that are shuffled together; 0 keeps rows and files in order.
-        is_own: Tells which places it is asked for; by default all.
+        is_own: Tells which places it is asked for.
+    """
+    open_lane = functools.partial(LaneReader, read, row_counts, order, block, is_own)
+    lanes: dict[int, LaneReader] = {}
+
+    def rows(chunk: int, first: int, last: int) -> Iterator[Any]:
+        for piece in order.pieces(chunk, first, last):
+            epoch = order.first_epoch + piece.epoch
+            if piece.lane is None:
+                yield from open_lane(epoch, -1, 0, piece.last).in_order(range(piece.first, piece.last))
+                continue
+            lane = lanes.get(piece.lane)
+            if lane is None or lane.epoch != epoch:
+                cut = order.cut(piece.epoch)
+                bounds = int(cut.starts[piece.lane]), int(cut.stops[piece.lane])
+                lane = lanes[piece.lane] = open_lane(epoch, piece.lane, *bounds)
+            yield from lane.read(piece.first, piece.last, chunk, piece.first - first)
+
+    return rows
+
+
+class LaneReader:
+    """Reads the rows of a lane, `start` to `stop` of the epoch's, block by block; its file stays open meanwhile.
+
+    See [`row_reader`] for the other arguments.
     """
 
     def __init__(
         self,
-        read: Callable[[int, int, Iterator[int]], Iterator[Any]],
+        read: ReadFile,
         row_counts: Sequence[int],
         order: SourceOrder,
         block: int,
-        is_own: IsOwn = lambda places: np.ones(len(places), dtype=bool),
+        is_own: IsOwn,
+        epoch: int,
+        lane: int,
+        start: int,
+        stop: int,
     ) -> None:
-        self.read_file, self.row_counts, self.order = read, row_counts, order
-        self.block, self.is_own = block, is_own
-        self._lanes: dict[int, _LaneReader] = {}
-
-    def read(self, chunk: int, first: int, last: int) -> Iterator[Any]:
-        """Yield the rows of a chunk, from its `first` to its `last` one, excluded."""
-        for piece in self.order.pieces(chunk, first, last):
-            epoch = self.order.first_epoch + piece.epoch
-            if piece.lane is None:
-                yield from _LaneReader(self, epoch, -1, 0, piece.last).in_order(range(piece.first, piece.last))
-            else:
-                lane = self._lanes.get(piece.lane)
-                if lane is None or lane.epoch != epoch:
-                    cut = self.order.cut(piece.epoch)
-                    bounds = int(cut.starts[piece.lane]), int(cut.stops[piece.lane])
-                    lane = self._lanes[piece.lane] = _LaneReader(self, epoch, piece.lane, *bounds)
-                yield from lane.read(piece.first, piece.last, chunk, piece.first - first)
-
-
-class _LaneReader:
-    """Reads the rows of a lane, `start` to `stop` of the epoch's, block by block; its file stays open meanwhile."""
-
-    def __init__(self, source: RowReader, epoch: int, lane: int, start: int, stop: int) -> None:
-        self.source, self.epoch, self.lane, self.start, self.stop = source, epoch, lane, start, stop
+        self.read_file, self.row_counts, self.order, self.size, self.is_own = read, row_counts, order, block, is_own
+        self.epoch, self.lane, self.start, self.stop = epoch, lane, start, stop
         # The blocks of the lanes end one after another, not all in one batch.
-        self._shift = int(source.block * (lane * GOLDEN_RATIO % 1))
+        self._shift = int(block * (lane * GOLDEN_RATIO % 1))
         # The rows of the block that have not been yielded, by their place in the lane.
         self._block, self._rows = -1, dict[int, Any]()
         # The files of an epoch, one after another, and where each of them ends.
-        self._files = np.arange(len(source.row_counts))
-        if source.block:
-            seed = stable_seed(source.order.seed, "files", epoch)
+        self._files = np.arange(len(row_counts))
+        if block:
+            seed = stable_seed(order.seed, "files", epoch)
             self._files = np.random.default_rng(seed).permutation(self._files)
-        self._ends = np.cumsum(np.asarray(source.row_counts)[self._files])
+        self._ends = np.cumsum(np.asarray(row_counts)[self._files])
         # The place of the open file, the numbers of the rows to read of it next, and its rows.
         self._position, self._wanted, self._open = -1, deque[int](), iter(list[Any]())
 
     def read(self, first: int, last: int, chunk: int, at: int) -> Iterator[Any]:
         """Yield the rows from the `first` to the `last` one of the lane, excluded; `at` is that of its chunk."""
-        size = self.source.block
+        size = self.size
         if not size:
             yield from self.in_order(range(self.start + first, self.start + last))
             return
@@ -272,13 +282,13 @@ class _LaneReader:
 
     def _read_block(self, block: int, first: int, chunk: int, at: int) -> dict[int, Any]:
         """Return the rows of a block that are this reader's, from the `first` one of the lane on, by their place."""
-        size, source = self.source.block, self.source
+        size = self.size
         begin = max(0, block * size - self._shift)
         end = min(self.stop - self.start, (block + 1) * size - self._shift)
-        seed = stable_seed(source.order.seed, "block", self.epoch, self.lane, block)
+        seed = stable_seed(self.order.seed, "block", self.epoch, self.lane, block)
         order = np.random.default_rng(seed).permutation(end - begin)
-        places = source.order.places(self.epoch - source.order.first_epoch, chunk, end - at)[first - at : end - at]
-        own = first + np.flatnonzero(source.is_own(places))
+        places = self.order.places(self.epoch - self.order.first_epoch, chunk, end - at)[first - at : end - at]
+        own = first + np.flatnonzero(self.is_own(places))
         own = own[np.argsort(order[own - begin])]
         rows = self.in_order((self.start + begin + order[own - begin]).tolist())
         return dict(zip(own.tolist(), rows, strict=True))
@@ -289,11 +299,11 @@ class _LaneReader:
         positions = np.searchsorted(self._ends, rows, side="right").tolist()
         for position, group in itertools.groupby(zip(positions, rows, strict=True), itemgetter(0)):
             file = int(self._files[position])
-            begin = int(self._ends[position]) - self.source.row_counts[file]
+            begin = int(self._ends[position]) - self.row_counts[file]
             if position != self._position:
                 self._position, self._wanted = position, deque()
                 # What is to be read next is not known yet when the last row of a block has been read.
-                self._open = self.source.read_file(self.epoch, file, iter(self._wanted.popleft, None))
+                self._open = self.read_file(self.epoch, file, iter(self._wanted.popleft, None))
             self._wanted += [row - begin for _, row in group]
             result += itertools.islice(self._open, len(self._wanted))
         return result

@@ -1,47 +1,47 @@
-"""Streams of samples for training: the rows of sharded sources in an order that no number of readers changes."""
+"""Streams of rows for training: those of sharded sources in an order that no number of readers changes."""
 
 from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
+import fsspec.asyn
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 
-from llm2clip.data.captioned_images import CaptionImageDataset, OnError, SampleMaker
+from llm2clip.data.captioned_images import CaptionImageDataset
 from llm2clip.data.formats import SourceError
 from llm2clip.data.opened_table import OpenedTable
-from llm2clip.data.sampling import SampleIndex, stable_seed
-from llm2clip.data.shard_rows import ShardRows, data_worker, open_shards
-from llm2clip.data.sources import CaptionSource, open_source
+from llm2clip.data.rows import captioned_row, stable_seed
+from llm2clip.data.sampling import SampleIndex
+from llm2clip.data.shards import ShardedSource
+from llm2clip.data.sidecars import SourceSidecars
+from llm2clip.data.sources import CaptionSource
 from llm2clip.data.stream_order import (
     BLOCK,
     EvenMixture,
     IsOwn,
     Lanes,
     Mixing,
-    RowReader,
     SourceOrder,
     StepMixture,
     checked_weights,
+    row_reader,
 )
 from llm2clip.data.table_identity import sampled_files_digest
-from llm2clip.data.transforms import EvalTransform, TrainTransform
 from llm2clip.files.atomic import digest_json
 from llm2clip.store import EmbeddingCache
-from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS
 
-# Yields the samples of a source in a chunk of the stream, from its `first` to its `last` one, excluded.
+# Yields the rows of a source in a chunk of the stream, from its `first` to its `last` one, excluded.
 ReadChunk = Callable[[int, int, int], Iterator[Any]]
 
 
 class SampleStream(IterableDataset):
-    """Iterable data set that shares its rows among processes and DataLoader workers itself.
+    """Iterable data set of rows that it shares among processes and DataLoader workers itself.
 
     The order of the rows follows from seed, numbers of rows and [`Lanes`]; process and worker decide only who yields
     which batch. The state of a run is the number of rows that it has consumed.
@@ -157,18 +157,27 @@ class SampleStream(IterableDataset):
             last = first + self.batch_size if end is None else min(first + self.batch_size, end)
             if first >= last:
                 return
-            yield from self._samples(first, last, lanes.chunk, opened)
+            yield from self._rows_of(first, last, lanes.chunk, opened)
 
-    def _samples(
+    def _rows_of(
         self, first: int, last: int, size: int, opened: Sequence[tuple[SourceOrder, ReadChunk]]
     ) -> Iterator[Any]:
-        """Yield the samples from the `first` to the `last` place of the stream, excluded."""
+        """Yield the rows from the `first` to the `last` place of the stream, excluded."""
         for chunk in range(first // size, -(-last // size)):
             begin, end = max(0, first - chunk * size), min(size, last - chunk * size)
             for order, read in opened:
                 count = order.count(chunk + 1) - order.count(chunk)
                 yield from read(chunk, min(begin, count), min(end, count))
                 begin, end = max(0, begin - count), max(0, end - count)
+
+
+def data_worker() -> tuple[int, int]:
+    """Return the number of this DataLoader worker, and how many there are; 0 and 1 where there are none."""
+    worker = get_worker_info()
+    if worker is None:
+        return 0, 1
+    fsspec.asyn.reset_lock()  # a forked process inherits a lock that nobody releases
+    return worker.id, worker.num_workers
 
 
 def _all_places(places: np.ndarray) -> np.ndarray:
@@ -179,59 +188,52 @@ def _all_places(places: np.ndarray) -> np.ndarray:
 class StreamingCaptionImageDataset(SampleStream):
     """Iterable data set of captioned images, read as a shuffled stream.
 
-    Samples are those of [`CaptionImageDataset`]; caption and crop are functions of seed, epoch and key. The order of
-    the rows is the same for any number of ranks and DataLoader workers; see [`SampleStream`]. Since the data set
-    shards itself, accelerate must not shard or dispatch its loader. Without a key column, the key of a row is its
-    number in its file, preceded by the number of the file and `-` if there are several. See [`CaptionImageDataset`]
-    for the other arguments.
+    Rows are those of [`CaptionImageDataset`]; their drawn caption and crop are functions of seed, epoch and key. The
+    order of the rows is the same for any number of ranks and DataLoader workers; see [`SampleStream`]. Since the data
+    set shards itself, accelerate must not shard or dispatch its loader. Without a key column, the key of a row is its
+    number in its file, preceded by the number of the file and `-` if there are several.
 
     Args:
-        training: Draw captions and crops; False takes first captions and the evaluation transform, in order.
+        with_images: Read the images. Without, rows have no `image`.
+        training: Draw captions and crops; False takes first captions and whole images, in order.
         seed: Seed of order, drawn captions and crops.
         shuffle_block: Rows that are shuffled together; 0 keeps rows and files in order.
         repeat: Start the next epoch at the end of the data, so that no rank runs out before another; for training by
             number of steps.
-        embeddings: Instead of a cache: opens the embeddings of the captions of a file by its number, as
-            [`SourceSidecars.open`](llm2clip.data.sidecars.SourceSidecars.open) does.
-        row_counts: Rows of each file, without those beyond `max_samples`; by default they are counted.
+        embeddings: The embeddings of the captions, which the rows then name: a cache, or the sidecars of the files.
+        row_counts: Rows of each file, without those beyond `max_samples`; by default those that the sidecars state, or
+            else they are counted.
         opened: The table of the source, if it is open.
 
     Raises:
-        FileNotFoundError, SourceError: If the source cannot be read, or has no rows.
-        ValueError: If the source is not set to streaming, or `rank` or `on_error` is invalid.
+        FileNotFoundError, SourceError: If the source cannot be read, is not set to streaming, or has no rows.
+        ValueError: If `rank` is invalid, or there are sidecars and `max_samples`.
     """
 
     def __init__(
         self,
         source: CaptionSource,
-        eval_transform: EvalTransform | None,
-        train_transform: TrainTransform | None = None,
+        with_images: bool = True,
         training: bool = True,
         seed: int = 0,
         shuffle_block: int = BLOCK,
         rank: int = 0,
         world_size: int = 1,
         repeat: bool = False,
-        on_error: OnError = "raise",
-        max_pixels: int = DEFAULT_MAX_PIXELS,
-        cache: EmbeddingCache | None = None,
-        embeddings: Callable[[int], EmbeddingCache] | None = None,
+        embeddings: EmbeddingCache | SourceSidecars | None = None,
         row_counts: Sequence[int] | None = None,
         opened: OpenedTable | None = None,
     ) -> None:
-        if not source.streaming:
-            raise ValueError(f"{source.path} is not set to streaming; use CaptionImageDataset or streaming: true.")
-        if embeddings is not None and source.max_samples is not None:
+        if isinstance(embeddings, SourceSidecars) and source.max_samples is not None:
             raise ValueError(f"max_samples of {source.path} cannot be combined with embeddings beside its files.")
         self.name = source.path
         super().__init__([self], seed, rank, world_size, repeat)
-        self.make_sample = SampleMaker(eval_transform, train_transform, seed, on_error, max_pixels, cache)
-        self.training, self.shuffle_block = training, shuffle_block if training else 0
-        self.embeddings = embeddings
-        self.columns, self.shards = open_shards(source, opened or open_source(source), eval_transform is not None)
-        self.row_counts = list(first_counts(self.shards, source.max_samples) if row_counts is None else row_counts)
-        if len(self.row_counts) != self.shards.num_files:
-            raise ValueError(f"row_counts has {len(self.row_counts)} entries for {self.shards.num_files} files.")
+        self.row_seed, self.training, self.shuffle_block = seed, training, shuffle_block if training else 0
+        self.embeddings, self.files = embeddings, ShardedSource(source, opened, with_images)
+        row_counts = getattr(embeddings, "row_counts", None) if row_counts is None else row_counts
+        self.row_counts = list(self.files.counts() if row_counts is None else row_counts)
+        if len(self.row_counts) != self.files.num_files:
+            raise ValueError(f"row_counts has {len(self.row_counts)} entries for {self.files.num_files} files.")
         if not self.num_rows:
             raise SourceError(f"the stream {self.name} has no rows.")
         # Whether row numbers name the rows of several sources.
@@ -243,31 +245,26 @@ class StreamingCaptionImageDataset(SampleStream):
 
     def fingerprint(self) -> str:
         """Return a hash of its files and their numbers of rows."""
-        return digest_json([[*map(os.path.basename, self.shards.files)], self.row_counts])
+        return digest_json([[*map(os.path.basename, self.files.files)], self.row_counts])
 
     def files_digest(self) -> str:
         """Hash the content of the source, of large files a sample."""
-        return sampled_files_digest(self.shards.files)
+        return sampled_files_digest(self.files.files)
 
     def join(self, number: int) -> None:
         """Make it one of several sources of a stream, with its number among them."""
         self.is_one_of_several, self.seed = True, stable_seed(self.seed, "source", number)
 
-    def _rows(self, epoch: int, file: int, rows: Iterable[tuple[int, dict[str, Any]]]) -> Iterator[Callable[[], Any]]:
-        """Yield for each numbered row of a file what makes its sample; images are decoded when it is called."""
-        make_sample = self.make_sample
-        if self.embeddings is not None:
-            make_sample = replace(make_sample, cache=self.embeddings(file))
-        for number, values in rows:
-            key = self._key(file, number, values)
-            # What the random parts of a sample depend on besides the seed.
-            seed_parts = (epoch, key) if self.training else None
-            yield partial(make_sample, values, key, self.columns, seed_parts)
-
-    def _key(self, file: int, number: int, values: Mapping[str, Any]) -> str:
-        """Return the key of a row: the same in every order and split."""
-        row = f"{file}-{number}" if self.shards.num_files > 1 else str(number)
-        return self.columns.row_key(values, f"{self.name}:{row}" if self.is_one_of_several else row)
+    def _rows(self, epoch: int, file: int, numbers: Iterator[int]) -> Iterator[dict[str, Any]]:
+        """Yield rows of a file by number, with the cache of their embeddings."""
+        cache = self.embeddings.open(file) if isinstance(self.embeddings, SourceSidecars) else self.embeddings
+        with_cache = {} if cache is None else {"embedding_cache": cache}
+        for number, values in self.files.rows(file, numbers):
+            name = self.files.row_name(file, number)
+            row = captioned_row(values, self.files.columns, f"{self.name}:{name}" if self.is_one_of_several else name)
+            if self.training:
+                row["seed_parts"] = self.row_seed, epoch, row["key"]
+            yield {**row, **with_cache}
 
     def open(self, order: SourceOrder, is_own: IsOwn) -> ReadChunk:
         """Open the source for a DataLoader worker of a process.
@@ -276,23 +273,7 @@ class StreamingCaptionImageDataset(SampleStream):
             order: The order of its rows.
             is_own: Which places of the stream the worker yields.
         """
-
-        def read(epoch: int, file: int, rows: Iterator[int]) -> Iterator[Callable[[], Any]]:
-            return self._rows(epoch, file, self.shards.read(file, rows))
-
-        reader = RowReader(read, self.row_counts, order, self.shuffle_block, is_own)
-        return lambda *part: (make() for make in reader.read(*part))
-
-
-def first_counts(shards: ShardRows, limit: int | None) -> Iterator[int]:
-    """Count the rows of each file; only the first `limit` rows of a stream, so that later files may have none."""
-    left = limit
-    for file in range(shards.num_files):
-        count = 0 if left == 0 else shards.count(file, left)
-        if left is not None:
-            count = min(left, count)
-            left -= count
-        yield count
+        return row_reader(self._rows, self.row_counts, order, self.shuffle_block, is_own)
 
 
 class TableSource:
@@ -301,10 +282,12 @@ class TableSource:
     Args:
         dataset: A data set of one source.
         seed: Seed of the order.
+        cache: The embeddings of the captions, which the rows then name.
     """
 
-    def __init__(self, dataset: CaptionImageDataset, seed: int) -> None:
+    def __init__(self, dataset: CaptionImageDataset, seed: int, cache: EmbeddingCache | None = None) -> None:
         self.dataset, self.seed, self.name = dataset, seed, dataset.sources[0].path
+        self.with_cache = {} if cache is None else {"embedding_cache": cache}
 
     @property
     def num_rows(self) -> int:
@@ -331,6 +314,6 @@ class TableSource:
             for row in range(begin + first, begin + last):
                 passed, number = divmod(row, len(self.dataset))
                 epoch = order.first_epoch + passed
-                yield self.dataset[SampleIndex(epoch, int(rows(epoch)[number]))]
+                yield {**self.dataset[SampleIndex(epoch, int(rows(epoch)[number]))], **self.with_cache}
 
         return read

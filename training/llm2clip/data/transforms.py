@@ -31,8 +31,8 @@ from modeling_llm2clip.image_decoding_llm2clip import (
 # Largest resized image before cropping: 96 MiB. At a shorter side of 224, this allows aspect ratios up to 660.
 MAX_RESIZED_PIXELS = 2**25
 ImageBackend = Literal["exact", "fast"]
-# Called with a value, its key and `max_pixels`.
-Decoder = Callable[[Any, str, int], Any]
+# Called with a value, its key and, if it is not the default, `max_pixels`.
+Decoder = Callable[..., Any]
 
 
 def decode_tensor(value: Any, key: str, max_pixels: int = DEFAULT_MAX_PIXELS) -> torch.Tensor:
@@ -67,6 +67,8 @@ class EvalTransform:
         if backend not in get_args(ImageBackend):
             raise ValueError(f"backend must be one of {', '.join(get_args(ImageBackend))}, not {backend!r}.")
         self.image_processor, self.backend = image_processor, backend
+        # Decodes an image with the backend, given its value, its key and `max_pixels`.
+        self.decode: Decoder = decode_tensor if backend == "fast" else decode_image
         self._called: Any = image_processor
         settings = image_processor.to_dict()
         if backend == "fast":
@@ -78,10 +80,6 @@ class EvalTransform:
             self._called = CLIPImageProcessor.from_dict(settings)
         size = {side: length for side, length in dict(settings.get("size") or {}).items() if length is not None}
         self._shortest_edge = size.get("shortest_edge") if settings.get("do_resize") and len(size) == 1 else None
-
-    def decode(self, value: Any, key: str, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image | torch.Tensor:
-        """Decode an image with the backend; see `decode_image` and `decode_tensor`."""
-        return (decode_tensor if self.backend == "fast" else decode_image)(value, key, max_pixels)
 
     def __call__(self, image: Image.Image | torch.Tensor, key: str = "image") -> torch.Tensor:
         """Prepare an RGB image, as returned by `decode`, of the row `key`; returns (3, H, W) float32.

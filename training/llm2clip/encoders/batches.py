@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from llm2clip.command_line.progress import ProgressBar
 from llm2clip.data import DEFAULT_MAX_PIXELS, OnError, SampleError, SkippedSample, decode_image
-from llm2clip.data.sources import Columns
+from llm2clip.data.rows import Columns
 from llm2clip.data.table_identity import content_keys, image_keys
 from llm2clip.data.transforms import Decoder
 from llm2clip.losses.gather import exchange_counts, gather_rows

@@ -14,7 +14,7 @@ from transformers import BaseImageProcessor
 
 from llm2clip.command_line.processes import process_state
 from llm2clip.data import EvalTransform, ImageBackend, OnError, SampleError, SkippedSample, TrainTransform
-from llm2clip.data.sampling import stable_seed
+from llm2clip.data.rows import stable_seed
 from llm2clip.encoders.batches import ContentSet, forward_images
 from llm2clip.files.atomic import digest_json
 from llm2clip.store import Store, StoreManifest, build_store

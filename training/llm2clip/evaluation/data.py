@@ -26,7 +26,7 @@ from llm2clip.data import (
     decode_image,
     load_source,
 )
-from llm2clip.data.captioned_images import column_texts
+from llm2clip.data.rows import column_texts
 from llm2clip.data.sources import SourceError, source_columns
 from llm2clip.data.table_identity import KEY_VERSION, content_keys, distinct, file_paths
 from llm2clip.encoders.batches import ChosenImages, ContentSet, ImageList, TableImages

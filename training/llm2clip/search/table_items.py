@@ -14,13 +14,12 @@ import pyarrow as pa
 from PIL import Image
 
 from llm2clip.data import DEFAULT_MAX_PIXELS, decode_image
-from llm2clip.data.captioned_images import clean_caption
 from llm2clip.data.opened_table import OpenedTable, open_table
+from llm2clip.data.rows import clean_caption, column_value
 from llm2clip.data.sources import (
     AUTOMATIC_KEY_COLUMNS,
     CAPTION_COLUMNS,
     WEBDATASET_IMAGE_COLUMNS,
-    column_value,
     keep_encoded,
     require_columns,
     table_columns,

@@ -69,7 +69,7 @@ class SourceFile:
             None.
         rows: Rows of the file, or of its part.
         columns: Columns that were read.
-        part: The fields of [`RowRange`](llm2clip.data.shard_rows.RowRange) if these are the rows of a part of it.
+        part: The fields of [`RowRange`](llm2clip.data.parquet.RowRange) if these are the rows of a part of it.
         path: Path or URL if the shard is in another folder, where another source could have a file of this name.
     """
 

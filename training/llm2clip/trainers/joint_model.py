@@ -107,7 +107,7 @@ def store_images(
     dataset: CaptionImageDataset,
     cache: EmbeddingCache | None,
     retrieval: Mapping[str, RetrievalData],
-    views: int = 1,
+    **crops: Any,
 ) -> StoredPairsDataset:
     """Store what the frozen tower of a recipe makes of its images; see [`store_pairs`].
 
@@ -115,6 +115,7 @@ def store_images(
         config: Settings of `llm2clip align` or `llm2clip stage2`.
         cache: The embeddings of all captions.
         retrieval: Sets whose images are stored too.
+        crops: `views` and `crop_scale`, if there are random crops.
 
     Raises:
         ValueError: There is no such cache.
@@ -129,7 +130,9 @@ def store_images(
         config.feature_cache or Path(config.output_dir, FEATURES),
         also=[data.images for data in retrieval.values()],
         dtype=config.feature_dtype,
-        views=views,
+        image_backend=config.image_backend,
+        on_error=config.on_error,
+        **crops,
         batch_size=config.per_device_eval_batch_size,
         num_workers=config.dataloader_num_workers,
     )

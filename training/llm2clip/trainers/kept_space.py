@@ -84,7 +84,7 @@ def drawn_captions(dataset: CaptionImageDataset, cache: EmbeddingCache, on_error
     Raises:
         MissingCaptionError: The cache lacks a caption, and `on_error` is `raise`.
     """
-    rows = (row for row in dataset.without_images().captions() if not isinstance(row, SkippedSample))
+    rows = (row for row in dataset.captions(on_error) if not isinstance(row, SkippedSample))
     drawn = (text for row in rows for text, weight in zip(row.texts, row.weights, strict=True) if weight)
     texts = list(dict.fromkeys(drawn))
     if on_error == "skip":

@@ -13,7 +13,7 @@ from transformers import set_seed
 from transformers.utils import CONFIG_NAME
 
 from llm2clip.command_line.processes import on_main_process, process_state
-from llm2clip.data import CaptionImageDataset, CaptionSource, EvalTransform
+from llm2clip.data import CaptionImageDataset, CaptionSource
 from llm2clip.encoders.image_features import ImageFeatures
 from llm2clip.evaluation.data import RetrievalData
 from llm2clip.files.atomic import write_json
@@ -138,8 +138,7 @@ def _open(
     if captions.cache is None:
         raise ValueError("align reads one random-access cache; embed the captions with store: cache.")
     sources = [CaptionSource.from_dict(source) for source in config.sources]
-    evaluation = EvalTransform(_image_processor(processor), config.image_backend)
-    return captions, CaptionImageDataset(sources, evaluation, on_error=config.on_error)
+    return captions, CaptionImageDataset(sources)
 
 
 def _image_processor(processor: Any) -> Any:

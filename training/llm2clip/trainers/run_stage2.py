@@ -72,10 +72,11 @@ def build_trainer(config: Stage2Recipe) -> Stage2Trainer:
     rows = open_rows(config, model, image_processor, captions, retrieval)
     if config.lora_rank:
         add_lora(model, **lora_arguments(config))
+    images: dict[str, Any] = {"crop_scale": config.crop_scale, "image_backend": config.image_backend}
     return Stage2Trainer(
         model=model,
         args=config,
-        data_collator=Stage2Collator(captions.cache, processor, config.on_error),
+        data_collator=Stage2Collator(captions.cache, processor, config.on_error, **images),
         train_dataset=rows,
         processing_class=processor,
         retrieval=retrieval,
@@ -107,11 +108,12 @@ def open_rows(
     retrieval: dict[str, RetrievalData],
 ) -> Any:
     """Open the training set: images, or what a frozen tower makes of them, which is computed once."""
-    dataset = build_dataset(config, image_processor, captions)
+    dataset = build_dataset(config, captions)
     if config.freeze_vision != "all":
         return dataset
     config.check_length(len(dataset))
-    return store_images(config, model, image_processor, dataset, captions.cache, retrieval, config.feature_views)
+    crops: dict[str, Any] = {"views": config.feature_views, "crop_scale": config.crop_scale}
+    return store_images(config, model, image_processor, dataset, captions.cache, retrieval, **crops)
 
 
 def _check_pushing(config: Stage2Recipe, llm: Any) -> None:

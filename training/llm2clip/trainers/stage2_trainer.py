@@ -46,11 +46,10 @@ class Stage2Trainer(StageTrainer):
     """Trains the vision tower and the text adapter of an [`LLM2CLIPModel`] against its frozen LLM, or with its LoRA.
 
     The rows of its data sets are dicts of an image (`pixel_values`, or `image`) and its caption (`llm_embeds`, the
-    LLM's embedding, or `input_ids`, or `caption`); see [`Stage2Collator`]. Rows with `llm_embeds` need no LLM. Random
-    crops, and an order and resumed runs that depend on the seed alone, are those of a [`CaptionImageDataset`]
-    (`of_table` makes one of a table). What a frozen tower makes of the images is a data set that is made before
-    ([`store_pairs`]), and LoRA layers are added to the model before
-    ([`add_lora`]).
+    LLM's embedding, or `input_ids`, or `caption`); see [`Stage2Collator`], which also crops at random
+    (`crop_scale`). Rows with `llm_embeds` need no LLM. An order and resumed runs that depend on the seed alone are
+    those of a [`CaptionImageDataset`] (`of_table` makes one of a table). What a frozen tower makes of the images is a
+    data set that is made before ([`store_pairs`]), and LoRA layers are added to the model before ([`add_lora`]).
 
     ```python
     model = LLM2CLIPModel.from_pretrained("model", text_model=False)
@@ -173,10 +172,12 @@ class Stage2Trainer(StageTrainer):
         for part in (plain.vision_model, plain.text_model):
             if part is not None and not any(weight.requires_grad for weight in part.parameters()):
                 part.eval()
-        if self.saves_adapter() and "llm_embeds" in inputs:
-            raise ValueError("LoRA trains the LLM, so that llm_embeds are stale; give rows with a caption.")
-        if plain.text_model is not None and not self.saves_adapter() and "llm_embeds" not in inputs:
-            inputs = self._with_llm_embeds(plain, inputs)
+        if plain.text_model is not None:
+            is_trained, is_stored = self.saves_adapter(), "llm_embeds" in inputs
+            if is_trained and is_stored:
+                raise ValueError("LoRA trains the LLM, so that llm_embeds are stale; give rows with a caption.")
+            if not is_trained and not is_stored:
+                inputs = self._with_llm_embeds(plain, inputs)
         # Through the wrapped model, so that DDP sees every parameter including the logit scale.
         images, texts, *numbers = in_chunks(self._embed, model, inputs, self.args.tower_chunk_size)
         # One value per row, all equal; those of the last chunk are not recomputed.

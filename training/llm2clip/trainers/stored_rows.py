@@ -15,8 +15,10 @@ from torch import Tensor
 
 from llm2clip.command_line.processes import process_state
 from llm2clip.data import DEFAULT_MAX_PIXELS, CaptionImageDataset, ImageBackend, OnError, SampleIndex, SkippedSample
-from llm2clip.data.captioned_images import NO_EMBEDDING, RowCaptions, caption_id, unusable_batch_error
-from llm2clip.data.sampling import EpochDataset, stable_seed
+from llm2clip.data.rows import RowCaptions, caption_id, stable_seed
+from llm2clip.data.sampling import EpochDataset
+from llm2clip.data.skipped import NO_EMBEDDING, unusable_batch_error
+from llm2clip.data.stage2_collator import DEFAULT_CROP
 from llm2clip.encoders.batches import ContentSet, TableImages
 from llm2clip.encoders.image_features import ImageFeatures, feature_manifest, pooled_features, store_features
 from llm2clip.models.vision_identity import vision_fingerprint
@@ -40,14 +42,14 @@ class StoredPairsDataset(EpochDataset):
     seed, epoch and index.
 
     Args:
-        captions: The captions of the data, without images.
+        captions: The data, of which no image is read; its seed is that of the draws.
         features, image_rows: The stored features, and for each sample its row there.
         cache: The embeddings of all captions.
-        seed: Seed of the draws.
+        on_error: `raise` the error of a row without caption, or with one that the cache lacks, or `skip` the row.
 
     Raises:
-        MissingCaptionError: The cache lacks a caption, and the data set does not skip it.
-        CaptionError: A row has no caption, and the data set does not skip it.
+        MissingCaptionError: The cache lacks a caption, and `on_error` is `raise`.
+        CaptionError: A row has no caption, and `on_error` is `raise`.
     """
 
     def __init__(
@@ -56,9 +58,10 @@ class StoredPairsDataset(EpochDataset):
         features: ImageFeatures,
         image_rows: np.ndarray,
         cache: EmbeddingCache,
-        seed: int = 0,
+        on_error: OnError = "raise",
     ) -> None:
-        self.features, self.image_rows, self.cache, self.seed = features, image_rows, cache, seed
+        self.seed = captions.seed
+        self.features, self.image_rows, self.cache = features, image_rows, cache
         self.starts = captions.starts
         self.skipped = {
             row: features.skipped[stored]
@@ -67,8 +70,8 @@ class StoredPairsDataset(EpochDataset):
         }
         texts: list[str] = []
         ends, shares = [0], []
-        rows_captions: Iterable[RowCaptions | SkippedSample] = captions.captions()
-        if captions.make_sample.on_error == "skip":
+        rows_captions: Iterable[RowCaptions | SkippedSample] = captions.captions(on_error)
+        if on_error == "skip":
             rows_captions = _with_embeddings(list(rows_captions), cache)
         for row, sample in enumerate(rows_captions):
             if isinstance(sample, SkippedSample):
@@ -196,6 +199,9 @@ def store_pairs(
     also: Iterable[ContentSet] = (),
     dtype: FeatureDtype = "float32",
     views: int = 1,
+    crop_scale: Sequence[float] = DEFAULT_CROP,
+    image_backend: ImageBackend = "exact",
+    on_error: OnError = "raise",
     batch_size: int = 64,
     num_workers: int = 0,
 ) -> StoredPairsDataset:
@@ -210,19 +216,21 @@ def store_pairs(
     ```
 
     Args:
-        dataset: The captioned images. Seed, crops, decoder and what is done with damaged images are its own.
+        dataset: The captioned images. Captions and crops are drawn by its seed.
         cache: The LLM's embeddings of the captions.
         folder: Where the features are stored; several data sets can share it.
         also: Further images to store, such as those of retrieval sets, which a Trainer then reads there.
         dtype: Precision in which the tower computes.
         views: Views of each image: that of evaluation, and random crops.
+        crop_scale: Smallest and largest area of these crops, as a share of the image.
+        image_backend: Decoder of the images; see [`Stage2Collator`].
+        on_error: `raise` the error of an image or caption that cannot be used, or `skip` the row.
 
     Raises:
-        DamagedImageError: An image cannot be read, and the data set does not skip it.
+        DamagedImageError: An image cannot be read, and `on_error` is `raise`.
         MissingCaptionError: The cache lacks captions; see [`require_captions`].
     """
-    sample, tables = dataset.make_sample, tables_of(dataset)
-    assert sample.eval_transform is not None
+    tables = [TableImages(table, columns) for table, columns in zip(dataset.tables, dataset.columns, strict=True)]
     features = open_features(
         model,
         image_processor,
@@ -230,24 +238,17 @@ def store_pairs(
         folder,
         dtype=dtype,
         views=views,
-        crop_scale=(1.0, 1.0) if sample.train_transform is None else sample.train_transform.scale,
-        seed=sample.seed,
-        image_backend=sample.eval_transform.backend,
-        max_pixels=sample.max_pixels,
-        on_error=sample.on_error,
+        crop_scale=crop_scale,
+        seed=dataset.seed,
+        image_backend=image_backend,
+        on_error=on_error,
         batch_size=batch_size,
         num_workers=num_workers,
     )
     rows = features.find(np.concatenate([images.content_keys() for images in tables]))
-    pairs = StoredPairsDataset(dataset.without_images(), features, rows, cache, sample.seed)
+    pairs = StoredPairsDataset(dataset, features, rows, cache, on_error)
     pairs.mixing = dataset.mixing
     return pairs
-
-
-def tables_of(dataset: CaptionImageDataset) -> list[TableImages]:
-    """Return the images of a data set."""
-    pairs = zip(dataset.tables, dataset.columns, strict=True)
-    return [TableImages(table, columns, dataset.make_sample.max_pixels) for table, columns in pairs]
 
 
 def open_features(
@@ -261,7 +262,6 @@ def open_features(
     crop_scale: Sequence[float] = (1.0, 1.0),
     seed: int = 0,
     image_backend: ImageBackend = "exact",
-    max_pixels: int = DEFAULT_MAX_PIXELS,
     on_error: OnError = "raise",
     batch_size: int = 64,
     num_workers: int = 0,
@@ -273,7 +273,7 @@ def open_features(
         folder: Where the features are stored.
         dtype, views: See [`store_pairs`].
         crop_scale, seed: Area of the crops, and what they are drawn by, if there are several views.
-        image_backend, max_pixels: How an image is decoded.
+        image_backend: How an image is decoded.
 
     Raises:
         DamagedImageError: An image cannot be read, unless `on_error` is `skip`.
@@ -285,7 +285,7 @@ def open_features(
         width=views * model.config.vision_width,
         pooling=model.config.vision_pooling,
         image_backend=image_backend,
-        max_pixels=max_pixels,
+        max_pixels=DEFAULT_MAX_PIXELS,
         vision_model_dtype=dtype,
         views=views,
         crop_scale=crop_scale,

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from llm2clip.data import caption_id
-from llm2clip.data.captioned_images import CaptionError, RowCaptions, column_texts
+from llm2clip.data.rows import CaptionError, captions_of, column_texts, draw_caption
 
 
 def test_caption_id_ignores_only_case_white_space_and_unicode_composition() -> None:
@@ -32,13 +32,13 @@ def test_columns_may_contain_texts_lists_or_records() -> None:
 )
 def test_captions_are_drawn_by_weight(weights: list[float] | None, real: float) -> None:
     """The captions of a list share its weight."""
-    captions = RowCaptions.of({"real": "real", "dense": ["d1", "d2", "d3"]}, "k", ["real", "dense"], weights)
+    captions = captions_of({"real": "real", "dense": ["d1", "d2", "d3"]}, "k", ["real", "dense"], weights)
     draws = 4000
-    counts = Counter(captions.draw(seed) for seed in range(draws))
+    counts = Counter(draw_caption(captions, seed) for seed in range(draws))
     for text, share in {"real": real, **dict.fromkeys(("d1", "d2", "d3"), (1 - real) / 3)}.items():
         assert abs(counts[text] / draws - share) <= 4 * (share * (1 - share) / draws) ** 0.5
 
 
 def test_row_without_a_drawable_caption_raises() -> None:
     with pytest.raises(CaptionError, match="'k7' cannot be used: it has no text in a, b"):
-        RowCaptions.of({"a": "x", "b": None}, "k7", ["a", "b"], [0.0, 1.0])
+        captions_of({"a": "x", "b": None}, "k7", ["a", "b"], [0.0, 1.0])

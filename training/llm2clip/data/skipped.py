@@ -1,16 +1,40 @@
-"""Log of the rows that were skipped in training."""
+"""Rows that cannot be used: what is done with them, and the log of those that training skipped."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from llm2clip.files.library_errors import wrap_read_errors
 
 logger = logging.getLogger(__name__)
+
+# What to do with a damaged image or a row without caption.
+OnError = Literal["raise", "skip"]
+NO_EMBEDDING = "its caption has no stored embedding"
+# Rows that a message names.
+SHOWN = 20
+
+
+class SkippedSample(NamedTuple):
+    """A row that cannot be used, and why."""
+
+    key: str
+    reason: str
+
+
+def unusable_batch_error(skipped: Sequence[SkippedSample]) -> ValueError:
+    """Make the error of a batch of which every row is skipped."""
+    shown = "; ".join(f"{key}: {reason}" for key, reason in skipped[:SHOWN])
+    more = f"; and {len(skipped) - SHOWN} more" if len(skipped) > SHOWN else ""
+    return ValueError(
+        f"none of the {len(skipped)} rows of a batch can be used ({shown}{more}); mend or remove these rows, or raise "
+        "the batch size."
+    )
 
 
 class SkipLog:
