@@ -25,7 +25,7 @@ from llm2clip.files.manifests import (
 from llm2clip.search import index
 from llm2clip.search.search_index import SearchIndex
 from llm2clip.store import EmbeddingCache, Store, StoreManifest, build_store
-from llm2clip.store.building import ComputedRows
+from llm2clip.store.shards import ComputedRows
 from llm2clip.store.store import caption_keys
 from llm2clip.trainers.run_context import finish_checkpoint, last_checkpoint
 from llm2clip.verification import verify
@@ -83,11 +83,15 @@ def make_caches(folder: Path) -> None:
     features = feature_manifest("tower", "a", width=encoder.WIDTH, pooling="cls", image_backend="exact", max_pixels=9)
     rows = StoreManifest(kind="evaluation", encoder="model", identity={"fingerprint": "a"}, dtype="float32")
     for name, manifest in (("features", features), ("rows", rows)):
-        keys, dtype = caption_keys(CAPTIONS), getattr(torch, manifest.dtype)
-        with build_store(folder / name, keys, manifest, title="", shard_size=10, show_progress_bar=False) as build:
-            for number, positions in build:
-                found = ComputedRows(computed[positions].to(dtype), skipped=[(0, "key", "reason")])
-                build.write(number, positions, found)
+        build_store(
+            folder / name,
+            caption_keys(CAPTIONS),
+            manifest,
+            lambda positions: [ComputedRows(computed[positions], skipped=[(0, "key", "reason")])],
+            title="",
+            shard_size=10,
+            show_progress_bar=False,
+        )
 
 
 def read_cache(folder: Path) -> Readers:

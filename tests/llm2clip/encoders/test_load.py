@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import llm2clip
 from llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection, embed_captions, embed_images
 from llm2clip.data import DamagedImageError
-from llm2clip.encoders.batches import ImageList
+from llm2clip.encoders.images import ImageList
 from llm2clip.encoders.ours import OurEncoder
 from llm2clip.models.embeddings import NonFiniteError
 from tests.builders import tiny

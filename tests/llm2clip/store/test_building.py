@@ -118,7 +118,7 @@ def test_shards_that_a_kill_kept_out_of_the_index_are_added_to_it(
 )
 def test_cache_of_another_encoder_is_not_extended(tmp_path: Path, field: str, value: object) -> None:
     build(tmp_path, TEXTS)
-    with pytest.raises(StoreMismatchError, match=rf"{field} .*, but this build has {field} {value!r}"):
+    with pytest.raises(StoreMismatchError, match=rf"{field} .*, but this run has {field} {value!r}"):
         build(tmp_path, MORE, **{field: value})
 
 
@@ -213,7 +213,7 @@ def test_float16_overflow_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("texts", "options", "message"),
     [
-        (TEXTS, {"encoder": not_finite}, "'caption number 14' is not finite"),
+        (TEXTS, {"encoder": not_finite}, "the caption 'caption number 14'"),
         (TEXTS, {"encoder": lambda texts: embed(texts)[:, :7]}, r"shape \(4, 7\) instead of \(4, 8\)"),
         (["a", "b", "b", "b"], {}, "2 captions repeat an earlier one, such as 'b'"),
         ([], {}, "no captions"),
