@@ -11,7 +11,7 @@ from PIL import Image
 
 from llm2clip.data.shards import ShardedSource
 from llm2clip.data.sidecars import SourceSidecars
-from llm2clip.encoders.image_features import ImageFeatures, feature_manifest
+from llm2clip.encoders.image_features import ImageFeatures
 from llm2clip.files.folders import refuse_existing
 from llm2clip.files.manifests import (
     damage,
@@ -80,7 +80,7 @@ def read_lists(folder: Path) -> Readers:
 def make_caches(folder: Path) -> None:
     encoder.build(folder / "captions", CAPTIONS)
     computed = torch.nn.functional.normalize(torch.randn(len(CAPTIONS), encoder.WIDTH))
-    features = feature_manifest("tower", "a", width=encoder.WIDTH, pooling="cls", image_backend="exact", max_pixels=9)
+    features = StoreManifest(kind="features", encoder="tower", identity={"fingerprint": "a"}, width=encoder.WIDTH)
     rows = StoreManifest(kind="evaluation", encoder="model", identity={"fingerprint": "a"}, dtype="float32")
     for name, manifest in (("features", features), ("rows", rows)):
         build_store(

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -155,6 +156,10 @@ def _in_ranks(world: int, work: Callable[[int, Callable[[], None]], None]) -> li
     return errors
 
 
+def _processes(rank: int, barrier: Callable[[], None]) -> Any:
+    return SimpleNamespace(process_index=rank, num_processes=2, wait_for_everyone=barrier)
+
+
 @pytest.mark.parametrize("before", ["nothing", "killed", "changed"])
 def test_what_is_missing_is_distributed_over_ranks_with_an_equal_cache(before: str, tmp_path: Path) -> None:
     build(tmp_path / "one", TEXTS)
@@ -168,8 +173,8 @@ def test_what_is_missing_is_distributed_over_ranks_with_an_equal_cache(before: s
     asked: dict[int, list[str]] = {0: [], 1: []}
 
     def work(rank: int, barrier: Callable[[], None]) -> None:
-        options: dict[str, Any] = {"rank": rank, "world_size": 2, "barrier": barrier}
-        build(tmp_path / "two", TEXTS, _noting(asked[rank]), show_progress_bar=False, **options)
+        options: dict[str, Any] = {"processes": _processes(rank, barrier), "show_progress_bar": False}
+        build(tmp_path / "two", TEXTS, _noting(asked[rank]), **options)
         assert len(EmbeddingCache.open(tmp_path / "two")) == len(TEXTS)
 
     assert _in_ranks(2, work) == []
@@ -181,11 +186,9 @@ def test_what_is_missing_is_distributed_over_ranks_with_an_equal_cache(before: s
 
 def test_ranks_with_different_captions_are_refused(tmp_path: Path) -> None:
     def work(rank: int, barrier: Callable[[], None]) -> None:
-        build(tmp_path, TEXTS[: 37 - rank], rank=rank, world_size=2, barrier=barrier, show_progress_bar=False)
+        build(tmp_path, TEXTS[: 37 - rank], processes=_processes(rank, barrier), show_progress_bar=False)
 
     assert any("lacks 1 of 37 rows" in str(error) for error in _in_ranks(2, work))
-    with pytest.raises(ValueError, match="need a barrier"):
-        build(tmp_path, TEXTS, world_size=2)
 
 
 def test_two_builds_do_not_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,11 +158,11 @@ def _refuse_ignored(config: EmbedConfig, names: Sequence[str]) -> None:
 @exclusive
 def _embed_into_cache(config: EmbedConfig) -> dict[str, Any]:
     require(config, REQUIRED)
-    state, encoder = _long_lived_processes(), _open_encoder(config)
+    encoder = _open_encoder(config)
     sources = [CaptionSource.from_dict(source) for source in config.sources]
     captions = distinct_captions(sources, in_all_processes=True)
     name = config.text_model_name_or_path
-    manifest = embed_into_cache(captions, encoder, config.output_dir, name, config, state)
+    manifest = embed_into_cache(captions, encoder, config.output_dir, name, config)
     return {"num_captions": manifest.rows, "num_truncated": manifest.counts["truncated"]}
 
 
@@ -232,7 +232,7 @@ def _open_encoder(config: EmbedConfig) -> OurEncoder:
 
 
 def embed_into_cache(
-    captions: list[str], encoder: OurEncoder, folder: str, name: str, config: EmbedConfig, state: PartialState
+    captions: list[str], encoder: OurEncoder, folder: str, name: str, config: EmbedConfig
 ) -> StoreManifest:
     """Embed captions with a text tower into a cache; see [`build_embedding_cache`].
 
@@ -240,7 +240,6 @@ def embed_into_cache(
         captions: Distinct captions.
         encoder, name: The text tower, and its name in messages.
         config: Batch size and format.
-        state: The processes that share the work.
 
     Raises:
         ValueError: The weights of the text tower cannot be identified, which the cache has to record.
@@ -251,9 +250,7 @@ def embed_into_cache(
         partial(encoder.embed_and_count, batch_size=config.batch_size, instruction=config.instruction),
         describe_encoder(encoder, name, config),
         shard_size=config.shard_size,
-        rank=state.process_index,
-        world_size=state.num_processes,
-        barrier=state.wait_for_everyone,
+        processes=process_state(),
     )
 
 

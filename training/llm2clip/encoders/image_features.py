@@ -75,42 +75,6 @@ class ImageFeatures(Store):
         return mean.float(), (squares / count - mean.square()).clamp(min=0).sqrt().float()
 
 
-def feature_manifest(
-    vision_model: str,
-    fingerprint: str,
-    *,
-    width: int,
-    pooling: str,
-    image_backend: ImageBackend,
-    max_pixels: int,
-    vision_model_dtype: str = "float32",
-    views: int = 1,
-    crop_scale: Sequence[float] = (1.0, 1.0),
-    seed: int = 0,
-) -> StoreManifest:
-    """Describe the pooled features of a frozen vision tower.
-
-    Args:
-        vision_model: Name of the tower in messages.
-        fingerprint: Identity of the tower and its image processor.
-        width: Of a row, which has all views side by side.
-        pooling: How the tower's states become features; see `vision_pooling` of [`LLM2CLIPConfig`].
-        vision_model_dtype: The dtype that the tower computes in.
-        image_backend, max_pixels, views, crop_scale, seed: See [`open_features`].
-    """
-    identity: dict[str, Any] = {
-        "fingerprint": fingerprint,
-        "pooling": pooling,
-        "vision_model_dtype": vision_model_dtype,
-        "image_backend": image_backend,
-        "max_pixels": max_pixels,
-        "views": views,
-        "crop_scale": list(crop_scale) if views > 1 else [1.0, 1.0],
-        "seed": seed if views > 1 else 0,
-    }
-    return StoreManifest(kind="features", encoder=vision_model, identity=identity, width=width)
-
-
 class _Joined:
     """The images of several sets as one."""
 
@@ -194,50 +158,48 @@ def open_features(
         NonFiniteError: A feature is NaN or infinite; the message names its image.
         ValueError: No image can be decoded, or a feature exceeds the range of the stored dtype.
     """
-    state, tower = process_state(), model.vision_model
-    tower.to(state.device)
-    manifest = feature_manifest(
-        type(tower).__name__,
-        vision_fingerprint(model, image_processor, with_projection=False),
-        width=views * model.config.vision_width,
-        pooling=model.config.vision_pooling,
-        image_backend=image_backend,
-        max_pixels=max_pixels,
-        vision_model_dtype=dtype,
-        views=views,
-        crop_scale=crop_scale,
-        seed=seed,
-    )
+    tower = model.vision_model.to(process_state().device)
+    several = views > 1
+    identity: dict[str, Any] = {
+        "fingerprint": vision_fingerprint(model, image_processor, with_projection=False),
+        "pooling": model.config.vision_pooling,
+        "vision_model_dtype": dtype,
+        "image_backend": image_backend,
+        "max_pixels": max_pixels,
+        "views": views,
+        "crop_scale": list(crop_scale) if several else [1.0, 1.0],
+        "seed": seed if several else 0,
+    }
+    width = views * model.config.vision_width
+    manifest = StoreManifest(kind="features", encoder=type(tower).__name__, identity=identity, width=width)
     sets = list(images)
     keys = np.concatenate([one.content_keys() for one in sets]).astype(np.int64)
     first = np.sort(np.unique(keys, axis=0, return_index=True)[1])
     prepared = _Views(_Joined(sets), image_processor, manifest, keys, on_error)
 
-    def forward(inputs: dict[str, Tensor]) -> Tensor:
-        inputs = {name: value.to(tower.device) for name, value in inputs.items()}
-        if views > 1:
+    def forward(prepared: dict[str, Tensor]) -> Tensor:
+        inputs: dict[str, Any] = {name: value.to(tower.device) for name, value in prepared.items()}
+        if several:
             inputs["pixel_values"] = inputs["pixel_values"].flatten(0, 1)
         with torch.autocast(tower.device.type, getattr(torch, dtype), enabled=dtype != "float32"):
             return model.get_vision_features(**inputs)
 
     def compute(positions: np.ndarray) -> Iterator[ComputedRows]:
         rows = first[positions].tolist()
-        for part in encode_images(model, prepared, rows, forward, lambda: manifest.width, batch_size, num_workers):
+        for part in encode_images(model, prepared, rows, forward, lambda: width, batch_size, num_workers):
             numbered = enumerate(zip(part.rows, part.reasons, strict=True))
             skipped = [(place, prepared.images.key(row), reason) for place, (row, reason) in numbered if reason]
             yield ComputedRows(part.embeds, skipped=skipped)
 
     features = build_store(
-        Path(folder) / digest_json(dict(manifest.identity)),
+        Path(folder) / digest_json(identity),
         keys[first],
         manifest,
         compute,
         title="Features of images",
         shard_size=shard_size,
         wait_for_others=True,
-        rank=state.process_index,
-        world_size=state.num_processes,
-        barrier=state.wait_for_everyone,
+        processes=process_state(),
         kind=ImageFeatures,
         name=lambda position: f"image {prepared.images.key(int(first[position]))}",
     )

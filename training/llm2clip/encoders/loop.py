@@ -35,21 +35,20 @@ def run_model(
     model: nn.Module,
     batches: Sequence[BatchT],
     prepare: Callable[[BatchT], InputsT],
-    forward: Callable[[InputsT], Tensor | None],
+    forward: Callable[[InputsT], Tensor],
     num_workers: int = 0,
-) -> Iterator[tuple[BatchT, InputsT, Tensor | None]]:
+) -> Iterator[tuple[BatchT, InputsT, Tensor]]:
     """Run a model over batches, in order; yield each with its inputs and its output, float32 on the CPU.
 
     Args:
         model: What `forward` calls; it is in evaluation mode meanwhile.
         prepare: Makes the inputs of a batch, on the CPU.
-        forward: Called with the inputs, without gradients; None is the output of inputs of which nothing is left.
+        forward: Called with the inputs, without gradients.
         num_workers: Worker processes that prepare inputs; 0 for a thread.
     """
     for batch, inputs in zip(batches, _prepared(batches, prepare, num_workers), strict=True):
         with evaluating(model), torch.inference_mode():
-            output = forward(inputs)
-            output = None if output is None else output.float().cpu()
+            output = forward(inputs).float().cpu()
         yield batch, inputs, output
 
 
@@ -227,16 +226,19 @@ def encode_images(
     """
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     known: int | None = None
-    run = run_model(model, batches, prepared, lambda inputs: forward(inputs[0]) if inputs[0] else None, num_workers)
+
+    def forward_good(inputs: tuple[dict[str, Tensor], Any]) -> Tensor:
+        return forward(inputs[0]) if inputs[0] else torch.empty(0, 0)
+
+    run = run_model(model, batches, prepared, forward_good, num_workers)
     for batch, (_, skipped), output in run:
         good = [position for position, sample in enumerate(skipped) if sample is None]
-        if output is not None:
+        if good:
             output = output.reshape(len(good), -1)
             require_finite_rows(output, lambda row: prepared.images.key(batch[good[row]]), "images")  # noqa: B023
             known = output.shape[1]
         elif known is None:
             known = width()
         embeds = torch.zeros(len(batch), known)
-        if output is not None:
-            embeds[good] = output
+        embeds[good] = output.view(len(good), known)
         yield EncodedRows(list(batch), embeds, [None if sample is None else sample.reason for sample in skipped])

@@ -70,13 +70,14 @@ class StoredEncoder(OurEncoder):
         """Embed texts from the LLM's embeddings of them; see [`Encoder.encode_text`]."""
         texts = [texts] if isinstance(texts, str) else list(texts)
         llm_embeds = self.lookup(texts)
+        require_finite_rows(llm_embeds, lambda row: f"{texts[row]:.80}", "captions (by the LLM)")
         parts = self._run(
             range(len(texts)),
             lambda rows: llm_embeds[rows],
             lambda part: self.model.get_text_features(llm_embeds=part),
         )
         embeds = self.compact(torch.cat([torch.empty(0, self.full_width), *parts]))
-        require_finite_rows(embeds, lambda row: f"{texts[row]:.80}", "texts")
+        require_finite_rows(embeds, lambda row: f"{texts[row]:.80}", "captions (by the adapter)")
         return embeds
 
     def _run(
@@ -85,7 +86,6 @@ class StoredEncoder(OurEncoder):
         """Yield what a part of the model makes of stored rows, of unit length."""
         batches = np.split(np.asarray(rows, dtype=np.int64), range(BATCH, len(rows), BATCH))
         for *_, output in run_model(self.model, batches, read, lambda part: unit_features(forward(part))):
-            assert output is not None
             yield output
 
     def encode_image_parts(
@@ -104,7 +104,7 @@ class StoredEncoder(OurEncoder):
                 *next((images.key(row), why) for row, why in zip(rows, reasons, strict=True) if why)
             )
         parts = self._run(
-            stored_rows,
+            stored_rows.tolist(),
             self.features.read_views,
             lambda part: self.model.get_image_features(vision_features=part),
         )

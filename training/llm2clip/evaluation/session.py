@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -192,7 +191,7 @@ class Session:
         if kind in self._opened:
             new = new[self._opened[kind].find(keys[new]) < 0]
         assert self.store is not None
-        encoder, state = self.encoder, process_state()
+        encoder = self.encoder
         dtype, fingerprint = encoder.identity()["dtype"], encoder.fingerprint()
         manifest = StoreManifest(
             kind="evaluation",
@@ -207,13 +206,10 @@ class Session:
             manifest,
             lambda positions: compute(new[positions].tolist()),
             title=title,
-            # Processes share the work by shards.
-            shard_size=min(shard_size, max(1, math.ceil(len(new) / state.num_processes))),
+            shard_size=shard_size,
             wait_for_others=True,
             show_progress_bar=self.show_progress_bar,
-            rank=state.process_index,
-            world_size=state.num_processes,
-            barrier=state.wait_for_everyone,
+            processes=process_state(),
         )
         return self._opened[kind]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -49,9 +50,7 @@ def build_store(
     shard_size: int = 8192,
     wait_for_others: bool = False,
     show_progress_bar: bool = True,
-    rank: int = 0,
-    world_size: int = 1,
-    barrier: Callable[[], None] | None = None,
+    processes: Any = None,
     kind: type[StoreT] = Store,  # type: ignore[assignment]
     name: Callable[[int], str] = "row {}".format,
 ) -> StoreT:
@@ -59,20 +58,19 @@ def build_store(
 
     The missing keys are cut into shards in the given order. A shard is written under a temporary name, flushed to
     disk and renamed, and then its manifest: it is complete or missing. Shards that are whole are kept, and the result
-    equals that of an uninterrupted build. The missing shards are distributed over the ranks. Rank 0 locks the folder:
-    one build at a time.
+    equals that of an uninterrupted build. Several processes share the work by shards, which are smaller where there
+    would be too few; the first one locks the folder: one build at a time.
 
     Args:
         path: The folder, created if it does not exist.
-        keys: (n, 2) int64, distinct, the same on every rank.
+        keys: (n, 2) int64, distinct, the same in every process.
         manifest: The encoder and the format.
         compute: Yields the rows of the keys at some positions, in their order, some at a time.
-        title, show_progress_bar: Title of the progress bar, and whether there is one, on rank 0.
+        title, show_progress_bar: Title of the progress bar, and whether there is one, in the first process.
         shard_size: Rows of a shard; a kill loses those of one.
         wait_for_others: Wait for another run that uses the folder, whose rows this one may need; otherwise that is an
             error after a few seconds.
-        rank, world_size: Rank of this process, and number of processes.
-        barrier: Waits for all processes; required when there are several.
+        processes: Those that share the work, accelerate's `PartialState`; None for this one alone.
         kind: The class that the store is opened by.
         name: Describes the row of the key at a position in errors.
 
@@ -81,12 +79,12 @@ def build_store(
         NonFiniteError: A value is NaN or infinite.
         ValueError: Another run uses the folder, or a value exceeds the range of the stored dtype.
     """
-    if world_size > 1 and barrier is None:
-        raise ValueError("Several processes need a barrier, such as torch.distributed.barrier.")
     if manifest.dtype not in get_args(StoredDtype):
         choices = " or ".join(map(repr, get_args(StoredDtype)))
         raise ValueError(f"The dtype of a store must be {choices}, not {manifest.dtype!r}.")
-    wait = barrier or (lambda: None)
+    rank, world_size, wait = 0, 1, lambda: None
+    if processes is not None:
+        rank, world_size, wait = processes.process_index, processes.num_processes, processes.wait_for_everyone
     folder = Path(path)
     patience = (WAIT_OF_SEVERAL if world_size > 1 else WAIT) if wait_for_others else None
     with folder_lock(folder, patience) if rank == 0 else contextlib.nullcontext():
@@ -103,6 +101,7 @@ def build_store(
         known = index_of(_files(folder, kept)) if indexed is None else indexed
         missing = np.flatnonzero(known.find(keys) < 0)
         free = (number for number in itertools.count() if number not in kept)
+        shard_size = min(shard_size, max(1, math.ceil(len(missing) / world_size)))
         parts = [missing[start : start + shard_size] for start in range(0, len(missing), shard_size)]
         work = list(zip(free, parts, strict=False))
         wait()  # every rank has read the folder before it changes
@@ -204,12 +203,12 @@ def build_embedding_cache(
 
     Args:
         path: The folder, created if it does not exist.
-        captions: Distinct captions, the same on every rank.
+        captions: Distinct captions, the same in every process.
         embed: Maps n captions to (n, width) finite numbers and the number of captions that exceed `max_length`.
         manifest: The text encoder and the format, see [`caption_manifest`].
         embed_size: Captions per call of `embed`, which can sort them by length.
-        options: `shard_size`, `show_progress_bar`, `rank`, `world_size` and `barrier` of [`build_store`], which also
-            describes how a build survives a kill.
+        options: `shard_size`, `show_progress_bar` and `processes` of [`build_store`], which also describes how a build
+            survives a kill.
 
     Returns:
         The manifest of the complete cache.

@@ -75,7 +75,7 @@ def write_shard(
             if not done:
                 width = part.rows.shape[1]
                 yield _header(keys, width, manifest.dtype)
-            yield _stored(part.rows, manifest, lambda row, first=done: name(first + row))
+            yield _stored(part.rows, manifest, name, done)
             skipped.extend((done + row, key, reason) for row, key, reason in part.skipped)
             for counted, count in part.counts.items():
                 counts[counted] = counts.get(counted, 0) + count
@@ -121,16 +121,16 @@ def _header(keys: np.ndarray, width: int, dtype: str) -> bytes:
     return len(header).to_bytes(8, "little") + header + np.ascontiguousarray(keys, dtype="<i8").tobytes()
 
 
-def _stored(rows: Tensor, manifest: StoreManifest, name: Callable[[int], str]) -> Any:
-    """Return the bytes of rows in the stored dtype, after checking them."""
+def _stored(rows: Tensor, manifest: StoreManifest, name: Callable[[int], str], first: int) -> Any:
+    """Return the bytes of rows in the stored dtype, after checking them; `first` is the number of the first one."""
     rows, stored = rows.detach().cpu(), getattr(torch, manifest.dtype)
-    require_finite_rows(rows, name, f"{manifest.about.unit}s")
+    require_finite_rows(rows, lambda row: name(first + row), f"{manifest.about.unit}s")
     if rows.dtype != stored:
         rows = rows.float()
         exceeds = (rows.abs() > torch.finfo(stored).max).any(dim=1).nonzero()
         if len(exceeds):
             raise ValueError(
-                f"The embedding of {name(int(exceeds[0]))} exceeds the range of {manifest.dtype}; use bfloat16 or "
+                f"The embedding of {name(first + int(exceeds[0]))} exceeds the range of {manifest.dtype}; use bfloat16 or "
                 "normalize the embeddings."
             )
     return rows.to(stored).contiguous().view(torch.uint8).numpy()
@@ -179,7 +179,8 @@ def remove_leftovers_of(paths: Sequence[AnyPath], patience: float = 0.0) -> None
     local = [path for path in paths if isinstance(path, Path)]
     for path in local:
         remove_stale_lock(_lock_path(path))
-    if removed := remove_leftovers([file for path in local for file in (path, manifest_path(path))], patience):
+    written = [file for path in local for file in (path, path.with_name(manifest_path(path).name))]
+    if removed := remove_leftovers(written, patience):
         logger.info("Removed %d unfinished files of killed runs, such as %s.", len(removed), removed[0])
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llm2clip.files.remote_path import AnyPath, open_path
 from llm2clip.files.shared_files import shared_file
+from llm2clip.models.embeddings import finite_rows
 from llm2clip.store.manifest import (
     KINDS,
     MANIFEST_SUFFIX,
@@ -248,7 +249,7 @@ class Store:
 
     def _refuse_not_finite(self, values: Tensor, rows: np.ndarray) -> None:
         """Raise an error that names the shard of the first of `rows` whose values are not finite."""
-        bad = (~torch.isfinite(values).all(dim=1)).nonzero()
+        bad = (~finite_rows(values)).nonzero()
         if len(bad):
             row = int(rows[int(bad[0])])
             number = int(np.searchsorted(self._starts, row, side="right")) - 1
