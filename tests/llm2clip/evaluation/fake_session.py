@@ -53,7 +53,7 @@ class FakeEncoder(Encoder):
     ) -> None:
         self.texts = {text: torch.as_tensor(row, dtype=torch.float32) for text, row in texts.items()}
         width = len(next(iter(self.texts.values()))) if self.texts else 0
-        super().__init__(name, None, width, torch.device("cpu"), "float32")
+        super().__init__(name, torch.nn.Module(), width, torch.device("cpu"), "float32")
         self.images, self.features = images, images if features is None else features
         self.max_words, self.patches = max_words, patches
         self.embedded: list[list[str] | int] = []

@@ -101,7 +101,7 @@ def build_store(
         known = index_of(_files(folder, kept)) if indexed is None else indexed
         missing = np.flatnonzero(known.find(keys) < 0)
         free = (number for number in itertools.count() if number not in kept)
-        shard_size = min(shard_size, max(1, math.ceil(len(missing) / world_size)))
+        shard_size = min(shard_size, max(1, math.ceil(len(keys) / world_size)))
         parts = [missing[start : start + shard_size] for start in range(0, len(missing), shard_size)]
         work = list(zip(free, parts, strict=False))
         wait()  # every rank has read the folder before it changes

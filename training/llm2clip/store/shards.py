@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -71,17 +72,16 @@ def write_shard(
 
     def content() -> Iterator[Any]:
         nonlocal done, width
-        for part in parts:
-            if not done:
-                width = part.rows.shape[1]
-                yield _header(keys, width, manifest.dtype)
+        computed = iter(parts)
+        first = next(computed, None)
+        width = width if first is None else first.rows.shape[1]
+        yield _header(keys, width, manifest.dtype)
+        for part in itertools.chain([] if first is None else [first], computed):
             yield _stored(part.rows, manifest, name, done)
             skipped.extend((done + row, key, reason) for row, key, reason in part.skipped)
             for counted, count in part.counts.items():
                 counts[counted] = counts.get(counted, 0) + count
             done += len(part.rows)
-        if not done:
-            yield _header(keys, width, manifest.dtype)
         if done != len(keys):
             raise ValueError(f"{done} rows were computed for the {len(keys)} keys of {path}.")
 
@@ -130,8 +130,8 @@ def _stored(rows: Tensor, manifest: StoreManifest, name: Callable[[int], str], f
         exceeds = (rows.abs() > torch.finfo(stored).max).any(dim=1).nonzero()
         if len(exceeds):
             raise ValueError(
-                f"The embedding of {name(first + int(exceeds[0]))} exceeds the range of {manifest.dtype}; use bfloat16 or "
-                "normalize the embeddings."
+                f"The embedding of {name(first + int(exceeds[0]))} exceeds the range of {manifest.dtype}; use "
+                "bfloat16 or normalize the embeddings."
             )
     return rows.to(stored).contiguous().view(torch.uint8).numpy()
 
