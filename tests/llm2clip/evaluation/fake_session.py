@@ -88,6 +88,9 @@ class FakeEncoder(Encoder):
         assert self.patches is not None, "this encoder has no patches"
         return normalize(self.patches(inputs), dim=-1)
 
+    def tokenized(self, texts: list[str]) -> Any:
+        raise NotImplementedError
+
     def encode_text(
         self, texts: Sequence[str] | str, batch_size: int | None = None, show_progress_bar: bool = False
     ) -> Tensor:

@@ -119,11 +119,10 @@ class Encoder(ABC):
         """Identify what rows of texts depend on; see [`Encoder.fingerprint`]."""
         return self.fingerprint()
 
-    @abstractmethod
     def encode_text(
         self, texts: Sequence[str] | str, batch_size: int | None = None, show_progress_bar: bool = False
     ) -> Tensor:
-        """Embed texts.
+        """Embed texts in batches of similar length. An empty text is one like any other.
 
         Args:
             texts: The texts, of any length; one string counts as a list of one.
@@ -136,6 +135,15 @@ class Encoder(ABC):
         Raises:
             NonFiniteError: Embeddings are NaN or infinite; the message names the texts.
         """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        rows = encode_texts(
+            self.tokenized(texts), texts, self.full_width, batch_size or self.batch_size, show_progress_bar
+        )
+        return self.compact(rows)
+
+    @abstractmethod
+    def tokenized(self, texts: list[str]) -> TokenizedTexts:
+        """Tokenise texts, cut where they are too long; return them with what makes unit rows of them."""
 
     def encode_text_parts(self, texts: Sequence[str], batch_size: int | None = None) -> Iterator[Tensor]:
         """Embed texts as [`Encoder.encode_text`] does, some at a time."""
@@ -300,14 +308,8 @@ class ClipEncoder(Encoder):
     def text_features(self, tokens: list[Any]) -> Tensor:
         """Compute `(texts, width)`, not normalised, of items of [`tokenize`]; called without gradients."""
 
-    def encode_text(
-        self, texts: Sequence[str] | str, batch_size: int | None = None, show_progress_bar: bool = False
-    ) -> Tensor:
-        """Embed texts in batches of similar length; see [`Encoder.encode_text`].
-
-        An empty text is one like any other: the tokens that every text has, such as start and end.
-        """
-        texts = [texts] if isinstance(texts, str) else list(texts)
+    def tokenized(self, texts: list[str]) -> TokenizedTexts:
+        """See [`Encoder.tokenized`]. An empty text has the tokens that every text has, such as start and end."""
         tokens, lengths = self.tokenize(texts) if texts else ([], [])
 
         def prepare(rows: list[int]) -> list[Any]:
@@ -316,10 +318,7 @@ class ClipEncoder(Encoder):
         def forward(chosen: list[Any]) -> Tensor:
             return F.normalize(self.text_features(chosen).float(), dim=-1)
 
-        tokenized = TokenizedTexts(self.model, self.device, lengths, prepare, forward)
-        return self.compact(
-            encode_texts(tokenized, texts, self.full_width, batch_size or self.batch_size, show_progress_bar)
-        )
+        return TokenizedTexts(self.model, self.device, lengths, prepare, forward)
 
 
 def compared_lengths(lengths: Sequence[int], limit: int) -> tuple[Tensor, Tensor]:

@@ -249,7 +249,9 @@ class OurEncoder(Encoder):
         """Embed captions as [`OurEncoder.embed`] does, and count those that were truncated to the maximum length."""
         texts = [captions] if isinstance(captions, str) else list(captions)
         tokens = tokenize_captions(texts, self._texts(), self.text_config, instruction)
-        return self._encode(tokens, texts, batch_size, show_progress_bar), tokens.num_cut
+        size = batch_size or self.batch_size
+        rows = encode_texts(self._embedded(tokens, unit=False), texts, self.full_width, size, show_progress_bar)
+        return rows, tokens.num_cut
 
     def _texts(self) -> Any:
         if self.is_joint and not hasattr(self.model, "text_adapter"):
@@ -259,33 +261,29 @@ class OurEncoder(Encoder):
             raise ValueError(f"the processor given with {self._given} has no tokenizer, which texts need.")
         return self.tokenizer
 
-    def _encode(
-        self, tokens: CaptionTokens, texts: Sequence[str], batch_size: int | None, show_progress_bar: bool
-    ) -> Tensor:
-        """Embed tokenised texts: as a text tower gives them, or unit rows of a whole model."""
+    def _embedded(self, tokens: CaptionTokens, unit: bool) -> TokenizedTexts:
+        """Return tokenised texts with what embeds them: as a text tower gives them, or unit rows of a whole model."""
 
         def forward(inputs: Any) -> Tensor:
             if self.is_joint:
-                return unit_features(self.model.get_text_features(**inputs))
-            return self.model(**inputs).pooler_output
+                rows = unit_features(self.model.get_text_features(**inputs))
+            else:
+                rows = self.model(**inputs).pooler_output.float()
+            return F.normalize(rows, dim=-1) if unit else rows
 
         device = execution_device((self.is_joint and self.model.text_model) or self.model)
-        tokenized = distinct_tokens(tokens, self.tokenizer, self.model, device, forward)
-        return encode_texts(tokenized, texts, self.full_width, batch_size or self.batch_size, show_progress_bar)
+        return distinct_tokens(tokens, self.tokenizer, self.model, device, forward)
 
-    def encode_text(
-        self, texts: Sequence[str] | str, batch_size: int | None = None, show_progress_bar: bool = False
-    ) -> Tensor:
-        """Embed texts; see [`Encoder.encode_text`].
+    def tokenized(self, texts: list[str]) -> TokenizedTexts:
+        """See [`Encoder.tokenized`].
 
         An empty text is the prompt alone, as in the original code; pooled as that of a caption.
         """
-        texts = [texts] if isinstance(texts, str) else list(texts)
         kept = [row for row, text in enumerate(texts) if text.strip()]
         tokens = tokenize_captions([texts[row] for row in kept], self._texts(), self.text_config)
         if len(kept) < len(texts):
             tokens = self._with_empty_texts(tokens, kept, len(texts))
-        return self.compact(F.normalize(self._encode(tokens, texts, batch_size, show_progress_bar), dim=-1))
+        return self._embedded(tokens, unit=True)
 
     def _with_empty_texts(self, tokens: CaptionTokens, kept: Sequence[int], count: int) -> CaptionTokens:
         """Add the tokens of empty texts: the prompt alone, pooled as that of a caption is, over its suffix.

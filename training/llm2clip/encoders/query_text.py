@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor
 
 from llm2clip.encoders.encoder import compared_lengths
-from llm2clip.encoders.loop import encode_texts
+from llm2clip.encoders.loop import TokenizedTexts
 from llm2clip.encoders.ours import OurEncoder, distinct_tokens
 from llm2clip.models.places import is_repo
 from llm2clip.models.repos import RepoKind, inspect_repo
@@ -69,21 +69,15 @@ class QueryTextEncoder(OurEncoder):
     def _text_settings(self) -> dict[str, Any]:
         return {"query": weights_checksum(self.query), "tokenizer": tokenizer_fingerprint(self.query.tokenizer)}
 
-    def encode_text(
-        self, texts: Sequence[str] | str, batch_size: int | None = None, show_progress_bar: bool = False
-    ) -> Tensor:
-        """Embed texts; see [`Encoder.encode_text`]. An empty text is an error."""
-        texts = clean_captions([texts] if isinstance(texts, str) else list(texts))
-        tokens, query = CaptionTokens(self.query.tokenize(texts), None, 0), self.query
-        tokenized = distinct_tokens(
-            tokens,
+    def tokenized(self, texts: list[str]) -> TokenizedTexts:
+        """See [`Encoder.tokenized`]. An empty text is an error."""
+        query = self.query
+        return distinct_tokens(
+            CaptionTokens(query.tokenize(clean_captions(texts)), None, 0),
             query.tokenizer,
             query,
             execution_device(query),
             lambda inputs: query(inputs["input_ids"], inputs["attention_mask"]),
-        )
-        return self.compact(
-            encode_texts(tokenized, texts, self.full_width, batch_size or self.batch_size, show_progress_bar)
         )
 
     def text_lengths(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
