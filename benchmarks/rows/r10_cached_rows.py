@@ -8,6 +8,7 @@ import json
 import random
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def _tar_and_sidecar() -> Work:
     from llm2clip.data import CaptionSource, Stage2Collator, StreamingCaptionImageDataset
     from llm2clip.data.shards import ShardedSource
     from llm2clip.data.sidecars import SourceSidecars
-    from llm2clip.encoders.embed_shards import ShardEmbedder, list_jobs
+    from llm2clip.encoders.embed_shards import embed_shard, embed_shards, list_jobs
 
     (texts, _, drawn, embed), folder = _data(), new_folder()
     with tarfile.open(folder / "captions.tar", "w") as tar:
@@ -90,8 +91,8 @@ def _tar_and_sidecar() -> Work:
             tar.addfile(member, io.BytesIO(content))
     columns = {"caption_columns": ["json.drawn", "json.other"], "caption_weights": [1.0, 0.0]}
     source = CaptionSource(str(folder / "captions.tar"), streaming=True, **columns)
-    embedder = ShardEmbedder(embed, _manifest())
-    embedder.run(list_jobs([source], str(folder)), show_progress_bar=False)
+    embed_one = partial(embed_shard, embed=embed, encoder=_manifest())
+    embed_shards(list_jobs([source], str(folder)), embed_one, show_progress_bar=False)
     beside = SourceSidecars(folder, ShardedSource(source).shards)
     stream = StreamingCaptionImageDataset(source, False, embeddings=beside, row_counts=[IMAGES])
     stream.batch_size, collator, no_pixels = BATCH, Stage2Collator(), torch.zeros(1)

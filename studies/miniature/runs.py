@@ -22,6 +22,7 @@ from transformers import AutoImageProcessor, AutoProcessor
 from llm2clip import CaptionSource, EmbeddingCache, LLM2CLIPModel, load_encoder
 from llm2clip.data.pairs import PairSource
 from llm2clip.encoders import Encoder
+from llm2clip.encoders.image_features import open_features
 from llm2clip.encoders.stored import StoredEncoder
 from llm2clip.evaluation.data import CaptionPairData, RetrievalData
 from llm2clip.evaluation.metrics import caption_retrieval_metrics
@@ -30,7 +31,6 @@ from llm2clip.evaluation.session import Session
 from llm2clip.hub.merge import merge_models
 from llm2clip.quickstart.run_context import has_fast_bfloat16
 from llm2clip.recipes import load_recipe
-from llm2clip.trainers.stored_rows import open_features
 from studies.miniature.material import DATA, DESCRIPTIONS, HERE, NEGATIVES, Material, slug
 from studies.miniature.scenes import PAGE
 from studies.miniature.start import START_SETTINGS, open_cache, save_start

@@ -11,7 +11,7 @@ from PIL import Image
 
 from llm2clip.data.shards import ShardedSource
 from llm2clip.data.sidecars import SourceSidecars
-from llm2clip.encoders.image_features import ImageFeatures, feature_manifest
+from llm2clip.encoders.image_features import ImageFeatures
 from llm2clip.files.folders import refuse_existing
 from llm2clip.files.manifests import (
     damage,
@@ -24,7 +24,7 @@ from llm2clip.files.manifests import (
 from llm2clip.search import index
 from llm2clip.search.search_index import SearchIndex
 from llm2clip.store import EmbeddingCache, Store, StoreManifest, build_store
-from llm2clip.store.building import ComputedRows
+from llm2clip.store.shards import ComputedRows
 from llm2clip.store.store import caption_keys
 from llm2clip.trainers.run_context import finish_checkpoint, last_checkpoint
 from llm2clip.verification import verify
@@ -78,14 +78,18 @@ def read_lists(folder: Path) -> Readers:
 def make_caches(folder: Path) -> None:
     encoder.build(folder / "captions", CAPTIONS)
     computed = torch.nn.functional.normalize(torch.randn(len(CAPTIONS), encoder.WIDTH))
-    features = feature_manifest("tower", "a", width=encoder.WIDTH, pooling="cls", image_backend="exact", max_pixels=9)
+    features = StoreManifest(kind="features", encoder="tower", identity={"fingerprint": "a"}, width=encoder.WIDTH)
     rows = StoreManifest(kind="evaluation", encoder="model", identity={"fingerprint": "a"}, dtype="float32")
     for name, manifest in (("features", features), ("rows", rows)):
-        keys, dtype = caption_keys(CAPTIONS), getattr(torch, manifest.dtype)
-        with build_store(folder / name, keys, manifest, title="", shard_size=10, show_progress_bar=False) as build:
-            for number, positions in build:
-                found = ComputedRows(computed[positions].to(dtype), skipped=[(0, "key", "reason")])
-                build.write(number, positions, found)
+        build_store(
+            folder / name,
+            caption_keys(CAPTIONS),
+            manifest,
+            lambda positions: [ComputedRows(computed[positions], skipped=[(0, "key", "reason")])],
+            title="",
+            shard_size=10,
+            show_progress_bar=False,
+        )
 
 
 def read_cache(folder: Path) -> Readers:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm2clip.store.store import BESIDE_SHARDS, INDEX
+from llm2clip.store.store import INDEX, SIDECAR_MANIFESTS
 from llm2clip.trainers.run_context import RESULT_FILES
 
 # Below it is all that a command writes, in a folder that is there before.
@@ -47,7 +47,7 @@ def _has(*names: str) -> Callable[[Path], bool]:
 
 
 def _all_embedded(folder: Path) -> bool:
-    return len(list(folder.glob(BESIDE_SHARDS))) == 2
+    return len(list(folder.glob(SIDECAR_MANIFESTS))) == 2
 
 
 def _exists(folder: Path) -> bool:

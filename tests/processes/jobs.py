@@ -13,7 +13,7 @@ from typing import Any
 
 import datasets
 
-from llm2clip.store.store import BESIDE_SHARDS
+from llm2clip.store.store import SIDECAR_MANIFESTS
 from tests.builders import small_runs, tiny
 from tests.faults.commands import ATTACKED
 from tests.faults.content import Content, content
@@ -121,7 +121,7 @@ class Jobs:
     def is_whole(self, name: str, folder: Path) -> bool:
         """Whether a reader takes what a command has made in a folder for a whole result."""
         if name == "sidecars":
-            return len(list((folder / OUT).glob(BESIDE_SHARDS))) == TARS
+            return len(list((folder / OUT).glob(SIDECAR_MANIFESTS))) == TARS
         known = {"cache": "embed", "stage2-stream": "stage2"}
         return ATTACKED[known.get(name, name)].is_whole(folder / OUT)
 

@@ -16,13 +16,13 @@ from llm2clip.data import CaptionSource, sidecars
 from llm2clip.data.shards import ShardedSource, source_size
 from llm2clip.data.sidecars import KEPT_OPEN, SourceSidecars
 from llm2clip.encoders.embed import EmbedConfig, run
-from llm2clip.encoders.embed_shards import ShardEmbedder, list_jobs
+from llm2clip.encoders.embed_shards import embed_shards, list_jobs
 from llm2clip.files.remote_path import AnyPath, local_copy, open_path
 from llm2clip.store import StoreManifest
 from llm2clip.store.store import stored_manifest
 from llm2clip.verification import verify
 from tests.llm2clip.data.streams import write_tars
-from tests.llm2clip.encoders.shards import Counting, description, embed, write_groups, write_shards
+from tests.llm2clip.encoders.shards import Counting, embed, embedding, write_groups, write_shards
 from tests.llm2clip.store import encoder
 
 
@@ -36,7 +36,7 @@ def bucket() -> Iterator[str]:
 def embed_at(source: CaptionSource, folder: str, calls: Counting | None = None, part_captions: int = 100) -> int:
     """Embed a source; return how many shards were done before."""
     jobs = list_jobs([source], folder, part_captions=part_captions)
-    return ShardEmbedder(calls or Counting(), description()).run(jobs, show_progress_bar=False).done_before
+    return embed_shards(jobs, embedding(calls), show_progress_bar=False).done_before
 
 
 def contents(folder: str | Path) -> dict[str, bytes]:

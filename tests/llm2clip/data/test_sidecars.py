@@ -17,14 +17,14 @@ import torch
 from llm2clip.data import CaptionSource
 from llm2clip.data.shards import ShardedSource, ShardText, SourceShard, read_captions, source_checksum
 from llm2clip.data.sidecars import SidecarFolder, SourceSidecars
-from llm2clip.encoders.embed_shards import ShardCounts, ShardEmbedder, list_jobs
+from llm2clip.encoders.embed_shards import EmbedCounts, embed_shards, list_jobs
 from llm2clip.files.atomic import sha256, temporary_name
 from llm2clip.store import MissingCaptionError, StoreDamagedError, StoreManifest, StoreMismatchError
 from llm2clip.store.store import has_sidecars
 from llm2clip.verification import verify
 from tests.builders.tables import write_table
 from tests.damage import flip
-from tests.llm2clip.encoders.shards import Counting, description, embed, write_shards
+from tests.llm2clip.encoders.shards import Counting, description, embed, embedding, write_shards
 from tests.llm2clip.store import encoder
 from tests.processes import run_python
 from tests.tars import write_tar
@@ -32,7 +32,7 @@ from tests.tars import write_tar
 
 def test_a_sidecar_has_the_distinct_captions_of_its_shard(tmp_path: Path) -> None:
     source, calls = write_shards(tmp_path / "data"), Counting()
-    assert embed(source, None, calls) == ShardCounts(4, 0, 12, 4, 0, [])
+    assert embed(source, None, calls) == EmbedCounts(4, 0, 12, 4, 0, [])
     dogs = [f"{a}dog {n}" for n in range(4) for a in ("", "a long ")]
     assert sorted(calls.texts) == sorted(4 * ["everywhere"] + dogs)
     sidecars = SourceSidecars(tmp_path / "data", ShardedSource(source).shards)
@@ -90,7 +90,7 @@ def test_sidecars_in_the_folder_of_a_source_are_not_its_data(kind: str, tmp_path
         write_table(tmp_path / f"{number}.{kind}", {"caption": [f"dog {number}"]})
     source = CaptionSource(str(tmp_path), streaming=True)
     assert embed(source, None).done_before == 0
-    assert embed(source, None) == ShardCounts(2, 2, 0, 0, 0, [])
+    assert embed(source, None) == EmbedCounts(2, 2, 0, 0, 0, [])
     namesake = SourceShard(0, str(tmp_path / "0.tar"), "0.tar")
     with pytest.raises(StoreMismatchError, match=r"belongs to 0\.\w+, and 0\.tar would have the same"):
         SidecarFolder(tmp_path).is_embedded(namesake, description(), ["caption"])
@@ -100,8 +100,7 @@ def test_two_shards_of_one_name_are_refused(tmp_path: Path) -> None:
     sources = [write_shards(tmp_path / name, 1) for name in ("a", "b")]
     with pytest.raises(ValueError, match=r"two shards would have the sidecar .*0\.emb\.safetensors"):
         list_jobs(sources, str(tmp_path / "out"))
-    shards = ShardEmbedder(Counting(), description())
-    assert shards.run(list_jobs(sources, None), show_progress_bar=False).shards == 2
+    assert embed_shards(list_jobs(sources, None), embedding(), show_progress_bar=False).shards == 2
 
 
 def test_leftovers_of_killed_runs_are_removed(tmp_path: Path) -> None:
@@ -123,14 +122,14 @@ def test_two_runs_at_once_compute_a_shard_once(tmp_path: Path) -> None:
     source, out = write_shards(tmp_path / "data", 2), tmp_path / "out"
     begun, texts = threading.Event(), list[list[str]]()
 
-    def run(factor: float) -> ShardCounts:
+    def run(factor: float) -> EmbedCounts:
         def slowly(batch: list[str]) -> tuple[torch.Tensor, int]:
             begun.set()
             time.sleep(0.3)
             texts.append(batch)
             return encoder.embed(batch) * factor, 0
 
-        return ShardEmbedder(slowly, description()).run(list_jobs([source], str(out)), show_progress_bar=False)
+        return embed(source, out, slowly)
 
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(run, 1.01)

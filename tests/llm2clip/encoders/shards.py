@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import torch
 
 from llm2clip.data import CaptionSource
-from llm2clip.encoders.embed_shards import ShardCounts, ShardEmbedder, list_jobs
+from llm2clip.encoders.embed_shards import EmbedCounts, EmbedShard, embed_shard, embed_shards, list_jobs
 from llm2clip.store import StoreManifest, caption_manifest
 from tests.llm2clip.store import encoder
 
@@ -45,11 +46,15 @@ def write_shards(folder: Path, count: int = 4) -> CaptionSource:
     return CaptionSource(str(folder / "*.parquet"), caption_columns=["caption", "other"], streaming=True)
 
 
-def embed(source: CaptionSource, folder: Path | None, calls: Counting | None = None, **options: Any) -> ShardCounts:
-    shards = ShardEmbedder(calls or Counting(), options.pop("made_by", description()), options.pop("reused", None))
+def embedding(embed: Any = None, made_by: StoreManifest | None = None, reused: Any = None) -> EmbedShard:
+    return partial(embed_shard, embed=embed or Counting(), encoder=made_by or description(), reused=reused)
+
+
+def embed(source: CaptionSource, folder: Path | None, calls: Any = None, **options: Any) -> EmbedCounts:
+    embed_one = embedding(calls, options.pop("made_by", None), options.pop("reused", None))
     rank, world_size = options.pop("rank", 0), options.pop("world_size", 1)
     jobs = list_jobs([source], folder and str(folder), **options)
-    return shards.run(jobs[rank::world_size], show_progress_bar=False)
+    return embed_shards(jobs[rank::world_size], embed_one, show_progress_bar=False)
 
 
 def write_groups(path: Path, groups: list[int]) -> list[str]:

@@ -16,13 +16,13 @@ from llm2clip.data import CaptionSource
 from llm2clip.data.shards import ShardedSource
 from llm2clip.data.sidecars import SourceSidecars
 from llm2clip.encoders import embed_shards
-from llm2clip.encoders.embed_shards import ShardEmbedder, list_jobs, parse_part
+from llm2clip.encoders.embed_shards import parse_part
 from llm2clip.store import StoreManifest
 from llm2clip.store.manifest import MissingCaptionError, StoreMismatchError
 from llm2clip.verification import verify
 from tests.builders.tables import write_table
 from tests.damage import flip
-from tests.llm2clip.encoders.shards import Counting, description, embed, write_groups, write_shards
+from tests.llm2clip.encoders.shards import Counting, embed, write_groups, write_shards
 from tests.llm2clip.store import encoder
 from tests.tars import write_tar
 
@@ -97,9 +97,10 @@ def test_a_shard_that_cannot_be_embedded_does_not_stop_the_others(tmp_path: Path
     def broken(texts: list[str]) -> tuple[torch.Tensor, int]:
         return encoder.embed(texts) * (torch.nan if "dog 1" in texts else 1), 0
 
-    counts = ShardEmbedder(broken, description()).run(list_jobs([source], str(out)), show_progress_bar=False)
+    counts = embed(source, out, broken)
     assert len(counts.failed) == 2
-    assert "1.parquet: The embedding of the caption 'everywhere' is not finite" in counts.failed[0]
+    assert "1.parquet: " in counts.failed[0]
+    assert "the caption 'everywhere', the caption 'dog 1'" in counts.failed[0]
     assert "2.parquet" in counts.failed[1]
     assert sorted(path.name for path in out.iterdir()) == ["0.emb.manifest", "0.emb.safetensors"]
 
@@ -138,8 +139,14 @@ def test_a_large_parquet_file_is_embedded_in_parts(tmp_path: Path) -> None:
     calls = Counting()
     assert embed(source, out, calls, part_captions=6).done_before == 7
     assert calls.texts == list(dict.fromkeys(captions[6:9]))
-    with pytest.raises(ValueError, match=r"large.00000000-00000006.* is not cut into now"):
-        embed(source, out, part_captions=9)
+    # With other parts, what is embedded stays, and the rest of the file is cut.
+    (out / f"{parts[2]}.emb.manifest").unlink()
+    assert embed(source, out, part_captions=4).done_before == 7
+    assert SourceSidecars(out, shards).check(["caption"]).row_counts == [20, 9, 4]
+    write_groups(data / "large.parquet", [3, 3, 3, 9, 3])
+    with pytest.raises(ValueError, match=r"large.00000000-00000006.* with 20 rows, which has 21 now"):
+        embed(source, out, part_captions=6)
+    write_groups(data / "large.parquet", [3, 3, 3, 9, 2])
     # What was embedded whole stays whole.
     assert embed(source, tmp_path / "whole", part_captions=6).done_before == 3
 
@@ -153,9 +160,39 @@ def test_parts_are_bounded_in_captions_of_lists_and_columns(tmp_path: Path) -> N
     out = tmp_path / "out"
     counts = embed(source, out, part_captions=50)
     assert counts.captions == 40 * 5 + 20 * 2
+    embed(source, tmp_path / "by bytes", part_bytes=10**3)
+    assert len(list((tmp_path / "by bytes").glob("*.manifest"))) > 2
     manifests = [StoreManifest.read(path) for path in sorted(out.glob("*.manifest"))]
     assert [manifest.rows for manifest in manifests] == [50] * 4 + [40]
     assert SourceSidecars(out, ShardedSource(source).shards).check(source.caption_columns).row_counts == [60]
+
+
+def test_a_killed_run_computes_no_more_than_a_part_of_a_file_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parts are bounded in bytes: long captions are few."""
+    monkeypatch.setattr(embed_shards, "EMBED_SIZE", 4)
+    captions = [f"{row}{' long' * 200}" for row in range(64)]
+    table = {"caption": captions, "picture": [b"x" * 5000] * 64}
+    source = CaptionSource(write_table(tmp_path / "data" / "a.parquet", table), streaming=True)
+    out, done = tmp_path / "out", list[str]()
+
+    def dying(texts: list[str]) -> tuple[torch.Tensor, int]:
+        if len(done) == 20:
+            raise KeyboardInterrupt
+        done.extend(texts)
+        return Counting()(texts)
+
+    with pytest.raises(KeyboardInterrupt):
+        embed(source, out, dying, part_bytes=2**13)
+    calls = Counting()
+    counts = embed(source, out, calls, part_bytes=2**13)
+    assert (counts.failed, counts.done_before) == ([], 2)
+    assert (done, calls.texts) == (captions[:20], captions[2 * 64 // counts.shards :])
+    embed(source, tmp_path / "whole", part_bytes=2**13)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {
+        path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()
+    }
 
 
 def test_rows_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

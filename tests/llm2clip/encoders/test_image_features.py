@@ -12,8 +12,8 @@ import torch
 
 from llm2clip.data import CaptionSource, load_source
 from llm2clip.data.sources import source_columns
-from llm2clip.encoders.batches import TableImages
-from llm2clip.encoders.image_features import ImageFeatures, feature_manifest, pooled_features, store_features
+from llm2clip.encoders.image_features import ImageFeatures, open_features
+from llm2clip.encoders.images import TableImages
 from modeling_llm2clip import LLM2CLIPModel
 from tests.builders import tiny
 from tests.builders.small_runs import concepts
@@ -32,13 +32,8 @@ def images(rows: int = 12) -> TableImages:
 
 
 def store(folder: Path, sets: list[TableImages], model: LLM2CLIPModel, **changes: Any) -> ImageFeatures:
-    shard_size = changes.pop("shard_size", 5)
-    fields = {"vision_model": "tiny", "fingerprint": "2-a", "pooling": "cls", "image_backend": "exact"}
-    fields |= {"width": model.config.vision_width, "max_pixels": 10**8, **changes}
-    manifest = feature_manifest(**fields)
-    forward = pooled_features(model, manifest.identity["vision_model_dtype"], 1)
-    processor, options = tiny.processor().image_processor, {"batch_size": 4, "shard_size": shard_size}
-    return store_features(folder, sets, manifest, forward, processor, **options)
+    options = {"batch_size": 4, "shard_size": 5, "dtype": "float32", **changes}
+    return open_features(model, tiny.processor().image_processor, sets, folder, **options)
 
 
 def test_rows_are_the_features_of_the_images(model: LLM2CLIPModel, tmp_path: Path) -> None:
@@ -57,10 +52,13 @@ def test_rows_are_the_features_of_the_images(model: LLM2CLIPModel, tmp_path: Pat
 
 
 def test_every_identity_has_its_own_folder(model: LLM2CLIPModel, tmp_path: Path) -> None:
-    table, changes = images(4), [{"fingerprint": "2-b"}, {"pooling": "mean"}, {"vision_model_dtype": "bfloat16"}]
-    folders = {store(tmp_path, [table], model, **fields).path for fields in ({}, *changes, {"max_pixels": 10**7})}
-    assert len(folders) == 5
-    assert store(tmp_path, [table], model, vision_model="moved", shard_size=9).path in folders
+    table, changes = images(4), [{}, {"views": 2}, {"views": 2, "seed": 1}, {"dtype": "bfloat16"}]
+    folders = {store(tmp_path, [table], model, **fields).path for fields in (*changes, {"max_pixels": 10**7})}
+    other: Any = tiny.joint_model()
+    next(other.vision_model.parameters()).data += 1
+    folders.add(store(tmp_path, [table], other).path)
+    assert len(folders) == 6
+    assert store(tmp_path, [table], model, seed=1, shard_size=9).path in folders
 
 
 def test_a_build_is_continued_where_it_was_killed(

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import llm2clip
 from llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection, embed_captions, embed_images
 from llm2clip.data import DamagedImageError
-from llm2clip.encoders.batches import ImageList
+from llm2clip.encoders.images import ImageList
 from llm2clip.encoders.ours import OurEncoder
 from llm2clip.models.embeddings import NonFiniteError
 from tests.builders import tiny
@@ -99,17 +99,15 @@ def test_a_damaged_image_is_an_error_or_a_row_of_nan(
         embed_images(images, saved_model, on_error="drop")  # type: ignore[arg-type]
 
 
-def test_an_embedding_that_is_not_finite_is_an_error_or_has_a_reason(saved_model: Path) -> None:
+def test_an_embedding_that_is_not_finite_is_an_error_also_where_damaged_images_are_skipped(saved_model: Path) -> None:
     half = LLM2CLIPVisionModelWithProjection.from_pretrained(saved_model)
     torch.nn.init.constant_(half.visual_projection.weight, float("nan"))
     encoder = OurEncoder(half, tiny.processor().image_processor)
     images = ImageList([*pictures(1), b"no image", *pictures(1)])
     with pytest.raises(NonFiniteError, match=r"2 of 2 images are NaN or infinite: 0, 2\."):
-        encoder.encode_image_rows(images, range(3), on_error="skip", on_not_finite="raise")
+        encoder.encode_image_rows(images, range(3), on_error="skip")
     with pytest.raises(NonFiniteError, match="1 of 1 images are NaN or infinite: an upload"):
         encoder.encode_image(pictures(1)[0], names=["an upload"])
-    found = encoder.encode_image_rows(ImageList(pictures(1)), [0], on_error="skip")
-    assert found.reasons == ["the model's embedding of it is not finite"]
 
 
 def test_rows_are_embedded_in_parts_without_the_skipped_ones(saved_model: Path) -> None:

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from llm2clip import cli, closed_form_alignment
-from llm2clip.encoders.embed_shards import ShardEmbedder, ShardJob, list_jobs
+from llm2clip.encoders.embed_shards import EmbedShard, SidecarJob, list_jobs
 from llm2clip.encoders.ray_engine import RayOptions, embed_with_ray
 from tests.documents.reading import blocks
 from tests.llm2clip.conftest import Inputs
-from tests.llm2clip.encoders.shards import Counting, description, embed, write_shards
+from tests.llm2clip.encoders.shards import Counting, embed, embedding, write_shards
 from tests.llm2clip.trainers.test_closed_form import stores
 from tests.processes import run_python
 
@@ -54,35 +54,20 @@ def cluster() -> Any:
     ray.shutdown()
 
 
-class DiesOnce(ShardEmbedder):
-    """Its process ends within the first shard that has this caption, and does not end a second time."""
+def dying(marker: Path, always: bool = False) -> EmbedShard:
+    """Its process ends within the first shard that has a certain caption, and does not end a second time."""
 
-    caption = "dog 3"
-
-    def __init__(self, marker: Path) -> None:
-        super().__init__(self.dying, description())
-        self.marker = marker
-
-    def dying(self, texts: list[str]) -> Any:
-        if self.caption in texts and not self.marker.exists():
-            self.marker.touch()
+    def embed_some(texts: list[str]) -> Any:
+        if "dog 3" in texts and (always or not marker.exists()):
+            marker.touch()
             os._exit(1)
         return Counting()(texts)
 
-
-class DiesAlways(DiesOnce):
-    def dying(self, texts: list[str]) -> Any:
-        if self.caption in texts:
-            os._exit(1)
-        return Counting()(texts)
+    return embedding(embed_some)
 
 
-class IsFull(ShardEmbedder):
-    def __init__(self) -> None:
-        super().__init__(Counting(), description())
-
-    def embed_job(self, job: ShardJob) -> Any:
-        raise OSError(28, "No space left on device", "/somewhere")
+def full_disk(job: SidecarJob) -> Any:
+    raise OSError(28, "No space left on device", "/somewhere")
 
 
 @pytest.mark.slow
@@ -91,25 +76,25 @@ def test_every_shard_is_done_once_whatever_dies(cluster: Any, tmp_path: Path) ->
     source, died = write_shards(tmp_path / "data", 9), tmp_path / "died"
     embed(source, tmp_path / "processes")
 
-    def done(folder: str, embedder: Callable[[], ShardEmbedder], **options: Any) -> list[Any]:
+    def done(folder: str, embedder: Callable[[], EmbedShard], **options: Any) -> list[Any]:
         jobs = list_jobs([source], str(tmp_path / folder))
         return list(embed_with_ray(jobs, embedder, RayOptions(**{"actors": 2, **options})))
 
-    outcomes = done("ray", lambda: DiesOnce(died))
+    outcomes = done("ray", lambda: dying(died))
     assert died.exists()
     assert not any(outcome.failed or outcome.done_before for outcome in outcomes)
     assert sum(outcome.captions for outcome in outcomes) == 27
     assert contents(tmp_path / "ray") == contents(tmp_path / "processes")
-    assert [outcome.done_before for outcome in done("ray", lambda: DiesOnce(died))] == 9 * [1]
+    assert [outcome.done_before for outcome in done("ray", lambda: dying(died))] == 9 * [1]
     # A shard that ends every process is given up, and named.
-    outcomes = done("fatal", lambda: DiesAlways(died))
+    outcomes = done("fatal", lambda: dying(died, always=True))
     ((failure,),) = (outcome.failed for outcome in outcomes if outcome.failed)
     assert "3.parquet: each process that embedded it died" in failure
     assert (len(outcomes), len(contents(tmp_path / "fatal"))) == (9, 16)
     with pytest.raises(ValueError, match="No space left on device: '/somewhere'"):
-        done("fatal", IsFull)
+        done("fatal", lambda: full_disk)
     with pytest.raises(ValueError, match="has room for an actor with 1 CPU and 2 GPUs: 2 CPUs, 0 GPUs"):
-        done("fatal", IsFull, actors=None, gpus_per_actor=2)
+        done("fatal", lambda: full_disk, actors=None, gpus_per_actor=2)
 
 
 @pytest.mark.slow

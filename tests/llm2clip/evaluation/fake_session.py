@@ -53,7 +53,7 @@ class FakeEncoder(Encoder):
     ) -> None:
         self.texts = {text: torch.as_tensor(row, dtype=torch.float32) for text, row in texts.items()}
         width = len(next(iter(self.texts.values()))) if self.texts else 0
-        super().__init__(name, None, width, torch.device("cpu"), "float32")
+        super().__init__(name, torch.nn.Module(), width, torch.device("cpu"), "float32")
         self.images, self.features = images, images if features is None else features
         self.max_words, self.patches = max_words, patches
         self.embedded: list[list[str] | int] = []
@@ -87,6 +87,9 @@ class FakeEncoder(Encoder):
     def forward_patches(self, inputs: dict[str, Tensor]) -> Tensor:
         assert self.patches is not None, "this encoder has no patches"
         return normalize(self.patches(inputs), dim=-1)
+
+    def tokenized(self, texts: list[str]) -> Any:
+        raise NotImplementedError
 
     def encode_text(
         self, texts: Sequence[str] | str, batch_size: int | None = None, show_progress_bar: bool = False

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,7 +119,7 @@ def test_shards_that_a_kill_kept_out_of_the_index_are_added_to_it(
 )
 def test_cache_of_another_encoder_is_not_extended(tmp_path: Path, field: str, value: object) -> None:
     build(tmp_path, TEXTS)
-    with pytest.raises(StoreMismatchError, match=rf"{field} .*, but this build has {field} {value!r}"):
+    with pytest.raises(StoreMismatchError, match=rf"{field} .*, but this run has {field} {value!r}"):
         build(tmp_path, MORE, **{field: value})
 
 
@@ -155,6 +156,10 @@ def _in_ranks(world: int, work: Callable[[int, Callable[[], None]], None]) -> li
     return errors
 
 
+def _processes(rank: int, barrier: Callable[[], None]) -> Any:
+    return SimpleNamespace(process_index=rank, num_processes=2, wait_for_everyone=barrier)
+
+
 @pytest.mark.parametrize("before", ["nothing", "killed", "changed"])
 def test_what_is_missing_is_distributed_over_ranks_with_an_equal_cache(before: str, tmp_path: Path) -> None:
     build(tmp_path / "one", TEXTS)
@@ -168,8 +173,8 @@ def test_what_is_missing_is_distributed_over_ranks_with_an_equal_cache(before: s
     asked: dict[int, list[str]] = {0: [], 1: []}
 
     def work(rank: int, barrier: Callable[[], None]) -> None:
-        options: dict[str, Any] = {"rank": rank, "world_size": 2, "barrier": barrier}
-        build(tmp_path / "two", TEXTS, _noting(asked[rank]), show_progress_bar=False, **options)
+        options: dict[str, Any] = {"processes": _processes(rank, barrier), "show_progress_bar": False}
+        build(tmp_path / "two", TEXTS, _noting(asked[rank]), **options)
         assert len(EmbeddingCache.open(tmp_path / "two")) == len(TEXTS)
 
     assert _in_ranks(2, work) == []
@@ -181,11 +186,9 @@ def test_what_is_missing_is_distributed_over_ranks_with_an_equal_cache(before: s
 
 def test_ranks_with_different_captions_are_refused(tmp_path: Path) -> None:
     def work(rank: int, barrier: Callable[[], None]) -> None:
-        build(tmp_path, TEXTS[: 37 - rank], rank=rank, world_size=2, barrier=barrier, show_progress_bar=False)
+        build(tmp_path, TEXTS[: 37 - rank], processes=_processes(rank, barrier), show_progress_bar=False)
 
     assert any("lacks 1 of 37 rows" in str(error) for error in _in_ranks(2, work))
-    with pytest.raises(ValueError, match="need a barrier"):
-        build(tmp_path, TEXTS, world_size=2)
 
 
 def test_two_builds_do_not_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +216,7 @@ def test_float16_overflow_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("texts", "options", "message"),
     [
-        (TEXTS, {"encoder": not_finite}, "'caption number 14' is not finite"),
+        (TEXTS, {"encoder": not_finite}, "the caption 'caption number 14'"),
         (TEXTS, {"encoder": lambda texts: embed(texts)[:, :7]}, r"shape \(4, 7\) instead of \(4, 8\)"),
         (["a", "b", "b", "b"], {}, "2 captions repeat an earlier one, such as 'b'"),
         ([], {}, "no captions"),

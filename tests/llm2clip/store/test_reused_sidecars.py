@@ -11,7 +11,6 @@ import torch
 from llm2clip.data import CaptionSource, distinct_captions
 from llm2clip.data.shards import ShardedSource
 from llm2clip.data.sidecars import SourceSidecars
-from llm2clip.encoders.embed_shards import ShardEmbedder, list_jobs
 from llm2clip.store.manifest import StoreMismatchError
 from llm2clip.store.store import EmbeddingCache, caption_keys
 from tests.builders.tables import write_table
@@ -32,8 +31,7 @@ def test_stored_embeddings_are_copied(kind: str, tmp_path: Path) -> None:
     if kind == "cache":
         encoder.build(old, distinct_captions(earlier), doubled, text_model="tiny")
     else:
-        made = ShardEmbedder(lambda texts: (doubled(texts), 0), description())
-        made.run(list_jobs([earlier], str(old)), show_progress_bar=False)
+        embed(earlier, old, lambda texts: (doubled(texts), 0))
     store, calls = EmbeddingCache.open(old), Counting()
     source = write_shards(tmp_path / "data", 22)
     counts = embed(source, tmp_path / "out", calls, reused=store)
@@ -45,7 +43,7 @@ def test_stored_embeddings_are_copied(kind: str, tmp_path: Path) -> None:
         for text in ("everywhere", f"a long dog {name}"):
             expected = encoder.embed([text]) if name >= 20 and text != "everywhere" else doubled([text])
             assert sidecars.open(number).lookup([text], dtype=None).equal(expected.half())
-    with pytest.raises(StoreMismatchError, match="has max_length 64, but this run has 63"):
+    with pytest.raises(StoreMismatchError, match="with max_length 64, but this run has max_length 63"):
         embed(source, tmp_path / "x", made_by=description(max_length=63), reused=store)
 
 

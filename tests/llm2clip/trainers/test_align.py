@@ -17,7 +17,7 @@ from llm2clip import main as llm2clip
 from llm2clip.command_line.settings import build_config
 from llm2clip.data.captions import distinct_captions
 from llm2clip.encoders import OurEncoder
-from llm2clip.encoders.batches import TableImages
+from llm2clip.encoders.images import TableImages
 from llm2clip.files.manifests import FOLDER_MANIFEST
 from llm2clip.store import MissingCaptionError
 from llm2clip.trainers import run_align, stored_rows

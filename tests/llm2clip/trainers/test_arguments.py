@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.utils import ModelOutput
 
 from llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, Stage1Config, Stage1Trainer, Stage2Config, Stage2Trainer
-from llm2clip.encoders.batches import ImageList
+from llm2clip.encoders.images import ImageList
 from llm2clip.evaluation.data import RetrievalData
 from tests.builders import tiny
 from tests.llm2clip.conftest import Inputs

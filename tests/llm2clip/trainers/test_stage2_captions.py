@@ -26,7 +26,7 @@ from llm2clip.files.atomic import read_json
 from llm2clip.files.manifests import FOLDER_MANIFEST, MANIFEST_CHECKSUM, with_checksum
 from llm2clip.store import EmbeddingCache, MissingCaptionError, StoreManifest, StoreMismatchError
 from llm2clip.store.manifest import manifest_path
-from llm2clip.store.shards import write_shard
+from llm2clip.store.shards import ComputedRows, write_shard
 from llm2clip.trainers import run_stage2
 from llm2clip.trainers.stage2_config import Stage2Recipe
 from tests.builders import small_runs
@@ -116,7 +116,7 @@ def test_a_caption_without_embedding_is_an_error_or_skipped(inputs: Inputs, tars
     path = tmp_path / "1.emb.safetensors"
     rows = load_file(path)
     rows["keys"][0] += 1
-    write_shard(path, rows, StoreManifest.read(manifest_path(path)))
+    write_shard(path, rows["keys"].numpy(), [ComputedRows(rows["rows"])], StoreManifest.read(manifest_path(path)))
     stream = CaptionSource.from_dict(source(tars))
     opened = ShardedSource(stream)
     lost = next(iter(opened.read(opened.shards[1]).captions))

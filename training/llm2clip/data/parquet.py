@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -74,36 +75,39 @@ def parquet_rows(
             raise fewer_rows(path, wanted + 1)
 
 
-def cut_parquet(path: str, columns: Sequence[str], captions: int) -> list[RowRange]:
-    """Cut a parquet file into ranges of rows with about `captions` captions at most, at its row groups or within one.
+def cut_parquet(path: str, columns: Sequence[str], captions: int, text_bytes: int) -> list[RowRange]:
+    """Cut a parquet file into ranges of rows of about the same size at most, at its row groups or within one.
 
     Args:
         path: Path or URL.
-        columns: The columns of captions, texts or lists of texts, of which the footer has the number of texts.
-        captions: Captions of a range.
+        columns: The columns of captions, texts or lists of texts, whose numbers and bytes are in the footer.
+        captions, text_bytes: Captions of a range, and the bytes of their columns before compression.
 
     Returns:
-        The ranges; none of a file that has no more captions than that, or that cannot be read.
+        The ranges; none of a file that has no more than that, or that cannot be read.
     """
     try:
         with fsspec.open(path, "rb") as file:
             metadata = pq.ParquetFile(file).metadata
     except (OSError, pa.ArrowException):
         return []  # the error of reading it names it
-    cuts, held, end = [0], 0, 0
+    limits = np.array([captions, text_bytes])
+    cuts, held, end = [0], np.zeros(2, dtype=np.int64), 0
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
         start, end = end, end + group.num_rows
         parts = [group.column(column) for column in range(group.num_columns)]
-        texts = sum(part.num_values for part in parts if _is_of(part.path_in_schema, columns))
-        texts = max(texts, group.num_rows)
-        if held and held + texts > captions:
+        parts = [part for part in parts if _is_of(part.path_in_schema, columns)]
+        texts = max(sum(part.num_values for part in parts), group.num_rows)
+        size = np.array([texts, sum(part.total_uncompressed_size for part in parts)])
+        if held.any() and (held + size > limits).any():
             cuts.append(start)
-            held = 0
-        if texts > captions:
-            cuts += range(start, end, max(1, group.num_rows * captions // texts))[1:]
-            texts = captions
-        held += texts
+            held = np.zeros(2, dtype=np.int64)
+        if (size > limits).any():
+            rows = int((group.num_rows * limits // np.maximum(size, 1)).min())
+            cuts += range(start, end, max(1, rows))[1:]
+            size = np.minimum(size, limits)
+        held = held + size
     cuts.append(metadata.num_rows)
     return [RowRange(start, stop, cuts[-1]) for start, stop in itertools.pairwise(cuts)] if len(cuts) > 2 else []
 

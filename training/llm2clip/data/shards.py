@@ -286,12 +286,13 @@ class ShardedSource:
             )
         return name_shards(self.source.path, self.files)
 
-    def cut(self, captions: int) -> list[list[SourceShard]]:
-        """Return the shards, and of each parquet file with more captions than so many its parts."""
+    def cut(self, captions: int, text_bytes: int) -> list[list[SourceShard]]:
+        """Return the shards, and of each parquet file with more than so many captions or bytes of them its parts."""
         columns = self.source.caption_columns
 
         def parts(shard: SourceShard) -> list[SourceShard]:
-            ranges = cut_parquet(shard.path, columns, captions) if shard.path.endswith(".parquet") else []
+            is_parquet = shard.path.endswith(".parquet")
+            ranges = cut_parquet(shard.path, columns, captions, text_bytes) if is_parquet else []
             return [shard._replace(part=part) for part in ranges] or [shard]
 
         with ThreadPoolExecutor(FILES_AT_ONCE) as pool:

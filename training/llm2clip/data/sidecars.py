@@ -11,22 +11,18 @@ import glob
 import posixpath
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
-import numpy as np
-from torch import Tensor
-
 from llm2clip.data.formats import COMPRESSIONS, SourceError
 from llm2clip.data.parquet import RowRange
 from llm2clip.data.shards import BY_CAPTIONS, ShardText, SourceShard, read_captions, source_checksum, source_size
 from llm2clip.files.atomic import require_writable
-from llm2clip.files.locks import file_lock
 from llm2clip.files.manifests import Fault, Verified
 from llm2clip.files.remote_path import READ_ONLY, AnyPath, local_copy, open_path
 from llm2clip.store.manifest import (
@@ -39,8 +35,8 @@ from llm2clip.store.manifest import (
     StoreMismatchError,
     manifest_path,
 )
-from llm2clip.store.shards import ShardFile, write_rows
-from llm2clip.store.store import BESIDE, EmbeddingCache
+from llm2clip.store.shards import ShardFile, finished_shard
+from llm2clip.store.store import SIDECAR, EmbeddingCache
 
 # Sidecars that are kept open besides those that are being read.
 KEPT_OPEN = 8
@@ -74,7 +70,7 @@ class SidecarFolder:
     def rows_path(self, shard: SourceShard) -> AnyPath:
         """Return the path of the rows of a shard or part."""
         part = "" if shard.part is None else shard.part.suffix
-        return self.folder / f"{shard_stem(shard.name)}{part}{BESIDE}{ROWS_SUFFIX}"
+        return self.folder / f"{shard_stem(shard.name)}{part}{SIDECAR}{ROWS_SUFFIX}"
 
     def manifest_path(self, shard: SourceShard) -> AnyPath:
         """Return the path of the manifest of a shard or part."""
@@ -89,38 +85,18 @@ class SidecarFolder:
         whole = shard._replace(part=None)
         with suppress(FileNotFoundError):
             return {whole: StoreManifest.read(self.manifest_path(whole))}
-        stem, ending = posixpath.basename(shard_stem(shard.name)), f"{BESIDE}{MANIFEST_SUFFIX}"
+        stem, ending = posixpath.basename(shard_stem(shard.name)), f"{SIDECAR}{MANIFEST_SUFFIX}"
         paths = self.manifest_path(whole).parent.glob(f"{glob.escape(stem)}.*-*{ending}")
         names = re.compile(rf"{re.escape(stem)}\.\d+-\d+{re.escape(ending)}")
         manifests = [StoreManifest.read(path) for path in paths if names.fullmatch(path.name)]
         parts = {part: manifest for manifest in manifests if (part := row_range(manifest))}
         return {whole._replace(part=part): parts[part] for part in sorted(parts)}
 
-    def lock(self, shard: SourceShard) -> AbstractContextManager[None]:
-        """Return a context in which no other run on these files computes the sidecar; object stores have no locks."""
-        path = self.lock_path(shard)
-        return nullcontext() if path is None else file_lock(path)
-
-    def lock_path(self, shard: SourceShard) -> Path | None:
-        """Return the file of the lock of a shard, if it is local."""
-        rows = self.rows_path(shard)
-        return rows.with_name(f".{rows.name.removesuffix(ROWS_SUFFIX)}.lock") if isinstance(rows, Path) else None
-
-    def write(
-        self, shard: SourceShard, keys: np.ndarray, rows: Iterable[Tensor], text: ShardText, manifest: StoreManifest
-    ) -> StoreManifest:
-        """Write the sidecar of a shard.
-
-        Args:
-            keys, rows: Of its distinct captions; see [`write_rows`](llm2clip.store.shards.write_rows).
-            text: What was read of the shard.
-            manifest: The encoder, the format and the counts.
-        """
-        source = SourceFile(
-            posixpath.basename(shard.name), text.size, text.checksum, text.rows, text.columns,
-            None if shard.part is None else shard.part._asdict(), self._elsewhere(shard),
-        )  # fmt: skip
-        return write_rows(self.rows_path(shard), keys, rows, replace(manifest, source=source))
+    def source_file(self, shard: SourceShard, text: ShardText) -> SourceFile:
+        """Describe the file of which a shard was read, for its manifest."""
+        part = None if shard.part is None else shard.part._asdict()
+        name = posixpath.basename(shard.name)
+        return SourceFile(name, text.size, text.checksum, text.rows, text.columns, part, self._path_elsewhere(shard))
 
     def is_embedded(self, shard: SourceShard, encoder: StoreManifest, columns: Sequence[str]) -> bool:
         """Tell whether a shard, as it is now, has a whole sidecar with the captions of these columns.
@@ -128,52 +104,41 @@ class SidecarFolder:
         Where other parts of it have changed than captions, the manifest gets its new size.
 
         Raises:
-            StoreMismatchError: Another encoder made it.
+            StoreMismatchError: Another encoder made it, or it belongs to another file.
         """
-        path = self.manifest_path(shard)
-        try:
-            manifest = StoreManifest.read(path)
-            whole = self.rows_path(shard).stat().st_size == manifest.bytes
-        except (FileNotFoundError, StoreDamagedError):
+        manifest = finished_shard(self.rows_path(shard), encoder)
+        if manifest is None:
             return False
-        source = source_of(manifest, path)
-        if source.name != posixpath.basename(shard.name):
-            raise StoreMismatchError(
-                f"{path} belongs to {source.name}, and {shard.name} would have the same. Set another output_dir."
-            )
-        if (difference := manifest.difference(encoder)) is not None:
-            name, old, new = difference
-            raise StoreMismatchError(
-                f"{path} was made by {manifest.encoder} with {name} {old!r}, but this run has {name} {new!r} "
-                f"({encoder.encoder}). Choose another output_dir, or delete the sidecars to start again."
-            )
-        if self._is_of(shard, manifest):
-            if whole and source.bytes != (size := source_size(shard.path)):
+        path = self.manifest_path(shard)
+        source, name = source_of(manifest, path), posixpath.basename(shard.name)
+        advice = "Set another output_dir, or delete that manifest if the other is an earlier version of this data."
+        if source.name != name:
+            raise StoreMismatchError(f"{path} belongs to {source.name}, and {name} would have the same. {advice}")
+        if self._is_of(shard, source):
+            if source.bytes != (size := source_size(shard.path)):
                 replace(manifest, source=replace(source, bytes=size)).write(path)
-            return whole and set(columns) <= set(source.columns)
-        if source.path not in (None, self._elsewhere(shard)):
+            return set(columns) <= set(source.columns)
+        if source.path not in (None, self._path_elsewhere(shard)):
             raise StoreMismatchError(
-                f"{path} belongs to {source.path}, and {shard.path} would have the same. Set another output_dir, or "
-                "delete that manifest if the other is an earlier version of this data."
+                f"{path} belongs to {source.path}, and {shard.path} would have the same. {advice}"
             )
         return False
 
-    def _elsewhere(self, shard: SourceShard) -> str | None:
+    def _path_elsewhere(self, shard: SourceShard) -> str | None:
         """Return the path of a shard in another folder than its sidecar."""
         path = open_path(shard.path)
         if isinstance(path, Path):
             path = path.absolute()
         return None if path.parent == self.rows_path(shard).parent else str(path)
 
-    def _is_of(self, shard: SourceShard, manifest: StoreManifest) -> bool:
-        """Tell whether a shard has the captions that were embedded.
+    def _is_of(self, shard: SourceShard, source: SourceFile) -> bool:
+        """Tell whether a shard has the captions that were embedded of a file.
 
         Those of a local one that has changed since its manifest was written, or is in another place, are read for
         that.
         """
         path, file = self.manifest_path(shard), open_path(shard.path)
-        source = source_of(manifest, path)
-        is_here = source.path in (None, self._elsewhere(shard))
+        is_here = source.path in (None, self._path_elsewhere(shard))
         has_size = source.bytes == source_size(shard.path)
         if is_here and has_size:
             if not isinstance(file, Path):
@@ -366,6 +331,6 @@ def verify_sources(folder: AnyPath, manifests: Mapping[AnyPath, StoreManifest], 
                 )
         except (SourceError, OSError) as error:
             verified.faults.append(Fault(f"the captions of the shard {file} cannot be read ({error})", fix))
-    for unfinished in sorted(map(str, folder.rglob(f".*{BESIDE}.*.tmp"))):
+    for unfinished in sorted(map(str, folder.rglob(f".*{SIDECAR}.*.tmp"))):
         verified.remarks.append(f"{unfinished} is what a run has not finished: it still writes it, or was killed.")
     return verified

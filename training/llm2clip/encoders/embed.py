@@ -15,10 +15,12 @@ from llm2clip.command_line.processes import process_state, sum_over_processes
 from llm2clip.command_line.settings import check_choices, refuse, require, setting
 from llm2clip.data import CaptionSource, distinct_captions
 from llm2clip.encoders.embed_shards import (
-    ShardCounts,
-    ShardEmbedder,
-    ShardJob,
+    EmbedCounts,
+    EmbedShard,
+    SidecarJob,
     count_shards,
+    embed_shard,
+    embed_shards,
     list_jobs,
     parse_part,
 )
@@ -156,11 +158,11 @@ def _refuse_ignored(config: EmbedConfig, names: Sequence[str]) -> None:
 @exclusive
 def _embed_into_cache(config: EmbedConfig) -> dict[str, Any]:
     require(config, REQUIRED)
-    state, encoder = _long_lived_processes(), _open_encoder(config)
+    encoder = _open_encoder(config)
     sources = [CaptionSource.from_dict(source) for source in config.sources]
     captions = distinct_captions(sources, in_all_processes=True)
     name = config.text_model_name_or_path
-    manifest = embed_into_cache(captions, encoder, config.output_dir, name, config, state)
+    manifest = embed_into_cache(captions, encoder, config.output_dir, name, config)
     return {"num_captions": manifest.rows, "num_truncated": manifest.counts["truncated"]}
 
 
@@ -181,30 +183,27 @@ def _embed_into_sidecars(config: EmbedConfig) -> dict[str, Any]:
     return dict(zip(names, total, strict=True))
 
 
-def _embed_in_processes(config: EmbedConfig, jobs: list[ShardJob]) -> ShardCounts:
+def _embed_in_processes(config: EmbedConfig, jobs: list[SidecarJob]) -> EmbedCounts:
     state = _long_lived_processes()
     mine = jobs[state.process_index :: state.num_processes]
-    return open_shard_embedder(config).run(mine, show_progress_bar=state.is_main_process)
+    return embed_shards(mine, open_shard_embedder(config), show_progress_bar=state.is_main_process)
 
 
-def _embed_on_ray(config: EmbedConfig, jobs: list[ShardJob]) -> ShardCounts:
+def _embed_on_ray(config: EmbedConfig, jobs: list[SidecarJob]) -> EmbedCounts:
     if process_state().num_processes > 1:
         raise ValueError("engine: ray is started as one process, which gives the work to Ray; leave torchrun out.")
     options = RayOptions(config.ray_address, config.ray_actors, config.ray_gpus_per_actor)
     return count_shards(embed_with_ray(jobs, partial(open_shard_embedder, config), options), len(jobs))
 
 
-def open_shard_embedder(config: EmbedConfig) -> ShardEmbedder:
-    """Open the text tower of a run, and the embeddings that it copies.
-
-    Raises:
-        StoreMismatchError: Another encoder made these.
-    """
+def open_shard_embedder(config: EmbedConfig) -> EmbedShard:
+    """Open the text tower of a run, and the embeddings that it copies."""
     encoder = _open_encoder(config)
-    return ShardEmbedder(
-        partial(encoder.embed_and_count, batch_size=config.batch_size, instruction=config.instruction),
-        describe_encoder(encoder, config.text_model_name_or_path, config),
-        None if config.reuse_cache is None else EmbeddingCache.open(config.reuse_cache),
+    return partial(
+        embed_shard,
+        embed=partial(encoder.embed_and_count, batch_size=config.batch_size, instruction=config.instruction),
+        encoder=describe_encoder(encoder, config.text_model_name_or_path, config),
+        reused=None if config.reuse_cache is None else EmbeddingCache.open(config.reuse_cache),
     )
 
 
@@ -233,7 +232,7 @@ def _open_encoder(config: EmbedConfig) -> OurEncoder:
 
 
 def embed_into_cache(
-    captions: list[str], encoder: OurEncoder, folder: str, name: str, config: EmbedConfig, state: PartialState
+    captions: list[str], encoder: OurEncoder, folder: str, name: str, config: EmbedConfig
 ) -> StoreManifest:
     """Embed captions with a text tower into a cache; see [`build_embedding_cache`].
 
@@ -241,7 +240,6 @@ def embed_into_cache(
         captions: Distinct captions.
         encoder, name: The text tower, and its name in messages.
         config: Batch size and format.
-        state: The processes that share the work.
 
     Raises:
         ValueError: The weights of the text tower cannot be identified, which the cache has to record.
@@ -252,9 +250,7 @@ def embed_into_cache(
         partial(encoder.embed_and_count, batch_size=config.batch_size, instruction=config.instruction),
         describe_encoder(encoder, name, config),
         shard_size=config.shard_size,
-        rank=state.process_index,
-        world_size=state.num_processes,
-        barrier=state.wait_for_everyone,
+        processes=process_state(),
     )
 
 

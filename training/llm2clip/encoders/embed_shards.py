@@ -5,25 +5,21 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from llm2clip.command_line.progress import ProgressBar
 from llm2clip.data import CaptionSource
 from llm2clip.data.shards import ShardedSource, SourceShard
 from llm2clip.data.sidecars import SidecarFolder
-from llm2clip.files.atomic import remove_leftovers
-from llm2clip.files.locks import remove_stale_lock
 from llm2clip.files.remote_path import AnyPath
-from llm2clip.store import EmbeddingCache, StoreManifest, StoreMismatchError
-from llm2clip.store.building import Embed, check_embeddings
-from llm2clip.store.manifest import manifest_path
+from llm2clip.store import EmbeddingCache, StoreManifest
+from llm2clip.store.building import Embed, caption_name, caption_rows
+from llm2clip.store.shards import ComputedRows, remove_leftovers_of, shard_lock, write_shard
 from llm2clip.store.store import caption_keys
 
 logger = logging.getLogger(__name__)
@@ -32,20 +28,26 @@ logger = logging.getLogger(__name__)
 EMBED_SIZE = 1024
 # Rows of a sidecar that are in memory at a time, where they are copied.
 COPY_SIZE = 16 * EMBED_SIZE
-# Captions of a parquet file that are one shard: 256 MiB of rows of width 4096 in 16 bit. A kill loses no more.
-PART_CAPTIONS = 2**15
+# What one part of a parquet file has at most, all that a kill loses: captions (256 MiB of rows of width 4096 in 16
+# bit), and bytes of their columns.
+PART_CAPTIONS, PART_BYTES = 2**15, 2**26
 
 
-class ShardJob(NamedTuple):
-    """A shard to embed: its source, and the folder of its sidecar."""
+class SidecarJob(NamedTuple):
+    """A sidecar to write: the source and shard of its captions, and its folder."""
 
     opened: ShardedSource
     shard: SourceShard
     target: SidecarFolder
 
+    @property
+    def path(self) -> AnyPath:
+        """The file of its rows."""
+        return self.target.rows_path(self.shard)
+
 
 @dataclass
-class ShardCounts:
+class EmbedCounts:
     """What was done of shards.
 
     Attributes:
@@ -63,13 +65,28 @@ class ShardCounts:
     reused: int = 0
     failed: list[str] = field(default_factory=list)
 
-    def __add__(self, other: ShardCounts) -> ShardCounts:
-        return ShardCounts(*(getattr(self, count.name) + getattr(other, count.name) for count in fields(self)))
+    def __add__(self, other: EmbedCounts) -> EmbedCounts:
+        return EmbedCounts(*(getattr(self, count.name) + getattr(other, count.name) for count in fields(self)))
 
 
-def count_shards(done: Iterable[ShardCounts], total: int, show_progress_bar: bool = True) -> ShardCounts:
+# Embeds a shard, unless it has a valid sidecar; `embed_shard` with its other arguments.
+EmbedShard = Callable[[SidecarJob], EmbedCounts]
+
+
+def embed_shards(jobs: Sequence[SidecarJob], embed_one: EmbedShard, show_progress_bar: bool = True) -> EmbedCounts:
+    """Embed shards one after another, and count what is done.
+
+    Raises:
+        StoreMismatchError: Another encoder made the sidecar of a shard.
+        OSError: A sidecar cannot be written.
+    """
+    remove_leftovers_of([job.path for job in jobs])
+    return count_shards(map(embed_one, jobs), len(jobs), show_progress_bar)
+
+
+def count_shards(done: Iterable[EmbedCounts], total: int, show_progress_bar: bool = True) -> EmbedCounts:
     """Count what is done of shards while it happens, with a progress bar; log why a shard could not be embedded."""
-    counts, start = ShardCounts(), time.monotonic()
+    counts, start = EmbedCounts(), time.monotonic()
     with ProgressBar("Embedding shards", total, "shard", show_progress_bar) as bar:
         for outcome in done:
             counts += outcome
@@ -82,67 +99,10 @@ def count_shards(done: Iterable[ShardCounts], total: int, show_progress_bar: boo
     return counts
 
 
-def list_jobs(
-    sources: Sequence[CaptionSource],
-    folder: str | None,
-    part: tuple[int, int] = (0, 1),
-    part_captions: int = PART_CAPTIONS,
-) -> list[ShardJob]:
-    """List the shards of sources.
-
-    Args:
-        sources: Streamed sources.
-        folder: Where the sidecars go, under the names of the shards, local or a URL; None: beside the shards, which
-            are local.
-        part: The i-th of n parts of all shards, which other runs embed at the same time.
-        part_captions: Captions of a parquet file that are one shard; see [`ShardedSource.cut`].
-
-    Raises:
-        FileNotFoundError, SourceError: A source cannot be read.
-        ValueError: Sidecars of two shards would have one name, a file was embedded in other parts, or a remote source
-            has no `folder`.
-        OSError: A folder cannot be written.
-    """
-    jobs = [
-        ShardJob(opened, shard, target)
-        for opened in map(ShardedSource, sources)
-        for parts in opened.cut(part_captions)
-        for target in [_folder_of(parts[0], folder)]
-        for shard in _as_embedded(parts, target)
-    ]
-    for target in {job.target.folder: job.target for job in jobs}.values():
-        target.require_writable()
-    _refuse_equal_names([job.target.rows_path(job.shard) for job in jobs])
-    return jobs[part[0] :: part[1]]
-
-
-def _as_embedded(parts: list[SourceShard], target: SidecarFolder) -> list[SourceShard]:
-    """Return the parts of a file, or the file itself if it was embedded as a whole."""
-    if parts[0].part is None:
-        return parts
-    whole = parts[0]._replace(part=None)
-    if target.manifest_path(whole).is_file():
-        return [whole]
-    if others := [shard for shard in target.manifests(whole) if shard not in parts]:
-        raise ValueError(
-            f"{target.manifest_path(others[0])} is of a part that {others[0].path} is not cut into now. Delete "
-            "the sidecars of that file to start again."
-        )
-    return parts
-
-
-def remove_leftovers_of(jobs: Sequence[ShardJob], patience: float = 0.0) -> None:
-    """Remove what killed processes of this machine left of the sidecars of shards; see [`remove_leftovers`]."""
-    for path in filter(None, (job.target.lock_path(job.shard) for job in jobs)):
-        remove_stale_lock(path)
-    rows = (job.target.rows_path(job.shard) for job in jobs)
-    written = [file for path in rows for file in (path, manifest_path(path)) if isinstance(file, Path)]
-    if removed := remove_leftovers(written, patience):
-        logger.info("Removed %d unfinished files of killed runs, such as %s.", len(removed), removed[0])
-
-
-class ShardEmbedder:
-    """Embeds the shards of sources, each as soon as it is read.
+def embed_shard(
+    job: SidecarJob, embed: Embed, encoder: StoreManifest, reused: EmbeddingCache | None = None
+) -> EmbedCounts:
+    """Embed the distinct captions of a shard into its sidecar, unless a valid one is there or another run writes it.
 
     Args:
         embed: Maps captions to their embeddings and the number of those that were truncated.
@@ -150,76 +110,110 @@ class ShardEmbedder:
         reused: A cache or sidecars of the same encoder, whose embeddings are copied instead of being computed.
 
     Raises:
-        StoreMismatchError: Another encoder made `reused`.
+        StoreMismatchError: Another encoder made the sidecar, or `reused`.
+        OSError: The sidecar cannot be written.
     """
+    opened, shard, target = job
+    if reused is not None:
+        reused.manifest.require_same(encoder, reused.path, "Reuse embeddings of the same text encoder and format.")
+    with shard_lock(job.path):
+        if target.is_embedded(shard, encoder, opened.source.caption_columns):
+            return EmbedCounts(1, done_before=1)
+        try:
+            text = opened.read(shard)
+            captions = list(text.captions)
+            keys = caption_keys(captions)
+            known = np.full(len(captions), -1) if reused is None else reused.find(keys)
+            described = replace(encoder, source=target.source_file(shard, text), counts={"truncated": 0, "reused": 0})
+            parts = _rows(captions, embed, encoder, reused, known)
+            name = lambda row: caption_name(captions[row])  # noqa: E731
+            counts = write_shard(job.path, keys, parts, described, name).counts
+        except ValueError as error:  # of this shard; a full disk ends the run
+            reason = str(error)
+            return EmbedCounts(1, failed=[reason if shard.path in reason else f"{shard.path}: {reason}"])
+    return EmbedCounts(1, 0, len(captions), counts["truncated"], counts["reused"])
 
-    def __init__(self, embed: Embed, encoder: StoreManifest, reused: EmbeddingCache | None = None) -> None:
-        self.embed, self.encoder, self.reused = embed, encoder, reused
-        if reused is not None and (difference := reused.manifest.difference(encoder)) is not None:
-            name, stored, wanted = difference
-            raise StoreMismatchError(
-                f"{reused.path} has {name} {stored!r}, but this run has {wanted!r}; reuse one of the same text "
-                "encoder and format."
-            )
 
-    def run(self, jobs: Sequence[ShardJob], show_progress_bar: bool = True) -> ShardCounts:
-        """Embed the shards that have no valid sidecar.
+def _rows(
+    captions: list[str], embed: Embed, encoder: StoreManifest, reused: EmbeddingCache | None, known: np.ndarray
+) -> Iterator[ComputedRows]:
+    """Yield the rows of captions in order, some at a time; `known` are those in `reused`, or -1."""
+    missing = np.flatnonzero(known < 0)
+    # Up to these, as many captions are computed as one call takes, or many are copied.
+    ends = {*missing[EMBED_SIZE::EMBED_SIZE].tolist(), *range(COPY_SIZE, len(captions), COPY_SIZE), len(captions)}
+    for start, end in itertools.pairwise([0, *sorted(ends - {0})]):
+        stored = known[start:end]
+        copied, new = np.flatnonzero(stored >= 0), np.flatnonzero(stored < 0)
+        if reused is not None and not len(new):
+            yield ComputedRows(reused.read(stored), {"reused": len(stored)})
+            continue
+        computed = caption_rows(embed, [captions[start + position] for position in new], encoder)
+        rows = torch.empty((end - start, encoder.width))
+        rows[torch.from_numpy(new)] = computed.rows
+        if reused is not None and len(copied):
+            # Which is rounded to what it was.
+            rows[torch.from_numpy(copied)] = reused.read(stored[copied], torch.float32)
+        yield ComputedRows(rows, {**computed.counts, "reused": len(copied)})
 
-        Raises:
-            StoreMismatchError: Another encoder made the sidecar of a shard.
-            OSError: A sidecar cannot be written.
-        """
-        remove_leftovers_of(jobs)
-        return count_shards(map(self.embed_job, jobs), len(jobs), show_progress_bar)
 
-    def embed_job(self, job: ShardJob) -> ShardCounts:
-        """Embed a shard if it has no valid sidecar; see [`ShardEmbedder.run`]. Another run may do it meanwhile."""
-        with job.target.lock(job.shard):
-            if job.target.is_embedded(job.shard, self.encoder, job.opened.source.caption_columns):
-                return ShardCounts(1, done_before=1)
-            try:
-                counts = self.embed_shard(*job)
-            except ValueError as error:  # of this shard; a full disk ends the run
-                reason = str(error)
-                return ShardCounts(1, failed=[reason if job.shard.path in reason else f"{job.shard.path}: {reason}"])
-        return ShardCounts(1, 0, counts["captions"], counts["truncated"], counts["reused"])
+def list_jobs(
+    sources: Sequence[CaptionSource],
+    folder: str | None,
+    part: tuple[int, int] = (0, 1),
+    part_captions: int = PART_CAPTIONS,
+    part_bytes: int = PART_BYTES,
+) -> list[SidecarJob]:
+    """List the shards of sources.
 
-    def embed_shard(self, opened: ShardedSource, shard: SourceShard, target: SidecarFolder) -> dict[str, int]:
-        """Embed the distinct captions of a shard, and write its sidecar.
+    Args:
+        sources: Streamed sources.
+        folder: Where the sidecars go, under the names of the shards, local or a URL; None: beside the shards, which
+            are local.
+        part: The i-th of n parts of all shards, which other runs embed at the same time.
+        part_captions, part_bytes: Captions and bytes of a parquet file that are one shard; see
+            [`ShardedSource.cut`].
 
-        Returns:
-            The numbers of `captions`, and of those that were `truncated` and `reused`.
+    Raises:
+        FileNotFoundError, SourceError: A source cannot be read.
+        ValueError: Sidecars of two shards would have one name, a file has changed after it was embedded in parts, or
+            a remote source has no `folder`.
+        OSError: A folder cannot be written.
+    """
+    jobs = [
+        SidecarJob(opened, shard, target)
+        for opened in map(ShardedSource, sources)
+        for parts in opened.cut(part_captions, part_bytes)
+        for target in [_folder_of(parts[0], folder)]
+        for shard in _as_embedded(parts, target)
+    ]
+    for target in {job.target.folder: job.target for job in jobs}.values():
+        target.require_writable()
+    _refuse_equal_names([job.path for job in jobs])
+    return jobs[part[0] :: part[1]]
 
-        Raises:
-            ValueError: The shard cannot be read, or an embedding cannot be stored.
-            OSError: The sidecar cannot be written.
-        """
-        text = opened.read(shard)
-        captions = list(text.captions)
-        keys = caption_keys(captions)
-        reused_rows = np.full(len(captions), -1) if self.reused is None else self.reused.find(keys)
-        counts = {"truncated": 0, "reused": int((reused_rows >= 0).sum())}
-        rows = self._rows(captions, reused_rows, counts)
-        target.write(shard, keys, rows, text, replace(self.encoder, counts=counts))
-        return {"captions": len(captions), **counts}
 
-    def _rows(self, captions: list[str], reused_rows: np.ndarray, counts: dict[str, int]) -> Iterator[Tensor]:
-        """Yield the rows of captions in order, some at a time, and count those that are truncated."""
-        missing = np.flatnonzero(reused_rows < 0)
-        # Up to these, as many captions are computed as one call takes, or many are copied.
-        ends = {*missing[EMBED_SIZE::EMBED_SIZE].tolist(), *range(COPY_SIZE, len(captions), COPY_SIZE), len(captions)}
-        for start, end in itertools.pairwise([0, *sorted(ends - {0})]):
-            stored = reused_rows[start:end]
-            rows = torch.empty((end - start, self.encoder.width), dtype=getattr(torch, self.encoder.dtype))
-            known, new = np.flatnonzero(stored >= 0), np.flatnonzero(stored < 0)
-            if self.reused is not None and len(known):
-                rows[torch.from_numpy(known)] = self.reused.read(stored[known])
-            if len(new):
-                texts = [captions[start + position] for position in new]
-                vectors, cut = self.embed(texts)
-                rows[torch.from_numpy(new)] = check_embeddings(vectors, texts, self.encoder)
-                counts["truncated"] += cut
-            yield rows
+def _as_embedded(parts: list[SourceShard], target: SidecarFolder) -> list[SourceShard]:
+    """Return the parts of a file as they were embedded, and those that are missing; or the file if that was whole."""
+    if parts[0].part is None:
+        return parts
+    whole = parts[0]._replace(part=None)
+    if target.manifest_path(whole).is_file():
+        return [whole]
+    embedded = [shard.part for shard in target.manifests(whole) if shard.part is not None]
+    if other := next((part for part in embedded if part.total != parts[0].part.total), None):
+        raise ValueError(
+            f"{target.manifest_path(whole._replace(part=other))} is of {whole.path} with {other.total} rows, which "
+            f"has {parts[0].part.total} now. Delete the sidecars of that file to start again."
+        )
+    bounds = [(0, 0), *((part.start, part.stop) for part in embedded), (parts[0].part.total, 0)]
+    gaps = [(stop, start) for (_, stop), (start, _) in itertools.pairwise(bounds)]
+    lacking = [
+        part._replace(start=max(part.start, start), stop=min(part.stop, stop))
+        for part in (shard.part for shard in parts if shard.part is not None)
+        for start, stop in gaps
+        if max(part.start, start) < min(part.stop, stop)
+    ]
+    return [whole._replace(part=part) for part in sorted([*embedded, *lacking])]
 
 
 def parse_part(text: str | None) -> tuple[int, int]:

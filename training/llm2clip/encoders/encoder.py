@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image
@@ -15,33 +15,17 @@ from torchvision.transforms.v2 import functional as V
 from llm2clip.command_line.progress import ProgressBar
 from llm2clip.data import ImageBackend, OnError, decode_image
 from llm2clip.data.transforms import Decoder
-from llm2clip.encoders.batches import ImageSet, PreparedImages, forward_images, image_list
+from llm2clip.encoders.images import ImageSet, image_list
+from llm2clip.encoders.loop import EncodedRows, PreparedImages, TokenizedTexts, encode_images, encode_texts
 from llm2clip.encoders.patches import patch_embeddings
 from llm2clip.files.atomic import digest_json
-from llm2clip.models.embeddings import require_finite_rows, rounded_rows
+from llm2clip.models.embeddings import rounded_rows
 from llm2clip.models.vision_identity import weights_checksum
 from modeling_llm2clip.identity_llm2clip import RULE
-from modeling_llm2clip.modeling_llm2clip_utils import (
-    ACCELERATOR_BATCH_TOKENS,
-    CPU_BATCH_TOKENS,
-    Precision,
-    token_batches,
-)
+from modeling_llm2clip.modeling_llm2clip_utils import Precision
 
-NOT_FINITE = "the model's embedding of it is not finite"
-
-
-class EncodedRows(NamedTuple):
-    """Embeddings of some `rows` of an [`ImageSet`], or of a table of captions, by their numbers.
-
-    Attributes:
-        embeds: float32 `(rows, width)` on the CPU; zeros where an image cannot be used.
-        reasons: Why a row has no embedding, or None where it has one.
-    """
-
-    rows: list[int]
-    embeds: Tensor
-    reasons: list[str | None]
+# Texts that are sorted by length together.
+TEXTS_AT_ONCE = 1024
 
 
 class Encoder(ABC):
@@ -135,11 +119,10 @@ class Encoder(ABC):
         """Identify what rows of texts depend on; see [`Encoder.fingerprint`]."""
         return self.fingerprint()
 
-    @abstractmethod
     def encode_text(
         self, texts: Sequence[str] | str, batch_size: int | None = None, show_progress_bar: bool = False
     ) -> Tensor:
-        """Embed texts.
+        """Embed texts in batches of similar length. An empty text is one like any other.
 
         Args:
             texts: The texts, of any length; one string counts as a list of one.
@@ -152,6 +135,20 @@ class Encoder(ABC):
         Raises:
             NonFiniteError: Embeddings are NaN or infinite; the message names the texts.
         """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        rows = encode_texts(
+            self.tokenized(texts), texts, self.full_width, batch_size or self.batch_size, show_progress_bar
+        )
+        return self.compact(rows)
+
+    @abstractmethod
+    def tokenized(self, texts: list[str]) -> TokenizedTexts:
+        """Tokenise texts, cut where they are too long; return them with what makes unit rows of them."""
+
+    def encode_text_parts(self, texts: Sequence[str], batch_size: int | None = None) -> Iterator[Tensor]:
+        """Embed texts as [`Encoder.encode_text`] does, some at a time."""
+        for start in range(0, len(texts), TEXTS_AT_ONCE):
+            yield self.encode_text(texts[start : start + TEXTS_AT_ONCE], batch_size)
 
     def encode_image(
         self,
@@ -199,7 +196,6 @@ class Encoder(ABC):
         num_workers: int = 0,
         part_size: int | None = None,
         on_error: OnError = "raise",
-        on_not_finite: OnError | None = None,
         show_progress_bar: bool = False,
         forward: Callable[[dict[str, Tensor]], Tensor] | None = None,
     ) -> Iterator[EncodedRows]:
@@ -209,43 +205,30 @@ class Encoder(ABC):
             images, rows: The images, and the numbers of those to embed.
             batch_size, num_workers, show_progress_bar: See [`Encoder.encode_image`].
             part_size: Rows per part, a multiple of `batch_size`; the default is a single part.
-            on_error: `raise` for an image that cannot be embedded, or `skip` it: its row has a reason.
-            on_not_finite: The same for embeddings with NaN or infinite values, which have the reason `NOT_FINITE`; the
-                default is `on_error`.
+            on_error: `raise` for an image that cannot be decoded, or `skip` it: its row has a reason.
             forward: What is computed of a batch of prepared images; the default is the embedding.
 
         Raises:
             DamagedImageError: An image cannot be decoded, and is not skipped.
-            NonFiniteError: Embeddings are NaN or infinite, and not skipped; the message names the images.
+            NonFiniteError: Embeddings are NaN or infinite; the message names the images.
         """
-        prepared = PreparedImages(images, rows, self.prepare, on_error, self.decode)
-        first: int = 0
-        embeds: list[Tensor] = []
-        reasons: list[str | None] = []
-        width: int | None = None
-        batches = forward_images(
-            prepared, forward or self.forward_images, batch_size, num_workers, show=show_progress_bar
-        )
-        for start, output, skipped in batches:
-            good = [index for index, sample in enumerate(skipped) if sample is None]
-            if output is not None:
-                width = output.shape[1]
-            elif width is None:
-                width = self.width if forward is None else self._width_of(forward)
-            vectors = torch.zeros(len(skipped), width)
-            reasons += [None if sample is None else sample.reason for sample in skipped]
-            if output is not None:
-                vectors[good] = output
-                if (on_not_finite or on_error) == "raise":
-                    keys = [images.key(rows[start + position]) for position in good]
-                    require_finite_rows(output, keys.__getitem__, "images")
-                for position in (~vectors.isfinite().all(dim=1)).nonzero()[:, 0].tolist():
-                    reasons[start + position - first] = NOT_FINITE
-            embeds.append(vectors)
-            done = start + len(skipped)
-            if done == len(rows) or (part_size and done % part_size == 0):
-                yield EncodedRows(list(rows[first:done]), torch.cat(embeds), reasons)
-                first, embeds, reasons = done, [], []
+        prepared = PreparedImages(images, self.prepare, on_error, self.decode)
+        compute = forward or self.forward_images
+        width = (lambda: self.width) if forward is None else (lambda: self._width_of(forward))
+        parts: list[EncodedRows] = []
+        done = 0
+        with ProgressBar("Embedding images", len(rows), "image", show_progress_bar) as bar:
+            for batch in encode_images(self.model, prepared, rows, compute, width, batch_size, num_workers):
+                bar.update(len(batch.rows))
+                parts.append(batch)
+                done += len(batch.rows)
+                if done == len(rows) or (part_size and done % part_size == 0):
+                    yield EncodedRows(
+                        [row for part in parts for row in part.rows],
+                        torch.cat([part.embeds for part in parts]),
+                        [reason for part in parts for reason in part.reasons],
+                    )
+                    parts = []
 
     def _width_of(self, forward: Callable[[dict[str, Tensor]], Tensor]) -> int:
         """Return the width of what is computed of images, where none could be decoded."""
@@ -325,25 +308,17 @@ class ClipEncoder(Encoder):
     def text_features(self, tokens: list[Any]) -> Tensor:
         """Compute `(texts, width)`, not normalised, of items of [`tokenize`]; called without gradients."""
 
-    @torch.no_grad()
-    def encode_text(
-        self, texts: Sequence[str] | str, batch_size: int | None = None, show_progress_bar: bool = False
-    ) -> Tensor:
-        """Embed texts in batches of similar length; see [`Encoder.encode_text`].
-
-        An empty text is one like any other: the tokens that every text has, such as start and end.
-        """
-        texts = [texts] if isinstance(texts, str) else list(texts)
+    def tokenized(self, texts: list[str]) -> TokenizedTexts:
+        """See [`Encoder.tokenized`]. An empty text has the tokens that every text has, such as start and end."""
         tokens, lengths = self.tokenize(texts) if texts else ([], [])
-        budget = CPU_BATCH_TOKENS if self.device.type == "cpu" else ACCELERATOR_BATCH_TOKENS
-        embeds = torch.empty(len(texts), self.width)
-        with ProgressBar("Embedding texts", len(texts), "text", show_progress_bar) as bar:
-            for batch in token_batches(lengths, budget, batch_size or self.batch_size):
-                features = self.text_features([tokens[row] for row in batch])
-                embeds[batch] = self.compact(F.normalize(features.float(), dim=-1)).cpu()
-                bar.update(len(batch))
-        require_finite_rows(embeds, lambda row: f"{texts[row]:.80}", "texts")
-        return embeds
+
+        def prepare(rows: list[int]) -> list[Any]:
+            return [tokens[row] for row in rows]
+
+        def forward(chosen: list[Any]) -> Tensor:
+            return F.normalize(self.text_features(chosen).float(), dim=-1)
+
+        return TokenizedTexts(self.model, self.device, lengths, prepare, forward)
 
 
 def compared_lengths(lengths: Sequence[int], limit: int) -> tuple[Tensor, Tensor]:

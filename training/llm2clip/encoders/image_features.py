@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import BaseImageProcessor
 
 from llm2clip.command_line.processes import process_state
-from llm2clip.data import EvalTransform, ImageBackend, OnError, SampleError, SkippedSample, TrainTransform
+from llm2clip.data import (
+    DEFAULT_MAX_PIXELS,
+    EvalTransform,
+    ImageBackend,
+    OnError,
+    SkippedSample,
+    TrainTransform,
+)
 from llm2clip.data.rows import stable_seed
-from llm2clip.encoders.batches import ContentSet, forward_images
+from llm2clip.data.transforms import Decoder
+from llm2clip.encoders.images import ContentSet
+from llm2clip.encoders.loop import PreparedImages, encode_images
 from llm2clip.files.atomic import digest_json
+from llm2clip.models.vision_identity import vision_fingerprint
 from llm2clip.store import Store, StoreManifest, build_store
-from llm2clip.store.building import ComputedRows, check_rows
+from llm2clip.store.shards import ComputedRows
+from modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.image_decoding_llm2clip import DamagedImageError
+
+FeatureDtype = Literal["float32", "bfloat16"]
 
 # Rows of a shard are few, because an image costs much more than a caption.
 SHARD_SIZE = 2048
@@ -28,7 +40,7 @@ PART = 4096
 
 
 class ImageFeatures(Store):
-    """What a model computed of images, found by the key of the image; see [`store_features`].
+    """What a model computed of images, found by the key of the image; see [`open_features`].
 
     Attributes:
         views: Views of an image in a row, side by side: the one of evaluation, then random crops.
@@ -63,189 +75,137 @@ class ImageFeatures(Store):
         return mean.float(), (squares / count - mean.square()).clamp(min=0).sqrt().float()
 
 
-def feature_manifest(
-    vision_model: str,
-    fingerprint: str,
-    *,
-    width: int,
-    pooling: str,
-    image_backend: ImageBackend,
-    max_pixels: int,
-    vision_model_dtype: str = "float32",
-    views: int = 1,
-    crop_scale: Sequence[float] = (1.0, 1.0),
-    seed: int = 0,
-) -> StoreManifest:
-    """Describe the pooled features of a frozen vision tower.
+class _Joined:
+    """The images of several sets as one."""
 
-    Args:
-        vision_model: Name of the tower in messages.
-        fingerprint: Identity of the tower and its image processor.
-        width: Of a row, which has all views side by side.
-        pooling: How the tower's states become features; see `vision_pooling` of [`LLM2CLIPConfig`].
-        image_backend, max_pixels: How an image is decoded.
-        vision_model_dtype: The dtype that the tower computes in.
-        views: See [`ImageFeatures`].
-        crop_scale, seed: Area of the crops, and what they are drawn by, if there are several views.
-    """
-    identity: dict[str, Any] = {
-        "fingerprint": fingerprint,
-        "pooling": pooling,
-        "vision_model_dtype": vision_model_dtype,
-        "image_backend": image_backend,
-        "max_pixels": max_pixels,
-        "views": views,
-        "crop_scale": list(crop_scale) if views > 1 else [1.0, 1.0],
-        "seed": seed if views > 1 else 0,
-    }
-    return StoreManifest(kind="features", encoder=vision_model, identity=identity, width=width)
+    def __init__(self, sets: Sequence[ContentSet]) -> None:
+        self.sets, self.bounds = sets, np.cumsum([0, *map(len, sets)])
+
+    def _place(self, row: int) -> tuple[ContentSet, int]:
+        number = int(np.searchsorted(self.bounds, row, side="right")) - 1
+        return self.sets[number], row - int(self.bounds[number])
+
+    def decode(self, row: int, decode: Decoder) -> Any:
+        images, own = self._place(row)
+        return images.decode(own, decode)
+
+    def key(self, row: int) -> str:
+        images, own = self._place(row)
+        return images.key(own)
 
 
-class _Views(Dataset):
-    """The views of some images: `pixel_values` (views, 3, H, W), and whatever else the tower takes of a single one."""
+class _Views(PreparedImages):
+    """The views of images: `pixel_values` (views, 3, H, W), and whatever else the tower takes of a single one."""
 
     def __init__(
-        self,
-        sets: Sequence[ContentSet],
-        locations: Sequence[tuple[int, int]],
-        seeds: Sequence[int],
-        evaluation: EvalTransform,
-        training: TrainTransform | None,
-        views: int,
+        self, images: _Joined, image_processor: BaseImageProcessor, manifest: StoreManifest, keys: np.ndarray,
         on_error: OnError,
-    ) -> None:
-        self.sets, self.locations, self.seeds = sets, locations, seeds
-        self.evaluation, self.training, self.views, self.on_error = evaluation, training, views, on_error
+    ) -> None:  # fmt: skip
+        identity = manifest.identity
+        evaluation = EvalTransform(image_processor, identity["image_backend"])
+        super().__init__(images, evaluation.inputs, on_error, evaluation.decode)
+        self.views, self.seed, self.keys = identity["views"], identity["seed"], keys
+        low, high = identity["crop_scale"]
+        self.training = TrainTransform(image_processor, scale=(low, high)) if self.views > 1 else None
 
-    def __len__(self) -> int:
-        return len(self.locations)
-
-    def key(self, index: int) -> str:
-        """Key of an image in messages."""
-        number, row = self.locations[index]
-        return self.sets[number].key(row)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor] | SkippedSample:
-        number, row = self.locations[index]
-        images = self.sets[number]
-        try:
-            image = images.decode(row, self.evaluation.decode)
-            inputs = self.evaluation.inputs(image, images.key(row))
-        except SampleError as error:
-            if self.on_error == "raise":
-                raise
-            return SkippedSample(error.key, error.reason or str(error))
+    def inputs(self, image: Any, row: int) -> dict[str, Tensor]:
+        inputs = super().inputs(image, row)
         if self.training is None:
             return inputs
-        crops = [self.training(image, stable_seed(self.seeds[index], view)) for view in range(1, self.views)]
+        # Seeded by the key, so that the crops of an image do not depend on its place in the data.
+        seed = stable_seed(self.seed, "view", *self.keys[row].tolist())
+        crops = [self.training(image, stable_seed(seed, view)) for view in range(1, self.views)]
         return {"pixel_values": torch.stack([inputs["pixel_values"], *crops])}
 
 
-def store_features(
-    folder: str | Path,
-    sets: Sequence[ContentSet],
-    manifest: StoreManifest,
-    forward: Callable[[dict[str, Tensor]], Tensor],
+def open_features(
+    model: LLM2CLIPModel,
     image_processor: BaseImageProcessor,
+    images: Iterable[ContentSet],
+    folder: str | Path,
     *,
+    dtype: FeatureDtype = "float32",
+    views: int = 1,
+    crop_scale: Sequence[float] = (1.0, 1.0),
+    seed: int = 0,
+    image_backend: ImageBackend = "exact",
     on_error: OnError = "raise",
     batch_size: int = 64,
     num_workers: int = 0,
     shard_size: int = SHARD_SIZE,
-    title: str = "Features of images",
 ) -> ImageFeatures:
-    """Compute what a frozen model makes of images, as far as it is not stored, and open the store.
+    """Open the pooled features of a frozen vision tower, after computing those of images that have none yet.
 
     Each identity has its own subfolder of `folder`, which later runs use and complete; runs that need it at the same
     time wait for each other. All processes share the work. Equal images are computed once. [`build_store`] says how a
     build survives a kill.
 
     Args:
-        folder: The folder of all such stores.
-        sets: The images.
-        manifest: The identity and the format of the rows.
-        forward: Maps the inputs of images, on the CPU, to rows, `(images * views, width)`.
+        model: A model with the tower, which is moved to the device of the process.
         image_processor: Prepares the images.
+        folder: The folder of all such stores.
+        dtype: The dtype that the tower computes in.
+        views: Views of each image: that of evaluation, and random crops.
+        crop_scale, seed: Area of the crops, and what they are drawn by, if there are several views.
+        image_backend: How an image is decoded.
         on_error: `raise` the error of an image that cannot be decoded, or `skip` it; see [`ImageFeatures`].
         batch_size, num_workers: Images per forward pass, and worker processes that decode them.
         shard_size: Images of a shard.
-        title: Of the progress bar.
 
     Raises:
         DamagedImageError: An image cannot be decoded, and `on_error` is `raise`.
-        ValueError: No image can be decoded, or a row is not finite or exceeds the range of the dtype.
+        NonFiniteError: A feature is NaN or infinite; the message names its image.
+        ValueError: No image can be decoded, or a feature exceeds the range of the stored dtype.
     """
-    identity = manifest.identity
-    evaluation, training = EvalTransform(image_processor, identity["image_backend"]), None
-    num_views = identity.get("views", 1)
-    if num_views > 1:
-        low, high = identity["crop_scale"]
-        training = TrainTransform(image_processor, scale=(low, high))
-    all_keys = np.concatenate([images.content_keys() for images in sets]).astype(np.int64)
-    first = np.sort(np.unique(all_keys, axis=0, return_index=True)[1])
-    bounds = np.cumsum([0, *map(len, sets)])
-    numbers = np.searchsorted(bounds, first, side="right") - 1
-    locations = list(zip(numbers.tolist(), (first - bounds[numbers]).tolist(), strict=True))
-    keys = all_keys[first]
+    tower = model.vision_model.to(process_state().device)
+    several = views > 1
+    identity: dict[str, Any] = {
+        "fingerprint": vision_fingerprint(model, image_processor, with_projection=False),
+        "pooling": model.config.vision_pooling,
+        "vision_model_dtype": dtype,
+        "image_backend": image_backend,
+        "max_pixels": DEFAULT_MAX_PIXELS,
+        "views": views,
+        "crop_scale": list(crop_scale) if several else [1.0, 1.0],
+        "seed": seed if several else 0,
+    }
+    width = views * model.config.vision_width
+    manifest = StoreManifest(kind="features", encoder=type(tower).__name__, identity=identity, width=width)
+    sets = list(images)
+    keys = np.concatenate([one.content_keys() for one in sets]).astype(np.int64)
+    first = np.sort(np.unique(keys, axis=0, return_index=True)[1])
+    prepared = _Views(_Joined(sets), image_processor, manifest, keys, on_error)
 
-    state = process_state()
-    with build_store(
-        Path(folder) / digest_json(dict(identity)),
-        keys,
+    def forward(prepared: dict[str, Tensor]) -> Tensor:
+        inputs: dict[str, Any] = {name: value.to(tower.device) for name, value in prepared.items()}
+        if several:
+            inputs["pixel_values"] = inputs["pixel_values"].flatten(0, 1)
+        with torch.autocast(tower.device.type, getattr(torch, dtype), enabled=dtype != "float32"):
+            return model.get_vision_features(**inputs)
+
+    def compute(positions: np.ndarray) -> Iterator[ComputedRows]:
+        rows = first[positions].tolist()
+        for part in encode_images(model, prepared, rows, forward, lambda: width, batch_size, num_workers):
+            numbered = enumerate(zip(part.rows, part.reasons, strict=True))
+            skipped = [(place, prepared.images.key(row), reason) for place, (row, reason) in numbered if reason]
+            yield ComputedRows(part.embeds, skipped=skipped)
+
+    features = build_store(
+        Path(folder) / digest_json(identity),
+        keys[first],
         manifest,
-        title=title,
+        compute,
+        title="Features of images",
         shard_size=shard_size,
         wait_for_others=True,
-        rank=state.process_index,
-        world_size=state.num_processes,
-        barrier=state.wait_for_everyone,
+        processes=process_state(),
         kind=ImageFeatures,
-    ) as build:
-        for number, positions in build:
-            # Seeded by the key, so that the crops of an image do not depend on its place in the data.
-            seeds = [stable_seed(identity.get("seed", 0), "view", *keys[position].tolist()) for position in positions]
-            chosen = [locations[position] for position in positions]
-            views = _Views(sets, chosen, seeds, evaluation, training, num_views, on_error)
-            rows = torch.zeros(len(positions), manifest.width, dtype=getattr(torch, manifest.dtype))
-            unreadable: list[tuple[int, str, str]] = []
-            for batch in forward_images(views, forward, batch_size, num_workers, show=False):
-                unreadable += [
-                    (row, *sample) for row, sample in enumerate(batch.skipped, batch.start) if sample is not None
-                ]
-                if batch.output is not None:
-                    good = [row for row, sample in enumerate(batch.skipped, batch.start) if sample is None]
-                    names = [f"image {views.key(index)}" for index in good]
-                    rows[good] = check_rows(batch.output.reshape(len(good), -1), manifest.dtype, names.__getitem__)
-                build.bar.update(len(batch.skipped))
-            build.write(number, positions, ComputedRows(rows, skipped=unreadable))
-    features = build.store
-    skipped = [features.skipped[row] for row in features.find(keys).tolist() if row in features.skipped]
+        name=lambda position: f"image {prepared.images.key(int(first[position]))}",
+    )
+    stored = features.find(keys[first]).tolist()
+    skipped = [features.skipped[row] for row in stored if row in features.skipped]
     if skipped and on_error == "raise":
         raise DamagedImageError(*skipped[0])
     if len(skipped) == len(first):
         raise ValueError(f"none of the {len(first)} images can be read; the first: {skipped[0].reason}.")
     return features
-
-
-def pooled_features(model: Any, dtype_name: str, views: int) -> Callable[[dict[str, Tensor]], Tensor]:
-    """Return what a [`store_features`] computes of images: the pooled features of a model's vision tower.
-
-    Args:
-        model: A model with `get_vision_features`, on its device.
-        dtype_name: The dtype that the tower computes in.
-        views: Views of an image.
-    """
-    dtype = getattr(torch, dtype_name)
-
-    @torch.inference_mode()
-    def forward(inputs: dict[str, Tensor]) -> Tensor:
-        model.eval()
-        tower = model.vision_model
-        inputs = {name: value.to(tower.device) for name, value in inputs.items()}
-        if views > 1:
-            inputs["pixel_values"] = inputs["pixel_values"].flatten(0, 1)
-        with torch.autocast(tower.device.type, dtype, enabled=dtype != torch.float32):
-            features = model.get_vision_features(**inputs)
-        return features.float().cpu()
-
-    return forward

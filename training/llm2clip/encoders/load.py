@@ -13,14 +13,13 @@ from torch import Tensor
 
 from llm2clip.command_line.processes import process_state
 from llm2clip.data import ImageBackend, OnError
-from llm2clip.encoders.batches import image_list
 from llm2clip.encoders.custom import CustomEncoder
 from llm2clip.encoders.encoder import Encoder
+from llm2clip.encoders.images import image_list
 from llm2clip.encoders.open_clip import OpenClipEncoder
 from llm2clip.encoders.ours import OurEncoder
 from llm2clip.encoders.query_text import QueryTextEncoder, TextEncoder, has_query_encoder
 from llm2clip.encoders.transformers_clip import TransformersEncoder
-from llm2clip.models.embeddings import require_finite_rows
 from llm2clip.models.places import OPEN_CLIP
 from llm2clip.models.repos import OUR_MODELS, RepoKind, inspect_repo
 
@@ -133,10 +132,7 @@ def embed_captions(
             processor.
     """
     encoder = _open(model, processor, device, "text")
-    rows = encoder.embed(captions, batch_size, show_progress_bar is not False, instruction)
-    texts = [captions] if isinstance(captions, str) else captions
-    require_finite_rows(rows, texts.__getitem__, "captions")
-    return rows
+    return encoder.embed(captions, batch_size, show_progress_bar is not False, instruction)
 
 
 def embed_images(
@@ -170,7 +166,7 @@ def embed_images(
 
     Raises:
         DamagedImageError: An image cannot be read.
-        NonFiniteError: The model's embedding of an image is NaN or infinite, unless `on_error` is `skip`.
+        NonFiniteError: The model's embedding of an image is NaN or infinite.
         ValueError: The repository is not an LLM2CLIP model, or a loaded model comes without its processor.
     """
     encoder = _open(model, getattr(processor, "image_processor", processor), device, "image")

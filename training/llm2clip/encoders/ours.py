@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, ImageProcessingMixin
 
 from llm2clip.command_line.processes import process_state
-from llm2clip.command_line.progress import ProgressBar
 from llm2clip.data import EvalTransform, ImageBackend
 from llm2clip.encoders.encoder import Encoder, compared_lengths, dtype_for_device, processor_statistics
+from llm2clip.encoders.loop import TokenizedTexts, encode_texts
 from llm2clip.files.atomic import digest_json
 from llm2clip.files.manifests import refuse_changed_model
 from llm2clip.models.attention_probe import probe_text_tower
-from llm2clip.models.embeddings import require_finite_rows
 from llm2clip.models.repos import RepoKind, hub_commit, inspect_repo, names_of
 from llm2clip.models.text_identity import tokenizer_fingerprint
 from llm2clip.models.towers import open_text_tower
@@ -32,14 +31,8 @@ from modeling_llm2clip import (
     with_pillow,
 )
 from modeling_llm2clip.identity_llm2clip import RULE, decoder_identity
-from modeling_llm2clip.modeling_llm2clip_utils import (
-    encode_pixels,
-    encode_tokens,
-    execution_device,
-    hub_arguments,
-    unit_features,
-)
-from modeling_llm2clip.tokenization_llm2clip import CaptionTokens, tokenize_captions
+from modeling_llm2clip.modeling_llm2clip_utils import execution_device, hub_arguments, unit_features
+from modeling_llm2clip.tokenization_llm2clip import CaptionTokens, pooling_mask, tokenize_captions
 
 TEXT_KINDS = (RepoKind.JOINT, RepoKind.TEXT_TOWER, RepoKind.EMBEDDING_MODEL)
 IMAGE_KINDS = (RepoKind.JOINT, RepoKind.VISION_HALF)
@@ -212,9 +205,6 @@ class OurEncoder(Encoder):
     def _given(self) -> str:
         return self.name or type(self.model).__name__
 
-    def forward_images(self, inputs: dict[str, Tensor]) -> Tensor:
-        return self.compact(next(encode_pixels(self.model, [inputs])))
-
     def image_features(self, inputs: dict[str, Tensor]) -> Tensor:
         return self.model.get_image_features(**self._on_device(inputs)).pooler_output
 
@@ -233,8 +223,7 @@ class OurEncoder(Encoder):
     ) -> Tensor:
         """Embed captions for a Store or an adapter: rows as the model gives them, which `encode_text` normalises.
 
-        Those of a text tower are not of unit length, and an embedding may be NaN; `encode_text` checks that, and takes
-        empty texts too.
+        Those of a text tower are not of unit length. `encode_text` takes empty texts too.
 
         Args:
             captions: Of any length, not empty; one string counts as a list of one.
@@ -244,6 +233,9 @@ class OurEncoder(Encoder):
 
         Returns:
             float32 `(len(captions), full_width)` on the CPU, in input order.
+
+        Raises:
+            NonFiniteError: An embedding is NaN or infinite; the message names its caption.
         """
         return self.embed_and_count(captions, batch_size, show_progress_bar, instruction)[0]
 
@@ -255,8 +247,11 @@ class OurEncoder(Encoder):
         instruction: str | None = None,
     ) -> tuple[Tensor, int]:
         """Embed captions as [`OurEncoder.embed`] does, and count those that were truncated to the maximum length."""
-        tokens = tokenize_captions(captions, self._texts(), self.text_config, instruction)
-        return self._encode(tokens, batch_size or self.batch_size, show_progress_bar), tokens.num_cut
+        texts = [captions] if isinstance(captions, str) else list(captions)
+        tokens = tokenize_captions(texts, self._texts(), self.text_config, instruction)
+        size = batch_size or self.batch_size
+        rows = encode_texts(self._embedded(tokens, unit=False), texts, self.full_width, size, show_progress_bar)
+        return rows, tokens.num_cut
 
     def _texts(self) -> Any:
         if self.is_joint and not hasattr(self.model, "text_adapter"):
@@ -266,36 +261,29 @@ class OurEncoder(Encoder):
             raise ValueError(f"the processor given with {self._given} has no tokenizer, which texts need.")
         return self.tokenizer
 
-    def _encode(self, tokens: CaptionTokens, batch_size: int | None, show: bool) -> Tensor:
-        num_distinct = len(set(map(tuple, tokens.ids))) if show else None
+    def _embedded(self, tokens: CaptionTokens, unit: bool) -> TokenizedTexts:
+        """Return tokenised texts with what embeds them: as a text tower gives them, or unit rows of a whole model."""
+
+        def forward(inputs: Any) -> Tensor:
+            if self.is_joint:
+                rows = unit_features(self.model.get_text_features(**inputs))
+            else:
+                rows = self.model(**inputs).pooler_output.float()
+            return F.normalize(rows, dim=-1) if unit else rows
+
         device = execution_device((self.is_joint and self.model.text_model) or self.model)
-        with ProgressBar("Embedding captions", num_distinct, "caption", show) as bar:
+        return distinct_tokens(tokens, self.tokenizer, self.model, device, forward)
 
-            def forward(inputs: Any) -> Tensor:
-                output = self.model.get_text_features(**inputs) if self.is_joint else self.model(**inputs)
-                bar.update(len(output.pooler_output))
-                return unit_features(output) if self.is_joint else output.pooler_output
-
-            options: dict[str, Any] = {"device": device, "width": self.full_width, "batch_size": batch_size}
-            options["model"] = self.model
-            # The callers name the captions of embeddings that are not finite.
-            return encode_tokens(tokens, self.tokenizer, forward, **options, finite=False)
-
-    def encode_text(
-        self, texts: Sequence[str] | str, batch_size: int | None = None, show_progress_bar: bool = False
-    ) -> Tensor:
-        """Embed texts; see [`Encoder.encode_text`].
+    def tokenized(self, texts: list[str]) -> TokenizedTexts:
+        """See [`Encoder.tokenized`].
 
         An empty text is the prompt alone, as in the original code; pooled as that of a caption.
         """
-        texts = [texts] if isinstance(texts, str) else list(texts)
         kept = [row for row, text in enumerate(texts) if text.strip()]
         tokens = tokenize_captions([texts[row] for row in kept], self._texts(), self.text_config)
         if len(kept) < len(texts):
             tokens = self._with_empty_texts(tokens, kept, len(texts))
-        embeds = self._encode(tokens, batch_size or self.batch_size, show_progress_bar)
-        require_finite_rows(embeds, lambda row: f"{texts[row]:.80}", "texts")
-        return self.compact(F.normalize(embeds, dim=-1))
+        return self._embedded(tokens, unit=True)
 
     def _with_empty_texts(self, tokens: CaptionTokens, kept: Sequence[int], count: int) -> CaptionTokens:
         """Add the tokens of empty texts: the prompt alone, pooled as that of a caption is, over its suffix.
@@ -318,3 +306,23 @@ class OurEncoder(Encoder):
         stripped = [text.strip() for text in texts]
         ids = tokenizer(stripped, truncation=False, verbose=False)["input_ids"] if texts else []
         return compared_lengths([len(row) for row in ids], tokenizer.model_max_length)
+
+
+def distinct_tokens(
+    tokens: CaptionTokens, tokenizer: Any, model: nn.Module, device: torch.device, forward: Callable[[Any], Tensor]
+) -> TokenizedTexts:
+    """Return texts of which repeated ones are embedded once; `forward` gets padded batches on the device."""
+    number_of: dict[tuple[int, ...], int] = {}
+    numbers = [number_of.setdefault(tuple(ids), len(number_of)) for ids in tokens.ids]
+    distinct = list(number_of)
+    starts = None if tokens.starts is None else dict(zip(numbers, tokens.starts, strict=True))
+
+    def prepare(chosen: list[int]) -> Any:
+        inputs = tokenizer.pad({"input_ids": [list(distinct[number]) for number in chosen]}, return_tensors="pt")
+        if starts is not None:
+            inputs["pooling_mask"] = pooling_mask(inputs["attention_mask"], [starts[number] for number in chosen])
+        return inputs
+
+    lengths = [len(ids) for ids in distinct]
+    rows = None if len(distinct) == len(numbers) else numbers
+    return TokenizedTexts(model, device, lengths, prepare, lambda inputs: forward(inputs.to(device)), rows)

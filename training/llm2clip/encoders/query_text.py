@@ -10,13 +10,16 @@ from torch import Tensor
 from transformers import AutoImageProcessor
 
 from llm2clip.encoders.encoder import compared_lengths
-from llm2clip.encoders.ours import OurEncoder
+from llm2clip.encoders.loop import TokenizedTexts
+from llm2clip.encoders.ours import OurEncoder, distinct_tokens
 from llm2clip.models.places import is_repo
 from llm2clip.models.repos import RepoKind, find_file, inspect_repo
 from llm2clip.models.text_identity import tokenizer_fingerprint
 from llm2clip.models.vision_identity import weights_checksum
 from modeling_llm2clip.image_decoding_llm2clip import with_pillow
+from modeling_llm2clip.modeling_llm2clip_utils import execution_device
 from modeling_llm2clip.query_encoder_llm2clip import FOLDER, QueryEncoder, query_encoder_of
+from modeling_llm2clip.tokenization_llm2clip import CaptionTokens, clean_captions
 
 # Which of its encoders a model embeds texts with; auto: the query encoder where there is one.
 TextEncoder = Literal["llm", "query", "auto"]
@@ -65,12 +68,16 @@ class QueryTextEncoder(OurEncoder):
     def _text_settings(self) -> dict[str, Any]:
         return {"query": weights_checksum(self.query), "tokenizer": tokenizer_fingerprint(self.query.tokenizer)}
 
-    def encode_text(
-        self, texts: Sequence[str] | str, batch_size: int | None = None, show_progress_bar: bool = False
-    ) -> Tensor:
-        """Embed texts; see [`Encoder.encode_text`]. An empty text is an error."""
-        rows = self.query.encode(texts, batch_size or self.batch_size, show_progress_bar)
-        return self.compact(rows)
+    def tokenized(self, texts: list[str]) -> TokenizedTexts:
+        """See [`Encoder.tokenized`]. An empty text is an error."""
+        query = self.query
+        return distinct_tokens(
+            CaptionTokens(query.tokenize(clean_captions(texts)), None, 0),
+            query.tokenizer,
+            query,
+            execution_device(query),
+            lambda inputs: query(inputs["input_ids"], inputs["attention_mask"]),
+        )
 
     def text_lengths(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Tokens of each text before truncation, and whether it is cut."""

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from llm2clip.encoders.embed_shards import ShardCounts, ShardEmbedder, ShardJob, remove_leftovers_of
+from llm2clip.encoders.embed_shards import EmbedCounts, EmbedShard, SidecarJob
+from llm2clip.store.shards import remove_leftovers_of
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +42,8 @@ class RayOptions:
 
 
 def embed_with_ray(
-    jobs: Sequence[ShardJob], make_embedder: Callable[[], ShardEmbedder], options: RayOptions
-) -> Iterator[ShardCounts]:
+    jobs: Sequence[SidecarJob], make_embedder: Callable[[], EmbedShard], options: RayOptions
+) -> Iterator[EmbedCounts]:
     """Embed shards on a cluster; yield what was done of each, in the order in which they end.
 
     Each actor writes the sidecars of its shards, which all nodes reach by the same paths. When an actor or its node
@@ -76,19 +77,19 @@ def embed_with_ray(
                         raise ValueError(fatal)
                     # A shard whose outcome was lost with a node is looked at again.
                     if missing.pop(number, None) is not None:
-                        yield ShardCounts(**{**row, "failed": list(row["failed"])})
+                        yield EmbedCounts(**{**row, "failed": list(row["failed"])})
             except RayError as error:
                 raise ValueError(f"Ray ended the run: {_last_line(error)}") from error
             if not missing:
                 return
             logger.warning("The processes of %d shards died.", len(missing))
-        remove_leftovers_of(list(missing.values()), ENDING_SECONDS)
+        remove_leftovers_of([job.path for job in missing.values()], ENDING_SECONDS)
         for job in missing.values():
-            yield ShardCounts(1, failed=[f"{job.shard.path}: each process that embedded it died"])
+            yield EmbedCounts(1, failed=[f"{job.shard.path}: each process that embedded it died"])
 
 
 def _outcomes(
-    ray: Any, jobs: Mapping[int, ShardJob], make_embedder: Callable[[], ShardEmbedder], options: RayOptions
+    ray: Any, jobs: Mapping[int, SidecarJob], make_embedder: Callable[[], EmbedShard], options: RayOptions
 ) -> Any:
     """Return the outcomes of shards, given by their numbers, as a data set that is computed while it is read."""
     gpus = options.gpus_per_actor
@@ -129,19 +130,19 @@ class _Actor:
         make_embedder: Opens the encoder.
     """
 
-    def __init__(self, jobs: Any, make_embedder: Callable[[], ShardEmbedder]) -> None:
+    def __init__(self, jobs: Any, make_embedder: Callable[[], EmbedShard]) -> None:
         import ray
 
-        self.jobs: dict[int, ShardJob] = ray.get(jobs)
-        self.embedder = make_embedder()
-        remove_leftovers_of(list(self.jobs.values()))
+        self.jobs: dict[int, SidecarJob] = ray.get(jobs)
+        self.embed_shard = make_embedder()
+        remove_leftovers_of([job.path for job in self.jobs.values()])
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         number, fatal = int(batch["number"][0]), ""
         try:
-            outcome = self.embedder.embed_job(self.jobs[number])
+            outcome = self.embed_shard(self.jobs[number])
         except (OSError, ValueError) as error:  # a full disk, or sidecars of another encoder: it ends the run
-            outcome, fatal = ShardCounts(), str(error)
+            outcome, fatal = EmbedCounts(), str(error)
         values = {"number": number, "fatal": fatal, **asdict(outcome)}
         return {name: [value] for name, value in values.items()}
 

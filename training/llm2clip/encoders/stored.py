@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from llm2clip.encoders.cache_of_model import open_cache_of_model
-from llm2clip.encoders.encoder import EncodedRows
 from llm2clip.encoders.image_features import ImageFeatures
+from llm2clip.encoders.loop import EncodedRows, run_model
 from llm2clip.encoders.ours import OurEncoder
 from llm2clip.files.atomic import digest_json
 from llm2clip.models.embeddings import require_finite_rows
@@ -64,7 +64,6 @@ class StoredEncoder(OurEncoder):
         # Such as of two text encoders, which have read other tokens each.
         return torch.full((len(texts),), -1), torch.zeros(len(texts), dtype=torch.bool)
 
-    @torch.inference_mode()
     def encode_text(
         self, texts: Sequence[str] | str, batch_size: int | None = None, show_progress_bar: bool = False
     ) -> Tensor:
@@ -72,12 +71,22 @@ class StoredEncoder(OurEncoder):
         texts = [texts] if isinstance(texts, str) else list(texts)
         llm_embeds = self.lookup(texts)
         require_finite_rows(llm_embeds, lambda row: f"{texts[row]:.80}", "captions (by the LLM)")
-        parts = [
-            unit_features(self.model.get_text_features(llm_embeds=part)).cpu() for part in llm_embeds.split(BATCH)
-        ]
+        parts = self._run(
+            range(len(texts)),
+            lambda rows: llm_embeds[rows],
+            lambda part: self.model.get_text_features(llm_embeds=part),
+        )
         embeds = self.compact(torch.cat([torch.empty(0, self.full_width), *parts]))
         require_finite_rows(embeds, lambda row: f"{texts[row]:.80}", "captions (by the adapter)")
         return embeds
+
+    def _run(
+        self, rows: Sequence[int], read: Callable[[Any], Tensor], forward: Callable[[Tensor], Any]
+    ) -> Iterator[Tensor]:
+        """Yield what a part of the model makes of stored rows, of unit length."""
+        batches = np.split(np.asarray(rows, dtype=np.int64), range(BATCH, len(rows), BATCH))
+        for *_, output in run_model(self.model, batches, read, lambda part: unit_features(forward(part))):
+            yield output
 
     def encode_image_parts(
         self, images: Any, rows: Sequence[int], *args: Any, **options: Any
@@ -94,12 +103,12 @@ class StoredEncoder(OurEncoder):
             raise DamagedImageError(
                 *next((images.key(row), why) for row, why in zip(rows, reasons, strict=True) if why)
             )
-        with torch.inference_mode():
-            parts = [
-                unit_features(self.model.get_image_features(vision_features=self.features.read_views(part))).cpu()
-                for part in np.split(stored_rows, range(BATCH, len(stored_rows), BATCH))
-            ]
-        embeds = self.compact(torch.cat(parts))
+        parts = self._run(
+            stored_rows.tolist(),
+            self.features.read_views,
+            lambda part: self.model.get_image_features(vision_features=part),
+        )
+        embeds = self.compact(torch.cat(list(parts)))
         read = [row for row, reason in enumerate(reasons) if reason is None]
         require_finite_rows(embeds[read], lambda row: images.key(rows[read[row]]), "images")
         yield EncodedRows(list(rows), embeds, reasons)

@@ -29,7 +29,7 @@ from llm2clip.data import (
 from llm2clip.data.rows import column_texts
 from llm2clip.data.sources import SourceError, source_columns
 from llm2clip.data.table_identity import KEY_VERSION, content_keys, distinct, file_paths
-from llm2clip.encoders.batches import ChosenImages, ContentSet, ImageList, TableImages
+from llm2clip.encoders.images import ChosenImages, ContentSet, ImageList, TableImages
 from llm2clip.evaluation.benchmark import BenchmarkError
 from llm2clip.evaluation.benchmarks.encoded_images import EncodedImages, files_origin
 from llm2clip.evaluation.prompts import prompts

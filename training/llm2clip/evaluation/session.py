@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,23 +17,23 @@ from llm2clip.command_line.progress import ProgressBar
 from llm2clip.data import OnError
 from llm2clip.data.table_identity import distinct
 from llm2clip.encoders import Encoder
-from llm2clip.encoders.batches import ContentSet, encode_sharded
+from llm2clip.encoders.encoder import TEXTS_AT_ONCE
 from llm2clip.encoders.image_features import SHARD_SIZE
+from llm2clip.encoders.images import ContentSet
 from llm2clip.files.atomic import digest_json
+from llm2clip.losses.gather import exchange_counts, gather_rows
 from llm2clip.store import Store, StoreManifest, build_store
-from llm2clip.store.building import ComputedRows, StoreBuild
+from llm2clip.store.shards import ComputedRows
 from llm2clip.store.store import caption_keys
 from modeling_llm2clip.image_decoding_llm2clip import DamagedImageError
 
 IMAGES = "images"
 # Images per forward pass, unless the user chooses.
 IMAGE_BATCH = 64
-# Texts that are sorted by length together.
-TEXTS = 1024
 # Images in which something is counted (a second or more each) between two writes.
 COUNTED = 32
-# Computes the rows at some positions, and advances the bar.
-Compute = Callable[[list[int], ProgressBar], ComputedRows]
+# Computes the rows at some positions, some at a time.
+Compute = Callable[[list[int]], Iterator[ComputedRows]]
 
 
 class Session:
@@ -97,25 +96,19 @@ class Session:
         if kind != IMAGES:
             forward = partial(encoder.forward_features, projected=kind == "projected")
 
-        def compute(rows: list[int], bar: ProgressBar) -> ComputedRows:
-            parts = []
+        def compute(rows: list[int]) -> Iterator[ComputedRows]:
             for part in encoder.encode_image_parts(
-                images, rows, batch_size=size, num_workers=self.num_workers, part_size=size,
-                on_error=self.on_error, on_not_finite="raise", forward=forward,
+                images, rows, batch_size=size, num_workers=self.num_workers, part_size=size, on_error=self.on_error,
+                forward=forward,
             ):  # fmt: skip
-                parts.append(part)
-                bar.update(len(part.rows))
-            reasons = [reason for part in parts for reason in part.reasons]
-            skipped = [
-                (position, images.key(rows[position]), reason) for position, reason in enumerate(reasons) if reason
-            ]
-            embeds = [part.embeds for part in parts] or [torch.empty(0, encoder.width)]
-            return ComputedRows(torch.cat(embeds), skipped=skipped)
+                numbered = enumerate(zip(part.rows, part.reasons, strict=True))
+                skipped = [(position, images.key(row), reason) for position, (row, reason) in numbered if reason]
+                yield ComputedRows(part.embeds, skipped=skipped)
 
         title = "Embedding images" if kind == IMAGES else "Features of images"
         with self.timed("images"):
             if self.store is None:
-                return self._in_memory(list(range(len(images))), title, "image", compute)
+                return self._in_memory(list(range(len(images))), title, "image", encoder.width, compute)
             keys = images.content_keys()
             return self._read_images(kind, keys, self._stored(kind, keys, title, SHARD_SIZE, compute))
 
@@ -126,13 +119,8 @@ class Session:
             NonFiniteError: Embeddings are NaN or infinite; the message names the texts.
         """
 
-        def compute(rows: list[int], bar: ProgressBar) -> ComputedRows:
-            parts = [torch.empty(0, self.encoder.width)]
-            for start in range(0, len(rows), TEXTS):
-                chosen = [texts[row] for row in rows[start : start + TEXTS]]
-                parts.append(self.encoder.encode_text(chosen, self.batch_size))
-                bar.update(len(chosen))
-            return ComputedRows(torch.cat(parts))
+        def compute(rows: list[int]) -> Iterator[ComputedRows]:
+            return map(ComputedRows, self.encoder.encode_text_parts([texts[row] for row in rows], self.batch_size))
 
         title = "Embedding texts"
         with self.timed("texts"):
@@ -141,14 +129,14 @@ class Session:
                 store = self._stored("texts", keys, title, SHARD_SIZE, compute)
                 return store.read(store.find(keys))
             first, numbers = distinct(texts)
-            return self._in_memory(first, title, "text", compute)[numbers]
+            return self._in_memory(first, title, "text", self.encoder.width, compute)[numbers]
 
     def text_lengths(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Tokens of each text, `(texts,)` int64, and whether it is cut, `(texts,)` bool."""
         with self.timed("texts"):
             parts = [
-                self.encoder.text_lengths(texts[start : start + TEXTS])
-                for start in range(0, max(1, len(texts)), TEXTS)
+                self.encoder.text_lengths(texts[start : start + TEXTS_AT_ONCE])
+                for start in range(0, max(1, len(texts)), TEXTS_AT_ONCE)
             ]
         lengths, is_cut = (torch.cat(column) for column in zip(*parts, strict=True))
         return lengths, is_cut
@@ -170,30 +158,29 @@ class Session:
             title: Title of the progress bar.
         """
 
-        def compute(rows: list[int], bar: ProgressBar) -> ComputedRows:
-            counted = [torch.empty(0, width, dtype=torch.int32)]
-            for row in count(rows):
-                counted.append(row.to(torch.int32)[None])
-                bar.update()
+        def compute(rows: list[int]) -> Iterator[ComputedRows]:
             # A float32 is exact up to 2**24 only, but it has the 32 bits of an integer.
-            return ComputedRows(torch.cat(counted).view(torch.float32))
+            return (ComputedRows(row.to(torch.int32)[None].view(torch.float32)) for row in count(rows))
 
         with self.timed("images"):
             if self.store is None:
-                rows = self._in_memory(list(range(len(keys))), title, "image", compute)
+                rows = self._in_memory(list(range(len(keys))), title, "image", width, compute)
             else:
                 store = self._stored(kind, keys, title, COUNTED, compute)
                 rows = store.read(store.find(keys))
             return rows.view(torch.int32).long()
 
-    def _in_memory(self, rows: list[int], title: str, unit: str, compute: Compute) -> Tensor:
+    def _in_memory(self, rows: list[int], title: str, unit: str, width: int, compute: Compute) -> Tensor:
         """Compute rows, of which each process has a part; those that are skipped are NaN."""
 
         def encode(part: range) -> Tensor:
+            parts = [torch.empty(0, width)]
             with ProgressBar(title, len(part), unit, self.show_progress_bar) as bar:
-                computed = compute(rows[part.start : part.stop], bar)
-            computed.rows[[position for position, *_ in computed.skipped]] = torch.nan
-            return computed.rows
+                for computed in compute(rows[part.start : part.stop]):
+                    computed.rows[[position for position, *_ in computed.skipped]] = torch.nan
+                    parts.append(computed.rows)
+                    bar.update(len(computed.rows))
+            return torch.cat(parts if len(parts) == 1 else parts[1:])
 
         return encode_sharded(len(rows), encode, self.encoder.device)
 
@@ -204,7 +191,7 @@ class Session:
         if kind in self._opened:
             new = new[self._opened[kind].find(keys[new]) < 0]
         assert self.store is not None
-        encoder, state = self.encoder, process_state()
+        encoder = self.encoder
         dtype, fingerprint = encoder.identity()["dtype"], encoder.fingerprint()
         manifest = StoreManifest(
             kind="evaluation",
@@ -213,24 +200,18 @@ class Session:
             width=encoder.width if kind in (IMAGES, "texts") else 0,
             dtype="float32",  # scores from stored rows equal those from new ones
         )
-        build: StoreBuild[Store]
-        with build_store(
+        self._opened[kind] = build_store(
             self.store / digest_json([fingerprint, dtype]) / kind,
             keys[new],
             manifest,
+            lambda positions: compute(new[positions].tolist()),
             title=title,
-            # Processes share the work by shards.
-            shard_size=min(shard_size, max(1, math.ceil(len(new) / state.num_processes))),
+            shard_size=shard_size,
             wait_for_others=True,
             show_progress_bar=self.show_progress_bar,
-            rank=state.process_index,
-            world_size=state.num_processes,
-            barrier=state.wait_for_everyone,
-        ) as build:
-            for number, positions in build:
-                build.write(number, positions, compute(new[positions].tolist(), build.bar))
-        self._opened[kind] = build.store
-        return build.store
+            processes=process_state(),
+        )
+        return self._opened[kind]
 
     def _read_images(self, kind: str, keys: np.ndarray, store: Store) -> Tensor:
         stored_rows = store.find(keys)
@@ -241,3 +222,23 @@ class Session:
                 raise DamagedImageError(*skipped[int(stored_rows[position])])
             rows[position] = torch.nan
         return rows
+
+
+def encode_sharded(num_rows: int, encode: Callable[[range], Tensor], device: torch.device) -> Tensor:
+    """Embed rows 0 to `num_rows - 1`, a part on each process, and gather all of them on every process.
+
+    Args:
+        encode: Maps a range of rows to their embeddings, `(len(range), width)`.
+        device: Device on which the process group exchanges tensors.
+
+    Returns:
+        `(num_rows, width)` on the CPU.
+    """
+    if not torch.distributed.is_initialized():
+        return encode(range(num_rows)).cpu()
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    bounds = [num_rows * part // world_size for part in range(world_size + 1)]
+    rows = encode(range(bounds[rank], bounds[rank + 1])).detach().to(device)
+    # A process without rows may not know their width.
+    width = max(width for (width,) in exchange_counts([rows.shape[1]], device))
+    return gather_rows(rows if len(rows) else rows.new_empty(0, width)).rows.cpu()

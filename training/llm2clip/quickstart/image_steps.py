@@ -14,7 +14,7 @@ from transformers import AutoProcessor
 from llm2clip.command_line.processes import process_state
 from llm2clip.command_line.settings import build_config
 from llm2clip.data import CaptionSource
-from llm2clip.encoders.image_features import ImageFeatures
+from llm2clip.encoders.image_features import ImageFeatures, open_features
 from llm2clip.encoders.stored import StoredEncoder
 from llm2clip.evaluation.data import RetrievalData
 from llm2clip.evaluation.protocols.retrieval import image_text_metrics
@@ -29,7 +29,6 @@ from llm2clip.trainers import run_align, run_stage2
 from llm2clip.trainers.align_recipe import AlignRecipe
 from llm2clip.trainers.parts import plan_parts
 from llm2clip.trainers.stage2_config import Stage2Recipe
-from llm2clip.trainers.stored_rows import open_features
 from modeling_llm2clip import LLM2CLIPModel
 
 # The model at the end is the best by this on the validation set.

@@ -96,10 +96,9 @@ def _embed(run: RunContext, arm: Arm, resume: bool) -> dict[str, Any]:
     data, tower, folder = run.data, run.tower(arm), str(run.cache(arm.name))
     model: Any
     model, tokenizer = open_text_tower(tower, dtype=_dtype(run, arm))
-    state = process_state()
-    model.to(state.device).eval()
+    model.to(process_state().device).eval()
     texts, encoder = data.texts(arm.kind), OurEncoder(model, tokenizer)
-    manifest = embed_into_cache(texts, encoder, folder, tower, EmbedConfig(shard_size=SHARD), state)
+    manifest = embed_into_cache(texts, encoder, folder, tower, EmbedConfig(shard_size=SHARD))
     lookup = EmbeddingCache.open(folder).lookup
     return {
         "num_captions": manifest.rows,

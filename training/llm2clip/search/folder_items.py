@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from llm2clip.data import DEFAULT_MAX_PIXELS, DamagedImageError
 from llm2clip.data.transforms import Decoder
-from llm2clip.encoders.batches import ImageList
+from llm2clip.encoders.images import ImageList
 from llm2clip.search.index_manifest import Embed
 from llm2clip.search.store import ID, KEY
 

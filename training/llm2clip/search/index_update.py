@@ -266,10 +266,8 @@ class _Update:
             return self._captions(items, chosen)
         workers = min(worker_count(settings.num_workers), len(chosen))
         return self.encoder.encode_image_parts(
-            items, chosen, settings.batch_size or IMAGES_AT_ONCE, workers, settings.rows_per_part, on_error="skip",
-            # A broken model is not a damaged image: all of its embeddings are in doubt.
-            on_not_finite="raise",
-        )  # fmt: skip
+            items, chosen, settings.batch_size or IMAGES_AT_ONCE, workers, settings.rows_per_part, on_error="skip"
+        )
 
     def _captions(self, captions: list[str], chosen: list[int]) -> Iterator[EncodedRows]:
         """Embed captions a part at a time, in batches of similar length."""

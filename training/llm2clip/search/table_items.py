@@ -26,7 +26,7 @@ from llm2clip.data.sources import (
     top_level,
 )
 from llm2clip.data.transforms import Decoder
-from llm2clip.encoders.batches import ChosenImages
+from llm2clip.encoders.images import ChosenImages
 from llm2clip.search.folder_items import BINARY, DIGEST_SIZE, NUMBER, ROWS_AT_ONCE, TEXT, FolderImages, Items, digest
 from llm2clip.search.index_manifest import Embed, IndexManifest
 from llm2clip.search.store import ID, INTERNAL, KEY

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from llm2clip.encoders import Encoder
-from llm2clip.encoders.batches import stack_inputs
+from llm2clip.encoders.loop import stack_inputs
 from llm2clip.models.embeddings import NonFiniteError
 from llm2clip.serving.limits import Limits
 from llm2clip.serving.metrics import Metrics

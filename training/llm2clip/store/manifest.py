@@ -13,7 +13,7 @@ from llm2clip.files.atomic import read_json, write_json
 from llm2clip.files.manifests import fits_checksum, with_checksum
 from llm2clip.files.remote_path import AnyPath, RemotePath
 
-FORMAT, FORMAT_VERSION = "llm2clip-store", 1
+FORMAT, VERSION = "llm2clip-store", 1
 ROWS_SUFFIX, MANIFEST_SUFFIX = ".safetensors", ".manifest"
 PathT = TypeVar("PathT", Path, RemotePath, AnyPath)
 StoredDtype = Literal["float16", "bfloat16", "float32"]
@@ -53,7 +53,6 @@ class Kind(NamedTuple):
 KINDS = {
     "captions": Kind("embedding cache", "caption", "run `llm2clip embed` again"),
     "features": Kind("image feature cache", "image", "start the training again"),
-    "states": Kind("store of the states of frozen layers", "image", "start the training again"),
     "evaluation": Kind("evaluation store", "row", "run `llm2clip evaluate` again"),
     "teacher": Kind("store of a teacher's rows", "row", "start the distillation again"),
 }
@@ -129,7 +128,7 @@ class StoreManifest:
 
     def write(self, path: AnyPath) -> None:
         """Write the manifest, after its rows."""
-        write_json(path, with_checksum({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}))
+        write_json(path, with_checksum({"format": FORMAT, "format_version": VERSION, **asdict(self)}))
 
     @classmethod
     def read(cls, path: AnyPath) -> StoreManifest:
@@ -145,10 +144,10 @@ class StoreManifest:
             values = read_json(path)
         except ValueError as error:
             raise StoreDamagedError(f"{str(error).rstrip('.')}; {advice}.") from error
-        if (stated := (values.get("format"), values.get("format_version"))) != (FORMAT, FORMAT_VERSION):
+        if (stated := (values.get("format"), values.get("format_version"))) != (FORMAT, VERSION):
             raise StoreError(
                 f"{path} has format {stated[0]!r}, version {stated[1]!r}, but this version of llm2clip reads "
-                f"{FORMAT!r}, version {FORMAT_VERSION}; compute it again, into another folder."
+                f"{FORMAT!r}, version {VERSION}; compute it again, into another folder."
             )
         if not fits_checksum(values) or values.get("kind") not in KINDS:
             raise StoreDamagedError(f"{path} has changed since it was written; {advice}.")
@@ -157,6 +156,20 @@ class StoreManifest:
             source = known["source"]
             known["source"] = SourceFile(**{entry.name: source.get(entry.name) for entry in fields(SourceFile)})
         return cls(**known)
+
+    def require_same(
+        self,
+        wanted: StoreManifest,
+        path: AnyPath,
+        advice: str = "Choose another folder, or delete what is there to start again.",
+    ) -> None:
+        """Raise a `StoreMismatchError` if the rows at a path are not what a run, with another manifest, computes."""
+        if (difference := self.difference(wanted)) is not None:
+            name, stored, new = difference
+            raise StoreMismatchError(
+                f"{path} was made by {self.encoder} with {name} {stored!r}, but this run has {name} {new!r} "
+                f"({wanted.encoder}). {advice}"
+            )
 
     def difference(self, other: StoreManifest) -> tuple[str, Any, Any] | None:
         """Return the first thing that rows depend on in which another manifest differs: its name and both values."""

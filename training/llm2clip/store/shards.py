@@ -6,70 +6,95 @@ row was computed from, such as a caption's exact text in UTF-8 or an image's enc
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from llm2clip.files.atomic import atomic_path, sha256
+from llm2clip.files.atomic import atomic_path, remove_leftovers, sha256
+from llm2clip.files.locks import file_lock, remove_stale_lock
 from llm2clip.files.remote_path import AnyPath, local_file
 from llm2clip.files.shared_files import stored_sha256
-from llm2clip.store.manifest import Kind, StoreDamagedError, StoreManifest, manifest_path
+from llm2clip.models.embeddings import require_finite_rows
+from llm2clip.store.manifest import ROWS_SUFFIX, Kind, StoreDamagedError, StoreManifest, manifest_path
+
+logger = logging.getLogger(__name__)
 
 # What safetensors calls the dtypes of rows.
 SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
-def write_shard(path: AnyPath, tensors: Mapping[str, Tensor], manifest: StoreManifest) -> StoreManifest:
-    """Write the file of a shard, and then its manifest, without which it counts as missing.
+@dataclass
+class ComputedRows:
+    """Some rows of a shard.
 
-    Args:
-        path: `NAME.safetensors`, local or remote.
-        tensors: `rows` and `keys`.
-        manifest: What is written beside it, except for what the file itself states.
+    Attributes:
+        rows: (n, width) of any dtype and device.
+        counts, skipped: Those of [`StoreManifest`]; row numbers are those among these rows.
     """
-    rows = tensors["rows"]
-    width = rows.shape[1] if rows.ndim == 2 else manifest.width
-    # Not by `save_file`, whose own temporary file would stay if it is killed.
-    return _write(path, [save(dict(tensors))], replace(manifest, rows=len(rows), width=width))
+
+    rows: Tensor
+    counts: Mapping[str, int] = field(default_factory=dict)
+    skipped: Sequence[tuple[int, str, str]] = ()
 
 
-def write_rows(path: AnyPath, keys: np.ndarray, rows: Iterable[Tensor], manifest: StoreManifest) -> StoreManifest:
-    """Write a shard as [`write_shard`] does, of rows that are computed meanwhile and not held in memory.
+def write_shard(
+    path: AnyPath,
+    keys: np.ndarray,
+    parts: Iterable[ComputedRows],
+    manifest: StoreManifest,
+    name: Callable[[int], str] = "row {}".format,
+) -> StoreManifest:
+    """Write a shard while its rows are computed, and then its manifest, without which it counts as missing.
 
     Args:
         path: `NAME.safetensors`, local or remote.
         keys: (n, 2) int64.
-        rows: The n rows in the dtype of the manifest, some at a time: (m, width).
-        manifest: See [`write_shard`]; its `counts` may be counted while the rows are computed.
+        parts: The n rows in their order, some at a time; no more than a part is in memory.
+        manifest: What is written beside it, except for what the file itself states. Its counts are counted on.
+        name: Describes a row in errors.
+
+    Raises:
+        NonFiniteError: A value is NaN or infinite.
+        ValueError: A value exceeds the range of the stored dtype, or there is another number of rows.
     """
-    size = len(keys) * manifest.width * getattr(torch, manifest.dtype).itemsize
-    described: dict[str, Any] = {
-        "keys": {"dtype": "I64", "shape": [len(keys), 2], "data_offsets": [0, keys.nbytes]},
-        "rows": {
-            "dtype": SAFETENSORS_NAMES[manifest.dtype],
-            "shape": [len(keys), manifest.width],
-            "data_offsets": [keys.nbytes, keys.nbytes + size],
-        },
-    }
-    header = json.dumps(described, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    start: list[Any] = [len(header).to_bytes(8, "little"), header, keys_tensor(keys).numpy().tobytes()]
-    parts = itertools.chain(start, (part.contiguous().view(torch.uint8).numpy() for part in rows))
-    return _write(path, parts, replace(manifest, rows=len(keys)))
+    counts, skipped, done, width = dict(manifest.counts), list[tuple[int, str, str]](), 0, manifest.width
+
+    def content() -> Iterator[Any]:
+        nonlocal done, width
+        computed = iter(parts)
+        first = next(computed, None)
+        width = width if first is None else first.rows.shape[1]
+        yield _header(keys, width, manifest.dtype)
+        for part in itertools.chain([] if first is None else [first], computed):
+            yield _stored(part.rows, manifest, name, done)
+            skipped.extend((done + row, key, reason) for row, key, reason in part.skipped)
+            for counted, count in part.counts.items():
+                counts[counted] = counts.get(counted, 0) + count
+            done += len(part.rows)
+        if done != len(keys):
+            raise ValueError(f"{done} rows were computed for the {len(keys)} keys of {path}.")
+
+    size, checksum = write_content(path, content())
+    written = replace(
+        manifest, rows=len(keys), width=width, counts=counts, skipped=skipped, bytes=size, checksum=checksum
+    )
+    written.write(manifest_path(path))
+    return written
 
 
-def _write(path: AnyPath, parts: Iterable[Any], manifest: StoreManifest) -> StoreManifest:
-    """Write the parts of a file, one after another, and then its manifest."""
+def write_content(path: AnyPath, parts: Iterable[Any]) -> tuple[int, str]:
+    """Write the parts of a file, one after another, and delete its manifest; return its size and its SHA-256."""
     digest, written = hashlib.sha256(), 0
     with atomic_path(path) if isinstance(path, Path) else local_file(path) as temporary:
         with temporary.open("wb") as file:
@@ -77,22 +102,99 @@ def _write(path: AnyPath, parts: Iterable[Any], manifest: StoreManifest) -> Stor
                 written += file.write(part)
                 digest.update(part)
         manifest_path(path).unlink(missing_ok=True)
-    manifest = replace(manifest, bytes=written, checksum=digest.hexdigest())
-    manifest.write(manifest_path(path))
+    return written, digest.hexdigest()
+
+
+def _header(keys: np.ndarray, width: int, dtype: str) -> bytes:
+    """Return the beginning of a file: what safetensors writes before the rows."""
+    size = len(keys) * width * getattr(torch, dtype).itemsize
+    described: dict[str, Any] = {
+        "keys": {"dtype": "I64", "shape": [len(keys), 2], "data_offsets": [0, keys.nbytes]},
+        "rows": {
+            "dtype": SAFETENSORS_NAMES[dtype],
+            "shape": [len(keys), width],
+            "data_offsets": [keys.nbytes, keys.nbytes + size],
+        },
+    }
+    header = json.dumps(described, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + np.ascontiguousarray(keys, dtype="<i8").tobytes()
+
+
+def _stored(rows: Tensor, manifest: StoreManifest, name: Callable[[int], str], first: int) -> Any:
+    """Return the bytes of rows in the stored dtype, after checking them; `first` is the number of the first one."""
+    rows, stored = rows.detach().cpu(), getattr(torch, manifest.dtype)
+    require_finite_rows(rows, lambda row: name(first + row), f"{manifest.about.unit}s")
+    if rows.dtype != stored:
+        rows = rows.float()
+        exceeds = (rows.abs() > torch.finfo(stored).max).any(dim=1).nonzero()
+        if len(exceeds):
+            raise ValueError(
+                f"The embedding of {name(first + int(exceeds[0]))} exceeds the range of {manifest.dtype}; use "
+                "bfloat16 or normalize the embeddings."
+            )
+    return rows.to(stored).contiguous().view(torch.uint8).numpy()
+
+
+def finished_shard(path: AnyPath, wanted: StoreManifest, contents: bool = False) -> StoreManifest | None:
+    """Return the manifest of a shard that is whole, or None if a run has to compute it.
+
+    Args:
+        path: `NAME.safetensors`, local or remote.
+        wanted: The encoder and the format of the run.
+        contents: Compare the content of a local file with its checksum, and not only its size.
+
+    Raises:
+        StoreMismatchError: Another encoder made it, or in another format.
+    """
+    try:
+        manifest = StoreManifest.read(manifest_path(path))
+        manifest.require_same(wanted, path)
+        file = ShardFile.of(path, manifest)
+        if contents:
+            file.require_unchanged()
+        else:
+            file.require_size()
+    except FileNotFoundError:
+        return None
+    except StoreDamagedError as error:
+        logger.warning("%s. It is computed again.", str(error).partition(";")[0].rstrip("."))
+        return None
     return manifest
 
 
+@contextlib.contextmanager
+def shard_lock(path: AnyPath) -> Iterator[None]:
+    """Keep other runs from computing a shard meanwhile; an object store has no locks."""
+    with file_lock(_lock_path(path)) if isinstance(path, Path) else contextlib.nullcontext():
+        yield
+
+
+def _lock_path(path: Path) -> Path:
+    return path.with_name(f".{path.name.removesuffix(ROWS_SUFFIX)}.lock")
+
+
+def remove_leftovers_of(paths: Sequence[AnyPath], patience: float = 0.0) -> None:
+    """Remove what killed processes of this machine left of shards; see [`remove_leftovers`]."""
+    local = [path for path in paths if isinstance(path, Path)]
+    for path in local:
+        remove_stale_lock(_lock_path(path))
+    written = [file for path in local for file in (path, path.with_name(manifest_path(path).name))]
+    if removed := remove_leftovers(written, patience):
+        logger.info("Removed %d unfinished files of killed runs, such as %s.", len(removed), removed[0])
+
+
 class ShardFile(NamedTuple):
-    """A local file of a store, with what its manifest says about it.
+    """A file of a store, with what its manifest says about it.
 
     Attributes:
-        path: `NAME.safetensors`.
+        path: `NAME.safetensors`; what is opened is local.
         rows, bytes, checksum: Those of the manifest.
         about: The words of messages.
         origin: Of a copy, the file that it is of, for messages.
     """
 
-    path: Path
+    path: Any
     rows: int
     bytes: int
     checksum: str
@@ -100,7 +202,7 @@ class ShardFile(NamedTuple):
     origin: AnyPath | None = None
 
     @classmethod
-    def of(cls, path: Path, manifest: StoreManifest, origin: AnyPath | None = None) -> ShardFile:
+    def of(cls, path: AnyPath, manifest: StoreManifest, origin: AnyPath | None = None) -> ShardFile:
         """Return the file that a manifest describes."""
         return cls(path, manifest.rows, manifest.bytes, manifest.checksum, manifest.about, origin)
 
@@ -154,9 +256,3 @@ class ShardFile(NamedTuple):
     @property
     def _fix(self) -> str:
         return f"delete it and {self.about.remedy}, which only computes what is missing"
-
-
-def keys_tensor(keys: np.ndarray) -> Tensor:
-    """Return keys as they are stored."""
-    # A copy, since torch warns of what is read-only.
-    return torch.from_numpy(np.array(keys, dtype=np.int64, order="C"))

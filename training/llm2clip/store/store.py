@@ -16,10 +16,12 @@ from torch import Tensor
 
 from llm2clip.files.remote_path import AnyPath, open_path
 from llm2clip.files.shared_files import shared_file
+from llm2clip.models.embeddings import finite_rows
 from llm2clip.store.manifest import (
     KINDS,
     MANIFEST_SUFFIX,
     ROWS_SUFFIX,
+    VERSION,
     MissingCaptionError,
     StoreDamagedError,
     StoreError,
@@ -38,12 +40,10 @@ CacheT = TypeVar("CacheT", bound="EmbeddingCache")
 INDEX = f"index{MANIFEST_SUFFIX}"
 # Shards that lie beside those of a data set. Neither name has the ending of one, by which `datasets` would take it
 # for data.
-BESIDE = ".emb"
-BESIDE_SHARDS = f"*{BESIDE}{MANIFEST_SUFFIX}"
+SIDECAR = ".emb"
+SIDECAR_MANIFESTS = f"*{SIDECAR}{MANIFEST_SUFFIX}"
 # The columns of an index.
 COLUMNS = ("high", "low", "rows")
-# Version of the index of shards beside others, which is kept on this machine.
-VERSION = 1
 # Integers by the bytes of a stored value.
 INTEGERS = {2: torch.int16, 4: torch.int32}
 # The bits of the exponent of a stored value, which are all set where it is not finite.
@@ -163,7 +163,7 @@ class Store:
 
     @classmethod
     def _of_shards(cls: type[StoreT], folder: Path) -> StoreT:
-        paths = sorted(folder.rglob(BESIDE_SHARDS))
+        paths = sorted(folder.rglob(SIDECAR_MANIFESTS))
         if not paths:
             raise _no_store(folder)
         manifests = [StoreManifest.read(path) for path in paths]
@@ -249,7 +249,7 @@ class Store:
 
     def _refuse_not_finite(self, values: Tensor, rows: np.ndarray) -> None:
         """Raise an error that names the shard of the first of `rows` whose values are not finite."""
-        bad = (~torch.isfinite(values).all(dim=1)).nonzero()
+        bad = (~finite_rows(values)).nonzero()
         if len(bad):
             row = int(rows[int(bad[0])])
             number = int(np.searchsorted(self._starts, row, side="right")) - 1
@@ -367,7 +367,7 @@ def stored_manifest(folder: str | Path) -> StoreManifest:
         StoreError: The manifest is damaged or of another version.
     """
     root = open_path(folder)
-    sidecars: Iterator[AnyPath] = iter(root.rglob(BESIDE_SHARDS))
+    sidecars: Iterator[AnyPath] = iter(root.rglob(SIDECAR_MANIFESTS))
     path = root / INDEX if (root / INDEX).is_file() else next(sidecars, None)
     if path is None:
         raise _no_store(root)
@@ -387,4 +387,4 @@ def _no_store(folder: AnyPath) -> Exception:
 def has_sidecars(folder: str | Path) -> bool:
     """Tell whether a folder contains shards that lie beside others, at any depth, and no index of its own."""
     root = open_path(folder)
-    return not (root / INDEX).is_file() and next(iter(root.rglob(BESIDE_SHARDS)), None) is not None
+    return not (root / INDEX).is_file() and next(iter(root.rglob(SIDECAR_MANIFESTS)), None) is not None

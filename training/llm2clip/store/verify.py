@@ -18,10 +18,10 @@ from llm2clip.store.manifest import (
     rows_path,
 )
 from llm2clip.store.shards import ShardFile
-from llm2clip.store.store import BESIDE, INDEX
+from llm2clip.store.store import INDEX, SIDECAR
 
-NAMES = re.compile(rf"(index|shard-\d+|.+{re.escape(BESIDE)}){re.escape(MANIFEST_SUFFIX)}")
-ROWS = re.compile(rf"(shard-\d+|.+{re.escape(BESIDE)}){re.escape(ROWS_SUFFIX)}")
+NAMES = re.compile(rf"(index|shard-\d+|.+{re.escape(SIDECAR)}){re.escape(MANIFEST_SUFFIX)}")
+ROWS = re.compile(rf"(shard-\d+|.+{re.escape(SIDECAR)}){re.escape(ROWS_SUFFIX)}")
 
 
 def manifest_paths(folder: AnyPath) -> Iterator[AnyPath]:

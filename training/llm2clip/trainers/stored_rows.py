@@ -7,27 +7,25 @@ import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from llm2clip.command_line.processes import process_state
-from llm2clip.data import DEFAULT_MAX_PIXELS, CaptionImageDataset, ImageBackend, OnError, SampleIndex, SkippedSample
+from llm2clip.data import CaptionImageDataset, ImageBackend, OnError, SampleIndex, SkippedSample
 from llm2clip.data.rows import RowCaptions, caption_id, stable_seed
 from llm2clip.data.sampling import EpochDataset
 from llm2clip.data.skipped import NO_EMBEDDING, unusable_batch_error
 from llm2clip.data.stage2_collator import DEFAULT_CROP
-from llm2clip.encoders.batches import ContentSet, TableImages
-from llm2clip.encoders.image_features import ImageFeatures, feature_manifest, pooled_features, store_features
-from llm2clip.models.vision_identity import vision_fingerprint
+from llm2clip.encoders.image_features import FeatureDtype, ImageFeatures, open_features
+from llm2clip.encoders.images import ContentSet, TableImages
 from llm2clip.store import EmbeddingCache, MissingCaptionError
 from modeling_llm2clip import LLM2CLIPModel
 
 logger = logging.getLogger(__name__)
 
-FeatureDtype = Literal["float32", "bfloat16"]
 # With more captions missing than this share, a cache is of other data, which nobody means to skip.
 SKIPPED_SHARE = 0.1
 # The finaliser of splitmix64.
@@ -249,55 +247,3 @@ def store_pairs(
     pairs = StoredPairsDataset(dataset, features, rows, cache, on_error)
     pairs.mixing = dataset.mixing
     return pairs
-
-
-def open_features(
-    model: LLM2CLIPModel,
-    image_processor: Any,
-    images: Iterable[ContentSet],
-    folder: str | Path,
-    *,
-    dtype: FeatureDtype = "float32",
-    views: int = 1,
-    crop_scale: Sequence[float] = (1.0, 1.0),
-    seed: int = 0,
-    image_backend: ImageBackend = "exact",
-    on_error: OnError = "raise",
-    batch_size: int = 64,
-    num_workers: int = 0,
-) -> ImageFeatures:
-    """Open the stored features of a vision tower, after computing those of images that have none yet.
-
-    Args:
-        model: A model with the tower, which is moved to the device of the process.
-        folder: Where the features are stored.
-        dtype, views: See [`store_pairs`].
-        crop_scale, seed: Area of the crops, and what they are drawn by, if there are several views.
-        image_backend: How an image is decoded.
-
-    Raises:
-        DamagedImageError: An image cannot be read, unless `on_error` is `skip`.
-    """
-    model.vision_model.to(process_state().device)
-    manifest = feature_manifest(
-        type(model.vision_model).__name__,
-        vision_fingerprint(model, image_processor, with_projection=False),
-        width=views * model.config.vision_width,
-        pooling=model.config.vision_pooling,
-        image_backend=image_backend,
-        max_pixels=DEFAULT_MAX_PIXELS,
-        vision_model_dtype=dtype,
-        views=views,
-        crop_scale=crop_scale,
-        seed=seed,
-    )
-    return store_features(
-        folder,
-        [*images],
-        manifest,
-        pooled_features(model, dtype, views),
-        image_processor,
-        on_error=on_error,
-        batch_size=batch_size,
-        num_workers=num_workers,
-    )

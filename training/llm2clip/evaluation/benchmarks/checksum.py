@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llm2clip.encoders.batches import ImageList
+from llm2clip.encoders.images import ImageList
 from llm2clip.evaluation.benchmarks.encoded_images import EncodedImages
 
 # Bytes of each image that are read: its header, with its size and encoder.

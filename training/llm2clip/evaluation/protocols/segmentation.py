@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as V
 
 from llm2clip.encoders import Encoder
+from llm2clip.encoders.loop import run_model
 from llm2clip.evaluation.benchmark import BenchmarkError, Measurement, SummedCounts
 from llm2clip.evaluation.data import BenchmarkImages
 from llm2clip.evaluation.prompts import class_data, name_of_templates, prompts, template_set
@@ -92,21 +92,26 @@ class MaskCLIPSegmentation:
         owners = [number for number, names in enumerate(data.classes.values()) for _ in names]
         class_of_name = torch.tensor(owners)
 
+        def forward(inputs: tuple[Tensor, Tensor]) -> Tensor:
+            windows = self._windows(inputs[0])
+            parts = [inputs[0][:, top : top + height, left : left + width] for top, left, height, width in windows]
+            return encoder.forward_patches({"pixel_values": torch.stack(parts)})
+
         def count(rows: Sequence[int]) -> Iterator[Tensor]:
-            prepared = _PreparedImages(encoder, data, rows, self.scale)
-            loader = DataLoader(prepared, batch_size=None, num_workers=session.num_workers)
-            for row, (pixels, labels) in zip(rows, loader, strict=True):
-                height, width = pixels.shape[-2:]
-                windows = whole_or_windows(height, width, self.crop, self.stride)
-                parts = torch.stack([pixels[:, top : top + h, left : left + w] for top, left, h, w in windows])
-                patches = encoder.forward_patches({"pixel_values": parts}).to(encoder.device)
+            prepare = _PreparedImages(encoder, data, self.scale)
+            run = run_model(encoder.model, rows, prepare, forward, session.num_workers)
+            for row, (pixels, labels), patches in run:
                 require_finite_rows(patches[None].flatten(1), [data.images.key(row)].__getitem__, "images")
-                scores = (patches @ embeds.T).permute(0, 3, 1, 2)
-                predicted = predict(scores, windows, (height, width), tuple(labels.shape)).cpu()
+                scores = (patches.to(encoder.device) @ embeds.T).permute(0, 3, 1, 2)
+                size, label_size = (pixels.shape[-2], pixels.shape[-1]), (labels.shape[0], labels.shape[1])
+                predicted = predict(scores, self._windows(pixels), size, label_size).cpu()
                 yield pixel_counts(labels, class_of_name[predicted], classes)
 
         options = [RULE, owners, self.scale, self.crop, self.stride, data.class_of.tolist(), texts]
         return f"segmentation-{digest_json(options)}", count
+
+    def _windows(self, pixels: Tensor) -> list[Window]:
+        return whole_or_windows(pixels.shape[-2], pixels.shape[-1], self.crop, self.stride)
 
 
 def pair_keys(data: SegmentationData) -> np.ndarray:
@@ -234,17 +239,15 @@ def measured_counts(
     )
 
 
-class _PreparedImages(Dataset[tuple[Tensor, Tensor]]):
+@dataclass
+class _PreparedImages:
     """The normalised pixels `(3, height, width)` of resized images, and their label maps in full size."""
 
-    def __init__(self, encoder: Encoder, data: SegmentationData, rows: Sequence[int], scale: tuple[int, int]) -> None:
-        self.encoder, self.data, self.rows, self.scale = encoder, data, rows, scale
+    encoder: Encoder
+    data: SegmentationData
+    scale: tuple[int, int]
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        row = self.rows[index]
+    def __call__(self, row: int) -> tuple[Tensor, Tensor]:
         image: Any = self.data.images.decode(row, decode_image)
         labels = self.data.labels(row)
         if tuple(labels.shape) != (image.height, image.width):
