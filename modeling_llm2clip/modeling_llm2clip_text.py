@@ -10,8 +10,6 @@ import importlib
 import inspect
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,7 +52,6 @@ from .modeling_llm2clip_decoder import (
 from .modeling_llm2clip_utils import (
     OWN_TEXT_MODEL,
     adopt_submodel,
-    apply_umask,
     encode_tokens,
     execution_device,
     find_text_model,
@@ -81,8 +78,6 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
     config_class = LLM2CLIPTextConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    # Whether the weights under an adapter were rounded before the merge: the sum is not that which was trained.
-    has_rounded_base = False
     _keys_to_ignore_on_load_unexpected = [
         r"lm_head\.", r"^(vision_model|visual_\w+|text_adapter)\.", r"^logit_(scale|bias)$",
     ]  # fmt: skip
@@ -216,6 +211,7 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
     ) -> LLM2CLIPTextModel:
         """Give a text model, and the weights of its Dense layers, the prompt and pooling of a config."""
         config = copy.deepcopy(config)
+        config.fingerprint = None  # it is of the weights that the config was saved with
         if config.decoder_config.model_type != decoder.config.model_type:
             config.verified_attention = None  # it is of another LLM
         model = cls(config, decoder=decoder)
@@ -247,14 +243,6 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         base.merge_adapter()
         model = cls._of_parts(config or base.config, base.decoder, base.dense.state_dict())
         model.config.verified_attention = model.config.verified_attention or base.config.verified_attention
-        stored = None
-        with suppress(OSError):  # an adapter without a config
-            _, repo, inside = find_text_model(adapter.base_model_name_or_path)
-            fields, _ = PretrainedConfig.get_config_dict(repo, **hub_arguments(base_kwargs), **inside)
-            stored = fields.get("dtype") or fields.get("torch_dtype")
-        # Now, or when the adapter was trained on them and the fingerprint in its config was made.
-        dtypes = [str(dtype).removeprefix("torch.") for dtype in (base.dtype, getattr(saved, "dtype", None)) if dtype]
-        model.has_rounded_base = base.has_rounded_base or any(dtype not in ("float32", stored) for dtype in dtypes)
         model.decoder = peft.PeftModel.from_pretrained(base.decoder, name, **hub)
         model.config.fingerprint = saved.fingerprint if saved is not None else None
         return model
@@ -270,7 +258,6 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         self.config.fingerprint = self.fingerprint(state_dict) or self.config.fingerprint
         if not self.has_adapter:
             super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
-            apply_umask(*Path(save_directory).glob("*.safetensors"))
             return
         if kwargs.pop("push_to_hub", False):
             raise ValueError("an adapter is saved to a folder first; upload that folder.")
@@ -279,7 +266,6 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         # Otherwise peft may save the embeddings too: it reads the size of a base's vocabulary at one place only.
         options = {"state_dict": state_dict, "is_main_process": is_main_process, "save_embedding_layers": False}
         self.decoder.save_pretrained(os.fspath(save_directory), **options)
-        apply_umask(*Path(save_directory).glob("*.safetensors"))
         if is_main_process:
             if self._auto_class is not None:
                 custom_object_save(self, save_directory, config=self.config)  # type: ignore[arg-type]
@@ -325,13 +311,13 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         return text_fingerprint(self.config, ((name, state[name]) for name in state))
 
     def identity(self) -> str | None:
-        """Return the fingerprint of the weights, or the recorded one if the dtype changes it.
+        """Return the recorded fingerprint; without a record that of the weights, or `None` if they are not exact.
 
-        That is so in float16, quantised, and for an adapter whose base was rounded when it was loaded.
+        They are not in float16 or quantised.
         """
         weight: Any = self.get_input_embeddings().weight
         exact = weight.dtype in (torch.float32, torch.bfloat16)
-        return (self.fingerprint() if exact and not self.has_rounded_base else None) or self.config.fingerprint
+        return self.config.fingerprint or (self.fingerprint() if exact else None)
 
     def forward(
         self,

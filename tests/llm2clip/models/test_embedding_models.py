@@ -18,8 +18,8 @@ from transformers import AutoModel, AutoTokenizer, FNetConfig, FNetModel
 
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.models.attention_probe import packs_exactly, verify_text_tower
+from llm2clip.models.identity import text_tower_fingerprint
 from llm2clip.models.repos import RepoKind, inspect_repo
-from llm2clip.models.text_identity import read_fingerprint
 from llm2clip.models.towers import describe_text_tower, open_text_tower, save_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from modeling_llm2clip.modeling_llm2clip_decoder import find_file
@@ -58,7 +58,7 @@ def test_tokens_and_embeddings_equal_sentence_transformers(family: str, tmp_path
     assert described("a dog")["input_ids"] == tokenizer("a dog")["input_ids"]
     save_text_tower(model, tokenizer, tmp_path / "tower")
     saved: Any = AutoModel.from_pretrained(tmp_path / "tower").eval()
-    assert saved.fingerprint() == model.fingerprint() == read_fingerprint(folder, None, config)
+    assert saved.fingerprint() == model.fingerprint() == text_tower_fingerprint(folder, None, config)
     found["saved"] = saved.encode(TEXTS, AutoTokenizer.from_pretrained(tmp_path / "tower"))
     write_sentence_transformers_files(tmp_path / "tower")
     written = SentenceTransformer(str(tmp_path / "tower"), trust_remote_code=True, device="cpu")

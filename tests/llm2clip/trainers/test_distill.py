@@ -22,15 +22,16 @@ from llm2clip import (
     load_encoder,
 )
 from llm2clip.data import CaptionSource
+from llm2clip.encoders.query_encoder import SPACE_FILE, QueryEncoder
 from llm2clip.evaluation.data import RetrievalData
 from llm2clip.evaluation.metrics import retrieval_metrics
+from llm2clip.files.manifests import QUERY_ENCODER
 from llm2clip.hub.upload_files import model_files
 from llm2clip.trainers import teacher as teacher_module
 from llm2clip.trainers.distill_data import DistillQueries
 from llm2clip.trainers.student import _cut
 from llm2clip.verification.kinds import verify_folder
 from modeling_llm2clip import LLM2CLIPModel
-from modeling_llm2clip.query_encoder_llm2clip import FOLDER, SPACE_FILE, QueryEncoder
 from tests import stranger
 from tests.builders import embedding_models, small_runs, tiny
 from tests.llm2clip.trainers.stages import assert_equal, losses
@@ -185,7 +186,7 @@ def test_a_student_of_another_model_is_refused(encoders: Path, model: Path, text
         load_encoder(str(other), text_encoder="query")
     attach_query_encoder(student, model)
     attach_query_encoder(student, model)  # in place of the first
-    shutil.copytree(model / FOLDER, other / FOLDER)
+    shutil.copytree(model / QUERY_ENCODER, other / QUERY_ENCODER)
     with pytest.raises(ValueError, match=r"was taught the space .* of another model"):
         load_encoder(str(other), text_encoder="query")
     with pytest.raises(ValueError, match=r"was taught the space .* of another model"):
@@ -221,8 +222,8 @@ def test_a_built_model_has_its_query_encoder(encoders: Path, model: Path, texts:
     expected = QueryEncoder.from_pretrained(student).encode(TEXTS)
     found = load_encoder(str(tmp_path / "built"), text_encoder="query").encode_text(TEXTS)
     torch.testing.assert_close(found, expected, **CLOSE)
-    assert f"{FOLDER}/2_Dense/model.safetensors" in model_files(tmp_path / "built").uploaded
-    for folder in (tmp_path / "built", model / FOLDER, student):
+    assert f"{QUERY_ENCODER}/2_Dense/model.safetensors" in model_files(tmp_path / "built").uploaded
+    for folder in (tmp_path / "built", model / QUERY_ENCODER, student):
         assert not verify_folder(folder).faults
     with pytest.raises(ValueError, match="was built with a query encoder"):
         attach_query_encoder(student, tmp_path / "built")

@@ -19,8 +19,7 @@ from llm2clip.encoders.batches import ImageSet, PreparedImages, forward_images, 
 from llm2clip.encoders.patches import patch_embeddings
 from llm2clip.files.atomic import digest_json
 from llm2clip.models.embeddings import require_finite_rows, rounded_rows
-from llm2clip.models.vision_identity import weights_checksum
-from modeling_llm2clip.identity_llm2clip import RULE
+from llm2clip.models.identity import RULE, weights_checksum
 from modeling_llm2clip.modeling_llm2clip_utils import (
     ACCELERATOR_BATCH_TOKENS,
     CPU_BATCH_TOKENS,

@@ -24,7 +24,7 @@ from llm2clip.hub.cards.facts import JOINT_TASK
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.losses import clip_loss, sigmoid_loss
 from llm2clip.models.attention_probe import verify_on_main_process
-from llm2clip.models.vision_identity import preprocessing
+from llm2clip.models.identity import preprocessing
 from llm2clip.store import EmbeddingCache
 from llm2clip.store.manifest import refuse_other_encoder
 from llm2clip.trainers.base_trainer import EmbeddedBatch, StageTrainer

@@ -19,7 +19,7 @@ from llm2clip.data.captioned_images import NO_EMBEDDING, RowCaptions, caption_id
 from llm2clip.data.sampling import EpochDataset, stable_seed
 from llm2clip.encoders.batches import ContentSet, TableImages
 from llm2clip.encoders.image_features import ImageFeatures, feature_manifest, pooled_features, store_features
-from llm2clip.models.vision_identity import vision_fingerprint
+from llm2clip.models.identity import vision_fingerprint
 from llm2clip.store import EmbeddingCache, MissingCaptionError
 from modeling_llm2clip import LLM2CLIPModel
 

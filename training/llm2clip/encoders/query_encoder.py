@@ -1,41 +1,37 @@
 """The query encoder of a model: a small text model that was taught to answer in its space (`llm2clip distill-text`).
 
 Its folder is that of a plain SentenceTransformer: a text model or a table of token vectors, mean pooling, a linear
-layer without bias, unit length. One more file says which space it was taught, and has the SHA-256 of the files that
-are read here.
+layer without bias, unit length. One more file says which space it was taught.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
-from .configuration_llm2clip import output_width
-from .identity_llm2clip import RULE, digest_weight
-from .modeling_llm2clip_decoder import find_file, padded_mask, read_json_file, text_model_class
-from .modeling_llm2clip_utils import encode_tokens, execution_device, pool
-from .tokenization_llm2clip import CaptionTokens, clean_captions, tokenize_and_cut
+from llm2clip.encoders.encoder import compared_lengths
+from llm2clip.encoders.ours import OurEncoder
+from llm2clip.files.manifests import QUERY_ENCODER
+from llm2clip.models.identity import space_identity, tokenizer_fingerprint, weights_checksum
+from llm2clip.models.places import is_repo
+from llm2clip.models.repos import RepoKind, inspect_repo
+from modeling_llm2clip import with_pillow
+from modeling_llm2clip.configuration_llm2clip import output_width
+from modeling_llm2clip.modeling_llm2clip_decoder import find_file, padded_mask, read_json_file, text_model_class
+from modeling_llm2clip.modeling_llm2clip_utils import encode_tokens, execution_device, pool
+from modeling_llm2clip.tokenization_llm2clip import CaptionTokens, clean_captions, tokenize_and_cut
 
-# In the folder of a model.
-FOLDER = "query_encoder"
 SPACE_FILE = "llm2clip_space.json"
 HEAD = "2_Dense/model.safetensors"
-# Files that are read here, as far as there are any: patterns of their names.
-RECORDED = (
-    *("modules.json", "config.json", "model*.safetensors", "model.safetensors.index.json", HEAD),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-)
-# What places images and captions in the space of a model.
-SPACE_PARTS = ("visual_standardization", "visual_projection", "text_adapter")
+# Which of its encoders a model embeds texts with; auto: the query encoder where there is one.
+TextEncoder = Literal["llm", "query", "auto"]
 
 
 class QueryEncoder(nn.Module):
@@ -115,19 +111,19 @@ class QueryEncoder(nn.Module):
             options: Arguments of `from_pretrained` that locate it, such as `subfolder` and `revision`, and `dtype`.
 
         Raises:
-            ValueError: It is not a query encoder, or a file is not the one that was saved.
+            ValueError: It is not a query encoder, or a file is missing.
         """
         name, dtype = os.fspath(name), options.pop("dtype", None)
-        record = _checked_record(name, options)
+        record = read_json_file(name, SPACE_FILE, **options) or {}
         # Without False, transformers would ask on the terminal whether to run code of the folder.
         loading = {**options, "trust_remote_code": False}
         modules = read_json_file(name, "modules.json", **options) or []
         kinds = {str(module["type"]).rpartition(".")[2]: module["path"] for module in modules}
         if "Dense" not in kinds or not {"Transformer", "StaticEmbedding"} & set(kinds):
             raise ValueError(f"{name} is not a query encoder: its modules are {', '.join(kinds) or 'unknown'}.")
-        head = load_file(_find(name, f"{kinds['Dense']}/model.safetensors", options))["linear.weight"]
+        head = _load_weights(name, f"{kinds['Dense']}/model.safetensors", options)["linear.weight"]
         if "StaticEmbedding" in kinds:
-            table = load_file(_find(name, "model.safetensors", options))["embedding.weight"]
+            table = _load_weights(name, "model.safetensors", options)["embedding.weight"]
             backbone: Any = nn.Embedding.from_pretrained(table, freeze=False)
             tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(name, **loading)
         else:
@@ -139,71 +135,88 @@ class QueryEncoder(nn.Module):
         return encoder.to(dtype).eval()
 
 
-def space_identity(model: Any) -> str:
-    """Identify the space of a model: its projection and its text adapter, whose weights are hashed in 16 bits."""
-    digests = {
-        f"{name}.{key}": digest_weight(weight)
-        for name in SPACE_PARTS
-        if (part := getattr(model, name, None)) is not None
-        for key, weight in part.state_dict().items()
-    }
-    return RULE + hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:32]
+def _load_weights(name: str, file: str, options: dict[str, Any]) -> dict[str, Tensor]:
+    path = find_file(name, file, **options)
+    if path is None:
+        raise ValueError(f"{name} is not a whole query encoder: it has no {file}.")
+    return load_file(path)
 
 
 def query_encoder_of(model: Any) -> QueryEncoder:
-    """Return the query encoder in the folder of a model, which is loaded once.
+    """Load the query encoder in the folder of an LLM2CLIP model, onto its device.
 
     Raises:
         ValueError: There is none, or it was taught the space of another model.
     """
-    encoder: QueryEncoder | None = model.__dict__.get("_query_encoder")
-    if encoder is None:
-        name, options = model.config.name_or_path, dict(getattr(model, "hub_arguments", {}))
-        options["subfolder"] = "/".join(part for part in (options.pop("subfolder", ""), FOLDER) if part)
-        if not name or read_json_file(name, "modules.json", **options) is None:
-            raise ValueError(
-                f"{name or 'this model'} has no {FOLDER}/; `llm2clip distill-text {name or 'MODEL'} --into ...` "
-                "makes one."
-            )
-        encoder = QueryEncoder.from_pretrained(name, **options)
-        space = space_identity(model)
-        if encoder.space != space:
-            raise ValueError(
-                f"the query encoder in {name}/{FOLDER} was taught the space {encoder.space} of another model, but "
-                f"this model has {space}: their vectors cannot be compared. Distill one from this model."
-            )
-        model.__dict__["_query_encoder"] = encoder
-    # `to` goes through all modules, which takes a twentieth of the time of a short query.
-    device = execution_device(model.text_adapter)
-    return encoder if encoder.dense.weight.device == device else encoder.to(device)
+    name, options = model.config.name_or_path, dict(getattr(model, "hub_arguments", {}))
+    options["subfolder"] = "/".join(filter(None, (options.pop("subfolder", None), QUERY_ENCODER)))
+    if not name or read_json_file(name, "modules.json", **options) is None:
+        raise ValueError(
+            f"{name or 'this model'} has no {QUERY_ENCODER}/; `llm2clip distill-text {name or 'MODEL'} --into ...` "
+            "makes one."
+        )
+    encoder: QueryEncoder = QueryEncoder.from_pretrained(name, **options)
+    if encoder.space != (space := space_identity(model)):
+        raise ValueError(
+            f"the query encoder in {name}/{QUERY_ENCODER} was taught the space {encoder.space} of another model, but "
+            f"this model has {space}: their vectors cannot be compared. Distill one from this model."
+        )
+    return encoder.to(execution_device(model.text_adapter))
 
 
-def record_of_files(folder: Path, space: str | None) -> dict[str, Any]:
-    """Return what the saved folder of a query encoder records: its space, and the SHA-256 of the files read here."""
-    names = {path.relative_to(folder).as_posix() for pattern in RECORDED for path in folder.glob(pattern)}
-    return {"space": space, "files": {name: _sha256(folder / name) for name in sorted(names)}}
+def has_query_encoder(name: str, revision: str | None = None) -> bool:
+    """Whether a folder or Hub repository is a model with a query encoder."""
+    if not is_repo(name) or inspect_repo(name, revision).kind is not RepoKind.JOINT:
+        return False
+    return find_file(name, f"{QUERY_ENCODER}/modules.json", revision=revision) is not None
 
 
-def _checked_record(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Read what is recorded of a query encoder; raises ValueError if its files are others."""
-    record = read_json_file(name, SPACE_FILE, **options) or {}
-    for file, recorded in record.get("files", {}).items():
-        path = _find(name, file, options)
-        if _sha256(path) != recorded:
-            raise ValueError(
-                f"{path} is not the file that was saved with this query encoder: it is damaged, or of another one. "
-                f"Copy or download it again; if you changed it yourself, delete `files` in {SPACE_FILE}."
-            )
-    return record
+class QueryTextEncoder(OurEncoder):
+    """An LLM2CLIP model that embeds texts with its query encoder, and images as ever; it is loaded without its LLM.
 
+    See [`OurEncoder`], whose arguments it has.
 
-def _sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    Raises:
+        ValueError: The model has no query encoder, or one that was taught the space of another model.
+    """
 
+    def __init__(self, model: Any, *args: Any, **options: Any) -> None:
+        super().__init__(model, *args, **options)
+        self.query: QueryEncoder = query_encoder_of(model)
 
-def _find(name: str, file: str, options: dict[str, Any]) -> str:
-    path = find_file(name, file, **options)
-    if path is None:
-        raise ValueError(f"{name} is not a whole query encoder: it has no {file}.")
-    return path
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "query": None}
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        revision: str | None = None,
+        needs: Sequence[str] = ("image", "text"),
+        *,
+        device: torch.device | str | None = None,
+        **options: Any,
+    ) -> OurEncoder:
+        """Load a model with its query encoder, and without its LLM; see [`OurEncoder.load`]."""
+        inspect_repo(name, revision).require(RepoKind.JOINT, hint="Only a whole model has a query encoder.")
+        return super().load(name, revision, needs, device=device, text_model=False, **options)
+
+    @staticmethod
+    def _saved_processor(name: str, is_half: bool, needs: Sequence[str], where: dict[str, Any]) -> Any:
+        # The tokenizer of the LLM takes longer to load than the query encoder.
+        return with_pillow(AutoImageProcessor.from_pretrained(name, **where))
+
+    def _text_settings(self) -> dict[str, Any]:
+        return {"query": weights_checksum(self.query), "tokenizer": tokenizer_fingerprint(self.query.tokenizer)}
+
+    def encode_text(
+        self, texts: Sequence[str] | str, batch_size: int | None = None, show_progress_bar: bool = False
+    ) -> Tensor:
+        """Embed texts; see [`Encoder.encode_text`]. An empty text is an error."""
+        rows = self.query.encode(texts, batch_size or self.batch_size, show_progress_bar)
+        return self.compact(rows)
+
+    def text_lengths(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Tokens of each text before truncation, and whether it is cut."""
+        lengths = [len(ids) for ids in self.query.tokenize([text.strip() for text in texts], truncation=False)]
+        return compared_lengths(lengths, self.query.tokenizer.model_max_length)
