@@ -12,8 +12,7 @@ from common import example_parser, parse, pictures
 from torch.nn import functional as F
 from transformers import AutoProcessor
 
-from llm2clip import LLM2CLIPModel, LLM2CLIPProcessor, clip_loss, open_text_tower
-from llm2clip.models.new_model import from_vision_text_pretrained
+from llm2clip import LLM2CLIPModel, LLM2CLIPProcessor, clip_loss, from_vision_text_pretrained, open_text_tower
 
 KEPT = (
     *("projection_dim", "visual_projection", "visual_projection_bias", "visual_head", "visual_head_expansion"),

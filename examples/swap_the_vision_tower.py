@@ -12,8 +12,7 @@ from common import example_parser, parse, pictures
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoProcessor
 
-from llm2clip import LLM2CLIPModel, LLM2CLIPProcessor, clip_loss
-from llm2clip.models.new_model import from_vision_text_pretrained
+from llm2clip import LLM2CLIPModel, LLM2CLIPProcessor, clip_loss, from_vision_text_pretrained
 
 TOWER = "runs/quickstart/weights/vit-small-14-11-layers"
 KEPT = ("projection_dim", "adapter_num_layers", "adapter_expansion", "adapter_normalize", "center_text")

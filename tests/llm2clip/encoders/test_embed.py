@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import stat
 import subprocess
 import sys
 import time
@@ -20,7 +18,6 @@ import torch
 from llm2clip.encoders.embed import EmbedConfig, run
 from llm2clip.models.towers import describe_text_tower, open_text_tower
 from llm2clip.store import EmbeddingCache, StoreMismatchError
-from modeling_llm2clip import LLM2CLIPTextModel
 from tests.builders import tiny
 from tests.llm2clip.conftest import Inputs
 from tests.processes import ENVIRONMENT, run_ranks
@@ -76,26 +73,6 @@ def test_a_plain_llm_has_the_header_of_its_name_and_takes_instructions(inputs: I
     assert not torch.allclose(instructed, expected, atol=1e-2)
     with pytest.raises(StoreMismatchError, match="prompt_prefix"):
         run(replace(config, output_dir=str(tmp_path / "told")))
-
-
-@pytest.mark.skipif(os.name != "posix", reason="other systems have no umask")
-def test_weights_and_embeddings_have_the_mode_of_the_umask(inputs: Inputs, tmp_path: Path) -> None:
-    """The safetensors library writes files that only their owner can read."""
-    peft = pytest.importorskip("peft")
-    mask = os.umask(0o027)
-    try:
-        model, _ = open_text_tower(inputs.text)
-        model.save_pretrained(tmp_path / "tower")
-        tiny.joint_model().save_pretrained(tmp_path / "joint")
-        lora = peft.LoraConfig(r=2, target_modules=["q_proj"])
-        adapted = LLM2CLIPTextModel(model.config, decoder=peft.get_peft_model(model.decoder, lora))
-        adapted.save_pretrained(tmp_path / "adapter")
-        run(config_of(inputs, tmp_path, ["a dog"]))
-    finally:
-        os.umask(mask)
-    files = sorted(tmp_path.rglob("*.safetensors"))
-    assert [path.parent.name for path in files] == ["adapter", "cache", "cache", "joint", "tower"]
-    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o640}
 
 
 @pytest.mark.parametrize(

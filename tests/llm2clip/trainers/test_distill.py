@@ -31,8 +31,6 @@ from llm2clip.trainers import teacher as teacher_module
 from llm2clip.trainers.distill_data import DistillQueries
 from llm2clip.trainers.student import _cut
 from llm2clip.verification.kinds import verify_folder
-from modeling_llm2clip import LLM2CLIPModel
-from tests import stranger
 from tests.builders import embedding_models, small_runs, tiny
 from tests.llm2clip.trainers.stages import assert_equal, losses
 from tests.loopback_hub import TOKEN, LoopbackHub
@@ -41,12 +39,6 @@ from tests.processes import run_ranks
 TEXTS = [*embedding_models.TEXTS[:4], "two children near a river in a park", "ein roter Bus"]
 CLOSE = {"atol": 1e-5, "rtol": 0}
 STUDENTS = ["bert", "xlm-roberta", "t5", "layers:1", "static", "static:bert"]
-REMOTE = """
-import json, sys
-from transformers import AutoModel
-model = AutoModel.from_pretrained(sys.argv[1], text_model=False, trust_remote_code=True)
-print(json.dumps(model.encode_text(json.loads(sys.argv[2]), encoder="query").tolist()))
-"""
 
 
 def fields(**changes: Any) -> dict[str, Any]:
@@ -91,15 +83,10 @@ def test_a_student_is_at_every_door_of_its_model(
     distill_text(str(model), named(student, encoders), [texts], tmp_path / "student", **fields(into=str(model)))
     expected = QueryEncoder.from_pretrained(tmp_path / "student").encode(TEXTS)
     torch.testing.assert_close(expected.norm(dim=1), torch.ones(len(TEXTS)), **CLOSE)
-    loaded = LLM2CLIPModel.from_pretrained(model, text_model=False)
-    torch.testing.assert_close(loaded.encode_text(TEXTS, encoder="query"), expected, **CLOSE)
-    torch.testing.assert_close(loaded.encode_text(TEXTS[0], encoder="query"), expected[:1], **CLOSE)
     encoder = load_encoder(str(model), text_encoder="query")
     torch.testing.assert_close(encoder.encode_text(TEXTS), expected, **CLOSE)
     image = tiny.IMAGES[:1]
     assert encoder.encode_image(image).equal(load_encoder(str(model)).encode_image(image))
-    found = stranger.answer(REMOTE, model, json.dumps(TEXTS), home=tmp_path)
-    torch.testing.assert_close(torch.tensor(found), expected, **CLOSE)
 
 
 def test_a_student_answers_as_its_teacher(encoders: Path, model: Path, texts: str, tmp_path: Path) -> None:
@@ -189,8 +176,6 @@ def test_a_student_of_another_model_is_refused(encoders: Path, model: Path, text
     shutil.copytree(model / QUERY_ENCODER, other / QUERY_ENCODER)
     with pytest.raises(ValueError, match=r"was taught the space .* of another model"):
         load_encoder(str(other), text_encoder="query")
-    with pytest.raises(ValueError, match=r"was taught the space .* of another model"):
-        LLM2CLIPModel.from_pretrained(other, text_model=False).encode_text("a dog", encoder="query")
     with pytest.raises(ValueError, match=f"has no {SPACE_FILE}"):
         attach_query_encoder(encoders / "bert", model)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 from importlib.util import find_spec
@@ -187,15 +186,6 @@ def test_the_folder_has_what_text_embeddings_inference_reads(name: str, students
     parts = [module["type"].removeprefix("sentence_transformers.models.") for module in modules]
     assert parts == ["Transformer", "Pooling", "Dense", "Normalize"]
     assert (tokens["truncation"]["max_length"], tokens["padding"]) == (embedding_models.LIMIT, None)
-
-
-def test_other_people_on_the_machine_may_read_the_folder(students: dict[str, Path], tmp_path: Path) -> None:
-    mask = os.umask(0o027)
-    try:
-        Student.from_pretrained(students["bert"]).save_pretrained(tmp_path)
-    finally:
-        os.umask(mask)
-    assert {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()} == {0o640}
 
 
 @pytest.mark.parametrize("changed", ["vision_model", "text_adapter"])

@@ -22,7 +22,6 @@ from llm2clip.models.attention_probe import probe_from_disk, verify_text_tower
 from llm2clip.models.towers import original_prompt, prompted, save_text_tower
 from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
-from modeling_llm2clip.modeling_llm2clip_utils import apply_umask
 
 DECODER = "decoder."
 PREFIXES = ("model.", "")
@@ -112,7 +111,6 @@ def _stream(
             total += tensor.nbytes
             dtypes.add(tensor.dtype)
         save_file(shard, folder / target, metadata={"format": "pt"})
-        apply_umask(folder / target)
         del shard
     if len(checkpoint.files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -78,9 +78,15 @@ def open_sidecars_of_model(
     return SourceSidecars(folder, shards, row_counts)
 
 
-def refuse_other_text_tower(path: str | Path, manifest: StoreManifest, config: LLM2CLIPConfig, tokenizer: Any) -> None:
-    """Raise a `StoreMismatchError` if captions were embedded by another text tower or tokenizer, or another prompt."""
-    refuse_other_encoder(path, manifest, config.text_model_fingerprint, tokenizer_fingerprint(tokenizer))
+def refuse_other_text_tower(
+    path: str | Path, manifest: StoreManifest, config: LLM2CLIPConfig, tokenizer: Any = None
+) -> None:
+    """Raise a `StoreMismatchError` if captions were embedded by another text tower or tokenizer, or another prompt.
+
+    What is not known, of a model in memory, is not compared.
+    """
+    known = None if tokenizer is None else tokenizer_fingerprint(tokenizer)
+    refuse_other_encoder(path, manifest, config.text_model_fingerprint, known)
     made_with, prompt = manifest.identity["prompt_prefix"], config.text_config.prompt_prefix
     if made_with != prompt:
         raise StoreMismatchError(

@@ -32,6 +32,8 @@ HEAD_FIELDS = (
     "adapter_normalize", "vision_pooling", "standardize_vision", "center_text", "visual_head", "visual_head_expansion",
     "text_head",
 )  # fmt: skip
+# Fields of towers; what else differs is seen in their weights.
+TOWER_FIELDS = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "image_size", "patch_size")
 
 
 @dataclass
@@ -149,8 +151,7 @@ def _load_text_towers(first: Repo, second: Repo) -> Loaded:
     other = LLM2CLIPTextModel.from_pretrained(first.name, **options)
     other.merge_adapter()
     settings = [
-        {"model_type": config.decoder_config.model_type}
-        | {name: getattr(config, name) for name in (*FIELDS, *OPTIONAL_FIELDS)}
+        _form(config.decoder_config) | {name: getattr(config, name) for name in (*FIELDS, *OPTIONAL_FIELDS)}
         for config in (other.config, tower.config)
     ]
     if first.kind is RepoKind.TEXT_TOWER:
@@ -169,7 +170,7 @@ def _load_joint_models(first: Repo, second: Repo) -> Loaded:
     merged = SourceModel(model, processor, JOINT_TASK, False)
     if first.kind is not RepoKind.JOINT:
         tower = load_vision_tower(first.name, {"revision": first.revision, "dtype": "auto"})
-        settings = {"vision towers": [_type_of(x) for x in (tower.config, model.config.vision_config)]}
+        settings = {"vision towers": [_form(x) for x in (tower.config, model.config.vision_config)]}
         return merged, (TRUNK,), nn.ModuleDict({TRUNK.rstrip("."): tower}), settings
     other = LLM2CLIPModel.from_pretrained(first.name, text_model=False, revision=first.revision, dtype="auto")
     configs: Any = other.config, model.config
@@ -185,7 +186,7 @@ def _load_joint_models(first: Repo, second: Repo) -> Loaded:
         (TRUNK, *HEADS),
         other,
         {
-            "vision towers": [_type_of(config.vision_config) for config in configs],
+            "vision towers": [_form(config.vision_config) for config in configs],
             "heads": heads,
             "LLMs": [{"fingerprint": llm} for llm in llms],
         },
@@ -198,8 +199,8 @@ def _llm_fingerprint(repo: Repo, config: Any) -> str | None:
     return text_tower_fingerprint(elsewhere or repo.name, revision, config.text_config)
 
 
-def _type_of(config: Any) -> dict[str, Any]:
-    return {"model_type": config.model_type}
+def _form(config: Any) -> dict[str, Any]:
+    return {name: getattr(config, name, None) for name in TOWER_FIELDS}
 
 
 def require_equal(what: str, names: tuple[str, str], first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
