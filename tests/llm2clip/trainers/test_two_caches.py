@@ -209,8 +209,6 @@ def test_losses_of_two_caches_are_refused_with_one_text_encoder(saved_model: Pat
     model = LLM2CLIPModel.from_pretrained(saved_model)
     with pytest.raises(ValueError, match="one text encoder"):
         Stage2Trainer(model, Stage2Config(**settings(tmp_path, text_losses="all")), train_dataset=[])
-    with pytest.raises(ValueError, match="encoder is 'first'; choose llm or query"):
-        model.encode_text(TEXTS, encoder="first")  # type: ignore[arg-type]
 
 
 def test_a_model_without_a_text_tower_needs_its_encoders(inputs: Inputs) -> None:
