@@ -173,6 +173,12 @@ def test_a_student_of_another_model_is_refused(encoders: Path, model: Path, text
         load_encoder(str(other), text_encoder="query")
     attach_query_encoder(student, model)
     attach_query_encoder(student, model)  # in place of the first
+    tokens = model / QUERY_ENCODER / "tokenizer.json"
+    content = tokens.read_text(encoding="utf-8")
+    tokens.write_text(content + " ", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"tokenizer\.json has changed"):
+        load_encoder(str(model), text_encoder="query")
+    tokens.write_text(content, encoding="utf-8")
     shutil.copytree(model / QUERY_ENCODER, other / QUERY_ENCODER)
     with pytest.raises(ValueError, match=r"was taught the space .* of another model"):
         load_encoder(str(other), text_encoder="query")

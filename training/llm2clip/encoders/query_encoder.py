@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, Pretrain
 
 from llm2clip.encoders.encoder import compared_lengths
 from llm2clip.encoders.ours import OurEncoder
-from llm2clip.files.manifests import QUERY_ENCODER
+from llm2clip.files.manifests import QUERY_ENCODER, refuse_changed_model
 from llm2clip.models.identity import space_identity, tokenizer_fingerprint, weights_checksum
 from llm2clip.models.places import is_repo
 from llm2clip.models.repos import RepoKind, inspect_repo
@@ -199,6 +200,7 @@ class QueryTextEncoder(OurEncoder):
     ) -> OurEncoder:
         """Load a model with its query encoder, and without its LLM; see [`OurEncoder.load`]."""
         inspect_repo(name, revision).require(RepoKind.JOINT, hint="Only a whole model has a query encoder.")
+        refuse_changed_model(Path(name, QUERY_ENCODER))
         return super().load(name, revision, needs, device=device, text_model=False, **options)
 
     @staticmethod
