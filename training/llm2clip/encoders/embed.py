@@ -226,7 +226,7 @@ def _open_encoder(config: EmbedConfig) -> OurEncoder:
     )
     if in_float16:
         # The fingerprint is not defined for weights that were rounded to float16.
-        model.config.fingerprint = model.fingerprint()
+        model.config.fingerprint = model.config.fingerprint or model.fingerprint()
         model.half()
     return OurEncoder(model.to(device).eval(), tokenizer)
 
