@@ -40,7 +40,7 @@ def export_graph(folder: Path) -> Path:
     """Write the graph of a student, from tokens and their mask to unit rows, into its folder; return its path."""
     import torch
 
-    from modeling_llm2clip.query_encoder_llm2clip import QueryEncoder
+    from llm2clip.encoders.query_encoder import QueryEncoder
 
     encoder = QueryEncoder.from_pretrained(folder)
     shape = {0: torch.export.Dim("batch", max=2**15), 1: torch.export.Dim("length", max=MAX_LENGTH)}

@@ -12,7 +12,7 @@ from common import example_parser, parse, pictures
 from torch.nn import functional as F
 from transformers import AutoProcessor
 
-from llm2clip import LLM2CLIPModel, LLM2CLIPProcessor, clip_loss, open_text_tower
+from llm2clip import LLM2CLIPModel, LLM2CLIPProcessor, clip_loss, from_vision_text_pretrained, open_text_tower
 
 KEPT = (
     *("projection_dim", "visual_projection", "visual_projection_bias", "visual_head", "visual_head_expansion"),
@@ -30,7 +30,7 @@ def main() -> None:
     processor = AutoProcessor.from_pretrained(arguments.model)
     llm, tokenizer = open_text_tower(arguments.llm)
     kept = {name: getattr(old.config, name) for name in KEPT}
-    new = LLM2CLIPModel.from_vision_text_pretrained(old.vision_model, llm, **kept).eval()
+    new = from_vision_text_pretrained(old.vision_model, llm, **kept).eval()
     new.visual_projection, new.visual_standardization = old.visual_projection, old.visual_standardization
 
     data = pictures("train").shuffle(seed=0).select(range(600))

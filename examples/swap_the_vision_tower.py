@@ -12,7 +12,7 @@ from common import example_parser, parse, pictures
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoProcessor
 
-from llm2clip import LLM2CLIPModel, LLM2CLIPProcessor, clip_loss
+from llm2clip import LLM2CLIPModel, LLM2CLIPProcessor, clip_loss, from_vision_text_pretrained
 
 TOWER = "runs/quickstart/weights/vit-small-14-11-layers"
 KEPT = ("projection_dim", "adapter_num_layers", "adapter_expansion", "adapter_normalize", "center_text")
@@ -28,7 +28,7 @@ def main() -> None:
     tokenizer = AutoProcessor.from_pretrained(arguments.model).tokenizer
     processor = LLM2CLIPProcessor(AutoImageProcessor.from_pretrained(arguments.vision_model), tokenizer)
     kept = {name: getattr(old.config, name) for name in KEPT}
-    new = LLM2CLIPModel.from_vision_text_pretrained(arguments.vision_model, old.text_model, **kept).eval()
+    new = from_vision_text_pretrained(arguments.vision_model, old.text_model, **kept).eval()
     new.text_adapter, new.logit_scale = old.text_adapter, old.logit_scale
 
     data = pictures("train").shuffle(seed=0).select(range(600))

@@ -1,11 +1,8 @@
-"""The identity of a text tower: a hash of its weights, prompt and pooling.
+"""The identity of a text tower: a hash of its merged weights, prompt and pooling, written when it is saved.
 
-The settings of the decoder are compared one by one (`changed_settings`), and another one is a warning: releases of
-transformers change the defaults of settings, and add some.
-
-The identity is that of the merged weights, so PEFT adapters are merged here, with a result that does not depend on the
-device or the number of threads: products are computed in float64 and rounded once to float32, then to the dtype of
-the weight. Sums in float32 differ between devices in their last bits, and a tower that was merged twice would be two.
+So PEFT adapters are merged here, with a result that does not depend on the device or the number of threads: products
+are computed in float64 and rounded once to float32, then to the dtype of the weight. Sums in float32 differ between
+devices in their last bits, and a tower that was merged twice would be two.
 """
 
 from __future__ import annotations
@@ -24,9 +21,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from .compatibility_llm2clip import with_version_4_rope
-from .configuration_llm2clip import WINDOW_FIELDS
-
 # The rule that a fingerprint was made by.
 RULE = "3-"
 FIELDS = (
@@ -34,21 +28,6 @@ FIELDS = (
 )  # fmt: skip
 # Left out where they are off.
 OPTIONAL_FIELDS = ("pool_prompt", "dense", "normalize")
-# Fields of decoders that do not change their states: their training, their heads, where they came from.
-IRRELEVANT = re.compile(
-    r"_.*|.*(dropout|pdrop|_drop|token_id|token_ids|_version|initializer_range|initializer_std|init_std|_loss)"
-    r"|initializer_.*|num_labels|id2label|label2id|problem_type|architectures|auto_map|model_type|name_or_path"
-    r"|dtype|torch_dtype|attn_implementation|quantization_config|use_cache|is_causal|return_dict|use_return_dict"
-    r"|output_.*|tie_.*|tf_.*|torchscript|use_bfloat16|gradient_checkpointing|pretraining_tp|chunk_size_feed_forward"
-    r"|pruned_heads|finetuning_task|task_specific_params|tokenizer_class|prefix|is_decoder|is_encoder_decoder"
-    r"|add_cross_attention|cross_attention_hidden_size|cache_implementation|use_cache_.*|router_aux_.*|vocab_size"
-    r"|max_length|min_length|do_sample|early_stopping|num_beams|num_beam_groups|diversity_penalty|temperature|top_k"
-    r"|top_p|typical_p|repetition_penalty|length_penalty|no_repeat_ngram_size|encoder_no_repeat_ngram_size"
-    r"|bad_words_ids|num_return_sequences|remove_invalid_values|exponential_decay_length_penalty|suppress_tokens"
-    r"|begin_suppress_tokens|base_model_.*_plan|partial_rotary_factor_default|scale_decoder_outputs"
-)
-# Kinds of rotary positions whose table does not depend on the longest input.
-ROPE_WITHOUT_LENGTH = ("default", "linear", "llama3")
 # Words per sum of `digest_weight`; a word is four values in bfloat16.
 WORDS = 2**15
 # Sums per step: on a CPU one, so that the words stay in its caches.
@@ -133,91 +112,6 @@ def _factors(device: torch.device) -> Tensor:
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         number = (number ^ ((number >> shift) & ((1 << (64 - shift)) - 1))) * factor
     return number | 1
-
-
-def decoder_settings(config: PretrainedConfig, bidirectional: bool | None = True) -> dict[str, Any]:
-    """Select the settings of a decoder that change its states, in a form that versions of transformers agree on.
-
-    Args:
-        bidirectional: Whether every token attends to the whole caption: windows are lifted then.
-    """
-    return _canonical(config.to_dict(), bidirectional)
-
-
-def changed_settings(
-    recorded: Mapping[str, Any], config: PretrainedConfig, bidirectional: bool | None = True
-) -> list[str]:
-    """Compare a decoder with its [`decoder_settings`] of earlier, maybe by another version of transformers.
-
-    Returns:
-        For each setting that differs, its name and both values. One that is new counts unless it is at its default.
-    """
-    now, usual = decoder_settings(config, bidirectional), _defaults(config, bidirectional)
-    added = {name for name, value in now.items() if name not in recorded and usual.get(name) == value}
-    names = [name for name in {**recorded, **now} if name not in added and recorded.get(name) != now.get(name)]
-    return [f"{name} {now.get(name)} instead of {recorded.get(name)}" for name in names]
-
-
-def decoder_identity(config: PretrainedConfig, bidirectional: bool | None = True) -> dict[str, Any]:
-    """Return the [`decoder_settings`] that are not at the default of their class."""
-    usual = _defaults(config, bidirectional)
-    fields = decoder_settings(config, bidirectional)
-    kept = {name: value for name, value in fields.items() if name not in usual or usual[name] != value}
-    return {"model_type": config.model_type, **kept}
-
-
-def _defaults(config: PretrainedConfig, bidirectional: bool | None) -> dict[str, Any]:
-    default = {} if getattr(config, "has_no_defaults_at_init", False) else type(config)().to_dict()
-    return _canonical(default, bidirectional)
-
-
-def _canonical(fields: dict[str, Any], bidirectional: bool | None) -> dict[str, Any]:
-    fields = dict(with_version_4_rope(fields))
-    rope = fields.pop("rope_parameters", None) or {}
-    rope = {**(rope.get("full_attention") or rope), **(fields.pop("rope_scaling", None) or {})}
-    kind = rope.pop("type", None) or "default"
-    kind = rope.pop("rope_type", None) or kind
-    # A field of its own in version 4, and part of the rotary settings in version 5.
-    partial = rope.pop("partial_rotary_factor", None) or fields.pop("partial_rotary_factor", None)
-    rope.pop("rope_theta", None)
-    if kind != "default":
-        fields["rope_scaling"] = {**rope, "rope_type": kind}
-    if partial not in (None, 1):
-        fields["partial_rotary_factor"] = partial
-    if kind in ROPE_WITHOUT_LENGTH:
-        fields.pop("max_position_embeddings", None)
-    heads = fields.get("num_attention_heads")
-    if heads and fields.get("head_dim") in (None, fields.get("hidden_size", 0) // heads):
-        fields.pop("head_dim", None)
-    if set(fields.get("layer_types") or ["full_attention"]) == {"full_attention"}:
-        fields.pop("layer_types", None)
-    if "local_attention" in fields:
-        # ModernBERT, whose layer types version 5 derives from this field and version 4 does not have.
-        step, layers = fields.pop("global_attn_every_n_layers", None) or 3, range(fields["num_hidden_layers"])
-        derived = ["sliding_attention" if layer % step else "full_attention" for layer in layers]
-        fields["layer_types"] = fields.get("layer_types") or derived
-    if fields.get("use_bidirectional_attention"):
-        # Gemma 3, whose window early releases of version 5 halve again whenever they load a config.
-        fields.pop("sliding_window", None)
-    if bidirectional:
-        for name in (*WINDOW_FIELDS, "use_sliding_window", "max_window_layers"):
-            fields.pop(name, None)
-    return {
-        name: plain_settings(value)
-        for name, value in fields.items()
-        if value is not None and not IRRELEVANT.fullmatch(name)
-    }
-
-
-def plain_settings(value: Any) -> Any:
-    """Turn numbers into floats, because 8 and 8.0 are the same setting, and drop irrelevant fields of parts."""
-    if isinstance(value, dict):
-        return {str(key): plain_settings(item) for key, item in value.items() if not IRRELEVANT.fullmatch(str(key))}
-    if isinstance(value, (list, tuple)):
-        return [plain_settings(item) for item in value]
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value) if math.isfinite(value) else str(value)
-    return value if isinstance(value, (str, bool)) or value is None else str(value)
 
 
 def adapter_layers(model: nn.Module) -> dict[str, Any]:

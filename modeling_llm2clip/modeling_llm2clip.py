@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
 # transformers 4.57 takes from a local folder only the modules that this one itself names.
 from .compatibility_llm2clip import with_version_4_rope  # noqa: F401
-from .configuration_llm2clip import LLM2CLIPConfig, refuse_unknown
+from .configuration_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig
 from .identity_llm2clip import text_fingerprint  # noqa: F401
 from .image_decoding_llm2clip import decode_images, is_list, require_file
 from .modeling_eva02 import EVA02VisionModel  # noqa: F401
 from .modeling_llm2clip_decoder import text_model_class  # noqa: F401
 from .modeling_llm2clip_heads import GATE, LLM2CLIPOutput, LLM2CLIPTextAdapter, checked_statistics, compare
-from .modeling_llm2clip_pairing import (
-    SHARED_ARGUMENTS,
-    match_text_model,
-    split_arguments,
-    text_attention,
-    weights_to_save,
-)
 from .modeling_llm2clip_text import LLM2CLIPTextModel
 from .modeling_llm2clip_utils import (
     OWN_TEXT_MODEL,
+    SHARED_ARGUMENTS,
     Precision,
     absolute_path,
     adopt_submodel,
@@ -43,15 +36,13 @@ from .modeling_llm2clip_utils import (
     quantize_embeddings,
     require_finite,
     shorten,
+    split_arguments,
+    text_attention,
     unit_features,
 )
-from .modeling_llm2clip_vision import LLM2CLIPPreTrainedModel, load_vision_tower, new_logit_scale
+from .modeling_llm2clip_vision import LLM2CLIPPreTrainedModel
 from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
-from .query_encoder_llm2clip import query_encoder_of
 from .tokenization_llm2clip import tokenize_captions
-
-if TYPE_CHECKING:
-    from .pipeline_llm2clip import custom_pipelines  # noqa: F401
 
 logger = logging.get_logger(__name__)
 
@@ -116,63 +107,6 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
                 nn.init.constant_(module.logit_bias, self.config.logit_bias_init_value)
 
     @classmethod
-    def from_vision_text_pretrained(
-        cls,
-        vision_model: str | os.PathLike[str] | PreTrainedModel,
-        text_model: Any,
-        *,
-        vision_model_kwargs: dict[str, Any] | None = None,
-        text_config: PretrainedConfig | None = None,
-        text_model_revision: Any = None,
-        logit_scale_init_value: float | str | None = None,
-        **config_fields: Any,
-    ) -> LLM2CLIPModel:
-        """Build a model for stage 2: a pretrained vision tower, a text tower, and a new projection and adapter.
-
-        Args:
-            vision_model: A vision model, or its repository or folder; of a CLIP-like model, the vision half is used.
-            text_model: A text tower, which becomes part of the model, or the repository or folder of one, which is
-                recorded but not loaded; None for a model that takes `llm_embeds` alone.
-            text_config: Config of the text tower, if its repository has none (a plain LLM). For a model that takes
-                `llm_embeds` alone, `LLM2CLIPTextConfig(encoders=..., fingerprint=...)` by the cache of its rows.
-            logit_scale_init_value: Logarithm of the initial logit scale; `"checkpoint"`: that of the CLIP-like
-                checkpoint of the vision tower. By default the checkpoint's, as in the original code, or ln(1 / 0.07)
-                if it has none.
-            config_fields: Fields of [`LLM2CLIPConfig`], such as `projection_dim`.
-
-        Raises:
-            ValueError: The checkpoint has no logit scale, but `"checkpoint"` asks for it; or there is no such field,
-                or neither a text tower nor `encoders`.
-        """
-        refuse_unknown(cls.config_class, config_fields)
-        if (text_model is None) != bool(getattr(text_config, "encoders", None)):
-            raise ValueError("give a text_model, or in its place text_config=LLM2CLIPTextConfig(encoders=...).")
-        source, vision_kwargs = vision_model, vision_model_kwargs or {}
-        if not isinstance(vision_model, PreTrainedModel):
-            vision_model = load_vision_tower(vision_model, vision_kwargs)
-        scale = new_logit_scale(source, vision_model, vision_kwargs, logit_scale_init_value)
-        if scale is not None:
-            config_fields["logit_scale_init_value"] = scale
-        if isinstance(text_model, PreTrainedModel):
-            text_config = text_model.config
-        else:
-            if text_config is None:
-                text_config = AutoConfig.from_pretrained(text_model, revision=text_model_revision)
-                text_config = getattr(text_config, "text_config", text_config)
-            if text_model is not None:
-                config_fields["text_model_name_or_path"] = absolute_path(text_model)
-                config_fields["text_model_revision"] = text_model_revision
-            config_fields.setdefault("text_model_fingerprint", getattr(text_config, "fingerprint", None))
-        # Copied, because a new config resets the attention implementation of its sub-configs.
-        config = cls.config_class(
-            vision_config=copy.deepcopy(vision_model.config), text_config=copy.deepcopy(text_config), **config_fields
-        )
-        model = cls(config, text_model=False, vision_model=vision_model)
-        if isinstance(text_model, PreTrainedModel):
-            model.set_text_model(text_model)  # type: ignore[arg-type]
-        return model
-
-    @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
@@ -218,11 +152,10 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         if text_model and model.text_model is None:
             if attention is not None:
                 llm_kwargs.setdefault("attn_implementation", attention)
+            shared = {key: model_kwargs[key] for key in SHARED_ARGUMENTS if model_kwargs.get(key) is not None}
             if bundled:
-                shared = {key: value for key, value in model_kwargs.items() if key != "attn_implementation"}
                 shared |= {"name_or_path": pretrained_model_name_or_path, "config": model.config.text_config}
-            else:
-                shared = {key: model_kwargs[key] for key in SHARED_ARGUMENTS if model_kwargs.get(key) is not None}
+                shared |= hub_arguments(model_kwargs)
             model.load_text_model(**{**shared, **llm_kwargs})
         weights_stay = not text_model or not model.text_model.has_readable_weights
         if bundled and weights_stay:
@@ -269,7 +202,36 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
             TypeError: `text_model` is a plain decoder.
             ValueError: Its width or fingerprint differs from the one that the adapter was trained with.
         """
-        match_text_model(self.config, text_model, source)
+        config = self.config
+        # By model_type, not by class: remote code can be imported under several module names.
+        if text_model.config.model_type != LLM2CLIPTextConfig.model_type:
+            raise TypeError(
+                f"{type(text_model).__name__} is not a text tower; wrap it: LLM2CLIPTextModel.from_decoder(model)."
+            )
+        config.text_config.require_text_model()
+        source = source or text_model.name_or_path or type(text_model.decoder).__name__
+        known = config.text_model_name_or_path or "an unnamed LLM"
+        width, expected_width = text_model.config.hidden_size, config.text_config.hidden_size
+        if width != expected_width:
+            raise ValueError(
+                f"the adapter takes embeddings of width {expected_width} (it was trained with {known}), but {source} "
+                f"gives {width}; load the LLM that belongs to this checkpoint."
+            )
+        expected, actual = config.text_model_fingerprint, text_model.identity()
+        if expected is None:
+            # No LLM has been recorded for the adapter: record this one.
+            config.text_model_fingerprint = actual
+            if source != config.text_model_name_or_path:
+                config.text_model_name_or_path = absolute_path(text_model.name_or_path or "") or None
+                config.text_model_revision = None
+        elif actual is None:
+            logger.warning(f"{source} cannot be compared with {known}: it has no record, and is quantised or rounded.")
+        elif actual != expected:
+            raise ValueError(
+                f"the adapter was trained with {known} (fingerprint {expected}), but {source} has fingerprint "
+                f"{actual}: other weights, prompt or pooling. Load the LLM that belongs to this checkpoint, or train "
+                "an adapter for this one (stage 2)."
+            )
         adopt_submodel(self, "text_model", text_model)
         self.config.text_config = text_model.config
 
@@ -291,8 +253,23 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
             ValueError: The LLM's weights would not be saved anywhere, have an unmerged adapter, are quantised, or are
                 offloaded.
         """
-        elsewhere = self.config.text_model_name_or_path
-        bundle, state_dict = weights_to_save(self, save_text_model, state_dict)
+        elsewhere, takes_rows = self.config.text_model_name_or_path, bool(self.config.text_config.encoders)
+        if save_text_model:
+            self.config.text_config.require_text_model()
+        bundle = elsewhere is None and not takes_rows if save_text_model is None else save_text_model
+        if bundle and self.text_model is None:
+            raise ValueError(
+                "there is no LLM to save; attach one, or set config.text_model_name_or_path to its repository."
+            )
+        if not bundle and elsewhere is None and not takes_rows:
+            raise ValueError(
+                "to save the model without its LLM, set config.text_model_name_or_path to the LLM's repository."
+            )
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        if bundle:
+            self._record_text_model(state_dict)
+        else:
+            state_dict = {key: value for key, value in state_dict.items() if not key.startswith("text_model.")}
         if self._auto_class is not None:
             head = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
             known = getattr(self.config, "auto_map", None) or {}
@@ -302,6 +279,25 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
             super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
         finally:
             self.config.text_model_name_or_path = elsewhere
+
+    def _record_text_model(self, state_dict: dict[str, Tensor]) -> None:
+        """Write the fingerprint of the LLM, which is saved with the model, into the config."""
+        if self.text_model.has_adapter:
+            raise ValueError(
+                "the LLM has an unmerged PEFT adapter; call model.text_model.merge_adapter() before saving."
+            )
+        prefix = "text_model."
+        weights = {key.removeprefix(prefix): state_dict[key] for key in state_dict if key.startswith(prefix)}
+        identity = self.text_model.fingerprint(weights)
+        if identity is None:
+            # transformers reads back what it offloaded itself, but nothing of an LLM that was loaded apart.
+            if getattr(self, "hf_device_map", None) is None or getattr(self.text_model, "hf_device_map", None):
+                raise ValueError(
+                    "the LLM is quantised or offloaded, so its weights are not here to save; load it whole, or "
+                    "save the model without it: save_pretrained(..., save_text_model=False)."
+                )
+            identity = self.text_model.config.fingerprint
+        self.config.text_model_fingerprint = self.config.text_config.fingerprint = identity
 
     def get_input_embeddings(self) -> nn.Module:
         return (self.text_model or self.vision_model).get_input_embeddings()
@@ -369,7 +365,6 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         instruction: str | None = None,
         truncate_dim: int | None = None,
         precision: Precision = "float32",
-        encoder: Literal["llm", "query"] = "llm",
     ) -> Tensor:
         """Embed captions of any length, in evaluation mode.
 
@@ -381,24 +376,14 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
                 training.
             precision: Form of the embeddings, as of [`quantize_embeddings`]: `float16`, `int8` or `binary` (one bit
                 per value, eight in an int8).
-            encoder: `query` for the small encoder in `query_encoder/` of the model's folder, which needs neither the
-                LLM nor a processor, and takes no instruction.
 
         Returns:
             Unit vectors, float32 `(len(texts), truncate_dim or projection_dim)` on the CPU, in input order, or their
             form of that `precision`.
 
         Raises:
-            ValueError: A caption is empty, there is no tokenizer, no query encoder that belongs to this model, or the
-                model takes `llm_embeds` alone.
+            ValueError: A caption is empty, there is no tokenizer, or the model takes `llm_embeds` alone.
         """
-        if encoder not in ("llm", "query"):
-            raise ValueError(f"encoder is {encoder!r}; choose llm or query.")
-        if encoder == "query":
-            if instruction is not None:
-                raise ValueError("the query encoder takes no instruction; leave it out, or use encoder='llm'.")
-            rows = query_encoder_of(self).encode(texts, batch_size, show_progress_bar)
-            return quantize_embeddings(shorten(rows, truncate_dim), precision)
         self.config.text_config.require_text_model()
         tokenizer = own_part(self, processor, "tokenizer")
         rows = encode_tokens(

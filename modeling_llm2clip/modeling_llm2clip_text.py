@@ -196,7 +196,9 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         trust = {key: kwargs[key] for key in ("trust_remote_code", "code_revision") if key in kwargs}
         auto, options = text_model_class(AutoConfig.from_pretrained(name, **hub_arguments(kwargs), **trust))
         decoder, _ = load_complete(auto.from_pretrained, name, **options, **kwargs)
-        return cls(copy.deepcopy(config), decoder=decoder)
+        config = copy.deepcopy(config)
+        config.fingerprint = None  # it is of the weights that the config was saved with
+        return cls(config, decoder=decoder)
 
     @classmethod
     def _from_adapter(cls, name: str, config: LLM2CLIPTextConfig, kwargs: dict[str, Any]) -> LLM2CLIPTextModel:
@@ -297,14 +299,13 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         return text_fingerprint(self.config, ((name, state[name]) for name in state))
 
     def identity(self) -> str | None:
-        """Return the fingerprint of the weights, or the recorded one if their dtype may have changed them.
+        """Return the recorded fingerprint; without a record that of the weights, or `None` if they are not exact.
 
-        That is so in float16, quantised, and for an adapter whose base is not in the dtype of its training.
+        They are not in float16 or quantised.
         """
         weight: Any = self.get_input_embeddings().weight
-        trained = self.config.dtype if self.has_adapter and self.config.dtype is not None else weight.dtype
-        exact = weight.dtype in (torch.float32, torch.bfloat16) and trained == weight.dtype
-        return (self.fingerprint() if exact else None) or self.config.fingerprint
+        exact = weight.dtype in (torch.float32, torch.bfloat16)
+        return self.config.fingerprint or (self.fingerprint() if exact else None)
 
     def forward(
         self,

@@ -28,11 +28,41 @@ Precision = Literal["float32", "float16", "int8", "binary"]
 TEXT_MODEL = "text_model"
 OWN_TEXT_MODEL = f"./{TEXT_MODEL}"
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+# Arguments of `from_pretrained` that also apply to an LLM in another repository.
+SHARED_ARGUMENTS = (
+    "cache_dir", "device_map", "dtype", "force_download", "local_files_only", "max_memory", "offload_buffers",
+    "offload_folder", "token", "torch_dtype", "trust_remote_code",
+)  # fmt: skip
 
 
 def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Select the arguments of `from_pretrained` that locate a repository and control its download."""
     return {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
+
+
+def split_arguments(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split arguments of `from_pretrained` into those of the model without its LLM and the LLM's that differ."""
+    model_kwargs, llm_kwargs = dict(kwargs), {}
+    # A vision tower is small and loses more accuracy, and no published checkpoint was trained with a quantised one.
+    if model_kwargs.get("quantization_config") is not None:
+        llm_kwargs["quantization_config"] = model_kwargs.pop("quantization_config")
+    device_map = model_kwargs.get("device_map")
+    if isinstance(device_map, dict):
+        inside = {key: device for key, device in device_map.items() if f"{key}.".startswith("text_model.")}
+        if inside:
+            model_kwargs["device_map"] = {key: device for key, device in device_map.items() if key not in inside}
+            llm_kwargs["device_map"] = {key[len("text_model.") :]: device for key, device in inside.items()}
+        elif "" in device_map and len(device_map) > 1:
+            llm_kwargs["device_map"] = {"": device_map[""]}
+    return model_kwargs, llm_kwargs
+
+
+def text_attention(kwargs: dict[str, Any]) -> str | None:
+    """Return the LLM's attention implementation in the arguments of `from_pretrained`, or None if not set."""
+    asked = kwargs.get("attn_implementation")
+    if asked is None and kwargs.get("config") is not None:  # where AutoModel moves it
+        return kwargs["config"].text_config._attn_implementation
+    return asked.get("text_config") if isinstance(asked, dict) else asked
 
 
 def absolute_path(name: str | os.PathLike[str]) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import math
 import os
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .compatibility_llm2clip import AttentionBackends, loading_arguments, record_dtype, with_flat_tower
@@ -29,7 +28,7 @@ from .modeling_llm2clip_heads import (
 from .modeling_llm2clip_utils import execution_device, hub_arguments, load_complete, name_layers
 
 # transformers 4.57 takes from a local folder only the modules that this one itself names.
-from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
+from .processing_llm2clip import custom_pipelines
 from .tokenization_llm2clip import tokenize_captions  # noqa: F401
 
 # Inputs of towers that read images of any shape as padded lists of patches.
@@ -144,9 +143,6 @@ class LLM2CLIPPreTrainedModel(AttentionBackends, PreTrainedModel):
         """Save the model, with the same parameter names in every transformers version."""
         state_dict = with_flat_tower(self, state_dict)
         if self._auto_class is not None:
-            # Imported here: only a model that is saved needs it.
-            from .pipeline_llm2clip import custom_pipelines
-
             self.config.custom_pipelines = custom_pipelines(with_text="text" in self.input_modalities)
         super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
         if kwargs.get("is_main_process", True):
@@ -310,69 +306,3 @@ class LLM2CLIPVisionModelWithProjection(LLM2CLIPPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """See `get_image_features`."""
         return self.get_image_features(pixel_values, interpolate_pos_encoding, vision_features, **kwargs)
-
-
-class LLM2CLIPLogitScale(PreTrainedModel):
-    """The logit scale of a CLIP-like checkpoint alone; NaN if the checkpoint has none."""
-
-    config_class = PretrainedConfig
-    _keys_to_ignore_on_load_unexpected = [r".*"]
-    _keys_to_ignore_on_load_missing = [r"logit_scale"]
-
-    def __init__(self, config: PretrainedConfig, shape: tuple[int, ...] = ()) -> None:
-        super().__init__(config)
-        self.logit_scale = nn.Parameter(torch.full(shape, math.nan))
-        self.post_init()
-
-    def _init_weights(self, module: Any) -> None:
-        nn.init.constant_(module.logit_scale, math.nan)
-
-
-def read_logit_scale(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> float | None:
-    """Read the logarithm of a checkpoint's logit scale, whatever else it holds; None if it has none."""
-    for shape in ((), (1,)):  # of CLIP, of SigLIP
-        options = {**hub_arguments(kwargs), "dtype": torch.float32, "ignore_mismatched_sizes": True}
-        model = LLM2CLIPLogitScale.from_pretrained(name, shape, config=PretrainedConfig(), **options)
-        if not model.logit_scale.isnan().any():
-            return model.logit_scale.item()
-    return None
-
-
-def new_logit_scale(
-    source: Any, tower: PreTrainedModel, kwargs: dict[str, Any], asked: float | str | None
-) -> float | None:
-    """Return the logarithm of the logit scale that a new model starts with; None for the default of its config.
-
-    Args:
-        source: Where the vision tower is from: the tower itself, or its repository or folder.
-        asked: A number, `"checkpoint"` to insist on that of the source, or None to take it if there is one.
-
-    Raises:
-        ValueError: The source has no logit scale, but is asked for it.
-    """
-    if asked is not None and asked != "checkpoint":
-        return float(asked)
-    scale = None if source is tower else read_logit_scale(source, kwargs)
-    if scale is None:
-        # `llm2clip convert` keeps the scale there, because a tower has no such weight.
-        scale = getattr(tower.config, "logit_scale_init_value", None)
-    if scale is None and asked is not None:
-        raise ValueError(
-            f"{tower.name_or_path or type(tower).__name__} has no logit scale; set logit_scale_init_value to a "
-            "number, or leave it unset for ln(1 / 0.07)."
-        )
-    return scale
-
-
-def load_vision_tower(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> PreTrainedModel:
-    """Load a vision tower: a vision model, or that of a CLIP-like or LLM2CLIP model; otherwise raise ValueError."""
-    config = AutoConfig.from_pretrained(name, **hub_arguments(kwargs))
-    if config.model_type == LLM2CLIPConfig.model_type:
-        return LLM2CLIPVisionModelWithProjection.from_pretrained(name, **kwargs).vision_model
-    # Only the vision half of a CLIP-like repository is read.
-    config = getattr(config, "vision_config", config)
-    loader: Any = EVA02VisionModel if config.model_type == EVA02VisionConfig.model_type else AutoModel
-    tower, _ = load_complete(loader.from_pretrained, name, config=config, **kwargs)
-    if tower.main_input_name != "pixel_values":
-        raise ValueError(f"{name} contains a {type(tower).__name__}, which does not take images; pass a vision tower.")
-    return tower

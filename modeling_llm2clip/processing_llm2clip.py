@@ -1,4 +1,4 @@
-"""The processor of LLM2CLIP: images and captions."""
+"""The processor of LLM2CLIP, for images and captions, and its image pipelines."""
 
 from __future__ import annotations
 
@@ -6,10 +6,20 @@ import copy
 from typing import Any
 
 from transformers import BatchFeature
+from transformers.pipelines.image_feature_extraction import ImageFeatureExtractionPipeline
+from transformers.pipelines.zero_shot_image_classification import ZeroShotImageClassificationPipeline
 from transformers.processing_utils import ProcessorMixin
 
 from .compatibility_llm2clip import ProcessorParts, make_readable_by_version_4
-from .image_decoding_llm2clip import decode_images, is_list, refuse_picture, require_file, with_pillow
+from .image_decoding_llm2clip import (
+    DEFAULT_TIMEOUT,
+    decode_image,
+    decode_images,
+    is_list,
+    refuse_picture,
+    require_file,
+    with_pillow,
+)
 from .tokenization_llm2clip import CuttingTokenizer, clean_captions
 
 
@@ -61,3 +71,39 @@ class LLM2CLIPProcessor(ProcessorParts, ProcessorMixin):
         once = copy.copy(self)
         once.tokenizer = CuttingTokenizer(self.tokenizer)
         return super(LLM2CLIPProcessor, once).__call__(images=images, text=texts if several else texts[0], **kwargs)
+
+
+class LLM2CLIPImagePipeline:
+    """Decode an image of any kind that [`decode_image`] reads, and resize it with Pillow.
+
+    transformers' own pipelines convert an image to RGB before the image processor sees it, which drops transparency
+    and clips 16-bit images. `config.custom_pipelines` makes `pipeline(task, model=..., trust_remote_code=True)` use
+    these classes instead.
+    """
+
+    image_processor: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.image_processor = with_pillow(self.image_processor)
+
+    def preprocess(self, image: Any, *args: Any, timeout: float | None = DEFAULT_TIMEOUT, **kwargs: Any) -> Any:
+        return super().preprocess(decode_image(image, timeout=timeout), *args, **kwargs)  # type: ignore[misc]
+
+
+class LLM2CLIPImageFeatureExtractionPipeline(LLM2CLIPImagePipeline, ImageFeatureExtractionPipeline):  # type: ignore[misc]
+    """Image embeddings (`pool=True`) or patch states."""
+
+
+class LLM2CLIPZeroShotImageClassificationPipeline(LLM2CLIPImagePipeline, ZeroShotImageClassificationPipeline):  # type: ignore[misc]
+    """Zero-shot classification."""
+
+
+def custom_pipelines(with_text: bool) -> dict[str, dict[str, Any]]:
+    """Build the entry `custom_pipelines` of the config.json of a saved model, which may encode captions too."""
+    heads: dict[str, Any] = {"image-feature-extraction": (LLM2CLIPImageFeatureExtractionPipeline, "AutoModel")}
+    if with_text:
+        head = "AutoModelForZeroShotImageClassification"
+        heads["zero-shot-image-classification"] = (LLM2CLIPZeroShotImageClassificationPipeline, head)
+    module = __name__.rpartition(".")[2]
+    return {task: {"impl": f"{module}.{cls.__name__}", "pt": [head]} for task, (cls, head) in heads.items()}

@@ -45,7 +45,8 @@ def _joint_model(folder: Path) -> Path:
     from transformers import AutoTokenizer, CLIPImageProcessor
 
     from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
-    from modeling_llm2clip import EVA02VisionConfig, EVA02VisionModel, LLM2CLIPModel, LLM2CLIPProcessor
+    from llm2clip.models.new_model import from_vision_text_pretrained
+    from modeling_llm2clip import EVA02VisionConfig, EVA02VisionModel, LLM2CLIPProcessor
 
     towers = new_folder()
     sizes = {"hidden_size": 64, "intermediate_size": 168, "num_hidden_layers": 2, "num_attention_heads": 1}
@@ -55,7 +56,7 @@ def _joint_model(folder: Path) -> Path:
     images.save_pretrained(towers / "vision")
     text = write_text_tower(towers / "text", hidden=64, mlp=128, layers=2)
     fields = {"projection_dim": 64, "initializer_range": 0.2}
-    LLM2CLIPModel.from_vision_text_pretrained(towers / "vision", text, **fields).save_pretrained(folder)
+    from_vision_text_pretrained(towers / "vision", text, **fields).save_pretrained(folder)
     LLM2CLIPProcessor(images, AutoTokenizer.from_pretrained(text)).save_pretrained(folder)
     write_sentence_transformers_files(folder)
     return folder

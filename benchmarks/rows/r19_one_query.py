@@ -42,7 +42,7 @@ def _torch(dtype: str = "float32") -> Work:
 
     from benchmarks.small_llama import new_folder
     from benchmarks.student_inputs import write_student
-    from modeling_llm2clip.query_encoder_llm2clip import QueryEncoder
+    from llm2clip.encoders.query_encoder import QueryEncoder
 
     folder = write_student(new_folder())
     return _one_by_one(QueryEncoder.from_pretrained(folder, dtype=getattr(torch, dtype)).encode)

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModel
 
+from llm2clip.files.manifests import QUERY_ENCODER
+from llm2clip.models.identity import space_identity
 from llm2clip.trainers.student import Student
 from modeling_llm2clip import LLM2CLIPModel
-from modeling_llm2clip.query_encoder_llm2clip import FOLDER, space_identity
 from tests.builders import tiny
 
 
@@ -27,4 +28,4 @@ def save_student(folder: Path, space: str | None = None) -> Student:
 def add_query_encoder(model: Path) -> Student:
     """Give the tiny model in a folder a query encoder of its space."""
     space = space_identity(LLM2CLIPModel.from_pretrained(model, text_model=False))
-    return save_student(model / FOLDER, space)
+    return save_student(model / QUERY_ENCODER, space)

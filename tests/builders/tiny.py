@@ -17,6 +17,7 @@ from transformers import (
     Siglip2ImageProcessor,
 )
 
+from llm2clip.models.new_model import from_vision_text_pretrained
 from llm2clip.models.prompting import with_prompt
 from modeling_llm2clip import (
     EVA02VisionConfig,
@@ -167,7 +168,7 @@ def save_apart(folder: Path, **fields: Any) -> LLM2CLIPModel:
     llm.save_pretrained(folder / "llm")
     fields = {"projection_dim": 24, "initializer": "normal", "initializer_range": 0.2, **fields}
     vision = save_vision(folder / "vision")
-    model = LLM2CLIPModel.from_vision_text_pretrained(vision, folder / "llm", **fields).eval()
+    model = from_vision_text_pretrained(vision, folder / "llm", **fields).eval()
     with_statistics(model).config.text_model_fingerprint = llm.fingerprint()
     model.set_text_model(llm)
     model.save_pretrained(folder / "clip")

@@ -8,78 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, BertConfig, Gemma3TextConfig, ModernBertConfig
+from transformers import BertConfig
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextConfig, LLM2CLIPTextModel
-from modeling_llm2clip.identity_llm2clip import (
-    WORDS,
-    changed_settings,
-    decoder_identity,
-    decoder_settings,
-    digest_weight,
-    text_fingerprint,
-)
+from modeling_llm2clip.identity_llm2clip import WORDS, digest_weight, text_fingerprint
 from tests.builders import tiny
-
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
-        {"rope_parameters": YARN},
-        {"rms_norm_eps": 1e-3},
-        {"hidden_act": "gelu"},
-        {"attention_bias": True},
-    ],
-    ids=["base", "yarn", "eps", "act", "bias"],
-)
-def test_settings_that_change_the_output_are_found_and_leave_the_fingerprint(changes: dict[str, Any]) -> None:
-    model = tiny.text_model()
-    config, expected = model.config.decoder_config, model.fingerprint()
-    settings, identity = decoder_settings(config), decoder_identity(config)
-    for name, value in changes.items():
-        setattr(config, name, value)
-    assert changed_settings(settings, config)
-    assert decoder_identity(config) != identity
-    assert model.fingerprint() == expected
-
-
-def test_settings_that_do_not_change_the_output_do_not_count() -> None:
-    model = tiny.text_model()
-    settings = decoder_settings(model.config.decoder_config)
-    changes = {
-        "dtype": torch.bfloat16, "_attn_implementation": "eager", "transformers_version": "4.57.6",
-        "_name_or_path": "/somewhere/else", "use_cache": True, "attention_dropout": 0.5, "initializer_range": 1.0,
-        "max_position_embeddings": 99, "rope_theta": 10000, "eos_token_id": [1, 2],
-    }  # fmt: skip
-    for name, value in changes.items():
-        setattr(model.config.decoder_config, name, value)
-        assert not changed_settings(settings, model.config.decoder_config), name
-
-
-def test_settings_are_the_same_in_the_fields_of_transformers_4_and_5() -> None:
-    settings = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    settings["original_max_position_embeddings"] = 64
-    config = tiny.decoder_config()
-    fields = {**config.to_dict(), "rope_theta": 500000, "rope_scaling": {**settings, "type": "llama3", "factor": 8}}
-    fields.pop("rope_parameters", None)
-    config.rope_parameters = {**settings, "rope_theta": 500000.0}
-    found = decoder_identity(config)
-    assert found["rope_scaling"] == settings
-    assert found["rope_theta"] == 500000.0
-    older = AutoConfig.for_model(**fields)
-    older.to_dict = lambda: fields  # type: ignore[method-assign]
-    assert decoder_identity(older) == found
-
-
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "mistral", "gemma"])
-def test_nothing_depends_on_the_version_of_transformers(model_type: str) -> None:
-    """These are the same in versions 4.57 and 5: fields at their defaults, and derived ones, are left out."""
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    found = decoder_identity(tiny.decoder_config(model_type))
-    assert found == {"model_type": model_type, **{name: float(tiny.DECODER[name]) for name in sizes}}
 
 
 @pytest.mark.parametrize("size", [1, 7, 8 * WORDS + 3])
@@ -103,13 +36,6 @@ def test_a_single_weight_changes_the_fingerprint_and_the_order_does_not() -> Non
     with torch.no_grad():
         model.decoder.layers[0].mlp.up_proj.weight[11, 7] += 0.5
     assert model.fingerprint() != expected
-
-
-def test_a_window_counts_only_where_it_is_not_lifted() -> None:
-    one, two = (tiny.decoder_config("mistral") for _ in range(2))
-    two.sliding_window = 7
-    assert decoder_identity(one, bidirectional=True) == decoder_identity(two, bidirectional=True)
-    assert decoder_identity(one, bidirectional=False) != decoder_identity(two, bidirectional=False)
 
 
 def save_adapter(folder: Path, base_dtype: torch.dtype) -> LLM2CLIPTextModel:
@@ -138,20 +64,13 @@ def test_an_adapter_on_a_rounded_base_is_still_the_llm_of_its_model(base_dtype: 
     assert loaded.config.text_model_fingerprint == expected
 
 
-def test_windows_of_encoders_that_versions_write_differently_do_not_count(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Gemma 3 halves its window whenever an early version 5 loads it; version 4 has no layer types of ModernBERT."""
-    gemma = Gemma3TextConfig(**tiny.SIZES, head_dim=8, use_bidirectional_attention=True, sliding_window=8)
-    halved = Gemma3TextConfig(**tiny.SIZES, head_dim=8, use_bidirectional_attention=True, sliding_window=5)
-    assert decoder_identity(gemma, None) == decoder_identity(halved, None)
-    modern = ModernBertConfig(**tiny.SIZES)
-    expected = decoder_identity(modern, None)
-    fields = {key: value for key, value in modern.to_dict().items() if key not in ("layer_types", "rope_parameters")}
-    bases = {"global_rope_theta": 160000.0, "local_rope_theta": 10000.0}
-    monkeypatch.setattr(modern, "to_dict", lambda: {**fields, **bases, "global_attn_every_n_layers": 3})
-    assert decoder_identity(modern, None) == expected
-    assert decoder_identity(ModernBertConfig(**tiny.SIZES, local_attention=8), None) != expected
+def test_a_tower_without_a_record_is_identified_by_its_weights_if_they_are_exact(tmp_path: Path) -> None:
+    tower = tiny.text_model()
+    tower.decoder.save_pretrained(tmp_path)
+    options: dict[str, Any] = {"default_config": tiny.text_config(fingerprint="3-of another LLM")}
+    for dtype, expected in ((torch.bfloat16, tower.fingerprint()), (torch.float16, None)):
+        plain = LLM2CLIPTextModel.from_pretrained(tmp_path, dtype=dtype, **options)
+        assert plain.identity() == expected
 
 
 def test_what_follows_the_text_model_counts() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
+from llm2clip.models.new_model import from_vision_text_pretrained
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel
 from tests.builders import tiny
 
@@ -78,7 +79,7 @@ def test_a_new_model_starts_with_the_scale_of_the_clip_checkpoint_unless_set(
 ) -> None:
     folder = save_clip(tmp_path, family, stored)
     for asked, scale in ((None, stored), ("checkpoint", stored), (2.5, 2.5)):
-        model = LLM2CLIPModel.from_vision_text_pretrained(folder, tiny.text_model(), logit_scale_init_value=asked)
+        model = from_vision_text_pretrained(folder, tiny.text_model(), logit_scale_init_value=asked)
         assert model.logit_scale.item() == pytest.approx(scale)
         assert model.config.logit_scale_init_value == pytest.approx(scale)
 
@@ -86,11 +87,11 @@ def test_a_new_model_starts_with_the_scale_of_the_clip_checkpoint_unless_set(
 def test_a_tower_starts_with_the_scale_in_its_config_at_14_or_is_refused(tmp_path: Path) -> None:
     """`llm2clip convert` records it there, since a bare tower has no such weight."""
     folder = tiny.save_vision(tmp_path / "vision")
-    model = LLM2CLIPModel.from_vision_text_pretrained(folder, tiny.text_model(), projection_dim=24)
+    model = from_vision_text_pretrained(folder, tiny.text_model(), projection_dim=24)
     assert model.logit_scale.exp().item() == pytest.approx(1 / 0.07)
     with pytest.raises(ValueError, match="vision has no logit scale"):
-        LLM2CLIPModel.from_vision_text_pretrained(folder, tiny.text_model(), logit_scale_init_value="checkpoint")
+        from_vision_text_pretrained(folder, tiny.text_model(), logit_scale_init_value="checkpoint")
     model.vision_model.config.logit_scale_init_value = 3.5
     model.vision_model.save_pretrained(folder)
-    model = LLM2CLIPModel.from_vision_text_pretrained(folder, tiny.text_model(), projection_dim=24)
+    model = from_vision_text_pretrained(folder, tiny.text_model(), projection_dim=24)
     assert model.logit_scale.item() == 3.5

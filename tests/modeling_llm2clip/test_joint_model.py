@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from llm2clip.models.new_model import from_vision_text_pretrained
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection
 from modeling_llm2clip.modeling_llm2clip_utils import evaluating
 from tests.builders import tiny
@@ -48,7 +49,7 @@ def test_what_would_be_ignored_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="pass either input_ids or llm_embeds"):
         model.get_text_features(torch.ones(1, 3, dtype=torch.long), llm_embeds=torch.ones(1, tiny.HIDDEN))
     with pytest.raises(ValueError, match="LLM2CLIPConfig has no field 'projecton_dim'"):
-        LLM2CLIPModel.from_vision_text_pretrained(model.vision_model, model.text_model, projecton_dim=8)
+        from_vision_text_pretrained(model.vision_model, model.text_model, projecton_dim=8)
     with pytest.raises(ValueError, match="LLM2CLIPTextConfig has no field 'prompt_prefx'"):
         LLM2CLIPTextModel.from_decoder(model.text_model.decoder, prompt_prefx="a ")
     tiny.save(tmp_path)
@@ -139,7 +140,7 @@ def test_every_vision_tower_is_saved_loaded_and_used_again(model_type: str, tmp_
     loaded, info = LLM2CLIPModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] | info["unexpected_keys"]
     torch.testing.assert_close(loaded.encode_image(IMAGES, processor), expected)
-    second = LLM2CLIPModel.from_vision_text_pretrained(tmp_path, tmp_path)
+    second = from_vision_text_pretrained(tmp_path, tmp_path)
     for name, value in model.vision_model.state_dict().items():
         assert value.equal(second.vision_model.state_dict()[name]), name
 

@@ -127,8 +127,15 @@ def test_code_of_a_folder_opens_its_own_folder_and_no_connection(tmp_path: Path)
     assert found["hook"] == [f"opens {outside}"]
 
 
+def test_security_md_lists_the_files_that_a_saved_model_brings(tmp_path: Path) -> None:
+    tiny.save(tmp_path)
+    page = Path(modeling_llm2clip.__file__).parents[1].joinpath("SECURITY.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| `(\w+\.py)` \|", page, flags=re.MULTILINE)
+    assert sorted(table) == sorted(path.name for path in tmp_path.glob("*.py"))
+
+
 ENTRIES = ("configuration_llm2clip", "modeling_eva02", "modeling_llm2clip", "modeling_llm2clip_text")
-ENTRIES += ("modeling_llm2clip_vision", "pipeline_llm2clip", "processing_llm2clip")
+ENTRIES += ("modeling_llm2clip_vision", "processing_llm2clip")
 
 
 def test_one_module_knows_the_versions_of_transformers() -> None:

@@ -11,10 +11,11 @@ from transformers import AutoConfig, AutoModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llm2clip.encoders import embed_captions
+from llm2clip.encoders.query_encoder import QueryEncoder
+from llm2clip.models.new_model import from_vision_text_pretrained
 from llm2clip.models.prompting import with_prompt
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from modeling_llm2clip.modeling_llm2clip_utils import CPU_BATCH_TOKENS
-from modeling_llm2clip.query_encoder_llm2clip import QueryEncoder
 from tests.builders import tiny
 from tests.golden import load_golden
 from tests.modeling_llm2clip.llm2vec import FIXTURES, load_text_model
@@ -68,7 +69,7 @@ def test_the_width_of_an_embedding_is_what_the_text_model_returns(model_type: st
     tower, processor = LLM2CLIPTextModel.from_decoder(decoder.eval(), bidirectional=None), tiny.processor()
     assert tower.encode(CAPTIONS, processor.tokenizer).shape == (3, tower.config.hidden_size) == (3, 24)
     vision = tiny.joint_model().vision_model
-    model = LLM2CLIPModel.from_vision_text_pretrained(vision, tower, projection_dim=16).eval()
+    model = from_vision_text_pretrained(vision, tower, projection_dim=16).eval()
     model.save_pretrained(tmp_path)
     loaded = LLM2CLIPModel.from_pretrained(tmp_path)
     rows = [each.encode_text(CAPTIONS, processor) for each in (model, loaded)]

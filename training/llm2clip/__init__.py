@@ -63,6 +63,7 @@ MODULES = {
     "llm2clip.search.search_index": ["SearchIndex"],
     "llm2clip.search.top_k": ["top_k"],
     "llm2clip.serving.app": ["create_app"],
+    "llm2clip.models.new_model": ["from_vision_text_pretrained"],
     "llm2clip.models.towers": ["open_text_tower"],
     "llm2clip.cli": ["main"],
 }

@@ -31,6 +31,7 @@ from llm2clip.losses import clip_loss as clip_loss
 from llm2clip.losses import hard_negative_info_nce as hard_negative_info_nce
 from llm2clip.losses import info_nce as info_nce
 from llm2clip.losses import sigmoid_loss as sigmoid_loss
+from llm2clip.models.new_model import from_vision_text_pretrained as from_vision_text_pretrained
 from llm2clip.models.towers import open_text_tower as open_text_tower
 from llm2clip.search.search_index import SearchIndex as SearchIndex
 from llm2clip.search.top_k import top_k as top_k

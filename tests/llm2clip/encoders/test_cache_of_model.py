@@ -20,7 +20,7 @@ from llm2clip.trainers import run_stage1, run_stage2
 from llm2clip.trainers.stage1_config import Stage1Recipe
 from llm2clip.trainers.stage2_config import Stage2Recipe
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel
-from tests.builders import small_runs, tiny
+from tests.builders import small_runs
 from tests.llm2clip.conftest import Inputs
 
 
@@ -68,33 +68,17 @@ def test_captions_with_an_instruction_are_refused(inputs: Inputs, tmp_path: Path
     settings: dict[str, Any] = {"text_model_name_or_path": inputs.text, "instruction": "Find a picture:"}
     embed.run(embed.EmbedConfig(**settings, output_dir=str(tmp_path), sources=[small_runs.concepts(max_samples=8)]))
     _, tokenizer = describe_text_tower(inputs.text)
-    for is_trained in (False, True):
-        with pytest.raises(StoreMismatchError, match=r"were embedded after '.*Find a picture:', but the model reads"):
-            open_cache_of_model(tmp_path, config_of(inputs.text), tokenizer, is_trained=is_trained)
+    with pytest.raises(StoreMismatchError, match=r"were embedded after '.*Find a picture:', but the model reads"):
+        open_cache_of_model(tmp_path, config_of(inputs.text), tokenizer)
 
 
-def test_a_stale_record_is_corrected_unless_it_is_of_a_trained_model(inputs: Inputs) -> None:
+def test_a_cache_is_compared_by_what_the_model_records(inputs: Inputs) -> None:
     _, tokenizer = describe_text_tower(inputs.text)
-    expected, stale = config_of(inputs.text).text_model_fingerprint, f"2-{'0' * 32}"
-    config = config_of(inputs.text, text_model_fingerprint=stale)
-    with pytest.raises(StoreMismatchError, match="in use has fingerprint 2-0000"):
-        open_cache_of_model(inputs.cache, config, tokenizer, is_trained=True)
-    assert len(open_cache_of_model(inputs.cache, config, tokenizer, is_trained=False))
-    assert config.text_model_fingerprint == expected
-
-
-def test_other_settings_of_the_text_model_are_a_warning_and_other_defaults_are_none(
-    inputs: Inputs, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    config, (_, tokenizer) = config_of(inputs.text), describe_text_tower(inputs.text)
-    tiny.next_release(monkeypatch)
-    newer = config_of(inputs.text)
-    assert len(open_cache_of_model(inputs.cache, newer, tokenizer, is_trained=True))
-    assert newer.text_config.decoder_config.rms_norm_eps == config.text_config.decoder_config.rms_norm_eps
-    assert "other settings" not in caplog.text
-    newer.text_config.decoder_config.rms_norm_eps = 0.5
-    assert len(open_cache_of_model(inputs.cache, newer, tokenizer, is_trained=True))
-    assert "was made by a text model with other settings; this one has rms_norm_eps 0.5 instead of" in caplog.text
+    assert len(open_cache_of_model(inputs.cache, config_of(inputs.text), tokenizer))
+    other = config_of(inputs.text, text_model_fingerprint="3-0")
+    with pytest.raises(StoreMismatchError, match="in use has fingerprint 3-0"):
+        open_cache_of_model(inputs.cache, other, tokenizer)
+    assert len(open_cache_of_model(inputs.cache, config_of(inputs.text, text_model_fingerprint=None), tokenizer))
 
 
 def test_a_cache_of_another_tokenizer_is_refused(inputs: Inputs, tmp_path: Path) -> None:

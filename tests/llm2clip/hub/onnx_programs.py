@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from llm2clip import Student, attach_query_encoder, cli, load_encoder
+from llm2clip.models.identity import space_identity
 from modeling_llm2clip import LLM2CLIPModel
-from modeling_llm2clip.query_encoder_llm2clip import space_identity
 from tests import stranger
 from tests.builders import embedding_models
 

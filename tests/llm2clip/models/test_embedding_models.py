@@ -17,8 +17,8 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer
 
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
+from llm2clip.models.identity import text_tower_fingerprint
 from llm2clip.models.repos import RepoKind, find_file, inspect_repo
-from llm2clip.models.text_identity import read_fingerprint
 from llm2clip.models.towers import describe_text_tower, open_text_tower, save_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from tests.builders import embedding_models, tiny
@@ -56,7 +56,7 @@ def test_tokens_and_embeddings_equal_sentence_transformers(family: str, tmp_path
     assert described("a dog")["input_ids"] == tokenizer("a dog")["input_ids"]
     save_text_tower(model, tokenizer, tmp_path / "tower")
     saved: Any = AutoModel.from_pretrained(tmp_path / "tower").eval()
-    assert saved.fingerprint() == model.fingerprint() == read_fingerprint(folder, None, config)
+    assert saved.fingerprint() == model.fingerprint() == text_tower_fingerprint(folder, None, config)
     found["saved"] = saved.encode(TEXTS, AutoTokenizer.from_pretrained(tmp_path / "tower"))
     write_sentence_transformers_files(tmp_path / "tower")
     written = SentenceTransformer(str(tmp_path / "tower"), trust_remote_code=True, device="cpu")

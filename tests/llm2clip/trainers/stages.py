@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 
 from llm2clip.command_line.settings import build_config
 from llm2clip.encoders import embed
+from llm2clip.models.new_model import from_vision_text_pretrained
 from llm2clip.trainers import run_distill, run_mntp, run_stage1, run_stage2
 from llm2clip.trainers.base_trainer import StageTrainer
 from llm2clip.trainers.distill_config import DistillRecipe
@@ -58,7 +59,7 @@ TARS, PER_TAR = 3, 24
 def joint_model(inputs: Inputs, folder: Path) -> str:
     """A model to train, saved with its processor as on the Hub; its LLM is that of the inputs."""
     torch.manual_seed(0)
-    model = LLM2CLIPModel.from_vision_text_pretrained(inputs.vision, inputs.text, projection_dim=24)
+    model = from_vision_text_pretrained(inputs.vision, inputs.text, projection_dim=24)
     model.save_pretrained(folder)
     for name in (inputs.vision, inputs.text):
         for path in Path(name).iterdir():

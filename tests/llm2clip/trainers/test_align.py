@@ -19,13 +19,14 @@ from llm2clip.data.captions import distinct_captions
 from llm2clip.encoders import OurEncoder
 from llm2clip.encoders.images import TableImages
 from llm2clip.files.manifests import FOLDER_MANIFEST
+from llm2clip.models.new_model import from_vision_text_pretrained
 from llm2clip.store import MissingCaptionError
 from llm2clip.trainers import run_align, stored_rows
 from llm2clip.trainers.align_recipe import AlignRecipe
 from llm2clip.trainers.closed_form import closed_form_alignment
 from llm2clip.trainers.joint_recipe import FEATURES
 from llm2clip.trainers.kept_space import take_vision_side
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
+from modeling_llm2clip import LLM2CLIPProcessor
 from tests.builders import small_runs
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.encoders.models import save_transformers
@@ -190,7 +191,7 @@ def test_the_heads_of_a_model_are_taken(kind: str, inputs: Inputs, tmp_path: Pat
     encoder: Any = load_encoder(former)
     processor = AutoImageProcessor.from_pretrained(former)
     vision, width = (former, 32) if kind == "siglip" else (inputs.vision, 24)
-    new = LLM2CLIPModel.from_vision_text_pretrained(vision, inputs.text, projection_dim=width)
+    new = from_vision_text_pretrained(vision, inputs.text, projection_dim=width)
     take_vision_side(new, processor, encoder, former)
     assert isinstance(new.visual_projection, torch.nn.Identity) == (kind == "siglip")
     images = [Image.fromarray(np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8))]

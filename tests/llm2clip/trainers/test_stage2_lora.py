@@ -17,7 +17,7 @@ from llm2clip.files.atomic import read_json, write_json
 from llm2clip.files.manifests import FOLDER_MANIFEST
 from llm2clip.hub import push
 from llm2clip.hub.build import build_folder
-from llm2clip.models.text_identity import read_fingerprint
+from llm2clip.models.identity import text_tower_fingerprint
 from llm2clip.store import StoreMismatchError
 from llm2clip.trainers import run_stage2
 from llm2clip.trainers.lora import add_lora
@@ -114,7 +114,7 @@ def test_the_llm_in_the_folder_is_found_by_whatever_reads_a_text_tower(
     fingerprint = read_json(folder / "config.json")["text_model_fingerprint"]
     light = LLM2CLIPModel.from_pretrained(folder, text_model=False)
     assert light.config.text_model_name_or_path == str(folder / "text_model")
-    assert read_fingerprint(str(folder), None, light.config.text_config) == fingerprint
+    assert text_tower_fingerprint(str(folder), None, light.config.text_config) == fingerprint
     for place in (folder, folder / "text_model"):
         assert LLM2CLIPTextModel.from_pretrained(place).fingerprint() == fingerprint
     # Saved elsewhere, it refers to the folder.
@@ -291,4 +291,4 @@ def test_a_pushed_adapter_is_found_in_the_repo_of_the_model(
     assert found.text_model.fingerprint() == expected.config.text_model_fingerprint
     assert LLM2CLIPTextModel.from_pretrained("tester/tiny").fingerprint() == expected.config.text_model_fingerprint
     config = found.config.text_config
-    assert read_fingerprint("tester/tiny/text_model", None, config) == expected.config.text_model_fingerprint
+    assert text_tower_fingerprint("tester/tiny/text_model", None, config) == expected.config.text_model_fingerprint

@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from benchmarks.environments import FOLDER as PEERS
 from benchmarks.student_inputs import export_graph
 from llm2clip import Student, load_encoder
+from llm2clip.encoders.query_encoder import QueryEncoder
+from llm2clip.files.manifests import QUERY_ENCODER
+from llm2clip.models.identity import space_identity
 from modeling_llm2clip import LLM2CLIPModel
-from modeling_llm2clip.query_encoder_llm2clip import FOLDER as QUERY_FOLDER
-from modeling_llm2clip.query_encoder_llm2clip import QueryEncoder, space_identity
 from tests import stranger
 from tests.builders import embedding_models
 
@@ -199,7 +200,7 @@ def test_what_stays_valid_when_a_part_of_the_model_is_trained_on(
         for weight in getattr(model, changed).parameters():
             weight.add_(0.1)
     model.save_pretrained(later)
-    student.save_pretrained(later / QUERY_FOLDER)
+    student.save_pretrained(later / QUERY_ENCODER)
     before, after = (load_encoder(str(folder)) for folder in (saved_model, later))
     is_vision = changed == "vision_model"
     # Rows of images, and the images of an index.

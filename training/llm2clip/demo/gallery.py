@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llm2clip.data import EvalTransform
 from llm2clip.encoders import Encoder, load_encoder
-from llm2clip.encoders.query_text import TextEncoder
+from llm2clip.encoders.query_encoder import TextEncoder
 from llm2clip.evaluation.heat_map import draw_heat_map, patch_similarity, seen_part
 from llm2clip.models.embeddings import NonFiniteError
 from llm2clip.search.folder_items import Items

@@ -18,7 +18,7 @@ from PIL import Image
 from llm2clip.data import decode_image
 from llm2clip.demo.gallery import Gallery, ShownImage
 from llm2clip.encoders import Encoder, OurEncoder
-from llm2clip.encoders.query_text import QueryTextEncoder
+from llm2clip.encoders.query_encoder import QueryTextEncoder
 from llm2clip.models.places import model_name
 
 TITLE = "LLM2CLIP"

@@ -13,14 +13,13 @@ from transformers import PreTrainedTokenizerBase
 from llm2clip.command_line.processes import on_main_process
 from llm2clip.data.shards import SourceShard
 from llm2clip.data.sidecars import SourceSidecars
+from llm2clip.models.identity import tokenizer_fingerprint
 from llm2clip.models.repos import OUR_MODELS, inspect_repo
-from llm2clip.models.text_identity import read_fingerprint, tokenizer_fingerprint
 from llm2clip.models.towers import describe_text_tower
 from llm2clip.store import EmbeddingCache, PairedCache, StoreManifest, StoreMismatchError
 from llm2clip.store.manifest import refuse_other_encoder
 from llm2clip.store.store import stored_manifest
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig
-from modeling_llm2clip.identity_llm2clip import changed_settings
 
 logger = logging.getLogger(__name__)
 
@@ -30,18 +29,13 @@ def open_cache_of_model(
     config: LLM2CLIPConfig,
     tokenizer: Any,
     *,
-    is_trained: bool,
     verify: bool = True,
 ) -> EmbeddingCache:
     """Open the embedding cache of a model, whose config records the fingerprint of its text tower.
 
-    The record is compared first. Where it differs and the adapter is not trained, one process reads the weights of the
-    tower: an adapter on weights of another dtype may have recorded another one. The config is updated.
-
     Args:
         path: The folder; of a model of the embeddings of two text encoders those of both, in their order.
         tokenizer: That of the text tower; such a model has none.
-        is_trained: Whether the model's adapter was trained with the recorded tower, and fits no other.
 
     Raises:
         StoreError: See [`EmbeddingCache.open`]. A model that records no fingerprint takes any cache.
@@ -58,8 +52,7 @@ def open_cache_of_model(
         refuse_other_encoder(cache.path, cache.manifest, config.text_model_fingerprint, None)
         return cache
     cache = EmbeddingCache.open(path, verify=False)
-    expected = check_encoder(path, cache.manifest, config, is_trained)
-    refuse_other_encoder(path, cache.manifest, expected, tokenizer_fingerprint(tokenizer))
+    refuse_other_text_tower(path, cache.manifest, config, tokenizer)
     if verify:
         cache.require_unchanged()
     return cache
@@ -71,8 +64,6 @@ def open_sidecars_of_model(
     columns: Sequence[str],
     config: LLM2CLIPConfig,
     tokenizer: PreTrainedTokenizerBase,
-    *,
-    is_trained: bool,
 ) -> SourceSidecars:
     """Open the sidecars of a source for a model, see [`open_cache_of_model`], and check all their manifests.
 
@@ -83,40 +74,19 @@ def open_sidecars_of_model(
         StoreError, MissingCaptionError: See [`SourceSidecars.check`].
     """
     encoder, row_counts = on_main_process(partial(SourceSidecars(folder, shards).check, columns))
-    expected = check_encoder(folder, encoder, config, is_trained)
-    refuse_other_encoder(Path(folder), encoder, expected, tokenizer_fingerprint(tokenizer))
+    refuse_other_text_tower(folder, encoder, config, tokenizer)
     return SourceSidecars(folder, shards, row_counts)
 
 
-def check_encoder(path: str | Path, manifest: StoreManifest, config: LLM2CLIPConfig, is_trained: bool) -> str | None:
-    """Return the fingerprint that embeddings must have for a model, or None if they fit; see `open_cache_of_model`.
+def refuse_other_text_tower(
+    path: str | Path, manifest: StoreManifest, config: LLM2CLIPConfig, tokenizer: Any = None
+) -> None:
+    """Raise a `StoreMismatchError` if captions were embedded by another text tower or tokenizer, or another prompt.
 
-    Raises:
-        StoreMismatchError: There was an instruction before the captions.
+    What is not known, of a model in memory, is not compared.
     """
-    made_by = manifest.fingerprint
-    recorded = config.text_model_fingerprint
-    fits = recorded in (None, made_by)
-    if not fits and not is_trained:
-        present = on_main_process(partial(_read, config))
-        config.text_model_fingerprint = recorded = present or recorded
-        fits = made_by == present
-    if fits:
-        refuse_other_prompt(path, manifest, config)
-        warn_of_settings(path, manifest, config.text_config)
-    return None if fits else recorded
-
-
-def warn_of_settings(path: str | Path, manifest: StoreManifest, config: LLM2CLIPTextConfig) -> None:
-    """Warn if the text model that made embeddings had the weights of this one, but other settings."""
-    if manifest.settings and (
-        changed := changed_settings(manifest.settings, config.decoder_config, config.bidirectional)
-    ):
-        logger.warning("%s was made by a text model with other settings; this one has %s.", path, ", ".join(changed))
-
-
-def refuse_other_prompt(path: str | Path, manifest: StoreManifest, config: LLM2CLIPConfig) -> None:
-    """Raise a `StoreMismatchError` if captions were embedded after another prompt than the model reads them after."""
+    known = None if tokenizer is None else tokenizer_fingerprint(tokenizer)
+    refuse_other_encoder(path, manifest, config.text_model_fingerprint, known)
     made_with, prompt = manifest.identity["prompt_prefix"], config.text_config.prompt_prefix
     if made_with != prompt:
         raise StoreMismatchError(
@@ -147,14 +117,3 @@ def describe_text_tower_of_cache(
         return described
     logger.info("Prompt of %s, from the embedding cache: %r caption %r.", name, *prompt.values())
     return prompted
-
-
-def _read(config: LLM2CLIPConfig) -> str | None:
-    name = config.text_model_name_or_path
-    if name is None:
-        return None
-    try:
-        return read_fingerprint(name, config.text_model_revision, config.text_config)
-    except OSError as error:
-        logger.warning("the weights of %s cannot be read to verify the embedding cache: %s", name, error)
-        return None

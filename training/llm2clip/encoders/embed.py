@@ -27,11 +27,10 @@ from llm2clip.encoders.embed_shards import (
 from llm2clip.encoders.ours import OurEncoder
 from llm2clip.encoders.ray_engine import RayOptions, embed_with_ray
 from llm2clip.files.locks import exclusive
-from llm2clip.models.text_identity import tokenizer_fingerprint
+from llm2clip.models.identity import tokenizer_fingerprint
 from llm2clip.models.towers import open_text_tower
 from llm2clip.store import EmbeddingCache, StoreManifest, build_embedding_cache, caption_manifest
 from llm2clip.store.manifest import StoredDtype
-from modeling_llm2clip.identity_llm2clip import decoder_settings
 
 REQUIRED = ["text_model_name_or_path", "sources"]
 # Settings that a run has no use for, if it writes the other kind of store or has another engine.
@@ -226,7 +225,7 @@ def _open_encoder(config: EmbedConfig) -> OurEncoder:
     )
     if in_float16:
         # The fingerprint is not defined for weights that were rounded to float16.
-        model.config.fingerprint = model.fingerprint()
+        model.config.fingerprint = model.config.fingerprint or model.fingerprint()
         model.half()
     return OurEncoder(model.to(device).eval(), tokenizer)
 
@@ -279,5 +278,4 @@ def describe_encoder(encoder: OurEncoder, name: str, config: EmbedConfig) -> Sto
         text_model_dtype=str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
         dtype=config.cache_dtype,
         normalize=config.normalize,
-        settings=decoder_settings(text.decoder_config, text.bidirectional),
     )

@@ -20,8 +20,7 @@ from llm2clip.encoders.loop import EncodedRows, PreparedImages, TokenizedTexts, 
 from llm2clip.encoders.patches import patch_embeddings
 from llm2clip.files.atomic import digest_json
 from llm2clip.models.embeddings import rounded_rows
-from llm2clip.models.vision_identity import weights_checksum
-from modeling_llm2clip.identity_llm2clip import RULE
+from llm2clip.models.identity import RULE, weights_checksum
 from modeling_llm2clip.modeling_llm2clip_utils import Precision
 
 # Texts that are sorted by length together.

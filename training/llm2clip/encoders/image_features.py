@@ -25,7 +25,7 @@ from llm2clip.data.transforms import Decoder
 from llm2clip.encoders.images import ContentSet
 from llm2clip.encoders.loop import PreparedImages, encode_images
 from llm2clip.files.atomic import digest_json
-from llm2clip.models.vision_identity import vision_fingerprint
+from llm2clip.models.identity import vision_fingerprint
 from llm2clip.store import Store, StoreManifest, build_store
 from llm2clip.store.shards import ComputedRows
 from modeling_llm2clip import LLM2CLIPModel

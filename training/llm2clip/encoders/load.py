@@ -18,7 +18,7 @@ from llm2clip.encoders.encoder import Encoder
 from llm2clip.encoders.images import image_list
 from llm2clip.encoders.open_clip import OpenClipEncoder
 from llm2clip.encoders.ours import OurEncoder
-from llm2clip.encoders.query_text import QueryTextEncoder, TextEncoder, has_query_encoder
+from llm2clip.encoders.query_encoder import QueryTextEncoder, TextEncoder, has_query_encoder
 from llm2clip.encoders.transformers_clip import TransformersEncoder
 from llm2clip.models.places import OPEN_CLIP
 from llm2clip.models.repos import OUR_MODELS, RepoKind, inspect_repo

@@ -12,8 +12,8 @@ from torchvision.transforms import Compose, Normalize, ToTensor
 from torchvision.transforms.v2 import functional as V
 
 from llm2clip.encoders.encoder import ClipEncoder, compared_lengths
+from llm2clip.models.identity import tokenizer_fingerprint
 from llm2clip.models.places import OPEN_CLIP
-from llm2clip.models.text_identity import tokenizer_fingerprint
 
 # Names of models whose weights belong to them.
 WITH_WEIGHTS = ("hf-hub:", "local-dir:")

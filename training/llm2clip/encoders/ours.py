@@ -17,10 +17,9 @@ from llm2clip.encoders.loop import TokenizedTexts, encode_texts
 from llm2clip.files.atomic import digest_json
 from llm2clip.files.manifests import refuse_changed_model
 from llm2clip.models.attention_probe import probe_text_tower
+from llm2clip.models.identity import RULE, tokenizer_fingerprint, vision_fingerprint, weights_checksum
 from llm2clip.models.repos import RepoKind, hub_commit, inspect_repo, names_of
-from llm2clip.models.text_identity import tokenizer_fingerprint
 from llm2clip.models.towers import open_text_tower
-from llm2clip.models.vision_identity import vision_fingerprint, weights_checksum
 from modeling_llm2clip import (
     LLM2CLIPConfig,
     LLM2CLIPModel,
@@ -30,7 +29,6 @@ from modeling_llm2clip import (
     __version__,
     with_pillow,
 )
-from modeling_llm2clip.identity_llm2clip import RULE, decoder_identity
 from modeling_llm2clip.modeling_llm2clip_utils import execution_device, hub_arguments, unit_features
 from modeling_llm2clip.tokenization_llm2clip import CaptionTokens, pooling_mask, tokenize_captions
 
@@ -178,7 +176,6 @@ class OurEncoder(Encoder):
     def _text_settings(self) -> dict[str, Any]:
         tower = self.model.text_model if self.is_joint else self.model
         settings: dict[str, Any] = {"text": tower.identity(), "tokenizer": tokenizer_fingerprint(self.tokenizer)}
-        settings["decoder"] = decoder_identity(tower.config.decoder_config, tower.config.bidirectional)
         if settings["text"] is None:
             name = self.model.name_or_path
             raise ValueError(f"the LLM of {name} cannot be identified: it is quantised, offloaded or float16.")

@@ -15,8 +15,7 @@ from llm2clip.encoders.loop import EncodedRows, run_model
 from llm2clip.encoders.ours import OurEncoder
 from llm2clip.files.atomic import digest_json
 from llm2clip.models.embeddings import require_finite_rows
-from llm2clip.models.text_identity import tokenizer_fingerprint
-from llm2clip.models.vision_identity import weights_checksum
+from llm2clip.models.identity import tokenizer_fingerprint, weights_checksum
 from modeling_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.image_decoding_llm2clip import DamagedImageError
 from modeling_llm2clip.modeling_llm2clip_utils import unit_features
@@ -135,7 +134,7 @@ def open_stored_encoder(
     """
     opened = OurEncoder.load(name, revision, ["image", "text"], device=device, dtype=dtype, text_model=False)
     assert opened.transform is not None
-    stored = open_cache_of_model(cache, opened.model.config, opened.tokenizer, is_trained=True)
+    stored = open_cache_of_model(cache, opened.model.config, opened.tokenizer)
     processor: Any = opened.transform.image_processor
     if opened.tokenizer is not None:
         processor = LLM2CLIPProcessor(processor, opened.tokenizer)

@@ -13,12 +13,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from llm2clip.data import EvalTransform
 from llm2clip.encoders.encoder import ClipEncoder, compared_lengths, dtype_for_device, processor_statistics
+from llm2clip.models.identity import preprocessing, tokenizer_fingerprint
 from llm2clip.models.repos import hub_commit
-from llm2clip.models.text_identity import tokenizer_fingerprint
 from llm2clip.models.towers import loading_options
-from llm2clip.models.vision_identity import preprocessing
 from modeling_llm2clip import with_pillow
-from modeling_llm2clip.identity_llm2clip import decoder_identity
 from modeling_llm2clip.modeling_llm2clip_utils import load_complete
 from modeling_llm2clip.tokenization_llm2clip import tokenize_and_cut
 
@@ -138,7 +136,7 @@ class TransformersEncoder(ClipEncoder):
 
     def settings(self) -> dict[str, Any]:
         return {
-            "model": decoder_identity(self.model.config, bidirectional=False),
+            "model": self.model.config.model_type,
             "preprocessing": preprocessing(self.transform.image_processor),
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "text": [self.max_length, self.full_length],

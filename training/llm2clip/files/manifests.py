@@ -27,7 +27,7 @@ EDITED = frozenset({"README.md", "LICENSE"})
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg"})
 # Endings of what a model is loaded from.
 LOADED = frozenset({".safetensors", ".json", ".py", ".txt", ".model", ".jinja"})
-# `FOLDER` of modeling_llm2clip/query_encoder_llm2clip.py, which imports torch.
+# Folder of a query encoder within that of its model.
 QUERY_ENCODER = "query_encoder"
 # A manifest that no other file lists has the checksum of its other fields.
 MANIFEST_CHECKSUM = "manifest_checksum"

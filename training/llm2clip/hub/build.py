@@ -13,7 +13,7 @@ from llm2clip.command_line.settings import build_config, refuse
 from llm2clip.data import decode_image
 from llm2clip.files.atomic import write_json
 from llm2clip.files.folders import atomic_folder, refuse_existing, refuse_nested
-from llm2clip.files.manifests import refuse_damaged
+from llm2clip.files.manifests import QUERY_ENCODER, refuse_damaged
 from llm2clip.hub.build_card import copy_curves, read_results, source_card, source_folder, write_built_card
 from llm2clip.hub.build_config import BuildConfig
 from llm2clip.hub.cards.card import LICENSE_FIELDS
@@ -22,7 +22,6 @@ from llm2clip.hub.licenses import bases_of, choose_license
 from llm2clip.hub.source_model import SourceModel
 from llm2clip.models.repos import OUR_MODELS, RepoKind, inspect_repo, names_of, referred_folders
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPTextConfig, LLM2CLIPTextModel
-from modeling_llm2clip.query_encoder_llm2clip import FOLDER as QUERY_ENCODER
 
 
 def build_folder(model: str | Path, destination: str | Path, **settings: Any) -> dict[str, Any]:

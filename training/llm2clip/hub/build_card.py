@@ -13,6 +13,7 @@ from huggingface_hub import snapshot_download
 
 from llm2clip.evaluation.results import Result, notes_on, protocol_words, read_result
 from llm2clip.files.atomic import read_json, write_text
+from llm2clip.files.manifests import QUERY_ENCODER
 from llm2clip.hub.build_config import BuildConfig
 from llm2clip.hub.cards.card import CARD, LICENSE_FIELDS, as_list, read_card, render
 from llm2clip.hub.cards.curves import write_curves
@@ -28,7 +29,6 @@ from llm2clip.hub.cards.facts import (
 from llm2clip.hub.licenses import ModelLicense
 from llm2clip.hub.source_model import SourceModel
 from llm2clip.models.repos import hub_ids
-from modeling_llm2clip.query_encoder_llm2clip import FOLDER as QUERY_ENCODER
 
 logger = logging.getLogger(__name__)
 

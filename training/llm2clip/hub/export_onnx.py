@@ -13,7 +13,7 @@ from transformers import AutoImageProcessor, AutoTokenizer
 
 from llm2clip.command_line.settings import refuse, setting
 from llm2clip.data.transforms import output_size
-from llm2clip.encoders.query_text import TextEncoder, has_query_encoder
+from llm2clip.encoders.query_encoder import TextEncoder, has_query_encoder, query_encoder_of
 from llm2clip.files.folders import atomic_folder, refuse_existing
 from llm2clip.files.manifests import refuse_damaged
 from llm2clip.hub.cards.card import CARD, read_card
@@ -35,7 +35,6 @@ from modeling_llm2clip import (
     LLM2CLIPModel,
     LLM2CLIPVisionModelWithProjection,
 )
-from modeling_llm2clip.query_encoder_llm2clip import query_encoder_of
 
 logger = logging.getLogger(__name__)
 

@@ -18,13 +18,13 @@ from llm2clip.hub.cards.card import as_list, read_card, write_card
 from llm2clip.hub.cards.facts import JOINT_TASK, TEXT_TASK, CardFacts, public_name, summary
 from llm2clip.hub.licenses import bases_of, strictest
 from llm2clip.hub.source_model import SourceModel
+from llm2clip.models.identity import text_tower_fingerprint, tokenizer_fingerprint
+from llm2clip.models.new_model import load_vision_tower
 from llm2clip.models.plain_models import load_as_tower
 from llm2clip.models.repos import LLM, Repo, RepoKind, hub_ids, inspect_repo, referred_folders
-from llm2clip.models.text_identity import read_fingerprint, tokenizer_fingerprint
 from llm2clip.models.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPModel
-from modeling_llm2clip.identity_llm2clip import FIELDS, OPTIONAL_FIELDS, decoder_identity
-from modeling_llm2clip.modeling_llm2clip_vision import load_vision_tower
+from modeling_llm2clip.identity_llm2clip import FIELDS, OPTIONAL_FIELDS
 
 MAX_NAMED = 4
 TRUNK, HEADS = "vision_model.", ("visual_standardization.", "visual_projection.", "text_adapter.", "logit_")
@@ -33,8 +33,8 @@ HEAD_FIELDS = (
     "adapter_normalize", "vision_pooling", "standardize_vision", "center_text", "visual_head", "visual_head_expansion",
     "text_head",
 )  # fmt: skip
-# In the config of a CLIP's vision tower, but about the heads of its model.
-TOWER_HEAD_FIELDS = ("projection_dim", "logit_scale_init_value")
+# Fields of towers; what else differs is seen in their weights.
+TOWER_FIELDS = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "image_size", "patch_size")
 
 
 @dataclass
@@ -150,8 +150,7 @@ def _load_text_towers(first: Repo, second: Repo) -> Loaded:
         require_equal("settings", (first.name, second.name), *types)
     other = load_as_tower(first.name, tower.config, first.revision)
     settings = [
-        decoder_identity(config.decoder_config, tower.config.bidirectional)
-        | {name: getattr(config, name) for name in (*FIELDS, *OPTIONAL_FIELDS)}
+        _form(config.decoder_config) | {name: getattr(config, name) for name in (*FIELDS, *OPTIONAL_FIELDS)}
         for config in (other.config, tower.config)
     ]
     if first.kind is RepoKind.TEXT_TOWER:
@@ -170,7 +169,7 @@ def _load_joint_models(first: Repo, second: Repo) -> Loaded:
     merged = SourceModel(model, processor, JOINT_TASK, False)
     if first.kind is not RepoKind.JOINT:
         tower = load_vision_tower(first.name, {"revision": first.revision, "dtype": "auto"})
-        settings = {"vision towers": [_tower_identity(x) for x in (tower.config, model.config.vision_config)]}
+        settings = {"vision towers": [_form(x) for x in (tower.config, model.config.vision_config)]}
         return merged, (TRUNK,), nn.ModuleDict({TRUNK.rstrip("."): tower}), settings
     other = LLM2CLIPModel.from_pretrained(first.name, text_model=False, revision=first.revision, dtype="auto")
     configs: Any = other.config, model.config
@@ -178,15 +177,15 @@ def _load_joint_models(first: Repo, second: Repo) -> Loaded:
     for fields, side in zip(heads, (other, model), strict=True):
         fields["loss"] = "softmax" if side.logit_bias is None else "sigmoid"
     llms = [config.text_model_fingerprint for config in configs]
-    if None in llms or llms[0] != llms[1]:
-        # Models of one LLM may have recorded none, or that of an adapter merged in another dtype.
+    if None in llms:
+        # A model of a plain LLM may have recorded none.
         llms = [_llm_fingerprint(repo, config) for repo, config in zip((first, second), configs, strict=True)]
     return (
         merged,
         (TRUNK, *HEADS),
         other,
         {
-            "vision towers": [_tower_identity(config.vision_config) for config in configs],
+            "vision towers": [_form(config.vision_config) for config in configs],
             "heads": heads,
             "LLMs": [{"fingerprint": llm} for llm in llms],
         },
@@ -196,23 +195,18 @@ def _load_joint_models(first: Repo, second: Repo) -> Loaded:
 def _llm_fingerprint(repo: Repo, config: Any) -> str | None:
     elsewhere = repo.config.get(LLM)
     revision: Any = repo.revision if elsewhere is None else repo.config.get("text_model_revision")
-    return read_fingerprint(elsewhere or repo.name, revision, config.text_config)
+    return text_tower_fingerprint(elsewhere or repo.name, revision, config.text_config)
 
 
-def _tower_identity(config: Any) -> dict[str, Any]:
-    return {name: x for name, x in decoder_identity(config, False).items() if name not in TOWER_HEAD_FIELDS}
+def _form(config: Any) -> dict[str, Any]:
+    return {name: getattr(config, name, None) for name in TOWER_FIELDS}
 
 
 def require_equal(what: str, names: tuple[str, str], first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
     """Raise a `ValueError` if two mappings differ; the message names both models and the values."""
     differing = [name for name in {**first, **second} if first.get(name) != second.get(name)]
     if differing:
-        # An identity has numbers of any kind as floats.
-        values = [
-            [f"{x:g}" if isinstance(x, float) else x for x in map(side.get, differing)] for side in (first, second)
-        ]
-        pairs = list(zip(differing, *values, strict=True))[:MAX_NAMED]
-        shown = "; ".join(f"{name}: {one} and {two}" for name, one, two in pairs)
+        shown = "; ".join(f"{name}: {first.get(name)} and {second.get(name)}" for name in differing[:MAX_NAMED])
         raise ValueError(f"{names[0]} and {names[1]} cannot be merged: their {what} differ ({shown}).")
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llm2clip.encoders.query_encoder import QueryEncoder
 from modeling_llm2clip.modeling_llm2clip_utils import unit_features
-from modeling_llm2clip.query_encoder_llm2clip import QueryEncoder
 
 BATCH, LENGTH = torch.export.Dim("batch", max=2**15), torch.export.Dim("length", max=2**17)
 

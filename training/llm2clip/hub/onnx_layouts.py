@@ -13,12 +13,12 @@ from transformers import PreTrainedTokenizerFast
 
 from llm2clip.data.transforms import output_size
 from llm2clip.encoders.encoder import processor_statistics
+from llm2clip.encoders.query_encoder import QueryEncoder
 from llm2clip.files.atomic import write_json
 from llm2clip.hub.onnx_graphs import Graph, PaddedText, TextGraph
 from llm2clip.hub.onnx_writing import Dtype
 from modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
-from modeling_llm2clip.query_encoder_llm2clip import QueryEncoder
 
 logger = logging.getLogger(__name__)
 

@@ -12,12 +12,20 @@ from typing import NamedTuple
 from huggingface_hub import get_token
 
 import modeling_llm2clip
+from llm2clip.encoders.query_encoder import SPACE_FILE
 from llm2clip.files.atomic import read_json
 from llm2clip.files.library_errors import wrap_read_errors
-from llm2clip.files.manifests import EDITED, FOLDER_MANIFEST, MODEL_SIGNATURE, PICTURES, listed_files, written_by
+from llm2clip.files.manifests import (
+    EDITED,
+    FOLDER_MANIFEST,
+    MODEL_SIGNATURE,
+    PICTURES,
+    QUERY_ENCODER,
+    listed_files,
+    written_by,
+)
 from llm2clip.hub.cards.card import CARD, as_list
 from modeling_llm2clip.modeling_llm2clip_utils import TEXT_MODEL
-from modeling_llm2clip.query_encoder_llm2clip import FOLDER, SPACE_FILE
 
 # What a model folder holds, beside its code and the pictures of its card.
 MODEL_FILES = (
@@ -28,7 +36,7 @@ MODEL_FILES = (
     "tokenizer_config.json",
     *("special_tokens_map.json", "added_tokens.json", "merges.txt", "spiece.model", "sentencepiece*.model"),
     *("*.tiktoken", "chat_template*", "[0-9]_*/config.json", "[0-9]_*/model.safetensors", "onnx/*_model.onnx*"),
-    *(MODEL_SIGNATURE, SPACE_FILE, f"{FOLDER}/*", f"{FOLDER}/[0-9]_*/*", f"{TEXT_MODEL}/*"),
+    *(MODEL_SIGNATURE, SPACE_FILE, f"{QUERY_ENCODER}/*", f"{QUERY_ENCODER}/[0-9]_*/*", f"{TEXT_MODEL}/*"),
 )
 # Files of a training run, which are left out without a word.
 RUN_FILES = (
@@ -38,7 +46,7 @@ RUN_FILES = (
 # Commands that list every file of a model; and the one whose list is uploaded with it.
 WRITE_MODELS, BUILD = ("build", "convert", "merge"), "build"
 # What is added to a listed model afterwards, by people or by us, and changes nothing that it computes.
-ADDED_LATER = (*EDITED, "LICENSE*", "NOTICE*", FOLDER_MANIFEST, MODEL_SIGNATURE, "onnx/*", f"{FOLDER}/*")
+ADDED_LATER = (*EDITED, "LICENSE*", "NOTICE*", FOLDER_MANIFEST, MODEL_SIGNATURE, "onnx/*", f"{QUERY_ENCODER}/*")
 # Access tokens of the Hub, GitHub, AWS, OpenAI and Anthropic, Google, Slack; and private keys.
 SECRET = re.compile(
     rb"hf_[A-Za-z0-9]{34,}|github_pat_\w{22,}|gh[pousr]_[A-Za-z0-9]{36,}|(?<![A-Z0-9])AKIA[A-Z0-9]{16}(?![A-Z0-9])|"

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from llm2clip.convert.published import FOLDER
+from llm2clip.models.new_model import from_vision_text_pretrained
 from llm2clip.models.plain_models import encoder_fields
 from llm2clip.store import PairedCache
 from llm2clip.trainers.freezing import prepare_joint_model
@@ -106,7 +107,7 @@ def build_trained_joint_model(config: Stage2Recipe) -> LLM2CLIPModel:
         else:
             fields = {key: value for key in SHAPES if (value := getattr(config, key)) is not None}
             name = config.text_model_name_or_path or None
-            model = LLM2CLIPModel.from_vision_text_pretrained(tower, name, text_config=text, **fields)
+            model = from_vision_text_pretrained(tower, name, text_config=text, **fields)
         if config.runs_text_model:
             model.text_model = build_text_tower(text, config.text_model_dtype, None)
         prepare_joint_model(model, config)

@@ -106,13 +106,13 @@ class IndexManifest:
             recorded, fingerprint = sides[need]
             if recorded is None or recorded == (given := fingerprint()):
                 continue
-            parts = "other settings of the vision tower or another preprocessing"
+            parts = "another preprocessing" if need == "image" else "another LLM, tokenizer or adapter"
             raise ValueError(
                 f"the index {location} was made by {self.model} (width {self.width}, fingerprint {recorded}), but the "
                 f"model is {encoder.name} (width {encoder.full_width}, fingerprint {given}): other weights, "
-                f"{parts if need == 'image' else 'another LLM, tokenizer or adapter'}, and embeddings of different "
-                f"models cannot be compared. Use {self.model} as it was, or run llm2clip index with --model "
-                f"{encoder.name} and another --output-dir or --table."
+                f"{parts}, or an index of an earlier version of llm2clip; embeddings of different models cannot be "
+                f"compared. Use {self.model} as it was, or run llm2clip index with --model {encoder.name} and another "
+                "--output-dir or --table."
             )
 
     def require_same(self, location: str, other: IndexManifest) -> None:

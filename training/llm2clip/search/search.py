@@ -20,7 +20,7 @@ from llm2clip.files.atomic import read_json
 from llm2clip.models.places import DTYPE, ModelDtype, require_model_place, require_recorded_model
 
 if TYPE_CHECKING:
-    from llm2clip.encoders.query_text import TextEncoder
+    from llm2clip.encoders.query_encoder import TextEncoder
     from llm2clip.search.results import QueryResults, SearchResult
 
 logger = logging.getLogger(__name__)

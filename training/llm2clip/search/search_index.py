@@ -13,7 +13,7 @@ from PIL import Image
 
 from llm2clip.command_line.logs import shortened
 from llm2clip.encoders import Encoder, load_encoder
-from llm2clip.encoders.query_text import QueryTextEncoder, TextEncoder
+from llm2clip.encoders.query_encoder import QueryTextEncoder, TextEncoder
 from llm2clip.models.places import require_recorded_model
 from llm2clip.search.folder_items import Items
 from llm2clip.search.index_manifest import IndexManifest

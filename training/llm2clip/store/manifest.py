@@ -94,8 +94,6 @@ class StoreManifest:
         width, rows: Shape of the rows; a width of 0 is not known yet.
         bytes, checksum: Size and SHA-256 of `NAME.safetensors`.
         counts: What was counted while the rows were computed, such as `truncated` captions.
-        settings: Settings of the model that rows depend on too, of which another one is a warning: versions of
-            libraries name them and their defaults differently.
         skipped: Row number, key and reason of rows that could not be computed, which are zero.
         source: The file that the rows were computed from.
         shards: Of an index: rows, bytes and checksum of each shard, by name, in the order of rows.
@@ -111,7 +109,6 @@ class StoreManifest:
     bytes: int = 0
     checksum: str = ""
     counts: Mapping[str, int] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
     skipped: Sequence[Sequence[Any]] = ()
     source: SourceFile | None = None
     shards: Mapping[str, Sequence[Any]] = field(default_factory=dict)
@@ -206,7 +203,6 @@ def caption_manifest(
     text_model_dtype: str = "float32",
     dtype: StoredDtype = "float16",
     normalize: bool = False,
-    settings: Mapping[str, Any] | None = None,
 ) -> StoreManifest:
     """Describe the embeddings of captions by a text encoder.
 
@@ -217,7 +213,6 @@ def caption_manifest(
         pooling, prompt_prefix, prompt_suffix, max_length: How it reads a caption; the prefix has an instruction too.
         text_model_dtype: The dtype that it computes in.
         dtype, normalize: The stored dtype, and whether embeddings have unit length.
-        settings: `decoder_settings` of its text model.
     """
     identity = {
         "fingerprint": fingerprint,
@@ -229,9 +224,7 @@ def caption_manifest(
         "text_model_dtype": text_model_dtype,
         "normalize": normalize,
     }
-    return StoreManifest(
-        kind="captions", encoder=text_model, identity=identity, dtype=dtype, width=width, settings=settings or {}
-    )
+    return StoreManifest(kind="captions", encoder=text_model, identity=identity, dtype=dtype, width=width)
 
 
 def refuse_other_encoder(

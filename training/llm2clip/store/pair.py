@@ -39,7 +39,6 @@ class PairedCache(EmbeddingCache):
             encoder=" and ".join(cache.manifest.encoder for cache in self.caches),
             identity={**identities[0], **known_by, "normalize": True, "caches": identities},
             width=first.width + second.width,
-            settings={},
         )
         super().__init__(Path(f"{first.path} and {second.path}"), manifest, first.shards)
 

@@ -61,7 +61,7 @@ class TextCollator:
     """Makes a batch of rows with `text` and `embedding`: the student's tokens, and the rows of the teacher.
 
     Args:
-        student: A [`QueryEncoder`](modeling_llm2clip.query_encoder_llm2clip.QueryEncoder).
+        student: A [`QueryEncoder`](llm2clip.encoders.query_encoder.QueryEncoder).
     """
 
     def __init__(self, student: Any) -> None:

@@ -20,8 +20,9 @@ from llm2clip.evaluation.data import RetrievalData
 from llm2clip.evaluation.protocols.retrieval import image_text_metrics
 from llm2clip.evaluation.session import Session
 from llm2clip.files.manifests import refuse_changed_model
+from llm2clip.models.identity import text_tower_fingerprint
+from llm2clip.models.new_model import from_vision_text_pretrained
 from llm2clip.models.repos import OUR_MODELS, inspect_repo, refuse_revision
-from llm2clip.models.text_identity import read_fingerprint
 from llm2clip.models.towers import loading_options
 from llm2clip.store import EmbeddingCache, PairedCache
 from llm2clip.trainers.joint_recipe import FEATURES, JointRecipe
@@ -73,7 +74,7 @@ def make_model(config: JointRecipe, **fields: Any) -> tuple[LLM2CLIPModel, Any]:
                 "that folder."
             )
     options = {**loading_options("float32", config.attn_implementation), "revision": config.vision_model_revision}
-    model = LLM2CLIPModel.from_vision_text_pretrained(
+    model = from_vision_text_pretrained(
         vision,
         text,
         text_config=text_config,
@@ -91,7 +92,7 @@ def describe_text_model(model: LLM2CLIPModel) -> None:
         return
     text = model.config.text_model_name_or_path, model.config.text_model_revision, model.config.text_config
     if model.config.text_model_fingerprint is None:
-        model.config.text_model_fingerprint = on_main_process(partial(read_fingerprint, *text))
+        model.config.text_model_fingerprint = on_main_process(partial(text_tower_fingerprint, *text))
 
 
 def open_retrieval(config: JointRecipe) -> dict[str, RetrievalData]:

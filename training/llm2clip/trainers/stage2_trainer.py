@@ -16,7 +16,7 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase, SchedulerT
 from llm2clip.command_line.processes import run_while_others_wait
 from llm2clip.command_line.settings import refuse
 from llm2clip.data import Stage2Collator
-from llm2clip.encoders.cache_of_model import refuse_other_prompt
+from llm2clip.encoders.cache_of_model import refuse_other_text_tower
 from llm2clip.encoders.image_features import ImageFeatures
 from llm2clip.evaluation.data import RetrievalData
 from llm2clip.files.atomic import digest_json
@@ -24,9 +24,8 @@ from llm2clip.hub.cards.facts import JOINT_TASK
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.losses import clip_loss, sigmoid_loss
 from llm2clip.models.attention_probe import probe_on_main_process
-from llm2clip.models.vision_identity import preprocessing
+from llm2clip.models.identity import preprocessing
 from llm2clip.store import EmbeddingCache
-from llm2clip.store.manifest import refuse_other_encoder
 from llm2clip.trainers.base_trainer import EmbeddedBatch, StageTrainer
 from llm2clip.trainers.bundling import bundle_text_model
 from llm2clip.trainers.freezing import prepare_joint_model
@@ -113,10 +112,9 @@ class Stage2Trainer(StageTrainer):
         if not isinstance(model, LLM2CLIPModel):
             raise ValueError(f"model is a {type(model).__name__}, but stage 2 trains an LLM2CLIPModel.")
         if self.cache is not None:
-            fingerprint = model.config.text_model_fingerprint
-            refuse_other_encoder(self.cache.path, self.cache.manifest, fingerprint, None)
-            if fingerprint is not None:
-                refuse_other_prompt(self.cache.path, self.cache.manifest, cast(LLM2CLIPConfig, model.config))
+            config = cast(LLM2CLIPConfig, model.config)
+            if config.text_model_fingerprint is not None:
+                refuse_other_text_tower(self.cache.path, self.cache.manifest, config)
         if trains_lora(model.text_model):
             if self.cache is not None:
                 raise ValueError("LoRA trains the LLM, so that stored embeddings would be stale; leave cache unset.")

@@ -1,17 +1,84 @@
-"""The identity of a vision tower: what it depends on, and what not."""
+"""Identities of text towers, tokenizers and vision towers: what they depend on, and what not."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoImageProcessor, CLIPImageProcessor
+from tokenizers import normalizers
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPImageProcessor
 
-from llm2clip.models.vision_identity import vision_fingerprint
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection, with_pillow
+from llm2clip.models.identity import text_tower_fingerprint, tokenizer_fingerprint, vision_fingerprint
+from llm2clip.models.new_model import from_vision_text_pretrained
+from llm2clip.models.towers import describe_text_tower, open_text_tower, save_text_tower
+from modeling_llm2clip import (
+    LLM2CLIPModel,
+    LLM2CLIPTextModel,
+    LLM2CLIPVisionModelWithProjection,
+    with_pillow,
+    with_prompt,
+)
 from tests.builders import tiny
+from tests.llm2clip.conftest import Inputs
+
+
+@pytest.mark.parametrize("kind", ["tower", "joint", "apart", "adapter"])
+def test_what_is_recorded_is_taken(kind: str, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = open_text_tower(inputs.text)
+    if kind == "adapter":
+        peft = pytest.importorskip("peft")
+        lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        model.decoder = peft.get_peft_model(model.decoder, lora)
+        model.decoder.peft_config["default"].base_model_name_or_path = inputs.text
+    if kind in ("tower", "adapter"):
+        save_text_tower(model, tokenizer, tmp_path)
+    else:
+        text: Any = inputs.text if kind == "apart" else model
+        from_vision_text_pretrained(inputs.vision, text, projection_dim=8).save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    expected = model.fingerprint()
+    monkeypatch.setattr(LLM2CLIPTextModel, "from_pretrained", None)
+    assert text_tower_fingerprint(str(tmp_path), None, getattr(config, "text_config", config)) == expected
+
+
+def test_a_plain_llm_has_the_identity_of_the_tower_that_is_made_of_it(inputs: Inputs, tmp_path: Path) -> None:
+    model, tokenizer = open_text_tower(inputs.llm)
+    save_text_tower(model, tokenizer, tmp_path)
+    config, _ = describe_text_tower(inputs.llm)
+    assert text_tower_fingerprint(inputs.llm, None, config) == model.fingerprint() == model.config.fingerprint
+
+
+def test_identity_of_a_tokenizer_survives_saving(inputs: Inputs, tmp_path: Path) -> None:
+    for name in (inputs.text, inputs.llm):
+        _, tokenizer = open_text_tower(name)
+        expected = tokenizer_fingerprint(tokenizer)
+        tokenizer(["a", "a b c"], padding=True, truncation=True)
+        tokenizer.padding_side = "right"
+        assert tokenizer_fingerprint(tokenizer) == expected
+        tokenizer.save_pretrained(tmp_path)
+        assert tokenizer_fingerprint(AutoTokenizer.from_pretrained(tmp_path)) == expected
+
+
+def test_what_changes_the_tokens_changes_the_identity(tmp_path: Path) -> None:
+    def prompted(**changes: Any) -> Any:
+        options = {"prefix": tiny.PREFIX, "suffix": tiny.SUFFIX, "max_length": 64, **changes}
+        return with_prompt(tiny.plain_tokenizer(), **options)[0]
+
+    tokenizers = [prompted(**changes) for changes in ({}, {"prefix": "a "}, {"suffix": ""}, {"max_length": 32})]
+    tokenizers += [prompted(), prompted()]
+    tokenizers[-2].add_tokens(["zebra"])
+    tokenizers[-1].backend_tokenizer.normalizer = normalizers.Lowercase()
+    for change in (lambda model: model["merges"].pop(), lambda model: model["vocab"].update({"zebra": 9999})):
+        tokenizers[0].save_pretrained(tmp_path)
+        content = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+        change(content["model"])
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+        tokenizers.append(AutoTokenizer.from_pretrained(tmp_path))
+    assert len({tokenizer_fingerprint(tokenizer) for tokenizer in tokenizers}) == 8
+
 
 TOWERS = ("eva02", *tiny.VISION_TOWERS)
 
@@ -70,22 +137,6 @@ def test_the_llm_the_adapter_and_training_do_not_count() -> None:
     model.vision_model.config.patch_dropout = model.vision_model.config.drop_path_rate = 0.5
     model.set_attn_implementation("eager")
     assert vision_fingerprint(model, processor()) == expected
-
-
-@pytest.mark.parametrize(
-    ("kind", "name", "value"),
-    [
-        ("eva02", "rope_grid_size", 4),
-        ("eva02", "layer_norm_eps", 1e-5),
-        ("eva02", "post_norm", True),
-        ("clip_vision_model", "hidden_act", "gelu"),
-    ],
-)
-def test_settings_of_the_tower_that_change_its_output_count(kind: str, name: str, value: Any) -> None:
-    model = joint(kind)
-    expected = vision_fingerprint(model, processor(kind))
-    setattr(model.vision_model.config, name, value)
-    assert vision_fingerprint(model, processor(kind)) != expected
 
 
 @pytest.mark.parametrize("with_projection", [True, False])
