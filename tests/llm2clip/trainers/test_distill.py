@@ -43,8 +43,11 @@ STUDENTS = ["bert", "xlm-roberta", "t5", "layers:1", "static", "static:bert"]
 REMOTE = """
 import json, sys
 from transformers import AutoModel
-model = AutoModel.from_pretrained(sys.argv[1], text_model=False, trust_remote_code=True)
-print(json.dumps(model.encode_text(json.loads(sys.argv[2]), encoder="query").tolist()))
+found = []
+for folder in sys.argv[2:]:
+    model = AutoModel.from_pretrained(folder, text_model=False, trust_remote_code=True)
+    found.append(model.encode_text(json.loads(sys.argv[1]), encoder="query").tolist())
+print(json.dumps(found))
 """
 
 
@@ -68,10 +71,10 @@ def model(saved_model: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved_model, tmp_path / "model"))
 
 
-@pytest.fixture
-def texts(tmp_path: Path) -> str:
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A file with a text a line, of which one repeats and one is empty."""
-    path = tmp_path / "texts.txt"
+    path = tmp_path_factory.mktemp("texts") / "texts.txt"
     lines = [f"a {color} {thing}" for color in ("red", "small", "green") for thing in ("bus", "dog", "park", "river")]
     path.write_text("\n".join([*lines, lines[0], "", *TEXTS]) + "\n", encoding="utf-8")
     return str(path)
@@ -82,13 +85,31 @@ def named(student: str, encoders: Path) -> str:
     return f"{kind}{':' * bool(kind)}{encoders / name}" if name in ("bert", "xlm-roberta", "t5") else student
 
 
+@pytest.fixture(scope="module")
+def taught(saved_model: Path, encoders: Path, texts: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder for each student, with it and with the model that has it."""
+    folders = {student: tmp_path_factory.mktemp("taught") for student in STUDENTS}
+    for student, folder in folders.items():
+        model = shutil.copytree(saved_model, folder / "model")
+        distill_text(str(model), named(student, encoders), [texts], folder / "student", **fields(into=str(model)))
+    return folders
+
+
+@pytest.fixture(scope="module")
+def remote(taught: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What each student answers to someone without this package."""
+    models = [folder / "model" for folder in taught.values()]
+    found = stranger.answer(REMOTE, json.dumps(TEXTS), *models, home=tmp_path_factory.mktemp("home"))
+    return dict(zip(taught, found, strict=True))
+
+
 @pytest.mark.parametrize("student", STUDENTS)
 def test_a_student_is_at_every_door_of_its_model(
-    student: str, encoders: Path, model: Path, texts: str, tmp_path: Path
+    student: str, taught: dict[str, Path], remote: dict[str, Any]
 ) -> None:
     """test_student.py has the other programs that load its folder."""
-    distill_text(str(model), named(student, encoders), [texts], tmp_path / "student", **fields(into=str(model)))
-    expected = QueryEncoder.from_pretrained(tmp_path / "student").encode(TEXTS)
+    model = taught[student] / "model"
+    expected = QueryEncoder.from_pretrained(taught[student] / "student").encode(TEXTS)
     torch.testing.assert_close(expected.norm(dim=1), torch.ones(len(TEXTS)), **CLOSE)
     loaded = LLM2CLIPModel.from_pretrained(model, text_model=False)
     torch.testing.assert_close(loaded.encode_text(TEXTS, encoder="query"), expected, **CLOSE)
@@ -97,8 +118,7 @@ def test_a_student_is_at_every_door_of_its_model(
     torch.testing.assert_close(encoder.encode_text(TEXTS), expected, **CLOSE)
     image = tiny.IMAGES[:1]
     assert encoder.encode_image(image).equal(load_encoder(str(model)).encode_image(image))
-    found = stranger.answer(REMOTE, model, json.dumps(TEXTS), home=tmp_path)
-    torch.testing.assert_close(torch.tensor(found), expected, **CLOSE)
+    torch.testing.assert_close(torch.tensor(remote[student]), expected, **CLOSE)
 
 
 def test_a_student_answers_as_its_teacher(encoders: Path, model: Path, texts: str, tmp_path: Path) -> None:
