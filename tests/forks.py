@@ -6,6 +6,7 @@ every order, several times where there are several ranks.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -21,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-# They do not read the environment; those that do, as huggingface_hub does, are imported by the fork.
+# They do not read the environment; those that do, as huggingface_hub does, are imported by the fork. The last ones are
+# half of what transformers imports.
 LIBRARIES = (
     *("PIL.Image", "pandas", "pyarrow", "safetensors", "scipy.stats", "sklearn.metrics", "sympy", "torch"),
-    *("torch._dynamo", "torch.distributed.fsdp", "torchvision"),
+    *("torch._dynamo", "torch.distributed.fsdp", "torchvision.transforms.v2", "filelock", "jinja2.sandbox", "regex"),
+    *("tokenizers.trainers", "torchao.prototype.mx_formats.inference_workflow", "torchao.quantization", "trio"),
 )
 # After these a rank that waits for another one hangs.
 SECONDS = 300
@@ -150,6 +153,9 @@ if __name__ == "__main__":
 
     for module in sys.argv[1:]:
         import_module(module)
+    # No fork looks for garbage in what is imported, nor copies its memory for that.
+    gc.collect()
+    gc.freeze()
     status = _run(**_next_order())
     if isinstance(status, str):
         print(status, file=sys.stderr)

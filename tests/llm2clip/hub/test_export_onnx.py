@@ -78,30 +78,27 @@ def test_float16_graph_of_a_model_whose_llm_is_in_its_own_folder(tmp_path: Path)
     torch.testing.assert_close(image_embeds(out), model.encode_image(PICTURES, PROCESSOR), atol=1e-2, rtol=0)
 
 
-def test_vision_half_has_only_a_vision_graph(tmp_path: Path, refused: Refused) -> None:
-    model = LLM2CLIPVisionModelWithProjection(tiny.joint_config()).eval()
-    model.save_pretrained(tmp_path)
-    PROCESSOR.image_processor.save_pretrained(tmp_path)
-    refused("has no text graph", "export-onnx", tmp_path, "--parts", "text")
-    assert cli.main(["export-onnx", str(tmp_path)]) == 0
-    pixels = PROCESSOR(images=PICTURES, return_tensors="pt")
-    expected = torch.nn.functional.normalize(model(**pixels).pooler_output, dim=-1)
-    torch.testing.assert_close(image_embeds(tmp_path / "onnx"), expected, **CLOSE)
-
-
-def test_an_export_keeps_the_license_of_what_the_model_was_made_from(tmp_path: Path, refused: Refused) -> None:
-    model, out = tmp_path / "model", tmp_path / "out"
-    tiny.save(model)
-    (model / "LICENSE").write_text("LLAMA 3.2 COMMUNITY LICENSE AGREEMENT")
+def test_vision_half_has_only_a_vision_graph_and_the_license_of_what_it_was_made_from(
+    tmp_path: Path, refused: Refused
+) -> None:
+    model, folder, out = LLM2CLIPVisionModelWithProjection(tiny.joint_config()), tmp_path / "half", tmp_path / "out"
+    model.save_pretrained(folder)
+    PROCESSOR.image_processor.save_pretrained(folder)
+    (folder / "LICENSE").write_text("LLAMA 3.2 COMMUNITY LICENSE AGREEMENT")
     card = "---\nlicense: {}\nbase_licenses: ['Llama-3.2-1B (llama3.2)']\n---\nA model.\n"
-    command = ("export-onnx", model, "--parts", "vision", "--output-dir", out)
-    (model / "README.md").write_text(card.format("mit"))
+    command = ("export-onnx", folder, "--output-dir", out)
+    refused("has no text graph", *command, "--parts", "text")
+    (folder / "README.md").write_text(card.format("mit"))
     refused("does not keep the license of Llama-3.2-1B (llama3.2)", *command)
     assert not out.exists()
-    (model / "README.md").write_text(card.format("llama3.2"))
+    (folder / "README.md").write_text(card.format("llama3.2"))
     assert cli.main([*map(str, command)]) == 0
-    assert (out / "LICENSE").read_text() == (model / "LICENSE").read_text()
+    assert (out / "LICENSE").read_text() == (folder / "LICENSE").read_text()
     assert (out / "NOTICE").read_text() == f"{TERMS['llama3.2'].notice}\n"
+    assert [path.name for path in out.glob("*.onnx")] == ["vision_model.onnx"]
+    pixels = PROCESSOR(images=PICTURES, return_tensors="pt")
+    expected = torch.nn.functional.normalize(model.eval()(**pixels).pooler_output, dim=-1)
+    torch.testing.assert_close(image_embeds(out), expected, **CLOSE)
 
 
 @pytest.mark.parametrize(

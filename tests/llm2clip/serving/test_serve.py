@@ -24,13 +24,13 @@ import pytest
 from PIL import Image
 
 from llm2clip import cli
-from llm2clip.encoders import load_encoder
+from llm2clip.encoders import Encoder
 from llm2clip.models.places import model_name
 from llm2clip.serving.addresses import is_loopback, listen
 from llm2clip.serving.serve import ServeConfig, read_token
 from tests.builders.early_errors import assert_found_early
 from tests.documents.reading import ROOT, blocks
-from tests.llm2clip.serving.conftest import data_url, png
+from tests.llm2clip.serving.conftest import data_url, png, serving
 
 JSON = {"Content-Type": "application/json"}
 
@@ -171,18 +171,16 @@ def test_200_clients_are_answered_beside_the_largest_requests_of_three_others(
     assert peak < 2 * idle
 
 
-def test_the_page_of_the_documents_runs_against_the_command(
-    tmp_path: Path, saved_model: Path, capsys: pytest.CaptureFixture[str]
+def test_the_code_of_the_page_gets_the_scores_of_the_model(
+    encoder: Encoder, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "llm2clip").symlink_to(saved_model)
-    picture = load_encoder(str(saved_model))
-    with command(tmp_path, "llm2clip") as (_, address):
+    with serving(encoder, name="llm2clip") as address:
         (code,) = [content for language, content in blocks("docs/serve.md") if "OpenAI(" in content]
         code = code.replace("http://127.0.0.1:8000", address).replace("photo.jpg", str(ROOT / "docs/demo.png"))
         exec(code, {})
     printed = [float(score) for score in capsys.readouterr().out.split()[-2:]]
-    texts = picture.encode_text(["a red squirrel", "a steam train"])
-    scores = texts @ picture.encode_image(str(ROOT / "docs/demo.png"))[0]
+    texts = encoder.encode_text(["a red squirrel", "a steam train"])
+    scores = texts @ encoder.encode_image(str(ROOT / "docs/demo.png"))[0]
     np.testing.assert_allclose(printed, scores, rtol=0, atol=1e-4)
 
 

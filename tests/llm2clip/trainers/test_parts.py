@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from tests.llm2clip.trainers.stages import assert_equal_weights, at_step, histor
 # The heads on a frozen tower, and then its last layer too (LP-FT).
 TWO = [{"freeze_vision": "all", "learning_rate": 1e-2, "max_steps": 4, "save_steps": 2}, {"freeze_vision_layers": -1}]
 ON_TOP = [{"command": "align", "heads": "residual", "ridge": 0.3}, {"freeze_vision": "all"}]
+RECIPES: dict[str, list[dict[str, Any]]] = {"two": TWO, "on-top": ON_TOP}
 
 
 def settings(folder: Path, inputs: Inputs, parts: list[dict[str, Any]], **changes: Any) -> Stage2Recipe:
@@ -58,9 +61,22 @@ def test_the_card_has_the_curves_of_all_parts(inputs: Inputs, tmp_path: Path, mo
     assert shown[-1] == [1, 2, 3, 4, 5, 6]
 
 
-def test_heads_on_top_of_a_closed_form_leave_its_maps(inputs: Inputs, tmp_path: Path) -> None:
-    last = train(settings(tmp_path, inputs, ON_TOP))
-    first = load(tmp_path / "part1")
+@pytest.fixture(scope="module")
+def unbroken(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Run a recipe once; returns its folder."""
+
+    @cache
+    def run(name: str) -> Path:
+        folder = tmp_path_factory.mktemp("parts") / "unbroken"
+        run_stage2.run(settings(folder, inputs, RECIPES[name]))
+        return folder
+
+    return run
+
+
+def test_heads_on_top_of_a_closed_form_leave_its_maps(unbroken: Callable[[str], Path]) -> None:
+    folder = unbroken("on-top")
+    last, first = load(folder), load(folder / "part1")
     assert (last.config.visual_head, last.config.text_head) == ("residual", "residual")
     for before, after in zip(linear_maps(first), linear_maps(last), strict=True):
         assert after.weight.equal(before.weight)
@@ -77,13 +93,13 @@ def test_a_closed_form_can_be_the_start_of_a_run_that_trains_the_tower(inputs: I
     assert not torch.equal(first.text_adapter.proj.weight, last.text_adapter.proj.weight)
 
 
-@pytest.mark.parametrize("parts", [pytest.param(TWO, marks=pytest.mark.slow), ON_TOP], ids=["two", "on-top"])
+@pytest.mark.parametrize("name", [pytest.param("two", marks=pytest.mark.slow), "on-top"])
 @pytest.mark.parametrize("stop", ["in part 1", "between", "in part 2"])
 def test_a_broken_run_that_is_resumed_ends_as_an_unbroken_one(
-    parts: list[dict[str, Any]], stop: str, inputs: Inputs, tmp_path: Path
+    name: str, stop: str, unbroken: Callable[[str], Path], inputs: Inputs, tmp_path: Path
 ) -> None:
-    config, folder = settings(tmp_path / "broken", inputs, parts), tmp_path / "broken"
-    expected = train(settings(tmp_path / "unbroken", inputs, parts))
+    parts, folder = RECIPES[name], tmp_path / "broken"
+    config, expected = settings(folder, inputs, parts), load(unbroken(name))
     with pytest.MonkeyPatch.context() as patch:
         if stop == "in part 1" and parts is ON_TOP:
             patch.setattr(run_align, "align", interrupt)
@@ -111,22 +127,17 @@ def _interrupted_in_the_last(enter: Any) -> Any:
     return entered
 
 
-def test_a_finished_part_with_other_settings_is_refused(inputs: Inputs, tmp_path: Path) -> None:
-    run_stage2.run(settings(tmp_path, inputs, ON_TOP))
-    other = [{**ON_TOP[0], "ridge": 1.0}, ON_TOP[1]]
-    with pytest.raises(ValueError, match=r"part1 was made with other settings \(ridge: 0.3 -> 1.0\)"):
-        run_stage2.run(settings(tmp_path, inputs, other), resume=True)
-
-
-@pytest.mark.parametrize("parts", [TWO, ON_TOP], ids=["two", "on-top"])
-def test_a_finished_part_of_another_tower_is_refused(
-    parts: list[dict[str, Any]], inputs: Inputs, tmp_path: Path
+@pytest.mark.parametrize(("name", "setting"), [("two", "learning_rate"), ("on-top", "ridge")])
+def test_a_finished_part_of_another_tower_or_with_other_settings_is_refused(
+    name: str, setting: str, inputs: Inputs, tmp_path: Path
 ) -> None:
-    run_stage2.run(settings(tmp_path / "run", inputs, parts, max_steps=1, eval_sources={}))
+    (first, last), changes = RECIPES[name], {"max_steps": 1, "eval_sources": {}}
+    run_stage2.run(settings(tmp_path / "run", inputs, [first, last], **changes))
     tower = small_runs.save_vision_tower(tmp_path / "other")
-    other = settings(tmp_path / "run", inputs, parts, max_steps=1, eval_sources={}, vision_model_name_or_path=tower)
-    with pytest.raises(ValueError, match=r"part1 was made with other settings \(vision_model_name_or_path"):
-        run_stage2.run(other, resume=True)
+    for own, found in (({}, "vision_model_name_or_path"), ({setting: 1.0}, f"{setting}: .* -> 1.0")):
+        other = changes if own else {**changes, "vision_model_name_or_path": tower}
+        with pytest.raises(ValueError, match=rf"part1 was .* with other settings \({found}"):
+            run_stage2.run(settings(tmp_path / "run", inputs, [{**first, **own}, last], **other), resume=True)
 
 
 def test_the_parts_of_a_recipe_get_what_they_share_and_what_is_their_own(inputs: Inputs, tmp_path: Path) -> None:

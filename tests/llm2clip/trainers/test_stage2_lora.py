@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,12 @@ CAPTIONS = ["a red bicycle", "two small dogs at the sea"]
 STRANGER = """
 import json, sys
 from transformers import AutoModel, AutoProcessor
-model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
-processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
-print(json.dumps(model.encode_text(["a red bicycle", "two small dogs at the sea"], processor).tolist()))
+found = []
+for folder in sys.argv[2:]:
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    found.append(model.encode_text(json.loads(sys.argv[1]), processor).tolist())
+print(json.dumps(found))
 """
 
 
@@ -98,13 +102,14 @@ def test_what_was_trained_on_a_rounded_llm_loads(form: str, inputs: Inputs, tmp_
         assert EmbeddingCache.open(settings["output_dir"]).manifest.fingerprint == recorded
 
 
-@pytest.mark.parametrize("form", ["merged", "adapter"])
-def test_a_moved_result_loads_without_this_package(form: str, results: dict[str, Path], tmp_path: Path) -> None:
-    moved = Path(shutil.copytree(results[form], tmp_path / "moved", ignore=shutil.ignore_patterns("checkpoint-*")))
+def test_a_moved_result_loads_without_this_package(results: dict[str, Path], tmp_path: Path) -> None:
+    ignored = shutil.ignore_patterns("checkpoint-*")
+    moved = [shutil.copytree(folder, tmp_path / form, ignore=ignored) for form, folder in results.items()]
     (tmp_path / "home").mkdir()
-    found = torch.tensor(stranger.answer(STRANGER, moved, home=tmp_path / "home"))
-    expected = LLM2CLIPModel.from_pretrained(results[form]).encode_text(CAPTIONS)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    found = stranger.answer(STRANGER, json.dumps(CAPTIONS), *moved, home=tmp_path / "home")
+    for rows, folder in zip(found, results.values(), strict=True):
+        expected = LLM2CLIPModel.from_pretrained(folder).encode_text(CAPTIONS)
+        torch.testing.assert_close(torch.tensor(rows), expected, atol=1e-5, rtol=0)
 
 
 def test_the_llm_in_the_folder_is_found_by_whatever_reads_a_text_tower(

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -92,15 +95,18 @@ FRAME = """
 import json, sys
 from importlib.metadata import version
 import numpy as np
-texts = json.loads(sys.argv[1])
-{program}
-def attempt(folder):
+texts, programs = map(json.loads, sys.argv[1:3])
+def attempt(encode, folder):
     try:
         return np.asarray(encode(folder)).tolist()
     except Exception as error:
         return repr(error)
-rows = [attempt(folder) for folder in sys.argv[2:]]
-assert not {{"modeling_llm2clip", "llm2clip"}} & set(sys.modules)
+rows = {}
+for name, program in programs.items():
+    names = {"texts": texts, "np": np}
+    exec(program, names)
+    rows[name] = [attempt(names["encode"], folder) for folder in sys.argv[3:]]
+assert not {"modeling_llm2clip", "llm2clip"} & set(sys.modules)
 versions = [version(name) for name in ("transformers", "sentence-transformers")]
 print()
 print(json.dumps([rows, versions]))
@@ -109,7 +115,7 @@ print(json.dumps([rows, versions]))
 
 @pytest.fixture(scope="module")
 def students(saved_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Students without training, two of them with a graph in `onnx/`."""
+    """Students without training, one of them with a graph in `onnx/`."""
     encoders, folder = tmp_path_factory.mktemp("encoders"), tmp_path_factory.mktemp("students")
     for family in ("bert", "xlm-roberta"):
         embedding_models.save(encoders / family, family)
@@ -118,8 +124,7 @@ def students(saved_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
         spec = name if kind == "layers" else f"{kind}{':' * bool(kind)}{encoders / family}"
         student = Student.create(spec, WIDTH, lambda: load_encoder(str(saved_model)), space="a space")
         student.save_pretrained(folder / name)
-    for name in ("bert", "static:bert"):
-        export_graph(folder / name)
+    export_graph(folder / "bert")
     return {name: folder / name for name in STUDENTS}
 
 
@@ -139,19 +144,32 @@ def is_loaded(folder: Path, program: str, transformers: str, sentence_transforme
     return not folder.name.startswith("layers") or Version(transformers) >= Version("5")
 
 
+@pytest.fixture(scope="module")
+def answers(students: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Any]:
+    """Ask an interpreter once for what all of its programs make of the students, and for its versions."""
+
+    @cache
+    def ask(python: Path) -> Any:
+        programs = {name: code for name, code in PROGRAMS.items() if python in environments(name)}
+        arguments = [json.dumps(TEXTS), json.dumps(programs), *students.values()]
+        is_own = python == Path(sys.executable)
+        return stranger.answer(
+            FRAME, *arguments, home=tmp_path_factory.mktemp("home"), is_forked=is_own, python=python
+        )
+
+    return ask
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_every_program_that_is_installed_gives_equal_vectors(
-    program: str, students: dict[str, Path], tmp_path: Path
+    program: str, students: dict[str, Path], answers: Callable[[Path], Any]
 ) -> None:
     if not (pythons := environments(program)):
         pytest.skip(f"{program} is not installed, neither here nor in an environment in {PEERS}")
     compared = 0
     for python in pythons:
-        is_own = python == Path(sys.executable)
-        arguments = [json.dumps(TEXTS), *students.values()]
-        code = FRAME.format(program=PROGRAMS[program])
-        found, versions = stranger.answer(code, *arguments, home=tmp_path, is_forked=is_own, python=python)
-        for folder, rows in zip(students.values(), found, strict=True):
+        found, versions = answers(python)
+        for folder, rows in zip(students.values(), found[program], strict=True):
             if is_loaded(folder, program, *versions):
                 expected = QueryEncoder.from_pretrained(folder).encode(TEXTS)
                 assert not isinstance(rows, str), f"{python}, {folder.name}: {rows}"
