@@ -199,7 +199,7 @@ class ShardedSource:
         return rows if limit is None else itertools.islice(rows, reader, limit, readers)
 
     def row_name(self, file: int, number: int) -> str:
-        """Return the key of a row that has none: its number in its file, after that of the file of several."""
+        """Name a row without a key by its number in its file, after the number of the file if there are several."""
         return f"{file}-{number}" if self.num_files > 1 else str(number)
 
     def is_remote(self, file: int) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from transformers import AutoImageProcessor, AutoTokenizer
 from llm2clip.command_line.processes import on_main_process
 from llm2clip.command_line.settings import refuse, require
 from llm2clip.data import CaptionImageDataset, CaptionSource, OnError
+from llm2clip.data.stage2_collator import DEFAULT_CROP
 from llm2clip.encoders.cache_of_model import describe_text_tower_of_cache
 from llm2clip.encoders.image_features import ImageFeatures
 from llm2clip.encoders.stored import StoredEncoder
@@ -108,7 +109,8 @@ def store_images(
     dataset: CaptionImageDataset,
     cache: EmbeddingCache | None,
     retrieval: Mapping[str, RetrievalData],
-    **crops: Any,
+    views: int = 1,
+    crop_scale: Sequence[float] = DEFAULT_CROP,
 ) -> StoredPairsDataset:
     """Store what the frozen tower of a recipe makes of its images; see [`store_pairs`].
 
@@ -116,7 +118,7 @@ def store_images(
         config: Settings of `llm2clip align` or `llm2clip stage2`.
         cache: The embeddings of all captions.
         retrieval: Sets whose images are stored too.
-        crops: `views` and `crop_scale`, if there are random crops.
+        views, crop_scale: Views of each image, and the area of the random crops among them.
 
     Raises:
         ValueError: There is no such cache.
@@ -133,7 +135,8 @@ def store_images(
         dtype=config.feature_dtype,
         image_backend=config.image_backend,
         on_error=config.on_error,
-        **crops,
+        views=views,
+        crop_scale=crop_scale,
         batch_size=config.per_device_eval_batch_size,
         num_workers=config.dataloader_num_workers,
     )

@@ -112,8 +112,8 @@ def open_rows(
     if config.freeze_vision != "all":
         return dataset
     config.check_length(len(dataset))
-    crops: dict[str, Any] = {"views": config.feature_views, "crop_scale": config.crop_scale}
-    return store_images(config, model, image_processor, dataset, captions.cache, retrieval, **crops)
+    views, cache = (config.feature_views, config.crop_scale), captions.cache
+    return store_images(config, model, image_processor, dataset, cache, retrieval, *views)
 
 
 def _check_pushing(config: Stage2Recipe, llm: Any) -> None:
