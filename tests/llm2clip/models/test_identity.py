@@ -13,13 +13,13 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPImag
 
 from llm2clip.models.identity import text_tower_fingerprint, tokenizer_fingerprint, vision_fingerprint
 from llm2clip.models.new_model import from_vision_text_pretrained
+from llm2clip.models.prompting import with_prompt
 from llm2clip.models.towers import describe_text_tower, open_text_tower, save_text_tower
 from modeling_llm2clip import (
     LLM2CLIPModel,
     LLM2CLIPTextModel,
     LLM2CLIPVisionModelWithProjection,
     with_pillow,
-    with_prompt,
 )
 from tests.builders import tiny
 from tests.llm2clip.conftest import Inputs
