@@ -253,7 +253,6 @@ def encode_tokens(
     width: int,
     batch_size: int | None = None,
     show_progress_bar: bool = False,
-    finite: bool = True,
 ) -> Tensor:
     """Encode tokenised captions in batches of similar length, and repeated captions only once.
 
@@ -263,10 +262,12 @@ def encode_tokens(
         model: What `encode` calls; it is in evaluation mode meanwhile.
         device: Device of the model; it determines the size of the batches.
         batch_size: Largest number of captions in a batch; None for as many as their tokens allow.
-        finite: Check the result; see [`require_finite`].
 
     Returns:
         float32 `(len(tokens.ids), width)` on the CPU, in the order of the input.
+
+    Raises:
+        ValueError: An embedding is NaN or infinite.
     """
     row_of: dict[tuple[int, ...], int] = {}
     rows = [row_of.setdefault(tuple(ids), len(row_of)) for ids in tokens.ids]
@@ -284,8 +285,7 @@ def encode_tokens(
             inputs["pooling_mask"] = pooling_mask(inputs["attention_mask"], [starts[row] for row in batch])
         with evaluating(model), torch.inference_mode():
             result[batch] = encode(inputs.to(device)).float().cpu()
-    result = result if len(distinct) == len(rows) else result[rows]
-    return require_finite(result, "captions") if finite else result
+    return require_finite(result if len(distinct) == len(rows) else result[rows], "captions")
 
 
 def require_finite(rows: Tensor, what: str) -> Tensor:
