@@ -189,5 +189,5 @@ def test_embeddings_that_are_not_finite_are_an_error() -> None:
     with pytest.raises(ValueError, match=r"\d of \d images are NaN or infinite"):
         model.encode_image(tiny.IMAGES, processor)
     torch.nn.init.constant_(model.text_model.decoder.norm.weight, float("nan"))
-    with pytest.raises(ValueError, match=r"1 of 1 captions are NaN or infinite: a dog\."):
+    with pytest.raises(ValueError, match=r"NaN or infinite: a dog"):
         embed_captions("a dog", model.text_model, processor)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from llm2clip.models.plain_models import load_as_tower
 from llm2clip.models.repos import Repo, RepoKind, inspect_repo
-from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel
+from modeling_llm2clip import LLM2CLIPTextConfig
 from modeling_llm2clip.identity_llm2clip import RULE as WEIGHTS_RULE
 from modeling_llm2clip.identity_llm2clip import digest_weight
 
@@ -46,8 +47,7 @@ def text_tower_fingerprint(name: str, revision: str | None, config: LLM2CLIPText
     """
     if (recorded := _recorded(inspect_repo(name, revision))) is not None:
         return recorded
-    tower = LLM2CLIPTextModel.from_pretrained(name, revision=revision, default_config=config, dtype="auto")
-    return tower.identity()
+    return load_as_tower(name, config, revision).identity()
 
 
 def _recorded(repo: Repo) -> str | None:

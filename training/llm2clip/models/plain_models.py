@@ -82,7 +82,9 @@ def wrap_plain(
     config: LLM2CLIPTextConfig, decoder: PreTrainedModel, dense: Mapping[str, Tensor] | None = None
 ) -> LLM2CLIPTextModel:
     """Give a text model, and the weights of its Dense layers, the prompt and pooling of a config."""
-    tower = LLM2CLIPTextModel(copy.deepcopy(config), decoder=decoder)
+    config = copy.deepcopy(config)
+    config.fingerprint = None  # it is of the weights that the config was saved with
+    tower = LLM2CLIPTextModel(config, decoder=decoder)
     try:
         tower.dense.load_state_dict(dense or {})
     except RuntimeError as error:
