@@ -210,6 +210,7 @@ class Session:
             wait_for_others=True,
             show_progress_bar=self.show_progress_bar,
             processes=process_state(),
+            share_evenly=True,
         )
         return self._opened[kind]
 

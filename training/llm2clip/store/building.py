@@ -51,6 +51,7 @@ def build_store(
     wait_for_others: bool = False,
     show_progress_bar: bool = True,
     processes: Any = None,
+    share_evenly: bool = False,
     kind: type[StoreT] = Store,  # type: ignore[assignment]
     name: Callable[[int], str] = "row {}".format,
 ) -> StoreT:
@@ -58,8 +59,8 @@ def build_store(
 
     The missing keys are cut into shards in the given order. A shard is written under a temporary name, flushed to
     disk and renamed, and then its manifest: it is complete or missing. Shards that are whole are kept, and the result
-    equals that of an uninterrupted build. Several processes share the work by shards, which are smaller where there
-    would be too few; the first one locks the folder: one build at a time.
+    equals that of an uninterrupted build. Several processes share the work by shards; the first one locks the folder:
+    one build at a time.
 
     Args:
         path: The folder, created if it does not exist.
@@ -71,6 +72,8 @@ def build_store(
         wait_for_others: Wait for another run that uses the folder, whose rows this one may need; otherwise that is an
             error after a few seconds.
         processes: Those that share the work, accelerate's `PartialState`; None for this one alone.
+        share_evenly: Make shards so small that each process has some; otherwise the files are the same for any number
+            of processes.
         kind: The class that the store is opened by.
         name: Describes the row of the key at a position in errors.
 
@@ -101,7 +104,8 @@ def build_store(
         known = index_of(_files(folder, kept)) if indexed is None else indexed
         missing = np.flatnonzero(known.find(keys) < 0)
         free = (number for number in itertools.count() if number not in kept)
-        shard_size = min(shard_size, max(1, math.ceil(len(keys) / world_size)))
+        if share_evenly:
+            shard_size = min(shard_size, max(1, math.ceil(len(keys) / world_size)))
         parts = [missing[start : start + shard_size] for start in range(0, len(missing), shard_size)]
         work = list(zip(free, parts, strict=False))
         wait()  # every rank has read the folder before it changes
