@@ -88,7 +88,7 @@ def decode_image(
 
 
 def is_list(value: Any) -> bool:
-    """Whether a value is several ones: a list, a tuple, or a column of `datasets`; not a text, and not bytes."""
+    """Tell whether a value is several ones: a list, a tuple, or a column of `datasets`; not a text, and not bytes."""
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview))
 
 

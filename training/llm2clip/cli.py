@@ -275,7 +275,7 @@ def _parser(command: Command, config_class: Any) -> OptionParser:
 
 
 def _repeats(command: Command, config_class: Any, positional: str) -> str | None:
-    """How often a positional argument may be given, as argparse says it."""
+    """Tell how often a positional argument may be given, as argparse says it."""
     factory = config_class.__dataclass_fields__[positional].default_factory
     if factory is not dataclasses.MISSING and factory() == []:
         return "*"

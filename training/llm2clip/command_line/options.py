@@ -89,12 +89,12 @@ class OptionParser(argparse.ArgumentParser):
 
 
 def option(name: str) -> str:
-    """The option of a field; it may be written with underscores too."""
+    """Return the option of a field; it may be written with underscores too."""
     return f"--{name.replace('_', '-')}"
 
 
 def unknown_option(argument: str, config_classes: Sequence[type]) -> str:
-    """The error message for an argument that no field of the settings classes has."""
+    """Return the error message for an argument that no field of the settings classes has."""
     if not argument.startswith("-"):
         return f"the argument {argument!r} is one too many; put quotes around a text of several words."
     fields = [field.name for config_class in config_classes for field in dataclasses.fields(config_class)]
@@ -144,12 +144,12 @@ def _is_number(text: str) -> bool:
 
 
 def allows(hint: Any, kind: type) -> bool:
-    """Whether a type is `kind` or a union that has it."""
+    """Tell whether a type is `kind` or a union that has it."""
     return any(kind in (choice, typing.get_origin(choice)) for choice in options_of(hint))
 
 
 def option_groups(config_class: type, skip: Sequence[str], everything: bool) -> dict[str, list[HelpEntry]]:
-    """The options of a settings class with their texts, by the title of their group.
+    """Return the options of a settings class with their texts, by the title of their group.
 
     Args:
         skip: Fields that are no options.
@@ -212,7 +212,7 @@ def _entry(field: dataclasses.Field[Any], hint: Any, whole: bool) -> HelpEntry:
 
 
 def placeholder(field: dataclasses.Field[Any], hint: Any) -> str:
-    """What stands for the value of a field: its choices, or its type; nothing for a flag that is off by default."""
+    """Return what stands for the value of a field: choices, or a type; nothing for a flag that is off by default."""
     if hint is bool and field.default is False:
         return ""
     kinds = [kind for kind in options_of(hint) if kind is not type(None)]
@@ -238,7 +238,7 @@ def _word(kind: Any, text: str) -> str:
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
-    """The default of a field in parentheses; that of one that is unset, or a flag that is off, needs no words."""
+    """Return the default of a field in parentheses; one that is unset, or a flag that is off, needs no words."""
     value = field.default
     if field.default_factory is not dataclasses.MISSING:
         value = field.default_factory()

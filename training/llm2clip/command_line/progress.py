@@ -27,7 +27,7 @@ RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 
 def is_main_process() -> bool:
-    """Whether this process reports progress: the first of its launcher's processes, and no DataLoader worker."""
+    """Tell whether this process reports progress: the first of its launcher's processes, and no DataLoader worker."""
     rank = next((value for name in RANKS if (value := os.environ.get(name)) is not None), "0")
     return rank == "0" and not multiprocessing.current_process().daemon
 
@@ -112,7 +112,7 @@ def track(items: Iterable[ItemT], description: str, unit: str) -> Iterator[ItemT
 
 
 def in_section() -> bool:
-    """Whether a [`section`] is open, within which lines go to the log file only."""
+    """Tell whether a [`section`] is open, within which lines go to the log file only."""
     return _sections > 0
 
 

@@ -180,12 +180,12 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
 
 
 def is_enum(hint: Any) -> bool:
-    """Whether a type is an enumeration."""
+    """Tell whether a type is an enumeration."""
     return isinstance(hint, type) and issubclass(hint, Enum)
 
 
 def options_of(hint: Any) -> tuple[Any, ...]:
-    """The types of a union, or the one type."""
+    """Return the types of a union, or the one type."""
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     return typing.get_args(hint) if is_union else (hint,)
 

@@ -38,6 +38,6 @@ def load_yaml(text: str) -> Any:
 
 
 def key_lines(text: str) -> dict[str, int]:
-    """The line of each key of a document that [`load_yaml`] has read, a mapping."""
+    """Return the line of each key of a document that [`load_yaml`] has read, a mapping."""
     root = yaml.compose(text, Loader=_Loader)
     return {} if root is None else {key.value: key.start_mark.line + 1 for key, _ in root.value}

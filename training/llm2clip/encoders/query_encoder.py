@@ -167,7 +167,7 @@ def query_encoder_of(model: Any) -> QueryEncoder:
 
 
 def has_query_encoder(name: str, revision: str | None = None) -> bool:
-    """Whether a folder or Hub repository is a model with a query encoder."""
+    """Tell whether a folder or Hub repository is a model with a query encoder."""
     if not is_repo(name) or inspect_repo(name, revision).kind is not RepoKind.JOINT:
         return False
     return find_file(name, f"{QUERY_ENCODER}/modules.json", revision=revision) is not None

@@ -102,7 +102,7 @@ def _host() -> str:
 
 
 def _is_written(path: Path, number: int) -> bool:
-    """Whether the process with this number lives, and is older than a file, so that it may be writing that."""
+    """Tell whether the process with this number lives, and is older than a file, so that it may be writing that."""
     import psutil  # comes with accelerate
 
     try:

@@ -78,7 +78,7 @@ def with_checksum(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def fits_checksum(fields: dict[str, Any]) -> bool:
-    """Whether the fields of a manifest fit their checksum."""
+    """Tell whether the fields of a manifest fit their checksum."""
     others = {name: value for name, value in fields.items() if name != MANIFEST_CHECKSUM}
     return fields.get(MANIFEST_CHECKSUM) == digest_json(others)
 

@@ -17,7 +17,7 @@ DTYPE = "Data type that the model computes in; auto: that of its files, but floa
 
 
 def is_repo(name: str) -> bool:
-    """Whether a model is a folder or a repository of the Hub, and neither of open_clip nor `PATH.py:FUNCTION`."""
+    """Tell whether a model is a folder or a repository of the Hub, and neither of open_clip nor `PATH.py:FUNCTION`."""
     return not name.startswith(OPEN_CLIP) and not name.rpartition(":")[0].endswith(".py")
 
 

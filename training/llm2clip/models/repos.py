@@ -121,7 +121,7 @@ def find_file(name: str, file: str, **hub: Any) -> str | None:
 
 
 def _is_known_to_lack(name: str, path: str, **place: Any) -> bool:
-    """Whether the cache says that a repository has no such file: it was asked before, or is here as a whole."""
+    """Tell whether the cache says that a repository has no such file: it was asked before, or is here as a whole."""
     if try_to_load_from_cache(name, path, **place) is _CACHED_NO_EXIST:
         return True
     if get_cached_repo_tree is not None:  # the list of files that such a download keeps
@@ -260,12 +260,12 @@ def hub_commit(name: str, revision: str | None = None) -> str | None:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name has the form of a Hub id: OWNER/NAME."""
+    """Tell whether a name has the form of a Hub id: OWNER/NAME."""
     return "/" in name and HUB_ID.fullmatch(name) is not None
 
 
 def names_of(model: Any) -> list[str]:
-    """The names of a model, of several, or of none, as configs and settings give them."""
+    """Return the names of a model, of several, or of none, as configs and settings give them."""
     return list(model) if isinstance(model, list | tuple) else [str(model)] if model else []
 
 
@@ -275,5 +275,5 @@ def encoders_of(config: dict[str, Any]) -> list[str]:
 
 
 def hub_ids(*names: str | None) -> list[str]:
-    """The names that are Hub ids and do not exist as local folders or files."""
+    """Return the names that are Hub ids and do not exist as local folders or files."""
     return [name for name in names if name and is_hub_id(name) and not Path(name).exists()]

@@ -103,7 +103,7 @@ def open_text_tower(
 
 
 def _has_adapter(repo: Repo) -> bool:
-    """Whether the LLM of a text tower or joint model is stored as an adapter."""
+    """Tell whether the LLM of a text tower or joint model is stored as an adapter."""
     llm = repo.config.get(LLM)
     return repo.is_adapter or (
         llm is not None and inspect_repo(llm, repo.config.get("text_model_revision")).is_adapter
@@ -173,7 +173,7 @@ def prompted(
 
 
 def original_prompt(model_type: str, name_or_path: str, pooling: str = "mean") -> tuple[str, str]:
-    """The prompt around a caption in the original code, which depends on the name of the LLM.
+    """Return the prompt around a caption in the original code, which depends on the name of the LLM.
 
     Args:
         model_type: `model_type` in the config of the LLM.
