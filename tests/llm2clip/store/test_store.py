@@ -183,9 +183,8 @@ def test_opening_a_cache_does_not_read_its_shards(tmp_path: Path) -> None:
 def test_keys_with_equal_first_halves_are_told_apart() -> None:
     keys = np.array([[7, 2], [5, 1], [7, 1], [7, -3]])
     index = KeyIndex.of(keys)
-    assert [index.find_one(*key) for key in keys.tolist()] == [0, 1, 2, 3]
     assert index.find(keys).tolist() == [0, 1, 2, 3]
-    assert [index.find_one(7, 9), index.find_one(6, 1), index.find_one(8, 1)] == [-1, -1, -1]
+    assert index.find(np.array([[7, 9], [6, 1], [8, 1]])).tolist() == [-1, -1, -1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)

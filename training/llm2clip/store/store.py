@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import struct
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -90,15 +89,6 @@ class KeyIndex:
             pending = pending[~hit]
             position[pending] += 1
         return rows
-
-    def find_one(self, high: int, low: int) -> int:
-        """Return the row of a key, given by its halves, or -1; for one key, several times faster than `find`."""
-        position = int(self._high.searchsorted(high))
-        while position < len(self) and self._high[position] == high:
-            if self._low[position] == low:
-                return int(self._rows[position])
-            position += 1
-        return -1
 
 
 class Store:
@@ -266,12 +256,6 @@ def caption_keys(captions: Iterable[str]) -> np.ndarray:
     return np.frombuffer(digests, dtype="<i8").reshape(-1, 2).astype(np.int64, copy=False)
 
 
-def caption_key(caption: str) -> tuple[int, int]:
-    """Compute the halves of a key of [`caption_keys`]."""
-    first, second = struct.unpack("<qq", hashlib.blake2b(caption.encode(), digest_size=16).digest())
-    return first, second
-
-
 class EmbeddingCache(Store):
     """Stored embeddings of captions, opened for reading by [`EmbeddingCache.open`]."""
 
@@ -315,10 +299,7 @@ class EmbeddingCache(Store):
         Raises:
             MissingCaptionError: A caption has no embedding.
         """
-        if len(captions) == 1:  # several times faster
-            rows = np.array([self._index.find_one(*caption_key(captions[0]))])
-        else:
-            rows = self.find(caption_keys(captions))
+        rows = self.find(caption_keys(captions))
         missing = np.flatnonzero(rows < 0)
         if len(missing):
             shown = ", ".join(repr(captions[i][:80]) for i in missing[:3])
