@@ -134,7 +134,7 @@ def write_manifest(
         name = path.relative_to(folder).as_posix()
         known = earlier.get(name) if rewritten is not None and name not in rewritten else None
         sizes[name] = path.stat().st_size if known is None else known.size
-        if not _is_edited(name):
+        if not _is_edited(name, of_card=command == "build"):
             checksums[name] = sha256(path) if known is None or known.checksum is None else known.checksum
     fields = {"written_by": f"llm2clip {command}", "files": sizes, "sha256": checksums}
     write_json(folder / FOLDER_MANIFEST, with_checksum(fields))
@@ -200,7 +200,7 @@ def faults(folder: Path, contents: bool = True) -> Iterator[str]:
         return
     for name, listed in known.items():
         path = folder / name
-        if _is_edited(name):
+        if _is_edited(name, of_card=listed.checksum is None):
             continue
         if not path.is_file():
             yield f"{name} is missing"
@@ -244,8 +244,10 @@ def _changed(folder: Path, fault: str) -> ValueError:
     )
 
 
-def _is_edited(name: str) -> bool:
-    return PurePosixPath(name).name in EDITED or PurePosixPath(name).suffix.lower() in PICTURES
+def _is_edited(name: str, of_card: bool) -> bool:
+    """Tell whether people edit a file; pictures of a card (`of_card`) too, but not those of a run."""
+    path = PurePosixPath(name)
+    return path.name in EDITED or (of_card and path.suffix.lower() in PICTURES)
 
 
 def folder_files(folder: Path) -> list[str]:
