@@ -42,11 +42,7 @@ def parquet_rows(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield rows of a parquet file with their numbers; row groups without one of them are not read.
 
-    Args:
-        path: Path or URL.
-        columns: The columns to read.
-        rows: Numbers of the rows, ascending; the next one is asked for when the one before has been used. By default
-            all rows.
+    The arguments are those of [`tar_rows`](llm2clip.data.tars.tar_rows).
 
     Raises:
         SourceError: The file cannot be read, or has fewer rows.
