@@ -26,7 +26,7 @@ from llm2clip.search.search_index import SearchIndex
 from llm2clip.store import EmbeddingCache, Store, StoreManifest, build_store
 from llm2clip.store.shards import ComputedRows
 from llm2clip.store.store import caption_keys
-from llm2clip.trainers.run_context import finish_checkpoint, last_checkpoint
+from llm2clip.trainers.checkpoints import finish_checkpoint, last_checkpoint
 from llm2clip.verification import verify
 from tests.builders import tiny
 from tests.damaged.data import Readers, nothing_cached

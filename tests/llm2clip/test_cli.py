@@ -22,7 +22,7 @@ from llm2clip import cli
 from llm2clip.command_line.stopping import StoppedError
 from llm2clip.files.library_errors import PEER_ENDED
 from llm2clip.files.manifests import write_manifest
-from llm2clip.trainers.run_context import COMMAND as TRAINING
+from llm2clip.trainers.checkpoints import COMMAND as TRAINING
 from tests.builders import small_runs
 
 Capsys = pytest.CaptureFixture[str]

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from llm2clip import cli
 from llm2clip.files.library_errors import explain, wrap_write_errors
 from llm2clip.files.manifests import write_manifest
-from llm2clip.trainers.run_context import COMMAND as TRAINING
+from llm2clip.trainers.checkpoints import COMMAND as TRAINING
 from tests.builders import small_runs, tiny
 from tests.llm2clip.conftest import Inputs
 from tests.processes import run_ranks

@@ -249,7 +249,7 @@ def _resume_hint(name: str, log: Path | None) -> str:
     """Say in words how a stopped command is continued."""
     command = COMMANDS[name]
     if command.resumes and log is not None:
-        from llm2clip.trainers.run_context import last_checkpoint
+        from llm2clip.trainers.checkpoints import last_checkpoint
 
         # The last part of a recipe writes into the folder itself, the others into part1, part2.
         parts = sorted(log.parent.glob("part[0-9]*"), key=lambda folder: (len(folder.name), folder.name), reverse=True)

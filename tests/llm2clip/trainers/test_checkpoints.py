@@ -26,16 +26,10 @@ from llm2clip.files import locks
 from llm2clip.files.atomic import read_json
 from llm2clip.files.locks import folder_lock
 from llm2clip.files.manifests import damage
-from llm2clip.trainers import run_context
+from llm2clip.trainers import checkpoints
+from llm2clip.trainers.checkpoints import SETTINGS, finish_checkpoint, last_checkpoint
 from llm2clip.trainers.mntp_data import TokenBlocks
-from llm2clip.trainers.run_context import (
-    SETTINGS,
-    RunContext,
-    finish_checkpoint,
-    keep_global_batch,
-    last_checkpoint,
-    stage_command,
-)
+from llm2clip.trainers.run_context import RunContext, keep_global_batch, stage_command
 from llm2clip.trainers.stage1_config import Stage1Recipe
 from llm2clip.trainers.stage1_trainer import Stage1Trainer
 from llm2clip.trainers.text_tower_trainer import sampled_digest
@@ -115,7 +109,7 @@ def test_old_checkpoints_are_deleted_only_for_whole_ones(tmp_path: Path) -> None
 def test_a_full_disk_leaves_the_checkpoint_before_and_a_resumed_run_replaces_both(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, changes = run_context.write_manifest, {"save_total_limit": 1, "save_steps": 1, "max_steps": 2}
+    write, changes = checkpoints.write_manifest, {"save_total_limit": 1, "save_steps": 1, "max_steps": 2}
 
     def full(folder: Path, command: str) -> None:
         if folder.name == "checkpoint-2":
@@ -124,7 +118,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_a_resumed_run_replaces_bot
         write(folder, command)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_context, "write_manifest", full)
+        patch.setattr(checkpoints, "write_manifest", full)
         with pytest.raises(OSError, match="No space left"):
             run("stage1", tmp_path, inputs, **changes)
     assert steps(tmp_path) == [1, 2]

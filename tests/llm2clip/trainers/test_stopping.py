@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from llm2clip.trainers.run_context import last_checkpoint
+from llm2clip.trainers.checkpoints import last_checkpoint
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers.stages import CLI, assert_equal, at_step, fields_of, interrupt, run
 from tests.processes import start_python

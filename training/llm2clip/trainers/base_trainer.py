@@ -33,6 +33,7 @@ from llm2clip.files.atomic import read_json, write_json
 from llm2clip.files.library_errors import wrap_write_errors
 from llm2clip.hub.cards.facts import Evaluation
 from llm2clip.trainers.base_config import MEAN_RECALL, StageConfig, require_batch
+from llm2clip.trainers.checkpoints import SETTINGS, begin_checkpoint, finish_checkpoint, unregister_result
 from llm2clip.trainers.loaders import (
     data_inputs,
     epoch_loader,
@@ -44,7 +45,7 @@ from llm2clip.trainers.loaders import (
 from llm2clip.trainers.model_card import DataRevisions, continued, latest_evaluations, write_model_card
 from llm2clip.trainers.optimizer import SCHEDULE_SETTINGS, OptimizerSettings, check_warmup
 from llm2clip.trainers.pushing import RunRepo, copy_model
-from llm2clip.trainers.run_context import SETTINGS, RunContext, begin_checkpoint, finish_checkpoint, unregister_result
+from llm2clip.trainers.run_context import RunContext
 from llm2clip.trainers.run_state import RunState, StreamPosition, recalls_before
 from llm2clip.trainers.saving import finite_weights, load_weights
 from llm2clip.trainers.sharding import gathered, is_sharded, prepare_for_fsdp, unsharded

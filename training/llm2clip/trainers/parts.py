@@ -17,9 +17,10 @@ from llm2clip.command_line.settings import build_config, change_config, defaults
 from llm2clip.files.atomic import read_json
 from llm2clip.trainers import run_align
 from llm2clip.trainers.align_recipe import AlignRecipe
+from llm2clip.trainers.checkpoints import is_whole
 from llm2clip.trainers.joint_recipe import TOWERS
 from llm2clip.trainers.model_card import continued
-from llm2clip.trainers.run_context import RunContext, compare_finished, is_whole
+from llm2clip.trainers.run_context import RunContext, compare_finished
 from llm2clip.trainers.stage2_config import NEW_MODEL_FIELDS, Stage2Recipe
 
 logger = logging.getLogger(__name__)

@@ -20,8 +20,8 @@ from llm2clip.hub.upload import explained, explanation, open_repo, upload_model
 from llm2clip.hub.upload_files import model_files, require_no_secrets
 from llm2clip.models.repos import hub_ids, names_of
 from llm2clip.trainers.base_config import StageConfig
+from llm2clip.trainers.checkpoints import SETTINGS
 from llm2clip.trainers.model_card import made_from
-from llm2clip.trainers.run_context import SETTINGS
 from llm2clip.trainers.run_state import RUN_STATE
 
 logger = logging.getLogger(__name__)

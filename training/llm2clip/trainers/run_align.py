@@ -23,6 +23,7 @@ from llm2clip.hub.cards.facts import JOINT_TASK
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.trainers.align_recipe import AlignRecipe
 from llm2clip.trainers.alignment import align
+from llm2clip.trainers.checkpoints import SETTINGS, register_model
 from llm2clip.trainers.closed_form import DEFAULT_WIDTH
 from llm2clip.trainers.joint_model import (
     describe_text_model,
@@ -33,7 +34,7 @@ from llm2clip.trainers.joint_model import (
 )
 from llm2clip.trainers.kept_space import align_texts, drawn_captions, take_vision_side
 from llm2clip.trainers.model_card import latest_evaluations, write_model_card
-from llm2clip.trainers.run_context import SETTINGS, compare_finished, register_model
+from llm2clip.trainers.run_context import compare_finished
 from llm2clip.trainers.stage2_captions import Stage2Captions, open_captions
 from llm2clip.trainers.teacher import Teacher
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor

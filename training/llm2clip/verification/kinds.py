@@ -23,7 +23,7 @@ from llm2clip.hub.upload_files import added_files
 from llm2clip.search.lance_store import COMMAND as INDEX
 from llm2clip.search.lance_store import MANIFEST
 from llm2clip.search.verify_index import verify_index
-from llm2clip.trainers.run_context import COMMAND as TRAINING
+from llm2clip.trainers.checkpoints import COMMAND as TRAINING
 
 KINDS = ("search index", "unfinished checkpoint", "checkpoint, model, or another result of a command")
 # How folders are written again that are not replaced with --overwrite.
