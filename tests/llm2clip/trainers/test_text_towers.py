@@ -21,7 +21,7 @@ from llm2clip.trainers.mntp_data import MaskCollator, TokenBlocks, source_tokens
 from modeling_llm2clip import LLM2CLIPTextModel
 from tests.builders import small_runs, tiny
 from tests.llm2clip.conftest import Inputs
-from tests.llm2clip.trainers.stages import fields_of, run
+from tests.llm2clip.trainers.stages import assert_equal, fields_of, run
 
 QUICK: dict[str, Any] = {"max_steps": 1, "save_strategy": "no"}
 # What a text tower has of its own.
@@ -50,10 +50,13 @@ def test_stage1_trains_a_text_tower_on_and_keeps_its_prompt(inputs: Inputs, tmp_
     text = {"model_name_or_path": str(tmp_path / "mntp"), **QUICK}
     run("stage1", tmp_path / "stage1", inputs, **text, **UNSET)
     assert LLM2CLIPTextModel.from_pretrained(tmp_path / "stage1").config.prompt_prefix == tiny.PREFIX
-    with pytest.raises(ValueError, match="defines the prompt; remove prompt_prefix, prompt_suffix"):
-        run("stage1", tmp_path / "again", inputs, **text)
+    # As the packaged recipes do, one after the other: the prompt is named again.
+    run("stage1", tmp_path / "again", inputs, **text)
+    assert_equal(tmp_path / "again", tmp_path / "stage1")
+    with pytest.raises(ValueError, match="defines the prompt; remove prompt_prefix.$"):
+        run("stage1", tmp_path / "other", inputs, **text, prompt_prefix="Caption: ")
     with pytest.raises(ValueError, match="remove bidirectional"):
-        run("stage1", tmp_path / "again", inputs, **text, **UNSET, bidirectional=False)
+        run("stage1", tmp_path / "other", inputs, **text, **UNSET, bidirectional=False)
 
 
 @pytest.mark.parametrize("start", ["llm", "text"])

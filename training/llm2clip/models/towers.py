@@ -67,9 +67,9 @@ def open_text_tower(
             [`original_prompt`]).
 
     Raises:
-        ValueError: `prompt` is given for a text tower, whose config already defines the prompt; or the model cannot be
-            a text tower (see [`probe_text_tower`]); the files of an embedding model describe something that a text
-            tower cannot do; or a file of a local folder is not the one that was written.
+        ValueError: `prompt` is not that of a text tower, whose config defines it; or the model cannot be a text tower
+            (see [`probe_text_tower`]); the files of an embedding model describe something that a text tower cannot do;
+            or a file of a local folder is not the one that was written.
     """
     refuse_changed_model(name)
     options = loading_options(dtype, attn_implementation, revision)
@@ -82,8 +82,9 @@ def open_text_tower(
         )
     tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision)
     if repo.kind in OUR_MODELS:
-        if prompt:
-            raise ValueError(f"{name} is a text tower, whose config defines the prompt; remove {', '.join(prompt)}.")
+        config = LLM2CLIPTextConfig.from_pretrained(name, revision=revision)
+        if other := [key for key, value in prompt.items() if value != getattr(config, key, None)]:
+            raise ValueError(f"{name} is a text tower, whose config defines the prompt; remove {', '.join(other)}.")
         is_adapter = _has_adapter(repo)
         # Rounded before the merge as in the training, and after it: so the merged weights are the same in every dtype.
         model = LLM2CLIPTextModel.from_pretrained(name, **{**options, **({"dtype": "auto"} if is_adapter else {})})
