@@ -95,7 +95,8 @@ def test_the_papers_recipes_run_one_after_the_other(tmp_path: Path) -> None:
     for stage in ("mntp", "stage1", "stage2"):
         log = json.loads((tmp_path / "runs" / stage / "trainer_state.json").read_text())["log_history"]
         losses = [entry["loss"] for entry in log if "loss" in entry]
-        assert len(losses) == STEPS and all(map(math.isfinite, losses)), stage
+        assert len(losses) == STEPS, stage
+        assert all(map(math.isfinite, losses)), stage
     model = LLM2CLIPModel.from_pretrained(tmp_path / "runs" / "stage2")
     embeds = model.encode_text(["caption 1", "caption 2"], tiny.processor())
     assert embeds.shape == (2, load_recipe(find_recipe("stage2_paper"))["projection_dim"])

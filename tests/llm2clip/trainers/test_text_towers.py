@@ -53,7 +53,7 @@ def test_stage1_trains_a_text_tower_on_and_keeps_its_prompt(inputs: Inputs, tmp_
     # As the packaged recipes do, one after the other: the prompt is named again.
     run("stage1", tmp_path / "again", inputs, **text)
     assert_equal(tmp_path / "again", tmp_path / "stage1")
-    with pytest.raises(ValueError, match="defines the prompt; remove prompt_prefix.$"):
+    with pytest.raises(ValueError, match=r"defines the prompt; remove prompt_prefix\.$"):
         run("stage1", tmp_path / "other", inputs, **text, prompt_prefix="Caption: ")
     with pytest.raises(ValueError, match="remove bidirectional"):
         run("stage1", tmp_path / "other", inputs, **text, **UNSET, bidirectional=False)
