@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,8 +15,18 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BaseImageProcessor
 
-from llm2clip.data.rows import RowCaptions, caption_id, captions_of, draw_caption, stable_seed
-from llm2clip.data.skipped import NO_EMBEDDING, OnError, SkippedSample, unusable_batch_error
+from llm2clip.command_line.settings import require_choice
+from llm2clip.data.rows import (
+    NO_EMBEDDING,
+    OnError,
+    RowCaptions,
+    SkippedSample,
+    caption_id,
+    captions_of,
+    draw_caption,
+    stable_seed,
+    unusable_batch_error,
+)
 from llm2clip.data.transforms import EvalTransform, ImageBackend, TrainTransform
 from llm2clip.store.store import EmbeddingCache, caption_keys
 from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS, SampleError
@@ -83,12 +93,11 @@ class Stage2Collator:
         crop_scale: Sequence[float] | None = None,
         image_backend: ImageBackend = "exact",
     ) -> None:
-        if on_error not in get_args(OnError):
-            raise ValueError(f"on_error is {on_error!r}, but it has to be one of {', '.join(get_args(OnError))}.")
+        require_choice("on_error", on_error, OnError)
         self.cache, self.on_error, self.max_pixels = cache, on_error, max_pixels
         self.image_column, self.caption_column = image_column, caption_column
         self.crop_scale, self.image_backend = crop_scale, image_backend
-        self.is_training = True
+        self.is_training = self.with_ids = True
         is_image_processor = isinstance(processor, BaseImageProcessor)
         self.image_processor: Any = processor if is_image_processor else getattr(processor, "image_processor", None)
         self.tokenize = None if is_image_processor else processor
@@ -100,10 +109,15 @@ class Stage2Collator:
         other.__dict__.pop("_transforms", None)
         return other
 
-    def with_cache(self, cache: EmbeddingCache | None) -> Stage2Collator:
-        """Return a collator with this cache."""
+    def for_run(self, cache: EmbeddingCache | None, with_ids: bool) -> Stage2Collator:
+        """Return the collator of a run.
+
+        Args:
+            cache: Its cache, for a collator without one.
+            with_ids: Whether the loss tells by ids which rows share a caption; without, no text is hashed for them.
+        """
         other = copy.copy(self)
-        other.cache = cache
+        other.cache, other.with_ids = self.cache or cache, with_ids
         return other
 
     @cached_property
@@ -130,7 +144,9 @@ class Stage2Collator:
             rows, embeds = self._embedded(rows, skipped)
         if not rows:
             raise unusable_batch_error(skipped)
-        batch: dict[str, Any] = {**self._images(rows), **self._captions(rows, embeds), **_ids(rows)}
+        batch: dict[str, Any] = {**self._images(rows), **self._captions(rows, embeds)}
+        if self.with_ids:
+            batch |= _ids(rows)
         if _any_has(rows, "key"):
             batch["keys"] = list(map(str, _column(rows, "key")))
         batch["skipped"] = [tuple(sample) for sample in skipped]

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from safetensors.torch import save
 from torch import Tensor
 
 from llm2clip.command_line.progress import ProgressBar, in_section
+from llm2clip.command_line.settings import require_choice
 from llm2clip.files.atomic import remove_unfinished
 from llm2clip.files.locks import WAIT, WAIT_OF_SEVERAL, folder_lock
 from llm2clip.models.embeddings import require_finite_rows
@@ -82,9 +83,7 @@ def build_store(
         NonFiniteError: A value is NaN or infinite.
         ValueError: Another run uses the folder, or a value exceeds the range of the stored dtype.
     """
-    if manifest.dtype not in get_args(StoredDtype):
-        choices = " or ".join(map(repr, get_args(StoredDtype)))
-        raise ValueError(f"The dtype of a store must be {choices}, not {manifest.dtype!r}.")
+    require_choice("dtype", manifest.dtype, StoredDtype)
     rank, world_size, wait = 0, 1, lambda: None
     if processes is not None:
         rank, world_size, wait = processes.process_index, processes.num_processes, processes.wait_for_everyone
