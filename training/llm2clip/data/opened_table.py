@@ -24,8 +24,6 @@ from llm2clip.files.library_errors import wrap_read_errors
 Table: TypeAlias = datasets.Dataset | datasets.IterableDataset
 # By default, pandas reads "nan", "None" and "NA" as missing cells, but these can be captions ("nan" is a bread).
 CSV_OPTIONS = {"keep_default_na": False, "na_values": [""]}
-# Parts of a table on disk that is read as a stream, one or more for each reader.
-STREAM_SHARDS = 1024
 IMAGE_FOLDER_HINT = " In an image folder, metadata.jsonl, .csv or .parquet must contain the captions, by file_name."
 
 
@@ -72,7 +70,9 @@ def open_table(path: str, name: str | None, split: str, revision: str | None, st
         if given is not None and (local.exists() or "://" in path or glob.has_magic(path)):
             raise SourceError(f"{field_name} is {given}, but {path} is no data set of the Hub; leave it out.")
     if is_saved:
-        return _from_disk(local, split, streaming)
+        if streaming:
+            raise SourceError(f"{path}, which save_to_disk wrote, is read in place; leave streaming unset.")
+        return _from_disk(local, split)
     arguments = _builder_arguments(path, local, split)
     arguments |= {key: value for key, value in (("name", name), ("revision", revision)) if value is not None}
     try:
@@ -165,7 +165,7 @@ def _builder_arguments(path: str, local: Path, split: str) -> dict[str, Any]:
     return {"path": builder, "data_files": dict.fromkeys(split_names(split), files), **options}
 
 
-def _from_disk(folder: Path, split: str, streaming: bool) -> OpenedTable:
+def _from_disk(folder: Path, split: str) -> OpenedTable:
     with wrap_read_errors(folder, SourceError):
         loaded = datasets.load_from_disk(str(folder))
     if isinstance(loaded, datasets.DatasetDict):
@@ -174,6 +174,4 @@ def _from_disk(folder: Path, split: str, streaming: bool) -> OpenedTable:
         loaded = loaded[split]
     elif "[" in split:
         raise SourceError(f"split is {split}, but of {folder}, which save_to_disk wrote, no slice is read.")
-    if streaming:
-        loaded = loaded.to_iterable_dataset(num_shards=max(1, min(STREAM_SHARDS, len(loaded))))
     return OpenedTable(loaded)

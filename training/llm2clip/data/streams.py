@@ -232,8 +232,8 @@ class StreamingCaptionImageDataset(SampleStream):
         self.embeddings, self.files = embeddings, ShardedSource(source, opened, with_images)
         row_counts = getattr(embeddings, "row_counts", None) if row_counts is None else row_counts
         self.row_counts = list(self.files.counts() if row_counts is None else row_counts)
-        if len(self.row_counts) != self.files.num_files:
-            raise ValueError(f"row_counts has {len(self.row_counts)} entries for {self.files.num_files} files.")
+        if len(self.row_counts) != len(self.files.files):
+            raise ValueError(f"row_counts has {len(self.row_counts)} entries for {len(self.files.files)} files.")
         if not self.num_rows:
             raise SourceError(f"the stream {self.name} has no rows.")
         # Whether row numbers name the rows of several sources.

@@ -73,9 +73,10 @@ def open_sidecars_of_model(
     Raises:
         StoreError, MissingCaptionError: See [`SourceSidecars.check`].
     """
-    encoder, row_counts = on_main_process(partial(SourceSidecars(folder, shards).check, columns))
-    refuse_other_text_tower(folder, encoder, config, tokenizer)
-    return SourceSidecars(folder, shards, row_counts)
+    sidecars = SourceSidecars(folder, shards)
+    sidecars.manifest, sidecars.row_counts = on_main_process(partial(sidecars.check, columns))
+    refuse_other_text_tower(folder, sidecars.manifest, config, tokenizer)
+    return sidecars
 
 
 def refuse_other_text_tower(
