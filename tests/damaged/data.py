@@ -19,9 +19,10 @@ from llm2clip.checks.check_data import check_data
 from llm2clip.command_line.settings import build_config
 from llm2clip.data import CaptionSource, EvalTransform, decode_image, distinct_captions
 from llm2clip.data.parquet import parquet_rows
-from llm2clip.data.tars import count_tar_rows, list_tar, tar_rows
+from llm2clip.data.tars import count_tar_rows, tar_rows
 from llm2clip.data.transforms import decode_tensor
 from llm2clip.encoders.embed import EmbedConfig
+from llm2clip.evaluation.benchmarks.encoded_images import list_tar
 from llm2clip.recipes import find_recipe, load_recipe
 from llm2clip.trainers.mntp_config import MNTPRecipe
 from llm2clip.trainers.stage1_config import Stage1Recipe

@@ -14,7 +14,6 @@ import datasets
 from datasets.packaged_modules.csv.csv import Csv
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.packaged_modules.json.json import Json
-from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
 from llm2clip.data.formats import FORMATS, SourceError, file_format
@@ -34,26 +33,16 @@ class OpenedTable:
     Attributes:
         files: The data files of the split, in the order of the rows; none of a table that `save_to_disk` wrote.
         hint: Advice for the error message if a column does not exist.
-        arguments: Arguments of `datasets.load_dataset_builder`, for streamed parquet.
     """
 
     table: Table
     files: list[str] = field(default_factory=list)
     hint: str = ""
-    arguments: dict[str, Any] | None = None
-    split: str = "train"
 
     @property
     def folders(self) -> list[str]:
         """The folders of the data files."""
         return sorted(set(map(os.path.dirname, self.files)))
-
-    def select(self, columns: list[str]) -> Table:
-        """Return the table with these columns only; a parquet stream does not read the others."""
-        if self.arguments is not None:
-            builder = datasets.load_dataset_builder(**self.arguments, columns=columns)
-            return builder.as_streaming_dataset(self.split)
-        return self.table.select_columns(columns)
 
 
 def open_table(path: str, name: str | None, split: str, revision: str | None, streaming: bool = False) -> OpenedTable:
@@ -114,8 +103,6 @@ def open_table(path: str, name: str | None, split: str, revision: str | None, st
         table=table,
         files=[file for name in split_names(split) for file in files.get(name, [])],
         hint=IMAGE_FOLDER_HINT if isinstance(builder, ImageFolder) else "",
-        arguments=arguments if streaming and isinstance(builder, Parquet) else None,
-        split=split,
     )
 
 

@@ -152,7 +152,7 @@ def select_source(source: CaptionSource, opened: OpenedTable, with_images: bool 
     """Return an opened table as [`load_source`] does."""
     with wrap_read_errors(source.path, SourceError):  # of some streams the first rows say which columns there are
         columns = source_columns(source, opened.table, with_images, opened.hint)
-    table = opened.select(used_columns(columns, opened.table))
+    table = opened.table.select_columns(used_columns(columns, opened.table))
     if columns.image is not None:
         table = keep_encoded(table, columns.image, opened.folders, source.path)
     return first_rows(table, source.max_samples)

@@ -148,7 +148,7 @@ class SampleStream(IterableDataset):
 
         opened = []
         for index, source in enumerate(self.sources):
-            before = partial(mixture.before, index) if len(self.sources) > 1 else _all_places
+            before = partial(mixture.before, index)
             order = SourceOrder(source.num_rows, lanes, before, partial(ahead, index), source.seed, epoch)
             opened.append((order, source.open(order, is_own)))
         end = None if self.repeat else self.num_rows
@@ -178,11 +178,6 @@ def data_worker() -> tuple[int, int]:
         return 0, 1
     fsspec.asyn.reset_lock()  # a forked process inherits a lock that nobody releases
     return worker.id, worker.num_workers
-
-
-def _all_places(places: np.ndarray) -> np.ndarray:
-    """Return how many rows of the only source come before places."""
-    return places
 
 
 class StreamingCaptionImageDataset(SampleStream):
