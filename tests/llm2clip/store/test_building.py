@@ -221,7 +221,7 @@ def test_float16_overflow_is_an_error(tmp_path: Path) -> None:
         (["a", "b", "b", "b"], {}, "2 captions repeat an earlier one, such as 'b'"),
         ([], {}, "no captions"),
         (TEXTS, {"encoder": lambda texts: torch.zeros(len(texts), 8), "normalize": True}, "no direction"),
-        (TEXTS, {"dtype": "float64"}, "not 'float64'"),
+        (TEXTS, {"dtype": "float64"}, "dtype is 'float64'"),
     ],
     ids=["finite", "width", "repeated", "none", "zero", "dtype"],
 )
