@@ -29,7 +29,7 @@ from llm2clip.data.rows import (
 )
 from llm2clip.data.transforms import EvalTransform, ImageBackend, TrainTransform
 from llm2clip.store.store import EmbeddingCache, caption_keys
-from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS, SampleError
+from modeling_llm2clip.image_decoding_llm2clip import SampleError
 
 # Areas of the crops of stage 2, as shares of the image.
 DEFAULT_CROP = (0.9, 1.0)
@@ -72,7 +72,6 @@ class Stage2Collator:
             processor or a tokenizer is enough for one of them.
         on_error: `raise` the error of a row with an image or caption that cannot be used, or with a caption that the
             cache lacks, or `skip` the row.
-        max_pixels: Largest `image` that is decoded, width x height.
         image_column, caption_column: Names of `image` and `caption` in the rows.
         crop_scale: Smallest and largest area of a random crop of an `image`, as a share of it; None prepares it as in
             evaluation.
@@ -87,14 +86,13 @@ class Stage2Collator:
         cache: EmbeddingCache | None = None,
         processor: Callable[..., Any] | None = None,
         on_error: OnError = "raise",
-        max_pixels: int = DEFAULT_MAX_PIXELS,
         image_column: str = "image",
         caption_column: str = "caption",
         crop_scale: Sequence[float] | None = None,
         image_backend: ImageBackend = "exact",
     ) -> None:
         require_choice("on_error", on_error, OnError)
-        self.cache, self.on_error, self.max_pixels = cache, on_error, max_pixels
+        self.cache, self.on_error = cache, on_error
         self.image_column, self.caption_column = image_column, caption_column
         self.crop_scale, self.image_backend = crop_scale, image_backend
         self.is_training = self.with_ids = True
@@ -174,7 +172,7 @@ class Stage2Collator:
 
     def _pixels(self, row: Mapping[str, Any], key: str) -> Tensor:
         evaluation, training = self._transforms
-        image = evaluation.decode(row["image"], key, self.max_pixels)
+        image = evaluation.decode(row["image"], key)
         if training is None or (seed := self._seed(row, "crop")) is None:
             return evaluation(image, key)
         return training(image, seed)
