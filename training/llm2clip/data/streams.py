@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import fsspec.asyn
@@ -127,7 +127,9 @@ class SampleStream(IterableDataset):
         blocks = [source.shuffle_block for source in self.sources if hasattr(source, "shuffle_block")]
         return self.lanes or Lanes.choose(self.batch_size * self.world_size, min(blocks, default=BLOCK))
 
-    def _mixture(self, lanes: Lanes) -> EvenMixture | StepMixture:
+    def _mixture(self, lanes: Lanes) -> EvenMixture | StepMixture | None:
+        if len(self.sources) == 1:
+            return None
         weights = self.weights or [float(source.num_rows) for source in self.sources]
         if self.mixing == "one_source_per_step":
             return StepMixture(weights, lanes.batch)
@@ -143,13 +145,9 @@ class SampleStream(IterableDataset):
             batches, ranks = np.divmod((places - start) // self.batch_size, self.world_size)
             return (places >= start) & (ranks == self.rank) & (batches % workers == number)
 
-        def ahead(index: int, places: np.ndarray) -> np.ndarray:
-            return sum((mixture.before(other, places) for other in range(index)), np.zeros_like(places))
-
         opened = []
         for index, source in enumerate(self.sources):
-            before = partial(mixture.before, index)
-            order = SourceOrder(source.num_rows, lanes, before, partial(ahead, index), source.seed, epoch)
+            order = SourceOrder(source.num_rows, lanes, mixture, index, source.seed, epoch)
             opened.append((order, source.open(order, is_own)))
         end = None if self.repeat else self.num_rows
         for batch in itertools.count(number, workers):
