@@ -41,7 +41,7 @@ from llm2clip.store.manifest import SourceFile
 
 logger = logging.getLogger(__name__)
 
-# Files that are counted, and footers that are read, at the same time.
+# Files that are counted, and footers, sizes and manifests that are read, at the same time: remote ones take a while.
 FILES_AT_ONCE = 16
 MAGIC = re.compile(r"[*?\[]")
 # How what the captions of a local file are known by begins.

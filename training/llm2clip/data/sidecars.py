@@ -20,7 +20,14 @@ from weakref import WeakValueDictionary
 
 from llm2clip.data.formats import COMPRESSIONS, SourceError
 from llm2clip.data.parquet import RowRange
-from llm2clip.data.shards import BY_CAPTIONS, SourceShard, read_checksum, source_checksum, source_size
+from llm2clip.data.shards import (
+    BY_CAPTIONS,
+    FILES_AT_ONCE,
+    SourceShard,
+    read_checksum,
+    source_checksum,
+    source_size,
+)
 from llm2clip.files.atomic import require_writable
 from llm2clip.files.manifests import Fault, Verified
 from llm2clip.files.remote_path import READ_ONLY, AnyPath, local_copy, open_path
@@ -37,8 +44,6 @@ from llm2clip.store.manifest import (
 from llm2clip.store.shards import ShardFile, finished_shard
 from llm2clip.store.store import SIDECAR, EmbeddingCache
 
-# Shards whose manifests and sizes are read at the same time, since remote ones take a while each.
-SHARDS_AT_ONCE = 16
 REMEDY = "Run `llm2clip embed` on the source again, which only computes what is missing."
 
 
@@ -192,7 +197,7 @@ class SourceSidecars:
             size = source_size(shard.path) if manifests else 0
             return manifests, [_misfit(path, manifest, shard, size, columns) for path, manifest in manifests.items()]
 
-        with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
+        with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
             by_shard = list(pool.map(examined, self.shards))
         for shard, (manifests, faults) in zip(self.shards, by_shard, strict=True):
             faults.append(_gap(shard.name, [row_range(manifest) for manifest in manifests.values()]))
