@@ -97,9 +97,13 @@ class ShardedSource:
                 f"{source.path} (split {source.split}) is not a list of files, which a stream reads one by one. Use "
                 "webdataset tars or parquet, json or csv files, and one split; or leave streaming unset."
             )
+        self._read_file, first = cast(Any, None), self.files[0]  # None is through `datasets`
         features = self.opened.table.features or {}
-        # Whether images are paths, which `keep_encoded` completes.
-        self._has_paths = getattr(features.get(self.columns.image), "dtype", None) in PATH_TYPES
+        if file_format(first) == ".tar":
+            self._read_file = tar_rows
+        # `keep_encoded` completes paths of images.
+        elif getattr(features.get(self.columns.image), "dtype", None) not in PATH_TYPES and is_plain(first, ".parquet"):
+            self._read_file = parquet_rows
         self._is_announced = False
 
     # Rows.
@@ -140,11 +144,8 @@ class ShardedSource:
 
     def _rows(self, file: int, numbers: Iterator[int] | None) -> Iterator[tuple[int, dict[str, Any]]]:
         path = self.files[file]
-        if file_format(path) == ".tar":
-            yield from tar_rows(path, self._names, numbers)
-            return
-        if is_plain(path, ".parquet") and not self._has_paths:
-            yield from parquet_rows(path, self._names, numbers)
+        if self._read_file is not None:
+            yield from self._read_file(path, self._names, numbers)
             return
         every = self.all_rows(file)
         if numbers is None:

@@ -8,7 +8,7 @@ this package writes or loads resizes with Pillow (`with_pillow`), bicubic and an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 from transformers import BaseImageProcessor, CLIPImageProcessor, CLIPImageProcessorPil
 
-from llm2clip.command_line.settings import require_choice
 from modeling_llm2clip.image_decoding_llm2clip import (
     DEFAULT_MAX_PIXELS,
     DamagedImageError,
@@ -65,7 +64,8 @@ class EvalTransform:
     """
 
     def __init__(self, image_processor: BaseImageProcessor, backend: ImageBackend = "exact") -> None:
-        require_choice("image_backend", backend, ImageBackend)
+        if backend not in get_args(ImageBackend):
+            raise ValueError(f"backend must be one of {', '.join(get_args(ImageBackend))}, not {backend!r}.")
         self.image_processor, self.backend = image_processor, backend
         # Decodes an image with the backend, given its value, its key and `max_pixels`.
         self.decode: Decoder = decode_tensor if backend == "fast" else decode_image
