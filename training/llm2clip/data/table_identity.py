@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,15 @@ def file_paths(images: datasets.Dataset, column: str) -> Iterator[str | None]:
         records = batch.column(column).combine_chunks()
         is_file = pc.is_null(pc.struct_field(records, "bytes"))
         yield from pc.if_else(is_file, pc.struct_field(records, "path"), None).to_pylist()
+
+
+def distinct(ids: Sequence[Hashable]) -> tuple[list[int], list[int]]:
+    """Return where each distinct id stands first, and the number of each id among the distinct ones."""
+    first: dict[Hashable, int] = {}
+    for position, identity in enumerate(ids):
+        first.setdefault(identity, position)
+    numbers = {identity: number for number, identity in enumerate(first)}
+    return list(first.values()), [numbers[identity] for identity in ids]
 
 
 def _files(images: datasets.Dataset, column: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol
@@ -28,7 +28,7 @@ from llm2clip.data import (
 )
 from llm2clip.data.rows import column_texts
 from llm2clip.data.sources import SourceError, source_columns
-from llm2clip.data.table_identity import KEY_VERSION, content_keys, file_paths
+from llm2clip.data.table_identity import KEY_VERSION, content_keys, distinct, file_paths
 from llm2clip.encoders.images import ChosenImages, ContentSet, ImageList, TableImages
 from llm2clip.evaluation.benchmark import BenchmarkError
 from llm2clip.evaluation.benchmarks.encoded_images import EncodedImages, files_origin
@@ -399,12 +399,3 @@ class GradedData(RetrievalData):
             "right_texts": len(self.image_matches),
             "outside": len(self.outside),
         }
-
-
-def distinct(ids: Sequence[Hashable]) -> tuple[list[int], list[int]]:
-    """Return where each distinct id stands first, and the number of each id among the distinct ones."""
-    first: dict[Hashable, int] = {}
-    for position, identity in enumerate(ids):
-        first.setdefault(identity, position)
-    numbers = {identity: number for number, identity in enumerate(first)}
-    return list(first.values()), [numbers[identity] for identity in ids]

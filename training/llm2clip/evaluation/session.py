@@ -15,11 +15,11 @@ from torch import Tensor
 from llm2clip.command_line.processes import process_state
 from llm2clip.command_line.progress import ProgressBar
 from llm2clip.data import OnError
+from llm2clip.data.table_identity import distinct
 from llm2clip.encoders import Encoder
 from llm2clip.encoders.encoder import TEXTS_AT_ONCE
 from llm2clip.encoders.image_features import SHARD_SIZE
 from llm2clip.encoders.images import ContentSet
-from llm2clip.evaluation.data import distinct
 from llm2clip.files.atomic import digest_json
 from llm2clip.losses.gather import exchange_counts, gather_rows
 from llm2clip.store import Store, StoreManifest, build_store
