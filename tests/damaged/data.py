@@ -164,9 +164,10 @@ def read_table(folder: Path) -> Readers:
     def by_number() -> None:
         list(parquet_rows(str(path), ["caption", "image"]))
 
-    readers: Readers = (lambda: captions(False), lambda: captions(True))
+    if path == folder:  # what `save_to_disk` wrote is not streamed
+        return (lambda: captions(False),)
     more = {".parquet": (images, by_number), ".tar": (images,)}
-    return (*readers, *more.get(path.suffix, ()))
+    return (lambda: captions(False), lambda: captions(True), *more.get(path.suffix, ()))
 
 
 def make_recipes(folder: Path) -> None:

@@ -97,12 +97,12 @@ class ShardedSource:
                 f"{source.path} (split {source.split}) is not a list of files, which a stream reads one by one. Use "
                 "webdataset tars or parquet, json or csv files, and one split; or leave streaming unset."
             )
-        self._read_file, first = cast(Any, None), self.files[0]  # None is through `datasets`
-        features = self.opened.table.features or {}
-        if file_format(first) == ".tar":
+        # Reads a file; None is through `datasets`, which also completes paths of images (`keep_encoded`).
+        self._read_file = cast(Any, None)
+        image = (self.opened.table.features or {}).get(self.columns.image)
+        if file_format(self.files[0]) == ".tar":
             self._read_file = tar_rows
-        # `keep_encoded` completes paths of images.
-        elif getattr(features.get(self.columns.image), "dtype", None) not in PATH_TYPES and is_plain(first, ".parquet"):
+        elif is_plain(self.files[0], ".parquet") and getattr(image, "dtype", None) not in PATH_TYPES:
             self._read_file = parquet_rows
         self._is_announced = False
 
