@@ -19,9 +19,10 @@ from llm2clip.checks.check_data import check_data
 from llm2clip.command_line.settings import build_config
 from llm2clip.data import CaptionSource, EvalTransform, decode_image, distinct_captions
 from llm2clip.data.parquet import parquet_rows
-from llm2clip.data.tars import count_tar_rows, list_tar, tar_rows
+from llm2clip.data.tars import count_tar_rows, tar_rows
 from llm2clip.data.transforms import decode_tensor
 from llm2clip.encoders.embed import EmbedConfig
+from llm2clip.evaluation.benchmarks.encoded_images import list_tar
 from llm2clip.recipes import find_recipe, load_recipe
 from llm2clip.trainers.mntp_config import MNTPRecipe
 from llm2clip.trainers.stage1_config import Stage1Recipe
@@ -163,9 +164,10 @@ def read_table(folder: Path) -> Readers:
     def by_number() -> None:
         list(parquet_rows(str(path), ["caption", "image"]))
 
-    readers: Readers = (lambda: captions(False), lambda: captions(True))
+    if path == folder:  # what `save_to_disk` wrote is not streamed
+        return (lambda: captions(False),)
     more = {".parquet": (images, by_number), ".tar": (images,)}
-    return (*readers, *more.get(path.suffix, ()))
+    return (lambda: captions(False), lambda: captions(True), *more.get(path.suffix, ()))
 
 
 def make_recipes(folder: Path) -> None:

@@ -128,8 +128,6 @@ def test_unusable_rows_raise_with_their_key_or_are_skipped(
     assert batch["keys"] == DAMAGED[:1]
     assert [key for key, _ in batch["skipped"]] == DAMAGED[1:]
     assert all(REASONS[key][1] in reason for key, reason in batch["skipped"])
-    with pytest.raises(ValueError, match="on_error is 'ignore'"):
-        Stage2Collator(cache, on_error="ignore")  # type: ignore[arg-type]
 
 
 def test_streaming_and_map_style_evaluation_rows_are_equal() -> None:

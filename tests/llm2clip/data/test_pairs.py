@@ -23,7 +23,7 @@ def test_pair_is_drawn_from_anchor_and_positive_column() -> None:
     expected = {"anchor": row["lemmas"], "positive": row["gloss"], "negative": None, "source": "glosses"}
     expected |= {"instruction": "Describe: ", "positive_instruction": None, "key": "glosses:7"}
     assert dataset[7] == dataset[SampleIndex(3, 7)] == expected
-    assert len(dataset) + dataset.num_dropped == 5414
+    assert len(dataset) + dataset.tables[0].num_dropped == 5414
 
 
 def test_captions_of_a_row_are_paired_at_random_in_both_orders() -> None:
@@ -49,10 +49,10 @@ def test_drawn_texts_depend_only_on_seed_epoch_and_index() -> None:
 def test_rows_without_two_different_captions_are_dropped_and_counted(tmp_path: Path) -> None:
     captions = [["a", "b"], ["a", " A "], ["c"], [], None, ["d", "", "e"]]
     dataset = PairDataset(table_source(tmp_path, {"captions": captions}, caption_columns=["captions"]))
-    assert (len(dataset), dataset.num_dropped) == (2, 4)
+    assert (len(dataset), dataset.tables[0].num_dropped) == (2, 4)
     assert {dataset[1]["anchor"], dataset[1]["positive"]} == {"d", "e"}
     dataset = PairDataset(plain_source(tmp_path, {"q": ["a", "b", "", "d"], "p": ["x", "B", "y", None]}, name="two"))
-    assert (len(dataset), dataset.num_dropped) == (1, 3)
+    assert (len(dataset), dataset.tables[0].num_dropped) == (1, 3)
     with pytest.raises(ValueError, match=r"None of the 1 rows of .* two different texts in caption"):
         PairDataset(table_source(tmp_path, {"caption": ["a"]}, "none", caption_columns=["caption"]))
 
@@ -71,7 +71,7 @@ def test_hard_negatives_differ_from_anchor_and_positive(tmp_path: Path) -> None:
     columns = {"q": ["a", "b", "c", "d"], "p": [["a1", "a2"], ["b1"], ["c1"], ["d1"]]}
     columns["n"] = [["A2", "far"], ["near", "nearer"], ["C1"], None]
     dataset = PairDataset(plain_source(tmp_path, columns, negative_column="n"))
-    assert (len(dataset), dataset.num_dropped) == (2, 2)
+    assert (len(dataset), dataset.tables[0].num_dropped) == (2, 2)
     drawn = [dataset[SampleIndex(epoch, index)] for epoch in range(40) for index in range(2)]
     assert {(pair["anchor"], pair["negative"]) for pair in drawn} == {("a", "far"), ("b", "near"), ("b", "nearer")}
     assert {pair["positive"] for pair in drawn} == {"a1", "a2", "b1"}

@@ -65,10 +65,10 @@ def test_captions_of_a_tar_are_those_that_training_reads(mode: str, tmp_path: Pa
     for shard in opened.shards:
         rows = list(table.shard(2, shard.number))
         trained = [text for row in rows for column in columns for text in column_texts(row, column)]
-        text = opened.read(shard)
-        assert text.rows == len(rows) == 8
-        assert list(text.captions) == list(dict.fromkeys(trained))
-        assert {f"dog {shard.number} 3 é", "a 5", "alt 2", "a 7"} <= set(text.captions)
+        captions, file = opened.read(shard)
+        assert file.rows == len(rows) == 8
+        assert captions == list(dict.fromkeys(trained))
+        assert {f"dog {shard.number} 3 é", "a 5", "alt 2", "a 7"} <= set(captions)
 
 
 @pytest.mark.parametrize("kind", ["json.gz", "parquet"])
@@ -87,7 +87,7 @@ def test_a_damaged_file_cannot_be_read(kind: str, tmp_path: Path) -> None:
         with pytest.raises(SourceError, match=rf"b\.{kind}"):
             opened.read(opened.shards[1])
     path.write_bytes(whole)
-    assert opened.read(opened.shards[1]).rows == 200
+    assert opened.read(opened.shards[1])[1].rows == 200
 
 
 def test_other_sources_are_refused(tmp_path: Path) -> None:
@@ -97,6 +97,12 @@ def test_other_sources_are_refused(tmp_path: Path) -> None:
             _ = ShardedSource(source).shards
     with pytest.raises(SourceError, match="has no column 'text'"):
         ShardedSource(replace(streamed, caption_columns=["text"]))
+
+
+@pytest.mark.parametrize("form", ["saved", "imagefolder"])
+def test_what_is_no_list_of_files_is_not_streamed(form: str, made: Path) -> None:
+    with pytest.raises(SourceError, match="leave streaming unset"):
+        ShardedSource(CaptionSource(str(made / form), streaming=True))
 
 
 def opened(source: CaptionSource) -> tuple[ShardedSource, str | None]:
@@ -120,13 +126,11 @@ def plain(rows: Any, image: str | None) -> list[tuple[int, dict[str, Any]]]:
         ("webdataset", ["json.caption", "json.nested.long"]),
         ("bytes.parquet", ["caption"]),
         ("csv/data.jsonl", ["caption"]),
-        ("saved", ["caption"]),
     ],
 )
 def test_rows_by_number_are_those_of_datasets(form: str, columns: list[str], made: Path) -> None:
     shards, image = opened(CaptionSource(str(made / form), caption_columns=columns, streaming=True))
-    assert shards.num_files
-    for file in range(shards.num_files):
+    for file in range(len(shards.files)):
         every = plain(shards.all_rows(file), image)
         assert every
         assert plain(shards.rows(file), image) == every

@@ -11,12 +11,15 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessorPil
 
+from llm2clip.checks.check_data import CheckDataConfig
 from llm2clip.data import (
     DamagedImageError,
     EvalTransform,
     Stage2Collator,
     caption_id,
 )
+from llm2clip.encoders.images import ImageList
+from llm2clip.encoders.loop import PreparedImages
 from llm2clip.models.prompting import with_prompt
 from llm2clip.store import EmbeddingCache, MissingCaptionError
 from modeling_llm2clip import LLM2CLIPProcessor
@@ -79,6 +82,21 @@ def test_captions_have_ids_by_their_texts_unless_rows_have_their_own(cache: Embe
     assert batch["image_caption_ids"].tolist() == [[caption_id("a"), caption_id("bb")], [caption_id("bb"), -1]]
     batch = Stage2Collator(cache)([{**row, "caption_id": 7}])
     assert (batch["caption_ids"].tolist(), batch["image_caption_ids"].tolist()) == ([7], [[7]])
+
+
+@pytest.mark.parametrize(
+    "open_with",
+    [
+        lambda choice: Stage2Collator(on_error=choice),
+        lambda choice: PreparedImages(ImageList([]), lambda image, key: {}, on_error=choice),
+        lambda choice: CheckDataConfig("data", on_error=choice),
+    ],
+    ids=["collator", "encoder", "settings"],
+)
+def test_what_is_done_with_errors_has_the_same_choices_everywhere(open_with: Any) -> None:
+    open_with("skip")
+    with pytest.raises(ValueError, match=r"on_error is 'ignore', but it has to be 'raise' or 'skip'"):
+        open_with("ignore")
 
 
 def test_rows_that_cannot_be_used_are_an_error_or_skipped() -> None:

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from llm2clip.data.formats import SourceError
-from llm2clip.data.tars import count_tar_rows, list_tar, tar_rows
+from llm2clip.data.tars import count_tar_rows, tar_rows
+from llm2clip.evaluation.benchmarks.encoded_images import list_tar
 from tests.tars import write_tar
 
 # Blocks of a file in `numbers`: its header and its content.

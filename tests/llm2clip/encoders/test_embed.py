@@ -46,7 +46,8 @@ def test_cache_from_16_bit_weights_has_the_towers_fingerprint(dtype: str, inputs
     config = config_of(inputs, tmp_path, ["a dog"], dtype=dtype)
     run(config)
     model, tokenizer = open_text_tower(inputs.text, dtype="float32")
-    cache = EmbeddingCache.open(tmp_path / "cache", model.fingerprint())
+    cache = EmbeddingCache.open(tmp_path / "cache")
+    assert cache.manifest.fingerprint == model.fingerprint()
     torch.testing.assert_close(cache.lookup(["a dog"]), model.encode("a dog", tokenizer), atol=3e-2, rtol=3e-2)
     with pytest.raises(StoreMismatchError, match=f"text_model_dtype '{dtype}', but this run has"):
         run(replace(config, dtype="float32"))

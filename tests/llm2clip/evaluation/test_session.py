@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from llm2clip.data import decode_image, table_identity
-from llm2clip.data.tars import FilePart
 from llm2clip.encoders.images import ImageList
 from llm2clip.encoders.load import load_encoder
 from llm2clip.evaluation import session as evaluation_session
-from llm2clip.evaluation.benchmarks.encoded_images import ArchivedImages, CroppedFiles
+from llm2clip.evaluation.benchmarks.encoded_images import ArchivedImages, CroppedFiles, FilePart
 from llm2clip.evaluation.data import BenchmarkImages
 from llm2clip.evaluation.session import Session
 from llm2clip.models.embeddings import NonFiniteError

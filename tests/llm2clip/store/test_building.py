@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from llm2clip.files import locks
 from llm2clip.store import EmbeddingCache, StoreIncompleteError, StoreMismatchError, building
 from tests.llm2clip.files.locks import another_run
 
@@ -192,7 +191,7 @@ def test_ranks_with_different_captions_are_refused(tmp_path: Path) -> None:
 
 
 def test_two_builds_do_not_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locks, "PATIENCE", 0.0)
+    monkeypatch.setattr(building, "WAIT", 0.0)
     with another_run(tmp_path), pytest.raises(ValueError, match="another run is using"):
         build(tmp_path, TEXTS)
 
@@ -221,7 +220,7 @@ def test_float16_overflow_is_an_error(tmp_path: Path) -> None:
         (["a", "b", "b", "b"], {}, "2 captions repeat an earlier one, such as 'b'"),
         ([], {}, "no captions"),
         (TEXTS, {"encoder": lambda texts: torch.zeros(len(texts), 8), "normalize": True}, "no direction"),
-        (TEXTS, {"dtype": "float64"}, "not 'float64'"),
+        (TEXTS, {"dtype": "float64"}, "dtype is 'float64'"),
     ],
     ids=["finite", "width", "repeated", "none", "zero", "dtype"],
 )

@@ -43,7 +43,7 @@ def cache_folder(tmp_path: Path) -> Path:
 def test_lookup_returns_each_captions_own_embedding(tmp_path: Path, dtype: str, tolerance: float) -> None:
     texts = distinct_captions(CaptionSource(CONCEPTS, split="test", caption_columns=["caption", "keywords"]))
     build(tmp_path, texts, dtype=dtype, shard_size=100, embed_size=64)
-    cache = EmbeddingCache.open(tmp_path, fingerprint="finger-a")
+    cache = EmbeddingCache.open(tmp_path)
     assert len(cache) == len(texts) == cache.manifest.rows
     asked = random.Random(0).choices(texts, k=500)
     found = cache.lookup(asked)
@@ -144,8 +144,6 @@ def _edit(folder: Path, **fields: Any) -> None:
 
 
 def test_caches_of_others_are_refused(cache_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(StoreMismatchError, match=r"fingerprint finger-a, .* fingerprint other"):
-        EmbeddingCache.open(cache_folder, fingerprint="other")
     with pytest.raises(FileNotFoundError, match="not an embedding cache"):
         EmbeddingCache.open(tmp_path / "nothing")
     for fields, error, message in (

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from llm2clip.data.sampling import EpochDataset, SampleIndex, SampleIndexBatchSampler
+from llm2clip.data.sampling import EpochDataset, SampleIndex
 from llm2clip.losses import hard_negative_info_nce
 from llm2clip.trainers.mntp_trainer import masked_next_token_loss
 from llm2clip.trainers.stage1_config import Stage1Recipe
@@ -136,8 +136,8 @@ class GoldenTrainer(Stage2Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         dataset: Any = self.train_dataset
-        sampler = SampleIndexBatchSampler(dataset, self.args.per_device_train_batch_size, shuffle=False)
-        return DataLoader(dataset, batch_sampler=sampler, collate_fn=self.data_collator)
+        rows = [SampleIndex(0, row) for row in range(len(dataset))]
+        return DataLoader(dataset, self.args.per_device_train_batch_size, sampler=rows, collate_fn=self.data_collator)
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().compute_loss(model, *args, **kwargs)

@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer, CLIPProcessor
 
 from llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, Stage2Config, Stage2Trainer
+from llm2clip.data import caption_id
 from tests.builders import tiny
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers.rows import (
@@ -127,6 +128,23 @@ def test_shared_captions_are_negatives_as_in_the_original_or_positives(inputs: I
     assert first_loss("default") == pytest.approx(alone, abs=1e-6)
     assert first_loss("separate", shared_captions="separate") == pytest.approx(alone, abs=1e-6)
     assert abs(first_loss("positive", shared_captions="positive") - alone) > 1e-3
+
+
+@pytest.mark.parametrize("choice", ["separate", "positive"])
+def test_captions_are_hashed_only_if_the_loss_uses_their_ids(
+    choice: str, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever makes the collator, for training and for evaluation."""
+    hashed = list[str]()
+    monkeypatch.setattr(
+        "llm2clip.data.stage2_collator.caption_id", lambda text: (hashed.append(text), caption_id(text))[1]
+    )
+    given = stage2(inputs, tmp_path, shared_captions=choice)
+    options: dict[str, Any] = {"processing_class": given.processing_class, "cache": given.cache}
+    for trainer in (given, Stage2Trainer(given.model, given.args, train_dataset=given.train_dataset, **options)):
+        for loader in (trainer.get_train_dataloader(), trainer.get_eval_dataloader(given.train_dataset)):
+            hashed.clear()
+            assert ("caption_ids" in next(iter(loader))) == bool(hashed) == (choice == "positive")
 
 
 def test_stage2_resumes_on_a_plain_data_set(inputs: Inputs, tmp_path: Path) -> None:

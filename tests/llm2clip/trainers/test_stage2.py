@@ -275,7 +275,8 @@ def test_a_plain_llm_is_a_text_tower_without_prompt(inputs: Inputs, tmp_path: Pa
     embed.run(embed.EmbedConfig(**settings, sources=[small_runs.concepts()]))
     run("stage2", tmp_path / "out", inputs, text_model_name_or_path=inputs.llm, embedding_cache=cache, **QUICK)
     model, processor = (load.from_pretrained(tmp_path / "out") for load in (AutoModel, AutoProcessor))
-    opened = EmbeddingCache.open(cache, model.config.text_model_fingerprint)
+    opened = EmbeddingCache.open(cache)
+    assert opened.manifest.fingerprint == model.config.text_model_fingerprint
     captions = distinct_captions(CaptionSource.from_dict(small_runs.concepts()))[:8]
     found = model.text_model.encode(captions, processor.tokenizer)
     torch.testing.assert_close(found, opened.lookup(captions), atol=1e-2, rtol=1e-2)

@@ -119,7 +119,7 @@ def test_a_caption_without_embedding_is_an_error_or_skipped(inputs: Inputs, tars
     write_shard(path, rows["keys"].numpy(), [ComputedRows(rows["rows"])], StoreManifest.read(manifest_path(path)))
     stream = CaptionSource.from_dict(source(tars))
     opened = ShardedSource(stream)
-    lost = next(iter(opened.read(opened.shards[1]).captions))
+    lost = opened.read(opened.shards[1])[0][0]
     sidecars = SourceSidecars(tmp_path, opened.shards)
     rows = list(StreamingCaptionImageDataset(stream, training=False, embeddings=sidecars))
     processor = AutoImageProcessor.from_pretrained(inputs.vision)

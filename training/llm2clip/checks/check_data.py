@@ -195,7 +195,7 @@ def feed_rows(
     if isinstance(rows, CaptionImageDataset):
         total = len(rows)
     elif rows.files.source.max_samples is None:
-        workers = min(workers, rows.files.num_files)
+        workers = min(workers, len(rows.files.files))
     with ProgressBar(f"Checking {name}", total, "row") as bar:
         for batch in DataLoader(rows, BATCH, num_workers=workers, collate_fn=reader.read_all):
             for row in batch:

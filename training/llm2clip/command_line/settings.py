@@ -225,7 +225,12 @@ def check_choices(config: Any) -> None:
     """Raise ValueError if a `Literal` field of a settings dataclass has another value; for its `__post_init__`."""
     for name, hint in typing.get_type_hints(type(config)).items():
         if any(typing.get_origin(kind) is typing.Literal for kind in options_of(hint)):
-            try:
-                convert(getattr(config, name, None), hint)
-            except ValueError as error:
-                raise ValueError(f"{name} is {getattr(config, name)!r}, but {error}.") from None
+            require_choice(name, getattr(config, name, None), hint)
+
+
+def require_choice(name: str, value: Any, hint: Any) -> None:
+    """Raise ValueError if the value of a setting is none of the choices of a `Literal`."""
+    try:
+        convert(value, hint)
+    except ValueError as error:
+        raise ValueError(f"{name} is {value!r}, but {error}.") from None

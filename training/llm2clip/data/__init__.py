@@ -5,9 +5,8 @@ from llm2clip.data.captions import caption_batches, distinct_captions
 from llm2clip.data.pair_batches import PairBatchSampler
 from llm2clip.data.pair_collator import PairCollator
 from llm2clip.data.pairs import PairDataset, PairSource
-from llm2clip.data.rows import caption_id
+from llm2clip.data.rows import OnError, SkippedSample, caption_id
 from llm2clip.data.sampling import SampleIndex, SampleIndexBatchSampler
-from llm2clip.data.skipped import OnError, SkipLog, SkippedSample
 from llm2clip.data.sources import CaptionSource, load_source
 from llm2clip.data.stage2_collator import Stage2Collator
 from llm2clip.data.streams import StreamingCaptionImageDataset

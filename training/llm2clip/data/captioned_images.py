@@ -10,9 +10,8 @@ from typing import Any
 import datasets
 
 from llm2clip.data.formats import SourceError
-from llm2clip.data.rows import RowCaptions, captioned_row, captions_of
+from llm2clip.data.rows import OnError, RowCaptions, SkippedSample, captioned_row, captions_of
 from llm2clip.data.sampling import ConcatenatedTables, SampleIndex
-from llm2clip.data.skipped import OnError, SkippedSample
 from llm2clip.data.sources import (
     CaptionSource,
     Table,

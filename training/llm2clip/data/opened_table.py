@@ -14,7 +14,6 @@ import datasets
 from datasets.packaged_modules.csv.csv import Csv
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.packaged_modules.json.json import Json
-from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
 from llm2clip.data.formats import FORMATS, SourceError, file_format
@@ -24,8 +23,6 @@ from llm2clip.files.library_errors import wrap_read_errors
 Table: TypeAlias = datasets.Dataset | datasets.IterableDataset
 # By default, pandas reads "nan", "None" and "NA" as missing cells, but these can be captions ("nan" is a bread).
 CSV_OPTIONS = {"keep_default_na": False, "na_values": [""]}
-# Parts of a table on disk that is read as a stream, one or more for each reader.
-STREAM_SHARDS = 1024
 IMAGE_FOLDER_HINT = " In an image folder, metadata.jsonl, .csv or .parquet must contain the captions, by file_name."
 
 
@@ -36,26 +33,16 @@ class OpenedTable:
     Attributes:
         files: The data files of the split, in the order of the rows; none of a table that `save_to_disk` wrote.
         hint: Advice for the error message if a column does not exist.
-        arguments: Arguments of `datasets.load_dataset_builder`, for streamed parquet.
     """
 
     table: Table
     files: list[str] = field(default_factory=list)
     hint: str = ""
-    arguments: dict[str, Any] | None = None
-    split: str = "train"
 
     @property
     def folders(self) -> list[str]:
         """The folders of the data files."""
         return sorted(set(map(os.path.dirname, self.files)))
-
-    def select(self, columns: list[str]) -> Table:
-        """Return the table with these columns only; a parquet stream does not read the others."""
-        if self.arguments is not None:
-            builder = datasets.load_dataset_builder(**self.arguments, columns=columns)
-            return builder.as_streaming_dataset(self.split)
-        return self.table.select_columns(columns)
 
 
 def open_table(path: str, name: str | None, split: str, revision: str | None, streaming: bool = False) -> OpenedTable:
@@ -72,7 +59,9 @@ def open_table(path: str, name: str | None, split: str, revision: str | None, st
         if given is not None and (local.exists() or "://" in path or glob.has_magic(path)):
             raise SourceError(f"{field_name} is {given}, but {path} is no data set of the Hub; leave it out.")
     if is_saved:
-        return _from_disk(local, split, streaming)
+        if streaming:
+            raise SourceError(f"{path}, which save_to_disk wrote, is read in place; leave streaming unset.")
+        return _from_disk(local, split)
     arguments = _builder_arguments(path, local, split)
     arguments |= {key: value for key, value in (("name", name), ("revision", revision)) if value is not None}
     try:
@@ -114,8 +103,6 @@ def open_table(path: str, name: str | None, split: str, revision: str | None, st
         table=table,
         files=[file for name in split_names(split) for file in files.get(name, [])],
         hint=IMAGE_FOLDER_HINT if isinstance(builder, ImageFolder) else "",
-        arguments=arguments if streaming and isinstance(builder, Parquet) else None,
-        split=split,
     )
 
 
@@ -165,7 +152,7 @@ def _builder_arguments(path: str, local: Path, split: str) -> dict[str, Any]:
     return {"path": builder, "data_files": dict.fromkeys(split_names(split), files), **options}
 
 
-def _from_disk(folder: Path, split: str, streaming: bool) -> OpenedTable:
+def _from_disk(folder: Path, split: str) -> OpenedTable:
     with wrap_read_errors(folder, SourceError):
         loaded = datasets.load_from_disk(str(folder))
     if isinstance(loaded, datasets.DatasetDict):
@@ -174,6 +161,4 @@ def _from_disk(folder: Path, split: str, streaming: bool) -> OpenedTable:
         loaded = loaded[split]
     elif "[" in split:
         raise SourceError(f"split is {split}, but of {folder}, which save_to_disk wrote, no slice is read.")
-    if streaming:
-        loaded = loaded.to_iterable_dataset(num_shards=max(1, min(STREAM_SHARDS, len(loaded))))
     return OpenedTable(loaded)

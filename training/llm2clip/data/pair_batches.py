@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 
@@ -47,7 +46,6 @@ class PairBatchSampler(EpochBatchSampler):
             for number, table in enumerate(dataset.tables)
         ]
         self._quotas = self._share_out([planner.num_batches for planner in self._planners])
-        self._plan: EpochPlan | None = None
 
     def _share_out(self, available: list[int]) -> list[int]:
         weights = [table.source.weight for table in self.dataset.tables]
@@ -66,15 +64,18 @@ class PairBatchSampler(EpochBatchSampler):
 
     def global_batches(self, epoch: int) -> Iterator[np.ndarray]:
         """Yield the sample indices of each global batch of an epoch."""
-        if self._plan is None or self._plan.epoch != epoch:
-            self._plan = None  # the memory of the old plan is free before the new one is made
-            self._plan = self._make_plan(epoch)
-        _, rows, batches = self._plan
+        rows, batches = self._plan(epoch)
         for source, number in batches:
             batch = rows[source][number * self.global_batch_size : (number + 1) * self.global_batch_size]
             yield batch + self.dataset.starts[source]
 
-    def _make_plan(self, epoch: int) -> EpochPlan:
+    def _plan(self, epoch: int) -> tuple[list[np.ndarray], np.ndarray]:
+        """Plan an epoch.
+
+        Returns:
+            Of each source, the rows of all batches, one batch after another; and (batches, 2), the number of the
+            source and of its batch, in the order of the epoch.
+        """
         rows: list[np.ndarray] = []
         batches: list[np.ndarray] = []
         for source, (planner, quota) in enumerate(zip(self._planners, self._quotas, strict=True)):
@@ -89,20 +90,7 @@ class PairBatchSampler(EpochBatchSampler):
                 logger.info(message, epoch, left_out, len(planner.table), label)
         numbers = np.concatenate(batches)
         order = np.random.default_rng(stable_seed(self.seed, "order", epoch)).permutation(len(numbers))
-        return EpochPlan(epoch, rows, numbers[order])
-
-
-class EpochPlan(NamedTuple):
-    """The batches of an epoch.
-
-    Attributes:
-        rows: Of each source, the rows of all batches, one batch after another.
-        batches: (batches, 2) the number of the source and of its batch, in the order of the epoch.
-    """
-
-    epoch: int
-    rows: list[np.ndarray]
-    batches: np.ndarray
+        return rows, numbers[order]
 
 
 class BatchPlanner:

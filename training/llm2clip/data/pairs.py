@@ -320,11 +320,6 @@ class PairDataset(ConcatenatedTables):
     def content_digest(self) -> str:
         return digest_json([rows_digest(table.table) for table in self.tables])
 
-    @property
-    def num_dropped(self) -> int:
-        """Number of unusable rows of all sources."""
-        return sum(table.num_dropped for table in self.tables)
-
     def __getitem__(self, index: SampleIndex | int) -> dict[str, Any]:
         epoch, position, number, row = self.locate(index)
         seed = None if epoch is None else stable_seed(self.seed, "pair", epoch, position)

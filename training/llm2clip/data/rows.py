@@ -1,20 +1,43 @@
-"""A row of captioned images: its columns, and its captions with their ids, of which one is drawn."""
+"""A row of captioned images: its columns, its captions with their ids, of which one is drawn, or why it is skipped."""
 
 from __future__ import annotations
 
 import hashlib
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from modeling_llm2clip.image_decoding_llm2clip import SampleError
 from modeling_llm2clip.tokenization_llm2clip import SURROGATE
 
+# What to do with a damaged image or a row without caption.
+OnError = Literal["raise", "skip"]
+NO_EMBEDDING = "its caption has no stored embedding"
+# Rows that a message names.
+SHOWN = 20
+
 
 class CaptionError(SampleError):
     """A row without caption, or with a caption that is not text."""
+
+
+class SkippedSample(NamedTuple):
+    """A row that cannot be used, and why."""
+
+    key: str
+    reason: str
+
+
+def unusable_batch_error(skipped: Sequence[SkippedSample]) -> ValueError:
+    """Make the error of a batch of which every row is skipped."""
+    shown = "; ".join(f"{key}: {reason}" for key, reason in skipped[:SHOWN])
+    more = f"; and {len(skipped) - SHOWN} more" if len(skipped) > SHOWN else ""
+    return ValueError(
+        f"none of the {len(skipped)} rows of a batch can be used ({shown}{more}); mend or remove these rows, or raise "
+        "the batch size."
+    )
 
 
 class Columns(NamedTuple):

@@ -124,29 +124,19 @@ class EpochBatchSampler(Sampler[list[SampleIndex]]):
 
 
 class SampleIndexBatchSampler(EpochBatchSampler):
-    """Batches of a new seeded permutation in each epoch; see [`EpochBatchSampler`] for the other arguments.
+    """Batches of a new seeded permutation in each epoch; see [`EpochBatchSampler`] for the arguments.
 
     With `drop_last=False` the last global batch may be short; with several ranks, accelerate completes it with samples
     of the first batch.
-
-    Args:
-        shuffle: Shuffle the samples; False keeps the order of the data set.
 
     Raises:
         ValueError: If the data set does not fill one global batch and `drop_last` is set.
     """
 
     def __init__(
-        self,
-        dataset: EpochDataset,
-        batch_size: int,
-        num_replicas: int = 1,
-        seed: int = 0,
-        drop_last: bool = True,
-        shuffle: bool = True,
+        self, dataset: EpochDataset, batch_size: int, num_replicas: int = 1, seed: int = 0, drop_last: bool = True
     ) -> None:
         super().__init__(dataset, batch_size, num_replicas, seed, drop_last)
-        self.shuffle = shuffle
         if len(self) == 0:
             raise ValueError(
                 f"The data set has {len(dataset)} samples, fewer than one global batch of {self.global_batch_size} "
@@ -162,9 +152,7 @@ class SampleIndexBatchSampler(EpochBatchSampler):
 
     def global_batches(self, epoch: int) -> Iterator[np.ndarray]:
         """Yield the sample indices of each global batch of an epoch."""
-        order = np.arange(len(self.dataset))
-        if self.shuffle:
-            order = np.random.default_rng(stable_seed(self.seed, epoch)).permutation(len(order))
+        order = np.random.default_rng(stable_seed(self.seed, epoch)).permutation(len(self.dataset))
         order = order[: self._num_samples()]
         for start in range(0, len(order), self.global_batch_size):
             yield order[start : start + self.global_batch_size]

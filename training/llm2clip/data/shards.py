@@ -11,14 +11,13 @@ import posixpath
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import datasets
 import fsspec
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llm2clip.data.formats import SourceError, file_format
@@ -26,6 +25,7 @@ from llm2clip.data.opened_table import OpenedTable
 from llm2clip.data.parquet import BATCH, RowRange, cut_parquet, parquet_rows
 from llm2clip.data.rows import column_texts
 from llm2clip.data.sources import (
+    PATH_TYPES,
     CaptionSource,
     open_source,
     row_batches,
@@ -37,10 +37,11 @@ from llm2clip.data.tars import count_tar_rows, fewer_rows, row_offsets, tar_rows
 from llm2clip.files.library_errors import wrap_read_errors
 from llm2clip.files.remote_path import protocols
 from llm2clip.files.shared_files import shared_file
+from llm2clip.store.manifest import SourceFile
 
 logger = logging.getLogger(__name__)
 
-# Files that are counted, and footers that are read, at the same time.
+# Files that are counted, and footers, sizes and manifests that are read, at the same time: remote ones take a while.
 FILES_AT_ONCE = 16
 MAGIC = re.compile(r"[*?\[]")
 # How what the captions of a local file are known by begins.
@@ -65,24 +66,6 @@ class SourceShard(NamedTuple):
     part: RowRange | None = None
 
 
-@dataclass
-class ShardText:
-    """The captions of a shard.
-
-    Attributes:
-        captions: The distinct ones, in order of first appearance by row, column and list entry.
-        columns: Columns that were read.
-        rows: Number of rows.
-        size, checksum: Bytes of the file, and what its captions are known by; see [`source_checksum`].
-    """
-
-    columns: list[str]
-    captions: dict[str, None] = field(default_factory=dict)
-    rows: int = 0
-    size: int = 0
-    checksum: str | None = None
-
-
 class ShardedSource:
     """A streamed source as its files, which are read one at a time, from any row on.
 
@@ -93,11 +76,11 @@ class ShardedSource:
 
     Attributes:
         columns: The columns that are read.
-        num_files: Number of files.
-        files: Their paths or URLs; empty if they are unknown, and read through `datasets`, from their beginning.
+        files: The paths or URLs of the files.
 
     Raises:
-        FileNotFoundError, SourceError: The source cannot be read, lacks a column, or is not set to streaming.
+        FileNotFoundError, SourceError: The source cannot be read, lacks a column, is not set to streaming, or is not a
+            list of files.
     """
 
     def __init__(self, source: CaptionSource, opened: OpenedTable | None = None, with_images: bool = False) -> None:
@@ -108,28 +91,20 @@ class ShardedSource:
         self._table = cast(datasets.IterableDataset, whole)
         self.columns = source_columns(source, self._table, with_images)
         self._names = used_columns(self.columns, self.opened.table)
-        self.num_files: int = self._table.num_shards
-        self.files = list(self.opened.files) if len(self.opened.files) == self.num_files else []
-        # How each file is read; None is through `datasets`.
-        self._read_by = [self._reader_of(path) for path in self.files] or [None] * self.num_files
+        self.files = self.opened.files
+        if len(self.files) != self._table.num_shards:
+            raise SourceError(
+                f"{source.path} (split {source.split}) is not a list of files, which a stream reads one by one. Use "
+                "webdataset tars or parquet, json or csv files, and one split; or leave streaming unset."
+            )
+        # Reads a file; None is through `datasets`, which also completes paths of images (`keep_encoded`).
+        self._read_file = cast(Any, None)
+        image = (self.opened.table.features or {}).get(self.columns.image)
+        if file_format(self.files[0]) == ".tar":
+            self._read_file = tar_rows
+        elif is_plain(self.files[0], ".parquet") and getattr(image, "dtype", None) not in PATH_TYPES:
+            self._read_file = parquet_rows
         self._is_announced = False
-
-    def _reader_of(self, path: str) -> Any:
-        if file_format(path) == ".tar":
-            return tar_rows
-        return parquet_rows if is_plain(path, ".parquet") and not self._contains_paths else None
-
-    @cached_property
-    def _contains_paths(self) -> bool:
-        """Whether the images of parquet files are paths, which `keep_encoded` completes."""
-        features = self._table.features or {}
-        images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-        if not images:
-            return False
-        with fsspec.open(self.files[0], "rb") as file:
-            schema = pq.read_schema(file)
-        kinds = [schema.field(name).type for name in images]
-        return any(pa.types.is_string(kind) or pa.types.is_large_string(kind) for kind in kinds)
 
     # Rows.
 
@@ -144,7 +119,7 @@ class ShardedSource:
         Raises:
             SourceError: The file cannot be read, or has fewer rows.
         """
-        path, next_row = self.files[file] if self.files else f"file {file} of the stream", 0
+        path, next_row = self.files[file], 0
         wanted, sought, is_new = None if numbers is None else iter(numbers), list[int](), True
 
         def asked(wanted: Iterator[int]) -> Iterator[int]:
@@ -154,7 +129,7 @@ class ShardedSource:
 
         try:
             with wrap_read_errors(path, SourceError):
-                for number, row in self._rows(file, path, None if wanted is None else asked(wanted)):
+                for number, row in self._rows(file, None if wanted is None else asked(wanted)):
                     sought.clear()
                     yield number, row
                     next_row, is_new = number + 1, False
@@ -167,9 +142,10 @@ class ShardedSource:
         left = None if wanted is None else itertools.chain(sought, wanted)
         yield from (found for found in self.rows(file, left) if found[0] >= next_row)
 
-    def _rows(self, file: int, path: str, numbers: Iterator[int] | None) -> Iterator[tuple[int, dict[str, Any]]]:
-        if (read := self._read_by[file]) is not None:
-            yield from read(path, self._names, numbers)
+    def _rows(self, file: int, numbers: Iterator[int] | None) -> Iterator[tuple[int, dict[str, Any]]]:
+        path = self.files[file]
+        if self._read_file is not None:
+            yield from self._read_file(path, self._names, numbers)
             return
         every = self.all_rows(file)
         if numbers is None:
@@ -183,9 +159,9 @@ class ShardedSource:
 
     def all_rows(self, file: int) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield all rows of a file through `datasets`, with their numbers."""
-        table = self._table if self.num_files == 1 else self._table.shard(self.num_files, file)
+        table = self._table if len(self.files) == 1 else self._table.shard(len(self.files), file)
         # Unlike the iterator of the table, its method does not split the rows by DataLoader worker once more.
-        with wrap_read_errors(self.files[file] if self.files else "a file of the stream", SourceError):
+        with wrap_read_errors(self.files[file], SourceError):
             yield from enumerate(itertools.chain.from_iterable(row_batches(table, BATCH)))
 
     def share(self, reader: int, readers: int) -> Iterator[tuple[int, int, dict[str, Any]]]:
@@ -194,17 +170,17 @@ class ShardedSource:
         Of the first `max_samples` rows, whose last file is not known, each reader takes some, and reads them all.
         """
         limit = self.source.max_samples
-        files = range(self.num_files) if limit is not None else range(self.num_files)[reader::readers]
+        files = range(len(self.files)) if limit is not None else range(len(self.files))[reader::readers]
         rows = ((file, *row) for file in files for row in self.rows(file))
         return rows if limit is None else itertools.islice(rows, reader, limit, readers)
 
     def row_name(self, file: int, number: int) -> str:
         """Name a row without a key by its number in its file, after the number of the file if there are several."""
-        return f"{file}-{number}" if self.num_files > 1 else str(number)
+        return f"{file}-{number}" if len(self.files) > 1 else str(number)
 
     def is_remote(self, file: int) -> bool:
         """Tell whether a file is at a URL."""
-        return bool(self.files) and "://" in self.files[file]
+        return "://" in self.files[file]
 
     # Counts.
 
@@ -217,7 +193,7 @@ class ShardedSource:
         Raises:
             SourceError: A file is damaged.
         """
-        files, left = range(self.num_files) if files is None else files, self.source.max_samples
+        files, left = range(len(self.files)) if files is None else files, self.source.max_samples
         if left is None:
             with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
                 try:
@@ -232,8 +208,6 @@ class ShardedSource:
 
     def _count(self, file: int, limit: int | None = None) -> int:
         """Count the rows of a file; `limit` are wanted, at which the reading stops."""
-        if not self.files:
-            return sum(1 for _ in itertools.islice(self.all_rows(file), limit))
         path = self.files[file]
         if is_plain(path, ".parquet"):
             with wrap_read_errors(path, SourceError), fsspec.open(path, "rb") as opened:
@@ -274,16 +248,10 @@ class ShardedSource:
         """The files with their names.
 
         Raises:
-            SourceError: The source has `max_samples`, or is not a list of files.
+            SourceError: The source has `max_samples`.
         """
         if self.source.max_samples is not None:
             raise SourceError(f"{self.source.path} is read by shard; leave max_samples unset.")
-        if not self.files:
-            raise SourceError(
-                f"{self.source.path} (split {self.source.split}) is not a list of files, which embeddings could lie "
-                "beside. Use webdataset tars or parquet, json or csv files, and one split; or embed into a cache "
-                "(store: cache)."
-            )
         return name_shards(self.source.path, self.files)
 
     def cut(self, captions: int, text_bytes: int) -> list[list[SourceShard]]:
@@ -298,23 +266,29 @@ class ShardedSource:
         with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
             return list(pool.map(parts, self.shards))
 
-    def read(self, shard: SourceShard) -> ShardText:
+    def read(self, shard: SourceShard) -> tuple[list[str], SourceFile]:
         """Read the captions of a shard or part: those that training sees.
+
+        Returns:
+            The distinct ones, in order of first appearance by row, column and list entry; and the file, as the
+            manifest of their embeddings describes it.
 
         Raises:
             SourceError: The file cannot be read, is cut short, or a caption is not text.
         """
-        text, digest = ShardText(list(self.source.caption_columns)), hashlib.sha256()
+        columns, rows, digest = list(self.source.caption_columns), 0, hashlib.sha256()
+        captions: dict[str, None] = {}
         part = None if shard.part is None else range(*shard.part[:2])
         with wrap_read_errors(shard.path, SourceError):
-            text.size = source_size(shard.path)
+            size = source_size(shard.path)
             for _, row in self.rows(shard.number, part):
-                captions = [column_texts(row, column) for column in text.columns]
-                digest.update(json.dumps(captions).encode())
-                text.captions.update(dict.fromkeys(caption for texts in captions for caption in texts))
-                text.rows += 1
-            text.checksum = BY_CAPTIONS + digest.hexdigest() if _is_local(shard.path) else stated_checksum(shard.path)
-        return text
+                texts = [column_texts(row, column) for column in columns]
+                digest.update(json.dumps(texts).encode())
+                captions.update(dict.fromkeys(itertools.chain.from_iterable(texts)))
+                rows += 1
+            checksum = BY_CAPTIONS + digest.hexdigest() if _is_local(shard.path) else stated_checksum(shard.path)
+        name, cut = posixpath.basename(shard.name), None if shard.part is None else shard.part._asdict()
+        return list(captions), SourceFile(name, size, checksum, rows, columns, cut)
 
 
 def is_plain(path: str, ending: str) -> bool:
@@ -328,10 +302,10 @@ def source_size(path: str) -> int:
     return int(files.size(name))
 
 
-def read_captions(path: str, columns: Sequence[str], part: RowRange | None = None) -> ShardText:
-    """Read the captions of a file or a part of it, in these columns; see [`ShardedSource.read`]."""
+def read_checksum(path: str, columns: Sequence[str], part: RowRange | None = None) -> str | None:
+    """Read the captions of a file or a part of it, in these columns, and return what they are known by."""
     source = ShardedSource(CaptionSource(path, caption_columns=list(columns), streaming=True))
-    return source.read(source.shards[0]._replace(part=part))
+    return source.read(source.shards[0]._replace(part=part))[1].checksum
 
 
 def source_checksum(path: str, columns: Sequence[str], part: RowRange | None = None) -> str | None:
@@ -349,12 +323,11 @@ def source_checksum(path: str, columns: Sequence[str], part: RowRange | None = N
     status = os.stat(path)
     state = status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
     identity = {"path": os.path.abspath(path), "state": state, "columns": list(columns), "part": part}
-    kept = shared_file("captions", identity, lambda file: _write(file, read_captions(path, columns, part)))
-    return kept.read_text(encoding="utf-8")
 
+    def write(file: Path) -> None:
+        file.write_text(str(read_checksum(path, columns, part)), encoding="utf-8")
 
-def _write(file: Path, text: ShardText) -> None:
-    file.write_text(str(text.checksum), encoding="utf-8")
+    return shared_file("captions", identity, write).read_text(encoding="utf-8")
 
 
 def stated_checksum(path: str) -> str | None:

@@ -10,18 +10,24 @@ from __future__ import annotations
 import glob
 import posixpath
 import re
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakValueDictionary
 
 from llm2clip.data.formats import COMPRESSIONS, SourceError
 from llm2clip.data.parquet import RowRange
-from llm2clip.data.shards import BY_CAPTIONS, ShardText, SourceShard, read_captions, source_checksum, source_size
+from llm2clip.data.shards import (
+    BY_CAPTIONS,
+    FILES_AT_ONCE,
+    SourceShard,
+    read_checksum,
+    source_checksum,
+    source_size,
+)
 from llm2clip.files.atomic import require_writable
 from llm2clip.files.manifests import Fault, Verified
 from llm2clip.files.remote_path import READ_ONLY, AnyPath, local_copy, open_path
@@ -38,10 +44,6 @@ from llm2clip.store.manifest import (
 from llm2clip.store.shards import ShardFile, finished_shard
 from llm2clip.store.store import SIDECAR, EmbeddingCache
 
-# Sidecars that are kept open besides those that are being read.
-KEPT_OPEN = 8
-# Shards whose manifests and sizes are read at the same time, since remote ones take a while each.
-SHARDS_AT_ONCE = 16
 REMEDY = "Run `llm2clip embed` on the source again, which only computes what is missing."
 
 
@@ -92,12 +94,6 @@ class SidecarFolder:
         parts = {part: manifest for manifest in manifests if (part := row_range(manifest))}
         return {whole._replace(part=part): parts[part] for part in sorted(parts)}
 
-    def source_file(self, shard: SourceShard, text: ShardText) -> SourceFile:
-        """Describe the file of which a shard was read, for its manifest."""
-        part = None if shard.part is None else shard.part._asdict()
-        name = posixpath.basename(shard.name)
-        return SourceFile(name, text.size, text.checksum, text.rows, text.columns, part, self._path_elsewhere(shard))
-
     def is_embedded(self, shard: SourceShard, encoder: StoreManifest, columns: Sequence[str]) -> bool:
         """Tell whether a shard, as it is now, has a whole sidecar with the captions of these columns.
 
@@ -118,13 +114,13 @@ class SidecarFolder:
             if source.bytes != (size := source_size(shard.path)):
                 replace(manifest, source=replace(source, bytes=size)).write(path)
             return set(columns) <= set(source.columns)
-        if source.path not in (None, self._path_elsewhere(shard)):
+        if source.path not in (None, self.path_elsewhere(shard)):
             raise StoreMismatchError(
                 f"{path} belongs to {source.path}, and {shard.path} would have the same. {advice}"
             )
         return False
 
-    def _path_elsewhere(self, shard: SourceShard) -> str | None:
+    def path_elsewhere(self, shard: SourceShard) -> str | None:
         """Return the path of a shard in another folder than its sidecar."""
         path = open_path(shard.path)
         if isinstance(path, Path):
@@ -138,7 +134,7 @@ class SidecarFolder:
         that.
         """
         path, file = self.manifest_path(shard), open_path(shard.path)
-        is_here = source.path in (None, self._path_elsewhere(shard))
+        is_here = source.path in (None, self.path_elsewhere(shard))
         has_size = source.bytes == source_size(shard.path)
         if is_here and has_size:
             if not isinstance(file, Path):
@@ -154,39 +150,37 @@ class SidecarFolder:
         return fits and (has_size or isinstance(file, Path))
 
 
-class CheckedSidecars(NamedTuple):
-    """What the manifests of all shards of a source say: the encoder and the format, and rows by shard."""
-
-    manifest: StoreManifest
-    row_counts: list[int]
-
-
 class SourceSidecars:
     """The sidecars of all shards of a source, for reading beside them.
 
     Args:
         folder: Folder of the sidecars.
         shards: The shards, in their order.
-        row_counts: Rows of each shard, from [`SourceSidecars.check`]; None leaves it to readers to count files.
+
+    Attributes:
+        manifest, row_counts: What [`SourceSidecars.check`] has returned; without, readers count the files.
     """
 
-    def __init__(
-        self, folder: str | Path, shards: Sequence[SourceShard], row_counts: Sequence[int] | None = None
-    ) -> None:
-        self.folder, self.shards, self.row_counts = SidecarFolder(folder), list(shards), row_counts
-        self._open: OrderedDict[int, EmbeddingCache] = OrderedDict()
-        # Also those that a lane still reads: a remote one is not downloaded for each lane.
-        self._in_use: WeakValueDictionary[int, EmbeddingCache] = WeakValueDictionary()
+    manifest: StoreManifest
+    row_counts: Sequence[int] | None = None
+
+    def __init__(self, folder: str | Path, shards: Sequence[SourceShard]) -> None:
+        self.folder, self.shards = SidecarFolder(folder), list(shards)
+        # As long as a lane reads one, so that a remote one is not downloaded for each lane.
+        self._open: WeakValueDictionary[int, EmbeddingCache] = WeakValueDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker process maps the files itself.
-        return {**self.__dict__, "_open": OrderedDict(), "_in_use": None}
+        return {**self.__dict__, "_open": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({**state, "_in_use": WeakValueDictionary()})
+        self.__dict__.update({**state, "_open": WeakValueDictionary()})
 
-    def check(self, columns: Sequence[str]) -> CheckedSidecars:
+    def check(self, columns: Sequence[str]) -> tuple[StoreManifest, list[int]]:
         """Check that all shards have sidecars of one encoder with the captions of these columns.
+
+        Returns:
+            The encoder and the format, and the rows of each shard.
 
         Raises:
             MissingCaptionError: A shard has no sidecar, or one without a column.
@@ -203,7 +197,7 @@ class SourceSidecars:
             size = source_size(shard.path) if manifests else 0
             return manifests, [_misfit(path, manifest, shard, size, columns) for path, manifest in manifests.items()]
 
-        with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
+        with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
             by_shard = list(pool.map(examined, self.shards))
         for shard, (manifests, faults) in zip(self.shards, by_shard, strict=True):
             faults.append(_gap(shard.name, [row_range(manifest) for manifest in manifests.values()]))
@@ -223,25 +217,18 @@ class SourceSidecars:
                 f"the sidecars in {self.folder.folder} do not fit {len(missing)} of {len(self.shards)} shards: "
                 f"{shown}. {REMEDY}"
             )
-        return CheckedSidecars(first, row_counts)
+        return first, row_counts
 
     def open(self, number: int) -> EmbeddingCache:
-        """Open the sidecar of a shard, or those of its parts; the last ones stay open, for the other lanes.
+        """Open the sidecar of a shard, or those of its parts; one that is open is shared.
 
         Raises:
             FileNotFoundError: There is none.
             StoreDamagedError: A file is not the one that its manifest describes.
         """
-        cache = self._in_use.get(number)
-        if cache is None:
-            cache = self._in_use[number] = self._map(self.shards[number])
-        self._open.pop(number, None)
-        self._open[number] = cache
-        if len(self._open) > KEPT_OPEN:
-            self._open.popitem(last=False)
-        return cache
-
-    def _map(self, shard: SourceShard) -> EmbeddingCache:
+        if (cache := self._open.get(number)) is not None:
+            return cache
+        shard = self.shards[number]
         manifests = self.folder.manifests(shard)
         if not manifests:
             raise FileNotFoundError(f"{shard.name} has no embeddings in {self.folder.folder}. {REMEDY}")
@@ -254,6 +241,7 @@ class SourceSidecars:
                 files.append(file)
             opened = EmbeddingCache(str(self.folder.rows_path(shard)), manifest, files)
             opened.map()  # which stays, also without the files
+        self._open[number] = opened
         return opened
 
 
@@ -325,7 +313,7 @@ def verify_sources(folder: AnyPath, manifests: Mapping[AnyPath, StoreManifest], 
         if not isinstance(file, Path) or not file.is_file():
             continue
         try:
-            if read_captions(str(file), source.columns, row_range(manifest)).checksum != source.checksum:
+            if read_checksum(str(file), source.columns, row_range(manifest)) != source.checksum:
                 verified.faults.append(
                     Fault(f"the captions of the shard {file} have changed since they were embedded", fix)
                 )

@@ -88,7 +88,8 @@ class CaptionSource(Source):
             default `caption` does not exist, `txt` (webdataset) or `text` is used, and stands here once it is opened.
         caption_weights: Sampling weight of each caption column, shared by the entries of a list. Equal by default.
         key_column: Column that identifies a row in messages. By default `key` or `__key__`, else the row number.
-        streaming: Read the data as a stream instead of preparing a local copy.
+        streaming: Read the files as a stream instead of preparing a local copy. An image folder and the output of
+            `save_to_disk` are no such files.
         max_samples: Use only the first rows.
         weight: Share of the rows (`mixing: weights`) or steps (`one_source_per_step`) of stage 2, relative to the
             other sources. Set it for all sources or for none.
@@ -152,7 +153,7 @@ def select_source(source: CaptionSource, opened: OpenedTable, with_images: bool 
     """Return an opened table as [`load_source`] does."""
     with wrap_read_errors(source.path, SourceError):  # of some streams the first rows say which columns there are
         columns = source_columns(source, opened.table, with_images, opened.hint)
-    table = opened.select(used_columns(columns, opened.table))
+    table = opened.table.select_columns(used_columns(columns, opened.table))
     if columns.image is not None:
         table = keep_encoded(table, columns.image, opened.folders, source.path)
     return first_rows(table, source.max_samples)

@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,11 +15,21 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BaseImageProcessor
 
-from llm2clip.data.rows import RowCaptions, caption_id, captions_of, draw_caption, stable_seed
-from llm2clip.data.skipped import NO_EMBEDDING, OnError, SkippedSample, unusable_batch_error
+from llm2clip.command_line.settings import require_choice
+from llm2clip.data.rows import (
+    NO_EMBEDDING,
+    OnError,
+    RowCaptions,
+    SkippedSample,
+    caption_id,
+    captions_of,
+    draw_caption,
+    stable_seed,
+    unusable_batch_error,
+)
 from llm2clip.data.transforms import EvalTransform, ImageBackend, TrainTransform
 from llm2clip.store.store import EmbeddingCache, caption_keys
-from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS, SampleError
+from modeling_llm2clip.image_decoding_llm2clip import SampleError
 
 # Areas of the crops of stage 2, as shares of the image.
 DEFAULT_CROP = (0.9, 1.0)
@@ -62,7 +72,6 @@ class Stage2Collator:
             processor or a tokenizer is enough for one of them.
         on_error: `raise` the error of a row with an image or caption that cannot be used, or with a caption that the
             cache lacks, or `skip` the row.
-        max_pixels: Largest `image` that is decoded, width x height.
         image_column, caption_column: Names of `image` and `caption` in the rows.
         crop_scale: Smallest and largest area of a random crop of an `image`, as a share of it; None prepares it as in
             evaluation.
@@ -77,18 +86,16 @@ class Stage2Collator:
         cache: EmbeddingCache | None = None,
         processor: Callable[..., Any] | None = None,
         on_error: OnError = "raise",
-        max_pixels: int = DEFAULT_MAX_PIXELS,
         image_column: str = "image",
         caption_column: str = "caption",
         crop_scale: Sequence[float] | None = None,
         image_backend: ImageBackend = "exact",
     ) -> None:
-        if on_error not in get_args(OnError):
-            raise ValueError(f"on_error is {on_error!r}, but it has to be one of {', '.join(get_args(OnError))}.")
-        self.cache, self.on_error, self.max_pixels = cache, on_error, max_pixels
+        require_choice("on_error", on_error, OnError)
+        self.cache, self.on_error = cache, on_error
         self.image_column, self.caption_column = image_column, caption_column
         self.crop_scale, self.image_backend = crop_scale, image_backend
-        self.is_training = True
+        self.is_training = self.with_ids = True
         is_image_processor = isinstance(processor, BaseImageProcessor)
         self.image_processor: Any = processor if is_image_processor else getattr(processor, "image_processor", None)
         self.tokenize = None if is_image_processor else processor
@@ -100,10 +107,15 @@ class Stage2Collator:
         other.__dict__.pop("_transforms", None)
         return other
 
-    def with_cache(self, cache: EmbeddingCache | None) -> Stage2Collator:
-        """Return a collator with this cache."""
+    def for_run(self, cache: EmbeddingCache | None, with_ids: bool) -> Stage2Collator:
+        """Return the collator of a run.
+
+        Args:
+            cache: Its cache, for a collator without one.
+            with_ids: Whether the loss tells by ids which rows share a caption; without, no text is hashed for them.
+        """
         other = copy.copy(self)
-        other.cache = cache
+        other.cache, other.with_ids = self.cache or cache, with_ids
         return other
 
     @cached_property
@@ -130,7 +142,9 @@ class Stage2Collator:
             rows, embeds = self._embedded(rows, skipped)
         if not rows:
             raise unusable_batch_error(skipped)
-        batch: dict[str, Any] = {**self._images(rows), **self._captions(rows, embeds), **_ids(rows)}
+        batch: dict[str, Any] = {**self._images(rows), **self._captions(rows, embeds)}
+        if self.with_ids:
+            batch |= _ids(rows)
         if _any_has(rows, "key"):
             batch["keys"] = list(map(str, _column(rows, "key")))
         batch["skipped"] = [tuple(sample) for sample in skipped]
@@ -158,7 +172,7 @@ class Stage2Collator:
 
     def _pixels(self, row: Mapping[str, Any], key: str) -> Tensor:
         evaluation, training = self._transforms
-        image = evaluation.decode(row["image"], key, self.max_pixels)
+        image = evaluation.decode(row["image"], key)
         if training is None or (seed := self._seed(row, "crop")) is None:
             return evaluation(image, key)
         return training(image, seed)

@@ -35,8 +35,6 @@ BLOCK, BATCHES_OF_BLOCK = 256, 4
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 Mixing = Literal["one_source_per_step", "proportional", "weights"]
-# Maps places in a stream, (n,) int64, to how many rows of a source come before each.
-RowsBefore = Callable[[np.ndarray], np.ndarray]
 # Maps places in a stream, (n,) int64, to whether a reader yields their rows, (n,) bool.
 IsOwn = Callable[[np.ndarray], np.ndarray]
 # Yields rows of a file of a source: the epoch, the number of the file, and those of the rows.
@@ -109,8 +107,8 @@ class SourceOrder:
     Args:
         num_rows: Number of its rows.
         lanes: How the stream is cut.
-        before: How many of the source's rows come before a place of the stream; by default all of the stream is its.
-        ahead: How many rows of the sources whose rows come first in a chunk come before a place; by default none.
+        mixture: How the rows of all sources are mixed; None if all of the stream is its.
+        number: Its number among the sources, whose rows are in this order in a chunk.
         seed: Seed of the order.
         first_epoch: Number of the first epoch.
     """
@@ -119,17 +117,27 @@ class SourceOrder:
         self,
         num_rows: int,
         lanes: Lanes,
-        before: RowsBefore = lambda positions: positions,
-        ahead: RowsBefore = np.zeros_like,
+        mixture: EvenMixture | StepMixture | None = None,
+        number: int = 0,
         seed: int = 0,
         first_epoch: int = 0,
     ) -> None:
-        self.num_rows, self.lanes, self.before, self.ahead = num_rows, lanes, before, ahead
+        self.num_rows, self.lanes, self.mixture, self.number = num_rows, lanes, mixture, number
         self.seed, self.first_epoch = seed, first_epoch
         self.cut = functools.lru_cache(maxsize=2)(self._cut)
         self.count = functools.lru_cache(maxsize=4 * lanes.number)(self._count)
         # For each lane: the epoch, the next chunk, and the rows of the lane before it.
         self._reached: dict[int, tuple[int, int, int]] = {}
+
+    def before(self, places: np.ndarray) -> np.ndarray:
+        """Return how many of the source's rows come before places of the stream."""
+        return places if self.mixture is None else self.mixture.before(self.number, places)
+
+    def _ahead(self, places: np.ndarray) -> np.ndarray:
+        """Return how many rows of the sources whose rows come first in a chunk come before places."""
+        if self.mixture is None:
+            return np.zeros_like(places)
+        return sum((self.mixture.before(other, places) for other in range(self.number)), np.zeros_like(places))
 
     def _count(self, chunk: int) -> int:
         """Return how many of the source's rows come before a chunk."""
@@ -198,7 +206,7 @@ class SourceOrder:
             if number >= len(chunks) or counts.sum() >= rows:
                 break
             number *= 2
-        firsts = starts + self.ahead(starts + size) - self.ahead(starts)
+        firsts = starts + self._ahead(starts + size) - self._ahead(starts)
         return np.repeat(firsts - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import fsspec.asyn
@@ -127,7 +127,9 @@ class SampleStream(IterableDataset):
         blocks = [source.shuffle_block for source in self.sources if hasattr(source, "shuffle_block")]
         return self.lanes or Lanes.choose(self.batch_size * self.world_size, min(blocks, default=BLOCK))
 
-    def _mixture(self, lanes: Lanes) -> EvenMixture | StepMixture:
+    def _mixture(self, lanes: Lanes) -> EvenMixture | StepMixture | None:
+        if len(self.sources) == 1:
+            return None
         weights = self.weights or [float(source.num_rows) for source in self.sources]
         if self.mixing == "one_source_per_step":
             return StepMixture(weights, lanes.batch)
@@ -143,13 +145,9 @@ class SampleStream(IterableDataset):
             batches, ranks = np.divmod((places - start) // self.batch_size, self.world_size)
             return (places >= start) & (ranks == self.rank) & (batches % workers == number)
 
-        def ahead(index: int, places: np.ndarray) -> np.ndarray:
-            return sum((mixture.before(other, places) for other in range(index)), np.zeros_like(places))
-
         opened = []
         for index, source in enumerate(self.sources):
-            before = partial(mixture.before, index) if len(self.sources) > 1 else _all_places
-            order = SourceOrder(source.num_rows, lanes, before, partial(ahead, index), source.seed, epoch)
+            order = SourceOrder(source.num_rows, lanes, mixture, index, source.seed, epoch)
             opened.append((order, source.open(order, is_own)))
         end = None if self.repeat else self.num_rows
         for batch in itertools.count(number, workers):
@@ -178,11 +176,6 @@ def data_worker() -> tuple[int, int]:
         return 0, 1
     fsspec.asyn.reset_lock()  # a forked process inherits a lock that nobody releases
     return worker.id, worker.num_workers
-
-
-def _all_places(places: np.ndarray) -> np.ndarray:
-    """Return how many rows of the only source come before places."""
-    return places
 
 
 class StreamingCaptionImageDataset(SampleStream):
@@ -232,8 +225,8 @@ class StreamingCaptionImageDataset(SampleStream):
         self.embeddings, self.files = embeddings, ShardedSource(source, opened, with_images)
         row_counts = getattr(embeddings, "row_counts", None) if row_counts is None else row_counts
         self.row_counts = list(self.files.counts() if row_counts is None else row_counts)
-        if len(self.row_counts) != self.files.num_files:
-            raise ValueError(f"row_counts has {len(self.row_counts)} entries for {self.files.num_files} files.")
+        if len(self.row_counts) != len(self.files.files):
+            raise ValueError(f"row_counts has {len(self.row_counts)} entries for {len(self.files.files)} files.")
         if not self.num_rows:
             raise SourceError(f"the stream {self.name} has no rows.")
         # Whether row numbers name the rows of several sources.

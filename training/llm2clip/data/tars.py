@@ -1,4 +1,4 @@
-"""Tars: their files, and the rows of webdataset tars from any row on; never fewer because a tar is cut or damaged."""
+"""Rows of webdataset tars from any row on; never fewer because a tar is cut or damaged."""
 
 from __future__ import annotations
 
@@ -26,32 +26,6 @@ READ_SIZE = 1 << 22  # bytes
 DAMAGED = (tarfile.TarError, EOFError, OSError, zlib.error, LZMAError)
 
 
-class FilePart(NamedTuple):
-    """A file within an uncompressed archive.
-
-    Attributes:
-        path: The archive.
-        start, size: Its bytes in it.
-    """
-
-    path: Path
-    start: int
-    size: int
-
-    def read(self) -> bytes:
-        """Read it.
-
-        Raises:
-            SourceError: The archive is shorter than it was when it was listed.
-        """
-        with self.path.open("rb") as file:
-            file.seek(self.start)
-            content = file.read(self.size)
-        if len(content) != self.size:
-            raise SourceError(f"{self.path} ends before byte {self.start + self.size:,}.")
-        return content
-
-
 class _Entry(tarfile.TarInfo):
     """An entry of a tar. Only zeros are its end: `tarfile` takes a damaged or missing header for it too."""
 
@@ -70,33 +44,17 @@ class _Entry(tarfile.TarInfo):
             raise tarfile.ReadError(f"a header is damaged ({error})") from error
 
 
-def _open_tar(file: Any, mode: str) -> tarfile.TarFile:
+def open_tar(file: Any, mode: str) -> tarfile.TarFile:
+    """Open a tar, of which a damaged or missing header is an error; see `tarfile.open` for the mode."""
     return tarfile.open(fileobj=file, mode=mode, tarinfo=_Entry)  # type: ignore[call-overload]
 
 
-def _fault(path: str | Path, kind: str, last: str | None, error: Exception) -> SourceError:
+def tar_fault(path: str | Path, kind: str, last: str | None, error: Exception) -> SourceError:
     """Return the error of a tar that cannot be read to its end; `last` is the last member that was found."""
     # Where it tries several compressions, tarfile has a line for each.
     reason = str(error).partition("\n")[0].rstrip(":") or type(error).__name__
     where = "at its beginning" if last is None else f"after {last}"
     return SourceError(f"{path} is not {kind}, or is damaged or cut short {where}: {reason}.")
-
-
-def list_tar(path: Path) -> Iterator[tuple[str, FilePart]]:
-    """List the files of an uncompressed tar in their order: names, and where their bytes are.
-
-    Raises:
-        SourceError: It is not an uncompressed tar, is damaged or cut short.
-    """
-    last = None
-    try:
-        with path.open("rb") as file, _open_tar(file, "r:") as archive:
-            for member in archive:
-                last = member.name
-                if member.isfile():
-                    yield member.name, FilePart(path, member.offset_data, member.size)
-    except (tarfile.TarError, EOFError) as error:
-        raise _fault(path, "an uncompressed tar", last, error) from error
 
 
 def tar_rows(
@@ -234,7 +192,7 @@ def _grouped(
         file.seek(int(offsets[wanted]))
         number = wanted - 1
     try:
-        with _open_tar(file, mode) as opened:
+        with open_tar(file, mode) as opened:
             archive = cast(Any, opened)
             while wanted is not None and (member := archive.next()) is not None:
                 # Otherwise tarfile keeps all of them.
@@ -257,7 +215,7 @@ def _grouped(
                 if field in columns and number == wanted:
                     current.members.append((member.name, _content(archive, member)))
     except DAMAGED as error:
-        raise _fault(path, "a tar", last, error) from error
+        raise tar_fault(path, "a tar", last, error) from error
     if current is not None and number == wanted:
         yield number, current
         wanted = next(every, None)

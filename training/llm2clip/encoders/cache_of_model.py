@@ -17,7 +17,6 @@ from llm2clip.models.identity import tokenizer_fingerprint
 from llm2clip.models.repos import OUR_MODELS, inspect_repo
 from llm2clip.models.towers import describe_text_tower
 from llm2clip.store import EmbeddingCache, PairedCache, StoreManifest, StoreMismatchError
-from llm2clip.store.manifest import refuse_other_encoder
 from llm2clip.store.store import stored_manifest
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig
 
@@ -49,7 +48,7 @@ def open_cache_of_model(
         )
     if not isinstance(path, str | Path):
         cache: EmbeddingCache = PairedCache.of_folders(path, verify)
-        refuse_other_encoder(cache.path, cache.manifest, config.text_model_fingerprint, None)
+        _refuse_other_encoder(cache.path, cache.manifest, config.text_model_fingerprint, None)
         return cache
     cache = EmbeddingCache.open(path, verify=False)
     refuse_other_text_tower(path, cache.manifest, config, tokenizer)
@@ -73,9 +72,29 @@ def open_sidecars_of_model(
     Raises:
         StoreError, MissingCaptionError: See [`SourceSidecars.check`].
     """
-    encoder, row_counts = on_main_process(partial(SourceSidecars(folder, shards).check, columns))
-    refuse_other_text_tower(folder, encoder, config, tokenizer)
-    return SourceSidecars(folder, shards, row_counts)
+    sidecars = SourceSidecars(folder, shards)
+    sidecars.manifest, sidecars.row_counts = on_main_process(partial(sidecars.check, columns))
+    refuse_other_text_tower(folder, sidecars.manifest, config, tokenizer)
+    return sidecars
+
+
+def _refuse_other_encoder(
+    path: str | Path, manifest: StoreManifest, fingerprint: str | None, tokenizer_fingerprint: str | None
+) -> None:
+    """Raise a `StoreMismatchError` if another encoder or tokenizer made embeddings; None accepts any."""
+    advice = "Use that {}, or embed the captions with this one into another folder (`llm2clip embed`)."
+    if fingerprint is not None and manifest.fingerprint != fingerprint:
+        raise StoreMismatchError(
+            f"The embedding cache {path} was made by {manifest.encoder} with fingerprint {manifest.fingerprint}, but "
+            f"the text encoder in use has fingerprint {fingerprint}. {advice.format('encoder')}"
+        )
+    known = manifest.identity["tokenizer_fingerprint"]
+    if known is not None and tokenizer_fingerprint is not None and known != tokenizer_fingerprint:
+        raise StoreMismatchError(
+            f"The embedding cache {path} was made with the tokenizer {known} of {manifest.encoder}, but the tokenizer "
+            f"in use is {tokenizer_fingerprint}: other vocabulary, merges, normaliser, added tokens or prompt. "
+            f"{advice.format('tokenizer')}"
+        )
 
 
 def refuse_other_text_tower(
@@ -86,7 +105,7 @@ def refuse_other_text_tower(
     What is not known, of a model in memory, is not compared.
     """
     known = None if tokenizer is None else tokenizer_fingerprint(tokenizer)
-    refuse_other_encoder(path, manifest, config.text_model_fingerprint, known)
+    _refuse_other_encoder(path, manifest, config.text_model_fingerprint, known)
     made_with, prompt = manifest.identity["prompt_prefix"], config.text_config.prompt_prefix
     if made_with != prompt:
         raise StoreMismatchError(

@@ -120,11 +120,11 @@ def embed_shard(
         if target.is_embedded(shard, encoder, opened.source.caption_columns):
             return EmbedCounts(1, done_before=1)
         try:
-            text = opened.read(shard)
-            captions = list(text.captions)
+            captions, file = opened.read(shard)
             keys = caption_keys(captions)
             known = np.full(len(captions), -1) if reused is None else reused.find(keys)
-            described = replace(encoder, source=target.source_file(shard, text), counts={"truncated": 0, "reused": 0})
+            source = replace(file, path=target.path_elsewhere(shard))
+            described = replace(encoder, source=source, counts={"truncated": 0, "reused": 0})
             parts = _rows(captions, embed, encoder, reused, known)
             name = lambda row: caption_name(captions[row])  # noqa: E731
             counts = write_shard(job.path, keys, parts, described, name).counts

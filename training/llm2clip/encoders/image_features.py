@@ -197,7 +197,6 @@ def open_features(
         compute,
         title="Features of images",
         shard_size=shard_size,
-        wait_for_others=True,
         processes=process_state(),
         kind=ImageFeatures,
         name=lambda position: f"image {prepared.images.key(int(first[position]))}",

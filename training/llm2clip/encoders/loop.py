@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from llm2clip.command_line.progress import ProgressBar
+from llm2clip.command_line.settings import require_choice
 from llm2clip.data import OnError, SampleError, SkippedSample, decode_image
 from llm2clip.data.transforms import Decoder
 from llm2clip.encoders.images import ImageSet
@@ -169,8 +170,7 @@ class PreparedImages:
         on_error: OnError = "raise",
         decode: Decoder = decode_image,
     ) -> None:
-        if on_error not in ("raise", "skip"):
-            raise ValueError(f"on_error must be 'raise' or 'skip', not {on_error!r}.")
+        require_choice("on_error", on_error, OnError)
         self.images, self.prepare, self.on_error, self.decode = images, prepare, on_error, decode
 
     def __call__(self, rows: Sequence[int]) -> tuple[dict[str, Tensor], list[SkippedSample | None]]:

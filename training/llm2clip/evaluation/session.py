@@ -207,7 +207,6 @@ class Session:
             lambda positions: compute(new[positions].tolist()),
             title=title,
             shard_size=shard_size,
-            wait_for_others=True,
             show_progress_bar=self.show_progress_bar,
             processes=process_state(),
             share_evenly=True,

@@ -88,7 +88,7 @@ class _Table(Items):
         wanted = [[self.image_column, self.key_column, *those, *metadata_columns] for those in (self.captions, top)]
         needed, read = ([column for column in dict.fromkeys(columns) if column is not None] for columns in wanted)
         require_columns(path, needed, have, opened.hint)
-        table = opened.select(read)
+        table = opened.table.select_columns(read)
         if self.image_column is not None:
             table = keep_encoded(table, self.image_column, opened.folders, path)
         assert isinstance(table, datasets.Dataset)

@@ -1,4 +1,4 @@
-"""Rows of numbers found by key, in shards: caches, sidecars, image features, frozen states, rows of evaluations."""
+"""Rows of numbers found by key, in shards: caches, sidecars, image features, rows of evaluations."""
 
 from llm2clip.store.building import build_embedding_cache, build_store
 from llm2clip.store.manifest import (

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from safetensors.torch import save
 from torch import Tensor
 
 from llm2clip.command_line.progress import ProgressBar, in_section
+from llm2clip.command_line.settings import require_choice
 from llm2clip.files.atomic import remove_unfinished
 from llm2clip.files.locks import WAIT, WAIT_OF_SEVERAL, folder_lock
 from llm2clip.models.embeddings import require_finite_rows
@@ -48,7 +49,6 @@ def build_store(
     *,
     title: str,
     shard_size: int = 8192,
-    wait_for_others: bool = False,
     show_progress_bar: bool = True,
     processes: Any = None,
     share_evenly: bool = False,
@@ -60,7 +60,7 @@ def build_store(
     The missing keys are cut into shards in the given order. A shard is written under a temporary name, flushed to
     disk and renamed, and then its manifest: it is complete or missing. Shards that are whole are kept, and the result
     equals that of an uninterrupted build. Several processes share the work by shards; the first one locks the folder:
-    one build at a time.
+    one build at a time, and the next one waits, since it may need the same rows.
 
     Args:
         path: The folder, created if it does not exist.
@@ -69,8 +69,6 @@ def build_store(
         compute: Yields the rows of the keys at some positions, in their order, some at a time.
         title, show_progress_bar: Title of the progress bar, and whether there is one, in the first process.
         shard_size: Rows of a shard; a kill loses those of one.
-        wait_for_others: Wait for another run that uses the folder, whose rows this one may need; otherwise that is an
-            error after a few seconds.
         processes: Those that share the work, accelerate's `PartialState`; None for this one alone.
         share_evenly: Make shards so small that each process has some; otherwise the files are the same for any number
             of processes.
@@ -80,16 +78,13 @@ def build_store(
     Raises:
         StoreMismatchError: Another encoder made the store.
         NonFiniteError: A value is NaN or infinite.
-        ValueError: Another run uses the folder, or a value exceeds the range of the stored dtype.
+        ValueError: Another run uses the folder for too long, or a value exceeds the range of the stored dtype.
     """
-    if manifest.dtype not in get_args(StoredDtype):
-        choices = " or ".join(map(repr, get_args(StoredDtype)))
-        raise ValueError(f"The dtype of a store must be {choices}, not {manifest.dtype!r}.")
+    require_choice("dtype", manifest.dtype, StoredDtype)
     rank, world_size, wait = 0, 1, lambda: None
     if processes is not None:
         rank, world_size, wait = processes.process_index, processes.num_processes, processes.wait_for_everyone
-    folder = Path(path)
-    patience = (WAIT_OF_SEVERAL if world_size > 1 else WAIT) if wait_for_others else None
+    folder, patience = Path(path), WAIT_OF_SEVERAL if world_size > 1 else WAIT
     with folder_lock(folder, patience) if rank == 0 else contextlib.nullcontext():
         wait()  # no rank reads the folder before rank 0 has it to itself
         numbers = _numbers(folder)

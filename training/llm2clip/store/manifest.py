@@ -225,22 +225,3 @@ def caption_manifest(
         "normalize": normalize,
     }
     return StoreManifest(kind="captions", encoder=text_model, identity=identity, dtype=dtype, width=width)
-
-
-def refuse_other_encoder(
-    path: str | Path, manifest: StoreManifest, fingerprint: str | None, tokenizer_fingerprint: str | None
-) -> None:
-    """Raise a `StoreMismatchError` if another encoder or tokenizer made embeddings; None accepts any."""
-    advice = "Use that {}, or embed the captions with this one into another folder (`llm2clip embed`)."
-    if fingerprint is not None and manifest.fingerprint != fingerprint:
-        raise StoreMismatchError(
-            f"The embedding cache {path} was made by {manifest.encoder} with fingerprint {manifest.fingerprint}, but "
-            f"the text encoder in use has fingerprint {fingerprint}. {advice.format('encoder')}"
-        )
-    known = manifest.identity["tokenizer_fingerprint"]
-    if known is not None and tokenizer_fingerprint is not None and known != tokenizer_fingerprint:
-        raise StoreMismatchError(
-            f"The embedding cache {path} was made with the tokenizer {known} of {manifest.encoder}, but the tokenizer "
-            f"in use is {tokenizer_fingerprint}: other vocabulary, merges, normaliser, added tokens or prompt. "
-            f"{advice.format('tokenizer')}"
-        )

@@ -27,13 +27,11 @@ from llm2clip.store.manifest import (
     StoreIncompleteError,
     StoreManifest,
     StoreMismatchError,
-    refuse_other_encoder,
     rows_path,
 )
 from llm2clip.store.shards import ShardFile
 
 StoreT = TypeVar("StoreT", bound="Store")
-CacheT = TypeVar("CacheT", bound="EmbeddingCache")
 
 # Names the shards of a folder, and where each row is. Written last.
 INDEX = f"index{MANIFEST_SUFFIX}"
@@ -260,34 +258,6 @@ class EmbeddingCache(Store):
     """Stored embeddings of captions, opened for reading by [`EmbeddingCache.open`]."""
 
     KIND = "captions"
-
-    @classmethod
-    def open(
-        cls: type[CacheT],
-        path: str | Path,
-        fingerprint: str | None = None,
-        verify: bool = True,
-        tokenizer_fingerprint: str | None = None,
-    ) -> CacheT:
-        """Open a cache, or the embeddings that lie beside the shards in a folder.
-
-        Args:
-            path: The folder.
-            fingerprint: Identity of the text encoder that must have made the embeddings. None accepts any.
-            verify: See [`Store.open`]. Rows are also checked when they are looked up.
-            tokenizer_fingerprint: Identity of the tokenizer that must have made the embeddings. None accepts any.
-
-        Raises:
-            FileNotFoundError: There is no cache.
-            StoreMismatchError: Another encoder or tokenizer made it.
-            StoreIncompleteError: It was not built to the end.
-            StoreDamagedError: A file is missing or damaged.
-        """
-        cache = super().open(path, verify=False)
-        refuse_other_encoder(path, cache.manifest, fingerprint, tokenizer_fingerprint)
-        if verify:
-            cache.require_unchanged()
-        return cache
 
     def contains(self, captions: Sequence[str]) -> np.ndarray:
         """Tell which captions have an embedding, (n,) bool."""

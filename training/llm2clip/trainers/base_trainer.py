@@ -25,7 +25,6 @@ from transformers.utils import ModelOutput, PushInProgress
 
 from llm2clip.command_line.settings import refuse
 from llm2clip.command_line.tables import RECALL
-from llm2clip.data import SkipLog
 from llm2clip.data.sampling import EpochDataset
 from llm2clip.data.streams import SampleStream
 from llm2clip.evaluation.data import CaptionPairData
@@ -46,7 +45,7 @@ from llm2clip.trainers.model_card import DataRevisions, continued, latest_evalua
 from llm2clip.trainers.optimizer import SCHEDULE_SETTINGS, OptimizerSettings, check_warmup
 from llm2clip.trainers.pushing import RunRepo, copy_model
 from llm2clip.trainers.run_context import RunContext
-from llm2clip.trainers.run_state import RunState, StreamPosition, recalls_before
+from llm2clip.trainers.run_state import RunState, SkipLog, StreamPosition, recalls_before
 from llm2clip.trainers.saving import finite_weights, load_weights
 from llm2clip.trainers.sharding import gathered, is_sharded, prepare_for_fsdp, unsharded
 from llm2clip.trainers.step_guard import Observed, StepGuard, close_bars

@@ -87,7 +87,7 @@ def count_stream(source: ShardedSource, rank: int, world_size: int) -> list[int]
     """
     if source.source.max_samples is not None:
         return list(source.counts())
-    share, counts, fault = range(rank, source.num_files, world_size), list[int](), None
+    share, counts, fault = range(rank, len(source.files), world_size), list[int](), None
     with ProgressBar(f"Rows of {source.source.path}", len(share), "file", rank == 0) as bar:
         try:
             for count in source.counts(share):
@@ -99,4 +99,4 @@ def count_stream(source: ShardedSource, rank: int, world_size: int) -> list[int]
     for _, message in counted:
         if message is not None:
             raise SourceError(message)
-    return [counted[number % world_size][0][number // world_size] for number in range(source.num_files)]
+    return [counted[number % world_size][0][number // world_size] for number in range(len(source.files))]

@@ -95,10 +95,10 @@ class Stage2Trainer(StageTrainer):
             kind = type(processing_class).__name__
             raise ValueError(f"processing_class is a {kind}; give the LLM2CLIPProcessor of the model, or one half.")
         self.cache = cache or getattr(data_collator, "cache", None)
-        if isinstance(data_collator, Stage2Collator) and data_collator.cache is None:
-            data_collator = data_collator.with_cache(self.cache)
         self.embed = embed or (self._embed_online if self.cache is None else self.cache.lookup)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
+        if isinstance(self.data_collator, Stage2Collator):
+            self.data_collator = self.data_collator.for_run(self.cache, self.args.shared_captions == "positive")
         self.add_callback(ClampLogitScale())
 
     def _validate_settings(self) -> None:

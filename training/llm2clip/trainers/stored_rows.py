@@ -15,9 +15,8 @@ from torch import Tensor
 
 from llm2clip.command_line.processes import process_state
 from llm2clip.data import CaptionImageDataset, ImageBackend, OnError, SampleIndex, SkippedSample
-from llm2clip.data.rows import RowCaptions, caption_id, stable_seed
+from llm2clip.data.rows import NO_EMBEDDING, RowCaptions, caption_id, stable_seed, unusable_batch_error
 from llm2clip.data.sampling import EpochDataset
-from llm2clip.data.skipped import NO_EMBEDDING, unusable_batch_error
 from llm2clip.data.stage2_collator import DEFAULT_CROP
 from llm2clip.encoders.image_features import FeatureDtype, ImageFeatures, open_features
 from llm2clip.encoders.images import ContentSet, TableImages

@@ -2,19 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tarfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from llm2clip.data import decode_image
-from llm2clip.data.table_identity import distinct
-from llm2clip.data.tars import FilePart
+from llm2clip.data.formats import SourceError
+from llm2clip.data.tars import open_tar, tar_fault
 from llm2clip.files.atomic import digest_json
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
+
+
+class FilePart(NamedTuple):
+    """A file within an uncompressed archive.
+
+    Attributes:
+        path: The archive.
+        start, size: Its bytes in it.
+    """
+
+    path: Path
+    start: int
+    size: int
+
+    def read(self) -> bytes:
+        """Read it.
+
+        Raises:
+            SourceError: The archive is shorter than it was when it was listed.
+        """
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            content = file.read(self.size)
+        if len(content) != self.size:
+            raise SourceError(f"{self.path} ends before byte {self.start + self.size:,}.")
+        return content
+
+
+def list_tar(path: Path) -> Iterator[tuple[str, FilePart]]:
+    """List the files of an uncompressed tar in their order: names, and where their bytes are.
+
+    Raises:
+        SourceError: It is not an uncompressed tar, is damaged or cut short.
+    """
+    last = None
+    try:
+        with path.open("rb") as file, open_tar(file, "r:") as archive:
+            for member in archive:
+                last = member.name
+                if member.isfile():
+                    yield member.name, FilePart(path, member.offset_data, member.size)
+    except (tarfile.TarError, EOFError) as error:
+        raise tar_fault(path, "an uncompressed tar", last, error) from error
 
 
 class EncodedImages(Sequence[bytes]):
@@ -50,9 +94,10 @@ class ArchivedImages(EncodedImages):
         return b"%d " % whole + FilePart(path, start, min(size, whole)).read()
 
     def origin(self) -> str | None:
-        archives, numbers = distinct([part.path for part in self.parts])
-        places = [(number, part.start, part.size) for number, part in zip(numbers, self.parts, strict=True)]
-        return digest_json([files_origin([self.parts[row].path for row in archives]), places])
+        paths = dict.fromkeys(part.path for part in self.parts)
+        numbers = {path: number for number, path in enumerate(paths)}
+        places = [(numbers[part.path], part.start, part.size) for part in self.parts]
+        return digest_json([files_origin([*paths]), places])
 
 
 class PixelImages(EncodedImages):

@@ -10,9 +10,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from llm2clip.data.tars import list_tar
 from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
-from llm2clip.evaluation.benchmarks.encoded_images import ArchivedImages, CroppedFiles
+from llm2clip.evaluation.benchmarks.encoded_images import ArchivedImages, CroppedFiles, list_tar
 from llm2clip.evaluation.benchmarks.image_folder import image_files, labelled, read_class_folders
 from llm2clip.evaluation.data import BenchmarkImages, ClassificationData
 from llm2clip.evaluation.prompts import imagenet_classes, imagenet_subset, template_set

@@ -14,10 +14,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TypeVar
 
-from llm2clip.data import tars
-from llm2clip.data.tars import FilePart
 from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
-from llm2clip.evaluation.benchmarks.encoded_images import ArchivedImages
+from llm2clip.evaluation.benchmarks.encoded_images import ArchivedImages, FilePart, list_tar
 from llm2clip.evaluation.benchmarks.image_folder import labelled
 from llm2clip.evaluation.data import BenchmarkImages, ClassificationData, RetrievalData
 from llm2clip.evaluation.prompts import read_names, read_templates
@@ -93,7 +91,7 @@ def _read_samples(folder: Path, answer: str, parse: Callable[[bytes], T]) -> tup
 
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, FilePart]]]:
     """Group the files of a tar by key, the name up to the first dot; files of a key follow each other."""
-    parts = ((FILE.fullmatch(name), part) for name, part in tars.list_tar(path))
+    parts = ((FILE.fullmatch(name), part) for name, part in list_tar(path))
     named = ((match["key"], match["suffix"].lower(), part) for match, part in parts if match is not None)
     for key, files in groupby(named, itemgetter(0)):
         yield key, {suffix: part for _, suffix, part in files}

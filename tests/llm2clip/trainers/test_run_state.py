@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llm2clip.data import SkipLog
+from llm2clip.trainers.run_state import SkipLog
 
 
 def test_skip_log_lists_each_key_once(tmp_path: Path) -> None:
