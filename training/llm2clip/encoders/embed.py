@@ -25,7 +25,7 @@ from llm2clip.encoders.embed_shards import (
     parse_part,
 )
 from llm2clip.encoders.ours import OurEncoder
-from llm2clip.encoders.ray_engine import RayOptions, embed_with_ray
+from llm2clip.encoders.ray_engine import embed_with_ray
 from llm2clip.files.locks import exclusive
 from llm2clip.models.identity import tokenizer_fingerprint
 from llm2clip.models.towers import open_text_tower
@@ -191,8 +191,8 @@ def _embed_in_processes(config: EmbedConfig, jobs: list[SidecarJob]) -> EmbedCou
 def _embed_on_ray(config: EmbedConfig, jobs: list[SidecarJob]) -> EmbedCounts:
     if process_state().num_processes > 1:
         raise ValueError("engine: ray is started as one process, which gives the work to Ray; leave torchrun out.")
-    options = RayOptions(config.ray_address, config.ray_actors, config.ray_gpus_per_actor)
-    return count_shards(embed_with_ray(jobs, partial(open_shard_embedder, config), options), len(jobs))
+    options = config.ray_address, config.ray_actors, config.ray_gpus_per_actor
+    return count_shards(embed_with_ray(jobs, partial(open_shard_embedder, config), *options), len(jobs))
 
 
 def open_shard_embedder(config: EmbedConfig) -> EmbedShard:
@@ -200,7 +200,7 @@ def open_shard_embedder(config: EmbedConfig) -> EmbedShard:
     encoder = _open_encoder(config)
     return partial(
         embed_shard,
-        embed=partial(encoder.embed_and_count, batch_size=config.batch_size, instruction=config.instruction),
+        embed=partial(encoder.embed, batch_size=config.batch_size, instruction=config.instruction),
         encoder=describe_encoder(encoder, config.text_model_name_or_path, config),
         reused=None if config.reuse_cache is None else EmbeddingCache.open(config.reuse_cache),
     )
@@ -246,7 +246,7 @@ def embed_into_cache(
     return build_embedding_cache(
         folder,
         captions,
-        partial(encoder.embed_and_count, batch_size=config.batch_size, instruction=config.instruction),
+        partial(encoder.embed, batch_size=config.batch_size, instruction=config.instruction),
         describe_encoder(encoder, name, config),
         shard_size=config.shard_size,
         processes=process_state(),
