@@ -10,6 +10,7 @@ Images are found by their position, or by content or key:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,10 @@ class FakeEncoder(Encoder):
         self.images, self.features = images, images if features is None else features
         self.max_words, self.patches = max_words, patches
         self.embedded: list[list[str] | int] = []
+
+    @cached_property
+    def commit(self) -> str | None:
+        return None
 
     def fingerprint(self) -> str:
         return self.name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -138,20 +137,15 @@ def run(config: EmbedConfig) -> dict[str, Any]:
     Raises:
         ValueError: Settings do not fit each other, or shards could not be embedded.
     """
+    kind = f"sidecars (engine: {config.engine})" if config.writes_sidecars else "a cache"
+    unused = [*(FOR_CACHES if config.writes_sidecars else FOR_SIDECARS), *(() if config.engine == "ray" else FOR_RAY)]
+    refuse(config, unused, f"a run that writes {kind} does not use it: change store or engine")
     if config.writes_sidecars:
-        _refuse_ignored(config, [*FOR_CACHES, *(FOR_RAY if config.engine != "ray" else ())])
         # Without a lock: several runs may share a folder, and each sidecar appears whole.
         return _embed_into_sidecars(config)
-    _refuse_ignored(config, [*FOR_SIDECARS, *FOR_RAY])
     if "://" in config.output_dir:
         raise ValueError(f"a cache is a local folder, not {config.output_dir}; sidecars may have a URL.")
     return _embed_into_cache(config)
-
-
-def _refuse_ignored(config: EmbedConfig, names: Sequence[str]) -> None:
-    """Raise ValueError if one of these settings, which this run does not use, is given."""
-    kind = f"sidecars (engine: {config.engine})" if config.writes_sidecars else "a cache"
-    refuse(config, names, f"a run that writes {kind} does not use it: change store or engine")
 
 
 @exclusive

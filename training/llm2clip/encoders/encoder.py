@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from llm2clip.encoders.patches import patch_embeddings
 from llm2clip.files.atomic import digest_json
 from llm2clip.models.embeddings import rounded_rows
 from llm2clip.models.identity import RULE, weights_checksum
+from llm2clip.models.places import is_repo
+from llm2clip.models.repos import hub_commit
 from llm2clip.store.shards import ComputedRows
 from modeling_llm2clip.modeling_llm2clip_utils import Precision
 
@@ -43,7 +46,6 @@ class Encoder(ABC):
         model: The model, in evaluation mode.
         width: Width of its embeddings.
         device, dtype: Where and in what it computes.
-        commit: Its commit on the Hub.
 
     Attributes:
         library: The library of the model, with its version.
@@ -55,17 +57,9 @@ class Encoder(ABC):
     revision: str | None = None
     transform: EvalTransform | None = None
 
-    def __init__(
-        self,
-        name: str,
-        model: Any,
-        width: int,
-        device: torch.device,
-        dtype: str,
-        commit: str | None = None,
-    ) -> None:
+    def __init__(self, name: str, model: Any, width: int, device: torch.device, dtype: str) -> None:
         self.name, self.model, self.width = name, model, width
-        self.device, self.dtype, self.commit = device, dtype, commit
+        self.device, self.dtype = device, dtype
         self._fingerprint: str | None = None
         self.full_width = width
         self.precision: Precision = "float32"
@@ -108,6 +102,11 @@ class Encoder(ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "model": None}
+
+    @cached_property
+    def commit(self) -> str | None:
+        """Its commit on the Hub, which is asked for it; None for a model that is not there."""
+        return hub_commit(self.name, self.revision) if self.name and is_repo(self.name) else None
 
     def identity(self) -> dict[str, str]:
         """Library with its version, name, commit on the Hub or else fingerprint, and dtype."""
@@ -161,10 +160,10 @@ class Encoder(ABC):
     def tokenized(self, texts: list[str]) -> TokenizedTexts:
         """Tokenise texts, cut where they are too long; return them with what makes unit rows of them."""
 
-    def encode_text_parts(self, texts: Sequence[str], batch_size: int | None = None) -> Iterator[Tensor]:
-        """Embed texts as [`Encoder.encode_text`] does, some at a time."""
+    def encode_text_parts(self, texts: Sequence[str], batch_size: int | None = None) -> Iterator[ComputedRows]:
+        """Embed texts as [`Encoder.encode_text`] does, some at a time, as a store takes them."""
         for start in range(0, len(texts), TEXTS_AT_ONCE):
-            yield self.encode_text(texts[start : start + TEXTS_AT_ONCE], batch_size)
+            yield ComputedRows(self.encode_text(texts[start : start + TEXTS_AT_ONCE], batch_size))
 
     def encode_image(
         self,

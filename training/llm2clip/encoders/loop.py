@@ -6,11 +6,11 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from llm2clip.command_line.progress import ProgressBar
 from llm2clip.data import OnError, SampleError, decode_image
@@ -53,23 +53,6 @@ def run_model(
         yield batch, inputs, output
 
 
-class _Inputs(Dataset, Generic[BatchT, InputsT]):
-    """The inputs of batches, as worker processes prepare them."""
-
-    def __init__(self, batches: Sequence[BatchT], prepare: Callable[[BatchT], InputsT]) -> None:
-        self.batches, self.prepare = batches, prepare
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> InputsT:
-        return self.prepare(self.batches[index])
-
-
-def _unchanged(inputs: InputsT) -> InputsT:
-    return inputs
-
-
 def _prepared(batches: Sequence[BatchT], prepare: Callable[[BatchT], InputsT], num_workers: int) -> Iterator[InputsT]:
     """Prepare batches before they are asked for, in worker processes; in threads without any, and with LanceDB.
 
@@ -77,8 +60,8 @@ def _prepared(batches: Sequence[BatchT], prepare: Callable[[BatchT], InputsT], n
     and resizes without Python's lock.
     """
     if num_workers and "lancedb" not in sys.modules:
-        inputs = _Inputs(batches, prepare)
-        yield from DataLoader(inputs, batch_size=None, num_workers=num_workers, collate_fn=_unchanged)
+        each: Any = batches
+        yield from DataLoader(each, batch_size=None, num_workers=num_workers, collate_fn=prepare)
         return
     if len(batches) == 1:  # such as a query, which waits for no thread
         yield prepare(batches[0])

@@ -18,7 +18,7 @@ from llm2clip.files.atomic import digest_json
 from llm2clip.files.manifests import refuse_changed_model
 from llm2clip.models.attention_probe import probe_text_tower
 from llm2clip.models.identity import RULE, tokenizer_fingerprint, vision_fingerprint, weights_checksum
-from llm2clip.models.repos import RepoKind, hub_commit, inspect_repo, names_of
+from llm2clip.models.repos import RepoKind, inspect_repo, names_of
 from llm2clip.models.towers import open_text_tower
 from modeling_llm2clip import (
     LLM2CLIPConfig,
@@ -136,12 +136,6 @@ class OurEncoder(Encoder):
         if only_images:
             return with_pillow(image_processor)
         return LLM2CLIPProcessor(image_processor, AutoTokenizer.from_pretrained(name, **where))
-
-    def identity(self) -> dict[str, str]:
-        """See [`Encoder.identity`]; the Hub is only asked here, for the commit."""
-        if self.commit is None and self.name:
-            self.commit = hub_commit(self.name, self.revision)
-        return super().identity()
 
     def settings(self) -> dict[str, Any]:
         settings = {} if self.transform is None else {"vision": self.image_fingerprint()}

@@ -14,7 +14,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from llm2clip.data import EvalTransform
 from llm2clip.encoders.encoder import ClipEncoder, compared_lengths, dtype_for_device
 from llm2clip.models.identity import preprocessing, tokenizer_fingerprint
-from llm2clip.models.repos import hub_commit
 from llm2clip.models.towers import loading_options
 from modeling_llm2clip import with_pillow
 from modeling_llm2clip.modeling_llm2clip_utils import load_complete
@@ -67,7 +66,7 @@ class TransformersEncoder(ClipEncoder):
     positions allow. Case and punctuation are the tokenizer's matter.
 
     Args:
-        name, device, dtype, commit: See [`Encoder`].
+        name, device, dtype: See [`Encoder`].
         model: The model, in evaluation mode.
         processor: Its processor, with `image_processor` and `tokenizer`.
 
@@ -78,15 +77,9 @@ class TransformersEncoder(ClipEncoder):
     library = f"transformers {transformers.__version__}"
 
     def __init__(
-        self,
-        name: str,
-        model: Any,
-        processor: Any,
-        device: torch.device,
-        dtype: str = "float32",
-        commit: str | None = None,
+        self, name: str, model: Any, processor: Any, device: torch.device, dtype: str = "float32"
     ) -> None:
-        super().__init__(name, model, 0, device, dtype, commit)
+        super().__init__(name, model, 0, device, dtype)
         self.tokenizer = processor.tokenizer
         self.transform = EvalTransform(with_pillow(processor.image_processor))
         defaults = text_defaults(type(processor))
@@ -122,8 +115,7 @@ class TransformersEncoder(ClipEncoder):
         dtype_for_device(model, dtype, device)
         processor = AutoProcessor.from_pretrained(name, **where)
         dtype = str(model.dtype).removeprefix("torch.")
-        commit = hub_commit(name, revision)
-        encoder = cls(name, model.to(device).eval(), processor, device, dtype, commit)
+        encoder = cls(name, model.to(device).eval(), processor, device, dtype)
         encoder.revision = revision
         return encoder
 

@@ -114,7 +114,7 @@ class Session:
         """
 
         def compute(rows: list[int]) -> Iterator[ComputedRows]:
-            return map(ComputedRows, self.encoder.encode_text_parts([texts[row] for row in rows], self.batch_size))
+            return self.encoder.encode_text_parts([texts[row] for row in rows], self.batch_size)
 
         title = "Embedding texts"
         with self.timed("texts"):

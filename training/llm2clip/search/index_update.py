@@ -15,7 +15,6 @@ from llm2clip.command_line.processes import worker_count
 from llm2clip.command_line.progress import ProgressBar
 from llm2clip.encoders import Encoder
 from llm2clip.encoders.ours import OurEncoder
-from llm2clip.models.repos import hub_commit
 from llm2clip.search.folder_items import DIGESTS, Items
 from llm2clip.search.index_manifest import IndexManifest
 from llm2clip.search.index_settings import IMAGES_AT_ONCE, IndexSettings
@@ -326,8 +325,7 @@ def _identity(encoder: Encoder, image_fingerprint: str | None) -> dict[str, str]
     """Identify a model; an LLM2CLIP model for images by that side alone, since its LLM may be large or quantised."""
     if image_fingerprint is None or not isinstance(encoder, OurEncoder):
         return encoder.identity()
-    commit = hub_commit(encoder.name, encoder.revision) if encoder.name else None
-    source = {"fingerprint": image_fingerprint} if commit is None else {"commit": commit}
+    source = {"fingerprint": image_fingerprint} if encoder.commit is None else {"commit": encoder.commit}
     return {"library": encoder.library, "name": encoder.name, **source, "dtype": encoder.dtype}
 
 
