@@ -92,9 +92,7 @@ class Session:
             NonFiniteError: Rows are NaN or infinite; the message names the images.
         """
         encoder, size = self.encoder, self.batch_size or IMAGE_BATCH
-        forward = encoder.forward_images
-        if kind != IMAGES:
-            forward = partial(encoder.forward_features, projected=kind == "projected")
+        forward = None if kind == IMAGES else partial(encoder.forward_features, projected=kind == "projected")
 
         def compute(rows: list[int]) -> Iterator[ComputedRows]:
             return encoder.encode_image_parts(images, rows, size, self.num_workers, self.on_error, forward)
