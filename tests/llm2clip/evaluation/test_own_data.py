@@ -216,7 +216,7 @@ def test_captions_are_read_from_a_cache_instead_of_embedded_by_the_llm(
     options = ("--benchmark", own, "--embeddings", str(tmp_path / "rows"))
     assert command(place, tmp_path / "llm-out", model, *options) == 0
     with monkeypatch.context() as patched:
-        patched.setattr(OurEncoder, "encode_text", lambda *_: pytest.fail("the LLM is not used"))
+        patched.setattr(OurEncoder, "tokenized", lambda *_: pytest.fail("the LLM is not used"))
         cached = ("--embedding-cache", str(tmp_path / "cache"))
         assert command(place, tmp_path / "cache-out", model, *options, *cached) == 0
     [by_llm], [by_cache] = results_of(tmp_path / "llm-out"), results_of(tmp_path / "cache-out")

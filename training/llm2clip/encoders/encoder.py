@@ -152,9 +152,7 @@ class Encoder(ABC):
             NonFiniteError: Embeddings are NaN or infinite; the message names the texts.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
-        return self.compact(
-            encode_texts(self.tokenized(texts), texts, self.full_width, batch_size, show_progress_bar)
-        )
+        return self.compact(encode_texts(self.tokenized(texts), texts, self.full_width, batch_size, show_progress_bar))
 
     @abstractmethod
     def tokenized(self, texts: list[str]) -> TokenizedTexts:
@@ -182,7 +180,7 @@ class Encoder(ABC):
             num_workers: Worker processes that decode and prepare images; 0 for none.
             show_progress_bar: Show a progress bar.
             names: Names of the images in errors; by default their paths, or their positions in the list.
-            on_error: `raise` for an image that cannot be decoded, or `skip` it: its row is NaN, and a warning names it.
+            on_error: `raise` for an image that cannot be decoded, or `skip` it: its row is NaN, with a warning.
 
         Returns:
             Unit rows, float32 `(images, width)` on the CPU, in input order.

@@ -6,7 +6,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,8 +60,8 @@ def _prepared(batches: Sequence[BatchT], prepare: Callable[[BatchT], InputsT], n
     and resizes without Python's lock.
     """
     if num_workers and "lancedb" not in sys.modules:
-        each: Any = batches
-        yield from DataLoader(each, batch_size=None, num_workers=num_workers, collate_fn=prepare)
+        each, collate = cast(Any, batches), cast(Any, prepare)
+        yield from DataLoader(each, batch_size=None, num_workers=num_workers, collate_fn=collate)
         return
     if len(batches) == 1:  # such as a query, which waits for no thread
         yield prepare(batches[0])

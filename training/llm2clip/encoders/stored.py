@@ -98,14 +98,14 @@ class _StoredImages(PreparedImages):
     """The stored features of images."""
 
     def __init__(self, images: ImageSet, features: ImageFeatures, on_error: OnError) -> None:
-        super().__init__(images, features.read_views, on_error)
+        super().__init__(images, lambda row, key: {"vision_features": features.read_views(row)[0]}, on_error)
         self.features, self.stored_rows = features, features.find(images.content_keys())
 
     def inputs(self, row: int) -> dict[str, Tensor]:
-        stored = self.stored_rows[row : row + 1]
+        stored, key = self.stored_rows[row : row + 1], self.images.key(row)
         if int(stored[0]) in self.features.skipped:
-            raise DamagedImageError(self.images.key(row), self.features.skipped[int(stored[0])].reason)
-        return {"vision_features": self.features.read_views(stored)[0]}
+            raise DamagedImageError(key, self.features.skipped[int(stored[0])].reason)
+        return self.prepare(stored, key)
 
 
 def open_stored_encoder(

@@ -76,9 +76,7 @@ class TransformersEncoder(ClipEncoder):
 
     library = f"transformers {transformers.__version__}"
 
-    def __init__(
-        self, name: str, model: Any, processor: Any, device: torch.device, dtype: str = "float32"
-    ) -> None:
+    def __init__(self, name: str, model: Any, processor: Any, device: torch.device, dtype: str = "float32") -> None:
         super().__init__(name, model, 0, device, dtype)
         self.tokenizer = processor.tokenizer
         self.transform = EvalTransform(with_pillow(processor.image_processor))
