@@ -62,10 +62,8 @@ class _Views(PreparedImages):
     """The views of images: `pixel_values` (views, 3, H, W), and whatever else the tower takes of a single one."""
 
     def __init__(
-        self, images: ImageSet, image_processor: BaseImageProcessor, manifest: StoreManifest, keys: np.ndarray,
-        on_error: OnError,
-    ) -> None:  # fmt: skip
-        identity = manifest.identity
+        self, images: ImageSet, keys: np.ndarray, image_processor: Any, identity: dict[str, Any], on_error: OnError
+    ) -> None:
         evaluation = EvalTransform(image_processor, identity["image_backend"])
         super().__init__(images, evaluation.inputs, on_error, evaluation.decode)
         self.views, self.seed, self.keys = identity["views"], identity["seed"], keys
@@ -139,7 +137,7 @@ def open_features(
     joined = JoinedImages(list(images))
     keys = joined.content_keys()
     first = np.sort(np.unique(keys, axis=0, return_index=True)[1])
-    prepared = _Views(joined, image_processor, manifest, keys, on_error)
+    prepared = _Views(joined, keys, image_processor, identity, on_error)
 
     def forward(prepared: dict[str, Tensor]) -> Tensor:
         inputs: dict[str, Any] = {name: value.to(tower.device) for name, value in prepared.items()}
