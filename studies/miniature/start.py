@@ -60,6 +60,7 @@ def _set_statistics(
     dataset = CaptionImageDataset([CaptionSource.from_dict(source) for source in sources])
     pairs = store_pairs(model, image_processor, dataset, open_cache(caches), features)
     samples, caption_rows, weights = pairs.pairs()
-    model.set_vision_statistics(*pairs.features.statistics(pairs.image_rows[np.unique(samples)]))
+    stored = pairs.features.read(pairs.image_rows[np.unique(samples)]).double()
+    model.set_vision_statistics(stored.mean(dim=0).float(), stored.std(dim=0, correction=0).float())
     total = torch.from_numpy(weights) @ pairs.cache.read(caption_rows, torch.float64)
     model.set_text_center((total / weights.sum()).float())

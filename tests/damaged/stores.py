@@ -104,7 +104,7 @@ def read_cache(folder: Path) -> Readers:
 
     def features() -> Any:
         opened = ImageFeatures.open(folder, verify=False)
-        return opened.read_views(numbers).tolist(), opened.statistics(numbers)
+        return opened.read_views(numbers).tolist()
 
     return (
         lambda: _verify(folder),

@@ -187,7 +187,7 @@ def test_a_second_start_embeds_nothing_and_another_model_or_preprocessing_all(
         assert stored(Gallery.open(str(saved_model), bundled_images(5), tmp_path)) == stored(first)
     rounded = Gallery.open(str(saved_model), bundled_images(5), tmp_path, dtype="bfloat16")
     assert stored(rounded) != stored(first)
-    processor: Any = gallery.encoder.transform.image_processor  # type: ignore[attr-defined]
+    processor: Any = gallery.encoder.image_transform().image_processor
     weight = gallery.encoder.model.visual_projection.weight
     with monkeypatch.context() as patch:
         patch.setattr(processor, "image_mean", [0.1, 0.2, 0.3])

@@ -198,7 +198,6 @@ def test_a_killed_run_computes_no_more_than_a_part_of_a_file_again(
 def test_rows_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also among those that are copied; the file is that of safetensors itself."""
     monkeypatch.setattr(embed_shards, "EMBED_SIZE", 1000)
-    monkeypatch.setattr(embed_shards, "COPY_SIZE", 3000)
     texts, out = [f"text {row}" for row in range(10_000)], tmp_path / "out"
     source = CaptionSource(write_table(tmp_path / "a.parquet", {"caption": texts}), streaming=True)
     written: list[int] = []

@@ -46,9 +46,6 @@ def test_rows_are_the_features_of_the_images(model: LLM2CLIPModel, tmp_path: Pat
     )
     expected = model.get_vision_features(pixels["pixel_values"])
     torch.testing.assert_close(features.read_views(rows, 0).float(), expected, atol=2e-3, rtol=2e-3)
-    mean, std = features.statistics(rows)
-    torch.testing.assert_close(mean, expected.mean(dim=0), atol=2e-3, rtol=2e-3)
-    torch.testing.assert_close(std, expected.std(dim=0, correction=0), atol=2e-3, rtol=2e-3)
 
 
 def test_every_identity_has_its_own_folder(model: LLM2CLIPModel, tmp_path: Path) -> None:

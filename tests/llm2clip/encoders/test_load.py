@@ -103,22 +103,20 @@ def test_an_embedding_that_is_not_finite_is_an_error_also_where_damaged_images_a
     half = LLM2CLIPVisionModelWithProjection.from_pretrained(saved_model)
     torch.nn.init.constant_(half.visual_projection.weight, float("nan"))
     encoder = OurEncoder(half, tiny.processor().image_processor)
-    images = ImageList([*pictures(1), b"no image", *pictures(1)])
     with pytest.raises(NonFiniteError, match=r"2 of 2 images are NaN or infinite: 0, 2\."):
-        encoder.encode_image_rows(images, range(3), on_error="skip")
+        encoder.encode_image([*pictures(1), b"no image", *pictures(1)], on_error="skip")
     with pytest.raises(NonFiniteError, match="1 of 1 images are NaN or infinite: an upload"):
         encoder.encode_image(pictures(1)[0], names=["an upload"])
 
 
 def test_rows_are_embedded_in_parts_without_the_skipped_ones(saved_model: Path) -> None:
-    images = ImageList([*pictures(3), b"no image", *pictures(2)])
+    images = [*pictures(3), b"no image", *pictures(2)]
     encoder = OurEncoder.load(str(saved_model))
-    parts = list(encoder.encode_image_parts(images, range(5, -1, -1), batch_size=2, part_size=4, on_error="skip"))
-    assert [part.rows for part in parts] == [[5, 4, 3, 2], [1, 0]]
-    assert [reason is None for reason in parts[0].reasons] == [True, True, False, True]
-    assert not parts[0].embeds[2].any()
-    whole = encoder.encode_image_rows(images, [0, 2]).embeds
-    torch.testing.assert_close(whole, torch.stack([parts[1].embeds[1], parts[0].embeds[3]]))
+    parts = list(encoder.encode_image_parts(ImageList(images), range(5, -1, -1), batch_size=2, on_error="skip"))
+    assert [len(part.rows) for part in parts] == [2, 2, 2]
+    assert [[(place, key) for place, key, _ in part.skipped] for part in parts] == [[], [(0, "3")], []]
+    assert not parts[1].rows[0].any()
+    torch.testing.assert_close(encoder.encode_image(images[:3:2]), torch.stack([parts[2].rows[1], parts[1].rows[1]]))
 
 
 def test_towers_for_images_of_any_shape_receive_all_their_inputs() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch.nn.functional import normalize
 
 from llm2clip.data import decode_image
@@ -58,7 +59,7 @@ def test_a_grey_image_is_as_the_library_reads_it(spec: str) -> None:
     grey = IMAGES[1].resize((17, 23))
     expected = transform(grey)
     pixels = encoder.prepare(decode_image(grey), "image")["pixels"]
-    mean, std = (torch.tensor(values)[:, None, None] for values in encoder.pixel_statistics)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
     assert torch.equal((pixels.float().div(255) - mean) / std, expected)
 
 

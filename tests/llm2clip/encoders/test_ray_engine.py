@@ -15,7 +15,7 @@ import torch
 
 from llm2clip import cli, closed_form_alignment
 from llm2clip.encoders.embed_shards import EmbedShard, SidecarJob, list_jobs
-from llm2clip.encoders.ray_engine import RayOptions, embed_with_ray
+from llm2clip.encoders.ray_engine import embed_with_ray
 from tests.documents.reading import blocks
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.encoders.shards import Counting, embed, embedding, write_shards
@@ -78,7 +78,7 @@ def test_every_shard_is_done_once_whatever_dies(cluster: Any, tmp_path: Path) ->
 
     def done(folder: str, embedder: Callable[[], EmbedShard], **options: Any) -> list[Any]:
         jobs = list_jobs([source], str(tmp_path / folder))
-        return list(embed_with_ray(jobs, embedder, RayOptions(**{"actors": 2, **options})))
+        return list(embed_with_ray(jobs, embedder, **{"actors": 2, **options}))
 
     outcomes = done("ray", lambda: dying(died))
     assert died.exists()

@@ -10,17 +10,20 @@ Images are found by their position, or by content or key:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+from torchvision.transforms.v2.functional import pil_to_tensor
 
+from llm2clip.data import OnError
 from llm2clip.encoders import Encoder
-from llm2clip.encoders.encoder import EncodedRows
 from llm2clip.evaluation.data import BenchmarkImages
 from llm2clip.evaluation.session import Session
+from llm2clip.store.shards import ComputedRows
 
 Table = Sequence[Sequence[float]] | Tensor | Mapping[Any, Sequence[float] | Tensor]
 
@@ -58,25 +61,35 @@ class FakeEncoder(Encoder):
         self.max_words, self.patches = max_words, patches
         self.embedded: list[list[str] | int] = []
 
+    @cached_property
+    def commit(self) -> str | None:
+        return None
+
     def fingerprint(self) -> str:
         return self.name
 
     def settings(self) -> dict[str, Any]:
         return {}
 
-    @property
-    def pixel_statistics(self) -> tuple[Sequence[float], Sequence[float]]:
-        return (0.0,) * 3, (1 / 255,) * 3
+    def prepare_pixels(self, image: Any) -> dict[str, Tensor]:
+        return {"pixel_values": pil_to_tensor(image).float()}
 
     def prepare(self, image: Any, key: str) -> dict[str, Tensor]:
         return self.prepare_pixels(image)
 
-    def encode_image_parts(self, images: Any, rows: Sequence[int], **options: Any) -> Iterator[EncodedRows]:
+    def encode_image_parts(
+        self,
+        images: Any,
+        rows: Sequence[int],
+        batch_size: int = 64,
+        num_workers: int = 0,
+        on_error: OnError = "raise",
+        forward: Callable[[dict[str, Any]], Tensor] | None = None,
+    ) -> Iterator[ComputedRows]:
         if not len(rows):
             return
         self.embedded.append(len(rows))
-        forward = options.get("forward") or self.forward_images
-        yield EncodedRows(list(rows), forward({"images": images, "rows": rows}), [None] * len(rows))
+        yield ComputedRows((forward or self.forward_images)({"images": images, "rows": rows}))
 
     def image_features(self, inputs: dict[str, Any]) -> Tensor:
         return _find(self.images, **inputs)

@@ -104,7 +104,8 @@ def test_compact_embeddings_are_measured_as_a_database_compares_them(place: Path
     [benchmark] = choose_benchmarks([str(place / "strange.py")], place / "data")
     data = benchmark.read(place / "data" / "Strange")
     encoder = load_encoder(str(place / "model"))
-    rows = [encoder.encode_image_rows(data.images, range(11)).embeds, encoder.encode_text(data.texts)]
+    images = torch.cat([part.rows for part in encoder.encode_image_parts(data.images, range(11))])
+    rows = [images, encoder.encode_text(data.texts)]
     signs = [torch.where(some[:, :16] > 0, 1.0, -1.0) for some in rows]
     wanted = retrieval_metrics(signs[0], signs[1], data.pairs)
     assert all(wanted[name] == pytest.approx(score) for name, score in result["scores"].items())

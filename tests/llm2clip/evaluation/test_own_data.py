@@ -216,7 +216,7 @@ def test_captions_are_read_from_a_cache_instead_of_embedded_by_the_llm(
     options = ("--benchmark", own, "--embeddings", str(tmp_path / "rows"))
     assert command(place, tmp_path / "llm-out", model, *options) == 0
     with monkeypatch.context() as patched:
-        patched.setattr(OurEncoder, "encode_text", lambda *_: pytest.fail("the LLM is not used"))
+        patched.setattr(OurEncoder, "tokenized", lambda *_: pytest.fail("the LLM is not used"))
         cached = ("--embedding-cache", str(tmp_path / "cache"))
         assert command(place, tmp_path / "cache-out", model, *options, *cached) == 0
     [by_llm], [by_cache] = results_of(tmp_path / "llm-out"), results_of(tmp_path / "cache-out")
@@ -266,7 +266,10 @@ def test_captions_find_those_of_the_same_image_with_a_text_tower_too(place: Path
 def test_broken_embeddings_of_a_model_in_training_end_its_retrieval_by_name(place: Path) -> None:
     model, processor = tiny.joint_model().eval(), tiny.processor()
     data = RetrievalData.from_source(source(str(place / "own.parquet")))
-    llm = OurEncoder(model.text_model, processor).embed
+    encoder = OurEncoder(model.text_model, processor)
+
+    def llm(texts: list[str]) -> torch.Tensor:
+        return encoder.embed(texts)[0]
 
     def broken_llm(texts: list[str]) -> torch.Tensor:
         rows = llm(texts)
@@ -277,10 +280,10 @@ def test_broken_embeddings_of_a_model_in_training_end_its_retrieval_by_name(plac
         return image_text_metrics(Session(StoredEncoder(model, processor, embed), on_error="skip"), data)
 
     assert measure(llm)["num_texts"] == 6
-    with pytest.raises(NonFiniteError, match=r"1 of 6 captions \(by the LLM\) are NaN or infinite: a bus\."):
+    with pytest.raises(NonFiniteError, match=r"1 of 6 texts are NaN or infinite: a bus\."):
         measure(broken_llm)
     torch.nn.init.constant_(model.text_adapter.proj.weight, float("nan"))
-    with pytest.raises(NonFiniteError, match=r"6 of 6 captions \(by the adapter\) are NaN or infinite: a dog"):
+    with pytest.raises(NonFiniteError, match=r"6 of 6 texts are NaN or infinite: a dog"):
         measure(llm)
     torch.nn.init.constant_(model.visual_projection.weight, float("inf"))
     with pytest.raises(NonFiniteError, match=r"6 of 6 images are NaN or infinite: k0, k1"):

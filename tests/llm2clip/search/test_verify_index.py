@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def test_embeddings_that_are_no_unit_vectors_are_a_fault(
 
     def doubled(*arguments: Any, **settings: Any) -> Iterator[Any]:
         for part in embed(*arguments, **settings):
-            yield part._replace(embeds=2 * part.embeds)
+            yield replace(part, rows=2 * part.rows)
 
     with monkeypatch.context() as patch:
         patch.setattr(OurEncoder, "encode_image_parts", doubled)

@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from llm2clip.data import EvalTransform
 from llm2clip.encoders import Encoder, load_encoder
 from llm2clip.encoders.query_encoder import TextEncoder
 from llm2clip.evaluation.heat_map import draw_heat_map, patch_similarity, seen_part
@@ -54,8 +53,7 @@ class Gallery:
 
     def __init__(self, encoder: Encoder, index: SearchIndex, images: ResultImages) -> None:
         self.encoder, self.index, self.images = encoder, index, images
-        transform = getattr(encoder, "transform", None)
-        self._processor = transform.image_processor if isinstance(transform, EvalTransform) else None
+        self._processor = None if encoder.transform is None else encoder.transform.image_processor
 
     @classmethod
     def open(

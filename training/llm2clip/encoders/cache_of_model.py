@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from llm2clip.command_line.processes import on_main_process
-from llm2clip.data.shards import SourceShard
-from llm2clip.data.sidecars import SourceSidecars
 from llm2clip.models.identity import tokenizer_fingerprint
-from llm2clip.models.repos import OUR_MODELS, inspect_repo
-from llm2clip.models.towers import describe_text_tower
 from llm2clip.store import EmbeddingCache, PairedCache, StoreManifest, StoreMismatchError
-from llm2clip.store.store import stored_manifest
-from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig
-
-logger = logging.getLogger(__name__)
+from modeling_llm2clip import LLM2CLIPConfig
 
 
 def open_cache_of_model(
@@ -40,42 +28,19 @@ def open_cache_of_model(
         StoreError: See [`EmbeddingCache.open`]. A model that records no fingerprint takes any cache.
         ValueError: There are not as many caches as the model has text encoders.
     """
-    encoders, paths = config.text_config.encoders, [path] if isinstance(path, str | Path) else [*path]
-    if len(paths) != len(encoders or [None]):
+    number, paths = len(config.text_config.encoders or [None]), [path] if isinstance(path, str | Path) else [*path]
+    if len(paths) != number:
         raise ValueError(
-            f"the model reads the embeddings of {len(encoders or [None])} text encoder(s), but the embedding caches "
-            f"are {', '.join(map(str, paths))}; give one of each, in their order."
+            f"the model reads the embeddings of {number} text encoder(s), but the embedding caches are "
+            f"{', '.join(map(str, paths))}; give one of each, in their order."
         )
-    if not isinstance(path, str | Path):
-        cache: EmbeddingCache = PairedCache.of_folders(path, verify)
-        _refuse_other_encoder(cache.path, cache.manifest, config.text_model_fingerprint, None)
-        return cache
-    cache = EmbeddingCache.open(path, verify=False)
-    refuse_other_text_tower(path, cache.manifest, config, tokenizer)
+    cache: EmbeddingCache = (
+        EmbeddingCache.open(paths[0], verify=False) if number == 1 else PairedCache.of_folders(paths, verify=False)
+    )
+    refuse_other_text_tower(cache.path, cache.manifest, config, tokenizer)
     if verify:
         cache.require_unchanged()
     return cache
-
-
-def open_sidecars_of_model(
-    folder: str | Path,
-    shards: Sequence[SourceShard],
-    columns: Sequence[str],
-    config: LLM2CLIPConfig,
-    tokenizer: PreTrainedTokenizerBase,
-) -> SourceSidecars:
-    """Open the sidecars of a source for a model, see [`open_cache_of_model`], and check all their manifests.
-
-    Args:
-        shards, columns: The shards of the source, and the columns that captions are drawn from.
-
-    Raises:
-        StoreError, MissingCaptionError: See [`SourceSidecars.check`].
-    """
-    sidecars = SourceSidecars(folder, shards)
-    sidecars.manifest, sidecars.row_counts = on_main_process(partial(sidecars.check, columns))
-    refuse_other_text_tower(folder, sidecars.manifest, config, tokenizer)
-    return sidecars
 
 
 def _refuse_other_encoder(
@@ -113,26 +78,3 @@ def refuse_other_text_tower(
             "its encode_text would give other vectors. Embed them without --instruction; a plain LLM or embedding "
             "model can have the instruction as --prompt-prefix, which the model keeps."
         )
-
-
-def describe_text_tower_of_cache(
-    name: str, revision: str | None, path: str | Path | None
-) -> tuple[LLM2CLIPTextConfig, PreTrainedTokenizerBase]:
-    """Describe a text tower as [`describe_text_tower`] does; a plain LLM with the prompt that a cache was made with.
-
-    Args:
-        path: The cache, if there is one. Its prompt is taken only if that gives the tokenizer that the cache records,
-            which an instruction or another LLM does not.
-    """
-    described = describe_text_tower(name, revision)
-    if path is None or inspect_repo(name, revision).kind in OUR_MODELS:
-        return described
-    made_by = stored_manifest(path).identity
-    if made_by["tokenizer_fingerprint"] in (None, tokenizer_fingerprint(described[1])):
-        return described
-    prompt = {name: made_by[name] for name in ("prompt_prefix", "prompt_suffix")}
-    prompted = describe_text_tower(name, revision, **prompt)
-    if tokenizer_fingerprint(prompted[1]) != made_by["tokenizer_fingerprint"]:
-        return described
-    logger.info("Prompt of %s, from the embedding cache: %r caption %r.", name, *prompt.values())
-    return prompted

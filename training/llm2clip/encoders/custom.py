@@ -28,7 +28,7 @@ class CustomEncoder(ClipEncoder):
     """A model by the conventions of open_clip and CLIP_benchmark.
 
     Args:
-        name, device, dtype, batch_size: See [`Encoder`].
+        name, device, dtype: See [`Encoder`].
         model: A module with `encode_image(pixels)` and `encode_text(tokens)`, which return `(batch, width)`.
         preprocess: Makes a tensor of a decoded RGB image.
         tokenizer: Makes a tensor `(texts, tokens)`, or a mapping of such tensors, of a list of texts.
@@ -46,14 +46,13 @@ class CustomEncoder(ClipEncoder):
         code: str,
         device: torch.device,
         dtype: str = "float32",
-        batch_size: int | None = None,
     ) -> None:
-        super().__init__(name, model.to(device, getattr(torch, dtype)).eval(), 0, device, dtype, None, batch_size)
+        super().__init__(name, model.to(device, getattr(torch, dtype)).eval(), 0, device, dtype)
         self.preprocess, self.tokenizer, self.code = preprocess, tokenizer, code
         self.measure_width()
 
     @classmethod
-    def load(cls, spec: str, dtype: str, device: torch.device, batch_size: int | None = None) -> CustomEncoder:
+    def load(cls, spec: str, dtype: str, device: torch.device) -> CustomEncoder:
         """Load `PATH.py:FUNCTION`; the function takes no arguments.
 
         Raises:
@@ -69,14 +68,10 @@ class CustomEncoder(ClipEncoder):
         made = function()
         if not (isinstance(made, tuple) and len(made) == 3 and isinstance(made[0], nn.Module)):
             raise ValueError(f"{spec} has to return {RETURNS}, but returns {type(made).__name__}.")
-        return cls(spec, *made, sha256(Path(path)), device, dtype, batch_size)
+        return cls(spec, *made, sha256(Path(path)), device, dtype)
 
     def settings(self) -> dict[str, Any]:
         return {"code": self.code, "model": repr(self.model)}
-
-    @property
-    def pixel_statistics(self) -> tuple[Sequence[float], Sequence[float]]:
-        raise ValueError(f"{self.name} has a transform of its own, whose mean and deviation are not known.")
 
     def prepare(self, image: Any, key: str) -> dict[str, Tensor]:
         return {"pixel_values": self.preprocess(image)}

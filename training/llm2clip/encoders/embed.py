@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -25,7 +24,7 @@ from llm2clip.encoders.embed_shards import (
     parse_part,
 )
 from llm2clip.encoders.ours import OurEncoder
-from llm2clip.encoders.ray_engine import RayOptions, embed_with_ray
+from llm2clip.encoders.ray_engine import embed_with_ray
 from llm2clip.files.locks import exclusive
 from llm2clip.models.identity import tokenizer_fingerprint
 from llm2clip.models.towers import open_text_tower
@@ -138,20 +137,15 @@ def run(config: EmbedConfig) -> dict[str, Any]:
     Raises:
         ValueError: Settings do not fit each other, or shards could not be embedded.
     """
+    kind = f"sidecars (engine: {config.engine})" if config.writes_sidecars else "a cache"
+    unused = [*(FOR_CACHES if config.writes_sidecars else FOR_SIDECARS), *(() if config.engine == "ray" else FOR_RAY)]
+    refuse(config, unused, f"a run that writes {kind} does not use it: change store or engine")
     if config.writes_sidecars:
-        _refuse_ignored(config, [*FOR_CACHES, *(FOR_RAY if config.engine != "ray" else ())])
         # Without a lock: several runs may share a folder, and each sidecar appears whole.
         return _embed_into_sidecars(config)
-    _refuse_ignored(config, [*FOR_SIDECARS, *FOR_RAY])
     if "://" in config.output_dir:
         raise ValueError(f"a cache is a local folder, not {config.output_dir}; sidecars may have a URL.")
     return _embed_into_cache(config)
-
-
-def _refuse_ignored(config: EmbedConfig, names: Sequence[str]) -> None:
-    """Raise ValueError if one of these settings, which this run does not use, is given."""
-    kind = f"sidecars (engine: {config.engine})" if config.writes_sidecars else "a cache"
-    refuse(config, names, f"a run that writes {kind} does not use it: change store or engine")
 
 
 @exclusive
@@ -191,8 +185,8 @@ def _embed_in_processes(config: EmbedConfig, jobs: list[SidecarJob]) -> EmbedCou
 def _embed_on_ray(config: EmbedConfig, jobs: list[SidecarJob]) -> EmbedCounts:
     if process_state().num_processes > 1:
         raise ValueError("engine: ray is started as one process, which gives the work to Ray; leave torchrun out.")
-    options = RayOptions(config.ray_address, config.ray_actors, config.ray_gpus_per_actor)
-    return count_shards(embed_with_ray(jobs, partial(open_shard_embedder, config), options), len(jobs))
+    options = config.ray_address, config.ray_actors, config.ray_gpus_per_actor
+    return count_shards(embed_with_ray(jobs, partial(open_shard_embedder, config), *options), len(jobs))
 
 
 def open_shard_embedder(config: EmbedConfig) -> EmbedShard:
@@ -200,7 +194,7 @@ def open_shard_embedder(config: EmbedConfig) -> EmbedShard:
     encoder = _open_encoder(config)
     return partial(
         embed_shard,
-        embed=partial(encoder.embed_and_count, batch_size=config.batch_size, instruction=config.instruction),
+        embed=partial(encoder.embed, batch_size=config.batch_size, instruction=config.instruction),
         encoder=describe_encoder(encoder, config.text_model_name_or_path, config),
         reused=None if config.reuse_cache is None else EmbeddingCache.open(config.reuse_cache),
     )
@@ -246,7 +240,7 @@ def embed_into_cache(
     return build_embedding_cache(
         folder,
         captions,
-        partial(encoder.embed_and_count, batch_size=config.batch_size, instruction=config.instruction),
+        partial(encoder.embed, batch_size=config.batch_size, instruction=config.instruction),
         describe_encoder(encoder, name, config),
         shard_size=config.shard_size,
         processes=process_state(),

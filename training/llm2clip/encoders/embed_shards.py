@@ -24,10 +24,8 @@ from llm2clip.store.store import caption_keys
 
 logger = logging.getLogger(__name__)
 
-# Captions per call of the encoder, which can sort them by length.
+# Captions of a sidecar that are in memory at a time, and those per call of the encoder, which can sort them by length.
 EMBED_SIZE = 1024
-# Rows of a sidecar that are in memory at a time, where they are copied.
-COPY_SIZE = 16 * EMBED_SIZE
 # What one part of a parquet file has at most, all that a kill loses: captions (256 MiB of rows of width 4096 in 16
 # bit), and bytes of their columns.
 PART_CAPTIONS, PART_BYTES = 2**15, 2**26
@@ -138,22 +136,18 @@ def _rows(
     captions: list[str], embed: Embed, encoder: StoreManifest, reused: EmbeddingCache | None, known: np.ndarray
 ) -> Iterator[ComputedRows]:
     """Yield the rows of captions in order, some at a time; `known` are those in `reused`, or -1."""
-    missing = np.flatnonzero(known < 0)
-    # Up to these, as many captions are computed as one call takes, or many are copied.
-    ends = {*missing[EMBED_SIZE::EMBED_SIZE].tolist(), *range(COPY_SIZE, len(captions), COPY_SIZE), len(captions)}
-    for start, end in itertools.pairwise([0, *sorted(ends - {0})]):
-        stored = known[start:end]
-        copied, new = np.flatnonzero(stored >= 0), np.flatnonzero(stored < 0)
-        if reused is not None and not len(new):
-            yield ComputedRows(reused.read(stored), {"reused": len(stored)})
-            continue
-        computed = caption_rows(embed, [captions[start + position] for position in new], encoder)
-        rows = torch.empty((end - start, encoder.width))
-        rows[torch.from_numpy(new)] = computed.rows
-        if reused is not None and len(copied):
+    for start in range(0, len(captions), EMBED_SIZE):
+        stored = known[start : start + EMBED_SIZE]
+        is_new = stored < 0
+        rows, counts = torch.empty((len(stored), encoder.width)), {"reused": int((~is_new).sum())}
+        if is_new.any():
+            computed = caption_rows(embed, [captions[start + place] for place in np.flatnonzero(is_new)], encoder)
+            rows[torch.from_numpy(is_new)] = computed.rows
+            counts |= computed.counts
+        if reused is not None and counts["reused"]:
             # Which is rounded to what it was.
-            rows[torch.from_numpy(copied)] = reused.read(stored[copied], torch.float32)
-        yield ComputedRows(rows, {**computed.counts, "reused": len(copied)})
+            rows[torch.from_numpy(~is_new)] = reused.read(stored[~is_new], torch.float32)
+        yield ComputedRows(rows, counts)
 
 
 def list_jobs(

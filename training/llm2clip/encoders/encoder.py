@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,18 +15,25 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as V
 
 from llm2clip.command_line.progress import ProgressBar
-from llm2clip.data import ImageBackend, OnError, decode_image
-from llm2clip.data.transforms import Decoder
+from llm2clip.data import EvalTransform, ImageBackend, OnError, decode_image
+from llm2clip.data.transforms import Decoder, gain_and_offset
 from llm2clip.encoders.images import ImageSet, image_list
-from llm2clip.encoders.loop import EncodedRows, PreparedImages, TokenizedTexts, encode_images, encode_texts
+from llm2clip.encoders.loop import PreparedImages, TokenizedTexts, encode_images, encode_texts
 from llm2clip.encoders.patches import patch_embeddings
 from llm2clip.files.atomic import digest_json
 from llm2clip.models.embeddings import rounded_rows
 from llm2clip.models.identity import RULE, weights_checksum
+from llm2clip.models.places import is_repo
+from llm2clip.models.repos import hub_commit
+from llm2clip.store.shards import ComputedRows
 from modeling_llm2clip.modeling_llm2clip_utils import Precision
+
+logger = logging.getLogger(__name__)
 
 # Texts that are sorted by length together.
 TEXTS_AT_ONCE = 1024
+# Skipped images that are named.
+MAX_NAMED = 20
 
 
 class Encoder(ABC):
@@ -37,28 +46,20 @@ class Encoder(ABC):
         model: The model, in evaluation mode.
         width: Width of its embeddings.
         device, dtype: Where and in what it computes.
-        commit: Its commit on the Hub.
-        batch_size: Largest number of texts per forward pass; None for as many as their tokens allow.
+
+    Attributes:
+        library: The library of the model, with its version.
+        revision: Branch, tag or commit on the Hub that the user asked for.
+        transform: What prepares images; None without images, and where the model has a transform of its own.
     """
 
     library: str
-    # What the user asked for, where a model has a choice.
     revision: str | None = None
-    image_backend: ImageBackend = "exact"
-    decode: Decoder = staticmethod(decode_image)
+    transform: EvalTransform | None = None
 
-    def __init__(
-        self,
-        name: str,
-        model: Any,
-        width: int,
-        device: torch.device,
-        dtype: str,
-        commit: str | None = None,
-        batch_size: int | None = None,
-    ) -> None:
+    def __init__(self, name: str, model: Any, width: int, device: torch.device, dtype: str) -> None:
         self.name, self.model, self.width = name, model, width
-        self.device, self.dtype, self.commit, self.batch_size = device, dtype, commit, batch_size
+        self.device, self.dtype = device, dtype
         self._fingerprint: str | None = None
         self.full_width = width
         self.precision: Precision = "float32"
@@ -89,8 +90,23 @@ class Encoder(ABC):
         identity: dict[str, int | str] = {"truncate_dim": self.width} if self.width < self.full_width else {}
         return identity if self.precision == "float32" else {**identity, "precision": self.precision}
 
+    @property
+    def image_backend(self) -> ImageBackend:
+        """Library that decodes and resizes images; see [`EvalTransform`]."""
+        return "exact" if self.transform is None else self.transform.backend
+
+    @property
+    def decode(self) -> Decoder:
+        """What decodes an image before it is prepared."""
+        return decode_image if self.transform is None else self.transform.decode
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "model": None}
+
+    @cached_property
+    def commit(self) -> str | None:
+        """Its commit on the Hub, which is asked for it; None for a model that is not there."""
+        return hub_commit(self.name, self.revision) if self.name and is_repo(self.name) else None
 
     def identity(self) -> dict[str, str]:
         """Library with its version, name, commit on the Hub or else fingerprint, and dtype."""
@@ -125,7 +141,8 @@ class Encoder(ABC):
 
         Args:
             texts: The texts, of any length; one string counts as a list of one.
-            batch_size: Largest number of texts per forward pass; the default is that of the encoder.
+            batch_size: Largest number of texts per forward pass; the default is as many as their tokens allow: 512
+                padded tokens on a CPU, 16,384 elsewhere.
             show_progress_bar: Show a progress bar.
 
         Returns:
@@ -135,19 +152,16 @@ class Encoder(ABC):
             NonFiniteError: Embeddings are NaN or infinite; the message names the texts.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
-        rows = encode_texts(
-            self.tokenized(texts), texts, self.full_width, batch_size or self.batch_size, show_progress_bar
-        )
-        return self.compact(rows)
+        return self.compact(encode_texts(self.tokenized(texts), texts, self.full_width, batch_size, show_progress_bar))
 
     @abstractmethod
     def tokenized(self, texts: list[str]) -> TokenizedTexts:
         """Tokenise texts, cut where they are too long; return them with what makes unit rows of them."""
 
-    def encode_text_parts(self, texts: Sequence[str], batch_size: int | None = None) -> Iterator[Tensor]:
-        """Embed texts as [`Encoder.encode_text`] does, some at a time."""
+    def encode_text_parts(self, texts: Sequence[str], batch_size: int | None = None) -> Iterator[ComputedRows]:
+        """Embed texts as [`Encoder.encode_text`] does, some at a time, as a store takes them."""
         for start in range(0, len(texts), TEXTS_AT_ONCE):
-            yield self.encode_text(texts[start : start + TEXTS_AT_ONCE], batch_size)
+            yield ComputedRows(self.encode_text(texts[start : start + TEXTS_AT_ONCE], batch_size))
 
     def encode_image(
         self,
@@ -156,6 +170,7 @@ class Encoder(ABC):
         num_workers: int = 0,
         show_progress_bar: bool = False,
         names: Sequence[str] | None = None,
+        on_error: OnError = "raise",
     ) -> Tensor:
         """Embed images.
 
@@ -165,27 +180,31 @@ class Encoder(ABC):
             num_workers: Worker processes that decode and prepare images; 0 for none.
             show_progress_bar: Show a progress bar.
             names: Names of the images in errors; by default their paths, or their positions in the list.
+            on_error: `raise` for an image that cannot be decoded, or `skip` it: its row is NaN, with a warning.
 
         Returns:
             Unit rows, float32 `(images, width)` on the CPU, in input order.
 
         Raises:
-            DamagedImageError: An image cannot be decoded.
+            DamagedImageError: An image cannot be decoded, and is not skipped.
             NonFiniteError: Embeddings are NaN or infinite; the message names the images.
         """
         listed = image_list(images, names)
-        return self.encode_image_rows(
-            listed,
-            range(len(listed)),
-            batch_size=batch_size,
-            num_workers=num_workers,
-            show_progress_bar=show_progress_bar,
-        ).embeds
-
-    def encode_image_rows(self, images: ImageSet, rows: Sequence[int], **options: Any) -> EncodedRows:
-        """Embed rows of an image set in order; the arguments are those of [`Encoder.encode_image_parts`]."""
-        parts = list(self.encode_image_parts(images, rows, **options))
-        return parts[0] if parts else EncodedRows([], torch.empty(0, self.width), [])
+        rows, done, skipped = torch.empty(len(listed), self.width), 0, list[str]()
+        with ProgressBar("Embedding images", len(listed), "image", show_progress_bar) as bar:
+            for part in self.encode_image_parts(listed, range(len(listed)), batch_size, num_workers, on_error):
+                end = done + len(part.rows)
+                rows[done:end] = part.rows
+                for place, key, reason in part.skipped:
+                    rows[done + place] = torch.nan
+                    skipped.append(f"{key}: {reason}")
+                done = end
+                bar.update(len(part.rows))
+        for shown in skipped[:MAX_NAMED]:
+            logger.warning("Skipping image %s", shown)
+        if len(skipped) > MAX_NAMED:
+            logger.warning("Skipping %d more images.", len(skipped) - MAX_NAMED)
+        return rows
 
     def encode_image_parts(
         self,
@@ -193,18 +212,15 @@ class Encoder(ABC):
         rows: Sequence[int],
         batch_size: int = 64,
         num_workers: int = 0,
-        part_size: int | None = None,
         on_error: OnError = "raise",
-        show_progress_bar: bool = False,
         forward: Callable[[dict[str, Tensor]], Tensor] | None = None,
-    ) -> Iterator[EncodedRows]:
-        """Embed rows of an image set in order, a part at a time: no more than a part is in memory.
+    ) -> Iterator[ComputedRows]:
+        """Embed rows of an image set in order, a batch at a time, as a store takes them.
 
         Args:
             images, rows: The images, and the numbers of those to embed.
-            batch_size, num_workers, show_progress_bar: See [`Encoder.encode_image`].
-            part_size: Rows per part, a multiple of `batch_size`; the default is a single part.
-            on_error: `raise` for an image that cannot be decoded, or `skip` it: its row has a reason.
+            batch_size, num_workers: See [`Encoder.encode_image`].
+            on_error: `raise` for an image that cannot be decoded, or `skip` it: its row is zero and has a reason.
             forward: What is computed of a batch of prepared images; the default is the embedding.
 
         Raises:
@@ -212,25 +228,12 @@ class Encoder(ABC):
             NonFiniteError: Embeddings are NaN or infinite; the message names the images.
         """
         prepared = PreparedImages(images, self.prepare, on_error, self.decode)
+        width = self.width if forward is None or on_error == "raise" else self._width_of(forward)
         compute = forward or self.forward_images
-        width = (lambda: self.width) if forward is None else (lambda: self._width_of(forward))
-        parts: list[EncodedRows] = []
-        done = 0
-        with ProgressBar("Embedding images", len(rows), "image", show_progress_bar) as bar:
-            for batch in encode_images(self.model, prepared, rows, compute, width, batch_size, num_workers):
-                bar.update(len(batch.rows))
-                parts.append(batch)
-                done += len(batch.rows)
-                if done == len(rows) or (part_size and done % part_size == 0):
-                    yield EncodedRows(
-                        [row for part in parts for row in part.rows],
-                        torch.cat([part.embeds for part in parts]),
-                        [reason for part in parts for reason in part.reasons],
-                    )
-                    parts = []
+        return encode_images(self.model, prepared, rows, compute, width, batch_size, num_workers)
 
     def _width_of(self, forward: Callable[[dict[str, Tensor]], Tensor]) -> int:
-        """Return the width of what is computed of images, where none could be decoded."""
+        """Return the width of what is computed of images, of which perhaps none can be decoded."""
         sample = self.prepare(Image.new("RGB", (64, 64)), "a blank image")
         return forward({name: value[None] for name, value in sample.items()}).shape[1]
 
@@ -238,19 +241,24 @@ class Encoder(ABC):
     def settings(self) -> dict[str, Any]:
         """Describe in JSON what embeddings depend on besides the weights."""
 
-    @abstractmethod
     def prepare(self, image: Any, key: str) -> dict[str, Tensor]:
         """Prepare the inputs of one decoded RGB image; runs in worker processes."""
-
-    @property
-    @abstractmethod
-    def pixel_statistics(self) -> tuple[Sequence[float], Sequence[float]]:
-        """Mean and standard deviation of each channel, by which pixels of 0 to 1 are normalised."""
+        return self.image_transform().inputs(image, key)
 
     def prepare_pixels(self, image: Any) -> dict[str, Tensor]:
         """Prepare a decoded RGB image of any size without resizing or cropping it: `pixel_values`, `(3, H, W)`."""
-        mean, std = self.pixel_statistics
-        return {"pixel_values": V.normalize(V.to_dtype(V.pil_to_tensor(image), torch.float32, True), mean, std)}
+        gain, offset = gain_and_offset(self.image_transform().image_processor.to_dict())
+        return {"pixel_values": V.pil_to_tensor(image) * gain + offset}
+
+    def image_transform(self) -> EvalTransform:
+        """Return what prepares images.
+
+        Raises:
+            ValueError: It is not known.
+        """
+        if self.transform is None:
+            raise ValueError(f"{self.name} has a transform of its own, whose mean and deviation are not known.")
+        return self.transform
 
     @abstractmethod
     def image_features(self, inputs: dict[str, Tensor]) -> Tensor:
@@ -336,14 +344,3 @@ def dtype_for_device(model: Any, dtype: str, device: torch.device | str) -> None
         for name, weight in [*model.named_parameters(), *model.named_buffers()]:
             if weight.dtype == torch.float16 and not (name.startswith("text_model.") and ".decoder." in name):
                 weight.data = weight.data.float()
-
-
-def processor_statistics(image_processor: Any) -> tuple[list[float], list[float]]:
-    """Return mean and standard deviation by which an image processor normalises pixels of 0 to 1."""
-    settings = image_processor.to_dict()
-    normalises = settings.get("do_normalize")
-    mean, std = (
-        settings[name] if normalises else value for name, value in (("image_mean", [0.0]), ("image_std", [1.0]))
-    )
-    scale = 255 * settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale") else 255
-    return [value / scale for value in mean], [value / scale for value in std]

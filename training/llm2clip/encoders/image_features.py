@@ -21,8 +21,7 @@ from llm2clip.data import (
     TrainTransform,
 )
 from llm2clip.data.rows import stable_seed
-from llm2clip.data.transforms import Decoder
-from llm2clip.encoders.images import ContentSet
+from llm2clip.encoders.images import ImageSet, JoinedImages
 from llm2clip.encoders.loop import PreparedImages, encode_images
 from llm2clip.files.atomic import digest_json
 from llm2clip.models.identity import vision_fingerprint
@@ -35,8 +34,6 @@ FeatureDtype = Literal["float32", "bfloat16"]
 
 # Rows of a shard are few, because an image costs much more than a caption.
 SHARD_SIZE = 2048
-# Rows that are read at once for the statistics.
-PART = 4096
 
 
 class ImageFeatures(Store):
@@ -60,56 +57,22 @@ class ImageFeatures(Store):
         by_view = features.view(len(rows), self.views, -1)
         return by_view[torch.arange(len(rows)), torch.as_tensor(views).expand(len(rows))]
 
-    def statistics(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Compute mean and standard deviation of each feature over rows (which may repeat) and views, in float64.
-
-        Returns:
-            Two float32 tensors of the width of a view.
-        """
-        total = squares = torch.zeros(())
-        for start in range(0, len(rows), PART):
-            part = self.read(rows[start : start + PART]).double().view(-1, self.width // self.views)
-            total, squares = total + part.sum(dim=0), squares + part.square().sum(dim=0)
-        count = len(rows) * self.views
-        mean = total / count
-        return mean.float(), (squares / count - mean.square()).clamp(min=0).sqrt().float()
-
-
-class _Joined:
-    """The images of several sets as one."""
-
-    def __init__(self, sets: Sequence[ContentSet]) -> None:
-        self.sets, self.bounds = sets, np.cumsum([0, *map(len, sets)])
-
-    def _place(self, row: int) -> tuple[ContentSet, int]:
-        number = int(np.searchsorted(self.bounds, row, side="right")) - 1
-        return self.sets[number], row - int(self.bounds[number])
-
-    def decode(self, row: int, decode: Decoder) -> Any:
-        images, own = self._place(row)
-        return images.decode(own, decode)
-
-    def key(self, row: int) -> str:
-        images, own = self._place(row)
-        return images.key(own)
-
 
 class _Views(PreparedImages):
     """The views of images: `pixel_values` (views, 3, H, W), and whatever else the tower takes of a single one."""
 
     def __init__(
-        self, images: _Joined, image_processor: BaseImageProcessor, manifest: StoreManifest, keys: np.ndarray,
-        on_error: OnError,
-    ) -> None:  # fmt: skip
-        identity = manifest.identity
+        self, images: ImageSet, keys: np.ndarray, image_processor: Any, identity: dict[str, Any], on_error: OnError
+    ) -> None:
         evaluation = EvalTransform(image_processor, identity["image_backend"])
         super().__init__(images, evaluation.inputs, on_error, evaluation.decode)
         self.views, self.seed, self.keys = identity["views"], identity["seed"], keys
         low, high = identity["crop_scale"]
         self.training = TrainTransform(image_processor, scale=(low, high)) if self.views > 1 else None
 
-    def inputs(self, image: Any, row: int) -> dict[str, Tensor]:
-        inputs = super().inputs(image, row)
+    def inputs(self, row: int) -> dict[str, Tensor]:
+        image = self.images.decode(row, self.decode)
+        inputs = self.prepare(image, self.images.key(row))
         if self.training is None:
             return inputs
         # Seeded by the key, so that the crops of an image do not depend on its place in the data.
@@ -121,7 +84,7 @@ class _Views(PreparedImages):
 def open_features(
     model: LLM2CLIPModel,
     image_processor: BaseImageProcessor,
-    images: Iterable[ContentSet],
+    images: Iterable[ImageSet],
     folder: str | Path,
     *,
     dtype: FeatureDtype = "float32",
@@ -171,10 +134,10 @@ def open_features(
     }
     width = views * model.config.vision_width
     manifest = StoreManifest(kind="features", encoder=type(tower).__name__, identity=identity, width=width)
-    sets = list(images)
-    keys = np.concatenate([one.content_keys() for one in sets]).astype(np.int64)
+    joined = JoinedImages(list(images))
+    keys = joined.content_keys()
     first = np.sort(np.unique(keys, axis=0, return_index=True)[1])
-    prepared = _Views(_Joined(sets), image_processor, manifest, keys, on_error)
+    prepared = _Views(joined, keys, image_processor, identity, on_error)
 
     def forward(prepared: dict[str, Tensor]) -> Tensor:
         inputs: dict[str, Any] = {name: value.to(tower.device) for name, value in prepared.items()}
@@ -184,11 +147,7 @@ def open_features(
             return model.get_vision_features(**inputs)
 
     def compute(positions: np.ndarray) -> Iterator[ComputedRows]:
-        rows = first[positions].tolist()
-        for part in encode_images(model, prepared, rows, forward, lambda: width, batch_size, num_workers):
-            numbered = enumerate(zip(part.rows, part.reasons, strict=True))
-            skipped = [(place, prepared.images.key(row), reason) for place, (row, reason) in numbered if reason]
-            yield ComputedRows(part.embeds, skipped=skipped)
+        return encode_images(model, prepared, first[positions].tolist(), forward, width, batch_size, num_workers)
 
     features = build_store(
         Path(folder) / digest_json(identity),
@@ -199,7 +158,7 @@ def open_features(
         shard_size=shard_size,
         processes=process_state(),
         kind=ImageFeatures,
-        name=lambda position: f"image {prepared.images.key(int(first[position]))}",
+        name=lambda position: f"image {joined.key(int(first[position]))}",
     )
     stored = features.find(keys[first]).tolist()
     skipped = [features.skipped[row] for row in stored if row in features.skipped]

@@ -17,7 +17,9 @@ from llm2clip.data.transforms import Decoder
 
 
 class ImageSet(Protocol):
-    """Numbered images that are decoded on demand."""
+    """Numbered images that are decoded on demand, and known by their content: what is computed of them is stored."""
+
+    def __len__(self) -> int: ...
 
     def decode(self, row: int, decode: Decoder) -> Any:
         """Decode one image to RGB by `decode(value, key, max_pixels)`; raises SampleError if it cannot be used."""
@@ -26,12 +28,6 @@ class ImageSet(Protocol):
     def key(self, row: int) -> str:
         """Name of an image in errors."""
         ...
-
-
-class ContentSet(ImageSet, Protocol):
-    """An [`ImageSet`] whose images are known by their content, so that what was computed from them can be stored."""
-
-    def __len__(self) -> int: ...
 
     def content_keys(self) -> np.ndarray:
         """Hash the encoded images, `(images, 2)` int64."""
@@ -102,9 +98,9 @@ class TableImages:
 
 
 class ChosenImages:
-    """Some rows of a [`ContentSet`], as one."""
+    """Some rows of an [`ImageSet`], as one."""
 
-    def __init__(self, images: ContentSet, rows: Sequence[int]) -> None:
+    def __init__(self, images: ImageSet, rows: Sequence[int]) -> None:
         self.images, self.rows = images, rows
 
     def __len__(self) -> int:
@@ -118,3 +114,28 @@ class ChosenImages:
 
     def content_keys(self) -> np.ndarray:
         return self.images.content_keys()[np.asarray(self.rows, dtype=np.int64)]
+
+
+class JoinedImages:
+    """The images of several sets as one."""
+
+    def __init__(self, sets: Sequence[ImageSet]) -> None:
+        self.sets, self.bounds = sets, np.cumsum([0, *map(len, sets)])
+
+    def __len__(self) -> int:
+        return int(self.bounds[-1])
+
+    def _place(self, row: int) -> tuple[ImageSet, int]:
+        number = int(np.searchsorted(self.bounds, row, side="right")) - 1
+        return self.sets[number], row - int(self.bounds[number])
+
+    def decode(self, row: int, decode: Decoder) -> Any:
+        images, own = self._place(row)
+        return images.decode(own, decode)
+
+    def key(self, row: int) -> str:
+        images, own = self._place(row)
+        return images.key(own)
+
+    def content_keys(self) -> np.ndarray:
+        return np.concatenate([images.content_keys() for images in self.sets]).astype(np.int64)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ from llm2clip.command_line.processes import process_state
 from llm2clip.data import ImageBackend, OnError
 from llm2clip.encoders.custom import CustomEncoder
 from llm2clip.encoders.encoder import Encoder
-from llm2clip.encoders.images import image_list
 from llm2clip.encoders.open_clip import OpenClipEncoder
 from llm2clip.encoders.ours import OurEncoder
 from llm2clip.encoders.query_encoder import QueryTextEncoder, TextEncoder, has_query_encoder
@@ -23,18 +21,12 @@ from llm2clip.encoders.transformers_clip import TransformersEncoder
 from llm2clip.models.places import OPEN_CLIP
 from llm2clip.models.repos import OUR_MODELS, RepoKind, inspect_repo
 
-logger = logging.getLogger(__name__)
-
-MAX_NAMED = 20
-BOTH_SIDES = "Texts and images need the whole model with its LLM."
-
 
 def load_encoder(
     spec: str,
     revision: str | None = None,
     dtype: str = "float32",
     device: torch.device | str | None = None,
-    batch_size: int | None = None,
     needs: Sequence[str] = (),
     truncate_dim: int | None = None,
     text_encoder: TextEncoder = "llm",
@@ -54,7 +46,6 @@ def load_encoder(
             `float32` where it does not say; on a CPU, which is slow in `float16`, `float32` replaces that type outside
             the LLM.
         device: The default is a GPU if there is one.
-        batch_size: Largest number of texts per forward pass; the default is as many as their tokens allow.
         needs: What it has to embed: `image`, `text` or both. Of an LLM2CLIP model that embeds images alone, only the
             vision half is loaded. The default takes what there is.
         truncate_dim: Number of values that are kept of each embedding, scaled to unit length again; by default all.
@@ -73,29 +64,25 @@ def load_encoder(
             encoder of its own, or no such backend.
     """
     device = torch.device(device or process_state().device)
-    without_own = "float32" if dtype == "auto" else dtype
-    options: dict[str, Any] = {"device": device, "batch_size": batch_size, "dtype": dtype}
+    is_function = spec.rpartition(":")[0].endswith(".py")
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "image_backend": image_backend}
     encoder: Encoder
     if text_encoder == "query" or (text_encoder == "auto" and has_query_encoder(spec, revision)):
-        encoder = QueryTextEncoder.load(spec, revision, image_backend=image_backend, **options)
-    elif spec.startswith(OPEN_CLIP):
+        encoder = QueryTextEncoder.load(spec, revision, **options)
+    elif is_function or spec.startswith(OPEN_CLIP):
         if revision is not None:
-            raise ValueError(f"{spec} is a model of open_clip, which has no revision ({revision!r}).")
-        encoder = OpenClipEncoder.load(spec, without_own, device, batch_size)
-    elif spec.rpartition(":")[0].endswith(".py"):
-        if revision is not None:
-            raise ValueError(f"{spec} is a function, which has no revision ({revision!r}).")
-        encoder = CustomEncoder.load(spec, without_own, device, batch_size)
+            raise ValueError(f"{spec} is no repository on the Hub, and has no revision ({revision!r}).")
+        load = CustomEncoder.load if is_function else OpenClipEncoder.load
+        encoder = load(spec, "float32" if dtype == "auto" else dtype, device)
     else:
         repo = inspect_repo(spec, revision)
         has_both = {"vision_config", "text_config"} <= set(repo.config)
         if repo.kind in OUR_MODELS or (repo.kind is RepoKind.EMBEDDING_MODEL and not has_both):
-            hint = BOTH_SIDES if {"image", "text"} <= set(needs) else None
-            encoder = OurEncoder.load(spec, revision, needs, hint=hint, image_backend=image_backend, **options)
+            encoder = OurEncoder.load(spec, revision, needs, **options)
         else:
-            encoder = TransformersEncoder.load(spec, revision, dtype, device, batch_size, repo.subfolder)
+            encoder = TransformersEncoder.load(spec, revision, dtype, device, repo.subfolder)
     if encoder.image_backend != image_backend:
-        raise ValueError(f"image_backend is {image_backend}, but {spec} is no LLM2CLIP model: leave it out.")
+        raise ValueError(f"image_backend is {image_backend}, but {spec} is no LLM2CLIP model of images: leave it out.")
     return encoder.truncate(truncate_dim)
 
 
@@ -132,7 +119,7 @@ def embed_captions(
             processor.
     """
     encoder = _open(model, processor, device, "text")
-    return encoder.embed(captions, batch_size, show_progress_bar is not False, instruction)
+    return encoder.embed(captions, batch_size, show_progress_bar is not False, instruction)[0]
 
 
 def embed_images(
@@ -170,22 +157,8 @@ def embed_images(
         ValueError: The repository is not an LLM2CLIP model, or a loaded model comes without its processor.
     """
     encoder = _open(model, getattr(processor, "image_processor", processor), device, "image")
-    listed = image_list(images)
-    encoded = encoder.encode_image_rows(
-        listed,
-        range(len(listed)),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        on_error=on_error,
-        show_progress_bar=show_progress_bar is not False,
-    )
-    skipped = [row for row, reason in enumerate(encoded.reasons) if reason is not None]
-    for row in skipped[:MAX_NAMED]:
-        logger.warning("Skipping image %s: %s", listed.key(row), encoded.reasons[row])
-    if len(skipped) > MAX_NAMED:
-        logger.warning("Skipping %d more images.", len(skipped) - MAX_NAMED)
-    encoded.embeds[skipped] = float("nan")
-    return encoded.embeds
+    show = show_progress_bar is not False
+    return encoder.encode_image(images, batch_size, num_workers, show, on_error=on_error)
 
 
 def _open(model: Any, processor: Any, device: torch.device | str | None, need: str) -> OurEncoder:

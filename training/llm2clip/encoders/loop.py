@@ -6,18 +6,19 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from llm2clip.command_line.progress import ProgressBar
 from llm2clip.command_line.settings import require_choice
-from llm2clip.data import OnError, SampleError, SkippedSample, decode_image
+from llm2clip.data import OnError, SampleError, decode_image
 from llm2clip.data.transforms import Decoder
 from llm2clip.encoders.images import ImageSet
 from llm2clip.models.embeddings import require_finite_rows
+from llm2clip.store.shards import ComputedRows
 from modeling_llm2clip.modeling_llm2clip_utils import (
     ACCELERATOR_BATCH_TOKENS,
     CPU_BATCH_TOKENS,
@@ -53,23 +54,6 @@ def run_model(
         yield batch, inputs, output
 
 
-class _Inputs(Dataset, Generic[BatchT, InputsT]):
-    """The inputs of batches, as worker processes prepare them."""
-
-    def __init__(self, batches: Sequence[BatchT], prepare: Callable[[BatchT], InputsT]) -> None:
-        self.batches, self.prepare = batches, prepare
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> InputsT:
-        return self.prepare(self.batches[index])
-
-
-def _unchanged(inputs: InputsT) -> InputsT:
-    return inputs
-
-
 def _prepared(batches: Sequence[BatchT], prepare: Callable[[BatchT], InputsT], num_workers: int) -> Iterator[InputsT]:
     """Prepare batches before they are asked for, in worker processes; in threads without any, and with LanceDB.
 
@@ -77,8 +61,8 @@ def _prepared(batches: Sequence[BatchT], prepare: Callable[[BatchT], InputsT], n
     and resizes without Python's lock.
     """
     if num_workers and "lancedb" not in sys.modules:
-        inputs = _Inputs(batches, prepare)
-        yield from DataLoader(inputs, batch_size=None, num_workers=num_workers, collate_fn=_unchanged)
+        each, collate = cast(Any, batches), cast(Any, prepare)
+        yield from DataLoader(each, batch_size=None, num_workers=num_workers, collate_fn=collate)
         return
     if len(batches) == 1:  # such as a query, which waits for no thread
         yield prepare(batches[0])
@@ -143,19 +127,6 @@ def encode_texts(
     return rows
 
 
-class EncodedRows(NamedTuple):
-    """Embeddings of some `rows` of an [`ImageSet`], or of a table of captions, by their numbers.
-
-    Attributes:
-        embeds: float32 `(rows, width)` on the CPU; zeros where an image cannot be used.
-        reasons: Why a row has no embedding, or None where it has one.
-    """
-
-    rows: list[int]
-    embeds: Tensor
-    reasons: list[str | None]
-
-
 class PreparedImages:
     """The model inputs of some images of a set; an image that cannot be used is an error or skipped.
 
@@ -173,34 +144,30 @@ class PreparedImages:
         require_choice("on_error", on_error, OnError)
         self.images, self.prepare, self.on_error, self.decode = images, prepare, on_error, decode
 
-    def __call__(self, rows: Sequence[int]) -> tuple[dict[str, Tensor], list[SkippedSample | None]]:
-        """Prepare a batch; see [`stack_inputs`]."""
-        return stack_inputs([self._inputs(row) for row in rows])
+    def __call__(self, rows: Sequence[int]) -> tuple[dict[str, Tensor], dict[int, str]]:
+        """Stack the inputs of the images of a batch that can be used; say why others cannot, by their places in it."""
+        good, reasons = [], {}
+        for place, row in enumerate(rows):
+            try:
+                good.append(self.inputs(row))
+            except SampleError as error:
+                if self.on_error == "raise":
+                    raise
+                reasons[place] = error.reason or str(error)
+        return stack_inputs(good), reasons
 
-    def _inputs(self, row: int) -> dict[str, Tensor] | SkippedSample:
-        try:
-            return self.inputs(self.images.decode(row, self.decode), row)
-        except SampleError as error:
-            if self.on_error == "raise":
-                raise
-            return SkippedSample(error.key, error.reason or str(error))
-
-    def inputs(self, image: Any, row: int) -> dict[str, Tensor]:
-        """Prepare a decoded image."""
-        return self.prepare(image, self.images.key(row))
+    def inputs(self, row: int) -> dict[str, Tensor]:
+        """Prepare an image."""
+        return self.prepare(self.images.decode(row, self.decode), self.images.key(row))
 
 
-def stack_inputs(
-    samples: Sequence[Mapping[str, Any] | SkippedSample],
-) -> tuple[dict[str, Tensor], list[SkippedSample | None]]:
-    """Stack the tensors of the samples that are not skipped; the second result is why a sample is skipped, or None.
+def stack_inputs(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Stack the tensors of prepared images.
 
     Worker processes call this: every tensor that they send costs a file descriptor, and stacked tensors are few.
     """
-    good = [sample for sample in samples if not isinstance(sample, SkippedSample)]
-    names = [name for name, value in good[0].items() if isinstance(value, Tensor)] if good else []
-    inputs = {name: torch.stack([sample[name] for sample in good]) for name in names}
-    return inputs, [sample if isinstance(sample, SkippedSample) else None for sample in samples]
+    names = [name for name, value in samples[0].items() if isinstance(value, Tensor)] if samples else []
+    return {name: torch.stack([sample[name] for sample in samples]) for name in names}
 
 
 def encode_images(
@@ -208,37 +175,35 @@ def encode_images(
     prepared: PreparedImages,
     rows: Sequence[int],
     forward: Callable[[dict[str, Tensor]], Tensor],
-    width: Callable[[], int],
+    width: int,
     batch_size: int,
     num_workers: int = 0,
-) -> Iterator[EncodedRows]:
-    """Compute rows of images, a batch at a time and in order.
+) -> Iterator[ComputedRows]:
+    """Compute rows of images, a batch at a time and in order, as a store takes them.
 
     Args:
         rows: The numbers of the images.
         forward: Maps the inputs of images to one row each, or to several views of each.
-        width: Returns the width of a row, where no image could be decoded so far.
+        width: Width of the rows of a batch of which no image can be used.
         batch_size, num_workers: See [`run_model`].
+
+    Yields:
+        Rows, float32 on the CPU, zero where an image is skipped.
 
     Raises:
         DamagedImageError: An image cannot be decoded, and is not skipped.
         NonFiniteError: A row is NaN or infinite; the message names its image.
     """
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    known: int | None = None
 
-    def forward_good(inputs: tuple[dict[str, Tensor], Any]) -> Tensor:
-        return forward(inputs[0]) if inputs[0] else torch.empty(0, 0)
+    def compute(batch: tuple[dict[str, Tensor], Any]) -> Tensor:
+        inputs = batch[0]
+        return forward(inputs).reshape(len(next(iter(inputs.values()))), -1) if inputs else torch.empty(0, width)
 
-    run = run_model(model, batches, prepared, forward_good, num_workers)
-    for batch, (_, skipped), output in run:
-        good = [position for position, sample in enumerate(skipped) if sample is None]
-        if good:
-            output = output.reshape(len(good), -1)
-            require_finite_rows(output, lambda row: prepared.images.key(batch[good[row]]), "images")  # noqa: B023
-            known = output.shape[1]
-        elif known is None:
-            known = width()
-        embeds = torch.zeros(len(batch), known)
-        embeds[good] = output.view(len(good), known)
-        yield EncodedRows(list(batch), embeds, [None if sample is None else sample.reason for sample in skipped])
+    for batch, (_, reasons), output in run_model(model, batches, prepared, compute, num_workers):
+        good = [row for place, row in enumerate(batch) if place not in reasons]
+        require_finite_rows(output, lambda number: prepared.images.key(good[number]), "images")  # noqa: B023
+        embeds = torch.zeros(len(batch), output.shape[1])
+        embeds[[place for place in range(len(batch)) if place not in reasons]] = output
+        skipped = [(place, prepared.images.key(batch[place]), reason) for place, reason in reasons.items()]
+        yield ComputedRows(embeds, skipped=skipped)

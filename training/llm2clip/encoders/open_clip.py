@@ -25,31 +25,24 @@ class OpenClipEncoder(ClipEncoder):
     """A model of open_clip with its own preprocessing and tokenizer.
 
     Args:
-        name, device, dtype, batch_size: See [`Encoder`].
+        name, device, dtype: See [`Encoder`].
         model: The model, in evaluation mode.
         transform: Its transform of evaluation.
         tokenizer: Its tokenizer.
     """
 
     def __init__(
-        self,
-        name: str,
-        model: Any,
-        transform: Any,
-        tokenizer: Any,
-        device: torch.device,
-        dtype: str = "float32",
-        batch_size: int | None = None,
+        self, name: str, model: Any, transform: Any, tokenizer: Any, device: torch.device, dtype: str = "float32"
     ) -> None:
         import open_clip
 
         self.library = f"open_clip {open_clip.__version__}"
-        super().__init__(name, model, 0, device, dtype, None, batch_size)
+        super().__init__(name, model, 0, device, dtype)
         self.tokenizer = tokenizer
         # Worker processes send pixels as bytes; the last steps run on the batch, with the same operations.
         steps = list(getattr(transform, "transforms", []))
         self.normalises = len(steps) > 1 and isinstance(steps[-1], Normalize) and isinstance(steps[-2], ToTensor)
-        self.transform = Compose(steps[:-2]) if self.normalises else transform
+        self.preprocess = Compose(steps[:-2]) if self.normalises else transform
         self.normalisation = Normalize(steps[-1].mean, steps[-1].std, inplace=True) if self.normalises else None
         self._values: Tensor | None = None
         self.input_dtype = getattr(torch, dtype)
@@ -59,7 +52,7 @@ class OpenClipEncoder(ClipEncoder):
         return {**super().__getstate__(), "_values": None}
 
     @classmethod
-    def load(cls, spec: str, dtype: str, device: torch.device, batch_size: int | None = None) -> OpenClipEncoder:
+    def load(cls, spec: str, dtype: str, device: torch.device) -> OpenClipEncoder:
         """Load `open_clip:MODEL/PRETRAINED`, `open_clip:hf-hub:OWNER/NAME` or `open_clip:local-dir:FOLDER`.
 
         Raises:
@@ -77,7 +70,7 @@ class OpenClipEncoder(ClipEncoder):
             model_name, pretrained=pretrained, precision=PRECISIONS[dtype], device=device
         )
         tokenizer = open_clip.get_tokenizer(model_name)
-        return cls(spec, model.eval(), transform, tokenizer, device, dtype, batch_size)
+        return cls(spec, model.eval(), transform, tokenizer, device, dtype)
 
     def settings(self) -> dict[str, Any]:
         inner = getattr(self.tokenizer, "tokenizer", None)
@@ -85,18 +78,12 @@ class OpenClipEncoder(ClipEncoder):
         # The text of a module or transform names its layers or steps, activations and sizes.
         return {
             "model": repr(self.model),
-            "preprocessing": repr([self.transform, self.normalisation]),
+            "preprocessing": repr([self.preprocess, self.normalisation]),
             "tokenizer": [type(self.tokenizer).__name__, self.tokenizer.context_length, vocabulary],
         }
 
-    @property
-    def pixel_statistics(self) -> tuple[Sequence[float], Sequence[float]]:
-        if self.normalisation is None:
-            raise ValueError(f"{self.name} has a transform of its own, whose mean and deviation are not known.")
-        return self.normalisation.mean, self.normalisation.std
-
     def prepare(self, image: Any, key: str) -> dict[str, Tensor]:
-        prepared = self.transform(image)
+        prepared = self.preprocess(image)
         return {"pixels": V.pil_to_tensor(prepared)} if self.normalises else {"pixel_values": prepared}
 
     def _pixel_values(self, inputs: dict[str, Tensor]) -> Tensor:

@@ -12,13 +12,13 @@ from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, ImageP
 
 from llm2clip.command_line.processes import process_state
 from llm2clip.data import EvalTransform, ImageBackend
-from llm2clip.encoders.encoder import Encoder, compared_lengths, dtype_for_device, processor_statistics
+from llm2clip.encoders.encoder import Encoder, compared_lengths, dtype_for_device
 from llm2clip.encoders.loop import TokenizedTexts, encode_texts
 from llm2clip.files.atomic import digest_json
 from llm2clip.files.manifests import refuse_changed_model
 from llm2clip.models.attention_probe import probe_text_tower
 from llm2clip.models.identity import RULE, tokenizer_fingerprint, vision_fingerprint, weights_checksum
-from llm2clip.models.repos import RepoKind, hub_commit, inspect_repo, names_of
+from llm2clip.models.repos import RepoKind, inspect_repo, names_of
 from llm2clip.models.towers import open_text_tower
 from modeling_llm2clip import (
     LLM2CLIPConfig,
@@ -32,6 +32,7 @@ from modeling_llm2clip import (
 from modeling_llm2clip.modeling_llm2clip_utils import execution_device, hub_arguments, unit_features
 from modeling_llm2clip.tokenization_llm2clip import CaptionTokens, pooling_mask, tokenize_captions
 
+BOTH_SIDES = "Texts and images need the whole model."
 TEXT_KINDS = (RepoKind.JOINT, RepoKind.TEXT_TOWER, RepoKind.EMBEDDING_MODEL)
 IMAGE_KINDS = (RepoKind.JOINT, RepoKind.VISION_HALF)
 
@@ -44,8 +45,6 @@ class OurEncoder(Encoder):
         processor: Its processor, tokenizer or image processor.
         name, revision: Hub id or folder of the model; branch, tag or commit on the Hub.
         image_backend: Library that decodes and resizes images; see [`EvalTransform`].
-        batch_size: Largest number of texts per forward pass; the default is as many as their tokens allow: 512 padded
-            tokens on a CPU, 16,384 elsewhere.
     """
 
     library = f"llm2clip {__version__}"
@@ -57,7 +56,6 @@ class OurEncoder(Encoder):
         name: str = "",
         revision: str | None = None,
         image_backend: ImageBackend = "exact",
-        batch_size: int | None = None,
     ) -> None:
         # Compared by model_type: remote code can be imported under several module names.
         kind = model.config.model_type
@@ -65,15 +63,13 @@ class OurEncoder(Encoder):
         self.text_config = model.config.text_config if self.is_joint else model.config
         width = model.config.hidden_size if kind == LLM2CLIPTextConfig.model_type else model.config.projection_dim
         dtype = str(model.dtype).removeprefix("torch.")
-        super().__init__(name or model.name_or_path, model, width, execution_device(model), dtype, None, batch_size)
-        self.revision, self.image_backend = revision, image_backend
+        super().__init__(name or model.name_or_path, model, width, execution_device(model), dtype)
+        self.revision = revision
         is_image_processor = isinstance(processor, ImageProcessingMixin)
         self.tokenizer: Any = getattr(processor, "tokenizer", None if is_image_processor else processor)
         image_processor = getattr(processor, "image_processor", processor if is_image_processor else None)
-        self.transform = None
         if image_processor is not None and self.is_joint:
             self.transform = EvalTransform(image_processor, image_backend)
-            self.decode = self.transform.decode
 
     @classmethod
     def load(
@@ -85,19 +81,16 @@ class OurEncoder(Encoder):
         processor: Any = None,
         device: torch.device | str | None = None,
         image_backend: ImageBackend = "exact",
-        batch_size: int | None = None,
-        hint: str | None = None,
         **options: Any,
     ) -> OurEncoder:
         """Load a model, text tower, vision half or embedding model of sentence-transformers.
 
         Args:
-            name, revision, image_backend, batch_size: See [`OurEncoder`].
+            name, revision, image_backend: See [`OurEncoder`].
             needs: What it has to embed: `image`, `text` or both. For images alone only the vision half is loaded, for
                 texts alone no image processor. The default takes what there is.
             processor: Replaces the one that is saved with the model; see [`OurEncoder`].
             device: Device of the model; the default is a GPU if there is one.
-            hint: End of the error for a model of another kind.
             options: Passed to `from_pretrained`, such as `dtype`.
 
         Raises:
@@ -109,7 +102,8 @@ class OurEncoder(Encoder):
             kinds = [kind for kind in kinds if need not in needs or kind in allowed]
         where: dict[str, Any] = {"revision": revision, **hub_arguments(options)}
         refuse_changed_model(name)
-        repo = inspect_repo(name, **where).require(*kinds, **({} if hint is None else {"hint": hint}))
+        hint = {"hint": BOTH_SIDES} if {"image", "text"} <= set(needs) else {}
+        repo = inspect_repo(name, **where).require(*kinds, **hint)
         saved: Any
         model: Any
         if repo.kind not in IMAGE_KINDS:
@@ -131,7 +125,7 @@ class OurEncoder(Encoder):
             dtype_for_device(model, options.get("dtype", "float32"), device)
         model = model.to(device).eval()
         processor = saved if processor is None else processor
-        return cls(model, processor, name, revision, image_backend, batch_size)
+        return cls(model, processor, name, revision, image_backend)
 
     @staticmethod
     def _saved_processor(name: str, only_images: bool, needs: Sequence[str], where: dict[str, Any]) -> Any:
@@ -142,12 +136,6 @@ class OurEncoder(Encoder):
         if only_images:
             return with_pillow(image_processor)
         return LLM2CLIPProcessor(image_processor, AutoTokenizer.from_pretrained(name, **where))
-
-    def identity(self) -> dict[str, str]:
-        """See [`Encoder.identity`]; the Hub is only asked here, for the commit."""
-        if self.commit is None and self.name:
-            self.commit = hub_commit(self.name, self.revision)
-        return super().identity()
 
     def settings(self) -> dict[str, Any]:
         settings = {} if self.transform is None else {"vision": self.image_fingerprint()}
@@ -167,7 +155,7 @@ class OurEncoder(Encoder):
 
     def image_fingerprint(self) -> str:
         """Identify the weights and the saved preprocessing of images, not the backend; see [`vision_fingerprint`]."""
-        return vision_fingerprint(self.model, self._images().image_processor)
+        return vision_fingerprint(self.model, self.image_transform().image_processor)
 
     def text_fingerprint(self) -> str:
         """Identify LLM, tokenizer and, of an LLM2CLIP model, the adapter."""
@@ -184,19 +172,12 @@ class OurEncoder(Encoder):
             return {**settings, "adapter": adapter}
         return settings
 
-    @property
-    def pixel_statistics(self) -> tuple[Sequence[float], Sequence[float]]:
-        return processor_statistics(self._images().image_processor)
-
-    def _images(self) -> EvalTransform:
+    def image_transform(self) -> EvalTransform:
         if not self.is_joint:
             raise ValueError(f"{self._given} is a text tower, which does not embed images.")
         if self.transform is None:
             raise ValueError(f"the processor given with {self._given} has no image processor, which images need.")
         return self.transform
-
-    def prepare(self, image: Any, key: str) -> dict[str, Tensor]:
-        return self._images().inputs(image, key)
 
     @property
     def _given(self) -> str:
@@ -217,37 +198,28 @@ class OurEncoder(Encoder):
         batch_size: int | None = None,
         show_progress_bar: bool = False,
         instruction: str | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, int]:
         """Embed captions for a Store or an adapter: rows as the model gives them, which `encode_text` normalises.
 
         Those of a text tower are not of unit length. `encode_text` takes empty texts too.
 
         Args:
             captions: Of any length, not empty; one string counts as a list of one.
-            batch_size: Replaces that of the encoder.
+            batch_size: Largest number of captions per forward pass; the default is as many as their tokens allow.
             show_progress_bar: Show a progress bar.
             instruction: Text before every caption, as in stage 1; it is context and not pooled.
 
         Returns:
-            float32 `(len(captions), full_width)` on the CPU, in input order.
+            float32 `(len(captions), full_width)` on the CPU, in input order; and the number of captions that were
+            truncated to the maximum length.
 
         Raises:
             NonFiniteError: An embedding is NaN or infinite; the message names its caption.
         """
-        return self.embed_and_count(captions, batch_size, show_progress_bar, instruction)[0]
-
-    def embed_and_count(
-        self,
-        captions: Sequence[str] | str,
-        batch_size: int | None = None,
-        show_progress_bar: bool = False,
-        instruction: str | None = None,
-    ) -> tuple[Tensor, int]:
-        """Embed captions as [`OurEncoder.embed`] does, and count those that were truncated to the maximum length."""
         texts = [captions] if isinstance(captions, str) else list(captions)
         tokens = tokenize_captions(texts, self._texts(), self.text_config, instruction)
-        size = batch_size or self.batch_size
-        rows = encode_texts(self._embedded(tokens, unit=False), texts, self.full_width, size, show_progress_bar)
+        embedded = self._embedded(tokens, unit=False)
+        rows = encode_texts(embedded, texts, self.full_width, batch_size, show_progress_bar)
         return rows, tokens.num_cut
 
     def _texts(self) -> Any:

@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
 from llm2clip.encoders.encoder import compared_lengths
-from llm2clip.encoders.loop import TokenizedTexts
+from llm2clip.encoders.loop import TokenizedTexts, encode_texts
 from llm2clip.encoders.ours import OurEncoder, distinct_tokens
 from llm2clip.files.manifests import QUERY_ENCODER, refuse_changed_model
 from llm2clip.models.identity import space_identity, tokenizer_fingerprint, weights_checksum
@@ -27,7 +26,7 @@ from llm2clip.models.repos import RepoKind, find_file, inspect_repo, read_json_f
 from modeling_llm2clip import with_pillow
 from modeling_llm2clip.configuration_llm2clip import output_width
 from modeling_llm2clip.modeling_llm2clip_decoder import padded_mask, text_model_class
-from modeling_llm2clip.modeling_llm2clip_utils import encode_tokens, execution_device, pool
+from modeling_llm2clip.modeling_llm2clip_utils import execution_device, pool
 from modeling_llm2clip.tokenization_llm2clip import CaptionTokens, clean_captions, tokenize_and_cut
 
 SPACE_FILE = "llm2clip_space.json"
@@ -91,18 +90,20 @@ class QueryEncoder(nn.Module):
             Unit rows, float32 `(len(texts), width)` on the CPU, in input order.
 
         Raises:
-            ValueError: A text is empty, or an embedding is NaN or infinite.
+            ValueError: A text is empty.
+            NonFiniteError: An embedding is NaN or infinite; the message names its text.
         """
-        texts = clean_captions([texts] if isinstance(texts, str) else list(texts))
-        return encode_tokens(
-            CaptionTokens(self.tokenize(texts), None, 0),
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        return encode_texts(self.tokenized(texts), texts, self.width, batch_size, show_progress_bar)
+
+    def tokenized(self, texts: Sequence[str]) -> TokenizedTexts:
+        """See [`Encoder.tokenized`]. An empty text is an error."""
+        return distinct_tokens(
+            CaptionTokens(self.tokenize(clean_captions(texts)), None, 0),
             self.tokenizer,
+            self,
+            execution_device(self),
             lambda batch: self(batch["input_ids"], batch["attention_mask"]),
-            model=self,
-            device=execution_device(self),
-            width=self.width,
-            batch_size=batch_size,
-            show_progress_bar=show_progress_bar,
         )
 
     @classmethod
@@ -191,18 +192,11 @@ class QueryTextEncoder(OurEncoder):
 
     @classmethod
     def load(
-        cls,
-        name: str,
-        revision: str | None = None,
-        needs: Sequence[str] = ("image", "text"),
-        *,
-        device: torch.device | str | None = None,
-        **options: Any,
+        cls, name: str, revision: str | None = None, needs: Sequence[str] = ("image", "text"), **options: Any
     ) -> OurEncoder:
         """Load a model with its query encoder, and without its LLM; see [`OurEncoder.load`]."""
-        inspect_repo(name, revision).require(RepoKind.JOINT, hint="Only a whole model has a query encoder.")
         refuse_changed_model(Path(name, QUERY_ENCODER))
-        return super().load(name, revision, needs, device=device, text_model=False, **options)
+        return super().load(name, revision, needs, text_model=False, **options)
 
     @staticmethod
     def _saved_processor(name: str, is_half: bool, needs: Sequence[str], where: dict[str, Any]) -> Any:
@@ -213,15 +207,7 @@ class QueryTextEncoder(OurEncoder):
         return {"query": weights_checksum(self.query), "tokenizer": tokenizer_fingerprint(self.query.tokenizer)}
 
     def tokenized(self, texts: list[str]) -> TokenizedTexts:
-        """See [`Encoder.tokenized`]. An empty text is an error."""
-        query = self.query
-        return distinct_tokens(
-            CaptionTokens(query.tokenize(clean_captions(texts)), None, 0),
-            query.tokenizer,
-            query,
-            execution_device(query),
-            lambda inputs: query(inputs["input_ids"], inputs["attention_mask"]),
-        )
+        return self.query.tokenized(texts)
 
     def text_lengths(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Tokens of each text before truncation, and whether it is cut."""

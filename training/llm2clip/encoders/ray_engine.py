@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -26,23 +26,12 @@ RETRIES, ROUNDS = 1, 2
 ENDING_SECONDS = 5.0
 
 
-@dataclass(frozen=True)
-class RayOptions:
-    """The part of a cluster that a run uses.
-
-    Attributes:
-        address: Address of a running cluster, or None: Ray is started on this machine, and ends with the run.
-        actors: Largest number of actors; None takes all that the cluster has room for, also on nodes that join later.
-        gpus_per_actor: GPUs of an actor; None is 1 on a cluster that has GPUs, otherwise 0.
-    """
-
-    address: str | None = None
-    actors: int | None = None
-    gpus_per_actor: float | None = None
-
-
 def embed_with_ray(
-    jobs: Sequence[SidecarJob], make_embedder: Callable[[], EmbedShard], options: RayOptions
+    jobs: Sequence[SidecarJob],
+    make_embedder: Callable[[], EmbedShard],
+    address: str | None = None,
+    actors: int | None = None,
+    gpus_per_actor: float | None = None,
 ) -> Iterator[EmbedCounts]:
     """Embed shards on a cluster; yield what was done of each, in the order in which they end.
 
@@ -51,6 +40,9 @@ def embed_with_ray(
 
     Args:
         make_embedder: Called in each actor.
+        address: Address of a running cluster, or None: Ray is started on this machine, and ends with the run.
+        actors: Largest number of actors; None takes all that the cluster has room for, also on nodes that join later.
+        gpus_per_actor: GPUs of an actor; None is 1 on a cluster that has GPUs, otherwise 0.
 
     Raises:
         ImportError: Ray is not installed.
@@ -67,11 +59,11 @@ def embed_with_ray(
         from ray.exceptions import RayError
     except ModuleNotFoundError as error:
         raise ImportError(f"engine: ray needs Ray ({error}): pip install 'llm2clip[ray]'.") from error
-    with _cluster(ray, options):
+    with _cluster(ray, address, actors):
         missing = dict(enumerate(jobs))
         for _ in range(ROUNDS):
             try:
-                for row in _outcomes(ray, missing, make_embedder, options).iter_rows():
+                for row in _outcomes(ray, missing, make_embedder, actors, gpus_per_actor).iter_rows():
                     number = row.pop("number")
                     if fatal := row.pop("fatal"):
                         raise ValueError(fatal)
@@ -89,14 +81,16 @@ def embed_with_ray(
 
 
 def _outcomes(
-    ray: Any, jobs: Mapping[int, SidecarJob], make_embedder: Callable[[], EmbedShard], options: RayOptions
+    ray: Any,
+    jobs: Mapping[int, SidecarJob],
+    make_embedder: Callable[[], EmbedShard],
+    actors: int | None,
+    gpus_per_actor: float | None,
 ) -> Any:
     """Return the outcomes of shards, given by their numbers, as a data set that is computed while it is read."""
-    gpus = options.gpus_per_actor
-    if gpus is None:
-        gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0))
+    gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0)) if gpus_per_actor is None else gpus_per_actor
     room = _room(ray, gpus)
-    most = min(options.actors or len(jobs), len(jobs))
+    most = min(actors or len(jobs), len(jobs))
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -148,26 +142,26 @@ class _Actor:
 
 
 @contextmanager
-def _cluster(ray: Any, options: RayOptions) -> Iterator[None]:
+def _cluster(ray: Any, address: str | None, actors: int | None) -> Iterator[None]:
     """Connect to a cluster, or start one that ends with the block; one that is already connected stays."""
     if ray.is_initialized():
         yield
         return
     quiet = {"logging_level": logging.WARNING, "log_to_driver": False}
     try:
-        if options.address is None:
+        if address is None:
             ray.init(
                 "local",
-                num_cpus=max(options.actors or 0, os.cpu_count() or 1),
+                num_cpus=max(actors or 0, os.cpu_count() or 1),
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
                 **quiet,
             )
         else:
-            ray.init(options.address, **quiet)
+            ray.init(address, **quiet)
     except (ConnectionError, RuntimeError, TimeoutError) as error:
         raise ValueError(
-            f"Ray cannot be reached at {options.address or 'this machine'}: {_last_line(error)} `ray start --head` "
+            f"Ray cannot be reached at {address or 'this machine'}: {_last_line(error)} `ray start --head` "
             "starts a cluster and prints its address."
         ) from error
     try:

@@ -5,23 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from llm2clip.data import OnError
 from llm2clip.encoders.cache_of_model import open_cache_of_model
 from llm2clip.encoders.image_features import ImageFeatures
-from llm2clip.encoders.loop import EncodedRows, run_model
+from llm2clip.encoders.images import ImageSet
+from llm2clip.encoders.loop import PreparedImages, TokenizedTexts, encode_images
 from llm2clip.encoders.ours import OurEncoder
 from llm2clip.files.atomic import digest_json
-from llm2clip.models.embeddings import require_finite_rows
 from llm2clip.models.identity import tokenizer_fingerprint, weights_checksum
+from llm2clip.store.shards import ComputedRows
 from modeling_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.image_decoding_llm2clip import DamagedImageError
 from modeling_llm2clip.modeling_llm2clip_utils import unit_features
-
-# Rows that pass through the adapter or the projection at once.
-BATCH = 4096
 
 
 class StoredEncoder(OurEncoder):
@@ -63,54 +61,51 @@ class StoredEncoder(OurEncoder):
         # Such as of two text encoders, which have read other tokens each.
         return torch.full((len(texts),), -1), torch.zeros(len(texts), dtype=torch.bool)
 
-    def encode_text(
-        self, texts: Sequence[str] | str, batch_size: int | None = None, show_progress_bar: bool = False
-    ) -> Tensor:
-        """Embed texts from the LLM's embeddings of them; see [`Encoder.encode_text`]."""
-        texts = [texts] if isinstance(texts, str) else list(texts)
+    def tokenized(self, texts: list[str]) -> TokenizedTexts:
+        """See [`Encoder.tokenized`]; instead of the tokens of texts, the LLM's embeddings of them."""
         llm_embeds = self.lookup(texts)
-        require_finite_rows(llm_embeds, lambda row: f"{texts[row]:.80}", "captions (by the LLM)")
-        parts = self._run(
-            range(len(texts)),
-            lambda rows: llm_embeds[rows],
-            lambda part: self.model.get_text_features(llm_embeds=part),
-        )
-        embeds = self.compact(torch.cat([torch.empty(0, self.full_width), *parts]))
-        require_finite_rows(embeds, lambda row: f"{texts[row]:.80}", "captions (by the adapter)")
-        return embeds
 
-    def _run(
-        self, rows: Sequence[int], read: Callable[[Any], Tensor], forward: Callable[[Tensor], Any]
-    ) -> Iterator[Tensor]:
-        """Yield what a part of the model makes of stored rows, of unit length."""
-        batches = np.split(np.asarray(rows, dtype=np.int64), range(BATCH, len(rows), BATCH))
-        for *_, output in run_model(self.model, batches, read, lambda part: unit_features(forward(part))):
-            yield output
+        def forward(part: Tensor) -> Tensor:
+            return unit_features(self.model.get_text_features(llm_embeds=part))
+
+        return TokenizedTexts(self.model, self.device, [1] * len(texts), lambda rows: llm_embeds[rows], forward)
 
     def encode_image_parts(
-        self, images: Any, rows: Sequence[int], *args: Any, **options: Any
-    ) -> Iterator[EncodedRows]:
+        self,
+        images: ImageSet,
+        rows: Sequence[int],
+        batch_size: int = 64,
+        num_workers: int = 0,
+        on_error: OnError = "raise",
+        forward: Callable[[dict[str, Tensor]], Tensor] | None = None,
+    ) -> Iterator[ComputedRows]:
+        """See [`Encoder.encode_image_parts`]; to read stored features takes no workers."""
         if self.features is None:
-            yield from super().encode_image_parts(images, rows, *args, **options)
-            return
-        stored_rows = self.features.find(images.content_keys()[np.asarray(rows, dtype=np.int64)])
-        reasons = [
-            self.features.skipped[stored_row].reason if stored_row in self.features.skipped else None
-            for stored_row in stored_rows.tolist()
-        ]
-        if any(reasons) and options.get("on_error", "raise") == "raise":
-            raise DamagedImageError(
-                *next((images.key(row), why) for row, why in zip(rows, reasons, strict=True) if why)
-            )
-        parts = self._run(
-            stored_rows.tolist(),
-            self.features.read_views,
-            lambda part: self.model.get_image_features(vision_features=part),
-        )
-        embeds = self.compact(torch.cat(list(parts)))
-        read = [row for row, reason in enumerate(reasons) if reason is None]
-        require_finite_rows(embeds[read], lambda row: images.key(rows[read[row]]), "images")
-        yield EncodedRows(list(rows), embeds, reasons)
+            return super().encode_image_parts(images, rows, batch_size, num_workers, on_error, forward)
+        stored = _StoredImages(images, self.features, on_error)
+        return encode_images(self.model, stored, rows, forward or self.forward_images, self.width, batch_size)
+
+    def image_features(self, inputs: dict[str, Tensor]) -> Tensor:
+        if self.features is None:
+            return super().image_features(inputs)
+        return self.model.get_image_features(**inputs).pooler_output
+
+    def pooled_features(self, inputs: dict[str, Tensor]) -> Tensor:
+        return super().pooled_features(inputs) if self.features is None else inputs["vision_features"]
+
+
+class _StoredImages(PreparedImages):
+    """The stored features of images."""
+
+    def __init__(self, images: ImageSet, features: ImageFeatures, on_error: OnError) -> None:
+        super().__init__(images, lambda row, key: {"vision_features": features.read_views(row)[0]}, on_error)
+        self.features, self.stored_rows = features, features.find(images.content_keys())
+
+    def inputs(self, row: int) -> dict[str, Tensor]:
+        stored, key = self.stored_rows[row : row + 1], self.images.key(row)
+        if int(stored[0]) in self.features.skipped:
+            raise DamagedImageError(key, self.features.skipped[int(stored[0])].reason)
+        return self.prepare(stored, key)
 
 
 def open_stored_encoder(

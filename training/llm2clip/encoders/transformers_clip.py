@@ -12,9 +12,8 @@ from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoProcessor, Ba
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from llm2clip.data import EvalTransform
-from llm2clip.encoders.encoder import ClipEncoder, compared_lengths, dtype_for_device, processor_statistics
+from llm2clip.encoders.encoder import ClipEncoder, compared_lengths, dtype_for_device
 from llm2clip.models.identity import preprocessing, tokenizer_fingerprint
-from llm2clip.models.repos import hub_commit
 from llm2clip.models.towers import loading_options
 from modeling_llm2clip import with_pillow
 from modeling_llm2clip.modeling_llm2clip_utils import load_complete
@@ -67,7 +66,7 @@ class TransformersEncoder(ClipEncoder):
     positions allow. Case and punctuation are the tokenizer's matter.
 
     Args:
-        name, device, dtype, commit, batch_size: See [`Encoder`].
+        name, device, dtype: See [`Encoder`].
         model: The model, in evaluation mode.
         processor: Its processor, with `image_processor` and `tokenizer`.
 
@@ -77,17 +76,8 @@ class TransformersEncoder(ClipEncoder):
 
     library = f"transformers {transformers.__version__}"
 
-    def __init__(
-        self,
-        name: str,
-        model: Any,
-        processor: Any,
-        device: torch.device,
-        dtype: str = "float32",
-        commit: str | None = None,
-        batch_size: int | None = None,
-    ) -> None:
-        super().__init__(name, model, 0, device, dtype, commit, batch_size)
+    def __init__(self, name: str, model: Any, processor: Any, device: torch.device, dtype: str = "float32") -> None:
+        super().__init__(name, model, 0, device, dtype)
         self.tokenizer = processor.tokenizer
         self.transform = EvalTransform(with_pillow(processor.image_processor))
         defaults = text_defaults(type(processor))
@@ -104,18 +94,12 @@ class TransformersEncoder(ClipEncoder):
 
     @classmethod
     def load(
-        cls,
-        name: str,
-        revision: str | None,
-        dtype: str,
-        device: torch.device,
-        batch_size: int | None = None,
-        subfolder: str = "",
+        cls, name: str, revision: str | None, dtype: str, device: torch.device, subfolder: str = ""
     ) -> TransformersEncoder:
         """Load a model with its processor.
 
         Args:
-            name, revision, dtype, device, batch_size: See [`load_encoder`](llm2clip.encoders.load.load_encoder).
+            name, revision, dtype, device: See [`load_encoder`](llm2clip.encoders.load.load_encoder).
             subfolder: Where it is in its folder or repository.
 
         Raises:
@@ -129,25 +113,17 @@ class TransformersEncoder(ClipEncoder):
         dtype_for_device(model, dtype, device)
         processor = AutoProcessor.from_pretrained(name, **where)
         dtype = str(model.dtype).removeprefix("torch.")
-        commit = hub_commit(name, revision)
-        encoder = cls(name, model.to(device).eval(), processor, device, dtype, commit, batch_size)
+        encoder = cls(name, model.to(device).eval(), processor, device, dtype)
         encoder.revision = revision
         return encoder
 
     def settings(self) -> dict[str, Any]:
         return {
             "model": self.model.config.model_type,
-            "preprocessing": preprocessing(self.transform.image_processor),
+            "preprocessing": preprocessing(self.image_transform().image_processor),
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "text": [self.max_length, self.full_length],
         }
-
-    @property
-    def pixel_statistics(self) -> tuple[Sequence[float], Sequence[float]]:
-        return processor_statistics(self.transform.image_processor)
-
-    def prepare(self, image: Any, key: str) -> dict[str, Tensor]:
-        return self.transform.inputs(image, key)
 
     def image_features(self, inputs: dict[str, Tensor]) -> Tensor:
         return self._vectors(self.model.get_image_features(**self._on_device(inputs)), "images")

@@ -29,7 +29,7 @@ from llm2clip.data import (
 from llm2clip.data.rows import column_texts
 from llm2clip.data.sources import SourceError, source_columns
 from llm2clip.data.table_identity import KEY_VERSION, content_keys, distinct, file_paths
-from llm2clip.encoders.images import ChosenImages, ContentSet, ImageList, TableImages
+from llm2clip.encoders.images import ChosenImages, ImageList, ImageSet, TableImages
 from llm2clip.evaluation.benchmark import BenchmarkError
 from llm2clip.evaluation.benchmarks.encoded_images import EncodedImages, files_origin
 from llm2clip.evaluation.prompts import prompts
@@ -87,7 +87,7 @@ class DataPart:
 
     rows: Sequence[tuple[str, ...]] = ()
     columns: tuple[str, ...] = ()
-    images: ContentSet | None = None
+    images: ImageSet | None = None
     label_map: Callable[[int], Tensor] | None = None
 
 
@@ -115,13 +115,13 @@ class RetrievalData:
             owners (ECCV Caption, CxC); None otherwise.
     """
 
-    images: ContentSet
+    images: ImageSet
     texts: list[str]
     owners: Tensor
     matches: Tensor | None = None
 
     @classmethod
-    def from_captions(cls, images: ContentSet, captions: Sequence[Sequence[str]]) -> RetrievalData:
+    def from_captions(cls, images: ImageSet, captions: Sequence[Sequence[str]]) -> RetrievalData:
         """Take the captions of each image, in their order."""
         owners = [image for image, texts in enumerate(captions) for _ in texts]
         texts = [text for texts in captions for text in texts]

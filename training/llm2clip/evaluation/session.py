@@ -19,7 +19,7 @@ from llm2clip.data.table_identity import distinct
 from llm2clip.encoders import Encoder
 from llm2clip.encoders.encoder import TEXTS_AT_ONCE
 from llm2clip.encoders.image_features import SHARD_SIZE
-from llm2clip.encoders.images import ContentSet
+from llm2clip.encoders.images import ImageSet
 from llm2clip.files.atomic import digest_json
 from llm2clip.losses.gather import exchange_counts, gather_rows
 from llm2clip.store import Store, StoreManifest, build_store
@@ -77,7 +77,7 @@ class Session:
         within = sum(self.seconds.values()) - inside
         self.seconds[part] = round(self.seconds.get(part, 0.0) + time.monotonic() - start - within, 3)
 
-    def embed_images(self, images: ContentSet, kind: str = IMAGES) -> Tensor:
+    def embed_images(self, images: ImageSet, kind: str = IMAGES) -> Tensor:
         """Embed images.
 
         Args:
@@ -92,18 +92,10 @@ class Session:
             NonFiniteError: Rows are NaN or infinite; the message names the images.
         """
         encoder, size = self.encoder, self.batch_size or IMAGE_BATCH
-        forward = encoder.forward_images
-        if kind != IMAGES:
-            forward = partial(encoder.forward_features, projected=kind == "projected")
+        forward = None if kind == IMAGES else partial(encoder.forward_features, projected=kind == "projected")
 
         def compute(rows: list[int]) -> Iterator[ComputedRows]:
-            for part in encoder.encode_image_parts(
-                images, rows, batch_size=size, num_workers=self.num_workers, part_size=size, on_error=self.on_error,
-                forward=forward,
-            ):  # fmt: skip
-                numbered = enumerate(zip(part.rows, part.reasons, strict=True))
-                skipped = [(position, images.key(row), reason) for position, (row, reason) in numbered if reason]
-                yield ComputedRows(part.embeds, skipped=skipped)
+            return encoder.encode_image_parts(images, rows, size, self.num_workers, self.on_error, forward)
 
         title = "Embedding images" if kind == IMAGES else "Features of images"
         with self.timed("images"):
@@ -120,7 +112,7 @@ class Session:
         """
 
         def compute(rows: list[int]) -> Iterator[ComputedRows]:
-            return map(ComputedRows, self.encoder.encode_text_parts([texts[row] for row in rows], self.batch_size))
+            return self.encoder.encode_text_parts([texts[row] for row in rows], self.batch_size)
 
         title = "Embedding texts"
         with self.timed("texts"):

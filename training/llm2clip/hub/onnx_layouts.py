@@ -12,7 +12,6 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from llm2clip.data.transforms import output_size
-from llm2clip.encoders.encoder import processor_statistics
 from llm2clip.encoders.query_encoder import QueryEncoder
 from llm2clip.files.atomic import write_json
 from llm2clip.hub.onnx_graphs import Graph, PaddedText, TextGraph
@@ -160,7 +159,7 @@ def image_steps(image_processor: Any) -> dict[str, Any]:
             "layout does not."
         )
     height, width = output_size(image_processor)
-    mean, std = processor_statistics(image_processor)
+    mean, std = _statistics(settings)
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
@@ -175,6 +174,16 @@ def image_steps(image_processor: Any) -> dict[str, Any]:
         "image_mean": mean,
         "image_std": std,
     }
+
+
+def _statistics(settings: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation by which an image processor normalises pixels of 0 to 1."""
+    normalises = settings.get("do_normalize")
+    mean, std = (
+        settings[name] if normalises else value for name, value in (("image_mean", [0.0]), ("image_std", [1.0]))
+    )
+    scale = 255 * settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale") else 255
+    return [value / scale for value in mean], [value / scale for value in std]
 
 
 def immich_preprocessing(image_processor: Any) -> dict[str, Any]:

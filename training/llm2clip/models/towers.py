@@ -82,7 +82,7 @@ def open_text_tower(
         )
     tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision)
     if repo.kind in OUR_MODELS:
-        config = LLM2CLIPTextConfig.from_pretrained(name, revision=revision)
+        config = LLM2CLIPTextConfig.from_pretrained(name, revision=revision or "main")
         if other := [key for key, value in prompt.items() if value != getattr(config, key, None)]:
             raise ValueError(f"{name} is a text tower, whose config defines the prompt; remove {', '.join(other)}.")
         is_adapter = _has_adapter(repo)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from llm2clip.command_line.processes import worker_count
 from llm2clip.command_line.progress import ProgressBar
-from llm2clip.encoders.encoder import EncodedRows, Encoder
+from llm2clip.encoders import Encoder
 from llm2clip.encoders.ours import OurEncoder
-from llm2clip.models.repos import hub_commit
 from llm2clip.search.folder_items import DIGESTS, Items
 from llm2clip.search.index_manifest import IndexManifest
 from llm2clip.search.index_settings import IMAGES_AT_ONCE, IndexSettings
 from llm2clip.search.store import ID, KEY, NUMBER, REASON, VECTOR, Base, IndexStore
+from llm2clip.store.shards import ComputedRows
 from modeling_llm2clip.modeling_llm2clip_utils import absolute_path
 
 logger = logging.getLogger(__name__)
@@ -250,34 +252,39 @@ class _Update:
         if self.items.reuses_content:
             _, firsts, numbers = np.unique(self.items.contents(todo), return_index=True, return_inverse=True)
             owners = firsts[numbers]
-        for part in self._parts(todo, np.unique(owners).tolist()):
-            rows = np.flatnonzero(np.isin(owners, part.rows))
-            sources = np.searchsorted(part.rows, owners[rows])
-            embeds = part.embeds.numpy()[sources].astype(self.settings.stored_dtype)
+        chosen, start = np.unique(owners), 0
+        for part in self._parts(self.items.choose(todo), chosen.tolist()):
+            embedded = chosen[start : start + len(part.rows)]
+            start += len(embedded)
+            rows = np.flatnonzero(np.isin(owners, embedded))
+            sources = np.searchsorted(embedded, owners[rows]).tolist()
+            embeds = part.rows.numpy()[sources].astype(self.settings.stored_dtype)
             vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeds.reshape(-1)), embeds.shape[1])
-            reasons = pa.array([part.reasons[source] for source in sources], pa.string())
+            skipped = {place: reason for place, _, reason in part.skipped}
+            reasons = pa.array([skipped.get(source) for source in sources], pa.string())
             self.store.upsert(_with_columns(todo.take(pa.array(rows)), pa.table({VECTOR: vectors, REASON: reasons})))
             bar.update(len(rows))
 
-    def _parts(self, todo: pa.Table, chosen: list[int]) -> Iterator[EncodedRows]:
-        items: Any = self.items.choose(todo)
-        settings = self.settings
+    def _parts(self, items: Any, chosen: list[int]) -> Iterator[ComputedRows]:
+        """Embed images, or captions in batches of similar length, a part at a time."""
+        settings, size = self.settings, self.settings.batch_size or IMAGES_AT_ONCE
         if self.items.embed == "caption":
-            return self._captions(items, chosen)
+            for start in range(0, len(chosen), settings.rows_per_part):
+                texts = [items[row] for row in chosen[start : start + settings.rows_per_part]]
+                embeds = self.encoder.encode_text(texts, settings.batch_size)
+                self.num_captions += len(texts)
+                self.num_cut += int(self.encoder.text_lengths(texts)[1].sum())
+                yield ComputedRows(embeds)
+            return
         workers = min(worker_count(settings.num_workers), len(chosen))
-        return self.encoder.encode_image_parts(
-            items, chosen, settings.batch_size or IMAGES_AT_ONCE, workers, settings.rows_per_part, on_error="skip"
-        )
-
-    def _captions(self, captions: list[str], chosen: list[int]) -> Iterator[EncodedRows]:
-        """Embed captions a part at a time, in batches of similar length."""
-        for start in range(0, len(chosen), self.settings.rows_per_part):
-            rows = chosen[start : start + self.settings.rows_per_part]
-            texts = [captions[row] for row in rows]
-            embeds = self.encoder.encode_text(texts, self.settings.batch_size)
-            self.num_captions += len(rows)
-            self.num_cut += int(self.encoder.text_lengths(texts)[1].sum())
-            yield EncodedRows(rows, embeds, [None] * len(rows))
+        batches = self.encoder.encode_image_parts(items, chosen, size, workers, on_error="skip")
+        while part := list(itertools.islice(batches, settings.rows_per_part // size)):
+            skipped = [
+                (number * size + place, key, reason)
+                for number, batch in enumerate(part)
+                for place, key, reason in batch.skipped
+            ]
+            yield ComputedRows(torch.cat([batch.rows for batch in part]), skipped=skipped)
 
     def _stored(self) -> tuple[int, list[dict[str, Any]]]:
         """Count the rows that searches will see; return keys and reasons of all that has none."""
@@ -318,8 +325,7 @@ def _identity(encoder: Encoder, image_fingerprint: str | None) -> dict[str, str]
     """Identify a model; an LLM2CLIP model for images by that side alone, since its LLM may be large or quantised."""
     if image_fingerprint is None or not isinstance(encoder, OurEncoder):
         return encoder.identity()
-    commit = hub_commit(encoder.name, encoder.revision) if encoder.name else None
-    source = {"fingerprint": image_fingerprint} if commit is None else {"commit": commit}
+    source = {"fingerprint": image_fingerprint} if encoder.commit is None else {"commit": encoder.commit}
     return {"library": encoder.library, "name": encoder.name, **source, "dtype": encoder.dtype}
 
 

@@ -278,7 +278,7 @@ class BatchWorker:
             lengths, is_cut = self.encoder.text_lengths(inputs)
             rows = self.encoder.encode_text(inputs)
         else:
-            rows = self.encoder.forward_images(stack_inputs(inputs)[0])
+            rows = self.encoder.forward_images(stack_inputs(inputs))
         if not torch.allclose(rows.norm(dim=1), torch.ones(()), atol=1e-2):
             raise NonFiniteError("rows without a direction")
         for part, embeds, tokens in zip(parts, rows.split(sizes), lengths.split(sizes), strict=True):

@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
 
 from llm2clip.command_line.processes import on_main_process
 from llm2clip.command_line.settings import refuse, require
 from llm2clip.data import CaptionImageDataset, CaptionSource, OnError
 from llm2clip.data.stage2_collator import DEFAULT_CROP
-from llm2clip.encoders.cache_of_model import describe_text_tower_of_cache
 from llm2clip.encoders.image_features import ImageFeatures
 from llm2clip.encoders.stored import StoredEncoder
 from llm2clip.evaluation.data import RetrievalData
 from llm2clip.evaluation.protocols.retrieval import image_text_metrics
 from llm2clip.evaluation.session import Session
 from llm2clip.files.manifests import refuse_changed_model
-from llm2clip.models.identity import text_tower_fingerprint
+from llm2clip.models.identity import text_tower_fingerprint, tokenizer_fingerprint
 from llm2clip.models.new_model import from_vision_text_pretrained
 from llm2clip.models.repos import OUR_MODELS, inspect_repo, refuse_revision
-from llm2clip.models.towers import loading_options
+from llm2clip.models.towers import describe_text_tower, loading_options
 from llm2clip.store import EmbeddingCache, PairedCache
+from llm2clip.store.store import stored_manifest
 from llm2clip.trainers.joint_recipe import FEATURES, JointRecipe
 from llm2clip.trainers.stored_rows import StoredPairsDataset, store_pairs
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor, LLM2CLIPTextConfig, with_pillow
+
+logger = logging.getLogger(__name__)
 
 
 def load_trained_model(name: str, attn_implementation: str | None = None) -> tuple[LLM2CLIPModel, Any]:
@@ -67,7 +70,7 @@ def make_model(config: JointRecipe, **fields: Any) -> tuple[LLM2CLIPModel, Any]:
         fields["text_model_fingerprint"] = cache.manifest.fingerprint
     else:
         path: Any = next(iter(config.caches), None)
-        text_config, tokenizer = describe_text_tower_of_cache(str(text), config.text_model_revision, path)
+        text_config, tokenizer = _describe_text_tower(str(text), config.text_model_revision, path)
         if text_config.dense and inspect_repo(str(text), config.text_model_revision).kind not in OUR_MODELS:
             raise ValueError(
                 f"text_model_name_or_path is {text}, an embedding model with Dense layers, which a model reads only "
@@ -85,6 +88,29 @@ def make_model(config: JointRecipe, **fields: Any) -> tuple[LLM2CLIPModel, Any]:
     )
     image_processor = AutoImageProcessor.from_pretrained(vision)
     return model, with_pillow(image_processor) if pair else LLM2CLIPProcessor(image_processor, tokenizer)
+
+
+def _describe_text_tower(
+    name: str, revision: str | None, path: str | Path | None
+) -> tuple[LLM2CLIPTextConfig, PreTrainedTokenizerBase]:
+    """Describe a text tower as [`describe_text_tower`] does; a plain LLM with the prompt that a cache was made with.
+
+    Args:
+        path: The cache, if there is one. Its prompt is taken only if that gives the tokenizer that the cache records,
+            which an instruction or another LLM does not.
+    """
+    described = describe_text_tower(name, revision)
+    if path is None or inspect_repo(name, revision).kind in OUR_MODELS:
+        return described
+    made_by = stored_manifest(path).identity
+    if made_by["tokenizer_fingerprint"] in (None, tokenizer_fingerprint(described[1])):
+        return described
+    prompt = {name: made_by[name] for name in ("prompt_prefix", "prompt_suffix")}
+    prompted = describe_text_tower(name, revision, **prompt)
+    if tokenizer_fingerprint(prompted[1]) != made_by["tokenizer_fingerprint"]:
+        return described
+    logger.info("Prompt of %s, from the embedding cache: %r caption %r.", name, *prompt.values())
+    return prompted
 
 
 def describe_text_model(model: LLM2CLIPModel) -> None:

@@ -19,7 +19,7 @@ from llm2clip.data.rows import NO_EMBEDDING, RowCaptions, caption_id, stable_see
 from llm2clip.data.sampling import EpochDataset
 from llm2clip.data.stage2_collator import DEFAULT_CROP
 from llm2clip.encoders.image_features import FeatureDtype, ImageFeatures, open_features
-from llm2clip.encoders.images import ContentSet, TableImages
+from llm2clip.encoders.images import ImageSet, TableImages
 from llm2clip.store import EmbeddingCache, MissingCaptionError
 from modeling_llm2clip import LLM2CLIPModel
 
@@ -193,7 +193,7 @@ def store_pairs(
     cache: EmbeddingCache,
     folder: str | Path,
     *,
-    also: Iterable[ContentSet] = (),
+    also: Iterable[ImageSet] = (),
     dtype: FeatureDtype = "float32",
     views: int = 1,
     crop_scale: Sequence[float] = DEFAULT_CROP,
