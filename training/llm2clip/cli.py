@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import importlib.metadata
@@ -14,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from llm2clip.command_line.logs import TerminalHandler, command_logs, print_whole, printable, quiet_libraries
 from llm2clip.command_line.options import HelpEntry, OptionParser, format_help, option_groups, unknown_option
@@ -27,7 +30,7 @@ from llm2clip.command_line.stopping import (
     on_sigterm,
     stop_now,
 )
-from llm2clip.files.library_errors import PEER_ENDED, explain, wrap_weight_errors
+from llm2clip.files.library_errors import PEER_ENDED, explain
 from llm2clip.recipes import field_places, find_recipe, load_recipe
 
 logger = logging.getLogger(__name__)
@@ -195,17 +198,29 @@ def _run(name: str, arguments: list[str], terminal: TerminalHandler) -> dict[str
         if is_main_process():
             logger.info("llm2clip %s: %s\nLog: %s", name, command.help, log)
     terminal.shows_warnings = not writes_log
-    with wrap_weight_errors(lambda: _model_folders(config)):
+    with _named_weights(config):
         return (module.run(config, resume=resume) if command.resumes else module.run(config)) or {}
 
 
-def _model_folders(config: Any) -> Iterator[Path]:
-    """Yield the folders of the models that settings may name."""
-    from llm2clip.models.repos import local_folders  # which imports torch
+@contextlib.contextmanager
+def _named_weights(config: Any) -> Iterator[None]:
+    """Name the file of weights whose damage safetensors reports, which does not say where it is."""
+    try:
+        yield
+    except SafetensorError as error:
+        from llm2clip.models.repos import local_folders  # which imports torch
 
-    for value in vars(config).values():
-        for entry in value if isinstance(value, list) else [value]:
-            yield from local_folders(entry) if isinstance(entry, str) else ()
+        values = [entry for value in vars(config).values() for entry in (value if isinstance(value, list) else [value])]
+        for folder in (folder for name in values if isinstance(name, str) for folder in local_folders(name)):
+            for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")]):
+                try:
+                    with safe_open(path, framework="pt"):
+                        pass
+                except SafetensorError:
+                    raise ValueError(
+                        f"{path} is damaged or cut short ({error}); copy, download or build it again."
+                    ) from error
+        raise
 
 
 def _failed(name: str, error: Exception, log: Path | None, raises: bool) -> int:

@@ -26,7 +26,7 @@ from llm2clip.encoders.embed_shards import (
 )
 from llm2clip.encoders.ours import OurEncoder
 from llm2clip.encoders.ray_engine import RayOptions, embed_with_ray
-from llm2clip.files.locks import exclusive
+from llm2clip.files.locks import run_lock
 from llm2clip.models.identity import tokenizer_fingerprint
 from llm2clip.models.towers import open_text_tower
 from llm2clip.store import EmbeddingCache, StoreManifest, build_embedding_cache, caption_manifest
@@ -145,7 +145,8 @@ def run(config: EmbedConfig) -> dict[str, Any]:
     _refuse_ignored(config, [*FOR_SIDECARS, *FOR_RAY])
     if "://" in config.output_dir:
         raise ValueError(f"a cache is a local folder, not {config.output_dir}; sidecars may have a URL.")
-    return _embed_into_cache(config)
+    with run_lock(config.output_dir):
+        return _embed_into_cache(config)
 
 
 def _refuse_ignored(config: EmbedConfig, names: Sequence[str]) -> None:
@@ -154,7 +155,6 @@ def _refuse_ignored(config: EmbedConfig, names: Sequence[str]) -> None:
     refuse(config, names, f"a run that writes {kind} does not use it: change store or engine")
 
 
-@exclusive
 def _embed_into_cache(config: EmbedConfig) -> dict[str, Any]:
     require(config, REQUIRED)
     encoder = _open_encoder(config)
