@@ -110,7 +110,7 @@ def test_top_level_help_lists_the_commands(capsys: Capsys) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["stage1", "--lora_rnk", "4"], "there is no option --lora_rnk; did you mean --lora-rank?"),
+        (["stage1", "--lora_rnk", "4"], "there is no option --lora_rnk; did you mean '--lora-rank'?"),
         (["stage1", "no_such_recipe"], "no_such_recipe"),
         (["stage2", "--max_steps", "many"], "the command line: max_steps is 'many'"),
         (["stage2", "--max_steps"], "argument --max-steps: expected one argument"),

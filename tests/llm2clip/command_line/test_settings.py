@@ -136,7 +136,9 @@ def test_strings_are_not_parsed_as_yaml(text: str) -> None:
         (["--weights", "[0, 1]", "--name", "x"], {"weights": "[0, 1]", "name": "x"}),
     ],
 )
-def test_flags_do_not_consume_the_argument_after_them_and_lists_may_be_in_parts(given: list[str], values: dict[str, str]) -> None:
+def test_flags_do_not_consume_the_argument_after_them_and_lists_may_be_in_parts(
+    given: list[str], values: dict[str, str]
+) -> None:
     parser = OptionParser(Numbers)
     parser.add_argument("place", nargs="?", default=argparse.SUPPRESS)
     assert parser.read(given) == (values, [])

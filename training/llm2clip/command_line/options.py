@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import inspect
 import itertools
 import re
@@ -14,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import Any, NoReturn
 
-from llm2clip.command_line.settings import is_enum, options_of
+from llm2clip.command_line.settings import is_enum, nearest, options_of
 
 # The first in the help of a stage.
 MOST_USED = (
@@ -85,10 +84,7 @@ def unknown_option(argument: str, config_classes: Sequence[type]) -> str:
     name = given.strip("-").replace("-", "_")
     if name in fields:
         return f"there is no option {given}: give its value without it, where `--help` shows {name.upper()}."
-    meant = difflib.get_close_matches(name, fields, n=1)
-    return f"there is no option {given}; " + (
-        f"did you mean {option(meant[0])}?" if meant else "--help-all lists them."
-    )
+    return f"there is no option {given}{nearest(option(name), map(option, fields))} `--help-all` lists them."
 
 
 def _complete(arguments: Sequence[str], fields: dict[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from llm2clip.command_line.options import OptionParser, unknown_option
-from llm2clip.command_line.settings import build_config, check_choices, setting
+from llm2clip.command_line.settings import check_choices, setting
 from llm2clip.command_line.tables import print_table
 from llm2clip.encoders.embed import EmbedConfig
 from llm2clip.planning.counts import count_memory, count_step, make_work

@@ -165,7 +165,9 @@ def finished_shard(path: AnyPath, wanted: StoreManifest, contents: bool = False)
 
 @contextlib.contextmanager
 def shard_lock(path: AnyPath, patience: float = WAIT) -> Iterator[None]:
-    """Keep other runs from computing a shard meanwhile, and remove what a killed one left; object stores have no locks.
+    """Keep other runs from computing a shard meanwhile, and remove what a killed run left of it.
+
+    An object store has no locks.
 
     Args:
         patience: Seconds to wait for another run to end.
