@@ -60,7 +60,7 @@ def lock_beside(path: Path, patience: float = WAIT) -> Iterator[bool]:
     Raises:
         ValueError: Another run is writing it.
     """
-    lock = path.with_name(f".{path.name}.lock")
+    lock = path.with_name(f".{path.name}{LOCK}")
     existed = lock.exists()
     with _lock(lock, path, patience) as is_held:
         try:
