@@ -13,7 +13,7 @@ from llm2clip.command_line.logs import shortened
 from llm2clip.files.atomic import leftovers, temporary_name
 from llm2clip.files.library_errors import wrap_write_errors
 from llm2clip.files.locks import lock_beside
-from llm2clip.files.manifests import FOLDER_MANIFEST, foreign_files, write_manifest
+from llm2clip.files.manifests import FOLDER_MANIFEST, folder_files, own_files, write_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -85,13 +85,13 @@ def refuse_existing(destination: Path, command: str, overwrite: bool) -> None:
         )
     if not any(destination.iterdir()):
         return
-    foreign = foreign_files(destination, command)
-    if foreign is None:
+    known = own_files(destination, command)
+    if known is None:
         raise FileExistsError(
             f"{destination} is not replaced, because llm2clip {command} did not write it (no {FOLDER_MANIFEST} that "
             "says so); choose another destination, or delete the folder yourself."
         )
-    if foreign:
+    if foreign := [name for name in folder_files(destination) if name not in known]:
         raise FileExistsError(
             f"{destination} is not replaced, because it contains other files than those that llm2clip {command} wrote "
             f"({shortened(foreign)}); move them away, or choose another destination."

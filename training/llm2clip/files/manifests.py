@@ -137,12 +137,6 @@ def written_by(folder: AnyPath) -> str | None:
     return command.removeprefix("llm2clip ") if isinstance(command, str) else None
 
 
-def foreign_files(folder: Path, command: str) -> list[str] | None:
-    """Return the files of a folder that its manifest does not list, or None if `command` did not write the folder."""
-    known = own_files(folder, command)
-    return None if known is None else [name for name in folder_files(folder) if name not in known]
-
-
 def own_files(folder: AnyPath, command: str) -> dict[str, ListedFile] | None:
     """Return the files that the manifest of a folder lists, or None if `command` did not write the folder."""
     try:
