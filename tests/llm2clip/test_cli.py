@@ -120,7 +120,6 @@ def test_top_level_help_lists_the_commands(capsys: Capsys) -> None:
         ),
         (["evaluate", "/no/such/folder", "--benchmark", small_runs.CONCEPTS], "/no/such/folder"),
         (["embed"], "EmbedConfig needs output_dir, text_model_name_or_path, sources"),
-        (["evaluate", "x", "--benchmark", "docci", "--benchmark", "coco"], "--benchmark "),
         (["convert", "a", "b", "two words"], "'two words'"),
     ],
 )

@@ -76,16 +76,20 @@ def with_checksum(fields: dict[str, Any]) -> dict[str, Any]:
     return {**fields, MANIFEST_CHECKSUM: digest_json(fields)}
 
 
-def read_checked(path: AnyPath) -> dict[str, Any]:
-    """Read a JSON file written [`with_checksum`], without that; who changes the file by hand deletes it.
+def read_checked(path: AnyPath, by_hand: bool = False) -> dict[str, Any]:
+    """Read a JSON file written [`with_checksum`], without that.
+
+    Args:
+        by_hand: Whether people may change it, who then delete the checksum.
 
     Raises:
         ValueError: It is damaged, or has changed since it was written.
     """
     fields = read_json(path)
     checksum = fields.pop(MANIFEST_CHECKSUM, None)
-    if checksum is not None and checksum != digest_json(fields):
-        raise ValueError(f"{path} has changed since it was written (if it is meant, delete its {MANIFEST_CHECKSUM}).")
+    if checksum != digest_json(fields) and not (by_hand and checksum is None):
+        hint = f" (if it is meant, delete its {MANIFEST_CHECKSUM})" if by_hand else ""
+        raise ValueError(f"{path} has changed since it was written{hint}.")
     return fields
 
 

@@ -127,7 +127,7 @@ class LanceStore:
         path = self.folder / MANIFEST
         try:
             with wrap_connection_errors(path):
-                fields = read_checked(path)
+                fields = read_checked(path, by_hand=True)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except ValueError as error:
