@@ -70,9 +70,9 @@ def gather_results(compute: Callable[[], T]) -> list[T]:
     outcomes: list[Any] = [None] * world_size()
     dist.all_gather_object(outcomes, outcome, group=group)
     dist.destroy_process_group(group)
-    for _, error in outcomes:
-        if error is not None:
-            raise error
+    for _, failure in outcomes:
+        if failure is not None:
+            raise failure
     return [result for result, _ in outcomes]
 
 
