@@ -19,7 +19,7 @@ from llm2clip.files.manifests import FOLDER_MANIFEST, MANIFEST_CHECKSUM
 from llm2clip.search.search_index import SearchIndex
 
 # Files that say how a run went and not what it made.
-IGNORED = {LOCK, LOG_FILE}
+IGNORED = re.compile(rf"(\..+)?{re.escape(LOCK)}|{re.escape(LOG_FILE)}")
 # Only the presence of these counts: pickled settings, and text for people with times in it.
 PRESENT = {".bin", ".md", ".html", ".txt"}
 TENSORS = {".pt", ".pth"}
@@ -72,7 +72,7 @@ def digest_bytes(value: bytes) -> str:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in IGNORED)
+    return (path for path in sorted(folder.rglob("*")) if path.is_file() and not IGNORED.fullmatch(path.name))
 
 
 def _digest(path: Path) -> str:

@@ -52,7 +52,7 @@ def make_damages(command: str, folder: Path, seed: int) -> list[Damage]:
     """
     chosen: dict[tuple[str, str], Damage] = {}
     for path in sorted((folder / WORK).rglob("*")) if ATTACKED[command].damaged else ():
-        if path.is_file() and path.stat().st_size and path.name not in {*IGNORED, *EDITED}:
+        if path.is_file() and path.stat().st_size and path.name not in EDITED and not IGNORED.fullmatch(path.name):
             name = path.relative_to(folder / WORK).as_posix()
             damage = Damage(command, 0, "", name, seed)
             chosen.setdefault((_type(str(damage.checked)), _type(path.name)), damage)

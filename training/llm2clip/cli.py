@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import importlib.metadata
+import itertools
 import logging
 import os
 import platform
@@ -15,10 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from llm2clip.command_line.logs import TerminalHandler, command_logs, print_whole, printable, quiet_libraries
 from llm2clip.command_line.options import HelpEntry, OptionParser, format_help, option_groups, unknown_option
 from llm2clip.command_line.progress import close_bars, is_main_process
-from llm2clip.command_line.settings import build_config, nearest
+from llm2clip.command_line.settings import nearest
 from llm2clip.command_line.stopping import (
     INTERRUPTED,
     TERMINATED,
@@ -27,8 +31,8 @@ from llm2clip.command_line.stopping import (
     on_sigterm,
     stop_now,
 )
-from llm2clip.files.library_errors import PEER_ENDED, explain, wrap_weight_errors
-from llm2clip.recipes import field_places, find_recipe, load_recipe
+from llm2clip.files.library_errors import PEER_ENDED, explain
+from llm2clip.recipes import build_settings, find_recipe
 
 logger = logging.getLogger(__name__)
 
@@ -181,31 +185,39 @@ def _run(name: str, arguments: list[str], terminal: TerminalHandler) -> dict[str
         raise ValueError(unknown_option(unknown[0], [config_class]))
     if unknown:
         values[command.passes_on] = unknown
-    resume, places, origin = values.pop("resume", False), {}, "the command line"
+    resume = values.pop("resume", False)
     recipe = values.pop("recipe", None) if command.reads_recipe else None
-    if recipe is not None:
-        path = find_recipe(recipe)
-        fields = load_recipe(path)
-        places = {**field_places(path), **dict.fromkeys(values, origin)}
-        values, origin = {**fields, **values}, str(path)
-    config = build_config(config_class, values, origin, places)
+    config = build_settings(config_class, None if recipe is None else find_recipe(recipe), values)
     writes_log = command.writes_log and config.output_dir and "://" not in config.output_dir
     if writes_log:
         log = terminal.open_log(config.output_dir)
         if is_main_process():
             logger.info("llm2clip %s: %s\nLog: %s", name, command.help, log)
     terminal.shows_warnings = not writes_log
-    with wrap_weight_errors(lambda: _model_folders(config)):
+    with _named_weights(config):
         return (module.run(config, resume=resume) if command.resumes else module.run(config)) or {}
 
 
-def _model_folders(config: Any) -> Iterator[Path]:
-    """Yield the folders of the models that settings may name."""
-    from llm2clip.models.repos import local_folders  # which imports torch
+@contextlib.contextmanager
+def _named_weights(config: Any) -> Iterator[None]:
+    """Name the file of weights whose damage safetensors reports, which does not say where it is."""
+    try:
+        yield
+    except SafetensorError as error:
+        from llm2clip.models.repos import local_folders  # which imports torch
 
-    for value in vars(config).values():
-        for entry in value if isinstance(value, list) else [value]:
-            yield from local_folders(entry) if isinstance(entry, str) else ()
+        lists = (value if isinstance(value, list) else [value] for value in vars(config).values())
+        names = [name for name in itertools.chain.from_iterable(lists) if isinstance(name, str)]
+        for folder in itertools.chain.from_iterable(map(local_folders, names)):
+            for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")]):
+                try:
+                    with safe_open(path, framework="pt"):
+                        pass
+                except SafetensorError:
+                    raise ValueError(
+                        f"{path} is damaged or cut short ({error}); copy, download or build it again."
+                    ) from error
+        raise
 
 
 def _failed(name: str, error: Exception, log: Path | None, raises: bool) -> int:

@@ -26,7 +26,6 @@ from tests.builders.tables import write_table
 from tests.damage import flip
 from tests.llm2clip.encoders.shards import Counting, description, embed, embedding, write_shards
 from tests.llm2clip.store import encoder
-from tests.processes import run_python
 from tests.tars import write_tar
 
 
@@ -106,15 +105,11 @@ def test_two_shards_of_one_name_are_refused(tmp_path: Path) -> None:
 def test_leftovers_of_killed_runs_are_removed(tmp_path: Path) -> None:
     source, out = write_shards(tmp_path / "data", 2), tmp_path / "out"
     out.mkdir()
-    dead = int(run_python(["-c", "import os; print(os.getpid())"]).stdout)
-    names = ("0.emb.safetensors", "1.emb.manifest", "2.emb.manifest")
-    mine = [temporary_name(out / name).name for name in names]
-    left = [out / name.replace(f".{os.getpid()}.", f".{dead}.") for name in mine]
-    living = out / mine[0].replace(f".{os.getpid()}.", f".{os.getppid()}.")
-    for path in (*left, living):
+    left = [temporary_name(out / name) for name in ("0.emb.safetensors", "1.emb.manifest", "2.emb.manifest")]
+    for path in (*left, *(out / f".{number}.emb.lock" for number in range(3))):
         path.write_bytes(b"half")
     embed(source, out)
-    assert sorted(out.glob(".*.tmp")) == sorted([left[2], living])  # of another shard, and of a run that lives
+    assert sorted(path.name for path in out.glob(".*")) == sorted([left[2].name, ".2.emb.lock"])  # of another shard
 
 
 def test_two_runs_at_once_compute_a_shard_once(tmp_path: Path) -> None:

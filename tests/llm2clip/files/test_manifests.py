@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from llm2clip.encoders import OurEncoder
 from llm2clip.files.atomic import read_json, sha256
@@ -14,7 +17,8 @@ from llm2clip.files.manifests import (
     MANIFEST_CHECKSUM,
     damage,
     faults,
-    foreign_files,
+    folder_files,
+    own_files,
     refuse_damaged,
     with_checksum,
     write_manifest,
@@ -86,7 +90,7 @@ def test_a_list_that_was_written_at_a_url_has_sizes_alone(tmp_path: Path) -> Non
         assert damage(tmp_path, contents=True) is None
     (tmp_path / "config.json").write_text("cut")
     assert damage(tmp_path, contents=True) == "config.json has 3 bytes instead of 22"
-    assert foreign_files(tmp_path, "build") == []
+    assert sorted(own_files(tmp_path, "build") or ()) == folder_files(tmp_path)
 
 
 def test_what_people_edit_has_no_checksum(tmp_path: Path) -> None:
@@ -116,4 +120,20 @@ def test_a_changed_list_is_blamed_and_not_the_files(tmp_path: Path) -> None:
     path = tmp_path / FOLDER_MANIFEST
     checksum = read_json(path)["sha256"]["config.json"]
     path.write_text(path.read_text().replace(checksum, checksum[::-1]))
-    assert list(faults(tmp_path)) == [f"{FOLDER_MANIFEST} has changed since it was written"]
+    [fault] = faults(tmp_path)
+    assert f"{FOLDER_MANIFEST} has changed since it was written" in fault
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs modes of files")
+@pytest.mark.parametrize(("umask", "mode"), [(0o027, 0o640), (0o077, 0o600)])
+def test_weights_are_readable_by_whom_the_umask_lets_read(umask: int, mode: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text("{}")
+        write_manifest(tmp_path, "stage2")
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == dict.fromkeys(
+        ("model.safetensors", "config.json", FOLDER_MANIFEST), mode
+    )

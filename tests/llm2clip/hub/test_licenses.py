@@ -185,8 +185,10 @@ def test_no_spelling_and_no_door_frees_a_model_of_the_license_of_its_base(
 
 def test_a_license_is_an_id_of_the_hub_in_any_case(run: Path, refused: Refused) -> None:
     mine = ("build", run, run.parent / "mine", "--license")
-    refused("--license apache2.0: the Hub has no license of this id: did you mean apache-2.0?", *mine, "apache2.0")
-    refused("--license cc-by-nc-9: the Hub has no license of this id: did you mean cc-by-nc-4.0?", *mine, "cc-by-nc-9")
+    refused("--license apache2.0: the Hub has no license of this id; did you mean 'apache-2.0'?", *mine, "apache2.0")
+    refused(
+        "--license cc-by-nc-9: the Hub has no license of this id; did you mean 'cc-by-nc-4.0'?", *mine, "cc-by-nc-9"
+    )
     folder = built(run, "mine", "--license", " Apache-2.0")
     card = (folder / CARD).read_text()
     assert read_card(folder)[0]["license"] == "apache-2.0"

@@ -68,7 +68,7 @@ def test_resumed_build_equals_an_uninterrupted_one(tmp_path: Path, calls: int, t
     if torn:
         shard = broken / "shard-00000.safetensors"
         shard.write_bytes(shard.read_bytes()[:100])
-        (broken / ".shard-00002.safetensors.999.tmp").write_bytes(b"left behind")
+        (broken / ".shard-00002.safetensors.0123abcd.tmp").write_bytes(b"left behind")
     asked: list[str] = []
     build(broken, TEXTS, _noting(asked), **truncated)
     assert len(asked) == len(TEXTS) - 10 * (done - torn)

@@ -37,10 +37,10 @@ ALONE = """
 import time
 from datetime import timedelta
 import torch.distributed as dist
-from llm2clip.command_line.processes import run_while_others_wait
+from llm2clip.command_line.processes import on_main_process
 dist.init_process_group("gloo", timeout=timedelta(seconds=1))
 start = time.monotonic()
-run_while_others_wait(lambda: time.sleep(3), here=dist.get_rank() == 0)
+on_main_process(lambda: time.sleep(3))
 assert time.monotonic() - start > 2.5
 dist.destroy_process_group()
 """

@@ -74,7 +74,7 @@ def test_all_faults_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     for fault in (
         "0.emb.safetensors has no manifest",
         "1.emb.safetensors is missing",
-        "2.emb.manifest has format None",
+        "2.emb.manifest has changed since it was written",
         f"the captions of the shard {tmp_path}/3.parquet cannot be read",
         f"restore that shard, or delete {tmp_path}/3.emb.manifest and run `llm2clip embed`",
         "4 faults in ",

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import difflib
 import inspect
 import itertools
 import re
@@ -15,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import Any, NoReturn
 
-from llm2clip.command_line.settings import is_enum, options_of
+from llm2clip.command_line.settings import is_enum, nearest, options_of
 
 # The first in the help of a stage.
 MOST_USED = (
@@ -34,20 +32,11 @@ SHOWN_TRAINER_OPTIONS = (
 HelpEntry = tuple[str, str]
 TRUTH_VALUES = ("true", "yes", "1", "false", "no", "0")
 PLACEHOLDERS = {int: "INT", float: "FLOAT", bool: "{true,false}", dict: "YAML"}
-PATH_ENDINGS = ("_dir", "_cache", "_name_or_path")
+PATH_ENDINGS = ("_dir", "_cache", "_file", "_name_or_path")
 MAX_CHOICES = 100  # characters of the choices beside an option; more stand in its text
 UNBROKEN = "\N{NO-BREAK SPACE}"
 MAX_COLUMN = 38
 MIN_WIDTH, MAX_WIDTH = 40, 120
-
-
-class _Once(argparse.Action):
-    """Take several values after one option; given again, it would replace them, and is refused."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        if self.dest in namespace:
-            parser.error(f"{option_string} is given twice; give all values after one: {option_string} A B.")
-        setattr(namespace, self.dest, values)
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -63,28 +52,21 @@ class OptionParser(argparse.ArgumentParser):
             if field.init and field.name not in skip:
                 hint = self.fields[field.name]
                 nargs: dict[str, Any] = {"nargs": "?", "const": "true"} if allows(hint, bool) else {}
-                nargs = {"nargs": "+", "action": _Once} if allows(hint, list) else nargs
+                nargs = {"nargs": "+", "action": "extend"} if allows(hint, list) else nargs
                 self.add_argument(option(field.name), dest=field.name, default=argparse.SUPPRESS, **nargs)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
     def read(self, arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-        """Read arguments; returns the values that are given, and the arguments that are none of this parser's.
-
-        A single value in brackets for a list of anything but strings is YAML.
-        """
+        """Read arguments; returns the values that are given, and the arguments that are none of this parser's."""
         # Intermixed, so that positional arguments may follow an option.
         namespace, unknown = self.parse_known_intermixed_args(_complete(arguments, self.fields))
-        values = vars(namespace)
-        for name in values.keys() & self.fields.keys():
-            value = values[name]
-            if isinstance(value, list) and len(value) == 1 and str in options_of(self.fields[name]):
-                values[name] = value[0]
-                continue
-            is_word = isinstance(value, list) and len(value) == 1 and list[str] not in options_of(self.fields[name])
-            if is_word and value[0].startswith(("[", "{")):
-                values[name] = value[0]
+        # A single value may be a list in YAML.
+        values = {
+            name: value[0] if isinstance(value, list) and len(value) == 1 else value
+            for name, value in vars(namespace).items()
+        }
         return values, unknown
 
 
@@ -102,45 +84,31 @@ def unknown_option(argument: str, config_classes: Sequence[type]) -> str:
     name = given.strip("-").replace("-", "_")
     if name in fields:
         return f"there is no option {given}: give its value without it, where `--help` shows {name.upper()}."
-    meant = difflib.get_close_matches(name, fields, n=1)
-    return f"there is no option {given}; " + (
-        f"did you mean {option(meant[0])}?" if meant else "--help-all lists them."
-    )
+    return f"there is no option {given}{nearest(option(name), map(option, fields))} `--help-all` lists them."
 
 
 def _complete(arguments: Sequence[str], fields: dict[str, Any]) -> list[str]:
-    """Write each option of a field with dashes, and join flags and lists of numbers with their values by `=`.
+    """Write each option of a field with dashes, and join flags with their values by `=`.
 
-    Otherwise these would consume the arguments after them. `--flag` becomes `--flag=true`, and `--no-flag` becomes
+    Otherwise these would consume the argument after them. `--flag` becomes `--flag=true`, and `--no-flag` becomes
     `--flag=false`.
 
     Args:
         fields: Types by name.
     """
-    completed, rest = [], list(arguments)
-    while rest:
-        argument = rest.pop(0)
+    completed = []
+    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
         given, equals, value = argument.partition("=")
         name = given[2:].replace("-", "_") if given.startswith("--") else ""
         if name not in fields and fields.get(name.removeprefix("no_")) is bool and not equals:
             completed.append(f"{option(name.removeprefix('no_'))}=false")
         elif name not in fields:
             completed.append(argument)
-        elif fields[name] is bool and not equals and (not rest or rest[0].lower() not in TRUTH_VALUES):
+        elif fields[name] is bool and not equals and following.lower() not in TRUTH_VALUES:
             completed.append(f"{option(name)}=true")
-        elif fields[name] == list[float] and not equals and (numbers := [*itertools.takewhile(_is_number, rest)]):
-            completed.append(f"{option(name)}=[{', '.join(numbers)}]")
-            del rest[: len(numbers)]
         else:
             completed.append(option(name) + equals + value)
     return completed
-
-
-def _is_number(text: str) -> bool:
-    with contextlib.suppress(ValueError):
-        float(text)
-        return True
-    return False
 
 
 def allows(hint: Any, kind: type) -> bool:
@@ -219,9 +187,7 @@ def placeholder(field: dataclasses.Field[Any], hint: Any) -> str:
     if any(map(is_enum, kinds)):
         # Beside an enumeration, `str` stands for the names of its values.
         kinds = [kind for kind in kinds if kind is not str]
-    first = re.split("[.;] ", str(field.metadata.get("help", "")))[0]
-    is_path = field.name.endswith(PATH_ENDINGS) or re.search(r"(?<!of a )\b(folder|file)\b", first, re.IGNORECASE)
-    text = "PATH" if is_path else "TEXT"
+    text = "PATH" if field.name.endswith(PATH_ENDINGS) else "TEXT"
     words = [_word(kind, text) for kind in kinds]
     return "|".join(word for word in dict.fromkeys(words) if f"{word} ..." not in words)
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 T = TypeVar("T")
@@ -35,22 +34,6 @@ def leave_process_group() -> None:
         dist.destroy_process_group()
 
 
-def run_while_others_wait(work: Callable[[], None], here: bool) -> None:
-    """Do work of any length in some processes, while the others wait longer than a collective operation may.
-
-    Args:
-        here: Whether this process does the work.
-    """
-    several = world_size() > 1
-    # gloo, whose waiting does not stop other work on a GPU.
-    group = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if several else None
-    if here:
-        work()
-    if several:
-        dist.barrier(group=group)
-        dist.destroy_process_group(group)
-
-
 def worker_count(num_workers: int | None) -> int:
     """Return the number of worker processes that a setting asks for; None is one per core, at most 8."""
     return min(8, torch.get_num_threads()) if num_workers is None else num_workers
@@ -70,38 +53,30 @@ def sum_over_processes(values: Tensor) -> Tensor:
     return total.to(values.device)
 
 
-def on_main_process(compute: Callable[[], T]) -> T:
-    """Call a function in the main process only; every process returns its result, or raises its error."""
-    state = process_state()
-    if state.num_processes == 1:
-        return compute()
-    outcome: list[Any] = [_attempt(compute) if state.is_main_process else None]
-    broadcast_object_list(outcome)
-    result, error = outcome[0]
-    if error is not None:
-        raise error
-    return result
-
-
-def _attempt(compute: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    """Return the result of a function, or its error, so that other processes do not wait for the result."""
-    try:
-        return compute(), None
-    except Exception as error:
-        return None, error
-
-
 def gather_results(compute: Callable[[], T]) -> list[T]:
-    """Call a function in all processes; each returns the results of all, or raises the error of one."""
+    """Call a function in all processes; each returns the results of all, or raises the error of one.
+
+    The work may take longer in one process than a collective operation may wait, up to a week.
+    """
     if world_size() == 1:
         return [compute()]
-    outcomes: list[Any] = [None] * world_size()
-    outcome = _attempt(compute)
-    # gloo, since results may be larger than what is left of the memory of a GPU.
+    # gloo, whose waiting does not stop other work on a GPU, and whose results need not fit into its memory.
     group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    outcome: tuple[T | None, Exception | None]
+    try:
+        outcome = compute(), None
+    except Exception as error:  # otherwise the others would wait for the result
+        outcome = None, error
+    outcomes: list[Any] = [None] * world_size()
     dist.all_gather_object(outcomes, outcome, group=group)
     dist.destroy_process_group(group)
-    for _, error in outcomes:
-        if error is not None:
-            raise error
+    for _, failure in outcomes:
+        if failure is not None:
+            raise failure
     return [result for result, _ in outcomes]
+
+
+def on_main_process(compute: Callable[[], T]) -> T:
+    """Call a function in the main process only; every process returns its result, or raises its error."""
+    is_main = process_state().is_main_process
+    return cast(T, gather_results(lambda: compute() if is_main else None)[0])

@@ -35,9 +35,3 @@ def load_yaml(text: str) -> Any:
     except (AttributeError, IndexError, KeyError, RecursionError, TypeError) as error:
         # A tag whose value does not fit, such as `!!bool maybe`, or too many levels.
         raise ValueError(f"{type(error).__name__}: {error}") from error
-
-
-def key_lines(text: str) -> dict[str, int]:
-    """Return the line of each key of a document that [`load_yaml`] has read, a mapping."""
-    root = yaml.compose(text, Loader=_Loader)
-    return {} if root is None else {key.value: key.start_mark.line + 1 for key, _ in root.value}

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import datasets
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from safetensors.torch import load_file
 
 from llm2clip.data.formats import SourceError
@@ -182,7 +182,7 @@ class PairTable:
         self.table = table
         settings = {name: getattr(source, name) for name in KEY_SETTINGS}
         identity = {"version": KEY_VERSION, "table": table_identity(table), **settings}
-        keys = shared_file("pairs", identity, lambda path: save_file(self._build(), path))
+        keys = shared_file("pairs", identity, lambda path: path.write_bytes(save(self._build())))
         # Views of the file, in memory that all processes share.
         arrays = {name: tensor.numpy() for name, tensor in load_file(keys).items()}
         self.rows = arrays["rows"]

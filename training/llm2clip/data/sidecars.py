@@ -30,7 +30,7 @@ from llm2clip.data.shards import (
 )
 from llm2clip.files.atomic import require_writable
 from llm2clip.files.manifests import Fault, Verified
-from llm2clip.files.remote_path import READ_ONLY, AnyPath, local_copy, open_path
+from llm2clip.files.remote_path import AnyPath, local_copy, open_path
 from llm2clip.store.manifest import (
     MANIFEST_SUFFIX,
     ROWS_SUFFIX,
@@ -66,7 +66,7 @@ class SidecarFolder:
         """
         if isinstance(self.folder, Path):
             require_writable(self.folder)
-        elif self.folder.protocol in READ_ONLY:
+        elif self.folder.protocol in ("http", "https"):
             raise ValueError(f"{self.folder} cannot be written; set output_dir to a folder or an object store.")
 
     def rows_path(self, shard: SourceShard) -> AnyPath:

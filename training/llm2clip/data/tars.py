@@ -14,11 +14,12 @@ from lzma import LZMAError
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
+import fsspec
 import numpy as np
 from datasets.packaged_modules.webdataset.webdataset import WebDataset, base_plus_ext
 
 from llm2clip.data.formats import SourceError, file_format
-from llm2clip.files.remote_path import open_once
+from llm2clip.files.remote_path import protocols
 from llm2clip.files.shared_files import shared_file
 
 READ_SIZE = 1 << 22  # bytes
@@ -148,7 +149,13 @@ def skip_empty_tars(files: list[str]) -> list[str]:
 
 
 def _opened(path: str) -> Any:
-    return open_once(path) if "://" in path else open(path, "rb")
+    """Open a local or remote file for one reading from its beginning to its end."""
+    if "://" not in path:
+        return open(path, "rb")
+    files, name = fsspec.core.url_to_fs(path)
+    # These then stream one answer instead of asking for each block.
+    streamed = {"block_size": 0} if {"http", "https", "hf"} & set(protocols(files)) else {}
+    return files.open(name, "rb", **streamed)
 
 
 def _mode(file: IO[bytes]) -> str:

@@ -25,7 +25,7 @@ from llm2clip.encoders.embed_shards import (
 )
 from llm2clip.encoders.ours import OurEncoder
 from llm2clip.encoders.ray_engine import embed_with_ray
-from llm2clip.files.locks import exclusive
+from llm2clip.files.locks import run_lock
 from llm2clip.models.identity import tokenizer_fingerprint
 from llm2clip.models.towers import open_text_tower
 from llm2clip.store import EmbeddingCache, StoreManifest, build_embedding_cache, caption_manifest
@@ -145,10 +145,10 @@ def run(config: EmbedConfig) -> dict[str, Any]:
         return _embed_into_sidecars(config)
     if "://" in config.output_dir:
         raise ValueError(f"a cache is a local folder, not {config.output_dir}; sidecars may have a URL.")
-    return _embed_into_cache(config)
+    with run_lock(config.output_dir):
+        return _embed_into_cache(config)
 
 
-@exclusive
 def _embed_into_cache(config: EmbedConfig) -> dict[str, Any]:
     require(config, REQUIRED)
     encoder = _open_encoder(config)

@@ -19,7 +19,7 @@ from llm2clip.data.sidecars import SidecarFolder
 from llm2clip.files.remote_path import AnyPath
 from llm2clip.store import EmbeddingCache, StoreManifest
 from llm2clip.store.building import Embed, caption_name, caption_rows
-from llm2clip.store.shards import ComputedRows, remove_leftovers_of, shard_lock, write_shard
+from llm2clip.store.shards import ComputedRows, shard_lock, write_shard
 from llm2clip.store.store import caption_keys
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,6 @@ def embed_shards(jobs: Sequence[SidecarJob], embed_one: EmbedShard, show_progres
         StoreMismatchError: Another encoder made the sidecar of a shard.
         OSError: A sidecar cannot be written.
     """
-    remove_leftovers_of([job.path for job in jobs])
     return count_shards(map(embed_one, jobs), len(jobs), show_progress_bar)
 
 

@@ -6,14 +6,14 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from llm2clip.encoders.embed_shards import EmbedCounts, EmbedShard, SidecarJob
-from llm2clip.store.shards import remove_leftovers_of
+from llm2clip.store.shards import shard_lock
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +75,9 @@ def embed_with_ray(
             if not missing:
                 return
             logger.warning("The processes of %d shards died.", len(missing))
-        remove_leftovers_of([job.path for job in missing.values()], ENDING_SECONDS)
         for job in missing.values():
+            with suppress(ValueError), shard_lock(job.path, ENDING_SECONDS):  # which removes what they left
+                pass
             yield EmbedCounts(1, failed=[f"{job.shard.path}: each process that embedded it died"])
 
 
@@ -129,7 +130,6 @@ class _Actor:
 
         self.jobs: dict[int, SidecarJob] = ray.get(jobs)
         self.embed_shard = make_embedder()
-        remove_leftovers_of([job.path for job in self.jobs.values()])
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         number, fatal = int(batch["number"][0]), ""

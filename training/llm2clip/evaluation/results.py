@@ -91,7 +91,7 @@ def read_result(path: Path) -> Result:
     Raises:
         ValueError: The file is no such file, is damaged, or is of another version of the schema.
     """
-    content = read_checked(path)
+    content = read_checked(path, by_hand=True)
     try:
         if content.get("schema_version") != SCHEMA_VERSION:
             raise TypeError(f"its version is {content.get('schema_version')}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import re
-import socket
-import time
-from collections.abc import Iterable, Iterator, Sequence
+import secrets
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -18,12 +18,8 @@ from llm2clip.files.library_errors import wrap_write_errors
 if TYPE_CHECKING:
     from llm2clip.files.remote_path import AnyPath
 
-# The name of a temporary file.
-LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<host>[A-Za-z0-9-]*)\.(?P<process>\d+)\.tmp")
-# Seconds by which the clock of a file server may differ from that of the machine that writes there.
-CLOCKS_APART = 3600.0
-# The name of a file that safetensors has not finished.
-UNFINISHED_TENSORS = re.compile(r"\.tmp\w{6}")
+# What killed processes leave: files of `atomic_path`, and those that safetensors has not finished.
+UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}\.tmp|\.tmp\w{6}")
 
 
 @contextmanager
@@ -31,8 +27,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path whose file replaces `path` when the block ends, and is removed when the block raises.
 
     The error of a full disk names the file. The content and the rename reach the disk before the call returns, so that
-    a crash leaves either the old file or the new one. A killed process leaves files `.*.tmp`; see
-    [`remove_leftovers`]. The folder of `path` is created.
+    a crash leaves either the old file or the new one; a killed process leaves a file `.*.tmp`, see [`leftovers`]. The
+    folder of `path` is created.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,72 +44,20 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def temporary_name(path: Path) -> Path:
-    """Return the path beside `path` that this process writes before it renames it; see [`leftovers`].
-
-    Its name contains host and process: two processes that write the same file do not mix.
-    """
-    return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
+    """Return a path beside `path` for what is renamed to it; another one in each call, since two runs may write it."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
-def remove_leftovers(paths: Sequence[Path], patience: float) -> list[Path]:
-    """Remove the files that killed processes left while they wrote `paths`, and return them; see [`leftovers`].
-
-    Args:
-        patience: Seconds in which processes that still live may end.
-    """
-    deadline = time.monotonic() + patience
-    while time.monotonic() < deadline and list(leftovers(paths, alive=True)):
-        time.sleep(0.05)
-    # A folder is that of `atomic_folder`, which removes its own.
-    removed = [path for path in leftovers(paths) if not path.is_dir()]
-    for path in removed:
-        path.unlink(missing_ok=True)
-    return removed
-
-
-def leftovers(paths: Iterable[Path], alive: bool = False) -> Iterator[Path]:
-    """Find the temporary files and folders that killed processes of this machine left while they wrote `paths`.
-
-    A living process that is younger than the file has only got the number of the one that wrote it.
-
-    Args:
-        alive: Find what living processes are writing instead.
-    """
-    names: dict[Path, set[str]] = {}
-    for path in paths:
-        names.setdefault(path.parent, set()).add(path.name)
-    for folder, written in names.items():
-        for path in folder.glob(".*.tmp"):
-            part = LEFTOVER.fullmatch(path.name)
-            is_ours = part and part["name"] in written and part["host"] == _host()
-            if part and is_ours and _is_written(path, int(part["process"])) == alive:
-                yield path
+def leftovers(path: Path) -> list[Path]:
+    """Find what killed processes left while they wrote a file or folder, which nobody else writes now."""
+    return [left for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp") if UNFINISHED.fullmatch(left.name)]
 
 
 def remove_unfinished(folder: Path) -> None:
     """Remove what killed processes left in a folder that nobody else writes into now."""
     for path in folder.glob(".*tmp*"):
-        if path.is_file() and (LEFTOVER.fullmatch(path.name) or UNFINISHED_TENSORS.fullmatch(path.name)):
+        if path.is_file() and UNFINISHED.fullmatch(path.name):
             path.unlink(missing_ok=True)
-
-
-def _host() -> str:
-    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
-
-
-def _is_written(path: Path, number: int) -> bool:
-    """Tell whether the process with this number lives, and is older than a file, so that it may be writing that."""
-    import psutil  # comes with accelerate
-
-    try:
-        process = psutil.Process(number)
-        # One that has ended keeps its number until its parent asks how.
-        is_alive = process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
-        return is_alive and process.create_time() < path.stat().st_mtime + CLOCKS_APART
-    except psutil.NoSuchProcess:
-        return False
-    except (psutil.AccessDenied, FileNotFoundError):  # it has got its own name meanwhile
-        return True
 
 
 def require_writable(folder: Path) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 from llm2clip.command_line.logs import shortened
 from llm2clip.files.atomic import leftovers, temporary_name
 from llm2clip.files.library_errors import wrap_write_errors
-from llm2clip.files.manifests import FOLDER_MANIFEST, foreign_files, write_manifest
+from llm2clip.files.locks import lock_beside
+from llm2clip.files.manifests import FOLDER_MANIFEST, folder_files, own_files, write_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -34,27 +35,28 @@ def atomic_folder(destination: Path, command: str, overwrite: bool = False) -> I
 
     Raises:
         FileExistsError: See [`refuse_existing`].
+        ValueError: Another run is writing it.
     """
     destination = destination.resolve()
-    # In a container, a killed process may have had the number of this one.
-    for left in (*leftovers([destination]), temporary_name(destination)):
-        if _remove(left, destination):
-            logger.warning("%s is back, which a killed run was about to replace.", destination)
-    refuse_existing(destination, command, overwrite)
     scratch = temporary_name(destination)
     folder = scratch / destination.name
-    folder.mkdir(parents=True)
-    try:
-        with wrap_write_errors(destination):
-            yield folder
-            write_manifest(folder, command)
-        # Another process may have created it meanwhile.
+    with lock_beside(destination, patience=0):
+        for left in leftovers(destination):
+            if _remove(left, destination):
+                logger.warning("%s is back, which a killed run was about to replace.", destination)
         refuse_existing(destination, command, overwrite)
-        if destination.exists():
-            destination.rename(scratch / REPLACED)
-        folder.rename(destination)
-    finally:
-        _remove(scratch, destination)
+        folder.mkdir(parents=True)
+        try:
+            with wrap_write_errors(destination):
+                yield folder
+                write_manifest(folder, command)
+            # People may have put something into it meanwhile.
+            refuse_existing(destination, command, overwrite)
+            if destination.exists():
+                destination.rename(scratch / REPLACED)
+            folder.rename(destination)
+        finally:
+            _remove(scratch, destination)
 
 
 def _remove(scratch: Path, destination: Path) -> bool:
@@ -83,13 +85,13 @@ def refuse_existing(destination: Path, command: str, overwrite: bool) -> None:
         )
     if not any(destination.iterdir()):
         return
-    foreign = foreign_files(destination, command)
-    if foreign is None:
+    known = own_files(destination, command)
+    if known is None:
         raise FileExistsError(
             f"{destination} is not replaced, because llm2clip {command} did not write it (no {FOLDER_MANIFEST} that "
             "says so); choose another destination, or delete the folder yourself."
         )
-    if foreign:
+    if foreign := [name for name in folder_files(destination) if name not in known]:
         raise FileExistsError(
             f"{destination} is not replaced, because it contains other files than those that llm2clip {command} wrote "
             f"({shortened(foreign)}); move them away, or choose another destination."

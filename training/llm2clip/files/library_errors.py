@@ -6,11 +6,11 @@ import errno
 import os
 import re
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 # What the processes of a run see when another one has died: gloo, NCCL and the store of torchrun.
 PEER = re.compile(
@@ -19,13 +19,7 @@ PEER = re.compile(
     re.IGNORECASE,
 )
 PEER_ENDED = "another process of this run has ended; its own message says why"
-WORKER_ENDED = (
-    "a process that reads data has ended, most often because the memory is full: lower dataloader_num_workers "
-    "(num_workers), or, where it says so, give /dev/shm more space"
-)
-OUT_OF_MEMORY = (
-    "the memory of the accelerator is full: lower the batch size, or set tower_chunk_size or activation_checkpointing"
-)
+WORKER_ENDED = "a process that reads data has ended; if the memory is full, lower dataloader_num_workers (num_workers)"
 # How libraries in Rust word an error of the system.
 SYSTEM = re.compile(r"[A-Z][\w /-]+ \(os error \d+\)")
 # Errors of writing to an open file, which say nothing of which.
@@ -35,20 +29,20 @@ TORCH_WRITES = re.compile(r"PytorchStreamWriter|inline_container|cannot be opene
 
 
 def explain(error: BaseException) -> str | None:
-    """Say in one line what an error of a library is about and what to do; None if it may be a bug."""
-    text = str(error)
+    """Return the line of an error of a library that is about the data or machine; None if it may be a bug."""
+    first = (str(error).splitlines() or [type(error).__name__])[0]
     if isinstance(error, SafetensorError):
-        return text
+        return first
     if isinstance(error, MemoryError):
-        return "the memory of the machine is full."
+        return f"the memory of the machine is full. ({first})"
     if type(error).__name__ == "OutOfMemoryError":  # of torch
-        return f"{OUT_OF_MEMORY}. ({text.splitlines()[0]})"
+        return f"{first} Lower the batch size, or set tower_chunk_size or activation_checkpointing."
     # The first error of the worker's end is the context of the last one, or it is one of the connection to it.
-    causes = f"{error.__cause__ or error.__context__} {text}"
-    connection = isinstance(error, (ConnectionError, EOFError, FileNotFoundError))
-    if "DataLoader worker (pid" in causes or (connection and _comes_through(error, "multiprocessing/connection")):
-        return f"{WORKER_ENDED}. ({(text.splitlines() or [type(error).__name__])[0]})"
-    if isinstance(error, RuntimeError) and PEER.search(text) and _comes_through(error, "distributed"):
+    causes = f"{error.__cause__ or error.__context__} {error}"
+    is_lost = isinstance(error, (ConnectionError, EOFError, FileNotFoundError))
+    if "DataLoader worker (pid" in causes or (is_lost and _comes_through(error, "multiprocessing/connection")):
+        return f"{WORKER_ENDED}. ({first})"
+    if isinstance(error, RuntimeError) and PEER.search(str(error)) and _comes_through(error, "distributed"):
         return f"{PEER_ENDED}. This one cannot go on alone."
     return None
 
@@ -96,32 +90,6 @@ def wrap_write_errors(path: Path) -> Iterator[None]:
         if not (isinstance(error, SafetensorError) or is_of_torch or is_of_tokenizers):
             raise
         raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error
-
-
-@contextmanager
-def wrap_weight_errors(folders: Callable[[], Iterable[Path]]) -> Iterator[None]:
-    """Raise an error of damaged weights in the block, which does not say where they are, as one that names their file.
-
-    Args:
-        folders: Finds the folders of models that the block may load; called after such an error.
-    """
-    try:
-        yield
-    except SafetensorError as error:
-        if (path := _damaged_weights(folders())) is None:
-            raise
-        raise ValueError(f"{path} is damaged or cut short ({error}); copy, download or build it again.") from error
-
-
-def _damaged_weights(folders: Iterable[Path]) -> Path | None:
-    for folder in folders:
-        for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")]):
-            try:
-                with safe_open(path, framework="pt"):
-                    pass
-            except SafetensorError:
-                return path
-    return None
 
 
 def _comes_through(error: BaseException, package: str) -> bool:

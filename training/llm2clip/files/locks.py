@@ -1,4 +1,4 @@
-"""A lock on a folder, so that two runs do not write into it at the same time."""
+"""A lock on a folder or file, so that two runs do not write it at the same time."""
 
 from __future__ import annotations
 
@@ -6,25 +6,22 @@ import contextlib
 import errno
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar, cast
 
 from filelock import FileLock, Timeout
 
 from llm2clip.command_line.progress import is_main_process
 
 logger = logging.getLogger(__name__)
-RunT = TypeVar("RunT", bound=Callable[..., Any])
 
 LOCK = ".lock"
 # Errors of network file systems that have no locks.
 UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 # Seconds to wait for the DataLoader workers of a killed run, which notice its end after a few seconds.
 PATIENCE = 15.0
-# Seconds to wait for another run that computes what this one needs: a week; with several processes 20 minutes, since
-# the others wait in a collective operation, which fails after 30 minutes by default.
-WAIT, WAIT_OF_SEVERAL = 7 * 24 * 3600.0, 20 * 60.0
+# Seconds to wait for another run that computes what this one needs: a week.
+WAIT = 7 * 24 * 3600.0
 
 
 @contextlib.contextmanager
@@ -45,47 +42,37 @@ def folder_lock(folder: str | Path, patience: float | None = None) -> Iterator[N
         yield
 
 
+def run_lock(output_dir: str | Path | None) -> contextlib.AbstractContextManager[None]:
+    """Hold the lock of a run's folder, if it has one, in the first of its processes; see [`folder_lock`]."""
+    return folder_lock(output_dir) if output_dir and is_main_process() else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
-def file_lock(path: Path) -> Iterator[None]:
-    """Wait until no other process holds the lock with this path, and hold it; the file is removed at the end."""
-    with _lock(path, path, WAIT):
+def lock_beside(path: Path, patience: float = WAIT) -> Iterator[bool]:
+    """Keep other runs from writing a file or folder, by a file beside it, which is removed at the end.
+
+    Args:
+        patience: Seconds to wait for another run to end.
+
+    Yields:
+        Whether the run before was killed, or may have been, so that it may have left temporary files.
+
+    Raises:
+        ValueError: Another run is writing it.
+    """
+    lock = path.with_name(f".{path.name}{LOCK}")
+    existed = lock.exists()
+    with _lock(lock, path, patience) as is_held:
         try:
-            yield
+            yield existed and is_held
         finally:
             with contextlib.suppress(OSError):  # where a lock that is held cannot be removed
-                path.unlink(missing_ok=True)
-
-
-def remove_stale_lock(path: Path) -> None:
-    """Remove the file of a [`file_lock`] that a killed process left, unless another one holds it."""
-    if path.exists():
-        with contextlib.suppress(OSError), FileLock(path, timeout=0):  # Timeout is one
-            path.unlink(missing_ok=True)
+                lock.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def run_lock(output_dir: str | Path | None) -> Iterator[None]:
-    """Hold the lock of a run's folder, if it has one, in the first of its processes; see [`folder_lock`]."""
-    if not output_dir or not is_main_process():
-        yield
-        return
-    with folder_lock(output_dir):
-        yield
-
-
-def exclusive(run: RunT) -> RunT:
-    """Decorate the `run` of a command: it holds the lock of `config.output_dir` from its beginning."""
-
-    @functools.wraps(run)
-    def locked(config: Any, *args: Any, **kwargs: Any) -> Any:
-        with run_lock(config.output_dir):
-            return run(config, *args, **kwargs)
-
-    return cast(RunT, locked)
-
-
-@contextlib.contextmanager
-def _lock(path: Path, used: Path, patience: float) -> Iterator[None]:
+def _lock(path: Path, used: Path, patience: float) -> Iterator[bool]:
+    """Hold a lock; yields whether the file system has locks."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # One object for a path: a command holds the lock of its run before its trainer does.
     lock = FileLock(path, is_singleton=True)
@@ -103,7 +90,7 @@ def _lock(path: Path, used: Path, patience: float) -> Iterator[None]:
             raise
         _warn_of_no_locks(path.parent, str(error))
     try:
-        yield
+        yield lock.is_locked
     finally:
         lock.release()
 

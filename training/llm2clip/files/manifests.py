@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from llm2clip.files.remote_path import AnyPath
 
 FOLDER_MANIFEST = ".llm2clip.json"
-# The default name of sigstore's command `model_signing`.
-MODEL_SIGNATURE = "model.sig"
 # What people edit, and `llm2clip push` too; nothing computes from it.
 EDITED = frozenset({"README.md", "LICENSE"})
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg"})
@@ -77,25 +76,21 @@ def with_checksum(fields: dict[str, Any]) -> dict[str, Any]:
     return {**fields, MANIFEST_CHECKSUM: digest_json(fields)}
 
 
-def fits_checksum(fields: dict[str, Any]) -> bool:
-    """Tell whether the fields of a manifest fit their checksum."""
-    others = {name: value for name, value in fields.items() if name != MANIFEST_CHECKSUM}
-    return fields.get(MANIFEST_CHECKSUM) == digest_json(others)
+def read_checked(path: AnyPath, by_hand: bool = False) -> dict[str, Any]:
+    """Read a JSON file written [`with_checksum`], without that.
 
-
-def read_checked(path: AnyPath) -> dict[str, Any]:
-    """Read a JSON file written [`with_checksum`], without that; who changes the file by hand deletes it.
+    Args:
+        by_hand: Whether people may change it, who then delete the checksum.
 
     Raises:
         ValueError: It is damaged, or has changed since it was written.
     """
     fields = read_json(path)
-    if MANIFEST_CHECKSUM in fields and not fits_checksum(fields):
-        raise ValueError(
-            f"{path} has changed since it was written: its content does not fit its {MANIFEST_CHECKSUM}. Restore it, "
-            f"or write it again; if the change is meant, delete its {MANIFEST_CHECKSUM}."
-        )
-    return {name: value for name, value in fields.items() if name != MANIFEST_CHECKSUM}
+    checksum = fields.pop(MANIFEST_CHECKSUM, None)
+    if checksum != digest_json(fields) and not (by_hand and checksum is None):
+        hint = f" (if it is meant, delete its {MANIFEST_CHECKSUM})" if by_hand else ""
+        raise ValueError(f"{path} has changed since it was written{hint}.")
+    return fields
 
 
 def write_manifest(
@@ -103,7 +98,7 @@ def write_manifest(
     command: str,
     names: Iterable[str] | None = None,
     unlisted: Collection[str] = (),
-    rewritten: Collection[str] | None = None,
+    checksum: Callable[[Path], str] = sha256,
 ) -> None:
     """List the files of a folder with sizes and checksums, after they have reached the disk.
 
@@ -113,31 +108,28 @@ def write_manifest(
         command: The command that wrote the folder, such as `build`.
         names: The files; by default everything below the folder.
         unlisted: Files that are left out.
-        rewritten: Files that may have changed since an earlier list; by default all. Others keep what that says.
+        checksum: Computes the checksum of a file; [`stored_sha256`] where most have not changed since the last list.
     """
+    fields: dict[str, Any] = {"written_by": f"llm2clip {command}"}
     if not isinstance(folder, Path):
-        listed = {name: size for name, size in folder.sizes().items() if name not in {*unlisted, FOLDER_MANIFEST}}
-        write_json(folder / FOLDER_MANIFEST, with_checksum({"written_by": f"llm2clip {command}", "files": listed}))
+        sizes = {name: size for name, size in folder.sizes().items() if name not in {*unlisted, FOLDER_MANIFEST}}
+        write_json(folder / FOLDER_MANIFEST, with_checksum({**fields, "files": sizes}))
         return
     chosen = folder_files(folder) if names is None else names
-    paths = [folder / name for name in chosen if name not in unlisted]
-    for path in paths:
+    files = {name: folder / name for name in chosen if name not in unlisted}
+    for path in files.values():
         flush_file(path)
-    for parent in {path.parent for path in paths}:
+    for parent in {path.parent for path in files.values()}:
         flush_folder(parent)
-    sizes: dict[str, int] = {}
-    checksums: dict[str, str] = {}
-    earlier: dict[str, ListedFile] = {}
-    with contextlib.suppress(OSError, ValueError):  # a damaged list is written anew
-        earlier = {} if rewritten is None else listed_files(folder)
-    for path in paths:
-        name = path.relative_to(folder).as_posix()
-        known = earlier.get(name) if rewritten is not None and name not in rewritten else None
-        sizes[name] = path.stat().st_size if known is None else known.size
-        if not _is_edited(name, of_card=command == "build"):
-            checksums[name] = sha256(path) if known is None or known.checksum is None else known.checksum
-    fields = {"written_by": f"llm2clip {command}", "files": sizes, "sha256": checksums}
+    of_card = command == "build"
+    fields["files"] = {name: path.stat().st_size for name, path in files.items()}
+    fields["sha256"] = {name: checksum(path) for name, path in files.items() if not _is_edited(name, of_card)}
     write_json(folder / FOLDER_MANIFEST, with_checksum(fields))
+    for path in files.values():
+        if path.suffix == ".safetensors":
+            # safetensors lets nobody but their owner read its files, whatever the umask of others is.
+            with contextlib.suppress(OSError):
+                shutil.copymode(folder / FOLDER_MANIFEST, path)
 
 
 def written_by(folder: AnyPath) -> str | None:
@@ -147,12 +139,6 @@ def written_by(folder: AnyPath) -> str | None:
     except (OSError, ValueError):
         return None
     return command.removeprefix("llm2clip ") if isinstance(command, str) else None
-
-
-def foreign_files(folder: Path, command: str) -> list[str] | None:
-    """Return the files of a folder that its manifest does not list, or None if `command` did not write the folder."""
-    known = own_files(folder, command)
-    return None if known is None else [name for name in folder_files(folder) if name not in known]
 
 
 def own_files(folder: AnyPath, command: str) -> dict[str, ListedFile] | None:
@@ -173,14 +159,12 @@ def listed_files(folder: AnyPath) -> dict[str, ListedFile]:
     """
     path = folder / FOLDER_MANIFEST
     try:
-        fields = read_json(path)
+        fields = read_checked(path)
     except FileNotFoundError:
         return {}
     sizes, checksums = fields.get("files"), fields.get("sha256", {})
     if not isinstance(sizes, dict) or not isinstance(checksums, dict):
         raise ValueError(f"no list of files in {FOLDER_MANIFEST}")
-    if not fits_checksum(fields):
-        raise ValueError(f"{FOLDER_MANIFEST} has changed since it was written")
     for name in sizes:
         if PurePosixPath(name).is_absolute() or Path(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise ValueError(f"{path} names {name}, which is outside of the folder")

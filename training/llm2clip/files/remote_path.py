@@ -14,8 +14,6 @@ import fsspec
 from fsspec.registry import known_implementations
 from upath.extensions import ProxyUPath
 
-READ_ONLY = {"http", "https"}
-
 
 class RemotePath(ProxyUPath):
     """The path of a file or folder at a URL, whose methods are those of `pathlib.Path`.
@@ -88,14 +86,6 @@ def refuse_pipe(path: str) -> None:
         raise ValueError(f"{path!r} is a command, which is never run; give the URL that it reads, such as s3://...")
 
 
-def open_once(path: str) -> Any:
-    """Open a local or remote file for one reading from its beginning to its end."""
-    files, name = fsspec.core.url_to_fs(path)
-    # These then stream one answer instead of asking for each block.
-    streamed = {"block_size": 0} if {"http", "https", "hf"} & set(protocols(files)) else {}
-    return files.open(name, "rb", **streamed)
-
-
 def protocols(files: Any) -> tuple[str, ...]:
     """Return the names of a file system of fsspec."""
     return (files.protocol,) if isinstance(files.protocol, str) else tuple(files.protocol)
@@ -125,21 +115,3 @@ def local_file(path: AnyPath) -> Iterator[Path]:
         yield file
         path.fs.makedirs(path.parent.path, exist_ok=True)
         path.fs.put_file(str(file), path.path)
-
-
-@contextmanager
-def wrap_connection_errors(path: AnyPath) -> Iterator[None]:
-    """Turn what libraries raise when the store of a remote path cannot be reached into ConnectionError.
-
-    FileNotFoundError, NotADirectoryError and ValueError stay what they are.
-    """
-    try:
-        yield
-    except (FileNotFoundError, NotADirectoryError, ConnectionError, ValueError):
-        raise
-    except Exception as error:
-        # Each library has its own kinds.
-        if isinstance(path, Path):
-            raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConnectionError(f"{path} cannot be reached: {reason}") from error

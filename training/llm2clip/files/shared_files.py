@@ -13,16 +13,16 @@ from typing import Any
 
 from huggingface_hub import constants
 
-from llm2clip.files.atomic import atomic_path, digest_json, sha256
-from llm2clip.files.locks import file_lock
+from llm2clip.files.atomic import atomic_path, digest_json, leftovers, sha256
+from llm2clip.files.locks import lock_beside
 
 logger = logging.getLogger(__name__)
 
 
-def shared_file(kind: str, identity: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
+def shared_file(kind: str, identity: Mapping[str, Any], write: Callable[[Path], object]) -> Path:
     """Return a file in the cache of `datasets`, which is written if it does not exist.
 
-    While one process writes it, the others wait for a lock file, which is removed afterwards.
+    While one process writes it, the others wait.
 
     Args:
         kind: What the file contains, the first part of its name.
@@ -31,7 +31,9 @@ def shared_file(kind: str, identity: Mapping[str, Any], write: Callable[[Path], 
     """
     path = _folder() / f"{kind}-{digest_json(identity)}"
     if not path.exists():
-        with file_lock(Path(f"{path}.lock")):
+        with lock_beside(path):
+            for left in leftovers(path):
+                left.unlink()
             if not path.exists():
                 with atomic_path(path) as temporary:
                     write(temporary)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from difflib import get_close_matches
 from importlib.metadata import files as distribution_files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import snapshot_download
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
+from llm2clip.command_line.settings import nearest
 from llm2clip.files.atomic import read_json, write_text
 from llm2clip.hub.cards.card import CARD, as_list, license_fields, read_card, split_card
 from llm2clip.hub.cards.facts import public_name
@@ -246,11 +246,9 @@ def license_id(given: str, place: str) -> str:
     """
     license = given.strip().lower()
     if license not in LICENSE_IDS:
-        near = get_close_matches(license, LICENSE_IDS, n=1)
-        hint = f": did you mean {near[0]}?" if near else "."
         raise ValueError(
-            f"{place.format(given)}: the Hub has no license of this id{hint} One without an id is {OTHER}, with its "
-            "name and link."
+            f"{place.format(given)}: the Hub has no license of this id{nearest(license, LICENSE_IDS)} One without an "
+            f"id is {OTHER}, with its name and link."
         )
     return license
 

@@ -18,7 +18,6 @@ from llm2clip.files.library_errors import wrap_read_errors
 from llm2clip.files.manifests import (
     EDITED,
     FOLDER_MANIFEST,
-    MODEL_SIGNATURE,
     PICTURES,
     QUERY_ENCODER,
     listed_files,
@@ -27,6 +26,8 @@ from llm2clip.files.manifests import (
 from llm2clip.hub.cards.card import CARD, as_list
 from modeling_llm2clip.modeling_llm2clip_utils import TEXT_MODEL
 
+# The default name of sigstore's command `model_signing`.
+MODEL_SIGNATURE = "model.sig"
 # What a model folder holds, beside its code and the pictures of its card.
 MODEL_FILES = (
     *(CARD, "LICENSE*", "NOTICE*", "config.json", "generation_config.json", "processor_config.json"),

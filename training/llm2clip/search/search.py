@@ -184,17 +184,11 @@ def _lines(queries: list[QueryResults], embed: str) -> list[str]:
 
 def _print_tables(queries: list[QueryResults], embed: str) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    # Queries and captions are not markup: "[bold]" and ":dog:" are printed as they are.
-    console = Console(markup=False, emoji=False)
+    from llm2clip.command_line.tables import print_table
+
     for query in queries:
-        table = Table(title=printable(query.title), title_justify="left", title_style="bold")
-        table.add_column("rank", justify="right")
-        table.add_column("score", justify="right")
-        columns = _columns(query.results, embed)
-        for name, _ in columns:
-            table.add_column(name, overflow="ellipsis" if name == "caption" else "fold")
-        for rank, (result, *cells) in enumerate(zip(query.results, *(cells for _, cells in columns), strict=True), 1):
-            table.add_row(str(rank), f"{result.score:.3f}", *map(printable, cells))
-        console.print(table)
+        names, cells = zip(*_columns(query.results, embed), strict=True)
+        scores = [f"{result.score:.3f}" for result in query.results]
+        rows = [(str(rank), *row) for rank, row in enumerate(zip(scores, *cells, strict=True), 1)]
+        print_table(Console(), query.title, ("rank", "score", *names), rows, range(2, 2 + len(names)))

@@ -16,10 +16,10 @@ import numpy as np
 from safetensors.torch import save
 from torch import Tensor
 
-from llm2clip.command_line.progress import ProgressBar, in_section
+from llm2clip.command_line.progress import ProgressBar
 from llm2clip.command_line.settings import require_choice
 from llm2clip.files.atomic import remove_unfinished
-from llm2clip.files.locks import WAIT, WAIT_OF_SEVERAL, folder_lock
+from llm2clip.files.locks import WAIT, folder_lock
 from llm2clip.models.embeddings import require_finite_rows
 from llm2clip.store.manifest import (
     MANIFEST_SUFFIX,
@@ -37,6 +37,8 @@ from llm2clip.store.store import INDEX, Store, StoreT, caption_keys, index_of
 
 logger = logging.getLogger(__name__)
 
+# Seconds to wait for another run where other processes wait meanwhile, for 30 minutes by default.
+WAIT_OF_SEVERAL = 20 * 60.0
 # Captions to their embeddings, and how many of them were truncated.
 Embed = Callable[[list[str]], tuple[Tensor, int]]
 
@@ -117,8 +119,7 @@ def build_store(
                 _write_index(folder, keys)
             else:
                 words = manifest.about.name, folder, manifest.about.unit
-                level = logging.DEBUG if in_section() else logging.INFO
-                logger.log(level, "The %s %s already contains all these %ss.", *words)
+                logger.info("The %s %s already contains all these %ss.", *words)
         wait()
         store = kind.open(folder, verify=False)  # before another run may change the folder
         wait()

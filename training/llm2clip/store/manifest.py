@@ -9,8 +9,8 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import transformers
 
-from llm2clip.files.atomic import read_json, write_json
-from llm2clip.files.manifests import fits_checksum, with_checksum
+from llm2clip.files.atomic import write_json
+from llm2clip.files.manifests import read_checked, with_checksum
 from llm2clip.files.remote_path import AnyPath, RemotePath
 
 FORMAT, VERSION = "llm2clip-store", 1
@@ -138,7 +138,7 @@ class StoreManifest:
         """
         advice = f"delete {path.name} and run the command that wrote it again, which only computes what is missing"
         try:
-            values = read_json(path)
+            values = read_checked(path)
         except ValueError as error:
             raise StoreDamagedError(f"{str(error).rstrip('.')}; {advice}.") from error
         if (stated := (values.get("format"), values.get("format_version"))) != (FORMAT, VERSION):
@@ -146,7 +146,7 @@ class StoreManifest:
                 f"{path} has format {stated[0]!r}, version {stated[1]!r}, but this version of llm2clip reads "
                 f"{FORMAT!r}, version {VERSION}; compute it again, into another folder."
             )
-        if not fits_checksum(values) or values.get("kind") not in KINDS:
+        if values.get("kind") not in KINDS:
             raise StoreDamagedError(f"{path} has changed since it was written; {advice}.")
         known = {name: values[name] for name in (entry.name for entry in fields(cls))}
         if known["source"] is not None:
@@ -180,7 +180,7 @@ class StoreManifest:
         return None
 
 
-def manifest_path(rows: AnyPath) -> AnyPath:
+def manifest_path(rows: PathT) -> PathT:
     """Return the path of the manifest of `NAME.safetensors`."""
     return rows.with_name(rows.name.removesuffix(ROWS_SUFFIX) + MANIFEST_SUFFIX)
 

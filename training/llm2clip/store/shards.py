@@ -21,8 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llm2clip.files.atomic import atomic_path, remove_leftovers, sha256
-from llm2clip.files.locks import file_lock, remove_stale_lock
+from llm2clip.files.atomic import atomic_path, leftovers, sha256
+from llm2clip.files.locks import WAIT, lock_beside
 from llm2clip.files.remote_path import AnyPath, local_file
 from llm2clip.files.shared_files import stored_sha256
 from llm2clip.models.embeddings import require_finite_rows
@@ -164,24 +164,27 @@ def finished_shard(path: AnyPath, wanted: StoreManifest, contents: bool = False)
 
 
 @contextlib.contextmanager
-def shard_lock(path: AnyPath) -> Iterator[None]:
-    """Keep other runs from computing a shard meanwhile; an object store has no locks."""
-    with file_lock(_lock_path(path)) if isinstance(path, Path) else contextlib.nullcontext():
+def shard_lock(path: AnyPath, patience: float = WAIT) -> Iterator[None]:
+    """Keep other runs from computing a shard meanwhile, and remove what a killed run left of it.
+
+    An object store has no locks.
+
+    Args:
+        patience: Seconds to wait for another run to end.
+
+    Raises:
+        ValueError: Another run is writing it.
+    """
+    if not isinstance(path, Path):
         yield
-
-
-def _lock_path(path: Path) -> Path:
-    return path.with_name(f".{path.name.removesuffix(ROWS_SUFFIX)}.lock")
-
-
-def remove_leftovers_of(paths: Sequence[AnyPath], patience: float = 0.0) -> None:
-    """Remove what killed processes of this machine left of shards; see [`remove_leftovers`]."""
-    local = [path for path in paths if isinstance(path, Path)]
-    for path in local:
-        remove_stale_lock(_lock_path(path))
-    written = [file for path in local for file in (path, path.with_name(manifest_path(path).name))]
-    if removed := remove_leftovers(written, patience):
-        logger.info("Removed %d unfinished files of killed runs, such as %s.", len(removed), removed[0])
+        return
+    with lock_beside(path.with_name(path.name.removesuffix(ROWS_SUFFIX)), patience) as was_killed:
+        left = [*leftovers(path), *leftovers(manifest_path(path))] if was_killed else []
+        for file in left:
+            file.unlink()
+        if left:
+            logger.info("Removed %d unfinished files of a killed run, such as %s.", len(left), left[0])
+        yield
 
 
 class ShardFile(NamedTuple):

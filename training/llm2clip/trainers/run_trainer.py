@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llm2clip.command_line.processes import run_while_others_wait
+from llm2clip.command_line.processes import on_main_process
 from llm2clip.files.library_errors import wrap_write_errors
 from llm2clip.trainers.base_trainer import StageTrainer
 from llm2clip.trainers.model_card import DataRevisions
@@ -21,9 +21,9 @@ def run_trainer(trainer: StageTrainer, run: RunContext) -> dict[str, Any]:
     Returns:
         The metrics of training and evaluation.
     """
-    folder, is_main = str(trainer.args.output_dir), trainer.is_world_process_zero()
+    folder = str(trainer.args.output_dir)
     trainer.run = run
-    if is_main:
+    if trainer.is_world_process_zero():
         trainer.revisions = DataRevisions(getattr(trainer.args, "eval_sources", {}))
         run.at_end(trainer.revisions.close)
     metrics: dict[str, Any] = trainer.train().metrics
@@ -37,7 +37,7 @@ def run_trainer(trainer: StageTrainer, run: RunContext) -> dict[str, Any]:
             metrics |= trainer.evaluate()
         trainer.save_state()
         # The card waits for the revisions of data, on one process alone.
-        run_while_others_wait(trainer.create_model_card, is_main)
+        on_main_process(trainer.create_model_card)
         trainer.complete_result(folder)
     if trainer.args.push_to_hub:
         trainer.upload(folder, "End of training")

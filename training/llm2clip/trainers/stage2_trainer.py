@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase, SchedulerType
 
-from llm2clip.command_line.processes import run_while_others_wait
+from llm2clip.command_line.processes import gather_results
 from llm2clip.command_line.settings import refuse
 from llm2clip.data import Stage2Collator
 from llm2clip.encoders.cache_of_model import refuse_other_text_tower
@@ -294,4 +294,5 @@ class Stage2Trainer(StageTrainer):
         # A sharded LLM is merged with its LoRA layers on the CPU, in the dtype that they were trained on.
         if self.saves_adapter() and self.args.save_format == "merged":
             dtype = self.unwrapped().text_model.get_input_embeddings().weight.dtype
-            run_while_others_wait(lambda: bundle_text_model(Path(output_dir), dtype), self.args.should_save)
+            should_save, folder = self.args.should_save, Path(output_dir)
+            gather_results(lambda: bundle_text_model(folder, dtype) if should_save else None)
