@@ -19,7 +19,7 @@ from .identity_llm2clip import text_fingerprint  # noqa: F401
 from .image_decoding_llm2clip import decode_images, is_list, require_file
 from .modeling_eva02 import EVA02VisionModel  # noqa: F401
 from .modeling_llm2clip_decoder import text_model_class  # noqa: F401
-from .modeling_llm2clip_heads import GATE, LLM2CLIPOutput, LLM2CLIPTextAdapter, checked_statistics, compare
+from .modeling_llm2clip_heads import GATE, LLM2CLIPOutput, LLM2CLIPTextAdapter, compare
 from .modeling_llm2clip_text import LLM2CLIPTextModel
 from .modeling_llm2clip_utils import (
     OWN_TEXT_MODEL,
@@ -304,16 +304,6 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         (self.text_model or self.vision_model).set_input_embeddings(value)
-
-    def set_text_center(self, mean: Tensor) -> None:
-        """Set the mean `(hidden_size,)` of the LLM's embeddings, which the adapter subtracts from each.
-
-        Raises:
-            ValueError: The model does not centre, or the values are not finite or of another width.
-        """
-        if self.text_adapter.center is None:
-            raise ValueError("this model does not centre the LLM's embeddings; set center_text=True.")
-        self.text_adapter.center.copy_(checked_statistics("mean", mean, self.config.text_config.hidden_size))
 
     def get_text_features(
         self,

@@ -15,8 +15,6 @@ from transformers.utils import ModelOutput
 
 from .configuration_llm2clip import EVA02VisionConfig, LLM2CLIPConfig
 
-# A standard deviation below this share of the mean (or of 1) is rounding: the feature is constant.
-CONSTANT = 1e-6
 # Initial factor of the trained part of a residual head.
 GATE = 0.1
 
@@ -94,7 +92,7 @@ class Float32Buffers(nn.Module):
 class LLM2CLIPStandardization(Float32Buffers):
     """Subtract the mean of the features, and divide them by their standard deviation, in float32.
 
-    Until [`LLM2CLIPPreTrainedModel.set_vision_statistics`] sets them, mean and deviation are 0 and 1.
+    In a new model these are 0 and 1.
     """
 
     mean: Tensor
@@ -241,28 +239,3 @@ def init_like_the_original(linear: nn.Linear, tower: PretrainedConfig | None) ->
         bound = linear.in_features**-0.5
     if linear.bias is not None:
         nn.init.uniform_(linear.bias, -bound, bound)
-
-
-def checked_statistics(name: str, values: Any, width: int) -> Tensor:
-    """Return a vector of statistics in float32.
-
-    Raises:
-        ValueError: It has another shape than `(width,)`, or a value is not finite.
-    """
-    vector = torch.as_tensor(values).detach().float()
-    if tuple(vector.shape) != (width,):
-        raise ValueError(f"{name} has shape {tuple(vector.shape)}; this model takes ({width},).")
-    if not vector.isfinite().all():
-        raise ValueError(f"{name} has {int((~vector.isfinite()).sum())} values that are not finite.")
-    return vector
-
-
-def positive_deviation(mean: Tensor, std: Tensor) -> Tensor:
-    """Replace the standard deviation of constant features, which is zero up to rounding, by 1.
-
-    Raises:
-        ValueError: A standard deviation is negative.
-    """
-    if (std < 0).any():
-        raise ValueError(f"std has {int((std < 0).sum())} negative values.")
-    return torch.where(std <= CONSTANT * mean.abs().clamp(min=1), torch.ones_like(std), std)

@@ -136,9 +136,10 @@ def with_statistics(model: LLM2CLIPModel) -> LLM2CLIPModel:
     generator = torch.Generator().manual_seed(1)
     if model.visual_standardization is not None:
         mean, std = torch.rand(2, model.config.vision_width, generator=generator)
-        model.set_vision_statistics(mean, 0.5 + std)
+        model.visual_standardization.mean.copy_(mean)
+        model.visual_standardization.std.copy_(0.5 + std)
     if model.text_adapter.center is not None:
-        model.set_text_center(torch.rand(HIDDEN, generator=generator))
+        model.text_adapter.center.copy_(torch.rand(HIDDEN, generator=generator))
     return model
 
 
