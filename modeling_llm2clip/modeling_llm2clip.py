@@ -24,16 +24,14 @@ from .modeling_llm2clip_text import LLM2CLIPTextModel
 from .modeling_llm2clip_utils import (
     OWN_TEXT_MODEL,
     SHARED_ARGUMENTS,
-    Precision,
     absolute_path,
     adopt_submodel,
-    encode_pixels,
     encode_tokens,
+    evaluating,
     execution_device,
     find_text_model,
     hub_arguments,
     own_part,
-    quantize_embeddings,
     require_finite,
     shorten,
     split_arguments,
@@ -354,7 +352,6 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         show_progress_bar: bool = False,
         instruction: str | None = None,
         truncate_dim: int | None = None,
-        precision: Precision = "float32",
     ) -> Tensor:
         """Embed captions of any length, in evaluation mode.
 
@@ -364,12 +361,9 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
             instruction: Text before every caption, as in stage 1; it is context and not pooled.
             truncate_dim: Number of values that are kept of each embedding, as for images; see `matryoshka_dims` of the
                 training.
-            precision: Form of the embeddings, as of [`quantize_embeddings`]: `float16`, `int8` or `binary` (one bit
-                per value, eight in an int8).
 
         Returns:
-            Unit vectors, float32 `(len(texts), truncate_dim or projection_dim)` on the CPU, in input order, or their
-            form of that `precision`.
+            Unit vectors, float32 `(len(texts), truncate_dim or projection_dim)` on the CPU, in input order.
 
         Raises:
             ValueError: A caption is empty, there is no tokenizer, or the model takes `llm_embeds` alone.
@@ -386,7 +380,7 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
             batch_size=batch_size,
             show_progress_bar=show_progress_bar,
         )
-        return quantize_embeddings(shorten(rows, truncate_dim), precision)
+        return shorten(rows, truncate_dim)
 
     def encode_image(
         self,
@@ -395,7 +389,6 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         batch_size: int = 64,
         show_progress_bar: bool = False,
         truncate_dim: int | None = None,
-        precision: Precision = "float32",
     ) -> Tensor:
         """Embed images, in evaluation mode.
 
@@ -404,11 +397,9 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
                 or a single one. A column of `datasets` is a list.
             processor: This model's processor, or its image processor; by default as in `encode_text`.
             truncate_dim: See `encode_text`.
-            precision: See `encode_text`.
 
         Returns:
-            Unit vectors, float32 `(len(images), truncate_dim or projection_dim)` on the CPU, in input order, or their
-            form of that `precision`.
+            Unit vectors, float32 `(len(images), truncate_dim or projection_dim)` on the CPU, in input order.
 
         Raises:
             DamagedImageError: An image cannot be decoded.
@@ -419,13 +410,15 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         for image in images:
             require_file(image, "encode_text()")
         prepare = own_part(self, processor, "image_processor")
+        device = execution_device(self.vision_model)
+        rows = torch.empty(len(images), self.config.projection_dim)
         starts = range(0, len(images), batch_size)
-        batches = (
-            prepare(images=decode_images(images[start : start + batch_size]), return_tensors="pt")
-            for start in logging.tqdm(starts, desc="Encoding images", disable=not show_progress_bar)
-        )
-        rows = torch.cat([torch.empty(0, self.config.projection_dim), *encode_pixels(self, batches)])
-        return quantize_embeddings(shorten(require_finite(rows, "images"), truncate_dim), precision)
+        for start in logging.tqdm(starts, desc="Encoding images", disable=not show_progress_bar):
+            batch = slice(start, start + batch_size)
+            inputs = prepare(images=decode_images(images[batch]), return_tensors="pt").to(device, self.dtype)
+            with evaluating(self), torch.inference_mode():
+                rows[batch] = unit_features(self.get_image_features(**inputs)).cpu()
+        return shorten(require_finite(rows, "images"), truncate_dim)
 
     def forward(
         self,

@@ -19,9 +19,8 @@ from llm2clip.encoders.images import ImageSet, image_list
 from llm2clip.encoders.loop import EncodedRows, PreparedImages, TokenizedTexts, encode_images, encode_texts
 from llm2clip.encoders.patches import patch_embeddings
 from llm2clip.files.atomic import digest_json
-from llm2clip.models.embeddings import rounded_rows
+from llm2clip.models.embeddings import Precision, rounded_rows
 from llm2clip.models.identity import RULE, weights_checksum
-from modeling_llm2clip.modeling_llm2clip_utils import Precision
 
 # Texts that are sorted by length together.
 TEXTS_AT_ONCE = 1024
