@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import os
 import re
@@ -30,13 +29,6 @@ POOLING_MODES = ("mean", "weighted_mean", "last_token", "eos_token", "bos_token"
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(choices)}.")
-
-
-def refuse_unknown(config_class: Any, fields: dict[str, Any]) -> None:
-    """Raise ValueError for a field that a config does not have, which its class would keep as an extra one."""
-    known = inspect.signature(config_class.__init__).parameters
-    if unknown := [name for name in fields if name not in known]:
-        raise ValueError(f"{config_class.__name__} has no field {unknown[0]!r}; it has {', '.join([*known][1:-1])}.")
 
 
 def disable_sliding_window(holder: Any) -> None:

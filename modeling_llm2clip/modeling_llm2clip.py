@@ -204,7 +204,8 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         # By model_type, not by class: remote code can be imported under several module names.
         if text_model.config.model_type != LLM2CLIPTextConfig.model_type:
             raise TypeError(
-                f"{type(text_model).__name__} is not a text tower; wrap it: LLM2CLIPTextModel.from_decoder(model)."
+                f"{type(text_model).__name__} is not a text tower; wrap it: "
+                "LLM2CLIPTextModel(LLM2CLIPTextConfig(model.config), model)."
             )
         config.text_config.require_text_model()
         source = source or text_model.name_or_path or type(text_model.decoder).__name__

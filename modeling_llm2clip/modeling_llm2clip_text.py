@@ -23,13 +23,7 @@ from transformers.utils import cached_file, find_adapter_config_file
 
 # transformers 4.57 takes from a local folder only the modules that this one itself names.
 from .compatibility_llm2clip import AttentionBackends
-from .configuration_llm2clip import (
-    LLM2CLIPConfig,
-    LLM2CLIPTextConfig,
-    disable_sliding_window,
-    output_width,
-    refuse_unknown,
-)
+from .configuration_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig, disable_sliding_window, output_width
 from .identity_llm2clip import is_readable, merge_layers, merged_weights, text_fingerprint
 from .image_decoding_llm2clip import decode_image  # noqa: F401
 from .modeling_llm2clip_decoder import (
@@ -71,6 +65,13 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
     `pooler_output` `(batch, hidden_size)` is the caption embedding, in float32, and of unit length only if the config
     says `normalize`. It does not depend on the other captions of the batch, the padding side or the attention
     implementation.
+
+    Args:
+        decoder: A base model (`AutoModel`, without a head) that is wrapped as it is; by default one is built. The
+            function `llm2clip.open_text_tower` wraps a model with its tokenizer, its prompt and its own pooling.
+
+    Raises:
+        ValueError: It cannot be a text tower.
     """
 
     config_class = LLM2CLIPTextConfig
@@ -109,20 +110,6 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
             # In flash attention no mask decides it.
             for holder in (decoder.config, *decoder.modules()):
                 disable_sliding_window(holder)
-
-    @classmethod
-    def from_decoder(cls, decoder: PreTrainedModel, **config_fields: Any) -> LLM2CLIPTextModel:
-        """Wrap a plain LLM; `llm2clip.open_text_tower` does so with its prompt, and also wraps encoders.
-
-        Args:
-            decoder: A base model (`AutoModel`, without a head).
-            config_fields: Fields of [`LLM2CLIPTextConfig`].
-
-        Raises:
-            ValueError: A field does not exist, or the model cannot be a text tower.
-        """
-        refuse_unknown(cls.config_class, config_fields)
-        return cls(LLM2CLIPTextConfig(decoder_config=decoder.config, **config_fields), decoder=decoder)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -100,6 +100,11 @@ def text_config(model_type: str = "llama", **fields: Any) -> LLM2CLIPTextConfig:
     return LLM2CLIPTextConfig(**{"decoder_config": decoder_config(model_type), **defaults, **fields})
 
 
+def wrapped(decoder: Any, **fields: Any) -> LLM2CLIPTextModel:
+    """A plain text model as a text tower."""
+    return LLM2CLIPTextModel(LLM2CLIPTextConfig(decoder.config, **fields), decoder)
+
+
 def text_model(model_type: str = "llama", attn_implementation: str = "sdpa", **fields: Any) -> LLM2CLIPTextModel:
     config = text_config(model_type, **fields)
     config._attn_implementation = attn_implementation

@@ -32,7 +32,7 @@ IDS = torch.arange(2, 9)[None]
 
 def tower_of(model_type: str, **fields: Any) -> LLM2CLIPTextModel:
     decoder = small_model(model_type)
-    return LLM2CLIPTextModel.from_decoder(decoder, **{**encoder_fields(decoder.config), **fields})
+    return tiny.wrapped(decoder, **{**encoder_fields(decoder.config), **fields})
 
 
 @pytest.mark.parametrize("model_type", OTHER_LAYERS)
@@ -64,7 +64,7 @@ def test_rounding_is_not_taken_for_a_fault(model_type: str, dtype: torch.dtype) 
 def test_a_model_that_mixes_padding_into_texts_is_refused() -> None:
     fnet = FNetModel(FNetConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, vocab_size=100))
     with pytest.raises(ValueError, match="fnet cannot be a text tower: a caption's states depend on padding"):
-        probe_text_tower(LLM2CLIPTextModel.from_decoder(fnet, bidirectional=None))
+        probe_text_tower(tiny.wrapped(fnet, bidirectional=None))
 
 
 def test_the_probe_leaves_no_trace() -> None:
@@ -97,7 +97,7 @@ def test_the_toolbox_probes_what_it_opens_and_the_model_does_not(tmp_path: Path)
 @pytest.mark.parametrize("model_type", list(tiny.DECODERS))
 def test_tested_types_and_causal_baselines_are_not_probed(model_type: str) -> None:
     towers = [
-        LLM2CLIPTextModel.from_decoder(AutoModel.from_config(tiny.decoder_config(model_type))),
+        tiny.wrapped(AutoModel.from_config(tiny.decoder_config(model_type))),
         tower_of("falcon", bidirectional=False),
     ]
     with embedded_batches() as batches:

@@ -16,12 +16,12 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from llm2clip.files.manifests import refuse_changed_model
 from llm2clip.models.attention_probe import probe_text_tower
 from llm2clip.models.embedding_models import embedding_fields, read_embedding_model, with_lower_case
+from llm2clip.models.new_model import refuse_unknown
 from llm2clip.models.plain_models import encoder_fields, load_plain, wrap_plain
 from llm2clip.models.prompting import with_prompt
 from llm2clip.models.repos import LLM, OUR_MODELS, Repo, RepoKind, inspect_repo, refuse_revision
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig, LLM2CLIPTextModel
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
-from modeling_llm2clip.configuration_llm2clip import refuse_unknown
 
 logger = logging.getLogger(__name__)
 
