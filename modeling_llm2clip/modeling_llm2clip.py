@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import logging
+from transformers.utils import ModelOutput, logging
 
 # transformers 4.57 takes from a local folder only the modules that this one itself names.
 from .compatibility_llm2clip import with_version_4_rope  # noqa: F401
@@ -19,7 +21,7 @@ from .identity_llm2clip import text_fingerprint  # noqa: F401
 from .image_decoding_llm2clip import decode_images, is_list, require_file
 from .modeling_eva02 import EVA02VisionModel  # noqa: F401
 from .modeling_llm2clip_decoder import text_model_class  # noqa: F401
-from .modeling_llm2clip_heads import GATE, LLM2CLIPOutput, LLM2CLIPTextAdapter, compare
+from .modeling_llm2clip_heads import GATE, LLM2CLIPTextAdapter
 from .modeling_llm2clip_text import LLM2CLIPTextModel
 from .modeling_llm2clip_utils import (
     OWN_TEXT_MODEL,
@@ -43,6 +45,28 @@ from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
 from .tokenization_llm2clip import tokenize_captions
 
 logger = logging.get_logger(__name__)
+
+
+@dataclass
+class LLM2CLIPOutput(ModelOutput):
+    """Joint output of [`LLM2CLIPModel`].
+
+    Args:
+        loss: Symmetric InfoNCE, or the sigmoid loss if the model has a bias; only with `return_loss=True`.
+        logits_per_image: `(images, texts)`.
+        logits_per_text: `(texts, images)`.
+        image_embeds: `(images, projection_dim)`, unit length.
+        text_embeds: `(texts, projection_dim)`, unit length.
+        logit_scale: The factor between cosine and logit.
+    """
+
+    loss: Tensor | None = None
+    logits_per_image: Tensor | None = None
+    logits_per_text: Tensor | None = None
+    image_embeds: Tensor | None = None
+    text_embeds: Tensor | None = None
+    logit_scale: Tensor | None = None
+    logit_bias: Tensor | None = None
 
 
 class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
@@ -456,5 +480,25 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
             return image_features
         image_embeds = unit_features(image_features)
         text_embeds = unit_features(self.get_text_features(*text_inputs)).to(image_embeds.device)
-        bias = self.logit_bias
-        return compare(image_embeds, text_embeds, self.logit_scale.exp(), bias, return_logits, bool(return_loss))
+        scale = self.logit_scale.exp().to(image_embeds.device)
+        bias = None if self.logit_bias is None else self.logit_bias.to(image_embeds.device)
+        logits = loss = None
+        if return_logits or return_loss:
+            logits = scale * text_embeds @ image_embeds.t()
+            if bias is not None:
+                logits = logits + bias
+            if return_loss and bias is not None:
+                signs = 2 * torch.eye(len(logits), device=logits.device) - 1
+                loss = -F.logsigmoid(signs * logits).sum() / len(logits)
+            elif return_loss:
+                pairs = torch.arange(len(logits), device=logits.device)
+                loss = (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.t(), pairs)) / 2
+        return LLM2CLIPOutput(
+            loss=loss,
+            logits_per_image=None if logits is None else logits.t(),
+            logits_per_text=logits,
+            image_embeds=image_embeds,
+            text_embeds=text_embeds,
+            logit_scale=scale,
+            logit_bias=bias,
+        )
