@@ -141,12 +141,7 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         info: dict[str, Any] = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
         hub = hub_arguments(kwargs)
         is_adapter = find_adapter_config_file(name, **hub) is not None
-        try:
-            fields = PretrainedConfig.get_config_dict(name, **hub)[0]
-        except OSError:
-            if not is_adapter:
-                raise
-            fields = {}
+        fields = PretrainedConfig.get_config_dict(name, **hub)[0]
         model_type, elsewhere = fields.get("model_type"), fields.get("text_model_name_or_path")
         is_tower, is_joint = model_type == cls.config_class.model_type, model_type == COMPOSITE_TYPE
         if is_adapter and not is_tower:
@@ -335,11 +330,6 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         options = {"position_ids": positions + self._first_position, "use_cache": False}
         output = self.decoder(**inputs, **{name: options[name] for name in self._arguments}, **kwargs)
         states = output.last_hidden_state
-        if states.shape[-1] != (width := output_width(self.config.decoder_config)):
-            raise ValueError(
-                f"{self.config.decoder_config.model_type} returns states of width {states.shape[-1]}, but its config "
-                f"has the width {width}: it cannot be a text tower."
-            )
         if packed is not None:
             states = packed.unpack(states)
         masks = attention_mask.to(states.device), pooling_mask.to(states.device)

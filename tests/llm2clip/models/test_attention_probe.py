@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, FNetConfig, FNetModel
+from transformers import AutoConfig, AutoModel, FNetConfig, FNetModel
 
 from llm2clip.models.attention_probe import probe_text_tower
 from llm2clip.models.plain_models import encoder_fields
@@ -65,6 +65,13 @@ def test_a_model_that_mixes_padding_into_texts_is_refused() -> None:
     fnet = FNetModel(FNetConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, vocab_size=100))
     with pytest.raises(ValueError, match="fnet cannot be a text tower: a caption's states depend on padding"):
         probe_text_tower(tiny.wrapped(fnet, bidirectional=None))
+
+
+def test_a_model_of_unknown_width_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modeling_llm2clip.configuration_llm2clip.OUTPUT_WIDTHS", ())
+    opt = AutoModel.from_config(AutoConfig.for_model("opt", **tiny.DECODER, word_embed_proj_dim=24, ffn_dim=48))
+    with pytest.raises(ValueError, match="returns states of width 24, but its config has the width 32"):
+        probe_text_tower(tiny.wrapped(opt, bidirectional=None))
 
 
 def test_the_probe_leaves_no_trace() -> None:
