@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llm2clip.command_line.logs import shortened
-from modeling_llm2clip.modeling_llm2clip_utils import require_finite
 
 Precision = Literal["float32", "float16", "int8", "binary"]
 # Blocks of this width are about 10 % faster on CPU than one result of thousands of columns.
@@ -94,7 +93,8 @@ def quantize_embeddings(embeddings: Tensor | np.ndarray, precision: Precision) -
     Raises:
         ValueError: There is no such precision, or a value is NaN or infinite.
     """
-    rows = require_finite(torch.as_tensor(embeddings).float().cpu(), "rows")
+    rows = torch.as_tensor(embeddings).float().cpu()
+    require_finite_rows(rows, lambda row: f"row {row}", "rows")
     if precision == "binary":
         return torch.from_numpy((np.packbits(rows.numpy() > 0, axis=-1) - np.uint8(128)).view(np.int8))
     if precision not in get_args(Precision):

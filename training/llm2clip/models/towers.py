@@ -33,14 +33,8 @@ def loading_options(dtype: str, attn_implementation: str | None = None, revision
         dtype: `float32`, `bfloat16` or `float16`; `auto` keeps the dtype of the checkpoint.
         attn_implementation: Such as `sdpa`.
         revision: Branch, tag or commit on the Hub.
-
-    Raises:
-        ValueError: `dtype` is not the name of a torch dtype.
     """
-    torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype, None)
-    if torch_dtype != "auto" and not isinstance(torch_dtype, torch.dtype):
-        raise ValueError(f"dtype {dtype!r} is unknown; choose float32, bfloat16, float16 or auto.")
-    options = {"dtype": torch_dtype, "attn_implementation": attn_implementation, "revision": revision}
+    options = {"dtype": dtype, "attn_implementation": attn_implementation, "revision": revision}
     return {key: value for key, value in options.items() if value is not None}
 
 
