@@ -137,7 +137,7 @@ def write_model_card(
 
 def made_from(args: Any, model: Any) -> list[str]:
     """Return the models that a run starts from, as Hub ids and folders."""
-    names = [*(getattr(args, name, None) for name in TOWER_SETTINGS), *base_models(model.config)]
+    names: list[Any] = [*(getattr(args, name, None) for name in TOWER_SETTINGS), *base_models(model.config)]
     # `static:NAME` is a student made of the token vectors of another model, `layers:N` one of its teacher.
     names = [name.removeprefix("static:") for name in names if name]
     return [name for name in names if Path(name).is_dir() or hub_ids(name)]
