@@ -16,7 +16,6 @@ from .modeling_eva02 import EVA02VisionModel as EVA02VisionModel
 from .modeling_llm2clip import LLM2CLIPModel as LLM2CLIPModel
 from .modeling_llm2clip import LLM2CLIPOutput as LLM2CLIPOutput
 from .modeling_llm2clip_text import LLM2CLIPTextModel as LLM2CLIPTextModel
-from .modeling_llm2clip_utils import quantize_embeddings as quantize_embeddings
 from .modeling_llm2clip_vision import LLM2CLIPVisionModelWithProjection as LLM2CLIPVisionModelWithProjection
 from .processing_llm2clip import LLM2CLIPProcessor as LLM2CLIPProcessor
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import os
 import re
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
-from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .compatibility_llm2clip import with_version_4_rope, without_version_4_rope
@@ -30,13 +28,6 @@ POOLING_MODES = ("mean", "weighted_mean", "last_token", "eos_token", "bos_token"
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(choices)}.")
-
-
-def refuse_unknown(config_class: Any, fields: dict[str, Any]) -> None:
-    """Raise ValueError for a field that a config does not have, which its class would keep as an extra one."""
-    known = inspect.signature(config_class.__init__).parameters
-    if unknown := [name for name in fields if name not in known]:
-        raise ValueError(f"{config_class.__name__} has no field {unknown[0]!r}; it has {', '.join([*known][1:-1])}.")
 
 
 def disable_sliding_window(holder: Any) -> None:
@@ -68,15 +59,6 @@ def _as_config(config: PretrainedConfig | dict[str, Any] | None, default_type: s
             "use the config.json of a transformers model, or upgrade transformers."
         )
     return CONFIG_MAPPING[model_type](**fields)
-
-
-def _dense_layer(layer: dict[str, Any]) -> dict[str, Any]:
-    """Check a linear layer after pooling."""
-    if set(layer) != {"out_features", "bias", "activation"}:
-        raise ValueError(f"dense layer {layer} must have the fields out_features, bias and activation.")
-    if layer["activation"] not in ACT2FN:
-        raise ValueError(f"dense activation {layer['activation']!r} is unknown; choose one of {', '.join(ACT2FN)}.")
-    return dict(layer)
 
 
 class EVA02VisionConfig(PretrainedConfig):
@@ -130,8 +112,6 @@ class EVA02VisionConfig(PretrainedConfig):
                 f"hidden_size {hidden_size} and num_attention_heads {num_attention_heads}: 2-D rotary positions "
                 "need a head width that is a multiple of 4."
             )
-        if image_size % patch_size:
-            raise ValueError(f"image_size {image_size} is not a multiple of patch_size {patch_size}.")
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.num_hidden_layers = num_hidden_layers
@@ -224,7 +204,7 @@ class LLM2CLIPTextConfig(_AbsoluteNames, PretrainedConfig):
         self.fingerprint = fingerprint
         self.bidirectional = bidirectional
         self.pool_prompt = pool_prompt
-        self.dense = [_dense_layer(layer) for layer in dense or ()]
+        self.dense = dense or []
         self.normalize = normalize
         if any(set(encoder) != {"name", "width"} for encoder in encoders or ()):
             raise ValueError(f"encoders is {encoders}; each has a name and a width, and nothing else.")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import logging
+from transformers.utils import ModelOutput, logging
 
 # transformers 4.57 takes from a local folder only the modules that this one itself names.
 from .compatibility_llm2clip import with_version_4_rope  # noqa: F401
@@ -19,21 +21,19 @@ from .identity_llm2clip import text_fingerprint  # noqa: F401
 from .image_decoding_llm2clip import decode_images, is_list, require_file
 from .modeling_eva02 import EVA02VisionModel  # noqa: F401
 from .modeling_llm2clip_decoder import text_model_class  # noqa: F401
-from .modeling_llm2clip_heads import GATE, LLM2CLIPOutput, LLM2CLIPTextAdapter, checked_statistics, compare
+from .modeling_llm2clip_heads import GATE, LLM2CLIPTextAdapter
 from .modeling_llm2clip_text import LLM2CLIPTextModel
 from .modeling_llm2clip_utils import (
     OWN_TEXT_MODEL,
     SHARED_ARGUMENTS,
-    Precision,
     absolute_path,
     adopt_submodel,
-    encode_pixels,
     encode_tokens,
+    evaluating,
     execution_device,
     find_text_model,
     hub_arguments,
     own_part,
-    quantize_embeddings,
     require_finite,
     shorten,
     split_arguments,
@@ -45,6 +45,28 @@ from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
 from .tokenization_llm2clip import tokenize_captions
 
 logger = logging.get_logger(__name__)
+
+
+@dataclass
+class LLM2CLIPOutput(ModelOutput):
+    """Joint output of [`LLM2CLIPModel`].
+
+    Args:
+        loss: Symmetric InfoNCE, or the sigmoid loss if the model has a bias; only with `return_loss=True`.
+        logits_per_image: `(images, texts)`.
+        logits_per_text: `(texts, images)`.
+        image_embeds: `(images, projection_dim)`, unit length.
+        text_embeds: `(texts, projection_dim)`, unit length.
+        logit_scale: The factor between cosine and logit.
+    """
+
+    loss: Tensor | None = None
+    logits_per_image: Tensor | None = None
+    logits_per_text: Tensor | None = None
+    image_embeds: Tensor | None = None
+    text_embeds: Tensor | None = None
+    logit_scale: Tensor | None = None
+    logit_bias: Tensor | None = None
 
 
 class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
@@ -206,7 +228,8 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         # By model_type, not by class: remote code can be imported under several module names.
         if text_model.config.model_type != LLM2CLIPTextConfig.model_type:
             raise TypeError(
-                f"{type(text_model).__name__} is not a text tower; wrap it: LLM2CLIPTextModel.from_decoder(model)."
+                f"{type(text_model).__name__} is not a text tower; wrap it: "
+                "LLM2CLIPTextModel(LLM2CLIPTextConfig(model.config), model)."
             )
         config.text_config.require_text_model()
         source = source or text_model.name_or_path or type(text_model.decoder).__name__
@@ -305,16 +328,6 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         (self.text_model or self.vision_model).set_input_embeddings(value)
 
-    def set_text_center(self, mean: Tensor) -> None:
-        """Set the mean `(hidden_size,)` of the LLM's embeddings, which the adapter subtracts from each.
-
-        Raises:
-            ValueError: The model does not centre, or the values are not finite or of another width.
-        """
-        if self.text_adapter.center is None:
-            raise ValueError("this model does not centre the LLM's embeddings; set center_text=True.")
-        self.text_adapter.center.copy_(checked_statistics("mean", mean, self.config.text_config.hidden_size))
-
     def get_text_features(
         self,
         input_ids: Tensor | None = None,
@@ -364,7 +377,6 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         show_progress_bar: bool = False,
         instruction: str | None = None,
         truncate_dim: int | None = None,
-        precision: Precision = "float32",
     ) -> Tensor:
         """Embed captions of any length, in evaluation mode.
 
@@ -374,12 +386,9 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
             instruction: Text before every caption, as in stage 1; it is context and not pooled.
             truncate_dim: Number of values that are kept of each embedding, as for images; see `matryoshka_dims` of the
                 training.
-            precision: Form of the embeddings, as of [`quantize_embeddings`]: `float16`, `int8` or `binary` (one bit
-                per value, eight in an int8).
 
         Returns:
-            Unit vectors, float32 `(len(texts), truncate_dim or projection_dim)` on the CPU, in input order, or their
-            form of that `precision`.
+            Unit vectors, float32 `(len(texts), truncate_dim or projection_dim)` on the CPU, in input order.
 
         Raises:
             ValueError: A caption is empty, there is no tokenizer, or the model takes `llm_embeds` alone.
@@ -396,7 +405,7 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
             batch_size=batch_size,
             show_progress_bar=show_progress_bar,
         )
-        return quantize_embeddings(shorten(rows, truncate_dim), precision)
+        return shorten(rows, truncate_dim)
 
     def encode_image(
         self,
@@ -405,7 +414,6 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         batch_size: int = 64,
         show_progress_bar: bool = False,
         truncate_dim: int | None = None,
-        precision: Precision = "float32",
     ) -> Tensor:
         """Embed images, in evaluation mode.
 
@@ -414,11 +422,9 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
                 or a single one. A column of `datasets` is a list.
             processor: This model's processor, or its image processor; by default as in `encode_text`.
             truncate_dim: See `encode_text`.
-            precision: See `encode_text`.
 
         Returns:
-            Unit vectors, float32 `(len(images), truncate_dim or projection_dim)` on the CPU, in input order, or their
-            form of that `precision`.
+            Unit vectors, float32 `(len(images), truncate_dim or projection_dim)` on the CPU, in input order.
 
         Raises:
             DamagedImageError: An image cannot be decoded.
@@ -429,13 +435,15 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         for image in images:
             require_file(image, "encode_text()")
         prepare = own_part(self, processor, "image_processor")
+        device = execution_device(self.vision_model)
+        rows = torch.empty(len(images), self.config.projection_dim)
         starts = range(0, len(images), batch_size)
-        batches = (
-            prepare(images=decode_images(images[start : start + batch_size]), return_tensors="pt")
-            for start in logging.tqdm(starts, desc="Encoding images", disable=not show_progress_bar)
-        )
-        rows = torch.cat([torch.empty(0, self.config.projection_dim), *encode_pixels(self, batches)])
-        return quantize_embeddings(shorten(require_finite(rows, "images"), truncate_dim), precision)
+        for start in logging.tqdm(starts, desc="Encoding images", disable=not show_progress_bar):
+            batch = slice(start, start + batch_size)
+            inputs = prepare(images=decode_images(images[batch]), return_tensors="pt").to(device, self.dtype)
+            with evaluating(self), torch.inference_mode():
+                rows[batch] = unit_features(self.get_image_features(**inputs)).cpu()
+        return shorten(require_finite(rows, "images"), truncate_dim)
 
     def forward(
         self,
@@ -472,5 +480,25 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
             return image_features
         image_embeds = unit_features(image_features)
         text_embeds = unit_features(self.get_text_features(*text_inputs)).to(image_embeds.device)
-        bias = self.logit_bias
-        return compare(image_embeds, text_embeds, self.logit_scale.exp(), bias, return_logits, bool(return_loss))
+        scale = self.logit_scale.exp().to(image_embeds.device)
+        bias = None if self.logit_bias is None else self.logit_bias.to(image_embeds.device)
+        logits = loss = None
+        if return_logits or return_loss:
+            logits = scale * text_embeds @ image_embeds.t()
+            if bias is not None:
+                logits = logits + bias
+            if return_loss and bias is not None:
+                signs = 2 * torch.eye(len(logits), device=logits.device) - 1
+                loss = -F.logsigmoid(signs * logits).sum() / len(logits)
+            elif return_loss:
+                pairs = torch.arange(len(logits), device=logits.device)
+                loss = (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.t(), pairs)) / 2
+        return LLM2CLIPOutput(
+            loss=loss,
+            logits_per_image=None if logits is None else logits.t(),
+            logits_per_text=logits,
+            image_embeds=image_embeds,
+            text_embeds=text_embeds,
+            logit_scale=scale,
+            logit_bias=bias,
+        )

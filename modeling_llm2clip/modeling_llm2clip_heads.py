@@ -1,79 +1,20 @@
-"""What follows the towers: standardisation, visual heads, the text adapter, and the comparison of images and texts."""
+"""What follows the towers: standardisation, visual heads and the text adapter."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig
-from transformers.utils import ModelOutput
 
 from .configuration_llm2clip import EVA02VisionConfig, LLM2CLIPConfig
 
-# A standard deviation below this share of the mean (or of 1) is rounding: the feature is constant.
-CONSTANT = 1e-6
 # Initial factor of the trained part of a residual head.
 GATE = 0.1
-
-
-@dataclass
-class LLM2CLIPOutput(ModelOutput):
-    """Joint output of [`LLM2CLIPModel`].
-
-    Args:
-        loss: Symmetric InfoNCE, or the sigmoid loss if the model has a bias; only with `return_loss=True`.
-        logits_per_image: `(images, texts)`.
-        logits_per_text: `(texts, images)`.
-        image_embeds: `(images, projection_dim)`, unit length.
-        text_embeds: `(texts, projection_dim)`, unit length.
-        logit_scale: The factor between cosine and logit.
-    """
-
-    loss: Tensor | None = None
-    logits_per_image: Tensor | None = None
-    logits_per_text: Tensor | None = None
-    image_embeds: Tensor | None = None
-    text_embeds: Tensor | None = None
-    logit_scale: Tensor | None = None
-    logit_bias: Tensor | None = None
-
-
-def compare(
-    image_embeds: Tensor,
-    text_embeds: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor | None,
-    return_logits: bool,
-    return_loss: bool,
-) -> LLM2CLIPOutput:
-    """Return the output of a joint model for embeddings of unit length; row i of both is a pair."""
-    logit_scale = logit_scale.to(image_embeds.device)
-    logit_bias = None if logit_bias is None else logit_bias.to(image_embeds.device)
-    logits = loss = None
-    if return_logits or return_loss:
-        logits = logit_scale * text_embeds @ image_embeds.t()
-        if logit_bias is not None:
-            logits = logits + logit_bias
-        if return_loss and logit_bias is not None:
-            signs = 2 * torch.eye(len(logits), device=logits.device) - 1
-            loss = -F.logsigmoid(signs * logits).sum() / len(logits)
-        elif return_loss:
-            pairs = torch.arange(len(logits), device=logits.device)
-            loss = (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.t(), pairs)) / 2
-    return LLM2CLIPOutput(
-        loss=loss,
-        logits_per_image=None if logits is None else logits.t(),
-        logits_per_text=logits,
-        image_embeds=image_embeds,
-        text_embeds=text_embeds,
-        logit_scale=logit_scale,
-        logit_bias=logit_bias,
-    )
 
 
 class Float32Buffers(nn.Module):
@@ -94,7 +35,7 @@ class Float32Buffers(nn.Module):
 class LLM2CLIPStandardization(Float32Buffers):
     """Subtract the mean of the features, and divide them by their standard deviation, in float32.
 
-    Until [`LLM2CLIPPreTrainedModel.set_vision_statistics`] sets them, mean and deviation are 0 and 1.
+    In a new model these are 0 and 1.
     """
 
     mean: Tensor
@@ -241,28 +182,3 @@ def init_like_the_original(linear: nn.Linear, tower: PretrainedConfig | None) ->
         bound = linear.in_features**-0.5
     if linear.bias is not None:
         nn.init.uniform_(linear.bias, -bound, bound)
-
-
-def checked_statistics(name: str, values: Any, width: int) -> Tensor:
-    """Return a vector of statistics in float32.
-
-    Raises:
-        ValueError: It has another shape than `(width,)`, or a value is not finite.
-    """
-    vector = torch.as_tensor(values).detach().float()
-    if tuple(vector.shape) != (width,):
-        raise ValueError(f"{name} has shape {tuple(vector.shape)}; this model takes ({width},).")
-    if not vector.isfinite().all():
-        raise ValueError(f"{name} has {int((~vector.isfinite()).sum())} values that are not finite.")
-    return vector
-
-
-def positive_deviation(mean: Tensor, std: Tensor) -> Tensor:
-    """Replace the standard deviation of constant features, which is zero up to rounding, by 1.
-
-    Raises:
-        ValueError: A standard deviation is negative.
-    """
-    if (std < 0).any():
-        raise ValueError(f"std has {int((std < 0).sum())} negative values.")
-    return torch.where(std <= CONSTANT * mean.abs().clamp(min=1), torch.ones_like(std), std)

@@ -23,13 +23,7 @@ from transformers.utils import cached_file, find_adapter_config_file
 
 # transformers 4.57 takes from a local folder only the modules that this one itself names.
 from .compatibility_llm2clip import AttentionBackends
-from .configuration_llm2clip import (
-    LLM2CLIPConfig,
-    LLM2CLIPTextConfig,
-    disable_sliding_window,
-    output_width,
-    refuse_unknown,
-)
+from .configuration_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig, disable_sliding_window, output_width
 from .identity_llm2clip import is_readable, merge_layers, merged_weights, text_fingerprint
 from .image_decoding_llm2clip import decode_image  # noqa: F401
 from .modeling_llm2clip_decoder import (
@@ -71,6 +65,13 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
     `pooler_output` `(batch, hidden_size)` is the caption embedding, in float32, and of unit length only if the config
     says `normalize`. It does not depend on the other captions of the batch, the padding side or the attention
     implementation.
+
+    Args:
+        decoder: A base model (`AutoModel`, without a head) that is wrapped as it is; by default one is built. The
+            function `llm2clip.open_text_tower` wraps a model with its tokenizer, its prompt and its own pooling.
+
+    Raises:
+        ValueError: It cannot be a text tower.
     """
 
     config_class = LLM2CLIPTextConfig
@@ -111,20 +112,6 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
                 disable_sliding_window(holder)
 
     @classmethod
-    def from_decoder(cls, decoder: PreTrainedModel, **config_fields: Any) -> LLM2CLIPTextModel:
-        """Wrap a plain LLM; `llm2clip.open_text_tower` does so with its prompt, and also wraps encoders.
-
-        Args:
-            decoder: A base model (`AutoModel`, without a head).
-            config_fields: Fields of [`LLM2CLIPTextConfig`].
-
-        Raises:
-            ValueError: A field does not exist, or the model cannot be a text tower.
-        """
-        refuse_unknown(cls.config_class, config_fields)
-        return cls(LLM2CLIPTextConfig(decoder_config=decoder.config, **config_fields), decoder=decoder)
-
-    @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
         pretrained_model_name_or_path: Any,
@@ -154,12 +141,7 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         info: dict[str, Any] = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
         hub = hub_arguments(kwargs)
         is_adapter = find_adapter_config_file(name, **hub) is not None
-        try:
-            fields = PretrainedConfig.get_config_dict(name, **hub)[0]
-        except OSError:
-            if not is_adapter:
-                raise
-            fields = {}
+        fields = PretrainedConfig.get_config_dict(name, **hub)[0]
         model_type, elsewhere = fields.get("model_type"), fields.get("text_model_name_or_path")
         is_tower, is_joint = model_type == cls.config_class.model_type, model_type == COMPOSITE_TYPE
         if is_adapter and not is_tower:
@@ -348,11 +330,6 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         options = {"position_ids": positions + self._first_position, "use_cache": False}
         output = self.decoder(**inputs, **{name: options[name] for name in self._arguments}, **kwargs)
         states = output.last_hidden_state
-        if states.shape[-1] != (width := output_width(self.config.decoder_config)):
-            raise ValueError(
-                f"{self.config.decoder_config.model_type} returns states of width {states.shape[-1]}, but its config "
-                f"has the width {width}: it cannot be a text tower."
-            )
         if packed is not None:
             states = packed.unpack(states)
         masks = attention_mask.to(states.device), pooling_mask.to(states.device)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .image_decoding_llm2clip import with_pillow
@@ -23,7 +22,6 @@ logger = logging.get_logger(__name__)
 # Padded tokens of a batch: few on a CPU, whose caches should contain the states, many on an accelerator.
 CPU_BATCH_TOKENS = 512
 ACCELERATOR_BATCH_TOKENS = 16384
-Precision = Literal["float32", "float16", "int8", "binary"]
 # Folder of an LLM in that of its model, and the name by which the config of the model refers to it.
 TEXT_MODEL = "text_model"
 OWN_TEXT_MODEL = f"./{TEXT_MODEL}"
@@ -315,52 +313,3 @@ def shorten(rows: Tensor, truncate_dim: int | None) -> Tensor:
     if not 0 < truncate_dim <= rows.shape[-1]:
         raise ValueError(f"truncate_dim is {truncate_dim}, but embeddings have {rows.shape[-1]} values.")
     return F.normalize(rows[..., :truncate_dim], dim=-1)
-
-
-def quantize_embeddings(embeddings: Tensor | np.ndarray, precision: Precision) -> Tensor:
-    """Convert embeddings to fewer bits, for a database of yours; `llm2clip index` has `--precision`.
-
-    No row depends on others, and no range has to be kept, since an embedding has unit length: `int8` scales each row
-    to -127 .. 127 by its largest value: compare codes by their cosine. (sentence-transformers' function of this name
-    gives each of the `width` values a range of its own, so that products of its codes weigh all values alike.)
-    `binary` has the sign of each value, packed as sentence-transformers packs them; compare by Hamming distance.
-
-    Args:
-        embeddings: `(n, width)`, of `encode_text` or `encode_image`.
-
-    Returns:
-        `(n, width)` of the type `precision`; of `binary`, `(n, ceil(width / 8))` int8.
-
-    Raises:
-        ValueError: There is no such precision, or a value is NaN or infinite.
-    """
-    rows = require_finite(torch.as_tensor(embeddings).float().cpu(), "rows")
-    if precision == "binary":
-        return torch.from_numpy((np.packbits(rows.numpy() > 0, axis=-1) - np.uint8(128)).view(np.int8))
-    if precision not in get_args(Precision):
-        raise ValueError(f"precision is {precision!r}, but it has to be one of {', '.join(get_args(Precision))}.")
-    return (int8_values(rows) if precision == "int8" else rows).to(getattr(torch, precision))
-
-
-def int8_values(rows: Tensor) -> Tensor:
-    """Scale each row to whole numbers of -127 to 127, as floats."""
-    return (rows * (127 / rows.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12))).round()
-
-
-def encode_pixels(model: Any, batches: Iterable[Tensor | Mapping[str, Tensor]]) -> Iterator[Tensor]:
-    """Embed batches of images with an LLM2CLIP model or its vision half.
-
-    Args:
-        model: It is in evaluation mode while it computes.
-        batches: Pixel values `(batch, channels, height, width)`, or the complete output of an image processor.
-
-    Yields:
-        The unit vectors of a batch, float32 `(batch, projection_dim)` on the CPU.
-    """
-    device = execution_device(model.vision_model)
-    for batch in batches:
-        inputs: Any = {"pixel_values": batch} if isinstance(batch, Tensor) else batch
-        inputs = BatchFeature(inputs).to(device, model.dtype)
-        with evaluating(model), torch.inference_mode():
-            rows = unit_features(model.get_image_features(**inputs)).cpu()
-        yield rows

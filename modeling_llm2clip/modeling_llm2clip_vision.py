@@ -21,9 +21,7 @@ from .modeling_llm2clip_heads import (
     LLM2CLIPResidualHead,
     LLM2CLIPStandardization,
     build_visual_head,
-    checked_statistics,
     init_like_the_original,
-    positive_deviation,
 )
 from .modeling_llm2clip_utils import execution_device, hub_arguments, load_complete, name_layers
 
@@ -152,25 +150,6 @@ class LLM2CLIPPreTrainedModel(AttentionBackends, PreTrainedModel):
     def dtype(self) -> torch.dtype:
         # The first parameter is logit_scale, which stays in float32 in a model of any dtype.
         return self.vision_model.dtype
-
-    def set_vision_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Set the mean and standard deviation that standardise the features of [`get_vision_features`].
-
-        Args:
-            mean: `(vision_width,)`, as `std`, of the features of the training set. A standard deviation that is zero
-                up to rounding (1e-6 of the mean or of 1) becomes 1.
-
-        Raises:
-            ValueError: The model does not standardise, or the values are not finite, negative or of another width.
-        """
-        if self.visual_standardization is None:
-            raise ValueError("this model does not standardise its vision features; set standardize_vision=True.")
-        mean, std = (
-            checked_statistics(name, values, self.config.vision_width)
-            for name, values in (("mean", mean), ("std", std))
-        )
-        self.visual_standardization.mean.copy_(mean)
-        self.visual_standardization.std.copy_(positive_deviation(mean, std))
 
     def get_vision_features(
         self, pixel_values: Tensor, interpolate_pos_encoding: bool | None = None, **kwargs: Any

@@ -13,6 +13,7 @@ from transformers import set_seed
 from llm2clip import EmbeddingCache, LLM2CLIPModel, PairedCache
 from llm2clip.data import CaptionImageDataset, CaptionSource
 from llm2clip.trainers.align_recipe import AlignRecipe
+from llm2clip.trainers.closed_form import positive_deviation
 from llm2clip.trainers.joint_model import describe_text_model, make_model
 from llm2clip.trainers.stored_rows import store_pairs
 
@@ -61,6 +62,8 @@ def _set_statistics(
     pairs = store_pairs(model, image_processor, dataset, open_cache(caches), features)
     samples, caption_rows, weights = pairs.pairs()
     stored = pairs.features.read(pairs.image_rows[np.unique(samples)]).double()
-    model.set_vision_statistics(stored.mean(dim=0).float(), stored.std(dim=0, correction=0).float())
+    mean, std = stored.mean(dim=0), stored.std(dim=0, correction=0)
+    model.get_buffer("visual_standardization.mean").copy_(mean)
+    model.get_buffer("visual_standardization.std").copy_(positive_deviation(mean, std))
     total = torch.from_numpy(weights) @ pairs.cache.read(caption_rows, torch.float64)
-    model.set_text_center((total / weights.sum()).float())
+    model.get_buffer("text_adapter.center").copy_(total / weights.sum())

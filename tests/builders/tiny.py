@@ -100,6 +100,11 @@ def text_config(model_type: str = "llama", **fields: Any) -> LLM2CLIPTextConfig:
     return LLM2CLIPTextConfig(**{"decoder_config": decoder_config(model_type), **defaults, **fields})
 
 
+def wrapped(decoder: Any, **fields: Any) -> LLM2CLIPTextModel:
+    """A plain text model as a text tower."""
+    return LLM2CLIPTextModel(LLM2CLIPTextConfig(decoder.config, **fields), decoder)
+
+
 def text_model(model_type: str = "llama", attn_implementation: str = "sdpa", **fields: Any) -> LLM2CLIPTextModel:
     config = text_config(model_type, **fields)
     config._attn_implementation = attn_implementation
@@ -136,9 +141,10 @@ def with_statistics(model: LLM2CLIPModel) -> LLM2CLIPModel:
     generator = torch.Generator().manual_seed(1)
     if model.visual_standardization is not None:
         mean, std = torch.rand(2, model.config.vision_width, generator=generator)
-        model.set_vision_statistics(mean, 0.5 + std)
+        model.visual_standardization.mean.copy_(mean)
+        model.visual_standardization.std.copy_(0.5 + std)
     if model.text_adapter.center is not None:
-        model.set_text_center(torch.rand(HIDDEN, generator=generator))
+        model.text_adapter.center.copy_(torch.rand(HIDDEN, generator=generator))
     return model
 
 

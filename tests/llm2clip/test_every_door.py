@@ -75,8 +75,10 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Known:
     model, processor = make_model(config, **settings)
     generator = torch.Generator().manual_seed(0)
     spread = torch.rand(model.config.vision_width, generator=generator)
-    model.set_vision_statistics(spread - 0.5, spread + 0.5)
-    model.set_text_center(torch.rand(model.config.text_config.hidden_size, generator=generator) / 10)
+    center = torch.rand(model.config.text_config.hidden_size, generator=generator) / 10
+    statistics = {"visual_standardization.mean": spread - 0.5, "visual_standardization.std": spread + 0.5}
+    for name, values in (statistics | {"text_adapter.center": center}).items():
+        model.get_buffer(name).copy_(values)
     model.save_pretrained(folder / "start")
     processor.save_pretrained(folder / "start")
     fields |= {"model_name_or_path": str(folder / "start"), "eval_sources": {}, "max_steps": 3, "save_strategy": "no"}

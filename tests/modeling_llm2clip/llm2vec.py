@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel
 
 from modeling_llm2clip import LLM2CLIPTextModel
+from tests.builders import tiny
 from tests.golden import FOLDER, Golden
 
 FIXTURES = [f"llm2vec_{name}" for name in ("llama_a", "llama_b", "mistral_a", "qwen2_a", "gemma_a", "phi3_a")]
@@ -19,4 +20,4 @@ def load_text_model(golden: Golden, folder: Path, attention: str = "sdpa", pooli
     config.save_pretrained(folder)
     save_file(golden.group("state"), folder / "model.safetensors", metadata={"format": "pt"})
     decoder = AutoModel.from_pretrained(folder, attn_implementation=attention, dtype="float32")
-    return LLM2CLIPTextModel.from_decoder(decoder, pooling=pooling).eval()
+    return tiny.wrapped(decoder, pooling=pooling).eval()

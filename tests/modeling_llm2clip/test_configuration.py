@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig, AutoModel
 
-from modeling_llm2clip import LLM2CLIPTextModel
 from tests.builders import tiny
 
 
@@ -17,7 +16,7 @@ def test_local_folders_are_not_written_to_configs(tmp_path: Path, monkeypatch: p
     assert hub.to_dict()["text_config"]["decoder_config"]["_name_or_path"] == "an/llm"
     monkeypatch.chdir(tmp_path)
     tiny.text_model().decoder.save_pretrained("some/llm")
-    tower = LLM2CLIPTextModel.from_decoder(AutoModel.from_pretrained("some/llm"))
+    tower = tiny.wrapped(AutoModel.from_pretrained("some/llm"))
     tower.save_pretrained("runs/tower")
     for config in (tower.config, AutoConfig.from_pretrained("runs/tower")):
         fields = config.to_dict()

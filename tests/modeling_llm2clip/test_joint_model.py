@@ -10,11 +10,13 @@ import torch
 from transformers import AutoTokenizer
 
 from llm2clip.models.new_model import from_vision_text_pretrained
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection
+from llm2clip.models.towers import open_text_tower
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
 from modeling_llm2clip.modeling_llm2clip_utils import evaluating
 from tests.builders import tiny
 from tests.builders.students import save_student
 from tests.builders.tiny import CAPTIONS, IMAGES
+from tests.golden import FOLDER
 
 
 def test_forward_returns_scaled_cosines_and_loss() -> None:
@@ -51,7 +53,7 @@ def test_what_would_be_ignored_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="LLM2CLIPConfig has no field 'projecton_dim'"):
         from_vision_text_pretrained(model.vision_model, model.text_model, projecton_dim=8)
     with pytest.raises(ValueError, match="LLM2CLIPTextConfig has no field 'prompt_prefx'"):
-        LLM2CLIPTextModel.from_decoder(model.text_model.decoder, prompt_prefx="a ")
+        open_text_tower(str(FOLDER / "llm2vec_llama_a_hf"), prompt_prefx="a ")
     tiny.save(tmp_path)
     with pytest.raises(ValueError, match="text_model=False does not load"):
         LLM2CLIPModel.from_pretrained(tmp_path, text_model=False, text_model_kwargs={"dtype": "bfloat16"})

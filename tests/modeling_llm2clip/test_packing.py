@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModel
 
-from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel
+from modeling_llm2clip import LLM2CLIPTextConfig
 from tests.builders import tiny
 from tests.modeling_llm2clip.flash import FlashOnCPU
 
@@ -107,7 +107,7 @@ def test_flex_attention_equals_sdpa(model_type: str, side: str) -> None:
 @pytest.mark.parametrize("model_type", ["mistral", "gemma2", "gemma3_text"])
 def test_the_window_of_a_plain_llm_is_lifted(model_type: str, flash: FlashOnCPU) -> None:
     decoder = AutoModel.from_config(tiny.decoder_config(model_type))
-    model = LLM2CLIPTextModel.from_decoder(decoder).eval()
+    model = tiny.wrapped(decoder).eval()
     expected = model(**batch("left")).pooler_output
     decoder.config._attn_implementation_internal = "flash_attention_2"
     torch.testing.assert_close(model(**batch("left")).pooler_output, expected, atol=2e-5, rtol=1e-4)

@@ -41,7 +41,7 @@ def test_llm_can_be_a_peft_adapter_of_an_llm_or_of_a_trained_tower(of_tower: boo
         tower = LLM2CLIPTextModel.from_pretrained(tmp_path / "base")
     else:
         decoder = AutoModel.from_pretrained(tmp_path / "base")
-        tower = LLM2CLIPTextModel.from_decoder(decoder, prompt_prefix=tiny.PREFIX, num_prefix_tokens=3)
+        tower = tiny.wrapped(decoder, prompt_prefix=tiny.PREFIX, num_prefix_tokens=3)
     lora = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
     tower.decoder = peft.get_peft_model(tower.decoder, lora)
     tower.decoder.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")

@@ -14,7 +14,7 @@ from llm2clip.encoders import embed_captions
 from llm2clip.encoders.query_encoder import QueryEncoder
 from llm2clip.models.new_model import from_vision_text_pretrained
 from llm2clip.models.prompting import with_prompt
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
+from modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.modeling_llm2clip_utils import CPU_BATCH_TOKENS
 from tests.builders import tiny
 from tests.golden import load_golden
@@ -66,7 +66,7 @@ def test_the_width_of_an_embedding_is_what_the_text_model_returns(model_type: st
     if model_type not in CONFIG_MAPPING:
         pytest.skip("this version of transformers does not have it")
     decoder = AutoModel.from_config(AutoConfig.for_model(model_type, **{**tiny.DECODER, **PROJECTED[model_type]}))
-    tower, processor = LLM2CLIPTextModel.from_decoder(decoder.eval(), bidirectional=None), tiny.processor()
+    tower, processor = tiny.wrapped(decoder.eval(), bidirectional=None), tiny.processor()
     assert tower.encode(CAPTIONS, processor.tokenizer).shape == (3, tower.config.hidden_size) == (3, 24)
     vision = tiny.joint_model().vision_model
     model = from_vision_text_pretrained(vision, tower, projection_dim=16).eval()
@@ -76,14 +76,6 @@ def test_the_width_of_an_embedding_is_what_the_text_model_returns(model_type: st
     torch.testing.assert_close(*rows)
     student = QueryEncoder(decoder, processor.tokenizer, 8)
     assert student.encode(CAPTIONS).shape == (3, 8)
-
-
-def test_a_text_model_of_unknown_width_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modeling_llm2clip.configuration_llm2clip.OUTPUT_WIDTHS", ())
-    config = AutoConfig.for_model("opt", **{**tiny.DECODER, **PROJECTED["opt"]})
-    tower = LLM2CLIPTextModel.from_decoder(AutoModel.from_config(config), bidirectional=None)
-    with pytest.raises(ValueError, match="opt returns states of width 24, but its config has the width 32"):
-        tower(torch.ones(1, 3, dtype=torch.long))
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -31,6 +31,7 @@ from llm2clip.losses import clip_loss as clip_loss
 from llm2clip.losses import hard_negative_info_nce as hard_negative_info_nce
 from llm2clip.losses import info_nce as info_nce
 from llm2clip.losses import sigmoid_loss as sigmoid_loss
+from llm2clip.models.embeddings import quantize_embeddings as quantize_embeddings
 from llm2clip.models.new_model import from_vision_text_pretrained as from_vision_text_pretrained
 from llm2clip.models.towers import open_text_tower as open_text_tower
 from llm2clip.search.search_index import SearchIndex as SearchIndex
@@ -68,6 +69,5 @@ from modeling_llm2clip import LLM2CLIPProcessor as LLM2CLIPProcessor
 from modeling_llm2clip import LLM2CLIPTextConfig as LLM2CLIPTextConfig
 from modeling_llm2clip import LLM2CLIPTextModel as LLM2CLIPTextModel
 from modeling_llm2clip import LLM2CLIPVisionModelWithProjection as LLM2CLIPVisionModelWithProjection
-from modeling_llm2clip import quantize_embeddings as quantize_embeddings
 
 __version__: str

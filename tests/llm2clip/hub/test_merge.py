@@ -120,8 +120,9 @@ def test_gated_heads_and_statistics_are_merged_and_a_bundled_llm_stays(tmp_path:
         model = changed(tiny.joint_model(**tiny.FROZEN_TOWER), 0)
         if name == "b":
             model = changed(LLM2CLIPModel.from_pretrained(tmp_path / "a"))
-        model.set_vision_statistics(torch.full((64,), 1.0 + number), torch.full((64,), 2.0 + number))
-        model.set_text_center(torch.full((tiny.HIDDEN,), 3.0 + number))
+        buffers = "visual_standardization.mean", "visual_standardization.std", "text_adapter.center"
+        for value, buffer in enumerate(buffers):
+            model.get_buffer(buffer).fill_(1.0 + value + number)
         model.save_pretrained(tmp_path / name)
         tiny.processor().save_pretrained(tmp_path / name)
     llm2clip.merge_models(tmp_path / "a", tmp_path / "b", tmp_path / "out", 0.25)

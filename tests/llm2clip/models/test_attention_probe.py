@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, FNetConfig, FNetModel
+from transformers import AutoConfig, AutoModel, FNetConfig, FNetModel
 
 from llm2clip.models.attention_probe import probe_text_tower
 from llm2clip.models.plain_models import encoder_fields
@@ -32,7 +32,7 @@ IDS = torch.arange(2, 9)[None]
 
 def tower_of(model_type: str, **fields: Any) -> LLM2CLIPTextModel:
     decoder = small_model(model_type)
-    return LLM2CLIPTextModel.from_decoder(decoder, **{**encoder_fields(decoder.config), **fields})
+    return tiny.wrapped(decoder, **{**encoder_fields(decoder.config), **fields})
 
 
 @pytest.mark.parametrize("model_type", OTHER_LAYERS)
@@ -64,7 +64,14 @@ def test_rounding_is_not_taken_for_a_fault(model_type: str, dtype: torch.dtype) 
 def test_a_model_that_mixes_padding_into_texts_is_refused() -> None:
     fnet = FNetModel(FNetConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, vocab_size=100))
     with pytest.raises(ValueError, match="fnet cannot be a text tower: a caption's states depend on padding"):
-        probe_text_tower(LLM2CLIPTextModel.from_decoder(fnet, bidirectional=None))
+        probe_text_tower(tiny.wrapped(fnet, bidirectional=None))
+
+
+def test_a_model_of_unknown_width_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modeling_llm2clip.configuration_llm2clip.OUTPUT_WIDTHS", ())
+    opt = AutoModel.from_config(AutoConfig.for_model("opt", **tiny.DECODER, word_embed_proj_dim=24, ffn_dim=48))
+    with pytest.raises(ValueError, match="returns states of width 24, but its config has the width 32"):
+        probe_text_tower(tiny.wrapped(opt, bidirectional=None))
 
 
 def test_the_probe_leaves_no_trace() -> None:
@@ -97,7 +104,7 @@ def test_the_toolbox_probes_what_it_opens_and_the_model_does_not(tmp_path: Path)
 @pytest.mark.parametrize("model_type", list(tiny.DECODERS))
 def test_tested_types_and_causal_baselines_are_not_probed(model_type: str) -> None:
     towers = [
-        LLM2CLIPTextModel.from_decoder(AutoModel.from_config(tiny.decoder_config(model_type))),
+        tiny.wrapped(AutoModel.from_config(tiny.decoder_config(model_type))),
         tower_of("falcon", bidirectional=False),
     ]
     with embedded_batches() as batches:

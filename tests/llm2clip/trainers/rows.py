@@ -126,7 +126,7 @@ def mntp(inputs: Inputs, folder: Path, rows: Any = None, **changes: Any) -> MNTP
     language_model: Any = AutoModelForCausalLM.from_pretrained(inputs.llm)
     return MNTPTrainer(
         head=language_model.get_output_embeddings(),
-        model=LLM2CLIPTextModel.from_decoder(language_model.base_model),
+        model=tiny.wrapped(language_model.base_model),
         args=MNTPConfig(**settings(folder, **changes)),
         train_dataset=rows or [{"text": f"{row['anchor']} {row['positive']}"} for row in PAIRS],
         processing_class=AutoTokenizer.from_pretrained(inputs.llm),

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from llm2clip.store import EmbeddingCache, build_embedding_cache, caption_manifest
 from llm2clip.store.shards import ShardFile
 from llm2clip.trainers import closed_form
-from llm2clip.trainers.closed_form import PairSums, closed_form_alignment
+from llm2clip.trainers.closed_form import PairSums, closed_form_alignment, positive_deviation
 
 
 def correlated(count: int = 600, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -48,6 +48,11 @@ def test_weights_are_repetitions() -> None:
     times = weights.long()
     expected = closed_form_alignment(images.repeat_interleave(times, 0), texts.repeat_interleave(times, 0), width=4)
     torch.testing.assert_close(found.embed_images(images), expected.embed_images(images), atol=1e-6, rtol=0)
+
+
+def test_a_constant_feature_is_not_divided_by_its_rounding() -> None:
+    std = torch.tensor([0.0, 2e-5, 0.5])
+    assert positive_deviation(torch.full((3,), 50.0), std).tolist() == [1.0, 1.0, 0.5]
 
 
 @pytest.mark.parametrize("weighted", [True, False])

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 
 from llm2clip import (
     DistillConfig,
-    LLM2CLIPTextModel,
     MNTPConfig,
     MNTPTrainer,
     Stage1Config,
@@ -228,7 +227,7 @@ def test_chunks_are_of_the_size_that_is_set(
 
 def test_settings_that_an_own_collator_does_not_follow_are_refused(inputs: Inputs, tmp_path: Path) -> None:
     language_model: Any = AutoModelForCausalLM.from_pretrained(inputs.llm)
-    tower, head = LLM2CLIPTextModel.from_decoder(language_model.base_model), language_model.get_output_embeddings()
+    tower, head = tiny.wrapped(language_model.base_model), language_model.get_output_embeddings()
     with pytest.raises(ValueError, match=r"mlm_probability is 0\.5, but the given data_collator does not follow"):
         MNTPTrainer(tower, MNTPConfig(**settings(tmp_path, mlm_probability=0.5)), list, head=head)
 

@@ -20,7 +20,8 @@ from llm2clip.trainers.stage1_config import Stage1Recipe
 from llm2clip.trainers.stage1_trainer import Stage1Trainer
 from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.trainers.stage2_trainer import Stage2Trainer
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
+from modeling_llm2clip import LLM2CLIPModel
+from tests.builders import tiny
 from tests.golden import FOLDER, Golden, load_golden, optimizer_settings
 from tests.original import from_original
 
@@ -48,7 +49,7 @@ def stage1_inputs(golden: Golden) -> dict[str, dict[str, Tensor]]:
 def test_stage1_loss_and_gradients(tmp_path: Path) -> None:
     golden = load_golden("supervised_step_a")
     decoder = AutoModel.from_pretrained(save_decoder(golden, tmp_path / "llm"), dtype="float32")
-    model = LLM2CLIPTextModel.from_decoder(decoder)
+    model = tiny.wrapped(decoder)
     args = Stage1Recipe(output_dir=str(tmp_path / "out"), use_cpu=True, report_to="none", lora_rank=0)
     trainer = Stage1Trainer(model=model, args=args)
     loss, embeds = trainer.compute_loss(model, stage1_inputs(golden), return_outputs=True)
@@ -69,7 +70,7 @@ def golden_close_gradient(golden: Golden, actual: Tensor | None, name: str) -> N
 def test_stage1_with_lora(tmp_path: Path) -> None:
     golden = load_golden("supervised_step_a")
     decoder = AutoModel.from_pretrained(save_decoder(golden, tmp_path / "llm"), dtype="float32")
-    model = LLM2CLIPTextModel.from_decoder(decoder)
+    model = tiny.wrapped(decoder)
     lora = golden.meta["info"]["lora"]
     (tmp_path / "lora").mkdir()
     save_file(golden.group("adapter"), tmp_path / "lora" / "adapter_model.safetensors")
@@ -95,7 +96,7 @@ def test_stage1_with_lora(tmp_path: Path) -> None:
 def test_masked_next_token_prediction(texts: str, masking: str, tmp_path: Path) -> None:
     golden = load_golden("mntp_a")
     language_model = AutoModelForCausalLM.from_pretrained(save_decoder(golden, tmp_path), dtype="float32")
-    model, head = LLM2CLIPTextModel.from_decoder(language_model.base_model), language_model.get_output_embeddings()
+    model, head = tiny.wrapped(language_model.base_model), language_model.get_output_embeddings()
     states = model(
         golden[f"in/{texts}/{masking}/masked_input_ids"], golden[f"in/{texts}/attention_mask"]
     ).last_hidden_state

@@ -182,7 +182,7 @@ def test_the_losses_of_each_and_of_both(
     assert whole.config.text_model_fingerprint == cache.manifest.fingerprint
     mean = torch.rand(56) / 10 if center else torch.zeros(56)
     if center:
-        whole.set_text_center(mean)
+        whole.get_buffer("text_adapter.center").copy_(mean)
     trainer = Stage2Trainer(whole, args, train_dataset=[{}])
     model = trainer.model.train()
     loss = trainer.compute_loss(model, dict(inputs))

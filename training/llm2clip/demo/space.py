@@ -12,7 +12,7 @@ from llm2clip.files.atomic import write_text
 from llm2clip.files.folders import atomic_folder, refuse_nested
 from llm2clip.files.manifests import refuse_damaged
 from llm2clip.hub.upload_files import model_files
-from llm2clip.models.repos import RepoKind, inspect_repo, needed_llms
+from llm2clip.models.repos import RepoKind, inspect_repo, needed_llm
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +37,10 @@ def write_space(destination: Path, model: str, overwrite: bool = False) -> None:
     bundled = Path(model).is_dir()
     if bundled:
         refuse_damaged(model)
-        llms = needed_llms(inspect_repo(model).require(RepoKind.JOINT, hint=WHOLE_MODEL))
-        if any(Path(name).is_dir() for name in llms):
+        llm = needed_llm(inspect_repo(model).require(RepoKind.JOINT, hint=WHOLE_MODEL))
+        if llm and Path(llm).is_dir():
             raise ValueError(
-                f"the LLM of {model} is in another folder ({', '.join(llms)}), which the Space would not contain; "
+                f"the LLM of {model} is in another folder ({llm}), which the Space would not contain; "
                 "save the model with its LLM, or push both to the Hub and give the Hub id of the model."
             )
     refuse_nested(model, destination)

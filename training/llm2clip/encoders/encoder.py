@@ -21,12 +21,11 @@ from llm2clip.encoders.images import ImageSet, image_list
 from llm2clip.encoders.loop import PreparedImages, TokenizedTexts, encode_images, encode_texts
 from llm2clip.encoders.patches import patch_embeddings
 from llm2clip.files.atomic import digest_json
-from llm2clip.models.embeddings import rounded_rows
+from llm2clip.models.embeddings import Precision, rounded_rows
 from llm2clip.models.identity import RULE, weights_checksum
 from llm2clip.models.places import is_repo
 from llm2clip.models.repos import hub_commit
 from llm2clip.store.shards import ComputedRows
-from modeling_llm2clip.modeling_llm2clip_utils import Precision
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from llm2clip.files.atomic import digest_json
 from llm2clip.files.manifests import refuse_changed_model
 from llm2clip.models.attention_probe import probe_text_tower
 from llm2clip.models.identity import RULE, tokenizer_fingerprint, vision_fingerprint, weights_checksum
-from llm2clip.models.repos import RepoKind, inspect_repo, names_of
+from llm2clip.models.repos import RepoKind, inspect_repo
 from llm2clip.models.towers import open_text_tower
 from modeling_llm2clip import (
     LLM2CLIPConfig,
@@ -115,7 +115,7 @@ class OurEncoder(Encoder):
             if "text" in needs and options.get("text_model", True):
                 model.config.text_config.require_text_model()
             if getattr(model, "text_model", None) is not None:
-                for llm in names_of(model.config.text_model_name_or_path):
+                if llm := model.config.text_model_name_or_path:
                     refuse_changed_model(llm)
                 probe_text_tower(model.text_model)
             only_images = half or bool(repo.encoders)

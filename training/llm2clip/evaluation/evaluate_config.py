@@ -9,7 +9,7 @@ from llm2clip.command_line.settings import check_choices, setting
 from llm2clip.data import OnError
 from llm2clip.evaluation.data import Positives
 from llm2clip.evaluation.text_formats import RAW, TextFormat
-from modeling_llm2clip.modeling_llm2clip_utils import Precision
+from llm2clip.models.embeddings import Precision
 
 Names = list[str]  # the field `list` hides the type in the class
 

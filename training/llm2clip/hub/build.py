@@ -20,7 +20,7 @@ from llm2clip.hub.cards.card import LICENSE_FIELDS
 from llm2clip.hub.cards.facts import EXAMPLE, Evaluation
 from llm2clip.hub.licenses import bases_of, choose_license
 from llm2clip.hub.source_model import SourceModel
-from llm2clip.models.repos import OUR_MODELS, RepoKind, inspect_repo, names_of, referred_folders
+from llm2clip.models.repos import OUR_MODELS, RepoKind, inspect_repo, referred_folders
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPTextConfig, LLM2CLIPTextModel
 
 
@@ -67,12 +67,12 @@ def run(config: BuildConfig, evaluations: list[Evaluation] | None = None) -> dic
             refuse(config, ["merge_adapter"], f"{config.model} has no adapter")
     for needed in referred_folders(config.model):
         refuse_nested(needed, destination)
-    llms = names_of(config.text_model or repo.config.get("text_model_name_or_path"))
-    for llm in llms if config.text_model is None else ():
+    llm = config.text_model or repo.config.get("text_model_name_or_path")
+    if llm and config.text_model is None:
         refuse_damaged(llm)
     folder_of_source = source_folder(config)
     config, card = source_card(config, folder_of_source)
-    bases = bases_of(folder_of_source, [*llms, *config.base_models])
+    bases = bases_of(folder_of_source, [*([llm] if llm else []), *config.base_models])
     given = {name: value for name in LICENSE_FIELDS if (value := getattr(config, name))}
     license = choose_license(given, card[0], bases)
     example = decode_image(path, path) if (path := config.example_image) is not None else None

@@ -17,7 +17,7 @@ from llm2clip.files.atomic import read_json, write_text
 from llm2clip.hub.cards.card import CARD, as_list, license_fields, read_card, split_card
 from llm2clip.hub.cards.facts import public_name
 from llm2clip.hub.upload import explained
-from llm2clip.models.repos import encoders_of, hub_ids, names_of
+from llm2clip.models.repos import encoders_of, hub_ids
 from modeling_llm2clip.modeling_llm2clip_utils import find_text_model
 
 logger = logging.getLogger(__name__)
@@ -325,7 +325,7 @@ def folder_of_card(name: str, revision: str | None = None) -> Path | None:
 def _references(folder: Path) -> Iterator[str]:
     for path in (folder / file for file in NAMING_FILES):
         fields = read_json(path) if path.is_file() else {}
-        models = [*(model for name in NAMING_FIELDS for model in names_of(fields.get(name))), *encoders_of(fields)]
+        models = [*(model for name in NAMING_FIELDS if (model := fields.get(name))), *encoders_of(fields)]
         yield from (find_text_model(model, folder)[0] for model in models)
 
 

@@ -32,7 +32,7 @@ from llm2clip.hub.upload import (
     weights_replaced,
 )
 from llm2clip.hub.upload_files import added_files, code_targets, model_files, require_no_secrets
-from llm2clip.models.repos import OUR_MODELS, RepoKind, inspect_repo, is_hub_id, needed_llms
+from llm2clip.models.repos import OUR_MODELS, RepoKind, inspect_repo, is_hub_id, needed_llm
 
 logger = logging.getLogger(__name__)
 
@@ -199,10 +199,10 @@ def _check_folder(folder: Path) -> None:
     for target in targets:
         if "--" not in target:
             _require(folder, f"{target.split('.')[0]}.py")
-    local = [name for name in needed_llms(repo) if not is_hub_id(name)]
-    if local:
+    llm = needed_llm(repo)
+    if llm and not is_hub_id(llm):
         raise ValueError(
-            f"the LLM of {folder} is in {local[0]}, which others cannot load; `llm2clip build` bundles it or, with "
+            f"the LLM of {folder} is in {llm}, which others cannot load; `llm2clip build` bundles it or, with "
             "--text-model, refers to its Hub id."
         )
     validate_card(folder)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from llm2clip.command_line.processes import on_main_process
 from modeling_llm2clip import LLM2CLIPTextModel
+from modeling_llm2clip.configuration_llm2clip import output_width
 from modeling_llm2clip.modeling_llm2clip_decoder import TESTED_TYPES, takes_additive_mask
 from modeling_llm2clip.modeling_llm2clip_utils import evaluating, execution_device
 
@@ -75,6 +76,8 @@ def _fault(tower: Any, dtype: torch.dtype) -> str | None:
         alone = states[0].double().cpu()
     else:
         alone = _states(tower, [caption])
+    if alone.shape[-1] != (width := output_width(tower.config.decoder_config)):
+        return f"it returns states of width {alone.shape[-1]}, but its config has the width {width}"
     changed = _states(tower, [torch.cat([caption[:-1], others[-1:]])])
     if not alone.isfinite().all() or not _change(changed[-1:], alone[-1:]) > REACTION:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import os
 from typing import Any
@@ -18,7 +19,6 @@ from modeling_llm2clip import (
     LLM2CLIPModel,
     LLM2CLIPVisionModelWithProjection,
 )
-from modeling_llm2clip.configuration_llm2clip import refuse_unknown
 from modeling_llm2clip.modeling_llm2clip_utils import absolute_path, hub_arguments, load_complete
 
 
@@ -76,6 +76,13 @@ def from_vision_text_pretrained(
     if isinstance(text_model, PreTrainedModel):
         model.set_text_model(text_model)  # type: ignore[arg-type]
     return model
+
+
+def refuse_unknown(config_class: Any, fields: dict[str, Any]) -> None:
+    """Raise ValueError for a field that a config does not have, which its class would keep as an extra one."""
+    known = inspect.signature(config_class.__init__).parameters
+    if unknown := [name for name in fields if name not in known]:
+        raise ValueError(f"{config_class.__name__} has no field {unknown[0]!r}; it has {', '.join([*known][1:-1])}.")
 
 
 class LLM2CLIPLogitScale(PreTrainedModel):

@@ -217,20 +217,20 @@ def referred_folders(name: str | Path) -> list[Path]:
         folder = waiting.pop()
         for file, key in ((CONFIG_NAME, LLM), (ADAPTER_CONFIG_NAME, "base_model_name_or_path")):
             model = read_json(folder / file).get(key) if (folder / file).is_file() else None
-            for path in map(Path, names_of(find_text_model(model, folder)[0])):
-                if path.is_dir() and path not in referred:
-                    referred.append(path)
-                    waiting.append(path)
+            path = Path(find_text_model(model, folder)[0] or folder)
+            if path.is_dir() and path not in (folder, *referred):
+                referred.append(path)
+                waiting.append(path)
     return referred
 
 
-def needed_llms(repo: Repo) -> list[str]:
-    """Return the LLMs that a joint model in a folder needs beside that; of an adapter in it, what that is for."""
+def needed_llm(repo: Repo) -> str | None:
+    """Return the LLM that a joint model in a folder needs beside that; of an adapter in it, what that is for."""
     name = repo.config.get(LLM)
     folder = Path(find_text_model(OWN_TEXT_MODEL, repo.name)[0])
-    if isinstance(name, str) and Path(name) == folder and folder.is_dir():
+    if name and Path(name) == folder and folder.is_dir():
         name = read_json(folder / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
-    return names_of(name)
+    return name
 
 
 def local_folders(name: str) -> list[Path]:
@@ -262,11 +262,6 @@ def hub_commit(name: str, revision: str | None = None) -> str | None:
 def is_hub_id(name: str) -> bool:
     """Tell whether a name has the form of a Hub id: OWNER/NAME."""
     return "/" in name and HUB_ID.fullmatch(name) is not None
-
-
-def names_of(model: Any) -> list[str]:
-    """Return the names of a model, of several, or of none, as configs and settings give them."""
-    return list(model) if isinstance(model, list | tuple) else [str(model)] if model else []
 
 
 def encoders_of(config: dict[str, Any]) -> list[str]:

@@ -16,12 +16,12 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from llm2clip.files.manifests import refuse_changed_model
 from llm2clip.models.attention_probe import probe_text_tower
 from llm2clip.models.embedding_models import embedding_fields, read_embedding_model, with_lower_case
+from llm2clip.models.new_model import refuse_unknown
 from llm2clip.models.plain_models import encoder_fields, load_plain, wrap_plain
 from llm2clip.models.prompting import with_prompt
 from llm2clip.models.repos import LLM, OUR_MODELS, Repo, RepoKind, inspect_repo, refuse_revision
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig, LLM2CLIPTextModel
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
-from modeling_llm2clip.configuration_llm2clip import refuse_unknown
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +33,8 @@ def loading_options(dtype: str, attn_implementation: str | None = None, revision
         dtype: `float32`, `bfloat16` or `float16`; `auto` keeps the dtype of the checkpoint.
         attn_implementation: Such as `sdpa`.
         revision: Branch, tag or commit on the Hub.
-
-    Raises:
-        ValueError: `dtype` is not the name of a torch dtype.
     """
-    torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype, None)
-    if torch_dtype != "auto" and not isinstance(torch_dtype, torch.dtype):
-        raise ValueError(f"dtype {dtype!r} is unknown; choose float32, bfloat16, float16 or auto.")
-    options = {"dtype": torch_dtype, "attn_implementation": attn_implementation, "revision": revision}
+    options = {"dtype": dtype, "attn_implementation": attn_implementation, "revision": revision}
     return {key: value for key, value in options.items() if value is not None}
 
 

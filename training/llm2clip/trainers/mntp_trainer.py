@@ -33,7 +33,8 @@ class MNTPTrainer(TextTowerTrainer):
 
     ```python
     language_model = AutoModelForCausalLM.from_pretrained("llm")
-    model = LLM2CLIPTextModel.from_decoder(language_model.base_model)
+    decoder = language_model.base_model
+    model = LLM2CLIPTextModel(LLM2CLIPTextConfig(decoder.config), decoder)
     args, head = MNTPConfig(output_dir="mntp"), language_model.get_output_embeddings()
     MNTPTrainer(model=model, args=args, head=head, train_dataset=dataset, processing_class=tokenizer).train()
     ```

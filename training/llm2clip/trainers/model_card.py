@@ -18,7 +18,7 @@ from llm2clip.hub.cards.card import CARD, read_card, render
 from llm2clip.hub.cards.curves import write_curves
 from llm2clip.hub.cards.facts import VISION_TASK, CardFacts, Evaluation, base_models, summary
 from llm2clip.hub.licenses import ModelLicense
-from llm2clip.models.repos import hub_ids, names_of
+from llm2clip.models.repos import hub_ids
 from llm2clip.trainers.stage2_config import Stage2Recipe
 
 logger = logging.getLogger(__name__)
@@ -137,8 +137,7 @@ def write_model_card(
 
 def made_from(args: Any, model: Any) -> list[str]:
     """Return the models that a run starts from, as Hub ids and folders."""
-    towers = [tower for name in TOWER_SETTINGS for tower in names_of(getattr(args, name, None))]
-    names = [*towers, *base_models(model.config)]
+    names: list[Any] = [*(getattr(args, name, None) for name in TOWER_SETTINGS), *base_models(model.config)]
     # `static:NAME` is a student made of the token vectors of another model, `layers:N` one of its teacher.
     names = [name.removeprefix("static:") for name in names if name]
     return [name for name in names if Path(name).is_dir() or hub_ids(name)]

@@ -18,7 +18,7 @@ from llm2clip.hub.cards.card import CARD, merge_cards, read_card, split_card
 from llm2clip.hub.licenses import bases_of, choose_license
 from llm2clip.hub.upload import explained, explanation, open_repo, upload_model
 from llm2clip.hub.upload_files import model_files, require_no_secrets
-from llm2clip.models.repos import hub_ids, names_of
+from llm2clip.models.repos import hub_ids
 from llm2clip.trainers.base_config import StageConfig
 from llm2clip.trainers.checkpoints import SETTINGS
 from llm2clip.trainers.model_card import made_from
@@ -127,7 +127,7 @@ def _copy_file(source: str, destination: str) -> str:
     return destination
 
 
-def check_pushing(args: StageConfig, llm: Any, result_needs_llm: bool, checkpoints_need_llm: bool) -> None:
+def check_pushing(args: StageConfig, llm: str | None, result_needs_llm: bool, checkpoints_need_llm: bool) -> None:
     """Raise a `ValueError` before a run that would push a reference to an LLM in a local folder.
 
     Args:
@@ -135,10 +135,8 @@ def check_pushing(args: StageConfig, llm: Any, result_needs_llm: bool, checkpoin
         llm: Hub id or folder of the LLM.
         result_needs_llm, checkpoints_need_llm: Whether they refer to the LLM instead of containing its weights.
     """
-    local = [name for name in names_of(llm) if not hub_ids(name)]
-    if not args.push_to_hub or not local:
+    if not args.push_to_hub or not llm or hub_ids(llm):
         return
-    llm = local[0]
     if result_needs_llm:
         raise ValueError(
             f"push_to_hub with the LLM in {llm}, a local folder that others cannot load: push the LLM first and name "

@@ -116,5 +116,5 @@ def open_rows(
     return store_images(config, model, image_processor, dataset, cache, retrieval, *views)
 
 
-def _check_pushing(config: Stage2Recipe, llm: Any) -> None:
+def _check_pushing(config: Stage2Recipe, llm: str | None) -> None:
     check_pushing(config, llm, config.lora_rank == 0 or config.save_format == "adapter", True)
