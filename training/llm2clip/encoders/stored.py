@@ -98,7 +98,7 @@ class _StoredImages(PreparedImages):
     """The stored features of images."""
 
     def __init__(self, images: ImageSet, features: ImageFeatures, on_error: OnError) -> None:
-        super().__init__(images, lambda row, key: {"vision_features": features.read_views(row)[0]}, on_error)
+        super().__init__(images, lambda row, key: {"vision_features": features.read_views(row)[0].float()}, on_error)
         self.features, self.stored_rows = features, features.find(images.content_keys())
 
     def inputs(self, row: int) -> dict[str, Tensor]:
