@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, NoReturn
 
 import datasets
 import pytest
+from filelock import FileLock
 
 from llm2clip.files.shared_files import shared_file
 
@@ -32,3 +36,24 @@ def test_the_first_process_writes_and_the_others_wait(tmp_path: Path, monkeypatc
     (path,) = paths
     assert path.read_text() == "content"
     assert shared_file("kind", {"a": 2}, write) != path
+
+
+def test_without_locks_the_file_that_another_process_writes_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as on the nodes of a cluster whose home folder has no locks."""
+
+    def no_locks(*_: Any, **__: Any) -> NoReturn:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(FileLock, "acquire", no_locks)
+    written_by_another = []
+
+    def write(path: Path) -> None:
+        path.write_text("content")
+        if not written_by_another:
+            written_by_another.append(path)
+            shared_file("kind", {"a": 1}, write)
+
+    assert shared_file("kind", {"a": 1}, write).read_text() == "content"

@@ -66,6 +66,7 @@ def lock_beside(path: Path, patience: float = WAIT) -> Iterator[bool]:
         try:
             yield existed and is_held
         finally:
+            # Who waits for the removed file sees it (filelock 3.21), and makes a new one.
             with contextlib.suppress(OSError):  # where a lock that is held cannot be removed
                 lock.unlink(missing_ok=True)
 

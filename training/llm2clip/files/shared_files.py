@@ -31,8 +31,8 @@ def shared_file(kind: str, identity: Mapping[str, Any], write: Callable[[Path], 
     """
     path = _folder() / f"{kind}-{digest_json(identity)}"
     if not path.exists():
-        with lock_beside(path):
-            for left in leftovers(path):
+        with lock_beside(path) as was_killed:
+            for left in leftovers(path) if was_killed else []:
                 left.unlink()
             if not path.exists():
                 with atomic_path(path) as temporary:
