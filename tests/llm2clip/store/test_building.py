@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from llm2clip.command_line.progress import section
 from llm2clip.store import EmbeddingCache, StoreIncompleteError, StoreMismatchError, building
 from tests.llm2clip.files.locks import another_run
 
@@ -80,6 +81,20 @@ def test_complete_cache_is_not_written_again(tmp_path: Path) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert build(tmp_path, TEXTS[5:20], _killed_after(0)).rows == 37
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+def test_a_complete_cache_is_said_to_be_so_outside_of_the_steps_of_a_longer_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    build(tmp_path, ["a", "b"])
+    caplog.set_level("DEBUG")
+    build(tmp_path, ["a", "b"])
+    with section("a step"):
+        build(tmp_path, ["a", "b"])
+    assert [record.levelname for record in caplog.records if "already contains all" in record.message] == [
+        "INFO",
+        "DEBUG",
+    ]
 
 
 def test_new_captions_are_appended_to_a_complete_cache_in_new_shards(tmp_path: Path) -> None:

@@ -111,6 +111,11 @@ def track(items: Iterable[ItemT], description: str, unit: str) -> Iterator[ItemT
             bar.update()
 
 
+def in_section() -> bool:
+    """Tell whether a [`section`] is open, within which lines go to the log file only."""
+    return _sections > 0
+
+
 @contextmanager
 def section(title: str) -> Iterator[None]:
     """Log the title of a step and, when it is done, its duration; bars inside it leave no line on the terminal."""

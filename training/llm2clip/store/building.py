@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.torch import save
 from torch import Tensor
 
-from llm2clip.command_line.progress import ProgressBar
+from llm2clip.command_line.progress import ProgressBar, in_section
 from llm2clip.command_line.settings import require_choice
 from llm2clip.files.atomic import remove_unfinished
 from llm2clip.files.locks import WAIT, folder_lock
@@ -119,7 +119,8 @@ def build_store(
                 _write_index(folder, keys)
             else:
                 words = manifest.about.name, folder, manifest.about.unit
-                logger.info("The %s %s already contains all these %ss.", *words)
+                level = logging.DEBUG if in_section() else logging.INFO
+                logger.log(level, "The %s %s already contains all these %ss.", *words)
         wait()
         store = kind.open(folder, verify=False)  # before another run may change the folder
         wait()
