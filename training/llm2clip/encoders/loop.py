@@ -1,10 +1,10 @@
-"""The loop from inputs to rows: the next batch is prepared while the model works, and rows have to be finite."""
+"""The loop from inputs to rows: images are decoded while the model works, and rows have to be finite."""
 
 from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -34,27 +34,24 @@ InputsT = TypeVar("InputsT")
 
 
 def run_model(
-    model: nn.Module,
-    batches: Sequence[BatchT],
-    prepare: Callable[[BatchT], InputsT],
-    forward: Callable[[InputsT], Tensor],
-    num_workers: int = 0,
+    model: nn.Module, batches: Sequence[BatchT], inputs: Iterable[InputsT], forward: Callable[[InputsT], Tensor]
 ) -> Iterator[tuple[BatchT, InputsT, Tensor]]:
     """Run a model over batches, in order; yield each with its inputs and its output, float32 on the CPU.
 
     Args:
         model: What `forward` calls; it is in evaluation mode meanwhile.
-        prepare: Makes the inputs of a batch, on the CPU.
+        inputs: The inputs of each batch, on the CPU.
         forward: Called with the inputs, without gradients.
-        num_workers: Worker processes that prepare inputs; 0 for a thread.
     """
-    for batch, inputs in zip(batches, _prepared(batches, prepare, num_workers), strict=True):
+    for batch, prepared in zip(batches, inputs, strict=True):
         with evaluating(model), torch.inference_mode():
-            output = forward(inputs).float().cpu()
-        yield batch, inputs, output
+            output = forward(prepared).float().cpu()
+        yield batch, prepared, output
 
 
-def _prepared(batches: Sequence[BatchT], prepare: Callable[[BatchT], InputsT], num_workers: int) -> Iterator[InputsT]:
+def prepare_ahead(
+    batches: Sequence[BatchT], prepare: Callable[[BatchT], InputsT], num_workers: int
+) -> Iterator[InputsT]:
     """Prepare batches before they are asked for, in worker processes; in threads without any, and with LanceDB.
 
     LanceDB does not survive a fork, and processes that are no forks take seconds to start, and memory. Pillow decodes
@@ -119,7 +116,9 @@ def encode_texts(
     batches = token_batches(tokenized.lengths, budget, batch_size)
     rows = torch.empty(len(tokenized.lengths), width)
     with ProgressBar("Embedding texts", len(rows), "text", show) as bar:
-        for batch, _, output in run_model(tokenized.model, batches, tokenized.prepare, tokenized.forward):
+        # Not ahead of the model: the texts are tokens already, and a thread takes more time than padding them.
+        inputs = map(tokenized.prepare, batches)
+        for batch, _, output in run_model(tokenized.model, batches, inputs, tokenized.forward):
             rows[batch] = output
             bar.update(len(batch))
     rows = rows if tokenized.rows is None else rows[list(tokenized.rows)]
@@ -185,7 +184,8 @@ def encode_images(
         rows: The numbers of the images.
         forward: Maps the inputs of images to one row each, or to several views of each.
         width: Width of the rows of a batch of which no image can be used.
-        batch_size, num_workers: See [`run_model`].
+        batch_size: Images in a batch.
+        num_workers: Worker processes that decode images; 0 for a thread.
 
     Yields:
         Rows, float32 on the CPU, zero where an image is skipped.
@@ -200,7 +200,8 @@ def encode_images(
         inputs = batch[0]
         return forward(inputs).reshape(len(next(iter(inputs.values()))), -1) if inputs else torch.empty(0, width)
 
-    for batch, (_, reasons), output in run_model(model, batches, prepared, compute, num_workers):
+    inputs = prepare_ahead(batches, prepared, num_workers)
+    for batch, (_, reasons), output in run_model(model, batches, inputs, compute):
         good = [row for place, row in enumerate(batch) if place not in reasons]
         require_finite_rows(output, lambda number: prepared.images.key(good[number]), "images")  # noqa: B023
         embeds = torch.zeros(len(batch), output.shape[1])

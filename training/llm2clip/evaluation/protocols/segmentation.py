@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as V
 
 from llm2clip.encoders import Encoder
-from llm2clip.encoders.loop import run_model
+from llm2clip.encoders.loop import prepare_ahead, run_model
 from llm2clip.evaluation.benchmark import BenchmarkError, Measurement, SummedCounts
 from llm2clip.evaluation.data import BenchmarkImages
 from llm2clip.evaluation.prompts import class_data, name_of_templates, prompts, template_set
@@ -99,8 +99,8 @@ class MaskCLIPSegmentation:
 
         def count(rows: Sequence[int]) -> Iterator[Tensor]:
             prepare = _PreparedImages(encoder, data, self.scale)
-            run = run_model(encoder.model, rows, prepare, forward, session.num_workers)
-            for row, (pixels, labels), patches in run:
+            inputs = prepare_ahead(rows, prepare, session.num_workers)
+            for row, (pixels, labels), patches in run_model(encoder.model, rows, inputs, forward):
                 require_finite_rows(patches[None].flatten(1), [data.images.key(row)].__getitem__, "images")
                 scores = (patches.to(encoder.device) @ embeds.T).permute(0, 3, 1, 2)
                 size, label_size = (pixels.shape[-2], pixels.shape[-1]), (labels.shape[0], labels.shape[1])
