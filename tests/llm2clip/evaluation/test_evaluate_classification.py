@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -37,8 +38,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part, size in (("t10k", 30), ("train", 120)):
         labels = np.arange(size, dtype=np.uint8) % 10
         images = 20 * labels[:, None, None] + generator.integers(0, 40, (size, 28, 28))
-        (data / f"{part}-images-idx3-ubyte").write_bytes(idx(images.astype(np.uint8)))
-        (data / f"{part}-labels-idx1-ubyte").write_bytes(idx(labels))
+        (data / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images.astype(np.uint8))))
+        (data / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels)))
     return folder
 
 

@@ -29,7 +29,7 @@ from llm2clip.command_line.settings import check_choices, refuse, setting
 from llm2clip.command_line.tables import print_table
 from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks import choose_benchmarks
-from llm2clip.evaluation.benchmarks.unusual_rows import unusual_rows
+from llm2clip.evaluation.benchmarks.hub_files import DATA, obtain, require_files
 from llm2clip.evaluation.data import BenchmarkData, DataPart
 from llm2clip.files.atomic import write_json
 from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS, DamagedImageError
@@ -48,11 +48,15 @@ class CheckConfig(check_data.CheckDataConfig):
     benchmark: list[str] = setting(
         [], "Published sets to check instead of SOURCE: names or groups of `llm2clip evaluate --list`, or all-found."
     )
-    data: str = setting("data", "Folder of the published sets.")
+    data: str = setting(
+        DATA,
+        "Folder of the published sets. One that is named and not there is fetched from the Hub, if it is there.",
+    )
+    download: bool = setting(False, "Fetch sets of more than 2 GB too.", affects_numbers=False)
 
     def __post_init__(self) -> None:
         if not self.benchmark:
-            refuse(self, ["data"], "it is the folder of published sets: name them with --benchmark")
+            refuse(self, ["data", "download"], "it is for published sets: name them with --benchmark")
             super().__post_init__()
             return
         check_choices(self)
@@ -73,13 +77,19 @@ def run(config: CheckConfig) -> None:
         check_data.run(config)
         return
     folder = Path(config.data)
-    if not folder.is_dir():
-        raise ValueError(f"--data {folder} is no folder.")
     benchmarks = choose_benchmarks(config.benchmark, folder)
+    if not folder.is_dir():
+        require_files(benchmarks, folder, config.download)
     tokenizers = [CountingTokenizer(name) for name in config.tokenizer]
     reports = {
         benchmark.name: check_benchmark(
-            benchmark, folder, tokenizers, not config.no_images, config.max_pixels, config.num_workers
+            benchmark,
+            folder,
+            tokenizers,
+            not config.no_images,
+            config.max_pixels,
+            config.num_workers,
+            config.download,
         )
         for benchmark in benchmarks
     }
@@ -99,6 +109,7 @@ def check_benchmark(
     with_images: bool = True,
     max_pixels: int = DEFAULT_MAX_PIXELS,
     num_workers: int | None = None,
+    download: bool = False,
 ) -> dict[str, Any]:
     """Find out whether the files of a published set are whole, and what is in them.
 
@@ -107,24 +118,23 @@ def check_benchmark(
         with_images: Decode all images.
         max_pixels: Largest image that can be used, width x height.
         num_workers: Processes that decode images, 0 for none; by default one per core, at most 8.
+        download: Fetch a set of more than 2 GB too, if it is not there.
 
     Returns:
         As JSON values: `title`; `stops`, what would stop an evaluation, in sentences; `published` counts; and if the
         files could be read, `counts` and the parts of `check_data`, whose rows are the images.
     """
     report: dict[str, Any] = {"title": benchmark.title, "published": dict(benchmark.counts), "stops": []}
-    folder = benchmark.find(data)
-    if folder is None:
-        return report | {"stops": [benchmark.lacking(data)]}
     try:
+        require_files([benchmark], data, download)
+        folder = obtain(benchmark, data)
         content = benchmark.load(folder)
     except (OSError, ValueError) as error:
         return report | {"stops": [str(error)]}
     report |= {"folder": str(folder), "counts": content.counts()}
     differences = benchmark.differences(content.counts())
     if differences:
-        rows = unusual_rows(benchmark.counts, content, folder)
-        report["stops"] = [f"there are {', '.join(differences)}.", *([rows] if rows else [])]
+        report["stops"] = [f"there are {', '.join(differences)}."]
     report |= _contents(content, tokenizers, with_images, max_pixels, worker_count(num_workers))
     unusable = report["rows"] - report["usable_rows"]
     if unusable:

@@ -251,7 +251,7 @@ class ClassificationData:
         mean_per_class: Whether the accuracy that is compared is the mean of the classes.
     """
 
-    images: BenchmarkImages
+    images: ImageSet
     labels: Tensor
     classnames: list[str]
     templates: list[str] = field(default_factory=lambda: ["a photo of a {c}."])
@@ -333,7 +333,7 @@ class PairData:
         kinds: The part that each pair belongs to, such as a visual pattern.
     """
 
-    images: BenchmarkImages
+    images: ImageSet
     texts: list[str]
     kinds: list[str]
 

@@ -40,9 +40,9 @@ class OwnData(Benchmark):
 def is_own_data(name: str) -> bool:
     """Tell whether a name is that of no benchmark, but the path, URL or Hub id of data, or a source in JSON."""
     path = Path(name)
-    return name.startswith("{") or (
-        path.suffix != ".py" and ("/" in name or path.suffix != "" or path.exists() or glob.has_magic(name))
-    )
+    if path.suffix in (".py", ".yaml") and not name.startswith("{"):  # a file of benchmarks
+        return False
+    return name.startswith("{") or "/" in name or path.suffix != "" or path.exists() or glob.has_magic(name)
 
 
 def plain_path(name: str) -> str:

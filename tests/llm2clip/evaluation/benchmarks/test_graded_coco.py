@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from llm2clip.evaluation.benchmark import BenchmarkError
-from llm2clip.evaluation.benchmarks import all_benchmarks, graded_coco
+from llm2clip.evaluation.benchmarks import graded_coco
+from tests.llm2clip.evaluation.benchmarks import parquet_samples
 from tests.llm2clip.evaluation.benchmarks.samples import BOM, read, write
 
-# Image id, caption ids; the second image has six captions, the third is in another split.
+# Image id, caption ids; the second image has six captions.
 TEST = {391895: [10, 11, 12, 13, 14], 60623: [20, 21, 22, 23, 24, 25]}
-ROWS = [("test", 391895), ("val", 522418), ("test", 60623)]
+SHARD = "coco-karpathy/data/test-00000-of-00001.parquet"
 
 
-def file_name(image: int) -> str:
-    return f"COCO_val2014_{image:012}.jpg"
+def coco(data: Path) -> None:
+    """Write the images and captions with their ids."""
+    write(
+        data / SHARD,
+        parquet_samples.coco({image: [f"caption {id_} é " for id_ in ids] for image, ids in TEST.items()}),
+    )
 
 
-def coco(folder: Path) -> None:
-    """Write Karpathy's file and the images."""
-    images: list[dict[str, Any]] = []
-    for split, image in ROWS:
-        ids = TEST.get(image, [30, 31, 32, 33, 34])
-        sentences = [{"raw": f"caption {number} é ", "sentid": number, "tokens": []} for number in ids]
-        row = {"filepath": "val2014", "filename": file_name(image), "cocoid": image, "split": split}
-        images.append(row | {"sentids": ids, "sentences": sentences})
-        write(folder / "val2014" / file_name(image))
-    write(folder / "dataset_coco.json", {"images": images, "dataset": "coco"})
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The data of a stand-in of eccv_caption, which is not imported: that would read its numpy files."""
+    monkeypatch.setattr(graded_coco, "PACKAGE", "eccv_caption_of_a_test")
+    write(tmp_path / "site/eccv_caption_of_a_test/__init__.py", "raise AssertionError('imported')")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    data = tmp_path / "site/eccv_caption_of_a_test/data"
+    eccv(data)
+    return data
 
 
 def eccv(place: Path) -> None:
@@ -42,15 +45,13 @@ def eccv(place: Path) -> None:
     write(place / "cxc_image_to_caption.json", {"391895": [25, 10], "60623": [99]})
 
 
-def test_eccv_caption_has_its_own_gallery_and_queries(tmp_path: Path) -> None:
-    folder = tmp_path / "coco"
-    coco(folder)
-    eccv(folder / "eccv_caption")
+def test_eccv_caption_has_its_own_gallery_and_queries(package: Path, tmp_path: Path) -> None:
+    coco(tmp_path)
     data = read("eccv-caption", tmp_path)
     numbers = [10, 11, 12, 13, 14, 20, 21, 23, 24, 25]
     assert data.texts == [f"caption {number} é " for number in numbers]
     assert data.owners.tolist() == [0] * 5 + [1] * 5
-    assert data.images.images == [folder / "val2014" / file_name(image) for image in TEST]
+    assert [data.images.key(row) for row in range(2)] == [*map(str, TEST)]
     assert data.matches.tolist() == [[1, 1], [5, 0], [5, 1]]
     assert data.image_matches.tolist() == [[0, 0], [0, 9]]
     assert data.counts() == {
@@ -64,36 +65,26 @@ def test_eccv_caption_has_its_own_gallery_and_queries(tmp_path: Path) -> None:
     }
 
 
-def test_eccv_caption_of_another_split_is_refused(tmp_path: Path) -> None:
-    folder = tmp_path / "coco"
-    coco(folder)
-    eccv(folder / "eccv_caption")
-    write(folder / "eccv_caption/original_image_to_caption.json", {"391895": [10, 77]})
-    with pytest.raises(BenchmarkError, match="the Karpathy test split lacks captions 77"):
+def test_eccv_caption_of_another_split_is_refused(package: Path, tmp_path: Path) -> None:
+    coco(tmp_path)
+    write(package / "original_image_to_caption.json", {"391895": [10, 77]})
+    with pytest.raises(BenchmarkError, match="lack those of the ids 77"):
         read("eccv-caption", tmp_path)
 
 
-def test_cxc_by_the_files_of_eccv_caption_has_rated_pairs_only(tmp_path: Path) -> None:
-    coco(tmp_path / "coco")
-    eccv(tmp_path / "coco/eccv_caption/data")
+def test_cxc_by_the_files_of_eccv_caption_has_rated_pairs_only(package: Path, tmp_path: Path) -> None:
+    coco(tmp_path)
     data = read("cxc-eccv", tmp_path)
     assert data.matches.tolist() == [[0, 0], [9, 0]]
     assert data.image_matches.tolist() == [[0, 0], [0, 9]]
     assert data.outside == ["image 60623, caption 99"]
 
 
-def test_eccv_caption_is_found_in_the_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    coco(tmp_path / "coco")
-    monkeypatch.setattr(graded_coco, "PACKAGE", "eccv_caption_of_a_test")
-    benchmark = all_benchmarks()["eccv-caption"]
-    assert benchmark.find(tmp_path) is None
-    assert "lacks eccv_caption/original_image_to_caption.json in" in benchmark.lacking(tmp_path)
-    # It is found without being imported, which would read its numpy files.
-    write(tmp_path / "site/eccv_caption_of_a_test/__init__.py", "raise AssertionError('imported')")
-    eccv(tmp_path / "site/eccv_caption_of_a_test/data")
-    monkeypatch.syspath_prepend(tmp_path / "site")
-    assert benchmark.find(tmp_path) == tmp_path / "coco"
-    assert read("eccv-caption", tmp_path).counts()["right_images"] == 3
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    coco(tmp_path)
+    monkeypatch.setattr(graded_coco, "PACKAGE", "eccv_caption_of_nobody")
+    with pytest.raises(BenchmarkError, match="pip install eccv_caption_of_nobody"):
+        read("eccv-caption", tmp_path)
 
 
 RATINGS = """caption,image,agg_score,sampling_method
@@ -105,8 +96,8 @@ COCO_val2014:sentid:12,COCO_val2014_000000391895.jpg,1.2,c2i_original
 
 
 def test_cxc_adds_ratings_from_3_to_the_own_images(tmp_path: Path) -> None:
-    coco(tmp_path / "coco")
-    ratings = write(tmp_path / "coco/cxc/sits_test.csv", BOM + RATINGS)
+    coco(tmp_path)
+    ratings = write(tmp_path / "coco-karpathy/cxc/sits_test.csv", BOM + RATINGS)
     data = read("cxc", tmp_path)
     own = [[text, 0 if text < 5 else 1] for text in range(11)]
     assert data.matches.tolist() == sorted([*own, [0, 1], [10, 0]])

@@ -170,7 +170,7 @@ def test_probes_are_chosen_by_names_of_their_own() -> None:
     found = choose_benchmarks(names, Path())
     assert [benchmark.name for benchmark in found] == names
     assert found[0].counts == all_benchmarks()["cifar10"].counts
-    assert "data_batch_3.bin" in found[0].needs
+    assert "**/train-*.parquet" in found[0].needs
     listed = list_benchmarks([all_benchmarks()[name] for name in ("cifar10", "imagenet-v2")], Path("data"))
     assert "cifar10-probe-sgd cifar10-probe-lbfgs cifar10-probe-openai" in listed
     assert "imagenet-v2-probe" not in listed

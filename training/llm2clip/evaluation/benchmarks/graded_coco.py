@@ -1,95 +1,94 @@
-"""ECCV Caption and CxC: the COCO test images with all captions that people found right for them."""
+"""Readers of ECCV Caption and CxC: the COCO test images with all captions that people found right for them."""
 
 from __future__ import annotations
 
 import csv
 import importlib.util
 import io
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from llm2clip.command_line.logs import shortened
-from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
-from llm2clip.evaluation.benchmarks.caption_files import KarpathyImage, read_karpathy
-from llm2clip.evaluation.benchmarks.coco import FOLDER, IMAGE_FOLDERS, KARPATHY_FILES
-from llm2clip.evaluation.benchmarks.files import captions_data, first_file
-from llm2clip.evaluation.data import GradedData
+from llm2clip.encoders.images import ImageSet
+from llm2clip.evaluation.benchmark import BenchmarkError
+from llm2clip.evaluation.benchmarks.parquet import Parquet
+from llm2clip.evaluation.data import GradedData, RetrievalData
 from llm2clip.evaluation.reading import read_json, read_text
 
-PACKAGE, GALLERY = "eccv_caption", "original_image_to_caption.json"
+PACKAGE = "eccv_caption"
 RATINGS = "cxc/sits_test.csv"
 POSITIVE = 3.0
 
 Pairs = Iterable[tuple[int, int]]
+# Captions of each image by its id: their ids and texts.
+Gallery = Mapping[int, Sequence[tuple[int, str]]]
 
 
-def find_gallery(folder: Path) -> Path | None:
-    """Find the json files of ECCV Caption below a folder, or in the installed package, which is not imported."""
-    spec = importlib.util.find_spec(PACKAGE)
-    installed = [Path(path) / "data" for path in (spec.submodule_search_locations or [] if spec else [])]
-    folders = [folder / PACKAGE, folder / PACKAGE / "data", *installed]
-    return next((path / GALLERY for path in folders if (path / GALLERY).is_file()), None)
+def read_eccv(folder: Path, judgements: Literal["eccv", "cxc"], captions: Parquet) -> GradedData:
+    """Read the images and captions, and the judgements in the installed package `eccv_caption`.
 
-
-@dataclass(frozen=True, kw_only=True)
-class EccvBenchmark(Benchmark):
-    """A benchmark whose judgements may lie in the installed package `eccv_caption`."""
-
-    def located(self, folder: Path) -> list[Path | None]:
-        """As that of [`Benchmark`], and the judgements where they are found."""
-        captions, _ = super().located(folder)
-        return [captions, find_gallery(folder)]
-
-
-def read_eccv(title: str, prefix: str, folder: Path) -> GradedData:
-    """Read `PREFIX_caption_to_image.json` and `PREFIX_image_to_caption.json` of ECCV Caption.
-
-    The gallery is that of `original_image_to_caption.json`: five captions of each image.
+    The gallery is that of its `original_image_to_caption.json`: five captions of each image.
     """
-    file = find_gallery(folder)
-    if file is None:
-        raise BenchmarkError(f"{title} needs the json files of the package {PACKAGE}, below {folder / PACKAGE}.")
-    gallery = _judgements(file)
-    kept = []
-    for image in read_karpathy(first_file(folder, KARPATHY_FILES)):
-        pairs = zip(image.captions, image.caption_ids, strict=True)
-        five = [(text, caption) for text, caption in pairs if caption in gallery.get(image.image_id, [])]
-        kept.append(replace(image, captions=[text for text, _ in five], caption_ids=[caption for _, caption in five]))
-    there = {caption for image in kept for caption in image.caption_ids}
-    missing = [str(caption) for captions in gallery.values() for caption in captions if caption not in there]
+    data = _package_data()
+    five = _judgements(data / "original_image_to_caption.json")
+    images, gallery = _gallery(folder, captions)
+    kept = {
+        image: [(number, text) for number, text in texts if number in five.get(image, [])]
+        for image, texts in gallery.items()
+    }
+    there = {number for texts in kept.values() for number, _ in texts}
+    missing = [str(number) for numbers in five.values() for number in numbers if number not in there]
     if missing:
-        raise BenchmarkError(f"{title}: the Karpathy test split lacks captions {shortened(missing)}.")
+        raise BenchmarkError(f"the captions in {folder} lack those of the ids {shortened(missing)}.")
     texts, of_images = (
-        _judgements(file.with_name(f"{prefix}_{direction}.json"))
-        for direction in ("caption_to_image", "image_to_caption")
+        _judgements(data / f"{judgements}_{direction}.json") for direction in ("caption_to_image", "image_to_caption")
     )
-    return _graded(title, folder, kept, _pairs(texts), _pairs(of_images))
+    return _graded(images, kept, _pairs(texts), _pairs(of_images))
 
 
-def read_cxc(title: str, folder: Path) -> GradedData:
+def read_cxc(folder: Path, captions: Parquet) -> GradedData:
     """Read the ratings of captions and images: right are those of 3 and more of 5, and the captions' own images.
 
     The gallery has all captions, which are all queries.
     """
-    images = read_karpathy(first_file(folder, KARPATHY_FILES))
-    right = {(caption, image.image_id) for image in images for caption in image.caption_ids}
+    images, gallery = _gallery(folder, captions)
+    right = {(number, image) for image, texts in gallery.items() for number, _ in texts}
     for row in csv.DictReader(io.StringIO(read_text(folder / RATINGS), newline="")):
         if float(row["agg_score"]) >= POSITIVE:
             right.add((int(row["caption"].rsplit(":", 1)[1]), int(Path(row["image"]).stem.rsplit("_", 1)[1])))
-    return _graded(title, folder, images, right, ((image, caption) for caption, image in right))
+    return _graded(images, gallery, right, ((image, number) for number, image in right))
 
 
-def _graded(title: str, folder: Path, images: list[KarpathyImage], texts: Pairs, of_images: Pairs) -> GradedData:
+def _package_data() -> Path:
+    """Return the folder of the judgements, without importing the package."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise BenchmarkError(f"the judgements are those of the package {PACKAGE}: pip install {PACKAGE}.")
+    return Path(spec.submodule_search_locations[0]) / "data"
+
+
+def _gallery(folder: Path, captions: Parquet) -> tuple[ImageSet, Gallery]:
+    """Read the images, in the order of their ids in the gallery, and their captions with ids."""
+    table = captions.table(folder)
+    assert isinstance(captions.image, str)
+    assert captions.image_id is not None
+    assert captions.text_ids is not None
+    numbers = [list(ids) for ids in table[captions.text_ids]]
+    rows = zip(table[captions.image_id], numbers, captions.captions(table), strict=True)
+    return captions.images(table, captions.image), {
+        int(image): list(zip(map(int, ids), texts, strict=True)) for image, ids, texts in rows
+    }
+
+
+def _graded(images: ImageSet, gallery: Gallery, texts: Pairs, of_images: Pairs) -> GradedData:
     """Replace ids by positions; `texts` are pairs of caption and image, `of_images` of image and caption."""
-    data = captions_data(title, folder, [(image.file, image.captions) for image in images], IMAGE_FOLDERS)
-    image_rows = {image.image_id: row for row, image in enumerate(images)}
-    ids = [caption for image in images for caption in image.caption_ids]
-    text_rows = {caption: row for row, caption in enumerate(ids)}
+    data = RetrievalData.from_captions(images, [[text for _, text in some] for some in gallery.values()])
+    image_rows = {image: row for row, image in enumerate(gallery)}
+    text_rows = {number: row for row, (number, _) in enumerate(pair for some in gallery.values() for pair in some)}
     matches, outside = _positions(texts, text_rows, image_rows)
     image_matches, more = _positions(of_images, image_rows, text_rows)
     words = [f"caption {query}, image {candidate}" for query, candidate in outside]
@@ -115,41 +114,3 @@ def _judgements(path: Path) -> dict[int, list[int]]:
 
 def _pairs(judgements: dict[int, list[int]]) -> Pairs:
     return ((query, candidate) for query, candidates in judgements.items() for candidate in candidates)
-
-
-_JUDGED = "val2014; the json files of eccv_caption in eccv_caption, unless that package is installed"
-_eccv = partial(
-    EccvBenchmark,
-    groups=("short",),
-    folder=FOLDER,
-    needs=(KARPATHY_FILES, f"{PACKAGE}/{GALLERY}"),
-    source="The package eccv_caption; otherwise as coco-karpathy.",
-)
-BENCHMARKS = [
-    _eccv(
-        name="eccv-caption", title="ECCV Caption",
-        files=f"dataset_coco.json; {_JUDGED} (original_image_to_caption, eccv_*)",
-        counts={"images": 5000, "texts": 25_000, "text_queries": 1332, "image_queries": 1261,
-                "right_images": 11_279, "right_texts": 22_550},
-        license="MIT (judgements), CC BY 4.0 (captions), terms of Flickr (images)",
-        read=partial(read_eccv, "ECCV Caption", "eccv"), protocol="graded-precision",
-        note="Needs the ids of Karpathy's file; the json of Salesforce has none.",
-    ),
-    _eccv(
-        name="cxc-eccv", title="CxC, rated pairs",
-        files=f"dataset_coco.json; {_JUDGED} (original_image_to_caption, cxc_*)",
-        counts={"images": 5000, "texts": 25_000, "text_queries": 24_972, "right_images": 35_585},
-        license="that of Crisscrossed-Captions (ratings), CC BY 4.0 (captions), terms of Flickr (images)",
-        read=partial(read_eccv, "CxC", "cxc"), protocol="graded-recall",
-        note="As eccv_caption measures CxC: 28 captions without a rating of 3 or more are no queries.",
-    ),
-    Benchmark(
-        name="cxc", title="CxC", groups=("short",), folder=FOLDER, needs=(KARPATHY_FILES, RATINGS),
-        files=f"dataset_coco.json; {RATINGS}; val2014",
-        counts={"images": 5000, "texts": 25_010, "text_queries": 25_010, "image_queries": 5000, "outside": 0},
-        license="that of Crisscrossed-Captions (ratings), CC BY 4.0 (captions), terms of Flickr (images)",
-        source="The folder data of the repository Crisscrossed-Captions of Google; otherwise as coco-karpathy.",
-        read=partial(read_cxc, "CxC"), protocol="graded-recall",
-        note="Right are ratings of 3 and more, and each caption's own image.",
-    ),
-]  # fmt: skip
