@@ -45,6 +45,7 @@ def test_a_row_is_a_benchmark() -> None:
         ({"read": {"layout": "files", "reader": "urban2k", "needs": ["a"]}}, "'urban2k'; did you mean 'urban1k'"),
         ({"read": {"layout": "files", "reader": "dci", "needs": ["a"]}}, "reader dci: .*'caption'"),
         ({"read": None}, "give either read, or the sets of a mean"),
+        ({"read": None, "sets": ["other"]}, "sets: other is no row above it"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named_by_row_and_field(changes: dict[str, Any], message: str) -> None:

@@ -68,7 +68,7 @@ def obtain(benchmark: Benchmark, data: Path) -> Path:
     logger.info("%s", _described(benchmark))
     folder = _fetched(benchmark, hub)
     if hub.unpack:
-        folder = _unpacked(hub, folder)
+        folder = unpack(hub.repo, hub.revision, hub.files, folder)
     if lost := benchmark.lacks(folder):
         raise BenchmarkError(f"{hub.repo} at {hub.revision} lacks {', '.join(lost)}, of {benchmark.title}.")
     return folder
@@ -120,18 +120,17 @@ def _fetched(benchmark: Benchmark, hub: HubFiles) -> Path:
         raise BenchmarkError(f"fetching {benchmark.name} from {page} failed: {error}") from error
 
 
-def _unpacked(hub: HubFiles, snapshot: Path) -> Path:
-    """Unpack the archives of a snapshot into a folder of their own; an archive that was cut off is unpacked again."""
-    repo = f"datasets--{hub.repo.replace('/', '--')}"
-    folder = cached_assets_path("llm2clip", repo, hub.revision, assets_dir=constants.HF_ASSETS_CACHE)
-    for pattern in hub.files:
-        for archive in snapshot.glob(pattern):
-            done = folder / f"{archive.name}.unpacked"
-            with lock_beside(done):
-                if not done.exists():
-                    logger.info("Unpacking %s", archive.name)
-                    shutil.unpack_archive(archive, folder, filter=None if archive.suffix == ".zip" else "data")
-                    done.touch()
+def unpack(repo: str, revision: str, patterns: Iterable[str], snapshot: Path) -> Path:
+    """Unpack the archives of a snapshot into a folder of their own; one that was cut off is unpacked again."""
+    name = f"datasets--{repo.replace('/', '--')}"
+    folder = cached_assets_path("llm2clip", name, revision, assets_dir=constants.HF_ASSETS_CACHE)
+    for archive in (path for pattern in patterns for path in snapshot.glob(pattern)):
+        done = folder / f"{archive.name}.unpacked"
+        with lock_beside(done):
+            if not done.exists():
+                logger.info("Unpacking %s", archive.name)
+                shutil.unpack_archive(archive, folder, filter=None if archive.suffix == ".zip" else "data")
+                done.touch()
     return folder
 
 

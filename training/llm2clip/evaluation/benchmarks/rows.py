@@ -197,7 +197,15 @@ def mean_of(benchmark: Benchmark, sets: Mapping[str, Benchmark]) -> MeanBenchmar
 
 
 def read_sets(text: str, origin: str) -> dict[str, Benchmark]:
-    """Read the rows of a YAML file: benchmarks by name.
+    """Read the rows of a YAML file as benchmarks by name; see [`read_rows`]."""
+    benchmarks: dict[str, Benchmark] = {}
+    for name, row in read_rows(text, origin).items():
+        benchmarks[name] = _benchmark(name, row, benchmarks)
+    return benchmarks
+
+
+def read_rows(text: str, origin: str) -> dict[str, Row]:
+    """Read the rows of a YAML file.
 
     Raises:
         ValueError: A row is not what it should be; the message names it and the field.
@@ -205,18 +213,19 @@ def read_sets(text: str, origin: str) -> dict[str, Benchmark]:
     rows = load_yaml(text)
     if not isinstance(rows, dict):
         raise ValueError(f"{origin} has no rows: it is a mapping of names of sets to what they are.")
-    benchmarks: dict[str, Benchmark] = {}
+    found: dict[str, Row] = {}
     for name, fields_of_row in rows.items():
         try:
-            row = Row.model_validate(fields_of_row)
-            benchmarks[str(name)] = _benchmark(str(name), row, benchmarks)
+            found[str(name)] = row = Row.model_validate(fields_of_row)
         except ValidationError as error:
             faults = [
                 ".".join(str(part) for part in fault["loc"]) + f": {fault['msg'].removeprefix('Value error, ')}"
                 for fault in error.errors()
             ]
             raise ValueError(f"{origin}, row {name}: {'; '.join(faults)}.") from None
-    return benchmarks
+        if unknown := [member for member in row.sets if member not in found]:
+            raise ValueError(f"{origin}, row {name}: sets: {', '.join(unknown)} is no row above it.")
+    return found
 
 
 def _benchmark(name: str, row: Row, known: Mapping[str, Benchmark]) -> Benchmark:
