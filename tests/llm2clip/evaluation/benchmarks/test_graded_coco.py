@@ -9,7 +9,7 @@ import pytest
 from llm2clip.evaluation.benchmark import BenchmarkError
 from llm2clip.evaluation.benchmarks import graded_coco
 from tests.llm2clip.evaluation.benchmarks import parquet_samples
-from tests.llm2clip.evaluation.benchmarks.samples import BOM, read, write
+from tests.llm2clip.evaluation.benchmarks.samples import read, write
 
 # Image id, caption ids; the second image has six captions.
 TEST = {391895: [10, 11, 12, 13, 14], 60623: [20, 21, 22, 23, 24, 25]}
@@ -85,27 +85,3 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(graded_coco, "PACKAGE", "eccv_caption_of_nobody")
     with pytest.raises(BenchmarkError, match="pip install eccv_caption_of_nobody"):
         read("eccv-caption", tmp_path)
-
-
-RATINGS = """caption,image,agg_score,sampling_method
-COCO_val2014:sentid:10,COCO_val2014_000000060623.jpg,3.0,c2i_intrasim
-COCO_val2014:sentid:25,COCO_val2014_000000391895.jpg,4.97,c2i_intrasim
-COCO_val2014:sentid:11,COCO_val2014_000000060623.jpg,2.99,c2i_intrasim
-COCO_val2014:sentid:12,COCO_val2014_000000391895.jpg,1.2,c2i_original
-"""
-
-
-def test_cxc_adds_ratings_from_3_to_the_own_images(tmp_path: Path) -> None:
-    coco(tmp_path)
-    ratings = write(tmp_path / "coco-karpathy/cxc/sits_test.csv", BOM + RATINGS)
-    data = read("cxc", tmp_path)
-    own = [[text, 0 if text < 5 else 1] for text in range(11)]
-    assert data.matches.tolist() == sorted([*own, [0, 1], [10, 0]])
-    assert data.image_matches.tolist() == sorted([image, text] for text, image in data.matches.tolist())
-    assert data.counts()["text_queries"] == 11
-    write(ratings, RATINGS + "COCO_val2014:sentid:31,COCO_val2014_000000522418.jpg,5.0,c2i_original\n")
-    data = read("cxc", tmp_path)
-    assert data.outside == ["caption 31, image 522418", "image 522418, caption 31"]
-    write(ratings, RATINGS + "COCO_val2014:sentid:31,COCO_val2014_000000522418.jpg\n")
-    with pytest.raises(BenchmarkError, match="CxC: a file in"):
-        read("cxc", tmp_path)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -17,11 +15,9 @@ from llm2clip.encoders.images import ImageSet
 from llm2clip.evaluation.benchmark import BenchmarkError
 from llm2clip.evaluation.benchmarks.parquet import Parquet
 from llm2clip.evaluation.data import GradedData, RetrievalData
-from llm2clip.evaluation.reading import read_json, read_text
+from llm2clip.evaluation.reading import read_json
 
 PACKAGE = "eccv_caption"
-RATINGS = "cxc/sits_test.csv"
-POSITIVE = 3.0
 
 Pairs = Iterable[tuple[int, int]]
 # Captions of each image by its id: their ids and texts.
@@ -48,19 +44,6 @@ def read_eccv(folder: Path, judgements: Literal["eccv", "cxc"], captions: Parque
         _judgements(data / f"{judgements}_{direction}.json") for direction in ("caption_to_image", "image_to_caption")
     )
     return _graded(images, kept, _pairs(texts), _pairs(of_images))
-
-
-def read_cxc(folder: Path, captions: Parquet) -> GradedData:
-    """Read the ratings of captions and images: right are those of 3 and more of 5, and the captions' own images.
-
-    The gallery has all captions, which are all queries.
-    """
-    images, gallery = _gallery(folder, captions)
-    right = {(number, image) for image, texts in gallery.items() for number, _ in texts}
-    for row in csv.DictReader(io.StringIO(read_text(folder / RATINGS), newline="")):
-        if float(row["agg_score"]) >= POSITIVE:
-            right.add((int(row["caption"].rsplit(":", 1)[1]), int(Path(row["image"]).stem.rsplit("_", 1)[1])))
-    return _graded(images, gallery, right, ((image, number) for number, image in right))
 
 
 def _package_data() -> Path:
