@@ -150,7 +150,7 @@ def test_every_set_on_the_hub_has_a_sample() -> None:
     assert set(FILES) == set(ON_HUB)
 
 
-@pytest.mark.parametrize("name", [*ON_HUB, "cifar10-probe-openai", "pets-probe-openai"])
+@pytest.mark.parametrize("name", [*ON_HUB, "cifar10-probe-sgd", "pets-probe-sgd"])
 @pytest.mark.usefixtures("judgements")
 def test_a_set_is_measured_by_its_name_and_as_from_files(
     name: str, hub: LoopbackHub, model: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -202,7 +202,7 @@ def test_counts_of_a_fetched_set_are_checked(hub: LoopbackHub, model: Encoder) -
 def test_other_train_images_are_told_by_the_result_of_a_probe(hub: LoopbackHub, model: Encoder) -> None:
     publish(hub, "pets")
     assert "VTAB" not in str(measure(model, "pets").differences)
-    assert measure(model, "pets-probe-openai").differences[0] == "train images are VTAB's 90 %"
+    assert measure(model, "pets-probe-sgd").differences[0] == "train images are VTAB's 90 %"
 
 
 def offline(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:

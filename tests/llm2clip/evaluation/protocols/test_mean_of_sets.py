@@ -58,8 +58,8 @@ def test_proclip_averages_11_sets_with_and_without_probes(tmp_path: Path) -> Non
         for need in one.needs:
             write(tmp_path / one.folder / need.replace("**", "data").replace("*", "1"))
     assert benchmark.find(tmp_path) == tmp_path
-    (probe,) = choose_benchmarks(["proclip-11-probe-lbfgs"], tmp_path)
-    assert (probe.protocol, probe.options) == ("mean-of-sets", {"each": "linear-probe-lbfgs"})
+    (probe,) = choose_benchmarks(["proclip-11-probe-sgd"], tmp_path)
+    assert (probe.protocol, probe.options) == ("mean-of-sets", {"each": "linear-probe-sgd"})
     assert probe.find(tmp_path) is None
     assert "wds_vtab-dtd/train/nshards.txt" in probe.needs
     # Its train images are not those of the published recipe, which results of it say.
