@@ -29,6 +29,8 @@ from modeling_llm2clip.image_decoding_llm2clip import (
     to_upright_rgb,
 )
 
+# Rows that a worker process sends at once.
+BATCH = 32
 NUM_EXAMPLES = 5
 NO_CAPTION, NOT_TEXT = "no caption", "captions that are not text"
 MISSING, BROKEN, TOO_LARGE = "missing images", "broken images", "images above max_pixels"

@@ -59,9 +59,9 @@ class Benchmark:
             `llm2clip.evaluation.protocols`), or an object of one's own with `measure(session, data)`.
         options: Arguments of the protocol of an id, such as the languages of a mean.
         note: A trap, or how its numbers differ from others of the same name.
-        read_train: Reads the train images too, for the linear probes of the set, which have the names
-            `NAME-probe-sgd`, `NAME-probe-lbfgs` and `NAME-probe-openai`; None if it has no train images.
-        train_needs: What else has to be there for those, as `needs`.
+        read_train: Reads the train images too, for the linear probe of the set, `NAME-probe-sgd`; None if it has no
+            train images.
+        train_needs: What else has to be there for it, as `needs`.
     """
 
     name: str

@@ -59,8 +59,8 @@ def test_proclip_averages_11_sets_with_and_without_probes(tmp_path: Path, monkey
         for need in one.needs:
             write(tmp_path / one.folder / (need if isinstance(need, str) else need[0]).replace("*", "1"))
     assert benchmark.find(tmp_path) == tmp_path / "."
-    (probe,) = choose_benchmarks(["proclip-11-probe-lbfgs"], tmp_path)
-    assert (probe.protocol, probe.options) == ("mean-of-sets", {"each": "linear-probe-lbfgs"})
+    (probe,) = choose_benchmarks(["proclip-11-probe-sgd"], tmp_path)
+    assert (probe.protocol, probe.options) == ("mean-of-sets", {"each": "linear-probe-sgd"})
     assert ("cifar-100-binary/train.bin",) in probe.needs
     members = [replace(one, read=lambda _, name=one.name: name, read_train=str) for one in proclip.SETS]
     monkeypatch.setattr(proclip, "SETS", members)
