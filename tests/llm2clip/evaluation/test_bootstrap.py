@@ -11,13 +11,12 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor
 
-from llm2clip.evaluation.bootstrap import bootstrap_interval, bootstrap_ratios
+from llm2clip.evaluation.bootstrap import bootstrap_interval, bootstrap_ratios, intervals_of
 from llm2clip.evaluation.data import HardNegativeData, MultilingualData, RetrievalData
 from llm2clip.evaluation.graded_data import GradedData
 from llm2clip.evaluation.protocols.choices import CaptionChoice
 from llm2clip.evaluation.protocols.graded import GradedPrecision
 from llm2clip.evaluation.protocols.retrieval import MultilingualRetrieval, RetrievalProtocol
-from llm2clip.evaluation.results import intervals_of
 from tests.llm2clip.evaluation.fake_session import FakeSession, numbered_images
 
 

@@ -12,7 +12,8 @@ from PIL import Image
 from llm2clip import cli
 from llm2clip.evaluation.comparison import Report, compare_results
 from llm2clip.evaluation.plots import draw_lengths, draw_models
-from llm2clip.evaluation.results import PublishedRow, Result
+from llm2clip.evaluation.published import PublishedRow
+from llm2clip.evaluation.results import Result
 from tests.llm2clip.evaluation.made_results import RETRIEVAL, classification, retrieval, written
 
 SIDES = ("image_to_text_recall@1", "text_to_image_recall@1")

@@ -20,6 +20,7 @@ from llm2clip.checks.row_checks import (
     RowFacts,
     TextFaultCheck,
     inspect_image,
+    report_of,
 )
 from llm2clip.checks.tables import print_tables
 from llm2clip.checks.token_check import CountingTokenizer, TokenCheck
@@ -123,16 +124,10 @@ def _contents(
                 for key, facts in batch:
                     image_check.add(RowFacts(key, {}, image=facts))
                 bar.update(len(batch))
-    checks = [*of_texts, *([image_check] if with_images else [])]
-    report: dict[str, Any] = {"images": None}
-    for check in checks:
-        report |= check.summary()
     rows_found = sum(map(len, sets))
-    return report | {
-        "rows": rows_found,
-        "usable_rows": image_check.widths.total() if with_images else rows_found,
-        "findings": {name: vars(finding) for check in checks for name, finding in check.findings.items()},
-    }
+    usable = image_check.widths.total() if with_images else rows_found
+    report = report_of([*of_texts, *([image_check] if with_images else [])])
+    return report | {"rows": rows_found, "usable_rows": usable}
 
 
 def print_report(report: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from llm2clip.checks.row_checks import (
     RowCheck,
     RowReader,
     TextFaultCheck,
+    report_of,
 )
 from llm2clip.checks.tables import print_tables
 from llm2clip.checks.token_check import CountingTokenizer, TokenCheck
@@ -204,13 +205,10 @@ def check_data(
     if with_images:
         checks.append(ImageCheck())
     feed_rows(rows, reader, source.path, [*checks, hashes], num_workers)
-    report: dict[str, Any] = {"data": {**vars(source), "revision": data_revision(vars(source))}}
-    for check in checks:
-        report |= check.summary()
-    report.setdefault("images", None)
-    findings = {name: finding for check in checks for name, finding in check.findings.items()}
-    findings |= {f"images that are also in {split}": near_duplicates(hashes, other) for split, other in others.items()}
-    return report | {"findings": {name: vars(finding) for name, finding in findings.items()}}
+    report = {"data": {**vars(source), "revision": data_revision(vars(source))}, **report_of(checks)}
+    for split, other in others.items():
+        report["findings"][f"images that are also in {split}"] = vars(near_duplicates(hashes, other))
+    return report
 
 
 class StreamedRows(IterableDataset):

@@ -192,6 +192,13 @@ class Check(Protocol):
         ...
 
 
+def report_of(checks: Sequence[Check]) -> dict[str, Any]:
+    """Return the parts of some checks and their `findings`, as JSON values; `images` is None if none is of images."""
+    parts = {name: part for check in checks for name, part in check.summary().items()}
+    findings = {name: vars(finding) for check in checks for name, finding in check.findings.items()}
+    return {"images": None, **parts, "findings": findings}
+
+
 class RowCheck:
     """Counts the rows, and those that cannot be used."""
 

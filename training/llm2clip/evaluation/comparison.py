@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,15 +15,8 @@ from llm2clip.command_line.settings import nearest
 from llm2clip.command_line.tables import markdown_table, short_name
 from llm2clip.evaluation.benchmark import GROUPS
 from llm2clip.evaluation.benchmarks import all_benchmarks
-from llm2clip.evaluation.results import (
-    PublishedRow,
-    Result,
-    notes_on,
-    protocol_words,
-    published_rows,
-    read_results,
-    require_equal,
-)
+from llm2clip.evaluation.published import PublishedRow, published_rows
+from llm2clip.evaluation.results import Result, notes_on, protocol_words, read_results
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -31,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 # Parts of results that a page does not show: plots show lengths, and classes are too many.
 LEFT_OUT = ("length", "class")
+# Scores of one model on one set that may differ by the device: a query whose best two are as near flips.
+SAME_SCORE = 5e-3
 CHECKSUM = re.compile(r"(\d-)?[0-9a-f]{16,}")
 Table = tuple[list[str], list[list[str]]]
 
@@ -238,6 +234,24 @@ def compare_results(results: Sequence[str | Path | Result], paper: bool = False)
     if paper and not report.add_published(published_rows()):
         logger.warning("no published scores are of these sets and protocols.")
     return report
+
+
+def require_equal(known: tuple[str, Result], other: tuple[str, Result]) -> None:
+    """Raise ValueError if scores of two results of the same measurement differ by more than `SAME_SCORE`."""
+    (name, first), (second_name, second) = known, other
+    differences = {score: abs(value - second.scores.get(score, math.nan)) for score, value in first.scores.items()}
+    for score, difference in differences.items():
+        if not difference <= SAME_SCORE:
+            raise ValueError(
+                f"{name} and {second_name} are of the same model, set and protocol ({first.model['given']}, "
+                f"{first.title}), but differ by more than {SAME_SCORE}: {score} is {first.scores[score]} and "
+                f"{second.scores.get(score)}. Leave one of them out."
+            )
+    if largest := max(differences.values(), default=0):
+        logger.warning(
+            "%s and %s of one model on one set differ by up to %.2g: %s; those of the first are shown.",
+            name, second_name, largest, first.benchmark,
+        )  # fmt: skip
 
 
 def told_apart(entries: Sequence[tuple[str, Mapping[str, str]]]) -> list[str]:
