@@ -147,6 +147,11 @@ def test_a_report_is_a_table_of_pandas_json_and_markdown() -> None:
     assert "| a |  | 25.0 / 50.0 |  |\n" in found.to_markdown()
 
 
+def test_a_baseline_with_which_no_other_model_shares_a_set_has_no_differences() -> None:
+    found = compared(retrieval("a"), retrieval("b", "docci"))
+    assert found.table(found.baseline("a")) == (found.table()[0], [])
+
+
 def test_the_page_and_its_plots(two_models: list[str], tmp_path: Path) -> None:
     languages = {"language": {"de": {"text_to_image_recall@1": 0.125}, "en": {"text_to_image_recall@1": 0.5}}}
     two_models += written(tmp_path / "more", retrieval("a|b", "xm3600", groups=languages))
