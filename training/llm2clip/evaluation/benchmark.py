@@ -96,9 +96,9 @@ class Benchmark:
         note: A trap, or how its numbers differ from others of the same name.
         differs: What of this copy differs from the published set, in words; results and reports say so.
         hub: Its files on the Hub, which are fetched if there are none below `--data`.
-        read_train: Reads the train images too, for the linear probes of the set, which have the names
-            `NAME-probe-sgd`, `NAME-probe-lbfgs` and `NAME-probe-openai`; None if it has no train images.
-        train_needs: What else has to be there for those, as `needs`.
+        read_train: Reads the train images too, for the linear probe of the set, `NAME-probe-sgd`; None if it has no
+            train images.
+        train_needs: What else has to be there for it, as `needs`.
         train_differs: As `differs`, of the train images.
     """
 

@@ -28,11 +28,12 @@ from llm2clip.evaluation.benchmarks import ALL_FOUND, all_benchmarks, choose_ben
 from llm2clip.evaluation.benchmarks.checksum import data_checksum
 from llm2clip.evaluation.benchmarks.hub_files import obtain, require_files
 from llm2clip.evaluation.benchmarks.listing import list_benchmarks, overview
+from llm2clip.evaluation.bootstrap import intervals_of
 from llm2clip.evaluation.evaluate_config import OWN_DATA, EvaluateConfig
 from llm2clip.evaluation.own_data import OwnData, is_own_data, own_benchmark, plain_path
 from llm2clip.evaluation.prompts import with_prompts
 from llm2clip.evaluation.protocols import open_protocol
-from llm2clip.evaluation.results import Result, intervals_of, print_results, read_result, require_same, result_path
+from llm2clip.evaluation.results import Result, print_results, read_result, require_same, result_path
 from llm2clip.evaluation.session import Session
 from llm2clip.evaluation.text_formats import RAW, format_captions
 from llm2clip.files.atomic import require_writable

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -96,23 +96,3 @@ def own_benchmark(
         options=options,
         fields=given,
     )
-
-
-def retrieval_sets(sources: Mapping[str, Any]) -> dict[str, RetrievalData]:
-    """Read images and captions; each caption column, such as a language, is a set, and those of a source share images.
-
-    Args:
-        sources: [`CaptionSource`] fields by name.
-
-    Returns:
-        The sets by name, with that of the column behind it if a source has several.
-    """
-    sets = {}
-    for name, fields in sources.items():
-        source = CaptionSource.from_dict(fields)
-        columns = source.caption_columns
-        alone = [replace(source, caption_columns=[column], caption_weights=None) for column in columns]
-        data = [RetrievalData.from_source(source) for source in alone]
-        for column, part in zip(columns, data, strict=True):
-            sets[f"{name}_{column}" if len(columns) > 1 else name] = replace(part, images=data[0].images)
-    return sets

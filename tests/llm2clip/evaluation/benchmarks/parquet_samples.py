@@ -27,21 +27,21 @@ def parquet(columns: dict[str, list[Any]]) -> bytes:
     return stream.getvalue()
 
 
-def coco(captions: dict[int, list[str]], first_id: int = 10, split: str = "test") -> bytes:
-    """The Karpathy split with ids; the captions of an image by its id, which are numbered from `first_id` on."""
-    rows = list(captions.items())
-    starts = [first_id + 10 * row for row in range(len(rows))]
+def coco(captions: dict[int, list[str]], ids: dict[int, list[int]] | None = None) -> bytes:
+    """The Karpathy split with ids: captions of an image by its id, and their ids, by default from 10 on."""
+    numbered = {
+        image: list(range(10 * row, 10 * row + len(texts))) for row, (image, texts) in enumerate(captions.items(), 1)
+    }
+    rows = list(captions)
     return parquet(
         {
-            "image": [picture(10 * row + 1) for row in range(len(rows))],
+            "image": [picture((10 * row + 1) % 256) for row in range(len(rows))],
             "filepath": ["val2014"] * len(rows),
-            "sentids": [
-                list(range(start, start + len(texts))) for start, (_, texts) in zip(starts, rows, strict=True)
-            ],
-            "filename": [f"COCO_val2014_{image:012}.jpg" for image, _ in rows],
-            "split": [split] * len(rows),
-            "sentences_raw": [texts for _, texts in rows],
-            "cocoid": [image for image, _ in rows],
+            "sentids": [(ids or numbered)[image] for image in rows],
+            "filename": [f"COCO_val2014_{image:012}.jpg" for image in rows],
+            "split": ["test"] * len(rows),
+            "sentences_raw": list(captions.values()),
+            "cocoid": rows,
             "th_sentences_raw": [["not this"]] * len(rows),
         }
     )

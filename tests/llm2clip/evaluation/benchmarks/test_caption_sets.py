@@ -40,7 +40,7 @@ def test_captions_and_their_images(
     assert paths == images
     pairs = [(image, text) for image, texts in expected.items() for text in texts]
     assert [(paths[owner], text) for owner, text in zip(data.owners.tolist(), data.texts, strict=True)] == pairs
-    assert data.matches is None
+    assert data.qrels is None
     (tmp_path / images[-1]).unlink()
     lost = Path(images[-1]).name
     with pytest.raises(BenchmarkError, match=f" lacks 1 of {len(images)} images: .*{lost}"):
@@ -143,7 +143,7 @@ def test_archives_of_chinese_clip_hold_texts_and_encoded_images(name: str, folde
     assert [data.images.key(row) for row in range(2)] == ["1001", "7"]
     assert data.texts == ["两只狗 ", "两只狗 ", ""]
     assert data.owners.tolist() == [1, 0, 1]
-    assert data.matches is None
+    assert data.qrels is None
     # Every image of a text is right.
     write_chinese_clip(tmp_path / folder, [texts[0] | {"image_ids": [7, 1001]}, texts[1]])
-    assert read(name, tmp_path).matches.tolist() == [[0, 1], [0, 0], [1, 0]]
+    assert read(name, tmp_path).qrels.tolist() == [[0, 1], [0, 0], [1, 0]]

@@ -62,7 +62,7 @@ def test_own_templates_and_validation_images_are_read(tmp_path: Path) -> None:
     (tmp_path / "templates.txt").write_text("ein Foto: {c}\n{c}\n", encoding="utf-8")
     data = read("imagefolder-probe-sgd", tmp_path)
     assert data.templates == ["ein Foto: {c}", "{c}"]
-    assert [shades(part.images) for part in (data, data.train, data.validation)] == [[1], [2], [3]]
+    assert [shades(part.images) for part in (data, data.train)] == [[1], [2, 3]]
 
 
 def test_unknown_folders_are_refused_and_classes_without_images_named(

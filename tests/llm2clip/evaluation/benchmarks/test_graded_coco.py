@@ -1,87 +1,50 @@
-"""Readers of ECCV Caption and CxC, on samples in the exact file formats."""
+"""Readers of ECCV Caption and CxC: Karpathy's split with the judgements of the package `eccv_caption`."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
-from llm2clip.evaluation.benchmark import BenchmarkError
-from llm2clip.evaluation.benchmarks import graded_coco
+from llm2clip.evaluation.benchmarks import all_benchmarks
+from llm2clip.evaluation.graded_data import GradedData, eccv_caption
 from tests.llm2clip.evaluation.benchmarks import parquet_samples
 from tests.llm2clip.evaluation.benchmarks.samples import read, write
 
-# Image id, caption ids; the second image has six captions.
-TEST = {391895: [10, 11, 12, 13, 14], 60623: [20, 21, 22, 23, 24, 25]}
+CORPUS: dict[int, list[int]] = eccv_caption().Metrics().coco_gts["i2t"]
 SHARD = "coco-karpathy/data/test-00000-of-00001.parquet"
 
 
-def coco(data: Path) -> None:
-    """Write the images and captions with their ids."""
-    write(
-        data / SHARD,
-        parquet_samples.coco({image: [f"caption {id_} é " for id_ in ids] for image, ids in TEST.items()}),
-    )
+def coco(data: Path, images: list[int]) -> None:
+    """Write the images and captions with ids; the first image has a sixth caption, which the package leaves out."""
+    ids = {image: [*CORPUS[image], *([999_999_999] if image == images[0] else [])] for image in images}
+    texts = {image: [f"caption {number} é " for number in numbers] for image, numbers in ids.items()}
+    write(data / SHARD, parquet_samples.coco(texts, ids))
 
 
-@pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The data of a stand-in of eccv_caption, which is not imported: that would read its numpy files."""
-    monkeypatch.setattr(graded_coco, "PACKAGE", "eccv_caption_of_a_test")
-    write(tmp_path / "site/eccv_caption_of_a_test/__init__.py", "raise AssertionError('imported')")
-    monkeypatch.syspath_prepend(tmp_path / "site")
-    data = tmp_path / "site/eccv_caption_of_a_test/data"
-    eccv(data)
-    return data
-
-
-def eccv(place: Path) -> None:
-    """Write the json files of the package; its gallery leaves out caption 22 of the image with six."""
-    five = {str(image): [caption for caption in ids if caption != 22] for image, ids in TEST.items()}
-    write(place / "original_image_to_caption.json", five)
-    write(place / "eccv_caption_to_image.json", {"20": [391895, 60623], "11": [60623]})
-    write(place / "eccv_image_to_caption.json", {"391895": [25, 10, 10]})
-    write(place / "cxc_caption_to_image.json", {"10": [391895], "25": [391895]})
-    write(place / "cxc_image_to_caption.json", {"391895": [25, 10], "60623": [99]})
-
-
-def test_eccv_caption_has_its_own_gallery_and_queries(package: Path, tmp_path: Path) -> None:
-    coco(tmp_path)
-    data = read("eccv-caption", tmp_path)
-    numbers = [10, 11, 12, 13, 14, 20, 21, 23, 24, 25]
-    assert data.texts == [f"caption {number} é " for number in numbers]
+def test_the_corpus_is_that_of_the_package_with_its_five_captions(tmp_path: Path) -> None:
+    coco(tmp_path, list(CORPUS)[:2])
+    data: GradedData = read("cxc-eccv", tmp_path)
+    first, second = list(CORPUS)[:2]
+    assert data.image_ids == [first, second]
+    assert data.text_ids == [*CORPUS[first], *CORPUS[second]]
+    assert data.texts == [f"caption {number} é " for number in data.text_ids]
     assert data.owners.tolist() == [0] * 5 + [1] * 5
-    assert [data.images.key(row) for row in range(2)] == [*map(str, TEST)]
-    assert data.matches.tolist() == [[1, 1], [5, 0], [5, 1]]
-    assert data.image_matches.tolist() == [[0, 0], [0, 9]]
-    assert data.counts() == {
-        "images": 2,
-        "texts": 10,
-        "text_queries": 2,
-        "image_queries": 1,
-        "right_images": 3,
-        "right_texts": 2,
-        "outside": 0,
-    }
+    assert [data.images.key(row) for row in range(2)] == [str(first), str(second)]
+    rated = eccv_caption().Metrics().cxc_gts
+    assert data.image_qrels == {image: rated["i2t"][image] for image in (first, second)}
+    assert data.text_qrels == {text: rated["t2i"][text] for text in data.text_ids if text in rated["t2i"]}
 
 
-def test_eccv_caption_of_another_split_is_refused(package: Path, tmp_path: Path) -> None:
-    coco(tmp_path)
-    write(package / "original_image_to_caption.json", {"391895": [10, 77]})
-    with pytest.raises(BenchmarkError, match="lack those of the ids 77"):
-        read("eccv-caption", tmp_path)
+@pytest.mark.parametrize("name", ["eccv-caption", "cxc-eccv"])
+def test_the_whole_set_has_the_published_counts(name: str, tmp_path: Path) -> None:
+    coco(tmp_path, list(CORPUS))
+    assert all_benchmarks()[name].differences(read(name, tmp_path).counts()) == []
 
 
-def test_cxc_by_the_files_of_eccv_caption_has_rated_pairs_only(package: Path, tmp_path: Path) -> None:
-    coco(tmp_path)
-    data = read("cxc-eccv", tmp_path)
-    assert data.matches.tolist() == [[0, 0], [9, 0]]
-    assert data.image_matches.tolist() == [[0, 0], [0, 9]]
-    assert data.outside == ["image 60623, caption 99"]
-
-
-def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    coco(tmp_path)
-    monkeypatch.setattr(graded_coco, "PACKAGE", "eccv_caption_of_nobody")
-    with pytest.raises(BenchmarkError, match="pip install eccv_caption_of_nobody"):
+def test_without_the_package_a_set_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    coco(tmp_path, list(CORPUS)[:2])
+    monkeypatch.setitem(sys.modules, "eccv_caption", None)
+    with pytest.raises(ImportError, match=r"pip install 'llm2clip\[eccv\]'"):
         read("eccv-caption", tmp_path)

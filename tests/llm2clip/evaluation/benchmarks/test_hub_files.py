@@ -17,10 +17,11 @@ from llm2clip import cli
 from llm2clip.encoders import Encoder
 from llm2clip.encoders.load import load_encoder
 from llm2clip.evaluation.benchmark import BenchmarkError, HubFiles
-from llm2clip.evaluation.benchmarks import all_benchmarks, choose_benchmarks, graded_coco, hub_files
+from llm2clip.evaluation.benchmarks import all_benchmarks, choose_benchmarks, hub_files
 from llm2clip.evaluation.benchmarks.checksum import data_checksum
 from llm2clip.evaluation.benchmarks.hub_files import cached, obtain, require_files
 from llm2clip.evaluation.evaluate import evaluate
+from llm2clip.evaluation.graded_data import eccv_caption
 from tests.builders import tiny
 from tests.llm2clip.evaluation.benchmarks import parquet_samples
 from tests.llm2clip.evaluation.benchmarks.classification_samples import tar_of, webdataset
@@ -57,7 +58,17 @@ def v2(variant: str) -> Files:
     return {f"imagenetv2-{variant}-format-val/{label}/1.jpeg": picture(20 * label) for label in (0, 2, 10)}
 
 
-COCO = {"data/test-00000-of-00001.parquet": parquet_samples.coco({42: [*FIVE, "more"], 41: FIVE})}
+# Two images that are queries of ECCV Caption, with captions that are.
+JUDGED = eccv_caption().Metrics()
+CORPUS: dict[int, list[int]] = {
+    image: ids
+    for image, ids in JUDGED.coco_gts["i2t"].items()
+    if image in JUDGED.eccv_gts["i2t"] and not JUDGED.eccv_gts["t2i"].keys().isdisjoint(ids)
+}
+CORPUS = dict(list(CORPUS.items())[:2])
+COCO = {
+    "data/test-00000-of-00001.parquet": parquet_samples.coco(dict.fromkeys(CORPUS, FIVE), CORPUS),
+}
 CIFAR = {"cifar10": "label", "cifar100": "fine_label"}
 FILES: dict[str, Files] = {
     "flickr30k": captioned(FIVE, ["a café", "a dog", "x", "y", "z"]),
@@ -127,20 +138,6 @@ def publish(hub: LoopbackHub, name: str) -> HubFiles:
     return of_set
 
 
-@pytest.fixture
-def judgements(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in of the package eccv_caption for the images of the sample."""
-    site = tmp_path_factory.mktemp("site")
-    data = site / "eccv_caption_of_the_hub/data"
-    write(data.parent / "__init__.py", "")
-    write(data / "original_image_to_caption.json", {"42": [10, 11, 12, 13, 14], "41": [20, 21, 22, 23, 24]})
-    for kind in ("eccv", "cxc"):
-        write(data / f"{kind}_caption_to_image.json", {"10": [42, 41], "21": [41]})
-        write(data / f"{kind}_image_to_caption.json", {"42": [10, 11], "41": [20]})
-    monkeypatch.setattr(graded_coco, "PACKAGE", "eccv_caption_of_the_hub")
-    monkeypatch.syspath_prepend(site)
-
-
 def measure(model: Encoder, name: str, **settings: Any) -> Any:
     [result] = evaluate(model, name, allow_counts=True, num_workers=0, download=True, **settings)
     return result
@@ -151,7 +148,6 @@ def test_every_set_on_the_hub_has_a_sample() -> None:
 
 
 @pytest.mark.parametrize("name", [*ON_HUB, "cifar10-probe-sgd", "pets-probe-sgd"])
-@pytest.mark.usefixtures("judgements")
 def test_a_set_is_measured_by_its_name_and_as_from_files(
     name: str, hub: LoopbackHub, model: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,9 +10,9 @@ import torch
 
 from llm2clip.evaluation.benchmark import BenchmarkError
 from llm2clip.evaluation.benchmarks import all_benchmarks, choose_benchmarks
+from llm2clip.evaluation.bootstrap import intervals_of
 from llm2clip.evaluation.data import BenchmarkImages, ClassificationData, SeveralSets
 from llm2clip.evaluation.protocols import open_protocol
-from llm2clip.evaluation.results import intervals_of
 from tests.llm2clip.evaluation.benchmarks.samples import write
 from tests.llm2clip.evaluation.fake_session import FakeSession
 

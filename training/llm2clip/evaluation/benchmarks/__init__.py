@@ -17,7 +17,7 @@ from llm2clip.evaluation.benchmark import GROUPS, Benchmark
 ALL_FOUND = "all-found"
 SETS = "sets.yaml"
 # The last part of a name such as `cifar10-probe-sgd`, and of the id of the protocol.
-PROBES = ("sgd", "lbfgs", "openai")
+PROBES = ("sgd",)
 
 logger = logging.getLogger(__name__)
 

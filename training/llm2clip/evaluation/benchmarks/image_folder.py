@@ -78,7 +78,7 @@ def labelled(
 
 
 def read_image_folder(folder: Path, with_train: bool = False) -> ClassificationData:
-    """Read `test/CLASS/*.jpg` and, for a probe, `train/CLASS/*.jpg`.
+    """Read `test/CLASS/*.jpg` and, for a probe, `train/CLASS/*.jpg` and `val/CLASS/*.jpg`.
 
     Labels are the ranks of the folders' names, as in torchvision, or of the numbers if all names are numbers: 2 comes
     before 10. `classnames.txt` has the names for prompts in that order; without it the folders' names are taken, with
@@ -101,7 +101,9 @@ def read_image_folder(folder: Path, with_train: bool = False) -> ClassificationD
     if (folder / "templates.txt").is_file():
         data.templates = read_templates(folder / "templates.txt")
     if with_train:
-        data.train = labelled(*read_class_folders("ImageFolder", folder / "train", classes), names)
+        paths, labels = read_class_folders("ImageFolder", folder / "train", classes)
         if (folder / "val").is_dir():
-            data.validation = labelled(*read_class_folders("ImageFolder", folder / "val", classes), names)
+            more, of_more = read_class_folders("ImageFolder", folder / "val", classes)
+            paths, labels = paths + more, labels + of_more
+        data.train = labelled(paths, labels, names)
     return data

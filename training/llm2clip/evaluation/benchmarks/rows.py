@@ -27,7 +27,7 @@ from llm2clip.evaluation.benchmarks.captions import (
 )
 from llm2clip.evaluation.benchmarks.composition import read_caption_pairs, read_mmvp, read_sugar_crepe
 from llm2clip.evaluation.benchmarks.fashion_mnist import read_fashion_mnist
-from llm2clip.evaluation.benchmarks.graded_coco import read_eccv
+from llm2clip.evaluation.benchmarks.graded_coco import read_graded
 from llm2clip.evaluation.benchmarks.hub_files import obtain
 from llm2clip.evaluation.benchmarks.image_folder import read_image_folder
 from llm2clip.evaluation.benchmarks.imagenet import read_imagenet, read_imagenet_v2, read_objectnet
@@ -41,8 +41,8 @@ READERS: dict[str, Callable[..., Any]] = {
     "caption-pairs": read_caption_pairs,
     "chinese-clip": read_chinese_clip,
     "dci": read_dci,
-    "eccv": read_eccv,
     "fashion-mnist": read_fashion_mnist,
+    "graded": read_graded,
     "iiw": read_iiw,
     "image-folder": read_image_folder,
     "imagenet": read_imagenet,

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from llm2clip import Benchmark, BenchmarkImages, DataPart, cli
+from llm2clip.checks.check_benchmark import check_benchmark
 from llm2clip.evaluation.benchmarks.checksum import data_checksum
-from llm2clip.evaluation.check_benchmark import check_benchmark
 from tests.llm2clip.checks.tokenizers import save_tokenizer
 from tests.llm2clip.data.conftest import png
 from tests.llm2clip.evaluation import captioned_set
