@@ -15,7 +15,7 @@ WORKERS := 3
 PARALLEL = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-min test-all test-nightly test-cuda test-faults compat bench bench-gpu study lint audit docs dist format clean
+.PHONY: help quickstart test test-min test-all test-nightly test-cuda test-faults check-sets compat bench bench-gpu study lint audit docs dist format clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,6 +43,9 @@ test-cuda: $(VENV)/.test  ## the tests of what can differ on a CUDA GPU
 
 test-faults: $(VENV)/.test  ## kills, full disks and damaged files: the record of docs/reliability.md
 	$(BIN)/python -m tests.faults --workers $(WORKERS) $(ARGS)
+
+check-sets: $(VENV)/.test  ## benchmarks on the Hub beside the published ones; network; ARGS="--data DIR flickr30k"
+	$(BIN)/python -m tests.check_sets $(ARGS)
 
 compat: $(VENV)/.test  ## saved folders under other transformers versions; VERSIONS="4.57.6" for some of them
 	$(BIN)/python -m tests.compatibility.matrix $(VERSIONS)

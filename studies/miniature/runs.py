@@ -219,7 +219,7 @@ def _captions(cache_folder: Path) -> dict[str, Any]:
     }  # fmt: skip
     for name, source in sources.items():
         pairs = CaptionPairData.from_source(source)
-        scores = caption_retrieval_metrics(lookup(pairs.queries), lookup(pairs.targets), pairs.matches)
+        scores = caption_retrieval_metrics(lookup(pairs.queries), lookup(pairs.targets), pairs.qrels)
         measured |= {f"{name}/{key}": value for key, value in scores.items()}
     return measured
 

@@ -12,6 +12,7 @@ from llm2clip.data import load_source as load_source
 from llm2clip.encoders import embed_captions as embed_captions
 from llm2clip.encoders import embed_images as embed_images
 from llm2clip.encoders import load_encoder as load_encoder
+from llm2clip.encoders.patches import patch_similarity as patch_similarity
 from llm2clip.evaluation import caption_retrieval_metrics as caption_retrieval_metrics
 from llm2clip.evaluation import metric_path as metric_path
 from llm2clip.evaluation import retrieval_metrics as retrieval_metrics
@@ -23,7 +24,6 @@ from llm2clip.evaluation.data import CaptionPairData as CaptionPairData
 from llm2clip.evaluation.data import DataPart as DataPart
 from llm2clip.evaluation.data import RetrievalData as RetrievalData
 from llm2clip.evaluation.evaluate import evaluate as evaluate
-from llm2clip.evaluation.heat_map import patch_similarity as patch_similarity
 from llm2clip.hub.build import build_folder as build_folder
 from llm2clip.hub.merge import merge_models as merge_models
 from llm2clip.hub.push import push_folder as push_folder

@@ -103,7 +103,7 @@ COMMANDS = {
     "report": Command("show results of evaluations as a table, beside published numbers",
                       "llm2clip.evaluation.report", "ReportConfig", ("results",), extra="evaluation"),
     "check-data": Command("show what is in a data set or published set, and what is wrong with it",
-                          "llm2clip.evaluation.check_benchmark", "CheckConfig", ("source",), optional=("source",),
+                          "llm2clip.checks.check_data", "CheckDataConfig", ("source",), optional=("source",),
                           extra="evaluation"),
     "convert": Command(
         "convert checkpoints of the original code, of Microsoft's repos and of CLIP to this format and back",

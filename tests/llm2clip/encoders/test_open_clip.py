@@ -42,7 +42,7 @@ def test_embeddings_are_those_of_the_library(spec: str) -> None:
     assert inputs["pixels"].dtype == torch.uint8
     expected = model.encode_image(pixels)
     torch.testing.assert_close(encoder.forward_images(inputs), normalize(expected, dim=-1), atol=1e-6, rtol=0)
-    torch.testing.assert_close(encoder.forward_features(inputs, projected=True), expected)
+    torch.testing.assert_close(encoder.image_features(inputs), expected)
     pooled = encoder.forward_features(inputs)
     torch.testing.assert_close(pooled @ model.visual.proj, expected)
     assert encoder.model.visual.proj is not None

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel
 
-from llm2clip.encoders.patches import patch_embeddings
-from llm2clip.evaluation.heat_map import patch_similarity
+from llm2clip.encoders.patches import patch_embeddings, patch_similarity
 from tests.builders import tiny
 
 TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -195,3 +194,30 @@ def test_a_tower_that_it_does_not_fit_is_an_error() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             patch_embeddings(other, pixels, values_only=True)
+
+
+@pytest.mark.parametrize("model_type", ["eva02", "clip_vision_model", "siglip_vision_model"])
+@pytest.mark.parametrize("fields", [{}, tiny.FROZEN_TOWER], ids=["default", "frozen tower"])
+def test_similarity_is_that_of_the_projected_patches(model_type: str, fields: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    vision = None if model_type == "eva02" else tiny.other_vision_config(model_type)
+    model = tiny.with_statistics(tiny.joint_model(vision=vision, **fields))
+    pixels, texts = torch.randn(2, 3, 28, 28), F.normalize(torch.randn(2, 24), dim=-1)
+    with torch.no_grad():
+        output = model.vision_model(pixel_values=pixels)
+        patches = output.last_hidden_state[:, 1:]
+        if model_type == "clip_vision_model":
+            tower = model.vision_model
+            patches = getattr(tower, "vision_model", tower).post_layernorm(patches)
+        if model_type == "siglip_vision_model":
+            patches = output.last_hidden_state
+            if not fields:  # the pooled token comes from attention, which has a single patch to attend to
+                head = getattr(model.vision_model, "vision_model", model.vision_model).head
+                patches = torch.stack([head(patches[:, patch, None]) for patch in range(16)], dim=1)
+        if fields:
+            patches = torch.cat([output.pooler_output[:, None].expand_as(patches), patches], dim=-1)
+            assert model.visual_standardization is not None
+            patches = model.visual_standardization(patches)
+        expected = F.normalize(model.visual_projection(patches), dim=-1) @ texts[:, :, None]
+    found = patch_similarity(model, pixels, texts)
+    torch.testing.assert_close(found, expected.view(2, 4, 4))

@@ -44,7 +44,7 @@ def test_images_are_those_of_a_direct_call(opened: Opened) -> None:
     assert worker.model is None
     found = stacked(worker, IMAGES)
     torch.testing.assert_close(encoder.forward_images(found), normalize(output, dim=-1), atol=1e-6, rtol=0)
-    torch.testing.assert_close(encoder.forward_features(found, projected=True), output, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(encoder.image_features(found), output, atol=1e-5, rtol=1e-5)
     pooled = model.vision_model(**inputs).pooler_output
     torch.testing.assert_close(encoder.forward_features(found), pooled, atol=1e-5, rtol=1e-5)
 

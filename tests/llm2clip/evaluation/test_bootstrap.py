@@ -11,12 +11,12 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor
 
-from llm2clip.evaluation.bootstrap import bootstrap_interval, bootstrap_ratios
-from llm2clip.evaluation.data import GradedData, HardNegativeData, MultilingualData, RetrievalData
+from llm2clip.evaluation.bootstrap import bootstrap_interval, bootstrap_ratios, intervals_of
+from llm2clip.evaluation.data import HardNegativeData, MultilingualData, RetrievalData
+from llm2clip.evaluation.graded_data import GradedData
 from llm2clip.evaluation.protocols.choices import CaptionChoice
 from llm2clip.evaluation.protocols.graded import GradedPrecision
 from llm2clip.evaluation.protocols.retrieval import MultilingualRetrieval, RetrievalProtocol
-from llm2clip.evaluation.results import intervals_of
 from tests.llm2clip.evaluation.fake_session import FakeSession, numbered_images
 
 
@@ -108,8 +108,15 @@ def test_protocols_draw_images() -> None:
     session = FakeSession(rows, dict(zip(texts, rows[shown[owners]], strict=True)))
     expected = bootstrap_interval((shown == torch.arange(count)).double())
     plain = RetrievalData(images, texts, owners)
-    pairs = torch.stack([torch.arange(len(texts)), owners], dim=1)
-    judged = GradedData(images, texts, owners, pairs, pairs.flip(1))
+    judged = GradedData(
+        images,
+        texts,
+        owners,
+        image_ids=list(range(count)),
+        text_ids=list(range(len(texts))),
+        text_qrels={text: [owner] for text, owner in enumerate(owners.tolist())},
+        image_qrels={image: [5 * image + number for number in range(5)] for image in range(count)},
+    )
     several = MultilingualData({language: RetrievalData(images, texts, owners) for language in ("de", "en")})
     for protocol, data, name in (
         (RetrievalProtocol(), plain, "text_to_image_recall@1"),

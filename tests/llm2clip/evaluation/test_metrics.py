@@ -17,20 +17,20 @@ from tests.golden import load_golden
 DIRECTIONS = {"text_to_image": "image_retrieval", "image_to_text": "text_retrieval"}
 
 
-def rank_of_best_match(queries: torch.Tensor, candidates: torch.Tensor, matches: torch.Tensor) -> torch.Tensor:
-    return retrieval_ranks(candidates, queries, matches)[0].expected()
+def rank_of_best_match(queries: torch.Tensor, candidates: torch.Tensor, qrels: torch.Tensor) -> torch.Tensor:
+    return retrieval_ranks(candidates, queries, qrels)[0].expected()
 
 
 def diagonal(rows: int) -> Tensor:
     return torch.arange(rows)[:, None].expand(-1, 2)
 
 
-def naive_ranks(queries: Tensor, candidates: Tensor, matches: Tensor) -> list[int]:
+def naive_ranks(queries: Tensor, candidates: Tensor, qrels: Tensor) -> list[int]:
     """Count for each query the wrong candidates that are closer than the closest correct one."""
     scores = torch.nn.functional.normalize(queries) @ torch.nn.functional.normalize(candidates).T
     ranks = []
     for query, row in enumerate(scores.tolist()):
-        correct = {candidate for q, candidate in matches.tolist() if q == query}
+        correct = {candidate for q, candidate in qrels.tolist() if q == query}
         best = max(row[candidate] for candidate in correct)
         ranks.append(sum(score > best for candidate, score in enumerate(row) if candidate not in correct))
     return ranks
@@ -41,8 +41,8 @@ def noisy_captions(images: int, per_image: int, width: int = 8) -> tuple[Tensor,
     image = torch.randn(images, width)
     owner = torch.arange(images).repeat_interleave(per_image)[torch.randperm(images * per_image)]
     text = image[owner] + 1.5 * torch.randn(len(owner), width)
-    matches = torch.stack([torch.arange(len(owner)), owner], dim=1)
-    return image, text, matches[torch.randperm(len(matches))]
+    qrels = torch.stack([torch.arange(len(owner)), owner], dim=1)
+    return image, text, qrels[torch.randperm(len(qrels))]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_recalls_and_ranks_equal_the_original(name: str, direction: str) -> None
     image, text = (golden[f"in/{key}"] @ golden["in/projection"] for key in ("images", "texts"))
     text = text.reshape(-1, text.shape[-1])
     texts = torch.arange(len(text))
-    matches = torch.stack([texts, texts // (len(text) // len(image))], dim=1)
+    qrels = torch.stack([texts, texts // (len(text) // len(image))], dim=1)
     # Two queries where scores are equal, whose order is torch.topk's in the original (the fixture says so).
     queries = len(text if direction == "text_to_image" else image)
     tolerance = 1e-6 + (2 / queries if golden.meta["has_ties"] else 0)
@@ -64,7 +64,7 @@ def test_recalls_and_ranks_equal_the_original(name: str, direction: str) -> None
         if key.startswith(f"{DIRECTIONS[direction]}_recall@")
     }
     assert {1, 5, 10} <= set(recalls)
-    ours = retrieval_metrics(image, text, matches, sorted(recalls))
+    ours = retrieval_metrics(image, text, qrels, sorted(recalls))
     for k, original in recalls.items():
         assert ours[f"{direction}_recall@{k}"] == pytest.approx(original, abs=tolerance)
     if "global" in name:
@@ -78,13 +78,13 @@ def test_five_captions_per_image_equal_a_naive_count_in_any_tiling(
     tile_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluation_metrics, "TILE_SIZE", tile_size)
-    image, text, matches = noisy_captions(images=12, per_image=5)
-    to_image, to_text = naive_ranks(text, image, matches), naive_ranks(image, text, matches.flip(1))
+    image, text, qrels = noisy_captions(images=12, per_image=5)
+    to_image, to_text = naive_ranks(text, image, qrels), naive_ranks(image, text, qrels.flip(1))
     assert max(to_image) > 5, "the example must have failures"
     assert max(to_text) > 1
-    assert rank_of_best_match(text, image, matches).tolist() == to_image
-    assert rank_of_best_match(image, text, matches.flip(1)).tolist() == to_text
-    metrics = retrieval_metrics(image, text, matches, ks=(1, 3))
+    assert rank_of_best_match(text, image, qrels).tolist() == to_image
+    assert rank_of_best_match(image, text, qrels.flip(1)).tolist() == to_text
+    metrics = retrieval_metrics(image, text, qrels, ks=(1, 3))
     for direction, ranks in (("text_to_image", to_image), ("image_to_text", to_text)):
         for k in (1, 3):
             assert metrics[f"{direction}_recall@{k}"] == pytest.approx(sum(r < k for r in ranks) / len(ranks))
@@ -95,11 +95,11 @@ def test_several_images_per_caption_count_as_correct() -> None:
     """A caption such as "a dog" that several images share, as the concepts of the bundled data do."""
     image = torch.randn(30, 6)
     text = torch.randn(8, 6)
-    matches = torch.cat([torch.stack([torch.randint(8, (30,)), torch.arange(30)], 1), diagonal(8)])
+    qrels = torch.cat([torch.stack([torch.randint(8, (30,)), torch.arange(30)], 1), diagonal(8)])
     # A pair that is listed twice is one pair.
-    matches = torch.cat([matches, matches[:5]])
-    assert rank_of_best_match(text, image, matches).tolist() == naive_ranks(text, image, matches)
-    assert rank_of_best_match(image, text, matches.flip(1)).tolist() == naive_ranks(image, text, matches.flip(1))
+    qrels = torch.cat([qrels, qrels[:5]])
+    assert rank_of_best_match(text, image, qrels).tolist() == naive_ranks(text, image, qrels)
+    assert rank_of_best_match(image, text, qrels.flip(1)).tolist() == naive_ranks(image, text, qrels.flip(1))
 
 
 def test_a_collapsed_model_scores_like_guessing() -> None:
@@ -116,12 +116,12 @@ def test_ties_count_as_the_mean_over_all_orders() -> None:
     """Two correct and three wrong candidates with one score, one wrong candidate before them, one behind."""
     query = torch.tensor([[1.0, 0.0]])
     candidates = torch.tensor([[2.0, 0.0]] + 5 * [[1.0, 1.0]] + [[0.0, 1.0]])
-    matches = torch.tensor([[0, 1], [0, 2], [0, 6]])
+    qrels = torch.tensor([[0, 1], [0, 2], [0, 6]])
     ranks = []
     for order in itertools.permutations(range(1, 6)):
         ranks.append(1 + min(order.index(1), order.index(2)))
-    assert rank_of_best_match(query, candidates, matches).item() == pytest.approx(sum(ranks) / len(ranks))
-    metrics = caption_retrieval_metrics(query, candidates, matches, ks=(1, 2, 3, 4, 5, 6))
+    assert rank_of_best_match(query, candidates, qrels).item() == pytest.approx(sum(ranks) / len(ranks))
+    metrics = caption_retrieval_metrics(query, candidates, qrels, ks=(1, 2, 3, 4, 5, 6))
     for k in (1, 2, 3, 4, 5, 6):
         assert metrics[f"recall@{k}"] == pytest.approx(sum(rank < k for rank in ranks) / len(ranks))
 
@@ -131,9 +131,9 @@ def test_scores_within_rounding_errors_are_ties() -> None:
     candidates = torch.randn(300, 129)
     candidates[torch.tensor([3, 150, 299])] = candidates[0].clone()
     candidates[7] = candidates[0] + 0.01 * torch.randn(129)
-    matches = torch.tensor([[0, 0], [0, 299]])
+    qrels = torch.tensor([[0, 0], [0, 299]])
     # Two of four equal ones are correct: the mean number of wrong ones before the first of them.
-    assert rank_of_best_match(candidates[:1] * 3, candidates, matches).tolist() == [pytest.approx(2 / 3)]
+    assert rank_of_best_match(candidates[:1] * 3, candidates, qrels).tolist() == [pytest.approx(2 / 3)]
 
 
 def test_an_image_without_text_is_a_wrong_candidate_but_not_a_query() -> None:
@@ -146,13 +146,13 @@ def test_an_image_without_text_is_a_wrong_candidate_but_not_a_query() -> None:
 
 
 def test_norm_and_dtype_of_embeddings_do_not_change_the_metrics() -> None:
-    image, text, matches = noisy_captions(images=10, per_image=2)
-    expected = retrieval_metrics(image, text, matches)
-    scaled = retrieval_metrics(image * torch.rand(10, 1).add(0.1), 1e4 * text, matches)
+    image, text, qrels = noisy_captions(images=10, per_image=2)
+    expected = retrieval_metrics(image, text, qrels)
+    scaled = retrieval_metrics(image * torch.rand(10, 1).add(0.1), 1e4 * text, qrels)
     assert scaled == expected
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert retrieval_metrics(image.double(), text.requires_grad_(), matches) == expected
-    half = retrieval_metrics(image.half(), text.detach().half(), matches)
+        assert retrieval_metrics(image.double(), text.requires_grad_(), qrels) == expected
+    half = retrieval_metrics(image.half(), text.detach().half(), qrels)
     assert half["text_to_image_mean_rank"] == pytest.approx(expected["text_to_image_mean_rank"], abs=0.2)
 
 
@@ -188,20 +188,20 @@ MATCHES = torch.tensor([[0, 0], [1, 1], [2, 2], [3, 3], [4, 3]])
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: retrieval_metrics(IMAGE, TEXT, MATCHES[:3]), "correct image in matches; 3, 4 of 5 have none"),
+        (lambda: retrieval_metrics(IMAGE, TEXT, MATCHES[:3]), "correct image in qrels; 3, 4 of 5 have none"),
         (
             lambda: retrieval_metrics(IMAGE, TEXT, MATCHES + torch.tensor([0, 1])),
-            "matches name image 4",
+            "qrels name image 4",
         ),
         (lambda: rank_of_best_match(TEXT, IMAGE, MATCHES.float()), r"int64 pairs of shape \(p, 2\)"),
-        (lambda: caption_retrieval_metrics(IMAGE, TEXT), "Without matches"),
+        (lambda: caption_retrieval_metrics(IMAGE, TEXT), "Without qrels"),
         (lambda: rank_of_best_match(TEXT[:, :2], IMAGE, MATCHES), "matrices of one width"),
         (lambda: caption_retrieval_metrics(IMAGE[:0], TEXT[:0]), "no query embeddings"),
         (lambda: caption_retrieval_metrics(IMAGE, IMAGE, ks=(0,)), "k of at least 1"),
     ],
     ids=["unmatched", "unknown", "dtype", "lengths", "widths", "empty", "k"],
 )
-def test_invalid_matches_and_shapes_are_refused(call: Callable[[], Any], message: str) -> None:
+def test_invalid_qrels_and_shapes_are_refused(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
 

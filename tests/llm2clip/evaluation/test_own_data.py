@@ -78,7 +78,7 @@ def test_rows_are_queries_with_one_right_image_and_equal_captions_one_with_all(p
     rows = RetrievalData.from_source(own, "rows")
     assert rows.texts == ROWS
     assert rows.pairs.tolist() == [[0, 0], [1, 0], [2, 1], [3, 2], [4, 2], [5, 2], [6, 3], [7, 5]]
-    assert rows.matches is None
+    assert rows.qrels is None
     # Without the second image.
     chosen = rows.select([0, 2, 3, 4, 5])
     assert chosen.texts == [*ROWS[:2], *ROWS[3:]]
@@ -245,8 +245,8 @@ def test_captions_find_those_of_the_same_image_with_a_text_tower_too(place: Path
     # Equal texts are one query, or one target.
     data = CaptionPairData.from_source(PairSource(str(tmp_path / "pairs.csv"), anchor_column="a", positive_column="b"))
     assert (data.queries, data.targets) == (["a dog", "a cat", "a bus"], ["one dog", "a pet", "one cat"])
-    assert data.matches is not None
-    assert data.matches.tolist() == [[0, 0], [0, 1], [1, 2], [2, 0]]
+    assert data.qrels is not None
+    assert data.qrels.tolist() == [[0, 0], [0, 1], [1, 2], [2, 0]]
     models = [str(tmp_path / "tower"), str(place / "ours"), str(place / "clip")]
     for columns, pair in (
         (("--query-column", "a", "--target-column", "b"), "query to target"),
@@ -259,7 +259,7 @@ def test_captions_find_those_of_the_same_image_with_a_text_tower_too(place: Path
         for model, one in found.items():
             assert one["protocol"]["pair"] == pair
             embeds = load_encoder(model).encode_text
-            expected = caption_retrieval_metrics(embeds(data.queries), embeds(data.targets), data.matches)
+            expected = caption_retrieval_metrics(embeds(data.queries), embeds(data.targets), data.qrels)
             assert one["scores"] == pytest.approx({name: expected[name] for name in one["scores"]})
 
 

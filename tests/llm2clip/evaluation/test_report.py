@@ -12,7 +12,8 @@ from PIL import Image
 from llm2clip import cli
 from llm2clip.evaluation.comparison import Report, compare_results
 from llm2clip.evaluation.plots import draw_lengths, draw_models
-from llm2clip.evaluation.results import PublishedRow, Result
+from llm2clip.evaluation.published import PublishedRow
+from llm2clip.evaluation.results import Result
 from tests.llm2clip.evaluation.made_results import RETRIEVAL, classification, retrieval, written
 
 SIDES = ("image_to_text_recall@1", "text_to_image_recall@1")
@@ -144,6 +145,11 @@ def test_a_report_is_a_table_of_pandas_json_and_markdown() -> None:
     assert first["intervals"]["Urban1k"][SIDES[1]] == pytest.approx([0.47, 0.52])
     assert paper["intervals"] == {}
     assert "| a |  | 25.0 / 50.0 |  |\n" in found.to_markdown()
+
+
+def test_a_baseline_with_which_no_other_model_shares_a_set_has_no_differences() -> None:
+    found = compared(retrieval("a"), retrieval("b", "docci"))
+    assert found.table(found.baseline("a")) == (found.table()[0], [])
 
 
 def test_the_page_and_its_plots(two_models: list[str], tmp_path: Path) -> None:

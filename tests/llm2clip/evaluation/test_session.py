@@ -72,9 +72,8 @@ def test_rows_are_those_of_the_encoder_stored_or_not(model: Path, tmp_path: Path
     for store in (None, tmp_path, tmp_path):
         found = session(model, store, num_workers=num_workers)
         torch.testing.assert_close(found.embed_images(images), encoder.forward_images(inputs), atol=1e-6, rtol=0)
-        for kind, projected in (("features", False), ("projected", True)):
-            rows_of_kind = encoder.forward_features(inputs, projected)
-            torch.testing.assert_close(found.embed_images(images, kind), rows_of_kind, atol=1e-5, rtol=1e-5)
+        features = encoder.forward_features(inputs)
+        torch.testing.assert_close(found.embed_images(images, "features"), features, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(found.embed_texts(TEXTS), encoder.encode_text(TEXTS), atol=1e-6, rtol=0)
         assert found.embed_texts([]).shape == (0, encoder.width)
 

@@ -1,41 +1,47 @@
-"""The `llm2clip check-data` command: what is in a data set of captions and images, and what is wrong with it."""
+"""The `llm2clip check-data` command: what is in a data set or a published set, and what is wrong with it."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from torch.utils.data import DataLoader, IterableDataset
 
+from llm2clip.checks.check_benchmark import check_benchmark, print_report
 from llm2clip.checks.near_duplicates import HashCheck, near_duplicates, perceptual_hash
 from llm2clip.checks.row_checks import (
+    BATCH,
     CaptionCheck,
     Check,
     ImageCheck,
     RowCheck,
     RowReader,
     TextFaultCheck,
+    report_of,
 )
+from llm2clip.checks.tables import print_tables
 from llm2clip.checks.token_check import CountingTokenizer, TokenCheck
 from llm2clip.command_line.processes import worker_count
 from llm2clip.command_line.progress import ProgressBar
-from llm2clip.command_line.settings import check_choices, setting
-from llm2clip.command_line.tables import print_table
+from llm2clip.command_line.settings import check_choices, refuse, setting
 from llm2clip.data import CaptionImageDataset, CaptionSource, OnError
 from llm2clip.data.rows import captioned_row
 from llm2clip.data.shards import ShardedSource
 from llm2clip.data.streams import data_worker
 from llm2clip.data.table_identity import data_revision
+from llm2clip.evaluation.benchmarks import choose_benchmarks
+from llm2clip.evaluation.benchmarks.hub_files import DATA, require_files
 from llm2clip.files.atomic import write_json
 from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS
 
-# Rows that a worker process sends at once.
-BATCH = 32
-# Letters of a detail in the table; the JSON file has the whole.
-DETAIL_WIDTH = 70
+# Settings of a source that mean nothing for a published set.
+SOURCE_SETTINGS = (
+    "name", "split", "revision", "image_column", "caption_columns", "key_column", "streaming", "max_samples",
+    "other_splits", "on_error",
+)  # fmt: skip
 
 
 class DataFaultsError(ValueError):
@@ -46,7 +52,10 @@ class DataFaultsError(ValueError):
 
 @dataclass
 class CheckDataConfig:
-    """Settings of a check. A field of the source that is not set is that of SOURCE or the default of CaptionSource."""
+    """Settings of a check: of one's own data, SOURCE, or of published sets, `benchmark`.
+
+    A field of the source that is not set is that of SOURCE or the default of CaptionSource.
+    """
 
     source: dict[str, Any] | str = setting(
         "", "The data: a path or Hub id, or a mapping with the fields of CaptionSource."
@@ -79,9 +88,23 @@ class CheckDataConfig:
         [], "Splits, such as test, whose pictures must not be in this one; they are found by perceptual hash."
     )
     output: str | None = setting(None, "JSON file to which the report is also written.")
+    benchmark: list[str] = setting(
+        [], "Published sets to check instead of SOURCE: names or groups of `llm2clip evaluate --list`, or all-found."
+    )
+    data: str = setting(
+        DATA,
+        "Folder of the published sets. One that is named and not there is fetched from the Hub, if it is there.",
+    )
+    download: bool = setting(False, "Fetch sets of more than 2 GB too.", affects_numbers=False)
 
     def __post_init__(self) -> None:
         check_choices(self)
+        if self.benchmark:
+            if self.source:
+                raise ValueError("give either SOURCE or benchmark, not both.")
+            refuse(self, SOURCE_SETTINGS, "it is for a SOURCE: a published set is read as it was published")
+            return
+        refuse(self, ["data", "download"], "it is for published sets: name them with --benchmark")
         if not self.source:
             raise ValueError("the data is missing: llm2clip check-data SOURCE, or --benchmark NAME --data FOLDER")
         if self.other_splits and self.no_images:
@@ -96,19 +119,54 @@ class CheckDataConfig:
 
 
 def run(config: CheckDataConfig) -> None:
-    """Check a data set and print the report; nothing in the data is changed.
+    """Check data and print a report; nothing in the data is changed.
 
     Raises:
-        DataFaultsError: Rows cannot be used; the report is printed and written before.
+        DataFaultsError: There is what stops a run; the report is printed and written before.
         FileNotFoundError, SourceError: The data cannot be read.
+        ValueError: There is no such benchmark, or no such folder.
     """
+    if config.benchmark:
+        _check_benchmarks(config)
+    else:
+        _check_source(config)
+
+
+def _check_benchmarks(config: CheckDataConfig) -> None:
+    folder = Path(config.data)
+    benchmarks = choose_benchmarks(config.benchmark, folder)
+    if not folder.is_dir():
+        require_files(benchmarks, folder, config.download)
+    tokenizers = [CountingTokenizer(name) for name in config.tokenizer]
+    reports = {
+        benchmark.name: check_benchmark(
+            benchmark,
+            folder,
+            tokenizers,
+            not config.no_images,
+            config.max_pixels,
+            config.num_workers,
+            config.download,
+        )
+        for benchmark in benchmarks
+    }
+    if config.output:
+        write_json(config.output, {"benchmarks": reports})
+    for report in reports.values():
+        print_report(report)
+    stopped = [f"{name}: {' '.join(report['stops'])}" for name, report in reports.items() if report["stops"]]
+    if stopped:
+        raise DataFaultsError(" ".join(stopped))
+
+
+def _check_source(config: CheckDataConfig) -> None:
     source = config.caption_source()
     report = check_data(
         source, not config.no_images, config.max_pixels, config.num_workers, config.tokenizer, config.other_splits
     )
     if config.output:
         write_json(config.output, report)
-    print_report(report)
+    print_tables(report, f"{source.path}, split {source.split}")
     rows, usable = report["rows"], report["usable_rows"]
     if rows == 0:
         raise DataFaultsError(f"{source.path} (split {source.split}) has no rows.")
@@ -158,13 +216,10 @@ def check_data(
     if with_images:
         checks.append(ImageCheck())
     feed_rows(rows, reader, source.path, [*checks, hashes], num_workers)
-    report: dict[str, Any] = {"data": {**vars(source), "revision": data_revision(vars(source))}}
-    for check in checks:
-        report |= check.summary()
-    report.setdefault("images", None)
-    findings = {name: finding for check in checks for name, finding in check.findings.items()}
-    findings |= {f"images that are also in {split}": near_duplicates(hashes, other) for split, other in others.items()}
-    return report | {"findings": {name: vars(finding) for name, finding in findings.items()}}
+    report = {"data": {**vars(source), "revision": data_revision(vars(source))}, **report_of(checks)}
+    for split, other in others.items():
+        report["findings"][f"images that are also in {split}"] = vars(near_duplicates(hashes, other))
+    return report
 
 
 class StreamedRows(IterableDataset):
@@ -202,63 +257,3 @@ def feed_rows(
                 for check in checks:
                     check.add(row)
             bar.update(len(batch))
-
-
-def print_report(report: dict[str, Any]) -> None:
-    """Print a report of [`check_data`] as tables."""
-    data = report["data"]
-    print_tables(report, f"{data['path']}, split {data['split']}")
-
-
-def print_tables(report: dict[str, Any], title: str) -> None:
-    """Print what was found in data of this title as tables."""
-    # Keys and captions are not markup: "[bold]" and ":dog:" are printed as they are.
-    console = Console(markup=False, emoji=False, highlight=False)
-    captions, images = report["captions"], report["images"]
-    scripts = ", ".join(f"{name} {count:,}" for name, count in captions["scripts"].items())
-    counts = [
-        ("rows", f"{report['rows']:,}, of which {report['usable_rows']:,} can be used"),
-        ("captions", f"{captions['count']:,}"),
-        ("distinct", f"{captions['distinct']:,}; without case and white space "
-                     f"{captions['distinct_ignoring_case_and_space']:,}"),
-        ("scripts", scripts or "none"),
-        ("images", "not read" if images is None else f"{images['count']:,} decoded"),
-    ]  # fmt: skip
-    print_table(console, title, ("", "number"), counts, (0, 1))
-    lengths = [
-        (name, f"{column['rows']:,}", f"{column['captions']:,}", *_numbers(column["words"]))
-        for name, column in captions["columns"].items()
-    ]
-    titles = ("min", "median", "p95", "max")
-    print_table(console, "Captions, length in words", ("column", "rows", "captions", *titles), lengths)
-    if report["tokens"]:
-        tokens = [
-            (name, f"{counts['limit']:,}", f"{counts['cut']:,}", *_numbers(counts["length"]))
-            for name, counts in report["tokens"].items()
-        ]
-        columns = ("tokenizer", "limit", "cut captions", *titles)
-        print_table(console, "Captions, length in tokens", columns, tokens)
-    if images is not None:
-        sizes = [(side, *_numbers(images[side])) for side in ("width", "height")]
-        print_table(console, "Images, size in pixels", ("", *titles), sizes)
-    findings = [
-        (name, f"{finding['count']:,}", "yes" if finding["stops"] else "", _examples(finding["examples"]))
-        for name, finding in report["findings"].items()
-        if finding["count"]
-    ]
-    print_table(
-        console, "Findings", ("", "number", "stops a run", "first rows"), findings or [("nothing", "", "", "")], (0, 3)
-    )
-
-
-def _numbers(values: dict[str, int] | None) -> list[str]:
-    return ["-"] * 4 if values is None else [f"{value:,}" for value in values.values()]
-
-
-def _examples(examples: list[dict[str, str]]) -> str:
-    return "\n".join(f"{_shortened(example['key'])}: {_shortened(example['detail'])}" for example in examples)
-
-
-def _shortened(text: str) -> str:
-    text = text.replace("\n", "\\n")
-    return text if len(text) <= DETAIL_WIDTH else f"{text[:DETAIL_WIDTH]}…"

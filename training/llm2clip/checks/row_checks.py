@@ -29,6 +29,8 @@ from modeling_llm2clip.image_decoding_llm2clip import (
     to_upright_rgb,
 )
 
+# Rows that a worker process sends at once.
+BATCH = 32
 NUM_EXAMPLES = 5
 NO_CAPTION, NOT_TEXT = "no caption", "captions that are not text"
 MISSING, BROKEN, TOO_LARGE = "missing images", "broken images", "images above max_pixels"
@@ -188,6 +190,13 @@ class Check(Protocol):
     def summary(self) -> dict[str, Any]:
         """Return its part of the report, as JSON values, beside the findings."""
         ...
+
+
+def report_of(checks: Sequence[Check]) -> dict[str, Any]:
+    """Return the parts of some checks and their `findings`, as JSON values; `images` is None if none is of images."""
+    parts = {name: part for check in checks for name, part in check.summary().items()}
+    findings = {name: vars(finding) for check in checks for name, finding in check.findings.items()}
+    return {"images": None, **parts, "findings": findings}
 
 
 class RowCheck:

@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from llm2clip.demo.heat_map import draw_heat_map, seen_part
 from llm2clip.encoders import Encoder, load_encoder
+from llm2clip.encoders.patches import patch_similarity
 from llm2clip.encoders.query_encoder import TextEncoder
-from llm2clip.evaluation.heat_map import draw_heat_map, patch_similarity, seen_part
 from llm2clip.models.embeddings import NonFiniteError
 from llm2clip.search.folder_items import Items
 from llm2clip.search.results import ResultImages

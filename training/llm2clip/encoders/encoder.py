@@ -273,13 +273,12 @@ class Encoder(ABC):
         return self.compact(F.normalize(self.image_features(inputs).float(), dim=-1)).cpu()
 
     @torch.no_grad()
-    def forward_features(self, inputs: dict[str, Tensor], projected: bool = False) -> Tensor:
-        """Pooled features before the projection, float32 `(images, hidden)` on the CPU; with `projected` after it.
+    def forward_features(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Compute pooled features before the projection, float32 `(images, hidden)` on the CPU.
 
-        A tower that has no projection after its pooling (SigLIP, the ResNets of CLIP) gives the same for both.
+        They are the projected ones of a tower that has no projection after its pooling (SigLIP, the ResNets of CLIP).
         """
-        features = self.image_features(inputs) if projected else self.pooled_features(inputs)
-        return features.float().cpu()
+        return self.pooled_features(inputs).float().cpu()
 
     @torch.no_grad()
     def forward_patches(self, inputs: dict[str, Tensor]) -> Tensor:

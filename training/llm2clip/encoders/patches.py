@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.modeling_llm2clip_utils import execution_device
 from modeling_llm2clip.modeling_llm2clip_vision import ATTENTION_ROWS, patch_tokens, pool_alone
 
@@ -72,6 +73,26 @@ def patch_embeddings(model: nn.Module, pixel_values: Tensor, values_only: bool =
             "has no fixed grid of patches, which segmentation and heat maps need."
         )
     return F.normalize(patches.float(), dim=-1).unflatten(1, grid)
+
+
+def patch_similarity(model: LLM2CLIPModel, pixel_values: Tensor, text_embeds: Tensor) -> Tensor:
+    """Compute the cosine similarity between each caption and the patches of its image.
+
+    The patches pass through what was trained on the pooled features; see [`patch_embeddings`].
+
+    Args:
+        model: The model; its LLM is not used.
+        pixel_values: `(batch, 3, height, width)`.
+        text_embeds: `(batch, projection_dim)`, unit length.
+
+    Returns:
+        `(batch, rows, columns)` float32 on the CPU.
+
+    Raises:
+        ValueError: The vision tower has no fixed grid of patches.
+    """
+    patches = patch_embeddings(model, pixel_values)
+    return torch.einsum("irce,ie->irc", patches, text_embeds.to(patches)).cpu()
 
 
 def _tower(model: nn.Module) -> Any:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import tarfile
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from llm2clip.command_line.logs import shortened
@@ -38,75 +39,123 @@ class BenchmarkProtocol(Protocol):
         ...
 
 
+class HubFiles(BaseModel):
+    """The files of a set on the Hub, at one commit.
+
+    Attributes:
+        repo: Id of the data set, such as `clip-benchmark/wds_flickr30k`.
+        revision: Its commit, all 40 digits: the cache finds no other without a network.
+        files: Patterns of what is fetched.
+        megabytes: About how large that is.
+        train_files, train_megabytes: What linear probes need besides.
+        gated: Its terms have to be accepted on its page first.
+        unpack: The files are archives, whose content is the set.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    revision: str = Field(pattern=r"^[0-9a-f]{40}$")
+    files: tuple[str, ...] = Field(min_length=1)
+    megabytes: int = Field(gt=0)
+    train_files: tuple[str, ...] = ()
+    train_megabytes: int = 0
+    gated: bool = False
+    unpack: bool = False
+
+    def with_train(self) -> HubFiles:
+        """Return these files and those that linear probes need."""
+        return self.model_copy(
+            update={
+                "files": (*self.files, *self.train_files),
+                "megabytes": self.megabytes + self.train_megabytes,
+                "train_files": (),
+            }
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """A benchmark: one small file of this package, or of a stranger, defines one or several.
+    """A benchmark: a row of `sets.yaml` of this package, or of a stranger's file, defines one.
 
     Attributes:
         name: Its name on the command line, such as `urban1k`.
         title: Its name in tables.
         groups: The groups of `GROUPS` that contain it.
-        folder: Subfolder of `--data` that contains its files, by default; benchmarks of the same images share one.
-        needs: The files or folders below it that have to be there, or patterns of `Path.glob`; each may be a tuple of
-            alternatives, where a set is distributed in several forms. One that begins with `./` says little by its
-            name, as `./test.json`, and counts only in a folder with the name of `folder`.
-        files: What else is needed, in words, with the layout below `folder`.
+        folder: Subfolder of `--data` that contains its files; benchmarks of the same files share one.
+        needs: The files or folders below it that have to be there, or patterns of `Path.glob`.
+        files: What is needed, in words.
         counts: Published counts that the reader finds, such as `{"images": 1000, "texts": 5000}`.
         license: License of the data.
         source: Where to get the files, in words.
+        published: Where its numbers were published.
         read: Reads the files below a folder.
         protocol: Id of the protocol that measures what `read` returns, such as `retrieval` (see
             `llm2clip.evaluation.protocols`), or an object of one's own with `measure(session, data)`.
         options: Arguments of the protocol of an id, such as the languages of a mean.
         note: A trap, or how its numbers differ from others of the same name.
-        read_train: Reads the train images too, for the linear probes of the set, which have the names
-            `NAME-probe-sgd`, `NAME-probe-lbfgs` and `NAME-probe-openai`; None if it has no train images.
-        train_needs: What else has to be there for those, as `needs`.
+        differs: What of this copy differs from the published set, in words; results and reports say so.
+        hub: Its files on the Hub, which are fetched if there are none below `--data`.
+        read_train: Reads the train images too, for the linear probe of the set, `NAME-probe-sgd`; None if it has no
+            train images.
+        train_needs: What else has to be there for it, as `needs`.
+        train_differs: As `differs`, of the train images.
     """
 
     name: str
     title: str
     groups: tuple[Group, ...] = ()
     folder: str = ""
-    needs: tuple[str | tuple[str, ...], ...] = ()
+    needs: tuple[str, ...] = ()
     files: str = ""
     counts: Mapping[str, int] = field(default_factory=dict)
     license: str = ""
     source: str = ""
+    published: str = ""
     read: Callable[[Path], Any]
     protocol: str | BenchmarkProtocol
     options: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
+    differs: tuple[str, ...] = ()
+    hub: HubFiles | None = None
     read_train: Callable[[Path], Any] | None = None
-    train_needs: tuple[str | tuple[str, ...], ...] = ()
+    train_needs: tuple[str, ...] = ()
+    train_differs: tuple[str, ...] = ()
 
-    def located(self, folder: Path) -> list[Path | None]:
-        """Return the path of each of `needs` in a folder, or None where it is not there."""
-        return [
-            next((path for form in self._forms(need, folder) for path in folder.glob(form)), None)
-            for need in self.needs
-        ]
+    @property
+    def members(self) -> Sequence[Benchmark]:
+        """The benchmarks whose files it needs: itself, or those that a mean is of."""
+        return (self,)
+
+    def with_train(self) -> Benchmark:
+        """Return the same set with its train images, which linear probes need."""
+        assert self.read_train is not None
+        return replace(
+            self,
+            read=self.read_train,
+            read_train=None,
+            needs=(*self.needs, *self.train_needs),
+            differs=(*self.differs, *self.train_differs),
+            hub=self.hub and self.hub.with_train(),
+        )
+
+    def lacks(self, folder: Path) -> list[str]:
+        """Return those of `needs` that a folder does not have."""
+        return [need for need in self.needs if next(folder.glob(need), None) is None]
 
     def find(self, data: Path) -> Path | None:
-        """Return the folder of its files below `data`, or `data` itself if they lie there; None if there are none."""
-        folders = (data / self.folder, data)
-        return next((folder for folder in folders if folder.is_dir() and all(self.located(folder))), None)
+        """Return the folder of its files below `data`, or `data` if that is this folder; None if there is none."""
+        folder = self._folder(data)
+        return folder if folder.is_dir() and not self.lacks(folder) else None
 
     def lacking(self, data: Path) -> str:
-        """Say what is missing below a folder, and where it is looked for."""
-        folder = data / self.folder if (data / self.folder).is_dir() else data
-        missing = [
-            " or ".join(self._forms(need, folder) or [self.folder])
-            for need, path in zip(self.needs, self.located(folder), strict=True)
-            if path is None
-        ]
-        return f"{self.name} lacks {shortened(missing)} in {folder}. (Source: {self.source.rstrip('.')}.)"
+        """Say what is missing below a folder, and where to get it."""
+        folder = self._folder(data)
+        return f"{self.name} lacks {shortened(self.lacks(folder))} in {folder}. (Source: {self.source.rstrip('.')}.)"
 
-    def _forms(self, need: str | tuple[str, ...], folder: Path) -> list[str]:
-        """Return the alternatives of one of `needs` that count in a folder."""
-        forms = [need] if isinstance(need, str) else need
-        is_own = folder.resolve().name == Path(self.folder).name
-        return [form.removeprefix("./") for form in forms if is_own or not form.startswith("./")]
+    def _folder(self, data: Path) -> Path:
+        is_own = not (data / self.folder).is_dir() and data.resolve().name == Path(self.folder).name
+        return data if is_own else data / self.folder
 
     def load(self, folder: Path) -> Any:
         """Read the files below a folder.
@@ -139,7 +188,9 @@ class Benchmark:
 
     def describe(self, folder: Path) -> dict[str, Any]:
         """Return what a result says of the data that was found in a folder, besides its checksum."""
-        return {"folder": str(folder)}
+        if self.hub is None or self.hub.revision not in folder.parts:
+            return {"folder": str(folder)}
+        return {"folder": str(folder), "repo": self.hub.repo, "revision": self.hub.revision}
 
 
 @dataclass

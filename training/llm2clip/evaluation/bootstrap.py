@@ -9,11 +9,45 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llm2clip.evaluation.benchmark import Measurement
+
 RESAMPLES = 2000
 SEED = 0
 LEVEL = 0.95
 # Draws at once: 32 MiB of counts.
 BLOCK = 1 << 22
+# A score may differ by this from the mean of its values, which are float32.
+ROUNDING = 1e-5
+
+
+def intervals_of(measurement: Measurement) -> dict[str, list[float]]:
+    """Compute the intervals of the scores whose values or counts are known; see [`bootstrap_interval`].
+
+    Raises:
+        ValueError: The values of a score do not average to it, which is an error of the protocol.
+    """
+    means = {name: _mean(values, measurement.strata.get(name)) for name, values in measurement.values.items()}
+    summed = measurement.summed
+    if summed is not None:
+        means |= {name: score.item() for name, score in summed.scores(summed.counts.sum(dim=0).double()).items()}
+    for name, mean in means.items():
+        if not abs(mean - measurement.scores.get(name, torch.nan)) < ROUNDING:
+            raise ValueError(
+                f"the values of {name} average to {mean}, but its score is {measurement.scores.get(name)}."
+            )
+    intervals = {
+        name: bootstrap_interval(values, measurement.strata.get(name), measurement.clusters.get(name))
+        for name, values in measurement.values.items()
+    }
+    return intervals if summed is None else intervals | bootstrap_ratios(summed.counts, summed.scores)
+
+
+def _mean(values: Tensor, strata: Tensor | None) -> float:
+    if strata is None:
+        return values.double().mean().item()
+    parts, numbers = strata.unique(return_inverse=True)
+    sums = values.new_zeros(len(parts), dtype=torch.float64).index_add_(0, numbers, values.double())
+    return (sums / torch.bincount(numbers)).mean().item()
 
 
 def bootstrap_interval(values: Tensor, strata: Tensor | None = None, clusters: Tensor | None = None) -> list[float]:

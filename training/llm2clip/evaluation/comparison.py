@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llm2clip.command_line.settings import nearest
 from llm2clip.command_line.tables import markdown_table, short_name
 from llm2clip.evaluation.benchmark import GROUPS
 from llm2clip.evaluation.benchmarks import all_benchmarks
-from llm2clip.evaluation.results import (
-    PublishedRow,
-    Result,
-    notes_on,
-    protocol_words,
-    published_rows,
-    read_results,
-    require_equal,
-)
+from llm2clip.evaluation.published import PublishedRow, published_rows
+from llm2clip.evaluation.results import Result, notes_on, protocol_words, read_results
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -31,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 # Parts of results that a page does not show: plots show lengths, and classes are too many.
 LEFT_OUT = ("length", "class")
+# Scores of one model on one set that may differ by the device: a query whose best two are as near flips.
+SAME_SCORE = 5e-3
 CHECKSUM = re.compile(r"(\d-)?[0-9a-f]{16,}")
 Table = tuple[list[str], list[list[str]]]
 
@@ -103,21 +99,16 @@ class Report:
     def table(self, baseline: Row | None = None) -> Table:
         """Return titles and rows of the scores that are compared, in percent; or of their differences from a row."""
         numbers = {source: number for number, source in enumerate(self._sources(), 1)}
-        lines = []
-        for row in self.rows:
-            cells = row.cells
-            if baseline is not None:
-                cells = {
-                    number: {name: value - baseline.cells[number][name] for name, value in scores.items()}
-                    for number, scores in cells.items()
-                    if number in baseline.cells
-                }
-            if baseline is not None and (row is baseline or not cells):
-                continue
-            label = f"{row.label} [{numbers[row.source]}]" if row.source else row.label
-            style = "{:.1f}" if baseline is None else "{:+.1f}"
-            lines.append([label, *(_cell(cells.get(number), style) for number in range(len(self.columns)))])
-        return ["model", *(column.heading for column in self.columns)], lines
+        labels = [f"{row.label} [{numbers[row.source]}]" if row.source else row.label for row in self.rows]
+        frame, style = self.to_pandas().set_axis(labels), "{:.1f}"
+        if baseline is not None:
+            place = self.rows.index(baseline)
+            differences = (frame - frame.iloc[place]).iloc[[row for row in range(len(frame)) if row != place]]
+            frame, style = differences.dropna(how="all"), "{:+.1f}"
+        column_of = [number for number, column in enumerate(self.columns) for _ in column.scores]
+        cells = (100 * frame).map(style.format, na_action="ignore").T.groupby(column_of).agg(_joined)
+        heads = ["model", *(column.heading for column in self.columns)]
+        return heads, [[label, *row] for label, row in zip(frame.index, cells.T.to_numpy(), strict=True)]
 
     def sources(self) -> list[str]:
         """Name the sources of published rows, by the numbers in the tables, and what they do not say."""
@@ -245,6 +236,24 @@ def compare_results(results: Sequence[str | Path | Result], paper: bool = False)
     return report
 
 
+def require_equal(known: tuple[str, Result], other: tuple[str, Result]) -> None:
+    """Raise ValueError if scores of two results of the same measurement differ by more than `SAME_SCORE`."""
+    (name, first), (second_name, second) = known, other
+    differences = {score: abs(value - second.scores.get(score, math.nan)) for score, value in first.scores.items()}
+    for score, difference in differences.items():
+        if not difference <= SAME_SCORE:
+            raise ValueError(
+                f"{name} and {second_name} are of the same model, set and protocol ({first.model['given']}, "
+                f"{first.title}), but differ by more than {SAME_SCORE}: {score} is {first.scores[score]} and "
+                f"{second.scores.get(score)}. Leave one of them out."
+            )
+    if largest := max(differences.values(), default=0):
+        logger.warning(
+            "%s and %s of one model on one set differ by up to %.2g: %s; those of the first are shown.",
+            name, second_name, largest, first.benchmark,
+        )  # fmt: skip
+
+
 def told_apart(entries: Sequence[tuple[str, Mapping[str, str]]]) -> list[str]:
     """Make labels different: those that are equal get the facts in which they differ, such as `CLIP (dtype float16)`.
 
@@ -296,27 +305,29 @@ def _with_note(title: str, first: Result) -> str:
     return f"{title} ({', '.join(notes)})" if notes else title
 
 
-def _cell(scores: Mapping[str, float] | None, style: str) -> str:
-    return "" if scores is None else " / ".join(style.format(100 * value) for value in scores.values())
+def _joined(cells: Iterable[Any]) -> str:
+    """Write the scores of a cell, of which a model has all or none."""
+    return " / ".join(cell for cell in cells if isinstance(cell, str))
+
+
+def _table(frame: DataFrame) -> Table:
+    """Return the titles of columns, and the rows, in which what is not there is empty."""
+    return list(frame.columns), frame.fillna("").to_numpy().tolist()
 
 
 def _details(column: Column, results: Sequence[tuple[str, Result]]) -> list[str]:
     """Write all that was measured in a column: scores with their intervals, counts, and scores of parts."""
-    names, counts, ranks = (
-        list(dict.fromkeys(name for _, result in results for name in getattr(result, kind)))
-        for kind in ("scores", "counts", "ranks")
-    )
-    titles = ["model", *map(short_name, [*names, *ranks, *counts])]
+    import pandas
+
     rows = [
-        [
-            label,
-            *(_with_interval(result, name) for name in names),
-            *(f"{result.ranks[name]:,.4g}" if name in result.ranks else "" for name in ranks),
-            *(f"{result.counts[name]:,}" if name in result.counts else "" for name in counts),
-        ]
+        {"model": label}
+        | {short_name(name): _with_interval(result, name) for name in result.scores}
+        | {short_name(name): f"{value:,.4g}" for name, value in result.ranks.items()}
+        | {short_name(name): f"{count:,}" for name, count in result.counts.items()}
         for label, result in results
     ]
-    parts = [f"## {column.title}", f"Protocol: {protocol_words(column.first)}.", markdown_table(titles, rows)]
+    table = markdown_table(*_table(pandas.DataFrame(rows)))
+    parts = [f"## {column.title}", f"Protocol: {protocol_words(column.first)}.", table]
     for kind in dict.fromkeys(kind for _, result in results for kind in result.groups if kind not in LEFT_OUT):
         parts += [f"### By {kind}", markdown_table(*_groups(kind, column, results))]
     return parts
@@ -324,21 +335,22 @@ def _details(column: Column, results: Sequence[tuple[str, Result]]) -> list[str]
 
 def _groups(kind: str, column: Column, results: Sequence[tuple[str, Result]]) -> Table:
     """Return the compared scores of the parts of results, a row for each part."""
-    known = [(label, result.groups[kind]) for label, result in results if kind in result.groups]
-    parts = dict.fromkeys(part for _, groups in known for part in groups)
+    import pandas
+
+    known = {label: result.groups[kind] for label, result in results if kind in result.groups}
     names = [
-        name for name in column.scores if any(name in scores for _, groups in known for scores in groups.values())
+        name for name in column.scores if any(name in part for parts in known.values() for part in parts.values())
     ]
-    rows = []
-    for part in parts:
-        scores_of_part = (groups.get(part, {}) for _, groups in known)
-        cells = ({name: scores[name] for name in names if name in scores} for scores in scores_of_part)
-        rows.append([part, *(_cell(cell, "{:.1f}") for cell in cells)])
-    return [f"{kind}, {' / '.join(map(short_name, names))}", *(label for label, _ in known)], rows
+    cells = {
+        label: {
+            part: " / ".join(f"{100 * scores[name]:.1f}" for name in names if name in scores)
+            for part, scores in parts.items()
+        }
+        for label, parts in known.items()
+    }
+    return _table(pandas.DataFrame(cells).reset_index(names=f"{kind}, {' / '.join(map(short_name, names))}"))
 
 
 def _with_interval(result: Result, name: str) -> str:
-    if name not in result.scores:
-        return ""
     score, interval = f"{100 * result.scores[name]:.1f}", result.intervals.get(name)
     return score if interval is None else f"{score} ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"

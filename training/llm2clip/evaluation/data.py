@@ -108,17 +108,16 @@ class RetrievalData:
     """Images and captions for retrieval in both directions.
 
     Attributes:
-        images: The gallery.
+        images: The corpus of the texts, as the texts are that of the images.
         texts: Every caption row is a query of its own: repeats and empty ones stay.
         owners: `(texts,)` int64, the image that each text belongs to, which alone is right.
-        matches: `(pairs, 2)` int64, text and image of all that is right, where human judges found more than the
-            owners (ECCV Caption, CxC); None otherwise.
+        qrels: `(pairs, 2)` int64, text and image of all that is right, if that is more than the owners, or None.
     """
 
     images: ImageSet
     texts: list[str]
     owners: Tensor
-    matches: Tensor | None = None
+    qrels: Tensor | None = None
 
     @classmethod
     def from_captions(cls, images: ImageSet, captions: Sequence[Sequence[str]]) -> RetrievalData:
@@ -182,8 +181,8 @@ class RetrievalData:
     @property
     def pairs(self) -> Tensor:
         """The pairs that are right, `(pairs, 2)` int64: text and image."""
-        if self.matches is not None:
-            return self.matches
+        if self.qrels is not None:
+            return self.qrels
         return torch.stack([torch.arange(len(self.texts)), self.owners], dim=1)
 
     def image(self, row: int) -> Image.Image:
@@ -207,9 +206,7 @@ class RetrievalData:
         texts, pairs[:, 0] = pairs[:, 0].unique(return_inverse=True)
         owners = torch.full((len(texts),), len(images)).scatter_reduce_(0, pairs[:, 0], pairs[:, 1], "amin")
         chosen = [self.texts[text] for text in texts.tolist()]
-        return RetrievalData(
-            ChosenImages(self.images, images), chosen, owners, None if self.matches is None else pairs
-        )
+        return RetrievalData(ChosenImages(self.images, images), chosen, owners, None if self.qrels is None else pairs)
 
     def counts(self) -> dict[str, int]:
         """Numbers of images and texts."""
@@ -247,16 +244,14 @@ class ClassificationData:
         classnames: Name of each class, as it stands in a prompt.
         templates: Prompts with `{c}` for the name, unless the user chooses others.
         train: Images for a linear probe, with the same classes.
-        validation: Images by which a probe chooses its strength of regularisation, if the set has such a part.
         mean_per_class: Whether the accuracy that is compared is the mean of the classes.
     """
 
-    images: BenchmarkImages
+    images: ImageSet
     labels: Tensor
     classnames: list[str]
     templates: list[str] = field(default_factory=lambda: ["a photo of a {c}."])
     train: ClassificationData | None = None
-    validation: ClassificationData | None = None
     mean_per_class: bool = False
 
     def counts(self) -> dict[str, int]:
@@ -267,8 +262,8 @@ class ClassificationData:
         """Return the prompts by class, the images, and those for a probe."""
         names = [name for name in self.classnames for _ in self.templates]
         texts = list(zip(names, prompts(self.classnames, self.templates), strict=True))
-        sets = (self, self.train, self.validation)
-        return [DataPart(texts, ("prompts",)), *(DataPart(images=part.images) for part in sets if part is not None)]
+        sets = [self] if self.train is None else [self, self.train]
+        return [DataPart(texts, ("prompts",)), *(DataPart(images=part.images) for part in sets)]
 
 
 class SeveralSets(dict[str, ClassificationData]):
@@ -292,12 +287,12 @@ class CaptionPairData:
 
     Attributes:
         queries, targets: A caption of each image, and another one, in the same order.
-        matches: `(pairs, 2)` int64, query and target of all that is right; None if row i belongs to row i.
+        qrels: `(pairs, 2)` int64, query and target of all that is right; None if row i belongs to row i.
     """
 
     queries: list[str]
     targets: list[str]
-    matches: Tensor | None = None
+    qrels: Tensor | None = None
 
     @classmethod
     def from_source(cls, source: PairSource) -> CaptionPairData:
@@ -333,7 +328,7 @@ class PairData:
         kinds: The part that each pair belongs to, such as a visual pattern.
     """
 
-    images: BenchmarkImages
+    images: ImageSet
     texts: list[str]
     kinds: list[str]
 
@@ -373,29 +368,3 @@ class HardNegativeData:
         """Return the choices, by image."""
         keys = [self.images.key(owner) for owner in self.owners.tolist()]
         return [DataPart(list(zip(keys, self.right, self.wrong, strict=True)), ("right", "wrong"), self.images)]
-
-
-@dataclass
-class GradedData(RetrievalData):
-    """Images and captions with all pairs that human judges found right; only some are queries.
-
-    Attributes:
-        matches: `(pairs, 2)` int64, text and image, of the texts that are queries.
-        image_matches: `(pairs, 2)` int64, image and text, of the images that are queries. Judges saw other candidates
-            in the two directions, so that these need not be the same pairs.
-        outside: Judged right pairs whose image or caption is not in the gallery, in words.
-    """
-
-    image_matches: Tensor = field(default_factory=lambda: torch.zeros(0, 2, dtype=torch.int64))
-    outside: list[str] = field(default_factory=list)
-
-    def counts(self) -> dict[str, int]:
-        """Numbers of images and texts, of queries of both kinds, of what is right for them, and of pairs outside."""
-        assert self.matches is not None
-        return super().counts() | {
-            "text_queries": len(self.matches[:, 0].unique()),
-            "image_queries": len(self.image_matches[:, 0].unique()),
-            "right_images": len(self.matches),
-            "right_texts": len(self.image_matches),
-            "outside": len(self.outside),
-        }

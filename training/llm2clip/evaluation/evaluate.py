@@ -26,13 +26,14 @@ from llm2clip.encoders.stored import open_stored_encoder
 from llm2clip.evaluation.benchmark import GROUPS, Benchmark, BenchmarkError, BenchmarkProtocol
 from llm2clip.evaluation.benchmarks import ALL_FOUND, all_benchmarks, choose_benchmarks
 from llm2clip.evaluation.benchmarks.checksum import data_checksum
+from llm2clip.evaluation.benchmarks.hub_files import obtain, require_files
 from llm2clip.evaluation.benchmarks.listing import list_benchmarks, overview
-from llm2clip.evaluation.benchmarks.unusual_rows import unusual_rows
+from llm2clip.evaluation.bootstrap import intervals_of
 from llm2clip.evaluation.evaluate_config import OWN_DATA, EvaluateConfig
 from llm2clip.evaluation.own_data import OwnData, is_own_data, own_benchmark, plain_path
 from llm2clip.evaluation.prompts import with_prompts
 from llm2clip.evaluation.protocols import open_protocol
-from llm2clip.evaluation.results import Result, intervals_of, print_results, read_result, require_same, result_path
+from llm2clip.evaluation.results import Result, print_results, read_result, require_same, result_path
 from llm2clip.evaluation.session import Session
 from llm2clip.evaluation.text_formats import RAW, format_captions
 from llm2clip.files.atomic import require_writable
@@ -58,7 +59,7 @@ class LoadedBenchmark:
         data: What the benchmark's reader returned, in the text format of the run.
         checksum: Of what it returned; see [`data_checksum`].
         text_format: RAW for data without captions.
-        differences: How the data differs from the published counts, in words.
+        differences: How the data differs from what was published, in words.
         seconds: How long reading took.
     """
 
@@ -271,27 +272,23 @@ def load_benchmarks(config: EvaluateConfig, benchmarks: Sequence[Benchmark]) -> 
             published.
         ValueError: A setting does nothing for these benchmarks.
     """
-    located = find_benchmarks(benchmarks, Path(config.data))
+    located = find_benchmarks(benchmarks, Path(config.data), config.download)
     loaded = []
     for benchmark, folder in located:
         start = time.monotonic()
         data = benchmark.load(folder)
         differences = benchmark.differences(data.counts())
         if differences and not config.allow_counts:
-            sentences = [
+            raise BenchmarkError(
                 f"{benchmark.title} in {folder} has {', '.join(differences)}: its numbers could not be compared with "
-                "published ones.",
-                unusual_rows(benchmark.counts, data, folder),
-                "With --allow-counts it is measured all the same, and the result says so.",
-            ]
-            raise BenchmarkError(" ".join(filter(None, sentences)))
+                "published ones. With --allow-counts it is measured all the same, and the result says so."
+            )
         formatted = format_captions(data, config.text_format)
         text_format = RAW if formatted is data else config.text_format
         protocol, checksum = open_protocol(benchmark.protocol, benchmark.options), data_checksum(data)
         seconds = round(time.monotonic() - start, 3)
-        loaded.append(
-            LoadedBenchmark(benchmark, protocol, folder, formatted, checksum, text_format, differences, seconds)
-        )
+        told = [*benchmark.differs, *differences]
+        loaded.append(LoadedBenchmark(benchmark, protocol, folder, formatted, checksum, text_format, told, seconds))
     names = ", ".join(benchmark.name for benchmark in benchmarks)
     if config.text_format != RAW and all(entry.text_format == RAW for entry in loaded):
         raise ValueError(f"text_format is {config.text_format}, but {names} has no captions: leave it out.")
@@ -308,18 +305,16 @@ def load_benchmarks(config: EvaluateConfig, benchmarks: Sequence[Benchmark]) -> 
     return loaded
 
 
-def find_benchmarks(benchmarks: Sequence[Benchmark], data: Path) -> list[tuple[Benchmark, Path]]:
-    """Find the files of benchmarks; see [`load_benchmarks`]."""
-    published = [benchmark for benchmark in benchmarks if not isinstance(benchmark, OwnData)]
-    if published and not data.is_dir():
-        raise BenchmarkError(f"--data {data} is no folder.")
-    located = [(benchmark, benchmark.find(data)) for benchmark in benchmarks]
-    missing = [benchmark.lacking(data) for benchmark, folder in located if folder is None]
-    if missing:
-        names = " ".join(benchmark.name for benchmark, folder in located if folder is None)
-        needs = f"`llm2clip evaluate --list --benchmark {names}` shows what is needed."
-        raise BenchmarkError(" ".join([*missing, needs]))
-    return [(benchmark, folder) for benchmark, folder in located if folder is not None]
+def find_benchmarks(
+    benchmarks: Sequence[Benchmark], data: Path, download: bool = False
+) -> list[tuple[Benchmark, Path]]:
+    """Find the files of benchmarks, or fetch them; see [`load_benchmarks`].
+
+    Args:
+        download: Sets of more than 2 GB are fetched too.
+    """
+    require_files(benchmarks, data, download)
+    return [(benchmark, obtain(benchmark, data)) for benchmark in benchmarks]
 
 
 def _open_encoder(config: EvaluateConfig, name: str, texts_alone: bool) -> Encoder:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from llm2clip.command_line.settings import check_choices, setting
 from llm2clip.data import OnError
+from llm2clip.evaluation.benchmarks.hub_files import DATA
 from llm2clip.evaluation.data import Positives
 from llm2clip.evaluation.text_formats import RAW, TextFormat
 from llm2clip.models.embeddings import Precision
@@ -29,15 +30,19 @@ class EvaluateConfig:
     benchmark: Names = setting(
         [],
         "What to measure: published sets by name or group (short, long, languages, classification, composition, "
-        "dense, paper) or all-found (all whose files are below --data); your own data by its path or Hub id, or the "
-        "fields of a source as JSON; a Python file with a list BENCHMARKS.",
+        "dense, paper: those below --data) or all-found (all below --data); your own data by its path or Hub id, or "
+        "the fields of a source as JSON; a YAML file of sets, or a Python file with a list BENCHMARKS.",
     )
     list: bool = setting(
         False,
         "Show all published sets in a line each and which are below --data; with --benchmark all that is known of "
         "those: files, counts, license, where to get them.",
     )
-    data: str = setting("data", "Folder of the published sets.")
+    data: str = setting(
+        DATA,
+        "Folder of the published sets. One that is named and not there is fetched from the Hub, if it is there.",
+    )
+    download: bool = setting(False, "Fetch sets of more than 2 GB too.", affects_numbers=False)
     output: str | None = setting("results", "Folder of the results.")
     task: Literal["retrieval", "caption_retrieval"] = setting(
         "retrieval",

@@ -31,7 +31,7 @@ ROUNDING = 1e-6
 def retrieval_metrics(
     image_embeds: Tensor,
     text_embeds: Tensor,
-    matches: Tensor,
+    qrels: Tensor,
     ks: Sequence[int] = KS,
 ) -> dict[str, float | int]:
     """Compute retrieval metrics in both directions, as on Flickr30k and COCO.
@@ -42,7 +42,7 @@ def retrieval_metrics(
     Args:
         image_embeds: (images, d), normalised or not.
         text_embeds: (texts, d).
-        matches: (p, 2) int64, pairs of a text index and an image index. Every text needs one; an image without any is
+        qrels: (p, 2) int64, pairs of a text index and an image index. Every text needs one; an image without any is
             a wrong candidate for every text, and is not a query.
         ks: Values of k. A k above the number of candidates gives a recall of 1.
 
@@ -55,29 +55,27 @@ def retrieval_metrics(
         ValueError: A text has no match, an index is out of range, an embedding is not finite, or the shapes do not
             match.
     """
-    text_to_image, image_to_text, asking = retrieval_ranks(image_embeds, text_embeds, matches)
-    counts = {"num_texts": len(text_embeds), "num_images": len(image_embeds), "num_images_with_text": len(asking)}
+    text_to_image, image_to_text, with_text = retrieval_ranks(image_embeds, text_embeds, qrels)
+    counts = {"num_texts": len(text_embeds), "num_images": len(image_embeds), "num_images_with_text": len(with_text)}
     return {**_summary(text_to_image, ks, "text_to_image_"), **_summary(image_to_text, ks, "image_to_text_"), **counts}
 
 
-def retrieval_ranks(
-    image_embeds: Tensor, text_embeds: Tensor, matches: Tensor
-) -> tuple[QueryRanks, QueryRanks, Tensor]:
+def retrieval_ranks(image_embeds: Tensor, text_embeds: Tensor, qrels: Tensor) -> tuple[QueryRanks, QueryRanks, Tensor]:
     """Compute what [`retrieval_metrics`] averages: the ranks of every query, with its arguments and errors.
 
     Returns:
         Ranks of the texts among the images; ranks of the images among the texts, without the images that have no text;
         the rows of those images, `(queries,)`, ascending.
     """
-    text_to_image, image_to_text = _ranks(text_embeds, image_embeds, matches, ("text", "image"))
-    asking = matches[:, 1].unique().cpu()
-    return text_to_image, QueryRanks(*(column[asking] for column in image_to_text)), asking
+    text_to_image, image_to_text = _ranks(text_embeds, image_embeds, qrels, ("text", "image"))
+    with_text = qrels[:, 1].unique().cpu()
+    return text_to_image, QueryRanks(*(column[with_text] for column in image_to_text)), with_text
 
 
 def caption_retrieval_metrics(
     query_embeds: Tensor,
     target_embeds: Tensor,
-    matches: Tensor | None = None,
+    qrels: Tensor | None = None,
     ks: Sequence[int] = KS,
 ) -> dict[str, float | int]:
     """Compute how well a text encoder finds another caption of the same image (the "CRA" of LLM2CLIP).
@@ -88,7 +86,7 @@ def caption_retrieval_metrics(
     Args:
         query_embeds: (q, d), normalised or not.
         target_embeds: (t, d).
-        matches: (p, 2) int64, pairs of a query index and a target index; None pairs row i with row i.
+        qrels: (p, 2) int64, pairs of a query index and a target index; None pairs row i with row i.
         ks: Values of k. A k above the number of targets gives a recall of 1.
 
     Returns:
@@ -97,14 +95,14 @@ def caption_retrieval_metrics(
     Raises:
         ValueError: A query has no target; otherwise as [`retrieval_metrics`].
     """
-    if matches is None:
+    if qrels is None:
         if len(query_embeds) != len(target_embeds):
             raise ValueError(
-                f"Without matches, query i belongs to target i, but there are {len(query_embeds)} queries and "
-                f"{len(target_embeds)} targets. Give the pairs as matches."
+                f"Without qrels, query i belongs to target i, but there are {len(query_embeds)} queries and "
+                f"{len(target_embeds)} targets. Give the pairs as qrels."
             )
-        matches = torch.arange(len(query_embeds))[:, None].expand(-1, 2)
-    ranks, _ = _ranks(query_embeds, target_embeds, matches, ("query", "target"))
+        qrels = torch.arange(len(query_embeds))[:, None].expand(-1, 2)
+    ranks, _ = _ranks(query_embeds, target_embeds, qrels, ("query", "target"))
     return {**_summary(ranks, ks), "num_queries": len(query_embeds), "num_targets": len(target_embeds)}
 
 
@@ -166,14 +164,14 @@ def _summary(ranks: QueryRanks, ks: Sequence[int], prefix: str = "") -> dict[str
 
 @torch.no_grad()
 def _ranks(
-    queries: Tensor, candidates: Tensor, matches: Tensor, names: tuple[str, str]
+    queries: Tensor, candidates: Tensor, qrels: Tensor, names: tuple[str, str]
 ) -> tuple[QueryRanks, QueryRanks]:
     """Compute the ranks of both directions from one matrix product, tile by tile.
 
     Args:
         queries: (q, d), normalised or not.
         candidates: (c, d), on the device that computes; tiles of queries are moved there.
-        matches: (p, 2) int64, pairs of a query index and a correct candidate index; at least one per query, any order.
+        qrels: (p, 2) int64, pairs of a query index and a correct candidate index; at least one per query, any order.
         names: What a query and a candidate are, in messages.
 
     Returns:
@@ -186,24 +184,24 @@ def _ranks(
             f"{tuple(queries.shape)} and {tuple(candidates.shape)}."
         )
     device = candidates.device
-    matches = _checked_matches(matches, len(queries), len(candidates), names)
+    qrels = _checked_qrels(qrels, len(queries), len(candidates), names)
     units = candidates.float() / _norms(candidates, candidate_name)
     norms = _norms(queries, query_name)
 
     def unit_queries(rows: Tensor | slice) -> Tensor:
         return (queries[rows].float() / norms[rows]).to(device)
 
-    matches = matches.to(device)
+    qrels = qrels.to(device)
     parts = [
         (unit_queries(chunk[:, 0].to(queries.device)) * units[chunk[:, 1]]).sum(dim=1)
-        for chunk in matches.split(TILE_SIZE)
+        for chunk in qrels.split(TILE_SIZE)
     ]
     correct = torch.cat(parts)
-    sides = (_Side(len(queries), matches[:, 0], correct), _Side(len(candidates), matches[:, 1], correct))
-    # For each tile, the slice of `matches` (sorted by query) that belongs to it.
+    sides = (_Side(len(queries), qrels[:, 0], correct), _Side(len(candidates), qrels[:, 1], correct))
+    # For each tile, the slice of `qrels` (sorted by query) that belongs to it.
     starts = range(0, len(queries), TILE_SIZE)
     cuts = torch.tensor([*starts, len(queries)], device=device)
-    bounds = torch.searchsorted(matches[:, 0].contiguous(), cuts).tolist()
+    bounds = torch.searchsorted(qrels[:, 0].contiguous(), cuts).tolist()
     buffers = units.new_empty(2, min(TILE_SIZE, len(queries)), len(candidates))
     with torch.autocast(device.type, enabled=False):
         for start, first, last in zip(starts, bounds, bounds[1:], strict=False):
@@ -211,7 +209,7 @@ def _ranks(
             scores, flags = buffers[:, : len(norms[tile])]
             inner_products(unit_queries(tile), units, scores)
             # Only wrong candidates are counted: rounding must not rank a correct candidate above itself.
-            scores[matches[first:last, 0] - start, matches[first:last, 1]] = -torch.inf
+            scores[qrels[first:last, 0] - start, qrels[first:last, 1]] = -torch.inf
             sides[0].count(scores, flags, tile)
             sides[1].count(scores.T, flags.T, slice(None))
     return sides[0].ranks(), sides[1].ranks()
@@ -248,25 +246,25 @@ class _Side:
         return QueryRanks(self.ahead.cpu(), (self.not_behind - self.ahead).cpu(), self.tied_right.cpu())
 
 
-def _checked_matches(matches: Tensor, num_queries: int, num_candidates: int, names: tuple[str, str]) -> Tensor:
+def _checked_qrels(qrels: Tensor, num_queries: int, num_candidates: int, names: tuple[str, str]) -> Tensor:
     """Return the distinct pairs, sorted by query."""
-    if matches.dtype != torch.int64 or matches.ndim != 2 or matches.shape[1] != 2:
+    if qrels.dtype != torch.int64 or qrels.ndim != 2 or qrels.shape[1] != 2:
         raise ValueError(
-            f"matches must be int64 pairs of shape (p, 2), but are {matches.dtype} of shape {tuple(matches.shape)}."
+            f"qrels must be int64 pairs of shape (p, 2), but are {qrels.dtype} of shape {tuple(qrels.shape)}."
         )
-    for name, column, count in zip(names, matches.unbind(1), (num_queries, num_candidates), strict=True):
+    for name, column, count in zip(names, qrels.unbind(1), (num_queries, num_candidates), strict=True):
         outside = (column < 0) | (column >= count)
         if outside.any():
             raise ValueError(
-                f"matches name {name} {int(column[outside][0])}, but there are {count} {name} embeddings (from 0)."
+                f"qrels name {name} {int(column[outside][0])}, but there are {count} {name} embeddings (from 0)."
             )
     if num_queries == 0:
         raise ValueError(f"There are no {names[0]} embeddings to evaluate.")
-    unmatched = _rows(torch.bincount(matches[:, 0], minlength=num_queries) == 0)
+    unmatched = _rows(torch.bincount(qrels[:, 0], minlength=num_queries) == 0)
     if unmatched:
         rows = f"{shortened(unmatched)} of {num_queries}"
-        raise ValueError(f"Every {names[0]} needs a correct {names[1]} in matches; {rows} have none.")
-    numbers = (matches[:, 0] * num_candidates + matches[:, 1]).unique()
+        raise ValueError(f"Every {names[0]} needs a correct {names[1]} in qrels; {rows} have none.")
+    numbers = (qrels[:, 0] * num_candidates + qrels[:, 1]).unique()
     return torch.stack([numbers // num_candidates, numbers % num_candidates], dim=1)
 
 

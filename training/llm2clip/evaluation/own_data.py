@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,9 @@ class OwnData(Benchmark):
 def is_own_data(name: str) -> bool:
     """Tell whether a name is that of no benchmark, but the path, URL or Hub id of data, or a source in JSON."""
     path = Path(name)
-    return name.startswith("{") or (
-        path.suffix != ".py" and ("/" in name or path.suffix != "" or path.exists() or glob.has_magic(name))
-    )
+    if path.suffix in (".py", ".yaml") and not name.startswith("{"):  # a file of benchmarks
+        return False
+    return name.startswith("{") or "/" in name or path.suffix != "" or path.exists() or glob.has_magic(name)
 
 
 def plain_path(name: str) -> str:
@@ -96,23 +96,3 @@ def own_benchmark(
         options=options,
         fields=given,
     )
-
-
-def retrieval_sets(sources: Mapping[str, Any]) -> dict[str, RetrievalData]:
-    """Read images and captions; each caption column, such as a language, is a set, and those of a source share images.
-
-    Args:
-        sources: [`CaptionSource`] fields by name.
-
-    Returns:
-        The sets by name, with that of the column behind it if a source has several.
-    """
-    sets = {}
-    for name, fields in sources.items():
-        source = CaptionSource.from_dict(fields)
-        columns = source.caption_columns
-        alone = [replace(source, caption_columns=[column], caption_weights=None) for column in columns]
-        data = [RetrievalData.from_source(source) for source in alone]
-        for column, part in zip(columns, data, strict=True):
-            sets[f"{name}_{column}" if len(columns) > 1 else name] = replace(part, images=data[0].images)
-    return sets

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import glob
-import logging
 import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +16,12 @@ import transformers
 from rich.console import Console
 
 from llm2clip.command_line.tables import in_percent, print_table, score_columns, short_name
-from llm2clip.command_line.yaml_text import load_yaml
-from llm2clip.evaluation.benchmark import Measurement
-from llm2clip.evaluation.bootstrap import bootstrap_interval, bootstrap_ratios
 from llm2clip.evaluation.text_formats import RAW
 from llm2clip.files.atomic import write_json
 from llm2clip.files.manifests import read_checked, with_checksum
 from modeling_llm2clip import __version__
 
-logger = logging.getLogger(__name__)
-
 SCHEMA_VERSION = 1
-# A score may differ by this from the mean of its values, which are float32.
-ROUNDING = 1e-5
-# Scores of one model on one set that may differ by the device: a query whose best two are as near flips.
-SAME_SCORE = 5e-3
-PUBLISHED = "published.yaml"
 
 
 @dataclass
@@ -134,36 +121,6 @@ def package_versions() -> dict[str, str]:
     return {"llm2clip": __version__, "python": platform.python_version(), **versions}
 
 
-def intervals_of(measurement: Measurement) -> dict[str, list[float]]:
-    """Compute the intervals of the scores whose values or counts are known; see [`bootstrap_interval`].
-
-    Raises:
-        ValueError: The values of a score do not average to it, which is an error of the protocol.
-    """
-    means = {name: _mean(values, measurement.strata.get(name)) for name, values in measurement.values.items()}
-    summed = measurement.summed
-    if summed is not None:
-        means |= {name: score.item() for name, score in summed.scores(summed.counts.sum(dim=0).double()).items()}
-    for name, mean in means.items():
-        if not abs(mean - measurement.scores.get(name, torch.nan)) < ROUNDING:
-            raise ValueError(
-                f"the values of {name} average to {mean}, but its score is {measurement.scores.get(name)}."
-            )
-    intervals = {
-        name: bootstrap_interval(values, measurement.strata.get(name), measurement.clusters.get(name))
-        for name, values in measurement.values.items()
-    }
-    return intervals if summed is None else intervals | bootstrap_ratios(summed.counts, summed.scores)
-
-
-def _mean(values: torch.Tensor, strata: torch.Tensor | None) -> float:
-    if strata is None:
-        return values.double().mean().item()
-    parts, numbers = strata.unique(return_inverse=True)
-    sums = values.new_zeros(len(parts), dtype=torch.float64).index_add_(0, numbers, values.double())
-    return (sums / torch.bincount(numbers)).mean().item()
-
-
 def require_same(
     path: Path, finished: Result, model: Mapping[str, str], checksum: str, setup: Mapping[str, Any]
 ) -> None:
@@ -184,70 +141,6 @@ def require_same(
             f"{path} is a finished result, but since then there is a change of the {' and of the '.join(changed)}. "
             "--overwrite replaces it; another --output keeps both."
         )
-
-
-def require_equal(known: tuple[str, Result], other: tuple[str, Result]) -> None:
-    """Raise ValueError if scores of two results of the same measurement differ by more than `SAME_SCORE`."""
-    (name, first), (second_name, second) = known, other
-    differences = {score: abs(value - second.scores.get(score, torch.nan)) for score, value in first.scores.items()}
-    for score, difference in differences.items():
-        if not difference <= SAME_SCORE:
-            raise ValueError(
-                f"{name} and {second_name} are of the same model, set and protocol ({first.model['given']}, "
-                f"{first.title}), but differ by more than {SAME_SCORE}: {score} is {first.scores[score]} and "
-                f"{second.scores.get(score)}. Leave one of them out."
-            )
-    if largest := max(differences.values(), default=0):
-        logger.warning(
-            "%s and %s of one model on one set differ by up to %.2g: %s; those of the first are shown.",
-            name, second_name, largest, first.benchmark,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class PublishedRow:
-    """The scores of a model on a benchmark, as a source prints them; the file `published.yaml` has all.
-
-    Attributes:
-        model: As the source names it.
-        benchmarks: Names of the benchmark; several hold the same images and captions in other files.
-        scores: 0 to 1.
-        protocol: Options that a result's protocol has to have, to be compared.
-        source: Paper and version.
-        unstated: What the source does not say, though numbers depend on it; empty if nothing.
-    """
-
-    model: str
-    benchmarks: tuple[str, ...]
-    scores: Mapping[str, float]
-    protocol: Mapping[str, Any]
-    source: str
-    unstated: str = ""
-
-    def fits(self, benchmark: str, protocol: Mapping[str, Any]) -> bool:
-        """Tell whether the row may stand beside results of a benchmark by a protocol."""
-        return benchmark in self.benchmarks and all(
-            protocol.get(name) == value for name, value in self.protocol.items()
-        )
-
-
-@cache
-def published_rows() -> tuple[PublishedRow, ...]:
-    """Read all published scores, in the order of the file."""
-    text = (resources.files("llm2clip.evaluation") / PUBLISHED).read_text(encoding="utf-8")
-    return tuple(row for table in load_yaml(text) for row in read_published(table))
-
-
-def read_published(table: Mapping[str, Any]) -> Iterator[PublishedRow]:
-    """Read the rows of one table of the file: a cell for each set, with a number for each score."""
-    sets = [tuple(name.strip() for name in names.split("|")) for names in table["sets"]]
-    facts = {name: str(table.get(name, "")) for name in ("source", "unstated")}
-    for model, row in table["rows"].items():
-        for names, cell in zip(sets, str(row).split(), strict=True):
-            if cell != "-":
-                values = [float(value) / 100 for value in cell.split("/")]
-                scores = dict(zip(table["scores"], values, strict=True))
-                yield PublishedRow(str(model), names, scores, table.get("protocol") or {}, **facts)
 
 
 def print_results(console: Console, results: Sequence[Result]) -> None:

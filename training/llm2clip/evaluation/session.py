@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,7 @@ from llm2clip.store.shards import ComputedRows
 from llm2clip.store.store import caption_keys
 from modeling_llm2clip.image_decoding_llm2clip import DamagedImageError
 
-IMAGES = "images"
+IMAGES, FEATURES = "images", "features"
 # Images per forward pass, unless the user chooses.
 IMAGE_BATCH = 64
 # Images in which something is counted (a second or more each) between two writes.
@@ -82,7 +81,7 @@ class Session:
 
         Args:
             kind: `images`: unit rows `(images, width)`. `features`: pooled features before the projection,
-                `(images, hidden)`. `projected`: features after it, `(images, width)`, of any length.
+                `(images, hidden)`.
 
         Returns:
             float32 on the CPU, in the order of the images; NaN for an image that is skipped.
@@ -92,7 +91,7 @@ class Session:
             NonFiniteError: Rows are NaN or infinite; the message names the images.
         """
         encoder, size = self.encoder, self.batch_size or IMAGE_BATCH
-        forward = None if kind == IMAGES else partial(encoder.forward_features, projected=kind == "projected")
+        forward = None if kind == IMAGES else encoder.forward_features
 
         def compute(rows: list[int]) -> Iterator[ComputedRows]:
             return encoder.encode_image_parts(images, rows, size, self.num_workers, self.on_error, forward)

@@ -104,7 +104,7 @@ def _embed(run: RunContext, arm: Arm, resume: bool) -> dict[str, Any]:
         "num_captions": manifest.rows,
         "num_truncated": manifest.counts["truncated"],
         "caption_retrieval": {
-            name: caption_retrieval_metrics(lookup(pairs.queries), lookup(pairs.targets), pairs.matches)
+            name: caption_retrieval_metrics(lookup(pairs.queries), lookup(pairs.targets), pairs.qrels)
             for name, pairs in data.caption_sets.items()
         },
     }

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from llm2clip.data import SampleIndex
+from llm2clip.data import CaptionSource, SampleIndex
 from llm2clip.data.sampling import EpochDataset
 from llm2clip.evaluation.data import RetrievalData
 from llm2clip.evaluation.metrics import KS, retrieval_ranks
@@ -138,3 +138,23 @@ def _ratio(mine: Tensor, theirs: Tensor) -> float:
     """Return the quotient of two recalls; 1 where that of the teacher is 0."""
     wanted = theirs.sum().item()
     return mine.sum().item() / wanted if wanted else 1.0
+
+
+def retrieval_sets(sources: Mapping[str, Any]) -> dict[str, RetrievalData]:
+    """Read images and captions; each caption column, such as a language, is a set, and those of a source share images.
+
+    Args:
+        sources: [`CaptionSource`] fields by name.
+
+    Returns:
+        The sets by name, with that of the column behind it if a source has several.
+    """
+    sets = {}
+    for name, fields in sources.items():
+        source = CaptionSource.from_dict(fields)
+        columns = source.caption_columns
+        alone = [replace(source, caption_columns=[column], caption_weights=None) for column in columns]
+        data = [RetrievalData.from_source(source) for source in alone]
+        for column, part in zip(columns, data, strict=True):
+            sets[f"{name}_{column}" if len(columns) > 1 else name] = replace(part, images=data[0].images)
+    return sets

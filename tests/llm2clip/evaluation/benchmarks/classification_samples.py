@@ -10,18 +10,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from scipy.io import savemat
 
-from llm2clip.evaluation.benchmarks.imagenet import DEVKIT, TAR, TRUTH
 from llm2clip.evaluation.prompts import imagenet_classes, imagenet_subset
 from tests.llm2clip.evaluation.benchmarks.samples import picture, write
 from tests.pictures import encode
 
 Files = dict[str, Any]
 WNIDS = list(imagenet_classes())
-# In the order of ILSVRC's own numbers, which are not the labels: n02119789 is 1, n02100735 is 2.
-NUMBERED = ["n02119789", "n02100735", "n01440764"]
-KIT_FOX, SETTER, TENCH = map(WNIDS.index, NUMBERED)
 
 
 class Sample(NamedTuple):
@@ -39,42 +34,14 @@ def idx(array: np.ndarray) -> bytes:
     return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, dtype=">u4").tobytes() + array.tobytes()
 
 
-def fashion_mnist(part: str, labels: list[int], shades: list[int], packed: bool = False) -> Files:
+def fashion_mnist(part: str, labels: list[int], shades: list[int]) -> Files:
     images = np.array(shades, dtype=np.uint8)[:, None, None].repeat(2, axis=1).repeat(3, axis=2)
     arrays = {"images-idx3": images, "labels-idx1": np.array(labels, dtype=np.uint8)}
-    return {
-        f"fashion-mnist/{part}-{name}-ubyte{'.gz' * packed}": gzip.compress(idx(array)) if packed else idx(array)
-        for name, array in arrays.items()
-    }
-
-
-def cifar_row(labels: list[int], shade: int) -> bytes:
-    """A picture whose red is `shade` but 7 in its second line, whose green is 2 and whose blue is 3."""
-    red = np.full((32, 32), shade, dtype=np.uint8)
-    red[1] = 7
-    return bytes(labels) + red.tobytes() + bytes([2]) * 1024 + bytes([3]) * 1024
-
-
-CIFAR10 = {
-    "cifar-10-batches-bin/batches.meta.txt": "airplane\nautomobile\nbird\n\n",
-    "cifar-10-batches-bin/test_batch.bin": cifar_row([2], 10) + cifar_row([0], 20),
-}
-CIFAR100 = {
-    "cifar-100-binary/fine_label_names.txt": "apple\naquarium_fish\n",
-    "cifar-100-binary/test.bin": cifar_row([9, 1], 10) + cifar_row([8, 0], 20),  # coarse and fine labels
-}
+    return {f"fashion-mnist/{part}-{name}-ubyte.gz": gzip.compress(idx(array)) for name, array in arrays.items()}
 
 
 def pictures(folder: str, **shades: int) -> Files:
     return {f"{folder}/{name}": picture(shade) for name, shade in shades.items()}
-
-
-def val_name(number: int) -> str:
-    return f"ILSVRC2012_val_{number:08d}.JPEG"
-
-
-def val(*numbers: int, folder: str = "imagenet/val") -> Files:
-    return {f"{folder}/{val_name(number)}": picture(number) for number in numbers}
 
 
 def tar_of(files: dict[str, bytes], mode: str = "w") -> bytes:
@@ -91,23 +58,6 @@ def tar_of(files: dict[str, bytes], mode: str = "w") -> bytes:
     return stream.getvalue()
 
 
-def devkit(truth: list[int]) -> Files:
-    """A devkit with the fields that its table has: 1-based numbers and WordNet ids, inner synsets included."""
-    rows = [(number, wnid, "words", "gloss", 0) for number, wnid in enumerate([*NUMBERED, "n00000000"], 1)]
-    kind = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "O")]
-    table = io.BytesIO()
-    savemat(table, {"synsets": np.array(rows, dtype=kind)[:, None]})
-    text = "".join(f"{number}\n" for number in truth).encode()
-    files = {"ILSVRC2012_devkit_t12/data/meta.mat": table.getvalue(), f"x/data/{TRUTH}": text}
-    return {f"imagenet/{DEVKIT}": tar_of(files, "w:gz")}
-
-
-def truth(*numbers: int) -> Files:
-    mapping = "n02119789 1 kit_fox\nn02100735 2 English_setter\n"
-    numbered = "".join(f"{number}\n" for number in numbers)
-    return {"imagenet/imagenet2012_mapclsloc.txt": mapping, f"imagenet/{TRUTH}": numbered}
-
-
 def bordered(shade: int) -> bytes:
     """A picture of ObjectNet: a red border of two pixels."""
     image = Image.new("RGB", (9, 7), (255, 0, 0))
@@ -117,11 +67,8 @@ def bordered(shade: int) -> bytes:
 
 def webdataset(*tars: dict[str, bytes], split: str = "test") -> Files:
     """A part of a set as CLIP_benchmark's converter writes it."""
-    files: Files = {f"webdataset/{split}/{number}.tar": tar_of(members) for number, members in enumerate(tars)}
-    return files | {
-        f"webdataset/{split}/nshards.txt": f"{len(tars)}\n",
-        "webdataset/classnames.txt": "a\nb\nlast one \n",
-    }
+    files: Files = {f"{split}/{number}.tar": tar_of(members) for number, members in enumerate(tars)}
+    return files | {f"{split}/nshards.txt": f"{len(tars)}\n", "classnames.txt": "a\nb\nlast one \n"}
 
 
 def webdataset_tar(number: int) -> dict[str, bytes]:
@@ -153,33 +100,14 @@ def subset(letter: str) -> Sample:
 
 
 SAMPLES = {
-    "idx": Sample("fashion-mnist", fashion_mnist("t10k", [9, 0], [5, 10]), [9, 0], [5, 10],
-                  dict(enumerate(FASHION_NAMES.split(",")))),
-    "idx.gz": Sample("fashion-mnist", fashion_mnist("t10k", [9, 0], [5, 10], True), [9, 0], [5, 10], {8: "Bag"}),
-    "cifar10": Sample("cifar10", CIFAR10, [2, 0], [10, 20], {0: "airplane", 2: "bird"}),
-    "cifar100": Sample("cifar100", CIFAR100, [1, 0], [10, 20], {1: "aquarium fish"}),
+    "idx.gz": Sample("fashion-mnist", fashion_mnist("t10k", [9, 0], [5, 10]), [9, 0], [5, 10],
+                     dict(enumerate(FASHION_NAMES.split(",")))),
     # The label is the rank of the id among all 1,000, whichever folders are there.
-    "imagenet-folders": Sample(
+    "imagenet": Sample(
         "imagenet-1k",
-        {f"imagenet/val/{WNIDS[label]}/{val_name(number)}": picture(number)
+        {f"imagenet/val/{WNIDS[label]}/{number}.JPEG": picture(number)
          for label, number in ((999, 0), (2, 1), (0, 7))},
         [0, 2, 999], [7, 1, 0], {0: "tench", 1: "goldfish", 2: "great white shark"},
-    ),
-    "imagenet-flat": Sample("imagenet-1k", val(2, 1, 3) | truth(2, 1, 1), [SETTER, KIT_FOX, KIT_FOX], [1, 2, 3], {}),
-    "imagenet-ids": Sample(
-        "imagenet-1k",
-        {f"imagenet/val/ILSVRC2012_val_0000000{number}_{wnid}.JPEG": picture(number)
-         for number, wnid in ((2, WNIDS[0]), (1, WNIDS[2]))},
-        [2, 0], [1, 2], {},
-    ),
-    "imagenet-devkit": Sample(
-        "imagenet-1k", val(2, 1, 3) | devkit([2, 3, 1]), [SETTER, TENCH, KIT_FOX], [1, 2, 3], {},
-    ),
-    # The files of the tar are in no order; labels go by their names.
-    "imagenet-tar": Sample(
-        "imagenet-1k",
-        {f"imagenet/{TAR}": tar_of({val_name(number): picture(number) for number in (3, 1, 2)}), **devkit([2, 1, 3])},
-        [SETTER, KIT_FOX, TENCH], [1, 2, 3], {},
     ),
     # Sorted as text, 10 would come before 2.
     "imagenet-v2": Sample(
@@ -230,43 +158,31 @@ SAMPLES = {
 
 # What a probe trains on: further files beside a sample, labels of the train images.
 TRAIN = {
-    "idx": (fashion_mnist("train", [1, 2, 3], [1, 2, 3]), [1, 2, 3]),
-    "cifar10": (
-        {f"cifar-10-batches-bin/data_batch_{number}.bin": cifar_row([number % 3], number) for number in range(1, 6)},
-        [1, 2, 0, 1, 2],
+    "idx.gz": (fashion_mnist("train", [1, 2, 3], [1, 2, 3]), [1, 2, 3]),
+    "imagenet": (
+        pictures("imagenet/train", **{f"{WNIDS[0]}/n.JPEG": 5, f"{WNIDS[5]}/n.JPEG": 5}), [0, 5],
     ),
-    "imagenet-folders": (pictures("imagenet/train", **{f"{WNIDS[5]}/n.JPEG": 5}), [5]),
     "webdataset": (webdataset({"s0.png": picture(1), "s0.cls": b"2"}, split="train"), [2]),
     "folders-own-names": (pictures("train", **{"a/1.png": 7, "b/1.png": 8}), [0, 1]),
-}
+}  # fmt: skip
 
 GZ = "fashion-mnist/t10k-labels-idx1-ubyte.gz"
-# Other content of some files of a sample (None: they are not there), and the message.
+# Other content of some files of a sample, and the message.
 BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("idx.gz", {GZ: SAMPLES["idx.gz"].files[GZ][:-6]}, r"Fashion-MNIST: a file in .* is damaged"),
     ("idx.gz", {GZ: gzip.compress(idx(np.zeros(3, dtype=np.uint8))[:-1])}, r"Fashion-MNIST: a file in .* is damaged"),
-    ("cifar10", {"cifar-10-batches-bin/test_batch.bin": cifar_row([2], 10)[:-1]}, "CIFAR-10: a file in .* is damaged"),
-    ("imagenet-ids", val(3), r"have no labels: give them in folders val/nXXXXXXXX, or put"),
-    ("imagenet-flat", {f"imagenet/{TRUTH}": None}, "have no labels: give them in folders val/nXXXXXXXX, or put"),
-    ("imagenet-flat", truth(1, 1), "has 2 labels for 3 images"),
-    ("imagenet-flat", truth(2, 1, 9), "no class of ImageNet-1k: 9"),
-    ("imagenet-tar", {f"imagenet/{DEVKIT}": None}, r"have no labels: .*, or ILSVRC2012_devkit_t12\.tar\.gz, into"),
-    ("imagenet-devkit", devkit([2, 3]), "has 2 labels for 3 images"),
     ("imagenet-v2", {f"{V2}/1000/image.jpeg": picture(1)}, "folders of no class: 1000"),
     ("imagenet-a", {f"imagenet-a/{WNIDS[0]}/image.jpg": picture(1)}, "has 1 folders of no class"),
-    ("webdataset", {"webdataset/test/nshards.txt": "many\n"}, "webdataset: a file in"),
+    ("webdataset", {"test/nshards.txt": "many\n"}, "webdataset: a file in"),
     ("webdataset", webdataset({"s1.cls": b"1"}), r"sample s1 of .*0.tar needs an image \(webp, png, jpg, jpeg\)"),
-    ("webdataset", {"webdataset/test/0.tar": b"no tar" * 200}, "is not an uncompressed tar, or is damaged"),
-    ("webdataset", {"webdataset/dataset_type.txt": "multilabel\n"}, "several labels an image"),
-    ("webdataset", {"webdataset/dataset_type.txt": "retrieval\n"}, "is a set of retrieval, not of classification"),
+    ("webdataset", {"test/0.tar": b"no tar" * 200}, "is not an uncompressed tar, or is damaged"),
+    ("webdataset", {"dataset_type.txt": "multilabel\n"}, "several labels an image"),
+    ("webdataset", {"dataset_type.txt": "retrieval\n"}, "is a set of retrieval, not of classification"),
     ("folders-own-names", {"classnames.txt": "Äpfel\n"}, "has 1 names for 2 classes"),
 ]  # fmt: skip
 
 
 def write_files(data: Path, files: Files) -> None:
-    """Write files below a folder, or take those away that are None."""
+    """Write files below a folder."""
     for place, content in files.items():
-        if content is None:
-            (data / place).unlink()
-        else:
-            write(data / place, content)
+        write(data / place, content)

@@ -20,7 +20,13 @@ def read(name: str, data: Path) -> Any:
     """Find the files of a benchmark below a folder, as the command does, and read them."""
     (benchmark,) = choose_benchmarks([name], data)
     folder = benchmark.find(data)
-    assert folder is not None
+    assert folder is not None, benchmark.lacking(data)
+    return benchmark.load(folder)
+
+
+def read_folder(name: str, folder: Path) -> Any:
+    """Read a folder as a benchmark does, whatever its name."""
+    (benchmark,) = choose_benchmarks([name], folder)
     return benchmark.load(folder)
 
 
@@ -47,15 +53,6 @@ def shades(images: BenchmarkImages) -> list[int]:
 def lines(*rows: Any) -> str:
     """One JSON value per line."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def karpathy_row(name: str, split: str, captions: list[str], first_id: int, **more: object) -> dict[str, object]:
-    ids = list(range(first_id, first_id + len(captions)))
-    sentences = [
-        {"tokens": text.split(), "raw": text, "imgid": 7, "sentid": number}
-        for text, number in zip(captions, ids, strict=True)
-    ]
-    return {"sentids": ids, "imgid": 7, "sentences": sentences, "split": split, "filename": name, **more}
 
 
 def xm3600_row(key: str, **captions: list[str]) -> dict[str, Any]:

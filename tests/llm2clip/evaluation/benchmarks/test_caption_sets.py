@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 
 from llm2clip.evaluation.benchmark import BenchmarkError
-from llm2clip.evaluation.benchmarks import long_captions
 from llm2clip.evaluation.data import RetrievalData
-from tests.llm2clip.evaluation.benchmarks.caption_samples import BROKEN, SAMPLES, salesforce
-from tests.llm2clip.evaluation.benchmarks.samples import BOM, karpathy_row, lines, read, write, xm3600_row
+from tests.llm2clip.evaluation.benchmarks.caption_samples import BROKEN, SAMPLES
+from tests.llm2clip.evaluation.benchmarks.samples import BOM, lines, read, read_folder, write, xm3600_row
 
 
 def write_sample(data: Path, files: Mapping[str, Any], images: Iterable[str]) -> None:
@@ -21,15 +20,17 @@ def write_sample(data: Path, files: Mapping[str, Any], images: Iterable[str]) ->
         write(data / path, content)
     for path in images:
         write(data / path)
+    # The folders that a set has to have may be empty in a sample.
+    for part in ("coco/train2014", "coco/val2014"):
+        (data / part).mkdir(parents=True, exist_ok=True)
 
 
 @pytest.mark.parametrize(
     ("name", "files", "expected"), SAMPLES, ids=[f"{name}-{next(iter(files))}" for name, files, _ in SAMPLES]
 )
 def test_captions_and_their_images(
-    name: str, files: dict[str, Any], expected: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, files: dict[str, Any], expected: dict[str, list[str]], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(long_captions, "SHAREGPT4V_ROWS", 3)
     images = list(expected)
     write_sample(tmp_path, files, images)
     # A namesake of another set is never looked at.
@@ -39,7 +40,7 @@ def test_captions_and_their_images(
     assert paths == images
     pairs = [(image, text) for image, texts in expected.items() for text in texts]
     assert [(paths[owner], text) for owner, text in zip(data.owners.tolist(), data.texts, strict=True)] == pairs
-    assert data.matches is None
+    assert data.qrels is None
     (tmp_path / images[-1]).unlink()
     lost = Path(images[-1]).name
     with pytest.raises(BenchmarkError, match=f" lacks 1 of {len(images)} images: .*{lost}"):
@@ -52,21 +53,7 @@ def test_broken_rows_and_what_is_missing_are_named(
 ) -> None:
     write_sample(tmp_path, files, ())
     with pytest.raises(BenchmarkError, match=message):
-        read(name, tmp_path)
-
-
-@pytest.mark.parametrize("is_karpathy", [True, False])
-def test_cra_takes_the_first_two_captions(is_karpathy: bool, tmp_path: Path) -> None:
-    captions = [[" A café. ", "B", "C", "D", "E", "F"], ["B", " A café. "]]
-    splits = [("test", captions[0]), ("val", ["x", "y"]), ("test", captions[1])]
-    rows = [karpathy_row(f"{number}.jpg", split, texts, 0) for number, (split, texts) in enumerate(splits)]
-    if is_karpathy:
-        write(tmp_path / "coco/dataset_coco.json", {"images": rows})
-    else:
-        write(tmp_path / "coco/coco_karpathy_test.json", salesforce({"a": captions[0], "b": captions[1]}))
-    data = read("cra", tmp_path)
-    assert (data.queries, data.targets) == ([" A café. ", "B"], ["B", " A café. "])
-    assert data.counts() == {"pairs": 2}
+        read_folder(name, tmp_path)
 
 
 def by_language(data: Mapping[str, RetrievalData], folder: Path) -> dict[str, list[tuple[str, str]]]:
@@ -105,23 +92,27 @@ def test_xm3600_has_ragged_captions_and_languages_without_any(tmp_path: Path) ->
         "zh": ["房子", ""],
     }
     (tmp_path / second).unlink()
-    with pytest.raises(BenchmarkError, match=r"XM3600 lacks 1 of 2 images: .*images/a\.jpg"):
+    with pytest.raises(BenchmarkError, match=r"xm3600 lacks 1 of 2 images: .*images/a\.jpg"):
         read("xm3600", tmp_path)
 
 
 def test_xtd10_pairs_lines_with_names(tmp_path: Path) -> None:
+    others = ("en", "es", "it", "pl", "ru", "tr", "zh")
     files = {
-        "xtd10/XTD10/test_image_names.txt": "COCO_train2014_9.jpg\nCOCO_val2014_4.jpg\nCOCO_val2014_5.jpg\n",
-        "xtd10/XTD10/test_1kcaptions_ko.txt": "개\n\n 개 \n",
-        "xtd10/MIC/test_1kcaptions_de.txt": BOM + "Hund\r\nKäfer\r\nHund",
-        "xtd10/STAIR/test_1kcaptions_jp.txt": "犬\u3000と\u2028猫\n犬\n犬\n",
-    }
+        "coco/XTD10/test_image_names.txt": "COCO_train2014_9.jpg\nCOCO_val2014_4.jpg\nCOCO_val2014_5.jpg\n",
+        "coco/XTD10/test_1kcaptions_ko.txt": "개\n\n 개 \n",
+        "coco/MIC/test_1kcaptions_de.txt": BOM + "Hund\r\nKäfer\r\nHund",
+        "coco/MIC/test_1kcaptions_fr.txt": "un\ndeux\ntrois",
+        "coco/STAIR/test_1kcaptions_jp.txt": "犬\u3000と\u2028猫\n犬\n犬\n",
+    } | {f"coco/XTD10/test_1kcaptions_{language}.txt": "1\n2\n3\n" for language in others}
     images = (
-        "coco/train2014/COCO_train2014_9.jpg", "coco/val2014/COCO_val2014_4.jpg", "xtd10/images/COCO_val2014_5.jpg",
+        "coco/train2014/COCO_train2014_9.jpg", "coco/val2014/COCO_val2014_4.jpg", "coco/val2014/COCO_val2014_5.jpg",
     )  # fmt: skip
     write_sample(tmp_path, files, images)
     captions = {"de": ["Hund", "Käfer", "Hund"], "jp": ["犬\u3000と\u2028猫", "犬", "犬"], "ko": ["개", "", " 개 "]}
-    assert by_language(read("xtd10", tmp_path), tmp_path) == {
+    found = by_language(read("xtd10", tmp_path), tmp_path)
+    assert list(found) == sorted((*captions, *others, "fr"))
+    assert {name: found[name] for name in captions} == {
         name: list(zip(images, texts, strict=True)) for name, texts in captions.items()
     }
 
@@ -138,7 +129,7 @@ def write_chinese_clip(folder: Path, texts: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize(
     ("name", "folder"),
-    [("flickr30k-cn", "Flickr30k-CN"), ("flickr30k-cn", "Flickr30k-CN/Flickr30k-CN"), ("coco-cn", "COCO-CN")],
+    [("flickr30k-cn", "Flickr30k-CN"), ("coco-cn", "COCO-CN")],
 )
 def test_archives_of_chinese_clip_hold_texts_and_encoded_images(name: str, folder: str, tmp_path: Path) -> None:
     texts = [
@@ -152,7 +143,7 @@ def test_archives_of_chinese_clip_hold_texts_and_encoded_images(name: str, folde
     assert [data.images.key(row) for row in range(2)] == ["1001", "7"]
     assert data.texts == ["两只狗 ", "两只狗 ", ""]
     assert data.owners.tolist() == [1, 0, 1]
-    assert data.matches is None
+    assert data.qrels is None
     # Every image of a text is right.
     write_chinese_clip(tmp_path / folder, [texts[0] | {"image_ids": [7, 1001]}, texts[1]])
-    assert read(name, tmp_path).matches.tolist() == [[0, 1], [0, 0], [1, 0]]
+    assert read(name, tmp_path).qrels.tolist() == [[0, 1], [0, 0], [1, 0]]

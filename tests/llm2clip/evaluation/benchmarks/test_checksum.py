@@ -30,7 +30,7 @@ def test_texts_owners_order_and_images_count_and_the_folder_does_not(tmp_path: P
         replace(data, texts=["one", "two ", "three"]),
         replace(data, texts=["onet", "wo", "three"]),
         replace(data, owners=torch.tensor([0, 1, 1])),
-        replace(data, matches=torch.tensor([[0, 1]])),
+        replace(data, qrels=torch.tensor([[0, 1]])),
         replace(data, images=BenchmarkImages(paths[::-1])),
         {"en": data},
     ]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llm2clip.evaluation.benchmarks import ALL_FOUND, PROBES, all_benchmarks, choose_benchmarks
-from llm2clip.evaluation.benchmarks.languages import WITHOUT_ENGLISH
+from llm2clip.evaluation.benchmarks.captions import XM3600_LANGUAGES
 from llm2clip.evaluation.protocols import PROTOCOLS, open_protocol
 from tests.llm2clip.evaluation.benchmarks.samples import write
 
@@ -28,7 +28,7 @@ def test_a_name_is_taken_whether_or_not_its_files_are_there(tmp_path: Path) -> N
     ("part", "meant"),
     [
         ("coco", "coco-salesforce, coco-salesforce-all, coco-karpathy, coco-val2017, coco-cn, coco-cn-translated, "),
-        ("flickr", "flickr30k, flickr30k-karpathy, "),
+        ("flickr", "flickr30k, flickr30k-whole, "),
         ("ImageNet1k", "imagenet-1k, imagenet-1k-single."),
         ("xm-3600", "xm3600, "),
     ],
@@ -39,17 +39,15 @@ def test_a_part_of_a_name_lists_the_benchmarks_that_may_be_meant(part: str, mean
 
 
 def test_a_group_stands_for_its_sets_that_are_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write(tmp_path / "flickr30k/dataset_flickr30k.json", {})
-    write(tmp_path / "coco/annotations/captions_val2017.json", {})
+    for name in ("test/nshards.txt", "dataset_type.txt"):
+        write(tmp_path / "wds_mscoco_captions" / name, "")
     write(tmp_path / "xm3600/captions.jsonl", "")
+    write(tmp_path / "xm3600/images/a.jpg", "")
     with caplog.at_level(logging.INFO, "llm2clip"):
-        assert names(["short"], tmp_path) == ["coco-val2017", "flickr30k-karpathy"]
-    assert (
-        "short without coco-salesforce, coco-salesforce-all, coco-karpathy, flickr30k, flickr30k-clip-benchmark, "
-        in caplog.text
-    )
+        assert names(["short"], tmp_path) == ["coco-salesforce", "coco-salesforce-all"]
+    assert "short without flickr30k, flickr30k-whole, coco-karpathy, coco-val2017, " in caplog.text
     in_languages = ["xm3600", "xm3600-without-english", "xm3600-first"]
-    assert names([ALL_FOUND], tmp_path) == ["coco-val2017", "flickr30k-karpathy", *in_languages]
+    assert names([ALL_FOUND], tmp_path) == ["coco-salesforce", "coco-salesforce-all", *in_languages]
     assert names(["short", "docci"], tmp_path)[-1] == "docci"
 
 
@@ -63,7 +61,7 @@ def test_a_group_of_which_nothing_is_there_is_an_error(name: str, tmp_path: Path
     ("name", "options"),
     [
         ("imagenet-1k-single", {"templates": ("a photo of the {c}",)}),
-        ("xm3600-without-english", {"mean_over": WITHOUT_ENGLISH}),
+        ("xm3600-without-english", {"mean_over": tuple(name for name in XM3600_LANGUAGES if name != "en")}),
         ("ade20k", {"scale": (2048, 512)}),
         ("ade20k-sliding", {"scale": (2048, 448), "crop": 448, "stride": 224}),
     ],

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from llm2clip.evaluation.benchmark import BenchmarkError
-from llm2clip.evaluation.benchmarks import all_benchmarks
 from llm2clip.evaluation.benchmarks.image_folder import read_class_folders
 from llm2clip.evaluation.prompts import template_set
 from modeling_llm2clip.image_decoding_llm2clip import decode_image
@@ -25,7 +24,7 @@ def test_images_labels_and_names(sample: str, tmp_path: Path) -> None:
     assert data.labels.tolist() == labels
     assert shades(data.images) == colours
     assert {number: data.classnames[number] for number in names} == names
-    assert data.templates == template_set("openai-cifar" if "cifar" in name else "openai-80")
+    assert data.templates == template_set("openai-80")
     assert data.train is None
 
 
@@ -49,13 +48,6 @@ def test_broken_and_missing_files_are_named(
         read(SAMPLES[sample].name, tmp_path)
 
 
-def test_pixels_of_cifar_are_planes_of_lines(tmp_path: Path) -> None:
-    write_files(tmp_path, SAMPLES["cifar10"].files)
-    image = read("cifar10", tmp_path).images.decode(1, decode_image)
-    assert image.size == (32, 32)
-    assert [image.getpixel(place) for place in ((5, 0), (5, 1), (1, 5))] == [(20, 2, 3), (7, 2, 3), (20, 2, 3)]
-
-
 def test_the_border_of_objectnet_is_cut_off_under_another_name(tmp_path: Path) -> None:
     write_files(tmp_path, SAMPLES["objectnet"].files)
     names = ("objectnet", "objectnet-cropped")
@@ -64,21 +56,13 @@ def test_the_border_of_objectnet_is_cut_off_under_another_name(tmp_path: Path) -
     assert set(cropped.get_flattened_data()) == {(1, 1, 1)}
 
 
-def test_pickles_are_not_taken_for_cifar(tmp_path: Path) -> None:
-    folder = tmp_path / "cifar-10-batches-py"
-    folder.mkdir()
-    (folder / "test_batch").write_bytes(b"\x80\x04.")
-    assert all_benchmarks()["cifar10"].find(tmp_path) is None
-    assert all_benchmarks()["cifar10"].find(folder) is None
-
-
 def test_own_templates_and_validation_images_are_read(tmp_path: Path) -> None:
     for split, shade in (("test", 1), ("train", 2), ("val", 3)):
         write(tmp_path / split / "a" / "image.png", picture(shade))
     (tmp_path / "templates.txt").write_text("ein Foto: {c}\n{c}\n", encoding="utf-8")
     data = read("imagefolder-probe-sgd", tmp_path)
     assert data.templates == ["ein Foto: {c}", "{c}"]
-    assert [shades(part.images) for part in (data, data.train, data.validation)] == [[1], [2], [3]]
+    assert [shades(part.images) for part in (data, data.train)] == [[1], [2, 3]]
 
 
 def test_unknown_folders_are_refused_and_classes_without_images_named(

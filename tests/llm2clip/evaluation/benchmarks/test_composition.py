@@ -1,69 +1,18 @@
-"""Readers of Winoground, SugarCrepe and MMVP-VLM, on samples in the exact file formats."""
+"""Readers of SugarCrepe and MMVP-VLM, on samples in the exact file formats."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import datasets
 import pytest
 
 from llm2clip.evaluation.benchmark import BenchmarkError
-from llm2clip.evaluation.benchmarks.composition import SUGAR_CREPE_COUNTS as COUNTS
-from tests.llm2clip.evaluation.benchmarks.samples import BOM, lines, read, write
-
-
-def example(number: int, tag: str) -> dict[str, Any]:
-    images = {f"image_{side}": f"ex_{number}_img_{side}" for side in (0, 1)}
-    captions = {"caption_0": f"a café {number}", "caption_1": f" {number} café a"}
-    return {"id": number, **images, **captions, "tag": "x", "collapsed_tag": tag}
-
-
-TEXTS = ["a café 0", " 0 café a", "a café 1", " 1 café a"]
-
-
-@pytest.mark.parametrize("place", ["", "data"])
-def test_winoground_is_read_from_its_examples_and_images(place: str, tmp_path: Path) -> None:
-    folder = tmp_path / "winoground" / place
-    write(folder / "examples.jsonl", lines(example(0, "Object"), example(1, "Relation")))
-    names = ["ex_0_img_0.png", "ex_0_img_1.png", "ex_1_img_0.png", "ex_1_img_1.png"]
-    for name in names:
-        write(folder / "images" / name)
-    data = read("winoground", tmp_path)
-    assert (data.texts, data.kinds) == (TEXTS, ["Object", "Relation"])
-    assert data.images.images == [folder / "images" / name for name in names]
-    assert data.counts() == {"pairs": 2, "kinds": 2}
-    (folder / "images/ex_1_img_0.png").unlink()
-    with pytest.raises(BenchmarkError, match=r"Winoground lacks 1 of 4 images: .*ex_1_img_0\.png"):
-        read("winoground", tmp_path)
-
-
-@pytest.mark.parametrize("form", ["data/test-00000-of-00001.parquet", "saved", "saved dict"])
-def test_winoground_is_read_from_tables(form: str, tmp_path: Path) -> None:
-    folder = tmp_path / "winoground"
-    contents = [f"image {number}".encode() for number in range(4)]
-    columns: dict[str, list[Any]] = {
-        "image_0": [{"bytes": content, "path": None} for content in contents[::2]],
-        "image_1": [{"bytes": content, "path": None} for content in contents[1::2]],
-        "caption_0": TEXTS[::2],
-        "caption_1": TEXTS[1::2],
-    }
-    table = datasets.Dataset.from_dict(columns).cast_column("image_0", datasets.Image())
-    table = table.cast_column("image_1", datasets.Image())
-    if form == "saved":
-        table.save_to_disk(folder)
-    elif form == "saved dict":
-        datasets.DatasetDict({"test": table}).save_to_disk(folder)
-    else:
-        (folder / "data").mkdir(parents=True)
-        table.to_parquet(folder / form)
-    data = read("winoground", tmp_path)
-    assert (data.texts, data.kinds, data.images.images) == (TEXTS, ["all", "all"], contents)
-    assert data.images.key(2) == "row 1 of Winoground, image_0"
+from llm2clip.evaluation.benchmarks.composition import SUGAR_CREPE as KINDS
+from tests.llm2clip.evaluation.benchmarks.samples import BOM, read, write
 
 
 def sugar_crepe(folder: Path) -> None:
-    for kind in COUNTS:
+    for kind in KINDS:
         # Keys are not contiguous, as in swap_obj.
         rows = {
             "0": {"filename": "000000000139.jpg", "caption": f"{kind}, a café. ", "negative_caption": f"not {kind}\n"},
@@ -78,7 +27,7 @@ def test_sugar_crepe_reads_its_seven_files(tmp_path: Path) -> None:
     folder = tmp_path / "coco"
     sugar_crepe(folder)
     data = read("sugarcrepe", tmp_path)
-    assert data.counts() == dict.fromkeys(COUNTS, 2)
+    assert data.counts() == dict.fromkeys(KINDS, 2)
     assert data.kinds[:4] == ["add_att", "add_att", "add_obj", "add_obj"]
     assert data.right[:2] == ["add_att, a café. ", "Same."]
     assert data.wrong[:2] == ["not add_att\n", "Other."]
@@ -87,7 +36,7 @@ def test_sugar_crepe_reads_its_seven_files(tmp_path: Path) -> None:
     assert data.owners.tolist() == [0, 1, 0, 2, 0, 3, 0, 4, 0, 5, 0, 6, 0, 7]
     assert data.images.images[2] == folder / "val2017/add_obj.jpg"
     (folder / "val2017/swap_att.jpg").unlink()
-    with pytest.raises(BenchmarkError, match=r"SugarCrepe lacks 1 of 8 images: .*swap_att\.jpg"):
+    with pytest.raises(BenchmarkError, match=r"coco lacks 1 of 8 images: .*swap_att\.jpg"):
         read("sugarcrepe", tmp_path)
     write(folder / "val2017/swap_att.jpg")
     write(folder / "sugar_crepe/swap_obj.json", {"12": {"filename": "add_obj.jpg", "caption": "x"}})
@@ -116,13 +65,13 @@ def test_mmvp_takes_the_odd_number_as_the_first_image(tmp_path: Path) -> None:
     assert data.texts == ["a café, open ", "a café closed", 'the text "é"', "no text"]
     assert data.kinds == ["Orientation and Direction", "Texts"]
     paths[3].unlink()
-    with pytest.raises(BenchmarkError, match=r"MMVP-VLM lacks 1 of 4 images: .*4\.jpg"):
+    with pytest.raises(BenchmarkError, match=r"mmvp_vlm lacks 1 of 4 images: .*4\.jpg"):
         read("mmvp-vlm", tmp_path)
 
 
 @pytest.mark.parametrize("rows", ["5,Texts,alone\n", "5,Texts\n6,Texts,a\n"])
 def test_mmvp_refuses_rows_without_a_partner(rows: str, tmp_path: Path) -> None:
-    write(tmp_path / "Questions.csv", QUESTIONS + rows)
-    (tmp_path / "MLLM_VLM Images").mkdir()
+    write(tmp_path / "mmvp_vlm/Questions.csv", QUESTIONS + rows)
+    (tmp_path / "mmvp_vlm/MLLM_VLM Images").mkdir()
     with pytest.raises(BenchmarkError, match="MMVP-VLM: a file in"):
         read("mmvp-vlm", tmp_path)

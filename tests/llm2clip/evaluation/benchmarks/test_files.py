@@ -9,7 +9,7 @@ import pytest
 
 from llm2clip.evaluation import reading
 from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
-from llm2clip.evaluation.benchmarks.files import find_images
+from llm2clip.evaluation.benchmarks.captions import find_images
 from llm2clip.evaluation.reading import first_json_objects, read_json
 from tests.llm2clip.evaluation.benchmarks.samples import write
 
@@ -28,23 +28,20 @@ def test_an_array_is_read_no_further_than_needed(block: int, tmp_path: Path, mon
         assert first_json_objects(write(path, json.dumps(sample, indent=1).encode()), 4) == sample
 
 
-def test_images_are_found_at_their_path_in_a_place_and_by_name(tmp_path: Path) -> None:
-    there = write(tmp_path / "sam/images/1.jpg")
-    place = write(tmp_path / "sam/2.jpg")
-    deep = write(tmp_path / "other/part/3.jpg")
-    images = find_images("Set", tmp_path, [f"sam/images/{number}.jpg" for number in (3, 1, 2)], ["sam"])
-    assert images.images == [deep, there, place]
-    assert images.key(0) == "sam/images/3.jpg"
-    with pytest.raises(BenchmarkError, match=r"Set lacks 1 of 2 images: .*sam/images/4\.jpg"):
-        find_images("Set", tmp_path, ["sam/images/1.jpg", "sam/images/4.jpg"])
-    write(tmp_path / "copy/3.jpg")
-    with pytest.raises(BenchmarkError, match=r"several files have the name of one image: 3\.jpg"):
-        find_images("Set", tmp_path, ["sam/images/3.jpg"])
+def test_images_lie_in_the_folders_of_the_layout(tmp_path: Path) -> None:
+    train, val = write(tmp_path / "train2014/1.jpg"), write(tmp_path / "val2014/2.jpg")
+    images = find_images(tmp_path, ["2.jpg", "1.jpg"], ["train2014", "val2014"])
+    assert images.images == [val, train]
+    assert images.key(0) == "2.jpg"
+    write(tmp_path / "other/3.jpg")
+    with pytest.raises(BenchmarkError, match=r"lacks 1 of 2 images: .*train2014/3\.jpg"):
+        find_images(tmp_path, ["1.jpg", "3.jpg"], ["train2014", "val2014"])
 
 
-def test_a_set_in_one_of_its_forms_is_found(tmp_path: Path) -> None:
-    fields = {"name": "several", "title": "Several", "folder": "sub", "read": read_json, "protocol": "retrieval"}
-    several = Benchmark(**fields, needs=(("a.json", "data/*.parquet"),))
-    assert several.find(tmp_path) is None
+def test_a_set_is_found_in_its_folder_or_as_it(tmp_path: Path) -> None:
+    benchmark = Benchmark(name="a", title="A", folder="sub", needs=("data/*.parquet",), read=read_json, protocol="x")
+    assert benchmark.find(tmp_path) is None
+    write(tmp_path / "data/test-00000.parquet")
+    assert benchmark.find(tmp_path) is None
     write(tmp_path / "sub/data/test-00000.parquet")
-    assert several.find(tmp_path) == several.find(tmp_path / "sub") == tmp_path / "sub"
+    assert benchmark.find(tmp_path) == benchmark.find(tmp_path / "sub") == tmp_path / "sub"

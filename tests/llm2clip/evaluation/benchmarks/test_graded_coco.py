@@ -1,120 +1,50 @@
-"""Readers of ECCV Caption and CxC, on samples in the exact file formats."""
+"""Readers of ECCV Caption and CxC: Karpathy's split with the judgements of the package `eccv_caption`."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from llm2clip.evaluation.benchmark import BenchmarkError
-from llm2clip.evaluation.benchmarks import all_benchmarks, graded_coco
-from tests.llm2clip.evaluation.benchmarks.samples import BOM, read, write
+from llm2clip.evaluation.benchmarks import all_benchmarks
+from llm2clip.evaluation.graded_data import GradedData, eccv_caption
+from tests.llm2clip.evaluation.benchmarks import parquet_samples
+from tests.llm2clip.evaluation.benchmarks.samples import read, write
 
-# Image id, caption ids; the second image has six captions, the third is in another split.
-TEST = {391895: [10, 11, 12, 13, 14], 60623: [20, 21, 22, 23, 24, 25]}
-ROWS = [("test", 391895), ("val", 522418), ("test", 60623)]
-
-
-def file_name(image: int) -> str:
-    return f"COCO_val2014_{image:012}.jpg"
+CORPUS: dict[int, list[int]] = eccv_caption().Metrics().coco_gts["i2t"]
+SHARD = "coco-karpathy/data/test-00000-of-00001.parquet"
 
 
-def coco(folder: Path) -> None:
-    """Write Karpathy's file and the images."""
-    images: list[dict[str, Any]] = []
-    for split, image in ROWS:
-        ids = TEST.get(image, [30, 31, 32, 33, 34])
-        sentences = [{"raw": f"caption {number} é ", "sentid": number, "tokens": []} for number in ids]
-        row = {"filepath": "val2014", "filename": file_name(image), "cocoid": image, "split": split}
-        images.append(row | {"sentids": ids, "sentences": sentences})
-        write(folder / "val2014" / file_name(image))
-    write(folder / "dataset_coco.json", {"images": images, "dataset": "coco"})
+def coco(data: Path, images: list[int]) -> None:
+    """Write the images and captions with ids; the first image has a sixth caption, which the package leaves out."""
+    ids = {image: [*CORPUS[image], *([999_999_999] if image == images[0] else [])] for image in images}
+    texts = {image: [f"caption {number} é " for number in numbers] for image, numbers in ids.items()}
+    write(data / SHARD, parquet_samples.coco(texts, ids))
 
 
-def eccv(place: Path) -> None:
-    """Write the json files of the package; its gallery leaves out caption 22 of the image with six."""
-    five = {str(image): [caption for caption in ids if caption != 22] for image, ids in TEST.items()}
-    write(place / "original_image_to_caption.json", five)
-    write(place / "eccv_caption_to_image.json", {"20": [391895, 60623], "11": [60623]})
-    write(place / "eccv_image_to_caption.json", {"391895": [25, 10, 10]})
-    write(place / "cxc_caption_to_image.json", {"10": [391895], "25": [391895]})
-    write(place / "cxc_image_to_caption.json", {"391895": [25, 10], "60623": [99]})
-
-
-def test_eccv_caption_has_its_own_gallery_and_queries(tmp_path: Path) -> None:
-    folder = tmp_path / "coco"
-    coco(folder)
-    eccv(folder / "eccv_caption")
-    data = read("eccv-caption", tmp_path)
-    numbers = [10, 11, 12, 13, 14, 20, 21, 23, 24, 25]
-    assert data.texts == [f"caption {number} é " for number in numbers]
+def test_the_corpus_is_that_of_the_package_with_its_five_captions(tmp_path: Path) -> None:
+    coco(tmp_path, list(CORPUS)[:2])
+    data: GradedData = read("cxc-eccv", tmp_path)
+    first, second = list(CORPUS)[:2]
+    assert data.image_ids == [first, second]
+    assert data.text_ids == [*CORPUS[first], *CORPUS[second]]
+    assert data.texts == [f"caption {number} é " for number in data.text_ids]
     assert data.owners.tolist() == [0] * 5 + [1] * 5
-    assert data.images.images == [folder / "val2014" / file_name(image) for image in TEST]
-    assert data.matches.tolist() == [[1, 1], [5, 0], [5, 1]]
-    assert data.image_matches.tolist() == [[0, 0], [0, 9]]
-    assert data.counts() == {
-        "images": 2,
-        "texts": 10,
-        "text_queries": 2,
-        "image_queries": 1,
-        "right_images": 3,
-        "right_texts": 2,
-        "outside": 0,
-    }
+    assert [data.images.key(row) for row in range(2)] == [str(first), str(second)]
+    rated = eccv_caption().Metrics().cxc_gts
+    assert data.image_qrels == {image: rated["i2t"][image] for image in (first, second)}
+    assert data.text_qrels == {text: rated["t2i"][text] for text in data.text_ids if text in rated["t2i"]}
 
 
-def test_eccv_caption_of_another_split_is_refused(tmp_path: Path) -> None:
-    folder = tmp_path / "coco"
-    coco(folder)
-    eccv(folder / "eccv_caption")
-    write(folder / "eccv_caption/original_image_to_caption.json", {"391895": [10, 77]})
-    with pytest.raises(BenchmarkError, match="the Karpathy test split lacks captions 77"):
+@pytest.mark.parametrize("name", ["eccv-caption", "cxc-eccv"])
+def test_the_whole_set_has_the_published_counts(name: str, tmp_path: Path) -> None:
+    coco(tmp_path, list(CORPUS))
+    assert all_benchmarks()[name].differences(read(name, tmp_path).counts()) == []
+
+
+def test_without_the_package_a_set_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    coco(tmp_path, list(CORPUS)[:2])
+    monkeypatch.setitem(sys.modules, "eccv_caption", None)
+    with pytest.raises(ImportError, match=r"pip install 'llm2clip\[eccv\]'"):
         read("eccv-caption", tmp_path)
-
-
-def test_cxc_by_the_files_of_eccv_caption_has_rated_pairs_only(tmp_path: Path) -> None:
-    coco(tmp_path / "coco")
-    eccv(tmp_path / "coco/eccv_caption/data")
-    data = read("cxc-eccv", tmp_path)
-    assert data.matches.tolist() == [[0, 0], [9, 0]]
-    assert data.image_matches.tolist() == [[0, 0], [0, 9]]
-    assert data.outside == ["image 60623, caption 99"]
-
-
-def test_eccv_caption_is_found_in_the_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    coco(tmp_path / "coco")
-    monkeypatch.setattr(graded_coco, "PACKAGE", "eccv_caption_of_a_test")
-    benchmark = all_benchmarks()["eccv-caption"]
-    assert benchmark.find(tmp_path) is None
-    assert "lacks eccv_caption/original_image_to_caption.json in" in benchmark.lacking(tmp_path)
-    # It is found without being imported, which would read its numpy files.
-    write(tmp_path / "site/eccv_caption_of_a_test/__init__.py", "raise AssertionError('imported')")
-    eccv(tmp_path / "site/eccv_caption_of_a_test/data")
-    monkeypatch.syspath_prepend(tmp_path / "site")
-    assert benchmark.find(tmp_path) == tmp_path / "coco"
-    assert read("eccv-caption", tmp_path).counts()["right_images"] == 3
-
-
-RATINGS = """caption,image,agg_score,sampling_method
-COCO_val2014:sentid:10,COCO_val2014_000000060623.jpg,3.0,c2i_intrasim
-COCO_val2014:sentid:25,COCO_val2014_000000391895.jpg,4.97,c2i_intrasim
-COCO_val2014:sentid:11,COCO_val2014_000000060623.jpg,2.99,c2i_intrasim
-COCO_val2014:sentid:12,COCO_val2014_000000391895.jpg,1.2,c2i_original
-"""
-
-
-def test_cxc_adds_ratings_from_3_to_the_own_images(tmp_path: Path) -> None:
-    coco(tmp_path / "coco")
-    ratings = write(tmp_path / "coco/cxc/sits_test.csv", BOM + RATINGS)
-    data = read("cxc", tmp_path)
-    own = [[text, 0 if text < 5 else 1] for text in range(11)]
-    assert data.matches.tolist() == sorted([*own, [0, 1], [10, 0]])
-    assert data.image_matches.tolist() == sorted([image, text] for text, image in data.matches.tolist())
-    assert data.counts()["text_queries"] == 11
-    write(ratings, RATINGS + "COCO_val2014:sentid:31,COCO_val2014_000000522418.jpg,5.0,c2i_original\n")
-    data = read("cxc", tmp_path)
-    assert data.outside == ["caption 31, image 522418", "image 522418, caption 31"]
-    write(ratings, RATINGS + "COCO_val2014:sentid:31,COCO_val2014_000000522418.jpg\n")
-    with pytest.raises(BenchmarkError, match="CxC: a file in"):
-        read("cxc", tmp_path)

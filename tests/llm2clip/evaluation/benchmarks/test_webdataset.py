@@ -16,16 +16,20 @@ from llm2clip.data.formats import SourceError
 from llm2clip.evaluation.benchmark import BenchmarkError
 from llm2clip.evaluation.benchmarks import all_benchmarks
 from llm2clip.evaluation.benchmarks.encoded_images import ArchivedImages
-from llm2clip.evaluation.benchmarks.webdataset import SETS, read_classification, read_retrieval
+from llm2clip.evaluation.benchmarks.webdataset import Webdataset
 from tests.llm2clip.evaluation.benchmarks.classification_samples import SAMPLES, webdataset, write_files
 from tests.llm2clip.evaluation.benchmarks.samples import picture, read, shades
+
+LABELS = Webdataset(layout="webdataset", answer="cls")
+CAPTIONS = Webdataset(layout="webdataset", answer="txt")
 
 
 @pytest.fixture
 def classes(tmp_path: Path) -> Path:
     """The folder of a set of eleven tars."""
-    write_files(tmp_path, SAMPLES["webdataset"].files)
-    return tmp_path / "webdataset"
+    folder = tmp_path / "webdataset"
+    write_files(folder, SAMPLES["webdataset"].files)
+    return folder
 
 
 def test_own_templates_and_keys_are_read(classes: Path) -> None:
@@ -37,7 +41,7 @@ def test_own_templates_and_keys_are_read(classes: Path) -> None:
 
 def test_images_stay_in_the_tars_until_they_are_asked_for(classes: Path) -> None:
     """A set of gigabytes is listed, not loaded: after its tar is cut, only the images behind the cut are gone."""
-    data = read_classification(classes)
+    data = LABELS.read(classes)
     assert isinstance(data.images.images, ArchivedImages)
     path = classes / "test/3.tar"
     path.write_bytes(path.read_bytes()[:520])
@@ -49,18 +53,20 @@ def test_images_stay_in_the_tars_until_they_are_asked_for(classes: Path) -> None
 def test_captions_are_split_at_newlines_and_inner_ones_restored(tmp_path: Path) -> None:
     text = "first, with ümlaut\n line 1\\nline 2 \n\nfirst, with ümlaut\u2028x"
     members = {"s0.png": picture(1), "s0.txt": text.encode(), "s1.txt": b"one", "s1.webp": picture(2, "webp")}
-    write_files(tmp_path, webdataset(members) | {"webdataset/dataset_type.txt": "Retrieval\n"})
-    data = read("webdataset-retrieval", tmp_path / "webdataset")
+    write_files(tmp_path, webdataset(members) | {"dataset_type.txt": "Retrieval\n"})
+    data = read("webdataset-retrieval", tmp_path)
     assert data.texts == ["first, with ümlaut", " line 1\nline 2 ", "", "first, with ümlaut\u2028x", "one"]
     assert data.owners.tolist() == [0, 0, 0, 0, 1]
     assert shades(data.images) == [1, 2]
+    first = Webdataset(layout="webdataset", answer="txt", first=2).read(tmp_path)
+    assert (first.texts, first.owners.tolist()) == ([*data.texts[:2], "one"], [0, 0, 1])
 
 
 def test_labels_are_not_taken_for_captions_and_need_names(classes: Path) -> None:
     with pytest.raises(BenchmarkError, match="is a set of classification, not of retrieval"):
-        read_retrieval(classes)
+        CAPTIONS.read(classes)
     (classes / "classnames.txt").unlink()
-    assert all_benchmarks()["webdataset"].find(classes.parent) is None
+    assert all_benchmarks()["webdataset"].find(classes) is None
 
 
 def test_pickled_labels_are_never_loaded(tmp_path: Path) -> None:
@@ -90,9 +96,10 @@ def test_sets_are_known_by_their_folders_and_compare_the_mean_of_classes_where_i
     assert known["food101"].find(pets) is None
     monkeypatch.chdir(pets)
     assert known["pets"].find(Path()) == Path()
-    assert known["pets"].read(pets).mean_per_class
-    assert not known["webdataset"].read(pets).mean_per_class
-    assert [row[1] for row in SETS if row[4]] == ["FGVC Aircraft", "Oxford Pets", "Caltech-101", "Oxford Flowers"]
+    mean_per_class = {"fgvc-aircraft", "pets", "caltech101", "flowers"}
+    sets = {name for name, known in known.items() if known.folder.startswith("wds_") and known.protocol != "retrieval"}
+    assert {name for name in sets if known[name].read(pets).mean_per_class} == mean_per_class
+    assert len(sets) == 8
 
 
 class Rows(torch.utils.data.Dataset):
@@ -127,7 +134,7 @@ def converter(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_what_the_converter_of_clip_benchmark_writes_is_read(converter: Any, tmp_path: Path) -> None:
     rows = [(picture(number, "webp"), number % 2) for number in range(5)]
     converter.convert_dataset(Rows(rows), "test", str(tmp_path / "labels"), max_count=2, verbose=False)
-    data = read_classification(tmp_path / "labels")
+    data = LABELS.read(tmp_path / "labels")
     assert data.labels.tolist() == [0, 1, 0, 1, 0]
     assert list(data.images.images) == [content for content, _ in rows]
     assert (data.classnames, data.templates) == (["cat", "dog"], ["a {c}"])
@@ -136,6 +143,6 @@ def test_what_the_converter_of_clip_benchmark_writes_is_read(converter: Any, tmp
         Rows([(picture(number, "webp"), texts) for number, texts in enumerate(captions)]),
         "test", str(tmp_path / "captions"), verbose=False,
     )  # fmt: skip
-    found = read_retrieval(tmp_path / "captions")
+    found = CAPTIONS.read(tmp_path / "captions")
     assert found.texts == ["one", "two\nlines", "", "three"]
     assert found.owners.tolist() == [0, 0, 1, 1]

@@ -1,17 +1,17 @@
-"""Metrics of ECCV Caption and CxC, against direct formulas written as plain loops and averages over orders of ties."""
+"""Metrics of ECCV Caption and CxC, against direct formulas written as plain loops."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise, permutations
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from llm2clip.evaluation.data import GradedData
-from llm2clip.evaluation.protocols import graded
-from llm2clip.evaluation.protocols.graded import GradedPrecision, GradedRecall, precision_at_r
+from llm2clip.evaluation.benchmark import BenchmarkError
+from llm2clip.evaluation.graded_data import GradedData
+from llm2clip.evaluation.protocols.graded import GradedPrecision, GradedRecall
 from tests.llm2clip.evaluation.fake_session import FakeSession, numbered_images
 
 IMAGES, TEXTS = 30, 150
@@ -27,46 +27,6 @@ def metrics_of_order(order: list[int], right: set[int]) -> tuple[float, float, f
     return total / len(right), r_precision, float(order[0] in right)
 
 
-def metrics(scores: list[float], right: set[int]) -> tuple[float, float, float]:
-    """Average them over all orders of the candidates that agree with the scores."""
-    orders = [
-        list(order)
-        for order in permutations(range(len(scores)))
-        if all(scores[one] >= scores[other] for one, other in pairwise(order))
-    ]
-    found = [metrics_of_order(order, right) for order in orders]
-    first, second, third = zip(*found, strict=True)
-    return sum(first) / len(found), sum(second) / len(found), sum(third) / len(found)
-
-
-@pytest.mark.parametrize(
-    ("scores", "right"),
-    [
-        ([0.9, 0.7, 0.5, 0.3, 0.1], {0, 2, 4}),
-        ([0.5, 0.5, 0.5, 0.5, 0.5], {1, 3}),
-        ([0.9, 0.5, 0.5, 0.5, 0.1], {0, 2, 3}),
-        ([0.5, 0.5, 0.5, 0.2, 0.2], {3, 4, 0}),
-        ([0.9, 0.8, 0.8, 0.2, 0.2], {0}),
-        ([0.1, 0.2, 0.2, 0.2, 0.2], {0, 1, 2, 3, 4}),
-    ],
-)
-def test_precision_is_the_mean_over_the_orders_of_ties(scores: list[float], right: set[int]) -> None:
-    # A candidate of cosine s to the query (1, 0).
-    candidates = torch.tensor([[score, (1 - score**2) ** 0.5] for score in scores])
-    matches = torch.tensor([[0, place] for place in sorted(right)])
-    found, _ = precision_at_r(torch.tensor([[1.0, 0.0]]), candidates, matches)
-    assert [value.item() for value in found.values()] == pytest.approx(metrics(scores, right))
-
-
-@pytest.mark.parametrize("margin", [1, 64])
-def test_a_tie_that_ends_far_behind_is_taken_whole(margin: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graded, "MARGIN", margin)
-    candidates = torch.tensor([[1.0, 0.0]] * 200 + [[0.0, 1.0]] * 50)
-    found, is_tied = precision_at_r(torch.tensor([[1.0, 0.0]]), candidates, torch.tensor([[0, 3], [0, 249]]))
-    assert (found["r_precision"].item(), found["recall@1"].item()) == pytest.approx((1 / 200, 1 / 200))
-    assert is_tied.tolist() == [True]
-
-
 def judged() -> tuple[GradedData, FakeSession, Tensor]:
     """Five captions of each image and judgements that differ between the directions; only some are queries."""
     generator = torch.Generator().manual_seed(5)
@@ -78,28 +38,36 @@ def judged() -> tuple[GradedData, FakeSession, Tensor]:
     of_texts |= {(text, int(owners[text])) for text in range(0, TEXTS, 3)}
     of_images = {(image, (image * 11 + 13 * step) % TEXTS) for image in range(1, IMAGES, 2) for step in range(9)}
     of_images |= {(image, 5 * image + step) for image in range(1, IMAGES, 2) for step in range(5)}
+    # Ids that are no positions.
+    image_ids, text_ids = [1000 - image for image in range(IMAGES)], [7 * text + 3 for text in range(TEXTS)]
     data = GradedData(
         numbered_images(IMAGES),
         [f"caption {row}" for row in range(TEXTS)],
         owners,
-        torch.tensor(sorted(of_texts)),
-        torch.tensor(sorted(of_images)),
+        image_ids=image_ids,
+        text_ids=text_ids,
+        text_qrels=qrels(of_texts, text_ids, image_ids),
+        image_qrels=qrels(of_images, image_ids, text_ids),
     )
     session = FakeSession(images=images, texts=dict(zip(data.texts, texts, strict=True)), max_words=1)
     return data, session, texts @ images.T
 
 
+def qrels(pairs: set[tuple[int, int]], queries: list[int], corpus: list[int]) -> dict[int, list[int]]:
+    right: dict[int, list[int]] = {}
+    for query, candidate in sorted(pairs):
+        right.setdefault(queries[query], []).append(corpus[candidate])
+    return right
+
+
 def rankings(data: GradedData, similar: Tensor) -> Iterator[tuple[str, list[tuple[list[int], set[int]]]]]:
-    """Order of the candidates and right ones of each query, in both directions."""
-    for side, scores, matches in (
-        ("text_to_image", similar, data.matches),
-        ("image_to_text", similar.T, data.image_matches),
+    """Ids of the candidates in order, and the right ones of each query, in both directions."""
+    for side, scores, right, queries, corpus in (
+        ("text_to_image", similar, data.text_qrels, data.text_ids, data.image_ids),
+        ("image_to_text", similar.T, data.image_qrels, data.image_ids, data.text_ids),
     ):
-        assert matches is not None
-        right: dict[int, set[int]] = {}
-        for query, candidate in matches.tolist():
-            right.setdefault(query, set()).add(candidate)
-        yield side, [(scores[query].argsort(descending=True).tolist(), right[query]) for query in sorted(right)]
+        orders = {query: row.argsort(descending=True).tolist() for query, row in zip(queries, scores, strict=True)}
+        yield side, [([corpus[place] for place in orders[query]], set(ids)) for query, ids in right.items()]
 
 
 def test_eccv_caption_metrics_in_both_directions() -> None:
@@ -112,8 +80,7 @@ def test_eccv_caption_metrics_in_both_directions() -> None:
         for name, values in zip(("map@r", "r_precision", "recall@1"), zip(*expected, strict=True), strict=True):
             assert found.values[f"{side}_{name}"].tolist() == pytest.approx(list(values))
             assert found.scores[f"{side}_{name}"] == pytest.approx(sum(values) / len(values))
-    ties = {"tied_text_queries": 0, "tied_image_queries": 0}
-    assert found.counts == {**data.counts(), "truncated_texts": TEXTS, **ties}
+    assert found.counts == {**data.counts(), "truncated_texts": TEXTS}
 
 
 def test_cxc_recall_in_both_directions() -> None:
@@ -125,3 +92,20 @@ def test_cxc_recall_in_both_directions() -> None:
             assert found.scores[f"{side}_recall@{k}"] == pytest.approx(sum(hits) / len(hits))
             assert found.values[f"{side}_recall@{k}"].tolist() == hits
     assert 0 < found.scores["text_to_image_recall@1"] < found.scores["text_to_image_recall@5"] < 1
+
+
+def test_what_is_right_but_not_in_the_corpus_counts_and_is_never_found(capfd: pytest.CaptureFixture[str]) -> None:
+    """As two captions of ECCV Caption; and a part of the set may have fewer candidates than are right."""
+    images, texts = torch.eye(2), {"a": torch.tensor([1.0, 0.0]), "b": torch.tensor([0.0, 1.0])}
+    data = GradedData(
+        numbered_images(2), list(texts), torch.arange(2), image_ids=[5, 6], text_ids=[50, 60],
+        text_qrels={50: [5]}, image_qrels={5: [50, 71], 6: [60, 50, 71, 72, 73, 74, 75, 76, 77, 78, 79, 80]},
+    )  # fmt: skip
+    session = FakeSession(images=images, texts=texts)
+    found = GradedPrecision().measure(session, data)
+    assert found.values["image_to_text_r_precision"].tolist() == pytest.approx([1 / 2, 2 / 12])
+    assert found.values["image_to_text_map@r"].tolist() == pytest.approx([1 / 2, 2 / 12])
+    assert GradedRecall().measure(session, data).scores["image_to_text_recall@10"] == 1
+    assert "it/s" not in capfd.readouterr().err
+    with pytest.raises(BenchmarkError, match="no right pair"):
+        GradedPrecision().measure(session, replace(data, text_qrels={}))

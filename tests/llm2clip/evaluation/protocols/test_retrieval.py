@@ -37,8 +37,8 @@ def test_each_row_is_a_query_and_only_its_own_image_is_right() -> None:
 
 
 def test_every_image_of_a_text_with_several_is_right() -> None:
-    matches = torch.tensor([[0, 0], [0, 1], [1, 2]])
-    data = RetrievalData(numbered_images(3), ["a dog", "a cat"], torch.tensor([0, 2]), matches)
+    qrels = torch.tensor([[0, 0], [0, 1], [1, 2]])
+    data = RetrievalData(numbered_images(3), ["a dog", "a cat"], torch.tensor([0, 2]), qrels)
     session = FakeSession([X, Y, Z], {"a dog": [0.1, 1.0, 0.0], "a cat": [0.2, 0.0, 1.0]})
     found = RetrievalProtocol().measure(session, data)
     assert found.values["text_to_image_recall@1"].tolist() == [1, 1]

@@ -18,7 +18,7 @@ from llm2clip.encoders.load import load_encoder
 from llm2clip.encoders.patches import patch_embeddings
 from llm2clip.evaluation.benchmark import BenchmarkError
 from llm2clip.evaluation.benchmarks import all_benchmarks
-from llm2clip.evaluation.benchmarks.segmentation import class_table
+from llm2clip.evaluation.benchmarks.label_maps import class_table
 from llm2clip.evaluation.data import BenchmarkImages
 from llm2clip.evaluation.evaluate import evaluate
 from llm2clip.evaluation.prompts import template_set
@@ -198,6 +198,7 @@ def test_a_model_is_evaluated(num_workers: int, tmp_path: Path) -> None:
     encoder = load_encoder(str(tmp_path / "model"))
     benchmark = replace(
         all_benchmarks()["ade20k"],
+        folder="",
         needs=(),
         read=lambda _: folder_of(tmp_path, [(28, 42), (28, 28)]),
         options={"scale": (2048, 28), "templates": ("a {c}.", "the {c}")},

@@ -1,15 +1,13 @@
-"""Benchmarks: one small file for each set, found by its name."""
+"""Benchmarks: rows of `sets.yaml`, found by their names."""
 
 from __future__ import annotations
 
-import importlib
 import logging
-import pkgutil
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cache
+from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from llm2clip.command_line.logs import shortened
 from llm2clip.command_line.settings import nearest
@@ -17,29 +15,28 @@ from llm2clip.encoders.custom import module_of
 from llm2clip.evaluation.benchmark import GROUPS, Benchmark
 
 ALL_FOUND = "all-found"
+SETS = "sets.yaml"
 # The last part of a name such as `cifar10-probe-sgd`, and of the id of the protocol.
-PROBES = ("sgd", "lbfgs", "openai")
+PROBES = ("sgd",)
 
 logger = logging.getLogger(__name__)
 
 
 @cache
 def all_benchmarks() -> dict[str, Benchmark]:
-    """Return the benchmarks of this package by name, from the list `BENCHMARKS` of each module."""
-    benchmarks: dict[str, Benchmark] = {}
-    for module in sorted(pkgutil.iter_modules(__path__), key=lambda info: info.name):
-        for benchmark in getattr(importlib.import_module(f"{__name__}.{module.name}"), "BENCHMARKS", []):
-            if benchmark.name in benchmarks:
-                raise ValueError(f"two benchmarks have the name {benchmark.name!r}.")
-            benchmarks[benchmark.name] = benchmark
-    return benchmarks
+    """Return the benchmarks of this package by name."""
+    from llm2clip.evaluation.benchmarks.rows import read_sets  # whose data classes are made of modules of this package
+
+    text = resources.files("llm2clip.evaluation").joinpath(SETS).read_text(encoding="utf-8")
+    return read_sets(text, SETS)
 
 
 def choose_benchmarks(names: Iterable[str], data: Path, missing_too: bool = False) -> list[Benchmark]:
-    """Choose benchmarks by name, group, `all-found` or the path of a Python file with a list `BENCHMARKS`.
+    """Choose benchmarks by name, group, `all-found`, or the path of a file of one's own.
 
-    A group stands for those of its sets whose files are there, because several are one set in different files.
-    Linear probes have names such as `cifar10-probe-sgd`; no group contains them, nor does `all-found`.
+    That is a YAML file of rows as `sets.yaml` has them, or a Python file with a list `BENCHMARKS`. A group stands for
+    those of its sets whose files are below `data`: only what is named is fetched from the Hub. Linear probes have
+    names such as `cifar10-probe-sgd`; no group contains them, nor does `all-found`.
 
     Args:
         data: The folder in which a group and `all-found` look for files.
@@ -56,8 +53,8 @@ def choose_benchmarks(names: Iterable[str], data: Path, missing_too: bool = Fals
             named = _members(name) if missing_too and name != ALL_FOUND else _present(name, data)
         elif (probe := probe_by_name(name, known)) is not None:
             named = [probe]
-        elif name.endswith(".py"):
-            named = list(_from_file(Path(name)).BENCHMARKS)
+        elif name.endswith((".py", ".yaml")):
+            named = _from_file(Path(name))
         else:
             family = _family(name)
             meant = f"; you may mean {shortened(family)}." if family else nearest(name, [*known, *GROUPS])
@@ -85,15 +82,12 @@ def probe_by_name(name: str, benchmarks: Mapping[str, Benchmark]) -> Benchmark |
     probe = f"linear-probe-{recipe}"
     is_mean = benchmark.protocol == "mean-of-sets"
     return replace(
-        benchmark,
+        benchmark.with_train(),
         name=name,
         title=f"{benchmark.title}, {recipe} probe",
         groups=(),
-        read=benchmark.read_train,
         protocol=benchmark.protocol if is_mean else probe,
         options={"each": probe} if is_mean else {},
-        needs=(*benchmark.needs, *benchmark.train_needs),
-        read_train=None,
     )
 
 
@@ -125,10 +119,14 @@ def _present(group: str, data: Path) -> list[Benchmark]:
     return present
 
 
-def _from_file(path: Path) -> Any:
+def _from_file(path: Path) -> list[Benchmark]:
+    from llm2clip.evaluation.benchmarks.rows import read_sets
+
     if not path.is_file():
         raise ValueError(f"there is no file {path} with a benchmark.")
+    if path.suffix != ".py":
+        return list(read_sets(path.read_text(encoding="utf-8"), str(path)).values())
     module = module_of(path)
     if not getattr(module, "BENCHMARKS", None):
         raise ValueError(f"{path} has no list BENCHMARKS.")
-    return module
+    return list(module.BENCHMARKS)

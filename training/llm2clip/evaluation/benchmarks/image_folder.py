@@ -1,16 +1,15 @@
-"""Images in a folder for each class, and the benchmark of a user's own."""
+"""Readers of images in a folder for each class."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from llm2clip.command_line.logs import shortened
-from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
+from llm2clip.evaluation.benchmark import BenchmarkError
 from llm2clip.evaluation.benchmarks.encoded_images import IMAGE_SUFFIXES
 from llm2clip.evaluation.data import BenchmarkImages, ClassificationData
 from llm2clip.evaluation.prompts import read_names, read_templates, template_set
@@ -61,15 +60,25 @@ def read_class_folders(
     return [path for path, _ in rows], [label for _, label in rows]
 
 
-def labelled(images: Sequence[Path | bytes], labels: Sequence[int], classnames: Sequence[str]) -> ClassificationData:
-    """Make data with OpenAI's templates for ImageNet, which CLIP_benchmark takes where a set has no own."""
+def labelled(
+    images: Sequence[Path | bytes],
+    labels: Sequence[int],
+    classnames: Sequence[str],
+    names: Sequence[str] | None = None,
+) -> ClassificationData:
+    """Make data with OpenAI's templates for ImageNet, which CLIP_benchmark takes where a set has no own.
+
+    Args:
+        names: Names of the images in messages.
+    """
+    found = BenchmarkImages(images, names)
     return ClassificationData(
-        BenchmarkImages(images), torch.tensor(labels, dtype=torch.int64), list(classnames), template_set("openai-80")
+        found, torch.tensor(labels, dtype=torch.int64), list(classnames), template_set("openai-80")
     )
 
 
 def read_image_folder(folder: Path, with_train: bool = False) -> ClassificationData:
-    """Read `test/CLASS/*.jpg` and, for a probe, `train/CLASS/*.jpg`.
+    """Read `test/CLASS/*.jpg` and, for a probe, `train/CLASS/*.jpg` and `val/CLASS/*.jpg`.
 
     Labels are the ranks of the folders' names, as in torchvision, or of the numbers if all names are numbers: 2 comes
     before 10. `classnames.txt` has the names for prompts in that order; without it the folders' names are taken, with
@@ -92,26 +101,9 @@ def read_image_folder(folder: Path, with_train: bool = False) -> ClassificationD
     if (folder / "templates.txt").is_file():
         data.templates = read_templates(folder / "templates.txt")
     if with_train:
-        data.train = labelled(*read_class_folders("ImageFolder", folder / "train", classes), names)
+        paths, labels = read_class_folders("ImageFolder", folder / "train", classes)
         if (folder / "val").is_dir():
-            data.validation = labelled(*read_class_folders("ImageFolder", folder / "val", classes), names)
+            more, of_more = read_class_folders("ImageFolder", folder / "val", classes)
+            paths, labels = paths + more, labels + of_more
+        data.train = labelled(paths, labels, names)
     return data
-
-
-BENCHMARKS = [
-    Benchmark(
-        name="imagefolder",
-        title="ImageFolder",
-        folder="imagefolder",
-        needs=("test/*/*",),
-        files="test/CLASS/*.jpg (or .png, .webp, ...), train/CLASS/* and val/CLASS/* for probes; classnames.txt and "
-        "templates.txt if wanted.",
-        license="yours",
-        source="own data",
-        read=read_image_folder,
-        protocol="zero-shot-classification",
-        note="Labels follow the sorted names of the folders, numbers by value.",
-        read_train=partial(read_image_folder, with_train=True),
-        train_needs=("train",),
-    ),
-]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from llm2clip.evaluation.benchmark import GROUPS, Benchmark
 from llm2clip.evaluation.benchmarks import PROBES
+from llm2clip.evaluation.benchmarks.hub_files import on_hub
 
 # Counts of a set in the list; the details have the others.
 COUNTS = 2
@@ -25,15 +26,18 @@ def overview(benchmarks: Iterable[Benchmark], data: Path, width: int | None = No
     rows: list[Sequence[str]] = [COLUMNS]
     for benchmark in members:
         counts = [*_counts(benchmark)[:COUNTS], *(["..."] if len(benchmark.counts) > COUNTS else [])]
-        is_there = "no" if benchmark.find(data) is None else "yes"
+        is_there = "yes" if benchmark.find(data) is not None else "no" if benchmark.hub is None else "on the Hub"
         groups = ", ".join(benchmark.groups)
         rows.append((benchmark.name, is_there, groups, ", ".join(counts) or "not published", benchmark.license))
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
     lines = ["  ".join(f"{text:<{size}}" for text, size in zip(row, widths, strict=True)).rstrip() for row in rows]
     if width is not None:
         lines = [line if len(line) <= width else f"{line[: width - 3]}..." for line in lines]
-    there = sum(row[1] == "yes" for row in rows)
-    return "\n".join([*lines, "", f"{there} of {len(members)} are below {data}. {DETAILS}"])
+    there, fetched = (sum(row[1] == found for row in rows) for found in ("yes", "on the Hub"))
+    found = (
+        f"{there} of {len(members)} are below {data}, {fetched} of the others are fetched from the Hub when measured."
+    )
+    return "\n".join([*lines, "", f"{found} {DETAILS}"])
 
 
 def list_benchmarks(benchmarks: Iterable[Benchmark], data: Path) -> str:
@@ -57,11 +61,14 @@ def describe_benchmark(benchmark: Benchmark, data: Path) -> str:
         "files": f"{benchmark.folder}/: {benchmark.files}",
         "source": benchmark.source,
         "license": benchmark.license,
+        "numbers": benchmark.published,
         "note": benchmark.note,
+        "differs": "; ".join([*benchmark.differs, *benchmark.train_differs]),
         "probes": " ".join(f"{benchmark.name}-probe-{name}" for name in PROBES) if benchmark.read_train else "",
     }
     folder = benchmark.find(data)
-    lines["found"] = f"no, not below {data}" if folder is None else f"in {folder}"
+    elsewhere = f"no, not below {data}" if benchmark.hub is None else f"on the Hub: {on_hub(benchmark.hub)}"
+    lines["found"] = elsewhere if folder is None else f"in {folder}"
     title = f"{benchmark.name}  {benchmark.title}"
     return "\n".join([title, *(f"    {name + ':':<9}{text}" for name, text in lines.items() if text)])
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
-from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
+from pydantic import BaseModel, ConfigDict
+
+from llm2clip.evaluation.benchmark import BenchmarkError
 from llm2clip.evaluation.benchmarks.encoded_images import ArchivedImages, FilePart, list_tar
 from llm2clip.evaluation.benchmarks.image_folder import labelled
 from llm2clip.evaluation.data import BenchmarkImages, ClassificationData, RetrievalData
@@ -28,33 +29,60 @@ FILE = re.compile(r"(?P<key>(?:.*/)?[^./]*)\.?(?P<suffix>.*)", re.DOTALL)
 T = TypeVar("T")
 
 
-def read_classification(folder: Path, with_train: bool = False, mean_per_class: bool = False) -> ClassificationData:
-    """Read the test images with their labels and, for a probe, the train images."""
-    _require_kind(folder, "classification")
-    data = _read_split(folder, "test")
-    data.mean_per_class = mean_per_class
-    if with_train:
-        data.train = _read_split(folder, "train")
-    return data
+class Webdataset(BaseModel):
+    """How a set in this form is read.
+
+    Attributes:
+        answer: `txt`, captions, or `cls`, a label; the names of the classes are in `classnames.txt`, and the templates
+            in `zeroshot_classification_templates.txt` if the set has its own.
+        first: Captions of each image that are taken; None for all.
+        mean_per_class: The accuracy that is compared is the mean of the classes.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layout: Literal["webdataset"]
+    answer: Literal["txt", "cls"]
+    first: int | None = None
+    mean_per_class: bool = False
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The files that have to be there."""
+        return ("test/nshards.txt", TYPE if self.answer == "txt" else CLASSNAMES)
+
+    @property
+    def train_needs(self) -> tuple[str, ...]:
+        """Those of train images, which only sets of classification have."""
+        return () if self.answer == "txt" else ("train/nshards.txt",)
+
+    def read(self, folder: Path, with_train: bool = False) -> RetrievalData | ClassificationData:
+        """Read the test images with their captions or labels and, for a probe, the train images."""
+        _require_kind(folder, "retrieval" if self.answer == "txt" else "classification")
+        if self.answer == "txt":
+            return self._read_captions(folder)
+        data = _read_split(folder, "test")
+        data.mean_per_class = self.mean_per_class
+        if with_train:
+            data.train = _read_split(folder, "train")
+        return data
+
+    def _read_captions(self, folder: Path) -> RetrievalData:
+        r"""Read the captions.
+
+        CLIP_benchmark leaves `\n` in captions as it stands; here it is the end of a line again, which it was written
+        for.
+        """
+        images, keys, captions = _read_samples(folder / "test", "txt", _captions)
+        return RetrievalData.from_captions(BenchmarkImages(images, keys), [texts[: self.first] for texts in captions])
 
 
 def _read_split(folder: Path, split: str) -> ClassificationData:
     images, keys, labels = _read_samples(folder / split, "cls", lambda content: int(content.decode()))
-    data = labelled(images, labels, read_names(folder / CLASSNAMES))
-    data.images.names = keys
+    data = labelled(images, labels, read_names(folder / CLASSNAMES), keys)
     if (folder / TEMPLATES).is_file():
         data.templates = read_templates(folder / TEMPLATES)
     return data
-
-
-def read_retrieval(folder: Path) -> RetrievalData:
-    r"""Read images with their captions.
-
-    CLIP_benchmark leaves `\n` in captions as it stands; here it is the end of a line again, which it was written for.
-    """
-    _require_kind(folder, "retrieval")
-    images, keys, captions = _read_samples(folder / "test", "txt", _captions)
-    return RetrievalData.from_captions(BenchmarkImages(images, keys), captions)
 
 
 def _captions(content: bytes) -> list[str]:
@@ -95,54 +123,3 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, FilePart]]]:
     named = ((match["key"], match["suffix"].lower(), part) for match, part in parts if match is not None)
     for key, files in groupby(named, itemgetter(0)):
         yield key, {suffix: part for _, suffix, part in files}
-
-
-# Folder, title, classes and test images (None where they were not verified), whether the mean per class is compared:
-# the sets of classification beside ImageNet and CIFAR that ProCLIP's table has.
-SETS = (
-    ("food101", "Food-101", 101, 25250, False),
-    ("sun397", "SUN397", 397, None, False),
-    ("cars", "Stanford Cars", 196, 8041, False),
-    ("fgvc_aircraft", "FGVC Aircraft", 100, 3333, True),
-    ("vtab-dtd", "DTD", 47, 1880, False),
-    ("vtab-pets", "Oxford Pets", 37, 3669, True),
-    ("vtab-caltech101", "Caltech-101", 102, None, True),
-    ("vtab-flowers", "Oxford Flowers", 102, 6149, True),
-)
-
-
-def _set(folder: str, title: str, classes: int, images: int | None, mean_per_class: bool) -> Benchmark:
-    read = partial(read_classification, mean_per_class=mean_per_class)
-    return Benchmark(
-        name=folder.removeprefix("vtab-").replace("_", "-"), title=title, groups=("classification",),
-        folder=f"wds_{folder}", needs=("./test/nshards.txt", CLASSNAMES),
-        files=f"test/nshards.txt, test/*.tar, {CLASSNAMES}, {TEMPLATES}; train/ for probes.",
-        counts={"classes": classes} | ({"images": images} if images else {}), license="see its page",
-        source=f"huggingface.co/datasets/clip-benchmark/wds_{folder}", read=read, protocol="zero-shot-classification",
-        note="The mean per class is compared." if mean_per_class else "",
-        read_train=partial(read, with_train=True), train_needs=("train/nshards.txt",),
-    )  # fmt: skip
-
-
-_webdataset = partial(Benchmark, title="webdataset", folder="webdataset", license="see its page")
-BENCHMARKS = [
-    _webdataset(
-        name="webdataset",
-        needs=("test/nshards.txt", CLASSNAMES),
-        files=f"test/nshards.txt, test/*.tar, {CLASSNAMES}; {TEMPLATES} if wanted; train/ for probes.",
-        source="any set of huggingface.co/clip-benchmark, or clip_benchmark_export_wds",
-        read=read_classification,
-        protocol="zero-shot-classification",
-        read_train=partial(read_classification, with_train=True),
-        train_needs=("train/nshards.txt",),
-    ),
-    _webdataset(
-        name="webdataset-retrieval",
-        needs=("test/nshards.txt", TYPE),
-        files=f"test/nshards.txt, test/*.tar, {TYPE} with the word retrieval.",
-        source="any set of huggingface.co/clip-benchmark, or clip_benchmark_export_wds --retrieval",
-        read=read_retrieval,
-        protocol="retrieval",
-    ),
-    *(_set(*row) for row in SETS),
-]

@@ -35,8 +35,8 @@ class CaptionRetrievalAccuracy:
         if count == 0:
             raise BenchmarkError("there is no pair of captions.")
         embeds = session.embed_texts([*data.queries, *data.targets])
-        matches = torch.arange(count)[:, None].expand(-1, 2) if data.matches is None else data.matches
-        ranks, _, _ = retrieval_ranks(embeds[count:], embeds[:count], matches)
+        qrels = torch.arange(count)[:, None].expand(-1, 2) if data.qrels is None else data.qrels
+        ranks, _, _ = retrieval_ranks(embeds[count:], embeds[:count], qrels)
         return Measurement(
             protocol={
                 "name": "caption retrieval",
@@ -48,7 +48,7 @@ class CaptionRetrievalAccuracy:
             values=ranks.recalls(),
             ranks=ranks.mean_and_median(),
             counts={
-                "pairs": len(matches),
+                "pairs": len(qrels),
                 **session.count_cut([*data.queries, *data.targets]),
                 "tied_text_queries": int(ranks.is_tied.sum()),
             },
@@ -57,6 +57,4 @@ class CaptionRetrievalAccuracy:
 
 def caption_pair_metrics(session: Session, data: CaptionPairData) -> dict[str, float | int]:
     """Measure caption retrieval while a model trains: see [`caption_retrieval_metrics`]."""
-    return caption_retrieval_metrics(
-        session.embed_texts(data.queries), session.embed_texts(data.targets), data.matches
-    )
+    return caption_retrieval_metrics(session.embed_texts(data.queries), session.embed_texts(data.targets), data.qrels)

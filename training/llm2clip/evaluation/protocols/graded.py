@@ -1,34 +1,42 @@
-"""Retrieval where judges found more right pairs than those of the captions: ECCV Caption and CxC."""
+"""Retrieval where judges found more right pairs than those of the captions: ECCV Caption and CxC, by their package."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from llm2clip.evaluation.benchmark import BenchmarkError, Measurement
-from llm2clip.evaluation.data import GradedData
-from llm2clip.evaluation.metrics import ROUNDING, TILE_SIZE, retrieval_ranks
+from llm2clip.evaluation.graded_data import GradedData, Qrels, eccv_caption
+from llm2clip.evaluation.metrics import KS, TILE_SIZE
 from llm2clip.evaluation.session import Session
 from llm2clip.models.embeddings import inner_products
 
-# Candidates sorted beyond the number of right ones, which a tie that ends there needs.
-MARGIN = 64
+# Computes scores by name from the ranking and the right candidates of queries, by the ids of the queries.
+Metrics = Callable[[Qrels, Qrels], dict[str, float]]
 
 
 @dataclass(frozen=True)
 class GradedRecall:
-    """CxC: recall@1, 5 and 10, where any right candidate among the first k is a hit; ties are expected values."""
+    """CxC: recall@1, 5 and 10, where any right candidate among the first k is a hit."""
 
     def measure(self, session: Session, data: GradedData) -> Measurement:
         """Measure both directions; only the captions and images that have a right partner are queries.
 
         Raises:
             BenchmarkError: There is no right pair.
+            ImportError: The package `eccv_caption` is not installed.
         """
-        return _measured(session, data, _recalls, "any right one", "recall@1")
+        recall = eccv_caption().compute_r_at_k
+
+        def metrics(ranking: Qrels, qrels: Qrels) -> dict[str, float]:
+            return {f"recall@{k}": recall(ranking, qrels, k) for k in KS}
+
+        return _measured(session, data, metrics, "any right one", "recall@1")
 
 
 @dataclass(frozen=True)
@@ -36,109 +44,61 @@ class GradedPrecision:
     """ECCV Caption: mAP@R, R-precision and recall@1, over the first R ranks of a query with R right candidates.
 
     mAP@R is the mean over the R ranks of the precision up to the rank, 0 at ranks of wrong candidates; R-precision is
-    the share of right candidates among the first R. Ties are expected values over their orders.
+    the share of right candidates among the first R.
     """
 
     def measure(self, session: Session, data: GradedData) -> Measurement:
-        """Measure both directions.
+        """Measure both directions; see [`GradedRecall.measure`]."""
+        compute = eccv_caption().compute_eccv_metrics
+        names = {"map@r": "eccv_map_at_r", "r_precision": "eccv_rprecision", "recall@1": "eccv_r1"}
 
-        Raises:
-            BenchmarkError: There is no right pair.
-        """
-        return _measured(session, data, precision_at_r, "all right ones", "map@r")
+        def metrics(ranking: Qrels, qrels: Qrels) -> dict[str, float]:
+            with redirect_stderr(io.StringIO()):  # a progress bar, also of one query
+                scores = compute(ranking, qrels)
+            return {name: scores[theirs] for name, theirs in names.items()}
 
-
-def _recalls(queries: Tensor, candidates: Tensor, matches: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    asking, local = matches[:, 0].unique(return_inverse=True)
-    ranks, _, _ = retrieval_ranks(candidates, queries[asking], torch.stack([local, matches[:, 1]], dim=1))
-    return ranks.recalls(), ranks.is_tied
+        return _measured(session, data, metrics, "all right ones", "map@r")
 
 
-def precision_at_r(queries: Tensor, candidates: Tensor, matches: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Compute the expected metrics of the first R ranks of each query, R being its number of right candidates.
-
-    Args:
-        queries: `(q, width)`, unit rows.
-        candidates: `(c, width)`, unit rows.
-        matches: `(pairs, 2)` int64, query and right candidate. Queries without one are left out.
-
-    Returns:
-        Of the queries in `matches`, ascending: `map@r`, `r_precision` and `recall@1`, `(queries,)` float64 each, and
-        whether ties matter, `(queries,)` bool.
-    """
-    asking, local = matches[:, 0].unique(return_inverse=True)
-    right = torch.zeros(len(asking), len(candidates), dtype=torch.bool)
-    right[local, matches[:, 1]] = True
-    rows = []
-    for tile in torch.arange(len(asking)).split(TILE_SIZE):
-        scores = inner_products(queries[asking[tile]], candidates, candidates.new_empty(len(tile), len(candidates)))
-        rows += [_first_ranks(similar, right[row]) for row, similar in zip(tile.tolist(), scores, strict=True)]
-    *values, is_tied = torch.tensor(rows, dtype=torch.float64).reshape(-1, 4).unbind(1)
-    return dict(zip(("map@r", "r_precision", "recall@1"), values, strict=True)), is_tied.bool()
-
-
-def _first_ranks(scores: Tensor, right: Tensor) -> tuple[float, float, float, bool]:
-    """Compute the metrics of one query.
-
-    In a tie of n candidates with r right ones, each of its ranks has a right one with probability r/n, and then each
-    of the j ranks of the tie before it has another with probability (r - 1)/(n - 1).
-    """
-    count = int(right.sum())
-    tie, is_right = _ties(scores, right, count)
-    sizes = torch.bincount(tie).double()
-    rights = torch.bincount(tie[is_right], minlength=len(sizes)).double()
-    ranks, tie = torch.arange(count, dtype=torch.float64), tie[:count]
-    share = (rights / sizes)[tie]
-    before = (rights.cumsum(0) - rights)[tie]
-    within = (ranks - (sizes.cumsum(0) - sizes)[tie]) * ((rights - 1) / (sizes - 1).clamp(min=1))[tie]
-    map_at_r = (share * (1 + before + within) / (ranks + 1)).mean()
-    is_tied = ((share > 0) & (share < 1)).any()
-    return map_at_r.item(), share.mean().item(), share[0].item(), bool(is_tied)
-
-
-def _ties(scores: Tensor, right: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Sort the best candidates, at least `count` and no part of a tie.
-
-    Returns:
-        `(best,)` each: the number of the tie that each belongs to, from 0, and whether it is right.
-    """
-    taken = min(count + MARGIN, len(scores))
-    while True:
-        best, positions = scores.topk(taken)
-        starts = (best[:-1] - best[1:]) > ROUNDING
-        tie = torch.cat([starts.new_zeros(1, dtype=torch.int64), starts.cumsum(0)])
-        complete = len(scores) if taken == len(scores) else int((tie < tie[-1]).sum())
-        if complete >= count:
-            return tie[:complete], right[positions[:complete]]
-        taken = min(2 * taken, len(scores))
-
-
-def _measured(
-    session: Session,
-    data: GradedData,
-    measure: Callable[[Tensor, Tensor, Tensor], tuple[dict[str, Tensor], Tensor]],
-    hit: str,
-    compared: str,
-) -> Measurement:
-    """Measure both directions; `measure` returns the values of queries by name, and which of them are tied."""
-    assert data.matches is not None
-    if not len(data.matches) or not len(data.image_matches):
+def _measured(session: Session, data: GradedData, metrics: Metrics, hit: str, compared: str) -> Measurement:
+    if not data.text_qrels or not data.image_qrels:
         raise BenchmarkError("there is no right pair of an image and a caption.")
     images, texts = session.embed_images(data.images), session.embed_texts(data.texts)
-    of_texts, tied_texts = measure(texts, images, data.matches)
-    of_images, tied_images = measure(images, texts, data.image_matches)
+    of_texts = _values(texts, images, data.text_ids, data.image_ids, data.text_qrels, metrics)
+    of_images = _values(images, texts, data.image_ids, data.text_ids, data.image_qrels, metrics)
     text_values = {f"text_to_image_{name}": values for name, values in of_texts.items()}
-    owners = data.owners[data.matches[:, 0].unique()]
     return Measurement(
-        protocol={"name": "graded retrieval", "positives": "judged", "hit": hit, "ties": "expected value"},
+        protocol={"name": "graded retrieval", "positives": "judged", "hit": hit, "ties": "one order"},
         values=text_values | {f"image_to_text_{name}": values for name, values in of_images.items()},
         compared=(f"image_to_text_{compared}", f"text_to_image_{compared}"),
         # The captions of an image are found or missed together.
-        clusters=dict.fromkeys(text_values, owners),
-        counts={
-            **data.counts(),
-            **session.count_cut(data.texts),
-            "tied_text_queries": int(tied_texts.sum()),
-            "tied_image_queries": int(tied_images.sum()),
-        },
+        clusters=dict.fromkeys(text_values, data.owners[_rows(data.text_ids, data.text_qrels)]),
+        counts={**data.counts(), **session.count_cut(data.texts)},
     )
+
+
+def _values(
+    queries: Tensor,
+    corpus: Tensor,
+    query_ids: Sequence[int],
+    corpus_ids: Sequence[int],
+    qrels: Qrels,
+    metrics: Metrics,
+) -> dict[str, Tensor]:
+    """Rank the corpus for each query of `qrels`, and compute its metrics: `(queries,)` float64 each."""
+    deepest = max(*KS, *map(len, qrels.values()))
+    depth = min(deepest, len(corpus))
+    # A part of the set may have fewer candidates than are right.
+    absent = list(range(depth - deepest, 0))
+    ids, judged, values = torch.tensor(corpus_ids), iter(qrels.items()), []
+    for rows in _rows(query_ids, qrels).split(TILE_SIZE):
+        scores = inner_products(queries[rows], corpus, corpus.new_empty(len(rows), len(corpus)))
+        for ranking in ids[scores.topk(depth).indices].tolist():
+            query, right = next(judged)
+            values.append(metrics({query: ranking + absent}, {query: right}))
+    return {name: torch.tensor([value[name] for value in values], dtype=torch.float64) for name in values[0]}
+
+
+def _rows(ids: Sequence[int], qrels: Qrels) -> Tensor:
+    rows = {number: row for row, number in enumerate(ids)}
+    return torch.tensor([rows[query] for query in qrels])

@@ -117,30 +117,30 @@ class MultilingualRetrieval:
 def measure_rows(session: Session, image_embeds: Tensor, text_embeds: Tensor, data: RetrievalData) -> Measurement:
     """Measure retrieval from embeddings; see [`RetrievalProtocol`].
 
-    If the data has `matches`, these are right instead of the own image alone, and the protocol says `pairs`.
+    If the data has `qrels`, these are right instead of the own image alone, and the protocol says `pairs`.
 
     Args:
         image_embeds, text_embeds: Unit rows, `(images, width)` and `(texts, width)`.
     """
     if not data.texts:
         raise BenchmarkError("there is no caption.")
-    texts, images, asking = retrieval_ranks(image_embeds, text_embeds, data.pairs)
+    texts, images, image_queries = retrieval_ranks(image_embeds, text_embeds, data.pairs)
     lengths, is_cut = session.text_lengths(data.texts)
     are_known = not (lengths < 0).any()
     text_hits = texts.recalls("text_to_image_")
     hits = text_hits | images.recalls("image_to_text_")
     # A caption of several images is the length of none.
-    length_hits = hits if data.matches is None else text_hits
+    length_hits = hits if data.qrels is None else text_hits
     return Measurement(
-        protocol=dict(PROTOCOL) if data.matches is None else {**PROTOCOL, "positives": "pairs"},
+        protocol=dict(PROTOCOL) if data.qrels is None else {**PROTOCOL, "positives": "pairs"},
         compared=COMPARED,
         values=hits,
-        clusters={name: data.owners if name in text_hits else asking for name in hits},
+        clusters={name: data.owners if name in text_hits else image_queries for name in hits},
         ranks={**texts.mean_and_median("text_to_image_"), **images.mean_and_median("image_to_text_")},
         counts={
             "images": len(data.images),
             "texts": len(data.texts),
-            "image_queries": len(asking),
+            "image_queries": len(image_queries),
             **({"truncated_texts": int(is_cut.sum())} if are_known else {}),
             "empty_texts": sum(not text.strip() for text in data.texts),
             "tied_text_queries": int(texts.is_tied.sum()),

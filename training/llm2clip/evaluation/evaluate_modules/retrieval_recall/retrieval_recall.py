@@ -44,8 +44,8 @@ class RetrievalRecall(evaluate.Metric):
     def _compute(self, text_embeds, image_embeds, image_ids=None, text_ids=None, ks=(1, 5, 10)):
         texts, text_rows = _distinct(torch.tensor(text_embeds), text_ids, "text_ids")
         images, image_rows = _distinct(torch.tensor(image_embeds), image_ids, "image_ids")
-        matches = torch.stack([text_rows, image_rows], dim=1).unique(dim=0)
-        metrics = retrieval_metrics(images, texts, matches, ks=ks)
+        qrels = torch.stack([text_rows, image_rows], dim=1).unique(dim=0)
+        metrics = retrieval_metrics(images, texts, qrels, ks=ks)
         # Rows are pairs: every image has a text.
         del metrics["num_images_with_text"]
         return metrics

@@ -1,4 +1,4 @@
-"""Heat maps: the similarity between a caption and the patches of an image."""
+"""Heat maps: pictures of the similarity between a caption and the patches of an image."""
 
 from __future__ import annotations
 
@@ -10,31 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import BaseImageProcessor
 
-from llm2clip.encoders.patches import patch_embeddings
-from modeling_llm2clip import LLM2CLIPModel
-
 COLOURS = "coolwarm"
 OPACITY = 0.55
-
-
-def patch_similarity(model: LLM2CLIPModel, pixel_values: Tensor, text_embeds: Tensor) -> Tensor:
-    """Compute the cosine similarity between each caption and the patches of its image.
-
-    The patches pass through what was trained on the pooled features; see `patch_embeddings`.
-
-    Args:
-        model: The model; its LLM is not used.
-        pixel_values: `(batch, 3, height, width)`.
-        text_embeds: `(batch, projection_dim)`, unit length.
-
-    Returns:
-        `(batch, rows, columns)` float32 on the CPU.
-
-    Raises:
-        ValueError: The vision tower has no fixed grid of patches.
-    """
-    patches = patch_embeddings(model, pixel_values)
-    return torch.einsum("irce,ie->irc", patches, text_embeds.to(patches)).cpu()
 
 
 def seen_part(image: Image.Image, image_processor: BaseImageProcessor) -> Image.Image:
