@@ -53,7 +53,7 @@ class MixtureItems(Items):
 class MixtureEncoder(Encoder):
     """A model that has the embeddings already."""
 
-    library = "none"
+    library, commit = "none", None
 
     def __init__(self, mixture: Mixture) -> None:
         super().__init__("mixture", torch.nn.Identity(), mixture.vectors.shape[1], torch.device("cpu"), "float32")

@@ -36,7 +36,7 @@ SETTINGS = IndexSettings(batch_size=8, shard_size=16, num_workers=0, index_type=
 class Pixels(Encoder):
     """A model whose embedding of an image is the image itself, in few pixels."""
 
-    library = "none"
+    library, commit = "none", None
 
     def __init__(self) -> None:
         super().__init__("pixels", torch.nn.Identity(), WIDTH, torch.device("cpu"), "float32")

@@ -217,4 +217,4 @@ def test_the_clock_and_the_times_of_files_do_not_matter(indexed: Path, pictures:
 def test_a_run_killed_at_any_moment_ends_equal(tmp_path: Path) -> None:
     """See `kills`."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    run_python(["-m", "tests.llm2clip.search.kills", str(tmp_path), "25"], **environment)
+    run_python(["-m", "tests.llm2clip.search.kills", str(tmp_path), "10"], **environment)

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from llm2clip.command_line.processes import worker_count
+from llm2clip.command_line.progress import ProgressBar
 from llm2clip.encoders import Encoder
 from llm2clip.encoders.ours import OurEncoder
 from llm2clip.files.atomic import remove_unfinished
@@ -130,7 +131,9 @@ class _Update:
         self.settings.type_of(self.store.index_types, manifest.width)
         earlier = Listing.read_all(self.folder)
         decoding = {"max_pixels": self.items.max_pixels, **_versions(DECODERS)}
-        listing = Listing.write(self.folder, self.items, decoding, earlier)
+        with ProgressBar(f"Listing {self.items.embed}s", None, self.items.embed) as bar:
+            tables = _counted(self.items.batches(earlier), bar)
+            listing = Listing.write(self.folder, tables, self.items.columns, decoding)
         removed = self._count_removed(listing, earlier)
         if not len(listing):
             raise self._nothing([*self.items.failures])
@@ -355,6 +358,12 @@ def table_batches(listing: Listing, rows: Store, schema: pa.Schema, is_good: np.
         embeds = rows.read(rows.find(store_keys(chosen[DIGEST]))).numpy()
         vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeds.reshape(-1)), rows.width)
         yield pa.RecordBatch.from_arrays([*chosen.columns, vectors], schema=schema)
+
+
+def _counted(tables: Iterator[pa.Table], bar: ProgressBar) -> Iterator[pa.Table]:
+    for table in tables:
+        yield table
+        bar.update(len(table))
 
 
 def recorded_name(model: str) -> str:

@@ -7,20 +7,16 @@ is made of both, without a model and without reading the images again.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from llm2clip.command_line.progress import ProgressBar
 from llm2clip.files.atomic import flush_file, flush_folder, sha256, temporary_name
 from llm2clip.search.store import DIGEST
-
-if TYPE_CHECKING:
-    from llm2clip.search.folder_items import Items
 
 PATTERN = "listing-*.arrow"
 ROWS_AT_ONCE = 4096
@@ -50,25 +46,23 @@ class Listing:
         self.decoding: dict[str, Any] = json.loads((self.schema.metadata or {}).get(DECODING, "{}"))
 
     @classmethod
-    def write(cls, folder: Path, items: Items, decoding: dict[str, Any], before: list[Listing]) -> Listing:
-        """List items.
+    def write(
+        cls, folder: Path, tables: Iterator[pa.Table], columns: Mapping[str, pa.DataType], decoding: dict[str, Any]
+    ) -> Listing:
+        """Write a list into a folder, and open it.
 
         Args:
-            decoding: What decides which of them can be decoded.
-            before: Earlier lists; files that have not changed since have the digests of these.
+            tables: The rows, some at a time.
+            columns: Their columns, with `DIGEST`.
+            decoding: What decides which images can be decoded.
         """
-        schema = pa.schema(list(items.columns.items()), {DECODING: json.dumps(decoding)})
+        schema = pa.schema(list(columns.items()), {DECODING: json.dumps(decoding)})
         path = temporary_name(folder / "listing")
         options = pa.ipc.IpcWriteOptions(compression="zstd")
         try:
-            with (
-                pa.OSFile(str(path), "wb") as file,
-                pa.ipc.new_file(file, schema, options=options) as writer,
-                ProgressBar(f"Listing {items.embed}s", len(items), items.embed) as bar,
-            ):
-                for table in _of_equal_size(items.batches(before), schema):
+            with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema, options=options) as writer:
+                for table in _of_equal_size(tables, schema):
                     writer.write_table(table)
-                    bar.update(len(table))
             flush_file(path)
             named = folder / _name(path)
             if not named.is_file() or _name(named) != named.name:
