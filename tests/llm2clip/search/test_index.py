@@ -247,6 +247,22 @@ def test_a_folder_with_a_manifest_of_others_and_a_file_are_not_replaced(pictures
     assert len(list(pictures.rglob("*.png"))) == 12
 
 
+@pytest.mark.parametrize("theirs", ["rows.csv", "rows/data.csv", "listing.txt"])
+def test_files_of_others_with_names_like_those_of_an_index_stay(theirs: str, model: Model, tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("words")
+    file = tmp_path / "place" / theirs
+    file.parent.mkdir(parents=True)
+    file.write_text("theirs")
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match="llm2clip index did not write it"):
+            index(tmp_path / "texts", model[0], tmp_path / "place", overwrite=overwrite)
+    with pytest.raises(ValueError, match="none of the 1 files"):
+        index(tmp_path / "texts", model[0], tmp_path / "texts" / "index")
+    assert file.read_text() == "theirs"
+    assert [path.name for path in (tmp_path / "texts").iterdir()] == ["a.txt"]
+
+
 def test_an_index_and_captions_inside_the_image_folder_are_no_images(pictures: Path, model: Model) -> None:
     (pictures / "a" / "metadata.jsonl").write_text('{"file_name": "07.png", "caption": "noise"}\n')
     assert index(pictures, model[0], pictures / "index") == (12, 0, 0, 0, 12)

@@ -390,8 +390,13 @@ def _versions(libraries: tuple[str, ...]) -> dict[str, str]:
 
 def _remove_empty(folder: Path) -> None:
     """Delete what a run has begun, if it has stored no embeddings and there is nothing else."""
-    if any(folder.glob(f"{STORES[0]}*/*{MANIFEST_SUFFIX}")):
+    if any(any((folder / name).glob(f"*{MANIFEST_SUFFIX}")) for name in STORES):
         return
-    names = {path.name for path in folder.iterdir()}
-    if not {name for name in names if not name.startswith(("rows", "listing-")) and name != LOCK}:
-        shutil.rmtree(folder, ignore_errors=True)
+    for path in folder.glob(PATTERN) if not any(folder.glob("*.json")) else ():
+        path.unlink()
+    for place in (*(folder / name for name in STORES), folder):
+        remove_unfinished(place)
+        with contextlib.suppress(OSError):  # there is something else, or nothing
+            if {path.name for path in place.iterdir()} <= {LOCK}:
+                (place / LOCK).unlink(missing_ok=True)
+                place.rmdir()

@@ -26,7 +26,8 @@ from llm2clip.search.store import KEY, UNINDEXED, VECTOR
 MANIFEST, COMMAND = "manifest.json", "index"
 TABLES = "images-*.lance"
 # What else is in the folder of an index.
-OWN = ("rows*", "listing-*.arrow", ".*")
+OWN = ("rows", "rows-2", "listing-*.arrow", ".*")
+OWN_ROWS = ("shard-*", "index.*", ".*")
 # The only file that LanceDB writes again: where to look first, in which nothing depends on what is there.
 HINT = "_versions/latest_version_hint.json"
 # Bits per value of the codes of RaBitQ.
@@ -59,6 +60,7 @@ class LanceStore:
             if self.folder.is_file():
                 raise NotADirectoryError(f"{self.folder} is a file; give the folder of the index: --output-dir FOLDER")
             theirs = [path for path in self.folder.glob("*") if not any(map(path.match, (MANIFEST, TABLES, *OWN)))]
+            theirs += [path for path in self.folder.glob("rows*/*") if not any(map(path.match, OWN_ROWS))]
             fields: dict[str, Any] = {}
             with contextlib.suppress(OSError, ValueError):
                 fields = read_json(self.folder / MANIFEST)
