@@ -38,40 +38,20 @@ class Mixture:
 
 
 def build_index(folder: Path, mixture: Mixture, **settings: Any) -> Any:
-    """Write an index as `llm2clip index` does, except for the model; return it open.
+    """Write an index as `llm2clip index` does, with a model that has embedded before; return it open.
 
     Args:
         settings: Those of [`IndexSettings`].
     """
-    import pyarrow as pa
-
-    from llm2clip.search.folder_items import BINARY, digest
-    from llm2clip.search.index_manifest import IndexManifest
+    from benchmarks.embedded import MixtureEncoder, MixtureItems
     from llm2clip.search.index_settings import IndexSettings
+    from llm2clip.search.index_update import update_index
     from llm2clip.search.lance_store import LanceStore
     from llm2clip.search.search_index import SearchIndex
-    from llm2clip.search.store import ID, KEY, REASON, VECTOR
 
-    manifest = IndexManifest("benchmark", None, None, WIDTH, "float16", {"kind": "folder", "path": "none"}, {})
-    kind = pa.list_(pa.float16(), WIDTH)
-    schema = pa.schema(
-        [(KEY, pa.string()), ("source", pa.string()), (ID, BINARY), (REASON, pa.string()), (VECTOR, kind)]
-    )
-    store, start = LanceStore(folder), 0
-    with store.lock():
-        store.begin(manifest, schema, "nothing")
-        for some in mixture.batches():
-            keys = [f"{number:09}" for number in range(start, start + len(some))]
-            columns = [keys, mixture.sources[start : start + len(some)].tolist()]
-            ids = pa.array([digest(repr(row)) for row in zip(*columns, strict=True)], BINARY)
-            embeds = pa.FixedSizeListArray.from_arrays(pa.array(some.reshape(-1)), WIDTH)
-            arrays = [*map(pa.array, columns), ids, pa.nulls(len(some), pa.string()), embeds]
-            store.upsert(pa.table(arrays, schema))
-            start += len(some)
-        manifest.images = start
-        manifest.index = IndexSettings(**settings).index_of(start, WIDTH, store.index_types)
-        store.commit(manifest, [])
-    return SearchIndex.open(store)
+    store, encoder = LanceStore(folder), MixtureEncoder(mixture)
+    update_index(store, MixtureItems(mixture), lambda: encoder, IndexSettings(**settings))
+    return SearchIndex.open(store, encoder=encoder)
 
 
 def build_faiss_index(mixture: Mixture, cells: int) -> Any:

@@ -21,7 +21,7 @@ from tests.documents.reading import ROOT
 OWN = {"llm2clip": ROOT / "training" / "llm2clip", "modeling_llm2clip": ROOT / "modeling_llm2clip"}
 # The extra of a library that a command imports only where a setting asks for it; the error then names that extra.
 ON_DEMAND = {
-    "eccv_caption": "eccv", "faiss": "search", "lancedb": "search", "open_clip": "evaluation",
+    "eccv_caption": "eccv", "lancedb": "search", "open_clip": "evaluation",
     "pgvector": "postgres", "psycopg": "postgres", "ray": "ray",
 }  # fmt: skip
 

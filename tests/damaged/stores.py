@@ -147,7 +147,7 @@ def make_indexes(folder: Path) -> None:
         pixels = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((32, 32)).save(pictures / f"{number}.png")
     settings: dict[str, Any] = {"model": str(folder.with_name("model")), "folder": str(pictures), "num_workers": 0}
-    for kind in ("flat", "faiss"):
+    for kind in ("flat", "ivf_rq"):
         index.run(index.IndexConfig(**settings, output_dir=str(folder / kind), index_type=kind))
 
 

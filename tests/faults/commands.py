@@ -74,7 +74,7 @@ ATTACKED: dict[str, Attacked] = {
     "sidecars": Attacked("embed {inputs}/sidecars.yaml", 4, 10, _all_embedded, needs=("stage1",)),
     "stage2": _stage("stage2", 6, 12, "embed"),
     "index": Attacked(
-        f"index {{inputs}}/pictures --model {{inputs}}/model --output-dir {OUT} --batch-size 4 --part-size 8 "
+        f"index {{inputs}}/pictures --model {{inputs}}/model --output-dir {OUT} --batch-size 4 --shard-size 8 "
         "--num-workers 0",
         5,
         10,

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ VOLATILE = re.compile(
     r"|train_loss|num_train_epochs"
     rf"|{MANIFEST_CHECKSUM}"  # of such fields too
 )
-INDEX = "images.lance"
+TABLES = "images-*.lance"
 UNREADABLE = "unreadable: "
 
 Content = dict[str, str]
@@ -44,10 +44,10 @@ def content(folder: Path) -> Content:
     found: Content = {}
     for path in _files(folder):
         name = path.relative_to(folder).as_posix()
-        if INDEX not in path.parts and not (path.name == FOLDER_MANIFEST and (path.parent / INDEX).is_dir()):
+        if not any(PurePath(part).match(TABLES) for part in path.parts):
             found[name] = _readable(_digest, path)
-    for table in folder.rglob(INDEX):
-        found[table.relative_to(folder).as_posix()] = _readable(_rows, table.parent)
+    for index in {table.parent for table in folder.rglob(TABLES)}:
+        found[(index.relative_to(folder) / TABLES).as_posix()] = _readable(_rows, index)
     return found
 
 
@@ -110,9 +110,7 @@ def _add(digest: Any, value: Any) -> None:
 
 
 def _rows(folder: Path) -> str:
-    digest = hashlib.sha256()
-    store = SearchIndex.open(folder).store
-    for columns in (None, ["vector"]):
-        for batch in store.keys(columns):
-            _add(digest, batch.drop_columns(["_rowid"]).to_pylist())
+    opened, digest = SearchIndex.open(folder), hashlib.sha256()
+    for batch in opened.store.keys(["key", "folder", "extension", "size", "_digest", "vector"]):
+        _add(digest, batch.to_pylist())
     return digest.hexdigest()

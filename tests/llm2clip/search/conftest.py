@@ -26,6 +26,13 @@ def model(saved_model: Path) -> tuple[Path, LLM2CLIPModel]:
     return saved_model, LLM2CLIPModel.from_pretrained(saved_model).eval()
 
 
+@pytest.fixture(autouse=True)
+def default_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the embeddings of indexes in databases and object stores are, unless a test says it."""
+    monkeypatch.setattr(location, "ROWS_DIR", tmp_path / "default rows")
+    return tmp_path / "default rows"
+
+
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     """A folder of twelve pictures, at the top and in two subfolders."""
@@ -126,6 +133,6 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     if request.param == "folder":
         return Place(tmp_path / "store")
     if request.param == "postgres":
-        return Tables(request.getfixturevalue("url"))
+        return Tables(request.getfixturevalue("url"), tmp_path / "rows")
     request.getfixturevalue(request.param)
-    return Bucket() if request.param == "bucket" else LocalUrl(tmp_path / "store")
+    return Bucket(tmp_path / "rows") if request.param == "bucket" else LocalUrl(tmp_path / "store", tmp_path / "rows")

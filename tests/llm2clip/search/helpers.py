@@ -48,17 +48,16 @@ def index(source: Path | str, model: Path | str, output: Path | str | None, **se
 
 
 def rows(folder: Path | str) -> list[dict[str, Any]]:
-    """The rows of an index with their embeddings, in the order of the table."""
-    return stored_rows(SearchIndex.open(folder), "vector")
+    """The rows of an index with their embeddings, in the order of the data."""
+    return stored_rows(SearchIndex.open(folder))
 
 
-def stored_rows(index: SearchIndex, *internal: str) -> list[dict[str, Any]]:
-    """The rows of an open index, with some of the columns that a search does not show."""
-    described, added = (
-        [row for batch in index.store.keys(columns) for row in batch.drop_columns(["_rowid"]).to_pylist()]
-        for columns in (None, internal)
-    )
-    return [{**row, **more} for row, more in zip(described, added, strict=True)]
+def stored_rows(index: SearchIndex) -> list[dict[str, Any]]:
+    """The rows of an open index with their embeddings, in the order of the data."""
+    query = np.ones((1, index.manifest.width), np.float32)
+    found = index.store.search(query, len(index))[0].to_pylist()
+    place = ("row", "key", "caption_column", "caption_number")
+    return sorted(found, key=lambda row: [(row.get(name) is None, row.get(name)) for name in place])
 
 
 def embeddings(output: Path) -> dict[str, np.ndarray]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
-from llm2clip.files.remote_path import open_path
 from llm2clip.search.location import open_store
 from llm2clip.search.search_index import SearchIndex
 from llm2clip.search.store import IndexStore
@@ -29,8 +28,9 @@ class Place:
     has_versions, approximate = True, "ivf_rq"
     postgres: str | None = None
 
-    def __init__(self, root: Path | str) -> None:
-        self.root = root
+    def __init__(self, root: Path | str, rows: Path | None = None) -> None:
+        """Args: `rows` is the folder of the stored embeddings, if they are elsewhere."""
+        self.root, self.rows = root, rows
 
     def location(self, name: str) -> str:
         return f"{self.root}/{name}"
@@ -43,7 +43,11 @@ class Place:
 
     def settings(self, name: str) -> dict[str, Any]:
         """What `llm2clip index` is told of where an index is."""
-        return {"output_dir": self.location(name)}
+        return {"output_dir": self.location(name), **self.rows_dir(name)}
+
+    def rows_dir(self, name: str = "index") -> dict[str, str]:
+        """Where the stored embeddings are, if that is elsewhere."""
+        return {} if self.rows is None else {"rows_dir": str(self.rows / name)}
 
     def index(self, source: Path | str, model: Path, name: str = "index", **settings: Any) -> tuple[int, ...]:
         """Run `llm2clip index`; return its counts."""
@@ -52,10 +56,12 @@ class Place:
     def content(self, name: str = "index") -> dict[str, Any]:
         """All that an index says, apart from versions, in the order of the keys."""
         opened = self.open(name)
-        return {"rows": rows_of(opened), "failures": self.failures(name)} | opened.manifest.content()
+        return {"rows": rows_of(opened)} | opened.manifest.content()
 
-    def failures(self, name: str) -> Any:
-        return json.loads((open_path(self.location(name)) / "failures.json").read_text())
+    def lose_table(self, name: str = "index") -> None:
+        """Delete the table of an index, and not its manifest."""
+        for path in (Path(self.root) / name).glob("*.lance"):
+            shutil.rmtree(path)
 
     def state(self) -> Any:
         """What differs after anything has been written."""
@@ -83,11 +89,15 @@ class LocalUrl(Place):
 class Bucket(Place):
     """A folder in an empty bucket of S3."""
 
-    def __init__(self) -> None:
-        super().__init__("s3://bucket")
+    def __init__(self, rows: Path) -> None:
+        super().__init__("s3://bucket", rows)
 
     def files(self) -> dict[str, Any]:
         return fsspec.filesystem("s3", skip_instance_cache=True).find("bucket", detail=True)
+
+    def lose_table(self, name: str = "index") -> None:
+        files = fsspec.filesystem("s3", skip_instance_cache=True)
+        files.rm([path for path in files.find(f"bucket/{name}") if ".lance/" in path])
 
     def state(self) -> Any:
         return {name: str(info["LastModified"]) for name, info in self.files().items()}
@@ -102,28 +112,28 @@ class Tables(Place):
 
     has_versions, approximate = False, "hnsw"
 
-    def __init__(self, url: str) -> None:
-        super().__init__("")
+    def __init__(self, url: str, rows: Path) -> None:
+        super().__init__("", rows)
         self.postgres = url
 
     def location(self, name: str) -> str:
         return name
 
     def settings(self, name: str) -> dict[str, Any]:
-        return {"postgres": self.postgres, "table": name}
+        return {"postgres": self.postgres, "table": name, **self.rows_dir(name)}
 
     def sql(self, statement: str) -> list[tuple[Any, ...]]:
         return sql(str(self.postgres), statement)
 
-    def failures(self, name: str) -> Any:
-        return self.sql(f"SELECT failures FROM llm2clip.{name}_llm2clip WHERE state = 'committed'")[0][0]
+    def lose_table(self, name: str = "index") -> None:
+        self.sql(f"DROP TABLE llm2clip.{name}")
 
     def state(self) -> Any:
         tables = ("index", "index_llm2clip")
         return [self.sql(f"SELECT xmin::text, ctid::text FROM llm2clip.{name}") for name in tables]
 
     def is_empty(self) -> bool:
-        return not self.sql("SELECT FROM pg_class WHERE relnamespace = 'llm2clip'::regnamespace")
+        return not self.sql("SELECT FROM pg_class WHERE relnamespace = to_regnamespace('llm2clip')")
 
     def write_theirs(self, name: str = "index") -> Callable[[], bool]:
         self.sql(f"CREATE SCHEMA IF NOT EXISTS llm2clip; CREATE TABLE llm2clip.{name} AS SELECT 1 AS theirs")
@@ -145,7 +155,7 @@ def content(folder: Path) -> dict[str, Any]:
 
 def rows_of(index: SearchIndex) -> list[dict[str, Any]]:
     """The rows of an open index with their embeddings; PostgreSQL stores no zeros in texts."""
-    rows = stored_rows(index, "_id", "vector")
+    rows = stored_rows(index)
     for row in rows:
         if row.get("caption"):
             row["caption"] = row["caption"].replace("\0", "\N{REPLACEMENT CHARACTER}")

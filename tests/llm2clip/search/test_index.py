@@ -75,8 +75,9 @@ def test_the_model_computes_in_the_type_that_is_asked_for(
         used[folder.name] = SearchIndex.open(folder).manifest.identity["dtype"]
     # float16, the type of the files, is slow on a CPU.
     assert used == {"auto_exact": "float32", "auto_fast": "float32", "bfloat16_exact": "bfloat16"}
+    (pictures / "new.png").write_bytes(encoded(picture(50)))
     with caplog.at_level("WARNING"):
-        assert index(pictures, tmp_path / "half", tmp_path / "bfloat16_exact") == (0, 12, 0, 0, 12)
+        assert index(pictures, tmp_path / "half", tmp_path / "bfloat16_exact") == (1, 12, 0, 0, 13)
     assert "was computed in bfloat16, and new rows are in float32" in caplog.text
     opened: list[str] = []
     require = IndexManifest.require_model
@@ -104,7 +105,7 @@ def test_unusable_files_are_skipped_and_listed_with_the_reason(
     output = tmp_path / "index"
     with caplog.at_level("WARNING"):
         assert index(pictures, model[0], output, max_pixels=80_000) == (12, 0, 0, 9, 12)
-    failures = {entry["key"]: entry["reason"] for entry in json.loads((output / "failures.json").read_text())}
+    failures = {entry["key"]: entry["reason"] for entry in SearchIndex.open(output).manifest.failures}
     expected = {name: reason for name, (_, reason) in bad.items()}
     expected |= {"gone.png": "No such file", "pipe.png": "not a regular file", "?.png": "not valid UTF-8"}
     expected["linked"] = "link to a folder, and links are not followed"
@@ -150,8 +151,8 @@ def test_a_row_whose_metadata_changed_keeps_its_embedding(model: Model, tmp_path
     save_table(path, [1, 2, 3, 4], **(columns | {"source": ["noto"] * 4}))
     assert index(path, model[0], tmp_path / "index", **settings) == (0, 4, 0, 0, 4)
     assert len(SearchIndex.open(tmp_path / "index").search(QUERY, 10, where)[0]) == 3
-    with pytest.raises(ValueError, match="built with metadata_columns source, id, not source"):
-        index(path, model[0], tmp_path / "index", metadata_columns=["source"])
+    assert index(path, model[0], tmp_path / "index", metadata_columns=["source"]) == (0, 4, 0, 0, 4)
+    assert SearchIndex.open(tmp_path / "index").search(QUERY, 1)[0][0].metadata == {"source": "noto"}
 
 
 def test_metadata_columns_that_cannot_be_stored_are_refused(pictures: Path, model: Model, tmp_path: Path) -> None:
@@ -246,6 +247,22 @@ def test_a_folder_with_a_manifest_of_others_and_a_file_are_not_replaced(pictures
     assert len(list(pictures.rglob("*.png"))) == 12
 
 
+@pytest.mark.parametrize("theirs", ["rows.csv", "rows/data.csv", "listing.txt"])
+def test_files_of_others_with_names_like_those_of_an_index_stay(theirs: str, model: Model, tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("words")
+    file = tmp_path / "place" / theirs
+    file.parent.mkdir(parents=True)
+    file.write_text("theirs")
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match="llm2clip index did not write it"):
+            index(tmp_path / "texts", model[0], tmp_path / "place", overwrite=overwrite)
+    with pytest.raises(ValueError, match="none of the 1 files"):
+        index(tmp_path / "texts", model[0], tmp_path / "texts" / "index")
+    assert file.read_text() == "theirs"
+    assert [path.name for path in (tmp_path / "texts").iterdir()] == ["a.txt"]
+
+
 def test_an_index_and_captions_inside_the_image_folder_are_no_images(pictures: Path, model: Model) -> None:
     (pictures / "a" / "metadata.jsonl").write_text('{"file_name": "07.png", "caption": "noise"}\n')
     assert index(pictures, model[0], pictures / "index") == (12, 0, 0, 0, 12)
@@ -259,13 +276,12 @@ POSTGRES = {"postgres": "postgresql:///images"}
     ("settings", "message"),
     [
         ({"table": "index"}, "no database is given: add --postgres URL"),
-        ({"index_type": "hnsw"}, "such an index has one of auto, flat, ivf_rq, faiss"),
-        ({"index_type": "flat", "precision": "binary"}, "precision is binary, .* flat does not use it"),
+        ({"index_type": "hnsw"}, "such an index has one of auto, flat, ivf_rq"),
+        ({"rows_dir": "rows"}, "rows_dir is rows"),
         ({"index_type": "flat", "cells": 7}, "an index of the type flat does not use it"),
         ({"ef_search": 50}, "an index of the type ivf_rq does not use it"),
         ({**POSTGRES, "output_dir": "index"}, "output_dir is index"),
         ({**POSTGRES, "index_type": "ivf_rq"}, "one of auto, flat, hnsw"),
-        ({**POSTGRES, "precision": "int8"}, "precision is int8, but an index of the type hnsw does not use it"),
         ({**POSTGRES, "refine": 3}, "refine is 3, but an index of the type hnsw does not use it"),
         ({**POSTGRES, "ef_search": 1001}, "ef_search up to 1000"),
         ({"caption_columns": ["caption", "long"]}, "add --embed caption"),

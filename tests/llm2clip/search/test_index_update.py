@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +13,16 @@ import lancedb
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from llm2clip.search.search_index import SearchIndex
+from llm2clip.search.verify_index import verify_index
+from llm2clip.store import Store
 from tests.builders import tiny
+from tests.processes import run_python
 
 from .conftest import Forwards
-from .helpers import Model, embeddings, encoded, index, picture, rows, save_table
+from .helpers import QUERY, Model, embeddings, encoded, index, picture, rows, save_table
 from .places import content
 
 
@@ -53,23 +60,14 @@ def test_rows_of_a_data_set_are_identified_by_content(model: Model, tmp_path: Pa
     torch.testing.assert_close(torch.tensor([row["vector"] for row in found]), expected, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"index_type": "ivf_rq", "cells": 2, "probes": 2, "refine": 3},
-        {"index_type": "faiss", "cells": 3, "probes": 3},
-        {"precision": "int8"},
-        {"index_type": "faiss", "precision": "binary"},
-    ],
-    ids=["ivf", "faiss", "int8", "binary"],
-)
-def test_approximate_indexes_reuse_the_embeddings(
-    settings: dict[str, Any], pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_approximate_index_reuses_the_embeddings(
+    pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    settings: dict[str, Any] = {"index_type": "ivf_rq", "cells": 2, "probes": 2, "refine": 3}
     monkeypatch.setattr("llm2clip.search.lance_rows.EXACT_MATCHES", 0)
     output = tmp_path / "index"
     index(pictures, model[0], output)
-    # The embeddings are kept; only the vector index is built again.
+    # The embeddings are kept; only the table is written again.
     assert index(pictures, model[0], output, **settings) == (0, 12, 0, 0, 12)
     opened = SearchIndex.open(output)
     stored = opened.manifest.index
@@ -91,13 +89,13 @@ def test_approximate_indexes_reuse_the_embeddings(
     new = embeddings(output)["new.png"].astype(np.float32)
     assert opened.search(new[None], 1)[0][0].key == "new.png"
     assert index(pictures, model[0], output, index_type="flat") == (0, 13, 0, 0, 13)
-    table = lancedb.connect(str(output)).open_table("images")
+    table = lancedb.connect(str(output)).open_table(SearchIndex.open(output).manifest.stored["table"])
     assert {index.columns[0] for index in table.list_indices()} == {"folder", "extension"}
 
 
 def test_equal_images_of_a_data_set_are_embedded_once(model: Model, tmp_path: Path, forwards: Forwards) -> None:
     path = save_table(tmp_path / "data.parquet", [1, 2, 1, 3, 2, 1, 4, 5, 6, 1])
-    assert index(path, model[0], tmp_path / "index", part_size=4) == (10, 0, 0, 0, 10)
+    assert index(path, model[0], tmp_path / "index", shard_size=4) == (10, 0, 0, 0, 10)
     assert sum(forwards.sizes) == 6
     vectors = embeddings(tmp_path / "index")
     assert (vectors["0"] == vectors["9"]).all()
@@ -123,3 +121,100 @@ def test_an_index_of_which_most_images_are_gone_stays_as_it_is(
     for file in files[6:11]:
         file.unlink()
     assert index(pictures, model[0], output, allow_removals=True) == (0, 1, 5, 0, 1)
+
+
+def stored(folder: Path) -> Store:
+    return Store.open(folder / "rows")
+
+
+def test_only_what_is_new_is_read_and_embedded(
+    pictures: Path, model: Model, tmp_path: Path, forwards: Forwards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what a killed run has listed is not read again."""
+    read, digest = [], hashlib.file_digest
+
+    def counted(file: Any, kind: Any) -> Any:
+        if kind != "sha256":  # of a file that this run has written
+            read.append(file.name)
+        return digest(file, kind)
+
+    monkeypatch.setattr(hashlib, "file_digest", counted)
+    forwards.limit = 1
+    with pytest.raises(KeyboardInterrupt):
+        index(pictures, model[0], tmp_path / "index", shard_size=4)
+    assert len(read) == 12
+    forwards.limit = None
+    index(pictures, model[0], tmp_path / "index", shard_size=4)
+    assert len(read) == 12
+    shards = {path: path.stat().st_mtime_ns for path in (tmp_path / "index" / "rows").glob("shard-*")}
+    del read[:], forwards.sizes[:]
+    (pictures / "new.png").write_bytes(encoded(picture(50)))
+    shutil.copyfile(pictures / "00.png", pictures / "copy.png")
+    (pictures / "a" / "01.png").rename(pictures / "moved.png")
+    assert index(pictures, model[0], tmp_path / "index", shard_size=4) == (1, 13, 1, 0, 14)
+    assert sorted(Path(name).name for name in read) == ["copy.png", "moved.png", "new.png"]
+    assert forwards.sizes == [1]
+    assert all(path.stat().st_mtime_ns == time for path, time in shards.items())
+    found = embeddings(tmp_path / "index")
+    assert (found["copy.png"] == found["00.png"]).all()
+
+
+def test_embeddings_of_removed_images_are_dropped_when_they_are_many(
+    indexed: Path, pictures: Path, model: Model, forwards: Forwards
+) -> None:
+    before, files = embeddings(indexed), sorted(pictures.rglob("[0-9]*.png"))
+    for count, left in ((3, 12), (4, 8)):
+        for file in files[:count]:
+            file.unlink(missing_ok=True)
+        index(pictures, model[0], indexed)
+        assert len(stored(indexed)) == left
+        after = embeddings(indexed)
+        assert set(after) == {file.relative_to(pictures).as_posix() for file in files[count:]}
+        assert all((after[key] == before[key]).all() for key in after)
+    assert forwards.sizes == []
+
+
+def test_images_that_could_not_be_decoded_are_tried_again_when_that_may_have_changed(
+    pictures: Path, model: Model, tmp_path: Path
+) -> None:
+    (pictures / "large.png").write_bytes(encoded(Image.new("RGB", (300, 300))))
+    assert index(pictures, model[0], tmp_path / "index", max_pixels=80_000) == (12, 0, 0, 1, 12)
+    assert index(pictures, model[0], tmp_path / "index", max_pixels=80_000) == (0, 12, 0, 1, 12)
+    assert index(pictures, model[0], tmp_path / "index") == (1, 12, 0, 0, 13)
+    assert "large.png" in embeddings(tmp_path / "index")
+
+
+def test_an_image_that_changes_during_the_run_is_embedded_by_the_next(
+    pictures: Path, model: Model, tmp_path: Path, forwards: Forwards
+) -> None:
+    last = pictures / "b" / "c" / "11.png"
+    copy, content = pictures / "z.png", last.read_bytes()
+    forwards.meanwhile = lambda number: number == 0 and last.write_bytes(encoded(picture(60)) + b" ")
+    assert index(pictures, model[0], tmp_path / "index", batch_size=1, num_workers=0)[3:] == (1, 11)
+    forwards.meanwhile = lambda number: None
+    copy.write_bytes(content)
+    assert index(pictures, model[0], tmp_path / "index") == (2, 11, 0, 0, 13)
+    assert (embeddings(tmp_path / "index")["z.png"] != embeddings(tmp_path / "index")["b/c/11.png"]).any()
+
+
+def test_the_clock_and_the_times_of_files_do_not_matter(indexed: Path, pictures: Path, model: Model) -> None:
+    ten_days, expected = 10 * 24 * 60 * 60, embeddings(indexed)
+    for moved in (-ten_days, ten_days):
+        opened = SearchIndex.open(indexed)
+        found = opened.search(QUERY, 20)
+        for path in indexed.rglob("*"):
+            now = path.stat().st_mtime
+            os.utime(path, (now + moved, now + moved))
+        (pictures / "new.png").write_bytes(encoded(picture(50 + (moved > 0))))
+        index(pictures, model[0], indexed)
+        assert opened.search(QUERY, 20) == found
+        assert SearchIndex.open(indexed).search(QUERY, 20) != found
+        assert verify_index(indexed).faults == []
+    assert all((embeddings(indexed)[key] == row).all() for key, row in expected.items())
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_ends_equal(tmp_path: Path) -> None:
+    """See `kills`."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    run_python(["-m", "tests.llm2clip.search.kills", str(tmp_path), "10"], **environment)

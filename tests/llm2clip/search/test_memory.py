@@ -20,7 +20,7 @@ from tests.builders import tiny
 from .helpers import encoded, picture
 
 WIDTH = 1280
-PART = 1024
+SHARD = 1024
 PIXELS = encoded(picture(0))
 GIB = 2**30
 
@@ -41,7 +41,7 @@ def index_command(folder: Path, model: Path, output: Path, *options: str) -> lis
 
 def peak_memory(folder: Path, model: Path, output: Path) -> int:
     """Measure the peak memory of indexing a folder with two workers, counting shared pages once."""
-    command = index_command(folder, model, output, "--part-size", str(PART))
+    command = index_command(folder, model, output, "--shard-size", str(SHARD))
     peak = 0
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None:
@@ -85,7 +85,7 @@ def test_large_batches_stay_below_128_open_files(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_indexing_40000_images_and_an_update_stay_below_one_gib_and_do_not_hold_the_embeddings(tmp_path: Path) -> None:
-    model, few, many = tmp_path / "model", 8_000, 40_000  # the fewer are in several parts too
+    model, few, many = tmp_path / "model", 8_000, 40_000  # the fewer are in several shards too
     tiny.save(model, projection_dim=WIDTH)
     base, more = (
         peak_memory(save_pictures(tmp_path / str(count), count), model, tmp_path / f"index-{count}")

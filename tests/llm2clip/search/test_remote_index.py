@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -11,114 +10,39 @@ from typing import Any
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from llm2clip.search.lance_store import LanceStore
 from llm2clip.search.search_index import SearchIndex
 
 from .conftest import Forwards
-from .helpers import Model, as_json, encoded, error, picture
+from .helpers import Model, as_json, encoded, error, index, picture
 from .places import Place
 
 AT_URL = pytest.mark.parametrize("place", ["local_url"], indirect=True)
 
 
-def keys(place: Place) -> list[str]:
-    return [row["key"] for row in place.content()["rows"]]
-
-
 @AT_URL
-@pytest.mark.parametrize("has_index", [False, True], ids=["new", "update"])
-def test_a_second_run_is_noticed_by_what_it_writes(
-    has_index: bool, place: Place, pictures: Path, model: Model, forwards: Forwards
+def test_of_two_runs_on_two_machines_the_last_one_is_found_and_is_whole(
+    place: Place, pictures: Path, model: Model, forwards: Forwards
 ) -> None:
-    if has_index:
-        place.index(pictures, model[0])
-        for number in range(12):
-            (pictures / f"new {number}.png").write_bytes(encoded(picture(50 + number)))
-    done = len(forwards.sizes)
-    forwards.meanwhile = lambda number: place.index(pictures, model[0], part_size=4) if number == done + 1 else None
-    with pytest.raises(ValueError, match=r"another run writes to the index .* this one has stopped"):
-        place.index(pictures, model[0], part_size=4)
-    count = 24 if has_index else 12
-    assert place.index(pictures, model[0]) == (0, count, 0, 0, count)
-    assert len(set(keys(place))) == len(keys(place)) == count
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("place", ["bucket"], indirect=True)
-def test_of_two_runs_at_once_in_s3_one_stops_and_nothing_is_mixed(place: Place, pictures: Path, model: Model) -> None:
-    for number in range(80):
-        (pictures / f"new {number:04}.png").write_bytes(encoded(picture(1000 + number)))
-    run = [sys.executable, "-m", "llm2clip", "index", str(pictures), "--model", str(model[0])]
-    run += ["--output-dir", place.location("index"), "--num-workers", "0", "--batch-size", "4", "--part-size", "4"]
-    running = [subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    errors = [process.communicate()[1] for process in running]
-    failed = [shown for process, shown in zip(running, errors, strict=True) if process.returncode]
-    assert failed
-    assert all("another run writes to the index s3://bucket/index" in shown for shown in failed), failed
-    assert place.index(pictures, model[0])[-1] == 92
-    assert len(set(keys(place))) == len(keys(place)) == 92
-
-
-def other_rows(own: LanceStore) -> None:
-    """Append the first rows of a run once more, as another run does that has begun where it began."""
-    table = LanceStore(own.location)._open(None)
-    table.add(own._written.search().limit(4).to_arrow().select(own._written.schema.names))
-
-
-@AT_URL
-def test_two_runs_that_write_in_the_same_moment_both_stop_and_nothing_stays_twice(
-    place: Place, pictures: Path, model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    require = LanceStore._require_version
-
-    def late(self: LanceStore, version: int) -> None:
-        require(self, version)
-        if self._written.count_rows():
-            other_rows(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LanceStore, "_require_version", late)
-        with pytest.raises(ValueError, match="another run writes to the index"):
-            place.index(pictures, model[0], part_size=4)
-    assert LanceStore(place.location("index"))._open(None).count_rows() == 12  # two parts of four, the first twice
-    assert place.index(pictures, model[0], part_size=4)[-1] == 12
-    assert keys(place) == sorted(path.relative_to(pictures).as_posix() for path in pictures.rglob("*.png"))
-
-
-@AT_URL
-def test_rows_of_another_run_are_not_published(
-    place: Place, pictures: Path, model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    """No lock keeps the other machine out, which has stored embeddings of its own."""
+    settings = {"output_dir": place.location("index"), "rows_dir": str(pictures.parent / "other machine")}
     place.index(pictures, model[0])
-    before = place.content()
-    (pictures / "new.png").write_bytes(encoded(picture(99)))
-    index_columns = LanceStore._index_columns
-
-    def late(self: LanceStore) -> None:
-        other_rows(self)
-        index_columns(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LanceStore, "_index_columns", late)
-        with pytest.raises(ValueError, match="another run writes to the index"):
-            place.index(pictures, model[0])
-    assert place.content() == before
+    (pictures / "new.png").write_bytes(encoded(picture(50)))
+    forwards.meanwhile = lambda number: index(pictures, model[0], None, **settings)
     assert place.index(pictures, model[0]) == (1, 12, 0, 0, 13)
-    assert len(keys(place)) == 13
+    forwards.meanwhile = lambda number: None
+    assert len(place.content()["rows"]) == 13
+    assert index(pictures, model[0], None, **settings) == (0, 13, 0, 0, 13)
 
 
 @AT_URL
-def test_what_cannot_be_read_is_not_deleted_since_it_may_be_the_connection(
-    place: Place, pictures: Path, model: Model, tmp_path: Path
+def test_the_stored_embeddings_are_in_a_folder_of_the_index_by_default(
+    place: Place, pictures: Path, model: Model, tmp_path: Path, default_rows: Path
 ) -> None:
-    place.index(pictures, model[0])
-    for path in (tmp_path / "store" / "index" / "images.lance" / "_versions").iterdir():
-        path.write_bytes(b"")
-    before = place.state()
-    for overwrite in (False, True):
-        with pytest.raises(ConnectionError, match=r"cannot be read \(.*delete it and build it again"):
-            place.index(pictures, model[0], overwrite=overwrite)
-    assert place.state() == before
+    for name in ("one/photos", "two/photos"):
+        index(pictures, model[0], place.location(name))
+    assert len(list(default_rows.glob("*_photos-*/rows/index.manifest"))) == 2
+    with pytest.raises(ValueError, match="rows_dir is other"):
+        index(pictures, model[0], tmp_path / "index", rows_dir="other")
 
 
 @AT_URL

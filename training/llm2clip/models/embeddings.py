@@ -77,7 +77,7 @@ def rounded_rows(rows: Tensor, precision: Precision) -> Tensor:
 
 
 def quantize_embeddings(embeddings: Tensor | np.ndarray, precision: Precision) -> Tensor:
-    """Convert embeddings to fewer bits, for a database of yours; `llm2clip index` has `--precision`.
+    """Convert embeddings to fewer bits, for a database of yours.
 
     No row depends on others, and no range has to be kept, since an embedding has unit length: `int8` scales each row
     to -127 .. 127 by its largest value: compare codes by their cosine. (sentence-transformers' function of this name

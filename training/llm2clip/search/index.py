@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -86,7 +87,7 @@ class IndexConfig(IndexSettings):
         default_factory=list,
         metadata={
             "help": "Data set: further columns to store, for search --where: strings, numbers, truth values, dates. "
-            "An index of a folder has the columns key, folder, extension, size and mtime_ns."
+            "An update may have others. An index of a folder has key, folder, extension, size and mtime_ns."
         },
     )
     max_pixels: int = setting(89_478_485, "Largest image to decode, width x height; others are skipped.")
@@ -123,7 +124,9 @@ class IndexConfig(IndexSettings):
             refuse(self, ["table"], "no database is given: add --postgres URL")
         else:
             refuse(self, ["output_dir"], "an index in PostgreSQL (--postgres) has a table")
-        self.type_of(("flat", "hnsw") if self.postgres is not None else ("flat", "ivf_rq", "faiss"))
+        if self.postgres is None and "://" not in (self.output_dir or ""):
+            refuse(self, ["rows_dir"], "the index is in a folder, which has its embeddings too")
+        self.type_of(("flat", "hnsw") if self.postgres is not None else ("flat", "ivf_rq"))
 
 
 def run(config: IndexConfig) -> dict[str, Any]:
@@ -139,25 +142,18 @@ def run(config: IndexConfig) -> dict[str, Any]:
     location = _location(config)
     require_model_place(config.model)
     require_data(config.folder)
-    from llm2clip.search.location import open_store
+    from llm2clip.search.location import open_store, rows_folder
 
     store = open_store(location, config.postgres)
     from llm2clip.encoders.load import load_encoder
-    from llm2clip.search.index_update import update_index
+    from llm2clip.search.index_update import recorded_name, update_index
 
-    if config.index_type == "faiss":
-        from llm2clip.search.faiss_vectors import require_faiss
-
-        require_faiss()
-    with store.lock():
-        is_folder = config.postgres is None and "://" not in location
-        items = _open_items(config, (Path(location),) if is_folder else ())
-        needs = ["image"] if config.embed == "image" else []
-        encoder = load_encoder(
-            config.model, config.model_revision, config.dtype,
-            needs=needs, truncate_dim=config.truncate_dim, image_backend=config.image_backend,
-        )  # fmt: skip
-        return update_index(store, items, encoder, config)
+    items = _open_items(config, (rows_folder(store, config.rows_dir),))
+    options: dict[str, Any] = {"revision": config.model_revision, "truncate_dim": config.truncate_dim}
+    options |= {"image_backend": config.image_backend}
+    needs = ["image"] if config.embed == "image" else []
+    open_encoder = partial(load_encoder, config.model, dtype=config.dtype, needs=needs, **options)
+    return update_index(store, items, open_encoder, config, {"model": recorded_name(config.model), **options})
 
 
 def require_data(path: str) -> None:

@@ -12,11 +12,17 @@ from llm2clip.data import DEFAULT_MAX_PIXELS
 from llm2clip.encoders import Encoder
 from modeling_llm2clip import __version__
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 REBUILD = "build it again: add --overwrite to llm2clip index."
+# What damaged or lost tables are made of again.
+REPAIR = "run the same llm2clip index again, which makes the table again from the stored embeddings."
 LIBRARIES = ("torch", "transformers", "datasets", "pillow")
 # What must be equal for a run to continue an index.
-SAME = ("embed", "source", "stored_dtype", "image_backend", "metadata_columns")
+SAME = ("embed", "source", "stored_dtype", "image_backend")
+# What must be equal for a search to go on with the index that has replaced the one which it has opened.
+SAME_ROWS = ("image_fingerprint", "text_fingerprint", "width", *SAME, "metadata_columns")
+# What may differ between indexes that find the same.
+UNIMPORTANT = ("versions", "stored", "identity", "rows", "asked")
 
 Embed: TypeAlias = Literal["image", "caption"]
 
@@ -34,10 +40,13 @@ class IndexManifest:
         identity: Library, version, commit or fingerprint, and dtype of the model; see [`Encoder.identity`].
         source: Where the images are.
         index: Type and parameters of the vector index.
+        rows, listing: Names of the stored embeddings and of the list of rows that the table is made of, in the local
+            folder of the index; see [`rows_folder`].
+        asked: How the user named the model.
         metadata_columns: Columns of the data set that are stored with each row.
         max_pixels: Largest image that was decoded, width x height.
         images: Number of images or captions.
-        failed: Number of files or rows that could not be embedded.
+        failures: Key and reason of each file or row that could not be embedded.
         stored: What the store needs in order to find the rows.
         versions: Versions of the libraries that wrote the index.
     """
@@ -53,12 +62,15 @@ class IndexManifest:
     image_backend: str = "exact"
     max_pixels: int = DEFAULT_MAX_PIXELS
     images: int = 0
-    failed: int = 0
+    failures: list[dict[str, str]] = field(default_factory=list)
     stored: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] | None = None
     embed: Embed = "image"
     text_fingerprint: str | None = None
     identity: dict[str, str] = field(default_factory=dict)
+    rows: str = "rows"
+    listing: str = ""
+    asked: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     @classmethod
@@ -82,8 +94,18 @@ class IndexManifest:
         self.versions = {"llm2clip": __version__, **databases, **{library: version(library) for library in LIBRARIES}}
 
     def content(self) -> dict[str, Any]:
-        """Everything but what changes whenever an index is written."""
-        return asdict(self) | {"versions": None, "stored": None, "identity": None}
+        """Everything but what is `UNIMPORTANT`."""
+        return {name: value for name, value in asdict(self).items() if name not in UNIMPORTANT}
+
+    def require_successor(self, location: str, other: IndexManifest | None) -> IndexManifest:
+        """Return the manifest of an index that has replaced this one, which is open.
+
+        Raises:
+            ValueError: There is none, or queries and results of this one are none of it.
+        """
+        if other is None or any(getattr(self, name) != getattr(other, name) for name in SAME_ROWS):
+            raise ValueError(f"the index {location} was replaced since it was opened; open it again.")
+        return other
 
     def require_model(self, location: str, encoder: Encoder, needs: Collection[str]) -> None:
         """Raise ValueError, with both models in the message, unless this is the model that wrote the index.
@@ -116,7 +138,7 @@ class IndexManifest:
             )
 
     def require_same(self, location: str, other: IndexManifest) -> None:
-        """Raise ValueError if the source, the data type, the decoding or the columns of another manifest differ."""
+        """Raise ValueError if the source, the data type or the decoding of another manifest differ."""
         for name in SAME:
             there, here = getattr(self, name), getattr(other, name)
             if there != here:

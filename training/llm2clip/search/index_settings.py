@@ -1,9 +1,9 @@
-"""How an index is built and brought up to date: the type of its vector index, data type, batches, parts."""
+"""How an index is built and brought up to date: the type of its vector index, data type, batches, shards."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from llm2clip.command_line.settings import check_choices, refuse, setting
@@ -20,41 +20,26 @@ RQ_GROUP = 8
 HNSW_WIDTHS = {"float16": 4000, "float32": 2000}
 PARAMETERS: dict[str, tuple[str, ...]] = {
     "flat": (),
-    "ivf_rq": ("precision", "cells", "probes", "refine"),
-    "faiss": ("precision", "cells", "probes", "refine"),
+    "ivf_rq": ("cells", "probes", "refine"),
     "hnsw": ("m", "ef_construction", "ef_search"),
 }
-# Candidates per result that are compared by their embeddings; the order of one bit per value is coarse.
-REFINE = {None: 5, "int8": 5, "binary": 20}
 
 
 @dataclass
 class IndexSettings:
     """How an index is built and updated."""
 
-    index_type: Literal["auto", "flat", "ivf_rq", "faiss", "hnsw"] = setting(
+    index_type: Literal["auto", "flat", "ivf_rq", "hnsw"] = setting(
         "auto",
         "flat compares a query with every embedding, on disk: exact, 0.1 s for 100,000 images of width 512. ivf_rq "
         "reads codes of 4 bits per value of the nearest cells and compares the best again by their embeddings: on "
-        "disk too, 7 ms for a million. auto is flat up to 100,000 images, and ivf_rq above. faiss is its IVF,SQ8: "
-        "5 ms for a million, but what opens the index first reads all of it into memory (8 bits per value). "
-        "In PostgreSQL, auto is flat up to 100,000 images, and hnsw above: a graph that pgvector keeps up to date.",
+        "disk too, 7 ms for a million. auto is flat up to 100,000 images, and ivf_rq above. "
+        "In PostgreSQL, auto is flat up to 100,000 images, and hnsw above: a graph of pgvector.",
     )
-    precision: Literal["int8", "binary"] | None = setting(
-        None,
-        "Form of the embeddings by which ivf_rq and faiss choose the candidates that are then compared by the "
-        "stored embeddings themselves: int8 (8 bits per value) or binary (1 bit); by default 4 bits for ivf_rq, and "
-        "int8 for faiss. With it, auto is ivf_rq for any number of images.",
-    )
-    cells: int | None = setting(
-        None,
-        "ivf_rq and faiss: number of clusters of images; by default one per 8,192 images, for faiss one per 1,000.",
-    )
-    probes: int = setting(16, "ivf_rq and faiss: clusters searched per query; raise it for higher recall.")
-    refine: int | None = setting(
-        None,
-        "ivf_rq and faiss: candidates per result that are compared by their embeddings, by default 5, of binary 20; "
-        "raise it for recall.",
+    cells: int | None = setting(None, "ivf_rq: number of clusters of images; by default one per 8,192 images.")
+    probes: int = setting(16, "ivf_rq: clusters searched per query; raise it for higher recall.")
+    refine: int = setting(
+        5, "ivf_rq: candidates per result that are compared by their embeddings; raise it for higher recall."
     )
     m: int = setting(16, "hnsw: neighbors of an image in the graph.")
     ef_construction: int = setting(64, "hnsw: candidates for the neighbors of an image; raise it for recall.")
@@ -69,11 +54,15 @@ class IndexSettings:
         None,
         "Threads that decode images, or processes with PostgreSQL; by default one per core, at most 8; 0 for none.",
     )
-    part_size: int = setting(
-        4096,
-        "Images or captions between two saves of an unfinished run; a killed run repeats fewer of them than this.",
+    shard_size: int = setting(
+        4096, "Images or captions per file of stored embeddings; a killed run loses at most one."
     )
-    overwrite: bool = setting(False, "Build an existing index again from scratch.")
+    rows_dir: str | None = setting(
+        None,
+        "Of an index at a URL or in PostgreSQL, the local folder of the stored embeddings, from which its table is "
+        "made; by default one in runs/index, named after the index. An index in a folder has them in it.",
+    )
+    overwrite: bool = setting(False, "Embed everything again; the existing index stays until that is done.")
     allow_removals: bool = setting(
         False, "Update the index although more than half of its images are gone, as they are when a disk is missing."
     )
@@ -90,12 +79,6 @@ class IndexSettings:
                 "hnsw takes m from 2 to 100, ef_construction from twice m to 1000, and ef_search up to 1000."
             )
 
-    @property
-    def rows_per_part(self) -> int:
-        """Rows in a part: whole batches, so that a resumed run forms the same batches as an uninterrupted one."""
-        batch = self.batch_size or IMAGES_AT_ONCE
-        return max(1, self.part_size // batch) * batch
-
     def type_of(self, types: tuple[str, ...], width: int | None = None) -> str:
         """Return the chosen type, which is `auto` while the number of images decides.
 
@@ -106,7 +89,7 @@ class IndexSettings:
         Raises:
             ValueError: It has no index for this width, or does not use a setting.
         """
-        kind = types[1] if self.index_type == "auto" and self.precision else self.index_type
+        kind = self.index_type
         if kind not in ("auto", *types):
             raise ValueError(f"index_type is {kind}, but such an index has one of auto, {', '.join(types)}.")
         most = types[1] if kind == "auto" else kind  # what uses the most settings
@@ -133,12 +116,11 @@ class IndexSettings:
                 f"an index of {self.cells} cells needs at least {self.cells} images, but there are {images}; lower "
                 "cells, or use the index_type flat."
             )
-        values = {**asdict(self), "refine": self.refine or REFINE[self.precision]}
-        return {"type": kind, **{name: values[name] for name in PARAMETERS[kind]}}
+        return {"type": kind, **{name: getattr(self, name) for name in PARAMETERS[kind]}}
 
     def _limit(self, kind: str, width: int) -> str:
         """Say which embeddings a type takes; empty if it takes those of a width."""
-        if kind == "ivf_rq" and self.precision != "int8" and width % RQ_GROUP:
+        if kind == "ivf_rq" and width % RQ_GROUP:
             return f"widths that are multiples of {RQ_GROUP}"
         if kind == "hnsw" and width > HNSW_WIDTHS[self.stored_dtype]:
             return f"up to {HNSW_WIDTHS[self.stored_dtype]:,} values of {self.stored_dtype}"

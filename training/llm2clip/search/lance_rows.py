@@ -15,13 +15,13 @@ import torch
 
 from llm2clip.files.library_errors import SYSTEM
 from llm2clip.files.remote_path import AnyPath, RemotePath
-from llm2clip.search.faiss_vectors import FaissRows
-from llm2clip.search.index_manifest import REBUILD, IndexManifest
-from llm2clip.search.store import INTERNAL, MORE, NUMBER, VECTOR, rows_in_order
+from llm2clip.search.index_manifest import REPAIR, IndexManifest
+from llm2clip.search.store import INTERNAL, MORE, VECTOR
 from llm2clip.search.top_k import top_k
 from llm2clip.search.where import Conditions, parse_where
 
-DISTANCE = "_distance"
+# What LanceDB calls the distance to a query, and the number of a row.
+DISTANCE, NUMBER = "_distance", "_rowid"
 SCAN_ROWS = 8192
 # Rows that fulfil a condition, up to which comparing all of them costs less than looking through cells.
 EXACT_MATCHES = 1_000
@@ -41,39 +41,33 @@ class LanceRows:
 
     Args:
         folder: Folder of the index, local or remote.
-        table: The table. It is pinned to its version by whoever opens it.
-        manifest: That of the index, for searches.
+        table: The table.
+        manifest: That of the index.
     """
 
-    def __init__(self, folder: AnyPath, table: Any, manifest: IndexManifest | None = None) -> None:
+    def __init__(self, folder: AnyPath, table: Any, manifest: IndexManifest) -> None:
         self.folder, self.table, self.manifest = folder, table, manifest
         self.columns = [name for name in table.schema.names if name not in INTERNAL]
-        self._faiss: FaissRows | None = None
         self._count = lru_cache(maxsize=1000)(table.count_rows)
 
-    def open_faiss(self) -> None:
-        """Read the faiss index, which has the order of the table."""
-        assert self.manifest is not None
-        file = self.folder / self.manifest.stored.get("faiss", "")
-        self._faiss = FaissRows(file, self._numbers())
-
-    def scan(self, columns: Sequence[str] | None, where: str | None = None) -> Iterator[pa.RecordBatch]:
-        """Read rows in batches; see `IndexStore.keys`."""
+    def scan(self, columns: Sequence[str], where: str | None = None) -> Iterator[pa.RecordBatch]:
+        """Read columns of rows in batches, in order, with the numbers of the rows as `NUMBER`."""
         condition = self._condition(where)
         with readable(self.folder):
-            query = self.table.search().select(self.columns if columns is None else list(columns)).with_row_id(True)
+            query = self.table.search().select(list(columns)).with_row_id(True)
             yield from (query.where(condition) if condition else query).to_batches(batch_size=SCAN_ROWS)
 
     def take(self, numbers: np.ndarray, columns: Sequence[str]) -> pa.Table:
-        """Read the rows with these numbers, in their order."""
+        """Read the rows with these numbers, in their order and as often as they are there."""
         with readable(self.folder):
             query = self.table.take_row_ids(np.unique(numbers).tolist()).select(list(columns))
             rows = query.with_row_id().to_arrow()
-        return rows_in_order(rows, numbers)
+        have = rows[NUMBER].to_numpy()
+        order = np.argsort(have)
+        return rows.take(pa.array(order[np.searchsorted(have, numbers, sorter=order)])).drop_columns([NUMBER])
 
     def search(self, queries: np.ndarray, k: int, where: str | None = None) -> list[pa.Table]:
         """Find the nearest rows; see `IndexStore.search`."""
-        assert self.manifest is not None
         condition = self._condition(where)
         matches = self._matches(where, condition) if condition else self.manifest.images
         with readable(self.folder):
@@ -84,12 +78,8 @@ class LanceRows:
             is_exact = index["type"] == "flat" or matches <= EXACT_MATCHES
             if is_exact and len(queries) > 1:
                 return self._nearest_of_many(queries, k + MORE, where)
-            if self._faiss is None or is_exact:
-                probes = None if is_exact else index["probes"] * max(1, MATCHES_FOR_PROBES // matches)
-                return [self._nearest(query, k, condition, probes) for query in queries]
-        fits = self._numbers(where) if where else None
-        nearest = self._faiss.search(queries, k * index["refine"], fits)
-        return [self.take(numbers, [*self.columns, VECTOR]) for numbers in nearest]
+            probes = None if is_exact else index["probes"] * max(1, MATCHES_FOR_PROBES // matches)
+            return [self._nearest(query, k, condition, probes) for query in queries]
 
     def _matches(self, where: str | None, condition: str) -> int:
         """Count the rows that fulfil a condition; ValueError if LanceDB does not take it, which is no damage."""
@@ -118,7 +108,6 @@ class LanceRows:
 
     def _nearest(self, query: np.ndarray, k: int, condition: str | None, probes: int | None) -> pa.Table:
         """Search so many cells, or compare all rows."""
-        assert self.manifest is not None
         search = self.table.search(np.asarray(query, dtype=np.float32), vector_column_name=VECTOR)
         search = search.distance_type("cosine").select([*self.columns, VECTOR, DISTANCE])
         search = search.where(condition, prefilter=True) if condition else search
@@ -127,10 +116,6 @@ class LanceRows:
         else:
             search = search.nprobes(probes).refine_factor(self.manifest.index["refine"]).limit(k)
         return search.to_arrow().drop_columns([DISTANCE])
-
-    def _numbers(self, where: str | None = None) -> np.ndarray:
-        numbers = [batch[NUMBER].to_numpy().astype(np.int64) for batch in self.scan([], where)]
-        return np.concatenate([np.empty(0, np.int64), *numbers])
 
     def _condition(self, where: str | None) -> str | None:
         columns = {name: self.table.schema.field(name).type for name in self.columns}
@@ -169,9 +154,9 @@ def readable(folder: AnyPath) -> Iterator[None]:
         if isinstance(folder, RemotePath):
             raise ConnectionError(
                 f"the index {folder} cannot be read ({_reason(error)}). If that is no matter of the connection, it is "
-                "damaged: delete it and build it again."
+                f"damaged: {REPAIR}"
             ) from error
-        raise ValueError(f"the index {folder} is damaged ({_reason(error)}); {REBUILD}") from error
+        raise ValueError(f"the index {folder} is damaged ({_reason(error)}); {REPAIR}") from error
 
 
 @contextlib.contextmanager

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from pathlib import Path
 
 from llm2clip.search.store import IndexStore
 
 # Kinds of URL that LanceDB and fsspec open.
 OBJECT_STORES = ("s3", "gs", "az")
+# Where what other indexes are made of is.
+ROWS_DIR = Path("runs/index")
 
 
 def open_store(location: str | Path | IndexStore, postgres: str | None = None) -> IndexStore:
@@ -43,3 +47,24 @@ def open_store(location: str | Path | IndexStore, postgres: str | None = None) -
     except ImportError as error:
         extra = "search" if postgres is None else "postgres"
         raise ImportError(f"{error}; install it with: pip install 'llm2clip[{extra}]'") from error
+
+
+def rows_folder(store: IndexStore, rows_dir: str | None = None) -> Path:
+    """Return the local folder of what the table of an index is made of: stored embeddings, and a list of rows.
+
+    Args:
+        rows_dir: That of an index at a URL or in a database; by default one of its name in `ROWS_DIR`.
+
+    Raises:
+        ValueError: The index is in a local folder, which has them.
+    """
+    if store.local_folder is not None:
+        if rows_dir is not None:
+            raise ValueError(
+                f"rows_dir is {rows_dir}, but the index {store.location} has its embeddings in its folder."
+            )
+        return store.local_folder
+    if rows_dir is not None:
+        return Path(rows_dir)
+    name = re.sub(r"[^A-Za-z0-9]+", "_", store.location).strip("_")[-48:]
+    return ROWS_DIR / f"{name}-{hashlib.blake2b(store.location.encode(), digest_size=4).hexdigest()}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from llm2clip.models.places import require_recorded_model
 from llm2clip.search.folder_items import Items
 from llm2clip.search.index_manifest import IndexManifest
 from llm2clip.search.index_settings import IndexSettings
-from llm2clip.search.index_update import update_index
-from llm2clip.search.location import open_store
+from llm2clip.search.index_update import recorded_name, update_index
+from llm2clip.search.location import open_store, rows_folder
 from llm2clip.search.results import SearchResult
 from llm2clip.search.store import VECTOR, IndexStore
 from llm2clip.search.table_items import as_items, items_of
@@ -32,7 +33,8 @@ Query = str | Path | Image.Image
 class SearchIndex:
     """An index of images or captions: a folder, or a table of a database.
 
-    Searches see the index as it is when it is opened: open it again to see updates of other processes.
+    Searches see the index as it is when it is opened, in PostgreSQL as it is now: open it again to see updates of
+    other processes. One whose files two updates have deleted since is opened again by the next search.
 
     Args:
         store, encoder, revision, text_encoder, dtype: See [`SearchIndex.open`].
@@ -65,12 +67,11 @@ class SearchIndex:
         self._read()
 
     def _read(self) -> None:
-        manifest = self.store.metadata()
+        manifest = self.store.open()
         if manifest is None:
-            is_unfinished = self.store.metadata(unfinished=True) is not None
-            state = "is not finished; run the same llm2clip index again" if is_unfinished else "does not exist"
             raise FileNotFoundError(
-                f"there is no index in {self.location}: it {state}. To create one: llm2clip index FOLDER --model MODEL"
+                f"there is no index in {self.location}, or it is not finished. To create one, or go on with it: "
+                "llm2clip index FOLDER --model MODEL"
             )
         self.manifest: IndexManifest = manifest
 
@@ -131,13 +132,18 @@ class SearchIndex:
             NonFiniteError: The model's embedding of an image is NaN or infinite.
             ValueError: The existing index belongs to another model or source, or no image can be embedded.
         """
-        store = open_store(location, postgres)
-        items = as_items(images, [Path(store.location)])
-        loaded = encoder
-        with store.lock():
-            if isinstance(loaded, str):
-                loaded = load_encoder(loaded, dtype="auto", needs=["image"] if items.embed == "image" else [])
-            counts = update_index(store, items, loaded, IndexSettings(**settings))
+        store, chosen = open_store(location, postgres), IndexSettings(**settings)
+        items = as_items(images, [rows_folder(store, chosen.rows_dir)])
+        loaded = None if isinstance(encoder, str) else encoder
+
+        def open_encoder() -> Encoder:
+            nonlocal loaded
+            if loaded is None:
+                loaded = load_encoder(str(encoder), dtype="auto", needs=["image"] if items.embed == "image" else [])
+            return loaded
+
+        asked = {"model": recorded_name(encoder)} if isinstance(encoder, str) else None
+        counts = update_index(store, items, open_encoder, chosen, asked)
         index = cls(store, encoder)
         index.counts, index._encoder = counts, loaded
         if isinstance(encoder, str) and items.embed == "image":
@@ -158,13 +164,15 @@ class SearchIndex:
         Raises:
             FileNotFoundError, NonFiniteError, ValueError: See [`SearchIndex.build`].
         """
-        manifest, exclude = self.manifest, [Path(self.location)]
-        items = items_of(manifest, exclude) if images is None else as_items(images, exclude)
+        manifest = self.manifest
         kind = {name: value for name, value in manifest.index.items() if name != "type"}
         kept = {"index_type": manifest.index["type"], "stored_dtype": manifest.stored_dtype, **kind}
-        with self.store.lock():
-            encoder = self.encoder(["text" if manifest.embed == "caption" else "image"])
-            self.counts = update_index(self.store, items, encoder, IndexSettings(**{**kept, **settings}))
+        chosen = IndexSettings(**{**kept, **settings})
+        exclude = [rows_folder(self.store, chosen.rows_dir)]
+        items = items_of(manifest, exclude) if images is None else as_items(images, exclude)
+        is_own = self._model is None and self._encoder is None
+        open_encoder = partial(self.encoder, ["text" if manifest.embed == "caption" else "image"])
+        self.counts = update_index(self.store, items, open_encoder, chosen, manifest.asked if is_own else None)
         self._read()
         return self.counts
 

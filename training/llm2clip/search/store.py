@@ -1,10 +1,10 @@
-"""The interface of a store of indexes, and what the stores share."""
+"""The interface of a store of indexes: where the table of an index is, which is derived from stored embeddings."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Literal, Protocol
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -12,95 +12,72 @@ import pyarrow as pa
 from llm2clip.search.index_manifest import IndexManifest
 
 KEY = "key"
-# 16 bytes that differ as soon as anything but the embedding of a row differs.
-ID = "_id"
+# The digest of the image or caption of a row, by which its embedding is found.
+DIGEST = "_digest"
 VECTOR = "vector"
-# Why a row has no embedding. Only rows of an unfinished run have one; `commit` deletes them.
-REASON = "_reason"
-# Number of a row, by which a store finds it; it may change with a commit.
-NUMBER = "_rowid"
-INTERNAL = (ID, VECTOR, REASON, NUMBER, "_generation")
+# Columns that describe no row, and what LanceDB calls the number of one.
+INTERNAL = (DIGEST, VECTOR, "_rowid")
 # Columns that conditions rarely name; the others get an index.
 UNINDEXED = {"caption", "hash", "mtime_ns", "row", "size", *INTERNAL}
 # Stores compare with a query that is rounded to 16 bits; so many more than asked for are compared exactly afterwards.
 MORE = 4
 
-Base = Literal["nothing", "commit", "unfinished"]
-
 
 class IndexStore(Protocol):
-    """The location of an index: a folder, or a table of a database.
+    """The location of an index: a folder, a URL, or a table of a database.
 
-    Six methods do the work: a run upserts and deletes rows, of which searches see nothing until `commit`; the next run
-    after a killed one continues with the rows that are stored. Three more are there because two runs must not write at
-    once (`lock`), because a run says what it adds to (`begin`), and because a row that moved keeps its embedding
-    (`vectors`).
+    A run writes a new table beside the one that there is, which searches see until the new one is whole. What the
+    table is made of, embeddings and a list of rows, is in a local folder; see [`rows_folder`].
 
     Attributes:
         location: Its name in messages.
-        index_types: Types of vector index that it has: flat, the one for many images, and others.
+        index_types: Types of vector index that it has: flat, and the one for many images.
+        local_folder: The folder of the index, if it is a local one.
     """
 
     location: str
     index_types: tuple[str, ...]
+    local_folder: Path | None
 
-    def lock(self) -> AbstractContextManager[None]:
-        """Keep other runs out. At the end, delete what a run has begun if that has no rows and there is no index.
+    def require_own(self) -> None:
+        """Find out before a long run whether an index can be written there.
 
         Raises:
             FileExistsError: Something else than an index is there.
-            ValueError: Another run is writing.
+            PermissionError: The user may not write.
         """
         ...
 
-    def metadata(self, unfinished: bool = False) -> IndexManifest | None:
-        """Read the manifest of the last commit, and open it for `search` and `keys`; None if there is none.
-
-        Args:
-            unfinished: Read instead the one that the last run began with, if it has not committed.
+    def metadata(self) -> IndexManifest | None:
+        """Read the manifest; None if there is no index.
 
         Raises:
-            ValueError: The index is damaged.
+            ValueError: It is damaged.
         """
         ...
 
-    def begin(self, manifest: IndexManifest, schema: pa.Schema, base: Base) -> None:
-        """Begin to write, on top of the last commit, of the rows of the unfinished run, or of nothing.
+    def open(self) -> IndexManifest | None:
+        """Open the table for `search` and `keys`; return its manifest, None if there is no index.
 
-        The rows of an unfinished run on which it is not built are dropped. The last commit stays until `commit`.
+        Raises:
+            ValueError: The manifest or the table is damaged, or the table is lost.
         """
         ...
 
-    def keys(self, columns: Sequence[str] | None, written: bool = False) -> Iterator[pa.RecordBatch]:
-        """Read rows of the last commit: `columns`, and the numbers of the rows as `NUMBER`.
+    def replace(self, manifest: IndexManifest, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> None:
+        """Write a new table, index its rows as the manifest says, and let searches see it, in one step.
 
-        Args:
-            columns: None for all that describe a row: those that are not `INTERNAL`.
-            written: Read instead the rows that this run writes, from what it adds to on.
+        The manifest gets what the store adds to it. What earlier runs have left is deleted, but for the table that was
+        there before, which readers may have open.
         """
         ...
 
-    def vectors(self, numbers: np.ndarray) -> pa.Table:
-        """Read `VECTOR` and `REASON` of the rows with these numbers that this run writes, in their order."""
-        ...
-
-    def upsert(self, rows: pa.Table) -> None:
-        """Add rows with all columns of the schema, in one step that happens or does not."""
-        ...
-
-    def delete(self, numbers: np.ndarray) -> None:
-        """Delete the rows with these numbers."""
-        ...
-
-    def commit(self, manifest: IndexManifest, failures: list[dict[str, Any]]) -> None:
-        """Index the rows as the manifest says, and let searches see them, in one step; does nothing without a change.
-
-        Rows with a `REASON` are deleted before. The manifest gets what the store adds to it.
-        """
+    def keys(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """Read columns of all rows of the open table, in the order in which they were written."""
         ...
 
     def search(self, queries: np.ndarray, k: int, where: str | None = None) -> list[pa.Table]:
-        """Find the rows of the last commit whose embeddings have the largest cosines with each query.
+        """Find the rows of the open table whose embeddings have the largest cosines with each query.
 
         Args:
             queries: `(n, width)` unit vectors, float32.
@@ -110,20 +87,7 @@ class IndexStore(Protocol):
             For each query at most `k` rows with all columns and `VECTOR`, in any order.
 
         Raises:
-            ValueError: `where` is no condition on the columns, or the stored rows are damaged.
+            ValueError: `where` is no condition on the columns, the rows are damaged, or an index that cannot be
+                searched in place of it has replaced the one that was opened.
         """
         ...
-
-
-def rows_in_order(rows: pa.Table, numbers: np.ndarray) -> pa.Table:
-    """Return the rows with these `numbers`, in their order and as often as they are there, without `NUMBER`."""
-    have = rows[NUMBER].to_numpy()
-    order = np.argsort(have)
-    return rows.take(pa.array(order[np.searchsorted(have, numbers, sorter=order)])).drop_columns([NUMBER])
-
-
-def is_changed(
-    manifest: IndexManifest, failures: list[dict[str, Any]], committed: IndexManifest | None, listed: Any
-) -> bool:
-    """Return whether a manifest and a list of failures differ from those of the last commit."""
-    return committed is None or committed.content() != manifest.content() or listed != failures

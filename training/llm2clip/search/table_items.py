@@ -27,9 +27,10 @@ from llm2clip.data.sources import (
 )
 from llm2clip.data.transforms import Decoder
 from llm2clip.encoders.images import ChosenImages
-from llm2clip.search.folder_items import BINARY, DIGEST_SIZE, NUMBER, ROWS_AT_ONCE, TEXT, FolderImages, Items, digest
+from llm2clip.search.folder_items import BINARY, DIGEST_SIZE, NUMBER, TEXT, FolderImages, Items, digest
 from llm2clip.search.index_manifest import Embed, IndexManifest
-from llm2clip.search.store import ID, INTERNAL, KEY
+from llm2clip.search.listing import ROWS_AT_ONCE, Listing
+from llm2clip.search.store import DIGEST, INTERNAL, KEY
 
 READ_ROWS = 256
 DATA_SUFFIXES = {".parquet", ".tar", ".arrow"}
@@ -99,7 +100,7 @@ class _Table(Items):
         self.source = {"kind": "dataset", "path": os.path.abspath(path) if is_local else path}
         self.source |= {"name": name, "split": split, "revision": revision, "image_column": self.image_column}
         self.source["caption_columns"] = self.captions
-        self.columns = {**self._own_columns(), **self._stored_types(path), ID: BINARY}
+        self.columns = {**self._own_columns(), **self._stored_types(path), DIGEST: BINARY}
 
     def _own_columns(self) -> dict[str, pa.DataType]:
         raise NotImplementedError
@@ -124,12 +125,14 @@ class _Table(Items):
     def __len__(self) -> int:
         return len(self.described if self.images is None else self.images)
 
-    def batches(self) -> Iterator[pa.Table]:
+    def batches(self, before: Sequence[Listing]) -> Iterator[pa.Table]:
         self.failures.clear()
         for start in range(0, len(self), ROWS_AT_ONCE):
             rows = range(start, min(len(self), start + ROWS_AT_ONCE))
             read = self.described[start : rows.stop].to_pylist() if self.described.column_names else [{} for _ in rows]
-            yield self._with_ids(self._columns_of(rows, read))
+            columns = self._columns_of(rows, read)
+            columns[DIGEST] = [bytes.fromhex(hashed) for hashed in columns[HASH]]
+            yield pa.table(columns, pa.schema(list(self.columns.items())))
 
     def _columns_of(self, rows: range, read: list[dict[str, Any]]) -> dict[str, list[Any]]:
         raise NotImplementedError
@@ -192,7 +195,7 @@ class TableCaptions(_Table):
         return {KEY: TEXT, ROW: NUMBER, "caption_column": TEXT, "caption_number": NUMBER, CAPTION: TEXT, HASH: TEXT}
 
     def _columns_of(self, rows: range, read: list[dict[str, Any]]) -> dict[str, list[Any]]:
-        columns: dict[str, list[Any]] = {name: [] for name in [*self._own_columns(), *self.metadata_columns]}
+        columns: dict[str, list[Any]] = {name: [] for name in self.columns if name != DIGEST}
         for row, values in zip(rows, read, strict=True):
             key, metadata = self._key_of(row, values), [values[name] for name in self.metadata_columns]
             for column, number, text in self._texts_of(key, values):

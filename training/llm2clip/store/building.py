@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -189,6 +189,40 @@ def _write_index(folder: Path, keys: np.ndarray) -> None:
     )  # fmt: skip
     manifest.write(folder / INDEX)
     remove_unfinished(folder)  # of any machine: nobody else writes here now
+
+
+def drop_rows(path: str | Path, is_unwanted: Callable[[np.ndarray, Mapping[int, str]], np.ndarray]) -> None:
+    """Rewrite the shards that have unwanted rows, without these.
+
+    A kill loses the rows of one shard, which are then computed again. Damaged shards are left to [`build_store`].
+
+    Args:
+        path: The folder, which nobody else writes.
+        is_unwanted: Says of the keys of a shard, `(rows, 2)`, which are unwanted, `(rows,)` bool; the second argument
+            is why rows were skipped, by their number in the shard.
+    """
+    folder = Path(path)
+    was_complete = (folder / INDEX).is_file()
+    for number in _numbers(folder):
+        file = folder / shard_name(number)
+        with contextlib.suppress(StoreDamagedError):
+            manifest = StoreManifest.read(manifest_path(file))
+            shard = ShardFile.of(file, manifest)
+            keys = shard.keys()
+            reasons = {row: reason for row, _, reason in manifest.skipped}
+            kept = np.flatnonzero(~is_unwanted(keys, reasons))
+            if len(kept) == len(keys):
+                continue
+            (folder / INDEX).unlink(missing_ok=True)
+            if not len(kept):
+                manifest_path(file).unlink()
+                file.unlink()
+                continue
+            places = {row: place for place, row in enumerate(kept.tolist())}
+            skipped = [(places[row], key, reason) for row, key, reason in manifest.skipped if row in places]
+            write_shard(file, keys[kept], [ComputedRows(shard.open()[kept], skipped=skipped)], manifest)
+    if was_complete and not (folder / INDEX).is_file() and _numbers(folder):
+        _write_index(folder, np.empty((0, 2), np.int64))
 
 
 def build_embedding_cache(

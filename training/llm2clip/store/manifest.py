@@ -54,6 +54,8 @@ KINDS = {
     "captions": Kind("embedding cache", "caption", "run `llm2clip embed` again"),
     "features": Kind("image feature cache", "image", "start the training again"),
     "evaluation": Kind("evaluation store", "row", "run `llm2clip evaluate` again"),
+    "images": Kind("store of an index of images", "image", "run the same `llm2clip index` again"),
+    "texts": Kind("store of an index of captions", "caption", "run the same `llm2clip index` again"),
     "teacher": Kind("store of a teacher's rows", "row", "start the distillation again"),
 }
 

@@ -22,6 +22,8 @@ from llm2clip.store.store import INDEX, SIDECAR
 
 NAMES = re.compile(rf"(index|shard-\d+|.+{re.escape(SIDECAR)}){re.escape(MANIFEST_SUFFIX)}")
 ROWS = re.compile(rf"(shard-\d+|.+{re.escape(SIDECAR)}){re.escape(ROWS_SUFFIX)}")
+# Kinds of which something else was made before an update was interrupted, and is whole.
+UPDATED = ("images", "texts")
 
 
 def manifest_paths(folder: AnyPath) -> Iterator[AnyPath]:
@@ -57,7 +59,12 @@ def verify_store(folder: AnyPath) -> tuple[Verified, dict[AnyPath, StoreManifest
             bar.update()
     unlisted = (path for path in folder.rglob(f"shard-*{ROWS_SUFFIX}") if ROWS.fullmatch(path.name))
     for parent in sorted({path.parent for path in [*paths, *unlisted]}, key=str):
-        verified.faults += _incomplete(parent, read)
+        index, faults = read.get(parent / INDEX), list(_incomplete(parent, read))
+        if index is None or index.kind not in UPDATED:
+            verified.faults += [fault for fault, _ in faults]
+            continue
+        verified.faults += [fault for fault, is_lost in faults if is_lost]
+        verified.remarks += [f"{fault.what}; {fault.fix}." for fault, is_lost in faults if not is_lost]
     shards = [manifest for path, manifest in read.items() if path.name != INDEX]
     verified.counts = Counter({"num_shards": len(shards)} if paths else {})
     for manifest in shards:
@@ -65,13 +72,14 @@ def verify_store(folder: AnyPath) -> tuple[Verified, dict[AnyPath, StoreManifest
     return verified, read
 
 
-def _incomplete(folder: AnyPath, read: dict[AnyPath, StoreManifest]) -> Iterator[Fault]:
-    """Name rows without a manifest, and an index that is missing or does not fit its shards."""
+def _incomplete(folder: AnyPath, read: dict[AnyPath, StoreManifest]) -> Iterator[tuple[Fault, bool]]:
+    """Name rows without a manifest, and an index that is missing or does not fit its shards.
+
+    Yields:
+        The fault, and whether a row is lost that was there before the last run.
+    """
     inside: list[AnyPath] = sorted(folder.iterdir(), key=str)
     names = {path.name for path in inside}
-    for path in inside:
-        if ROWS.fullmatch(path.name) and manifest_path(path).name not in names:
-            yield Fault(f"{path} has no manifest: it was not finished", "run the command that writes it again")
     shards = {
         rows_path(path).name: manifest
         for path, manifest in read.items()
@@ -79,11 +87,19 @@ def _incomplete(folder: AnyPath, read: dict[AnyPath, StoreManifest]) -> Iterator
     }
     index = read.get(folder / INDEX)
     listed, remedy = (index.shards, index.about.remedy) if index is not None else ({}, "")
+    for path in inside:
+        if ROWS.fullmatch(path.name) and manifest_path(path).name not in names:
+            is_listed = path.name in listed
+            fault = Fault(f"{path} has no manifest: it was not finished", "run the command that writes it again")
+            yield fault, is_listed
     if shards and (INDEX not in names or (index is not None and not shards.keys() <= listed.keys())):
         about = next(iter(shards.values())).about
-        yield Fault(f"the build of {folder} was interrupted", f"{about.remedy}, which continues it")
+        yield Fault(f"the build of {folder} was interrupted", f"{about.remedy}, which continues it"), False
     for name, (rows, _, checksum) in listed.items():
         if name not in names and name not in shards:
-            yield Fault(f"the shard {folder / name} is missing", f"{remedy}, which only computes what is missing")
+            yield (
+                Fault(f"the shard {folder / name} is missing", f"{remedy}, which only computes what is missing"),
+                True,
+            )
         elif name in shards and (shards[name].rows, shards[name].checksum) != (rows, checksum):
-            yield Fault(f"{folder / INDEX} does not fit {name}", f"delete {folder / INDEX} and {remedy}")
+            yield Fault(f"{folder / INDEX} does not fit {name}", f"delete {folder / INDEX} and {remedy}"), True

@@ -21,13 +21,14 @@ from llm2clip.files.manifests import (
 )
 from llm2clip.hub.upload_files import added_files
 from llm2clip.search.lance_store import COMMAND as INDEX
-from llm2clip.search.lance_store import MANIFEST
+from llm2clip.search.lance_store import MANIFEST, TABLES
 from llm2clip.search.verify_index import verify_index
 from llm2clip.trainers.checkpoints import COMMAND as TRAINING
 
 KINDS = ("search index", "unfinished checkpoint", "checkpoint, model, or another result of a command")
 # How folders are written again that are not replaced with --overwrite.
 REWRITE_HINTS = {
+    INDEX: "delete {folder}, and run the same llm2clip index again, which makes it again from the stored embeddings",
     "distill-text": "put the student there again (attach_query_encoder)",
     "quickstart": "delete {folder}; the next quickstart fetches it again",
     None: "write it again, or copy it from where it came",
@@ -62,7 +63,7 @@ def verify_folder(folder: Path) -> Verified:
         Nothing of a folder that is of no kind.
     """
     path, is_listed = folder / MANIFEST, (folder / FOLDER_MANIFEST).is_file()
-    if written_by(folder) == INDEX:
+    if any(folder.glob(TABLES)):
         return verify_index(folder)
     if not is_listed and re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name):
         what = "was not finished, or another program wrote it; --resume takes an older checkpoint"
