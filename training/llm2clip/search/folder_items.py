@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from llm2clip.data import DEFAULT_MAX_PIXELS, DamagedImageError
+from llm2clip.data.heif import prepare_heif
 from llm2clip.data.transforms import Decoder
 from llm2clip.encoders.images import ImageList
 from llm2clip.search.index_manifest import Embed
@@ -89,6 +90,7 @@ class FolderFiles(ImageList):
     """Files that are opened rather than read: a folder may also contain videos of many gigabytes."""
 
     def decode(self, row: int, decode: Decoder) -> Any:
+        prepare_heif(self.key(row))
         try:
             with open(self.images[row], "rb") as file:
                 return decode(file, self.key(row), self.max_pixels)

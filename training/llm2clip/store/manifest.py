@@ -54,6 +54,7 @@ KINDS = {
     "captions": Kind("embedding cache", "caption", "run `llm2clip embed` again"),
     "features": Kind("image feature cache", "image", "start the training again"),
     "evaluation": Kind("evaluation store", "row", "run `llm2clip evaluate` again"),
+    "background": Kind("store of everyday captions", "caption", "search again with --relevant"),
     "teacher": Kind("store of a teacher's rows", "row", "start the distillation again"),
 }
 
