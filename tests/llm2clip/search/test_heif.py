@@ -50,3 +50,5 @@ def test_without_pillow_heif_the_message_says_what_to_install(
         assert "HEIC needs pillow-heif" in message
     finally:
         heif._registered.cache_clear()
+    monkeypatch.undo()
+    assert index(photos, model[0], tmp_path / "index") == (1, 12, 0, 0, 13)

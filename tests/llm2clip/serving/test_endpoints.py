@@ -209,9 +209,7 @@ def test_search_finds_what_the_index_finds(serve: Serve, encoder: Encoder, index
     assert [entry["key"] for entry in answer] == ["3.png"]
 
 
-def test_search_shows_metadata_columns(
-    serve: Serve, encoder: Encoder, saved_model: Path, tmp_path: Path
-) -> None:
+def test_search_shows_metadata_columns(serve: Serve, encoder: Encoder, saved_model: Path, tmp_path: Path) -> None:
     images = [{"bytes": png(picture(30 + 9 * side, 40)), "path": None} for side in range(3)]
     table = datasets.Dataset.from_dict({"image": images, "artist": ["A", "B", None], "year": [1900, 1950, 2000]})
     table.cast_column("image", datasets.Image()).to_parquet(tmp_path / "data.parquet")

@@ -16,8 +16,8 @@ from llm2clip.encoders import Encoder
 QueryImage: TypeAlias = Path | Image.Image
 # A text, an image, or an image and a text as one query.
 Query: TypeAlias = str | QueryImage | tuple[QueryImage, str]
-# How far a query moves away from a text, in unit vectors.
-AWAY = 0.5
+# How far a query moves away from a text, in unit vectors: 1 loses many more of the results that are wanted.
+AWAY = 0.75
 
 
 def embed_queries(queries: Sequence[Query], open_encoder: Callable[[Sequence[str]], Encoder]) -> np.ndarray:

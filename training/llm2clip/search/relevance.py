@@ -1,7 +1,7 @@
 """How much better a text fits a result than everyday captions do, and a cut-off by that.
 
-Scores of different queries cannot be compared: a long one scores low even where it is right, and some images score high
-with anything. So each result is compared with the scores that everyday captions have with the same image.
+A score says little alone: a model has a usual level of its own, and some images are near to any text. So the scores of
+results are compared with those that everyday captions have with the same images.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from llm2clip.store.store import caption_keys
 logger = logging.getLogger(__name__)
 
 CAPTIONS = Path(__file__).with_name("background_captions.txt")
+# Results whose scores with the everyday captions are compared with; a search reads at least so many.
+COMPARED = 10
 # By how many standard deviations a relevant score exceeds the mean of the everyday captions; docs/search.md has what
 # was measured.
 LEAST = 3.0
@@ -38,7 +40,7 @@ def background_rows(encoder: Encoder, folder: Path | None) -> np.ndarray:
         return encoder.encode_text(captions, show_progress_bar=True).numpy()
     keys, fingerprint, folder = caption_keys(captions), encoder.text_fingerprint(), folder.resolve()
     identity = {"fingerprint": fingerprint, "model_dtype": encoder.dtype}
-    place = folder.with_name(f"{folder.name}_background") / fingerprint
+    place = folder.with_name(f"{folder.name}_background") / f"{fingerprint}-{encoder.dtype}"
     manifest = StoreManifest(
         kind="background", encoder=encoder.name, identity=identity, width=encoder.width, dtype="float32"
     )
@@ -63,16 +65,13 @@ def background_rows(encoder: Encoder, folder: Path | None) -> np.ndarray:
 def keep_relevant(ranked: Ranked, background: np.ndarray) -> list[SearchResult]:
     """Leave out the results that do not fit a query clearly better than everyday captions do.
 
-    Those that stay get their `relevance`.
+    All get their `relevance`: by how many standard deviations the score exceeds the mean of those that the everyday
+    captions have with the first `COMPARED` results.
 
     Args:
         background: Unit rows `(captions, width)`.
     """
-    scores = ranked.embeds @ background.T.astype(np.float64)
-    means, deviations = scores.mean(axis=1), scores.std(axis=1).clip(min=1e-12)
-    kept = []
-    for result, mean, deviation in zip(ranked.results, means, deviations, strict=True):
-        result.relevance = float((result.score - mean) / deviation)
-        if result.relevance >= LEAST:
-            kept.append(result)
-    return kept
+    scores = ranked.embeds[:COMPARED] @ background.T.astype(np.float64)
+    for result in ranked.results:
+        result.relevance = float((result.score - scores.mean()) / max(scores.std(), 1e-12))
+    return [result for result in ranked.results if result.relevance is not None and result.relevance >= LEAST]

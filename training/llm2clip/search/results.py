@@ -56,8 +56,8 @@ class SearchResult:
         caption: The caption that was found, or that of the image.
         caption_column, caption_number: In an index of captions, its column, and its number in a list there.
         metadata: The metadata columns of the index by name, if it has any; dates and times as strings, as in `where`.
-        relevance: With a cut-off of relevance, by how many standard deviations the score exceeds the mean of those of
-            everyday captions with the same image or caption.
+        relevance: With a cut-off of relevance, by how many standard deviations the score exceeds the mean of those
+            that everyday captions have with the results.
     """
 
     score: float

@@ -42,7 +42,7 @@ class SearchConfig:
     )
     combine: bool = setting(False, "Search for each text together with --image, as one query: they are added.")
     without: str | None = setting(
-        None, "A text that results move away from: half of its cosine with an image is taken off the query's."
+        None, "A text that results move away from: 0.75 of its cosine with an image is taken off the query's."
     )
     where: str | None = setting(
         None,
@@ -53,8 +53,8 @@ class SearchConfig:
     top: int = setting(10, "Number of images or captions shown per query.")
     distinct: float | None = setting(
         None,
-        "Leave out near-duplicates: results whose cosine with a better one is larger than this, such as 0.95. The next "
-        "ones take their places.",
+        "Leave out near-duplicates: results whose cosine with a better one is larger than this, such as 0.95. Others "
+        "take their places.",
     )
     relevant: bool = setting(
         False, "Leave out results that do not fit a text clearly better than everyday captions do; perhaps all."

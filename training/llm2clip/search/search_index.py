@@ -20,7 +20,7 @@ from llm2clip.search.index_update import update_index
 from llm2clip.search.location import open_store
 from llm2clip.search.queries import Query, away_from, embed_queries, query_name, unit_rows
 from llm2clip.search.ranking import find
-from llm2clip.search.relevance import background_rows, keep_relevant
+from llm2clip.search.relevance import COMPARED, background_rows, keep_relevant
 from llm2clip.search.store import IndexStore
 from llm2clip.search.table_items import as_items, items_of
 
@@ -218,8 +218,8 @@ class SearchIndex:
         for other in others:
             rows = away_from(rows, other)
             background = None if background is None else away_from(background, other)
-        found = find(self.store, self.manifest, rows, int(k), where, distinct)
-        results = [each.results if background is None else keep_relevant(each, background) for each in found]
+        found = find(self.store, self.manifest, rows, max(int(k), COMPARED) if relevant else int(k), where, distinct)
+        results = [(each.results if background is None else keep_relevant(each, background))[:k] for each in found]
         return results[0] if is_single else results
 
     def embed(self, queries: Sequence[Query] | np.ndarray) -> np.ndarray:
