@@ -49,7 +49,7 @@ def background_rows(encoder: Encoder, folder: Path | None) -> np.ndarray:
         if known.manifest.difference(manifest) is None and (known.find(keys) >= 0).all():
             return known.read(known.find(keys)).numpy()
     try:
-        made = build_store(
+        made: Store = build_store(
             place,
             keys,
             manifest,

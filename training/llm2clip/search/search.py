@@ -130,7 +130,7 @@ def run(config: SearchConfig) -> None:
         image: Any = decode_image(config.image, config.image)
         image.filename = config.image  # for messages
         given = [(text, image) for text, _ in given] if config.combine else [*given, (None, image)]
-    asked = [(image, text) if image and text else image or text for text, image in given]
+    asked: list[Any] = [(image, text) if image and text else image or text for text, image in given]
     options: dict[str, Any] = {name: getattr(config, name) for name in ("without", "distinct", "relevant")}
     results = index.search(asked, config.top, config.where, **options)
     queries = [

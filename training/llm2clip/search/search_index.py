@@ -222,8 +222,8 @@ class SearchIndex:
         results = [(each.results if background is None else keep_relevant(each, background))[:k] for each in found]
         return results[0] if is_single else results
 
-    def embed(self, queries: Sequence[Query] | np.ndarray) -> np.ndarray:
-        """Return unit rows `(n, width)`, float32, of texts, images, pairs of both, or embeddings.
+    def embed(self, queries: Any) -> np.ndarray:
+        """Return unit rows `(n, width)`, float32, of a list of texts, images and pairs of both, or of embeddings.
 
         Raises:
             ValueError: An embedding is zero, NaN or infinite, or of another width; see [`SearchIndex.search`] too.
