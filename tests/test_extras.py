@@ -22,7 +22,7 @@ OWN = {"llm2clip": ROOT / "training" / "llm2clip", "modeling_llm2clip": ROOT / "
 # The extra of a library that a command imports only where a setting asks for it; the error then names that extra.
 ON_DEMAND = {
     "eccv_caption": "eccv", "lancedb": "search", "open_clip": "evaluation",
-    "pgvector": "postgres", "psycopg": "postgres", "ray": "ray",
+    "pgvector": "postgres", "pillow_heif": "heif", "psycopg": "postgres", "ray": "ray",
 }  # fmt: skip
 
 

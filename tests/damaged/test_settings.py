@@ -32,6 +32,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "index": {"folder": "x", "model": "y", "output_dir": "z"},
     "search": {"index": "x", "query": ["a dog"]},
     "serve": {"model": "x"},
+    "tags": {"index": "x", "labels": "y"},
     **{stage: {"use_cpu": True, "output_dir": "x"} for stage in ("stage1", "stage2", "mntp", "distill-text")},
 }
 CLASSES: dict[str, Any] = {

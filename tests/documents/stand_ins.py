@@ -208,6 +208,11 @@ def photo(path: Path) -> None:
     Image.effect_noise((60, 40), 80).convert("RGB").save(path)
 
 
+def labels(path: Path) -> None:
+    """Write some labels."""
+    path.write_text("bicycle\ntruck\nflower\n", encoding="utf-8")
+
+
 E5, MINILM = "intfloat/multilingual-e5-small", "sentence-transformers/all-MiniLM-L6-v2"
 LLAMA, QWEN, SMOL = "llm2vec_llama_a_hf", "llm2vec_qwen2_a_hf", "llm2vec_mistral_a_hf"
 LLM_1B, LLM_8B = "LLM2CLIP-Llama-3.2-1B-Instruct-CC-Finetuned", "LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned"
@@ -262,6 +267,7 @@ FILES: dict[str, Builder] = {
     "training": lambda path: path.symlink_to(ROOT / "training"),
     "museum.py": documented_benchmark,
     "data/pairs.csv": pairs_csv,
+    "labels.txt": labels,
     "photo.jpg": photo,
     "EVA02_CLIP_L_psz14_s4B.pt": eva_clip,
     "default.yaml": small_profile,

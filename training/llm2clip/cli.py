@@ -120,6 +120,8 @@ COMMANDS = {
                      "llm2clip.search.index", "IndexConfig", ("folder",), resumable=True, extra="search"),
     "search": Command("search an index with a text or an image",
                       "llm2clip.search.search", "SearchConfig", ("index", "query"), extra="search"),
+    "tags": Command("write the labels that fit each image of an index best to a file",
+                    "llm2clip.search.tags", "TagsConfig", ("index", "labels"), extra="search"),
     "serve": Command("serve embeddings of texts and images, and searches, over HTTP (OpenAI's API)",
                      "llm2clip.serving.serve", "ServeConfig", ("model",), extra="serve"),
     "demo": Command("open a demo in the browser: search, classification, heat maps, comparison of two models",

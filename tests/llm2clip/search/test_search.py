@@ -11,6 +11,8 @@ import sys
 from datetime import date, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 import pytest
@@ -173,6 +175,15 @@ def test_the_page_embeds_thumbnails_escapes_texts_and_marks_what_is_gone(model: 
     assert cli.main(command) == 0
     page = (tmp_path / "page.html").read_text()
     assert (page.count("no longer available"), page.count("<img")) == (2, 2)
+
+
+def test_thumbnails_of_files_link_to_them(pictures: Path, model: Model, tmp_path: Path) -> None:
+    (pictures / "00.png").rename(pictures / "it's 0%.png")
+    index(pictures, model[0], tmp_path / "index")
+    page = tmp_path / "page.html"
+    assert cli.main(["search", str(tmp_path / "index"), TEXT, "--top", "20", "--html", str(page)]) == 0
+    links = re.findall(r"<a href='([^']*)'><img ", page.read_text())
+    assert {Path(url2pathname(urlsplit(link).path)) for link in links} == set(pictures.rglob("*.png"))
 
 
 def test_metadata_columns_are_shown_with_each_result(

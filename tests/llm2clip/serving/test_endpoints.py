@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import httpx
 import numpy as np
 import openai
@@ -206,6 +207,18 @@ def test_search_finds_what_the_index_finds(serve: Serve, encoder: Encoder, index
     assert "path" not in results[0]
     answer = client.post("/search", json={"query": "a", "where": "key = '3.png'"}).json()["results"]
     assert [entry["key"] for entry in answer] == ["3.png"]
+
+
+def test_search_shows_metadata_columns(serve: Serve, encoder: Encoder, saved_model: Path, tmp_path: Path) -> None:
+    images = [{"bytes": png(picture(30 + 9 * side, 40)), "path": None} for side in range(3)]
+    table = datasets.Dataset.from_dict({"image": images, "artist": ["A", "B", None], "year": [1900, 1950, 2000]})
+    table.cast_column("image", datasets.Image()).to_parquet(tmp_path / "data.parquet")
+    place = {"model": str(saved_model), "output_dir": str(tmp_path / "index")}
+    run(IndexConfig(folder=str(tmp_path / "data.parquet"), metadata_columns=["artist", "year"], **place))
+    client = serve(encoder, open_index(str(tmp_path / "index"), encoder))
+    found = client.post("/search", json={"query": "a", "where": "year > 1900"}).json()["results"]
+    shown = {"1": {"artist": "B", "year": 1950}, "2": {"artist": None, "year": 2000}}
+    assert {entry["key"]: entry["metadata"] for entry in found} == shown
 
 
 @pytest.mark.parametrize(

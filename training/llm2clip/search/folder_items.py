@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from llm2clip.command_line.processes import worker_count
 from llm2clip.data import DEFAULT_MAX_PIXELS, DamagedImageError
+from llm2clip.data.heif import prepare_heif
 from llm2clip.data.transforms import Decoder
 from llm2clip.encoders.images import ImageList
 from llm2clip.search.index_manifest import Embed
@@ -108,6 +109,7 @@ class FolderFiles(ImageList):
         self.files = files
 
     def decode(self, row: int, decode: Decoder) -> Any:
+        prepare_heif(self.key(row))
         try:
             with open(self.images[row], "rb") as file:
                 now = os.fstat(file.fileno())
@@ -197,6 +199,7 @@ class FolderImages(Items):
         try:
             with open(self.folder / file.key, "rb") as opened:
                 if file.size > LARGE:
+                    prepare_heif(file.key)
                     with decoding_errors(opened, file.key):
                         open_image(opened, self.max_pixels)
                     opened.seek(0)

@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 
 from llm2clip.data import SampleError, decode_image
+from llm2clip.data.heif import prepare_heif
 from llm2clip.files.atomic import write_text
 from llm2clip.search.folder_items import Items
 from llm2clip.search.index_manifest import IndexManifest
@@ -32,6 +33,7 @@ ol { list-style: none; margin: 0; padding: 0; display: grid; gap: 1rem;
 li { background: #fff; border: 1px solid #e3e7ee; border-radius: 10px; overflow: hidden; }
 .frame { aspect-ratio: 1; display: flex; align-items: center; justify-content: center; background: #fff;
   border-bottom: 1px solid #eef1f5; color: #8792a5; }
+.frame a { width: 100%; height: 100%; }
 .frame img { max-width: 100%; width: 100%; height: 100%; object-fit: contain; }
 .text { padding: .55rem .7rem .65rem; }
 .line { display: flex; justify-content: space-between; font-size: .85rem; color: #5a6678; }
@@ -54,6 +56,8 @@ class SearchResult:
         caption: The caption that was found, or that of the image.
         caption_column, caption_number: In an index of captions, its column, and its number in a list there.
         metadata: The metadata columns of the index by name, if it has any; dates and times as strings, as in `where`.
+        relevance: With a cut-off of relevance, by how many standard deviations the score exceeds the mean of those
+            that everyday captions have with the results.
     """
 
     score: float
@@ -65,6 +69,7 @@ class SearchResult:
     caption_column: str | None = None
     caption_number: int | None = None
     metadata: dict[str, Any] | None = None
+    relevance: float | None = None
 
     @classmethod
     def from_row(cls, row: dict[str, Any], score: float, manifest: IndexManifest) -> SearchResult:
@@ -93,26 +98,39 @@ class QueryResults:
     """The results of a query, best first.
 
     Attributes:
-        text: The query, or the file name of its image.
-        image: The image of a query by image, in RGB.
+        text: Its text, if it has one.
+        image_file: The file name of its image, if it has one.
+        image: The image, in RGB.
+        without: The text that results move away from.
     """
 
-    text: str
+    text: str | None
+    image_file: str | None
     image: Image.Image | None
     results: list[SearchResult]
+    without: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Its text, or else the file name of its image."""
+        return self.text or self.image_file or ""
 
     @property
     def title(self) -> str:
         """Heading above the results."""
-        return self.text if self.image is None else f"like {self.text}"
+        like = None if self.image_file is None else f"like {self.image_file}"
+        without = None if self.without is None else f"without {self.without}"
+        return ", ".join(part for part in (self.text, like, without) if part is not None)
 
     def as_dict(self) -> dict[str, Any]:
         """Convert to JSON types, without empty fields."""
-        results = [
-            {"rank": rank, **{name: value for name, value in vars(result).items() if value is not None}}
-            for rank, result in enumerate(self.results, 1)
-        ]
-        return {"text" if self.image is None else "image": self.text, "results": results}
+        results = [{"rank": rank, **_given(vars(result))} for rank, result in enumerate(self.results, 1)]
+        query = _given({"text": self.text, "image": self.image_file, "without": self.without})
+        return {**query, "results": results}
+
+
+def _given(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 class ResultImages:
@@ -135,6 +153,7 @@ class ResultImages:
         """Decode the image of a result; None if it or its caption has been removed, damaged, or replaced."""
         with contextlib.suppress(SampleError):
             if self.table is None:
+                prepare_heif(result.key)
                 return decode_image(result.path, result.key, self.max_pixels)
             if self.exist and result.row is not None and self.table.has(result.row, result.hash):
                 return self.table.decode(result.row)
@@ -142,7 +161,7 @@ class ResultImages:
 
 
 def write_page(path: Path, queries: list[QueryResults], images: ResultImages) -> None:
-    """Write the results of queries to one self-contained HTML file, with thumbnails."""
+    """Write the results of queries to one self-contained HTML file; thumbnails link to the files of their images."""
     title = html.escape(", ".join(query.title for query in queries))
     parts = [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
@@ -160,6 +179,8 @@ def write_page(path: Path, queries: list[QueryResults], images: ResultImages) ->
 def _item(rank: int, result: SearchResult, images: ResultImages) -> str:
     image = images.load(result)
     shown = "no longer available" if image is None else _thumbnail(image, result.caption or result.key)
+    if image is not None and result.path is not None:
+        shown = f"<a href='{Path(result.path).as_uri()}'>{shown}</a>"
     frame = f"<div class='frame'>{shown}</div>" if images.exist else ""
     caption = f"<div class='caption'>{html.escape(result.caption)}</div>" if result.caption else ""
     facts = "; ".join(f"{name}: {value}" for name, value in (result.metadata or {}).items() if value is not None)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm2clip.command_line.logs import print_whole, printable, quiet_libraries
+from llm2clip.command_line.logs import print_whole, printable, quiet_libraries, shortened
 from llm2clip.command_line.settings import nearest, setting
 from llm2clip.files.atomic import read_json
 from llm2clip.models.places import DTYPE, ModelDtype, require_model_place, require_recorded_model
@@ -40,6 +40,10 @@ class SearchConfig:
     image: str | None = setting(
         None, "Image file to search for similar images, or for captions that fit it; this needs no LLM."
     )
+    combine: bool = setting(False, "Search for each text together with --image, as one query: they are added.")
+    without: str | None = setting(
+        None, "A text that results move away from: 0.75 of its cosine with an image is taken off the query's."
+    )
     where: str | None = setting(
         None,
         "Only rows that fulfil this condition in SQL on columns of the index, such as \"source = 'noto'\"; an index "
@@ -47,6 +51,14 @@ class SearchConfig:
         "metadata_columns, and one of captions caption_column and caption_number too.",
     )
     top: int = setting(10, "Number of images or captions shown per query.")
+    distinct: float | None = setting(
+        None,
+        "Leave out near-duplicates: results whose cosine with a better one is larger than this, such as 0.95. Others "
+        "take their places.",
+    )
+    relevant: bool = setting(
+        False, "Leave out results that do not fit a text clearly better than everyday captions do; perhaps all."
+    )
     model: str | None = setting(None, "Hub id or folder of the model; by default the model that made the index.")
     model_revision: str | None = setting(None, "Branch, tag or commit of the model on the Hub.")
     dtype: ModelDtype = setting("auto", DTYPE)
@@ -72,8 +84,16 @@ class SearchConfig:
             raise ValueError('where is empty; leave it out, or write a condition: --where "size > 1000"')
         if self.top < 1:
             raise ValueError(f"top must be at least 1, not {self.top}.")
-        if self.fast and not self.query:
+        if self.fast and not (self.query or self.without):
             raise ValueError("fast is for texts, and --image alone needs no LLM; leave it out.")
+        if self.combine and not (self.query and self.image):
+            raise ValueError("combine needs texts and --image FILE.")
+        if self.without is not None and not self.without.strip():
+            raise ValueError("without is empty; leave it out or write a text.")
+        if self.distinct is not None and not 0 < self.distinct < 1:
+            raise ValueError(f"distinct is a cosine between 0 and 1, such as 0.95, not {self.distinct}.")
+        if self.relevant and self.image:
+            raise ValueError("relevant compares texts with everyday captions; search with --image in another command.")
 
 
 def run(config: SearchConfig) -> None:
@@ -95,6 +115,7 @@ def run(config: SearchConfig) -> None:
     check_places(config.index, config.model, config.postgres)
 
     from llm2clip.data import decode_image
+    from llm2clip.data.heif import prepare_heif
     from llm2clip.search.results import QueryResults, ResultImages, write_page
     from llm2clip.search.search_index import SearchIndex
 
@@ -103,15 +124,24 @@ def run(config: SearchConfig) -> None:
     index = SearchIndex.open(
         config.index, config.postgres, config.model, config.model_revision, text_encoder, config.dtype
     )
-    given: list[tuple[str, Any]] = [(text, None) for text in config.query]
+    given: list[tuple[str | None, Any]] = [(text, None) for text in config.query]
     if config.image:
+        prepare_heif(config.image)
         image: Any = decode_image(config.image, config.image)
         image.filename = config.image  # for messages
-        given.append((config.image, image))
-    results = index.search([image or text for text, image in given], config.top, config.where)
-    queries = [QueryResults(*query, rows) for query, rows in zip(given, results, strict=True)]
+        given = [(text, image) for text, _ in given] if config.combine else [*given, (None, image)]
+    asked: list[Any] = [(image, text) if image and text else image or text for text, image in given]
+    options: dict[str, Any] = {name: getattr(config, name) for name in ("without", "distinct", "relevant")}
+    results = index.search(asked, config.top, config.where, **options)
+    queries = [
+        QueryResults(text, image and config.image, image, rows, config.without)
+        for (text, image), rows in zip(given, results, strict=True)
+    ]
     if config.where and not any(results):
         logger.warning("no row of the index fulfils --where %s", config.where)
+    elif config.relevant and not all(results):
+        names = [query.title for query in queries if not query.results]
+        logger.warning("nothing in the index is relevant to: %s", shortened(names))
     if config.json:
         shown = [query.as_dict() for query in queries]
         result = {"index": config.index, "model": index.encoder([]).name, "queries": shown}
@@ -176,7 +206,7 @@ def _lines(queries: list[QueryResults], embed: str) -> list[str]:
     for query in queries:
         first, *others = (cells for _, cells in _columns(query.results, embed))
         scores = [f"{result.score:.4f}" for result in query.results]
-        texts = [[query.text] * len(scores)] if len(queries) > 1 else []
+        texts = [[query.name] * len(scores)] if len(queries) > 1 else []
         for cells in zip(*texts, first, scores, *others, strict=True):
             lines.append("\t".join(printable(cell).replace("\t", "\\t").replace("\n", "\\n") for cell in cells))
     return lines

@@ -9,10 +9,8 @@ from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow as pa
 from PIL import Image
 
-from llm2clip.command_line.logs import shortened
 from llm2clip.encoders import Encoder, load_encoder
 from llm2clip.encoders.query_encoder import QueryTextEncoder, TextEncoder
 from llm2clip.models.places import require_recorded_model
@@ -21,13 +19,11 @@ from llm2clip.search.index_manifest import IndexManifest
 from llm2clip.search.index_settings import IndexSettings
 from llm2clip.search.index_update import recorded_name, update_index
 from llm2clip.search.location import open_store, rows_folder
-from llm2clip.search.results import SearchResult
-from llm2clip.search.store import VECTOR, IndexStore
+from llm2clip.search.queries import Query, away_from, embed_queries, query_name, unit_rows
+from llm2clip.search.ranking import find
+from llm2clip.search.relevance import COMPARED, background_rows, keep_relevant
+from llm2clip.search.store import IndexStore
 from llm2clip.search.table_items import as_items, items_of
-
-# The largest number that databases take.
-MAX_K = 2**62
-Query = str | Path | Image.Image
 
 
 class SearchIndex:
@@ -63,6 +59,7 @@ class SearchIndex:
         self._encoder = encoder if isinstance(encoder, Encoder) else None
         self._revision, self._text_encoder, self._dtype = revision, text_encoder, dtype
         self._loaded, self._checked = {"image", "text"}, set[str]()
+        self._everyday: np.ndarray | None = None
         self.counts: dict[str, Any] = {}
         self._read()
 
@@ -179,14 +176,29 @@ class SearchIndex:
     def __len__(self) -> int:
         return self.manifest.images
 
-    def search(self, query: Query | Sequence[Query] | np.ndarray, k: int = 10, where: str | None = None) -> list[Any]:
+    def search(
+        self,
+        query: Query | Sequence[Query] | np.ndarray,
+        k: int = 10,
+        where: str | None = None,
+        *,
+        without: str | None = None,
+        distinct: float | None = None,
+        relevant: bool = False,
+    ) -> list[Any]:
         """Find the images or captions that are nearest to a query.
 
         Args:
-            query: A text, a PIL image or the `Path` of one; a list of these; or embeddings `(n, width)`.
+            query: A text, a PIL image or the `Path` of one; a pair `(image, text)`, which is found by both; a list of
+                these; or embeddings `(n, width)`.
             k: How many, at most.
             where: A condition on the columns of the index that they fulfil, such as `"folder = 'a'"`; see
                 [`parse_where`].
+            without: A text that results move away from; see [`away_from`].
+            distinct: Leave out results whose cosine with a better one is larger than this, such as 0.95; others take
+                their places.
+            relevant: Leave out results that do not fit the text clearly better than everyday captions do; see
+                [`background_rows`].
 
         Returns:
             [`SearchResult`]s, best first, with `score` (the cosine of the query and the stored embedding), `key`,
@@ -197,57 +209,49 @@ class SearchIndex:
             FileNotFoundError: The model that made the index does not exist any more.
             NonFiniteError: The model's embedding of a query is NaN or infinite.
             ValueError: `k` is no whole number or less than 1, an embedding is zero or not finite, `where` is no
-                condition on the columns, or another model made the index.
+                condition on the columns, `relevant` is asked of images, or another model made the index.
         """
         if not isinstance(k, (int, np.integer)) or isinstance(k, bool) or k < 1:
             raise ValueError(f"k must be a whole number of at least 1, not {k!r}.")
-        is_single = isinstance(query, (str, Path, Image.Image))
+        if distinct is not None and not 0 < distinct < 1:
+            raise ValueError(f"distinct is a cosine between 0 and 1, such as 0.95, not {distinct}.")
+        is_single = isinstance(query, (str, Path, Image.Image, tuple))
+        queries: Any = [query] if is_single else query
+        if relevant and not all(isinstance(one, str) for one in queries):
+            raise ValueError("relevant compares texts with everyday captions, and a query is none.")
         if where is not None and self._encoder is None:  # before it is loaded, which takes minutes
             self.store.search(np.empty((0, self.manifest.width), np.float32), 1, where)
-        rows = self.embed([query] if is_single else query)  # type: ignore[list-item,arg-type]
-        nearest = self.store.search(rows, min(k, MAX_K), where)
-        results = [self._ranked(row, near, k) for row, near in zip(rows, nearest, strict=True)]
+        rows, others = self._embed(queries, [] if without is None else [without])
+        background = self._background() if relevant else None
+        for other in others:
+            rows = away_from(rows, other)
+            background = None if background is None else away_from(background, other)
+        found = find(self.store, self.manifest, rows, max(int(k), COMPARED) if relevant else int(k), where, distinct)
+        results = [(each.results if background is None else keep_relevant(each, background))[:k] for each in found]
         return results[0] if is_single else results
 
-    def embed(self, queries: Sequence[Query] | np.ndarray) -> np.ndarray:
-        """Return unit rows `(n, width)`, float32, of texts, images or embeddings.
+    def embed(self, queries: Any) -> np.ndarray:
+        """Return unit rows `(n, width)`, float32, of a list of texts, images and pairs of both, or of embeddings.
 
         Raises:
             ValueError: An embedding is zero, NaN or infinite, or of another width; see [`SearchIndex.search`] too.
         """
-        rows, names = queries, [str(number) for number in range(len(queries))]
-        if not hasattr(queries, "dtype"):
-            texts = [query for query in queries if isinstance(query, str)]
-            images = [query for query in queries if not isinstance(query, str)]
-            encoder = self.encoder([*["text"] * bool(texts), *["image"] * bool(images)])
-            rows = np.empty((len(queries), encoder.width), np.float32)
-            is_text = np.array([isinstance(query, str) for query in queries], dtype=bool)
-            if texts:
-                rows[is_text] = encoder.encode_text(texts).numpy()
-            names = [_name(query) for query in queries]
-            if images:
-                rows[~is_text] = encoder.encode_image(images, names=list(map(_name, images))).numpy()
-        rows = np.asarray(rows, np.float64)
-        if rows.ndim != 2 or rows.shape[1] != self.manifest.width:
-            raise ValueError(f"queries have to be rows of width {self.manifest.width}, and are {rows.shape}.")
-        largest = np.abs(rows).max(axis=1, keepdims=True)
-        if broken := np.flatnonzero(~((largest > 0) & np.isfinite(largest))).tolist():
-            raise ValueError(
-                f"the embeddings of {len(broken)} of {len(rows)} queries are zero, NaN or infinite: "
-                f"{shortened([names[number] for number in broken])}. They have no direction, so that nothing is near."
-            )
-        rows = rows / largest  # whose squares are no infinities
-        return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+        if hasattr(queries, "dtype"):
+            return unit_rows(queries, self.manifest.width, [str(number) for number in range(len(queries))])
+        return unit_rows(embed_queries(queries, self.encoder), self.manifest.width, list(map(query_name, queries)))
 
-    def _ranked(self, query: np.ndarray, near: pa.Table, k: int) -> list[SearchResult]:
-        """Compare a query with stored embeddings exactly, so that all stores give equal scores."""
-        embeds = near[VECTOR].combine_chunks().flatten().to_numpy().astype(np.float64).reshape(len(near), len(query))
-        # Unlike a matrix product, this is the same wherever a row is among the others.
-        scores = (embeds * query).sum(axis=1) / np.linalg.norm(embeds, axis=1).clip(min=1e-12)
-        rows = near.drop_columns([VECTOR]).to_pylist()
-        results = [SearchResult.from_row(*pair, self.manifest) for pair in zip(rows, scores.tolist(), strict=True)]
-        results.sort(key=lambda result: (-result.score, result.key, str(result.row), str(result.caption)))
-        return results[:k]
+    def _embed(self, queries: Any, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Embed queries and further texts, in one call of the model."""
+        if hasattr(queries, "dtype"):
+            return self.embed(queries), self.embed(texts) if texts else np.empty((0, self.manifest.width), np.float32)
+        rows = self.embed([*queries, *texts])
+        return rows[: len(queries)], rows[len(queries) :]
+
+    def _background(self) -> np.ndarray:
+        """Return the rows of the everyday captions."""
+        if self._everyday is None:
+            self._everyday = background_rows(self.encoder(["text"]), self.store.local_folder)
+        return self._everyday
 
     def encoder(self, needs: Sequence[str] = ("image", "text")) -> Encoder:
         """Return the model of the index, which is loaded when it is first needed.
@@ -278,10 +282,3 @@ class SearchIndex:
             self.manifest.require_model(self.location, self._encoder, unchecked)
             self._checked |= unchecked
         return self._encoder
-
-
-def _name(query: Query) -> str:
-    """Name a query in messages."""
-    if isinstance(query, Image.Image):
-        return str(getattr(query, "filename", "") or "query")
-    return str(query)

@@ -56,6 +56,7 @@ KINDS = {
     "evaluation": Kind("evaluation store", "row", "run `llm2clip evaluate` again"),
     "images": Kind("store of an index of images", "image", "run the same `llm2clip index` again"),
     "texts": Kind("store of an index of captions", "caption", "run the same `llm2clip index` again"),
+    "background": Kind("store of everyday captions", "caption", "search again with --relevant"),
     "teacher": Kind("store of a teacher's rows", "row", "start the distillation again"),
 }
 
