@@ -68,7 +68,7 @@ def test_a_batch_of_a_slow_model_is_smaller(turns: Turns) -> None:
         long = work("a", 20)
         first = turns.take([long])
         assert len(first[0].rows) == 4
-        turns.measure(first, 4.0)  # 10 of cost a second
+        turns.measure(first, 8.0)  # 5 of cost a second
         return taken(turns)
 
     assert asyncio.run(run()) == ["a4"]

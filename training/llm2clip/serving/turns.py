@@ -11,7 +11,7 @@ import numpy as np
 
 Kind = Literal["text", "image"]
 # What a batch should take, if its inputs take long: so long do others wait for each request before them.
-TURN_SECONDS = 0.5
+TURN_SECONDS = 1.0
 
 
 class Work:
