@@ -116,7 +116,7 @@ def test_sigterm_finishes_what_was_accepted_and_ends_without_an_error(tmp_path: 
 
 
 LARGEST = {
-    "texts": ["a red bus " * 40] * 2048,
+    "texts": ["a red bus " * 19] * 2048,
     "images": [{"image": data_url(png(Image.new("L", (5000, 5000))))}] * 10,
     "body": ["a red bus" + " " * 15_600] * 2040,
 }
