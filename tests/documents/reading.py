@@ -15,7 +15,7 @@ PATTERNS = ("*.md", "docs/**/*.md", "examples/**/*.md", "hub_configs/**/*.md", "
 DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for pattern in PATTERNS for path in ROOT.glob(pattern))
 PROGRAMS = (
     *("llm2clip", "python", "torchrun", "accelerate"),
-    *("make", "pip", "jupyter", "npm", "hf", "img2dataset", ".ci/run"),
+    *("make", "pip", "jupyter", "npm", "hf", "img2dataset", "docker", ".ci/run"),
 )
 # Comments, then a fenced block or lines without an empty one between them.
 PART = re.compile(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -15,7 +16,6 @@ import numpy as np
 import openai
 import pytest
 import torch
-from PIL import Image
 
 from llm2clip.encoders import Encoder, load_encoder
 from llm2clip.search.index import IndexConfig, run
@@ -90,6 +90,10 @@ def test_images_of_every_form_are_mixed_with_texts_in_their_order(client: httpx.
     np.testing.assert_allclose(row, encoder.encode_image(pictures[1]), **CLOSE)
     row = embeddings(client.post("/v1/embeddings", json={"messages": [{"role": "user", "content": "a dog"}]}))
     np.testing.assert_allclose(row, encoder.encode_text("a dog"), **CLOSE)
+    several = [messages, [{"role": "user", "content": "a dog"}]]
+    rows = embeddings(client.post("/v1/embeddings", json={"messages": several}))
+    np.testing.assert_allclose(rows[:1], encoder.encode_image(pictures[1]), **CLOSE)
+    np.testing.assert_allclose(rows[1:], encoder.encode_text("a dog"), **CLOSE)
 
 
 TWO_PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
@@ -104,14 +108,18 @@ BAD = {
     "null in a list": ({"input": ["a", None]}, r"input\[1\] has to be a text"),
     "another object": ({"input": {"video": "x"}}, "has to be a text"),
     "image as text": ({"input": "data:image/png;base64,AAAA"}, "send it as"),
-    "long text": ({"input": "x" * 101}, "101 characters, but at most 100"),
-    "many texts": ({"input": ["x"] * 65}, "65 items, but at most 64"),
-    "many images": ({"input": [{"image": "AAAA"}] * 3}, "counts as 96 texts, but at most 64"),
     "empty": ({"input": ""}, "input is empty"),
     "white space": ({"input": ["a cat", " \n"]}, r"input\[1\] is empty"),
     "empty message": ({"messages": [{"content": ""}]}, r"messages\[0\].content is empty"),
     "dimensions true": ({"input": "a", "dimensions": True}, "dimensions: Input should be a valid integer"),
-    "message of two parts": ({"messages": [{"content": TWO_PARTS}]}, "one message"),
+    "message of two parts": ({"messages": [{"content": TWO_PARTS}]}, "messages has to be one message"),
+    "no message": ({"messages": []}, "messages has to be one message"),
+    "conversation of two messages": (
+        {"messages": [[{"content": "a"}], [{"content": "a"}, {"content": "b"}]]}, r"messages\[1\] has to be one mess",
+    ),
+    "empty message among others": (
+        {"messages": [[{"content": "a"}], [{"content": ""}]]}, r"messages\[1\]\[0\].content is empty",
+    ),
     "URL": ({"input": {"image": "http://127.0.0.1:1/a.png"}}, "URLs are not fetched"),
     "file URL": ({"input": {"image": "file:///etc/passwd"}}, "URLs are not fetched"),
     "path": ({"input": {"image": "/etc/passwd"}}, "cannot be used|is not base64"),
@@ -119,15 +127,25 @@ BAD = {
     "no image": ({"input": {"image": "AAAA"}}, "does not recognize its format"),
     "empty image": ({"input": {"image": ""}}, "it is empty"),
     "narrow image": ({"input": {"image": data_url(png(picture(2000, 1)))}}, "too narrow"),
-    "large image": ({"input": {"image": data_url(png(picture(200, 200)))}}, r"exceed max_pixels \(30,000\)"),
     "dimensions 25": ({"input": "a", "dimensions": 25}, "dimensions is 25, but embeddings of .* have 24"),
     "unknown field": ({"input": "a", "task": "retrieval"}, "task: Extra inputs"),
+}  # fmt: skip
+IMAGE = {"image": data_url(png(picture(160, 160)))}
+TOO_LARGE = {
+    "long text": ({"input": "x" * 32_769}, "32,769 characters, but at most 32,768"),
+    "many texts": ({"input": ["x"] * 2049}, "2,049 items, but at most 2,048"),
+    "many messages": ({"messages": [[{"content": "x"}]] * 2049}, "2,049 items, but at most 2,048"),
+    "many tokens": ({"input": ["a red bus " * 200] * 2}, r"[\d,]+ tokens, but at most 1,000 .*max_request_tokens"),
+    "still more": ({"input": ["a red bus " * 200] * 100}, r"at least [\d,]+ tokens, .*max_request_tokens"),
+    "many values": (b'{"input": [' + b"1," * 10_000 + b"1]}", r"10,000 commas, .* 1,000 tokens .*max_request_tokens"),
+    "large image": ({"input": {"image": data_url(png(picture(200, 200)))}}, r"40,000 pixels, .* 30,000 .*max_pixels"),
+    "many pixels": ({"input": [IMAGE, "a", IMAGE]}, r"51,200 pixels, .* 50,000 .*max_request_pixels"),
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def strict(encoder: Encoder) -> Iterator[httpx.Client]:
-    limits = Limits(max_inputs=64, max_characters=100, max_pixels=30_000)
+    limits = Limits(max_request_tokens=1000, max_pixels=30_000, max_request_pixels=50_000)
     with serving(encoder, limits=limits) as address, httpx.Client(base_url=address) as client:
         yield client
 
@@ -143,6 +161,16 @@ def test_bad_request_is_refused_with_the_reason(case: str, strict: httpx.Client)
     assert error["type"] == "invalid_request_error"
     assert re.search(reason, error["message"])
     assert embeddings(strict.post("/v1/embeddings", json={"input": "a"})).shape == (1, 24)
+
+
+@pytest.mark.parametrize("case", TOO_LARGE)
+def test_request_beyond_its_limit_is_refused_with_limit_and_amount(case: str, strict: httpx.Client) -> None:
+    body, reason = TOO_LARGE[case]
+    content = body if isinstance(body, bytes) else json.dumps(body)
+    answer = strict.post("/v1/embeddings", content=content, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 413, answer.text
+    assert re.search(reason, answer.json()["error"]["message"])
+    assert embeddings(strict.post("/v1/embeddings", json={"input": [IMAGE, "a"]})).shape == (2, 24)
 
 
 def test_other_paths_methods_and_content_types_are_errors_in_the_same_form(client: httpx.Client) -> None:
@@ -245,25 +273,6 @@ def test_an_index_that_is_moved_while_it_is_served_is_no_mistake_of_the_client_w
     answer = client.post("/search", json={"query": "a", "where": "key = '3.png'"})
     assert (answer.status_code, answer.json()["error"]["message"]) == (500, "The server failed.")
     assert client.get("/health").status_code == 200
-
-
-def test_inputs_count_by_their_characters_and_pixels(serve: Serve, encoder: Encoder) -> None:
-    client = serve(encoder, limits=Limits(max_inputs=64))
-    wide, wider = ({"image": data_url(png(Image.new("1", (width, 4000))))} for width in (1000, 2001))
-    for inputs, message in {
-        "too many characters": (["a " * 256, "a " * (63 * 256) + "a"], "input counts as 65 texts, but at most 64"),
-        "too many pixels": (
-            wider,
-            "input counts as 96 texts, but at most 64 are allowed: .* 32 texts for each 4 mega",
-        ),
-        "both": ([wide, "b", "a " * (31 * 256)], None),
-    }.values():
-        answer = client.post("/v1/embeddings", json={"input": inputs})
-        if message is None:
-            np.testing.assert_allclose(embeddings(answer)[1:2], encoder.encode_text("b"), **CLOSE)
-        else:
-            assert answer.status_code == 400
-            assert re.search(message, answer.json()["error"]["message"])
 
 
 def test_index_of_another_model_is_refused(index: str, tmp_path: Path) -> None:

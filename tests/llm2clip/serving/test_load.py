@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import math
 import re
 import socket
 import threading
@@ -14,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import httpx
 import numpy as np
@@ -22,6 +24,7 @@ import pytest
 import torch
 
 from llm2clip.encoders import Encoder
+from llm2clip.encoders.loop import encode_texts
 from llm2clip.models.embeddings import require_finite_rows
 from llm2clip.serving import server as server_module
 from llm2clip.serving.limits import Limits
@@ -34,36 +37,49 @@ SECRET = "my secret diary"
 
 
 class Gate:
-    """An encoder's `encode_text` that waits until the test opens it, and remembers its batches."""
+    """What embeds the texts of a batch, but when the test lets it; it remembers its batches.
 
-    def __init__(self, encode_text: Callable[[Sequence[str]], torch.Tensor]) -> None:
-        self.encode_text, self.opened, self.entered = encode_text, threading.Event(), threading.Event()
+    Args:
+        change: Changes the rows of texts.
+    """
+
+    def __init__(self, change: Callable[[Sequence[str], torch.Tensor], torch.Tensor]) -> None:
+        self.change, self.permits, self.entered = change, threading.Semaphore(0), threading.Event()
         self.batches: list[list[str]] = []
 
-    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
+    def open(self, batches: int = 10**6) -> None:
+        """Let so many batches through."""
+        self.permits.release(batches)
+
+    def __call__(self, tokenized: Any, texts: Sequence[str], width: int) -> torch.Tensor:
         self.batches.append(list(texts))
         self.entered.set()
-        assert self.opened.wait(30)
-        return self.encode_text(texts)
+        assert self.permits.acquire(timeout=30)
+        return self.change(texts, encode_texts(tokenized, texts, width))
 
 
 @contextmanager
 def gated(
-    serve: Serve, encoder: Encoder, encode_text: Any = None, **limits: Any
+    serve: Serve,
+    encoder: Encoder,
+    change: Callable[[Sequence[str], torch.Tensor], torch.Tensor] = lambda texts, rows: rows,
+    **limits: Any,
 ) -> Iterator[tuple[httpx.Client, Gate, Callable[..., Future[httpx.Response]]]]:
-    """Serve behind a closed gate; yields a client, the gate, and a function that sends in the background."""
-    gate = Gate(encode_text or encoder.encode_text)
-    gate.opened.set()
-    encoder.encode_text = gate  # type: ignore[assignment,method-assign]
-    try:
-        with ThreadPoolExecutor() as pool:
-            client = serve(encoder, limits=Limits(**limits))
-            for event in (gate.opened, gate.entered):
-                event.clear()
-            gate.batches.clear()
+    """Serve behind a closed gate; yields a client, the gate, and a function that sends in the background.
+
+    The model counts as fast, although its batches wait for the gate.
+    """
+    gate = Gate(change)
+    with (
+        mock.patch("llm2clip.serving.worker.encode_texts", gate),
+        mock.patch("llm2clip.serving.turns.TURN_SECONDS", math.inf),
+        ThreadPoolExecutor() as pool,
+    ):
+        client = serve(encoder, limits=Limits(**limits))
+        try:
             yield client, gate, partial(pool.submit, embed, client)
-    finally:
-        del encoder.encode_text
+        finally:
+            gate.open()
 
 
 LONG = [f"a text of a long list, number {row}" for row in range(400)]
@@ -128,36 +144,113 @@ def test_60_clients_at_the_same_time_get_their_own_embeddings(serve: Serve, enco
     assert batches < 2 * CLIENTS, "requests share batches"
 
 
-def test_batches_may_wait_for_more_requests(serve: Serve, encoder: Encoder) -> None:
-    with gated(serve, encoder, max_wait_ms=1000) as (_, gate, send):
-        gate.opened.set()
-        assert [answer.result().status_code for answer in [*map(send, "abc")]] == [200] * 3
-    assert [sorted(batch) for batch in gate.batches] == [["a", "b", "c"]]
-
-
-def test_a_long_request_delays_a_short_one_by_one_batch(serve: Serve, encoder: Encoder) -> None:
+def test_a_small_request_after_a_huge_one_is_answered_after_two_batches(serve: Serve, encoder: Encoder) -> None:
     with gated(serve, encoder) as (client, gate, send):
         long = send(LONG)
         assert gate.entered.wait(20)
         short = send("short")
         until(lambda: waiting(client) == 401)
-        gate.opened.set()
-        assert short.result().status_code == long.result().status_code == 200
+        gate.open(3)  # one is computed, and one is tokenized
+        assert short.result().status_code == 200
+        assert not long.done()
+        gate.open()
+        assert long.result().status_code == 200
     assert len(gate.batches) > 5
-    assert [place for place, batch in enumerate(gate.batches) if "short" in batch] == [1]
+    assert [place for place, batch in enumerate(gate.batches) if "short" in batch] == [2]
     assert [text for batch in gate.batches for text in batch if text != "short"] == LONG
 
 
+def test_texts_are_tokenized_a_part_at_a_time_in_a_thread_of_their_own(
+    serve: Serve, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, str, int]] = []
+
+    def recorded(name: str) -> Callable[[Sequence[str]], Any]:
+        original = getattr(encoder, name)
+
+        def call(texts: Sequence[str]) -> Any:
+            seen.append((name, threading.current_thread().name, sum(map(len, texts))))
+            return original(texts)
+
+        return call
+
+    for name in ("text_lengths", "tokenized"):
+        monkeypatch.setattr(encoder, name, recorded(name))
+    client = serve(encoder)
+    seen.clear()  # of the warm-up
+    assert embed(client, ["a red bus " * 300] * 30).status_code == 200
+    assert {thread.rpartition("_")[0] for _, thread, _ in seen} == {"llm2clip-tokens"}
+    assert max(characters for *_, characters in seen) <= 16_384
+    assert sum(characters for name, _, characters in seen if name == "tokenized") == 90_000
+
+
+class SlowImages:
+    """An encoder's `prepare` and `forward_images` that wait for the test, and remember what they did."""
+
+    def __init__(self, encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.prepared, self.embedded = list[str](), 0
+        self.may_prepare, self.may_embed = threading.Event(), threading.Event()
+        self.prepare, self.forward = encoder.prepare, encoder.forward_images
+        monkeypatch.setattr(encoder, "prepare", self._prepare)
+        monkeypatch.setattr(encoder, "forward_images", self._forward)
+
+    def _prepare(self, image: Any, key: str) -> Any:
+        self.prepared.append(key)
+        assert self.may_prepare.wait(30)
+        return self.prepare(image, key)
+
+    def _forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        assert self.may_embed.wait(30)
+        self.embedded += len(inputs["pixel_values"])
+        return self.forward(inputs)
+
+
+def test_an_image_after_a_request_of_many_is_decoded_after_a_part_of_them(
+    serve: Serve, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, slow, image = serve(encoder), SlowImages(encoder, monkeypatch), {"image": data_url(png(picture()))}
+    slow.may_embed.set()
+    with ThreadPoolExecutor() as pool:
+        many = pool.submit(embed, client, [image] * 40)
+        until(lambda: len(slow.prepared) == 4)
+        one = pool.submit(embed, client, image)
+        until(lambda: waiting(client) == 41)
+        slow.may_prepare.set()
+        assert one.result().status_code == many.result().status_code == 200
+    assert slow.prepared.index("input") <= 8
+    assert len(slow.prepared) == 41
+
+
+def test_images_are_decoded_as_the_model_takes_them(
+    serve: Serve, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, slow, image = serve(encoder), SlowImages(encoder, monkeypatch), {"image": data_url(png(picture()))}
+    slow.may_prepare.set()
+    with ThreadPoolExecutor() as pool:
+        many = pool.submit(embed, client, [image] * 40)
+        until(lambda: len(slow.prepared) == 16)
+        time.sleep(0.1)
+        assert len(slow.prepared) == 16, "one part waits for the model, and one behind it"
+        slow.may_embed.set()
+        assert many.result().status_code == 200
+    assert (len(slow.prepared), slow.embedded) == (40, 40)
+
+
 def test_full_queue_refuses_with_the_time_to_wait_and_answers_what_it_accepted(serve: Serve, encoder: Encoder) -> None:
-    with gated(serve, encoder, max_inputs=40, max_waiting=40) as (client, gate, send):
+    pixels = picture().width * picture().height
+    limits = {"max_request_tokens": 60, "max_pixels": pixels, "max_request_pixels": pixels, "max_waiting": 2}
+    with gated(serve, encoder, **limits) as (client, gate, send):
+        image = {"image": data_url(png(picture()))}
         accepted = [send([f"{one} {row}" for row in range(10)]) for one in range(4)]
         until(lambda: waiting(client) == 40)
-        for refused in (embed(client, "one more"), embed(client, {"image": data_url(png(picture()))})):
+        accepted += [send(image), send(image)]
+        until(lambda: waiting(client) == 42)
+        for refused in (embed(client, "one more"), embed(client, image)):
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "queue_full")
             assert int(refused.headers["Retry-After"]) >= 1
         assert client.get("/health").status_code == 200
-        gate.opened.set()
-        assert [one.result().status_code for one in accepted] == [200] * 4
+        gate.open()
+        assert [one.result().status_code for one in accepted] == [200] * 6
         until(lambda: waiting(client) == 0)
         assert embed(client, "one more").status_code == 200
 
@@ -169,27 +262,24 @@ def test_request_beyond_its_time_and_of_a_client_that_has_gone_are_dropped(serve
         with pytest.raises(httpx.ReadTimeout):
             embed(client, LONG, timeout=0.5)
         until(lambda: waiting(client) == 0)
-        gate.batches.clear()
-        gate.opened.set()
+        assert len(gate.batches) == 1
+        gate.open()
         assert embed(client, "next").status_code == 200
-        assert gate.batches == [["next"]]
+        assert gate.batches[1:] == [["next"]]
 
 
 def test_a_text_without_an_embedding_is_an_error_of_its_client_alone(serve: Serve, encoder: Encoder) -> None:
-    original = encoder.encode_text
-
-    def encode_text(texts: Sequence[str]) -> torch.Tensor:
-        rows = original(texts)
+    def change(texts: Sequence[str], rows: torch.Tensor) -> torch.Tensor:
         rows[[text == SECRET for text in texts]] = torch.nan
         require_finite_rows(rows, lambda row: texts[row], "texts")
         return rows
 
-    with gated(serve, encoder, encode_text) as (client, gate, send):
+    with gated(serve, encoder, change) as (client, gate, send):
         first = send("first")
         until(lambda: waiting(client) == 1)
         answers = [send(text) for text in ("before", SECRET, "after")]
         until(lambda: waiting(client) == 4)
-        gate.opened.set()
+        gate.open()
         found = [answer.result() for answer in answers]
         assert any(len(batch) == 3 for batch in gate.batches), "they shared a batch"
     assert [answer.status_code for answer in (first.result(), *found)] == [200, 200, 400, 200]
@@ -214,7 +304,7 @@ def test_too_many_requests_at_the_same_time_are_refused_and_the_server_is_alive(
         until(is_full)
         assert embed(client, "fourth").json()["error"]["code"] == "overloaded"
         assert client.get("/health").status_code == 200
-        gate.opened.set()
+        gate.open()
         assert [one.result().status_code for one in (*accepted, third)] == [200] * 3
 
 
@@ -232,17 +322,19 @@ def test_connections_that_stand_still_are_counted(
 
 
 def test_failure_of_the_model_quotes_no_client_and_is_seen_by_health_until_the_model_works(
-    serve: Serve, encoder: Encoder, caplog: pytest.LogCaptureFixture
+    serve: Serve, encoder: Encoder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    original, is_broken = encoder.encode_text, False
+    is_broken, original = False, encoder.encode_text
 
-    def encode_text(texts: Sequence[str]) -> torch.Tensor:
+    def change(texts: Sequence[str], rows: torch.Tensor) -> torch.Tensor:
         if SECRET in texts or is_broken:
             raise RuntimeError(f"out of memory: {texts}")
-        return original(texts)
+        return rows
 
-    with caplog.at_level(logging.DEBUG), gated(serve, encoder, encode_text) as (client, gate, _):
-        gate.opened.set()
+    with caplog.at_level(logging.DEBUG), gated(serve, encoder, change) as (client, gate, _):
+        # The server's own questions go this way.
+        monkeypatch.setattr(encoder, "encode_text", lambda texts: change(texts, original(texts)))
+        gate.open()
         answer = embed(client, SECRET)
         assert (answer.status_code, answer.json()["error"]["message"]) == (500, "The model failed.")
         until(lambda: client.get("/health").status_code == 200)  # it was of one input
@@ -253,8 +345,18 @@ def test_failure_of_the_model_quotes_no_client_and_is_seen_by_health_until_the_m
         is_broken = False
         until(lambda: client.get("/health").status_code == 200)  # without a request
     lines = logged(caplog)
-    assert any("RuntimeError" in line and "encode_text" in line for line in lines)
+    assert any("RuntimeError" in line and "encode_texts" in line for line in lines)
     assert SECRET not in "".join(lines)
+
+
+def test_a_model_that_does_not_come_back_is_seen_by_health(serve: Serve, encoder: Encoder) -> None:
+    with gated(serve, encoder, timeout=1) as (client, gate, _):
+        assert client.get("/health").status_code == 200
+        assert embed(client, "a").status_code == 504
+        until(lambda: client.get("/health").status_code == 503)
+        gate.open()
+        until(lambda: client.get("/health").status_code == 200)
+        assert embed(client, "a").status_code == 200
 
 
 def test_a_thread_that_has_ended_is_seen_by_health_and_by_clients(
@@ -270,13 +372,11 @@ def test_a_thread_that_has_ended_is_seen_by_health_and_by_clients(
 
 
 def test_an_input_without_a_direction_is_named(serve: Serve, encoder: Encoder) -> None:
-    original = encoder.encode_text
+    def change(texts: Sequence[str], rows: torch.Tensor) -> torch.Tensor:
+        return rows * torch.tensor([[float(text != SECRET)] for text in texts])
 
-    def encode_text(texts: Sequence[str]) -> torch.Tensor:
-        return original(texts) * torch.tensor([[float(text != SECRET)] for text in texts])
-
-    with gated(serve, encoder, encode_text) as (client, gate, _):
-        gate.opened.set()
+    with gated(serve, encoder, change) as (client, gate, _):
+        gate.open()
         error = embed(client, [*"abc", SECRET, "d"]).json()["error"]
         assert (error["param"], error["code"]) == ("input[3]", "not_embeddable")
         assert "zero" in error["message"]
@@ -347,7 +447,7 @@ HEAD = b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: applic
 
 
 def test_slow_client_is_told_and_does_not_stay(serve: Serve, encoder: Encoder) -> None:
-    client = serve(encoder, limits=Limits(read_timeout=1))
+    client = serve(encoder, limits=Limits(timeout=1))
     slow = [raw(client, HEAD + b"Content-Length: 100\r\n\r\n{") for _ in range(20)]
     assert embed(client, "a").status_code == 200, "others need not wait for it"
     for connection in slow:

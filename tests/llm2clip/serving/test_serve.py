@@ -116,17 +116,15 @@ def test_sigterm_finishes_what_was_accepted_and_ends_without_an_error(tmp_path: 
 
 
 LARGEST = {
-    "texts": ["a red bus " * 3276 + "12345678"] * 32,
-    "images": [{"image": data_url(png(Image.new("L", (5000, 5000))))}] * 9,
-    "body": ["a red bus" * 3633] * 970,  # refused, when it is read
+    "texts": ["a red bus " * 19] * 2048,
+    "images": [{"image": data_url(png(Image.new("L", (5000, 5000))))}] * 10,
+    "body": ["a red bus" + " " * 15_600] * 2040,
 }
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_200_clients_are_answered_beside_the_largest_requests_of_three_others(
-    tmp_path: Path, saved_model: Path
-) -> None:
+def test_198_clients_are_answered_beside_the_largest_requests_of_two_others(tmp_path: Path, saved_model: Path) -> None:
     async def ask(address: str, process: psutil.Process) -> tuple[int, int]:
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=address, timeout=300, limits=limits) as client:
@@ -156,16 +154,16 @@ def test_200_clients_are_answered_beside_the_largest_requests_of_three_others(
 
             await asyncio.gather(*map(small, range(20)))
             idle, bodies = process.memory_info().rss, [json.dumps({"input": one}) for one in LARGEST.values()]
+            assert 31e6 < max(map(len, bodies)) < 32e6
             watching = asyncio.create_task(watch())
-            found = await asyncio.gather(*(large() for _ in range(3)), *map(small, range(200)))
+            found = await asyncio.gather(*(large() for _ in range(2)), *map(small, range(198)))
             is_over = True
             await watching
             assert health == {200}
-            assert found[:3] == [[200, 200, 400]] * 3
-            assert {status for several in found[3:] for status in several} == {200}
+            assert {status for several in found for status in several} == {200}
             return idle, peak
 
-    # Other programs may run on this machine: what counts is that all is answered.
+    # Other programs may run on this machine: what counts is that all is answered. R20 measures how fast.
     with command(tmp_path, str(saved_model), "--timeout", "300") as (process, address):
         idle, peak = asyncio.run(ask(address, psutil.Process(process.pid)))
     assert peak < 2 * idle
@@ -195,7 +193,7 @@ def test_the_code_of_the_page_gets_the_scores_of_the_model(
         (["MODEL", "--token-env", "A", "--token-file", "b"], "choose one"),
         (["MODEL", "--port", "70000"], "port must be from 0 to 65535"),
         (["MODEL", "--timeout", "0"], "timeout is 0.0, which is too small"),
-        (["MODEL", "--max-waiting", "5"], "max_waiting (5) has to be at least max_inputs"),
+        (["MODEL", "--max-request-pixels", "5"], "max_pixels (25,000,000) exceeds max_request_pixels (5)"),
     ],
 )
 def test_what_cannot_be_served_is_one_line(

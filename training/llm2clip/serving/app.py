@@ -28,8 +28,9 @@ from llm2clip.serving.decoding import Decoders
 from llm2clip.serving.guard import Guard
 from llm2clip.serving.limits import Limits
 from llm2clip.serving.metrics import Metrics
-from llm2clip.serving.requests import ApiError, Inputs, parse_inputs, parse_messages, require_weight
-from llm2clip.serving.worker import BatchWorker
+from llm2clip.serving.requests import ApiError, EncodedImage, Inputs, parse_inputs, parse_messages
+from llm2clip.serving.turns import Work
+from llm2clip.serving.worker import BatchWorker, Size
 from modeling_llm2clip.modeling_llm2clip_utils import shorten
 
 MAX_RESULTS = 1000
@@ -41,7 +42,7 @@ class EmbeddingsRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     input: Any = Field(None, description='A text, {"image": "data:image/...;base64,..."}, or a list of these.')
-    messages: Any = Field(None, description="One chat message with one text or one image.")
+    messages: Any = Field(None, description="A chat message with one text or one image, in a list; or a list of such.")
     model: str | None = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(
@@ -92,20 +93,31 @@ class Endpoints:
         for kind, given in (("text", inputs.texts), ("image", inputs.images)):
             if given and kind not in self.worker.kinds:
                 raise ApiError(400, f"{self.name} does not embed {kind}s.", "unsupported_input", param)
-        rows, tokens = np.empty((len(inputs), self.encoder.width), np.float32), 0
-        images = await self.decoders.open(inputs) if inputs.images else []
-        weight = inputs.text_weight + sum(image.weight for image in images)
-        require_weight(weight, self.limits, param)
-        with self.worker.room(weight):
-            if inputs.texts:
-                names = [inputs.names[row] for row in inputs.text_rows]
-                rows[inputs.text_rows], tokens = await self.worker.embed("text", inputs.texts, names)
-            if images:
-                prepared = await self.decoders.prepare(images)
-                rows[inputs.image_rows], _ = await self.worker.embed(
-                    "image", prepared, [image.name for image in images]
-                )
-        return rows, tokens
+        images = await self.decoders.open(inputs, param)
+        tokens = await self.worker.count_tokens(inputs.texts, param)
+        works: list[Work] = []
+        with self.worker.room(Size(len(inputs), tokens, sum(image.pixels for image in images))):
+            try:
+                if inputs.texts:
+                    names = [inputs.names[row] for row in inputs.text_rows]
+                    works.append(self.worker.submit("text", inputs.texts, names))
+                await self._submit_images(images, works)
+                for work in works:
+                    await work.future
+            finally:  # of what a client that has gone no longer waits for
+                for work in works:
+                    work.future.cancel()
+        rows = np.empty((len(inputs), self.encoder.width), np.float32)
+        rows[inputs.text_rows + inputs.image_rows] = np.concatenate([work.rows for work in works])
+        return rows, sum(work.tokens for work in works)
+
+    async def _submit_images(self, images: list[EncodedImage], works: list[Work]) -> None:
+        """Let a part of the images wait for the model while the next one is decoded, and no more."""
+        for part in self.decoders.parts(images):
+            prepared = await self.decoders.prepare(part)
+            if works:
+                await works[-1].future
+            works.append(self.worker.submit("image", prepared, [image.name for image in part]))
 
     def check_model(self, name: str | None) -> None:
         """Raise ApiError if a request names another model."""
@@ -121,11 +133,9 @@ class Endpoints:
         if request.dimensions is not None and request.dimensions > width:
             message = f"dimensions is {request.dimensions}, but embeddings of {self.name} have {width}."
             raise ApiError(400, message, "invalid_value", "dimensions")
-        if request.messages is not None:
-            inputs = parse_messages(request.messages, self.limits)
-        else:
-            inputs = parse_inputs(request.input, self.limits)
-        rows, tokens = await self.embed(inputs, "input")
+        param = "input" if request.messages is None else "messages"
+        inputs = parse_inputs(request.input) if request.messages is None else parse_messages(request.messages)
+        rows, tokens = await self.embed(inputs, param)
         if request.dimensions is not None:
             rows = shorten(torch.from_numpy(rows), request.dimensions).numpy()
         shown: list[Any] = list(rows)
@@ -142,7 +152,7 @@ class Endpoints:
             raise ApiError(404, "The server was started without --index.", "no_index")
         if isinstance(request.query, list):
             raise ApiError(400, "query has to be one text or one image.", "invalid_value", "query")
-        rows, _ = await self.embed(parse_inputs(request.query, self.limits, "query"), "query")
+        rows, _ = await self.embed(parse_inputs(request.query, "query"), "query")
         loop = asyncio.get_running_loop()
         results = await loop.run_in_executor(self._searcher, self._find, rows, request.k, request.where)
         return _json({"model": self.name, "results": results})

@@ -10,13 +10,11 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llm2clip.serving.limits import Limits
+from llm2clip.serving.limits import MAX_INPUTS, Limits
 from llm2clip.serving.metrics import Metrics
 from llm2clip.serving.requests import ApiError
 from llm2clip.serving.worker import log_error
 
-# Bodies in memory at the same time, in largest bodies.
-MAX_BODIES = 8
 CLIENT_GONE = 499
 OPEN_PATHS = ("/health",)
 PATHS = ("/v1/embeddings", "/v1/models", "/search", "/health", "/metrics")
@@ -50,7 +48,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         start, status = time.monotonic(), CLIENT_GONE
-        body, size = bytearray(), 0
+        body, size, is_read = bytearray(), 0, False
         # A server that has enough to do is alive.
         is_counted = scope["path"] not in OPEN_PATHS
 
@@ -63,13 +61,16 @@ class Guard:
         self._open_requests += is_counted
         try:
             self._check(scope, is_counted)
-            if await self._read(receive, body):
-                content, size = bytes(body), len(body)
-                body.clear()
-                await self._answer(scope, receive, counted, content)
-        except ApiError as error:
+            async with asyncio.timeout(self.limits.timeout):
+                is_read = await self._read(receive, body)
+                if is_read:
+                    content, size = bytes(body), len(body)
+                    body.clear()
+                    await self._answer(scope, receive, counted, content)
+        except (ApiError, TimeoutError) as error:
             if status == CLIENT_GONE:
-                await error.response()(scope, receive, counted)
+                refusal = error if isinstance(error, ApiError) else self._too_slow(is_read)
+                await refusal.response()(scope, receive, counted)
         except Exception as error:
             log_error(error)
             if status == CLIENT_GONE:
@@ -97,40 +98,35 @@ class Guard:
             raise _busy("The server has too many requests at the same time.")
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length[:20]) > self._max_body:
-            raise self._too_large()
+            raise self._too_large(int(length[:20]))
 
     async def _read(self, receive: Receive, body: bytearray) -> bool:
         """Read the whole request, so that its end and its size are known; returns whether the client is still there.
 
         Raises:
-            ApiError: It is too slow (408) or too large (413), or there are too many (503).
+            ApiError: It is too large (413), or all together are (503).
         """
-        try:
-            async with asyncio.timeout(self.limits.read_timeout):
-                more = True
-                while more:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        return False
-                    part = message.get("body", b"")
-                    body += part
-                    self._open_bytes += len(part)
-                    if len(body) > self._max_body:
-                        raise self._too_large()
-                    if self._open_bytes > MAX_BODIES * self._max_body:
-                        raise _busy("The server has too much to read at the same time.")
-                    more = message.get("more_body", False)
-        except TimeoutError:
-            text = f"The request took more than {self.limits.read_timeout:g} seconds to arrive."
-            raise ApiError(408, text, "too_slow", headers={"Connection": "close"}) from None
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return False
+            part = message.get("body", b"")
+            body += part
+            self._open_bytes += len(part)
+            if len(body) > self._max_body:
+                raise self._too_large(len(body))
+            if self._open_bytes > self.limits.max_waiting * self._max_body:
+                raise _busy("The server has too much to read at the same time.")
+            more = message.get("more_body", False)
+        # Millions of values, which no allowed request has, would be read for a second, in which nobody is answered.
+        if (commas := body.count(b",")) > self.limits.max_request_tokens + 2 * MAX_INPUTS:
+            most = f"a request of {self.limits.max_request_tokens:,} tokens has (max_request_tokens)."
+            raise ApiError(413, f"The body has {commas:,} commas, more than {most}", "too_large")
         return True
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, body: bytes) -> None:
-        """Call the endpoint, as long as the client waits and the time limit allows.
-
-        Raises:
-            ApiError: It takes too long (504).
-        """
+        """Call the endpoint, as long as the client waits."""
         messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replay() -> Message:
@@ -139,20 +135,25 @@ class Guard:
         answer: asyncio.Future[Any] = asyncio.ensure_future(self.app(scope, replay, send))
         gone: asyncio.Future[Any] = asyncio.ensure_future(receive())
         try:
-            await asyncio.wait((answer, gone), timeout=self.limits.timeout, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
             if answer.done():
                 answer.result()
-            elif not gone.done():
-                message = f"The request took more than {self.limits.timeout:g} seconds; send fewer inputs."
-                raise ApiError(504, message, "timeout")
         finally:
             for task in (answer, gone):
                 task.cancel()
             await asyncio.gather(answer, gone, return_exceptions=True)
 
-    def _too_large(self) -> ApiError:
-        message = f"The request has more than {self.limits.max_body_mb:g} MB; send fewer inputs."
+    def _too_large(self, size: int) -> ApiError:
+        most = f"at most {self.limits.max_body_mb:g} are allowed (max_body_mb); send fewer inputs."
+        message = f"The body has at least {size / 1e6:.1f} MB, but {most}"
         return ApiError(413, message, "too_large", headers={"Connection": "close"})
+
+    def _too_slow(self, is_read: bool) -> ApiError:
+        seconds = f"{self.limits.timeout:g} seconds"
+        if is_read:
+            return ApiError(504, f"The request took more than {seconds}; send fewer inputs.", "timeout")
+        message = f"The request took more than {seconds} to arrive."
+        return ApiError(408, message, "too_slow", headers={"Connection": "close"})
 
 
 def _busy(message: str) -> ApiError:

@@ -21,7 +21,7 @@ class Metrics:
         self.inputs = Counter("llm2clip_inputs", "Embedded texts and images.", ["kind"], registry=registry)
         self.tokens = Counter("llm2clip_tokens", "Tokens of embedded texts, before truncation.", registry=registry)
         self.truncated = Counter("llm2clip_truncated_texts", "Texts longer than the model reads.", registry=registry)
-        self.waiting = Gauge("llm2clip_waiting", "Texts that wait; an image counts as several.", registry=registry)
+        self.waiting = Gauge("llm2clip_waiting", "Texts and images of accepted requests.", registry=registry)
         self.batches = Histogram(
             "llm2clip_batch_size", "Inputs of a batch.", ["kind"], buckets=SIZES, registry=registry
         )

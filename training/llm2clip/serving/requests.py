@@ -1,18 +1,17 @@
-"""What a request may be: its limits, its texts and images, and the errors that say what is wrong with it."""
+"""What a request may be: its texts and images, and the errors that say what is wrong with it."""
 
 from __future__ import annotations
 
 import base64
-import math
+import sys
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
 from starlette.responses import JSONResponse
-from torch import Tensor
 
-from llm2clip.encoders import Encoder
-from llm2clip.serving.limits import IMAGE_PIXELS, IMAGE_WEIGHT, TEXT_CHARACTERS, WEIGHT_RULE, Limits
-from modeling_llm2clip.image_decoding_llm2clip import decoding_errors, open_image
+from llm2clip.serving.limits import MAX_CHARACTERS, MAX_INPUTS
+from modeling_llm2clip.image_decoding_llm2clip import decoding_errors
+from modeling_llm2clip.image_decoding_llm2clip import open_image as read_head
 
 # Sides of an image: resizing its shorter side makes a narrower one larger than memory.
 MAX_ASPECT = 200
@@ -59,11 +58,6 @@ class EncodedImage(NamedTuple):
     content: bytes
     pixels: int
 
-    @property
-    def weight(self) -> int:
-        """How much of the limits it uses, in texts."""
-        return IMAGE_WEIGHT * math.ceil(self.pixels / IMAGE_PIXELS)
-
 
 @dataclass
 class Inputs:
@@ -85,23 +79,8 @@ class Inputs:
     def __len__(self) -> int:
         return len(self.texts) + len(self.images)
 
-    @property
-    def text_weight(self) -> int:
-        """How much of the limits the texts use."""
-        return sum(math.ceil(len(text) / TEXT_CHARACTERS) for text in self.texts)
 
-    def open_images(self, max_pixels: int) -> list[EncodedImage]:
-        """Read the heads of the images.
-
-        Raises:
-            ApiError: One is not base64, or too narrow.
-            DamagedImageError: One is no image, or too large.
-        """
-        names = (self.names[row] for row in self.image_rows)
-        return [_open(content, name, max_pixels) for content, name in zip(self.images, names, strict=True)]
-
-
-def parse_inputs(value: Any, limits: Limits, param: str = "input") -> Inputs:
+def parse_inputs(value: Any, param: str = "input") -> Inputs:
     """Read the `input` of OpenAI's embeddings, also with images as vLLM and jina have them.
 
     Args:
@@ -109,25 +88,69 @@ def parse_inputs(value: Any, limits: Limits, param: str = "input") -> Inputs:
             `image_url`; or a list of these. An image is a `data:` URL, or base64.
 
     Raises:
-        ApiError: It is something else, or exceeds a limit.
+        ApiError: It is something else (400), or exceeds a limit (413).
     """
-    items = value if isinstance(value, list) else [value]
+    if not isinstance(value, list):
+        return _parse_items([value], [param])
+    _check_count(value, param)
+    return _parse_items(value, [f"{param}[{row}]" for row in range(len(value))])
+
+
+def parse_messages(messages: Any) -> Inputs:
+    """Read the `messages` of vLLM's embeddings: a conversation, or a list of them as mteb sends it.
+
+    A conversation is one message, with one text or one image: together, they would have two embeddings, not one.
+
+    Raises:
+        ApiError: It is something else (400), or exceeds a limit (413).
+    """
+    if not (isinstance(messages, list) and messages and all(isinstance(one, list) for one in messages)):
+        return _parse_items([_content(messages, "messages")], ["messages[0].content"])
+    _check_count(messages, "messages")
+    names = [f"messages[{row}]" for row in range(len(messages))]
+    contents = [_content(one, name) for one, name in zip(messages, names, strict=True)]
+    return _parse_items(contents, [f"{name}[0].content" for name in names])
+
+
+def open_image(content: str, name: str, max_pixels: int) -> EncodedImage:
+    """Read the head of an image in base64.
+
+    Raises:
+        ApiError: It is not base64, or too narrow (400), or too large (413).
+        DamagedImageError: It is no image.
+    """
+    try:
+        encoded = base64.b64decode(content, validate=True)
+    except ValueError:
+        _refuse("is not base64", name, "invalid_image")
+    with decoding_errors(encoded, name):
+        width, height = read_head(encoded, sys.maxsize).size
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        _refuse(f"is too narrow: {width} x {height} pixels", name, "invalid_image")
+    if width * height > max_pixels:
+        given = f"{width} x {height} = {width * height:,} pixels"
+        _refuse(f"has {given}, but at most {max_pixels:,} are allowed (max_pixels)", name, "too_many_pixels", 413)
+    return EncodedImage(name, encoded, width * height)
+
+
+def _check_count(items: list[Any], param: str) -> None:
     if not items:
         _refuse("is empty; send at least one text or image", param)
-    if len(items) > limits.max_inputs:
-        _refuse(f"has {len(items)} items, but at most {limits.max_inputs} are allowed", param, "too_many_inputs")
-    inputs = Inputs()
-    for row, item in enumerate(items):
-        name = f"{param}[{row}]" if isinstance(value, list) else param
-        inputs.names.append(name)
+    if len(items) > MAX_INPUTS:
+        _refuse(f"has {len(items):,} items, but at most {MAX_INPUTS:,} are allowed", param, "too_many_inputs", 413)
+
+
+def _parse_items(items: list[Any], names: list[str]) -> Inputs:
+    inputs = Inputs(names=names)
+    for row, (item, name) in enumerate(zip(items, names, strict=True)):
         kind, content = _parse_item(item, name)
         if kind == "image":
             inputs.images.append(_base64_of(content, name))
             inputs.image_rows.append(row)
             continue
-        if len(content) > limits.max_characters:
-            most = limits.max_characters
-            _refuse(f"has {len(content)} characters, but at most {most} are allowed", name, "too_long")
+        if len(content) > MAX_CHARACTERS:
+            message = f"has {len(content):,} characters, but at most {MAX_CHARACTERS:,} are allowed"
+            _refuse(message, name, "too_long", 413)
         if not content.strip():
             _refuse("is empty; leave it out", name)
         try:
@@ -136,48 +159,22 @@ def parse_inputs(value: Any, limits: Limits, param: str = "input") -> Inputs:
             _refuse("is not valid Unicode", name)
         inputs.texts.append(content)
         inputs.text_rows.append(row)
-    require_weight(inputs.text_weight + IMAGE_WEIGHT * len(inputs.images), limits, param)
     return inputs
 
 
-def require_weight(weight: int, limits: Limits, param: str) -> None:
-    """Raise ApiError if the inputs of a request are too much."""
-    if weight > limits.max_inputs:
-        most = f"but at most {limits.max_inputs} are allowed: {WEIGHT_RULE}"
-        _refuse(f"counts as {weight} texts, {most}", param, "too_many_inputs")
-
-
-def parse_messages(messages: Any, limits: Limits) -> Inputs:
-    """Read the `messages` of vLLM's embeddings: one message, with one text or one image.
-
-    Raises:
-        ApiError: It is something else, such as a text and an image together: they have two embeddings, not one.
-    """
-    content = messages[0].get("content") if _is_list_of_one(messages) and isinstance(messages[0], dict) else None
-    if not isinstance(content, str) and not _is_list_of_one(content):
-        _refuse("has to be one message whose content is one text or one image; send several as a list", "messages")
-    return parse_inputs(content, limits, "messages[0].content")
-
-
-def prepare_image(encoder: Encoder, image: EncodedImage, max_pixels: int) -> dict[str, Tensor]:
-    """Decode an image, and prepare it for the model.
-
-    Raises:
-        DamagedImageError: It cannot be decoded.
-    """
-    return encoder.prepare(encoder.decode(image.content, image.name, max_pixels), image.name)
-
-
-def _open(content: str, name: str, max_pixels: int) -> EncodedImage:
-    try:
-        encoded = base64.b64decode(content, validate=True)
-    except ValueError:
-        _refuse("is not base64", name, "invalid_image")
-    with decoding_errors(encoded, name):
-        width, height = open_image(encoded, max_pixels).size
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        _refuse(f"is too narrow: {width} x {height} pixels", name, "invalid_image")
-    return EncodedImage(name, encoded, width * height)
+def _content(conversation: Any, name: str) -> Any:
+    """Return the one text or image of a conversation."""
+    if _is_list_of_one(conversation) and isinstance(conversation[0], dict):
+        content: Any = conversation[0].get("content")
+        if isinstance(content, str):
+            return content
+        if _is_list_of_one(content):
+            return content[0]
+    _refuse(
+        "has to be one message whose content is one text or one image, or a list of such conversations; a text and an "
+        "image have two embeddings",
+        name,
+    )
 
 
 def _is_list_of_one(value: Any) -> bool:
@@ -212,5 +209,5 @@ def _base64_of(content: str, name: str) -> str:
     return content
 
 
-def _refuse(message: str, param: str, code: str = "invalid_value") -> NoReturn:
-    raise ApiError(400, f"{param} {message}." if message != NO_DOWNLOADS else f"{param}: {message}", code, param)
+def _refuse(message: str, param: str, code: str = "invalid_value", status: int = 400) -> NoReturn:
+    raise ApiError(status, f"{param} {message}." if message != NO_DOWNLOADS else f"{param}: {message}", code, param)

@@ -15,8 +15,8 @@ logger = logging.getLogger(__name__)
 
 # Longer than clients and load balancers keep an idle connection: they would send into one that is being closed.
 KEEP_ALIVE_SECONDS = 75
-# Connections beside those of the requests that are allowed at the same time: idle ones, and those of clients that do
-# not send their request, or do not read their answer. With more, uvicorn answers 503.
+# Connections beside those of the requests that are allowed at the same time: idle ones, those of /health, and those of
+# clients that do not send their request, or do not read their answer. With more, uvicorn answers 503.
 SPARE_CONNECTIONS = 1024
 
 
@@ -27,7 +27,7 @@ class Server(uvicorn.Server):
         config = uvicorn.Config(
             app, http="h11", lifespan="on", ws="none", access_log=False, log_config=None, log_level="error",
             server_header=False, proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=math.ceil(limits.timeout + limits.read_timeout),
+            timeout_graceful_shutdown=math.ceil(limits.timeout),
             limit_concurrency=limits.max_connections + SPARE_CONNECTIONS,
         )  # fmt: skip
         super().__init__(config)
