@@ -20,11 +20,10 @@ from llm2clip.encoders import OurEncoder
 from llm2clip.evaluation.protocols.caption_retrieval import caption_pair_metrics
 from llm2clip.evaluation.session import Session
 from llm2clip.hub.cards.card import read_card, validate_card
-from llm2clip.quickstart import text_steps
-from llm2clip.quickstart.config import QuickstartConfig
+from llm2clip.quickstart import quickstart
+from llm2clip.quickstart.config import Arm, QuickstartConfig
 from llm2clip.quickstart.data import LANGUAGES, OTHER_LANGUAGES, QuickstartData
-from llm2clip.quickstart.image_steps import BEST_BY, stage2_config
-from llm2clip.quickstart.run_context import RunContext
+from llm2clip.quickstart.quickstart import BEST_BY, MADE_WITH, stage2_config
 from llm2clip.trainers.text_tower_trainer import TextTowerTrainer
 from modeling_llm2clip import LLM2CLIPTextModel
 from tests.builders import embedding_models, small_runs
@@ -114,7 +113,7 @@ def test_arms_train_with_equal_settings_to_their_best_epoch(folder: Path, result
 
 def test_the_raw_encoders_share_their_weights_and_differ_in_attention(folder: Path, results: dict[str, Any]) -> None:
     raw, causal = (folder / name for name in ("raw", "raw-causal"))
-    assert (raw / "model.safetensors").samefile(causal / "model.safetensors")
+    assert (raw / "model.safetensors").read_bytes() == (causal / "model.safetensors").read_bytes()
     models = [LLM2CLIPTextModel.from_pretrained(path) for path in (raw, causal)]
     assert [model.config.bidirectional for model in models] == [True, False]
     data = QuickstartData.find(results["settings"]["data"], ["caption", "keywords"], "picture")
@@ -124,8 +123,13 @@ def test_the_raw_encoders_share_their_weights_and_differ_in_attention(folder: Pa
     assert measured == pytest.approx(stored, abs=0.2)
 
 
-def test_the_report_has_queries_and_pictures(folder: Path, results: dict[str, Any]) -> None:
+def test_the_report_has_tables_queries_and_pictures(folder: Path, results: dict[str, Any]) -> None:
     page = (folder / "report.html").read_text()
+    german = results["image_retrieval"]["  German, bert"]
+    cells = ["  German", *(" / ".join(f"{100 * german[f'{way}_recall@{k}']:.1f}" for k in (1, 5, 10))
+                         for way in ("text_to_image", "image_to_text"))]  # fmt: skip
+    assert f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}" in page
+    assert page.count("<table>") == 2
     assert "data:image/webp;base64," in page
     assert "src='http" not in page
     assert results["best_text_encoder"] in page
@@ -163,21 +167,35 @@ def test_the_final_model_is_the_best_on_the_validation_set_and_gives_the_recorde
     torch.testing.assert_close(output.logits_per_image, torch.tensor(sample["logits_per_image"]), atol=1e-5, rtol=0)
 
 
-def test_a_second_run_reuses_all_steps_and_a_changed_one_those_before_the_change(
-    options: dict[str, Any], folder: Path, results: dict[str, Any], capsys: pytest.CaptureFixture[str]
+def test_a_second_run_trains_nothing_and_other_settings_are_refused(
+    options: dict[str, Any], folder: Path, results: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert cli.main(command(options)) == 0
-    assert "protocol distinct: equal captions are one query" in " ".join(capsys.readouterr().out.split())
+    def unwanted(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("it is there")
+
+    with monkeypatch.context() as patch:
+        for module, name in (("run_stage1", "run"), ("run_stage2", "run"), ("build", "run")):
+            patch.setattr(getattr(quickstart, module), name, unwanted)
+        assert cli.main(command(options)) == 0
     again = results_of(folder)
-    steps = list(results["seconds"])[1:]
-    assert again["reused_steps"] == steps
-    assert again["image_retrieval"] == results["image_retrieval"]
+    assert results["seconds"].keys() >= {"Stage 1: caption contrastive fine-tuning", "The Hub-ready folder"}
+    assert again.pop("seconds") is None
+    assert again == {name: value for name, value in results.items() if name != "seconds"}
     changed = {**PROFILE, "stage2": {**PROFILE["stage2"], "learning_rate": 2e-3}}
-    options["profile"].write_text(yaml.safe_dump(changed))
-    assert cli.main(command(options)) == 0
-    again = results_of(folder)
-    redone = {"features", "stage2-raw-causal", "stage2-stage1", "stage2-ready", "final"}
-    assert again["reused_steps"] == [name for name in steps if name not in redone]
+    other = options["profile"].with_name("other.yaml")
+    other.write_text(yaml.safe_dump(changed))
+    with pytest.raises(ValueError, match="seed, stage2"):
+        cli.main(command({**options, "profile": other, "seed": 1}))
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    precious = tmp_path / "stage1" / "precious"
+    precious.parent.mkdir()
+    precious.touch()
+    with pytest.raises(FileExistsError, match="stage1"):
+        quickstart.run(QuickstartConfig(str(tmp_path)))
+    assert precious.exists()
+    assert not (tmp_path / MADE_WITH).exists()
 
 
 @pytest.mark.slow
@@ -193,13 +211,12 @@ def test_an_embedding_model_needs_no_stage_1(options: dict[str, Any], tmp_path: 
     assert (folder / "report.html").is_file()
 
 
-@pytest.mark.parametrize(("part", "name"), [("stage1", "output_dir"), ("stage2", "freeze_vision")])
-def test_a_profile_sets_nothing_that_the_quickstart_sets(part: str, name: str, tmp_path: Path) -> None:
-    (tmp_path / "own.yaml").write_text(yaml.safe_dump({part: {name: "none"}}))
-    run = RunContext(QuickstartConfig(str(tmp_path), profile=str(tmp_path / "own.yaml")))
-    run.weights = dict.fromkeys(("vision_model", "embedding_model"), str(tmp_path))
-    with pytest.raises(ValueError, match=f"{part} of the profile sets {name}, which the quickstart sets itself"):
-        stage2_config(run, run.arms[-1]) if part == "stage2" else text_steps._stage1(run, False)
+@pytest.mark.parametrize("name", ["output_dir", "freeze_vision"])
+def test_a_profile_sets_nothing_that_the_quickstart_sets(name: str, tmp_path: Path) -> None:
+    config, arm = QuickstartConfig(str(tmp_path)), Arm("ready", "a model", "ready")
+    data = QuickstartData.find(None, config.caption_columns)
+    with pytest.raises(ValueError, match=f"stage2 .*{name}"):
+        stage2_config(config, {"stage2": {name: "none"}}, data, "vision", arm, "text")
 
 
 def test_missing_splits_are_held_out_and_a_single_caption_column_gives_no_pairs(tmp_path: Path) -> None:
@@ -232,8 +249,8 @@ def test_an_interrupted_stage_continues_in_a_moved_folder(
         with pytest.raises(ValueError, match="after stage 1"):
             cli.main(command({**options, "output_dir": tmp_path / "first"}))
     (tmp_path / "first").rename(tmp_path / "second")
-    monkeypatch.setattr(text_steps, "_embed", stop)
+    monkeypatch.setattr(quickstart.embed, "run", stop)
     with pytest.raises(ValueError, match="after stage 1"):
         cli.main(command({**options, "output_dir": tmp_path / "second"}))
-    assert "continuing an interrupted run" in (tmp_path / "second" / "log.txt").read_text()
+    assert "changed since the run was started" in (tmp_path / "second" / "log.txt").read_text()
     assert (tmp_path / "second" / "stage1" / "model.safetensors").is_file()
