@@ -107,8 +107,8 @@ def test_the_report_of_a_quickstart(
 
     monkeypatch.setattr(report, "NUM_QUERIES", 3 * len(PAYLOADS))
     settings = {"profile": NAME, "seed": 0, "llm": NAME, "vision_model": NAME, "data": NAME, "payloads": PAYLOADS}
-    results: dict[str, Any] = {"settings": settings, "seconds": {NAME: 1}, "machine": {"threads": NAME, "processor": NAME}}
-    results |= {"protocol": dict.fromkeys(PAYLOADS, NAME), "best_text_encoder": PAYLOADS[3]}
+    results: dict[str, Any] = {"settings": settings, "seconds": {NAME: 1}, "best_text_encoder": PAYLOADS[3]}
+    results |= {"protocol": dict.fromkeys(PAYLOADS, NAME), "machine": {"threads": NAME, "processor": NAME}}
     results |= {"text_encoders": [PAYLOADS[3]], "caption_retrieval": {PAYLOADS[3]: {}}, "image_retrieval": {}}
     found = {"query": PAYLOADS[0], "rows": [0], "right": [True]}
     results["typed_queries"] = {"queries": 1, "first": 1, "found": 1, "shown": 1, "results": [found]}

@@ -70,14 +70,15 @@ class QuickstartConfig:
                 raise ValueError(f"the profile {self.profile} has no part {part!r}{nearest(part, PARTS)}")
         profile = {**PARTS, **profile}
         fast = has_fast_bfloat16()
-        dtype, stage1, stage2 = "bfloat16" if fast else "float32", profile["stage1"], profile["stage2"]
-        for part, name, value in (
-            (stage1, "bf16", fast),
-            (stage2, "feature_dtype", dtype),
+        dtype = "bfloat16" if fast else "float32"
+        choices: list[tuple[dict[str, Any], str, Any]] = [
+            (profile["stage1"], "bf16", fast),
+            (profile["stage2"], "feature_dtype", dtype),
             (profile, "embed_dtype", dtype),
-        ):
-            if part.get(name) == "auto":
-                part[name] = value
+        ]
+        for fields, name, value in choices:
+            if fields.get(name) == "auto":
+                fields[name] = value
         return profile
 
 

@@ -88,17 +88,22 @@ def _run(config: QuickstartConfig) -> None:
     runs: dict[str, Any] = {}
     if is_plain:
         # A prompt of the profile replaces that which the original code gives an LLM by its name.
-        prompt = {name: value for name, value in profile["stage1"].items() if name.startswith("prompt_")}
+        prompt: dict[str, Any] = {
+            name: value for name, value in profile["stage1"].items() if name.startswith("prompt_")
+        }
         with _step("The LLM as a text encoder, and the same with causal attention", seconds):
-            for name, attention in (("raw", {}), ("raw-causal", {"bidirectional": False})):
+            for name, options in (("raw", prompt), ("raw-causal", {**prompt, "bidirectional": False})):
                 if not (folder / name).is_dir():
-                    model, tokenizer = open_text_tower(weights["llm"], dtype="float32", **prompt, **attention)
+                    model, tokenizer = open_text_tower(weights["llm"], dtype="float32", **options)
                     with atomic_folder(folder / name, "quickstart") as unfinished:
                         save_text_tower(model, tokenizer, unfinished)
                     del model
         with _step("Stage 1: caption contrastive fine-tuning", seconds):
-            own = {"model_name_or_path": str(folder / "raw"), "output_dir": str(folder / "stage1")}
-            own |= {"sources": [asdict(source) for source in data.pair_sources()]}
+            own = {
+                "model_name_or_path": str(folder / "raw"),
+                "output_dir": str(folder / "stage1"),
+                "sources": [asdict(source) for source in data.pair_sources()],
+            }
             fields = {name: value for name, value in profile["stage1"].items() if name not in prompt}
             stage1 = build_config(Stage1Recipe, _joined("stage1", fields, own, config), "stage1 of the profile")
             runs["stage1"] = {"history": _trained(run_stage1.run, stage1)}
