@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"    {error}", file=sys.stderr)
                 continue
             entry = results.record(row, contest, options.device, turns)
-            results.append(entry)
+            results.write(entry)
             _report(entry, time.perf_counter() - start)
     rows = [load_row(module) for module in modules.values()]
     current = {

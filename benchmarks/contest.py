@@ -1,4 +1,4 @@
-"""Run a contest: one process per contestant; compare their values, then measure them in turns."""
+"""Run a contest: a process for each contestant, whose values are compared."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import statistics
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -34,29 +32,11 @@ def environment_of(threads: int) -> dict[str, str]:
     return {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads)), **paths}
 
 
-def start(python: str, arguments: list[str], threads: int) -> subprocess.Popen[str]:
-    """Start the process of a contestant, `benchmarks.worker`."""
-    command = [python, "-m", "benchmarks.worker", *arguments]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=environment_of(threads), **pipes)
-
-
-def answer(worker: subprocess.Popen[str], name: str, request: str = "") -> dict[str, Any]:
-    """Send a line to a worker, and return its answer."""
-    assert worker.stdin is not None
-    assert worker.stdout is not None
-    worker.stdin.write(request)
-    worker.stdin.flush()
-    if not (line := worker.stdout.readline()):
-        raise RuntimeError(f"the contestant {name!r} ended with status {worker.wait()}; see above.")
-    return json.loads(line)  # type: ignore[no-any-return]
-
-
 def run_contest(module: str, device: str, contest: Contest) -> Measurements:
-    """Measure all contestants.
+    """Measure all contestants, one after the other, each in a process of its own.
 
-    The first turn of each contestant yields the values to compare and the memory, because its process has not done
-    the work before; the other turns yield the times.
+    The first turn of each yields the values to compare and the memory, because its process has not done the work
+    before; the other turns yield the times.
 
     Returns:
         For each contestant the measurements of every turn, including the first.
@@ -65,22 +45,18 @@ def run_contest(module: str, device: str, contest: Contest) -> Measurements:
         UnequalError: Values differ by more than the tolerance of the contest.
         RuntimeError: A contestant fails.
     """
-    turns: Measurements = {name: [] for name in contest.contestants}
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        workers = {}
+    turns: Measurements = {}
+    with tempfile.TemporaryDirectory() as folder:
         for number, (name, contestant) in enumerate(contest.contestants.items()):
             arguments = [module, device, contest.title, name, f"{folder}/{number}.npz"]
-            workers[name] = stack.enter_context(start(python_of(contestant.environment), arguments, contest.threads))
-            answer(workers[name], name)
-        for number, name in enumerate(workers):
-            turns[name].append(answer(workers[name], name, "run\n"))
+            command = [python_of(contestant.environment), "-m", "benchmarks.worker", *arguments]
+            environment = environment_of(contest.threads)
+            worker = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+            if worker.returncode:
+                raise RuntimeError(f"the contestant {name!r} ended with status {worker.returncode}; see above.")
+            turns[name] = json.loads(worker.stdout)
             if name != OURS:
                 check_equal(f"{folder}/0.npz", f"{folder}/{number}.npz", contest.tolerance, name)
-        for number in range(contest.rounds):
-            # The order rotates, so that no contestant always runs first.
-            for position in range(len(workers)):
-                name = list(workers)[(number + position) % len(workers)]
-                turns[name].append(answer(workers[name], name, "run\n"))
     return turns
 
 
@@ -114,11 +90,3 @@ def summarise(turns: Measurements) -> dict[str, dict[str, float]]:
         figures[name] = {metric: statistics.median(turn[metric] for turn in later) for metric in measured[0]}
         figures[name]["memory"] = measured[0]["memory"]
     return figures
-
-
-def ratio(turns: Measurements, against: str, metric: str) -> float:
-    """Return ours / theirs: for memory in the first turn, for other metrics the median of the ratios of all rounds."""
-    if metric == "memory":
-        return turns[OURS][0][metric] / turns[against][0][metric]
-    pairs = zip(turns[OURS][1:], turns[against][1:], strict=True)
-    return statistics.median(mine[metric] / other[metric] for mine, other in pairs)

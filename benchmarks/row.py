@@ -66,7 +66,7 @@ class Contest:
         contestants: Contestants by name; the first is named `ours`.
         goals: Ratios to reach.
         tolerance: Largest difference of each compared value, relative to its largest magnitude; 0 requires equality.
-        rounds: Number of measured turns of every contestant.
+        rounds: Number of measured turns of every contestant, after a first one.
         threads: Threads of torch and of its libraries.
         note: Note in RESULTS.md.
     """

@@ -1,8 +1,8 @@
-"""Process of one contestant: set up, then do the work once for every line on standard input.
+"""Process of one contestant: set up, then do the work a first time and in every round.
 
     python -m benchmarks.worker MODULE DEVICE CONTEST CONTESTANT VALUES_FILE
 
-Prints one line of JSON per turn; the values of the first turn are written to VALUES_FILE.
+Prints the measurements of every turn as JSON; the values of the first turn are written to VALUES_FILE.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
@@ -22,18 +22,19 @@ from benchmarks.row import Outcome, Work, load_row
 
 
 def main(module: str, device: str, contest: str, contestant: str, values_file: str) -> None:
-    # Output of libraries must not mix with the answers.
-    answers = os.fdopen(os.dup(1), "w")
+    # Output of libraries must not mix with the answer.
+    answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    contests = {entry.title: entry for entry in load_row(module).contests(device)}
-    work = contests[contest].contestants[contestant].set_up()
-    _answer(answers, {"ready": True})
-    for number, _ in enumerate(sys.stdin):
+    chosen = next(entry for entry in load_row(module).contests(device) if entry.title == contest)
+    work, turns = chosen.contestants[contestant].set_up(), []
+    for number in range(1 + chosen.rounds):
         outcome, metrics = measure(work, device)
         if number == 0:
             np.savez(Path(values_file), **{name: _array(value) for name, value in outcome.values.items()})
         del outcome
-        _answer(answers, metrics)
+        turns.append(metrics)
+    answer.write(json.dumps(turns))
+    answer.close()
 
 
 def measure(work: Work, device: str = "cpu") -> tuple[Outcome, dict[str, float]]:
@@ -75,11 +76,6 @@ def _array(value: Any) -> np.ndarray:
         value = value.detach().cpu()
         value = value.double() if value.is_floating_point() else value
     return np.asarray(value)
-
-
-def _answer(answers: TextIO, content: dict[str, Any]) -> None:
-    answers.write(json.dumps(content) + "\n")
-    answers.flush()
 
 
 if __name__ == "__main__":

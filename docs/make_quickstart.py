@@ -84,8 +84,8 @@ def main() -> None:
     """Write the files."""
     if len(sys.argv) > 1:
         results = json.loads((Path(sys.argv[1]) / "results.json").read_text(encoding="utf-8"))
-        if reused := results["reused_steps"]:
-            sys.exit(f"{sys.argv[1]} reused {', '.join(reused)}: give a run that did all of its steps.")
+        if results["seconds"] is None:
+            sys.exit(f"{sys.argv[1]} was continued: give a run that did all of its steps at once.")
         RESULT.write_text(json.dumps(reduced(results), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     results = json.loads(RESULT.read_text(encoding="utf-8"))
     for path, page in pages(results).items():

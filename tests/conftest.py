@@ -23,7 +23,7 @@ LONGEST = [
         "llm2clip/trainers/test_engines",
         *("llm2clip/convert/test_full_size", "llm2clip/trainers/test_stage2", "llm2clip/trainers/test_distill"),
         *("llm2clip/trainers/test_stage2_captions", "damaged/test_damaged", "llm2clip/hub/test_card_snippets"),
-        *("llm2clip/hub/test_build", "llm2clip/quickstart/test_pipeline", "llm2clip/serving/test_serve"),
+        *("llm2clip/hub/test_build", "llm2clip/quickstart/test_quickstart", "llm2clip/serving/test_serve"),
         *("llm2clip/hub/test_export_onnx", "test_packaging"),
     )
 ]

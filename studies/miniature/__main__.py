@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
 from pathlib import Path
 
 from studies.miniature import page
@@ -16,13 +15,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m studies.miniature", description=__doc__)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"some of {', '.join(known)}; all by default")
     parser.add_argument("--folder", type=Path, default=Path("runs/study"), help="what is made and measured")
-    parser.add_argument("--processes", type=int, default=2, help="runs at once, of one thread each")
     parser.add_argument("--page", action="store_true", help="write the report from the committed results, no more")
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.tables if name not in known]:
         parser.error(f"there is no table {unknown[0]}; choose from {', '.join(known)}")
-    # As Ctrl-C does, so that the pool ends its processes.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if not arguments.page:
         try:
             Material(arguments.folder).require_same_recipes()
@@ -31,7 +27,7 @@ def main() -> None:
         tables = arguments.tables or known
         runs = [run for name in tables for run in runs_of(name)]
         # So that an unfinished study has all arms of some seeds.
-        execute(sorted(runs, key=lambda run: run.seed), arguments.folder, arguments.processes)
+        execute(sorted(runs, key=lambda run: run.seed), arguments.folder)
         page.collect(arguments.folder, tables)
     page.draw_all()
     page.write()

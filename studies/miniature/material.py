@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 from llm2clip import cli
 from llm2clip.models.towers import open_text_tower, save_text_tower
-from llm2clip.quickstart.run_context import has_fast_bfloat16
+from llm2clip.quickstart.config import has_fast_bfloat16
 from llm2clip.quickstart.weights import weights_folder
 from llm2clip.recipes import load_recipe
 from studies.miniature import questions, scenes

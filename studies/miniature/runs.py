@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import os
 import shutil
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -28,8 +25,9 @@ from llm2clip.evaluation.data import CaptionPairData, RetrievalData
 from llm2clip.evaluation.metrics import caption_retrieval_metrics
 from llm2clip.evaluation.protocols.retrieval import image_text_metrics
 from llm2clip.evaluation.session import Session
+from llm2clip.files.atomic import write_json
 from llm2clip.hub.merge import merge_models
-from llm2clip.quickstart.run_context import has_fast_bfloat16
+from llm2clip.quickstart.config import has_fast_bfloat16
 from llm2clip.recipes import load_recipe
 from studies.miniature.material import DATA, DESCRIPTIONS, HERE, NEGATIVES, Material, slug
 from studies.miniature.scenes import PAGE
@@ -150,33 +148,12 @@ def tests_of(table: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(table.get("tests", (*DESCRIPTIONS, *NEGATIVES) if scenes else ("test", "transfer")))
 
 
-def execute(runs: Iterable[Run], folder: Path, processes: int) -> None:
-    """Train and measure the runs that have no result yet, some at a time."""
+def execute(runs: Iterable[Run], folder: Path) -> None:
+    """Train and measure the runs that have no result yet, one after the other."""
     todo = [run for run in {run.name: run for run in runs}.values() if not result_path(folder, run).is_file()]
-    context = multiprocessing.get_context("spawn")
-    logs = folder / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(processes, context, initializer=_log_to, initargs=(logs,)) as pool:
-        waiting = {pool.submit(execute_one, run, folder): run for run in todo}
-        try:
-            for number, future in enumerate(as_completed(waiting), 1):
-                error = future.exception()
-                said = f"failed: {error}" if error else f"{future.result():.0f} s"
-                print(f"{number}/{len(todo)}  {waiting[future].name}  {said}", flush=True)
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.kill()  # a command that is terminated ends its run, and the process would begin the next
-            raise
-    if failed := [run.name for future, run in waiting.items() if future.exception()]:
-        raise RuntimeError(f"{len(failed)} of {len(todo)} runs failed, such as {failed[0]}; see {logs}.")
-
-
-def _log_to(folder: Path) -> None:
-    """Send what a process prints to a file, where the bars of two do not mix."""
-    log = os.open(folder / f"{os.getpid()}.log", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(log, stream.fileno())
+    for number, run in enumerate(todo, 1):
+        print(f"{number}/{len(todo)}  {run.name}", flush=True)
+        print(f"{execute_one(run, folder):.0f} s", flush=True)
 
 
 def result_path(folder: Path, run: Run) -> Path:
@@ -199,9 +176,7 @@ def execute_one(run: Run, folder: Path) -> float:
         result = measure(run, material, caches, models)
     result = {**result, "cpu_seconds": round(time.process_time() - begin_cpu, 1)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    unfinished.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    unfinished.replace(path)
+    write_json(path, result)
     return time.monotonic() - begin
 
 

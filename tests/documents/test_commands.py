@@ -23,7 +23,6 @@ from llm2clip.command_line.settings import build_config
 from llm2clip.evaluation.benchmarks import choose_benchmarks
 from llm2clip.evaluation.benchmarks.rows import read_sets
 from llm2clip.evaluation.own_data import is_own_data
-from llm2clip.quickstart.config import QuickstartConfig
 from llm2clip.trainers.align_recipe import AlignRecipe
 from llm2clip.trainers.parts import plan_parts
 from llm2clip.trainers.stage2_config import Stage2Recipe
@@ -193,10 +192,6 @@ def test_recipes_in_the_text_have_fields_of_their_command(document: str, tmp_pat
             if "museum" in fields:  # a file of benchmarks
                 assert list(read_sets(content, document)) == ["museum"]
                 continue
-            if "text_encoders" in fields:  # a profile of the quickstart, which has both parts of stage 2
-                (tmp_path / "profile.yaml").write_text(content)
-                profile = QuickstartConfig(profile=str(tmp_path / "profile.yaml")).load_profile()
-                fields = {"freeze_vision": "all", **profile["stage2"], **profile["frozen"], "feature_dtype": "float32"}
             fields = {"output_dir": str(tmp_path), "embedding_cache": "cache", **fields}
             if content.startswith("# llm2clip align"):
                 build_config(AlignRecipe, fields)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,9 +13,8 @@ from llm2clip.encoders.stored import StoredEncoder
 from llm2clip.evaluation.data import RetrievalData
 from llm2clip.evaluation.session import Session
 from llm2clip.quickstart import report
-from llm2clip.quickstart.config import Arm, QuickstartConfig
-from llm2clip.quickstart.data import QuickstartData
-from llm2clip.quickstart.final_model import FinalModel
+from llm2clip.quickstart.data import QUERY, QuickstartData
+from llm2clip.quickstart.report import FinalModel
 from modeling_llm2clip import LLM2CLIPModel
 from tests.builders import tiny
 from tests.builders.small_runs import rows_of_concepts
@@ -102,26 +100,23 @@ def test_the_report_of_a_quickstart(
 ) -> None:
     clip = LLM2CLIPModel.from_pretrained(model)
     (tmp_path / "llm2clip").symlink_to(model)
-    arm = Arm("raw", PAYLOADS[3], "raw")
-    run: Any = SimpleNamespace(
-        folder=tmp_path, arms=[arm], cache=lambda name: tmp_path / name, config=QuickstartConfig(),
-        data=QuickstartData.find(str(table), ["caption"], "image"),
-    )  # fmt: skip
+    data = QuickstartData.find(str(table), ["caption"], "image")
 
     def lookup(captions: list[str]) -> torch.Tensor:
         return clip.text_model.encode(captions, tiny.processor().tokenizer)
 
     monkeypatch.setattr(report, "NUM_QUERIES", 3 * len(PAYLOADS))
     settings = {"profile": NAME, "seed": 0, "llm": NAME, "vision_model": NAME, "data": NAME, "payloads": PAYLOADS}
-    results = {"settings": settings, "seconds": {NAME: 1}, "machine": {"threads": NAME, "processor": NAME}, "runs": {}}
-    results |= {"protocol": dict.fromkeys(PAYLOADS, NAME)}
+    results: dict[str, Any] = {"settings": settings, "seconds": {NAME: 1}, "best_text_encoder": PAYLOADS[3]}
+    results |= {"protocol": dict.fromkeys(PAYLOADS, NAME), "machine": {"threads": NAME, "processor": NAME}}
+    results |= {"text_encoders": [PAYLOADS[3]], "caption_retrieval": {PAYLOADS[3]: {}}, "image_retrieval": {}}
     found = {"query": PAYLOADS[0], "rows": [0], "right": [True]}
     results["typed_queries"] = {"queries": 1, "first": 1, "found": 1, "shown": 1, "results": [found]}
-    retrieval = RetrievalData.from_source(run.data.test_source())
+    retrieval = RetrievalData.from_source(data.test_source())
     encoder = StoredEncoder(clip.eval(), tiny.processor(), lookup)
     embeds = Session(encoder).embed_images(retrieval.images)
-    final = FinalModel(clip.eval(), tiny.processor(), encoder, retrieval, embeds, list(range(len(embeds))))
-    report.write_report(tmp_path / "report.html", results, run, arm, final)
+    final = FinalModel(clip.eval(), tiny.processor(), encoder, data, retrieval, embeds, list(range(len(embeds))))
+    report.write_report(tmp_path / "report.html", results, {QUERY: "caption"}, final)
     open_page(browser, tmp_path / "report.html")
     assert {element.text for element in browser.find(".query")} == set(PAYLOADS)
 

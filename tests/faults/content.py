@@ -26,7 +26,7 @@ TENSORS = {".pt", ".pth"}
 # A tokenizer is saved with the padding of its last call, and a run without a step makes none. The mean loss and the
 # epochs in the state of a resumed run are those since it was resumed.
 VOLATILE = re.compile(
-    r".*_runtime|.*_per_second|padding|truncation|mtime_ns|date|seconds|versions|stored|reused_steps"
+    r".*_runtime|.*_per_second|padding|truncation|mtime_ns|date|seconds|versions|stored"
     r"|train_loss|num_train_epochs"
     rf"|{MANIFEST_CHECKSUM}"  # of such fields too
 )

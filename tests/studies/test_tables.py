@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,8 @@ def test_a_table_has_mean_and_deviation_of_its_arms(tmp_path: Path, monkeypatch:
         {"arm": "none", "seed": seed, "cpu_seconds": 9.6 + seed, **dict.fromkeys(keys, 0.25 + seed / 10)}
         for seed in range(2)
     ]
-    (tmp_path / "a7.json").write_text(json.dumps(rows))
+    page.write_results("a7", rows)
+    assert page.read_results("a7") == rows
     head, _, line = page.table_of("a7").splitlines()
     titles = "in domain, R@1 | in domain, R@10 | transfer, R@1 | transfer, R@10 | seeds | CPU s | paper"
     assert head == f"|  | {titles} |"
@@ -91,6 +91,5 @@ def test_the_report_has_the_committed_results(tmp_path: Path) -> None:
     shutil.copy(page.HERE / "README.md", report)
     page.write(report)
     assert report.read_text() == (page.HERE / "README.md").read_text()
-    for path in page.RESULTS.glob("*.json"):
-        arms = read_table(path.stem)["arms"]
-        assert {row["arm"] for row in json.loads(path.read_text())} <= set(arms)
+    for path in page.RESULTS.glob("*.csv"):
+        assert {row["arm"] for row in page.read_results(path.stem)} <= set(read_table(path.stem)["arms"])

@@ -78,7 +78,7 @@ class Command:
 # fmt: off
 COMMANDS = {
     "quickstart": Command("run both stages, evaluation and export on the bundled data",
-                          "llm2clip.quickstart.pipeline", "QuickstartConfig", (), writes_log=True, resumable=True,
+                          "llm2clip.quickstart.quickstart", "QuickstartConfig", (), writes_log=True, resumable=True,
                           extra="quickstart"),
     "mntp": Command("train masked next token prediction (optional, before stage 1)",
                     "llm2clip.trainers.run_mntp", "MNTPRecipe", resumes=True, writes_log=True),

@@ -16,7 +16,7 @@ from filelock import FileLock
 from llm2clip.encoders import embed
 from llm2clip.files import locks
 from llm2clip.files.locks import folder_lock
-from llm2clip.quickstart import pipeline
+from llm2clip.quickstart import quickstart
 from llm2clip.quickstart.config import QuickstartConfig
 from llm2clip.trainers import run_mntp, run_stage1, run_stage2
 from llm2clip.trainers.mntp_config import MNTPRecipe
@@ -56,7 +56,7 @@ def test_a_lock_may_be_entered_again_and_ends_with_the_outer_block(tmp_path: Pat
         (run_stage1.run, Stage1Recipe, {"model_name_or_path": "llm", "sources": [{}]}),
         (run_stage2.run, Stage2Recipe, {"sources": [{}]}),
         (embed.run, embed.EmbedConfig, {}),
-        (pipeline.run, QuickstartConfig, {}),
+        (quickstart.run, QuickstartConfig, {}),
     ],
 )
 def test_every_stage_refuses_a_folder_that_another_run_uses(

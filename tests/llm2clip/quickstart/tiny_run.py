@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import pytest
 
-from llm2clip.quickstart.image_steps import BEST_BY
+from llm2clip.quickstart.quickstart import BEST_BY
 from llm2clip.quickstart.weights import WeightWheel, weights_folder
 from tests.builders import small_runs
 

