@@ -219,15 +219,6 @@ def token_batches(lengths: Sequence[int], max_tokens: int, max_captions: int | N
     return batches
 
 
-def keep_freed_memory() -> None:
-    """Make glibc keep up to 64 MiB of freed memory instead of returning it to the system after every layer.
-
-    Its thresholds follow the largest freed block (mallopt(3), `M_MMAP_THRESHOLD`) of up to 32 MiB, so an unused one is
-    freed here. On a CPU, small batches otherwise spend a seventh of their time on page faults.
-    """
-    torch.empty(31 * 2**20, dtype=torch.uint8)
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model in evaluation mode; after that each of its modules is in the mode that it was in."""
@@ -271,10 +262,7 @@ def encode_tokens(
     rows = [row_of.setdefault(tuple(ids), len(row_of)) for ids in tokens.ids]
     distinct = list(row_of)
     starts = None if tokens.starts is None else dict(zip(rows, tokens.starts, strict=True))
-    budget = ACCELERATOR_BATCH_TOKENS
-    if device.type == "cpu":
-        budget = CPU_BATCH_TOKENS
-        keep_freed_memory()
+    budget = CPU_BATCH_TOKENS if device.type == "cpu" else ACCELERATOR_BATCH_TOKENS
     batches = token_batches([len(ids) for ids in distinct], budget, batch_size)
     result = torch.empty(len(distinct), width)
     for batch in logging.tqdm(batches, desc="Encoding captions", disable=not show_progress_bar):

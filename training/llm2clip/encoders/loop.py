@@ -23,7 +23,6 @@ from modeling_llm2clip.modeling_llm2clip_utils import (
     ACCELERATOR_BATCH_TOKENS,
     CPU_BATCH_TOKENS,
     evaluating,
-    keep_freed_memory,
     token_batches,
 )
 
@@ -109,10 +108,7 @@ def encode_texts(
     Raises:
         NonFiniteError: A row is NaN or infinite; the message names its text.
     """
-    budget = ACCELERATOR_BATCH_TOKENS
-    if tokenized.device.type == "cpu":
-        budget = CPU_BATCH_TOKENS
-        keep_freed_memory()
+    budget = CPU_BATCH_TOKENS if tokenized.device.type == "cpu" else ACCELERATOR_BATCH_TOKENS
     batches = token_batches(tokenized.lengths, budget, batch_size)
     rows = torch.empty(len(tokenized.lengths), width)
     with ProgressBar("Embedding texts", len(rows), "text", show) as bar:
