@@ -52,6 +52,9 @@ def test_every_row_compares_its_values_and_has_goals_against_its_contestants(nam
     assert contests
     for contest in contests:
         assert next(iter(contest.contestants)) == "ours"
+        if len(contest.contestants) == 1:  # it says itself what it has to reach, and fails below that
+            assert contest.note
+            continue
         assert contest.goals
         assert {goal.against for goal in contest.goals} <= set(contest.contestants)
         assert contest.tolerance

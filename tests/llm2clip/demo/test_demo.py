@@ -64,7 +64,7 @@ def test_an_index_is_served_beside_a_model_that_embeds_its_images(
 
     models.save_transformers("clip", tmp_path / "clip")
     serve(visit, "--index", index_bundled(tmp_path / "index", saved_model), "--compare", str(tmp_path / "clip"))
-    captions = next(bundled_images(6).batches())["caption"].to_pylist()
+    captions = next(bundled_images(6).batches([]))["caption"].to_pylist()
     assert [sorted(names) for names in found] == [sorted(captions)] * 2
     assert len(list((tmp_path / "cache").iterdir())) == 1, "that of the model to compare"
 

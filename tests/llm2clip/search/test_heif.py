@@ -41,11 +41,12 @@ def test_without_pillow_heif_the_message_says_what_to_install(
 ) -> None:
     heif._registered.cache_clear()
     monkeypatch.setitem(__import__("sys").modules, "pillow_heif", None)
+    monkeypatch.setattr("llm2clip.search.index_update.DECODERS", ("pillow",))  # as its metadata are not there either
     for kind in ("HEIF", "AVIF"):  # that other tests may have registered
         monkeypatch.delitem(Image.OPEN, kind, raising=False)
     try:
         assert index(photos, model[0], tmp_path / "index") == (12, 0, 0, 1, 12)
-        assert "pip install 'llm2clip[heif]'" in (tmp_path / "index" / "failures.json").read_text()
+        assert "pip install 'llm2clip[heif]'" in (tmp_path / "index" / "manifest.json").read_text()
         message = error(capsys, "search", tmp_path / "index", "--image", photos / "photo.HEIC")
         assert "HEIC needs pillow-heif" in message
     finally:
