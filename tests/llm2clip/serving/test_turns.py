@@ -34,12 +34,18 @@ async def order(turns: Turns, arrivals: Sequence[Sequence[Work]]) -> list[str]:
     return ["".join(sorted({name[0] for name in batch})) for batch in batches]
 
 
-def test_each_request_has_a_batch_in_turn_and_the_others_share_one(turns: Turns) -> None:
-    async def run() -> list[str]:
-        small = [work(name, 1) for name in "xyz"]
-        return await order(turns, [[work("a", 12), work("b", 12)], small])
+def test_requests_share_a_batch_equally_and_the_first_ones_take_what_is_left(turns: Turns) -> None:
+    async def run() -> list[list[str]]:
+        large, small = [work("a", 6), work("b", 6)], [work(name, 1) for name in "xyz"]
+        return [taken(turns, *large), taken(turns, *small), taken(turns), taken(turns, work("w", 1)), taken(turns)]
 
-    assert asyncio.run(run()) == ["a", "b", "axyz", "b", "a", "b", "a"]
+    assert asyncio.run(run()) == [
+        ["a0", "a1", "b0", "b1"],
+        ["x0", "y0", "z0", "a2"],
+        ["b2", "b3", "a3", "a4"],
+        ["w0", "b4", "b5", "a5"],
+        [],
+    ]
 
 
 def test_a_request_that_arrives_goes_before_the_rest_of_one_that_had_its_turn(turns: Turns) -> None:
@@ -53,7 +59,7 @@ def test_texts_and_images_do_not_share_a_batch_and_take_turns(turns: Turns) -> N
     async def run() -> list[str]:
         return await order(turns, [[work("t", 8), work("i", 8, "image"), work("x", 1)]])
 
-    assert asyncio.run(run()) == ["t", "i", "tx", "i", "t"]
+    assert asyncio.run(run()) == ["tx", "i", "t", "i", "t"]
 
 
 def test_what_is_larger_than_a_batch_is_one_of_its_own(turns: Turns) -> None:

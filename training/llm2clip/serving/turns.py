@@ -66,7 +66,7 @@ class Part(NamedTuple):
 
 
 class Turns:
-    """The requests that wait, in turn: of one with more than a batch, the rest goes behind the others.
+    """The requests that wait, in turn: a batch is shared equally, and the rest of a request goes behind the others.
 
     Args:
         budgets: The cost of a batch of each kind: of a forward pass. Where that takes long, a batch costs less.
@@ -100,17 +100,8 @@ class Turns:
         self._waiting, self._begun = waiting, []
         if not waiting:
             return []
-        kind, parts, is_full = waiting[0].kind, list[Part](), False
-        left = min(self.budgets[kind], TURN_SECONDS * self._speeds[kind])
-        for work in waiting:
-            if work.kind == kind:
-                stop = work.start
-                while stop < len(work.inputs) and (work.costs[stop] <= left or not (parts or stop > work.start)):
-                    left -= work.costs[stop]
-                    stop += 1
-                is_full |= stop < len(work.inputs)
-                if stop > work.start:
-                    parts.append(Part(work, range(work.start, stop)))
+        asking = [work for work in waiting if work.kind == waiting[0].kind]
+        parts, is_full = self._share(asking)
         if only_full and not is_full:
             return []
         for work, rows in parts:
@@ -119,3 +110,23 @@ class Turns:
         taken = {id(work) for work, _ in parts}
         self._waiting = [work for work in waiting if id(work) not in taken]
         return parts
+
+    def _share(self, asking: list[Work]) -> tuple[list[Part], bool]:
+        """Share a batch among requests of one kind; also return whether more would fit into no batch."""
+        kind = asking[0].kind
+        left = min(self.budgets[kind], TURN_SECONDS * self._speeds[kind])
+        stops, share = [work.start for work in asking], left / len(asking)
+        is_empty = True
+        # Each has one input, or as many as its share; what is left goes to the first ones.
+        for most in (share, math.inf):
+            for number, work in enumerate(asking):
+                used = 0
+                for cost in work.costs[stops[number] :]:
+                    is_first = stops[number] == work.start
+                    if not (is_empty or cost <= left) or not (is_first or used + cost <= most):
+                        break
+                    left, used, is_empty = left - cost, used + cost, False
+                    stops[number] += 1
+        parts = [Part(work, range(work.start, stop)) for work, stop in zip(asking, stops, strict=True)]
+        is_full = any(part.rows.stop < len(part.work.inputs) for part in parts)
+        return [part for part in parts if part.rows], is_full
