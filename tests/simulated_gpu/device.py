@@ -303,7 +303,7 @@ class Simulation:
         library = None
         while frame is not None:
             name = frame.f_code.co_filename
-            if name.startswith(self.roots) and "/.venv/" not in name:
+            if name.startswith(self.roots) and "/.venv/" not in name and name != __file__:
                 parts = (name.rfind(f"/{part}/") for part in ("training", "modeling_llm2clip", "tests"))
                 found.append(f"{name[max(parts) + 1 :]}:{frame.f_lineno}")
                 if len(found) == 3:
