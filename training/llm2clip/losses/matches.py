@@ -38,7 +38,7 @@ def gather_batch(
             f"{tuple(image_embeds.shape)} and {tuple(text_embeds.shape)}."
         )
     num_rows = len(image_embeds)
-    _check_ids(caption_ids, image_caption_ids, num_rows, name)
+    _check_ids(caption_ids, image_caption_ids, image_embeds, name)
     counts = exchange_counts([num_rows, int(caption_ids is not None)], image_embeds.device)
     rows_per_rank = [rows for rows, _ in counts]
     if not any(rows_per_rank):
@@ -95,7 +95,8 @@ def _positives_of_ids(own_ids: Tensor, caption_ids: Tensor, image_caption_ids: T
     return pairs
 
 
-def _check_ids(caption_ids: Tensor | None, image_caption_ids: Tensor | None, num_rows: int, name: str) -> None:
+def _check_ids(caption_ids: Tensor | None, image_caption_ids: Tensor | None, image_embeds: Tensor, name: str) -> None:
+    num_rows, device = len(image_embeds), image_embeds.device
     if caption_ids is None or image_caption_ids is None:
         if caption_ids is image_caption_ids:
             return
@@ -106,4 +107,9 @@ def _check_ids(caption_ids: Tensor | None, image_caption_ids: Tensor | None, num
             f"{name} needs int64 caption_ids of shape ({num_rows},) and image_caption_ids of shape ({num_rows}, K "
             f">= 1), but got {caption_ids.dtype} {tuple(caption_ids.shape)} and {image_caption_ids.dtype} "
             f"{tuple(image_caption_ids.shape)}."
+        )
+    if {caption_ids.device, image_caption_ids.device} != {device}:
+        raise ValueError(
+            f"{name} needs caption_ids and image_caption_ids on {device}, as the embeddings are, but they are on "
+            f"{caption_ids.device} and {image_caption_ids.device}."
         )
