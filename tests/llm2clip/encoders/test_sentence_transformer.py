@@ -12,6 +12,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
+from llm2clip import cli
 from llm2clip.data import decode_image
 from llm2clip.encoders.load import load_encoder
 
@@ -91,3 +92,17 @@ def test_the_prompts_are_part_of_the_fingerprint(folder: Path) -> None:
     lengths, cut = encoder.text_lengths(["a", "ab" * 300])
     assert (lengths > 1).tolist() == [True, True]
     assert cut.tolist() == [False, True]
+
+
+def test_the_commands_index_and_search_with_it(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos, index = tmp_path / "photos", tmp_path / "index"
+    photos.mkdir()
+    for number, image in enumerate(IMAGES):
+        image.convert("RGB").save(photos / f"{number}.png")
+    assert cli.main(["index", str(photos), "--model", str(folder), "--output-dir", str(index)]) == 0
+    capsys.readouterr()
+    assert cli.main(["search", str(index), "a red bus"]) == 0
+    printed = capsys.readouterr().out
+    assert [f"{number}.png" in printed for number in range(3)] == [True] * 3

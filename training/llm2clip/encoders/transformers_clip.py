@@ -199,7 +199,7 @@ def _model_class(name: str, config: Any) -> Any:
 
 def has_both_features(model_type: str | None) -> bool:
     """Tell whether models of a type have `get_text_features` and `get_image_features`."""
-    kind = _base_class(CONFIG_MAPPING[model_type]) if model_type in CONFIG_MAPPING else None
+    kind = _base_class(CONFIG_MAPPING[model_type]) if model_type and model_type in CONFIG_MAPPING else None
     return all(hasattr(kind, method) for method in METHODS)
 
 
