@@ -17,9 +17,10 @@ from llm2clip.encoders.encoder import Encoder
 from llm2clip.encoders.open_clip import OpenClipEncoder
 from llm2clip.encoders.ours import OurEncoder
 from llm2clip.encoders.query_encoder import QueryTextEncoder, TextEncoder, has_query_encoder
-from llm2clip.encoders.transformers_clip import TransformersEncoder
+from llm2clip.encoders.sentence_transformer import SentenceTransformerEncoder
+from llm2clip.encoders.transformers_clip import TransformersEncoder, has_both_features
 from llm2clip.models.places import OPEN_CLIP
-from llm2clip.models.repos import OUR_MODELS, RepoKind, inspect_repo
+from llm2clip.models.repos import OUR_MODELS, RepoKind, embedding_modules, inspect_repo
 
 
 def load_encoder(
@@ -36,7 +37,8 @@ def load_encoder(
 
     Args:
         spec: Hub id or folder of an LLM2CLIP model, or of a CLIP, SigLIP, SigLIP 2 or CLIP-like model of transformers,
-            also as sentence-transformers saved it (`sentence-transformers/clip-ViT-B-32`).
+            also as sentence-transformers saved it (`sentence-transformers/clip-ViT-B-32`). A multimodal embedding
+            model of sentence-transformers (`Qwen/Qwen3-VL-Embedding-2B`) embeds texts as queries, images as documents.
             `open_clip:MODEL/PRETRAINED` is a model of open_clip, where PRETRAINED is a tag, or the path of a
             checkpoint (`open_clip:ViT-B-32//path/to.pt`). `PATH.py:FUNCTION` calls a function of yours, which returns
             `(model, preprocess, tokenizer)` as open_clip and CLIP_benchmark have them. The vision half of an LLM2CLIP
@@ -59,7 +61,7 @@ def load_encoder(
 
     Raises:
         OSError: There is no such model.
-        ImportError: open_clip is not installed.
+        ImportError: open_clip or sentence-transformers, which the model needs, is not installed.
         ValueError: The model is of another kind, lacks a side that is needed, would have random weights, has no query
             encoder of its own, or no such backend.
     """
@@ -79,6 +81,12 @@ def load_encoder(
         has_both = {"vision_config", "text_config"} <= set(repo.config)
         if repo.kind in OUR_MODELS or (repo.kind is RepoKind.EMBEDDING_MODEL and not has_both):
             encoder = OurEncoder.load(spec, revision, needs, **options)
+        elif (
+            not has_both_features(repo.model_type)
+            and not repo.subfolder
+            and embedding_modules(spec, revision=revision)
+        ):
+            encoder = SentenceTransformerEncoder.load(spec, revision, dtype, device)
         else:
             encoder = TransformersEncoder.load(spec, revision, dtype, device, repo.subfolder)
     if encoder.image_backend != image_backend:

@@ -156,13 +156,15 @@ class PreparedImages:
         return self.prepare(self.images.decode(row, self.decode), self.images.key(row))
 
 
-def stack_inputs(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Stack the tensors of prepared images.
+def stack_inputs(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Stack the tensors of prepared images; those of different shapes stay a list.
 
     Worker processes call this: every tensor that they send costs a file descriptor, and stacked tensors are few.
     """
     names = [name for name, value in samples[0].items() if isinstance(value, Tensor)] if samples else []
-    return {name: torch.stack([sample[name] for sample in samples]) for name in names}
+    listed = {name: [sample[name] for sample in samples] for name in names}
+    same = {name: len({value.shape for value in values}) == 1 for name, values in listed.items()}
+    return {name: torch.stack(values) if same[name] else values for name, values in listed.items()}
 
 
 def encode_images(

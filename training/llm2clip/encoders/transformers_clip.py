@@ -8,7 +8,15 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoProcessor, BatchFeature, BlipForImageTextRetrieval
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoProcessor,
+    BatchFeature,
+    BlipForImageTextRetrieval,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from llm2clip.data import EvalTransform
@@ -177,9 +185,7 @@ def _model_class(name: str, config: Any) -> Any:
     for architecture in config.architectures or ():
         if architecture in BY_ARCHITECTURE:
             return BY_ARCHITECTURE[architecture]
-    kind: Any = MODEL_MAPPING.get(type(config), None)
-    if isinstance(kind, tuple):
-        kind = kind[0]
+    kind = _base_class(type(config))
     missing = [method for method in METHODS if not hasattr(kind, method)]
     if missing:
         owner = getattr(kind, "__name__", "its class")
@@ -189,6 +195,17 @@ def _model_class(name: str, config: Any) -> Any:
             f"{' and '.join(missing)}{videos}. {MEASURED}"
         )
     return AutoModel
+
+
+def has_both_features(model_type: str | None) -> bool:
+    """Tell whether models of a type have `get_text_features` and `get_image_features`."""
+    kind = _base_class(CONFIG_MAPPING[model_type]) if model_type and model_type in CONFIG_MAPPING else None
+    return all(hasattr(kind, method) for method in METHODS)
+
+
+def _base_class(config_class: Any) -> Any:
+    kind: Any = MODEL_MAPPING.get(config_class, None)
+    return kind[0] if isinstance(kind, tuple) else kind
 
 
 def _unused_positions(model: Any) -> int:
