@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.cross_decomposition import CCA
+from sklearn.linear_model import Ridge
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -80,6 +81,18 @@ def test_parts_of_the_rows_add_up_to_the_whole(weighted: bool, monkeypatch: pyte
     torch.testing.assert_close(one.embed_images(images), whole.embed_images(images), atol=1e-6, rtol=0)
     with pytest.raises(ValueError, match="part is 7 of 7; number the parts from 0 to 6"):
         PairSums.of_part(images, texts, 7, 7)
+
+
+def test_the_regression_of_summed_parts_is_ridge_regression(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(closed_form, "BLOCK", 64)
+    images, texts = correlated()
+    total = sum((PairSums.of_part(images, texts, part, 7) for part in range(7)), PairSums.empty(12, 9))
+    x, y = images.double().numpy(), F.normalize(texts, dim=-1).double().numpy()
+    for ridge in (0.01, 1.0):
+        weight, bias = total.regression(ridge)
+        expected = Ridge(alpha=ridge * y.var(axis=0).mean() * len(y)).fit(y, x)
+        np.testing.assert_allclose(weight.T, expected.coef_, rtol=1e-6, atol=1e-8)
+        np.testing.assert_allclose(bias, expected.intercept_, rtol=1e-6, atol=1e-8)
 
 
 def test_stores_are_read_shard_by_shard_and_without_keys(tmp_path: Path) -> None:
