@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from fastapi.testclient import TestClient
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
@@ -15,6 +18,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from llm2clip import cli
 from llm2clip.data import decode_image
 from llm2clip.encoders.load import load_encoder
+from llm2clip.serving.app import create_app
 
 from .models import IMAGES, TEXTS, save, tokenizer
 
@@ -92,6 +96,27 @@ def test_the_prompts_are_part_of_the_fingerprint(folder: Path) -> None:
     lengths, cut = encoder.text_lengths(["a", "ab" * 300])
     assert (lengths > 1).tolist() == [True, True]
     assert cut.tolist() == [False, True]
+
+
+def test_it_is_evaluated_and_served(folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = []
+    for number, image in enumerate(IMAGES):
+        image.convert("RGB").save(data / f"{number}.png")
+        rows.append(json.dumps({"file_name": f"{number}.png", "caption": f"picture {number}"}))
+    (data / "metadata.jsonl").write_text("\n".join(rows))
+    arguments = ["--split", "train", "--caption-columns", "caption", "--output", str(tmp_path / "results")]
+    assert cli.main(["evaluate", str(folder), "--benchmark", str(data), *arguments]) == 0
+    (written,) = (tmp_path / "results").glob("*.json")
+    assert "text_to_image_recall@1" in written.read_text()
+    encoder = load_encoder(str(folder), device="cpu")
+    with TestClient(create_app(encoder)) as client:
+        picture = base64.b64encode((data / "0.png").read_bytes()).decode()
+        answer = client.post("/v1/embeddings", json={"input": ["a red bus", {"image": picture}]}).json()
+    served = torch.tensor([entry["embedding"] for entry in answer["data"]])
+    expected = torch.cat([encoder.encode_text(["a red bus"]), encoder.encode_image([str(data / "0.png")])])
+    torch.testing.assert_close(served, expected, atol=1e-5, rtol=0)
 
 
 def test_the_commands_index_and_search_with_it(
