@@ -58,6 +58,8 @@ class LLM2CLIPOutput(ModelOutput):
         image_embeds: `(images, projection_dim)`, unit length.
         text_embeds: `(texts, projection_dim)`, unit length.
         logit_scale: The factor between cosine and logit.
+        pooler_output: `(images, projection_dim)`, if there are as many captions: image i and caption i as one query,
+            the sum of both.
     """
 
     loss: Tensor | None = None
@@ -67,6 +69,7 @@ class LLM2CLIPOutput(ModelOutput):
     text_embeds: Tensor | None = None
     logit_scale: Tensor | None = None
     logit_bias: Tensor | None = None
+    pooler_output: Tensor | None = None
 
 
 class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
@@ -501,4 +504,5 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
             text_embeds=text_embeds,
             logit_scale=scale,
             logit_bias=bias,
+            pooler_output=image_embeds + text_embeds if image_embeds.shape == text_embeds.shape else None,
         )

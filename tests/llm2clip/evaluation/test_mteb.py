@@ -49,12 +49,15 @@ class NameToKeywords(AbsTaskRetrieval):
     def load_data(self, **kwargs: Any) -> None:
         table = concepts()
         ids = [str(row) for row in range(len(table))]
-        queries = table.select_columns("caption").rename_column("caption", "text").add_column("id", ids)
+        queries = self.queries(table).add_column("id", ids)
         corpus = self.corpus(table).add_column("id", ids)
         right = {row: {row: 1} for row in ids}
         split = {"queries": queries, "corpus": corpus, "relevant_docs": right, "top_ranked": None}
         self.dataset = {"default": {"test": split}}
         self.data_loaded = True
+
+    def queries(self, table: datasets.Dataset) -> datasets.Dataset:
+        return table.select_columns("caption").rename_column("caption", "text")
 
     def corpus(self, table: datasets.Dataset) -> datasets.Dataset:
         return table.select_columns("keywords").rename_column("keywords", "text")
@@ -69,6 +72,16 @@ class NameToPicture(NameToKeywords):
         return table.select_columns("image").add_column("modality", ["image"] * len(table))
 
 
+class PictureAndNameToKeywords(NameToKeywords):
+    """Retrieval with an image and a text as one query."""
+
+    metadata: ClassVar = metadata("PictureAndNameToKeywords", "Any2AnyRetrieval", "it2t", ["text", "image"])
+
+    def queries(self, table: datasets.Dataset) -> datasets.Dataset:
+        both = table.select_columns(["image", "caption"]).rename_column("caption", "text")
+        return both.add_column("modality", ["image,text"] * len(table))
+
+
 def test_retrieval_equals_our_metrics(tmp_path: Path) -> None:
     folder = tmp_path / "llm2clip-tiny"
     torch.manual_seed(0)
@@ -80,9 +93,15 @@ def test_retrieval_equals_our_metrics(tmp_path: Path) -> None:
     model.mteb_model_meta = model.mteb_model_meta.model_copy(update=meta)
     encoder, table = load_encoder(str(folder), device="cpu"), concepts()
     names, keywords = (encoder.encode_text(table[column][:]) for column in ("caption", "keywords"))
-    for task, candidates in ((NameToKeywords(), keywords), (NameToPicture(), encoder.encode_image(table["image"][:]))):
+    pictures = encoder.encode_image(table["image"][:])
+    both = torch.nn.functional.normalize(names + pictures, dim=-1)
+    for task, queries, candidates in (
+        (NameToKeywords(), names, keywords),
+        (NameToPicture(), names, pictures),
+        (PictureAndNameToKeywords(), both, keywords),
+    ):
         result = mteb.evaluate(model, task, cache=None, co2_tracker=False, encode_kwargs={"batch_size": 7})
-        found, expected = result.task_results[0].scores["test"][0], caption_retrieval_metrics(names, candidates)
+        found, expected = result.task_results[0].scores["test"][0], caption_retrieval_metrics(queries, candidates)
         assert 0 < expected["recall@10"] < 1
         for k in (1, 5, 10):
             assert found[f"recall_at_{k}"] == pytest.approx(expected[f"recall@{k}"], abs=1e-5)

@@ -94,6 +94,30 @@ def test_process_without_this_package_gets_the_embeddings_of_the_model(pictures:
     assert found["max_seq_length"] == 64
 
 
+def test_an_image_and_a_text_are_one_query(tmp_path: Path) -> None:
+    model, processor = tiny.save(tmp_path), tiny.processor()
+    write_sentence_transformers_files(tmp_path)
+    pairs = list(zip(IMAGES, CAPTIONS, strict=False))
+    images, captions = zip(*pairs, strict=True)
+    summed = model.encode_text(list(captions), processor) + model.encode_image(list(images), processor)
+    expected = torch.nn.functional.normalize(summed, dim=-1)
+    loaded = opened(tmp_path)
+    rows = loaded.encode([{"image": image, "text": caption} for image, caption in pairs], convert_to_tensor=True)
+    torch.testing.assert_close(rows, expected, **CLOSE)
+    loaded.save_pretrained(str(tmp_path / "again"))
+    row = opened(tmp_path / "again").encode({"text": captions[1], "image": images[1]}, convert_to_tensor=True)
+    torch.testing.assert_close(row, expected[1], **CLOSE)
+
+
+def test_another_transformers_is_refused_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.save(tmp_path)
+    write_sentence_transformers_files(tmp_path)
+    monkeypatch.setattr("transformers.__version__", "5.1.0")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "5.1.0")
+    with pytest.raises(ImportError, match="transformers"):
+        opened(tmp_path)
+
+
 def test_folder_without_the_files_gives_the_same_embeddings_when_normalized(tmp_path: Path) -> None:
     """sentence-transformers reads the return annotations of `forward` and `get_*_features`."""
     model, processor = tiny.save(tmp_path), tiny.processor()

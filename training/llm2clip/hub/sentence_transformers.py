@@ -18,8 +18,8 @@ FORWARD = {"method": "forward", "method_output_name": "pooler_output"}
 def write_sentence_transformers_files(folder: str | Path) -> None:
     """Make a saved model folder load as `SentenceTransformer(folder, trust_remote_code=True)`.
 
-    A joint model embeds captions and images as unit vectors, like its `encode_text` and `encode_image`. A text tower
-    embeds captions like its `encode`: not normalized, so that an adapter accepts the rows as `llm_embeds`
+    A joint model embeds captions and images as unit vectors, like its `encode_text` and `encode_image`, and an image
+    with a text, `{"image": ..., "text": ...}`, as the sum of both, scaled to unit length. A text tower embeds captions like its `encode`: not normalized, so that an adapter accepts the rows as `llm_embeds`
     (`similarity` is the cosine, and `encode(normalize_embeddings=True)` returns unit vectors). No prompt is set,
     because the tokenizer adds it. Existing files of the same names are replaced.
 
@@ -32,7 +32,8 @@ def write_sentence_transformers_files(folder: str | Path) -> None:
     folder = Path(folder)
     repo = inspect_repo(folder)
     repo.require(RepoKind.JOINT, RepoKind.TEXT_TOWER, hint="Give the folder of a model that embeds captions.")
-    modalities = {"text": FORWARD} if repo.kind is RepoKind.TEXT_TOWER else {"text": FORWARD, "image": FORWARD}
+    names = ["text"] if repo.kind is RepoKind.TEXT_TOWER else ["text", "image", "image+text"]
+    modalities = dict.fromkeys(names, FORWARD)
     modules = [{"idx": 0, "name": "0", "path": "", "type": f"{MODULES}.transformer.Transformer"}]
     files: dict[str, Any] = {
         "modules.json": modules,
@@ -46,11 +47,13 @@ def write_sentence_transformers_files(folder: str | Path) -> None:
             "prompts": {"query": "", "document": ""},
             "default_prompt_name": None,
             "similarity_fn_name": "cosine",
+            # What the code that ships with a model runs with.
+            "requirements": {"transformers": ">=4.57.6,!=5.0.*,!=5.1.*"},
         },
     }
     if "image" in modalities:
         modules.append({"idx": 1, "name": "1", "path": NORMALIZE_FOLDER, "type": f"{MODULES}.normalize.Normalize"})
-        names = dict.fromkeys(("module_input_name", "module_output_name"), "sentence_embedding")
-        files[f"{NORMALIZE_FOLDER}/config.json"] = names
+        renamed = dict.fromkeys(("module_input_name", "module_output_name"), "sentence_embedding")
+        files[f"{NORMALIZE_FOLDER}/config.json"] = renamed
     for name, content in files.items():
         write_json(folder / name, content)
