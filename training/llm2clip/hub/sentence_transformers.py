@@ -19,8 +19,9 @@ def write_sentence_transformers_files(folder: str | Path) -> None:
     """Make a saved model folder load as `SentenceTransformer(folder, trust_remote_code=True)`.
 
     A joint model embeds captions and images as unit vectors, like its `encode_text` and `encode_image`, and an image
-    with a text, `{"image": ..., "text": ...}`, as the sum of both, scaled to unit length. A text tower
-    embeds captions like its `encode`: not normalized, so that an adapter accepts the rows as `llm_embeds` (`similarity` is the cosine, and `encode(normalize_embeddings=True)` returns unit vectors). No prompt is set,
+    with a text, `{"image": ..., "text": ...}`, as the sum of both, scaled to unit length. A text tower embeds
+    captions like its `encode`: not normalized, so that an adapter accepts the rows as `llm_embeds` (`similarity` is
+    the cosine, and `encode(normalize_embeddings=True)` returns unit vectors). No prompt is set,
     because the tokenizer adds it. Existing files of the same names are replaced.
 
     Args:
