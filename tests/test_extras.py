@@ -23,6 +23,7 @@ OWN = {"llm2clip": ROOT / "training" / "llm2clip", "modeling_llm2clip": ROOT / "
 ON_DEMAND = {
     "eccv_caption": "eccv", "lancedb": "search", "open_clip": "evaluation",
     "pgvector": "postgres", "pillow_heif": "heif", "psycopg": "postgres", "ray": "ray",
+    "sentence_transformers": "sentence-transformers",
 }  # fmt: skip
 
 

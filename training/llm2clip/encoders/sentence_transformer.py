@@ -54,7 +54,8 @@ class SentenceTransformerEncoder(Encoder):
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
             raise ImportError(
-                f"{name} is a model of sentence-transformers: pip install sentence-transformers ({error})."
+                f"{name} is a model of sentence-transformers ({error}); install it with: "
+                "pip install 'llm2clip[sentence-transformers]'"
             ) from error
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r} is unknown; choose {', '.join(DTYPES)}.")
