@@ -9,6 +9,7 @@ import logging
 import os
 import posixpath
 import re
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -48,6 +49,8 @@ MAGIC = re.compile(r"[*?\[]")
 BY_CAPTIONS = "captions:"
 # What file systems say by which a file that has changed differs.
 FILE_STATE = ("size", "mtime", "ino", "ETag", "etag", "md5", "LastModified")
+# Files are counted side by side, and none before the message about all of them.
+ANNOUNCING = threading.Lock()
 
 
 class SourceShard(NamedTuple):
@@ -230,16 +233,17 @@ class ShardedSource:
 
     def _announce_reading(self) -> None:
         """Say before the first one that remote files are read whole, which may take as long as an epoch."""
-        if self._is_announced:
-            return
-        self._is_announced = True
-        read = [path for path in self.files if "://" in path and not is_plain(path, ".parquet")]
-        logger.info(
-            "counting the rows of %d remote files, %s and so on: they are read whole, once on this machine. You avoid "
-            "it with sidecars, which llm2clip embed writes.",
-            len(read),
-            read[0].split("?")[0],  # a signature may follow
-        )
+        with ANNOUNCING:
+            if self._is_announced:
+                return
+            self._is_announced = True
+            read = [path for path in self.files if "://" in path and not is_plain(path, ".parquet")]
+            logger.info(
+                "counting the rows of %d remote files, %s and so on: they are read whole, once on this machine. You "
+                "avoid it with sidecars, which llm2clip embed writes.",
+                len(read),
+                read[0].split("?")[0],  # a signature may follow
+            )
 
     # Captions.
 
