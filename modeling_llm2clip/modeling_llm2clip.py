@@ -58,8 +58,8 @@ class LLM2CLIPOutput(ModelOutput):
         image_embeds: `(images, projection_dim)`, unit length.
         text_embeds: `(texts, projection_dim)`, unit length.
         logit_scale: The factor between cosine and logit.
-        pooler_output: `(images, projection_dim)`, if there are as many captions: image i and caption i as one query,
-            the sum of both.
+        pooler_output: `(images, projection_dim)`, with the logits and as many captions as images: image i and
+            caption i as one query, the sum of both.
     """
 
     loss: Tensor | None = None
@@ -465,7 +465,7 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
 
         Args:
             return_loss: Also return the loss; image i and caption i are a pair.
-            return_logits: `False` skips the logits, for a loss that is computed from the embeddings.
+            return_logits: `False` skips them and `pooler_output`, for a loss that is computed from the embeddings.
             vision_features: Stored features of images instead of pixels; see [`get_image_features`].
             kwargs: Passed to the vision tower if there are images, otherwise to the LLM.
         """
@@ -504,5 +504,7 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
             text_embeds=text_embeds,
             logit_scale=scale,
             logit_bias=bias,
-            pooler_output=image_embeds + text_embeds if image_embeds.shape == text_embeds.shape else None,
+            pooler_output=image_embeds + text_embeds
+            if return_logits and len(image_embeds) == len(text_embeds)
+            else None,
         )

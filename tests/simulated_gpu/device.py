@@ -19,7 +19,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-import tempfile
 import threading
 import types
 from pathlib import Path
@@ -34,11 +33,12 @@ def load_backend() -> None:
     root = Path(importlib.util.find_spec("torch").origin).parent
     source = HERE / "device.cpp"
     version = (root / "version.py").read_bytes()
-    lib = (
-        Path(tempfile.gettempdir())
-        / f"libsimulatedgpu-{hashlib.sha256(source.read_bytes() + version).hexdigest()[:12]}.so"
-    )
+    # In the checkout: a library in a folder that others can write would be theirs.
+    folder = HERE.parents[1] / "build"
+    folder.mkdir(exist_ok=True)
+    lib = folder / f"libsimulatedgpu-{hashlib.sha256(source.read_bytes() + version).hexdigest()[:12]}.so"
     if not lib.exists():
+        part = f"{lib}.{os.getpid()}.part"
         command = [
             "g++",
             "-O0",
@@ -49,13 +49,13 @@ def load_backend() -> None:
             f"-I{root}/include",
             str(source),
             "-o",
-            f"{lib}.part",
+            part,
             f"-L{root}/lib",
             "-lc10",
             "-ltorch_cpu",
         ]
         subprocess.run(command, check=True)
-        os.replace(f"{lib}.part", lib)
+        os.replace(part, lib)
     for path in (root / "lib" / "libc10.so", root / "lib" / "libtorch_cpu.so", lib):
         ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
 
