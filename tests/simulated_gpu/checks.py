@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 # isort: off
-from tests.simulated_gpu.device import DeviceTensor, Simulation, simulated_cuda  # before torch
+from tests.simulated_gpu.device import DeviceTensor  # before torch
+from tests.simulated_gpu.torch_cuda import simulated_cuda
+from tests.simulated_gpu.waits import Waits
 # isort: on
 
 import collections
@@ -44,7 +46,7 @@ QUICK = {"max_steps": STEPS, "logging_steps": 1000, "save_strategy": "no", "use_
 class Phase(TrainerCallback):
     """Names the events of optimizer steps."""
 
-    def __init__(self, sim: Simulation) -> None:
+    def __init__(self, sim: Waits) -> None:
         self.sim = sim
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -194,7 +196,7 @@ def main() -> None:
     for name, case in CASES.items():
         with simulated_cuda(roots=ROOTS) as sim:
 
-            def with_phase(trainer: Trainer, *args: Any, sim: Simulation = sim, **kwargs: Any) -> None:
+            def with_phase(trainer: Trainer, *args: Any, sim: Waits = sim, **kwargs: Any) -> None:
                 init(trainer, *args, **kwargs)
                 trainer.add_callback(Phase(sim))
 
