@@ -30,6 +30,11 @@ Ending = Callable[[str, Any], None]
 EVALUATE = ["evaluate", "x", "--benchmark", "y.csv"]
 
 
+def _raised_during(stop: BaseException, error: BaseException) -> BaseException:
+    error.__context__ = stop
+    return error
+
+
 @pytest.fixture
 def ending(monkeypatch: pytest.MonkeyPatch) -> Ending:
     """Makes a command do nothing but raise an error or return a result."""
@@ -171,8 +176,14 @@ def test_a_command_leaves_the_process_group_of_its_launcher(ending: Ending, tmp_
         (KeyboardInterrupt(), "1", 130, "Ctrl-C"),
         # It may come from a launcher, after the end of another process.
         (StoppedError(), "2", 143, f"SIGTERM (unless you have sent it, {PEER_ENDED})"),
+        (
+            _raised_during(KeyboardInterrupt(), RuntimeError("DataLoader worker is killed by signal")),
+            "1",
+            130,
+            "Ctrl-C",
+        ),
     ],
-    ids=["Ctrl-C", "SIGTERM"],
+    ids=["Ctrl-C", "SIGTERM", "Ctrl-C that has also ended a worker"],
 )
 def test_a_command_that_is_stopped_says_how_to_go_on(
     error: BaseException,

@@ -51,6 +51,24 @@ def stop_now() -> None:
     raise StoppedError
 
 
+def stop_behind(error: BaseException) -> KeyboardInterrupt | StoppedError | None:
+    """Return the Ctrl-C or SIGTERM that `error` was raised from or after, if any.
+
+    Ctrl-C reaches the worker processes too, and torch raises a RuntimeError as soon as one of them has ended: while
+    KeyboardInterrupt is on its way up, that error takes its place.
+    """
+    seen: set[int] = set()
+    links: list[BaseException | None] = [error]
+    while links:
+        link = links.pop()
+        if isinstance(link, KeyboardInterrupt | StoppedError):
+            return link
+        if link is not None and id(link) not in seen:
+            seen.add(id(link))
+            links += [link.__cause__, link.__context__]
+    return None
+
+
 def ignore_ended_workers() -> None:
     """Ignore the end of worker processes from now on, which torch raises as an error wherever the main thread is."""
     if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
