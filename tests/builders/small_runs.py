@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from modeling_llm2clip import EVA02VisionModel
 from tests.builders import tiny
 
-DATA = Path(str(resources.files("llm2clip.example_data")))
+DATA = Path(__file__).resolve().parents[2] / "examples" / "data"
 CONCEPTS = str(DATA / "concepts")
 GLOSSES = str(DATA / "glosses")
 # Settings of both stages.

@@ -79,8 +79,7 @@ class Command:
 # fmt: off
 COMMANDS = {
     "quickstart": Command("run both stages, evaluation and export on the bundled data",
-                          "llm2clip.quickstart.quickstart", "QuickstartConfig", (), writes_log=True, resumable=True,
-                          extra="quickstart"),
+                          "llm2clip.quickstart.quickstart", "QuickstartConfig", (), writes_log=True, resumable=True),
     "mntp": Command("train masked next token prediction (optional, before stage 1)",
                     "llm2clip.trainers.run_mntp", "MNTPRecipe", resumes=True, writes_log=True),
     "stage1": Command("fine-tune the LLM on caption pairs with a contrastive loss",
@@ -100,12 +99,12 @@ COMMANDS = {
                     "llm2clip.planning.plan", "PlanConfig", ("recipe",), passes_on="overrides"),
     "evaluate": Command("measure models on published benchmarks and on your own images and captions",
                         "llm2clip.evaluation.evaluate", "EvaluateConfig", ("model",), optional=("model",),
-                        extra="evaluation"),
+                        extra="eval"),
     "report": Command("show results of evaluations as a table, beside published numbers",
-                      "llm2clip.evaluation.report", "ReportConfig", ("results",), extra="evaluation"),
+                      "llm2clip.evaluation.report", "ReportConfig", ("results",), extra="eval"),
     "check-data": Command("show what is in a data set or published set, and what is wrong with it",
                           "llm2clip.checks.check_data", "CheckDataConfig", ("source",), optional=("source",),
-                          extra="evaluation"),
+                          extra="eval"),
     "convert": Command(
         "convert checkpoints of the original code, of Microsoft's repos and of CLIP to this format and back",
         "llm2clip.convert.conversion", "ConvertConfig", ("source", "destination")),
@@ -116,7 +115,7 @@ COMMANDS = {
     "push": Command("check a built folder and upload it to the Hub",
                     "llm2clip.hub.push", "PushConfig", ("folder", "repo_id"), resumable=True),
     "export-onnx": Command("export the vision and text graphs to ONNX and compare them with torch",
-                           "llm2clip.hub.export_onnx", "ExportOnnxConfig", ("model",), extra="onnx"),
+                           "llm2clip.hub.export_onnx", "ExportOnnxConfig", ("model",)),
     "index": Command("index images or captions for search; a second run embeds only what has changed",
                      "llm2clip.search.index", "IndexConfig", ("folder",), resumable=True, extra="search"),
     "search": Command("search an index with a text or an image",
@@ -124,7 +123,7 @@ COMMANDS = {
     "tags": Command("write the labels that fit each image of an index best to a file",
                     "llm2clip.search.tags", "TagsConfig", ("index", "labels"), extra="search"),
     "serve": Command("serve embeddings of texts and images, and searches, over HTTP (OpenAI's API)",
-                     "llm2clip.serving.serve", "ServeConfig", ("model",), extra="serve"),
+                     "llm2clip.serving.serve", "ServeConfig", ("model",), extra="search"),
     "demo": Command("open a demo in the browser: search, classification, heat maps, comparison of two models",
                     "llm2clip.demo.demo", "DemoConfig", (), extra="demo"),
 }

@@ -145,4 +145,4 @@ def test_ray_that_is_missing_is_one_clear_line(
     monkeypatch.setitem(sys.modules, "ray", None)
     command = ["embed", "--text-model-name-or-path", "nothing", "--sources", sources]
     assert cli.main([*command, "--output-dir", str(tmp_path / "out"), "--engine", "ray"]) == 2
-    assert "pip install 'llm2clip[ray]'" in capsys.readouterr().err
+    assert "pip install 'llm2clip[all]'" in capsys.readouterr().err

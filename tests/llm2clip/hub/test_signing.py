@@ -16,7 +16,7 @@ from tests.documents.reading import commands
 from tests.llm2clip.hub.conftest import upload
 from tests.loopback_hub import LoopbackHub
 
-pytest.importorskip("model_signing", reason="model-signing is not installed: pip install -e '.[test]'")
+pytest.importorskip("model_signing", reason="model-signing is not installed: pip install -e '.[dev]'")
 serialization = pytest.importorskip("cryptography.hazmat.primitives.serialization")
 ec = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.ec")
 REPO = "tester/Llama-my-model"

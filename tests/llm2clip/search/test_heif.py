@@ -46,7 +46,7 @@ def test_without_pillow_heif_the_message_says_what_to_install(
         monkeypatch.delitem(Image.OPEN, kind, raising=False)
     try:
         assert index(photos, model[0], tmp_path / "index") == (12, 0, 0, 1, 12)
-        assert "pip install 'llm2clip[heif]'" in (tmp_path / "index" / "manifest.json").read_text()
+        assert "pip install 'llm2clip[search]'" in (tmp_path / "index" / "manifest.json").read_text()
         message = error(capsys, "search", tmp_path / "index", "--image", photos / "photo.HEIC")
         assert "HEIC needs pillow-heif" in message
     finally:

@@ -179,7 +179,7 @@ def test_a_name_that_is_no_table_and_a_missing_library_are_refused(monkeypatch: 
     monkeypatch.setitem(sys.modules, "psycopg", None)
     for name in [name for name in sys.modules if name.startswith("llm2clip.search.postgres")]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(ImportError, match=r"pip install 'llm2clip\[postgres\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'llm2clip\[search\]'"):
         open_store("a", "postgresql:///images")
 
 

@@ -17,7 +17,7 @@ def prepare_heif(path: str | Path) -> None:
         DamagedImageError: pillow-heif is not installed; the message has the command that installs it.
     """
     if Path(path).suffix.lower() in HEIF_SUFFIXES and not _registered():
-        raise DamagedImageError(str(path), "HEIC needs pillow-heif; install it with: pip install 'llm2clip[heif]'")
+        raise DamagedImageError(str(path), "HEIC needs pillow-heif; install it with: pip install 'llm2clip[search]'")
 
 
 @cache

@@ -11,12 +11,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from llm2clip.command_line.logs import printable, quiet_libraries
 from llm2clip.command_line.settings import defaults_of, refuse, setting
+from llm2clip.data.bundled import bundled_data
 from llm2clip.models.places import DTYPE, ModelDtype, require_model_place
 from llm2clip.search.search import check_places
 from llm2clip.serving.addresses import listen
@@ -177,7 +177,7 @@ def open_images(config: DemoConfig) -> Items:
     """Open the images that the settings select."""
     from llm2clip.search.table_items import FolderImages, open_items
 
-    path = config.data or str(resources.files("llm2clip.example_data") / "concepts" / "test.parquet")
+    path = config.data or str(bundled_data("concepts/test.parquet", "give --data a folder of images, or --index"))
     root = Path(path).expanduser()
     # Metadata files contain the captions of a folder of images, which `datasets` reads.
     kind = "dataset" if any(root.glob("metadata.*")) or any(root.glob("*/metadata.*")) else "auto"

@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 
 from llm2clip.command_line.logs import shortened
+from llm2clip.data.bundled import bundled_data
 from llm2clip.files.atomic import write_text
 from llm2clip.files.folders import atomic_folder, refuse_nested
 from llm2clip.files.manifests import refuse_damaged
@@ -19,7 +20,7 @@ logger = logging.getLogger(__name__)
 FILES = ("README.md", "requirements.txt", "app.py")
 PACKAGES = ("modeling_llm2clip", "llm2clip")
 WHOLE_MODEL = "The demo needs a whole model with its LLM; `llm2clip convert` converts checkpoints of other code."
-DATA = ("__init__.py", "README.md", "concepts/test.parquet")
+DATA = ("README.md", "concepts/test.parquet")
 
 
 def write_space(destination: Path, model: str, overwrite: bool = False) -> None:
@@ -31,6 +32,7 @@ def write_space(destination: Path, model: str, overwrite: bool = False) -> None:
 
     Raises:
         FileExistsError: The destination exists, and `overwrite` is off or it holds what this function did not write.
+        FileNotFoundError: This is a wheel, which has no bundled images.
         ValueError: The folder does not contain an LLM2CLIP model, or its LLM is in another folder, or a file of it is
             damaged.
     """
@@ -43,6 +45,7 @@ def write_space(destination: Path, model: str, overwrite: bool = False) -> None:
                 f"the LLM of {model} is in another folder ({llm}), which the Space would not contain; "
                 "save the model with its LLM, or push both to the Hub and give the Hub id of the model."
             )
+    data = {name: bundled_data(name, "copy a Space that a checkout wrote") for name in DATA}
     refuse_nested(model, destination)
     # As with a push: what lies beside the model may not be meant for the public.
     files = model_files(Path(model)) if bundled else None
@@ -59,7 +62,7 @@ def write_space(destination: Path, model: str, overwrite: bool = False) -> None:
         for name in DATA:
             target = folder / "llm2clip" / "example_data" / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(_packaged("llm2clip.example_data") / name, target)
+            shutil.copyfile(data[name], target)
         for name, path in {} if files is None else files.uploaded.items():
             (folder / "model" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / "model" / name)

@@ -18,7 +18,7 @@ from llm2clip.models.places import OPEN_CLIP
 # Names of models whose weights belong to them.
 WITH_WEIGHTS = ("hf-hub:", "local-dir:")
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-INSTALL = "install it with pip install open-clip-torch, or pip install 'llm2clip[evaluation]'"
+INSTALL = "install it with pip install open-clip-torch, or pip install 'llm2clip[eval]'"
 
 
 class OpenClipEncoder(ClipEncoder):

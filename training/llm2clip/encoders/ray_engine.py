@@ -58,7 +58,7 @@ def embed_with_ray(
         import ray.data
         from ray.exceptions import RayError
     except ModuleNotFoundError as error:
-        raise ImportError(f"engine: ray needs Ray ({error}): pip install 'llm2clip[ray]'.") from error
+        raise ImportError(f"engine: ray needs Ray ({error}): pip install 'llm2clip[all]'.") from error
     with _cluster(ray, address, actors):
         missing = dict(enumerate(jobs))
         for _ in range(ROUNDS):

@@ -55,7 +55,7 @@ class SentenceTransformerEncoder(Encoder):
         except ImportError as error:
             raise ImportError(
                 f"{name} is a model of sentence-transformers ({error}); install it with: "
-                "pip install 'llm2clip[sentence-transformers]'"
+                "pip install 'llm2clip[eval]'"
             ) from error
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r} is unknown; choose {', '.join(DTYPES)}.")

@@ -50,5 +50,5 @@ def eccv_caption() -> Any:
             warnings.simplefilter("ignore")  # json is as good as ujson
             from eccv_caption import metrics
     except ImportError as error:
-        raise ImportError(f"ECCV Caption and CxC need {PACKAGE}: pip install 'llm2clip[eccv]'.") from error
+        raise ImportError(f"ECCV Caption and CxC need {PACKAGE}: pip install 'llm2clip[eval]'.") from error
     return metrics

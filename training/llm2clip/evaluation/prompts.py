@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from llm2clip.encoders.open_clip import INSTALL
 from llm2clip.evaluation.benchmark import Benchmark, BenchmarkError
 from llm2clip.evaluation.reading import read_lines
 from llm2clip.files.atomic import digest_json
@@ -20,21 +21,51 @@ ZERO_SHOT = "zero-shot-classification"
 # and OpenAI's for CIFAR. The names and templates are identical in the code of OpenAI, open_clip, CLIP_benchmark and
 # LLM2CLIP, slips such as "a origami {c}." included.
 TEMPLATE_SETS = ("openai-80", "openai-7", "paper", "openai-cifar")
+_KINDS = ("", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good ")
+OWN_TEMPLATES = {
+    "paper": ["a photo of the {c}"],
+    "openai-cifar": [
+        text
+        for article in ("a", "the")
+        for text in (
+            *(f"a {kind}photo of {article} {PLACEHOLDER}." for kind in _KINDS),
+            *(f"a photo of {article} {size} {PLACEHOLDER}." for size in ("small", "big")),
+        )
+    ],
+}
 
 
 @cache
 def class_data(name: str) -> dict[str, Any]:
-    """Return names of classes and prompt templates from the file `class_data/NAME.json` of the package."""
+    """Return what the file `class_data/NAME.json` of the package says about classes."""
     file = resources.files("llm2clip.evaluation") / "class_data" / f"{name}.json"
     return json.loads(file.read_text(encoding="utf-8"))
+
+
+@cache
+def _of_open_clip() -> tuple[list[str], dict[str, list[str]]]:
+    """OpenAI's names of the classes of ImageNet, and its templates: MIT, which is not the license of our wheel."""
+    try:
+        from open_clip import zero_shot_metadata as peer
+    except ImportError as error:
+        raise ImportError(f"OpenAI's names and templates of ImageNet are those of open_clip: {INSTALL}") from error
+    names = list(peer.IMAGENET_CLASSNAMES)
+    made = (peer.OPENAI_IMAGENET_TEMPLATES, peer.SIMPLE_IMAGENET_TEMPLATES)
+    many, few = ([template(PLACEHOLDER) for template in templates] for templates in made)
+    if digest_json([names, many, few]) != class_data("imagenet")["checksum"]:
+        raise ImportError("the open_clip that is installed has other names or templates of ImageNet than OpenAI.")
+    return names, {"openai-80": many, "openai-7": few}
 
 
 def imagenet_classes() -> dict[str, str]:
     """Return OpenAI's name of each of the 1,000 classes by WordNet id, in the order of the labels.
 
     Two names stand for two classes each, `missile` and `sunglasses`: images of these four tie.
+
+    Raises:
+        ImportError: open_clip, which has the names, is not installed.
     """
-    return dict(class_data("imagenet")["classes"])
+    return dict(zip(class_data("imagenet")["classes"], _of_open_clip()[0], strict=True))
 
 
 def imagenet_subset(name: str) -> list[str]:
@@ -43,8 +74,12 @@ def imagenet_subset(name: str) -> list[str]:
 
 
 def template_set(name: str) -> list[str]:
-    """Return the templates of a set of `TEMPLATE_SETS`."""
-    return list(class_data("imagenet")["templates"][name])
+    """Return the templates of a set of `TEMPLATE_SETS`.
+
+    Raises:
+        ImportError: open_clip, which has those of ImageNet, is not installed.
+    """
+    return list(OWN_TEMPLATES[name] if name in OWN_TEMPLATES else _of_open_clip()[1][name])
 
 
 def with_prompts(

@@ -5,18 +5,16 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from llm2clip.data import CaptionSource, PairSource, caption_id, distinct_captions, load_source
+from llm2clip.data.bundled import bundled_data
 from llm2clip.data.formats import SourceError
 from llm2clip.data.table_identity import data_revision
 from llm2clip.evaluation.data import CaptionPairData
 
 logger = logging.getLogger(__name__)
 
-BUNDLED = Path(str(resources.files("llm2clip.example_data")))
 # Columns of words and their definitions.
 GLOSSES = ("lemmas", "gloss")
 # Languages of translated captions: those of the tables, and others that only `results.json` lists.
@@ -50,7 +48,7 @@ class QuickstartData:
 
         Missing validation and test splits are replaced by held-out parts of `train`.
         """
-        path = path or str(BUNDLED / "concepts")
+        path = path or str(bundled_data("concepts", "give --data a folder or Hub id"))
         held_out = []
         for split in ("validation", "test"):
             try:
@@ -77,7 +75,7 @@ class QuickstartData:
 
     def gloss_pairs(self, split: str) -> PairSource:
         """Return bundled pairs of words and their definitions."""
-        path, (anchor, positive) = str(BUNDLED / "glosses"), GLOSSES
+        path, (anchor, positive) = _glosses(), GLOSSES
         return PairSource(path=path, split=split, anchor_column=anchor, positive_column=positive, weight=1)
 
     def caption_pairs(self, split: str) -> PairSource:
@@ -130,8 +128,7 @@ class QuickstartData:
 
     def embedded(self, kind: str) -> list[CaptionSource]:
         """Return what a text encoder of a kind embeds: the captions, and the texts of the caption retrieval."""
-        glosses = str(BUNDLED / "glosses")
-        pairs = [CaptionSource(glosses, split="test", caption_columns=[column]) for column in GLOSSES]
+        pairs = [CaptionSource(_glosses(), split="test", caption_columns=[column]) for column in GLOSSES]
         if "name_to_keywords" in self.caption_sets:
             pairs.append(self.source(self.test, self.caption_columns))
         return [
@@ -157,3 +154,7 @@ class QuickstartData:
             "splits": [self.train, self.validation, self.test],
             "caption_columns": self.caption_columns,
         }
+
+
+def _glosses() -> str:
+    return str(bundled_data("glosses", "train both stages on your own data (llm2clip stage1, stage2)"))

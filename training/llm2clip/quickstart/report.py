@@ -14,16 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llm2clip.data.bundled import bundled_data
 from llm2clip.encoders.stored import StoredEncoder
 from llm2clip.evaluation.data import RetrievalData
 from llm2clip.files.atomic import write_text
-from llm2clip.quickstart.data import BUNDLED, QUERY, SHOWN_LANGUAGES, QuickstartData
+from llm2clip.quickstart.data import QUERY, SHOWN_LANGUAGES, QuickstartData
 from llm2clip.quickstart.results import all_tables
 from llm2clip.search.top_k import top_k
 
 NUM_TYPED, NUM_QUERIES, NUM_FOUND, THUMBNAIL = 4, 12, 6, 96
 # What somebody would type, and which of the bundled test pictures are right for it: judged once, and committed.
-TYPED_QUERIES, SHOWN = BUNDLED / "typed_queries.json", 5
+TYPED_QUERIES, SHOWN = "typed_queries.json", 5
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1d2430; }
@@ -76,7 +77,8 @@ def search_typed(final: FinalModel) -> dict[str, Any]:
         The number of `queries`; those whose `first` picture is right, and those with a right one `found` among the
         first `shown`; and of each query the rows that it finds, and whether they are right, as `results`.
     """
-    typed = json.loads(TYPED_QUERIES.read_text(encoding="utf-8"))
+    file = bundled_data(TYPED_QUERIES, "give --data a folder or Hub id")
+    typed = json.loads(file.read_text(encoding="utf-8"))
     embeds = final.model.encode_text([entry["query"] for entry in typed], final.processor)
     results = []
     for entry, images in zip(typed, top_k(embeds, final.image_embeds, SHOWN)[1].tolist(), strict=True):

@@ -45,8 +45,7 @@ def open_store(location: str | Path | IndexStore, postgres: str | None = None) -
 
         return LanceStore(location)
     except ImportError as error:
-        extra = "search" if postgres is None else "postgres"
-        raise ImportError(f"{error}; install it with: pip install 'llm2clip[{extra}]'") from error
+        raise ImportError(f"{error}; install it with: pip install 'llm2clip[search]'") from error
 
 
 def rows_folder(store: IndexStore, rows_dir: str | None = None) -> Path:

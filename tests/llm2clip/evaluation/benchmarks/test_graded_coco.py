@@ -46,5 +46,5 @@ def test_the_whole_set_has_the_published_counts(name: str, tmp_path: Path) -> No
 def test_without_the_package_a_set_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     coco(tmp_path, list(CORPUS)[:2])
     monkeypatch.setitem(sys.modules, "eccv_caption", None)
-    with pytest.raises(ImportError, match=r"pip install 'llm2clip\[eccv\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'llm2clip\[eval\]'"):
         read("eccv-caption", tmp_path)

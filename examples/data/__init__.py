@@ -1,1 +1,0 @@
-"""The small data set of the quickstart: captioned drawings and WordNet glosses (see README.md)."""
