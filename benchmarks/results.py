@@ -114,9 +114,17 @@ def table(records: dict[tuple[str, str, str], Record], shortfalls: dict[str, str
         for row in sorted(missed, key=lambda name: int(name[1:])):
             parts.append(f"- {row}: {shortfalls.get(row) or 'no reason is given yet.'}")
         parts.append("")
-    notes = dict.fromkeys(f"- {key[0]}: {entry['note']}" for key, entry in ordered if entry["note"])
+    notes: dict[tuple[str, str], str] = {}
+    for key, entry in ordered:
+        if entry["note"]:
+            notes.setdefault((key[0], entry["note"]), key[1])
     if notes:
-        parts += ["## Notes\n", *notes, ""]
+        rows = [row for row, _ in notes]
+        named = {
+            place: f"{place[0]}, {contest}" if rows.count(place[0]) > 1 else place[0]
+            for place, contest in notes.items()
+        }
+        parts += ["## Notes\n", *(f"- {name}: {note}" for (_, note), name in named.items()), ""]
     parts += ["## Where and when\n", *_provenance(ordered), ""]
     return "\n".join(parts)
 
