@@ -14,6 +14,7 @@ from llm2clip.command_line.processes import process_state
 from llm2clip.data import ImageBackend, OnError
 from llm2clip.encoders.custom import CustomEncoder
 from llm2clip.encoders.encoder import Encoder
+from llm2clip.encoders.mapped_text import MappedTextEncoder, is_mapped_text
 from llm2clip.encoders.open_clip import OpenClipEncoder
 from llm2clip.encoders.ours import OurEncoder
 from llm2clip.encoders.query_encoder import QueryTextEncoder, TextEncoder, has_query_encoder
@@ -71,6 +72,8 @@ def load_encoder(
     encoder: Encoder
     if text_encoder == "query" or (text_encoder == "auto" and has_query_encoder(spec, revision)):
         encoder = QueryTextEncoder.load(spec, revision, **options)
+    elif is_mapped_text(spec):
+        encoder = MappedTextEncoder.load(spec, dtype, device)
     elif is_function or spec.startswith(OPEN_CLIP):
         if revision is not None:
             raise ValueError(f"{spec} is no repository on the Hub, and has no revision ({revision!r}).")
