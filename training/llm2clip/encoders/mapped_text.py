@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -54,7 +53,8 @@ class MappedTextEncoder(Encoder):
             )
         super().__init__(name, text.model, len(weight), text.device, text.dtype)
         self.text, self.weight, self.bias = text, weight.to(text.device), bias.to(text.device)
-        self.of_images, self.images = image_fingerprint, None
+        self.of_images = image_fingerprint
+        self.images: Encoder | None = None
         if images is not None:
             self.use_images(images)
 
@@ -62,25 +62,25 @@ class MappedTextEncoder(Encoder):
     def load(
         cls,
         folder: str | os.PathLike[str],
-        dtype: str = "float32",
-        device: torch.device | str | None = None,
+        open_text: Callable[[str, str | None], Encoder],
         images: Encoder | None = None,
     ) -> MappedTextEncoder:
-        """Open a folder that `llm2clip align --keep-images` wrote, with its text model.
+        """Open a folder that `llm2clip align --keep-images` wrote.
+
+        Args:
+            open_text: Opens its text model, by name and revision.
 
         Raises:
             FileNotFoundError: There is no such folder.
-            ValueError: It is another one, or its text model has changed.
+            ValueError: Its text model has changed.
         """
-        from llm2clip.encoders.load import load_encoder
-
         name = os.fspath(folder)
         if not is_mapped_text(name):
             raise FileNotFoundError(
                 f"{name} is no folder of a query encoder that llm2clip align --keep-images wrote: it has no {MAP}."
             )
         record, state = read_json(Path(name, SPACE_FILE)), load_file(Path(name, MAP))
-        text = load_encoder(record["text_model"], record["text_model_revision"], dtype, device, needs=["text"])
+        text = open_text(record["text_model"], record["text_model_revision"])
         if (found := text.text_fingerprint()) != record["text_fingerprint"]:
             raise ValueError(
                 f"the query encoder {name} was fitted with {record['text_model']} of fingerprint "

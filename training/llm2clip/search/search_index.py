@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from llm2clip.encoders import Encoder, load_encoder
+from llm2clip.encoders.load import load_query_encoder
 from llm2clip.encoders.mapped_text import MappedTextEncoder
 from llm2clip.encoders.query_encoder import QueryTextEncoder, TextEncoder
 from llm2clip.models.places import require_recorded_model
@@ -273,7 +274,7 @@ class SearchIndex:
         if self._query_encoder is None:
             return self._own_encoder(needs)
         if self._queries is None:
-            queries = MappedTextEncoder.load(self._query_encoder, self._dtype)
+            queries = load_query_encoder(self._query_encoder, self._dtype)
             queries.require_images(f"the index {self.location}", self.manifest.width, self.manifest.image_fingerprint)
             self._queries = queries
         if "image" in needs and self._queries.images is None:

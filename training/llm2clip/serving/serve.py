@@ -64,7 +64,7 @@ def run(config: ServeConfig) -> dict[str, Any]:
     check_places(config.index, config.model)
     # Here, so that missing libraries are reported before a large model is loaded, which takes minutes.
     from llm2clip.encoders import load_encoder
-    from llm2clip.encoders.mapped_text import MappedTextEncoder
+    from llm2clip.encoders.load import load_query_encoder
     from llm2clip.serving.app import create_app
     from llm2clip.serving.server import Server
 
@@ -85,7 +85,7 @@ def run(config: ServeConfig) -> dict[str, Any]:
             needs=["image"] if config.query_encoder else [],
         )
         if config.query_encoder is not None:
-            encoder = MappedTextEncoder.load(config.query_encoder, config.dtype, images=encoder)
+            encoder = load_query_encoder(config.query_encoder, config.dtype, images=encoder)
         index = None if config.index is None else open_index(config.index, encoder)
         hosts = {"localhost", "127.0.0.1", "[::1]", config.host.lower()} if is_private and token is None else None
         app = create_app(encoder, index, name=config.served_model_name, token=token, limits=config, hosts=hosts)
