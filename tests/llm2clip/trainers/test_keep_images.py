@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pyarrow as pa
 import pytest
 import torch
@@ -21,6 +22,7 @@ from llm2clip.encoders.query_encoder import SPACE_FILE
 from llm2clip.trainers.keep_images import fit_query_map
 from tests.llm2clip.encoders.models import save_transformers
 from tests.llm2clip.search.helpers import index, picture
+from tests.postgres import postgres_server
 
 TEXTS = [
     f"{colour} {thing}" for colour in ("red", "blue", "old", "a small") for thing in ("bus", "dog", "tree", "sea")
@@ -98,6 +100,28 @@ def test_an_index_is_searched_with_texts_of_another_model_and_its_own_images(
     np.testing.assert_allclose(both, F.normalize(torch.from_numpy(expected).float() + vectors[3]), atol=2e-3)
     arguments = ["search", str(tmp_path / "index"), "a red dog", "--query-encoder", str(tmp_path / "queries")]
     assert llm2clip(arguments) == 0
+
+
+def test_a_pgvector_table_gets_queries_by_an_llm(
+    clip: Path, drawings: Path, saved_model: Path, tmp_path: Path
+) -> None:
+    psycopg = pytest.importorskip("psycopg")
+    vectors = load_encoder(str(clip)).encode_image(sorted(drawings.iterdir()))
+    with postgres_server() as url, psycopg.connect(url) as connection:
+        connection.execute("CREATE EXTENSION vector")
+        connection.execute("CREATE TABLE photos (id bigint, embedding vector(24), caption text)")
+        for number, (row, caption) in enumerate(zip(vectors.tolist(), TEXTS, strict=True)):
+            connection.execute("INSERT INTO photos VALUES (%s, %s::vector, %s)", [number, str(row), caption])
+        rows = connection.execute("SELECT id::text, embedding::real[], caption FROM photos").fetchall()
+        table = pandas.DataFrame(rows, columns=["key", "vector", "caption"])
+        table.to_parquet(tmp_path / "photos.parquet")
+        assert align(tmp_path / "photos.parquet", saved_model, tmp_path / "queries", "--ridge", 0.3) == 0
+        query = load_encoder(str(tmp_path / "queries")).encode_text("a red dog")[0].tolist()
+        ordered = "SELECT id FROM photos ORDER BY embedding <=> %s::vector LIMIT 10"
+        found = [number for (number,) in connection.execute(ordered, [str(query)])]
+    text = load_encoder(str(saved_model), needs=["text"])
+    scores = expected_queries(text, vectors, 0.3, ["a red dog"])[0] @ vectors.double().numpy().T
+    assert found == np.argsort(-scores)[:10].tolist()
 
 
 def test_another_image_side_is_refused(
