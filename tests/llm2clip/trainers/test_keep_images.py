@@ -15,10 +15,12 @@ from pyarrow import parquet
 from sklearn.linear_model import Ridge
 from torch.nn import functional as F
 
-from llm2clip import SearchIndex, load_encoder
+from llm2clip import SearchIndex, create_app, load_encoder
 from llm2clip import main as llm2clip
 from llm2clip.encoders import Encoder
+from llm2clip.encoders.load import load_query_encoder
 from llm2clip.encoders.query_encoder import SPACE_FILE
+from llm2clip.serving.serve import open_index
 from llm2clip.trainers.keep_images import fit_query_map
 from tests.llm2clip.encoders.models import save_transformers
 from tests.llm2clip.search.helpers import index, picture
@@ -83,7 +85,7 @@ def test_a_folder_of_clip_retrieval_gets_queries_by_an_llm(
 
 
 def test_an_index_is_searched_with_texts_of_another_model_and_its_own_images(
-    clip: Path, drawings: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    clip: Path, drawings: Path, saved_model: Path, tmp_path: Path
 ) -> None:
     index(drawings, clip, tmp_path / "index")
     keys = sorted(path.name for path in drawings.iterdir())
@@ -124,9 +126,7 @@ def test_a_pgvector_table_gets_queries_by_an_llm(
     assert found == np.argsort(-scores)[:10].tolist()
 
 
-def test_another_image_side_is_refused(
-    clip: Path, drawings: Path, saved_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_image_side_is_refused(clip: Path, drawings: Path, saved_model: Path, tmp_path: Path) -> None:
     index(drawings, clip, tmp_path / "index")
     pairs = write_pairs(tmp_path / "pairs.jsonl", sorted(path.name for path in drawings.iterdir()))
     assert align(tmp_path / "index", saved_model, tmp_path / "queries", "--pairs", pairs, "--ridge", 1) == 0
@@ -165,3 +165,18 @@ def test_a_text_counts_as_often_as_it_occurs_and_is_in_one_fold() -> None:
     np.testing.assert_allclose(found.weight, expected.coef_, atol=1e-5)
     # Noise: nothing can be learned, which a text in two folds would hide.
     assert fit_query_map(texts, embed, lambda start, stop: vectors[start:stop]).ridge == 10.0
+
+
+def test_a_server_embeds_texts_by_the_query_encoder_and_searches_the_index(
+    clip: Path, drawings: Path, saved_model: Path, tmp_path: Path
+) -> None:
+    from fastapi.testclient import TestClient
+
+    index(drawings, clip, tmp_path / "index")
+    pairs = write_pairs(tmp_path / "pairs.jsonl", sorted(path.name for path in drawings.iterdir()))
+    assert align(tmp_path / "index", saved_model, tmp_path / "queries", "--pairs", pairs, "--ridge", 1) == 0
+    encoder = load_query_encoder(tmp_path / "queries", images=load_encoder(str(clip), needs=["image"]))
+    with TestClient(create_app(encoder, open_index(str(tmp_path / "index"), encoder))) as client:
+        answer = client.post("/v1/embeddings", json={"input": ["a red dog"], "model": "queries"}).json()
+    found = np.array(answer["data"][0]["embedding"])
+    np.testing.assert_allclose(found, encoder.encode_text("a red dog")[0], atol=1e-5)
