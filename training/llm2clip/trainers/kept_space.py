@@ -127,13 +127,15 @@ def align_texts(
     _set_linear_text_head(model)
     layer = model.text_adapter.proj
 
+    ridges = RIDGES if ridge is None and measure is not None else (DEFAULT_RIDGE if ridge is None else ridge,)
+    solved = dict(zip(ridges, sums.regressions(ridges), strict=True))
+
     def install(choice: float) -> None:
-        weight, bias = sums.regression(choice)
+        weight, bias = solved[choice]
         with torch.no_grad():
             layer.weight.copy_(weight.T)
             layer.bias.copy_(bias)
 
-    ridges = RIDGES if ridge is None and measure is not None else (DEFAULT_RIDGE if ridge is None else ridge,)
     scores = [0.0]
     if measure is not None:
         scores = []
