@@ -149,13 +149,8 @@ def test_the_original_format_replaces_neither_a_folder_nor_a_file_of_the_model(
     assert file.read_text() == "mine"
     torch.save({"x": torch.zeros(1)}, file)
     earlier = file.read_bytes()
-    refused(
-        r"knows no vision_pooling 'mean', vision_layers \[1, 2\], center_text True",
-        frozen,
-        file,
-        *original,
-        "--overwrite",
-    )
+    words = r"knows no vision_pooling 'mean', vision_layers \[1, 2\], center_text True"
+    refused(words, frozen, file, *original, "--overwrite")
     assert file.read_bytes() == earlier
     link.symlink_to(file)
     assert cli.main(["convert", str(model), str(link), *original, "--overwrite"]) == 0

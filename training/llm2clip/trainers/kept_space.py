@@ -58,13 +58,8 @@ def take_vision_side(model: LLM2CLIPModel, image_processor: Any, encoder: Encode
     other: Any = encoder.model
     is_ours, head = isinstance(encoder, OurEncoder), getattr(other, "visual_projection", None)
     head = head if is_ours or isinstance(head, nn.Linear) else None
-    fields: dict[str, Any] = {
-        "vision_pooling": "cls",
-        "vision_layers": None,
-        "standardize_vision": False,
-        "visual_head": "linear",
-    }
-    fields |= {"visual_projection": head is not None}
+    fields: dict[str, Any] = {"vision_pooling": "cls", "vision_layers": None, "standardize_vision": False}
+    fields |= {"visual_head": "linear", "visual_projection": head is not None}
     fields |= {"visual_projection_bias": getattr(head, "bias", None) is not None}
     if is_ours:
         fields = {field: getattr(other.config, field) for field in VISION_SIDE}
