@@ -63,7 +63,7 @@ class AlignRecipe(JointRecipe):
         if self.heads == "linear":
             refuse(self, ["adapter_num_layers"], "heads: linear has no blocks")
         if self.keep_space_of is not None:
-            names = ["heads", "projection_dim", "vision_pooling", "feature_cache", "feature_dtype"]
+            names = ["heads", "projection_dim", "vision_pooling", "vision_layers", "feature_cache", "feature_dtype"]
             refuse(self, names, f"images are embedded as by {self.keep_space_of}")
 
     def _check_kept_images(self) -> None:

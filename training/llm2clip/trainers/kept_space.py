@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 # The fields of a model's config that say how it makes embeddings of a tower's outputs.
 VISION_SIDE = (
-    *("vision_pooling", "standardize_vision", "visual_head", "visual_head_expansion"),
+    *("vision_pooling", "vision_layers", "standardize_vision", "visual_head", "visual_head_expansion"),
     *("visual_projection", "visual_projection_bias"),
 )
 # Above this cosine, two models embed an image as one and the same.
@@ -58,8 +58,8 @@ def take_vision_side(model: LLM2CLIPModel, image_processor: Any, encoder: Encode
     other: Any = encoder.model
     is_ours, head = isinstance(encoder, OurEncoder), getattr(other, "visual_projection", None)
     head = head if is_ours or isinstance(head, nn.Linear) else None
-    fields: dict[str, Any] = {"vision_pooling": "cls", "standardize_vision": False, "visual_head": "linear"}
-    fields |= {"visual_projection": head is not None}
+    fields: dict[str, Any] = {"vision_pooling": "cls", "vision_layers": None, "standardize_vision": False}
+    fields |= {"visual_head": "linear", "visual_projection": head is not None}
     fields |= {"visual_projection_bias": getattr(head, "bias", None) is not None}
     if is_ours:
         fields = {field: getattr(other.config, field) for field in VISION_SIDE}

@@ -97,6 +97,7 @@ def open_model(config: AlignRecipe) -> tuple[LLM2CLIPModel, Any]:
     """Make the model whose maps are solved for, and its processor."""
     fields: dict[str, Any] = {"projection_dim": config.projection_dim or DEFAULT_WIDTH, "standardize_vision": True}
     fields |= {"vision_pooling": config.vision_pooling} if config.vision_pooling else {}
+    fields |= {"vision_layers": config.vision_layers} if config.vision_layers else {}
     fields |= {"adapter_num_layers": config.adapter_num_layers} if config.adapter_num_layers is not None else {}
     # What residual heads add to the maps begins near 0.
     model, processor = make_model(config, initializer="normal", **fields)
