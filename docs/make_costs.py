@@ -195,22 +195,18 @@ def table(costs: dict[str, Any]) -> str:
         f"| | on disk | memory: index / search | a photo | {' | '.join(names)} |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    gpu: list[float] = []
     for row in costs["rows"]:
         memory = " / ".join(f"{row[f'{command}_bytes'] / 1e9:.1f}" for command in ("index", "search"))
-        seconds = row["photo_seconds"]
-        gpu.append(many * row["gpu_photo_seconds"])
+        seconds, on_gpu = row["photo_seconds"], many * row["gpu_photo_seconds"]
         lines.append(
             f"| {row['name']}, {row['dtype']} | {row['disk_bytes'] / 1e9:.1f} GB | {memory} GB | {seconds:.1f} s | "
-            f"{duration(few * seconds)} | {duration(many * seconds)} | {duration(max(reading, gpu[-1]))} |"
+            f"{duration(few * seconds)} | {duration(many * seconds)} | {duration(max(reading, on_gpu))} |"
         )
     lines += [
         "",
         f"Times are those of one core ({costs['machine']['processor']}, {costs['date']}, commit {costs['commit']}), "
-        "with random weights of the real shapes: divide them by your cores. A search in bfloat16 takes more memory, "
-        "since a copy of the LLM's float32 files is made. The last column is computed, as `llm2clip plan` does: the "
-        f"GPU would be done in {duration(gpu[0])} and {duration(gpu[-1])}, and a core reads a photo in "
-        f"{1000 * costs['reading_seconds']:.0f} ms.",
+        "with random weights of the real shapes: divide them by your cores. The last column is computed, as `llm2clip "
+        "plan` does: reading the photos takes most of it.",
     ]
     return "\n".join(lines) + "\n"
 

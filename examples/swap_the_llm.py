@@ -16,7 +16,7 @@ from llm2clip import LLM2CLIPModel, LLM2CLIPProcessor, clip_loss, from_vision_te
 
 KEPT = (
     *("projection_dim", "visual_projection", "visual_projection_bias", "visual_head", "visual_head_expansion"),
-    *("vision_pooling", "standardize_vision"),
+    *("vision_pooling", "vision_layers", "standardize_vision"),
 )
 
 

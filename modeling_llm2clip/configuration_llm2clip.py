@@ -30,6 +30,21 @@ def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(choices)}.")
 
 
+def _require_layers(tower: PretrainedConfig, layers: list[int] | None) -> None:
+    if layers is None:
+        return
+    count = getattr(tower, "num_hidden_layers", None)
+    if count is None or hasattr(tower, "depths"):
+        raise ValueError(
+            f"vision_layers is {layers}, but a {tower.model_type} has no layers of one width; leave it unset."
+        )
+    if not layers or layers != sorted({*layers}) or not 1 <= layers[0] <= layers[-1] <= count:
+        raise ValueError(
+            f"vision_layers is {layers}, but the {tower.model_type} has layers 1 to {count}; name some of them in "
+            "ascending order."
+        )
+
+
 def disable_sliding_window(holder: Any) -> None:
     """Let a config, or a layer of a decoder, attend to whole captions instead of a sliding window, in place."""
     for name in WINDOW_FIELDS:
@@ -259,11 +274,13 @@ class LLM2CLIPConfig(_AbsoluteNames, PretrainedConfig):
             torch's Linear; `normal`: weights from N(0, `initializer_range`²), biases 0.
         vision_pooling: The vision features. `cls`: the tower's own pooled output (class token or attention pooling);
             `mean`: the mean over the patches of its normalised last hidden state; `cls_mean`: both, side by side.
+        vision_layers: The layers of the tower, from 1, whose outputs are the features, side by side. Each is
+            normalised and pooled as the tower does it with the last one. `None`: the last layer.
         standardize_vision: Whether the features are standardised with the statistics of the training set.
         center_text: Whether the adapter first subtracts the mean of the training set from the LLM's embedding.
         visual_head: `linear`; `gated`: SAIL's head, see [`LLM2CLIPGatedHead`]; `residual`: a linear map plus a gated
             head times a learned factor.
-        visual_head_expansion: Hidden width of a gated head as a multiple of the width of the features.
+        visual_head_expansion: Hidden width of a gated head as a multiple of the width of the features of one layer.
         text_head: `adapter`: the blocks, a LayerNorm and a linear map (paper); `linear`: the linear map alone;
             `residual`: a linear map plus the adapter times a learned factor.
         feature_dropout: Dropout of the (standardised) features in training.
@@ -293,6 +310,7 @@ class LLM2CLIPConfig(_AbsoluteNames, PretrainedConfig):
         initializer: str = "original",
         initializer_range: float = 0.02,
         vision_pooling: str = "cls",
+        vision_layers: list[int] | None = None,
         standardize_vision: bool = False,
         center_text: bool = False,
         visual_head: str = "linear",
@@ -333,6 +351,8 @@ class LLM2CLIPConfig(_AbsoluteNames, PretrainedConfig):
         self.initializer = initializer
         self.initializer_range = initializer_range
         self.vision_pooling = vision_pooling
+        _require_layers(self.vision_config, vision_layers)
+        self.vision_layers = vision_layers
         self.standardize_vision = standardize_vision
         self.center_text = center_text
         self.visual_head = visual_head
@@ -343,7 +363,12 @@ class LLM2CLIPConfig(_AbsoluteNames, PretrainedConfig):
 
     @property
     def vision_width(self) -> int:
-        """Width of the vision features: the tower's, twice that for `cls_mean`."""
+        """Width of the vision features: that of one layer, times the number of `vision_layers`."""
+        return self.layer_width * len(self.vision_layers or [None])
+
+    @property
+    def layer_width(self) -> int:
+        """Width of the vision features of one layer: the tower's, twice that for `cls_mean`."""
         tower = self.vision_config
         # Convolutional towers have a width per stage.
         width = tower.hidden_size if hasattr(tower, "hidden_size") else tower.hidden_sizes[-1]

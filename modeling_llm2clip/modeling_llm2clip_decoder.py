@@ -67,8 +67,10 @@ def refuse_other_layers(text_model: Any) -> None:
     """
     config = text_model.config
     kinds = set(getattr(config, "layer_types", None) or ())
+    # From transformers 5.25 on there is no such flag; RWKV names no layers either.
+    is_stateful = getattr(text_model, "_is_stateful", config.model_type == "rwkv")
     # MobileBERT reads three tokens at once, padding too.
-    if text_model._is_stateful or kinds - MASKED_LAYERS or getattr(config, "trigram_input", False):
+    if is_stateful or kinds - MASKED_LAYERS or getattr(config, "trigram_input", False):
         shown = f" (layers: {', '.join(sorted(kinds))})" if kinds else ""
         raise ValueError(
             f"{config.model_type}{shown} cannot be a text tower, whose layers are all attention and follow the mask "

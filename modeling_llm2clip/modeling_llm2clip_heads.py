@@ -54,16 +54,16 @@ class LLM2CLIPStandardization(Float32Buffers):
 class LLM2CLIPGatedHead(nn.Module):
     """The alignment layer of SAIL (CVPR 2025): `g(ReLU6(f1 x) * f2 x)`.
 
-    Layers, hidden width (`visual_head_expansion` times the input's, 8 in the paper) and activation follow `StarMLP` of
-    its code. Its clamping of `f1 x` and `f2 x` to ±1000 is left out; the LayerNorm before it is here
-    `standardize_vision`, and its Xavier initialisation that of `initializer`.
+    Layers, hidden width (`visual_head_expansion` times that of one layer's features, 8 in the paper) and activation
+    follow `StarMLP` of its code. Its clamping of `f1 x` and `f2 x` to ±1000 is left out; the LayerNorm before it is
+    here `standardize_vision`, and its Xavier initialisation that of `initializer`.
     """
 
-    def __init__(self, width: int, expansion: int, output_width: int, bias: bool = True) -> None:
+    def __init__(self, width: int, hidden_width: int, output_width: int, bias: bool = True) -> None:
         super().__init__()
-        self.f1 = nn.Linear(width, expansion * width, bias=bias)
-        self.f2 = nn.Linear(width, expansion * width, bias=bias)
-        self.g = nn.Linear(expansion * width, output_width, bias=bias)
+        self.f1 = nn.Linear(width, hidden_width, bias=bias)
+        self.f2 = nn.Linear(width, hidden_width, bias=bias)
+        self.g = nn.Linear(hidden_width, output_width, bias=bias)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.g(F.relu6(self.f1(features)) * self.f2(features))
@@ -95,7 +95,7 @@ def build_visual_head(config: LLM2CLIPConfig) -> nn.Module:
     width, expected = config.vision_width, config.projection_dim
     if config.visual_projection:
         bias = config.visual_projection_bias
-        gated_sizes = (width, config.visual_head_expansion, expected, bias)
+        gated_sizes = (width, config.visual_head_expansion * config.layer_width, expected, bias)
         # First: a linear head beside it would draw random numbers, and so change all weights that are drawn later.
         if config.visual_head == "gated":
             return LLM2CLIPGatedHead(*gated_sizes)

@@ -33,6 +33,8 @@ from .tokenization_llm2clip import tokenize_captions  # noqa: F401
 MASK_INPUTS = ("pixel_attention_mask", "pixel_mask", "spatial_shapes")
 # Sequences of one token in an attention layer at once: kernels for GPUs take fewer than 2**16.
 ATTENTION_ROWS = 2**14
+# Names that towers give the norm after their last layer.
+LAST_NORMS = ("layernorm", "post_layernorm", "norm")
 
 
 def patch_tokens(tower: nn.Module, output: Any, pixel_values: Tensor) -> Tensor:
@@ -59,12 +61,37 @@ def patch_tokens(tower: nn.Module, output: Any, pixel_values: Tensor) -> Tensor:
             raise ValueError(f"{type(tower).__name__} has no fixed patch size, so its patches cannot be pooled.")
         height, width = pixel_values.shape[-2:]
         first = max(states.shape[1] - (height // sides[0]) * (width // sides[1]), 0)
-    # Towers of the CLIP family have a norm before their layers, and another that they apply to the class token alone.
     inner: Any = getattr(tower, "vision_model", tower)
-    is_clip = hasattr(inner, "pre_layrnorm") or hasattr(inner, "pre_layernorm")
-    if is_clip and hasattr(inner, "post_layernorm") and output.get("pooler_output") is not None:
+    if _is_clip(inner) and output.get("pooler_output") is not None:
         states = inner.post_layernorm(states)
     return states[:, first:]
+
+
+def _is_clip(tower: nn.Module) -> bool:
+    """Towers like CLIP's have a norm before their layers, and another that they apply to the class token alone."""
+    is_clip = hasattr(tower, "pre_layrnorm") or hasattr(tower, "pre_layernorm")
+    return is_clip and hasattr(tower, "post_layernorm")
+
+
+def output_after(tower: nn.Module, output: Any, layer: int) -> Any:
+    """Return what a tower would return if it ended after a layer: that layer's states, normalised and pooled.
+
+    Args:
+        output: What it returned, with the hidden states.
+        layer: Number of the layer, from 1.
+    """
+    states = output.hidden_states
+    if layer == len(states) - 1:
+        return output
+    inner: Any = getattr(tower, "vision_model", tower)
+    norm = getattr(inner, next(name for name in LAST_NORMS if hasattr(inner, name)))
+    if _is_clip(inner):
+        return BaseModelOutputWithPooling(states[layer], norm(states[layer][:, 0]))
+    tokens = norm(states[layer])
+    if output.get("pooler_output") is None:
+        return BaseModelOutputWithPooling(tokens)
+    pool = getattr(inner, "head", None) or getattr(inner, "pooler", None)
+    return BaseModelOutputWithPooling(tokens, tokens[:, 0] if pool is None else pool(tokens))
 
 
 def pool_alone(tower: nn.Module, patches: Tensor) -> Tensor:
@@ -105,6 +132,11 @@ class LLM2CLIPPreTrainedModel(AttentionBackends, PreTrainedModel):
             raise ValueError(
                 f"vision_pooling {config.vision_pooling!r} needs the patches of an image, but {type(tower).__name__} "
                 f"pads them ({masks[0]}); use vision_pooling 'cls'."
+            )
+        inner: Any = getattr(tower, "vision_model", tower)
+        if config.vision_layers and (masks or not any(hasattr(inner, name) for name in LAST_NORMS)):
+            raise ValueError(
+                f"vision_layers: how {type(tower).__name__} normalises and pools is not known; leave it unset."
             )
         standardization = LLM2CLIPStandardization(config.vision_width) if config.standardize_vision else None
         self.visual_standardization: LLM2CLIPStandardization | None = standardization
@@ -209,37 +241,57 @@ class LLM2CLIPPreTrainedModel(AttentionBackends, PreTrainedModel):
         """Embed each patch of images as the pooled features are embedded.
 
         In place of the pooled token or the mean over the patches there is the patch; with `vision_pooling` `cls_mean`,
-        the patch is in place of the mean. A tower that pools by attention pools each patch alone.
+        the patch is in place of the mean; with `vision_layers`, in each of them. A tower that pools by attention pools
+        each patch alone.
 
         Returns:
             `(batch, patches, projection_dim)`, not normalised.
         """
-        output, features = self._tower_features(pixel_values, None, kwargs)
-        patches = patch_tokens(self.vision_model, output, pixel_values)
-        if self.config.vision_pooling == "cls":
-            patches = pool_alone(self.vision_model, patches)
-        elif self.config.vision_pooling == "cls_mean":
-            pooled = features[:, None, : -patches.shape[-1]].expand(-1, patches.shape[1], -1)
-            patches = torch.cat([pooled, patches], dim=-1)
-        return self._project(patches)
+        _, layers = self._run_tower(pixel_values, None, kwargs)
+        patches = []
+        for layer in layers:
+            of_layer = patch_tokens(self.vision_model, layer, pixel_values)
+            if self.config.vision_pooling == "cls":
+                of_layer = pool_alone(self.vision_model, of_layer)
+            elif self.config.vision_pooling == "cls_mean":
+                pooled = layer.pooler_output.flatten(1).float()[:, None].expand(-1, of_layer.shape[1], -1)
+                of_layer = torch.cat([pooled, of_layer], dim=-1)
+            patches.append(of_layer)
+        return self._project(torch.cat(patches, dim=-1))
+
+    def _run_tower(
+        self, pixel_values: Any, interpolate_pos_encoding: bool | None, kwargs: dict[str, Any]
+    ) -> tuple[Any, list[Any]]:
+        """Run the tower; returns its output, and those of the layers that are the features."""
+        if interpolate_pos_encoding is not None:
+            kwargs["interpolate_pos_encoding"] = interpolate_pos_encoding
+        numbers = self.config.vision_layers
+        if numbers:
+            kwargs["output_hidden_states"] = True
+        output = self.vision_model(pixel_values=pixel_values, **kwargs)
+        if not numbers:
+            return output, [output]
+        return output, [output_after(self.vision_model, output, number) for number in numbers]
 
     def _tower_features(
         self, pixel_values: Any, interpolate_pos_encoding: bool | None, kwargs: dict[str, Any]
     ) -> tuple[Any, Tensor]:
         """Run the tower, and pool what it returns; a mean is in float32, which is more accurate than 16 bits."""
-        if interpolate_pos_encoding is not None:
-            kwargs["interpolate_pos_encoding"] = interpolate_pos_encoding
+        output, layers = self._run_tower(pixel_values, interpolate_pos_encoding, kwargs)
+        features = [self._pool(layer, pixel_values) for layer in layers]
+        return output, features[0] if len(features) == 1 else torch.cat(features, dim=-1)
+
+    def _pool(self, output: Any, pixel_values: Any) -> Tensor:
         tower, pooling = self.vision_model, self.config.vision_pooling
-        output = tower(pixel_values=pixel_values, **kwargs)
         pooled = output.get("pooler_output")
         if pooling != "mean":
             if pooled is None:
                 raise ValueError(f"{type(tower).__name__} has no pooled output; use vision_pooling 'mean'.")
             pooled = pooled.flatten(1)
         if pooling == "cls":
-            return output, pooled
+            return pooled
         mean = patch_tokens(tower, output, pixel_values).float().mean(dim=1)
-        return output, mean if pooling == "mean" else torch.cat([pooled.float(), mean], dim=-1)
+        return mean if pooling == "mean" else torch.cat([pooled.float(), mean], dim=-1)
 
     def _project(self, features: Tensor) -> Tensor:
         if self.visual_standardization is not None:

@@ -115,7 +115,7 @@ def contests(device: str) -> list[Contest]:
 
 
 SHORTFALL = (
-    "matrix products alone are four fifths of timm's time in training, so that little is left to save; runs vary with "
-    "the cost of fresh memory: three of B/16 on an AMD EPYC gave 0.96, 0.97 and 1.02."
+    "matrix products alone are four fifths of timm's time in training; three runs of B/16 on an AMD EPYC gave 0.96, "
+    "0.97 and 1.02."
 )
 ROW = Row("R1", "EVA02", contests, ("cpu", "cuda"), shortfall=SHORTFALL)

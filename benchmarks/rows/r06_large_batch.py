@@ -97,8 +97,7 @@ def contests(device: str) -> list[Contest]:
 
 
 SHORTFALL = (
-    "reached in memory. The activations of a chunk are computed twice, which is 1.32 of the arithmetic of the direct "
-    "step: 1.2 of its time is possible only where its 3.8 GiB of fresh memory cost time; three runs on an AMD EPYC "
-    "gave 0.80, 0.95 and 1.22."
+    "reached in memory. The activations of a chunk are computed twice, 1.32 of the arithmetic of the direct step; "
+    "three runs on an AMD EPYC gave 0.80, 0.95 and 1.22."
 )
 ROW = Row("R6", "large-batch step with the towers in chunks", contests, ("cpu", "cuda"), shortfall=SHORTFALL)

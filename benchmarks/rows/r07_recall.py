@@ -85,8 +85,8 @@ def _clip_benchmark() -> Callable:
 
 def contests(device: str) -> list[Contest]:
     note = (
-        "Equal scores are among right texts (repeated captions) and among wrong images (pictures without a caption "
-        "that stand twice), so that the hits do not depend on how a sort orders them; they are compared as integers."
+        "Right texts (repeated captions) and wrong images (repeated pictures without a caption) have equal scores, so "
+        "that hits do not depend on how a sort orders them."
     )
     contests_of_row = []
     for images, time, rounds in ((1000, 0.1, 3), (5000, 0.033, 3)):

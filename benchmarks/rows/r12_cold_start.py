@@ -91,7 +91,6 @@ def contests(device: str) -> list[Contest]:
 
 
 SHORTFALL = (
-    "the import of AutoModel alone is 0.66 of the time of sentence-transformers on an AMD EPYC; loading the model "
-    "from its folder and both embeddings add 8% to it."
+    "the import of AutoModel alone is 0.66 of the time of sentence-transformers on an AMD EPYC; the rest adds 8%."
 )
 ROW = Row("R12", "import, load, first caption and first image embedded", contests, shortfall=SHORTFALL)

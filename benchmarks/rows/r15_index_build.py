@@ -53,7 +53,7 @@ def contests(device: str) -> list[Contest]:
 
 
 SHORTFALL = (
-    "ours writes the embeddings to the disk twice, as stored ones and in the table, with checksums, digests and an "
-    "index of the conditions' column, and then trains on what it reads again; faiss keeps vectors alone, in memory."
+    "ours writes the embeddings to the disk twice, with checksums and an index of the conditions' column; faiss keeps "
+    "vectors alone, in memory."
 )
 ROW = Row("R15", "build a search index, width 512", contests, shortfall=SHORTFALL)

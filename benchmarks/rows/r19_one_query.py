@@ -107,9 +107,8 @@ def contests(device: str) -> list[Contest]:
         return Contest(title, contestants, goals, tolerance, note=note)
 
     note = (
-        "Processor time of one query after another, from text to vector. The student has 6 layers of width 384 "
-        "(MiniLM-L6) and a head of width 512, the teacher 30 layers of width 576, all with random weights; CLIP pads "
-        "to 77 tokens. Vectors of different models have nothing but their length in common."
+        "Processor time of a query, from text to vector. The student has 6 layers of width 384 (MiniLM-L6) and a head "
+        "of width 512, the teacher 30 layers of width 576, with random weights; CLIP pads to 77 tokens."
     )
     int8 = "torch.onnx, and onnxruntime's quantize_dynamic by channel."
     peers: dict[str, SetUp] = {"the teacher": _teacher, "open_clip ViT-B/32": _clip}

@@ -172,9 +172,8 @@ def contests(device: str) -> list[Contest]:
         return Contest(title, contestants, goals, {"embeddings": 1e-3}, note=note)
 
     note = (
-        "A student with 6 layers of width 384; the clients are threads of one process on the same machine, each with "
-        f"one connection. {ENVIRONMENTS['infinity'][0]} with its defaults on a CPU, in an environment of its own. "
-        "Milliseconds are those that pass, divided by the requests: 1,000 / they are requests a second."
+        "A student with 6 layers of width 384; the clients are threads of one process on the same machine. "
+        f"{ENVIRONMENTS['infinity'][0]} with its defaults. Milliseconds are those that pass, divided by the requests."
     )
     flooded = partial(_served, _ours, tokens=12, requests=2000, clients=198, flooding=2)
     return [

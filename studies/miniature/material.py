@@ -174,7 +174,7 @@ class Material:
 
     def vision_tower(self, size: int) -> Path:
         """Return the folder of the vision tower with an image processor for pictures of another size."""
-        sides = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
+        sides: dict[str, Any] = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
         vit = self.weights("vit")
 
         def make(folder: Path) -> None:

@@ -19,8 +19,8 @@ from llm2clip.trainers.stored_rows import store_pairs
 
 # The settings of an arm that are those of its start: fields of the model's config, and `standardize`.
 START_SETTINGS = (
-    *("projection_dim", "adapter_num_layers", "initializer", "vision_pooling", "visual_head"),
-    *("logit_scale_init_value", "logit_bias_init_value", "standardize"),
+    *("projection_dim", "adapter_num_layers", "initializer", "vision_pooling", "vision_layers"),
+    *("visual_head", "logit_scale_init_value", "logit_bias_init_value", "standardize"),
 )
 
 

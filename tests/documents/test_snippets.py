@@ -10,9 +10,9 @@ import pytest
 from tests.documents.reading import DOCUMENTS, ROOT, blocks
 from tests.documents.sessions import prepare, python_of, run_code
 
-# What tests/llm2clip/encoders/test_ray_engine.py, tests/llm2clip/serving/test_serve.py and
-# tests/documents/test_training_pages.py run.
-ELSEWHERE = {"docs/scaling.md", "docs/serve.md", "docs/train/frozen.md", "docs/train/trainer.md"}
+# What tests/llm2clip/encoders/test_ray_engine.py, tests/llm2clip/serving/test_serve.py,
+# tests/llm2clip/trainers/test_keep_images.py and tests/documents/test_training_pages.py run.
+ELSEWHERE = {"docs/keep_index.md", "docs/scaling.md", "docs/serve.md", "docs/train/frozen.md", "docs/train/trainer.md"}
 WITH_PYTHON = [document for document in DOCUMENTS if "```python" in (ROOT / document).read_text()]
 WITH_PYTHON = [document for document in WITH_PYTHON if document not in ELSEWHERE]
 

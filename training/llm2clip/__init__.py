@@ -26,6 +26,7 @@ MODULES = {
     "llm2clip.trainers.closed_form": ["ClosedFormAlignment", "PairSums", "closed_form_alignment"],
     "llm2clip.trainers.distill_config": ["DistillConfig"],
     "llm2clip.trainers.distill_trainer": ["DistillTrainer"],
+    "llm2clip.trainers.keep_images": ["keep_images"],
     "llm2clip.trainers.lora": ["add_lora"],
     "llm2clip.trainers.mntp_config": ["MNTPConfig"],
     "llm2clip.trainers.mntp_trainer": ["MNTPTrainer"],

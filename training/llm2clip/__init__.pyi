@@ -48,6 +48,7 @@ from llm2clip.trainers.closed_form import PairSums as PairSums
 from llm2clip.trainers.closed_form import closed_form_alignment as closed_form_alignment
 from llm2clip.trainers.distill_config import DistillConfig as DistillConfig
 from llm2clip.trainers.distill_trainer import DistillTrainer as DistillTrainer
+from llm2clip.trainers.keep_images import keep_images as keep_images
 from llm2clip.trainers.lora import add_lora as add_lora
 from llm2clip.trainers.mntp_config import MNTPConfig as MNTPConfig
 from llm2clip.trainers.mntp_trainer import MNTPTrainer as MNTPTrainer

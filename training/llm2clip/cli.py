@@ -154,8 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (KeyboardInterrupt, StoppedError) as stop:
             return _stopped(name, stop, terminal.log)
         except Exception as error:
-            if stop := stop_behind(error):
-                return _stopped(name, stop, terminal.log)
+            if behind := stop_behind(error):
+                return _stopped(name, behind, terminal.log)
             # A launcher ends the others as soon as one process has ended, perhaps one that has only lost this one.
             with on_sigterm(lambda: None):
                 return _failed(name, error, terminal.log, "--traceback" in arguments)

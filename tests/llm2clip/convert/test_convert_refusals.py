@@ -137,7 +137,7 @@ def test_the_original_format_replaces_neither_a_folder_nor_a_file_of_the_model(
 ) -> None:
     model, frozen, file, link = (tmp_path / name for name in ("model", "frozen", "model.pt", "link.pt"))
     tiny.save(model)
-    tiny.save(frozen, vision_pooling="mean", center_text=True)
+    tiny.save(frozen, vision_pooling="mean", vision_layers=[1, 2], center_text=True)
     weights, original = model / "model.safetensors", ("--to", "original")
     before = weights.read_bytes()
     refused("is inside the source", model, weights, *original, "--overwrite")
@@ -149,7 +149,8 @@ def test_the_original_format_replaces_neither_a_folder_nor_a_file_of_the_model(
     assert file.read_text() == "mine"
     torch.save({"x": torch.zeros(1)}, file)
     earlier = file.read_bytes()
-    refused("knows no vision_pooling 'mean', center_text True", frozen, file, *original, "--overwrite")
+    words = r"knows no vision_pooling 'mean', vision_layers \[1, 2\], center_text True"
+    refused(words, frozen, file, *original, "--overwrite")
     assert file.read_bytes() == earlier
     link.symlink_to(file)
     assert cli.main(["convert", str(model), str(link), *original, "--overwrite"]) == 0

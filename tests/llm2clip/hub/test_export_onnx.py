@@ -102,15 +102,18 @@ def test_vision_half_has_only_a_vision_graph_and_the_license_of_what_it_was_made
 
 
 @pytest.mark.parametrize(
-    ("model_type", "pooling", "size"),
+    ("model_type", "pooling", "layers", "size"),
     [
-        pytest.param("siglip_vision_model", "cls", 28, marks=pytest.mark.slow),
-        ("dinov2", "cls_mean", 14),  # smaller than what it was trained on: it interpolates its positions
-        pytest.param("clip_vision_model", "cls_mean", 28, marks=pytest.mark.slow),
+        pytest.param("siglip_vision_model", "cls", None, 28, marks=pytest.mark.slow),
+        ("dinov2", "cls_mean", [1, 2], 14),  # smaller than what it was trained on: it interpolates its positions
+        pytest.param("clip_vision_model", "cls_mean", [1, 2], 28, marks=pytest.mark.slow),
     ],
 )
-def test_vision_graph_of_other_towers(model_type: str, pooling: str, size: int, tmp_path: Path) -> None:
-    model = tiny.joint_model(vision=tiny.other_vision_config(model_type), vision_pooling=pooling)
+def test_vision_graph_of_other_towers(
+    model_type: str, pooling: str, layers: list[int] | None, size: int, tmp_path: Path
+) -> None:
+    vision = tiny.other_vision_config(model_type)
+    model = tiny.joint_model(vision=vision, vision_pooling=pooling, vision_layers=layers)
     model.save_pretrained(tmp_path)
     processor = tiny.processor(size)
     processor.save_pretrained(tmp_path)

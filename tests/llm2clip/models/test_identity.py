@@ -141,9 +141,11 @@ def test_the_llm_the_adapter_and_training_do_not_count() -> None:
 
 @pytest.mark.parametrize("with_projection", [True, False])
 def test_the_pooling_of_the_features_counts(with_projection: bool) -> None:
-    models = [joint(vision_pooling=pooling) for pooling in ("cls", "mean")]
-    models[1].load_state_dict(models[0].state_dict())
-    assert len({vision_fingerprint(model, processor(), with_projection=with_projection) for model in models}) == 2
+    ways: tuple[dict[str, Any], ...] = ({}, {"vision_pooling": "mean"}, {"vision_layers": [1]})
+    models = [joint(**fields) for fields in ways]
+    for model in models[1:]:
+        model.load_state_dict(models[0].state_dict())
+    assert len({vision_fingerprint(model, processor(), with_projection=with_projection) for model in models}) == 3
 
 
 def test_preprocessing_counts_and_its_form_does_not() -> None:

@@ -98,9 +98,16 @@ def test_the_printed_numbers_are_those_of_the_results(results: dict[str, Any], s
 def test_arms_train_with_equal_settings_to_their_best_epoch(folder: Path, results: dict[str, Any]) -> None:
     names = ["stage2-raw-causal", "stage2-stage1", "stage2-ready"]
     settings = [json.loads((folder / name / "settings.json").read_text()) for name in names]
-    own = {"output_dir", "embedding_cache", "text_model_name_or_path"}
+    own = {"output_dir", "embedding_cache", "text_model_name_or_path", "sources"}
     fields = [{name: value for name, value in stage.items() if name not in own} for stage in settings]
     assert fields[0] == fields[1] == fields[2]
+    llms, embedding_model = settings[1]["sources"][0], settings[2]["sources"][0]
+    assert settings[0]["sources"] == settings[1]["sources"]
+    assert (llms["caption_columns"], llms["caption_weights"]) == (["caption", "keywords"], [3, 1])
+    # A translation has a tenth of the mean weight of a caption.
+    names = [f"caption_{code}" for code in (*LANGUAGES, *OTHER_LANGUAGES)]
+    assert embedding_model["caption_columns"] == ["caption", "keywords", *names]
+    assert embedding_model["caption_weights"] == pytest.approx([3, 1, *[0.2] * 8])
     run = results["runs"]["stage2-ready"]
     # The first entry is of the model before the training, of which there is no checkpoint.
     measured = [entry[BEST_BY] for entry in run["history"] if BEST_BY in entry and entry["step"]]
@@ -188,6 +195,11 @@ def test_a_second_run_trains_nothing_and_other_settings_are_refused(
         cli.main(command({**options, "profile": other, "seed": 1}))
 
 
+def test_another_vision_tower_is_pooled_from_its_last_layer() -> None:
+    assert QuickstartConfig().load_profile()["stage2"]["vision_layers"] == [8, 9, 10, 11]
+    assert "vision_layers" not in QuickstartConfig(vision_model="another").load_profile()["stage2"]
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     precious = tmp_path / "stage1" / "precious"
     precious.parent.mkdir()
@@ -226,6 +238,7 @@ def test_missing_splits_are_held_out_and_a_single_caption_column_gives_no_pairs(
     assert [source.path for source in only_train.pair_sources()] == [small_runs.GLOSSES]
     assert list(only_train.caption_sets) == ["lemma_to_gloss"]
     assert only_train.translations == {}
+    assert only_train.trained("ready").caption_columns == ["caption"]
     data = save_data(tmp_path / "b", {"train": 40, "validation": 20})
     two = QuickstartData.find(data, ["caption", "keywords"], "picture")
     assert (two.train, two.validation, two.test) == ("train", "validation", "validation")

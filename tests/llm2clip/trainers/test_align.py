@@ -50,9 +50,11 @@ def settings(folder: Path, vision: str, inputs: Inputs, **changes: Any) -> Align
     return build_config(AlignRecipe, {**fields, **changes})
 
 
-@pytest.mark.parametrize("pooling", ["cls", "cls_mean"])
-def test_a_closed_form_has_the_maps_of_its_training_pairs(pooling: str, inputs: Inputs, tmp_path: Path) -> None:
-    config = settings(tmp_path, inputs.vision, inputs, vision_pooling=pooling)
+@pytest.mark.parametrize(("pooling", "layers"), [("cls", None), ("cls_mean", [1, 2])])
+def test_a_closed_form_has_the_maps_of_its_training_pairs(
+    pooling: str, layers: list[int] | None, inputs: Inputs, tmp_path: Path
+) -> None:
+    config = settings(tmp_path, inputs.vision, inputs, vision_pooling=pooling, vision_layers=layers)
     metrics = run_align.run(config)
     model = load(tmp_path)
     assert model.config.projection_dim == metrics["closed_form_width"]

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from llm2clip.store import EmbeddingCache, build_embedding_cache, caption_manifest
 from llm2clip.store.shards import ShardFile
 from llm2clip.trainers import closed_form
-from llm2clip.trainers.closed_form import PairSums, closed_form_alignment, positive_deviation
+from llm2clip.trainers.closed_form import PairSums, closed_form_alignment, cross_validated_ridge, positive_deviation
 
 
 def correlated(count: int = 600, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -89,7 +89,7 @@ def test_the_regression_of_summed_parts_is_ridge_regression(monkeypatch: pytest.
     total = sum((PairSums.of_part(images, texts, part, 7) for part in range(7)), PairSums.empty(12, 9))
     x, y = images.double().numpy(), F.normalize(texts, dim=-1).double().numpy()
     for ridge in (0.01, 1.0):
-        weight, bias = total.regression(ridge)
+        ((weight, bias),) = total.regressions([ridge])
         expected = Ridge(alpha=ridge * y.var(axis=0).mean() * len(y)).fit(y, x)
         np.testing.assert_allclose(weight.T, expected.coef_, rtol=1e-6, atol=1e-8)
         np.testing.assert_allclose(bias, expected.intercept_, rtol=1e-6, atol=1e-8)
@@ -140,3 +140,23 @@ def test_what_cannot_be_is_refused(images: int, texts: int, changes: dict[str, A
     rows[0][600, 3] = float("nan")
     with pytest.raises(ValueError, match=message):
         closed_form_alignment(rows[0][:images], rows[1][:texts], **{"width": 4, **changes})
+
+
+def test_the_ridge_is_the_largest_within_one_standard_error_in_cross_validation() -> None:
+    images, texts = correlated(60)
+    ridges, parts = (0.001, 0.01, 0.1, 1.0, 10.0), 5
+    rows = [torch.arange(60) % parts == part for part in range(parts)]
+    errors = np.empty((parts, len(ridges)))
+    for part, held_out in enumerate(rows):
+        units = F.normalize(texts, dim=-1).double()
+        x, y, unseen = images[~held_out].double(), units[~held_out], units[held_out]
+        for column, ridge in enumerate(ridges):
+            penalty = ridge * float(y.var(dim=0, correction=0).mean()) * len(y)
+            expected = Ridge(alpha=penalty).fit(y.numpy(), x.numpy()).predict(unseen.numpy())
+            errors[part, column] = ((images[held_out].numpy() - expected) ** 2).sum(axis=1).mean()
+    means, deviations = errors.mean(axis=0), errors.std(axis=0, ddof=1) / parts**0.5
+    allowed = means <= means.min() + deviations[means.argmin()]
+    folds = [PairSums.of_part(images[part], texts[part]) for part in rows]
+    found = cross_validated_ridge(folds, ridges)
+    assert found == max(np.array(ridges)[allowed])
+    assert found > ridges[int(means.argmin())]

@@ -64,6 +64,7 @@ STAGE2: dict[str, Any] = {
 RECIPE: dict[str, Any] = {
     "projection_dim": (7, {}, WEIGHTS),
     "vision_pooling": ("mean", {}, WEIGHTS),
+    "vision_layers": ([1], {}, WEIGHTS),
     "visual_head": ("gated", {}, WEIGHTS),
     "adapter_num_layers": (1, {}, WEIGHTS),
     "logit_scale_init_value": (1.0, {}, WEIGHTS),

@@ -16,7 +16,7 @@ from modeling_llm2clip import EVA02VisionConfig, LLM2CLIPConfig, LLM2CLIPTextCon
 # The default of the original's text_cfg.
 DEFAULT_LLM_WIDTH = 4096
 # What a model may do with features and the original does not.
-FEATURE_FIELDS = ("vision_pooling", "standardize_vision", "center_text", "visual_head", "text_head")
+FEATURE_FIELDS = ("vision_pooling", "vision_layers", "standardize_vision", "center_text", "visual_head", "text_head")
 
 
 def original_layout(vision_config: PretrainedConfig) -> Layout:

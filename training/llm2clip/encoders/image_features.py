@@ -125,6 +125,7 @@ def open_features(
     identity: dict[str, Any] = {
         "fingerprint": vision_fingerprint(model, image_processor, with_projection=False),
         "pooling": model.config.vision_pooling,
+        **({"layers": layers} if (layers := model.config.vision_layers) else {}),
         "vision_model_dtype": dtype,
         "image_backend": image_backend,
         "max_pixels": DEFAULT_MAX_PIXELS,

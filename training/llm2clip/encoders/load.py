@@ -14,6 +14,7 @@ from llm2clip.command_line.processes import process_state
 from llm2clip.data import ImageBackend, OnError
 from llm2clip.encoders.custom import CustomEncoder
 from llm2clip.encoders.encoder import Encoder
+from llm2clip.encoders.mapped_text import MappedTextEncoder, is_mapped_text
 from llm2clip.encoders.open_clip import OpenClipEncoder
 from llm2clip.encoders.ours import OurEncoder
 from llm2clip.encoders.query_encoder import QueryTextEncoder, TextEncoder, has_query_encoder
@@ -71,6 +72,8 @@ def load_encoder(
     encoder: Encoder
     if text_encoder == "query" or (text_encoder == "auto" and has_query_encoder(spec, revision)):
         encoder = QueryTextEncoder.load(spec, revision, **options)
+    elif is_mapped_text(spec):
+        encoder = load_query_encoder(spec, dtype, device)
     elif is_function or spec.startswith(OPEN_CLIP):
         if revision is not None:
             raise ValueError(f"{spec} is no repository on the Hub, and has no revision ({revision!r}).")
@@ -92,6 +95,26 @@ def load_encoder(
     if encoder.image_backend != image_backend:
         raise ValueError(f"image_backend is {image_backend}, but {spec} is no LLM2CLIP model of images: leave it out.")
     return encoder.truncate(truncate_dim)
+
+
+def load_query_encoder(
+    folder: str | os.PathLike[str],
+    dtype: str = "float32",
+    device: torch.device | str | None = None,
+    images: Encoder | None = None,
+) -> MappedTextEncoder:
+    """Open a query encoder that `llm2clip align --keep-images` wrote, with its text model.
+
+    Args:
+        images: The model of the image vectors, for queries that are images.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ValueError: Its text model has changed, or `images` is another model than that of the vectors.
+    """
+    return MappedTextEncoder.load(
+        folder, lambda name, revision: load_encoder(name, revision, dtype, device, needs=["text"]), images
+    )
 
 
 def embed_captions(

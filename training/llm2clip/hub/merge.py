@@ -30,8 +30,8 @@ MAX_NAMED = 4
 TRUNK, HEADS = "vision_model.", ("visual_standardization.", "visual_projection.", "text_adapter.", "logit_")
 HEAD_FIELDS = (
     "projection_dim", "visual_projection", "visual_projection_bias", "adapter_num_layers", "adapter_expansion",
-    "adapter_normalize", "vision_pooling", "standardize_vision", "center_text", "visual_head", "visual_head_expansion",
-    "text_head",
+    "adapter_normalize", "vision_pooling", "vision_layers", "standardize_vision", "center_text", "visual_head",
+    "visual_head_expansion", "text_head",
 )  # fmt: skip
 # Fields of towers; what else differs is seen in their weights.
 TOWER_FIELDS = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "image_size", "patch_size")

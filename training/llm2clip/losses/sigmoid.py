@@ -38,7 +38,8 @@ def sigmoid_loss(
     batch = gather_batch("sigmoid_loss", image_embeds, text_embeds, caption_ids, image_caption_ids)
     inputs = [image_embeds, batch.texts]
     for number in (logit_scale, logit_bias):
-        inputs.append(number if isinstance(number, Tensor) else image_embeds.new_tensor(number, dtype=torch.float32))
+        # Not `new_tensor`, whose copy to a GPU would wait for it.
+        inputs.append(number if isinstance(number, Tensor) else image_embeds.new_full((), number, dtype=torch.float32))
     if not torch.is_grad_enabled():
         # ctx.needs_input_grad ignores no_grad; detached inputs make forward skip the gradients.
         inputs = [x.detach() for x in inputs]

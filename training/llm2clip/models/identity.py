@@ -104,6 +104,7 @@ def vision_fingerprint(model: Any, image_processor: Any, *, with_projection: boo
         "model_type": tower.model_type,
         "image_size": getattr(tower, "image_size", None),
         "pooling": model.config.vision_pooling,
+        **({"layers": layers} if (layers := model.config.vision_layers) else {}),
         "preprocessing": preprocessing(image_processor),
         "weights": _digests(model, names),
     }

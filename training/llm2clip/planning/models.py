@@ -21,7 +21,7 @@ from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPTextConfig,
 from modeling_llm2clip.modeling_llm2clip_decoder import avoid_sdpa_without_softcap, text_model_class
 
 # Settings that decide the shapes of a new model, and the length of its texts.
-SHAPES = ("projection_dim", "adapter_num_layers", "vision_pooling", "visual_head")
+SHAPES = ("projection_dim", "adapter_num_layers", "vision_pooling", "vision_layers", "visual_head")
 TEXT_FIELDS = ("pooling", "max_text_length", "bidirectional")
 
 

@@ -59,6 +59,8 @@ class QuickstartConfig:
     def load_profile(self) -> dict[str, Any]:
         """Read the settings of the training; see `PARTS`. `auto` becomes what is fast here.
 
+        The layers of the default profile are those of the default tower: another one is pooled from its last layer.
+
         Raises:
             FileNotFoundError: There is no such profile.
             ValueError: It has a key that is none of these.
@@ -69,6 +71,9 @@ class QuickstartConfig:
             if part not in PARTS:
                 raise ValueError(f"the profile {self.profile} has no part {part!r}{nearest(part, PARTS)}")
         profile = {**PARTS, **profile}
+        if self.profile == "default" and self.vision_model is not None:
+            del profile["stage2"]["vision_layers"]
+            logger.info("%s gives the features of its last layer: no vision_layers.", self.vision_model)
         fast = has_fast_bfloat16()
         dtype = "bfloat16" if fast else "float32"
         choices: list[tuple[dict[str, Any], str, Any]] = [

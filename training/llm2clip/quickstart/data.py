@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import fmean
 from typing import Any
 
 from llm2clip.data import CaptionSource, PairSource, caption_id, distinct_captions, load_source
@@ -22,6 +25,8 @@ LANGUAGES = {"de": "German", "fr": "French", "es": "Spanish", "zh": "Chinese", "
 OTHER_LANGUAGES = {"ru": "Russian", "ar": "Arabic"}
 # Those that have a line of their own.
 SHOWN_LANGUAGES = ("German", "Chinese")
+# How often a translation is drawn in training, relative to a caption of the drawing.
+TRANSLATION_WEIGHT = 0.1
 # The queries of the tables, beside those of each language.
 QUERY = "captions"
 
@@ -116,6 +121,32 @@ class QuickstartData:
                 logger.info("%s has no column %s: no row for %s captions.", self.path, column, name)
         return columns
 
+    @cached_property
+    def trained_translations(self) -> list[str]:
+        """The columns of these that the training images have too."""
+        columns = []
+        for column in self.translations.values():
+            with contextlib.suppress(SourceError):
+                load_source(self.source(self.train, [column]), with_images=False)
+                columns.append(column)
+        return columns
+
+    def trained(self, kind: str, weights: Sequence[float] | None = None) -> CaptionSource:
+        """Return what a text encoder of a kind is aligned on: the training images with their captions.
+
+        An embedding model knows other languages, and also gets the captions' translations, at a tenth of the weight.
+
+        Args:
+            weights: Of the caption columns; by default all the same.
+        """
+        columns = [*self.caption_columns, *(self.trained_translations if kind == "ready" else [])]
+        source = self.source(self.train, columns)
+        if weights is not None or len(columns) > len(self.caption_columns):
+            shares = list(weights) if weights is not None else [1.0] * len(self.caption_columns)
+            added = len(columns) - len(self.caption_columns)
+            source.caption_weights = [*shares, *[TRANSLATION_WEIGHT * fmean(shares)] * added]
+        return source
+
     def queries(self, kind: str) -> dict[str, str]:
         """Return the columns that query the test images with a text encoder of a kind, by what they are.
 
@@ -132,7 +163,7 @@ class QuickstartData:
         if "name_to_keywords" in self.caption_sets:
             pairs.append(self.source(self.test, self.caption_columns))
         return [
-            self.source(self.train, self.caption_columns),
+            self.source(self.train, self.trained(kind).caption_columns),
             self.source(self.validation, [self.query_column]),
             self.source(self.test, [*self.queries(kind).values()]),
             *pairs,

@@ -232,8 +232,7 @@ def stage2_config(
         vision, tower: Folder or Hub id of the vision tower and of the text encoder.
     """
     folder, fields = Path(config.output_dir), dict(profile["stage2"])
-    train = data.source(data.train, data.caption_columns)
-    train.caption_weights = fields.pop("caption_weights", None)
+    train = data.trained(arm.kind, fields.pop("caption_weights", None))
     own = {
         "vision_model_name_or_path": vision,
         "freeze_vision": "all",

@@ -23,8 +23,8 @@ PROTOCOL = {
     "right, as in `llm2clip evaluate` of your own data. The strict rule of published benchmarks is `rows`.",
     "in_domain": "Every text encoder is aligned with the frozen vision tower on the same stored features, with equal "
     "settings; what is chosen is chosen on the validation set.",
-    "languages": "The mean is over German, French, Spanish, Chinese, Japanese and Hindi; no image was trained with a "
-    "caption in them.",
+    "languages": "The mean is over German, French, Spanish, Chinese, Japanese and Hindi. LLMs are aligned on captions "
+    "alone; an embedding model also on their translations, at a tenth of the weight.",
 }
 
 CAPTION_SETS = {"lemma_to_gloss": "lemma → gloss", "name_to_keywords": "name → keywords"}

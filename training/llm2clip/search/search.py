@@ -65,6 +65,10 @@ class SearchConfig:
     fast: bool = setting(
         False, "Embed texts with the model's query encoder (llm2clip distill-text) in milliseconds, without its LLM."
     )
+    query_encoder: str | None = setting(
+        None,
+        "Embed texts with this folder of llm2clip align --keep-images; the index's own model is for images alone.",
+    )
     json: bool = setting(False, "Print JSON instead of tables.")
     postgres: str | None = field(
         default=None,
@@ -86,6 +90,10 @@ class SearchConfig:
             raise ValueError(f"top must be at least 1, not {self.top}.")
         if self.fast and not (self.query or self.without):
             raise ValueError("fast is for texts, and --image alone needs no LLM; leave it out.")
+        if self.query_encoder is not None and self.fast:
+            raise ValueError("fast and query_encoder are both given; choose one.")
+        if self.query_encoder is not None and not (self.query or self.without):
+            raise ValueError("query_encoder is for texts; leave it out, or write a text.")
         if self.combine and not (self.query and self.image):
             raise ValueError("combine needs texts and --image FILE.")
         if self.without is not None and not self.without.strip():
@@ -122,7 +130,13 @@ def run(config: SearchConfig) -> None:
     quiet_libraries()
     text_encoder: TextEncoder = "query" if config.fast else "llm"
     index = SearchIndex.open(
-        config.index, config.postgres, config.model, config.model_revision, text_encoder, config.dtype
+        config.index,
+        config.postgres,
+        config.model,
+        config.model_revision,
+        text_encoder,
+        config.dtype,
+        config.query_encoder,
     )
     given: list[tuple[str | None, Any]] = [(text, None) for text in config.query]
     if config.image:

@@ -12,6 +12,8 @@ import numpy as np
 from PIL import Image
 
 from llm2clip.encoders import Encoder, load_encoder
+from llm2clip.encoders.load import load_query_encoder
+from llm2clip.encoders.mapped_text import MappedTextEncoder
 from llm2clip.encoders.query_encoder import QueryTextEncoder, TextEncoder
 from llm2clip.models.places import require_recorded_model
 from llm2clip.search.folder_items import Items
@@ -33,7 +35,7 @@ class SearchIndex:
     other processes. One whose files two updates have deleted since is opened again by the next search.
 
     Args:
-        store, encoder, revision, text_encoder, dtype: See [`SearchIndex.open`].
+        store, encoder, revision, text_encoder, dtype, query_encoder: See [`SearchIndex.open`].
 
     Attributes:
         manifest: What it consists of, and who made it of what.
@@ -47,6 +49,7 @@ class SearchIndex:
         revision: str | None = None,
         text_encoder: TextEncoder = "llm",
         dtype: str = "auto",
+        query_encoder: str | Path | None = None,
     ) -> None:
         of_loading = {"revision": (revision, None), "text_encoder": (text_encoder, "llm"), "dtype": (dtype, "auto")}
         for name, (given, default) in of_loading.items():
@@ -58,6 +61,8 @@ class SearchIndex:
         self._model = encoder if isinstance(encoder, str) else None
         self._encoder = encoder if isinstance(encoder, Encoder) else None
         self._revision, self._text_encoder, self._dtype = revision, text_encoder, dtype
+        self._query_encoder = query_encoder
+        self._queries: MappedTextEncoder | None = None
         self._loaded, self._checked = {"image", "text"}, set[str]()
         self._everyday: np.ndarray | None = None
         self.counts: dict[str, Any] = {}
@@ -81,6 +86,7 @@ class SearchIndex:
         revision: str | None = None,
         text_encoder: TextEncoder = "llm",
         dtype: str = "auto",
+        query_encoder: str | Path | None = None,
     ) -> SearchIndex:
         """Open an index.
 
@@ -93,6 +99,8 @@ class SearchIndex:
             text_encoder: `query` for the small encoder in `query_encoder/` of the model in place of its LLM; `auto`
                 for that where there is one.
             dtype: What a model by name computes in; see [`load_encoder`].
+            query_encoder: Folder of `llm2clip align --keep-images`, which embeds texts. The model that made the index
+                is then loaded for images only.
 
         Raises:
             ConnectionError: The database or object store cannot be reached.
@@ -100,7 +108,7 @@ class SearchIndex:
             ImportError: The library of the object store is not installed.
             ValueError: The index is damaged.
         """
-        return cls(open_store(location, postgres), encoder, revision, text_encoder, dtype)
+        return cls(open_store(location, postgres), encoder, revision, text_encoder, dtype, query_encoder)
 
     @classmethod
     def build(
@@ -168,7 +176,7 @@ class SearchIndex:
         exclude = [rows_folder(self.store, chosen.rows_dir)]
         items = items_of(manifest, exclude) if images is None else as_items(images, exclude)
         is_own = self._model is None and self._encoder is None
-        open_encoder = partial(self.encoder, ["text" if manifest.embed == "caption" else "image"])
+        open_encoder = partial(self._own_encoder, ["text" if manifest.embed == "caption" else "image"])
         self.counts = update_index(self.store, items, open_encoder, chosen, manifest.asked if is_own else None)
         self._read()
         return self.counts
@@ -263,6 +271,17 @@ class SearchIndex:
             FileNotFoundError: It does not exist any more.
             ValueError: It is not the one that made the index, or does not embed what is needed.
         """
+        if self._query_encoder is None:
+            return self._own_encoder(needs)
+        if self._queries is None:
+            queries = load_query_encoder(self._query_encoder, self._dtype)
+            queries.require_images(f"the index {self.location}", self.manifest.width, self.manifest.image_fingerprint)
+            self._queries = queries
+        if "image" in needs and self._queries.images is None:
+            self._queries.use_images(self._own_encoder(["image"]))
+        return self._queries
+
+    def _own_encoder(self, needs: Sequence[str]) -> Encoder:
         if self._encoder is None or not self._loaded.issuperset(needs):
             # What the index holds is in the space of the image side, if the model has one.
             self._loaded = {*needs, *(["image"] if self.manifest.image_fingerprint else [])}

@@ -25,6 +25,9 @@ class ServeConfig(Limits):
     model: str = setting("", "Hub id or folder of the model, of any library that llm2clip evaluate takes.")
     model_revision: str | None = setting(None, "Branch, tag or commit of the model on the Hub.")
     fast: bool = setting(False, "Embed texts with the model's query encoder (llm2clip distill-text), without its LLM.")
+    query_encoder: str | None = setting(
+        None, "Embed texts with this folder of llm2clip align --keep-images; the model embeds images alone."
+    )
     truncate_dim: int | None = setting(None, "Keep the first values of embeddings only, scaled to unit length.")
     index: str | None = setting(None, "Folder or URL of an index of this model, for /search.")
     host: str = setting("127.0.0.1", "Address to listen on; another machine's clients need a token.")
@@ -43,6 +46,8 @@ class ServeConfig(Limits):
             raise ValueError("the model is missing: llm2clip serve MODEL")
         if not 0 <= self.port < 65536:
             raise ValueError(f"port must be from 0 to 65535, not {self.port}.")
+        if self.query_encoder and (self.fast or self.truncate_dim):
+            raise ValueError("query_encoder embeds texts, as it was fitted: leave fast and truncate_dim out.")
         if self.token_env and self.token_file:
             raise ValueError("token_env and token_file are both given; choose one.")
 
@@ -59,6 +64,7 @@ def run(config: ServeConfig) -> dict[str, Any]:
     check_places(config.index, config.model)
     # Here, so that missing libraries are reported before a large model is loaded, which takes minutes.
     from llm2clip.encoders import load_encoder
+    from llm2clip.encoders.load import load_query_encoder
     from llm2clip.serving.app import create_app
     from llm2clip.serving.server import Server
 
@@ -76,7 +82,10 @@ def run(config: ServeConfig) -> dict[str, Any]:
             config.dtype,
             text_encoder="query" if config.fast else "llm",
             truncate_dim=config.truncate_dim,
+            needs=["image"] if config.query_encoder else [],
         )
+        if config.query_encoder is not None:
+            encoder = load_query_encoder(config.query_encoder, config.dtype, images=encoder)
         index = None if config.index is None else open_index(config.index, encoder)
         hosts = {"localhost", "127.0.0.1", "[::1]", config.host.lower()} if is_private and token is None else None
         app = create_app(encoder, index, name=config.served_model_name, token=token, limits=config, hosts=hosts)

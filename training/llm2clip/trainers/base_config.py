@@ -131,6 +131,8 @@ class StageConfig(TrainingArguments):
         accelerator_config: Any = self.accelerator_config
         if accelerator_config.dispatch_batches is None:
             accelerator_config.dispatch_batches = False
+        # From pinned memory, the copy of a batch to a GPU need not wait for it.
+        accelerator_config.non_blocking = accelerator_config.non_blocking or self.dataloader_pin_memory
 
     def _validate_numbers(self) -> None:
         """Refuse numbers with which a run would end long after its start, or train something else without a word."""

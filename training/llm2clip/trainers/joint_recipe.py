@@ -68,6 +68,11 @@ class JointRecipe:
         "Features of the vision tower. cls: its own pooled output (class token or attention pooling); mean: the mean "
         "over its patches; cls_mean: both, side by side. Unset: cls.",
     )
+    vision_layers: list[int] | None = setting(
+        None,
+        "Layers of the vision tower, from 1, whose outputs are the features, side by side, each pooled as "
+        "vision_pooling says, such as the last four: 9 10 11 12 of a tower of 12. Unset: the last layer.",
+    )
     adapter_num_layers: int | None = setting(None, "Number of blocks of the text adapter; unset: 4.")
     feature_cache: str | None = setting(
         None,

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 # The fields of a model's config that say how it makes embeddings of a tower's outputs.
 VISION_SIDE = (
-    *("vision_pooling", "standardize_vision", "visual_head", "visual_head_expansion"),
+    *("vision_pooling", "vision_layers", "standardize_vision", "visual_head", "visual_head_expansion"),
     *("visual_projection", "visual_projection_bias"),
 )
 # Above this cosine, two models embed an image as one and the same.
@@ -58,8 +58,8 @@ def take_vision_side(model: LLM2CLIPModel, image_processor: Any, encoder: Encode
     other: Any = encoder.model
     is_ours, head = isinstance(encoder, OurEncoder), getattr(other, "visual_projection", None)
     head = head if is_ours or isinstance(head, nn.Linear) else None
-    fields: dict[str, Any] = {"vision_pooling": "cls", "standardize_vision": False, "visual_head": "linear"}
-    fields |= {"visual_projection": head is not None}
+    fields: dict[str, Any] = {"vision_pooling": "cls", "vision_layers": None, "standardize_vision": False}
+    fields |= {"visual_head": "linear", "visual_projection": head is not None}
     fields |= {"visual_projection_bias": getattr(head, "bias", None) is not None}
     if is_ours:
         fields = {field: getattr(other.config, field) for field in VISION_SIDE}
@@ -127,13 +127,15 @@ def align_texts(
     _set_linear_text_head(model)
     layer = model.text_adapter.proj
 
+    ridges = RIDGES if ridge is None and measure is not None else (DEFAULT_RIDGE if ridge is None else ridge,)
+    solved = dict(zip(ridges, sums.regressions(ridges), strict=True))
+
     def install(choice: float) -> None:
-        weight, bias = sums.regression(choice)
+        weight, bias = solved[choice]
         with torch.no_grad():
             layer.weight.copy_(weight.T)
             layer.bias.copy_(bias)
 
-    ridges = RIDGES if ridge is None and measure is not None else (DEFAULT_RIDGE if ridge is None else ridge,)
     scores = [0.0]
     if measure is not None:
         scores = []

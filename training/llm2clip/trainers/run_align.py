@@ -21,6 +21,7 @@ from llm2clip.files.locks import run_lock
 from llm2clip.files.manifests import FOLDER_MANIFEST
 from llm2clip.hub.cards.facts import JOINT_TASK
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
+from llm2clip.trainers import keep_images
 from llm2clip.trainers.align_recipe import AlignRecipe
 from llm2clip.trainers.alignment import align
 from llm2clip.trainers.checkpoints import SETTINGS, register_model
@@ -52,6 +53,8 @@ def run(config: AlignRecipe) -> dict[str, Any]:
     Returns:
         The ridge and the width, and the metrics of retrieval with the prefix `eval_`.
     """
+    if config.keep_images is not None:
+        return keep_images.run(config)
     config.validate_sources()
     with run_lock(config.output_dir):
         on_main_process(partial(_take_folder, config))
@@ -94,6 +97,7 @@ def open_model(config: AlignRecipe) -> tuple[LLM2CLIPModel, Any]:
     """Make the model whose maps are solved for, and its processor."""
     fields: dict[str, Any] = {"projection_dim": config.projection_dim or DEFAULT_WIDTH, "standardize_vision": True}
     fields |= {"vision_pooling": config.vision_pooling} if config.vision_pooling else {}
+    fields |= {"vision_layers": config.vision_layers} if config.vision_layers else {}
     fields |= {"adapter_num_layers": config.adapter_num_layers} if config.adapter_num_layers is not None else {}
     # What residual heads add to the maps begins near 0.
     model, processor = make_model(config, initializer="normal", **fields)

@@ -16,7 +16,10 @@ from llm2clip.trainers.optimizer import IN_BACKWARD
 from llm2clip.trainers.text_tower_config import LORA_SETTINGS, LoraSettings, require_lora
 
 # Settings of a new model; a trained model brings its own.
-NEW_MODEL_FIELDS = ("projection_dim", "vision_pooling", "adapter_num_layers", "visual_head", "logit_scale_init_value")
+NEW_MODEL_FIELDS = (
+    *("projection_dim", "vision_pooling", "vision_layers", "adapter_num_layers", "visual_head"),
+    "logit_scale_init_value",
+)
 
 
 @dataclass
