@@ -18,8 +18,8 @@ DATA = {"llm2clip.hub_configs": "hub_configs"}
 class EditableWheel(editable_wheel):
     """An editable installation that also puts `training/` on the path.
 
-    The finder of setuptools is asked last. In a folder with a checkout called `llm2clip`, Python would take that folder
-    for a package without `__init__.py`, were there no real one on the path.
+    The finder of setuptools is asked last: in a folder that holds a checkout called `llm2clip`, Python would take that
+    folder for a package without `__init__.py`.
     """
 
     def run(self) -> None:

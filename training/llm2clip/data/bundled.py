@@ -1,4 +1,4 @@
-"""Where the bundled drawings and glosses are: in a checkout or source archive; a wheel is without them (their licences)."""
+"""Where the bundled drawings and glosses are: in a checkout or source archive, since a wheel is under one licence."""
 
 from __future__ import annotations
 

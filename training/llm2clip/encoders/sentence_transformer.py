@@ -54,8 +54,7 @@ class SentenceTransformerEncoder(Encoder):
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
             raise ImportError(
-                f"{name} is a model of sentence-transformers ({error}); install it with: "
-                "pip install 'llm2clip[eval]'"
+                f"{name} is a model of sentence-transformers ({error}); install it with: pip install 'llm2clip[eval]'"
             ) from error
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r} is unknown; choose {', '.join(DTYPES)}.")
