@@ -60,6 +60,7 @@ def build(arguments: argparse.Namespace) -> tuple[Any, Any]:
         others = tower(blank).last_hidden_state.shape[1] - side**2
     if side % arguments.pool or others not in (0, 1):
         raise ValueError(f"--pool has to divide {side} patches a side, and {others} other tokens can be one at most.")
+    llm.config.logit_scale = 1.0  # of Aya's own LLM, by which an Aya Vision multiplies the logits of any other one too
     config = AyaVisionConfig(
         vision_config=tower.config,
         text_config=llm.config,

@@ -134,6 +134,7 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         """
         # AutoModel replaces the name of an adapter with that of its base model, which lacks the prompt.
         adapter_kwargs = kwargs.pop("adapter_kwargs", None) or {}
+        kwargs.pop("_from_auto", None)  # from transformers 5.25 on, AutoModel passes it, and takes it from nobody
         name = os.fspath(adapter_kwargs.get("_adapter_model_path") or pretrained_model_name_or_path)
         _, name, inside = find_text_model(name)
         kwargs |= inside

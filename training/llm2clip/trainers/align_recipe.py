@@ -70,7 +70,8 @@ class AlignRecipe(JointRecipe):
         used = {"output_dir", "keep_images", "text_model", "text_model_revision", "pairs", "texts", "old_text_model"}
         others = [field.name for field in fields(self) if field.name not in {*used, "ridge"}]
         refuse(self, others, f"the image vectors of {self.keep_images} are kept")
-        require(self, ["text_model"])
+        if not self.text_model:
+            raise ValueError("keep_images needs text_model: the encoder of the new queries.")
         if (self.texts is None) != (self.old_text_model is None):
             raise ValueError("texts and old_text_model go together: that model embeds the texts.")
         if self.texts is not None:
@@ -78,7 +79,7 @@ class AlignRecipe(JointRecipe):
 
     def validate_sources(self) -> None:
         """Raise ValueError unless there are pairs that can be read once, with stored embeddings."""
-        require(self, ["output_dir", "sources"])
+        require(self, ["sources"])
         if None in self.caches or not self.caches:
             raise ValueError("align reads stored embeddings: give embedding_cache (from `llm2clip embed`).")
         if self.streams:

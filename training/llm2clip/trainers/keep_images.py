@@ -17,6 +17,7 @@ from transformers.utils import CONFIG_NAME
 
 from llm2clip.command_line.processes import on_main_process, process_state
 from llm2clip.command_line.progress import ProgressBar
+from llm2clip.command_line.settings import require
 from llm2clip.encoders.encoder import Encoder
 from llm2clip.encoders.load import load_encoder
 from llm2clip.encoders.mapped_text import MAP, MappedTextEncoder
@@ -167,6 +168,7 @@ def _encoder(vectors: ImageVectors, text: Encoder, found: QueryMap) -> MappedTex
 
 def run(config: AlignRecipe) -> dict[str, Any]:
     """Fit and save; return the ridge and the number of pairs."""
+    require(config, [])
     folder = Path(config.output_dir)
     on_main_process(lambda: _refuse_model(folder))
     vectors = ImageVectors.open(str(config.keep_images))
