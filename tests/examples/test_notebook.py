@@ -34,7 +34,8 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
     ]  # fmt: skip
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     (settings,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
-    settings.source = f"output = {str(tmp_path / 'run')!r}\noptions = {options!r}"
+    given = {"output": str(tmp_path / "run"), "data": str(EXAMPLES / "data" / "concepts"), "options": options}
+    settings.source = "\n".join(f"{name} = {value!r}" for name, value in given.items())
     nbclient.NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(tmp_path)}}).execute()
 
     shown = [output.data for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output]
