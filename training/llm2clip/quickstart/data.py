@@ -11,10 +11,10 @@ from statistics import fmean
 from typing import Any
 
 from llm2clip.data import CaptionSource, PairSource, caption_id, distinct_captions, load_source
-from llm2clip.data.bundled import bundled_data
 from llm2clip.data.formats import SourceError
 from llm2clip.data.table_identity import data_revision
 from llm2clip.evaluation.data import CaptionPairData
+from llm2clip.quickstart.bundled import bundled_data
 
 logger = logging.getLogger(__name__)
 
