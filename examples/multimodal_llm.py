@@ -56,8 +56,7 @@ def build(arguments: argparse.Namespace) -> tuple[Any, Any]:
     llm.resize_token_embeddings(max(len(tokenizer), llm.config.vocab_size), mean_resizing=False)
     blank = image_processor(images=Image.new("RGB", (32, 32)), return_tensors="pt")["pixel_values"]
     side = blank.shape[-1] // tower.config.patch_size
-    with torch.no_grad():
-        others = tower(blank).last_hidden_state.shape[1] - side**2
+    others = tower(blank).last_hidden_state.shape[1] - side**2
     if side % arguments.pool or others not in (0, 1):
         raise ValueError(f"--pool has to divide {side} patches a side, and {others} other tokens can be one at most.")
     llm.config.logit_scale = 1.0  # of Aya's own LLM, by which an Aya Vision multiplies the logits of any other one too

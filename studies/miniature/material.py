@@ -34,6 +34,7 @@ SPLITS = {
     "cliparts-validation": (("validation",), CLIPARTS),
     "cliparts-test": (("test",), CLIPARTS),
     "cliparts": (("train",), CLIPARTS),
+    **{f"drawings-{split}": ((split,), EMOJIS + CLIPARTS) for split in ("train", "validation", "test")},
 }
 # The splits whose texts are stored.
 STORED = ("train", "validation", "test", "transfer")
@@ -154,12 +155,16 @@ class Material:
 
     def stored_texts(self, of: str) -> list[dict[str, Any]]:
         """List the sources of texts: of `concepts`, these and all cliparts (`kinds`) or with names in other languages
-        (`languages`), or of `scenes`.
+        (`languages`), of emojis and cliparts together (`drawings`), or of `scenes`.
         """
         if of == "scenes":
             names: dict[str, list[str]] = {"train": ["short", "long_a"], "validation": ["long_a"]}
             names["test"] = [*DESCRIPTIONS, *NEGATIVES]
             return [self._texts_of(f"{SCENES}{name}", columns) for name, columns in names.items()]
+        if of == "drawings":
+            names = {f"drawings-{split}": ["caption", "keywords"] for split in ("train", "validation", "test")}
+            names["drawings-test"] += IN_LANGUAGES
+            return [self._texts_of(name, columns) for name, columns in names.items()]
         names = {name: ["caption", "keywords"] for name in STORED}
         names["test"] += IN_LANGUAGES
         glosses = {"path": str(DATA / "glosses"), "split": "test", "caption_columns": ["lemmas", "gloss"]}

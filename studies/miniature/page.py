@@ -83,7 +83,8 @@ def table_of(name: str) -> str:
 def columns_of(fields: dict[str, Any]) -> dict[str, tuple[str, ...]]:
     """Return the scores of each column of a table, whose mean is shown."""
     if "columns" in fields:
-        return {title: (key,) for key, title in fields["columns"].items()}
+        given = fields["columns"].items()
+        return {title: (keys,) if isinstance(keys, str) else tuple(keys) for title, keys in given}
     columns: dict[str, tuple[str, ...]] = {}
     names = {**NAMES, **fields.get("names", {})}
     for test in fields.get("shown", tests_of(fields)):

@@ -29,6 +29,7 @@ from llm2clip.files.atomic import write_json
 from llm2clip.hub.merge import merge_models
 from llm2clip.quickstart.config import has_fast_bfloat16
 from llm2clip.recipes import load_recipe
+from studies.miniature import kept_index
 from studies.miniature.material import DATA, DESCRIPTIONS, HERE, NEGATIVES, Material, slug
 from studies.miniature.scenes import PAGE
 from studies.miniature.start import START_SETTINGS, open_cache, save_start
@@ -36,11 +37,11 @@ from studies.miniature.start import START_SETTINGS, open_cache, save_start
 TABLES, EXAMPLES = HERE / "tables", DATA.parent
 # Nine patches a side, of which 3 x 3 are a token: one for each of the nine places.
 NINE_TOKENS = 126
-RETRIEVAL, CAPTIONS, QUESTIONS = "retrieval", "captions", "questions"
+RETRIEVAL, CAPTIONS, QUESTIONS, KEPT_INDEX = "retrieval", "captions", "questions", "kept index"
 # In the folder of the study, or of a model whose tower has trained: what towers make of pictures.
 FEATURES = "features"
 # What an arm does with the models of others; see `Run.parents`.
-ROLES = ("continues", "keeps", "first", "second")
+ROLES = ("continues", "keeps", "first", "second", "index")
 # The settings that all arms of a command have.
 BASES = {"stage2": "frozen.yaml", "align": "closed_form.yaml"}
 
@@ -52,9 +53,10 @@ class Run:
     Attributes:
         encoders: Names of one or two text encoders; none for the ViT as it is.
         settings: What it has besides those of `frozen.yaml`, or with `command: align` of `closed_form.yaml`; None
-            leaves one of these out.
+            leaves one of these out. Of an arm that keeps an index: how many `pairs` or `texts` its map is fitted to.
         kind: `retrieval`: stage 2, measured on pictures; `captions`: retrieval between captions, without training;
-            `questions`: the answers of a multimodal LLM, through the tower of stage 2 or the ViT as it is.
+            `questions`: the answers of a multimodal LLM, through the tower of stage 2 or the ViT as it is; `kept
+            index`: a map of the text encoder to the image vectors of another arm.
         data: `concepts` or `scenes`.
         captions: The caption columns of its training, and how often each is drawn.
         tests: Sets that it is measured on: a split of `concepts`, `_LANGUAGE` for captions in that; of `scenes` a
@@ -63,7 +65,7 @@ class Run:
         pictures: The split that it trains on.
         validation: The split that chooses the epoch.
         parents: Other arms, by what is made of their model: it is continued (`continues`), its space is kept
-            (`keeps`), or two are merged (`first`, `second`).
+            (`keeps`), two are merged (`first`, `second`), or its image vectors get other queries (`index`).
         share: Of the second of two that are merged.
         is_kept: Whether its model stays, for other arms.
     """
@@ -121,7 +123,7 @@ def _arms_of(name: str, table: Mapping[str, Any], seed: int) -> dict[str, Run]:
             seed=seed,
             encoders=tuple([encoders] if isinstance(encoders, str) else encoders),
             settings=settings_of(fields.get("settings", [])),
-            kind=table.get("kind", RETRIEVAL),
+            kind=KEPT_INDEX if "index" in fields else table.get("kind", RETRIEVAL),
             data=data,
             captions=fields.get("captions", table.get("captions", {"caption": 1, "keywords": 1})),
             tests=tests_of(table),
@@ -166,13 +168,13 @@ def execute_one(run: Run, folder: Path) -> float:
     path = result_path(folder, run)
     if path.is_file():  # of another study in this folder
         return 0.0
-    caches = [material.rows(name, run.rows) for name in run.encoders]
+    caches = [] if run.kind == KEPT_INDEX else [material.rows(name, run.rows) for name in run.encoders]
     models = {role: _trained(parent, material) for role, parent in run.parents.items()}
     begin_cpu = time.process_time()
     if run.kind == CAPTIONS:
         result = _captions(caches[0])
     else:
-        measure = _questions if run.kind == QUESTIONS else _stage2
+        measure = {QUESTIONS: _questions, KEPT_INDEX: _kept_index}.get(run.kind, _stage2)
         result = measure(run, material, caches, models)
     result = {**result, "cpu_seconds": round(time.process_time() - begin_cpu, 1)}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -265,6 +267,15 @@ def _questions(run: Run, material: Material, caches: list[Path], models: Mapping
     return scores
 
 
+def _kept_index(run: Run, material: Material, caches: list[Path], models: Mapping[str, Path]) -> dict[str, Any]:
+    """Fit other queries to the image vectors of a model, and measure them."""
+    ((kind, count),) = run.settings.items()
+    encoder = kept_index.query_encoder(material, models["index"], run.encoders[0], kind, count, run.seed)
+    return _scores(
+        encoder, {name: RetrievalData.from_source(source) for name, source in _tests(run, material).items()}
+    )
+
+
 def recipe_of(
     run: Run, material: Material, caches: list[Path], models: Mapping[str, Path]
 ) -> tuple[str, dict[str, Any]]:
@@ -349,6 +360,10 @@ def _measure(run: Run, material: Material, folder: Path, caches: list[Path]) -> 
     encoder: Encoder = StoredEncoder(model, processor, lookup, features)
     if "lora_rank" in run.settings:  # the stored rows of texts are those of the LLM before
         encoder = load_encoder(str(folder))
+    return _scores(encoder, sets)
+
+
+def _scores(encoder: Encoder, sets: Mapping[str, RetrievalData]) -> dict[str, float]:
     session = Session(encoder, show_progress_bar=False)
     scores: dict[str, float] = {}
     for name, data in sets.items():

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from llm2clip.command_line.logs import printable, quiet_libraries
 from llm2clip.command_line.settings import defaults_of, refuse, setting
+from llm2clip.files.bundled import bundled_data
 from llm2clip.models.places import DTYPE, ModelDtype, require_model_place
-from llm2clip.quickstart.bundled import bundled_data
 from llm2clip.search.search import check_places
 from llm2clip.serving.addresses import listen
 

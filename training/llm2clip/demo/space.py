@@ -9,11 +9,11 @@ from pathlib import Path
 
 from llm2clip.command_line.logs import shortened
 from llm2clip.files.atomic import write_text
+from llm2clip.files.bundled import bundled_data
 from llm2clip.files.folders import atomic_folder, refuse_nested
 from llm2clip.files.manifests import refuse_damaged
 from llm2clip.hub.upload_files import model_files
 from llm2clip.models.repos import RepoKind, inspect_repo, needed_llm
-from llm2clip.quickstart.bundled import bundled_data
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from llm2clip.data import CaptionSource, PairSource, caption_id, distinct_captio
 from llm2clip.data.formats import SourceError
 from llm2clip.data.table_identity import data_revision
 from llm2clip.evaluation.data import CaptionPairData
-from llm2clip.quickstart.bundled import bundled_data
+from llm2clip.files.bundled import bundled_data
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from llm2clip.encoders.stored import StoredEncoder
 from llm2clip.evaluation.data import RetrievalData
 from llm2clip.files.atomic import write_text
-from llm2clip.quickstart.bundled import bundled_data
+from llm2clip.files.bundled import bundled_data
 from llm2clip.quickstart.data import QUERY, SHOWN_LANGUAGES, QuickstartData
 from llm2clip.quickstart.results import all_tables
 from llm2clip.search.top_k import top_k
