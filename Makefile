@@ -15,7 +15,7 @@ WORKERS := 3
 PARALLEL = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-min test-all test-nightly test-cuda test-faults check-sets compat bench bench-gpu study lint audit docs dist format clean
+.PHONY: help quickstart test test-min test-all test-nightly test-cuda test-faults test-extras check-sets compat bench bench-gpu study lint audit docs dist format clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -49,6 +49,10 @@ check-sets: $(VENV)/.dev  ## benchmarks on the Hub beside the published ones; ne
 
 compat: $(VENV)/.dev  ## saved folders under other transformers versions; VERSIONS="4.57.6" for some of them
 	$(BIN)/python -m tests.compatibility.matrix $(VERSIONS)
+
+# Five environments, one after the other: ten minutes, and 3 GB for the largest.
+test-extras: $(VENV)/.dev  ## the wheel with each extra alone, in environments of their own; ARGS="demo" for some
+	$(BIN)/python -m tests.compatibility.extras $(ARGS)
 
 bench: $(VENV)/.dev  ## ratios against other tools, into benchmarks/RESULTS.md (idle machine); ROWS="R2 R4" for some
 	$(BIN)/python -m benchmarks $(ROWS)
