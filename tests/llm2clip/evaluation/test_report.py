@@ -187,6 +187,7 @@ def test_mistakes_end_in_one_error(two_models: list[str], tmp_path: Path, capsys
         ([str(tmp_path / "none.json")], f"no result file {tmp_path / 'none.json'}"),
         ([str(tmp_path / "empty")], "no result file"),
         ([*two_models, "--baseline", "openai/clap"], "did you mean 'openai/clip'"),
+        ([*two_models, "--baseline", "st2"], "no model is called 'st2'. The models are openai/clip, "),
         ([*two_models, "--output", str(tmp_path / "table.html")], "ends in .md, .json or .csv"),
         ([*two_models, "--output", str(tmp_path / "file" / "table.md")], "cannot be a folder"),
         ([*two_models, *twice], "but differ"),

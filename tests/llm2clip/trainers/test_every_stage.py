@@ -269,7 +269,7 @@ def test_a_run_that_ends_with_an_error_leaves_no_thread_that_reads(
 @pytest.mark.parametrize(
     ("fields", "num_rows", "message"),
     [
-        ({}, 7, "fewer rows than one batch of 8"),
+        ({}, 7, r"fewer rows than one batch of 8 \(7\); lower"),
         ({"warmup_steps": 2, "gradient_accumulation_steps": 2}, 31, "has 2 of 2 optimizer steps; lower warmup_steps"),
         ({"warmup_steps": 5, "max_steps": 4}, 1000, "has 5 of 4 optimizer steps"),
     ],

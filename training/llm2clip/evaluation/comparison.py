@@ -90,7 +90,8 @@ class Report:
         """
         rows = [row for row in self.rows if row.label == name]
         if not rows:
-            raise ValueError(f"no model is called {name!r}{nearest(name, [row.label for row in self.rows])}")
+            labels = list(dict.fromkeys(row.label for row in self.rows))
+            raise ValueError(f"no model is called {name!r}{nearest(name, labels)} The models are {', '.join(labels)}.")
         if len(rows) > 1:
             sources = "; ".join(row.source or "a result" for row in rows)
             raise ValueError(f"several rows are called {name!r} ({sources}), so that it is no baseline.")

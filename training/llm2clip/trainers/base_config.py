@@ -172,7 +172,7 @@ class StageConfig(TrainingArguments):
         if not self.dataloader_drop_last:
             return
         batch = self.per_device_train_batch_size * self.world_size
-        require_batch(num_rows // batch, batch)
+        require_batch(num_rows // batch, batch, num_rows)
         steps = self.max_steps
         if steps < 0:
             steps = math.ceil(self.num_train_epochs * math.ceil(num_rows // batch / self.gradient_accumulation_steps))
@@ -184,12 +184,13 @@ class StageConfig(TrainingArguments):
         return self.seed if self.data_seed is None else self.data_seed
 
 
-def require_batch(num_batches: int, batch_size: int) -> None:
-    """Raise a ValueError if there is no batch of `batch_size` rows."""
+def require_batch(num_batches: int, batch_size: int, num_rows: int | None = None) -> None:
+    """Raise a ValueError if there is no batch of `batch_size` rows, which says how many rows there are, if known."""
     if num_batches == 0:
+        found = "" if num_rows is None else f" ({num_rows})"
         raise ValueError(
-            f"the training data has fewer rows than one batch of {batch_size}; lower per_device_train_batch_size "
-            "or add data."
+            f"the training data has fewer rows than one batch of {batch_size}{found}; lower "
+            "per_device_train_batch_size or add data."
         )
 
 

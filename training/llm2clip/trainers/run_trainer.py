@@ -27,6 +27,7 @@ def run_trainer(trainer: StageTrainer, run: RunContext) -> dict[str, Any]:
         trainer.revisions = DataRevisions(getattr(trainer.args, "eval_sources", {}))
         run.at_end(trainer.revisions.close)
     metrics: dict[str, Any] = trainer.train().metrics
+    metrics.pop("total_flos", None)  # transformers estimates it for models of its own, and has 0 for ours.
     # Before the evaluation, so that a failing one loses nothing.
     trainer.accelerator.wait_for_everyone()
     trainer.merge_result()
