@@ -1,4 +1,4 @@
-"""Fixtures of several rooms: a loopback hub, a saved model, one small stage 1 with its embedding cache."""
+"""Fixtures of several subpackages: a loopback hub, a saved model, one small stage 1 with its embedding cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A room of the package imports only from the rooms above it in CONTRIBUTING.md."""
+"""A subpackage imports only from those above it in CONTRIBUTING.md."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import pytest
 from tests.documents.reading import ROOT
 
 PACKAGE = ROOT / "training" / "llm2clip"
-TABLE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("| room |")[1].split("\n\n")[0]
-ROOMS = re.findall(r"^\| `(\w+)` \|", TABLE, re.MULTILINE)
+TABLE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("| subpackage |")[1].split("\n\n")[0]
+SUBPACKAGES = re.findall(r"^\| `(\w+)` \|", TABLE, re.MULTILINE)
 FILES = sorted(set(PACKAGE.rglob("*.py")) - {PACKAGE / "__init__.py"})
 
 
-def room_of(path: Path) -> str:
+def subpackage_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -34,14 +34,14 @@ def imported(path: Path) -> list[str]:
     return found
 
 
-def test_contributing_describes_every_room() -> None:
-    assert {room_of(path) for path in FILES} == set(ROOMS)
+def test_contributing_describes_every_subpackage() -> None:
+    assert {subpackage_of(path) for path in FILES} == set(SUBPACKAGES)
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_imports_only_from_rooms_above(room: str) -> None:
-    allowed = ROOMS[: ROOMS.index(room) + 1]
-    files = [path for path in FILES if room_of(path) == room]
+@pytest.mark.parametrize("name", SUBPACKAGES)
+def test_a_subpackage_imports_only_from_those_above(name: str) -> None:
+    allowed = SUBPACKAGES[: SUBPACKAGES.index(name) + 1]
+    files = [path for path in FILES if subpackage_of(path) == name]
     assert files
     for path in files:
         own = [name.split(".")[1:2] for name in imported(path) if name.split(".")[0] == "llm2clip"]
@@ -62,9 +62,9 @@ def test_model_package_does_not_import_the_toolbox() -> None:
     assert [path for path in files if any(name.split(".")[0] == "llm2clip" for name in imported(path))] == []
 
 
-@pytest.mark.parametrize(("room", "other"), [("benchmarks", "protocols"), ("protocols", "benchmarks")])
-def test_benchmarks_and_protocols_do_not_import_each_other(room: str, other: str) -> None:
-    files = sorted((PACKAGE / "evaluation" / room).glob("*.py"))
+@pytest.mark.parametrize(("name", "other"), [("benchmarks", "protocols"), ("protocols", "benchmarks")])
+def test_benchmarks_and_protocols_do_not_import_each_other(name: str, other: str) -> None:
+    files = sorted((PACKAGE / "evaluation" / name).glob("*.py"))
     assert len(files) > 3
     for path in files:
         assert [name for name in imported(path) if name.startswith(f"llm2clip.evaluation.{other}")] == [], path

@@ -45,8 +45,8 @@ def test_import_of_the_package_is_cheap_and_lists_the_public_names() -> None:
 
 def test_public_names_are_imported_on_first_use() -> None:
     assert [name for name in NAMES if getattr(llm2clip, name).__name__ != name] == []
-    rooms = {path.stem for path in Path(llm2clip.__file__).parent.iterdir()}
-    assert rooms.isdisjoint(NAMES), "a name of the API would be hidden by a module"
+    modules = {path.stem for path in Path(llm2clip.__file__).parent.iterdir()}
+    assert modules.isdisjoint(NAMES), "a name of the API would be hidden by a module"
     with pytest.raises(AttributeError, match="Stage3Trainer"):
         llm2clip.Stage3Trainer  # noqa: B018
 
