@@ -59,12 +59,14 @@ def read_results(table: str) -> list[dict[str, Any]]:
 
 
 def table_of(name: str) -> str:
-    """Return a table in Markdown: of each arm the mean and the standard deviation over its seeds, in %."""
+    """Return a table in Markdown: of each arm the mean and the standard deviation over its seeds, in %.
+
+    The number of seeds is a column if it differs, and stands in the corner if it does not.
+    """
     rows, fields = read_results(name), read_table(name)
     columns = columns_of(fields)
-    heads = ["", *columns, "seeds", "CPU s", "paper"]
     paper = any("paper" in arm for arm in fields["arms"].values())
-    lines = []
+    lines, counts = [], set()
     for arm, settings in fields["arms"].items():
         runs = [row for row in rows if row["arm"] == arm]
         if not runs:
@@ -73,7 +75,11 @@ def table_of(name: str) -> str:
         # The first run also makes what others share, and some find their model made.
         seconds = f"{median(row['cpu_seconds'] for row in runs):.0f}"
         lines.append([arm, *cells, str(len(runs)), seconds, str(settings.get("paper", ""))])
-    keep = [True] * (len(columns) + 1) + [fields.get("kind") != CAPTIONS] * 2 + [paper]
+        counts.add(len(runs))
+    trains, same = fields.get("kind") != CAPTIONS, len(counts) == 1
+    keep = [True] * (len(columns) + 1) + [trains and not same, trains, paper]
+    corner = f"{counts.pop()} seeds" if trains and same else ""
+    heads = [corner, *columns, "seeds", "CPU s", "paper"]
     lines = [heads, ["---", *["---:"] * (len(columns) + 2), "---"], *lines]
     return "\n".join(
         f"| {' | '.join(cell for cell, kept in zip(line, keep, strict=True) if kept)} |" for line in lines
@@ -103,7 +109,8 @@ def value(row: dict[str, Any], keys: Sequence[str]) -> float:
 
 
 def spread(values: Sequence[float]) -> str:
-    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+    """Return the mean and the deviation of some values; those of a closed form are equal, and have none."""
+    return f"{mean(values):.1f}" + (f"±{stdev(values):.1f}" if len(set(values)) > 1 else "")
 
 
 def draw_all() -> None:

@@ -52,9 +52,25 @@ def test_a_table_has_mean_and_deviation_of_its_arms(tmp_path: Path, monkeypatch:
     page.write_results("a7", rows)
     assert page.read_results("a7") == rows
     head, _, line = page.table_of("a7").splitlines()
-    titles = "in domain, R@1 | in domain, R@10 | transfer, R@1 | transfer, R@10 | seeds | CPU s | paper"
-    assert head == f"|  | {titles} |"
-    assert line == "| none | 30.0 ± 7.1 | 30.0 ± 7.1 | 30.0 ± 7.1 | 30.0 ± 7.1 | 2 | 10 | 78.3 / 75.5 |"
+    titles = "in domain, R@1 | in domain, R@10 | transfer, R@1 | transfer, R@10 | CPU s | paper"
+    assert head == f"| 2 seeds | {titles} |"
+    assert line == "| none | 30.0±7.1 | 30.0±7.1 | 30.0±7.1 | 30.0±7.1 | 10 | 78.3 / 75.5 |"
+
+
+def test_seeds_are_a_column_where_they_differ_and_equal_runs_have_no_deviation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page, "RESULTS", tmp_path)
+    keys = [f"{test}/{way}_recall@{rank}" for test in ("test", "transfer") for way in page.WAYS for rank in (1, 10)]
+    runs = [("stage 1", 0), ("stage 1", 1), ("two encoders", 0)]
+    rows = [{"arm": arm, "seed": seed, "cpu_seconds": 10, **dict.fromkeys(keys, 0.25)} for arm, seed in runs]
+    page.write_results("a8", rows)
+    _, _, *lines = page.table_of("a8").splitlines()
+    scores = " | ".join(["25.0"] * 4)
+    assert lines == [
+        f"| stage 1 | {scores} | 2 | 10 | 83.9 / 82.1 (a) |",
+        f"| two encoders | {scores} | 1 | 10 |  |",
+    ]
 
 
 def test_what_a_killed_process_left_is_made_again(tmp_path: Path) -> None:
