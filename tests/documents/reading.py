@@ -2,12 +2,14 @@
 
 A marker is a comment before a fenced block, a paragraph or a table:
 
-- `<!-- test: prints=Museum -->`: with `needs` and `makes` (paths), `small` (options), `reads` (a word and its stand-in), `prints` and
-  `slow`; `test (embed): ...` is about the commands with that word. `rules.py` has what commands of one kind need.
+- `<!-- test: prints=Museum -->`: with `needs` and `makes` (paths), `small` (options), `reads` (a word and its
+  stand-in), `prints` and `slow`; `test (embed): ...` is about the commands with that word. `rules.py` has what
+  commands of one kind need.
 - `<!-- not run: it needs keys; run by FILE::TEST -->`: the command cannot be run here; the test that does it.
 - `<!-- output -->`: the block shows what was printed; `<!-- output: printed by the command above -->` has it compared.
 
-A block of the pages of training whose first line names a file (`# my_teacher.py`, `# llm2clip align align.yaml`) is written to it.
+A block of the pages of training whose first line names a file (`# my_teacher.py`, `# llm2clip align align.yaml`) is
+written to it.
 """
 
 from __future__ import annotations
