@@ -56,11 +56,9 @@ def test_runs_on_the_gpu(outcomes: dict[str, dict[str, Any]], case: str) -> None
     assert outcomes[case]["operations"] > 0
 
 
-# Budgets: what a step may wait for from its start, after the copies of the batch, which are not counted here.
-@pytest.mark.parametrize(("case", "waits"), [("stage 2", 4), ("stage 2, sigmoid", 4), ("stage 2 in chunks", 4)])
-def test_a_step_of_stage2_waits_only_for_few_values(
-    outcomes: dict[str, dict[str, Any]], case: str, waits: float
-) -> None:
-    per_step = outcomes[case]["per_step"]
-    assert set(per_step) == {"sync: item"}
-    assert per_step["sync: item"] <= waits
+# A step waits once, before the optimizer changes weights: StepGuard reads whether the loss or gradients are broken.
+@pytest.mark.parametrize(
+    ("case", "waits"), [("stage 2", 1), ("stage 2, sigmoid", 1), ("stage 2 in chunks", 1), ("stage 2, frozen", 1)]
+)
+def test_a_step_of_stage2_waits_once(outcomes: dict[str, dict[str, Any]], case: str, waits: float) -> None:
+    assert outcomes[case]["per_step"] == {"sync: item": waits}

@@ -26,6 +26,7 @@ SETTINGS_NOT_FOLLOWED = {
     **dict.fromkeys(("batch_eval_metrics", "eval_do_concat_batches"), "recalls are over all rows"),
     **dict.fromkeys(("deepspeed", "parallelism_config"), "models are sharded by FSDP2 here"),
     "label_names": "the losses need no labels",
+    "logging_nan_inf_filter": "a loss that is not finite ends the run",
     "use_liger_kernel": "it has no kernels for these models",
     "do_predict": "there is nothing to predict; llm2clip evaluate measures a model",
 }
@@ -75,14 +76,18 @@ class StageConfig(TrainingArguments):
     """Settings of every stage.
 
     These defaults differ from `TrainingArguments`: `remove_unused_columns=False`, `dataloader_drop_last=True`,
-    `label_names=[]`, `logging_steps=10`; where a metric is needed, `metric_for_best_model="mean_recall"`, the mean of
-    all recalls of the retrieval sets, or the loss if there are none.
+    `label_names=[]`, `logging_nan_inf_filter=False`, `logging_steps=10`; where a metric is needed,
+    `metric_for_best_model="mean_recall"`, the mean of all recalls of the retrieval sets, or the loss if there are
+    none.
     """
 
     output_dir: str = setting("", "Folder of the checkpoints and of the trained model.")
     remove_unused_columns: bool = setting(False, "Keep it false: the collators read columns that the model does not.")
     dataloader_drop_last: bool = setting(True, "Drop an incomplete last batch: its loss would have fewer negatives.")
     label_names: list[str] | None = setting([], "Keep it empty: the losses need no labels.")
+    logging_nan_inf_filter: bool = setting(
+        False, "Keep it false: a loss that is not finite ends the run, and the filter would wait for the GPU."
+    )
     logging_steps: float = setting(10, "Optimizer steps between two log entries; below 1, a share of all steps.")
     resume_anyway: bool = setting(
         False,
