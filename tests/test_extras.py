@@ -123,7 +123,7 @@ def test_extra_of_a_command_installs_every_library_it_imports(name: str) -> None
 
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "examples").glob("*.py")))
 def test_example_needs_only_what_the_quickstart_installs(script: str) -> None:
-    modules = needed(imports(ROOT / "examples" / script, "")) - {"common", "clip_benchmark"}  # which has no extra
+    modules = needed(imports(ROOT / "examples" / script, "")) - {"common"}
     assert not missing(modules - set(ON_DEMAND), "train")
 
 

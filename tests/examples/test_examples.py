@@ -39,8 +39,7 @@ def test_every_script_is_one_screen_and_in_the_table() -> None:
         assert f"[{script}]({script})" in table
 
 
-# CLIP_benchmark has its own arguments.
-@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "run_clip_benchmark.py"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_missing_model_is_one_clear_error(script: str, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_code:
         run(script)

@@ -1,9 +1,8 @@
-"""CLIP_benchmark finds our integers with any model, by the example."""
+"""Code written for open_clip runs on our models: CLIP_benchmark finds our integers with its own loader."""
 
 from __future__ import annotations
 
 import json
-import runpy
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -13,18 +12,18 @@ import datasets
 import pytest
 import torch
 from clip_benchmark.metrics import zeroshot_classification
+from clip_benchmark.models import open_clip as their_loader
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
-from llm2clip import Benchmark, BenchmarkImages, RetrievalData, evaluate, load_encoder
+from llm2clip import Benchmark, BenchmarkImages, RetrievalData, evaluate, load_encoder, open_clip
 from tests.builders import tiny
 from tests.builders.small_runs import CONCEPTS
-from tests.examples.conftest import EXAMPLES
-from tests.llm2clip.encoders.models import register_open_clip
 
-SCRIPT = str(EXAMPLES / "run_clip_benchmark.py")
+from .encoders.models import register_open_clip, save_transformers
+
 PICTURES, CLASSES = 32, 6
 
 
@@ -53,10 +52,11 @@ def pairs() -> list[tuple[Image.Image, list[str]]]:
 
 @pytest.mark.filterwarnings("ignore:y_pred contains classes")
 def test_classification_by_its_functions_has_our_logits_and_integers(
-    model: str, pairs: list[Any], tmp_path: Path
+    model: str, pairs: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(their_loader, "open_clip", open_clip)
     names = [captions[0] for _, captions in pairs[:CLASSES]]
-    opened, transform, tokenizer = runpy.run_path(SCRIPT)["load"](model)
+    opened, transform, tokenizer = their_loader.load_open_clip(model, "")
     for number, (image, _) in enumerate(pairs):
         folder = tmp_path / "test" / names[(number * number) % CLASSES].replace(" ", "_")
         folder.mkdir(parents=True, exist_ok=True)
@@ -90,6 +90,7 @@ def test_retrieval_by_its_command_has_our_integers(
     model: str, pairs: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Local data in the layout of Flickr30k, without captioning metrics, which need Java."""
+    monkeypatch.setattr(their_loader, "open_clip", open_clip)
     captioning = "clip_benchmark.metrics.captioning"
     monkeypatch.setitem(sys.modules, captioning, ModuleType(captioning))
     lines = ["image,caption"]
@@ -100,10 +101,12 @@ def test_retrieval_by_its_command_has_our_integers(
     output = tmp_path / "result.json"
     data = ["--dataset", "flickr30k", "--dataset_root", str(tmp_path), "--num_workers", "0", "--output", str(output)]
     settings = ["--no_amp", "--recall_k", "1", "5", "10"]
-    arguments = ["eval", *settings, "--model_type", "llm2clip", "--model", model, "--pretrained", "", *data]
+    arguments = ["eval", *settings, "--model_type", "open_clip", "--model", model, "--pretrained", "", *data]
+    from clip_benchmark import cli
+
     monkeypatch.setattr(sys, "argv", ["clip_benchmark", *arguments])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    runpy.run_path(SCRIPT, run_name="__main__")
+    cli.main()
     found = json.loads(output.read_text())["metrics"]
     images = BenchmarkImages([tmp_path / f"{index}.jpg" for index in range(len(pairs))])
     same = RetrievalData.from_captions(images, [captions for _, captions in pairs])
@@ -115,3 +118,45 @@ def test_retrieval_by_its_command_has_our_integers(
         for theirs, side, queries in (("image", "text_to_image", 2 * PICTURES), ("text", "image_to_text", PICTURES)):
             expected = round(queries * found[f"{theirs}_retrieval_recall@{k}"])
             assert queries * ours.scores[f"{side}_recall@{k}"] == pytest.approx(expected)
+
+
+def test_rows_are_those_of_the_encoder_and_nothing_is_ignored(tmp_path: Path) -> None:
+    tiny.save(tmp_path)
+    name, picture = str(tmp_path), Image.effect_noise((40, 30), 80).convert("RGB")
+    model, training, preprocess = open_clip.create_model_and_transforms(name, jit=False, cache_dir=None)
+    tokenizer, encoder = open_clip.get_tokenizer(name), load_encoder(name)
+    texts = tokenizer(["a dog", "a red bus"]).to("cpu")
+    assert torch.equal(model.eval().encode_text(texts), encoder.encode_text(["a dog", "a red bus"]))
+    assert torch.equal(model.encode_text(tokenizer("a dog"), normalize=True), encoder.encode_text("a dog"))
+    rows = model.to("cpu").encode_image(preprocess(picture)[None])
+    torch.testing.assert_close(rows, encoder.encode_image([picture]), atol=1e-6, rtol=0)
+    assert torch.equal(model.logit_scale, encoder.model.logit_scale)
+    with pytest.raises(NotImplementedError, match="no transform of training"):
+        training(picture)
+    for device in ("meta", torch.float16):
+        with pytest.raises(ValueError, match="the model is on cpu and stays there"):
+            model.to(device)
+    with pytest.raises(ValueError, match="unit length"):
+        model.encode_image(preprocess(picture)[None], normalize=False)
+    for tokens in (torch.zeros(1, 77, dtype=torch.int64), open_clip.get_tokenizer("another")("a dog")):
+        with pytest.raises(ValueError, match="encode_text takes what get_tokenizer"):
+            model.encode_text(tokens)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "reason"),
+    [
+        ({"precision": "amp"}, ValueError, "precision is 'amp'; choose fp32, bf16, fp16"),
+        ({"jit": True}, TypeError, "does not support jit"),
+        ({"force_image_size": 224, "cache_dir": "here"}, TypeError, "does not support force_image_size, cache_dir"),
+    ],
+)
+def test_what_has_no_meaning_is_refused(options: dict[str, Any], error: type[Exception], reason: str) -> None:
+    with pytest.raises(error, match=reason):
+        open_clip.create_model_and_transforms("no-model", **options)
+
+
+def test_images_of_several_tensors_are_refused(tmp_path: Path) -> None:
+    save_transformers("siglip2", tmp_path)
+    with pytest.raises(ValueError, match=r"reads an image as .*pixel_attention_mask.*; open_clip has one tensor"):
+        open_clip.create_model_and_transforms(str(tmp_path))
