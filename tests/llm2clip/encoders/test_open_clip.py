@@ -51,6 +51,13 @@ def test_embeddings_are_those_of_the_library(spec: str) -> None:
     assert encoder.width == 24
 
 
+def test_memory_of_a_loop_is_written_to_outside_of_it(spec: str) -> None:
+    """A server embeds without inference mode what its loops have embedded in it."""
+    encoder = load_encoder(spec)
+    rows = encoder.encode_image(IMAGES)
+    torch.testing.assert_close(encoder.forward_images(stacked(encoder, IMAGES)), rows, atol=1e-6, rtol=0)
+
+
 @torch.no_grad()
 def test_a_grey_image_is_as_the_library_reads_it(spec: str) -> None:
     """The library converts to RGB after it has resized, this package before."""

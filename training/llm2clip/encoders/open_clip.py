@@ -91,7 +91,9 @@ class OpenClipEncoder(ClipEncoder):
             return inputs["pixel_values"].to(self.device, self.input_dtype)
         pixels = inputs["pixels"].to(self.device)
         if self._values is None or self._values.shape[1:] != pixels.shape[1:] or len(self._values) < len(pixels):
-            self._values = torch.empty(pixels.shape, device=self.device)
+            # Memory of inference mode, in which loops run, could not be written to outside of it.
+            with torch.inference_mode(False):
+                self._values = torch.empty(pixels.shape, device=self.device)
         values = self._values[: len(pixels)]
         # On a CPU image by image in its caches, and in memory that is kept: fresh memory costs more than arithmetic.
         size = 1 if self.device.type == "cpu" else len(pixels)
