@@ -103,6 +103,18 @@ def metaclip_2() -> Built:
     return transformers.MetaClip2Model(config), transformers.CLIPProcessor(_clip_pixels(), xlm_tokenizer())
 
 
+def tipsv2() -> Built:
+    """Its towers are of one width and not projected; a blank is the first letter of every word."""
+    vision = {name: value for name, value in VISION.items() if name != "intermediate_size"}
+    text = {**TOWER, "vocab_size": 97, "max_position_embeddings": LENGTH}
+    config = AutoConfig.for_model("tipsv2", text_config=text, vision_config=vision)
+    letters = {token: number for number, token in enumerate(["<pad>", "<unk>", "▁", *ASCII])}
+    words = transformers.Tipsv2Tokenizer(vocab=letters, model_max_length=LENGTH)
+    return transformers.Tipsv2Model(config), transformers.Tipsv2Processor(
+        transformers.Tipsv2ImageProcessor(size=SQUARE), words
+    )
+
+
 def owlvit() -> Built:
     processor = transformers.OwlViTProcessor(
         _pixels("OwlViT", size=SQUARE, crop_size=SQUARE), clip_tokenizer(pad_token="!")

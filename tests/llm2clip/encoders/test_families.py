@@ -30,6 +30,7 @@ FAMILIES: dict[Any, bool] = {
     families.clipseg: False,
     families.groupvit: False,
     families.metaclip_2: False,
+    families.tipsv2: True,
     families.owlvit: True,
     families.dual_encoder: False,
 }
@@ -50,7 +51,9 @@ def test_embeddings_are_those_of_the_model_itself(family: Any, tmp_path: Path) -
     saved = save_transformers(family, tmp_path) if isinstance(family, str) else save(family, tmp_path)
     expected = call(tmp_path, getattr(saved, "clip", saved), FAMILIES[family])
     encoder = load_encoder(str(tmp_path))
-    texts, images = normalize(expected.text_embeds, dim=-1), normalize(expected.image_embeds, dim=-1)
+    # TIPSv2 has no token for an empty text, and divides its zeros by their length: that row is zero here.
+    texts = normalize(expected.text_embeds.nan_to_num(), dim=-1)
+    images = normalize(expected.image_embeds, dim=-1)
     torch.testing.assert_close(encoder.encode_text(TEXTS), texts, atol=1e-6, rtol=0)
     # Each alone, so that it would be padded otherwise than in a batch.
     torch.testing.assert_close(torch.cat([encoder.encode_text([text]) for text in TEXTS]), texts, atol=1e-6, rtol=0)
