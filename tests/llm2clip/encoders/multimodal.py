@@ -50,7 +50,7 @@ def qwen3_vl() -> Built:
 
 
 def qwen2_vl() -> Built:
-    """GME."""
+    """Qwen2-VL, the class of GME."""
     return _qwen("Qwen2VL", {}, {"embed_dim": 32, "mlp_ratio": 2})
 
 
