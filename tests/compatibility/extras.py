@@ -160,7 +160,7 @@ def main(extras: list[str]) -> int:
         try:
             environment = Environment(wheel, extra, BUILD / "given" / "model", BUILD / "given" / "images")
             CHECKS[extra](environment)
-        except (AssertionError, RuntimeError, subprocess.CalledProcessError) as error:
+        except (AssertionError, RuntimeError, subprocess.SubprocessError) as error:
             failed.append(extra)
             print(f"{extra or 'base':8}failed: {error}", file=sys.stderr)
         else:

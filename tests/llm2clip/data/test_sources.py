@@ -147,6 +147,22 @@ def test_a_name_like_a_pattern_is_the_name_of_one_file(streaming: bool, tmp_path
         read("[2] d")
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("image;caption\na.png;grün\n".encode(), "the separator of .* seems to be ';'"),
+        ("image\tcaption\na.png\tgrün\n".encode(), "seems to be a tab"),
+        ("image,caption\na.png,grün\n".encode("cp1252"), "is not in UTF-8 .*'CSV UTF-8"),
+        ("image,caption\na.png,grün\n".encode("utf-16"), "is not in UTF-8 .*'CSV UTF-8"),
+    ],
+    ids=["semicolons", "tabs", "cp1252", "UTF-16"],
+)
+def test_a_table_of_excel_is_refused_with_what_to_do(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "data.csv").write_bytes(content)
+    with pytest.raises(SourceError, match=message):
+        load_source(CaptionSource(str(tmp_path / "data.csv")))
+
+
 def test_captions_that_pandas_reads_as_missing_are_kept(tmp_path: Path) -> None:
     (tmp_path / "data.csv").write_text("image,caption\na.png,nan\nb.png,None\nc.png,\n")
     for path in ("data.csv", ""):

@@ -167,7 +167,7 @@ def errors(place: Path) -> dict[str, tuple[list[str], str]]:
         "one column": ([*captions, "--query-column", "a"], "query_column and target_column go together"),
         "rows": ([*captions, "--positives", "rows"], "in caption_retrieval equal texts are one query, and one target"),
         "image": ([*captions, "--image-column", "png"], "caption_retrieval reads no images: leave it out"),
-        "split": ([model, "--benchmark", pairs, "--split", "validation"], "is a file without splits: leave it out"),
+        "split": ([model, "--benchmark", pairs, "--split", "validation"], "is a file, whose only split is train"),
         "skip": ([*captions, "--caption-columns", "a", "b", "--on-error", "skip"], "pairs.csv needs every image"),
     }  # fmt: skip
 

@@ -110,6 +110,8 @@ def test_each_name_has_one_file_and_each_slice_and_precision_its_own(place: Path
     options = [["--split", "train[:3]"], ["--split", "train[3:]"], ["--truncate-dim", "4", "--precision", "int8"], []]
     for some in options:
         assert command(place, tmp_path, clip, "--benchmark", own, *some) == 0
+    # `train` is all rows of a file, and the result of the last run.
+    assert command(place, tmp_path, clip, "--benchmark", own, "--split", "train") == 0
     results = results_of(tmp_path)
     assert len(results) == len(options)
     assert {one["model"]["given"] for one in results} == {str(place / "clip")}

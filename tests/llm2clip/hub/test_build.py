@@ -77,7 +77,10 @@ def test_llm_in_a_local_folder_is_bundled_with_card_curves_and_example(tmp_path:
     ("other", "message"),
     [
         ({"dtype": "float16"}, ""),
-        ({"library": "transformers 5.2.0"}, r"is of other, a model of transformers 5\.2\.0: leave it out"),
+        (
+            {"library": "transformers 5.2.0"},
+            r"is of other, a model of transformers 5\.2\.0, and a card has .* `llm2clip evaluate`",
+        ),
         ({"fingerprint": "2"}, "is of mine and .* of other, with other weights or preprocessing"),
     ],
     ids=["16 bits", "clip", "older weights"],
@@ -87,6 +90,11 @@ def test_results_of_another_model_do_not_go_onto_the_card(other: dict[str, str],
     files = list(map(Path, written(tmp_path, *(retrieval(model["given"], model=model) for model in models))))
     with pytest.raises(ValueError, match=message) if message else nullcontext():
         assert len(read_results(files)) == 2
+
+
+def test_a_result_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"there is no result file .*none\.json: `llm2clip evaluate`"):
+        read_results([tmp_path / "none.json"])
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -23,6 +23,7 @@ from llm2clip.files.library_errors import wrap_read_errors
 Table: TypeAlias = datasets.Dataset | datasets.IterableDataset
 # By default, pandas reads "nan", "None" and "NA" as missing cells, but these can be captions ("nan" is a bread).
 CSV_OPTIONS = {"keep_default_na": False, "na_values": [""]}
+EXCEL_FORMAT = "CSV UTF-8 (Comma delimited)"
 IMAGE_FOLDER_HINT = " In an image folder, metadata.jsonl, .csv or .parquet must contain the captions, by file_name."
 
 
@@ -79,6 +80,8 @@ def open_table(path: str, name: str | None, split: str, revision: str | None, st
                 files[part] = skip_empty_tars(files[part])
         if isinstance(builder, Json):
             _refuse_null(file for part in split_names(split) for file in files.get(part, []))
+        if isinstance(builder, Csv):
+            _refuse_separators(file for part in split_names(split) for file in files.get(part, []))
         if streaming:
             table: Table = builder.as_streaming_dataset(split)
         else:
@@ -98,6 +101,10 @@ def open_table(path: str, name: str | None, split: str, revision: str | None, st
         raise
     except Exception as error:  # `datasets` and pandas raise whatever broken bytes lead to, TypeError too
         cause = error.__cause__ or error
+        if isinstance(cause, UnicodeDecodeError):
+            raise SourceError(
+                f"{path} is not in UTF-8 ({cause}): save it in UTF-8, in Excel as {EXCEL_FORMAT!r}."
+            ) from error
         raise SourceError(f"Reading {path} failed: {type(cause).__name__}: {cause}") from error
     return OpenedTable(
         table=table,
@@ -113,6 +120,20 @@ def _refuse_null(files: Iterable[str]) -> None:
             with open(path, "rb") as file:
                 if file.readline(16).strip() == b"null":
                     raise SourceError(f"{path} begins with a row that is null, and not an object.")
+
+
+def _refuse_separators(files: Iterable[str]) -> None:
+    """Refuse a .csv whose names of columns stand between semicolons or tabs, as Excel writes it in many countries."""
+    for path in files:
+        if os.path.isfile(path) and path.lower().endswith(".csv"):
+            with open(path, "rb") as file:
+                names = file.readline(65_536)
+            for separator in (b";", b"\t"):
+                if separator in names and b"," not in names:
+                    shown = "a tab" if separator == b"\t" else "';'"
+                    raise SourceError(
+                        f"the separator of {path} seems to be {shown}: save it with commas, or as .tsv with tabs."
+                    )
 
 
 def split_names(split: str) -> list[str]:

@@ -62,16 +62,17 @@ def own_benchmark(
         fields: Fields of the source, those that are not None.
 
     Raises:
-        ValueError: A split of a single file is given, which has none, or a field does not exist.
+        ValueError: A split other than `train` is given of a single file, or a field does not exist.
     """
     given: dict[str, Any] = {"path": path} if isinstance(path, str) else dict(path)
     given = {name: value for name, value in {**given, **fields}.items() if value is not None}
     given["path"] = plain_path(given["path"])
     split, is_file = given.get("split"), Path(given["path"]).is_file() or glob.has_magic(given["path"])
-    if split is not None and is_file and "[" not in split and isinstance(path, str):
+    # `datasets` calls the rows of a file `train`, and so does check-data.
+    if split not in (None, "train") and is_file and "[" not in split and isinstance(path, str):
         raise ValueError(
-            f"split is {split}, but {given['path']} is a file without splits: leave it out, or give a slice of its "
-            "rows, such as train[:100]."
+            f"split is {split}, but {given['path']} is a file, whose only split is train: leave it out, or give a "
+            "slice of its rows, such as train[:100]."
         )
     given.setdefault("split", "train" if is_file else "test")
     is_retrieval = task == "retrieval" and "anchor_column" not in given

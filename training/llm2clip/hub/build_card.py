@@ -42,16 +42,22 @@ def read_results(paths: Sequence[Path]) -> list[Evaluation]:
     """Read results of `llm2clip evaluate` for the card of a model.
 
     Raises:
+        FileNotFoundError: There is no such file.
         ValueError: A file does not contain results, or they are of several models, or of one that is not of this
             package: a folder of results also has those of other models beside it.
     """
     evaluations: list[Evaluation] = []
     first: tuple[Path, dict[str, Any]] | None = None
     for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no result file {path}: `llm2clip evaluate` writes one.")
         result = read_result(path)
         model, first = result.model, first or (path, result.model)
         if not str(model.get("library")).startswith(LIBRARY):
-            raise ValueError(f"{path} is of {model['given']}, a model of {model.get('library')}: leave it out.")
+            raise ValueError(
+                f"{path} is of {model['given']}, a model of {model.get('library')}, and a card has the results of the "
+                "built folder alone: run `llm2clip evaluate` on that folder, and give its results."
+            )
         if model["fingerprint"] != first[1]["fingerprint"]:
             raise ValueError(
                 f"{first[0]} is of {first[1]['given']} and {path} of {model['given']}, with other weights or "
