@@ -120,7 +120,7 @@ def test_retrieval_by_its_command_has_our_integers(
             assert queries * ours.scores[f"{side}_recall@{k}"] == pytest.approx(expected)
 
 
-def test_rows_are_those_of_the_encoder_and_nothing_is_ignored(tmp_path: Path) -> None:
+def test_rows_are_those_of_the_encoder_and_nothing_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.save(tmp_path)
     name, picture = str(tmp_path), Image.effect_noise((40, 30), 80).convert("RGB")
     model, training, preprocess = open_clip.create_model_and_transforms(name, jit=False, cache_dir=None)
@@ -136,6 +136,13 @@ def test_rows_are_those_of_the_encoder_and_nothing_is_ignored(tmp_path: Path) ->
     for device in ("meta", torch.float16):
         with pytest.raises(ValueError, match="the model is on cpu and stays there"):
             model.to(device)
+    for own, same, other in (("cuda:1", ["cuda", "cuda:1"], "cuda:0"), ("cuda", ["cuda", "cuda:0"], "cpu")):
+        monkeypatch.setattr(model.encoder, "device", torch.device(own))
+        for device in same:
+            assert model.to(device) is model.to(torch.device(device)) is model
+        with pytest.raises(ValueError, match=f"the model is on {own} and stays there"):
+            model.to(other)
+    monkeypatch.undo()
     with pytest.raises(ValueError, match="unit length"):
         model.encode_image(preprocess(picture)[None], normalize=False)
     for tokens in (torch.zeros(1, 77, dtype=torch.int64), open_clip.get_tokenizer("another")("a dog")):

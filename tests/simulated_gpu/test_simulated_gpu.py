@@ -57,8 +57,6 @@ def test_runs_on_the_gpu(outcomes: dict[str, dict[str, Any]], case: str) -> None
 
 
 # A step waits once, before the optimizer changes weights: StepGuard reads whether the loss or gradients are broken.
-@pytest.mark.parametrize(
-    ("case", "waits"), [("stage 2", 1), ("stage 2, sigmoid", 1), ("stage 2 in chunks", 1), ("stage 2, frozen", 1)]
-)
-def test_a_step_of_stage2_waits_once(outcomes: dict[str, dict[str, Any]], case: str, waits: float) -> None:
-    assert outcomes[case]["per_step"] == {"sync: item": waits}
+@pytest.mark.parametrize("case", ["stage 2", "stage 2, sigmoid", "stage 2 in chunks", "stage 2, frozen"])
+def test_a_step_of_stage2_waits_once(outcomes: dict[str, dict[str, Any]], case: str) -> None:
+    assert outcomes[case]["per_step"] == {"sync: item": 1}

@@ -58,12 +58,13 @@ class Model:
         return self
 
     def to(self, device: torch.device | str) -> Model:
-        """Return the model, which stays on its device.
+        """Return the model, which stays on its device; `cuda` is any of them.
 
         Raises:
             ValueError: It is on another device.
         """
-        if not isinstance(device, (str, torch.device)) or torch.device(device) != self.encoder.device:
+        own = self.encoder.device
+        if str(device) not in (str(own), own.type, f"{own.type}:0" if own.index is None else ""):
             raise ValueError(
                 f"the model is on {self.encoder.device} and stays there: give device and precision to "
                 "create_model_and_transforms."

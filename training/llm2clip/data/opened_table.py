@@ -23,7 +23,6 @@ from llm2clip.files.library_errors import wrap_read_errors
 Table: TypeAlias = datasets.Dataset | datasets.IterableDataset
 # By default, pandas reads "nan", "None" and "NA" as missing cells, but these can be captions ("nan" is a bread).
 CSV_OPTIONS = {"keep_default_na": False, "na_values": [""]}
-EXCEL_FORMAT = "CSV UTF-8 (Comma delimited)"
 IMAGE_FOLDER_HINT = " In an image folder, metadata.jsonl, .csv or .parquet must contain the captions, by file_name."
 
 
@@ -78,15 +77,16 @@ def open_table(path: str, name: str | None, split: str, revision: str | None, st
         if isinstance(builder, WebDataset):
             for part in files:
                 files[part] = skip_empty_tars(files[part])
+        read = [file for part in split_names(split) for file in files.get(part, [])]
         if isinstance(builder, Json):
-            _refuse_null(file for part in split_names(split) for file in files.get(part, []))
+            _refuse_null(read)
         if isinstance(builder, Csv):
-            _refuse_separators(file for part in split_names(split) for file in files.get(part, []))
+            _refuse_separators(read)
         if streaming:
             table: Table = builder.as_streaming_dataset(split)
         else:
             if isinstance(builder, WebDataset):
-                refuse_damaged_tars(file for part in split_names(split) for file in files.get(part, []))
+                refuse_damaged_tars(read)
             builder.download_and_prepare()
             table = builder.as_dataset(split)
     except SourceError:
@@ -103,12 +103,12 @@ def open_table(path: str, name: str | None, split: str, revision: str | None, st
         cause = error.__cause__ or error
         if isinstance(cause, UnicodeDecodeError):
             raise SourceError(
-                f"{path} is not in UTF-8 ({cause}): save it in UTF-8, in Excel as {EXCEL_FORMAT!r}."
+                f"{path} is not in UTF-8 ({cause}): save it in UTF-8, in Excel as 'CSV UTF-8 (Comma delimited)'."
             ) from error
         raise SourceError(f"Reading {path} failed: {type(cause).__name__}: {cause}") from error
     return OpenedTable(
         table=table,
-        files=[file for name in split_names(split) for file in files.get(name, [])],
+        files=read,
         hint=IMAGE_FOLDER_HINT if isinstance(builder, ImageFolder) else "",
     )
 
@@ -128,9 +128,8 @@ def _refuse_separators(files: Iterable[str]) -> None:
         if os.path.isfile(path) and path.lower().endswith(".csv"):
             with open(path, "rb") as file:
                 names = file.readline(65_536)
-            for separator in (b";", b"\t"):
+            for separator, shown in ((b";", "';'"), (b"\t", "a tab")):
                 if separator in names and b"," not in names:
-                    shown = "a tab" if separator == b"\t" else "';'"
                     raise SourceError(
                         f"the separator of {path} seems to be {shown}: save it with commas, or as .tsv with tabs."
                     )

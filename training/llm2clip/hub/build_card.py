@@ -55,8 +55,8 @@ def read_results(paths: Sequence[Path]) -> list[Evaluation]:
         model, first = result.model, first or (path, result.model)
         if not str(model.get("library")).startswith(LIBRARY):
             raise ValueError(
-                f"{path} is of {model['given']}, a model of {model.get('library')}, and a card has the results of the "
-                "built folder alone: run `llm2clip evaluate` on that folder, and give its results."
+                f"{path} is of {model['given']}, a model of {model.get('library')}, and a card has results of its "
+                "own model alone: give those of `llm2clip evaluate` on the model that you build from."
             )
         if model["fingerprint"] != first[1]["fingerprint"]:
             raise ValueError(
