@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from llm2clip.serving.limits import Limits
 from llm2clip.serving.server import Server
 
 Serve = Callable[..., httpx.Client]
+SECRET = "my secret diary"
 
 
 @contextmanager
@@ -74,3 +76,18 @@ def png(image: Image.Image) -> bytes:
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
+
+
+def embed(client: httpx.Client, texts: Any, **options: Any) -> httpx.Response:
+    return client.post("/v1/embeddings", json={"input": texts}, **options)
+
+
+def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the server has logged."""
+    return [record.getMessage() for record in caplog.records if record.name.startswith(("llm2clip", "uvicorn"))]
+
+
+def raw(client: httpx.Client, content: bytes) -> socket.socket:
+    connection = socket.create_connection((client.base_url.host, client.base_url.port), timeout=20)
+    connection.sendall(content)
+    return connection

@@ -7,7 +7,6 @@ import gc
 import logging
 import math
 import re
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,11 +28,10 @@ from llm2clip.models.embeddings import require_finite_rows
 from llm2clip.serving import server as server_module
 from llm2clip.serving.limits import Limits
 from llm2clip.serving.worker import BatchWorker
-from tests.llm2clip.serving.conftest import Serve, data_url, png
+from tests.llm2clip.serving.conftest import SECRET, Serve, data_url, embed, logged, png, raw
 from tests.modeling_llm2clip.awkward_images import picture
 
 CLIENTS = 60
-SECRET = "my secret diary"
 
 
 class Gate:
@@ -83,15 +81,6 @@ def gated(
 
 
 LONG = [f"a text of a long list, number {row}" for row in range(400)]
-
-
-def embed(client: httpx.Client, texts: Any, **options: Any) -> httpx.Response:
-    return client.post("/v1/embeddings", json={"input": texts}, **options)
-
-
-def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What the server has logged."""
-    return [record.getMessage() for record in caplog.records if record.name.startswith(("llm2clip", "uvicorn"))]
 
 
 def waiting(client: httpx.Client) -> int:
@@ -381,79 +370,6 @@ def test_an_input_without_a_direction_is_named(serve: Serve, encoder: Encoder) -
         assert (error["param"], error["code"]) == ("input[3]", "not_embeddable")
         assert "zero" in error["message"]
         assert client.get("/health").status_code == 200
-
-
-def test_successful_requests_leave_no_line_in_the_log(
-    serve: Serve, encoder: Encoder, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.INFO, "llm2clip"), caplog.at_level(logging.INFO, "uvicorn"):
-        client = serve(encoder, token="my-token")
-        headers = {"Authorization": "Bearer my-token"}
-        assert embed(client, SECRET, headers=headers).status_code == 200
-        assert embed(client, {"image": SECRET}, headers=headers).status_code == 400
-        assert client.get(f"/{SECRET}", headers=headers).status_code == 404
-    assert not [line for line in logged(caplog) if SECRET in line or "my-token" in line]
-
-
-@pytest.mark.parametrize("given", [None, "Bearer wrong", "Basic my-token", "Bearer my-token2"])
-def test_without_the_token_only_health_answers(given: str | None, serve: Serve, encoder: Encoder) -> None:
-    client = serve(encoder, token="my-token")
-    headers = {} if given is None else {"Authorization": given}
-    for path in ("/v1/models", "/metrics", "/openapi.json", "/nothing"):
-        answer = client.get(path, headers=headers)
-        assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
-        assert answer.headers["WWW-Authenticate"] == "Bearer"
-    assert embed(client, "a", headers=headers).status_code == 401
-    assert client.get("/health").status_code == 200
-    assert embed(client, "a", headers={"Authorization": "bearer my-token"}).status_code == 200
-
-
-def test_page_of_another_site_cannot_read_by_a_name_of_its_own(serve: Serve, encoder: Encoder) -> None:
-    client = serve(encoder, hosts={"127.0.0.1", "localhost", "[::1]"})
-    cases = {"evil.example": 403, "evil.example:8000": 403, "": 403, "[::1]:8000": 200, "LOCALHOST:8000": 200}
-    for host, status in cases.items():
-        assert embed(client, "a", headers={"Host": host}).status_code == status, host
-    assert embed(client, "a").status_code == 200
-
-
-@pytest.mark.parametrize("is_chunked", [False, True])
-def test_large_body_is_refused_before_it_is_read(is_chunked: bool, serve: Serve, encoder: Encoder) -> None:
-    client = serve(encoder, limits=Limits(max_body_mb=1))
-    sent = 0
-
-    def body() -> Iterator[bytes]:
-        nonlocal sent
-        for _ in range(1000):
-            sent += 100_000
-            yield b" " * 100_000
-
-    headers = {"Content-Type": "application/json"} | ({} if is_chunked else {"Content-Length": str(10**8)})
-    try:
-        answer = client.post("/v1/embeddings", content=body(), headers=headers)
-        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_large")
-    except (httpx.WriteError, httpx.ReadError):
-        pass  # the connection is closed while the client still sends
-    assert sent < 10**8 / 2
-    assert embed(client, "a").status_code == 200
-
-
-def raw(client: httpx.Client, content: bytes) -> socket.socket:
-    connection = socket.create_connection((client.base_url.host, client.base_url.port), timeout=20)
-    connection.sendall(content)
-    return connection
-
-
-HEAD = b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-
-
-def test_slow_client_is_told_and_does_not_stay(serve: Serve, encoder: Encoder) -> None:
-    client = serve(encoder, limits=Limits(timeout=1))
-    slow = [raw(client, HEAD + b"Content-Length: 100\r\n\r\n{") for _ in range(20)]
-    assert embed(client, "a").status_code == 200, "others need not wait for it"
-    for connection in slow:
-        with connection:
-            answer = b"".join(iter(partial(connection.recv, 65536), b""))
-            assert answer.startswith(b"HTTP/1.1 408 ")
 
 
 def memory_after(client: httpx.Client, requests: int) -> int:
