@@ -1,12 +1,14 @@
 """Write the result of a quickstart into docs/results, its table into docs/quickstart.md, three rows into README.md.
 
-python docs/make_quickstart.py [RUN]    RUN is a finished `runs/quickstart`; without it, only the tables are written.
+python docs/make_quickstart.py [RUN]    RUN is a finished `runs/quickstart` of a checkout, whose commit is noted;
+                                       without it, only the tables are written.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,14 @@ KEPT = ("text_encoders", "best_text_encoder", "caption_retrieval", "image_retrie
 SETTINGS = ("profile", "seed", "llm", "vision_model", "embedding_model", "stage1", "stage2")
 
 
-def reduced(results: dict[str, Any]) -> dict[str, Any]:
-    """Return what is committed of a `results.json`."""
+def reduced(results: dict[str, Any], commit: str) -> dict[str, Any]:
+    """Return what is committed of a `results.json`, and the commit that made it."""
     typed = {name: value for name, value in results["typed_queries"].items() if name != "results"}
     settings = {name: results["settings"][name] for name in SETTINGS}
     settings |= {name: Path(settings[name]).name for name in ("llm", "vision_model", "embedding_model")}
     return {
         "command": "make quickstart",
+        "commit": commit,
         "settings": settings,
         **{name: results[name] for name in KEPT},
         "typed": typed,
@@ -54,9 +57,10 @@ def table(results: dict[str, Any]) -> str:
     typed, machine = results["typed"], results["machine"]
     lines += [
         "",
-        f"R@1 / 5 / 10 in %, `make quickstart`, seed {results['settings']['seed']}, {machine['threads']} threads of "
-        f"{machine['processor']}. Of {typed['queries']} everyday queries, the best model's first picture is right for "
-        f"{typed['first']}, and one of its first {typed['shown']} for {typed['found']}.",
+        f"R@1 / 5 / 10 in %, `make quickstart`, commit {results['commit']}, seed {results['settings']['seed']}, "
+        f"{machine['threads']} threads of {machine['processor']}. Of {typed['queries']} everyday queries, the best "
+        f"model's first picture is right for {typed['first']}, and one of its first "
+        f"{typed['shown']} for {typed['found']}.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -86,7 +90,9 @@ def main() -> None:
         results = json.loads((Path(sys.argv[1]) / "results.json").read_text(encoding="utf-8"))
         if results["seconds"] is None:
             sys.exit(f"{sys.argv[1]} was continued: give a run that did all of its steps at once.")
-        RESULT.write_text(json.dumps(reduced(results), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        git = ["git", "-C", sys.argv[1], "rev-parse", "--short=8", "HEAD"]
+        commit = subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()
+        RESULT.write_text(json.dumps(reduced(results, commit), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     results = json.loads(RESULT.read_text(encoding="utf-8"))
     for path, page in pages(results).items():
         path.write_text(page, encoding="utf-8")
